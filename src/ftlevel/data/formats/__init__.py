@@ -1,4 +1,4 @@
-"""What columns mean: from rows to examples, their labels and languages.
+"""Convert rows to examples: column mapping, conversations, labels, tags and languages.
 
-May import sources. It knows no tokenizer.
+May import `sources`, but not `encoding` or a tokenizer.
 """

@@ -1,9 +1,8 @@
-"""Which columns may be meant where nobody says: for the flags that an error proposes.
+"""Resolve column names given by users, and suggest columns for error messages.
 
-By their names, and by what the first rows hold: an id is never proposed, a text is the column with
-the most words, a label the one with the fewest values.
-
-A column as the user names it: by its name, its number, a key inside of it, or several joined.
+A column may be given by name, number, nested key or several names joined by a plus. Suggestions use
+column names and the first rows: the text is the column with the most words, the label the one with
+the fewest values, and ids are excluded.
 """
 
 from __future__ import annotations
@@ -18,22 +17,22 @@ from ftlevel.data.sources.table import Row
 from ftlevel.errors import is_long
 
 JOINER = "\n\n"
-"""What stands between the texts of joined columns: a blank line."""
+"""Separator between the texts of joined columns: a blank line."""
 
 WHOLE = frozenset(
     {"label", "tags", "spans", "answers", "messages", "conversations", "tokens", "tools", "id"}
 )
-"""Roles whose value is no text, so that no two columns can be joined to one."""
+"""Roles whose value is not text, so that columns cannot be joined."""
 
 NESTED = (WHOLE | {"ranked"}) - {"label", "id"}
-"""Roles whose value is a list or an object; a text there is the JSON of one."""
+"""Roles whose value is a list or an object; a string value is parsed as JSON."""
 
 
 def resolve_column(wish: str, columns: Sequence[str]) -> str | None:
-    """Return the column that is meant by `wish`; None if there is none.
+    """Return the column that `wish` refers to, or None.
 
-    What has such a name goes first; then `answers.text` reaches into an object, `2` is the second
-    column, `Title+Body` joins the texts of two, and upper and lower case are the same.
+    An existing name takes precedence. Otherwise `answers.text` is a nested key, `2` the second
+    column, `Title+Body` two joined columns, and case is ignored.
     """
     if wish in columns or wish.partition(".")[0] in columns:
         return wish
@@ -46,13 +45,13 @@ def resolve_column(wish: str, columns: Sequence[str]) -> str | None:
 
 
 def column_for_flag(column: str, columns: Sequence[str]) -> str:
-    """Return how a flag names a column: by its number where the name is long, as of no header."""
+    """Return a column as written in a flag: its name, or its number if the name is long."""
     is_known = column in columns and is_long(column)
     return str(columns.index(column) + 1) if is_known else column
 
 
 def parts_of(column: str, columns: Sequence[str]) -> list[str]:
-    """Return the columns that are read where `column` is, as `resolve_column` gave it."""
+    """Return the columns read for `column`, an expression returned by `resolve_column`."""
     if column in columns:
         return [column]
     parts = column.split("+") if "+" in column else [column]
@@ -60,7 +59,7 @@ def parts_of(column: str, columns: Sequence[str]) -> list[str]:
 
 
 def is_there(column: str, columns: Sequence[str]) -> bool:
-    """Tell whether all that `column` reads is there."""
+    """Return whether all columns that `column` refers to exist."""
     return all(part in columns for part in parts_of(column, columns))
 
 
@@ -72,17 +71,17 @@ _FILE = re.compile(r"file(_?name|_?path)?s?", re.I)
 
 
 def is_id(column: str) -> bool:
-    """Tell whether a column's name says that it holds ids, dates or links."""
+    """Return whether a column's name suggests ids, dates or links."""
     return _ID.fullmatch(column.strip()) is not None
 
 
 def names_media(column: str) -> bool:
-    """Tell whether a column's name says that it holds images, audio or files."""
+    """Return whether a column's name suggests images, audio, video or file names."""
     return media_of_name(column) is not None or _FILE.fullmatch(column) is not None
 
 
 def rank_columns(columns: Sequence[str], role: str, rows: Sequence[Row]) -> list[str]:
-    """Return those of `columns` that may be what `role` wants, the likeliest first."""
+    """Return the `columns` whose values are possible for `role`, the most likely first."""
     able = [c for c in columns if not is_id(c) and not names_media(c)]
     if not rows:
         return able
@@ -99,7 +98,7 @@ def rank_columns(columns: Sequence[str], role: str, rows: Sequence[Row]) -> list
 
 
 def _holder(role: str) -> Callable[[Any], bool]:
-    """Return what tells whether a value may be of `role`."""
+    """Return a predicate that is true for possible values of `role`."""
     if role in ("messages", "conversations", "spans"):
         return lambda value: isinstance(value, list) and (not value or isinstance(value[0], dict))
     if role in ("tokens", "tags", "tools"):
@@ -112,12 +111,12 @@ def _holder(role: str) -> Callable[[Any], bool]:
 
 
 def write_flags(pairs: Mapping[str, str]) -> str:
-    """Return `--map` flags as a shell takes them."""
+    """Return `--map` flags for the shell, quoted where necessary."""
     return " ".join(f"--map {shlex.quote(f'{role}={column}')}" for role, column in pairs.items())
 
 
 def chosen_roles(names: Mapping[str, str], value: object) -> dict[str, str]:
-    """Return what the columns of a preference set are, by a value of the chosen answers."""
+    """Return the column of each role for training on the chosen answers of a preference dataset."""
     if isinstance(value, list):
         users = any(isinstance(t, dict) and t.get("role") == "user" for t in value)
         if users or "prompt" not in names:

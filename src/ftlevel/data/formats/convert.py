@@ -1,4 +1,4 @@
-"""From the rows of a table to examples, and the rows that cannot be one, named by `path:line`."""
+"""Convert the rows of a table to examples, and report the rows that cannot be converted."""
 
 from __future__ import annotations
 
@@ -15,12 +15,7 @@ from ftlevel.errors import InputError, listing, quote
 
 
 class LazyExamples(Sequence[Example]):
-    """The examples of a large table, each made when it is asked for.
-
-    Args:
-        table: rows that were found to be good.
-        format_: of its columns.
-    """
+    """Examples of a large table, built on access; all rows of `table` must be convertible."""
 
     def __init__(self, table: Table, format_: Format) -> None:
         self._table = table
@@ -35,7 +30,7 @@ class LazyExamples(Sequence[Example]):
     @overload
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """Make an example, or several as a list."""
+        """Return one example, or a list for a slice."""
         if isinstance(index, slice):
             chosen = range(*index.indices(len(self)))
             rows = self._table.rows[index]
@@ -44,7 +39,7 @@ class LazyExamples(Sequence[Example]):
         return self._make(self._table.rows[at], at)
 
     def __iter__(self) -> Iterator[Example]:
-        """Make one example after another."""
+        """Yield the examples in order."""
         return map(self._make, self._table.rows, range(len(self)))
 
     def _make(self, row: Row, index: int) -> Example:
@@ -53,11 +48,7 @@ class LazyExamples(Sequence[Example]):
 
 
 def to_examples(table: Table, format_: Format) -> Sequence[Example]:
-    """Convert every row of `table`.
-
-    Raises:
-        InputError: naming the rows that can't be used, or a column that the table lacks.
-    """
+    """Return the examples of `table`; raise `InputError` for a bad row or a missing column."""
     examples, bad = convert_rows(table, format_)
     if bad:
         raise InputError(describe_bad(table, bad))
@@ -65,11 +56,7 @@ def to_examples(table: Table, format_: Format) -> Sequence[Example]:
 
 
 def convert_rows(table: Table, format_: Format) -> tuple[Sequence[Example], list[BadRow]]:
-    """Return the examples of `table`, and the rows that can't be one.
-
-    Raises:
-        InputError: the table lacks a column.
-    """
+    """Return the examples of `table`, and the bad rows; raise `InputError` for a missing column."""
     lacking = [
         quote(column) for column in format_.columns.values() if not is_there(column, table.columns)
     ]

@@ -1,7 +1,7 @@
-"""Which column of a table means what for a task.
+"""Find the format of a table: which column has which role in a task.
 
-A table has columns; a task wants roles ("document", "summary"). A format gives each role a column:
-by the names that published data sets use, or by the user's `--map`. `examples` converts the rows.
+A task declares shapes, sets of roles such as "document" and "summary". A format assigns a column to
+each role, by names common in published datasets or by `--map`. `examples` converts the rows.
 """
 
 from __future__ import annotations
@@ -24,21 +24,19 @@ from ftlevel.errors import InputError, did_you_mean, listing, nearest, quote
 
 Names: TypeAlias = Mapping[str, tuple[str, ...]]
 Build: TypeAlias = Callable[[Any], Any]
-"""The `Roles` of a row → the example that it is; raises `Unusable` where it cannot be one."""
+"""Function from the `Roles` of a row to its example; raises `Unusable` for a bad row."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """What the columns of a table are used for.
+    """Assignment of a table's columns to the roles of a task.
 
     Attributes:
-        task: the task the format was found for.
-        name: of the shape, such as "prompt + completion".
-        build: makes the example that a row becomes.
-        columns: the column of each role; "answers.text" reaches into an object.
-        unused: the columns that no role takes.
-        inner: what the data calls the parts of a turn, and who speaks.
-        options: what the task read off the columns beside, such as a problem type.
+        build: function that converts a row to an example.
+        columns: column by role; "answers.text" is a nested key.
+        unused: columns without a role.
+        options: task-specific findings, such as the problem type.
+        inner: names by role within a turn: role and content keys, user and assistant.
     """
 
     task: str
@@ -51,7 +49,7 @@ class Format:
 
     @property
     def description(self) -> str:
-        """Which column is used for what, in one line."""
+        """The column of each role, in one line."""
         used = ", ".join(
             quote(column) if role == column else f"{role} from {quote(column)}"
             for role, column in self.columns.items()
@@ -62,7 +60,7 @@ class Format:
 
 
 def why(columns: Mapping[str, str], mapping: Mapping[str, str], name: str | None) -> str:
-    """Return why `columns` are used so: the user's word, or their names where these differ."""
+    """Return why `columns` are used: the flags that chose them, or their names if these differ."""
     if mapping or name:
         flags = (("--map", mapping), ("--format", name))
         return "by " + " and ".join(flag for flag, given in flags if given)
@@ -71,12 +69,10 @@ def why(columns: Mapping[str, str], mapping: Mapping[str, str], name: str | None
 
 @dataclass(frozen=True)
 class Wish:
-    """What the user says of the columns.
+    """The user's choice of columns.
 
-    Attributes:
-        mapping: column by role, as given with `--map`; it goes before every known name.
-        name: the only format to try, as given with `--format`.
-        aim: what the columns are to say, for the error.
+    `mapping` is the column by role (`--map`), `name` the format (`--format`), and `aim` the verb
+    for error messages.
     """
 
     mapping: Mapping[str, str] = field(default_factory=dict)
@@ -86,15 +82,11 @@ class Wish:
 
 @dataclass(frozen=True)
 class Shape:
-    """A set of roles, each with the column names that it is known by, the best first.
+    """A set of roles, each with its usual column names, the most common first.
 
     Attributes:
-        name: such as "prompt + completion".
-        build: as of `Format`.
-        required: roles without which it is another shape.
-        optional: roles that are taken where they are there.
-        guessable: whether it is suggested also for columns whose names say nothing.
-        inner: what `--map` can name inside of a column, and so is no column.
+        guessable: whether errors suggest it even if no column name matches.
+        inner: roles of `--map` that name keys within a column rather than columns.
     """
 
     name: str
@@ -111,7 +103,7 @@ class Shape:
 
     @property
     def roles(self) -> Names:
-        """Every role."""
+        """All roles, required ones first."""
         return {**self.required, **self.optional}
 
 
@@ -122,7 +114,7 @@ _OTHER_NAMES = {
     "squad": "context-question-answers",
     "plain": "text",
 }
-"""Names that people have for formats → ours."""
+"""Aliases of formats."""
 
 
 _OTHER_ROLES = {
@@ -137,11 +129,11 @@ _OTHER_ROLES = {
     "completion": ("output",),
     "prompt": ("instruction",),
 }
-"""What people call a role → the roles of tasks that may be meant, for those that have no such."""
+"""Aliases of roles, used only if the task has no role of that name."""
 
 
 class NoFormatError(InputError):
-    """No shape of a task fits the columns, of which another task may know what to make."""
+    """No shape of a task fits the columns; another task may fit."""
 
 
 def detect_format(
@@ -151,19 +143,13 @@ def detect_format(
     wish: Wish | None = None,
     rows: Sequence[Row] = (),
 ) -> Format:
-    """Find the column of each role that `task` wants.
+    """Return the format of `columns` for a task: the first of `shapes` that fits.
 
-    Args:
-        columns: the names that the table has.
-        task: its name.
-        shapes: what it can make of columns; of those that fit, the first is taken.
-        wish: what the user says.
-        rows: some of the table, by which an error proposes what may be meant.
+    `wish` restricts the shapes. `rows` are a sample of the table, used to suggest flags in errors.
 
     Raises:
-        NoFormatError: nobody said what the columns are, and no shape fits.
-        InputError: the shape that was asked for does not fit, or the mapping names what is not
-            there.
+        NoFormatError: no shape fits, and the user chose none.
+        InputError: the user's choice does not fit, or names a missing column.
     """
     wish = wish or Wish()
     known = shapes
@@ -188,7 +174,7 @@ def detect_format(
 
 
 def _role(name: str, shapes: Sequence[Shape]) -> str:
-    """Return the role of `shapes` that is called `name`, or that is meant by it."""
+    """Return the role of `shapes` with the name or alias `name`."""
     roles = {role for shape in shapes for role in shape.roles}
     if name in roles:
         return name
@@ -196,7 +182,7 @@ def _role(name: str, shapes: Sequence[Shape]) -> str:
 
 
 def fits(columns: Sequence[str], shapes: Sequence[Shape]) -> bool:
-    """Whether `columns` have every role of one of `shapes`."""
+    """Return whether `columns` have all required roles of one of `shapes`."""
     return any((_match(shape, columns, {}) or {}).keys() >= set(shape.required) for shape in shapes)
 
 
@@ -217,11 +203,7 @@ def _pick_shapes(shapes: Sequence[Shape], name: str, task: str) -> tuple[Shape, 
 def _resolve_mapping(
     columns: Sequence[str], task: str, shapes: Sequence[Shape], mapping: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return `mapping` with the columns that are meant.
-
-    Raises:
-        InputError: a role is none of the task's, or a column is not there.
-    """
+    """Return `mapping` with resolved columns; raise for an unknown role or a missing column."""
     roles = list(dict.fromkeys(role for shape in shapes for role in shape.roles))
     problems = []
     found = {}
@@ -255,7 +237,7 @@ def _resolve_mapping(
 def _match(
     shape: Shape, columns: Sequence[str], mapping: Mapping[str, str]
 ) -> dict[str, str] | None:
-    """Return the columns found for the roles of `shape`; None if it lacks a mapped role."""
+    """Return the column of each role found; None if `shape` lacks a role in `mapping`."""
     if not mapping.keys() <= shape.roles.keys():
         return None
     folded = {column.lower(): column for column in reversed(columns)}
@@ -278,16 +260,7 @@ def _match(
 
 @dataclass(frozen=True)
 class _Advice:
-    """What is said of columns that fit no shape: what is there, what is wanted, and what is near.
-
-    Attributes:
-        columns: the names that the table has.
-        task: its name.
-        shapes: what it can make of columns.
-        mapping: column by role, as far as the user said it.
-        rows: some of the table.
-        named: whether the user named one of the shapes.
-    """
+    """Error message for columns that fit no shape; `named` is true if the user chose the format."""
 
     columns: Sequence[str]
     task: str
@@ -298,7 +271,7 @@ class _Advice:
     named: bool
 
     def describe(self, aim: str) -> str:
-        """Return the message, with the flags that would make the nearest shape fit."""
+        """Return the message, with the `--map` flags for the closest shape."""
         there = f"Columns: {listing(map(quote, self.columns))}."
         wants = listing(dict.fromkeys(shape.name for shape in self.shapes))
         offers = [offer for shape in self.shapes if (offer := self._offer(shape)) is not None]
@@ -315,9 +288,9 @@ class _Advice:
         )
 
     def _offer(self, shape: Shape) -> tuple[tuple[int, int, int], str] | None:
-        """Return how far `shape` is from the columns, and the flags that would make it fit.
+        """Return a sort key (lower is closer) and the flags that would make `shape` fit.
 
-        None for one that nothing speaks for, unless the user named it.
+        None if no column matches, unless the user chose the shape or it is guessable.
         """
         found = _match(shape, self.columns, self.mapping)
         if found is None:
@@ -349,10 +322,10 @@ class _Advice:
         return (lacking, -evidence, len(missing) if evidence else 0), flags
 
     def _is_turns(self, shape: Shape) -> bool:
-        """Tell whether a column holds what the shape's only role wants, lists of objects."""
+        """Return whether a column holds lists of objects, as conversation shapes need."""
         roles = list(shape.required)
         return bool(self.rows and shape.inner and rank_columns(self.columns, roles[0], self.rows))
 
 
 _FIRST = ("label",)
-"""Roles whose column is looked for first: the one with the fewest values is no text."""
+"""Roles assigned first: the label is the column with the fewest values."""

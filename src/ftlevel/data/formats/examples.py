@@ -1,13 +1,6 @@
-"""From rows to examples: the few canonical forms that every later room works on.
+"""Example types, and the builders that convert a row to each of them.
 
-Text is taken as it stands; nothing is trimmed or joined but an instruction and its input. What
-can't be learned from (no answer, no text, an unknown role) is collected and named by `path:line`.
-
-What an example says, as the gate reads it: what is asked and what is answered.
-
-The values of a row by what they are for: what every builder of examples reads.
-
-Rows that wait for an answer: what is asked of a trained model.
+Text is never trimmed. A row without a usable text, answer or role raises `Unusable`.
 """
 
 from __future__ import annotations
@@ -35,16 +28,15 @@ from ftlevel.errors import InputError, listing
 
 @dataclass(frozen=True)
 class Parts:
-    """What an example says, as the gate reads it.
+    """The texts of an example for the checks of `gate`.
 
     Attributes:
-        asked: what the model is given: a prompt, the user's turns, a text that has a class.
-        answered: what it learns: an answer, the assistant's turns, a class; of a plain text all.
-        before: all that stands before the last answer; empty where nothing does.
-        last: that answer.
-        written: whether `answered` is written by the model after what it is given.
-        roles: of the turns of a conversation.
-        one_class: whether `last` is a class of the whole.
+        asked: input: prompt, user turns, or the text to classify.
+        answered: target: answer, assistant turns, plain text; "" for a label.
+        before: everything before the last answer; "" if there is nothing.
+        last: the last answer, or the label.
+        written: whether the model generates `answered` after the input.
+        one_class: whether `last` is a class of the whole text.
     """
 
     asked: str
@@ -57,22 +49,17 @@ class Parts:
 
 
 def parts_of(example: Any) -> Parts:
-    """Return the parts of an example; one that does not tell them is a text as a whole."""
+    """Return the parts of an example; by default, all of its text is the target."""
     parts = getattr(example, "parts", None)
     return parts if isinstance(parts, Parts) else Parts("", example.key_text, "", "")
 
 
 _TURNS = ("prompt", "completion", "chosen", "rejected")
-"""Roles whose value is a text or turns."""
+"""Roles whose value is a string or a list of turns."""
 
 
 class Roles:
-    """The values of one row, by role.
-
-    Args:
-        format_: which column each role has.
-        table: where the rows are.
-    """
+    """The values of the current row by role; `turn_to` sets the row."""
 
     def __init__(self, format_: Format, table: Table) -> None:
         self.columns = format_.columns
@@ -82,17 +69,17 @@ class Roles:
         self.index = 0
 
     def turn_to(self, row: Row, index: int) -> None:
-        """Go on with `row`, the one at `index` of the table."""
+        """Set the current row, which has position `index` in the table."""
         self.row, self.index = row, index
 
     def __contains__(self, role: str) -> bool:
         return role in self.columns
 
     def get(self, role: str) -> Any:
-        """Return the value of `role`; None where the format has no column for it.
+        """Return the value of `role`; None if the format has no column for it.
 
-        JSON text is parsed where a list or an object is expected, and in a CSV cell also where
-        turns may stand instead of a text.
+        JSON text is parsed for roles of lists or objects and, in CSV cells, for roles that may hold
+        turns.
         """
         column = self.columns.get(role)
         if column is None:
@@ -111,7 +98,7 @@ class Roles:
         return parse_turn_list(value) if is_cell else value
 
     def _find(self, column: str) -> Any:
-        """Return the value of a column, of several that are joined, or of a key inside of one."""
+        """Return the value of a column, of several joined columns, or of a nested key."""
         if column in self.row:
             return self.row[column]
         if "+" in column:
@@ -119,7 +106,7 @@ class Roles:
         return self._reach(column)
 
     def _joined(self, column: str) -> str:
-        """Return the text of a column that is joined with others; it may be empty or null."""
+        """Return the text of one of several joined columns; "" if it is null or blank."""
         value = self.row[column] if column in self.row else self._reach(column)
         if value is None or (isinstance(value, str) and not value.strip()):
             return ""
@@ -128,7 +115,7 @@ class Roles:
         return value
 
     def _reach(self, column: str) -> Any:
-        """Return the value inside of objects that `column` leads to, key by key."""
+        """Return the value of a nested key such as `answers.text`."""
         value: Any = self.row
         for part in column.split("."):
             if value is self.row and part not in value:
@@ -139,11 +126,11 @@ class Roles:
         return value
 
     def text(self, role: str) -> str:
-        """Return the text of `role`, which must not be empty."""
+        """Return the text of `role`; raise `Unusable` if it is empty."""
         return check_text(self.get(role), repr(self.columns[role]))
 
     def text_or_empty(self, role: str) -> str:
-        """Return the text of `role`, or an empty string for null, or for no such column."""
+        """Return the text of `role`; "" if it is null or blank, or has no column."""
         value = self.get(role)
         if value is None or (isinstance(value, str) and not value.strip()):
             return ""
@@ -152,10 +139,7 @@ class Roles:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns with at least one of the assistant, and the tools that it may call.
-
-    `row` is the index into the table.
-    """
+    """Turns of a conversation and the tools that the assistant can call; `row` is a table index."""
 
     messages: tuple[Message, ...]
     row: int
@@ -163,12 +147,12 @@ class Conversation:
 
     @property
     def key_text(self) -> str:
-        """The text by which the gate tells examples apart."""
+        """Text that identifies the example in duplicate checks."""
         return "\0".join(f"{m.role}\0{m.content}" for m in self.messages)
 
     @property
     def parts(self) -> Parts:
-        """What the user and the assistant say."""
+        """The user's and the assistant's texts."""
         turns = self.messages
         asked = [m.content for m in turns if m.content and m.role in ("user", "tool")]
         answered = [m.content for m in turns if m.content and m.role == "assistant"]
@@ -187,20 +171,20 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PlainText:
-    """A text to continue; `row` is the index into the table."""
+    """A text to continue; `row` is the table index."""
 
     text: str
     row: int
 
     @property
     def key_text(self) -> str:
-        """The text by which the gate tells examples apart."""
+        """Text that identifies the example in duplicate checks."""
         return self.text
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A text and what to make of it; `row` is the index into the table."""
+    """A source text and its target; `row` is the table index."""
 
     source: str
     target: str
@@ -208,7 +192,7 @@ class Pair:
 
     @property
     def key_text(self) -> str:
-        """The text by which the gate tells examples apart."""
+        """Text that identifies the example in duplicate checks."""
         return f"{self.source}\0{self.target}"
 
     @property
@@ -219,7 +203,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Labelled:
-    """A text, or two, with its class, its classes or a quantity; `row` is the index."""
+    """One or two texts with a class, several classes or a quantity; `row` is the table index."""
 
     text: str
     text_pair: str | None
@@ -228,7 +212,7 @@ class Labelled:
 
     @property
     def key_text(self) -> str:
-        """The text by which the gate tells examples apart."""
+        """Text that identifies the example in duplicate checks."""
         return f"{self.text}\0{self.text_pair}\0{self.label}"
 
     @property
@@ -239,7 +223,7 @@ class Labelled:
 
     @property
     def classes(self) -> Sequence[str | int]:
-        """The classes, each once; a quantity is none."""
+        """The classes; raises `TypeError` for a quantity."""
         if isinstance(self.label, float):
             raise TypeError("a quantity is no class")
         return self.label if isinstance(self.label, tuple) else (self.label,)
@@ -247,7 +231,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Tagged:
-    """Words with one tag each; `row` is the index into the table."""
+    """Words with one tag each; `row` is the table index."""
 
     tokens: tuple[str, ...]
     tags: tuple[str | int, ...]
@@ -255,7 +239,7 @@ class Tagged:
 
     @property
     def key_text(self) -> str:
-        """The text by which the gate tells examples apart."""
+        """Text that identifies the example in duplicate checks."""
         return "\0".join((*self.tokens, *map(str, self.tags)))
 
     @property
@@ -266,15 +250,15 @@ class Tagged:
 
     @property
     def classes(self) -> Sequence[str | int]:
-        """The tags, each once."""
+        """The distinct tags."""
         return tuple(dict.fromkeys(self.tags))
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with the spans of `context` that answer it, each a text and its start.
+    """A question, its context, and the answers as (text, character offset in the context).
 
-    No span means that the context has no answer, as in SQuAD 2.0.
+    Without answers, the question is unanswerable, as in SQuAD 2.0.
     """
 
     context: str
@@ -284,44 +268,44 @@ class Question:
 
     @property
     def key_text(self) -> str:
-        """The text by which the gate tells examples apart."""
+        """Text that identifies the example in duplicate checks."""
         return f"{self.question}\0{self.context}\0{self.answers}"
 
     @property
     def parts(self) -> Parts:
-        """What is asked about which context, and the answers."""
+        """The question with its context, and the answers."""
         text = f"{self.question}\n{self.context}"
         return Parts(text, "", text, str(self.answers))
 
 
 class Example(Protocol):
-    """What every example has; a task may bring one of its own."""
+    """Protocol of all examples; tasks may define their own."""
 
     @property
     def row(self) -> int:
-        """Its index in the table."""
+        """Index in the table."""
 
     @property
     def key_text(self) -> str:
-        """The text by which the gate tells examples apart."""
+        """Text that identifies the example in duplicate checks."""
 
 
 class Classed(Example, Protocol):
-    """An example that has classes, to be numbered."""
+    """Protocol of examples with classes."""
 
     @property
     def classes(self) -> Sequence[str | int]:
-        """Those that it has, each once."""
+        """The distinct classes of the example."""
 
 
 def build_conversation(roles: Roles) -> Conversation:
-    """Return the turns of a row, and the tools they may call."""
+    """Return the conversation of a row."""
     tools = parse_tools(roles.get("tools"), roles.columns["tools"]) if "tools" in roles else ()
     return Conversation(tuple(_turns(roles)), roles.index, tools)
 
 
 def _turns(roles: Roles) -> list[Message]:
-    """Return the turns of a row in any of the dialogue shapes."""
+    """Return the turns of a row in any conversation format."""
     for role in ("messages", "conversations"):
         if role in roles:
             turns = parse_turns(roles.get(role), roles.columns[role], names=roles.inner)
@@ -334,7 +318,7 @@ def _turns(roles: Roles) -> list[Message]:
 
 
 def _parse_prompt(roles: Roles) -> list[Message]:
-    """Return the two turns of a prompt, or an instruction with its input, and the answer."""
+    """Return the turns of a prompt, or of an instruction with its input, and of the answer."""
     if "instruction" in roles:
         ask = roles.text("instruction")
         if more := roles.text_or_empty("input"):
@@ -351,7 +335,7 @@ def _parse_prompt(roles: Roles) -> list[Message]:
 
 
 def build_pair(roles: Roles) -> Pair:
-    """Return a source and a target, also from a conversation of one question and one answer."""
+    """Return a source and a target; a conversation must have one question and one answer."""
     for source, target in (("document", "summary"), ("source", "target")):
         if source in roles:
             return Pair(roles.text(source), roles.text(target), roles.index)
@@ -366,7 +350,7 @@ def build_pair(roles: Roles) -> Pair:
 
 
 def build_plain(roles: Roles) -> PlainText:
-    """Return a text."""
+    """Return the text of a row."""
     return PlainText(roles.text("text"), roles.index)
 
 
@@ -376,7 +360,7 @@ def build_labelled(roles: Roles) -> Labelled:
 
 
 def build_multi_labelled(roles: Roles) -> Labelled:
-    """Return a text with the classes that are true of it."""
+    """Return a text with its classes."""
     return _labelled(roles, _classes(roles))
 
 
@@ -409,7 +393,7 @@ def _class(roles: Roles) -> str | int:
 
 def _classes(roles: Roles) -> tuple[str | int, ...]:
     labels, column = roles.get("label"), repr(roles.columns["label"])
-    if isinstance(labels, str) and labels.lstrip().startswith("["):  # a cell of CSV
+    if isinstance(labels, str) and labels.lstrip().startswith("["):  # a CSV cell
         labels = parse_json(labels, column)
     if type(labels) is not list:
         raise Unusable(f"{column} is {kind_of(labels)}, not a list of labels")
@@ -436,7 +420,7 @@ def _quantity(roles: Roles) -> float:
 
 
 def _name(label: object, what: str) -> str | int:
-    """Return the name or number of a class."""
+    """Return the name or number of a class; booleans become "true" and "false"."""
     if type(label) is bool:
         return "true" if label else "false"
     if type(label) is int:
@@ -445,7 +429,7 @@ def _name(label: object, what: str) -> str | int:
 
 
 def _refuse_labels(roles: Roles, reason: str) -> NoReturn:
-    """Refuse the whole table: to leave such rows out would leave none."""
+    """Raise `InputError` for the whole table, as all of its rows have the same problem."""
     raise InputError(f"{roles.table.where(roles.index)}: {reason}.")
 
 
@@ -482,11 +466,11 @@ def build_question(roles: Roles) -> Question:
 
 
 PLAIN_TEXT = Shape("text", build_plain, {"text": ("text", "content")})
-"""A text that is learned as a whole."""
+"""Shape of a text whose tokens are all targets."""
 
 
 def build_asked_turns(roles: Roles) -> Conversation:
-    """Return the turns that wait for an answer; an answer that is there already is left out."""
+    """Return the conversation to answer, without assistant turns at its end."""
     for role in ("messages", "conversations"):
         if role in roles:
             turns = parse_turns(
@@ -514,7 +498,7 @@ def _asked_text(roles: Roles) -> str:
 
 
 def build_source(roles: Roles) -> Pair:
-    """Return a source without a target, as `build_pair` would make it of an answered row."""
+    """Return a source with an empty target, for generation."""
     for role in ("document", "source"):
         if role in roles:
             return Pair(roles.text(role), "", roles.index)

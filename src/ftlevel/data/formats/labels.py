@@ -1,13 +1,7 @@
-"""The classes of a data set: their names, their numbers, and whether the splits agree on them.
+"""Labels of a dataset: problem type, set of classes, spelling variants, and tags from spans.
 
-Labels that are one class in several spellings: white space around them, case, or a typo.
-
-What the label of a text is: one class, several, or a quantity.
-
-Words of a text, and tags for them from spans of characters, as annotation tools write them.
-
-Words are split the same way wherever a text is tagged, in training as in `ftlevel predict`; it
-knows no tokenizer. A span becomes B- and I- tags of its words (IOB2).
+Spans of characters become B- and I- tags of words (IOB2). Words are split in the same way in
+training and prediction, independently of the tokenizer.
 """
 
 from __future__ import annotations
@@ -31,11 +25,7 @@ from ftlevel.errors import InputError, listing
 
 @dataclass(frozen=True)
 class LabelSet:
-    """Classes by number.
-
-    Attributes:
-        names: the name of class 0, 1, …; of labels that are numbers, their digits.
-    """
+    """Names of the classes by id; numeric labels are named by their digits."""
 
     names: tuple[str, ...]
 
@@ -43,11 +33,7 @@ class LabelSet:
         return len(self.names)
 
     def id_of(self, label: str | int) -> int:
-        """Return the number of a class.
-
-        Raises:
-            KeyError: there is no such class.
-        """
+        """Return the id of a class; raise `KeyError` if it does not exist."""
         if isinstance(label, str):
             try:
                 return self.names.index(label)
@@ -63,7 +49,7 @@ class LabelSet:
 
 @dataclass(frozen=True)
 class _Class:
-    """A class that a row has."""
+    """A class of a row."""
 
     label: str | int
     row: int
@@ -72,19 +58,14 @@ class _Class:
 def build_label_set(
     examples: Sequence[Classed], table: Table, column: str, known: Sequence[str] = ()
 ) -> LabelSet:
-    """Find the classes of the training rows, or the tags of their words.
+    """Return the classes of the training examples: `known`, declared by the source, or as found.
 
-    Names are sorted, as numbers where all are digits. Numbers must be 0, 1, … without a gap. Names
-    that the source declares for the column are taken as they are.
-
-    Args:
-        examples: the converted rows of `table`, all `Labelled`, or all `Tagged`.
-        table: where they came from, for messages.
-        column: the column of the label.
-        known: names of the classes, where they are decided on.
+    Found names are sorted, as numbers if all are digits. Integer labels must be 0, 1, … without a
+    gap. `known` are classes from the configuration or an adapter. `table` and `column` are used in
+    messages.
 
     Raises:
-        InputError: fewer than two classes, numbers with gaps, or fractions.
+        InputError: fewer than two classes, gaps between numbers, fractions, or unknown labels.
     """
     rows = _classes_of(examples)
     counts = Counter(row.label for row in rows)
@@ -117,11 +98,7 @@ def build_label_set(
 
 
 def _check_declared(declared: Sequence[str] | None, names: Sequence[str], table: Table) -> None:
-    """Refuse a source whose own names of the classes are others, or in another order.
-
-    Raises:
-        InputError: they are.
-    """
+    """Raise `InputError` if the source declares other class names, or another order."""
     if declared and list(declared) != list(names):
         raise InputError(
             f"{table.where(0)}: the data declares the classes {listing(declared, 20)}, and "
@@ -131,20 +108,16 @@ def _check_declared(declared: Sequence[str] | None, names: Sequence[str], table:
 
 
 def check_labels(labels: LabelSet, examples: Sequence[Classed], table: Table) -> None:
-    """Raise `InputError` if a row of another split has a class that training never sees."""
+    """Raise `InputError` if an example has a class that the training rows lack."""
     _check_known(labels, _classes_of(examples), table, "is no class of the training rows")
 
 
 def find_unlabelled(
     labels: LabelSet | None, examples: Sequence[Any], table: Table, column: str
 ) -> list[BadRow]:
-    """Return the rows whose label is no class: negative, undeclared, or not one of `labels`.
+    """Return the rows whose label is negative, undeclared or missing from `labels`.
 
-    Args:
-        labels: the classes of the training rows; None if `examples` are these.
-        examples: the converted rows of `table`.
-        table: where they came from.
-        column: the column of the label.
+    `labels` are the classes of the training rows; None if `examples` are the training rows.
     """
     known: LabelSet | None = labels
     if known is None and (declared := table.label_names.get(column)):
@@ -160,7 +133,7 @@ def find_unlabelled(
 
 
 def _classes_of(examples: Sequence[Classed]) -> list[_Class]:
-    """Return each class that each row has, once a row."""
+    """Return all (class, row) pairs."""
     return [_Class(label, example.row) for example in examples for label in example.classes]
 
 
@@ -217,7 +190,7 @@ def _check_numbers(
 
 
 def _is_fraction(name: str) -> bool:
-    """Tell whether a label that came as text, as from CSV, is a number that is not whole."""
+    """Return whether a label that is text, as in CSV, is a number with a decimal point."""
     try:
         return not name.strip().isdecimal() and "." in name and float(name) is not None
     except ValueError:
@@ -229,18 +202,12 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
     "label_case": lambda label: label.strip().casefold(),
     "label_typo": str,
 }
-"""Field of `config.gate` → what is the same of labels that differ by no more; of a typo nothing."""
+"""Normalization of labels by field of `config.gate`; labels with equal results are variants."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A label that is another one in another spelling.
-
-    Attributes:
-        label: as it stands there.
-        name: as the class is called.
-        rows: indices of the examples with it.
-    """
+    """A spelling `label` of the class `name`, and the indices of its rows."""
 
     label: str
     name: str
@@ -250,12 +217,9 @@ class Variant:
 def find_variants(
     examples: Sequence[Classed], check: str, names: Iterable[str] = ()
 ) -> list[Variant]:
-    """Return the labels that differ from another one by no more than `check` says.
+    """Return labels that are variants of another label under `check`, a key of `SPELLINGS`.
 
-    Args:
-        examples: with classes.
-        check: a key of `SPELLINGS`.
-        names: of the classes that are known; where there are none, the usual spelling is the name.
+    `names` are the known classes. Without any, the most frequent spelling is the name.
     """
     if check == "label_typo":
         return find_typos(examples, names)
@@ -269,25 +233,22 @@ def find_variants(
     for key, labels in groups.items():
         name = known.get(key) or max(sorted(labels), key=lambda label: len(rows[label]))
         found += [Variant(x, name, tuple(rows[x])) for x in labels if x != name and x not in names]
-    if check == "label_case":  # white space alone is the other check's
+    if check == "label_case":  # label_space covers white space
         found = [v for v in found if v.label.strip() != v.name.strip()]
     return found
 
 
-_RARE = 5  # a misspelled label has at most a fifth of the rows of the right one
-_LETTERS = 5  # in a word of fewer, one letter makes another word
+_RARE = 5  # the correct label has at least this many times the rows of the typo
+_LETTERS = 5  # minimum word length; in shorter words, one letter makes another word
 
 
 def find_typos(examples: Sequence[Classed], names: Iterable[str] = ()) -> list[Variant]:
-    """Return the rare labels that differ from a frequent one by one letter of a long word.
+    """Return rare labels that differ by one letter of a long word from a frequent label.
 
-    The letter may be missing, added, another or exchanged with its neighbor; the first one of a
-    word is the same. Labels that differ only by what stands between their words count too, numbers
-    never: `postive` is `positive`, but `label1` is not `label2` and `B-PERSON` not `I-PERSON`.
-
-    Args:
-        examples: with classes.
-        names: of the classes that are known, of which none is misspelled.
+    The letter is missing, added, replaced or swapped with its neighbor, but not the first of a
+    word. Different characters between words also count; digits do not. `postive` is a typo of
+    `positive`, but `label1` is not of `label2`, nor `B-PERSON` of `I-PERSON`. Known classes
+    (`names`) are never typos.
     """
     rows = _rows_of_labels(examples)
     near: dict[str, list[str]] = {}
@@ -309,7 +270,7 @@ def find_typos(examples: Sequence[Classed], names: Iterable[str] = ()) -> list[V
 
 
 def _rows_of_labels(examples: Sequence[Classed]) -> dict[str, list[int]]:
-    """Return the indices of the examples of each label that is a text."""
+    """Return the row indices of each string label."""
     rows: dict[str, list[int]] = {}
     for example in examples:
         for label in example.classes:
@@ -319,7 +280,7 @@ def _rows_of_labels(examples: Sequence[Classed]) -> dict[str, list[int]]:
 
 
 def _is_typo(one: str, other: str) -> bool:
-    """Tell whether two texts differ by one slip inside a long word, or between their words."""
+    """Return whether two texts differ by one typo within a long word, or between their words."""
     begin = _count_common(one, other)
     rest = _count_common(one[begin:][::-1], other[begin:][::-1])
     cut, other_cut = one[begin : len(one) - rest], other[begin : len(other) - rest]
@@ -328,26 +289,23 @@ def _is_typo(one: str, other: str) -> bool:
         return False
     before = len(re.findall(r"[^\W\d_]*$", one[:begin])[0])
     after = len(re.findall(r"^[^\W\d_]*", one[len(one) - rest :])[0])
-    is_series = len(cut) == len(other_cut) == 1 and not after  # as type_a and type_b, typea, typeb
+    is_series = len(cut) == len(other_cut) == 1 and not after  # such as type_a, type_b
     is_number = any(map(str.isdecimal, cut + other_cut))
     letters = before + min(len(cut), len(other_cut)) + after
     return before > 0 and letters >= _LETTERS and not (is_series or is_number)
 
 
 def _count_common(one: str, other: str) -> int:
-    """Return how many characters two texts have in common at their beginning."""
+    """Return the length of the common prefix."""
     shorter = min(len(one), len(other))
     return next((i for i in range(shorter) if one[i] != other[i]), shorter)
 
 
 @dataclass(frozen=True)
 class FoldLabels:
-    """Builds an example and gives its labels the names of their classes.
+    """Builder that replaces spelling variants of labels by the names of their classes.
 
-    Attributes:
-        build: makes the example of a row.
-        same: what is the same of the spellings of a class.
-        names: by that, the name of the class.
+    `same` normalizes a label, and `names` maps the result to the class name.
     """
 
     build: Build
@@ -355,7 +313,7 @@ class FoldLabels:
     names: Mapping[str, str]
 
     def __call__(self, roles: Any) -> Any:
-        """Return the example."""
+        """Return the example of a row, with replaced labels."""
         example = self.build(roles)
         if isinstance(example, Labelled) and isinstance(example.label, str):
             return replace(example, label=self._name(example.label))
@@ -377,11 +335,10 @@ ProblemType: TypeAlias = Literal[
 def choose_problem_type(
     table: Table, column: str, wish: ProblemType | Literal["auto"] = "auto"
 ) -> tuple[ProblemType, str]:
-    """Return the problem type of a label column, and why.
+    """Return the problem type of a label column, and the reason.
 
-    Lists, and JSON lists in the text of all rows, are several labels a row. Numbers with a fraction
-    are quantities. Everything else is a class: whole numbers may be grades as well, which nobody
-    but the user can know.
+    Lists, also as JSON text in all rows, are multi-label; numbers with a fraction are regression.
+    All others are single-label, including integers, which may be meant as quantities.
     """
     if wish != "auto":
         return wish, ""
@@ -412,7 +369,7 @@ def _is_json_list(value: Any) -> bool:
 
 
 def _has_quantities(values: Sequence[Any]) -> bool:
-    """Tell whether all values are numbers, as text too, and one is not whole."""
+    """Return whether all values are numbers or numeric text, and one has a fraction."""
     try:
         numbers = [float(value) for value in values if value is not None]
     except (TypeError, ValueError):
@@ -422,11 +379,11 @@ def _has_quantities(values: Sequence[Any]) -> bool:
 
 _WORDS = re.compile(r"\w+|[^\w\s]")
 Span = tuple[int, int, str]
-"""First character, the one behind the last, label."""
+"""Start, end (exclusive) and label; offsets count characters."""
 
 
 def split_words(text: str) -> list[tuple[int, int]]:
-    """Return where each word begins and ends: letters and digits together, other marks alone."""
+    """Return (start, end) of each word: a run of letters and digits, or one punctuation mark."""
     return [match.span() for match in _WORDS.finditer(text)]
 
 
@@ -448,7 +405,7 @@ def build_spans(roles: Roles) -> Tagged:
 
 
 def _read_span(item: object, what: str) -> Span:
-    """Return a span: `{"start", "end", "label"}`, or a list of the three."""
+    """Return a span from `{"start", "end", "label"}` or a list of the three."""
     parts: Sequence[Any]
     if isinstance(item, dict):
         if not {"start", "end", "label"} <= item.keys():
@@ -467,7 +424,7 @@ def _read_span(item: object, what: str) -> Span:
 
 
 def _tag(tags: list[str], words: Sequence[tuple[int, int]], text: str, span: Span) -> None:
-    """Write the tags of a span, which may have white space around it but cuts no word."""
+    """Write the tags of a span into `tags`; raise `Unusable` if it cuts a word or covers none."""
     begin, end, label = span
     if end > len(text):
         raise Unusable(f"{label!r} goes to {end}, and the text has {len(text)} characters")

@@ -1,4 +1,4 @@
-"""Languages of translation data: read from column names, or given, and named in English."""
+"""Languages of translation data, from column names or flags, with their English names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ftlevel.data.sources.table import Row
 from ftlevel.errors import InputError, listing
 
-# ISO 639-1; the languages that published parallel corpora are mostly in.
+# ISO 639-1 codes of the languages common in published parallel corpora.
 _NAMES = {
     "af": "Afrikaans", "am": "Amharic", "ar": "Arabic", "az": "Azerbaijani", "be": "Belarusian",
     "bg": "Bulgarian", "bn": "Bengali", "bs": "Bosnian", "ca": "Catalan", "cs": "Czech",
@@ -32,20 +32,14 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Language:
-    """A language; `code` is that of ISO 639-1, or empty for one given by another name."""
+    """A language with its ISO 639-1 code, or "" if the name is unknown."""
 
     name: str
     code: str
 
 
 def find_language(role: str, columns: Mapping[str, str], given: str | None) -> Language | None:
-    """Return the language of a role's column, or None if nothing tells it.
-
-    Args:
-        role: source or target.
-        columns: the column of each role, such as `de` or `translation.de`.
-        given: what the user says, a code or a name; it goes first.
-    """
+    """Return the language of a role, from `given` (code or name) or the name of its column."""
     if given is not None:
         return read_language(given)
     key = columns.get(role, "").rpartition(".")[2]
@@ -53,11 +47,9 @@ def find_language(role: str, columns: Mapping[str, str], given: str | None) -> L
 
 
 def language_columns(columns: Sequence[str], rows: Sequence[Row]) -> dict[str, str]:
-    """Return language → its column, for columns called by a language or inside of `translation`.
+    """Return the column of each language, by column names or by keys of `translation`.
 
-    Args:
-        columns: the names that the table has.
-        rows: some of them, by which `translation.en` is found, and an id is told from Indonesian.
+    `rows` are a sample, used to list the keys and to distinguish the column `id` from Indonesian.
     """
     inside = next((c for c in columns if c.lower() == "translation"), None)
     value = rows[0].get(inside) if inside is not None and rows else None
@@ -77,16 +69,10 @@ def language_columns(columns: Sequence[str], rows: Sequence[Row]) -> dict[str, s
 def choose_languages(
     found: Mapping[str, str], source: str | None, target: str | None, told: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return the columns of source and target, of those `found` by language.
+    """Return the columns of the roles source and target, selected from `found` by language.
 
-    Args:
-        found: language → column.
-        source: as the user names it.
-        target: as the user names it.
-        told: column by role, which goes first.
-
-    Raises:
-        InputError: nothing says which is which, or a language is not there.
+    `source` and `target` are languages given by the user. `told` maps roles to columns and takes
+    precedence. Raises `InputError` if the direction is ambiguous or a language is missing.
     """
     if not found or {"source", "target"} <= told.keys():
         return {}
@@ -113,7 +99,7 @@ def choose_languages(
             "another pair."
         )
     if open_roles and target is not None and source is None and len(found) == 1 and not chosen:
-        return {"source": rest[0]}  # a row to translate has no target
+        return {"source": rest[0]}  # rows to translate have no target
     return chosen
 
 
@@ -122,7 +108,7 @@ def _listed(found: Mapping[str, str]) -> str:
 
 
 def read_language(text: str) -> Language:
-    """Return the language of a code such as `de` or `pt_BR`, or of a name such as German."""
+    """Return the language of a code such as `de` or `pt_BR`, or of an English name."""
     return _by_code(text) or _by_name(text) or Language(text, "")
 
 

@@ -1,7 +1,7 @@
-"""The turns of a conversation, as OpenAI (role, content) or ShareGPT (from, value) write them.
+"""Parse conversations in the formats of OpenAI (role, content) and ShareGPT (from, value).
 
-Roles become system, user, assistant and tool. A call of a tool is a part of an assistant's turn,
-its arguments an object, as chat templates want them.
+Roles are normalized to system, user, assistant and tool. Tool calls become part of the assistant's
+turn, with arguments as an object, as chat templates expect.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ftlevel.data.sources.uniform import kind_of
 from ftlevel.errors import did_you_mean, listing
 
 MOST_CHARACTERS = 1 << 23
-"""Longest text of a row: a tokenizer takes some 150 bytes a character, all at once."""
+"""Maximum length of a text; tokenizers need about 150 bytes of memory per character."""
 
 _ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
 _TEXT_KEYS = ("content", "value", "text", "message", "utterance")
@@ -39,12 +39,9 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class Message:
-    """One turn.
+    """One turn; `content` is empty only for a tool call without text.
 
-    Attributes:
-        role: system, user, assistant or tool.
-        content: its text; empty only where the assistant calls a tool without a word.
-        extra: what else a template reads: `tool_calls`, `tool_call_id`, `name`.
+    `extra` holds the other keys that templates read: `tool_calls`, `tool_call_id`, `name`.
     """
 
     role: str
@@ -52,16 +49,14 @@ class Message:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the turn as chat templates read it."""
+        """Return the turn as chat templates expect it."""
         return {"role": self.role, "content": self.content, **self.extra}
 
 
 class Unusable(Exception):
-    """A row can't become an example; the message is the reason.
+    """A row cannot become an example; the message is the reason.
 
-    Attributes:
-        finding: the field of `config.gate` that decides what follows; "" if the row is broken in
-            another way.
+    `finding` is the field of `config.gate` that decides how to proceed, or "" for other defects.
     """
 
     def __init__(self, reason: str, finding: str = "") -> None:
@@ -70,11 +65,7 @@ class Unusable(Exception):
 
 
 def check_text(value: object, what: str) -> str:
-    """Return `value` if it is a text with something in it.
-
-    Raises:
-        Unusable: it is not.
-    """
+    """Return `value`; raise `Unusable` if it is not a string, is blank or is too long."""
     if value is None:
         raise Unusable(f"{what} is null", "null_content")
     if type(value) is not str:
@@ -92,16 +83,13 @@ def check_text(value: object, what: str) -> str:
 def parse_turns(
     value: object, column: str, *, answered: bool = True, names: Mapping[str, str] | None = None
 ) -> list[Message]:
-    """Return the turns of a list of objects, of which one at least is the assistant's.
+    """Return the turns of a list of objects.
 
     Args:
-        value: the list.
-        column: its name.
-        answered: false for turns that wait for an answer, which may have none of the assistant.
-        names: what the data calls `role` and `content`, and the `user` and the `assistant`.
-
-    Raises:
-        Unusable: it is no such list.
+        value: the list; anything else raises `Unusable`.
+        column: name for messages.
+        answered: whether an assistant turn is required.
+        names: the data's names of `role`, `content`, `user` and `assistant`.
     """
     if type(value) is not list:
         finding = "null_content" if value is None else ""
@@ -119,11 +107,7 @@ def parse_turns(
 
 
 def parse_tools(value: object, column: str) -> tuple[dict[str, Any], ...]:
-    """Return the tools that a row declares, as objects; a list, or the JSON of one.
-
-    Raises:
-        Unusable: it is something else.
-    """
+    """Return the tools of a row from a list of objects or its JSON text; else raise `Unusable`."""
     if isinstance(value, str):
         value = parse_json(value, repr(column)) if value.strip() else []
     if value is None:
@@ -134,14 +118,14 @@ def parse_tools(value: object, column: str) -> tuple[dict[str, Any], ...]:
 
 
 def _keys(item: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, str]:
-    """Return the keys of a turn's role and text: as the user says, or as usual."""
+    """Return the keys of a turn's role and text, from `names` or the usual ones."""
     role = next((key for key in _ROLE_KEYS if key in item), "role")
     text = next((key for key in _TEXT_KEYS if key in item), _TEXT_KEYS[role == "from"])
     return names.get("role", role), names.get("content", text)
 
 
 def _find_role(name: object, names: Mapping[str, str]) -> str | None:
-    """Return the role of who is called `name`; None if nobody knows."""
+    """Return the normalized role called `name`; None if unknown."""
     if not isinstance(name, str):
         return None
     own = next((role for role in ("user", "assistant") if names.get(role) == name), None)
@@ -149,7 +133,7 @@ def _find_role(name: object, names: Mapping[str, str]) -> str | None:
 
 
 def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | None:
-    """Return one turn; None for a system turn without text, which says nothing."""
+    """Return one turn; None for an empty system turn."""
     if type(item) is not dict:
         raise Unusable(f"{what} is {kind_of(item)}, not an object with role and content")
     role_key, text_key = _keys(item, names)
@@ -192,11 +176,7 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
 
 
 def _refuse_parts(parts: Sequence[Any], what: str) -> NoReturn:
-    """Refuse a content that is a list of parts, as of models that also read images or audio.
-
-    Raises:
-        Unusable: naming the first part that is no text.
-    """
+    """Raise `Unusable` for a content that is a list of parts, as in multimodal data."""
     kinds = [part.get("type", next(iter(part), "")) for part in parts if isinstance(part, dict)]
     other = next((kind for kind in kinds if kind != "text"), None)
     if other is None:
@@ -205,7 +185,7 @@ def _refuse_parts(parts: Sequence[Any], what: str) -> NoReturn:
 
 
 def _parse_call(call: object, what: str) -> dict[str, Any]:
-    """Return a tool call as OpenAI writes it, with its arguments as an object."""
+    """Return a tool call in OpenAI's format, with its arguments as an object."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or "name" not in function:
         raise Unusable(f"{what} has a tool call without a function and its name")
@@ -221,11 +201,7 @@ def _parse_call(call: object, what: str) -> dict[str, Any]:
 
 
 def parse_json(text: str, what: str) -> Any:
-    """Return the value that a JSON text stands for.
-
-    Raises:
-        Unusable: it is no JSON.
-    """
+    """Return the value of a JSON text; raise `Unusable` if it is invalid."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -233,7 +209,7 @@ def parse_json(text: str, what: str) -> Any:
 
 
 def parse_turn_list(text: str) -> Any:
-    """Return the turns that `text` is the JSON of; any other text as it is."""
+    """Return the turns if `text` is JSON of a list of turns; else return `text`."""
     try:
         turns = json.loads(text)
     except ValueError:

@@ -1,6 +1,4 @@
-"""Where rows lie and how they are read: files, the Hub, built-in sets, as tables and as streams.
+"""Read rows from files, the Hub, built-in datasets and memory, as tables or as streams.
 
-The order of the work: `splits` and `stream_sources` find what a name means, `readers` and `hub`
-turn it into chunks of rows, a `table` is a stream that was collected, `uniform` finds the rows that
-differ from most. May import no other room of data. It does not know what a column means.
+This package imports no other package of `data` and does not interpret columns.
 """

@@ -1,12 +1,7 @@
-"""Data sets of the Hugging Face Hub, and directories that `datasets` saved: tables and streams.
+"""Load datasets from the Hugging Face Hub, `save_to_disk` directories and Python objects.
 
-A Hub that can't be reached is an ordinary state: one short request finds it out, before the library
-begins its retries. `datasets` is imported by the functions that need it.
-
-Rows that a program hands over: frames, data sets of `datasets`, lists and whatever yields rows.
-
-They become tables as files do: their places are numbers, and rows that differ from most are named.
-A message says what is wrong with a row by its number, and never shows what was handed over.
+A short request checks that the Hub is reachable before `datasets` starts its retries. Functions
+import `datasets` lazily. Error messages name rows in memory by number and never print their values.
 """
 
 from __future__ import annotations
@@ -39,20 +34,14 @@ PROBE_SECONDS = 5.0
 def load_hub_tables(
     name: str, subset: str | None, only: str | None, most: int | None, ignored: Sequence[str] = ()
 ) -> tuple[dict[str, Table], list[str]]:
-    """Load the splits of a Hub data set, from the cache where the Hub can't be reached.
+    """Load the splits of a Hub dataset as tables by name, and notes to print.
 
-    Args:
-        name: the id, such as "imdb" or "org/name".
-        subset: its configuration, where it has several.
-        only: one split, in the grammar of `datasets` ("train[:10%]"); None loads all.
-        most: the number of rows to keep of each split; None keeps all.
-        ignored: columns that are left out.
-
-    Returns:
-        The tables by split, and notes for the user.
+    If the Hub is unreachable, the cached copy is used. `subset` is the configuration. `only` is one
+    split in the syntax of `datasets` ("train[:10%]"); None loads all. At most `most` rows per split
+    are kept, without the columns `ignored`.
 
     Raises:
-        InputError: no such data set, subset or split; not permitted; or offline without a copy.
+        InputError: unknown dataset, subset or split; no access; or offline without a cached copy.
     """
     import datasets
 
@@ -64,7 +53,7 @@ def load_hub_tables(
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         if reason:
             raise InputError(_describe_offline(name, reason)) from None
-        # RuntimeError is how `datasets` says that it no longer runs loading scripts.
+        # `datasets` raises RuntimeError for loading scripts, which are no longer supported.
         raise InputError(f"--dataset {name}: {_first_line(error)}") from error
     if reason:
         notes.append(f"{name}: the Hub was not reached ({reason}); used the copy in the cache")
@@ -75,11 +64,7 @@ def load_hub_tables(
 
 
 def open_hub_streams(name: str, subset: str | None) -> dict[str, Any]:
-    """Return the splits of a Hub data set as `datasets.IterableDataset`, of which nothing is read.
-
-    Raises:
-        InputError: no such data set or subset; not permitted; or offline.
-    """
+    """Return the splits of a Hub dataset as `datasets.IterableDataset`; requires a connection."""
     import datasets
 
     if reason := _probe(name):
@@ -91,24 +76,19 @@ def open_hub_streams(name: str, subset: str | None) -> dict[str, Any]:
 
 
 def open_saved_streams(directory: Path) -> dict[str, Any]:
-    """Return what `save_to_disk` wrote as `datasets.IterableDataset`, by split."""
+    """Return the splits of a `save_to_disk` directory as `datasets.IterableDataset` by name."""
     return {key: data.to_iterable_dataset() for key, data in _load_saved(directory).items()}
 
 
 class IterableStream:
-    """A `datasets.IterableDataset`: of the Hub, or of a directory that `save_to_disk` wrote.
-
-    Args:
-        make: opens it anew, at its beginning.
-        source: what messages begin with.
-    """
+    """Stream over a `datasets.IterableDataset`, which each call of `chunks` creates with `make`."""
 
     def __init__(self, make: Callable[[], Any], source: str) -> None:
         self._make, self.source = make, source
         self.null_keys: Counter[str] = Counter()
 
     def chunks(self, cursor: Cursor | None = None) -> Iterator[Chunk]:
-        """Yield the chunks from `cursor` on."""
+        """Yield the chunks after `cursor`."""
         data, number = self._make(), 0
         if cursor is not None:
             data.load_state_dict(cursor["state"])
@@ -131,11 +111,7 @@ class IterableStream:
             yield chunk()
 
     def collect(self) -> Table:
-        """Return all rows as a table.
-
-        Raises:
-            InputError: there are none.
-        """
+        """Return all rows as a table; raise `InputError` if there are none."""
         chunks = list(self.chunks())
         if not chunks:
             raise InputError(f"{self.source}: has 0 rows. Give a set with rows.")
@@ -147,11 +123,7 @@ class IterableStream:
 def load_saved_tables(
     directory: Path, most: int | None, ignored: Sequence[str] = ()
 ) -> dict[str, Table]:
-    """Load what `save_to_disk` wrote; a single data set is its "train" split.
-
-    Raises:
-        InputError: the directory is damaged.
-    """
+    """Load a `save_to_disk` directory; a single `Dataset` becomes the split "train"."""
     found = _load_saved(directory)
     return {
         key: dataset_table(data, f"{directory} ({key})", most, ignored)
@@ -173,17 +145,13 @@ def _load_saved(directory: Path) -> dict[str, Any]:
 
 
 def is_saved_directory(directory: Path) -> bool:
-    """Tell whether `directory` looks like one that `save_to_disk` wrote."""
+    """Return whether `directory` was written by `save_to_disk`."""
     names = ("dataset_dict.json", "state.json", "dataset_info.json")
     return any((directory / name).is_file() for name in names)
 
 
 def pick_split(splits: Mapping[str, Any], wish: str | None, source: str) -> str:
-    """Return the name of the split to train on.
-
-    Raises:
-        InputError: `wish` is none of them, or there is no "train" and no wish.
-    """
+    """Return the name of the training split; raise `InputError` if it is missing or ambiguous."""
     name = wish or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
     if name in splits:
         return name
@@ -196,10 +164,7 @@ def pick_split(splits: Mapping[str, Any], wish: str | None, source: str) -> str:
 
 
 def _probe(name: str) -> str:
-    """Return why the Hub can't be reached, or an empty string.
-
-    What the Hub answers (no such id, gated) is left to `load_dataset`, which says it well.
-    """
+    """Return why the Hub is unreachable, or ""; HTTP errors are left to `load_dataset`."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
@@ -211,8 +176,8 @@ def _probe(name: str) -> str:
         return "offline mode: HF_HUB_OFFLINE is set"
     except HfHubHTTPError:
         return ""
-    # The HTTP library below huggingface_hub changed its name between releases; the base of the
-    # Hub's own error is that library's base error in each.
+    # The base class of HfHubHTTPError is the base error of the HTTP library in use, which differs
+    # between releases of huggingface_hub.
     except (OSError, *HfHubHTTPError.__bases__) as error:  # type: ignore[misc]
         return _first_line(error).rstrip(".")
     return ""
@@ -233,13 +198,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def dataset_table(data: Any, source: str, most: int | None, ignored: Sequence[str] = ()) -> Table:
-    """Turn the first `most` rows of a `datasets.Dataset` into a table with the class names.
-
-    The columns `ignored` are not read.
-    """
+    """Return the first `most` rows of a `datasets.Dataset` as a table; drops columns `ignored`."""
     data, left_out = remove_columns(data, ignored)
     chosen = data if most is None or most >= len(data) else data.select(range(most))
-    # Formatting as Arrow applies an index mapping (after select, filter, shuffle).
+    # The Arrow format applies the index mapping of select, filter and shuffle.
     content = chosen.with_format("arrow")[:]
     table = build_arrow_table(content, source)
     names = {
@@ -251,7 +213,7 @@ def dataset_table(data: Any, source: str, most: int | None, ignored: Sequence[st
 
 
 def remove_columns(data: Any, names: Sequence[str]) -> tuple[Any, tuple[str, ...]]:
-    """Return `data` of `datasets` without those of the columns `names` that it has, and these."""
+    """Return `data` without the columns `names`, and the names that were present."""
     there = tuple(name for name in names if name in (data.column_names or ()))
     return (data.remove_columns(list(there)) if there else data), there
 
@@ -262,18 +224,12 @@ _KINDS = "a DataFrame, a datasets.Dataset or DatasetDict, or a list of dicts"
 def load_memory_tables(
     given: RowsInMemory, on_bad_row: OnBadRow, most: int | None, ignored: Sequence[str] = ()
 ) -> dict[str, Table]:
-    """Return what was handed over as tables by split; what has no splits is all for training.
+    """Return rows passed from Python as tables by split; rows without splits become "train".
 
-    Rows that can be gone through only once are kept with `given` (mutated).
-
-    Args:
-        given: the rows.
-        on_bad_row: what is done to a row unlike most others.
-        most: the number of rows to keep of each split; None keeps all.
-        ignored: columns that are left out.
+    An iterator in `given.rows` is replaced by a list of its first `most` rows (mutated).
 
     Raises:
-        InputError: they are no rows, or there are none, or some are bad.
+        InputError: the object has no rows, is of an unsupported type, or has bad rows.
     """
     if isinstance(given.rows, Iterator):
         given.rows = list(islice(given.rows, most))
@@ -292,7 +248,7 @@ def load_memory_tables(
 
 
 def _is_split(part: Any) -> bool:
-    """Whether a value of a dict is a split, and not a column."""
+    """Return whether a value of a dict is a split rather than a column."""
     if isinstance(part, list | tuple):
         return bool(part) and isinstance(part[0], Mapping)
     return hasattr(part, "columns") or hasattr(part, "features")
@@ -319,21 +275,15 @@ def _to_table(
 
 
 def iterate_rows(rows: Any, source: str, null_keys: Counter[str] | None = None) -> Iterator[Row]:
-    """Yield rows in memory as JSON would give them.
+    """Yield the rows of a DataFrame, Arrow table, `datasets` object or iterable of mappings.
 
-    Args:
-        rows: a frame, an Arrow table, a data set of `datasets`, or any iterable of mappings. A
-            missing value of a frame becomes None.
-        source: the name that messages begin with.
-        null_keys: counts the null keys that Arrow added and that are dropped, by path (mutated).
-
-    Raises:
-        InputError: they are no rows.
+    Values become JSON values, and missing values of a DataFrame None. `null_keys` counts the null
+    keys dropped per path (mutated). Raises `InputError` if `rows` is of another type.
     """
     null_keys = Counter() if null_keys is None else null_keys
     if hasattr(rows, "iloc") and hasattr(rows, "columns"):
         yield from _frame_rows(rows, source, null_keys)
-    elif hasattr(rows, "to_pylist"):  # Arrow's
+    elif hasattr(rows, "to_pylist"):  # pyarrow.Table or RecordBatch
         check_columns(rows.schema.names, source)
         yield from arrow_rows(rows, null_keys)
     else:
@@ -345,13 +295,13 @@ def iterate_rows(rows: Any, source: str, null_keys: Counter[str] | None = None) 
 
 
 def _frame_rows(frame: Any, source: str, null_keys: Counter[str]) -> Iterator[Row]:
-    """Yield the rows of a frame; objects in arrays came from Arrow, those in lists did not."""
+    """Yield the rows of a DataFrame; only arrays, which come from Arrow, lose their null keys."""
     names = [str(name) for name in frame.columns]
     check_columns(names, source)
     columns = []
     for number in range(len(names)):
         column = frame.iloc[:, number]
-        if hasattr(column.dtype, "pyarrow_dtype"):  # an array would turn whole numbers to floats
+        if hasattr(column.dtype, "pyarrow_dtype"):  # numpy would turn integers to floats
             import pyarrow as pa  # type: ignore[import-untyped]
 
             table = pa.table({names[number]: pa.array(column)})
@@ -370,10 +320,7 @@ def _frame_rows(frame: Any, source: str, null_keys: Counter[str]) -> Iterator[Ro
 
 
 def _with_integers(values: list[Any]) -> list[Any]:
-    """Return the cells of a column with the integers that pandas converted to floats.
-
-    Where an integer is null in some objects of an Arrow column, the arrays of pandas have floats.
-    """
+    """Return a column's cells with integers restored that pandas made floats because of nulls."""
     nulls: set[str] = set()
     others: set[str] = set()
 
@@ -404,14 +351,14 @@ def _with_integers(values: list[Any]) -> list[Any]:
 
 
 def _has_array(value: Any) -> bool:
-    """Whether a cell is an array, or an object with one: as pandas reads lists from Parquet."""
+    """Return whether a cell is or contains a numpy array, as pandas reads lists from Parquet."""
     if isinstance(value, Mapping):
         return any(map(_has_array, value.values()))
     return type(value).__module__ == "numpy" and hasattr(value, "__len__")
 
 
 def _check_rows(rows: Any, source: str) -> Iterator[Mapping[str, Any]]:
-    """Yield the rows of an iterable, each of which must be a mapping."""
+    """Yield the elements of `rows`; raise `InputError` for one that is not a mapping."""
     if isinstance(rows, Mapping):
         raise InputError(
             f"{source}: the rows in memory are a dict of {listing(map(repr, rows))}. Expected the "
@@ -433,7 +380,7 @@ def _a(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return `value` as JSON would give it: without numpy's numbers and arrays, and tuples."""
+    """Return `value` as a JSON value, with numpy scalars, arrays and tuples converted."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

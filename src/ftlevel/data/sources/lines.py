@@ -1,13 +1,8 @@
-"""Compressed files, stdin and pipes as plain files, in a temporary directory of the process.
+"""Random access to rows of large JSON Lines files, and local copies of compressed files and pipes.
 
-So every format can be read from them, streamed and gone back to, and memory does not grow with
-them. A file is unpacked once for as long as it does not change.
-
-A sequence whose items are made when they are asked for.
-
-Rows of a JSON Lines file, read again when they are asked for: nothing is held for a row.
-
-What is kept is the place of every 64th line, and the number of each line that is no row.
+Compressed files, stdin and pipes are copied to a temporary directory of the process, so that every
+reader can seek in them. `LineRows` stores the byte offset of every 64th line and decodes rows on
+access.
 """
 
 from __future__ import annotations
@@ -37,33 +32,33 @@ from ftlevel.workspace import Workspace
 
 STDIN = "-"
 WRITER_SECONDS = 30.0
-"""How long a pipe is waited for that no program has opened for writing."""
+"""Seconds to wait for a program to open a pipe for writing."""
 _MAGIC = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}
 PACKED = tuple(_MAGIC)
-"""Suffixes of what is unpacked."""
+"""Suffixes of compressed files."""
 
 
 def is_packed(path: Path) -> bool:
-    """Tell whether the name of `path` ends as that of a compressed file."""
+    """Return whether `path` has the suffix of a compressed file."""
     return path.suffix.lower() in PACKED
 
 
 def plain_name(name: str) -> str:
-    """Return a file's name without the suffix of what it is compressed by."""
+    """Return `name` without its compression suffix."""
     path = Path(name)
     return path.stem if is_packed(path) else name
 
 
 def unpack(path: Path) -> Path:
-    """Return an unpacked copy of a compressed file; its name has the suffix of what was packed.
+    """Return a decompressed copy of a file, cached until its size or modification time changes.
 
-    Raises:
-        InputError: it is not what its name says, or is cut short, or there is no room.
+    Raises `InputError` if the content is truncated or does not match the suffix, or the disk is
+    full.
     """
     facts = path.stat()
     wish = (path, path.suffix.lower(), (facts.st_mtime_ns, facts.st_size))
     copy = _unpack(*wish)
-    if not copy.exists():  # somebody cleaned the directory for temporary files
+    if not copy.exists():  # the temporary directory was cleaned
         _unpack.cache_clear()
         copy = _unpack(*wish)
     return copy
@@ -82,14 +77,13 @@ def _unpack(path: Path, suffix: str, _state: tuple[int, int]) -> Path:
     return copy
 
 
-_kept: list[tuple[object, Path]] = []  # the stdin that was read, and its copy
+_kept: list[tuple[object, Path]] = []  # the stdin object and its copy
 
 
 def keep_stdin() -> Path:
-    """Return what came through stdin as a file, unpacked; the second time the same file.
+    """Return a file with the decompressed content of stdin; later calls return the same file.
 
-    Raises:
-        InputError: nothing is piped, or it is cut short.
+    Raises `InputError` if stdin is a terminal, empty or truncated.
     """
     for stream, copy in _kept:
         if stream is sys.stdin:
@@ -106,7 +100,7 @@ def _copy_stdin() -> Path:
 
 
 def is_pipe(path: Path) -> bool:
-    """Tell whether `path` is a pipe with a name: a FIFO, or what a shell makes of `<(…)`."""
+    """Return whether `path` is a FIFO, as in the shell's `<(…)`."""
     try:
         return path.is_fifo()
     except OSError:
@@ -114,10 +108,9 @@ def is_pipe(path: Path) -> bool:
 
 
 def keep_pipe(path: Path) -> Path:
-    """Return what came through the pipe `path` as a file, unpacked; the second time the same file.
+    """Return a file with the decompressed content of a pipe; later calls return the same file.
 
-    Raises:
-        InputError: no program writes to it, or it is cut short.
+    Raises `InputError` if no program writes to the pipe, or the data is truncated.
     """
     state, copy = _pipes.get(path, (None, path))
     if state != _state_of(path):
@@ -126,26 +119,22 @@ def keep_pipe(path: Path) -> Path:
     return copy
 
 
-_pipes: dict[Path, tuple[object, Path]] = {}  # its state after it was read, and the copy
+_pipes: dict[Path, tuple[object, Path]] = {}  # state after reading, and the copy
 
 
 def _state_of(path: Path) -> tuple[int, int, int]:
-    """Return what tells a pipe from another one of the same name."""
+    """Return device, inode and modification time, which identify a pipe."""
     facts = path.stat()
     return facts.st_dev, facts.st_ino, facts.st_mtime_ns
 
 
 class _PipeBytes:
-    """The bytes of a pipe, once a program has opened it for writing.
-
-    Raises:
-        InputError: none does so in `WRITER_SECONDS`.
-    """
+    """Reader of a pipe; raises `InputError` if no program writes within `WRITER_SECONDS`."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         first, deadline = b"", time.monotonic() + WRITER_SECONDS
-        with contextlib.suppress(BlockingIOError):  # somebody writes, and has not begun
+        with contextlib.suppress(BlockingIOError):  # opened for writing, but still empty
             while not (first := os.read(self._file, 1 << 16)):
                 if time.monotonic() > deadline:
                     os.close(self._file)
@@ -158,7 +147,7 @@ class _PipeBytes:
         os.set_blocking(self._file, True)
 
     def read(self, size: int) -> bytes:
-        """Return the next bytes; none at the end."""
+        """Return the next bytes; empty at the end."""
         first, self._first = self._first, b""
         found = first or os.read(self._file, size)
         if not found:
@@ -167,7 +156,7 @@ class _PipeBytes:
 
 
 def _keep(open_source: Callable[[], Any], name: str, shown: str) -> Path:
-    """Return a file called `name` with all of a source, unpacked if its first bytes say so."""
+    """Copy a source to a new file called `name`, decompressed if its first bytes match a format."""
     raw = _new_folder() / name
     _write_copy(open_source, raw, shown)
     with raw.open("rb") as file:
@@ -184,7 +173,7 @@ def _keep(open_source: Callable[[], Any], name: str, shown: str) -> Path:
 
 
 def _openers() -> dict[str, Callable[[Path], Any]]:
-    """Return what opens each kind of compressed file for reading."""
+    """Return the open function of each compression suffix."""
     import pyarrow as pa  # type: ignore[import-untyped]
 
     def open_zst(path: Path) -> Any:
@@ -205,11 +194,7 @@ def _root() -> Workspace:
 
 
 def _write_copy(open_source: Callable[[], Any], copy: Path, shown: str) -> None:
-    """Write all of a source to `copy`.
-
-    Raises:
-        InputError: it cannot be read to its end, or there is no room for the copy.
-    """
+    """Copy a source to `copy`; raise `InputError` if it is truncated or the disk is full."""
     with copy.open("wb") as file:
         try:
             shutil.copyfileobj(open_source(), file, 1 << 20)
@@ -229,33 +214,33 @@ T = TypeVar("T")
 
 
 class Computed(Sequence[T]):
-    """A sequence by its length and `_item`; several items are a list."""
+    """Sequence that computes its items on access with `_item`; a slice returns a list."""
 
     @abstractmethod
     def _item(self, at: int) -> T:
-        """Return the item at `at`, from 0."""
+        """Return the item at the 0-based index `at`."""
 
     @overload
     def __getitem__(self, index: int) -> T: ...
     @overload
     def __getitem__(self, index: slice) -> list[T]: ...
     def __getitem__(self, index: int | slice) -> T | list[T]:
-        """Return an item, or several as a list."""
+        """Return one item, or a list for a slice."""
         chosen = range(len(self))[index]
         return self._item(chosen) if isinstance(chosen, int) else [self._item(i) for i in chosen]
 
 
 Row = dict[str, Any]
 PART = 64
-"""Lines, or rows, that are read and encoded together; the place of each part of a file is kept."""
+"""Number of rows (or lines) per chunk; a cursor exists after each chunk."""
 LARGE_BYTES = 1_000_000
-"""Size from which on the rows of a file are not held in memory."""
-_BLOCK = 1 << 16  # bytes that are read at once
+"""File size in bytes from which rows are read on access instead of kept in memory."""
+_BLOCK = 1 << 16  # bytes per read
 _raw_decode = json.JSONDecoder().raw_decode
 
 
 def as_row(value: Any) -> Any:
-    """Return a pair such as spaCy's `["text", {"entities": […]}]` as an object; else the value."""
+    """Return a pair such as spaCy's `["text", {"entities": […]}]` as a dict, other values as is."""
     if type(value) is list and len(value) == 2:
         text, more = value
         if type(text) is str and type(more) is dict and "text" not in more:
@@ -264,14 +249,14 @@ def as_row(value: Any) -> Any:
 
 
 class LineNumbers(Computed[int]):
-    """The lines of a file that are rows, by what is missing: memory does not grow with the rows."""
+    """1-based line numbers of the rows of a file; stores only the lines without a row."""
 
     def __init__(self) -> None:
         self._last = 0
-        self._gaps = array("q")  # of each line that is no row: the rows before it, plus one
+        self._gaps = array("q")  # for each line without a row: number of rows before it + 1
 
     def append(self, line: int) -> None:
-        """Add a row; lines only grow."""
+        """Add the line of a row; lines must increase."""
         for missing in range(self._last + 1, line):
             self._gaps.append(missing - len(self._gaps))
         self._last = line
@@ -280,7 +265,7 @@ class LineNumbers(Computed[int]):
         return self._last - len(self._gaps)
 
     def __iter__(self) -> Iterator[int]:
-        """Yield the lines of all rows."""
+        """Yield the line numbers of all rows."""
         begin = 1
         for before, gap in enumerate(self._gaps):
             yield from range(begin + before, gap + before)
@@ -292,19 +277,17 @@ class LineNumbers(Computed[int]):
 
 
 class LineRows(Computed[Row]):
-    """Rows by the number of their lines; the lines were found to be good before.
+    """Rows of a JSON Lines file, decoded on access; the file must not change meanwhile.
 
-    Args:
-        path: of the file, which must not change meanwhile.
-        lines: the 1-based line of each row.
-        places: in bytes, of line 1, 65, 129 and so on: the cursors of the file's chunks.
+    `lines` are the 1-based lines of the rows, which must be valid. `places` are the byte offsets of
+    lines 1, 65, 129 and so on.
     """
 
     def __init__(self, path: Path, lines: Sequence[int], places: Sequence[int]) -> None:
         self.path, self.lines, self.places = path, lines, places
-        self._next = (1, places[0]) if places else (1, 0)  # the line after the last one read
-        self._block, self._at = b"", 0  # bytes that were read, and where they begin
-        # Not a mapping: a file that is cut meanwhile would end the process by a signal.
+        self._next = (1, places[0]) if places else (1, 0)  # next line and its byte offset
+        self._block, self._at = b"", 0  # the bytes read last, and their offset
+        # No mmap: if the file is truncated meanwhile, access raises SIGBUS.
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
 
@@ -315,7 +298,7 @@ class LineRows(Computed[Row]):
         return self._read(self.lines[at])
 
     def __iter__(self) -> Iterator[Row]:
-        """Decode one row after another."""
+        """Yield the rows in order."""
         return map(self._read, self.lines)
 
     def _read(self, line: int) -> Row:
@@ -337,17 +320,17 @@ class LineRows(Computed[Row]):
         return row
 
     def _end(self, begin: int) -> int:
-        """Return where the line ends that begins at `begin`, which is in the block afterwards."""
+        """Load the line that starts at byte `begin` into the block; return its end offset."""
         found = self._block.find(b"\n", begin - self._at) if begin >= self._at else -1
         size = _BLOCK
         while found < 0:
             self._block, self._at = os.pread(self._file, size, begin), begin
             found = self._block.find(b"\n")
-            if found < 0 and len(self._block) < size:  # the last line may lack its end
+            if found < 0 and len(self._block) < size:  # the last line may lack a newline
                 found = len(self._block)
             size *= 2
         return self._at + found
 
     def take(self, indices: Iterable[int]) -> LineRows:
-        """Return the rows at `indices`, of the same file, for eight bytes a row."""
+        """Return the rows at `indices`; each takes eight bytes of memory."""
         return LineRows(self.path, array("q", (self.lines[i] for i in indices)), self.places)

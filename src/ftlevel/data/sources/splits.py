@@ -1,10 +1,7 @@
-"""From a wish to splits: a built-in set, a local file or directory, or a Hub data set.
+"""Load the splits of a dataset: built-in, local, in memory or from the Hub; join and split tables.
 
-This room finds the rows and says where they came from; what they mean is decided in `formats`.
-
-Several tables as one: each row keeps its place, and no row comes twice.
-
-The rows are laid evenly through one another, so that the first N of them are a fair sample too.
+`join_tables` and `mix_tables` combine datasets without repeating a row. Rows are interleaved
+evenly, so the first N rows are a fair sample. `formats` interprets the columns.
 """
 
 from __future__ import annotations
@@ -44,11 +41,7 @@ from ftlevel.errors import InputError, did_you_mean, listing, nearest, quote
 
 
 def join_tables(tables: Sequence[Table]) -> Table:
-    """Return one table of all rows of `tables`, which must have the same columns.
-
-    Raises:
-        InputError: they have not.
-    """
+    """Return one table with the interleaved rows of `tables`; their columns must be the same."""
     if len(tables) == 1:
         return tables[0]
     first = tables[0]
@@ -84,13 +77,10 @@ def join_tables(tables: Sequence[Table]) -> Table:
 def mix_tables(
     tables: Sequence[Table], shares: Sequence[float], seed: int
 ) -> tuple[list[Table], list[str]]:
-    """Return as many rows of each table as make `shares` true, and a note on those left out.
+    """Return a sample of each table, sized in proportion to `shares`, and a note with the counts.
 
-    The set is as large as it can be without a row that comes twice: the table that is shortest for
-    its share gives all of its rows, the others a sample by `seed`.
-
-    Raises:
-        InputError: a table would give no row.
+    No row is repeated: the table that is shortest for its share is used completely. Raises
+    `InputError` if a table would contribute no row.
     """
     total = sum(shares)
     whole = min(len(table) * total / share for table, share in zip(tables, shares, strict=True))
@@ -116,7 +106,7 @@ def _quoted(table: Table) -> str:
 
 
 def _interleave(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Return (table, row) for all rows, each table's spread evenly over the whole."""
+    """Return (table, row) indices that spread the rows of each table evenly."""
     places = (
         ((index + 0.5) / length, which, index)
         for which, length in enumerate(lengths)
@@ -139,21 +129,13 @@ _GIVEN = "the data set in memory"
 
 HUB_PREFIX = "hf://datasets/"
 
-# A Hub id: one name, or an organisation and a name.
+# A Hub id: NAME or ORGANIZATION/NAME.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The rows of a data set.
-
-    Attributes:
-        train: the rows to learn from.
-        validation: the rows to watch during a run; None if there are none.
-        test: rows that no run looks at; None if there are none.
-        name: what the user asked for.
-        notes: what was chosen or left out, one sentence each, to be shown.
-    """
+    """The tables of a dataset; no run reads `test`, and `notes` are sentences to print."""
 
     train: Table
     validation: Table | None
@@ -172,22 +154,20 @@ def load_splits(
     input_format: str | None = None,
     ignored: Sequence[str] = (),
 ) -> Splits:
-    """Read the splits of a data set.
+    """Load the splits of a dataset.
 
     Args:
-        dataset: "builtin:NAME", the path of a file or a directory, a Hub id, - for stdin, or rows
-            in memory. What exists as a path is a path; "hf://datasets/ID" is never one.
-        split: the split to train on, instead of "train".
-        subset: the configuration of a Hub data set, or the sheet of a workbook; for a built-in set
-            the kind of its rows.
-        on_bad_row: refuse bad rows or leave them out; see `readers.files.read_table`.
-        max_samples: keep the first N rows of each split. A text file is read and checked as a
-            whole even so.
-        input_format: of local files, as a suffix without its dot; None goes by their names.
-        ignored: columns that are left out where they are there.
+        dataset: "builtin:NAME", a file, directory or glob pattern, a Hub id, "-" for stdin, or rows
+            in memory. An existing path takes precedence; "hf://datasets/ID" is always a Hub id.
+        split: training split; default "train".
+        subset: configuration of a Hub dataset, sheet of a workbook, or kind of built-in rows.
+        on_bad_row: whether bad rows raise or are dropped, see `readers.files.read_table`.
+        max_samples: number of rows to keep per split. Text files are still validated completely.
+        input_format: format of local files, as a suffix without the dot; None uses their names.
+        ignored: columns to drop where present.
 
     Raises:
-        InputError: with `path:line` where there is one, and the one thing to do.
+        InputError: the dataset cannot be loaded; the message has `path:line` where possible.
     """
     how = Reading(input_format, subset, ignored=ignored)
     if dataset == IN_MEMORY:
@@ -219,15 +199,10 @@ def load_splits(
 
 
 def join_splits(parts: Sequence[Splits], shares: Sequence[float] | None, seed: int) -> Splits:
-    """Return several data sets as one.
+    """Return several datasets as one, with training tables mixed in proportion to `shares`.
 
-    Args:
-        parts: what was loaded of each.
-        shares: of the training rows that each should give; None takes all rows.
-        seed: of the rows that are taken.
-
-    Raises:
-        InputError: their columns differ, or one would give no row.
+    If `shares` is None, all rows are kept. Raises `InputError` if the columns differ, or a dataset
+    would contribute no row.
     """
     train, notes = [part.train for part in parts], [note for part in parts for note in part.notes]
     if shares is not None:
@@ -263,17 +238,10 @@ def take_first(splits: Splits, max_samples: int | None) -> Splits:
 
 
 def hold_out(splits: Splits, validation_split: float, seed: int) -> Splits:
-    """Move a share of the training rows to validation, unless the source brings its own.
+    """Move a random share of the training rows to validation, unless a validation split exists.
 
-    The choice depends on the seed and the number of rows alone; both parts keep their order.
-
-    Args:
-        splits: what was loaded.
-        validation_split: the share, between 0 and 1; 0 moves nothing.
-        seed: of the shuffle that picks the rows.
-
-    Raises:
-        InputError: one of the two parts would be empty.
+    The selection depends only on `seed` and the number of rows. Both parts keep their order. Raises
+    `InputError` if one of them would be empty.
     """
     if validation_split <= 0:
         return splits
@@ -283,7 +251,7 @@ def hold_out(splits: Splits, validation_split: float, seed: int) -> Splits:
     total = len(splits.train)
     count = round(total * validation_split)
     if not 0 < count < total:
-        least = math.ceil(1_000_000 / total) / 1_000_000  # is one row of most numbers of rows
+        least = math.ceil(1_000_000 / total) / 1_000_000  # selects one row of most totals
         way = f"a share between {least:g} and {1 - least:g}, or " if total > 1 else ""
         raise InputError(
             f"--validation-split {validation_split:g}: holds {count:,} of {total:,} rows out of "
@@ -302,7 +270,7 @@ def hold_out(splits: Splits, validation_split: float, seed: int) -> Splits:
 
 
 def _assemble(tables: Mapping[str, Table], train: str, name: str, notes: list[str]) -> Splits:
-    """Sort tables by the use of their split; the rest is named in a note."""
+    """Assign tables to train, validation and test; add a note if `train` is not "train"."""
     if train != "train":
         notes = [*notes, f"{name}: trains on split {train!r} of {listing(tables)}"]
     validation = next((key for key in VALIDATION_NAMES if key in tables and key != train), None)
@@ -318,7 +286,7 @@ def _assemble(tables: Mapping[str, Table], train: str, name: str, notes: list[st
 def _load_builtin(
     dataset: str, split: str | None, subset: str | None, max_samples: int | None
 ) -> Splits:
-    """Read a set that every machine has; `subset` is the kind of rows."""
+    """Load a built-in dataset; `subset` is the kind of rows."""
     name = dataset.removeprefix("builtin:")
     if name not in BUILTIN:
         raise InputError(
@@ -342,11 +310,7 @@ def _load_builtin(
 
 
 def _check_given(dataset: str) -> RowsInMemory:
-    """Return the rows behind the name of rows in memory.
-
-    Raises:
-        InputError: a file alone remembers the name.
-    """
+    """Return the rows in memory; raise `InputError` if only their name is left."""
     if isinstance(dataset, RowsInMemory):
         return dataset
     raise InputError(
@@ -357,7 +321,7 @@ def _check_given(dataset: str) -> RowsInMemory:
 
 
 def check_one_file(dataset: str, split: str | None) -> None:
-    """Raise if a split is wanted of one file, or of a pattern: all of it is for training."""
+    """Raise `InputError` if a split other than "train" is requested of a file or pattern."""
     if split not in (None, "train"):
         what = "a pattern of files" if is_pattern(dataset) else "one file"
         raise InputError(
@@ -367,10 +331,10 @@ def check_one_file(dataset: str, split: str | None) -> None:
 
 
 def match_training_files(pattern: str, split: str | None, format_: str | None) -> list[Path]:
-    """Return the files that a pattern matches, whose rows are all for training.
+    """Return the files that match a pattern, all of them training files.
 
-    Raises:
-        InputError: there are none, or a file that is named like another split is beside others.
+    Raises `InputError` if no file matches, or some but not all are named like validation or test
+    data.
     """
     check_one_file(pattern, split)
     files = match_files(pattern, format_)
@@ -386,7 +350,7 @@ def match_training_files(pattern: str, split: str | None, format_: str | None) -
 
 
 def _load_pattern(dataset: str, split: str | None, on_bad_row: OnBadRow, how: Reading) -> Splits:
-    """Read all files that a pattern matches as training rows."""
+    """Load all files that match a pattern as training rows."""
     files = match_training_files(dataset, split, how.format)
     tables, problems = [], []
     for file in files:
@@ -403,7 +367,7 @@ def _load_pattern(dataset: str, split: str | None, on_bad_row: OnBadRow, how: Re
 def _load_directory(
     path: Path, dataset: str, split: str | None, rest: tuple[OnBadRow, int | None, Reading]
 ) -> Splits:
-    """Read a directory of one file a split, or one that `save_to_disk` wrote."""
+    """Load a directory: one file per split, shards of "train", or `save_to_disk` output."""
     on_bad_row, max_samples, how = rest
     if is_saved_directory(path):
         tables = load_saved_tables(path, max_samples, how.ignored)
@@ -426,15 +390,9 @@ def _load_directory(
 def choose_files(
     path: Path, dataset: str, split: str | None
 ) -> tuple[dict[str, list[Path]], str, list[str]]:
-    """Return the files of a directory by their use, the use that is trained on, and notes.
+    """Return the files of a directory by split, the name of the training split, and notes.
 
-    Args:
-        path: the directory.
-        dataset: as the user names it.
-        split: the split to train on, instead of "train".
-
-    Raises:
-        InputError: no file is for training, or two are for one use.
+    Raises `InputError` if there is no training file, or two files belong to the same split.
     """
     names = data_files(path)
     if split is None and _are_shards(names):
@@ -462,14 +420,14 @@ def choose_files(
 
 
 def _are_shards(names: list[str]) -> bool:
-    """Tell whether a directory holds several files of which none is named like a split."""
+    """Return whether there are several files and none is named like a split."""
     stems = [stem_of(name).lower() for name in names]
     known = {stem for stems_ in _SPLIT_NAMES.values() for stem in stems_}
     return len(names) > 1 and known.isdisjoint(stems) and not nearest("train", stems)
 
 
 def check_hub_id(dataset: str, path: Path) -> None:
-    """Raise if `dataset` was meant as a path, which does not exist."""
+    """Raise `InputError` if `dataset` looks like a missing local path rather than a Hub id."""
     looks_local = (
         dataset.startswith((".", "/", "~"))
         or "\\" in dataset
@@ -488,7 +446,7 @@ def check_hub_id(dataset: str, path: Path) -> None:
 def _load_hub(
     dataset: str, split: str | None, rest: tuple[str | None, int | None, Sequence[str]]
 ) -> Splits:
-    """Load a Hub data set; a `split` with a slice is loaded without the others."""
+    """Load a Hub dataset; a sliced `split` is loaded alone."""
     subset, max_samples, ignored = rest
     sliced = split is not None and not split.isidentifier()
     try:

@@ -1,4 +1,4 @@
-"""From a wish to a stream: a local file or directory, or a Hub data set, read part by part."""
+"""Open a dataset for streaming: local files and directories, or a Hub dataset."""
 
 from __future__ import annotations
 
@@ -32,19 +32,15 @@ from ftlevel.data.sources.table import OnBadRow, Table
 from ftlevel.errors import InputError
 
 REMOTE_ROWS = 1_000
-"""Validation rows that are read of a set that is not a local file, where no number is given."""
+"""Default number of validation rows read from a Hub dataset or `save_to_disk` directory."""
 
 
 @dataclass(frozen=True)
 class StreamSource:
-    """A set that is read part by part.
+    """A streamed dataset with its validation rows in memory.
 
-    Attributes:
-        train: its training rows.
-        validation: its validation rows, read; None if it has none.
-        files: local files of the rows; empty for a remote set.
-        notes: what was chosen, one sentence each, to be shown.
-        ignored: columns that are there and not read.
+    `files` is empty for a Hub dataset. `notes` are sentences to print. `ignored` are the columns
+    that are present but not read.
     """
 
     train: Stream
@@ -64,19 +60,10 @@ def open_source(
     input_format: str | None = None,
     ignored: Sequence[str] = (),
 ) -> StreamSource:
-    """Open a data set; only its validation rows are read.
+    """Open a dataset for streaming; only its validation rows are read, at most `validation_rows`.
 
-    Args:
-        dataset: path of a file or a directory, or a Hub id, as of `splits.load_splits`.
-        split: the split to train on, instead of "train".
-        subset: the configuration of a Hub data set.
-        on_bad_row: what is done to a bad validation row.
-        validation_rows: most validation rows to read.
-        input_format: of local files; None goes by their names.
-        ignored: columns that are left out where they are there.
-
-    Raises:
-        InputError: it is not there, or cannot be streamed.
+    The other arguments are those of `splits.load_splits`; `on_bad_row` applies to validation rows.
+    Raises `InputError` if the dataset does not exist or cannot be streamed.
     """
     how = Reading(input_format, subset, ignored=ignored)
     if dataset.startswith("builtin:") or dataset == IN_MEMORY:
@@ -116,7 +103,7 @@ def open_source(
 def _open_files(
     files: Sequence[Path], validation: Table | None, how: Reading, notes: Sequence[str]
 ) -> StreamSource:
-    """Return the rows of `files`, one after the other."""
+    """Return the training rows of `files` as one stream, file after file."""
     streams = [open_stream(file, how) for file in files]
     stream = streams[0] if len(streams) == 1 else ChainedStream(streams)
     said = [*notes, *(note for each in streams for note in each.notes)]
@@ -129,7 +116,7 @@ def _open_remote(
     name: str,
     rest: tuple[int | None, Sequence[str]],
 ) -> StreamSource:
-    """Return the splits that are used of those that `make` opens, each time at their beginning."""
+    """Return the training stream and validation table of the splits that `make` opens."""
     found, (most, ignored) = make(), rest
     train = pick_split(found, split, name)
     rows, left_out = remove_columns(found[train], ignored)

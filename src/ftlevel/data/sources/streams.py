@@ -1,8 +1,8 @@
-"""A source as chunks of rows with a cursor after each, and a table as a stream that was collected.
+"""Streams of chunks of rows, each with a cursor to resume from, and the base class of file readers.
 
-A cursor is plain values: a byte and a line of a text file, a row of a row group, or the state of a
-`datasets.IterableDataset`. Going on from it reads nothing again but, of Parquet, the row group that
-it lies in.
+A cursor is a dict of plain values: byte and line of a text file, row of a Parquet row group, or the
+state of a `datasets.IterableDataset`. Resuming re-reads nothing except the current Parquet row
+group.
 """
 
 from __future__ import annotations
@@ -24,16 +24,9 @@ Cursor = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows.
+    """Rows of a source with their `lines`, counted in `unit`, and the `cursor` after them.
 
-    Attributes:
-        rows: those that could be read.
-        lines: for each the line that it begins on, or its number in the source.
-        bad: places that gave no row.
-        source: what messages begin with.
-        unit: what `lines` counts.
-        cursor: where the next one begins.
-        text_cells: as of `Table`.
+    `bad` lists the rows that could not be read.
     """
 
     rows: list[Row]
@@ -55,25 +48,22 @@ class Stream(Protocol):
 
     @property
     def null_keys(self) -> Counter[str]:
-        """Paths of null keys that were dropped so far, with how often."""
+        """Number of null keys dropped so far, by path."""
 
     def chunks(self, cursor: Cursor | None = None) -> Iterator[Chunk]:
-        """Yield the chunks from `cursor` on; None is the beginning."""
+        """Yield the chunks after `cursor`; None starts at the beginning."""
 
 
 class Reader(ABC):
-    """One format of files. Opening one refuses what is not of the format; it reads no row.
+    """Reader of one file format. The constructor validates the format and reads no rows.
 
     Attributes:
-        unit: what the lines of its rows count.
-        in_parts: whether a part can be read without the whole file, as `--streaming` does.
-        uniform: whether the format itself gives all rows the same keys and types.
-        text_cells: whether lists and objects can only be there as JSON text.
-        label_names: names of the classes, for columns of which the file declares them.
-        schema: Arrow's, where the file declares the types of its columns; else None.
-        shown: what messages call the file, of which `path` may be an unpacked copy.
-        notes: what was chosen in reading it, to be shown.
-        null_keys: paths of null keys that were dropped so far, with how often.
+        in_parts: whether the file can be read in parts, as `--streaming` requires.
+        uniform: whether the format guarantees the same keys and types in all rows.
+        text_cells: whether lists and objects can occur only as JSON text.
+        schema: Arrow schema, or None.
+        shown: file name in messages; `path` may be a decompressed copy.
+        null_keys: number of null keys dropped so far, by path.
         ignored: columns of the schema that are not read.
     """
 
@@ -93,19 +83,15 @@ class Reader(ABC):
 
     @abstractmethod
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yield the chunks from `cursor` on; None is the beginning."""
+        """Yield the chunks after `cursor`; None starts at the beginning."""
 
     def chunks(self, cursor: Cursor | None = None) -> Iterator[Chunk]:
-        """Yield the chunks from `cursor` on; None is the beginning.
-
-        Raises:
-            InputError: naming the place past which no row can be trusted.
-        """
+        """Yield the chunks after `cursor`; raise `InputError` if the file is damaged."""
         with refuse_unreadable(self.path, self.shown):
             yield from self.read(cursor)
 
     def share(self, chunk: Chunk) -> float | None:
-        """Return which part of the file is read behind `chunk`, from 0 to 1, where it is known."""
+        """Return the fraction of the file read up to the end of `chunk`, or None if unknown."""
         size = self.path.stat().st_size
         return min(1.0, chunk.cursor["at"] / size) if size and "at" in chunk.cursor else None
 
@@ -114,11 +100,7 @@ class Reader(ABC):
         return Chunk(rows, lines, bad, self.shown, self.unit, cursor, self.text_cells)
 
     def collect(self) -> tuple[Table, list[BadRow]]:
-        """Return the rows of all chunks, and the bad ones, some of which stand in the table.
-
-        Raises:
-            InputError: as of `chunks`.
-        """
+        """Return all rows as a table, and the bad rows, including those that differ from most."""
         rows: list[Row] = []
         lines: list[int] = []
         bad: list[BadRow] = []
@@ -140,7 +122,7 @@ class Reader(ABC):
 
 @contextmanager
 def refuse_unreadable(path: Path, shown: str = "") -> Iterator[None]:
-    """Turn what the system says about a file into an `InputError`, which calls it `shown`."""
+    """Convert `OSError` to `InputError`, and replace `path` by `shown` in error messages."""
     shown = shown or str(path)
     try:
         yield
@@ -153,7 +135,7 @@ def refuse_unreadable(path: Path, shown: str = "") -> Iterator[None]:
 
 
 def describe_null_keys(null_keys: Counter[str], source: str) -> list[str]:
-    """Return a note on the null keys that were dropped; empty when none was."""
+    """Return a note on the dropped null keys; empty if there are none."""
     if not null_keys:
         return []
     inner_first = sorted(null_keys, key=lambda path: (-path.count("."), path))
@@ -164,18 +146,18 @@ def describe_null_keys(null_keys: Counter[str], source: str) -> list[str]:
 
 
 class ChainedStream:
-    """Several streams, one after the other."""
+    """Several streams read one after the other."""
 
     def __init__(self, streams: Iterable[Stream]) -> None:
         self._streams = list(streams)
 
     @property
     def null_keys(self) -> Counter[str]:
-        """Those of all streams."""
+        """Number of null keys dropped in all streams, by path."""
         return sum((stream.null_keys for stream in self._streams), Counter())
 
     def chunks(self, cursor: Cursor | None = None) -> Iterator[Chunk]:
-        """Yield the chunks from `cursor` on."""
+        """Yield the chunks after `cursor`."""
         first, inner = (cursor["stream"], cursor["cursor"]) if cursor else (0, None)
         for number, stream in enumerate(self._streams[first:], first):
             for found in stream.chunks(inner):

@@ -1,6 +1,6 @@
-"""Rows in memory, each with the place it came from, and what is said about rows that are bad.
+"""Tables: rows in memory with the line each came from, and the handling of bad rows.
 
-Every later room names a row with `Table.where`. This room must not read files or know of tasks.
+Other modules identify a row by `Table.where`. This module must not read files or know tasks.
 """
 
 from __future__ import annotations
@@ -15,17 +15,14 @@ from ftlevel.errors import InputError
 OnBadRow: TypeAlias = Literal["error", "skip"]
 Row: TypeAlias = dict[str, Any]
 
-MOST_SHOWN = 5  # bad rows that a message names; the others are counted
+MOST_SHOWN = 5  # maximum number of bad rows listed in a message
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used.
+    """A row that cannot be used; `finding` is the field of `config.gate` that covers it, or "".
 
-    Attributes:
-        line: its 1-based line, or its row number where the source has no lines.
-        reason: what is wrong with it, with the value; no full stop.
-        finding: the field of `config.gate` that it falls under; "" for none.
+    `line` is 1-based, or the row number if the source has no lines. `reason` has no final period.
     """
 
     line: int
@@ -35,7 +32,7 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Part:
-    """A table inside a larger one, whose lines are counted there from `base`."""
+    """A table within a joined table; its lines are offset by `base`."""
 
     base: int
     table: Table
@@ -46,16 +43,13 @@ class Table:
     """The rows of one split.
 
     Attributes:
-        rows: one dict a row, all with the same keys; of a large file, read when asked for.
-        lines: for each row the 1-based line it begins on, or its row number in the source.
-        source: the path or name that messages begin with.
-        unit: whether `lines` counts lines of a text file, or rows.
-        dropped: the rows that `on_bad_row="skip"` left out, in order of line.
-        label_names: names of the classes, for columns whose source declares them.
-        parts: the tables that it was joined from, by growing base; empty for a single one.
-        notes: what was chosen in reading it, to be shown.
-        text_cells: whether lists and objects can only be there as JSON text.
-        ignored: columns that the user leaves out; rows may have them.
+        rows: one dict per row, all with the same keys; decoded on access for large files.
+        lines: 1-based first line of each row, or its row number, as `unit` says.
+        dropped: bad rows removed by `on_bad_row="skip"`, in order of line.
+        label_names: class names by column, where the source declares them.
+        parts: the tables it was joined from, by increasing base.
+        text_cells: whether lists and objects can occur only as JSON text.
+        ignored: columns excluded by the user; rows may still contain them.
     """
 
     rows: Sequence[Row]
@@ -74,36 +68,36 @@ class Table:
 
     @property
     def columns(self) -> list[str]:
-        """The names of the columns that are used, in the order of the first row."""
+        """The column names in the order of the first row, without the ignored ones."""
         return [name for name in self.rows[0] if name not in self.ignored] if self.rows else []
 
     def without_columns(self, names: Iterable[str]) -> Table:
-        """Return the table without those of the columns `names` that it has."""
+        """Return the table with the existing columns among `names` ignored."""
         found = [name for name in names if name in self.columns]
         return replace(self, ignored=(*self.ignored, *found)) if found else self
 
     def where(self, index: int) -> str:
-        """Return `path:line` (or `name row N`) of the row at `index` of `rows`."""
+        """Return `path:line` (or `name row N`) of the row at `index`."""
         return self.place(self.lines[index])
 
     def place(self, line: int) -> str:
-        """Return `path:line`, or `name row N` where the source has no lines."""
+        """Return `path:line`, or `name row N` if the source has no lines."""
         table, line = self._part_of(line)
         return f"{table.source}:{line}" if table.unit == "line" else f"{table.source} row {line}"
 
     def has_text_cells(self, index: int) -> bool:
-        """Return `text_cells` of the table that the row at `index` came from."""
+        """Return `text_cells` of the part that the row at `index` belongs to."""
         return self._part_of(self.lines[index])[0].text_cells if self.parts else self.text_cells
 
     def _part_of(self, line: int) -> tuple[Table, int]:
-        """Return the single table that holds `line`, and the line's number there."""
+        """Return the original table that contains `line`, and the line number within it."""
         for part in reversed(self.parts):
             if line > part.base:
                 return part.table._part_of(line - part.base)
         return self, line
 
     def take(self, indices: Iterable[int]) -> Table:
-        """Return a table of the rows at `indices`, in that order; `dropped` stays behind."""
+        """Return a table of the rows at `indices`, in that order, with empty `dropped`."""
         if isinstance(self.rows, LineRows):
             rows = self.rows.take(indices)
             return replace(self, rows=rows, lines=rows.lines, dropped=())
@@ -113,12 +107,10 @@ class Table:
 
 
 def resolve_bad(table: Table, bad: Sequence[BadRow], on_bad_row: OnBadRow) -> Table:
-    """Return `table` without the rows in `bad`, counted in `dropped`; or refuse it.
+    """Return `table` without the rows in `bad`, which are added to `dropped`.
 
-    A bad row that never made it into `table.rows` (a line that is no JSON) is counted as well.
-
-    Raises:
-        InputError: there are bad rows and `on_bad_row` is "error", or no row is left.
+    `bad` may include rows that are not in the table, such as invalid JSON. Raises `InputError` if
+    `on_bad_row` is "error" and there are bad rows, or if no row remains.
     """
     if not bad:
         return table
@@ -137,7 +129,7 @@ def resolve_bad(table: Table, bad: Sequence[BadRow], on_bad_row: OnBadRow) -> Ta
 
 
 def describe_bad(table: Table, bad: Sequence[BadRow]) -> list[str]:
-    """Return one message a bad row, for the first few, and a last one with the count."""
+    """Return one message per bad row for the first few, then a summary with the count."""
     ordered = sorted(bad, key=lambda row: row.line)
     if len(ordered) == 1:
         row = ordered[0]
@@ -157,7 +149,7 @@ def describe_bad(table: Table, bad: Sequence[BadRow]) -> list[str]:
 
 
 def describe_dropped(table: Table) -> list[str]:
-    """Return notes on the rows that were left out; empty when none was."""
+    """Return a note on the dropped rows; empty if there are none."""
     if not table.dropped:
         return []
     count = len({row.line for row in table.dropped})

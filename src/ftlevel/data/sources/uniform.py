@@ -1,7 +1,7 @@
-"""Whether the rows of a file agree: the same keys in each, one type a column.
+"""Check that all rows of a file have the same keys and one type per column.
 
-A loader that guesses fills an odd row with nulls or turns a whole column into strings. Here the
-form that most rows have is the form of the file, and the rows that differ are named.
+The keys and types of most rows are the reference. Rows that differ are reported instead of being
+filled with nulls or converted to strings.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ftlevel.data.sources.table import BadRow, Row
 from ftlevel.errors import did_you_mean, listing, quote
 
-# An integer and a fraction are both numbers. `null` has no kind: any column may have it.
+# int and float are the same kind. null has no kind and is allowed in any column.
 _KINDS: dict[type, str] = {
     str: "a string",
     int: "a number",
@@ -27,18 +27,15 @@ _Shape = tuple[tuple[str, ...], tuple[type, ...]]
 
 
 def kind_of(value: object) -> str:
-    """Return "a string", "a number", … as messages call the type of a JSON value."""
+    """Return the name of a JSON type for messages, such as "a string" or "a number"."""
     return "null" if value is None else _KINDS.get(type(value), type(value).__name__)
 
 
 class Shapes:
-    """How many rows have which keys and types, whatever the number of rows.
-
-    Rows are grouped by keys and types first, so a file of one form costs one dict access a row.
-    """
+    """Counter of the combinations of keys and types in rows; each row costs one dict lookup."""
 
     def __init__(self) -> None:
-        self._groups: dict[_Shape, list[int]] = {}  # how many rows, and the index of the first
+        self._groups: dict[_Shape, list[int]] = {}  # number of rows, index of the first
         self._count = 0
 
     def add(self, row: Row) -> None:
@@ -52,18 +49,13 @@ class Shapes:
         self._count += 1
 
     def find_odd(self, rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
-        """Return the rows whose keys or types differ from those of most, in order of line.
-
-        Args:
-            rows: those that were counted; they are gone through again only if there is an odd one.
-            lines: of each row.
-        """
+        """Return the counted rows whose keys or types differ from most, in order of line."""
         if len(self._groups) <= 1:
             return []
         sizes: Counter[frozenset[str]] = Counter()
         for shape, (size, _) in self._groups.items():
             sizes[frozenset(shape[0])] += size
-        usual = sizes.most_common(1)[0][0]  # of equals, the one that came first
+        usual = sizes.most_common(1)[0][0]  # ties: the first one counted
         regular = {s: g for s, g in self._groups.items() if usual == frozenset(s[0])}
         columns = next(iter(regular))[0]
         kinds, since = _usual_kinds(regular)
@@ -100,7 +92,7 @@ def _shape_of(row: Row) -> _Shape:
 
 
 def _usual_kinds(shapes: Mapping[_Shape, Sequence[int]]) -> tuple[dict[str, str], dict[str, int]]:
-    """Return the kind of value that most rows have in each column, and the first such row."""
+    """Return the most frequent type of each column, and the first row that has it."""
     counts: dict[str, Counter[str]] = {}
     first: dict[tuple[str, str], int] = {}
     for (keys, types), (size, begin) in shapes.items():
@@ -113,7 +105,7 @@ def _usual_kinds(shapes: Mapping[_Shape, Sequence[int]]) -> tuple[dict[str, str]
 
 
 def _odd_columns(shape: _Shape, usual: Mapping[str, str]) -> Iterator[str]:
-    """Yield the columns of a shape with another kind of value than most rows have."""
+    """Yield the columns whose type differs from `usual`."""
     for key, type_ in zip(*shape, strict=True):
         kind = _KINDS.get(type_)
         if kind is not None and kind != usual[key]:
@@ -122,12 +114,9 @@ def _odd_columns(shape: _Shape, usual: Mapping[str, str]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Form:
-    """The keys and the kind of each column's values that the first rows of a stream have.
+    """The usual keys and types of the first `count` rows of a stream.
 
-    Attributes:
-        columns: the keys.
-        kinds: of each column that was not null in all of them, and the line of one such row.
-        count: how many rows were looked at.
+    `kinds` maps each column with a value to its type and the line of an example.
     """
 
     columns: tuple[str, ...]
@@ -136,7 +125,7 @@ class Form:
 
     @classmethod
     def of(cls, rows: Sequence[Row], lines: Sequence[int]) -> Form:
-        """Return the form that most of `rows` have."""
+        """Return the form of most of `rows`."""
         odd = {row.line for row in find_odd_rows(rows, lines)}
         kinds: dict[str, tuple[str, int]] = {}
         columns: tuple[str, ...] = ()
@@ -150,7 +139,7 @@ class Form:
         return cls(columns, kinds, len(rows) - len(odd))
 
     def find_odd(self, rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
-        """Return those of `rows` that have another form."""
+        """Return the rows whose keys or types differ from the form."""
         odd = []
         for row, line in zip(rows, lines, strict=True):
             if row.keys() != set(self.columns):

@@ -1,6 +1,6 @@
-"""One reader a format: a file to chunks of rows, each with its line, and a cursor to go on from.
+"""Readers: one class per file format, which yields chunks of rows with lines and a cursor.
 
-A file is read as it is or refused with `path:line`; no value is converted, filled in or guessed.
-Each format is one module here and one line in `files`. May import what lies beside this folder but
-none of what chooses among sources (splits, stream_sources, hub).
+Readers do not convert, fill in or guess values; an invalid file raises `InputError` with
+`path:line`. `files.READERS` registers the formats. This package must not import `splits`,
+`stream_sources` or `hub`.
 """

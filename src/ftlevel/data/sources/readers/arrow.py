@@ -1,6 +1,6 @@
-"""Parquet, row group by row group, and rows of Arrow's tables as the Hub's library gives them.
+"""Readers of Parquet (by row group) and Arrow IPC files and streams (by record batch).
 
-Arrow's IPC files (Feather) and streams, batch by batch, as `datasets` and pandas write them.
+Also converts Arrow tables, such as those of `datasets`, to rows.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ftlevel.data.sources.streams import Chunk, Cursor, Reader, describe_null_ke
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError, listing
 
-_BATCH = 1 << 10  # rows that are decoded to Arrow at once
+_BATCH = 1 << 10  # rows per Arrow batch
 
 
 class Parquet(Reader):
-    """Parquet; its schema makes the rows uniform and names the classes."""
+    """Reader of Parquet files; the schema makes rows uniform and declares class names."""
 
     unit = "row"
     uniform = True
@@ -33,7 +33,7 @@ class Parquet(Reader):
 
         super().__init__(path)
         with refuse_damaged(path, "Parquet"):
-            # Not pq.read_table, whose data set layer fails on two columns of one name.
+            # pq.read_table fails on duplicate column names, before they can be checked.
             self._file = pq.ParquetFile(path)
         schema = self._file.schema_arrow
         check_columns(schema.names, str(path))
@@ -42,7 +42,7 @@ class Parquet(Reader):
         self.label_names = class_names(schema.metadata)
 
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yield the chunks from `cursor` on."""
+        """Yield the chunks after `cursor`."""
         at = cursor or {"group": 0, "row": 0, "number": 0}
         skip, number = int(at["row"]), int(at["number"])
         groups = range(int(at["group"]), self._groups)
@@ -62,13 +62,13 @@ class Parquet(Reader):
                 skip = 0
 
     def share(self, chunk: Chunk) -> float | None:
-        """Return which part of the rows is read behind `chunk`."""
+        """Return the fraction of rows read up to the end of `chunk`."""
         return chunk.cursor["number"] / max(1, self._file.metadata.num_rows)
 
 
 @contextmanager
 def refuse_damaged(path: Path, what: str) -> Iterator[None]:
-    """Turn Arrow's complaints about a file into an `InputError`."""
+    """Convert Arrow exceptions to `InputError`."""
     import pyarrow as pa
 
     try:
@@ -82,10 +82,9 @@ def refuse_damaged(path: Path, what: str) -> Iterator[None]:
 
 
 def build_arrow_table(table: Any, source: str) -> Table:
-    """Turn a `pyarrow.Table` into rows with their 1-based numbers.
+    """Return the rows of a `pyarrow.Table` as a table, numbered from 1.
 
-    Raises:
-        InputError: it has no rows, or two columns of one name.
+    Raises `InputError` for a table without rows, duplicate column names, or media columns.
     """
     names = table.schema.names
     check_columns(names, source)
@@ -99,14 +98,10 @@ def build_arrow_table(table: Any, source: str) -> Table:
 
 
 def arrow_rows(content: Any, null_keys: Counter[str]) -> list[Row]:
-    """Return the rows of an Arrow table or batch as JSON would give them.
+    """Return the rows of a `pyarrow.Table` or `RecordBatch` as JSON values.
 
-    Arrow gives all objects of a list the same keys, with null for those that were missing. Null
-    keys of such objects are therefore dropped. Maps and columns of the JSON type keep theirs.
-
-    Args:
-        content: a `pyarrow.Table` or `RecordBatch`.
-        null_keys: counts the dropped keys by path (mutated).
+    Arrow fills keys missing from an object in a list with null. Such null keys are dropped and
+    counted by path in `null_keys` (mutated). Maps and columns of the JSON type keep their nulls.
     """
     rows: list[Row] = content.to_pylist(maps_as_pydicts="lossy")
     return clean_rows(rows, content.schema, null_keys, decode=True)
@@ -115,13 +110,10 @@ def arrow_rows(content: Any, null_keys: Counter[str]) -> list[Row]:
 def clean_rows(
     rows: list[Row], schema: Any, null_keys: Counter[str], *, decode: bool = False
 ) -> list[Row]:
-    """Drop the null keys that Arrow may have added to `rows` (mutated), and return them.
+    """Drop null keys that Arrow added to `rows`, and return it; count them in `null_keys`.
 
-    Args:
-        rows: of a source that stores them in Arrow.
-        schema: Arrow's; None where it is unknown.
-        null_keys: counts the dropped keys by path (mutated).
-        decode: whether columns of the JSON type are still texts.
+    Both are mutated. `schema` is Arrow's, or None if unknown. If `decode` is true, columns of the
+    JSON type are still text and are parsed.
     """
     types = {} if schema is None else {field.name: field.type for field in schema}
     cleaner = _Cleaner(null_keys, decode)
@@ -134,13 +126,13 @@ def clean_rows(
 
 @dataclass(frozen=True)
 class _Cleaner:
-    """Drops null keys; see `clean_rows`."""
+    """Drops null keys, see `clean_rows`."""
 
     null_keys: Counter[str]
     decode: bool
 
     def clean(self, value: Any, type_: Any, path: str, *, in_list: bool = False) -> Any:
-        """Return `value` of the Arrow type `type_`, which is None where it is unknown."""
+        """Return `value` without null keys; `type_` is its Arrow type, or None if unknown."""
         if value is None:
             return None
         if _is_json(type_):
@@ -151,7 +143,7 @@ class _Cleaner:
         if not isinstance(value, dict):
             return value
         kept = {}
-        is_struct = not hasattr(type_, "item_type")  # the keys of a map are those of its row
+        is_struct = not hasattr(type_, "item_type")  # maps do not share keys between rows
         for key, item in value.items():
             if item is None and in_list and is_struct:
                 self.null_keys[f"{path}.{key}"] += 1
@@ -162,7 +154,7 @@ class _Cleaner:
 
 
 def clean_value(value: Any, path: str, null_keys: Counter[str]) -> Any:
-    """Return a value whose Arrow type is unknown without null keys; see `clean_rows`."""
+    """Return a value of unknown Arrow type without null keys, see `clean_rows`."""
     return _Cleaner(null_keys, decode=False).clean(value, None, path)
 
 
@@ -177,29 +169,21 @@ def _is_json(type_: Any) -> bool:
 
 
 def _type_of_key(type_: Any, key: str) -> Any:
-    """Return the type of an object's key; None where it is unknown."""
+    """Return the Arrow type of an object's key; None if unknown."""
     if hasattr(type_, "item_type"):
         return type_.item_type
     return None if type_ is None else type_.field(key).type
 
 
 def check_columns(names: list[str], source: str) -> None:
-    """Refuse two columns of one name.
-
-    Raises:
-        InputError: naming them.
-    """
+    """Raise `InputError` if two columns have the same name."""
     if len(set(names)) < len(names):
         twice = sorted({repr(name) for name in names if names.count(name) > 1})
         raise InputError(f"{source}: has the column {listing(twice)} twice. Rename one.")
 
 
 def refuse_media(schema: Any, source: str) -> None:
-    """Refuse columns of images, audio or video that the types in a schema tell.
-
-    Raises:
-        InputError: naming them.
-    """
+    """Raise `InputError` if the schema has columns of images, audio, video or binary files."""
     import pyarrow as pa
 
     features, found = _features(schema.metadata), []
@@ -218,7 +202,7 @@ def refuse_media(schema: Any, source: str) -> None:
 
 
 def _features(metadata: dict[bytes, bytes] | None) -> Mapping[str, Any]:
-    """Return what `datasets` writes of each column into a schema."""
+    """Return the `datasets` features stored in the schema metadata."""
     try:
         found = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return {name: each for name, each in found.items() if isinstance(each, dict)}
@@ -227,7 +211,7 @@ def _features(metadata: dict[bytes, bytes] | None) -> Mapping[str, Any]:
 
 
 def class_names(metadata: dict[bytes, bytes] | None) -> Mapping[str, tuple[str, ...]]:
-    """Return the class names that `datasets` writes into a schema, for each column with some."""
+    """Return the class names by column that `datasets` stored in the schema metadata."""
     return {
         column: tuple(feature["names"])
         for column, feature in _features(metadata).items()
@@ -236,7 +220,7 @@ def class_names(metadata: dict[bytes, bytes] | None) -> Mapping[str, tuple[str, 
 
 
 class Arrow(Reader):
-    """Arrow; its schema makes the rows uniform and names the classes."""
+    """Reader of Arrow IPC files and streams; the schema makes rows uniform and names classes."""
 
     unit = "row"
     uniform = True
@@ -249,7 +233,7 @@ class Arrow(Reader):
         self.label_names = class_names(self.schema.metadata)
 
     def _open(self) -> Any:
-        """Return a reader of the file, or of the stream, which has no directory of its batches."""
+        """Return a `pyarrow` reader of the IPC file, or of the stream, which has no batch index."""
         import pyarrow as pa
 
         source = pa.memory_map(str(self.path))
@@ -259,7 +243,7 @@ class Arrow(Reader):
         return pa.ipc.open_stream(source)
 
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yield the chunks from `cursor` on."""
+        """Yield the chunks after `cursor`."""
         at = cursor or {"batch": 0, "row": 0, "number": 0}
         skip, number = int(at["row"]), int(at["number"])
         with refuse_damaged(self.path, "Arrow"):

@@ -1,4 +1,4 @@
-"""A local file to its reader, by the suffix of its name; read whole, or part by part."""
+"""Select the reader of a local file, by suffix or content, and read it as a table or a stream."""
 
 from __future__ import annotations
 
@@ -47,18 +47,15 @@ READERS: dict[str, type[Reader]] = {
     ".iob": Conll,
     ".iob2": Conll,
 }
-"""Every format that is read; a new one is a line here and a module beside this one."""
+"""Reader class by suffix; a new format needs one line here and a class in this package."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How a file is read.
+    """Options for reading a file.
 
-    Attributes:
-        format: what it is, as a suffix without its dot; None goes by its name or its beginning.
-        sheet: of a workbook; None is its first one.
-        columns: names by which the header of a table on stdin is known.
-        ignored: columns that are left out.
+    `format` is a suffix without its dot; None detects it. `sheet` defaults to the first one.
+    `columns` are names that identify the header of a table on stdin.
     """
 
     format: str | None = None
@@ -71,16 +68,13 @@ AS_NAMED = Reading()
 
 
 def read_table(name: str | Path, on_bad_row: OnBadRow = "error", how: Reading = AS_NAMED) -> Table:
-    """Read the rows of one file.
+    """Read the rows of a file, which may be compressed, or of stdin ("-").
 
-    Args:
-        name: the file; its extension names the format. It may be compressed, or - for stdin.
-        on_bad_row: "error" refuses the file and names its bad rows; "skip" leaves them out and
-            lists them in `dropped`. What spoils more than a row is refused in either case.
-        how: it is read.
+    If `on_bad_row` is "skip", bad rows are moved to `dropped` instead of raising. Damage that
+    affects more than one row always raises.
 
     Raises:
-        InputError: the file is missing, of no known format, damaged, empty, or has bad rows.
+        InputError: the file is missing, unsupported, damaged or empty, or has bad rows.
     """
     reader = open_reader(name, how)
     with refuse_unreadable(reader.path, reader.shown):
@@ -91,11 +85,7 @@ def read_table(name: str | Path, on_bad_row: OnBadRow = "error", how: Reading = 
 
 
 def open_reader(name: str | Path, how: Reading = AS_NAMED) -> Reader:
-    """Return the rows of one file, of which none is read yet, in parts or not.
-
-    Raises:
-        InputError: as of `read_table`.
-    """
+    """Return the reader of a file; raise `InputError` if it is missing, unsupported or empty."""
     if how.format is not None and f".{how.format}" not in READERS:
         names = [suffix[1:] for suffix in READERS]
         raise InputError(
@@ -134,11 +124,7 @@ def open_reader(name: str | Path, how: Reading = AS_NAMED) -> Reader:
 
 
 def open_stream(name: str | Path, how: Reading = AS_NAMED) -> Reader:
-    """Return the rows of one file, of which none is read yet.
-
-    Raises:
-        InputError: as of `read_table`, or no part of it can be read without the rest.
-    """
+    """Return the reader of a file; raise `InputError` if the format cannot be streamed."""
     reader = open_reader(name, how)
     if not reader.in_parts:
         streamed = [suffix for suffix, each in READERS.items() if each.in_parts]
@@ -150,17 +136,12 @@ def open_stream(name: str | Path, how: Reading = AS_NAMED) -> Reader:
 
 
 def match_files(pattern: str, format_: str | None = None) -> list[Path]:
-    """Return the files that a pattern such as `parts/*.jsonl` matches, sorted by their names.
+    """Return the files that match a glob pattern (`**` is recursive), sorted; raise if none does.
 
-    Args:
-        pattern: as a shell has it, also with `**` for directories at any depth.
-        format_: of the files; None takes those whose names end as of one that is read.
-
-    Raises:
-        InputError: there are none.
+    Unless `format_` is set, files with unsupported suffixes are skipped.
     """
     wish = str(Path(pattern).expanduser())
-    found = map(Path, glob(wish, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute one
+    found = map(Path, glob(wish, recursive=True))  # noqa: PTH207 - Path.glob rejects absolute ones
     files = sorted(path for path in found if not path.is_dir())
     matched = [path for path in files if format_ or is_data_file_name(path.name)]
     if not matched:
@@ -173,32 +154,32 @@ def match_files(pattern: str, format_: str | None = None) -> list[Path]:
 
 
 def is_pattern(name: str) -> bool:
-    """Tell whether `name` is a pattern of names of files, and not itself the name of one."""
+    """Return whether `name` is a glob pattern and not the name of an existing file."""
     return any(mark in name for mark in "*?[") and not Path(name).expanduser().exists()
 
 
 def data_files(directory: Path) -> list[str]:
-    """Return the names of the files in `directory` that can be read."""
+    """Return the names of the supported files in `directory`."""
     names = (entry.name for entry in directory.iterdir() if entry.is_file())
     return sorted(name for name in names if is_data_file_name(name))
 
 
 def is_data_file_name(name: str) -> bool:
-    """Tell whether `name` ends like a file that can be read."""
+    """Return whether `name` has a supported suffix."""
     return Path(plain_name(name)).suffix.lower() in READERS
 
 
 def stem_of(name: str) -> str:
-    """Return the name of a file without what says its format and its compression."""
+    """Return a file name without the suffixes of its format and compression."""
     return Path(plain_name(name)).stem
 
 
 def _format_of(path: Path, shown: str, how: Reading) -> tuple[type[Reader], str]:
-    """Return the format of a plain file, and how it was told where its name does not say."""
+    """Return the reader class of a decompressed file, and a note if its content determined it."""
     if how.format is not None:
         return READERS[f".{how.format}"], ""
     suffix = path.suffix.lower()
-    if suffix not in READERS:  # of stdin, or of a pipe
+    if suffix not in READERS:  # stdin or a pipe
         found = tell_format(path, how.columns)
         if found is None:
             first = next((line for line in head_lines(path) if line.strip()), "")

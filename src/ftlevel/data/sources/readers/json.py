@@ -1,13 +1,8 @@
-"""JSON Lines: one object a line, strict where the usual loaders guess.
+"""Readers of JSON Lines and JSON files, stricter than common loaders.
 
-Strict means: one object a row, no key twice, no NaN, no half of a surrogate pair. What is wrong is
-collected with its line; nothing is raised for a single bad row.
-
-A JSON file that is one object: rows under a key, lists or objects a column, or SQuAD's articles.
-
-What it is taken for is said; what is none of these is refused.
-
-JSON: an array of objects, or one object with them; else objects are taken as JSON Lines.
+A row must be one object without duplicate keys, NaN or lone surrogates. Bad rows are collected with
+their lines instead of raising. A JSON file holds an array of objects, one object that contains the
+rows (under a key, by column, or as in SQuAD), or several objects, which are read as JSON Lines.
 """
 
 from __future__ import annotations
@@ -30,9 +25,9 @@ from ftlevel.data.sources.table import BadRow, Row, Table
 from ftlevel.data.sources.uniform import Shapes, kind_of
 from ftlevel.errors import InputError, listing
 
-Found: TypeAlias = tuple[list[Row], list[int], list[BadRow]]  # rows, their lines, what is no row
+Found: TypeAlias = tuple[list[Row], list[int], list[BadRow]]  # rows, their lines, bad rows
 
-# An escaped high surrogate without a low one behind it, or a low one without a high one before.
+# An escaped high surrogate not followed by a low one, or a low one not preceded by a high one.
 _LONE_ESCAPE = re.compile(
     r"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|[c-fC-F]..(?<!\\u[dD][89abAB]..\\u[dD][c-fC-F]..))"
 )
@@ -40,7 +35,7 @@ _CUT = " (the last line, without a newline: was the download or copy cut short?)
 
 
 class JsonLines(Reader):
-    """JSON Lines; of a large file a table holds where lines begin, and reads them when asked."""
+    """Reader of JSON Lines; tables of large files keep byte offsets and decode rows on access."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -55,7 +50,7 @@ class JsonLines(Reader):
             )
 
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yield the chunks from `cursor` on."""
+        """Yield the chunks after `cursor`."""
         at = cursor or self._begin
         text = TextLines(self.path, **at)
         taken, before = iter(text), int(at["line"])
@@ -65,7 +60,7 @@ class JsonLines(Reader):
             yield self.chunk(*found, text.cursor(before))
 
     def collect(self) -> tuple[Table, list[BadRow]]:
-        """Return the rows, of a large file by the cursors of its chunks; and the bad ones."""
+        """Return all rows as a table, and the bad rows; `LineRows` if the file is large."""
         if self.path.stat().st_size < lines.LARGE_BYTES:
             return super().collect()
         numbers, places, shapes = LineNumbers(), array("q", [self._begin["at"]]), Shapes()
@@ -81,7 +76,7 @@ class JsonLines(Reader):
 
 
 class _NotStrict(ValueError):
-    """The text is JSON to Python, but not the JSON that we accept."""
+    """The text is valid for Python's `json` but not for ftlevel."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:
@@ -97,13 +92,12 @@ def _constant(name: str) -> NoReturn:
     raise _NotStrict(f"not valid JSON ({name} is no JSON number; write null)")
 
 
-# With the pairs hook the C scanner calls `_object` once an object: 15 % on top of the plain
-# decoder, much less than a second look at the keys would cost.
+# object_pairs_hook detects duplicate keys in the C scanner; it costs 15 % of the decoding time.
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
 def complaint(error: ValueError | RecursionError) -> str:
-    """Return the reason for a text that did not decode."""
+    """Return the reason why a text could not be decoded."""
     if isinstance(error, json.JSONDecodeError):
         return f"not valid JSON ({error.msg}, column {error.colno})"
     if isinstance(error, RecursionError):
@@ -112,13 +106,10 @@ def complaint(error: ValueError | RecursionError) -> str:
 
 
 def _has_lone_surrogate(text: str, value: object) -> bool:
-    """Tell whether `value`, decoded from `text`, holds half of a surrogate pair.
-
-    Such a string cannot be encoded, so a tokenizer would fail on it, far from here.
-    """
+    """Return whether `value` has a lone surrogate, which tokenizers cannot encode."""
     if "\\ud" not in text and "\\uD" not in text:
         return False
-    # Emoji written as two escapes are common, and this search takes a quarter of an encoding.
+    # Fast path: escaped emoji are common, and the search takes a quarter of the time of encoding.
     if "\\\\" not in text and not _LONE_ESCAPE.search(text):
         return False
     try:
@@ -129,7 +120,7 @@ def _has_lone_surrogate(text: str, value: object) -> bool:
 
 
 def fault_of(text: str, value: object) -> str:
-    """Return what is wrong with a decoded row, or an empty string."""
+    """Return what is wrong with a decoded row, or ""."""
     if type(value) is not dict:
         return f"{kind_of(value)}, where one object with named columns is expected"
     if not value:
@@ -143,11 +134,10 @@ def fault_of(text: str, value: object) -> str:
 
 
 def read_json_lines(some: Iterable[str], before: int = 0) -> Found:
-    """Read one object a line; blank lines are passed over.
+    """Return the rows, their lines and the bad rows of JSON Lines; blank lines are skipped.
 
-    Args:
-        some: lines split at line feeds only, for a string may hold other line separators.
-        before: how many lines lie before them.
+    `some` must be split at line feeds only, since strings may contain other line separators.
+    `before` is the number of lines that precede them.
     """
     rows: list[Row] = []
     lines: list[int] = []
@@ -171,19 +161,15 @@ def read_json_lines(some: Iterable[str], before: int = 0) -> Found:
 
 
 _IN_A_ROW = {"messages", "conversations", "tools", "entities", "spans", "tokens", "words", "turns"}
-"""Columns that hold lists, so that an object with one may be a row."""
+"""Columns that hold lists: an object with one of them may be a row."""
 
 
 @dataclass(frozen=True)
 class OneObject:
-    """What the one object of a file is.
+    """Interpretation of a file that is a single object.
 
-    Attributes:
-        rows: those that it gives; None where they are the elements of a list in the text.
-        list_at: where that list begins.
-        bad: places that gave no row.
-        note: what it was taken for; "" where it is nothing that gives rows.
-        hint: what to do then.
+    If `rows` is None, they are the elements of the list at index `list_at` of the text. If the
+    object has no rows, `note` is "" and `hint` tells how to fix it.
     """
 
     rows: list[Row] | None = None
@@ -195,12 +181,12 @@ class OneObject:
 
 
 def open_object(text: str) -> OneObject | None:
-    """Return what a text is that begins with an object; None where it is to be read by lines."""
+    """Return the interpretation of a text that starts with an object; None if it is JSON Lines."""
     begin = len(text) - len(text.lstrip())
     try:
         value, end = DECODER.raw_decode(text, begin)
     except (ValueError, RecursionError):
-        return None  # several objects, or a broken one: the line reader says which
+        return None  # several objects or invalid JSON: the JSON Lines reader reports errors by line
     if text[end:].strip():
         return None
     one_line = "\n" not in text.strip()
@@ -224,7 +210,7 @@ def _is_rows(value: object) -> bool:
 
 
 def _by_column(value: Mapping[str, Any], *, one_line: bool) -> OneObject | None:
-    """Return the rows of columns, as pandas writes them: lists, objects by index, or split."""
+    """Return the rows of a columnar object: lists, objects by index, or columns and data."""
     note = "a column a key, as pandas writes them; a row is what has one place in all"
     columns = list(value.values())
     if {"columns", "data"} <= value.keys() and isinstance(value["data"], list):
@@ -250,7 +236,7 @@ def _by_column(value: Mapping[str, Any], *, one_line: bool) -> OneObject | None:
 
 
 def _articles(value: Mapping[str, Any]) -> OneObject | None:
-    """Return the questions of SQuAD's files, a row each."""
+    """Return one row per question of a file in SQuAD's format."""
     data = value.get("data")
     if not _is_rows(data) or not all(
         type(article) is dict and type(article.get("paragraphs")) is list for article in data or ()
@@ -283,7 +269,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class JsonArray(Reader):
-    """One array over any number of lines, of which no part can be read without the rest."""
+    """Reader of JSON files, which must be read completely."""
 
     in_parts = False
 
@@ -292,7 +278,7 @@ class JsonArray(Reader):
         check_head(path)
 
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yield one chunk; behind it there is nothing."""
+        """Yield one chunk; nothing follows it."""
         if cursor is not None:
             return
         source, text = str(self.path), read_text(self.path)
@@ -328,14 +314,7 @@ class JsonArray(Reader):
 
 @dataclass
 class Elements:
-    """Elements of an array.
-
-    Attributes:
-        rows: those that are objects.
-        lines: for each the line that it begins on, or its number.
-        bad: the others.
-        numbered: whether `lines` and `bad` count elements: where several begin on one line.
-    """
+    """Elements of a JSON array; `lines` and `bad` count elements instead of lines if `numbered`."""
 
     rows: list[Row] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
@@ -344,17 +323,11 @@ class Elements:
 
 
 def read_json_array(text: str, source: str, begin: int = 0) -> Elements:
-    """Read an array of objects, each with the line that it begins on, or its number.
+    """Return the elements of an array of objects; `InputError` if the array is malformed.
 
-    Args:
-        text: the whole file.
-        source: what errors call it.
-        begin: where the array begins; if not with the file, more may come behind it.
-
-    Raises:
-        InputError: the array itself is broken; past that place no row can be trusted.
+    If `begin` is not 0, the array starts there and other text may follow it.
     """
-    values: list[tuple[Any, str]] = []  # with what is wrong with it
+    values: list[tuple[Any, str]] = []  # (value, fault or "")
     lines: list[int] = []
     line, counted = 1, 0
     at = _past_space(text, _past_space(text, begin) + 1)
@@ -393,7 +366,7 @@ def _past_space(text: str, at: int) -> int:
 
 
 def _decode_element(text: str, at: int, line: int, source: str) -> tuple[Any, int]:
-    """Decode the value that begins at `at`, on `line`; return it and where it ends."""
+    """Return the value at `at`, and the index behind it."""
     try:
         return DECODER.raw_decode(text, at)
     except (ValueError, RecursionError) as error:

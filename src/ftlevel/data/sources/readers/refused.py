@@ -1,4 +1,4 @@
-"""What no reader is for: files of images, audio, … by their names, and columns of them."""
+"""Errors for unsupported input: files and columns of images, audio, video or documents."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MEDIA_NAMES = {
         "videos": "video",
     }.items()
 }
-"""What columns of media are called in published data sets; also image_path, videos and the like."""
+"""Patterns of media column names in published datasets, such as image, image_path or videos."""
 _MAGIC = {
     "images": (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*"),
     "audio": (b"ID3", b"fLaC", b"OggS", b"RIFF", b"\xff\xfb"),
@@ -39,13 +39,7 @@ _ARCHIVES = {".zip": "unzip", ".tar": "tar xf", ".tgz": "tar xzf", ".7z": "7z x"
 
 
 def refuse_unknown(path: Path, suffix: str, readable: list[str]) -> InputError:
-    """Return the error for a file whose suffix no reader has.
-
-    Args:
-        path: the file.
-        suffix: of its name, behind which a suffix of compression may stand.
-        readable: the suffixes that are read.
-    """
+    """Return the error for a file whose suffix is not in `readable`."""
     for kind, suffixes in _KINDS.items():
         if suffix in suffixes:
             text = "Extract its text first, as .txt or .jsonl." if kind == "a document" else (
@@ -67,23 +61,15 @@ def refuse_unknown(path: Path, suffix: str, readable: list[str]) -> InputError:
 
 
 def media_of_name(column: str) -> str | None:
-    """Return "images", "audio" or "videos" for a column that is called so; None for others."""
+    """Return "images", "audio" or "videos" if the column name says so; else None."""
     return next((k for k, names in _MEDIA_NAMES.items() if names.fullmatch(column)), None)
 
 
 def refuse_media_columns(columns: Sequence[str], rows: Sequence[Row], source: str) -> None:
-    """Refuse columns that no format uses and that hold images, audio or video.
+    """Raise `InputError` for unused columns that hold images, audio or video.
 
-    A column is known by its name and any value that may be a file or its contents, or by its first
-    values, if all of them are names or contents of such files.
-
-    Args:
-        columns: those that are not used.
-        rows: of the data set; of a column with such a name all are looked at for a value.
-        source: what the message begins with.
-
-    Raises:
-        InputError: naming the columns.
+    Either all of the first values are media (file names, URLs or content), or the column is named
+    like media and one of its values may be media.
     """
     found = []
     for column in columns:
@@ -100,7 +86,7 @@ def refuse_media_columns(columns: Sequence[str], rows: Sequence[Row], source: st
 
 
 def describe_media(source: str, columns: Sequence[tuple[str, str]]) -> str:
-    """Return the message for columns that hold media, each with the kind of it."""
+    """Return the error message for media columns, given as (column, kind)."""
     what = " and ".join(f"column {column!r} holds {kind}" for column, kind in columns)
     names = " ".join(shlex.quote(column) for column, _ in columns)
     return (
@@ -111,7 +97,7 @@ def describe_media(source: str, columns: Sequence[tuple[str, str]]) -> str:
 
 
 def _media_of_value(value: Any) -> str | None:
-    """Return the kind of media that a value is by itself: a file's name, bytes, an image object."""
+    """Return the kind of media of a value: file name, bytes, dict, list or image; else None."""
     if isinstance(value, str):
         return _media_of_text(value)
     if isinstance(value, bytes):
@@ -127,7 +113,7 @@ def _media_of_value(value: Any) -> str | None:
 
 
 def _media_of_text(text: str) -> str | None:
-    """Return the kind of media of a path, a URL or a data URI; None for other text."""
+    """Return the kind of media of a path, URL or data URI; None for other text."""
     if text.startswith("data:"):
         return next((k for k in _MEDIA if text[5:].startswith(k.removesuffix("s") + "/")), None)
     if len(text) > _LONGEST_PATH or "\n" in text:
@@ -137,18 +123,14 @@ def _media_of_text(text: str) -> str | None:
 
 
 def _may_be_media(value: Any) -> bool:
-    """Tell whether a value of a column that is called like media may be a file or its contents."""
-    if isinstance(value, str):  # a name, an id or base64, but no sentence
+    """Return whether a value of a column named like media may be a file or its content."""
+    if isinstance(value, str):  # a file name, an id or base64
         return _media_of_text(value) is not None or not any(map(str.isspace, value))
     return not isinstance(value, bool | int | float)
 
 
 def check_is_file(path: Path, data_files: Callable[[Path], list[str]]) -> None:
-    """Refuse what is no regular file, or has nothing in it.
-
-    Raises:
-        InputError: it is missing, a directory, a device, or empty.
-    """
+    """Raise `InputError` unless `path` is a regular file that is not empty."""
     if path.is_dir():
         names = data_files(path)
         there = f"Files in it: {listing(names)}." if names else "It holds no data file."
@@ -165,7 +147,7 @@ def check_is_file(path: Path, data_files: Callable[[Path], list[str]]) -> None:
 
 
 def _describe_link(path: Path) -> str:
-    """Return what is wrong with a symbolic link that leads to no file."""
+    """Return what is wrong with a broken symbolic link."""
     try:
         path.resolve(strict=True)
     except (OSError, RuntimeError) as error:
@@ -175,7 +157,7 @@ def _describe_link(path: Path) -> str:
 
 
 def describe_missing(path: Path) -> str:
-    """Return the message for a path that does not exist, with what is there instead."""
+    """Return the error message for a missing path, with similar names in its directory."""
     folder = path.parent
     if path.is_symlink():
         return f"{path}: {_describe_link(path)}"

@@ -1,9 +1,7 @@
-"""CSV and TSV with a header line; quotes work as in CSV, also between tabs. Cells stay strings.
+"""Readers of CSV, TSV and Excel's .xlsx. All cells are strings.
 
-Excel's .xlsx: a header row and the rows below it, each cell the text that Excel shows.
-
-A number has the decimals of its cell's format, a date its order of day, month and year; where the
-format is the reader's locale, a date is ISO's. Formulas give the value that was saved.
+Excel cells have the text that Excel displays: decimals and date order follow the cell's number
+format, and dates in the locale's format become ISO dates. Formulas have their saved value.
 """
 
 from __future__ import annotations
@@ -29,16 +27,12 @@ from ftlevel.data.sources.streams import Chunk, Cursor, Reader
 from ftlevel.data.sources.table import BadRow, Row
 from ftlevel.errors import InputError, did_you_mean, listing, quote
 
-# A cell longer than the csv module's 128 KiB is an ordinary document.
+# The csv module's default limit of 128 KiB per cell is too low for documents.
 _LONGEST = min(sys.maxsize, 2**31 - 1)
 
 
 class CommaSeparated(Reader):
-    """Cells between commas; the header is read when the file is opened.
-
-    A file without one has columns called 1, 2, …; one whose header holds no comma but another mark
-    is read by that.
-    """
+    """Reader of CSV files; without a header, the columns are called 1, 2, …."""
 
     uniform = True
     text_cells = True
@@ -63,7 +57,7 @@ class CommaSeparated(Reader):
         self._begin = after
 
     def _read_header(self) -> tuple[list[str], int, Cursor]:
-        """Return the cells of the first line, its number, and where the rows begin."""
+        """Return the cells of the header, its line number, and the cursor of the first row."""
         text = TextLines(self.path, universal=True)
         cells = csv.reader(text, delimiter=self.separator, strict=True)
         with _long_cells():
@@ -74,7 +68,7 @@ class CommaSeparated(Reader):
         return header, cells.line_num, text.cursor(cells.line_num)
 
     def _other_separator(self) -> str:
-        """Return the mark that the file is separated by instead; "" where it is the usual one."""
+        """Return the separator if it differs from the format's own; else ""."""
         header, rows = self._header, self._sample(self.separator)
         marks = [mark for mark in ";\t,|" if mark != self.separator]
         if len(header) == 1:
@@ -90,14 +84,14 @@ class CommaSeparated(Reader):
         return ""
 
     def _sample(self, separator: str) -> list[list[str]]:
-        """Return the whole rows behind the header of what the file begins with."""
+        """Return the complete rows after the header within the head of the file."""
         rows: list[list[str]] = []
         with contextlib.suppress(csv.Error):
             rows += csv.reader(head_lines(self.path), delimiter=separator)
         return [row for row in rows if row][1:]
 
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yield the chunks from `cursor` on."""
+        """Yield the chunks after `cursor`."""
         at = cursor or self._begin
         text = TextLines(self.path, **at, universal=True)
         cells = csv.reader(text, delimiter=self.separator, strict=True)
@@ -126,13 +120,13 @@ class CommaSeparated(Reader):
 
 
 class TabSeparated(CommaSeparated):
-    """Cells between tabs."""
+    """Reader of TSV files; quoting works as in CSV."""
 
     separator = "\t"
 
 
 def _describe(error: csv.Error, path: Path, line: int) -> str:
-    """Return the message for a quote that is out of place; the rows past it can't be trusted."""
+    """Return the error message for a misplaced quote; later rows cannot be trusted."""
     if "end of data" in str(error):
         return f'{path}:{line}: a quote (") is opened in this row and never closed. Close it.'
     return (
@@ -142,7 +136,7 @@ def _describe(error: csv.Error, path: Path, line: int) -> str:
 
 
 def check_header(header: list[str], place: str) -> None:
-    """Raise unless the header names every column, once."""
+    """Raise `InputError` if the header has empty or duplicate names."""
     twice = sorted({name for name in header if header.count(name) > 1 and name})
     if twice:
         raise InputError(
@@ -158,14 +152,9 @@ def check_header(header: list[str], place: str) -> None:
 
 
 def find_no_header(header: list[str], rows: list[list[str]]) -> str:
-    """Return what speaks for a first line that is a row as well; "" where it may be a header.
-
-    Args:
-        header: the cells of the first line.
-        rows: some of those after it.
-    """
+    """Return why the first line looks like a row rather than a header, or ""."""
     rows = [row for row in rows if len(row) == len(header)]
-    counted = [str(number) for number in range(len(header))]  # as pandas names what has no name
+    counted = [str(number) for number in range(len(header))]  # the default column names of pandas
     if not rows or len(header) < 2 or header in rows or header == counted:
         return ""
     for number, cell in enumerate(header):
@@ -185,13 +174,13 @@ def _is_number(cell: str) -> bool:
 
 
 def columns_by_number(count: int) -> str:
-    """Return the names of columns without names, for a message."""
+    """Return the names of unnamed columns, for a message."""
     return listing([str(number) for number in range(1, count + 1)], 3)
 
 
 @contextlib.contextmanager
 def _long_cells() -> Iterator[None]:
-    """Let cells be as long as documents; the limit is global."""
+    """Increase the csv module's global limit on cell length within the context."""
     limit = csv.field_size_limit(_LONGEST)
     try:
         yield
@@ -199,7 +188,7 @@ def _long_cells() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-# What openpyxl and the libraries below it raise for files that are cut or changed.
+# Exceptions that openpyxl and its dependencies raise for damaged files.
 _DAMAGE = (zipfile.BadZipFile, zlib.error, LookupError, ValueError, TypeError, AttributeError,
            ArithmeticError, EOFError, SyntaxError, NotImplementedError, RuntimeError)  # fmt: skip
 _NUMBER = re.compile(r"(?P<grouped>#,##)?0(?:\.(?P<decimals>0+))?(?P<percent>%)?")
@@ -209,7 +198,7 @@ _CODES = {"yy": "%y", "yyyy": "%Y", "m": "{0.month}", "mm": "%m", "mmm": "%b", "
 
 
 class Workbook(Reader):
-    """A sheet of a workbook: the first one, or the one that is named."""
+    """Reader of one sheet of a workbook; default is the first sheet."""
 
     unit = "row"
     uniform = True
@@ -227,7 +216,7 @@ class Workbook(Reader):
         check_header(self._header, f"{path} row {self._begin - 1}")
 
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yield the chunks from `cursor` on."""
+        """Yield the chunks after `cursor`."""
         rows: list[Row] = []
         numbers: list[int] = []
         bad: list[BadRow] = []
@@ -251,7 +240,7 @@ class Workbook(Reader):
             yield self.chunk(rows, numbers, bad, {"row": number + 1})
 
     def _rows(self, begin: int) -> Iterator[tuple[int, list[tuple[str, bool]]]]:
-        """Yield the rows with something in them: number, and each cell's text and if it failed."""
+        """Yield the number of each non-empty row, with (text, is_error) of each cell."""
         with _opened(self.path) as book:
             sheet = self._choose(book)
             sheet.reset_dimensions()
@@ -279,7 +268,7 @@ class Workbook(Reader):
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Open a workbook; what is wrong with it is an `InputError`."""
+    """Open a workbook; convert exceptions to `InputError`."""
     try:
         import openpyxl
     except ImportError:
@@ -289,7 +278,7 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of styles and the like, which no cell's text needs
+            warnings.simplefilter("ignore")  # about styles, which do not affect the text
             book = openpyxl.load_workbook(path, read_only=True, data_only=True)
         try:
             yield book
@@ -313,7 +302,7 @@ def _show(cell: Any) -> tuple[str, bool]:
 
 
 def show_value(value: Any, form: str) -> str:
-    """Return the text of a value in a cell with the number format `form`."""
+    """Return the text of a cell value in the number format `form`."""
     if isinstance(value, bool):
         return "TRUE" if value else "FALSE"
     if isinstance(value, (datetime, date, time)):
@@ -335,7 +324,7 @@ def _show_number(value: int | float, form: str) -> str:
 
 
 def _show_date(value: date | time, form: str) -> str:
-    """Return a date as its format orders it; ISO's where that is not just days and months."""
+    """Return a date in its cell's format; ISO unless the format has only days, months and years."""
     parts = _DATE_PART.findall(form)
     codes = [_CODES.get(part.lower(), part) for part in parts]
     plain = "".join(parts) == form and form != "mm-dd-yy" and isinstance(value, date)

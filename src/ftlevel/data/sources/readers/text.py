@@ -1,13 +1,7 @@
-"""The lines of a UTF-8 file, counted in lines and bytes, and what is no UTF-8 by both.
+"""Readers of CoNLL files and plain text, UTF-8 lines with byte offsets, and format detection.
 
-What a file is by its beginning where its name does not say: stdin, CoNLL in .txt or .tsv.
-
-CoNLL: a line a word, its columns between tabs or spaces, a blank line between sentences.
-
-The first column is the word and the last one its tag; those between are named by their number.
-Tags stay in the file's scheme. `-DOCSTART-` and comments (`# …`) between sentences are no words.
-
-Plain text: a row a paragraph, a run of lines without a blank one between them, as "text".
+CoNLL has one word per line, with columns between tabs or spaces and a blank line between sentences.
+The first column is the word, the last its tag. Plain text has one row per paragraph, in "text".
 """
 
 from __future__ import annotations
@@ -27,39 +21,28 @@ from ftlevel.data.sources.streams import Chunk, Cursor, Reader
 from ftlevel.data.sources.table import BadRow, Row
 from ftlevel.errors import InputError
 
-_BLOCK = 1 << 13  # bytes that are decoded at once; a fault within them comes before any other
+_BLOCK = 1 << 13  # bytes decoded at once; invalid UTF-8 is reported before other errors in them
 _BOM = b"\xef\xbb\xbf"
 
 
 class TextLines:
-    """The lines of a file from a byte on, with or without a byte order mark before the first.
+    """Lines of a UTF-8 file from byte `at`, which `line` lines precede; skips a byte order mark.
 
-    Args:
-        path: the file.
-        at: the byte to begin at.
-        line: how many lines lie before it.
-        universal: whether a carriage return alone ends a line too, as in CSV.
+    If `universal` is true, a carriage return alone ends a line, as in CSV.
     """
 
     def __init__(self, path: Path, at: int = 0, line: int = 0, *, universal: bool = False) -> None:
         self.path, self._universal = path, universal
-        self._at, self._line = at, line  # where the block begins
+        self._at, self._line = at, line  # byte and line before the block
         self._block: list[bytes] = []
 
     def cursor(self, line: int) -> Cursor:
-        """Return the place behind `line`, which must be the line that was taken last.
-
-        The arguments of `TextLines` to go on with.
-        """
+        """Return the arguments to resume after `line`, which must be the last line read."""
         passed = self._block[: line - self._line]
         return {"at": self._at + sum(map(len, passed)), "line": line}
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the lines with their ends.
-
-        Raises:
-            InputError: a line is not UTF-8.
-        """
+        """Yield the lines with their endings; raise `InputError` if one is not UTF-8."""
         return chain.from_iterable(self._blocks())
 
     def _blocks(self) -> Iterator[Iterator[str]]:
@@ -73,7 +56,7 @@ class TextLines:
                 if self._universal and b"\r" in content:
                     block = content.splitlines(keepends=True)
                 self._block = block
-                # One by one: texts that are dropped at once leave no gaps between those kept.
+                # Lazy decoding: lines that are not kept cause no memory fragmentation.
                 yield map(bytes.decode, block)
                 self._at += len(content)
                 self._line += len(block)
@@ -81,26 +64,12 @@ class TextLines:
 
 
 def read_text(path: Path) -> str:
-    """Return the whole of a file, without a byte order mark.
-
-    Raises:
-        InputError: it is not UTF-8.
-    """
+    """Return a file's text without a byte order mark; raise `InputError` if it is not UTF-8."""
     return _decode(path, path.read_bytes(), 0, 0).removeprefix("\ufeff")
 
 
 def _decode(path: Path, content: bytes, at: int, line: int) -> str:
-    """Return `content` decoded.
-
-    Args:
-        path: the file.
-        content: of the file, some lines from byte `at` on.
-        at: as of `TextLines`.
-        line: as of `TextLines`.
-
-    Raises:
-        InputError: naming its first byte that is not UTF-8.
-    """
+    """Return `content` decoded; raise `InputError` naming the first byte that is not UTF-8."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -116,11 +85,7 @@ def _decode(path: Path, content: bytes, at: int, line: int) -> str:
 
 
 def check_head(path: Path) -> None:
-    """Refuse a text file that begins as something else does.
-
-    Raises:
-        InputError: it does.
-    """
+    """Raise `InputError` for a file that starts like UTF-16, gzip or a Git LFS pointer."""
     with path.open("rb") as file:
         head = file.read(4096)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or _looks_like_utf16(head):
@@ -138,12 +103,12 @@ def check_head(path: Path) -> None:
 
 
 def _looks_like_utf16(head: bytes) -> bool:
-    """Tell whether every other byte is zero, as in Latin text of UTF-16 without a mark."""
+    """Return whether every other byte is mostly zero, as in Latin text in UTF-16 without a mark."""
     return len(head) > 3 and max(head[::2].count(0), head[1::2].count(0)) > 0.4 * len(head)
 
 
 HEAD = 1 << 16
-"""Bytes of a file that are looked at."""
+"""Number of bytes read to detect a format."""
 
 _MARKS = ((b"PAR1", ".parquet"), (b"ARROW1", ".arrow"), (b"\xff" * 4, ".arrow"))
 _ENTITY = re.compile(r"[BIESLU]-\S+")
@@ -151,7 +116,7 @@ _NAME = re.compile(r"[^\W\d][\w .()/-]{0,39}")
 
 
 def head_lines(path: Path) -> list[str]:
-    """Return the lines that a file begins with; the last is left out where it may be cut."""
+    """Return the first lines of a file, without the last if it may be incomplete."""
     with path.open("rb") as file:
         head = file.read(HEAD)
     text = io.StringIO(head.decode("utf-8", "replace").removeprefix("\ufeff"), newline=None)
@@ -160,11 +125,9 @@ def head_lines(path: Path) -> list[str]:
 
 
 def tell_format(path: Path, columns: Collection[str]) -> tuple[str, str] | None:
-    """Return the suffix for what is in a file, and by what it was told; None where it is open.
+    """Return the suffix of the format detected from the content, and the reason; None if unclear.
 
-    Args:
-        path: the file, which is not empty.
-        columns: names by which the header of a table is known.
+    `columns` are names that identify the header of a table. The file must not be empty.
     """
     with path.open("rb") as file:
         start = file.read(8)
@@ -188,7 +151,7 @@ def tell_format(path: Path, columns: Collection[str]) -> tuple[str, str] | None:
 
 
 def _is_whole(line: str) -> bool:
-    """Tell whether a line is JSON by itself, or so long that it was cut."""
+    """Return whether a line is valid JSON, or so long that it may be cut."""
     try:
         json.loads(line)
     except (ValueError, RecursionError):
@@ -197,7 +160,7 @@ def _is_whole(line: str) -> bool:
 
 
 def _table_sign(lines: list[str], separator: str, columns: Collection[str]) -> str:
-    """Return what speaks for a table with this separator; "" if nothing does."""
+    """Return the evidence for a table with this separator, or ""."""
     rows = [row for row in csv.reader(lines, delimiter=separator) if row]
     header = rows[0] if rows else []
     if any(cell in columns or cell.lower() in columns for cell in header):
@@ -209,7 +172,7 @@ def _table_sign(lines: list[str], separator: str, columns: Collection[str]) -> s
 
 
 def looks_like_conll(lines: list[str]) -> bool:
-    """Tell whether every line has a word and, in its last column, a tag such as O or B-LOC."""
+    """Return whether every line has a word and, in its last column, a tag such as O or B-LOC."""
     rows = [line.split() for line in lines if line.strip() and not line.startswith(("#", "-DOCS"))]
     tags = {row[-1] for row in rows}
     return (
@@ -224,7 +187,10 @@ _TAG = re.compile(r"O|[BIESLU]-\S+")
 
 
 class Conll(Reader):
-    """Sentences of words with tags; a row is `{"tokens": […], "2": […], …, "tags": […]}`."""
+    """Reader of CoNLL files; a row is `{"tokens": […], "2": […], …, "tags": […]}`.
+
+    Tags keep the file's scheme. `-DOCSTART-` lines, and comments (`# …`), are skipped.
+    """
 
     uniform = True
 
@@ -242,7 +208,7 @@ class Conll(Reader):
         self._names = ["tokens", *between, "tags"] if self._width > 1 else ["tokens"]
 
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yield the chunks from `cursor` on."""
+        """Yield the chunks after `cursor`."""
         at = cursor or {"at": 0, "line": 0}
         text = TextLines(self.path, **at)
         rows: list[Row] = []
@@ -287,7 +253,7 @@ class Conll(Reader):
         return [cell.strip() for cell in line.split("\t")] if self._tabs else line.split()
 
     def _is_comment(self, cells: list[str], at_start: bool) -> bool:
-        """Tell a comment from the word `#`, which has as many columns as others, and a tag."""
+        """Return whether the line is a comment; as a word, `#` has the usual width and a tag."""
         if not cells[0].startswith("#"):
             return False
         is_row = len(cells) == self._width
@@ -303,7 +269,7 @@ class Conll(Reader):
 
 
 class Paragraphs(Reader):
-    """Plain text; the line breaks inside a paragraph are kept."""
+    """Reader of plain text; line breaks within a paragraph are kept."""
 
     uniform = True
 
@@ -312,7 +278,7 @@ class Paragraphs(Reader):
         check_head(path)
 
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yield the chunks from `cursor` on."""
+        """Yield the chunks after `cursor`."""
         at = cursor or {"at": 0, "line": 0}
         text = TextLines(self.path, **at)
         rows: list[Row] = []
