@@ -1,4 +1,4 @@
-"""From examples to token ids and labels, of a length that fits, and to batches.
+"""Encode examples as token ids and labels, limit their length, store and collate them.
 
-May import formats and sources. It knows what to compute, not which task asks for it.
+May import `formats` and `sources`, but no task.
 """

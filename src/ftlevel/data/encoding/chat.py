@@ -1,20 +1,9 @@
-"""Conversations through a chat template, and which characters of the text are the assistant's.
+"""Render conversations with the chat template and locate the assistant turns in the text.
 
-A template that marks them ({% generation %}) is believed. With any other, each turn is found by
-rendering what is before it and what is up to it, which must both begin the whole text. Templates
-that change earlier turns when a later one is added (Qwen3 takes their reasoning out, Mistral moves
-the system text) fail that check. There the turn is found by a mark that is put before its content
-and behind it, and that must be the only difference between the texts.
-
-Chat templates by name or file, for a model that has none.
-
-The template is set on the tokenizer, and so is saved with the adapter and is the one of training,
-evaluation and generation alike.
-
-A chat template as texts around turns, for programs that have no Jinja.
-
-The layout is found by rendering conversations with marks for contents, and is taken only if it
-gives, for other conversations, exactly what the template gives.
+A template with `{% generation %}` marks these turns. For other templates, the text before a turn
+and the text up to it must be prefixes of the whole. If the template rewrites earlier turns (Qwen3
+removes their reasoning, Mistral moves the system text), a marker around the content locates the
+turn.
 """
 
 from __future__ import annotations
@@ -40,7 +29,7 @@ _MARK = "\u2042mark\u2042"
 
 @dataclass(frozen=True)
 class Rendered:
-    """A text and the spans of characters in it that the model is to learn."""
+    """A rendered conversation, with the character spans that are trained on."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
@@ -53,22 +42,18 @@ def render(
     *,
     generation_prompt: bool = False,
 ) -> str:
-    """Return the text of `turns` by the chat template.
-
-    Raises:
-        InputError: the template refuses them.
-    """
+    """Render `turns` with the chat template; raise `InputError` if it fails or is too slow."""
     return _render(tokenizer, turns, tools, generation_prompt=generation_prompt)[0]
 
 
 def render_chat(
     tokenizer: Any, turns: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()
 ) -> Rendered:
-    """Render `turns` and find each assistant turn in the text, with the token that ends it.
+    """Render `turns` and locate each assistant turn, including its end-of-turn token.
 
     Raises:
-        InputError: the template refuses the turns, leaves one or the tools out, or changes them so
-            that the answers cannot be told apart.
+        InputError: the template fails, omits a turn or the tools, or rewrites turns so that the
+            answers cannot be located.
     """
     ends = special_texts(tokenizer)
     marked = bool(_GENERATION.search(tokenizer.get_chat_template(None, list(tools) or None)))
@@ -84,18 +69,14 @@ def render_chat(
 
 
 def special_texts(tokenizer: Any) -> tuple[str, ...]:
-    """Return the texts of the special tokens, without BOS."""
+    """Return the special tokens as strings, without BOS."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     texts = {token.content for token in added.values() if token.special}
     return tuple((texts | set(tokenizer.all_special_tokens)) - {tokenizer.bos_token})
 
 
 def turn_end(tokenizer: Any) -> int | None:
-    """Return the id of the token that ends an assistant's turn; None where it is none or several.
-
-    Raises:
-        InputError: the template refuses a question and an answer.
-    """
+    """Return the id of the token that ends an assistant turn, or None."""
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rendered = render_chat(tokenizer, talk)
     answer = rendered.text[slice(*rendered.spans[-1])] if rendered.spans else ""
@@ -111,7 +92,6 @@ def _render(
     generation_prompt: bool = False,
     marks: bool = False,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Return the text, and the spans that the template marks if `marks` is true."""
     from jinja2 import TemplateError
 
     given = list(tools) or None
@@ -136,10 +116,9 @@ def _find_turn(
     index: int,
     full: str,
 ) -> tuple[int, int]:
-    """Return the span of the turn at `index` in `full`, the text of all `turns`.
+    """Return the span in `full` of the turn at `index`, including its end-of-turn token.
 
-    It begins where generation would begin and ends behind the token that ends the turn; white space
-    after that is the template's. A space before the answer belongs to it, as tokenizers join them.
+    The span starts after the generation prompt. It includes a space before the answer.
     """
     before = render(tokenizer, turns[:index], tools, generation_prompt=True) if index else ""
     before = before.removesuffix(" ")
@@ -173,7 +152,7 @@ def _find_mark(
     content: str,
     full: str,
 ) -> int:
-    """Return where the mark in `content` stands, if it is all that it adds to `full`; else -1."""
+    """Return the marker position in the rendered text; -1 if the marker changes other text."""
     changed = [*turns[:index], {**turns[index], "content": content}, *turns[index + 1 :]]
     text = render(tokenizer, changed, tools)
     at = text.find(_MARK)
@@ -181,12 +160,12 @@ def _find_mark(
 
 
 def _with_end(text: str, span: tuple[int, int], ends: Sequence[str]) -> tuple[int, int]:
-    """Return `span` without white space at its end, and with the special token that ends it."""
+    """Strip trailing white space from `span` and include the special token that ends it."""
     start, end = span
     stripped = start + len(text[start:end].rstrip())
     if any(text[start:stripped].endswith(token) for token in ends):
         return start, stripped
-    for after in (end, end + (text[end : end + 1] == " ")):  # an answer may end in white space
+    for after in (end, end + (text[end : end + 1] == " ")):  # the answer may end in white space
         closing = next((token for token in ends if text.startswith(token, after)), None)
         if closing:
             return start, after + len(closing)
@@ -196,7 +175,7 @@ def _with_end(text: str, span: tuple[int, int], ends: Sequence[str]) -> tuple[in
 def _check_complete(
     tokenizer: Any, turns: Sequence[Turn], tools: Sequence[dict[str, Any]], text: str
 ) -> None:
-    """Raise if the template left out a turn that the model should see, or the tools."""
+    """Raise `InputError` if the template omits a user or system turn, or the tools."""
     for number, turn in enumerate(turns, 1):
         content = str(turn["content"]).strip()
         if turn["role"] == "assistant" or content in text:
@@ -220,24 +199,19 @@ MARKERS: Mapping[str, tuple[str, ...]] = {
     "mistral": (),
     "qwen": ("<|im_start|>", "<|im_end|>"),
 }
-"""Template → the tokens that its turns are made of, beside BOS and EOS."""
+"""Template → the special tokens that delimit its turns, besides BOS and EOS."""
 
 _FOLDER = Path(__file__).parent / "templates"
 
 
 def choose_chat_template(tokenizer: Any, wish: str | None) -> Choice | None:
-    """Give `tokenizer` the chat template that is wished for (mutated).
+    """Set the chat template of `tokenizer` (mutated) to a built-in template or a Jinja file.
 
-    Args:
-        tokenizer: of the model.
-        wish: a name, a Jinja file, or None.
-
-    Returns:
-        The line for the screen; None where nothing is wished.
+    The template is saved with the adapter, so training, evaluation and generation share it.
 
     Raises:
-        InputError: no such name or file, a template that does not compile, or one whose turns are
-            marked by tokens that the tokenizer does not have.
+        InputError: no such name or file, the template does not compile, or its special tokens are
+            not in the vocabulary.
     """
     if wish is None:
         return None
@@ -249,7 +223,6 @@ def choose_chat_template(tokenizer: Any, wish: str | None) -> Choice | None:
 
 
 def _read_named(tokenizer: Any, name: str) -> str:
-    """Return the template called `name`."""
     vocabulary = tokenizer.get_vocab()
     missing = {n: [m for m in markers if m not in vocabulary] for n, markers in MARKERS.items()}
     if missing[name]:
@@ -263,7 +236,6 @@ def _read_named(tokenizer: Any, name: str) -> str:
 
 
 def _read_file(wish: str) -> str:
-    """Return the template in the file `wish`."""
     from jinja2 import TemplateSyntaxError
 
     path = Path(wish).expanduser()
@@ -296,13 +268,14 @@ _TRIALS = (
 
 @dataclass(frozen=True)
 class TurnLayout:
-    """The texts around the turns.
+    """Prefixes and suffixes of the turns: a chat template for programs without Jinja.
 
     Attributes:
-        around: role → what stands before and behind its content; no system where the template has
-            none of its own.
-        opening: what stands before a first turn that is not the system's, such as a default one.
-        generation: what stands behind the last turn, for the answer to follow.
+        around: role → text before and after the content; system is absent if it has no turn of its
+            own.
+        opening: text before a first turn that is not a system turn, such as a default system
+            prompt.
+        generation: generation prompt.
     """
 
     around: dict[str, tuple[str, str]]
@@ -310,7 +283,7 @@ class TurnLayout:
     generation: str
 
     def render(self, turns: Sequence[Turn]) -> str:
-        """Return the text of `turns`, up to where the answer begins."""
+        """Return the text of `turns` with the generation prompt."""
         parts = [self.opening if turns[0]["role"] != SYSTEM else ""]
         for turn in turns:
             before, after = self.around[turn["role"]]
@@ -319,7 +292,10 @@ class TurnLayout:
 
 
 def find_turn_layout(tokenizer: Any) -> TurnLayout | None:
-    """Return the layout of the chat template of `tokenizer`, or None where it is more than one."""
+    """Infer the layout of the chat template from placeholder contents.
+
+    Return None unless the layout reproduces the template exactly on other conversations.
+    """
     try:
         layout = _guess(tokenizer)
         if layout is None:
@@ -330,7 +306,7 @@ def find_turn_layout(tokenizer: Any) -> TurnLayout | None:
                 continue
             if layout.render(turns) != render(tokenizer, turns, generation_prompt=True):
                 return None
-    except InputError:  # it refuses a plain conversation
+    except InputError:  # the template rejects a plain conversation
         return None
     return layout
 
@@ -350,7 +326,7 @@ def _guess(tokenizer: Any) -> TurnLayout | None:
         user_begin, assistant_end = to_user.removeprefix(user_end), user_end
     else:
         shared = _common_start(first[::-1], to_user[::-1])[::-1]
-        user_begin = re.sub(r"^[^<\[]*[>\]]", "", shared)  # not from the middle of a token on
+        user_begin = re.sub(r"^[^<\[]*[>\]]", "", shared)  # drop the tail of a special token
         assistant_end = to_user.removesuffix(user_begin)
     around = {USER: (user_begin, user_end), ASSISTANT: (assistant_begin, assistant_end)}
     system = _system(tokenizer, user_begin)
@@ -360,7 +336,7 @@ def _guess(tokenizer: Any) -> TurnLayout | None:
 
 
 def _system(tokenizer: Any, user_begin: str) -> tuple[str, str] | None:
-    """Return what stands around a system text; None where it has no turn of its own."""
+    """Return the text before and after a system turn; None if it has no turn of its own."""
     try:
         pieces = _pieces(tokenizer, SYSTEM, USER)
     except InputError:
@@ -371,7 +347,6 @@ def _system(tokenizer: Any, user_begin: str) -> tuple[str, str] | None:
 
 
 def _shared(first: str, second: str) -> str:
-    """Return what both begin with, without the beginning of a special token."""
     return re.sub(r"(<\|?|\[/?)$", "", _common_start(first, second))
 
 
@@ -385,7 +360,7 @@ def _marked(*roles: str) -> list[Turn]:
 
 
 def _pieces(tokenizer: Any, *roles: str) -> list[str] | None:
-    """Return the texts between the contents of `roles`; None where a content is not as it was."""
+    """Return the texts between the contents of `roles`; None if a content is missing or moved."""
     text = render(tokenizer, _marked(*roles), generation_prompt=True)
     pieces = re.split("|".join(map(re.escape, _MARKS.values())), text)
     found = re.findall("|".join(map(re.escape, _MARKS.values())), text)

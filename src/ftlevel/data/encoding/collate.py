@@ -1,7 +1,4 @@
-"""From encoded rows to a batch of tensors: padded on the right to the longest row, no further.
-
-Which token fills a batch for a tokenizer that has none.
-"""
+"""Collate encoded rows into right-padded batches, and choose the padding token."""
 
 from __future__ import annotations
 
@@ -15,22 +12,17 @@ from ftlevel.data.encoding.encode import IGNORED, Encoded
 
 
 class Collator:
-    """Pad rows into a batch.
-
-    Args:
-        pad_id: the id that fills `input_ids`; it is masked, so any id that exists will do.
-    """
+    """Pad rows to the longest row of the batch; any valid `pad_id` works, as padding is masked."""
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-        """Return `input_ids` and `attention_mask` `(batch, seq)`, and `labels`.
+        """Return `input_ids` and `attention_mask` `(batch, seq)`, `labels` and optional tensors.
 
-        A batch has the branches of all rows, those of a row side by side, and `verdicts`
-        `(batch, 3)` where rows have them; of what a teacher expects `known` and `ids`, one target
-        after the other. Labels are `(batch,)` for a number a row, `(batch, n)`
-        for n numbers a row, and `(batch, target)` filled with -100 for tokens.
+        Each branch of a row is one sequence. `labels` is `(batch,)` for one value per row,
+        `(batch, n)` for n values, or `(batch, target)` padded with -100 for tokens. `verdicts` is
+        `(batch, 3)`. Teacher outputs `known` (float32) and `ids` are concatenated over all targets.
         """
         verdicts = [verdict for row in rows for verdict in row.verdicts]
         taught = [row.teacher for row in rows if row.teacher is not None]
@@ -56,20 +48,17 @@ class Collator:
 
 
 class CollatorWithRows(Collator):
-    """Pad rows into a batch, and give them with it as `rows`, so that one that fails is named.
-
-    What rows contrast with is a batch of its own.
-    """
+    """A `Collator` that also returns the rows, so that an error can name the failing row."""
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Return what `Collator` does, `rows`, and where there are some the `contrasts`."""
+        """Return the batch with `rows`; their `contrasts` are a separate batch."""
         contrasts = [other for row in rows for other in row.contrasts]
         batch: dict[str, Any] = {**super().__call__(rows), "rows": list(rows)}
         return {**batch, "contrasts": [super().__call__(contrasts)]} if contrasts else batch
 
 
 def pad(rows: Sequence[list[int]], value: int, *, left: bool = False) -> torch.Tensor:
-    """Stack rows into `(batch, longest)`, filled with `value` on the right, or on the left."""
+    """Return `rows` as a tensor `(batch, longest)`, padded with `value` on the right or left."""
     longest = max(len(row) for row in rows)
     filled = [
         [value] * (longest - len(row)) + row if left else row + [value] * (longest - len(row))
@@ -83,10 +72,7 @@ _RESERVED = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|endofp
 
 
 def pad_apart_from_eos(tokenizer: Any) -> Choice | None:
-    """Give `tokenizer` another padding token than EOS (mutated), where these are one.
-
-    What finds the end of a row by its padding would not read an EOS there.
-    """
+    """Replace a padding token equal to EOS (mutated), for models that detect the end by padding."""
     if tokenizer.pad_token_id != tokenizer.eos_token_id:
         return None
     vocabulary = tokenizer.get_vocab()
@@ -96,14 +82,10 @@ def pad_apart_from_eos(tokenizer: Any) -> Choice | None:
 
 
 def choose_pad_token(tokenizer: Any) -> Choice | None:
-    """Give `tokenizer` a padding token (mutated) if it has none.
+    """Set a padding token on `tokenizer` (mutated) if it has none, and return the log line.
 
-    A reserved or unknown token that the vocabulary already has is taken, so that no row is added
-    to the embedding; EOS is the last resort. Labels are masked by position and never by id, so
-    EOS stays a label even then.
-
-    Returns:
-        What was chosen, or None if the tokenizer had one.
+    Prefer a reserved token of the vocabulary, so that the embedding does not grow, and fall back to
+    EOS. Labels are masked by position, so EOS remains a label.
     """
     if tokenizer.pad_token_id is not None:
         return None

@@ -1,16 +1,10 @@
-"""From examples to token ids and labels. A label of -100 is a token that is not learned.
+"""Encode examples as token ids and labels; the label -100 excludes a token from the loss.
 
-The end-of-sequence token is always supervised, told by its place and never by its id, so that a
-model whose padding is its EOS still learns to stop.
+Training, evaluation and generation share one `PromptFormat`, which is saved with the adapter. The
+final EOS is always a label, as labels are masked by position and never by id.
 
-One formatter for training, evaluation and generation: what a prompt is laid out as.
-
-A model with a chat template is spoken to through it. One without sees the prompt, the cue of the
-task, and the answer. What is used is written beside the adapter (`PromptFormat.to_dict`).
-
-Tokenizers join a space with the word behind it (`▁word`, `Ġword`). So the space between a prompt
-and its answer belongs to the answer: a prompt never ends in the token of a lone space, and the
-tokens of a row are those of its text as a whole.
+Tokenizers merge a space with the following word (`▁word`, `Ġword`), so the space between prompt and
+answer belongs to the answer.
 """
 
 from __future__ import annotations
@@ -26,27 +20,25 @@ from ftlevel.errors import InputError
 from ftlevel.task import IGNORED as IGNORED
 
 PROMPT_VERSION = 2
-"""Version of plain prompts that new runs use.
+"""Version of plain prompts for new runs.
 
-1: the space behind the cue ends the prompt, and the answer is tokenized apart from it.
-2: that space begins the answer, and both are tokenized as one text.
+1: the prompt ends with the space after the cue, and the answer is tokenized separately.
+2: the answer begins with that space, and both are tokenized as one text.
 """
 
 _OF_PLAIN = ("separator", "version")
-"""Fields that say nothing of other kinds, and are not written for them."""
+"""Fields that apply to plain prompts only."""
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a prompt is laid out.
+    """Format of prompts.
 
     Attributes:
-        kind: through the tokenizer's chat template, as plain text, or as an encoder's input.
-        instruction: what comes before the source text; empty for none.
-        answer_cue: what ends a plain prompt, such as `Summary:`.
-        system: the first turn of what has no system turn of its own; empty for none.
+        kind: chat template, plain text, or the input of an encoder-decoder.
+        answer_cue: end of a plain prompt, such as `Summary:`.
+        system: system prompt for conversations without one.
         separator: text between a plain prompt without a cue and its answer.
-        version: of plain prompts, see `PROMPT_VERSION`.
     """
 
     kind: Literal["chat-template", "plain", "seq2seq"]
@@ -57,7 +49,7 @@ class PromptFormat:
     version: int = PROMPT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields, to be written beside the adapter."""
+        """Return the fields that apply to `kind`, for `ftlevel.json`."""
         unused = () if self.kind == "plain" else _OF_PLAIN
         return {
             name: value
@@ -66,28 +58,23 @@ class PromptFormat:
         }
 
     def with_system(self, turns: Sequence[Turn]) -> list[Turn]:
-        """Return `turns` with the system turn that they lack, if there is one."""
+        """Return `turns`, preceded by the system prompt if they have none."""
         if not self.system or (turns and turns[0]["role"] == "system"):
             return list(turns)
         return [{"role": "system", "content": self.system}, *turns]
 
     def user_text(self, source: str) -> str:
-        """Return what the user says: the instruction, an empty line, and the source text."""
+        """Return the instruction, an empty line, and `source`."""
         return f"{self.instruction}\n\n{source}" if self.instruction else source
 
     def plain_prompt(self, source: str, *, has_system: bool = False) -> str:
-        """Return a prompt without a chat template, up to where generation begins.
-
-        Args:
-            source: what is asked.
-            has_system: whether it begins with a system text of its own.
-        """
+        """Return a plain prompt; `has_system` omits the system prompt."""
         return self.plain_parts(source, "", has_system=has_system)[0]
 
     def plain_parts(self, source: str, target: str, *, has_system: bool = False) -> tuple[str, str]:
-        """Return the prompt and the answer of a row, whose texts together are the row's.
+        """Return the prompt and the answer; their concatenation is the text of the row.
 
-        The last space of the prompt begins the answer, unless `target` begins with white space.
+        A trailing space moves from prompt to answer, unless `target` begins with white space.
         """
         text = self.user_text(source)
         if self.system and not has_system:
@@ -101,14 +88,10 @@ class PromptFormat:
         return text[:-1], target if target[:1].isspace() else f" {target}"
 
     def for_rows(self, examples: Sequence[Any], version: int = PROMPT_VERSION) -> PromptFormat:
-        """Return the format with the separator that `examples` need.
+        """Return the format with the separator that fits `examples` (all of one type).
 
-        It is a newline, or nothing where all answers begin with white space, as TRL has them, or
-        all prompts end with it; version 1 has always a newline. Plain texts need none.
-
-        Args:
-            examples: of one kind.
-            version: of the format, see `PROMPT_VERSION`.
+        The separator is empty if all prompts end or all answers begin with white space, as in TRL;
+        otherwise it is a newline, as always in version 1.
         """
         if self.kind != "plain":
             return self
@@ -117,7 +100,6 @@ class PromptFormat:
 
 
 def _joins(example: Any, version: int) -> bool:
-    """Whether nothing need be put between the prompt and the answer of `example`."""
     if isinstance(example, PlainText) or version == 1:
         return isinstance(example, PlainText)
     parts = example.parts
@@ -125,7 +107,7 @@ def _joins(example: Any, version: int) -> bool:
 
 
 def choose_format(tokenizer: Any, kind: str, instruction: str, answer_cue: str) -> PromptFormat:
-    """Return the format for a model of `kind` with `tokenizer`."""
+    """Return the prompt format for a model of `kind` with `tokenizer`."""
     if kind == "encoder-decoder":
         return PromptFormat("seq2seq", instruction)
     if getattr(tokenizer, "chat_template", None):
@@ -134,10 +116,10 @@ def choose_format(tokenizer: Any, kind: str, instruction: str, answer_cue: str) 
 
 
 def read_format(card: AdapterCard) -> PromptFormat | None:
-    """Return the format of the model that `card` describes; None where it takes no prompts.
+    """Return the prompt format stored in `card`; None if the model has no prompts.
 
     Raises:
-        InputError: a later ftlevel wrote it.
+        InputError: a newer version of ftlevel wrote it.
     """
     if not card.prompt:
         return None
@@ -153,11 +135,7 @@ def read_format(card: AdapterCard) -> PromptFormat | None:
 def prompt_ids(
     tokenizer: Any, prompt_format: PromptFormat, source: str, *, has_system: bool = False
 ) -> list[int]:
-    """Return the token ids with which the model is asked, exactly as in training.
-
-    Raises:
-        InputError: the prompt has no tokens.
-    """
+    """Return the token ids of a prompt as in training; raise `InputError` if there are none."""
     if prompt_format.kind == "seq2seq":
         return list(tokenizer(prompt_format.user_text(source))["input_ids"])
     if prompt_format.kind == "chat-template":
@@ -173,19 +151,13 @@ def prompt_ids(
 def chat_prompt_ids(
     tokenizer: Any, turns: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()
 ) -> list[int]:
-    """Return the token ids of `turns` up to where the answer begins.
-
-    In training rows a space at that place is part of the answer's first token.
-
-    Raises:
-        InputError: the template refuses the turns.
-    """
+    """Return the token ids of `turns` with the generation prompt, without a trailing space."""
     text = render(tokenizer, turns, tools, generation_prompt=True).removesuffix(" ")
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def without_end(ids: Sequence[int], tokenizer: Any) -> list[int]:
-    """Return `ids` with one BOS at most, and without the EOS token at the end."""
+    """Return `ids` without a duplicate BOS and without a final EOS."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     start = 1 if bos is not None and list(ids[:2]) == [bos, bos] else 0
     end = len(ids) - (eos is not None and list(ids[-1:]) == [eos])
@@ -194,37 +166,32 @@ def without_end(ids: Sequence[int], tokenizer: Any) -> list[int]:
 
 _BATCH = 1_000
 ROW_TYPES: dict[str, type[Encoded]] = {}
-"""Every kind of row by its name, so that what is stored becomes one again."""
+"""Row classes by name, to restore stored rows."""
 
 
 class RowError(InputError):
-    """An example cannot be encoded.
-
-    Attributes:
-        row: its index.
-        reason: why, with the way out.
-    """
+    """An example cannot be encoded: its `row` index, and a `reason` that names a fix."""
 
     def __init__(self, row: int, reason: str) -> None:
         super().__init__(f"row {row + 1} {reason}")
         self.row, self.reason = row, reason
 
     def __reduce__(self) -> tuple[type[RowError], tuple[int, str]]:
-        """Pass between processes as what it was made of."""
+        """Support pickling between processes."""
         return RowError, (self.row, self.reason)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row as the model sees it; a task may have a kind of its own.
+    """One encoded row; a task may define a subclass.
 
     Attributes:
         input_ids: token ids of the row, or of the source for an encoder-decoder.
-        labels: as a list, a label for each of `input_ids`, or the target's ids of an
-            encoder-decoder; as a number, the row's class or quantity; as a tuple, several numbers
-            of the row: 0.0 or 1.0 for each class, or the first and last token of a span.
+        labels: a list of one label per input token, or of the target ids of an encoder-decoder; the
+            class or value of the row; or a tuple of 0.0 or 1.0 per class, or of the first and last
+            token of a span.
         row: index of the example in its table.
-        extras: further inputs by name, such as `token_type_ids`.
+        extras: additional model inputs by name, such as `token_type_ids`.
     """
 
     input_ids: list[int]
@@ -233,50 +200,46 @@ class Encoded:
     extras: dict[str, list[int]] = field(default_factory=dict)
 
     def __init_subclass__(cls) -> None:
-        """Know a kind of row, whose further fields name their `column` (see `store.COLUMNS`)."""
+        """Register the subclass; its fields must name a `column` of `store.COLUMNS`."""
         ROW_TYPES[cls.__name__] = cls
 
     @property
     def supervised(self) -> int:
-        """Number of targets: tokens, or what is said of the row."""
+        """Number of labels that contribute to the loss."""
         if isinstance(self.labels, int | float):
             return 1
         return sum(label != IGNORED for label in self.labels)
 
     @property
     def branches(self) -> Sequence[Encoded]:
-        """The sequences that go through the model for it: itself, or the answers to one prompt."""
+        """Sequences the model processes: the row itself, or one per answer to its prompt."""
         return (self,)
 
     @property
     def verdicts(self) -> Sequence[tuple[float, float, float]]:
-        """What is known of each branch beside its labels; none where nothing is.
-
-        Whether it is preferred (1 or 0), its log-probability by the reference, and what is taken
-        off the reward or the difference that is made of it.
-        """
+        """Per branch: preferred (1.0 or 0.0), reference log-probability, and margin or baseline."""
         return ()
 
     @property
     def teacher(self) -> Any:
-        """What a teacher expects at each of its targets: an array with `known` and `ids`; or None.
+        """Teacher outputs as a structured array, or None.
 
-        Log-probabilities (targets, outcomes), and the tokens (targets, k) that they are of.
+        `known` is `(targets, outcomes)` log-probabilities; `ids` is `(targets, k)` token ids.
         """
         return None
 
     @property
     def contrasts(self) -> Sequence[Encoded]:
-        """Sequences that are scored before the step, and not learned."""
+        """Sequences evaluated before the step, without a loss."""
         return ()
 
     @property
     def length(self) -> int:
-        """Tokens of its longest branch."""
+        """Number of tokens of the longest branch."""
         return len(self.input_ids)
 
     def without(self, count: int) -> Encoded:
-        """Return the row without `count` tokens of its prompt, which stand behind the first one."""
+        """Return the row without the `count` prompt tokens after the first token."""
         ids, labels = self.input_ids, self.labels
         if not isinstance(labels, list):
             raise TypeError("a row without a label for each token has no prompt")
@@ -297,17 +260,13 @@ def encode_causal(
     *,
     with_inputs: bool = False,
 ) -> list[Encoded]:
-    """Encode plain texts, pairs and conversations for a decoder.
+    """Encode plain texts, pairs or conversations (all of one type) for a decoder.
 
-    Args:
-        tokenizer: the model's.
-        examples: of one kind.
-        prompt_format: how prompts are laid out.
-        with_inputs: whether prompts are learned as well as answers.
+    `with_inputs` adds the prompts to the labels.
 
     Raises:
-        InputError: a conversation of several turns and no chat template; no EOS token; plain texts
-            where a system turn is asked for.
+        InputError: no EOS token, a multi-turn conversation without a chat template, or a system
+            prompt for plain texts.
     """
     if tokenizer.eos_token_id is None:
         raise InputError(
@@ -331,7 +290,7 @@ def encode_causal(
 
 
 def _with_inputs(row: Encoded) -> Encoded:
-    """Return `row` with its prompts learned; what a template puts behind the last answer is not."""
+    """Add the prompts to the labels; tokens after the last answer stay masked."""
     labels: Any = row.labels
     last = max((i for i, label in enumerate(labels) if label != IGNORED), default=-1) + 1
     return replace(row, labels=row.input_ids[:last] + labels[last:])
@@ -358,7 +317,7 @@ def encode_labelled(
     examples: Sequence[Labelled],
     target_of: Callable[[Labelled], int | float | tuple[float, ...]],
 ) -> list[Encoded]:
-    """Encode texts, or pairs of texts, with their class, classes or quantity."""
+    """Encode texts or text pairs, with the label that `target_of` returns."""
     rows: list[Encoded] = []
     for chunk in _chunks(examples):
         pairs = [e.text_pair for e in chunk]
@@ -383,7 +342,6 @@ def _chunks(examples: Sequence[Any]) -> Iterable[Sequence[Any]]:
 
 
 def _ended(ids: list[int], tokenizer: Any) -> list[int]:
-    """Return `ids` with the EOS token at the end, once."""
     eos = tokenizer.eos_token_id
     return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
@@ -401,7 +359,7 @@ def _encode_chats(
     tokenizer: Any, examples: Sequence[Any], prompt_format: PromptFormat
 ) -> list[Encoded]:
     rendered = [_render_example(tokenizer, example, prompt_format) for example in examples]
-    # The template writes its own BOS.
+    # The template adds BOS itself.
     encoding = tokenizer(
         [r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True
     )
@@ -417,7 +375,7 @@ def _encode_chats(
 
 
 def _lies_in(shown: Rendered, start: int, end: int, span: tuple[int, int]) -> bool:
-    """Tell whether a token lies in `span`, but for a space before its word ("▁the")."""
+    """Return whether a token lies in `span`, ignoring a space before its word ("▁the")."""
     return span[0] < end <= span[1] and not shown.text[start : span[0]].strip()
 
 
@@ -432,7 +390,7 @@ def _render_example(tokenizer: Any, example: Any, prompt_format: PromptFormat) -
 def _encode_completions(
     tokenizer: Any, examples: Sequence[Any], prompt_format: PromptFormat
 ) -> list[Encoded]:
-    """Encode prompts as generation does, and the answers as what follows them in the whole text."""
+    """Tokenize prompts as generation does, and answers as the rest of the full text."""
     pairs = [_as_pair(example) for example in examples]
     texts = [
         prompt_format.plain_parts(pair.source, pair.target, has_system=_has_system(example))
@@ -454,13 +412,7 @@ def _encode_completions(
 def _encode_answers(
     tokenizer: Any, texts: Sequence[tuple[str, str]], prompts: Sequence[list[int]]
 ) -> list[list[int]]:
-    """Return the token ids of each answer.
-
-    Args:
-        tokenizer: the model's.
-        texts: each prompt and its answer.
-        prompts: token ids of the prompts.
-    """
+    """Return the token ids of the answers in `(prompt, answer)` texts."""
     answers = []
     wholes = tokenizer(["".join(text) for text in texts])["input_ids"]
     for whole, prompt, (_, answer) in zip(wholes, prompts, texts, strict=True):
@@ -471,10 +423,7 @@ def _encode_answers(
 
 
 def _encode_inside(tokenizer: Any, text: str) -> list[int]:
-    """Return the tokens of `text` inside a longer one, where some tokenizers add no space to it.
-
-    For an answer that the tokenizer would join with the end of its prompt.
-    """
+    """Tokenize `text` as a continuation, without the space that some tokenizers prepend."""
     head = tokenizer("\n", add_special_tokens=False)["input_ids"]
     ids: list[int] = tokenizer(f"\n{text}", add_special_tokens=False)["input_ids"]
     if ids[: len(head)] == head:
@@ -496,11 +445,7 @@ def _as_turns(example: Any, prompt_format: PromptFormat) -> list[Turn]:
 
 
 def _as_pair(example: Any) -> Pair:
-    """Return a single-turn conversation as source and target.
-
-    Raises:
-        RowError: there is more than one turn.
-    """
+    """Return a pair or single-turn conversation as a pair; raise `RowError` for several turns."""
     if isinstance(example, Pair):
         return example
     if isinstance(example, Conversation):

@@ -1,4 +1,7 @@
-"""Make rows fit a length: what is too long is refused, dropped or shortened, never in silence."""
+"""Apply the length limit to encoded rows: raise, drop, truncate or split.
+
+Every change is counted for the report. Answers are never truncated.
+"""
 
 from __future__ import annotations
 
@@ -13,34 +16,25 @@ from ftlevel.data.encoding.store import change_rows, lengths_of, take_rows
 from ftlevel.errors import InputError
 
 LOSS = 0.01
-"""Share of the rows that --max-length auto may lose to a bound."""
+"""Maximum share of rows that `--max-length auto` may drop because of a bound."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What limits a row's length, in tokens; None where it does not.
-
-    Attributes:
-        positions: of the model.
-        memory: what a row of it may take at most; see `models.memory`.
-    """
+    """Upper bounds on the row length in tokens, from model positions and memory."""
 
     positions: int | None = None
     memory: int | None = None
 
     @property
     def tightest(self) -> tuple[int | None, str]:
-        """The smallest bound, and what it is."""
+        """The smallest bound, and its description."""
         if self.memory is not None and (self.positions is None or self.memory < self.positions):
             return self.memory, "this machine's memory"
         return self.positions, "the model's positions"
 
     def check(self, max_length: int) -> None:
-        """Refuse the user's `max_length` where the model has no such position.
-
-        Raises:
-            InputError: it has not.
-        """
+        """Raise `InputError` if `max_length` exceeds the positions of the model."""
         if self.positions is not None and max_length > self.positions:
             raise InputError(
                 f"--max-length {max_length:,} is beyond the model's {self.positions:,} positions. "
@@ -50,21 +44,14 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Rows that fit, and what was done to the others.
+    """Rows within the length limit, and counts of the changes.
 
     Attributes:
-        rows: all of at most `max_length` tokens.
-        max_length: in tokens.
-        reason: why this length.
-        dropped: how many rows were left out.
-        shortened: how many lost tokens, but none of an answer.
-        shortened_at: where they lost them.
-        split: how many plain texts became several rows.
-        long_prompts: indices of the examples whose prompt alone is beyond `max_length`.
-        lost: indices of those that were left out because their answer would have been cut.
-        overlong: what was done to rows that are too long, drop or what the user asked for.
-        stops: why the run would stop, where rows were dropped instead, as for a preview.
-        digests: of the text of each example, as the gate keeps them.
+        shortened: number of truncated rows; their answers are complete.
+        long_prompts: indices of examples whose prompt alone exceeds `max_length`.
+        lost: indices of examples that were dropped to avoid truncating an answer.
+        overlong: how long rows were handled; error can become drop under "auto".
+        stops: error message of a limit that was relaxed, as in a preview.
     """
 
     rows: Sequence[Encoded]
@@ -88,19 +75,18 @@ def fit_rows(
     overlong: str,
     where: Callable[[int], str],
 ) -> Fitted:
-    """Make `rows` fit `max_length` tokens.
+    """Apply the length limit to `rows`.
 
     Args:
         rows: encoded rows.
-        max_length: the user's wish; "auto" is the longest row, within `bounds`.
-        bounds: what the model and the machine allow.
-        overlong: error, drop, truncate-prompt or split. Where the length is "auto" and a bound
-            leaves out 1 % of the rows or fewer, error drops these.
-        where: index of an example → where the user finds it, as `file:line`.
+        max_length: limit in tokens; "auto" is the longest row, within `bounds`.
+        bounds: limits of the model and the machine.
+        overlong: error, drop, truncate-prompt or split. Under "auto", error drops up to 1 % of the
+            rows.
+        where: index of an example → `file:line`.
 
     Raises:
-        InputError: the length is beyond the model's positions, or rows do not fit and `overlong`
-            is error.
+        InputError: `max_length` exceeds the model's positions, or rows are too long under error.
     """
     lengths = lengths_of(rows)
     longest = int(lengths.max())
@@ -127,11 +113,7 @@ def fit_rows(
 
 
 def check_some_left(fitted: Fitted, rows: Sequence[Encoded]) -> None:
-    """Refuse a length within which no row of `rows` is left.
-
-    Raises:
-        InputError: none is.
-    """
+    """Raise `InputError` if no row is left."""
     if not len(fitted.rows):
         raise InputError(
             f"no row is left within --max-length {fitted.max_length:,}: the shortest has "
@@ -140,7 +122,7 @@ def check_some_left(fitted: Fitted, rows: Sequence[Encoded]) -> None:
 
 
 def _resolve_length(wish: int | str, longest: int, bounds: Bounds) -> tuple[int, str]:
-    """Return the most tokens of a row, and why where the user gave no number."""
+    """Return the limit in tokens, and the reason if it was chosen automatically."""
     if isinstance(wish, int):
         bounds.check(wish)
         return wish, ""
@@ -153,7 +135,6 @@ def _resolve_length(wish: int | str, longest: int, bounds: Bounds) -> tuple[int,
 def _changed(
     rows: Sequence[Encoded], limit: int, reason: str, overlong: str, long_prompts: tuple[int, ...]
 ) -> Fitted:
-    """Return the rows with those that are too long shortened or split."""
     cut = split_text if overlong == "split" else _cut_prompt
     lost: list[int] = []
     changed = 0
@@ -208,9 +189,8 @@ def _too_long(
 def _cut_prompt(row: Encoded, limit: int) -> list[Encoded]:
     """Drop tokens from the beginning of the prompt; [] if the answer alone is too long.
 
-    The first token stays, which may be BOS, and is not there twice where the cut is before another
-    (a turn of a chat may begin with BOS). A row without a prompt of its own (a text with a class)
-    loses tokens before its last one instead, which may be SEP or EOS.
+    The first token is retained, as it may be BOS, but not duplicated. Rows without a prompt lose
+    tokens before the last one, which may be SEP or EOS.
     """
     surplus = row.length - limit
     prompt = prompt_length(row)
@@ -225,7 +205,7 @@ def _cut_prompt(row: Encoded, limit: int) -> list[Encoded]:
 
 
 def prompt_length(row: Encoded) -> int | None:
-    """Return how many tokens come before the first one that is learned; None where none could."""
+    """Return the number of tokens before the first label; None without token labels."""
     labels = row.labels
     if not isinstance(labels, list) or len(labels) != len(row.input_ids):
         return None
@@ -237,11 +217,7 @@ def _middle_cut(values: list[int], limit: int) -> list[int]:
 
 
 def split_text(row: Encoded, limit: int) -> list[Encoded]:
-    """Cut a plain text into pieces of at most `limit` tokens; [] for a row with a prompt.
-
-    A last token that would be alone, often EOS, is given the one before it, as context that is not
-    learned again: a piece of one token has no target.
-    """
+    """Split a plain text into pieces of at most `limit` tokens; [] for a row with a prompt."""
     if not isinstance(row.labels, list) or IGNORED in row.labels or limit == 1:
         return []
     ids = row.input_ids
@@ -256,13 +232,10 @@ def split_text(row: Encoded, limit: int) -> list[Encoded]:
 def fit_targets(
     rows: Sequence[Encoded], limit: int, overlong: str, where: Callable[[int], str]
 ) -> tuple[Sequence[Encoded], int]:
-    """Leave out rows whose target is beyond `limit` tokens; an answer is never cut.
-
-    Returns:
-        The rows that are left, and how many were dropped.
+    """Drop rows with a target longer than `limit` tokens, and return the number dropped.
 
     Raises:
-        InputError: there are such rows and `overlong` is not drop.
+        InputError: targets are too long and `overlong` is not drop.
     """
     sizes = np.fromiter((_target_length(row) for row in rows), dtype=np.int64, count=len(rows))
     over = np.flatnonzero(sizes > limit)

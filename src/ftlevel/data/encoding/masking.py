@@ -1,8 +1,8 @@
-"""Masked language modelling: texts in blocks, and tokens hidden by a draw that can be repeated.
+"""Masked language modeling with reproducible masks.
 
-BERT's rule (Devlin et al., 2019, section 3.1): 15 % of a row's tokens are predicted, of which 80 %
-become the mask token, 10 % a random one, and 10 % stay. The draw depends on the seed, the epoch and
-the row alone, so that a resumed run sees the masks of an unbroken one.
+BERT's rule (Devlin et al., 2019, section 3.1): predict 15 % of the tokens, of which 80 % become the
+mask token, 10 % a random token, and 10 % stay unchanged. Masks depend only on seed, epoch and row,
+so a resumed run draws the same masks.
 """
 
 from __future__ import annotations
@@ -20,20 +20,13 @@ from ftlevel.errors import InputError
 
 _BATCH = 1_000
 _MASKED, _RANDOM = 0.8, 0.1
-_FIXED = 0  # the epoch of the validation rows; those of training count from 1
+_FIXED = 0  # epoch number of the validation rows; training epochs count from 1
 
 
 class MaskedRows(Computed[Encoded]):
-    """Rows whose masks are drawn anew each epoch, when a row is taken.
+    """Rows masked on access; set `epoch` (from 0) before the first row of each epoch is read.
 
-    Args:
-        rows: unmasked, without labels.
-        tokenizer: knows the mask token, the special tokens and the vocabulary.
-        share: of the tokens of a row that are predicted; at least one is.
-        seed: of the draws.
-
-    Attributes:
-        epoch: of the training, from 0; set it before the epoch's first row is taken.
+    `share` is the fraction of tokens that are predicted, at least one per row.
     """
 
     def __init__(self, rows: Sequence[Encoded], tokenizer: Any, *, share: float, seed: int) -> None:
@@ -52,11 +45,11 @@ class MaskedRows(Computed[Encoded]):
         return self._draw(at, self.epoch + 1)
 
     def fixed(self) -> list[Encoded]:
-        """Return every row with masks that no epoch changes, for evaluation."""
+        """Return all rows with masks that do not depend on the epoch, for evaluation."""
         return [self._draw(index, _FIXED) for index in range(len(self))]
 
     def count_hidden(self) -> int:
-        """Return how many tokens are predicted in an epoch; it is the same in each."""
+        """Return the number of predicted tokens per epoch."""
         return sum(
             self._count(int((~np.isin(row.input_ids, self._special)).sum())) for row in self.rows
         )
@@ -84,11 +77,7 @@ class MaskedRows(Computed[Encoded]):
 def encode_masked(
     tokenizer: Any, examples: Sequence[PlainText], length: int | None
 ) -> list[Encoded]:
-    """Encode texts; a text of more than `length` tokens becomes several rows.
-
-    Raises:
-        InputError: the tokenizer has no mask token.
-    """
+    """Encode texts; a text of more than `length` tokens becomes several rows."""
     if tokenizer.mask_token_id is None:
         raise InputError(
             f"the tokenizer of {tokenizer.name_or_path} has no mask token, which --task masked-lm "

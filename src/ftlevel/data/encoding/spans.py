@@ -1,13 +1,10 @@
-"""Questions with their contexts, in overlapping windows that the model can take.
+"""Encode extractive question answering and token classification.
 
-Answers are found by their characters and become the first and the last token of a span; a window
-that does not hold the whole answer points to its first token, which no context has.
+Questions are encoded with overlapping windows of their context; labels are the first and last token
+of the answer, or (0, 0) if the window does not contain it.
 
-Words with tags: are the tags whole, and which token stands for which word.
-
-Words are joined by spaces and tokenized as the text that they came from; a token belongs to the
-word whose characters it covers. (`is_split_into_words` would do for BERT, but in transformers 5 it
-takes the leading space from the words of GPT-2, RoBERTa and Qwen, so that they are other words.)
+Tagged words are joined with spaces and tokenized as text: `is_split_into_words` of transformers 5
+removes the leading space of words for GPT-2, RoBERTa and Qwen.
 """
 
 from __future__ import annotations
@@ -25,20 +22,19 @@ from ftlevel.data.sources.table import BadRow, Table
 from ftlevel.errors import InputError
 
 USUAL_LENGTH = 384
-"""Tokens of a window where nothing else is said, as in SQuAD's baselines (Devlin et al., 2019)."""
+"""Default window length in tokens, as in SQuAD's baselines (Devlin et al., 2019)."""
 _BATCH = 1_000
 Offsets = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class Window(Encoded):
-    """A question with a part of its context; its labels are the answer's first and last token.
+    """A question with one window of its context.
 
     Attributes:
-        context: the whole context.
-        answers: texts that answer the question, each with its start in the context.
-        context_start: index of the context's first token in the window.
-        offsets: characters in `context` of each of the context's tokens.
+        answers: reference answers, each with its start character in `context`.
+        context_start: index of the first context token in the window.
+        offsets: character offsets in `context` of each context token.
     """
 
     context: str = field(default="", metadata={"column": "text"})
@@ -57,22 +53,19 @@ def encode_questions(
     where: Callable[[int], str],
     drop: bool = False,
 ) -> tuple[list[Encoded], int]:
-    """Encode questions, each with one window or more of its context.
+    """Encode each question with one or more windows of its context.
 
     Args:
-        tokenizer: a fast one.
-        examples: the questions.
-        length: of a window, in tokens.
-        stride: tokens by which windows overlap.
-        separator: what ends the question where the tokenizer sets no token between the two.
-        where: index of an example → where the user finds it.
-        drop: leave out a question that leaves no room for its context.
+        tokenizer: fast tokenizer.
+        examples: questions.
+        length: window length in tokens.
+        stride: overlap of consecutive windows in tokens.
+        separator: text after the question, for tokenizers without a separator token.
+        where: index of an example → `file:line`.
+        drop: whether to drop questions that leave no room for their context, instead of raising.
 
     Returns:
-        The windows, and how many questions were left out.
-
-    Raises:
-        InputError: a question leaves no room, and `drop` is false.
+        The windows, and the number of dropped questions.
     """
     fitting = list(_with_room(tokenizer, examples, length, stride, separator, where, drop))
     windows: list[Encoded] = []
@@ -114,10 +107,7 @@ def _build_window(
 
 
 def find_span(offsets: Offsets, begin: int, end: int) -> tuple[int, int] | None:
-    """Return the first and the last token that cover the characters `begin` to `end`.
-
-    None if they are not all there. A token may cover more, such as the space before a word.
-    """
+    """Return the first and last token that cover characters `begin` to `end`, or None."""
     first = next((i for i, (_, b) in enumerate(offsets) if b > begin), None)
     last = next((i for i in range(len(offsets) - 1, -1, -1) if offsets[i][0] < end), None)
     if first is None or last is None or first > last:
@@ -135,7 +125,7 @@ def _with_room(
     where: Callable[[int], str],
     drop: bool,
 ) -> list[Question]:
-    """Return the questions that leave room for more than the overlap of two windows."""
+    """Return the questions that leave room for more context than the window overlap."""
     special = tokenizer.num_special_tokens_to_add(pair=True)
     asked = [example.question + separator for example in examples]
     sizes = [len(ids) for ids in tokenizer(asked, add_special_tokens=False)["input_ids"]]
@@ -158,12 +148,10 @@ _BIO = re.compile(r"O|[BI]-.+")
 
 @dataclass(frozen=True)
 class TaggedRow(Encoded):
-    """A sentence as the model sees it; its labels are -100 but on the first token of each word.
+    """A tagged sentence; labels are -100 except at the first token of each word.
 
-    Attributes:
-        tags: number of each word's tag.
-        positions: index of each word's first token; None for a word that has none, such as a lone
-            control character.
+    `positions` has the index of that token; None for a word without tokens, such as a control
+    character.
     """
 
     tags: tuple[int, ...] = field(default=(), metadata={"column": "ints"})
@@ -171,11 +159,7 @@ class TaggedRow(Encoded):
 
 
 def find_orphans(examples: Sequence[Tagged], names: Sequence[str], table: Table) -> list[BadRow]:
-    """Return the rows in which an I- tag continues nothing, which BIO does not allow.
-
-    Tags of another scheme pass. So do files in which no B- opens an entity anew: there I- opens
-    entities by right (IOB1, IO).
-    """
+    """Return rows with an I- tag that continues no entity; IOB1 and non-BIO schemes pass."""
     if not all(_BIO.fullmatch(name) for name in names):
         return []
     orphans: list[BadRow] = []
@@ -201,7 +185,7 @@ def find_orphans(examples: Sequence[Tagged], names: Sequence[str], table: Table)
 
 
 def encode_tagged(tokenizer: Any, examples: Sequence[Tagged], labels: LabelSet) -> list[Encoded]:
-    """Encode sentences with their tags."""
+    """Encode sentences of tagged words."""
     rows: list[Encoded] = []
     numbers = {name: number for number, name in enumerate(labels.names)}
     for start in range(0, len(examples), _BATCH):
@@ -223,8 +207,7 @@ def encode_words(
     """Tokenize sentences of words.
 
     Returns:
-        For each sentence its token ids, further inputs such as `token_type_ids`, and the index of
-        the first token of each word.
+        Per sentence: token ids, inputs such as `token_type_ids`, and the first token of each word.
     """
     encoding = tokenizer([" ".join(words) for words in sentences], return_offsets_mapping=True)
     further = [n for n in encoding if n not in ("input_ids", "attention_mask", "offset_mapping")]
@@ -239,12 +222,7 @@ def encode_words(
 def first_tokens(
     words: Sequence[str], offsets: Sequence[tuple[int, int]]
 ) -> tuple[int | None, ...]:
-    """Return the index of the first token of each word.
-
-    Args:
-        words: joined by single spaces, they are the text.
-        offsets: characters that each token covers; empty for special tokens.
-    """
+    """Return the index of each word's first token; `offsets` are empty for special tokens."""
     starts = [0]
     for text in words[:-1]:
         starts.append(starts[-1] + len(text) + 1)
@@ -253,7 +231,7 @@ def first_tokens(
         if begin == end:
             continue
         word = bisect_right(starts, end - 1) - 1
-        within = end - 1 < starts[word] + len(words[word])  # else it covers the space after it
+        within = end - 1 < starts[word] + len(words[word])  # else a following space
         if within and first[word] is None:
             first[word] = index
     return tuple(first)

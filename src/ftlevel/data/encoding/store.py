@@ -1,7 +1,6 @@
-"""Encoded rows in an Arrow file that is mapped into memory, so that a large set takes none.
+"""Store encoded rows in a memory-mapped Arrow file.
 
-A row in a list takes some kilobytes of Python objects. Here it takes four bytes a token, on disk,
-and is built when it is asked for.
+A row takes four bytes per token on disk; its Python object is built on access.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ftlevel.data.sources.lines import Computed
 
 _BATCH = 1_000  # rows
 _INTS = pa.list_(pa.int32())
-_NONE = -1  # stands for None in a list of positions
+_NONE = -1  # encodes None in a list of positions
 
 
 def _kind_of(labels: Any) -> str:
@@ -43,13 +42,7 @@ _LABEL_TYPES = {
 
 @dataclass(frozen=True)
 class Column:
-    """How a further field of a kind of row is stored.
-
-    Attributes:
-        type: of the column.
-        store: the field's value → the column's.
-        restore: back again, from numbers as a list, or from one element.
-    """
+    """Storage of a row field: Arrow type and conversions; `restore` gets a list or one element."""
 
     type: Any
     store: Callable[[Any], Any]
@@ -57,7 +50,7 @@ class Column:
 
 
 def _frozen(value: Any) -> Any:
-    """Return what JSON gives with tuples for its lists."""
+    """Convert lists to tuples recursively."""
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
@@ -77,17 +70,16 @@ COLUMNS: dict[str, Column] = {
     "text": Column(pa.string(), str, lambda held: held.as_py()),
     "json": Column(pa.string(), json.dumps, lambda held: _frozen(json.loads(held.as_py()))),
 }
-"""`column` in the metadata of a row's field → how it is stored."""
+"""Value of `column` in the field metadata → its storage."""
 
 
 def _extra_columns(kind: type[Encoded]) -> list[tuple[str, Column]]:
-    """Return the fields that `kind` has beside those of `Encoded`, and their columns."""
     own = fields(kind)[len(fields(Encoded)) :]
     return [(field.name, COLUMNS[field.metadata["column"]]) for field in own]
 
 
 def to_batch(rows: Sequence[Encoded]) -> pa.RecordBatch:
-    """Return rows of one kind as columns."""
+    """Convert rows of one type to an Arrow record batch."""
     first = rows[0]
     kind = _kind_of(first.labels)
     arrays = {
@@ -107,11 +99,7 @@ def to_batch(rows: Sequence[Encoded]) -> pa.RecordBatch:
 
 
 def write_store(path: Path, batches: Iterable[pa.RecordBatch]) -> RowStore:
-    """Write batches of rows to `path`, which appears when all are written, and map it.
-
-    Raises:
-        ValueError: there is no batch.
-    """
+    """Write batches to `path` atomically and memory-map it; raise `ValueError` without batches."""
     partial = path.with_name(f".{path.name}.partial")
     writer = None
     with pa.OSFile(str(partial), "wb") as sink:
@@ -127,7 +115,7 @@ def write_store(path: Path, batches: Iterable[pa.RecordBatch]) -> RowStore:
 
 
 def rows_to_batches(rows: Iterable[Encoded]) -> Iterator[pa.RecordBatch]:
-    """Yield `rows` in batches; the rows of one example stay together."""
+    """Yield `rows` in batches; rows of one example stay in one batch."""
     pending: list[Encoded] = []
     for row in rows:
         if len(pending) >= _BATCH and row.row != pending[-1].row:
@@ -139,15 +127,9 @@ def rows_to_batches(rows: Iterable[Encoded]) -> Iterator[pa.RecordBatch]:
 
 
 class RowStore(Computed[Encoded]):
-    """Rows in a file that `write_store` wrote.
+    """Rows in a file written by `write_store`, which must stay in place.
 
-    Args:
-        path: of the file, which must stay there.
-        indices: the rows to show, in order; None shows all.
-
-    Attributes:
-        path: of the file.
-        indices: as given.
+    `indices` selects rows; None selects all. `batches` requires ascending indices.
     """
 
     def __init__(self, path: Path, indices: Any = None) -> None:
@@ -169,16 +151,16 @@ class RowStore(Computed[Encoded]):
         return self._build(int(self.indices[at]) if self.indices is not None else at)
 
     def take(self, indices: Any) -> RowStore:
-        """Return a store of the rows at `indices` (an array), of the same file."""
+        """Return a store with the rows at `indices` (an array)."""
         chosen = np.asarray(indices, dtype=np.int64)
         return RowStore(self.path, chosen if self.indices is None else self.indices[chosen])
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """Yield the rows that are shown as columns, some hundred to a thousand at a time."""
+        """Yield the selected rows as record batches."""
         if self.indices is None:
             yield from self._batches
             return
-        ends = np.searchsorted(self.indices, self._starts)  # a selection is in order
+        ends = np.searchsorted(self.indices, self._starts)  # indices are ascending
         for batch, first, begin, end in zip(
             self._batches, self._starts, ends, ends[1:], strict=False
         ):
@@ -187,11 +169,11 @@ class RowStore(Computed[Encoded]):
 
     @property
     def has_token_labels(self) -> bool:
-        """Whether labels are lists, a label for a token."""
+        """Whether labels are lists of tokens."""
         return self._kind == "tokens"
 
     def lengths(self) -> Any:
-        """Return the number of tokens of each row's longest branch, as a NumPy array."""
+        """Return `Encoded.length` of each row as a NumPy array."""
         if ROW_TYPES[self._type].length is not Encoded.length:
             return _count_lengths(self)
         every = np.empty(int(self._starts[-1]), dtype=np.int32)
@@ -201,9 +183,9 @@ class RowStore(Computed[Encoded]):
         return every if self.indices is None else every[self.indices]
 
     def gather(self, at: Any) -> tuple[Any, Any]:
-        """Return the `input_ids` of the rows at `at` (an array) end to end, and where each begins.
+        """Return the concatenated `input_ids` of the rows at `at` (an array), and their offsets.
 
-        The file is read as one array of 32-bit integers, so that no row is built.
+        The mapped file is read as int32 values, without building rows.
         """
         if self._places is None:
             columns = [batch.column("input_ids") for batch in self._batches]
@@ -226,7 +208,6 @@ class RowStore(Computed[Encoded]):
         return whole[places], starts
 
     def _view(self, batch: int) -> dict[str, Any]:
-        """Return the columns of a batch as NumPy arrays, without a copy."""
         if batch not in self._views:
             columns = self._batches[batch]
             self._views[batch] = {
@@ -259,14 +240,14 @@ class RowStore(Computed[Encoded]):
 
 
 def _as_numpy(array: Any) -> Any:
-    """Return numbers as an array, lists as values with starts, and texts as they are."""
+    """Return scalars as an array, lists as values and offsets, and texts unchanged."""
     if pa.types.is_list(array.type):
         return array.values.to_numpy(), array.offsets.to_numpy()
     return array if pa.types.is_string(array.type) else array.to_numpy()
 
 
 def lengths_of(rows: Sequence[Encoded]) -> Any:
-    """Return the number of tokens of each row, as a NumPy array; quick for a `RowStore`."""
+    """Return the number of tokens of each row as a NumPy array; fast for a `RowStore`."""
     if isinstance(rows, RowStore):
         return rows.lengths()
     return _count_lengths(rows)
@@ -287,11 +268,11 @@ Change = Callable[[Encoded], list[Encoded]]
 
 
 def change_rows(rows: Sequence[Encoded], change: Change) -> Sequence[Encoded]:
-    """Return what `change` makes of each row; of a store a new one beside it."""
+    """Apply `change` to each row; for a `RowStore`, write the result to a new file."""
     changed = (piece for row in rows for piece in change(row))
     if not isinstance(rows, RowStore):
         return list(changed)
     try:
         return write_store(rows.path.with_suffix(".fitted"), rows_to_batches(changed))
-    except ValueError:  # nothing was left
+    except ValueError:  # no rows are left
         return []

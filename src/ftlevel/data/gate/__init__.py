@@ -1,9 +1,7 @@
-"""A finding is data; what follows from it is the policy of `config.gate`, a table of fields.
+"""Data checks on encoded rows, run before training.
 
-The gate: what is wrong with encoded rows, found before a model sees them.
-
-A check returns the rows in which it found something; `findings` turns that into data by the policy
-of the configuration. No check changes a row, and none takes more than linear time.
+A check returns the rows it flags and never changes a row; `config.gate` selects the action. Every
+check is linear in the number of tokens.
 """
 
 from __future__ import annotations
@@ -22,15 +20,12 @@ _OF_ALL_ROWS = ("one_class", "one_answer", "length_bias", "one_verdict")
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong with rows of a split.
+    """Rows of a split that a check flagged.
 
     Attributes:
-        name: of the check, a field of `config.gate`.
-        split: train, validation or test.
-        count: how many of the split's rows, as the data file counts them.
-        total: how many it has.
-        places: the first few, as `file:line`, some with what is wrong there.
-        action: what is done: stop, drop, fold or warn.
+        name: the check, a field of `config.gate`.
+        places: the first few as `file:line`, some with a description.
+        action: stop, drop, fold or warn.
     """
 
     name: str
@@ -42,11 +37,11 @@ class Finding:
 
     @property
     def title(self) -> str:
-        """What is wrong, in a few words."""
+        """Short description of the problem."""
         return CHECKS[self.name].title
 
     def __str__(self) -> str:
-        """Say it in one line, without a full stop."""
+        """Return one line without a final period."""
         shown, more = listing(self.places), self.count - len(self.places)
         if more and self.name not in _OF_ALL_ROWS:
             shown += f" and {more:,} more"
@@ -54,23 +49,14 @@ class Finding:
         return f"{self.title}: {self.count:,} of {self.total:,} {self.split} rows{places}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields, for summary.json and `--json`."""
+        """Return the fields, for `summary.json` and `--json`."""
         return {**asdict(self), "places": list(self.places), "title": self.title}
 
 
 def judge(
     name: str, split: str, count: int, total: int, places: Sequence[str], policy: GateConfig
 ) -> Finding | None:
-    """Return what was found with the action that `policy` wants; None if there is nothing to say.
-
-    Args:
-        name: of the check.
-        split: where.
-        count: rows that it found.
-        total: rows of the split.
-        places: the first few of them.
-        policy: the gate section of the configuration.
-    """
+    """Return a `Finding` with the action of `policy`; None if nothing is found or it is ignored."""
     action: Action = getattr(policy, name)
     if not count or action == "ignore":
         return None
@@ -78,7 +64,7 @@ def judge(
 
 
 def explain_stop(finding: Finding) -> str:
-    """Return the error for a finding whose action is stop: what, where, and the ways on."""
+    """Return the error message for a finding whose action is stop."""
     allowed = GateConfig.model_fields[finding.name].annotation
     others = [a for a in getattr(allowed, "__args__", ()) if a not in ("stop", "ignore")]
     ways = " or ".join(others)

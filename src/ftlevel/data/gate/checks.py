@@ -1,7 +1,4 @@
-"""Checks of tokens and labels: each returns a mask of the rows in which something is wrong.
-
-Checks of an example's text: each tells whether something is wrong with one example.
-"""
+"""Checks of token ids and labels (on all rows, returning a mask) and of texts (on one example)."""
 
 from __future__ import annotations
 
@@ -18,19 +15,19 @@ from ftlevel.data.gate.flat import Flat, Mask
 from ftlevel.task import Checks
 
 ONE_CLASS_SHARE = 0.95
-_TWO_TOKENS = 3  # and a space between them
+_TWO_TOKENS = 3  # with a space between the two tags
 
 
 @dataclass(frozen=True)
 class Known:
-    """What checks of tokens must know beside the rows.
+    """Model and task properties for the token checks.
 
     Attributes:
-        wanted: which of them the task's rows go through.
-        bos: id of the BOS token, or None.
+        wanted: checks that apply to the task.
+        bos: id of BOS, or None.
         ends: ids at which generation stops.
-        vocabulary: rows of the model's embedding.
-        empty_thinks: the token ids of an empty <think></think>, in a few spellings.
+        vocabulary: number of rows of the embedding.
+        empty_thinks: token ids of an empty <think></think> in several spellings.
     """
 
     wanted: Checks
@@ -41,14 +38,14 @@ class Known:
 
 
 def find_unsupervised(flat: Flat) -> Mask:
-    """Return the rows without a token to learn."""
+    """Flag rows without supervised tokens."""
     return flat.supervised() == 0
 
 
 def find_missing_eos(flat: Flat, ends: Collection[int]) -> Mask:
-    """Return the rows with an answer that does not end in one of the token ids `ends`.
+    """Flag rows with an answer that does not end with one of the token ids `ends`.
 
-    An answer is a run of supervised tokens. A text that was split ends in its last piece only.
+    An answer is a sequence of supervised tokens. Only the last piece of a split text needs an end.
     """
     if flat.labels is None:
         return np.zeros(len(flat.ids), dtype=bool)
@@ -64,7 +61,7 @@ def find_missing_eos(flat: Flat, ends: Collection[int]) -> Mask:
 
 
 def find_double_bos(flat: Flat, bos: int | None) -> Mask:
-    """Return the rows that begin with `bos` twice."""
+    """Flag rows that begin with `bos` twice."""
     found = np.zeros(len(flat.ids), dtype=bool)
     if bos is not None:
         long = np.flatnonzero(flat.ids.lengths > 1)
@@ -74,13 +71,7 @@ def find_double_bos(flat: Flat, bos: int | None) -> Mask:
 
 
 def find_out_of_range(flat: Flat, vocabulary: int, *, token_labels: bool) -> Mask:
-    """Return the rows with a token id that an embedding of `vocabulary` rows does not have.
-
-    Args:
-        flat: the split.
-        vocabulary: rows of the embedding.
-        token_labels: whether labels are token ids too.
-    """
+    """Flag rows with a token id outside the embedding; `token_labels` includes the labels."""
     ids = flat.ids.values
     found = flat.ids.any((ids >= vocabulary) | (ids < 0))
     if token_labels and flat.labels is not None:
@@ -91,11 +82,7 @@ def find_out_of_range(flat: Flat, vocabulary: int, *, token_labels: bool) -> Mas
 
 
 def find_empty_thinks(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
-    """Return the token ids of an empty <think></think> as templates and people write it.
-
-    Where it is not two tokens of its own, the first and the last piece may be joined to what stands
-    around, and are left out.
-    """
+    """Return the token ids of an empty <think></think> in common spellings."""
     spellings = set()
     for space in ("", " ", "\n", "\n\n"):
         text = f"<think>{space}</think>"
@@ -105,7 +92,7 @@ def find_empty_thinks(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
 
 
 def find_empty_think(flat: Flat, spellings: Iterable[tuple[int, ...]]) -> Mask:
-    """Return the rows in which one of `spellings`, each some token ids, is learned."""
+    """Flag rows whose labels contain one of `spellings` (token ids)."""
     if flat.labels is None:
         return np.zeros(len(flat.ids), dtype=bool)
     labels = flat.labels.values
@@ -120,7 +107,7 @@ def find_empty_think(flat: Flat, spellings: Iterable[tuple[int, ...]]) -> Mask:
 
 
 def largest_class(labels: Iterable[object]) -> tuple[object, int] | None:
-    """Return the class that has at least `ONE_CLASS_SHARE` of `labels`, and how many; or None."""
+    """Return the class with at least `ONE_CLASS_SHARE` of `labels` and its count, or None."""
     counts: dict[object, int] = {}
     for label in labels:
         counts[label] = counts.get(label, 0) + 1
@@ -144,7 +131,7 @@ TOKEN_CHECKS: dict[str, Callable[[Flat, Known], Mask | None]] = {
         find_empty_think(flat, known.empty_thinks) if known.wanted.ends else None
     ),
 }
-"""Field of `config.gate` → the rows in which it found something; None where it does not apply."""
+"""Field of `config.gate` → check that returns a mask of rows; None if it does not apply."""
 
 
 _TAG = re.compile(
@@ -161,12 +148,7 @@ _FEW_WORDS = 3
 
 @dataclass(frozen=True)
 class TextsKnown:
-    """What checks of texts must know beside the text.
-
-    Attributes:
-        special: texts of the tokenizer's special tokens.
-        starts: what every one of them begins with, in as few pieces as can be.
-    """
+    """Special tokens for the text checks; `starts` are their distinct first two characters."""
 
     special: tuple[str, ...] = ()
     starts: tuple[str, ...] = field(init=False)
@@ -176,19 +158,19 @@ class TextsKnown:
 
 
 def has_wrong_ends(parts: Parts, _: TextsKnown) -> bool:
-    """Tell whether a conversation begins with the assistant, or does not end with it."""
+    """Return whether a conversation starts with the assistant, or does not end with it."""
     turns = [role for role in parts.roles if role != "system"]
     return bool(turns) and (turns[0] == "assistant" or turns[-1] != "assistant")
 
 
 def has_lost_characters(parts: Parts, _: TextsKnown) -> bool:
-    """Tell whether there is a NUL, or what stands for a character that could not be decoded."""
+    """Return whether a text contains NUL or U+FFFD, the replacement character."""
     asked, answered = parts.asked, parts.answered
     return "\ufffd" in answered or "\0" in answered or "\ufffd" in asked or "\0" in asked
 
 
 def has_html(parts: Parts, _: TextsKnown) -> bool:
-    """Tell whether there are tags or entities of HTML outside of what is marked as code."""
+    """Return whether a text contains HTML tags or entities outside of code spans."""
     for text in (parts.asked, parts.answered):
         if ("<" in text or "&" in text) and _TAG.search(text) and _TAG.search(_CODE.sub("", text)):
             return True
@@ -196,10 +178,7 @@ def has_html(parts: Parts, _: TextsKnown) -> bool:
 
 
 def has_special_token(parts: Parts, known: TextsKnown) -> bool:
-    """Tell whether a prompt or an answer has the text of a special token.
-
-    The tokenizer makes that token of it, here and wherever the rendered text is tokenized.
-    """
+    """Return whether a text contains a special token, which the tokenizer would encode as such."""
     if not parts.written:
         return False
     for text in (parts.asked, parts.answered):
@@ -210,7 +189,7 @@ def has_special_token(parts: Parts, known: TextsKnown) -> bool:
 
 
 def is_copy(parts: Parts, _: TextsKnown) -> bool:
-    """Tell whether the answer is the prompt, of three words or more: names may be their own."""
+    """Return whether the answer repeats the prompt; texts under three words may do so."""
     if not parts.written:
         return False
     asked, answered = parts.asked, parts.answered
@@ -229,4 +208,4 @@ TEXT_CHECKS: dict[str, Callable[[Parts, TextsKnown], bool]] = {
     "special_token_text": has_special_token,
     "answer_is_prompt": is_copy,
 }
-"""Field of `config.gate` → whether there is something wrong with an example."""
+"""Field of `config.gate` → check of one example."""

@@ -1,12 +1,10 @@
-"""Rows that are there twice: equal but for case and white space, or nearly equal.
+"""Find duplicate rows, conflicting answers and swapped roles.
 
-Near duplicates are found by MinHash with banding (Broder, 1997; Leskovec, Rajaraman and Ullman,
-Mining of Massive Datasets, section 3.4) over token 5-grams: 6 bands of 4 minima each. Rows that
-agree in a band are candidates, with probability 1 − (1 − J⁴)⁶ for a Jaccard similarity J (0.96 at
-0.8, 0.998 at 0.9). A candidate is compared in full with the first row of its bucket, and with no
-other, so that time and memory stay linear in the tokens whatever the data.
-
-What the prompts and the answers of a whole set tell of one another, by their digests.
+Exact duplicates are equal up to case and white space. Near duplicates use MinHash with banding
+(Broder, 1997; Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4) on token
+5-grams: 6 bands of 4 minima. Rows of Jaccard similarity J share a band with probability
+`1 − (1 − J⁴)⁶` (0.96 at 0.8, 0.998 at 0.9). Each candidate is compared only with the first row of
+its bucket, so time and memory are linear in the tokens.
 """
 
 from __future__ import annotations
@@ -28,13 +26,13 @@ from ftlevel.data.gate.similarity import GRAM, Digests, Hashes, find_similar, ha
 from ftlevel.data.gate.wordings import Index
 
 _BANDS, _DEPTH = 6, 4
-_PART = 1 << 17  # keys that are sorted together
-_MOST_PARTS = 64  # of more keys each part is larger, as each costs a look at all of them
+_PART = 1 << 17  # keys sorted together
+_MOST_PARTS = 64  # limit: each part scans all keys
 _NONE = np.zeros(0, dtype=np.int64)
 
 
 def find_repeated(keys: NDArray[Any]) -> tuple[Integers, Integers]:
-    """Return the indices of keys that stood before, and for each the index of the first."""
+    """Return the indices of repeated keys, and the index of the first occurrence of each."""
     parts = list(_repeated(keys, None))
     again, first = (np.concatenate(side) for side in zip((_NONE, _NONE), *parts, strict=True))
     order = np.argsort(again)
@@ -42,7 +40,7 @@ def find_repeated(keys: NDArray[Any]) -> tuple[Integers, Integers]:
 
 
 def find_members(keys: NDArray[Any], known: NDArray[Any]) -> Integers:
-    """Return the indices of `keys` that are among `known`, which may be on disk."""
+    """Return the indices of `keys` that occur in `known`, which may be on disk."""
     found = np.zeros(len(keys), dtype=bool)
     for begin in range(0, len(known), _PART):
         found |= np.isin(keys, known[begin : begin + _PART])
@@ -50,10 +48,9 @@ def find_members(keys: NDArray[Any], known: NDArray[Any]) -> Integers:
 
 
 def _repeated(keys: NDArray[Any], wanted: Mask | None) -> Iterator[tuple[Integers, Integers]]:
-    """Yield what `find_repeated` returns in parts, of the keys that are `wanted`; None for all.
+    """Yield the result of `find_repeated` in parts; `wanted` selects the keys, None all.
 
-    A part has all keys of one remainder, so that equal ones are together, and is small: what is
-    taken does not grow with the number of keys.
+    All keys of a part have one remainder, so memory does not grow with the number of keys.
     """
     count = -(-len(keys) // max(_PART, len(keys) // _MOST_PARTS))
     for remainder in range(count):
@@ -71,16 +68,12 @@ def _repeated(keys: NDArray[Any], wanted: Mask | None) -> Iterator[tuple[Integer
 
 
 def find_near(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers, Integers]:
-    """Return the rows that are nearly an earlier one, and for each which.
+    """Return near duplicates of earlier rows, and the earlier row of each.
 
-    What all rows begin with, such as a system prompt, is left out of the comparison.
-
-    Args:
-        rows: of a split.
-        skip: which of them to leave out, being known duplicates.
+    A prefix common to all rows, such as a system prompt, is ignored. `skip` marks known duplicates.
     """
     prefix, lengths = _common_prefix(rows), lengths_of(rows)
-    left = ~skip  # the rows that may still be found
+    left = ~skip  # rows not yet matched
     found, originals = [_NONE], [_NONE]
     with _array_on_disk(rows, (_BANDS, len(rows))) as keys:
         begin = 0
@@ -106,7 +99,7 @@ def find_near(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers, Integers]:
 
 @contextmanager
 def _array_on_disk(rows: Sequence[Encoded], shape: tuple[int, ...]) -> Iterator[Hashes]:
-    """Give an array of zeros, in a file beside rows that are in a file."""
+    """Yield an array of zeros; for a `RowStore`, a temporary file next to it."""
     if not isinstance(rows, RowStore) or not len(rows):
         yield np.zeros(shape, dtype=np.uint32)
         return
@@ -118,7 +111,7 @@ def _array_on_disk(rows: Sequence[Encoded], shape: tuple[int, ...]) -> Iterator[
 
 
 def _common_prefix(rows: Sequence[Encoded]) -> int:
-    """Return how many tokens all rows begin with alike; 0 for a single row."""
+    """Return the number of leading tokens shared by all rows; 0 for a single row."""
     if len(rows) < 2:
         return 0
     first = rows[0].input_ids
@@ -133,7 +126,7 @@ def _common_prefix(rows: Sequence[Encoded]) -> int:
 
 
 def _band_keys(ids: Ragged, prefix: int, wanted: Mask) -> Hashes:
-    """Return the keys `(rows, bands)` of the rows in `wanted`."""
+    """Return MinHash band keys `(rows, bands)` of the rows in `wanted`."""
     generator = np.random.default_rng(0)
     factors = generator.integers(2**31, 2**32, _BANDS * _DEPTH, dtype=np.uint32) | np.uint32(1)
     offsets = generator.integers(0, 2**32, _BANDS * _DEPTH, dtype=np.uint32)
@@ -150,13 +143,13 @@ ONE_ANSWER_SHARE = 0.95
 _FEW_ROWS = 10
 _SAMPLE = 1_000
 _BUCKETS = 1 << 16
-_WORDS = 200  # of the first of a side, which are looked at
+_WORDS = 200  # examined per side
 _CLEAR = 10.0  # nats
 _BEYOND = 0.2
 
 
 def find_conflicts(digests: Digests) -> tuple[Integers, Integers]:
-    """Return the examples with the prompt of an earlier one and another answer, and which."""
+    """Return examples that repeat a prompt with another answer, and the earlier examples."""
     records = digests.records
     if records["before"].all():
         again, first = find_repeated(records["before"])
@@ -169,7 +162,7 @@ def find_conflicts(digests: Digests) -> tuple[Integers, Integers]:
 
 
 def find_one_answer(digests: Digests) -> Integers:
-    """Return the examples with the answer that nearly all have; none where there is no such."""
+    """Return examples with the most frequent answer, if at least 95 % share it."""
     records = digests.records
     answers = records["last"]
     if len(answers) < _FEW_ROWS or not records["before"].all():
@@ -180,11 +173,10 @@ def find_one_answer(digests: Digests) -> Integers:
 
 
 def find_swapped(digests: Digests) -> Integers:
-    """Return the examples whose prompt and answer would fit the other rows the other way round.
+    """Return examples whose prompt and answer appear to be swapped.
 
-    A naive Bayes of the words of all other rows' prompts against those of their answers scores
-    both sides. Where a set's prompts and answers are told apart by it, by 10 nats in half of the
-    rows, a row that is as clearly on the wrong side is one.
+    A naive Bayes model compares the words of each row with those of all other prompts and answers.
+    It is used only if it separates both sides by a median of 10 nats.
     """
     index = Index.of(digests)
     words = np.zeros((2, _BUCKETS))
@@ -208,10 +200,7 @@ def find_swapped(digests: Digests) -> Integers:
 
 
 def _sides(index: Index, begin: int, end: int) -> tuple[Integers, NDArray[np.int64], Integers]:
-    """Return the words of some rows, each once a side: bucket, 0 if asked and 1 if answered, row.
-
-    Rows are counted from `begin`.
-    """
+    """Return bucket, side (0 prompt, 1 answer) and row (from 0) of distinct words."""
     starts = index.starts[begin : end + 1]
     lengths = np.diff(starts)
     row = np.repeat(np.arange(end - begin), lengths)

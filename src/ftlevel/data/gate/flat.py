@@ -1,4 +1,4 @@
-"""Rows of tokens laid end to end, so that a check is a few array operations and not a loop."""
+"""Concatenated rows of tokens, so that checks are array operations instead of loops."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ class Ragged:
 
     @property
     def lengths(self) -> Integers:
-        """The number of values of each row."""
+        """Number of values of each row."""
         return np.diff(self.starts)
 
     def count(self, mask: Mask) -> Integers:
-        """Return how many of the values where `mask` is true each row has."""
+        """Return the number of true values of `mask` in each row."""
         total = np.concatenate(([0], np.cumsum(mask)))
         return total[self.starts[1:]] - total[self.starts[:-1]]
 
     def any(self, mask: Mask) -> Mask:
-        """Tell for each row whether `mask` is true for one of its values."""
+        """Return for each row whether `mask` is true anywhere."""
         return self.count(mask) > 0
 
 
 def lay_out(rows: Iterable[Sequence[int]]) -> Ragged:
-    """Return `rows` laid end to end."""
+    """Concatenate `rows`."""
     kept = list(rows)
     starts = np.zeros(len(kept) + 1, dtype=np.int64)
     np.cumsum([len(row) for row in kept], out=starts[1:])
@@ -60,12 +60,12 @@ def gather(rows: Sequence[Encoded], at: Integers) -> Ragged:
 
 
 def examples_of(rows: Sequence[Encoded], at: Integers) -> Integers:
-    """Return the example that each of the rows at `at` came from."""
+    """Return the example index of each row at `at`."""
     return np.fromiter((rows[i].row for i in at.tolist()), dtype=np.int64, count=len(at))
 
 
 def rows_of(rows: Sequence[Encoded], examples: Integers) -> Mask:
-    """Return the rows that came from one of `examples`."""
+    """Return a mask of the rows that belong to `examples`."""
     found = np.zeros(len(rows), dtype=bool)
     begin = 0
     for flat in flat_batches(rows) if len(examples) else ():
@@ -76,7 +76,7 @@ def rows_of(rows: Sequence[Encoded], examples: Integers) -> Mask:
 
 
 def examples_in(rows: Sequence[Encoded], keep: Mask, total: int) -> Mask:
-    """Return which of `total` examples have one of the rows that `keep` marks."""
+    """Return a mask of `total` examples that have a row in `keep`."""
     found = np.zeros(total, dtype=bool)
     if not isinstance(rows, RowStore):
         found[examples_of(rows, np.flatnonzero(keep))] = True
@@ -90,19 +90,17 @@ def examples_in(rows: Sequence[Encoded], keep: Mask, total: int) -> Mask:
 
 
 def _ragged(array: Any) -> Ragged:
-    """Return a column of lists, laid out as Arrow has it."""
     starts = array.offsets.to_numpy().astype(np.int64)
     return Ragged(array.values.to_numpy()[starts[0] : starts[-1]], starts - starts[0])
 
 
 @dataclass(frozen=True)
 class Flat:
-    """A split as the checks see it.
+    """Concatenated encoded rows; rows of one example are adjacent.
 
     Attributes:
-        ids: token ids of each row, or of the source for an encoder-decoder.
-        labels: labels of the tokens, of `ids` or of the target; None where a row has numbers.
-        example: index of the example that each row came from; rows of one example are neighbours.
+        labels: token labels, of `ids` or of the target; None if labels are per row.
+        example: index of the example of each row.
     """
 
     ids: Ragged
@@ -111,7 +109,7 @@ class Flat:
 
     @classmethod
     def of(cls, rows: Sequence[Encoded]) -> Flat:
-        """Lay out encoded rows."""
+        """Concatenate encoded rows."""
         labels = [row.labels for row in rows if isinstance(row.labels, list)]
         return cls(
             lay_out(row.input_ids for row in rows),
@@ -121,24 +119,24 @@ class Flat:
 
     @classmethod
     def of_batch(cls, batch: Any, *, token_labels: bool) -> Flat:
-        """Take a batch of a store as it is laid out."""
+        """Convert a record batch of a `RowStore` without building rows."""
         labels = _ragged(batch.column("labels")) if token_labels else None
         return cls(_ragged(batch.column("input_ids")), labels, batch.column("row").to_numpy())
 
     @property
     def aligned(self) -> bool:
-        """Whether there is a label for each of `ids`."""
+        """Whether `ids` and `labels` have equal lengths in each row."""
         return self.labels is not None and np.array_equal(self.labels.starts, self.ids.starts)
 
     def supervised(self) -> Integers:
-        """Return how many tokens of each row are learned; 1 where a row has numbers."""
+        """Return the number of supervised tokens per row; 1 if labels are per row."""
         if self.labels is None:
             return np.ones(len(self.ids), dtype=np.int64)
         return self.labels.count(self.labels.values != IGNORED)
 
 
 def flat_batches(rows: Sequence[Encoded]) -> Iterator[Flat]:
-    """Yield the split in parts of some thousand rows; those of one example stay together."""
+    """Yield rows in batches of a few thousand; rows of one example stay together."""
     if isinstance(rows, RowStore):
         for batch in rows.batches():
             yield Flat.of_batch(batch, token_labels=rows.has_token_labels)

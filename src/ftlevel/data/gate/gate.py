@@ -1,4 +1,4 @@
-"""Run the gate over a split: what is wrong with its rows, and which of them are kept."""
+"""Run the data checks on a split, and drop or report the rows they flag."""
 
 from __future__ import annotations
 
@@ -35,13 +35,7 @@ _NO_ROWS = np.zeros(0, dtype=np.int64)
 
 @dataclass(frozen=True)
 class Gate:
-    """What the checks must know beside the rows.
-
-    Attributes:
-        policy: what follows from each finding.
-        task: says which checks its rows go through, and has some of its own.
-        known: what checks of tokens must know.
-    """
+    """The data checks: `policy` has the action of each, `task` and `known` select them."""
 
     policy: GateConfig
     task: Task
@@ -50,16 +44,13 @@ class Gate:
     def check_split(
         self, name: str, fitted: Fitted, examples: Sequence[Any], table: Table
     ) -> tuple[Sequence[Encoded], list[Finding]]:
-        """Return the rows that are kept of a split, and what was found.
+        """Return the remaining rows of a split, and the findings.
 
-        Args:
-            name: train or validation.
-            fitted: its encoded rows, and what was done to those that were too long.
-            examples: what they were encoded from; `Encoded.row` counts these.
-            table: where the examples came from.
+        `Encoded.row` indexes `examples`. Duplicates and answers are checked only if `name` is
+        train.
 
         Raises:
-            InputError: nothing is left.
+            InputError: no row remains.
         """
         rows, total = fitted.rows, len(examples)
         keep, findings = self.check_rows(name, fitted, total, table)
@@ -79,14 +70,7 @@ class Gate:
     def check_rows(
         self, name: str, fitted: Fitted, total: int, table: Table
     ) -> tuple[Mask, list[Finding]]:
-        """Return the rows that are kept, and what is wrong with single rows.
-
-        Args:
-            name: as of `check_split`.
-            fitted: as of `check_split`.
-            total: examples that were encoded.
-            table: as of `check_split`.
-        """
+        """Run the checks of single rows; return a mask of rows to keep, and the findings."""
         rows = fitted.rows
         keep = np.ones(len(rows), dtype=bool)
         present = examples_in(rows, keep, total)
@@ -121,14 +105,9 @@ class Gate:
         table: Table,
         known: Digests,
     ) -> tuple[Sequence[Encoded], list[Finding]]:
-        """Return the rows that are kept of a split that is not trained on, and what was found.
+        """Apply `find_leaks` and then `check_split` to a held-out split.
 
-        Args:
-            name: of the split.
-            fitted: as for `check_split`.
-            examples: as for `check_split`.
-            table: as for `check_split`.
-            known: the digests of the training examples, which may not be among them.
+        `known` are the digests of the training examples.
         """
         gone, findings = self.find_leaks(name, fitted.digests, known, table)
         if len(gone):
@@ -140,7 +119,7 @@ class Gate:
         return kept, [*findings, *found]
 
     def _look(self, rows: Sequence[Encoded]) -> dict[str, tuple[Integers, Integers]]:
-        """Return for each check of tokens the rows with a finding, and their examples."""
+        """Run the token checks; return the flagged rows of each, and their examples."""
         found: dict[str, list[tuple[Integers, Integers]]] = {}
         begin = 0
         for flat in flat_batches(rows):
@@ -167,7 +146,7 @@ class Gate:
         table: Table,
         findings: list[Finding],
     ) -> Mask:
-        """Add duplicates among the rows `kept` to `findings` (mutated); return the rows to keep."""
+        """Append duplicates in `kept` to `findings` (mutated); return a mask of rows to keep."""
         keep = np.ones(len(rows), dtype=bool)
         policy, again = self.policy, _NO_ROWS
         present = examples_in(rows, kept, len(digests))
@@ -187,7 +166,7 @@ class Gate:
     def _find_near(
         rows: Sequence[Encoded], digests: Digests, known: Integers
     ) -> tuple[Integers, Integers]:
-        """Return the examples that are nearly an earlier one, and which, but for the `known`."""
+        """Return near duplicates by tokens or words, except `known`, and the earlier examples."""
         near_rows, others = duplicates.find_near(rows, rows_of(rows, known))
         skip = np.zeros(len(digests), dtype=bool)
         skip[known] = True
@@ -206,7 +185,7 @@ class Gate:
         table: Table,
         findings: list[Finding],
     ) -> Mask:
-        """Add what prompts and answers tell of the rows `kept`; else as `_look_for_duplicates`."""
+        """Check prompts against answers; arguments as in `_look_for_duplicates`."""
         keep = np.ones(len(rows), dtype=bool)
         total, policy = len(digests), self.policy
         present = examples_in(rows, kept, total)
@@ -230,13 +209,9 @@ class Gate:
     def find_leaks(
         self, name: str, digests: Digests, known: Digests, table: Table
     ) -> tuple[Integers, list[Finding]]:
-        """Return which examples of another split are to be dropped, and what was found.
+        """Return examples of another split to drop because training has them, and the findings.
 
-        Args:
-            name: of the split.
-            digests: of its examples.
-            known: of the training examples.
-            table: where the examples of the split came from.
+        Findings of the test split only warn, as training does not read it.
         """
         policy, findings = self.policy, []
         leaked = gone = _NO_ROWS
@@ -251,7 +226,7 @@ class Gate:
             gone = near if policy.near_leaked == "drop" else gone
         gone = np.union1d(gone, leaked) if policy.leaked == "drop" else gone
         found = [finding for finding in findings if finding is not None]
-        if name == "test":  # no run reads it, so that there is nothing to drop
+        if name == "test":  # training does not read it, so nothing is dropped
             found = [replace(f, action="warn") if f.action == "drop" else f for f in found]
         return gone, found
 
@@ -272,13 +247,11 @@ class Gate:
 
 
 def _of(present: Mask, again: Integers, first: Integers) -> tuple[Integers, Integers]:
-    """Return those pairs of examples of which the later one is `present`."""
     there = present[again]
     return again[there], first[there]
 
 
 def _pairs(again: Integers, first: Integers, table: Table) -> list[str]:
-    """Return the first places of rows that are there twice, each with the earlier one."""
     most = findings_.MOST_SHOWN
     return [
         f"{table.where(int(a))} as {table.where(int(b))}"
@@ -287,7 +260,7 @@ def _pairs(again: Integers, first: Integers, table: Table) -> list[str]:
 
 
 def stop_ids(tokenizer: Any) -> frozenset[int]:
-    """Return the ids that can end an answer: EOS, and the special tokens of the vocabulary."""
+    """Return the ids of EOS and all special tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {i for i, token in added.items() if token.special}
     eos = tokenizer.eos_token_id
@@ -299,17 +272,12 @@ def stop_ids(tokenizer: Any) -> frozenset[int]:
 def resolve_faults(
     table: Table, bad: Sequence[BadRow], config: DataConfig, split: str, *, lenient: bool
 ) -> tuple[Table, list[Finding]]:
-    """Return `table` without the rows that nothing can be learned from, and what was found.
+    """Return `table` without unusable rows, and the findings.
 
-    Args:
-        table: the rows of a split.
-        bad: the rows that can't be an example, each with the field of the gate it falls under.
-        config: the data section: its gate, and `on_bad_row`.
-        split: its name.
-        lenient: leave out rows that ought to stop the run, as a preview does.
+    If `lenient` is true, as in a preview, drop rows that would stop the run.
 
     Raises:
-        InputError: a row is to stop the run.
+        InputError: the configuration requires a row to stop the run.
     """
     if not bad:
         return table, []

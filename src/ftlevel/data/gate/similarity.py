@@ -1,10 +1,8 @@
-"""What the gate keeps of each example's text, so that no later look needs the text itself.
+"""Digests of example texts, and the Jaccard similarity of token 5-grams of rows.
 
-A digest has 64 bits of the whole, of what stands before the last answer and of that answer, a bit
-for each check of texts that found something, and the words as 32 bits each: 16 say which letters
-a word has, so that words that differ by a slip are told from other words without their text.
-
-Token 5-grams of rows, and whether two rows have most of them in common (Jaccard similarity).
+Checks read digests instead of texts. A digest has 64-bit hashes of the example, of the prompt and
+of the last answer, one bit per text check, and 32 bits per word. Of these, 15 describe the length
+and the letters, so that typos are recognized without the text.
 """
 
 from __future__ import annotations
@@ -26,31 +24,31 @@ from ftlevel.data.gate.checks import TEXT_CHECKS, TextsKnown
 from ftlevel.data.gate.flat import Integers, Mask, Ragged, gather
 
 MOST_COMPARED = 250_000
-"""Examples whose words are compared with one another, which takes up to 150 bytes each."""
+"""Maximum number of examples whose words are compared, at up to 150 bytes each."""
 
 MOST_WORDS = 4_000
-"""Words that are kept of what an example is asked, and of what it answers."""
+"""Maximum number of words stored per prompt and per answer."""
 
 _RECORD = np.dtype(
     [("key", "u8"), ("before", "u8"), ("last", "u8"), ("marks", "u4"), ("asked", "u2"),
      ("answered", "u2")]
 )  # fmt: skip
-# Chinese and Japanese have no spaces: there each character is a word.
+# Chinese and Japanese have no spaces: each character is a word.
 _WORD = re.compile(r"[^\W\u3040-\u30ff\u3400-\u9fff]+|[\u3040-\u30ff\u3400-\u9fff]")
 _TO_SPACES = {code: " " for code in range(128) if not _WORD.match(chr(code))}
-_LONGEST = 16 * MOST_WORDS  # characters in which these words are looked for
+_LONGEST = 16 * MOST_WORDS  # characters searched for words
 _KNOWN_WORDS = 50_000
 _HAS_DIGIT = 1 << 15
 ONE_CLASS = np.uint32(1 << 31)
-"""The mark of an example that has a class: another class makes it another row."""
+"""Flag of an example with a class: another class makes it a different example."""
 _FACTOR, _ALL_BITS = 0x9E3779B97F4A7C15, (1 << 64) - 1
 Words = NDArray[np.uint32]
 
 
 class _WordHashes(dict[str, int]):
-    """Word → its 32 bits: 16 of a checksum, and 15 that say which letters it has.
+    """Word → 16 bits of a checksum, and 15 bits for its length and letters.
 
-    Of a word with a digit these are the checksum's too: 1904 for 1905 is no slip.
+    A word with a digit has only checksum bits, so that 1904 and 1905 are different words.
     """
 
     def __missing__(self, word: str) -> int:
@@ -73,11 +71,11 @@ _hashes = _WordHashes()
 
 @dataclass(frozen=True)
 class Digests:
-    """The digests of several examples, in memory or on disk.
+    """Digests of several examples, in memory or on disk.
 
     Attributes:
-        records: a fixed number of bytes for each.
-        words: of all, end to end; of each example what is asked, then what is answered.
+        records: one fixed-size record per example.
+        words: concatenated word hashes; for each example the prompt, then the answer.
     """
 
     records: NDArray[Any]
@@ -85,7 +83,7 @@ class Digests:
 
     @classmethod
     def of(cls, examples: Iterable[Example], known: TextsKnown) -> Digests:
-        """Return the digests of `examples`."""
+        """Compute the digests of `examples`."""
         records: list[tuple[int, ...]] = []
         words: list[int] = []
         checks = [(1 << number, find) for number, find in enumerate(TEXT_CHECKS.values())]
@@ -109,7 +107,7 @@ class Digests:
 
     @classmethod
     def at(cls, path: Path) -> Digests:
-        """Map what was written to `path` by `to_bytes`."""
+        """Memory-map the files written from `to_bytes`."""
         words = words_path(path)
         return cls(
             np.memmap(path, _RECORD, "r"),
@@ -124,17 +122,17 @@ class Digests:
         return len(self.records)
 
     def first(self, count: int) -> Digests:
-        """Return the digests of the first examples, `count` at most."""
+        """Return the digests of at most the first `count` examples."""
         return self if len(self) <= count else Digests(self.records[:count], self.words)
 
     @property
     def keys(self) -> NDArray[np.uint64]:
-        """64 bits of each text without regard to case and white space."""
+        """64-bit hashes of the texts, ignoring case and white space."""
         keys: NDArray[np.uint64] = self.records["key"]
         return keys
 
     def marked(self, check: str) -> NDArray[np.int64]:
-        """Return the examples in which the check of texts called `check` found something."""
+        """Return the examples that the text check `check` flagged."""
         bit = np.uint32(1 << list(TEXT_CHECKS).index(check))
         return np.flatnonzero(self.records["marks"] & bit)
 
@@ -144,7 +142,7 @@ NO_DIGESTS = Digests(np.zeros(0, dtype=_RECORD), _NO_WORDS)
 
 
 def words_path(path: Path) -> Path:
-    """Return where the words lie of the digests at `path`."""
+    """Return the path of the word hashes that belong to the digests at `path`."""
     return path.with_suffix(".words")
 
 
@@ -161,19 +159,16 @@ def _key(folded: str) -> int:
 
 SIMILARITY = 0.8
 GRAM = 5  # tokens
-_TOKENS = 1 << 16  # of pairs that are looked at together, of which there are fewer than 2^13
+_TOKENS = 1 << 16  # per group of pairs, of fewer than 2^13 pairs
 Hashes = NDArray[np.uint32]
 
 
 def hash_grams(
     ids: Ragged, prefix: int, wanted: Mask
 ) -> tuple[Hashes, Integers, NDArray[np.int32]]:
-    """Return a hash of each token 5-gram of some rows, where each row's begin, and first tokens.
+    """Return hashes of the token 5-grams of the rows in `wanted`, with offsets and first tokens.
 
-    Args:
-        ids: of all rows.
-        prefix: tokens to leave out at the beginning of each.
-        wanted: which rows.
+    The first `prefix` tokens of each row are ignored.
     """
     values, starts, lengths = ids.values, ids.starts, ids.lengths
     tokens = mix(np.concatenate((values, np.zeros(GRAM, dtype=np.int32))).astype(np.uint32))
@@ -188,7 +183,7 @@ def hash_grams(
 
 
 def mix(values: Hashes) -> Hashes:
-    """Return a bijective scramble of 32 bits (the finalizer of MurmurHash3)."""
+    """Return a bijective hash of 32-bit values (the finalizer of MurmurHash3)."""
     values = (values ^ (values >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     values = (values ^ (values >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return values ^ (values >> np.uint32(16))
@@ -197,16 +192,10 @@ def mix(values: Hashes) -> Hashes:
 def find_similar(
     rows: Sequence[Encoded], lengths: Integers, these: Integers, those: Integers, prefix: int
 ) -> Mask:
-    """Tell for each pair of rows whether they are nearly the same, and of two examples.
+    """Return for each pair of `these` and `those` rows whether it is a near duplicate.
 
-    Most pairs are told apart by hashes, many at a time; what these leave is compared in full.
-
-    Args:
-        rows: of a split.
-        lengths: of all rows, in tokens.
-        these: one row of each pair, with a 5-gram at least.
-        those: the other.
-        prefix: tokens to leave out at the beginning of each.
+    Hashes exclude most pairs; the remaining pairs are compared exactly. The first `prefix` tokens
+    are ignored, and each row of `these` needs a 5-gram after them.
     """
     found = np.zeros(len(these), dtype=bool)
     sizes = np.stack((lengths[these], lengths[those]))
@@ -222,14 +211,14 @@ def find_similar(
 
 
 def _are_alike(shorter: Any, longer: Any) -> Any:
-    """Tell whether rows of these lengths in tokens can have enough in common."""
+    """Return whether rows of these lengths can reach the similarity threshold."""
     return shorter >= SIMILARITY * longer - GRAM
 
 
 def _may_be_near(rows: Sequence[Encoded], these: Integers, those: Integers, prefix: int) -> Mask:
-    """Tell for each pair of rows whether they are near by 49 bits of each of their 5-grams.
+    """Return for each pair whether the 49-bit hashes of their 5-grams are similar enough.
 
-    Two grams of a pair have these bits in common by chance once in 10^12 pairs of short rows.
+    Expect one false match of two 5-grams in 10^12 pairs of short rows.
     """
     count = len(these)
     ids = gather(rows, np.concatenate((these, those)))
@@ -239,7 +228,7 @@ def _may_be_near(rows: Sequence[Encoded], these: Integers, those: Integers, pref
     side = np.repeat(np.repeat((0, 1), count), each)
     gram = (first.astype(np.int64) & 0x1FFFF) << 32 | grams
     keys = np.sort(pair << 50 | gram << 1 | side)
-    keys = keys[np.diff(keys, prepend=-1) != 0]  # the grams of each side, once
+    keys = keys[np.diff(keys, prepend=-1) != 0]  # distinct grams of each side
     pair, gram = keys >> 50, keys >> 1
     common = np.bincount(pair[1:][gram[1:] == gram[:-1]], minlength=count)
     likely: Mask = common >= SIMILARITY * (np.bincount(pair, minlength=count) - common)
@@ -247,7 +236,7 @@ def _may_be_near(rows: Sequence[Encoded], these: Integers, those: Integers, pref
 
 
 def _are_near(row: Encoded, other: Encoded, prefix: int) -> bool:
-    """Tell whether the Jaccard similarity of the 5-grams of two examples is high enough."""
+    """Return whether the exact Jaccard similarity reaches the threshold, for different examples."""
     lengths = sorted(len(r.input_ids) - prefix for r in (row, other))
     if row.row == other.row or not _are_alike(*lengths):
         return False

@@ -1,16 +1,12 @@
-"""Rows that say nearly the same in nearly the same words, short ones too.
+"""Near duplicates by words, which also covers short texts.
 
-Two texts of which two words differ have at least two of the four rarest words of each in common
-(the prefix filter of set similarity joins: Chaudhuri, Ganti and Kaushik, 2006; Bayardo, Ma and
-Srikant, 2007). So a text is looked up by the six pairs of its four rarest words, and compared in
-full with some of those that have such a pair too, and no others: time is linear in the words
-whatever the data.
+Candidates share a pair of their four rarest words: two texts that differ in two words have at least
+two of these in common (prefix filter of set similarity joins: Chaudhuri, Ganti and Kaushik, 2006;
+Bayardo, Ma and Srikant, 2007). Only some candidates are compared in full, so time is linear in the
+number of words.
 
-By how many words two texts differ, and how many may for them to be nearly the same.
-
-Half words are counted, for a slip is half a word: another spelling of the same letters, but for
-one. A text of fewer than eight words with another word is another text; with a slip it is not.
-Many pairs are compared at once: step i of the recurrence is taken for all of them together.
+The distance counts half words: a typo counts as one, another word as two. Texts of fewer than eight
+words may differ only by a typo. Many pairs are compared at once.
 """
 
 from __future__ import annotations
@@ -28,13 +24,13 @@ from ftlevel.data.gate.similarity import MOST_WORDS, ONE_CLASS, Digests, Words, 
 
 _SLIP, _OTHER = 1, 2  # half words
 FEWEST = 4
-"""Words of which one may have a slip."""
+"""Minimum number of words for one typo to be allowed."""
 _FEW = 8
-_SHARE = 5  # one word in so many may differ
+_SHARE = 5  # one word in five may differ
 _MOST = 6  # half words
-_EACH = 10  # and where both prompt and answer do, one in so many of each
+_EACH = 10  # one word in ten of each side, if both differ
 _MUCH = 1 << 20
-_BAND = _MOST // _OTHER  # words that may be missing, at most
+_BAND = _MOST // _OTHER  # maximum number of missing words
 _OFFSETS = np.arange(-_BAND, _BAND + 1)[:, None]
 _LETTERS = 0x1FFF
 _BITS = np.array([n.bit_count() for n in range(_LETTERS + 1)], dtype=np.uint8)
@@ -42,18 +38,16 @@ _BITS = np.array([n.bit_count() for n in range(_LETTERS + 1)], dtype=np.uint8)
 
 @dataclass(frozen=True)
 class Texts:
-    """One text of each of several pairs.
+    """One text of each of several pairs, as word hashes `(longest, pairs)` and `sizes`.
 
-    Attributes:
-        words: `(longest, pairs)`; what stands behind a text's end is not looked at.
-        sizes: the number of words of each.
+    Entries of `words` after the end of a text are undefined.
     """
 
     words: NDArray[np.uint32]
     sizes: NDArray[np.int64]
 
     def take(self, at: Any) -> Texts:
-        """Return those of some pairs."""
+        """Return the texts at `at`."""
         return Texts(self.words[:, at], self.sizes[at])
 
 
@@ -61,20 +55,16 @@ Sides = tuple[Texts, Texts]
 
 
 def allow(words: Any) -> Any:
-    """Return how many half words may differ of texts of so many words (an array)."""
+    """Return the maximum distance in half words for texts of `words` words (an array)."""
     many = np.minimum(words * _OTHER // _SHARE, _MOST)
     return np.where(words >= _FEW, many, np.where(words >= FEWEST, _SLIP, 0))
 
 
 def differ(one: Sides, other: Sides) -> NDArray[np.int64]:
-    """Return by how many half words the two of each pair differ; a great number if by many.
+    """Return the distance of each pair in half words, or a very large value.
 
-    Where both the prompt and the answer have other words, another thing is said of another thing.
-    An answer of fewer than four words that is not the same but for a slip is another one.
-
-    Args:
-        one: the words that examples are asked, and those that they answer.
-        other: the same of others.
+    Pairs that differ substantially in both prompt and answer are not duplicates; neither are those
+    whose answer of fewer than four words differs by more than a typo.
     """
     asked = count_other_words(one[0], other[0])
     answered = np.full(len(asked), _MUCH, dtype=np.int64)
@@ -88,14 +78,13 @@ def differ(one: Sides, other: Sides) -> NDArray[np.int64]:
 
 
 def count_other_words(one: Texts, other: Texts) -> NDArray[np.int64]:
-    """Return the least number of half words by which one text of each pair becomes the other.
+    """Return the edit distance of each pair in half words, or `_MUCH` above `_MOST`.
 
-    It is the distance of Damerau and Levenshtein (optimal string alignment) over words, in a band
-    of those that may matter; more than `_MOST` is `_MUCH`.
+    It is the Damerau-Levenshtein distance (optimal string alignment) over words, in a band.
     """
     result = np.full(len(one.sizes), _MUCH, dtype=np.int64)
     open_ = np.flatnonzero(np.abs(one.sizes - other.sizes) <= _BAND)
-    # Row k of `b` is word k - _BAND, so that rows i - 1 to i + 5 are those in the band of word i.
+    # Row k of `b` is word k - _BAND, so rows i - 1 to i + 5 are in the band of word i.
     a, b = one.words, np.pad(other.words, ((_BAND, 0), (0, 0)))
     b = np.pad(b, ((0, max(0, len(a) + 2 * _BAND - len(b))), (0, 0)))
     a, b, sizes, ends = a[:, open_], b[:, open_], one.sizes[open_], other.sizes[open_]
@@ -118,7 +107,7 @@ def count_other_words(one: Texts, other: Texts) -> NDArray[np.int64]:
 
 
 def _edge(i: int, ends: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Return row i of the recurrence `(band, pairs)` where no word is matched."""
+    """Return row i of the distance matrix `(band, pairs)` without matched words."""
     j = i + _OFFSETS
     known = (j >= 0) & (j <= ends) if i == 0 else np.broadcast_to(j == 0, (len(j), len(ends)))
     return np.where(known, (i + j) * _OTHER, _MUCH).astype(np.int32)
@@ -132,7 +121,7 @@ def _next_row(
     earlier: NDArray[np.int32],
     ends: NDArray[np.int64],
 ) -> NDArray[np.int32]:
-    """Return row i of the recurrence from the two before it."""
+    """Compute row i of the distance matrix from the two previous rows."""
     word, others = a[i - 1], b[i - 1 : i + 2 * _BAND]
     step = np.where(word == others, 0, np.where(is_slip(word, others), _SLIP, _OTHER))
     row = before + step.astype(np.int32)
@@ -143,18 +132,13 @@ def _next_row(
         row = np.where(swapped, np.minimum(row, earlier + _OTHER), row)
     j = i + _OFFSETS
     row = np.where((j >= 1) & (j <= ends), row, _edge(i, ends))
-    each = (_OTHER * np.arange(len(row), dtype=np.int32))[:, None]  # a word more
+    each = (_OTHER * np.arange(len(row), dtype=np.int32))[:, None]  # insertions
     row = np.minimum.accumulate(row - each, axis=0) + each
     return np.where(j <= ends, row, np.int32(_MUCH))
 
 
 def is_slip(word: Any, other: Any) -> Any:
-    """Tell whether two words have nearly the same letters, enough of them, and no digit (arrays).
-
-    Args:
-        word: its 32 bits, as `digests` makes them.
-        other: those of another.
-    """
+    """Return whether two words (32-bit hashes) differ by a typo: similar letters and no digit."""
     longest = np.maximum(_BITS[word & _LETTERS], _BITS[other & _LETTERS])
     lengths = ((word >> 13) - (other >> 13)) & 3  # letters, modulo 4
     apart = _BITS[(word ^ other) & _LETTERS]
@@ -166,9 +150,9 @@ _RAREST = 4
 _PAIRS = tuple(combinations(range(_RAREST), 2))
 _BUCKETS = 1 << 20
 _AT_ONCE = 1 << 20
-_SOME = 1 << 16  # words that are looked at together
+_SOME = 1 << 16  # words processed together
 _BOILERPLATE, _MANY = 0.98, 20
-_LAST = 2  # earlier rows with the same pair of words that a row is compared with, beside the first
+_LAST = 2  # earlier candidates to compare, in addition to the first
 _MANY_WORDS = 30
 Keys = NDArray[np.uint32]
 _NOTHING = np.zeros(0, dtype=np.int64)
@@ -176,13 +160,13 @@ _NOTHING = np.zeros(0, dtype=np.int64)
 
 @dataclass(frozen=True)
 class Index:
-    """The words of examples, and how often each occurs in the training set.
+    """Word offsets of examples, and word frequencies in the training set.
 
     Attributes:
-        digests: of the examples.
-        starts: where the words of each begin, and the end.
-        counts: of words, by 20 bits of their hash.
-        usual: a word that occurs so often is in nearly every row, and tells none apart.
+        digests: digests of the examples.
+        starts: `(examples + 1,)` offsets of the words of each example.
+        counts: word frequencies, by 20 bits of the hash.
+        usual: frequency above which a word occurs in nearly every row and is ignored.
     """
 
     digests: Digests
@@ -192,7 +176,7 @@ class Index:
 
     @classmethod
     def of(cls, digests: Digests, like: Index | None = None) -> Index:
-        """Return the index of `digests`, with the counts of another one if it is given."""
+        """Build the index of `digests`, with the frequencies of `like` if it is given."""
         records = digests.records
         starts = np.zeros(len(digests) + 1, dtype=np.int64)
         np.cumsum(records["asked"].astype(np.int64) + records["answered"], out=starts[1:])
@@ -211,11 +195,11 @@ class Index:
 
     @property
     def lengths(self) -> Integers:
-        """The number of words of each."""
+        """Number of words of each example."""
         return np.diff(self.starts)
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """Yield where parts of some thousand words begin and end, in examples."""
+        """Yield ranges of examples with about `_SOME` words in total."""
         begin = 0
         while begin < len(self):
             end = int(np.searchsorted(self.starts, self.starts[begin] + _SOME, "right")) - 1
@@ -224,7 +208,7 @@ class Index:
             begin = end
 
     def sides(self, at: Integers) -> Sides:
-        """Return the words that some examples are asked, and those that they answer."""
+        """Return the words of prompts and answers of the examples at `at`."""
         asked = self.digests.records["asked"][at].astype(np.int64)
         begins = self.starts[at]
         return (
@@ -237,7 +221,7 @@ class Index:
         return Texts(self.digests.words[np.minimum(places, len(self.digests.words) - 1)], sizes)
 
     def gather(self, at: Integers) -> tuple[Words, Integers]:
-        """Return the words of several examples end to end, and how many each has."""
+        """Return the concatenated words of the examples at `at`, and the number of each."""
         lengths = self.lengths[at]
         before = np.cumsum(lengths) - lengths
         places = np.repeat(self.starts[at] - before, lengths) + np.arange(lengths.sum())
@@ -245,11 +229,9 @@ class Index:
 
 
 def find_near_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
-    """Return the examples that nearly say what an earlier one says, and for each which.
+    """Return near duplicates of earlier examples, and the earlier example of each.
 
-    Args:
-        digests: of a split.
-        skip: which of them to leave out, being known duplicates.
+    `skip` marks known duplicates.
     """
     index = Index.of(digests)
     keys, telling = _all_keys(index, ~skip)
@@ -269,7 +251,7 @@ def find_near_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
 
 
 def find_near_between(digests: Digests, known: Digests) -> tuple[Integers, Integers]:
-    """Return the examples of `digests` that nearly say what one of `known` says, and which."""
+    """Return examples of `digests` that nearly repeat one of `known`, and which one."""
     if not (len(digests) and len(known)):
         return _NOTHING, _NOTHING
     there = Index.of(known)
@@ -302,7 +284,7 @@ def find_near_between(digests: Digests, known: Digests) -> tuple[Integers, Integ
 
 
 class _Pairs:
-    """Pairs of a row and an earlier one, each once."""
+    """Distinct pairs of a row and an earlier row."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -314,18 +296,17 @@ class _Pairs:
         self._packed.append(_distinct(packed))
 
     def sorted(self) -> Integers:
-        """Return each as later × rows + earlier."""
+        """Return the distinct pairs as later × rows + earlier."""
         return _distinct(np.concatenate(self._packed))
 
 
 def _distinct(numbers: Integers) -> Integers:
-    """Return each of some numbers from 0 on once, in order."""
     numbers = np.sort(numbers)
     return numbers[np.diff(numbers, prepend=-1) != 0]
 
 
 def _parts(keys: Keys) -> Iterator[Integers]:
-    """Yield where keys stand, those of one remainder together, without those that are 0."""
+    """Yield positions of nonzero keys, grouped by remainder."""
     count = -(-len(keys) // _AT_ONCE)
     for remainder in range(count):
         places = []
@@ -340,7 +321,7 @@ def _bucket(words: Words) -> Integers:
 
 
 def _all_keys(index: Index, wanted: Mask) -> tuple[Keys, NDArray[np.int32]]:
-    """Return the keys `(examples, 6)`, 0 for none, and how many words tell each apart."""
+    """Return pair keys `(examples, 6)`, 0 for none, and the informative words of each example."""
     keys = np.zeros((len(index), len(_PAIRS)), dtype=np.uint32)
     telling = np.zeros(len(index), dtype=np.int32)
     for begin, end in index.spans():
@@ -350,13 +331,13 @@ def _all_keys(index: Index, wanted: Mask) -> tuple[Keys, NDArray[np.int32]]:
 
 
 def _pair_keys(index: Index, begin: int, end: int) -> tuple[Keys, Integers]:
-    """Return what `_all_keys` returns, of the examples from `begin` to `end`."""
+    """Return the result of `_all_keys` for the examples from `begin` to `end`."""
     starts, records = index.starts[begin : end + 1], index.digests.records[begin:end]
     words = np.asarray(index.digests.words[starts[0] : starts[-1]])
     counts = index.counts[_bucket(words)]
     row = np.repeat(np.arange(end - begin), np.diff(starts))
     telling = np.bincount(row[counts < index.usual], minlength=end - begin)
-    # One sort puts each row's words in the order of their counts.
+    # One sort orders the words of each row by frequency.
     packed = row.astype(np.uint64) << np.uint64(48)
     packed |= np.minimum(counts, 0xFFFF).astype(np.uint64) << np.uint64(32)
     packed |= words.astype(np.uint64)
@@ -386,14 +367,10 @@ def _find_first(
     telling: NDArray[np.int32],
     known: NDArray[np.int32],
 ) -> tuple[Integers, Integers]:
-    """Return which of `one` are nearly one of `other`, and the first such of each.
+    """Return examples of `one` that nearly repeat one of `other`, and the first match of each.
 
-    Args:
-        one: the later rows.
-        other: those that they are compared with.
-        packed: what to compare, in order: row of `one` × rows of `other` + row of `other`.
-        telling: how many words tell each of `one` apart from the rest of the set.
-        known: the same of `other`.
+    `packed` has sorted candidates: example of `one` × size of `other` + example of `other`.
+    `telling` and `known` count informative words per example.
     """
     found = [(_NOTHING, _NOTHING)]
     begin = 0
@@ -403,7 +380,7 @@ def _find_first(
         these, those = np.divmod(packed[begin:end], len(other))
         begin = end
         allowed = allow(np.minimum(telling[these], known[those]))
-        while len(these):  # as often as a row has pairs: it is compared until it is found
+        while len(these):  # compare each row until the first match
             heads = np.diff(these, prepend=-1) != 0
             near = _are_near(one, these[heads], other, those[heads], allowed[heads])
             found.append((these[heads][near], those[heads][near]))
@@ -417,7 +394,7 @@ def _find_first(
 def _are_near(
     one: Index, these: Integers, other: Index, those: Integers, allowed: Integers
 ) -> Mask:
-    """Tell for each pair whether the two say nearly the same, in `allowed` half words at most."""
+    """Return for each pair whether it differs by at most `allowed` half words."""
     found = _may_be_near(one, these, other, those, allowed)
     records, others = one.digests.records[these], other.digests.records[those]
     found &= ~((records["marks"] & ONE_CLASS != 0) & (records["last"] != others["last"]))
@@ -433,10 +410,9 @@ def _are_near(
 def _may_be_near(
     one: Index, these: Integers, other: Index, those: Integers, allowed: Integers
 ) -> Mask:
-    """Tell for each pair whether they have enough words, or pairs of neighbours, in common.
+    """Return for each pair whether enough words, or word bigrams of long texts, are shared.
 
-    A half word that differs is one word at most, and two of the pairs of neighbours, which tell
-    more where there are many.
+    One half word of difference removes at most one common word or two common bigrams.
     """
     sizes = one.lengths[these], other.lengths[those]
     found = (np.abs(sizes[0] - sizes[1]) <= allowed) & (allowed > 0)
@@ -454,7 +430,7 @@ def _may_be_near(
 def _count_common(
     one: Index, these: Integers, other: Index, those: Integers, *, neighbours: bool
 ) -> Integers:
-    """Return how many words each pair has in common, or how many pairs of neighbours."""
+    """Return the number of common words, or of common bigrams, of each pair."""
     parts = []
     for side, (index, at) in enumerate(((one, these), (other, those))):
         words, lengths = index.gather(at)

@@ -1,4 +1,4 @@
-"""One way for a row, from a source to encoded rows, for a table and for a stream, kept in a cache.
+"""Load, convert, encode and check the rows of a run, as a table or a stream, with a cache.
 
-May import all of data. Whoever wants rows asks here.
+May import all of `data`. Code outside `data` gets its rows here.
 """

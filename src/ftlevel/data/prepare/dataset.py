@@ -1,6 +1,6 @@
-"""The rows of a run: from the cache if they were prepared before, else prepared and kept there.
+"""Prepare the rows of a run, or load them from the cache of prepared rows.
 
-Where prepared rows lie between runs: a folder a key, whole or absent, under the user's cache.
+Each cache key has a folder under the user's cache directory, which is complete or absent.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ KEEP_DAYS = 30
 
 
 def cache_root() -> Path:
-    """Return the folder of all keys: `$XDG_CACHE_HOME/ftlevel/rows`, or under ~/.cache."""
+    """Return the cache directory: `$XDG_CACHE_HOME/ftlevel/rows`, or under ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "ftlevel" / "rows"
 
 
 def is_writable() -> bool:
-    """Whether something can be kept; a home that is read only is no reason to stop."""
+    """Return whether the cache can be written; a read-only home is not an error."""
     root = cache_root()
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -54,10 +54,7 @@ def is_writable() -> bool:
 
 
 def files_of(name: str) -> list[Path] | None:
-    """Return the file called `name`, those below the directory, or that it matches, in order.
-
-    None for what is no path here: rows in memory, and a set of the Hub, which has its own cache.
-    """
+    """Return the sorted files that `name` refers to; None for rows in memory and Hub datasets."""
     if name == IN_MEMORY:
         return None
     if is_pattern(name):
@@ -79,12 +76,12 @@ def file_digest(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Folder:
-    """The folder of a key.
+    """Cache folder of a key.
 
     Attributes:
-        path: where the rows are, or are to be written.
-        keep: makes a folder that was written the one of its key; None if the rows are there.
-        damage: what is wrong with the rows that were there, empty for nothing.
+        path: folder to read from or to write to.
+        keep: moves a written folder into the cache; None if the cache has the rows.
+        damage: description of damaged cached rows; empty for none.
     """
 
     path: Path
@@ -94,9 +91,9 @@ class Folder:
 
 @contextmanager
 def folder_of(key: str) -> Iterator[Folder]:
-    """Give the folder of `key` if it is whole, byte for byte, else an empty one to write into.
+    """Yield the cache folder of `key` if its checksums match, otherwise an empty one to write to.
 
-    Of several processes one prepares, and the others wait for it here.
+    One process prepares the rows while others with the same key wait for its lock.
     """
     from filelock import FileLock
 
@@ -124,7 +121,7 @@ def folder_of(key: str) -> Iterator[Folder]:
 
 
 def remove_unused(root: Path) -> None:
-    """Remove what no run used for a month."""
+    """Remove folders and files of `root` that were not used for `KEEP_DAYS` days."""
     oldest = time.time() - KEEP_DAYS * 24 * 3600
     for folder in root.iterdir():
         if folder.stat().st_mtime < oldest:
@@ -132,23 +129,18 @@ def remove_unused(root: Path) -> None:
 
 
 KEEP_FROM = 1_000
-"""Rows from which on a set lies in a file and is kept: below, preparing takes no time."""
+"""Minimum number of rows to store on disk and cache."""
 SMALL_BYTES = 200_000
-"""Files of fewer bytes are prepared in the time that it takes to look for what is kept."""
-_SOME = 1 << 16  # lines that are written at once
-_LIGHT = ("num_proc", "cache")  # fields of the data section that change no row
+"""Datasets with fewer bytes are not cached: preparing them takes no longer than a lookup."""
+_SOME = 1 << 16  # lines written at once
+_LIGHT = ("num_proc", "cache")  # config fields that do not affect rows
 
 
 def prepare_data(config: DataConfig, context: EncodingContext, progress: Progress) -> Prepared:
-    """Return the rows of `config`, ready for the model.
-
-    Args:
-        config: the data section.
-        context: what else decides the rows.
-        progress: told how many examples are encoded.
+    """Return the rows of `config`, encoded and checked, from the cache if possible.
 
     Raises:
-        InputError: for whatever cannot be read, learned from or made to fit.
+        InputError: the data cannot be read, converted or fitted to the length limit.
     """
     if config.streaming:
         return prepare_stream(config, context)
@@ -182,7 +174,7 @@ def _prepare(
 
 
 def _key(config: DataConfig, context: EncodingContext) -> str | None:
-    """Return a digest of everything that decides the rows; None for what is not kept."""
+    """Return a digest of everything that affects the rows; None if they are not cached."""
     files: list[Path] = []
     names = (config.dataset, *config.also, config.validation_file)
     for name in filter(None, names):
@@ -194,7 +186,7 @@ def _key(config: DataConfig, context: EncodingContext) -> str | None:
         return None
     template = getattr(context.tokenizer, "chat_template", None)
     bounds = context.bounds
-    if config.max_length != "auto":  # the memory decides nothing where the length is given
+    if config.max_length != "auto":  # memory matters only for "auto"
         bounds = replace(bounds, memory=None)
     decides = {
         "data": config.model_dump(mode="json", exclude=set(_LIGHT)),
@@ -223,7 +215,7 @@ def _tokenizer_text(tokenizer: Any) -> str:
 
 
 def _probe(tokenizer: Any) -> str:
-    """Return a rendered question: some templates write today's date into it."""
+    """Return a rendered question, as some templates include the current date."""
     from ftlevel.data.encoding.chat import render
 
     try:
@@ -233,7 +225,6 @@ def _probe(tokenizer: Any) -> str:
 
 
 def _in_memory(prepared: Prepared) -> Prepared:
-    """Return `prepared` with rows that need no file."""
     return replace(prepared, train=list(prepared.train), validation=list(prepared.validation))
 
 
@@ -260,7 +251,6 @@ def _save(prepared: Prepared, folder: Path) -> None:
 
 
 def _save_lines(lines: Sequence[int], path: Path) -> None:
-    """Write the lines of all rows, some at a time."""
     header = {"descr": "<i8", "fortran_order": False, "shape": (len(lines),)}
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
@@ -269,7 +259,7 @@ def _save_lines(lines: Sequence[int], path: Path) -> None:
 
 
 def _save_rows(rows: Sequence[Encoded], folder: Path, name: str) -> Mapping[str, Any] | None:
-    """Return where `rows` lie in `folder`; None if there are none."""
+    """Return the file entry of `rows` in `folder`; None if there are none."""
     if not len(rows):
         return None
     if not isinstance(rows, RowStore):

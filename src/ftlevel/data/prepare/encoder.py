@@ -1,9 +1,4 @@
-"""What a task encodes its examples with: the model's tokenizer, the lengths, and where rows go.
-
-What decides the rows beside the data section, and what they are once they are ready.
-
-Encode many examples in batches, by one process or several, straight into a store.
-"""
+"""Encode examples with the tokenizer of a run, in one or more processes, into memory or a store."""
 
 from __future__ import annotations
 
@@ -35,17 +30,12 @@ from ftlevel.task import Task
 
 @dataclass(frozen=True)
 class EncodingContext:
-    """What decides the rows beside the data section.
+    """Everything besides the data section that affects the rows.
 
     Attributes:
-        task: the task.
-        kind: kind of the model.
-        tokenizer: the model's tokenizer.
-        vocabulary: rows of the model's embedding.
-        bounds: of a row's length: what the model and its method leave to the text, and the memory.
-        seed: of rows that are held out, of samples and of masks.
-        lenient: leave out and report rows that ought to stop the run, as a preview does.
-        prompt_version: of plain prompts, see `PROMPT_VERSION`.
+        vocabulary: number of rows of the embedding.
+        bounds: bounds on the row length, without positions that the method reserves.
+        lenient: drop and report rows that would stop the run, as in a preview.
     """
 
     task: Task
@@ -58,7 +48,7 @@ class EncodingContext:
     prompt_version: int = PROMPT_VERSION
 
     def gate(self, policy: GateConfig) -> Gate:
-        """Return the gate that the rows go through, by the `policy` of the configuration."""
+        """Return the data checks with the actions of `policy`."""
         tokenizer = self.tokenizer
         known = Known(
             self.task.checks, tokenizer.bos_token_id, stop_ids(tokenizer), self.vocabulary,
@@ -69,19 +59,15 @@ class EncodingContext:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows that are ready for the model.
+    """Rows ready for the model.
 
     Attributes:
-        train: encoded training rows.
-        validation: encoded validation rows; empty if there are none.
-        prompt_format: how prompts are laid out; None where there are none.
-        max_length: in tokens.
-        table: the training rows as they were read; `Encoded.row` counts these.
-        facts: what summary.json says of the data.
-        choices: lines for the screen.
-        findings: what the gate found.
-        workspace: the temporary directory of rows that are not kept; it goes with this object.
-        stream: the `RowStream` that is trained on, of which `train` are the first rows; or None.
+        train: encoded training rows; for a stream, the first rows only.
+        table: training rows as read, indexed by `Encoded.row`.
+        facts: data section of `summary.json`.
+        choices: log lines.
+        workspace: temporary directory of uncached rows, deleted with this object.
+        stream: the `RowStream` to train on, or None.
     """
 
     train: Sequence[Encoded]
@@ -99,17 +85,15 @@ class Prepared:
 BATCH = 1_000  # examples
 Encode = Callable[[Sequence[Any]], list[Encoded]]
 Progress = Callable[[int, int], None]
-"""Told how many examples of how many are done."""
+"""Callback with the number of finished examples and their total."""
 _Part = tuple[pa.RecordBatch | None, tuple[bytes, bytes]]  # rows, and digests of the examples
 
 
 def be_silent(done: int, total: int) -> None:
-    """Tell nobody."""
+    """Ignore progress."""
 
 
-_work: tuple[Encode, Sequence[Any], TextsKnown] | None = (
-    None  # inherited by the processes that are forked
-)
+_work: tuple[Encode, Sequence[Any], TextsKnown] | None = None  # inherited by forked processes
 
 
 def encode_to_store(
@@ -120,21 +104,13 @@ def encode_to_store(
     processes: int,
     progress: Progress,
 ) -> RowStore:
-    """Encode `examples` batch by batch and write the rows to `path`, in their order.
+    """Encode `examples` in batches and write the rows to `path` in order.
 
-    The digests that the gate reads are written to `digests_path(path)`, as the examples are at hand
-    here.
-
-    Args:
-        path: of the file.
-        encode: some examples → their rows.
-        examples: all of them.
-        known: what checks of texts must know.
-        processes: how many encode; they are forked, and where the system cannot there is one.
-        progress: told after each batch.
+    Digests of the texts are written to `digests_path(path)`. `processes` are forked; without fork
+    there is one process.
 
     Raises:
-        ValueError: no example gave a row.
+        ValueError: no example produced a row.
     """
     beside = digests_path(path)
     with beside.open("wb") as records, words_path(beside).open("wb") as words:
@@ -151,7 +127,7 @@ def encode_to_store(
 
 
 def digests_path(path: Path) -> Path:
-    """Return where the digests lie of the examples that gave the rows at `path`."""
+    """Return the path of the digests that belong to the rows at `path`."""
     return path.with_suffix(".digests")
 
 
@@ -173,7 +149,6 @@ def _batches(
 
 
 def _reported(parts: Any, total: int, progress: Progress) -> Iterator[_Part]:
-    """Yield the parts, with batches that came as bytes put together."""
     for number, (batch, digests) in enumerate(parts, 1):
         progress(min(number * BATCH, total), total)
         if isinstance(batch, bytes):
@@ -182,7 +157,7 @@ def _reported(parts: Any, total: int, progress: Progress) -> Iterator[_Part]:
 
 
 def _begin() -> None:
-    """Keep a forked tokenizer to one thread: those of its parent are not there."""
+    """Disable parallelism of the tokenizer, whose threads do not survive a fork."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
@@ -196,7 +171,7 @@ def _encode_from(start: int) -> _Part:
 
 
 def _encode_bytes(start: int) -> tuple[bytes, tuple[bytes, bytes]]:
-    """Return a batch as bytes, which pass between processes without being taken apart."""
+    """Return a serialized batch, which passes between processes without pickling its arrays."""
     batch, digests = _encode_from(start)
     if batch is None:
         return b"", digests
@@ -206,27 +181,19 @@ def _encode_bytes(start: int) -> tuple[bytes, tuple[bytes, bytes]]:
     return bytes(sink.getvalue().to_pybytes()), digests
 
 
-_LONG = 1_000_000  # characters of an example that take seconds
+_LONG = 1_000_000  # characters that take seconds to encode
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What encoding needs beside the examples.
+    """Encode examples of one split for a task.
 
     Attributes:
-        task: the task.
-        kind: kind of the model.
-        tokenizer: the model's.
-        config: the data section.
-        bounds: what the model and the machine allow a row.
-        prompt_format: how prompts are laid out; None where there are none.
-        labels: the classes or tags, or None.
-        folder: where the rows of many examples are written; None keeps them in memory.
-        progress: told how many examples are encoded.
-        partly: whether the examples are some of many, of which none need be left.
-        lenient: whether rows that ought to stop the run are dropped, and this is said.
-        split: names the file, so that no split writes over another.
-        whole: whether rows are bound by `bounds` alone, whatever length training had.
+        folder: directory for the rows; None stores them in memory.
+        partly: whether all examples may be dropped, as for a chunk of a stream.
+        lenient: whether to drop and report rows that would stop the run.
+        split: name of the split and of its files.
+        whole: whether to ignore the configured length and use `bounds` only.
     """
 
     task: Task
@@ -244,10 +211,10 @@ class Encoder:
     whole: bool = False
 
     def __call__(self, examples: Sequence[Any], table: Table) -> Fitted:
-        """Encode `examples` of `table` and make them fit.
+        """Encode `examples` of `table` and apply the length limit.
 
         Raises:
-            InputError: rows do not fit and may not be dropped, or cannot be encoded.
+            InputError: examples cannot be encoded, or rows are too long and may not be dropped.
         """
         if not self.tokenizer.is_fast and self.task.needs_offsets:
             raise InputError(
@@ -262,16 +229,16 @@ class Encoder:
         return replace(fitted, digests=self._digests(examples))
 
     def holding_out(self, split: str) -> Encoder:
-        """Return an encoder of `split`, of whose rows the answers count.
+        """Return an encoder for a held-out `split`, with labels for answers only.
 
-        Rows that do not fit are dropped, or split.
+        Long rows are dropped, or split if configured.
         """
         overlong = "split" if self.config.overlong == "split" else "drop"
         config = self.config.model_copy(update={"overlong": overlong, "train_on_inputs": False})
         return replace(self, config=config, split=split)
 
     def digest(self, examples: Sequence[Any]) -> Digests:
-        """Return what the gate keeps of the texts of `examples`."""
+        """Return the digests of `examples`."""
         return Digests.of(examples, self._texts_known)
 
     @property
@@ -280,10 +247,10 @@ class Encoder:
         return TextsKnown((*special_texts(self.tokenizer), *([bos] if bos else [])))
 
     def collect(self, encode: Encode, examples: Sequence[Any]) -> Sequence[Encoded]:
-        """Return the rows that `encode` makes of all examples, in a file if there is a folder."""
+        """Encode all examples with `encode`, into a store if `folder` is set."""
         if self.folder is None:
             long = any(len(example.key_text) > _LONG for example in examples)
-            if long:  # nothing else says for seconds that it is at work
+            if long:  # encoding shows no other progress for seconds
                 self.progress(0, len(examples))
             rows = encode(examples)
             if long:
@@ -295,12 +262,12 @@ class Encoder:
         )
 
     def _digests(self, examples: Sequence[Any]) -> Digests:
-        """Return the digests of `examples`, which `collect` has written if it was called."""
+        """Return the digests written by `collect`, or compute them."""
         path = self.folder and digests_path(self.folder / f"{self.split}.arrow")
         return Digests.at(path) if path and path.exists() else self.digest(examples)
 
     def fit(self, rows: Sequence[Encoded], table: Table) -> Fitted:
-        """Make `rows` fit as the data section says."""
+        """Apply the configured length limit to `rows`."""
         config = self.config
         fit = partial(fit_rows, rows, "auto" if self.whole else config.max_length, self.bounds)
         try:
@@ -314,7 +281,7 @@ class Encoder:
         return fitted
 
     def fit_targets(self, fitted: Fitted, table: Table) -> Fitted:
-        """Make the targets of an encoder-decoder fit, whose sources do."""
+        """Apply the target length limit of an encoder-decoder."""
         longest = self.config.max_target_length
         fit, stops = partial(fit_targets, fitted.rows, longest), fitted.stops
         try:
@@ -329,14 +296,7 @@ class Encoder:
         return replace(fitted, rows=kept, dropped=fitted.dropped + dropped, stops=stops)
 
     def limit(self, usual: int | None) -> int | None:
-        """Return the longest row in tokens that the user or the model allows.
-
-        Args:
-            usual: what it is at most where the user gives no number.
-
-        Raises:
-            InputError: the user's number is beyond the model's positions.
-        """
+        """Return the maximum row length in tokens from user or model; `usual` is the default."""
         if isinstance(wish := self.config.max_length, int):
             self.bounds.check(wish)
             return wish

@@ -1,4 +1,4 @@
-"""From examples to encoded rows: encoded, made to fit, and let through the gate."""
+"""Convert loaded examples to encoded rows: encode, limit the length, run the data checks."""
 
 from __future__ import annotations
 
@@ -31,17 +31,10 @@ def prepare_examples(
     folder: Path | None,
     progress: Progress,
 ) -> Prepared:
-    """Encode the examples, make them fit, and let them through the gate.
+    """Encode the examples, apply the length limit, and run the data checks.
 
-    Args:
-        loaded: what `load_examples` returned.
-        config: the data section.
-        context: what else decides the rows.
-        folder: where the rows are written; None keeps them in memory.
-        progress: told how many examples are encoded.
-
-    Raises:
-        InputError: rows do not fit, or the gate found what is to stop the run.
+    Rows are written to `folder`; None stores them in memory. Raises `InputError` if a check stops
+    the run.
     """
     task, tokenizer, lenient = context.task, context.tokenizer, context.lenient
     prompt_format = _with_system(
@@ -81,7 +74,7 @@ def prepare_examples(
         "validation_split": split,
         "gate": [finding.to_dict() for finding in findings],
     }
-    if fitted.stops:  # of a preview, which goes on
+    if fitted.stops:  # a preview continues
         facts["stops"] = fitted.stops
     choices = _choices(loaded, task, fitted, validation, facts)
     if prompt_format is not None:
@@ -99,11 +92,7 @@ def prepare_examples(
 
 
 def _with_system(prompt_format: PromptFormat | None, system: str | None) -> PromptFormat | None:
-    """Return the format with the system turn of rows that have none.
-
-    Raises:
-        ConfigError: there are no turns.
-    """
+    """Set the system prompt; raise `ConfigError` if the format has no turns."""
     if not system:
         return prompt_format
     if prompt_format is None or prompt_format.kind == "seq2seq":
@@ -118,13 +107,13 @@ _DONE = {"drop": "dropped", "warn": "kept", "stop": "stops the run", "fold": "ma
 
 
 def _gate_choice(finding: Finding) -> Choice:
-    """Return the line for what the gate found, with the flag that would change what is done."""
+    """Return the log line of a finding, with the flag that changes its action."""
     other = f"--set data.gate.{finding.name}=…"
     return Choice("data check", str(finding), f"{_DONE[finding.action]}; {other}")
 
 
 _OF_NO_TASK = {"problem_type": None, "unanswerable": False, "target_language": ""}
-"""Facts of the data that a task may know, as they are where it does not."""
+"""Default values of facts that only some tasks provide."""
 
 
 def _facts(
@@ -187,7 +176,7 @@ def _choices(
 
 
 def _changes(task: Task, fitted: Fitted, facts: Mapping[str, Any]) -> list[Choice]:
-    """Return the lines that say which rows are not as they were read."""
+    """Return the log lines about rows that were dropped, truncated or split."""
     counts = {
         "dropped": facts["dropped"],
         "of validation dropped, beyond the max length": facts["validation_dropped"],

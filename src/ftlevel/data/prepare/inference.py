@@ -1,9 +1,7 @@
-"""Rows without an answer as they come: each with its place, and what the task asks of it.
+"""Read rows for prediction, and rows to evaluate a trained model on.
 
-The same way as of a row that is learned from, as far as it goes: source, format, example. Nothing
-is left out: a row that cannot be asked about has its reason instead.
-
-The rows that a trained model is scored on, encoded as training encodes its validation rows.
+Prediction converts rows like training does, but drops none: an invalid row has an error message.
+Evaluation rows are encoded like the validation rows of training.
 """
 
 from __future__ import annotations
@@ -32,19 +30,19 @@ from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError, listing, quote
 from ftlevel.task import Task
 
-_FIRST = 64  # rows by which the columns are known
+_FIRST = 64  # rows used to detect the columns
 
 
 @dataclass(frozen=True)
 class AskedRow:
-    """A row.
+    """A row for prediction.
 
     Attributes:
-        row: as it was read; of a place that gave no row, null in every column.
+        row: the row as read; all values are null if it could not be read.
         place: `file:line`.
-        question: what the task makes of it; None where it cannot.
-        fault: why not, without a full stop.
-        share: which part of the source is read behind it, from 0 to 1, where that is known.
+        question: model input, as built by the task; None if the row is invalid.
+        fault: error message without a final period.
+        share: fraction of the source read so far, from 0 to 1, if known.
     """
 
     row: Row
@@ -55,13 +53,12 @@ class AskedRow:
 
 
 class RowSource(Protocol):
-    """Where rows come from.
+    """Source of rows.
 
     Attributes:
-        columns: names, by the first rows.
-        leading: those of the first row, by which it is known what to ask.
-        first: the first rows.
-        schema: Arrow's, where the types are declared; else None.
+        columns: column names, from the schema or the first rows.
+        leading: columns of the first row, from which the format is detected.
+        schema: Arrow schema if the source declares types, else None.
     """
 
     columns: Sequence[str]
@@ -70,19 +67,11 @@ class RowSource(Protocol):
     schema: Any
 
     def read(self) -> Iterator[tuple[Row | None, str, str, float | None]]:
-        """Yield each row, its place, what is wrong with it, and which part is read behind it."""
+        """Yield each row (None if unreadable), its location, error message and progress."""
 
 
 class FileRows:
-    """The rows of a file; the first are read when it is made, to know its columns.
-
-    Args:
-        reader: of the file.
-        ignored: columns that are not asked about.
-
-    Raises:
-        InputError: it is not there, of no known format, damaged or empty.
-    """
+    """Rows of a file; creation reads the first rows and raises `InputError` if it cannot."""
 
     def __init__(self, reader: Reader, ignored: Sequence[str] = ()) -> None:
         self._reader = reader
@@ -100,7 +89,7 @@ class FileRows:
         self.first: Sequence[Row] = chunk.rows
 
     def read(self) -> Iterator[tuple[Row | None, str, str, float | None]]:
-        """Yield the rows in the order of the file, a place that gave none at its own."""
+        """Yield rows and unreadable locations in file order."""
         for chunk in self._reader.chunks():
             share = self._reader.share(chunk)
             found: list[tuple[int, Row | None, str]] = [
@@ -115,11 +104,7 @@ class FileRows:
 
 
 class ChainedRows:
-    """The rows of several files, one after the other.
-
-    Raises:
-        InputError: their columns differ.
-    """
+    """Rows of several files in sequence; raises `InputError` if their columns differ."""
 
     def __init__(self, files: Sequence[FileRows], names: Sequence[str]) -> None:
         self._files, first = files, files[0]
@@ -142,11 +127,7 @@ class ChainedRows:
 
 
 def open_rows(name: str, how: Reading) -> tuple[RowSource, Reader]:
-    """Return the rows of a file, or of all files that a pattern matches, and the first file.
-
-    Raises:
-        InputError: as of `open_reader` and `match_files`.
-    """
+    """Return the rows of a file or of all files matching a pattern, and the first reader."""
     names = match_files(name, how.format) if is_pattern(name) else [name]
     readers = [open_reader(each, how) for each in names]
     files = [FileRows(reader, how.ignored) for reader in readers]
@@ -155,15 +136,7 @@ def open_rows(name: str, how: Reading) -> tuple[RowSource, Reader]:
 
 
 class GivenRows:
-    """Rows that a program hands over, as of `iterate_rows`.
-
-    Args:
-        rows: the rows.
-        ignored: columns that are not asked about.
-
-    Raises:
-        InputError: there are none.
-    """
+    """Rows in memory, of any type that `iterate_rows` accepts; raises `InputError` if empty."""
 
     schema = None
 
@@ -176,7 +149,7 @@ class GivenRows:
         self.leading: Sequence[str] = [name for name in self.first[0] if name not in ignored]
 
     def read(self) -> Iterator[tuple[Row | None, str, str, float | None]]:
-        """Yield the rows, once."""
+        """Yield the rows; a second call yields only the first ones."""
         for number, row in enumerate(self.first, 1):
             yield row, f"row {number}", "", None
         for number, row in enumerate(self._rows, len(self.first) + 1):
@@ -185,13 +158,9 @@ class GivenRows:
 
 @dataclass(frozen=True)
 class Questions:
-    """The rows of a source as a task asks them.
+    """Rows of a source converted to model inputs, at most `limit` of them.
 
-    Attributes:
-        source: where they come from.
-        shape: what the columns are.
-        fixed: whether a row may have no column beside those of the first ones.
-        limit: how many rows there are at most.
+    If `fixed` is true, rows may not have columns that the first rows lack.
     """
 
     source: RowSource
@@ -200,7 +169,6 @@ class Questions:
     limit: int | None = None
 
     def __iter__(self) -> Iterator[AskedRow]:
-        """Yield all rows in order."""
         known = frozenset(self.source.columns)
         roles = Roles(self.shape, Table([], [], ""))
         for row, place, fault, share in islice(self.source.read(), self.limit):
@@ -222,29 +190,26 @@ class Questions:
 
 
 def windows(rows: Iterator[AskedRow], size: int) -> Iterator[list[AskedRow]]:
-    """Yield `rows` in lists of `size`; the last one may be shorter."""
+    """Yield lists of `size` rows; the last list may be shorter."""
     while window := list(islice(rows, size)):
         yield window
 
 
 _DEFAULT_SPLIT = "validation"
 TRAINING_ROWS = "the training rows: no validation split was held back"
-"""What the rows are called that a model learned from, where there are no others."""
+"""Name of the training rows if there are no other rows to evaluate."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows to score.
+    """Rows to evaluate.
 
     Attributes:
-        table: the rows as they were read.
-        rows: encoded.
-        split: which split they are.
-        dropped: how many rows were too long.
+        dropped: number of rows that were too long.
         language: ISO 639-1 code of the target; "" if unknown.
-        source: name of the data set.
-        note: what its columns are, where they are not those of training.
-        columns: what they are used for.
+        source: name of the dataset.
+        note: columns used, if they differ from training.
+        columns: description of the column format.
     """
 
     table: Table
@@ -258,7 +223,7 @@ class HeldOut:
 
     @property
     def is_training(self) -> bool:
-        """Whether the model learned from them, and nothing else was held back."""
+        """Whether these are training rows, because no validation rows exist."""
         return self.split == TRAINING_ROWS
 
 
@@ -271,23 +236,23 @@ def load_held_out(
     is_own: bool = False,
     is_typed: bool = True,
 ) -> HeldOut:
-    """Read and encode the rows to score.
+    """Read and encode the rows to evaluate.
 
     Args:
-        config: where the rows are, and how training cut them.
-        card: of what is scored: its task, prompt, labels.
-        split: as wished; None takes validation, or a file as a whole.
-        context: of the model; its seed is that of the training, which held rows out.
-        is_own: whether the data is what the model was trained on.
-        is_typed: whether the names of the columns are the user's word, and not the training's.
+        config: data section, with the dataset to evaluate and the length settings of training.
+        card: adapter card with the task, prompt format and labels.
+        split: split to evaluate; None is validation, or all rows if there is one split.
+        context: encoding context with the seed of training, which determines the validation split.
+        is_own: whether the dataset is the one used in training.
+        is_typed: whether the user, not the training run, chose the column mapping.
 
     Raises:
-        InputError: there are no such rows, or they are not of the task.
+        InputError: there are no such rows, or they do not fit the task.
     """
     task = context.task
     fields = DataConfig.model_fields
     known = {name: value for name, value in card.options.items() if name in fields}
-    config = config.model_copy(update=known)  # what training found out
+    config = config.model_copy(update=known)  # options resolved by training
     splits = read_splits(config, task, context.seed)
     table, name = _choose(splits, split, is_own=is_own)
     if config.max_eval_samples is not None:
@@ -299,16 +264,16 @@ def load_held_out(
     labels = LabelSet(tuple(card.labels)) if card.labels else None
     table, examples = convert.known(name, table, labels)
     prompt = read_format(card)
-    if prompt is not None and not card.data:  # not trained here: these rows decide
+    if prompt is not None and not card.data:  # not trained by ftlevel: infer the separator
         prompt = prompt.for_rows(examples, prompt.version)
     encoder = Encoder(
         task, context.kind, context.tokenizer, config, context.bounds, prompt, labels
     ).holding_out(name)
-    # Training's own rows are cut as training cut them; its length says nothing of others.
+    # The length limit of training applies only to its own validation rows.
     encoder = replace(encoder, whole=name != "validation")
     fitted = encoder(examples, table)
     rows: Sequence[Encoded] = fitted.rows
-    if name == "validation":  # as training let them through
+    if name == "validation":  # same checks as in training
         _, learned = convert("train", splits.train, labels)
         rows, found = context.gate(config.gate).check_held_out(
             name, fitted, examples, table, encoder.digest(learned)
@@ -325,10 +290,7 @@ def load_held_out(
 
 
 def _without_absent(config: DataConfig, table: Table, task: Task) -> tuple[DataConfig, str]:
-    """Return `config` with the training's words on columns as far as `table` has them; and a note.
-
-    What the training was told of its own columns must not be held against other rows.
-    """
+    """Drop the column mapping and format of training if they do not fit `table`; return a note."""
     there = {
         role: column for role, column in config.columns.items() if is_there(column, table.columns)
     }
@@ -343,12 +305,12 @@ def _without_absent(config: DataConfig, table: Table, task: Task) -> tuple[DataC
             break
         return fewer, f"{found.description}; the training's own --map and --format do not fit these"
     else:
-        return fewer, ""  # what is wrong is said of the columns
+        return fewer, ""  # errors then refer to the actual columns
     return config, ""
 
 
 def _choose(splits: Splits, split: str | None, *, is_own: bool) -> tuple[Table, str]:
-    """Return the table of `split`, and what it is called."""
+    """Return the table of `split`, and its name."""
     tables = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     there = [name for name, table in tables.items() if table is not None]
     if split is None and there == ["train"]:

@@ -1,4 +1,4 @@
-"""From the data section of the configuration to examples, before a tokenizer sees them."""
+"""Load the splits of a dataset and convert their rows to examples, without a tokenizer."""
 
 from __future__ import annotations
 
@@ -29,22 +29,19 @@ from ftlevel.errors import InputError, did_you_mean, listing, quote
 from ftlevel.task import Task
 
 BUILTIN_ROWS = 192
-"""Training rows taken from the built-in set where the user gives no number: a quick first run."""
+"""Default number of training rows of a built-in dataset, for a quick first run."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The rows as read, before a tokenizer sees them.
+    """Examples of all splits, before tokenization.
 
     Attributes:
-        splits: tables of the splits.
-        format: what the columns are.
-        train: examples of the training split.
-        validation: examples of the validation split, or None.
-        labels: the classes or tags, or None.
-        choices: lines for the screen about what the task read off the columns.
-        findings: rows that nothing could be learned from.
-        why: the columns are used as they are.
+        format: detected column format.
+        labels: classes or tags, or None.
+        choices: log lines about the columns.
+        findings: rows without usable content.
+        why: reason for the column format.
     """
 
     splits: Splits
@@ -58,22 +55,18 @@ class Loaded:
 
 
 def load_examples(config: DataConfig, task: Task, seed: int, *, lenient: bool = False) -> Loaded:
-    """Read the data set and turn its rows into examples of `task`.
+    """Read the dataset and convert its rows to examples of `task`.
 
-    Args:
-        config: the data section.
-        task: the task.
-        seed: of the rows that are held out.
-        lenient: leave out and report rows that ought to stop the run, as a preview does.
+    `seed` selects the validation rows. `lenient` drops and reports rows that would stop the run.
 
     Raises:
-        InputError: with `path:line`, for whatever cannot be read or learned from.
+        InputError: with `path:line`, a row cannot be read or converted.
     """
     return convert_splits(read_splits(config, task, seed), config, task, lenient=lenient)
 
 
 def convert_splits(splits: Splits, config: DataConfig, task: Task, *, lenient: bool) -> Loaded:
-    """Turn the rows of `splits` into examples of `task`; else as `load_examples`."""
+    """Convert the rows of `splits` to examples; arguments as in `load_examples`."""
     _check_ignored(splits, config)
     convert, told = open_converter(splits.train, config, task, lenient=lenient)
     choices = [*(Choice("note", note) for note in splits.notes), *told]
@@ -94,11 +87,7 @@ def convert_splits(splits: Splits, config: DataConfig, task: Task, *, lenient: b
 
 
 def _check_ignored(splits: Splits, config: DataConfig) -> None:
-    """Refuse a column to leave out that no split has.
-
-    Raises:
-        InputError: naming the first.
-    """
+    """Raise `InputError` if no split has a column of `--ignore-columns`."""
     tables = [table for table in (splits.train, splits.validation, splits.test) if table]
     known = {name for table in tables for name in table.ignored}
     if unknown := [name for name in config.ignore_columns if name not in known]:
@@ -112,11 +101,7 @@ def _check_ignored(splits: Splits, config: DataConfig) -> None:
 def open_converter(
     table: Table, config: DataConfig, task: Task, *, lenient: bool = False
 ) -> tuple[Converter, list[Choice]]:
-    """Return what turns rows such as those of `table` into examples, and lines for the screen.
-
-    Raises:
-        InputError: the columns do not say what to learn.
-    """
+    """Return a converter for rows like those of `table`, and log lines."""
     found = task.find_format(table.columns, config, table.rows[:PART])
     refuse_media_columns(found.unused, table.rows, table.source)
     shape, choices = task.read_columns(found, table, config)
@@ -125,16 +110,7 @@ def open_converter(
 
 @dataclass
 class Converter:
-    """Turns tables into examples; what has to be left out is collected in `findings`.
-
-    Attributes:
-        config: the data section.
-        task: the task.
-        plain: what the columns are.
-        shape: the same, with the names that labels get.
-        lenient: leave out and report rows that ought to stop the run.
-        findings: what was left out, or made one.
-    """
+    """Converts tables to examples; `plain` is the detected format, `shape` adds label merging."""
 
     config: DataConfig
     task: Task
@@ -145,14 +121,14 @@ class Converter:
 
     @property
     def label_column(self) -> str | None:
-        """The column whose values are classes; None where there are none."""
+        """Column with the class labels, or None."""
         role = self.task.label_role(self.shape)
         return self.shape.columns[role] if role is not None else None
 
     def __call__(
         self, split: str, table: Table, labels: LabelSet | None
     ) -> tuple[Table, Sequence[Any]]:
-        """Return the rows that can be learned from, and their examples."""
+        """Return the usable rows and their examples."""
         examples: Sequence[Any]
         examples, bad = convert_rows(table, self.shape)
         column = self.label_column
@@ -165,11 +141,7 @@ class Converter:
     def known(
         self, split: str, table: Table, labels: LabelSet | None
     ) -> tuple[Table, Sequence[Any]]:
-        """Return the rows and examples of a split whose classes are those of `labels`.
-
-        Raises:
-            InputError: a row has another class, or classes that do not go together.
-        """
+        """Convert a split whose classes must be in `labels`; raise `InputError` on others."""
         if labels is not None:
             self.with_names(split, table, convert_rows(table, self.plain)[0], labels.names)
         table, examples = self(split, table, labels)
@@ -181,13 +153,9 @@ class Converter:
     def with_names(
         self, split: str, table: Table, examples: Sequence[Any], names: Sequence[str] = ()
     ) -> Sequence[Any]:
-        """Return `examples` with labels that are one class in several spellings made one.
+        """Return `examples` with spelling variants of a label merged.
 
-        Args:
-            split: its name.
-            table: where they came from.
-            examples: with classes.
-            names: of the classes that are known; where there are none, the usual spelling is.
+        `names` are the known classes; if empty, the most frequent spelling is used.
         """
         for check, same in SPELLINGS.items():
             variants = find_variants(examples, check, names)
@@ -206,7 +174,7 @@ class Converter:
     def without_faults(
         self, table: Table, examples: Sequence[Any], labels: LabelSet
     ) -> tuple[Table, Sequence[Any]]:
-        """Refuse rows whose classes do not go together, or drop them as the configuration says."""
+        """Raise on rows with inconsistent classes, or drop them if configured."""
         faults = self.task.find_faults(examples, labels, table)
         if not faults:
             return table, examples
@@ -220,7 +188,7 @@ class Converter:
 
 
 def read_splits(config: DataConfig, task: Task, seed: int) -> Splits:
-    """Return the splits as far as the configuration wants them."""
+    """Return the splits after joining, holding out and sampling as configured."""
     parts = [_read_one(name, config, task, config.split) for name in (config.dataset, *config.also)]
     splits = parts[0] if len(parts) == 1 else join_splits(parts, config.mix, seed)
     if config.validation_file is not None:

@@ -1,11 +1,7 @@
-"""Rows of a stream for as long as a run wants them: read, gated, encoded and shuffled as they come.
+"""An endless stream of encoded, checked and shuffled rows.
 
-What the stream is at a row is a `StreamState`, from which it goes on without what was before.
-
-A shuffle of a stream by a buffer: decided by what goes in, the buffer's size and the seed.
-
-The next row goes into the place of one that is drawn from the full buffer, so that a row comes out
-at most as much earlier as the buffer is long, and later by a geometric law with that mean.
+A `StreamState` has everything needed to resume the stream without reading earlier rows. The shuffle
+depends only on the rows, the buffer size and the seed.
 """
 
 from __future__ import annotations
@@ -37,10 +33,10 @@ T = TypeVar("T")
 
 
 class ShuffleBuffer(Generic[T]):
-    """A buffer of `size` items; 1 leaves the order as it is.
+    """A shuffle buffer of `size` items; 1 preserves the order.
 
-    Attributes:
-        items: what it holds.
+    A row leaves at most `size` positions early; its delay is geometrically distributed with mean
+    `size`.
     """
 
     def __init__(self, size: int, seed: str) -> None:
@@ -49,7 +45,7 @@ class ShuffleBuffer(Generic[T]):
         self._random = random.Random(seed)
 
     def push(self, item: T) -> T | None:
-        """Take an item; return the one that gives place to it, None where there is room."""
+        """Add an item; return the item it replaces, or None while the buffer fills."""
         if self._size == 1:
             return item
         if len(self.items) < self._size:
@@ -60,11 +56,7 @@ class ShuffleBuffer(Generic[T]):
         return out
 
     def pop(self) -> T:
-        """Draw an item, when no other comes.
-
-        Raises:
-            IndexError: there is none.
-        """
+        """Remove and return a random item; raise `IndexError` if the buffer is empty."""
         if not self.items:
             raise IndexError("the buffer is empty")
         at = self._random.randrange(len(self.items))
@@ -72,31 +64,22 @@ class ShuffleBuffer(Generic[T]):
         return self.items.pop()
 
     def draws(self) -> Any:
-        """Return the state of the draws, as plain values."""
+        """Return the state of the random generator as plain values."""
         return self._random.getstate()
 
     def set_draws(self, state: Any) -> None:
-        """Go on drawing from `state`."""
+        """Restore the state of the random generator."""
         version, numbers, gauss = state
         self._random.setstate((version, tuple(numbers), gauss))
 
 
-_SURE = 1_000  # rows after which a share of them is worth a word
-_AT_ONCE = 32  # chunks: of more processes, others encode the next ones
+_SURE = 1_000  # minimum rows for a reliable share
+_AT_ONCE = 32  # maximum chunks; further processes take later ones
 
 
 @dataclass(frozen=True)
 class ChunkEncoder:
-    """Turns a chunk into encoded rows.
-
-    Attributes:
-        config: the data section.
-        shape: what the columns are.
-        form: keys and types that every row must have.
-        encoder: of the examples; it drops or changes rows, or refuses them.
-        gate: of the encoded rows.
-        may_lose: whether the length was chosen from the first rows, so that 1 % may be lost to it.
-    """
+    """Converts a chunk to encoded rows; `may_lose` allows 1 % of rows beyond the maximum length."""
 
     config: DataConfig
     shape: Format
@@ -106,14 +89,10 @@ class ChunkEncoder:
     may_lose: bool
 
     def __call__(self, chunk: Chunk, counts: Counter[str]) -> list[Encoded]:
-        """Return the rows of `chunk`, `Encoded.row` being their line; count what became of them.
-
-        Args:
-            chunk: some rows.
-            counts: rows read, dropped, changed and found, by name (mutated).
+        """Return the rows of `chunk`, with their line as `Encoded.row`; update `counts` (mutated).
 
         Raises:
-            InputError: with `file:line`, for a row that is to stop the run.
+            InputError: with `file:line`, a row stops the run.
         """
         table = chunk.table
         counts["read"] += len(chunk.rows) + len(chunk.bad)
@@ -141,7 +120,7 @@ class ChunkEncoder:
         return [replace(row, row=table.lines[row.row]) for row in kept]
 
     def _without(self, table: Table, bad: list[BadRow], counts: Counter[str]) -> Table:
-        """Return `table` without the rows in `bad`, or refuse them, as the configuration says."""
+        """Return `table` without the rows in `bad`, or raise, as configured."""
         gate, skips = self.config.gate, self.config.on_bad_row == "skip"
         stops = [
             row for row in bad
@@ -156,14 +135,7 @@ class ChunkEncoder:
         return table.take(i for i, line in enumerate(table.lines) if line not in lines)
 
     def check_loss(self, counts: Mapping[str, int]) -> None:
-        """Refuse a stream that loses too much to a length that its first rows gave.
-
-        Args:
-            counts: what became of all rows so far.
-
-        Raises:
-            InputError: it does.
-        """
+        """Raise `InputError` if over 1 % of the rows exceed a length chosen from the first rows."""
         lost, read = counts.get("too_long", 0), counts.get("read", 0)
         if self.may_lose and read >= _SURE and lost > LOSS * read:
             raise InputError(
@@ -175,17 +147,16 @@ class ChunkEncoder:
 
 @dataclass(frozen=True)
 class StreamState:
-    """Where a stream is: all that decides the rows to come.
+    """State of a stream.
 
     Attributes:
-        passes: how often the source was gone through to its end.
-        cursor: where the next chunk begins; None at the beginning of a pass.
-        skip: rows from there on that are held out.
-        kept: whether the pass has given a row.
+        passes: number of completed passes over the source.
+        cursor: position of the next chunk; None at the beginning of a pass.
+        skip: number of held-out rows after the cursor.
+        kept: whether the pass has produced a row.
         waiting: encoded rows that are not in the buffer yet.
-        buffered: those in the buffer.
-        draws: state of the shuffle.
-        counts: what became of the rows so far.
+        buffered: encoded rows in the shuffle buffer.
+        draws: state of the random generator.
     """
 
     passes: int
@@ -199,7 +170,7 @@ class StreamState:
 
 
 class EncodedChunk(NamedTuple):
-    """What became of a chunk: its rows and their counts, or the error that they stop the run by."""
+    """Rows and counts of a chunk, or the error of a row that stops the run."""
 
     rows: list[Encoded]
     counts: Counter[str]
@@ -207,7 +178,7 @@ class EncodedChunk(NamedTuple):
 
 
 class _Ready(NamedTuple):
-    """A chunk that comes next, where the one after it begins, and rows from there that wait."""
+    """An encoded chunk, the cursor after it, and the held-out rows after the cursor."""
 
     chunk: EncodedChunk
     cursor: Cursor | None
@@ -216,15 +187,14 @@ class _Ready(NamedTuple):
 
 @dataclass(frozen=True)
 class Division:
-    """Several processes that read the same stream, of which each encodes its part of the chunks.
+    """Distribution of a stream over processes: each encodes some of the chunks.
 
-    All of them get all rows, in the order of the stream, so that which rows are dropped, split or
-    drawn is decided as by one process.
+    All processes receive all rows in stream order, so the result equals that of one process.
 
     Attributes:
-        count: of the processes.
-        rank: of this one.
-        exchange: gives what each process gives, in their order; all must call it together.
+        count: number of processes.
+        rank: index of this process.
+        exchange: all-gather of encoded chunks; all processes must call it together.
     """
 
     count: int = 1
@@ -233,22 +203,14 @@ class Division:
 
     @property
     def at_once(self) -> int:
-        """Chunks that are read before the rows of the first of them are used."""
+        """Number of chunks encoded ahead."""
         return min(self.count, _AT_ONCE)
 
 
 class RowStream:
-    """Encoded rows without end: after the last row of the source its first one comes again.
+    """Endless encoded rows; each pass yields every remaining row once, in a different order.
 
-    Every pass gives every kept row once, in an order of its own.
-
-    Args:
-        source: the rows.
-        encode: makes them rows for the model.
-        held_out: how many rows at the beginning of the source are not for training.
-        buffer: rows of the shuffle's buffer.
-        seed: of the shuffle.
-        files: local ones that the source reads.
+    The first `held_out` rows of the source are skipped.
     """
 
     def __init__(
@@ -268,23 +230,23 @@ class RowStream:
         self._begin_pass()
 
     def divide(self, division: Division) -> None:
-        """Encode only this process's part from here on."""
+        """Encode only the chunks of this process from now on."""
         self._division, self._turn = division, 0
 
     @property
     def counts(self) -> dict[str, int]:
-        """What became of the rows that were read."""
+        """Counts of rows read, dropped and changed."""
         return {"passes": self._passes, **self._counts}
 
     def state(self) -> StreamState:
-        """Return where the stream is."""
+        """Return the state of the stream."""
         return StreamState(
             self._passes, self._cursor, self._skip, self._kept, tuple(self._waiting),
             tuple(self._buffer.items), self._buffer.draws(), dict(self._counts),
         )  # fmt: skip
 
     def set_state(self, state: StreamState) -> None:
-        """Go on from `state`."""
+        """Resume from `state`."""
         self._begin_pass(state.passes, state.cursor)
         self._skip, self._kept = state.skip, state.kept
         self._skip_ahead = state.skip
@@ -306,11 +268,7 @@ class RowStream:
         return self
 
     def __next__(self) -> Encoded:
-        """Return the next row.
-
-        Raises:
-            InputError: a row is to stop the run, or a whole pass gave none.
-        """
+        """Return the next row; raise `InputError` if a row stops the run or a pass has none."""
         while True:
             while self._waiting:
                 row = self._buffer.push(self._waiting.popleft())
@@ -325,11 +283,7 @@ class RowStream:
             self._begin_pass(self._passes + 1)
 
     def _read(self) -> bool:
-        """Take the rows of the next chunk; return whether there was one.
-
-        Raises:
-            InputError: one of them is to stop the run.
-        """
+        """Queue the rows of the next chunk, or raise its error; return whether there was one."""
         if not self._ready:
             self._encode_ahead()
         if not self._ready:
@@ -344,7 +298,7 @@ class RowStream:
         return True
 
     def _encode_ahead(self) -> None:
-        """Encode the next chunk, or of several processes one each at most."""
+        """Encode the next chunks, at most one per process."""
         division, chunks, error = self._division, [], None
         places: list[tuple[Cursor | None, int]] = []
         try:
@@ -355,7 +309,7 @@ class RowStream:
                 chunks.append(replace(chunk, rows=chunk.rows[skipped:],
                                       lines=chunk.lines[skipped:]))  # fmt: skip
         except InputError as unreadable:
-            error = unreadable  # after the chunks before it
+            error = unreadable  # raised after the preceding chunks
         ranks = [(self._turn + at) % division.count for at in range(len(chunks))]
         self._turn = (self._turn + len(chunks)) % division.count
         own = [self._encode_one(c) for c, r in zip(chunks, ranks, strict=True)

@@ -1,7 +1,7 @@
-"""Orders in which rows are taken that depend on the seed and the epoch alone.
+"""Row orders that depend only on the seed and the epoch.
 
-Trainer's own grouping draws from a generator whose state is not in a checkpoint, so a run that is
-resumed inside an epoch goes on with other rows, in silence. Here an epoch's order is a function.
+The length grouping of `Trainer` uses a generator that checkpoints do not store, so a run resumed
+within an epoch would continue with other rows.
 """
 
 from __future__ import annotations
@@ -16,19 +16,14 @@ from torch.utils.data import Dataset, Sampler
 from ftlevel.data.encoding.encode import Encoded
 
 POOL = 50
-"""Steps whose rows are sorted together: the rest of the order stays random."""
+"""Number of steps whose rows are sorted together."""
 
 
 class LengthGroups(Sampler[int]):
-    """Rows of like length in one optimizer step, the steps in random order.
+    """Group rows of similar length into optimizer steps, in random order.
 
-    Args:
-        lengths: of each row, in tokens.
-        step: rows of an optimizer step.
-        seed: of the order.
-
-    Attributes:
-        epoch: from 0; set it before the epoch's first row is taken.
+    `lengths` are in tokens; `step` is the number of rows per step. Set `epoch` (from 0) before the
+    first row of an epoch is read.
     """
 
     def __init__(self, lengths: Sequence[int], step: int, seed: int) -> None:
@@ -41,7 +36,7 @@ class LengthGroups(Sampler[int]):
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
-        """Yield every row once; only the last step of the epoch may be short."""
+        """Yield every row index once; only the last step of the epoch may be short."""
         generator = torch.Generator().manual_seed(self._seed + self.epoch)
         rows = torch.randperm(len(self), generator=generator).tolist()
         steps: list[list[int]] = []
@@ -57,24 +52,18 @@ class LengthGroups(Sampler[int]):
 
 
 class ShareOfSteps(Sampler[list[int]]):
-    """The batches of one of several processes that make each optimizer step together.
+    """Batches of one process when several processes share each optimizer step.
 
-    Batch n of the order goes to process n mod count. All have as many, so that none waits for
-    another in vain: where an epoch ends in the middle of a step, a batch is the one row NOTHING,
-    the index after the last. accelerate would take rows from the epoch's beginning a second time.
-
-    Args:
-        order: of the rows.
-        batch: rows of a batch.
-        count: of the processes.
-        rank: of this one.
+    Batch n of the order goes to process n mod count. All processes have equally many batches. At
+    the end of an epoch a missing batch is a single NOTHING row, the index after the last row;
+    accelerate would repeat rows from the beginning of the epoch.
     """
 
     def __init__(self, order: Sampler[int], batch: int, count: int, rank: int) -> None:
         self._order, self._batch, self._count, self._rank = order, batch, count, rank
 
     def __len__(self) -> int:
-        rows = len(self._order)  # type: ignore[arg-type]  # every order here has a length
+        rows = len(self._order)  # type: ignore[arg-type]  # all samplers used here have a length
         return math.ceil(rows / (self._batch * self._count))
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -86,7 +75,7 @@ class ShareOfSteps(Sampler[list[int]]):
 
 
 class RowsAndNothing(Dataset[Encoded]):
-    """Rows, and after the last one NOTHING: the first row, marked as one that does not count."""
+    """Rows, followed by NOTHING: a copy of the first row that does not contribute to the loss."""
 
     def __init__(self, rows: Sequence[Encoded]) -> None:
         self._rows = rows

@@ -1,10 +1,7 @@
-"""The beginning of a streamed run: its first rows stand for all where these cannot be known.
+"""Prepare a streamed run, and index its rows for `Trainer`.
 
-A stream as the rows of a run, by their number in it, with its state in every checkpoint.
-
-The Trainer asks for rows 0, 1, … in order, and after a resumption for those from the first on that
-was not trained on. So it needs to know nothing of streams: skipping is its own arithmetic on row
-numbers, and no row is read for it.
+The first rows determine the columns, the types and the length. Row numbers in the run serve as
+indices, so `Trainer` skips rows on resume without reading them.
 """
 
 from __future__ import annotations
@@ -37,25 +34,17 @@ from ftlevel.data.sources.uniform import Form, find_odd_rows
 from ftlevel.errors import ConfigError, InputError
 
 SAMPLE = 1_000
-"""First training rows from which the lengths, the columns and the types are known."""
+"""Number of training rows used to detect lengths, columns and types."""
 
 WHOLE_SET = (
     "exact_duplicates", "near_duplicates", "conflicting_answers", "swapped_roles", "one_answer",
     "leaked", "near_leaked",
 )  # fmt: skip
-"""Checks that compare rows with one another, and so are done among the first rows alone."""
+"""Checks that compare rows, and so cover only the first rows of a stream."""
 
 
 def prepare_stream(config: DataConfig, context: EncodingContext) -> Prepared:
-    """Return the first rows of a stream, ready for the model, and the stream itself.
-
-    Args:
-        config: the data section.
-        context: what else decides the rows.
-
-    Raises:
-        InputError: the source cannot be streamed, or its first rows cannot be used.
-    """
+    """Return the first rows of a stream, encoded and checked, and the stream itself."""
     source = open_source(
         config.dataset,
         split=config.split,
@@ -98,17 +87,13 @@ def prepare_stream(config: DataConfig, context: EncodingContext) -> Prepared:
 
 
 def _with_room(longest: int, bound: int | None) -> int:
-    """Return a quarter more than the longest of the first rows, for those to come, in bounds."""
+    """Return `longest` plus a quarter for later rows, within `bound`."""
     roomy = longest + longest // 4
     return roomy if bound is None else max(longest, min(roomy, bound))
 
 
 def _read_head(source: StreamSource, config: DataConfig) -> tuple[Splits, Form]:
-    """Read the rows that are held out and the first ones for training; return them and their form.
-
-    Raises:
-        InputError: there are too few, or one is bad.
-    """
+    """Return the held-out rows, the first training rows, and their keys and types."""
     held, wanted = config.validation_rows or 0, SAMPLE + (config.validation_rows or 0)
     if held and source.validation is not None:
         raise InputError(
@@ -149,7 +134,7 @@ def _read_head(source: StreamSource, config: DataConfig) -> tuple[Splits, Form]:
 
 
 def _until(chunks: Iterator[Chunk], rows: int) -> Iterator[Chunk]:
-    """Yield chunks until they hold `rows` rows."""
+    """Yield chunks until they contain `rows` rows."""
     seen = 0
     for chunk in chunks:
         yield chunk
@@ -172,7 +157,7 @@ def _fingerprint(source: StreamSource, rows: Any) -> str:
 
 
 def _choices(prepared: Prepared, config: DataConfig, length: int) -> list[Choice]:
-    """Return the lines for the screen, which say what is known of the first rows only."""
+    """Return the log lines, reworded because only the first rows are known."""
     first = f"the first {prepared.facts['train_rows']:,} rows"
     held = f"{len(prepared.validation):,} for validation" if prepared.validation else (
         "no validation rows: --set data.validation_rows=N would hold some out"
@@ -199,7 +184,7 @@ def _choices(prepared: Prepared, config: DataConfig, length: int) -> list[Choice
 
 
 def _unchecked(gate: GateConfig) -> Choice:
-    """Return the line that names what is not checked on every row."""
+    """Return the log line for checks that cover the first rows only."""
     wanted = [name for name in WHOLE_SET if getattr(gate, name) != "ignore"]
     return Choice(
         "data check",
@@ -209,17 +194,13 @@ def _unchecked(gate: GateConfig) -> Choice:
 
 
 _STATE, _ROWS = "stream.json", "stream.arrow"
-_KEPT = 8  # states of the last optimizer steps: the loader is a batch or two ahead of them
+_KEPT = 8  # recent steps: the data loader reads a batch or two ahead
 
 
 class StreamedRows:
-    """The rows of a run, in the order in which they are taken.
+    """Rows of a streamed run, to be read in order; a step has `step` rows over all processes.
 
-    Args:
-        stream: gives them.
-        step: rows of an optimizer step, over all processes.
-        steps: optimizer steps of the run.
-        together: rows that all processes take from it at once, of which each is given its own.
+    All processes read `together` rows from the stream at once, and each uses its own.
     """
 
     def __init__(self, stream: RowStream, step: int, steps: int, together: int = 1) -> None:
@@ -232,11 +213,7 @@ class StreamedRows:
         return self._step * self._steps
 
     def __getitem__(self, index: int) -> Encoded:
-        """Return row `index`, going over those before it that another process takes.
-
-        Raises:
-            IndexError: the stream is past it.
-        """
+        """Return row `index`, skipping rows of other processes; raise `IndexError` if consumed."""
         if index < self._next - self._together:
             raise IndexError(f"row {index:,} of a stream was taken; the next is {self._next:,}")
         while index >= self._next:
@@ -245,7 +222,7 @@ class StreamedRows:
         return self._taken[index - self._next]
 
     def _take(self) -> None:
-        """Take the next row from the stream; all processes take it after the same step."""
+        """Read the next row, and record the stream state at the start of a step."""
         if self._next % self._step == 0:
             self._states[self._next // self._step] = self._stream.state()
             while len(self._states) > _KEPT:
@@ -255,13 +232,13 @@ class StreamedRows:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What became of the rows that were read."""
+        """Counts of rows read, dropped and changed."""
         return self._stream.counts
 
     def save(self, folder: Path, step: int) -> None:
-        """Write to `folder` where the stream is after optimizer step `step`.
+        """Write the stream state after optimizer step `step` to `folder`.
 
-        The loader may have taken rows of the steps after it already.
+        The data loader may already have read rows of later steps.
         """
         at_the_end = self._next == step * self._step
         state = self._stream.state() if at_the_end else self._states[step]
@@ -281,11 +258,7 @@ class StreamedRows:
         (folder / _STATE).write_text(json.dumps(content), encoding="utf-8")
 
     def restore(self, folder: Path) -> None:
-        """Go on from what `save` wrote to `folder`.
-
-        Raises:
-            ConfigError: it is not there.
-        """
+        """Resume from the state in `folder`; raise `ConfigError` if there is none."""
         if not (folder / _STATE).is_file():
             raise ConfigError(
                 f"--resume: {folder} has no {_STATE}, so it is not of a streamed run. Start it "
@@ -306,7 +279,7 @@ class StreamedRows:
 
 
 class InOrder(Sampler[int]):
-    """The numbers of the rows from the first to the last."""
+    """Sequential sampler."""
 
     def __init__(self, rows: StreamedRows) -> None:
         self._rows = rows
@@ -315,5 +288,4 @@ class InOrder(Sampler[int]):
         return len(self._rows)
 
     def __iter__(self) -> Iterator[int]:
-        """Yield each once."""
         return iter(range(len(self._rows)))
