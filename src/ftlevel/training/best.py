@@ -39,9 +39,7 @@ class Evaluated:
 class Evaluations:
     """History of a run's evaluations.
 
-    Attributes:
-        best: best evaluation so far; None if no metric was a number.
-        waited: evaluations since the last improvement larger than the threshold.
+    `best` is None if no metric was a number; `waited` counts evaluations without improvement.
     """
 
     def __init__(self, plan: BestModel) -> None:
@@ -52,10 +50,10 @@ class Evaluations:
         self.waited = 0
 
     def add(self, step: int, scores: Mapping[str, Any]) -> bool:
-        """Add an evaluation and return whether it is the best so far.
+        """Add an evaluation and return whether it is the best; equal values compare by loss.
 
-        Ties are broken by the lower loss, because accuracies on few rows are often equal. A missing
-        metric, such as the correlation with a constant, counts as NaN and is never the best.
+        A missing metric, such as the correlation with a constant, counts as NaN and is never the
+        best.
         """
         value = float(scores.get(self.plan.metric, math.nan))
         loss = float(scores.get("eval_loss", math.nan))
@@ -86,12 +84,9 @@ class Evaluations:
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """The model that a run ends with, and the evaluations that selected it.
+    """The model of step `step` that a run ends with, and the evaluations that selected it.
 
-    Attributes:
-        metric: name with the `eval_` prefix.
-        step: training step of the selected model.
-        waited: evaluations since the last improvement larger than the threshold.
+    `waited` counts the evaluations since an improvement larger than the threshold.
     """
 
     metric: str

@@ -24,13 +24,10 @@ _WRITERS = ("inline_container", "PytorchStreamWriter", "iostream error", "while 
 
 
 def check_room(directory: Path | None, train: TrainerConfig, model: Any, steps: int) -> None:
-    """Raise if the disk lacks space for the checkpoints of a run.
+    """Raise ConfigError if the disk lacks space for the checkpoints of a run.
 
     Counts `save_total_limit` checkpoints plus the one being written. Files already in `directory`
     count as free space, because they are replaced or are among these checkpoints.
-
-    Raises:
-        ConfigError: with the required and the free space.
     """
     one, count = checkpoint_bytes(model, train.optim), _planned_checkpoints(train, steps)
     where = directory or Path("runs")
@@ -47,11 +44,7 @@ def check_room(directory: Path | None, train: TrainerConfig, model: Any, steps: 
 
 
 def check_room_to_save(run: RunDirectory, model: Any, optimizer: Any) -> None:
-    """Raise if the next checkpoint would fill the disk of `run`.
-
-    Raises:
-        RunError: with the newest complete checkpoint.
-    """
+    """Raise RunError if the next checkpoint would fill the disk of `run`."""
     states = getattr(optimizer, "state", {}).values()
     held = [part for state in states for part in state.values() if hasattr(part, "nbytes")]
     needed = _trained_bytes(model) + sum(part.nbytes for part in held)
@@ -88,10 +81,7 @@ def _planned_checkpoints(train: TrainerConfig, steps: int) -> int:
 
 @contextlib.contextmanager
 def explain_disk_errors(run: RunDirectory) -> Iterator[None]:
-    """Raise RunError with the newest complete checkpoint if a file of `run` cannot be written.
-
-    Recognizes the errors of torch and safetensors too; unrelated errors propagate.
-    """
+    """Convert write errors of torch, safetensors and the OS for files of `run` into RunError."""
     try:
         yield
     except Exception as error:

@@ -173,11 +173,7 @@ def write_results(
     summary: Mapping[str, Any],
     lines: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Write the report page, the model cards and summary.json.
-
-    `lines` are the per-row predictions, if known. summary.json comes last and marks the run as
-    finished.
-    """
+    """Write the report page, the model cards and, as the mark of a finished run, summary.json."""
     run.write_answers(lines)
     answers, records = sum_up(iter(lines)) if lines else None, run.read_log(summary["steps"])
     facts = RunFacts(run.path.resolve().name, run.path, summary, records, answers)
@@ -196,10 +192,7 @@ def tell(
     listener: Listener,
     of_others: Mapping[str, Any],
 ) -> Mapping[str, Any]:
-    """Write and report the results of a run, upload it if configured, and return the summary.
-
-    `of_others` has the summary.json sections of the reference and teacher models.
-    """
+    """Write and report the results of a run, upload it if configured, and return the summary."""
     summary = build_summary(config, plan, outcome)
     step = outcome.kept.step if outcome.kept else summary["steps"]
     lines, intervals = describe_answers(plan, outcome.evaluator, outcome.answers, step)
@@ -245,12 +238,7 @@ def end_run(
 
 @dataclass(frozen=True)
 class Start:
-    """Time at which the user started the run.
-
-    Attributes:
-        at: by `time.perf_counter`.
-        cpu_s: CPU seconds of all threads of the process until then.
-    """
+    """Time and CPU seconds of the process, over all threads, when the user started the run."""
 
     at: float
     cpu_s: float
@@ -270,10 +258,7 @@ class Start:
 
 
 def measure_times(report: Report, start: Start, trained_at: float, tokens: int) -> dict[str, float]:
-    """Return seconds to the first step, of training and in total, and tokens per second.
-
-    `trained_at` is when training ended, by `time.perf_counter`.
-    """
+    """Return seconds to the first step, of training and in total, and tokens per second."""
     first = report.first_step_at or trained_at
     return {
         "to_first_step_s": round(first - start.at, 3),

@@ -40,11 +40,9 @@ class Given:
 
 @dataclass(frozen=True)
 class Taken:
-    """The configuration with a name or path for every passed object.
+    """The configuration with a name or path for every passed object, and lines for the screen.
 
-    Attributes:
-        base: directory that the model was written to; None if it was not written.
-        choices: lines for the screen.
+    `base` is the directory that the model was written to; None if it was not.
     """
 
     config: TrainConfig
@@ -63,8 +61,7 @@ class Taken:
 def take(config: TrainConfig, given: Given, held: ExitStack) -> Taken:
     """Return `config` with the objects bound; a written model exists until `held` closes.
 
-    Raises:
-        ConfigError: an object has the wrong type, or is also set in the configuration.
+    Raises ConfigError if an object has the wrong type, or is also set in the configuration.
     """
     _check_callbacks(given.callbacks)
     rows = {"dataset": given.dataset, "validation_file": given.eval_dataset}
@@ -127,10 +124,7 @@ def _check_callbacks(callbacks: Sequence[TrainerCallback]) -> None:
 def keep_base(
     plan: Plan, taken: Taken, run: RunDirectory, *, is_first: bool
 ) -> tuple[Plan, dict[str, Any]]:
-    """Move a model written for this run into its directory; return the plan and base facts.
-
-    Only the first process moves it.
-    """
+    """Move a model written for this run into its directory; return the plan and base facts."""
     if taken.base is not None:
         place = run.path.resolve() / BASE
         if is_first and not place.exists():

@@ -56,9 +56,7 @@ computed, and allocator fragmentation."""
 class Activations:
     """Activation bytes per token in the autograd graph, by block.
 
-    Attributes:
-        held: of each block.
-        states: of the input of each block, which is stored even if the block is recomputed.
+    `states` are the bytes of each block's input, stored even if the block is recomputed.
     """
 
     held: tuple[float, ...]
@@ -272,10 +270,8 @@ class SmallerSteps:
     def try_longest(self, rows: Sequence[Encoded], dtype: str) -> None:
         """Compute forward and backward of the longest rows, to run out of memory before training.
 
-        Reduces steps until they fit. Restores random state and token counts, and clears gradients.
-
-        Raises:
-            RuntimeError, MemoryError: no reduction makes it fit.
+        Reduces steps until they fit, and raises the library's error if they cannot. Restores random
+        state and token counts, and clears gradients.
         """
         trainer = self._trainer
         if trainer.args.world_size > 1 or trainer.fast is None:
@@ -386,7 +382,7 @@ _NEW_SINCE = Version("2.11")
 
 
 def use_expandable_segments(device: str) -> None:
-    """Enable expandable segments of torch's CUDA allocator, unless the user has configured it.
+    """Enable expandable CUDA segments, unless the user has configured the allocator.
 
     Must run before the first tensor is on the GPU. Micro-batches of varying length fragment
     segments of fixed size.

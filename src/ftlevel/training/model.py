@@ -224,10 +224,9 @@ def begin(model: Any, config: TrainConfig, plan: Plan) -> None:
 
 
 def load_shared_out(config: TrainConfig, plan: Plan, listener: Listener) -> Any:
-    """Return the sharded model with its method; each process reads its own part if possible.
+    """Return the sharded model with its method; each process reads only its own part if possible.
 
-    Raises:
-        InputError: in all processes, if a part is damaged.
+    A damaged part raises InputError in all processes.
     """
     why_whole = why_read_whole(config, plan)
     slices = None if why_whole else Slices()
@@ -292,10 +291,8 @@ def held_by_host(planned: PlannedModel, slices: Slices | None) -> PlannedModel:
 def load_base(config: TrainConfig, planned: PlannedModel, slices: Slices | None = None) -> Any:
     """Load the base model for training; new heads are initialized from the seed.
 
-    Weights in `slices` are registered to be read later (mutated); None reads all.
-
-    Raises:
-        InputError: weights are damaged or missing.
+    Weights in `slices` are registered to be read later (mutated); None reads all. Damaged or
+    missing weights raise InputError.
     """
     from transformers import set_seed
 

@@ -36,13 +36,9 @@ disk is as fast."""
 
 
 class FileDigests:
-    """SHA-256 of whole files, computed in a background thread.
+    """SHA-256 of whole files, computed in a background thread and stored in the file `kept`.
 
-    Args:
-        field: field of the run's origin with samples of these files.
-        words: name of the files in messages.
-        kept: file among the checkpoints that stores the digests.
-        files: name → path; empty for files not on this disk.
+    `field` is the origin's field with samples of these files; `words` is their name in messages.
     """
 
     def __init__(self, field: str, words: str, kept: str, files: Mapping[str, Path]) -> None:
@@ -225,11 +221,7 @@ def everything_of(config: TrainConfig, origin: Mapping[str, Any]) -> dict[str, A
 
 
 def read_origin(run: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the stored origin of `run` under current names; missing fields come from `origin`.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
+    """Return the stored origin of `run` under current names; missing fields come from `origin`."""
     before = read_origin_file(run)
     if "threads" in origin:  # absent in runs of older versions
         before.setdefault("threads", origin["threads"])
@@ -249,11 +241,7 @@ def read_origin(run: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_same_run(run: RunDirectory, before: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
-    """Raise if the stored origin `before` of `run` differs from the current `origin`.
-
-    Raises:
-        ConfigError: with every differing field and both values.
-    """
+    """Raise ConfigError with all fields that differ between the origins `before` and `origin`."""
     changed = [key for key in {**before, **origin} if before.get(key) != origin.get(key)]
     if changed:
         shown = listing(

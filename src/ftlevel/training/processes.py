@@ -38,7 +38,7 @@ class Processes:
         return self.world.rank == 0
 
     def join(self) -> None:
-        """Initialize the process group: gloo for CPU tensors and objects, NCCL for GPU tensors.
+        """Initialize the process group, with gloo for CPU tensors and NCCL for GPU tensors.
 
         Raises:
             RunError: the other processes cannot be reached.
@@ -133,10 +133,10 @@ class Processes:
         return said
 
     def check_same(self, values: Mapping[str, Any]) -> None:
-        """Raise if `values` (dotted name → JSON value) differ from those of the first process.
+        """Raise ConfigError in all processes if `values` differ from the first process's.
 
-        Raises:
-            ConfigError: in all processes, with every rank and field that differs.
+        `values` maps dotted names to JSON values; the message lists every rank and field that
+        differs.
         """
         if self.count == 1:
             return
@@ -189,12 +189,9 @@ def started_processes() -> Processes:
 
 
 def resolve_processes(config: TrainConfig, processes: Processes, rows_only: bool) -> TrainConfig:
-    """Return `config` with the actual number of processes; None for one.
+    """Return `config` with the actual number of processes (None for one), or raise ConfigError.
 
     With `rows_only` nothing is trained, and one process may stand for any configured number.
-
-    Raises:
-        ConfigError: the configuration has another number.
     """
     wish, count = config.train.num_processes, processes.count
     by = f" by {processes.world.launcher}" if processes.world.launcher else ""

@@ -38,15 +38,12 @@ PROBE_SCORES = 8_000_000
 
 @dataclass(frozen=True)
 class Proof:
-    """Result of checking a saved run.
+    """Result of checking a saved run; differences are maxima over absolute logit differences.
 
     Attributes:
-        gradient_tensors: tensors with a gradient at the first step.
         idle_tensors: tensors with a zero gradient in the first two steps.
         frozen_tensors: frozen tensors that are bit for bit as loaded.
-        reload_difference: largest |logit| difference between trained and reloaded model.
-        adapter_effect: largest |logit| difference made by training.
-        probe_rows: rows that were compared.
+        adapter_effect: difference made by training.
         skipped_steps: steps skipped because float16 overflowed.
     """
 
@@ -61,12 +58,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class Origin:
-    """The unmodified base.
-
-    Attributes:
-        digests: of its tensors, by their names in the base.
-        load: loads a fresh copy.
-    """
+    """Digests of the unmodified base's tensors, by their names in it, and a function to load it."""
 
     digests: Mapping[str, Digest]
     load: Callable[[], Any]
@@ -75,7 +67,7 @@ class Origin:
 def prove(
     adapted: Adapted, config: TrainConfig, plan: Plan, run: RunDirectory, gradients: GradientProof
 ) -> Proof:
-    """Compare the files saved in `run` with the trained model of `adapted`.
+    """Compare the files saved in `run` with the trained model.
 
     Raises:
         RunError: they differ, or training changed nothing.
@@ -164,11 +156,9 @@ def check_saved(
 ) -> Found:
     """Load the files in `directory` onto the base and compare the result with `trained`.
 
-    `trained` is left unchanged. `directory` has an adapter, or a model of `--method full`.
-    `rewritten` means that the method's initialization changed the base weights.
-
-    Raises:
-        RunError: frozen weights changed, the reloaded model differs, or training changed nothing.
+    `trained` is left unchanged. `rewritten` means that the method's initialization changed the base
+    weights. Raises RunError if frozen weights or the reloaded logits differ, or training changed
+    nothing.
     """
     frozen = compare_frozen(trained, origin.digests, rewritten=rewritten)
     after = probe.logits(trained)
@@ -190,10 +180,10 @@ def bound_of(logits: torch.Tensor, probe: Probe) -> float:
 
 
 def check_differences(directory: Path, difference: float, effect: float, bound: float) -> None:
-    """Raise if the logits of the saved model differ from the trained one's by more than `bound`.
+    """Raise RunError if `difference` exceeds `bound`, or if the `effect` of training is zero.
 
-    Raises:
-        RunError: they do, or the `effect` of training on the logits is zero.
+    Both are largest absolute differences of logits: saved and trained model, before and after
+    training.
     """
     if not difference <= bound:
         raise RunError(

@@ -99,10 +99,7 @@ def is_missing(array: np.ndarray) -> np.ndarray:
 
 
 def place_of(config: TrainConfig, kind: str, start: str, rows: Sequence[Encoded]) -> Path | None:
-    """Return the cache path for `rows` and the cache key `start`; None if caching is off.
-
-    `kind` is the prefix of the file name.
-    """
+    """Return the path of the cache file for `rows` and the key `start`; None if caching is off."""
     if not config.data.cache or not is_writable():
         return None
     digest = hashlib.sha256(start.encode())
@@ -159,11 +156,10 @@ AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Reference:
-    """Facts of a reference for summary.json, and the files to save with the adapter.
+    """Facts of a reference for summary.json, and `start`, a directory with files to save.
 
-    Attributes:
-        start: temporary directory with the initial adapter or the name of another model; None if
-            the initial adapter has no effect.
+    `start` has the initial adapter or the name of another model; it is None if the adapter has no
+    effect.
     """
 
     facts: Mapping[str, Any]
@@ -342,10 +338,7 @@ def micro_batches(
 def ask_reference(
     config: TrainConfig, plan: Plan, listener: Listener
 ) -> tuple[Plan, Reference | None]:
-    """Return the plan with log-probabilities of the `--reference` model, and the reference.
-
-    The reference is None if no model is named or the objective needs none.
-    """
+    """Return the plan with log-probabilities of the `--reference` model, and None without one."""
     another = plan.beside.reference
     if another is None or not needs_reference(plan):
         return plan, None

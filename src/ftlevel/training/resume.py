@@ -49,12 +49,9 @@ from ftlevel.training.summary import describe_base, dump_config, resolved_config
 
 
 def check_base_stays(config: TrainConfig) -> None:
-    """Raise if a resumed run has a different base model or tokenizer.
+    """Raise ConfigError if a resumed run has a different base model or tokenizer.
 
     Runs before rows are encoded, because a different tokenizer might fail on them.
-
-    Raises:
-        ConfigError: naming both models, or the fields that differ.
     """
     wish, run = config.model, config.output.dir
     before = _begun_as(config)
@@ -147,7 +144,6 @@ class GoingOn:
         past: log records up to the checkpoint.
         has_new_length: whether the planned number of steps has changed.
         finished: summary.json of a run with nothing left to train.
-        changes: fields that differ as permitted by `--allow-change`.
     """
 
     checkpoint: Path | None = None
@@ -157,10 +153,7 @@ class GoingOn:
     changes: list[dict[str, Any]] = field(default_factory=list)
 
     def owes_evaluation(self, strategy: str, an_epoch: int, steps: int) -> bool:
-        """Whether the run was interrupted between a checkpoint and the evaluation of its epoch.
-
-        `an_epoch` is the number of steps per epoch, `steps` that of the run.
-        """
+        """Whether the run was interrupted between a checkpoint and the evaluation of its epoch."""
         if self.checkpoint is None or strategy != "epoch":
             return False
         step = step_of(self.checkpoint)
@@ -173,9 +166,8 @@ def find_going_on(
 ) -> GoingOn:
     """Return the state that the run resumes from, before weights load; empty for a new run.
 
-    Raises:
-        ConfigError: the origin differs, the new length is too short, or the run is finished without
-            a checkpoint.
+    Raises ConfigError if the origin differs, the run is longer than its new length, or is finished
+    without a checkpoint.
     """
     if not config.output.resume or config.output.dir is None:
         return GoingOn()
@@ -211,10 +203,7 @@ def find_going_on(
 
 
 def _check_length(config: TrainConfig, plan: Plan, before: Mapping[str, Any], trained: int) -> None:
-    """Raise ConfigError if the new length has no effect, is too short, or is unsupported.
-
-    `before` has the old values of the changed fields, `trained` the steps already made.
-    """
+    """Raise ConfigError if the new length has no effect, is too short, or is unsupported."""
     where, train, steps = f"--resume {config.output.dir}", config.train, plan.schedule.steps
     old = {key.rpartition(".")[2]: value for key, value in before.items()}
     was = count_steps(train.model_copy(update=old), len(plan.data.train))

@@ -199,10 +199,7 @@ def save_sharded(
     """Save in the first process; without an adapter, all processes gather the weights first.
 
     Training-only parts of `adapted` are removed (mutated). `save` is called with the gathered state
-    dict, or None for an adapter.
-
-    Raises:
-        RunError: in all processes, if the files cannot be written.
+    dict, or None for an adapter. Write errors raise RunError in all processes.
     """
     weights = None
     if not hasattr(adapted.model, "peft_config"):
@@ -251,12 +248,9 @@ def prove_sharded(
     processes: Processes,
     untrained: torch.Tensor | None,
 ) -> Proof:
-    """Compare the files saved in `run` with the trained model; all processes call it together.
+    """Compare the files saved in `run` with the trained model, in all processes together.
 
-    `untrained` is the result of `probe_untrained`.
-
-    Raises:
-        RunError: in all processes, if one finds a difference.
+    `untrained` is the result of `probe_untrained`. A difference raises RunError in all processes.
     """
     probe, model = build_probe(plan), adapted.model
     frozen = processes.in_all(lambda: compare_frozen(model, adapted.digests))
@@ -293,11 +287,7 @@ def _reloaded(model: Any, directory: Path, probe: Probe, processes: Processes) -
 
 
 def compare_weights(model: Any, directory: Path) -> float:
-    """Return the largest difference between this process's part of `model` and the saved model.
-
-    Raises:
-        RunError: the saved model lacks tensors.
-    """
+    """Return the largest difference of this process's part from the saved model."""
     own = model.state_dict(keep_vars=True)
     difference, seen = 0.0, set()
     for path in sorted(directory.glob("*.safetensors")):

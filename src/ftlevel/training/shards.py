@@ -30,7 +30,6 @@ class Shared:
     """Modules that form one FSDP2 unit.
 
     Attributes:
-        modules: called in every pass, the first one before the others.
         inside: submodules that are units of their own.
         gathers_again: whether parameters are gathered again for the backward pass.
         precision: dtypes of gathered parameters and of gradient reduction.

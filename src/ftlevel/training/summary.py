@@ -133,15 +133,12 @@ class Outcome:
 
     Attributes:
         recipe: source of the settings and the git state there.
-        records: everything that was logged.
-        proof: comparison of the saved with the trained model.
         timings: in seconds.
         evaluator: None without validation rows.
-        answers: per-row evaluation results.
         kept: the selected model; None if evaluations were not compared.
         changes: settings that changed when the run resumed.
         left_out: skipped steps.
-        plan: memory estimate, next to the measured values.
+        plan: memory estimate.
     """
 
     run: Path
@@ -229,10 +226,7 @@ def describe_losses(losses: Sequence[float]) -> dict[str, Any]:
 
 
 def find_worse_than_before(summary: Mapping[str, Any]) -> list[str]:
-    """Return a warning if no evaluation improved on the untrained model.
-
-    Empty without an evaluation before the first step.
-    """
+    """Return a warning if no evaluation improved on the untrained model's, where that is known."""
     best, before = summary["best"], summary["metrics_before"]
     name = best["metric"].removeprefix("eval_") if best else ""
     if not best or name not in before:

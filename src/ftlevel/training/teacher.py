@@ -63,8 +63,7 @@ class Expected:
 def ask_teacher(config: TrainConfig, plan: Plan, listener: Listener) -> Expected | None:
     """Return the teacher's predictions for the training rows; None without a teacher.
 
-    Raises:
-        InputError: the disk lacks space for them.
+    Raises InputError if the disk lacks space for them.
     """
     teacher, settings = plan.beside.teacher, config.distillation
     if teacher is None or not isinstance(plan.objective, TokenObjective):
@@ -186,12 +185,7 @@ def _show_scores(
 
 @dataclass(frozen=True)
 class OthersSaid:
-    """Precomputed outputs of auxiliary models.
-
-    Attributes:
-        reference: of preference training; None if not needed.
-        expected: teacher predictions; None without a teacher.
-    """
+    """Reference and teacher predictions, each None if not needed."""
 
     reference: Reference | None
     expected: Expected | None
@@ -216,10 +210,9 @@ class OthersSaid:
 def ask_and_load(
     config: TrainConfig, plan: Plan, listener: Listener
 ) -> tuple[Plan, Adapted, OthersSaid]:
-    """Precompute auxiliary outputs, load the model, and return plan, model and outputs.
+    """Precompute auxiliary outputs, and load the model after these models are freed.
 
-    The returned plan has rows with these outputs. Auxiliary models are freed before the model
-    loads.
+    Returns the plan with rows that have these outputs, the model and the outputs.
     """
     plan, reference = ask_reference(config, plan, listener)
     expected = ask_teacher(config, plan, listener)
@@ -234,9 +227,7 @@ def ask_and_load(
 def find_beside(config: TrainConfig, model: PlannedModel) -> Beside:
     """Return the reference and teacher models named in `config`.
 
-    Raises:
-        ConfigError: the run would overwrite one of them.
-        InputError: one does not exist or does not fit the data.
+    Raises ConfigError if the run would overwrite one, InputError if one is missing or unsuitable.
     """
     return Beside(
         reference=_find(config, model, "--reference", config.preference.other_reference),

@@ -43,10 +43,7 @@ from ftlevel.training.processes import Processes
 def rows_and_order(
     config: TrainConfig, plan: Plan, arguments: Any, processes: Processes
 ) -> tuple[Any, Sampler[int] | None]:
-    """Return the training rows and their sampler; None for Trainer's random one.
-
-    With several processes, each encodes its part of a stream.
-    """
+    """Return the training rows or stream, and their sampler; None for Trainer's random one."""
     if plan.data.stream is not None:
         together = arguments.train_batch_size * arguments.world_size
         step, stream = together * arguments.gradient_accumulation_steps, plan.data.stream
@@ -60,10 +57,7 @@ def rows_and_order(
 
 
 def row_order(config: TrainConfig, plan: Plan) -> Sampler[int] | None:
-    """Return the sampler of the rows; None for Trainer's random one.
-
-    Several processes share the order that Trainer would use for one.
-    """
+    """Return the sampler of the rows, shared by all processes; None for Trainer's random one."""
     train = config.train
     if train.train_sampling_strategy == "random":
         if not train.num_processes:

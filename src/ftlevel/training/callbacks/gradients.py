@@ -75,13 +75,10 @@ class Recovery(TrainerCallback):
         return self._processes.any(is_wrong)
 
     def decide(self, step: int, what: str, advice: str, *, in_weights: bool = False) -> None:
-        """Skip the step, roll back to a checkpoint, or stop, as configured.
+        """Skip the step, roll back to a checkpoint, or raise RunError, as configured.
 
         `what` and `advice` are sentences of the message. `in_weights` means that the optimizer step
         was already made, so it cannot be skipped.
-
-        Raises:
-            RunError: the run stops, or no other action is possible.
         """
         how = self._how
         if how == "stop" or (how == "skip" and in_weights):
@@ -94,8 +91,7 @@ class Recovery(TrainerCallback):
     def look_for_spike(self, step: int, loss: float) -> None:
         """Skip or roll back a step whose `loss` exceeds `spike_factor` times the recent median.
 
-        Raises:
-            RunError: this is the case in more than `_PATIENCE` consecutive steps.
+        More than `_PATIENCE` consecutive such steps raise RunError.
         """
         if self._factor is None:
             return
@@ -182,18 +178,11 @@ LATEST = 16
 class GradientProof(TrainerCallback):
     """Stop if a trainable tensor gets no gradient, or a loss, gradient or weight is not finite.
 
-    Checks every step. On a GPU, results of several steps are read at once, before anything is
-    logged, evaluated or saved, to avoid a synchronization per step (`defers`). A float16 overflow
-    is expected: the scaler skips the step and halves its scale; only many in a row stop the run.
-
-    LoRA's A has a zero gradient at first because B is zero. A tensor whose gradient is still zero
-    after a step with a positive learning rate is reported as not learning.
-
-    Attributes:
-        step_loss: returns the loss of the step so far, on the device.
-        checked: number of tensors with a gradient at the first step.
-        idle: tensors whose gradient was zero at first and after the first real step.
-        skipped: number of steps skipped by the float16 scaler.
+    Checks every step. With `defers`, results of several steps are read at once, before anything is
+    logged, evaluated or saved, to avoid a GPU synchronization per step. A float16 overflow is
+    expected: the scaler skips the step and halves its scale; only many in a row stop the run.
+    LoRA's A has a zero gradient at first because B is zero. A tensor (in `idle`) whose gradient is
+    still zero after a step with a positive learning rate is reported as not learning.
     """
 
     def __init__(

@@ -22,7 +22,6 @@ class Report(TrainerCallback):
     """Send the progress of a run to the listener, metrics.jsonl and trackers.
 
     Attributes:
-        writers: called with each record.
         records: everything that was logged, including before a resume.
         first_step_at: start of the first step, by `time.perf_counter`.
         first_step_cpu_s: CPU seconds of all threads until then.
@@ -138,11 +137,7 @@ class Interrupt(TrainerCallback):
     On SIGUSR1, which SLURM sends before the end of a job, training continues after the checkpoint.
     A second signal ends a single process at once. Several processes ignore it, because launchers
     forward signals that the terminal has already sent. Use as a context manager around training.
-
-    Attributes:
-        received: name of the signal, or empty.
-        exit_code: 128 + signal number, as in shells.
-        has_stopped: whether a signal stopped the run before its last step.
+    `exit_code` is 128 + signal number; `has_stopped` is false if the run ended by itself.
     """
 
     _SAVE, _STOP = 1, 2

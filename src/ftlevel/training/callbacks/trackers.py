@@ -75,8 +75,7 @@ def tracking(
 ) -> Iterator[list[Callable[[Mapping[str, Any]], None]]]:
     """Start trackers, yield a function per tracker that logs a record, and close them.
 
-    Raises:
-        RunError: a tracker cannot be started.
+    Raises RunError if a tracker cannot be started.
     """
     before = dict(os.environ)
     begun: dict[str, Tracker] = {}

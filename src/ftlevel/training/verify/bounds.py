@@ -135,10 +135,7 @@ class Verified:
     """Differences between fast and plain step, relative to the plain step.
 
     Attributes:
-        steps: number of compared steps.
-        rows: their rows in total.
         dtype: compute dtype of the comparison, in addition to the run's own.
-        loss: largest difference of a step's loss.
         gradient: largest norm of the gradient difference over all trainable tensors.
         dropout: the same with dropout, for fused and plain layers; None if not compared.
         exact: distance of the plain step's gradient from float64, if that decided. `loss` and
@@ -163,10 +160,8 @@ class Verified:
 class Bounds:
     """Maximal differences of two steps that differ in summation order only.
 
-    Attributes:
-        dtype: compute dtype of both steps.
-        noise: change of each tensor's gradient by another order.
-        noise_of_loss: change of the loss, in nats.
+    `noise` is the change of each tensor's gradient by another order, `noise_of_loss` that of the
+    loss in nats.
     """
 
     dtype: str
@@ -211,12 +206,9 @@ class Bounds:
 
 @dataclass
 class Rounding:
-    """Effect of the run's dtype on gradients and losses, over all compared steps.
+    """Effect of the run's dtype on gradients and losses, as differences from float32.
 
-    Attributes:
-        plain: differences of the plain step's tensors from float32, for each draw.
-        fast: differences of the fast step's tensors from float32.
-        losses: "plain" or "fast" → relative differences of the losses from float32.
+    `plain` has one item per draw; `losses` maps "plain" and "fast" to relative differences.
     """
 
     plain: list[dict[str, Apart]] = field(default_factory=lambda: [{} for _ in range(DRAWS)])
@@ -230,8 +222,7 @@ class Rounding:
     def check(self) -> dict[str, tuple[float, float]]:
         """Return kind of tensor → distances of the plain and the fast step from float32.
 
-        Raises:
-            RunError: the fast step's exceeds the bound from the plain step's rounding.
+        Raises RunError if the fast step's exceeds the bound from the plain step's rounding.
         """
         draws, fast = [by_kind(tensors) for tensors in self.plain], by_kind(self.fast)
         plain = {kind: max(draw[kind].distance for draw in draws) for kind in fast}

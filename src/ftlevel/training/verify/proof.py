@@ -57,7 +57,7 @@ and one in transfer."""
 def whole_in_float32(model: torch.nn.Module) -> Iterator[None]:
     """Convert all half-precision weights of `model` to float32 inside the block (mutated).
 
-    Unlike `evaluation.two_models.float32`, which converts a module while it runs, this supports
+    Unlike `evaluation.model_pair.in_float32`, which converts a module while it runs, this supports
     backward passes, threads, and functions that read weights of modules they do not call. Quantized
     weights are unchanged, but dequantize to float32.
     """
@@ -208,10 +208,8 @@ def verify_step(
 ) -> Verified | None:
     """Compare fast and plain step before training, and restore the model; None if not compared.
 
-    `speed.verify` selects whole steps (True), nothing (False) or a few rows (None).
-
-    Raises:
-        RunError: the difference exceeds what rounding explains.
+    `speed.verify` selects whole steps (True), nothing (False) or a few rows (None). Raises RunError
+    if the difference exceeds what rounding explains.
     """
     asked, rows = config.speed.verify, plan.data.train
     if adapted.fast is None or asked is False:
@@ -251,13 +249,7 @@ def verify_step(
 
 @dataclass(frozen=True)
 class _Verifier:
-    """Compare steps, and raise RunError if they differ.
-
-    Attributes:
-        batch_size: rows per batch of the plain step.
-        dtype: compute dtype of the run.
-        dropout: whether to compare steps with dropout too.
-    """
+    """Compare steps, and raise RunError if they differ; `dtype` is the run's compute dtype."""
 
     steps: Steps
     batch_size: int
