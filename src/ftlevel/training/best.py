@@ -131,7 +131,7 @@ def read_trained(model: Any, directory: Path) -> None:
 
     `Trainer._load_best_model` is not used: it loads a checkpoint with PEFT, which fails for prompt
     tuning, prunes AdaLoRA by ranks that its config does not have yet, and ignores ftlevel's float32
-    heads.
+    heads. Names that differ from the trainable parameters' raise ValueError.
     """
     stored, _ = read_header(directory / _WEIGHTS)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

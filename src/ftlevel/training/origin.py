@@ -31,7 +31,7 @@ BASE, ROWS = "model.fingerprint", "data.fingerprint"
 
 _MOST = 64 << 30
 """Maximal bytes of a stream's files that are hashed; later files are compared by samples only. A
-core hashes about 1.7 GB/s (AMD EPYC), so the first checkpoint waits at most half a minute if the
+core hashes about 1.7 GB/s (AMD EPYC), so the first checkpoint may wait for about 40 s if the
 disk is as fast."""
 
 

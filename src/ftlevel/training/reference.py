@@ -338,7 +338,10 @@ def micro_batches(
 def ask_reference(
     config: TrainConfig, plan: Plan, listener: Listener
 ) -> tuple[Plan, Reference | None]:
-    """Return the plan with log-probabilities of the `--reference` model, and None without one."""
+    """Return the plan with log-probabilities of the `--reference` model, and the reference.
+
+    The reference is None if no model is named or the objective needs none.
+    """
     another = plan.beside.reference
     if another is None or not needs_reference(plan):
         return plan, None

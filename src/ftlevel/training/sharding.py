@@ -287,7 +287,10 @@ def _reloaded(model: Any, directory: Path, probe: Probe, processes: Processes) -
 
 
 def compare_weights(model: Any, directory: Path) -> float:
-    """Return the largest difference of this process's part from the saved model."""
+    """Return the largest difference of this process's part of `model` from the saved model.
+
+    A tensor that the saved model lacks raises RunError.
+    """
     own = model.state_dict(keep_vars=True)
     difference, seen = 0.0, set()
     for path in sorted(directory.glob("*.safetensors")):

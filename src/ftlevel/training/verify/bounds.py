@@ -255,7 +255,7 @@ class Rounding:
 
 
 def norms_of(found: Mapping[str, Apart]) -> dict[str, float]:
-    """Return the norm of each tensor's reference, bounded below by 1 % of its kind's and of all.
+    """Return the norm of each tensor's reference, at least 1 % of its kind's mean and of the total.
 
     Rounding errors of tensors with almost no gradient, such as the bias of span logits or the keys
     of saturated attention, are as large as those of other tensors.
