@@ -1,5 +1,5 @@
-"""The run: what a configuration becomes before weights load, the Trainer, its callbacks, its proof.
+"""The training run: Trainer, callbacks, checkpoints, resume and verification.
 
-May import evaluation and what is below it; not merging, which stands beside it, nor a command. It
-reads rows only through `data.prepare`.
+May import `evaluation` and the packages below it, but neither `merging` nor `commands`. Reads rows
+through `data.prepare` only.
 """

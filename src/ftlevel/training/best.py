@@ -1,8 +1,6 @@
-"""Keep the model of the best evaluation, and end a run that gets no better.
+"""Track the best evaluation of a run, save its weights, and stop early.
 
-The best evaluation of a run so far: which it is, and the weights that it was made of.
-
-Keep what evaluations find row by row: of the first, the best and the last of them.
+Also stores per-row results of the first, the best and the last evaluation.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ _WEIGHTS = "trained.safetensors"
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A step, and the values of the metric and of the loss there."""
+    """Metric value and loss of the evaluation at a step."""
 
     step: int
     value: float
@@ -39,13 +37,9 @@ class Evaluated:
 
 
 class Evaluations:
-    """The evaluations of a run, one after another.
+    """History of a run's evaluations.
 
-    Attributes:
-        best: the best so far; None before the first that is a number.
-        last: the last.
-        count: how many there were.
-        waited: how many there were since one was better by more than the threshold.
+    `best` is None if no metric was a number; `waited` counts evaluations without improvement.
     """
 
     def __init__(self, plan: BestModel) -> None:
@@ -56,10 +50,10 @@ class Evaluations:
         self.waited = 0
 
     def add(self, step: int, scores: Mapping[str, Any]) -> bool:
-        """Add an evaluation and return whether it is the best so far.
+        """Add an evaluation and return whether it is the best; equal values compare by loss.
 
-        Of equal ones it is that with the lower loss: a few rows tell accuracies apart coarsely.
-        A metric that is missing, as a correlation with a constant is, is no number.
+        A missing metric, such as the correlation with a constant, counts as NaN and is never the
+        best.
         """
         value = float(scores.get(self.plan.metric, math.nan))
         loss = float(scores.get("eval_loss", math.nan))
@@ -77,31 +71,22 @@ class Evaluations:
         return is_best
 
     def replay(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Add the evaluations among `records` of a log; that of the untrained model is none."""
+        """Add the evaluations in the log `records`, except that of the untrained model."""
         for record in records:
             if record["step"] > 0 and "eval_loss" in record:
                 self.add(record["step"], record)
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has waited long enough for a better one."""
+        """Whether `patience` evaluations have passed without improvement."""
         return self.plan.patience is not None and self.waited >= self.plan.patience
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """Which model a run ends with.
+    """The model of step `step` that a run ends with, and the evaluations that selected it.
 
-    Attributes:
-        metric: by which the evaluations were compared, with `eval_`.
-        greater_is_better: whether the highest is the best.
-        evaluations: how many there were.
-        best: the best of them.
-        last: the last.
-        step: of the model that is kept.
-        stopped_early: whether the run ended because none was better for long.
-        patience: for how many.
-        waited: evaluations since the last one that was better by more than the threshold.
+    `waited` counts the evaluations since an improvement larger than the threshold.
     """
 
     metric: str
@@ -115,7 +100,7 @@ class Kept:
     waited: int
 
     def describe(self) -> dict[str, Any]:
-        """Return what summary.json says of it."""
+        """Return the `best` section of summary.json."""
         return {
             "metric": self.metric,
             "greater_is_better": self.greater_is_better,
@@ -132,7 +117,7 @@ class Kept:
 
 
 def write_trained(model: Any, directory: Path) -> None:
-    """Write the trained tensors of `model`, one at a time, so that none is held twice."""
+    """Write the trainable tensors of `model`, one at a time to avoid a second copy in memory."""
     parts = [
         Part({name: spec_of(tensor)}, functools.partial(dict, {name: tensor}))
         for name, tensor in model.named_parameters()
@@ -142,11 +127,11 @@ def write_trained(model: Any, directory: Path) -> None:
 
 
 def read_trained(model: Any, directory: Path) -> None:
-    """Put the tensors that `write_trained` wrote into `model` (mutated), one at a time.
+    """Load the tensors written by `write_trained` into `model` (mutated), bit for bit.
 
-    Bit for bit: no adapter is rebuilt. `Trainer._load_best_model` would have PEFT load a
-    checkpoint, which fails for prompts, prunes AdaLoRA by ranks that its config does not have yet,
-    and does not know the heads that ours hold in float32.
+    `Trainer._load_best_model` is not used: it loads a checkpoint with PEFT, which fails for prompt
+    tuning, prunes AdaLoRA by ranks that its config does not have yet, and ignores ftlevel's float32
+    heads. Names that differ from the trainable parameters' raise ValueError.
     """
     stored, _ = read_header(directory / _WEIGHTS)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -159,20 +144,12 @@ def read_trained(model: Any, directory: Path) -> None:
 
 
 class KeepBest(TrainerCallback):
-    """Write the trained tensors at each evaluation that is the best so far.
+    """Save the trainable tensors at each evaluation that is the best so far.
 
-    Trainer's own way is not used, for three reasons. Its `load_best_model_at_end` wants a whole
-    checkpoint, with the optimizer, at each evaluation, and loads it by PEFT. Its strategy `best`
-    sets `should_save` to False at all other evaluations, one at which the run is interrupted too.
-    Its `EarlyStoppingCallback` needs the first of these, and forgets what it has counted when a run
-    goes on. What was best is read off the log instead, which is rewound to the checkpoint.
-
-    Args:
-        plan: how the best is told.
-        directory: of the checkpoints.
-        processes: those of the run, which all see the same metrics; the first writes.
-        states: what belongs to the model beside its tensors.
-        listener: is told of a best model that is damaged.
+    `load_best_model_at_end` is not used: it needs a full checkpoint with optimizer state at each
+    evaluation. The save strategy `best` sets `should_save` to False at all other evaluations, even
+    if the run is interrupted there. `EarlyStoppingCallback` needs the former and loses its count on
+    resume. This callback rebuilds the count from the log.
     """
 
     def __init__(
@@ -193,12 +170,10 @@ class KeepBest(TrainerCallback):
         self._is_owed = False
 
     def go_on(self, step: int, past: Sequence[Mapping[str, Any]], *, has_new_length: bool) -> None:
-        """Go on from the checkpoint of `step`: what came later is forgotten.
+        """Restore the state at the checkpoint of `step` from the log records `past`.
 
-        Args:
-            step: of the checkpoint.
-            past: what was logged until then.
-            has_new_length: whether the run is to end at another step than it was.
+        Best models of later steps are deleted. With `has_new_length`, a run that had stopped early
+        continues.
         """
         if self._is_first:
             forget_later(self.directory, step)
@@ -209,7 +184,7 @@ class KeepBest(TrainerCallback):
         if best is None or not self.plan.loads:
             return
         damage = find_damage(best_of(self.directory, best.step))
-        if damage and best.step == step:  # that model is the checkpoint's
+        if damage and best.step == step:  # the checkpoint has the same weights
             self._is_owed = True
         elif damage:
             self._listener.warn(
@@ -226,7 +201,7 @@ class KeepBest(TrainerCallback):
         model: Any = None,
         **_: Any,
     ) -> None:
-        """End a run that had waited long enough when it was broken off."""
+        """Rewrite a damaged best model, and stop a run that had already stopped early."""
         if self._is_owed and self._is_first:
             write_best(self.directory, state.global_step, lambda to: self._write(model, to))
         control.should_training_stop |= self._has_ended
@@ -240,12 +215,12 @@ class KeepBest(TrainerCallback):
         model: Any = None,
         **_: Any,
     ) -> None:
-        """Compare, write what is the best, and stop if it is time."""
-        if state.global_step == 0:  # nothing is trained yet
+        """Record the evaluation, save the model if it is the best, and stop if patience is over."""
+        if state.global_step == 0:  # the model is untrained
             return
         if self.evaluations.add(state.global_step, metrics or {}):
             control.should_save |= self.plan.saves
-            # The last model is in memory anyhow, unless somebody may go on from it.
+            # The last model is in memory; write it only with a checkpoint to resume from.
             is_needed = state.global_step < state.max_steps or control.should_save
             if self.plan.loads and self._is_first and is_needed:
                 write_best(self.directory, state.global_step, lambda to: self._write(model, to))
@@ -257,12 +232,10 @@ class KeepBest(TrainerCallback):
             state.keep(directory)
 
     def finish(self, model: Any, step: int, max_steps: int) -> Kept | None:
-        """Put the best weights into `model` (mutated), and say which model it is now.
+        """Load the best weights into `model` (mutated) and return which model it is now.
 
-        Args:
-            model: after its last step.
-            step: that step.
-            max_steps: what the run was to make.
+        `step` is the last step made, `max_steps` the planned number. Returns None without a best
+        evaluation.
         """
         seen, kept = self.evaluations, step
         if seen.best is None or seen.last is None:
@@ -289,15 +262,13 @@ class KeepBest(TrainerCallback):
         )
 
 
-MOST_ROWS = 10_000  # beyond which nothing is kept
+MOST_ROWS = 10_000  # above this, per-row results are not stored
 
 
 class KeepAnswers(TrainerCallback):
-    """Gives each evaluation a record, and keeps those that the end of the run asks for.
+    """Record per-row results of evaluations; store those of the first, best and last one.
 
-    Args:
-        objective: of the run.
-        best: knows the best evaluation; it is told of each before this is.
+    Must be registered after `KeepBest`, which selects the best evaluation.
     """
 
     def __init__(self, objective: Objective, best: KeepBest | None) -> None:
@@ -307,7 +278,7 @@ class KeepAnswers(TrainerCallback):
         self._kept: dict[int, PerRow] = {}
 
     def begin(self) -> PerRow:
-        """Return the record of an evaluation that begins."""
+        """Return a new record for the next evaluation."""
         self._now = PerRow(self._objective)
         return self._now
 
@@ -319,7 +290,7 @@ class KeepAnswers(TrainerCallback):
         metrics: Mapping[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Keep the record, and forget those that are neither the first nor the best."""
+        """Store the record, and drop all but those of step 0, the best and the current step."""
         best = self._best.evaluations.best if self._best else None
         wanted = {0, state.global_step, best.step if best else None}
         if self._now is not None:
@@ -327,5 +298,5 @@ class KeepAnswers(TrainerCallback):
         self._kept = {step: record for step, record in self._kept.items() if step in wanted}
 
     def of(self, step: int) -> PerRow | None:
-        """Return what the evaluation after `step` found; None where it was not in this process."""
+        """Return the record of the evaluation at `step`; None if this process has none."""
         return self._kept.get(step)

@@ -1,7 +1,4 @@
-"""The Trainer of a run, and what watches it.
-
-The configuration in the words of `transformers.TrainingArguments`.
-"""
+"""Build the Trainer of a run and its callbacks from the configuration and the plan."""
 
 from __future__ import annotations
 
@@ -50,18 +47,12 @@ _LOGS_A_RUN = 20
 
 
 def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
-    """Return the `TrainingArguments` of a run.
-
-    Args:
-        config: the configuration.
-        plan: the resolved facts.
-        checkpoints: directory of the checkpoint-N directories.
-    """
+    """Return the `TrainingArguments` of a run, with checkpoints written to `checkpoints`."""
     from transformers import TrainingArguments
 
     train = config.train
     rows, accumulated = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    if plan.fast.enabled:  # a batch is a whole step, which our trainer splits into micro-batches
+    if plan.fast.enabled:  # a batch is a whole optimizer step, split by FtlevelTrainer
         rows, accumulated = rows * accumulated, 1
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -87,18 +78,18 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         **_watching(train, plan),
         save_strategy=_save_strategy(train),
         save_steps=train.save_steps or 500,
-        save_total_limit=None,  # checkpoints are rotated by us, once they are certified
+        save_total_limit=None,  # WriteManifest rotates checkpoints
         bf16=plan.model.dtype == "bfloat16",
         fp16=plan.model.dtype == "float16",
         use_cpu=plan.model.device == "cpu",
         remove_unused_columns=False,
         label_names=["labels"],
-        # Every trained tensor gets a gradient in every step, which is checked at the first; and the
-        # chunked cross-entropy does not go through the model's outputs, where DDP would look.
+        # GradientProof checks that every trainable tensor gets a gradient. Chunked cross-entropy
+        # bypasses the model's outputs, from which DDP would search for unused parameters.
         ddp_find_unused_parameters=False,
-        report_to="none",  # trackers are told by us: `training/callbacks/trackers.py`
+        report_to="none",  # trackers are called from `training/callbacks/trackers.py`
         disable_tqdm=True,
-        # What a GPU reads is copied while it computes what came before.
+        # Overlap host-to-device copies with computation.
         dataloader_pin_memory=plan.model.device == "cuda",
         accelerator_config={"non_blocking": plan.model.device == "cuda"},
         **kernel_arguments(config, plan.model.device, plan.model.family),
@@ -108,14 +99,14 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
 
 
 def _save_strategy(train: TrainerConfig) -> str:
-    """Return Trainer's: at the best evaluation, and by the clock, callbacks tell it when."""
+    """Return Trainer's save strategy; callbacks implement `best` and saving by time."""
     if train.save_strategy == "best":
         return "no"
     return train.save_strategy or ("steps" if train.save_steps else "no")
 
 
 def _watching(train: TrainerConfig, plan: Plan) -> dict[str, Any]:
-    """Return when a run is logged and evaluated, which changes nothing that it computes."""
+    """Return the logging and evaluation arguments, which do not affect training."""
     evaluates = bool(plan.data.validation)
     strategy = train.eval_strategy or ("steps" if train.eval_steps else "epoch")
     return {
@@ -131,19 +122,19 @@ def _watching(train: TrainerConfig, plan: Plan) -> dict[str, Any]:
 
 
 def eval_batch_size(train: TrainerConfig) -> int:
-    """Return how many rows a forward pass of the evaluation takes."""
+    """Return the batch size of evaluation."""
     return train.per_device_eval_batch_size or train.per_device_train_batch_size
 
 
 def writing_of(train: TrainerConfig) -> Writing:
-    """Return how the evaluation of a run writes."""
+    """Return the generation settings of evaluation."""
     return Writing(
         train.max_new_tokens, train.num_beams, train.temperature, train.top_p, train.seed
     )
 
 
 def build_evaluator(config: TrainConfig, plan: Plan) -> Evaluator | None:
-    """Return what scores the validation rows, or None if there are none."""
+    """Return the evaluator of the validation rows; None if there are none."""
     if not plan.data.validation:
         return None
     generates = generates_texts(config.train.predict_with_generate, plan.task) and wants_texts(
@@ -175,21 +166,12 @@ def build_trainer(
     going_on: GoingOn,
     processes: Processes,
 ) -> FtlevelTrainer:
-    """Return the Trainer of the run, without any of the libraries' own printing.
-
-    Args:
-        config: the whole configuration.
-        plan: its plan.
-        adapted: what is trained.
-        run: where checkpoints go.
-        going_on: where from; nowhere where the run begins.
-        processes: those of the run.
-    """
+    """Return the Trainer of the run, without transformers' printing callbacks."""
     from transformers import PrinterCallback, ProgressCallback
 
     arguments = build_arguments(config, plan, run.checkpoints)
     checkpoint = going_on.checkpoint
-    # A run begins once; but an evaluation that it was broken off in is made up for.
+    # On resume, evaluate first only if the run was interrupted in an evaluation.
     arguments.eval_on_start &= checkpoint is None
     arguments.eval_on_start |= _owes_evaluation(going_on, config, plan, arguments)
     rows, order = rows_and_order(config, plan, arguments, processes)
@@ -226,18 +208,18 @@ def _owes_evaluation(going_on: GoingOn, config: TrainConfig, plan: Plan, argumen
 
 
 def build_optimizer(config: TrainConfig, model: Any, arguments: Any) -> Any:
-    """Return the method's own optimizer, if it has one; None leaves the choice to Trainer."""
+    """Return the method's own optimizer; None lets Trainer create one."""
     build = METHODS[config.method.kind].optimizer
     return build(config.method, model, arguments) if build else None
 
 
 def products_of(config: TrainConfig, plan: Plan) -> AbstractContextManager[None]:
-    """Return the context in which a run multiplies: in TF32, where it may and the GPU has it."""
+    """Return a context that enables TF32 matrix products if configured and supported."""
     return using_tf32(uses_tf32(config.train.tf32, plan.model.device, plan.model.dtype))
 
 
 def resolve_head_rate(plan: Plan) -> HeadRate | None:
-    """Return the rate of new heads where they have one of their own."""
+    """Return the learning rate of new heads if it differs from the main rate, else None."""
     rate = plan.schedule.head_learning_rate
     if rate is None or rate == plan.schedule.learning_rate:
         return None
@@ -246,7 +228,7 @@ def resolve_head_rate(plan: Plan) -> HeadRate | None:
 
 @dataclass(frozen=True)
 class Watch:
-    """The callbacks that are asked when the run is over."""
+    """Callbacks whose results are read after training."""
 
     report: Report
     gradients: GradientProof
@@ -262,7 +244,7 @@ def go_on(
     going_on: GoingOn,
     processes: Processes,
 ) -> None:
-    """Let `trainer` and `watch` (mutated) know what was until the checkpoint; forget the rest."""
+    """Restore `trainer` and `watch` (mutated) to the checkpoint, and drop later log records."""
     if going_on.checkpoint is None:
         return
     step = step_of(going_on.checkpoint)
@@ -284,21 +266,13 @@ def add_callbacks(
     checkpoint: Path | None,
     write_beside: Callable[[Path], None] | None,
 ) -> Watch:
-    """Let everything of ours that goes with the steps of `trainer` (mutated) go with them.
+    """Add all callbacks to `trainer` (mutated) and return those that are read after training.
 
-    Args:
-        trainer: before its first step.
-        config: the whole configuration.
-        plan: its plan.
-        run: the run directory.
-        listener: is told.
-        processes: those of the run.
-        checkpoint: from which the run goes on.
-        write_beside: as of `WriteManifest`.
+    `checkpoint` is the one to resume from; `write_beside` is passed to `WriteManifest`.
     """
 
     def tell_nobody(_: Mapping[str, Any]) -> None:
-        """The first process writes for all."""
+        """Discard the record; only the first process writes the log."""
 
     is_first, rows = processes.is_first, trainer.train_dataset
     report = Report(
@@ -346,7 +320,7 @@ def add_callbacks(
         answers,
         *([SaveByClock(minutes, processes, last=saves_end)] if minutes else []),
         *([SaveStreamState(rows, run.checkpoints)] if streamed else []),
-        WriteManifest(  # of all files
+        WriteManifest(  # last: it lists all files of the checkpoint
             run, config.train.save_total_limit, write_beside, processes, when_written
         ),
     ):

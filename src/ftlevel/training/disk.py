@@ -1,7 +1,4 @@
-"""Whether the disk has room for the checkpoints of a run; where it has not, what is kept.
-
-What a library raises when a run cannot be written becomes one line.
-"""
+"""Check disk space for checkpoints, and convert write errors into a RunError."""
 
 from __future__ import annotations
 
@@ -22,24 +19,15 @@ from ftlevel.errors import ConfigError, RunError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM}
-_NEXT_TO_NOTHING = 1 << 20  # bytes: torch gives up on a full disk without saying that it is full
+_NEXT_TO_NOTHING = 1 << 20  # bytes: torch does not report a full disk as such
 _WRITERS = ("inline_container", "PytorchStreamWriter", "iostream error", "while serializing")
 
 
 def check_room(directory: Path | None, train: TrainerConfig, model: Any, steps: int) -> None:
-    """Refuse a run whose checkpoints its disk has no room for.
+    """Raise ConfigError if the disk lacks space for the checkpoints of a run.
 
-    Those that are kept, and the one that is written before the oldest goes; where the clock alone
-    says when, one. What the directory holds already goes, or is of their number.
-
-    Args:
-        directory: of the run, where the user said it.
-        train: how it trains.
-        model: what is trained.
-        steps: of the run.
-
-    Raises:
-        ConfigError: saying how much is missing.
+    Counts `save_total_limit` checkpoints plus the one being written. Files already in `directory`
+    count as free space, because they are replaced or are among these checkpoints.
     """
     one, count = checkpoint_bytes(model, train.optim), _planned_checkpoints(train, steps)
     where = directory or Path("runs")
@@ -56,11 +44,7 @@ def check_room(directory: Path | None, train: TrainerConfig, model: Any, steps: 
 
 
 def check_room_to_save(run: RunDirectory, model: Any, optimizer: Any) -> None:
-    """Refuse to begin a checkpoint that would fill the disk of `run`.
-
-    Raises:
-        RunError: naming the newest that is whole.
-    """
+    """Raise RunError if the next checkpoint would fill the disk of `run`."""
     states = getattr(optimizer, "state", {}).values()
     held = [part for state in states for part in state.values() if hasattr(part, "nbytes")]
     needed = _trained_bytes(model) + sum(part.nbytes for part in held)
@@ -77,7 +61,7 @@ def _trained_bytes(model: Any) -> int:
 
 
 def checkpoint_bytes(model: Any, optim: str) -> int:
-    """Return about how large a checkpoint is: weights, and Adam's two states of each."""
+    """Return the approximate size of a checkpoint: weights, plus two AdamW states each."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     a_state = (1 if "8bit" in optim else 4) if "adamw" in optim else 0
     return _trained_bytes(model) + 2 * a_state * trained
@@ -97,11 +81,7 @@ def _planned_checkpoints(train: TrainerConfig, steps: int) -> int:
 
 @contextlib.contextmanager
 def explain_disk_errors(run: RunDirectory) -> Iterator[None]:
-    """Raise RunError, with the newest whole checkpoint, when a file of `run` cannot be written.
-
-    torch raises a RuntimeError about positions in an archive, and safetensors an error of its own;
-    other errors pass.
-    """
+    """Convert write errors of torch, safetensors and the OS for files of `run` into RunError."""
     try:
         yield
     except Exception as error:
@@ -126,7 +106,7 @@ def _reason(error: Exception, run: RunDirectory) -> str | None:
 
 
 def _what_is_kept(run: RunDirectory) -> str:
-    # Newer ones that are not whole are set aside, and named, when the run goes on.
+    # On resume, newer incomplete checkpoints are renamed with a warning.
     whole, _ = checkpoints.newest_whole(run.checkpoints)
     if whole is None:
         return "There is no whole checkpoint: mend that, and start again with --overwrite."

@@ -1,4 +1,4 @@
-"""What comes after the last step: the last evaluation, the files of a run, and its times."""
+"""End of a run: final evaluation, saved files, summary and timings."""
 
 from __future__ import annotations
 
@@ -45,16 +45,14 @@ from ftlevel.training.summary import (
 )
 from ftlevel.training.trainer import FtlevelTrainer
 
-_DRAWS = 200  # of the validation rows, for intervals
+_DRAWS = 200  # bootstrap resamples of the validation rows
 
 
 def end_training(trainer: FtlevelTrainer, plan: Plan, records: Sequence[Mapping[str, Any]]) -> Plan:
-    """Leave fast step and optimizer, evaluate, and return `plan` with what was read of a stream.
+    """Remove fast step and optimizer state from `trainer` (mutated), evaluate, and return the plan.
 
-    Args:
-        trainer: after its last step (mutated).
-        plan: of the run.
-        records: what was logged; an evaluation after the last step is not repeated.
+    Skips the evaluation if `records` has one of the last step. The returned plan has the row counts
+    of a streamed dataset.
     """
     if trainer.fast:
         trainer.fast.remove()
@@ -68,7 +66,7 @@ def end_training(trainer: FtlevelTrainer, plan: Plan, records: Sequence[Mapping[
 
 
 def keep_best(trainer: FtlevelTrainer, best: KeepBest | None) -> Kept | None:
-    """Leave `trainer` (mutated) with the model of the best evaluation, if that is to be kept."""
+    """Load the best model into `trainer` (mutated) if configured, and return which it is."""
     if best is None:
         return None
     return best.finish(trainer.model, trainer.state.global_step, trainer.state.max_steps)
@@ -83,16 +81,10 @@ def save(
     start: Any = None,
     weights: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the adapter, or the whole model, with tokenizer and card; absent or whole.
+    """Write the adapter or the full model, with tokenizer and card, atomically.
 
-    Args:
-        adapted: the model, trained; what only training needs is taken from it.
-        config: the whole configuration.
-        plan: its plan.
-        run: where to.
-        base: what `describe_base` says of it.
-        weights: of the whole model, where they are not the model's own to give.
-        start: temporary directory with the adapter as it began, where it is to be kept.
+    Training-only parts of `adapted` are removed (mutated). `start` is a temporary directory with
+    the reference of preference training. `weights` is the gathered state dict of a sharded model.
     """
     model, partial = adapted.model, run.adapter.with_name(".adapter.partial")
     finish_method(model, config.method)
@@ -120,15 +112,9 @@ def write_beside(
     start: Any = None,
     place: Path | None = None,
 ) -> None:
-    """Write into `directory` what it takes to use what is in it as it is trained: tokenizer, card.
+    """Write tokenizer, card and reference files into the adapter or model in `directory`.
 
-    Args:
-        directory: with an adapter or a whole model.
-        config: the whole configuration.
-        plan: its plan.
-        base: what `describe_base` says of it.
-        start: temporary directory with the adapter as it began, where it is to be kept.
-        place: where the directory will be; None where it stays.
+    A local base path is stored relative to `place`, the final location of the directory.
     """
     if start is not None:
         shutil.copytree(start.name, directory / KEPT, dirs_exist_ok=True)
@@ -139,7 +125,7 @@ def write_beside(
 
 
 def next_commands(plan: Plan, run: RunDirectory) -> list[str]:
-    """Return what can be done with a run now, as three commands that work in this directory."""
+    """Return up to three ftlevel commands to run next in the current directory."""
     path, data = quote(str(run.path)), str(plan.data.facts["name"])
     asked = generate_command(str(run.path), plan.task.name)
     found = [asked if data == IN_MEMORY else f"ftlevel evaluate {path}"]
@@ -164,9 +150,9 @@ def _is_mergeable(plan: Plan, run: RunDirectory) -> bool:
 def describe_answers(
     plan: Plan, evaluator: Evaluator | None, answers: KeepAnswers, step: int
 ) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
-    """Return how each validation row was answered at `step`, and the metrics' 95 % intervals.
+    """Return per-row predictions at `step` and 95 % intervals of the metrics.
 
-    Of texts that were written there are no intervals: `ftlevel evaluate` takes the time.
+    Metrics of generated text have no intervals; `ftlevel evaluate` computes these.
     """
     record = answers.of(step)
     if record is None or evaluator is None:
@@ -187,21 +173,14 @@ def write_results(
     summary: Mapping[str, Any],
     lines: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Write the page, the model card, which is the adapter's too, and summary.json.
-
-    Args:
-        run: its directory.
-        config: the whole configuration.
-        summary: of the run.
-        lines: how its validation rows were answered; none where that is not known.
-    """
+    """Write the report page, the model cards and, as the mark of a finished run, summary.json."""
     run.write_answers(lines)
     answers, records = sum_up(iter(lines)) if lines else None, run.read_log(summary["steps"])
     facts = RunFacts(run.path.resolve().name, run.path, summary, records, answers)
     write_page([facts], run.report)
     run.write_card(write_readme(summary, needs_import(config.method)))
     shutil.copyfile(run.path / "README.md", run.adapter / "README.md")
-    run.write_summary(summary)  # by which the run is done
+    run.write_summary(summary)  # marks the run as finished
     mark_end(run.path)
 
 
@@ -213,16 +192,7 @@ def tell(
     listener: Listener,
     of_others: Mapping[str, Any],
 ) -> Mapping[str, Any]:
-    """Write what the run gave, say it, upload it if that is wanted, and return it.
-
-    Args:
-        config: the whole configuration.
-        plan: of the run.
-        outcome: what came out.
-        run: its directory.
-        listener: told of it.
-        of_others: what summary.json says of models that were asked beside it.
-    """
+    """Write and report the results of a run, upload it if configured, and return the summary."""
     summary = build_summary(config, plan, outcome)
     step = outcome.kept.step if outcome.kept else summary["steps"]
     lines, intervals = describe_answers(plan, outcome.evaluator, outcome.answers, step)
@@ -246,10 +216,10 @@ def tell(
 def end_run(
     output: OutputConfig, run: RunDirectory, summary: Mapping[str, Any], listener: Listener
 ) -> None:
-    """Upload the run where that is asked for, and say that it is done.
+    """Upload the run if configured, and report its end.
 
     Raises:
-        RunError: the upload failed; it is said after the rest, which is whole.
+        RunError: the upload failed; raised last, because the run itself is complete.
     """
     failed: RunError | None = None
     if output.push_to_hub is not None:
@@ -268,24 +238,19 @@ def end_run(
 
 @dataclass(frozen=True)
 class Start:
-    """When the user began to wait.
-
-    Attributes:
-        at: by `time.perf_counter`.
-        cpu_s: processor time of the process until then, of all threads.
-    """
+    """Time and CPU seconds of the process, over all threads, when the user started the run."""
 
     at: float
     cpu_s: float
 
     @classmethod
     def now(cls) -> Start:
-        """A program asks for a run now."""
+        """Return the current time, for a call from Python."""
         return cls(time.perf_counter(), time.process_time())
 
     @classmethod
     def of_process(cls) -> Start:
-        """A command line did so when its process began."""
+        """Return the creation time of the process, for a command line."""
         import psutil
 
         ago = time.time() - psutil.Process().create_time()
@@ -293,14 +258,7 @@ class Start:
 
 
 def measure_times(report: Report, start: Start, trained_at: float, tokens: int) -> dict[str, float]:
-    """Return seconds: from the start, of the steps, and tokens a second of these.
-
-    Args:
-        report: of the run.
-        start: when the user began to wait.
-        trained_at: when training ended, by `time.perf_counter`.
-        tokens: of the training rows.
-    """
+    """Return seconds to the first step, of training and in total, and tokens per second."""
     first = report.first_step_at or trained_at
     return {
         "to_first_step_s": round(first - start.at, 3),

@@ -1,4 +1,4 @@
-"""What a program hands over to `train` beside the configuration: rows, a model, callbacks."""
+"""Rows, models and callbacks that a program passes to `train` as Python objects."""
 
 from __future__ import annotations
 
@@ -24,20 +24,12 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 BASE = "base"
-"""Directory in a run of a model that was handed over and is in no other file."""
+"""Subdirectory of a run with a model that was passed as an object and has no other file."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """What is handed over.
-
-    Attributes:
-        dataset: rows to learn from.
-        eval_dataset: rows to watch.
-        model: a model of transformers.
-        tokenizer: its tokenizer.
-        callbacks: told of the steps, after our own.
-    """
+    """Python objects passed to `train`; `callbacks` run after ftlevel's own."""
 
     dataset: Any = None
     eval_dataset: Any = None
@@ -48,12 +40,9 @@ class Given:
 
 @dataclass(frozen=True)
 class Taken:
-    """The configuration in which all of it has a name.
+    """The configuration with a name or path for every passed object, and lines for the screen.
 
-    Attributes:
-        config: the whole configuration.
-        base: directory that a model was written into; None where it was not.
-        choices: lines for the screen.
+    `base` is the directory that the model was written to; None if it was not.
     """
 
     config: TrainConfig
@@ -61,7 +50,7 @@ class Taken:
     choices: tuple[Choice, ...] = ()
 
     def named_in(self, run: RunDirectory) -> TrainConfig:
-        """Return the configuration as `run` states it, in which such a model will be."""
+        """Return the configuration with the model's path inside `run`."""
         if self.base is None:
             return self.config
         place = str(run.path.absolute() / BASE)
@@ -70,10 +59,9 @@ class Taken:
 
 
 def take(config: TrainConfig, given: Given, held: ExitStack) -> Taken:
-    """Return `config` with what is `given`; a model may be written, until `held` is closed.
+    """Return `config` with the objects bound; a written model exists until `held` closes.
 
-    Raises:
-        ConfigError: something is not what is expected, or is given twice.
+    Raises ConfigError if an object has the wrong type, or is also set in the configuration.
     """
     _check_callbacks(given.callbacks)
     rows = {"dataset": given.dataset, "validation_file": given.eval_dataset}
@@ -93,7 +81,7 @@ def take(config: TrainConfig, given: Given, held: ExitStack) -> Taken:
 
 
 def _own_quant(wish: QuantConfig, own: QuantConfig) -> QuantConfig:
-    """Return how a given model is quantized, which a wish may only repeat."""
+    """Return the quantization of a passed model; the configuration may only repeat it."""
     if wish.kind not in ("none", own.kind) or (wish.kind == own.kind and wish != own):
         raise ConfigError(
             f"quant is {wish.form}, and model= is quantized already: {own.form}. Drop quant, or "
@@ -136,14 +124,7 @@ def _check_callbacks(callbacks: Sequence[TrainerCallback]) -> None:
 def keep_base(
     plan: Plan, taken: Taken, run: RunDirectory, *, is_first: bool
 ) -> tuple[Plan, dict[str, Any]]:
-    """Return `plan` with a model that was written for this run in its directory, and its facts.
-
-    Args:
-        plan: of the run.
-        taken: what was handed over.
-        run: where the model goes.
-        is_first: whether this process writes.
-    """
+    """Move a model written for this run into its directory; return the plan and base facts."""
     if taken.base is not None:
         place = run.path.resolve() / BASE
         if is_first and not place.exists():
@@ -154,6 +135,6 @@ def keep_base(
 
 
 def describe_taken(plan: Plan, taken: Taken) -> dict[str, Any]:
-    """Return the facts of the base; of one that was written for the run, of every byte."""
+    """Return the facts of the base, with a digest of all bytes if it was written for the run."""
     base, path = describe_base(plan.model.source), plan.model.source.path
     return base if taken.base is None or path is None else {**base, "digest": base_digest(path)}

@@ -1,26 +1,15 @@
-"""Which blocks are recomputed in the backward pass, and where what they begin with is held.
+"""Activation recomputation, smaller micro-batches and allocator settings for limited memory.
 
-    k = min {k : T · (Σ_i a_i − Σ_{i < k} (a_i − s_i)) ≤ M}   of all blocks
+    k = min {k : T · (Σ_i a_i − Σ_{i < k} (a_i − s_i)) ≤ M}
 
-for T tokens of a micro-batch, a_i bytes that the autograd graph of block i holds of each, of which
-s_i are its input, and M bytes of memory that are free for them. Nothing of this is guessed from a
-config: a_i is counted as the model computes a row, with the method and the fast step on it. The
-first blocks are recomputed, whose activations would be held the longest; of two stacks those of
-the encoder, whose tokens are the ones that are counted.
+k is the number of recomputed blocks, T the tokens of a micro-batch, a_i the bytes per token in the
+autograd graph of block i, s_i those of the block's input, and M the available memory in bytes. a_i
+is measured on a forward pass with method and fast step applied. The first blocks are recomputed,
+because their activations live longest; in an encoder-decoder model these are the encoder's.
 
-Optimizer steps that do not fit into memory, made smaller without another result.
-
-Micro-batches get half as many tokens, as often as it takes; then activations are recomputed
-(gradient checkpointing). The rows of a step stay, and so its loss and gradient but for the order of
-sums and the random numbers of dropout. transformers' `auto_find_batch_size` changes the rows of a
-step, and begins the run anew with weights that were trained already.
-
-Out of memory: what is an error of it, and what a run can be told to do about it.
-
-How torch hands out a GPU's memory in a run: in segments that grow.
-
-Micro-batches of many lengths leave holes between segments of fixed size; torch's own answer is off
-by default.
+If a step runs out of memory, micro-batches are halved, then gradient checkpointing is enabled. The
+rows of a step stay the same; only the order of sums and dropout masks change. transformers'
+`auto_find_batch_size` instead changes the batch size and restarts with partly trained weights.
 """
 
 from __future__ import annotations
@@ -53,30 +42,28 @@ from ftlevel.models.upstream.fake import storage_of
 from ftlevel.training.plan.plan import Plan
 
 TRIED_TOKENS = 64
-"""Tokens of the row that a block's activations are counted on; where attention holds its scores, as
-that of two stacks does, they grow with the square of a row, and the whole longest row is tried."""
+"""Tokens of the row that activations are measured on. Encoder-decoder models store attention
+scores, which grow with the square of the length, so they use the whole longest row."""
 
 _SAMPLED_ROWS = 100
 
 FREE_SHARE = 0.8
-"""Of the free memory, what activations may take: the rest is for the head's scores, gradients, the
-block that is computed, and what the allocator loses to fragments."""
+"""Share of free memory for activations. The rest is for logits, gradients, the block being
+computed, and allocator fragmentation."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What the autograd graph holds of each token, block by block.
+    """Activation bytes per token in the autograd graph, by block.
 
-    Attributes:
-        held: bytes of each block.
-        states: bytes of what each begins with, which are held of one that is recomputed.
+    `states` are the bytes of each block's input, stored even if the block is recomputed.
     """
 
     held: tuple[float, ...]
     states: tuple[float, ...]
 
     def count_recomputed(self, tokens: int, memory: int) -> int:
-        """Return how many blocks are to be recomputed for `tokens` to fit into `memory` bytes."""
+        """Return how many blocks to recompute so that `tokens` fit into `memory` bytes."""
         saved = [held - states for held, states in zip(self.held, self.states, strict=True)]
         left = accumulate(saved, lambda rest, more: rest - more, initial=sum(self.held))
         fits = (count for count, rest in enumerate(left) if tokens * rest <= memory)
@@ -84,15 +71,10 @@ class Activations:
 
 
 def set_checkpointing(model: Any, config: TrainConfig, plan: Plan) -> list[Choice]:
-    """Have as many blocks of `model` (mutated) recomputed as is asked for, or as its memory asks.
+    """Recompute as many blocks of `model` (mutated) as configured, or as memory requires.
 
-    Args:
-        model: with its method and the fast step on it.
-        config: the whole configuration.
-        plan: of the run.
-
-    Returns:
-        The line of the screen; none where nothing is recomputed.
+    `model` must have its method and fast step applied. Returns a line for the screen; empty if no
+    block is recomputed.
     """
     train, base = config.train, base_model(model)
     if train.recomputes:
@@ -120,18 +102,16 @@ def set_checkpointing(model: Any, config: TrainConfig, plan: Plan) -> list[Choic
 
 
 def recompute_blocks(base: Any, *, offload: bool = False) -> None:
-    """Have the blocks of `base` (mutated) recomputed by transformers' switch.
+    """Enable gradient checkpointing in the transformers model `base` (mutated).
 
-    Args:
-        base: a model of transformers.
-        offload: whether what they begin with is held in the host's memory.
+    With `offload`, the inputs of blocks are stored in host memory.
     """
     base.activation_checkpointing_enable({"use_reentrant": False}, offload=offload)
     skip_unneeded_products(list(chain(*find_stacks(base))))
 
 
 def _has_single_switches(base: Any, blocks: Sequence[nn.Module]) -> bool:
-    """Whether transformers recomputes each block of `base` by a switch of its own."""
+    """Whether each block of `base` has its own `gradient_checkpointing` flag."""
     return bool(
         base.supports_gradient_checkpointing
         and blocks
@@ -140,13 +120,13 @@ def _has_single_switches(base: Any, blocks: Sequence[nn.Module]) -> bool:
 
 
 def recompute_first(blocks: Sequence[nn.Module], count: int) -> None:
-    """Let the first `count` of `blocks` (mutated), all of which are recomputed, alone stay so."""
+    """Disable recomputation in all but the first `count` of `blocks` (mutated)."""
     for block in blocks[count:]:
         block.gradient_checkpointing = False  # type: ignore[assignment]
 
 
 def count_activations(model: Any, blocks: Sequence[nn.Module], plan: Plan) -> Activations:
-    """Return what a token takes, counted as `model` computes a row, or the beginning of one."""
+    """Return the activation bytes per token, measured on a forward pass of one row."""
     batch, device = _trial(plan), plan.model.device
     tokens = batch["input_ids"].numel()
     weights = {storage_of(p) for p in model.parameters()}
@@ -168,7 +148,7 @@ def count_activations(model: Any, blocks: Sequence[nn.Module], plan: Plan) -> Ac
                 torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             ):
                 outputs = model(**{name: value.to(device) for name, value in batch.items()})
-                del outputs  # only now does the graph let go of what was counted
+                del outputs  # frees the graph and its saved tensors
     finally:
         model.train(training)
     sums = [0] * len(blocks)
@@ -179,14 +159,14 @@ def count_activations(model: Any, blocks: Sequence[nn.Module], plan: Plan) -> Ac
 
 
 def _trial(plan: Plan) -> dict[str, Any]:
-    """Return the batch of one row that is tried: of one stack a piece, of two with its answer."""
+    """Return the batch of one row to measure: truncated, or whole for encoder-decoder models."""
     rows = plan.data.train[:_SAMPLED_ROWS]
     row = max(rows, key=lambda row: len(row.input_ids))
     if plan.model.kind == "encoder-decoder" and isinstance(row.labels, list):
         answered = sum(len(r.labels) for r in rows if isinstance(r.labels, list))
         share = answered / sum(len(r.input_ids) for r in rows)
         answer = max(1, round(share * len(row.input_ids)))
-        labels = (row.labels * answer)[:answer]  # any that are there: their number counts
+        labels = (row.labels * answer)[:answer]  # only their number matters
         return Collator(plan.model.pad_id)([replace(row, labels=labels)])
     extras = {name: values[:TRIED_TOKENS] for name, values in row.extras.items()}
     row = replace(row, input_ids=row.input_ids[:TRIED_TOKENS], labels=0, extras=extras)
@@ -196,12 +176,12 @@ def _trial(plan: Plan) -> dict[str, Any]:
 
 
 class _Told:
-    """Where a forward pass is.
+    """State of a forward pass.
 
     Attributes:
-        at: the block that is computed; None between two stacks.
-        least: numbers of a tensor that has some of each token.
-        states: block → bytes that it began with.
+        at: index of the block being computed; None between two stacks.
+        least: minimal element count of a tensor with a value per token.
+        states: block index → bytes of its input.
     """
 
     def __init__(self) -> None:
@@ -212,7 +192,7 @@ class _Told:
 
 @contextlib.contextmanager
 def _told_of_blocks(blocks: Sequence[nn.Module]) -> Iterator[_Told]:
-    """Give what knows, inside the block, which of `blocks` is computed."""
+    """Yield an object that tracks which of `blocks` is being computed."""
     told = _Told()
     places = {block: at for at, block in enumerate(blocks)}
 
@@ -234,14 +214,11 @@ def _told_of_blocks(blocks: Sequence[nn.Module]) -> Iterator[_Told]:
 
 
 class SmallerSteps:
-    """Make the steps of a trainer smaller from the one on that does not fit.
-
-    Args:
-        trainer: the `FtlevelTrainer` of the run, which has this.
+    """Reduce the memory of a trainer's steps after one does not fit.
 
     Attributes:
-        done: what was done: the step, 0 for before the first, and the tokens of a micro-batch
-            since, or that gradients are checkpointed.
+        done: the reductions: step (0 before the first) and new tokens per micro-batch, or
+            `gradient_checkpointing`.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -249,22 +226,14 @@ class SmallerSteps:
         self.done: list[dict[str, Any]] = []
 
     def can(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether there is anything left to do; alone, as other processes are not asked."""
+        """Whether a further reduction is possible; never with several processes."""
         trainer = self._trainer
         if trainer.args.world_size > 1 or trainer.fast is None:
             return False
         return _has_parts(inputs) or self._can_checkpoint()
 
     def make(self, model: Any, rows: Sequence[Encoded], inputs: Mapping[str, Any]) -> Any:
-        """Return the inputs of a step of `rows` that did not fit, in smaller parts.
-
-        What the step has added to the gradient is undone, and its rows are counted once.
-
-        Args:
-            model: whose gradients are undone (mutated).
-            rows: of the step.
-            inputs: as they did not fit.
-        """
+        """Clear `model`'s gradients and return the inputs of a failed step in smaller parts."""
         model.zero_grad()
         gc.collect()
         if torch.cuda.is_available():
@@ -288,11 +257,7 @@ class SmallerSteps:
         return trainer.on_device(trainer.data_collator(rows))
 
     def go_on(self, notes: Sequence[Mapping[str, Any]]) -> None:
-        """Do what was done before a checkpoint again.
-
-        Args:
-            notes: of the run, until it.
-        """
+        """Repeat the reductions in `notes` when a run resumes."""
         for note in notes:
             if "tokens_per_micro_batch" in note:
                 self._halve()
@@ -303,16 +268,10 @@ class SmallerSteps:
             self.done.append(dict(note))
 
     def try_longest(self, rows: Sequence[Encoded], dtype: str) -> None:
-        """Compute the micro-batch of the longest rows forward and backward, and forget it.
+        """Compute forward and backward of the longest rows, to run out of memory before training.
 
-        Where memory is too small for it, the run is told before it begins, and not hours later.
-
-        Args:
-            rows: that are trained on.
-            dtype: compute precision's name.
-
-        Raises:
-            RuntimeError, MemoryError: of a library, where nothing makes it fit.
+        Reduces steps until they fit, and raises the library's error if they cannot. Restores random
+        state and token counts, and clears gradients.
         """
         trainer = self._trainer
         if trainer.args.world_size > 1 or trainer.fast is None:
@@ -347,7 +306,7 @@ class SmallerSteps:
         self._trainer.note(note)
 
     def _halve(self) -> int:
-        """Give micro-batches half as many tokens, and return how many that is."""
+        """Halve the tokens of a step's micro-batches, and return the new number per worker."""
         trainer = self._trainer
         if trainer.fast is None or not isinstance(trainer.data_collator, StepCollator):
             raise TypeError("only a fast step has micro-batches")
@@ -359,7 +318,7 @@ class SmallerSteps:
         base: Any = base_model(self._trainer.model)
         supports = getattr(base, "supports_gradient_checkpointing", False)
         fast = self._trainer.fast
-        # Parallel workers with dropout draw by a generator that a recomputation does not have.
+        # Parallel workers draw dropout from their own generator, which recomputation lacks.
         is_random = fast is not None and fast.plan.workers > 1 and fast.plan.is_random
         blocks = chain(*find_stacks(base))
         are_all = all(getattr(block, "gradient_checkpointing", False) for block in blocks)
@@ -369,7 +328,7 @@ class SmallerSteps:
         trainer = self._trainer
         if trainer.fast is None or not isinstance(trainer.data_collator, StepCollator):
             raise TypeError("only a fast step is made smaller")
-        # A recomputation would find the prefix's layout gone, as `plan_fast` says.
+        # The prefix's layout is not available during recomputation (see `plan_fast`).
         trainer.fast.plan = replace(trainer.fast.plan, shared_prefix=False)
         trainer.data_collator.share_no_prefix()
         recompute_blocks(base_model(trainer.model))
@@ -382,11 +341,7 @@ def _has_parts(inputs: Mapping[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def explain_out_of_memory(config: TrainConfig, plan: Plan) -> Iterator[None]:
-    """Turn what a library raises for want of memory into a line that says what takes less.
-
-    Raises:
-        RunError: instead of it.
-    """
+    """Convert out-of-memory errors into a RunError that lists options with less memory."""
     try:
         yield
     except Exception as error:
@@ -397,7 +352,7 @@ def explain_out_of_memory(config: TrainConfig, plan: Plan) -> Iterator[None]:
 
 
 def _advice(config: TrainConfig, plan: Plan) -> str:
-    """Return what is not done yet and takes less memory, the mildest first."""
+    """Return the unused options that reduce memory, least intrusive first."""
     train, rows = config.train, config.train.per_device_train_batch_size
     ways = []
     if rows > 1:
@@ -422,15 +377,15 @@ SETTING = "expandable_segments:True"
 OLD_NAME, NAME = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
 
 _NEW_SINCE = Version("2.11")
-"""torch 2.9.1 warns of the old name and reads nothing of this from the new one
+"""torch 2.9.1 warns about the old name, but ignores this setting under the new one
 (https://github.com/pytorch/pytorch/issues/183387)."""
 
 
 def use_expandable_segments(device: str) -> None:
-    """Set it for this process before the first tensor is on the GPU; what the user set stays.
+    """Enable expandable CUDA segments, unless the user has configured the allocator.
 
-    Args:
-        device: torch device type.
+    Must run before the first tensor is on the GPU. Micro-batches of varying length fragment
+    segments of fixed size.
     """
     if device != "cuda" or any(name in os.environ for name in (OLD_NAME, NAME)):
         return

@@ -1,15 +1,11 @@
-"""The model of a run: its weights, its method on it, and what that may begin from.
-
-Put the fast step onto a loaded model, and say what it did.
-
-Digests of tensors, made where they lie: the frozen weights of a run are those that were loaded.
+"""Load the base model of a run, apply its method and fast step, and digest its frozen weights.
 
     D = Σᵢ m(xᵢ + (i + 1) · φ)  mod 2⁶⁴,   m(z) = s(s(z, 32) · a, 29),   s(z, n) = z ⊕ (z >>> n)
 
-over a tensor's bytes as 64-bit words xᵢ, with odd constants φ and a (those of SplitMix64: Steele,
-Lea and Flood, 2014). m is one to one and looks random, so two tensors that differ have the same sum
-by a chance of 2⁻⁶⁴. It tells faults, not forgeries; SHA-256 would bring every weight of a GPU to
-the host first, and hash half a gigabyte a second there.
+D is the digest of a tensor's bytes as 64-bit words xᵢ, with the odd constants φ and a of SplitMix64
+(Steele, Lea and Flood, 2014). m is bijective, so two different tensors have the same sum with
+probability 2⁻⁶⁴. The digest is computed on the tensor's device and detects faults, not forgeries.
+SHA-256 would copy every weight to the host and hash only 0.5 GB/s there.
 """
 
 from __future__ import annotations
@@ -49,10 +45,7 @@ from ftlevel.training.trainer import FtlevelTrainer
 
 
 def speed_up(model: Any, plan: Plan, listener: Listener) -> FastStep | None:
-    """Put the fast step onto `model` (mutated).
-
-    What the model turns out not to take is named, and done the plain way.
-    """
+    """Apply the fast step to `model` (mutated); warn about unsupported parts and skip these."""
     if not plan.fast.enabled:
         return None
     fast = FastStep(model, plan.fast)
@@ -65,7 +58,7 @@ def speed_up(model: Any, plan: Plan, listener: Listener) -> FastStep | None:
 
 
 def describe_speed(trainer: FtlevelTrainer, verified: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what summary.json says of how steps were computed, and what was `verified` of them."""
+    """Return the `speed` section of summary.json; `verified` is the result of `verify_step`."""
     if trainer.fast is None:
         return {"fast": False}
     plan = trainer.fast.plan
@@ -92,21 +85,15 @@ _FACTOR = 0xBF58476D1CE4E5B9 - 2**64
 _SHIFTS = 32, 29
 
 _CPU_WORDS = 1 << 15
-"""Words of a piece: 256 KiB and two copies of it stay in a core's cache."""
+"""Words per chunk: 256 KiB and two copies fit into a core's cache."""
 
 _GPU_WORDS = 1 << 23
-"""Words of a piece: 64 MiB keep a GPU busy for longer than it takes to launch what is done."""
+"""Words per chunk: 64 MiB take a GPU longer than the kernel launches."""
 
 
 @dataclass(frozen=True)
 class Digest:
-    """What is remembered of a tensor.
-
-    Attributes:
-        dtype: of its numbers.
-        shape: of it.
-        value: D of its bytes.
-    """
+    """Data type, shape and digest D of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -114,9 +101,9 @@ class Digest:
 
 
 def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Mapping[str, Digest]:
-    """Return the digest of each tensor by its name; a device is waited for once.
+    """Return the digest of each tensor by name, with one device synchronization.
 
-    Of one that is shared out among processes it is that of this process's part.
+    A sharded tensor is digested in this process's part only.
     """
     held = [(name, own_part(tensor.detach())) for name, tensor in tensors]
     parts = [(name, tensor, _sum(tensor)) for name, tensor in held]
@@ -130,7 +117,7 @@ def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Mapping[str, 
 
 
 def base_name(name: str) -> str:
-    """Return a parameter's name without what PEFT adds to it."""
+    """Return a parameter's name without the parts added by PEFT."""
     name = name.removeprefix("base_model.model.")
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
@@ -141,7 +128,7 @@ def digest(tensor: torch.Tensor) -> Digest:
 
 
 def _sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Return D (a scalar, int64), on the tensor's device."""
+    """Return D (a scalar, int64) on the tensor's device."""
     if parts := inner_tensors(tensor):  # torchao's: several tensors under one name
         return _sum(torch.stack([_sum(part).cpu() for part in parts]))
     data = tensor.contiguous().view(-1).view(torch.uint8)
@@ -153,7 +140,7 @@ def _sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _sum_piece(piece: torch.Tensor, first: int) -> torch.Tensor:
-    """Return Σ m of the words of `piece`, bytes of a tensor whose word `first` it begins with."""
+    """Return Σ m over the words of `piece` (bytes), the first of which is word `first`."""
     if len(piece) % 8:
         piece = torch.cat([piece, piece.new_zeros(8 - len(piece) % 8)])
     if piece.storage_offset() % 8:
@@ -176,22 +163,22 @@ def _keys(count: int, device: torch.device) -> torch.Tensor:
 
 
 def _wrapped(number: int) -> int:
-    """Return `number` as 64 bits hold it, signed."""
+    """Return `number` wrapped to a signed 64-bit integer."""
     return (number + 2**63) % 2**64 - 2**63
 
 
-_TRAINED_COPY = ".modules_to_save.default."  # PEFT's, of a module that is trained in full
+_TRAINED_COPY = ".modules_to_save.default."  # PEFT's, for a fully trained module
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """A model that is ready to be trained.
+    """A model ready for training.
 
     Attributes:
-        model: the base with the method on it.
-        start: how it began, where that is lost in training.
-        fast: the fast step that is on it, if any.
-        digests: of the base's tensors as they were loaded, by their names in it.
+        model: the base with the method applied.
+        start: initial adapter state that `save_adapter` needs after training.
+        fast: the applied fast step, if any.
+        digests: of the base's tensors at load time, by their names in the base.
     """
 
     model: Any
@@ -201,10 +188,10 @@ class Adapted:
 
 
 def load_adapted(config: TrainConfig, plan: Plan, listener: Listener) -> Adapted:
-    """Load the base, put the method onto it and the fast step onto both."""
+    """Load the base, apply the method and the fast step, and set up activation recomputation."""
     use_expandable_segments(plan.model.device)
     shards = config.train.shard != "none"
-    is_whole = METHODS[config.method.kind].build is None  # its own weights are what is trained
+    is_whole = METHODS[config.method.kind].build is None  # the base's own weights are trained
     if shards:
         model = load_shared_out(config, plan, listener)
     else:
@@ -212,7 +199,7 @@ def load_adapted(config: TrainConfig, plan: Plan, listener: Listener) -> Adapted
         digests = {} if is_whole else digest_tensors(base.named_parameters())
         model = put_method_on(base, config, plan)
         begin(model, config, plan)
-    if is_whole or shards:  # of what this process holds
+    if is_whole or shards:  # of this process's part
         digests = digest_tensors(
             (base_name(n), p) for n, p in model.named_parameters() if not p.requires_grad
         )
@@ -223,13 +210,13 @@ def load_adapted(config: TrainConfig, plan: Plan, listener: Listener) -> Adapted
 
 
 def put_method_on(base: Any, config: TrainConfig, plan: Plan) -> Any:
-    """Return `base` (mutated) with the method of the run on it."""
+    """Apply the run's method to `base` (mutated) and return the result."""
     fused = uses_fused_layers(config, plan.model.device)
     return apply_method(base, config.method, plan.base, fused=fused)
 
 
 def begin(model: Any, config: TrainConfig, plan: Plan) -> None:
-    """Let `model` begin as the method does, or as a trained adapter ended (mutated)."""
+    """Initialize the method of `model` (mutated), or load the adapter to continue from."""
     if plan.adapter is None:
         prepare_start(model, config, plan)
     else:
@@ -237,10 +224,9 @@ def begin(model: Any, config: TrainConfig, plan: Plan) -> None:
 
 
 def load_shared_out(config: TrainConfig, plan: Plan, listener: Listener) -> Any:
-    """Return the model with its method, of which each process has read and holds its part.
+    """Return the sharded model with its method; each process reads only its own part if possible.
 
-    Raises:
-        InputError: a part is damaged; in all processes.
+    A damaged part raises InputError in all processes.
     """
     why_whole = why_read_whole(config, plan)
     slices = None if why_whole else Slices()
@@ -268,9 +254,9 @@ def load_shared_out(config: TrainConfig, plan: Plan, listener: Listener) -> Any:
 
 
 def made_of_unread(model: Any, slices: Slices) -> str:
-    """Return a tensor that the method has computed from weights that are not read; empty for none.
+    """Return the name of a tensor computed from weights that are not read yet; empty for none.
 
-    Copies of such weights, which it trains, are read (`model` is mutated).
+    Reads the weights of which the method trains copies (`model` is mutated).
     """
     if not hasattr(model, "peft_config"):
         return ""
@@ -279,7 +265,7 @@ def made_of_unread(model: Any, slices: Slices) -> str:
 
 
 def why_read_whole(config: TrainConfig, plan: Plan) -> str:
-    """Say why a process cannot read its own rows of the base alone; empty where it can."""
+    """Return why a process must read the whole base; empty if it can read its own rows."""
     planned, start = plan.model, METHODS[config.method.kind].start
     if stored_quantization(planned.config) is not None:
         return "it is stored quantized, and its scales go with whole weights"
@@ -297,21 +283,16 @@ def why_read_whole(config: TrainConfig, plan: Plan) -> str:
 
 
 def held_by_host(planned: PlannedModel, slices: Slices | None) -> PlannedModel:
-    """Return where the base is loaded to be shared out: quantized whole it is so on its device."""
+    """Return `planned` with the CPU as device, unless the base is quantized whole on its device."""
     on_device = planned.quant.kind != "none" and slices is None
     return planned if on_device else replace(planned, device="cpu")
 
 
 def load_base(config: TrainConfig, planned: PlannedModel, slices: Slices | None = None) -> Any:
-    """Load the base model for training; new heads are drawn from the seed.
+    """Load the base model for training; new heads are initialized from the seed.
 
-    Args:
-        config: the whole configuration.
-        planned: the base.
-        slices: get the weights that are to be read later (mutated); None reads all.
-
-    Raises:
-        InputError: its weights are damaged, or it lacks some.
+    Weights in `slices` are registered to be read later (mutated); None reads all. Damaged or
+    missing weights raise InputError.
     """
     from transformers import set_seed
 
@@ -333,7 +314,7 @@ def load_base(config: TrainConfig, planned: PlannedModel, slices: Slices | None 
 
 
 def prepare_start(model: Any, config: TrainConfig, plan: Plan) -> None:
-    """Let the method begin where it does, which may need rows or the float weights (mutated)."""
+    """Run the method's data- or weight-dependent initialization on `model` (mutated)."""
     start = METHODS[config.method.kind].start
     if start is None:
         return
@@ -350,9 +331,10 @@ def prepare_start(model: Any, config: TrainConfig, plan: Plan) -> None:
 
 
 class ShuffledBatches:
-    """The rows in one random order, collated; begins anew whenever it is gone through.
+    """Collated batches of the rows in one random order; can be iterated repeatedly.
 
-    A batch has a mask `supervised` of its tokens that are real and, in generation, learned.
+    Each batch has a boolean mask `supervised` (batch, seq): real tokens and, for generation, those
+    with labels.
     """
 
     def __init__(
@@ -377,7 +359,7 @@ class ShuffledBatches:
 
 
 def float_weights(config: TrainConfig, planned: PlannedModel) -> Callable[[str], torch.Tensor]:
-    """Return the way from a linear's name to its weight (out, in) before quantization."""
+    """Return a function from a linear layer's name to its unquantized weight (out, in)."""
     base = load_base(config, replace(planned, device="cpu", quant=QuantConfig()))
 
     def weight_of(name: str) -> torch.Tensor:

@@ -1,13 +1,7 @@
-"""What must be the same when a run goes on: what it was begun with, kept and compared.
+"""Compare a resumed run with its origin: configuration, base model, data and versions.
 
-All bytes of the files that a run is made of: the base's weights, and the rows of a stream.
-
-They are read in the background of a run that begins, at the speed of the disk, and before the first
-step of a run that goes on.
-
-What a run is made of beside its configuration, so that it goes on with the same or not at all.
-
-Every field of the base's config.json, its tokenizer and chat template. `file_digests` has bytes.
+The origin of a run is stored among its checkpoints. It has samples of the files; `FileDigests`
+hashes all bytes, in the background of a new run and before the first step of a resumed one.
 """
 
 from __future__ import annotations
@@ -33,24 +27,18 @@ from ftlevel.errors import ConfigError, listing
 from ftlevel.training.plan.plan import Plan, PlannedModel
 
 BASE, ROWS = "model.fingerprint", "data.fingerprint"
-"""Fields of a run's origin that know samples of the files."""
+"""Fields of a run's origin with fingerprints of sampled bytes."""
 
 _MOST = 64 << 30
-"""Bytes of a stream's files that are read for this; of those behind them the samples are known.
-
-A core hashes about 1.7 GB a second (AMD EPYC), so that the first checkpoint may wait for half a
-minute, where the disk gives as much.
-"""
+"""Maximal bytes of a stream's files that are hashed; later files are compared by samples only. A
+core hashes about 1.7 GB/s (AMD EPYC), so the first checkpoint may wait for about 40 s if the
+disk is as fast."""
 
 
 class FileDigests:
-    """SHA-256 of whole files, made beside whatever else is done.
+    """SHA-256 of whole files, computed in a background thread and stored in the file `kept`.
 
-    Args:
-        field: of the run's origin that knows samples of them.
-        words: what messages call them.
-        kept: name of the file among the checkpoints that keeps the digests.
-        files: name → path; empty for what is not on this disk.
+    `field` is the origin's field with samples of these files; `words` is their name in messages.
     """
 
     def __init__(self, field: str, words: str, kept: str, files: Mapping[str, Path]) -> None:
@@ -59,12 +47,12 @@ class FileDigests:
         self._thread: threading.Thread | None = None
 
     def keep(self, checkpoints: Path) -> None:
-        """Write them into `checkpoints` once it is there, while the run begins, if none are."""
+        """Start to hash in the background and write into `checkpoints`, unless already written."""
         if not self._files or (checkpoints / self.kept).exists():
             return
 
         def read_and_write() -> None:
-            with contextlib.suppress(MemoryError, OSError):  # said where the run itself meets it
+            with contextlib.suppress(MemoryError, OSError):  # reported by the run itself
                 found = self._read()
                 if checkpoints.is_dir():
                     write_json(checkpoints / self.kept, found)
@@ -73,14 +61,14 @@ class FileDigests:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until they are written."""
+        """Wait until the digests are written."""
         if self._thread is not None:
             self._thread.join()
 
     def changes(self, checkpoints: Path) -> dict[str, tuple[str | None, str | None]] | None:
-        """Return file → its digest when the run began, and now, of those that are others.
+        """Return file → (digest at the run's start, digest now) of all changed files.
 
-        None where nobody knows how it began.
+        None if the digests at the start are unknown.
         """
         if not self._files:
             return {}
@@ -95,7 +83,7 @@ class FileDigests:
         return {name: (was, now) for name, (was, now) in both.items() if was != now}
 
     def forget(self, checkpoints: Path) -> None:
-        """Let a run that goes on write them anew."""
+        """Delete the stored digests, so that a resumed run writes new ones."""
         (checkpoints / self.kept).unlink(missing_ok=True)
 
     def _read(self) -> dict[str, str]:
@@ -103,7 +91,7 @@ class FileDigests:
 
 
 def digests_of(plan: Plan) -> tuple[FileDigests, FileDigests]:
-    """Return the digests of the base's files and of those of a stream's rows."""
+    """Return the digests of the base's files and of a stream's files."""
     source = plan.model.source
     base = [] if source.path is None else _weights(source.path)
     rows = _within(_MOST, plan.data.stream.files) if plan.data.stream else []
@@ -120,7 +108,7 @@ def _weights(path: Path) -> list[Path]:
 
 
 def _within(most: int, files: Sequence[Path]) -> list[Path]:
-    """Return the first of `files` that have at most so many bytes together."""
+    """Return the first of `files` with at most `most` bytes in total."""
     chosen = []
     for file in files:
         most -= file.stat().st_size
@@ -131,7 +119,7 @@ def _within(most: int, files: Sequence[Path]) -> list[Path]:
 
 
 CONFIG, TOKENIZER, TEMPLATE = "model.config.", "model.tokenizer", "model.chat_template"
-"""Names of what `describe_model` gives; those of the config begin so."""
+"""Names in the result of `describe_model`: prefix of config fields, tokenizer, chat template."""
 
 _SAYS_NOTHING = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures",
                  "_attn_implementation", "attn_implementation", "id2label", "label2id",
@@ -139,7 +127,7 @@ _SAYS_NOTHING = {"_name_or_path", "transformers_version", "torch_dtype", "dtype"
 
 
 def describe_model(model: PlannedModel) -> dict[str, Any]:
-    """Return the fields of the base's config by dotted names, and digests of its tokenizer."""
+    """Return the fields of the base's config by dotted name, and digests of its tokenizer."""
     flat = dict(
         _flatten(CONFIG.rstrip("."), json.loads(model.config.to_json_string(use_diff=False)))
     )
@@ -149,8 +137,8 @@ def describe_model(model: PlannedModel) -> dict[str, Any]:
 def describe_tokenizer(tokenizer: Any) -> dict[str, str]:
     """Return digests of a tokenizer and of its chat template.
 
-    Truncation and padding are left out: some tokenizers are stored with them, as MiniLM's, each
-    call sets them anew, and rows are encoded without.
+    Truncation and padding are ignored: some tokenizers, such as MiniLM's, are stored with them,
+    each call sets them anew, and rows are encoded without.
     """
     if tokenizer.is_fast:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -174,20 +162,20 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
 
 
-# These say how a run is watched, not what it computes.
+# Settings of logging, saving and evaluation, which do not affect the training result.
 _FREE = {"logging_steps", "eval_steps", "save_steps", "save_minutes", "save_total_limit",
          "eval_on_start", "predict_with_generate", "max_generate_samples", "max_new_tokens",
          "metrics", "num_beams", "temperature", "top_p",
          "per_device_eval_batch_size", "eval_strategy", "save_strategy", "on_nonfinite",
          "spike_factor", "max_restarts"}  # fmt: skip
 PROMPT = "prompt_version"
-"""Field of the data section in an origin: the version of plain prompts."""
+"""Field of the origin's data section with the version of plain prompts."""
 _EVALUATION = {"eval_steps", "eval_strategy", "eval_on_start"}
-"""Where the schedule waits for evaluations, these decide what is computed."""
+"""Fields that affect the result if the learning-rate schedule depends on evaluations."""
 
 
 def origin_of(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> dict[str, Any]:
-    """Return everything that must be the same when the run goes on, by dotted name."""
+    """Return all values that must be the same when the run resumes, by dotted name."""
     values: dict[str, Any] = config.model_dump(mode="json", exclude={"output"})
     free = _FREE if config.train.lr_scheduler_type != PLATEAU else _FREE - _EVALUATION
     values["train"] = {k: v for k, v in values["train"].items() if k not in free}
@@ -205,29 +193,25 @@ def origin_of(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> dict[
     if plan.adapter is not None:
         values["model"]["adapter_fingerprint"] = plan.adapter.fingerprint
     for (section, name), fingerprint in plan.beside.fingerprints().items():
-        values[section][name] = fingerprint  # wherever it lies
+        values[section][name] = fingerprint  # independent of its path
     values["model"]["digest"] = base.get("digest")
     values["data"]["validation_fingerprint"] = plan.data.facts.get("validation_fingerprint")
     if template := values["data"]["chat_template"]:
         values["data"]["chat_template"] = Path(template).name
     values["versions"] = library_versions()
     flat = {"task": values.pop("task"), **describe_model(plan.model)}
-    if plan.model.device == "cpu":  # sums are made in as many parts
+    if plan.model.device == "cpu":  # the thread count changes the order of sums
         flat["threads"] = torch.get_num_threads()
     flat |= {f"{section}.{k}": v for section, part in values.items() for k, v in part.items()}
-    plain: dict[str, Any] = json.loads(json.dumps(flat, default=str))  # as it will be read
+    plain: dict[str, Any] = json.loads(json.dumps(flat, default=str))  # as read from the file
     return plain
 
 
 def everything_of(config: TrainConfig, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what must be the same in all processes of a run, by dotted name.
+    """Return all values that must be the same in all processes of a run, by dotted name.
 
-    More than what must be the same when it goes on, such as when it is saved; but not the threads,
-    of which machines may have more or fewer.
-
-    Args:
-        config: the whole configuration.
-        origin: what `origin_of` gives.
+    Extends `origin` with settings such as save intervals, but drops the thread count, which may
+    differ by machine.
     """
     values = config.model_dump(mode="json")
     values["output"].pop("allow_change")
@@ -237,40 +221,27 @@ def everything_of(config: TrainConfig, origin: Mapping[str, Any]) -> dict[str, A
 
 
 def read_origin(run: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the origin of `run`, under today's names; what it did not keep is as in `origin`.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
+    """Return the stored origin of `run` under current names; missing fields come from `origin`."""
     before = read_origin_file(run)
-    if "threads" in origin:  # a run that was begun before they were kept does not say
+    if "threads" in origin:  # absent in runs of older versions
         before.setdefault("threads", origin["threads"])
     none = before.get("quant.kind", "none") == "none"
-    before.setdefault("quant.experts", None if none else False)  # runs of then packed none
+    before.setdefault("quant.experts", None if none else False)  # not in older versions
     knows_model = TOKENIZER in before
-    for key, value in origin.items():  # a field that is younger than the run, as it always was
+    for key, value in origin.items():  # fields added later, at their default
         of_model = key.startswith((TOKENIZER, TEMPLATE, CONFIG)) and not knows_model
         if of_model or value == _default_of(key):
             before.setdefault(key, value)
-    if f"data.{PROMPT}" in origin:  # runs of version 1 did not keep it
+    if f"data.{PROMPT}" in origin:  # not stored for version 1
         before.setdefault(f"data.{PROMPT}", 1)
     before.setdefault("data.validation_fingerprint", origin.get("data.validation_fingerprint"))
-    if None in (before.get("model.digest"), origin.get("model.digest")):  # it is now in a file
+    if None in (before.get("model.digest"), origin.get("model.digest")):  # FileDigests stores it
         before["model.digest"] = origin["model.digest"]
     return before
 
 
 def check_same_run(run: RunDirectory, before: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
-    """Refuse to resume `run` with another configuration, base model or data.
-
-    Args:
-        run: its directory.
-        before: what `read_origin` says of it.
-        origin: what it would be now.
-
-    Raises:
-        ConfigError: naming every field that differs, with both values.
-    """
+    """Raise ConfigError with all fields that differ between the origins `before` and `origin`."""
     changed = [key for key in {**before, **origin} if before.get(key) != origin.get(key)]
     if changed:
         shown = listing(
@@ -285,10 +256,10 @@ def check_same_run(run: RunDirectory, before: Mapping[str, Any], origin: Mapping
 
 
 def read_origin_file(run: RunDirectory) -> dict[str, Any]:
-    """Return what `run` kept of its beginning, under today's names.
+    """Return the origin stored in `run`, under current field names.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the file cannot be read.
     """
     path = run.checkpoints / ORIGIN
     try:
@@ -301,9 +272,9 @@ def read_origin_file(run: RunDirectory) -> dict[str, Any]:
 
 
 def _default_of(key: str) -> Any:
-    """Return the default of a dotted field of a section; None where there is no such."""
+    """Return the default of a dotted configuration field; None for an unknown field."""
     section, _, name = key.partition(".")
     fields = getattr(TrainConfig.model_fields.get(section), "annotation", None)
     field = getattr(fields, "model_fields", {}).get(name)
     default = None if field is None else field.get_default(call_default_factory=True)
-    return json.loads(json.dumps(default, default=str))  # as it is kept
+    return json.loads(json.dumps(default, default=str))  # as stored in the file

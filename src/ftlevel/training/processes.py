@@ -1,8 +1,7 @@
-"""The processes of one run, each with a device of its own, as a launcher starts them.
+"""The processes of a run, one per device, as started by a launcher.
 
-Every process resolves the same plan from the same files, which is checked. The first one alone
-speaks and writes; all of them compute each optimizer step together, on as many rows as one process
-would with as many micro-steps.
+Every process resolves the same plan from the same files, which is checked. Only the first process
+prints and writes; all compute each optimizer step together.
 """
 
 from __future__ import annotations
@@ -24,29 +23,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """How many there are, and which this one is.
-
-    Attributes:
-        world: what the launcher says.
-    """
+    """The number of processes and the rank of this one, from the launcher's environment."""
 
     world: World = field(default_factory=World)
 
     @property
     def count(self) -> int:
-        """How many there are, of all machines together."""
+        """Number of processes on all machines."""
         return self.world.size
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks and writes."""
+        """Whether this process prints and writes files."""
         return self.world.rank == 0
 
     def join(self) -> None:
-        """Meet the others. What they ask of one another goes by the CPU, GPUs share gradients.
+        """Initialize the process group, with gloo for CPU tensors and NCCL for GPU tensors.
 
         Raises:
-            RunError: they do not come.
+            RunError: the other processes cannot be reached.
         """
         if self.count == 1 or distributed.is_initialized():
             return
@@ -65,13 +60,10 @@ class Processes:
             ) from None
 
     def take_device(self, device: str) -> None:
-        """Take the GPU that is this process's, by the number on this machine.
-
-        Args:
-            device: torch device type.
+        """Select the GPU with this process's local rank.
 
         Raises:
-            ConfigError: there are fewer GPUs than processes here, or the device serves only one.
+            ConfigError: there are too few GPUs, or the device supports one process only.
         """
         if self.count == 1:
             return
@@ -88,12 +80,12 @@ class Processes:
             torch.cuda.set_device(local)
 
     def wait(self) -> None:
-        """Go on when all processes have come here."""
+        """Wait until all processes reach this call."""
         if self.count > 1:
             distributed.barrier()
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Return what `make` gives in the first process, or raise its error, in all of them."""
+        """Call `make` in the first process and return its result, or raise its error, in all."""
         if self.count == 1:
             return make()
         box: list[Any] = [None, None]
@@ -110,7 +102,7 @@ class Processes:
         return made
 
     def in_all(self, make: Callable[[], T]) -> T:
-        """Return what `make` gives in this process; raise in all what it raises in one of them."""
+        """Call `make` in every process and return its result; an error in one is raised in all."""
         if self.count == 1:
             return make()
         made, own = None, None
@@ -130,10 +122,10 @@ class Processes:
                 shared = kind(message if said[0] else f"rank {rank} ({host}): {message}")
                 shared.is_told = not self.is_first
                 raise shared
-        return cast("T", made)  # it was, where nobody raised
+        return cast("T", made)  # set if no process raised
 
     def exchange(self, own: T) -> list[T]:
-        """Return what each process gives, in their order."""
+        """Return the values of all processes, in rank order."""
         if self.count == 1:
             return [own]
         said: list[Any] = [None] * self.count
@@ -141,13 +133,10 @@ class Processes:
         return said
 
     def check_same(self, values: Mapping[str, Any]) -> None:
-        """Refuse a process that is about to compute something else than the first one.
+        """Raise ConfigError in all processes if `values` differ from the first process's.
 
-        Args:
-            values: what decides the run, by dotted name, as JSON would hold it.
-
-        Raises:
-            ConfigError: naming every process and field that differs, in all of them.
+        `values` maps dotted names to JSON values; the message lists every rank and field that
+        differs.
         """
         if self.count == 1:
             return
@@ -170,11 +159,11 @@ class Processes:
             raise error
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set in one of them: what all must do at the same step."""
+        """Whether `flag` is set in any process."""
         return bool(self.most(int(flag)))
 
     def mean(self, value: float) -> float:
-        """Return the mean of `value` over all of them."""
+        """Return the mean of `value` over all processes."""
         if self.count == 1:
             return value
         box = torch.tensor(value, dtype=torch.float64)
@@ -182,7 +171,7 @@ class Processes:
         return float(box) / self.count
 
     def most(self, wish: int) -> int:
-        """Return the largest `wish` of all: what they must do at the same step."""
+        """Return the maximum of `wish` over all processes."""
         if self.count == 1:
             return wish
         box = torch.tensor(wish)
@@ -191,24 +180,18 @@ class Processes:
 
 
 def started_processes() -> Processes:
-    """Return those that a launcher has started; one process where there is no launcher.
+    """Return the processes started by a launcher; a single one without a launcher.
 
     Raises:
-        ConfigError: what it says in the environment does not fit together.
+        ConfigError: the launcher's environment variables are inconsistent.
     """
     return Processes(read_world())
 
 
 def resolve_processes(config: TrainConfig, processes: Processes, rows_only: bool) -> TrainConfig:
-    """Return `config` with the number of processes that there are; None stands for one.
+    """Return `config` with the actual number of processes (None for one), or raise ConfigError.
 
-    Args:
-        config: the user's.
-        processes: those that were started.
-        rows_only: nothing is trained, so that one process can speak for all.
-
-    Raises:
-        ConfigError: another number was asked for.
+    With `rows_only` nothing is trained, and one process may stand for any configured number.
     """
     wish, count = config.train.num_processes, processes.count
     by = f" by {processes.world.launcher}" if processes.world.launcher else ""

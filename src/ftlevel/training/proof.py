@@ -1,10 +1,9 @@
-"""Proof that what was saved is what was trained: reload it onto the same base and compare.
+"""Reload the saved adapter onto the same base, and check that it equals the trained model.
 
-The base is not loaded a second time beside the model that was trained, which a device that just
-held the training could not hold. Its frozen tensors are shown to be those that were loaded, by
-their digests; the saved adapter is put onto it beside the trained one. Where the base is not itself
-any more (a start was taken out of it, or it was trained), a fresh one takes the model's place on
-the device.
+The base is not loaded a second time, because the device may have no room for it. Digests show that
+its frozen tensors are unchanged, and the saved adapter is added next to the trained one. If the
+base itself changed (rewritten by the initialization, or trained), a fresh copy replaces the model
+on the device.
 """
 
 from __future__ import annotations
@@ -34,21 +33,18 @@ from ftlevel.training.plan.plan import Plan
 PROBE_ROWS = 4
 
 PROBE_SCORES = 8_000_000
-"""Most scores of a language head that are compared: 32 MB, of which four are held at once."""
+"""Maximal number of language-head logits that are compared: 32 MB, with four copies in memory."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What the check of a saved run found.
+    """Result of checking a saved run; differences are maxima over absolute logit differences.
 
     Attributes:
-        gradient_tensors: how many tensors had a gradient at the first step.
-        idle_tensors: how many had a zero gradient in the first two steps.
-        frozen_tensors: how many frozen tensors are bit for bit those that were loaded.
-        reload_difference: largest |logit| difference between the trained and the reloaded model.
-        adapter_effect: largest |logit| difference that the training made.
-        probe_rows: how many rows were compared.
-        skipped_steps: how many steps float16 skipped because they overflowed.
+        idle_tensors: tensors with a zero gradient in the first two steps.
+        frozen_tensors: frozen tensors that are bit for bit as loaded.
+        adapter_effect: difference made by training.
+        skipped_steps: steps skipped because float16 overflowed.
     """
 
     gradient_tensors: int
@@ -62,12 +58,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class Origin:
-    """The base before anything was done to it.
-
-    Attributes:
-        digests: of its tensors, by their names in it.
-        load: loads it anew.
-    """
+    """Digests of the unmodified base's tensors, by their names in it, and a function to load it."""
 
     digests: Mapping[str, Digest]
     load: Callable[[], Any]
@@ -76,10 +67,10 @@ class Origin:
 def prove(
     adapted: Adapted, config: TrainConfig, plan: Plan, run: RunDirectory, gradients: GradientProof
 ) -> Proof:
-    """Compare what `run` has saved with the model of `adapted`, as it was trained.
+    """Compare the files saved in `run` with the trained model.
 
     Raises:
-        RunError: it is not what was trained, or nothing was.
+        RunError: they differ, or training changed nothing.
     """
     probe = build_probe(plan)
     found = check_saved(
@@ -93,7 +84,7 @@ def prove(
 
 
 def describe_proof(found: Found, probe: Probe, gradients: GradientProof) -> Proof:
-    """Return what is told of a saved run that was compared with what was trained."""
+    """Return the proof of a saved run from the comparison and the observed gradients."""
     return Proof(
         gradients.checked, len(gradients.idle), *found, len(probe.batch["input_ids"]),
         gradients.skipped,
@@ -101,7 +92,7 @@ def describe_proof(found: Found, probe: Probe, gradients: GradientProof) -> Proo
 
 
 def build_probe(plan: Plan) -> Probe:
-    """Return what the models of a run are compared on."""
+    """Return the batch and settings that models of a run are compared on."""
     planned, rows = plan.model, plan.data.validation or plan.data.train
     batch = probe_batch(rows, planned.pad_id, planned.device, plan.objective, planned.vocabulary)
     return Probe(batch, plan.objective, planned.device, planned.dtype)
@@ -110,14 +101,10 @@ def build_probe(plan: Plan) -> Probe:
 def probe_batch(
     rows: Sequence[Encoded], pad_id: int, device: str, objective: Objective, vocabulary: int
 ) -> dict[str, torch.Tensor]:
-    """Return a batch of rows of a middling length, to compare logits on.
+    """Return a batch of rows of medium length, to compare logits on.
 
-    Args:
-        rows: encoded rows.
-        pad_id: fills the batch.
-        device: torch device type.
-        objective: what is trained for; what scores a vocabulary gets the beginnings of rows.
-        vocabulary: how many tokens a language head scores.
+    For token objectives rows are truncated, so that the logits (`vocabulary` per position) stay
+    below `PROBE_SCORES`.
     """
     branches = (branch for row in rows for branch in row.branches)
     chosen = sorted(branches, key=lambda branch: len(branch.input_ids))
@@ -130,9 +117,9 @@ def probe_batch(
 
 
 def _shorten(row: Encoded, most: int, objective: TokenObjective) -> Encoded:
-    """Return the beginning of `row` with at most `most` scored positions."""
+    """Return the beginning of `row` with at most `most` positions that have logits."""
     labels = row.labels[:most] if isinstance(row.labels, list) else row.labels
-    if objective.feeds_labels:  # the decoder's positions are the labels'
+    if objective.feeds_labels:  # the decoder has one position per label
         return replace(row, labels=labels)
     extras = {name: values[:most] for name, values in row.extras.items()}
     return replace(row, input_ids=row.input_ids[:most], labels=labels, extras=extras)
@@ -140,14 +127,7 @@ def _shorten(row: Encoded, most: int, objective: TokenObjective) -> Encoded:
 
 @dataclass(frozen=True)
 class Probe:
-    """What two models are compared on.
-
-    Attributes:
-        batch: rows, on the device.
-        objective: what was trained for.
-        device: torch device type.
-        dtype: compute precision's name.
-    """
+    """The batch, objective, device and compute dtype that two models are compared with."""
 
     batch: dict[str, torch.Tensor]
     objective: Objective
@@ -167,23 +147,18 @@ class Probe:
 
 
 Found = tuple[int, float, float]
-"""Frozen tensors compared, largest difference after reloading, largest effect of training."""
+"""Number of compared frozen tensors, largest difference after reloading, largest effect of
+training."""
 
 
 def check_saved(
     trained: Any, directory: Path, origin: Origin, probe: Probe, *, rewritten: bool = False
 ) -> Found:
-    """Load what was saved in `directory` onto the base and compare it with `trained`.
+    """Load the files in `directory` onto the base and compare the result with `trained`.
 
-    Args:
-        trained: the model as it was trained; left as it is.
-        directory: the saved adapter, or the whole model of `--method full`.
-        origin: the base that it was put onto.
-        probe: what to compare logits on.
-        rewritten: whether the method took its start out of the weights under its updates.
-
-    Raises:
-        RunError: frozen weights changed, the reloaded model differs, or training changed nothing.
+    `trained` is left unchanged. `rewritten` means that the method's initialization changed the base
+    weights. Raises RunError if frozen weights or the reloaded logits differ, or training changed
+    nothing.
     """
     frozen = compare_frozen(trained, origin.digests, rewritten=rewritten)
     after = probe.logits(trained)
@@ -200,21 +175,15 @@ def check_saved(
 
 
 def bound_of(logits: torch.Tensor, probe: Probe) -> float:
-    """Return how far the logits of a model that was saved may be from those of the trained one."""
+    """Return the maximal allowed difference between the logits of saved and trained model."""
     return logits.abs().max().item() * (1e-5 if probe.dtype == "float32" else 1e-2)
 
 
 def check_differences(directory: Path, difference: float, effect: float, bound: float) -> None:
-    """Refuse what was saved in `directory` where it is not what was trained.
+    """Raise RunError if `difference` exceeds `bound`, or if the `effect` of training is zero.
 
-    Args:
-        directory: the saved adapter or model.
-        difference: of its logits from those of the trained one.
-        effect: of training on the logits.
-        bound: of the difference.
-
-    Raises:
-        RunError: it is not, or training changed nothing.
+    Both are largest absolute differences of logits: saved and trained model, before and after
+    training.
     """
     if not difference <= bound:
         raise RunError(
@@ -230,13 +199,13 @@ def check_differences(directory: Path, difference: float, effect: float, bound: 
 
 
 Compared = tuple[torch.Tensor, torch.Tensor]
-"""Logits of the base without what was trained, and with what was saved."""
+"""Logits of the base without the trained tensors, and with the saved ones."""
 
 _SAVED = "saved"
 
 
 def _on_the_same_base(trained: Any, directory: Path, probe: Probe) -> Compared | None:
-    """Put the saved adapter beside the trained one; None where they cannot stand together."""
+    """Add the saved adapter next to the trained one; None if PEFT cannot combine them."""
     name, flags = trained.active_adapter, [p.requires_grad for p in trained.parameters()]
     with disabled_adapter(trained):
         before = probe.logits(trained)
@@ -244,7 +213,7 @@ def _on_the_same_base(trained: Any, directory: Path, probe: Probe) -> Compared |
         add_adapter(trained, directory, _SAVED)
         trained.set_adapter(_SAVED)
         return before, probe.logits(trained)
-    except InputError:  # of its kind a model has one; or it is damaged, which a fresh base tells
+    except InputError:  # only one of its kind is allowed, or it is damaged: use a fresh base
         return None
     finally:
         trained.set_adapter(name)
@@ -257,7 +226,7 @@ def _on_the_same_base(trained: Any, directory: Path, probe: Probe) -> Compared |
 def _on_a_fresh_base(
     trained: Any, directory: Path, load_base: Callable[[], Any], probe: Probe
 ) -> Compared:
-    """Load the base anew, with `trained` out of the device's memory meanwhile."""
+    """Load the base again, with `trained` moved off the device meanwhile."""
     with _on_the_cpu(trained, probe.device):
         fresh = load_base()
         if hasattr(trained, "peft_config"):
@@ -275,7 +244,7 @@ def _on_a_fresh_base(
 
 @contextlib.contextmanager
 def _on_the_cpu(model: Any, device: str) -> Iterator[None]:
-    """Hold `model` (mutated) in the host's memory inside the block, if it is not there anyway."""
+    """Move `model` (mutated) to host memory inside the block."""
     place = next(model.parameters()).device
     if device != "cpu":
         model.to("cpu")
@@ -287,10 +256,10 @@ def _on_the_cpu(model: Any, device: str) -> Iterator[None]:
 
 
 def compare_frozen(trained: Any, expected: Mapping[str, Digest], *, rewritten: bool = False) -> int:
-    """Return how many frozen tensors of `trained` are those of the base, by its digests.
+    """Return how many frozen tensors of `trained` have the digests of the base.
 
     Raises:
-        RunError: one is not.
+        RunError: a tensor changed.
     """
     frozen = [(base_name(name), p) for name, p in trained.named_parameters() if not p.requires_grad]
     known = [(name, tensor) for name, tensor in frozen if name in expected]
@@ -300,9 +269,9 @@ def compare_frozen(trained: Any, expected: Mapping[str, Digest], *, rewritten: b
         for name, tensor in known
         if found[name] != expected[name] and not _is_only_cast(tensor, expected[name])
     ]
-    # A head's frozen original is random where the checkpoint has no head; it is never used.
+    # PEFT never uses a head's frozen original, which is random if the checkpoint has no head.
     changed = [name for name in changed if not _is_replaced(trained, name)]
-    if rewritten:  # the weights under its updates are those without the start
+    if rewritten:  # base weights without the initialization
         changed = [name for name in changed if not _is_adapted(trained, name)]
     if changed:
         raise RunError(
@@ -313,10 +282,7 @@ def compare_frozen(trained: Any, expected: Mapping[str, Digest], *, rewritten: b
 
 
 def _is_only_cast(tensor: torch.Tensor, expected: Digest) -> bool:
-    """Whether the numbers are equal and the precision is another.
-
-    A forward pass may cast a weight, as Switch Transformers does its router.
-    """
+    """Whether only the dtype differs; Switch Transformers casts its router in the forward pass."""
     if tensor.dtype == expected.dtype or not tensor.is_floating_point():
         return False
     tensor = own_part(tensor.detach())
@@ -337,6 +303,6 @@ def _is_adapted(trained: Any, name: str) -> bool:
 
 @contextlib.contextmanager
 def disabled_adapter(model: Any) -> Any:
-    """Switch a PEFT model's adapter off inside the block."""
+    """Disable a PEFT model's adapter inside the block."""
     with model.disable_adapter():
         yield

@@ -1,22 +1,10 @@
-"""What the model says of the answers as it begins: the reference that preferences are held against.
+"""Reference log-probabilities for preference training, computed once before step 1 and cached.
 
-It is the model at step 0, with whatever adapter it begins with, and nothing dropped: where a method
-rewrites the base (PiSSA, OLoRA, LoftQ) the base without its adapter is another model, and where the
-run goes on from an adapter that is what must not be left. It is computed once, by the packed rows
-of the fast step, and kept under a digest of all that decides it; so no second model is ever loaded.
-
-What models say of rows, on disk, under a digest of all that decides it.
-
-The reference of preferences that another run, adapter or model is: asked, and let go.
-
-It goes through the rows before the weights of the run load, so that no two models are in memory.
-
-What models say of the rows before the first step, computed once and kept.
-
-`fill` asks the model as it begins, which preferences are held against; `another` asks a model that
-is not trained in its place, and `teacher` one whose predictions are learned. `beside` finds these
-two before weights load, `asked` is the order of it all, and `kept` is the file in which answers lie
-between runs.
+The reference is the initial model, with any adapter that training continues from, without dropout.
+The base without an adapter would be a different model if a method rewrites it (PiSSA, OLoRA,
+LoftQ). Values are computed on the packed rows of the fast step and cached under a digest of all
+inputs, so no second model is loaded. With `--reference`, another model computes them before the
+run's weights load, and is freed afterwards.
 """
 
 from __future__ import annotations
@@ -63,9 +51,9 @@ from ftlevel.workspace import Workspace
 def read_or_fill(
     config: TrainConfig, start: str, rows: Sequence[Encoded], fill: Callable[[np.ndarray], None]
 ) -> tuple[np.ndarray, bool]:
-    """Return (rows, 2) as `fill` writes it, and whether all of it was kept from before.
+    """Return the (rows, 2) float32 array written by `fill`, and whether it was fully cached.
 
-    A file that a run was killed in is gone on with. Of several processes one computes.
+    A partly filled file is completed. A file lock ensures that one process computes at a time.
     """
     path = place_of(config, "reference", start, rows)
     array, was_whole = open_or_fill(path, (len(rows), 2), np.dtype(np.float32), fill)
@@ -75,13 +63,10 @@ def read_or_fill(
 def open_or_fill(
     path: Path | None, shape: tuple[int, ...], dtype: Any, fill: Callable[[np.ndarray], None]
 ) -> tuple[np.ndarray, bool]:
-    """Return the array in the file at `path` as `fill` writes it, and whether it was whole before.
+    """Return the array at `path`, completed by `fill`, and whether it was complete before.
 
-    Args:
-        path: None where nothing may be kept: the array is in memory.
-        shape: of the array.
-        dtype: of an item; a record's first field holds its numbers.
-        fill: writes what is missing of it, of each row the first number last.
+    Missing values are NaN. In a structured dtype the first value of the first field marks an item
+    as filled, so `fill` must write it last. Without `path`, the array is in memory.
     """
     from filelock import FileLock
 
@@ -100,28 +85,21 @@ def open_or_fill(
 
 
 def numbers_of(array: np.ndarray) -> np.ndarray:
-    """Return what of `array` is NaN until it is filled."""
+    """Return the part of `array` that is NaN until it is filled."""
     names = array.dtype.names
     found: np.ndarray = array[names[0]] if names else array
     return found
 
 
 def is_missing(array: np.ndarray) -> np.ndarray:
-    """Return whether each item of `array`, along its first axis, is still to be filled."""
+    """Return a mask of the items of `array` that are not filled yet."""
     numbers = numbers_of(array)
     found: np.ndarray = np.isnan(numbers if array.dtype.names is None else numbers[..., 0])
     return found
 
 
 def place_of(config: TrainConfig, kind: str, start: str, rows: Sequence[Encoded]) -> Path | None:
-    """Return the file of these rows and this start; None where nothing may be kept.
-
-    Args:
-        config: the whole configuration.
-        kind: of what is kept.
-        start: all else that decides it.
-        rows: what it is of.
-    """
+    """Return the path of the cache file for `rows` and the key `start`; None if caching is off."""
     if not config.data.cache or not is_writable():
         return None
     digest = hashlib.sha256(start.encode())
@@ -133,7 +111,7 @@ def place_of(config: TrainConfig, kind: str, start: str, rows: Sequence[Encoded]
 
 
 def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
-    """Map the file at `path`, or a new one without numbers."""
+    """Memory-map the file at `path`, or a new one filled with NaN."""
     if path.exists():
         with contextlib.suppress(ValueError, OSError):
             known = np.lib.format.open_memmap(path, mode="r+")
@@ -147,7 +125,7 @@ def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
 
 
 def digest_start(config: TrainConfig, plan: Plan, adapted: Adapted) -> str:
-    """Return a digest of all that decides what the model says of a row as it begins."""
+    """Return a JSON string of all that determines the initial model's log-probabilities."""
     model, fast = plan.model, adapted.fast.plan if adapted.fast is not None else plan.fast
     place = model.source.path
     digest = hashlib.sha256()
@@ -173,17 +151,15 @@ def digest_start(config: TrainConfig, plan: Plan, adapted: Adapted) -> str:
 
 
 AT_ONCE = 64
-"""Rows that are cut into micro-batches together."""
+"""Rows that are split into micro-batches together."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What is known of the reference.
+    """Facts of a reference for summary.json, and `start`, a directory with files to save.
 
-    Attributes:
-        facts: what summary.json says of it.
-        start: a temporary directory with the adapter as it began, or the name of another model;
-            None where it began as nothing.
+    `start` has the initial adapter or the name of another model; it is None if the adapter has no
+    effect.
     """
 
     facts: Mapping[str, Any]
@@ -193,13 +169,9 @@ class Reference:
 def fill_reference(
     config: TrainConfig, plan: Plan, adapted: Adapted, listener: Listener
 ) -> tuple[Plan, Reference | None]:
-    """Return the plan with rows that know their reference, and what is known of that.
+    """Return the plan with log-probabilities of the initial model, and the reference.
 
-    Args:
-        config: the whole configuration.
-        plan: of the run.
-        adapted: its model, as it begins, with the fast step on it.
-        listener: told of it.
+    The reference is None if the objective needs none.
     """
     if not needs_reference(plan):
         return plan, None
@@ -210,7 +182,7 @@ def fill_reference(
 
 
 def needs_reference(plan: Plan) -> bool:
-    """Whether the rows of a run have to know a reference."""
+    """Whether the objective of a run needs reference log-probabilities."""
     objective = plan.objective
     return isinstance(objective, LikelihoodObjective) and objective.needs_reference
 
@@ -223,15 +195,10 @@ def fill_rows(
     ask: Callable[[], tuple[Plan, Adapted]],
     listener: Listener,
 ) -> tuple[Plan, dict[str, Any]]:
-    """Return `plan` with rows that know their reference, and what summary.json says of that.
+    """Return `plan` with reference log-probabilities in its rows, and facts for summary.json.
 
-    Args:
-        config: the whole configuration.
-        plan: of the run.
-        name: of the reference, for the screen.
-        key: all that decides what the reference says of a row.
-        ask: gives the reference, and the plan by which it computes; not called where all is kept.
-        listener: told of it.
+    `key` identifies all that determines the values. `ask` loads the reference model and the plan it
+    computes with; it is not called if all values are cached.
     """
     task: Any = plan.task
     train, cached = read_or_fill(config, key, plan.data.train, lambda into: _fill(*ask(), into))
@@ -254,20 +221,13 @@ def fill_rows(
 
 
 FIRST_LOSS = 1e-6
-"""How far the first loss may be from what it has to be, relative, without a word about it."""
+"""Relative deviation of the first loss from its expected value that is accepted without a note."""
 
 
 def describe_first_loss(
     reference: Reference, config: TrainConfig, plan: Plan, records: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return what summary.json says of the reference, and why the first loss is another.
-
-    Args:
-        reference: of the run.
-        config: the whole configuration.
-        plan: of the run.
-        records: what was logged.
-    """
+    """Return the reference's facts for summary.json, and a note if the first loss deviates."""
     expected, facts = plan.objective.first_loss, dict(reference.facts)
     first = next((r["loss"] for r in records if r["step"] == 1 and "loss" in r), None)
     if expected is None or first is None:
@@ -285,10 +245,10 @@ def describe_first_loss(
 
 
 def _keep_start(config: TrainConfig, plan: Plan, adapted: Adapted) -> Any:
-    """Return a temporary directory with the adapter as it begins; None where that is nothing.
+    """Return a temporary directory with the initial adapter; None if it has no effect.
 
-    An adapter that takes its start out of the base is saved for the untouched base, and nothing
-    there as well.
+    An adapter that rewrites the base is saved for the original base, where its start has no effect
+    either.
     """
     model = adapted.model
     rewrites = METHODS[config.method.kind].rewrites_base(config.method)
@@ -303,7 +263,7 @@ def _keep_start(config: TrainConfig, plan: Plan, adapted: Adapted) -> Any:
 
 
 def _switched(plan: Plan, adapted: Adapted, *, off: bool) -> np.ndarray:
-    """Return what the model says of a row, with its adapter or without."""
+    """Return the first row's log-probabilities (1, 2), with the adapter enabled or `off`."""
     row, model = plan.data.train[0], adapted.model
     training = model.training
     model.eval()
@@ -319,7 +279,7 @@ def _switched(plan: Plan, adapted: Adapted, *, off: bool) -> np.ndarray:
 
 
 def _fill(plan: Plan, adapted: Adapted, into: np.ndarray) -> None:
-    """Write what is missing of `into` (rows, 2; mutated), some rows at a time."""
+    """Write the missing values of `into` (rows, 2; mutated), `AT_ONCE` rows at a time."""
     rows, model = plan.data.train, adapted.model
     training = model.training
     model.eval()
@@ -338,7 +298,7 @@ def _fill(plan: Plan, adapted: Adapted, into: np.ndarray) -> None:
 
 
 def _measure(plan: Plan, adapted: Adapted, rows: Sequence[Encoded]) -> np.ndarray:
-    """Return (rows, 2): of a pair its two answers, else the answer and what it contrasts with."""
+    """Return log-probabilities (rows, 2): both answers of a pair, or an answer and its contrast."""
     found = np.full((len(rows), 2), np.nan, dtype=np.float32)
     contrasts = [other for row in rows for other in row.contrasts]
     for column, some in ((0, rows), (1, contrasts)):
@@ -351,7 +311,7 @@ def _measure(plan: Plan, adapted: Adapted, rows: Sequence[Encoded]) -> np.ndarra
 def _score(
     plan: Plan, adapted: Adapted, rows: Sequence[Encoded]
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Yield indices of rows and how likely their answers are, by the path of the training step."""
+    """Yield row indices and their answers' log-probabilities, computed as in a training step."""
     objective, device = plan.objective, plan.model.device
     if not rows or not isinstance(objective, LikelihoodObjective):
         return
@@ -366,7 +326,7 @@ def _score(
 def micro_batches(
     fast: FastStep | None, rows: Sequence[Encoded], pad_id: int
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """Yield indices of rows and their batch, as the training step would cut them."""
+    """Yield row indices and their batch, split as in a training step."""
     if fast is not None:
         yield from StepCollator(pad_id, fast.plan).split(rows)
         return
@@ -378,12 +338,9 @@ def micro_batches(
 def ask_reference(
     config: TrainConfig, plan: Plan, listener: Listener
 ) -> tuple[Plan, Reference | None]:
-    """Return the plan with rows that know what another model says of them, where one is named.
+    """Return the plan with log-probabilities of the `--reference` model, and the reference.
 
-    Args:
-        config: the whole configuration.
-        plan: of the run.
-        listener: told of it.
+    The reference is None if no model is named or the objective needs none.
     """
     another = plan.beside.reference
     if another is None or not needs_reference(plan):
@@ -391,7 +348,7 @@ def ask_reference(
     listener.stage("ask the reference")
     preference = config.preference
     weighting = preference.ld_alpha if preference.loss == "ld-dpo" else None
-    cut = [plan.fast.prefix_tree, plan.fast.tokens]  # as the policy's rows, rounded alike
+    cut = [plan.fast.prefix_tree, plan.fast.tokens]  # same rounding as the policy's rows
     key = json.dumps([describe_asking(another, plan), cut, weighting])
     with contextlib.ExitStack() as held:
         ask = functools.cache(lambda: held.enter_context(loaded(another, plan, listener)))
@@ -403,7 +360,7 @@ def ask_reference(
 
 
 def describe_asking(another: Another, plan: Plan) -> dict[str, object]:
-    """Return all that decides what `another` says of a row."""
+    """Return all that determines the outputs of `another` for a row."""
     fast = plan.fast
     return {
         "model": another.fingerprint,
@@ -415,7 +372,7 @@ def describe_asking(another: Another, plan: Plan) -> dict[str, object]:
 
 @contextlib.contextmanager
 def loaded(another: Another, plan: Plan, listener: Listener) -> Iterator[tuple[Plan, Adapted]]:
-    """Give the plan by which `another` computes the rows of `plan`, and its model, in the block."""
+    """Load `another` inside the block; yield the plan it computes with, and the model."""
     trained = load_found(another.found, plan.model.device)
     forward = plan_forward(
         trained.model, trained.kind, trained.method, plan.objective, plan.fast.tokens

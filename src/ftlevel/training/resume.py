@@ -1,6 +1,6 @@
-"""Begin a run, or go on with one: only with the same one, and from a checkpoint that is whole.
+"""Start a run, or resume it with the same origin from a complete checkpoint.
 
-What an interrupted run says: what was kept, and how to go on.
+Also has the messages of interrupted and finished runs.
 """
 
 from __future__ import annotations
@@ -49,12 +49,9 @@ from ftlevel.training.summary import describe_base, dump_config, resolved_config
 
 
 def check_base_stays(config: TrainConfig) -> None:
-    """Refuse to go on with a run on another base model than it was begun with.
+    """Raise ConfigError if a resumed run has a different base model or tokenizer.
 
-    Before the rows are read, which another tokenizer would find fault with.
-
-    Raises:
-        ConfigError: naming both.
+    Runs before rows are encoded, because a different tokenizer might fail on them.
     """
     wish, run = config.model, config.output.dir
     before = _begun_as(config)
@@ -69,7 +66,7 @@ def check_base_stays(config: TrainConfig) -> None:
             f"{expected[:12]}…, and {source.words} has other weights ({found[:12]}…). Name the "
             "base that it was begun on, or start anew in another --output-dir."
         )
-    if "model.adapter_fingerprint" not in before:  # which has a tokenizer of its own
+    if "model.adapter_fingerprint" not in before:  # an adapter has its own tokenizer
         tokenizer = load_tokenizer(source)
         choose_chat_template(tokenizer, config.data.chat_template)
         choose_pad_token(tokenizer)
@@ -80,33 +77,29 @@ def check_base_stays(config: TrainConfig) -> None:
 
 
 def tokens_begun_with(config: TrainConfig) -> int | None:
-    """Return the tokens of a micro-batch of the run that goes on; None where none were chosen."""
+    """Return the tokens per micro-batch of the resumed run; None if there are none."""
     known = (_begun_as(config) or {}).get("speed.tokens_per_micro_batch")
     return known if isinstance(known, int) else None
 
 
 def prompt_version_begun_with(config: TrainConfig) -> int | None:
-    """Return the version of plain prompts of the run that is resumed; None where a run begins."""
+    """Return the plain-prompt version of the resumed run; None for a new run."""
     before = _begun_as(config)
     return None if before is None else int(before.get(f"data.{PROMPT}", 1))
 
 
 def _begun_as(config: TrainConfig) -> dict[str, Any] | None:
-    """Return the origin of the run that goes on; None where a run begins."""
+    """Return the origin of the resumed run; None for a new run."""
     run = config.output.dir
     if not config.output.resume or run is None:
         return None
-    if not (RunDirectory(run).checkpoints / ORIGIN).exists():  # it begins anew
+    if not (RunDirectory(run).checkpoints / ORIGIN).exists():  # a new run
         return None
     return read_origin_file(RunDirectory(run))
 
 
 def check_shared(run: RunDirectory, processes: Processes) -> None:
-    """Refuse a run directory that not all processes see.
-
-    Raises:
-        ConfigError: naming the first that does not.
-    """
+    """Raise ConfigError if a process does not see the files that rank 0 writes into `run`."""
     if processes.count == 1:
         return
 
@@ -127,11 +120,7 @@ def check_shared(run: RunDirectory, processes: Processes) -> None:
 
 
 def check_base_outlives(config: TrainConfig, plan: Plan) -> None:
-    """Refuse to replace a directory in which the base model is.
-
-    Raises:
-        ConfigError: it would be deleted with it.
-    """
+    """Raise ConfigError if `--overwrite` would delete the base model."""
     output, base = config.output, plan.model.source.path
     if not output.overwrite or output.dir is None or base is None:
         return
@@ -143,19 +132,18 @@ def check_base_outlives(config: TrainConfig, plan: Plan) -> None:
 
 
 _LENGTH = ("train.num_train_epochs", "train.max_steps", "train.early_stopping_patience")
-"""These may be others than they were: a run can be made longer."""
+"""Fields that may differ on resume, because a run can be made longer."""
 
 
 @dataclass(frozen=True)
 class GoingOn:
-    """Where a run goes on from.
+    """State that a run resumes from.
 
     Attributes:
-        checkpoint: the newest whole one; None where the run begins, or is at its end.
-        past: what was logged until then.
-        has_new_length: whether the run is to end at another step than when that was written.
-        finished: summary.json of a run at which nothing is left to do.
-        changes: what is another than it was, by the user's leave.
+        checkpoint: newest complete one; None for a new or finished run.
+        past: log records up to the checkpoint.
+        has_new_length: whether the planned number of steps has changed.
+        finished: summary.json of a run with nothing left to train.
     """
 
     checkpoint: Path | None = None
@@ -165,13 +153,7 @@ class GoingOn:
     changes: list[dict[str, Any]] = field(default_factory=list)
 
     def owes_evaluation(self, strategy: str, an_epoch: int, steps: int) -> bool:
-        """Whether the run was broken off between a checkpoint and the evaluation of its epoch.
-
-        Args:
-            strategy: when the run is evaluated.
-            an_epoch: steps of an epoch.
-            steps: of the run.
-        """
+        """Whether the run was interrupted between a checkpoint and the evaluation of its epoch."""
         if self.checkpoint is None or strategy != "epoch":
             return False
         step = step_of(self.checkpoint)
@@ -182,11 +164,10 @@ class GoingOn:
 def find_going_on(
     config: TrainConfig, plan: Plan, origin: Mapping[str, Any], listener: Listener
 ) -> GoingOn:
-    """Return where the run goes on from, before weights load; a new run goes on from nowhere.
+    """Return the state that the run resumes from, before weights load; empty for a new run.
 
-    Raises:
-        ConfigError: it is not the same run, is to be shorter than it is, or is done and has no
-            checkpoint.
+    Raises ConfigError if the origin differs, the run is longer than its new length, or is finished
+    without a checkpoint.
     """
     if not config.output.resume or config.output.dir is None:
         return GoingOn()
@@ -222,17 +203,7 @@ def find_going_on(
 
 
 def _check_length(config: TrainConfig, plan: Plan, before: Mapping[str, Any], trained: int) -> None:
-    """Refuse a length that changes nothing, was trained already, or that the method cannot take.
-
-    Args:
-        config: the whole configuration.
-        plan: its plan.
-        before: the fields of the length that were others.
-        trained: steps that the run has made.
-
-    Raises:
-        ConfigError: it cannot be had.
-    """
+    """Raise ConfigError if the new length has no effect, is too short, or is unsupported."""
     where, train, steps = f"--resume {config.output.dir}", config.train, plan.schedule.steps
     old = {key.rpartition(".")[2]: value for key, value in before.items()}
     was = count_steps(train.model_copy(update=old), len(plan.data.train))
@@ -261,10 +232,7 @@ def open_or_go_on(
     going_on: GoingOn,
     listener: Listener,
 ) -> RunDirectory:
-    """Return the run directory: a new one, or that of the run that goes on.
-
-    What it says of itself is written anew: its length, and where its files are, may be others.
-    """
+    """Return the run directory, new or resumed, with configuration and origin rewritten."""
     config, output = taken.config, taken.config.output
     if going_on.checkpoint is not None and output.dir is not None:
         run = RunDirectory(output.dir)
@@ -296,11 +264,7 @@ def open_or_go_on(
 def _allowed_changes(
     config: TrainConfig, before: Mapping[str, Any], origin: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Return what is another than it was, and may be.
-
-    Raises:
-        ConfigError: a field is named that there is not.
-    """
+    """Return the differing fields that `--allow-change` permits; ConfigError for unknown names."""
     allowed = config.output.allow_change
     known = {**before, **origin}
     unknown = [name for name in allowed if name not in known]
@@ -319,10 +283,10 @@ def _allowed_changes(
 def _changes_of_files(
     config: TrainConfig, run: RunDirectory, digests: FileDigests, listener: Listener
 ) -> list[dict[str, Any]]:
-    """Return what bytes of the files are others than when the run began, and may be.
+    """Return the files whose bytes changed, if `--allow-change` permits it.
 
     Raises:
-        ConfigError: naming the files; they may not.
+        ConfigError: naming the files, if it does not.
     """
     changed = digests.changes(run.checkpoints)
     if changed is None:
@@ -349,22 +313,20 @@ _CONTENT = {
     "data.also": ROWS,
     "data.validation_file": "data.validation_fingerprint",
 }
-"""What may have another name, and what says that it is the same."""
+"""Fields whose value may change, and the fingerprint that must stay the same."""
 
 
 def _is_known_by_content(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether `key` is the name of something that is the same, wherever it is now."""
+    """Whether the content that `key` refers to has the same fingerprint in both origins."""
     content = _CONTENT.get(key, "")
     return now.get(content) is not None and before.get(content) == now[content]
 
 
 def find_checkpoint(run: RunDirectory, listener: Listener) -> Path | None:
-    """Return the newest whole checkpoint of `run`, or None if it has none and begins anew.
-
-    Newer ones that are damaged are named.
+    """Return the newest complete checkpoint of `run`, or None; warn of damaged newer ones.
 
     Raises:
-        ConfigError: it has none, and is done.
+        ConfigError: there is none, and the run is finished.
     """
     newest, rejected = checkpoints.newest_whole(run.checkpoints)
     for line in rejected:
@@ -382,12 +344,7 @@ def find_checkpoint(run: RunDirectory, listener: Listener) -> Path | None:
 
 
 def describe_stop(run: RunDirectory, state: Any) -> str:
-    """Say what a run that was stopped after a step has.
-
-    Args:
-        run: its directory.
-        state: Trainer's, whose step has a checkpoint.
-    """
+    """Return the message of a run that was interrupted after a step, with the resume command."""
     is_longer = run.adapter.exists()
     adapter = "the adapter is of its former end" if is_longer else "there is no adapter yet"
     return (
@@ -398,13 +355,7 @@ def describe_stop(run: RunDirectory, state: Any) -> str:
 
 
 def describe_end(run: RunDirectory, config: TrainConfig, summary: Mapping[str, Any]) -> str:
-    """Say that a run is finished, and what would make it longer.
-
-    Args:
-        run: its directory.
-        config: the whole configuration.
-        summary: what summary.json holds.
-    """
+    """Return the message of a finished run, with the flags that extend it."""
     steps, best = summary["steps"], summary.get("best") or {}
     planned, train = summary.get("planned_steps", steps), config.train
     length = (
@@ -428,11 +379,7 @@ def describe_end(run: RunDirectory, config: TrainConfig, summary: Mapping[str, A
 
 @contextlib.contextmanager
 def telling_what_is_kept(run: RunDirectory) -> Iterator[None]:
-    """Say what the run has when Ctrl-C ends the block at once, in the middle of a step or a save.
-
-    Raises:
-        Interrupted: instead of KeyboardInterrupt.
-    """
+    """Convert KeyboardInterrupt into Interrupted, with the newest complete checkpoint."""
     try:
         yield
     except KeyboardInterrupt:

@@ -1,20 +1,10 @@
-"""The Trainer of a model of which each process holds a part.
+"""Training of a sharded model: its Trainer, its verification, and unsupported options.
 
-Proof that what was saved is what was trained, where no process has the whole model.
-
-Nothing is gathered: each process compares its part of the base with what it was, and what is whole
-in every process with the file that the first one wrote.
-
-What cannot be shared out over processes, said before weights load.
-
-A model that the processes of a run share: its Trainer, its proof, and what cannot be shared.
-
-`training.memory.shards` shares it out by torch's FSDP2, block by block. accelerate's plugin for it
-is not used: it shards what is trained together with the base, in one precision, and prepares the
-model anew. Here the few tensors that a method trains stay whole in every process, so that
-optimizer, clipping, checkpoints and the saved adapter are those of one process.
-
-May import what `training` may; of `training` only `commands` and `build_trainer` import it.
+`training.shards` shards the model with FSDP2, block by block. accelerate's FSDP plugin is not used:
+it shards trainable tensors together with the base in one precision, and prepares the model again.
+Here the few tensors that a method trains stay whole in every process, so optimizer, clipping,
+checkpoints and the saved adapter are those of a single process. Verification gathers no weights:
+each process compares its part of the base with its digests.
 """
 
 from __future__ import annotations
@@ -70,14 +60,12 @@ _OPTIMIZER, _SCHEDULER = "optimizer", "scheduler.pt"
 
 
 class ShardedTrainer(FtlevelTrainer):
-    """Calls the model as often in every process, and averages what is whole in each.
+    """Trainer that calls the model equally often in every process and averages gradients.
 
-    The base's parts are gathered in every forward and backward pass, which all processes must
-    make together: one that has fewer micro-batches computes one again, for nothing. Gradients of
-    what the method trains are averaged once a step; those of `--method full` by FSDP2 itself.
-
-    Parts of a checkpoint are copied to the host and written while the run goes on, where the host
-    has room for the copies; the next checkpoint, and the end, wait for it.
+    Each pass gathers parts of the base, so all processes must take part; one with fewer
+    micro-batches repeats some with zero loss. Gradients of whole tensors are averaged once per
+    step, those of `--method full` by FSDP2. If host memory allows, checkpoint parts are copied
+    there and written in the background; the next checkpoint and the end of training wait for it.
     """
 
     def __init__(self, **arguments: Any):
@@ -88,7 +76,7 @@ class ShardedTrainer(FtlevelTrainer):
         self._whole = [p for p in trained(self.model) if not isinstance(p, DTensor)]
 
     def calls_of(self, own: int) -> int:
-        """Return the most micro-batches that a process has."""
+        """Return the largest number of micro-batches of any process."""
         return self.processes.most(own)
 
     def training_step(
@@ -97,24 +85,24 @@ class ShardedTrainer(FtlevelTrainer):
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Return the loss of the batch; after the last of a step, gradients are all processes'."""
+        """Return the loss of the batch; average gradients after the last batch of a step."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             average(self._whole, self.processes.count)
         return loss
 
     def _sync_replicated_trainable_parameters(self, model: Any) -> None:
-        """Begin with the first process's tensors; Trainer would average a gradient as it comes."""
+        """Broadcast the first process's tensors, without Trainer's averaging of each gradient."""
         del model
         for parameter in self._whole:
             distributed.broadcast(parameter.data, src=0)
 
     def _defer_fsdp_gradient_reduction(self) -> contextlib.AbstractContextManager[None]:
-        """Have FSDP2 reduce in every micro-step: a whole gradient is as large as a model."""
+        """Reduce gradients in every micro-step; an unreduced gradient is as large as the model."""
         return contextlib.nullcontext()
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor | None:
-        """Return the norm of the whole gradient, which is made no longer than it may be."""
+        """Clip the gradient and return its total norm."""
         norm = super()._clip_grad_norm(model)
         return norm if norm is None else whole(norm)
 
@@ -123,7 +111,7 @@ class ShardedTrainer(FtlevelTrainer):
         return whole(norm) if isinstance(norm, torch.Tensor) else norm
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write what is trained: one process what is whole in each, else each its part."""
+        """Write trainable tensors: whole ones by the first process, else parts by each."""
         if self._whole:
             if self.processes.is_first:
                 super()._save(output_dir, state_dict=state_dict)
@@ -138,7 +126,7 @@ class ShardedTrainer(FtlevelTrainer):
             self.model.config.save_pretrained(directory)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Write the optimizer's state and the schedule, likewise."""
+        """Write optimizer and scheduler state in the same way."""
         if self._whole:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -152,7 +140,7 @@ class ShardedTrainer(FtlevelTrainer):
             torch.save(self.lr_scheduler.state_dict(), directory / _SCHEDULER)
 
     def _has_room(self, tensors: Mapping[str, torch.Tensor]) -> bool:
-        """Whether half of the host's free memory holds copies of all that its processes write."""
+        """Whether half of the free host memory fits copies of all data that its processes write."""
         own = sum(own_part(tensor).nbytes for tensor in tensors.values())
         own += sum(
             own_part(value).nbytes
@@ -170,27 +158,27 @@ class ShardedTrainer(FtlevelTrainer):
             write_parts(tensors, directory)
 
     def when_written(self, act: Callable[[], None]) -> None:
-        """Do `act` when the checkpoint that was begun is written; at once where nothing is."""
+        """Call `act` when the current checkpoint is written; at once without background writes."""
         if self._writes_aside:
             self._writer.then(act)
         else:
             act()
 
     def train(self, *arguments: Any, **named: Any) -> Any:
-        """Train as Trainer does, and wait for what is still being written."""
+        """Train as Trainer does, and wait for background writes."""
         found = super().train(*arguments, **named)
         self._writer.end()
         return found
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Take this process's part of the weights of a checkpoint."""
+        """Load this process's part of a checkpoint's weights."""
         if self._whole:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         read_parts(self.model.state_dict(keep_vars=True), Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Take this process's part of the optimizer's state of a checkpoint, and the schedule."""
+        """Load this process's part of a checkpoint's optimizer state, and the scheduler."""
         if self._whole or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
@@ -208,16 +196,10 @@ def save_sharded(
     processes: Processes,
     save: Callable[[Mapping[str, torch.Tensor] | None], None],
 ) -> None:
-    """Have the first process save what is trained, which all of them gather if it is the model.
+    """Save in the first process; without an adapter, all processes gather the weights first.
 
-    Args:
-        adapted: the model, sharded; what only training needs is taken from it.
-        method: the method's spec.
-        processes: those of the run.
-        save: writes it; is given the weights of a whole model, and None where an adapter is saved.
-
-    Raises:
-        RunError: it cannot be written; in all of them.
+    Training-only parts of `adapted` are removed (mutated). `save` is called with the gathered state
+    dict, or None for an adapter. Write errors raise RunError in all processes.
     """
     weights = None
     if not hasattr(adapted.model, "peft_config"):
@@ -228,9 +210,9 @@ def save_sharded(
 
 
 def average(parameters: Sequence[torch.nn.Parameter], count: int) -> None:
-    """Give the gradients of `parameters` their mean over `count` processes, all at once (mutated).
+    """Average the gradients of `parameters` (mutated) over `count` processes in one all-reduce.
 
-    A tensor that no row of this process has reached has a gradient of zero.
+    A missing gradient counts as zero.
     """
     for parameter in parameters:
         if parameter.grad is None:
@@ -249,11 +231,9 @@ def average(parameters: Sequence[torch.nn.Parameter], count: int) -> None:
 
 
 def probe_untrained(adapted: Adapted, plan: Plan) -> torch.Tensor | None:
-    """Return the logits of a model before it is trained itself; None where an adapter is.
+    """Return the logits before training with `--method full`; None for an adapter.
 
-    Args:
-        adapted: sharded; all processes must ask together.
-        plan: of the run.
+    All processes must call it together.
     """
     if hasattr(adapted.model, "peft_config"):
         return None
@@ -268,18 +248,9 @@ def prove_sharded(
     processes: Processes,
     untrained: torch.Tensor | None,
 ) -> Proof:
-    """Compare what `run` has saved with the model of `adapted`, as it was trained.
+    """Compare the files saved in `run` with the trained model, in all processes together.
 
-    Args:
-        adapted: sharded; all processes must ask together.
-        plan: of the run.
-        run: its directory.
-        gradients: what was seen of them.
-        processes: those of the run.
-        untrained: what `probe_untrained` gave.
-
-    Raises:
-        RunError: in all processes, where one has found that it is not.
+    `untrained` is the result of `probe_untrained`. A difference raises RunError in all processes.
     """
     probe, model = build_probe(plan), adapted.model
     frozen = processes.in_all(lambda: compare_frozen(model, adapted.digests))
@@ -297,9 +268,9 @@ def prove_sharded(
 
 
 def _reloaded(model: Any, directory: Path, probe: Probe, processes: Processes) -> torch.Tensor:
-    """Return the logits of `model` with what was saved in place of what was trained.
+    """Return the logits of `model` with the saved adapter in place of the trained one.
 
-    A second adapter beside the trained one would be made from a base that is not whole.
+    A second adapter would be created from a base that is not whole.
     """
     trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
@@ -316,14 +287,9 @@ def _reloaded(model: Any, directory: Path, probe: Probe, processes: Processes) -
 
 
 def compare_weights(model: Any, directory: Path) -> float:
-    """Return the largest difference between this process's part of `model` and what was saved.
+    """Return the largest difference of this process's part of `model` from the saved model.
 
-    Args:
-        model: sharded, of `--method full`.
-        directory: the saved model.
-
-    Raises:
-        RunError: tensors are missing.
+    A tensor that the saved model lacks raises RunError.
     """
     own = model.state_dict(keep_vars=True)
     difference, seen = 0.0, set()
@@ -341,16 +307,7 @@ def compare_weights(model: Any, directory: Path) -> float:
 
 
 def check_can_shard(config: TrainConfig, plan: Plan, count: int) -> None:
-    """Refuse `--shard` where the run could not be what was asked for.
-
-    Args:
-        config: the whole configuration.
-        plan: its plan.
-        count: of processes; None where it is not known yet.
-
-    Raises:
-        ConfigError: naming each reason.
-    """
+    """Raise ConfigError with all reasons why the run does not support `--shard`."""
     if config.train.shard == "none":
         return
     asked, method, problems = f"--shard {config.train.shard}", config.method, []
@@ -392,7 +349,7 @@ def check_can_shard(config: TrainConfig, plan: Plan, count: int) -> None:
 
 
 def _problems_of_full(config: TrainConfig, plan: Plan, asked: str) -> list[str]:
-    """Return what cannot be had where the trained weights themselves are shared out."""
+    """Return the reasons why `--method full` cannot be sharded."""
     problems = []
     if plan.model.dtype == "float16":
         problems.append(

@@ -1,4 +1,4 @@
-"""Share a model out over the processes of a run, and read what each of them holds."""
+"""Shard a model across processes with FSDP2, and gather its parameters."""
 
 from __future__ import annotations
 
@@ -27,13 +27,12 @@ _MATRIX = 2  # dimensions
 
 @dataclass(frozen=True)
 class Shared:
-    """Modules that are gathered together.
+    """Modules that form one FSDP2 unit.
 
     Attributes:
-        modules: which are called in every pass, the first before the others.
-        inside: modules in them that are gathered by themselves.
-        gathers_again: whether that is done for the backward pass as well.
-        precision: in which they are gathered, and their gradients added up.
+        inside: submodules that are units of their own.
+        gathers_again: whether parameters are gathered again for the backward pass.
+        precision: dtypes of gathered parameters and of gradient reduction.
     """
 
     modules: list[torch.nn.Module]
@@ -45,19 +44,12 @@ class Shared:
 def shard(
     model: Any, device: str, *, holds: bool, dtype: torch.dtype, slices: Slices | None = None
 ) -> None:
-    """Leave this process its part of `model` (mutated), on its device.
+    """Shard `model` (mutated) across processes, with this process's part on its device.
 
-    What a method adds and trains stays whole in every process; of `--method full`, where the
-    model's own weights are trained, everything is shared out. Dropped parts are freed block by
-    block, so that a device holds its part and one block at most.
-
-    Args:
-        model: with its method, in the host's memory or on the device.
-        device: torch device type.
-        holds: whether a block that was gathered for the forward pass is held until its backward
-            pass (ZeRO-2), and not gathered again (ZeRO-3).
-        dtype: compute precision.
-        slices: what is not read yet, of which this process reads its part; None where all is.
+    Tensors that a method adds and trains stay whole in every process; `--method full` shards
+    everything. Parts are freed block by block, so a device stores its part and at most one block.
+    With `holds`, gathered blocks are stored until backward (ZeRO-2), else gathered again (ZeRO-3).
+    `slices` are weights to be read here in part; None if all are loaded.
     """
     mesh = init_device_mesh(device, (distributed.get_world_size(),))
     own = kept_whole(model)
@@ -71,7 +63,7 @@ def shard(
         if linears:
             shared.append(Shared(linears, (), not holds, narrow))
         shared.append(Shared([block], linears, not holds))
-    # Embeddings, head and last norm are those of the model itself: gathered once a pass.
+    # Embeddings, head and final norm belong to the root unit, gathered once per pass.
     for part in [*shared, Shared([model], blocks, False)]:
         for module in part.modules:
             carry_quant_states(module, part.inside)
@@ -88,12 +80,12 @@ def shard(
 
 
 def _reshard_after_inference(model: Any) -> None:
-    """Have `model` (mutated) reshard its parameters after a forward pass without gradients.
+    """Make `model` (mutated) reshard its parameters after a forward pass without gradients.
 
-    FSDP2 leaves that to the backward pass for modules that it does not reshard after the forward
-    pass. Without a backward pass they would stay unsharded until one process alone reads the state
-    dict, which reshards there; the next forward pass would then be gathered by the others without
-    it. Text is generated with the parameters unsharded from its first token to its last.
+    FSDP2 leaves modules with `reshard_after_forward=False` unsharded until backward. Without a
+    backward pass, a process that reads the state dict alone would reshard, and the next forward
+    pass would not match the other processes'. Generation keeps parameters unsharded until its last
+    token.
     """
     generate, is_generating = getattr(model, "generate", None), False
 
@@ -120,16 +112,17 @@ def _reshard_after_inference(model: Any) -> None:
 
 
 def kept_whole(model: Any) -> set[torch.nn.Parameter]:
-    """Return what every process has all of: what a method trains, and frozen norms and biases.
+    """Return the parameters that every process has whole: adapters, frozen norms and biases.
 
-    These are a ten-thousandth of a model, and the fast step's norms read them past their modules.
+    Norms and biases are a ten-thousandth of a model, and the fast step reads them without their
+    modules.
     """
     small = {p for p in model.parameters() if not p.requires_grad and p.dim() < _MATRIX}
     return small if base_model(model) is model else small | set(trained(model))
 
 
 def blocks_of(model: Any) -> list[torch.nn.Module]:
-    """Return the blocks of `model`, of an encoder and of a decoder."""
+    """Return the transformer blocks of `model`, of encoder and decoder."""
     tree = ModuleTree(base_model(model))
     return [block for stack in tree.blocks for block in tree.modules[stack].children()]
 
@@ -137,11 +130,10 @@ def blocks_of(model: Any) -> list[torch.nn.Module]:
 def cast_linears(
     block: torch.nn.Module, dtype: torch.dtype, own: set[torch.nn.Parameter]
 ) -> list[Any]:
-    """Return the linears of `block` whose trained weights, none of `own`, are wider than `dtype`.
+    """Return the linear layers of `block` with sharded trainable weights wider than `dtype`.
 
-    Autocast would cast what was gathered of each, and keep that for the backward pass: the whole
-    model in 16 bits in every process. So they are gathered in `dtype`, half the bytes, and given
-    back. Norms and embeddings, which it leaves alone, stay as wide as they are.
+    Autocast would store a cast copy of each until backward, a full 16-bit model per process. They
+    are gathered in `dtype` instead. Norms and embeddings, which autocast skips, are unchanged.
     """
     return [
         part
@@ -154,23 +146,21 @@ def cast_linears(
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether each process has a part of `model`."""
+    """Whether `model` is sharded with FSDP2."""
     return isinstance(model, FSDPModule)
 
 
 def trained(model: Any) -> list[torch.nn.Parameter]:
-    """Return the parameters of `model` that are trained."""
+    """Return the trainable parameters of `model`."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def gather(model: Any, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Give every tensor of `model` by name, whole and in the host's memory, one at a time.
+    """Yield every tensor of the sharded `model` by name, whole and on the CPU.
 
-    Args:
-        model: sharded; all processes must go through it together.
-        keep: whether this process is given them; the others take part in the gathering alone.
+    All processes must iterate together; those without `keep` only take part in gathering.
     """
-    seen: dict[int, torch.Tensor] = {}  # tensors that are tied stay so
+    seen: dict[int, torch.Tensor] = {}  # preserves tied tensors
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             all_of_it = whole(tensor.detach())

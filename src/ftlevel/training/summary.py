@@ -1,4 +1,4 @@
-"""What a run writes about itself: config.yaml, summary.json and the adapter's card."""
+"""Contents of a run's config.yaml, summary.json and adapter card."""
 
 from __future__ import annotations
 
@@ -27,18 +27,17 @@ from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.trainable import count_parameters
 from ftlevel.training.proof import Proof
 
-_ROWS = 10_000  # of which answers are counted
-_WINDOW = 3  # logged losses of which the mean must be taken for it to say something
-_MARGIN = 0.02  # share of a guess's loss within which a model has learned how often answers are
-_FAR = 2  # times the default rate beyond which it is the rate that is too high
+_ROWS = 10_000  # training rows used for label frequencies
+_WINDOW = 3  # minimal number of logged losses in a mean
+_MARGIN = 0.02  # relative margin below the loss of guessing by label frequency
+_FAR = 2  # multiple of the default learning rate that is considered too high
 
 
 def dump_config(config: TrainConfig, plan: Plan) -> str:
-    """Return config.yaml: everything that decides the run, with what ftlevel chose filled in.
+    """Return config.yaml: the full configuration with all resolved values.
 
-    The output directory and the repository on the Hub are left out, so that `ftlevel train
-    RUN/config.yaml` makes a new run, and local paths are absolute, so that it does so from
-    anywhere.
+    Output directory and Hub repository are omitted and local paths are absolute, so `ftlevel train
+    RUN/config.yaml` starts a new run from any directory.
     """
     import yaml
 
@@ -50,12 +49,12 @@ def dump_config(config: TrainConfig, plan: Plan) -> str:
 
 
 def resolved_config(config: TrainConfig, plan: Plan) -> dict[str, Any]:
-    """Return the whole configuration as plain values, with what ftlevel chose filled in."""
+    """Return the configuration as plain values, with automatic settings resolved."""
     values = config.model_dump(mode="json")
     values["model"] |= {"dtype": plan.model.dtype, "device": plan.model.device}
-    if plan.data.stream is None:  # of which rows to come may be longer still
+    if plan.data.stream is None:  # later rows of a stream may be longer
         values["data"]["max_length"] = plan.data.max_length
-        values["data"]["overlong"] = plan.data.facts["overlong"]  # auto may have lost some rows
+        values["data"]["overlong"] = plan.data.facts["overlong"]  # auto may have dropped rows
     values["train"]["learning_rate"] = plan.schedule.learning_rate
     head = plan.schedule.head_learning_rate
     apart = head != plan.schedule.learning_rate
@@ -70,7 +69,7 @@ def describe_base(source: ModelSource) -> dict[str, Any]:
     path, revision = source.path, source.revision
     name = source.name if source.kind in ("hub", "builtin") or path is None else str(path.resolve())
     if path is None and (path := _cached_snapshot(source)) is not None:
-        revision = path.name  # the commit: the cache calls its snapshots so
+        revision = path.name  # snapshot directories are named by commit
     return {
         "name": name,
         "kind": source.kind,
@@ -80,7 +79,7 @@ def describe_base(source: ModelSource) -> dict[str, Any]:
 
 
 def _cached_snapshot(source: ModelSource) -> Path | None:
-    """Return where the Hub cache holds the weights of `source`, or None."""
+    """Return the directory of `source` in the Hub cache, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in ("model.safetensors", "model.safetensors.index.json"):
@@ -91,7 +90,7 @@ def _cached_snapshot(source: ModelSource) -> Path | None:
 
 
 def with_what_was_read(plan: Plan, rows: StreamedRows) -> Plan:
-    """Return `plan` with what became of the rows of a stream, in place of its first rows' facts."""
+    """Return `plan` with the final row counts of a stream in place of the initial estimates."""
     counts = rows.counts
     facts = {
         **plan.data.facts,
@@ -105,7 +104,7 @@ def with_what_was_read(plan: Plan, rows: StreamedRows) -> Plan:
 
 
 def build_card(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> AdapterCard:
-    """Return the card that is written beside the adapter."""
+    """Return the card that is stored with the adapter."""
     stored = stored_quantization(plan.model.config)
     return AdapterCard(
         method=config.method.kind,
@@ -130,23 +129,16 @@ def build_card(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> Adap
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run gave, beside what was planned.
+    """Results of a run, in addition to its plan.
 
     Attributes:
-        run: its directory.
-        recipe: where its settings were read from, and the state of git there.
-        base: what `describe_base` says.
-        model: as it was trained.
-        records: everything that was logged.
-        proof: that what was saved is what was trained.
+        recipe: source of the settings and the git state there.
         timings: in seconds.
-        evaluator: of the validation rows; None without any.
-        answers: what evaluations found row by row.
-        speed: how the steps were computed.
-        kept: which model it is; None where evaluations were not compared.
-        changes: what became another when the run went on.
-        left_out: steps that were.
-        plan: of the memory, beside what was measured.
+        evaluator: None without validation rows.
+        kept: the selected model; None if evaluations were not compared.
+        changes: settings that changed when the run resumed.
+        left_out: skipped steps.
+        plan: memory estimate.
     """
 
     run: Path
@@ -166,7 +158,7 @@ class Outcome:
 
 
 def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str, Any]:
-    """Return what summary.json holds. Times are in seconds, memory in bytes, loss in nats."""
+    """Return the contents of summary.json. Times are in seconds, memory in bytes, loss in nats."""
     model, records = outcome.model, outcome.records
     trainable, total = count_parameters(model)
     scores = [record for record in records if any(k.startswith("eval_") for k in record)]
@@ -218,11 +210,10 @@ def _scores(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def describe_losses(losses: Sequence[float]) -> dict[str, Any]:
-    """Return the means of the first and of the last logged losses, and how far these spread.
+    """Return mean and standard deviation of the first and of the last logged losses.
 
-    A window is a tenth of them, or five where they are few, but never more than half: one loss is
-    that of some batches, and two of them differ by chance. A spread is a standard deviation, None
-    for a single loss.
+    A window has a tenth of the losses, at least five but no more than half. The standard deviation
+    is None for a window of one.
     """
     if not losses:
         return {"loss_first": None, "loss_last": None, "loss_window": 0}
@@ -235,11 +226,7 @@ def describe_losses(losses: Sequence[float]) -> dict[str, Any]:
 
 
 def find_worse_than_before(summary: Mapping[str, Any]) -> list[str]:
-    """Return what is to be said of a model that is no better than before it was trained.
-
-    Args:
-        summary: of the run; without an evaluation before the first step nothing is known.
-    """
+    """Return a warning if no evaluation improved on the untrained model's, where that is known."""
     best, before = summary["best"], summary["metrics_before"]
     name = best["metric"].removeprefix("eval_") if best else ""
     if not best or name not in before:
@@ -255,15 +242,10 @@ def find_worse_than_before(summary: Mapping[str, Any]) -> list[str]:
 
 
 def find_nothing_learned(summary: Mapping[str, Any], plan: Plan) -> list[str]:
-    """Return what is to be said of a loss that did not fall; nothing of a run too short to tell.
+    """Return a warning if the loss did not fall; empty for runs too short to judge.
 
-    A loss of classes, tags and spans is compared with that of guessing without reading, which it
-    has to be 2 % below, any other, and one that is weighted, with the first that were logged. In
-    a run of a few steps one batch would be compared with another.
-
-    Args:
-        summary: of the run, with the means of its first and last losses.
-        plan: of the run.
+    Losses of classes, tags and spans must be 2 % below that of guessing by label frequency. Other
+    losses, and weighted ones, must be below the first logged losses.
     """
     window = summary["loss_window"]
     if window < _WINDOW:

@@ -1,10 +1,7 @@
-"""What a teacher expects of the training rows: asked before the run's weights load, and kept.
+"""Precompute teacher predictions and reference log-probabilities, then load the trained model.
 
-Of each target its likeliest tokens are on disk, or all of them; a step reads those of its rows.
-
-All that models say of the rows before the first step, in the order in which memory allows it.
-
-The models that a run asks before its first step and does not train, found before any loads.
+Teacher predictions are cached on disk, either of the top tokens or of all; a training step reads
+those of its rows. Auxiliary models are located before any weights load.
 """
 
 from __future__ import annotations
@@ -53,31 +50,20 @@ from ftlevel.training.reference import (
 
 @dataclass(frozen=True)
 class Expected:
-    """What a teacher expects.
-
-    Attributes:
-        rows: of training, with it.
-        facts: what summary.json says of it.
-    """
+    """Training rows with teacher predictions, and their facts for summary.json."""
 
     rows: Sequence[Encoded]
     facts: Mapping[str, Any]
 
     def put_into(self, plan: Plan) -> Plan:
-        """Return `plan` with rows that know it."""
+        """Return `plan` with these rows."""
         return replace(plan, data=replace(plan.data, train=self.rows))
 
 
 def ask_teacher(config: TrainConfig, plan: Plan, listener: Listener) -> Expected | None:
-    """Return what the teacher expects of the training rows; None where there is none.
+    """Return the teacher's predictions for the training rows; None without a teacher.
 
-    Args:
-        config: the whole configuration.
-        plan: of the run.
-        listener: told of it.
-
-    Raises:
-        InputError: the disk has no room for it.
+    Raises InputError if the disk lacks space for them.
     """
     teacher, settings = plan.beside.teacher, config.distillation
     if teacher is None or not isinstance(plan.objective, TokenObjective):
@@ -109,16 +95,12 @@ def ask_teacher(config: TrainConfig, plan: Plan, listener: Listener) -> Expected
 
 
 def _count(objective: TokenObjective, row: Encoded) -> int:
-    """Return how many targets of `row` are predicted."""
+    """Return the number of predicted targets in `row`."""
     return int(objective.count(torch.tensor([row.labels])))
 
 
 def _check_room(place: Path | None, size: int) -> None:
-    """Refuse what the disk has no room for.
-
-    Raises:
-        InputError: it is more than is free.
-    """
+    """Raise InputError if `place` does not exist and `size` bytes exceed the free disk space."""
     if place is None or place.exists():
         return
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +116,7 @@ def _check_room(place: Path | None, size: int) -> None:
 def _fill(
     config: TrainConfig, plan: Plan, adapted: Adapted, begins: Sequence[int], into: np.ndarray
 ) -> None:
-    """Write what is missing of `into` (targets,), some rows at a time."""
+    """Write the missing items of `into` (targets,; mutated), a few rows at a time."""
     rows, model = plan.data.train, adapted.model
     model.eval()
     with torch.no_grad(), autocast(plan.model.device, plan.model.dtype):
@@ -152,7 +134,7 @@ def _fill(
                     )  # fmt: skip
                     into["ids"][place] = ids[own]
                     into["known"][place, 1:] = known[own, 1:]
-                    into["known"][place, 0] = known[own, 0]  # by which it is told to be there
+                    into["known"][place, 0] = known[own, 0]  # last: marks it as filled
             if isinstance(into, np.memmap):
                 into.flush()
 
@@ -160,7 +142,7 @@ def _fill(
 def _expect(
     config: TrainConfig, plan: Plan, adapted: Adapted, rows: Sequence[Encoded], dtype: np.dtype
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Yield indices of rows, and what the teacher expects at their targets: fields of `dtype`."""
+    """Yield row indices and the teacher's predictions at their targets, as fields of `dtype`."""
     objective, device, settings = plan.objective, plan.model.device, config.distillation
     if not isinstance(objective, TokenObjective):
         return
@@ -190,7 +172,7 @@ def _keep(
 def _show_scores(
     adapted: Adapted, objective: TokenObjective, batch: Mapping[str, torch.Tensor], show: Observe
 ) -> None:
-    """Show what the model says of the targets of `batch`, in chunks (targets, vocabulary)."""
+    """Call `show` with the logits at the targets of `batch`, in chunks (targets, vocabulary)."""
     inputs, labels = as_called(adapted.model, objective, batch)
     at, targets = objective.locate(labels)
     if adapted.fast is not None and adapted.fast.cross_entropy is not None:
@@ -203,31 +185,20 @@ def _show_scores(
 
 @dataclass(frozen=True)
 class OthersSaid:
-    """What was asked.
-
-    Attributes:
-        reference: what preferences are held against; None where they are not, or nothing is.
-        expected: what a teacher expects; None where there is none.
-    """
+    """Reference and teacher predictions, each None if not needed."""
 
     reference: Reference | None
     expected: Expected | None
 
     @property
     def start(self) -> Any:
-        """A temporary directory with what is to be kept of the reference; None for nothing."""
+        """Temporary directory with the reference's files to save; None for nothing."""
         return self.reference.start if self.reference is not None else None
 
     def describe(
         self, config: TrainConfig, plan: Plan, records: Sequence[Mapping[str, Any]]
     ) -> tuple[dict[str, Any], list[str]]:
-        """Return what summary.json says of it, and why the first loss is another than it had to be.
-
-        Args:
-            config: the whole configuration.
-            plan: of the run.
-            records: what was logged.
-        """
+        """Return sections of summary.json, and notes on why the first loss is not as expected."""
         facts, notes = dict[str, Any](), list[str]()
         if self.reference is not None:
             facts["reference"], notes = describe_first_loss(self.reference, config, plan, records)
@@ -239,9 +210,9 @@ class OthersSaid:
 def ask_and_load(
     config: TrainConfig, plan: Plan, listener: Listener
 ) -> tuple[Plan, Adapted, OthersSaid]:
-    """Return the plan with rows that know what was asked, the model that is trained, and the facts.
+    """Precompute auxiliary outputs, and load the model after these models are freed.
 
-    Other models are asked before it loads, and are gone then.
+    Returns the plan with rows that have these outputs, the model and the outputs.
     """
     plan, reference = ask_reference(config, plan, listener)
     expected = ask_teacher(config, plan, listener)
@@ -254,11 +225,9 @@ def ask_and_load(
 
 
 def find_beside(config: TrainConfig, model: PlannedModel) -> Beside:
-    """Return the models that `config` names beside the one that is trained.
+    """Return the reference and teacher models named in `config`.
 
-    Raises:
-        ConfigError: one is what the run would write over.
-        InputError: one is not there, or cannot be asked about the rows.
+    Raises ConfigError if the run would overwrite one, InputError if one is missing or unsuitable.
     """
     return Beside(
         reference=_find(config, model, "--reference", config.preference.other_reference),

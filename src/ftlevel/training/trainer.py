@@ -1,6 +1,6 @@
-"""`transformers.Trainer`, with the loss of an optimizer step as the mean over its targets.
+"""`transformers.Trainer` with a loss averaged over all targets of an optimizer step.
 
-The rows of a run and the order in which the Trainer takes them.
+Also selects the training rows and their sampler.
 """
 
 from __future__ import annotations
@@ -43,14 +43,7 @@ from ftlevel.training.processes import Processes
 def rows_and_order(
     config: TrainConfig, plan: Plan, arguments: Any, processes: Processes
 ) -> tuple[Any, Sampler[int] | None]:
-    """Return what is trained on, and the order of it; None is Trainer's random one.
-
-    Args:
-        config: the whole configuration.
-        plan: the resolved facts.
-        arguments: the `TrainingArguments`.
-        processes: those of the run, each of which encodes its part of a stream.
-    """
+    """Return the training rows or stream, and their sampler; None for Trainer's random one."""
     if plan.data.stream is not None:
         together = arguments.train_batch_size * arguments.world_size
         step, stream = together * arguments.gradient_accumulation_steps, plan.data.stream
@@ -64,10 +57,7 @@ def rows_and_order(
 
 
 def row_order(config: TrainConfig, plan: Plan) -> Sampler[int] | None:
-    """Return the order in which rows are taken, or None for Trainer's random one.
-
-    Several processes share the order that Trainer would draw for one.
-    """
+    """Return the sampler of the rows, shared by all processes; None for Trainer's random one."""
     train = config.train
     if train.train_sampling_strategy == "random":
         if not train.num_processes:
@@ -83,13 +73,9 @@ def row_order(config: TrainConfig, plan: Plan) -> Sampler[int] | None:
 def shared_loader(
     rows: Any, order: Sampler[int], arguments: Any, collate: Callable[[list[Any]], dict[str, Any]]
 ) -> DataLoader[Any]:
-    """Return the batches of one of several processes, as many as every other one has.
+    """Return the batches of one of several processes, the same number in each.
 
-    Args:
-        rows: that are trained on.
-        order: that all processes share.
-        arguments: the `TrainingArguments`.
-        collate: makes a batch of rows; one that no row is left for says `is_nothing`.
+    A batch without rows, which only equalizes the number, has `is_nothing` set.
     """
     share = ShareOfSteps(
         order, arguments.train_batch_size, arguments.world_size, arguments.process_index
@@ -103,33 +89,29 @@ def shared_loader(
 
 
 class FtlevelTrainer(Trainer):
-    """Overrides the loss, the count of its targets, and evaluation, which reduces by batch.
+    """Trainer with its own loss, target count and evaluation.
 
-    With a fast step the batch that Trainer knows is all rows of an optimizer step, and it is cut
-    here into micro-batches: the order of the rows, the steps, the schedule and resuming are
-    Trainer's.
+    The loss of an optimizer step is the sum over its targets (tokens, words, rows, span ends),
+    divided by their number in all micro-batches. T5, BART and the classification models of
+    transformers 5.24 average within a micro-batch and ignore `num_items_in_batch`.
 
-    The loss of an optimizer step is the sum over its targets (tokens, words, rows, ends of spans),
-    divided by their number in all of its micro-batches, whatever the model's own loss would do:
-    T5, BART and the classification models of transformers 5.24 average within a micro-batch and
-    ignore `num_items_in_batch`.
+    With a fast step, a Trainer batch has all rows of an optimizer step and is split into
+    micro-batches here. Row order, steps, schedule and resume are Trainer's.
 
     Attributes:
         tokens_seen: tokens of the training rows, without padding.
-        tokens_computed: places that the blocks computed: with padding, shared prefixes once.
-        penalty: model → what its method adds to the loss of an optimizer step, or None. It is in
-            the gradient alone: the loss that is logged is the one that evaluation measures.
-        loss: what the loss of training has beside that of evaluation.
-        head_rate: modules that learn at a rate of their own, and that rate; None for none.
-        processes: those of the run.
-        smaller: makes steps that do not fit into memory smaller.
-        warn: is told of it.
-        note: writes it down.
-        step_rows: of the optimizer step so far, by their index among the training rows.
-        replaces_nonfinite: log the loss of the step before in place of one that is not finite.
+        tokens_computed: positions computed by the blocks, with padding; shared prefixes count once.
+        penalty: model → term that its method adds to the loss, or None. It affects gradients, not
+            the logged loss.
+        loss: label smoothing, class weights and focal loss, which evaluation does not use.
+        head_rate: modules with their own learning rate, and that rate.
+        smaller: reduces steps that do not fit into memory, with a message to `warn` and a record to
+            `note`.
+        step_rows: indices of the training rows in the current optimizer step.
+        replaces_nonfinite: log the previous step's loss in place of one that is not finite.
     """
 
-    _baseline: torch.Tensor | None = None  # z of KTO, of the optimizer step
+    _baseline: torch.Tensor | None = None  # KTO's z for the optimizer step
 
     def __init__(
         self,
@@ -163,35 +145,32 @@ class FtlevelTrainer(Trainer):
         self._is_nothing = False
         self._last_loss = 0.0
         self._step_loss: torch.Tensor | None = None
-        # Going through the modules of a model takes longer than some of its layers.
+        # Cached, because iterating over a model's modules takes longer than some of its layers.
         self._trained: list[torch.Tensor] = []
         self._operations_per_token = 0
         self._in_training = False
-        self._compute_dtype = ""  # accelerate's, once it has prepared the model
+        self._compute_dtype = ""  # empty: autocast as prepared by accelerate
         self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
 
     def create_optimizer(self, *arguments: Any, **settings: Any) -> torch.optim.Optimizer:
-        """Return the optimizer of Trainer or of the method, with new heads at their own rate."""
+        """Return Trainer's or the method's optimizer, with the head learning rate applied."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(*arguments, **settings)
         if self.head_rate is not None:
             set_head_rate(optimizer, self.model, self.head_rate)
         return optimizer
 
     def forget_optimizer(self) -> None:
-        """Let gradients and the optimizer's memory go after the last step: three times the adapter.
-
-        What comes then has the device to itself: the last evaluation and the proof.
-        """
+        """Free gradients and optimizer state, which are three times as large as the adapter."""
         self.model.zero_grad(set_to_none=True)
         if self.optimizer is not None:
             self.optimizer.state.clear()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Return the order that was given, or Trainer's."""
+        """Return the configured sampler, or Trainer's."""
         return self.order or super()._get_train_sampler(train_dataset)
 
     def get_train_dataloader(self) -> Any:
-        """Return Trainer's batches; of several processes, this one's, as many as every other's."""
+        """Return Trainer's batches, or those of this process if there are several."""
         if self.args.world_size == 1:
             return super().get_train_dataloader()
         if self.order is None:
@@ -199,7 +178,7 @@ class FtlevelTrainer(Trainer):
         return shared_loader(self.train_dataset, self.order, self.args, self.data_collator)
 
     def _run_epoch(self, *arguments: Any, **settings: Any) -> None:
-        """Go through an epoch, but for one of a run that was at its end when it was broken off."""
+        """Train one epoch, unless all steps were already made when the run was interrupted."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         if not self.control.should_training_stop:
@@ -211,7 +190,7 @@ class FtlevelTrainer(Trainer):
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Return the loss of the batch, whose micro-batches have added to the gradient in turn."""
+        """Return the loss of the batch, and accumulate the gradients of its micro-batches."""
         if self._step_loss is None:
             self.step_rows = []
         while True:
@@ -234,7 +213,7 @@ class FtlevelTrainer(Trainer):
         return loss
 
     def take_step_loss(self) -> torch.Tensor:
-        """Return the loss of the optimizer step so far (a scalar), and begin with the next one."""
+        """Return the loss of the optimizer step so far (a scalar), and reset it."""
         loss, self._step_loss = self._step_loss, None
         if loss is None:
             return torch.zeros(())
@@ -243,13 +222,13 @@ class FtlevelTrainer(Trainer):
         return loss
 
     def drop_gradient(self) -> None:
-        """Let the optimizer's next step change nothing: it leaves out what has no gradient."""
+        """Set gradients to None, so that the next optimizer step changes nothing."""
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
 
     def restore(self, checkpoint: Path) -> None:
-        """Take weights and the optimizer's state, but not its rates, from `checkpoint`."""
+        """Load weights and optimizer state, but not learning rates, from `checkpoint`."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self._load_from_checkpoint(str(checkpoint))
         path = checkpoint / "optimizer.pt"
@@ -264,7 +243,7 @@ class FtlevelTrainer(Trainer):
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Return the loss of a batch as `training_step` does, and add to the gradient."""
+        """Return the loss of a batch and accumulate its gradients, without counting tokens seen."""
         self._is_nothing = bool(inputs.pop("is_nothing", False))
         if "micro_batches" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -289,9 +268,9 @@ class FtlevelTrainer(Trainer):
         return torch.stack(losses).sum()
 
     def calls_of(self, own: int) -> int:
-        """Return how often the model is called in a step of `own` micro-batches.
+        """Return the number of forward passes for a step of `own` micro-batches.
 
-        What is beyond them does not count, and is computed so that all processes call it as often.
+        Additional passes have zero loss; they equalize the number of passes across processes.
         """
         return own
 
@@ -303,8 +282,8 @@ class FtlevelTrainer(Trainer):
         beginning: dict[str, Any] | None,
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
-        """Return the loss of micro-batches computed in parallel. Nothing scales a loss on a CPU."""
-        if not self._in_training:  # a model's own flag says nothing of the modules in it
+        """Return the loss of micro-batches computed in parallel on a CPU, without loss scaling."""
+        if not self._in_training:  # model.training does not reflect submodules
             model.train()
             self._in_training = True
 
@@ -316,7 +295,7 @@ class FtlevelTrainer(Trainer):
                 return loss
 
         self._trained = self._trained or [p for p in model.parameters() if p.requires_grad]
-        # Resumed with torch's state.
+        # Drawn from torch's generator, which is restored on resume.
         seed = int(torch.randint(2**62, ())) if workers.is_random else None
         prefix = self._shared_prefix(model, **beginning) if beginning else None
         losses = workers.backward(compute, micro_batches, self._trained, seed, prefix)
@@ -325,7 +304,7 @@ class FtlevelTrainer(Trainer):
     def _shared_prefix(
         self, model: Any, layout: PackedLayout, **batch: torch.Tensor
     ) -> SharedPrefix:
-        """Return what all rows of a step begin with, computed."""
+        """Return the computed prefix that all rows of a step share."""
         if self.fast is None or self.fast.cross_entropy is None:
             raise TypeError("a shared prefix needs the chunked cross-entropy of a language head")
         self.tokens_computed += layout.tokens
@@ -363,18 +342,14 @@ class FtlevelTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> Any:
-        """Return the context of a forward pass."""
+        """Return the autocast context of a forward pass."""
         if self._compute_dtype:
             return autocast(self.args.device.type, self._compute_dtype)
         return super().compute_loss_context_manager()
 
     @contextlib.contextmanager
     def computing_alone(self, dtype: str) -> Iterator[None]:
-        """Compute steps in `dtype` inside the block, before training; none of them is counted.
-
-        Args:
-            dtype: compute precision's name.
-        """
+        """Compute steps in dtype `dtype` before training, and restore the token counts."""
         seen, computed = self.tokens_seen.clone(), self.tokens_computed
         self._compute_dtype = dtype
         try:
@@ -385,16 +360,16 @@ class FtlevelTrainer(Trainer):
 
     @property
     def is_alone(self) -> bool:
-        """Whether steps are computed before training, by `computing_alone`."""
+        """Whether steps are computed inside `computing_alone`."""
         return bool(self._compute_dtype)
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return what the collator gave, on the device."""
+        """Return a collated batch on the device."""
         return dict(send_to_device(batch, self.args.device))
 
     @property
     def loss_scale(self) -> float:
-        """What a loss is multiplied by before its backward pass, so that float16 holds it."""
+        """Factor applied to the loss before backward by the float16 gradient scaler, else 1."""
         scaler = self.accelerator.scaler
         return float(scaler.get_scale()) if scaler is not None else 1.0
 
@@ -403,8 +378,8 @@ class FtlevelTrainer(Trainer):
     ) -> torch.Tensor | int | None:
         """Return the number of targets of an optimizer step, over all processes.
 
-        Trainer counts labels that are not -100, shifted by the model's own loss; for spans, numbers
-        and several labels a row that is another number than the loss is a sum over.
+        Trainer counts labels other than -100, which is wrong for spans, regression and multi-label
+        rows.
         """
         if not batch_samples:
             return None
@@ -419,10 +394,10 @@ class FtlevelTrainer(Trainer):
         return gathered.sum(0).reshape(value.shape)
 
     def prepare_step(self, batches: list[dict[str, Any]], device: torch.device) -> None:
-        """Compute what a step of `batches` (mutated) has to know before its micro-batches.
+        """Compute the KTO baseline of a step before its micro-batches; mutates `batches`.
 
-        That is the mean reward of what its rows contrast with, over all processes, which is then
-        the same however the step is cut.
+        It is the mean reward of the contrasting rows over all processes, so it does not depend on
+        how the step is split.
         """
         if not (isinstance(self.objective, LikelihoodObjective) and self.objective.needs_baseline):
             return
@@ -445,13 +420,13 @@ class FtlevelTrainer(Trainer):
         """Return the number of targets of `batches` in this process, or their weight (a scalar)."""
         parts = [part for batch in batches for part in batch.get("micro_batches", [batch])]
         counts = [self.objective.training_count(part["labels"], self.loss) for part in parts]
-        if not counts:  # of the type that other processes count in
+        if not counts:  # same dtype as in other processes
             weighed = bool(self.loss.class_weights)
             return torch.zeros((), dtype=torch.float32 if weighed else torch.long, device=device)
         return torch.stack([count.to(device) for count in counts]).sum(0)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Return the sum over the micro-batches of Trainer's estimate."""
+        """Return Trainer's FLOP estimate, summed over the micro-batches."""
         parts = inputs.get("micro_batches", [inputs])
         if not self._operations_per_token:
             whole = int(super().floating_point_ops(parts[0]))
@@ -466,7 +441,7 @@ class FtlevelTrainer(Trainer):
     ) -> dict[str, float]:
         """Return the evaluator's metrics and log them, as Trainer does."""
         self._in_training = False
-        # The processes decide by them what to keep and when to stop, and must agree.
+        # All processes use the same metrics, so that best model and early stopping agree.
         own = self.evaluator(self.model)
         scores = self.processes.from_first(lambda: own)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}

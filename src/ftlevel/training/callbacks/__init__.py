@@ -1,5 +1,5 @@
-"""What goes with the steps of a run, a callback a file.
+"""Trainer callbacks of a run.
 
-May import what training may, except the files that build a Trainer. A callback holds its own state
-and nothing of the plan; `training.build_trainer` says which there are, in their order.
+May import what `training` may, except the modules that build a Trainer. A callback has its own
+state and no access to the plan; `training.build_trainer` lists them in call order.
 """

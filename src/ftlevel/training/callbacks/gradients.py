@@ -1,10 +1,8 @@
-"""Stop a run in which something does not learn, or is not finite any more.
+"""Stop or recover a run with missing, non-finite or unusual gradients, losses or weights.
 
-What a run does about a step whose numbers are not finite, or whose loss leaps.
-
-It stops, or leaves the step out, or goes back to the weights and the optimizer's state of the
-newest whole checkpoint and leaves out what came since, as PaLM's training did (Chowdhery et al.,
-2022, section 5.1). The schedule and the order of the rows go on.
+A step that is not finite, or whose loss spikes, stops the run, is skipped, or rolls weights and
+optimizer back to the newest complete checkpoint, as in PaLM's training (Chowdhery et al., 2022,
+section 5.1). The schedule and the order of rows continue unchanged.
 """
 
 from __future__ import annotations
@@ -30,24 +28,15 @@ from ftlevel.models.upstream.shards import whole
 from ftlevel.training.processes import Processes
 from ftlevel.training.trainer import FtlevelTrainer
 
-_MEMORY = 20  # steps whose losses say what is usual
-_KNOWN = 5  # of them are needed before anything is unusual
-_PATIENCE = 10  # steps in a row that may be left out
-_SHOWN = 8  # rows of a step that are named
+_MEMORY = 20  # losses in the median
+_KNOWN = 5  # losses needed before spikes are detected
+_PATIENCE = 10  # consecutive steps that may be skipped
+_SHOWN = 8  # rows of a step listed in a message
 _LOSSES = "losses.json"  # in a checkpoint
 
 
 class Recovery(TrainerCallback):
-    """Decide about a step that went wrong, and remember what was decided.
-
-    Args:
-        trainer: of the run.
-        train: its settings.
-        run: its directory.
-        processes: those of the run, which decide alike.
-        listener: is told.
-        checkpoint: that the run goes on from, if it does.
-    """
+    """Handle a step that is not finite or has a loss spike, and record the action."""
 
     def __init__(
         self,
@@ -67,35 +56,29 @@ class Recovery(TrainerCallback):
         self._losses: deque[float] = deque(maxlen=_MEMORY)
         self._in_a_row, self._last = 0, 0
         known = checkpoint / _LOSSES if checkpoint is not None else None
-        # A run that began without a factor has none, and learns from here on what is usual.
+        # Absent if the run started without spike_factor; the median then starts here.
         if self._factor is not None and known is not None and known.exists():
             self._losses.extend(json.loads(known.read_text(encoding="utf-8")))
 
     @property
     def stops(self) -> bool:
-        """Whether a step that is not finite ends the run."""
+        """Whether a non-finite step ends the run."""
         return self._how == "stop"
 
     @property
     def only_stops(self) -> bool:
-        """Whether nothing is ever left out, so that it may be found some steps later."""
+        """Whether no step is ever skipped, so that checks may be deferred by some steps."""
         return self.stops and self._factor is None
 
     def agree(self, is_wrong: bool) -> bool:
-        """Return whether the step is wrong in one of the processes."""
+        """Return whether the step failed in any process."""
         return self._processes.any(is_wrong)
 
     def decide(self, step: int, what: str, advice: str, *, in_weights: bool = False) -> None:
-        """Leave out what went wrong, so that the optimizer's step changes nothing, or stop.
+        """Skip the step, roll back to a checkpoint, or raise RunError, as configured.
 
-        Args:
-            step: from 1.
-            what: is not finite, as a sentence begins.
-            advice: what may help, as sentences.
-            in_weights: the optimizer has made its step, so that leaving it out is too late.
-
-        Raises:
-            RunError: the run is to stop, or can do nothing else.
+        `what` and `advice` are sentences of the message. `in_weights` means that the optimizer step
+        was already made, so it cannot be skipped.
         """
         how = self._how
         if how == "stop" or (how == "skip" and in_weights):
@@ -106,10 +89,9 @@ class Recovery(TrainerCallback):
             self._leave_out(step, what, "skipped")
 
     def look_for_spike(self, step: int, loss: float) -> None:
-        """Compare the finite `loss` of a step with the usual one of the steps before.
+        """Skip or roll back a step whose `loss` exceeds `spike_factor` times the recent median.
 
-        Raises:
-            RunError: it is unusual once more, after `_PATIENCE` times.
+        More than `_PATIENCE` consecutive such steps raise RunError.
         """
         if self._factor is None:
             return
@@ -157,7 +139,7 @@ class Recovery(TrainerCallback):
         )
 
     def _rows(self) -> str:
-        """Name the rows of the step, as they are numbered among the training rows, from 1."""
+        """Return a sentence that lists the step's training rows, numbered from 1."""
         numbers = sorted(row + 1 for row in self._trainer.step_rows)
         return f" It had the rows {listing(map(str, numbers), _SHOWN)}." if numbers else ""
 
@@ -172,43 +154,35 @@ class Recovery(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        """Write which losses are usual into the checkpoint, before it is certified."""
+        """Write the recent losses into the checkpoint, before its manifest."""
         if self._factor is not None and self._processes.is_first:
             path = self._run.checkpoints / f"checkpoint-{state.global_step}" / _LOSSES
             write_json(path, list(self._losses))
 
 
 def describe_left_out(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return those of a run's notes that tell of steps that were left out."""
+    """Return the notes of steps that were skipped or rolled back."""
     return [note for note in notes if "how" in note]
 
 
 _STOPPED = "Training stopped before the weights took it."
 
 MOST_SKIPPED = 20
-"""Steps in a row that float16 may skip: from its first scale, 65,536, that is down to a 16th."""
+"""Maximal number of consecutive steps that float16 may skip: from its first scale, 65,536, to
+1/16."""
 
 LATEST = 16
-"""Steps after which a GPU is asked at the latest whether what it computed is finite."""
+"""Maximal number of steps before the deferred checks of a GPU are read."""
 
 
 class GradientProof(TrainerCallback):
-    """Stop when a tensor that should learn gets no gradient, or something is not finite any more.
+    """Stop if a trainable tensor gets no gradient, or a loss, gradient or weight is not finite.
 
-    Looked at in every step: its loss, the gradients, and the weights that the optimizer left. A GPU
-    is not waited for in every step: there the flags of some steps are read at once, before anything
-    is logged, evaluated or certified.
-
-    With float16 a gradient that overflows is no fault: the scaler skips the step and halves its
-    scale. Many in a row are one.
-
-    LoRA's A has an exactly zero gradient at first because B is zero; what is still zero after a
-    step at a learning rate above zero (warm-up begins at zero) is reported as not learning.
-
-    Attributes:
-        checked: how many tensors had a gradient at the first step.
-        idle: tensors whose gradient was zero at first and after the first real step.
-        skipped: how many steps the scaler of float16 skipped.
+    Checks every step. With `defers`, results of several steps are read at once, before anything is
+    logged, evaluated or saved, to avoid a GPU synchronization per step. A float16 overflow is
+    expected: the scaler skips the step and halves its scale; only many in a row stop the run.
+    LoRA's A has a zero gradient at first because B is zero. A tensor (in `idle`) whose gradient is
+    still zero after a step with a positive learning rate is reported as not learning.
     """
 
     def __init__(
@@ -220,15 +194,6 @@ class GradientProof(TrainerCallback):
         scales: bool = False,
         defers: bool = False,
     ) -> None:
-        """Remember whom to tell, how the loss of the step so far is asked for, and who decides.
-
-        Args:
-            listener: is told what does not learn.
-            step_loss: gives that loss, on the device.
-            recovery: decides what becomes of a step that is not finite.
-            scales: whether losses are scaled, and steps that overflow skipped.
-            defers: whether flags may be read some steps later.
-        """
         self.listener = listener
         self.recovery = recovery
         self.step_loss = step_loss
@@ -252,8 +217,8 @@ class GradientProof(TrainerCallback):
         optimizer: Any = None,
         **_: Any,
     ) -> None:
-        """Look at every gradient of the optimizer step that is about to be made."""
-        if not self.checked:  # the first step of this process: a resumed run proves itself too
+        """Check the loss and all gradients before the optimizer step."""
+        if not self.checked:  # first step of this process, also after a resume
             self._trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
             self._check_all_have_one(self._trainable)
         trainable, step = self._trainable, state.global_step + 1
@@ -300,14 +265,14 @@ class GradientProof(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        """Look at every weight that the optimizer has just changed."""
+        """Check all trainable tensors after the optimizer step."""
         if self._is_checked and self._defers:
             self._note(state, "weights", _largest(p for _, p in self._trainable))
             return
         if are_finite(p for _, p in self._trainable):
             return
         bad = [name for name, p in self._trainable if not bool(torch.isfinite(whole(p)).all())]
-        if bad:  # a norm may overflow by itself
+        if bad:  # the norm of finite weights may overflow
             step = state.global_step + 1
             self.recovery.decide(
                 step,
@@ -324,7 +289,7 @@ class GradientProof(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        """Read the flags where the device is waited for anyway, or after some steps."""
+        """Read deferred checks before logging, evaluation and saving, or every `LATEST` steps."""
         waits = control.should_log or control.should_evaluate or control.should_save
         if waits or control.should_training_stop or state.global_step % LATEST == 0:
             self._read(state)
@@ -336,14 +301,14 @@ class GradientProof(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        """Read the flags before a checkpoint is certified."""
+        """Read deferred checks before the checkpoint gets its manifest."""
         self._read(state)
 
     def _note(self, state: TrainerState, what: str, value: torch.Tensor) -> None:
         self._unread.append((state.global_step + 1, what, value.detach().float()))
 
     def _read(self, state: TrainerState) -> None:
-        """Wait for the device, and stop where something was not finite."""
+        """Synchronize with the device, and raise RunError if a value is not finite."""
         if not self._unread:
             return
         finite = torch.isfinite(torch.stack([value for _, _, value in self._unread])).tolist()
@@ -361,7 +326,7 @@ class GradientProof(TrainerCallback):
             )
 
     def _skip(self, step: int) -> None:
-        """Count a step that the scaler skips, and stop where there is no end of them."""
+        """Count a step that the scaler skips, and stop after too many in a row."""
         self.skipped += 1
         self._in_a_row += 1
         if self._in_a_row >= MOST_SKIPPED:
@@ -377,7 +342,7 @@ class GradientProof(TrainerCallback):
             )
 
     def _look_for_idle(self, zero: set[str], count: int, optimizer: Any) -> None:
-        """Compare the tensors with a zero gradient before and after the first real step."""
+        """Find tensors with a zero gradient before and after the first real step."""
         if self._zero_first is None:
             self._zero_first = zero
         elif self._has_moved:
@@ -403,13 +368,13 @@ class GradientProof(TrainerCallback):
 
 
 def are_finite(tensors: Iterable[torch.Tensor | None]) -> bool:
-    """Whether the norm of all is, which one operation a group of tensors tells."""
+    """Whether the total norm of `tensors` is finite, with one operation per group of tensors."""
     there = [tensor.detach() for tensor in tensors if tensor is not None]
     return bool(torch.isfinite(whole(torch.nn.utils.get_total_norm(there))))
 
 
 def _largest(tensors: Iterable[torch.Tensor | None]) -> torch.Tensor:
-    """Return the largest absolute value of all (a scalar), not finite where one is not."""
+    """Return the largest absolute value (a scalar); not finite if any value is not."""
     there = [tensor.detach() for tensor in tensors if tensor is not None]
     return whole(torch.nn.utils.get_total_norm(there, norm_type=math.inf))
 

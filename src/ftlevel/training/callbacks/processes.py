@@ -1,4 +1,4 @@
-"""Say which process of a run keeps the others waiting: they wait for it, and are silent."""
+"""Report processes of a run that stop responding or delay the others."""
 
 from __future__ import annotations
 
@@ -18,23 +18,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ftlevel.training.processes import Processes
 
 PATIENCE = 15.0
-"""Seconds without a sign after which a process is named."""
+"""Seconds without a heartbeat after which a process is reported."""
 _EVERY = 2.0
-_LONGER = 5  # times a step's usual length
+_LONGER = 5  # multiple of the median step time
 _KEY = "ftlevel/signs/{rank}"
 
 
 class WatchProcesses(TrainerCallback):
-    """Have every process give a sign every two seconds, and name those that are missed.
+    """Send a heartbeat every two seconds, and report processes whose heartbeat is missing.
 
-    The signs go by the store at which the processes met, so that they need none of them to be at
-    the same place. The first process watches the others, and the second one the first, which may
-    itself hold the store. Each is named once until it goes on. Use as a context manager around
-    training.
-
-    Args:
-        processes: those of the run.
-        warn: says it in the first process.
+    Heartbeats use the process group's store, which needs no collective call. Rank 0 watches the
+    others; rank 1 watches rank 0, which may host the store. Each process is reported once until it
+    recovers. Use as a context manager around training.
     """
 
     def __init__(self, processes: Processes, warn: Callable[[str], None]) -> None:
@@ -45,7 +40,7 @@ class WatchProcesses(TrainerCallback):
         self._step = 0
         self._ended = threading.Event()
         self._heard = time.monotonic()
-        self._signs: dict[int, tuple[float, Any]] = {}  # when it came, and what it said
+        self._signs: dict[int, tuple[float, Any]] = {}  # time received, and content
         self._steps: list[float] = []
         self._began = 0.0
 
@@ -55,7 +50,7 @@ class WatchProcesses(TrainerCallback):
         sys.stderr.flush()
 
     def __enter__(self) -> WatchProcesses:
-        """Begin to give signs, where there are several processes."""
+        """Start the threads if there are several processes."""
         if self._world.size > 1:
             threading.Thread(target=self._exchange, daemon=True).start()
         if len(self._watched):
@@ -68,7 +63,7 @@ class WatchProcesses(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Be at the next step, whose rows are read."""
+        """Record the start of a step, whose rows are read."""
         now = time.monotonic()
         if self._began:
             self._steps = [*self._steps[-9:], now - self._began]
@@ -77,11 +72,11 @@ class WatchProcesses(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Give no more signs: the first process goes on alone."""
+        """Stop the heartbeats; the first process continues alone."""
         self._ended.set()
 
     def _exchange(self) -> None:
-        """Give this process's sign, and read those of the watched, until the run ends."""
+        """Send this process's heartbeat and read those of watched ranks, until the run ends."""
         world, number = self._world, 0
         host = socket.gethostname()
         try:
@@ -89,7 +84,7 @@ class WatchProcesses(TrainerCallback):
                 world.address, world.port, is_master=False, wait_for_workers=False,
                 timeout=timedelta(seconds=PATIENCE),
             )  # fmt: skip
-        except RuntimeError:  # of a launcher with a store of its own kind
+        except RuntimeError:  # the launcher has another kind of store
             self._ended.set()
             return
         before: dict[int, str] = {}
@@ -100,7 +95,7 @@ class WatchProcesses(TrainerCallback):
                 keys = {rank: _KEY.format(rank=rank) for rank in self._watched}
                 known = {rank: key for rank, key in keys.items() if store.check([key])}
                 said = store.multi_get(list(known.values())) if known else []
-            except RuntimeError:  # it is gone, as at the end; or the process is that holds it
+            except RuntimeError:  # the store or its host process is gone
                 continue
             self._heard = time.monotonic()
             for rank, sign in zip(known, (sign.decode() for sign in said), strict=True):
@@ -109,12 +104,12 @@ class WatchProcesses(TrainerCallback):
                     self._signs[rank] = (self._heard, json.loads(sign))
 
     def _watch(self) -> None:
-        """Name a process once when it is missed, until it goes on."""
+        """Report each missing process once, until it recovers."""
         named: set[int] = set()
         last = time.monotonic()
         while not self._ended.wait(_EVERY):
             now = time.monotonic()
-            if now - last > PATIENCE:  # it was this one that stood still
+            if now - last > PATIENCE:  # this process itself was suspended
                 self._heard = now
                 self._signs = {rank: (now, said) for rank, (_, said) in self._signs.items()}
             last = now
@@ -125,9 +120,9 @@ class WatchProcesses(TrainerCallback):
             named = set(missed)
 
     def _missed(self, now: float) -> Iterator[tuple[int, str]]:
-        """Yield the ranks that keep the others waiting, with what is said of them."""
+        """Yield the ranks that delay the others, with a message."""
         mine = self._step
-        is_alone = self._world.rank > 0 and now - self._heard > PATIENCE  # the first has the store
+        is_alone = self._world.rank > 0 and now - self._heard > PATIENCE  # rank 0 hosts the store
         is_long = now - self._began > max(PATIENCE, self._usual())
         for rank, (came, (_, host, step)) in self._signs.items():
             who = f"rank {rank} ({host})"
@@ -137,7 +132,7 @@ class WatchProcesses(TrainerCallback):
                     f"step {mine}: it stands still, or its machine or the way there does."
                 )
                 yield rank, message
-            elif is_long and step < mine and now - came < 3 * _EVERY:  # one that gives signs
+            elif is_long and step < mine and now - came < 3 * _EVERY:  # with a heartbeat
                 message = (
                     f"{who} has not begun step {mine} for {PATIENCE:.0f} s, and the others wait "
                     "for it: it reads rows, writes or scores for longer than they do."

@@ -1,11 +1,4 @@
-"""Pass on what happens in a run.
-
-Stop a run between two steps, with a checkpoint.
-
-Let a run that goes on follow its settings where they are others than they were.
-
-Tell the rows and their order which epoch it is.
-"""
+"""Callbacks for progress reports, signals, resumed settings, and the current epoch."""
 
 from __future__ import annotations
 
@@ -26,14 +19,13 @@ from ftlevel.training.processes import Processes
 
 
 class Report(TrainerCallback):
-    """Pass the run's course to the listener, to metrics.jsonl and to trackers.
+    """Send the progress of a run to the listener, metrics.jsonl and trackers.
 
     Attributes:
-        writers: what takes each record.
-        records: everything that was logged, before a resumed part too.
-        first_step_at: when the first step began, by `time.perf_counter`.
-        first_step_cpu_s: the process's processor time until then, of all threads.
-        train_s: seconds since the first step began, without evaluation and saving.
+        records: everything that was logged, including before a resume.
+        first_step_at: start of the first step, by `time.perf_counter`.
+        first_step_cpu_s: CPU seconds of all threads until then.
+        train_s: seconds since the first step, without evaluation and saving.
     """
 
     def __init__(
@@ -51,7 +43,7 @@ class Report(TrainerCallback):
         self.first_step_at: float | None = None
         self.first_step_cpu_s = 0.0
         self.train_s = 0.0
-        self._seen_at: float | None = None  # in a pause
+        self._seen_at: float | None = None  # None in a pause
 
     def on_train_begin(
         self,
@@ -60,7 +52,7 @@ class Report(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        """Say how many steps there are."""
+        """Report the number of steps."""
         self.listener.begin(state.max_steps)
 
     def on_step_begin(
@@ -70,7 +62,7 @@ class Report(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        """Note when the step begins."""
+        """Record the start time of the step."""
         if self._seen_at is None:
             self._seen_at = time.perf_counter()
         if self.first_step_at is None:
@@ -84,7 +76,7 @@ class Report(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        """Count a step."""
+        """Add the step's time, and report the step."""
         self._count()
         self.listener.step(state.global_step)
 
@@ -96,15 +88,15 @@ class Report(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Write one record: step, epoch, loss, rate, gradient norm, tokens, seconds and memory.
+        """Write a record: step, epoch, loss, rate, gradient norm, tokens, seconds and memory.
 
-        `elapsed_s` is all that went by, `train_s` that without evaluation and saving.
+        `elapsed_s` includes evaluation and saving, `train_s` does not.
         """
         logs = dict(logs or {})
         if "train_runtime" in logs:  # Trainer's own summary; ours has more
             return
         if not any(name.startswith("eval_") for name in logs):
-            self._count()  # the loss was read: a GPU has done what it was given
+            self._count()  # reading the loss synchronized the GPU
         began = self.first_step_at or time.perf_counter()
         record = {
             "step": state.global_step,
@@ -126,13 +118,13 @@ class Report(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        """Leave an evaluation, or a checkpoint and what certifies it, out of the training time."""
+        """Exclude the evaluation, or the saving of a checkpoint, from the training time."""
         self._seen_at = None
 
     on_save = on_evaluate
 
     def _count(self) -> None:
-        """Add what went by since it was last seen to the training time, but for a pause."""
+        """Add the time since the last call to the training time, unless paused."""
         if self._seen_at is not None:
             now = time.perf_counter()
             self.train_s += now - self._seen_at
@@ -140,19 +132,12 @@ class Report(TrainerCallback):
 
 
 class Interrupt(TrainerCallback):
-    """Turn the first Ctrl-C, SIGTERM or SIGHUP into a checkpoint after the step, then stop.
+    """Save a checkpoint after the current step and stop, on Ctrl-C, SIGTERM or SIGHUP.
 
-    SIGUSR1, by which SLURM warns of the end of a job, makes the checkpoint and goes on. A second
-    signal ends the process at once; of several processes, whose launcher passes on what the
-    terminal has sent them already, it does not. Use as a context manager around training.
-
-    Args:
-        processes: those of the run, which stop after the same step.
-
-    Attributes:
-        received: the signal's name, or empty.
-        exit_code: of a process that it ends, as shells have it.
-        has_stopped: whether the run was ended by it; one that comes later finds the run at its end.
+    On SIGUSR1, which SLURM sends before the end of a job, training continues after the checkpoint.
+    A second signal ends a single process at once. Several processes ignore it, because launchers
+    forward signals that the terminal has already sent. Use as a context manager around training.
+    `exit_code` is 128 + signal number; `has_stopped` is false if the run ended by itself.
     """
 
     _SAVE, _STOP = 1, 2
@@ -167,7 +152,7 @@ class Interrupt(TrainerCallback):
 
     def __enter__(self) -> Interrupt:
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-            number = getattr(signal, name, None)  # Windows has not all of them
+            number = getattr(signal, name, None)  # Windows lacks some
             if number is None or (
                 name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN  # by nohup
             ):
@@ -201,8 +186,8 @@ class Interrupt(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> TrainerControl:
-        """Save, and stop, if a signal has come and the run is not over anyway."""
-        # What was agreed on counts, not what has come since: all stop after the same step.
+        """Save, and stop, if any process received a signal before the last step."""
+        # Use the agreed value, not later signals, so that all stop after the same step.
         wish = self._processes.most(self._wish)
         if wish and state.global_step < state.max_steps:
             control.should_save = True
@@ -215,12 +200,10 @@ class Interrupt(TrainerCallback):
 
 
 class FollowSettings(TrainerCallback):
-    """Take intervals and learning rates from the settings, not from the checkpoint.
+    """Use intervals and learning rates of the settings, not those of the checkpoint.
 
-    Trainer reads the steps between two logs, evaluations or checkpoints from the checkpoint, and
-    the optimizer goes on at the rate that it had. After a run was made longer, that would be the
-    old schedule's for one more step: 0 at the end of a linear one. Where nothing has changed, the
-    values are the same.
+    On resume Trainer restores both. In a run made longer, the next step would use the old
+    schedule's rate, such as 0 at the end of a linear one. Without changes the values are the same.
     """
 
     def on_train_begin(
@@ -232,12 +215,12 @@ class FollowSettings(TrainerCallback):
         lr_scheduler: Any = None,
         **_: Any,
     ) -> None:
-        """Set both."""
+        """Set intervals and learning rates when a run resumes."""
         if state.global_step == 0:
             return
         state.compute_steps(args, state.max_steps)
         if not hasattr(lr_scheduler, "lr_lambdas"):
-            return  # reduce_lr_on_plateau: its rate comes of the losses so far, not of the settings
+            return  # reduce_lr_on_plateau: its rate depends on past losses
         rates = [
             base * share(lr_scheduler.last_epoch)
             for base, share in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
@@ -248,7 +231,7 @@ class FollowSettings(TrainerCallback):
 
 
 class SetEpoch(TrainerCallback):
-    """Tell rows, and their order, which epoch begins, also after a resumption."""
+    """Set the epoch of the rows and their sampler, also after a resume."""
 
     def __init__(self, rows: Sequence[Encoded], order: Any) -> None:
         self.rows = rows
@@ -261,7 +244,7 @@ class SetEpoch(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        """Set the epoch; Trainer takes the first row of it after this."""
+        """Set the epoch before Trainer reads its first row."""
         if isinstance(self.rows, MaskedRows):
             self.rows.epoch = int(state.epoch or 0)
         if isinstance(self.order, LengthGroups):

@@ -1,11 +1,4 @@
-"""Make checkpoints that can be trusted and used, where there is room, and delete old ones.
-
-Write a checkpoint when a long time went by without one, and a last one.
-
-Keep where a stream is beside the checkpoint.
-
-No checkpoint before it is known on which bytes of the base, and of a stream, it was trained.
-"""
+"""Callbacks for checkpoints: manifest, rotation, saving by time, stream state, file digests."""
 
 from __future__ import annotations
 
@@ -27,14 +20,11 @@ from ftlevel.training.processes import Processes
 
 
 class WriteManifest(TrainerCallback):
-    """Give each checkpoint its manifest, and delete old ones, and an old run, only after that.
+    """Write a manifest for each checkpoint, then delete old checkpoints and a replaced run.
 
-    Args:
-        run: its directory.
-        keep: how many checkpoints stay.
-        write_beside: writes into a checkpoint what it takes to use it; None where it cannot be.
-        processes: those of the run.
-        when_written: does what it is given when all of a checkpoint is written; None is at once.
+    `keep` is the number of checkpoints. `write_beside` adds the files needed to use a checkpoint;
+    None if unsupported. `when_written` calls its argument once all of a checkpoint is written; None
+    means at once.
     """
 
     def __init__(
@@ -59,7 +49,7 @@ class WriteManifest(TrainerCallback):
         control: TrainerControl,
         **told: Any,
     ) -> None:
-        """Look whether the disk has room for the checkpoint that comes."""
+        """Check that the disk has space for the next checkpoint."""
         if control.should_save and self._processes.is_first:
             check_room_to_save(self._run, told["model"], told["optimizer"])
 
@@ -72,8 +62,8 @@ class WriteManifest(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        """Certify the checkpoint that was just written, or when it is."""
-        self._processes.wait()  # each writes its random state
+        """Write the manifest once the checkpoint is complete."""
+        self._processes.wait()  # every process writes its random state
         if not self._processes.is_first:
             return
         checkpoint = self.directory / f"checkpoint-{state.global_step}"
@@ -92,18 +82,14 @@ class WriteManifest(TrainerCallback):
 
 
 SMALL_CHECKPOINT = 512_000_000
-"""Bytes up to which a last checkpoint is written, so that a run can be made longer."""
+"""Maximal bytes of a checkpoint that is written at the end by default, so that a run can be
+extended."""
 
 
 class SaveByClock(TrainerCallback):
-    """Ask for a checkpoint after so many minutes of training without one, and then at the end.
+    """Save a checkpoint after `minutes` of training without one, and from then on at the end.
 
-    The first process has the clock: all save after the same step.
-
-    Args:
-        minutes: since the last checkpoint, or the beginning.
-        processes: those of the run.
-        last: ask for one at the end whatever the clock says.
+    The first process's clock decides for all. With `last`, the end is saved in any case.
     """
 
     def __init__(self, minutes: float, processes: Processes, *, last: bool = False) -> None:
@@ -129,7 +115,7 @@ class SaveByClock(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        """Save, if it is time, or the end of a run for which it was time before."""
+        """Save if the time is up, or at the end if it was up before."""
         is_time = self._processes.is_first and time.monotonic() - self._since >= self._seconds
         is_time = self._processes.any(is_time)
         self._saves_end |= is_time
@@ -143,7 +129,7 @@ class SaveByClock(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        """Save the end of a run that stops early."""
+        """Save at the end of a run that stops early."""
         is_early = control.should_training_stop and state.global_step < state.max_steps
         control.should_save |= is_early and self._saves_end
 
@@ -154,12 +140,12 @@ class SaveByClock(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        """Start the clock again."""
+        """Restart the clock."""
         self._since = time.monotonic()
 
 
 class SaveStreamState(TrainerCallback):
-    """Write where a stream is into each checkpoint, before it is certified."""
+    """Write the position of a stream into each checkpoint, before its manifest."""
 
     def __init__(self, rows: StreamedRows, directory: Path) -> None:
         self.rows = rows
@@ -172,18 +158,14 @@ class SaveStreamState(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        """Add it to the checkpoint that was just written; the first process does, for all."""
+        """Write the position from the first process, for all."""
         if not state.is_world_process_zero:  # it is the same in each
             return
         self.rows.save(self.directory / f"checkpoint-{state.global_step}", state.global_step)
 
 
 class WaitForBytes(TrainerCallback):
-    """Let the first checkpoint wait until all files were read beside the steps.
-
-    Args:
-        waits: wait for one of them.
-    """
+    """Delay checkpoints until all file digests are computed in the background."""
 
     def __init__(self, waits: Iterable[Callable[[], None]]) -> None:
         self._waits = list(waits)
@@ -191,7 +173,7 @@ class WaitForBytes(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Wait, where a checkpoint comes."""
+        """Wait if a checkpoint follows."""
         if control.should_save:
             for wait in self._waits:
                 wait()

@@ -1,8 +1,8 @@
-"""Experiment trackers: what is logged of a run goes to them too, under the names that they know.
+"""Experiment trackers: TensorBoard, Weights & Biases, MLflow and Trackio.
 
-Files are under the run directory, and nothing leaves the machine unless the user has told the
-tracker so: by logging in, or by the tracker's own environment variables. What a run is called
-there, its project and its settings are ftlevel's; no token is among them.
+Files are written to the run directory. Nothing leaves the machine unless the user has logged in to
+a tracker or set its environment variables. Run name, project and settings are ftlevel's and contain
+no token.
 """
 
 from __future__ import annotations
@@ -30,15 +30,7 @@ _TELEMETRY = ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK")
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of a run before its first step.
-
-    Attributes:
-        path: the run directory.
-        name: of the run.
-        project: that the user named, if any.
-        config: its whole configuration.
-        first_step: after which it goes on; 0 for a new run.
-    """
+    """Description of a run for trackers; `first_step` is the step it resumes from, or 0."""
 
     path: Path
     name: str
@@ -47,18 +39,18 @@ class TrackedRun:
     first_step: int = 0
 
     def project_or(self, variable: str) -> str:
-        """Return the project: the user's, that of the tracker's environment variable, or ours."""
+        """Return the user's project, that of the tracker's environment variable, or `ftlevel`."""
         return self.project or os.environ.get(variable) or _PROJECT
 
 
 @dataclass(frozen=True)
 class Tracker:
-    """One that was begun.
+    """A started tracker.
 
     Attributes:
-        where: it keeps what it is told, for the screen.
-        log: takes metrics and their step.
-        close: ends the run there.
+        where: location of its data, for the screen.
+        log: called with metrics and their step.
+        close: ends the run in the tracker.
     """
 
     where: str
@@ -72,14 +64,7 @@ def describe_run(
     run: RunDirectory,
     past: Sequence[Mapping[str, Any]],
 ) -> TrackedRun:
-    """Return what trackers are told of a run.
-
-    Args:
-        output: what it is called there.
-        values: its whole configuration.
-        run: its directory.
-        past: what was logged before it goes on.
-    """
+    """Return the description of a run for trackers; `past` are log records before a resume."""
     name, first = output.run_name or run.path.name, past[-1]["step"] if past else 0
     return TrackedRun(run.path, name, output.tracker_project, values, first)
 
@@ -88,15 +73,9 @@ def describe_run(
 def tracking(
     names: tuple[str, ...], run: TrackedRun, listener: Listener
 ) -> Iterator[list[Callable[[Mapping[str, Any]], None]]]:
-    """Begin the trackers, and give what takes a record for each; they end with the block.
+    """Start trackers, yield a function per tracker that logs a record, and close them.
 
-    Args:
-        names: of the trackers.
-        run: what they are told.
-        listener: told where each keeps the run.
-
-    Raises:
-        RunError: one cannot be begun.
+    Raises RunError if a tracker cannot be started.
     """
     before = dict(os.environ)
     begun: dict[str, Tracker] = {}
@@ -113,14 +92,14 @@ def tracking(
         for name, tracker in begun.items():
             with _or_warn(name, listener):
                 tracker.close()
-        for variable in os.environ.keys() - before.keys():  # wandb's, of its helper
+        for variable in os.environ.keys() - before.keys():  # set by wandb for its helper
             del os.environ[variable]
 
 
 def _write_to(
     name: str, tracker: Tracker, listener: Listener
 ) -> Callable[[Mapping[str, Any]], None]:
-    """Return what sends a record to a tracker, until that fails."""
+    """Return a function that sends records to a tracker until the first failure."""
     failed: list[bool] = []
 
     def write(record: Mapping[str, Any]) -> None:
@@ -135,7 +114,7 @@ def _write_to(
 
 @contextlib.contextmanager
 def _or_warn(name: str, listener: Listener) -> Iterator[None]:
-    """Say of a tracker that fails that it did; the run is the same, and metrics.jsonl has all."""
+    """Warn if a tracker fails; the run continues, and metrics.jsonl is complete."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - a tracker's own, and no reason to lose a run
@@ -143,7 +122,7 @@ def _or_warn(name: str, listener: Listener) -> Iterator[None]:
 
 
 def name_metrics(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of a record by transformers' names: `train/loss`, `eval/loss`."""
+    """Return the numeric values of a record under transformers' names, such as `train/loss`."""
     numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
     return {
         f"eval/{k.removeprefix('eval_')}" if k.startswith("eval_") else f"train/{k}": v
@@ -207,7 +186,7 @@ def _begin_mlflow(run: TrackedRun) -> Tracker:
     number = experiment.experiment_id if experiment else client.create_experiment(project)
     found = client.create_run(number, run_name=run.name).info.run_id
     parameters = [Param(k, str(v)[:500]) for k, v in _flat(run.config)]
-    for begin in range(0, len(parameters), 100):  # no more at once
+    for begin in range(0, len(parameters), 100):  # MLflow's limit
         client.log_batch(found, params=parameters[begin : begin + 100])
 
     def log(metrics: dict[str, float], step: int) -> None:
@@ -218,7 +197,7 @@ def _begin_mlflow(run: TrackedRun) -> Tracker:
 
 
 def _switch_telemetry_off() -> None:
-    """Keep mlflow from telling its makers of a run, unless the user has said what it may do."""
+    """Disable MLflow's telemetry, unless the user has configured it."""
     if not any(name in os.environ for name in _TELEMETRY):
         os.environ[_TELEMETRY[0]] = "true"
 
@@ -246,7 +225,7 @@ def _begin_trackio(run: TrackedRun) -> Tracker:
     return Tracker(
         f"project {project} (`trackio show --project {project}`)",
         lambda metrics, step: found.log(metrics, step=step),
-        lambda: quietly(trackio.finish),  # and its own at exit has nothing left to say
+        lambda: quietly(trackio.finish),  # its exit handler then prints nothing
     )
 
 

@@ -1,6 +1,5 @@
-"""The fast step against the plain one, on the model and the rows of the run.
+"""Verification of the fast step against the plain step, on the model and rows of the run.
 
-`steps` computes a step in each way, the fast one by the Trainer itself; `float32` widens the
-weights, so that faults are not hidden by rounding; `compare` says how far two gradients are apart;
-`proof` decides.
+`steps` computes a step both ways, the fast one with the Trainer. `bounds` measures the distance of
+two gradients, and `proof` decides whether it is acceptable.
 """

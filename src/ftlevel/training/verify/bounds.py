@@ -1,6 +1,6 @@
-"""How far apart two ways to compute a step may be, by what was measured of the plain one.
+"""Distances between gradients, and the bounds of these for a correct fast step.
 
-How far a gradient is from another one, by tensor and by kind of tensor.
+Bounds are multiples of the measured rounding errors of the plain step.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from ftlevel.errors import RunError
 Gradients = Mapping[str, torch.Tensor]
 
 _COMPARED_AT_ONCE = 2**20
-"""Elements whose differences are held in float64: an embedding's would take more than the model."""
+"""Elements that are compared in float64 at once; a whole embedding would take more memory than the
+model."""
 
 
 @dataclass(frozen=True)
 class Apart:
-    """Sums over the elements of a gradient g and of its reference r; two of them can be added.
+    """Sums over the elements of a gradient g and of its reference r; they can be added.
 
     Attributes:
         difference: Σ (g − r)².
@@ -44,19 +45,19 @@ class Apart:
 
     @property
     def distance(self) -> float:
-        """‖g − r‖ / ‖r‖: direction and length in one. 0 where both are 0, infinite where r is."""
+        """Relative distance ‖g − r‖ / ‖r‖; 0 if both norms are 0, infinite if only ‖r‖ is."""
         if self.reference == 0:
             return 0.0 if self.difference == 0 else float("inf")
         return float((self.difference / self.reference) ** 0.5)
 
     @property
     def length(self) -> float:
-        """By how much g is too long along r: ⟨g, r⟩ / ⟨r, r⟩ − 1. Rounding averages out in it."""
+        """Relative excess length of g along r, ⟨g, r⟩ / ⟨r, r⟩ − 1, where rounding averages out."""
         return self.along / self.reference - 1 if self.reference else 0.0
 
 
 def compare_gradients(gradients: Gradients, reference: Gradients) -> dict[str, Apart]:
-    """Return how far each tensor's gradient is from its reference; a missing one counts as zero."""
+    """Return the difference of each tensor's gradient from its reference; a missing one is zero."""
     found = {}
     for name in gradients.keys() | reference.keys():
         like = reference.get(name, gradients.get(name))
@@ -70,7 +71,7 @@ def compare_gradients(gradients: Gradients, reference: Gradients) -> dict[str, A
 
 
 def _compare(gradient: torch.Tensor, reference: torch.Tensor) -> Apart:
-    """Return the sums over two tensors on the CPU, in float64, which MPS has not."""
+    """Return the sums over two CPU tensors in float64, which MPS does not support."""
     g, r = gradient.double(), reference.double()
     return Apart(float((g - r).square().sum()), float(r.square().sum()), float((g * r).sum()))
 
@@ -81,7 +82,7 @@ def total(parts: Iterable[Apart]) -> Apart:
 
 
 def kind_of(name: str) -> str:
-    """Return what the tensors of all layers that `name` is one of have in common.
+    """Return the part of a tensor's name that is the same in all layers.
 
     `base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight` is a `lora_A`.
     """
@@ -104,48 +105,44 @@ def by_kind(tensors: Mapping[str, Apart]) -> dict[str, Apart]:
 
 
 def added(sums: Mapping[str, Apart], more: Mapping[str, Apart]) -> dict[str, Apart]:
-    """Return the sums over both, by name."""
+    """Return the sums over both mappings, by name."""
     return {name: sums.get(name, Apart()) + more.get(name, Apart()) for name in {**sums, **more}}
 
 
 ORDER = 10.0
-"""How far the fast step may be from the plain one, in multiples of what another order of the plain
-step's sums does. Packed rows are summed in orders that differ more than padded ones do."""
+"""Maximal distance of the fast step from the plain one, as a multiple of the effect of another
+summation order on the plain step. Orders differ more for packed rows than for padded ones."""
 LEAST = {"float32": (1e-5, 1e-4)}
-"""What loss and gradients may differ by in any case, relative."""
+"""Relative differences of loss and gradients that are always accepted."""
 LEAST_NARROW = (4e-3, 2e-2)
 KINK = 2e-2
-"""How far the fast step may be in float32 where rounding moves an activation over a kink, all
-gradients together, relative: 6e-3 of one tensor was measured."""
+"""Maximal relative distance of all gradients in float32 if rounding moves an activation over a
+kink; 6e-3 was measured for one tensor."""
 DRAWS = 3
-"""How often the plain step is rounded. Its gradients share few errors with one another, such as one
-of all logits, so that a single draw may be near to float32, or of the right length, by chance."""
+"""Number of rounded plain steps. Gradients share a few errors, such as one of all logits, so a
+single step may be close to float32, or of the right length, by chance."""
 ROUNDING = 1.5
-"""How far the fast step's rounded gradient may be from float32, in multiples of the farthest plain
-one's: 1.1 at most was measured, and a tensor alone may be as far as `ROUNDING_OF_ONE`."""
+"""Maximal distance of the fast step's rounded gradient from float32, as a multiple of the plain
+steps' largest; 1.1 was measured. For a single tensor it is `ROUNDING_OF_ONE`."""
 ROUNDING_OF_ONE = 4.0
 LENGTH = 0.3
-"""How much longer than the longest plain one's, or shorter than the shortest, it may be, in
-multiples of the same; 0.15 was measured."""
+"""Maximal length outside the range of the plain steps' lengths, as a multiple of the same distance;
+0.15 was measured."""
 
 
 @dataclass
 class Verified:
-    """How far the fast step is from the plain one, relative to the plain one.
+    """Differences between fast and plain step, relative to the plain step.
 
     Attributes:
-        steps: how many steps were compared.
-        rows: of them, in all.
-        dtype: what they were computed in, beside the run's own precision.
-        loss: largest difference of a step's loss.
-        gradient: largest norm of the difference of a step's gradient over all trained tensors.
-        dropout: the same with dropout on, fused layers against plain ones; None where there is none
-            or it was not compared.
-        exact: distance of the plain step's gradient from its own in float64, where that decided:
-            `loss` and `gradient` are then the fast step's distances from that one.
-        kinks: whether they are those of the fast step in float64, which in float32 is farther.
-        rounded: kind of trained tensor → distances of the plain and of the fast step's gradient in
-            the run's precision from the plain one's in float32.
+        dtype: compute dtype of the comparison, in addition to the run's own.
+        gradient: largest norm of the gradient difference over all trainable tensors.
+        dropout: the same with dropout, for fused and plain layers; None if not compared.
+        exact: distance of the plain step's gradient from float64, if that decided. `loss` and
+            `gradient` are then distances of the fast step from float64.
+        kinks: whether these are of the fast step in float64, which is farther off in float32.
+        rounded: kind of tensor → distances of plain and fast gradient in the run's dtype from
+            float32.
     """
 
     steps: int = 0
@@ -161,12 +158,10 @@ class Verified:
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far a gradient may be from another one that differs in the order of its sums.
+    """Maximal differences of two steps that differ in summation order only.
 
-    Attributes:
-        dtype: what both are computed in.
-        noise: what another order does to each tensor.
-        noise_of_loss: what it does to the loss, in nats.
+    `noise` is the change of each tensor's gradient by another order, `noise_of_loss` that of the
+    loss in nats.
     """
 
     dtype: str
@@ -174,10 +169,10 @@ class Bounds:
     noise_of_loss: float
 
     def check_loss(self, loss: float, expected: float) -> float:
-        """Return how far `loss` is from `expected`, relative.
+        """Return the relative difference of `loss` from `expected`.
 
         Raises:
-            RunError: too far.
+            RunError: it exceeds the bound.
         """
         apart, least = abs(loss - expected), LEAST.get(self.dtype, LEAST_NARROW)[0]
         bound = least * abs(expected) + ORDER * self.noise_of_loss
@@ -187,10 +182,10 @@ class Bounds:
         return apart / max(abs(expected), 1e-12)
 
     def check_gradients(self, found: Mapping[str, Apart], what: str = "gradients") -> float:
-        """Compare each tensor, and all of them; return how far these are apart.
+        """Check each tensor and all together, and return the distance of all.
 
         Raises:
-            RunError: one is too far.
+            RunError: a distance exceeds its bound.
         """
         least = LEAST.get(self.dtype, LEAST_NARROW)[1]
         whole, norms = total(found.values()), norms_of(found)
@@ -211,12 +206,9 @@ class Bounds:
 
 @dataclass
 class Rounding:
-    """What the run's precision does to a gradient, over all steps that were compared.
+    """Effect of the run's dtype on gradients and losses, as differences from float32.
 
-    Attributes:
-        plain: each tensor of the plain step against float32, of each draw of its rounding errors.
-        fast: of the fast step likewise.
-        losses: way → how far its losses are from float32's, relative.
+    `plain` has one item per draw; `losses` maps "plain" and "fast" to relative differences.
     """
 
     plain: list[dict[str, Apart]] = field(default_factory=lambda: [{} for _ in range(DRAWS)])
@@ -224,14 +216,13 @@ class Rounding:
     losses: dict[str, list[float]] = field(default_factory=dict)
 
     def add_loss(self, way: str, loss: float, exact: float) -> None:
-        """Keep how far a step's loss is from float32's."""
+        """Record the relative difference of a step's loss from float32."""
         self.losses.setdefault(way, []).append(abs(loss / exact - 1))
 
     def check(self) -> dict[str, tuple[float, float]]:
         """Return kind of tensor → distances of the plain and the fast step from float32.
 
-        Raises:
-            RunError: the fast step's is larger than rounding makes the plain one's.
+        Raises RunError if the fast step's exceeds the bound from the plain step's rounding.
         """
         draws, fast = [by_kind(tensors) for tensors in self.plain], by_kind(self.fast)
         plain = {kind: max(draw[kind].distance for draw in draws) for kind in fast}
@@ -264,11 +255,10 @@ class Rounding:
 
 
 def norms_of(found: Mapping[str, Apart]) -> dict[str, float]:
-    """Return of each tensor the norm of its reference that a rounding error is measured by.
+    """Return the norm of each tensor's reference, at least 1 % of its kind's mean and of the total.
 
-    A tensor with next to no gradient is rounded like its neighbours that have one, and like all:
-    the bias of a span's logits has none, and sums what rounding left of it; nor have the keys of
-    an attention that is saturated.
+    Rounding errors of tensors with almost no gradient, such as the bias of span logits or the keys
+    of saturated attention, are as large as those of other tensors.
     """
     counts: dict[str, int] = {}
     for name in found:
@@ -282,7 +272,7 @@ def norms_of(found: Mapping[str, Apart]) -> dict[str, float]:
 
 
 def wrong(what: str, dtype: str) -> RunError:
-    """Return the error that stops a run."""
+    """Return the error that stops a run whose fast step differs from the plain step."""
     return RunError(
         f"--verify-fast: the fast step is not the plain one: in {dtype} {what}. "
         "Train with --no-fast, and please report it with the command."

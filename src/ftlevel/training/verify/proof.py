@@ -1,13 +1,8 @@
-"""Whether the fast step is the plain one: a few rows before every run, whole steps when asked.
+"""Verify the fast step against the plain step, on a few rows or on whole steps.
 
-In float32 the two differ by the order of their sums and nothing else, so a fault of a thousandth
-is seen where bfloat16 would hide one of twenty. How much an order does is measured: the plain step
-with other rounding errors against the plain step. In the run's precision a step that
-is right is no farther from float32 than the plain step is, which is measured too.
-
-The whole model in float32 or float64 for a moment, where there is memory for it.
-
-The few rows on which every run compares its steps.
+In float32 both differ in summation order only, so an error of 0.1 % is visible that bfloat16 would
+hide. The effect of order is measured by comparing two plain steps with different rounding errors.
+In the run's dtype, a correct fast step is no farther from float32 than the plain step.
 """
 
 from __future__ import annotations
@@ -54,17 +49,17 @@ from ftlevel.training.verify.steps import Computed, Steps, moved_from_start
 
 NARROW = (torch.bfloat16, torch.float16)
 COPIES = 4
-"""Tensors as large as what is trained that a comparison holds: two gradients, where it began, and
-one that is on its way."""
+"""Copies of all trainable tensors in memory during a comparison: two gradients, the initial values,
+and one in transfer."""
 
 
 @contextlib.contextmanager
 def whole_in_float32(model: torch.nn.Module) -> Iterator[None]:
-    """Hold every narrow weight of `model` in float32 inside the block, and the same ones after it.
+    """Convert all half-precision weights of `model` to float32 inside the block (mutated).
 
-    Unlike `evaluation.two_models.float32`, which widens a module while it runs, this serves a
-    backward pass, threads, and functions that read the weight of a module they do not call.
-    Quantized weights stay as they are, and are dequantized to float32.
+    Unlike `evaluation.model_pair.in_float32`, which converts a module while it runs, this supports
+    backward passes, threads, and functions that read weights of modules they do not call. Quantized
+    weights are unchanged, but dequantize to float32.
     """
     dtypes = [(*what, getattr(*what)) for what in _dtypes_of_4_bits(model)]
     for owner, name, _ in dtypes:
@@ -79,10 +74,10 @@ def whole_in_float32(model: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_in_float64(model: torch.nn.Module) -> Iterator[None]:
-    """Hold every weight of `model`, which is in float32, in float64 inside the block.
+    """Convert all float32 weights of `model` to float64 inside the block (mutated).
 
-    What transformers computes in float32 whatever the weights are, such as a norm's mean of
-    squares, stays so.
+    Operations that transformers always computes in float32, such as a norm's mean of squares, stay
+    in float32.
     """
     with _held_in(torch.float64, _tensors_of(model, (torch.float32,))):
         yield
@@ -90,7 +85,7 @@ def whole_in_float64(model: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held_in(dtype: torch.dtype, tensors: list[torch.Tensor]) -> Iterator[None]:
-    """Hold `tensors` in `dtype` inside the block, and the values that they had after it."""
+    """Convert `tensors` to `dtype` inside the block, and restore their values after it."""
     held = [(tensor, tensor.data) for tensor in tensors]
     try:
         for tensor, data in held:
@@ -102,9 +97,9 @@ def _held_in(dtype: torch.dtype, tensors: list[torch.Tensor]) -> Iterator[None]:
 
 
 def fits_in_float32(model: torch.nn.Module, device: str) -> bool:
-    """Whether `model`, and what comparing its gradients takes, can be held in float32 beside it.
+    """Whether memory allows `model` in float32 and a comparison of its gradients.
 
-    One that is shared out over processes cannot: FSDP2 gathers the parts that it was given.
+    False for a sharded model, because FSDP2 gathers the parts it was created with.
     """
     if is_sharded(model):
         return False
@@ -112,9 +107,9 @@ def fits_in_float32(model: torch.nn.Module, device: str) -> bool:
 
 
 def fits_in_float64(model: torch.nn.Module, device: str) -> bool:
-    """Whether `model`, which is in float32, can be held in float64 on `device`, and computed in.
+    """Whether `device` supports float64 and has memory for the float32 `model` in it.
 
-    One with quantized weights cannot: nothing dequantizes them to it.
+    False with quantized weights, which cannot be dequantized to float64.
     """
     wide = _tensors_of(model, (torch.float32,))
     others = {id(tensor) for tensor in model.parameters()} - {id(tensor) for tensor in wide}
@@ -126,14 +121,14 @@ def fits_in_float64(model: torch.nn.Module, device: str) -> bool:
 def _fits(
     model: torch.nn.Module, dtype: torch.dtype, tensors: list[torch.Tensor], device: str
 ) -> bool:
-    """Whether there is memory for `tensors` of `model` in `dtype`, and to compare gradients."""
+    """Whether memory allows `tensors` of `model` in `dtype`, and a comparison of gradients."""
     wide = sum(tensor.numel() for tensor in tensors)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return dtype.itemsize * (wide + COPIES * trained) < free_memory_bytes(device) // 2
 
 
 def _tensors_of(model: torch.nn.Module, dtypes: tuple[torch.dtype, ...]) -> list[torch.Tensor]:
-    """Return the parameters and buffers of `dtypes`, each once; none that is quantized."""
+    """Return the parameters and buffers of `dtypes`, without duplicates and quantized ones."""
     found: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for own in own_tensors(module):
@@ -144,7 +139,7 @@ def _tensors_of(model: torch.nn.Module, dtypes: tuple[torch.dtype, ...]) -> list
 
 
 def _dtypes_of_4_bits(model: torch.nn.Module) -> list[tuple[Any, str]]:
-    """Return whose attribute says what 4-bit linears and experts dequantize to and compute in."""
+    """Return (object, attribute) pairs of the dtypes that 4-bit modules compute in."""
     found: list[tuple[Any, str]] = []
     for module in model.modules():
         for tensor in own_tensors(module)[0].values():
@@ -155,15 +150,15 @@ def _dtypes_of_4_bits(model: torch.nn.Module) -> list[tuple[Any, str]]:
 
 
 FEW_TOKENS = 256
-"""Two short rows, or a few: what costs less than one step of most runs."""
+"""Maximal tokens of the compared rows, which cost less than one step of most runs."""
 FEW_ROWS = 4
 LOOKED_AT = 64
 LONGEST = 1_024
-"""A row that cannot be cut is left out where it is longer."""
+"""Maximal length of a row that cannot be truncated; longer rows are skipped."""
 
 
 def choose_few(rows: Sequence[Encoded]) -> list[Encoded]:
-    """Return the shortest of the first rows, cut where that can be, or none if all are long."""
+    """Return the shortest of the first rows, truncated if possible; empty if all are long."""
     first = [short for row in rows[:LOOKED_AT] if (short := shorten(row, FEW_TOKENS // 2))]
     chosen: list[Encoded] = []
     tokens = 0
@@ -176,16 +171,16 @@ def choose_few(rows: Sequence[Encoded]) -> list[Encoded]:
 
 
 def shorten(row: Encoded, size: int) -> Encoded | None:
-    """Return `row` with `size` tokens at most, or as it is; None if it is long and cannot be cut.
+    """Return `row` with at most `size` tokens, or uncut if short enough; None if it is too long.
 
-    A row with a label a token is cut to what leads to its last target; one with a number to learn
-    to its beginning. Others, such as spans, have labels that count tokens.
+    A row with token labels is cut to the context of its last target, one with a number as label to
+    its beginning. Other labels, such as spans, count tokens, so these rows are not cut.
     """
     length = len(row.input_ids)
     if length <= size:
         return row
     labels = row.labels
-    if len(row.branches) > 1:  # answers stay whole, and so does what tells them apart
+    if len(row.branches) > 1:  # only the prompt is cut
         surplus = min(length - size, (prompt_length(row) or 1) - 1)
         return row.without(surplus) if surplus > 0 and length - surplus <= LONGEST else None
     if isinstance(labels, list) and len(labels) == length:
@@ -201,29 +196,20 @@ def shorten(row: Encoded, size: int) -> Encoded | None:
 
 
 class _NotFiniteError(Exception):
-    """The plain step has no loss."""
+    """The plain step's loss is not finite."""
 
 
 STEPS = 3
-"""Steps that are compared when it is asked for."""
+"""Number of steps compared with --verify-fast."""
 
 
 def verify_step(
     config: TrainConfig, plan: Plan, adapted: Adapted, listener: Listener
 ) -> Verified | None:
-    """Compare the fast step with the plain one before training; nothing of it is left behind.
+    """Compare fast and plain step before training, and restore the model; None if not compared.
 
-    Args:
-        config: the whole configuration: `speed.verify` asks for whole steps, or for nothing.
-        plan: of the run.
-        adapted: its model, with the fast step on it.
-        listener: told what was found.
-
-    Returns:
-        How far apart they are; None where nothing was compared.
-
-    Raises:
-        RunError: farther than rounding explains.
+    `speed.verify` selects whole steps (True), nothing (False) or a few rows (None). Raises RunError
+    if the difference exceeds what rounding explains.
     """
     asked, rows = config.speed.verify, plan.data.train
     if adapted.fast is None or asked is False:
@@ -246,11 +232,11 @@ def verify_step(
         dropout = bool(asked and find_randomness(config, adapted.model, with_head=True))
         verifier = _Verifier(steps, a_batch if asked else len(few), plan.model.dtype, dropout)
         wanted = list(batches(rows[: STEPS * a_step], a_step)) if asked else [few]
-        # On a GPU the kernels of half precision are others than those of float32.
+        # GPU kernels for half precision differ from those for float32.
         rounded = bool(asked) or plan.model.device != "cpu"
         try:
             verified = verifier.compare(wanted, rounded=rounded, rate=plan.schedule.learning_rate)
-        except _NotFiniteError:  # the run stops at its first step, and says where
+        except _NotFiniteError:  # GradientProof reports it at the first step
             return None
     what = f"{verified.steps} steps" if asked else f"{verified.rows} rows before the first step"
     apart = f"loss differs by {verified.loss:.1e}, gradients by {verified.gradient:.1e}, relative"
@@ -263,14 +249,7 @@ def verify_step(
 
 @dataclass(frozen=True)
 class _Verifier:
-    """Compares steps and raises where they are not the same.
-
-    Attributes:
-        steps: computes them.
-        batch_size: rows of a batch of the plain step.
-        dtype: the run's precision.
-        dropout: whether something is dropped at random, to be compared too.
-    """
+    """Compare steps, and raise RunError if they differ; `dtype` is the run's compute dtype."""
 
     steps: Steps
     batch_size: int
@@ -280,12 +259,10 @@ class _Verifier:
     def compare(
         self, wanted: Sequence[Sequence[Encoded]], *, rounded: bool, rate: float
     ) -> Verified:
-        """Return how far the steps over each of `wanted` are apart.
+        """Return the differences over the steps with rows `wanted`.
 
-        Args:
-            wanted: rows of each step; between two of them the model takes the plain one's step.
-            rounded: whether in the run's own precision too.
-            rate: learning rate of those steps.
+        Between two steps the model takes the plain step with learning rate `rate`. With `rounded`,
+        steps in the run's dtype are compared too.
         """
         model, training = self.steps.model, self.steps.model.training
         device = self.steps.trainer.args.device.type
@@ -310,7 +287,7 @@ class _Verifier:
         return replace(verified, rounded=rounding.check())
 
     def _compare(self, rows: Sequence[Encoded], verified: Verified) -> Computed:
-        """Return the plain step; how far the fast one is from it goes into `verified` (mutated)."""
+        """Return the plain step, and record the fast step's difference in `verified` (mutated)."""
         steps, dtype = self.steps, verified.dtype
         plain = self._plain(rows, dtype)
         if not math.isfinite(plain.loss):
@@ -323,19 +300,18 @@ class _Verifier:
         try:
             apart = _check(bounds, fast, plain)
         except RunError:
-            # One order of sums does not show how far from the truth both are, where rows begin
-            # alike and an error is the same in all of them.
+            # If rows share a prefix and its error, a different order underestimates the error.
             if (exact := self._in_float64(rows, dtype, self._plain)) is None:
                 raise
             try:
                 apart = _check(bounds, fast, exact)
             except RunError:
-                # An activation that rounding moves over a kink, as ReLU's at 0, has another
-                # derivative there, and the same value. In float64 nothing is rounded.
+                # Rounding may move an activation over a kink, such as ReLU's at 0, which changes
+                # its derivative but not its value. float64 avoids this.
                 bounds.check_loss(fast.loss, exact.loss)
                 far = total(compare_gradients(fast.gradients, exact.gradients).values()).distance
                 if not far <= KINK or steps.trainer.args.device.type != "cpu":
-                    raise  # a card's kernels may be others in float64
+                    raise  # GPU kernels may differ in float64
                 if (wide := self._in_float64(rows, dtype, steps.fast)) is None:
                     raise
                 apart = _check(Bounds(dtype, dict.fromkeys(noise, Apart()), 0.0), wide, exact)
@@ -359,18 +335,18 @@ class _Verifier:
     def _in_float64(
         self, rows: Sequence[Encoded], dtype: str, step: Callable[..., Computed]
     ) -> Computed | None:
-        """Return the plain or the fast step in float64; None where it cannot be computed."""
+        """Return the plain or the fast step in float64; None if it cannot be computed."""
         model, device = self.steps.model, self.steps.trainer.args.device.type
         if dtype != "float32" or not fits_in_float64(model, device):
             return None
         try:
             with whole_in_float64(model):
                 return step(rows, dtype=dtype)
-        except RuntimeError:  # a kernel that is not made for it
+        except RuntimeError:  # a kernel without float64 support
             return None
 
     def _round(self, rows: Sequence[Encoded], exact: Computed, sums: Rounding) -> Rounding:
-        """Return `sums` with what rounding does to a step in the run's precision."""
+        """Return `sums` with the rounding errors of a step in the run's dtype."""
         steps = self.steps
         for draw, summed in enumerate(sums.plain):
             plain = (steps.rounded_otherwise(rows, self.dtype, draw) if draw
@@ -384,13 +360,13 @@ class _Verifier:
 
 
 def _check(bounds: Bounds, step: Computed, expected: Computed) -> tuple[float, float]:
-    """Return how far losses and gradients are from what is expected; raise where it is too far."""
+    """Return the differences of loss and gradients from `expected`; raise if too large."""
     loss = bounds.check_loss(step.loss, expected.loss)
     return loss, bounds.check_gradients(compare_gradients(step.gradients, expected.gradients))
 
 
 def _take(optimizer: torch.optim.Optimizer, model: torch.nn.Module, step: Computed) -> None:
-    """Move `model` (mutated) by the optimizer's step on the gradients of `step`."""
+    """Apply the optimizer step for the gradients of `step` to `model` (mutated)."""
     for name, parameter in model.named_parameters():
         if name in step.gradients:
             parameter.grad = step.gradients[name]

@@ -1,4 +1,4 @@
-"""An optimizer step's loss and gradients, computed the plain way and by the Trainer."""
+"""Loss and gradients of an optimizer step, computed plainly and by the Trainer."""
 
 from __future__ import annotations
 
@@ -25,12 +25,7 @@ from ftlevel.training.trainer import FtlevelTrainer
 
 @dataclass(frozen=True)
 class Computed:
-    """What a step gives.
-
-    Attributes:
-        loss: mean over its targets, in nats.
-        gradients: name of a trained tensor → its gradient, of the tensor's shape.
-    """
+    """Mean loss of a step over its targets, in nats, and the gradients by tensor name."""
 
     loss: float
     gradients: dict[str, torch.Tensor]
@@ -38,46 +33,29 @@ class Computed:
 
 @dataclass(frozen=True)
 class Steps:
-    """Computes steps outside of a run.
-
-    Attributes:
-        trainer: of the run, before its first step. What it counts is as before afterwards.
-        pad_id: fills a batch.
-    """
+    """Compute steps before training; the trainer's token counts are restored."""
 
     trainer: FtlevelTrainer
     pad_id: int
 
     @property
     def model(self) -> Any:
-        """What is trained."""
+        """The trained model."""
         return self.trainer.model
 
     def rounded_otherwise(self, rows: Sequence[Encoded], dtype: str, draw: int = 0) -> Computed:
-        """Return the plain step with other rounding errors, by which it may be told from itself.
+        """Return the plain step with different rounding errors, to measure their size.
 
-        Rows, and the answers of one, go through the model one by one, the last row first; and what
-        each block begins with is a rounding error away from what it was. Rows of one length are
-        rounded alike in any order: what two answers have in common would cancel in the gradient
-        without a trace of how far it was rounded.
-
-        Args:
-            rows: of the step.
-            dtype: compute precision's name.
-            draw: another number gives other errors.
+        Rows and answers are computed one by one in reverse order, and each block's input is
+        perturbed by a rounding error. Without that, rows of one length round alike in any order,
+        and errors shared by two answers cancel in the gradient. `draw` selects the errors.
         """
         model = _OneByOne(self.model) if len(rows[0].branches) > 1 else self.model
         with _rounding_errors(self.model, draw):
             return self._plain(model, rows[::-1], 1, dtype)
 
     def plain(self, rows: Sequence[Encoded], batch_size: int, dtype: str) -> Computed:
-        """Return the step as transformers and PEFT compute it: padded batches, no dropout.
-
-        Args:
-            rows: of the step.
-            batch_size: rows of a batch; the gradients of all are summed.
-            dtype: compute precision's name.
-        """
+        """Return the step as transformers and PEFT compute it: padded batches, no dropout."""
         return self._plain(self.model, rows, batch_size, dtype)
 
     def _plain(self, model: Any, rows: Sequence[Encoded], batch_size: int, dtype: str) -> Computed:
@@ -107,7 +85,7 @@ class Steps:
     def _baseline(
         self, rows: Sequence[Encoded], batch_size: int, dtype: str
     ) -> torch.Tensor | None:
-        """Return what is taken off the rewards of a step (a scalar), where something is."""
+        """Return the KTO baseline of a step's rewards (a scalar), or None."""
         objective, device = self.trainer.objective, self.trainer.args.device
         contrasts = [other for row in rows for other in row.contrasts]
         if not (isinstance(objective, LikelihoodObjective) and contrasts):
@@ -122,16 +100,13 @@ class Steps:
         return (total[0] / total[1]).clamp(min=0)
 
     def fast(self, rows: Sequence[Encoded], dtype: str) -> Computed:
-        """Return the step as the Trainer computes it, fused layers as in training, no dropout."""
+        """Return the step as the Trainer computes it, with fused layers and without dropout."""
         return self._by_trainer(rows, dtype, _without_dropout)
 
     def with_dropout(self, rows: Sequence[Encoded], dtype: str, *, fused: bool) -> Computed:
-        """Return the step as the Trainer computes it, dropout and all.
+        """Return the step as the Trainer computes it with dropout, in `fused` or plain layers.
 
-        Args:
-            rows: of the step.
-            dtype: compute precision's name.
-            fused: whether in fused layers; what is dropped is the same with and without.
+        Both use the same dropout masks.
         """
         torch.manual_seed(0)
         return self._by_trainer(rows, dtype, _nothing if fused else _unfused)
@@ -139,7 +114,7 @@ class Steps:
     def _by_trainer(
         self, rows: Sequence[Encoded], dtype: str, mode: Callable[[Any], None]
     ) -> Computed:
-        """Return what `FtlevelTrainer.training_step` gives, in a mode set before each forward."""
+        """Return the result of `training_step`, with `mode` applied before each forward pass."""
         trainer, device = self.trainer, self.trainer.args.device
         self.model.zero_grad()
         hook = self.model.register_forward_pre_hook(lambda model, _: mode(model))
@@ -155,7 +130,7 @@ class Steps:
         return Computed(float(loss), {n: g / scale for n, g in self._take_gradients().items()})
 
     def _take_gradients(self) -> dict[str, torch.Tensor]:
-        """Return the gradients that are there, and leave none."""
+        """Return the gradients, and clear them."""
         found = {
             name: parameter.grad
             for name, parameter in self.model.named_parameters()
@@ -166,22 +141,18 @@ class Steps:
 
 
 class _OneByOne:
-    """Calls a model on each row of a batch by itself, without its padding.
-
-    Args:
-        model: with scores of tokens, or of rows.
-    """
+    """Call a model on each row of a batch separately, without padding."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self.get_base_model = getattr(model, "get_base_model", None)
 
     def __getattr__(self, name: str) -> Any:
-        """Be the model in everything else."""
+        """Delegate to the model."""
         return getattr(self._model, name)
 
     def __call__(self, attention_mask: torch.Tensor, **batch: torch.Tensor) -> Any:
-        """Return outputs with the scores of all rows."""
+        """Return outputs with the logits of all rows."""
         width, found = attention_mask.shape[1], []
         for index, mask in enumerate(attention_mask):
             length = int(mask.sum())
@@ -198,7 +169,7 @@ class _OneByOne:
 
 @contextlib.contextmanager
 def _rounding_errors(model: Any, draw: int) -> Iterator[None]:
-    """Move what each block of `model` begins with by up to a unit in its last place."""
+    """Perturb the input of each block of `model` by up to one unit in the last place."""
     generator = torch.Generator().manual_seed(draw)
 
     def move(_: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -228,9 +199,9 @@ def _fused_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def _evaluate(model: torch.nn.Module) -> None:
-    """Let nothing be dropped in `model` (mutated), and linears of 8 bits compute as in training.
+    """Disable dropout in `model` (mutated); 8-bit linear layers compute as in training.
 
-    Out of it bitsandbytes rounds their inputs to 8 bits too, on a CPU (`MatMul8bitLt`).
+    In eval mode, bitsandbytes on a CPU rounds their inputs to 8 bits too (`MatMul8bitLt`).
     """
     model.eval()
     for module in model.modules():
@@ -239,30 +210,29 @@ def _evaluate(model: torch.nn.Module) -> None:
 
 
 def _nothing(model: torch.nn.Module) -> None:
-    """Training's own mode."""
+    """Leave the model in training mode."""
 
 
 def _without_dropout(model: torch.nn.Module) -> None:
-    """Let nothing be dropped in `model` (mutated), and fused modules compute as in training."""
+    """Disable dropout in `model` (mutated); fused modules compute as in training."""
     _evaluate(model)
     for module in _fused_modules(model):
         module.training = True
 
 
 def _unfused(model: torch.nn.Module) -> None:
-    """Let fused modules of `model` (mutated) compute as the modules that they stand for."""
+    """Make fused modules of `model` (mutated) compute as the modules that they replace."""
     for module in _fused_modules(model):
         module.training = False
 
 
 @contextlib.contextmanager
 def moved_from_start(model: torch.nn.Module) -> Iterator[None]:
-    """Move what is trained a little at random inside the block, and back.
+    """Perturb the trainable tensors of `model` (mutated) inside the block, and restore them.
 
-    LoRA's B, an adapter's last linear and others begin at zero, where gradients of what stands
-    before them are zero, right or wrong. A tensor of zeros gets a standard deviation of
-    0.2 / √(last axis), so that a LoRA moves its linear's output by about a fifth; any other a
-    twentieth of its own.
+    LoRA's B and similar tensors start at zero, which makes gradients of preceding tensors zero,
+    correct or not. Zero tensors get noise with standard deviation 0.2 / √(last axis), about a fifth
+    of a LoRA's layer output; others get a twentieth of their own.
     """
     generator = torch.Generator().manual_seed(0)
     trained = [p for p in model.parameters() if p.requires_grad]
