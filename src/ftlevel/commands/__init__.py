@@ -1,5 +1,4 @@
-"""One verb a file, each reading top to bottom: what a command does with its configuration.
+"""Commands, one module each. They do not print or parse flags.
 
-May import every room below it. It does not print, parse flags or hold what two verbs share: that
-lies in the room of its own work.
+May import every package below them, not the CLI.
 """

@@ -1,4 +1,4 @@
-"""Check a server: read what it must answer → ask it → say whose answers they are."""
+"""`check-served`: query a server with recorded prompts and verify that it applies the adapter."""
 
 from __future__ import annotations
 
@@ -42,12 +42,7 @@ _SLOWER = 10
 
 @dataclass(frozen=True)
 class CheckServedResult:
-    """What a check gave.
-
-    Attributes:
-        summary: what `--json` prints.
-        lines: what is said of it.
-    """
+    """Result of a check: `summary` is the output of `--json`, `lines` the text output."""
 
     summary: dict[str, Any]
     lines: tuple[str, ...]
@@ -56,16 +51,16 @@ class CheckServedResult:
 def check_served(
     config: CheckServedConfig, *, listener: Listener | None = None
 ) -> CheckServedResult:
-    """Hold a server to what was recorded when its files were written.
+    """Compare a server's outputs with those recorded when its files were exported.
 
     Raises:
-        InputError: there is nothing to hold it to, or it cannot be asked.
-        RunError: it answers otherwise than the model as trained.
+        InputError: there are no recorded outputs, or the server cannot be queried.
+        RunError: the outputs differ from the trained model's.
     """
     listener = listener or Silence()
     began = time.perf_counter()
     served = read_served(config.out)
-    # Asked in this process, a base is in float32; a file for llama.cpp is what it is.
+    # A base loaded in this process is float32; a GGUF file has its own dtype.
     is_float = config.inside and served.facts.get("file_format") != "gguf"
     dtype = "float32" if is_float else str(served.facts.get("dtype"))
     listener.stage(f"ask {config.inside or config.url}")
@@ -95,14 +90,7 @@ def check_served(
 
 @dataclass(frozen=True)
 class _Rows:
-    """Answers of a server for one adapter.
-
-    Attributes:
-        plain: by token ids, or by text.
-        chat: by messages; None where it was not asked.
-        how: what `plain` was asked by.
-        no_chat: why `chat` was not asked.
-    """
+    """Outputs for one adapter; `how` is the prompt form, `no_chat` why chat was not queried."""
 
     plain: list[Heard]
     chat: list[Heard | None]
@@ -123,10 +111,10 @@ def _ask_url(config: CheckServedConfig, served: Served) -> dict[str, _Rows]:
 
 
 def _name_of(adapter: Recorded, served: Served, listed: list[str]) -> str:
-    """Return what the server calls an adapter, as far as it says."""
+    """Return the model name under which the server lists `adapter`, if it can be found."""
     if adapter.name in listed or (len(listed) != 1 and served.facts.get("server") != "mlx"):
         return adapter.name
-    # mlx-lm takes any other name for a model that it should load.
+    # mlx-lm loads a model for any other name.
     return "default_model" if served.facts.get("server") == "mlx" else listed[0]
 
 
@@ -189,12 +177,10 @@ def _ask_inside(config: CheckServedConfig, served: Served) -> dict[str, _Rows]:
 
 
 def _ask_base_alone(config: CheckServedConfig, served: Served) -> dict[str, list[Heard]]:
-    """Return the answers of a quantized base without an adapter, by the name of each adapter.
+    """Return the outputs of a quantized base without adapters, by adapter name; may be empty.
 
-    llama.cpp rounds activations with such a base, and the base alone shows by how much. It is asked
-    in the library, also where a server is checked: a server that is asked without its adapter may
-    give what it keeps of a prompt to requests with the adapter. Empty for other bases, and for a
-    server where the library is not installed.
+    llama.cpp rounds activations with such a base; these outputs show by how much. A server is not
+    queried, since its prompt cache could return base outputs for the adapter.
     """
     base = str(served.facts.get("base"))
     adapters = [a for a in served.adapters if a.prompts and "base" in a.prompts[0]]
@@ -241,7 +227,7 @@ def _judge(adapter: Recorded, rows: _Rows, tolerance: float) -> dict[str, Any]:
 
 
 def _overall(adapters: list[dict[str, Any]]) -> str:
-    """Return one word for all: the worst, and as trained only where the base says otherwise."""
+    """Return the worst verdict; TRAINED only if every adapter differs from its base."""
     words = [word for a in adapters for what in ("weights", "chat") for word in a[what]["answers"]]
     for bad in (ELSE, BASE):
         if bad in words:

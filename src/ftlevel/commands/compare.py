@@ -1,7 +1,4 @@
-"""Compare: check every method → train each alike, with each seed → tell chance from difference.
-
-One run of a comparison, in a process of its own: train as `train` does, then score each row.
-"""
+"""`compare`: train several methods with equal settings and seeds, score and rank them."""
 
 from __future__ import annotations
 
@@ -45,15 +42,13 @@ from ftlevel.events import Listener, Silence
 from ftlevel.training.finish import Start
 
 RESAMPLES = 1000
-"""Draws of the rows, the same for all that are scored on as many."""
+"""Bootstrap resamples of the rows; equal for all runs scored on equally many rows."""
 
 
 def train_and_score(config: TrainConfig, place: Path) -> None:
-    """Train `config` into its own run directory and write what became of its rows to `place`.
+    """Train or resume `config`, and write its scores to `place`, a JSON file, as the last step.
 
-    Args:
-        config: of the run, with a directory; it goes on where that has begun.
-        place: `NAME.json`, written last; the rows' answers are beside it as `NAME.jsonl`.
+    Per-row outputs are written next to it with the suffix `.jsonl`.
 
     Raises:
         FtlevelError: as `train` and `evaluate` do.
@@ -79,7 +74,7 @@ def train_and_score(config: TrainConfig, place: Path) -> None:
 
 
 def seconds_per_step(config: TrainConfig) -> float:
-    """Return how long a step of `config` takes here, by a few of them."""
+    """Measure the duration of a training step on this machine."""
     found = plan(config, PlanOptions(probe=True, alternatives=False))
     if found.time is None:
         raise ConfigError("its steps could not be timed")
@@ -87,7 +82,7 @@ def seconds_per_step(config: TrainConfig) -> float:
 
 
 def describe_run(config: TrainConfig) -> dict[str, Any]:
-    """Return what `train --dry-run` finds out, and so refuse what cannot be trained."""
+    """Return the summary of a dry run; raises like `train` if `config` cannot be trained."""
     return dict(train(config, dry_run=True, listener=Silence()).summary)
 
 
@@ -105,18 +100,15 @@ def compare(
     listener: Listener,
     prepare: Callable[[], Any] = int,
 ) -> dict[str, Any]:
-    """Train each method of `wishes` as `config` says, and return what `--json` prints.
+    """Train each method of `wishes` with the settings of `config`; return the output of `--json`.
 
-    Args:
-        config: the run; its own method gives settings to those that have them.
-        wishes: what is compared, for how long.
-        listener: told which run is trained.
-        prepare: called first in the process of each run.
+    The method section of `config` applies to every method that has these fields. `prepare` is
+    called first in the process of each run.
 
     Raises:
         ConfigError: no method can be trained, or the directory is not free.
-        RunError: no run came to its end.
-        Interrupted: a signal came; what is done stays.
+        RunError: no run finished.
+        Interrupted: a signal arrived; finished runs are kept.
     """
     _check(config, wishes)
     path = config.output.dir or _first_free()
@@ -146,11 +138,7 @@ def compare(
 
 
 def _check(config: TrainConfig, wishes: ComparisonOptions) -> None:
-    """Refuse what cannot be compared.
-
-    Raises:
-        ConfigError: with all problems found.
-    """
+    """Reject settings that cannot be compared; raise ConfigError with all problems."""
     problems = []
     if wishes.steps is not None and wishes.minutes is not None:
         problems.append("--budget-steps and --budget-minutes are two budgets. Give one of them.")
@@ -178,13 +166,13 @@ def _check(config: TrainConfig, wishes: ComparisonOptions) -> None:
 
 
 def _first_free() -> Path:
-    """Return the first of runs/compared-1, -2, … that is not there."""
+    """Return the first unused directory among runs/compared-1, runs/compared-2 and so on."""
     places = (Path("runs") / f"compared-{number}" for number in itertools.count(1))
     return next(place for place in places if not place.exists())
 
 
 def _recipe(config: TrainConfig) -> str:
-    """Return what all runs share, as a recipe with absolute paths."""
+    """Return the shared configuration as a YAML recipe with absolute paths."""
     import yaml
 
     told = "# What the runs of this comparison share. Go on: ftlevel compare --resume --output-dir"
@@ -192,7 +180,7 @@ def _recipe(config: TrainConfig) -> str:
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:
-    """Return what was given of `config`, as plain values, but for where it is written."""
+    """Return the explicitly set fields of `config` as plain values, without output paths."""
     values = config.model_dump(mode="json", exclude_unset=True, exclude={"output"})
     if "method" in values:
         values["method"]["kind"] = config.method.kind
@@ -206,11 +194,7 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
 def _begin_or_go_on(
     config: TrainConfig, wishes: ComparisonOptions, path: Path
 ) -> tuple[ComparisonOptions, dict[str, Any]]:
-    """Return what is asked, with what was asked before where the comparison goes on.
-
-    Raises:
-        ConfigError: the directory is not free, or not that of this comparison.
-    """
+    """Return options and request, merged with the stored ones when resuming."""
     budget = {"steps": wishes.steps, "minutes": wishes.minutes}
     now = _plain(config)
     asked: dict[str, Any] = {"config": now, "budget": budget, "planned_steps": {},
@@ -227,7 +211,7 @@ def _begin_or_go_on(
         old = json.loads(before.read_text(encoding="utf-8"))["asked"]
         was, kept = old["config"], old["budget"]
         methods, seeds, steps = old["methods"], old["seeds"], old["planned_steps"]
-        searched = {name: old.get(name, asked[name])  # of before there were searches
+        searched = {name: old.get(name, asked[name])  # absent in older files
                     for name in ("search", "trials", "study", "searched")}  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--resume: {before} cannot be read ({error!r}).") from None
@@ -261,17 +245,13 @@ def _begin_or_go_on(
 
 
 def _without_metric(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what was given of a configuration, but for the metric that ranks the runs."""
+    """Return the configuration values without the ranking metric."""
     train = {k: v for k, v in asked.get("train", {}).items() if k != "metric_for_best_model"}
     return {**asked, "train": train}
 
 
 def _check_methods(config: TrainConfig, found: Comparison, listener: Listener) -> None:
-    """Resolve the run of each method as train does, which prepares the rows for all of them.
-
-    Raises:
-        ConfigError: a name is not known, no method can be trained, or there are no rows to score.
-    """
+    """Resolve the run of each method like `train`, which also caches the encoded rows."""
     given = set(_plain(config).get("method", {})) - {"kind"}
     for word in dict.fromkeys(found.wishes.methods):
         fields = _method_fields(word)
@@ -299,11 +279,7 @@ def _check_methods(config: TrainConfig, found: Comparison, listener: Listener) -
 
 
 def _method_fields(word: str) -> dict[str, Any]:
-    """Return the fields of the method section that `word` stands for.
-
-    Raises:
-        ConfigError: there is no such method.
-    """
+    """Return the method section for `word`; raise ConfigError for an unknown method."""
     fields: dict[str, Any] = in_our_words({"method": {"kind": word}})[0]["method"]
     if fields["kind"] not in SPECS:
         names = (*SPECS, *METHOD_WORDS)
@@ -317,16 +293,12 @@ def _method_fields(word: str) -> dict[str, Any]:
 def _with_method(
     config: TrainConfig, fields: Mapping[str, Any], wishes: ComparisonOptions
 ) -> TrainConfig:
-    """Return `config` with another method, which takes those settings that it has too.
-
-    Raises:
-        ConfigError: the sections do not agree.
-    """
+    """Return `config` with another method, keeping the settings that method also has."""
     values = _plain(config)
     settings, known = values.get("method", {}), SPECS[str(fields["kind"])].model_fields
     if (
         "none" != config.method.wants_quant == config.quant.kind
-    ):  # of a recipe's method, not of the run
+    ):  # quantization implied by the recipe's method
         values.pop("quant", None)
     values["method"] = {k: v for k, v in settings.items() if k in known} | dict(fields)
     if wishes.steps is not None:
@@ -337,7 +309,7 @@ def _with_method(
 def _set_budget(
     found: Comparison, asked: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
 ) -> None:
-    """Turn minutes into steps, method by method, once: the rate falls to its end within them."""
+    """Convert minutes to steps, once per method, so that the schedule ends within the budget."""
     minutes, steps = found.wishes.minutes, asked["asked"]["planned_steps"]
     if minutes is None:
         return
@@ -359,7 +331,7 @@ def _set_budget(
 def _search_all(
     found: Comparison, asked: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
 ) -> None:
-    """Give each method the settings that score best, where a search is asked for, once."""
+    """Set the best hyperparameters of each method, if a search is requested."""
     done = asked["asked"]["searched"]
     for method, config in list(found.configs.items()):
         if method not in done:
@@ -379,11 +351,7 @@ def _search_all(
 
 
 def _train_all(found: Comparison, listener: Listener, prepare: Callable[[], Any]) -> None:
-    """Train and score what is not done yet, seed by seed.
-
-    Raises:
-        RunError: nothing came to its end.
-    """
+    """Train and score unfinished runs, seed by seed; raise RunError if none finishes."""
     first = next(iter(found.configs.values()), None)
     if first is None:
         raise RunError("\n".join(f"{name}: {why}" for name, why in found.left_out.items()))
@@ -414,7 +382,7 @@ def _train_all(found: Comparison, listener: Listener, prepare: Callable[[], Any]
 
 
 def _is_scored(config: TrainConfig, place: Path) -> bool:
-    """Whether the scores at `place` are of the metric that ranks the runs."""
+    """Return whether `place` has scores of the ranking metric."""
     if not place.is_file():
         return False
     metric = config.train.metric_for_best_model
@@ -423,7 +391,7 @@ def _is_scored(config: TrainConfig, place: Path) -> bool:
 
 
 def _of_run(config: TrainConfig, run: Path, seed: int) -> TrainConfig:
-    """Return the configuration of one run, which goes on where its directory has begun."""
+    """Return the configuration of one run, which resumes if its directory is not empty."""
     has_begun = run.is_dir() and any(run.iterdir())
     output = config.output.model_copy(
         update={"dir": run, "resume": has_begun, "allow_change": (_METRIC,) * has_begun}

@@ -1,7 +1,4 @@
-"""What a comparison found: a row a method, the best first, and the command of the winner.
-
-Pictures of a comparison, PNG and SVG: the metric against its costs, and how it came about.
-"""
+"""Results of a comparison: ranked rows, the command of the winner, and plots (PNG, SVG)."""
 
 from __future__ import annotations
 
@@ -33,18 +30,18 @@ SCORES = "scores"
 
 @dataclass(frozen=True)
 class ComparisonOptions:
-    """What is asked of a comparison beside the run.
+    """Options of a comparison besides the run configuration.
 
     Attributes:
-        methods: to compare, by their names or words; none to go on with those of before.
-        steps: of each run; None for the epochs of the run.
-        minutes: that the steps of each run take; None for no such limit.
-        seeds: runs of each method.
-        max_memory: GiB that the winner may need.
-        max_minutes: that a run of the winner may take.
-        search: settings that are searched for each method before it is compared.
-        trials: of each search; None for ten.
-        study: URL of the database of the searches; None for a file in the directory.
+        methods: method names or aliases; empty when resuming.
+        steps: optimizer steps per run; None uses the run's epochs.
+        minutes: training time per run; None sets no time limit.
+        seeds: runs per method.
+        max_memory: most memory of the winner, in GiB.
+        max_minutes: longest run of the winner.
+        search: hyperparameters to search for each method.
+        trials: trials per search; None uses ten.
+        study: database URL of the searches; None uses a file in the directory.
     """
 
     methods: tuple[str, ...]
@@ -60,16 +57,10 @@ class ComparisonOptions:
 
 @dataclass
 class Comparison:
-    """A comparison on its way.
+    """State of a comparison; dictionaries are keyed by method.
 
-    Attributes:
-        path: its directory.
-        wishes: what is asked.
-        configs: method → its configuration without a directory.
-        left_out: method → why it is not compared.
-        scored: method → what its runs wrote, by seed.
-        dry: method → what a dry run says of it.
-        searched: method → what its search found; none without one.
+    `left_out` has reasons, `scored` results of runs in order of seeds, `dry` dry-run summaries,
+    and `searched` results of hyperparameter searches.
     """
 
     path: Path
@@ -82,10 +73,7 @@ class Comparison:
 
 
 def ranking_metric(train: TrainerConfig, task: str, headline: str) -> str:
-    """Return the metric that ranks runs: the one asked for, the task's, or else the loss.
-
-    A metric of generated texts ranks nothing where none are generated, or --metrics leaves it out.
-    """
+    """Return the requested metric, the task's headline, or the loss if that is not scored."""
     if train.metric_for_best_model is not None:
         return train.metric_for_best_model.removeprefix("eval_")
     generates = generates_texts(train.predict_with_generate, TASKS[task])
@@ -95,7 +83,7 @@ def ranking_metric(train: TrainerConfig, task: str, headline: str) -> str:
 
 
 def sum_up(found: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `--json` prints: the best first."""
+    """Return the output of `--json`, with rows sorted from best to worst."""
     first = next(iter(found.scored.values()))[0]
     greater = next(iter(found.configs.values())).train.greater_is_better
     is_lower_better = (
@@ -133,7 +121,7 @@ def sum_up(found: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _row(method: str, runs: list[dict[str, Any]], scores: Scores) -> dict[str, Any]:
-    """Return the figures of a method: means over its seeds, of memory the most."""
+    """Return the figures of a method: means over seeds, but the maximum of memory."""
     summaries = [run["summary"] for run in runs]
     times = [summary["timings"] for summary in summaries]
     adapter = runs[0]["run"] / ADAPTER
@@ -155,14 +143,14 @@ def _row(method: str, runs: list[dict[str, Any]], scores: Scores) -> dict[str, A
 
 
 def _is_within(row: Mapping[str, Any], wishes: ComparisonOptions) -> bool:
-    """Whether a method keeps to the limits that were given."""
+    """Return whether a method meets the memory and time limits."""
     memory, minutes = wishes.max_memory, wishes.max_minutes
     is_small = memory is None or row["peak_bytes"] <= memory * 2**30
     return is_small and (minutes is None or row["seconds"] <= 60 * minutes)
 
 
 def _command(row: Mapping[str, Any], found: Comparison) -> str:
-    """Return the command that trains the winner on all rows, for as long as the run says."""
+    """Return the command that trains the winner on all rows, without the comparison's budget."""
     words = ["ftlevel", "train", f"{row['run']}/{CONFIG}"]
     config = found.configs[row["method"]]
     if found.wishes.steps is not None or found.wishes.minutes is not None:
@@ -175,7 +163,7 @@ def _command(row: Mapping[str, Any], found: Comparison) -> str:
 
 
 def _notes(found: Comparison) -> list[str]:
-    """Return what the reader of the table has to know."""
+    """Return notes for interpreting the table."""
     notes, runs = [], next(iter(found.scored.values()))
     if len(runs) == 1:
         notes.append("one seed: how far another would move these is not known (--seeds 3)")
@@ -202,7 +190,7 @@ def _notes(found: Comparison) -> list[str]:
 
 
 def write_page_of_all(found: Comparison) -> None:
-    """Write one page about all runs, anew."""
+    """Write one report about all runs, replacing an earlier one."""
     page = found.path / REPORT
     page.unlink(missing_ok=True)
     runs = [run for all_runs in found.scored.values() for run in all_runs]
@@ -216,7 +204,7 @@ _KINDS = ("png", "svg")
 
 
 def draw_pictures(found: Comparison, result: Mapping[str, Any]) -> list[str]:
-    """Draw what was found, and return the paths of the files; none without matplotlib."""
+    """Draw the plots and return their paths; empty without matplotlib."""
     if not find_spec("matplotlib"):
         return []
     from matplotlib.figure import Figure
@@ -249,7 +237,7 @@ def draw_pictures(found: Comparison, result: Mapping[str, Any]) -> list[str]:
 def _scatter(
     axes: Axes, rows: Sequence[Mapping[str, Any]], costs: Sequence[float], cost: str, metric: str
 ) -> None:
-    """Draw each method at its cost, with the 95 % interval of its metric over rows."""
+    """Plot each method's metric with its 95 % interval over rows, against a cost."""
     for row, at in zip(rows, costs, strict=True):
         value, ends = row["metric"], row["interval"]
         bars = None if ends is None else [[max(0.0, value - ends[0])], [max(0.0, ends[1] - value)]]
@@ -260,7 +248,7 @@ def _scatter(
 
 
 def _losses(axes: Axes, found: Comparison) -> None:
-    """Draw the training loss of every run, those of a method in one colour."""
+    """Plot the training loss of every run, one color per method."""
     for number, (method, runs) in enumerate(found.scored.items()):
         for run in runs:
             lines = (run["run"] / METRICS).read_text(encoding="utf-8").splitlines()
@@ -272,7 +260,7 @@ def _losses(axes: Axes, found: Comparison) -> None:
 
 
 def _history(axes: Axes, found: Comparison, metric: str) -> None:
-    """Draw what each trial scored, those that were ended early as crosses."""
+    """Plot the score of each trial; pruned trials are crosses."""
     for number, (method, searched) in enumerate(found.searched.items()):
         for state, mark in (("complete", "o"), ("pruned", "x")):
             trials = [t for t in searched["history"]
@@ -285,5 +273,5 @@ def _history(axes: Axes, found: Comparison, metric: str) -> None:
 
 
 def _plain(text: str) -> str:
-    """Return `text` without what matplotlib would read as mathematics."""
+    """Escape `$`, which matplotlib would parse as math."""
     return text.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Doctor: look at the machine and the installation, and judge each thing with what to do."""
+"""`doctor`: check the machine and the installation, with advice for each problem."""
 
 from __future__ import annotations
 
@@ -21,14 +21,7 @@ _LITTLE_MEMORY, _LITTLE_DISK = 4 * 2**30, 5 * 2**30  # bytes free
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        name: what.
-        verdict: good; note, for what a run can do without; bad, for what stops some runs.
-        value: what was found.
-        advice: what to do; empty where nothing need be done.
-    """
+    """Result of a check; `note` marks what runs can do without, `bad` what prevents some."""
 
     name: str
     verdict: Verdict
@@ -37,7 +30,7 @@ class Finding:
 
 
 def doctor() -> list[Finding]:
-    """Return what was found, in the order in which a run would need it."""
+    """Run all checks, in the order in which a run would depend on them."""
     found: list[Finding] = []
     for look in (_program, _versions, _device, _precision, _four_bit, _attention, _threads,
                  _memory, _disk, _hub):  # fmt: skip
@@ -46,7 +39,7 @@ def doctor() -> list[Finding]:
 
 
 def to_dict(found: list[Finding]) -> dict[str, Any]:
-    """Return what `--json` prints."""
+    """Return the output of `--json`."""
     return {
         "ftlevel": __version__,
         "ok": all(finding.verdict != "bad" for finding in found),
@@ -55,7 +48,7 @@ def to_dict(found: list[Finding]) -> dict[str, Any]:
 
 
 def _judged(look: Callable[[], Iterator[Finding]]) -> list[Finding]:
-    """Return what `look` finds; a library that fails at its import is a finding, too."""
+    """Return the findings of `look`; a failing import becomes a finding too."""
     try:
         return list(look())
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
@@ -71,7 +64,7 @@ def _program() -> Iterator[Finding]:
 
 
 def _versions() -> Iterator[Finding]:
-    """Yield each requirement of ftlevel that is not met, or that all are."""
+    """Yield unmet requirements of ftlevel, or one finding if all are met."""
     from packaging.requirements import Requirement
 
     needed = [Requirement(line) for line in metadata.requires("ftlevel") or ()]
@@ -136,7 +129,7 @@ def _four_bit() -> Iterator[Finding]:
     weight = torch.randn(64, 64, device=device)
     codes, state = quantize_4bit(weight, quant_type="nf4")
     error = float((dequantize_4bit(codes, state) - weight).abs().mean())
-    fine = error < 0.2  # of a standard deviation; NF4's is 0.07
+    fine = error < 0.2  # NF4: 0.07 standard deviations
     version = metadata.version("bitsandbytes")
     advice = "" if fine else "--quant 4bit would train on garbage: pip install -U bitsandbytes"
     said = f"bitsandbytes {version} on {device}: mean error {error:.3f} of a standard deviation"

@@ -1,4 +1,4 @@
-"""Evaluate: find → read the rows → load → score tuned and base → intervals → predictions."""
+"""`evaluate`: score a model and its base on held-out rows, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -51,13 +51,9 @@ from ftlevel.training.plan.schedule import text_positions
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out.
+    """Result of an evaluation; `base` is empty if the base was not scored.
 
-    Attributes:
-        metrics: of what was asked for.
-        base: of its base; empty where it was not asked.
-        summary: all of it, as `--json` prints it.
-        draws: metric → its values over the bootstrap draws of the rows.
+    `draws` maps each metric to its values over the bootstrap resamples.
     """
 
     metrics: Mapping[str, float]
@@ -67,12 +63,12 @@ class Evaluation:
 
 
 def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Evaluation:
-    """Score a run, an adapter or a model with its task's metrics.
+    """Score a run, an adapter or a model with the metrics of its task.
 
-    On the split that training evaluated, the numbers are training's.
+    On the validation split of training, the metrics equal those of training.
 
     Raises:
-        ConfigError: the predictions' file exists; --task is missing or wrong.
+        ConfigError: the predictions file exists, or `--task` is missing or wrong.
         InputError: the model or the rows cannot be read.
     """
     listener = listener or Silence()
@@ -125,7 +121,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
             listener.stage(f"ask {config.name} and {config.against} the same")
             questions = build_questions(config, trained, evaluator.rows)
             told = questions.ask(trained)
-            trained = replace(trained, model=None)  # the other one may need its memory
+            trained = replace(trained, model=None)  # frees memory for the other model
             against = _hold_against(config, reference, questions, told, evaluator)
         if config.resamples:
             listener.stage("resample the rows")
@@ -165,7 +161,7 @@ def _hold_against(
     told: ModelAnswers,
     evaluator: Evaluator,
 ) -> dict[str, Any]:
-    """Return the metrics of `reference`, and how far from it the model is that has `told`."""
+    """Return the metrics of `reference`, and its difference from the outputs `told`."""
     other = load_found(reference, evaluator.device)
     score = replace(evaluator, generated_rows=0, dtype=other.dtype)
     return {
@@ -176,11 +172,7 @@ def _hold_against(
 
 
 def _requantized(found: ModelRef, config: EvaluateConfig) -> ModelRef:
-    """Return `found` with the quantization that the user wishes, and a note where that is new.
-
-    Raises:
-        InputError: the weights are stored quantized otherwise.
-    """
+    """Return `found` with the requested quantization, and a note if it differs from training."""
     own = found.card.quantization
     if config.quant is None or config.quant == own["kind"]:
         return found
@@ -198,12 +190,9 @@ def _requantized(found: ModelRef, config: EvaluateConfig) -> ModelRef:
 
 
 def _settings(config: EvaluateConfig, found: ModelRef) -> tuple[TrainConfig, bool]:
-    """Return where the rows are and how they are scored: the user's word, then the run's.
+    """Return data and scoring settings, and whether the rows are the run's own.
 
-    And whether they are those of the run, which a file that has moved may still be.
-
-    Raises:
-        ConfigError: nobody says where the rows are.
+    Options override the run's settings. A file that was moved still counts as the run's own.
     """
     own = TrainConfig(data={"columns": found.card.data.get("columns", {})})
     if found.run is not None:
@@ -246,14 +235,14 @@ def _settings(config: EvaluateConfig, found: ModelRef) -> tuple[TrainConfig, boo
 
 
 def _is_same_name(dataset: str, known: str) -> bool:
-    """Whether two names mean one data set; rows in memory have none of their own."""
+    """Return whether two names mean the same dataset; rows in memory never match."""
     if isinstance(dataset, RowsInMemory):
         return False
     return dataset == known or Path(dataset).absolute() == Path(known).absolute()
 
 
 def _is_moved(dataset: str, own: TrainConfig, found: ModelRef) -> bool:
-    """Whether `dataset` is the run's own file, which is no longer where it was."""
+    """Return whether `dataset` is the run's own file at a new path, by fingerprint."""
     data = own.data
     if found.run is None or data.streaming or data.also or Path(data.dataset).exists():
         return False
@@ -273,11 +262,11 @@ def _context(
     reference: ModelRef | None,
     settings: TrainConfig,
 ) -> EncodingContext:
-    """Return what decides the rows that `trained` is scored on: `settings` and seed of training."""
+    """Return the encoding context for scoring `trained`, with the seed of training."""
     tokenizer, positions = trained.tokenizer, text_positions(settings, trained.model.config)
     method = METHODS.get(found.card.method)
     hidden = found.run is None and method is not None and method.positions is not None
-    if hidden or reference is not None:  # what the method, or the other model, leaves to the text
+    if hidden or reference is not None:  # virtual tokens or the other model limit the text
         positions = found.card.max_length or positions
     elif positions and trained.kind == "decoder" and _generates(config, trained, settings):
         room = config.max_new_tokens or settings.train.max_new_tokens
@@ -319,14 +308,14 @@ def _evaluator(
 
 
 def _generates(config: EvaluateConfig, trained: Trained, settings: TrainConfig) -> bool:
-    """Whether rows are answered in text, which is scored."""
+    """Return whether generated text is scored."""
     task = trained.task
     generates = generates_texts(settings.train.predict_with_generate, task)
     return generates or (task.writes_text and config.max_generate_samples is not None)
 
 
 def _has_comparable_base(found: ModelRef, trained: Trained) -> bool:
-    """Whether the base can do the task: not if its head is new, and random without the adapter."""
+    """Return whether the base can do the task: not with a randomly initialized head."""
     return trained.has_adapter and not found.card.heads
 
 
@@ -361,7 +350,7 @@ def _choices(
 def _intervals(
     config: EvaluateConfig, evaluator: Evaluator, record: PerRow, base: PerRow | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Return the draws, and the 95 % intervals of the metrics and of their gains on the base's."""
+    """Return resampled metrics and 95 % intervals of metrics and of differences from the base."""
     if not config.resamples:
         return {}, {}
     if len(record.units) < 2:

@@ -1,4 +1,4 @@
-"""Export: find → plan → merge, write and compare → put in place."""
+"""`export`: merge, convert and verify a model for another program."""
 
 from __future__ import annotations
 
@@ -38,18 +38,12 @@ from ftlevel.trained.model_ref import ModelRef, resolve_model
 from ftlevel.weights.gguf.file import CHOSEN, GRIDS
 
 _ROWS: int = MergeConfig.model_fields["rows"].default
-"""How many rows the file is compared on, as a merge is."""
+"""Rows on which the exported file is compared, as for a merge."""
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What came out.
-
-    Attributes:
-        summary: what `--json` prints.
-        path: the file; None after a dry run.
-        lines: what is said of it.
-    """
+    """Result of an export: `summary` is the output of `--json`; `path` is None after a dry run."""
 
     summary: dict[str, Any]
     path: Path | None
@@ -59,12 +53,12 @@ class ExportResult:
 def export(
     config: ExportConfig, *, listener: Listener | None = None, dry_run: bool = False
 ) -> ExportResult:
-    """Write a model as the files of another program.
+    """Convert a model to the files of another program.
 
     Raises:
-        ConfigError: something is wrong that can be known before weights are read.
-        InputError: the model is none that can be written, or its adapter cannot be merged.
-        RunError: what was written is not the model; it is not kept.
+        ConfigError: a problem that is known before weights are read.
+        InputError: the model cannot be converted, or its adapter cannot be merged.
+        RunError: the files do not reproduce the model; they are deleted.
     """
     listener = listener or Silence()
     began = time.perf_counter()
@@ -104,11 +98,7 @@ def export(
 
 
 def _find_several(config: ExportConfig, device: str) -> dict[str, ModelRef]:
-    """Return the adapters in a directory of adapters, by name; none where one thing is named.
-
-    Raises:
-        ConfigError: the format is of one model.
-    """
+    """Return the adapters in a directory of adapters, by name; empty for a single model."""
     path = Path(config.model).expanduser()
     if not path.is_dir() or any(
         (path / name).exists() for name in ("config.json", "adapter_config.json", "adapter", CONFIG)
@@ -128,7 +118,7 @@ def _find_several(config: ExportConfig, device: str) -> dict[str, ModelRef]:
 
 
 def _left_out(config: ExportConfig, named: Mapping[str, ModelRef]) -> list[Path]:
-    """Return the runs and models in a directory of adapters that are no adapters."""
+    """Return runs and models in a directory of adapters that are not adapters."""
     if not named:
         return []
     folders = [p for p in sorted(Path(config.model).expanduser().iterdir()) if p.is_dir()]
@@ -137,15 +127,11 @@ def _left_out(config: ExportConfig, named: Mapping[str, ModelRef]) -> list[Path]
 
 
 def _find(config: ExportConfig, device: str) -> ModelRef:
-    """Find what is to be exported.
-
-    Raises:
-        InputError: an adapter that cannot be merged, or a revision of one.
-    """
+    """Resolve the model to export; raise InputError for an adapter that cannot be merged."""
     found = resolve_model(config.model, base=config.base_model, device=device)
     if found.directory is not None:
         if FORMATS[config.format].merges:
-            find_adapter(config.model)  # refuses what cannot be merged
+            find_adapter(config.model)  # raises if it cannot be merged
         if config.revision is not None:
             raise InputError(
                 f"--revision {config.revision}: {config.model} is an adapter, and its base is the "
@@ -158,7 +144,7 @@ def _find(config: ExportConfig, device: str) -> ModelRef:
 
 
 def _merge(config: ExportConfig, found: ModelRef, directory: Path) -> Merged:
-    """Merge the adapter into `directory`; unmeasured, onto the weights that it was trained on."""
+    """Merge the adapter into `directory`; unverified, onto the weights it was trained on."""
     kind = found.card.quantization.get("kind", "none")
     rounds = config.outtype in GRIDS
     onto = "auto" if kind == "none" or (config.verify and not rounds) else "dequantized"
@@ -191,7 +177,7 @@ def _merge(config: ExportConfig, found: ModelRef, directory: Path) -> Merged:
 
 
 def _as_it_is(config: ExportConfig, found: ModelRef, device: str, _: Path) -> Merged:
-    """Return what chooses the codes of a model that is written as it is, if they are chosen."""
+    """Return the code selection and comparison of a model that needs no merging."""
     if not _chooses_codes(config):
         return Merged({})
     model = load_found(found, device)
@@ -215,7 +201,7 @@ def _chooses_codes(config: ExportConfig) -> bool:
 
 
 def _probes(config: ExportConfig, inputs: MergeInput) -> tuple[Probe, Probe | None]:
-    """Return the rows to compare on, and those that codes are chosen on, if they are chosen."""
+    """Return the comparison rows, and the calibration rows if codes are chosen on them."""
     chooses = _chooses_codes(config)
     rows = choose_rows(inputs, _ROWS, config.calibration_rows if chooses else 0)
     compared, calibration = (

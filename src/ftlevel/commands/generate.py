@@ -1,7 +1,4 @@
-"""Ask a trained model what its task is: one adapter or several, with the base beside them.
-
-A conversation with a model: history, streaming, and adapters that change in between.
-"""
+"""`generate`: outputs of one or several adapters and of the base, for prompts or in a chat."""
 
 from __future__ import annotations
 
@@ -36,17 +33,7 @@ from ftlevel.trained.load import Trained
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for one prompt.
-
-    Attributes:
-        prompt: as given.
-        text: what the trained model says, in words.
-        base: the same from the base model; None if it was not asked.
-        scores: class or word → probability; empty where there are none.
-        tags: each word with its tag; empty but for token classification.
-        adapter: which adapter said it.
-        dtype: precision that it was computed in.
-    """
+    """Output for one prompt; `base` is None if not queried, `tags` are (word, tag) pairs."""
 
     prompt: str
     text: str
@@ -60,21 +47,20 @@ class Answer:
 def generate(
     name: str | None, prompts: Sequence[str], **settings: Any
 ) -> tuple[list[Answer], list[str]]:
-    """Let the run, adapter or model `name` answer `prompts`.
+    """Generate outputs of the run, adapter or model `name` for `prompts`.
 
     Args:
-        name: a run directory, an adapter directory, or a model; None with `adapters` or
-            `adapters_dir`.
-        prompts: a list, or a column of a frame; the run's own prompt format is put around each.
+        name: run directory, adapter directory or model; None with `adapters` or `adapters_dir`.
+        prompts: a list or a data frame column; the run's prompt format is applied to each.
         settings: fields of `GenerateConfig`.
 
     Returns:
-        An answer for each prompt and adapter, in order, and notes for the user.
+        An `Answer` per prompt and adapter, in order, and notes for the user.
 
     Raises:
-        InputError: something cannot be loaded.
-        ConfigError: `compare_base` where there is no adapter to switch off; no context for a
-            question; no mask to fill in.
+        InputError: a model or a file cannot be loaded.
+        ConfigError: `compare_base` without an adapter, a question without context, or no mask to
+            fill.
     """
     return answer_all(build_section(GenerateConfig, {"name": name, **settings}), list(prompts))
 
@@ -82,13 +68,7 @@ def generate(
 def answer_all(
     config: GenerateConfig, prompts: Sequence[str], file: Path | None = None
 ) -> tuple[list[Answer], list[str]]:
-    """Load what `config` names and let it answer; see `generate`.
-
-    Args:
-        config: who answers, and how.
-        prompts: what is asked.
-        file: of more: a prompt a line, or rows, which are asked by their columns.
-    """
+    """Generate outputs for `prompts` and those in `file` (lines or rows); see `generate`."""
     with quiet_libraries():
         if file is not None and not _has_rows(file):
             files = match_files(str(file), "txt") if is_pattern(str(file)) else [file]
@@ -114,7 +94,7 @@ def answer_all(
 
 
 def _has_rows(path: Path) -> bool:
-    """Whether a file of prompts is read as rows; a text is a prompt a line."""
+    """Return whether a prompts file is read as rows instead of one prompt per line."""
     suffix = Path(plain_name(path.name)).suffix.lower()
     if suffix not in READERS and is_pipe(path):
         suffix = (tell_format(keep_pipe(path), ()) or (".txt", ""))[0]
@@ -123,11 +103,7 @@ def _has_rows(path: Path) -> bool:
 
 
 def _read_lines(path: Path) -> list[str]:
-    """Return the lines of a text with something in them.
-
-    Raises:
-        InputError: it cannot be read.
-    """
+    """Return the nonblank lines of a text file; raise InputError if it cannot be read."""
     try:
         plain = unpack(path) if is_packed(path) else path
         plain = keep_pipe(path) if is_pipe(path) else plain
@@ -140,11 +116,7 @@ def _read_lines(path: Path) -> list[str]:
 def _with_rows(
     ask: Ask, path: Path, task: BaseTask, config: GenerateConfig
 ) -> tuple[Ask, list[str]]:
-    """Return `ask` with the rows of a file, and what each is shown as.
-
-    Raises:
-        InputError: the columns do not say what to ask, or a row cannot be asked.
-    """
+    """Return `ask` with the rows of a file, and the text shown for each."""
     ignored = config.ignore_columns
     source, _ = open_rows(str(path), Reading(ignored=ignored))
     try:
@@ -168,18 +140,18 @@ def _with_rows(
 
 
 _SHOWN = ("question", "prompt", "instruction", "messages", "conversations")
-"""Roles of which the first that a row has is shown as what was asked."""
+"""Columns shown as the prompt; the first one present is used."""
 
 
 def writing_of(config: GenerateConfig) -> Writing:
-    """Return how text is generated."""
+    """Return the generation settings."""
     return Writing(
         config.max_new_tokens, config.num_beams, config.temperature, config.top_p, config.seed
     )
 
 
 def ask_voice(adapters: AdapterSet, name: str, ask: Ask) -> list[Reply]:
-    """Return what the adapter called `name`, or the base, says to each prompt."""
+    """Return the outputs of the adapter `name`, or of the base, for each prompt."""
     with (
         adapters.speaking(name) as trained,
         torch.no_grad(),
@@ -202,16 +174,11 @@ def _answers(
 
 
 class Chat:
-    """A conversation.
+    """A conversation with the active adapter, `speaker`.
 
-    What was said before is part of the prompt where the adapter has a chat template and no
-    instruction of its own; otherwise it was trained on single prompts, and each is asked alone.
-
-    Attributes:
-        adapters: who can speak.
-        speaker: who does.
-        messages: what was said.
-        forgotten: how many messages were dropped because the model's positions were full.
+    History is part of the prompt only if the model has a chat template and no fixed instruction;
+    other models were trained on single prompts. `forgotten` counts messages dropped to fit the
+    positions.
     """
 
     def __init__(self, config: GenerateConfig) -> None:
@@ -229,30 +196,26 @@ class Chat:
                 )
 
     def switch(self, name: str) -> None:
-        """Let the adapter called `name`, or the base, go on.
-
-        Raises:
-            ConfigError: there is no such adapter.
-        """
+        """Activate the adapter `name`, or the base; raise ConfigError if it does not exist."""
         with self.adapters.speaking(name):
             self.speaker = name
 
     def reset(self) -> None:
-        """Forget what was said."""
+        """Clear the history."""
         self.messages, self.forgotten = [], 0
 
     @property
     def remembers(self) -> bool:
-        """Whether earlier messages are part of the prompt."""
+        """Whether the history is part of the prompt."""
         with self.adapters.speaking(self.speaker) as trained:
             return _remembers(trained)
 
     def say(self, text: str, hear: Callable[[str], None]) -> str:
-        """Return the answer to `text`; `hear` is given it piece by piece as it is written."""
+        """Generate and return the reply to `text`; `hear` receives it in pieces."""
         self.messages.append({"role": "user", "content": text})
         try:
             said = self._answer(text, hear)
-        except BaseException:  # an answer that was broken off leaves no question behind
+        except BaseException:  # an interrupted reply leaves no message behind
             self.messages.pop()
             raise
         self.messages.append({"role": "assistant", "content": said})
@@ -276,7 +239,7 @@ class Chat:
         return str(trained.tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
     def _prompt(self, trained: Trained, text: str) -> list[int]:
-        """Return the ids of the prompt; the oldest messages go where there is no room."""
+        """Return the prompt token ids; the oldest messages are dropped if they do not fit."""
         if trained.prompt_format is None:
             raise TypeError("a model that writes text has a prompt format")
         if not _remembers(trained):
@@ -298,7 +261,7 @@ def _remembers(trained: Trained) -> bool:
 
 
 class _Pieces(TextStreamer):
-    """Gives text to a listener instead of printing it."""
+    """Streamer that passes text to a callback."""
 
     def __init__(self, tokenizer: Any, hear: Callable[[str], None], *, is_decoder: bool) -> None:
         super().__init__(tokenizer, skip_prompt=is_decoder, skip_special_tokens=True)
@@ -306,7 +269,7 @@ class _Pieces(TextStreamer):
         self._began = False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
-        """Pass a piece on; white space before the first word is left out."""
+        """Pass on a piece of text, without leading whitespace of the reply."""
         text = text if self._began else text.lstrip()
         if text:
             self._began = True

@@ -1,7 +1,6 @@
-"""Init: five questions, each with an answer that the data speak for, and the recipe that they make.
+"""`init`: propose dataset, task, model, method and epochs, and write a recipe.
 
-A recipe holds what was asked and typed. What train chooses by itself stands in it as a comment,
-with the value that it has now and the reason, and is resolved exactly as train resolves it.
+Values that `train` would choose are added as comments with reasons.
 """
 
 from __future__ import annotations
@@ -29,30 +28,22 @@ from ftlevel.training.plan.resolve import default_name, resolve
 _ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx", ".conll")
 _FOR_ENCODERS = ("text-classification", "token-classification", "question-answering", "masked-lm")
 _GUESSED = (*_FOR_ENCODERS[:3], "preference", "summarization", "text-generation")
-"""Tasks that columns speak for, those that need the most of their own first."""
+"""Tasks inferred from columns, those with the most required columns first."""
 _WANTED = {"preference": ("chosen", "rejected"), "summarization": ("summary",)}
-"""Columns without which others that fit speak for another task."""
+"""Columns required to infer a task whose format also matches other data."""
 _ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 _DECODER = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _EPOCHS = 3
 _HELD_OUT = 0.1
-_ENOUGH = 50  # rows from which on some are held out
+_ENOUGH = 50  # fewest rows for a validation split
 _ORDER = "task model quant method data train"
-_BYTES = 2  # of a weight in 16 bits
-_HALF = 0.5  # of the memory; more for weights alone leaves too little for a step
+_BYTES = 2  # per 16-bit weight
+_HALF = 0.5  # most memory for weights; a step needs the rest
 
 
 @dataclass(frozen=True)
 class Question:
-    """One of the five.
-
-    Attributes:
-        path: the field that it fills.
-        flag: that fills it too.
-        words: as it is asked.
-        propose: gives an answer with its reason, by what is known so far.
-        check: raises ConfigError where an answer cannot be used.
-    """
+    """A question that fills the field `path`; `check` raises ConfigError for an invalid answer."""
 
     path: str
     flag: str
@@ -63,15 +54,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Drafted:
-    """A recipe.
-
-    Attributes:
-        text: what goes into the file.
-        config: what the text says.
-        proposed: what nobody typed, with the reasons.
-        steps: of the run.
-        command: trains it.
-    """
+    """A recipe: file content, configuration, accepted defaults, steps and training command."""
 
     text: str
     config: TrainConfig
@@ -81,16 +64,16 @@ class Drafted:
 
 
 def draft(layers: list[Layer], file: Path, answer: Callable[[Question, Choice], str]) -> Drafted:
-    """Return the recipe of what was given and answered; nothing is written.
+    """Return the recipe for the given layers and answers; nothing is written.
 
     Args:
-        layers: what `--set` and flags said; answers are added (mutated).
-        file: where the recipe will be.
-        answer: is asked each question that nothing answered yet; `check_answer` tells it whether
-            its answer can be used.
+        layers: values of `--set` and flags; answers are appended (mutated).
+        file: path of the recipe.
+        answer: called with each open question and its proposal; `check_answer` validates its
+            result.
 
     Raises:
-        ConfigError: what was given does not go together, or train could not begin with it.
+        ConfigError: the values do not match, or `train` could not start with them.
     """
     proposed = []
     with quiet_libraries():
@@ -110,7 +93,7 @@ def draft(layers: list[Layer], file: Path, answer: Callable[[Question, Choice], 
 
 
 def check_answer(layers: list[Layer], question: Question, value: str) -> None:
-    """Raise ConfigError where `value` cannot be the answer beside what `layers` say."""
+    """Raise ConfigError if `value` is not a valid answer given `layers`."""
     with quiet_libraries():
         question.check(build_config([*layers, _layer(question.path, value, question.flag)]))
 
@@ -129,7 +112,7 @@ def _is_said(config: TrainConfig, path: str) -> bool:
 
 
 def _resolve(layers: list[Layer], proposed: list[Choice]) -> tuple[TrainConfig, Plan]:
-    """Return what train would make of it; rows are held out where there are none to check with."""
+    """Resolve as `train` does; add a validation split if there are no validation rows."""
     config = build_config(layers)
     plan = resolve(config)
     few = len(plan.data.train) < _ENOUGH or config.data.streaming
@@ -142,11 +125,7 @@ def _resolve(layers: list[Layer], proposed: list[Choice]) -> tuple[TrainConfig, 
 
 
 def _propose_dataset(_: TrainConfig) -> Choice:
-    """Return the only file of rows in this directory, or the built-in examples.
-
-    Raises:
-        InputError: there are several.
-    """
+    """Return the only data file here, or the built-in examples; raise InputError for several."""
     found = sorted(path.name for path in Path().iterdir() if path.suffix.lower() in _ENDINGS)
     if len(found) > 1:
         raise InputError(
@@ -191,7 +170,7 @@ def _propose_model(config: TrainConfig) -> Choice:
 
 
 def _propose_method(config: TrainConfig) -> Choice:
-    """Return `lora`, or `qlora` where the weights alone would fill the memory."""
+    """Return `lora`, or `qlora` if 16-bit weights exceed half of the memory."""
     base = load_config(_source(config))
     shape = build_task_model(base, _auto_class(config, base))
     weights = _BYTES * sum(parameter.numel() for parameter in shape.parameters())
@@ -238,7 +217,7 @@ def _check_model(config: TrainConfig) -> None:
 
 
 def _auto_class(config: TrainConfig, base: Any) -> str:
-    """Return transformers' class for the task; raise ConfigError where the model has none."""
+    """Return transformers' auto class for the task; raise ConfigError if there is none."""
     return TASKS[config.task].auto_class(model_kind(base), base.model_type)
 
 
@@ -267,7 +246,7 @@ def _head(config: TrainConfig, command: str, file: Path) -> Iterator[str]:
 
 
 def _notes(plan: Plan, proposed: list[Choice]) -> Mapping[str, str]:
-    """Return what stands beside a setting: path → text."""
+    """Return the comments next to settings: path → text."""
     choices = {choice.name: choice for choice in plan.choices}
     reasons = {choice.name: choice.reason for choice in proposed}
     columns = choices.get("columns")
@@ -283,7 +262,7 @@ def _notes(plan: Plan, proposed: list[Choice]) -> Mapping[str, str]:
 
 
 def _chosen(config: TrainConfig, plan: Plan) -> Mapping[str, list[tuple[str, Any, str]]]:
-    """Return what train chooses by itself: section → name, value and reason of each."""
+    """Return the values `train` would choose: section → (name, value, reason)."""
     reasons = {choice.name: choice.reason for choice in plan.choices}
     train, schedule = config.train, plan.schedule
     rates = [("learning_rate", schedule.learning_rate, reasons.get("learning rate", ""))]
@@ -311,7 +290,7 @@ def _chosen(config: TrainConfig, plan: Plan) -> Mapping[str, list[tuple[str, Any
 
 
 def _render(config: TrainConfig, plan: Plan, proposed: list[Choice]) -> Iterator[str]:
-    """Yield the lines of a recipe: what is said, and behind # what is chosen."""
+    """Yield the lines of the recipe; chosen values are commented out."""
     notes, chosen = _notes(plan, proposed), _chosen(config, plan)
     values = config.model_dump(mode="json", exclude_unset=True)
     for section in sorted(values, key=lambda name: (name not in _ORDER, _ORDER.find(name))):

@@ -1,4 +1,4 @@
-"""Launch: write the file by which a cluster starts a run on several machines, and submit it."""
+"""`launch`: write and submit the job file of a multi-machine run."""
 
 from __future__ import annotations
 
@@ -17,21 +17,14 @@ from ftlevel.errors import ConfigError, RunError
 _OURS = {row.shown: row.type is not bool for row in FLAGS if row.on == ("launch",)}
 _AMOUNT = re.compile(r"\d+(\.\d+)?")
 _OURS["--json"] = False
-"""Flags that `ftlevel train` is not given → whether a value follows."""
+"""Flags of `launch` that `train` does not have → whether a value follows."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What is asked of one.
+    """Resources requested from a scheduler, per machine; `processes` None means one per GPU.
 
-    Attributes:
-        scheduler: `slurm`, `k8s` or `ray`.
-        nodes: machines.
-        gpus: of each machine.
-        processes: of each machine; None for one a GPU.
-        image: of the container, on Kubernetes.
-        claim: the persistent volume claim for the run directory there.
-        options: NAME=VALUE of more that its scheduler is asked for.
+    `image` and `claim` (persistent volume claim) are for Kubernetes.
     """
 
     scheduler: str
@@ -44,15 +37,10 @@ class Cluster:
 
 
 def build_job(config: TrainConfig, arguments: Sequence[str], cluster: Cluster) -> Job:
-    """Return the run of `config` as a job.
-
-    Args:
-        config: of the run.
-        arguments: of `ftlevel launch`, which are those of `ftlevel train` and its own.
-        cluster: what is asked of it.
+    """Return the job that runs `config`; `arguments` is the command line of `ftlevel launch`.
 
     Raises:
-        ConfigError: naming everything that is missing, or cannot be.
+        ConfigError: with every missing or conflicting option.
     """
     output, problems = config.output, []
     if output.dir is None:
@@ -106,7 +94,7 @@ def build_job(config: TrainConfig, arguments: Sequence[str], cluster: Cluster) -
 
 
 def _option(text: str, problems: list[str]) -> tuple[str, str]:
-    """Return name and value of what a scheduler is asked for; a problem is added to `problems`."""
+    """Parse a `--job-option`; append a message to `problems` if it is invalid."""
     name, _, value = text.partition("=")
     if not re.fullmatch(r"[A-Za-z][A-Za-z-]*", name) or "\n" in value:
         problems.append(f"--job-option {text!r}: expected NAME or NAME=VALUE, as partition=gpu.")
@@ -114,7 +102,7 @@ def _option(text: str, problems: list[str]) -> tuple[str, str]:
 
 
 def train_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return the command line of `ftlevel train` that one of `ftlevel launch` holds."""
+    """Return the `ftlevel train` command line for that of `ftlevel launch`."""
     kept: list[str] = []
     is_value = False
     for argument in arguments:
@@ -130,11 +118,7 @@ def train_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def write_job(job: Job, place: Path) -> str:
-    """Write the file of `job` to `place`, which must not be there, and return it.
-
-    Raises:
-        ConfigError: it is there.
-    """
+    """Write the file of `job` to `place` and return its text; raise ConfigError if it exists."""
     text = render(job)
     try:
         with place.open("x", encoding="utf-8") as file:
@@ -147,11 +131,11 @@ def write_job(job: Job, place: Path) -> str:
 
 
 def submit(job: Job, place: Path) -> str:
-    """Give the file at `place` to the scheduler of `job`, and return what it says.
+    """Submit the file at `place` to the scheduler of `job`, and return its output.
 
     Raises:
-        ConfigError: its program is not here.
-        RunError: it refuses.
+        ConfigError: the scheduler's program is not installed.
+        RunError: submission fails.
     """
     command = [*SUBMIT[job.scheduler], str(place.resolve() if job.scheduler == "ray" else place)]
     if shutil.which(command[0]) is None:

@@ -1,7 +1,6 @@
-"""Which methods there are, and which of them work on a model, for a task, on a quantized base.
+"""`list-methods`: methods and their support for a model, a task and a quantization.
 
-Reads the tables of methods, families and tasks; imports neither torch nor transformers, except to
-find out the family of a model that is neither a directory nor a family's name.
+Imports neither torch nor transformers, except for the family of a Hub, built-in or GGUF model.
 """
 
 from __future__ import annotations
@@ -27,12 +26,7 @@ QUANTS: tuple[str, ...] = get_args(QuantConfig.model_fields["kind"].annotation)
 
 @dataclass(frozen=True)
 class MethodRow:
-    """One method or form of a method, for what was asked.
-
-    Attributes:
-        works: `in part` where it depends on what was not asked.
-        reasons: why it does not, or where it does not.
-    """
+    """Support of one method; `works` is `in part` if it depends on unspecified arguments."""
 
     name: str
     method: str
@@ -46,7 +40,7 @@ class MethodRow:
 
 @dataclass(frozen=True)
 class MethodReport:
-    """The answer, and what it was asked for; None is everything."""
+    """Methods and the filters applied; a filter is None if not given."""
 
     model: str | None
     family: str | None
@@ -59,11 +53,11 @@ class MethodReport:
 def list_methods(
     model: str | None = None, task: str | None = None, quant: str | None = None
 ) -> MethodReport:
-    """Describe every method, narrowed to a model or family, a task and a quantization.
+    """Describe every method for a model or family, a task and a quantization.
 
     Raises:
-        ConfigError: there is no such task or quantization.
-        InputError: there is no such model or family.
+        ConfigError: the task or quantization is unknown.
+        InputError: the model or family is unknown.
     """
     task = _known("--task", task.replace("_", "-") if task else None, tuple(TASK_NAMES))
     quant = _known("--quant", quant, QUANTS)
@@ -91,11 +85,7 @@ def _known(flag: str, value: str | None, names: tuple[str, ...]) -> str | None:
 
 
 def family_name(model: str) -> str:
-    """Return the model_type of a directory or a built-in or Hub model, or the name as it is.
-
-    Raises:
-        InputError: the directory is no model.
-    """
+    """Return a model's `model_type`, or a family name unchanged; raise InputError if invalid."""
     config = Path(model) / "config.json"
     if config.is_file():
         try:
@@ -111,7 +101,7 @@ def family_name(model: str) -> str:
 
 
 def task_refusal(family: Family, task: str) -> str | None:
-    """Return why no method does `task` on a model of `family`, or None."""
+    """Return why no method supports `task` on models of `family`, or None."""
     try:
         TASKS[task].auto_class(family.kind, family.name)
     except ConfigError as error:

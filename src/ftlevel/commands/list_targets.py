@@ -1,7 +1,6 @@
-"""What can be adapted in a family, from the table, or in a model, from its configuration.
+"""`list-targets`: target modules of a model family, from a table, or of a model.
 
-A family is answered without torch and transformers; a model is built on the meta device, so no
-weights are read either way.
+Families need neither torch nor transformers. Models are built on the meta device, without weights.
 """
 
 from __future__ import annotations
@@ -32,18 +31,18 @@ _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class TargetRow:
-    """The linears, or the tensors of experts, that differ only in their layer.
+    """Linear layers or expert tensors that differ only in their layer index.
 
     Attributes:
-        name: what `--target-modules` takes, `q_proj`.
-        pattern: the full name, `{i}` for the layer.
-        block: the part of the pattern that is the block; empty outside the blocks.
-        shape: `in -> out`, in numbers for a model and in symbols for a family.
-        count: how many there are; None for a family, where it depends on the size.
-        all_linear: whether `all-linear` picks it.
-        default: whether it is adapted when nothing is asked.
-        lora_parameters: what LoRA of the asked rank adds to all of them together.
-        only: which models of the family have it; empty when all do.
+        name: value for `--target-modules`, such as `q_proj`.
+        pattern: full name with `{i}` for the layer index.
+        block: part of the pattern that is the block; empty outside the blocks.
+        shape: `in -> out`; numbers for a model, symbols for a family.
+        count: number of them; None for a family.
+        all_linear: whether `all-linear` selects it.
+        default: whether it is a default target.
+        lora_parameters: LoRA parameters of all of them together, at the requested rank.
+        only: models of the family that have it; empty if all do.
     """
 
     name: str
@@ -62,19 +61,13 @@ class TargetRow:
 
     @property
     def path(self) -> str:
-        """The name inside the block."""
+        """Name within the block."""
         return self.pattern.removeprefix(f"{self.block}.") if self.block else self.pattern
 
 
 @dataclass(frozen=True)
 class LoraSize:
-    """How large LoRA on `all-linear` is.
-
-    Attributes:
-        of: the model that the numbers are of: the one asked, or the family's example.
-        adapter_bytes: size of the weights in float32.
-        share: trainable parameters for one of the model's; None for a family.
-    """
+    """Size of LoRA on `all-linear`, of a model or a family's example; float32 bytes."""
 
     r: int
     of: str
@@ -85,15 +78,11 @@ class LoraSize:
 
 @dataclass(frozen=True)
 class TargetReport:
-    """The answer of `ftlevel list-targets`; `dataclasses.asdict` of it is its JSON.
+    """Output of `ftlevel list-targets`; `dataclasses.asdict` gives its JSON.
 
-    Attributes:
-        source: whether it was read from the table or from a model's configuration.
-        aliases: models that share every name in it.
-        heads: what `modules_to_save` would name, by task; by the model's class for a model.
-        attention_only: `--target-modules` for the attention alone; empty when not known.
-        target_parameters: the expert tensors, for PEFT's option of that name.
-        lora: None when the family has no example.
+    `heads` lists names for `modules_to_save` by task, or by class for a model. `aliases` are
+    families with the same names. `attention_only` is empty if unknown, and `lora` is None without
+    an example.
     """
 
     source: Literal["family", "model"]
@@ -115,19 +104,18 @@ class TargetReport:
 
 
 def list_targets(name: str, r: int = 8) -> TargetReport:
-    """Describe the model or the family called `name`.
+    """Describe a model or a family, with LoRA sizes at rank `r`.
 
-    A directory with a `config.json`, a name with a slash, a `.gguf` file and `builtin:NAME` are
-    models; every other name is looked up among the families first.
+    Directories with `config.json`, names with a slash, `.gguf` files and `builtin:NAME` are models.
 
     Raises:
-        InputError: there is no such model, or no such family; the message has the nearest ones.
+        InputError: the name is unknown; the message suggests similar ones.
     """
     return describe_model(name, r) if is_model(name) else describe_family(name, r)
 
 
 def is_model(name: str) -> bool:
-    """Whether `name` is meant as a model rather than a family."""
+    """Return whether `name` is a model rather than a family."""
     if name.startswith("builtin:") or name.endswith(".gguf") or "/" in name or os.sep in name:
         return True
     directory = Path(name)
@@ -135,11 +123,7 @@ def is_model(name: str) -> bool:
 
 
 def describe_family(name: str, r: int = 8) -> TargetReport:
-    """Describe a family from the table. Imports neither torch nor transformers.
-
-    Raises:
-        InputError: no family has that name.
-    """
+    """Describe a family without importing torch; raise InputError if it is unknown."""
     _check_rank(r)
     family = find_family(name)
     return TargetReport(
@@ -169,10 +153,10 @@ def describe_family(name: str, r: int = 8) -> TargetReport:
 
 
 def describe_model(name: str, r: int = 8) -> TargetReport:
-    """Describe a model: a directory, a .gguf file, a Hub id or `builtin:NAME`; reads no weights.
+    """Describe a directory, a .gguf file, a Hub id or `builtin:NAME`; no weights are read.
 
     Raises:
-        InputError: the model cannot be found, or transformers has no class for it.
+        InputError: the model is not found, or transformers has no class for it.
     """
     _check_rank(r)
     from huggingface_hub.errors import StrictDataclassError
@@ -217,7 +201,7 @@ def _check_rank(r: int) -> None:
 
 
 def _load_config(name: str) -> Any:
-    """Read the transformers configuration of a model; weights need not be there."""
+    """Load the transformers config of a model, whose weights may be missing."""
     from ftlevel.models.loading import load_config
     from ftlevel.models.sources import ModelSource, resolve_source
     from ftlevel.models.untrusted import check_directory
@@ -232,7 +216,7 @@ def _load_config(name: str) -> Any:
 
 
 def split_pattern(pattern: str) -> tuple[str, str]:
-    """Split a full name with letters for layers into the block, empty outside, and the rest."""
+    """Split a module pattern into the block (empty outside blocks) and the rest."""
     match = _BLOCK.fullmatch(pattern)
     return (match[1], match[2]) if match else ("", pattern)
 

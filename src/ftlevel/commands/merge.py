@@ -1,4 +1,4 @@
-"""Merge: find → mix → write → compare → put in place. Nothing is there until all of it is right."""
+"""`merge`: merge adapters into their base, verify the result, and move it into place."""
 
 from __future__ import annotations
 
@@ -35,16 +35,7 @@ from ftlevel.models.quantization import Rounding, build_quantization_config, bui
 
 @dataclass(frozen=True)
 class _Job:
-    """What will be done.
-
-    Attributes:
-        config: what was asked for.
-        inputs: the adapter and its base.
-        ways: the weights to merge onto.
-        low: the bits that the result is written in; None for floating point.
-        probe: rows to compare models on; None leaves comparing out.
-        calibration: rows on which codes are chosen; None rounds each weight by itself.
-    """
+    """Resolved merge; `low` is the output quantization, `calibration` has rows to choose codes."""
 
     config: MergeConfig
     inputs: MergeInput
@@ -56,23 +47,20 @@ class _Job:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a merge gave.
-
-    Attributes:
-        summary: what `--json` prints.
-        path: the merged model.
-    """
+    """Result of a merge: `summary` is the output of `--json`, `path` the merged model."""
 
     summary: dict[str, Any]
     path: Path
 
 
 def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResult:
-    """Merge an adapter, or a mixture of several, into its base, and write a plain model.
+    """Merge one adapter or a mixture of several into the base, and write a plain model.
+
+    Nothing is left at the output path unless every check passes.
 
     Raises:
-        ConfigError: something is wrong that can be known before weights are read.
-        RunError: the merge changed nothing, or is not the model that was trained.
+        ConfigError: a problem that is known before weights are read.
+        RunError: the merge changed nothing, or does not reproduce the trained model.
     """
     listener = listener or Silence()
     began = time.perf_counter()
@@ -81,7 +69,7 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
     with quiet_libraries(), contextlib.ExitStack() as stack:
         listener.stage("find the adapter and its base")
         inputs = resolve_merge_input(config)
-        if config.dtype == "float32":  # then the model to compare with is the run in float32
+        if config.dtype == "float32":  # compare with the run in float32
             inputs = replace(inputs, dtype="float32")
         ways = _ways(config, inputs)
         inputs, choices = mix(config, inputs, stack)
@@ -107,7 +95,7 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
 
 
 def _merge(job: _Job, place: Path, listener: Listener) -> dict[str, Any]:
-    """Write what was asked for into `place`, measured, with its card."""
+    """Write, verify and document the merged model in `place`."""
     config, inputs, probe = job.config, job.inputs, job.probe
     trained = effect = None
     if probe is not None:
@@ -182,7 +170,7 @@ def _warn_of_low_bits(served: Agreement, effect: Agreement, listener: Listener) 
 
 
 def ask_trained(inputs: MergeInput, probe: Probe) -> tuple[Scores, Agreement]:
-    """Return what the model as trained says, and how far from it its base is by itself."""
+    """Return the outputs of the trained model, and their difference from its base's."""
     model = load_trained_model(inputs, inputs.quant)
     trained = probe.score(model, inputs.dtype)
     with model.disable_adapter():
@@ -190,11 +178,7 @@ def ask_trained(inputs: MergeInput, probe: Probe) -> tuple[Scores, Agreement]:
 
 
 def _ways(config: MergeConfig, inputs: MergeInput) -> list[str]:
-    """Return the weights to merge onto: both where it must be measured which are the better ones.
-
-    Raises:
-        ConfigError: a choice that the run does not have, or that cannot be made unmeasured.
-    """
+    """Return the base weights to merge onto; several if they must be compared."""
     if inputs.quant.kind == "none":
         if config.onto == "dequantized":
             raise ConfigError(
@@ -204,7 +188,7 @@ def _ways(config: MergeConfig, inputs: MergeInput) -> list[str]:
         return ["original"]
     if config.onto != "auto":
         return [config.onto]
-    if config.quant != "none":  # what was trained, as exactly as can be, before it is rounded
+    if config.quant != "none":  # closest to the trained model before rounding
         return ["dequantized"]
     if not config.verify:
         raise ConfigError(
@@ -225,9 +209,9 @@ def write_onto(config: MergeConfig, inputs: MergeInput, onto: str, directory: Pa
 def how_onto(
     config: MergeConfig, inputs: MergeInput, onto: str
 ) -> tuple[str | None, Callable[[Any], Rounding] | None]:
-    """Return type and rounding of the weights that are merged into, as of `write_merged`."""
+    """Return the dtype and rounding of the base weights, as `write_merged` expects them."""
     dtype: str | None = None if config.dtype == "auto" else config.dtype
-    if inputs.source.kind == "gguf":  # its numbers have no type of their own
+    if inputs.source.kind == "gguf":  # GGUF weights have no torch dtype
         dtype = dtype or inputs.dtype
     if onto == "original":
         return dtype, None
@@ -238,7 +222,7 @@ def how_onto(
 
 
 def _choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
-    """Return the candidate nearest to the model as trained, and why."""
+    """Return the candidate closest to the trained model, and the reason."""
     if len(candidates) == 1:
         return candidates[0], ""
     ranked = sorted(candidates, key=lambda c: c.trained.distance if c.trained else 0.0)
@@ -276,7 +260,7 @@ def _describe(job: _Job) -> Iterator[Choice]:
 def _write_cards(
     place: Path, config: MergeConfig, inputs: MergeInput, summary: dict[str, Any], dtype: str
 ) -> None:
-    """Write README.md, and ftlevel.json by which the commands know the task and its prompt."""
+    """Write README.md and ftlevel.json, which records task and prompt format."""
     facts = {key: summary[key] for key in ("adapters", "onto", "reason", "verified", "agreement")}
     if len(config.adapters) > 1:
         facts |= {"weights": config.weights, "strategy": config.strategy}

@@ -1,4 +1,4 @@
-"""Plan: resolve → run the step on tensors without numbers → say what it needs and what fits."""
+"""`plan`: estimate memory, time and cost of a run without loading its weights."""
 
 from __future__ import annotations
 
@@ -43,16 +43,10 @@ _IMAGINED_STEPS = 2
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What is asked of a plan beside the run.
+    """Options of a plan besides the run configuration.
 
-    Attributes:
-        gpu: a card by its name or its memory; None for this machine's device.
-        probe: whether to run some real steps.
-        price_per_hour: of the machine; None to say nothing of cost.
-        alternatives: whether to compute what else fits.
-        nodes: machines.
-        gpus_per_node: cards of each.
-        interconnect_gbps: 10⁹ bits a second that each card has to other machines.
+    `gpu` is a name or a memory size, None for this machine's device; `probe` runs a few real steps;
+    `price_per_hour` is per machine; `interconnect_gbps` is Gbit/s per GPU to other machines.
     """
 
     gpu: str | None = None
@@ -66,21 +60,21 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run needs.
+    """Requirements of a run.
 
     Attributes:
-        need: memory by part, and what there is of it.
-        steps: optimizer steps of an epoch; of the run where rows are streamed.
-        tokens: of an epoch; 0 where rows are imagined.
-        imagined: whether the rows are.
-        longest: tokens of a row of `fits`.
-        checkpoint_bytes: of one checkpoint, and of all that are kept at once.
-        time: how long an epoch takes; None where nothing says.
-        cost: of the run, in the currency of the price.
-        fits: what else fits.
-        cheapest: the mildest change that makes the run fit; None where it fits, or nothing does.
-        cluster: the run on many cards; None on one.
-        choices: lines for the screen.
+        need: memory estimate.
+        steps: optimizer steps per epoch; of the whole run for streamed rows.
+        tokens: tokens per epoch; 0 with synthetic rows.
+        imagined: whether rows are synthetic.
+        longest: tokens per row assumed for `fits`.
+        checkpoint_bytes: size of one checkpoint, and of all kept at once.
+        time: time per epoch; None if unknown.
+        cost: cost of the run, in the currency of the price.
+        fits: alternative settings.
+        cheapest: least costly change that makes the run fit; None if it fits or nothing helps.
+        cluster: estimate for several GPUs; None for one.
+        choices: lines to show.
     """
 
     need: Need
@@ -97,7 +91,7 @@ class RunPlan:
     choices: list[Choice] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `--json` prints."""
+        """Return the output of `--json`."""
         first, kept = self.checkpoint_bytes
         need = self.need
         return {
@@ -139,20 +133,15 @@ def plan(
     show: Callable[[RunPlan], None] = _ignore,
     check: Callable[[], object] = _ignore,
 ) -> RunPlan:
-    """Return what the run of `config` needs, without loading its weights.
+    """Estimate what the run of `config` needs, without loading weights.
 
-    Where the configuration names a model and no data, rows are imagined, all as long as they may
-    be: a model's config alone is enough.
-
-    Args:
-        config: the whole configuration.
-        wishes: what is asked beside the run.
-        show: called with the plan before what else fits is computed.
-        check: called before each line of what else fits; may raise to stop.
+    With a model but no dataset, rows of maximum length are synthesized. `show` is called with the
+    plan before alternatives are computed; `check` is called before each alternative and may raise
+    to stop.
 
     Raises:
-        ConfigError: what would stop `train` before its weights load; a card that is not known; a
-            step that cannot be computed without its numbers.
+        ConfigError: the run could not start, the GPU is unknown, or the step cannot run on meta
+            tensors.
     """
     with quiet_libraries():
         found, alternatives = _plan(config, wishes)
@@ -164,7 +153,7 @@ def plan(
 
 
 class _Alternatives(NamedTuple):
-    """What `list_fits` takes."""
+    """Arguments of `list_fits`."""
 
     config: TrainConfig
     limits: Limits
@@ -224,7 +213,7 @@ def _plan(config: TrainConfig, wishes: PlanOptions) -> tuple[RunPlan, _Alternati
 
 
 def _names_no_data(config: TrainConfig) -> bool:
-    """Whether a model is named and no data: then the built-in data is not what is meant."""
+    """Return whether a model but no dataset is named: built-in data is not meant then."""
     names_model = "name_or_path" in config.model.model_fields_set
     return names_model and "dataset" not in config.data.model_fields_set
 
@@ -255,7 +244,7 @@ def _cost(config: TrainConfig, time: TimeForecast | None, wishes: PlanOptions) -
 
 
 def _checkpoints(config: TrainConfig, resolved: Plan, parts: Mapping[str, int]) -> tuple[int, int]:
-    """Return the bytes of a checkpoint, weights and optimizer, and of those kept at a time."""
+    """Return the bytes of one checkpoint with optimizer, and of those kept at once."""
     trained, _ = count_trainable(config, resolved)
     one = 4 * trained + parts.get(OPTIMIZER, 0)
     limit = config.train.save_total_limit or 1
@@ -264,11 +253,7 @@ def _checkpoints(config: TrainConfig, resolved: Plan, parts: Mapping[str, int]) 
 
 
 def _check_cards(config: TrainConfig, wishes: PlanOptions, card: Card | None) -> None:
-    """Refuse many cards of which too little is known, and one to share a model out on.
-
-    Raises:
-        ConfigError: naming what is missing.
-    """
+    """Reject several GPUs of unknown speed, and sharding on a single one."""
     ranks, way = wishes.nodes * wishes.gpus_per_node, config.train.shard
     if ranks == 1 and way != "none":
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Predict: find → open the rows → load → answer a window of rows at a time → put in place."""
+"""`predict`: add answer columns to rows, one window of rows at a time."""
 
 from __future__ import annotations
 
@@ -40,23 +40,18 @@ from ftlevel.trained.load import load_found
 from ftlevel.trained.model_ref import ModelRef, compute_dtype, describe_dtype, resolve_model
 
 WINDOW = 2_048
-"""Rows that are sorted by their lengths together, where they are scored."""
+"""Rows sorted by length together, for tasks that score."""
 
 TEXT_BATCHES = 16
-"""Batches that are, where texts are written: what is written is kept, window by window."""
+"""Batches per window for tasks that generate text; output is saved after each window."""
 
 Answers = Mapping[str, str]
-"""Column of the answer → the name that the task has for it."""
+"""Output column → the task's name for the answer."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What came out.
-
-    Attributes:
-        rows: with their answers; None where they were written elsewhere.
-        summary: what `--json` prints.
-    """
+    """Result: rows with answers, None if written elsewhere, and the output of `--json`."""
 
     rows: list[dict[str, Any]] | None
     summary: Mapping[str, Any]
@@ -69,19 +64,19 @@ def predict(
     stream: IO[str] | None = None,
     listener: Listener | None = None,
 ) -> Predictions:
-    """Answer rows that have no answer, and give each with its answer, in their order.
+    """Add answers to rows, in their order.
 
     Args:
-        config: the whole configuration.
-        rows: the rows, instead of `config.dataset`: a DataFrame, an Arrow table, a
-            `datasets.Dataset`, or any iterable of dicts.
-        stream: where lines of JSON go where `config.output` names no file; None collects the rows.
-        listener: told of the course; nobody by default.
+        config: configuration of the prediction.
+        rows: input instead of `config.dataset`: a DataFrame, an Arrow table, a `datasets.Dataset`,
+            or an iterable of dicts.
+        stream: destination of JSON lines without `config.output`; None collects the rows.
+        listener: receives progress; silent by default.
 
     Raises:
-        ConfigError: the output exists, a column is there already, or a wish cannot be fulfilled.
+        ConfigError: the output or a column exists already, or an option is not supported.
         InputError: the model or the rows cannot be read, or a row cannot be answered.
-        Interrupted: Ctrl-C; what was written can be gone on with.
+        Interrupted: Ctrl-C; written rows are kept and can be resumed from.
     """
     listener = listener or Silence()
     _check(config, rows)
@@ -103,19 +98,7 @@ def predict(
 
 @dataclass(frozen=True)
 class _Job:
-    """What is to be done, before any weight is read.
-
-    Attributes:
-        found: who answers.
-        device: torch device type.
-        own: the settings of its training.
-        wanted: what is wanted beside the answers.
-        answers: columns that are added.
-        questions: the rows that are left to answer.
-        sink: where they go.
-        tally: what became of the rows.
-        choices: lines for the screen.
-    """
+    """A prediction before weights are read; `questions` yields the remaining rows."""
 
     found: ModelRef
     device: str
@@ -145,7 +128,7 @@ def _prepare(
     stream: IO[str] | None,
     held: contextlib.ExitStack,
 ) -> _Job:
-    """Find the model, open the rows, check all that can be known, and go over what is written."""
+    """Resolve the model, open and check the rows, and skip rows already written."""
     device = choose_device(config.device)
     found = resolve_model(
         config.name, config.task, config.base_model, device=device.value, dtype=config.dtype
@@ -176,7 +159,7 @@ def _prepare(
 
 
 def _settings(found: ModelRef) -> TrainConfig:
-    """Return what the run was told; of what is no run its card knows the columns alone."""
+    """Return the run's configuration; without a run, the card's column mapping."""
     if found.run is not None:
         return build_config([read_run(found.run)])
     return TrainConfig(data={"columns": found.card.data.get("columns", {})})
@@ -188,7 +171,7 @@ def _open(
     task: BaseTask,
     own: TrainConfig,
 ) -> tuple[RowSource, Reader | None]:
-    """Return the rows, of which the first are read, and their file."""
+    """Return the rows, with the first ones already read, and their file."""
     ignored = config.ignore_columns or own.data.ignore_columns
     if config.dataset is None:
         return GivenRows(rows, ignored), None
@@ -201,7 +184,7 @@ def _open(
 def _mapping(
     config: PredictConfig, own: TrainConfig, task: BaseTask, source: RowSource
 ) -> Mapping[str, str]:
-    """Return the user's `--map`, or of the training's what these rows have too."""
+    """Return the user's `--map`, or those training columns these rows also have."""
     if config.columns:
         return config.columns
     roles = {role for shape in task.questions for role in shape.roles}
@@ -217,7 +200,7 @@ def _mapping(
 def _check_new(
     config: PredictConfig, answers: Answers, source: RowSource, file: Reader | None
 ) -> None:
-    """Refuse columns for the answers that the rows have already."""
+    """Reject answer columns that exist in the rows."""
     taken = [repr(name) for name in answers if name in source.columns]
     if taken:
         whose = "the rows have" if file is None else f"{file.shown} has"
@@ -228,7 +211,7 @@ def _check_new(
 
 
 def _let_go(sink: RowSink, tally: Tally) -> None:
-    """Close the file that was not finished; one without a row is of no use."""
+    """Close an unfinished output file; discard it if it has no rows."""
     if isinstance(sink, RowFile) and not (tally.kept or tally.answered):
         sink.discard()
     else:
@@ -242,11 +225,7 @@ def _open_sink(config: PredictConfig, columns: RowColumns, stream: IO[str] | Non
 
 
 def _skip_written(questions: Iterator[AskedRow], sink: RowSink, config: PredictConfig) -> int:
-    """Open the file; return how many rows it keeps, by which `questions` was advanced.
-
-    Raises:
-        InputError: the rows in it are not those that are to be answered.
-    """
+    """Open the output; return the number of rows kept, and advance `questions` past them."""
     if not isinstance(sink, RowFile):
         return 0
     count = 0
@@ -301,7 +280,7 @@ def _cuts(config: PredictConfig, own: TrainConfig) -> bool:
 
 
 def _answer_all(config: PredictConfig, job: _Job, listener: Listener) -> None:
-    """Answer the rows that are left; where there are none, no weight is read."""
+    """Answer the remaining rows; weights are loaded only if there are any."""
     tally, task = job.tally, TASKS[job.found.card.task]
     size = TEXT_BATCHES * (config.batch_size or PROMPTS) if task.writes_text else WINDOW
     waiting = windows(job.questions, size)
@@ -337,11 +316,7 @@ def _answer(
     config: PredictConfig,
     tally: Tally,
 ) -> list[Mapping[str, Any]]:
-    """Return the columns of each row's answer; none for a row that is skipped.
-
-    Raises:
-        InputError: a row cannot be answered, and none is to be skipped.
-    """
+    """Return the answer columns per row, empty if skipped; raise InputError for a bad row."""
     asked = [i for i, row in enumerate(window) if not row.fault]
     faults = {i: row.fault for i, row in enumerate(window) if row.fault}
     if faults and config.on_bad_row == "error":
@@ -359,9 +334,9 @@ def _answer(
 
 
 def _join(row: AskedRow, answer: Mapping[str, Any], job: _Job) -> dict[str, Any]:
-    """Return a row with the columns of its answer, which are null where there is none."""
+    """Return a row with its answer columns, null without an answer."""
     twice = [repr(name) for name in job.answers if name in row.row]
-    if twice:  # a later row of JSON Lines
+    if twice:  # later JSON Lines rows may have new columns
         raise InputError(
             f"{row.place}: has {listing(twice)} already. Name another column by --column."
         )

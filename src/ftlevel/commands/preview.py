@@ -1,7 +1,4 @@
-"""The data as the model will see it: rows by token, lengths, and what the gate found.
-
-Everything is read, encoded and judged as `train` does it; what would stop a run is shown instead.
-"""
+"""`preview`: show rows encoded as for `train`, their lengths, and findings of the data checks."""
 
 from __future__ import annotations
 
@@ -29,14 +26,10 @@ _BARS = 10  # of the histogram
 
 @dataclass(frozen=True)
 class Token:
-    """A token as it is shown.
+    """A displayed token; `text` is what it adds to the preceding tokens.
 
-    Attributes:
-        id: its number; of a masked one, the mask's.
-        text: what it adds to the text before it.
-        supervised: whether the model learns it, or something at it.
-        special: whether it is a special token.
-        label: what is learned at it, where that is not the token itself.
+    `supervised` is whether the loss has a target here; `label` is that target, if not the token
+    itself.
     """
 
     id: int
@@ -48,14 +41,9 @@ class Token:
 
 @dataclass(frozen=True)
 class ShownRow:
-    """A row as the model sees it.
+    """A row as the model sees it; `number` is its 1-based index, `place` its `file:line`.
 
-    Attributes:
-        number: of the example, from 1, as the data counts its rows.
-        place: where it is, as `file:line`.
-        tokens: of the row, or of the source for an encoder-decoder.
-        target: tokens of an encoder-decoder's target; empty for other models.
-        label: what is learned of the whole row; "" where tokens are learned.
+    `target` has the tokens of an encoder-decoder's target; `label` is the target of the whole row.
     """
 
     number: int
@@ -67,7 +55,7 @@ class ShownRow:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar of the histogram: `count` rows of `begin` to `end` tokens, both included."""
+    """Histogram bar: `count` rows with `begin` to `end` tokens, inclusive."""
 
     begin: int
     end: int
@@ -76,18 +64,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Preview:
-    """What `ftlevel preview` shows.
-
-    Attributes:
-        rows: the rows that were asked for, or a short, a middling and a long one.
-        lengths: a histogram of the rows' lengths in tokens.
-        tokens: tokens of an epoch.
-        supervised: how many of them, or of the targets, are learned.
-        findings: what the gate found.
-        steps: optimizer steps of the run.
-        facts: what summary.json would say of the data.
-        choices: lines for the screen.
-    """
+    """Output of `preview`; `tokens` and `supervised` are per epoch, `lengths` is a histogram."""
 
     rows: list[ShownRow]
     lengths: list[Bar]
@@ -100,13 +77,13 @@ class Preview:
 
     @property
     def extent(self) -> str:
-        """What the lengths and tokens are of: an epoch, or the first rows of a stream."""
+        """What lengths and tokens cover: an epoch, or the first rows of a stream."""
         return f"the first {self.facts['first_rows']:,} rows" if "streamed" in self.facts else (
             "an epoch"
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values, for `--json`."""
+        """Return the output of `--json`."""
         return {
             "data": self.facts,
             "rows": [asdict(row) for row in self.rows],
@@ -119,14 +96,12 @@ class Preview:
 
 
 def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
-    """Return the data of `config` as the model will see it.
+    """Return the data of `config` as the model sees it.
 
-    Args:
-        config: the configuration of a run.
-        numbers: the examples to show, from 1; by default a short, a middling and a long one.
+    `numbers` are 1-based rows to show; by default a short, a medium and a long one.
 
     Raises:
-        ConfigError: the data cannot be read, or there is no such row.
+        ConfigError: the data cannot be read, or a row does not exist.
     """
     with quiet_libraries():
         config, adapter, _ = take_adapter(config)
@@ -192,13 +167,9 @@ def _show_row(plan: Plan, row: Encoded) -> ShownRow:
 
 
 class Speller:
-    """Says what text each token stands for.
+    """Decode token ids one by one, each as the text it adds after the preceding tokens.
 
-    A decoder joins tokens in its own way (a space before a word, bytes of one character), so a
-    token is spelled as what it adds behind another one.
-
-    Args:
-        tokenizer: of the model.
+    Single ids would lose leading spaces and multi-byte characters.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -209,7 +180,7 @@ class Speller:
         self._anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
 
     def spell(self, ids: Sequence[int]) -> list[str]:
-        """Return the text of each of `ids`; bytes of one character are spelled at its last."""
+        """Return the text of each id; a multi-byte character is assigned to its last byte."""
         before = self._decode(self._anchor)
         texts, open_ = [], []
         for id_ in ids:
@@ -229,7 +200,7 @@ class Speller:
 
 
 def build_histogram(lengths: Sequence[int]) -> list[Bar]:
-    """Return bars of equal width over `lengths`, at most ten; empty for no lengths."""
+    """Return at most ten bars of equal width over `lengths`."""
     if not lengths:
         return []
     least, most = min(lengths), max(lengths)

@@ -1,4 +1,4 @@
-"""Quantize: resolve → read, pack and write tensor by tensor → reload → measure → put in place."""
+"""`quantize`: write a quantized model tensor by tensor, and measure its fidelity."""
 
 from __future__ import annotations
 
@@ -70,12 +70,7 @@ SUMMARY = "quantization.json"
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """What came out.
-
-    Attributes:
-        summary: what quantization.json holds; after a dry run the expected sizes.
-        path: the directory; None after a dry run.
-    """
+    """Result; after a dry run `summary` has expected sizes and `path` is None."""
 
     summary: Mapping[str, Any]
     path: Path | None
@@ -97,15 +92,15 @@ class _Plan:
 def quantize(
     config: QuantizeConfig, *, listener: Listener | None = None, dry_run: bool = False
 ) -> QuantizeResult:
-    """Write the model of `config` quantized, and measure what that has cost.
+    """Quantize the model of `config`, and measure the difference from the original.
 
-    One tensor is in memory at a time, so that a model may be larger than the memory; the comparison
-    afterwards maps the source from the disk.
+    One tensor is in memory at a time, so the model may exceed the memory; the comparison
+    memory-maps the original.
 
     Raises:
-        ConfigError: the model is quantized already, or `out` exists; before any weight is read.
+        ConfigError: the model is already quantized, or `out` exists; before any weight is read.
         InputError: the model or the text cannot be read.
-        RunError: the quantized model gives values that are not finite; it is not kept.
+        RunError: the quantized model outputs values that are not finite; it is deleted.
     """
     listener = listener or Silence()
     check_absent("--out", config.out)
@@ -185,7 +180,7 @@ def _resolve(config: QuantizeConfig) -> _Plan:
 
 
 def _kept_dtype(config: QuantizeConfig, model_config: Any) -> tuple[torch.dtype, str]:
-    """Return the precision of what is not quantized, which is also the one computed in."""
+    """Return the dtype of unquantized weights and of computation, and the reason."""
     if config.dtype != "auto":
         return DTYPES[config.dtype], ""
     own = getattr(model_config, "dtype", None)
@@ -206,7 +201,7 @@ def _kept_reason(layout: Layout, experts: int) -> str:
 
 
 def _experts_note(config: QuantizeConfig, plan: _Plan) -> str:
-    """Return what the experts of a mixture weigh, which no quantizer of transformers packs."""
+    """Return a note on the size of experts, which transformers cannot quantize."""
     sizes = predict_bytes(plan.layout)
     if "experts" not in sizes:
         return ""
@@ -232,9 +227,9 @@ def _experts_note(config: QuantizeConfig, plan: _Plan) -> str:
 
 @contextlib.contextmanager
 def _source_files(plan: _Plan) -> Iterator[Path]:
-    """Give the directory with the source's .safetensors, made for the moment from a .gguf."""
+    """Yield the directory with .safetensors files; a .gguf is converted temporarily."""
     if plan.source.kind != "gguf":
-        yield whole_model(snapshot(plan.source, COPIED))  # of a checkpoint in parts, too
+        yield whole_model(snapshot(plan.source, COPIED))  # also of a sharded checkpoint
         return
     with Workspace("gguf") as temporary:
         model, _ = load_model(
@@ -249,7 +244,7 @@ def _source_files(plan: _Plan) -> Iterator[Path]:
 def _write_cards(
     place: Path, config: QuantizeConfig, plan: _Plan, summary: Mapping[str, Any]
 ) -> None:
-    """Write README.md, and ftlevel.json where the source has one: task, prompt and labels stay."""
+    """Write README.md, and ftlevel.json if the source has one."""
     task = plan.card.task if plan.card else None
     readme = write_quantized_readme(config.out.name, summary, task)
     (place / "README.md").write_text(readme, encoding="utf-8")
@@ -270,7 +265,7 @@ def _write_cards(
 def _measure(
     config: QuantizeConfig, plan: _Plan, directory: Path, out: Path, text: Text
 ) -> dict[str, Any]:
-    """Return how the model saved in `out` predicts beside its source."""
+    """Compare the predictions of the model in `out` with the original's."""
     auto_class = plan.auto_class if plan.auto_class in PREDICTS else "AutoModel"
     dtype = plan.layout.dtype
     if dtype == torch.float16 and plan.device == "cpu":

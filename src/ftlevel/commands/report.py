@@ -1,4 +1,4 @@
-"""Report: read what runs wrote → one page that needs nothing else."""
+"""`report`: write a self-contained HTML page about one or more runs."""
 
 from __future__ import annotations
 
@@ -15,16 +15,13 @@ from ftlevel.errors import ConfigError
 def report(
     runs: Sequence[Path], *, out: Path | None = None, predictions: Sequence[Path] = ()
 ) -> Path:
-    """Write the page about `runs`, and return where it is.
+    """Write a page about finished `runs`, and return its path.
 
-    Args:
-        runs: directories of runs that are done.
-        out: file to write, which must not exist; None for `report.html` of the only run, which is
-            written anew.
-        predictions: of each run, in their order, what `ftlevel evaluate --predictions` wrote.
+    Without `out`, `report.html` of the only run is replaced. `predictions` are files written by
+    `ftlevel evaluate --predictions`, one per run.
 
     Raises:
-        ConfigError: the page has no place, or the predictions are not one a run.
+        ConfigError: no output path, or the number of predictions does not match.
         InputError: a run cannot be read.
     """
     if predictions and len(predictions) != len(runs):

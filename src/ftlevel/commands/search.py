@@ -1,11 +1,7 @@
-"""Search: settings of a method that score best on the held-out rows, by optuna, within the budget.
+"""Hyperparameter search with Optuna for `compare`, and running a function in a subprocess.
 
-Every trial is a run as `train` makes it, in a process of its own, with settings that TPE draws. It
-is evaluated nine times on its way, and Hyperband ends the ones that fall behind. A study lies in a
-database: a kill loses the trial that is on its way, and several processes, of several machines
-too, work on one study.
-
-Do one thing in a process of its own, whose memory is its own and whose end harms nobody.
+TPE samples trials, each in its own process; Hyperband prunes them after 1, 3 and 9 evaluations. A
+study is a database that survives kills and can be shared by processes on several machines.
 """
 
 from __future__ import annotations
@@ -53,7 +49,7 @@ _LONGEST_REASON = 300  # characters
 
 
 class StopWithParent(TrainerCallback):
-    """End a run as SIGTERM does, with a checkpoint, when the process that asked for it is gone."""
+    """Stop a run as SIGTERM does, with a checkpoint, if the parent process is gone."""
 
     def on_step_begin(
         self,
@@ -62,29 +58,26 @@ class StopWithParent(TrainerCallback):
         control: TrainerControl,  # noqa: ARG002
         **_: Any,
     ) -> None:
-        """Look for the parent."""
+        """Check the parent process."""
         parent = multiprocessing.parent_process()
         if parent is not None and not parent.is_alive():
             signal.raise_signal(signal.SIGTERM)
 
 
 def do_apart(prepare: Callable[[], Any], work: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what `work` returns of `arguments`, computed in another process.
+    """Run `work(*arguments)` in a new process and return its result.
 
-    A KeyboardInterrupt here is passed on as SIGTERM, and waits for what that process keeps.
-
-    Args:
-        prepare: called there first.
-        work: a function of a module.
-        arguments: that can be pickled, as what it returns.
+    `prepare` is called first in that process. `work` must be a module-level function; arguments and
+    result must be picklable. A KeyboardInterrupt is forwarded as SIGTERM, and the process is
+    joined.
 
     Raises:
-        RunError: it failed; the message is its own.
-        Interrupted: it was told to end.
+        RunError: `work` failed, or the process died.
+        Interrupted: the process was interrupted.
     """
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:  # libraries are imported once, and no thread has started there
+    if "forkserver" in methods:  # imports once, before any thread starts
         context.set_forkserver_preload([prepare.__module__, work.__module__])
     receiver, sender = context.Pipe(duplex=False)
     process: Any = context.Process(target=_child, args=(sender, prepare, work, arguments))  # type: ignore[attr-defined]
@@ -129,17 +122,17 @@ def _child(
         reply = ("interrupted", str(error))
     except FtlevelError as error:
         reply = ("failed", str(error))
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other runs go on, and it is shown
+    except Exception as error:  # noqa: BLE001 - any failure is reported, and other runs continue
         kind = "out of memory" if is_out_of_memory(error) else type(error).__name__
         reply = ("failed", f"{kind}: {' '.join(str(error).split())[:_LONGEST_REASON]}")
-    with contextlib.suppress(BrokenPipeError):  # a second signal has ended who asked
+    with contextlib.suppress(BrokenPipeError):  # the parent was killed
         sender.send(reply)
 
 
 DATABASE = "search.db"
-EVALUATIONS = 9  # of a trial: Hyperband with a factor of 3 looks after 1, 3 and 9
+EVALUATIONS = 9  # per trial: Hyperband with factor 3 prunes after 1, 3 and 9
 _WAIT_FOR_LOCK = 100  # seconds, of SQLite
-_ALIVE, _GIVEN_UP = 20, 120  # seconds between signs of life, and after which a trial is failed
+_ALIVE, _GIVEN_UP = 20, 120  # seconds: heartbeat interval, and grace period of a trial
 _MOST_FAILED = 3
 _REASON, _WITHDRAWN = "reason", "withdrawn"
 
@@ -151,25 +144,18 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "dropout": ("method.lora_dropout", "method.adapter_dropout"),
     "weight-decay": ("train.weight_decay",),
 }
-"""Name → the fields that it is, of which a method has one or none."""
+"""Setting → configuration fields; a method has at most one of them."""
 
 _RANKS, _ALPHAS = (2, 4, 8, 16, 32, 64), (4.0, 8.0, 16.0, 32.0, 64.0)
-_RATE_FACTOR = 10.0  # up and down from the rate that the run would have
+_RATE_FACTOR = 10.0  # range around the default learning rate
 _MOST = {"dropout": 0.2, "weight-decay": 0.1}
 
 
 @dataclass(frozen=True)
 class Study:
-    """A search for the settings of one method.
+    """Hyperparameter search for one method, stored under a `name` derived from the request.
 
-    Attributes:
-        name: of the study, the same for the same question.
-        storage: URL of its database.
-        fields: setting → the field that it is.
-        rate: learning rate that the run would have without a search.
-        metric: that is made best.
-        direction: minimize or maximize.
-        trials: how many there are to be.
+    `fields` maps settings to configuration fields; `rate` is the default learning rate.
     """
 
     name: str
@@ -181,7 +167,7 @@ class Study:
     trials: int
 
     def load(self) -> optuna.Study:
-        """Return the study in its database, begun if there is none."""
+        """Load the study from its database, or create it."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -195,17 +181,17 @@ class Study:
             )  # fmt: skip
         return optuna.create_study(
             storage=storage, study_name=self.name, direction=self.direction, load_if_exists=True,
-            sampler=optuna.samplers.TPESampler(),  # of a seed, two processes would draw the same
+            sampler=optuna.samplers.TPESampler(),  # with a seed, processes would sample alike
             pruner=optuna.pruners.HyperbandPruner(1, EVALUATIONS, 3),
         )  # fmt: skip
 
 
 class _Enough(Exception):
-    """The study has its trials."""
+    """Raised when the study has all its trials."""
 
 
 def check_search(names: tuple[str, ...], storage: str | None) -> list[str]:
-    """Return what is wrong with the settings to search and where, problem by problem."""
+    """Return the problems of the requested settings and storage."""
     problems = [
         f"--search: {name!r} is no setting that is searched. Expected some of {listing(SETTINGS)}."
         f"{did_you_mean(name, SETTINGS)}"
@@ -227,14 +213,9 @@ def check_search(names: tuple[str, ...], storage: str | None) -> list[str]:
 def plan_study(
     word: str, config: TrainConfig, asked: Mapping[str, Any], facts: Mapping[str, Any], path: Path
 ) -> Study | None:
-    """Return the study of a method; None where it has none of the settings.
+    """Return the study of the method `word`; None if it has none of the settings.
 
-    Args:
-        word: what the method is called.
-        config: its run, with the budget.
-        asked: what a comparison was asked: `config`, `budget`, `search`, `trials`, `study`.
-        facts: what a dry run of it says.
-        path: of the comparison.
+    `asked` is the comparison's request, `facts` the dry run's summary, `path` the output directory.
     """
     own = SPECS[config.method.kind].model_fields
     fields = {
@@ -261,16 +242,12 @@ def plan_study(
 def search(
     study: Study, config: TrainConfig, path: Path, prepare: Callable[[], Any]
 ) -> dict[str, Any]:
-    """Return the best settings, once the study has its trials, and what they took.
+    """Run the remaining trials of `study`; return the best values and the history.
 
-    Args:
-        study: whose trials of before count.
-        config: of the run.
-        path: of the comparison; a trial's files are there while it runs.
-        prepare: called first in the process of each trial.
+    A trial's files are in `path` while it runs; `prepare` is called first in its process.
 
     Raises:
-        RunError: no trial came to its end.
+        RunError: no trial finished.
     """
     found, failed = study.load(), 0
     while True:
@@ -292,7 +269,7 @@ def search(
 
 
 def _fail_the_silent(found: optuna.Study) -> None:
-    """Give up trials whose process has given no sign of life."""
+    """Fail trials whose process sends no heartbeat."""
     import optuna
 
     with warnings.catch_warnings():
@@ -301,7 +278,7 @@ def _fail_the_silent(found: optuna.Study) -> None:
 
 
 def _describe(found: optuna.Study, study: Study) -> dict[str, Any]:
-    """Return what a study found, and its trials in their order."""
+    """Return the best values of a study and its trials, in order."""
     trials = [t for t in found.get_trials(deepcopy=False)
               if t.state.is_finished() and _WITHDRAWN not in t.user_attrs]  # fmt: skip
     if not any(t.state.name == "COMPLETE" for t in trials):
@@ -327,10 +304,7 @@ def _describe(found: optuna.Study, study: Study) -> dict[str, Any]:
 
 
 def _try_one(study: Study, config: TrainConfig, path: Path) -> None:
-    """Run one trial of `study`, in a process of its own, unless another process has begun the last.
-
-    Two that see room for one more begin both; the later one is withdrawn.
-    """
+    """Run one trial; of two processes that start the last one, the later withdraws."""
     found = study.load()
 
     def run(trial: optuna.Trial) -> float:
@@ -344,7 +318,7 @@ def _try_one(study: Study, config: TrainConfig, path: Path) -> None:
 
 
 def _objective(trial: optuna.Trial, study: Study, config: TrainConfig, path: Path) -> float:
-    """Return the metric of a run with settings that `trial` draws."""
+    """Train with values sampled by `trial` and return the metric."""
     import optuna
 
     values: dict[str, Any] = {}
@@ -357,7 +331,7 @@ def _objective(trial: optuna.Trial, study: Study, config: TrainConfig, path: Pat
     try:
         callbacks = [StopWithParent(), _Look(trial, study.metric)]
         result = train(config, callbacks=callbacks, listener=Silence())
-    except RunError as error:  # a rate so high that the loss is not finite, a rank beyond memory
+    except RunError as error:  # non-finite loss or out of memory
         trial.set_user_attr(_REASON, str(error))
         raise optuna.TrialPruned from error
     finally:
@@ -371,7 +345,7 @@ def _objective(trial: optuna.Trial, study: Study, config: TrainConfig, path: Pat
 
 
 def _draw(trial: optuna.Trial, name: str, rate: float) -> float:
-    """Return a value of the setting `name`; a learning rate is drawn around `rate`."""
+    """Sample the setting `name`; learning rates are sampled around `rate`."""
     if name == _RATE:
         low, high = rate / _RATE_FACTOR, rate * _RATE_FACTOR
         return trial.suggest_float(name, low, high, log=True)
@@ -382,7 +356,7 @@ def _draw(trial: optuna.Trial, name: str, rate: float) -> float:
 
 
 def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
-    """Return `config` with other `values` of its fields, as `train.learning_rate`."""
+    """Return `config` with fields such as `train.learning_rate` replaced by `values`."""
     sections: dict[str, Any] = {}
     for field, value in values.items():
         section, name = field.split(".")
@@ -392,7 +366,7 @@ def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
 
 
 class _Look(TrainerCallback):
-    """Evaluate nine times, tell the study, and end a trial that falls behind."""
+    """Evaluate nine times, report to the study, and prune the trial if it falls behind."""
 
     def __init__(self, trial: optuna.Trial, metric: str) -> None:
         self._trial = trial
@@ -406,7 +380,7 @@ class _Look(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        """Ask for an evaluation after each ninth of the steps."""
+        """Request an evaluation after each ninth of the steps."""
         every = max(1, math.ceil(state.max_steps / EVALUATIONS))
         if state.global_step % every == 0 and state.global_step < state.max_steps:
             control.should_evaluate = True
@@ -419,7 +393,7 @@ class _Look(TrainerCallback):
         metrics: Mapping[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Tell the study, which may end the trial."""
+        """Report the metric and prune the trial if the study requests it."""
         import optuna
 
         if metrics is None or self._metric not in metrics:

@@ -1,4 +1,4 @@
-"""Train: resolve → load → adapt → train → save → prove. Whoever reads this has read the product."""
+"""`train`: resolve the plan, load and adapt the model, train, save, and verify what was saved."""
 
 from __future__ import annotations
 
@@ -67,20 +67,15 @@ from ftlevel.training.summary import (
 from ftlevel.training.teacher import ask_and_load, find_beside
 from ftlevel.training.verify.proof import verify_step
 
-if TYPE_CHECKING:  # what it imports with it has a say before it is asked to be quiet
+if TYPE_CHECKING:  # importing it would print messages before loggers are silenced
     from transformers import TrainerCallback
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run gave.
+    """Result of a run; `path` and `model` are None after a dry run.
 
-    Attributes:
-        summary: what summary.json holds.
-        path: the run directory; None after a dry run.
-        model: the trained model, on its device; None after a dry run, or of a run that was
-            finished before.
-        tokenizer: its tokenizer.
+    `model` is also None if the run had already finished.
     """
 
     summary: Mapping[str, Any]
@@ -89,9 +84,7 @@ class TrainResult:
     tokenizer: Any
 
     def predict(self, rows: Any, **settings: Any) -> list[dict[str, Any]]:
-        """Return `rows` with the answers of the saved run; `settings` are of `PredictConfig`.
-
-        The rows are a DataFrame, an Arrow table, a `datasets.Dataset`, or any iterable of dicts.
+        """Return `rows` with answers of the saved run; `settings` are fields of `PredictConfig`.
 
         Raises:
             ConfigError: nothing was trained.
@@ -106,12 +99,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What is known of a run that a command asks for.
-
-    Attributes:
-        recipe: the file that the configuration was read from.
-        start: when the process began.
-    """
+    """Recipe path and process start time of a run started from the command line."""
 
     recipe: Path | None
     start: Start
@@ -119,18 +107,7 @@ class CommandLine:
 
 @dataclass(frozen=True)
 class _Job:
-    """A run that is resolved and checked, before weights load.
-
-    Attributes:
-        taken: the configuration, and what a program handed over.
-        plan: its plan.
-        listener: told of the course.
-        callbacks: told of the steps, after our own.
-        recipe: where the settings were read from, and the state of git there.
-        processes: that train together.
-        start: when the user began to wait.
-        foresight: what it was said to need.
-    """
+    """A resolved and checked run, before weights load; `recipe` is its path and git state."""
 
     taken: Taken
     plan: Plan
@@ -154,29 +131,28 @@ def train(
     listener: Listener | None = None,
     command_line: CommandLine | None = None,
 ) -> TrainResult:
-    """Fine-tune as `config` says and write a run directory.
+    """Fine-tune as `config` specifies, and write a run directory.
 
-    Rows and a model in memory stand in the configuration under a name, and go the one way of all
-    rows and models.
+    In-memory rows and models are processed like files.
 
     Args:
-        config: the whole configuration.
-        dataset: rows to learn from, in place of `config.data.dataset`: a DataFrame, a
-            `datasets.Dataset` or DatasetDict, a list of dicts, or a file's name.
-        eval_dataset: the same for the rows to watch.
-        model: a model of transformers without an adapter, in place of `config.model`. It is not
-            changed: its weights are loaded anew from where they came, or are kept in the run.
-        tokenizer: its tokenizer, where it is not the one of its name.
-        callbacks: instances of `transformers.TrainerCallback`, told after our own.
-        dry_run: resolve and check everything, train and write nothing.
-        listener: told of the run's course; the default shows it in a notebook, and logs warnings
-            elsewhere.
-        command_line: what is known of the command that asks for the run.
+        config: configuration of the run.
+        dataset: training rows instead of `config.data.dataset`: a DataFrame, a `datasets.Dataset`
+            or DatasetDict, a list of dicts, or a file name.
+        eval_dataset: validation rows, in the same forms.
+        model: transformers model without an adapter, instead of `config.model`. It is not modified:
+            its weights are reloaded from their source, or saved in the run.
+        tokenizer: tokenizer of `model`, if not the one of its name.
+        callbacks: `transformers.TrainerCallback` instances, called after ftlevel's own.
+        dry_run: resolve and check everything; train and write nothing.
+        listener: receives progress; by default shown in a notebook, elsewhere only warnings are
+            logged.
+        command_line: set by the command-line interface.
 
     Raises:
-        ConfigError: something is wrong that can be known before weights load.
-        RunError: training failed: a gradient that is missing or not finite, a saved adapter that
-            is not the trained one.
+        ConfigError: a problem that is known before weights load.
+        RunError: training failed: a missing or non-finite gradient, or a saved adapter that differs
+            from the trained one.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
     if not isinstance(config, TrainConfig):
@@ -211,10 +187,10 @@ def _resolve_together(
     *,
     dry_run: bool,
 ) -> _Job:
-    """Resolve in every process of the run: all of them find the same, or none goes on."""
+    """Resolve the run in every process; a failure in one is raised in all."""
     processes = started_processes()
     config = resolve_processes(taken.config, processes, rows_only=dry_run)
-    if dry_run:  # one process speaks for all
+    if dry_run:  # one process is enough
         processes = Processes()
     processes.join()
     resolved = replace(taken, config=config)
@@ -238,7 +214,7 @@ def _resolve(
     *,
     try_method: bool,
 ) -> _Job:
-    """Turn the configuration into a plan, and show it; everything is checked that can be known."""
+    """Resolve and show the plan; raise for every problem that can be detected without weights."""
     config = taken.config
     output, recipe = config.output, command_line.recipe
     check_output(output.dir, overwrite=output.overwrite, resume=output.resume)
@@ -277,7 +253,7 @@ def _resolve(
 
 
 def _choose_micro_batch(job: _Job) -> _Job:
-    """Let the memory choose the tokens of a micro-batch, where that is asked for, and say it."""
+    """Set the micro-batch size from the available memory, if requested, and show it."""
     config, plan = job.taken.config, job.plan
     if config.speed.tokens_per_micro_batch != "memory":
         return job
@@ -382,7 +358,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
 
 
 def _end_finished(job: _Job, run: RunDirectory, summary: Mapping[str, Any]) -> TrainResult:
-    """Say that a run that was to go on is at its end, and return what it gave."""
+    """Return the result of a run that was resumed but had already finished."""
     if job.processes.is_first:
         mark_end_once(run.path)
     job.listener.end({**summary, "nothing_left": describe_end(run, job.taken.config, summary)})
@@ -390,7 +366,7 @@ def _end_finished(job: _Job, run: RunDirectory, summary: Mapping[str, Any]) -> T
 
 
 def _hold(run: RunDirectory, plan: Plan, held: contextlib.ExitStack) -> Sequence[FileDigests]:
-    """Claim the run's directory until `held` ends, and read the bytes of its files if new."""
+    """Claim the run's directory until `held` closes, and compute missing digests of its inputs."""
     held.enter_context(claimed(run.path))
     held.enter_context(replacing(run.path))
     digests = digests_of(plan)

@@ -1,5 +1,4 @@
-"""What a run will need, before its weights are loaded: memory by part and moment, time, disk.
+"""Estimates of memory, time and communication before weights are loaded; writes nothing.
 
-The real step runs on tensors that have a shape and no numbers. May import the rest of training,
-which must not import it; writes nothing.
+May import the rest of training, which must not import this package.
 """

@@ -1,20 +1,15 @@
-"""Cards on a network: how long it takes to gather, and a step of many cards, block by block.
+"""Step time of a run on several GPUs: collectives, overlap and throughput.
 
-    bytes     S · (n − 1) / n a card to gather S bytes, or to add them up and share out the sum;
-              twice that to add them up everywhere (nccl-tests, doc/PERFORMANCE.md)
-    seconds   bytes / min(link, cards of a machine · its network a card)
-              + (n − N) · 3.4 µs + (N − 1) · 9.6 µs
+    bytes     S · (n − 1) / n per GPU for an all-gather or reduce-scatter of S bytes over n GPUs;
+              twice that for an all-reduce (nccl-tests, doc/PERFORMANCE.md)
+    seconds   bytes / min(link, GPUs per machine · network per GPU)
+              + (n − N) · 3.4 µs + (N − 1) · 9.6 µs, for N machines
+    step      micro-batches · (g + Σ max(forward, g) + outside + Σ max(backward, g + r) + r)
+              + all-reduce
 
-NCCL lays as many rings as a machine has network cards over n cards of N machines: each card sends
-by its link within the machine, and all network cards carry what leaves it. The times of a hop are
-those that NCCL itself reckons with (ring, simple: src/graph/tuning.cc). A step is
-
-    micro-batches · (g + Σ max(forward, g) + outside + Σ max(backward, g + r) + r) + all-reduce
-
-where g gathers a block while the one before it computes, and r reduces the gradients of the block
-behind: first and last wait for nobody. What overlaps is taken to cost the computing nothing.
-
-A run on many cards: what each sends, how long a step takes, how much of it is waiting.
+NCCL is assumed to build as many rings as a machine has network cards; the hop latencies are NCCL's
+own (ring, simple protocol: src/graph/tuning.cc). g gathers a block while the previous one computes,
+r reduces the gradients of the following one. Overlap is assumed to slow no computation.
 """
 
 from __future__ import annotations
@@ -32,18 +27,15 @@ from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.schedule import steps_an_epoch
 
 HOP, NETWORK_HOP = 3.4e-6, 9.6e-6
-"""Seconds from a card to the next one of its machine, and to one of another machine."""
+"""Seconds from one GPU to the next on the same machine, and on another machine."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """Machines with cards.
+    """Machines with `cards` GPUs each.
 
-    Attributes:
-        nodes: machines.
-        cards: of each.
-        link: 10⁹ bytes a second, each way, from a card to the others of its machine.
-        gbps: 10⁹ bits a second, each way, that a card has to other machines.
+    `link` is GB/s (10⁹ bytes) each way from a GPU to others of its machine; `gbps` is Gbit/s (10⁹
+    bits) each way per GPU to other machines.
     """
 
     nodes: int
@@ -53,15 +45,15 @@ class Network:
 
     @property
     def ranks(self) -> int:
-        """All cards."""
+        """Total number of GPUs."""
         return self.nodes * self.cards
 
     def sent(self, size: float) -> float:
-        """Return the bytes that a card sends for `size` of them to be gathered."""
+        """Return the bytes each GPU sends in an all-gather of `size` bytes."""
         return size * (self.ranks - 1) / self.ranks
 
     def seconds(self, size: float) -> float:
-        """Return how long it takes to gather `size` bytes, or to add them up and share them out."""
+        """Return the seconds of an all-gather or a reduce-scatter of `size` bytes."""
         if self.ranks == 1 or not size:
             return 0.0
         speed = self.link
@@ -74,20 +66,18 @@ class Network:
 
 @dataclass(frozen=True)
 class Work:
-    """What a card does in a step.
+    """Work of one GPU in an optimizer step: `micro_batches` passes over `blocks` blocks.
 
     Attributes:
-        micro_batches: of a step.
-        blocks: of the model.
-        forward: seconds of a block.
-        backward: seconds of a block, with what it recomputes.
-        outside: seconds of all else of a micro-batch, both ways.
-        block: bytes of a block that are gathered; 0 where each card has the whole model.
-        root: bytes of what is outside of blocks, likewise, once a micro-batch.
-        again: whether blocks are gathered for the backward pass once more.
-        reduced: bytes of the gradients of a block that are added up in every micro-batch.
-        reduced_root: those of what is outside of blocks.
-        everywhere: bytes of gradients that are added up for every card, once a step.
+        forward: seconds per block.
+        backward: seconds per block, including recomputation.
+        outside: seconds per micro-batch outside the blocks, forward and backward.
+        block: bytes gathered per block; 0 where each GPU has the whole model.
+        root: bytes gathered outside the blocks, once per micro-batch.
+        again: whether blocks are gathered again for the backward pass.
+        reduced: gradient bytes reduced per block in every micro-batch.
+        reduced_root: gradient bytes reduced outside the blocks in every micro-batch.
+        everywhere: gradient bytes in the all-reduce at the end of the step.
     """
 
     micro_batches: int
@@ -105,14 +95,14 @@ class Work:
 
 @dataclass(frozen=True)
 class StepTime:
-    """A step.
+    """Time and traffic of one optimizer step.
 
     Attributes:
-        computing: seconds, if nothing had to be waited for.
-        talking: seconds on the wire, hidden or not.
-        waiting: seconds of these in which nothing is computed.
-        gathered: bytes that a card sends so that weights are gathered.
-        reduced: bytes that it sends so that gradients are added up.
+        computing: seconds of computation without waiting.
+        talking: seconds of communication, overlapped or not.
+        waiting: seconds of communication that computation does not overlap.
+        gathered: bytes each GPU sends to gather weights.
+        reduced: bytes each GPU sends to reduce gradients.
     """
 
     computing: float
@@ -123,17 +113,17 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
-        """How long the step takes."""
+        """Duration of the step."""
         return self.computing + self.waiting
 
     @property
     def hidden(self) -> float:
-        """The share of the time on the wire that is hidden behind computing."""
+        """Fraction of the communication time that overlaps computation."""
         return 1 - self.waiting / self.talking if self.talking else 1.0
 
 
 def time_step(work: Work, network: Network) -> StepTime:
-    """Return how long a step of `work` takes each card of `network`."""
+    """Estimate the duration of a step of `work` on each GPU of `network`."""
     count, many = work.blocks, work.micro_batches
     gather, root = network.seconds(work.block), network.seconds(work.root)
     reduce, reduce_root = network.seconds(work.reduced), network.seconds(work.reduced_root)
@@ -156,15 +146,7 @@ def time_step(work: Work, network: Network) -> StepTime:
 
 @dataclass(frozen=True)
 class ClusterForecast:
-    """A run on many cards.
-
-    Attributes:
-        network: its machines.
-        step: the time of an optimizer step, and what is sent in it.
-        micro_batches: of a step, on each card.
-        tokens: of a step, on all cards.
-        steps: of an epoch; None where rows are imagined.
-    """
+    """Estimate for several GPUs; `tokens` is per step on all of them, `steps` per epoch."""
 
     network: Network
     step: StepTime
@@ -174,23 +156,23 @@ class ClusterForecast:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all cards."""
+        """Throughput of all GPUs together."""
         return self.tokens / self.step.seconds
 
     @property
     def seconds_per_epoch(self) -> float | None:
-        """Of its steps alone."""
+        """Duration of the steps of an epoch, without evaluation."""
         return None if self.steps is None else self.steps * self.step.seconds
 
     def time(self) -> TimeForecast | None:
-        """Return the time of an epoch; None where rows are imagined."""
+        """Return the time of an epoch; None with synthetic rows."""
         if self.seconds_per_epoch is None:
             return None
         how = f"a roofline and rings on {self.network.ranks:,} cards, not measured"
         return TimeForecast(self.seconds_per_epoch, self.tokens_per_s, how)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `--json` prints."""
+        """Return the values for `--json`."""
         step, ranks = self.step, self.network.ranks
         return {
             "nodes": self.network.nodes,
@@ -215,15 +197,10 @@ class ClusterForecast:
 def forecast_cluster(
     config: TrainConfig, plan: Plan, need: Need, shares: Shares, card: Card, network: Network
 ) -> ClusterForecast:
-    """Return how the run that `plan` is goes on `network`.
+    """Estimate step time, traffic and throughput of `plan` on `network`.
 
-    Args:
-        config: the whole configuration.
-        plan: its plan.
-        need: what each card needs: says how large a micro-batch is, and whether it recomputes.
-        shares: how the model is shared out.
-        card: each of them, of known speed.
-        network: of them.
+    The memory estimate `need` sets micro-batch size and recomputation. `card` must have a known
+    speed.
     """
     train, rows = config.train, plan.data.train
     a_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
@@ -247,7 +224,7 @@ def forecast_cluster(
 
 
 def _sent(shares: Shares, ranks: int, way: str) -> dict[str, Any]:
-    """Return what of `Work` is sent, in bytes."""
+    """Return the communication fields of `Work`, in bytes."""
     if way == "none":
         base = shares.blocks.reduced(1) + shares.root.reduced(1)
         return {"everywhere": base if shares.trains_base else shares.trained}

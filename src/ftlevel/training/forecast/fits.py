@@ -1,27 +1,22 @@
-"""What else fits: method × quantization × checkpointing × rows × length, and the cheapest change.
+"""Memory estimate of a run compared with its device, and the settings that would fit.
 
-Every line is a forecast of its own, of rows that are all as long as they may be. What a step holds
-for its tokens grows with the rows of a micro-batch, so the largest number that fits follows:
+    most rows = (memory − fixed) / (activations and workspace per row)
+    process   = libraries + max(loading, check, training, proof)
 
-    most rows = (memory − what does not come and go) / (activations and workspace of a row)
+The first formula is for rows of maximum length. The second is the resident memory of a CPU run:
 
-Resident memory of the whole process of a run on a CPU, which is what runs out there.
+- libraries: Python, its packages, tokenizer and rows, measured in this process, plus `LATER`;
+- loading: the weights, and the checkpoint pages they are converted from;
+- check: the plain step in float32 on a few rows that verifies the fast step: 16-bit weights next to
+  float32 ones, the gradients of both steps and the initial values of the trained parameters;
+- training: the tensors of a step, free heap blocks up to `MOST_HOLES`, and two copies of the
+  language head's weight;
+- proof: logits of the trained and of the reloaded model on a few rows;
+- with quantized weights: the checkpoint pages of the other weights, which stay mapped.
 
-    process = libraries + max(loading, check, training, proof)
-
-- libraries: Python with its libraries, the tokenizer and the rows, as measured in this process,
-  and `LATER` for what a run imports and compiles after its first step;
-- loading: the weights, and the pages of the checkpoint that they are converted from;
-- check: the plain step on a few rows in float32, which every run compares with its fast step: the
-  narrow weights beside those in float32, two further gradients of what is trained and its start;
-- training: the tensors of a step; free blocks of the heap, up to `MOST_HOLES`; and two copies of a
-  language head's weight, as large as what a step was measured to hold beyond these;
-- with quantized weights, the pages of the checkpoint that the other weights are still mapped from;
-- proof: logits of the trained and of the reloaded model on a few rows.
-
-What a run needs of a device, and whether there is as much: the verdict in a line.
-
-The verdict of the plan at the beginning of a run, and beside what was measured at its end.
+Two terms are assumptions, not findings: that a step needs two copies of the head's weight, and that
+the 128 MiB cap of `MOST_HOLES` explains the free heap blocks. Both fit the four configurations that
+were measured. Nothing shows that they are right elsewhere or that these are the causes.
 """
 
 from __future__ import annotations
@@ -67,26 +62,21 @@ from ftlevel.training.proof import PROBE_SCORES
 from ftlevel.training.verify.proof import choose_few
 
 LATER = 40 * 2**20
-"""Code of libraries that is first used in a step, and modules that are imported then; measured."""
+"""Bytes of library code and modules that are first used in a training step; measured."""
 
 HOLES = 0.35
-"""Free blocks of the heap as a share of the tensors that come and go, as measured on MiniLM."""
+"""Free heap blocks as a fraction of temporary tensors; measured on MiniLM."""
 
 MOST_HOLES = 128 * 2**20
-"""What the heap keeps free at its end (`KEPT_FREE` of cli/startup/heap.py): beyond, it shrinks."""
+"""Assumed cap of free heap blocks: `KEPT_FREE` of cli/startup.py, above which glibc trims the heap.
+It fits four measured configurations and is not proven."""
 
 _COME_AND_GO = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS)
 _NARROW = {"bfloat16": 2, "float16": 2}
 
 
 def estimate_process(config: TrainConfig, plan: Plan, step: MemoryForecast) -> int:
-    """Return the most bytes that the process of the run has resident.
-
-    Args:
-        config: the whole configuration.
-        plan: of the run, on a CPU.
-        step: the memory of its training step.
-    """
+    """Estimate the peak resident memory of a CPU run in bytes; `step` is its training step."""
     libraries = resident_bytes() + LATER
     mapped = _mapped_bytes(plan, step)
     return libraries + max(
@@ -98,7 +88,7 @@ def estimate_process(config: TrainConfig, plan: Plan, step: MemoryForecast) -> i
 
 
 def _mapped_bytes(plan: Plan, step: MemoryForecast) -> int:
-    """Return the pages of the checkpoint that were read to be quantized and are still mapped."""
+    """Return the bytes of checkpoint pages that stay mapped after quantization."""
     planned = plan.model
     dtype = DTYPES[planned.dtype]
     is_converted = planned.source.gguf_file is None and planned.config.dtype != dtype
@@ -126,7 +116,7 @@ def _bytes_of_loading(plan: Plan, step: MemoryForecast) -> int:
 
 
 def _bytes_of_check(config: TrainConfig, plan: Plan) -> int:
-    """Return the bytes of the comparison of the fast step with the plain one; 0 for none."""
+    """Return the bytes of verifying the fast step; 0 if it is not verified."""
     few = choose_few(plan.data.train) if plan.fast.enabled else []
     if config.speed.verify is False or not few:
         return 0
@@ -144,10 +134,10 @@ def _bytes_of_check(config: TrainConfig, plan: Plan) -> int:
         each.pop(OPTIMIZER, None)
     parts = max(moments, key=lambda each: sum(each.values()))
     weights, trained = parts.get(WEIGHTS, 0), parts.get(ADAPTER, 0)
-    is_whole = METHODS[config.method.kind].build is None  # whose weights are in float32 anyhow
+    is_whole = METHODS[config.method.kind].build is None  # full: weights are always float32
     narrow = 0 if is_whole else weights * _NARROW.get(plan.model.dtype, 0) // 4
     gradients = max(parts.get(GRADIENTS, 0), weights if is_whole else trained)
-    parts[GRADIENTS] = gradients  # of one way, of the other, and where it began
+    parts[GRADIENTS] = gradients  # fast and plain step, and the initial values
     return _with_holes({part: int(size) for part, size in parts.items()}) + int(
         narrow + 2 * gradients
     )
@@ -162,22 +152,15 @@ def _bytes_of_proof(step: MemoryForecast) -> int:
 ALLOCATOR = "allocator and context"
 
 CONTEXT_BYTES, SLACK = 600 * 2**20, 0.05
-"""What a CUDA context takes, and the share of what comes and goes that torch's allocator has to
-spare: an allowance, since no card was at hand to measure either."""
+"""Bytes of a CUDA context, and overhead of torch's allocator as a fraction of temporary tensors.
+Assumed allowances: neither was measured on a GPU."""
 
 COMES_AND_GOES = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS, GRADIENTS, GATHERED, REDUCED)
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where a run is planned.
-
-    Attributes:
-        kind: torch device type.
-        name: in words.
-        memory: its bytes.
-        ranks: such devices that the run is shared out among, as `--shard` says.
-    """
+    """Device with its memory in bytes, and the number of such `ranks` that train together."""
 
     kind: str
     name: str
@@ -186,19 +169,19 @@ class Device:
 
     @classmethod
     def of(cls, kind: str, card: Card | None = None, ranks: int = 1) -> Device:
-        """Return `card`, or the device of this machine of that torch type."""
+        """Return `card` as a device, or the device of torch type `kind` on this machine."""
         if card is not None:
             return cls(kind, card.name, card.memory, ranks)
         name = "the memory of this machine" if kind == "cpu" else describe_device(kind)
         return cls(kind, name, device_memory(kind))
 
     def forecast(self, config: TrainConfig, plan: Plan) -> MemoryForecast:
-        """Return what the run takes, on a GPU with what its context and its allocator take.
+        """Estimate the memory of a run; on a GPU with CUDA context and allocator overhead.
 
-        Of several devices it is the one that holds most.
+        With several devices, the estimate is for the rank that needs the most.
 
         Raises:
-            ConfigError: the step cannot be computed without its numbers.
+            ConfigError: the step cannot run on meta tensors.
         """
         context = CONTEXT_BYTES if self.kind == "cuda" else 0
         try:
@@ -228,17 +211,16 @@ class Device:
 
 @dataclass(frozen=True)
 class Need:
-    """What a run needs.
+    """Memory requirement of a run on a device.
 
     Attributes:
         parts: part → bytes at the peak.
-        at: the moment of the peak.
-        device: what is planned for.
-        tokens: places of the fullest micro-batch.
-        recomputed_peak: of a run that will recompute blocks until it fits, with all of them; None
-            of another, and of one that fits as it is.
-        process: bytes of the whole process, tensors among them; None where memory of its own, as a
-            GPU's, is what runs out.
+        at: moment of the peak.
+        device: the device planned for.
+        tokens: positions in the largest micro-batch.
+        recomputed_peak: peak with all blocks recomputed, if checkpointing is automatic and the run
+            does not fit without it; None otherwise.
+        process: bytes of the whole process, tensors included; None unless planned for one CPU.
     """
 
     parts: dict[str, int]
@@ -255,12 +237,12 @@ class Need:
 
     @property
     def does_fit(self) -> bool:
-        """Whether there is as much memory, with blocks recomputed where the run does so itself."""
+        """Whether the run fits, with recomputed blocks where the run enables that itself."""
         most = self.process or self.peak
         return min(most, self.recomputed_peak or most) <= self.device.memory
 
     def verdict(self) -> str:
-        """Return it in a line."""
+        """Return a one-line summary."""
         peak, memory = (f"{size / 2**30:,.2f} GiB" for size in (self.peak, self.device.memory))
         word = "fits" if self.does_fit else "does not fit"
         if self.recomputed_peak is not None:
@@ -271,11 +253,11 @@ class Need:
 
 
 def find_need(config: TrainConfig, plan: Plan, device: Device) -> Need:
-    """Return what the run that `plan` is needs of `device`.
+    """Estimate what `plan` needs on `device`.
 
     Raises:
-        ConfigError: as `Device.forecast` does; a base that another library than bitsandbytes
-            quantized.
+        ConfigError: as `Device.forecast`, or the base is quantized by another library than
+            bitsandbytes.
     """
     _check_quantization(plan)
     found = device.forecast(config, plan)
@@ -291,7 +273,7 @@ def find_need(config: TrainConfig, plan: Plan, device: Device) -> Need:
 
 
 def _check_quantization(plan: Plan) -> None:
-    """Refuse a checkpoint that another library than bitsandbytes quantized."""
+    """Reject a checkpoint that a library other than bitsandbytes quantized."""
     stored = stored_quantization(plan.model.config)
     if stored is not None and as_quant_config(stored) is None:
         raise ConfigError(
@@ -307,14 +289,15 @@ _METHODS: tuple[tuple[str, str], ...] = (("lora", "none"), ("qlora", "4bit"), ("
 
 @dataclass(frozen=True)
 class Fit:
-    """A line of the table.
+    """A row of the table of alternatives.
 
     Attributes:
-        flags: what is typed for it.
-        peak: bytes with the rows of a micro-batch that the flags say.
-        fits: whether that is within the memory.
-        most_rows: of a micro-batch that fit; 0 for none, None where their number changes nothing.
-        least: bytes that stay whatever the rows and their length are.
+        flags: command-line flags of this alternative.
+        peak: bytes at the peak with the micro-batch size in `flags`.
+        fits: whether `peak` is within the memory.
+        most_rows: largest micro-batch that fits, in rows; 0 if none does, None on a CPU, where
+            memory does not depend on it.
+        least: bytes needed regardless of the number and length of rows.
     """
 
     flags: str
@@ -326,16 +309,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Limits:
-    """What there is.
-
-    Attributes:
-        device: that a run may use.
-        card: name of a GPU that is planned for, or None.
-        source: the model.
-        tokenizer: of the model.
-        known: what was tried (mutated).
-        check: called before a line is computed; may raise to stop.
-    """
+    """Device and model of the alternatives; `known` caches results (mutated), `check` may raise."""
 
     device: Device
     card: str | None
@@ -346,7 +320,7 @@ class Limits:
 
 
 def list_fits(config: TrainConfig, limits: Limits) -> list[Fit]:
-    """Return the table: the run's own method and the usual ones, with and without checkpointing."""
+    """Return alternatives: the run's method and the usual ones, with and without checkpointing."""
     own = config.method.kind, config.quant.kind
     others = (way for way in _METHODS if way != _alike(own))
     ways = [own, *others]
@@ -361,15 +335,15 @@ def list_fits(config: TrainConfig, limits: Limits) -> list[Fit]:
 
 
 def _alike(way: tuple[str, str]) -> tuple[str, str]:
-    """Return the name of the table for `way`: QLoRA is LoRA on 4 bits."""
+    """Map LoRA on 4 bits to QLoRA, its name in the table."""
     return ("qlora", "4bit") if way == ("lora", "4bit") else way
 
 
 def find_cheapest(config: TrainConfig, limits: Limits) -> Fit | None:
-    """Return the mildest change that makes a run fit that does not; None where none does.
+    """Return the least costly change that makes the run fit; None if none does.
 
-    Fewer rows at once make the same steps, a little slower; checkpointing costs a third of the
-    speed; 4 bits cost precision; shorter rows cost data.
+    Changes are tried in this order: fewer rows per micro-batch, checkpointing (a third of the
+    speed), 4-bit weights (precision), shorter rows (data).
     """
     train, own = config.train, (config.method.kind, config.quant.kind)
     rows, ckpt = train.per_device_train_batch_size, train.recomputes
@@ -400,7 +374,7 @@ def _try(
     length: int | None,
     limits: Limits,
 ) -> Fit | None:
-    """Return a line of the table; None for what cannot be configured or is refused."""
+    """Return a cached or new alternative; None if it cannot be configured or is rejected."""
     key = (way, checkpointing, rows, length)
     limits.check()
     if key not in limits.known:
@@ -421,11 +395,11 @@ def _compute(
         return None
     try:
         forecast = _forecast(changed, rows, limits)
-    except FtlevelError:  # the method is not for this model, or the row is longer than it takes
+    except FtlevelError:  # method and model do not match, or the row is too long
         return None
     memory, most = limits.device.memory, None
     moving = sum(forecast.parts.get(part, 0) for part in (ACTIVATIONS, WORKSPACE))
-    if limits.device.kind != "cpu":  # which takes one micro-batch of a fixed size after another
+    if limits.device.kind != "cpu":  # a CPU computes micro-batches of fixed size in turn
         free = memory - forecast.peak
         most = min(max(0, rows + int(free // (moving / rows))), _MOST_ROWS)
     least = sum(forecast.parts.get(part, 0) for part in (WEIGHTS, QUANTIZED, ADAPTER, OPTIMIZER))
@@ -434,7 +408,7 @@ def _compute(
 
 
 def _forecast(config: TrainConfig, rows: int, limits: Limits) -> MemoryForecast:
-    accumulated = max(2, config.train.gradient_accumulation_steps)  # gradients are there before
+    accumulated = max(2, config.train.gradient_accumulation_steps)  # gradients already exist
     config = _with(config, {"train": {"per_device_train_batch_size": rows,
                                       "gradient_accumulation_steps": accumulated}})  # fmt: skip
     rows *= accumulated
@@ -459,7 +433,7 @@ def _changed(
 
 
 def _with(config: TrainConfig, values: Mapping[str, Mapping[str, Any]]) -> TrainConfig:
-    """Return `config` with other `values`, validated."""
+    """Return `config` with `values` replaced and validated."""
     given: dict[str, Any] = config.model_dump(exclude_unset=True)
     for section, own in values.items():
         kept = {} if section == "method" and "kind" in own else given.get(section, {})
@@ -485,11 +459,11 @@ def _flags(
 
 
 MOST_BLOCKS = 16
-"""That are computed for a verdict: each takes about a twentieth of a second."""
+"""Most blocks computed for the estimate at the start of a run: about 0.05 s each."""
 
 LEAST_PARAMETERS = 4_000_000
-"""Of a model whose memory is worth a word: weights, gradients and states of fewer are less than a
-tenth of what Python takes with its libraries."""
+"""Smallest model whose memory is estimated at the start of a run: below, weights, gradients and
+optimizer states are less than a tenth of Python with its libraries."""
 
 _HOW = {
     "cpu": "resident, above what the process held before the model: with copies that reading and "
@@ -501,29 +475,20 @@ _HOW = {
 
 @dataclass(frozen=True)
 class Foresight:
-    """What a run was said to need before it began.
-
-    Attributes:
-        need: what it needs; None where that was not computed.
-        reason: why it was not.
-    """
+    """Memory estimate made before training starts; `reason` is why `need` is None."""
 
     need: Need | None
     reason: str = ""
 
     def choice(self) -> Choice:
-        """Return the line of the screen."""
+        """Return the line shown at the start of the run."""
         if self.need is None:
             known = f"not estimated{'' if self.reason else '; run `ftlevel plan`'}"
             return Choice("memory", known, self.reason)
         return Choice("memory", self.need.verdict(), "the plan; its parts: ftlevel plan")
 
     def compare(self, before: int) -> dict[str, Any]:
-        """Return the plan beside what was measured, for summary.json; bytes.
-
-        Args:
-            before: that this process had resident before the model was loaded.
-        """
+        """Return estimated and measured bytes; `before` is resident memory before loading."""
         if self.need is None:
             return {"peak_bytes": None, "reason": self.reason}
         need, kind = self.need, self.need.device.kind
@@ -544,18 +509,12 @@ class Foresight:
             "measured": _HOW.get(kind, _HOW["mps"]),
             "off": planned / max(1, measured) - 1
             if kind == "cuda"
-            else None,  # elsewhere more is counted
+            else None,  # elsewhere the measurement covers more than the estimate
         }
 
 
 def foresee(config: TrainConfig, plan: Plan, processes: int) -> Foresight:
-    """Return what the run needs of its device, where that is soon known.
-
-    Args:
-        config: the whole configuration.
-        plan: its plan.
-        processes: that train together.
-    """
+    """Estimate the memory of a run, if that is quick; `processes` is how many train together."""
     if processes > 1:
         return Foresight(None, f"{processes} processes; run `ftlevel plan`")
     if plan.model.total_parameters < LEAST_PARAMETERS:

@@ -1,18 +1,10 @@
-"""How much memory a step needs at its peak, by part and moment.
-
-The step runs on fake tensors (`fake_model`): one micro-batch, the fullest there is, after another,
-and the optimizer's update. Layers of a kind add alike, so a model of the first and the last layer,
-and one more for each kind k of the n_k layers between them, give the whole:
+"""Peak memory of a training step on fake tensors, by part and moment.
 
     peak = peak(first, last) + Σ n_k · (peak(first, k, last) − peak(first, last))
 
-for each moment by itself, since which of them is the highest may change with the depth. Workers
-that compute micro-batches in parallel are taken to reach their peaks at once, which is the most.
-
-Which linears of the last block will compute fewer tokens, asked of a small model of its kind.
-
-What reaches the loss is a question about numbers, which a forecast has not: a model of one block
-and few words is made with random ones, and the fast step's own check asks it.
+Layers of kind k add alike, so small models with one layer per kind give the peak of all n_k layers,
+for each moment separately. Parallel workers are assumed to peak together, an upper bound. Pruning
+of the last block depends on values, so it is found on a one-block model with random weights.
 """
 
 from __future__ import annotations
@@ -71,32 +63,28 @@ from ftlevel.training.processes import Processes
 from ftlevel.training.resume import GoingOn
 
 MOST_PARAMETERS = 120_000_000
-"""Of the small model: a block of up to 3B models. Beyond, all tokens are taken to be computed."""
+"""Largest one-block model built to find pruning, as for models up to 3B parameters. Beyond, all
+tokens of the last block are assumed to be computed."""
 
 _WORDS = 64
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """What the last block of a run need not compute.
-
-    Attributes:
-        needed: which tokens it must give; None for all.
-        linears: names in the block of those that compute these alone.
-    """
+    """Tokens needed from the last block (None: all), and linear layers computed only for them."""
 
     needed: NeededTokens | None = None
     linears: Sequence[str] = ()
 
     def put_on(self, fast: FastStep, model: Any) -> None:
-        """Have the last block of `model` compute as little (mutated)."""
+        """Prune the last block of `model` (mutated)."""
         if self.linears:
             last = find_blocks(base_model(model))[-1]
             fast.prune(self.needed, [last.get_submodule(name) for name in self.linears])
 
 
 def find_pruning(config: TrainConfig, plan: Plan) -> Pruning:
-    """Return what the last block of the model that `plan` trains need not compute."""
+    """Return the pruning of the last block of the planned model."""
     if not (plan.fast.enabled and plan.fast.packs and plan.fast.prunes_last_layer):
         return Pruning()
     last = getattr(plan.model.config.get_text_config(), "num_hidden_layers", 1) - 1
@@ -107,7 +95,7 @@ def find_pruning(config: TrainConfig, plan: Plan) -> Pruning:
     own = METHODS[config.method.kind]
     base = replace(
         plan, model=replace(plan.model, config=small, quant=QuantConfig())
-    ).base  # a packed weight lets through what the weight lets through
+    ).base  # quantization does not change which tokens reach the loss
     base = replace(base, targets=targets_in(model, base.targets, [last]))
     model = apply_method(
         model, own.start.default(config.method) if own.start else config.method, base
@@ -128,7 +116,7 @@ def find_pruning(config: TrainConfig, plan: Plan) -> Pruning:
 
 
 def _shrink(config: Any, layer: int) -> Any:
-    """Return a copy of a model's `config` with one `layer` of each stack and few words."""
+    """Return a copy of `config` with one `layer` per stack and a small vocabulary."""
     config = with_layers(config, [layer])
     for owner in (config, config.get_text_config()):
         owner.vocab_size, owner.pad_token_id = _WORDS, 0
@@ -136,7 +124,7 @@ def _shrink(config: Any, layer: int) -> Any:
 
 
 def _with_numbers(model: Any) -> Any:
-    """Return `model` on the CPU with small random weights, none of them zero."""
+    """Return `model` on the CPU with small, nonzero random weights."""
     generator = torch.Generator().manual_seed(0)
     model = model.to_empty(device="cpu").float()
     with torch.no_grad():
@@ -148,7 +136,7 @@ def _with_numbers(model: Any) -> Any:
             elif name.endswith("position_ids"):
                 tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape))
             else:
-                tensor.zero_()  # kinds of tokens
+                tensor.zero_()  # token type ids
     return model
 
 
@@ -157,24 +145,20 @@ def _with_few_words(row: Encoded) -> Encoded:
 
 
 _OF_WORKERS = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS)
-"""What each of several workers has of its own."""
+"""Parts that each parallel worker allocates for itself."""
 
 _SAMPLED_STEPS = 16
-_MOST_ROWS = 20_000  # of which lengths are read
+_MOST_ROWS = 20_000  # rows whose lengths are read
 
 Peaks = Mapping[str, Mapping[str, float]]
-"""Moment → part → bytes when most were alive in it."""
+"""Moment → part → bytes at the peak of that moment."""
 
 
 @dataclass(frozen=True)
 class MemoryForecast:
-    """The memory of a run.
+    """Memory estimate: bytes by part at the peak, which is at the moment `at`.
 
-    Attributes:
-        parts: part → bytes at the peak.
-        at: the moment of the peak.
-        tokens: places of the fullest micro-batch.
-        moments: moment → part → bytes at its own peak.
+    `tokens` is positions in the largest micro-batch; `moments` has the parts at each moment's peak.
     """
 
     parts: dict[str, int]
@@ -189,12 +173,10 @@ class MemoryForecast:
 
 
 def forecast_memory(config: TrainConfig, plan: Plan, memory: int) -> MemoryForecast:
-    """Return the peak of the bytes of live tensors of the run that `plan` is.
+    """Estimate the peak of live tensor bytes in a training step of `plan`.
 
-    Args:
-        config: the whole configuration.
-        plan: its plan, whose rows are those that a step is made of.
-        memory: bytes that tensors may take: chunks of scores on a GPU take a share of what is free.
+    `memory` is bytes available to tensors; on a GPU the free part sets the chunk size of the
+    logits.
     """
     layers = Layers.of(plan)
     pruning = find_pruning(config, plan)
@@ -215,7 +197,7 @@ def forecast_memory(config: TrainConfig, plan: Plan, memory: int) -> MemoryForec
 
 
 def highest(peaks: Peaks, tokens: int) -> MemoryForecast:
-    """Return the forecast whose moments have `peaks`, in a micro-batch of so many `tokens`."""
+    """Return the estimate for `peaks` of a micro-batch of `tokens` positions."""
     at = max(peaks, key=lambda moment: sum(peaks[moment].values()))
     sizes = {part: round(size) for part, size in peaks[at].items() if size >= 1}
     in_order = dict(sorted(sizes.items(), key=lambda item: -item[1]))
@@ -223,20 +205,17 @@ def highest(peaks: Peaks, tokens: int) -> MemoryForecast:
 
 
 def count_computed_layers(plan: Plan) -> int:
-    """Return how many layers are computed to estimate the memory of `plan`."""
+    """Return the number of layers computed to estimate the memory of `plan`."""
     layers = Layers.of(plan)
     return sum(layers.count if some is None else len(some) for some in layers.tried)
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The small models whose memory is computed, and how that of the whole model follows.
+    """Small models to compute, and the coefficients that extend them to the whole model.
 
-    Attributes:
-        tried: numbers of the layers of each small model; None for the whole model.
-        times: how often the whole model has what each but the first small model has more than the
-            first.
-        count: layers of a stack; of all stacks where these differ in depth.
+    `tried` has layer indices, None for the whole model; `times` multiplies each model's difference
+    from the first. `count` is layers per stack, or in total if the depths of stacks differ.
     """
 
     tried: tuple[tuple[int, ...] | None, ...]
@@ -245,7 +224,7 @@ class Layers:
 
     @classmethod
     def of(cls, plan: Plan) -> Layers:
-        """Return the small models for the model of `plan`, or that model itself."""
+        """Return the small models for the model of `plan`, or the whole model."""
         stacks = describe_blocks(plan)
         if len({len(stack) for stack in stacks}) != 1:
             return cls((None,), (), sum(map(len, stacks)))
@@ -254,7 +233,7 @@ class Layers:
 
     @property
     def sample(self) -> dict[int, int] | None:
-        """Number of a layer → how many of the whole model are like it; None for the whole model."""
+        """Layer index → number of similar layers in the model; None for the whole model."""
         first = self.tried[0]
         if first is None:
             return None
@@ -266,7 +245,7 @@ class Layers:
         return dict(sorted(found.items()))
 
     def extend(self, computed: Sequence[Peaks]) -> dict[str, dict[str, float]]:
-        """Return the peaks of the whole model from those of the small ones."""
+        """Return the peaks of the whole model from the `computed` peaks of the small ones."""
         first, *others = computed
         shared = [moment for moment in first if all(moment in other for other in others)]
         return {
@@ -283,10 +262,7 @@ class Layers:
 
 
 def _by_kind(plan: Plan, kinds: Sequence[Any]) -> Layers | None:
-    """Return small models of the first and the last layer and one of each kind between them.
-
-    None where that is not less than the whole, or a config cannot describe such a model.
-    """
+    """Sample first, last and one layer of each kind; None if not smaller or not configurable."""
     last = len(kinds) - 1
     between: list[list[int]] = []
     for at in range(1, last):
@@ -305,7 +281,7 @@ def _by_kind(plan: Plan, kinds: Sequence[Any]) -> Layers | None:
 
 
 def _by_period(kinds: Sequence[Any]) -> Layers | None:
-    """Return two small models of the first layers, where kinds come again after a few layers."""
+    """Sample two prefixes of the layers, if the kinds of layers repeat with a short period."""
     count = len(kinds)
     for first in range(3):
         for period in range(1, 7):
@@ -320,14 +296,7 @@ def _by_period(kinds: Sequence[Any]) -> Layers | None:
 
 @dataclass(frozen=True)
 class _Batch:
-    """What one call of the training step is given.
-
-    Attributes:
-        inputs: as the collator gives them, with one micro-batch.
-        tokens: places that it computes.
-        several: whether others have added to the gradient before.
-        at_once: how many like it are computed in parallel.
-    """
+    """Inputs of one micro-batch; `several`: others left gradients; `at_once`: parallel workers."""
 
     inputs: dict[str, Any]
     tokens: int
@@ -335,7 +304,7 @@ class _Batch:
     at_once: int
 
     def fresh(self) -> dict[str, Any]:
-        """Return the inputs for a step that takes from them what it has used."""
+        """Return a copy of the inputs for a step that removes entries it has used."""
         parts = self.inputs.get("micro_batches")
         copied = {} if parts is None else {"micro_batches": [dict(part) for part in parts]}
         return {**self.inputs, **copied}
@@ -351,7 +320,7 @@ def _watch(
     pruning: Pruning,
     free: int | None,
 ) -> Peaks:
-    """Return the peaks of a step of `fake`, whose weights `live` holds."""
+    """Return the peaks of a step of `fake`, whose weights are registered in `live`."""
     here = replace(plan, model=replace(plan.model, device="cpu"))
     if fake.fast is not None:
         pruning.put_on(fake.fast, fake.model)
@@ -360,16 +329,16 @@ def _watch(
     with tempfile.TemporaryDirectory() as nowhere:
         adapted, run = Adapted(fake.model, {}, fake.fast, {}), RunDirectory(Path(nowhere))
         trainer = build_trainer(config, here, adapted, run, GoingOn(), Processes())
-    split_queries.cache_clear()  # what is cached from the last depth would be missed in this one
+    split_queries.cache_clear()  # tensors cached for another depth would not be counted
     batch_sequences.cache_clear()
     hooks = _follow(live, trainer)
     fake.model.train()
-    set_checkpointing(fake.model, config, here)  # what auto recomputes, a GPU's memory says later
+    set_checkpointing(fake.model, config, here)  # auto checkpointing is decided later
     try:
         with trainer.computing_alone(plan.model.dtype), live:
             _make_states(live, trainer, has_gradients=batch.several)
             live.moment = FORWARD
-            trainer.training_step(fake.model, batch.fresh(), 1)  # any count of targets
+            trainer.training_step(fake.model, batch.fresh(), 1)  # any number of targets
             live.moment = UPDATE
             trainer.optimizer.step()
     finally:
@@ -379,7 +348,7 @@ def _watch(
 
 
 def _hold_weights(live: LiveBytes, fake: FakeModel, *, whole: bool) -> LiveBytes:
-    """Count what is there before the first step, and return `live`."""
+    """Count the weights of `fake` in `live`, and return `live`."""
     for module in (fake.model.get_submodule(name) for name in fake.packed):
         for tensor in packed_tensors(module):
             live.hold(tensor, QUANTIZED)
@@ -390,11 +359,7 @@ def _hold_weights(live: LiveBytes, fake: FakeModel, *, whole: bool) -> LiveBytes
 
 
 def _follow(live: LiveBytes, trainer: Any) -> list[Any]:
-    """Tell `live` what is a gradient, and when the backward pass begins and nears its end.
-
-    Returns:
-        Hooks to remove.
-    """
+    """Track gradients and the phases of the backward pass in `live`; return hooks to remove."""
     model, backward = trainer.model, trainer.accelerator.backward
 
     def begin(*args: Any, **kwargs: Any) -> None:
@@ -424,13 +389,7 @@ def _follow(live: LiveBytes, trainer: Any) -> list[Any]:
 
 
 def _make_states(live: LiveBytes, trainer: Any, *, has_gradients: bool) -> None:
-    """Let the optimizer make what it keeps between steps: it is there from the second one on.
-
-    Args:
-        live: is not asked for peaks meanwhile.
-        trainer: of the step.
-        has_gradients: leave those that micro-batches before this one have made.
-    """
+    """Create optimizer states, which exist from the second step on, without counting peaks."""
     live.begun, live.moment = False, UPDATE
     optimizer = trainer.create_optimizer()
     for group in optimizer.param_groups:
@@ -444,10 +403,7 @@ def _make_states(live: LiveBytes, trainer: Any, *, has_gradients: bool) -> None:
 
 
 def _fullest(config: TrainConfig, plan: Plan, pruning: Pruning) -> _Batch:
-    """Return the micro-batch that computes the most tokens at once, of steps that may come.
-
-    The longest rows are one of these steps, others are drawn at random.
-    """
+    """Return the micro-batch with the most tokens, of the longest rows and of random steps."""
     train, fast = config.train, plan.fast
     rows, size = plan.data.train, train.per_device_train_batch_size
     if not fast.enabled:
@@ -477,7 +433,7 @@ def _places(part: Mapping[str, Any]) -> int:
 
 
 def _steps(rows: Sequence[Encoded], size: int, seed: int) -> list[list[Encoded]]:
-    """Return the rows of some steps."""
+    """Return the rows of the step with the longest rows and of randomly drawn steps."""
     size = min(size, len(rows))
     draw, some = random.Random(seed), _some(rows)
     some.sort(key=lambda row: -len(row.input_ids))
@@ -489,7 +445,7 @@ def _steps(rows: Sequence[Encoded], size: int, seed: int) -> list[list[Encoded]]
 
 
 def _some(rows: Sequence[Encoded]) -> list[Encoded]:
-    """Return the rows, or so many of a large set as their lengths are soon read of."""
+    """Return all rows, or an evenly spaced sample of a large dataset."""
     if len(rows) <= _MOST_ROWS:
         return list(rows)
     apart = len(rows) / _MOST_ROWS

@@ -1,13 +1,8 @@
-"""The model of a run as it is trained, of any depth, from its config alone: shapes, no numbers.
+"""Fake model built from a config alone, synthetic rows, and tracking of live tensor bytes.
 
-What a run would be with rows, a card or a tokenizer that are not here.
+    live(t) = Σ bytes of the storages referenced at t, each counted once;  peak = max over t
 
-Bytes of tensors that are alive, by part, as operations make them and Python lets them go.
-
-    live(t) = Σ bytes of the storages that some tensor holds at t;  peak = max over t
-
-A storage is counted once, whatever views there are of it. What an operation takes and gives back
-within itself (a kernel's workspace) is not seen.
+Workspace that a kernel allocates and frees internally is not counted.
 """
 
 from __future__ import annotations
@@ -52,21 +47,15 @@ _DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_lay
 _PER_LAYER = ("layer_types", "mlp_layer_types", "attention_layers", "no_rope_layers",
               "layers_block_type", "moe_layer_freq", "intermediate_size", "num_attention_heads",
               "num_key_value_heads", "activation_sparsity_pattern")  # fmt: skip
-"""Fields of a config that may be lists with an entry per layer."""
+"""Config fields that may be lists with one entry per layer."""
 
 _LAYER_NUMBERS = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
-"""Fields of a config that list the layers of a kind by their numbers."""
+"""Config fields that list the indices of layers of one kind."""
 
 
 @dataclass(frozen=True)
 class FakeModel:
-    """A model without numbers.
-
-    Attributes:
-        model: with its method and the fast step on it.
-        fast: the fast step; None where the step is plain.
-        packed: names of the linears whose weights are quantized, under the method's layers.
-    """
+    """Fake model with method and fast step; `packed` names its quantized linear layers."""
 
     model: Any
     fast: FastStep | None
@@ -76,13 +65,7 @@ class FakeModel:
 def build_fake_model(
     config: TrainConfig, plan: Plan, layers: Sequence[int] | None = None
 ) -> FakeModel:
-    """Return the model that `plan` trains, on the CPU, without weights.
-
-    Args:
-        config: the whole configuration.
-        plan: its plan.
-        layers: numbers of the layers that each stack has; None for all.
-    """
+    """Return the planned model on fake CPU tensors, with the given `layers` per stack or all."""
     planned, method = plan.model, METHODS[config.method.kind]
     compute = DTYPES[planned.dtype]
     cut = with_layers(planned.config, layers)
@@ -97,18 +80,18 @@ def build_fake_model(
     spec = method.start.default(config.method) if method.start else config.method
     model = apply_method(meta, spec, base, fused=uses_fused_layers(config, planned.device))
     _fill_vectors(model)
-    # Workers have a share each; one of them is watched, and the others are like it.
+    # One worker is simulated; the others allocate the same.
     fast = FastStep(model, replace(plan.fast, workers=1)) if plan.fast.enabled else None
     packed = _pack(model, compute, quantization)
     fake_parameters(model)
-    model.to = lambda *_, **__: model  # there is nothing to move
+    model.to = lambda *_, **__: model  # fake tensors cannot be moved
     return FakeModel(model, fast, packed)
 
 
 def targets_in(
     model: torch.nn.Module, targets: Sequence[str], layers: Sequence[int] | None
 ) -> list[str]:
-    """Return the names that `targets` of the whole model have in `model`, which has some layers."""
+    """Map `targets` of the whole model to their names in `model`, which has only `layers`."""
     tree = ModuleTree(model)
     found = []
     for name in targets:
@@ -123,10 +106,7 @@ def targets_in(
 
 
 def _pack(model: Any, compute: Any, quantization: Any) -> set[str]:
-    """Pack what `quantization` says (`model` is mutated), and return its names.
-
-    torch multiplies grouped experts without numbers in bfloat16 alone.
-    """
+    """Pack quantized weights (mutated) and return module names; float32 experts split evenly."""
     packed: set[str] = set()
     if quantization is not None:
         experts = quantization if packs_experts(quantization) else None
@@ -140,8 +120,8 @@ def _pack(model: Any, compute: Any, quantization: Any) -> set[str]:
 
 
 def with_layers(config: Any, layers: Sequence[int] | None) -> Any:
-    """Return a copy of a model's `config` with some `layers` of each stack; None for all."""
-    config = copy.deepcopy(config)  # the fast step writes its attention into it
+    """Return a copy of `config` reduced to the given `layers` of each stack; None keeps all."""
+    config = copy.deepcopy(config)  # the fast step sets its attention in it
     if layers is None:
         return config
     text = config.get_text_config()
@@ -161,13 +141,13 @@ def with_layers(config: Any, layers: Sequence[int] | None) -> Any:
 
 
 def _set(config: Any, name: str, value: Any) -> None:
-    """Set a field of `config` (mutated) that is not computed from others."""
+    """Set a field of `config` (mutated), unless it is a computed property."""
     with contextlib.suppress(AttributeError):  # a property, as Jamba's layers_block_type
         setattr(config, name, value)
 
 
 def _fill_vectors(model: torch.nn.Module) -> None:
-    """Give vectors and scalars of `model` numbers (mutated): the fast step tries its norms."""
+    """Fill vectors and scalars of `model` with ones (mutated): the fast step runs its norms."""
     made: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
         parameters, _ = own_tensors(module)
@@ -182,14 +162,9 @@ def _fill_vectors(model: torch.nn.Module) -> None:
 
 
 def describe_blocks(plan: Plan, layers: Sequence[int] | None = None) -> list[list[Any]]:
-    """Return for each stack what each block is made of, to see which are alike.
+    """Return for each block its parameter shapes, per-layer config entries and adapted modules.
 
-    A block's parameters, its entries in the config, which say where attention differs though the
-    weights are alike, and the modules in it that the method adapts.
-
-    Args:
-        plan: of the run.
-        layers: numbers of the layers that each stack has; None for all.
+    Blocks with equal descriptions need equal memory.
     """
     config = with_layers(plan.model.config, layers)
     model = build_task_model(config, plan.model.auto_class)
@@ -210,18 +185,13 @@ def describe_blocks(plan: Plan, layers: Sequence[int] | None = None) -> list[lis
 
 
 LONGEST = 1024
-"""Tokens of an imagined row where neither --max-length nor the model says less."""
+"""Tokens per synthetic row, if neither --max-length nor the model sets a lower limit."""
 
 _PAD = 0
 
 
 def imagine_rows(config: TrainConfig, count: int) -> Callable[[BaseTask, str, Any], Prepared]:
-    """Return what gives `count` rows as long as they may be, of words that they do not share.
-
-    Args:
-        config: the whole configuration: says how long.
-        count: at least one.
-    """
+    """Return a function that creates `count` (≥ 1) random rows of maximum length."""
 
     def make(task: BaseTask, kind: str, model_config: Any) -> Prepared:  # noqa: ARG001
         positions = max_positions(model_config) or LONGEST
@@ -248,7 +218,7 @@ def imagine_rows(config: TrainConfig, count: int) -> Callable[[BaseTask, str, An
 
 
 def imagine_tokenizer(source: ModelSource) -> Any:
-    """Return the tokenizer of `source`, or what stands for it where there is none."""
+    """Load the tokenizer of `source`, or return a stub with padding id 0 if it has none."""
     try:
         return load_tokenizer(source)
     except InputError:
@@ -261,14 +231,9 @@ def imagine_tokenizer(source: ModelSource) -> Any:
 def imagine(
     config: TrainConfig, source: ModelSource, card: str | None, rows: int, tokenizer: Any = None
 ) -> Imagined:
-    """Return what stands for all that is not here.
+    """Return substitutes for what is not available on this machine.
 
-    Args:
-        config: the whole configuration.
-        source: the model.
-        card: name of a GPU that the run is planned for; None for this machine's device.
-        rows: how many rows to imagine; 0 for those of the data.
-        tokenizer: of the model, if it is loaded already; None loads it.
+    `card` is a GPU name, None for this machine's device; with `rows` = 0 the real data is used.
     """
     return Imagined(
         source=source,
@@ -282,7 +247,7 @@ ACTIVATIONS, WORKSPACE, LOGITS = "activations", "workspace", "logits"
 GRADIENTS, OPTIMIZER = "gradients", "optimizer"
 WEIGHTS, QUANTIZED, ADAPTER = "weights", "quantized weights", "adapter"
 CASTS = "weights in 16 bits"
-"""What autocast makes of trained weights, and keeps for the backward pass."""
+"""16-bit copies of trained weights that autocast keeps for the backward pass."""
 
 FORWARD, BACKWARD, FIRST_BLOCK, UPDATE = "forward", "backward", "end of backward", "optimizer step"
 MOMENTS = (FORWARD, BACKWARD, FIRST_BLOCK, UPDATE)
@@ -291,15 +256,11 @@ _PART_OF = {FORWARD: ACTIVATIONS, UPDATE: OPTIMIZER}
 
 
 class LiveBytes(OperationWatch):
-    """Counts the bytes of the tensors that live, inside the block.
+    """Context manager that counts the bytes of live tensors.
 
-    Args:
-        vocabulary: last axis of what is counted as logits; 0 for none.
-
-    Attributes:
-        moment: where in a step it is; a new storage belongs to the part of its moment.
-        peaks: moment → the bytes by part when most were alive in it.
-        begun: whether peaks are kept, which the first steps only prepare for.
+    `vocabulary` is the last dimension of tensors counted as logits (0: none). A new storage belongs
+    to the part of the current `moment`. `peaks` maps each moment to bytes by part at its peak; it
+    is updated only while `begun` is true.
     """
 
     def __init__(self, vocabulary: int = 0) -> None:
@@ -308,7 +269,7 @@ class LiveBytes(OperationWatch):
         self.peaks: dict[str, Counter[str]] = {}
         self.begun = True
         self._vocabulary = vocabulary
-        # A list of one: who takes a storage off is told its part after the storage has gone.
+        # Lists of one: the finalizer reads the part after the storage is freed.
         self._held: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
         self._alive: Counter[str] = Counter()
         self._total = 0
@@ -316,15 +277,15 @@ class LiveBytes(OperationWatch):
 
     @property
     def total(self) -> int:
-        """Bytes that are alive now."""
+        """Bytes that are live now."""
         return self._total
 
     def knows(self, tensor: torch.Tensor) -> bool:
-        """Whether the storage of `tensor` is counted."""
+        """Return whether the storage of `tensor` is counted."""
         return storage_of(tensor) in self._held
 
     def hold(self, tensor: torch.Tensor, part: str) -> None:
-        """Count the storage of `tensor` under `part`, from now on if it is known already."""
+        """Count the storage of `tensor` under `part`; a known storage moves to `part`."""
         storage = storage_of(tensor)
         size, held = storage.nbytes(), self._held.get(storage)
         if held is None:

@@ -1,11 +1,10 @@
-"""Tokens of a micro-batch for the memory that there is: as many as the forecast fits into it.
+"""Choice of the micro-batch size, in tokens, that fits in memory.
 
     T' = ⌊T · (M − fixed) / moving⌋
 
-for micro-batches of T tokens whose step holds `moving` bytes that grow with T (activations, scores,
-workspace) beside `fixed` ones, and M bytes of memory. Attention makes it more than linear, so what
-is found is forecast anew, until it fits. The rows of a step stay, and so its loss and its gradient
-but for the order of sums: nothing but the speed depends on what is chosen.
+T tokens need `moving` bytes that grow with T and `fixed` bytes that do not; M is the memory.
+Attention grows faster, so results are estimated again until they fit. Loss and gradient of a step
+change only in summation order.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from ftlevel.training.processes import Processes
 _GROWS = (ACTIVATIONS, LOGITS, WORKSPACE)
 
 CPU_BESIDE = 600 * 2**20
-"""What the resident memory of a run on a CPU has beside tensors and what was there before: code of
-kernels, heaps with holes, libraries. 350 to 500 MiB of the runs of docs/plan.md."""
+"""Resident bytes of a CPU run that are neither tensors nor there before the model: kernel code,
+heap fragmentation, libraries. The runs in docs/plan.md need 350 to 500 MiB."""
 
 _SLACK = 0.98
-"""Of what the line says, so that the next forecast is below the memory and not at it."""
+"""Factor on the linear estimate, so that the next estimate is below the memory."""
 
 _ATTEMPTS = 6
 
@@ -42,16 +41,12 @@ _ATTEMPTS = 6
 def choose_micro_batch(
     config: TrainConfig, plan: Plan, processes: Processes, begun_with: int | None
 ) -> tuple[TrainConfig, Plan]:
-    """Return the run with as many tokens in a micro-batch as fit.
+    """Return the run with the largest micro-batch that fits, as the first process computes it.
 
-    Args:
-        config: the whole configuration.
-        plan: of the run.
-        processes: of the run, which all compute with what the first one chooses.
-        begun_with: tokens that the run was begun with, if it goes on: they stay.
+    `begun_with` is the micro-batch size in tokens of a resumed run, which is kept.
 
     Raises:
-        ConfigError: nothing is to be chosen, or a row alone does not fit.
+        ConfigError: the run has no micro-batches to size, or a single row does not fit.
     """
     if begun_with is not None:
         said = Choice("micro-batch", f"{begun_with:,} tokens", "as the run was begun")
@@ -66,7 +61,7 @@ def choose_micro_batch(
 
 
 def find_memory(config: TrainConfig, device: str, processes: Processes) -> int:
-    """Return the bytes that a process may hold in tensors beside what it holds now."""
+    """Return the bytes a process may allocate for tensors in addition to its current ones."""
     wish = config.speed.memory_gib
     free = free_memory_bytes(device)
     if device != "cpu":
@@ -79,13 +74,14 @@ def find_memory(config: TrainConfig, device: str, processes: Processes) -> int:
 
 
 def fit_micro_batch(config: TrainConfig, plan: Plan, memory: int) -> tuple[TrainConfig, Plan]:
-    """Return the run with as many tokens in a micro-batch as fit into `memory` bytes.
+    """Return the run with the largest micro-batch, in tokens, that fits in `memory` bytes.
 
-    Blocks are recomputed for more tokens to fit where that is asked for, or on a GPU where it may
-    be (`--gradient-checkpointing auto`) and micro-batches were too small to be fast without it.
+    On a GPU, automatic checkpointing recomputes blocks if micro-batches would be too small
+    otherwise.
 
     Raises:
-        ConfigError: the step has no micro-batches, or one of a single row does not fit.
+        ConfigError: the model is sharded, the step is plain, or a micro-batch of one row does not
+            fit.
     """
     if config.train.shard != "none":
         raise ConfigError(
@@ -114,7 +110,7 @@ def fit_micro_batch(config: TrainConfig, plan: Plan, memory: int) -> tuple[Train
 
 
 class _Found(NamedTuple):
-    """The most tokens that fit, 0 for none, and the bytes at the peak of what was tried last."""
+    """Most tokens that fit (0: none), and the peak bytes of the last estimate."""
 
     tokens: int
     peak: int
@@ -137,14 +133,14 @@ def _find(config: TrainConfig, plan: Plan, memory: int) -> _Found:
 
 
 def _fewer(forecast: MemoryForecast, tokens: int, peak: int, memory: int) -> int:
-    """Return how many tokens the formula gives; 0 where what does not grow is too much."""
+    """Apply the formula; return 0 if the fixed bytes alone exceed the memory."""
     moving = sum(forecast.parts.get(part, 0) for part in _GROWS)
     left = memory - (peak - moving)
     return min(tokens - 1, int(_SLACK * tokens * left / moving)) if left > 0 and moving else 0
 
 
 def _most_tokens(config: TrainConfig, plan: Plan) -> int:
-    """Return the most that is worth trying: on a CPU what is chosen anyhow, else a whole step."""
+    """Return the largest size to try: the default on a CPU, a whole step elsewhere."""
     if plan.model.device == "cpu":
         return plan.fast.tokens
     train = config.train
@@ -166,7 +162,7 @@ def _too_large(config: TrainConfig, plan: Plan, peak: int, memory: int) -> str:
 def _with_tokens(
     config: TrainConfig, plan: Plan, tokens: int, memory: int, said: Choice | None = None
 ) -> tuple[TrainConfig, Plan]:
-    """Return the run with `tokens` in a micro-batch, which its configuration then says."""
+    """Return the run with `tokens` per micro-batch, also set in its configuration."""
     speed = config.speed.model_copy(update={"tokens_per_micro_batch": tokens, "memory_gib": None})
     more = [] if said is None else [said]
     fast = replace(plan.fast, tokens=tokens, memory=memory, choices=[*plan.fast.choices, *more])

@@ -1,14 +1,11 @@
-"""How long a run takes: from a roofline for a card that is named, from a few real steps here.
+"""Training time: from a roofline for a named GPU, or from a few real steps on this machine.
 
-    operations of a token = 2 N · (1 forward + 1 to inputs + 1 to weights that are trained
-                            + 1 recomputed with checkpointing)
-                            + 4 L H T · (1 forward + 2 back + 1 recomputed) / 2 where it is causal
-    seconds = tokens · operations / (SHARE · dense peak)
+    FLOPs per token = 2 N · (1 forward + 1 for inputs + 1 for trained weights + 1 recomputed)
+                      + 4 L H T · (1 forward + 2 backward + 1 recomputed), halved if causal
+    seconds         = tokens · FLOPs / (SHARE · dense peak)
 
-N counts the weights of products: those of the blocks, and of the head where it is computed. The
-second line is attention's: L layers of width H over T tokens of a row.
-
-GPUs by name: memory, and what the makers' data sheets say of their speed.
+N counts the weights in matrix products: blocks, and the head where it is computed. The second term
+is attention: L layers of hidden size H over T tokens of a row. GPU figures are from data sheets.
 """
 
 from __future__ import annotations
@@ -31,15 +28,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU.
-
-    Attributes:
-        name: as it is shown.
-        memory: bytes.
-        tflops: dense products in bfloat16 with sums in float32, 10¹² a second; 0 if not known.
-        bandwidth: of its memory, 10⁹ bytes a second; 0 if not known.
-        link: 10⁹ bytes a second, each way, to the other cards of its machine; 0 if not known.
-    """
+    """A GPU: memory in bytes, dense bfloat16 TFLOP/s, GB/s of memory and link; 0 if unknown."""
 
     name: str
     memory: int
@@ -49,8 +38,8 @@ class Card:
 
 
 _NVLINK_4, _NVLINK_3, _PCIE_5, _PCIE_4, _PCIE_3 = 18 * 20.6, 12 * 20.0, 48.0, 24.0, 12.0
-"""What NCCL reckons with: 20.6 and 20.0 for each NVLink of Hopper and Ampere, of which these cards
-have 18 and 12, and 12 for PCIe 3 x16, doubled by each generation (src/graph/topo.h)."""
+"""GB/s as in NCCL: 20.6 and 20.0 per NVLink of Hopper (18 links) and Ampere (12 links); 12 for PCIe
+3 x16, doubled with each generation (src/graph/topo.h)."""
 
 
 def _card(name: str, gib: int, tflops: float, bandwidth: float, link: float) -> Card:
@@ -71,17 +60,13 @@ CARDS = {
     "rtx3090": _card("RTX 3090", 24, 71, 936, _PCIE_4),
     "t4": _card("T4", 16, 65, 320, _PCIE_3),
 }
-"""Of the makers' data sheets; the T4 has no bfloat16, its figure is of float16."""
+"""From data sheets; the T4 has no bfloat16, so its figure is for float16."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gb|gib|g)")
 
 
 def read_card(wish: str) -> Card:
-    """Return the card that `wish` names, or one with so much memory: `h100`, `24GB`.
-
-    Raises:
-        ConfigError: it is neither.
-    """
+    """Parse a GPU name such as `h100` or a size such as `24GB`; raise ConfigError otherwise."""
     name = wish.strip().lower().replace(" ", "-").replace("_", "-")
     if name in CARDS:
         return CARDS[name]
@@ -94,23 +79,18 @@ def read_card(wish: str) -> Card:
 
 
 SHARE = 0.4
-"""Of a card's peak that a step is taken to reach: NeMo AutoModel reaches 0.41 with LoRA on
-Llama-3-8B on an H100 (docs/plan.md); ftlevel was not measured on a card."""
+"""Assumed fraction of the peak FLOP/s that a step reaches: NeMo AutoModel reaches 0.41 with LoRA on
+Llama-3-8B on an H100 (docs/plan.md). ftlevel itself was not measured on a GPU."""
 
 PROBED = 5
-"""Steps of a probe, of which the first is not counted."""
+"""Steps of a probe; the first is a warm-up and is not counted."""
 
 
 @dataclass(frozen=True)
 class TimeForecast:
-    """The time of a run.
+    """Time estimate, of training steps alone; `how` names its source.
 
-    Attributes:
-        seconds_per_epoch: of its steps alone.
-        tokens_per_s: of the rows.
-        how: where the figures are from.
-        tokens_per_cpu_s: the same by the processor's time of all threads, which others that
-            compute here do not stretch; None where no steps were run.
+    `tokens_per_cpu_s` uses the CPU time of all threads, so other processes do not distort it.
     """
 
     seconds_per_epoch: float
@@ -121,15 +101,7 @@ class TimeForecast:
 
 @dataclass(frozen=True)
 class Operations:
-    """Operations of a token, on average.
-
-    Attributes:
-        blocks: of the forward pass of all blocks.
-        attention: of these, attention's own.
-        head: of the forward pass of the head.
-        trains_base: whether the base's weights have gradients.
-        recomputes: whether blocks are computed again.
-    """
+    """Mean FLOPs per token in the forward pass; `attention` is included in `blocks`."""
 
     blocks: float
     attention: float
@@ -139,24 +111,24 @@ class Operations:
 
     @property
     def backward(self) -> float:
-        """Of the backward pass of all blocks, with what is recomputed."""
+        """FLOPs of the backward pass of all blocks, with recomputation."""
         products = self.blocks - self.attention
         back = products * (1 + self.trains_base) + 2 * self.attention
         return back + self.blocks * self.recomputes
 
     @property
     def outside(self) -> float:
-        """Of the head, both ways."""
+        """FLOPs of the head, forward and backward."""
         return self.head * (2 + self.trains_base)
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """FLOPs per token of a training step."""
         return self.blocks + self.backward + self.outside
 
 
 def count_operations(config: TrainConfig, plan: Plan, *, recomputes: bool) -> Operations:
-    """Return the operations of a token of the run that `plan` is."""
+    """Return the FLOPs per token of the run `plan`."""
     text, facts = plan.model.config.get_text_config(), plan.data.facts
     width = getattr(text, "hidden_size", 0) or 0
     layers = getattr(text, "num_hidden_layers", 0) or 0
@@ -167,7 +139,7 @@ def count_operations(config: TrainConfig, plan: Plan, *, recomputes: bool) -> Op
     attention = 4 * layers * width * seen
     per_row = plan.objective.per_row
     head = 0.0 if per_row else 2 * vocabulary * share
-    # Embeddings are looked up; a head of its own is counted apart.
+    # Embeddings need no products; an untied head is counted separately.
     apart = vocabulary * (1 if per_row or getattr(text, "tie_word_embeddings", True) else 2)
     products = 2 * max(plan.model.total_parameters - apart, 0)
     trains = METHODS[config.method.kind].trains_base(config.method)
@@ -175,7 +147,7 @@ def count_operations(config: TrainConfig, plan: Plan, *, recomputes: bool) -> Op
 
 
 def by_roofline(config: TrainConfig, plan: Plan, card: Card) -> TimeForecast | None:
-    """Return the time on `card`, or None where its speed is not known."""
+    """Estimate the time on `card`; None if its speed is unknown."""
     if not card.tflops:
         return None
     tokens = plan.data.facts["tokens"]
@@ -186,7 +158,7 @@ def by_roofline(config: TrainConfig, plan: Plan, card: Card) -> TimeForecast | N
 
 
 def by_probe(config: TrainConfig, plan: Plan) -> TimeForecast:
-    """Return the time of the run here, from some of its steps."""
+    """Estimate the time on this machine by running a few training steps."""
     import tempfile
     from pathlib import Path
 
@@ -215,7 +187,7 @@ def by_probe(config: TrainConfig, plan: Plan) -> TimeForecast:
             batch = trainer.data_collator(rows)
             count = trainer.count_targets([batch], trainer.args.device)
             trainer.training_step(adapted.model, batch, count)
-            are_finite(weight.grad for weight in trained)  # as the run looks at them
+            are_finite(weight.grad for weight in trained)  # as in training
             if trainer.args.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(trained, trainer.args.max_grad_norm)
             optimizer.step()
@@ -234,14 +206,14 @@ def by_probe(config: TrainConfig, plan: Plan) -> TimeForecast:
 
 
 def _rows_of(plan: Plan, step: int, size: int) -> list[Any]:
-    """Return the rows of a step, spread over the data."""
+    """Return the rows of a probe step, spread over the dataset."""
     rows = plan.data.train
     apart = max(1, len(rows) // (PROBED * size))
     return [rows[(step + PROBED * at) * apart % len(rows)] for at in range(min(size, len(rows)))]
 
 
 def steps_per_epoch(config: TrainConfig, plan: Plan) -> int:
-    """Return the optimizer steps of an epoch, or of the run where rows are streamed."""
+    """Return the optimizer steps per epoch, or of the whole run for streamed rows."""
     if plan.data.stream is not None:
         return plan.schedule.steps
     return steps_an_epoch(config.train, len(plan.data.train))

@@ -1,14 +1,14 @@
-"""What one of several processes holds of a model that is shared out, and what it gathers.
+"""Memory of one rank under FSDP2 or DDP.
 
-FSDP2 cuts each tensor along its first axis: of R rows the first of n processes holds ⌈R / n⌉, and
-n · ⌈R / n⌉ are gathered; of `--method full` linears in the precision that computes. A block is
-gathered while the one before it computes, so a process has
+FSDP2 shards each tensor along its first dimension: of R rows the first of n ranks stores ⌈R / n⌉,
+and an all-gather moves n · ⌈R / n⌉ (linear layers of `--method full` in compute precision). A block
+is gathered while the previous one computes, so a rank stores
 
-    held      all parts, all that is whole
-    gathered  embeddings and head; a block, the next one, and the buffer that it came in
-              (`--shard grads`: all blocks, which wait for their backward pass)
-    reduced   `--method full`: gradients of two blocks and of embeddings and head, before their
-              reduction; else the gradients of the adapter once more, in one piece, at the end
+    shards    its part of every sharded tensor, and all tensors that are not sharded
+    gathered  embeddings and head; a block, the next one and the receive buffer
+              (`--shard grads`: all blocks, until their backward pass)
+    reduced   `--method full`: unreduced gradients of two blocks, embeddings and head;
+              otherwise the adapter's gradients once more, in one buffer, at the end
 """
 
 from __future__ import annotations
@@ -46,14 +46,10 @@ _FLOAT = 4  # bytes: gradients are averaged in float32
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor that is shared out.
+    """A sharded tensor that occurs `times` times and belongs to a `part` of the estimate.
 
-    Attributes:
-        times: how often it is there.
-        part: of the forecast.
-        rows: of it.
-        size: bytes of it.
-        sent: bytes of it as it is gathered, which may be in fewer bits.
+    `rows` is its first dimension, `size` its bytes, and `sent` its bytes as gathered, maybe
+    narrower.
     """
 
     times: int
@@ -65,16 +61,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Cut:
-    """Tensors that are shared out together.
-
-    Attributes:
-        tensors: each of them.
-    """
+    """A group of tensors that are sharded together."""
 
     tensors: tuple[Piece, ...]
 
     def held(self, ranks: int) -> dict[str, float]:
-        """Return part → bytes of the process that holds most."""
+        """Return part → bytes stored by the largest of `ranks`."""
         found: dict[str, float] = {}
         for one in self.tensors:
             share = -(-one.rows // ranks) / one.rows
@@ -82,27 +74,27 @@ class Cut:
         return found
 
     def gathered(self, ranks: int) -> float:
-        """Return the bytes of all that the processes send."""
+        """Return the bytes of the gathered tensors, including padding."""
         rows = ((one, ranks * -(-one.rows // ranks)) for one in self.tensors)
         return sum(one.times * one.sent * count / one.rows for one, count in rows)
 
     def reduced(self, ranks: int) -> float:
-        """Return the bytes of the gradients of all that the processes hold."""
+        """Return the bytes of the unreduced gradients, including padding."""
         return ranks * sum(self.held(ranks).values())
 
 
 @dataclass(frozen=True)
 class Shares:
-    """A model that is shared out.
+    """Sharded tensors of a model.
 
     Attributes:
-        block: the tensors of the largest block.
-        blocks: all of them.
-        count: how many blocks.
-        root: embeddings, head and what else is outside.
-        root_casts: bytes of what autocast makes of it: of blocks, nothing is left to be cast.
-        trained: bytes of the gradients of what is trained and whole.
-        trains_base: whether what is shared out is trained.
+        block: tensors of the largest block.
+        blocks: tensors of all blocks.
+        count: number of blocks.
+        root: tensors outside the blocks: embeddings, head and others.
+        root_casts: bytes of autocast copies of `root`; sharded blocks need none.
+        trained: gradient bytes (float32) of trained parameters in the model.
+        trains_base: whether the sharded tensors are trained.
     """
 
     block: Cut
@@ -114,13 +106,7 @@ class Shares:
     trains_base: bool
 
     def of_a_rank(self, found: MemoryForecast, ranks: int, way: str) -> MemoryForecast:
-        """Return `found`, of a process with the whole model, for the largest of `ranks`.
-
-        Args:
-            found: with the peak of each moment.
-            ranks: processes.
-            way: of `--shard`.
-        """
+        """Convert an unsharded estimate to the largest of `ranks`; `way` is `--shard`."""
         return highest(
             {moment: self._at(moment, parts, ranks, way)
              for moment, parts in found.moments.items()},
@@ -131,7 +117,7 @@ class Shares:
         self, moment: str, parts: Mapping[str, float], ranks: int, way: str
     ) -> dict[str, float]:
         parts = dict(parts)
-        if way == "none":  # gradients a second time, in DDP's buckets
+        if way == "none":  # DDP's buckets are a second copy of the gradients
             parts[REDUCED] = parts.get(GRADIENTS, 0) or parts.get(ADAPTER, 0)
             return parts
         for part, saved in self.saved(ranks).items():
@@ -154,7 +140,7 @@ class Shares:
         return parts
 
     def saved(self, ranks: int) -> dict[str, float]:
-        """Return part → bytes that a process does not hold."""
+        """Return part → bytes that a rank does not store."""
         found: dict[str, float] = {}
         for cut in (self.blocks, self.root):
             whole, held = cut.held(1), cut.held(ranks)
@@ -164,7 +150,7 @@ class Shares:
 
 
 def describe_shares(config: TrainConfig, plan: Plan) -> Shares:
-    """Return how the model that `plan` trains is shared out, of tensors without numbers."""
+    """Return how the planned model is sharded, computed on fake tensors."""
     sample = Layers.of(plan).sample
     model = build_fake_model(config, plan, None if sample is None else list(sample)).model
     whole, blocks = kept_whole(model), blocks_of(model)
@@ -174,7 +160,7 @@ def describe_shares(config: TrainConfig, plan: Plan) -> Shares:
     inside = {parameter for block in blocks for parameter in block.parameters()}
     every = [tensor for cut in cuts for tensor in cut.tensors]
     count, trained = len(cuts), _count_trained(model)
-    if sample is not None:  # each stands for those like it
+    if sample is not None:  # each sampled layer represents similar ones
         for at, times in zip(range(len(blocks)), itertools.cycle(sample.values()), strict=False):
             if more := round(times) - 1:
                 every += [replace(tensor, times=more) for tensor in cuts[at].tensors]
@@ -206,7 +192,7 @@ def _cut(
     narrow: set[torch.nn.Parameter],
     dtype: torch.dtype,
 ) -> Cut:
-    """Return those of `parameters` that are not held `whole`; those of `narrow` sent in `dtype`."""
+    """Return the `parameters` not in `whole`; those in `narrow` are gathered in `dtype`."""
     return Cut(
         tuple(
             Piece(

@@ -1,7 +1,6 @@
-"""The trained adapter that a run goes on from: what the configuration takes from it.
+"""Configuration of a run that continues an adapter: base, method, quantization, task and labels.
 
-Base, method, quantization, task and labels are the adapter's. A flag that says otherwise is
-refused, and so is an adapter that `train` would not build the same way, before weights load.
+Contradicting flags are rejected before weights load.
 """
 
 from __future__ import annotations
@@ -37,20 +36,12 @@ from ftlevel.trained.model_ref import (
 from ftlevel.weights.tensor_files import read_header
 
 _NAMED = ("target_modules", "target_parameters", "layers_to_transform", "modules_to_save")
-"""What a run says in its own words, and adapter_config.json by names of modules."""
+"""Settings taken from the run's recipe: adapter_config.json has expanded module names."""
 
 
 @dataclass(frozen=True)
 class StartingAdapter:
-    """A trained adapter.
-
-    Attributes:
-        name: as the user gave it.
-        directory: with its weights.
-        settings: its adapter_config.json.
-        card: what ftlevel wrote beside it; None for plain PEFT's.
-        fingerprint: SHA-256 of its weights.
-    """
+    """A trained adapter; `card` is None if plain PEFT wrote it, `fingerprint` is a SHA-256."""
 
     name: str
     directory: Path
@@ -60,23 +51,23 @@ class StartingAdapter:
 
     @property
     def choice(self) -> Choice:
-        """The line for the screen."""
+        """Line shown at the start of the run."""
         of = "by plain PEFT" if self.card is None else f"for {self.card.task}"
         return Choice("adapter", self.name, f"trained {of}; base and method are its own")
 
     def describe(self) -> dict[str, Any]:
-        """Return what summary.json says of it."""
+        """Return the entry for summary.json."""
         return {"name": self.name, "fingerprint": self.fingerprint}
 
 
 def take_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter | None, list[str]]:
-    """Return `config` with what `--adapter` decides, the adapter, and notes for the user.
+    """Apply `--adapter` to `config`; return the new configuration, the adapter, and notes.
 
-    A whole model, as of `--method full` or a merge, is what `--model` takes: there is no adapter.
+    A full model, such as a merged one, becomes the base model instead, and no adapter is returned.
 
     Raises:
-        ConfigError: there is none, a flag says something else than it, or it cannot be trained on.
-        InputError: its files are damaged, or its base is not there or another.
+        ConfigError: the adapter is missing or cannot be continued, or a flag contradicts it.
+        InputError: its files are damaged, or its base model is missing or differs.
     """
     if config.model.adapter is None:
         return config, None, []
@@ -103,7 +94,7 @@ def take_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter | No
         values["model"]["revision"] = source.revision
     if card is not None:
         values.setdefault("task", card.task)
-    elif settings.get("task_type") != "SEQ_2_SEQ_LM" or "task" in values:  # or by the columns
+    elif settings.get("task_type") != "SEQ_2_SEQ_LM" or "task" in values:  # else by columns
         task = values.get("task")
         values["task"] = adapter_task(directory, settings, load_config(source), task)
     if card is not None:
@@ -111,7 +102,7 @@ def take_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter | No
             values["data"] = {**values.get("data", {}), "labels": card.labels}
         if stored_quantization(load_config(source)) is None:
             values["quant"] = dict(card.quantization)
-            if card.quantization.get("kind") == "4bit":  # experts were packed if the card says so
+            if card.quantization.get("kind") == "4bit":  # packed only if the card says so
                 values["quant"].setdefault("experts", False)
         in_half = card.dtype == "float16" and choose_device(config.model.device).value == "cpu"
         if config.model.dtype == "auto" and not in_half:
@@ -135,11 +126,7 @@ def _take_model(
 
 
 def _check_kind(name: str, directory: Path, config: TrainConfig) -> None:
-    """Refuse what is no adapter of PEFT's, and to write the run over it.
-
-    Raises:
-        ConfigError: it is.
-    """
+    """Reject directories that are not PEFT adapters, and an output directory that contains it."""
     if is_adapterhub(directory):
         raise ConfigError(
             f"--adapter {name} is in AdapterHub's form, which is read and not trained on. Train "
@@ -160,7 +147,7 @@ def _check_kind(name: str, directory: Path, config: TrainConfig) -> None:
 
 
 def _base_of(config: TrainConfig, card: AdapterCard | None, directory: Path) -> ModelSource | None:
-    """Return the base that the user or the card names; None leaves it to adapter_config.json."""
+    """Return the base named by the user or the card; None defers to adapter_config.json."""
     model = config.model
     is_named = "name_or_path" in model.model_fields_set
     if card is None:
@@ -172,11 +159,7 @@ def _base_of(config: TrainConfig, card: AdapterCard | None, directory: Path) -> 
 
 
 def _read_spec(adapter: StartingAdapter, config: TrainConfig) -> MethodConfig:
-    """Return the method that builds an adapter of this form, by the run's config or PEFT's.
-
-    Raises:
-        ConfigError: no method here does.
-    """
+    """Return the method section that rebuilds the adapter, from its recipe and PEFT config."""
     settings, card, given = adapter.settings, adapter.card, config.method
     kind = card.method if card else _kind_of(adapter)
     run = run_of(adapter.directory)
@@ -199,18 +182,14 @@ def _read_spec(adapter: StartingAdapter, config: TrainConfig) -> MethodConfig:
         values["modules_to_save"] = _saved_modules(adapter)
     for name in ("lora_plus_ratio", *(name for name in fields if name.endswith("dropout"))):
         if name in given.model_fields_set and hasattr(given, name):
-            values[name] = getattr(given, name)  # these say how it learns, not what it is
+            values[name] = getattr(given, name)  # training settings, not part of the adapter
     spec = build_config([Layer({"method": {**values, "kind": kind}})]).method
     start = METHODS[kind].start
     return start.default(spec) if start else spec
 
 
 def _kind_of(adapter: StartingAdapter) -> str:
-    """Return the method of an adapter that plain PEFT wrote.
-
-    Raises:
-        ConfigError: there is none for it.
-    """
+    """Return the method for an adapter written by plain PEFT, or raise ConfigError."""
     wanted = str(adapter.settings.get("peft_type"))
     for kind, method in METHODS.items():
         if method.merging.peft_types[:1] == (wanted,) and not method.register:
@@ -222,18 +201,14 @@ def _kind_of(adapter: StartingAdapter) -> str:
 
 
 def _saved_modules(adapter: StartingAdapter) -> list[str]:
-    """Return what was trained in full, of the names that PEFT puts there by itself."""
+    """Return the `modules_to_save` stored in the weights, without names PEFT adds itself."""
     stored, _ = read_header(adapter.directory / ADAPTER_WEIGHTS)
     names = adapter.settings.get("modules_to_save") or []
     return [name for name in names if any(f".{name}." in key for key in stored)]
 
 
 def _check_flags(config: TrainConfig, adapter: StartingAdapter, spec: MethodConfig) -> None:
-    """Refuse flags that say something else than the adapter.
-
-    Raises:
-        ConfigError: naming each.
-    """
+    """Reject flags that contradict the adapter, and methods that cannot be continued."""
     if reason := METHODS[spec.kind].why_not_continued:
         raise ConfigError(
             f"--adapter {adapter.name} was trained by --method {spec.kind}, which cannot go on: "
@@ -254,12 +229,12 @@ def _sorted(value: Any) -> Any:
 def _differences(
     config: TrainConfig, adapter: StartingAdapter, spec: MethodConfig
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yield each flag that contradicts the adapter, its value, and what the adapter has."""
+    """Yield each flag that contradicts the adapter, its value, and the adapter's value."""
     given, card = config.method, adapter.card
     flags = {row.path: row.shown for row in FLAGS if row.path}
     names = given.model_fields_set - {"kind"}
     is_lora = {given.kind, spec.kind} <= {"lora", "qlora"}
-    # `kind` is filled in where another field of the method is given.
+    # `kind` defaults to lora if only other method fields are given.
     is_own = is_lora or given.kind in (spec.kind, card.method if card else "")
     is_filled_in = given.kind == "lora" and names
     if "method" in config.model_fields_set and not (is_own or is_filled_in):
@@ -273,7 +248,7 @@ def _differences(
             yield flags.get(f"method.{name}", f"method.{name}"), wish, shown
     if card is None:
         return
-    prefers = config.task == "preference" and TASKS[card.task].writes_text  # with the same head
+    prefers = config.task == "preference" and TASKS[card.task].writes_text  # same language head
     if "task" in config.model_fields_set and config.task != card.task and not prefers:
         yield "--task", config.task, f"the task {card.task}"
     if config.data.labels and list(config.data.labels) != card.labels:

@@ -1,4 +1,4 @@
-"""Which evaluation of a run is the best, and what follows from it: resolved before weights load."""
+"""Selection of the best checkpoint: metric, early stopping and `load_best_model_at_end`."""
 
 from __future__ import annotations
 
@@ -15,17 +15,12 @@ from ftlevel.task import Objective
 from ftlevel.tasks import BaseTask
 
 LOWER_IS_BETTER = ("loss", "perplexity", "rmse", "mse", "mae", "error")
-"""Ends of the names of metrics of which the lowest is the best."""
+"""Suffixes of metric names for which lower is better."""
 
 
 @dataclass(frozen=True)
 class Length:
-    """How long a run is.
-
-    Attributes:
-        steps: optimizer steps.
-        epochs: how often they go through the rows; a stream is gone through once.
-    """
+    """Length of a run in optimizer steps and epochs; a stream counts as one epoch."""
 
     steps: int
     epochs: float
@@ -33,16 +28,11 @@ class Length:
 
 @dataclass(frozen=True, kw_only=True)
 class BestModel:
-    """How the best evaluation is told, and what follows from it.
+    """Selection and use of the best evaluation.
 
-    Attributes:
-        metric: its name, with `eval_`.
-        greater_is_better: whether the highest is the best.
-        reason: why this metric.
-        loads: whether the model of it is kept in the end.
-        patience: evaluations in a row without a better one, after which the run ends.
-        threshold: by how much one has to be better for that.
-        saves: whether it writes a checkpoint.
+    `metric` has the prefix `eval_`. `loads` restores the best model at the end, `saves` writes a
+    checkpoint of each new best. Training stops after `patience` evaluations that improve by no more
+    than `threshold`.
     """
 
     metric: str
@@ -54,13 +44,13 @@ class BestModel:
     saves: bool
 
     def is_better(self, value: float, than: float, by: float = 0.0) -> bool:
-        """Whether `value` is better `than` another by more than `by`; what is no number is not."""
+        """Return whether `value` is better `than` another by more than `by`; NaN never is."""
         gain = value - than if self.greater_is_better else than - value
         return gain > by
 
     @property
     def choice(self) -> Choice:
-        """The line for the screen."""
+        """Line shown at the start of the run."""
         order = "highest" if self.greater_is_better else "lowest"
         kept = "is kept" if self.loads else "is not kept: the last is"
         return Choice("best model", f"{order} {self.metric} {kept}", self.reason)
@@ -69,17 +59,12 @@ class BestModel:
 def resolve_best_model(
     config: TrainConfig, task: BaseTask, objective: Objective, rows: int, length: Length
 ) -> BestModel | None:
-    """Return how the best evaluation is told; None where nobody asks for it.
+    """Return how the best model is selected; None if nothing requires a selection.
 
-    Args:
-        config: the whole configuration.
-        task: the task.
-        objective: what is trained.
-        rows: those that are evaluated.
-        length: of the run.
+    `rows` is the number of validation rows.
 
     Raises:
-        ConfigError: it is asked for and there is nothing to evaluate, or no such metric.
+        ConfigError: a flag requires evaluation but there are no rows, or the metric does not exist.
     """
     train = config.train
     _check_rows(train, rows)
@@ -108,16 +93,12 @@ def resolve_best_model(
 
 
 def is_trained_sharded(config: TrainConfig) -> bool:
-    """Return whether each process holds only a part of the trained weights."""
+    """Return whether the trained weights are sharded across processes."""
     return config.train.shard != "none" and METHODS[config.method.kind].build is None
 
 
 def _check_rows(train: TrainerConfig, rows: int) -> None:
-    """Refuse what asks for evaluations where there are no rows for them.
-
-    Raises:
-        ConfigError: naming the first flag that does.
-    """
+    """Reject flags that require evaluation if there are no validation rows."""
     asked = {
         f"--early-stopping-patience {train.early_stopping_patience}": train.early_stopping_patience,
         "--load-best-model-at-end": train.load_best_model_at_end,
@@ -133,15 +114,10 @@ def _check_rows(train: TrainerConfig, rows: int) -> None:
 
 
 def _choose_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -> tuple[str, str]:
-    """Return the metric by its full name, and the reason for it.
+    """Return the metric as `eval_NAME`, and the reason; raise ConfigError if it does not exist.
 
-    What users of transformers expect is the loss. But where every row is decided on and counted, as
-    of classes, tags and spans, the decisions are what a model is trained for, and they go on
-    getting better when the loss already grows. Perplexity is the loss in other words, and ROUGE is
-    of a few rows.
-
-    Raises:
-        ConfigError: there is no such metric.
+    The default is the loss, but tasks that score every row or token use their own first metric: it
+    can improve while the loss rises. ROUGE covers few rows, and perplexity follows the loss.
     """
     wish, given = train.metric_for_best_model, train.metrics
     generates = generates_texts(train.predict_with_generate, task) and wants_texts(given, task)
@@ -162,7 +138,7 @@ def _choose_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -
         return f"eval_{name}", "as asked"
     first, of_all_rows = objective.headline, [m for m in objective.metrics if m in known]
     if first not in known and of_all_rows:
-        first = of_all_rows[0]  # of those that --metrics names
+        first = of_all_rows[0]  # limited to --metrics
     if first in of_all_rows and not first.endswith("perplexity"):
         return f"eval_{first}", "the task's first metric, scored on all validation rows"
     if given and first not in known:
@@ -176,10 +152,7 @@ def _choose_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -
 
 
 def _evaluations(train: TrainerConfig, length: Length) -> int:
-    """Return about how many evaluations a run makes; what matters is whether it is more than one.
-
-    An epoch that is cut short by the last step is evaluated too.
-    """
+    """Estimate the number of evaluations; exact only as to whether there is more than one."""
     if train.eval_strategy == "no":
         return 1
     if train.eval_strategy != "epoch" and train.eval_steps:

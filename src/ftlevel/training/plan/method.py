@@ -1,7 +1,4 @@
-"""What a method is put onto in a model, by full names, checked before weights load.
-
-Whether the method goes with the model, the task and the quantization, and in which precision.
-"""
+"""Target modules of a method on a meta model, and checks of method, model, task and precision."""
 
 from __future__ import annotations
 
@@ -31,14 +28,11 @@ from ftlevel.models.upstream.architectures import packable_experts
 
 @dataclass(frozen=True)
 class MethodTargets:
-    """What a method adapts.
+    """Modules and tensors a method adapts, by full names.
 
-    Attributes:
-        modules: full names of modules.
-        parameters: ends of names of tensors outside of linears, as PEFT's `target_parameters`.
-        fan_in_fan_out: whether the modules are Conv1D, whose weight is (in, out).
-        sizes: name → (in, out) of those that are linears.
-        in_full: modules that are trained in full beside it, as PEFT's `modules_to_save`.
+    `parameters` and `in_full` are PEFT's `target_parameters` and `modules_to_save`.
+    `fan_in_fan_out` means Conv1D, with `(in, out)` weights. `sizes` maps names of linear layers to
+    `(in, out)`, those of embeddings to the shape of the weight.
     """
 
     modules: list[str]
@@ -48,7 +42,7 @@ class MethodTargets:
     in_full: list[str] = field(default_factory=list)
 
     def choices(self, wish: Any) -> list[Choice]:
-        """Return what to show of them."""
+        """Return the lines shown at the start of the run; `wish` is `target_modules`."""
         if not self.modules:
             return []
         names = dict.fromkeys(re.sub(r"^\d+$", "norm", n.rpartition(".")[2]) for n in self.modules)
@@ -63,18 +57,14 @@ class MethodTargets:
 def find_method_targets(
     spec: MethodConfig, meta: Any, model_name: str, quant: str = "none"
 ) -> MethodTargets:
-    """Return what the method of `spec` adapts in `meta`, a model without weights.
-
-    Raises:
-        ConfigError: a name or a size does not fit the model.
-    """
+    """Return what `spec` adapts in the meta model; raise ConfigError for a mismatch."""
     method, tree = METHODS[spec.kind], ModuleTree(meta)
     modules = _modules(spec, method, tree, model_name)
     layers = getattr(spec, "layers_to_transform", None)
     if layers:
         modules = _in_layers(modules, tree, layers)
     sizes = {name: size for name in modules if (size := linear_size(tree.modules[name]))}
-    # Quantization turns Conv1D into linears with the weight of a linear.
+    # Quantization replaces Conv1D by linear layers with `(out, in)` weights.
     conv1d = quant == "none" and {kind for kind, _, _ in sizes.values()} == {"Conv1D"}
     wish = getattr(spec, "target_parameters", None)
     parameters = _parameters(wish, tree, model_name) if wish else []
@@ -107,11 +97,7 @@ def _modules(spec: MethodConfig, method: Method, tree: ModuleTree, model_name: s
 def _embeddings(
     spec: MethodConfig, method: Method, tree: ModuleTree, wish: str | list[str]
 ) -> tuple[list[str], str | list[str]]:
-    """Return the embedding and the output layer that `wish` names, and what is left of it.
-
-    Raises:
-        ConfigError: the method cannot go on them as it is set.
-    """
+    """Split `wish` into embedding or output layers, which the method must support, and the rest."""
     if isinstance(wish, str) or method.on_embeddings is None:
         return [], wish
     model: Any = tree.model
@@ -126,11 +112,7 @@ def _embeddings(
 
 
 def _in_layers(modules: Sequence[str], tree: ModuleTree, layers: Sequence[int]) -> list[str]:
-    """Keep the modules of the blocks numbered `layers`.
-
-    Raises:
-        ConfigError: no block has such a number.
-    """
+    """Return the modules in the given `layers`; raise ConfigError for missing layers."""
     there = {tree.layer(name) for name in modules} - {None}
     missing = [layer for layer in layers if layer not in there]
     if missing:
@@ -143,11 +125,7 @@ def _in_layers(modules: Sequence[str], tree: ModuleTree, layers: Sequence[int]) 
 
 
 def _in_full(names: Sequence[str], tree: ModuleTree, model_name: str, quant: str) -> list[str]:
-    """Return the modules that `modules_to_save` means, by names that PEFT reads as just these.
-
-    Raises:
-        ConfigError: there is no such module, or it would be quantized.
-    """
+    """Resolve `modules_to_save` to names that PEFT matches to these modules only."""
     chosen: list[str] = []
     for name in names:
         found = [full for full in tree.modules if f".{full}".endswith(f".{name}")]
@@ -163,17 +141,13 @@ def _in_full(names: Sequence[str], tree: ModuleTree, model_name: str, quant: str
                 f"--modules-to-save: {lost[0]} is quantized, and its integers cannot be "
                 "trained. Drop it, or drop --quant."
             )
-        read_as = [full for full in tree.modules if full.endswith(name)]  # PEFT asks for no dot
+        read_as = [full for full in tree.modules if full.endswith(name)]  # as PEFT matches: no dot
         chosen += [name] if read_as == found else found
     return chosen
 
 
 def _parameters(wish: str | Sequence[str], tree: ModuleTree, model_name: str) -> list[str]:
-    """Return the tensors that `target_parameters` means, by the ends of their names.
-
-    Raises:
-        ConfigError: the model has no experts, or no such tensors.
-    """
+    """Resolve `target_parameters` to tensor name suffixes; raise ConfigError for unknown ones."""
     experts = list(dict.fromkeys(part.pattern.rpartition("}.")[2] for part in tree.experts()))
     if wish == "experts":
         if not experts:
@@ -197,11 +171,10 @@ def _parameters(wish: str | Sequence[str], tree: ModuleTree, model_name: str) ->
 def resolve_quantization(
     config: TrainConfig, bare: Any, source: ModelSource, device: str
 ) -> TrainConfig:
-    """Return `config` with the quantization that the base has, whoever made it.
+    """Return `config` with the quantization of the base, requested or stored in the checkpoint.
 
     Raises:
-        ConfigError: the checkpoint is quantized, and the method or --quant does not go with that;
-            or the device trains on no such base.
+        ConfigError: the quantization does not match the method, `--quant` or the device.
     """
     stored = stored_quantization(bare)
     form = config.quant.kind if stored is None else quantization_name(stored)
@@ -228,15 +201,12 @@ def resolve_quantization(
 
 
 def resolve_experts(config: TrainConfig, meta: Any, stored: bool) -> tuple[TrainConfig, str]:
-    """Return `config` that says whether the experts are quantized too, and why they are not.
+    """Resolve `quant.experts` in `config`; also return why experts are not quantized, or "".
 
-    Args:
-        config: with the quantization that the base has.
-        meta: the base on the meta device.
-        stored: whether the base is quantized in its checkpoint.
+    `meta` is the base on the meta device; `stored` is whether its checkpoint is quantized.
 
     Raises:
-        ConfigError: --set quant.experts=true, and they cannot be.
+        ConfigError: `--set quant.experts=true`, but the experts cannot be quantized.
     """
     why = ""
     if not next(ModuleTree(meta).experts(), None):
@@ -258,11 +228,7 @@ def resolve_experts(config: TrainConfig, meta: Any, stored: bool) -> tuple[Train
 
 
 def check_method(config: TrainConfig, model_config: Any, kind: str) -> None:
-    """Refuse a method that cannot be used on the model, for the task or on the quantization.
-
-    Raises:
-        ConfigError: with the reason, and what works.
-    """
+    """Raise ConfigError if the method does not support model, task or quantization."""
     family, quant = lookup_family(model_config.model_type), config.quant.kind
     experts = bool(family.target_parameters) if family else None
     base = Cell("", model_config.model_type, kind, config.task, quant, experts)
@@ -280,11 +246,7 @@ def check_method(config: TrainConfig, model_config: Any, kind: str) -> None:
 
 
 def choose_precision(config: TrainConfig, device: str, model_type: str) -> Choice:
-    """Return the compute precision.
-
-    Raises:
-        ConfigError: it is one that the device, the model or the method's start cannot have.
-    """
+    """Return the compute precision; raise ConfigError if it is not supported."""
     method, wish = config.method, config.model.dtype
     start = METHODS[method.kind].start
     needed = start.precision(method, wish) if start else None

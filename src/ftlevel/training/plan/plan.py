@@ -1,7 +1,4 @@
-"""What a run will do, as facts: a few groups of what travels together.
-
-What the screen says of a plan: each value that was chosen, with its reason.
-"""
+"""The resolved plan of a run, and the lines that show it."""
 
 from __future__ import annotations
 
@@ -26,21 +23,11 @@ from ftlevel.training.plan.method import MethodTargets
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedModel:
-    """The base, before its weights are loaded.
+    """The base model before its weights are loaded.
 
-    Attributes:
-        source: where it is.
-        kind: encoder, decoder or encoder-decoder.
-        auto_class: transformers' class for the task.
-        config: its config, with labels and padding for the task.
-        tokenizer: its tokenizer, with a padding token.
-        device: torch device type.
-        dtype: compute precision's name.
-        quant: how it is quantized, by the user's wish or in its checkpoint.
-        heads: modules trained in full.
-        new_modules: where weights may be that the checkpoint lacks.
-        new_heads: those of `heads` that the checkpoint lacks, so that they begin at random.
-        total_parameters: how many it has.
+    `kind` is encoder, decoder or encoder-decoder; `config` has labels and padding for the task.
+    `heads` are trained in full; `new_heads` are those missing from the checkpoint, randomly
+    initialized. `new_modules` may also have missing weights.
     """
 
     source: ModelSource
@@ -58,30 +45,23 @@ class PlannedModel:
 
     @property
     def family(self) -> str:
-        """What transformers calls its architecture."""
+        """Architecture, as in the config's `model_type`."""
         return str(self.config.model_type)
 
     @property
     def pad_id(self) -> int:
-        """The token that fills a batch."""
+        """Padding token id."""
         return int(self.tokenizer.pad_token_id)
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens its language head scores."""
+        """Vocabulary size of the config."""
         return int(self.config.get_text_config().vocab_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How far and how fast.
-
-    Attributes:
-        steps: optimizer steps.
-        learning_rate: the peak: the user's or the method's.
-        default_learning_rate: the method's, for such a run.
-        head_learning_rate: that of new heads; None where there are none.
-    """
+    """Optimizer steps and peak learning rates; `head_learning_rate` is None without new heads."""
 
     steps: int
     learning_rate: float
@@ -91,18 +71,13 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Beside:
-    """The models that a run asks before its first step, and does not train.
-
-    Attributes:
-        reference: which preferences are held against; None where it is not another model.
-        teacher: whose predictions are learned; None where there is none.
-    """
+    """Auxiliary models that are not trained: the preference reference and the teacher."""
 
     reference: Another | None = None
     teacher: Another | None = None
 
     def fingerprints(self) -> Mapping[tuple[str, str], str]:
-        """Return section and field of each model → its fingerprint."""
+        """Return (section, field) → fingerprint of each model."""
         found = {("preference", "reference"): self.reference,
                  ("distillation", "teacher"): self.teacher}  # fmt: skip
         return {field: model.fingerprint for field, model in found.items() if model is not None}
@@ -110,21 +85,10 @@ class Beside:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run, before its weights are loaded.
+    """A run before its weights are loaded.
 
-    Attributes:
-        task: the task.
-        objective: what the model is trained on.
-        loss: what the loss of training has beside that of evaluation.
-        model: the base.
-        data: encoded rows.
-        targets: what the method adapts.
-        schedule: steps and rate.
-        fast: the parts of the fast step that are used.
-        best: how the best evaluation is told; None where nobody asks.
-        adapter: what the run goes on from; None where the adapter is new.
-        choices: lines for the screen, in order.
-        beside: the models that are asked and not trained; found once the run is to begin.
+    `best` is None if no best model is selected, `adapter` is None for a new adapter, and `beside`
+    is filled in when the run starts.
     """
 
     task: BaseTask
@@ -142,14 +106,14 @@ class Plan:
 
     @property
     def base(self) -> Base:
-        """What a method must know of the model that it is put onto."""
+        """The model facts a method needs to build its adapter."""
         model, targets = self.model, self.targets
         return Base(
             config=model.config,
             kind=model.kind,
             task_type=self.task.peft_types.get(model.kind),
             targets=targets.modules,
-            # PEFT adds names of its own to it, and those of an adapter may name a head again.
+            # PEFT appends names to this list; an adapter's names may repeat a head.
             heads=list(dict.fromkeys([*model.heads, *targets.in_full])),
             fan_in_fan_out=targets.fan_in_fan_out,
             total_steps=self.schedule.steps,
@@ -159,14 +123,14 @@ class Plan:
 
 
 def model_choice(config: TrainConfig, model_type: str, total: int, source: ModelSource) -> Choice:
-    """Return the line of the model."""
+    """Return the line that shows the model."""
     size = f"{model_type}, {total / 1e6:,.1f} M parameters"
     default = config.model.name_or_path == DEFAULT_MODEL
     return Choice("model", source.name, size + ("; the built-in model" if default else ""))
 
 
 def method_choices(config: TrainConfig, quantized_already: bool) -> list[Choice]:
-    """Return the lines of the method, of a quantized base and of the batch."""
+    """Return the lines that show method, quantized base and batch size."""
     method, quant, train = config.method, config.quant, config.train
     shown = []
     shown.append(Choice("method", method.kind, _describe(method)))
@@ -183,7 +147,7 @@ def method_choices(config: TrainConfig, quantized_already: bool) -> list[Choice]
 
 
 def _describe(method: MethodConfig) -> str:
-    """Return the settings of a method in a few words."""
+    """Summarize the settings of a method."""
     own = METHODS[method.kind].describe
     if own is not None:
         return own(method)
@@ -192,5 +156,5 @@ def _describe(method: MethodConfig) -> str:
 
 
 def head_choices(task: BaseTask, heads: list[str]) -> list[Choice]:
-    """Return the line of the modules that are trained in full, if there are any."""
+    """Return the line that shows modules trained in full, if any."""
     return [Choice("heads", ", ".join(heads), task.why_heads)] if heads else []

@@ -1,10 +1,6 @@
-"""Turn a configuration into facts: what will be loaded, on what, with which targets.
+"""Resolve a configuration into a plan: model, task, rows, targets, schedule.
 
-Everything that can be wrong before weights are read is found here.
-
-The task of a run where the user named none: an encoder's is read off the data's columns.
-
-Packages that only some settings need: found missing before the run, not in the middle of it.
+Every error that can be detected without weights is raised here.
 """
 
 from __future__ import annotations
@@ -78,18 +74,7 @@ from ftlevel.training.plan.trainable import check_form
 
 @dataclass(frozen=True)
 class _Bare:
-    """What is known of the base before the rows are read.
-
-    Attributes:
-        source: where it is.
-        config: its config, as it was saved.
-        kind: of the model.
-        auto_class: transformers' class for the task.
-        device: where it will be.
-        dtype: what it will compute in.
-        tokenizer: with a padding token.
-        spelling: what was chosen for the tokenizer.
-    """
+    """Base model before rows are read; `spelling` has the choices for tokenizer and experts."""
 
     source: ModelSource
     config: Any
@@ -103,14 +88,11 @@ class _Bare:
 
 @dataclass(frozen=True)
 class Imagined:
-    """What a forecast puts in the place of things that are not here.
+    """Substitutes used by an estimate, each None to use the real one.
 
-    Attributes:
-        source: the model, whose weights may not be there; None for the one that is asked for.
-        device: another than this machine's, which nothing will be loaded on; None for none.
-        tokenizer: with an `eos_token_id`, a `pad_token_id` and a `chat_template`; None for the
-            model's.
-        rows: gives rows for a task, a kind of model and its config; None for those of the data.
+    `tokenizer` needs `eos_token_id`, `pad_token_id` and `chat_template`; `rows` creates rows for a
+    task, a model kind and a config. The weights of `source` may be missing; nothing is loaded on
+    `device`.
     """
 
     source: ModelSource | None = None
@@ -129,20 +111,20 @@ def resolve(
     imagined: Imagined | None = None,
     prompt_version: int | None = None,
 ) -> Plan:
-    """Resolve `config`.
+    """Resolve `config` into a plan.
 
     Args:
-        config: the whole configuration.
-        lenient: report rows that ought to stop the run, as a preview does.
-        progress: told how many examples are encoded.
-        why_task: the reason for the task, where the user named none.
-        adapter: what the run goes on from, by which `config` was made.
-        imagined: what a forecast puts in the place of things that are not here.
-        prompt_version: of plain prompts, in a run that is resumed; None for that of `adapter`, or
-            of new runs.
+        config: configuration of the run.
+        lenient: report rows that would stop a run instead of raising, as for a preview.
+        progress: callback with the number of encoded examples.
+        why_task: reason for an inferred task.
+        adapter: adapter to continue from, already applied to `config`.
+        imagined: substitutes used by an estimate.
+        prompt_version: version of the plain prompt format in a resumed run; None uses that of
+            `adapter` or the latest.
 
     Raises:
-        ConfigError: with the first problem found; nothing was loaded or written.
+        ConfigError: the first problem found; nothing was loaded or written.
     """
     task = TASKS[config.task].configured(task_options(config))
     config, bare = _read_model(config, task, imagined or Imagined())
@@ -158,7 +140,7 @@ def resolve(
     _check_checkpointing(config, meta, bare.device.value)
     model = _plan_model(config, bare, model_config, meta, *task.find_heads(meta, bare.source))
     if adapter is not None:
-        model = replace(model, new_heads=[])  # they are the adapter's
+        model = replace(model, new_heads=[])  # the adapter has them
     targets = find_method_targets(config.method, meta, bare.source.name, config.quant.kind)
     objective = _objective(config, task, bare.kind, data)
     generates = generates_texts(config.train.predict_with_generate, task)
@@ -210,7 +192,7 @@ def resolve(
 
 
 def task_options(config: TrainConfig) -> dict[str, Any]:
-    """Return what `BaseTask.configured` takes of a configuration."""
+    """Return the options for `BaseTask.configured`."""
     smoothing = config.train.label_smoothing_factor
     return {"preference": {**config.preference.model_dump(), "smoothing": smoothing}}
 
@@ -218,7 +200,7 @@ def task_options(config: TrainConfig) -> dict[str, Any]:
 def _read_model(
     config: TrainConfig, task: BaseTask, imagined: Imagined
 ) -> tuple[TrainConfig, _Bare]:
-    """Return what is known of the base, and `config` with the quantization that it has."""
+    """Read the base's config and tokenizer; return `config` with its quantization, and these."""
     wish = config.model
     source = imagined.source or resolve_source(
         wish.name_or_path, wish.revision, wish.trust_remote_code
@@ -243,7 +225,7 @@ def _read_model(
 def _resolve_experts(
     config: TrainConfig, bare: Any, auto_class: str
 ) -> tuple[TrainConfig, Choice | None]:
-    """Return `config` that says whether experts are quantized, and the line of that."""
+    """Resolve expert quantization; return `config` and the line that shows it, if any."""
     if config.quant.kind == "none" and not config.quant.experts:
         return config, None
     meta = build_task_model(bare, auto_class)
@@ -255,7 +237,7 @@ def _resolve_experts(
 
 
 def _objective(config: TrainConfig, task: BaseTask, kind: str, data: Prepared) -> Objective:
-    """Return what the model is trained on."""
+    """Return the training objective, for distillation if there is a teacher."""
     objective = task.build_objective(kind, data.facts)
     if config.distillation.teacher is None or not isinstance(objective, Tokens):
         return objective
@@ -270,7 +252,7 @@ def _plan_model(
     heads: list[str],
     new_modules: list[str],
 ) -> PlannedModel:
-    """Return what is known of the base: its config for the task, its shape, its heads."""
+    """Return the planned model: config for the task, heads and size."""
     return PlannedModel(
         source=bare.source,
         kind=bare.kind,
@@ -288,7 +270,7 @@ def _plan_model(
 
 
 def _run_facts(model: PlannedModel, meta: Any, objective: Objective, steps: int) -> RunFacts:
-    """Return what is known of the run, by which learning rates are chosen."""
+    """Return the facts that determine default learning rates."""
     parameters = [p for head in model.new_heads for p in meta.get_submodule(head).parameters()]
     matrices = sum(parameter.dim() > 1 for parameter in parameters)
     return RunFacts(
@@ -304,14 +286,14 @@ def _run_facts(model: PlannedModel, meta: Any, objective: Objective, steps: int)
 def _best_model(
     config: TrainConfig, task: BaseTask, objective: Objective, data: Prepared, steps: int
 ) -> BestModel | None:
-    """Return how the best evaluation is told."""
+    """Return how the best model is selected, if at all."""
     an_epoch = steps if data.stream else steps_an_epoch(config.train, len(data.train))
     length = Length(steps, steps / an_epoch)
     return resolve_best_model(config, task, objective, len(data.validation), length)
 
 
 def _prompt_version(adapter: StartingAdapter | None) -> int:
-    """Return the version of plain prompts that `adapter` was trained with, or of new runs."""
+    """Return the plain prompt version of `adapter`, or the latest."""
     prompt = read_format(adapter.card) if adapter and adapter.card else None
     return PROMPT_VERSION if prompt is None else prompt.version
 
@@ -325,7 +307,7 @@ def _prepare(
     lenient: bool,
     progress: Progress,
 ) -> Prepared:
-    """Return the rows, encoded for the base, as long as the memory of `device` may hold."""
+    """Return the encoded rows, bounded by the model's positions and the memory of `device`."""
     bounds = find_bounds(config, bare.config, device, bare.dtype.value)
     vocabulary, seed = bare.config.get_text_config().vocab_size, config.train.seed
     tokenizer = bare.tokenizer
@@ -336,7 +318,7 @@ def _prepare(
 
 
 def _method_choices(config: TrainConfig, bare: _Bare) -> list[Choice]:
-    """Return the lines of the method, and of what computes its layers."""
+    """Return the lines that show the method and the kernels of its layers."""
     device = bare.device.value
     return [
         *method_choices(config, stored_quantization(bare.config) is not None),
@@ -346,11 +328,7 @@ def _method_choices(config: TrainConfig, bare: _Bare) -> list[Choice]:
 
 
 def _keep_every_layer(model_config: Any) -> list[Choice]:
-    """Switch off the random skipping of whole layers (mutated), and say so.
-
-    What is trained in a layer that a step skips gets no gradient in it, which could not be told
-    from an adapter that is dead.
-    """
+    """Disable LayerDrop in `model_config` (mutated): skipped layers give adapters no gradient."""
     names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
     shares = {name: share for name in names if (share := getattr(model_config, name, 0.0))}
     for name in shares:
@@ -360,11 +338,7 @@ def _keep_every_layer(model_config: Any) -> list[Choice]:
 
 
 def _check_checkpointing(config: TrainConfig, model: Any, device: str) -> None:
-    """Refuse --gradient-checkpointing where transformers has none for the model.
-
-    Raises:
-        ConfigError: it cannot be had, or what is recomputed from cannot be anywhere else.
-    """
+    """Reject checkpointing or activation offloading that model or device does not support."""
     if config.train.offload_activations and device != "cuda":
         raise ConfigError(
             f"--offload-activations holds a GPU's activations in the host's memory, and the device "
@@ -383,25 +357,25 @@ def _task_config(
 ) -> Any:
     overrides: dict[str, Any] = {}
     if facts["problem_type"]:
-        overrides |= {"problem_type": facts["problem_type"], "num_labels": 1}  # of a quantity
+        overrides |= {"problem_type": facts["problem_type"], "num_labels": 1}  # regression
     if facts["labels"]:
         overrides |= label_overrides(facts["labels"])
     config = load_config(source, **overrides)
     if (
         task.pads_apart or getattr(config, "pad_token_id", None) is None
-    ):  # CodeGen's has no such field at all
+    ):  # CodeGen's config has no pad_token_id
         config.pad_token_id = tokenizer.pad_token_id
     return config
 
 
 def default_name(config: TrainConfig) -> str:
-    """Return what a run is called: as the user says, or by its method, model and data."""
+    """Return the run name: the user's, or METHOD-MODEL-DATA."""
     if config.output.run_name is not None:
         return config.output.run_name
     model = config.model.name_or_path.removeprefix("builtin:").rstrip("/").rpartition("/")[2]
     if config.data.dataset == STDIN or is_pipe(Path(config.data.dataset)):
         data = "stdin" if config.data.dataset == STDIN else "pipe"
-    else:  # of a pattern such as parts/*.jsonl the directory
+    else:  # the directory of a pattern such as parts/*.jsonl
         parts = config.data.dataset.removeprefix("builtin:").rstrip("/").split("/")
         data = next((part for part in reversed(parts) if not is_pattern(part)), "files")
     model, data = model.removesuffix(".gguf"), data.partition(".")[0]
@@ -409,21 +383,19 @@ def default_name(config: TrainConfig) -> str:
 
 
 _OF_ENCODERS = ("text-classification", "token-classification", "question-answering", "masked-lm")
-"""What an encoder can learn, that which needs the most columns of its own first.
-
-Columns are taken by their own names before the user's `--map` is, which says what they are for.
-"""
+"""Encoder tasks, those with the most required columns first. Plain column names are tried before
+the user's `--map`, which may rename columns for any task."""
 
 
 def choose_task(config: TrainConfig) -> tuple[TrainConfig, str]:
-    """Return `config` with the task that its model and its columns speak for, and the reason.
+    """Return `config` with the task inferred from model and columns, and the reason.
 
-    A task that the user named stays, and so does that of a model that writes text; then there is
-    no reason.
+    Only encoders without a named task and without built-in data need this; otherwise the reason is
+    "".
 
     Raises:
-        ConfigError: the model or the data is not there, or the task does not go with the rest.
-        InputError: the columns speak for none.
+        ConfigError: the task does not match the rest of the configuration.
+        InputError: the columns match no task.
     """
     wish, data = config.model, config.data
     if "task" in config.model_fields_set or data.dataset.startswith("builtin:"):
@@ -460,10 +432,10 @@ def choose_task(config: TrainConfig) -> tuple[TrainConfig, str]:
 
 
 def check_packages(config: TrainConfig) -> None:
-    """Refuse libraries that are too old, and what needs a package that is not installed.
+    """Reject outdated libraries and options whose package or device is missing.
 
     Raises:
-        ConfigError: naming the package.
+        ConfigError: a library, package or device is missing.
         InputError: as `fetch_kernel` does.
     """
     problems = find_old_libraries()

@@ -1,9 +1,4 @@
-"""How many steps a run makes, and how fast it learns.
-
-The loss of training: smoothed labels, weights of classes, focal; and where it can be had.
-
-How long a row may be: what the model, its method and the machine's memory leave to the text.
-"""
+"""Number of steps, learning rates, training loss and sequence length bounds of a run."""
 
 from __future__ import annotations
 
@@ -28,25 +23,19 @@ from ftlevel.training.plan.plan import Schedule
 
 
 def steps_an_epoch(config: TrainerConfig, rows: int) -> int:
-    """Return how many optimizer steps it takes to go through `rows` rows."""
+    """Return the number of optimizer steps per epoch of `rows` rows."""
     micro_steps = math.ceil(rows / config.per_device_train_batch_size / (config.num_processes or 1))
     return max(math.ceil(micro_steps / config.gradient_accumulation_steps), 1)
 
 
 def count_steps(config: TrainerConfig, rows: int) -> int:
-    """Return how many optimizer steps a run over `rows` rows makes."""
+    """Return the number of optimizer steps of a run on `rows` rows."""
     return config.max_steps or math.ceil(config.num_train_epochs * steps_an_epoch(config, rows))
 
 
 @dataclass(frozen=True)
 class Rates:
-    """The peak learning rates of a run.
-
-    Attributes:
-        base: of all that is trained but new heads.
-        default: what `base` is where the user gives none.
-        head: of new heads; None where there are none.
-    """
+    """Peak learning rates: `base` for everything but new heads, `default` if the user sets none."""
 
     base: Choice
     default: float
@@ -54,12 +43,12 @@ class Rates:
 
     @property
     def choices(self) -> list[Choice]:
-        """Lines for the screen: of the head only where it has a rate of its own."""
+        """Lines shown at the start; the head has one only if its rate differs."""
         apart = self.head is not None and self.head.value != self.base.value
         return [self.base, self.head] if apart and self.head else [self.base]
 
     def schedule(self, steps: int) -> Schedule:
-        """Return how far and how fast a run of so many optimizer steps goes."""
+        """Return the schedule of a run of `steps` optimizer steps."""
         return Schedule(
             steps=steps,
             learning_rate=self.base.value,
@@ -69,9 +58,9 @@ class Rates:
 
 
 def choose_rates(config: TrainConfig, known: RunFacts) -> Rates:
-    """Return the peak learning rates: the user's, or those of the method for such a run.
+    """Return the peak learning rates: the user's, or the method's defaults for the run.
 
-    A rate that the user gives is that of everything, unless the head's is given too.
+    A `--learning-rate` also applies to new heads, unless `--head-learning-rate` is set.
     """
     method, given = METHODS[config.method.kind], config.train
     base = head = None
@@ -92,7 +81,7 @@ def choose_rates(config: TrainConfig, known: RunFacts) -> Rates:
 
 
 def find_stand_in(config: TrainConfig) -> list[str]:
-    """Return what is to be said where the user's own data meets a model that nobody chose."""
+    """Return a warning if the user's own data trains the default built-in model."""
     is_own = not config.data.dataset.startswith("builtin:")
     if not is_own or "name_or_path" in config.model.model_fields_set:
         return []
@@ -104,17 +93,7 @@ def find_stand_in(config: TrainConfig) -> list[str]:
 
 
 def check_schedule(config: TrainerConfig, rate: float, steps: int, validation_rows: int) -> None:
-    """Refuse a schedule that this run cannot follow.
-
-    Args:
-        config: names the schedule and its settings.
-        rate: at the peak.
-        steps: of the run.
-        validation_rows: how many there are.
-
-    Raises:
-        ConfigError: naming what is missing or too large.
-    """
+    """Raise ConfigError for a schedule this run cannot follow; `rate` is the peak."""
     name, given, problems = config.lr_scheduler_type, config.lr_scheduler_kwargs, []
     flag = "--lr-scheduler-kwargs"
     for floor in ("min_lr", "lr_end"):
@@ -142,7 +121,7 @@ def check_schedule(config: TrainerConfig, rate: float, steps: int, validation_ro
 def find_warnings(
     config: TrainerConfig, rows: int, validation_rows: int, *, new_head: bool = True
 ) -> list[str]:
-    """Return what was asked for and will not come to pass in a run of this length and head."""
+    """Return warnings about settings that have no effect in a run of this length and head."""
     steps, found = count_steps(config, rows), []
     if config.warmup_steps > max(steps, 1):
         reached = (steps - 1) / int(config.warmup_steps)
@@ -176,22 +155,18 @@ def find_warnings(
     return found
 
 
-_SHOWN = 8  # classes whose weights fit on a line
+_SHOWN = 8  # most class weights on a line
 
 
 def choose_loss(
     config: TrainConfig, objective: Objective, names: Sequence[str], rows: Sequence[Encoded]
 ) -> tuple[TrainingLoss, list[Choice]]:
-    """Return the loss of training, and the lines about it.
+    """Return the training loss for the classes or tags `names`, and the lines that show it.
 
-    Args:
-        config: the whole configuration.
-        objective: what the model is trained on.
-        names: of the classes or tags.
-        rows: of training, by which classes are balanced.
+    `rows` are training rows, used to balance classes.
 
     Raises:
-        ConfigError: it cannot be had here.
+        ConfigError: the loss is not available for this objective.
     """
     train = config.train
     _check(config, objective)
@@ -221,13 +196,9 @@ def choose_loss(
 
 
 def _check(config: TrainConfig, objective: Objective) -> None:
-    """Refuse what the targets have not.
-
-    Raises:
-        ConfigError: labels that cannot be smoothed, or that are of no class.
-    """
+    """Reject label smoothing and class losses that the objective does not support."""
     train, problems = config.train, []
-    is_judged = config.task in PREFERENCE_TASKS  # whose losses have a smoothing of their own
+    is_judged = config.task in PREFERENCE_TASKS  # preference losses have their own smoothing
     if train.label_smoothing_factor and not (objective.one_of_many or is_judged):
         problems.append(
             f"--label-smoothing-factor {train.label_smoothing_factor:g} spreads a target "
@@ -248,7 +219,7 @@ def _check(config: TrainConfig, objective: Objective) -> None:
 
 
 def _read_weights(wish: Mapping[str, float], names: Sequence[str]) -> tuple[float, ...]:
-    """Return the weights of `names`, 1 where none is given."""
+    """Return the weights of `names`, 1 by default; raise ConfigError for unknown names."""
     unknown = [name for name in wish if name not in names]
     if unknown:
         raise ConfigError(
@@ -259,7 +230,7 @@ def _read_weights(wish: Mapping[str, float], names: Sequence[str]) -> tuple[floa
 
 
 def _describe(weights: Mapping[str, float]) -> str:
-    """Return the weights in a line: all of a few, or the least and the greatest of many."""
+    """Format weights in a line: all of a few, or the smallest and largest of many."""
     ordered = sorted(weights.items(), key=lambda item: item[1])
     parts = [f"{name} {weight:.3g}" for name, weight in ordered]
     if len(parts) <= _SHOWN:
@@ -272,13 +243,7 @@ _STORED = {"4bit": 0.5, "8bit": 1.0}
 
 
 def find_bounds(config: TrainConfig, model_config: Any, device: str, dtype: str) -> Bounds:
-    """Return the bounds of a row's length in tokens.
-
-    Args:
-        config: the whole configuration.
-        model_config: the model's.
-        device: torch device type.
-        dtype: compute precision's name.
+    """Return the bounds of a row's length in tokens, by positions and by memory.
 
     Raises:
         ConfigError: the method's virtual tokens leave no room for text.
@@ -296,10 +261,10 @@ def find_bounds(config: TrainConfig, model_config: Any, device: str, dtype: str)
 
 
 def text_positions(config: TrainConfig, model_config: Any) -> int | None:
-    """Return the longest sequence in tokens that the model leaves to the text.
+    """Return the positions that the model leaves for text; None if unlimited.
 
     Raises:
-        ConfigError: the method's virtual tokens leave no room for it.
+        ConfigError: the method's virtual tokens leave no room for text.
     """
     positions = max_positions(model_config)
     method = METHODS[config.method.kind]

@@ -1,7 +1,4 @@
-"""Whether the adapter that a run goes on from is what the run would build: form for form.
-
-How much a run trains, known before weights load.
-"""
+"""Number of trainable parameters of a run, and compatibility of an adapter to continue from."""
 
 from __future__ import annotations
 
@@ -26,15 +23,11 @@ _ELSEWHERE = {
     "task_type", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform",
     "layers_pattern", "target_parameters", "fan_in_fan_out", "feedforward_modules",
 }  # fmt: skip
-"""Settings that are names, or that the names and shapes of the weights show."""
+"""Settings that are names, or that follow from names and shapes of the weights."""
 
 
 def check_form(adapter: StartingAdapter, config: TrainConfig, plan: Plan) -> None:
-    """Refuse an adapter that the run would not build the same way, by settings and by weights.
-
-    Raises:
-        ConfigError: naming the first difference.
-    """
+    """Raise ConfigError if settings or tensors of an adapter differ from those the run builds."""
     own, spec = METHODS[config.method.kind], config.method
     meta = build_task_model(plan.model.config, plan.model.auto_class)
     if own.build is None:
@@ -68,7 +61,7 @@ def check_form(adapter: StartingAdapter, config: TrainConfig, plan: Plan) -> Non
 
 
 def find_adapter_warnings(adapter: StartingAdapter, config: TrainConfig, plan: Plan) -> list[str]:
-    """Return what should be known of classes without names, and of prompts that are others."""
+    """Return warnings about unnamed classes and prompts that differ from the adapter's."""
     labels = plan.data.facts["labels"]
     if adapter.card is None and labels and not config.data.labels:
         return [
@@ -86,7 +79,7 @@ def find_adapter_warnings(adapter: StartingAdapter, config: TrainConfig, plan: P
 
 
 def _is_other(name: str, value: Any, built: Mapping[str, Any]) -> bool:
-    """Whether a setting of an adapter says something else than what would be built."""
+    """Return whether an adapter setting differs from what would be built."""
     of_start = "init" in name or name.endswith("_config")
     if name in _ELSEWHERE or of_start or name.endswith("dropout"):
         return False
@@ -102,7 +95,7 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def size_choices(config: TrainConfig, plan: Plan, *, try_method: bool) -> list[Choice]:
-    """Return the lines of the trained parameters and of the steps. See `count_trainable`."""
+    """Return the lines that show trainable parameters and steps; see `count_trainable`."""
     epochs = f"{config.train.num_train_epochs:g} epochs"
     reason = "" if config.train.max_steps else f"{epochs} of {len(plan.data.train):,} rows"
     trainable, total = count_trainable(config, plan, try_method=try_method)
@@ -115,15 +108,11 @@ def size_choices(config: TrainConfig, plan: Plan, *, try_method: bool) -> list[C
 def count_trainable(
     config: TrainConfig, plan: Plan, *, try_method: bool = False
 ) -> tuple[int, int]:
-    """Return how many parameters are trained and how many the model has, without its weights.
+    """Return the number of trainable and of all parameters, without weights.
 
-    Where the method can say, it is asked: to put an adapter onto every module of the model's shape
-    takes as long as onto the model itself.
-
-    Args:
-        config: the whole configuration.
-        plan: its plan.
-        try_method: put the method onto the shape in any case, as nothing will be after a dry run.
+    The method's own formula is used where it exists, since building every adapter module on the
+    meta model takes as long as on the real one. `try_method` builds the modules in any case, for a
+    dry run.
     """
     method, own, total = config.method, METHODS[config.method.kind], plan.model.total_parameters
     if own.count and not (try_method or plan.base.heads or plan.targets.parameters):
@@ -136,9 +125,9 @@ def count_trainable(
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """Return how many parameters of `model` are trained and how many it has, each counted once.
+    """Return the number of trainable and of all parameters of `model`, each counted once.
 
-    PEFT trains a copy of a head and keeps the head as it was beside it, which counts no more.
+    The frozen original that PEFT's `ModulesToSaveWrapper` keeps next to its copy is not counted.
     """
     from peft.utils import ModulesToSaveWrapper
 
@@ -150,6 +139,6 @@ def count_parameters(model: Any) -> tuple[int, int]:
 
 
 def _count(parameter: Any) -> int:
-    """Return how many numbers `parameter` stands for; 4-bit weights hold two a byte."""
+    """Return the number of values in `parameter`; 4-bit weights store two per byte."""
     packed = type(parameter).__name__ == "Params4bit" or hasattr(parameter, "quant_state")
     return parameter.numel() * (2 if packed else 1)
