@@ -1,4 +1,7 @@
-"""llama.cpp, by xllamacpp: python llama_cpp_script.py ASKED.json ANSWERED.json."""
+"""Run llama.cpp through xllamacpp: python llama_cpp_script.py ASKED.json ANSWERED.json.
+
+Must not import ftlevel.
+"""
 
 from __future__ import annotations
 
