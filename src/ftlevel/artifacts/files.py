@@ -146,8 +146,8 @@ def check_file_free(flag: str, path: Path, *, overwrite: bool) -> None:
 def placed_files(*paths: Path) -> Iterator[Path]:
     """Yield a temporary directory; move its files named as in `paths` when the block ends.
 
-    Each file is flushed and renamed, so it is absent, unchanged or complete. Other files are
-    deleted; after an error all are.
+    Each file is flushed and renamed, so it is absent, unchanged or complete. The temporary
+    directory is deleted, also after an error.
     """
     parent = paths[0].absolute().parent
     partial = parent / f".{paths[0].name}.partial"

@@ -65,7 +65,7 @@ def mark_end_once(directory: Path) -> None:
 
 
 def is_free(directory: Path) -> bool:
-    """Whether `directory` is empty, up to an incomplete marker."""
+    """Whether `directory` contains nothing, except for an incomplete marker."""
     return all(path.name == f".{MARKER}.partial" for path in directory.iterdir())
 
 

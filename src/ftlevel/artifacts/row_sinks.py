@@ -65,7 +65,7 @@ class RowColumns:
 
 
 class RowSink(Protocol):
-    """A sink for rows; `is_table` says whether every row has the same columns."""
+    """Interface of a sink for rows; `is_table` is true if every row has the same columns."""
 
     is_table: ClassVar[bool]
 

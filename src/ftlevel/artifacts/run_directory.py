@@ -224,7 +224,7 @@ def _read_objects(path: Path) -> list[dict[str, Any]]:
 def check_output(directory: Path | None, *, overwrite: bool, resume: bool) -> None:
     """Raise ConfigError if `directory` cannot be written, before anything is loaded.
 
-    An existing directory needs `overwrite`, or `resume` and a run in it.
+    A directory that is not empty needs `overwrite`, or `resume` and a run in it.
     """
     target = directory or Path("runs") / "x"
     if directory is not None and directory.exists():

@@ -1,9 +1,9 @@
 """Quantize a merged model to 4 or 8 bits, or its matrices to a .gguf type.
 
-`weights.codes` chooses each code so that the layer keeps its outputs on sample rows, using H = E[x
-xᵀ] of the layer's inputs. Plain rounding to the grid of a quantized run would drop the adapter,
-whose update is far smaller than half a step. Such a run is therefore merged into the weights before
-quantization and corrected from there.
+H = E[x xᵀ] over the inputs x of a linear layer on sample rows. `weights.codes` uses H to choose
+codes that preserve the layer's outputs. Plain rounding to the grid of a quantized run would drop
+the update, which is far smaller than half a step. Such a run is therefore merged into the weights
+before quantization and corrected from there.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class _Sums:
         self._counts[name] = self._counts.get(name, 0) + len(rows)
 
     def finish(self) -> None:
-        """Divide the sums by their numbers of rows."""
+        """Divide each sum by its number of rows."""
         for name, total in self.means.items():
             total /= max(self._counts[name], 1)
 
@@ -165,7 +165,9 @@ class CodeChooser:
         target: source of the weights as trained.
         origin: source of the weights before quantization with the update added.
         turned: linear layer → whether its weight is (in, out), as in Conv1D.
+        dtype: precision in which the weights were loaded before they were quantized.
         moments: input moments; None rounds each weight to the nearest code.
+        fits_scales: whether to choose the scales by the moments too.
         sums: see `LowBits` (mutated).
     """
 

@@ -197,7 +197,10 @@ def load_trained_model(inputs: MergeInput, quant: QuantConfig, *, dequantized: b
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows to compare models on, and rows to choose codes on, which differ if there are enough."""
+    """Rows to compare models on, and calibration rows to choose codes on.
+
+    The two are disjoint if there are enough rows. `choices` are lines for the console.
+    """
 
     compared: list[Encoded]
     calibration: list[Encoded]

@@ -72,9 +72,13 @@ _BASE = ".base_layer."
 
 @dataclass(frozen=True)
 class NormalForm:
-    """Plain LoRA on the unchanged base; `factors` are in float64 and share one rank.
+    """Plain LoRA on the unchanged base.
 
-    `kept` contains the tensors of modules that were trained in full, `said` notes for the user.
+    Attributes:
+        factors: module → its update in float64; all have the same rank.
+        kept: tensor name in the base → tensor of a module that was trained in full.
+        said: notes for the user about the conversion.
+        way: source of the factors, for the user.
     """
 
     factors: dict[str, Factors]

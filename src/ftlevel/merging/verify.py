@@ -50,8 +50,10 @@ class Candidate:
 class Checked:
     """Measurements of a correct merge.
 
-    `agreement` and `before_rounding` are distances from the base with the adapter, before and after
-    rounding; `rounding` is the distance between the two, or None.
+    Attributes:
+        agreement: distance of the written model from the base with the adapter.
+        before_rounding: the same in float32, for the weights before rounding.
+        rounding: distance of the written model from the weights before rounding, if any.
     """
 
     agreement: Agreement

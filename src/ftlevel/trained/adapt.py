@@ -124,7 +124,7 @@ def compact_targets(model: torch.nn.Module, targets: Sequence[str]) -> list[str]
 
 
 def copy_start(model: Any, method: MethodConfig) -> dict[str, Any]:
-    """Return what `save_adapter` needs of an untrained `model`; empty for most methods."""
+    """Return the initial state of `model` that `save_adapter` needs; may be empty."""
     start = METHODS[method.kind].start
     return start.copy(model) if start else {}
 

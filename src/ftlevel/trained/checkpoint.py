@@ -17,7 +17,8 @@ _PARTS = "shard-*.safetensors"
 def whole_model(directory: Path) -> Path:
     """Return `directory`, or a temporary directory with the model merged from its shards.
 
-    It exists until the process ends. Raises InputError if a shard is missing or damaged.
+    The temporary directory exists until the process ends. Raises InputError if a shard is missing
+    or damaged.
     """
     if not any(directory.glob(_PARTS)):
         return directory

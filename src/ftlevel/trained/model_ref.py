@@ -507,7 +507,7 @@ def check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
 
 
 def check_cached_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
-    """Check the weights of a base on the Hub; downloads it if it is not cached."""
+    """Raise InputError if a base on the Hub has other weights; downloads it if it is not cached."""
     if source.kind == "hub" and card.base.get("fingerprint") is not None:
         from ftlevel.weights.checkpoint import local_directory
 

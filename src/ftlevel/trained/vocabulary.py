@@ -35,7 +35,7 @@ def fit_vocabulary(model: Any, directory: Path) -> int | None:
 
 
 def check_new_rows(model: Any, had: int | None, directory: Path) -> None:
-    """Raise InputError if rows that the base lacks would be random; `had` is their former number.
+    """Raise InputError if new embedding rows would be random; `had` is the former number of rows.
 
     NaN rows of the base that the adapter replaces become the mean of the former rows (mutated).
     """

@@ -24,7 +24,7 @@ ChooseCodes = Callable[[str], Codes]
 class Merged:
     """Result of merging the exported adapter; its `summary` is empty if nothing is merged.
 
-    `choose` selects codes, None rounds. `beside_run` compares the reloaded model with the run.
+    `choose` selects codes; None rounds. `beside_run` compares the reloaded model with the run.
     """
 
     summary: Mapping[str, Any]

@@ -164,10 +164,13 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class Checked:
-    """Measurements of one written adapter, all of logits but `quantized`.
+    """Measurements of one written adapter.
 
-    `effect` is the largest change by the adapter. `quantized` is the KL divergence from the run on
-    its quantized base; None if the base is the same.
+    Attributes:
+        difference: largest difference of a logit from the run.
+        scale: largest logit.
+        effect: largest change of a logit by the adapter.
+        quantized: KL divergence from the run on its quantized base; None for the same base.
     """
 
     difference: float
@@ -254,7 +257,8 @@ def _check_together(entries: Sequence[Entry], server: Server | None) -> None:
 class AdaptersExport:
     """Planned export of adapters, before weights of the base are loaded.
 
-    A form of None is probed on the loaded layers; a `server` of None writes the format only.
+    Loaded layers are probed if a value of `forms` is None. A `server` of None writes the format
+    only.
     """
 
     config: ExportConfig

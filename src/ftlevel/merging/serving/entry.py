@@ -164,7 +164,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Entry:
-    """An adapter to be served under `name`."""
+    """An adapter, or a whole model, to be served under `name`."""
 
     name: str
     found: ModelRef

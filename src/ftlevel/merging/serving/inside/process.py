@@ -67,7 +67,7 @@ def ask_inside(
 
 
 def _run(command: list[str], seconds: float, library: str) -> tuple[int, str]:
-    """Return exit code and output; kill the process and its children on timeout."""
+    """Return exit code and output; kill the process and its children on timeout or interrupt."""
     try:
         process = subprocess.Popen(
             command,
