@@ -1,1 +1,1 @@
-"""What a run leaves on disk: the run directory, checkpoints, the adapter and its card."""
+"""Files that ftlevel writes: run directories, checkpoints, adapters, cards, reports, row files."""

@@ -1,7 +1,4 @@
-"""What lies beside an adapter so that it is used rightly: ftlevel.json, and a README for people.
-
-The README of a merged model: what it is made of, onto what, and how it was checked.
-"""
+"""Write and read ftlevel.json, the card of an adapter, and write README files for the Hub."""
 
 from __future__ import annotations
 
@@ -25,30 +22,18 @@ _SHOWN_LABELS = 20
 
 @dataclass(frozen=True)
 class AdapterCard:
-    """What must be known to use an adapter as it was trained.
+    """Training settings that are needed to use an adapter, saved as ftlevel.json.
 
     Attributes:
-        method: as in `--method`; a `full` run holds a whole model.
-        task: as in `--task`.
-        base: the base model's `name`, `kind`, `revision` and weight `fingerprint`, and of a local
-            one its `path` from the directory that the card is in.
-        quantization: the quant section of the run.
-        dtype: compute precision.
+        base: `name`, `kind`, `revision` and weight `fingerprint` of the base, and for a local
+            one its `path` relative to the card.
         prompt: fields of `PromptFormat`; empty for classification.
-        labels: names of classes or tags by index; empty where there are none.
-        options: what else the task must know: `problem_type` of classification, `doc_stride` and
-            `unanswerable` of question answering.
+        options: task settings, such as `problem_type`, `doc_stride` and `unanswerable`.
         heads: modules that were trained in full and are saved with the adapter.
-        padding_side: for batched generation.
-        max_length: in tokens.
-        data: name, row counts and fingerprint of the training data, and what its columns were said
-            to be, which holds for other rows of such columns.
-        needs_import: what a program must import before PEFT alone can load the adapter.
-        versions: of the libraries.
-        adapter: name and fingerprint of the adapter that training went on from; empty for none.
-        merge: what was merged into a whole model, and how it was checked; empty where nothing was.
-        quantized: from which whole model this one was quantized, and how far it is from it; empty
-            where it was not. What `merge` says is of that model.
+        needs_import: module to import before PEFT alone can load the adapter.
+        adapter: name and fingerprint of the adapter that training continued; empty for none.
+        merge: summary of the merge of a merged model; empty for others.
+        quantized: source of a quantized model; `merge` then describes the source.
     """
 
     method: str
@@ -75,11 +60,7 @@ class AdapterCard:
 
 
 def read_card(directory: Path) -> AdapterCard:
-    """Read ftlevel.json of `directory`.
-
-    Raises:
-        InputError: it is missing or unreadable, or of a later format.
-    """
+    """Read ftlevel.json of `directory`; raise InputError if it is missing, invalid or too new."""
     path = directory / CARD
     if directory.is_dir():
         check_regular(directory.iterdir(), str(directory))
@@ -97,15 +78,14 @@ def read_card(directory: Path) -> AdapterCard:
         raise InputError(f"{path} was written by a later ftlevel. Install that version.")
     try:
         return _with_prompt_version(AdapterCard(**fields), directory)
-    except TypeError as error:  # a field that there is not, or one too few
+    except TypeError as error:  # an unknown or a missing field
         raise InputError(f"{path} is no card of an adapter ({error}).") from None
 
 
 def _with_prompt_version(card: AdapterCard, directory: Path) -> AdapterCard:
-    """Return a card from before prompts had versions with version 1, and its separator.
+    """Return the card with prompt version 1 and its separator, if it has no prompt version.
 
-    Prompts without a cue had a newline between them and their answers; plain texts, and what
-    ftlevel did not train, have none.
+    Version 1 put a newline between prompt and answer, except with a cue or in plain texts.
     """
     if not isinstance(card.prompt, dict):
         raise TypeError("its prompt is no object")
@@ -121,7 +101,7 @@ def _with_prompt_version(card: AdapterCard, directory: Path) -> AdapterCard:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of what decides a run's numbers."""
+    """Return the versions of Python and of the libraries that affect the results of a run."""
     names = ("ftlevel", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchao")
     versions = {"python": platform.python_version()}
     for name in names:
@@ -140,18 +120,18 @@ _PROMPTS = {
 
 
 def pipeline_tag(task: str) -> str:
-    """Return what the Hub calls `task`."""
+    """Return the Hub's pipeline tag for `task`."""
     return _PIPELINE_TAGS.get(task, task)
 
 
 def generate_command(run: str, task: str) -> str:
-    """Return the command that asks `run`, with what its `task` needs to be asked."""
+    """Return the `ftlevel generate` command for `run`, with the prompt flags of its `task`."""
     asked = _PROMPTS.get(task, '--prompt "…"')
     return f"ftlevel generate {shlex.quote(run)} {asked}"
 
 
 def loss_words(summary: Mapping[str, Any]) -> str:
-    """Return the training loss of a run at its beginning and at its end, with their spread."""
+    """Return the first and last training losses of a run, with their standard deviations."""
     first, last, window = (summary[f"loss_{key}"] for key in ("first", "last", "window"))
     if window == 1:
         return f"{first:.4f} → {last:.4f} (one logged loss each)"
@@ -163,7 +143,7 @@ def loss_words(summary: Mapping[str, Any]) -> str:
 
 
 def memory_words(summary: Mapping[str, Any]) -> str:
-    """Return the memory that was planned beside what was measured; empty where none was planned."""
+    """Return the estimated and the measured memory; empty without an estimate."""
     plan = summary.get("plan", {})
     if not plan.get("peak_bytes"):
         return ""
@@ -174,7 +154,7 @@ def memory_words(summary: Mapping[str, Any]) -> str:
 
 
 def kept_words(best: Mapping[str, Any]) -> str:
-    """Return which model a run has kept and why, as in summary.json's `best`."""
+    """Describe which checkpoint a run has kept and why, from `best` in summary.json."""
     name, ends = best["metric"], best["last_step"]
     order = "highest" if best["greater_is_better"] else "lowest"
     step, value = best["kept_step"], f"{name} {best['best']:.4f}"
@@ -192,19 +172,14 @@ def kept_words(best: Mapping[str, Any]) -> str:
             f"{best['best']:.4f}"
         )
     if best["stopped_early"]:
-        count = best.get("waited", best["patience"])  # summaries of former versions lack it
+        count = best.get("waited", best["patience"])  # missing in older summaries
         without = f"{count:,} evaluation{'s' * (count != 1)} without a better one"
         words += f"; stopped early, after {without}"
     return words
 
 
 def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
-    """Return the model card of a run: front matter for the Hub, what it is, how it did, its use.
-
-    Args:
-        summary: what summary.json holds.
-        needs_import: what a program must import before PEFT alone can load the adapter.
-    """
+    """Return the model card of a run, from summary.json and the module to import for plain PEFT."""
     metrics = summary.get("metrics", {})
     lines = [
         "---",
@@ -257,7 +232,6 @@ def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
 
 
 def _metrics_table(summary: Mapping[str, Any]) -> list[str]:
-    """Return the figures of the kept model, and those of the last step where that is another."""
     metrics, best = summary["metrics"], summary.get("best")
     columns = {"before": summary.get("metrics_before", {}), "after": metrics}
     if best and best["kept_step"] != best["last_step"]:
@@ -276,7 +250,7 @@ _PEFT_CLASSES = {
 
 
 def _named_labels(summary: Mapping[str, Any], needs_import: str) -> list[str]:
-    """Return how a program loads the adapter with its labels, which PEFT does not keep."""
+    """Return Python code that loads the adapter with its labels, which PEFT does not save."""
     loader = _PEFT_CLASSES[summary["task"]]
     return [
         "PEFT keeps no names of labels with an adapter: without them its base is loaded with two, "
@@ -296,7 +270,6 @@ def _named_labels(summary: Mapping[str, Any], needs_import: str) -> list[str]:
 
 
 def _python_use(module: str) -> list[str]:
-    """Return how a program loads an adapter of a type that PEFT does not have by itself."""
     return [
         "PEFT does not have this type of adapter by itself. `ftlevel` commands need nothing more; "
         "a program of your own needs one import:",
@@ -312,12 +285,9 @@ def _python_use(module: str) -> list[str]:
 
 
 def write_quantized_readme(name: str, summary: Mapping[str, Any], task: str | None = None) -> str:
-    """Return the card of a quantized model: what it was made from, its size, and what was measured.
+    """Return the model card of a quantized model, from quantization.json.
 
-    Args:
-        name: of the directory.
-        summary: what quantization.json holds.
-        task: what the source was trained for by ftlevel, as in `--task`; None where it was not.
+    `task` is the value of `--task`; None for a source that ftlevel did not train.
     """
     source, form = summary["source"]["name"], summary["quantization"]["form"]
     library = "torchao" if form.startswith("torchao") else "bitsandbytes"
@@ -368,12 +338,7 @@ def write_quantized_readme(name: str, summary: Mapping[str, Any], task: str | No
 
 
 def write_merge_readme(summary: Mapping[str, Any], task: str) -> str:
-    """Return the model card of a merged model.
-
-    Args:
-        summary: what `merge` gave.
-        task: as in `--task`.
-    """
+    """Return the model card of a merged model, from the summary of `merge`."""
     base = summary["base"]
     lines = [
         "---",
@@ -408,7 +373,7 @@ def write_merge_readme(summary: Mapping[str, Any], task: str) -> str:
 
 
 def how_near(found: Mapping[str, Any]) -> str:
-    """Return how near a model is to the one that it is compared with (`Agreement`), in words."""
+    """Format an `Agreement`: mean logit difference, KL divergence and top-1 agreement."""
     apart = f"{found['mean_difference']:.2g} on average"
     return apart if found["kl"] is None else (
         f"{apart}, KL {found['kl']:.2g}, top-1 {found['top1']:.1%}"

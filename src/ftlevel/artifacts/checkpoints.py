@@ -1,12 +1,8 @@
-"""Checkpoints that can be trusted: each has a manifest of its files, written last.
+"""Certify checkpoints with a manifest that is written last, and find the newest intact one.
 
-A checkpoint without a manifest, or with a file that does not match it, was cut short; it is never
-resumed from.
-
-The best models of a run, beside its checkpoints: best-N directories with the weights of a step.
-
-They are certified like checkpoints. A run that goes on from a checkpoint needs the one that was
-best when that was written, so each checkpoint has one, and the newest of all stays.
+A checkpoint without a manifest, or with a changed file, is incomplete and must not be resumed from.
+best-N directories contain the weights of the best model; one is kept for each checkpoint that a run
+may resume from.
 """
 
 from __future__ import annotations
@@ -24,9 +20,9 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def certify(checkpoint: Path) -> None:
-    """Flush `checkpoint` and its files to the disk, and write its manifest."""
+    """Flush `checkpoint` to disk and write its manifest of file sizes and SHA-256 digests."""
     files = {}
-    (checkpoint / MANIFEST).unlink(missing_ok=True)  # of a former save after the same step
+    (checkpoint / MANIFEST).unlink(missing_ok=True)  # of an earlier save of the same step
     flush_all(checkpoint)
     for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
         files[str(path.relative_to(checkpoint))] = {
@@ -38,12 +34,12 @@ def certify(checkpoint: Path) -> None:
 
 
 def listed(checkpoint: Path) -> set[str]:
-    """Return the names in the manifest of `checkpoint`; of one without, none."""
+    """Return the file names in the manifest of `checkpoint`; empty without a manifest."""
     return set(_read_manifest(checkpoint) or ())
 
 
 def _read_manifest(checkpoint: Path) -> dict[str, tuple[int, str]] | None:
-    """Return file → size and digest; None of a manifest that is not there or of another shape."""
+    """Return file → size and digest; None if the manifest is missing or invalid."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
         return {name: (int(entry["size"]), entry["sha256"]) for name, entry in files.items()}
@@ -55,7 +51,7 @@ def _read_manifest(checkpoint: Path) -> dict[str, tuple[int, str]] | None:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with `checkpoint`, or None if every file is as it was written."""
+    """Return the first mismatch with the manifest or non-finite tensor; None if there is none."""
     if not (checkpoint / MANIFEST).is_file():
         return "it was not finished (no manifest)"
     files = _read_manifest(checkpoint)
@@ -78,12 +74,12 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def find_not_finite(path: Path) -> str | None:
-    """Return the name of a tensor of a .safetensors file with NaN or infinity in it, if any."""
+    """Return the name of a tensor with NaN or infinity in a .safetensors file, if any."""
     import torch
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - it is no mapping
+        for name in file.keys():  # noqa: SIM118 - not a mapping
             tensor = file.get_tensor(name)
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 return str(name)
@@ -91,7 +87,7 @@ def find_not_finite(path: Path) -> str | None:
 
 
 def newest_whole(directory: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint that is whole, and a line for each newer one that is not."""
+    """Return the newest intact checkpoint, and a line for each newer one that is damaged."""
     rejected: list[str] = []
     for checkpoint in reversed(numbered(directory)):
         damage = find_damage(checkpoint)
@@ -102,25 +98,25 @@ def newest_whole(directory: Path) -> tuple[Path | None, list[str]]:
 
 
 def rotate(directory: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints; those without a manifest are not of the run."""
+    """Delete all certified checkpoints but the `keep` newest; others are not deleted."""
     certified = [path for path in numbered(directory) if (path / MANIFEST).is_file()]
     for checkpoint in certified[:-keep]:
         shutil.rmtree(checkpoint)
 
 
 def numbered(directory: Path) -> list[Path]:
-    """Return the checkpoint-N directories of `directory`, by their step."""
+    """Return the checkpoint-N directories of `directory`, sorted by step."""
     found = [(p, _NAME.fullmatch(p.name)) for p in directory.glob("checkpoint-*") if p.is_dir()]
     return [p for p, match in sorted(((p, m) for p, m in found if m), key=lambda i: int(i[1][1]))]
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step after which `checkpoint` was written."""
+    """Return the step of a checkpoint, from its name."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def set_aside_newer(directory: Path, checkpoint: Path | None) -> None:
-    """Rename the checkpoints that are newer than `checkpoint`, or all, to rejected-N."""
+    """Rename checkpoints newer than `checkpoint` to rejected-N; all of them if it is None."""
     for newer in numbered(directory):
         if checkpoint is None or step_of(newer) > step_of(checkpoint):
             name, number = newer.name.replace("checkpoint", "rejected"), 1
@@ -134,14 +130,14 @@ _BEST_NAME = re.compile(r"best-(\d+)")
 
 
 def best_of(directory: Path, step: int) -> Path:
-    """Return where the best model of `step` lies, in the directory of the checkpoints."""
+    """Return the path of the best model at `step`."""
     return directory / f"best-{step}"
 
 
 def write_best(directory: Path, step: int, write: Callable[[Path], None]) -> None:
-    """Let `write` fill the best model of `step`; absent or whole, and older ones go after it."""
+    """Write the best model of `step` atomically by calling `write`, and delete those not needed."""
     partial, whole = directory / ".best.partial", best_of(directory, step)
-    if whole.exists() and not (whole / MANIFEST).is_file():  # of somebody else
+    if whole.exists() and not (whole / MANIFEST).is_file():  # not written by ftlevel
         whole.rename(whole.with_name(f"{whole.name}-kept"))
     for left in (partial, whole):
         if left.exists():
@@ -154,7 +150,7 @@ def write_best(directory: Path, step: int, write: Callable[[Path], None]) -> Non
 
 
 def rotate_best(directory: Path) -> None:
-    """Delete the best models that are neither the newest nor the best of a checkpoint's time."""
+    """Delete best models that are neither the newest nor the latest up to some checkpoint."""
     found = _numbered_best(directory)
     steps = [step_of(checkpoint) for checkpoint in numbered(directory)]
     needed = {_newest(found, step) for step in steps} | set(found[-1:])
@@ -164,14 +160,14 @@ def rotate_best(directory: Path) -> None:
 
 
 def forget_later(directory: Path, step: int) -> None:
-    """Delete the best models after `step`: the run goes on from there."""
+    """Delete the best models after `step`, from which the run resumes."""
     for path in _numbered_best(directory):
         if step_of(path) > step:
             shutil.rmtree(path)
 
 
 def forget_unreachable(directory: Path) -> None:
-    """Delete all best models of a run that ended, where no checkpoint is left to go on from."""
+    """Delete all best models of a finished run that has no checkpoint left."""
     if not numbered(directory):
         forget_later(directory, 0)
 
@@ -181,7 +177,7 @@ def _newest(found: list[Path], step: int) -> Path | None:
 
 
 def _numbered_best(directory: Path) -> list[Path]:
-    """Return the best-N directories of `directory` that a run has certified, by their step."""
+    """Return the certified best-N directories of `directory`, sorted by step."""
     named = [p for p in directory.glob("best-*") if _BEST_NAME.fullmatch(p.name)]
     found = [p for p in named if (p / MANIFEST).is_file()]
     return sorted(found, key=step_of)

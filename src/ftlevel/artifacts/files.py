@@ -1,6 +1,7 @@
-"""Writing a file so that it is absent or whole, whenever the process is killed.
+"""Write files and directories atomically, check output paths, and compute fingerprints.
 
-Fingerprints of weights and data: what a base model is, told without reading all of it.
+A file or directory is absent or complete even if the process is killed. Fingerprints of base models
+sample their weights and do not read all of them.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from typing import Any, BinaryIO
 from ftlevel.errors import ConfigError, InputError, listing
 
 _in_place: list[Path] = []
-"""What this process has put in place, whole."""
+"""Outputs that this process has completed."""
 
 
 def describe_interrupt() -> str:
-    """Say of a command that was interrupted what there is of its output: all of it, or nothing."""
+    """Return the message for an interrupted command: which outputs are complete, if any."""
     whole = [path for path in _in_place if path.exists()]
     if not whole:
         return "interrupted; nothing was kept."
@@ -32,8 +33,8 @@ def describe_interrupt() -> str:
 
 
 def flush(path: Path) -> None:
-    """Flush a file, or the names in a directory, to the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows opens none
+    """Flush a file or directory entry to disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open directories
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -43,14 +44,14 @@ def flush(path: Path) -> None:
 
 
 def flush_all(directory: Path) -> None:
-    """Flush `directory` and everything below it to the disk."""
+    """Flush `directory` and everything below it to disk."""
     for path in (*directory.rglob("*"), directory):
         if path.is_dir() or path.is_file():
             flush(path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` beside `path`, flush it to the disk, and rename it into place."""
+    """Write `text` atomically: to a temporary file, flushed and renamed."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -61,32 +62,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, absent or whole."""
+    """Write `value` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def read_plain(path: Path) -> str:
-    """Return the text of a plain file; a pipe or a device would be waited for without end.
-
-    Raises:
-        OSError: it is none, or cannot be read.
-        ValueError: it is no UTF-8.
-    """
+    """Return the text of a regular file; raise OSError for a pipe, on which reading may block."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no plain file", str(path))
     return path.read_text(encoding="utf-8")
 
 
 def check_regular(paths: Iterable[Path], words: str) -> None:
-    """Refuse pipes, sockets and devices, on which reading waits forever or has no end.
-
-    Raises:
-        InputError: naming the first.
-    """
+    """Raise InputError for pipes, sockets and devices, on which reading may block forever."""
     for path in sorted(paths):
         try:
             mode = path.stat().st_mode
-        except OSError:  # a link to nothing, which nothing reads
+        except OSError:  # a dangling link, which nothing reads
             continue
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise InputError(
@@ -95,11 +87,7 @@ def check_regular(paths: Iterable[Path], words: str) -> None:
 
 
 def check_absent(flag: str, path: Path) -> None:
-    """Refuse an output that exists or cannot be created; an empty directory is free.
-
-    Raises:
-        ConfigError: naming the `flag`.
-    """
+    """Raise ConfigError if an output exists or cannot be created; an empty directory is allowed."""
     if path.is_dir():
         if any(path.iterdir()):
             raise ConfigError(
@@ -115,11 +103,6 @@ def check_absent(flag: str, path: Path) -> None:
 
 
 def _make(partial: Path) -> None:
-    """Create a directory to write into.
-
-    Raises:
-        ConfigError: it cannot be.
-    """
     try:
         partial.mkdir(parents=True)
     except OSError as error:
@@ -130,13 +113,12 @@ def _make(partial: Path) -> None:
 
 @contextlib.contextmanager
 def placed_directory(path: Path) -> Iterator[Path]:
-    """Give a new directory beside `path` to write into; it becomes `path` when the block ends.
+    """Yield a temporary directory that is renamed to `path` when the block ends.
 
-    Every file is flushed to the disk first, so that `path` is absent or whole whenever the process
-    is killed. After an error nothing is left.
+    Its files are flushed first, so `path` is absent or complete. After an error it is deleted.
     """
     partial = path.with_name(f".{path.name}.partial")
-    if partial.exists():  # of a process that was killed
+    if partial.exists():  # left by a killed process
         shutil.rmtree(partial)
     try:
         _make(partial)
@@ -150,11 +132,7 @@ def placed_directory(path: Path) -> Iterator[Path]:
 
 
 def check_file_free(flag: str, path: Path, *, overwrite: bool) -> None:
-    """Refuse a file that exists, unless it may be replaced, or that cannot be created.
-
-    Raises:
-        ConfigError: naming the `flag`.
-    """
+    """Raise ConfigError if a file exists, unless `overwrite`, or if it cannot be created."""
     if path.is_dir():
         raise ConfigError(f"{flag} {path} is a directory. Name a file in it.")
     if (path.exists() or path.is_symlink()) and not overwrite:
@@ -166,15 +144,14 @@ def check_file_free(flag: str, path: Path, *, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def placed_files(*paths: Path) -> Iterator[Path]:
-    """Give a new directory beside `paths`; files of their names are put in place at the end.
+    """Yield a temporary directory; move its files named as in `paths` when the block ends.
 
-    They are flushed to the disk and renamed one after another, so that each is absent (or what it
-    was) or whole whenever the process is killed. What else is in the directory is thrown away, and
-    after an error nothing is left.
+    Each file is flushed and renamed, so it is absent, unchanged or complete. The temporary
+    directory is deleted, also after an error.
     """
     parent = paths[0].absolute().parent
     partial = parent / f".{paths[0].name}.partial"
-    if partial.exists():  # of a process that was killed
+    if partial.exists():  # left by a killed process
         shutil.rmtree(partial)
     try:
         _make(partial)
@@ -190,7 +167,7 @@ def placed_files(*paths: Path) -> Iterator[Path]:
 
 
 def _remove(partial: Path) -> None:
-    """Delete `partial`, though a signal comes meanwhile."""
+    """Delete `partial`, even if an interrupt arrives meanwhile."""
     try:
         shutil.rmtree(partial, ignore_errors=True)
     except KeyboardInterrupt:
@@ -202,14 +179,10 @@ _SAMPLE = 4096
 
 
 def base_fingerprint(path: Path) -> str:
-    """Return a SHA-256 over the names, types, shapes and samples of the weights at `path`.
+    """Return a SHA-256 over names, dtypes, shapes and samples of the weights at `path`.
 
-    Of each tensor in each .safetensors file the first, middle and last 4 KiB are read, so that a
-    large model takes a moment; a fine-tuned relative differs in nearly every tensor. Of a .gguf
-    file, 4 KiB in every mebibyte.
-
-    Args:
-        path: a model directory or a .gguf file.
+    Reads the first, middle and last 4 KiB of each tensor of the .safetensors files; of a .gguf
+    file, 4 KiB per MiB. A fine-tuned model differs in nearly every tensor.
     """
     digest = hashlib.sha256()
     if path.is_file():
@@ -221,10 +194,7 @@ def base_fingerprint(path: Path) -> str:
 
 
 def base_digest(path: Path) -> str:
-    """Return a SHA-256 of every byte of the weights in the directory `path`.
-
-    What a program changed in a model may be a few numbers, which samples would miss.
-    """
+    """Return a SHA-256 of every byte of the .safetensors files; samples miss small changes."""
     digest = hashlib.sha256()
     for file in sorted(path.glob("*.safetensors")):
         digest.update(f"{file.name} {file_fingerprint(file)}\n".encode())
@@ -244,11 +214,7 @@ def _sample_safetensors(path: Path, digest: Any) -> None:
 
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[int, dict[str, Any]]:
-    """Return the length of a safetensors header and what it says.
-
-    Raises:
-        InputError: it is none.
-    """
+    """Return length and content of a safetensors header; raise InputError if it is invalid."""
     try:
         (size,) = struct.unpack("<Q", file.read(8))
         if size > path.stat().st_size:
@@ -278,14 +244,14 @@ def _sample_file(path: Path, digest: Any) -> None:
 
 
 def sampled_fingerprint(path: Path) -> str:
-    """Return a SHA-256 of the size of a file and of some bytes of each megabyte of it."""
+    """Return a SHA-256 of the size of a file and of 4 KiB per MiB."""
     digest = hashlib.sha256()
     _sample_file(path, digest)
     return digest.hexdigest()
 
 
 def rows_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return a SHA-256 of `rows` in their order."""
+    """Return a SHA-256 of `rows`, which depends on their order."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())

@@ -1,7 +1,6 @@
-"""What was made, on the Hugging Face Hub: checked before the work, uploaded after its proof.
+"""Check access to the Hugging Face Hub before the work starts, and upload the verified result.
 
-The token is the one of `hf auth login` or of HF_TOKEN, which huggingface_hub reads by itself; it is
-never written, and never an argument.
+huggingface_hub reads the token (`hf auth login` or HF_TOKEN); ftlevel must not store or pass it.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from ftlevel.errors import ConfigError, RunError
 
 
 def find_repository(name: str) -> str:
-    """Return the whole name of the repository `name`, which the user may write to.
+    """Return the full name of the repository `name`, after checking that the user may write to it.
 
     Raises:
-        ConfigError: it is no name, nobody is logged in, or the Hub does not answer.
+        ConfigError: The name is invalid, nobody is logged in, or the Hub does not respond.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
@@ -37,7 +36,7 @@ def find_repository(name: str) -> str:
         if error.response is not None and error.response.status_code == 401:
             raise ConfigError(f"{flag}: the Hub does not know the token. hf auth login.") from None
         raise ConfigError(f"{flag}: the Hub answers {_first_line(error)}. Try later.") from None
-    # Its base is that of the HTTP library below, which changed its name between releases.
+    # The base class comes from the HTTP library, which differs between huggingface_hub releases.
     except (OSError, *HfHubHTTPError.__bases__) as error:  # type: ignore[misc]
         raise ConfigError(
             f"{flag}: the Hub does not answer ({_first_line(error)}). Nothing was done. Drop it, "
@@ -47,7 +46,6 @@ def find_repository(name: str) -> str:
 
 
 def _with_owner(name: str, user: dict[str, Any], flag: str) -> str:
-    """Return `name` with its owner: the user, or an organization of theirs."""
     token = (user.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
         raise ConfigError(f"{flag}: the token may only read. Make one that writes: hf auth login.")
@@ -64,21 +62,15 @@ def _with_owner(name: str, user: dict[str, Any], flag: str) -> str:
 
 @dataclass(frozen=True)
 class Upload:
-    """Where a command's result goes once it is whole; nowhere without a name.
-
-    Attributes:
-        name: of the repository, with its owner.
-        private: whether a repository that is made is hidden from others.
-    """
+    """Target of an upload; none without `name`. `private` applies only to a new repository."""
 
     name: str | None
     private: bool
 
     def send(self, paths: Sequence[Path], summary: dict[str, Any]) -> None:
-        """Upload a directory, or files of one, and note in `summary` where it is (mutated).
+        """Upload a directory, or files of one, and store the URL in `summary["hub"]` (mutated).
 
-        Raises:
-            RunError: the Hub refused it; what is on disk is whole.
+        Raises RunError if the upload fails; the local files are complete.
         """
         if self.name is None:
             return
@@ -89,27 +81,13 @@ class Upload:
 
 
 def plan_upload(config: HubSection) -> Upload:
-    """Return where the result of `config` goes.
-
-    Raises:
-        ConfigError: as of `find_repository`.
-    """
+    """Return the upload that `config` requests; raise ConfigError like `find_repository`."""
     name = config.push_to_hub
     return Upload(None if name is None else find_repository(name), config.hub_private)
 
 
 def push(folder: Path, name: str, *, private: bool, files: Sequence[str] = ()) -> str:
-    """Upload `folder`, card and all, and return where it is.
-
-    Args:
-        folder: what was saved.
-        name: whole, as `find_repository` gave it.
-        private: whether a repository that is made is hidden from others.
-        files: names of what is uploaded of it, if not all.
-
-    Raises:
-        RunError: the Hub refused it; what is on disk is whole.
-    """
+    """Upload `folder`, or only `files` of it; return the URL. Raise RunError if the Hub refuses."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 

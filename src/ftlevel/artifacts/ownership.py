@@ -1,9 +1,7 @@
-"""What in a run directory is the run's own: that is replaced and deleted, and nothing else.
+"""Track which files of a run directory belong to the run; only these are replaced or deleted.
 
-A run's directory has a marker, written before anything else. When another run begins in it
-(`--overwrite`), the files of the old one are set aside inside the directory. They are deleted when
-the new one has its first checkpoint or its end, and put back when it fails before that. What anyone
-else has put there is kept.
+A marker is written first. `--overwrite` moves the old run's files aside, deletes them once the new
+run has a checkpoint or finishes, and restores them if it fails earlier. Foreign files are kept.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ REPORT, ANSWERS = "report.html", "validation.jsonl"
 ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
 OWN = (CONFIG, SUMMARY, METRICS, CARD, REPORT, ANSWERS, ADAPTER, CHECKPOINTS, "places.json", "base",
        "tensorboard", "wandb", "mlflow", "trackio")  # fmt: skip
-"""Names of all that a run writes into its directory, the marker aside."""
+"""Names of everything that a run writes into its directory, except the marker."""
 
 _ASIDE, _KEPT = ".replaced", "kept"
 
@@ -38,22 +36,22 @@ _IN_CHECKPOINTS = re.compile(
     r"training_args\.bin|(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|spiece)"
     r".*|losses\.json|adalora_ranks\.json|stream\.(json|arrow)|manifest\.json|\..*\.partial))"
 )
-"""What a run that was broken off may have left among its checkpoints."""
+"""Files that an interrupted run may have left in its checkpoints directory."""
 
 
 def mark(directory: Path) -> None:
-    """Make `directory` that of a new run."""
+    """Write the marker of a new run into `directory`."""
     write_json(directory / MARKER, {"run": uuid.uuid4().hex})
 
 
 def mark_end(directory: Path) -> None:
-    """Note the files of a run that is done: what is found among them later is not its own."""
+    """Record the files of a finished run; files found later are foreign."""
     run = (_read_marker(directory) or {}).get("run", uuid.uuid4().hex)
     write_json(directory / MARKER, {"run": run, "files": sorted(_files(directory))})
 
 
 def mark_going_on(directory: Path) -> None:
-    """Note that a run that was done goes on: of its files only the adapter's are known now."""
+    """Record that a finished run resumes: only the adapter's files stay listed."""
     marker = _read_marker(directory)
     if marker and (files := marker.pop("files", None)) is not None:
         marker["adapter"] = [name for name in files if name.startswith(f"{ADAPTER}/")]
@@ -61,29 +59,25 @@ def mark_going_on(directory: Path) -> None:
 
 
 def mark_end_once(directory: Path) -> None:
-    """Note the files of a run that is done, and that a kill has kept from noting them."""
+    """Record the files of a finished run, if a kill prevented that."""
     if "files" not in (_read_marker(directory) or {}):
         mark_end(directory)
 
 
 def is_free(directory: Path) -> bool:
-    """Whether nothing is in `directory` but a marker that a kill has cut short."""
+    """Whether `directory` contains nothing, except for an incomplete marker."""
     return all(path.name == f".{MARKER}.partial" for path in directory.iterdir())
 
 
 def is_run(directory: Path) -> bool:
-    """Whether a run has begun in `directory`."""
+    """Whether `directory` contains the marker of a run."""
     return _read_marker(directory) is not None
 
 
 def check_replaceable(directory: Path) -> None:
-    """Refuse to replace what is not a run.
+    """Raise ConfigError unless `directory` has a marker.
 
-    Args:
-        directory: exists and is not empty.
-
-    Raises:
-        ConfigError: it has no marker, is a link, or a directory that is more than a run.
+    Links and home, root and git directories are refused too.
     """
     where, reason = directory.resolve(), None
     if directory.is_symlink():
@@ -104,7 +98,7 @@ def check_replaceable(directory: Path) -> None:
 
 
 def forget_adapter(directory: Path) -> None:
-    """Delete the adapter of a run's former end; what others have put into it is kept."""
+    """Delete the adapter of an earlier end of the run; foreign files in it are kept."""
     keep_foreign(directory, f"{ADAPTER}/")
     adapter = directory / ADAPTER
     if adapter.is_symlink():
@@ -114,13 +108,10 @@ def forget_adapter(directory: Path) -> None:
 
 
 def set_aside(directory: Path) -> list[str]:
-    """Move the files of the run in `directory` aside, and return those that are kept.
+    """Move the files of the run in `directory` aside; return a line for each foreign file.
 
-    It may be done again after a kill at any moment: a run that was begun and has nothing yet is
-    deleted, and the one before it stays aside.
-
-    Returns:
-        A line for each file or directory in it that is not the run's.
+    This may be repeated after a kill: a new run without results is deleted, and the run before it
+    stays aside.
     """
     aside = directory / _ASIDE
     before, now = _read_marker(aside), _read_marker(directory)
@@ -129,7 +120,7 @@ def set_aside(directory: Path) -> list[str]:
     if aside.is_dir() and (before is None or (is_begun and _has_result(directory))):
         shutil.rmtree(aside)
         is_begun = False
-    if is_begun:  # a run that was begun, and was killed
+    if is_begun:  # a new run that was killed
         _delete_own(directory)
     else:
         aside.mkdir(exist_ok=True)
@@ -142,9 +133,9 @@ def set_aside(directory: Path) -> list[str]:
 
 @contextlib.contextmanager
 def replacing(directory: Path) -> Iterator[None]:
-    """Delete the run that was set aside when the block ends, or put it back if it fails early.
+    """Delete the run that was set aside when the block ends.
 
-    Early is before the new run's first checkpoint. Where nothing was set aside, nothing is done.
+    If the block fails before the new run's first checkpoint, restore the old run instead.
     """
     try:
         yield
@@ -169,7 +160,7 @@ def _put_back(directory: Path) -> None:
     if marker is None:
         return
     _delete_own(directory)
-    write_json(directory / MARKER, marker)  # before all else: a kill leaves one run in two places
+    write_json(directory / MARKER, marker)  # first, so that a kill leaves one run
     for path in _own(aside):
         path.rename(directory / path.name)
     (aside / MARKER).unlink()
@@ -177,17 +168,10 @@ def _put_back(directory: Path) -> None:
 
 
 def keep_foreign(directory: Path, under: str = "") -> list[str]:
-    """Move what others have put into the directories of a run to `kept`.
+    """Move foreign files in the run's directories to `kept`; return a line for each.
 
-    Of a run that is done, what came after its end; of one that was broken off, what it does not
-    write among its checkpoints.
-
-    Args:
-        directory: of the run.
-        under: one of its directories, where not all are meant.
-
-    Returns:
-        A line for each.
+    After a finished run these are files added later; after an interrupted run, files that it does
+    not write among its checkpoints. `under` limits the search to one directory.
     """
     marker = _read_marker(directory) or {}
 
@@ -214,7 +198,7 @@ def keep_foreign(directory: Path, under: str = "") -> list[str]:
 
 
 def _files(directory: Path) -> set[str]:
-    """Return the names, with slashes, of all files and links below the run's own names."""
+    """Return the relative POSIX paths of all files and links below the run's own names."""
     places = [directory / name for name in OWN]
     return {
         path.relative_to(directory).as_posix()
@@ -225,7 +209,7 @@ def _files(directory: Path) -> set[str]:
 
 
 def _own(directory: Path) -> list[Path]:
-    """Return what `directory` has of a run, cut short or whole, without the marker."""
+    """Return the run's own entries in `directory`, complete or partial, without the marker."""
     names = {*OWN, *(f".{name}.partial" for name in OWN)}
     return [path for path in directory.iterdir() if path.name in names]
 
@@ -239,7 +223,7 @@ def _delete_own(directory: Path) -> None:
 
 
 def _free(path: Path) -> Path:
-    """Return `path`, or with a number that is free."""
+    """Return `path`, with a number appended if it exists."""
     number, free = 1, path
     while free.exists() or free.is_symlink():
         number += 1
@@ -248,7 +232,7 @@ def _free(path: Path) -> Path:
 
 
 def _has_result(directory: Path) -> bool:
-    """Whether the run in `directory` has more than it began with."""
+    """Whether the run in `directory` has an intact checkpoint or a summary."""
     whole, _ = checkpoints.newest_whole(directory / CHECKPOINTS)
     return whole is not None or (directory / SUMMARY).is_file()
 

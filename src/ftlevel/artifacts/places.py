@@ -1,8 +1,8 @@
-"""Where the files are that a run needs: named so that the run can be read anywhere, and moved.
+"""Resolve the local files of a run after it has been moved.
 
-config.yaml names them absolutely, for whoever reads it from another directory. places.json names
-them from the run's own directory, so that a folder that holds run, model and data moves as one. The
-first that is there is taken, and of two base models the one with the run's weights.
+config.yaml contains absolute paths; places.json contains paths relative to the run directory, so
+that a folder with run, model and data can be moved. The first existing path is used; of two base
+models, the one with the run's weights.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _FIELDS = {
     "preference.reference": "--reference",
     "distillation.teacher": "--teacher",
 }
-"""Dotted field that may be a path here → the flag that sets it."""
+"""Dotted field that may contain a local path → the flag that sets it."""
 
 DATA_PLACES = ("data.dataset", "data.also", "data.validation_file")
-"""The fields that say where the rows are."""
+"""Fields with the paths of the data."""
 
 
 def absolute_places(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration's plain `values` with its local paths made absolute."""
+    """Return `values` of a configuration with local paths made absolute."""
     return _with_places(values, lambda _, place: str(Path(place).expanduser().absolute()))
 
 
 def write_places(run: RunDirectory, values: Mapping[str, Any]) -> None:
-    """Write places.json: the local paths of `values`, each by what config.yaml calls it."""
+    """Write places.json: absolute path in config.yaml → path relative to the run."""
     found: dict[str, str] = {}
 
     def note(_: str, place: str) -> str:
@@ -55,7 +55,7 @@ def write_places(run: RunDirectory, values: Mapping[str, Any]) -> None:
 
 
 def relative_place(path: Path, directory: Path) -> str:
-    """Return `path` from `directory`; empty where there is no way, as between drives."""
+    """Return `path` relative to `directory`; empty if there is none, as between drives."""
     path = path.expanduser().absolute()
     try:
         return os.path.relpath(path.parent.resolve() / path.name, directory.resolve())
@@ -64,17 +64,14 @@ def relative_place(path: Path, directory: Path) -> str:
 
 
 def resolve_relative(relative: str, directory: Path) -> Path:
-    """Return the path that is `relative` from `directory`."""
+    """Return the path that is `relative` to `directory`."""
     return Path(os.path.normpath(directory.resolve() / relative))
 
 
 def read_run(directory: Path) -> Layer:
-    """Read config.yaml of a run, with the places where its files are now.
+    """Read config.yaml of a run, with the current paths of its files.
 
-    A file that is nowhere keeps the place that it had; see `check_places`.
-
-    Raises:
-        ConfigError: config.yaml cannot be read.
+    Missing files keep their recorded path; see `check_places`. Raises ConfigError if unreadable.
     """
     layer = read_recipe(directory / CONFIG)
     relative, weights = _read_json(directory / PLACES), _weights_of(directory)
@@ -89,15 +86,9 @@ def read_run(directory: Path) -> Layer:
 
 
 def check_places(directory: Path, values: Mapping[str, Any], fields: Sequence[str] = ()) -> None:
-    """Refuse a run of which a file is nowhere, naming where it was looked for.
+    """Raise ConfigError, with a line per file, if files in `values` are missing.
 
-    Args:
-        directory: the run.
-        values: its configuration as plain values, after what the user gave.
-        fields: dotted fields to look at; none for all.
-
-    Raises:
-        ConfigError: with a line for each.
+    Only the given dotted `fields` are checked; all if empty.
     """
     relative, problems = _read_json(directory / PLACES), []
 
@@ -123,7 +114,6 @@ def check_places(directory: Path, values: Mapping[str, Any], fields: Sequence[st
 
 
 def _candidates(place: str, relative: Mapping[str, str], directory: Path) -> list[Path]:
-    """Return where the file may be that was at `place`: from the run's directory, and as it was."""
     moved = [resolve_relative(relative[place], directory)] if place in relative else []
     return list(dict.fromkeys([*moved, Path(place)]))
 
@@ -131,13 +121,7 @@ def _candidates(place: str, relative: Mapping[str, str], directory: Path) -> lis
 def _with_places(
     values: Mapping[str, Any], change: Callable[[str, str], str], *, every: bool = False
 ) -> dict[str, Any]:
-    """Return `values` with each local path replaced by what `change` makes of field and path.
-
-    Args:
-        values: section → its fields.
-        change: is told the dotted field and its value.
-        every: change all values of the fields, paths here or not.
-    """
+    """Return `values` with each local path, or with `every` each path, changed by `change`."""
     changed = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
     def new(field: str, value: Any) -> Any:
@@ -159,26 +143,25 @@ def _parts() -> Iterator[tuple[str, str, str]]:
 
 
 def _is_path(field: str, value: str) -> bool:
-    """Whether `value` means a file or directory here: one that exists, or an absolute path."""
+    """Whether `value` is a local path: it exists or is absolute."""
     if value == IN_MEMORY or value.startswith(("builtin:", "hf://")):
         return False
     path = Path(value).expanduser()
-    if str(path.parent) in ("/dev/fd", "/proc/self/fd"):  # a pipe of the shell
+    if str(path.parent) in ("/dev/fd", "/proc/self/fd"):  # process substitution of the shell
         return False
     if field == "data.chat_template" and path.name == value and not path.suffix:
-        return False  # a template's name
+        return False  # name of a built-in template
     if field == "preference.reference" and value in (START, NO_REFERENCE):
         return False
     return path.is_absolute() or _is_there(path)
 
 
 def _is_there(path: Path) -> bool:
-    """Tell whether a path exists, or a pattern of names matches one that does."""
     return path.exists() or bool(glob(str(path), recursive=True))  # noqa: PTH207 - as match_files
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Return what is in the file; nothing of a run that was made before there was one."""
+    """Return the object in the file; empty if the file does not exist."""
     try:
         found = json.loads(read_plain(path))
     except FileNotFoundError:
@@ -189,5 +172,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _weights_of(directory: Path) -> str | None:
-    """Return the fingerprint of the weights that the run was begun with, where it is known."""
+    """Return the fingerprint of the weights that the run started with; None if unknown."""
     return _read_json(directory / "checkpoints" / ORIGIN).get("model.fingerprint")

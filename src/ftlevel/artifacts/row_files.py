@@ -1,8 +1,7 @@
-"""JSON Lines, CSV and TSV, appended to; what was cut off in the middle of a row is cut off.
+"""Row files in JSON Lines, CSV, TSV and Parquet that can be resumed after an interruption.
 
-Parquet, whose rows lie in a stream of Arrow's until it is whole.
-
-A name to the format of its file, by the suffix.
+Text formats are appended to after the last complete row. Parquet rows are first written to an Arrow
+IPC stream.
 """
 
 from __future__ import annotations
@@ -28,19 +27,19 @@ from ftlevel.artifacts.row_sinks import (
 )
 from ftlevel.errors import ConfigError, InputError, listing
 
-_LONGEST = min(sys.maxsize, 2**31 - 1)  # cells of any length are read back
+_LONGEST = min(sys.maxsize, 2**31 - 1)  # no limit on the length of cells
 
 
 class _TextFile(RowFile):
-    """A file of text, of which the bytes behind the last whole row are cut off."""
+    """A text file; bytes after the last complete row are truncated on resume."""
 
     def __init__(self, path: Path, columns: RowColumns) -> None:
         super().__init__(path, columns)
         self._file: IO[str] | None = None
-        self._ends: int = 0  # byte behind the last row that was read back, or behind the header
+        self._ends: int = 0  # offset after the last complete row or the header
 
-    def open(self, keep: int) -> None:  # noqa: ARG002 - `read_back` has seen where they end
-        """Begin to write behind the first `keep` rows."""
+    def open(self, keep: int) -> None:  # noqa: ARG002 - `read_back` sets `_ends`
+        """Open the file for appending after the first `keep` rows."""
         there = self.existing
         if there is None or not self._ends:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +53,7 @@ class _TextFile(RowFile):
         self._file = self.partial.open("a", encoding="utf-8", newline="")
 
     def _begin(self) -> None:
-        """Write what comes before the first row."""
+        """Write the text before the first row, if any."""
 
     def _put(self, text: str) -> None:
         if self._file is None:
@@ -63,19 +62,19 @@ class _TextFile(RowFile):
         self._file.flush()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 class JsonLinesFile(_TextFile):
-    """An object a line."""
+    """One JSON object per line."""
 
     is_table = False
 
     def read_back(self) -> Iterator[Any]:
-        """Yield the objects of whole lines, without what was added."""
+        """Yield the objects of complete lines, without the answer columns."""
         there = self.existing
         if there is None:
             return
@@ -94,16 +93,16 @@ class JsonLinesFile(_TextFile):
                 yield {k: v for k, v in row.items() if k not in self.columns.answers}
 
     def as_written(self, row: Row) -> Any:
-        """Return the row as JSON gives it back."""
+        """Return the row after a round trip through JSON."""
         return json.loads(to_json(row))
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Write a line a row."""
+        """Append one line per row."""
         self._put("".join(to_json(row) + "\n" for row in rows))
 
 
 class CommaSeparatedFile(_TextFile):
-    """Cells between commas, below a header."""
+    """Comma-separated cells below a header."""
 
     separator: ClassVar[str] = ","
 
@@ -115,7 +114,7 @@ class CommaSeparatedFile(_TextFile):
         self._put(self._lines([self._header]))
 
     def read_back(self) -> Iterator[Any]:
-        """Yield the cells of whole rows, without what was added."""
+        """Yield the cells of complete rows, without the answer columns."""
         there = self.existing
         if there is None:
             return
@@ -136,21 +135,21 @@ class CommaSeparatedFile(_TextFile):
                     self._ends = taken.bytes
                     yield row[:width]
             except (csv.Error, UnicodeDecodeError):
-                return  # a row that was cut off inside quotes, or inside a character
+                return  # truncated inside quotes or a character
             finally:
                 csv.field_size_limit(limit)
 
     def as_written(self, row: Row) -> Any:
-        """Return the cells of a row."""
+        """Return the cells of a row, without the answer columns."""
         return [to_cell(row.get(name)) for name in self.columns.names]
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Write rows of cells."""
+        """Append rows of cells."""
         self._put(self._lines([to_cell(row.get(name)) for name in self._header] for row in rows))
 
     def _lines(self, rows: Iterable[Sequence[str]]) -> str:
         text = io.StringIO()
-        # With \r\n as its end of a line the module quotes cells with either of the two.
+        # With the terminator \r\n, csv quotes cells that contain either character.
         writer = csv.writer(text, delimiter=self.separator, lineterminator="\r\n")
         lines = []
         for row in rows:
@@ -162,13 +161,13 @@ class CommaSeparatedFile(_TextFile):
 
 
 class TabSeparatedFile(CommaSeparatedFile):
-    """Cells between tabs."""
+    """Tab-separated cells below a header."""
 
     separator = "\t"
 
 
 class _Counted:
-    """The lines of a file, decoded, and how many bytes were taken."""
+    """Decoded lines of a file, with the number of bytes read."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -182,11 +181,11 @@ class _Counted:
             yield line.decode("utf-8")
 
 
-_ROW_GROUP = 16_384  # rows of a Parquet row group, about
+_ROW_GROUP = 16_384  # approximate rows per Parquet row group
 
 
 class ParquetFile(RowFile):
-    """Parquet; until it is whole its rows lie in a stream of Arrow's, which can be gone on with."""
+    """Parquet; until it is complete, rows are in an Arrow IPC stream that can be resumed."""
 
     def __init__(self, path: Path, columns: RowColumns) -> None:
         super().__init__(path, columns)
@@ -202,7 +201,7 @@ class ParquetFile(RowFile):
         return schema
 
     def read_back(self) -> Iterator[Any]:
-        """Yield the values of whole batches, without what was added."""
+        """Yield the values of complete batches, without the answer columns."""
         there = self.existing
         names = self.columns.names
         for batch in _batches(there) if there is not None else ():
@@ -215,14 +214,11 @@ class ParquetFile(RowFile):
                 yield self.as_written(row)
 
     def as_written(self, row: Row) -> Any:
-        """Return the values of a row as text, in which NaN is what it is.
-
-        A key that is null and one that is missing are the same in Parquet.
-        """
+        """Return the values of a row as text, so that NaN equals itself; null keys are omitted."""
         return [repr(_without_null_keys(row.get(name))) for name in self.columns.names]
 
     def open(self, keep: int) -> None:
-        """Begin a new stream with the first `keep` rows in it."""
+        """Start a new stream that contains the first `keep` rows."""
         there = self.existing
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = self.path.with_name(f".{self.partial.name}.new")
@@ -234,11 +230,7 @@ class ParquetFile(RowFile):
         new.replace(self.partial)
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Append rows to the stream.
-
-        Raises:
-            InputError: a value is not of the type that the column has in earlier rows.
-        """
+        """Append rows; raise InputError if a value does not have the type of its column."""
         import pyarrow as pa  # type: ignore[import-untyped]
 
         try:
@@ -267,7 +259,7 @@ class ParquetFile(RowFile):
         self._sink.flush()
 
     def close(self) -> None:
-        """Let go of the stream."""
+        """Close the stream."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -276,7 +268,7 @@ class ParquetFile(RowFile):
             self._sink = None
 
     def finish(self) -> None:
-        """Write the stream as Parquet, and put it in place."""
+        """Convert the stream to Parquet and move it to its path."""
         import pyarrow as pa
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
@@ -307,7 +299,7 @@ def _without_null_keys(value: Any) -> Any:
 
 
 def _batches(path: Path) -> Iterator[Any]:
-    """Yield the whole batches of Parquet, or of a stream of Arrow's that may be cut off."""
+    """Yield the complete batches of a Parquet file, or of an Arrow stream that may be truncated."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -344,15 +336,11 @@ ROW_FILES: dict[str, type[RowFile]] = {
     ".ndjson": JsonLinesFile,
     ".parquet": ParquetFile,
 }
-"""Every format that is written, by the suffix of the file's name."""
+"""File suffix → format."""
 
 
 def row_file_type(flag: str, path: Path) -> type[RowFile]:
-    """Return the format of `path`.
-
-    Raises:
-        ConfigError: its suffix is of none.
-    """
+    """Return the format of `path`; raise ConfigError if its suffix is unknown."""
     found = ROW_FILES.get(path.suffix.lower())
     if found is None:
         raise ConfigError(
@@ -363,11 +351,7 @@ def row_file_type(flag: str, path: Path) -> type[RowFile]:
 
 
 def check_row_file(flag: str, path: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a file of rows that cannot be written, or that is there and not to be gone on with.
-
-    Raises:
-        ConfigError: naming the `flag`.
-    """
+    """Raise ConfigError if `path` cannot be written, or exists without `resume` or `overwrite`."""
     row_file_type(flag, path)
     check_file_free(flag, path, overwrite=overwrite or resume)
     partial = partial_of(path)
@@ -379,7 +363,7 @@ def check_row_file(flag: str, path: Path, *, resume: bool, overwrite: bool) -> N
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write `rows`, whose keys may differ, as one file, absent or whole."""
+    """Write `rows`, whose keys may differ, atomically to one file."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     file = row_file_type("", path)(path, RowColumns(names))
     file.open(0)

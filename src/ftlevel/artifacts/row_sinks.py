@@ -1,7 +1,4 @@
-"""Where rows with their answers go: what a file, a pipe and a list have in common.
-
-A value as JSON or as the cell of a table.
-"""
+"""Sinks for rows with their answers (file, pipe or list), and the encoding of their values."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from ftlevel.errors import listing
 
 
 def to_json(row: Mapping[str, Any]) -> str:
-    """Return a row as a line of JSON; what JSON has no word for is text, NaN and infinity null."""
+    """Return a row as a line of JSON; NaN and infinity become null, other types text."""
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False, default=_as_text)
     except ValueError:
@@ -26,7 +23,7 @@ def to_json(row: Mapping[str, Any]) -> str:
 
 
 def to_cell(value: Any) -> str:
-    """Return a value as the cell of a table: nothing for null, JSON for lists and objects."""
+    """Return a value as the cell of a table: empty for null, JSON for lists and objects."""
     if value is None:
         return ""
     if isinstance(value, str):
@@ -39,7 +36,6 @@ def to_cell(value: Any) -> str:
 
 
 def _as_text(value: Any) -> str:
-    """Return a date, a decimal or bytes as text."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
@@ -58,12 +54,9 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RowColumns:
-    """The columns of a file.
+    """Columns of a row file: `names` of the input, and added `answers` → type as in `Column`.
 
-    Attributes:
-        names: of the rows that were read, in order.
-        answers: of what is added to them: name → what it holds, as `ftlevel.tasks.base.Column`.
-        schema: Arrow's, of `names`, where the source declares their types; else None.
+    `schema` is the Arrow schema of `names` if the source declares one.
     """
 
     names: Sequence[str]
@@ -72,30 +65,22 @@ class RowColumns:
 
 
 class RowSink(Protocol):
-    """Where rows with their answers go.
-
-    Attributes:
-        is_table: whether every row has the same columns.
-    """
+    """Interface of a sink for rows; `is_table` is true if every row has the same columns."""
 
     is_table: ClassVar[bool]
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Take rows, each with what is added to it."""
+        """Write rows, each with its answer columns."""
 
     def finish(self) -> None:
-        """There are no more."""
+        """Complete the output."""
 
     def close(self) -> None:
-        """Let go of what is held."""
+        """Release resources."""
 
 
 class LineStream:
-    """Rows as lines of JSON, for a pipe.
-
-    Args:
-        stream: takes them.
-    """
+    """Write rows as lines of JSON to a stream, such as a pipe."""
 
     is_table: ClassVar[bool] = False
 
@@ -103,22 +88,18 @@ class LineStream:
         self._stream = stream
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Write a line a row."""
+        """Write one line per row and flush."""
         self._stream.write("".join(to_json(row) + "\n" for row in rows))
         self._stream.flush()
 
     def finish(self) -> None:
-        """Do nothing: the stream is another's."""
+        """Do nothing; the caller owns the stream."""
 
     close = finish
 
 
 class RowList:
-    """Rows in memory.
-
-    Attributes:
-        rows: all that came.
-    """
+    """Collect rows in memory."""
 
     is_table: ClassVar[bool] = False
 
@@ -126,7 +107,7 @@ class RowList:
         self.rows: list[dict[str, Any]] = []
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Keep rows."""
+        """Append copies of the rows."""
         self.rows += [dict(row) for row in rows]
 
     def finish(self) -> None:
@@ -136,15 +117,7 @@ class RowList:
 
 
 class RowFile(ABC):
-    """A file of rows that is being written.
-
-    Args:
-        path: where it will be.
-        columns: what its rows have.
-
-    Attributes:
-        is_table: whether every row has the same columns.
-    """
+    """A file of rows, written to a partial file until it is complete."""
 
     is_table: ClassVar[bool] = True
 
@@ -153,46 +126,42 @@ class RowFile(ABC):
         self.columns = columns
         self.partial = partial_of(path)
 
-    # ---- what is there already
+    # ---- existing rows
 
     @property
     def existing(self) -> Path | None:
-        """What was written before: the part of a process that was stopped, or the whole file."""
+        """The partial file of an interrupted process, or the complete file, if any."""
         return next((place for place in (self.partial, self.path) if place.is_file()), None)
 
     @abstractmethod
     def read_back(self) -> Iterator[Any]:
-        """Yield each whole row that was written before, in the form of `as_written`.
-
-        Raises:
-            InputError: it has other columns.
-        """
+        """Yield each complete existing row as `as_written`; raise InputError for other columns."""
 
     @abstractmethod
     def as_written(self, row: Row) -> Any:
-        """Return what `read_back` gives of a row, without what is added to it."""
+        """Return the form in which `read_back` yields a row, without its answer columns."""
 
     # ---- writing
 
     @abstractmethod
     def open(self, keep: int) -> None:
-        """Begin to write behind the first `keep` rows that are there, which `read_back` gave."""
+        """Open the file for appending after the first `keep` rows from `read_back`."""
 
     @abstractmethod
     def write(self, rows: Sequence[Row]) -> None:
-        """Write rows, each with what is added to it, to the disk."""
+        """Write rows with their answer columns to disk."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the file, which can be gone on with."""
+        """Close the partial file, which can be resumed."""
 
     def discard(self) -> None:
-        """Let go of the file, in which there is no row."""
+        """Close and delete a partial file without rows."""
         self.close()
         self.partial.unlink(missing_ok=True)
 
     def finish(self) -> None:
-        """Put the file in place."""
+        """Flush the file and rename it to its path."""
         self.close()
         with self.partial.open("rb") as file:
             os.fsync(file.fileno())
@@ -200,18 +169,12 @@ class RowFile(ABC):
 
 
 def partial_of(path: Path) -> Path:
-    """Return where the rows of `path` lie until it is whole."""
+    """Return the path of the partial file of `path`."""
     return path.with_name(f"{path.name}.partial")
 
 
 def describe_columns(path: Path, found: Sequence[str], expected: Sequence[str] = ()) -> str:
-    """Return the message for a file that was begun with other columns than those `expected`.
-
-    Args:
-        path: the file.
-        found: its columns; where nothing is `expected`, those that a row of it lacks.
-        expected: what they would be now.
-    """
+    """Return the message for a file with other columns; without `expected`, `found` are missing."""
     if not expected:
         return f"--resume: {path} has rows without {listing(found)}. Name another --output."
     return (

@@ -1,8 +1,7 @@
-"""The run directory: where it is, that it may be written, and what lies where in it.
+"""Create, lock, read and write a run directory.
 
-One run at a time in a run directory: a lock that ends with the process, however it ends.
-
-Which recipe a run came from, and whether git knows it as it was.
+A lock admits one run at a time and ends with the process. Recipes are described with their git
+state.
 """
 
 from __future__ import annotations
@@ -34,23 +33,16 @@ from ftlevel.errors import ConfigError
 
 try:
     import fcntl
-except ImportError:  # Windows, where nothing is locked
+except ImportError:  # Windows: no locks
     fcntl = None  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
 def claimed(directory: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold `directory` for this process inside the block.
+    """Lock `directory` (flock) inside the block; raise ConfigError if another process holds it.
 
-    The directory itself is locked (flock), so that no file is left behind; where its file system
-    has no locks, nothing is held.
-
-    Args:
-        directory: of a run.
-        shared: let others hold it so, too.
-
-    Raises:
-        ConfigError: another process holds it.
+    With `shared`, other processes may share the lock. File systems without locks are not locked. No
+    lock file is created.
     """
     descriptor = _open(directory)
     try:
@@ -72,17 +64,13 @@ def claimed(directory: Path, *, shared: bool = False) -> Iterator[None]:
 
 
 def check_unclaimed(directory: Path) -> None:
-    """Refuse a directory that another run writes into; the processes of one run may look at once.
-
-    Raises:
-        ConfigError: it does.
-    """
+    """Raise ConfigError if another run writes into `directory`; uses a shared lock."""
     with claimed(directory, shared=True):
         pass
 
 
 def _holder(descriptor: int) -> str:
-    """Name the process that holds what `descriptor` is of, where Linux knows it."""
+    """Return the process that holds the lock, from /proc/locks; empty if unknown."""
     status = os.fstat(descriptor)
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
     with contextlib.suppress(OSError):
@@ -101,12 +89,12 @@ def _open(directory: Path) -> int | None:
 
 
 ORIGIN = "origin.json"
-"""In checkpoints: everything that must be the same when a run goes on."""
+"""File in checkpoints with everything that must be unchanged when a run resumes."""
 _CHANGES, _NOTES = "changes.jsonl", "notes.jsonl"
 
 
 def run_of(directory: Path) -> Path | None:
-    """Return the run in which an adapter or a checkpoint lies; None where it lies in none."""
+    """Return the run directory of an adapter or checkpoint; None if it is not in one."""
     if directory.name in ("", ".."):
         directory = directory.resolve()
     run = directory.parent
@@ -116,15 +104,7 @@ def run_of(directory: Path) -> Path | None:
 
 
 class RunDirectory:
-    """The files of one run.
-
-    Attributes:
-        path: the directory.
-        adapter: where the adapter, or the model of `--method full`, is saved.
-        checkpoints: where checkpoint-N directories are.
-        summary: the file that a run which is done has.
-        report: the page about it.
-    """
+    """Paths of the files of one run; `adapter` also contains the model of `--method full`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -142,15 +122,15 @@ class RunDirectory:
         write_json(self.summary, summary)
 
     def write_answers(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Write validation.jsonl: how each validation row was answered; delete it without any."""
-        if not lines:  # those of a former end may be another model's
+        """Write validation.jsonl, one line per validation row; delete it if there are none."""
+        if not lines:  # old answers may be of another model
             (self.path / ANSWERS).unlink(missing_ok=True)
             return
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_text(self.path / ANSWERS, text)
 
     def read_summary(self) -> dict[str, Any] | None:
-        """Return summary.json of a run that is finished and has what it trained, or None."""
+        """Return summary.json of a finished run with saved weights, or None."""
         try:
             summary = json.loads(read_plain(self.path / SUMMARY))
         except (OSError, ValueError, RecursionError):
@@ -163,29 +143,29 @@ class RunDirectory:
         write_text(self.path / CARD, text)
 
     def write_changes(self, step: int, changes: Sequence[Mapping[str, Any]]) -> None:
-        """Note what became another at `step` of a run that went on."""
+        """Append settings that changed when the run resumed at `step`."""
         with (self.checkpoints / _CHANGES).open("a", encoding="utf-8") as file:
             for change in changes:
                 file.write(json.dumps({"step": step, **change}, default=str) + "\n")
 
     def read_changes(self) -> list[dict[str, Any]]:
-        """Return what became another in the course of the run, by the user's leave."""
+        """Return settings that the user changed during the run."""
         return _read_objects(self.checkpoints / _CHANGES)
 
     def note(self, note: Mapping[str, Any]) -> None:
-        """Append what happened at a `step`: memory that was too small, a step that was left out."""
+        """Append an event with its `step`, such as out-of-memory or a skipped step."""
         with (self.checkpoints / _NOTES).open("a", encoding="utf-8") as file:
             file.write(json.dumps(note, default=str) + "\n")
 
     def rewind_notes(self, step: int) -> None:
-        """Forget what happened after `step`: it will happen again."""
+        """Remove events after `step`, which will be repeated."""
         path = self.checkpoints / _NOTES
         if path.is_file():
             kept = [json.dumps(note) + "\n" for note in self.read_notes() if note["step"] <= step]
             write_text(path, "".join(kept))
 
     def read_notes(self) -> list[dict[str, Any]]:
-        """Return what happened in the course of the run; a line that was cut short is left out."""
+        """Return the events of the run, without incomplete lines."""
         notes = _read_objects(self.checkpoints / _NOTES)
         return [note for note in notes if isinstance(note.get("step"), int)]
 
@@ -199,9 +179,9 @@ class RunDirectory:
         return self._log_until(step)[1]
 
     def rewind_log(self, step: int) -> list[dict[str, Any]]:
-        """Take what was logged past `step` out of metrics.jsonl, and return the records before it.
+        """Remove records after `step` from metrics.jsonl, and return the remaining ones.
 
-        A last line that was cut short goes too; lines that are not ours stay.
+        An incomplete last line is removed too; foreign lines stay.
         """
         lines, records = self._log_until(step)
         if (path := self.path / METRICS).is_file():
@@ -209,7 +189,6 @@ class RunDirectory:
         return records
 
     def _log_until(self, step: int) -> tuple[list[str], list[dict[str, Any]]]:
-        """Return the lines of metrics.jsonl that are not past `step`, and the records in them."""
         path = self.path / METRICS
         lines: list[str] = []
         records: list[dict[str, Any]] = []
@@ -231,7 +210,7 @@ class RunDirectory:
 
 
 def _read_objects(path: Path) -> list[dict[str, Any]]:
-    """Return the objects in the lines of a file; what is none was cut short, or damaged."""
+    """Return the JSON objects of a file's lines; skip invalid lines."""
     found = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines():
@@ -243,11 +222,9 @@ def _read_objects(path: Path) -> list[dict[str, Any]]:
 
 
 def check_output(directory: Path | None, *, overwrite: bool, resume: bool) -> None:
-    """Refuse an output directory that cannot be written, before anything is loaded.
+    """Raise ConfigError if `directory` cannot be written, before anything is loaded.
 
-    Raises:
-        ConfigError: it exists and neither `overwrite` nor `resume` is set, is a file, holds
-            something other than a run, or its parent cannot be written.
+    A directory that is not empty needs `overwrite`, or `resume` and a run in it.
     """
     target = directory or Path("runs") / "x"
     if directory is not None and directory.exists():
@@ -271,7 +248,6 @@ def check_output(directory: Path | None, *, overwrite: bool, resume: bool) -> No
 
 
 def _check_kind(directory: Path, overwrite: bool, resume: bool) -> None:
-    """Refuse a directory that is not empty, and not what is asked for."""
     if overwrite:
         ownership.check_replaceable(directory)
     elif not resume:
@@ -289,16 +265,11 @@ def _check_kind(directory: Path, overwrite: bool, resume: bool) -> None:
 def open_run(
     directory: Path | None, name: str, *, overwrite: bool, resume: bool = False
 ) -> tuple[RunDirectory, list[str]]:
-    """Create the run directory; return a line for each thing in it that is not the old run's.
+    """Create the run directory; return it with a line for each foreign file in it.
 
-    Args:
-        directory: the user's wish, or None for the first free runs/NAME-N.
-        name: what the run is called if the user did not say.
-        overwrite: set a run that exists aside (`ownership.replacing`).
-        resume: begin a run that was killed before it had anything again.
-
-    Raises:
-        ConfigError: it cannot be created, or another run has begun in it.
+    Without `directory`, the first free runs/NAME-N is used. `overwrite` sets an existing run aside;
+    `resume` restarts a run that was killed before its first result. Raises ConfigError if it cannot
+    be created or another run has started in it.
     """
     kept: list[str] = []
     try:
@@ -317,7 +288,7 @@ def open_run(
                 path / METRICS,
                 run.checkpoints / _CHANGES,
                 run.checkpoints / _NOTES,
-            ):  # by what was killed
+            ):  # left by a killed run
                 left.unlink(missing_ok=True)
     except FileExistsError:
         raise ConfigError(
@@ -347,13 +318,10 @@ def _next_free(parent: Path, name: str) -> Path:
 
 
 def describe_recipe(path: Path) -> dict[str, Any]:
-    """Return a recipe's path, its SHA-256, and where its directory is under git, its state there.
+    """Return a recipe's path, SHA-256, git commit, and whether it differs from the commit.
 
-    `commit` is the checkout's; `changed` whether the recipe differs from it. Both are None outside
-    of a repository, where there is no git, and for a recipe that no commit has.
-
-    The recipe may lie in a repository that somebody else made. `git status` would run what its
-    settings name (core.fsmonitor, filters); to look up and to hash an object runs nothing.
+    `commit` and `changed` are None if it is not committed. The repository may be untrusted, so `git
+    status` must not be used: it runs programs named in its settings (core.fsmonitor, filters).
     """
     path = path.resolve()
     kept = _git(path, "rev-parse", "--verify", "--end-of-options", f"HEAD:./{path.name}")
@@ -365,7 +333,7 @@ def describe_recipe(path: Path) -> dict[str, Any]:
 
 
 def _git(path: Path, *arguments: str) -> str | None:
-    """Return what git prints about the directory of `path`, None where it fails."""
+    """Return git's output in the directory of `path`; None if it fails."""
     try:
         done = subprocess.run(
             ["git", "-C", str(path.parent), *arguments],

@@ -1,4 +1,1 @@
-"""An adapter becomes part of its base, tensor by tensor, and other programs' files are made of it.
-
-May import evaluation and what is below it; not training, which stands beside it, nor a command.
-"""
+"""Merge adapters into their base and export them; must not import training or commands."""

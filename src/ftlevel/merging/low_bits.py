@@ -1,17 +1,9 @@
-"""A merged model in the 4 or 8 bits that are served.
+"""Quantize a merged model to 4 or 8 bits, or its matrices to a .gguf type.
 
-The weights that a quantized run was trained on lie on the grid of its codes, and what was trained
-is far smaller than half a step of it: rounding them again gives the base without the adapter. The
-weights before quantization lie anywhere between two codes, so that the same change, added to them,
-takes a fair share of them to the next code, and its mean survives. From there the codes are moved
-until the layers give on rows what they give as trained (`weights.codes`).
-
-What the linears of a model are given: the second moment of each one's inputs, over rows.
-
-The model is asked as often as memory makes it necessary: a moment is (in, in) in float32, and those
-of a large model are larger than its weights. Linears that are given the same tensor share one.
-
-The codes of a .gguf file's matrices, by what the layers of the run give on its rows.
+H = E[x xᵀ] over the inputs x of a linear layer on sample rows. `weights.codes` uses H to choose
+codes that preserve the layer's outputs. Plain rounding to the grid of a quantized run would drop
+the update, which is far smaller than half a step. Such a run is therefore merged into the weights
+before quantization and corrected from there.
 """
 
 from __future__ import annotations
@@ -48,14 +40,10 @@ _BATCH = 4
 
 @dataclass
 class InputMoments:
-    """H = E[x xᵀ] of the inputs of linears, made when it is asked for.
+    """H = E[x xᵀ] of the inputs of linear layers, computed on first access.
 
-    Attributes:
-        model: in eval mode.
-        probe: the rows, and how the model is asked.
-        dtype: compute precision's name.
-        sizes: linear → how many inputs it has, in the order in which they will be asked for.
-        passes: how often the model was asked.
+    `sizes` maps layers to their number of inputs, in the order of access. Several passes over the
+    rows bound memory, because each H is (in, in).
     """
 
     model: Any
@@ -66,7 +54,7 @@ class InputMoments:
     _held: dict[str, torch.Tensor | None] = field(default_factory=dict)
 
     def of(self, name: str) -> torch.Tensor | None:
-        """Return H of the linear `name`, (in, in) in float32 on the CPU; None if none used it."""
+        """Return H of the linear layer `name`, (in, in) in float32 on the CPU; None if unused."""
         if name not in self._held:
             self._held = {}
             self._held = self._ask(self._group(name))
@@ -74,7 +62,7 @@ class InputMoments:
         return self._held[name]
 
     def _group(self, first: str) -> list[str]:
-        """Return `first` and what follows it, as many as memory is for."""
+        """Return `first` and the layers after it whose moments fit into `MOST_BYTES` together."""
         names, size = list(self.sizes), 0
         group: list[str] = []
         for name in names[names.index(first) :]:
@@ -103,13 +91,7 @@ class InputMoments:
 
 @dataclass
 class _Sums:
-    """Σ x xᵀ by the linear that was given x first.
-
-    Attributes:
-        slots: linear → the one that it shares its inputs with, or itself.
-        means: of the latter, the sums and at the end the means.
-        mask: (batch, seq), the positions that are no padding.
-    """
+    """Σ x xᵀ per linear layer; layers that receive the same tensor share one slot."""
 
     slots: dict[str, str] = field(default_factory=dict)
     means: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -118,7 +100,7 @@ class _Sums:
     _counts: dict[str, int] = field(default_factory=dict)
 
     def hook(self, name: str) -> Any:
-        """Return what sees the inputs of the linear `name`."""
+        """Return a forward pre-hook that adds the inputs of the linear layer `name`."""
 
         def see(_: Any, inputs: tuple[Any, ...]) -> None:
             given, slot = self._last
@@ -135,13 +117,13 @@ class _Sums:
         mask = self.mask
         fits = mask is not None and given.shape[:2] == mask.shape
         rows = (given[mask] if fits else given.reshape(-1, given.shape[-1])).float()
-        with torch.autocast(rows.device.type, enabled=False):  # which would round the sums
+        with torch.autocast(rows.device.type, enabled=False):  # autocast would round the sums
             total = (rows.T @ rows).cpu()
         self.means[name] = self.means[name].add_(total) if name in self.means else total
         self._counts[name] = self._counts.get(name, 0) + len(rows)
 
     def finish(self) -> None:
-        """Make means of the sums."""
+        """Divide each sum by its number of rows."""
         for name, total in self.means.items():
             total /= max(self._counts[name], 1)
 
@@ -151,12 +133,10 @@ _TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class LowBits:
-    """A merged model that was written in few bits.
+    """A merged model that was written in 4 or 8 bits.
 
-    Attributes:
-        linears: how many weights are packed.
-        layout: what was quantized.
-        sums: linear → its weights, as they must be read back, times signs: (out,).
+    `linears` is the number of quantized weights. `sums` maps each layer to the expected row sums of
+    its weight times fixed signs, (out,), which are compared after reloading.
     """
 
     linears: int
@@ -165,13 +145,13 @@ class LowBits:
 
 
 class Weights(Protocol):
-    """The weights of a model that is written: `TensorMerger`, or a model as it is."""
+    """Weights of a model that is being written, such as `TensorMerger`."""
 
     def adapts(self, name: str) -> bool:
-        """Whether the tensor `name` is another one than it was before."""
+        """Whether training changed the tensor `name`."""
 
     def unrounded(self, name: str) -> torch.Tensor | None:
-        """Return the tensor `name` as it is written; None where the model has none."""
+        """Return the tensor `name` before rounding; None if the model does not have it."""
 
     def base(self, name: str) -> torch.Tensor:
         """Return the tensor `name` before merging, as it was in training."""
@@ -179,17 +159,16 @@ class Weights(Protocol):
 
 @dataclass
 class CodeChooser:
-    """Chooses the codes of each linear.
+    """Choose the codes of each linear layer.
 
     Attributes:
-        target: makes the weights as trained.
-        origin: makes the weights before quantization with what was trained.
-        grid: what is stored.
-        turned: linear → whether its weight is (in, out), as Conv1D has it.
-        dtype: in which the weights are loaded before they are quantized.
-        moments: of the linears' inputs; None rounds without looking at them.
-        fits_scales: whether scales are chosen by the moments, too.
-        sums: as of `LowBits` (mutated).
+        target: source of the weights as trained.
+        origin: source of the weights before quantization with the update added.
+        turned: linear layer → whether its weight is (in, out), as in Conv1D.
+        dtype: precision in which the weights were loaded before they were quantized.
+        moments: input moments; None rounds each weight to the nearest code.
+        fits_scales: whether to choose the scales by the moments too.
+        sums: see `LowBits` (mutated).
     """
 
     target: Weights
@@ -204,14 +183,14 @@ class CodeChooser:
     def __call__(
         self, linear: str, written: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return codes and scales of a linear; None where its blocks are not whole."""
+        """Return codes and scales of a layer; None if its size is no multiple of the block."""
         return self.choose(linear) if self.grid.fits(written.shape) else None
 
     def choose(self, linear: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return codes and scales of a linear of whole blocks."""
+        """Return codes and scales of a linear layer whose size is a multiple of the block."""
         origin = self._turn(self.origin.unrounded(f"{linear}.weight"), linear)
         if not self.target.adapts(f"{linear}.weight"):
-            origin = origin.to(self.dtype).float()  # as it was quantized for training
+            origin = origin.to(self.dtype).float()  # precision before quantization in training
         moment = self.moments.of(linear) if self.moments else None
         if moment is not None and self.fits_scales:
             scales = self.grid.fitted_scales(origin, moment)
@@ -227,24 +206,24 @@ class CodeChooser:
         return codes, scales
 
     def _turn(self, weight: torch.Tensor | None, linear: str) -> torch.Tensor:
-        """Return `weight` as (out, in) in float32."""
         if weight is None:
             raise ValueError(f"{linear} is a linear of the model that was merged")
         return (weight.T if self.turned[linear] else weight).float().contiguous()
 
 
 def resolve_low_bits(config: MergeConfig, inputs: MergeInput) -> QuantConfig | None:
-    """Return the quantization of what is written; None for floating point.
+    """Return the quantization to write; None for floating point.
 
-    Raises:
-        InputError: the model has nothing that can be quantized.
+    Raises InputError if the model has no layer that can be quantized.
     """
     if config.quant == "none":
         return None
     own = inputs.quant if inputs.quant.kind == config.quant else QuantConfig(kind=config.quant)
     given = {"quant_type": config.quant_type, "double_quant": config.double_quant}
     told = {name: value for name, value in given.items() if value is not None}
-    low = own.model_copy(update={**told, "experts": None})  # no checkpoint holds packed experts
+    low = own.model_copy(
+        update={**told, "experts": None}
+    )  # saved checkpoints cannot contain packed experts
     _plan_layout(inputs, inputs.config, low, DTYPES[inputs.dtype])
     return low
 
@@ -267,18 +246,10 @@ def write_low_bits(
     rows: Probe | None,
     listener: Listener,
 ) -> tuple[Candidate, LowBits]:
-    """Put the merged model in few bits into its own place, and return both.
+    """Quantize the merged model into a new directory, and delete the directory of `merged`.
 
-    Args:
-        merged: in floating point, onto the weights that the run was trained on; its directory is
-            taken away.
-        inputs: the adapter and its base.
-        quant: how it is quantized.
-        rows: on which the layers' outputs count; None rounds each weight by itself.
-        listener: told the number of tensors done.
-
-    Raises:
-        RunError: nothing could be quantized.
+    Codes are chosen by the layers' outputs on `rows`; without rows each weight is rounded. The
+    listener receives the number of finished tensors. Raises RunError if no layer is quantized.
     """
     directory = merged.directory.with_name(".low-bits")
     directory.mkdir()
@@ -317,10 +288,9 @@ def write_low_bits(
 
 
 def _on_one_grid(one: QuantConfig, other: QuantConfig) -> bool:
-    """Whether what is stored as `one` lies on the grid of `other`, where rounding undoes training.
+    """Whether both quantizations use one grid, on which rounding would undo training.
 
-    On another grid the weights as trained lie between codes, and those before quantization are
-    farther from them than this rounding takes them.
+    On different grids the trained weights lie between codes, so they can be rounded directly.
     """
     return (one.kind, one.quant_type) == (other.kind, other.quant_type)
 
@@ -328,10 +298,9 @@ def _on_one_grid(one: QuantConfig, other: QuantConfig) -> bool:
 def measure_low_bits(
     rounded: Candidate, low: LowBits, inputs: MergeInput, probe: Probe, trained: Scores
 ) -> Agreement:
-    """Return how far what was written, loaded afresh, is from the model as trained.
+    """Reload the quantized model and compare its logits with those of the model as trained.
 
-    Raises:
-        RunError: bitsandbytes reads other weights than were chosen.
+    Raises RunError if bitsandbytes dequantizes to weights other than the chosen ones.
     """
     model = load_merged(rounded.directory, inputs)
     _check_read_back(model, low)
@@ -350,24 +319,20 @@ def _check_read_back(model: Any, low: LowBits) -> None:
 
 
 def _signs(count: int) -> torch.Tensor:
-    """Return `count` fixed signs, by which a matrix is known without keeping it."""
+    """Return `count` fixed random signs, which give a checksum of a matrix without storing it."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 2, (count,), generator=generator).float() * 2 - 1
 
 
 @dataclass
 class GgufCodes:
-    """Chooses codes, and keeps them (a byte a weight): what is written is compared with them.
-
-    Attributes:
-        chooser: chooses those of a linear.
-    """
+    """Choose codes and cache them, one byte per weight, to compare the written file with them."""
 
     chooser: CodeChooser
     _made: dict[str, Codes] = field(default_factory=dict)
 
     def __call__(self, source: str) -> Codes:
-        """Return the codes of the weight `source`, (out, in)."""
+        """Return the codes of the weight named `source`, (out, in)."""
         if source not in self._made:
             codes, scales = self.chooser.choose(source.removesuffix(".weight"))
             self._made[source] = Codes(codes.to(torch.uint8), scales.view(len(codes), -1))
@@ -376,16 +341,12 @@ class GgufCodes:
 
 @dataclass(frozen=True)
 class WeightsAsLoaded:
-    """The weights of a model that is written as it is, as `CodeChooser` asks for them.
-
-    Attributes:
-        model: as it was loaded.
-    """
+    """The weights of a loaded model that is written without a merge, for `CodeChooser`."""
 
     model: Any
 
     def adapts(self, name: str) -> bool:  # noqa: ARG002
-        """Whether the tensor `name` is another one than it was before: it is taken as it is."""
+        """Return True: the weights are used as loaded."""
         return True
 
     def unrounded(self, name: str) -> torch.Tensor | None:
@@ -393,24 +354,17 @@ class WeightsAsLoaded:
         return self.base(name)
 
     def base(self, name: str) -> torch.Tensor:
-        """Return the tensor `name`, which nothing is merged into."""
+        """Return the tensor `name`; nothing is merged into it."""
         return self.model.get_parameter(name).detach().cpu()
 
 
 def choose_gguf_codes(
     model: Any, weights: Weights, rows: Probe, dtype: str, outtype: str
 ) -> Callable[[str], Codes]:
-    """Return what chooses the codes of the model's linears.
+    """Return a function that chooses the codes of the linear layers of `model` for a .gguf type.
 
-    The weights of a quantized run lie between the codes of another grid, and those before
-    quantization are no better a start, so what is rounded first is the model as trained.
-
-    Args:
-        model: as it is written, whole.
-        weights: of it, as trained.
-        rows: on which the layers' outputs count.
-        dtype: compute precision's name.
-        outtype: a key of `GRIDS`.
+    `weights` are those as trained; `outtype` is a key of `GRIDS`. Rounding starts from the trained
+    weights, because the grid of a quantized run is not that of the file.
     """
     turned, sizes = {}, {}
     for name, module in model.named_modules():

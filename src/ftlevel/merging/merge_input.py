@@ -1,4 +1,4 @@
-"""What is merged: an adapter, how it was trained, its base, and rows to compare models on."""
+"""Resolve the inputs of a merge: adapter, base, training settings, and rows for comparison."""
 
 from __future__ import annotations
 
@@ -59,19 +59,11 @@ class MergeInput:
     """An adapter that can be merged, before any weights are loaded.
 
     Attributes:
-        directory: where the adapter is.
-        card: how it was trained; made up from its PEFT config where ftlevel did not train it.
-        run: its run directory, or None.
-        source: its base model.
-        config: the base's config, with the head that was trained.
-        task: what it was trained for.
-        kind: kind of the model.
-        auto_class: transformers' class for the task.
-        tokens: where its tokenizer is.
-        objective: what it was trained on.
-        quant: how its base was quantized.
-        dtype: compute precision's name.
-        device: torch device type for comparing.
+        card: training settings; derived from the PEFT config if ftlevel did not train the
+            adapter.
+        config: config of the base, with the trained head.
+        tokens: location of the tokenizer.
+        quant: quantization of the base in training.
     """
 
     directory: Path
@@ -90,7 +82,7 @@ class MergeInput:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer, loaded when it is first asked for: it takes more than merging does."""
+        """The tokenizer, loaded on first access because loading is slow."""
         return load_tokenizer(self.tokens)
 
     @functools.cached_property
@@ -103,11 +95,7 @@ class MergeInput:
 
 
 def find_adapter(name: str) -> Path:
-    """Return the directory of the adapter that `name` refers to.
-
-    Raises:
-        InputError: there is none, or it is one that cannot be merged.
-    """
+    """Return the directory of the adapter `name`; raise InputError if it cannot be merged."""
     path = Path(name).expanduser()
     directory = find_directory(name)
     is_full = (directory / CARD).is_file() and read_card(directory).method == "full"
@@ -133,17 +121,17 @@ def find_adapter(name: str) -> Path:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    """Return an adapter's config by which it is known whether it can be merged."""
+    """Return the adapter's PEFT config, or a stand-in for an AdapterHub adapter."""
     if is_adapterhub(directory):
-        return {"peft_type": "BOTTLENECK"}  # the only kind that is read
+        return {"peft_type": "BOTTLENECK"}  # the only supported kind
     return read_peft_config(directory)
 
 
 def resolve_merge_input(config: MergeConfig) -> MergeInput:
-    """Find the adapter, or the first of several, and its base; no weights are read.
+    """Resolve the first adapter of `config` and its base; load no weights.
 
     Raises:
-        InputError: it cannot be merged, its base is not there or is not the one it was trained on.
+        InputError: It cannot be merged, or its base is missing or has different weights.
     """
     directory = find_adapter(config.adapters[0])
     device = choose_device(config.device).value
@@ -179,7 +167,7 @@ def resolve_merge_input(config: MergeConfig) -> MergeInput:
 
 
 def whole_model_input(found: ModelRef, trained: Trained) -> MergeInput:
-    """Return what a model that is written as it is, and not merged, is compared by."""
+    """Return inputs for a model without an adapter that is written without a merge."""
     source, card = found.source, found.card
     return MergeInput(
         Path(source.location), card, found.run, source, trained.model.config, trained.task,
@@ -189,12 +177,9 @@ def whole_model_input(found: ModelRef, trained: Trained) -> MergeInput:
 
 
 def load_trained_model(inputs: MergeInput, quant: QuantConfig, *, dequantized: bool = False) -> Any:
-    """Return the base, quantized as `quant` says, with the adapter on it, in eval mode.
+    """Load the base, quantized as in `quant`, with the adapter, in eval mode.
 
-    Args:
-        inputs: the adapter and its base.
-        quant: how the base is quantized.
-        dequantized: widen the quantized weights again, so that products are not quantized either.
+    With `dequantized`, its weights are dequantized, so that matrix products run in floating point.
     """
     dtype = DTYPES[inputs.dtype]
     model, missing = load_model(
@@ -212,12 +197,9 @@ def load_trained_model(inputs: MergeInput, quant: QuantConfig, *, dequantized: b
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows that a merge needs.
+    """Rows to compare models on, and calibration rows to choose codes on.
 
-    Attributes:
-        compared: to compare models on; the run's held-out ones if it has any.
-        calibration: to choose codes on; never compared ones where there are others.
-        choices: lines for the screen.
+    The two are disjoint if there are enough rows. `choices` are lines for the console.
     """
 
     compared: list[Encoded]
@@ -258,7 +240,6 @@ def _without_token_types(rows: Sequence[Encoded]) -> list[Encoded]:
 
 
 def _prepare_rows(inputs: MergeInput, config: TrainConfig) -> Prepared:
-    """Return the rows of the run, whose config.yaml names their length."""
     tokenizer = inputs.tokenizer
     choose_chat_template(tokenizer, config.data.chat_template)
     choose_pad_token(tokenizer)
@@ -273,10 +254,9 @@ def _prepare_rows(inputs: MergeInput, config: TrainConfig) -> Prepared:
 
 
 def _made_up(inputs: MergeInput, count: int, calibration: int, reason: str) -> Rows:
-    """Return rows of random tokens: what two equal models must agree on as well.
+    """Return rows of random tokens, or windows of text if codes must be chosen.
 
-    Codes are chosen on text, and compared on other text: no random tokens tell what layers are
-    given.
+    Random tokens do not show which inputs the layers receive.
     """
     if calibration:
         tokens = (count + calibration) * _MADE_UP_LENGTH

@@ -1,4 +1,4 @@
-"""Write the merged model: every tensor read, merged and written before the next one is read."""
+"""Write a merged model tensor by tensor: read, merge and write one before reading the next."""
 
 from __future__ import annotations
 
@@ -39,16 +39,13 @@ _SINGLE = "model.safetensors"
 
 @dataclass(frozen=True)
 class Written:
-    """What was written.
+    """Summary of the files of a merged model.
 
     Attributes:
-        tensors: how many tensors the files hold.
-        merged: how many tensors of the base the adapter was merged into.
-        unchanged: how many of these are what they were, because the update is below their rounding.
-        untied: whether the output layer has weights of its own now.
-        unused: tensors of the base's checkpoint that the model has no use for.
-        size_bytes: of all tensors.
-        dtype: of most numbers.
+        merged: number of base tensors that the adapter was merged into.
+        unchanged: number of merged tensors whose update is below their rounding.
+        untied: whether the output layer no longer shares its weight with the embedding.
+        unused: tensors of the base's checkpoint that the model does not use.
     """
 
     tensors: int
@@ -62,16 +59,14 @@ class Written:
 
 @dataclass
 class TensorMerger:
-    """Makes each tensor of the merged model of the base and the adapter.
+    """Compute each tensor of the merged model from the base and the adapter.
 
     Attributes:
-        checkpoint: the base's weights.
-        skeleton: the adapter.
-        shapes: name of a tensor of the model → its shape; in the model's order.
-        ties: name of a tensor of the model → name of the one that it shares.
-        dtype: wished type of the weights; None keeps the base's.
-        rounding: quantizes and dequantizes as the base was in training; None leaves it as it is.
-        unchanged: tensors that merging did not change, as far as they were merged.
+        shapes: tensor of the model → its shape, in the model's order.
+        ties: tensor of the model → the tensor that it shares.
+        dtype: requested dtype of the weights; None keeps the base's.
+        rounding: quantizes and dequantizes weights as in training; None keeps them as stored.
+        unchanged: tensors merged so far whose values did not change.
     """
 
     checkpoint: Checkpoint
@@ -84,11 +79,11 @@ class TensorMerger:
     _unit: tuple[str, dict[str, torch.Tensor]] = ("", {})
 
     def adapts(self, name: str) -> bool:
-        """Whether the adapter has a part in the tensor `name`."""
+        """Whether the adapter changes or replaces the tensor `name`."""
         return name in self.skeleton.supplied or self.skeleton.unit_of(name) is not None
 
     def spec(self, name: str) -> Spec:
-        """Return what the merged tensor `name` is, without reading it."""
+        """Return dtype and shape of the merged tensor `name` without reading it."""
         return Spec(self._dtype_of(name), self.shapes[name])
 
     def value(self, name: str) -> torch.Tensor:
@@ -96,7 +91,7 @@ class TensorMerger:
         return self._merged(name).to(self._dtype_of(name))
 
     def unrounded(self, name: str) -> torch.Tensor | None:
-        """Return the merged tensor `name` before it is rounded; None where the model has none."""
+        """Return the merged tensor `name` before rounding; None if the model does not have it."""
         return self._merged(name) if name in self.shapes else None
 
     def base(self, name: str) -> torch.Tensor:
@@ -104,7 +99,7 @@ class TensorMerger:
         return self._read(name)
 
     def loses_in(self, dtype: torch.dtype) -> bool:
-        """Whether numbers of the base are lost where it is loaded in `dtype`."""
+        """Whether loading the base in `dtype` loses precision."""
         stored = {self.checkpoint.spec(name).dtype for name in self.checkpoint.groups}
         return any(d.is_floating_point and torch.promote_types(d, dtype) != dtype for d in stored)
 
@@ -131,29 +126,24 @@ class TensorMerger:
         return self._unit[1][name]
 
     def _read(self, name: str) -> torch.Tensor:
-        """Return the base's tensor `name` as precise as it is stored, or as it was quantized."""
-        if not self.checkpoint.holds(name):  # the bias of a new head: check_whole let it pass
+        """Return the base's tensor `name` as stored, or dequantized as in training."""
+        if not self.checkpoint.holds(name):  # bias of a new head, see check_whole
             return torch.zeros(self.shapes[name], dtype=self._dtype_of(name))
         value = self.checkpoint.read(name)
         value = value if self.rounding is None else self.rounding(name, value)
         return self._fit_rows(name, value) if value.shape != self.shapes[name] else value
 
     def _fit_rows(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """Return `value` with a row a token; new ones are NaN, or zero for a bias."""
+        """Return `value` with one row per token; new rows are NaN, or zero for a bias."""
         rows = self.shapes[name][0]
         fill = float("nan") if value.dim() > 1 else 0.0
         new = value.new_full((max(rows - len(value), 0), *value.shape[1:]), fill)
         return torch.cat([value, new])[:rows]
 
     def check_whole(self, heads: list[str], base: str) -> None:
-        """Refuse a base that lacks tensors which the adapter does not bring.
+        """Raise InputError if the base lacks tensors that the adapter does not contain.
 
-        Args:
-            heads: new heads; a bias of theirs that was not trained is zero, as it began.
-            base: name of the base.
-
-        Raises:
-            InputError: naming what is missing.
+        A missing bias of a new head in `heads` is allowed: it is zero.
         """
         lost = [
             name
@@ -170,7 +160,7 @@ class TensorMerger:
             )
 
     def copied(self, name: str) -> bool:
-        """Whether the tensor `name` is the base's, byte for byte."""
+        """Whether the tensor `name` is copied from the base byte for byte."""
         stored = self.checkpoint.spec(name).dtype
         rounds = self.rounding is not None and (
             name in self.rounding.names
@@ -180,10 +170,9 @@ class TensorMerger:
         return not self.adapts(name) and not rounds and same
 
     def _merge(self, unit: str) -> dict[str, torch.Tensor]:
-        """Merge in float32, to be rounded once.
+        """Merge a module in float32 and round once.
 
-        In the narrower type of a base most of a small update is below the rounding: it is lost, not
-        spread.
+        In bfloat16 most of a small update would be below the rounding and lost.
         """
         before: dict[str, torch.Tensor] = {}
 
@@ -207,7 +196,7 @@ class TensorMerger:
 
     @property
     def main_dtype(self) -> torch.dtype:
-        """The type of most of the model's numbers."""
+        """The dtype of most of the model's values."""
         if self.dtype is not None:
             return self.dtype
         counts: Counter[torch.dtype] = Counter()
@@ -221,11 +210,7 @@ class TensorMerger:
 def open_merger(
     inputs: MergeInput, dtype: str | None, rounding: Callable[[Any], Rounding] | None
 ) -> TensorMerger:
-    """Return what makes the tensors of the merged model; as of `write_merged`.
-
-    Raises:
-        InputError: a tensor of the adapter or of the base cannot be placed.
-    """
+    """Return the merger of `inputs`; raise InputError if a tensor does not belong to the model."""
     model = build_task_model(inputs.config, inputs.auto_class)
     fit_vocabulary(model, inputs.directory)
     rounds = rounding(build_task_model(inputs.config, inputs.auto_class)) if rounding else None
@@ -247,21 +232,15 @@ def write_merged(
     dtype: str | None,
     rounding: Callable[[Any], Rounding] | None,
 ) -> tuple[Written, TensorMerger]:
-    """Write the base of `inputs` with its adapter merged in, as a plain model, to `directory`.
+    """Write the base of `inputs`, merged with its adapter, into the empty `directory`.
 
-    Args:
-        directory: exists and is empty.
-        inputs: the adapter and its base.
-        dtype: type of the weights; None keeps the base's.
-        rounding: model on the meta device → how its weights were quantized in training; None
-            merges into the base as it is.
-
-    Returns:
-        What was written, and what made its tensors and can make them again.
+    Returns a summary and the merger, which can compute the tensors again. A `dtype` of None keeps
+    the base's. `rounding` maps a meta model to the rounding of its weights in training; None merges
+    into the base as stored.
 
     Raises:
-        InputError: a tensor of the adapter or of the base cannot be placed.
-        RunError: the merge changed nothing.
+        InputError: A tensor of the adapter or of the base does not belong to the model.
+        RunError: The merge changes nothing.
     """
     merger = open_merger(inputs, dtype, rounding)
     checkpoint, model = merger.checkpoint, merger.checkpoint.model
@@ -287,7 +266,7 @@ def write_merged(
 
 
 def _open(inputs: MergeInput, model: Any) -> Checkpoint:
-    """Return the base's weights: in files, or of a .gguf file in memory, as precise as it is."""
+    """Open the base's files; load a .gguf base into memory in float32."""
     if inputs.source.kind == "gguf":
         loaded, _ = load_model(
             inputs.source,
@@ -302,10 +281,9 @@ def _open(inputs: MergeInput, model: Any) -> Checkpoint:
 
 
 def _are_untied(merger: TensorMerger, ties: Mapping[str, str]) -> bool:
-    """Whether tensors that the base shares are no longer the same once the adapter is merged.
+    """Whether tensors that the base shares differ after the merge.
 
-    An update of an embedding is not one of the output layer that shares its weights: PEFT adds it
-    to the lookup only, and a merge into the shared tensor would be another model.
+    PEFT applies an update of the embedding to the lookup only, not to a tied output layer.
     """
     return any(
         (merger.adapts(target) or merger.adapts(source))
@@ -315,7 +293,7 @@ def _are_untied(merger: TensorMerger, ties: Mapping[str, str]) -> bool:
 
 
 def _plan_files(merger: TensorMerger, names: list[str]) -> dict[str, list[Part]]:
-    """Return the files to write: as the base's, with new tensors in the last one."""
+    """Return the files to write: those of the base, with new tensors in the last one."""
     shards: dict[str, list[Part]] = defaultdict(list)
     checkpoint, new = merger.checkpoint, []
     for name in names:
@@ -331,7 +309,7 @@ def _plan_files(merger: TensorMerger, names: list[str]) -> dict[str, list[Part]]
 
 
 def _parts(merger: TensorMerger, name: str) -> list[Part]:
-    """Return what is written for the tensor `name`: copied where it can be."""
+    """Return the parts of the tensor `name`, copied from the base where possible."""
     model = merger.checkpoint.model
     saved = as_saved(model, name, merger.spec(name).meta())
     specs = {key: spec_of(tensor) for key, tensor in saved.items()}
@@ -353,7 +331,7 @@ def _copy(key: str, spec: Spec, stored: Any) -> Part:
 def _write_config(
     directory: Path, inputs: MergeInput, model: Any, dtype: torch.dtype, *, untied: bool
 ) -> None:
-    """Write what stands beside the weights, so that the directory is a model by itself."""
+    """Write config, tokenizer and generation config next to the weights."""
     config = model.config
     config.architectures = [type(model).__name__]
     config.dtype = dtype
@@ -374,7 +352,6 @@ def _write_config(
 
 
 def _leave_out_token_types(directory: Path, names: Sequence[str]) -> None:
-    """Let the tokenizer in `directory` return its inputs `names` but for `token_type_ids`."""
     path = directory / "tokenizer_config.json"
     if path.is_file():
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -383,7 +360,7 @@ def _leave_out_token_types(directory: Path, names: Sequence[str]) -> None:
 
 
 def _write_tokenizer(directory: Path, tokens: ModelSource) -> None:
-    """Copy the tokenizer's files as they are; of a .gguf file, write what it holds."""
+    """Copy the tokenizer's files; for a .gguf base, save its tokenizer."""
     if tokens.kind == "gguf":
         load_tokenizer(tokens).save_pretrained(directory)
         return

@@ -1,10 +1,8 @@
-"""Mix LoRA adapters: exactly, by laying their matrices side by side, or by PEFT's strategies.
+"""Combine several LoRA adapters of one base into one LoRA, which is then merged like any other.
 
-Several adapters of one base become one LoRA, which is then merged like any other.
-
-`cat` puts the A and B of all of them side by side, so that B·A is the weighted sum of the updates,
-exactly. The other strategies are PEFT's `add_weighted_adapter`; they only read A and B, so the base
-under them is memory that is never filled.
+With `cat`, B·A = Σ wᵢ sᵢ Bᵢ Aᵢ exactly, from the concatenated A and B matrices. Other strategies
+call PEFT's `add_weighted_adapter`, which reads only A and B, so the base is allocated but never
+loaded.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ _MIXTURE = "mixture"
 
 
 def why_not_mixable(config: dict[str, Any]) -> str | None:
-    """Return why an adapter of `config` cannot be mixed with others, or None if it can."""
+    """Return why an adapter with this PEFT config cannot be mixed; None if it can."""
     if config.get("peft_type") != "LORA":
         return f"only LoRA adapters can be mixed, and it is {config.get('peft_type')}"
     if config.get("use_dora"):
@@ -54,10 +52,10 @@ def why_not_mixable(config: dict[str, Any]) -> str | None:
 
 
 def mix_exactly(directories: Sequence[Path], weights: Sequence[float], out: Path) -> None:
-    """Write the LoRA whose update is Σ wᵢ · sᵢ · Bᵢ · Aᵢ, sᵢ being an adapter's scale.
+    """Write the LoRA whose update is Σ wᵢ · sᵢ · Bᵢ · Aᵢ, where sᵢ is the scale of adapter i.
 
-    Its A is the wᵢ·sᵢ·Aᵢ one below the other and its B the Bᵢ side by side, so its rank is the sum
-    of the ranks and its own scale is 1.
+    A stacks wᵢ·sᵢ·Aᵢ by rows, B concatenates Bᵢ by columns. The rank is the sum of the ranks; the
+    scale is 1.
     """
     import torch
     from safetensors.torch import load_file, save_file
@@ -71,7 +69,7 @@ def mix_exactly(directories: Sequence[Path], weights: Sequence[float], out: Path
             if is_a:
                 value = value * (weight * scale_of(config, _module_of(name), len(value)))
             elif ".lora_B." not in name and not name.endswith(".lora_embedding_B"):
-                continue  # the base of an embedding, which PEFT saves beside its update
+                continue  # PEFT saves the base embedding with its update
             mixed[name] = (
                 torch.cat([mixed[name], value], 0 if is_a else 1) if name in mixed else value
             )
@@ -90,14 +88,13 @@ def mix_exactly(directories: Sequence[Path], weights: Sequence[float], out: Path
 
 
 def scale_of(config: dict[str, Any], module: str, rank: int) -> float:
-    """Return what the update of `module` is multiplied by: alpha / r, or alpha / sqrt(r)."""
+    """Return the LoRA scale of `module`: alpha / r, or alpha / sqrt(r) with rsLoRA."""
     patterns = config.get("alpha_pattern") or {}
     alpha = patterns.get(pattern_of(patterns, module), config["lora_alpha"])
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _module_of(name: str) -> str:
-    """Return the module that the tensor `name` of an adapter's file belongs to."""
     return name.removeprefix("base_model.model.").partition(".lora_")[0]
 
 
@@ -109,23 +106,15 @@ def mix_with_peft(
     strategy: str,
     density: float | None,
 ) -> None:
-    """Write what PEFT's `add_weighted_adapter` makes of the adapters.
+    """Combine the adapters with PEFT's `add_weighted_adapter` and write the result to `out`.
 
-    Args:
-        model: the base (mutated); its weights are not read.
-        directories: of the adapters.
-        weights: one for each.
-        out: where the mixture is written.
-        strategy: as in `--strategy`.
-        density: share of entries that is kept; None is one half.
-
-    Raises:
-        ValueError: PEFT cannot mix them so, as ranks that differ by `linear`.
+    Mutates `model`, whose weights are not read. A `density` of None means 0.5. PEFT raises
+    ValueError for adapters that the strategy cannot combine.
     """
     import torch
     from peft import PeftModel
 
-    torch.manual_seed(0)  # dare drops at random
+    torch.manual_seed(0)  # dare drops values at random
     names = [f"adapter_{index}" for index in range(len(directories))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -146,12 +135,10 @@ def mix_with_peft(
 def mix(
     config: MergeConfig, inputs: MergeInput, stack: contextlib.ExitStack
 ) -> tuple[MergeInput, list[Choice]]:
-    """Return the input whose adapter is the mixture of all of `config`, and what to say of it.
+    """Return inputs whose adapter combines all adapters of `config`, and lines for the console.
 
-    A single adapter with weight 1 is returned as it is.
-
-    Raises:
-        InputError: an adapter cannot be mixed, or was trained on another base.
+    A single adapter with weight 1 is returned unchanged. The result is deleted when `stack` closes.
+    Raises InputError if an adapter cannot be mixed or was trained on another base.
     """
     weights = config.weights or [1.0] * len(config.adapters)
     if weights == [1.0]:

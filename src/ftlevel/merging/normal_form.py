@@ -1,8 +1,8 @@
-"""The normal form itself, of what a method's algebra or the probe gave, and what cannot be one.
+"""The normal form of an adapter: plain LoRA on the unchanged base, W + B·A with scale 1.
 
-Methods that PEFT has and ftlevel does not train: their updates as plain LoRA, or why not.
-
-The normal form as PEFT's files, in float32.
+It comes from the method's algebra on the adapter's file; `serving.adapters` probes loaded layers
+for other methods. Adapters of PEFT types that ftlevel does not train are converted or refused here
+too.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NO_WEIGHTS = (
 
 
 def tokens_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Return the trained rows of an embedding, and of the output layer that shares them."""
+    """Return the trained rows of an embedding, and of a tied output layer, as LoRA factors."""
     return token_rows(file, "trainable_tokens_delta", file.config["token_indices"])
 
 
@@ -64,7 +64,7 @@ PLAIN_FORMS: dict[str, PlainForm] = _OTHERS | {
     for method in METHODS.values()
     for peft_type in method.merging.peft_types
 }
-"""PEFT type → its plain form. One that is not here is asked of the loaded layers."""
+"""PEFT type → its plain form. For types that are not listed the loaded layers are probed."""
 
 
 _BASE = ".base_layer."
@@ -72,13 +72,13 @@ _BASE = ".base_layer."
 
 @dataclass(frozen=True)
 class NormalForm:
-    """Plain LoRA on the untouched base.
+    """Plain LoRA on the unchanged base.
 
     Attributes:
-        factors: module → its update, all of one rank, in float64.
-        kept: name in the base → what was trained in its stead as a whole.
-        said: what was changed on the way, for the user.
-        way: where it is from.
+        factors: module → its update in float64; all have the same rank.
+        kept: tensor name in the base → tensor of a module that was trained in full.
+        said: notes for the user about the conversion.
+        way: source of the factors, for the user.
     """
 
     factors: dict[str, Factors]
@@ -88,17 +88,17 @@ class NormalForm:
 
     @property
     def rank(self) -> int:
-        """The rank of every update, which is its alpha as well."""
+        """Rank of every update; also its alpha."""
         return next(iter(self.factors.values())).rank
 
     @property
     def whole_modules(self) -> list[str]:
-        """The modules that were trained as a whole."""
+        """Modules that were trained in full."""
         return sorted({name.rpartition(".")[0] for name in self.kept})
 
     @property
     def in_vocabulary(self) -> list[str]:
-        """The embeddings and output layers that are adapted."""
+        """Adapted embeddings and output layers."""
         return sorted(
             name
             for name, own in self.factors.items()
@@ -106,7 +106,7 @@ class NormalForm:
         )
 
     def on_every_layer(self, model: Any) -> NormalForm:
-        """Return it with zeros on linears of `model` that are called as one that is adapted."""
+        """Return a copy with zero updates for layers of `model` named like an adapted one."""
         import torch
 
         ends = {name.rpartition(".")[2] for name, own in self.factors.items()}
@@ -129,19 +129,14 @@ class NormalForm:
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """The base as far as its files tell it.
-
-    Attributes:
-        model: its class on the meta device.
-        checkpoint: its weights.
-    """
+    """The base model on the meta device, and its checkpoint."""
 
     model: Any
     checkpoint: Checkpoint
 
     @property
     def tied(self) -> dict[str, list[str]]:
-        """Name of the embedding → output layers that share its weight."""
+        """Embedding → output layers that share its weight."""
         found: dict[str, list[str]] = {}
         for target, source in tied_names(self.model).items():
             found.setdefault(source.rpartition(".")[0], []).append(target.rpartition(".")[0])
@@ -161,11 +156,7 @@ def open_base(source: ModelSource, config: Any, auto_class: str) -> BaseWeights:
 
 
 def plain_form_of(config: Mapping[str, Any]) -> PlainForm:
-    """Return how an adapter of adapter_config.json becomes plain LoRA.
-
-    Raises:
-        InputError: it never does.
-    """
+    """Return how an adapter with this config becomes plain LoRA; raise InputError if it cannot."""
     kind = str(config.get("peft_type"))
     form = PLAIN_FORMS.get(kind, PlainForm())
     if form.never:
@@ -176,16 +167,9 @@ def plain_form_of(config: Mapping[str, Any]) -> PlainForm:
 def form_from_file(
     directory: Path, config: Mapping[str, Any], base: BaseWeights, limit: int
 ) -> NormalForm | None:
-    """Return the normal form by the method's algebra; None where only the layers can be asked.
+    """Return the normal form by the method's algebra; None if the loaded layers must be probed.
 
-    Args:
-        directory: the adapter.
-        config: its adapter_config.json.
-        base: its base.
-        limit: the highest rank.
-
-    Raises:
-        InputError: there is none, or its rank is above `limit`.
+    Raises InputError if there is no normal form, or its rank is above `limit`.
     """
     algebra = plain_form_of(config).algebra
     file = read_file(directory, config, base)
@@ -196,10 +180,9 @@ def form_from_file(
 
 
 def read_file(directory: Path, config: Mapping[str, Any], base: BaseWeights) -> AdapterFile:
-    """Return the adapter's tensors by their names in the base, less copies of the base's own.
+    """Return the adapter's tensors by their names in the base, without copies of base tensors.
 
-    Raises:
-        InputError: it was trained with another vocabulary than its base has.
+    Raises InputError if the vocabulary size or a base tensor differs from the base.
     """
     from safetensors.torch import load_file
 
@@ -223,7 +206,7 @@ def read_file(directory: Path, config: Mapping[str, Any], base: BaseWeights) -> 
 
 
 def trained_on_text(model: Any) -> bool:
-    """Whether `model` looks tokens up."""
+    """Whether `model` has an input embedding."""
     try:
         return model.get_input_embeddings() is not None
     except NotImplementedError:
@@ -231,18 +214,18 @@ def trained_on_text(model: Any) -> bool:
 
 
 def is_whole(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether the tensor `name` is of a module that was trained as a whole, as PEFT finds them."""
+    """Whether the tensor `name` is of a module in `modules_to_save`, by PEFT's suffix match."""
     saved = tuple(config.get("modules_to_save") or ())
     parts = name.split(".")
     return any(".".join(parts[:count]).endswith(saved) for count in range(1, len(parts)))
 
 
 def assemble(factors: dict[str, Factors], file: AdapterFile, limit: int, way: str) -> NormalForm:
-    """Return the normal form of the updates and of what is left in the file.
+    """Return the normal form of `factors` and of the remaining tensors of `file`.
 
     Raises:
-        InputError: something is left that is no module trained as a whole; no update is; or one
-            needs a rank above `limit`.
+        InputError: A remaining tensor has no place in plain LoRA, there is no update, or a rank
+            is above `limit`.
     """
     odd = [name for name in file.tensors if not is_whole(name, file.config)]
     if odd:
@@ -269,19 +252,19 @@ def assemble(factors: dict[str, Factors], file: AdapterFile, limit: int, way: st
 
 
 class Named(Protocol):
-    """What the files name beside the tensors."""
+    """Names that are written next to the tensors."""
 
     @property
     def peft_config(self) -> dict[str, Any]:
-        """The adapter_config.json that it was saved with."""
+        """The adapter_config.json that the adapter was saved with."""
 
     @property
     def base_name(self) -> str:
-        """The base: a Hub id, or where it lies."""
+        """Hub id or path of the base."""
 
 
 def write_normal(place: Path, form: NormalForm, entry: Named) -> None:
-    """Write `form` into the directory `place`, in the names that PEFT gives."""
+    """Write `form` into the directory `place` in PEFT's format, in float32."""
     from safetensors.torch import save_file
 
     tensors = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in form.kept.items()}
@@ -309,7 +292,7 @@ def write_normal(place: Path, form: NormalForm, entry: Named) -> None:
 
 
 def read_normal(place: Path, form: NormalForm) -> NormalForm:
-    """Return what the files in `place` hold; the modules are those of `form`."""
+    """Read the files in `place`; the modules are those of `form`."""
     from safetensors.torch import load_file
 
     tensors = load_file(str(place / WEIGHTS))

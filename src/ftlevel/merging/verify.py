@@ -1,11 +1,8 @@
-"""How a merge is checked: what was merged, before rounding; and what was written, afterwards.
+"""Check a merge: compare the merged weights before rounding, and then the written files.
 
-Rounding to bfloat16 moves the scores of a model by more than a fault may (a module left out, an
-update scaled by 1.02), and how far depends on the weights: those of a .gguf file or of a float32
-checkpoint all round, those of a bfloat16 checkpoint only where something was merged. So nothing is
-checked through it. The base with the adapter beside it and the merged model are compared in
-float32, the merged one on weights that have not been rounded yet; and of the files, loaded afresh,
-each tensor must be such a weight, rounded.
+Rounding to bfloat16 moves logits by more than an error may, such as a missing module or a scale of
+1.02. The merged model is therefore compared in float32, before rounding, with the base and its
+adapter. Each tensor of the reloaded files must equal the merged tensor after rounding.
 """
 
 from __future__ import annotations
@@ -30,21 +27,15 @@ from ftlevel.models.sources import ModelSource
 
 FLOAT = QuantConfig(kind="none")
 BOUND = 1e-5
-"""Mean difference of two right models' logits in float32, as a share of the largest logit."""
+"""Allowed mean difference of logits in float32, as a share of the largest logit."""
 _ROWS = 8
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A merged model that was written, and what was measured of it.
+    """A merged model in a temporary directory, with its logits and its distance from training.
 
-    Attributes:
-        onto: `original` or `dequantized`.
-        directory: where it is for now.
-        written: what it holds.
-        merger: what made its tensors.
-        scores: what it says of the rows, loaded afresh; None if that was not measured.
-        trained: how far it is from the model as trained; None likewise.
+    `onto` is `original` or `dequantized`; the measurements are None until `measure`.
     """
 
     onto: str
@@ -57,12 +48,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Checked:
-    """What was measured of a merge that is right.
+    """Measurements of a correct merge.
 
     Attributes:
-        agreement: how far what was written is from the base with the adapter beside it.
-        before_rounding: the same in float32, of the weights before they are rounded.
-        rounding: how far what was written is from these weights.
+        agreement: distance of the written model from the base with the adapter.
+        before_rounding: the same in float32, for the weights before rounding.
+        rounding: distance of the written model from the weights before rounding, if any.
     """
 
     agreement: Agreement
@@ -71,7 +62,7 @@ class Checked:
 
 
 def load_merged(directory: Path, inputs: MergeInput) -> Any:
-    """Return the model in `directory`, loaded afresh as any program would load it."""
+    """Load the model in `directory` with transformers, in eval mode."""
     source = ModelSource(str(directory), "directory", str(directory), local_files_only=True)
     model, missing = load_model(
         source,
@@ -86,10 +77,9 @@ def load_merged(directory: Path, inputs: MergeInput) -> Any:
 
 
 def measure(candidate: Candidate, inputs: MergeInput, probe: Probe, trained: Scores) -> Candidate:
-    """Return `candidate` with what it says, loaded afresh, beside the model as trained.
+    """Reload `candidate`, and return it with its logits and its distance from the trained model.
 
-    Raises:
-        RunError: a tensor is not the merged one.
+    Raises RunError if a tensor differs from the merged one.
     """
     model = load_merged(candidate.directory, inputs)
     _check_files(model, candidate.merger)
@@ -98,23 +88,19 @@ def measure(candidate: Candidate, inputs: MergeInput, probe: Probe, trained: Sco
 
 
 def check(candidate: Candidate, inputs: MergeInput, probe: Probe) -> Checked:
-    """Return what was measured of a right merge.
-
-    Raises:
-        RunError: it is not the base with the adapter.
-    """
+    """Compare a merge with base and adapter; raise RunError if they differ beyond `BOUND`."""
     if candidate.scores is None or candidate.trained is None:
         raise ValueError("what is checked was measured before")
     agreement = candidate.trained
     if (reference := _other_reference(candidate, inputs)) is not None:
         agreement = compare_rows(probe.score(reference(), inputs.dtype), candidate.scores)
-    if inputs.dtype == candidate.written.dtype == "float32":  # nothing has been rounded
+    if inputs.dtype == candidate.written.dtype == "float32":  # nothing was rounded
         _refuse_other_than(agreement)
         return Checked(agreement, agreement, None)
     few = replace(probe, rows=probe.rows[:_ROWS])
     exact, unrounded = _compare_before_rounding(candidate, inputs, few)
     if not _is_right(exact) and inputs.dtype != "float32":
-        wide = replace(inputs, dtype="float32")  # a layer may narrow what it is given, too
+        wide = replace(inputs, dtype="float32")  # a layer may cast its inputs down too
         exact, unrounded = _compare_before_rounding(candidate, wide, few)
     _refuse_other_than(exact)
     rounding = compare_rows(unrounded, candidate.scores.first(len(unrounded.logits)))
@@ -122,11 +108,7 @@ def check(candidate: Candidate, inputs: MergeInput, probe: Probe) -> Checked:
 
 
 def _check_files(model: Any, merger: TensorMerger) -> None:
-    """Refuse files that, loaded into `model`, are not what was merged, rounded.
-
-    Raises:
-        RunError: naming the first tensor that differs.
-    """
+    """Raise RunError if parameters of the reloaded `model` are not the rounded merged tensors."""
     for name, weight in model.named_parameters():
         if name in merger.shapes:
             merged = merger.value(name).to(weight.dtype)
@@ -138,10 +120,10 @@ def _check_files(model: Any, merger: TensorMerger) -> None:
 
 
 def _other_reference(candidate: Candidate, inputs: MergeInput) -> Callable[[], Any] | None:
-    """Return what loads the model to compare a merge with, where it is not the model as trained.
+    """Return a loader of the reference model; None if that is the model as trained.
 
-    The original weights are not those that a quantized run was trained on; and a base of 8 bits
-    rounds its activations as well (LLM.int8), which no weight can repeat.
+    Merging into the original weights differs from a quantized run, and LLM.int8 rounds activations
+    too, which weights cannot reproduce.
     """
     if inputs.quant.kind == "none":
         return None
@@ -151,7 +133,6 @@ def _other_reference(candidate: Candidate, inputs: MergeInput) -> Callable[[], A
 
 
 def _load_reference(candidate: Candidate, inputs: MergeInput) -> Any:
-    """Return the weights that were merged into, in floating point, with the adapter beside them."""
     if candidate.onto == "original":
         return load_trained_model(inputs, FLOAT)
     return load_trained_model(inputs, inputs.quant, dequantized=True)
@@ -160,10 +141,10 @@ def _load_reference(candidate: Candidate, inputs: MergeInput) -> Any:
 def _compare_before_rounding(
     candidate: Candidate, inputs: MergeInput, probe: Probe
 ) -> tuple[Agreement, Scores]:
-    """Compare in float32 what was merged with the base and the adapter; return what it says, too.
+    """Compare the unrounded merge with base and adapter in float32; return its logits too.
 
-    Weights in the type that they are stored in are widened a module at a time, and need no more
-    memory than before. Others are loaded in float32, so that none is rounded on the way.
+    Weights in their stored dtype are widened one module at a time, without additional memory.
+    Others are loaded in float32, so that none is rounded.
     """
     merger = candidate.merger
     if candidate.onto == "original" and merger.loses_in(DTYPES[inputs.dtype]):
@@ -183,11 +164,6 @@ def _is_right(exact: Agreement) -> bool:
 
 
 def _refuse_other_than(exact: Agreement) -> None:
-    """Refuse a merge that in float32 is not the base with the adapter.
-
-    Raises:
-        RunError: farther than float32 explains.
-    """
     if not _is_right(exact):
         raise RunError(
             f"the merged model is not the base with the adapter: before rounding its logits differ "

@@ -1,4 +1,4 @@
-"""Find and load what was trained: a run, an adapter, several on one base, here or by plain PEFT.
+"""Find and load trained models: runs, adapters, several adapters on one base, PEFT and AdapterHub.
 
-May import tasks and what is below it. It trains nothing and writes only adapters.
+May import tasks and the packages below it; must not train, and writes only adapters.
 """

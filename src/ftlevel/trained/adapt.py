@@ -1,4 +1,4 @@
-"""Put a method onto a loaded model, and put a saved adapter onto a fresh one."""
+"""Apply a PEFT method to a loaded model, and save and load adapters."""
 
 from __future__ import annotations
 
@@ -22,16 +22,10 @@ from ftlevel.trained.vocabulary import check_new_rows, fit_vocabulary, why_other
 
 
 def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = False) -> Any:
-    """Return `model` with what `method` trains, in float32, and everything else frozen.
+    """Return `model` with the parameters of `method` trainable in float32 and all others frozen.
 
-    Args:
-        model: the loaded base (mutated by PEFT), or its shape on the meta device.
-        method: the method's spec.
-        base: facts of the model; its targets are full names of modules.
-        fused: train LoRA by layers that compute base and update in one fused function.
-
-    Raises:
-        ConfigError: PEFT does not put it on these modules.
+    Mutates `model`, which may be on the meta device. With `fused`, LoRA layers compute base and
+    update in one function. Raises ConfigError if PEFT cannot adapt a target.
     """
     own = METHODS[method.kind]
     if own.build is None:
@@ -44,7 +38,7 @@ def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = 
     shape_only = next(model.parameters()).is_meta
     config = own.build(method, compact)
     if fused:
-        from ftlevel.fast.layers.fused_lora import register_fused_layers  # it imports bitsandbytes
+        from ftlevel.fast.layers.fused_lora import register_fused_layers  # imports bitsandbytes
 
         register_fused_layers(config)
     try:
@@ -66,13 +60,10 @@ def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = 
 
 
 def check_placed(adapted: Any, kind: str, base: Base) -> None:
-    """Refuse an adapter that PEFT put on other modules than those asked for.
+    """Raise ConfigError if PEFT did not adapt all requested modules.
 
-    For families whose experts became one tensor in transformers 5, PEFT 0.21 reads `gate_proj` and
-    its like as the experts, also where a dense layer or a shared expert is meant.
-
-    Raises:
-        ConfigError: naming what would not have been adapted, and what can be.
+    For families with fused experts in transformers 5, PEFT 0.21 takes names such as `gate_proj` for
+    the experts, even if a dense layer or shared expert is meant.
     """
     placed = getattr(adapted.base_model, "targeted_module_names", None)
     if not base.targets or placed is None:
@@ -97,16 +88,16 @@ def _peft_version() -> str:
 
 
 def finish_method(model: Any, method: MethodConfig) -> None:
-    """Take from the trained `model` what only training needed (mutated)."""
+    """Remove from the trained `model` what only training needed (mutated)."""
     finish = METHODS[method.kind].finish
     if finish is not None:
         finish(model)
 
 
 def train_in_float32(model: Any) -> None:
-    """Hold every trainable parameter of `model` in float32 (mutated): updates are small.
+    """Convert every trainable parameter of `model` to float32 (mutated).
 
-    A head that was loaded in bfloat16 would lose most of AdamW's steps to rounding.
+    In bfloat16, rounding would lose most of AdamW's small updates.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -114,10 +105,9 @@ def train_in_float32(model: Any) -> None:
 
 
 def compact_targets(model: torch.nn.Module, targets: Sequence[str]) -> list[str]:
-    """Return the shortest names that PEFT's suffix match reads as exactly `targets`.
+    """Return the shortest names that PEFT's suffix match resolves to exactly `targets`.
 
-    `q_proj` instead of 32 full names, if every linear of that name is a target; other programs
-    that read adapter_config.json expect such names. Where none will do, the full names.
+    Other programs expect `q_proj` instead of full names in adapter_config.json.
     """
     wanted = set(targets)
     if not wanted:
@@ -134,33 +124,26 @@ def compact_targets(model: torch.nn.Module, targets: Sequence[str]) -> list[str]
 
 
 def copy_start(model: Any, method: MethodConfig) -> dict[str, Any]:
-    """Return what `save_adapter` needs of an untrained `model`, empty if its start is lost."""
+    """Return the initial state of `model` that `save_adapter` needs; may be empty."""
     start = METHODS[method.kind].start
     return start.copy(model) if start else {}
 
 
 def save_adapter(model: Any, method: MethodConfig, directory: Path, begun: dict[str, Any]) -> None:
-    """Write the adapter of `model`, to be used on the untouched base.
-
-    Args:
-        model: a trained PEFT model.
-        method: the method's spec.
-        directory: where to.
-        begun: what `copy_start` returned before training.
-    """
+    """Save the adapter for use on the unchanged base; `begun` is the result of `copy_start`."""
     start = METHODS[method.kind].start
     with start.as_saved(model, begun) if start else contextlib.nullcontext() as state:
-        # "auto" would ask the Hub whether the vocabulary was resized.
+        # "auto" would query the Hub to find out whether the vocabulary was resized.
         more = {} if state is None else {"state_dict": state}
         model.save_pretrained(str(directory), save_embedding_layers=False, **more)
 
 
 def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
-    """Return `base` with the adapter saved in `directory`, in eval mode, its weights in float32.
+    """Load the adapter in `directory` onto `base` (mutated), in eval mode with float32 weights.
 
     Raises:
-        InputError: it is damaged, of a kind that PEFT does not know, or of another base; the file
-            lacks weights that its configuration promises, or has others.
+        InputError: It is damaged, of unknown type, or of another base; or weights are missing
+            or unexpected.
     """
     from peft import PeftModel, get_peft_model
 
@@ -175,13 +158,13 @@ def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
         return put_on(base, directory, name)
     check_patterns(directory, read_peft_config(directory), base)
     had = fit_vocabulary(base, directory)
-    # Trainable at first: PEFT marks what belongs to the adapter, and AdaLoRA needs it to load.
+    # Load as trainable: PEFT then marks the adapter's parameters, and AdaLoRA requires it.
     try:
         with _unknown_patterns_ignored():
             adapted = PeftModel.from_pretrained(
                 base, str(directory), adapter_name=name, is_trainable=True
             )
-    except (*FROM_READERS, RuntimeError) as error:  # other modules, or other shapes
+    except (*FROM_READERS, RuntimeError) as error:  # modules or shapes differ
         reason = " ".join(str(error).split())
         raise InputError(
             f"{directory} does not fit its base model, {base.config.model_type} "
@@ -193,20 +176,15 @@ def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
 
 
 def begin_from(adapted: Any, directory: Path) -> None:
-    """Give the untrained adapter of `adapted` (mutated) the weights of the one in `directory`.
+    """Load the weights in `directory` into the untrained adapter of `adapted` (mutated).
 
-    Raises:
-        InputError: they are damaged, or not those of this adapter.
+    Raises InputError if they are damaged or do not match the adapter.
     """
     _fill_adapter(adapted, _read_whole(directory), directory, "default")
 
 
 def describe_state(adapted: Any) -> tuple[set[str], dict[str, tuple[int, ...]]]:
-    """Return the tensors that a file of the adapter must have, and the shapes of all it may have.
-
-    Args:
-        adapted: with its adapter, on any device.
-    """
+    """Return the tensors that the adapter's file must have, and the shapes of all allowed ones."""
     from peft import get_peft_model_state_dict
 
     needed, allowed = (
@@ -216,17 +194,12 @@ def describe_state(adapted: Any) -> tuple[set[str], dict[str, tuple[int, ...]]]:
 
 
 def _frozen(adapted: Any) -> Any:
-    """Return `adapted` (mutated), to be asked and not trained."""
     adapted.requires_grad_(False)
     return adapted.eval()
 
 
 def _plain_loader(directory: Path) -> Callable[[Any, Path, str], Any] | None:
-    """Return what puts an adapter of PEFT's own tuner on by ours; None where PEFT's is used.
-
-    Raises:
-        InputError: it is one that PEFT cannot use with this transformers.
-    """
+    """Return ftlevel's loader for an adapter of PEFT's own tuner; None to use PEFT's."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PromptLearningConfig
 
     kind = _kind_of(directory)
@@ -243,10 +216,9 @@ def _plain_loader(directory: Path) -> Callable[[Any, Path, str], Any] | None:
 
 
 def add_adapter(adapted: Any, directory: Path, name: str) -> None:
-    """Put another adapter beside those of `adapted` (mutated), not switched on.
+    """Load another adapter into `adapted` (mutated) without activating it.
 
-    Raises:
-        InputError: it does not go with the others, or its file is not whole.
+    Raises InputError if it is incomplete or not compatible with the others.
     """
     config: Any = None
     if is_adapterhub(directory):
@@ -279,7 +251,7 @@ def _kind_of(directory: Path) -> Any:
 
 
 def _read_whole(directory: Path) -> dict[str, Any]:
-    """Return the weights of PEFT's file, which is there, whole, finite and of a known kind."""
+    """Return the weights of PEFT's file; refuse missing, damaged, non-finite or unknown ones."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -305,20 +277,20 @@ def _read_whole(directory: Path) -> dict[str, Any]:
 
 
 def _fill_adapter(adapted: Any, weights: dict[str, Any], directory: Path, name: str) -> None:
-    """Put the weights into float32, and check that all are there (mutated)."""
+    """Load the weights in float32, and check that none is missing or unknown (mutated)."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     train_in_float32(adapted)
-    # PEFT has put a head into the base's precision, and rounded it: put it into float32 again.
+    # PEFT casts a head to the base's precision, so the float32 weights are loaded again.
     with _ranks_applied(adapted.peft_config[name]):
         try:
             set_peft_model_state_dict(adapted, weights, adapter_name=name)
-        except RuntimeError as error:  # other shapes
+        except RuntimeError as error:  # shapes differ
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{directory} does not fit its base model: {reason}") from None
     promised, allowed = (
         set(get_peft_model_state_dict(adapted, save_embedding_layers=whole, adapter_name=name))
-        for whole in (False, True)  # PEFT saves embeddings too where they were adapted or resized
+        for whole in (False, True)  # PEFT also saves adapted or resized embeddings
     )
     found = set(weights)
     missing, unknown = promised - found, found - promised - allowed
@@ -333,10 +305,7 @@ def _fill_adapter(adapted: Any, weights: dict[str, Any], directory: Path, name: 
 
 @contextlib.contextmanager
 def _unknown_patterns_ignored() -> Iterator[None]:
-    """Silence PEFT, which reads AdaLoRA's ranks as LoRA's, and then applies them all the same.
-
-    It also warns of patterns that it made itself; the user's were checked before.
-    """
+    """Silence PEFT's warning about rank patterns, which misreads AdaLoRA's and its own."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)
         yield
@@ -344,7 +313,7 @@ def _unknown_patterns_ignored() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ranks_applied(config: Any) -> Iterator[None]:
-    """Hide a config's ranks inside the block: AdaLoRA would prune by them a second time."""
+    """Hide the config's rank pattern inside the block, so that AdaLoRA does not prune twice."""
     ranks = getattr(config, "rank_pattern", None)
     if ranks:
         config.rank_pattern = None

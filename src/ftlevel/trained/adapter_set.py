@@ -23,19 +23,16 @@ from ftlevel.trained.model_ref import (
 )
 
 BASE = "base"
-"""What the model is called with its adapters switched off."""
+"""Name of the model with its adapters disabled."""
 ALONE = "model"
-"""What a model is called that has no adapters."""
+"""Name of a model without adapters."""
 
 
 @dataclass(frozen=True)
 class AdapterSet:
-    """A loaded base with adapters; a model without adapters has one voice, its own.
+    """A loaded base with adapters, which share one model; a model without adapters is one entry.
 
-    Attributes:
-        voices: name → what answers under it; all share one model.
-        slots: name → what PEFT calls that adapter, which may hold no dot.
-        notes: what the user should know.
+    `slots` maps names to PEFT's adapter names, which must not contain a dot.
     """
 
     voices: dict[str, Trained]
@@ -44,7 +41,7 @@ class AdapterSet:
 
     @property
     def has_base(self) -> bool:
-        """Whether the adapters can be switched off."""
+        """Whether the adapters can be disabled."""
         return self._any.has_adapter
 
     @property
@@ -53,12 +50,10 @@ class AdapterSet:
 
     @contextlib.contextmanager
     def speaking(self, name: str) -> Iterator[Trained]:
-        """Switch the adapter called `name` on inside the block; `base` switches all off.
+        """Activate the adapter `name` inside the block; `base` disables all.
 
-        The base is asked in the prompt format of the first adapter.
-
-        Raises:
-            ConfigError: there is no such adapter.
+        The base uses the prompt format of the first adapter. Raises ConfigError for an unknown
+        name.
         """
         if name == BASE:
             if not self.has_base:
@@ -74,16 +69,16 @@ class AdapterSet:
         trained = self.voices[name]
         if name in self.slots:
             trained.model.set_adapter(self.slots[name])
-            trained.model.requires_grad_(False)  # set_adapter makes it trainable
+            trained.model.requires_grad_(False)  # set_adapter enables gradients
         yield trained
 
 
 def load_adapter_set(config: GenerateConfig) -> AdapterSet:
-    """Load what `config` names: a model, a run, or several adapters of one base.
+    """Load the model, run or adapters that `config` names.
 
     Raises:
-        ConfigError: nothing is named, or two adapters alike.
-        InputError: something is not there, or the adapters do not go together.
+        ConfigError: Nothing is named, or two adapters have the same name.
+        InputError: Something does not exist, or the adapters are not compatible.
     """
     device = choose_device(config.device).value
     base, named = _find_all(config, device)
@@ -118,7 +113,7 @@ def load_adapter_set(config: GenerateConfig) -> AdapterSet:
 
 
 def _find_all(config: GenerateConfig, device: str) -> tuple[ModelRef | None, dict[str, ModelRef]]:
-    """Return the plain model that was named, and every adapter by its name."""
+    """Return the plain model that was named, and every adapter by name."""
     base, places = None, dict(config.adapters)
     if config.adapters_dir is not None:
         for name, place in adapters_in(config.adapters_dir).items():
@@ -155,11 +150,7 @@ def _find_all(config: GenerateConfig, device: str) -> tuple[ModelRef | None, dic
 
 
 def adapters_in(directory: Path) -> dict[str, Path]:
-    """Return the adapters and runs in `directory` by the names of their folders.
-
-    Raises:
-        InputError: it is no directory, or holds none.
-    """
+    """Return adapters and runs in `directory` by folder name; raise InputError if none."""
     if not directory.is_dir():
         raise InputError(f"--adapters-dir {directory} is no directory.")
     found = find_adapters(directory)
@@ -171,7 +162,7 @@ def adapters_in(directory: Path) -> dict[str, Path]:
 
 
 def find_adapters(directory: Path) -> dict[str, Path]:
-    """Return the adapters and runs in `directory` by the names of their folders, if any."""
+    """Return the adapters and runs in `directory` by folder name; empty if there are none."""
     return {
         path.name: path
         for path in sorted(directory.iterdir())
@@ -180,7 +171,7 @@ def find_adapters(directory: Path) -> dict[str, Path]:
 
 
 def _onto(base: ModelRef, found: ModelRef) -> ModelRef:
-    """Return `found` to be put onto the model that the user named."""
+    """Return `found` with the base that the user named."""
     check_base(base.source, found.card, _directory(found))
     return resolve_stored(replace(found, source=base.source))
 
@@ -192,11 +183,7 @@ def _directory(found: ModelRef) -> Path:
 
 
 def _check_together(named: dict[str, ModelRef]) -> None:
-    """Refuse adapters that cannot share a model.
-
-    Raises:
-        InputError: naming the first two that differ, and in what.
-    """
+    """Refuse adapters that differ in base, quantization or head, and cannot share a model."""
     first_name, first = next(iter(named.items()))
     for name, other in named.items():
         for what, one, two in (
@@ -221,7 +208,7 @@ def _head(found: ModelRef) -> str:
 
 
 def _voice(trained: Trained, found: ModelRef) -> Trained:
-    """Return `trained` as it is with the adapter of `found` switched on."""
+    """Return `trained` with the task and settings of the adapter `found`."""
     card = found.card
     return replace(
         trained,

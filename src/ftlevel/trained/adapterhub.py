@@ -1,9 +1,7 @@
-"""Adapters that AdapterHub's `adapters` saved: read as they lie, and turned into ours in memory.
+"""Read adapters and heads of AdapterHub's `adapters` library, and convert them to PEFT's format.
 
-Heads that AdapterHub saved beside an adapter, as modules of transformers' models.
-
-A head is that of a transformers class ("static"), or built of a few layers ("flex"); of the latter
-those are read that compute what transformers' head of the family computes.
+A head is that of a transformers class ("static") or a stack of layers ("flex"). Flex heads are read
+only if they compute the same as transformers' head of the family.
 """
 
 from __future__ import annotations
@@ -24,14 +22,9 @@ from ftlevel.models.integrity import check_finite
 
 @dataclass(frozen=True)
 class HubHead:
-    """A head, before weights load.
+    """A prediction head before weights are loaded; `task` is empty for a language head.
 
-    Attributes:
-        task: what it is for, as in `--task`; empty for a language head, of any task that writes.
-        labels: names of classes or tags by index.
-        options: of the task, where the head knows them.
-        layers: name of a flex head's layer → the module that it is; empty for a static head.
-        name: of a flex head.
+    `layers` maps layers of a flex head to modules of transformers' head; empty for a static head.
     """
 
     task: str
@@ -68,17 +61,13 @@ _OF_FIRST_TOKEN: dict[str, tuple[str, dict[str, str]]] = {
     "distilbert": ("relu", {"1": "pre_classifier", "4": "classifier"}),
     "bart": ("tanh", {"1": "classification_head.dense", "4": "classification_head.out_proj"}),
 }
-"""Family → the activation of its classifier, and the layers of a flex head that are its modules."""
+"""Family → activation of its classifier, and flex head's layer → module of transformers' head."""
 _WRAPPED = re.compile(r"\.(?:original_module|modules_to_save\.[^.]+)(?=\.)")
 _OF_LAST_TOKEN = ("gpt2", "gptj", "llama", "mistral")
 
 
 def read_head(settings: Mapping[str, Any]) -> HubHead:
-    """Return the head that head_config.json describes.
-
-    Raises:
-        InputError: it is one that transformers' model does not have.
-    """
+    """Return the head in head_config.json; raise InputError if transformers has no such head."""
     config = settings.get("config")
     if not isinstance(config, Mapping):
         name = str(settings.get("model_class"))
@@ -101,7 +90,7 @@ def read_head(settings: Mapping[str, Any]) -> HubHead:
 
 
 def _labels(config: Mapping[str, Any]) -> list[str]:
-    """Return the names of the classes by index, or as transformers would name them."""
+    """Return the class names by index; missing names become LABEL_N."""
     numbers: Mapping[str, int] = config.get("label2id") or {}
     count = int(config.get("num_labels") or len(numbers))
     by_number = {int(number): str(name) for name, number in numbers.items()}
@@ -109,11 +98,7 @@ def _labels(config: Mapping[str, Any]) -> list[str]:
 
 
 def _layers(family: str, kind: str, config: Mapping[str, Any]) -> dict[str, str]:
-    """Return which modules of the family's own head the layers of a flex head are.
-
-    Raises:
-        InputError: that head computes something else.
-    """
+    """Return layer of a flex head → module; raise InputError if transformers' head differs."""
     count, pooled = config.get("layers"), bool(config.get("use_pooler"))
     if kind == "question_answering" and count == 1:
         return {"1": "qa_outputs"}
@@ -136,7 +121,7 @@ def _layers(family: str, kind: str, config: Mapping[str, Any]) -> dict[str, str]
 
 
 def head_modules(head: HubHead, weights: Mapping[str, Any]) -> list[str]:
-    """Return the modules that are saved with the adapter, in full; none of a language head."""
+    """Return the fully trained modules of the head; empty for a language head."""
     if head.task in ("", "masked-lm"):
         return []
     names = head.layers.values() or weights
@@ -144,11 +129,7 @@ def head_modules(head: HubHead, weights: Mapping[str, Any]) -> list[str]:
 
 
 def name_head_weights(head: HubHead, weights: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """Return the weights of a head by their names in `model`.
-
-    Raises:
-        InputError: they are not those of its head.
-    """
+    """Return the head's weights by their names in `model`; raise InputError for a mismatch."""
     own = {_WRAPPED.sub("", name) for name in model.state_dict()}
     named = {}
     for key, tensor in weights.items():
@@ -164,11 +145,7 @@ def name_head_weights(head: HubHead, weights: Mapping[str, Any], model: Any) -> 
 
 
 def check_language_head(weights: Mapping[str, Any], model: Any) -> None:
-    """Refuse a language head that is not the base's, which is what is used.
-
-    Raises:
-        InputError: it was trained, or is another one.
-    """
+    """Raise InputError if a language head differs from the base's, which is used instead."""
     import torch
 
     output = model.get_output_embeddings()
@@ -193,14 +170,7 @@ _HOLDER = re.compile(r"(.*)\.(?:adapters|\w+_text_(?:task|lang)_adapters)\.([^.]
 
 @dataclass(frozen=True)
 class HubAdapter:
-    """What a directory of AdapterHub's holds, without the weights of the adapter.
-
-    Attributes:
-        directory: it.
-        settings: what adapter_config.json holds.
-        head: the head beside the adapter, if one is there.
-        head_weights: of that.
-    """
+    """An AdapterHub directory without the adapter's weights; `settings` is adapter_config.json."""
 
     directory: Path
     settings: dict[str, Any]
@@ -209,17 +179,17 @@ class HubAdapter:
 
     @property
     def base(self) -> str:
-        """The base model that it was trained on."""
+        """Name of the base model."""
         return str(self.settings["model_name"])
 
     @property
     def heads(self) -> list[str]:
-        """The modules that are saved with the adapter in full."""
+        """Modules that are saved with the adapter in full."""
         return head_modules(self.head, self.head_weights) if self.head else []
 
 
 def is_adapterhub(directory: Path) -> bool:
-    """Whether the adapter in `directory` is in AdapterHub's form and not in PEFT's."""
+    """Whether the adapter in `directory` is in AdapterHub's format, not PEFT's."""
     try:
         settings = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -228,11 +198,7 @@ def is_adapterhub(directory: Path) -> bool:
 
 
 def read_hub_adapter(directory: Path) -> HubAdapter:
-    """Read the configuration and the head of the adapter in `directory`.
-
-    Raises:
-        InputError: it names no base, or its head is damaged or one that is not known.
-    """
+    """Read configuration and head in `directory`; raise InputError if invalid or without a base."""
     settings = _read_json(directory / CONFIG)
     if not isinstance(settings.get("model_name"), str) or not settings["model_name"]:
         raise InputError(
@@ -259,11 +225,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def hub_task(hub: HubAdapter, task: str | None) -> str:
-    """Return the task of an adapter: that of its head, or `task` where it has none.
-
-    Raises:
-        InputError: another `task` is asked of it.
-    """
+    """Return the task of the head, else `task`; raise InputError if they differ."""
     own = hub.head.task if hub.head else ""
     if own and task not in (None, own):
         raise InputError(f"{hub.directory} has a head for {own}, not for {task}. Drop --task.")
@@ -271,7 +233,7 @@ def hub_task(hub: HubAdapter, task: str | None) -> str:
 
 
 def with_head(card: AdapterCard, hub: HubAdapter) -> AdapterCard:
-    """Return the card of a base with what the adapter's head knows."""
+    """Return the base's card with labels and options of the adapter's head."""
     if hub.head is None:
         return card
     options = {**card.options, **hub.head.options}
@@ -279,14 +241,9 @@ def with_head(card: AdapterCard, hub: HubAdapter) -> AdapterCard:
 
 
 def convert(hub: HubAdapter, model: Any) -> tuple[Any, dict[str, Any]]:
-    """Return PEFT's config of the adapter, and its weights by the names of PEFT's file.
+    """Return the adapter's PEFT config, and its weights by PEFT's names; does not change `model`.
 
-    Args:
-        hub: the adapter.
-        model: its base, which is not changed.
-
-    Raises:
-        InputError: it is damaged, of another base, or of a kind that ftlevel does not have.
+    Raises InputError if it is damaged, of another base, or of an unsupported kind.
     """
     from ftlevel.methods.bottleneck.layer import BottleneckConfig
     from ftlevel.methods.bottleneck.sites import site_pattern, sites_of
@@ -316,11 +273,7 @@ def convert(hub: HubAdapter, model: Any) -> tuple[Any, dict[str, Any]]:
 def _name_weights(
     weights: Mapping[str, Any], holders: Mapping[str, str], config: Any
 ) -> dict[str, Any]:
-    """Return AdapterHub's weights by our names.
-
-    Raises:
-        InputError: some are missing, or fit nothing.
-    """
+    """Return AdapterHub's weights by PEFT's names; refuse missing and unknown ones."""
     groups: dict[str, dict[str, Any]] = {}
     unknown = []
     for key, tensor in weights.items():
@@ -352,11 +305,7 @@ def _name_weights(
 
 
 def _read_weights(directory: Path, names: tuple[str, str]) -> dict[str, Any]:
-    """Return the tensors of the first file of `names` that is there, on the CPU.
-
-    Raises:
-        InputError: none is, or it is damaged, or holds something else than finite tensors.
-    """
+    """Load the first existing file of `names` on the CPU; refuse anything but finite tensors."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -1,7 +1,7 @@
-"""Another model that a run asks before its first step: the reference of preferences, or a teacher.
+"""Auxiliary models of a run: the reference model of preference training, or a teacher.
 
-It is found and checked before weights load. What is read of its files is a fingerprint, under which
-its answers are kept, and by which a later evaluation tells that it is still the same.
+They are resolved and checked before weights are loaded. Their outputs are cached under a
+fingerprint, by which evaluation checks that the model is unchanged.
 """
 
 from __future__ import annotations
@@ -21,29 +21,23 @@ from ftlevel.tasks import TASKS
 from ftlevel.trained.model_ref import ModelRef, load_own_tokenizer, resolve_model
 
 NAMED = "model.json"
-"""The file that says which model it was."""
+"""File with the name and fingerprint of the auxiliary model."""
 
 
 @dataclass(frozen=True)
 class Another:
-    """A model beside the one that is trained.
-
-    Attributes:
-        name: as the user gave it.
-        found: what that means.
-        fingerprint: of all of its weights, and of how they are quantized.
-    """
+    """An auxiliary model; `fingerprint` covers all weights and their quantization."""
 
     name: str
     found: ModelRef
     fingerprint: str
 
     def in_precision(self, dtype: str) -> Another:
-        """Return it as it computes in `dtype`."""
+        """Return a copy that computes in `dtype`."""
         return replace(self, found=replace(self.found, card=replace(self.found.card, dtype=dtype)))
 
     def write(self, directory: Path, beside: Path) -> None:
-        """Write into `directory` which one it is; a local one also by its way from `beside`."""
+        """Write name and fingerprint into `directory`; a local path also relative to `beside`."""
         path = Path(self.name).expanduser()
         local = {"path": relative_place(path, beside)} if path.exists() else {}
         name = str(path.absolute()) if local else self.name
@@ -51,17 +45,10 @@ class Another:
 
 
 def find_another(flag: str, name: str, kind: str, tokenizer: Any, device: str) -> Another:
-    """Find the model called `name`, and check that it can say how likely a run's rows are.
+    """Resolve the auxiliary model `name`, and check that it can score the run's rows.
 
-    Args:
-        flag: which names it.
-        name: a run, adapter or model.
-        kind: of the model that is trained.
-        tokenizer: of the model that is trained.
-        device: torch device type.
-
-    Raises:
-        InputError: it is not there, does not write, is of another kind or has another tokenizer.
+    `kind` and `tokenizer` are those of the model being trained. Raises InputError if it does not
+    exist, generates no text, or has another kind or vocabulary.
     """
     said = f"{flag} {name}"
     found = resolve_model(name, device=device, said=said)
@@ -82,11 +69,7 @@ def find_another(flag: str, name: str, kind: str, tokenizer: Any, device: str) -
 
 
 def find_named(directory: Path, beside: Path, device: str) -> Another:
-    """Find the model that `Another.write` named in `directory`.
-
-    Raises:
-        InputError: it is nowhere, or its weights are others.
-    """
+    """Resolve the model recorded in `directory`; raise InputError if its weights have changed."""
     known = json.loads((directory / NAMED).read_text(encoding="utf-8"))
     places = [str(resolve_relative(known["path"], beside))] if known.get("path") else []
     places = [place for place in places if Path(place).exists()] or [known["name"]]
@@ -101,7 +84,10 @@ def find_named(directory: Path, beside: Path, device: str) -> Another:
 
 
 def fingerprint_of(found: ModelRef) -> str:
-    """Return a SHA-256 of every byte of the weights, and of how they are quantized."""
+    """Return a SHA-256 of every byte of local weights, and of their quantization.
+
+    A model on the Hub is identified by name and revision.
+    """
     place, digest = found.source.path, hashlib.sha256()
     if place is None:
         digest.update(f"{found.source.name}@{found.source.revision}".encode())

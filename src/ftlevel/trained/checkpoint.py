@@ -1,4 +1,4 @@
-"""Checkpoints of a run, which are used like what it gives at its end, where they can be."""
+"""Make checkpoints of sharded training usable as models."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from ftlevel.errors import InputError
 from ftlevel.workspace import Workspace
 
 _PARTS = "shard-*.safetensors"
-"""What processes write that share a model out, each its rows."""
+"""Shards that the processes of a sharded run write."""
 
 
 def whole_model(directory: Path) -> Path:
-    """Return where the model of a run is whole: `directory`, or what its parts were put into.
+    """Return `directory`, or a temporary directory with the model merged from its shards.
 
-    That is a temporary directory, kept as long as this process.
-
-    Raises:
-        InputError: a part is missing or damaged.
+    The temporary directory exists until the process ends. Raises InputError if a shard is missing
+    or damaged.
     """
     if not any(directory.glob(_PARTS)):
         return directory
@@ -29,7 +27,7 @@ def whole_model(directory: Path) -> Path:
 
 @functools.cache
 def _together(directory: Path) -> Workspace:
-    from ftlevel.models.upstream.shards import put_together  # it imports torch.distributed
+    from ftlevel.models.upstream.shards import put_together  # imports torch.distributed
 
     damage = find_damage(directory)
     if damage is not None:

@@ -1,4 +1,4 @@
-"""Load what `resolve_model` found: a run, an adapter, or a model, with its tokenizer and task."""
+"""Load the model, adapter, tokenizer and task of a `ModelRef`."""
 
 from __future__ import annotations
 
@@ -35,22 +35,9 @@ from ftlevel.trained.model_ref import (
 
 @dataclass(frozen=True)
 class Trained:
-    """A model that is ready to be asked.
+    """A loaded model in eval mode, with its tokenizer, task and settings of training.
 
-    Attributes:
-        model: in eval mode; a PeftModel if there is an adapter.
-        tokenizer: its tokenizer.
-        task: what it was trained for.
-        kind: kind of the model.
-        device: torch device type.
-        dtype: compute precision's name.
-        objective: what it was trained on.
-        max_length: of a training row, in tokens.
-        prompt_format: as in training; None where there are no prompts.
-        labels: names of the classes or tags.
-        options: of the task, as in its card.
-        notes: what the user should know.
-        method: which the adapter was trained by, as in its card.
+    `model` is a PeftModel if there is an adapter. `max_length` is that of training rows, in tokens.
     """
 
     model: Any
@@ -69,15 +56,14 @@ class Trained:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether the base can be had by switching the adapter off."""
+        """Whether the base can be used by disabling the adapter."""
         return hasattr(self.model, "peft_config")
 
 
 def load_found(found: ModelRef, device: str, name: str = "default") -> Trained:
-    """Load what `resolve_model` found; its adapter is called `name`.
+    """Load the model of `found`; `name` is PEFT's name of the adapter.
 
-    Raises:
-        InputError: it is damaged, or has no head for the task.
+    Raises InputError if it is damaged, or has no head for the task.
     """
     card, source, directory = found.card, found.source, found.directory
     prompt = found.prompt_format
@@ -92,7 +78,7 @@ def load_found(found: ModelRef, device: str, name: str = "default") -> Trained:
         pad_apart_from_eos(tokenizer)
     if (
         task.pads_apart or getattr(config, "pad_token_id", None) is None
-    ):  # CodeGen's has no such field at all
+    ):  # CodeGen's config lacks the field
         config.pad_token_id = tokenizer.pad_token_id
     kind = model_kind(config)
     dtype, notes = compute_dtype(card, device), [*found.notes, *about_reference]
@@ -112,7 +98,7 @@ def load_found(found: ModelRef, device: str, name: str = "default") -> Trained:
     )
     if card.method == PLAIN and task.has_new_head:
         check_trained_head(missing, find_heads(model), source.name, task.name)
-    # A language head that was new has a bias that is not trained and stays zero.
+    # A new language head has an untrained bias, which stays zero.
     new = [*card.heads, *find_heads(model)] if card.heads and directory else []
     check_missing(missing, new, source.words)
     if directory is not None:
@@ -125,10 +111,7 @@ def load_found(found: ModelRef, device: str, name: str = "default") -> Trained:
 
 
 def _own_options(card: AdapterCard) -> tuple[Mapping[str, Any], list[str]]:
-    """Return the options of the task, and a note where a merge left out the reference of rewards.
-
-    What it was merged from is not there to be asked.
-    """
+    """Return the task's options, without the reference model if merged, and a note about it."""
     known = card.options.get("preference")
     if not card.merge or not known or known.get("reference", NO_REFERENCE) == NO_REFERENCE:
         return card.options, []
@@ -138,7 +121,7 @@ def _own_options(card: AdapterCard) -> tuple[Mapping[str, Any], list[str]]:
 
 
 def card_overrides(card: AdapterCard) -> dict[str, Any]:
-    """Return what the base's config is given so that its head has the trained one's shape."""
+    """Return overrides of the base's config that shape its head as trained."""
     overrides = label_overrides(card.labels) if card.labels else {}
     if problem := card.options.get("problem_type"):
         overrides["problem_type"] = problem

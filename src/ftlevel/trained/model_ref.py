@@ -1,7 +1,6 @@
-"""What a name on the command line refers to: a run, a checkpoint, an adapter or a model.
+"""Resolve a name to a run, checkpoint, adapter or model, with task, base, labels and prompt format.
 
-`resolve_model` is the one place where that is decided, with its task, base, quantization, labels
-and prompt format. No weights are loaded.
+`resolve_model` is the single entry point. It must not load weights.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from ftlevel.weights.tensor_files import read_header
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PLAIN = "none"
-"""The method of a model that has no adapter."""
+"""Method name of a model without an adapter."""
 _DEFAULT_TASK = "text-generation"
 
 Kind = Literal["run", "checkpoint", "adapter", "peft", "adapterhub", "model", "quantized", "hub",
@@ -51,16 +50,13 @@ Kind = Literal["run", "checkpoint", "adapter", "peft", "adapterhub", "model", "q
 
 @dataclass(frozen=True)
 class ModelRef:
-    """What a name on the command line refers to, before weights load.
+    """A reference to a run, checkpoint, adapter or model, before weights are loaded.
 
     Attributes:
         source: the base model of an adapter, or the model itself.
-        directory: of the adapter; None for a model without one.
-        card: how it was trained; for what ftlevel did not train, what its files say. Its
-            quantization is that of the weights as they will load.
-        run: the run directory that it is in, if any.
-        notes: what the user should know.
-        is_stored_quantized: whether the weights on the disk are quantized.
+        directory: directory of the adapter; None for a model without one.
+        card: training settings, derived from the files if ftlevel did not train it. Its
+            quantization is that of the loaded weights.
         is_ours: whether ftlevel wrote it, with a card.
     """
 
@@ -74,7 +70,7 @@ class ModelRef:
 
     @property
     def kind(self) -> Kind:
-        """What the name refers to; `peft` is an adapter that plain PEFT wrote."""
+        """Kind of the reference; `peft` is an adapter that plain PEFT wrote."""
         if self.run is not None:
             place = self.directory or Path(self.source.name)
             return "checkpoint" if place.absolute().parent.name == CHECKPOINTS else "run"
@@ -88,12 +84,12 @@ class ModelRef:
 
     @property
     def task(self) -> str:
-        """The task, as in `--task`."""
+        """Value of `--task`."""
         return self.card.task
 
     @property
     def base(self) -> str:
-        """Name of the base model; of a model without an adapter, its own name."""
+        """Name of the base model, or of a model without an adapter."""
         return self.source.name
 
     @property
@@ -103,17 +99,17 @@ class ModelRef:
 
     @property
     def quantization(self) -> Mapping[str, Any]:
-        """How the weights are quantized once loaded: `kind` and its settings."""
+        """Quantization of the loaded weights: `kind` and its settings."""
         return self.card.quantization
 
     @property
     def labels(self) -> list[str]:
-        """Names of the classes or tags, by index; empty where there are none."""
+        """Class or tag names by index; empty if there are none."""
         return self.card.labels
 
     @property
     def prompt_format(self) -> PromptFormat | None:
-        """How prompts are laid out; None where there are no prompts."""
+        """Format of the prompts; None without prompts."""
         return read_format(self.card)
 
 
@@ -126,21 +122,21 @@ def resolve_model(
     dtype: str = "auto",
     said: str = "",
 ) -> ModelRef:
-    """Return what `name` refers to.
+    """Resolve `name` to a `ModelRef`.
 
     Args:
         name: a run, checkpoint, adapter or model directory, a `.gguf` file, a Hub id, or
             builtin:NAME.
-        task: the user's `--task`; None for the one that the card, adapter_config.json or the
-            model's architecture names.
-        base: where the base model of an adapter is now, if it has moved.
+        task: value of `--task`; None uses the card, adapter_config.json or the model's
+            architecture.
+        base: new location of an adapter's base model, if it has moved.
         device: torch device type.
-        dtype: the user's `--dtype`; auto is as in training.
-        said: what errors call a model; the default is `name`.
+        dtype: value of `--dtype`; auto uses that of training.
+        said: name of the model in messages; defaults to `name`.
 
     Raises:
-        InputError: it is not there, its base is not the one it was trained on, or it was trained
-            for another task than `task`.
+        InputError: It does not exist, its base has other weights, or it was trained for another
+            task.
     """
     ref = _resolve(name, device, task, said or name, base)
     if base is not None and ref.directory is None:
@@ -152,7 +148,7 @@ def resolve_model(
 
 
 def resolve_stored(ref: ModelRef) -> ModelRef:
-    """Return `ref` with a card that says how its weights are stored, whoever quantized them."""
+    """Return `ref` with the quantization of the stored weights in its card."""
     stored = None if ref.source.kind == "gguf" else stored_quantization(load_config(ref.source))
     if stored is None:
         return replace(ref, is_stored_quantized=False)
@@ -161,11 +157,10 @@ def resolve_stored(ref: ModelRef) -> ModelRef:
 
 
 def with_dtype(ref: ModelRef, dtype: str, device: str) -> ModelRef:
-    """Return `ref` to be computed in `dtype`, as of `--dtype`; auto changes nothing.
+    """Return `ref` with the compute precision `dtype`; auto changes nothing.
 
-    Raises:
-        ConfigError: the device or the model type cannot compute in it.
-        InputError: the stored quantization has a compute type of its own.
+    Raises ConfigError if the device or model type does not support it, InputError if a stored
+    quantization fixes the compute dtype.
     """
     if dtype in ("auto", ref.card.dtype):
         return ref
@@ -182,12 +177,12 @@ def with_dtype(ref: ModelRef, dtype: str, device: str) -> ModelRef:
 
 
 def compute_dtype(card: AdapterCard, device: str) -> str:
-    """Return the precision to compute in: that of `card`, or float32 for float16 on the CPU."""
+    """Return the card's compute precision, with float32 in place of float16 on the CPU."""
     return "float32" if card.dtype == "float16" and device == "cpu" else card.dtype
 
 
 def describe_dtype(ref: ModelRef, dtype: str) -> str:
-    """Return why `ref` computes in the precision that it does, given the user's `--dtype`."""
+    """Return the source of the compute precision, given the value of `--dtype`."""
     if dtype != "auto":
         return "--dtype"
     return "as in training" if ref.is_ours else "auto"
@@ -235,7 +230,7 @@ def _resolve_peft(
 def _resolve_adapterhub(
     directory: Path, device: str, task: str | None, base: str | None
 ) -> ModelRef:
-    """Return the reference to an adapter of AdapterHub's."""
+    """Return the reference to an AdapterHub adapter."""
     hub = read_hub_adapter(directory)
     own = TASKS[hub_task(hub, task)]
     source = resolve_plain_base(hub.base, directory, None, base)
@@ -248,12 +243,9 @@ def _resolve_adapterhub(
 
 
 def find_directory(name: str) -> Path:
-    """Return the directory with the files of the run, checkpoint, adapter or model `name`.
+    """Return the directory with the files of `name`, which may not exist; for a run, `adapter`.
 
-    That of a run is its `adapter` directory. Nothing has to be there.
-
-    Raises:
-        InputError: a run that has not ended.
+    Raises InputError if the run has not finished.
     """
     path = Path(name).expanduser()
     inner = path / "adapter"
@@ -263,7 +255,7 @@ def find_directory(name: str) -> Path:
 
 
 def is_model(name: str) -> bool:
-    """Whether `name` is of a model on this disk, and not of an adapter or a run with one."""
+    """Whether `name` is a local or builtin model, not an adapter or a run with one."""
     place = find_directory(name)
     if (place / ADAPTER_CONFIG).is_file():
         return False
@@ -272,10 +264,9 @@ def is_model(name: str) -> bool:
 
 
 def card_directory(path: Path) -> Path | None:
-    """Return the directory with ftlevel.json that `path` means, or None for a plain model.
+    """Return the directory with ftlevel.json for `path`; None for a plain model.
 
-    Raises:
-        InputError: a run that has not ended.
+    Raises InputError if the run has not finished.
     """
     if (path / CARD).is_file():
         return path
@@ -290,11 +281,7 @@ def card_directory(path: Path) -> Path | None:
 
 
 def _task_of_model(config: Any, said: str) -> str:
-    """Return the task of a model that ftlevel did not train, by the head that it was saved with.
-
-    Raises:
-        InputError: its architecture has no head, so the task is not known.
-    """
+    """Return the task of a model that ftlevel did not train, from its saved architecture."""
     fits = _tasks_of_class(checkpoint_class(config))
     if fits:
         return fits[0]
@@ -316,16 +303,9 @@ def adapter_task(
 ) -> str:
     """Return the task of an adapter that plain PEFT wrote.
 
-    PEFT has no task type for masked language models, and writes the model's class instead.
-
-    Args:
-        directory: of the adapter.
-        settings: its adapter_config.json.
-        base_config: configuration of the base, whose head it has where `settings` name none.
-        task: the user's `--task`.
-
-    Raises:
-        InputError: there is no task of its type, or `task` is of another type.
+    PEFT has no task type for masked language models and saves the model's class instead.
+    `base_config` decides if `settings`, the adapter_config.json, name neither. Raises InputError if
+    ftlevel has no such task, or `task` differs.
     """
     peft_type = settings.get("task_type")
     named = (settings.get("auto_mapping") or {}).get("base_model_class")
@@ -356,12 +336,7 @@ def _peft_types() -> list[str]:
 
 
 def count_outputs(directory: Path, meta: Any) -> int:
-    """Return the number of outputs of the head saved with an adapter; 0 where it has none.
-
-    Args:
-        directory: of the adapter.
-        meta: the base with a head for the task, on the meta device.
-    """
+    """Return the number of outputs of the head saved with an adapter; 0 if it has none."""
     tensors, _ = read_header(directory / ADAPTER_WEIGHTS)
     shapes = {f".{name}": tensor.spec.shape for name, tensor in tensors.items()}
     outputs = 0
@@ -369,22 +344,17 @@ def count_outputs(directory: Path, meta: Any) -> int:
         for name, _ in meta.get_submodule(head).named_parameters(prefix=head):
             found = [shape for stored, shape in shapes.items() if stored.endswith(f".{name}")]
             if found and name.endswith("weight"):
-                outputs = found[0][0]  # of the last layer
+                outputs = found[0][0]  # rows of the last layer
     return outputs
 
 
 def read_plain_adapter(
     directory: Path, place: str | None = None, base_source: ModelSource | None = None
 ) -> tuple[ModelSource, dict[str, Any]]:
-    """Return the base of the PEFT adapter in `directory`, and its configuration.
+    """Return the base of the PEFT adapter in `directory`, and its adapter_config.json.
 
-    Args:
-        directory: where the adapter is.
-        place: where the user says that the base is now.
-        base_source: its base, where that is known; None for what the configuration names.
-
-    Raises:
-        InputError: the configuration is unreadable, names no base, or the base is not there.
+    `place` is the user's location of the base; `base_source` the base itself, if known. Raises
+    InputError if the configuration is invalid or there is no base.
     """
     path = directory / ADAPTER_CONFIG
     check_regular(directory.iterdir(), str(directory))
@@ -410,7 +380,7 @@ def read_plain_adapter(
 def resolve_plain_base(
     base: str, directory: Path, revision: str | None = None, place: str | None = None
 ) -> ModelSource:
-    """Return the base that an adapter of another program names, or the user in its place."""
+    """Return the base that the adapter names, or the user's `place` if given."""
     if place is not None:
         return resolve_source(place, said=f"--model {place}")
     return resolve_source(base, revision, said=base_words(str(directory), base))
@@ -424,20 +394,13 @@ def stand_in_card(
     directory: Path | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> AdapterCard:
-    """Return the card of a model, or of an adapter on it, that ftlevel did not train.
+    """Return a card for a model, or for an adapter on it, that ftlevel did not train.
 
-    Prompts are laid out as `train` would. Labels are those that the config names.
-
-    Args:
-        source: the base, or the model.
-        config: its configuration, with as many labels as the head has.
-        task: what it is used for.
-        device: torch device type.
-        directory: of the adapter, which may have a tokenizer of its own.
-        settings: the adapter's configuration; None for a model.
+    Prompts are formatted as `train` would. `config` must have as many labels as the head;
+    `settings` is the adapter_config.json, None for a model.
     """
     kind = model_kind(config)
-    task.auto_class(kind, config.model_type)  # refuses a task that the model cannot have
+    task.auto_class(kind, config.model_type)  # raises if the model does not support the task
     tokenizer = load_own_tokenizer(source, directory)
     choose_pad_token(tokenizer)
     known = task.stand_in(config, tokenizer, kind)
@@ -454,18 +417,14 @@ def stand_in_card(
 
 
 def load_own_tokenizer(source: ModelSource, directory: Path | None) -> Any:
-    """Return the tokenizer beside the adapter, or the base's where none was saved."""
+    """Load the tokenizer saved with the adapter, or the base's if there is none."""
     if directory is None or not (directory / "tokenizer_config.json").is_file():
         return load_tokenizer(source)
     return load_tokenizer(ModelSource(str(directory), "directory", str(directory)))
 
 
 def check_trained_head(missing: Sequence[str], heads: Sequence[str], name: str, task: str) -> None:
-    """Refuse a model whose head for `task` would be random.
-
-    Raises:
-        InputError: weights of a head are missing from the checkpoint.
-    """
+    """Raise InputError if a head for `task` would be randomly initialized."""
     lost = [key for key in missing if any(key.startswith(f"{head}.") for head in heads)]
     if lost:
         raise InputError(
@@ -475,15 +434,11 @@ def check_trained_head(missing: Sequence[str], heads: Sequence[str], name: str, 
 
 
 def check_whole_adapter(directory: Path) -> None:
-    """Refuse a checkpoint whose adapter is not one of the untouched base.
-
-    Raises:
-        InputError: it is such a one, or its configuration is damaged.
-    """
+    """Raise InputError for a checkpoint whose adapter does not apply to the unchanged base."""
     run = run_of(directory) if directory.absolute().parent.name == CHECKPOINTS else None
     if run is None or (directory / CARD).is_file() or not (directory / ADAPTER_CONFIG).is_file():
         return
-    from ftlevel.methods.merging import read_peft_config  # it imports PEFT's tuners
+    from ftlevel.methods.merging import read_peft_config  # imports PEFT's tuners
 
     init = read_peft_config(directory).get("init_lora_weights")
     if init in INSIDE_BASE:
@@ -499,18 +454,10 @@ _WAY_OUT = "If it is elsewhere now, name its place: --model PATH."
 
 
 def find_base(card: AdapterCard, directory: Path, place: str | None = None) -> ModelSource:
-    """Find the base of the adapter in `directory`, and check that it is the one trained on.
+    """Find the base of the adapter in `directory`, and check its weights.
 
-    A local one is looked for from the adapter's directory, so that it may be moved with it, and
-    then where it was.
-
-    Args:
-        card: of the adapter.
-        directory: where the adapter is.
-        place: where the user says that the base is now.
-
-    Raises:
-        InputError: it is nowhere, or its weights are others.
+    `place` overrides the location. A local base is looked up relative to the adapter first, so that
+    both may be moved together. Raises InputError if it is missing or has other weights.
     """
     name, revision = card.base["name"], card.base.get("revision")
     if place is not None:
@@ -544,11 +491,7 @@ def _find_local(card: AdapterCard, directory: Path) -> ModelSource:
 
 
 def check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
-    """Refuse a base that is not the one on which the adapter in `directory` was trained.
-
-    Raises:
-        InputError: the weights differ.
-    """
+    """Raise InputError if `source` has other weights than the base of training."""
     expected = card.base.get("fingerprint")
     if source.path is None or expected is None:
         return
@@ -564,7 +507,7 @@ def check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
 
 
 def check_cached_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
-    """Refuse another base of the Hub than the one trained on, where it is cached; fetch it else."""
+    """Raise InputError if a base on the Hub has other weights; downloads it if it is not cached."""
     if source.kind == "hub" and card.base.get("fingerprint") is not None:
         from ftlevel.weights.checkpoint import local_directory
 
@@ -573,5 +516,5 @@ def check_cached_base(source: ModelSource, card: AdapterCard, directory: Path) -
 
 
 def base_words(adapter: str, base: str) -> str:
-    """Return what errors call the base of an adapter, which the user did not name."""
+    """Return the name of an adapter's base in messages."""
     return f"{base} (the base of {adapter})"

@@ -1,9 +1,7 @@
-"""The vocabulary that an adapter was trained with, where it is not its base's.
+"""Adapters whose vocabulary size differs from the base's.
 
-Whoever adds tokens resizes the embeddings before the adapter goes on. PEFT then saves the whole
-matrices beside the adapter, or only the rows that were trained; the base is as it was, and has to
-get the same number of rows before the adapter fits it. Rows that are new and that the file does not
-give would be random, and are refused.
+PEFT saves the resized embeddings, or only the trained rows, with the adapter. The base must be
+resized to the same size first. New rows that the file lacks would be random, and are refused.
 """
 
 from __future__ import annotations
@@ -20,15 +18,9 @@ _PREFIX = "base_model.model."
 
 
 def fit_vocabulary(model: Any, directory: Path) -> int | None:
-    """Give `model` the rows of the vocabulary that the adapter in `directory` was trained with.
+    """Resize the embeddings of `model` (mutated) to the vocabulary size of the adapter.
 
-    Args:
-        model: the base, loaded or on the meta device (mutated); rows that it gets are NaN until
-            `check_new_rows`.
-        directory: the adapter.
-
-    Returns:
-        How many rows it had before; None where it has the right number already.
+    New rows are NaN until `check_new_rows`. Returns the former number of rows; None if unchanged.
     """
     had = _rows(model)
     wanted = trained_rows(model, directory) if had else None
@@ -43,17 +35,9 @@ def fit_vocabulary(model: Any, directory: Path) -> int | None:
 
 
 def check_new_rows(model: Any, had: int | None, directory: Path) -> None:
-    """Refuse an adapter that does not give the rows that its base has not (model mutated).
+    """Raise InputError if new embedding rows would be random; `had` is the former number of rows.
 
-    Rows of the base that the adapter puts others in place of become the mean of all before them.
-
-    Args:
-        model: the base with the adapter on it.
-        had: what `fit_vocabulary` returned.
-        directory: the adapter.
-
-    Raises:
-        InputError: naming the layer whose rows would be random.
+    NaN rows of the base that the adapter replaces become the mean of the former rows (mutated).
     """
     import torch
 
@@ -78,12 +62,7 @@ def check_new_rows(model: Any, had: int | None, directory: Path) -> None:
 
 
 def why_other_vocabulary(model: Any, directory: Path) -> str | None:
-    """Return what keeps the adapter in `directory` from standing beside others on `model`, if any.
-
-    Args:
-        model: the base, with or without other adapters on it.
-        directory: the adapter.
-    """
+    """Return why the adapter cannot share `model` with others; None if vocabulary sizes match."""
     rows, wanted = _rows(model), trained_rows(model, directory)
     if rows is None or wanted in (None, rows):
         return None
@@ -91,7 +70,7 @@ def why_other_vocabulary(model: Any, directory: Path) -> str | None:
 
 
 def trained_rows(model: Any, directory: Path) -> int | None:
-    """Return how many tokens the vocabulary had in training; None where the files do not say."""
+    """Return the vocabulary size in training; None if the adapter's files do not contain it."""
     shapes = _shapes(directory / WEIGHTS)
     names = {id(module): name for name, module in model.named_modules()}
     places = [f"{names[id(layer)]}." for layer in _embeddings(model) if id(layer) in names]
@@ -110,7 +89,7 @@ def trained_rows(model: Any, directory: Path) -> int | None:
 
 
 def _rows_of(name: str, shape: list[int]) -> int | None:
-    """Return the rows of a whole matrix, or those that an update of one shows."""
+    """Return the number of rows of a full matrix or of the matrix that a LoRA factor updates."""
     end = name.rpartition(".")[2]
     if end == "lora_embedding_A":
         return shape[1]
@@ -149,7 +128,7 @@ def _embeddings(model: Any) -> list[Any]:
 
 
 def _plain(layer: Any) -> Any:
-    """Return the base's own layer under an adapter's."""
+    """Return the base layer inside an adapter's layer."""
     for name in ("token_adapter", "original_module", "base_layer"):
         inner = getattr(layer, name, None)
         if inner is not None:

@@ -1,7 +1,4 @@
-"""A run as a job: what it asks of a cluster, and the file that says so to its scheduler.
-
-Files by which the scheduler of a cluster starts a run on several machines. Imports nothing.
-"""
+"""Render a run as a job file for a cluster's scheduler; imports nothing of ftlevel."""
 
 from __future__ import annotations
 
@@ -14,33 +11,24 @@ from pathlib import Path
 TEMPLATES = {
     "slurm": "slurm.sh.jinja", "k8s": "pytorchjob.yaml.jinja", "ray": "ray_train.py.jinja",
 }  # fmt: skip
-"""Scheduler → the template of its file."""
+"""Scheduler → template of its job file."""
 
 SUFFIXES = {"slurm": "sbatch", "k8s": "yaml", "ray": "py"}
-"""Scheduler → how its file's name ends."""
+"""Scheduler → suffix of its job file."""
 
 SUBMIT = {
     "slurm": ("sbatch",), "k8s": ("kubectl", "create", "-f"),
     "ray": ("ray", "job", "submit", "--no-wait", "--", "python"),
 }  # fmt: skip
-"""Scheduler → the command that takes the file."""
+"""Scheduler → command that submits the job file."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of a cluster.
+    """A run as a job of a cluster; `processes` and `gpus` are per node.
 
-    Attributes:
-        scheduler: a key of `TEMPLATES`.
-        nodes: machines.
-        processes: of each machine.
-        gpus: of each machine; none for a run on CPUs.
-        arguments: of `ftlevel`, with `--resume`: the same line begins a run and goes on with it.
-        output: the run directory.
-        name: of the job, in small letters, digits and dashes.
-        image: of the container, on Kubernetes.
-        claim: the persistent volume claim that holds the run directory there.
-        options: more that the scheduler is asked for, by its own names.
+    `arguments` include `--resume`, so that one command line starts and resumes the run. `image` and
+    `claim` (a persistent volume claim) are for Kubernetes.
     """
 
     scheduler: str
@@ -56,22 +44,22 @@ class Job:
 
     @property
     def command(self) -> str:
-        """The arguments as a shell reads them."""
+        """The arguments, quoted for a shell."""
         return shlex.join(self.arguments)
 
     @property
     def resources(self) -> dict[str, float]:
-        """What a worker of Ray's asks for beside its GPU, as `options` say."""
+        """Custom resources of a Ray worker, from `options`."""
         return {name: float(value) for name, value in self.options.items()}
 
     @property
     def quoted(self) -> list[str]:
-        """The arguments as YAML and Python read them."""
+        """The arguments, quoted for YAML and Python."""
         return [json.dumps(argument) for argument in self.arguments]
 
 
 def render(job: Job) -> str:
-    """Return the file of `job`."""
+    """Return the text of the job file."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -80,7 +68,7 @@ def render(job: Job) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # it is no page; `Job` quotes words
+        autoescape=False,  # not HTML; `Job` quotes the arguments
     )
     text: str = environment.get_template(TEMPLATES[job.scheduler]).render(job=job)
     return text

@@ -1,4 +1,1 @@
-"""One page about one run or several: read what they wrote, draw curves, fill a template.
-
-Knows nothing of how runs are made: it reads summary.json, metrics.jsonl and rows of answers.
-"""
+"""Render an HTML report on runs from their files; must not import anything that creates runs."""

@@ -1,7 +1,4 @@
-"""Rows that a run answered, counted: confusion, scores of each class or tag, the best and worst.
-
-What a run wrote about itself, read for a page.
-"""
+"""Read the files of a run, and count its answers: confusion matrix, scores per class, extremes."""
 
 from __future__ import annotations
 
@@ -17,24 +14,21 @@ from ftlevel.artifacts.files import read_plain
 from ftlevel.artifacts.ownership import ANSWERS, METRICS, SUMMARY
 from ftlevel.errors import InputError
 
-MOST_CLASSES = 30  # of a confusion matrix
-SHOWN = 10  # rows, of the best and of the worst
-_BANDS = 10  # of lengths
+MOST_CLASSES = 30  # in a confusion matrix
+SHOWN = 10  # best rows, and as many worst rows
+_BANDS = 10  # length quantiles
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Rows that a run answered.
+    """Statistics of a run's answers to rows.
 
     Attributes:
-        classes: names of the classes or tags, the most frequent first; empty of other answers.
-        counts: true class → predicted class → how many.
-        per_class: class → precision, recall, F1 and how many.
-        unit: what is counted: rows, or words that are tagged.
-        lengths: of texts: least and most words of the right answer, rows, their mean loss.
-        worst: rows with the highest loss; the first that are wrong where none is known.
-        best: rows with the lowest; none where no loss is known.
-        total: how many rows there were.
+        counts: true class → predicted class → count; empty if the answers are not classes.
+        per_class: class, precision, recall, F1 and count.
+        unit: counted unit: rows, or tagged words.
+        lengths: for texts: minimum and maximum words of the true answer, rows, mean loss.
+        worst: rows with the highest loss, or wrong rows if there is no loss.
     """
 
     classes: list[str] = field(default_factory=list)
@@ -48,7 +42,7 @@ class Answers:
 
 
 def sum_up(rows: Iterator[dict[str, Any]]) -> Answers:
-    """Return the answers of `rows`, each with `predicted` and `true`, and maybe a `loss`."""
+    """Return statistics of `rows` with `predicted`, `true` and optionally `loss`."""
     counts: dict[str, Counter[str]] = {}
     kept, by_length, units, total = list[dict[str, Any]](), list[tuple[int, float]](), set(), 0
     for row in rows:
@@ -82,7 +76,7 @@ def sum_up(rows: Iterator[dict[str, Any]]) -> Answers:
 
 
 def _answer(row: Mapping[str, Any]) -> str | None:
-    """Return the text that is right: of several answers to a question the first."""
+    """Return the true text; the first one if a question has several."""
     right = row.get("true", row.get("chosen"))
     if isinstance(right, list) and right and isinstance(row.get("predicted"), str):
         right = right[0]
@@ -90,7 +84,7 @@ def _answer(row: Mapping[str, Any]) -> str | None:
 
 
 def _pairs(true: Any, predicted: Any) -> tuple[str, list[tuple[str, str]]]:
-    """Return what is counted of a row, or nothing, and its pairs of what is true and predicted."""
+    """Return the unit, or an empty string, and pairs of true and predicted classes of a row."""
     if isinstance(true, str) and isinstance(predicted, str):
         return "rows", [(true, predicted)]
     if isinstance(true, list) and isinstance(predicted, list) and len(true) == len(predicted):
@@ -101,7 +95,7 @@ def _pairs(true: Any, predicted: Any) -> tuple[str, list[tuple[str, str]]]:
 
 
 def _lengths(found: list[tuple[int, float]]) -> list[tuple[int, int, int, float]]:
-    """Return the mean loss of the shortest tenth of true answers, of the next, and so on."""
+    """Return the mean loss per decile of the true answer's length in words."""
     found.sort()
     if len({length for length, _ in found}) < _BANDS:
         return []
@@ -110,7 +104,7 @@ def _lengths(found: list[tuple[int, float]]) -> list[tuple[int, int, int, float]
     return [(band[0][0], band[-1][0], len(band), fmean(loss for _, loss in band)) for band in bands]
 
 
-_HELD = 20_000  # rows, of which the ends are kept
+_HELD = 20_000  # rows in memory, then reduced to the extremes
 
 
 def _ends(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -123,7 +117,6 @@ def _ends(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _scores(
     name: str, counts: Mapping[str, Counter[str]], rows: int
 ) -> tuple[str, float, float, float, int]:
-    """Return precision, recall and F1 of a class, and how many rows have it."""
     hit = counts.get(name, Counter())[name]
     said = sum(own[name] for own in counts.values())
     precision, recall = hit / said if said else 0.0, hit / rows if rows else 0.0
@@ -133,15 +126,7 @@ def _scores(
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A run for the page.
-
-    Attributes:
-        name: of its directory; told apart from others of the name by the path before it.
-        path: where it is.
-        summary: summary.json.
-        records: metrics.jsonl.
-        answers: of rows that were scored; None where none were given.
-    """
+    """Files of a run for the report; `answers` is None without scored rows."""
 
     name: str
     path: Path
@@ -151,15 +136,9 @@ class RunFacts:
 
 
 def read_run_facts(path: Path, predictions: Path | None = None) -> RunFacts:
-    """Return what the run in `path` wrote.
+    """Read the finished run in `path`; raise InputError if it is not one or a file is unreadable.
 
-    Args:
-        path: of a run that is done.
-        predictions: what `ftlevel evaluate --predictions` wrote of it; None for what the run
-            itself wrote of its validation rows.
-
-    Raises:
-        InputError: it is no run, or not done, or a file cannot be read.
+    `predictions` is a file of `ftlevel evaluate --predictions`; None uses the validation rows.
     """
     if not (path / SUMMARY).is_file():
         here = "there is no such directory" if not path.is_dir() else f"it has no {SUMMARY}"
@@ -192,7 +171,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 try:
                     value = json.loads(line)
                 except ValueError:
-                    if line.endswith("\n"):  # else a kill cut the last one
+                    if line.endswith("\n"):  # else a killed process truncated the last line
                         raise InputError(f"{path}:{number}: not valid JSON.") from None
                     return
                 if isinstance(value, dict):

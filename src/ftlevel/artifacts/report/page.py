@@ -1,9 +1,7 @@
-"""The page: one HTML file of its own, in which everything from outside is escaped.
+"""Render the report as one self-contained HTML file with SVG curves; external text is escaped.
 
-Curves as the points of an SVG: few enough for any run, with every peak and dip in them.
-
-A page needs a polyline, two axes and the value under the pointer. That is a template of twenty
-lines; a plotting library would put its own script of megabytes into every page.
+Curves are thinned to about `MOST_POINTS` points and keep minima and maxima. A template draws them,
+because a plotting library would add megabytes of script to every page.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from ftlevel.artifacts.cards import loss_words, memory_words
 from ftlevel.artifacts.files import write_text
 from ftlevel.artifacts.report.facts import RunFacts
 
-MOST_POINTS = 400  # of a curve
+MOST_POINTS = 400  # per curve
 WIDTH, HEIGHT = 640, 220
 LEFT, RIGHT, TOP, BOTTOM = 64, 8, 10, 28
 
@@ -34,19 +32,14 @@ CURVES = (
     ("tokens_per_s", "Tokens a second", ""),
     ("memory", "Memory held, GiB", "memory_bytes"),
 )
-"""Name, heading, and the field of a record; none for what is computed."""
+"""Name, heading, and field of a record; an empty field is computed."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One run's curve.
+    """One run's curve: `path` for an SVG polyline, and (step, value) `points` for the tooltip.
 
-    Attributes:
-        run: its name.
-        number: of the run, from 0, which gives the colour.
-        path: points of a polyline, in the picture's own units.
-        points: step and value of each, for the pointer.
-        last: the last value.
+    `number`, the index of the run, selects the color.
     """
 
     run: str
@@ -58,16 +51,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture.
-
-    Attributes:
-        name: of the quantity.
-        title: its heading.
-        lines: one a run that has it.
-        ticks_x: place and text.
-        ticks_y: place and text.
-        span: lowest and highest step, lowest and highest value, of the whole picture.
-    """
+    """A chart; `ticks_*` are (coordinate, label), `span` is (min x, max x, min y, max y)."""
 
     name: str
     title: str
@@ -78,7 +62,7 @@ class Chart:
 
     @property
     def words(self) -> str:
-        """The picture in words, for who does not see it."""
+        """Text alternative of the chart."""
         said = [
             f"{line.run}: from {line.points[0][1]:.4g} at step {line.points[0][0]:,.0f} to "
             f"{line.last:.4g} at step {line.points[-1][0]:,.0f}"
@@ -88,7 +72,7 @@ class Chart:
 
 
 def draw_charts(runs: Sequence[RunFacts]) -> Iterator[Chart]:
-    """Yield a chart for each quantity that some run has, and each metric of evaluations."""
+    """Yield a chart for each quantity and evaluation metric that some run has."""
     metrics = dict.fromkeys(
         key for run in runs for record in run.records for key in record
         if key.startswith("eval_") and key != "eval_loss"
@@ -103,7 +87,7 @@ def draw_charts(runs: Sequence[RunFacts]) -> Iterator[Chart]:
 
 
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> Iterator[Point]:
-    """Yield step and value of what is finite; without a `key`, tokens a second between records."""
+    """Yield finite (step, value) pairs; without a `key`, tokens per second between records."""
     before: Mapping[str, Any] | None = None
     for record in records:
         step = record.get("step")
@@ -127,7 +111,7 @@ def _speed(before: Mapping[str, Any] | None, record: Mapping[str, Any]) -> float
 
 
 def thin(points: list[Point]) -> list[Point]:
-    """Return at most about `MOST_POINTS` points: of each stretch the first, lowest and highest."""
+    """Return about `MOST_POINTS` points: the first, lowest and highest of each interval."""
     if len(points) <= MOST_POINTS:
         return points
     stretch = math.ceil(len(points) / (MOST_POINTS // 3))
@@ -167,7 +151,6 @@ def _span(values: list[float]) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Return four or five round numbers between `low` and `high`."""
     rough = (high - low) / 4
     size = 10 ** math.floor(math.log10(rough))
     step = next(size * k for k in (1, 2, 2.5, 5, 10) if size * k >= rough)
@@ -175,22 +158,22 @@ def _ticks(low: float, high: float) -> list[float]:
     return [at * step for at in range(first, first + 7) if at * step <= high * (1 + 1e-12)]
 
 
-_LONGEST = 2_000  # letters of an answer that are shown
+_LONGEST = 2_000  # characters shown of an answer
 
 
 def write_page(runs: Sequence[RunFacts], path: Path) -> None:
-    """Write the page about `runs` to `path`, absent or whole."""
+    """Write the report on `runs` to `path`, atomically."""
     write_text(path, render_page(runs))
 
 
 def render_page(runs: Sequence[RunFacts]) -> str:
-    """Return the page about `runs`, which are side by side in it."""
+    """Return the HTML report that compares `runs`."""
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
-        undefined=jinja2.ChainableUndefined,  # a run of an earlier version lacks a field
+        undefined=jinja2.ChainableUndefined,  # older runs may lack fields
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -210,7 +193,7 @@ def render_page(runs: Sequence[RunFacts]) -> str:
 
 _TEXTS = {"input": "asked", "base_predicted": "before", "predicted": "answer", "true": "true",
           "chosen": "preferred", "rejected": "rejected"}  # fmt: skip
-"""Fields of a row that was answered, and their headings."""
+"""Field of an answered row → its heading."""
 
 
 def _texts(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -218,7 +201,7 @@ def _texts(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _figures(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield what is known of a row in numbers, the loss first, and what it was before."""
+    """Yield the numeric fields of a row, the loss first, with their values before training."""
     for name in sorted(row, key=lambda name: name != "loss"):
         value, before = row[name], row.get(f"base_{name}")
         if name in ("row", *_TEXTS) or name.startswith("base_"):
@@ -248,7 +231,7 @@ def _for_template(chart: Chart) -> dict[str, Any]:
 
 
 def _table(runs: Sequence[RunFacts]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the rows of the table of results: a name, and a value for each run."""
+    """Yield the rows of the results table: a name, and a value for each run."""
     summaries = [run.summary for run in runs]
 
     def row(name: str, of: Any) -> tuple[str, list[str]]:
@@ -276,7 +259,7 @@ def _trained(summary: Mapping[str, Any]) -> str:
 
 
 def _metric(summary: Mapping[str, Any], name: str) -> str:
-    """Return a metric, with what it was before the first step and its interval where known."""
+    """Return a metric with its value before training and its interval, if known."""
     value, before = (summary.get(of, {}).get(name) for of in ("metrics", "metrics_before"))
     if not isinstance(value, int | float):
         return ""

@@ -1,4 +1,4 @@
-"""Files for other programs, one module a format, each checked by reading it back where it can be.
+"""Export formats for other programs, one module per format; formats must not import each other.
 
-May import what merging may; no format knows another.
+Each export is checked by reading it back where possible.
 """

@@ -1,4 +1,4 @@
-"""A bottleneck adapter as a directory that AdapterHub's `adapters` loads, with its head."""
+"""Write a bottleneck adapter, with its head, as a directory for AdapterHub's `adapters` library."""
 
 from __future__ import annotations
 
@@ -37,11 +37,7 @@ _PREFIX = "base_model.model."
 
 
 def plan_export(config: ExportConfig, found: ModelRef) -> AdapterHubExport:
-    """Return what will be written, and refuse what AdapterHub does not have.
-
-    Raises:
-        InputError: it is no bottleneck adapter, or one that AdapterHub could not compute.
-    """
+    """Plan the export; raise InputError if AdapterHub cannot represent the adapter."""
     directory = found.directory
     if directory is None:
         raise InputError(
@@ -70,11 +66,7 @@ def plan_export(config: ExportConfig, found: ModelRef) -> AdapterHubExport:
 
 
 def _whole_holders(directory: Path, placement: str, model: Any) -> dict[str, str]:
-    """Return the holder of each adapter, where all of the placement's positions have one.
-
-    Raises:
-        InputError: some have none, or others have one.
-    """
+    """Return the AdapterHub module of each adapter; refuse adapters at other positions."""
     sites = sites_of(model.config)
     pattern = re.compile(site_pattern(sites, placement)) if sites else None
     expected = {n for n, _ in model.named_modules() if pattern and pattern.fullmatch(n)}
@@ -89,7 +81,7 @@ def _whole_holders(directory: Path, placement: str, model: Any) -> dict[str, str
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the weights of the adapter and those of its head, by their names in the base."""
+    """Return the weights of the adapter and of its head, by their names in the base."""
     from safetensors.torch import load_file
 
     weights = load_file(str(directory / "adapter_model.safetensors"))
@@ -103,15 +95,9 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @dataclass(frozen=True)
 class AdapterHubExport:
-    """What is written, before any weights are read.
+    """Planned export of a bottleneck adapter, before any weights are read.
 
-    Attributes:
-        config: what was asked for.
-        card: how the adapter was trained.
-        directory: of the adapter.
-        model: the shape of its base.
-        hub_config: AdapterHub's `config` of it.
-        holders: adapted module → the path of AdapterHub's module that holds its adapter.
+    `model` is on the meta device; `holders` maps adapted modules to AdapterHub's module paths.
     """
 
     config: ExportConfig
@@ -123,13 +109,13 @@ class AdapterHubExport:
 
     @property
     def name(self) -> str:
-        """What the adapter is called there: no dot may be in it."""
+        """Name of the adapter in AdapterHub, which must not contain a dot."""
         own = self.directory.parent if self.directory.name == "adapter" else self.directory
         return re.sub(r"\W+", "_", own.resolve().name)
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know, as sentences without a full stop."""
+        """Notes for the user, as sentences without a full stop."""
         peft_config = read_peft_config(self.directory)
         notes = []
         if peft_config.get("adapter_dropout"):
@@ -145,7 +131,7 @@ class AdapterHubExport:
         return notes
 
     def choices(self, device: Choice) -> Iterator[Choice]:  # noqa: ARG002 - a format's signature
-        """Yield the lines for the screen."""
+        """Yield the lines for the console."""
         yield Choice("adapter", self.config.model, f"{len(self.holders):,} positions")
         yield Choice("base", str(self.card.base["name"]), type(self.model).__name__)
         yield Choice("name", self.name, "as load_adapter returns it")
@@ -153,7 +139,7 @@ class AdapterHubExport:
         yield Choice("out", self.config.out)
 
     def dry_run(self) -> dict[str, Any]:
-        """Return the summary of what would be written."""
+        """Return the summary of the planned export."""
         return self._summary()
 
     def write(
@@ -163,7 +149,7 @@ class AdapterHubExport:
         listener: Listener,
         merge: MergeAdapter,  # noqa: ARG002 - nothing is merged
     ) -> dict[str, Any]:
-        """Write the directory `place`, and read it back; return the summary."""
+        """Write the directory `place` and read it back; return the summary."""
         import torch
 
         listener.stage("write the adapter")
@@ -203,11 +189,7 @@ class AdapterHubExport:
         }
 
     def _check(self, place: Path, expected: Mapping[str, Any]) -> None:
-        """Read the directory as one of AdapterHub's, and compare.
-
-        Raises:
-            RunError: it is another adapter.
-        """
+        """Read `place` as an AdapterHub adapter; raise RunError if it differs from `expected`."""
         import torch
 
         config, found = convert(read_hub_adapter(place), self.model)
@@ -232,7 +214,7 @@ class AdapterHubExport:
         }
 
     def describe(self, summary: Mapping[str, Any]) -> Iterator[str]:
-        """Yield what came out, a line each."""
+        """Yield the lines of the result."""
         if summary.get("dry_run"):
             yield "nothing was written (--dry-run)"
             return

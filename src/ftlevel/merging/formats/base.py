@@ -1,4 +1,4 @@
-"""What `ftlevel export` asks of a format: a module with `plan_export`, named in `config.export`."""
+"""Interface of export formats: modules with `plan_export`, registered in `config.export`."""
 
 from __future__ import annotations
 
@@ -22,13 +22,9 @@ ChooseCodes = Callable[[str], Codes]
 
 @dataclass(frozen=True)
 class Merged:
-    """What merging the adapter that is exported gave, and how the weights are rounded.
+    """Result of merging the exported adapter; its `summary` is empty if nothing is merged.
 
-    Attributes:
-        summary: merge's; empty where nothing is merged.
-        choose: chooses the codes of the weights; None where they are rounded.
-        beside_run: the model as it is read back → how far it is from the run as trained; None where
-            that is not measured.
+    `choose` selects codes; None rounds. `beside_run` compares the reloaded model with the run.
     """
 
     summary: Mapping[str, Any]
@@ -37,48 +33,40 @@ class Merged:
 
 
 MergeAdapter = Callable[[Path], Merged]
-"""Merges the adapter that is exported into its base, in a directory; a model that is whole is left
-where it is."""
+"""Function that merges the exported adapter into its base, in a directory.
+
+A model without an adapter stays where it is.
+"""
 
 
 class Export(Protocol):
-    """What is written, before any weights are read.
-
-    Attributes:
-        notes: what the user should know, as sentences without a full stop.
-    """
+    """A planned export, before weights are read; `notes` are sentences without a full stop."""
 
     @property
     def notes(self) -> Sequence[str]: ...  # noqa: D102 - as above
 
     def choices(self, device: Choice) -> Iterable[Choice]:
-        """Return the lines for the screen."""
+        """Return the lines for the console."""
 
     def dry_run(self) -> dict[str, Any]:
-        """Return the summary of what would be written."""
+        """Return the summary of the planned export."""
 
     def write(
         self, place: Path, device: str, listener: Listener, merge: MergeAdapter
     ) -> dict[str, Any]:
-        """Write the files of `ExportConfig.outputs` into the directory `place`; return the summary.
+        """Write the files of `ExportConfig.outputs` into `place`; return the summary.
 
-        Raises:
-            RunError: what was written is not the model.
+        Raises RunError if the files differ from the model.
         """
 
     def describe(self, summary: Mapping[str, Any]) -> Iterable[str]:
-        """Return what came out, a line each."""
+        """Return the lines of the result."""
 
 
 def plan_export(config: ExportConfig, found: ModelRef | Mapping[str, ModelRef]) -> Export:
-    """Return what will be written in the format that `config` names.
+    """Plan the export; raise InputError if the format of `config` cannot represent the model.
 
-    Args:
-        config: what was asked for.
-        found: a run, an adapter or a model; or adapters by name, for a format with `several`.
-
-    Raises:
-        InputError: the format cannot hold the model.
+    `found` is a run, adapter or model, or adapters by name for a format with `several`.
     """
     module = importlib.import_module(FORMATS[config.format].module)
     planned: Export = module.plan_export(config, found)

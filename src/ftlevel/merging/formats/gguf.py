@@ -1,10 +1,7 @@
-"""One .gguf file for llama.cpp, and a Modelfile for Ollama: written tensor by tensor, read back.
+"""Export a model as one .gguf file for llama.cpp, with a Modelfile for Ollama.
 
-Read an exported file back, as transformers does, and compare it with the model it was made of.
-
-Its tensors must be the model's, rounded as the file's type rounds them: the model with weights that
-torch rounded gives the logits that the file must give. How far rounding itself moves the model is
-measured beside it.
+The file is read back with transformers. Its logits must equal those of the model after torch rounds
+its weights to the file's type. The effect of rounding itself is measured separately.
 """
 
 from __future__ import annotations
@@ -61,7 +58,7 @@ from ftlevel.weights.gguf.file import (
 from ftlevel.weights.gguf.vocabulary import READ_BY_TRANSFORMERS, Vocabulary, read_vocabulary
 
 BOUND = 1e-4
-"""How far logits may be apart, in multiples of the largest one: sums in float32 have no order."""
+"""Allowed difference of logits, as a share of the largest one: float32 sums depend on order."""
 _CLASS = "AutoModelForCausalLM"
 _WINDOW = 128
 _NATIVE = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -85,16 +82,15 @@ _INERT = {
 
 @dataclass(frozen=True)
 class Checked:
-    """What reading the file back showed.
+    """Result of reading the file back.
 
     Attributes:
-        file: the file beside the model with weights rounded by torch; it is right.
-        model: the file beside the model as it is: what rounding costs.
-        run: the file beside the run as trained, on the run's rows; None where it was not asked.
-        own_settings: settings that transformers' reader leaves out; they were taken from the model.
-        texts: how many texts gave the same tokens.
-        splitting: whether transformers splits text as the file says; else the model's own
-            splitting was used to compare the rest.
+        file: distance of the file from the model with weights rounded by torch.
+        model: distance of the file from the unrounded model.
+        run: distance of the file from the run as trained; None if not measured.
+        own_settings: settings that transformers' reader skips; the model's own are used.
+        texts: number of texts with identical tokens.
+        splitting: whether transformers can read the file's pre-tokenizer.
     """
 
     file: Agreement
@@ -107,15 +103,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Original:
-    """The model that was exported.
-
-    Attributes:
-        source: where it is.
-        config: its config.
-        tokenizer: its tokenizer.
-        device: torch device type to compare on.
-        tokens: how many tokens of text are compared.
-    """
+    """The exported model, the device, and the number of text tokens to compare."""
 
     source: ModelSource
     config: Any
@@ -125,7 +113,7 @@ class Original:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision that it is stored in."""
+        """Stored precision of the model."""
         return getattr(self.config, "dtype", None) or torch.float32
 
 
@@ -137,17 +125,16 @@ def check_file(
     original: Original,
     beside_run: Callable[[Any], Agreement] | None = None,
 ) -> Checked:
-    """Compare the file at `path` with its original, and with the run, by `beside_run`.
+    """Compare the file at `path` with the original and, by `beside_run`, with the run.
 
-    Raises:
-        RunError: it is not the same model, rounded, or not the same tokenizer.
+    Raises RunError if logits or tokens differ from those of the original.
     """
     source = ModelSource(str(path), "gguf", str(path.parent), path.name, local_files_only=True)
     texts = check_tokens(load_tokenizer(source), original.tokenizer, vocabulary)
     config, own_settings = readable_config(load_config(source), original.config)
     probe = _probe(original)
     reference, expected = _ask_original(probe, outtype, tensors, original)
-    # Vectors are wider in the file than its matrices; they are narrow only in a model that is.
+    # The file stores vectors in a wider dtype than matrices, unless the model itself is narrow.
     same = _NATIVE.get(outtype) == original.dtype
     dtype = original.dtype if same else torch.float32
     model, missing = load_model(source, config, _CLASS, dtype=dtype, device=original.device)
@@ -168,7 +155,7 @@ def check_file(
 
 
 def _probe(original: Original) -> Probe:
-    """Return windows of text to ask both models about."""
+    """Return windows of text on which to compare both models."""
     text = read_eval_text(None, original.tokens)
     length = min(_WINDOW, max_positions(original.config) or _WINDOW)
     rows = [
@@ -184,8 +171,8 @@ def _probe(original: Original) -> Probe:
 def _ask_original(
     probe: Probe, outtype: str, tensors: Sequence[Tensor], original: Original
 ) -> tuple[Scores, Scores]:
-    """Return what the original says, and what it says with weights as the file rounds them."""
-    # A block's scale is not a number of 16 bits: what is rounded so needs float32 to be held.
+    """Return the original's logits, and its logits with weights rounded as in the file."""
+    # Scaled block values are not representable in 16 bits, so they need float32.
     dtype = torch.float32 if outtype in GRIDS else original.dtype
     model, _ = load_model(
         original.source, original.config, _CLASS, dtype=dtype, device=original.device
@@ -203,14 +190,10 @@ def _ask_original(
 
 
 def readable_config(found: Any, own: Any) -> tuple[Any, list[str]]:
-    """Return the config to read the file with, and which settings it has from the model.
+    """Return the config for reading the file, and the settings copied from `own`.
 
-    transformers' reader of .gguf leaves some out that llama.cpp reads (stretched rotary positions,
-    the width of Qwen3's heads, …).
-
-    Args:
-        found: as transformers reads it from the file.
-        own: the model's.
+    transformers' .gguf reader skips some that llama.cpp reads, such as RoPE scaling and Qwen3's
+    head width.
     """
     have, want = found.to_dict(), own.to_dict()
     differing = {
@@ -225,7 +208,6 @@ def readable_config(found: Any, own: Any) -> tuple[Any, list[str]]:
 
 
 def _same(first: Any, second: Any) -> bool:
-    """Whether two settings are the same; numbers pass through float32 in the file."""
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         keys = set(first) | set(second)
         return all(_same(first.get(key), second.get(key)) for key in keys)
@@ -235,13 +217,10 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def check_tokens(found: Any, own: Any, vocabulary: Vocabulary) -> int:
-    """Compare what both tokenizers give for `PROBES` and for special tokens; return how many texts.
+    """Compare both tokenizers on `PROBES` and special tokens; return the number of texts.
 
-    Where transformers does not split text as the file's name says, `found` is given the splitting
-    of `own` first (mutated), so that vocabulary, merges and special tokens are compared.
-
-    Raises:
-        RunError: a text gives other tokens.
+    If transformers cannot read the file's pre-tokenizer, `found` gets that of `own` (mutated).
+    Raises RunError if a text has different tokens.
     """
     backend, reference = found.backend_tokenizer, own.backend_tokenizer
     if vocabulary.pre not in READ_BY_TRANSFORMERS:
@@ -261,11 +240,7 @@ def check_tokens(found: Any, own: Any, vocabulary: Vocabulary) -> int:
 
 
 def plan_export(config: ExportConfig, found: ModelRef) -> GgufExport:
-    """Return what will be written, and refuse what cannot be.
-
-    Raises:
-        InputError: with all reasons.
-    """
+    """Plan the export; raise InputError if the model cannot be written as GGUF."""
     source = found.source
     if source.kind == "gguf" and found.directory is None:
         raise InputError(
@@ -282,7 +257,7 @@ def plan_export(config: ExportConfig, found: ModelRef) -> GgufExport:
     tokens = ModelSource(str(found.directory), "directory", str(found.directory)) if own else source
     tokenizer = load_tokenizer(tokens)
     try:
-        # A merged model may have grown with its tokenizer: the true size is checked once more.
+        # Merging may add tokens of the adapter's tokenizer; `write` reads the final size.
         size = max(model_config.vocab_size, len(tokenizer) if found.directory else 0)
         vocabulary = read_vocabulary(tokenizer, size)
     except InputError as error:
@@ -293,16 +268,7 @@ def plan_export(config: ExportConfig, found: ModelRef) -> GgufExport:
 
 @dataclass(frozen=True)
 class GgufExport:
-    """What is written, before any weights are read.
-
-    Attributes:
-        config: what was asked for.
-        found: the run, adapter or model.
-        model_config: of its base, or its own.
-        tokenizer: its tokenizer.
-        vocabulary: what is written of it.
-        prompting: how it is spoken to.
-    """
+    """Planned .gguf export, before any weights are read."""
 
     config: ExportConfig
     found: ModelRef
@@ -313,11 +279,11 @@ class GgufExport:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know, as sentences without a full stop."""
+        """Notes for the user, as sentences without a full stop."""
         return list(self.vocabulary.notes)
 
     def choices(self, device: Choice) -> Iterator[Choice]:
-        """Yield the lines for the screen."""
+        """Yield the lines for the console."""
         config, found = self.config, self.found
         architecture = FAMILIES[self.model_config.model_type].architecture
         merges = found.directory is not None
@@ -339,10 +305,10 @@ class GgufExport:
             yield device
 
     def dry_run(self) -> dict[str, Any]:
-        """Return the summary of what would be written; sizes are of the base's shapes."""
+        """Return the summary of the planned export; sizes are computed from the base's shapes."""
         outtype: str = self.config.outtype
         tensors: list[Tensor] = []
-        if self.found.source.kind != "gguf":  # of an adapter on one, no shapes are known yet
+        if self.found.source.kind != "gguf":  # a .gguf base has no shapes before it is loaded
             checkpoint = _open(self.found.source, self.model_config)
             outtype = own_outtype(checkpoint) if outtype == "auto" else outtype
             tensors = plan_tensors(checkpoint, self.model_config, outtype)
@@ -351,7 +317,7 @@ class GgufExport:
     def write(
         self, place: Path, device: str, listener: Listener, merge: MergeAdapter
     ) -> dict[str, Any]:
-        """Write both files into `place`, and compare; return the summary."""
+        """Write both files into `place` and compare; return the summary."""
         config, source, model_config = self.config, self.found.source, self.model_config
         vocabulary, directory = self.vocabulary, place / "merged"
         if self.found.directory is not None:
@@ -379,7 +345,7 @@ class GgufExport:
         (place / _modelfile(config).name).write_text(text, encoding="utf-8")
         if config.recorded:
             listener.stage("record its answers")
-            # In few bits a server must answer as the file does; how far that is, is told above.
+            # Quantized files are recorded from the file itself; `check_file` measured its distance.
             own = _as_source(path) if outtype in CHOSEN else source
             record_whole(place / config.outputs[2].name, config, self.found, own, outtype, device)
         return self._summary(outtype, tensors) | {
@@ -413,7 +379,7 @@ class GgufExport:
 
     @staticmethod
     def describe(summary: Mapping[str, Any]) -> Iterator[str]:
-        """Yield what came out, a line each."""
+        """Yield the lines of the result."""
         size = f"{summary['tensor_bytes'] / 2**20:,.1f} MiB"
         count = f"{summary['tensors']:,} tensors"
         yield f"{summary['architecture']}: {count}, {summary['outtype']}, {size}"
@@ -460,7 +426,6 @@ def _check_model(name: str, model_config: Any, *, has_adapter: bool) -> None:
 
 
 def _saved_as(model_config: Any) -> str:
-    """Return the class that a checkpoint was saved as, in words."""
     return ", ".join(model_config.architectures or ()) or str(model_config.model_type)
 
 
@@ -472,7 +437,7 @@ def _open(source: ModelSource, model_config: Any) -> Any:
 def _metadata(
     config: ExportConfig, model_config: Any, vocabulary: Vocabulary, outtype: str
 ) -> dict[str, Any]:
-    # transformers takes a llama that is called mistral for an architecture that GGUF has not.
+    # transformers maps the name "mistral" to an architecture that GGUF does not have.
     name = "Mistral" if config.out.stem == "mistral" else config.out.stem
     general = {
         "general.architecture": FAMILIES[model_config.model_type].architecture,

@@ -1,8 +1,8 @@
-"""Plain LoRA as llama.cpp loads it, beside a base of any quantization: one .gguf file.
+"""Export plain LoRA as one .gguf file for llama.cpp.
 
-`general.type` is `adapter`; each module has `NAME.weight.lora_a` (r, in) and `.lora_b` (out, r),
-NAME being llama.cpp's. The scale is `adapter.lora.alpha` over the rows of `lora_a`, so 1. Where the
-base's rows are interleaved (Llama's queries and keys), the rows of B are (convert_lora_to_gguf.py).
+Each module has `NAME.weight.lora_a` (r, in) and `.lora_b` (out, r), with llama.cpp's NAME.
+llama.cpp's scale is `adapter.lora.alpha` / r = 1. Where the base's rows are permuted, as for
+Llama's queries and keys, so are the rows of B (convert_lora_to_gguf.py).
 """
 
 from __future__ import annotations
@@ -30,22 +30,17 @@ _FILE = "adapter.gguf"
 
 
 def plan_export(config: ExportConfig, found: ModelRef | Mapping[str, ModelRef]) -> AdaptersExport:
-    """Return what will be written of an adapter, or of several by name.
-
-    Raises:
-        InputError: one of them is no plain LoRA, or none that is served as it was trained; or they
-            do not go together.
-    """
+    """Plan the export of one or several adapters; see `plan_adapters` for the errors."""
     return plan_adapters(config.model_copy(update={"server": "llama.cpp"}), found, GgufWriter())
 
 
 class GgufWriter:
-    """Writes one file; its name says nothing, the metadata says that it is an adapter."""
+    """Write and read adapter.gguf, whose metadata marks it as an adapter."""
 
     file: str = _FILE
 
     def check(self, entry: Entry) -> None:
-        """Refuse a base that llama.cpp computes otherwise than transformers."""
+        """Refuse a base that llama.cpp computes differently from transformers."""
         if problems := find_problems(entry.model_config):
             raise InputError(f"for llama.cpp, {problems[0]}")
 
@@ -59,7 +54,7 @@ class GgufWriter:
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", float(form.rank))
         for name, own in form.factors.items():
-            # Rows of B are those of the base's matrix, and stand in the order of its file.
+            # Rows of B must have the order of the base's rows in its file.
             b = convert(config, names[name], own.b, is_conv1d=False)
             writer.add_tensor(f"{names[name]}.lora_a", _array(own.a))
             writer.add_tensor(f"{names[name]}.lora_b", _array(b))
@@ -69,7 +64,7 @@ class GgufWriter:
         writer.close()
 
     def read(self, place: Path, form: NormalForm, entry: Entry) -> NormalForm:
-        """Read the file back, as llama.cpp reads it."""
+        """Read the file back with llama.cpp's scale and row order."""
         reader = GGUFReader(str(place / _FILE))
         tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
         alpha = reader.get_field("adapter.lora.alpha").contents()
@@ -83,11 +78,7 @@ class GgufWriter:
 
 
 def _names(form: NormalForm, config: Any) -> dict[str, str]:
-    """Return module → the name of its weight in llama.cpp.
-
-    Raises:
-        InputError: llama.cpp has no place for one.
-    """
+    """Return module → llama.cpp's name of its weight; raise InputError if it has none."""
     names = name_map(config)
     found = {name: names.get_name(f"{name}.weight", try_suffixes=(".weight",))
              for name in form.factors}  # fmt: skip
@@ -97,7 +88,7 @@ def _names(form: NormalForm, config: Any) -> dict[str, str]:
 
 
 def _in_order(config: Any, name: str, b: torch.Tensor) -> torch.Tensor:
-    """Return the rows of `b` in the order of transformers: found by where numbered rows went."""
+    """Return the rows of `b` in transformers' order, by inverting the permutation of `convert`."""
     numbered = torch.arange(b.shape[0], dtype=torch.float32).unsqueeze(-1)
     went = convert(config, name, numbered, is_conv1d=False).squeeze(-1).long()
     back = torch.empty_like(b)

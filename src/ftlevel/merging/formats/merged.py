@@ -1,4 +1,4 @@
-"""The adapter merged into its base: a plain model for whoever loads transformers' files."""
+"""Export the merged model in transformers' format."""
 
 from __future__ import annotations
 
@@ -25,11 +25,7 @@ from ftlevel.trained.model_ref import ModelRef
 
 
 def plan_export(config: ExportConfig, found: ModelRef) -> MergedExport:
-    """Return what will be written.
-
-    Raises:
-        InputError: it is a whole model already, or none that the server serves.
-    """
+    """Plan the export; raise InputError without an adapter or for a model that is not served."""
     if found.directory is None:
         raise InputError(
             f"{config.model} is a whole model already, and is served as it is. Drop the export."
@@ -52,27 +48,21 @@ def _check(config: ExportConfig, found: ModelRef, server: Server) -> None:
 
 @dataclass(frozen=True)
 class MergedExport:
-    """What is written, before any weights are read.
-
-    Attributes:
-        config: what was asked for.
-        found: the run or adapter.
-        notes: none.
-    """
+    """Planned export of a merged model, before any weights are read."""
 
     config: ExportConfig
     found: ModelRef
     notes: tuple[str, ...] = ()
 
     def choices(self, device: Choice) -> Iterator[Choice]:
-        """Yield the lines for the screen."""
+        """Yield the lines for the console."""
         yield Choice("adapter", self.config.model, f"{self.found.card.method}, merged")
         yield Choice("base", self.found.source.name)
         yield Choice("out", self.config.out)
         yield device
 
     def dry_run(self) -> dict[str, Any]:
-        """Return the summary of what would be written."""
+        """Return the summary of the planned export."""
         return self._summary(None)
 
     def write(
@@ -114,7 +104,7 @@ class MergedExport:
 
     @staticmethod
     def describe(summary: Mapping[str, Any]) -> Iterator[str]:
-        """Yield what came out, a line each."""
+        """Yield the lines of the result."""
         if summary.get("dry_run"):
             yield "dry run: everything was checked, nothing was written."
         else:

@@ -1,8 +1,8 @@
-"""Plain LoRA as mlx-lm loads it: matrices transposed, the scale 1, modules by names in a layer.
+"""Export plain LoRA for mlx-lm: transposed matrices with scale 1.
 
-mlx-lm puts LoRA on the modules `keys` of the last `num_layers` layers, and on modules outside the
-layers that `keys` name in full (`mlx_lm.tuner.utils.linear_to_lora_layers`, 0.32.2). What it does
-not find in the file stays as it was made, without a word, so every layer gets the same modules.
+mlx-lm adapts the modules `keys` of the last `num_layers` layers, and modules outside the layers by
+full name (`mlx_lm.tuner.utils.linear_to_lora_layers`, 0.32.2). It silently keeps the initial values
+of modules that the file lacks, so every layer gets the same modules.
 """
 
 from __future__ import annotations
@@ -27,22 +27,17 @@ _WEIGHTS = "adapters.safetensors"
 
 
 def plan_export(config: ExportConfig, found: ModelRef | Mapping[str, ModelRef]) -> AdaptersExport:
-    """Return what will be written of an adapter, or of several by name.
-
-    Raises:
-        InputError: one of them is no plain LoRA, or none that is served as it was trained; or they
-            do not go together.
-    """
+    """Plan the export of one or several adapters; see `plan_adapters` for the errors."""
     return plan_adapters(config.model_copy(update={"server": "mlx"}), found, MlxWriter())
 
 
 class MlxWriter:
-    """Writes mlx-lm's adapters.safetensors and its own adapter_config.json."""
+    """Write and read mlx-lm's adapters.safetensors and adapter_config.json."""
 
     file: str = ""
 
     def check(self, entry: Entry) -> None:
-        """Refuse a base that mlx-lm may name otherwise."""
+        """Refuse a model family whose module names in mlx-lm are unknown."""
         known, family = SERVERS["mlx"].families, entry.model_config.model_type
         if family not in known:
             raise InputError(

@@ -1,9 +1,7 @@
-"""How an exported model is spoken to through Ollama: its Modelfile's template and stops.
+"""Write the Modelfile of an exported model for Ollama, with prompt template and stop texts.
 
-The Modelfile beside a .gguf file, by which Ollama takes it: its template and where it stops.
-
-Ollama's templates are Go's text/template. Nothing is trimmed here (no `{{-`), so that every
-character between the actions is one of the prompt.
+Ollama's templates use Go's text/template. Nothing is trimmed (no `{{-`): every character between
+actions is part of the prompt.
 """
 
 from __future__ import annotations
@@ -24,14 +22,11 @@ _ROLES = ("system", "user", "assistant")
 def chat_template(
     around: Mapping[str, tuple[str, str]], opening: str, generation: str, start: str = ""
 ) -> str:
-    """Return a template in Go for turns with fixed texts around them.
+    """Return a Go template for turns that are wrapped in fixed texts.
 
-    Args:
-        around: role → what stands before and behind its content.
-        opening: what stands before a first turn that is not the system's.
-        generation: what stands behind the last turn.
-        start: what is put before the whole text anyway (BOS), so that the first turn must not have
-            it.
+    `around` maps roles to the texts before and after their content; `opening` precedes a first turn
+    that is not the system's; `generation` follows the last turn. `start` is text that the tokenizer
+    prepends (BOS), which the first turn must omit.
     """
     cases = []
     for role in _ROLES:
@@ -40,7 +35,7 @@ def chat_template(
         before, after = around[role]
         head = _but_first(before, start) if not opening or role == "system" else literal(before)
         tail = literal(after)
-        if role == "assistant":  # an answer that is begun goes on
+        if role == "assistant":  # a last answer is continued
             tail = f"{{{{ if not $last }}}}{tail}{{{{ end }}}}"
         cases.append(f'if eq $turn.Role "{role}" }}}}{head}{{{{ $turn.Content }}}}{tail}')
     opening = literal(opening.removeprefix(start))
@@ -58,7 +53,7 @@ def chat_template(
 
 
 def _but_first(text: str, start: str) -> str:
-    """Return `text`, without `start` in the first turn."""
+    """Return the literal `text`, without `start` in the first turn."""
     if not start or not text.startswith(start):
         return literal(text)
     rest = literal(text.removeprefix(start))
@@ -66,7 +61,7 @@ def _but_first(text: str, start: str) -> str:
 
 
 def literal(text: str) -> str:
-    """Return `text` as a template gives it unchanged."""
+    """Return `text` escaped for a Go template inside a Modelfile."""
     return text.replace("{{", '{{ "{{" }}').replace('"""', '{{ "\\"\\"\\"" }}')
 
 
@@ -77,14 +72,9 @@ def write_modelfile(
     comments: Sequence[str],
     system: str = "",
 ) -> str:
-    """Return the Modelfile of the file named `gguf`, which lies beside it.
+    """Return the Modelfile of a .gguf file in the same directory.
 
-    Args:
-        gguf: name of the file.
-        template: in Go; None leaves it to Ollama, which looks at the one in the file.
-        stops: texts at which an answer ends.
-        comments: what a reader should know, a line each.
-        system: the turn that comes first where a conversation has none; empty for none.
+    A `template` of None lets Ollama use the one in the file. `system` is the default system turn.
     """
     lines = [f"# {line}" for comment in comments for line in comment.split("\n")]
     lines.append(f"FROM ./{gguf}")
@@ -102,15 +92,7 @@ _MARK = "\u2042prompt\u2042"
 
 @dataclass(frozen=True)
 class Prompting:
-    """What a Modelfile says.
-
-    Attributes:
-        kind: where the template is from.
-        reason: more about it.
-        template: in Go; None leaves it to Ollama.
-        stops: texts at which an answer ends.
-        comments: for a reader of the Modelfile.
-    """
+    """Prompt template and stops of a Modelfile; a `template` of None is left to Ollama."""
 
     kind: Literal["chat template", "prompt of training", "plain", "left to Ollama"]
     reason: str
@@ -121,12 +103,12 @@ class Prompting:
 
 
 def find_prompting(tokenizer: Any, card: AdapterCard, vocabulary: Vocabulary) -> Prompting:
-    """Return how a model with `tokenizer`, trained as `card` says, is spoken to."""
+    """Return the prompt template and stops for a model with this tokenizer and card."""
     stops = list(dict.fromkeys(_stops(tokenizer)))
     prompt = read_format(card) or PromptFormat("plain")
     if prompt.kind == "chat-template":
         return replace(_of_chat(tokenizer, prompt, vocabulary, stops), system=prompt.system)
-    if card.method == "none":  # not trained here: nothing is known of its prompts
+    if card.method == "none":  # not trained by ftlevel: prompts are unknown
         return Prompting("plain", "no chat template", "{{ .Prompt }}", stops)
     before, after = prompt.plain_prompt(_MARK).split(_MARK)
     template = f"{literal(before)}{{{{ .Prompt }}}}{literal(after)}"
@@ -134,7 +116,7 @@ def find_prompting(tokenizer: Any, card: AdapterCard, vocabulary: Vocabulary) ->
 
 
 def modelfile(gguf: str, prompting: Prompting) -> str:
-    """Return the Modelfile of the file named `gguf`."""
+    """Return the Modelfile of the .gguf file named `gguf`."""
     name = gguf.removesuffix(".gguf")
     use = f"ollama create {name} -f {name}.Modelfile"
     comments = [use, *prompting.comments]
@@ -158,7 +140,9 @@ def _of_chat(
     if prompt.instruction:
         layout = _instructed(layout, prompt.instruction)
     start = tokenizer.bos_token if vocabulary.flags["add_bos_token"] else ""
-    generation = layout.generation.removesuffix(" ")  # a space begins the answer, as in training
+    generation = layout.generation.removesuffix(
+        " "
+    )  # the answer starts with the space, as in training
     template = chat_template(layout.around, layout.opening, generation, start)
     comments = []
     if "system" not in layout.around:
@@ -168,20 +152,19 @@ def _of_chat(
 
 
 def _instructed(layout: TurnLayout, instruction: str) -> TurnLayout:
-    """Return the layout in which users say `instruction` first, as in training."""
+    """Return the layout with `instruction` before the content of each user turn."""
     before, after = layout.around[USER]
     around = {**layout.around, USER: (f"{before}{instruction}\n\n", after)}
     return TurnLayout(around, layout.opening, layout.generation)
 
 
 def _stops(tokenizer: Any) -> Iterator[str]:
-    """Yield the texts of the tokens that end an answer."""
     if tokenizer.eos_token is not None:
         yield str(tokenizer.eos_token)
     if getattr(tokenizer, "chat_template", None):
         try:
             end = turn_end(tokenizer)
-        except InputError:  # it refuses a question and an answer
+        except InputError:  # the template rejects the test turns
             return
         if end is not None:
             yield str(tokenizer.convert_ids_to_tokens(end))

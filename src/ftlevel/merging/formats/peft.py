@@ -1,4 +1,4 @@
-"""Plain LoRA as PEFT saves it: for vLLM, SGLang, TGI, OpenVINO GenAI, and PEFT itself."""
+"""Export plain LoRA in PEFT's format, for vLLM, SGLang, TGI, OpenVINO GenAI, and PEFT itself."""
 
 from __future__ import annotations
 
@@ -15,22 +15,17 @@ from ftlevel.weights.checkpoint import TOKENIZER_FILES
 
 
 def plan_export(config: ExportConfig, found: ModelRef | Mapping[str, ModelRef]) -> AdaptersExport:
-    """Return what will be written of an adapter, or of several by name.
-
-    Raises:
-        InputError: one of them is no plain LoRA, or none that is served as it was trained; or they
-            do not go together.
-    """
+    """Plan the export of one or several adapters; see `plan_adapters` for the errors."""
     return plan_adapters(config, found, PeftWriter())
 
 
 class PeftWriter:
-    """Writes PEFT's files, and the tokenizer that the adapter was trained with."""
+    """Write and read PEFT's files; copies the adapter's tokenizer too."""
 
     file: str = ""
 
     def check(self, entry: Entry) -> None:
-        """Refuse nothing: PEFT puts LoRA on any model."""
+        """Accept any base: PEFT applies LoRA to any model."""
 
     def write(self, place: Path, form: NormalForm, entry: Entry) -> None:
         """Write the adapter into the directory `place`."""

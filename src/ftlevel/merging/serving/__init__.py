@@ -1,4 +1,1 @@
-"""From an adapter to a server: what is written for it, what it must answer, and whether it does.
-
-May import what merging may. Formats write by it; it knows none of them.
-"""
+"""Prepare adapters for inference servers and check their outputs; must not import the formats."""

@@ -1,10 +1,8 @@
-"""Adapters written beside their base: normal form → a format's files → read back → asked.
+"""Export adapters as plain LoRA: convert to normal form, write, read back, and compare logits.
 
-The normal form of any linear method: its loaded layers are asked for what they do.
-
-A layer gets zeros, the identity and a few random rows in float64, with the adapter; what the
-untouched weight gives is subtracted. Where the random rows get what the identity promises, and
-zeros get nothing, the layer is W plus a matrix, and the matrix is factored by its singular values.
+The probe converts any linear method: the adapted layer must compute x (W + Δ)ᵀ + b. In float64 it
+receives zeros, the identity and random rows, and the base layer's output is subtracted. If the
+outputs for zeros and random rows agree with the Δ from the identity, Δ is factored by SVD.
 """
 
 from __future__ import annotations
@@ -67,7 +65,7 @@ from ftlevel.workspace import Workspace
 
 _ROWS = 8
 _NOT_ALONE = (RuntimeError, AttributeError, TypeError, ValueError, LookupError)
-"""What a layer raises that wants more than rows."""
+"""Errors of layers that cannot run on rows alone."""
 _AT_ZERO, _LINEAR = 1e-9, 1e-5
 _NOISE, _SMALLEST = 2e-7, 1e-6
 """Singular values below this share of the weight's norm, or of the largest one, are rounding."""
@@ -76,10 +74,9 @@ _NOISE, _SMALLEST = 2e-7, 1e-6
 def form_by_probe(
     tuned: Any, directory: Any, config: Any, base: BaseWeights, limit: int
 ) -> NormalForm:
-    """Return the normal form of the adapter that is on `tuned`, in eval mode and in float32.
+    """Return the normal form of the adapter on `tuned`, a model in eval mode and in float32.
 
-    Raises:
-        InputError: a layer does more than multiply by a matrix, or by one of a higher rank.
+    Raises InputError if a layer is not a product with a matrix, or its rank is above `limit`.
     """
     file = read_file(directory, config, base)
     file.tensors = {name: tensor for name, tensor in file.tensors.items() if is_whole(name, config)}
@@ -104,7 +101,7 @@ def _layers(tuned: Any) -> list[tuple[str, Any]]:
 
 
 def _change(layer: Any, name: str, base: BaseWeights) -> tuple[torch.Tensor, float]:
-    """Return what the adapter adds to the weight, (out, in), and the weight's norm."""
+    """Return the adapter's update of the weight, (out, in), and the weight's norm."""
     plain = layer.get_base_layer()
     if not isinstance(plain, torch.nn.Linear) and type(plain).__name__ != "Conv1D":
         raise InputError(f"{name} is no linear but a {type(plain).__name__}. Merge it")
@@ -121,7 +118,7 @@ def _change(layer: Any, name: str, base: BaseWeights) -> tuple[torch.Tensor, flo
             zero, whole, given = (
                 alone(rows) - (rows @ weight.T + bias) for rows in (some[:1] * 0, one_each, some)
             )
-    except _NOT_ALONE as error:  # it has tensors that stay in float32, or wants whole sequences
+    except _NOT_ALONE as error:  # float32 tensors, or needs sequences
         raise InputError(
             f"{name} cannot be asked by itself ({' '.join(str(error).split())[:80]}). Merge it"
         ) from None
@@ -151,33 +148,29 @@ TEMPLATE = "chat_template.jinja"
 
 
 class Writer(Protocol):
-    """What a format does with a normal form.
-
-    Attributes:
-        file: what a server is pointed to, from the adapter's directory; empty for the directory.
-    """
+    """Write and read normal forms in one format; servers load `file`, or the directory if empty."""
 
     file: str
 
     def check(self, entry: Entry) -> None:
-        """Refuse what the format cannot hold, by the base's config alone."""
+        """Refuse an adapter that the format cannot represent, by the base's config alone."""
 
     def write(self, place: Path, form: NormalForm, entry: Entry) -> None:
         """Write the adapter into the directory `place`."""
 
     def read(self, place: Path, form: NormalForm, _entry: Entry) -> NormalForm:
-        """Read the written file back, without looking at `form` but for what it cannot hold."""
+        """Read the written file back; use `form` only for what the file cannot represent."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What was measured of one adapter that was written.
+    """Measurements of one written adapter.
 
     Attributes:
-        difference: the largest, of a logit, between it and the run.
-        scale: the largest logit.
-        effect: how far the adapter moves a logit at most.
-        quantized: KL of it from the run on its quantized base; None where that is the same base.
+        difference: largest difference of a logit from the run.
+        scale: largest logit.
+        effect: largest change of a logit by the adapter.
+        quantized: KL divergence from the run on its quantized base; None for the same base.
     """
 
     difference: float
@@ -189,10 +182,11 @@ class Checked:
 def plan_adapters(
     config: ExportConfig, found: ModelRef | Mapping[str, ModelRef], writer: Writer
 ) -> AdaptersExport:
-    """Return what will be written of the adapter `found`, or of several by name.
+    """Plan the export of one adapter, or of several by name.
 
     Raises:
-        InputError: one of them cannot be, with the reason.
+        InputError: An adapter cannot become plain LoRA or be served as trained, or they do not
+            share a base.
     """
     server = SERVERS.get(config.server or "")
     named = found if isinstance(found, Mapping) else {adapter_name(found): found}
@@ -216,7 +210,7 @@ def plan_adapters(
 
 
 def _refusal(entry: Entry, config: ExportConfig, reason: str) -> str:
-    """Return a refusal that names the adapter, and merging by its command where that is the way."""
+    """Return an error message that names the adapter, and how to merge it if it can be merged."""
     peft_config = entry.peft_config
     server = SERVERS.get(config.server or "")
     what = f"for {server.title}" if server else f"as {config.format}"
@@ -234,7 +228,7 @@ def _refusal(entry: Entry, config: ExportConfig, reason: str) -> str:
 
 
 def _check_together(entries: Sequence[Entry], server: Server | None) -> None:
-    """Refuse adapters that one server cannot hold together."""
+    """Refuse adapters that one server cannot serve together."""
     if len(entries) == 1:
         return
     if server is not None and not server.several:
@@ -261,15 +255,10 @@ def _check_together(entries: Sequence[Entry], server: Server | None) -> None:
 
 @dataclass(frozen=True)
 class AdaptersExport:
-    """What is written, before weights of the base are loaded.
+    """Planned export of adapters, before weights of the base are loaded.
 
-    Attributes:
-        config: what was asked for.
-        server: that it is for; None for whoever reads the format.
-        entries: the adapters.
-        forms: name → normal form; None where the loaded layers must be asked.
-        notes: what the user should know, as sentences without a full stop.
-        writer: of the format.
+    Loaded layers are probed if a value of `forms` is None. A `server` of None writes the format
+    only.
     """
 
     config: ExportConfig
@@ -280,7 +269,7 @@ class AdaptersExport:
     writer: Writer
 
     def choices(self, device: Choice) -> Iterator[Choice]:
-        """Yield the lines for the screen."""
+        """Yield the lines for the console."""
         for entry in self.entries:
             form = self.forms[entry.name]
             reason = "known when its layers are asked" if form is None else f"rank {form.rank}"
@@ -293,11 +282,11 @@ class AdaptersExport:
             yield device
 
     def dry_run(self) -> dict[str, Any]:
-        """Return the summary of what would be written."""
+        """Return the summary of the planned export."""
         return self._summary(self.forms, {}, verified=False)
 
     def write(self, place: Path, device: str, listener: Listener, merge: Any) -> dict[str, Any]:  # noqa: ARG002 - nothing is merged
-        """Write every adapter into `place`, and compare; return the summary."""
+        """Write every adapter into `place` and compare; return the summary."""
         forms: dict[str, NormalForm | None] = {}
         checks: dict[str, Checked] = {}
         records: list[Recorded] = []
@@ -346,7 +335,7 @@ class AdaptersExport:
     def _ask_trained(
         self, entry: Entry, prompts: list[Prompt], form: NormalForm | None, device: str
     ) -> tuple[Spoken | None, Spoken, NormalForm]:
-        """Return what the base and the run say, and the normal form, of the layers if need be."""
+        """Return outputs of base and run, and the normal form, probed if `form` is None."""
         base = None
         if entry.answers:
             alone = load_found(entry.in_float32(with_adapter=False), device).model
@@ -374,11 +363,7 @@ class AdaptersExport:
         self, entry: Entry, form: NormalForm, prompts: list[Prompt], trained: Spoken,
         base: Spoken | None, device: str,
     ) -> Checked:  # fmt: skip
-        """Put what was read back onto a fresh base by plain PEFT, and compare its logits.
-
-        Raises:
-            RunError: it is not the run.
-        """
+        """Load what was read back with PEFT; raise RunError if its logits differ from the run's."""
         from peft import PeftModel
 
         fresh, _ = load_model(
@@ -450,7 +435,7 @@ class AdaptersExport:
         }
 
     def describe(self, summary: Mapping[str, Any]) -> Iterator[str]:
-        """Yield what came out, a line each."""
+        """Yield the lines of the result."""
         for adapter in summary["adapters"]:
             rank = adapter["rank"]
             size = f"rank {rank}, {adapter['modules']:,} modules" if rank else "rank not known yet"

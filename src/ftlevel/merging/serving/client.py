@@ -1,6 +1,6 @@
-"""Ask a server with OpenAI's API, and nobody else: no proxy, no redirect, and all of it bounded.
+"""Query a server with OpenAI's API, and judge whether an answer is the trained model's.
 
-Whether an answer is the trained model's, its base's, or something else.
+Requests use no proxy, follow no redirect, and are bounded in time and size.
 """
 
 from __future__ import annotations
@@ -16,19 +16,13 @@ from ftlevel.errors import InputError
 from ftlevel.merging.serving.recorded import TOKENS, Answer
 
 _LARGEST = 4 * 2**20
-"""Bytes of an answer that are read."""
+"""Maximum number of bytes read of a response."""
 _REASON = 200
 
 
 @dataclass(frozen=True)
 class Heard:
-    """What a server answered.
-
-    Attributes:
-        text: as it shows it.
-        ids: the tokens; None where it does not say them.
-        logprobs: of the tokens; None where it does not say them.
-    """
+    """A server's answer; `ids` and `logprobs` are None if the server does not return them."""
 
     text: str
     ids: list[int] | None = None
@@ -41,18 +35,12 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class Refused(Exception):
-    """The server did not take a request; the message is its reason."""
+    """The server rejected a request; the message is its reason."""
 
 
 @dataclass
 class Client:
-    """A server.
-
-    Attributes:
-        url: its address.
-        timeout: seconds that a request may take.
-        how: which of the ways of asking it understood.
-    """
+    """Client of one server; `how` is the index of the request form that the server accepts."""
 
     url: str
     timeout: float
@@ -64,18 +52,17 @@ class Client:
     )
 
     def models(self) -> list[str]:
-        """Return the names of its models; none where it does not list them."""
+        """Return the names of the server's models; empty if it does not list them."""
         try:
             rows = self._ask("/models", None).get("data") or []
             return [str(row["id"]) for row in rows]
         except (Refused, InputError, KeyError, TypeError, AttributeError):
-            return []  # some fail at it, and are asked all the same
+            return []  # some servers fail here but still answer
 
     def complete(self, model: str, prompt: Mapping[str, Any], more: Mapping[str, Any]) -> Heard:
-        """Return how it goes on after the tokens of `prompt`, or after its text if it must be text.
+        """Return the completion of `prompt`, sent as token ids or, if necessary, as text.
 
-        Raises:
-            Refused: it understands none of the ways of asking.
+        Raises Refused if the server accepts no form of the request.
         """
         ways = list(_ways(prompt))
         reason = ""
@@ -92,15 +79,11 @@ class Client:
 
     @property
     def by_text(self) -> bool:
-        """Whether it takes no token ids."""
+        """Whether the server accepts only text, not token ids."""
         return self.how >= _FIRST_TEXT
 
     def chat(self, model: str, messages: list[dict[str, str]], more: Mapping[str, Any]) -> Heard:
-        """Return its answer to `messages`.
-
-        Raises:
-            Refused: it has no chat.
-        """
+        """Return the answer to `messages`; raise Refused if the server has no chat endpoint."""
         body = {"model": model, "messages": messages, "max_tokens": TOKENS, "temperature": 0,
                 "logprobs": True, "return_token_ids": True, **more}  # fmt: skip
         return _hear(self._ask("/chat/completions", body))
@@ -109,7 +92,7 @@ class Client:
         base = self.url.rstrip("/")
         base = base if base.endswith("/v1") else base + "/v1"
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(  # the config lets only http(s) through
+        request = urllib.request.Request(  # the config validates http(s)
             base + path, data, {"Content-Type": "application/json"}
         )
         try:
@@ -132,7 +115,7 @@ _FIRST_TEXT = 2
 
 
 def _ways(prompt: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the ways of asking: by token ids if it can be, with logprobs in either form."""
+    """Yield the forms of a request, token ids first, with `logprobs` as a number or as a flag."""
     yield {"prompt": prompt["ids"], "logprobs": 1, "return_token_ids": True}
     yield {"prompt": prompt["ids"], "logprobs": True}
     if prompt.get("rendered"):
@@ -141,11 +124,7 @@ def _ways(prompt: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _hear(answer: Any) -> Heard:
-    """Return what stands in an answer of any of the servers.
-
-    Raises:
-        Refused: it is none.
-    """
+    """Parse a response of any of the servers; raise Refused if its form is unknown."""
     try:
         choice = answer["choices"][0]
         text = choice["text"] if "text" in choice else choice["message"]["content"]
@@ -153,7 +132,7 @@ def _hear(answer: Any) -> Heard:
         rows = said.get("content")
         ids: list[int] | None = None
         logprobs: list[float] | None = said.get("token_logprobs")
-        if rows is not None:  # llama.cpp and mlx-lm
+        if rows is not None:  # llama.cpp, mlx-lm
             ids = [row["id"] for row in rows] if all("id" in row for row in rows) else None
             logprobs = [float(row["logprob"]) for row in rows]
         ids = choice.get("token_ids") or ids
@@ -174,13 +153,10 @@ _LARGEST_OF = {"float32": _EXACT, "f32": _EXACT,
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one answer was.
+    """Judgment of one answer, over its first `tokens` tokens.
 
-    Attributes:
-        word: whose it is.
-        difference: the largest, of a logprob, from the trained model's up to where they part; None
-            where nothing could be compared.
-        tokens: over how many tokens.
+    `difference` is the largest difference of a log-probability from the trained model's; None if
+    none was compared.
     """
 
     word: str
@@ -189,31 +165,26 @@ class Verdict:
 
 
 def tolerance_of(dtype: str) -> float:
-    """Return how far logprobs may be apart where weights are served in `dtype`."""
+    """Return the allowed difference of log-probabilities for weights served in `dtype`."""
     return _LARGEST_OF.get(dtype, _ROUNDED)
 
 
 def widen(tolerance: float, heard: Sequence[Heard], base: Sequence[Answer]) -> float:
-    """Return how far logprobs may be apart where the server rounds: twice what its base is off.
+    """Return the allowed difference of log-probabilities: at least twice the server's base error.
 
-    A server that computes with a quantized base rounds activations too, by as much without an
-    adapter as with one. So the base alone, on the same prompts, shows the size of the differences
-    that rounding explains. A base that is off by more than the coarsest type explains is another
-    model, and `tolerance` stays as it is.
-
-    Args:
-        tolerance: of weights in the recorded type.
-        heard: what the server answers without the adapter.
-        base: what the base must answer.
+    A quantized base rounds activations equally with and without an adapter, so the answers without
+    it (`heard`, recorded as `base`) show the effect. An error above that of the coarsest type means
+    another model, and `tolerance` is returned unchanged.
     """
     difference = max(_distance(one, known) for one, known in zip(heard, base, strict=True))
     return max(tolerance, 2 * difference) if difference <= _COARSEST else tolerance
 
 
 def _distance(heard: Heard, known: Answer) -> float:
-    """Return the largest difference of a logprob that tells `heard` from `known`.
+    """Return the largest difference of a log-probability between `heard` and `known`.
 
-    Where both choose another token, rounding has moved two logprobs by the margin between them.
+    At the first different token, rounding has moved two log-probabilities by the margin between
+    them.
     """
     if heard.ids is None or heard.logprobs is None:
         return 0.0
@@ -226,7 +197,7 @@ def _distance(heard: Heard, known: Answer) -> float:
 
 
 def judge(heard: Heard, trained: Answer, base: Answer | None, tolerance: float) -> Verdict:
-    """Say whose answer was heard."""
+    """Return which recorded answer matches: the trained model's, the base's, both or neither."""
     fits, difference, tokens = _beside(heard, trained, tolerance)
     fits_base = base is not None and _beside(heard, base, tolerance)[0]
     word = (EITHER if fits_base else TRAINED) if fits else (BASE if fits_base else ELSE)
@@ -234,12 +205,12 @@ def judge(heard: Heard, trained: Answer, base: Answer | None, tolerance: float) 
 
 
 def _beside(heard: Heard, known: Answer, tolerance: float) -> tuple[bool, float | None, int]:
-    """Return whether it is `known`, the largest difference of a logprob, and over how many tokens.
+    """Return whether `heard` matches `known`, the largest difference, and the number of tokens.
 
-    Two right answers may part where the second likeliest token is nearer than two logprobs may be.
+    Correct answers may diverge where the margin to the second token is below twice the tolerance.
     """
     if heard.ids is None:
-        # Without tokens only the text tells; logprobs belong to the same tokens if it is the same.
+        # Without token ids, equal text means that the logprobs belong to equal tokens.
         same = _plain(heard.text) == _plain(known.text)
         rows = list(zip(heard.logprobs or (), known.logprobs, strict=False)) if same else []
         far = max((abs(one - other) for one, other in rows), default=None)
@@ -254,10 +225,10 @@ def _beside(heard: Heard, known: Answer, tolerance: float) -> tuple[bool, float 
 
 
 def _part_rightly(heard: Heard, known: Answer, common: int, tolerance: float) -> bool:
-    """Whether both go on alike after `common` tokens, but for what rounding may change."""
+    """Whether the answers match after `common` tokens, up to the effects of rounding."""
     if common == len(known.ids):
         return True
-    if common == len(heard.ids or ()):  # servers leave out the token that ends an answer
+    if common == len(heard.ids or ()):  # servers omit the end-of-sequence token
         return common == len(known.ids) - 1
     if known.margins[common] >= 2 * tolerance:
         return False
@@ -268,10 +239,10 @@ def _part_rightly(heard: Heard, known: Answer, common: int, tolerance: float) ->
 
 
 def _aligned(heard: Heard, known: Answer) -> tuple[list[tuple[int, int]], bool]:
-    """Return which token of one is which of the other, and whether all that was heard is there.
+    """Return pairs of indices of equal tokens, and whether `heard` contains the whole answer.
 
-    llama.cpp leaves tokens out of its list that end inside a character; the text is whole then but
-    for that character.
+    llama.cpp omits tokens that end inside a character from its list; the text then lacks only that
+    character.
     """
     ids = heard.ids or []
     pairs, at = [], 0
@@ -288,5 +259,4 @@ def _aligned(heard: Heard, known: Answer) -> tuple[list[tuple[int, int]], bool]:
 
 
 def _plain(text: str) -> str:
-    """Return a text without characters that were cut in two, which programs show differently."""
     return "".join(c for c in text if c != "\ufffd" and (c.isprintable() or c.isspace())).strip()

@@ -1,9 +1,4 @@
-"""One adapter that is to be served: how it was trained, its base, and how it is asked.
-
-The command that starts a server with what was written for it.
-
-The README of an exported adapter: what it is, what was changed, and how it is served.
-"""
+"""One adapter to be served: its base, its prompts, start commands for servers, and its README."""
 
 from __future__ import annotations
 
@@ -30,14 +25,7 @@ from ftlevel.trained.model_ref import ModelRef, load_own_tokenizer
 
 @dataclass(frozen=True)
 class Part:
-    """One adapter of those that are served.
-
-    Attributes:
-        name: what the server calls it.
-        place: its file or directory.
-        rank: of its normal form.
-        template: the file of its chat template, where that is not the base's.
-    """
+    """One of the served adapters; `template` is its chat template file if it has its own."""
 
     name: str
     place: Path
@@ -46,12 +34,12 @@ class Part:
 
 
 def rank_limit(server: Server, rank: int) -> int:
-    """Return the smallest limit of ranks that `server` may have and that `rank` is within."""
+    """Return the smallest rank limit that `server` supports and that is at least `rank`."""
     return next((limit for limit in server.ranks if limit >= rank), rank)
 
 
 def start_adapters(server: Server, base: str, parts: Sequence[Part]) -> list[str]:
-    """Return the commands, in their order, that serve `parts` beside `base`."""
+    """Return the commands, in order, that serve `parts` on `base`."""
     rank = rank_limit(server, max(part.rank for part in parts))
     named = [_pair(server, part) for part in parts]
     template = next((part.template for part in parts if part.template is not None), None)
@@ -75,18 +63,14 @@ def start_adapters(server: Server, base: str, parts: Sequence[Part]) -> list[str
 
 
 def check_command(summary: Mapping[str, Any]) -> str:
-    """Return the command that holds what serves it to what was written, as `summary` says."""
-    inside = summary["server"] == "openvino"  # a library, with no server of its own
+    """Return the `ftlevel check-served` command for the export that `summary` describes."""
+    inside = summary["server"] == "openvino"  # a library without a server
     where = "--in openvino --python PYTHON" if inside else "--url http://127.0.0.1:PORT"
     return f"ftlevel check-served {quote(summary['out'])} {where}"
 
 
 def check_signs(server: Server, names: Sequence[str], out: Path) -> None:
-    """Refuse names and a place that the server's command line would take apart.
-
-    Raises:
-        ConfigError: naming the first.
-    """
+    """Raise ConfigError if a name or `out` contains a separator of the server's command line."""
     signs = {"tgi": "=,", "llama.cpp": ","}.get(server.name, "")
     for what, text in (*(("the name", name) for name in names), ("--out", str(out))):
         if found := [sign for sign in signs if sign in text]:
@@ -97,7 +81,7 @@ def check_signs(server: Server, names: Sequence[str], out: Path) -> None:
 
 
 def _pair(server: Server, part: Part) -> str:
-    """Return NAME=PLACE; as JSON where a sign in one of them would be read as that between them."""
+    """Return NAME=PATH, or JSON if one of them contains a separator."""
     pair = f"{part.name}={part.place}"
     if (pair.count("=") == 1 and "," not in pair) or server.name not in ("vllm", "sglang"):
         return pair
@@ -112,8 +96,8 @@ def _llama(base: str, parts: Sequence[Part], template: Path | None) -> list[str]
     for part in parts:
         command += ["--lora", str(part.place)]
     if len(parts) > 1:
-        # Each request names those it wants, {"lora": [{"id": 0, "scale": 1.0}]}. What the server
-        # keeps of a prompt in memory it gives to other adapters too (xllamacpp 2026.10.11549).
+        # Requests select adapters with {"lora": [{"id": 0, "scale": 1.0}]}. The prompt cache would
+        # be shared between adapters (xllamacpp 2026.10.11549).
         command += ["--lora-init-without-apply", "--cache-ram", "0"]
     if template:
         command += ["--jinja", "--chat-template-file", str(template)]
@@ -121,7 +105,7 @@ def _llama(base: str, parts: Sequence[Part], template: Path | None) -> list[str]
 
 
 def _openvino(model: str, place: str, parts: Sequence[Part] = ()) -> list[str]:
-    """Return what writes `model` in OpenVINO's format, and asks it: by each of `parts`, if any."""
+    """Return commands that convert `model` for OpenVINO and run it, with each of `parts`."""
     files = [str(part.place / "adapter_model.safetensors") for part in parts]
     said = '"Hello", max_new_tokens=8'
     script = [f'pipe = ov.LLMPipeline({place!r}, "CPU")', f"print(pipe.generate({said}))"]
@@ -162,19 +146,14 @@ TEXTS = (
     "Explain why the sky is blue.",
     "Summarize: The bridge was closed for two days, as the river had risen.",
 )
-"""What is asked of the model as trained and of the server: short, so that asking is cheap."""
+"""Prompts for the trained model and for the server; short, so that a check is cheap."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question.
+    """One prompt, as text, token ids and chat messages; messages are empty without a template.
 
-    Attributes:
-        text: what the user says.
-        ids: the tokens that the model gets, as in training.
-        messages: the turns by which a chat API is asked the same; empty without a chat template.
-        rendered: the text of `ids`, for servers that take no tokens; empty where the tokenizer
-            would make others of it.
+    `rendered` is the text of `ids` for servers without token ids; empty if it encodes differently.
     """
 
     text: str
@@ -185,56 +164,51 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Entry:
-    """An adapter on its way to a server.
-
-    Attributes:
-        name: what the server will call it.
-        found: the adapter, its base and its card.
-    """
+    """An adapter, or a whole model, to be served under `name`."""
 
     name: str
     found: ModelRef
 
     @property
     def directory(self) -> Path:
-        """Where the adapter is."""
+        """Directory of the adapter."""
         if self.found.directory is None:
             raise TypeError("an adapter has a directory")
         return self.found.directory
 
     @cached_property
     def peft_config(self) -> dict[str, Any]:
-        """Its adapter_config.json."""
+        """The adapter's adapter_config.json."""
         return read_peft_config(self.directory)
 
     @cached_property
     def model_config(self) -> Any:
-        """The config of its base, with the head that was trained."""
+        """Config of the base, with the trained head."""
         return load_config(self.found.source, **card_overrides(self.found.card))
 
     @property
     def task(self) -> Any:
-        """What it was trained for."""
+        """Task that the adapter was trained for."""
         return TASKS[self.found.card.task]
 
     @property
     def kind(self) -> str:
-        """Kind of its model."""
+        """Kind of the model, such as decoder."""
         return model_kind(self.model_config)
 
     @property
     def auto_class(self) -> str:
-        """The class of transformers for its task."""
+        """Name of the transformers class for the task."""
         return self.task.auto_class(self.kind, self.model_config.model_type)
 
     @property
     def answers(self) -> bool:
-        """Whether it goes on writing after a prompt, as servers let it."""
+        """Whether the model continues a prompt, as servers require."""
         return self.kind == "decoder" and self.task.writes_text
 
     @property
     def base_name(self) -> str:
-        """What a server is told to load as its base: a Hub id, or where it lies."""
+        """Hub id of the base, or its absolute path."""
         source = self.found.source
         if source.kind == "hub":
             return source.name
@@ -243,33 +217,33 @@ class Entry:
 
     @cached_property
     def base(self) -> BaseWeights:
-        """The weights of its base."""
+        """Weights of the base."""
         return open_base(self.found.source, self.model_config, self.auto_class)
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer that it was trained with."""
+        """Tokenizer that the adapter was trained with."""
         return load_own_tokenizer(self.found.source, self.found.directory)
 
     @cached_property
     def base_tokenizer(self) -> Any:
-        """The tokenizer of its base, which servers use."""
+        """Tokenizer of the base, which servers use."""
         return load_tokenizer(self.found.source)
 
     @property
     def added_tokens(self) -> list[str]:
-        """The tokens that its tokenizer has and that of its base has not."""
+        """Tokens of the adapter's tokenizer that the base's tokenizer lacks."""
         return sorted(set(self.tokenizer.get_vocab()) - set(self.base_tokenizer.get_vocab()))
 
     @property
     def own_chat_template(self) -> str | None:
-        """The chat template that it was trained with, where that of its base is another."""
+        """Chat template of training, if it differs from the base's; else None."""
         own = getattr(self.tokenizer, "chat_template", None)
         other = getattr(self.base_tokenizer, "chat_template", None)
         return own if isinstance(own, str) and own != other else None
 
     def prompts(self) -> list[Prompt]:
-        """Return the questions, laid out as in training."""
+        """Return the prompts, formatted as in training."""
         format_ = read_format(self.found.card) or PromptFormat("plain")
         chats = format_.kind == "chat-template"
         found = []
@@ -283,7 +257,7 @@ class Entry:
         return found
 
     def in_float32(self, *, with_adapter: bool = True) -> ModelRef:
-        """Return it to be loaded in float32 onto a base that is not quantized for it."""
+        """Return the reference with float32 weights, on a base that is not quantized on loading."""
         card = replace(self.found.card, dtype="float32")
         if not self.found.is_stored_quantized:
             card = replace(card, quantization={"kind": "none"})
@@ -291,7 +265,7 @@ class Entry:
 
 
 def adapter_name(found: ModelRef) -> str:
-    """Return what a server calls an adapter: the name of its run, or of its directory."""
+    """Return the default name of an adapter: that of its run or directory."""
     place = found.run or found.directory
     return place.resolve().name if place is not None else found.source.name
 
@@ -301,11 +275,7 @@ def _named(entry: Entry) -> str:
 
 
 def open_entry(name: str, found: ModelRef, server: Server | None) -> Entry:
-    """Return `found` as what is to be served.
-
-    Raises:
-        InputError: it is no adapter, or one that PEFT does not load.
-    """
+    """Return the entry of `found`; raise InputError if it is not an adapter that PEFT can load."""
     if found.directory is None:
         what = f"{name} is a whole model, and there is no adapter to write"
         if server is not None and "merged" in server.formats and found.source.kind != "gguf":
@@ -322,13 +292,9 @@ def open_entry(name: str, found: ModelRef, server: Server | None) -> Entry:
 
 
 def check_for(entry: Entry, server: Server | None) -> list[str]:
-    """Refuse what `server` would not serve as trained, by the adapter's card and base alone.
+    """Raise InputError if `server` would not serve the adapter as trained; return notes.
 
-    Returns:
-        What the user should know, as sentences without a full stop.
-
-    Raises:
-        InputError: with the reason and the way out.
+    Only the card and the base's config are checked. The error states the alternative.
     """
     notes = []
     kind, stored = (
@@ -376,10 +342,9 @@ def whole_format(server: Server | None) -> str:
 
 
 def checked_form(form: Any, entry: Entry, server: Server | None) -> Any:
-    """Return the normal form as `server` wants it; refuse one that it would not serve as trained.
+    """Return the normal form, with zero updates if `server` needs every layer adapted.
 
-    Raises:
-        InputError: with the reason and the way out.
+    Raises InputError, with the alternative, if the server would not serve it as trained.
     """
     if server is None:
         return form
@@ -400,7 +365,7 @@ def checked_form(form: Any, entry: Entry, server: Server | None) -> Any:
 
 
 def write_card(place: Path, summary: Mapping[str, Any]) -> None:
-    """Write README.md of what `summary` says was written."""
+    """Write README.md of the exported adapters into `place`."""
     names = [adapter["name"] for adapter in summary["adapters"]]
     lines = [
         "---",
@@ -433,7 +398,7 @@ def write_card(place: Path, summary: Mapping[str, Any]) -> None:
 
 
 def serving_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Return how it is served and checked, in Markdown; nothing where no server was named."""
+    """Return Markdown on serving and checking the export; empty without a server."""
     if not summary["start"]:
         return []
     lines = ["## Serve", "", "```sh", *summary["start"], "```", ""]

@@ -1,8 +1,7 @@
-"""What a model answers to the prompts: its logits on them, and a few tokens of greedy text.
+"""Record a model's logits and greedy answers to the prompts, and read and write served.json.
 
-served.json: what a server must answer to be right, and what it answers if it is wrong.
-
-A whole model for a server: what it must answer, recorded beside it.
+served.json contains the expected outputs of a server, and those of the base, which reveal a server
+that ignores the adapter.
 """
 
 from __future__ import annotations
@@ -27,20 +26,21 @@ from ftlevel.trained.load import load_found
 from ftlevel.trained.model_ref import ModelRef
 
 TOKENS = 12
-"""How many tokens of an answer are recorded."""
+"""Maximum number of recorded tokens per answer."""
 BOUND = 1e-4
-"""How far logits may be apart, in multiples of the largest: sums in float32 have no order."""
+"""Allowed difference of logits, as a share of the largest one: float32 sums depend on order."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy answer.
+    """A greedy answer of up to `TOKENS` tokens.
 
     Attributes:
-        ids: its tokens, the end-of-sequence token among them where it came.
-        logprobs: of each.
-        margins: how far the second likeliest token is behind each.
-        text: of the tokens, as a server shows them.
+        ids: token ids, with the end-of-sequence token if it was generated.
+        logprobs: log-probability of each token.
+        margins: difference in log-probability between each token and the second most likely
+            one.
+        text: decoded tokens without special tokens.
     """
 
     ids: list[int]
@@ -49,7 +49,7 @@ class Answer:
     text: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields for served.json, numbers rounded to what float32 tells."""
+        """Return the fields for served.json, rounded to the precision of float32."""
         facts = asdict(self)
         for key in ("logprobs", "margins"):
             facts[key] = [round(value, 6) for value in facts[key]]
@@ -58,19 +58,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Spoken:
-    """What one model says to all prompts.
-
-    Attributes:
-        logits: of each prompt, (tokens, vocabulary) or as the head has them.
-        answers: to each prompt; empty where the model does not go on writing.
-    """
+    """Outputs of one model for all prompts: logits of the head's shape, and greedy answers."""
 
     logits: list[torch.Tensor]
     answers: list[Answer]
 
 
 def ask(model: Any, entry: Entry, prompts: Sequence[Prompt]) -> Spoken:
-    """Ask `model`, in eval mode, all prompts."""
+    """Run `model`, in eval mode, on all prompts."""
     device = next(model.parameters()).device
     logits, answers = [], []
     with torch.no_grad():
@@ -119,18 +114,18 @@ def _continue(model: Any, ids: torch.Tensor, tokenizer: Any) -> tuple[torch.Tens
 
 
 def largest_difference(one: Spoken, other: Spoken) -> float:
-    """Return how far the logits of two models are apart at most."""
+    """Return the largest difference between the logits of two models."""
     pairs = zip(one.logits, other.logits, strict=True)
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
 def scale(spoken: Spoken) -> float:
-    """Return the largest logit."""
+    """Return the largest absolute logit."""
     return max(float(found.abs().max()) for found in spoken.logits)
 
 
 def divergence(one: Spoken, other: Spoken) -> float:
-    """Return the mean KL divergence of `other` from `one` over the tokens of the prompts."""
+    """Return the mean KL divergence of `other` from `one` over the prompts' tokens, in nats."""
     found = [
         (a.log_softmax(-1).exp() * (a.log_softmax(-1) - b.log_softmax(-1))).sum(-1).flatten()
         for a, b in zip(one.logits, other.logits, strict=True)
@@ -144,13 +139,9 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Recorded:
-    """What was asked of one adapter.
+    """Recorded prompts and answers of one adapter; `rank` is None for a whole model.
 
-    Attributes:
-        name: what the server calls it.
-        place: its file or directory, from that of served.json.
-        rank: of its normal form; None for a whole model.
-        prompts: texts, token ids, messages; the answers `trained`, and `base` where there is one.
+    `place` is relative to served.json. Each prompt has the answers `trained` and maybe `base`.
     """
 
     name: str
@@ -166,7 +157,7 @@ def record(
     prompts: Sequence[Prompt],
     spoken: Mapping[str, Spoken | None],
 ) -> Recorded:
-    """Return what `spoken` (`trained`, and `base` if there is one) answered to `prompts`."""
+    """Return the prompts with the answers in `spoken`, keyed by `trained` and maybe `base`."""
     asked = []
     for index, prompt in enumerate(prompts):
         answers = {
@@ -182,7 +173,7 @@ def record(
 
 
 def write_served(path: Path, facts: Mapping[str, Any], adapters: Sequence[Recorded]) -> None:
-    """Write served.json; `facts` name the server, the format, the base and the commands."""
+    """Write served.json; `facts` contain the server, the format, the base and the commands."""
     rows = [{"name": a.name, "place": a.place, "rank": a.rank, "prompts": a.prompts}
             for a in adapters]  # fmt: skip
     write_json(path, {"format": _FORMAT, **facts, "adapters": rows, "versions": library_versions()})
@@ -190,13 +181,7 @@ def write_served(path: Path, facts: Mapping[str, Any], adapters: Sequence[Record
 
 @dataclass(frozen=True)
 class Served:
-    """A served.json that was read.
-
-    Attributes:
-        path: of the file.
-        facts: what it says beside the adapters.
-        adapters: what was recorded of each.
-    """
+    """A parsed served.json; `facts` are all fields but the adapters."""
 
     path: Path
     facts: Mapping[str, Any]
@@ -204,11 +189,7 @@ class Served:
 
 
 def read_served(out: Path) -> Served:
-    """Read the served.json of what `export` wrote to `out`.
-
-    Raises:
-        InputError: there is none, or it is damaged, or it holds no answers.
-    """
+    """Read the served.json of the export at `out`; raise InputError if it has no valid answers."""
     path = out / FILE if out.is_dir() else out.with_suffix(".served.json")
     if not path.is_file():
         raise InputError(
@@ -233,7 +214,7 @@ def read_served(out: Path) -> Served:
 
 
 def start_of(config: ExportConfig) -> list[str]:
-    """Return the commands that serve the whole model of `config`; none without `--for`."""
+    """Return the commands that serve the whole model of `config`; empty without `--for`."""
     if config.server is None:
         return []
     return start_model(SERVERS[config.server], config.out, config.out.stem)
@@ -247,15 +228,9 @@ def record_whole(
     dtype: str,
     device: str,
 ) -> None:
-    """Write served.json at `path`: what the model at `source` answers in float32, and its base.
+    """Write served.json at `path` with the answers of the exported model at `source`, in float32.
 
-    Args:
-        path: of the file.
-        config: what was asked for.
-        found: the run, adapter or model that was named.
-        source: the model that was made of it.
-        dtype: of the weights that are served.
-        device: torch device type.
+    The base's answers are added if `found` is an adapter. `dtype` is that of the served weights.
     """
     name = config.out.stem
     card = replace(found.card, quantization={"kind": "none"}, dtype="float32")

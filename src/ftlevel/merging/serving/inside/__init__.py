@@ -1,5 +1,5 @@
-"""Serving libraries asked in a process of their own, by scripts that import nothing of ftlevel.
+"""Run serving libraries in separate processes, with scripts that must not import ftlevel.
 
-Each script reads what is asked from the JSON file named first, and writes the answers to the one
-named second: the environment that it runs in need have no more than the library.
+A script reads its input from the first JSON file and writes its outputs to the second, so that its
+environment needs only the library.
 """

@@ -1,4 +1,7 @@
-"""llama.cpp, by xllamacpp: python llama_cpp_script.py ASKED.json ANSWERED.json."""
+"""Run llama.cpp through xllamacpp: python llama_cpp_script.py ASKED.json ANSWERED.json.
+
+Must not import ftlevel.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Answer every prompt by every adapter; the cache is in float32, as the base's file may be."""
+    """Answer every prompt with every adapter; the KV cache is float32, as the base may be."""
     import xllamacpp
 
     asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""mlx-lm: python mlx_script.py ASKED.json ANSWERED.json. Knows nothing of ftlevel."""
+"""Run mlx-lm: python mlx_script.py ASKED.json ANSWERED.json. Must not import ftlevel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Answer every prompt by every adapter, in float32."""
+    """Answer every prompt with every adapter, in float32."""
     import mlx.core as mx
     from mlx_lm import load
 
@@ -18,7 +18,7 @@ def main() -> None:
     for adapter in asked["adapters"]:
         try:
             model, tokenizer = load(asked["base"], adapter_path=adapter["place"] or None)
-        except Exception as error:  # noqa: BLE001 - whatever it refuses an adapter by
+        except Exception as error:  # noqa: BLE001 - any error while loading an adapter
             answered[adapter["name"]] = f"{type(error).__name__}: {error}"
             continue
         model.set_dtype(mx.float32)

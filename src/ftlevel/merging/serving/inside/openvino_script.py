@@ -1,4 +1,7 @@
-"""OpenVINO GenAI: python openvino_script.py ASKED.json ANSWERED.json. Knows nothing of ftlevel."""
+"""Run OpenVINO GenAI: python openvino_script.py ASKED.json ANSWERED.json.
+
+Must not import ftlevel.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ _FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 
 def main() -> None:
-    """Answer every prompt by every adapter, in float32, all of them in one pipeline.
+    """Answer every prompt with every adapter, in float32, in one pipeline.
 
-    A base of transformers' files is written in OpenVINO's own format first, beside the answers.
+    A base in transformers' format is converted to OpenVINO's first, next to the answers.
     """
     import openvino_genai as genai
 
@@ -28,13 +31,13 @@ def main() -> None:
             try:
                 file = str(Path(adapter["place"], "adapter_model.safetensors"))
                 adapters[adapter["name"]] = genai.Adapter(file)
-            except Exception as error:  # noqa: BLE001 - whatever it refuses an adapter by
+            except Exception as error:  # noqa: BLE001 - any error while loading an adapter
                 answered[adapter["name"]] = f"{type(error).__name__}: {error}"
                 continue
             every.add(adapters[adapter["name"]], 1.0)
     scheduler = genai.SchedulerConfig()
     scheduler.cache_size, scheduler.enable_prefix_caching = 1, False
-    # An adapter that the pipeline is not told of here is not applied, though a request names it.
+    # The pipeline silently ignores adapters that it was not constructed with.
     told = {"adapters": every} if adapters else {}
     pipeline = genai.ContinuousBatchingPipeline(
         str(base), scheduler, "CPU", {**_FLOAT32, "INFERENCE_NUM_THREADS": asked["threads"], **told}
@@ -58,11 +61,11 @@ def _write_openvino(model: Path, place: Path) -> Path:
 
 
 def _answers(pipeline: Any, own: Any, prompts: list[list[int]], count: int) -> list[dict[str, Any]]:
-    """Return the answers by the adapter `own`, or by the base.
+    """Return the answers with the adapter `own`, or of the base if it is None.
 
-    `generate` says how likely a whole answer was, so each of its tokens is asked for once more, by
-    what stands before it. (`add_request` would give them, and answers by the adapters of the last
-    `generate`, whatever the request names: 2026.4.1.)
+    `generate` returns one log-probability per answer, so each token is generated again from its
+    prefix. `add_request` returns them per token, but uses the adapters of the last `generate`
+    (2026.4.1).
     """
     answers = _generate(pipeline, own, prompts, count)
     before = [
@@ -85,7 +88,7 @@ def _answers(pipeline: Any, own: Any, prompts: list[list[int]], count: int) -> l
 def _generate(
     pipeline: Any, own: Any, prompts: list[list[int]], count: int
 ) -> list[tuple[list[int], float]]:
-    """Return greedy tokens, and the logarithm of their probability, of each prompt."""
+    """Return greedy tokens and the log-probability of the answer for each prompt."""
     import numpy
     import openvino
     import openvino_genai as genai

@@ -1,4 +1,4 @@
-"""Run one of the scripts by a Python that has its library, for as long as it may take."""
+"""Run one of the scripts with the Python of an environment that has its library, with a timeout."""
 
 from __future__ import annotations
 
@@ -41,18 +41,13 @@ _SHOWN = 300
 def ask_inside(
     library: str, python: Path | None, base: str, adapters: Sequence[dict[str, Any]], seconds: float
 ) -> dict[str, list[Heard] | str]:
-    """Return what `library` answers, by the name of each adapter; or why it does not load one.
+    """Return the library's answers by adapter name, or the reason why it cannot load an adapter.
 
-    Args:
-        library: as after `--in`.
-        python: that has it; None is this one.
-        base: what it loads as the base, or as the whole model.
-        adapters: each with `name`, `place` (empty for the base alone), `rank_limit` and `prompts`,
-            lists of token ids.
-        seconds: after which it is ended.
+    Each adapter has `name`, `place` (empty for the base), `rank_limit` and `prompts`, lists of
+    token ids. A `python` of None is the current one.
 
     Raises:
-        InputError: it is not installed there, refuses what it is given, or takes too long.
+        InputError: The library is not installed, fails, or exceeds `seconds`.
     """
     program = str(python or sys.executable)
     script = Path(__file__).with_name(_SCRIPTS[library])
@@ -72,7 +67,7 @@ def ask_inside(
 
 
 def _run(command: list[str], seconds: float, library: str) -> tuple[int, str]:
-    """Return exit code and output; the process and its children end with this one."""
+    """Return exit code and output; kill the process and its children on timeout or interrupt."""
     try:
         process = subprocess.Popen(
             command,
@@ -108,6 +103,6 @@ def _why(library: str, program: str, code: int, said: str) -> str:
                 "in an environment of its own, and name its Python: --python PATH."
             )
     errors = [n for n, line in enumerate(lines) if "Error" in line or "error" in line]
-    # An error of C++ ends its first line with a colon, and says what it was in the next.
+    # C++ errors end the first line with a colon and continue on the next.
     said = " ".join(lines[errors[-1] if errors else -1 :]) if lines else "it said nothing"
     return f"--in {library} ended with code {code}: {said[:_SHOWN]}"

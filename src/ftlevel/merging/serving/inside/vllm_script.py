@@ -1,4 +1,4 @@
-"""vLLM: python vllm_script.py ASKED.json ANSWERED.json. Knows nothing of ftlevel."""
+"""Run vLLM: python vllm_script.py ASKED.json ANSWERED.json. Must not import ftlevel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Answer every prompt by every adapter, in float32."""
+    """Answer every prompt with every adapter, in float32."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams
@@ -29,9 +29,9 @@ def main() -> None:
         request = None
         if adapter["place"]:
             request = LoRARequest(adapter["name"], number, adapter["place"])
-            try:  # a refusal here leaves the engine alive
+            try:  # an error here does not stop the engine
                 model.llm_engine.add_lora(request)
-            except Exception as error:  # noqa: BLE001 - whatever it refuses an adapter by
+            except Exception as error:  # noqa: BLE001 - any error while loading an adapter
                 answered[adapter["name"]] = f"{type(error).__name__}: {error}"
                 continue
         prompts = [{"prompt_token_ids": ids} for ids in adapter["prompts"]]
