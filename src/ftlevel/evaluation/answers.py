@@ -46,10 +46,7 @@ PADDED_TOKENS = 2_048
 
 
 class RowScorer:
-    """Computes logits of encoded rows with a loaded model; `close` restores the model.
-
-    `batch_size` limits the rows per forward pass; None limits only the tokens.
-    """
+    """Computes logits of encoded rows with a loaded model; `close` restores the model."""
 
     def __init__(self, trained: Trained, batch_size: int | None) -> None:
         self._trained = trained
@@ -65,10 +62,7 @@ class RowScorer:
             self._fast = None
 
     def __call__(self, rows: Sequence[Encoded], read: Read[T]) -> list[T]:
-        """Apply `read` to each row and its logits and return the results in order.
-
-        Call it under `torch.no_grad`.
-        """
+        """Apply `read` to each row and its logits, in order; call it under `torch.no_grad`."""
         if self._fast is None and len(rows) >= WORTH_ASKING:
             self._fast = self._speed_up(rows)
         found: list[Any] = [None] * len(rows)
@@ -171,10 +165,7 @@ PROMPTS = 8
 
 @dataclass(frozen=True)
 class Ask:
-    """Prompts and rows to answer, and how to generate.
-
-    `context` is for question answering only. `places` has `file:line` for each of `questions`.
-    """
+    """Prompts and rows to answer; `places` has `file:line` for each of `questions`."""
 
     prompts: Sequence[str]
     context: str | None
@@ -185,9 +176,7 @@ class Ask:
 
 
 def answer(trained: Trained, ask: Ask) -> list[Reply]:
-    """Return the replies of `trained` to each prompt, then to each row of `ask.questions`.
-
-    Call it under `torch.no_grad`.
+    """Return the replies to each prompt, then to each row; call it under `torch.no_grad`.
 
     Raises:
         ConfigError: the context is missing or unsupported, or a prompt has no mask token.

@@ -110,10 +110,7 @@ _NEUTRAL = (None, False, 0, 1)
 
 
 class RowDecoder:
-    """Greedy decoder that replaces the attention of `model` until `close`.
-
-    `model` is a decoder with or without an adapter; `stops` are the ids that end a text.
-    """
+    """Greedy decoder that replaces the attention of `model` (mutated) until `close`."""
 
     def __init__(self, model: Any, stops: Sequence[int], pad_id: int) -> None:
         self._model, self._base = model, base_model(model)
@@ -130,10 +127,7 @@ class RowDecoder:
         self._base.set_attn_implementation("sdpa")
 
     def __call__(self, prompts: Sequence[list[int]], most: int, batch_size: int) -> list[list[int]]:
-        """Return the generated ids of each prompt, at most `most`, including the stop id.
-
-        At most `batch_size` rows are generated at once.
-        """
+        """Return the generated ids of each prompt, at most `most`, including the stop id."""
         texts = _Texts(len(prompts), most, self._stops)
         waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
         common = common_beginning(prompts)
@@ -345,10 +339,7 @@ def join(parts: Sequence[tuple[_Rows, Sequence[int]]]) -> _Rows:
 
 
 def open_decoder(trained: Trained, prompts: Sequence[list[int]]) -> RowDecoder | Literal[False]:
-    """Return a decoder for a loaded model, or False if `generate` must be used.
-
-    The decoder is checked on the longest of `prompts`; call it under `torch.no_grad`.
-    """
+    """Return a decoder that is checked on `prompts`, or False if `generate` must be used."""
     model, tokenizer = trained.model, trained.tokenizer
     if why_generated(model, trained.kind, trained.method):
         return False

@@ -201,10 +201,7 @@ class Difference:
 
 
 def differ(found: Scores, best: Scores, comparisons: int) -> Difference:
-    """Return the difference of `found` from `best`, scored on the same rows with the same seeds.
-
-    `comparisons` is the total number of comparisons (Bonferroni).
-    """
+    """Return the difference of `found` from `best`; `comparisons` is the total (Bonferroni)."""
     value = found.mean - best.mean
     if found.draws.shape != best.draws.shape or not found.draws.size:
         return Difference(value, None, None, None)

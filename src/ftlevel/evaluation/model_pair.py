@@ -121,10 +121,7 @@ class ModelAnswers:
 
 @dataclass(frozen=True)
 class Questions:
-    """Inputs of a comparison: encoded rows, and token ids of a text in windows.
-
-    `windows` is empty for a model without a language head.
-    """
+    """Inputs of a comparison: encoded rows, and windows of token ids for language models."""
 
     rows: Sequence[Encoded]
     windows: list[list[int]]
@@ -213,10 +210,7 @@ def in_float32(
 
 
 def _read_by(module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
-    """Return the modules whose weights `module` reads, including itself.
-
-    PEFT's layer of trainable tokens reads the weight of its base layer without calling it.
-    """
+    """Return the modules whose weights `module` reads; PEFT's token layer reads its base layer."""
     if isinstance(module, BaseTunerLayer) and _TOKENS in module.adapter_layer_names:
         return module, module.get_base_layer()
     return (module,)

@@ -28,10 +28,7 @@ def needs_reference(evaluator: Evaluator) -> bool:
 
 
 def with_reference(evaluator: Evaluator, trained: Trained, found: ModelRef) -> Evaluator:
-    """Return `evaluator` with reference log-probabilities in its rows, if its objective needs them.
-
-    `trained` is the policy, loaded from `found`.
-    """
+    """Return `evaluator` with reference log-probabilities in its rows, if these are needed."""
     if not needs_reference(evaluator):
         return evaluator
     task: Any = trained.task

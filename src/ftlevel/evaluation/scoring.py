@@ -90,9 +90,7 @@ class Evaluator:
 
     Attributes:
         generated_rows: number of first rows to generate texts for; 0 for none.
-        score_texts: computes the metrics of generated texts.
         language: ISO 639-1 code of the texts; "" if unknown.
-        chunked_cross_entropy: whether the language head runs on supervised tokens only.
         metrics: names of the metrics to return besides the loss; empty for all.
         begin_record: creates the record for a call without one; may return None.
     """
@@ -113,10 +111,7 @@ class Evaluator:
     begin_record: Callable[[], Record | None] = lambda: None
 
     def __call__(self, model: Any, record: Record | None = None) -> dict[str, float]:
-        """Return the metrics of `model`, whose training mode is restored.
-
-        `record` receives every row and every generated text.
-        """
+        """Return the metrics of `model`, whose training mode is restored."""
         training, record = model.training, record or self.begin_record()
         model.eval()
         try:

@@ -73,10 +73,7 @@ def read_eval_text(path: Path | None, tokens: int) -> Text:
 
 
 def cut_windows(tokenizer: Any, text: str, tokens: int, length: int) -> list[list[int]]:
-    """Return the first `tokens` tokens of `text` in windows of at most `length`.
-
-    Each window includes the tokenizer's special tokens.
-    """
+    """Split `tokens` tokens of `text` into windows of at most `length`, with special tokens."""
     around = tokenizer("")["input_ids"]
     head = around[:-1] if around and around[-1] == _end(tokenizer) else around
     tail = around[len(head) :]

@@ -163,10 +163,7 @@ def local_directory(source: ModelSource) -> Path:
 
 
 def as_saved(model: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the tensors that `save_pretrained` writes for the model's tensor `name`.
-
-    These are several for a fused mixture, else the tensor itself.
-    """
+    """Return what `save_pretrained` writes for the tensor `name`; several for a fused mixture."""
     return conversions.revert(model, {name: tensor})
 
 

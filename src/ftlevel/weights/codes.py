@@ -56,11 +56,7 @@ class Grid:
         return self._blocks(weight).abs().amax(-1) / self.values.abs().max()
 
     def fitted_scales(self, weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-        """Return the scale of each block with the least error, weighted by the diagonal of H.
-
-        A few factors of `scales_of` are tried, which clip the largest weights. `weight` is (out,
-        in), `moment` is H (in, in).
-        """
+        """Return the scale of each block with the least error, weighted by the diagonal of H."""
         whole, counts = self.scales_of(weight), moment.diagonal()
         best, least = whole, torch.full_like(whole, torch.inf)
         for factor in _FACTORS:
@@ -121,11 +117,7 @@ def choose_codes(
 
 
 def find_directions(change: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """Return the output directions (out, k) that `change` affects most, orthonormal.
-
-    They are the leading eigenvectors of change H changeᵀ, by subspace iteration; k is at most
-    `DIRECTIONS`.
-    """
+    """Return the output directions (out, k) that `change` affects most, by subspace iteration."""
     count = min(DIRECTIONS, *change.shape)
     found = torch.randn(len(change), count, generator=torch.Generator().manual_seed(0))
     if not change.any():
@@ -183,16 +175,10 @@ _PIECE = 1 << 16
 def quantize_4bit(
     weight: torch.Tensor, quant_type: str, double_quant: bool
 ) -> tuple[torch.Tensor, Any]:
-    """Return the packed bytes of `weight` and their `QuantState`, as bitsandbytes does.
-
-    `weight` is contiguous on the CPU, `quant_type` is nf4 or fp4; `double_quant` quantizes the
-    scales.
-    """
+    """Return the packed bytes of a CPU `weight` and their `QuantState`, as bitsandbytes does."""
     import bitsandbytes.functional as bnb
 
-    if (
-        weight.numel() % BLOCK or weight.numel() == 0
-    ):  # bitsandbytes handles short last blocks
+    if weight.numel() % BLOCK or weight.numel() == 0:  # bitsandbytes handles short last blocks
         return bnb.quantize_4bit(
             weight, quant_type=quant_type, compress_statistics=double_quant, blocksize=BLOCK
         )

@@ -46,13 +46,9 @@ class Parameter:
 class Layout:
     """Quantization of each tensor of a model.
 
-    Attributes:
-        linears: name of a quantized module → whether it is a Conv1D, whose weight is transposed.
-        config: quantization config for config.json, including the modules to skip.
-        dtype: dtype of the other floating-point tensors.
-        in_float32: parts of module names that stay in float32.
-        parameters: name → tensor of the model.
-        naming: maps checkpoint names to model names.
+    `linears` maps quantized modules to whether they are a Conv1D, whose weight is transposed.
+    `config` includes the modules to skip. Modules with a name part in `in_float32` stay in float32,
+    other floating-point tensors are in `dtype`.
     """
 
     linears: dict[str, bool]
@@ -177,10 +173,7 @@ def _parameters(meta: Any, tree: ModuleTree, linears: dict[str, bool]) -> Iterat
 
 
 def predict_bytes(layout: Layout) -> dict[str, tuple[int, int]]:
-    """Return part → (bytes before, bytes after), computed from shapes.
-
-    Before quantization, floating-point tensors count in the layout's dtype.
-    """
+    """Return part → (bytes before, bytes after), computed from shapes."""
     sizes = {part: [0, 0] for part in PARTS}
     for parameter in layout.parameters.values():
         count = math.prod(parameter.shape)

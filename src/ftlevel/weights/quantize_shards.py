@@ -81,10 +81,7 @@ class ShardWriter:
 
 
 def header_bound(tensors: Mapping[str, int]) -> int:
-    """Return the maximum size of a header in bytes.
-
-    `tensors` maps a name to the number of tensors whose names start with it.
-    """
+    """Return the maximum header size in bytes for `tensors` (name prefix → number)."""
     # 200 bytes: a suffix, a dtype, a shape of few dimensions and two offsets.
     return 64 + sum(count * (len(json.dumps(name)) + 200) for name, count in tensors.items())
 
@@ -121,10 +118,7 @@ def write_quantized(
     step: Callable[[int], None],
     choose: Choose | None = None,
 ) -> tuple[Layout, Written]:
-    """Write the model in `directory` quantized to `out`, with config.json and tokenizer files.
-
-    Returns:
-        The layout, whose config names the skipped modules, and the sizes.
+    """Write the model in `directory` quantized to `out`; return the resolved layout and sizes.
 
     Raises:
         InputError: a weight to quantize is missing.

@@ -25,13 +25,9 @@ _GEMMA_PATTERN = 6  # every sixth layer has full attention
 class Family:
     """How one `model_type` of transformers is written.
 
-    Attributes:
-        architecture: `general.architecture`.
-        activation: the only one that llama.cpp computes for it.
-        rotary: supported rope types; empty for learned positions.
-        interleaved: whether rotary pairs of queries and keys are adjacent.
-        shifted_norms: whether norms are stored as 1 + weight.
-        fixed: settings without a key → the value that llama.cpp assumes.
+    `rotary` has the supported rope types, none for learned positions. `interleaved` means that
+    rotary pairs are adjacent, `shifted_norms` that norms are 1 + weight. `fixed` maps settings
+    without a key to the value that llama.cpp assumes.
     """
 
     architecture: str
@@ -146,10 +142,7 @@ def extra_tensors(config: Any) -> dict[str, torch.Tensor]:
 
 
 def convert(config: Any, name: str, tensor: torch.Tensor, *, is_conv1d: bool) -> torch.Tensor:
-    """Return the model's `tensor` in the layout of the file's tensor `name`.
-
-    `is_conv1d` means the weight of a Conv1D, which is (in, out).
-    """
+    """Return the model's `tensor` in the layout of the file's tensor `name`."""
     family = FAMILIES[config.model_type]
     if is_conv1d:
         return tensor.T

@@ -131,14 +131,9 @@ _QUANTIZATION_VERSION = 2
 class Tensor:
     """A tensor of the file.
 
-    Attributes:
-        source: name in the model; None for a tensor that the model does not have.
-        shape: rows and columns, the reverse of the file's order.
-        outtype: a key of `OUTTYPES`.
-        transposed: whether the model's tensor is transposed.
-        read: returns the tensor in the file's layout.
-        codes: returns the chosen codes in the order of the model's rows; None to round.
-        arrange: reorders the model's rows for the file.
+    `source` is its name in the model, if any; `shape` is the reverse of the file's order. `read`
+    returns the file's layout. `codes` returns chosen codes in the order of the model's rows, which
+    `arrange` reorders for the file; None rounds.
     """
 
     name: str

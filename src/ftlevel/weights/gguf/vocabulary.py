@@ -62,13 +62,9 @@ SPLITTINGS = {
 class Vocabulary:
     """Tokenizer metadata of a .gguf file.
 
-    Attributes:
-        model: `gpt2` for byte-level BPE, `llama` for SentencePiece.
-        pre: name of the pre-tokenizer.
-        scores: for `llama`; tokens with a higher score are merged first.
-        special: `bos`, `eos`, `unknown`, `padding` → id.
-        flags: which tokens or spaces are added to a text.
-        notes: differences of llama.cpp that the file cannot express.
+    `model` is `gpt2` for byte-level BPE or `llama` for SentencePiece. Tokens with higher `scores`
+    are merged first. `special` maps `bos`, `eos`, `unknown` and `padding` to ids. `notes` are
+    differences of llama.cpp that the file cannot express.
     """
 
     model: str
