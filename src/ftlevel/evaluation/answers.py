@@ -179,8 +179,8 @@ def answer(trained: Trained, ask: Ask) -> list[Reply]:
     """Return the replies to each prompt, then to each row; call it under `torch.no_grad`.
 
     Raises:
-        ConfigError: the context is missing or unsupported, or a prompt has no mask token.
-        InputError: a prompt or row cannot be answered, e.g. it exceeds the model's positions.
+        ConfigError: the context is missing or unsupported.
+        InputError: a prompt or row cannot be answered, e.g. it has no mask token or is too long.
     """
     task = trained.task
     if ask.prompts and task.wants_context and ask.context is None:

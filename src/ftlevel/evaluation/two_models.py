@@ -170,8 +170,8 @@ class Scores:
     """Logits of a model on rows.
 
     `logits` has a tensor (targets, choices) per batch, in float32 on the CPU. `loss` is the mean
-    per target in nats, or the squared error of a regression. `has_choice` is False for a
-    regression.
+    per target in nats, or the squared error of a regression. `has_choice` is False where a target
+    is not one of several choices: regressions and reward models.
     """
 
     logits: list[torch.Tensor]
@@ -221,7 +221,8 @@ class Agreement:
     """Differences between a model and a reference.
 
     `scale` is the largest absolute logit of the reference. `kl` is the mean KL(reference ‖ model)
-    in nats, and `top1` the share of targets with the same argmax; both are None for a regression.
+    in nats, and `top1` the share of targets with the same argmax; both are None without
+    `has_choice`.
     """
 
     max_difference: float
@@ -235,7 +236,7 @@ class Agreement:
 
     @property
     def distance(self) -> float:
-        """KL divergence, or the mean difference for a regression; smaller is closer."""
+        """KL divergence, or the mean difference without `has_choice`; smaller is closer."""
         return self.mean_difference if self.kl is None else self.kl
 
 
