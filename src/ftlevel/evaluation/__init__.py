@@ -1,4 +1,4 @@
-"""How good a model is on rows and texts, how sure that is, and how far two models are apart.
+"""Evaluation: scoring on rows and texts, confidence intervals, comparison of two models.
 
-May import trained and what is below it. It reads no files and changes no model.
+May import `trained` and the packages below it. Models are restored after scoring.
 """

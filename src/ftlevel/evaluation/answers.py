@@ -1,12 +1,8 @@
-"""How a model of any task answers prompts and rows: the task says what to ask, this runs it.
+"""Generate replies to prompts and compute predictions for rows with a loaded model.
 
-Score many rows: without padding and without what nobody needs, where the model takes that.
-
-What the fast step does for training serves here: packed rows, the last layer's pruning, and a
-language head at the tokens with a label alone. The model is asked first whether it gives the
-numbers of padded rows, as in training; where it does not, rows of like length are padded.
-
-What became of the rows that were to be answered, and what is said about it.
+The task defines the computation; this module batches rows. Rows are packed without padding if the
+model passes the checks of the fast step, else padded with rows of similar length. `Tally` counts
+the rows that have no answer. It must not train or read files.
 """
 
 from __future__ import annotations
@@ -40,22 +36,17 @@ T = TypeVar("T")
 Read = Callable[[Encoded, torch.Tensor], T]
 
 WORTH_ASKING = 64
-"""Rows from which on it pays to ask the model whether they may be packed."""
+"""Minimum number of rows for which the checks of the fast step pay off."""
 
 CPU_TOKENS, GPU_TOKENS = 1024, 16_384
-"""Tokens of a forward pass."""
+"""Maximum tokens per forward pass."""
 
 PADDED_TOKENS = 2_048
-"""Places of a padded batch on a CPU, of a model that cannot take packed rows."""
+"""Maximum positions of a padded batch on a CPU, for models whose rows cannot be packed."""
 
 
 class RowScorer:
-    """Scores rows with a loaded model; `close` leaves it as it was.
-
-    Args:
-        trained: the model.
-        batch_size: most rows of a forward pass; None leaves it to their tokens.
-    """
+    """Computes logits of encoded rows with a loaded model; `close` restores the model."""
 
     def __init__(self, trained: Trained, batch_size: int | None) -> None:
         self._trained = trained
@@ -65,13 +56,13 @@ class RowScorer:
         self._collate = Collator(self._pad_id)
 
     def close(self) -> None:
-        """Take the fast parts off the model."""
+        """Remove the fast step from the model."""
         if self._fast is not None:
             self._fast.remove()
             self._fast = None
 
     def __call__(self, rows: Sequence[Encoded], read: Read[T]) -> list[T]:
-        """Return what `read` makes of each row and its logits, in order; call without gradients."""
+        """Apply `read` to each row and its logits, in order; call it under `torch.no_grad`."""
         if self._fast is None and len(rows) >= WORTH_ASKING:
             self._fast = self._speed_up(rows)
         found: list[Any] = [None] * len(rows)
@@ -97,7 +88,7 @@ class RowScorer:
         return self._fast is not None and self._fast.plan.packs
 
     def _split(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Yield the rows of each forward pass, the longest first."""
+        """Yield the row indices of each forward pass, longest rows first."""
         on_cpu = self._trained.device == "cpu"
         most = (CPU_TOKENS if self._packs else PADDED_TOKENS) if on_cpu else GPU_TOKENS
         part: list[int] = []
@@ -135,7 +126,7 @@ class RowScorer:
     def _token_scores(
         self, batch: dict[str, torch.Tensor], rows: Sequence[Encoded]
     ) -> Iterator[torch.Tensor]:
-        """Yield the scores (labelled, vocabulary) of each row's tokens that have a label."""
+        """Yield the logits (labelled, vocabulary) at the labelled tokens of each row."""
         objective = self._trained.objective
         seen: list[torch.Tensor] = []
         head = self._fast.cross_entropy if self._fast is not None else None
@@ -153,10 +144,7 @@ class RowScorer:
 
 
 def shorten(row: Encoded, limit: int) -> Encoded:
-    """Return `row` without the tokens before its last one that are beyond `limit`, as in training.
-
-    The last token stays, which may be SEP or EOS.
-    """
+    """Return `row` truncated to `limit` tokens; its last token, e.g. SEP or EOS, is kept."""
     if len(row.input_ids) <= limit:
         return row
 
@@ -172,21 +160,12 @@ def _labels(row: Encoded) -> list[int]:
 
 
 PROMPTS = 8
-"""Prompts of a forward pass, where nothing else is said."""
+"""Default number of prompts per forward pass."""
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What is asked.
-
-    Attributes:
-        prompts: one or more.
-        context: where answers are looked for; question answering only.
-        writing: how text is generated.
-        batch_size: prompts a forward pass.
-        questions: what rows of a file ask, after the prompts.
-        places: `file:line` of each.
-    """
+    """Prompts and rows to answer; `places` has `file:line` for each of `questions`."""
 
     prompts: Sequence[str]
     context: str | None
@@ -197,11 +176,11 @@ class Ask:
 
 
 def answer(trained: Trained, ask: Ask) -> list[Reply]:
-    """Return what `trained` says to each prompt, then to each row; call it without gradients.
+    """Return the replies to each prompt, then to each row; call it under `torch.no_grad`.
 
     Raises:
-        ConfigError: a context that is missing or not wanted, or a prompt without a mask.
-        InputError: a prompt beyond the model's positions.
+        ConfigError: the context is missing or unsupported.
+        InputError: a prompt or row cannot be answered, e.g. it has no mask token or is too long.
     """
     task = trained.task
     if ask.prompts and task.wants_context and ask.context is None:
@@ -225,19 +204,14 @@ def answer(trained: Trained, ask: Ask) -> list[Reply]:
 
 @dataclass(frozen=True)
 class Answers:
-    """What came back for some rows.
-
-    Attributes:
-        replies: one for each question; None where there is none.
-        refused: number of a question without a reply → why.
-    """
+    """Replies to questions: None where there is none, with the reason in `refused` by index."""
 
     replies: list[Reply | None]
     refused: Mapping[int, str]
 
 
 def answer_questions(model: AskedModel, questions: Sequence[Any], wanted: Wanted) -> Answers:
-    """Return the reply to each of `questions`; what cannot be answered leaves the others be."""
+    """Answer `questions`; a question that fails does not affect the others."""
     replies: list[Reply | None] = [None] * len(questions)
     refused: dict[int, str] = {}
     left = list(range(len(questions)))
@@ -256,13 +230,10 @@ def answer_questions(model: AskedModel, questions: Sequence[Any], wanted: Wanted
 
 
 class AskedModel:
-    """A loaded model as its task asks it; `close` leaves the model as it was.
+    """A loaded model as its task uses it; `close` restores the model.
 
-    Args:
-        trained: the model.
-        writing: how text is generated.
-        batch_size: rows or prompts of a forward pass; None leaves it to their tokens.
-        cuts: whether rows that are too long are shortened, where their task can be done so.
+    `cuts` allows long rows to be truncated, counted by `shortened`. A `batch_size` of None limits
+    only the tokens of a forward pass.
     """
 
     def __init__(
@@ -271,7 +242,7 @@ class AskedModel:
         self._trained, self._writing = trained, writing
         self._batch_size, self._cuts = batch_size, cuts
         self._scorer = RowScorer(trained, batch_size)
-        self._decoder: RowDecoder | Literal[False] | None = None  # False where there can be none
+        self._decoder: RowDecoder | Literal[False] | None = None  # False: unsupported
         self._positions = max_positions(trained.model.config)
         self.shortened = 0
         self.task = trained.task
@@ -283,14 +254,14 @@ class AskedModel:
         self.prompt_format = trained.prompt_format
 
     def close(self) -> None:
-        """Take off the model what made it faster."""
+        """Remove the fast step and the decoder from the model."""
         self._scorer.close()
         if self._decoder:
             self._decoder.close()
             self._decoder = None
 
     def write(self, prompts: Sequence[list[int]]) -> list[str]:
-        """Return the text that it writes after each prompt."""
+        """Return the generated text for each prompt."""
         prompts = self._fit_prompts(prompts)
         trained, size = self._trained, self._batch_size or PROMPTS
         if self._decoder is None and len(prompts) > size and self._writing.is_greedy:
@@ -304,7 +275,7 @@ class AskedModel:
         return [str(text).strip() for text in said]
 
     def _fit_prompts(self, prompts: Sequence[list[int]]) -> list[list[int]]:
-        """Return `prompts`, shortened at their beginning where they leave no room for an answer."""
+        """Return `prompts`; those that are too long lose tokens after their first one."""
         if self._positions is None:
             return list(prompts)
         new = 0 if self.kind == "encoder-decoder" else self._writing.max_new_tokens
@@ -320,14 +291,18 @@ class AskedModel:
         return [ids[:1] + ids[1 - room :] if i in over else ids for i, ids in enumerate(prompts)]
 
     def score(self, rows: Sequence[Encoded], read: Callable[[Encoded, torch.Tensor], T]) -> list[T]:
-        """Return what `read` makes of each row and its logits, in order."""
+        """Apply `read` to each row and its logits and return the results in order.
+
+        Raises:
+            UnansweredError: a row exceeds the model's positions and cannot be truncated.
+        """
         positions = self._positions
         if positions is not None:
             over = [row for row in rows if len(row.input_ids) > positions]
             if refused := {
                 row.row: f"has {len(row.input_ids):,} tokens, and the model takes {positions:,}"
                 for row in over
-                if not self._cuts or isinstance(row.labels, list)  # it has something at each token
+                if not self._cuts or isinstance(row.labels, list)  # one label per token
             }:
                 raise UnansweredError(refused)
             self.shortened += len(over)
@@ -337,7 +312,7 @@ class AskedModel:
 
 @contextlib.contextmanager
 def asking(model: AskedModel, trained: Trained) -> Iterator[None]:
-    """Ask `trained` inside the block: without gradients, in the precision of its training."""
+    """Disable gradients and use the training precision inside the block; then close `model`."""
     try:
         with torch.no_grad(), autocast(trained.device, trained.dtype):
             yield
@@ -346,21 +321,15 @@ def asking(model: AskedModel, trained: Trained) -> Iterator[None]:
 
 
 MOST_SHOWN = 5
-"""Rows without an answer that are named; the others are counted."""
+"""Maximum number of unanswered rows listed in a message; the others are counted."""
 
 
 @dataclass
 class Tally:
-    """What became of the rows so far.
+    """Counts of the rows processed so far, for messages.
 
-    Attributes:
-        output: the file that they go to, if any.
-        kept: rows that were there already.
-        answered: rows that were gone through since.
-        skipped: rows of these that have no answer.
-        shown: the first of them, with their places and reasons.
-        shortened: rows that lost tokens.
-        seconds: that answering took, without loading the model.
+    `kept` rows were in `output` before, `answered` rows were processed since, and `skipped` of
+    these have no answer. `shortened` rows were truncated. `seconds` excludes loading the model.
     """
 
     output: Path | None
@@ -372,13 +341,13 @@ class Tally:
     seconds: float = 0.0
 
     def skip(self, window: Sequence[AskedRow], faults: Mapping[int, str]) -> None:
-        """Count the rows of `window` that have no answer, by their index in it."""
+        """Count the unanswered rows of `window`; `faults` maps an index in it to the reason."""
         self.skipped += len(faults)
         self.shown += [f"{window[i].place}: {faults[i]}" for i in sorted(faults)]
         del self.shown[MOST_SHOWN:]
 
     def describe_bad(self, window: Sequence[AskedRow], faults: Mapping[int, str]) -> list[str]:
-        """Return a message for each of the first rows that cannot be answered, and what to do."""
+        """Return error messages for the first unanswered rows, with the options to fix them."""
         lines = [f"{window[i].place}: {faults[i]}." for i in sorted(faults)]
         more = f" and {len(lines) - MOST_SHOWN:,} more" if len(lines) > MOST_SHOWN else ""
         rows = "It" if len(lines) == 1 else f"These{more}"
@@ -391,7 +360,7 @@ class Tally:
         return lines
 
     def describe_stop(self) -> str:
-        """Return what is said when the user stops the command."""
+        """Return the message for an interruption by the user."""
         return f"interrupted; {self._describe_done() or 'nothing was kept.'}"
 
     def _describe_done(self) -> str:
@@ -401,7 +370,7 @@ class Tally:
         return f"{done:,} rows are in {partial_of(self.output)}: --resume goes on with them."
 
     def warnings(self) -> Iterator[str]:
-        """Yield what the user should know at the end."""
+        """Yield the warnings for the end of the command."""
         if self.skipped:
             more = "; …" if self.skipped > len(self.shown) else ""
             yield (

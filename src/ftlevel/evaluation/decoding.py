@@ -1,20 +1,15 @@
-"""Write texts after many prompts: a row that has ended makes room for the next prompt.
-
-transformers' `generate` goes on with a batch until its last row has ended, and copies all that is
-kept of the rows for every token. Here rows come and go, and what is kept stands where it is:
+"""Greedy decoding with continuous batching: a finished row makes room for the next prompt.
 
     step      1 2 3 4 5 6
-    row 1     a a a c c c     c begins where a has ended; rows are padded on the left, and every
-    row 2     b b b b b b     token has the position that it has in its own row
+    row 1     a a a c c c     c starts after a has ended; rows are padded on the left, and
+    row 2     b b b b b b     position ids count from the start of each row
 
-What all prompts begin with, an instruction or a system turn, is computed once. Greedy only.
-`find_decoding_error` asks a model whether it writes so what it writes alone.
+transformers' `generate` runs a batch until its last row ends, and copies the KV cache at every
+token. Here the cache has spare room, and a prefix that all prompts share is computed once.
+`find_decoding_error` verifies on the model that its logits do not change.
 
-Attention of one new token a row over what is kept of the row, under `AttentionInterface`.
-
-SDPA with a mask is given keys and values once for every head that they serve, a copy of all that is
-kept for each token that is written. Here the heads that share keys are the rows of one product.
-Whatever has more than one new token goes through SDPA.
+`attend` computes attention of one new token per row without repeating grouped keys and values,
+which SDPA with a mask does. All other calls go to SDPA.
 """
 
 from __future__ import annotations
@@ -39,13 +34,13 @@ from ftlevel.fast.plan import puts_virtual_tokens, why_rows_are_padded
 from ftlevel.trained.load import Trained
 
 NAME = "ftlevel_one_token"
-"""What the attention is called in `set_attn_implementation`."""
+"""Name of the attention for `set_attn_implementation`."""
 
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
 def register() -> None:
-    """Make the attention known to transformers."""
+    """Register the attention and its mask with transformers."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
@@ -60,20 +55,14 @@ def attend(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend as SDPA does.
+    """Compute attention of one new token per row; all other calls go to SDPA.
 
-    Args:
-        module: the attention that asks.
-        query: (batch, heads, new, head_dim).
-        key: (batch, key heads, seq, head_dim); each serves heads / key heads queries in a row.
-        value: as `key`.
-        attention_mask: (batch, 1, new, seq), True or 0 for what is seen; None sees all.
-        dropout: of the probabilities.
-        scaling: of the scores; the default is 1 / sqrt(head_dim).
-        others: what other implementations take.
+    `query` is (batch, heads, new, head_dim), `key` and `value` are (batch, key heads, seq,
+    head_dim). `attention_mask` is (batch, 1, new, seq), True or 0 where visible. `scaling` defaults
+    to 1 / sqrt(head_dim).
 
     Returns:
-        (batch, new, heads, head_dim), and None for the probabilities.
+        (batch, new, heads, head_dim), and None for the attention weights.
     """
     rows, heads, new, width = query.shape
     if new != 1 or dropout or any(others.get(name) is not None for name in _UNSUPPORTED):
@@ -97,60 +86,48 @@ def attend(
 
 
 ROOM = 64
-"""Tokens by which what is kept of the rows grows."""
+"""Number of positions by which the KV cache grows."""
 
 REFILL = 4
-"""A batch is filled up when one part of so many is free: to begin a row costs a forward pass."""
+"""New prompts start once 1 / REFILL of the batch is free, because starting costs a forward pass."""
 
 SHARED = 16
-"""Tokens that all prompts begin with from which on they are computed once."""
+"""Minimum length in tokens of a common prefix that is computed once."""
 
 _PROMPT = 12
-"""Tokens of the prompts that a model is tried on."""
+"""Length in tokens of the prompt that a model is checked with."""
 
 _HARMLESS = {
     "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "do_sample",
     "temperature", "top_p", "top_k", "min_p", "typical_p", "max_length", "max_new_tokens",
     "use_cache", "_from_model_config", "trust_remote_code", "cache_implementation",
 }  # fmt: skip
-"""Settings of a model's generation_config that change nothing where tokens are not drawn."""
+"""Settings of generation_config that do not affect greedy decoding."""
 
 
 _NEUTRAL = (None, False, 0, 1)
-"""Values that switch a setting of generation_config off: a penalty of 1, an n-gram of 0."""
+"""Values that disable a setting of generation_config: a penalty of 1, an n-gram size of 0."""
 
 
 class RowDecoder:
-    """Writes with a model whose attention it has taken; `close` leaves it as it was.
-
-    Args:
-        model: a decoder, with or without an adapter (mutated until `close`).
-        stops: ids that end a text.
-        pad_id: fills the rows.
-    """
+    """Greedy decoder that replaces the attention of `model` (mutated) until `close`."""
 
     def __init__(self, model: Any, stops: Sequence[int], pad_id: int) -> None:
         self._model, self._base = model, base_model(model)
         self._stops, self._pad_id = frozenset(stops), pad_id
         self._device = next(model.parameters()).device
-        # transformers 5.24 renames it, family by family.
+        # transformers 5.24 renames the argument, one model family at a time.
         takes = inspect.signature(self._base.forward).parameters
         self._cache = "cache" if "cache" in takes else "past_key_values"
         register()
         self._base.set_attn_implementation(NAME)
 
     def close(self) -> None:
-        """Give the model its attention back."""
+        """Set the attention back to SDPA."""
         self._base.set_attn_implementation("sdpa")
 
     def __call__(self, prompts: Sequence[list[int]], most: int, batch_size: int) -> list[list[int]]:
-        """Return the ids that the model writes after each prompt, with what ended them.
-
-        Args:
-            prompts: token ids.
-            most: longest text in tokens.
-            batch_size: rows that are written at once.
-        """
+        """Return the generated ids of each prompt, at most `most`, including the stop id."""
         texts = _Texts(len(prompts), most, self._stops)
         waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
         common = common_beginning(prompts)
@@ -176,12 +153,10 @@ class RowDecoder:
     def begin(
         self, numbers: Sequence[int], prompts: Sequence[list[int]], shared: _Rows | None = None
     ) -> _Rows:
-        """Return rows that hold `prompts` and the first token after each.
+        """Prefill `prompts` and return their rows, with the first new token of each.
 
-        Args:
-            numbers: of the prompts.
-            prompts: token ids; more than is shared.
-            shared: what is kept of the beginning of all of them, begun as a row of its own.
+        `numbers` are the indices of the prompts. `shared` is a row with the KV cache of a common
+        prefix, which every prompt must extend by at least one token.
         """
         common = shared.lengths[0] if shared else 0
         own = [ids[common:] for ids in prompts]
@@ -200,15 +175,16 @@ class RowDecoder:
         return rows
 
     def step(self, rows: _Rows) -> None:
-        """Write one token more in each of `rows` (mutated)."""
+        """Generate one more token in each of `rows` (mutated)."""
         rows.lengths = [length + 1 for length in rows.lengths]
         ids = torch.tensor(rows.last, device=self._device)[:, None]
         self._forward(rows, ids, rows.layers[0].get_seq_length() + 1)
 
     def _forward(self, rows: _Rows, ids: torch.Tensor, seq: int, shared: int = 0) -> None:
-        """Call the model on `ids` (rows, new), of which `seq` places are then kept.
+        """Run the model on `ids` (rows, new), after which the cache has `seq` positions.
 
-        The first `shared` places are of every row, and a row's own are the last.
+        The first `shared` positions belong to every row; a row's own tokens are aligned on the
+        right.
         """
         begins = seq + shared - torch.tensor(rows.lengths, device=self._device)[:, None]
         places = torch.arange(seq, device=self._device)[None]
@@ -226,14 +202,10 @@ class RowDecoder:
 
 @dataclass
 class _Rows:
-    """Rows that are written together.
+    """Rows that are generated together.
 
-    Attributes:
-        numbers: of the prompts.
-        lengths: tokens of each that are kept, at the end of the places.
-        last: the token that comes next in each.
-        layers: keys and values.
-        scores: (rows, vocabulary) of `last`.
+    `numbers` are prompt indices, `lengths` the cached tokens per row (aligned on the right), `last`
+    the next token of each row, and `scores` its logits (rows, vocabulary).
     """
 
     numbers: list[int]
@@ -244,16 +216,7 @@ class _Rows:
 
 
 class _Texts:
-    """What was written so far.
-
-    Args:
-        count: of the texts.
-        most: longest text in tokens.
-        stops: ids that end one.
-
-    Attributes:
-        made: the ids of each.
-    """
+    """Generated ids per prompt in `made`; a text ends at a stop id or after `most` tokens."""
 
     def __init__(self, count: int, most: int, stops: frozenset[int]) -> None:
         self.made: list[list[int]] = [[] for _ in range(count)]
@@ -261,7 +224,7 @@ class _Texts:
         self._most, self._stops = most, stops
 
     def take(self, rows: _Rows) -> None:
-        """Take the next token of each of `rows` that has not ended."""
+        """Append the next token of each unfinished row."""
         for number, token in zip(rows.numbers, rows.last, strict=True):
             if number in self._ended:
                 continue
@@ -270,25 +233,25 @@ class _Texts:
                 self._ended.add(number)
 
     def unended(self, rows: _Rows) -> list[int]:
-        """Return which of `rows` go on."""
+        """Return the indices of the unfinished rows."""
         return [i for i, number in enumerate(rows.numbers) if number not in self._ended]
 
 
 class _RoomyLayer(DynamicLayer):
-    """Keys and values in tensors that have room for more, so that a token copies none of them."""
+    """Cache layer with spare room, so that appending a token rarely copies keys and values."""
 
     def __init__(self) -> None:
         super().__init__()
         self._whole: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def fill(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
-        """Keep the first `length` places of `keys` and `values` (rows, heads, places, width)."""
+        """Store `keys` and `values` (rows, heads, positions, head_dim), valid up to `length`."""
         self._whole = keys, values
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self.keys, self.values = keys[:, :, :length], values[:, :, :length]
 
     def repeat(self, known: _RoomyLayer, rows: int, length: int) -> None:
-        """Keep what `known` keeps of one row for each of `rows`, with room for `length` places."""
+        """Copy the single row of `known` to each of `rows`, with room for `length` positions."""
         common = known.get_seq_length()
         made = []
         for states in (known.keys, known.values):
@@ -298,7 +261,7 @@ class _RoomyLayer(DynamicLayer):
         self.fill(made[0], made[1], common)
 
     def close_gaps(self, known: _RoomyLayer, gaps: Sequence[int]) -> None:
-        """Move what rows share to where each row's own begins, `gaps` places further on."""
+        """Move the shared prefix by `gaps` positions, next to each row's own tokens."""
         common = known.get_seq_length()
         for row, gap in enumerate(gaps):
             if gap:
@@ -312,7 +275,7 @@ class _RoomyLayer(DynamicLayer):
         *args: Any,  # noqa: ARG002 - the signature is transformers'
         **kwargs: Any,  # noqa: ARG002
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep the states of new tokens; return those of all."""
+        """Append the states of new tokens and return those of all tokens."""
         before = self.get_seq_length()
         after = before + key_states.shape[-2]
         if self._whole is None or after > self._whole[0].shape[-2]:
@@ -325,7 +288,7 @@ class _RoomyLayer(DynamicLayer):
 
 
 def _roomy(like: torch.Tensor, length: int, old: torch.Tensor | None) -> torch.Tensor:
-    """Return zeros of the form of `like` with room beyond `length`, and `old` at the beginning."""
+    """Return zeros shaped like `like` with room beyond `length`, and `old` at the start."""
     rows, heads, _, width = like.shape
     made = like.new_zeros(rows, heads, length + ROOM, width)
     if old is not None:
@@ -334,7 +297,7 @@ def _roomy(like: torch.Tensor, length: int, old: torch.Tensor | None) -> torch.T
 
 
 def common_beginning(prompts: Sequence[list[int]]) -> list[int]:
-    """Return the tokens that all `prompts` begin with, and after which each has one more."""
+    """Return the longest common prefix of `prompts` that leaves at least one token of each."""
     if not prompts:
         return []
     first, last = min(prompts), max(prompts)
@@ -344,7 +307,7 @@ def common_beginning(prompts: Sequence[list[int]]) -> list[int]:
 
 
 def join(parts: Sequence[tuple[_Rows, Sequence[int]]]) -> _Rows:
-    """Return the rows at the indices of each part as rows that are written together."""
+    """Return one batch of the rows at the given indices of each part."""
     parts = [(rows, chosen) for rows, chosen in parts if chosen]
     if not parts:
         return _Rows([], [], [], [])
@@ -376,12 +339,7 @@ def join(parts: Sequence[tuple[_Rows, Sequence[int]]]) -> _Rows:
 
 
 def open_decoder(trained: Trained, prompts: Sequence[list[int]]) -> RowDecoder | Literal[False]:
-    """Return a decoder on a loaded model, or False where transformers' `generate` must write.
-
-    Args:
-        trained: the model; call without gradients.
-        prompts: some of those to come, on which it is tried.
-    """
+    """Return a decoder that is checked on `prompts`, or False if `generate` must be used."""
     model, tokenizer = trained.model, trained.tokenizer
     if why_generated(model, trained.kind, trained.method):
         return False
@@ -394,13 +352,7 @@ def open_decoder(trained: Trained, prompts: Sequence[list[int]]) -> RowDecoder |
 
 
 def why_generated(model: Any, kind: str, method: str) -> str:
-    """Return why transformers' `generate` must write; empty if it need not.
-
-    Args:
-        model: what writes.
-        kind: of the model.
-        method: which its adapter was trained by.
-    """
+    """Return why `generate` must be used; empty if `RowDecoder` may be."""
     base = base_model(model)
     if reason := why_rows_are_padded(base, kind):
         return reason
@@ -417,16 +369,11 @@ def why_generated(model: Any, kind: str, method: str) -> str:
 def find_decoding_error(
     decoder: RowDecoder, model: Any, prompt: Sequence[int], noise: float
 ) -> str:
-    """Return why `decoder` cannot write with `model`, empty if it can; in evaluation, no gradients.
+    """Return why `decoder` cannot be used with `model`; empty if it can.
 
-    A row that begins beside a longer one, with which it shares its beginning, goes on without it
-    and meets a third is asked for its next token; so is the model, of the whole row alone.
-
-    Args:
-        decoder: on `model`.
-        model: what writes.
-        prompt: some tokens.
-        noise: how far the scores may be apart, relative to their norm.
+    A row starts with a shared prefix next to a longer row, is separated from it and joined with a
+    third. Its logits must match a plain forward pass up to `noise`, relative to their norm. Call it
+    in eval mode under `torch.no_grad`.
     """
     long = [*prompt, *prompt][:_PROMPT]
     short = long[: _PROMPT // 2]

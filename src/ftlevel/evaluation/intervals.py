@@ -1,20 +1,11 @@
-"""What a model did row by row, and how far its metrics would move with other rows (bootstrap).
-
-An example is the unit: all windows of a question, and all pieces of a text, belong together.
-
-Whether one method scores better than another by more than chance, of rows and of seeds.
-
-Chance has two sources, which are told apart. Other rows would have given another score: its size is
-known from bootstrap draws of the rows, alike for all that were scored on them, so that differences
-are paired. Another seed would have given another run: its size is known from several runs.
+"""Bootstrap confidence intervals of metrics, and tests of differences between methods.
 
     se² = sd(difference over draws)² + sd(difference over seeds)² / seeds
 
-A difference is beyond noise when it is larger than z · se, with z of the normal distribution at
-5 % shared among all comparisons that are made (Bonferroni). With one seed the second term is not
-known, and left out.
-
-Which metrics an evaluation gives: all of the task, or those that the user names.
+An example with all of its windows or pieces is one unit. Draws are the same for all models scored
+on the same rows, so differences are paired. A difference is significant above z · se, where z is
+the normal quantile at 5 % divided by the number of comparisons (Bonferroni). With one seed the
+second term is unknown and left out. The module also validates the metrics that the user names.
 """
 
 from __future__ import annotations
@@ -39,7 +30,7 @@ PERCENTILES = (2.5, 97.5)
 
 @dataclass
 class Unit:
-    """An example: its loss summed over its targets, their number, and a meter that saw it alone."""
+    """An example: its summed loss, its number of targets, and a meter of it alone."""
 
     meter: Meter
     loss: float = 0.0
@@ -48,7 +39,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Written:
-    """A generated text beside its reference."""
+    """A generated text and its reference."""
 
     row: int
     text: str
@@ -56,12 +47,7 @@ class Written:
 
 
 class PerRow:
-    """Keeps a unit for every example that an `Evaluator` scores; it is the evaluator's `Record`.
-
-    Attributes:
-        units: index of the example in its table → the unit, by index.
-        written: the generated texts.
-    """
+    """A `Record` with one unit per example, by the example's index in its table."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
@@ -75,7 +61,7 @@ class PerRow:
         labels: torch.Tensor,
         mask: torch.Tensor,
     ) -> None:
-        """Score every row of a batch by itself."""
+        """Add every row of a batch to its unit."""
         objective, width = self.objective, len(logits) // len(rows)
         for index, row in enumerate(rows):
             own = slice(index * width, (index + 1) * width)
@@ -91,7 +77,7 @@ class PerRow:
         scores: torch.Tensor,
         targets: torch.Tensor,
     ) -> None:
-        """Score tokens `(tokens, vocabulary)` of a batch for the rows that own them."""
+        """Add logits (tokens, vocabulary) to the units of the rows in `owners`."""
         losses = functional.cross_entropy(scores.float(), targets, reduction="none")
         for index in sorted(set(owners.tolist())):
             own, row = owners == index, rows[index]
@@ -103,7 +89,7 @@ class PerRow:
     def add_answers(
         self, rows: Sequence[Encoded], answers: torch.Tensor, verdicts: torch.Tensor
     ) -> None:
-        """Judge the answers of every row by themselves."""
+        """Add the whole answers of every row to its unit."""
         objective, width = self.objective, len(answers) // len(rows)
         if not isinstance(objective, LikelihoodObjective):
             raise TypeError("only answers have a log-likelihood")
@@ -117,18 +103,17 @@ class PerRow:
     def add_texts(
         self, rows: Sequence[Encoded], texts: Sequence[str], references: Sequence[str]
     ) -> None:
-        """Keep the generated texts."""
+        """Add the generated texts."""
         for row, text, reference in zip(rows, texts, references, strict=True):
             self.written.append(Written(row.row, text, reference))
 
     def resample(
         self, count: int, seed: int, score_texts: ScoreTexts | None, language: str
     ) -> dict[str, np.ndarray]:
-        """Return metric → its values over `count` draws of as many examples, with replacement.
+        """Return metric → values (count,) over bootstrap draws of the examples.
 
-        Two models that were scored on the same rows are drawn alike, so that their values can be
-        subtracted one by one. A metric that a draw cannot have, such as a correlation of equal
-        numbers, is left out.
+        The same seed draws the same rows, so values of two models can be subtracted. A metric that
+        is undefined for a draw, such as a correlation of equal values, is left out.
         """
         units = [self.units[row] for row in sorted(self.units)]
         draws = _draw(count, seed, len(units), lambda picks: self._metrics(units, picks))
@@ -167,7 +152,7 @@ def _text_metrics(
 
 
 def interval(values: np.ndarray) -> list[float]:
-    """Return the 95 % percentile interval of the draws."""
+    """Return the 95 % percentile interval of `values`."""
     low, high = np.percentile(values, PERCENTILES)
     return [float(low), float(high)]
 
@@ -177,12 +162,9 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Scores:
-    """What the runs of one method scored, by seed.
+    """Values of a metric over the runs of one method, one per seed.
 
-    Attributes:
-        values: the metric of each run.
-        draws: `(seeds, draws)`, the metric of each run on drawn rows; no columns where a draw
-            cannot have it.
+    `draws` is (seeds, draws), the metric on resampled rows; without columns if a draw has no value.
     """
 
     values: Sequence[float]
@@ -190,29 +172,26 @@ class Scores:
 
     @property
     def mean(self) -> float:
-        """The mean over the seeds."""
+        """Mean over the seeds."""
         return statistics.fmean(self.values)
 
     @property
     def spread(self) -> float | None:
-        """The standard deviation over the seeds; None of one."""
+        """Standard deviation over the seeds; None for one seed."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     @property
     def interval(self) -> list[float] | None:
-        """The 95 % interval of the mean over other rows, these runs being what they are."""
+        """95 % interval of the mean over resampled rows."""
         return interval(self.draws.mean(0)) if self.draws.size else None
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a method is from the best.
+    """Difference between a method and the best one.
 
-    Attributes:
-        value: its mean less the best's.
-        interval: 95 % of it over other rows.
-        error: its standard error, of rows and seeds together.
-        is_noise: whether it may be chance; None where nothing can be said.
+    `interval` is the 95 % interval over resampled rows, `error` the standard error from rows and
+    seeds. `is_noise` is None if there is no test.
     """
 
     value: float
@@ -222,13 +201,7 @@ class Difference:
 
 
 def differ(found: Scores, best: Scores, comparisons: int) -> Difference:
-    """Return how far `found` is from `best`, scored on the same rows with the same seeds.
-
-    Args:
-        found: of a method.
-        best: of the one that it is compared with.
-        comparisons: how many are made in all.
-    """
+    """Return the difference of `found` from `best`; `comparisons` is the total (Bonferroni)."""
     value = found.mean - best.mean
     if found.draws.shape != best.draws.shape or not found.draws.size:
         return Difference(value, None, None, None)
@@ -248,17 +221,11 @@ V = TypeVar("V")
 def check_metrics(
     wish: Sequence[str], task: BaseTask, objective: Objective, *, generates: bool, how: str
 ) -> None:
-    """Refuse names that no metric has.
-
-    Args:
-        wish: names of metrics; none for all.
-        task: whose they are.
-        objective: what the model is trained on.
-        generates: whether texts are generated and scored.
-        how: how they would be.
+    """Check the metric names in `wish`; `how` is the flag that enables text generation.
 
     Raises:
-        ConfigError: naming those that there are.
+        ConfigError: a name is unknown, or belongs to generated texts; the message lists valid
+            names.
     """
     known = ("loss", *objective.metrics, *(task.text_metrics if generates else ()))
     for name in wish:
@@ -273,15 +240,15 @@ def check_metrics(
 
 
 def wants_texts(wish: Sequence[str], task: BaseTask) -> bool:
-    """Whether one of the metrics that are wanted is of generated texts."""
+    """Return whether `wish` names a metric of generated texts; an empty `wish` names all."""
     return not wish or bool(set(wish) & set(task.text_metrics))
 
 
 def generates_texts(wish: bool | None, task: BaseTask) -> bool:
-    """Whether texts are generated and scored: as the user says, or as the task does."""
+    """Return whether texts are generated: by `wish`, or if None by the task's default."""
     return task.generates if wish is None else wish and task.writes_text
 
 
 def keep_wanted(found: Mapping[str, V], wish: Sequence[str]) -> dict[str, V]:
-    """Return the loss, and of the other metrics those that are wanted; none named is all."""
+    """Return the loss and the metrics named in `wish`; an empty `wish` names all."""
     return {name: found[name] for name in found if not wish or name == "loss" or name in wish}

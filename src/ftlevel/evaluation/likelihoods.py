@@ -1,4 +1,4 @@
-"""Score whole answers: how likely they are, and what the task's objective makes of that."""
+"""Score whole answers: their log-likelihoods, and the objective's loss and metrics."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ftlevel.models.hardware import autocast
 from ftlevel.task import LikelihoodObjective, Objective
 
 Measured = tuple[list[int], dict[str, torch.Tensor], torch.Tensor]
-"""Indices of rows, their batch, and how likely its answers are."""
+"""Row indices, their batch, and the log-likelihoods of its answers."""
 
 
 class Scorer(Protocol):
-    """What scoring needs beside the model: an `Evaluator` is one."""
+    """The attributes of an `Evaluator` that scoring needs."""
 
     @property
     def rows(self) -> Sequence[Encoded]:
@@ -29,11 +29,11 @@ class Scorer(Protocol):
 
     @property
     def tokenizer(self) -> Any:
-        """Pads."""
+        """Tokenizer, for its padding id."""
 
     @property
     def objective(self) -> Objective:
-        """What the model is trained on."""
+        """Training objective."""
 
     @property
     def device(self) -> str:
@@ -41,28 +41,28 @@ class Scorer(Protocol):
 
     @property
     def dtype(self) -> str:
-        """Compute precision's name."""
+        """Name of the compute precision."""
 
     @property
     def batch_size(self) -> int:
-        """Rows a forward pass."""
+        """Rows per forward pass."""
 
     @property
     def chunked_cross_entropy(self) -> bool:
-        """Whether a language head is computed on supervised tokens only."""
+        """Whether the language head runs on supervised tokens only."""
 
 
 class AnswerRecord(Protocol):
-    """Hears of every answer that is scored."""
+    """Receives every scored answer."""
 
     def add_answers(
         self, rows: Sequence[Encoded], answers: torch.Tensor, verdicts: torch.Tensor
     ) -> None:
-        """A batch was scored: its rows, and as of `LikelihoodObjective.judge`."""
+        """Record a batch, with the arguments of `LikelihoodObjective.judge`."""
 
 
 def score_answers(evaluator: Scorer, model: Any, record: AnswerRecord | None) -> dict[str, float]:
-    """Return the loss and the metrics of `model` on the evaluator's rows."""
+    """Return the loss and metrics of `model` on the evaluator's rows."""
     objective = _objective_of(evaluator)
     meter, total, count, rows = objective.meter(), 0.0, 0, evaluator.rows
     with _head(evaluator, model) as head:
@@ -82,10 +82,9 @@ def score_answers(evaluator: Scorer, model: Any, record: AnswerRecord | None) ->
 
 
 def measure_likelihoods(evaluator: Scorer, model: Any) -> np.ndarray:
-    """Return the log-likelihoods of the two sequences of each row (rows, 2), in float32.
+    """Return the log-likelihoods of the two sequences of each row, (rows, 2) in float32.
 
-    By the batches in which rows are scored afterwards, so that a model that has not changed gives
-    the same numbers, to the last bit.
+    Batches are those of `score_answers`, so an unchanged model gives the same values, bit for bit.
     """
     rows, training = evaluator.rows, model.training
     found = np.zeros((len(rows), 2), dtype=np.float32)
@@ -129,7 +128,7 @@ def _contrasts(rows: Sequence[Encoded]) -> list[Encoded]:
 def _measure_baseline(
     evaluator: Scorer, model: Any, head: ChunkedCrossEntropy | None
 ) -> torch.Tensor | None:
-    """Return the mean reward of what the rows contrast with, over all of them (a scalar)."""
+    """Return the mean reward of all contrasts (a scalar, at least 0); None if not needed."""
     objective = _objective_of(evaluator)
     if not objective.needs_baseline:
         return None
@@ -150,7 +149,7 @@ def _measure(
 def _batches(
     evaluator: Scorer, rows: Sequence[Encoded]
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """Yield rows of like length, padded, the longest first."""
+    """Yield row indices and padded batches of rows of similar length, longest first."""
     collate = Collator(evaluator.tokenizer.pad_token_id or 0)
     order = sorted(range(len(rows)), key=lambda i: rows[i].length, reverse=True)
     for start in range(0, len(order), evaluator.batch_size):

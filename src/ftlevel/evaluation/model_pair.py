@@ -1,6 +1,6 @@
-"""Two models that can be asked the same: which they are, what they are asked, how far apart.
+"""Compare a model with a reference: resolve both, build their inputs, compute differences.
 
-Compute in float32 on narrow weights, so that what rounding does can be told apart.
+`in_float32` runs a model in float32 on low-precision weights, to isolate rounding errors.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from ftlevel.trained.model_ref import (
 
 
 def find_pair(config: EvaluateConfig, device: str) -> tuple[ModelRef, ModelRef | None]:
-    """Find what is scored, and what it is held against if there is such a thing.
+    """Resolve the model to evaluate and the one named by `--against`, or None.
 
-    A plain model does not know its task: it is asked as the other of the two was trained.
+    A plain model has no task, so it gets the task of the other one.
 
     Raises:
-        InputError: one is not there, or they cannot be asked the same.
+        InputError: a model is missing, or the two cannot be compared.
     """
     if config.against is None:
         found = resolve_model(
@@ -79,7 +79,7 @@ def find_pair(config: EvaluateConfig, device: str) -> tuple[ModelRef, ModelRef |
 
 
 def _places(config: EvaluateConfig, cards: Sequence[Path | None]) -> list[str | None]:
-    """Return for each of the two where its base is now: the same place for two of one base."""
+    """Return the base model's path for each of the two; both get it only if they share a base."""
     place, (own, other) = config.base_model, cards
     if own is None and other is not None:
         return [None, place]
@@ -88,11 +88,7 @@ def _places(config: EvaluateConfig, cards: Sequence[Path | None]) -> list[str | 
 
 
 def _check_same_answers(found: ModelRef, reference: ModelRef, config: EvaluateConfig) -> None:
-    """Refuse two models whose answers do not stand for the same, token by token or class by class.
-
-    Raises:
-        InputError: they differ in vocabulary or labels.
-    """
+    """Raise InputError if the two differ in vocabulary or labels."""
     one, other = (load_own_tokenizer(f.source, f.directory).get_vocab() for f in (found, reference))
     if one != other:
         raise InputError(
@@ -107,7 +103,7 @@ def _check_same_answers(found: ModelRef, reference: ModelRef, config: EvaluateCo
 
 
 def choose_leader(found: ModelRef, reference: ModelRef | None) -> ModelRef:
-    """Return the one of two that says which rows are asked, and how: a run, or one with a card."""
+    """Return the model that defines the evaluation rows: a run, or else one with a model card."""
     both = [found] if reference is None else [found, reference]
     for says in (lambda f: f.run is not None, lambda f: f.card.method != PLAIN):
         if leaders := [f for f in both if says(f)]:
@@ -117,7 +113,7 @@ def choose_leader(found: ModelRef, reference: ModelRef | None) -> ModelRef:
 
 @dataclass(frozen=True)
 class ModelAnswers:
-    """What a model said of the rows, and in the windows of the text."""
+    """Outputs of a model on the rows and on the windows of the text."""
 
     scores: Scores
     text: list[Answer]
@@ -125,14 +121,7 @@ class ModelAnswers:
 
 @dataclass(frozen=True)
 class Questions:
-    """What two models are asked.
-
-    Attributes:
-        rows: encoded rows of the task.
-        windows: token ids of the text; none for a model without a language head.
-        auto_class: transformers' class of both.
-        text: name of the text.
-    """
+    """Inputs of a comparison: encoded rows, and windows of token ids for language models."""
 
     rows: Sequence[Encoded]
     windows: list[list[int]]
@@ -140,7 +129,7 @@ class Questions:
     text: str
 
     def ask(self, trained: Trained) -> ModelAnswers:
-        """Return what `trained` says, computed as it always computes."""
+        """Return the outputs of `trained` in its own compute precision."""
         model, tokenizer = trained.model, trained.tokenizer
         probe = Probe(self.rows, trained.objective, tokenizer.pad_token_id or 0, trained.device)
         scores = probe.score(model, trained.dtype)
@@ -152,7 +141,7 @@ class Questions:
         return ModelAnswers(scores, text)
 
     def compare(self, reference: ModelAnswers, found: ModelAnswers) -> dict[str, Any]:
-        """Return how far `found` is from `reference`."""
+        """Return the differences between `found` and `reference`."""
         rows = asdict(compare_rows(reference.scores, found.scores))
         if not self.windows:
             return {"rows": rows}
@@ -161,10 +150,10 @@ class Questions:
 
 
 def build_questions(config: EvaluateConfig, trained: Trained, rows: Sequence[Encoded]) -> Questions:
-    """Return what `trained` and the model that it is held against are asked.
+    """Return the inputs for comparing `trained` with its reference.
 
     Raises:
-        InputError: the text cannot be read, or is too short.
+        InputError: the text cannot be read, or has fewer than two tokens.
     """
     model_config = trained.model.config
     auto_class = trained.task.auto_class(trained.kind, model_config.model_type)
@@ -178,21 +167,17 @@ def build_questions(config: EvaluateConfig, trained: Trained, rows: Sequence[Enc
     return Questions(rows, windows, auto_class, text.name)
 
 
-_TOKENS = "trainable_tokens_delta"  # what PEFT's layer of trained tokens holds
+_TOKENS = "trainable_tokens_delta"  # attribute of PEFT's layer of trainable tokens
 
 
 @contextlib.contextmanager
 def in_float32(
     model: torch.nn.Module, unrounded: Callable[[str], torch.Tensor | None] = lambda _: None
 ) -> Iterator[None]:
-    """Let `model` compute in float32 inside the block, on the weights that it has.
+    """Run `model` in float32 inside the block, on its own weights.
 
-    Each module's weights are widened while it runs and no longer: a model in bfloat16 needs no more
-    memory than one module's for it.
-
-    Args:
-        model: in any precision.
-        unrounded: name of a parameter → what to compute with in its stead, None for itself.
+    The weights of each module are cast only while it runs, so memory grows by one module.
+    `unrounded` maps a parameter name to a replacement tensor, or None.
     """
     narrow: dict[torch.nn.Module, list[dict[str, Any]]] = defaultdict(list)
     paths = {module: path for path, module in model.named_modules()}
@@ -206,7 +191,7 @@ def in_float32(
                     better = unrounded(f"{paths[part]}.{name}".lstrip("."))
                     wide = (weight if better is None else better).to(weight.device, torch.float32)
                     own[name] = torch.nn.Parameter(wide, requires_grad=False)
-        return tuple(_widened(value) for value in inputs)  # T5 narrows what its wo is given
+        return tuple(_widened(value) for value in inputs)  # T5 casts the input of wo
 
     def restore(module: torch.nn.Module, _: Any, __: Any) -> None:
         for part in _read_by(module):
@@ -225,11 +210,7 @@ def in_float32(
 
 
 def _read_by(module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
-    """Return the modules whose weights `module` computes with, itself among them.
-
-    PEFT's layer of trained tokens reads the weight of the layer that it is around, and does not
-    call it.
-    """
+    """Return the modules whose weights `module` reads; PEFT's token layer reads its base layer."""
     if isinstance(module, BaseTunerLayer) and _TOKENS in module.adapter_layer_names:
         return module, module.get_base_layer()
     return (module,)

@@ -1,8 +1,7 @@
-"""The reference of a trained policy, when other rows are scored: the model as its run began.
+"""Reference log-probabilities of a trained policy, for rows that it was not trained on.
 
-That is its base with the adapter switched off where the adapter began as nothing, and otherwise
-what the run kept of its beginning; or the model that `--reference` named. It is asked before the
-policy is.
+The reference is the base with the adapter disabled, the initial adapter saved by the run, or the
+model that `--reference` named. It is measured before the policy.
 """
 
 from __future__ import annotations
@@ -19,23 +18,17 @@ from ftlevel.trained.load import Trained, load_found
 from ftlevel.trained.model_ref import ModelRef, card_directory, find_base
 
 KEPT = "reference"
-"""The folder beside an adapter with the adapter that it began as, or the name of its reference."""
+"""Folder next to an adapter, with the initial adapter or the name of the reference model."""
 
 
 def needs_reference(evaluator: Evaluator) -> bool:
-    """Whether rows are scored against a reference."""
+    """Return whether the objective compares rows with a reference."""
     objective = evaluator.objective
     return isinstance(objective, LikelihoodObjective) and objective.needs_reference
 
 
 def with_reference(evaluator: Evaluator, trained: Trained, found: ModelRef) -> Evaluator:
-    """Return `evaluator` with rows that know their reference, where the objective needs one.
-
-    Args:
-        evaluator: of the policy.
-        trained: the policy.
-        found: what it was loaded from.
-    """
+    """Return `evaluator` with reference log-probabilities in its rows, if these are needed."""
     if not needs_reference(evaluator):
         return evaluator
     task: Any = trained.task

@@ -1,7 +1,4 @@
-"""Score a model on encoded rows: one way for training, for `evaluate` and for the checks.
-
-Rows that were scored, as lines of a file: what was asked, what was said, and what is true.
-"""
+"""Score a model on encoded rows, in training and in `evaluate`, and export results per row."""
 
 from __future__ import annotations
 
@@ -26,15 +23,7 @@ from ftlevel.task import LikelihoodObjective, Meter, Objective, ScoreTexts, Toke
 
 @dataclass(frozen=True)
 class Writing:
-    """How text is generated.
-
-    Attributes:
-        max_new_tokens: longest text.
-        num_beams: beams that are searched for the likeliest text.
-        temperature: of the draws; 0 takes the most likely token.
-        top_p: draw from the fewest tokens that have this probability together.
-        seed: of the draws.
-    """
+    """Settings of text generation; a `temperature` of 0 does not sample."""
 
     max_new_tokens: int
     num_beams: int = 1
@@ -44,11 +33,11 @@ class Writing:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether each token is the likeliest one."""
+        """Whether decoding is greedy."""
         return self.num_beams == 1 and not self.temperature
 
     def arguments(self, tokenizer: Any) -> dict[str, Any]:
-        """Return the arguments of `generate`; the draws begin anew (the global state is set)."""
+        """Return the arguments of `generate`; sampling sets torch's global seed."""
         common = {
             "max_new_tokens": self.max_new_tokens,
             "use_cache": True,
@@ -58,13 +47,13 @@ class Writing:
         if not self.temperature:
             return common | {"do_sample": False, "num_beams": self.num_beams}
         torch.manual_seed(self.seed)
-        # top_k is 50 by default in transformers: off, so that these two say everything.
+        # transformers' default of 50 for top_k is switched off.
         drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         return common | {"do_sample": True} | drawn
 
 
 class Record(Protocol):
-    """Hears of every row that an evaluator scores."""
+    """Receives every row that an evaluator scores."""
 
     def add(
         self,
@@ -73,7 +62,7 @@ class Record(Protocol):
         labels: torch.Tensor,
         mask: torch.Tensor,
     ) -> None:
-        """A batch was scored: its rows, and what the objective made of it."""
+        """Record a scored batch."""
 
     def add_targets(
         self,
@@ -82,38 +71,28 @@ class Record(Protocol):
         scores: torch.Tensor,
         targets: torch.Tensor,
     ) -> None:
-        """Tokens of a batch were scored; `owners` are their indices in `rows`."""
+        """Record scored tokens of a batch; `owners` are their indices in `rows`."""
 
     def add_answers(
         self, rows: Sequence[Encoded], answers: torch.Tensor, verdicts: torch.Tensor
     ) -> None:
-        """Whole answers of a batch were scored, as of `LikelihoodObjective.judge`."""
+        """Record whole answers, with the arguments of `LikelihoodObjective.judge`."""
 
     def add_texts(
         self, rows: Sequence[Encoded], texts: Sequence[str], references: Sequence[str]
     ) -> None:
-        """Texts were generated for `rows`."""
+        """Record the texts generated for `rows`."""
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Everything that scoring needs beside the model.
+    """Evaluates models on fixed rows.
 
     Attributes:
-        rows: encoded validation rows.
-        tokenizer: decodes generated text and pads.
-        kind: kind of the model.
-        objective: what the model is trained on.
-        device: torch device type.
-        dtype: compute precision's name.
-        batch_size: rows a forward pass.
-        generated_rows: how many of the first rows are generated and scored; 0 for none.
-        writing: how text is generated.
-        score_texts: scores the generated texts.
-        language: ISO 639-1 code of the generated texts; "" if unknown.
-        chunked_cross_entropy: whether a language head is computed on supervised tokens only.
-        metrics: names of those that are given beside the loss; empty for all.
-        begin_record: gives the record of a call that brings none; it may give none either.
+        generated_rows: number of first rows to generate texts for; 0 for none.
+        language: ISO 639-1 code of the texts; "" if unknown.
+        metrics: names of the metrics to return besides the loss; empty for all.
+        begin_record: creates the record for a call without one; may return None.
     """
 
     rows: Sequence[Encoded]
@@ -132,12 +111,7 @@ class Evaluator:
     begin_record: Callable[[], Record | None] = lambda: None
 
     def __call__(self, model: Any, record: Record | None = None) -> dict[str, float]:
-        """Return the metrics of `model`, which is left in the mode it was in.
-
-        Args:
-            model: what is scored.
-            record: told of every row and every generated text, where it is given.
-        """
+        """Return the metrics of `model`, whose training mode is restored."""
         training, record = model.training, record or self.begin_record()
         model.eval()
         try:
@@ -184,7 +158,7 @@ class Evaluator:
     def _observer(
         self, meter: Meter, record: Record | None, rows: Sequence[Encoded], labels: torch.Tensor
     ) -> Observe:
-        """Return what is given scores and targets, chunk by chunk, in the order of the batch."""
+        """Return a callback for the logits and targets of each chunk, in batch order."""
         owners = None
         if record is not None and isinstance(self.objective, TokenObjective):
             owners = self.objective.locate(labels)[0] // labels.shape[1]
@@ -203,9 +177,9 @@ class Evaluator:
         return [row.branches[0] for row in self.rows[: self.generated_rows]]
 
     def generate(self, model: Any) -> list[str]:
-        """Return what `model` writes for the first `generated_rows` rows.
+        """Return the generated texts for the first `generated_rows` rows.
 
-        Draws leave the random state as it was, which in training the next step takes.
+        Sampling restores the random state, which the next training step uses.
         """
         prompts = [self._prompt(row) for row in self._generated()]
         with torch.random.fork_rng(enabled=bool(self.writing.temperature)):
@@ -220,18 +194,18 @@ class Evaluator:
         return row.input_ids[: self._answer_start(row.labels)]
 
     def prompt_text(self, row: Encoded) -> str:
-        """Return what comes before the last answer of `row`, in words."""
+        """Return the decoded text before the last answer of `row`."""
         return self._in_words(self._prompt(row))
 
     def text(self, row: Encoded) -> str:
-        """Return all that `row` reads, in words."""
+        """Return the decoded input of `row`."""
         return self._in_words(row.input_ids)
 
     def _in_words(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def answer_text(self, row: Encoded) -> str:
-        """Return the last answer of `row`, in words; nothing where its labels are no tokens."""
+        """Return the decoded last answer of `row`; empty if its labels are not tokens."""
         labels = row.labels if isinstance(row.labels, list) else []
         if self.kind != "encoder-decoder":
             labels = labels[self._answer_start(labels) :]
@@ -240,7 +214,7 @@ class Evaluator:
 
     @staticmethod
     def _answer_start(labels: list[int]) -> int:
-        """Return where the last run of supervised labels begins."""
+        """Return the index at which the last run of supervised labels starts."""
         end = len(labels)
         while end and labels[end - 1] == IGNORED:
             end -= 1
@@ -251,7 +225,7 @@ class Evaluator:
 
 
 def batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Yield `rows` in runs of at most `size`."""
+    """Yield slices of `rows` of at most `size` items."""
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
 
@@ -264,11 +238,10 @@ def generate_texts(
     batch_size: int,
     writing: Writing,
 ) -> list[str]:
-    """Return what `model` writes after each prompt, without special tokens.
+    """Return the generated text for each prompt, in order and without special tokens.
 
-    Prompts are generated in batches of like length; the order is kept. A decoder goes on where a
-    prompt ends, so that it is padded on the left; an encoder counts positions from the beginning,
-    and BART's would move with padding there.
+    Prompts are batched by length. Decoders are padded on the left. Encoder-decoders are padded on
+    the right, because padding on the left would shift the positions of models such as BART.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)
@@ -290,14 +263,14 @@ def generate_texts(
 
 
 def stop_ids(tokenizer: Any) -> list[int]:
-    """Return the ids that end a generated text: EOS, and what ends a turn in the chat template."""
+    """Return the ids that end a text: EOS, and the end of a turn in the chat template."""
     ends = [tokenizer.eos_token_id]
     if getattr(tokenizer, "chat_template", None):
         ends.append(turn_end(tokenizer))
     return list(dict.fromkeys(i for i in ends if i is not None))
 
 
-_LONGEST = 2_000  # letters of a text
+_LONGEST = 2_000  # characters of a text
 
 
 def row_lines(
@@ -308,14 +281,10 @@ def row_lines(
     base: PerRow | None = None,
     evaluator: Evaluator | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a line an example, in the order of the rows.
+    """Yield the results of each example as a dictionary, in row order.
 
-    Args:
-        record: what was scored.
-        labels: names of the classes or tags.
-        where: says where a row is from, by its index.
-        base: the same rows, scored by another model.
-        evaluator: what scored them, where their texts are wanted too.
+    `where` returns the source of a row by its index. `base` adds the results of another model on
+    the same rows, and `evaluator` the texts of the rows.
     """
     texts = {} if evaluator is None else texts_of(evaluator)
     written = {item.row: item for item in record.written}
@@ -338,11 +307,11 @@ def row_lines(
 
 
 def texts_of(evaluator: Evaluator) -> dict[int, dict[str, str]]:
-    """Return what each row asks, and its true answer, in words; of a long one the first part."""
+    """Return row index → input and reference texts, truncated to `_LONGEST` characters."""
     writes = isinstance(evaluator.objective, TokenObjective) and evaluator.kind != "encoder"
     found: dict[int, dict[str, str]] = {}
     for row in evaluator.rows:
-        if row.row in found:  # another window of it, or another piece
+        if row.row in found:  # another window or piece of the same row
             continue
         first, *others = row.branches
         answered = evaluator.answer_text(first) if writes or others else ""

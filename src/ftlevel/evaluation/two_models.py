@@ -1,13 +1,8 @@
-"""How far what one model said is from what another said: KL, top-1 agreement, loss, differences.
+"""Differences between the outputs of two models: KL divergence, top-1 agreement, loss, logits.
 
-On rows, both are compared at each supervised target; on text, at each position, where a model
-without a language head is compared by its hidden states.
-
-What a model predicts in windows of a text, or its hidden states where it has no head.
-
-What a model says of rows: its scores where a target is, kept to be compared with another's.
-
-At most `MOST_TARGETS` are kept, which for a vocabulary of 128,000 is a quarter of a gigabyte.
+On rows, logits are compared at each supervised target; on text, at each position. A model without a
+language head is compared by hidden states. At most `MOST_TARGETS` logits are stored, a quarter of a
+gigabyte for a vocabulary of 128,000.
 """
 
 from __future__ import annotations
@@ -29,10 +24,10 @@ from ftlevel.evaluation.scoring import batches
 from ftlevel.models.hardware import autocast
 from ftlevel.task import Objective, TokenObjective
 
-WINDOW = 256  # tokens that a prediction can look back on, at most
+WINDOW = 256  # maximum context in tokens
 _MASKED_SHARE = 0.15
 _DOCUMENTATION = "documentation of Python's standard library"
-_CHARACTERS_A_TOKEN = 12  # more than any tokenizer packs, so that enough text is read
+_CHARACTERS_A_TOKEN = 12  # upper bound, so that enough text is read
 
 PREDICTS = {
     "AutoModelForCausalLM": "next tokens",
@@ -44,19 +39,17 @@ HIDDEN_STATES = "hidden states (the model has no language head)"
 
 @dataclass(frozen=True)
 class Text:
-    """What is read, and where it is from."""
+    """A text and its name."""
 
     content: str
     name: str
 
 
 def read_eval_text(path: Path | None, tokens: int) -> Text:
-    """Return the text to compare on.
+    """Return the text to compare on: a file, or docstrings of Python's standard library.
 
-    Args:
-        path: the user's file; None for the documentation of modules that no built-in training row
-            comes from.
-        tokens: how many will be used.
+    Without a `path`, modules that no built-in training row comes from give enough text for
+    `tokens`.
 
     Raises:
         InputError: the file cannot be read or is empty.
@@ -80,10 +73,7 @@ def read_eval_text(path: Path | None, tokens: int) -> Text:
 
 
 def cut_windows(tokenizer: Any, text: str, tokens: int, length: int) -> list[list[int]]:
-    """Return the first `tokens` tokens of `text` in windows of at most `length`.
-
-    Each has the special tokens that the tokenizer puts around a text.
-    """
+    """Split `tokens` tokens of `text` into windows of at most `length`, with special tokens."""
     around = tokenizer("")["input_ids"]
     head = around[:-1] if around and around[-1] == _end(tokenizer) else around
     tail = around[len(head) :]
@@ -101,7 +91,7 @@ def _end(tokenizer: Any) -> int | None:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model predicts in a window: `(positions, size)` in float32, and the true tokens."""
+    """Outputs in a window, (positions, size) in float32, and the true tokens."""
 
     values: torch.Tensor
     labels: torch.Tensor
@@ -110,7 +100,7 @@ class Answer:
 def read_windows(
     model: Any, windows: Sequence[list[int]], auto_class: str, tokenizer: Any
 ) -> Iterator[Answer]:
-    """Yield what `model`, in eval mode, predicts in each window."""
+    """Yield the outputs of `model`, in eval mode, for each window."""
     device = next(model.parameters()).device
     ask = _QUESTIONS.get(auto_class, _ask_hidden)
     for number, window in enumerate(windows):
@@ -122,7 +112,7 @@ def read_windows(
 
 @dataclass(frozen=True)
 class _Question:
-    """A window as a model is asked: its inputs, which outputs count, and the true tokens there."""
+    """Inputs of a window, the output positions to compare, and the true tokens there."""
 
     inputs: dict[str, torch.Tensor]
     places: torch.Tensor | slice
@@ -130,7 +120,7 @@ class _Question:
     output: str = "logits"
 
     def answers(self, model: Any) -> torch.Tensor:
-        """Return the outputs that count, `(positions, size)` in float32."""
+        """Return the compared outputs, (positions, size) in float32."""
         inputs = dict(self.inputs)
         if self.output == "last_hidden_state" and model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = inputs["input_ids"]
@@ -177,14 +167,11 @@ _BATCH = 4
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model says of the rows.
+    """Logits of a model on rows.
 
-    Attributes:
-        logits: one tensor a batch, `(targets, choices)` in float32 on the CPU.
-        loss: mean over the targets of the rows that were asked, in nats (of a regression, the
-            squared error).
-        targets: how many targets `logits` has.
-        has_choice: whether a target is one choice of several.
+    `logits` has a tensor (targets, choices) per batch, in float32 on the CPU. `loss` is the mean
+    per target in nats, or the squared error of a regression. `has_choice` is False where a target
+    is not one of several choices: regressions and reward models.
     """
 
     logits: list[torch.Tensor]
@@ -193,21 +180,14 @@ class Scores:
     has_choice: bool = True
 
     def first(self, batches: int) -> Scores:
-        """Return the scores of the first batches alone."""
+        """Return the logits of the first batches only; the loss stays the same."""
         kept = self.logits[:batches]
         return replace(self, logits=kept, targets=sum(map(len, kept)))
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Rows, and how a model is asked about them.
-
-    Attributes:
-        rows: encoded rows.
-        objective: what the models are trained on.
-        pad_id: id of the padding token.
-        device: torch device type.
-    """
+    """Encoded rows and the objective to compare models with."""
 
     rows: Sequence[Encoded]
     objective: Objective
@@ -215,11 +195,11 @@ class Probe:
     device: str
 
     def score(self, model: Any, dtype: str) -> Scores:
-        """Return what `model`, in eval mode, says of the rows, computing in `dtype`."""
+        """Return the logits of `model`, in eval mode, computed in `dtype`."""
         kept, count, loss, total = [], 0, 0.0, 0
         collate, objective = Collator(self.pad_id), self.objective
-        if isinstance(objective, TokenObjective):  # of judged answers, what is the same without
-            objective = objective.of_tokens  # a reference
+        if isinstance(objective, TokenObjective):  # logits that need no reference
+            objective = objective.of_tokens
         with torch.no_grad(), autocast(self.device, dtype):
             for rows in batches(self.rows, _BATCH):
                 batch = {name: value.to(self.device) for name, value in collate(rows).items()}
@@ -238,18 +218,11 @@ class Probe:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a model is from another; the other one is the reference.
+    """Differences between a model and a reference.
 
-    Attributes:
-        max_difference: largest |logit difference|.
-        mean_difference: mean |logit difference|.
-        scale: largest |logit| of the reference.
-        kl: mean KL divergence of its choice from the reference's, in nats; None of scores, between
-            which nothing is chosen.
-        top1: share of targets with the same first choice; None likewise.
-        loss: its loss.
-        loss_reference: the reference's loss.
-        targets: how many targets were compared.
+    `scale` is the largest absolute logit of the reference. `kl` is the mean KL(reference ‖ model)
+    in nats, and `top1` the share of targets with the same argmax; both are None without
+    `has_choice`.
     """
 
     max_difference: float
@@ -263,12 +236,12 @@ class Agreement:
 
     @property
     def distance(self) -> float:
-        """What tells which of several models is nearest: KL, or the mean difference of scores."""
+        """KL divergence, or the mean difference without `has_choice`; smaller is closer."""
         return self.mean_difference if self.kl is None else self.kl
 
 
 def compare_rows(reference: Scores, found: Scores) -> Agreement:
-    """Return how far `found` is from `reference`; both are of the same rows."""
+    """Return the differences between `found` and `reference` on the same rows."""
     largest = total = scale = divergence = 0.0
     same = numbers = 0
     for first, second in zip(reference.logits, found.logits, strict=True):
@@ -292,11 +265,10 @@ def compare_rows(reference: Scores, found: Scores) -> Agreement:
 def compare_text(
     source: Iterable[Answer], changed: Iterable[Answer], auto_class: str
 ) -> dict[str, Any]:
-    """Return how the changed model predicts beside its source, asked the same.
+    """Return the differences between two models on the same windows.
 
-    KL is the mean of KL(source ‖ changed) over the positions, in nats, with its standard error;
-    top-1 agreement the share of positions where both find the same token most likely. A prediction
-    that is not finite makes them NaN.
+    KL is the mean of KL(source ‖ changed) over the positions in nats, with its standard error;
+    top-1 agreement is the share of equal argmaxes. Non-finite outputs give NaN.
     """
     scores = _Predictions() if auto_class in PREDICTS else _HiddenStates()
     windows = 0
@@ -311,7 +283,7 @@ def compare_text(
 
 
 class _Predictions:
-    """Sums over the positions of a language model."""
+    """Sums over the positions of two language models."""
 
     def __init__(self) -> None:
         self.kl: list[torch.Tensor] = []
@@ -319,7 +291,7 @@ class _Predictions:
         self.nll = [0.0, 0.0]
 
     def update(self, first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add logits `(positions, vocabulary)` of both models and the true tokens."""
+        """Add logits (positions, vocabulary) of both models and the true tokens."""
         before, after = first.log_softmax(-1), second.log_softmax(-1)
         self.kl.append((before.exp() * (before - after)).sum(-1).cpu())
         self.agree += _count_same_choice(before, after)
@@ -342,7 +314,7 @@ class _Predictions:
 
 
 class _HiddenStates:
-    """The angle between the hidden states of both models."""
+    """Cosine similarity between the hidden states of two models."""
 
     def __init__(self) -> None:
         self.cosine: list[torch.Tensor] = []
@@ -353,11 +325,11 @@ class _HiddenStates:
         second: torch.Tensor,
         labels: torch.Tensor,  # noqa: ARG002 - as _Predictions
     ) -> None:
-        """Add hidden states `(positions, hidden)`."""
+        """Add hidden states (positions, hidden)."""
         self.cosine.append(functional.cosine_similarity(first, second, dim=-1).cpu())
 
     def compute(self) -> dict[str, float]:
-        """Return the mean and the smallest cosine over all positions."""
+        """Return the mean and the smallest cosine similarity over all positions."""
         cosine = torch.cat(self.cosine)
         return {
             "positions": len(cosine),
@@ -367,5 +339,5 @@ class _HiddenStates:
 
 
 def _count_same_choice(first: torch.Tensor, second: torch.Tensor) -> int:
-    """Return for how many targets both scores `(targets, choices)` have the same largest one."""
+    """Return the number of targets with the same argmax in both (targets, choices)."""
     return int((first.argmax(-1) == second.argmax(-1)).sum())

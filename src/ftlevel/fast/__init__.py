@@ -1,5 +1,4 @@
-"""The fast step: packed rows, chunked cross-entropy, pruning, fused layers, shared prefixes.
+"""The fast training step: packing, chunked cross-entropy, pruning, fused layers, shared prefixes.
 
-May import data and what is below it. Everything here changes how fast a result comes, never the
-result; a task comes in as an argument.
+May import `data` and the packages below it. It must not change results, only speed and memory.
 """

@@ -1,15 +1,8 @@
-"""Ask a model itself whether packed rows see each other: a few short batches before training.
+"""Check on short batches that a model gives the same results with the parts of the fast step.
 
-What a family's attention does with a mask is known. What else mixes tokens (a convolution, a
-recurrent state, code that came with the model) is not, and would leak from row to row in silence.
-
-Ask a model itself which tokens its last block must give, and what need not be computed.
-
-Ask a model itself whether its head on supervised tokens gives the scores that it would give.
-
-What a family does to the scores of its head (a cap, a scale, a constant) is known by the names in
-its config. A family that says it by another name, or whose forward pass asks the head for something
-else, would be trained and scored on other numbers in silence.
+Packed rows must not see each other: convolutions, recurrent states or custom code could leak. The
+last block may skip only tokens that do not affect the loss. The chunked head must give the model's
+logits, including caps and scales that are not read from known config names.
 """
 
 from __future__ import annotations
@@ -43,23 +36,18 @@ from ftlevel.models.module_tree import linear_size
 from ftlevel.task import Objective, TokenObjective
 
 LENGTHS = 16, 12
-"""Tokens of the two rows that are tried: enough to see each other."""
+"""Tokens of the two test rows."""
 
 PREFIX_LENGTH = 7
-"""Tokens of them that are tried as a shared prefix."""
+"""Tokens of the test rows that form a shared prefix."""
 
 
 @dataclass(frozen=True)
 class PackingCheck:
-    """What it takes to try a model.
+    """Checks packed rows on a model with packed blocks, and restores its training mode.
 
-    Attributes:
-        model: with packed blocks on it; left in the mode that it is in.
-        last_block: the last of them, whose states are compared.
-        rows: encoded rows; the two that are tried are beginnings of the longest of the first ones.
-        pad_id: fills the batch.
-        device: torch device type.
-        dtype: compute precision's name.
+    `last_block` is the block whose output is compared. The test rows are the start of the longest
+    of the first 100 `rows`.
     """
 
     model: Any
@@ -70,21 +58,21 @@ class PackingCheck:
     dtype: str
 
     def find_leak(self) -> str:
-        """Return why rows cannot be packed, empty if they can."""
+        """Return why rows cannot be packed; empty if they can."""
         first, second = shortened_pair(self.rows)
         other = replace(first, input_ids=first.input_ids[::-1])
         return self._try(lambda: self._compare_packed([first, second], [other, second]))
 
     def find_prefix_tree_error(self) -> str:
-        """Return why the prefix of two rows cannot be computed once, empty if it can."""
+        """Return why a prefix tree cannot be used; empty if it can."""
         return self._try(self._compare_prefix_tree)
 
     def find_shared_prefix_error(self) -> str:
-        """Return why the prefix of two rows cannot be computed in a micro-batch before theirs."""
+        """Return why a prefix cannot be computed in an earlier micro-batch; empty if it can."""
         return self._try(self._compare_shared_prefix)
 
     def uses_global_generator(self) -> bool:
-        """Return whether a forward pass in training takes numbers from the process's generator."""
+        """Return whether a forward pass in training draws from the process's generator."""
         batch, training = self._batch(shortened_pair(self.rows)), self.model.training
         layout, before = PackedLayout.from_mask(batch["attention_mask"]), torch.get_rng_state()
         self.model.train()
@@ -109,7 +97,7 @@ class PackingCheck:
                 return compare()
         except NotImplementedError as error:
             return str(error)
-        except (RuntimeError, TypeError) as error:  # of a kernel: a run of hours would end in it
+        except (RuntimeError, TypeError) as error:  # e.g. of a kernel; it would end the run later
             if is_out_of_memory(error):
                 raise
             return f"its packed attention does not run here ({str(error).strip().splitlines()[0]})"
@@ -127,7 +115,7 @@ class PackingCheck:
         return ""
 
     def _compare_prefix_tree(self) -> str:
-        pair = shortened_pair(self.rows)[::-1]  # the prefix of both is the first
+        pair = shortened_pair(self.rows)[::-1]  # the first is a prefix of the second
         batch = self._batch(pair)
         kept = batch["attention_mask"] != 0
         tree = build_prefix_tree([row.input_ids for row in pair], least=1).to(self.device)
@@ -152,12 +140,12 @@ class PackingCheck:
         return ""
 
     def _leak(self) -> float:
-        """Return how far a row may move with its neighbour: another order of sums, no more."""
+        """Return the tolerance for a row when its neighbor changes, due to the order of sums."""
         return 1e-5 if self.dtype == "float32" else 1e-2
 
     @functools.cached_property
     def _padded(self) -> torch.Tensor:
-        """States of the pair as every model computes them, which both comparisons need."""
+        """Last-block output of the padded test rows, the reference of all comparisons."""
         return self._states(self._batch(shortened_pair(self.rows)), None)
 
     def _noise(self) -> float:
@@ -169,7 +157,7 @@ class PackingCheck:
         return {name: value.to(self.device) for name, value in batch.items()}
 
     def _states(self, batch: dict[str, torch.Tensor], layout: PackedLayout | None) -> torch.Tensor:
-        """Return what the last block gives (batch, seq, hidden), in float32."""
+        """Return the output of the last block (batch, seq, hidden) in float32."""
         seen: list[torch.Tensor] = []
 
         def look(block: torch.nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 - a hook
@@ -186,41 +174,32 @@ class PackingCheck:
 
 
 def shortened_pair(rows: Sequence[Encoded]) -> list[Encoded]:
-    """Return the beginning of a row of `rows` and a shorter one, the longer one first."""
+    """Return two prefixes of the longest row in the first 100, the longer one first."""
     branches = (branch for row in rows[:100] for branch in row.branches)
     longest = max(branches, key=lambda branch: len(branch.input_ids))
     return [_shorten(longest, length) for length in LENGTHS]
 
 
 def _shorten(row: Encoded, size: int) -> Encoded:
-    """Return the first `size` tokens of `row`, with one number as its label."""
+    """Return the first `size` tokens of `row`, with the label 0."""
     extras = {name: values[:size] for name, values in row.extras.items()}
     return replace(row, input_ids=row.input_ids[:size], labels=0, extras=extras)
 
 
 def _differ(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return the norm of the difference, relative to the norm."""
+    """Return the norm of the difference relative to the norm of `other`."""
     return ((one - other).norm() / other.norm()).item()
 
 
 FEWEST = 6
-"""Tokens of the two rows that are tried, at least: some must be between those that are needed."""
+"""Minimum tokens of the test rows, so that some lie between the needed ones."""
 
 Called = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class PruningCheck:
-    """What it takes to ask a model.
-
-    Attributes:
-        model: with packed blocks on it; left in the mode that it is in.
-        last_block: the last of them.
-        rows: as of `PackingCheck`.
-        pad_id: fills the batch.
-        device: torch device type.
-        dtype: compute precision's name.
-    """
+    """Finds the tokens and linear layers for last-layer pruning; fields as in `PackingCheck`."""
 
     model: Any
     last_block: nn.Module
@@ -230,10 +209,10 @@ class PruningCheck:
     dtype: str
 
     def __call__(self, objective: Objective) -> tuple[NeededTokens | None, list[nn.Module]]:
-        """Return what is needed, and the linears of the last block that may compute it alone.
+        """Return the needed tokens, and the linear layers of the last block that may skip others.
 
-        Both are empty where every token may be needed, where a block is gone through twice, and
-        where torch cannot make the gradients that are asked for.
+        Both are empty if every token may be needed or torch cannot compute the gradients. No layers
+        are returned if the block runs twice.
         """
         batch = Collator(self.pad_id)(shortened_pair(self.rows))
         del batch["labels"]
@@ -259,7 +238,7 @@ class PruningCheck:
         seen: list[torch.Tensor] = []
 
         def cut(block: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001 - a hook
-            """Let the graph begin at the states, so that their gradient is all that is made."""
+            """Detach the states, so that only their gradient is computed."""
             states = output if isinstance(output, torch.Tensor) else output[0]
             seen.append(states.detach().requires_grad_())
             states = seen[-1].clone()
@@ -278,10 +257,7 @@ class PruningCheck:
         return next((end for end in ends if torch.equal(end(batch), found)), None)
 
     def _find_linears(self, batch: dict[str, torch.Tensor]) -> list[nn.Module]:
-        """Return the linears of the last block that need compute those tokens alone.
-
-        Which tokens those are does not matter: the first and the last one of both rows are tried.
-        """
+        """Return the linear layers of the last block that may skip unneeded tokens."""
         layout = PackedLayout.from_mask(batch["attention_mask"])
         if layout.tokens < FEWEST:
             return []
@@ -298,13 +274,13 @@ class PruningCheck:
 
     @contextmanager
     def _calls(self) -> Iterator[list[Called]]:
-        """Give a list of what the last block is called with inside the block, already packed."""
+        """Collect the packed arguments of the last block's calls inside the `with` block."""
         calls: list[Called] = []
 
         def look(block: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ARG001 - a hook
             without = [None if isinstance(value, Cache) else value for value in args]
             named = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
-            calls.append((tuple(without), named))  # a cache would see the tokens twice
+            calls.append((tuple(without), named))  # a cache would append the tokens twice
 
         hook = self.last_block.register_forward_pre_hook(look, with_kwargs=True)
         try:
@@ -314,16 +290,14 @@ class PruningCheck:
 
 
 def _outermost_linears(module: nn.Module) -> list[nn.Module]:
-    """Return the linears of `module`, adapted ones whole."""
+    """Return the linear layers of `module`; an adapted layer counts as one."""
     if linear_size(module) is not None:
         return [module]
     return [linear for child in module.children() for linear in _outermost_linears(child)]
 
 
-"""Tokens of the two rows that are tried."""
-
 NOISE = {"float32": 1e-5}
-"""How far scores may be apart, relative to their norm; below float32 it is `COARSE`."""
+"""Maximum relative difference of logits; `COARSE` below float32."""
 
 COARSE = 1e-2
 
@@ -337,17 +311,7 @@ def find_cross_entropy_error(
     device: str,
     dtype: str,
 ) -> str:
-    """Return why `head` cannot stand for the model's own, empty if it can.
-
-    Args:
-        head: on `model`.
-        model: left in the mode that it is in.
-        objective: what it is trained on.
-        rows: encoded rows; the beginnings of two of the first ones are tried.
-        pad_id: fills the batch.
-        device: torch device type.
-        dtype: compute precision's name.
-    """
+    """Return why `head` cannot replace the model's own head; empty if it can."""
     objective = objective.of_tokens
     batch = {k: v.to(device) for k, v in Collator(pad_id)(_pair(rows, objective)).items()}
     inputs, labels = objective.split(batch)
@@ -371,7 +335,7 @@ def find_cross_entropy_error(
 
 
 def _pair(rows: Sequence[Encoded], objective: TokenObjective) -> list[Encoded]:
-    """Return the beginnings of two rows, every token of which is a target."""
+    """Return the start of two rows, with every token as a target."""
     pair = []
     first = rows[0].branches[0], rows[min(1, len(rows) - 1)].branches[0]
     for row, length in zip(first, LENGTHS, strict=True):
@@ -384,6 +348,6 @@ def _pair(rows: Sequence[Encoded], objective: TokenObjective) -> list[Encoded]:
 
 
 def _head_difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return the norm of the difference, relative to the norm."""
+    """Return the norm of the difference relative to the norm of `other`, in float32."""
     one, other = one.float(), other.float()
     return ((one - other).norm() / other.norm()).item()

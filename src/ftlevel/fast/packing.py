@@ -1,17 +1,11 @@
-"""How the tokens of a padded batch stand in one row without padding, and the way back.
+"""Pack batches into rows without padding, and split steps into micro-batches of bounded size.
 
     batch   a₀ a₁ a₂ a₃        row   a₀ a₁ a₂ a₃ b₀ b₁        segments   [0, 4) [4, 6)
             b₀ b₁ ·  ·
 
-The blocks of a model see the row, and everything before and after them sees the batch: embeddings,
-positions, norms, heads and pooling stay the model's own, and right for any model.
-
-Split the rows of an optimizer step into micro-batches of a bounded size.
-
-The gradient of a step is the sum over its micro-batches, however they are split; what is split well
-costs less and holds less. They are as even as they can be, and a multiple of the parallel workers.
-
-Let the blocks of a model see rows without padding, by hooks on them.
+Hooks pack the input of a model's blocks; embeddings, positions, heads and pooling use the padded
+batch. The gradient of a step is the same for every split. Micro-batches are as even as possible,
+and their number is a multiple of the parallel workers.
 """
 
 from __future__ import annotations
@@ -31,17 +25,14 @@ Range = tuple[int, int]
 
 
 class NotServedError(NotImplementedError):
-    """A model asks for what a part of the fast step does not compute; the plain way does."""
+    """A part of the fast step does not support what a model computes."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens that follow one another in the row and in a sequence.
+    """Consecutive tokens of the row and of a sequence.
 
-    Attributes:
-        start, stop: where they stand in the row.
-        past: where the tokens before them in the sequence stand, first to last; empty for a
-            sequence's beginning.
+    `past` has the ranges of the sequence's earlier tokens, in order; empty at its start.
     """
 
     start: int
@@ -50,25 +41,22 @@ class Segment:
 
     @property
     def position(self) -> int:
-        """The position of the first token in its sequence."""
+        """Position of the first token in its sequence."""
         return sum(stop - start for start, stop in self.past)
 
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """The tokens of a batch in one row.
+    """Positions of a batch's tokens in one row.
 
     Attributes:
         batch, seq: shape of the padded batch.
-        source: (tokens,) index of each token of the row in the flattened batch.
-        restore: (batch * seq,) index in the row of each place of the flattened batch; padding
-            points at some token, and nothing that counts may use it.
-        segments: what the row is made of, in its order.
-        needed: (needed,) index in the row of each token whose states after the last block count,
-            ascending; None for all.
-        before: tokens of a shared prefix (`prefixes.shared_prefix`) that stand before the row in
-            every attention, but not in it; the places of segments and pasts count them, `source`
-            and `restore` do not.
+        source: (tokens,) index of each token in the flattened batch.
+        restore: (batch * seq,) row index of each batch position; padding has an arbitrary one.
+        segments: segments of the row, in order.
+        needed: (needed,) ascending row indices of tokens used after the last block; None for all.
+        before: tokens of a shared prefix that precede the row in attention only; segments count
+            them, `source` and `restore` do not.
     """
 
     batch: int
@@ -81,11 +69,7 @@ class PackedLayout:
 
     @classmethod
     def from_mask(cls, mask: torch.Tensor) -> PackedLayout:
-        """Return the layout of the rows of a batch, one after the other.
-
-        Args:
-            mask: (batch, seq), 1 for a token and 0 for padding.
-        """
+        """Return the layout of a batch's rows in order; `mask` (batch, seq) is 1 for a token."""
         flat = mask.flatten() != 0
         restore = (flat.cumsum(0) - 1).clamp(min=0)
         segments, start = [], 0
@@ -105,32 +89,32 @@ class PackedLayout:
         return replace(self, source=source, restore=restore, needed=needed)
 
     def pin_memory(self) -> PackedLayout:
-        """Return the layout with its indices where a copy onto a GPU need not be waited for."""
+        """Return the layout with its indices in pinned memory."""
         pinned = {name: getattr(self, name) for name in ("source", "restore", "needed")}
         return replace(self, **{n: t.pin_memory() for n, t in pinned.items() if t is not None})
 
     def needing(self, at: torch.Tensor) -> PackedLayout:
-        """Return the layout of which the places `at` of the flattened batch are needed."""
+        """Return the layout with the indices `at` of the flattened batch as needed tokens."""
         needed = torch.unique(self.restore.index_select(0, at))
         return replace(self, needed=needed if len(needed) < self.tokens else None)
 
     @property
     def tokens(self) -> int:
-        """How many tokens go through the blocks."""
+        """Number of tokens that the blocks compute."""
         return len(self.source)
 
     @property
     def is_whole_row(self) -> bool:
-        """Whether the batch is the row: one row, all of whose tokens are computed."""
+        """Whether the batch is a single row without padding."""
         return self.batch == 1 and self.tokens == self.seq
 
     def is_padded(self, states: torch.Tensor) -> bool:
-        """Whether `states` (…, …, width) are those of the batch, and not yet of the row."""
+        """Return whether `states` (…, …, width) have the shape of the batch."""
         return states.shape[0] == self.batch and states.shape[1] == self.seq
 
     @cached_property
     def column(self) -> torch.Tensor:
-        """(tokens,) the column of the batch that each token of the row stands in."""
+        """(tokens,) batch column of each token."""
         return self.source % self.seq
 
     def pack(self, states: torch.Tensor) -> torch.Tensor:
@@ -145,10 +129,7 @@ class PackedLayout:
         return flat.view(self.batch, self.seq, *states.shape[2:])
 
     def pack_inputs(self, value: Any) -> Any:
-        """Return an argument of a block with every tensor that has a place for each token packed.
-
-        Such are the angles of rotary embeddings (1 or batch, seq, width), alone or in a tuple.
-        """
+        """Return a block's argument with all per-token tensors packed, e.g. rotary embeddings."""
         if isinstance(value, torch.Tensor):
             is_per_token = value.dim() > 1 and value.shape[1] == self.seq
             return self.pack(value) if is_per_token and value.shape[0] in (1, self.batch) else value
@@ -162,20 +143,18 @@ _own = threading.local()
 
 
 def current_layout() -> PackedLayout | None:
-    """Return the layout that is being computed on, or None."""
+    """Return the current layout, or None."""
     own: PackedLayout | None = getattr(_own, "layout", None)
     return own or _shared
 
 
 @contextlib.contextmanager
 def using_layout(layout: PackedLayout | None, own_thread: bool = False) -> Iterator[None]:
-    """Compute on `layout` inside the block, which must hold the backward pass too.
+    """Set the current layout inside the block, which must include the backward pass.
 
-    Args:
-        layout: None for a padded batch.
-        own_thread: whether the layout is this thread's alone, as that of a parallel worker on a
-            CPU. Otherwise it is the process's: on a GPU the backward pass has threads of its own,
-            and with checkpointing it runs the blocks again.
+    `layout` is None for a padded batch. With `own_thread` it applies to this thread only, for
+    parallel workers on a CPU. Otherwise it applies to the process, because the backward pass on a
+    GPU has its own threads and may recompute blocks.
     """
     global _shared
     if own_thread:
@@ -192,33 +171,27 @@ def using_layout(layout: PackedLayout | None, own_thread: bool = False) -> Itera
 
 
 AddedCost = Callable[[Sequence[int], int], int]
-"""The rows of a micro-batch and a row → what the micro-batch costs more with it, in tokens."""
+"""Rows of a micro-batch and another row → added cost in tokens."""
 
 MicroBatches = list[list[int]]
-"""The rows of each micro-batch."""
+"""Row indices of each micro-batch."""
 
 
 def split_padded(lengths: Sequence[int], budget: int, multiple: int = 1) -> MicroBatches:
-    """Return micro-batches that cost their rows times the longest, longest first.
+    """Return micro-batches that cost rows times longest row, longest first.
 
-    Args:
-        lengths: tokens of each row.
-        budget: most tokens of a micro-batch; a longer row has a micro-batch of its own.
-        multiple: of how many micro-batches there are, if there are rows enough.
+    `lengths` are tokens per row. A row longer than `budget` tokens gets its own micro-batch. If
+    there are enough rows, the number of micro-batches is a multiple of `multiple`.
     """
     order = _by_length(lengths, range(len(lengths)))
     return _split(order, budget, lambda rows, row: lengths[rows[0] if rows else row], multiple)
 
 
 def split_packed(lengths: Sequence[int], budget: int, multiple: int = 1) -> MicroBatches:
-    """Return micro-batches that cost the tokens of their rows, the most expensive first.
+    """Return micro-batches that cost the sum of their tokens, most expensive first.
 
-    Each row, longest first, goes to the micro-batch that is the shortest so far (Graham, 1969).
-
-    Args:
-        lengths: tokens of each row.
-        budget: as of `split_padded`.
-        multiple: as of `split_padded`.
+    Each row, longest first, is added to the shortest micro-batch (Graham, 1969). Arguments are
+    those of `split_padded`.
     """
     order = _by_length(lengths, range(len(lengths)))
     count = _round_up(math.ceil(sum(lengths) / budget), multiple, len(lengths))
@@ -237,22 +210,16 @@ def split_shared(
     shared: Sequence[int],
     multiple: int = 1,
 ) -> MicroBatches:
-    """Return micro-batches that cost shared tokens once, their rows in the order of `order`.
+    """Return micro-batches that count shared tokens once, with their rows in `order`.
 
-    Neighbours share the most. Where all rows share one short prefix and little else, micro-batches
-    of rows from everywhere are more even: what costs less in the most expensive one is taken.
-
-    Args:
-        lengths: tokens of each row.
-        budget: most tokens of a micro-batch.
-        order: the rows by their prefixes.
-        shared: for each row what it shares with the one before it in `order`.
-        multiple: as of `split_padded`.
+    Neighbors in `order` share most; `shared` has the tokens that each row shares with the previous
+    one. Where a balanced split is cheaper in its most expensive micro-batch, it is returned
+    instead.
     """
     neighbours = _split(
         order, budget, lambda rows, row: lengths[row] - (shared[row] if rows else 0), multiple
     )
-    begin = min((shared[row] for row in order[1:]), default=0)  # in each, however they are split
+    begin = min((shared[row] for row in order[1:]), default=0)  # shared in every split
     own = [length - max(common, begin) for length, common in zip(lengths, shared, strict=True)]
     rank = {row: at for at, row in enumerate(order)}
     spread = [
@@ -269,7 +236,7 @@ def split_shared(
 def count_shared(
     rows: Sequence[int], lengths: Sequence[int], order: Sequence[int], shared: Sequence[int]
 ) -> int:
-    """Return how many tokens a micro-batch of `rows` computes, given in the order of `order`."""
+    """Return the tokens that a micro-batch of `rows`, sorted by `order`, computes."""
     rank = {row: at for at, row in enumerate(order)}
     cost, before = 0, -1
     for row in rows:
@@ -289,7 +256,7 @@ def _round_up(count: int, multiple: int, most: int) -> int:
 
 
 def _spread(order: Sequence[int], costs: Sequence[int], count: int) -> MicroBatches:
-    """Return `count` micro-batches, each row in the one that costs the least so far."""
+    """Return `count` micro-batches; each row is added to the cheapest one."""
     micro_batches: MicroBatches = [[] for _ in range(count)]
     totals = [0] * count
     for row in order:
@@ -300,7 +267,7 @@ def _spread(order: Sequence[int], costs: Sequence[int], count: int) -> MicroBatc
 
 
 def _split(order: Sequence[int], budget: int, added: AddedCost, multiple: int) -> MicroBatches:
-    """Return as few micro-batches as budget and multiple allow, as even as that many can be."""
+    """Return the fewest micro-batches that budget and multiple allow, as even as possible."""
     most = _round_up(len(_fill(order, budget, added)), multiple, len(order))
     low, high = 1, budget
     while low < high:  # the smallest budget that needs no more micro-batches
@@ -313,7 +280,7 @@ def _split(order: Sequence[int], budget: int, added: AddedCost, multiple: int) -
 
 
 def _fill(order: Sequence[int], budget: int, added: AddedCost) -> MicroBatches:
-    """Return the rows of each micro-batch, filled in the given order."""
+    """Return micro-batches that are filled in `order`."""
     micro_batches: MicroBatches = []
     cost = 0
     for row in order:
@@ -327,12 +294,9 @@ def _fill(order: Sequence[int], budget: int, added: AddedCost) -> MicroBatches:
 
 
 class PackedBlocks:
-    """Hooks that lay a batch out before the first block and pad it again after the last one.
+    """Hooks that pack the input of the first block and pad the output of the last one.
 
-    Blocks that a model goes through several times (ALBERT) are packed and padded each time.
-
-    Args:
-        blocks: the blocks of the model, in their order (mutated).
+    Blocks that run several times (ALBERT) are packed and padded each time.
     """
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
@@ -343,7 +307,7 @@ class PackedBlocks:
         self._hooks.append(blocks[-1].register_forward_hook(_leave))
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 
@@ -353,7 +317,7 @@ def _enter(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Pack what a block is called with; the blocks after the first get their states packed."""
+    """Pack the arguments of a block; the states of later blocks are already packed."""
     layout = current_layout()
     if layout is None or layout.is_whole_row:
         return None
@@ -371,7 +335,7 @@ def _leave(
     args: tuple[Any, ...],  # noqa: ARG001 - the signature of a hook
     output: Any,
 ) -> Any:
-    """Pad what the last block returns: its states, alone or first in a tuple."""
+    """Pad the states that the last block returns, alone or first in a tuple."""
     layout = current_layout()
     if layout is None or layout.is_whole_row:
         return None

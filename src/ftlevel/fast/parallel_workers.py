@@ -1,13 +1,8 @@
-"""Micro-batches of a step in parallel on a CPU, each by a worker with its share of the threads.
+"""Compute the micro-batches of a step in parallel on a CPU, one worker thread each.
 
-A micro-batch is thousands of small operations between its large products. Given all threads, every
-operation ends with all of them waiting for one another, and what is not split leaves all but one
-idle. A worker with a micro-batch of its own has neither. The gradients are added in the order of
-the micro-batches, whichever is done first, so the same rows give the same bits.
-
-What is computed in parallel must not write to the model. What it drops at random it draws from the
-worker's own generator (`layers.dropout`), seeded by micro-batch: torch's belongs to the process,
-and who draws first would be chance.
+A micro-batch has thousands of small operations, at which all threads would wait for each other.
+Gradients are added in the order of the micro-batches, so results are deterministic. The computation
+must not write to the model, and must draw from the worker's generator (`layers.recompute`).
 """
 
 from __future__ import annotations
@@ -26,24 +21,18 @@ from ftlevel.fast.prefixes import SharedPrefix, using_prefix
 Gradients = tuple[torch.Tensor | None, ...]
 
 MAX_WORKERS = 4
-"""Each holds the activations of its micro-batch, and Python runs one of them at a time."""
+"""Maximum workers; each needs memory for its activations, and the GIL serializes Python."""
 
 GAIN = 1.1
-"""What workers compute in the time in which all threads on one micro-batch compute 1: 1.03 to 1.16
-on two quiet Zen 4 cores, 1.3 to 1.5 where other work takes part of them (docs/performance.md)."""
+"""Throughput relative to all threads on one micro-batch: 1.03 to 1.16 on two idle Zen 4 cores,
+1.3 to 1.5 on busy ones (docs/performance.md).
+"""
 
 
 class ParallelWorkers:
-    """Threads that compute micro-batches.
+    """Threads that compute `count` micro-batches at once, sharing torch's `threads`.
 
-    Attributes:
-        count: how many micro-batches are computed at once.
-        is_random: whether they drop something at random, and need a seed.
-
-    Args:
-        count: as the attribute.
-        threads: torch's threads, which the workers share out.
-        is_random: as the attribute.
+    `is_random` means that the micro-batches draw random values and need a seed.
     """
 
     def __init__(self, count: int, threads: int, is_random: bool = False) -> None:
@@ -54,9 +43,9 @@ class ParallelWorkers:
         self._pool = ThreadPoolExecutor(count, "ftlevel-worker", torch.set_num_threads, (share,))
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         self._pool.shutdown()
-        torch.set_num_threads(self._threads)  # the last number that was set is that of new threads
+        torch.set_num_threads(self._threads)  # new threads inherit the last number set
 
     def backward(
         self,
@@ -66,19 +55,13 @@ class ParallelWorkers:
         seed: int | None = None,
         shared_prefix: SharedPrefix | None = None,
     ) -> list[torch.Tensor]:
-        """Add the gradients of all micro-batches to `parameters` (mutated), in their order.
+        """Add the gradients of all micro-batches to `parameters` (mutated), in order.
 
-        Those through a shared prefix come last.
-
-        Args:
-            compute: the batch of a micro-batch → its loss (a scalar); called in the threads.
-            micro_batches: layout and batch of each.
-            parameters: what is trained.
-            seed: of what the micro-batches draw at random; None where they draw nothing.
-            shared_prefix: what all of them begin with, computed; its graph is gone afterwards.
+        Gradients through `shared_prefix` are added last; its graph is freed. `compute` maps a batch
+        to its scalar loss and runs in the threads; its exceptions are raised here.
 
         Returns:
-            The losses, without their graphs. What `compute` raises is raised here.
+            The detached losses.
         """
         leaves = shared_prefix.leaves if shared_prefix is not None else []
         wanted = [*parameters, *leaves]
@@ -116,10 +99,9 @@ def _add_all(parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tenso
 
 
 def _add(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
-    """Add as `backward` would, which gives a gradient the strides of its parameter.
+    """Add as `backward` does, with the strides of the parameter.
 
-    Fused optimizers go through both by one index: with other strides they would take the gradient
-    of another element.
+    Fused optimizers index both alike; other strides would use another element's gradient.
     """
     if parameter.grad is None:
         is_alike = gradient.stride() == parameter.stride()
@@ -129,7 +111,7 @@ def _add(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
 
 
 def makespan(costs: Sequence[int], workers: int) -> int:
-    """Return when the last of `costs` is done, if a free worker begins each in order."""
+    """Return when the last of `costs` ends, if idle workers start them in order."""
     busy = [0] * workers
     for cost in costs:
         first = busy.index(min(busy))
@@ -138,10 +120,5 @@ def makespan(costs: Sequence[int], workers: int) -> int:
 
 
 def duration(costs: Sequence[int], workers: int) -> float:
-    """Return in what time `costs` are done, in tokens that all threads compute in it.
-
-    Args:
-        costs: tokens that each micro-batch computes.
-        workers: how many micro-batches are in parallel; 1 for all threads on one.
-    """
+    """Return the time for `costs` (tokens), in tokens that all threads compute in it."""
     return sum(costs) if workers == 1 else makespan(costs, workers) * workers / GAIN

@@ -1,13 +1,7 @@
-"""Which parts of the fast step a run uses, and why not the others.
+"""Choose the parts of the fast step for a run, with reasons for display.
 
-How many parallel workers compute a step's micro-batches, and why one where it could be more.
-
-liger-kernel's fused norms, rotary embedding and activation on a CUDA GPU.
-
-transformers' own switch puts them onto the model. The language head and the loss stay ours: they
-are computed on supervised positions, where liger's would score every one.
-
-Whether LoRA's layers are each one fused autograd function, and what the screen says about it.
+Includes the parallel workers, liger-kernel on a CUDA GPU, and fused LoRA layers. liger-kernel's
+head and loss are not used, because they compute the logits of every position.
 """
 
 from __future__ import annotations
@@ -36,18 +30,12 @@ from ftlevel.task import Objective, TokenObjective
 from ftlevel.world import has_peers
 
 FUNCTIONAL_DROPOUT = ("opt",)
-"""Families that drop by a function, which has the process's generator, and not by a module."""
+"""Model types with functional dropout, which uses the process's generator."""
 
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """How micro-batches are computed.
-
-    Attributes:
-        count: how many at once.
-        random: what is drawn at random in them, empty for nothing.
-        reason: for the screen, why it is one where it could be more.
-    """
+    """Number of micro-batches at once, what they draw at random, and why it is only one."""
 
     count: int = 1
     random: str = ""
@@ -55,14 +43,7 @@ class WorkerPlan:
 
 
 def plan_workers(config: TrainConfig, meta: Any, device: str, packs: bool) -> WorkerPlan:
-    """Return how many micro-batches are computed at once; `parallel_workers` says what must hold.
-
-    Args:
-        config: the configuration.
-        meta: the model on the meta device.
-        device: torch device type.
-        packs: whether rows are packed: attention then draws from the worker's generator.
-    """
+    """Return how many micro-batches the model `meta` (on the meta device) computes at once."""
     asked, threads = config.speed.parallel_workers, torch.get_num_threads()
     if device != "cpu" or threads == 1 or asked == 1:
         return WorkerPlan()
@@ -86,7 +67,7 @@ def _uses_global_generator(config: TrainConfig, meta: Any, random: str, packs: b
 
 
 def _writes_to_itself(config: TrainConfig, meta: Any) -> str:
-    """Return what a forward pass changes in the model, or may; empty if nothing."""
+    """Return why a forward pass may change the model; empty if it does not."""
     method, family = config.method, meta.config.model_type
     if reason := METHODS[method.kind].step.workers(method):
         return reason
@@ -98,19 +79,16 @@ def _writes_to_itself(config: TrainConfig, meta: Any) -> str:
 
 
 def _changes_rope(config: Any) -> bool:
-    """Whether a forward pass writes to the model's rotary embedding (transformers 5)."""
+    """Return whether a forward pass updates the rotary embedding (transformers 5)."""
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [parameters, *(v for v in parameters.values() if isinstance(v, dict))]
     return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
 
 
 def find_randomness(config: TrainConfig, meta: Any, with_head: bool = False) -> str:
-    """Return what is random in the blocks, or in the whole model, by its name in its config.
+    """Return the config name and value of dropout or jitter in the model; empty if none.
 
-    Args:
-        config: the configuration.
-        meta: the model on the meta device.
-        with_head: whether what stands before a classifier counts.
+    Dropout before a classifier counts only with `with_head`.
     """
     for owner in (config.method.model_dump(), meta.config.to_dict()):
         for name, value in owner.items():
@@ -125,13 +103,13 @@ def find_randomness(config: TrainConfig, meta: Any, with_head: bool = False) -> 
 FAMILIES = frozenset(
     {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "phi3"}
 )
-"""Model types whose norms, rotary embedding and activation liger-kernel has."""
+"""Model types of which liger-kernel has norms, rotary embedding and activation."""
 
 OWN_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 def uses_liger(config: TrainConfig, device: str, model_type: str) -> bool:
-    """Return whether liger-kernel is there, serves the model, and is not switched off."""
+    """Return whether liger-kernel is installed, enabled and supports the model."""
     speed = config.speed
     return (
         device == "cuda"
@@ -143,57 +121,48 @@ def uses_liger(config: TrainConfig, device: str, model_type: str) -> bool:
 
 
 def kernel_choices(config: TrainConfig, device: str, model_type: str) -> list[Choice]:
-    """Return the line of the screen; none where torch's own kernels are used."""
+    """Return the line about liger-kernel for display; empty if it is not used."""
     if not uses_liger(config, device, model_type):
         return []
     return [Choice("kernels", "liger-kernel", "norms, rotary embedding and activation; installed")]
 
 
 def kernel_arguments(config: TrainConfig, device: str, model_type: str) -> dict[str, Any]:
-    """Return what `TrainingArguments` is told."""
+    """Return the arguments for `TrainingArguments`."""
     if not uses_liger(config, device, model_type):
         return {}
     return {"use_liger_kernel": True, "liger_kernel_config": OWN_LOSS}
 
 
 FEWEST_TOKENS = 1024
-"""A micro-batch is filled up to this many tokens whatever the batch size: less is slow."""
+"""Minimum token limit of a micro-batch for any batch size; smaller ones are slow."""
 
 MOST_CPU_TOKENS = 2048
-"""On a CPU a micro-batch gains nothing from more tokens, and holds their activations."""
+"""Maximum token limit on a CPU; more tokens use memory without being faster."""
 
 SHARED_MORE = 8
-"""Where prefixes are shared a micro-batch may have an eighth more: two would both compute them."""
+"""With shared prefixes the limit grows by 1 / SHARED_MORE, because a split computes them twice."""
 
 WORTH_SHARING = 0.05
-"""Prefixes are shared where at least this part of a step's tokens is saved."""
+"""Minimum share of tokens that prefix sharing must save."""
 
 SAMPLED_STEPS = 8
-"""Steps on which that is estimated."""
+"""Steps on which the saving is estimated."""
 
 
 @dataclass(frozen=True)
 class FastPlan:
-    """Which parts of the fast step a run uses.
+    """The parts of the fast step that a run uses.
 
     Attributes:
-        enabled: whether the rows of a step are cut into micro-batches by their tokens.
-        packs: whether a micro-batch has no padding.
-        chunked_cross_entropy: whether a language head is computed on supervised tokens only.
-        tokens: most tokens of a micro-batch, or of all micro-batches that are computed at once.
-        prefix_tree: whether prefixes that rows of a step have in common are computed once.
-        choices: lines for the screen.
-        workers: how many micro-batches are computed in parallel, where that is faster.
-        is_random: whether they drop something at random.
-        fused_norm_glu: whether norms and GLUs are computed in one fused function each.
-        attention_kernel: of the hub, by its name, in the place of torch's; empty for none.
-        triton_kernels: whether a GPU may compute by kernels of ours, where they prove themselves.
-        prunes_last_layer: whether the last block computes only the tokens that are needed after it,
-            where it can.
-        needed_tokens: which those are; None before the model has been asked, or where all are.
-        shared_prefix: whether what all rows of a step begin with may be computed before
-            micro-batches that are in parallel, and not in each of them.
-        memory: bytes that `tokens` were chosen for; 0 where they were not.
+        packs: whether micro-batches have no padding.
+        chunked_cross_entropy: whether the language head runs on supervised tokens only.
+        tokens: maximum tokens of all micro-batches that are computed at once.
+        prefix_tree: whether prefixes shared in a micro-batch are computed once.
+        attention_kernel: name of a Hub kernel; empty for torch's.
+        needed_tokens: tokens that the last block computes; None for all or before the check.
+        shared_prefix: whether the prefix of a step may be computed before parallel micro-batches.
+        memory: bytes for which `tokens` was chosen; 0 if it was not.
     """
 
     enabled: bool = False
@@ -222,17 +191,7 @@ def plan_fast(
     rows: Sequence[Encoded],
     max_length: int,
 ) -> FastPlan:
-    """Return the parts that the model of shape `meta` can use.
-
-    Args:
-        config: the configuration.
-        meta: the model on the meta device.
-        kind: of the model.
-        objective: what it is trained on.
-        device: torch device type.
-        rows: what is trained on.
-        max_length: longest row in tokens.
-    """
+    """Return the parts that the model `meta` (on the meta device) can use."""
     speed = config.speed
     if not speed.fast:
         return FastPlan(choices=[Choice("step", "plain", "--no-fast")])
@@ -276,7 +235,7 @@ def plan_fast(
         prunes_last_layer=speed.prune_last_layer
         and not why_padded
         and not METHODS[config.method.kind].step.pruning(config.method),
-        # Checkpoints would compute a micro-batch again after the prefix has let go of its layout.
+        # Checkpointing would recompute a micro-batch after the prefix has released its layout.
         shared_prefix=shares
         and chunked
         and not workers.random
@@ -286,15 +245,7 @@ def plan_fast(
 
 
 def plan_forward(model: Any, kind: str, method: str, objective: Objective, tokens: int) -> FastPlan:
-    """Return the parts with which a loaded model scores rows, none of which is learned.
-
-    Args:
-        model: with or without an adapter.
-        kind: of the model.
-        method: which the adapter was trained by, as in `--method`; else PEFT's or none.
-        objective: what it is trained on.
-        tokens: most of a forward pass.
-    """
+    """Return the parts for scoring rows with a loaded model, without training."""
     base = base_model(model)
     packs = not (puts_virtual_tokens(model, method) or why_rows_are_padded(base, kind))
     chunked = has_language_head(base, objective)
@@ -302,7 +253,7 @@ def plan_forward(model: Any, kind: str, method: str, objective: Objective, token
 
 
 def puts_virtual_tokens(model: Any, method: str) -> bool:
-    """Whether an adapter of `model`, trained by `method`, puts tokens of its own into every row."""
+    """Return whether an adapter of `model` adds virtual tokens to every row."""
     adapters = getattr(model, "peft_config", {}).values()
     known = method in METHODS and METHODS[method].step.packing(SPECS[method]())
     return bool(known) or any(config.is_prompt_learning for config in adapters)
@@ -311,7 +262,7 @@ def puts_virtual_tokens(model: Any, method: str) -> bool:
 def _plan_sharing(
     config: TrainConfig, meta: Any, rows: Sequence[Encoded]
 ) -> tuple[bool, list[Choice]]:
-    """Return whether prefixes are shared, and what the screen says about it."""
+    """Return whether prefixes are shared, and the lines for display."""
     if any(row.extras for row in rows[:1]):
         return False, []
     saved, is_wanted = _estimate_shared(config, rows), config.speed.share_prefixes == "always"
@@ -329,7 +280,7 @@ def _plan_sharing(
 
 
 def _estimate_shared(config: TrainConfig, rows: Sequence[Encoded]) -> float:
-    """Return which part of the tokens rows of one step share, over a few steps drawn at random."""
+    """Return the share of a step's tokens that need not be computed, from sampled steps."""
     train = config.train
     size = min(train.per_device_train_batch_size * train.gradient_accumulation_steps, len(rows))
     draw = random.Random(train.seed)
@@ -349,7 +300,7 @@ def _tokens_per_micro_batch(config: TrainConfig, device: str, max_length: int) -
 
 
 def _why_padded(config: TrainConfig, meta: Any, kind: str) -> str:
-    """Return why rows cannot be packed; empty where they can."""
+    """Return why rows cannot be packed; empty if they can."""
     family = meta.config.model_type
     if not config.speed.pack:
         return "speed.pack is off"
@@ -363,7 +314,7 @@ def _why_padded(config: TrainConfig, meta: Any, kind: str) -> str:
 
 
 def why_rows_are_padded(model: Any, kind: str) -> str:
-    """Return what in `model`, of `kind`, needs rows that are padded; empty where nothing does."""
+    """Return why `model` needs padded rows; empty if it does not."""
     family = model.config.model_type
     if kind == "encoder-decoder" or not find_blocks(model):
         return f"{family} has not one stack of blocks"
@@ -372,12 +323,12 @@ def why_rows_are_padded(model: Any, kind: str) -> str:
     before = attention_of(model)
     if not set_packed_attention(model):
         return f"{family} has an attention of its own"
-    model.set_attn_implementation(before)  # the config is the one that weights are loaded with
+    model.set_attn_implementation(before)  # the weights are loaded with this config
     return ""
 
 
 def _carries_a_state(model: Any) -> bool:
-    """Whether something but attention takes tokens into others: a recurrence, a convolution."""
+    """Return whether a recurrence or a convolution mixes tokens."""
     return is_stateful(model) or any(
         isinstance(part, torch.nn.Conv1d) and part.kernel_size[0] > 1
         for block in find_blocks(model)
@@ -386,13 +337,8 @@ def _carries_a_state(model: Any) -> bool:
 
 
 def set_packed_attention(model: Any, kernel: FlashKernel | None = None) -> bool:
-    """Give `model` the attention of packed rows (mutated); return whether it took it.
-
-    Args:
-        model: mutated.
-        kernel: what attends on a GPU; None is torch's.
-    """
-    # What is eager for its capped scores alone, as Gemma 2, has them capped here.
+    """Set packed attention on `model` (mutated); return whether that worked."""
+    # Models that are eager only because of softcapping (Gemma 2) are supported.
     is_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     if attention_of(model) != ("eager" if is_capped else "sdpa"):
         return False
@@ -402,19 +348,19 @@ def set_packed_attention(model: Any, kernel: FlashKernel | None = None) -> bool:
 
 
 def has_language_head(model: Any, objective: Objective | None) -> bool:
-    """Whether `model` has a language head that can be computed on supervised tokens only."""
+    """Return whether the head of `model` can run on supervised tokens only."""
     if not isinstance(objective, TokenObjective) or model.get_output_embeddings() is None:
         return False
     return not objective.feeds_labels or hasattr(model, "prepare_decoder_input_ids_from_labels")
 
 
 def uses_fused_layers(config: TrainConfig, device: str) -> bool:
-    """Return whether LoRA's base and update are one fused autograd function."""
+    """Return whether LoRA layers are fused with their base."""
     return _reason_against(config, device) == ""
 
 
 def fused_lora_choices(config: TrainConfig, device: str) -> list[Choice]:
-    """Return the line that says how LoRA's layers are computed; none for other methods."""
+    """Return the line about LoRA layers for display; empty for other methods."""
     reason = _reason_against(config, device)
     if reason is None:
         return []
@@ -424,7 +370,7 @@ def fused_lora_choices(config: TrainConfig, device: str) -> list[Choice]:
 
 
 def _reason_against(config: TrainConfig, device: str) -> str | None:
-    """Return why they are PEFT's layers, empty if they are not; None without such layers."""
+    """Return why PEFT's layers are used; empty if fused, None without LoRA layers."""
     speed, against = config.speed, METHODS[config.method.kind].step.fusing
     if against is None:
         return None

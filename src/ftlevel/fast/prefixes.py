@@ -1,24 +1,14 @@
-"""What all rows of a step begin with, computed once for all of its micro-batches.
+"""Compute prefixes shared by rows once: in a tree of segments, or before all micro-batches.
 
-    prefix          s s s        a micro-batch of its own, whose keys and values every attention
-    micro-batches   · · · a a    keeps and puts before those of the others: they compute what comes
-                    · · · b b    after it, and their gradients of its keys and values are added
+    rows  s s s a a     segments  s s s | a a | b     each attends to itself and to its past;
+          s s s b                                     positions continue from the past
 
-A micro-batch with a tree of prefixes (`prefixes.tree`) computes each once, and two micro-batches
-compute it twice. The gradient of the shared prefix is the sum over the micro-batches, through one
-backward pass of its own:
+    ∂L/∂θ = Σₚ ∂Lₚ/∂θ + (Σₚ ∂Lₚ/∂(K, V)) · ∂(K, V)/∂θ   (micro-batches p after a shared prefix)
 
-    ∂L/∂θ = Σₚ ∂Lₚ/∂θ + (Σₚ ∂Lₚ/∂(K, V)) · ∂(K, V)/∂θ
-
-Rows that begin alike, computed once: a batch as a tree of segments.
-
-    rows  s s s a a     segments  s s s | a a | b     each attends to itself and to its past,
-          s s s b                                     positions go on from the past
-
-A state of a causal model depends on the tokens before it and on nothing else, so rows that share a
-prefix share its states, exactly. What is predicted from them is not shared: every row's targets are
-counted, and their gradients meet where the rows do. (Prompt trees: Scaled Cognition, 2025; Prefix
-Grouper: arXiv 2506.05433.)
+States of a causal model depend only on earlier tokens, so sharing them is exact; the targets of
+every row count. A tree computes a prefix once per micro-batch. A `SharedPrefix` is computed first,
+its keys and values precede those of all micro-batches, and one backward pass follows. (Prompt
+trees: Scaled Cognition, 2025; Prefix Grouper: arXiv 2506.05433.)
 """
 
 from __future__ import annotations
@@ -37,11 +27,7 @@ Gradients = Sequence[torch.Tensor | None]
 
 
 class SharedPrefix:
-    """Keys and values of the shared prefix, of every attention of a model.
-
-    Attributes:
-        tokens: how many it has.
-    """
+    """Keys and values of a shared prefix of `tokens` tokens, for all attention layers."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
@@ -49,7 +35,7 @@ class SharedPrefix:
         self._leaves: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def close(self) -> None:
-        """Take what its own micro-batch has made as what goes before every other micro-batch."""
+        """Detach the collected keys and values, for use in the other micro-batches."""
         self._leaves = {
             module: (
                 key.detach().requires_grad_(key.requires_grad),
@@ -61,19 +47,13 @@ class SharedPrefix:
     def join(
         self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keep keys and values in the prefix's own micro-batch; put them before those of any other.
+        """Collect keys and values of the prefix, or prepend them to those of another micro-batch.
 
-        Args:
-            module: the attention that asks.
-            query: (1, heads, own, head_dim).
-            key: (1, key heads, own, head_dim).
-            value: (1, key heads, own, value_dim).
-
-        Returns:
-            The three, of (…, tokens + own, …) where the prefix is done; its queries are zeros.
+        `query` is (1, heads, own, head_dim), `key` and `value` are (1, key heads, own, …). Results
+        have `tokens` + own positions once the prefix is closed; its queries are zeros.
 
         Raises:
-            NotServedError: an attention is gone through twice, or the prefix did not meet it.
+            NotServedError: an attention layer runs twice, or was not called for the prefix.
         """
         if self._leaves is None:
             if module in self._made:
@@ -90,16 +70,11 @@ class SharedPrefix:
 
     @property
     def leaves(self) -> list[torch.Tensor]:
-        """Keys and values that a micro-batch gives a gradient, in the order of the attentions."""
+        """Keys and values that receive gradients, in the order of the layers."""
         return [part for _, part in self._with_graph()]
 
     def gradients(self, of_leaves: Gradients, parameters: Sequence[torch.Tensor]) -> Gradients:
-        """Return the gradients of `parameters` through the prefix, which lets go of its graph.
-
-        Args:
-            of_leaves: the sum over the micro-batches of the gradients of `leaves`; None for none.
-            parameters: what is trained.
-        """
+        """Return the gradients of `parameters` through the prefix, and free its graph."""
         made = [part for part, _ in self._with_graph()]
         pairs = [(m, g) for m, g in zip(made, of_leaves, strict=True) if g is not None]
         if not pairs:
@@ -108,7 +83,7 @@ class SharedPrefix:
         return torch.autograd.grad(outputs, parameters, incoming, allow_unused=True)
 
     def _with_graph(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return what was made and its leaf, for all that has a gradient."""
+        """Return pairs of a tensor and its leaf, for all that require a gradient."""
         leaves = self._leaves or {}
         return [
             (made, leaf)
@@ -122,14 +97,14 @@ _own = threading.local()
 
 
 def current_prefix() -> SharedPrefix | None:
-    """Return the shared prefix of the micro-batch that this thread computes, or None."""
+    """Return the shared prefix of this thread's micro-batch, or None."""
     shared_prefix: SharedPrefix | None = getattr(_own, "shared_prefix", None)
     return shared_prefix
 
 
 @contextlib.contextmanager
 def using_prefix(shared_prefix: SharedPrefix | None) -> Iterator[None]:
-    """Compute the micro-batch of `shared_prefix` inside the block, or one that goes on from it."""
+    """Set the current shared prefix inside the block, for this thread."""
     _own.shared_prefix, before = shared_prefix, current_prefix()
     try:
         yield
@@ -138,13 +113,13 @@ def using_prefix(shared_prefix: SharedPrefix | None) -> Iterator[None]:
 
 
 MIN_PREFIX = 32
-"""A shorter common prefix is not shared: cutting the rows would cost more than it saves."""
+"""Minimum tokens of a shared prefix; below, splitting the rows costs more than it saves."""
 
 Tokens = list[int]
 
 
 def count_common(one: Tokens, other: Tokens) -> int:
-    """Return how many tokens `one` and `other` have in common at their beginning."""
+    """Return the length of the common prefix of `one` and `other`."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
@@ -156,14 +131,9 @@ def count_common(one: Tokens, other: Tokens) -> int:
 
 
 def sort_by_prefix(rows: Sequence[Tokens], least: int = MIN_PREFIX) -> tuple[list[int], list[int]]:
-    """Return the rows in an order in which those that begin alike are neighbours.
+    """Return the order of rows by their prefixes, and the tokens shared with the previous row.
 
-    Args:
-        rows: token ids of each row.
-        least: shortest prefix that is shared.
-
-    Returns:
-        The order, and for each row how many tokens it shares with the one before it in the order.
+    The shared tokens are indexed by row; prefixes shorter than `least` count as 0.
     """
     order = sorted(range(len(rows)), key=lambda row: rows[row])
     shared = [0] * len(rows)
@@ -174,7 +144,7 @@ def sort_by_prefix(rows: Sequence[Tokens], least: int = MIN_PREFIX) -> tuple[lis
 
 
 def shared_fraction(rows: Sequence[Tokens]) -> float:
-    """Return which part of the tokens of `rows` need not be computed, from 0 to 1."""
+    """Return the share of tokens of `rows` that need not be computed, from 0 to 1."""
     _, shared = sort_by_prefix(rows)
     return sum(shared) / sum(len(row) for row in rows)
 
@@ -182,18 +152,16 @@ def shared_fraction(rows: Sequence[Tokens]) -> float:
 def build_prefix_tree(
     rows: Sequence[Tokens], least: int = MIN_PREFIX, before: int = 0
 ) -> PackedLayout:
-    """Return the layout of `rows`, padded on the right to the longest, with shared prefixes once.
+    """Return the layout of `rows`, padded on the right, with shared prefixes once.
 
-    Args:
-        rows: token ids, in the order of `sort_by_prefix`.
-        least: shortest prefix that is shared.
-        before: tokens that all rows begin with and a shared prefix computes; each row has more.
+    `rows` are in the order of `sort_by_prefix`. A shared prefix computes the first `before` tokens
+    of all rows; each row has more.
     """
     return _Tree(rows, least, before).layout()
 
 
 class _Tree:
-    """Grows the segments of a layout, parents first."""
+    """Builds the segments of a layout, parents first."""
 
     def __init__(self, rows: Sequence[Tokens], least: int, before: int) -> None:
         self._rows = rows
@@ -218,7 +186,7 @@ class _Tree:
         )
 
     def _grow(self, rows: range, depth: int, past: tuple[Range, ...]) -> None:
-        """Add what `rows`, which share their first `depth` tokens, have beyond them."""
+        """Add the tokens of `rows` beyond their common first `depth` ones."""
         begin = rows.start
         for row in (*rows[1:], rows.stop):
             if row < rows.stop and self._common[row] >= depth + self._least:
@@ -227,7 +195,7 @@ class _Tree:
             begin = row
 
     def _add(self, rows: range, depth: int, past: tuple[Range, ...]) -> None:
-        """Add the common beginning of `rows` beyond `depth`, then their ends."""
+        """Add the common tokens of `rows` beyond `depth`, then the rest of each."""
         first = rows.start
         until = min((self._common[row] for row in rows[1:]), default=len(self._rows[first]))
         if until > depth:

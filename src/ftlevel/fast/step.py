@@ -1,7 +1,6 @@
-"""The fast step on a model: what is put onto it, once the model has been asked whether it may be.
+"""Apply the fast step to a model, after checks that the model supports each part.
 
-Every part gives the numbers of the plain step. A model that a part does not know how to serve is
-served without it, and the reason is shown.
+Every part gives the results of the plain step. Unsupported parts are left out, with a reason.
 """
 
 from __future__ import annotations
@@ -34,18 +33,10 @@ from ftlevel.task import Objective, TokenObjective
 
 
 class FastStep:
-    """The parts of a plan on a model.
+    """The parts of a plan, applied to a model (mutated until `remove`).
 
-    Attributes:
-        plan: the parts in use.
-        cross_entropy: the language head and its loss on supervised tokens only, or None.
-        workers: where micro-batches are computed in parallel, or None.
-        norm_glu: norms and GLUs in one fused function each, or None.
-        pruned_linears: how many linears of the last block compute only the tokens needed after it.
-
-    Args:
-        model: a model, with or without an adapter (mutated until `remove`).
-        plan: the parts.
+    `plan` is updated to the parts in use; `cross_entropy`, `workers` and `norm_glu` are None if
+    unused. `pruned_linears` is the number of linear layers of the last block that skip tokens.
     """
 
     def __init__(self, model: Any, plan: FastPlan) -> None:
@@ -73,14 +64,7 @@ class FastStep:
             self.workers = ParallelWorkers(plan.workers, torch.get_num_threads(), plan.is_random)
 
     def check(self, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str) -> list[str]:
-        """Return what cannot be done after all, and leave it; empty if everything can.
-
-        Args:
-            rows: as of `PackingCheck`.
-            pad_id: as of `PackingCheck`.
-            device: torch device type.
-            dtype: compute precision's name.
-        """
+        """Remove the parts that fail `PackingCheck`, and return the reasons; arguments as there."""
         if self._blocks is None:
             return []
         check = PackingCheck(self._model, find_blocks(self._base)[-1], rows, pad_id, device, dtype)
@@ -110,15 +94,7 @@ class FastStep:
     def check_cross_entropy(
         self, objective: Objective, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str
     ) -> str:
-        """Return why the head is computed on every token, and leave it so; empty if it need not be.
-
-        Args:
-            objective: what the model is trained on.
-            rows: as of `find_cross_entropy_error`.
-            pad_id: as of `find_cross_entropy_error`.
-            device: torch device type.
-            dtype: compute precision's name.
-        """
+        """Remove chunked cross-entropy if it fails its check, and return the reason; else empty."""
         if self.cross_entropy is None or not isinstance(objective, TokenObjective):
             return ""
         reason = find_cross_entropy_error(
@@ -134,15 +110,7 @@ class FastStep:
     def prune_last_layer(
         self, objective: Objective, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str
     ) -> None:
-        """Have the last block compute only the tokens needed after it, where that is less.
-
-        Args:
-            objective: what the model is trained on.
-            rows: as of `PackingCheck`.
-            pad_id: as of `PackingCheck`.
-            device: torch device type.
-            dtype: compute precision's name.
-        """
+        """Restrict the last block to the tokens that are needed after it, where possible."""
         if self._blocks is None or not self.plan.prunes_last_layer:
             return
         last = find_blocks(self._base)[-1]
@@ -150,7 +118,7 @@ class FastStep:
         self.prune(needed, linears)
 
     def prune(self, needed: NeededTokens | None, linears: Sequence[nn.Module]) -> None:
-        """Have `linears`, if there are some, compute only the tokens that are `needed`."""
+        """Restrict `linears`, if any, to the `needed` tokens."""
         if linears:
             self.plan = replace(self.plan, needed_tokens=needed)
             self._pruning, self.pruned_linears = LastLayerPruning(linears), len(linears)
@@ -162,7 +130,7 @@ class FastStep:
             self._base.set_attn_implementation(self._attention_before)
 
     def remove(self) -> None:
-        """Leave the model as it was."""
+        """Restore the model."""
         if self.cross_entropy is not None:
             self.cross_entropy.remove()
         if self.norm_glu is not None:
@@ -185,11 +153,7 @@ def chunked_cross_entropy(
     device: str,
     dtype: str,
 ) -> Iterator[ChunkedCrossEntropy | None]:
-    """Give the chunked cross-entropy of `model` inside the block.
-
-    None where targets have no language head, or where it is not what the model gives by itself:
-    the arguments are those of `find_cross_entropy_error`.
-    """
+    """Yield the chunked cross-entropy of `model`, or None if it cannot replace the model's head."""
     base = base_model(model)
     head = ChunkedCrossEntropy(base) if has_language_head(base, objective) else None
     try:

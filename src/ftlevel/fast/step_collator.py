@@ -1,4 +1,4 @@
-"""From the rows of an optimizer step to the micro-batches that go through the model."""
+"""Collate the rows of an optimizer step into micro-batches."""
 
 from __future__ import annotations
 
@@ -26,40 +26,32 @@ from ftlevel.fast.prefixes import MIN_PREFIX, build_prefix_tree, count_common, s
 from ftlevel.task import Objective, TokenObjective
 
 OVERHEAD_TOKENS = 250
-"""What a shared prefix's own micro-batch costs beside its tokens. With 342 tokens and 1,776 after
-it a step of SmolLM2 is 5 % longer than without; with 1,450 and 2,100 a fifth shorter."""
+"""Cost of a shared prefix's own micro-batch beyond its tokens. With 342 tokens and 1,776 after it,
+a step of SmolLM2 takes 5 % longer than without; with 1,450 and 2,100, a fifth less.
+"""
 
 
 class StepCollator:
-    """Turn the rows of an optimizer step into micro-batches, each a padded batch with its layout.
+    """Collates the rows of an optimizer step into micro-batches with layouts.
 
-    What a micro-batch holds depends on the rows and the plan alone, so a run that is resumed splits
-    them as before.
-
-    Args:
-        pad_id: as of `Collator`.
-        plan: the parts in use.
-        objective: what the model is trained on; None leaves it to the loss to find its targets.
+    The split depends only on rows and plan, so a resumed run repeats it. Without an `objective`,
+    the loss locates its targets.
     """
 
     def __init__(self, pad_id: int, plan: FastPlan, objective: Objective | None = None) -> None:
         self._collate = Collator(pad_id)
         self._plan = plan
-        # Found here: on a GPU the loss would wait for how many there are.
+        # Located here: on a GPU the loss would have to wait for their number.
         is_located = plan.chunked_cross_entropy and isinstance(objective, TokenObjective)
         self._objective = objective if is_located else None
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Return `rows`, their `micro_batches`, whether `in_parallel`, and the `shared_prefix`.
+        """Return `rows`, their `micro_batches`, `in_parallel` and `has_parts`.
 
-        `has_parts` says whether a micro-batch has several rows, and so could be smaller.
-
-        `contrasts` are the micro-batches of what rows contrast with, where there are some.
-
-        A micro-batch is what `Collator` returns, its `layout` (None where rows are padded), and
-        for a language head where its targets are `located`, with the targets. A
-        shared prefix, if there is one, is the batch of what all rows begin with, and its layout:
-        the micro-batches go on from it.
+        `has_parts` is whether a micro-batch has several rows. `shared_prefix`, if any, is the batch
+        and layout of the prefix that the micro-batches extend; `contrasts`, if any, are the
+        micro-batches of contrasting rows. A micro-batch is the output of `Collator` with its
+        `layout` (None if padded) and, for a language head, its `located` targets.
         """
         schedule = self._choose_schedule(rows)
         partition = schedule.partition
@@ -78,7 +70,7 @@ class StepCollator:
         return step
 
     def split(self, rows: Sequence[Encoded]) -> list[tuple[list[int], dict[str, Any]]]:
-        """Return micro-batches of `rows` to be computed one at a time, each with its rows."""
+        """Return micro-batches to compute one at a time, each with its row indices."""
         partition = _Partition(rows, self._plan)
         return [
             (list(part), self._micro_batch(rows, part, partition))
@@ -86,22 +78,22 @@ class StepCollator:
         ]
 
     def halve(self) -> int:
-        """Give micro-batches half as many tokens from now on, and return how many that is."""
+        """Halve the maximum tokens of later micro-batches, and return it."""
         self._plan = replace(self._plan, tokens=max(1, self._plan.tokens // 2))
         return self._plan.tokens
 
     def share_no_prefix(self) -> None:
-        """Compute what all rows of a step begin with in their micro-batches from now on."""
+        """Disable the shared prefix of later steps."""
         self._plan = replace(self._plan, shared_prefix=False)
 
     def _choose_schedule(self, rows: Sequence[Encoded]) -> _Schedule:
-        """Return the fastest way to compute the step, the first of equals."""
+        """Return the fastest schedule of the step, the first of equals."""
         plan, partition = self._plan, _Partition(rows, self._plan)
         schedules = [_Schedule(partition, plan.tokens, 1)]
         if plan.workers > 1:
             schedules.append(_Schedule(partition, plan.tokens // plan.workers, plan.workers))
             if plan.shared_prefix and (prefix := partition.find_shared_prefix(rows)):
-                # Its activations are held, too; half of the budget is for rows at least.
+                # Its activations need memory, too; rows get at least half of the budget.
                 budget = max(plan.tokens - prefix, plan.tokens // 2) // plan.workers
                 schedules.append(_Schedule(partition.beyond(prefix), budget, plan.workers))
         return min(schedules, key=lambda schedule: schedule.duration)
@@ -110,7 +102,7 @@ class StepCollator:
         ids = torch.tensor([tokens])
         batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         layout = PackedLayout.from_mask(batch["attention_mask"])
-        if self._plan.needed_tokens is not None:  # none is, and one is the least that there is
+        if self._plan.needed_tokens is not None:  # none is needed, and one is the minimum
             layout = layout.needing(torch.tensor([len(tokens) - 1]))
         return {**batch, "layout": layout}
 
@@ -133,11 +125,10 @@ class StepCollator:
 
 
 class _Partition:
-    """How the rows of one step are split: padded, packed, or as trees where that is worth it.
+    """Split of a step's rows: padded, packed, or as trees.
 
-    Attributes:
-        is_tree: whether a micro-batch computes the prefixes that its rows share once.
-        prefix: how many tokens of every row are left to a micro-batch before these.
+    `is_tree` means that micro-batches compute shared prefixes once. `prefix` is the number of
+    tokens of every row that an earlier micro-batch computes.
     """
 
     def __init__(self, rows: Sequence[Encoded], plan: FastPlan) -> None:
@@ -154,14 +145,14 @@ class _Partition:
                 self._lengths = [n - own for n, own in zip(self._lengths, within, strict=True)]
 
     def __call__(self, budget: int, multiple: int) -> MicroBatches:
-        """Return the rows of each micro-batch of at most `budget` tokens."""
+        """Return the row indices of micro-batches of at most `budget` tokens."""
         if self.is_tree:
             return split_shared(self._lengths, budget, self._order, self._shared, multiple)
         split = split_packed if self._packs else split_padded
         return split(self._lengths, budget, multiple)
 
     def find_shared_prefix(self, rows: Sequence[Encoded]) -> int:
-        """Return how many tokens all `rows` begin with, of which none predicts a target."""
+        """Return the length of the common prefix of all `rows` that predicts no target."""
         if not self.is_tree or len(rows) < 2:
             return 0
         common = min(self._shared[row] for row in self._order[1:])
@@ -169,7 +160,7 @@ class _Partition:
         return common if common >= MIN_PREFIX else 0
 
     def beyond(self, prefix: int) -> _Partition:
-        """Return how the rows are split where a micro-batch of its own computes `prefix`."""
+        """Return the split without the first `prefix` tokens, which have their own micro-batch."""
         partition = copy.copy(self)
         partition.prefix = prefix
         partition._lengths = [length - prefix for length in self._lengths]
@@ -177,7 +168,7 @@ class _Partition:
         return partition
 
     def count_tokens(self, part: Sequence[int]) -> int:
-        """Return how many places of the row a micro-batch computes."""
+        """Return the number of positions that a micro-batch computes."""
         if self.is_tree:
             return count_shared(part, self._lengths, self._order, self._shared)
         own = [self._lengths[row] for row in part]
@@ -185,14 +176,7 @@ class _Partition:
 
 
 class _Schedule:
-    """One way to compute a step.
-
-    Attributes:
-        partition: how its rows are split.
-        micro_batches: the rows of each micro-batch.
-        workers: how many are computed in parallel.
-        duration: how long it takes, as `parallel_workers.duration` counts it.
-    """
+    """A way to compute a step; `duration` is in the unit of `parallel_workers.duration`."""
 
     def __init__(self, partition: _Partition, budget: int, workers: int) -> None:
         self.partition = partition
@@ -205,20 +189,20 @@ class _Schedule:
 
 
 def _count_tokens(row: Encoded, *, packs: bool) -> int:
-    """Return how many tokens the branches of `row` have, or their places in a padded batch."""
+    """Return the tokens of the branches of `row`, or their positions in a padded batch."""
     own = [len(branch.input_ids) for branch in row.branches]
     return sum(own) if packs else max(own) * len(own)
 
 
 def _count_shared(row: Encoded) -> int:
-    """Return how many tokens of its branches a tree of `row` alone computes once."""
+    """Return the tokens that a tree of the branches of `row` saves."""
     branches = row.branches
     common = [count_common(a.input_ids, b.input_ids) for a, b in pairwise(branches)]
     return sum(shared for shared in common if shared >= MIN_PREFIX)
 
 
 def _first_needed(row: Encoded) -> int:
-    """Return which token of a causal model's row is the first to predict a target, or the last."""
+    """Return the index of the first token that predicts a target, or of the last token."""
     labels = row.labels
     if not isinstance(labels, list):
         return 0

@@ -1,4 +1,4 @@
-"""Checkpoints on disk, tensor by tensor: read, copied, quantized and written as a stream.
+"""Checkpoints on disk: weights are read, quantized and written tensor by tensor.
 
-May import models and what is below it. A whole model is never in memory here.
+May import `models` and the packages below it. It must not load a whole model into memory.
 """

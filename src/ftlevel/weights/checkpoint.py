@@ -1,9 +1,8 @@
-"""The weights of a model on disk, under the names that its class gives them, and back again.
+"""Read the weights of a checkpoint under the model's parameter names, and convert them back.
 
-A checkpoint may call a tensor otherwise than the model does (a prefix of another class, names of an
-older version), and hold in several what the model holds in one (the experts of a mixture).
-transformers translates while it loads and while it saves; this room asks it for both translations
-and reads a tensor when it is wanted, so that the model itself is never in memory.
+A checkpoint may use other names (prefixes, older versions) and split tensors (experts of a
+mixture). The conversions are those of transformers. Tensors are read on demand; the model stays on
+the meta device.
 """
 
 from __future__ import annotations
@@ -25,17 +24,15 @@ TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
     "chat_template*", "additional_chat_templates/*",
 )  # fmt: skip
-"""Files that a tokenizer consists of, by the names that transformers gives them."""
+"""Patterns of tokenizer files, with transformers' names."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Stored tensors that become one tensor of the model.
+    """Stored tensors that form one tensor of the model.
 
-    Attributes:
-        keys: their names in the checkpoint, in the order in which transformers reads them.
-        converter: how they become it; None where it is a single one and stays as it is.
-        patterns: for each key, the pattern of `converter` that it matched.
+    `keys` are in transformers' reading order, each with its pattern of `converter` in `patterns`.
+    Without a converter, a single tensor is used unchanged.
     """
 
     keys: list[str]
@@ -45,14 +42,14 @@ class Group:
 
 @dataclass
 class Checkpoint:
-    """A model's weights, read when they are asked for.
+    """Weights of a model, read on demand.
 
     Attributes:
-        stored: name in the checkpoint → tensor; in memory for a .gguf file.
-        groups: name in the model → what it is made of.
+        stored: checkpoint name → tensor; in memory for a .gguf file.
+        groups: model name → stored tensors.
         model: the model on the meta device.
-        ties: name in the model → name whose tensor it shares, where the checkpoint has only that.
-        unused: names in the checkpoint that the model has no use for.
+        ties: model name → name of the tensor that it shares, if only that one is stored.
+        unused: checkpoint names that the model does not use.
     """
 
     stored: Mapping[str, Stored | torch.Tensor]
@@ -62,37 +59,33 @@ class Checkpoint:
     unused: list[str] = field(default_factory=list)
 
     def holds(self, name: str) -> bool:
-        """Whether the model's tensor `name` can be read."""
+        """Return whether the model's tensor `name` can be read."""
         return self.ties.get(name, name) in self.groups
 
     def read(self, name: str) -> torch.Tensor:
-        """Return the model's tensor `name`, in memory of its own and as precise as it is stored."""
+        """Return a copy of the model's tensor `name` in its stored precision."""
         group = self._group(name)
         return self._convert(name, group, {key: self._tensor(key) for key in group.keys})
 
     def spec(self, name: str) -> Spec:
-        """Return what `read` would give, without reading it."""
+        """Return dtype and shape of the model's tensor `name` without reading it."""
         group = self._group(name)
         specs = {key: self._spec(key).meta() for key in group.keys}
         return spec_of(self._convert(name, group, specs))
 
     def plain(self, name: str) -> Stored | None:
-        """Return the stored tensor that is the model's tensor `name` as it is, if there is one."""
+        """Return the stored tensor of `name` if it is used unchanged, else None."""
         group = self._group(name)
         found = self.stored[group.keys[0]]
         return found if group.converter is None and isinstance(found, Stored) else None
 
     def file(self, name: str) -> str | None:
-        """Return the name of the file that the model's tensor `name` begins in; None in memory."""
+        """Return the name of the file with the first stored tensor of `name`; None in memory."""
         found = self.stored[self._group(name).keys[0]]
         return found.path.name if isinstance(found, Stored) else None
 
     def _group(self, name: str) -> Group:
-        """Return what the model's tensor `name` is made of.
-
-        Raises:
-            InputError: it is not there.
-        """
+        """Return the stored tensors of `name`, or raise InputError if there are none."""
         group = self.groups.get(self.ties.get(name, name))
         if group is None:
             raise InputError(
@@ -119,16 +112,13 @@ class Checkpoint:
 
 
 def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, str]) -> Checkpoint:
-    """Return the weights of `source` for `model`, which is on the meta device.
+    """Open the weights of `source` for `model`, which is on the meta device.
 
-    Args:
-        source: a directory, a built-in model, or a Hub model that is fetched if it must be.
-        model: the model's class on the meta device; it is told which names were translated, as
-            `from_pretrained` tells it (mutated).
-        key_mapping: as `rename_prefix` gives it.
+    A Hub model is downloaded if needed. The conversions are recorded on `model` (mutated) as by
+    `from_pretrained`; `key_mapping` comes from `rename_prefix`.
 
     Raises:
-        InputError: its files are missing or damaged.
+        InputError: weight files are missing or damaged.
     """
     stored: dict[str, Stored | torch.Tensor] = {}
     for path in weight_files(local_directory(source)):
@@ -142,11 +132,9 @@ def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, s
 
 
 def checkpoint_in_memory(model: Any, loaded: Any) -> Checkpoint:
-    """Return the weights of a model that is `loaded` already, as from a .gguf file.
+    """Return the weights of the model `loaded`, e.g. from a .gguf file, without copying them.
 
-    Args:
-        model: its class on the meta device.
-        loaded: the model; the tensors stay its own.
+    `model` is the same class on the meta device; its recorded conversions are removed (mutated).
     """
     state = {name: tensor.detach() for name, tensor in loaded.state_dict().items()}
     conversions.forget_conversions(model)
@@ -159,10 +147,7 @@ def checkpoint_in_memory(model: Any, loaded: Any) -> Checkpoint:
 
 
 def local_directory(source: ModelSource) -> Path:
-    """Return the directory on this disk that has the weights of `source`.
-
-    A Hub model is fetched into the cache where it is not there.
-    """
+    """Return the local directory of `source`; a Hub model is downloaded if needed."""
     if source.path is not None:
         return source.path
     from huggingface_hub import snapshot_download
@@ -178,10 +163,7 @@ def local_directory(source: ModelSource) -> Path:
 
 
 def as_saved(model: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return what `save_pretrained` writes for the model's tensor `name`.
-
-    It is the tensor itself where names and shapes agree, and several for one of a fused mixture.
-    """
+    """Return what `save_pretrained` writes for the tensor `name`; several for a fused mixture."""
     return conversions.revert(model, {name: tensor})
 
 
@@ -205,7 +187,7 @@ def _translate(
 
 
 def _tie(checkpoint: Checkpoint) -> None:
-    """Note which tensors share another's because the checkpoint holds one of them (mutated)."""
+    """Record tied tensors of which the checkpoint stores one (mutated)."""
     ties = tied_names(checkpoint.model)
     for target, source in ties.items():
         if target in checkpoint.groups and source not in checkpoint.groups:

@@ -1,25 +1,17 @@
-"""Choose the codes of a quantized weight by what its layer gives, not by each weight alone.
+"""Choose the codes of quantized weights by the layer's output error; pack weights in 4 bits.
 
-A weight w of a layer is stored as q = s · v, with s the scale of its block and v one of a few
-values. Rounding each w to the nearest q is blind to a small update: a weight that lies on the grid
-stays where it is. What counts is the output, whose mean square error over inputs x is
+    min e H eᵀ,  e = w - q (a row),  H = E[x xᵀ]
 
-    e H eᵀ,  e = w - q (a row),  H = E[x xᵀ]
+A weight w is stored as q = s · v, with the scale s of its block and one of a few values v. Rounding
+to the nearest q can undo a small update; here the output error is minimized (GPTQ,
+https://arxiv.org/abs/2210.17323, section 3). With the other columns fixed, it is least at q_j + (e
+H)_j / H_jj, and the nearest value is chosen (coordinate descent, QuantEase,
+https://arxiv.org/abs/2309.01885). After each sweep, the error that remains in the output directions
+of the update is added to the target.
 
-(GPTQ, https://arxiv.org/abs/2210.17323, section 3). Here codes that exist are improved one column
-after another: with all others held, the error is least at q_j + (e H)_j / H_jj, and the nearest
-value to that is taken (coordinate descent, QuantEase, https://arxiv.org/abs/2309.01885).
-
-That error has no eye for its direction, and what was trained is a small part of it: a sweep trades
-a tenth of the change for less noise elsewhere, which the model feels far more. So after each sweep
-what is missing in the directions that the change writes to is added to what the next one aims at.
-
-Pack weights in 4 bits on the CPU: bitsandbytes' own bytes in less than half the time.
-
-A block of 64 weights w is stored as its scale s = max |w| and the index of the code nearest to each
-w / s (QLoRA, https://arxiv.org/abs/2305.14314, section 3). bitsandbytes 0.50 finds the index by a
-binary search in the midpoints between the codes, which no vector unit helps with; here those below
-w / s are counted, in pieces that stay in the processor's cache.
+In 4 bits, a block of 64 weights has the scale s = max |w| and the code nearest to each w / s
+(QLoRA, https://arxiv.org/abs/2305.14314, section 3). bitsandbytes 0.50 searches it by bisection on
+a CPU; counting the midpoints below w / s takes less than half the time, with the same bytes.
 """
 
 from __future__ import annotations
@@ -33,26 +25,26 @@ import torch
 from ftlevel.models.upstream.quantizers import four_bit_values
 
 DAMPING = 0.01
-"""Share of the mean of H's diagonal that is added to it: directions that no row had still count."""
+"""Share of H's mean diagonal that is added to it, so that unseen directions count."""
 SHRINKAGE = 0.5
-"""Share of H's products of two inputs that is left out: from some thousand tokens they are known
-less well than its diagonal, and codes that follow them fit those tokens alone. Of 0, .1, .3, .6 and
-.9 the last but one left least, on rows like those and on other text (docs/merge.md)."""
+"""Share of H's off-diagonal that is removed: from some thousand tokens it is less certain than the
+diagonal. Of 0, .1, .3, .6 and .9, .6 leaves the least error (docs/merge.md).
+"""
 SWEEPS = 3
 DIRECTIONS = 16
-"""Outputs' directions in which the change must arrive whole."""
+"""Number of output directions in which the update is preserved."""
 _COLUMNS = 64
 _FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What a format can store.
+    """Values that a format can store.
 
     Attributes:
-        values: that a code stands for, ascending, for a scale of 1.
-        block: how many weights, in the order of rows, share a scale; 0 for a whole row.
-        stored: scales → the same as they are read back.
+        values: ascending values of the codes, for a scale of 1.
+        block: weights per scale, in row order; 0 for a whole row.
+        stored: scales → scales as they are read back.
     """
 
     values: torch.Tensor
@@ -60,19 +52,11 @@ class Grid:
     stored: Callable[[torch.Tensor], torch.Tensor]
 
     def scales_of(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the scale of each block of `weight`: its largest is the largest value."""
+        """Return the scale of each block, at which its largest weight gets the largest value."""
         return self._blocks(weight).abs().amax(-1) / self.values.abs().max()
 
     def fitted_scales(self, weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-        """Return for each block the scale with the least error of its nearest values.
-
-        Each input counts as it does in H alone, without the others: a few factors of `scales_of`
-        are tried, with which the largest weights are cut off.
-
-        Args:
-            weight: (out, in).
-            moment: (in, in): H.
-        """
+        """Return the scale of each block with the least error, weighted by the diagonal of H."""
         whole, counts = self.scales_of(weight), moment.diagonal()
         best, least = whole, torch.full_like(whole, torch.inf)
         for factor in _FACTORS:
@@ -84,12 +68,12 @@ class Grid:
         return best
 
     def nearest(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Return for each weight the code that is nearest to it."""
+        """Return the nearest code of each weight."""
         scaled = self._blocks(weight) / _not_zero(scales).unsqueeze(-1)
         return torch.bucketize(scaled, self._midpoints()).view(weight.shape)
 
     def value(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Return what `codes` with `scales` stand for."""
+        """Return the dequantized weights."""
         return self.values[codes] * self.spread(scales, codes.shape)
 
     def spread(self, scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -97,7 +81,7 @@ class Grid:
         return scales.repeat_interleave(self.block or shape[1]).view(shape)
 
     def fits(self, shape: torch.Size) -> bool:
-        """Whether a matrix of `shape` consists of whole blocks."""
+        """Return whether a matrix of `shape` consists of whole blocks."""
         return shape.numel() % (self.block or shape[1]) == 0
 
     def _blocks(self, weight: torch.Tensor) -> torch.Tensor:
@@ -107,7 +91,7 @@ class Grid:
         return (self.values[1:] + self.values[:-1]) / 2
 
     def choose(self, column: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Return the codes nearest to the weights of `column`, each with a scale of its own."""
+        """Return the nearest codes of a `column` of weights with one scale each."""
         return torch.bucketize(column / scales, self._midpoints())
 
 
@@ -119,15 +103,10 @@ def choose_codes(
     moment: torch.Tensor,
     grid: Grid,
 ) -> torch.Tensor:
-    """Return codes with which the layer gives what it gives with `weight`, above all of `change`.
+    """Return codes that approximate the output of `weight`, above all the part due to `change`.
 
-    Args:
-        weight: (out, in), float32: what the layer should have.
-        change: (out, in): the part of it that was trained.
-        codes: (out, in): where to begin.
-        scales: of the blocks, as they are read back.
-        moment: (in, in): H.
-        grid: what the codes stand for.
+    `weight` (float32), its trained part `change` and the initial `codes` are (out, in); `moment` is
+    H (in, in). `scales` are those that are read back.
     """
     written, goal, moment = find_directions(change, moment), weight, shrunk(moment)
     for _ in range(SWEEPS):
@@ -138,10 +117,7 @@ def choose_codes(
 
 
 def find_directions(change: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """Return the `DIRECTIONS` of the outputs that `change` moves most, (out, k), orthonormal.
-
-    They are the first eigenvectors of change H changeᵀ, by subspace iteration.
-    """
+    """Return the output directions (out, k) that `change` affects most, by subspace iteration."""
     count = min(DIRECTIONS, *change.shape)
     found = torch.randn(len(change), count, generator=torch.Generator().manual_seed(0))
     if not change.any():
@@ -158,15 +134,7 @@ def improve_codes(
     moment: torch.Tensor,
     grid: Grid,
 ) -> torch.Tensor:
-    """Return codes with which the layer gives less error than with `codes`, after one sweep.
-
-    Args:
-        weight: (out, in), float32: what the layer should have.
-        codes: (out, in): where to begin.
-        scales: of the blocks, as they are read back.
-        moment: (in, in): H.
-        grid: what the codes stand for.
-    """
+    """Return `codes` after one sweep that reduces the output error; shapes as in `choose_codes`."""
     spread = _not_zero(grid.spread(scales, weight.shape))
     values, codes = grid.values[codes] * spread, codes.clone()
     moment = damped(moment)
@@ -190,12 +158,12 @@ def _not_zero(scales: torch.Tensor) -> torch.Tensor:
 
 
 def shrunk(moment: torch.Tensor) -> torch.Tensor:
-    """Return H with a share of its products of two inputs left out."""
+    """Return H with its off-diagonal reduced by `SHRINKAGE`."""
     return (1 - SHRINKAGE) * moment + torch.diag(SHRINKAGE * moment.diagonal())
 
 
 def damped(moment: torch.Tensor) -> torch.Tensor:
-    """Return H with a share of its mean diagonal added, so that it has an inverse."""
+    """Return H with a share of its mean diagonal added, so that it is invertible."""
     share = DAMPING * moment.diagonal().mean().clamp(min=1e-30)
     return moment + share * torch.eye(len(moment))
 
@@ -207,18 +175,10 @@ _PIECE = 1 << 16
 def quantize_4bit(
     weight: torch.Tensor, quant_type: str, double_quant: bool
 ) -> tuple[torch.Tensor, Any]:
-    """Return the packed bytes of `weight` and their `QuantState`, as bitsandbytes would.
-
-    Args:
-        weight: on the CPU, contiguous, in a floating-point type.
-        quant_type: nf4 or fp4.
-        double_quant: quantize the scales too.
-    """
+    """Return the packed bytes of a CPU `weight` and their `QuantState`, as bitsandbytes does."""
     import bitsandbytes.functional as bnb
 
-    if (
-        weight.numel() % BLOCK or weight.numel() == 0
-    ):  # a short last block: rare, and scaled otherwise
+    if weight.numel() % BLOCK or weight.numel() == 0:  # bitsandbytes handles short last blocks
         return bnb.quantize_4bit(
             weight, quant_type=quant_type, compress_statistics=double_quant, blocksize=BLOCK
         )
@@ -228,7 +188,7 @@ def quantize_4bit(
 
 
 def four_bit_grid(quant_type: str, double_quant: bool) -> Grid:
-    """Return what bitsandbytes stores in 4 bits."""
+    """Return the grid of bitsandbytes' 4-bit types."""
 
     def stored(scales: torch.Tensor) -> torch.Tensor:
         import bitsandbytes.functional as bnb
@@ -247,14 +207,10 @@ def pack_4bit(
     codes: torch.Tensor, scales: torch.Tensor, like: torch.Tensor, quant_type: str,
     double_quant: bool,
 ) -> tuple[torch.Tensor, Any]:  # fmt: skip
-    """Return the bytes of chosen `codes` and their `QuantState`.
+    """Return the packed bytes of `codes` (out, in) and their `QuantState`.
 
-    Args:
-        codes: (out, in), of `four_bit_grid`.
-        scales: of the blocks, not yet as they are stored.
-        like: a tensor of the shape and type that the weight is read in.
-        quant_type: nf4 or fp4.
-        double_quant: quantize the scales too.
+    `codes` index `four_bit_grid`; `scales` are not rounded yet; `like` has the shape and dtype of
+    the dequantized weight.
     """
     code = four_bit_values(quant_type)
     own = code.argsort()[codes.reshape(-1)].to(torch.uint8)
@@ -279,7 +235,7 @@ def _state(
 
 
 def _pack(weight: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two codes a byte, the first in the upper half, and the scale of each block."""
+    """Return two codes per byte, the first in the upper half, and the scale of each block."""
     order = code.argsort()
     ascending = code[order]
     midpoints = ((ascending[:-1] + ascending[1:]) / 2).tolist()

@@ -1,7 +1,7 @@
-"""Which tensors of a model are quantized, which are kept, and how many bytes that makes.
+"""Decide which tensors of a model are quantized, and compute the size of the result.
 
-Decided on the meta device, by the rule with which transformers replaces linears when it loads, so
-that what is written is what will be read.
+Decisions are made on the meta device by the rule with which transformers replaces linear layers on
+loading, so that it can load the result.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ftlevel.models.upstream.architectures import model_classes, modules_in_floa
 from ftlevel.models.upstream.conversions import Naming
 from ftlevel.models.upstream.quantizers import replaced_linears, torchao_linears
 
-BLOCK = 64  # weights that share a 4-bit scale, as bitsandbytes has it
-NESTED_BLOCK = 256  # scales that share a scale of their own, with double quantization
+BLOCK = 64  # weights per 4-bit scale, as in bitsandbytes
+NESTED_BLOCK = 256  # scales per second-level scale, with double quantization
 _MAP_BYTES = 16 * 4  # the 16 values of a 4-bit type
 _NESTED_MAP_BYTES = 256 * 4
-_STATE_BYTES = (78, 168)  # JSON of the settings without and with double quantization, about
+_STATE_BYTES = (78, 168)  # approximate JSON size, without and with double quantization
 
 QUANTIZED = "quantized linears"
 PARTS = (QUANTIZED, "other linears", "embeddings", "heads", "experts", "rest")
@@ -34,7 +34,7 @@ PARTS = (QUANTIZED, "other linears", "embeddings", "heads", "experts", "rest")
 
 @dataclass(frozen=True)
 class Parameter:
-    """A tensor of the model that a checkpoint holds; a tied one stands once."""
+    """A tensor of the model; tied tensors appear once."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,15 +44,11 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Layout:
-    """What becomes of each tensor.
+    """Quantization of each tensor of a model.
 
-    Attributes:
-        linears: name of a quantized module → whether it is a Conv1D, whose weight is transposed.
-        config: the `BitsAndBytesConfig` or `TorchAoConfig` for config.json, with what is kept.
-        dtype: of the floating-point tensors that are kept.
-        in_float32: modules that stay in float32, by the last part of their name.
-        parameters: every tensor of the model by name.
-        naming: how a checkpoint's names become the model's.
+    `linears` maps quantized modules to whether they are a Conv1D, whose weight is transposed.
+    `config` includes the modules to skip. Modules with a name part in `in_float32` stay in float32,
+    other floating-point tensors are in `dtype`.
     """
 
     linears: dict[str, bool]
@@ -63,25 +59,21 @@ class Layout:
     naming: Naming
 
     def part_of(self, name: str) -> str:
-        """Return the part of the tensor that the model calls `name`."""
+        """Return the part of the model's tensor `name`, one of `PARTS`."""
         return self.parameters[name].part if name in self.parameters else "rest"
 
     def kept_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        """Return the type in which a tensor that is not quantized is written."""
+        """Return the dtype in which an unquantized tensor is written."""
         if not dtype.is_floating_point:
             return dtype
         return torch.float32 if self.in_float32.intersection(name.split(".")) else self.dtype
 
 
 def build_layout(config: Any, auto_class: str, quantization: Any, dtype: torch.dtype) -> Layout:
-    """Decide what is quantized.
+    """Return the layout for a model of `config` and transformers class `auto_class`.
 
-    Args:
-        config: the model's config.
-        auto_class: transformers' class of the checkpoint.
-        quantization: a `BitsAndBytesConfig` or `TorchAoConfig`; the result has a copy that names
-            the modules to keep.
-        dtype: of what is kept.
+    `quantization` is a `BitsAndBytesConfig` or `TorchAoConfig`, of which the layout has a copy with
+    the modules to skip. `dtype` is for unquantized tensors.
     """
     meta = build_task_model(config, auto_class)
     naming = Naming(meta)
@@ -95,8 +87,8 @@ def build_layout(config: Any, auto_class: str, quantization: Any, dtype: torch.d
 def resolve_layout(layout: Layout, keys: Iterable[str]) -> Layout:
     """Return `layout` for a checkpoint with these `keys`.
 
-    A linear whose weight is assembled from several tensors while loading cannot be packed piece by
-    piece; it is kept, and config.json says so.
+    A linear layer whose weight is assembled from several stored tensors is not quantized, and its
+    name is added to the config.
     """
     named = [layout.naming(key) for key in keys]
     whole = {name for name, pattern in named if pattern is None}
@@ -114,13 +106,13 @@ def resolve_layout(layout: Layout, keys: Iterable[str]) -> Layout:
 
 
 def kept_modules(quantization: Any) -> list[str]:
-    """Return the modules that `quantization` names as left alone."""
+    """Return the modules that `quantization` skips."""
     named = "modules_to_not_convert" if is_torchao(quantization) else "llm_int8_skip_modules"
     return list(getattr(quantization, named) or ())
 
 
 def _keeping(quantization: Any, names: list[str]) -> Any:
-    """Return a copy of `quantization` that leaves `names` alone."""
+    """Return a copy of `quantization` that skips `names`."""
     kept = copy.copy(quantization)
     if is_torchao(quantization):
         kept.modules_to_not_convert = names
@@ -130,10 +122,10 @@ def _keeping(quantization: Any, names: list[str]) -> Any:
 
 
 def find_kept_modules(config: Any, auto_class: str) -> list[str]:
-    """Return what no quantization may touch: the heads of every task of the architecture.
+    """Return the modules to skip: the heads of every task of the architecture, and BERT's pooler.
 
-    A task's head is new on most checkpoints; left to itself transformers would make it a 4-bit
-    layer without weights. BERT's pooler belongs to its classification head.
+    Most checkpoints lack a task's head, and transformers would create a quantized layer without
+    weights.
     """
     kept: set[str] = set()
     for name in (auto_class, *TASK_CLASSES):
@@ -150,7 +142,7 @@ def find_kept_modules(config: Any, auto_class: str) -> list[str]:
 
 
 def _find_quantized(meta: Any, quantization: Any) -> dict[str, bool]:
-    """Return the linears that transformers would replace (`meta` is mutated)."""
+    """Return the linear layers that transformers would replace (`meta` is mutated)."""
     if is_torchao(quantization):
         return dict.fromkeys(torchao_linears(meta, quantization), False)  # none is a Conv1D
     return replaced_linears(meta, quantization, pre_quantized=True)
@@ -161,7 +153,7 @@ def _parameters(meta: Any, tree: ModuleTree, linears: dict[str, bool]) -> Iterat
     saved = meta.state_dict()
     tensors = [*meta.named_parameters(), *meta.named_buffers()]
     for name, tensor in tensors:
-        if name not in saved:  # a buffer that is computed anew
+        if name not in saved:  # non-persistent buffer
             continue
         owner, _, last = name.rpartition(".")
         module = tree.modules[owner]
@@ -181,10 +173,7 @@ def _parameters(meta: Any, tree: ModuleTree, linears: dict[str, bool]) -> Iterat
 
 
 def predict_bytes(layout: Layout) -> dict[str, tuple[int, int]]:
-    """Return part → (bytes before, bytes after), from shapes alone.
-
-    Before: every floating-point tensor in the type in which the rest is kept.
-    """
+    """Return part → (bytes before, bytes after), computed from shapes."""
     sizes = {part: [0, 0] for part in PARTS}
     for parameter in layout.parameters.values():
         count = math.prod(parameter.shape)
@@ -200,7 +189,7 @@ def predict_bytes(layout: Layout) -> dict[str, tuple[int, int]]:
 
 
 def packed_bytes(shape: tuple[int, ...], quantization: Any) -> int:
-    """Return the bytes of a weight `(out, in)` once quantized, its scales and settings included."""
+    """Return the bytes of a quantized weight (out, in), including scales and settings."""
     if is_torchao(quantization):
         return torchao_bytes(shape, quantization)
     count = math.prod(shape)

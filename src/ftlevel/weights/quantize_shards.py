@@ -1,11 +1,8 @@
-"""Pack weights as bitsandbytes or torchao does, shard by shard, one tensor in memory at a time.
+"""Quantize a checkpoint with bitsandbytes or torchao, one tensor in memory at a time.
 
-What is written is, tensor for tensor, what `save_pretrained` writes of a model that transformers
-has quantized and that never ran: the layout that every device reads.
-
-Writing a .safetensors file whose tensors become known one at a time.
-
-`tensor_files` reads them, and writes files of which every type and shape is known beforehand.
+The tensors equal those that `save_pretrained` writes for a model quantized by transformers that
+never ran. `ShardWriter` is for tensors that become known one at a time; `tensor_files` writes those
+with dtypes and shapes known beforehand.
 """
 
 from __future__ import annotations
@@ -34,14 +31,10 @@ _ALIGNMENT = 8
 
 
 class ShardWriter:
-    """Writes a .safetensors file in one pass: data first, then the header before it.
+    """Writes a .safetensors file in one pass: the data, then the header before it.
 
-    A tensor whose size is no multiple of 8 bytes waits until the end, so that every tensor is
-    aligned for its type; those are small in a real model.
-
-    Args:
-        path: the file to create.
-        names: bytes to hold the header in; `header_bound` gives enough.
+    Tensors whose size is no multiple of 8 bytes are written last, so that all are aligned.
+    `header_bytes` are reserved for the header; see `header_bound`.
     """
 
     def __init__(self, path: Path, header_bytes: int) -> None:
@@ -53,14 +46,14 @@ class ShardWriter:
         self._offset = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Write `tensor` (any device, any layout) under `name`."""
+        """Write `tensor` (any device, any strides) under `name`."""
         if tensor.nbytes % _ALIGNMENT:
             self._waiting.append((name, tensor))
         else:
             self._write(name, tensor)
 
     def note(self, name: str, text: str) -> None:
-        """Say something of `name` in the file's metadata."""
+        """Set `name` to `text` in the file's metadata."""
         self._header["__metadata__"][name] = text
 
     def _write(self, name: str, tensor: torch.Tensor) -> None:
@@ -75,7 +68,7 @@ class ShardWriter:
         self._offset = end
 
     def close(self) -> int:
-        """Write what waits and the header; return the size of the file in bytes."""
+        """Write the remaining tensors and the header; return the file size in bytes."""
         for name, tensor in sorted(self._waiting, key=lambda item: -item[1].element_size()):
             self._write(name, tensor)
         header = json.dumps(self._header, separators=(",", ":")).encode()
@@ -88,12 +81,8 @@ class ShardWriter:
 
 
 def header_bound(tensors: Mapping[str, int]) -> int:
-    """Return how many bytes a header can take at most.
-
-    Args:
-        tensors: name → how many tensors are written whose names begin with it.
-    """
-    # 200 bytes hold a suffix, a type, a shape of few dimensions and two offsets.
+    """Return the maximum header size in bytes for `tensors` (name prefix → number)."""
+    # 200 bytes: a suffix, a dtype, a shape of few dimensions and two offsets.
     return 64 + sum(count * (len(json.dumps(name)) + 200) for name, count in tensors.items())
 
 
@@ -103,19 +92,13 @@ COPIED = (
     "chat_template*", "vocab.*", "merges.txt", "*.model", "preprocessor_config.json",
     "processor_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
-"""Files that a checkpoint has beside its weights, as they are copied."""
+"""Patterns of the other files of a checkpoint, which are copied."""
 _MOST_PIECES = 7  # a double-quantized weight: packed, scales, their scales, two maps, settings
 
 
 @dataclass
 class Written:
-    """What came out.
-
-    Attributes:
-        parts: part → [bytes before, bytes after].
-        quantized: how many weights are packed.
-        bytes: size of the files.
-    """
+    """Sizes of a quantized checkpoint; `parts` maps a part to [bytes before, bytes after]."""
 
     parts: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
     quantized: int = 0
@@ -123,8 +106,9 @@ class Written:
 
 
 Choose = Callable[[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]
-"""Name of a linear and its weight (out, in) → the codes and scales to store, of the grid that
-`bitsandbytes_grid` gives; None for the nearest codes."""
+"""Layer name and weight (out, in) → codes and scales of `bitsandbytes_grid`; None for
+the nearest codes.
+"""
 
 
 def write_quantized(
@@ -134,13 +118,10 @@ def write_quantized(
     step: Callable[[int], None],
     choose: Choose | None = None,
 ) -> tuple[Layout, Written]:
-    """Write the model in `directory` quantized to `out`, with config.json and what lies beside it.
-
-    Returns:
-        The layout of what was written, whose config names what was kept; and the sizes.
+    """Write the model in `directory` quantized to `out`; return the resolved layout and sizes.
 
     Raises:
-        InputError: a weight that is to be quantized is not there.
+        InputError: a weight to quantize is missing.
     """
     shards = weight_files(directory)
     _check_whole(shards, layout)
@@ -176,23 +157,19 @@ def quantize_shards(
     progress: Callable[[int, int], None],
     choose: Choose | None = None,
 ) -> Written:
-    """Write the shards of a model quantized to `out`, under their own names.
+    """Write quantized shards to the directory `out`, under their own names.
 
-    Args:
-        shards: the source's files.
-        out: an existing directory.
-        layout: what is quantized, resolved for this checkpoint.
-        progress: told the number of tensors done and of all.
-        choose: gives the codes that are stored; of bitsandbytes' forms alone.
+    `layout` is resolved for this checkpoint. `progress` is called with the number of tensors done
+    and of all. `choose` applies to bitsandbytes only.
 
     Raises:
-        InputError: a file is damaged, or a weight is of a type that cannot be quantized.
+        InputError: a file is damaged, or a weight has a dtype that cannot be quantized.
     """
     files = {shard: read_header(shard)[0] for shard in shards}
     total, done, written = sum(map(len, files.values())), 0, Written()
     weight_map: dict[str, str] = {}
     noted = is_torchao(layout.config)
-    # transformers reads one list of names, whichever file it comes from.
+    # transformers reads one list of names, from any of the files.
     all_names = json.dumps([key for entries in files.values() for key in entries])
     for shard, entries in files.items():
         names = {key: layout.naming(key)[0] for key in entries}
@@ -236,7 +213,7 @@ def _index(weight_map: Mapping[str, str], written: Written) -> dict[str, Any]:
 def _convert(
     key: str, name: str, tensor: torch.Tensor, layout: Layout, choose: Choose | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return what is stored for one tensor of the checkpoint, and what the metadata says of it."""
+    """Return the tensors and metadata to store for one tensor of the checkpoint."""
     noted = is_torchao(layout.config)
     if layout.part_of(name) != QUANTIZED:
         kept = {key: tensor.to(layout.kept_dtype(name, tensor.dtype))}
@@ -256,7 +233,7 @@ def _convert(
 
 
 def bitsandbytes_grid(config: Any) -> Grid:
-    """Return what a `BitsAndBytesConfig` stores; in 8 bits, -127 to 127 with a scale a row."""
+    """Return the grid of a `BitsAndBytesConfig`; in 8 bits, -127 to 127 with a scale per row."""
     if config.load_in_8bit:
         return Grid(torch.arange(-127.0, 128.0) / 127, 0, lambda scales: scales)
     return four_bit_grid(config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)

@@ -1,8 +1,8 @@
-"""safetensors files, a tensor at a time: read one into memory, copy one, write many as a stream.
+"""Read and write safetensors files one tensor at a time.
 
-The format (safetensors README): eight bytes with the length of a JSON header, the header with the
-type, shape and place of every tensor, and the numbers. A file that is written here needs memory for
-one `Part` only, whatever its size; `safetensors.torch.save_file` needs all of its tensors.
+Format (safetensors README): eight bytes with the header's length, a JSON header with dtype, shape
+and offsets of every tensor, and the data. Writing needs memory for one `Part`;
+`safetensors.torch.save_file` needs all tensors.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class Spec:
-    """What a tensor is, without its numbers."""
+    """Dtype and shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -52,25 +52,25 @@ class Spec:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def meta(self) -> torch.Tensor:
-        """Return a tensor on the meta device."""
+        """Return an empty tensor on the meta device."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
 def spec_of(tensor: torch.Tensor) -> Spec:
-    """Return the spec of `tensor`."""
+    """Return dtype and shape of `tensor`."""
     return Spec(tensor.dtype, tuple(tensor.shape))
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that lies in a file."""
+    """A tensor in a file."""
 
     path: Path
     spec: Spec
     offset: int
 
     def read(self) -> torch.Tensor:
-        """Return the tensor in memory of its own, which the caller may change."""
+        """Return the tensor in newly allocated memory."""
         if self.spec.nbytes == 0:
             return torch.empty(self.spec.shape, dtype=self.spec.dtype)
         tensor = torch.empty(self.spec.nbytes, dtype=torch.uint8)
@@ -101,7 +101,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """Return the tensors of a safetensors file by name, and its metadata.
 
     Raises:
-        InputError: the file is cut short, or holds a type of number that is not known here.
+        InputError: the file is truncated, or has an unsupported dtype.
     """
     try:
         with path.open("rb") as file:
@@ -130,11 +130,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 
 def _entries(header: Any) -> dict[str, Any]:
-    """Return `header` if it has the shape of one.
-
-    Raises:
-        TypeError: it has not.
-    """
+    """Return `header` if it is valid, or raise TypeError."""
 
     def is_size(value: Any) -> bool:
         return isinstance(value, int) and 0 <= value < 1 << 63
@@ -160,12 +156,10 @@ def _entries(header: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors that are written one after another, and how to get them when their turn comes.
+    """Tensors that are written together.
 
-    Attributes:
-        specs: name → what will be written; their order is the order in the file.
-        source: a tensor of another file whose bytes are copied, or a function that gives the
-            tensors by name.
+    `specs` are in file order. `source` is a stored tensor to copy, or a function that returns the
+    tensors by name.
     """
 
     specs: Mapping[str, Spec]
@@ -173,7 +167,7 @@ class Part:
 
 
 def write_file(path: Path, parts: Sequence[Part]) -> None:
-    """Write `parts` as one safetensors file, and flush it to the disk."""
+    """Write `parts` as one safetensors file and flush it to disk."""
     specs = [(name, spec) for part in parts for name, spec in part.specs.items()]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
@@ -209,11 +203,7 @@ def _write_part(file: BinaryIO, part: Part) -> None:
 
 
 def write_files(directory: Path, shards: Mapping[str, Sequence[Part]]) -> int:
-    """Write each shard of `shards` (file name → parts), with their index if there are several.
-
-    Returns:
-        Bytes of all tensors.
-    """
+    """Write shards (file name → parts), with an index for several; return their tensor bytes."""
     total, where = 0, {}
     for name, parts in shards.items():
         write_file(directory / name, parts)
@@ -228,10 +218,10 @@ def write_files(directory: Path, shards: Mapping[str, Sequence[Part]]) -> int:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Return the weight files of a checkpoint, as transformers chooses them, in order.
+    """Return the weight files of a checkpoint that transformers loads, sorted.
 
     Raises:
-        InputError: there are none, or the index names one that is missing.
+        InputError: there are none, or one that the index names is missing.
     """
     single = directory / "model.safetensors"
     index = directory / "model.safetensors.index.json"

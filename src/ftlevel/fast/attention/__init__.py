@@ -1,4 +1,4 @@
-"""Attention in a packed row, by what the sequences are: short, blocked, or one flash kernel.
+"""Attention over packed rows: batched short sequences, query blocks, or a flash kernel.
 
-Takes queries, keys, values and a packed layout; nothing here knows a model family.
+Functions take queries, keys, values and a packed layout. They must not depend on a model family.
 """

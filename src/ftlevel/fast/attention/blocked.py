@@ -3,12 +3,10 @@
     P = softmax(s · Q Kᵀ + M),  O = P V
     dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ − rowsum(dO Vᵀ ∘ P)),  dQ = s · dS K,  dK = s · dSᵀ Q
 
-Scores that are capped at c (Gemma 2) are S = c · tanh(s · Q Kᵀ / c); dS has the factor 1 − (S/c)².
-
-A block is up to 128 queries of a sequence and the keys that they see, so half of the products of a
-causal sequence are never made. For short sequences P is kept for the backward pass, for long ones
-it is recomputed, so that memory grows with the tokens and not with their square. On sequences of up
-to 1,024 tokens torch's CPU flash kernel takes 2 to 4 times as long.
+With softcap c (Gemma 2), S = c · tanh(s · Q Kᵀ / c), and dS has the factor 1 − (S/c)². A block is
+up to 128 queries of a sequence and their visible keys, which skips half of the products of a causal
+sequence. P is saved for short sequences and recomputed for long ones, so memory is linear in
+tokens. Up to 1,024 tokens, torch's CPU flash kernel takes 2 to 4 times as long.
 """
 
 from __future__ import annotations
@@ -26,21 +24,18 @@ from ftlevel.fast.packing import Range, Segment
 from ftlevel.models.upstream.tensors import softmax_backward
 
 QUERIES = 128
-"""Queries of a block: what was fastest of 64, 128 and 256 in bfloat16."""
+"""Queries per block; the fastest of 64, 128 and 256 in bfloat16."""
 
 KEPT_KEYS = 256
-"""Blocks of up to this many keys keep their probabilities for the backward pass."""
+"""Maximum keys of a block whose probabilities are saved for the backward pass."""
 
 
 @dataclass(frozen=True)
 class QueryBlock:
-    """Queries and the keys that at least one of them sees.
+    """Queries and the keys that are visible to at least one of them.
 
-    Attributes:
-        start, stop: where the queries stand in the row.
-        keys: where the keys stand, in the order of their sequence.
-        mask: added to the scores of the last keys, -inf where a query does not see one; None where
-            every query sees every key.
+    `start` and `stop` are positions in the row; `keys` are ranges of the row in sequence order.
+    `mask` is added to the scores of the last keys: -inf where hidden, None where all are visible.
     """
 
     start: int
@@ -50,7 +45,7 @@ class QueryBlock:
 
     @property
     def width(self) -> int:
-        """How many keys there are."""
+        """Number of keys."""
         return sum(stop - start for start, stop in self.keys)
 
 
@@ -58,15 +53,10 @@ class QueryBlock:
 def visible(
     position: int, queries: int, first_key: int, keys: int, causal: bool, window: int | None
 ) -> torch.Tensor | None:
-    """Return a boolean mask (queries, keys) of what each query sees; None if that is all.
+    """Return a boolean mask (queries, keys) of the visible keys; None if all are visible.
 
-    Args:
-        position: of the first query in its sequence.
-        queries: how many there are.
-        first_key: position of the first key in the sequence.
-        keys: how many there are.
-        causal: whether a query sees only itself and what is before it.
-        window: a query sees fewer than this many tokens to each side, itself included.
+    `position` and `first_key` are positions of the first query and key in their sequence. A query
+    sees fewer than `window` tokens to each side, itself included.
     """
     distance = (position + torch.arange(queries))[:, None] - (first_key + torch.arange(keys))
     seen = torch.ones(queries, keys, dtype=torch.bool)
@@ -81,7 +71,7 @@ def visible(
 def split_queries(
     segments: tuple[Segment, ...], causal: bool, window: int | None
 ) -> tuple[QueryBlock, ...]:
-    """Cut segments into blocks of queries, in the order of the row."""
+    """Split segments into blocks of queries, in row order."""
     return tuple(block for segment in segments for block in _cut(segment, causal, window))
 
 
@@ -96,7 +86,7 @@ def _cut(segment: Segment, causal: bool, window: int | None) -> Sequence[QueryBl
         last = position + count
         if not causal:
             last = length if window is None else min(length, last + window - 1)
-        if causal and window is None:  # only the last keys are after some query
+        if causal and window is None:  # only the last keys follow some query
             seen = visible(0, count, 0, count, causal, None)
         else:
             seen = visible(position, count, first, last - first, causal, window)
@@ -108,7 +98,7 @@ def _cut(segment: Segment, causal: bool, window: int | None) -> Sequence[QueryBl
 
 
 def _clip(ranges: Sequence[Range], first: int, last: int) -> tuple[Range, ...]:
-    """Return the parts of `ranges` that hold the tokens [first, last) of their sequence."""
+    """Return the parts of `ranges` with the tokens [first, last) of their sequence."""
     clipped, position = [], 0
     for start, stop in ranges:
         low, high = max(first - position, 0), min(last - position, stop - start)
@@ -119,10 +109,10 @@ def _clip(ranges: Sequence[Range], first: int, last: int) -> tuple[Range, ...]:
 
 
 class BlockedAttention(torch.autograd.Function):
-    """The attention of a row, block by block.
+    """Attention of a row, block by block.
 
     Queries are (heads, tokens, head_dim), keys (key heads, tokens, head_dim), values (key heads,
-    tokens, value_dim); the output is (tokens, heads, value_dim). DeepSeek's two widths differ.
+    tokens, value_dim); the output is (tokens, heads, value_dim).
     """
 
     @staticmethod
@@ -136,7 +126,7 @@ class BlockedAttention(torch.autograd.Function):
         dropout: float,
         cap: float | None = None,
     ) -> torch.Tensor:
-        """Return what each query attends to."""
+        """Return the attention output."""
         heads, tokens, _ = query.shape
         groups = len(key)
         output = query.new_empty(tokens, heads, value.shape[-1])
@@ -191,10 +181,9 @@ class BlockedAttention(torch.autograd.Function):
 def _scores(
     query: torch.Tensor, key: torch.Tensor, block: QueryBlock, scale: float, cap: float | None
 ) -> torch.Tensor:
-    """Return (key heads, heads of a group * queries, keys), not masked.
+    """Return unmasked scores (key heads, heads of a group * queries, keys), at least in float32.
 
-    The scores are float32 at least, as in flash attention: rounded to bfloat16 they would make the
-    result three times as far from the exact one, and are no faster to compute.
+    In bfloat16 the result would have three times the error, and be no faster to compute.
     """
     exact = torch.promote_types(query.dtype, torch.float32)
     queries = _queries(query, block, len(key)).to(exact)
@@ -203,7 +192,7 @@ def _scores(
 
 
 def _probabilities(scores: torch.Tensor, block: QueryBlock, dtype: torch.dtype) -> torch.Tensor:
-    """Return the probabilities of `scores` (mutated), in `dtype`."""
+    """Return the softmax of the masked `scores` (mutated) in `dtype`."""
     if block.mask is not None:
         count = block.stop - block.start
         last = scores.view(len(scores), -1, count, block.width)[..., -block.mask.shape[1] :]
@@ -212,22 +201,22 @@ def _probabilities(scores: torch.Tensor, block: QueryBlock, dtype: torch.dtype) 
 
 
 def cap_scores(scores: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """Return cap · tanh(scores / cap), written over `scores`; they themselves where none is."""
+    """Return cap · tanh(scores / cap), in place; `scores` unchanged without a cap."""
     return scores if cap is None else scores.div_(cap).tanh_().mul_(cap)
 
 
 def slope_of_cap(capped: torch.Tensor, cap: float, dtype: torch.dtype) -> torch.Tensor:
-    """Return by what the gradient of capped scores is multiplied, 1 − (S/c)², in `dtype`."""
+    """Return the derivative of the softcap at `capped`, 1 − (S/c)², in `dtype`."""
     return 1 - (capped / cap).square_().to(dtype)
 
 
 def _queries(query: torch.Tensor, block: QueryBlock, groups: int) -> torch.Tensor:
-    """Return a block's queries (key heads, heads of a group * queries, head_dim)."""
+    """Return the queries of a block, (key heads, heads of a group * queries, head_dim)."""
     return query[:, block.start : block.stop].reshape(groups, -1, query.shape[-1])
 
 
 def _rows(states: torch.Tensor, ranges: Sequence[Range]) -> torch.Tensor:
-    """Return (key heads, keys, head_dim) of a block's keys or values."""
+    """Return the keys or values of a block, (key heads, keys, head_dim)."""
     if len(ranges) == 1:
         return states[:, ranges[0][0] : ranges[0][1]]
     return torch.cat([states[:, start:stop] for start, stop in ranges], dim=1)
@@ -247,7 +236,7 @@ def _add(
 
 
 def _take(states: torch.Tensor, groups: int) -> torch.Tensor:
-    """Return (queries, heads, head_dim) as (key heads, heads of a group * queries, head_dim)."""
+    """Reshape (queries, heads, head_dim) to (key heads, heads of a group * queries, head_dim)."""
     count, heads, width = states.shape
     return states.reshape(count, groups, heads // groups, width).permute(1, 2, 0, 3).reshape(
         groups, -1, width

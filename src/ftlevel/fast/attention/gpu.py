@@ -1,24 +1,11 @@
-"""Attention of a whole row by one flash kernel on a CUDA GPU, through `torch.nn.attention.varlen`.
+"""Attention of packed rows on a GPU: a flash kernel of torch or of the Hub, or padded SDPA.
 
-Each segment's queries see the keys of its past and its own, which are gathered before one another.
-The kernel aligns a causal mask at the last query and the last key (flash-attention 2.1), as a
-segment whose past comes first wants it; so trees of prefixes need no kernel of their own.
+The keys of each segment's past and its own are gathered in order. Kernels align a causal mask at
+the last query and key (flash-attention 2.1), so prefix trees need no kernel of their own.
 
-Attention of a row on a GPU that its flash kernel does not serve: a few calls of SDPA a row.
-
-Sequences of like length are padded to the longest of them and computed by one call: what torch
-before 2.10, a card before Ampere, float32 or dropout in attention leave. Calls are as many as there
-are powers of two among the lengths, at most, and not one a sequence; places are at most twice the
-tokens.
-
-Causal sequences of their own need no mask, since padding stands behind every token. With a mask the
-memory-efficient kernel has no grouped queries, so each query head gets its keys.
-
-Flash attention by a kernel of the Hugging Face hub that the user names: FA3, FA4 and others.
-
-The package `kernels` fetches it, by name and version, where it is not there yet; nothing is fetched
-that was not asked for. It has `flash_attn_varlen_func` of the flash-attention package, which aligns
-a causal mask at the last query and the last key, as torch's does.
+Padded SDPA covers torch before 2.10, GPUs before Ampere, float32 and attention dropout. Segments of
+similar length share a call, grouped by powers of two, so positions at most double. A causal batch
+without pasts needs no mask. Hub kernels (FA3, FA4) are downloaded only if the user names one.
 """
 
 from __future__ import annotations
@@ -42,33 +29,29 @@ from ftlevel.fast.packing import Segment
 from ftlevel.models.hardware import send
 
 WIDEST_HEAD = 256
-"""Elements of a head at most, in flash attention."""
+"""Maximum head_dim of flash attention."""
 
 
 class FlashKernel(Protocol):
-    """What attends to a whole row on a GPU."""
+    """A kernel that computes the attention of a whole row on a GPU."""
 
     def computes(self, options: AttentionOptions, head_dim: int) -> bool:
-        """Whether it can be told of all `options`, for heads of `head_dim` elements."""
+        """Return whether the kernel supports `options` for heads of `head_dim`."""
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Lengths,
         options: AttentionOptions,
     ) -> torch.Tensor:  # fmt: skip
-        """Return (tokens, heads, head_dim), of contiguous states (tokens, heads, head_dim)."""
+        """Return (tokens, heads, head_dim) for contiguous states of that layout."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What torch's `varlen_attn` takes, by its signature.
+    """Options that torch's `varlen_attn` supports, by its signature.
 
-    torch 2.8 and 2.9 have none. 2.10 takes `is_causal` and nothing of the three below, 2.11 all but
-    `enable_gqa`, 2.12, 2.13 and 2.15 all. (torch/nn/attention/varlen.py of each.)
-
-    Attributes:
-        windows: whether it is told of a window; else of causality alone.
-        scales: whether it is told of a scale; else it is 1 / sqrt(head_dim).
-        groups: whether a key head may serve several query heads; else keys are expanded.
+    It is missing in torch 2.8 and 2.9. It has `is_causal` only in 2.10, all but `enable_gqa` in
+    2.11, and all in 2.12, 2.13 and 2.15 (torch/nn/attention/varlen.py). Without `scales` the scale
+    is 1 / sqrt(head_dim); without `groups` keys are repeated for each query head.
     """
 
     windows: bool
@@ -77,12 +60,12 @@ class Kernel:
 
     @classmethod
     def read(cls, function: Callable[..., Any]) -> Kernel:
-        """Return what `function` takes."""
+        """Return the options that `function` supports."""
         names = inspect.signature(function).parameters
         return cls("window_size" in names, "scale" in names, "enable_gqa" in names)
 
     def computes(self, options: AttentionOptions, head_dim: int) -> bool:
-        """Whether it can be told of all `options`, for heads of `head_dim` elements."""
+        """Return whether the kernel supports `options` for heads of `head_dim`."""
         is_usual = math.isclose(options.scale, head_dim**-0.5, rel_tol=1e-6)
         windows = self.windows or options.window is None
         return windows and (self.scales or is_usual) and options.cap is None
@@ -90,7 +73,7 @@ class Kernel:
     def settings(
         self, causal: bool, window: int | None, scale: float, *, grouped: bool
     ) -> dict[str, Any]:
-        """Return the keywords of a call that it `computes`."""
+        """Return the keyword arguments of a call."""
         told: dict[str, Any] = {"scale": scale} if self.scales else {}
         if self.groups:
             told["enable_gqa"] = grouped
@@ -102,7 +85,7 @@ class Kernel:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Lengths,
         options: AttentionOptions,
     ) -> torch.Tensor:  # fmt: skip
-        """Return (tokens, heads, head_dim), as `FlashKernel` says."""
+        """Return (tokens, heads, head_dim), as `FlashKernel.attend`."""
         from torch.nn.attention.varlen import varlen_attn
 
         groups = query.shape[1] // key.shape[1]
@@ -113,12 +96,12 @@ class Kernel:
             lengths.most_keys,
             **self.settings(options.causal, options.window, options.scale, grouped=groups > 1),
         )  # fmt: skip
-        return cast("torch.Tensor", attended)  # the pair is returned to those who ask for it
+        return cast("torch.Tensor", attended)  # a tuple is returned only on request
 
 
 @lru_cache(maxsize=1)
 def installed_kernel() -> Kernel | None:
-    """Return what the kernel of the installed torch takes; None where there is none."""
+    """Return the options of the installed torch's kernel; None without a kernel."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return None
     from torch.nn.attention.varlen import varlen_attn
@@ -128,15 +111,14 @@ def installed_kernel() -> Kernel | None:
 
 @dataclass(frozen=True)
 class Lengths:
-    """What the kernel is told of a row.
+    """Cumulative lengths of a row's segments, as the kernels expect them.
 
     Attributes:
-        queries: (segments + 1,) int32, where the queries of each segment begin, and the end.
-        keys: (segments + 1,) int32, the same of its keys among the gathered ones; where they are
-            the row, it is `queries` itself, by which torch from 2.15 on knows that cuDNN, whose
-            causal mask begins at the first query and key, computes the same as flash attention.
-        most_queries, most_keys: of a segment.
-        source: (keys,) where each gathered key stands in the row; None where they are the row.
+        queries: (segments + 1,) int32.
+        keys: (segments + 1,) int32, of the gathered keys. Without pasts it must be the object
+            `queries`, by which torch from 2.15 on recognizes that cuDNN gives the same result.
+        most_queries, most_keys: maximum per segment.
+        source: (keys,) row index of each gathered key; None without pasts.
     """
 
     queries: torch.Tensor
@@ -148,7 +130,7 @@ class Lengths:
 
 @lru_cache(maxsize=8)
 def measure(segments: tuple[Segment, ...], device: torch.device) -> Lengths:
-    """Return the lengths of `segments`, on `device`."""
+    """Return the cumulative lengths of `segments` on `device`."""
     own = [segment.stop - segment.start for segment in segments]
     seen = [segment.position + length for segment, length in zip(segments, own, strict=True)]
     queries = send(torch.tensor([0, *own]).cumsum(0).int(), device)
@@ -161,12 +143,7 @@ def measure(segments: tuple[Segment, ...], device: torch.device) -> Lengths:
 
 
 def window_of(causal: bool, window: int | None) -> tuple[int, int]:
-    """Return how many keys a query sees before and behind its own, -1 for all.
-
-    Args:
-        causal: whether none behind.
-        window: a query sees fewer than this many tokens to each side, itself included.
-    """
+    """Return the number of visible keys before and after a query, -1 for all."""
     reach = -1 if window is None else window - 1
     return reach, 0 if causal else reach
 
@@ -174,7 +151,7 @@ def window_of(causal: bool, window: int | None) -> tuple[int, int]:
 def can_serve(
     query: torch.Tensor, options: AttentionOptions, kernel: FlashKernel | None = None
 ) -> bool:
-    """Whether `kernel`, or torch's, computes `query` (heads, tokens, head_dim) here."""
+    """Return whether `kernel`, or torch's, supports `query` (heads, tokens, head_dim) here."""
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or options.dropout:
         return False
     head_dim, kernel = query.shape[-1], kernel or installed_kernel()
@@ -193,16 +170,12 @@ def attend_varlen(
     options: AttentionOptions,
     kernel: FlashKernel | None = None,
 ) -> torch.Tensor:
-    """Return (tokens, heads, head_dim), where `can_serve` says that it can.
+    """Return the attention output (tokens, heads, head_dim); `can_serve` must be true.
 
-    Args:
-        states: queries (heads, tokens, head_dim), keys and values (key heads, tokens, head_dim).
-        segments: of the row.
-        options: of the attention; nothing is dropped.
-        kernel: which; None is torch's.
+    `states` are queries (heads, tokens, head_dim), keys and values (key heads, tokens, head_dim).
 
     Raises:
-        RuntimeError: there is none.
+        RuntimeError: no `kernel` is passed and torch has none.
     """
     kernel = kernel or installed_kernel()
     if kernel is None:
@@ -216,19 +189,16 @@ def attend_varlen(
 
 
 LengthPair = tuple[int, int]
-"""Queries and keys of a segment."""
+"""Number of queries and keys of a segment."""
 
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """Segments of like length.
+    """Segments of similar length, padded.
 
-    Attributes:
-        queries: (count, most queries) where each stands in the row; padding is some token.
-        keys: (count, most keys), likewise.
-        mask: (count, 1, most queries, most keys), True where a query sees a key; None where
-            causality alone decides, or nothing does.
-        causal: whether a query sees only what is before it, where there is no mask.
+    `queries` (count, most queries) and `keys` (count, most keys) are row indices; padding is any
+    token. `mask` (count, 1, most queries, most keys) is True where visible; None if `causal`
+    decides.
     """
 
     queries: torch.Tensor
@@ -241,14 +211,7 @@ class PaddedBatch:
 def pad_segments(
     segments: tuple[Segment, ...], causal: bool, window: int | None, device: torch.device
 ) -> tuple[tuple[PaddedBatch, ...], torch.Tensor]:
-    """Return the batches on `device`, and (tokens,) the place of each token among all of them.
-
-    Args:
-        segments: of the row.
-        causal: whether a query sees only itself and what is before it.
-        window: a query sees fewer than this many tokens to each side, itself included.
-        device: where they are computed.
-    """
+    """Return padded batches on `device`, and (tokens,) the index of each token among them."""
     groups: dict[LengthPair, list[int]] = defaultdict(list)
     for number, segment in enumerate(segments):
         own, seen = _lengths(segment)
@@ -294,7 +257,7 @@ def _pad(group: Sequence[Segment], causal: bool, window: int | None) -> PaddedBa
         mask &= distance >= 0
     if window is not None:
         mask &= distance.abs() < window
-    # A query of padding must see something, or its softmax is not a number.
+    # A padded query must see some key, or its softmax is NaN.
     mask |= (torch.arange(most) >= own[:, None])[:, :, None] & inside
     return PaddedBatch(queries, keys, mask[:, None], causal)
 
@@ -302,13 +265,7 @@ def _pad(group: Sequence[Segment], causal: bool, window: int | None) -> PaddedBa
 def attend_padded(
     states: list[torch.Tensor], segments: tuple[Segment, ...], options: AttentionOptions
 ) -> torch.Tensor:
-    """Return (tokens, heads, head_dim).
-
-    Args:
-        states: queries (heads, tokens, head_dim), keys and values (key heads, tokens, head_dim).
-        segments: of the row, which is all of the tokens.
-        options: of the attention.
-    """
+    """Return the attention output (tokens, heads, head_dim); `states` as in `attend_varlen`."""
     device = states[0].device
     batches, places = pad_segments(segments, options.causal, options.window, device)
     groups, outputs = len(states[0]) // len(states[1]), []
@@ -345,14 +302,7 @@ FUNCTION = "flash_attn_varlen_func"
 
 @dataclass(frozen=True)
 class HubKernel:
-    """A kernel that was fetched.
-
-    Attributes:
-        function: `flash_attn_varlen_func`.
-        caps: whether it can be told at what scores are capped.
-        windows: whether it can be told of a window.
-        all_keys: what a side of its window is that has no end: None in FA4, else -1.
-    """
+    """A kernel from the Hub; `all_keys` is an unlimited window side: None in FA4, else -1."""
 
     function: Callable[..., Any]
     caps: bool
@@ -361,14 +311,14 @@ class HubKernel:
 
     @classmethod
     def read(cls, function: Callable[..., Any]) -> HubKernel:
-        """Return what `function` takes, by its signature."""
+        """Return the options that `function` supports, by its signature."""
         names = inspect.signature(function).parameters
         windows = "window_size" in names
         all_keys = names["window_size"].default[0] if windows else None
         return cls(function, "softcap" in names, windows, all_keys)
 
     def computes(self, options: AttentionOptions, head_dim: int) -> bool:
-        """Whether it can be told of all `options`, for heads of `head_dim` elements."""
+        """Return whether the kernel supports `options` for heads of `head_dim`."""
         can_be_told = (self.caps or options.cap is None) and (
             self.windows or options.window is None
         )
@@ -378,7 +328,7 @@ class HubKernel:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Lengths,
         options: AttentionOptions,
     ) -> torch.Tensor:  # fmt: skip
-        """Return (tokens, heads, head_dim); arguments as of `attend_varlen`."""
+        """Return (tokens, heads, head_dim), as `FlashKernel.attend`."""
         told: dict[str, Any] = {"softmax_scale": options.scale, "causal": options.causal}
         if options.cap is not None:
             told["softcap"] = options.cap
@@ -395,7 +345,7 @@ class HubKernel:
 
 @lru_cache(maxsize=4)
 def fetch_kernel(named: str) -> HubKernel:
-    """Return the kernel `named` OWNER/NAME@VERSION, a number or a revision.
+    """Load the Hub kernel `named` OWNER/NAME@VERSION, a number or a revision.
 
     Raises:
         InputError: `kernels` is not installed, or has no such kernel for this machine.

@@ -1,7 +1,4 @@
-"""Attention whose scores are capped, written out: SDPA has no cap.
-
-What an attention is asked to compute of a row.
-"""
+"""Options of an attention layer, and attention with softcapped scores, which SDPA lacks."""
 
 from __future__ import annotations
 
@@ -21,22 +18,14 @@ def attend_capped(
     cap: float,
     causal: bool,
 ) -> tuple[torch.Tensor, None]:
-    """Attend as SDPA does, with capped scores.
+    """Compute attention like SDPA, with softcapped scores.
 
-    Args:
-        query: (batch, heads, queries, head_dim).
-        key: (batch, key heads, keys, head_dim); each serves heads / key heads queries in a row.
-        value: as `key`.
-        mask: (batch or 1, 1, queries, keys), True or 0 for what is seen; None where causality alone
-            decides.
-        dropout: of the probabilities.
-        scale: of the scores.
-        cap: what they are capped at.
-        causal: whether a query sees only what is before it, where there is no mask; one query alone
-            is the last token and sees every key.
+    `query` is (batch, heads, queries, head_dim), `key` and `value` are (batch, key heads, keys,
+    head_dim), `mask` is (batch or 1, 1, queries, keys), True or 0 where visible. `causal` applies
+    without a mask; a single query is the last token and sees every key.
 
     Returns:
-        (batch, queries, heads, head_dim), and None for the probabilities.
+        (batch, queries, heads, head_dim), and None for the attention weights.
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -60,15 +49,10 @@ def attend_capped(
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """One attention's part of a model.
+    """Options of an attention layer.
 
-    Attributes:
-        causal: whether a token sees only itself and what is before it.
-        window: a token sees fewer than this many tokens to each side, itself included; None for
-            all.
-        scale: of the scores.
-        dropout: of the probabilities.
-        cap: what scores are capped at (Gemma 2); None for nothing.
+    A token sees fewer than `window` tokens to each side, itself included. `cap` is the softcap of
+    the scores (Gemma 2).
     """
 
     causal: bool = True

@@ -1,7 +1,6 @@
-"""Attention in which each sequence sees itself alone, under transformers' `AttentionInterface`.
+"""Attention in which each packed sequence sees only itself, for `AttentionInterface`.
 
-Where no layout is current it is SDPA, with SDPA's masks: evaluation by generation, and whatever
-else calls the model, go on as before.
+Without a current layout it computes SDPA with SDPA's masks, e.g. in generation.
 """
 
 from __future__ import annotations
@@ -24,23 +23,24 @@ from ftlevel.fast.packing import NotServedError, PackedLayout, Segment, current_
 from ftlevel.fast.prefixes import current_prefix
 
 NAME = "ftlevel_packed"
-"""What the attention is called in `set_attn_implementation`."""
+"""Name of the attention for `set_attn_implementation`."""
 
 MAX_BLOCKED = 1024
-"""Sequences beyond this many tokens go through SDPA: measured on Zen 4, where blocks take a third
-of its time at 512 tokens and as long at 2,048."""
+"""Maximum sequence length for blocks; longer sequences use SDPA. On Zen 4, blocks take a third
+of its time at 512 tokens and the same time at 2,048.
+"""
 
 _UNSUPPORTED = ("s_aux", "position_bias")
 
 
 def register(kernel: FlashKernel | None = None) -> None:
-    """Make the attention known to transformers; on a GPU it is that of `kernel`, or torch's."""
+    """Register the attention with transformers; `kernel` replaces torch's on a GPU."""
     AttentionInterface.register(NAME, partial(attend, kernel=kernel))
     AttentionMaskInterface.register(NAME, build_mask)
 
 
 def build_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """Return SDPA's mask, and none for a packed row."""
+    """Return SDPA's mask, or None for a packed row."""
     return sdpa_mask(*args, **kwargs) if current_layout() is None else None
 
 
@@ -58,27 +58,17 @@ def attend(
     kernel: FlashKernel | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend within the sequences of the current layout.
+    """Compute attention within the sequences of the current layout.
 
-    Args:
-        module: the attention that asks.
-        query: (1, heads, tokens, head_dim).
-        key: (1, key heads, tokens, head_dim); each serves heads / key heads queries in a row.
-        value: as `key`.
-        attention_mask: of SDPA, where nothing is packed.
-        dropout: of the probabilities.
-        scaling: of the scores; the default is 1 / sqrt(head_dim).
-        is_causal: whether a token sees only what is before it; the default is the module's.
-        sliding_window: how far a token sees, itself included.
-        softcap: what scores are capped at.
-        kernel: of a GPU, if it is not torch's.
-        others: what other implementations take.
+    `query` is (1, heads, tokens, head_dim), `key` and `value` are (1, key heads, tokens, head_dim).
+    `scaling` defaults to 1 / sqrt(head_dim), `is_causal` to the module's. `sliding_window` includes
+    the token itself.
 
     Returns:
-        (1, tokens, heads, head_dim), and None for the probabilities.
+        (1, tokens, heads, head_dim), and None for the attention weights.
 
     Raises:
-        NotServedError: the model asks for something that is not computed here.
+        NotServedError: the model uses an unsupported option.
     """
     layout = current_layout()
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -118,14 +108,14 @@ def _by_sequence(
     options: AttentionOptions,
     kernel: FlashKernel | None,
 ) -> torch.Tensor:
-    """Return (tokens, heads, head_dim): on a GPU by one kernel, on a CPU by blocks or by SDPA."""
+    """Return (tokens, heads, head_dim): by one kernel on a GPU, by blocks or SDPA on a CPU."""
     if can_serve(states[0], options, kernel):
         return attend_varlen(states, layout.segments, options, kernel)
     if states[0].device.type != "cpu":
         return attend_padded(states, layout.segments, options)
     is_short = all(s.stop - s.start <= MAX_BLOCKED for s in layout.segments)
     is_tree = any(segment.past for segment in layout.segments)
-    # SDPA would draw from the generator of the process.
+    # SDPA would use the generator of the process.
     draws_itself = options.dropout > 0 and worker_generator() is not None
     how = (options.scale, options.dropout, options.cap)
     if are_short(layout.segments):
@@ -149,7 +139,7 @@ def _by_sequence(
 def _by_sdpa(
     segment: Segment, states: list[torch.Tensor], options: AttentionOptions
 ) -> torch.Tensor:
-    """Return (heads, tokens of the segment, head_dim), for a sequence of its own."""
+    """Return (heads, tokens of the segment, head_dim) for a segment without a past."""
     query, key, value = (part[:, segment.start : segment.stop] for part in states)
     length = key.shape[1]
     plain = options.window is None or options.window > length

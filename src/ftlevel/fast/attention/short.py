@@ -1,9 +1,8 @@
-"""Attention of sequences of a few dozen tokens: all of them in one batched product, padded.
+"""Attention of sequences of up to 64 tokens in one batched product per group, padded.
 
-The formulas are those of `attention.blocked`, whose products are too small here: a sequence of 20
-tokens costs as many operations as one of 128. Sequences of like length are padded to the longest of
-them, and padding is masked. On sequences of 20 to 32 tokens in bfloat16 it takes half the time of
-blocks, of 64 tokens four fifths, and from 100 on it is no faster.
+The formulas are those of `attention.blocked`, where 20 tokens cost as many operations as 128. In
+bfloat16 this takes half the time of blocks at 20 to 32 tokens, four fifths at 64, and is no faster
+from 100 on.
 """
 
 from __future__ import annotations
@@ -22,24 +21,19 @@ from ftlevel.fast.packing import Segment
 from ftlevel.models.upstream.tensors import softmax_backward
 
 LONGEST = 64
-"""Tokens of a sequence that is short."""
+"""Maximum tokens of a short sequence."""
 
 PADDED = 1.25
-"""Most places of a batch for each token in it."""
+"""Maximum positions of a batch per token."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences that follow one another in the row, padded to the longest.
+    """Consecutive sequences of the row, padded to the longest.
 
-    Attributes:
-        start, stop: where their tokens stand in the row.
-        count: how many sequences.
-        longest: tokens of the longest.
-        source: (count · longest,) for each place the token of the batch that stands there; padding
-            has some token.
-        places: (stop - start,) the place of each token.
-        mask: (count or 1, 1, longest, longest), added to the scores, 0 or -inf; None for nothing.
+    `start` and `stop` are positions in the row. `source` (count · longest,) is the token of each
+    padded position, `places` (stop - start,) the padded position of each token. `mask` (count or 1,
+    1, longest, longest) is added to the scores; None for no mask.
     """
 
     start: int
@@ -52,7 +46,7 @@ class Batch:
 
 
 def are_short(segments: Sequence[Segment]) -> bool:
-    """Whether every segment is a short sequence of its own."""
+    """Return whether all segments are short sequences without a past."""
     return all(not s.past and s.stop - s.start <= LONGEST for s in segments)
 
 
@@ -60,13 +54,7 @@ def are_short(segments: Sequence[Segment]) -> bool:
 def batch_sequences(
     segments: tuple[Segment, ...], causal: bool, window: int | None
 ) -> tuple[Batch, ...]:
-    """Return the batches of short sequences, in the order of the row.
-
-    Args:
-        segments: sequences without a past.
-        causal: as of `visible`.
-        window: as of `visible`.
-    """
+    """Return padded batches of short sequences, in row order; arguments as in `visible`."""
     return tuple(_pad(group, causal, window) for group in _group(segments))
 
 
@@ -93,14 +81,14 @@ def _pad(group: Sequence[Segment], causal: bool, window: int | None) -> Batch:
     if not bool(inside.all()) or seen is not None:
         whole = torch.ones(longest, longest, dtype=torch.bool) if seen is None else seen
         hidden = ~(whole & inside[:, None, :])[:, None]
-        # A query of padding must see something, or its softmax is not a number.
+        # A padded query must see some key, or its softmax is NaN.
         hidden &= inside[:, None, :, None]
         mask = torch.zeros(hidden.shape).masked_fill_(hidden, -math.inf)
     return Batch(group[0].start, group[-1].stop, count, longest, source, places, mask)
 
 
 class ShortAttention(torch.autograd.Function):
-    """The attention of a row of short sequences; shapes as of `BlockedAttention`."""
+    """Attention of a row of short sequences; shapes as in `BlockedAttention`."""
 
     @staticmethod
     def forward(
@@ -113,7 +101,7 @@ class ShortAttention(torch.autograd.Function):
         dropout: float,
         cap: float | None = None,
     ) -> torch.Tensor:
-        """Return what each query attends to."""
+        """Return the attention output."""
         groups, outputs = len(key), []
         saved: list[torch.Tensor] = []
         for batch in batches:
@@ -156,26 +144,26 @@ class ShortAttention(torch.autograd.Function):
 def _scores(
     query: torch.Tensor, key: torch.Tensor, scale: float, cap: float | None
 ) -> torch.Tensor:
-    """Return (sequences · key heads, heads of a group · queries, keys), exact and not masked."""
+    """Return unmasked scores (sequences · key heads, heads of a group · queries, keys)."""
     exact = torch.promote_types(query.dtype, torch.float32)
     scores = torch.bmm(query.to(exact), key.to(exact).transpose(1, 2)).mul_(scale)
     return cap_scores(scores, cap)
 
 
 def _probabilities(scores: torch.Tensor, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
-    """Return the probabilities of `scores` (mutated), in `dtype`."""
+    """Return the softmax of the masked `scores` (mutated) in `dtype`."""
     if batch.mask is not None:
         scores.view(batch.count, -1, batch.longest, batch.longest).add_(batch.mask)
     return scores.softmax(-1).to(dtype)
 
 
 def _take(states: torch.Tensor, batch: Batch, groups: int) -> torch.Tensor:
-    """Return (tokens, heads, head_dim) as (sequences · groups, heads of a group · longest, …)."""
+    """Reshape (tokens, heads, head_dim) to (sequences · groups, heads of a group · longest, …)."""
     return _split(states[batch.start : batch.stop].index_select(0, batch.source), batch, groups)
 
 
 def _take_zeros(states: torch.Tensor, batch: Batch, groups: int) -> torch.Tensor:
-    """Return what `_take` does, with zeros for padding: its places must add to no gradient."""
+    """Reshape as `_take` with zeros for padding, which must not contribute to a gradient."""
     padded = states.new_zeros(batch.count * batch.longest, *states.shape[1:])
     padded.index_copy_(0, batch.places, states[batch.start : batch.stop])
     return _split(padded, batch, groups)
@@ -188,7 +176,7 @@ def _split(padded: torch.Tensor, batch: Batch, groups: int) -> torch.Tensor:
 
 
 def _put(states: torch.Tensor, batch: Batch, groups: int) -> torch.Tensor:
-    """Return what `_take` was given, (tokens, heads, head_dim)."""
+    """Invert `_take`: return (tokens, heads, head_dim)."""
     width = states.shape[-1]
     shaped = states.view(batch.count, groups, -1, batch.longest, width).permute(0, 3, 1, 2, 4)
     return shaped.reshape(batch.count * batch.longest, -1, width).index_select(0, batch.places)

@@ -1,4 +1,4 @@
-"""The end of the model: chunked cross-entropy on supervised tokens, and the last layer's pruning.
+"""The end of the model: chunked cross-entropy on supervised tokens, and last-layer pruning.
 
-Takes hidden states and targets; which tokens are needed is told by the task's objective.
+The task's objective defines which tokens are needed.
 """

@@ -1,13 +1,9 @@
-"""Chunked cross-entropy on supervised tokens: head, loss and gradient, a chunk at a time.
+"""Chunked cross-entropy on supervised tokens: head, loss and gradient, one chunk at a time.
 
     L = Σᵢ −log softmax(f(zᵢ))[yᵢ],  z = head(h)    ∂L/∂f(zᵢ) = softmax(f(zᵢ)) − onehot(yᵢ)
 
-What depends on how likely each token is (`likelihoods`) gets these one by one, and gives each a
-gradient of its own.
-
-A language model scores every token of its vocabulary at every position, and most positions are
-prompt or padding. Here the head's input is taken at the positions that predict a target, a chunk at
-a time, so memory does not grow with the vocabulary times the sequence.
+The head runs only at positions that predict a target, so memory does not grow with vocabulary times
+sequence length. Objectives of `likelihoods` get one log-likelihood per token, each with a gradient.
 """
 
 from __future__ import annotations
@@ -25,29 +21,23 @@ from ftlevel.fast.packing import NotServedError
 from ftlevel.models.hardware import free_memory_bytes
 
 CHUNK_SCORES = 4_000_000
-"""Scores of a chunk: 24 MB in float32 and bfloat16, which a CPU's last cache still holds."""
+"""Logits per chunk: 24 MB in float32 and bfloat16, which fits in a CPU's last-level cache."""
 
 FEWEST = 64
-"""Targets of a chunk at least: fewer would read the head's weights for too little work."""
+"""Minimum targets per chunk; with fewer, reading the head's weights dominates."""
 
 GPU_TARGETS = 4096
-"""Targets of a chunk at most, on a GPU, which has no cache that scores could stay in: with more the
-products are no faster."""
+"""Maximum targets per chunk on a GPU; more are no faster."""
 
 GPU_SHARE = 16
-"""The part of the free memory, one of so many, that a chunk's scores may take there."""
+"""A chunk's logits may use 1 / GPU_SHARE of the free GPU memory."""
 
 SCORE_BYTES = 14
-"""Of a score: in half precision, in float32, its probability, and the gradient in both."""
+"""Bytes per logit: half precision, float32, probability, and the gradient in both."""
 
 
 def targets_a_chunk(free: int | None, vocabulary: int) -> int:
-    """Return how many targets are scored at once, over a `vocabulary`.
-
-    Args:
-        free: bytes of a GPU once the model is on it; None on a CPU.
-        vocabulary: scores of a target.
-    """
+    """Return the targets per chunk for `free` bytes of GPU memory; None means a CPU."""
     if free is None:
         return max(FEWEST, CHUNK_SCORES // vocabulary)
     return max(FEWEST, min(GPU_TARGETS, free // GPU_SHARE // (SCORE_BYTES * vocabulary)))
@@ -55,17 +45,15 @@ def targets_a_chunk(free: int | None, vocabulary: int) -> int:
 
 Observe = Callable[[torch.Tensor, torch.Tensor], None]
 LossAndGradient = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
-"""Scores (chunk, vocabulary), and which targets → their summed loss, its gradient by scores."""
+"""Logits (chunk, vocabulary) and the slice of targets → summed loss, and its gradient."""
 LossesAndGradient = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""Scores (chunk, vocabulary), and their targets → their losses, the gradient of the sum."""
+"""Logits (chunk, vocabulary) and their targets → losses, and the gradient of their sum."""
 
 
 def finish_scores(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return what `model` does to the scores that its head gives.
+    """Return the function that `model` applies to its head's output.
 
-    Args:
-        model: a transformers model: Gemma caps its scores, Cohere and Granite scale them, BART adds
-            a constant.
+    Gemma caps logits, Cohere and Granite scale them, BART adds a constant.
     """
     config: Any = model.config
     cap = getattr(config, "final_logit_softcapping", None)
@@ -76,14 +64,14 @@ def finish_scores(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
             scores = scores * scale
         if cap is not None:
             scores = torch.tanh(scores / cap) * cap
-        bias = getattr(model, "final_logits_bias", None)  # the one that it has now
+        bias = getattr(model, "final_logits_bias", None)  # its current value
         return scores if bias is None else scores + bias.to(scores.device)
 
     return finish
 
 
 class _Call(threading.local):
-    """What a forward pass asks for and gets; several may be computed in parallel."""
+    """Request and result of a forward pass, per thread."""
 
     asked: tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]] | None = None
     found: torch.Tensor | None = None
@@ -92,14 +80,11 @@ class _Call(threading.local):
 class ChunkedCrossEntropy:
     """Computes a model's head and loss at given positions, inside its forward pass.
 
-    A hook takes the head's input, computes there what is asked for, and lets the model go on with
-    one position, so that precision, adapters on the head and a trained head are the model's own.
-
-    Args:
-        model: a transformers model with a language head (mutated: a hook).
+    A hook on the head of `model` (mutated) computes the result from the head's input and passes on
+    one position. Precision, adapters on the head and a trained head are therefore the model's own.
 
     Raises:
-        NotServedError: the model has no such head.
+        NotServedError: the model has no language head.
     """
 
     def __init__(self, model: nn.Module, kernels: Kernels = NO_KERNELS) -> None:
@@ -117,11 +102,11 @@ class ChunkedCrossEntropy:
         self._hook = head.register_forward_pre_hook(self._take, prepend=True)
 
     def fit_chunks(self, free: int | None) -> None:
-        """Have chunks be as large as `free` bytes of a GPU allow; None for those of a CPU."""
+        """Set the chunk size for `free` bytes of GPU memory; None means a CPU."""
         self._chunk = targets_a_chunk(free, self._vocabulary)
 
     def remove(self) -> None:
-        """Take the hook off."""
+        """Remove the hook."""
         self._hook.remove()
 
     def loss_sum(
@@ -132,18 +117,17 @@ class ChunkedCrossEntropy:
         observe: Observe | None = None,
         smoothing: float = 0.0,
     ) -> torch.Tensor:
-        """Return the summed negative log likelihood of `targets` in nats (a scalar, float32).
+        """Return the summed negative log-likelihood of `targets` in nats (a scalar, float32).
 
         Args:
             forward: calls the model on a batch.
-            at: (targets,) positions that predict them, in the flattened (batch, seq).
+            at: (targets,) indices in the flattened (batch, seq) of the positions that predict them.
             targets: (targets,) token ids.
-            observe: is given the scores and the targets of each chunk; only without gradients.
-            smoothing: share ε of a target's probability that is spread over the vocabulary; only
-                with gradients.
+            observe: receives the logits and targets of each chunk; only without gradients.
+            smoothing: label smoothing ε; only with gradients.
 
         Raises:
-            NotServedError: the model never asked its head.
+            NotServedError: the model did not call its head.
         """
         if torch.is_grad_enabled():
 
@@ -160,16 +144,10 @@ class ChunkedCrossEntropy:
         at: torch.Tensor,
         loss_of: Callable[[torch.Tensor, slice], torch.Tensor],
     ) -> torch.Tensor:
-        """Return the sum of what `loss_of` makes of the scores of each chunk (a scalar, float32).
+        """Return the sum of `loss_of` over the chunks (a scalar, float32).
 
-        Args:
-            forward: calls the model on a batch.
-            at: (targets,) positions, in the flattened (batch, seq).
-            loss_of: is given scores (chunk, vocabulary) and which of the targets they are of, and
-                returns a scalar.
-
-        Raises:
-            NotServedError: the model never asked its head.
+        `loss_of` maps logits (chunk, vocabulary) and the slice of their targets to a scalar.
+        `forward`, `at` and exceptions are those of `loss_sum`.
         """
 
         def compute(scores: torch.Tensor, own: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,15 +161,9 @@ class ChunkedCrossEntropy:
     def likelihoods(
         self, forward: Callable[[], Any], at: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
-        """Return the log-likelihood of each of `targets` in nats (targets,), in float32.
+        """Return the log-likelihood of each target in nats, (targets,) in float32.
 
-        Args:
-            forward: calls the model on a batch.
-            at: (targets,) positions that predict them, in the flattened (batch, seq).
-            targets: (targets,) token ids.
-
-        Raises:
-            NotServedError: the model never asked its head.
+        Arguments and exceptions are those of `loss_sum`.
         """
 
         def compute(states: torch.Tensor) -> torch.Tensor:
@@ -208,7 +180,7 @@ class ChunkedCrossEntropy:
         at: torch.Tensor,
         compute: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """Return what `compute` makes of the head's input (targets, hidden) at the places `at`."""
+        """Return `compute` of the head's input (targets, hidden) at `at`."""
         self._call.asked, self._call.found = (at, compute), None
         try:
             forward()
@@ -220,7 +192,7 @@ class ChunkedCrossEntropy:
         return found
 
     def _take(self, head: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:  # noqa: ARG002 - a hook
-        """Compute what is asked for from the head's input (batch, seq, hidden)."""
+        """Run the requested computation on the head's input (batch, seq, hidden)."""
         if self._call.asked is None:
             return None
         at, compute = self._call.asked
@@ -232,7 +204,7 @@ class ChunkedCrossEntropy:
     def _losses(
         self, scores: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the losses of `scores` (targets, vocabulary), and the gradient of their sum."""
+        """Return the losses of logits (targets, vocabulary), and the gradient of their sum."""
         kind, vocabulary = scores.device.type, scores.shape[-1]
         formulas = self._kernels.cross_entropy(vocabulary, scores.dtype, kind)
         return formulas.cross_entropy(scores, targets, smoothing)
@@ -241,22 +213,22 @@ class ChunkedCrossEntropy:
         return [p for p in self._head.parameters() if p.requires_grad]
 
     def _summed(self, states: torch.Tensor, compute: LossAndGradient) -> torch.Tensor:
-        """Return the loss of all chunks, with its gradient."""
+        """Return the loss of all chunks, differentiable."""
         total: torch.Tensor = _SummedLoss.apply(  # type: ignore[no-untyped-call]
             states, compute, self._scores, self._chunk, *self._trained()
         )
         return total
 
     def _scores(self, states: torch.Tensor) -> torch.Tensor:
-        """Return (targets, vocabulary)."""
-        # Without a batch dimension: with one, torch's backward pass copies the head's weight.
+        """Return the logits (targets, vocabulary)."""
+        # No batch dimension: with one, torch's backward pass copies the head's weight.
         scores: torch.Tensor = self._finish(self._head(states))
         return scores
 
     def _observe(
         self, states: torch.Tensor, targets: torch.Tensor, observe: Observe | None
     ) -> torch.Tensor:
-        """Return the loss of all chunks, and show each to `observe`."""
+        """Return the loss of all chunks and pass each to `observe`."""
         total = torch.zeros((), device=states.device)
         for chunk, wanted in _chunks(states, targets, self._chunk):
             scores = self._scores(chunk)
@@ -273,7 +245,7 @@ def _chunks(
 
 
 class _SummedLoss(torch.autograd.Function):
-    """The loss summed over targets; its gradients are made while the scores are there."""
+    """Loss summed over targets; forward computes the gradients of each chunk."""
 
     @staticmethod
     def forward(
@@ -284,7 +256,7 @@ class _SummedLoss(torch.autograd.Function):
         size: int,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the loss, and keep the gradient of `states` and of the head's `parameters`."""
+        """Return the loss; save the gradients of `states` and of the head's `parameters`."""
         total = torch.zeros((), device=states.device)
         of_states = torch.empty_like(states)
         of_parameters = [torch.zeros_like(p) for p in parameters]
@@ -309,7 +281,7 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the kept gradients, times the gradient of the loss."""
+        """Return the saved gradients times `upstream`."""
         of_states, *of_parameters = ctx.saved_tensors
         return (
             of_states * upstream.to(of_states.dtype),
@@ -321,10 +293,10 @@ class _SummedLoss(torch.autograd.Function):
 
 
 class _Likelihoods(torch.autograd.Function):
-    """The log-likelihood of each target.
+    """Log-likelihood of each target.
 
-    The gradient of each with respect to its state is made while the scores are there. That of a
-    head that is trained depends on what comes after, and so its scores are computed again.
+    Forward computes the gradients of the states. With a trained head, backward recomputes the
+    logits.
     """
 
     @staticmethod
@@ -337,7 +309,7 @@ class _Likelihoods(torch.autograd.Function):
         size: int,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
-        """Return (targets,), float32."""
+        """Return the log-likelihoods, (targets,) in float32."""
         each = torch.empty(len(targets), device=states.device)
         wanted = states.requires_grad and not parameters
         of_states = torch.empty_like(states) if wanted else states

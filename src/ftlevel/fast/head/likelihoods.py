@@ -1,8 +1,7 @@
-"""How likely whole answers are: measured once by a reference, and in each step by the policy.
+"""Losses computed with the language head on supervised tokens only.
 
-The loss of a batch whose language head is computed on its supervised tokens only.
-
-Which tokens of a batch are needed after the last block: those that a loss depends on.
+Covers log-likelihoods of whole answers, training losses, and which tokens the loss needs after the
+last block.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from ftlevel.task import (
 
 
 def base_model(model: Any) -> Any:
-    """Return the transformers model under an adapter."""
+    """Return the transformers model inside a PEFT model."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
@@ -37,14 +36,7 @@ def measure_answers(
     objective: LikelihoodObjective,
     batch: Mapping[str, Any],
 ) -> torch.Tensor:
-    """Return how likely the answers of a batch are, as `LikelihoodObjective.answers` gives it.
-
-    Args:
-        head: the head of `model`; None where all of its scores are to be computed.
-        model: what is called.
-        objective: what it is trained on.
-        batch: inputs and labels.
-    """
+    """Return the log-likelihoods of a batch's answers; without a `head`, from all logits."""
     inputs, labels = as_called(model, objective, batch)
     at, targets = batch.get("located") or objective.locate(labels)
     if head is not None:
@@ -62,7 +54,10 @@ def plain_loss(
     mask: torch.Tensor,
     loss: TrainingLoss,
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Return the loss of training, summed, from all scores of a batch; its labels; the outputs."""
+    """Return the summed training loss from all logits of a batch, its labels, and the outputs.
+
+    The outputs are None for answer likelihoods and distillation.
+    """
     if isinstance(objective, LikelihoodObjective):
         answers = measure_answers(None, model, objective, batch)
         total = objective.judge(answers, batch["verdicts"], training=True)
@@ -77,7 +72,7 @@ def plain_loss(
 
 
 def with_baseline(verdicts: torch.Tensor, baseline: torch.Tensor) -> torch.Tensor:
-    """Return `verdicts` (answers, 3) of which `baseline` (a scalar) is taken off each reward."""
+    """Return `verdicts` (answers, 3) with a scalar `baseline` to subtract from each reward."""
     return torch.cat([verdicts[:, :2], baseline.expand(len(verdicts), 1)], dim=1)
 
 
@@ -87,15 +82,9 @@ def sum_of_ratios(
     objective: LikelihoodObjective,
     batches: Sequence[dict[str, Any]],
 ) -> torch.Tensor:
-    """Return the summed log-ratios of policy and reference, and how many there are (2,).
+    """Return the sum and number of log-ratios of policy and reference, as a tensor (2,).
 
-    Nothing is dropped and no gradient is kept; the mode of `model` is as before.
-
-    Args:
-        head: as of `measure_answers`.
-        model: the policy.
-        objective: what it is trained on.
-        batches: answers with `verdicts`, and a `layout` where they are packed.
+    It runs in eval mode without gradients, and restores the training mode.
     """
     total = torch.zeros(2)
     training = model.training
@@ -116,7 +105,7 @@ def sum_of_ratios(
 def as_called(
     model: Any, objective: TokenObjective, batch: Mapping[str, Any]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Return what `model` is called with for its scores, and the labels."""
+    """Return the inputs with which `model` computes logits, and the labels."""
     inputs: dict[str, Any] = dict(batch)
     for name in ("verdicts", "located", "known", "ids"):
         inputs.pop(name, None)
@@ -135,16 +124,7 @@ def supervised_loss(
     observe: Observe | None = None,
     smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Return the loss of a batch summed over its targets, its head computed on these alone.
-
-    Args:
-        head: the head of `model`.
-        model: what is called.
-        objective: what it is trained on.
-        batch: inputs and labels, and where the targets are `located` if that is known.
-        observe: is given scores and targets.
-        smoothing: share of a target's probability that is spread over the vocabulary.
-    """
+    """Return the summed loss of a batch, with the head computed on its targets only."""
     if isinstance(objective, LikelihoodObjective):
         answers = measure_answers(head, model, objective, batch)
         return objective.judge(answers, batch["verdicts"], training=True)
@@ -165,14 +145,7 @@ def supervised_loss(
 def compute_shared_prefix(
     head: ChunkedCrossEntropy, model: Any, layout: PackedLayout, batch: dict[str, torch.Tensor]
 ) -> SharedPrefix:
-    """Return what all rows of a step begin with, computed by `model` without any loss.
-
-    Args:
-        head: the head of `model`.
-        model: what is called.
-        layout: of the prefix.
-        batch: the prefix as a batch of one row.
-    """
+    """Compute the common prefix of a step's rows, a `batch` of one row, without a loss."""
     prefix = SharedPrefix(layout.tokens)
     nowhere = torch.zeros(0, dtype=torch.long, device=batch["input_ids"].device)
     with using_layout(layout), using_prefix(prefix):
@@ -186,32 +159,24 @@ Batch = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class SupervisedTokens:
-    """Those that predict a target of a language head.
-
-    Attributes:
-        objective: says where they are.
-    """
+    """Selects the tokens that predict a target of a language head."""
 
     objective: TokenObjective
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Return (needed,) places in the flattened (batch, seq)."""
+        """Return (needed,) indices in the flattened (batch, seq)."""
         at, _ = self.objective.locate(batch["labels"])
         return at
 
 
 @dataclass(frozen=True)
 class PooledTokens:
-    """One of each row, of which a classifier makes its scores.
-
-    Attributes:
-        last: whether it is the last one that is not padding, and not the first.
-    """
+    """Selects the first or the last token of each row, for a classifier."""
 
     last: bool
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Return (batch,) places in the flattened (batch, seq), whose padding is on the right."""
+        """Return (batch,) indices in the flattened (batch, seq), padded on the right."""
         mask = batch["attention_mask"]
         first = torch.arange(len(mask), device=mask.device) * mask.shape[1]
         return first + mask.sum(dim=1) - 1 if self.last else first

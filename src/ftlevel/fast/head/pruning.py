@@ -1,11 +1,9 @@
-"""Last-layer token pruning: the last block at the tokens that are needed, and nowhere else.
+"""Last-layer token pruning: the last block computes only the tokens that are needed after it.
 
-After the last block a language head needs the positions that predict a target, and a classifier one
-position of each row. For the other tokens the last block has only to give keys and values: its
-other linears compute the needed tokens, and give zeros for the rest, which nothing uses.
-
-Which linears those are is asked of the block: the gradient of a needed token, with respect to what
-a linear gives for another, is exactly zero where no path leads from the one to the other.
+A language head needs positions that predict a target, a classifier one position per row. Other
+tokens need only keys and values from the last block, so its other linear layers return zeros for
+them. These layers are found by gradients: the gradient of a needed token with respect to the
+layer's output at other tokens is exactly zero.
 """
 
 from __future__ import annotations
@@ -20,18 +18,14 @@ from ftlevel.fast.packing import PackedLayout, current_layout
 
 
 class LastLayerPruning:
-    """Hooks that have linears compute only the tokens that `PackedLayout.needed` names.
-
-    Args:
-        linears: of the last block, as `find_prunable_linears` gives them (mutated until `remove`).
-    """
+    """Hooks that restrict `linears` to the tokens in `PackedLayout.needed`, until `remove`."""
 
     def __init__(self, linears: Sequence[nn.Module]) -> None:
         self._hooks = [linear.register_forward_pre_hook(_take, prepend=True) for linear in linears]
         self._hooks += [linear.register_forward_hook(_give_back) for linear in linears]
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 
@@ -40,7 +34,7 @@ def _take(
     linear: nn.Module,  # noqa: ARG001 - the signature of a hook
     args: tuple[Any, ...],
 ) -> tuple[Any, ...] | None:
-    """Return the arguments with the input (…, tokens, in) at the needed tokens."""
+    """Return the arguments with the needed tokens of the input (…, tokens, in)."""
     layout = current_layout()
     if layout is None or layout.needed is None or args[0].shape[-2] != layout.tokens:
         return None
@@ -52,7 +46,7 @@ def _give_back(
     args: tuple[Any, ...],  # noqa: ARG001 - the signature of a hook
     output: torch.Tensor,
 ) -> torch.Tensor | None:
-    """Return the output (…, tokens, out), zero for the tokens that are not needed."""
+    """Return the output (…, tokens, out), zero for unneeded tokens."""
     layout = current_layout()
     if layout is None or layout.needed is None or output.shape[-2] != len(layout.needed):
         return None
@@ -67,14 +61,10 @@ def find_prunable_linears(
     layout: PackedLayout,
     candidates: Sequence[nn.Module],
 ) -> list[nn.Module]:
-    """Return the candidates whose output at tokens that are not needed reaches none that is.
+    """Return the candidates whose output at unneeded tokens does not affect needed ones.
 
-    Args:
-        block: in evaluation; gives states (batch, seq, hidden), alone or first in a tuple.
-        args: what it is called with, on `layout`, which must be the current one.
-        kwargs: as `args`.
-        layout: has some tokens that are needed, and some that are not.
-        candidates: linears of the block.
+    `block`, in eval mode, is called with `args` and `kwargs` on `layout`, which must be the current
+    one. It returns states (batch, seq, hidden), alone or first in a tuple.
     """
     if layout.needed is None:
         raise ValueError("layout.needed is None: expected some of the tokens")
@@ -82,7 +72,7 @@ def find_prunable_linears(
 
     def keep(linear: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         is_plain = len(args) == 1 and isinstance(output, torch.Tensor) and output.requires_grad
-        outputs[linear].append(output if is_plain else None)  # experts take more than the states
+        outputs[linear].append(output if is_plain else None)  # experts have more arguments
 
     hooks = [linear.register_forward_hook(keep) for linear in candidates]
     try:
@@ -114,14 +104,14 @@ def find_prunable_linears(
 def _with_gradient(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments with states that ask for a gradient, so that everything does."""
+    """Return the arguments with hidden states that require a gradient."""
     states = args[0] if args else kwargs["hidden_states"]
     states = states.detach().requires_grad_().clone()  # no leaf: blocks add to it in place
     return ((states, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": states})
 
 
 def _is_of_needed(gradient: torch.Tensor, layout: PackedLayout) -> bool:
-    """Whether the gradient (…, tokens, width) of an output is there for needed tokens alone."""
+    """Return whether the gradient (…, tokens, width) is nonzero for needed tokens only."""
     if layout.needed is None or gradient.dim() < 2 or gradient.shape[-2] != layout.tokens:
         return False
     per_token = gradient.abs().amax(-1).reshape(-1, layout.tokens).amax(0)

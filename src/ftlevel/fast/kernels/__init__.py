@@ -1,9 +1,8 @@
-"""Triton kernels on an NVIDIA GPU, used where they prove themselves.
+"""Triton kernels for NVIDIA GPUs, used where they are verified and faster.
 
-`Kernels` computes a formula both ways on random numbers of the run's own width and precision, on
-the GPU that it runs on: a kernel is used where it gives the same numbers to rounding, forward and
-backward, and is faster. Where Triton is missing, or does not compile, torch's operations compute as
-ever.
+`Kernels` compares each kernel with torch's operations on random values of the run's width and
+precision, forward and backward. Without Triton, or if it cannot compile, torch's operations are
+used.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from ftlevel.fast.kernels.formulas import TORCH, Formulas
 from ftlevel.fast.kernels.operators import TritonFormulas
 
 TOKENS = 2048
-"""Of the comparison."""
+"""Tokens of a comparison."""
 
 TARGETS = 256
-"""Of the comparison of a loss, which has a vocabulary of numbers for each."""
+"""Targets of a comparison of losses."""
 
 WIDEST = 32_768
-"""Numbers of a row that one program can have."""
+"""Maximum row width of a program."""
 
 ROUNDINGS = 4
-"""Units in the last place by which numbers may differ that were added in another order."""
+"""Tolerance in units in the last place, for another order of sums."""
 
 _chosen: dict[str, Formulas] = {}
 
@@ -38,36 +37,26 @@ Way = Callable[[Formulas], Sequence[torch.Tensor]]
 
 @dataclass(frozen=True)
 class Kernels:
-    """Says what computes a formula; each question is asked of the GPU once in a process.
-
-    Attributes:
-        allowed: whether kernels may be used at all.
-    """
+    """Chooses the implementation of each formula; results are cached per process."""
 
     allowed: bool = True
 
     def norm(self, width: int, weight: torch.dtype, dtype: torch.dtype, device: str) -> Formulas:
-        """Return what computes norms of `width` whose weight multiplies in `weight`."""
+        """Return the implementation of norms; `weight` is the dtype of the weight's product."""
         serves = width <= WIDEST and self._can_serve(device, dtype)
         return choose_norm(width, weight, dtype, device) if serves else TORCH
 
     def glu(self, kind: str, width: int, dtype: torch.dtype, device: str) -> Formulas:
-        """Return what computes GLUs of `width` with the activation `kind`."""
+        """Return the implementation of GLUs with the activation `kind`."""
         return choose_glu(kind, width, dtype, device) if self._can_serve(device, dtype) else TORCH
 
     def rope(self, heads: tuple[int, int, int], dtype: torch.dtype, device: str) -> Formulas:
-        """Return what computes rotary embeddings.
-
-        Args:
-            heads: of queries, of keys, and the numbers of one.
-            dtype: of all.
-            device: torch device type.
-        """
+        """Return the implementation of RoPE; `heads` is (query heads, key heads, head_dim)."""
         serves = max(heads[:2]) * heads[2] <= WIDEST and self._can_serve(device, dtype)
         return choose_rope(heads, dtype, device) if serves else TORCH
 
     def cross_entropy(self, vocabulary: int, dtype: torch.dtype, device: str) -> Formulas:
-        """Return what computes losses of scores over a `vocabulary`, and their gradients."""
+        """Return the implementation of cross-entropy and its gradient over a `vocabulary`."""
         serves = self._can_serve(device, dtype)
         return choose_cross_entropy(vocabulary, dtype, device) if serves else TORCH
 
@@ -76,12 +65,12 @@ class Kernels:
 
 
 NO_KERNELS = Kernels(allowed=False)
-"""Torch's operations compute all."""
+"""Uses torch's operations for everything."""
 
 
 @functools.cache
 def choose_norm(width: int, weight: torch.dtype, dtype: torch.dtype, device: str) -> Formulas:
-    """Return what computes norms, as `Kernels.norm` says."""
+    """Return the faster implementation of norms, see `Kernels.norm`."""
     x, gradient = (_draw(seed, (TOKENS, width), dtype, device) for seed in (0, 1))
     w = _draw(2, (width,), torch.float32, device).to(weight)
 
@@ -95,7 +84,7 @@ def choose_norm(width: int, weight: torch.dtype, dtype: torch.dtype, device: str
 
 @functools.cache
 def choose_glu(kind: str, width: int, dtype: torch.dtype, device: str) -> Formulas:
-    """Return what computes GLUs, as `Kernels.glu` says."""
+    """Return the faster implementation of GLUs, see `Kernels.glu`."""
     gate, up, gradient = (_draw(seed, (TOKENS, width), dtype, device) for seed in range(3))
 
     def compute(formulas: Formulas) -> Sequence[torch.Tensor]:
@@ -106,7 +95,7 @@ def choose_glu(kind: str, width: int, dtype: torch.dtype, device: str) -> Formul
 
 @functools.cache
 def choose_rope(heads: tuple[int, int, int], dtype: torch.dtype, device: str) -> Formulas:
-    """Return what computes rotary embeddings, as `Kernels.rope` says."""
+    """Return the faster implementation of rotary embeddings, see `Kernels.rope`."""
     q_heads, k_heads, width = heads
     q = _draw(0, (1, TOKENS, q_heads, width), dtype, device)
     k = _draw(1, (1, TOKENS, k_heads, width), dtype, device)
@@ -122,10 +111,10 @@ def choose_rope(heads: tuple[int, int, int], dtype: torch.dtype, device: str) ->
 
 @functools.cache
 def choose_cross_entropy(vocabulary: int, dtype: torch.dtype, device: str) -> Formulas:
-    """Return what computes losses and their gradients, as `Kernels.cross_entropy` says."""
+    """Return the faster implementation of cross-entropy, see `Kernels.cross_entropy`."""
     scores = 4 * _draw(0, (TARGETS, vocabulary), dtype, device)
     targets = scores.float().argmax(-1)
-    targets[::2] = vocabulary - 1  # a likely one, and the last
+    targets[::2] = vocabulary - 1  # a likely token, and the last
 
     def compute(formulas: Formulas) -> Sequence[torch.Tensor]:
         made = [formulas.cross_entropy(scores, targets, smoothing) for smoothing in (0.0, 0.1)]
@@ -135,12 +124,12 @@ def choose_cross_entropy(vocabulary: int, dtype: torch.dtype, device: str) -> Fo
 
 
 def describe_choices() -> dict[str, bool]:
-    """Return what was compared in this process, in words → whether kernels are used for it."""
+    """Return description → whether kernels are used, for each comparison in this process."""
     return {words: formulas is not TORCH for words, formulas in _chosen.items()}
 
 
 def can_serve(device: str, dtype: torch.dtype) -> bool:
-    """Whether there is Triton for a GPU, and the precision is one that kernels compute from."""
+    """Return whether Triton is available and supports the device and dtype."""
     return (
         device == "cuda"
         and dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -150,7 +139,7 @@ def can_serve(device: str, dtype: torch.dtype) -> bool:
 
 
 def agree(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two results are the same to some roundings of their precision."""
+    """Return whether two results are equal up to `ROUNDINGS`."""
     bound = ROUNDINGS * torch.finfo(one.dtype).eps
     a, b = one.to(torch.float32), other.to(torch.float32)
     size = float(a.square().mean().sqrt())
@@ -158,7 +147,7 @@ def agree(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _better(words: str, compute: Way, device: str) -> Formulas:
-    """Return the kernels where they give the same as torch's operations, and sooner."""
+    """Return the kernels if they match torch's operations and are faster."""
     ours = TritonFormulas()
     _chosen[words] = TORCH
     try:
@@ -172,7 +161,7 @@ def _better(words: str, compute: Way, device: str) -> Formulas:
 
 
 def time(compute: Way, formulas: Formulas, device: str) -> float:
-    """Return the milliseconds that `compute` takes on a GPU, the best of some."""
+    """Return the milliseconds of `compute` on a GPU, the best of five runs."""
     best = float("inf")
     for _ in range(5):
         begin: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -186,6 +175,6 @@ def time(compute: Way, formulas: Formulas, device: str) -> float:
 
 
 def _draw(seed: int, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Return numbers around 0 that are the same whatever was drawn before."""
+    """Return normally distributed values, independent of the global generator."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(device, dtype)

@@ -1,4 +1,4 @@
-"""The arithmetic of what the fast step fuses, as torch's operations compute it.
+"""Formulas of the fused operations, in torch's operations.
 
     norm    y = w ∘ x̂,  x̂ = x · ρ,  ρ = (mean x² + ε)^−½
             ∂L/∂x = ρ · (d − x̂ · mean(d ∘ x̂)),  d = w ∘ ∂L/∂y
@@ -9,10 +9,10 @@
     loss    log Σⱼ exp sⱼ − (1 − ε) s_y − ε mean s,  of labels smoothed by ε
             ∂L/∂s = softmax s − (1 − ε) onehot y − ε / vocabulary
 
-`kernels.programs` computes the same in a kernel each. x and y are (…, hidden), g and u
-(…, intermediate), ρ is (…, 1) in float32; w says by its dtype where it multiplies, in float32 or in
-x's precision. q and k are (batch, tokens, heads, head_dim), cos and sin (batch or 1, tokens,
-head_dim), scores s (targets, vocabulary).
+x and y are (…, hidden), g and u (…, intermediate), ρ is (…, 1) in float32. q and k are (batch,
+tokens, heads, head_dim), cos and sin (batch or 1, tokens, head_dim), s is (targets, vocabulary).
+The dtype of w is the precision of its product: float32 or that of x. `kernels.programs` has the
+kernels.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Backward]] 
 
 
 class Formulas(Protocol):
-    """What computes them."""
+    """An implementation of the formulas."""
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Pair:
         """Return y and ρ."""
@@ -54,7 +54,7 @@ class Formulas(Protocol):
         """Return ∂L/∂x."""
 
     def glu(self, kind: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Return y; `kind` is of `ACTIVATIONS`."""
+        """Return y; `kind` is a key of `ACTIVATIONS`."""
 
     def glu_backward(
         self, kind: str, gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
@@ -68,11 +68,11 @@ class Formulas(Protocol):
         """Return q′ and k′, or with `backward` the gradients of q and k from those of q′ and k′."""
 
     def cross_entropy(self, scores: torch.Tensor, targets: torch.Tensor, smoothing: float) -> Pair:
-        """Return the losses in float32, and their gradient, in float32 or as `scores` are."""
+        """Return the losses in float32, and their gradient in float32 or the dtype of `scores`."""
 
 
 class TorchFormulas:
-    """By torch's operations, on any device."""
+    """Implementation in torch's operations, for any device."""
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Pair:
         """Return y and ρ."""
@@ -117,8 +117,7 @@ class TorchFormulas:
     def cross_entropy(self, scores: torch.Tensor, targets: torch.Tensor, smoothing: float) -> Pair:
         """Return the losses, and their gradient, in float32.
 
-        The largest probability, 1/vocabulary at least, gives the normalizer without another
-        exponential of every score: log Σⱼ exp sⱼ = max s − log max p.
+        The largest probability p gives the normalizer cheaply: log Σⱼ exp sⱼ = max s − log max p.
         """
         exact = scores.float()
         chosen = exact.gather(-1, targets[:, None])[:, 0]
@@ -140,7 +139,7 @@ def _turn(x: torch.Tensor) -> torch.Tensor:
 def _normalize(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return w ∘ x · ρ in `dtype`, of x in float32; w's own dtype says where it multiplies."""
+    """Return w ∘ x · ρ in `dtype` for x in float32."""
     normed = x * scale
     if weight.dtype == scale.dtype:
         return normed.mul_(weight).to(dtype)

@@ -1,4 +1,4 @@
-"""The kernels as operators of torch, whose shapes are known without a GPU."""
+"""The Triton kernels as torch operators, with output shapes known without a GPU."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 
 from ftlevel.fast.kernels.formulas import Pair
 
-# It unregisters what it defines when it goes.
+# The library unregisters its operators when it is deleted.
 _LIBRARY: Any = torch.library.Library("ftlevel", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _define(name: str, schema: str, shapes: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the operator that `programs.NAME` computes, on a GPU or by Triton's interpreter."""
+    """Return the operator of `programs.NAME`, for a GPU or Triton's interpreter."""
 
     def compute(*arguments: Any) -> Any:
-        from ftlevel.fast.kernels import programs  # Triton is not everywhere
+        from ftlevel.fast.kernels import programs  # Triton is optional
 
         return getattr(programs, name)(*arguments)
 
@@ -34,7 +34,7 @@ def _scale_like(x: torch.Tensor) -> torch.Tensor:
 
 
 def _like(*places: int) -> Callable[..., Any]:
-    """Return what gives empty tensors like the arguments at `places`; at -1 like ρ."""
+    """Return a function that creates empty tensors like the arguments at `places`; -1 is like ρ."""
 
     def make(*arguments: Any) -> Any:
         made = [
@@ -67,7 +67,7 @@ _cross_entropy = _define(
 
 
 class TritonFormulas:
-    """By a kernel each; views are made contiguous first."""
+    """Implementation with one Triton kernel each; views are made contiguous."""
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Pair:
         """Return y and ρ."""
@@ -108,6 +108,6 @@ class TritonFormulas:
         return made
 
     def cross_entropy(self, scores: torch.Tensor, targets: torch.Tensor, smoothing: float) -> Pair:
-        """Return the losses, and their gradient in the precision of `scores`."""
+        """Return the losses, and their gradient in the dtype of `scores`."""
         made: Pair = _cross_entropy(scores.contiguous(), targets.contiguous(), smoothing)
         return made

@@ -1,14 +1,8 @@
-"""Norms and GLUs: a program of a norm has a row, one of a GLU a block of numbers.
+"""Triton kernels of `kernels.formulas`; import only where Triton is installed.
 
-Cross-entropy and its gradient: a program has a row of scores, which it reads twice.
-
-Rounding where torch's operations would write a tensor.
-
-Rotary embeddings of queries and keys: a program has a token, with all of its heads.
-
-The Triton programs. Import these only where Triton is.
-
-All arithmetic is in float32, and a number is rounded where torch's operations would write it.
+A program computes a row of a norm, a block of a GLU, a row of logits (read twice), or a token with
+all its heads for RoPE. Arithmetic is in float32, rounded where torch's operations would store a
+tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +14,7 @@ import triton.language as tl
 from ftlevel.fast.kernels.formulas import Pair
 
 VOCABULARY_BLOCK = 4096
-"""Scores that a program reads at once."""
+"""Logits that a program reads at once."""
 
 
 @triton.jit
@@ -58,7 +52,7 @@ def _cross_entropy(
 
 
 def cross_entropy(scores: torch.Tensor, targets: torch.Tensor, smoothing: float) -> Pair:
-    """Return the losses (targets,) in float32, and the gradient, of contiguous scores."""
+    """Return the losses (targets,) in float32, and the gradient, for contiguous logits."""
     losses = scores.new_empty(len(scores), dtype=torch.float32)
     gradient = torch.empty_like(scores)
     vocabulary = scores.shape[-1]
@@ -71,12 +65,12 @@ def cross_entropy(scores: torch.Tensor, targets: torch.Tensor, smoothing: float)
 
 @triton.jit
 def rounded(value, like):
-    """Round to the precision of what the pointer `like` points to, and go on in float32."""
+    """Round to the dtype of the pointer `like`; the result is float32."""
     return value.to(like.dtype.element_ty).to(tl.float32)
 
 
 BLOCK = 1024
-"""Numbers of a program of a GLU."""
+"""Values of a GLU per program."""
 
 KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
@@ -134,7 +128,7 @@ def _activated(x, KIND: tl.constexpr):
         share = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
         return x * share, share + x * density
-    # x (1 + tanh z) / 2 = x σ(2z), which loses no digits where x is far below zero
+    # x (1 + tanh z) / 2 = x σ(2z), which stays precise for large negative x
     share = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     return x * share, share + x * share * (1.0 - share) * slope
@@ -169,7 +163,7 @@ def _glu_backward(
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Pair:
-    """Return y and ρ, of contiguous x (…, hidden)."""
+    """Return y and ρ for contiguous x (…, hidden)."""
     y = torch.empty_like(x)
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     _launch_norm(x, weight, y, scale, eps, has_scale=False)
@@ -196,7 +190,7 @@ def _launch_norm(
 def norm_backward(
     gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    """Return ∂L/∂x, of contiguous tensors."""
+    """Return ∂L/∂x for contiguous tensors."""
     of_x = torch.empty_like(x)
     _norm_backward[(scale.numel(),)](
         gradient, x, weight, scale, of_x, x.shape[-1],
@@ -206,12 +200,12 @@ def norm_backward(
 
 
 def _warps(x: torch.Tensor) -> int:
-    """Return the warps of a program that has a row of `x`: some 16 numbers a thread."""
+    """Return the warps for a row of `x`: about 16 values per thread."""
     return min(16, max(1, triton.next_power_of_2(x.shape[-1]) // 512))
 
 
 def glu(kind: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Return y, of contiguous tensors of one shape."""
+    """Return y for contiguous tensors of one shape."""
     y = torch.empty_like(gate)
     blocks = (triton.cdiv(gate.numel(), BLOCK),)
     _glu[blocks](gate, up, y, gate.numel(), KIND=KINDS[kind], SIZE=BLOCK)
@@ -219,7 +213,7 @@ def glu(kind: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def glu_backward(kind: str, gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Pair:
-    """Return ∂L/∂g and ∂L/∂u, of contiguous tensors of one shape."""
+    """Return ∂L/∂g and ∂L/∂u for contiguous tensors of one shape."""
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
     _glu_backward[(triton.cdiv(gate.numel(), BLOCK),)](
         gradient, gate, up, of_gate, of_up, gate.numel(), KIND=KINDS[kind], SIZE=BLOCK
@@ -269,7 +263,7 @@ def _rope(
 def rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool
 ) -> Pair:
-    """Return q′ and k′, or with `backward` the gradients of q and k, of contiguous tensors."""
+    """Return q′ and k′, or with `backward` the gradients of q and k, for contiguous tensors."""
     of_q, of_k = torch.empty_like(q), torch.empty_like(k)
     batch, tokens, heads, width = q.shape
     size = triton.next_power_of_2

@@ -1,4 +1,4 @@
-"""Layers with a forward and backward of their own: LoRA's linear, norms, gated units, dropout.
+"""Layers with a custom forward and backward: LoRA layers, norms, GLUs, dropout.
 
-Each is put in the place of a model's module that computes the same; nothing here knows a task.
+Each replaces a module of the model that computes the same. It must not depend on a task.
 """

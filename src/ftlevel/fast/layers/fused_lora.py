@@ -1,37 +1,15 @@
-"""The fused function: y = x Wᵀ + b + s · d Aᵀ Bᵀ, with d = dropout(x), and its backward at once.
+"""LoRA layers as one fused autograd function, on float, 4-bit and 8-bit bases.
 
-W is frozen, A is (r, in), B is (out, r). With g = ∂L/∂y, both (tokens, out), h = s · A dᵀ and
-u = s · Bᵀ gᵀ, which the products multiply by s before they are rounded:
-
+    y = x Wᵀ + b + s · d Aᵀ Bᵀ,  d = dropout(x),  g = ∂L/∂y,  h = s · A dᵀ,  u = s · Bᵀ gᵀ
     ∂L/∂x = g W    ∂L/∂d = uᵀ A    ∂L/∂A = u d    ∂L/∂B = (h g)ᵀ    ∂L/∂b = Σ g
 
-The update comes first, and the base's product is added to it: so the sum is rounded once, where the
-other order rounds the base's part and then the sum, and the large product reads the small one while
-it computes. Without dropout d is x, and ∂L/∂x is made alike. All that is r wide is held as
-(r, tokens): with r as the rows, oneDNN and MKL run these products at 85 to 120 GFLOP/s a core in
-bfloat16 where (tokens, r) costs up to four times as much (docs/performance.md).
+W is frozen, A is (r, in), B is (out, r); PEFT needs eight operations and four casts. The base's
+product is added to the update, so the sum is rounded once. Tensors of width r are (r, tokens),
+because oneDNN and MKL are up to four times slower with (tokens, r) (docs/performance.md).
 
-The forward of a LoRA layer as one fused autograd function, and when it applies.
-
-PEFT's LoRA layers with the fused forward, and how a `LoraConfig` comes to build them.
-
-Fused layers on bitsandbytes' linears. Import it only where bitsandbytes is imported anyway.
-
-The product that a recomputed block does not need.
-
-The backward pass computes a block again for what its operations had saved. Of the linear with which
-a block ends, out = states + down(…), that is the input and the update's inner part: no gradient
-asks for the product itself, which is as much as a tenth of the block. A block is asked once, by the
-graph of its own output, whether it ends like that; the layer gives NaN then in the place of a
-product that nobody reads, so that a reader would be heard of.
-
-LoRA's linear as one fused autograd function, on float, 4-bit and 8-bit bases.
-
-PEFT computes `base(x) + B(A(dropout(x))) * s` as eight operations with four casts of activations
-around them. Here base and update are one function that computes in the base's precision from
-float32 A and B. The layers are PEFT's own classes with another `forward`: parameters, state dict,
-merging, switching and the saved adapter are PEFT's; where the function does not apply, so is
-`forward`.
+The layers are PEFT's classes with another `forward`, so parameters, state dict and merging are
+PEFT's. Where fusion does not apply, PEFT's `forward` runs. With checkpointing, the output of the
+linear layer that ends a block is not needed again; it is NaN then, so that a reader is noticed.
 """
 
 from __future__ import annotations
@@ -64,7 +42,7 @@ from ftlevel.models.upstream.tensors import (
 
 
 class FusedLoraFunction(torch.autograd.Function):
-    """A frozen linear and its low-rank update. See the module for the formulas."""
+    """A frozen linear layer and its low-rank update; formulas in the module docstring."""
 
     @staticmethod
     def forward(
@@ -79,21 +57,12 @@ class FusedLoraFunction(torch.autograd.Function):
         recomputation: tuple[Recomputation, tuple[torch.Tensor, ...]] | None = None,
         layer: Any = None,
     ) -> torch.Tensor:
-        """Return y, (…, out), in x's dtype.
+        """Return y (…, out) in the dtype of `x` (…, in), which is the compute dtype.
 
-        Args:
-            ctx: autograd's.
-            x: input in the dtype to compute in, (…, in).
-            dropped: dropout(x), or None without dropout.
-            a: (r, in) in any float dtype; its gradient has the same.
-            b: (out, r), likewise.
-            bias: of the base, (out,), or None.
-            weight: gives W, (out, in), in x's dtype; asked once here and once in backward, so that
-                a dequantized weight is not held between them.
-            scaling: s.
-            recomputation: how x is recomputed and from what, so that it need not be kept; or None.
-            layer: of which this is the forward; where it ends a block that is computed again, y is
-                NaN, which nobody reads.
+        `dropped` is dropout(x), or None without dropout. `weight` returns W (out, in); it is called
+        once in forward and once in backward, so that a dequantized weight is not stored.
+        `recomputation` replaces saving x. If `layer` ends a block that is being recomputed, y is
+        NaN.
         """
         rows = x.reshape(-1, x.shape[-1])
         source = rows if dropped is None else dropped.reshape(rows.shape)
@@ -114,7 +83,7 @@ class FusedLoraFunction(torch.autograd.Function):
         ctx.weight, ctx.scaling, ctx.shape = weight, scaling, x.shape
         ctx.dtypes = (a.dtype, b.dtype, None if bias is None else bias.dtype)
         ctx.has_dropout, ctx.layer = dropped is not None, layer
-        # Not a view: what a function returns as one must not be written to, and Longformer, LED and
+        # Not a view: in-place changes of a returned view are errors, and Longformer, LED and
         # DeBERTa scale their queries in place.
         shaped: torch.Tensor = new_shape(y, [*x.shape[:-1], y.shape[-1]])
         return shaped
@@ -159,10 +128,10 @@ def _scaled(one: torch.Tensor, other: torch.Tensor, factor: float) -> torch.Tens
 def _product(
     one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype, *, transposed: bool = False
 ) -> torch.Tensor:
-    """Return the matrix product, or what it is `transposed`, in `dtype`.
+    """Return the matrix product, or its transpose, in `dtype`.
 
-    An NVIDIA GPU writes it as it was summed, in float32, and either way round. (`addmm` would scale
-    it, too, but what torch 2.8 asks of its arguments is not what 2.13 does.)
+    NVIDIA GPUs return the float32 sums directly. `addmm` could also scale, but torch 2.8 and 2.13
+    differ in their requirements on its arguments.
     """
     lower = one.dtype in (torch.bfloat16, torch.float16)
     if one.is_cuda and lower and dtype == torch.float32 and torch.version.hip is None:
@@ -173,18 +142,15 @@ def _product(
 
 
 class FusedForward:
-    """A LoRA layer's forward, fused in training; in any other case its PEFT class's own.
+    """Mixin with a LoRA forward that is fused in training, and PEFT's own otherwise.
 
-    Evaluation and generation thereby see what anyone sees who loads the adapter with PEFT.
-
-    Attributes:
-        ends_a_block: whether nobody reads its product where its block is computed again.
+    `ends_a_block` means that the output is not needed when the block is recomputed.
     """
 
     ends_a_block = False
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return base and update of `x`: (…, in) → (…, out)."""
+        """Return base output plus update: (…, in) → (…, out)."""
         name = None if args or kwargs else _lone_adapter(self)
         if name is None or not self._is_ready():
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's
@@ -206,25 +172,25 @@ class FusedForward:
         return y.to(result)
 
     def __repr__(self) -> str:
-        """Print as PEFT's layer: parameters and state are that one's."""
+        """Return PEFT's representation of the layer."""
         return super().__repr__().replace("lora.Fused", "lora.", 1)
 
     def _is_ready(self) -> bool:
-        """Whether the base's weight can be read as it stands."""
+        """Return whether the base's weight can be read."""
         return True
 
     def _dtypes(self, x: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
-        """Return the dtypes that the base computes `x` in and returns: autocast's or its own."""
+        """Return the compute and output dtypes of the base: autocast's, or that of `x`."""
         device = x.device.type
         own = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         return own, own
 
 
 def _lone_adapter(layer: Any) -> str | None:
-    """Return the one active adapter of `layer`, if base and update can be fused.
+    """Return the single active adapter of `layer`, or None if it cannot be fused.
 
-    None where there are several or none, a variant such as DoRA, a bias of B, hooks (of offloading,
-    tensor parallelism, an observer), which expect their module to be called, or a trained base.
+    It cannot with variants such as DoRA, a bias of B, a trained base, or hooks (of offloading,
+    tensor parallelism, an observer), which expect a call of their module.
     """
     if not layer.training or layer.disable_adapters or layer.merged:
         return None
@@ -240,10 +206,9 @@ def _lone_adapter(layer: Any) -> str | None:
 
 
 def register_fused_layers(config: LoraConfig) -> None:
-    """Make `config` (mutated) build fused layers where there is one, and PEFT's elsewhere.
+    """Make `config` (mutated) build fused layers where possible, and PEFT's elsewhere.
 
-    This is PEFT's door for custom modules. Nothing of it is saved: the adapter's configuration
-    and keys are those of a plain LoRA, and whoever loads it gets PEFT's layers.
+    This uses PEFT's registration of custom modules, which is not saved with the adapter.
     """
     register_lora_layers(config, {nn.Linear: build_fused_layer, Conv1D: build_fused_layer})
 
@@ -251,14 +216,7 @@ def register_fused_layers(config: LoraConfig) -> None:
 def build_fused_layer(
     target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any
 ) -> nn.Module | None:
-    """Return a fused layer around `target`, or None where PEFT should build its own.
-
-    Args:
-        target: the module to adapt.
-        adapter_name: of the first adapter on it.
-        config: the adapter's.
-        kwargs: as PEFT passes them to its own layers.
-    """
+    """Return a fused layer around `target`, or None if PEFT should build its own."""
     layer: Any = None
     if isinstance(target, BaseTunerLayer) or is_cut_over_devices(target):
         return None
@@ -268,7 +226,7 @@ def build_fused_layer(
     if type(getattr(target, "weight", None)) not in (nn.Parameter, torch.Tensor) and (
         type(target) is nn.Linear
     ):
-        return None  # a quantized tensor in a plain linear, as torchao has it
+        return None  # a quantized tensor in nn.Linear, as in torchao
     if type(target) is nn.Linear or is_conv1d:
         if bool(config.fan_in_fan_out) is not is_conv1d:  # PEFT corrects the config, and warns
             return None
@@ -279,7 +237,7 @@ def build_fused_layer(
 
 
 class FusedLinear(FusedForward, lora.Linear):
-    """LoRA of `nn.Linear` and `Conv1D`."""
+    """Fused LoRA of `nn.Linear` and `Conv1D`."""
 
     def _weight(self, dtype: torch.dtype) -> torch.Tensor:
         """Return W as (out, in)."""
@@ -288,12 +246,7 @@ class FusedLinear(FusedForward, lora.Linear):
 
 
 def find_fused_class(target: nn.Module, kwargs: Mapping[str, Any]) -> type | None:
-    """Return the fused layer's class for `target`, or None.
-
-    Args:
-        target: the module to adapt.
-        kwargs: PEFT's, which say whether the model was loaded in 4 or in 8 bits.
-    """
+    """Return the fused class for a bitsandbytes layer `target`, or None."""
     if kwargs.get("loaded_in_4bit") and isinstance(target, bnb.nn.Linear4bit):
         return FusedLinear4bit
     if kwargs.get("loaded_in_8bit") and isinstance(target, bnb.nn.Linear8bitLt):
@@ -302,13 +255,13 @@ def find_fused_class(target: nn.Module, kwargs: Mapping[str, Any]) -> type | Non
 
 
 class FusedLinear4bit(FusedForward, lora.Linear4bit):
-    """LoRA of `bitsandbytes.nn.Linear4bit`: W is dequantized once forward and once backward."""
+    """Fused LoRA of `bitsandbytes.nn.Linear4bit`; W is dequantized in forward and in backward."""
 
     def _is_ready(self) -> bool:
         return can_train_4bit(self.base_layer)
 
     def _dtypes(self, x: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
-        """Return the base's compute dtype, and x's, in which bitsandbytes returns."""
+        """Return the base's compute dtype, and the dtype of `x` for the output."""
         return self.base_layer.compute_dtype, x.dtype
 
     def _weight(self, dtype: torch.dtype) -> torch.Tensor:
@@ -318,10 +271,9 @@ class FusedLinear4bit(FusedForward, lora.Linear4bit):
 
 
 class FusedLinear8bitLt(FusedForward, lora.Linear8bitLt):
-    """LoRA of `bitsandbytes.nn.Linear8bitLt`, on the CPU.
+    """Fused LoRA of `bitsandbytes.nn.Linear8bitLt`, on a CPU.
 
-    There bitsandbytes trains on the dequantized weight as well. On a GPU it multiplies in int8,
-    which the fused function does not: PEFT's forward runs.
+    On a GPU bitsandbytes multiplies in int8, so PEFT's forward runs.
     """
 
     def _is_ready(self) -> bool:
@@ -332,7 +284,7 @@ class FusedLinear8bitLt(FusedForward, lora.Linear8bitLt):
 
 
 def skip_unneeded_products(blocks: Sequence[nn.Module]) -> None:
-    """Have the fused linears that `blocks` (mutated) end with compute nothing again."""
+    """Skip the last linear layer of each of `blocks` (mutated) when they are recomputed."""
     for block in blocks:
         _ask_once(block)
 
@@ -351,12 +303,12 @@ def _ask_once(block: nn.Module) -> None:
 
 
 def _last_layer(added: Any) -> Any:
-    """Return the fused layer whose product `added`, an output's `grad_fn`, adds to what was."""
+    """Return the fused layer whose output is the last summand of `added`, a `grad_fn`."""
     while added.name() == "ViewBackward0":
         ((added, _),) = added.next_functions
     if added.name() != "AddBackward0":
         return None
-    # What was computed before something else may have been read by it.
+    # Other operations may have read an operand that was computed earlier.
     parents = [parent for parent, _ in added.next_functions if parent is not None]
     return getattr(max(parents, key=order_of, default=None), "layer", None)
 

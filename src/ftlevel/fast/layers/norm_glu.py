@@ -1,14 +1,9 @@
-"""RMS norms and gated linear units (GLU) of frozen weights, each as a fused autograd function.
+"""RMS norms and gated linear units (GLU) with frozen weights, as fused autograd functions.
 
-`kernels.formulas` has what they compute; on an NVIDIA GPU a kernel of `kernels` may compute it.
-
-Written out in torch's operations, a norm keeps its input twice in float32 and once more in the
-model's precision for the backward pass, and a GLU keeps a(g) beside g and u. The fused functions
-keep x and ρ, and g and u, which the linears around them keep anyway, and say how their output is
-recomputed (`layers.recompute`), so that LoRA's linears keep none of it.
-
-A module is recognized by what it computes, not by its name: what gives other numbers than the
-formulas on random input is left alone.
+Formulas are in `kernels.formulas`; Triton may compute them on an NVIDIA GPU. The functions save x
+and ρ, or g and u, and attach to their output how it is recomputed (`layers.recompute`), so that
+LoRA layers save none of it. Modules are recognized by their output on random input, not by their
+names.
 """
 
 from __future__ import annotations
@@ -28,21 +23,16 @@ from ftlevel.models.upstream.tensors import copy_module, is_watched
 
 
 class _Norm(torch.autograd.Function):
-    """The norm of a frozen weight."""
+    """RMS norm with a frozen weight."""
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, formulas: Formulas
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return y, of x's shape (…, hidden) and dtype, and ρ (…, 1), which has no gradient.
+        """Return y (…, hidden) in the dtype of `x`, and ρ (…, 1), which has no gradient.
 
-        Args:
-            ctx: autograd's.
-            x: input.
-            weight: (hidden,), what the normalized input is multiplied by, in float32 if that
-                product is made in float32, else in x's dtype.
-            eps: ε.
-            formulas: what computes it.
+        `weight` (hidden,) is in float32 if the product is computed in float32, else in the dtype of
+        `x`.
         """
         normed, scale = formulas.norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
@@ -59,19 +49,16 @@ class _Norm(torch.autograd.Function):
         of_scale: None,  # noqa: ARG004 - it has none
     ) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient of x."""
-        if gradient is None:  # y is of no use
+        if gradient is None:  # y is unused
             return None, None, None, None
         return ctx.formulas.norm_backward(gradient, *ctx.saved_tensors), None, None, None
 
 
 class FusedNorm(nn.Module):
-    """A norm with the weight of another one: fused in training, else as the other computes.
+    """Norm that shares the weight of `norm`: fused in training, else `norm` itself runs.
 
-    Args:
-        norm: what it stands for; its weight is shared.
-        shift: what is added to the weight: 1 in Gemma, else 0.
-        in_float32: whether the weight multiplies in float32.
-        kernels: says what computes it.
+    `shift` is added to the weight: 1 in Gemma, else 0. `in_float32` is the precision of its
+    product.
     """
 
     def __init__(
@@ -82,7 +69,7 @@ class FusedNorm(nn.Module):
         self.weight: nn.Parameter = _weight_of(norm)
         self._shift, self._in_float32 = shift, in_float32
         self._eps = _eps_of(norm)
-        # In a list it is no child: names and state stay the model's.
+        # In a list it is no submodule: names and state dict stay the same.
         self._plain = [norm]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -102,7 +89,7 @@ class FusedNorm(nn.Module):
 
 
 class _Glu(torch.autograd.Function):
-    """An activation of one linear times another one."""
+    """An activated gate times another projection."""
 
     @staticmethod
     def forward(
@@ -122,13 +109,7 @@ class _Glu(torch.autograd.Function):
 
 
 class FusedGlu(nn.Module):
-    """A gated feed-forward with the linears of another one: down(a(gate(x)) ∘ up(x)).
-
-    Args:
-        block: what it stands for; its linears, adapted or not, are shared.
-        kind: of `ACTIVATIONS`.
-        kernels: says what computes it.
-    """
+    """Gated feed-forward with the layers of `block`; `kind` is a key of `ACTIVATIONS`."""
 
     def __init__(self, block: nn.Module, kind: str, kernels: Kernels = NO_KERNELS) -> None:
         super().__init__()
@@ -139,7 +120,7 @@ class FusedGlu(nn.Module):
         self._plain = [block]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what the feed-forward makes of `x` (…, hidden)."""
+        """Return the feed-forward output of `x` (…, hidden)."""
         if not (self.training and torch.is_grad_enabled()):
             plain: torch.Tensor = self._plain[0](x)
             return plain
@@ -153,15 +134,7 @@ class FusedGlu(nn.Module):
 
 
 class FusedNormGlu:
-    """The norms and feed-forwards of a model, replaced where they compute the formulas.
-
-    Args:
-        model: mutated until `remove`.
-        kernels: says what computes them.
-
-    Attributes:
-        count: how many modules were replaced.
-    """
+    """Replaces the norms and feed-forwards of `model` until `remove`; `count` is their number."""
 
     def __init__(self, model: nn.Module, kernels: Kernels = NO_KERNELS) -> None:
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
@@ -176,14 +149,14 @@ class FusedNormGlu:
         self.count = len(self._replaced)
 
     def remove(self) -> None:
-        """Put the modules back."""
+        """Restore the modules."""
         for parent, name, child in self._replaced:
             child.train(getattr(parent, name).training)
             setattr(parent, name, child)
 
 
 def _fuse(module: nn.Module, known: dict[Any, Any], kernels: Kernels) -> nn.Module | None:
-    """Return what replaces `module`, or None. `known` keeps what was found for its like."""
+    """Return the replacement of `module`, or None; `known` caches results per class."""
     if is_watched(module):
         return None
     if _looks_like_norm(module):
@@ -214,7 +187,7 @@ def _eps_of(module: nn.Module) -> float:
 
 
 def _looks_like_norm(module: nn.Module) -> bool:
-    """Whether `module` is a frozen vector and an ε, and nothing else."""
+    """Return whether `module` has a frozen 1-D weight and an ε, and nothing else."""
     parameters = dict(module.named_parameters())
     return (
         list(parameters) == ["weight"]
@@ -226,7 +199,7 @@ def _looks_like_norm(module: nn.Module) -> bool:
 
 
 def _find_norm(module: nn.Module) -> tuple[float, bool] | None:
-    """Return the shift, and whether it multiplies in float32; None for another formula."""
+    """Return the shift and whether it multiplies in float32; None for another formula."""
     low = copy.deepcopy(module).to("cpu", torch.bfloat16)
     weight, generator = _weight_of(low), torch.Generator().manual_seed(0)
     x = torch.randn(3, len(weight), generator=generator).to(torch.bfloat16)
@@ -242,7 +215,7 @@ def _find_norm(module: nn.Module) -> tuple[float, bool] | None:
 
 
 def _find_glu(module: nn.Module) -> str | None:
-    """Return the activation of `ACTIVATIONS`; None for another formula."""
+    """Return the key of `ACTIVATIONS`; None for another formula."""
     low, generator = copy_module(module), torch.Generator().manual_seed(0)
     for name, (width, inner) in (
         ("gate_proj", (8, 16)), ("up_proj", (8, 16)), ("down_proj", (16, 8)),
@@ -260,7 +233,7 @@ def _find_glu(module: nn.Module) -> str | None:
 
 
 def _try(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-    """Return what `module` makes of `x`, or None where it takes or gives something else."""
+    """Return `module(x)`, or None if it fails or has another shape."""
     try:
         made = module(x)
     except (TypeError, ValueError, RuntimeError):

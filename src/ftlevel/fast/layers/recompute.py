@@ -1,16 +1,10 @@
-"""Dropout from a generator of each worker, so that it does not depend on which one is first.
+"""Recomputation of saved activations, and dropout with a generator per worker.
 
-torch's dropout draws from the generator of the process: of two threads, whichever is first gets the
-first numbers. Where a micro-batch has a generator of its own, its seed decides what it drops.
+LoRA layers save the output of a norm or GLU only for the gradient of A; a `Recomputation` replaces
+these (tokens, width) values by what the norm or GLU saves anyway.
 
-On a CPU torch makes a draw of 64 bits for every element, which is a seventh of a step of MiniLM on
-short rows. Here an element takes 16 bits of a draw (docs/performance.md).
-
-Tensors that the backward pass recomputes from others that are kept anyway.
-
-A norm's output and a gated activation are kept by the linears that read them, for the gradient of A
-alone. Both are a few elementwise operations away from what the norm and the GLU keep for
-themselves: in place of (tokens, width) numbers a linear keeps a `Recomputation`.
+torch's dropout uses the process's generator, so parallel workers would not be reproducible; here
+each micro-batch has a seed. An element uses 16 random bits, torch's 64 (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -33,17 +27,13 @@ _own = _Own()
 
 
 def worker_generator() -> torch.Generator | None:
-    """Return the generator of the micro-batch that this thread computes; None where it has none."""
+    """Return the generator of this thread's micro-batch, or None."""
     return _own.generator
 
 
 @contextlib.contextmanager
 def using_generator(seed: int | None) -> Iterator[None]:
-    """Draw from a new generator inside the block, in this thread.
-
-    Args:
-        seed: of the generator; None leaves the process's.
-    """
+    """Use a new generator with `seed` inside the block, in this thread; None uses the process's."""
     before = _own.generator
     _own.generator = None if seed is None else torch.Generator().manual_seed(seed)
     try:
@@ -56,13 +46,9 @@ _CHANCES = 1 << 16
 
 
 def dropout_mask(like: torch.Tensor, p: float) -> torch.Tensor:
-    """Return what a tensor is multiplied by: 0 with probability `p`, and else 1 / (1 - p).
+    """Return a mask shaped like `like`, on a CPU: 0 with probability `p`, else 1 / (1 - p).
 
-    It is drawn from the generator of the micro-batch, or else from torch's.
-
-    Args:
-        like: has the shape and the dtype of the result, which is contiguous; on a CPU.
-        p: from 0 to below 1; rounded to 1/65,536, in both places.
+    It uses the generator of the micro-batch, or else torch's. `p` is rounded to 1/65,536.
     """
     count, dropped = like.numel(), min(round(p * _CHANCES), _CHANCES - 1)
     drawn = torch.empty(-(-count // 4), dtype=torch.int64)
@@ -74,7 +60,7 @@ def dropout_mask(like: torch.Tensor, p: float) -> torch.Tensor:
 
 
 class GeneratorDropout(nn.Dropout):
-    """`nn.Dropout` that draws as `dropout_mask`, on a CPU."""
+    """`nn.Dropout` with `dropout_mask` on a CPU."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return `input` (any shape) with elements dropped, the others scaled by 1 / (1 - p)."""
@@ -84,17 +70,13 @@ class GeneratorDropout(nn.Dropout):
 
 
 class PerWorkerDropout:
-    """The dropout modules of a model, replaced by `GeneratorDropout`.
-
-    Args:
-        model: with `nn.Dropout` modules (mutated until `remove`).
-    """
+    """Replaces the `nn.Dropout` modules of `model` by `GeneratorDropout` until `remove`."""
 
     def __init__(self, model: nn.Module) -> None:
         self._replaced: list[tuple[nn.Module, str, nn.Dropout]] = []
         for parent in list(model.modules()):
             for name, child in parent.named_children():
-                is_plain = type(child) is nn.Dropout  # of a subclass nothing is known
+                is_plain = type(child) is nn.Dropout  # subclasses may differ
                 if is_plain and isinstance(child, nn.Dropout) and child.p > 0 and not child.inplace:
                     self._replaced.append((parent, name, child))
         for parent, name, child in self._replaced:
@@ -103,7 +85,7 @@ class PerWorkerDropout:
             setattr(parent, name, own)
 
     def remove(self) -> None:
-        """Put the modules back, in the mode that their replacements are in."""
+        """Restore the modules, in the mode of their replacements."""
         for parent, name, child in self._replaced:
             child.train(getattr(parent, name).training)
             setattr(parent, name, child)
@@ -113,14 +95,10 @@ _NAME = "_ftlevel_recomputation"
 
 
 class Recomputation:
-    """How a tensor is recomputed, held by the autograd functions that use it.
+    """How a tensor is recomputed, shared by the autograd functions that use it.
 
-    It holds no tensor between forward and backward: what it is recomputed from is saved by its
-    users, through autograd, so that checkpointing and offloading see it as they see all that is
-    saved.
-
-    Args:
-        make: what was saved → the tensor, bit for bit.
+    `make` returns the tensor from the saved ones, bit for bit. Users save these through autograd,
+    so that checkpointing and offloading apply to them.
     """
 
     def __init__(self, make: Callable[..., torch.Tensor]) -> None:
@@ -129,15 +107,11 @@ class Recomputation:
         self._made: torch.Tensor | None = None
 
     def enter(self) -> None:
-        """Count an autograd function that will use the tensor."""
+        """Register an autograd function that uses the tensor."""
         self._users += 1
 
     def make(self, *saved: torch.Tensor) -> torch.Tensor:
-        """Return the tensor, which is held until the last of its users has asked for it.
-
-        Args:
-            saved: what `recomputation_of` said is to be saved, as autograd gives it back.
-        """
+        """Return the tensor from `saved`; it is cached until its last user has called this."""
         self._users -= 1
         made = self._make(*saved) if self._made is None else self._made
         self._made = made if self._users > 0 else None
@@ -147,7 +121,7 @@ class Recomputation:
 def with_recomputation(
     tensor: torch.Tensor, make: Callable[..., torch.Tensor], *kept: torch.Tensor
 ) -> torch.Tensor:
-    """Return `tensor`, which from now on says how it is recomputed (mutated)."""
+    """Return `tensor` (mutated) with its recomputation from `kept` attached."""
     parts = tuple(part.detach() for part in kept)
     setattr(tensor, _NAME, (Recomputation(make), parts, version_of(tensor)))
     return tensor
@@ -156,10 +130,10 @@ def with_recomputation(
 def recomputation_of(
     tensor: torch.Tensor,
 ) -> tuple[Recomputation, tuple[torch.Tensor, ...]] | None:
-    """Return how `tensor` is recomputed, and from what; None where it has to be kept.
+    """Return how `tensor` is recomputed and from which tensors; None if it must be saved.
 
-    So have views and copies, and a tensor that was written to since. Nothing is kept of a tensor of
-    inference mode, which does not count what is written to it.
+    None is also returned for views, copies, tensors of inference mode, and after an in-place
+    change.
     """
     if tensor.is_inference():
         return None

@@ -1,8 +1,7 @@
-"""Rotary embeddings of queries and keys in a kernel each way, where there is one for the GPU.
+"""Rotary embeddings of queries and keys in one kernel per direction, on GPUs that have it.
 
-transformers' attentions call a function of their module, `apply_rotary_pos_emb`. It is recognized
-by what it computes, and put back with the fast step; whatever it is asked that the kernel does not
-compute, it computes itself.
+transformers' `apply_rotary_pos_emb` is replaced in each modeling module where it computes the
+formula. The original runs for all arguments that the kernel does not support.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from ftlevel.fast.kernels import Kernels
 from ftlevel.fast.kernels.formulas import TORCH, Formulas, Pair
 
 NAME = "apply_rotary_pos_emb"
-"""Of the function in transformers' modules."""
+"""Name of the function in transformers' modules."""
 
 
 class _Rope(torch.autograd.Function):
-    """The rotation, of which only the angles are kept."""
+    """Rotation that saves only the angles."""
 
     @staticmethod
     def forward(
@@ -47,15 +46,7 @@ class _Rope(torch.autograd.Function):
 
 
 class FusedRope:
-    """The rotary embeddings of a model's attentions, replaced where they compute the formula.
-
-    Args:
-        model: whose modules' functions are replaced until `remove`.
-        kernels: says what computes them.
-
-    Attributes:
-        count: how many modules of transformers have one that was replaced.
-    """
+    """Replaces the rotary embedding functions of `model` until `remove`, and has their `count`."""
 
     def __init__(self, model: nn.Module, kernels: Kernels) -> None:
         self._replaced: list[tuple[ModuleType, Callable[..., Any]]] = []
@@ -69,14 +60,14 @@ class FusedRope:
         self.count = len(self._replaced)
 
     def remove(self) -> None:
-        """Put the functions back."""
+        """Restore the functions."""
         for place, plain in self._replaced:
             setattr(place, NAME, plain)
         self._replaced.clear()
 
 
 class _Replacement:
-    """Called in the place of `plain`, which it is wherever no kernel serves."""
+    """Computes the rotation by a kernel, or by `plain` where none is supported."""
 
     def __init__(self, plain: Callable[..., Any], kernels: Kernels) -> None:
         self._plain, self._kernels = plain, kernels
@@ -85,7 +76,7 @@ class _Replacement:
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
         *others: Any, **settings: Any,
     ) -> Any:  # fmt: skip
-        """Return q′ and k′, of q and k (batch, heads, tokens, head_dim)."""
+        """Return q′ and k′ for q and k (batch, heads, tokens, head_dim)."""
         formulas: Formulas = TORCH
         if torch.is_grad_enabled() and not (others or settings) and _is_usual(q, k, cos, sin):
             heads = (q.shape[1], k.shape[1], q.shape[3])
@@ -99,7 +90,7 @@ class _Replacement:
 
 
 def _is_usual(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
-    """Whether all are of one precision, and every number of a head is turned by an angle."""
+    """Return whether all dtypes are equal and every element of a head is rotated."""
     if not q.dim() == k.dim() == 4 or cos.dim() != 3 or cos.shape != sin.shape:
         return False
     batch, _, tokens, width = q.shape
@@ -111,9 +102,9 @@ def _is_usual(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Te
 
 
 def computes_rope(function: Any) -> bool:
-    """Whether `function` computes the formula, bit for bit in bfloat16."""
+    """Return whether `function` computes the formula, bit for bit in bfloat16."""
     if isinstance(function, _Replacement):
-        return False  # another step's, which ends after this one
+        return False  # of another fast step
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 4, 3, 8), (2, 2, 3, 8), (2, 3, 8), (2, 3, 8))
     q, k, cos, sin = (torch.randn(s, generator=generator).to(torch.bfloat16) for s in shapes)

@@ -1,1 +1,1 @@
-"""GGUF files: what llama.cpp computes for each family, its vocabularies, how they are written."""
+"""GGUF export: llama.cpp's architectures, tokenizer metadata, and the file writer."""

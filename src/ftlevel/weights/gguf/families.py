@@ -1,10 +1,9 @@
-"""What llama.cpp computes for each family, and how a checkpoint of transformers is said in it.
+"""Map transformers models to llama.cpp's architectures: metadata keys and tensor layouts.
 
-GGUF names an architecture and its numbers; the computation itself is llama.cpp's. So a setting that
-it has no key for must have the value that it takes for granted, and is refused otherwise. Four
-things are stored otherwise than transformers has them: the rotary halves of Llama's queries and
-keys are interleaved, Gemma's norms hold 1 + weight, GPT-2's Conv1D weights are transposed, and
-stretched rotary frequencies are a tensor of divisors.
+llama.cpp assumes a value for each setting without a GGUF key; a model with another value is
+refused. Four tensor layouts differ from transformers: Llama's rotary halves of queries and keys are
+interleaved, Gemma's norms are 1 + weight, GPT-2's Conv1D weights are transposed, and scaled rotary
+frequencies are a tensor of divisors.
 """
 
 from __future__ import annotations
@@ -19,20 +18,16 @@ import torch
 from ftlevel.models.upstream.architectures import llama3_frequencies
 
 Metadata = dict[str, Any]
-_GEMMA_PATTERN = 6  # of six layers, the last attends to everything
+_GEMMA_PATTERN = 6  # every sixth layer has full attention
 
 
 @dataclass(frozen=True)
 class Family:
     """How one `model_type` of transformers is written.
 
-    Attributes:
-        architecture: `general.architecture`.
-        activation: the only one that llama.cpp computes for it.
-        rotary: the kinds of rotary positions that are written; none for learned positions.
-        interleaved: whether queries and keys have their rotary pairs side by side.
-        shifted_norms: whether norms hold 1 + weight.
-        fixed: settings that have no key, with what llama.cpp takes for granted.
+    `rotary` has the supported rope types, none for learned positions. `interleaved` means that
+    rotary pairs are adjacent, `shifted_norms` that norms are 1 + weight. `fixed` maps settings
+    without a key to the value that llama.cpp assumes.
     """
 
     architecture: str
@@ -74,7 +69,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def find_problems(config: Any) -> list[str]:
-    """Return why a model of `config` cannot be written, a sentence each; empty where it can."""
+    """Return why a model of `config` cannot be written, one sentence each; empty if it can."""
     family = FAMILIES.get(config.model_type)
     if family is None:
         return [
@@ -104,7 +99,7 @@ def find_problems(config: Any) -> list[str]:
 
 
 def describe(config: Any) -> Metadata:
-    """Return the keys of the architecture, under their full names."""
+    """Return the metadata keys of the architecture."""
     family = FAMILIES[config.model_type]
     if family.architecture == "gpt2":
         keys = _describe_gpt2(config)
@@ -114,10 +109,10 @@ def describe(config: Any) -> Metadata:
 
 
 def context_limit(config: Any) -> tuple[int, int | None]:
-    """Return the positions that are stated, and the sliding window that cut them down, if one did.
+    """Return the context length for the file, and the sliding window that limits it, or None.
 
-    llama.cpp has no sliding window for any of these families but Gemma. Up to its length a window
-    changes nothing, so that is how many positions the file offers.
+    Of these families llama.cpp has sliding windows for Gemma only; the others are limited to the
+    window, within which it has no effect.
     """
     if config.model_type == "gpt2":
         return config.n_positions, None
@@ -130,7 +125,7 @@ def context_limit(config: Any) -> tuple[int, int | None]:
 
 
 def extra_tensors(config: Any) -> dict[str, torch.Tensor]:
-    """Return the divisors of stretched rotary frequencies, `(rotary width / 2,)` in float32."""
+    """Return the divisors of scaled rotary frequencies, (rotary width / 2,) in float32."""
     if config.model_type == "gpt2":
         return {}
     rope = _rope(config)
@@ -147,14 +142,7 @@ def extra_tensors(config: Any) -> dict[str, torch.Tensor]:
 
 
 def convert(config: Any, name: str, tensor: torch.Tensor, *, is_conv1d: bool) -> torch.Tensor:
-    """Return what the file holds for the model's `tensor`.
-
-    Args:
-        config: of the model.
-        name: in the file.
-        tensor: as transformers has it.
-        is_conv1d: whether it is the weight of a Conv1D, which is `(in, out)`.
-    """
+    """Return the model's `tensor` in the layout of the file's tensor `name`."""
     family = FAMILIES[config.model_type]
     if is_conv1d:
         return tensor.T
@@ -168,7 +156,7 @@ def convert(config: Any, name: str, tensor: torch.Tensor, *, is_conv1d: bool) ->
 
 
 def interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Put the rows of each head's two rotary halves in turn: 0, d/2, 1, d/2 + 1 and so on.
+    """Interleave the rows of each head's two rotary halves: 0, d/2, 1, d/2 + 1 and so on.
 
     transformers rotates row i with row i + d/2, llama.cpp's llama row 2i with row 2i + 1.
     """
@@ -210,7 +198,7 @@ def _describe_rotary_model(config: Any, family: Family) -> Metadata:
     if family.architecture == "gemma3":
         keys["attention.sliding_window"] = config.sliding_window
         local = float(config.rope_parameters["sliding_attention"]["rope_theta"])
-        if local != 10_000:  # what llama.cpp takes for granted
+        if local != 10_000:  # llama.cpp's default
             keys["rope.freq_base_swa"] = local
         if config.final_logit_softcapping is not None:
             keys["final_logit_softcapping"] = float(config.final_logit_softcapping)
@@ -230,7 +218,7 @@ def _describe_longrope(config: Any, rope: Mapping[str, Any]) -> Metadata:
 
 
 def _rope(config: Any) -> Mapping[str, Any]:
-    """Return the rotary settings of the layers that attend to everything."""
+    """Return the rotary settings of the layers with full attention."""
     parameters: Mapping[str, Any] = config.rope_parameters
     return parameters.get("full_attention", parameters)
 
@@ -271,7 +259,7 @@ def _gemma_problems(config: Any) -> Iterator[str]:
         )
     if config.rope_parameters["sliding_attention"]["rope_type"] != "default":
         yield "its layers with a sliding window have stretched rotary positions."
-    # llama.cpp scales by the width of a head, but in the model of 62 layers by what follows.
+    # llama.cpp scales by the head width, but by hidden size / heads in the model of 62 layers.
     width = (
         config.hidden_size // config.num_attention_heads
         if config.num_hidden_layers == 62  # 27B

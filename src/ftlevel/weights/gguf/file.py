@@ -1,16 +1,12 @@
-"""Writing a .gguf file: its keys, then its tensors, one in memory at a time.
-
-Matrices are written in the wished type; vectors, norms, learned positions and rotary divisors stay
-in float32, as llama.cpp wants them.
-
-ggml's small types: 32 numbers of a row share a scale d, kept in float16.
+"""Write a .gguf file: its keys, then its tensors, one in memory at a time.
 
     q8_0   x ≈ d · q,  q = -127 … 127,  d = max |x| / 127
     q5_0   x ≈ d · q,  q = -16 … 15,    d = -(the x that is farthest from 0) / 16
     q4_0   x ≈ d · q,  q = -8 … 7,      d = -(the x that is farthest from 0) / 8
 
-(ggml-quants.c: quantize_row_q8_0_ref, quantize_row_q5_0_ref, quantize_row_q4_0_ref.) So d of the
-last two has a sign, by which the largest number is held exactly.
+Each block of 32 values in a row has a scale d in float16, signed in q5_0 and q4_0 so that the
+largest value is exact (ggml-quants.c: quantize_row_q8_0_ref, quantize_row_q5_0_ref,
+quantize_row_q4_0_ref). Vectors, norms, learned positions and rotary divisors stay in float32.
 """
 
 from __future__ import annotations
@@ -48,10 +44,10 @@ def _half(scales: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _SignedGrid(Grid):
-    """One whose values reach farther on one side, to which a scale turns each block."""
+    """A grid with an asymmetric range; the sign of a scale turns its block to the longer side."""
 
     def scales_of(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the scale of each block: its largest is the value farthest from 0."""
+        """Return the scale of each block; its largest weight gets the value farthest from 0."""
         blocks = self._blocks(weight)
         farthest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
         return farthest / self.values[self.values.abs().argmax()]
@@ -63,38 +59,37 @@ GRIDS: dict[str, Grid] = {
     "q4_0": _SignedGrid(torch.arange(-8.0, 8.0), BLOCK, _half),
 }
 CHOSEN = ("q5_0", "q4_0")
-"""Those whose codes are worth choosing: in q8_0 rounding loses next to nothing."""
+"""Types with chosen codes; rounding to q8_0 loses almost nothing."""
 
 
 @dataclass(frozen=True)
 class Codes:
-    """A matrix of blocks.
+    """A block-quantized matrix.
 
-    Attributes:
-        codes: (rows, columns), index of a value of the grid, uint8.
-        scales: (rows, blocks), not yet as they are stored.
+    `codes` (rows, columns) are uint8 indices into the grid's values; `scales` (rows, blocks) are
+    not rounded yet.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
 
     def value(self, outtype: str) -> torch.Tensor:
-        """Return the matrix as it is read back, in float32."""
+        """Return the dequantized matrix in float32."""
         grid = GRIDS[outtype]
         return grid.value(self.codes.long(), grid.stored(self.scales.reshape(-1)))
 
     def pack(self, outtype: str) -> Any:
-        """Return its bytes, (rows, bytes of a row), as numpy has them."""
+        """Return the bytes as a numpy array, (rows, bytes per row)."""
         rows = len(self.codes)
         d = self.scales.reshape(rows, -1, 1).half().view(torch.uint8)
         blocks = self.codes.reshape(rows, -1, BLOCK)
         if outtype == "q8_0":
             q = (blocks.int() - 127).to(torch.int8).view(torch.uint8)
             return torch.cat([d, q], -1).reshape(rows, -1).numpy()
-        # Of four bits the first half of a block lies in the low ones, the second in the high ones.
+        # The first half of a block has the low four bits of a byte, the second half the high four.
         low, high = blocks[..., : BLOCK // 2] & 15, blocks[..., BLOCK // 2 :] & 15
         parts = [d, low | (high << 4)]
-        if outtype == "q5_0":  # the fifth of each, eight to a byte, the first in the lowest
+        if outtype == "q5_0":  # the fifth bits, eight per byte, lowest first
             fifth = (blocks >> 4).view(*blocks.shape[:2], -1, 8)
             weights = 2 ** torch.arange(8, dtype=torch.uint8)
             parts.insert(1, (fifth * weights).sum(-1, dtype=torch.uint8))
@@ -102,9 +97,9 @@ class Codes:
 
 
 def round_to_blocks(weight: torch.Tensor, outtype: str) -> torch.Tensor:
-    """Return `weight` as it is after being rounded as ggml does and read, in float32.
+    """Return `weight` rounded to `outtype` as ggml does, in float32.
 
-    x · (1 / d) is rounded, away from zero at a half: x / d would round some the other way.
+    ggml rounds x · (1 / d); x / d would differ for some values. q8_0 rounds halves away from zero.
     """
     grid = GRIDS[outtype]
     scales = grid.scales_of(weight)
@@ -136,16 +131,9 @@ _QUANTIZATION_VERSION = 2
 class Tensor:
     """A tensor of the file.
 
-    Attributes:
-        name: in the file.
-        source: in the model; None for one that the model does not have.
-        shape: as rows and columns, so in the reverse of the file's order.
-        outtype: what it is written as, a key of `OUTTYPES`.
-        transposed: whether the model has it the other way round.
-        read: gives it, in the file's orientation.
-        codes: those that were chosen for it, in the order of the model's rows; None where it is
-            rounded.
-        arrange: puts the model's rows in the file's order.
+    `source` is its name in the model, if any; `shape` is the reverse of the file's order. `read`
+    returns the file's layout. `codes` returns chosen codes in the order of the model's rows, which
+    `arrange` reorders for the file; None rounds.
     """
 
     name: str
@@ -159,13 +147,13 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Size in the file, without padding."""
+        """Size in the file in bytes, without padding."""
         per_block, size = GGML_QUANT_SIZES[OUTTYPES[self.outtype][0]]
         return math.prod(self.shape) // per_block * size
 
 
 def own_outtype(checkpoint: Checkpoint) -> str:
-    """Return the type that loses nothing: that of the input embedding in the checkpoint."""
+    """Return the type of the checkpoint's input embedding."""
     name = next(
         name
         for name, parameter in checkpoint.model.named_parameters()
@@ -177,16 +165,12 @@ def own_outtype(checkpoint: Checkpoint) -> str:
 def plan_tensors(
     checkpoint: Checkpoint, config: Any, outtype: str, choose: Callable[[str], Codes] | None = None
 ) -> list[Tensor]:
-    """Return the tensors of the file in order; nothing is read.
+    """Return the tensors of the file in order, without reading them.
 
-    Args:
-        checkpoint: the model's weights.
-        config: of the model.
-        outtype: what matrices are written as.
-        choose: name of a weight of `outtype` → its codes, (out, in); None rounds.
+    `choose` maps the name of a weight to its codes (out, in); None rounds.
 
     Raises:
-        InputError: the model has one that the architecture has no place for, or lacks one.
+        InputError: the architecture has no place for a tensor, or the checkpoint lacks one.
     """
     names = name_map(config)
     planned, lost, missing = [], [], []
@@ -230,7 +214,7 @@ def _plan(checkpoint: Checkpoint, config: Any, source: str, name: str, outtype: 
     elif outtype in GRIDS and shape[-1] % BLOCK:
         outtype = "f16"
     elif outtype in CHOSEN and name.startswith(("token_embd", "output.")):
-        outtype = "q8_0"  # as llama.cpp keeps them finer: what they lose, every token loses
+        outtype = "q8_0"  # like llama.cpp: an error here affects every token
 
     def read() -> torch.Tensor:
         return convert(config, name, checkpoint.read(source), is_conv1d=transposed)
@@ -239,7 +223,7 @@ def _plan(checkpoint: Checkpoint, config: Any, source: str, name: str, outtype: 
 
 
 def name_map(config: Any) -> Any:
-    """Return what gives the name in the file of a tensor of a model of `config`."""
+    """Return gguf's map from tensor names of the model to names in the file."""
     return get_tensor_name_map(_architecture(config), config.num_hidden_layers)
 
 
@@ -251,10 +235,10 @@ def _architecture(config: Any) -> Any:
 def write_gguf(
     path: Path, metadata: Mapping[str, Any], tensors: Sequence[Tensor], step: Callable[[int], None]
 ) -> None:
-    """Write the file; `metadata` names the architecture, `step` is told how many are written.
+    """Write the file; `step` is called with the number of tensors written.
 
     Raises:
-        RunError: a number is too large for the type it is written as.
+        RunError: a value is too large for float16.
     """
     writer = GGUFWriter(path, metadata["general.architecture"])
     for key, value in metadata.items():
@@ -272,7 +256,7 @@ def write_gguf(
 
 
 def file_keys(outtype: str) -> dict[str, Any]:
-    """Return the keys that say what most tensors are written as."""
+    """Return the metadata keys for the type of most tensors."""
     keys: dict[str, Any] = {"general.file_type": int(OUTTYPES[outtype][1])}
     if outtype in GRIDS:
         keys["general.quantization_version"] = _QUANTIZATION_VERSION
@@ -280,9 +264,9 @@ def file_keys(outtype: str) -> dict[str, Any]:
 
 
 def round_to(tensor: torch.Tensor, outtype: str) -> torch.Tensor:
-    """Return `tensor` as it is after being written as `outtype` and read, in float32.
+    """Return `tensor` rounded to `outtype`, in float32.
 
-    This is computed by torch alone, so that the file can be checked by it.
+    It does not use the gguf package, so that it can verify the file.
     """
     tensor = tensor.float()
     if outtype == "f32":
@@ -293,13 +277,13 @@ def round_to(tensor: torch.Tensor, outtype: str) -> torch.Tensor:
 
 
 def weights_as_written(tensors: Sequence[Tensor], model: Any) -> Iterator[tuple[str, Any]]:
-    """Yield each weight of `model` that the file rounds, by its name, with its rounded values."""
+    """Yield name and rounded values of each weight of `model` that the file rounds."""
     parameters = dict(model.named_parameters())
     for tensor in tensors:
         if tensor.source is None or tensor.outtype == "f32":
             continue
         weight = parameters[tensor.source].detach()
-        # Interleaving moves whole rows, so that blocks are the same before and after it.
+        # Interleaving moves whole rows, so blocks stay the same.
         if tensor.codes is not None:
             rounded = tensor.codes().value(tensor.outtype)
         else:
@@ -308,7 +292,7 @@ def weights_as_written(tensors: Sequence[Tensor], model: Any) -> Iterator[tuple[
 
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
-    """Add one key in the type that llama.cpp reads it as."""
+    """Add a key with the type that llama.cpp expects."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
@@ -333,7 +317,7 @@ def _announce(writer: GGUFWriter, tensor: Tensor) -> None:
 
 
 def _pack(tensor: Tensor) -> Any:
-    """Return the bytes of a tensor as numpy has them, `(rows, …)`."""
+    """Return the bytes of a tensor as a numpy array, (rows, …)."""
     if tensor.codes is not None:
         chosen = tensor.codes()
         both = (tensor.arrange(part) for part in (chosen.codes, chosen.scales))

@@ -1,8 +1,7 @@
-"""A fast tokenizer as the keys of a .gguf file, and the tokenizers that llama.cpp can be told of.
+"""Convert a fast tokenizer to the metadata of a .gguf file.
 
-A .gguf file has the tokens, the merges or scores, and the *name* of the way in which text is split
-before; the splitting itself is in llama.cpp. So the steps in tokenizer.json must be ones that have
-a name there. They are compared as they are written, and a tokenizer with other steps is refused.
+The file has tokens, merges or scores, and the name of a pre-tokenizer that llama.cpp implements.
+The steps in tokenizer.json must equal those of a known name, else the tokenizer is refused.
 """
 
 from __future__ import annotations
@@ -24,17 +23,15 @@ _WORDS = (
 )
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False}
 READ_BY_TRANSFORMERS = ("gpt-2", "llama-bpe", "qwen2")
-"""The names whose splitting transformers' reader of .gguf files applies as well."""
+"""Pre-tokenizers that transformers' GGUF reader implements, too."""
 
 
 @dataclass(frozen=True)
 class Splitting:
-    """A way of splitting text that llama.cpp has a name for.
+    """A pre-tokenizer with a name in llama.cpp.
 
-    Attributes:
-        steps: the pre-tokenizer of tokenizer.json, without the keys that do not matter.
-        whole_words: whether a word that is a token is taken whole, whatever its merges.
-        normalizers: what the text may have gone through before; llama.cpp leaves NFC out.
+    `steps` are those of tokenizer.json without irrelevant keys, `whole_words` is its
+    `ignore_merges`. `normalizers` are the allowed ones; llama.cpp skips NFC.
     """
 
     steps: Sequence[Mapping[str, Any]]
@@ -63,19 +60,11 @@ SPLITTINGS = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What is written of a tokenizer.
+    """Tokenizer metadata of a .gguf file.
 
-    Attributes:
-        model: `gpt2` for bytes with merges, `llama` for SentencePiece.
-        pre: the name of its splitting.
-        tokens: text of each token, in the order of their ids.
-        types: what kind of token each is.
-        merges: for `gpt2`.
-        scores: for `llama`: the higher, the sooner a token is put together.
-        special: `bos`, `eos`, `unknown`, `padding` → id.
-        flags: what is put around or before a text.
-        chat_template: Jinja; None without one.
-        notes: what llama.cpp does otherwise, and cannot be told.
+    `model` is `gpt2` for byte-level BPE or `llama` for SentencePiece. Tokens with higher `scores`
+    are merged first. `special` maps `bos`, `eos`, `unknown` and `padding` to ids. `notes` are
+    differences of llama.cpp that the file cannot express.
     """
 
     model: str
@@ -90,7 +79,7 @@ class Vocabulary:
     notes: list[str] = field(default_factory=list)
 
     def metadata(self) -> dict[str, Any]:
-        """Return the keys of the file."""
+        """Return the metadata keys."""
         keys: dict[str, Any] = {
             "tokenizer.ggml.model": self.model,
             "tokenizer.ggml.pre": self.pre,
@@ -109,11 +98,10 @@ class Vocabulary:
 
 
 def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
-    """Return what is written of `tokenizer` for a model of `size` tokens.
+    """Return the metadata of `tokenizer` for a model with `size` embeddings.
 
     Raises:
-        InputError: llama.cpp has no name for how it splits text, or it has more tokens than the
-            model.
+        InputError: llama.cpp does not support the tokenizer, or it has more tokens than the model.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -152,7 +140,7 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
 
 
 def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the merges as pairs; older files have them as one string."""
+    """Return the merges as pairs; older files store each as one string."""
     pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
     return [(left, right) for left, right in pairs]
 
@@ -160,7 +148,7 @@ def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _tokens(
     tokenizer: Any, model: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]], size: int
 ) -> tuple[list[str], list[int]]:
-    """Return the text and the kind of every token, up to the size of the model."""
+    """Return text and type of every token, up to the model's `size`."""
     texts = {index: text for text, index in model["vocab"].items()}
     texts |= {index: token["content"] for index, token in added.items()}
     if (most := max(texts)) >= size:
@@ -175,7 +163,7 @@ def _tokens(
         if index in added:
             kind = CONTROL if added[index]["special"] else USER_DEFINED
             if model["byte_fallback"]:
-                # llama.cpp finds these before it makes spaces visible.
+                # llama.cpp matches these before it replaces spaces.
                 text = text.replace(SPACE, " ") if kind == USER_DEFINED and text else text
                 kind = UNKNOWN if index == tokenizer.unk_token_id else kind
         elif text is not None:
@@ -197,7 +185,7 @@ def _special(tokenizer: Any) -> dict[str, int]:
 
 
 def _flags(tokenizer: Any) -> dict[str, bool]:
-    """Return what the tokenizer puts around a text, found by asking it."""
+    """Return whether the tokenizer adds BOS and EOS, by encoding a text."""
     ids = tokenizer("a")["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -214,11 +202,7 @@ def _flags(tokenizer: Any) -> dict[str, bool]:
 
 
 def _find_splitting(described: Mapping[str, Any]) -> str:
-    """Return llama.cpp's name for how the text is split.
-
-    Raises:
-        InputError: it has none that is known here.
-    """
+    """Return llama.cpp's name of the pre-tokenizer, or raise InputError if there is none."""
     model, steps = described["model"], _steps(described["pre_tokenizer"])
     normalizer = described["normalizer"] and described["normalizer"]["type"]
     for name, known in SPLITTINGS.items():
@@ -258,11 +242,7 @@ def _notes(added: Mapping[int, Mapping[str, Any]]) -> list[str]:
 
 
 def _space_prefix(described: Mapping[str, Any]) -> tuple[bool, list[str]]:
-    """Return whether a space is put before a text, and what llama.cpp does otherwise.
-
-    Raises:
-        InputError: the text goes through other steps than SentencePiece's.
-    """
+    """Return whether a space is added before a text, and notes on llama.cpp's differences."""
     steps, normalizers = _steps(described["pre_tokenizer"]), _normalizers(described["normalizer"])
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}
@@ -271,7 +251,7 @@ def _space_prefix(described: Mapping[str, Any]) -> tuple[bool, list[str]]:
         "pattern": {"String": " "},
         "behavior": "MergedWithPrevious",
         "invert": False,
-    }  # splits nothing: the spaces are replaced by then
+    }  # no effect: the spaces are already replaced
     if normalizers == [prepend, replace] and not steps:
         return True, []
     if normalizers == [replace] and steps in ([], [gemma]):
@@ -301,14 +281,10 @@ def _normalizers(normalizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]
 
 
 def _scores(model: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> list[float]:
-    """Return a score for each token: minus the rank of its first merge.
+    """Return the score of each token, minus the rank of its first merge.
 
-    llama.cpp joins any two neighbours whose text together is a token, the highest score first. That
-    is what the merges do if they have every way to cut a token in two, and those of a token follow
-    one another.
-
-    Raises:
-        InputError: they do not.
+    llama.cpp joins neighbors whose text is a token, highest score first. This equals the merges
+    only if they include every split of a token, one after another; else InputError is raised.
     """
     rank: dict[str, int] = {}
     last = ""
