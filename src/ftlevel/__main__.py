@@ -1,10 +1,10 @@
-"""The program `ftlevel`, also as `python -m ftlevel`, for launchers such as torchrun."""
+"""Entry point of `ftlevel` and of `python -m ftlevel`, for launchers such as torchrun."""
 
 import sys
 
 
 def main() -> None:
-    """Import the command line and run it; Ctrl-C ends it in a line from the first moment."""
+    """Import and run the command line; Ctrl-C exits with code 130 even during imports."""
     try:
         from ftlevel.cli.app import main as run
 
