@@ -75,7 +75,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, OSError)) and any(w in text for w in _OUT_OF_MEMORY)
 
 
-_BEGINNING = 4  # letters from which on the beginning of a name is a wish for it
+_BEGINNING = 4  # minimum length of a prefix match
 
 
 def nearest(name: str, options: Iterable[str], count: int = 1) -> list[str]:

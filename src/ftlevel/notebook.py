@@ -15,8 +15,8 @@ from typing import Any
 from ftlevel.config.section import Choice
 from ftlevel.events import Listener, Silence
 
-_EVERY_S = 0.25  # between two drawings
-_SHOWN = 8  # last lines of a run
+_EVERY_S = 0.25  # between redraws
+_SHOWN = 8  # last log lines shown
 _FIGURES = {"loss": "{:.4f}", "learning_rate": "{:.2e}", "grad_norm": "{:.3g}", "epoch": "{:.2f}"}
 
 

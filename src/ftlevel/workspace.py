@@ -12,7 +12,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows, where nothing is locked and nothing swept
+except ImportError:  # Windows: no locks, no sweep
     fcntl = None  # type: ignore[assignment]
 
 _PREFIX = "ftlevel-"
@@ -75,7 +75,7 @@ def _hold(folder: Path) -> int | None:
     descriptor = os.open(folder / _MARKER, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another holds it, or the file system has no locks
+    except OSError:  # locked by another process, or locks unsupported
         os.close(descriptor)
         return None
     return descriptor

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ftlevel.errors import ConfigError
 
-_PORT, _PORTS = 29500, 20000  # torchrun's, and how many above it a job's number chooses from
+_PORT, _PORTS = 29500, 20000  # torchrun's default; range of ports for SLURM jobs
 _LOOPBACK = "127.0.0.1"
 
 
@@ -28,7 +28,7 @@ class Launcher:
     node: str = ""
 
 
-# Those come first that others start: mpirun starts its daemons by srun, srun a torchrun a machine.
+# Innermost launchers first: mpirun starts daemons with srun, and srun can start torchrun.
 LAUNCHERS = (
     Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
     Launcher("mpirun (Open MPI)", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
@@ -53,7 +53,7 @@ _OF_ACCELERATE = {
     "ACCELERATE_DYNAMO_BACKEND": ("--dynamo_backend", ""),
 }  # fmt: skip
 """Variables with which `accelerate launch` overrides the configuration."""
-_NOTHING = {"", "no", "false", "0", "1"}  # 1: a micro-step; what is used says "true"
+_NOTHING = {"", "no", "false", "0", "1"}  # 1: one micro-step; used features are "true"
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _meeting_place(
     if launcher.name == "srun":
         nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
         address = address or first_node(nodes)
-        # Jobs that share a machine get different ones.
+        # Different ports for jobs that share a machine.
         port += int(environment.get("SLURM_JOB_ID", "0")) % _PORTS
     elif launcher.name.startswith("mpirun") and local_size == size:
         address = address or _LOOPBACK

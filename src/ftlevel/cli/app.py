@@ -198,18 +198,18 @@ def run(arguments: list[str]) -> int:
         if "--traceback" in arguments and not isinstance(error, Interrupted):
             raise
         code = exit_code() if error.exit_code == _CTRL_C else error.exit_code
-        # What the user wrote, all processes of a machine see.
+        # All processes of a machine see a usage error; one prints it.
         if not error.is_told and (error.exit_code == 1 or speaks()):
             _report(str(error))
             _report_json(arguments, str(error), code)
         return code
     except KeyboardInterrupt:
         return _end_interrupted(arguments)
-    except OSError as error:  # a full disk, a stream nobody reads, a file that went away
+    except OSError as error:  # full disk, closed pipe, removed file
         if "--traceback" in arguments or error.strerror is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        is_mistake = error.errno == errno.ENAMETOOLONG  # whoever meets the name meets this
+        is_mistake = error.errno == errno.ENAMETOOLONG  # a path from the user is too long
         advice = "Name a shorter path" if is_mistake else "Add --traceback to see where it happened"
         message = f"{where}{error.strerror}. {advice}."
         code = 2 if is_mistake else 1
@@ -218,7 +218,7 @@ def run(arguments: list[str]) -> int:
         if error.filename is None and sys.stdout is not None:
             discard(sys.stdout)
         return code
-    except Exception as error:  # a file of a shape that nobody foresaw, or a bug of ours
+    except Exception as error:  # a malformed file, or a bug
         message, code = _unforeseen(error)
         _report_json(arguments, message, code)
         if "--traceback" in arguments:
@@ -288,7 +288,7 @@ def _is_from_ctrl_c(error: BaseException | None) -> bool:
 def _report_json(arguments: list[str], message: str, code: int) -> None:
     if "--json" not in arguments:
         return
-    with contextlib.suppress(OSError):  # nobody reads it
+    with contextlib.suppress(OSError):  # closed pipe
         typer.echo(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False))
 
 

@@ -41,7 +41,7 @@ from ftlevel.config.section import Section
 from ftlevel.errors import ConfigError, Interrupted, did_you_mean
 from ftlevel.world import is_launched
 
-_WIDEST_NAME = 28  # of a flag that shares its line with its help
+_WIDEST_NAME = 28  # longest flag on the same line as its help
 
 
 class Command(TyperCommand):
@@ -58,7 +58,7 @@ class Command(TyperCommand):
         done = rewrite(args, self.readings)
         ctx.meta["ftlevel.typed"], ctx.meta["ftlevel.claims"] = done.typed, done.claims
         try:
-            return super().parse_args(ctx, list(done.arguments))  # which the parser empties
+            return super().parse_args(ctx, list(done.arguments))  # the parser empties its argument
         except typer.TyperException as error:
             if hasattr(error, "possibilities"):
                 self._explain(error, str(getattr(error, "option_name", "")))
@@ -169,7 +169,7 @@ def check_recipe(path: Path, command: str) -> Path:
 
 S = TypeVar("S", bound=Section)
 _NEXT_PAIR = re.compile(r",\s*(?=\w+=)")  # of `text=Body,label=Category`
-_WIDEST_CHOICES = 20  # letters that stand for a value in help
+_WIDEST_CHOICES = 20  # characters of a metavar
 
 
 def add_command(
@@ -241,7 +241,7 @@ def _help_of(facts: FieldFacts, row: Flag) -> str:
     notes = [
         "" if told else ", ".join(facts.choices),
         f"default: {facts.default}" if facts.default else "",
-        "required" if facts.required and not row.required else "",  # else Typer says it
+        "required" if facts.required and not row.required else "",  # otherwise Typer shows it
     ]
     extra = "; ".join(note for note in notes if note)
     return f"{facts.description}  [{extra}]" if extra else facts.description

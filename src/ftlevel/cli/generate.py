@@ -84,7 +84,7 @@ def _read_config(given: Given) -> GenerateConfig:
             adapters[label] = place
         chosen.append(label)
     if adapters and len(adapters) == len(chosen):
-        chosen = []  # all that are placed answer, and what else is named
+        chosen = []  # every given adapter generates
     task = given.values["task"]
     return given.section(
         GenerateConfig,
@@ -116,10 +116,10 @@ def _show(answers: Sequence[Any]) -> None:
 
 
 HELP = """\
-/adapter NAME   let that adapter go on (without NAME: show them)
-/base           let the base model go on
-/reset          forget what was said
-/quit           leave, as Ctrl-D does"""
+/adapter NAME   switch to an adapter (without NAME: list them)
+/base           switch to the base model
+/reset          clear the conversation
+/quit           exit, like Ctrl-D"""
 
 
 def talk(config: GenerateConfig) -> None:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from ftlevel.training.forecast.fits import Fit
 
 
-_BAR = 30  # letters
+_BAR = 30  # characters
 _PROCESS = "whole process"
-_LEAST = 2**16  # bytes of a part that is shown
+_LEAST = 2**16  # bytes; smaller parts are not shown
 
 
 def show(plan: RunPlan, console: Console) -> None:

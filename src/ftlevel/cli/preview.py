@@ -129,10 +129,10 @@ def _token(token: Token) -> str:
     return f'<span class="{kinds}" title="{token.id}">{text}{label}</span>'
 
 
-_MOST = 240  # tokens of a row that are shown unless it was asked for
+_MOST = 240  # tokens shown per row, unless --row is given
 _BAR = 40
 _BREAK = "⏎\n"
-_LEARNED = ("black on green3", "black on pale_green3")  # by turns, so that borders are seen
+_LEARNED = ("black on green3", "black on pale_green3")  # alternate, to show token boundaries
 _GIVEN = ("", "on grey19")
 _SPECIAL = "bold magenta"
 
@@ -202,7 +202,7 @@ def _coloured(tokens: Sequence[Token], *, whole: bool) -> Text:
             text.append(f" … {token:,} tokens … ", style="italic dim")
             continue
         style = (_LEARNED if token.supervised else _GIVEN)[index % 2]
-        if token.special:  # magenta cannot be read on green
+        if token.special:  # magenta is unreadable on green
             style = f"{style} bold" if token.supervised else f"{style} {_SPECIAL}".strip()
         text.append(_visible(token), style=style)
         if token.label:

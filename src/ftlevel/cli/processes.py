@@ -18,7 +18,7 @@ from types import FrameType
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 5.0
-_PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has not all of them
+_PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # not all exist on Windows
 _PR_SET_PDEATHSIG = 1
 _FAILED = 1
 _RESUME, _REPLACES = "--resume", ("--overwrite", "--overwrite-output-dir")
@@ -34,7 +34,7 @@ def launch(arguments: Sequence[str], count: int, restarts: int = 0) -> int:
     told: list[int] = []
     while True:
         code = _launch_once(arguments, count, told)
-        is_told = set(told) - {getattr(signal, "SIGUSR1", None)}  # which ends nothing
+        is_told = set(told) - {getattr(signal, "SIGUSR1", None)}  # does not end a run
         if code != _FAILED or is_told or not restarts:
             return code
         restarts -= 1
@@ -126,5 +126,5 @@ def _stop(running: Sequence[subprocess.Popen[bytes]]) -> None:
         try:
             process.wait(max(deadline - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
-            process.kill()  # it waits for the one that is gone
+            process.kill()  # it may be waiting for a dead process
             process.wait()

@@ -46,7 +46,7 @@ class Lasting(io.TextIOBase):
             return False
         try:
             poll = select.poll()
-            poll.register(self._stream.fileno(), 0)  # errors alone, which are always reported
+            poll.register(self._stream.fileno(), 0)  # errors only; they are always reported
             return not any(event & select.POLLERR for _, event in poll.poll(0))
         except (AttributeError, OSError, ValueError):  # Windows; not a file
             return True
@@ -71,7 +71,7 @@ class Lasting(io.TextIOBase):
             return
         try:
             getattr(self._stream, method)(*arguments)
-        except UnicodeEncodeError:  # a terminal that has no such letters
+        except UnicodeEncodeError:  # the terminal's encoding lacks a character
             replaced = arguments[0].encode(self.encoding, "replace").decode(self.encoding)
             self._stream.write(replaced)
         except OSError as error:
@@ -101,16 +101,16 @@ _FIGURES = {
 
 
 _HELD = (
-    ("adapter", "what was trained, with its tokenizer"),
-    ("base", "the model that it needs"),
-    ("checkpoints", "to go on from"),
-    ("tensorboard", "its curves"),
-    ("config.yaml", "trains it again"),
-    ("metrics.jsonl", "every log"),
-    ("summary.json", "all figures"),
-    ("validation.jsonl", "how each validation row was answered"),
-    ("README.md", "its card"),
-    ("report.html", "a page to read"),
+    ("adapter", "adapter and tokenizer"),
+    ("base", "its base model"),
+    ("checkpoints", "for --resume"),
+    ("tensorboard", "TensorBoard logs"),
+    ("config.yaml", "full configuration"),
+    ("metrics.jsonl", "training log"),
+    ("summary.json", "all results"),
+    ("validation.jsonl", "predictions for validation rows"),
+    ("README.md", "model card"),
+    ("report.html", "HTML report"),
 )
 """Files of a run directory and their purpose."""
 
@@ -212,7 +212,7 @@ class Screen:
         self._total = total_steps
         if self.quiet or not self.console.is_terminal:
             return
-        # What is worth least gives way: the figures are on the lines above the bar as well.
+        # On narrow terminals, the metrics are omitted first: the lines above show them, too.
         width, whole = self.console.width, Column(no_wrap=True)
         bar = [BarColumn(bar_width=_BAR)] if width >= _ROOM_FOR_BAR else []
         figures = [TextColumn("{task.fields[figures]}", table_column=Column(overflow="ellipsis"))]

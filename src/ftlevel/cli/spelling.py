@@ -339,7 +339,7 @@ def _spell(flag: str, value: str, readings: Mapping[str, Reading], *, joined: bo
 
 
 _RECIPES = ("*.yaml", "*.yml", "recipes/*.yaml", "recipes/*.yml")
-_RUNS = ("*/.ftlevel.json", "runs/*/.ftlevel.json")  # what marks a directory as a run's
+_RUNS = ("*/.ftlevel.json", "runs/*/.ftlevel.json")  # marker file of a run directory
 
 
 def completed_command() -> list[str]:

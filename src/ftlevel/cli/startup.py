@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-_SOON = 0.05  # seconds, in which the block is left
+_SOON = 0.05  # seconds until the signal is sent again
 _received: int | None = None
 _ends_at_once = False
 _last_words: Callable[[], int] | None = None
@@ -37,7 +37,7 @@ def end_on_signals(last_words: Callable[[], int]) -> None:
     sys.unraisablehook = _not_lost
     for name in _NAMES:
         if (number := getattr(signal, name, None)) is not None and (
-            signal.getsignal(number) is not signal.SIG_IGN  # of nohup
+            signal.getsignal(number) is not signal.SIG_IGN  # set by nohup
         ):
             signal.signal(number, _end)
     if hasattr(signal, "SIGUSR1"):
@@ -85,7 +85,7 @@ def end_as_it_is(code: int) -> None:
 def _not_lost(unraisable: Any) -> None:
     """Send the signal again if its interrupt was raised where Python drops it, as in `__del__`."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt) and _received is not None:
-        import threading  # 3 ms, which no command pays that is not interrupted
+        import threading  # lazy: takes 3 ms
 
         again = threading.Timer(_SOON, os.kill, (os.getpid(), _received))
         again.daemon = True
@@ -116,7 +116,7 @@ def heavy_imports() -> Iterator[None]:
 
     Does nothing to the collector if torch is already imported, since objects may not be ours then.
     """
-    if "torch" not in sys.modules:  # they are read once
+    if "torch" not in sys.modules:  # libraries read them once
         for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
             os.environ.setdefault(name, str(KEPT_SHAPES))
     with ending_at_once():
@@ -147,7 +147,7 @@ KEPT_FREE = 128 << 20
 LARGEST_IN_HEAP = 32 << 20
 """Minimum bytes of separately mapped tensors; the maximum that glibc allows."""
 
-# mallopt(3), whose parameters malloc.h numbers.
+# Parameters of mallopt(3), from malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 
 _SAID_BY_USERS = ("MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
@@ -188,4 +188,4 @@ def prepare() -> None:
     share_heaps()
 
 
-hush()  # a server of processes imports this before the libraries
+hush()  # a multiprocessing server imports this module before the libraries

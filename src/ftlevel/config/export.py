@@ -222,7 +222,7 @@ class ExportConfig(HubSection):
     @field_validator("out")
     @classmethod
     def _is_named_by_its_format(cls, value: Path, info: ValidationInfo) -> Path:
-        if "server" not in info.data:  # it is wrong, and the format follows from it
+        if "server" not in info.data:  # invalid server; the format depends on it
             return value
         format_ = FORMATS.get(info.data.get("format", ""))
         if format_ is not None and format_.is_directory:

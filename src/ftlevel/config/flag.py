@@ -175,7 +175,7 @@ class Flag:
     """Flag or argument of one or several commands.
 
     Attributes:
-        path: dotted path of its field, of any method for `method.NAME`; empty if the command reads it.
+        path: dotted path of its field; `method.NAME` is a field of any method. Empty if none.
         names: names as in Typer; an argument's metavar. Default: the field's name.
         panel: heading in `--help` and docs/cli.md.
         on: commands that have it.

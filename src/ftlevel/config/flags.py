@@ -152,7 +152,7 @@ OF_COMMANDS: tuple[Flag, ...] = (
          help="Adapter of the same base, or name from --adapters-dir; repeatable."),
     Flag("adapters_dir", "", MODEL, ("generate",)),
     Flag("compare_base", "--compare-base", MODEL, ("generate",)),
-    # evaluate, and what it shares
+    # evaluate, and flags shared with it
     Flag("dataset", "", DATA, ("evaluate",)),
     Flag("split", "", DATA, ("evaluate",)),
     Flag("subset", "", DATA, ("evaluate", "predict")),
@@ -189,7 +189,7 @@ OF_COMMANDS: tuple[Flag, ...] = (
     Flag("weights", "", "Mixture", ("merge",)),
     Flag("strategy", "", "Mixture", ("merge",)),
     Flag("density", "", "Mixture", ("merge",)),
-    # quantize and export, and what they share
+    # quantize, export, and flags shared with them
     Flag("quant", "", WRITE, ("quantize",)),
     Flag("quant_type", "", WRITE, ("quantize",)),
     Flag("double_quant", "--double-quant", WRITE, ("quantize",)),
@@ -259,7 +259,7 @@ FLAGS: tuple[Flag, ...] = (
          help="Path of the new recipe; must not exist."),
     Flag(names="MODEL|FAMILY", on=("list-targets",), dest="model", required=True,
          help="Directory, .gguf file, Hub id, builtin:NAME, or family such as llama."),
-    # The ten that nearly every run has.
+    # Common options of a run.
     Flag("model.name_or_path", "--model", DAILY, _ROWS,
          also=("--model-name-or-path", "--model-name", "--base-model", "--base-model-name-or-path",
                "--pretrained-model-name-or-path", "--model-id")),
@@ -286,7 +286,7 @@ FLAGS: tuple[Flag, ...] = (
                "--per-gpu-train-batch-size")),
     Flag("output.dir", "--output-dir -o", DAILY, ("train", "compare"),
          also=("--save-dir", "--out", "--output")),
-    # What is trained.
+    # Model and method.
     Flag("model.adapter", "--adapter", MODEL, metavar="RUN|ADAPTER", words=METHODS,
          also=("--adapter-name-or-path", "--adapters", "--lora-model-dir",
                "--resume-from-adapter")),
@@ -326,7 +326,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("method.trainable_token_indices", "", MODEL, several=True,
          also=("--peft-trainable-token-indices", "--lora-trainable-token-indices")),
     Flag("method.lora_plus_ratio", "", MODEL, also=("--loraplus-lr-ratio", "--lorap-lr-ratio")),
-    # Its data.
+    # Data.
     Flag("data.validation_file", "", DATA, _ROWS,
          also=("--eval-dataset", "--val-dataset", "--eval-file", "--test-dataset")),
     Flag("data.mix", "", DATA, _ROWS, several=True, also=("--interleave-probs",
@@ -373,7 +373,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("data.num_proc", "", DATA, _ROWS,
          also=("--preprocessing-num-workers", "--dataset-num-proc", "--dataset-processes")),
     Flag("data.on_bad_row", "", DATA, _ROWS),
-    # How it is trained.
+    # Training.
     Flag("train.max_steps", "", HOW, _ROWS, also=("--max-train-steps",),
          words={"-1": NO_LIMIT, "0": NO_LIMIT}),
     Flag("train.head_learning_rate", "", HOW, also=("--head-lr", "--classifier-learning-rate")),
@@ -451,7 +451,7 @@ FLAGS: tuple[Flag, ...] = (
          also=("--eval-num-beams", "--generation-num-beams", "--beam-size")),
     Flag("train.temperature", "", HOW),
     Flag("train.top_p", "", HOW),
-    # The run.
+    # Run.
     Flag(names="--recipe", panel=RUN, on=_LIKE_TRAIN, type=Path,
          help="Recipe file; flags override it."),
     Flag(names="--set", panel=RUN, on=(*_LIKE_TRAIN, "init"), type=list[str], metavar="KEY=VALUE",
@@ -487,7 +487,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(names="--task", panel=GENERAL, on=("list-methods",), help="Task to filter by."),
     Flag(names="--quant", panel=GENERAL, on=("list-methods",),
          help="Quantization to filter by: none, 4bit or 8bit."),
-    # What programs are told, and how much is said.
+    # Output and verbosity.
     Flag(names="--json", panel=GENERAL, on=_EVERY, type=bool, dest="as_json",
          help="Whether to print a single JSON object and nothing else."),
     Flag(names="--quiet -q", panel=GENERAL, on=_QUIET, type=bool,
@@ -510,7 +510,7 @@ def flags_of(command: str, flags: Sequence[Flag] = FLAGS) -> list[Flag]:
     """Return the flags of `command`."""
     if command in AS_TRAIN:
         train = [flag for flag in flags if "train" in flag.on and _is_of_the_run(flag)]
-        if command == "launch":  # a job says where it writes
+        if command == "launch":  # a job needs the output flags
             train = [flag for flag in flags if "train" in flag.on and flag.path]
         if command == "compare":  # which has --methods
             train = [flag for flag in train if flag.path != "method.kind"]

@@ -32,7 +32,7 @@ class RowsInMemory(str):
 
 def name_rows(value: Any) -> Any:
     """Return rows as `RowsInMemory`, a path as text, and any other value unchanged."""
-    if isinstance(value, os.PathLike):  # of an argument, that is no field yet
+    if isinstance(value, os.PathLike):  # arguments are not validated yet
         return os.fspath(value)
     is_frame = hasattr(value, "columns") and hasattr(value, "to_dict")
     if isinstance(value, str | bytes) or not (hasattr(value, "__iter__") or is_frame):

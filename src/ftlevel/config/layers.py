@@ -25,7 +25,7 @@ KeyPath = tuple[str, ...]
 S = TypeVar("S", bound=BaseModel)
 
 _TAGGED = {"method"}
-_LONGEST_VALUE = 200  # characters of it in an error
+_LONGEST_VALUE = 200  # characters, in errors
 
 
 @dataclass(frozen=True)
@@ -343,7 +343,7 @@ def _bad_value(key: KeyPath, detail: ErrorDetails, root: type[BaseModel]) -> str
                 f"{'.'.join(key)} is a section, and {_shown(value)} is given for it. Set its "
                 f"fields, such as {'.'.join((*key, fields[0]))}."
             )
-        case "value_error" if isinstance(value, Mapping):  # fields of a section that disagree
+        case "value_error" if isinstance(value, Mapping):  # inconsistent fields of a section
             return f"{context['error']}."
         case "value_error":
             return f"{_shown(value)}: {context['error']}."

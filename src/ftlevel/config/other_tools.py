@@ -76,7 +76,7 @@ def _taken(path: str) -> Agrees:
 
 
 ANSWERS: tuple[Flag, ...] = (
-    # What is done anyhow.
+    # Flags that agree with what ftlevel does.
     *_flags("--do-train", "ftlevel evaluate scores without training.",
             {"true": Agrees("ftlevel train trains")}),
     *_flags("--do-predict", "ftlevel evaluate RUN --dataset TEST scores other rows afterwards.",
@@ -165,7 +165,7 @@ ANSWERS: tuple[Flag, ...] = (
             {"true": Agrees("LoRA's layers are fused by the fast step", "speed.fused_lora",
                             (True,)),
              "false": "--set speed.fused_lora=false"}),
-    # What there is not.
+    # Unsupported flags.
     *_flags("--splits", "--split names the split to train on; the validation rows are the split "
             "called validation, valid, val or dev."),
     *_flags("--liger-rms-norm --liger-glu-activation --liger-layer-norm --liger-rope",

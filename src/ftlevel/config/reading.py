@@ -108,7 +108,7 @@ class YamlError(ValueError):
 
 def load_yaml(text: str) -> tuple[Any, Any]:
     """Return the value of `text` and its YAML node, or (None, None); may raise YamlError."""
-    import yaml  # here, because --help needs no YAML
+    import yaml  # lazy: --help needs no YAML
 
     class Loader(yaml.SafeLoader):
         """Safe loader that keeps dates as text."""
@@ -132,7 +132,7 @@ def load_yaml(text: str) -> tuple[Any, Any]:
     except yaml.MarkedYAMLError as error:  # a tag such as !!python/object, or a key that is a list
         mark = error.problem_mark or error.context_mark
         raise YamlError(str(error.problem), mark.line + 1 if mark else 1) from None
-    except yaml.YAMLError as error:  # a byte that no text has
+    except yaml.YAMLError as error:  # an invalid character
         raise YamlError(str(error).splitlines()[0]) from None
     except RecursionError:
         raise YamlError("its values lie too deep in one another") from None

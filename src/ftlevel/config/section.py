@@ -50,8 +50,8 @@ class Section(BaseModel):
         extra="forbid",
         allow_inf_nan=False,
         validate_default=True,
-        defer_build=True,  # --help reads the fields and validates nothing
-        hide_input_in_errors=True,  # which may be rows
+        defer_build=True,  # --help does not validate
+        hide_input_in_errors=True,  # inputs may be rows
     )
     explain_errors: ClassVar[Callable[[ValidationError, type[BaseModel]], list[str]]]
     """Formats pydantic errors; set by `config/layers.py`, which knows all sections."""

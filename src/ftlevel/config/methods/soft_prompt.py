@@ -11,7 +11,10 @@ from ftlevel.config.sections import Positive, Share
 
 
 class PromptSpec(MethodSpec):
-    """Prompt tuning: learned embeddings before the text, after [CLS] (Lester et al., 2021)."""
+    """Prompt tuning: learned embeddings before the text (Lester et al., 2021, section 2).
+
+    More than 20 tokens gain little (section 3.2). Encoders get them after [CLS].
+    """
 
     kind: Literal["prompt"] = "prompt"
     targets_linears: ClassVar[bool] = False
