@@ -42,7 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("ftlevel.cli.train:train", "Fine-tune a model on a dataset."),
     "preview": (
         "ftlevel.cli.preview:preview",
-        "Show encoded rows as the model sees them, and problems in the data.",
+        "Show encoded rows and problems in the data.",
     ),
     "plan": (
         "ftlevel.cli.plan:plan",
@@ -54,15 +54,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "evaluate": (
         "ftlevel.cli.evaluate:evaluate",
-        "Evaluate a run, an adapter or a model with its task's metrics.",
+        "Evaluate a run, an adapter or a model.",
     ),
     "predict": (
         "ftlevel.cli.predict:predict",
-        "Predict the rows of a file and write them with their predictions.",
+        "Add predictions to the rows of a file.",
     ),
     "generate": (
         "ftlevel.cli.generate:generate",
-        "Generate answers to prompts with a run, an adapter or a model.",
+        "Generate answers to prompts, or chat in the terminal.",
     ),
     "report": (
         "ftlevel.cli.report:report",
@@ -74,11 +74,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "quantize": (
         "ftlevel.cli.quantize:quantize",
-        "Quantize a model to 4 or 8 bits and measure the loss of quality.",
+        "Quantize a model to 4 or 8 bits and measure its quality.",
     ),
     "export": (
         "ftlevel.cli.export:export",
-        "Export a run, an adapter or a model for a server and verify the files.",
+        "Export a run, an adapter or a model for a server.",
     ),
     "check-served": (
         "ftlevel.cli.check_served:check_served",
@@ -98,7 +98,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "launch": (
         "ftlevel.cli.launch:launch",
-        "Write the job file for a cluster run on several machines, and optionally submit it.",
+        "Write the job file of a cluster run, and optionally submit it.",
     ),
     "doctor": (
         "ftlevel.cli.doctor:doctor",

@@ -16,9 +16,10 @@ from ftlevel.config import EvaluateConfig, normal_task
 def evaluate(
     given: Given, *, task: str | None, predictions: str | None, as_json: bool, quiet: bool
 ) -> None:
-    """Evaluate a run, an adapter or a model with its task's metrics.
+    """Evaluate a run, an adapter or a model.
 
-    A run is evaluated on its own validation rows by default and reproduces the metrics of training.
+    Reports the task's metrics. A run is evaluated on its own validation rows by default and
+    reproduces the metrics of training.
     Bootstrap intervals are 95 %.
     """
     config = given.section(EvaluateConfig, task=normal_task(task) if task else None)

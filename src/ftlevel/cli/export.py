@@ -11,7 +11,7 @@ from ftlevel.config import ExportConfig
 
 
 def export(given: Given, *, out: str | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
-    """Export a run, an adapter or a model for a server and verify the files.
+    """Export a run, an adapter or a model for a server.
 
     --for SERVER selects the format and rejects what that server would load incorrectly. The files
     are read back and compared with the model before they are moved into place.

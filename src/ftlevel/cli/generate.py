@@ -27,7 +27,7 @@ def generate(
     chat: bool,
     as_json: bool,
 ) -> None:
-    """Generate answers to prompts with a run, an adapter or a model.
+    """Generate answers to prompts, or chat in the terminal.
 
     Prompts use the run's own template; decoding is greedy unless --temperature is given. The answer
     depends on the task: text, class, classes above 0.5, number, tagged words, words for each

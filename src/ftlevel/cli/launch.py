@@ -16,7 +16,7 @@ _SCHEDULERS = ("slurm", "k8s", "ray")
 def launch(
     given: Given, *, on: str, job_file: Path | None, submit: bool, dry_run: bool, as_json: bool
 ) -> None:
-    """Write the job file for a cluster run on several machines, and optionally submit it.
+    """Write the job file of a cluster run, and optionally submit it.
 
     Accepts the flags of train and validates them. A preempted job is requeued and resumes from its
     newest checkpoint. --dry-run prints the file only.

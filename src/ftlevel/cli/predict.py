@@ -16,7 +16,7 @@ from ftlevel.errors import ConfigError
 
 
 def predict(given: Given, *, task: str | None, as_json: bool, quiet: bool) -> None:
-    """Predict the rows of a file and write them with their predictions.
+    """Add predictions to the rows of a file.
 
     Rows are encoded as in training, need no labels, and keep their order and columns. A prediction
     is a class, classes, a number, tags, a span or a text, depending on the task. Without --output,

@@ -228,7 +228,7 @@ def _visible(token: Token) -> str:
 
 
 def preview(given: Given, *, row: Sequence[int] | None, html: Path | None, as_json: bool) -> None:
-    """Show encoded rows as the model sees them, and problems in the data.
+    """Show encoded rows and problems in the data.
 
     Reads the data exactly as train does, with the same flags, but loads no weights. Supervised
     tokens are green in a terminal and in [brackets] in a pipe. Statistics and data checks follow.

@@ -14,7 +14,7 @@ from ftlevel.config import QuantizeConfig
 
 
 def quantize(given: Given, *, out: str | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
-    """Quantize a model to 4 or 8 bits and measure the loss of quality.
+    """Quantize a model to 4 or 8 bits and measure its quality.
 
     Embeddings, norms and heads are not quantized. The result loads in transformers and in ftlevel
     train (LoRA), generate and evaluate. Tensors are processed one at a time, so the model may
