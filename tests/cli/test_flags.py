@@ -216,7 +216,7 @@ def test_words_are_translated_for_their_flag_alone() -> None:
     ("arguments", "start"),
     [
         (["evaluate", ""], "RUN|ADAPTER|MODEL: '' cannot be used for name"),
-        (["quantize", "x", "--quant", "4bit"], "--out is missing: Directory to write"),
+        (["quantize", "x", "--quant", "4bit"], "--out is missing: Output directory"),
         (["evaluate", "x", "--map", "text"], "--map text: expected NAME=COLUMN, as in summary="),
         (["merge", "x"], "Missing option '--out' / '-o'."),
     ],

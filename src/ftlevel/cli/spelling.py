@@ -35,7 +35,7 @@ class Reading:
         off: flag that disables a switch.
         is_switch: whether the canonical flag takes no value.
         value: value that this name stands for.
-        takes_none: whether the name may stand without a value.
+        takes_none: whether the value may be omitted.
         words: aliases of values, in lower case.
         read: conversion of other values; for a switch, raises why there is none.
         several: whether several values may follow.

@@ -350,7 +350,8 @@ class TrainerConfig(Decoding):
     save_minutes: float = Field(
         10.0,
         ge=0,
-        description="Maximum minutes without a checkpoint, also at the end; 0 disables it.",
+        description="Minutes without a checkpoint after which one is saved; 0 disables it. A run "
+        "in which that happens also saves one at the end.",
     )
     save_total_limit: Positive = Field(2, description="Maximum number of checkpoints to keep.")
     metrics: FewNames = Field(
