@@ -95,7 +95,7 @@ def _not_lost(unraisable: Any) -> None:
 
 
 def _ignore(_: int, __: FrameType | None) -> None:
-    """Do nothing; SIG_IGN could not be distinguished from a signal that the caller wants ignored."""
+    """Do nothing; SIG_IGN would look like a signal that the caller wants ignored."""
 
 
 def _end(number: int, _: FrameType | None) -> None:
