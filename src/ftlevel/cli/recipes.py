@@ -55,7 +55,7 @@ def recipes(action: str, file: Path | None, target: Path | None, *, as_json: boo
 
 
 def shipped() -> list[Path]:
-    """Return the recipes shipped with ftlevel: in the package, or in a checkout."""
+    """Return the recipes that come with ftlevel: in the package, or beside src in a checkout."""
     package = Path(__file__).resolve().parents[2]
     places = (package / "recipes", package.parents[1] / "recipes")
     return sorted(next((p for p in places if p.is_dir()), package).glob("*.yaml"))
