@@ -3,9 +3,8 @@
     from ftlevel import TrainConfig, train
     result = train(TrainConfig(task="summarization"))
 
-Names are imported when they are first used, so that `import ftlevel` costs nothing. For the same
-reason it does not tell PEFT of ftlevel's own tuners: `import ftlevel.adapters`, or using
-`ftlevel.adapters`, does.
+Public names are imported lazily, so `import ftlevel` is cheap. It does not register ftlevel's own
+tuners with PEFT; `import ftlevel.adapters` does.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its module when it is first asked for."""
+    """Import a public name from its module on first access."""
     if name == "adapters":
         return importlib.import_module("ftlevel.adapters")
     if name not in _PLACES:

@@ -1,10 +1,10 @@
-"""The program `ftlevel`, also as `python -m ftlevel`, for launchers such as torchrun."""
+"""Entry point of `ftlevel` and of `python -m ftlevel`, for launchers such as torchrun."""
 
 import sys
 
 
 def main() -> None:
-    """Import the command line and run it; Ctrl-C ends it in a line from the first moment."""
+    """Import and run the command line; Ctrl-C exits with code 130 even during imports."""
     try:
         from ftlevel.cli.app import main as run
 
@@ -13,8 +13,8 @@ def main() -> None:
         sys.stderr.write("ftlevel: interrupted; nothing was kept.\n")
         raise SystemExit(130) from None
     finally:
-        # An interrupt that passed an exec() of text, as dataclasses do, is remembered by CPython,
-        # which ends `python -m` by a signal for it though it was caught. The next exec() forgets.
+        # CPython remembers a KeyboardInterrupt raised inside exec(), as in dataclasses, and would
+        # end `python -m` by a signal although it was caught. Another exec() clears it.
         exec("")
 
 

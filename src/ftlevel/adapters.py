@@ -1,4 +1,4 @@
-"""Importing this makes PEFT know ftlevel's own tuners, for `PeftModel.from_pretrained`."""
+"""Register ftlevel's own tuners with PEFT on import, for `PeftModel.from_pretrained`."""
 
 from ftlevel.methods import ensure_registered
 

@@ -1,8 +1,6 @@
-"""The errors that ftlevel raises for its users, and the words they share.
+"""Exceptions for users, and helpers that format their messages; imports nothing heavy.
 
-Every message says what is wrong, with the value; what was expected or is available; and the one
-thing to do. The library raises, only the command line turns an error into lines and an exit code.
-This module imports nothing heavy.
+A message states the fact with the value, what was expected, and the fix.
 """
 
 from __future__ import annotations
@@ -12,21 +10,16 @@ from collections.abc import Iterable, Mapping, Sequence
 
 
 class FtlevelError(Exception):
-    """An error whose message is meant for the user; `exit_code` is what the command returns.
-
-    Attributes:
-        is_told: another process of the run says it.
-    """
+    """Base class of errors meant for the user; `is_told` if another process prints it."""
 
     exit_code = 1
     is_told = False
 
 
 class ConfigError(FtlevelError):
-    """A flag, a recipe key or a combination of them is wrong. Nothing was loaded or written.
+    """Invalid flag, recipe key or combination; raised before anything is loaded or written.
 
-    Attributes:
-        problems: one message a problem; `str(error)` joins them by newlines.
+    `problems` has one message per problem; `str(error)` joins them with newlines.
     """
 
     exit_code = 2
@@ -37,14 +30,13 @@ class ConfigError(FtlevelError):
 
 
 class InputError(ConfigError):
-    """A model, a data file or a directory that the user named cannot be used."""
+    """Unusable model, data file or directory named by the user."""
 
 
 class UnansweredError(InputError):
-    """Some questions cannot be answered; nothing was computed for the others either.
+    """Prompts that cannot be answered; raised before any prompt is computed.
 
-    Attributes:
-        reasons: number of a question → why, without a full stop.
+    `reasons` maps the index of a prompt to the reason, without a full stop.
     """
 
     def __init__(self, reasons: Mapping[int, str]) -> None:
@@ -53,11 +45,11 @@ class UnansweredError(InputError):
 
 
 class RunError(FtlevelError):
-    """A run that was well configured failed: a non-finite loss, a dead adapter, a full disk."""
+    """Failure of a valid run, such as a non-finite loss or a full disk."""
 
 
 class Interrupted(FtlevelError):
-    """The user pressed Ctrl-C, or a signal came; the message says what was kept."""
+    """Ctrl-C or another signal; the message names what was saved."""
 
     def __init__(self, message: str, exit_code: int = 130) -> None:
         super().__init__(message)
@@ -76,20 +68,20 @@ _OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a library means by `error` that there is no memory left."""
+    """Return whether `error` reports that memory ran out, in any of the libraries."""
     if isinstance(error, MemoryError):
         return True
     text = str(error)
     return isinstance(error, (RuntimeError, OSError)) and any(w in text for w in _OUT_OF_MEMORY)
 
 
-_BEGINNING = 4  # letters from which on the beginning of a name is a wish for it
+_BEGINNING = 4  # minimum length of a prefix match
 
 
 def nearest(name: str, options: Iterable[str], count: int = 1) -> list[str]:
-    """Return the `count` options that look most like `name`, best first; none if none is near.
+    """Return up to `count` options most similar to `name`, best first.
 
-    Those that `name` is the beginning of come first, in their order: `adamw` is `adamw_torch`.
+    Options that start with `name` come first: `adamw` matches `adamw_torch`.
     """
     names = list(dict.fromkeys(options))
     folded = {option.lower().replace("_", "-"): option for option in names}
@@ -100,13 +92,13 @@ def nearest(name: str, options: Iterable[str], count: int = 1) -> list[str]:
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """Return " Did you mean 'x'?" for the option nearest to `name`, or an empty string."""
+    """Return " Did you mean 'x'?" for the option most similar to `name`, or ""."""
     found = nearest(name, options)
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
 def with_article(noun: str) -> str:
-    """Return `noun` behind its indefinite article."""
+    """Return `noun` with its indefinite article."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
@@ -114,18 +106,18 @@ _LONGEST_NAME = 40
 
 
 def quote(name: object) -> str:
-    """Return `name` in quotes as Python writes it, cut where it is long."""
+    """Return `repr(name)`, shortened to 40 characters."""
     text = repr(name)
     return text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 3]}…{text[-1]}"
 
 
 def is_long(name: str) -> bool:
-    """Tell whether `quote` cuts the name, which then is none to be typed."""
+    """Return whether `quote` shortens `name`."""
     return len(repr(name)) > _LONGEST_NAME
 
 
 def listing(names: Iterable[str], most: int = 12) -> str:
-    """Join `names` with commas; past `most` of them, say how many more there are."""
+    """Join `names` with commas; after `most` names, append the number of the others."""
     items = list(names)
     shown = ", ".join(items[:most])
     return shown if len(items) <= most else f"{shown} and {len(items) - most:,} more"

@@ -1,4 +1,4 @@
-"""What the engine tells whoever listens: a screen, a log, or nobody."""
+"""Callbacks through which the engine reports progress to a screen, a log or a notebook."""
 
 from __future__ import annotations
 
@@ -9,62 +9,62 @@ from ftlevel.config.section import Choice
 
 
 class Listener(Protocol):
-    """Receives the course of a run. Every method may be called from the main thread only."""
+    """Protocol of progress callbacks; all are called from the main thread."""
 
     def stage(self, name: str) -> None:
-        """A part of the work begins, such as `load the model`."""
+        """Start a stage of the work, such as `load the model`."""
 
     def choices(self, title: str, choices: Sequence[Choice]) -> None:
-        """What the run is made of is resolved."""
+        """Report resolved settings."""
 
     def progress(self, done: int, total: int) -> None:
-        """So many of so many examples are encoded."""
+        """Report the number of encoded examples."""
 
     def answered(self, done: int, share: float | None) -> None:
-        """So many rows are answered; `share` of all, from 0 to 1, where that is known."""
+        """Report the number of processed rows, and their `share` (0 to 1) if known."""
 
     def warn(self, message: str) -> None:
-        """Something the user should know; the run is still what was asked for."""
+        """Report a warning that does not change the run."""
 
     def begin(self, total_steps: int) -> None:
-        """Training begins."""
+        """Report the start of training."""
 
     def step(self, step: int) -> None:
-        """An optimizer step is done."""
+        """Report a completed optimizer step."""
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Loss, learning rate and speed at a step, or the metrics of an evaluation."""
+        """Report training metrics of a step, or metrics of an evaluation."""
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """The run is done, or, with `--dry-run`, would begin."""
+        """Report the summary of a completed run or dry run."""
 
 
 class Silence:
-    """A listener that says nothing."""
+    """Listener that ignores all events."""
 
     def stage(self, name: str) -> None:
-        """Ignore it."""
+        """Do nothing."""
 
     def choices(self, title: str, choices: Sequence[Choice]) -> None:
-        """Ignore it."""
+        """Do nothing."""
 
     def progress(self, done: int, total: int) -> None:
-        """Ignore it."""
+        """Do nothing."""
 
     def answered(self, done: int, share: float | None) -> None:
-        """Ignore it."""
+        """Do nothing."""
 
     def warn(self, message: str) -> None:
-        """Ignore it."""
+        """Do nothing."""
 
     def begin(self, total_steps: int) -> None:
-        """Ignore it."""
+        """Do nothing."""
 
     def step(self, step: int) -> None:
-        """Ignore it."""
+        """Do nothing."""
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Ignore it."""
+        """Do nothing."""
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """Ignore it."""
+        """Do nothing."""

@@ -1,7 +1,6 @@
-"""A run as a notebook shows it: one output that is drawn anew, as HTML without scripts.
+"""Progress display for notebooks: one output that is redrawn as HTML without scripts.
 
-Elsewhere in Python a run is silent but for its warnings, which go where the program's logs go; who
-wants more gives a listener.
+Outside notebooks, only warnings are logged; pass a listener for more.
 """
 
 from __future__ import annotations
@@ -16,26 +15,25 @@ from typing import Any
 from ftlevel.config.section import Choice
 from ftlevel.events import Listener, Silence
 
-_EVERY_S = 0.25  # between two drawings
-_SHOWN = 8  # last lines of a run
+_EVERY_S = 0.25  # between redraws
+_SHOWN = 8  # last log lines shown
 _FIGURES = {"loss": "{:.4f}", "learning_rate": "{:.2e}", "grad_norm": "{:.3g}", "epoch": "{:.2f}"}
 
 
 def default_listener() -> Listener:
-    """Return what shows a run that a program asks for: in a notebook its output, else a log."""
+    """Return a `Notebook` listener in a notebook, else one that logs warnings."""
     return Notebook() if _in_notebook() else Logged()
 
 
 class Logged(Silence):
-    """Passes warnings on to `logging`, as `ftlevel`, and says nothing else."""
+    """Listener that passes warnings to the logger `ftlevel`."""
 
     def warn(self, message: str) -> None:
-        """Log a warning."""
+        """Log `message` as a warning."""
         logging.getLogger("ftlevel").warning(message)
 
 
 def _in_notebook() -> bool:
-    """Whether the program runs in a kernel that draws HTML."""
     if "ipykernel" not in sys.modules or "IPython" not in sys.modules:
         return False
     from IPython import get_ipython
@@ -44,7 +42,7 @@ def _in_notebook() -> bool:
 
 
 class Notebook(Silence):
-    """Shows a run in the output of a notebook's cell."""
+    """Shows a run in the output of a notebook cell."""
 
     def __init__(self) -> None:
         self._title, self._stage = "", ""
@@ -58,21 +56,21 @@ class Notebook(Silence):
         self._drawn_at = 0.0
 
     def stage(self, name: str) -> None:
-        """Say what is being done."""
+        """Show the current stage."""
         self._stage, self._done, self._total = name, 0.0, 0.0
         self._draw()
 
     def choices(self, title: str, choices: Sequence[Choice]) -> None:
-        """Show every choice with its reason."""
+        """Show every setting with its reason."""
         self._title, self._choices = title, choices
         self._draw()
 
     def progress(self, done: int, total: int) -> None:
-        """Move the bar of encoding."""
+        """Update the progress bar of encoding."""
         self._move(done, total)
 
     def answered(self, done: int, share: float | None) -> None:  # noqa: ARG002 - a listener's
-        """Move the bar of answering."""
+        """Update the progress bar of prediction."""
         self._move(share or 0.0, 1.0)
 
     def warn(self, message: str) -> None:
@@ -81,21 +79,21 @@ class Notebook(Silence):
         self._draw()
 
     def begin(self, total_steps: int) -> None:
-        """Start the bar of the steps."""
+        """Set the number of training steps."""
         self._total = total_steps
 
     def step(self, step: int) -> None:
-        """Move the bar of the steps."""
+        """Update the progress bar of training."""
         self._move(step, self._total)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Show the figures of a step, or of an evaluation."""
+        """Show the metrics of a training step or an evaluation."""
         is_evaluation = any(key.startswith("eval_") for key in record)
         (self._scores if is_evaluation else self._lines).append(record)
         self._draw()
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """Say what came out and where it is."""
+        """Show the result and its path."""
         self._ended, self._stage = summary, ""
         self._draw()
 
@@ -115,7 +113,6 @@ class Notebook(Silence):
             self._display.update(drawn)
 
     def _parts(self) -> Iterator[str]:
-        """Yield the HTML of everything that is known by now."""
         if self._choices:
             rows = [[c.name, str(c.value), c.reason] for c in self._choices]
             yield f"<details><summary><b>ftlevel</b> {escape(self._title)}: what was chosen, and "
@@ -153,7 +150,6 @@ def _figure(form: str, value: Any) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return an HTML table of plain texts."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join(
         "<tr>" + "".join(f"<td style='text-align:left'>{escape(c)}</td>" for c in row) + "</tr>"

@@ -1,7 +1,4 @@
-"""`FineTunePipeLine`: the whole of ftlevel behind one constructor and `run()`.
-
-A thin face over `TrainConfig` and `train`: the same configuration, the same checks, the same run.
-"""
+"""`FineTunePipeLine`: `TrainConfig` and `train` behind one constructor and `run()`."""
 
 from __future__ import annotations
 
@@ -21,31 +18,16 @@ def _warn(line: str) -> None:
 
 
 class FineTunePipeLine:
-    """Fine-tune a checkpoint on a data set.
+    """Fine-tune a checkpoint on a dataset.
 
         model, tokenizer = FineTunePipeLine(
             task_type="summarization", checkpoint="google-t5/t5-small", dataset_name="samsum",
             peft_method="lora", peft_config={"r": 16},
         ).run()
 
-    Args:
-        args_dir: a YAML or JSON file of settings in the grammar of recipes; what else is given
-            here wins over it.
-        task_type: as in `--task`; underscores are accepted.
-        checkpoint: Hub id, directory, .gguf file or builtin:NAME.
-        dataset_name: local file or directory, Hub id, or builtin:docstrings.
-        use_accelerate: False keeps the run on the CPU; True takes the GPU where there is one.
-        peft_method: as in `--method`.
-        peft_config: fields of the method, by PEFT's names.
-        training_args: fields of the train section, by the Trainer's names.
-        output_dir: where the run is written; a new directory under runs/ by default.
-
-    Raises:
-        ConfigError: a setting is unknown, out of range, or contradicts another.
-
-    Attributes:
-        config: the validated configuration.
-        result: what `run` gave: the summary and the run directory; None before.
+    `args_dir` is a recipe (YAML or JSON); other arguments override it. `peft_config` and
+    `training_args` have fields of the method and train sections. `use_accelerate=False` trains on
+    the CPU. Raises ConfigError for invalid settings.
     """
 
     def __init__(
@@ -87,14 +69,9 @@ class FineTunePipeLine:
         self.result: Any = None
 
     def run(self) -> tuple[Any, Any]:
-        """Train, write the run directory, check the saved adapter, and return it.
+        """Train, save, verify the saved adapter, and return the model and its tokenizer.
 
-        Returns:
-            The trained model, a `PeftModel` on its device (a plain model for `full`), and the
-            tokenizer.
-
-        Raises:
-            FtlevelError: as `ftlevel.train` does.
+        The model is a `PeftModel` on its device, or a plain model for `full`.
         """
         from ftlevel.commands.train import train
 

@@ -1,4 +1,4 @@
-"""Temporary folders that go with their process, or with a later one where it was killed."""
+"""Temporary directories that are deleted with their process, or later if it was killed."""
 
 from __future__ import annotations
 
@@ -12,27 +12,21 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows, where nothing is locked and nothing swept
+except ImportError:  # Windows: no locks, no sweep
     fcntl = None  # type: ignore[assignment]
 
 _PREFIX = "ftlevel-"
 _MARKER = ".ftlevel-workspace"
-"""A folder in it, locked (flock) for as long as the process lives; what has none is not ours."""
+"""Subdirectory locked with flock while the process lives; a directory without it is not ours."""
 
 _OLD = 24 * 3600
-"""Seconds without a change after which a folder that nobody holds is of a process that is gone."""
+"""Seconds without a change after which an unlocked directory counts as abandoned."""
 
 
 class Workspace:
-    """A temporary folder, deleted at the end of the block, or with this object.
+    """Temporary directory at `name`, deleted at the end of the block or with this object.
 
-    Making one deletes those that processes left which were killed.
-
-    Args:
-        name: what is in it; a part of the folder's name.
-
-    Attributes:
-        name: its path.
+    Creating one also deletes directories of processes that were killed.
     """
 
     def __init__(self, name: str) -> None:
@@ -52,14 +46,14 @@ class Workspace:
         self.cleanup()
 
     def cleanup(self) -> None:
-        """Delete it."""
+        """Delete the directory."""
         self._outer.cleanup()
         if self._let_go is not None:
             self._let_go()
 
 
 def sweep(parent: Path) -> None:
-    """Delete the old workspaces of this user in `parent` that no process holds."""
+    """Delete this user's old, unlocked workspaces in `parent`."""
     if fcntl is None:
         return
     for folder in parent.glob(f"{_PREFIX}*"):
@@ -75,13 +69,13 @@ def sweep(parent: Path) -> None:
 
 
 def _hold(folder: Path) -> int | None:
-    """Return the descriptor that holds `folder`; None where it cannot be held."""
+    """Lock `folder` and return the file descriptor, or None if it cannot be locked."""
     if fcntl is None:
         return None
     descriptor = os.open(folder / _MARKER, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another holds it, or the file system has no locks
+    except OSError:  # locked by another process, or locks unsupported
         os.close(descriptor)
         return None
     return descriptor

@@ -1,8 +1,6 @@
-"""Where this process stands among those of its run, as whatever started it says in the environment.
+"""Rank and world size of this process, from the environment variables of torchrun, mpirun or srun.
 
-torchrun (and `accelerate launch`, which is torchrun), mpirun and srun each have names of their own
-for the same six facts. They are read here and nowhere else. No torch: the command line asks before
-it imports anything heavy.
+Must not import torch: the command line calls it before heavy imports.
 """
 
 from __future__ import annotations
@@ -14,22 +12,13 @@ from dataclasses import dataclass
 
 from ftlevel.errors import ConfigError
 
-_PORT, _PORTS = 29500, 20000  # torchrun's, and how many above it a job's number chooses from
+_PORT, _PORTS = 29500, 20000  # torchrun's default; range of ports for SLURM jobs
 _LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """What starts several processes, and the variables by which it tells each which it is.
-
-    Attributes:
-        name: as its users call it.
-        rank: of a process, among all.
-        size: how many there are.
-        local_rank: among those of its machine.
-        local_size: how many there are of its machine; empty where the launcher does not say.
-        node: which machine; empty where the launcher does not say.
-    """
+    """Launcher and the names of its environment variables, empty if it has none."""
 
     name: str
     rank: str
@@ -39,7 +28,7 @@ class Launcher:
     node: str = ""
 
 
-# Those come first that others start: mpirun starts its daemons by srun, srun a torchrun a machine.
+# Innermost launchers first: mpirun starts daemons with srun, and srun can start torchrun.
 LAUNCHERS = (
     Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
     Launcher("mpirun (Open MPI)", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
@@ -50,7 +39,7 @@ LAUNCHERS = (
     Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "", "SLURM_NODEID"),
 )  # fmt: skip
 _POD = Launcher("RANK and WORLD_SIZE", "RANK", "WORLD_SIZE", "")
-"""A process a machine, as a Kubernetes PyTorchJob starts its pods: nobody says a local rank."""
+"""One process per machine, as in a Kubernetes PyTorchJob, which sets no local rank."""
 
 _OF_ACCELERATE = {
     "ACCELERATE_USE_FSDP": ("--use_fsdp", "--shard full"),
@@ -63,23 +52,19 @@ _OF_ACCELERATE = {
     ),
     "ACCELERATE_DYNAMO_BACKEND": ("--dynamo_backend", ""),
 }  # fmt: skip
-"""What `accelerate launch` can have a library do behind the configuration's back."""
-_NOTHING = {"", "no", "false", "0", "1"}  # 1: a micro-step; what is used says "true"
+"""Variables with which `accelerate launch` overrides the configuration."""
+_NOTHING = {"", "no", "false", "0", "1"}  # 1: one micro-step; used features are "true"
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and which of them this one is.
+    """Processes of a run and the position of this one.
 
     Attributes:
-        launcher: what started them; empty for a process that stands alone.
-        size: how many there are, of all machines together.
-        rank: from 0.
-        local_rank: on this machine, from 0.
-        local_size: how many there are on this machine.
-        node: which machine this is, from 0.
-        address: of the machine on which they meet; empty where there is one process.
-        port: there.
+        launcher: name of the launcher; empty for a single process.
+        size: number of processes on all machines.
+        node: index of this machine.
+        address: rendezvous address, empty for a single process.
     """
 
     launcher: str = ""
@@ -92,7 +77,7 @@ class World:
     port: int = 0
 
     def publish(self, environment: MutableMapping[str, str] = os.environ) -> None:
-        """Say it in torchrun's names, which torch, accelerate and transformers read (mutated)."""
+        """Set torchrun's variables in `environment` (mutated) for torch and transformers."""
         environment.update({
             "RANK": str(self.rank), "WORLD_SIZE": str(self.size),
             "LOCAL_RANK": str(self.local_rank), "LOCAL_WORLD_SIZE": str(self.local_size),
@@ -101,7 +86,7 @@ class World:
 
 
 def find_launcher(environment: Mapping[str, str] = os.environ) -> Launcher | None:
-    """Return what has started this process; None for one that stands alone."""
+    """Return the launcher of this process, or None for a single process."""
     for launcher in LAUNCHERS:
         if all(name in environment for name in (launcher.rank, launcher.size, launcher.local_rank)):
             return launcher
@@ -109,42 +94,39 @@ def find_launcher(environment: Mapping[str, str] = os.environ) -> Launcher | Non
 
 
 def is_launched() -> bool:
-    """Whether a launcher has started this process."""
+    """Return whether a launcher started this process."""
     return find_launcher() is not None
 
 
 def has_agent() -> bool:
-    """Whether one of torch's agents has started this process: torchrun's, accelerate launch's."""
+    """Return whether a torchelastic agent (torchrun, accelerate launch) started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def is_follower() -> bool:
-    """Whether another process of the run speaks for this one."""
+    """Return whether this process has a rank other than 0."""
     launcher = find_launcher()
     return launcher is not None and os.environ.get(launcher.rank, "0") != "0"
 
 
 def speaks() -> bool:
-    """Whether this process says what is wrong before it has met the others: one a machine does."""
+    """Return whether this process prints errors before rendezvous: local rank 0 does."""
     launcher = find_launcher()
     return launcher is None or os.environ.get(launcher.local_rank, "0") == "0"
 
 
 def has_peers() -> bool:
-    """Whether there are other processes in the run."""
+    """Return whether the run has other processes."""
     launcher = find_launcher()
     return launcher is not None and os.environ.get(launcher.size, "1") != "1"
 
 
 def read_world(environment: Mapping[str, str] = os.environ) -> World:
-    """Return where this process stands.
-
-    Args:
-        environment: variables and their values.
+    """Return the rank, world size and rendezvous address of this process.
 
     Raises:
-        ConfigError: what the launcher says does not fit together, or it asks for what only the
-            configuration may say.
+        ConfigError: the variables are inconsistent, or `accelerate launch` would override the
+            configuration.
     """
     _check_accelerate(environment)
     launcher = find_launcher(environment)
@@ -194,7 +176,7 @@ def _local_size(
 
 
 def _tasks_per_node(text: str) -> list[int]:
-    """Return how many tasks SLURM has on each machine: `2(x3),1` is 2, 2, 2, 1."""
+    """Return SLURM's tasks per machine: `2(x3),1` is [2, 2, 2, 1]."""
     found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
     return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
 
@@ -202,18 +184,14 @@ def _tasks_per_node(text: str) -> list[int]:
 def _meeting_place(
     environment: Mapping[str, str], launcher: Launcher, size: int, local_size: int
 ) -> tuple[str, int]:
-    """Return the address and port at which the processes meet.
-
-    Raises:
-        ConfigError: the launcher says none, and there are several machines.
-    """
+    """Return the rendezvous address and port; raise ConfigError if they are unknown."""
     if size == 1:
         return "", 0
     address, port = environment.get("MASTER_ADDR", ""), _PORT
     if launcher.name == "srun":
         nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
         address = address or first_node(nodes)
-        # Jobs that share a machine get different ones.
+        # Different ports for jobs that share a machine.
         port += int(environment.get("SLURM_JOB_ID", "0")) % _PORTS
     elif launcher.name.startswith("mpirun") and local_size == size:
         address = address or _LOOPBACK
@@ -229,17 +207,13 @@ def _meeting_place(
 
 
 def first_node(nodes: str) -> str:
-    """Return the first machine of a list as SLURM writes it: `node[07-12,15],big` is node07."""
+    """Return the first host of a SLURM node list: `node[07-12,15],big` is node07."""
     first = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", nodes.strip())
     return "".join(part or "" for part in first.groups()) if first else ""
 
 
 def _check_accelerate(environment: Mapping[str, str]) -> None:
-    """Refuse what `accelerate launch` would have done to a run that the configuration does not say.
-
-    Raises:
-        ConfigError: naming each.
-    """
+    """Raise ConfigError for each setting of `accelerate launch` in `environment`."""
     problems = []
     for name, (flag, ours) in _OF_ACCELERATE.items():
         given = environment.get(name, "")

@@ -123,8 +123,8 @@ def test_an_added_row_is_a_flag_by_all_its_names(
 def test_an_added_row_is_in_help_and_docs(capsys: pytest.CaptureFixture[str]) -> None:
     flags = (*FLAGS, TOY, ANSWERED)
     said, page = help_of(capsys, "train", flags), cli_page.command_page("train", flags)
-    assert "--validation-rows" in panels_of(said)["Optimisation:"]
-    assert "First rows of a streamed set that are held out for evaluation." in squeezed(said)
+    assert "--validation-rows" in panels_of(said)["Training:"]
+    assert "Number of first streamed rows to hold out for evaluation." in squeezed(said)
     (line,) = (
         set(page.splitlines())
         - set(cli_page.command_page("train").splitlines())
@@ -134,7 +134,7 @@ def test_an_added_row_is_in_help_and_docs(capsys: pytest.CaptureFixture[str]) ->
     )
     assert line == (
         "| `--validation-rows` | `data.validation_rows` |  |  | `--vr`, `--how-many` "
-        "(some: 5), `--few` (3) | First rows of a streamed set that are held out for evaluation. |"
+        "(some: 5), `--few` (3) | Number of first streamed rows to hold out for evaluation. |"
     )
     assert "--wrapping" not in said
     assert "max-generate-samples" not in help_of(capsys, "train")
@@ -216,7 +216,7 @@ def test_words_are_translated_for_their_flag_alone() -> None:
     ("arguments", "start"),
     [
         (["evaluate", ""], "RUN|ADAPTER|MODEL: '' cannot be used for name"),
-        (["quantize", "x", "--quant", "4bit"], "--out is missing: Directory to write"),
+        (["quantize", "x", "--quant", "4bit"], "--out is missing: Output directory"),
         (["evaluate", "x", "--map", "text"], "--map text: expected NAME=COLUMN, as in summary="),
         (["merge", "x"], "Missing option '--out' / '-o'."),
     ],
@@ -255,7 +255,7 @@ def test_the_help_of_train_is_the_flags_of_every_day(capsys: pytest.CaptureFixtu
     assert panels[daily] == whole[daily]
     assert panels[others] == ["--recipe", "--set", "--dry-run", "--help-all", "-h,"]
     hidden = sum(map(len, whole.values())) - sum(map(len, panels.values()))
-    assert others == f"And {hidden} more: {MODEL}, {DATA}, {HOW}, {RUN}:"
+    assert others == f"{hidden} more options: {MODEL}, {DATA}, {HOW}, {RUN}:"
     assert len(said.splitlines()) < 60
 
 
@@ -267,7 +267,7 @@ def test_the_help_of_train_is_the_flags_of_every_day(capsys: pytest.CaptureFixtu
         "[default: 3]",
         "[default: 8 with lora]",
         "[default: builtin:tiny-llama]",
-        "use them when nothing changed. [default: on]",
+        "encoded rows of a large dataset. [default: on]",
     ],
 )
 def test_choices_and_defaults_are_shown(line: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -354,7 +354,7 @@ def test_facts_of_a_field() -> None:
     mapping = describe_field(EvaluateConfig, "columns")
     assert (mapping.type, mapping.default, mapping.required) == (list[str], "", False)
     kind = describe_field(TrainConfig, "method.kind")
-    assert (kind.default, kind.description) == ("lora", "What is trained.")
+    assert (kind.default, kind.description) == ("lora", "Fine-tuning method.")
     assert {"lora", "full", "p-tuning"} <= set(kind.choices)
     assert describe_field(TrainConfig, "data.max_length").choices == ()  # a number, or auto
     assert describe_field(TrainConfig, "speed.parallel_workers").type is str

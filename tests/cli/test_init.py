@@ -144,9 +144,7 @@ def test_nothing_is_written_over_or_half(
     assert "Did you mean 'rows.csv'?" in told
     assert "does not exist" in refused(capsys, "no/new.yaml", "--yes", "--model", model)
     Path("more.csv").write_text("text,label\na,b\n")
-    assert "Here are more.csv, rows.csv. Add --dataset more.csv" in refused(
-        capsys, "new.yaml", "--yes"
-    )
+    assert "(more.csv, rows.csv): choose one with --dataset" in refused(capsys, "new.yaml", "--yes")
     Path("names.csv").write_text("en,de\nbank,Bank\n")
     told = refused(capsys, "new.yaml", "--yes", "--dataset", "names.csv")
     assert "--task text-generation --map prompt=en --map completion=de" in told

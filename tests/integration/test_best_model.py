@@ -127,7 +127,8 @@ def test_by_default_a_task_is_kept_by_its_first_metric(
     own = ["--model", str(tiny_model_dir("bert")), "--dataset", "data", "--epochs", "2"]
     assert run(["train", *own, "--output-dir", "run"]) == 0
     shown = capsys.readouterr().out
-    assert "best model: highest eval_accuracy is kept (the task's first metric" in shown
+    kept = "best model: keeping the checkpoint with the highest eval_accuracy"
+    assert f"{kept} (the task's first metric" in shown
     best = json.loads(Path("run/summary.json").read_text())["best"]
     assert best["metric"] == "eval_accuracy"
     assert f"kept step {best['kept_step']}" in shown

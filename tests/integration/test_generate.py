@@ -330,7 +330,7 @@ def test_a_chat_remembers_and_switches(
     assert "t answers. /help" in shown
     assert "talker, t\n" in shown
     assert "no adapter is called 'nobody'" in shown
-    assert "/reset          forget what was said" in shown
+    assert "/reset          clear the conversation" in shown
     assert chat_with(monkeypatch, ["what is 3"], [str(talker)]) == 0  # Ctrl-D
 
 

@@ -230,8 +230,8 @@ def test_a_gguf_file_is_a_source(
     ("arguments", "complaint"),
     [
         (["--quant", "3bit", "--out", "x"], "--quant: '3bit' is not known. Expected one of 4bit"),
-        (["--out", "x"], "--quant is missing: 4bit (NF4 or FP4"),
-        (["--quant", "4bit"], "--out is missing: Directory to write; it must not exist."),
+        (["--out", "x"], "--quant is missing: Quantization: 4bit, 8bit"),
+        (["--quant", "4bit"], "--out is missing: Output directory; it must not exist."),
         (
             ["--quant", "8bit", "--double-quant", "--out", "x"],
             "--double-quant belongs to --quant 4bit, and --quant is 8bit.",

@@ -73,7 +73,7 @@ def test_the_next_commands_work_as_they_are(classifier: Path) -> None:
         assert command in said
         assert run(shlex.split(command)[1:]) == 0
     assert "adapter (what was trained" in said
-    assert "checkpoints (to go on from)" in said.rpartition("saved")[2]
+    assert "checkpoints (for --resume)" in said.rpartition("saved")[2]
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""The command line: one file a command. Parses flags, calls the engine, shows what it says."""
+"""The command line, one module per command: parses flags, calls the engine, shows the results."""

@@ -1,4 +1,4 @@
-"""The `ftlevel` program: collects the commands and turns errors into lines and exit codes."""
+"""The `ftlevel` program: dispatches commands and turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -37,81 +37,84 @@ HELP = "Fine-tune transformers efficiently: one grammar for every family, task a
 COMMANDS: dict[str, tuple[str, str]] = {
     "init": (
         "ftlevel.cli.init:init",
-        "Ask five questions, and write a recipe with comments.",
+        "Create a commented recipe from five questions.",
     ),
-    "train": ("ftlevel.cli.train:train", "Fine-tune a model on a file of examples."),
+    "train": ("ftlevel.cli.train:train", "Fine-tune a model on a dataset."),
     "preview": (
         "ftlevel.cli.preview:preview",
-        "Show rows as the model will see them, and what is wrong with the data.",
+        "Show encoded rows and problems in the data.",
     ),
     "plan": (
         "ftlevel.cli.plan:plan",
-        "Say what a run needs before it begins: memory by part, what fits, time, disk.",
+        "Estimate memory and time of a run before it starts.",
     ),
     "compare": (
         "ftlevel.cli.compare:compare",
-        "Train several methods alike, and say which is best and by how much.",
+        "Compare several methods on the same data and budget.",
     ),
     "evaluate": (
         "ftlevel.cli.evaluate:evaluate",
-        "Score a run, an adapter or a model with its task's metrics.",
+        "Evaluate a run, an adapter or a model.",
     ),
     "predict": (
         "ftlevel.cli.predict:predict",
-        "Answer the rows of a file, and write them with their answers.",
+        "Add predictions to the rows of a file.",
     ),
     "generate": (
         "ftlevel.cli.generate:generate",
-        "Let a trained run, an adapter or a model answer a prompt.",
+        "Generate answers to prompts, or chat in the terminal.",
     ),
     "report": (
         "ftlevel.cli.report:report",
-        "Write one HTML page about a run, or several side by side.",
+        "Write one HTML page about one or several runs.",
     ),
-    "merge": ("ftlevel.cli.merge:merge", "Merge an adapter into its base and write a plain model."),
+    "merge": (
+        "ftlevel.cli.merge:merge",
+        "Merge an adapter into its base model and write a full model.",
+    ),
     "quantize": (
         "ftlevel.cli.quantize:quantize",
-        "Write a model in 4 or 8 bits, and measure what that costs.",
+        "Quantize a model to 4 or 8 bits and measure its quality.",
     ),
     "export": (
         "ftlevel.cli.export:export",
-        "Write a run, an adapter or a model for a server, and check what was written.",
+        "Export a run, an adapter or a model for a server.",
     ),
     "check-served": (
         "ftlevel.cli.check_served:check_served",
-        "Ask a server the recorded prompts, and say whose answers it gives.",
+        "Check that a server returns the trained adapter's outputs.",
     ),
     "recipes": (
         "ftlevel.cli.recipes:recipes",
-        "List, show and copy recipes, and convert those of other tools.",
+        "List, show, copy or convert recipes.",
     ),
     "list-targets": (
         "ftlevel.cli.list_targets:list_targets",
-        "Show which modules of a model or a family can be adapted.",
+        "List the modules of a model or a family that can be adapted.",
     ),
     "list-methods": (
         "ftlevel.cli.list_methods:list_methods",
-        "Show which methods there are, and what works with what.",
+        "List the methods and what they can be combined with.",
     ),
     "launch": (
         "ftlevel.cli.launch:launch",
-        "Write the file by which a cluster starts a run on several machines; submit it if told.",
+        "Write the job file of a cluster run, and optionally submit it.",
     ),
     "doctor": (
         "ftlevel.cli.doctor:doctor",
-        "Say what this machine can do, and what to install.",
+        "Check what this machine supports and what to install.",
     ),
 }
-"""Command → (where it is written, first line of its help; a test holds the two together)."""
+"""Command → (function, summary); a test compares the summary with the function's docstring."""
 
 
 def build_app(
     wanted: Collection[str] = tuple(COMMANDS), flags: Sequence[Flag] | None = None
 ) -> typer.Typer:
-    """Build the program; only `wanted` commands are imported, the others are shown by name.
+    """Build the Typer application.
 
-    Importing every command for `ftlevel --help` would cost more than showing it, and so would the
-    table of flags, which is `flags` where it is another one.
+    Only `wanted` commands are imported, which keeps `--help` fast. `flags` replaces the table of
+    flags.
     """
     app = typer.Typer(
         name="ftlevel",
@@ -141,7 +144,7 @@ def _load(place: str) -> Callable[..., Any]:
 
 
 def _placeholder() -> None:
-    """Stand in for a command that this process does not run."""
+    """Placeholder for a command that this process does not run."""
 
 
 def _version(value: bool) -> None:
@@ -166,10 +169,7 @@ _PEER_IS_GONE = ("gloo", "NCCL", "Connection closed by peer", "Connection reset 
 
 
 def main() -> None:
-    """Run the command line and exit: 2 for bad input, 1 for a failed run, 130 for Ctrl-C.
-
-    SIGTERM gives 143, SIGHUP 129.
-    """
+    """Run the command line and exit: 2 for bad input, 1 for a failed run, 130 for Ctrl-C."""
     hush()
     end_on_signals(lambda: _end_interrupted(sys.argv[1:]))
     code = run(sys.argv[1:])
@@ -178,7 +178,7 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command line and return its exit code; every error ends here as a line."""
+    """Run one command line and return its exit code; prints every error."""
     wanted = [a for a in arguments if not a.startswith("-")][:1]
     try:
         # Libraries draw progress bars through tqdm, which reads this when it is first imported.
@@ -198,18 +198,18 @@ def run(arguments: list[str]) -> int:
         if "--traceback" in arguments and not isinstance(error, Interrupted):
             raise
         code = exit_code() if error.exit_code == _CTRL_C else error.exit_code
-        # What the user wrote, all processes of a machine see.
+        # All processes of a machine see a usage error; one prints it.
         if not error.is_told and (error.exit_code == 1 or speaks()):
             _report(str(error))
             _report_json(arguments, str(error), code)
         return code
     except KeyboardInterrupt:
         return _end_interrupted(arguments)
-    except OSError as error:  # a full disk, a stream nobody reads, a file that went away
+    except OSError as error:  # full disk, closed pipe, removed file
         if "--traceback" in arguments or error.strerror is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        is_mistake = error.errno == errno.ENAMETOOLONG  # whoever meets the name meets this
+        is_mistake = error.errno == errno.ENAMETOOLONG  # a path from the user is too long
         advice = "Name a shorter path" if is_mistake else "Add --traceback to see where it happened"
         message = f"{where}{error.strerror}. {advice}."
         code = 2 if is_mistake else 1
@@ -218,7 +218,7 @@ def run(arguments: list[str]) -> int:
         if error.filename is None and sys.stdout is not None:
             discard(sys.stdout)
         return code
-    except Exception as error:  # a file of a shape that nobody foresaw, or a bug of ours
+    except Exception as error:  # a malformed file, or a bug
         message, code = _unforeseen(error)
         _report_json(arguments, message, code)
         if "--traceback" in arguments:
@@ -229,11 +229,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _call(app: typer.Typer, arguments: list[str]) -> Any:
-    """Run the command and return what it does, or its exit code.
-
-    Raises:
-        KeyboardInterrupt: it was interrupted while flags are read, of which Typer makes a code.
-    """
+    """Run the command; KeyboardInterrupt if interrupted while parsing, which Typer hides."""
     code = app(args=arguments, prog_name="ftlevel", standalone_mode=False, obj=arguments)
     if code == _CTRL_C and was_told_to_end():
         raise KeyboardInterrupt
@@ -248,7 +244,7 @@ def _end_interrupted(arguments: list[str]) -> int:
 
 
 def _unforeseen(error: Exception) -> tuple[str, int]:
-    """Return what to say of an error that is none of ours, and the exit code."""
+    """Return the message and exit code of an unexpected error."""
     if was_told_to_end() or _is_from_ctrl_c(error):
         return describe_interrupt(), exit_code()
     if is_out_of_memory(error):
@@ -268,7 +264,7 @@ def _unforeseen(error: Exception) -> tuple[str, int]:
 
 
 def _being_read(error: Exception) -> Path | None:
-    """Return the file or directory that the innermost of our functions in `error` had in hand."""
+    """Return the last existing path among local variables of ftlevel's frames in `error`."""
     found, frame = None, error.__traceback__
     while frame is not None:
         if "ftlevel" in frame.tb_frame.f_code.co_filename:
@@ -281,7 +277,7 @@ def _being_read(error: Exception) -> Path | None:
 
 
 def _is_from_ctrl_c(error: BaseException | None) -> bool:
-    """Whether `error` is what a library made of Ctrl-C: transformers' imports lose it."""
+    """Return whether `error` was caused by Ctrl-C; transformers' imports replace it."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True
@@ -290,10 +286,9 @@ def _is_from_ctrl_c(error: BaseException | None) -> bool:
 
 
 def _report_json(arguments: list[str], message: str, code: int) -> None:
-    """Give a program that asked for JSON its one object, also when there is no result."""
     if "--json" not in arguments:
         return
-    with contextlib.suppress(OSError):  # nobody reads it
+    with contextlib.suppress(OSError):  # closed pipe
         typer.echo(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False))
 
 

@@ -1,4 +1,4 @@
-"""`ftlevel check-served`: whether a server answers as the model that was trained."""
+"""`ftlevel check-served`: compare a server's outputs with those of the trained model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ftlevel.config import CheckServedConfig
 
 
 def check_served(given: Given, *, as_json: bool, quiet: bool) -> None:
-    """Ask a server the recorded prompts, and say whose answers it gives.
+    """Check that a server returns the trained adapter's outputs.
 
-    Each is as trained, the base's, or something else. Only the address of --url is asked, some
-    dozen times; with --in nothing is asked over a network.
+    Each answer is the trained model's, the base model's, or neither. Sends about a dozen requests,
+    to --url only; --in uses no network.
     """
     config = given.section(CheckServedConfig)
     from ftlevel.cli.screen import open_screen

@@ -1,7 +1,4 @@
-"""A comparison in a terminal or a pipe: the table, what was left out, the winner's command.
-
-`ftlevel compare`: several methods on the same model and rows, and what tells them apart.
-"""
+"""`ftlevel compare`: train several methods on the same rows and show the results in a table."""
 
 from __future__ import annotations
 
@@ -20,13 +17,13 @@ _COLUMNS = ("method", "95 % over rows", "± seeds", "to the best", "more than no
 
 
 def show(found: Mapping[str, Any], console: Console) -> None:
-    """Print what `compare` found."""
+    """Print the result of `compare`."""
     for line in (*table_lines(found), *closing_lines(found)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def table_lines(found: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the table; names stand left, figures right."""
+    """Yield the lines of the table: names left-aligned, numbers right-aligned."""
     first, *others = _COLUMNS
     others += ["search"] * any(row["search"] for row in found["rows"])
     table = [(first, found["headline"], *others), *(tuple(_cells(r, found)) for r in found["rows"])]
@@ -55,7 +52,7 @@ def _cells(row: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def closing_lines(found: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what follows the table."""
+    """Yield the lines after the table."""
     for line in found["notes"]:
         yield f"note: {line}"
     for left in found["left_out"]:
@@ -76,7 +73,6 @@ def closing_lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _search_words(searched: Mapping[str, Any]) -> str:
-    """Return what a search found, and what it took."""
     values = ", ".join(f"{name} {value:.4g}" for name, value in searched["values"].items())
     return (
         f"{values} ({searched['trials']} trials, {searched['pruned']} of them ended early, "
@@ -89,11 +85,10 @@ def _mib(size: int) -> str:
 
 
 def compare(given: Given, *, as_json: bool, quiet: bool) -> None:
-    """Train several methods alike, and say which is best and by how much.
+    """Compare several methods on the same data and budget.
 
-    Takes the flags of train but --method. Each method trains on the same rows with the same budget
-    in a process of its own, as train does; a setting of methods goes to those that have it. With
-    --resume, runs that are done are kept, and one that was broken off goes on.
+    Accepts the flags of train except --method. Each method trains in its own process; a setting
+    applies to the methods that have it. --resume keeps completed runs and resumes interrupted ones.
     """
     config, _ = read_config(given)
     from ftlevel.cli.screen import open_screen

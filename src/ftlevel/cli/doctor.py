@@ -1,4 +1,4 @@
-"""`ftlevel doctor`: what this machine can do, and what to install."""
+"""`ftlevel doctor`: report the capabilities of this machine."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _SIGNS = {"good": "ok", "note": "--", "bad": "!!"}
 
 
 def doctor(*, as_json: bool, quiet: bool) -> None:
-    """Say what this machine can do, and what to install.
+    """Check what this machine supports and what to install.
 
-    Exit code 1 if something would stop a run. Paste its output into a bug report.
+    Exits with 1 if a problem would stop a run. Include the output in bug reports.
     """
     with heavy_imports():
         from ftlevel.commands.doctor import doctor as look

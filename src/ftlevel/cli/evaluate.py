@@ -1,4 +1,4 @@
-"""`ftlevel evaluate`: the task's metrics, base beside tuned, with intervals."""
+"""`ftlevel evaluate`: metrics of base and tuned model, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from ftlevel.config import EvaluateConfig, normal_task
 def evaluate(
     given: Given, *, task: str | None, predictions: str | None, as_json: bool, quiet: bool
 ) -> None:
-    """Score a run, an adapter or a model with its task's metrics.
+    """Evaluate a run, an adapter or a model.
 
-    A run is scored on its own validation rows unless --split or --dataset say otherwise, and gives
-    there the numbers that training gave. Intervals are of 95 %, by resampling the rows.
+    Reports the task's metrics. A run is evaluated on its own validation rows by default and
+    reproduces the metrics of training.
+    Bootstrap intervals are 95 %.
     """
     config = given.section(EvaluateConfig, task=normal_task(task) if task else None)
     from ftlevel.cli.screen import open_screen
@@ -39,7 +40,7 @@ def evaluate(
 
 
 def table_lines(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line a metric: base, tuned with its interval, and the difference with its own."""
+    """Yield a line per metric: base, tuned and difference, with intervals."""
     data, base = summary["data"], summary["base"]
     count = f"{data['examples']:,} examples"
     yield f"  {count} of {data['name']} ({data['split']})"
@@ -60,7 +61,6 @@ def table_lines(summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _against_lines(against: Mapping[str, Any]) -> Iterator[str]:
-    """Yield how far the scored model is from the one that it is held against."""
     rows, name = against["rows"], against["name"]
     yield f"  beside {name}"
     width = max((len(metric) for metric in against["metrics"]), default=0)

@@ -1,4 +1,4 @@
-"""`ftlevel export`: a run, an adapter or a model as what a server loads."""
+"""`ftlevel export`: convert a run, an adapter or a model for a server."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ftlevel.config import ExportConfig
 
 
 def export(given: Given, *, out: str | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
-    """Write a run, an adapter or a model for a server, and check what was written.
+    """Export a run, an adapter or a model for a server.
 
-    --for SERVER chooses the format and refuses what that server would load otherwise than it was
-    trained. What was written is read back and compared with the model before it is put in place.
+    --for SERVER selects the format and rejects what that server would load incorrectly. The files
+    are read back and compared with the model before they are moved into place.
     """
     nowhere = {"out": "model.gguf", "overwrite": True} if dry_run and out is None else {}
     config = given.section(ExportConfig, **nowhere)

@@ -1,9 +1,4 @@
-"""From the table of flags to Typer's options, and from what was given to a configuration.
-
-How a command line is read: dashes or underscores, second names, panels, a line for a mistake.
-
-The file that stands for a recipe on a command line: a recipe, or the run that is meant.
-"""
+"""Typer options from the table of flags, and configurations from parsed options."""
 
 from __future__ import annotations
 
@@ -46,16 +41,16 @@ from ftlevel.config.section import Section
 from ftlevel.errors import ConfigError, Interrupted, did_you_mean
 from ftlevel.world import is_launched
 
-_WIDEST_NAME = 28  # of a flag that shares its line with its help
+_WIDEST_NAME = 28  # longest flag on the same line as its help
 
 
 class Command(TyperCommand):
-    """A command that accepts the second names of its flags and shows them in panels."""
+    """Typer command that accepts aliases of flags and groups its help in panels."""
 
     readings: ClassVar[Mapping[str, Reading]] = {}
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Rewrite flags to their canonical spelling before they are parsed."""
+        """Replace aliases with canonical flags, then parse."""
         if "--help-all" in args and "--help-all" in self.readings:
             ctx.meta["ftlevel.shows_all"] = True
             typer.echo(self.get_help(ctx))
@@ -63,7 +58,7 @@ class Command(TyperCommand):
         done = rewrite(args, self.readings)
         ctx.meta["ftlevel.typed"], ctx.meta["ftlevel.claims"] = done.typed, done.claims
         try:
-            return super().parse_args(ctx, list(done.arguments))  # which the parser empties
+            return super().parse_args(ctx, list(done.arguments))  # the parser empties its argument
         except typer.TyperException as error:
             if hasattr(error, "possibilities"):
                 self._explain(error, str(getattr(error, "option_name", "")))
@@ -71,11 +66,7 @@ class Command(TyperCommand):
             raise
 
     def _explain(self, error: Any, name: str) -> None:
-        """Say what an unknown flag may mean: a field without a flag, or one that looks like it.
-
-        Raises:
-            ConfigError: it is the name of a field.
-        """
+        """Add a suggestion for an unknown flag; ConfigError if it is a field for --set."""
         field = find_setting(name.lstrip("-").replace("-", "_")) if self.has_settings else ""
         if field:
             raise ConfigError(f"{name} is no flag, but a field: --set {field}=VALUE.") from None
@@ -84,11 +75,11 @@ class Command(TyperCommand):
 
     @property
     def has_settings(self) -> bool:
-        """Whether `--set` reaches every field."""
+        """Whether the command has `--set`."""
         return "--set" in self.readings
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write a section a panel; importing rich for it would double the time of `--help`."""
+        """Write one section per panel, without importing rich, which is slow."""
         panels: dict[str, list[Any]] = {}
         parameters: list[Any] = self.get_params(ctx)
         for parameter in parameters:
@@ -105,11 +96,7 @@ class Command(TyperCommand):
                     formatter.write(_entry(name, text, column, formatter.width))
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; Ctrl-C is said, which Typer would turn into a bare exit code.
-
-        Raises:
-            Interrupted: the user pressed Ctrl-C, and the command did not catch it.
-        """
+        """Run the command; raise Interrupted on Ctrl-C, which Typer makes a bare exit code."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -117,11 +104,7 @@ class Command(TyperCommand):
 
 
 def _name_value(error: Any, done: Rewritten) -> None:
-    """Raise an error about the value of a flag again with the value, which Typer leaves out.
-
-    Raises:
-        ConfigError: the value is known.
-    """
+    """Raise a ConfigError with the value of the invalid flag, which Typer leaves out."""
     names = getattr(getattr(error, "param", None), "opts", None) or []
     words = [part for word in done.arguments for part in word.split("=", 1)]
     places = [at for at, word in enumerate(words[:-1]) if word in names]
@@ -135,18 +118,18 @@ def _name_value(error: Any, done: Rewritten) -> None:
 
 
 def _daily(panels: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Return the panels that `--help` shows: the flags of every day, and the way to the others."""
+    """Return the panels of `--help`: arguments, common options, and a pointer to the others."""
     shown = {title: panels[title] for title in ("Arguments", DAILY) if title in panels}
     others = [title for title in panels if title not in shown and title != GENERAL]
     ways = ("--help-all", "-h", "--recipe", "--set", "--dry-run")
     few = [record for records in panels.values() for record in records
            if record[0].split()[0].rstrip(",") in ways]  # fmt: skip
     hidden = sum(len(records) for title, records in panels.items() if title not in shown) - len(few)
-    return {**shown, f"And {hidden} more: {', '.join(others)}": few}
+    return {**shown, f"{hidden} more options: {', '.join(others)}": few}
 
 
 def _entry(name: str, text: str, column: int, width: int) -> str:
-    """Return a flag and its help, from `column` on; no word of it is broken at a dash."""
+    """Return a flag and its wrapped help, aligned at `column`."""
     head = f"  {name} ".ljust(column)
     lines = textwrap.wrap(text, width - column, break_on_hyphens=False, break_long_words=False)
     if len(head) > column or not lines:
@@ -156,12 +139,7 @@ def _entry(name: str, text: str, column: int, width: int) -> str:
 
 
 def check_recipe(path: Path, command: str) -> Path:
-    """Return the file of a recipe, or of the run that is meant.
-
-    Raises:
-        ConfigError: it is a file of examples, a directory that is no run, or a run that is not
-            there.
-    """
+    """Return the path of a recipe or of a run's config.yaml, or raise ConfigError."""
     if path.suffix in (".yaml", ".yml"):
         return path
     own = path / "config.yaml"
@@ -191,15 +169,15 @@ def check_recipe(path: Path, command: str) -> Path:
 
 S = TypeVar("S", bound=Section)
 _NEXT_PAIR = re.compile(r",\s*(?=\w+=)")  # of `text=Body,label=Category`
-_WIDEST_CHOICES = 20  # letters that stand for a value in help
+_WIDEST_CHOICES = 20  # characters of a metavar
 
 
 def add_command(
     app: typer.Typer, name: str, function: Callable[..., None], flags: Sequence[Flag]
 ) -> None:
-    """Add a command to `app` that has its flags from the table.
+    """Add a command with its flags from the table to `app`.
 
-    `function` names the flags that it reads itself as its parameters, and `given` for all of them.
+    Parameters of `function` are the flags it reads itself, and `given` for all of them.
     """
     rows = flags_of(name, flags)
 
@@ -218,7 +196,7 @@ def add_command(
 
 
 def _signature_of(command: str, rows: Sequence[Flag]) -> inspect.Signature:
-    """Return the signature in which Typer finds the flags of `command`."""
+    """Return the signature from which Typer reads the flags of `command`."""
     context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     return inspect.Signature([context, *(p for row in rows for p in _parameters_of(command, row))])
 
@@ -252,18 +230,18 @@ def _parameter(row: Flag, kind: Any, info: Any) -> inspect.Parameter:
 
 
 def _short_choices(facts: FieldFacts | None) -> str:
-    """Return the choices of a field where they are short enough to stand for its value."""
+    """Return the choices of a field if they are short enough for a metavar."""
     choices = "|".join(facts.choices) if facts else ""
     return choices if len(choices) <= _WIDEST_CHOICES else ""
 
 
 def _help_of(facts: FieldFacts, row: Flag) -> str:
-    """Return the help of a flag that sets a field: its text, and choices and default if untold."""
+    """Return the help of a flag: description, choices and default if not mentioned in it."""
     told = _short_choices(facts) or all(word in facts.description for word in facts.choices)
     notes = [
         "" if told else ", ".join(facts.choices),
         f"default: {facts.default}" if facts.default else "",
-        "required" if facts.required and not row.required else "",  # else Typer says it
+        "required" if facts.required and not row.required else "",  # otherwise Typer shows it
     ]
     extra = "; ".join(note for note in notes if note)
     return f"{facts.description}  [{extra}]" if extra else facts.description
@@ -271,15 +249,13 @@ def _help_of(facts: FieldFacts, row: Flag) -> str:
 
 @dataclass(frozen=True)
 class Given:
-    """What the user gave one command.
+    """Parsed command line of one command.
 
     Attributes:
-        command: its name.
-        rows: the flags that it has.
-        values: parameter → value; None is a flag not given.
-        arguments: the whole command line, to start it again.
-        typed: flag → the name by which it was given.
-        claims: what was typed that must agree with the configuration.
+        values: parameter → value; None if not given.
+        arguments: whole command line, to start it again.
+        typed: flag → name used by the user.
+        claims: values that must agree with the configuration.
     """
 
     command: str
@@ -299,7 +275,7 @@ class Given:
         return layer
 
     def section(self, section: type[S], **others: Any) -> S:
-        """Validate the flags as one flat `section`; `others` are fields that the command made."""
+        """Validate the flags as one flat `section`; `others` are additional field values."""
         shown = {row.path: row.shown for row in self.rows if row.path}
         config = build_section(section, {**self.layer().values, **others}, shown)
         for line in check_claims(self.claims, config):
@@ -308,7 +284,7 @@ class Given:
 
 
 def _put(layer: Layer, row: Flag, shown: str, value: Any) -> None:
-    """Put a value where `row` says, in `layer` (mutated)."""
+    """Set a value in `layer` (mutated) as `row` specifies."""
     key = tuple(row.path.split("."))
     if row.example:
         for pair in (part for given in value for part in _NEXT_PAIR.split(given)):
@@ -325,17 +301,13 @@ def _put(layer: Layer, row: Flag, shown: str, value: Any) -> None:
 
 
 def _note(line: str) -> None:
-    """Say on stderr what is worth a line before there is a screen; of several processes, once."""
+    """Print a note to stderr, except in a launched process."""
     if not is_launched():
         typer.echo(f"note: {line}", err=True)
 
 
 def _own_config(run: Path, given: Given) -> Path | None:
-    """Return the config.yaml of a run to go on with; None where the flags say what it is.
-
-    Raises:
-        ConfigError: neither says.
-    """
+    """Return the config.yaml of the run to resume; None if the flags define the run."""
     own = run / "config.yaml"
     if own.is_file():
         return own
@@ -350,14 +322,12 @@ def _own_config(run: Path, given: Given) -> Path | None:
 def read_config(
     given: Given, note: Callable[[str], None] = _note
 ) -> tuple[TrainConfig, Path | None]:
-    """Merge recipe < --set < flags into one validated configuration; return the recipe too.
+    """Merge recipe < --set < flags into one configuration; return it with the recipe's path.
 
-    Args:
-        given: to a command that takes a recipe, `--set` and the flags of `train` or some.
-        note: is told what was read as something else, and what was given to no effect and why.
+    `note` is called for aliases and for settings without effect.
 
     Raises:
-        ConfigError: with all problems found.
+        ConfigError: with all problems.
     """
     values = given.values
     recipe, positional = values["recipe"], values["recipe_file"]

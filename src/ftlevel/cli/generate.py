@@ -1,7 +1,4 @@
-"""`ftlevel generate`: try what was trained, beside its base if wished.
-
-The terminal's side of `ftlevel generate --chat`.
-"""
+"""`ftlevel generate`: generate from prompts, or chat in the terminal."""
 
 from __future__ import annotations
 
@@ -30,12 +27,11 @@ def generate(
     chat: bool,
     as_json: bool,
 ) -> None:
-    """Let a trained run, an adapter or a model answer a prompt.
+    """Generate answers to prompts, or chat in the terminal.
 
-    The prompt is laid out as in training, by the run's own template, and decoding is greedy unless
-    --temperature is given. A run answers as its task does: with text, a class, the classes above
-    one half, a number, the words with their tags, the words for each [MASK], or the span of
-    --context that answers.
+    Prompts use the run's own template; decoding is greedy unless --temperature is given. The answer
+    depends on the task: text, class, classes above 0.5, number, tagged words, words for each
+    [MASK], or the answer span in --context.
     """
     config = _read_config(given)
     if chat:
@@ -76,7 +72,7 @@ def generate(
 
 
 def _read_config(given: Given) -> GenerateConfig:
-    """Turn the flags into the configuration; `--adapter` names, or names and places."""
+    """Build the configuration; each `--adapter` is NAME or NAME=DIR."""
     adapters, chosen = {}, []
     for wish in given.values["adapter"] or []:
         label, equals, place = wish.partition("=")
@@ -88,7 +84,7 @@ def _read_config(given: Given) -> GenerateConfig:
             adapters[label] = place
         chosen.append(label)
     if adapters and len(adapters) == len(chosen):
-        chosen = []  # all that are placed answer, and what else is named
+        chosen = []  # every given adapter generates
     task = given.values["task"]
     return given.section(
         GenerateConfig,
@@ -120,14 +116,14 @@ def _show(answers: Sequence[Any]) -> None:
 
 
 HELP = """\
-/adapter NAME   let that adapter go on (without NAME: show them)
-/base           let the base model go on
-/reset          forget what was said
-/quit           leave, as Ctrl-D does"""
+/adapter NAME   switch to an adapter (without NAME: list them)
+/base           switch to the base model
+/reset          clear the conversation
+/quit           exit, like Ctrl-D"""
 
 
 def talk(config: GenerateConfig) -> None:
-    """Read lines from the terminal and answer them until /quit or the end of the input."""
+    """Chat in the terminal until /quit or end of input."""
     with heavy_imports():
         from ftlevel.commands.generate import Chat
 
@@ -150,7 +146,11 @@ def talk(config: GenerateConfig) -> None:
 
 
 def _greet(chat: Chat) -> None:
-    memory = "" if chat.remembers else "; it was trained on single prompts: each is asked alone"
+    memory = (
+        ""
+        if chat.remembers
+        else "; earlier turns are not kept: the model was trained on single prompts"
+    )
     typer.secho(f"{chat.speaker} answers{memory}. /help shows the commands.", dim=True)
 
 

@@ -1,4 +1,4 @@
-"""`ftlevel init`: five questions, and a recipe with comments."""
+"""`ftlevel init`: create a recipe interactively."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 def init(given: Given, *, file: Path, yes: bool, as_json: bool) -> None:
-    """Ask five questions, and write a recipe with comments.
+    """Create a commented recipe from five questions.
 
-    Takes the flags of train, and asks for what they leave open: the rows, the task, the model, the
-    method and the epochs. Each question has an answer that the data speak for; --yes takes them
-    all. The recipe is checked as train checks it before it is written. No file is written over.
+    Asks for data, task, model, method and epochs unless given by flags of train. Proposals come
+    from the data; --yes accepts them. The recipe is validated before it is written, and no file is
+    overwritten.
     """
     _check_free(file)
     layers = [read_settings(given.values["settings"] or []), given.layer()]

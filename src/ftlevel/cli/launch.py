@@ -1,4 +1,4 @@
-"""`ftlevel launch`: a run on a cluster, as the file that its scheduler takes."""
+"""`ftlevel launch`: write the job file of a run for a cluster scheduler."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ _SCHEDULERS = ("slurm", "k8s", "ray")
 def launch(
     given: Given, *, on: str, job_file: Path | None, submit: bool, dry_run: bool, as_json: bool
 ) -> None:
-    """Write the file by which a cluster starts a run on several machines; submit it if told.
+    """Write the job file of a cluster run, and optionally submit it.
 
-    Takes the flags of train, which are checked here. The job is requeued where it is preempted or
-    its time is over, and goes on from its newest checkpoint. With --dry-run the file is printed,
-    and nothing is written.
+    Accepts the flags of train and validates them. A preempted job is requeued and resumes from its
+    newest checkpoint. --dry-run prints the file only.
     """
     config, _ = read_config(given)
     from ftlevel.artifacts.jobs import SUBMIT, SUFFIXES, render

@@ -1,4 +1,4 @@
-"""`ftlevel list-methods`: which methods there are, and what works with what."""
+"""`ftlevel list-methods`: supported methods and their combinations."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ _COLORS = {"yes": "green", "in part": "yellow", "no": "red"}
 
 
 def list_methods(model: str | None, task: str | None, quant: str | None, as_json: bool) -> None:
-    """Show which methods there are, and what works with what.
+    """List the methods and what they can be combined with.
 
-    Without --model, --task and --quant the answer is for all of them: "in part" names what a
-    method does not work with. These are the refusals of ftlevel train.
+    "in part" lists the combinations that ftlevel train rejects. --model, --task and --quant filter.
     """
     report = describe(model, task, quant)
     if as_json:
@@ -30,7 +29,7 @@ def list_methods(model: str | None, task: str | None, quant: str | None, as_json
 
 
 def print_report(report: MethodReport) -> None:
-    """Print a block a method: whether it works, what it trains, why or where it does not."""
+    """Print a block per method: whether it works, what it trains, and restrictions."""
     width = max(_NARROWEST, shutil.get_terminal_size().columns)
     asked = [report.family, report.task, f"--quant {report.quant}" if report.quant else None]
     typer.secho(", ".join(filter(None, asked)) or "every model, task and base", bold=True)

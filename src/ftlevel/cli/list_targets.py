@@ -1,4 +1,4 @@
-"""`ftlevel list-targets`: which modules of a model or a family can be adapted."""
+"""`ftlevel list-targets`: modules of a model or a family that can be adapted."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _GAP = "  "
 
 
 def list_targets(model: str, lora_r: int, as_json: bool) -> None:
-    """Show which modules of a model or a family can be adapted.
+    """List the modules of a model or a family that can be adapted.
 
-    A family is answered from a table in an instant; a model from its configuration, without its
-    weights: shapes, counts, and what LoRA would add.
+    For a model, it reads the config without the weights and shows shapes, counts and LoRA
+    parameters.
     """
     report = describe(model, lora_r)
     if as_json:
@@ -31,10 +31,7 @@ def list_targets(model: str, lora_r: int, as_json: bool) -> None:
 
 
 def print_report(report: TargetReport) -> None:
-    """Print the report as a table and the facts below it, 80 columns wide or more.
-
-    Written by hand and not with rich, whose import would be a third of the command's time.
-    """
+    """Print table and facts without rich, whose import takes a third of the time."""
     width = max(_NARROWEST, shutil.get_terminal_size().columns)
     typer.secho(_headline(report), bold=True)
     typer.echo()
@@ -57,7 +54,7 @@ def _headline(report: TargetReport) -> str:
 
 
 def _table_lines(report: TargetReport) -> Iterator[tuple[str, bool]]:
-    """Yield the lines of the table, and whether they are bold: a heading a block, its linears."""
+    """Yield each line of the table and whether it is bold (headings of blocks)."""
     title, cells = _cells(report)
     every = [title, *(row for row in cells if len(row) > 1)]
     widths = [max(len(row[column]) for row in every) for column in range(len(title))]
@@ -68,7 +65,7 @@ def _table_lines(report: TargetReport) -> Iterator[tuple[str, bool]]:
 
 
 def _join(row: Sequence[str], widths: Sequence[int]) -> str:
-    """Align a row: the figures of a model, columns 3 and 4, to the right, text to the left."""
+    """Align the cells of a row: counts to the right, text to the left."""
     figures = range(3, len(row) - 1)
     parts = [
         cell.rjust(width) if column in figures else cell.ljust(width)
@@ -78,7 +75,7 @@ def _join(row: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _cells(report: TargetReport) -> tuple[list[str], list[list[str]]]:
-    """Return the title row and the others; a row of one cell is the heading of a block."""
+    """Return the header row and the other rows; a row with one cell is the heading of a block."""
     counted = report.source == "model"
     numbers = ["Count", f"LoRA r={report.lora.r}"] if counted and report.lora else []
     notes = _footnotes(report)
@@ -94,7 +91,6 @@ def _cells(report: TargetReport) -> tuple[list[str], list[list[str]]]:
 
 
 def _by_block(report: TargetReport) -> list[TargetRow]:
-    """Order linears and experts by their block, in the order in which blocks first appear."""
     rows = (*report.linears, *report.experts)
     order = list(dict.fromkeys(row.block for row in rows))
     return sorted(rows, key=lambda row: order.index(row.block))
@@ -111,7 +107,7 @@ def _default_cell(row: TargetRow, notes: dict[str, int]) -> str:
 
 
 def _fact_lines(label: str, text: str, width: int) -> str:
-    """Wrap a fact beside its label; a line break in it stays one."""
+    """Wrap a fact after its label; keeps line breaks."""
     indent = " " * 12
     lines = [
         wrapped
@@ -146,7 +142,7 @@ def _facts(report: TargetReport) -> list[tuple[str, str]]:
 
 
 def _by_holder(patterns: Sequence[str]) -> str:
-    """Write names a line a block, the block once: `model.layers.{i}: input_layernorm, ...`."""
+    """Return one line of names per block: `model.layers.{i}: input_layernorm, ...`."""
     lines: dict[str, list[str]] = {}
     for pattern in patterns:
         block, inside = split_pattern(pattern)

@@ -1,4 +1,4 @@
-"""`ftlevel merge`: an adapter, or a mixture of several, becomes part of its base."""
+"""`ftlevel merge`: merge an adapter, or a mixture of adapters, into its base model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from ftlevel.errors import listing
 
 
 def merge(given: Given, *, as_json: bool, quiet: bool) -> None:
-    """Merge an adapter into its base and write a plain model.
+    """Merge an adapter into its base model and write a full model.
 
-    The base is read and written a tensor at a time, so that memory for one tensor is enough. What
-    was written is loaded and compared with the base and the adapter on rows of the run's data; the
-    directory is there when it has passed, and whole.
+    Tensors are read and written one at a time, so memory for one tensor is enough. The result is
+    compared with base model and adapter on rows of the run's data before it is moved into place.
     """
     config = given.section(MergeConfig)
     from ftlevel.cli.screen import open_screen
@@ -38,7 +37,6 @@ def merge(given: Given, *, as_json: bool, quiet: bool) -> None:
 
 
 def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what came out, a line each."""
     written = summary["written"]
     if summary["reason"]:
         yield f"onto {summary['onto']}: {summary['reason']}"

@@ -1,7 +1,4 @@
-"""A plan in a terminal or a pipe: the verdict, memory by part, what fits, time, disk.
-
-`ftlevel plan`: memory, time and disk of a run before it begins, and what else fits.
-"""
+"""`ftlevel plan`: estimate memory, time and disk of a run before it starts."""
 
 from __future__ import annotations
 
@@ -23,19 +20,19 @@ if TYPE_CHECKING:
     from ftlevel.training.forecast.fits import Fit
 
 
-_BAR = 30  # letters
+_BAR = 30  # characters
 _PROCESS = "whole process"
-_LEAST = 2**16  # bytes of a part that is shown
+_LEAST = 2**16  # bytes; smaller parts are not shown
 
 
 def show(plan: RunPlan, console: Console) -> None:
-    """Print `plan` but for its table, the verdict first."""
+    """Print the plan without its table, the verdict first."""
     for line in plan_lines(plan):
         console.print(line, highlight=False, markup=False)
 
 
 def show_fits(plan: RunPlan, console: Console) -> None:
-    """Print the table of what fits, if there is one."""
+    """Print the table of alternatives, if there is one."""
     if plan.fits:
         told = f"what fits (all rows of {plan.longest:,} tokens, all of them learned):"
         console.print(told, markup=False, highlight=False)
@@ -43,7 +40,7 @@ def show_fits(plan: RunPlan, console: Console) -> None:
 
 
 def plan_lines(plan: RunPlan) -> Iterator[str]:
-    """Yield the lines of `plan` but for the table."""
+    """Yield the lines of the plan without the table."""
     yield plan.need.verdict()
     if plan.cheapest is not None:
         yield f"to make it fit, the mildest change: {plan.cheapest.flags}"
@@ -117,11 +114,11 @@ def plan(
     brief: bool,
     as_json: bool,
 ) -> None:
-    """Say what a run needs before it begins: memory by part, what fits, time, disk.
+    """Estimate memory and time of a run before it starts.
 
-    Takes the flags of train and computes its step on tensors that have shapes and no numbers. With
-    --model and no --dataset, rows are imagined, as long as --max-length: the model's config is
-    enough, its weights are not read. Exit code 0 whether it fits or not.
+    Accepts the flags of train and runs its step on meta tensors. With --model but no --dataset,
+    uses synthetic rows of --max-length and reads only the model's config. Exits with 0 even if it
+    does not fit.
     """
     config, _ = read_config(given)
     from ftlevel.cli.screen import open_screen

@@ -1,4 +1,4 @@
-"""`ftlevel predict`: rows without an answer in, the same rows with one out."""
+"""`ftlevel predict`: add predictions to the rows of a file."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ftlevel.errors import ConfigError
 
 
 def predict(given: Given, *, task: str | None, as_json: bool, quiet: bool) -> None:
-    """Answer the rows of a file, and write them with their answers.
+    """Add predictions to the rows of a file.
 
-    The rows are asked as the run was trained, need no label, and come out in their order with every
-    column they had. The answer is a class, classes, a number, a tag a word, a span with its place,
-    or a text, as the task says. Without --output they are lines of JSON on stdout.
+    Rows are encoded as in training, need no labels, and keep their order and columns. A prediction
+    is a class, classes, a number, tags, a span or a text, depending on the task. Without --output,
+    JSONL goes to stdout.
     """
     config = given.section(PredictConfig, task=normal_task(task) if task else None)
     if as_json and config.output is None:
@@ -44,7 +44,6 @@ def predict(given: Given, *, task: str | None, as_json: bool, quiet: bool) -> No
 
 
 def _result_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Return what was done, in a line or two."""
     kept = f"; {summary['kept']:,} were there" if summary["kept"] else ""
     skipped = f"; {summary['skipped']:,} without an answer" if summary["skipped"] else ""
     speed = f", {summary['rows_per_s']:,.1f} rows/s" if summary["rows_per_s"] else ""

@@ -1,8 +1,6 @@
-"""A preview as one HTML page: no script, no font and no image from elsewhere; fits a phone.
+"""`ftlevel preview`: show encoded rows and data problems before training.
 
-A preview in a terminal, by colour, and in a pipe, by brackets.
-
-`ftlevel preview`: the data as the model will see it, before anything is trained.
+The output is colored in a terminal, bracketed in a pipe, or one self-contained HTML page.
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ meter { width: 100% } .stop { color: #c62828; font-weight: 600 }
 
 
 def write_page(preview: Preview, path: Path) -> None:
-    """Write `preview` to `path`; an existing file is replaced as a whole."""
+    """Write the preview as HTML to `path`, atomically."""
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text(render_page(preview), encoding="utf-8")
@@ -54,7 +52,7 @@ def write_page(preview: Preview, path: Path) -> None:
 
 
 def render_page(preview: Preview) -> str:
-    """Return the page."""
+    """Return the HTML page."""
     name = escape(str(preview.facts["name"]))
     share = preview.supervised / preview.tokens if preview.tokens else 0
     body = [
@@ -131,22 +129,16 @@ def _token(token: Token) -> str:
     return f'<span class="{kinds}" title="{token.id}">{text}{label}</span>'
 
 
-_MOST = 240  # tokens of a row that are shown unless it was asked for
+_MOST = 240  # tokens shown per row, unless --row is given
 _BAR = 40
 _BREAK = "⏎\n"
-_LEARNED = ("black on green3", "black on pale_green3")  # by turns, so that borders are seen
+_LEARNED = ("black on green3", "black on pale_green3")  # alternate, to show token boundaries
 _GIVEN = ("", "on grey19")
 _SPECIAL = "bold magenta"
 
 
 def show(preview: Preview, console: Console, *, whole: bool) -> None:
-    """Print `preview`.
-
-    Args:
-        preview: what to show.
-        console: where.
-        whole: show every token of the rows; else the middle of long ones is left out.
-    """
+    """Print the preview; long rows are shortened unless `whole`."""
     colour = console.is_terminal or console.record
     for choice in preview.choices:
         if choice.name != "data check":
@@ -161,7 +153,7 @@ def show(preview: Preview, console: Console, *, whole: bool) -> None:
 
 
 def summary_lines(preview: Preview) -> Iterator[str]:
-    """Yield the lines below the rows: lengths, share, steps and findings."""
+    """Yield the lines after the rows: lengths, supervised share, steps and data problems."""
     yield "length in tokens"
     most = max((bar.count for bar in preview.lengths), default=1)
     yield from (_bar_line(bar, most) for bar in preview.lengths)
@@ -195,7 +187,7 @@ def _row_parts(row: ShownRow, *, whole: bool, colour: bool) -> Iterator[Text]:
 
 
 def _cut(tokens: Sequence[Token], *, whole: bool) -> Iterable[Token | int]:
-    """Return the tokens to show, and in the place of those left out their number."""
+    """Return the tokens to show; an int is the number of tokens left out at its position."""
     surplus = len(tokens) - _MOST
     if whole or surplus <= 0:
         return tokens
@@ -210,7 +202,7 @@ def _coloured(tokens: Sequence[Token], *, whole: bool) -> Text:
             text.append(f" … {token:,} tokens … ", style="italic dim")
             continue
         style = (_LEARNED if token.supervised else _GIVEN)[index % 2]
-        if token.special:  # magenta cannot be read on green
+        if token.special:  # magenta is unreadable on green
             style = f"{style} bold" if token.supervised else f"{style} {_SPECIAL}".strip()
         text.append(_visible(token), style=style)
         if token.label:
@@ -236,11 +228,10 @@ def _visible(token: Token) -> str:
 
 
 def preview(given: Given, *, row: Sequence[int] | None, html: Path | None, as_json: bool) -> None:
-    """Show rows as the model will see them, and what is wrong with the data.
+    """Show encoded rows and problems in the data.
 
-    Reads the data with the model's tokenizer exactly as train does, by the same flags, and loads no
-    weights. What the model learns is green in a terminal and in [brackets] in a pipe. Then come the
-    lengths, the share that is learned, the tokens of an epoch, the steps, and what the gate found.
+    Reads the data exactly as train does, with the same flags, but loads no weights. Supervised
+    tokens are green in a terminal and in [brackets] in a pipe. Statistics and data checks follow.
     """
     config, _ = read_config(given)
     from ftlevel.cli.screen import open_screen

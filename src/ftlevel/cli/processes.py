@@ -1,9 +1,7 @@
-"""Run a command once for each process of a run, and end them together.
+"""Start one process per rank of a run, and stop them together.
 
-The processes meet as torchrun's do, by the same environment variables; other launchers can start
-them too (`ftlevel.world`). What is better here is measured by `benchmarks/launchers.py`
-(docs/reliability.md): the exit code and the words of a failure, SIGUSR1, a launcher that is killed,
-and the time until it begins. `accelerate launch --cpu` starts one process, whatever it is given.
+Rendezvous uses torchrun's environment variables. docs/reliability.md compares it with torchrun.
+`accelerate launch --cpu` starts only one process.
 """
 
 from __future__ import annotations
@@ -20,28 +18,23 @@ from types import FrameType
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 5.0
-_PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has not all of them
+_PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # not all exist on Windows
 _PR_SET_PDEATHSIG = 1
 _FAILED = 1
 _RESUME, _REPLACES = "--resume", ("--overwrite", "--overwrite-output-dir")
 
 
 def launch(arguments: Sequence[str], count: int, restarts: int = 0) -> int:
-    """Run `ftlevel` with these `arguments` in `count` processes and return the exit code.
+    """Run `ftlevel arguments` in `count` processes; return the exit code of the first that failed.
 
-    It is the first process's, or that of the first one that failed; the others are then stopped,
-    and one that was killed is named. They end with this process, too, as by SIGTERM (on Linux).
-
-    Args:
-        arguments: of the command line.
-        count: of processes.
-        restarts: how often a run that failed (exit code 1) goes on with `--resume`; one that was
-            ended by a signal to this process, or was given wrong (2), does not.
+    The others are then stopped; all end with this process (on Linux). A run that fails with exit
+    code 1 restarts up to `restarts` times with `--resume`; bad input (2) and signals do not restart
+    it.
     """
     told: list[int] = []
     while True:
         code = _launch_once(arguments, count, told)
-        is_told = set(told) - {getattr(signal, "SIGUSR1", None)}  # which ends nothing
+        is_told = set(told) - {getattr(signal, "SIGUSR1", None)}  # does not end a run
         if code != _FAILED or is_told or not restarts:
             return code
         restarts -= 1
@@ -52,13 +45,13 @@ def launch(arguments: Sequence[str], count: int, restarts: int = 0) -> int:
 
 
 def _going_on(arguments: Sequence[str]) -> list[str]:
-    """Return the command line that goes on with the run that `arguments` began."""
+    """Return the command line that resumes the run of `arguments`."""
     kept = [a for a in arguments if a.replace("_", "-") not in _REPLACES]
     return kept if _RESUME in kept else [*kept, _RESUME]
 
 
 def _launch_once(arguments: Sequence[str], count: int, told: list[int]) -> int:
-    """Run the processes to their end; signals that were passed on are added to `told`."""
+    """Run the processes to their end; appends forwarded signals to `told`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -96,7 +89,7 @@ def _launch_once(arguments: Sequence[str], count: int, told: list[int]) -> int:
 
 
 def _wait(running: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Return the exit code of them all; when one fails, stop the others."""
+    """Return the exit code of all processes; stop the others when one fails."""
     while any(process.poll() is None for process in running):
         failed = {rank: code for rank, process in enumerate(running) if (code := process.poll())}
         if failed:
@@ -117,22 +110,21 @@ def _wait(running: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 def _exit_code(code: int) -> int:
-    """Return the exit code of a process as shells have it, 143 after SIGTERM."""
+    """Return a process's exit code as shells do: 143 after SIGTERM."""
     return code if code >= 0 else 128 - code
 
 
 def end_with_parent() -> None:
-    """Ask Linux to end this process by SIGTERM when what has started it is gone (prctl(2))."""
+    """Send SIGTERM to this process when its parent dies (Linux, prctl(2))."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _stop(running: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Give the others a moment to see for themselves, then end them."""
     deadline = time.monotonic() + _GRACE_SECONDS
     for process in running:
         try:
             process.wait(max(deadline - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
-            process.kill()  # it waits for the one that is gone
+            process.kill()  # it may be waiting for a dead process
             process.wait()

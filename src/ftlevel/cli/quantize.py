@@ -1,4 +1,4 @@
-"""`ftlevel quantize`: a checkpoint in 4 or 8 bits, with its measured size and quality."""
+"""`ftlevel quantize`: write a 4-bit or 8-bit checkpoint, with measured size and quality."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ftlevel.config import QuantizeConfig
 
 
 def quantize(given: Given, *, out: str | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
-    """Write a model in 4 or 8 bits, and measure what that costs.
+    """Quantize a model to 4 or 8 bits and measure its quality.
 
-    Embeddings, norms and heads stay as they are. The result loads in transformers, in ftlevel
-    train (LoRA on top), generate and evaluate. A model larger than the memory works: one tensor is
-    held at a time.
+    Embeddings, norms and heads are not quantized. The result loads in transformers and in ftlevel
+    train (LoRA), generate and evaluate. Tensors are processed one at a time, so the model may
+    exceed memory.
     """
     nowhere = {"out": "quantized"} if dry_run and out is None else {}
     config = given.section(QuantizeConfig, **nowhere)
@@ -42,7 +42,7 @@ def quantize(given: Given, *, out: str | None, dry_run: bool, as_json: bool, qui
 
 
 def result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the sizes by part, the true ratio, and what was measured."""
+    """Yield sizes by part, the total ratio, and the measured quality."""
     expected = "expected " if summary.get("dry_run") else ""
     for name, part in summary["parts"].items():
         yield f"{name:<17}{_size(part['bytes_before']):>10} → {_size(part['bytes']):>9}"

@@ -1,4 +1,4 @@
-"""`ftlevel recipes`: list, show and copy recipes, and convert those of other tools."""
+"""`ftlevel recipes`: list, show and copy recipes, and convert configurations of other tools."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ _NO_COUNTERPART = "ftlevel has nothing like it"
 
 
 def recipes(action: str, file: Path | None, target: Path | None, *, as_json: bool) -> None:
-    """List, show and copy recipes, and convert those of other tools.
+    """List, show, copy or convert recipes.
 
-    ACTION is list, show, copy or convert. `list` has those of this directory and those that come
-    with ftlevel, each with what it does; `copy NAME [TO]` writes one here, over no file. `convert
-    FILE` prints a file of Axolotl, LLaMA-Factory, ms-swift or TRL as a recipe, and names every key
-    that has no counterpart.
+    `list` shows recipes of this directory and those shipped with ftlevel; `copy NAME [TO]` never
+    overwrites. `convert FILE` prints a configuration of Axolotl, LLaMA-Factory, ms-swift or TRL as
+    a recipe, and names the keys without a counterpart.
     """
     if action == "list":
         _list(as_json)
@@ -76,19 +75,17 @@ def _list(as_json: bool) -> None:
 
 
 def _about(path: Path) -> str:
-    """Return the first line of a recipe's header; empty where it has none."""
     first = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
     return first[1:].strip() if first.startswith("#") else ""
 
 
 def _known() -> list[Path]:
-    """Return the recipes of this directory, and of `recipes` in it."""
     files = [path for where in (".", "recipes") for path in Path(where).glob("*.y*ml")]
     return sorted(filter(_is_recipe, files))
 
 
 def _is_recipe(path: Path) -> bool:
-    """Whether `path` holds a section of ours, as other YAML files do not."""
+    """Return whether a YAML file has a section of ftlevel's."""
     try:
         return not TrainConfig.model_fields.keys().isdisjoint(read_yaml(path)[0])
     except (ConfigError, OSError):
@@ -96,11 +93,7 @@ def _is_recipe(path: Path) -> bool:
 
 
 def _find(file: Path) -> Path:
-    """Return the recipe that is meant: a file, one of this directory, or one of ftlevel's.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Return the path of a recipe given by path or name; raise ConfigError if there is none."""
     known = [*_known(), *shipped()]
     found = [path for path in known if file in (path, Path(path.name), Path(path.stem))]
     if not file.is_file() and not found:
@@ -126,11 +119,7 @@ def _copy(path: Path, text: str, target: Path) -> Path:
 
 
 def convert(file: Path) -> None:
-    """Print the file of another tool as a recipe, with what could not be taken over.
-
-    Raises:
-        ConfigError: it is no file of a tool that is known, or what it says does not go together.
-    """
+    """Print the configuration of another tool as a recipe, with comments on keys left out."""
     import yaml
 
     values, _ = read_yaml(file)
@@ -157,11 +146,7 @@ def convert(file: Path) -> None:
 
 
 def _sort_keys(values: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Return the keys that have a counterpart, with what is typed for it, and why others have none.
-
-    Args:
-        values: of the file.
-    """
+    """Return the arguments of each key with a counterpart, and the reason for each other key."""
     readings = readings_of("train", FLAGS)
     typed: dict[str, list[str]] = {}
     lost: dict[str, str] = {}
@@ -186,11 +171,7 @@ def _reason(error: ConfigError) -> str:
 
 
 def _resolve(typed: dict[str, list[str]], lost: dict[str, str]) -> TrainConfig:
-    """Return the configuration of these keys; one that cannot be had goes to `lost` (mutated).
-
-    Raises:
-        ConfigError: leaving out single keys does not help.
-    """
+    """Return the configuration of the keys; moves keys that cause errors to `lost` (mutated)."""
     found: list[TrainConfig] = []
 
     def command(given: Given) -> None:

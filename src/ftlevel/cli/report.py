@@ -1,4 +1,4 @@
-"""`ftlevel report`: one page about a run, or several side by side."""
+"""`ftlevel report`: write an HTML page on one or several runs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import typer
 def report(
     runs: Sequence[Path], *, out: Path | None, predictions: Sequence[Path] | None, as_json: bool
 ) -> None:
-    """Write one HTML page about a run, or several side by side.
+    """Write one HTML page about one or several runs.
 
-    It needs no network and nothing beside it: results, curves with the value under the pointer,
-    what the checks of the data found, the proof, settings and versions. With --predictions, of
-    `ftlevel evaluate --predictions FILE`, it has the confusion matrix and the best and worst rows.
+    The page is self-contained: results, interactive curves, data checks, verification, settings and
+    versions. --predictions adds the confusion matrix and the best and worst rows.
     """
     from ftlevel.commands.report import report as write
 

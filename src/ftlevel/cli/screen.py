@@ -1,6 +1,6 @@
-"""What a run looks like: its choices, a progress bar in a terminal, plain lines in a pipe.
+"""Terminal output of a run: settings, progress bars, metrics; plain lines in a pipe.
 
-A stream that outlives its reader: what is shown must not end a run that is worth hours.
+A closed or full output stream must not end the run.
 """
 
 from __future__ import annotations
@@ -26,14 +26,7 @@ from ftlevel.config.section import Choice
 
 
 class Lasting(io.TextIOBase):
-    """Writes to `stream` for as long as somebody takes it, and then drops what is written.
-
-    `ftlevel train … | head`, a terminal that is closed or a log on a full disk lose the rest of the
-    display, which is said once on stderr, and nothing else.
-
-    Args:
-        stream: where to; None where the process was started without it.
-    """
+    """Text stream that drops further output once `stream` fails, with one note on stderr."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
@@ -44,33 +37,33 @@ class Lasting(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Flush what was written."""
+        """Flush the stream."""
         self._try("flush")
 
     def has_reader(self) -> bool:
-        """Whether somebody may still read: False once the other end of a pipe is closed."""
+        """Return whether the other end of a pipe is still open."""
         if self._stream is None:
             return False
         try:
             poll = select.poll()
-            poll.register(self._stream.fileno(), 0)  # errors alone, which are always reported
+            poll.register(self._stream.fileno(), 0)  # errors only; they are always reported
             return not any(event & select.POLLERR for _, event in poll.poll(0))
         except (AttributeError, OSError, ValueError):  # Windows; not a file
             return True
 
     def isatty(self) -> bool:
-        """Whether it is a terminal."""
+        """Return whether the stream is a terminal."""
         return self._stream is not None and self._stream.isatty()
 
     def fileno(self) -> int:
-        """Return the descriptor, which rich asks for the terminal's size."""
+        """Return the file descriptor, from which rich reads the terminal's size."""
         if self._stream is None:
             raise OSError("the stream is closed")
         return self._stream.fileno()
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """The encoding, by which rich chooses the characters of its bars."""
+        """Encoding, from which rich chooses the characters of its bars."""
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def _try(self, method: str, *arguments: Any) -> None:
@@ -78,7 +71,7 @@ class Lasting(io.TextIOBase):
             return
         try:
             getattr(self._stream, method)(*arguments)
-        except UnicodeEncodeError:  # a terminal that has no such letters
+        except UnicodeEncodeError:  # the terminal's encoding lacks a character
             replaced = arguments[0].encode(self.encoding, "replace").decode(self.encoding)
             self._stream.write(replaced)
         except OSError as error:
@@ -90,7 +83,7 @@ class Lasting(io.TextIOBase):
 
 
 def discard(stream: TextIO) -> None:
-    """Let what is still in the buffer of `stream` go nowhere, or Python complains at its exit."""
+    """Redirect `stream` to the null device, so that Python does not fail to flush it at exit."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -108,33 +101,27 @@ _FIGURES = {
 
 
 _HELD = (
-    ("adapter", "what was trained, with its tokenizer"),
-    ("base", "the model that it needs"),
-    ("checkpoints", "to go on from"),
-    ("tensorboard", "its curves"),
-    ("config.yaml", "trains it again"),
-    ("metrics.jsonl", "every log"),
-    ("summary.json", "all figures"),
-    ("validation.jsonl", "how each validation row was answered"),
-    ("README.md", "its card"),
-    ("report.html", "a page to read"),
+    ("adapter", "adapter and tokenizer"),
+    ("base", "its base model"),
+    ("checkpoints", "for --resume"),
+    ("tensorboard", "TensorBoard logs"),
+    ("config.yaml", "full configuration"),
+    ("metrics.jsonl", "training log"),
+    ("summary.json", "all results"),
+    ("validation.jsonl", "predictions for validation rows"),
+    ("README.md", "model card"),
+    ("report.html", "HTML report"),
 )
-"""What a run directory holds, with what it is for."""
+"""Files of a run directory and their purpose."""
 
 _CLOSED_PIPE = 128 + 13
-"""What a shell says of a program that SIGPIPE ended."""
+"""Exit code that shells report for SIGPIPE."""
 
 _BAR, _ROOM_FOR_BAR, _ROOM_FOR_FIGURES = 20, 80, 60  # columns of the terminal
 
 
 class Screen:
-    """Shows a run to a person, on stdout; with `--json` on stderr, and only in a terminal.
-
-    Args:
-        console: where to write.
-        quiet: write nothing but warnings.
-        errors: where warnings go; `console` where none is given.
-    """
+    """Shows a run on a console; `quiet` shows only warnings, which go to `errors`."""
 
     def __init__(self, console: Console, *, quiet: bool, errors: Console | None = None) -> None:
         self.console = console
@@ -147,23 +134,19 @@ class Screen:
         self._first = 0
 
     def stop_without_reader(self) -> None:
-        """End a command that has no other product than its output, once nobody reads that.
-
-        Raises:
-            Exit: with the code of a program that writes into a closed pipe.
-        """
+        """Raise Exit with the code of SIGPIPE if nobody reads the output."""
         stream = self.console.file
         if isinstance(stream, Lasting) and not stream.has_reader():
             raise typer.Exit(_CLOSED_PIPE)
 
     def stage(self, name: str) -> None:
-        """Say what is being done."""
+        """Show the current stage."""
         self.close()
         if not self.quiet:
             self.console.print(f"[dim]· {name}[/dim]", highlight=False)
 
     def choices(self, title: str, choices: Sequence[Choice]) -> None:
-        """Show every choice with its reason, a line each."""
+        """Show every setting with its reason."""
         if self.quiet:
             return
         self._line(f"[bold]ftlevel {__version__}[/bold] {title}")
@@ -180,7 +163,7 @@ class Screen:
         self.console.print(table, highlight=False)
 
     def progress(self, done: int, total: int) -> None:
-        """Show how many examples are encoded, in a terminal."""
+        """Show the number of encoded examples (terminal only)."""
         if self.quiet or not self.console.is_terminal:
             return
         if self._progress is None:
@@ -198,7 +181,7 @@ class Screen:
             self.close()
 
     def answered(self, done: int, share: float | None) -> None:
-        """Show how many rows are answered, how fast, and the time left, in a terminal."""
+        """Show processed rows, speed and time left (terminal only)."""
         if self.quiet or not self.console.is_terminal:
             return
         if self._progress is None:
@@ -221,15 +204,15 @@ class Screen:
                               total=None if share is None else 1.0)  # fmt: skip
 
     def warn(self, message: str) -> None:
-        """Show a warning, even when quiet."""
+        """Show a warning, even if quiet."""
         self.errors.print(f"[yellow]warning:[/yellow] {_plain(message)}", highlight=False)
 
     def begin(self, total_steps: int) -> None:
-        """Start the bar, in a terminal."""
+        """Start the progress bar (terminal only)."""
         self._total = total_steps
         if self.quiet or not self.console.is_terminal:
             return
-        # What is worth least gives way: the figures are on the lines above the bar as well.
+        # On narrow terminals, the metrics are omitted first: the lines above show them, too.
         width, whole = self.console.width, Column(no_wrap=True)
         bar = [BarColumn(bar_width=_BAR)] if width >= _ROOM_FOR_BAR else []
         figures = [TextColumn("{task.fields[figures]}", table_column=Column(overflow="ellipsis"))]
@@ -246,12 +229,12 @@ class Screen:
         self._task = self._progress.add_task("train", total=total_steps, figures="")
 
     def step(self, step: int) -> None:
-        """Move the bar."""
+        """Update the progress bar."""
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Show the figures of a training step or of an evaluation on a line."""
+        """Show the metrics of a training step or an evaluation."""
         if self.quiet:
             return
         scores = {k.removeprefix("eval_"): v for k, v in record.items() if k.startswith("eval_")}
@@ -272,7 +255,6 @@ class Screen:
         self._line(f"  step {record['step']:>{len(str(self._total))}}/{self._total}  {figures}")
 
     def _speed(self, record: Mapping[str, Any]) -> str:
-        """Return tokens a second of the steps since the last record."""
         now = (float(record["train_s"]), int(record["tokens"]))
         before, self._seen = self._seen, now
         if before is None or now[0] <= before[0]:
@@ -280,7 +262,7 @@ class Screen:
         return f"{(now[1] - before[1]) / (now[0] - before[0]):,.0f} tok/s"
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """Say what came out and where it is."""
+        """Show the results and their path."""
         self.close()
         if self.quiet:
             return
@@ -300,7 +282,7 @@ class Screen:
         self.console.print(text, highlight=False)
 
     def close(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the progress bar."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -344,12 +326,11 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _is_held(path: Path) -> bool:
-    """Whether something of use is there; checkpoints/ always holds the origin of the run."""
+    """Return whether `path` has content; checkpoints/ always contains the run's origin."""
     return path.exists() and (path.name != "checkpoints" or any(path.glob("checkpoint-*")))
 
 
 def _plain(text: str) -> str:
-    """Escape what rich would read as markup."""
     return escape(text)
 
 
@@ -359,12 +340,10 @@ def _console(stream: Lasting) -> Console:
 
 @contextlib.contextmanager
 def open_screen(*, as_json: bool, quiet: bool, aside: bool = False) -> Iterator[Screen]:
-    """Give a screen that is cleaned up whatever happens.
+    """Create a screen that is closed at the end of the block.
 
-    Args:
-        as_json: stdout is for one object: show the run on stderr, and only in a terminal.
-        quiet: show nothing but warnings.
-        aside: stdout is for rows: show the run on stderr.
+    `as_json` shows the run on stderr, only in a terminal; `aside` on stderr, since stdout has the
+    rows.
     """
     stream = Lasting(sys.stderr if as_json or aside else sys.stdout)
     silent = quiet or (as_json and not stream.isatty())

@@ -1,9 +1,4 @@
-"""From what was typed to ftlevel's spelling: other names and words, switches, lists.
-
-Only names and words are replaced here, by the table of flags; Typer parses what comes out.
-
-What a shell is offered while a command line is typed; Typer's machinery asks and answers.
-"""
+"""Replace aliases of flags and values with ftlevel's own, and complete shell command lines."""
 
 from __future__ import annotations
 
@@ -24,7 +19,7 @@ if TYPE_CHECKING:
 
 
 Setting = tuple[str, str]
-"""A flag of ours and its value; "true" and "false" of a switch."""
+"""Flag and value; "true" and "false" for a switch."""
 
 _NOT_ASKED = Agrees("there is nothing of it here")
 _NEXT_FLAG = re.compile(r"\s+(?=--[a-z])")
@@ -32,22 +27,21 @@ _NEXT_FLAG = re.compile(r"\s+(?=--[a-z])")
 
 @dataclass(frozen=True)
 class Reading:
-    """How what follows a name is read.
+    """Interpretation of a flag name and its value.
 
     Attributes:
-        flag: of ours; empty where there is none, and only `words` say something.
-        path: the field that it sets, if any.
-        off: what switches it off, of a switch of ours; empty where nothing does.
-        is_switch: whether the flag of ours takes no value.
-        value: what the name stands for, where it is a switch for a value of a flag.
-        takes_none: whether the name may stand alone.
-        words: other words for values, in small letters.
-        read: what becomes of another value, as of `Spelling`; of a switch, why there is none.
+        flag: canonical flag; empty if unsupported and only `words` are accepted.
+        path: field that it sets.
+        off: flag that disables a switch.
+        is_switch: whether the canonical flag takes no value.
+        value: value that this name stands for.
+        takes_none: whether the value may be omitted.
+        words: aliases of values, in lower case.
+        read: conversion of other values; for a switch, raises why there is none.
         several: whether several values may follow.
-        is_list: whether the flag of ours is repeated for several values.
-        is_number: whether its values are numbers.
-        noun: what it sets, for the error about two that set it.
-        answer: what is said for a value without a meaning, where there is no flag.
+        is_list: whether the canonical flag is repeated for several values.
+        noun: name of the setting, for errors about two aliases.
+        answer: error for an unsupported flag.
     """
 
     flag: str
@@ -67,12 +61,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Claim:
-    """What was typed to no effect, since it asks for what is done anyhow: to be checked and said.
-
-    Attributes:
-        typed: name and value.
-        agrees: with what.
-    """
+    """Accepted value without effect, to be checked against the configuration."""
 
     typed: str
     agrees: Agrees
@@ -80,12 +69,9 @@ class Claim:
 
 @dataclass
 class Rewritten:
-    """A command line in ftlevel's spelling.
+    """Command line with canonical flags.
 
-    Attributes:
-        arguments: for Typer.
-        typed: flag of ours → the name by which it was given.
-        claims: what must agree with the configuration.
+    `typed` maps a canonical flag to the name that the user typed.
     """
 
     arguments: list[str] = field(default_factory=list)
@@ -94,7 +80,7 @@ class Rewritten:
 
 
 def readings_of(command: str, flags: Sequence[Flag]) -> dict[str, Reading]:
-    """Return every name that `command` understands, and how what follows it is read."""
+    """Return every flag name that `command` accepts, with its interpretation."""
     found: dict[str, Reading] = {}
     for row in flags_of(command, flags):
         if row.is_argument:
@@ -138,7 +124,7 @@ def _own_reading(row: Flag, command: str) -> Reading:
 
 
 def _second_readings(row: Flag, own: Reading) -> dict[str, Reading]:
-    """Return the second names of `row`, whose own reading is `own`."""
+    """Return the aliases of `row`, whose canonical interpretation is `own`."""
     found = {}
     for other in row.spellings:
         is_value = other.value is not None
@@ -160,11 +146,10 @@ def _second_readings(row: Flag, own: Reading) -> dict[str, Reading]:
 
 
 def rewrite(arguments: Sequence[str], readings: Mapping[str, Reading]) -> Rewritten:
-    """Return the arguments in ftlevel's spelling: `--load_in_4bit true` is `--quant 4bit`.
+    """Replace aliases in `arguments`: `--load_in_4bit true` becomes `--quant 4bit`.
 
     Raises:
-        ConfigError: with all values that nothing here stands for, and all fields that two names
-            set to different values.
+        ConfigError: with all invalid values, and all fields set to different values by two aliases.
     """
     done = Rewritten()
     given: dict[str, tuple[str, str]] = {}
@@ -205,11 +190,7 @@ def rewrite(arguments: Sequence[str], readings: Mapping[str, Reading]) -> Rewrit
 
 
 def check_claims(claims: Sequence[Claim], config: Any) -> list[str]:
-    """Return a line for each claim, which says why nothing had to be set.
-
-    Raises:
-        ConfigError: a claim contradicts the configuration.
-    """
+    """Return the reason for each claim; raise ConfigError if `config` contradicts one."""
     lines, problems = [], []
     for claim in claims:
         agrees, value = claim.agrees, config
@@ -226,7 +207,7 @@ def check_claims(claims: Sequence[Claim], config: Any) -> list[str]:
 
 
 def _find(typed: str, readings: Mapping[str, Reading]) -> tuple[str, Reading | None]:
-    """Return the name with dashes and how it is read; `--no_x` is `--x false`."""
+    """Return the name with dashes and its interpretation; `--no_x` is `--x false`."""
     name = typed.replace("_", "-")
     reading = readings.get(name)
     if reading is None and name.startswith("--no-"):
@@ -240,7 +221,7 @@ def _find(typed: str, readings: Mapping[str, Reading]) -> tuple[str, Reading | N
 
 
 def _take(queue: list[str], reading: Reading) -> list[str] | None:
-    """Return the values that follow a name, taken off `queue`; None where one is missing."""
+    """Remove and return the values of a flag from `queue` (mutated); None if one is missing."""
     if reading.takes_none:
         follows = queue[0] if queue and _is_word(queue[0]) else ""
         is_own = follows.lower() in (*ON, *OFF, *reading.words)
@@ -269,7 +250,7 @@ def _is_recipe(text: str) -> bool:
 def _meaning(
     name: str, shown: str, values: Sequence[str], reading: Reading
 ) -> list[Setting] | Agrees:
-    """Return what `values` set, in our spelling, or what they agree with."""
+    """Return the settings that `values` stand for, or the condition that they require."""
     text = ",".join(values)
     word = _truth(text) if reading.takes_none else text.lower()
     found = reading.words.get(word)
@@ -299,7 +280,7 @@ def _meaning(
 
 
 def _switched(reading: Reading, word: str) -> list[Setting] | Agrees:
-    """Return what a switch sets; one that stands for a value denies it when it is off."""
+    """Return the setting of a switch, or a condition if it disables a specific value."""
     if reading.value is None:
         return [(reading.flag, word)]
     if word == "true":
@@ -320,14 +301,14 @@ def _checked_truth(name: str, text: str, word: str) -> str:
 
 
 def _parts(value: str) -> list[str]:
-    """Return the data sets of `a,b`, but for a file of that name."""
+    """Split `a,b` into datasets, unless a file has that name."""
     if "," not in value or Path(value).expanduser().exists():
         return [value]
     return [part.strip() for part in value.split(",") if part.strip()]
 
 
 def _pieces(flag: str, text: str) -> Iterator[Setting]:
-    """Yield the settings of a piece of command line: "4bit --quant-type nf4" after `--quant`."""
+    """Yield the settings of a fragment: "4bit --quant-type nf4" after `--quant`."""
     for number, piece in enumerate(_NEXT_FLAG.split(f"{flag} {text}".strip())):
         name, _, value = piece.partition(" ")
         if value or (number == 0 and name != flag):
@@ -337,7 +318,7 @@ def _pieces(flag: str, text: str) -> Iterator[Setting]:
 def _check_given_once(
     given: dict[str, tuple[str, str]], flag: str, value: str, name: str, reading: Reading
 ) -> None:
-    """Refuse two names that set one field to different values; the same name again is an edit."""
+    """Raise ConfigError if two aliases set one field differently; repeats override."""
     if reading.is_list or flag == "--set":
         return
     before, earlier = given.setdefault(flag, (name, value))
@@ -349,7 +330,7 @@ def _check_given_once(
 
 
 def _spell(flag: str, value: str, readings: Mapping[str, Reading], *, joined: bool) -> list[str]:
-    """Return a setting as Typer takes it."""
+    """Return a setting as arguments for Typer."""
     own = readings.get(flag)
     if own is not None and own.is_switch:
         wanted = flag if value == "true" else own.off
@@ -358,23 +339,17 @@ def _spell(flag: str, value: str, readings: Mapping[str, Reading], *, joined: bo
 
 
 _RECIPES = ("*.yaml", "*.yml", "recipes/*.yaml", "recipes/*.yml")
-_RUNS = ("*/.ftlevel.json", "runs/*/.ftlevel.json")  # what marks a directory as a run's
+_RUNS = ("*/.ftlevel.json", "runs/*/.ftlevel.json")  # marker file of a run directory
 
 
 def completed_command() -> list[str]:
-    """Return the command whose line a shell wants to complete, if one does.
-
-    Typer's scripts say in the environment what was typed so far.
-    """
+    """Return the command being completed by a shell, from Typer's variables, if any."""
     typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
     return [word for word in typed.split()[1:] if not word.startswith("-")][:1]
 
 
 def completer(row: Flag, facts: FieldFacts | None) -> Callable[[str], list[str]]:
-    """Return what gives the values of `row` that begin with what was typed.
-
-    Nothing, where a value is anything: then the shell completes files.
-    """
+    """Return a function that completes the values of `row`; nothing for free-form values."""
 
     def complete(incomplete: str) -> list[str]:
         return sorted(value for value in _values(row, facts) if value.startswith(incomplete))

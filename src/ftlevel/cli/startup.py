@@ -1,23 +1,9 @@
-"""How a command ends that is told to: in a line, with the exit code of the signal.
+"""Process setup for the import of torch: signals, garbage collector, malloc, loggers.
 
-Set up the process of a command before torch is imported, and import it in peace.
-
-torch, transformers and PEFT make half a million objects while they are imported, and nearly all of
-them stay to the end of the process. Python's cycle collector goes through all of them again
-whenever their number has grown by a quarter: a fifth of the time to the first training step.
-
-On a CPU, oneDNN keeps the code that it has made for each shape of a product, 1,024 of them. Rows of
-text have other lengths in every step, so what it keeps is of no use later: 0.4 MB a shape.
-
-Have the threads of a training process share two heaps.
-
-glibc gives every thread a heap of its own, and what was freed in one serves no other.
-Parallel workers (`fast.parallel_workers`) ask for the same tensors over and over, each in threads
-of its own. With few heaps, SmolLM2's steps need a sixth less memory, and what is free stays in the
-process up to `KEPT_FREE`, so that the kernel does not clear the same pages in every step. With only
-one, threads would wait for its lock (docs/performance.md).
-
-What a process of `compare` does first, as `main` does for a command of its own.
+The cycle collector is disabled for imports: scanning half a million permanent objects takes a fifth
+of the time to the first step. oneDNN caches code for 1,024 shapes by default, 0.4 MB each, and rows
+of text rarely repeat a shape. glibc gives every thread its own heap: with two shared heaps, SmolLM2
+needs a sixth less memory; with one, threads wait for its lock (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -35,26 +21,23 @@ from types import FrameType
 from typing import Any
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-_SOON = 0.05  # seconds, in which the block is left
+_SOON = 0.05  # seconds until the signal is sent again
 _received: int | None = None
 _ends_at_once = False
 _last_words: Callable[[], int] | None = None
 
 
 def end_on_signals(last_words: Callable[[], int]) -> None:
-    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, which says what was kept.
+    """Handle SIGTERM and SIGHUP like Ctrl-C; ignore SIGUSR1, which is for training runs.
 
-    SIGUSR1, which is for a run that is trained, ends nothing.
-
-    Args:
-        last_words: says that the command has kept nothing and returns its exit code.
+    `last_words` prints that nothing was saved and returns the exit code.
     """
     global _last_words
     _last_words = last_words
     sys.unraisablehook = _not_lost
     for name in _NAMES:
         if (number := getattr(signal, name, None)) is not None and (
-            signal.getsignal(number) is not signal.SIG_IGN  # of nohup
+            signal.getsignal(number) is not signal.SIG_IGN  # set by nohup
         ):
             signal.signal(number, _end)
     if hasattr(signal, "SIGUSR1"):
@@ -63,10 +46,9 @@ def end_on_signals(last_words: Callable[[], int]) -> None:
 
 @contextlib.contextmanager
 def ending_at_once() -> Iterator[None]:
-    """Let a signal end the process of a command inside the block, where nothing is written yet.
+    """Exit immediately on a signal inside the block, where nothing has been written yet.
 
-    Libraries lose a KeyboardInterrupt in their imports: some swallow it, and the command runs on;
-    transformers makes a ModuleNotFoundError of it.
+    Libraries' imports lose KeyboardInterrupt; transformers turns it into ModuleNotFoundError.
     """
     global _ends_at_once
     before, _ends_at_once = _ends_at_once, True
@@ -77,24 +59,17 @@ def ending_at_once() -> Iterator[None]:
 
 
 def was_told_to_end() -> bool:
-    """Whether a signal has come that ends a command, whatever a library has made of it."""
+    """Return whether an ending signal was received, even if a library swallowed it."""
     return _received is not None
 
 
 def exit_code() -> int:
-    """Return the exit code of a command that was interrupted: 130, or 143 by SIGTERM."""
+    """Return the exit code of an interrupted command: 130, or 143 for SIGTERM."""
     return 128 + (_received or signal.SIGINT)
 
 
 def end_as_it_is(code: int) -> None:
-    """Let no signal break off the end of a process that has done and said all that it was to.
-
-    Python deletes temporary folders then, and would print an interrupt that it ignores. A second
-    signal ends it at once.
-
-    Args:
-        code: what it exits with.
-    """
+    """Ignore the first signal at exit, which would break cleanup; a second exits with `code`."""
     seen: list[int] = []
 
     def end(number: int, _: FrameType | None) -> None:
@@ -108,13 +83,9 @@ def end_as_it_is(code: int) -> None:
 
 
 def _not_lost(unraisable: Any) -> None:
-    """Send the signal again whose interrupt came where Python cannot pass it on, as in `__del__`.
-
-    Args:
-        unraisable: as `sys.unraisablehook` gets it; what is none is shown as Python shows it.
-    """
+    """Send the signal again if its interrupt was raised where Python drops it, as in `__del__`."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt) and _received is not None:
-        import threading  # 3 ms, which no command pays that is not interrupted
+        import threading  # lazy: takes 3 ms
 
         again = threading.Timer(_SOON, os.kill, (os.getpid(), _received))
         again.daemon = True
@@ -124,7 +95,7 @@ def _not_lost(unraisable: Any) -> None:
 
 
 def _ignore(_: int, __: FrameType | None) -> None:
-    """Do nothing; an ignored signal could not be told from one that the caller wants ignored."""
+    """Do nothing; SIG_IGN would look like a signal that the caller wants ignored."""
 
 
 def _end(number: int, _: FrameType | None) -> None:
@@ -136,20 +107,16 @@ def _end(number: int, _: FrameType | None) -> None:
 
 
 KEPT_SHAPES = 128
-"""Shapes whose code is kept: those of a step. With 1,024 of them 12 steps of SmolLM2 hold 350 MB
-more, in no less time (docs/performance.md)."""
+"""Shapes of one step. With 1,024, 12 steps of SmolLM2 use 350 MB more at equal speed."""
 
 
 @contextlib.contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Keep the cycle collector from running in the block, and from what was made by its end.
+    """Disable the cycle collector in the block and freeze its objects; signals exit at once.
 
-    A signal ends a command at once in it.
-
-    Where torch is imported already nothing is changed: in a program that uses ftlevel, or in a
-    test, what lives may be anybody's, and garbage among it could never be freed.
+    Does nothing to the collector if torch is already imported, since objects may not be ours then.
     """
-    if "torch" not in sys.modules:  # they are read once
+    if "torch" not in sys.modules:  # libraries read them once
         for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
             os.environ.setdefault(name, str(KEPT_SHAPES))
     with ending_at_once():
@@ -166,38 +133,31 @@ def heavy_imports() -> Iterator[None]:
 
 
 def _thaw() -> None:
-    """Give the collector back what it was kept from, where the end of the process asks for it.
-
-    Triton's binding (nanobind) prints thousands of its functions as leaked if they outlive their
-    module; torch for CUDA brings Triton, and bitsandbytes imports it on a CPU, too.
-    """
+    """Unfreeze objects at exit if Triton is loaded, whose binding reports leaks otherwise."""
     if "triton" in sys.modules:
         gc.unfreeze()
 
 
 HEAPS = 2
-"""How many there are."""
+"""Number of malloc arenas."""
 
 KEPT_FREE = 128 << 20
-"""Bytes at the end of the heap that are kept when they are free."""
+"""Free bytes at the top of the heap that are not returned to the kernel."""
 
 LARGEST_IN_HEAP = 32 << 20
-"""Bytes from which on a tensor has pages of its own, which it gives back; glibc's own maximum."""
+"""Minimum bytes of separately mapped tensors; the maximum that glibc allows."""
 
-# mallopt(3), whose parameters malloc.h numbers.
+# Parameters of mallopt(3), from malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 
 _SAID_BY_USERS = ("MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 
 
 def share_heaps() -> bool:
-    """Have threads that are started from now on take memory from `HEAPS` heaps.
+    """Limit malloc to `HEAPS` arenas for new threads; return whether it was done.
 
-    Nothing is done where somebody has set malloc's own variables or GLIBC_TUNABLES, where another
-    allocator is preloaded, and where the C library is not glibc.
-
-    Returns:
-        Whether it was done.
+    Does nothing without glibc, with another allocator, or if environment variables configure
+    malloc.
     """
     told = any(os.environ.get(name) for name in (*_SAID_BY_USERS, "GLIBC_TUNABLES", "LD_PRELOAD"))
     if told or not sys.platform.startswith("linux"):
@@ -213,19 +173,19 @@ def share_heaps() -> bool:
 
 
 NOISY = ("torchao", "torch.utils._pytree")
-"""Loggers that tell at import which GPU kernels this machine lacks, and what torch deprecates."""
+"""Loggers that report missing GPU kernels and deprecations at import."""
 
 
 def hush() -> None:
-    """Keep libraries from telling at their import what nobody asked for."""
+    """Silence the import messages of libraries."""
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def prepare() -> None:
-    """Set up a process in which a run is trained."""
+    """Set up a process that trains a run."""
     hush()
     share_heaps()
 
 
-hush()  # a server of processes imports this before the libraries
+hush()  # a multiprocessing server imports this module before the libraries

@@ -1,4 +1,4 @@
-"""`ftlevel train`: flags, recipes and settings become one configuration, and the engine runs it."""
+"""`ftlevel train`: build the configuration from recipe and flags, and train."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ftlevel.world import has_agent, is_follower, is_launched
 
 
 def train(given: Given, *, dry_run: bool, as_json: bool, quiet: bool, schema: bool) -> None:
-    """Fine-tune a model on a file of examples.
+    """Fine-tune a model on a dataset.
 
-    With no --model and no --dataset, trains the built-in model on the built-in examples. Every
-    other field of a recipe can be set by --set section.key=value; --schema lists them all.
+    Without --model and --dataset, trains the built-in model on built-in examples. --set
+    section.key=value sets any other field; --schema lists all fields.
     """
     if schema:
         typer.echo(json_module.dumps(TrainConfig.model_json_schema(), indent=2))

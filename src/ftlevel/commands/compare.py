@@ -62,7 +62,7 @@ def train_and_score(config: TrainConfig, place: Path) -> None:
     found = evaluate(build_section(EvaluateConfig, values), listener=Silence())
     metric = ranking_metric(config.train, found.summary["task"], found.summary["headline"])
     if metric not in found.metrics:
-        raise ConfigError(f"it has no {metric}: {', '.join(found.metrics)}")
+        raise ConfigError(f"it cannot be ranked by {metric}; available: {', '.join(found.metrics)}")
     drawn = found.draws.get(metric)
     write_json(place, {
         "name": metric,

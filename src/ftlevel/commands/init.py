@@ -129,7 +129,7 @@ def _propose_dataset(_: TrainConfig) -> Choice:
     found = sorted(path.name for path in Path().iterdir() if path.suffix.lower() in _ENDINGS)
     if len(found) > 1:
         raise InputError(
-            f"which rows are to be learned? Here are {listing(found, 6)}. Add --dataset {found[0]}"
+            f"several data files found ({listing(found, 6)}): choose one with --dataset"
         )
     if found:
         return Choice("dataset", found[0], "the only file of rows in this directory")

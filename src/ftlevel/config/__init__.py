@@ -1,7 +1,4 @@
-"""The configuration: frozen pydantic sections, and how a command line becomes one.
-
-Importing this package never imports torch.
-"""
+"""Frozen pydantic configuration sections, built from recipe and flags; never imports torch."""
 
 from ftlevel.config.evaluation import EvaluateConfig, GenerateConfig, PredictConfig
 from ftlevel.config.export import CheckServedConfig, ExportConfig

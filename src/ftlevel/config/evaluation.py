@@ -1,9 +1,4 @@
-"""What `ftlevel evaluate` is told: what is scored, on which rows, and how the result is given.
-
-What `ftlevel generate` is told: who answers, and how.
-
-What `ftlevel predict` is told: who answers, which rows, and where the answers go.
-"""
+"""Configuration of `ftlevel evaluate`, `ftlevel generate` and `ftlevel predict`."""
 
 from __future__ import annotations
 
@@ -20,76 +15,81 @@ from ftlevel.config.tasks import TaskName
 
 
 class EvaluateConfig(DecodingAsInTraining):
-    """Everything that decides an evaluation. What is not given is as in training."""
+    """Configuration of an evaluation; None means as in training."""
 
-    name: str = Field(min_length=1, description="A run, an adapter, or a model.")
+    name: str = Field(min_length=1, description="Run directory, adapter or model to evaluate.")
     dataset: DatasetName | None = Field(
         None,
-        description="File, directory, pattern of files, Hub id or - for stdin; the default is the "
-        "run's own data.",
+        description="Data to evaluate on; default: the run's own data. A file, directory, glob "
+        "pattern, Hub id, or - for stdin.",
     )
     input_format: str | None = Field(None, min_length=1, description=INPUT_FORMAT)
     subset: str | None = Field(
-        None, description="Configuration (subset) of a Hub data set, or sheet of a workbook."
+        None, description="Configuration (subset) of a Hub dataset, or sheet of a workbook."
     )
     split: Literal["train", "validation", "test"] | None = Field(
-        None, description="Rows to score; the default is validation, or all rows of a single file."
+        None, description="Split to evaluate; default: validation, or all rows of a single file."
     )
     columns: dict[str, str] = Field(
-        default_factory=dict, description="What ftlevel calls a column: what the data calls it."
+        default_factory=dict,
+        description="Column mapping, FTLEVEL_NAME=YOUR_COLUMN, e.g. summary=abstract.",
     )
     ignore_columns: FewNames = Field((), description=IGNORE_COLUMNS)
     task: TaskName | None = Field(
-        None, description="Task of a model or a plain PEFT adapter whose files do not name it."
+        None, description="Task of a model or plain PEFT adapter whose files do not name it."
     )
     quant: Literal["none", "4bit", "8bit"] | None = Field(
-        None, description="Quantize the base otherwise than in training: none, 4bit or 8bit."
+        None, description="Quantization of the base model, if different from training."
     )
-    base: bool = Field(True, description="Score the base beside it, with the adapter switched off.")
+    base: bool = Field(
+        True, description="Whether to also evaluate the base model, with the adapter disabled."
+    )
     against: str | None = Field(
         None,
         min_length=1,
-        description="Another run, adapter or model: how far from it the scored one is (KL, same "
-        "first choice), on the same rows and on general text.",
+        description="Run, adapter or model to compare with: KL and top-1 agreement. Measured on"
+        " the same rows and on general text.",
     )
     eval_text: Path | None = Field(
         None,
-        description="Text of --against; the default is documentation of Python's library.",
+        description="Text file for --against; default: Python library documentation.",
     )
-    eval_tokens: Positive = Field(1024, description="How many tokens of it are read.")
-    max_eval_samples: Positive | None = Field(None, description="Use only the first N rows.")
-    batch_size: Positive | None = Field(
-        None, description="Rows a forward pass; the default is as in training."
+    eval_tokens: Positive = Field(1024, description="Number of tokens to read from the text.")
+    max_eval_samples: Positive | None = Field(
+        None, description="Maximum number of rows to evaluate; the first N are used."
     )
+    batch_size: Positive | None = Field(None, description="Batch size; default: as in training.")
     max_generate_samples: Positive | None = Field(
-        None, description="How many rows are generated for ROUGE or BLEU; default as in training."
+        None, description="Number of rows to generate for ROUGE or BLEU; default: as in training."
     )
     max_new_tokens: Positive | None = Field(
-        None, description="Longest generated text in tokens; default as in training."
+        None, description="Maximum number of generated tokens; default: as in training."
     )
     metrics: FewNames = Field(
         (),
-        description="Metrics to give beside the loss, with commas between; default as in training.",
+        description="Comma-separated metrics besides the loss; default: as in training.",
     )
     resamples: int = Field(
-        1000, ge=0, description="Bootstrap draws of the rows for the 95 % intervals; 0 for none."
+        1000, ge=0, description="Number of bootstrap resamples for 95 % intervals; 0 disables them."
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the draws of rows, and of tokens.")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Random seed for bootstrap resampling and token sampling."
+    )
     predictions: Path | None = Field(
         None,
-        description="File to write a row an example to: .jsonl, .csv, .tsv or .parquet; must not "
-        "exist.",
+        description="Output file, one row per example: .jsonl, .csv, .tsv or .parquet. It must "
+        "not exist.",
     )
     base_model: str | None = Field(
         None,
         min_length=1,
-        description="Where an adapter's base model is now, if it has moved; its weights must be "
+        description="Current location of the base model, if it has moved. Its weights must be "
         "the same.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Precision to compute in; auto is that of training."
+        "auto", description="Compute precision; auto: as in training."
     )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to run.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Device to run on.")
 
     @model_validator(mode="after")
     def _text_is_for_comparing(self) -> EvaluateConfig:
@@ -102,100 +102,108 @@ class EvaluateConfig(DecodingAsInTraining):
 
 
 class GenerateConfig(Decoding):
-    """Everything that decides what is answered, beside the prompts."""
+    """Configuration of text generation, without the prompts."""
 
-    name: str | None = Field(None, description="A run, an adapter, or a model.")
+    name: str | None = Field(None, description="Run directory, adapter or model.")
     adapters: dict[str, Path] = Field(
-        default_factory=dict, description="Further adapters of the same base: name → directory."
+        default_factory=dict,
+        description="Additional adapters of the same base model: name → directory.",
     )
     adapters_dir: Path | None = Field(
-        None, description="Directory of adapters of one base; each is called by its folder."
+        None, description="Directory of adapters of one base model, each named by its folder."
     )
     chosen: list[str] = Field(
-        default_factory=list, description="Names of the adapters that answer; default all."
+        default_factory=list, description="Names of the adapters that generate; default: all."
     )
     task: TaskName | None = Field(
-        None, description="Task of a model or a plain PEFT adapter whose files do not name it."
+        None, description="Task of a model or plain PEFT adapter whose files do not name it."
     )
     columns: dict[str, str] = Field(
-        default_factory=dict, description="What ftlevel calls a column: what the data calls it."
+        default_factory=dict,
+        description="Column mapping, FTLEVEL_NAME=YOUR_COLUMN, e.g. summary=abstract.",
     )
     ignore_columns: FewNames = Field((), description=IGNORE_COLUMNS)
     context: str | None = Field(
-        None, description="The text in which a question's answer is looked for."
+        None, description="Context that contains the answer (question answering)."
     )
-    compare_base: bool = Field(False, description="Show the base model's answer beside it.")
-    max_new_tokens: Positive = Field(128, description="Longest answer in tokens.")
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampling.")
-    batch_size: Positive = Field(8, description="Prompts a forward pass.")
+    compare_base: bool = Field(False, description="Whether to also show the base model's output.")
+    max_new_tokens: Positive = Field(128, description="Maximum number of generated tokens.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Random seed for sampling.")
+    batch_size: Positive = Field(8, description="Number of prompts per forward pass.")
     base_model: str | None = Field(
         None,
         min_length=1,
-        description="Where an adapter's base model is now, if it has moved; its weights must be "
+        description="Current location of the base model, if it has moved. Its weights must be "
         "the same.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Precision to compute in; auto is that of training."
+        "auto", description="Compute precision; auto: as in training."
     )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to run.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Device to run on.")
 
 
 class PredictConfig(DecodingAsInTraining):
-    """Everything that decides the answers to rows."""
+    """Configuration of predictions for the rows of a file."""
 
-    name: str = Field(min_length=1, description="A run, an adapter, or a model.")
+    name: str = Field(min_length=1, description="Run directory, adapter or model.")
     dataset: str | None = Field(
         None,
         min_length=1,
-        description="File of rows: CSV, TSV, JSONL, JSON, Parquet, Arrow, xlsx, CoNLL or text, "
-        "also compressed (.gz, .bz2, .xz, .zst); a pattern of files; - is stdin.",
+        description="Data file, glob pattern, or - for stdin. CSV, TSV, JSONL, JSON, Parquet, "
+        "Arrow, xlsx, CoNLL or text, optionally compressed (.gz, .bz2, .xz, .zst).",
     )
     output: Path | None = Field(
         None,
-        description="File to write the rows with their answers to: .csv, .tsv, .jsonl or "
-        ".parquet; without it, JSONL on stdout.",
+        description="Output file (.csv, .tsv, .jsonl or .parquet); default: JSONL on stdout.",
     )
-    column: str = Field("prediction", min_length=1, description="Name of the answer's column.")
+    column: str = Field("prediction", min_length=1, description="Name of the prediction column.")
     columns: dict[str, str] = Field(
-        default_factory=dict, description="What ftlevel calls a column: what the data calls it."
+        default_factory=dict,
+        description="Column mapping, FTLEVEL_NAME=YOUR_COLUMN, e.g. summary=abstract.",
     )
     ignore_columns: FewNames = Field((), description=IGNORE_COLUMNS)
-    format: str | None = Field(None, description="Format of the rows, where several fit.")
+    format: str | None = Field(None, description="Format of the rows, if several formats match.")
     input_format: str | None = Field(None, min_length=1, description=INPUT_FORMAT)
-    subset: str | None = Field(None, description="Sheet of a workbook; the default is the first.")
-    probabilities: bool = Field(False, description="Add how likely each answer is.")
-    top_k: Positive | None = Field(None, description="Add the K likeliest answers.")
-    limit: Positive | None = Field(None, description="Answer only the first N rows.")
+    subset: str | None = Field(None, description="Sheet of a workbook; default: the first.")
+    probabilities: bool = Field(
+        False, description="Whether to add the probability of each prediction."
+    )
+    top_k: Positive | None = Field(None, description="Number of most likely predictions to add.")
+    limit: Positive | None = Field(
+        None, description="Maximum number of rows to predict; the first N are used."
+    )
     on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="A row that cannot be answered: error, or skip, which leaves its "
-        "answer empty.",
+        "error", description="Action for rows that cannot be predicted: error, or skip (left "
+                 "empty).",
     )  # fmt: skip
     overlong: Literal["error", "truncate-prompt"] | None = Field(
         None,
-        description="A row beyond the model's positions: error (a bad row), or truncate-prompt; "
-        "the default is as in training.",
+        description="Action for rows that are too long; default: as in training. error treats "
+        "the row as a bad row; truncate-prompt shortens the prompt.",
     )
-    resume: bool = Field(False, description="Go on after the last whole row of --output.")
-    overwrite: bool = Field(False, description="Replace an --output that exists.")
+    resume: bool = Field(
+        False, description="Whether to resume after the last complete row of --output."
+    )
+    overwrite: bool = Field(False, description="Whether to replace an existing --output file.")
     task: TaskName | None = Field(
-        None, description="Task of a model or a plain PEFT adapter whose files do not name it."
+        None, description="Task of a model or plain PEFT adapter whose files do not name it."
     )
     batch_size: Positive | None = Field(
-        None, description="Rows a forward pass; the default is by their tokens."
+        None, description="Batch size; default: chosen by row length."
     )
     max_new_tokens: Positive | None = Field(
-        None, description="Longest generated text in tokens; default as in training."
+        None, description="Maximum number of generated tokens; default: as in training."
     )
     base_model: str | None = Field(
         None,
         min_length=1,
-        description="Where an adapter's base model is now, if it has moved; its weights must be "
+        description="Current location of the base model, if it has moved. Its weights must be "
         "the same.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Precision to compute in; auto is that of training."
+        "auto", description="Compute precision; auto: as in training."
     )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to run.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Device to run on.")
 
     @model_validator(mode="after")
     def _one_way_with_what_is_there(self) -> PredictConfig:

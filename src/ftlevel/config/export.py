@@ -1,11 +1,6 @@
-"""What `ftlevel export` is told: the run or model, the format, and the file.
+"""Configuration of `ftlevel export` and `check-served`, and the table of supported servers.
 
-What is known of the programs that serve models: a row each, with where it was read or run.
-
-Free of torch, as `--for` names the rows. What a row says of a version was measured or read in that
-version; docs/serving.md has the table, and `make served` runs what can be run here.
-
-What `ftlevel check-served` is told: what was exported, and the server to hold to it.
+Facts hold for the server version in their row (docs/serving.md). Must not import torch.
 """
 
 from __future__ import annotations
@@ -26,22 +21,19 @@ _LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
 
 @dataclass(frozen=True)
 class Server:
-    """One program, and what it makes of an adapter.
+    """Model server and what it supports.
 
     Attributes:
-        name: as after `--for`.
-        title: as it calls itself.
-        formats: what it loads, the best first.
-        version: in which the rest was found.
-        source: how.
-        ranks: values that its limit of ranks may have; empty for any.
-        vocabulary: whether it serves LoRA on embeddings and output layers as trained.
-        every_layer: whether a kind of linear must be adapted in all layers or in none.
-        families: those it is known to name as transformers does; empty for any.
-        several: how many adapters it holds at once: any, or one.
-        merged: what it serves merged, beside decoders that write text.
-        own_template: whether the chat template is that of the base unless it is told another.
-        note: what else must be known, as a sentence without a full stop.
+        formats: formats it loads, best first.
+        version: version the other facts were checked with.
+        source: how they were checked.
+        ranks: values its maximum LoRA rank can have; empty for any.
+        vocabulary: whether it serves LoRA on embeddings and output layers.
+        every_layer: whether a linear layer must be adapted in all blocks or in none.
+        families: model families that work; empty for any.
+        several: whether it serves several adapters at once.
+        merged: kinds of models it serves merged, besides decoders that generate text.
+        own_template: whether it uses the base model's chat template by default.
     """
 
     name: str
@@ -95,19 +87,18 @@ SERVERS: dict[str, Server] = {
         ),
     )
 }  # fmt: skip
-"""Every server by its name."""
+"""Supported servers by name."""
 
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """Where a format is found, and what its files are called.
+    """Export format; an empty suffix is a directory.
 
     Attributes:
-        module: that writes it.
-        suffix: of the file; empty for a format that is a directory.
-        beside: suffixes of the files that come beside it.
+        module: module that writes it.
+        beside: suffixes of additional files.
         merges: whether an adapter is merged into its base first.
-        several: whether a directory of adapters of one base is written at once.
+        several: whether it can hold several adapters of one base.
     """
 
     module: str
@@ -118,7 +109,7 @@ class ExportFormat:
 
     @property
     def is_directory(self) -> bool:
-        """Whether what is written is a directory."""
+        """Whether the output is a directory."""
         return not self.suffix
 
 
@@ -130,7 +121,7 @@ FORMATS: dict[str, ExportFormat] = {
     "mlx": ExportFormat("ftlevel.merging.formats.mlx", "", merges=False),
     "merged": ExportFormat("ftlevel.merging.formats.merged", ""),
 }
-"""Every format: a new one is its module and a line here."""
+"""Export formats by name; add a module and a line here for a new one."""
 
 if TYPE_CHECKING:
     FormatName: TypeAlias = str
@@ -141,67 +132,63 @@ else:
 
 
 class ExportConfig(HubSection):
-    """Everything that decides an export."""
+    """Configuration of an export."""
 
     model: str = Field(
         min_length=1,
-        description="Run, adapter or model: a Hub id, a local directory, or builtin:NAME. An "
-        "adapter is merged into its base first, where the format is one of models.",
+        description="Run, adapter or model: local path, Hub id or builtin:NAME. Formats for "
+        "full models merge the adapter into its base model first.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
     server: ServerName | None = Field(
         None,
-        description="The program that will serve it: chooses the format and checks what that "
-        "program can load.",
+        description="Target server; selects the format and checks compatibility.",
     )
     format: FormatName = Field(
         "auto",
         validate_default=True,
-        description="peft, gguf-lora and mlx keep the adapter beside its base, as plain LoRA that "
-        "every reader reads alike; merged is a plain model; gguf one file for llama.cpp, Ollama "
-        "and LM Studio; adapterhub a bottleneck adapter for AdapterHub's adapters. auto is what "
-        "--for needs, or gguf.",
+        description="Output format; auto: the format that --for needs, else gguf. peft, "
+        "gguf-lora and mlx keep the adapter separate, as plain LoRA; merged is a "
+        "full model; gguf is one file for llama.cpp, Ollama and LM Studio; "
+        "adapterhub is a bottleneck adapter for AdapterHub.",
     )
     outtype: Literal["auto", "f32", "f16", "bf16", "q8_0", "q5_0", "q4_0"] = Field(
         "auto",
-        description="Type of the matrices; q8_0 is 8 bits in blocks of 32, q5_0 and q4_0 5 and "
-        "4, where codes are chosen so that the layers give what they give as trained. auto keeps "
-        "the model's own. Vectors and norms stay in float32.",
+        description="Data type of matrices in the .gguf file; auto: the model's own type. q8_0 "
+        "uses 8 bits in blocks of 32; q5_0 and q4_0 use 5 and 4 bits, calibrated to"
+        " preserve layer outputs. Vectors and norms stay in float32.",
     )
     calibration_rows: Annotated[int, Field(ge=0)] = Field(
         128,
-        description="Rows of the run's training data, or of documentation where there is no run, "
-        "on which the layers' outputs count where codes of q5_0 or q4_0 are chosen; 0 rounds each "
-        "weight by itself.",
+        description="Number of calibration rows for q5_0 and q4_0; 0 rounds to nearest. Rows "
+        "come from the run's training data, or from documentation without a run.",
     )
     out: Path = Field(
-        description="File to write, FILE.gguf, with FILE.Modelfile beside it; for the other "
-        "formats a new directory."
+        description="Output file FILE.gguf (with FILE.Modelfile), or a new directory."
     )
     max_rank: Positive = Field(
-        64, description="Highest rank of plain LoRA that may be written; past it, merging is named."
+        64, description="Maximum rank of plain LoRA; above it, merging is suggested."
     )
-    overwrite: bool = Field(False, description="Replace these files where they exist.")
+    overwrite: bool = Field(False, description="Whether to replace existing output files.")
     verify: bool = Field(
         True,
-        description="Read what was written back and compare it with the model. With --for, and "
-        "of adapters, record its answers for ftlevel check-served.",
+        description="Whether to read the output back and compare it with the model. With --for,"
+        " adapters also get reference answers for ftlevel check-served.",
     )
-    verify_tokens: Positive = Field(512, description="How many tokens of text are compared.")
+    verify_tokens: Positive = Field(512, description="Number of text tokens to compare.")
     base_model: str | None = Field(
         None,
         min_length=1,
-        description="Where an adapter's base model is now, if it has moved; its weights must be "
+        description="Current location of the base model, if it has moved. Its weights must be "
         "the same.",
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        "auto", description="Where the models are compared."
+        "auto", description="Device for the comparison."
     )
 
     @field_validator("server", "format", mode="before")
     @classmethod
     def _check_option(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse a format given as a server, and a server given as a format."""
         if info.field_name == "server" and value in FORMATS and value not in SERVERS:
             raise ValueError(f"it is a format, and --for names a server. Use --format {value}")
         if info.field_name == "format" and value in SERVERS and value not in FORMATS:
@@ -235,7 +222,7 @@ class ExportConfig(HubSection):
     @field_validator("out")
     @classmethod
     def _is_named_by_its_format(cls, value: Path, info: ValidationInfo) -> Path:
-        if "server" not in info.data:  # it is wrong, and the format follows from it
+        if "server" not in info.data:  # invalid server; the format depends on it
             return value
         format_ = FORMATS.get(info.data.get("format", ""))
         if format_ is not None and format_.is_directory:
@@ -249,48 +236,49 @@ class ExportConfig(HubSection):
 
     @property
     def recorded(self) -> bool:
-        """Whether a served.json stands beside the file."""
+        """Whether reference answers are written to a served.json next to the file."""
         return bool(self.server and self.verify and FORMATS[self.format].suffix)
 
     @property
     def outputs(self) -> tuple[Path, ...]:
-        """The files that are written, `out` first."""
+        """Output files, `out` first."""
         format_ = FORMATS[self.format]
         beside = format_.beside + ((".served.json",) if self.recorded else ())
         return (self.out, *(self.out.with_suffix(suffix) for suffix in beside))
 
 
 class CheckServedConfig(Section):
-    """Everything that decides a check of a server."""
+    """Configuration of a server check."""
 
-    out: Path = Field(description="What ftlevel export wrote; its served.json holds the answers.")
+    out: Path = Field(
+        description="Output of ftlevel export; its served.json has the reference answers."
+    )
     url: str | None = Field(
         None,
-        description="Address of a running server with OpenAI's API, as http://127.0.0.1:8000. "
-        "Nothing else is asked.",
+        description="URL of an OpenAI-compatible server, e.g. http://127.0.0.1:8000. No other "
+        "address is contacted.",
     )
     model: str | None = Field(
         None,
         min_length=1,
-        description="What the server calls the model; the default is the adapter's name, if the "
-        "server lists it.",
+        description="Model name on the server; default: the adapter's name, if listed.",
     )
     inside: Literal["vllm", "llama.cpp", "mlx", "openvino"] | None = Field(
         None,
-        description="Load it in this library instead, in float32, in a process of its own: vllm, "
-        "llama.cpp (by xllamacpp), mlx or openvino (OpenVINO GenAI).",
+        description="Library to load the model in, instead of a server. vllm, llama.cpp "
+        "(xllamacpp), mlx or openvino (OpenVINO GenAI), in float32 and in a "
+        "separate process.",
     )
     python: Path | None = Field(
-        None, description="The Python that has the library of --in; the default is this one."
+        None, description="Python interpreter with the library of --in; default: this one."
     )
     timeout: Positive = Field(
-        60, description="Seconds that a request may take; with --in ten times that for all."
+        60, description="Timeout per request in seconds; with --in, ten times that in total."
     )
     tolerance: float | None = Field(
         None,
         gt=0,
-        description="How far a logprob may be from the recorded one: by default 0.02 in float32, "
-        "0.1 in 16 bits.",
+        description="Maximum logprob difference; default: 0.02 in float32, 0.1 in 16 bits.",
     )
 
     @field_validator("url")

@@ -1,7 +1,4 @@
-"""What a row of the table of flags is: a flag, its names here, and its names in other tools.
-
-What a field of a configuration says of itself to help texts, docs and the command line.
-"""
+"""`Flag`, a row of the table of flags, and `FieldFacts`, the metadata of a configuration field."""
 
 from __future__ import annotations
 
@@ -22,15 +19,12 @@ from ftlevel.config.train import TrainConfig
 
 @dataclass(frozen=True)
 class FieldFacts:
-    """A field in the words of help and docs.
+    """Metadata of a configuration field for help and docs.
 
     Attributes:
-        description: its help, whole.
-        type: of a value on the command line: int, float, bool, list[str] for pairs, else str.
-        choices: the values that there are, where they can be counted.
-        default: as it is shown; empty where the description has it or it is off.
-        required: whether there is no default.
-        takes_number: whether a value may be a number.
+        type: type on the command line: int, float, bool, list[str] for pairs, else str.
+        choices: allowed values; empty if not enumerable.
+        default: default as shown; empty if off or part of the description.
     """
 
     description: str
@@ -42,13 +36,9 @@ class FieldFacts:
 
 
 def describe_field(config: type[BaseModel], path: str) -> FieldFacts:
-    """Return the facts of the field at the dotted `path` of `config`.
+    """Return the metadata of the field at the dotted `path` of `config`, or raise KeyError.
 
-    A part of the path may be one of several sections, such as a method: all that have the field
-    give their choices, the first its help.
-
-    Raises:
-        KeyError: there is no such field.
+    In a union of sections, such as the methods, choices come from all members that have the field.
     """
     *sections, name = path.split(".")
     holders: list[type[BaseModel]] = [config]
@@ -78,7 +68,7 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _alternatives(annotation: Any) -> list[Any]:
-    """Return the types that a value may have, without None, unions and bounds opened."""
+    """Return the member types of `annotation`: unions and Annotated unwrapped, no None."""
     if get_origin(annotation) is Annotated:
         return _alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -95,7 +85,7 @@ def _value_type(kinds: list[Any]) -> Any:
 
 
 def _default_of(infos: dict[type[BaseModel], FieldInfo]) -> str:
-    """Return the default as it is shown; where the holders differ, the first one's."""
+    """Return the default as shown; that of the first section if they differ."""
     shown = [_shown(info) for info in infos.values()]
     owner = next(iter(infos)).model_fields.get("kind")
     if len(set(shown)) == 1 or owner is None or owner in infos.values():
@@ -127,25 +117,23 @@ CONFIGS: dict[str, type[Section]] = {
     "export": ExportConfig,
     "check-served": CheckServedConfig,
 }
-"""Command → the configuration that its flags set."""
+"""Command → configuration class that its flags set."""
 
 
-DAILY, MODEL, DATA = "Daily", "Model and method", "Data"
-HOW, RUN, GENERAL = "Optimisation", "Run", "General"
-COMPARE, ANSWER, WRITE = "Comparison", "Answers", "Result"
+DAILY, MODEL, DATA = "Common options", "Model and method", "Data"
+HOW, RUN, GENERAL = "Training", "Run", "General"
+COMPARE, ANSWER, WRITE = "Comparison", "Inference", "Output"
 """Headings of `--help` and docs/cli.md."""
 
 
 @dataclass(frozen=True)
 class Agrees:
-    """A word that asks for what is done anyhow, if the configuration says so.
+    """Accepted value that needs no setting, provided a configuration field agrees.
 
     Attributes:
-        reason: why nothing has to be set, as it is shown.
-        path: the field that must agree; empty where nothing can contradict.
-        among: the values with which it agrees; none for all but those in `unless`.
-        unless: the values with which it does not.
-        otherwise: what to do where it does not.
+        path: field that must agree; empty if nothing can contradict.
+        among: field values that agree; empty for all but those in `unless`.
+        otherwise: advice if the field contradicts.
     """
 
     reason: str
@@ -155,26 +143,25 @@ class Agrees:
     otherwise: str = "Drop one of them"
 
     def holds(self, value: Any) -> bool:
-        """Whether it agrees with `value` of the field."""
+        """Return whether the field value agrees."""
         return (not self.among or value in self.among) and value not in self.unless
 
 
 Words = Mapping[str, str | Agrees]
-"""A word for a value, in small letters → the piece of command line that it stands for, which may
-go on with other flags ("4bit --quant-type nf4") or be empty; or what it agrees with."""
+"""Lowercase value → command-line fragment that replaces it, or the `Agrees` that checks it.
+
+A fragment may contain other flags ("4bit --quant-type nf4") or be empty.
+"""
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """What another tool calls a flag, where its values are not ours.
+    """Alias of a flag from another tool whose values differ from ftlevel's.
 
     Attributes:
-        name: as it is typed, with dashes; underscores are read as dashes everywhere.
-        value: the spelling is a switch, and giving it sets the flag to this.
-        values: their words; other values are passed on as they are.
-        read: what else becomes of a value.
-
-    `read` raises ValueError with the reason for a value that has no counterpart.
+        value: value set by this switch.
+        values: aliases of values; other values are passed unchanged.
+        read: conversion of other values; raises ValueError if there is no counterpart.
     """
 
     name: str
@@ -185,27 +172,22 @@ class Spelling:
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag or argument of one or several commands.
+    """Flag or argument of one or several commands.
 
     Attributes:
-        path: dotted path of the field that it sets, from the configuration of the command;
-            `method.NAME` may be a field of any method. Empty: the command itself reads it.
-        names: as Typer declares it, spaces between; an argument is its metavar. The default is
-            the field's name, with `--no-…` for a switch.
-        panel: heading under which `--help` and docs/cli.md show it.
-        on: the commands that have it.
-        also: other tools' names for it, which hold for every command that has the flag.
-        words: other tools' words for its values.
-        read: what else becomes of a value, as of `Spelling`.
-        metavar: what stands for its value in help; the default is by the type.
-        required: the command line is refused without it.
-        several: it takes several values, with commas or spaces between.
-        rest: path of the field that takes what is given beyond the first value.
-        example: of a NAME=VALUE pair, for the error about one that is none.
-        noun: what it sets, for the error about two spellings that are given together.
-        dest: name of the parameter; the default is the flag's.
-        help, type, default, minimum: of a flag that sets no field.
-        answer: there is no such flag; whoever gives it is told this instead, but for `words`.
+        path: dotted path of its field; `method.NAME` is a field of any method. Empty if none.
+        names: names as in Typer; an argument's metavar. Default: the field's name.
+        panel: heading in `--help` and docs/cli.md.
+        on: commands that have it.
+        also: aliases from other tools.
+        words: aliases of its values.
+        read: conversion of other values, as in `Spelling`.
+        several: whether it takes several values, separated by commas or spaces.
+        rest: path of the field for values after the first.
+        example: example of a NAME=VALUE pair, for errors.
+        noun: name of the setting, for errors about two aliases.
+        help, type, default, minimum: for a flag that sets no field.
+        answer: error for an unsupported flag, unless the value is in `words`.
     """
 
     path: str = ""
@@ -230,34 +212,34 @@ class Flag:
 
     @property
     def spellings(self) -> list[Spelling]:
-        """The second names."""
+        """Aliases of the flag."""
         return [Spelling(name) if isinstance(name, str) else name for name in self.also]
 
     @property
     def is_argument(self) -> bool:
-        """Whether it stands without a name on the command line."""
+        """Whether it is a positional argument."""
         return bool(self.names) and not self.names.startswith("-")
 
     @property
     def shown(self) -> str:
-        """What errors call it."""
+        """Name in error messages."""
         if self.is_argument:
             return self.names
         return self.names.split()[0].partition("/")[0] if self.names else _flag_of(self.path)
 
     @property
     def parameter(self) -> str:
-        """The name under which a command reads it."""
+        """Parameter name in the command's function."""
         if self.dest or not self.is_argument:
             return self.dest or self.shown.lstrip("-").replace("-", "_")
         return self.path.replace(".", "_")
 
     def facts(self, command: str) -> FieldFacts | None:
-        """Return what the field that it sets says of itself, if it sets one."""
+        """Return the metadata of the field that it sets, or None."""
         return describe_field(CONFIGS[command], self.path) if self.path else None
 
     def declared(self, is_switch: bool) -> list[str]:
-        """Return the names as Typer takes them."""
+        """Return the names for Typer."""
         if self.names:
             return self.names.split()
         name = _flag_of(self.path)

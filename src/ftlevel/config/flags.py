@@ -1,10 +1,7 @@
-"""The table of flags: one row a flag, from which signatures, help, second names and docs are made.
+"""Table of flags, from which signatures, help, aliases and docs are generated; data only.
 
-Data only; `cli/flags.py` makes Typer's options of it and `scripts/write_docs.py` docs/cli.md. A
-flag that sets a field takes its help, its choices, its default and its type from the field. What
-other tools have and ftlevel has not is in `config/other_tools/answers.py`.
-
-Rows of the table of flags that belong to the commands beside `train`.
+A flag that sets a field takes help, choices, default and type from it. Unsupported flags of other
+tools are in `config/other_tools.py`.
 """
 
 from __future__ import annotations
@@ -56,79 +53,78 @@ from ftlevel.config.other_tools import (
 OF_COMMANDS: tuple[Flag, ...] = (
     # preview
     Flag(names="--row", panel=WRITE, on=("preview",), type=list[int], metavar="N", minimum=1,
-         help="Show row N, from 1; repeatable."),
+         help="Row number to show, from 1; repeatable."),
     Flag(names="--html", panel=WRITE, on=("preview",), type=Path, metavar="FILE",
-         help="Write one page that needs nothing else."),
+         help="Self-contained page; no network needed."),
     # plan
     Flag(names="--gpu", panel=DAILY, on=("plan",), metavar="NAME|SIZE",
-         help="Plan for this card: h100, a100, l4, rtx4090, …, or its memory, as 24GB."),
+         help="Target GPU (h100, a100, l4, rtx4090, …) or its memory, e.g. 24GB."),
     Flag(names="--probe", panel=DAILY, on=("plan",), type=bool,
-         help="Load the model and run a few real steps, for the time."),
+         help="Whether to load the model and time a few real steps."),
     Flag(names="--price-per-hour", panel=DAILY, on=("plan",), type=float, metavar="N",
-         help="Of the machine; says what the run costs."),
+         help="Price of the machine per hour, to estimate the cost of the run."),
     Flag(names="--brief", panel=DAILY, on=("plan",), type=bool,
-         help="Leave out the table of what else fits, which takes most of the time."),
+         help="Whether to skip the table of alternatives, which takes most of the time."),
     Flag(names="--nodes", panel=DAILY, on=("plan",), type=int, default=1, minimum=1, metavar="N",
-         help="Machines with cards of --gpu, among which --shard shares out the model."),
+         help="Number of machines with GPUs of type --gpu, for --shard."),
     Flag(names="--gpus-per-node", panel=DAILY, on=("plan",), type=int, default=1, minimum=1,
-         metavar="N", help="Cards of each machine."),
+         metavar="N", help="Number of GPUs per machine."),
     Flag(names="--interconnect-gbps", panel=DAILY, on=("plan",), type=float, default=400.0,
-         metavar="N", help="Gigabits a second that each card has to other machines."),
+         metavar="N", help="Network bandwidth per GPU between machines, in Gbit/s."),
     # compare
     Flag(names="--methods", panel=DAILY, on=("compare",), type=list[str], several=True,
          metavar="NAME,…",
-         help="Methods to compare, with commas between, such as lora,qlora,ia3,full."),
+         help="Comma-separated methods to compare, e.g. lora,qlora,ia3,full."),
     Flag(names="--budget-steps", panel=DAILY, on=("compare",), type=int, metavar="N", minimum=1,
-         help="Train each for N steps; the default is the epochs of the run."),
+         help="Number of training steps per method; default: the epochs of the run."),
     Flag(names="--budget-minutes", panel=DAILY, on=("compare",), type=float, metavar="M",
-         help="Train each for as many steps as take it M minutes, by a probe of a few."),
+         help="Training minutes per method, converted to steps by a short probe."),
     Flag(names="--seeds", panel=DAILY, on=("compare",), type=int, default=1, minimum=1,
-         metavar="K", help="Train each with K seeds, from --seed on."),
+         metavar="K", help="Number of seeds per method, starting at --seed."),
     Flag(names="--max-memory", panel=DAILY, on=("compare",), type=float, metavar="GIB",
-         help="The winner needs no more memory than this, in GiB."),
+         help="Memory limit for the best method, in GiB."),
     Flag(names="--max-minutes", panel=DAILY, on=("compare",), type=float, metavar="M",
-         help="A run of the winner takes no longer than this."),
+         help="Time limit for a run of the best method, in minutes."),
     Flag(names="--search", panel=DAILY, on=("compare",), type=list[str], several=True,
          metavar="NAME,…",
-         help="Search these settings for each method first: lr, r, alpha, dropout, weight-decay."),
+         help="Settings to tune per method: lr, r, alpha, dropout, weight-decay."),
     Flag(names="--trials", panel=DAILY, on=("compare",), type=int, metavar="N", minimum=1,
-         help="Runs of each search; the default is 10."),
+         help="Number of trials per search; default: 10."),
     Flag(names="--study", panel=DAILY, on=("compare",), metavar="URL",
-         help="Database of the searches, which several machines may share; the default is a "
-         "file in the directory."),
+         help="Database URL of the searches, which machines can share; default: a local file."),
     # launch
     Flag(names="--on", panel=DAILY, on=("launch",), required=True, metavar="slurm|k8s|ray",
-         help="The scheduler that the file is for."),
+         help="Scheduler to write the job file for."),
     Flag(names="--nodes", panel=DAILY, on=("launch",), type=int, default=1, minimum=1, metavar="N",
-         help="Machines."),
+         help="Number of machines."),
     Flag(names="--gpus-per-node", panel=DAILY, on=("launch",), type=int, default=0, minimum=0,
-         metavar="N", help="GPUs of each machine; none trains on CPUs."),
+         metavar="N", help="Number of GPUs per machine; 0 trains on CPUs."),
     Flag(names="--processes-per-node", panel=DAILY, on=("launch",), type=int, minimum=1,
-         metavar="N", help="Processes of each machine; the default is one a GPU."),
+         metavar="N", help="Number of processes per machine; default: one per GPU."),
     Flag(names="--image", panel=DAILY, on=("launch",), metavar="IMAGE",
-         help="Container with ftlevel in it (k8s)."),
+         help="Container image with ftlevel installed (k8s)."),
     Flag(names="--claim", panel=DAILY, on=("launch",), metavar="NAME",
          help="Persistent volume claim, mounted above --output-dir (k8s)."),
     Flag(names="--job-option", panel=DAILY, on=("launch",), type=list[str],
          metavar="NAME[=VALUE]",
-         help="More that the scheduler is asked for, as partition=gpu; repeatable."),
+         help="Additional scheduler option, e.g. partition=gpu; repeatable."),
     Flag(names="--job-file", panel=DAILY, on=("launch",), type=Path, metavar="FILE",
-         help="Where the file goes; the default is named after the run, in this directory."),
+         help="Path of the job file; default: named after the run, in this directory."),
     Flag(names="--submit", panel=DAILY, on=("launch",), type=bool,
-         help="Give the file to the scheduler."),
+         help="Whether to submit the job."),
     Flag(names="--dry-run", panel=DAILY, on=("launch",), type=bool,
-         help="Print the file, and write nothing."),
+         help="Whether to only print the job file."),
     # init
     Flag(names="--yes -y", panel=GENERAL, on=("init",), type=bool,
-         help="Ask nothing: take what is proposed."),
+         help="Whether to accept all proposed answers without asking."),
     # doctor
     Flag(names="--quiet -q", panel=GENERAL, on=("doctor",), type=bool,
-         help="Print only what something can be done about."),
+         help="Whether to print only findings that need action."),
     # report
     Flag(names="--out -o", panel=WRITE, on=("report",), type=Path, metavar="FILE",
-         help="Where the page goes; the default is report.html in the only run."),
+         help="Path of the page; default: report.html in the run, if there is one run."),
     Flag(names="--predictions", panel=DATA, on=("report",), type=list[Path], metavar="FILE",
-         help="Rows that ftlevel evaluate --predictions wrote (.jsonl); one file a run."),
+         help="Output of ftlevel evaluate --predictions (.jsonl); one file per run."),
     # predict
     Flag("dataset", "--dataset", DATA, ("predict",), metavar="FILE|-", required=True),
     Flag("input_format", "", DATA, ("predict", "evaluate")),
@@ -144,19 +140,19 @@ OF_COMMANDS: tuple[Flag, ...] = (
     Flag("overwrite", "--overwrite", WRITE, ("predict",)),
     # generate
     Flag(names="--prompt -p", panel=ANSWER, on=("generate",), type=list[str],
-         help="What to say; repeatable."),
+         help="Prompt; repeatable."),
     Flag(names="--prompts", panel=ANSWER, on=("generate",), type=Path,
-         help="File of prompts: a text with one a line, or rows, by their columns: CSV, JSONL, …"),
+         help="File of prompts: one per line, or rows with columns (CSV, JSONL, …)."),
     Flag(names="--chat", panel=ANSWER, on=("generate",), type=bool,
-         help="Talk in the terminal; /help shows its commands."),
+         help="Interactive chat in the terminal; /help lists its commands."),
     Flag("context", "", ANSWER, ("generate",)),
     Flag(names="--out -o", panel=ANSWER, on=("generate",), type=Path, metavar="FILE",
-         help="Write the answers to this JSONL file; must not exist."),
+         help="JSONL file to write the answers to; must not exist."),
     Flag(names="--adapter", panel=MODEL, on=("generate",), type=list[str], metavar="NAME[=DIR]",
-         help="An adapter of the same base, or one of --adapters-dir; repeatable."),
+         help="Adapter of the same base, or name from --adapters-dir; repeatable."),
     Flag("adapters_dir", "", MODEL, ("generate",)),
     Flag("compare_base", "--compare-base", MODEL, ("generate",)),
-    # evaluate, and what it shares
+    # evaluate, and flags shared with it
     Flag("dataset", "", DATA, ("evaluate",)),
     Flag("split", "", DATA, ("evaluate",)),
     Flag("subset", "", DATA, ("evaluate", "predict")),
@@ -193,7 +189,7 @@ OF_COMMANDS: tuple[Flag, ...] = (
     Flag("weights", "", "Mixture", ("merge",)),
     Flag("strategy", "", "Mixture", ("merge",)),
     Flag("density", "", "Mixture", ("merge",)),
-    # quantize and export, and what they share
+    # quantize, export, and flags shared with them
     Flag("quant", "", WRITE, ("quantize",)),
     Flag("quant_type", "", WRITE, ("quantize",)),
     Flag("double_quant", "--double-quant", WRITE, ("quantize",)),
@@ -208,9 +204,9 @@ OF_COMMANDS: tuple[Flag, ...] = (
     Flag("push_to_hub", "", WRITE, ("merge", "quantize", "export"), metavar="NAME"),
     Flag("hub_private", "", WRITE, ("merge", "quantize", "export")),
     Flag(names="--dry-run", panel=WRITE, on=("quantize",), type=bool,
-         help="Show the sizes from the config alone; write nothing."),
+         help="Whether to only show the sizes, computed from the config."),
     Flag(names="--dry-run", panel=WRITE, on=("export",), type=bool,
-         help="Check and show everything; write nothing."),
+         help="Whether to only check and show, without writing."),
     Flag("measure", "", COMPARE, ("quantize",)),
     Flag("verify", "", COMPARE, ("merge", "export")),
     Flag("rows", "", COMPARE, ("merge",)),
@@ -226,13 +222,13 @@ OF_COMMANDS: tuple[Flag, ...] = (
     Flag("tolerance", "", COMPARE, ("check-served",)),
     Flag("device", "", GENERAL, ("evaluate", "predict", "generate", "merge", "quantize", "export")),
 )  # fmt: skip
-"""In the order in which `--help` shows them."""
+"""Flags of all commands but `train`, in the order of `--help`."""
 
 
 _ROWS = ("train", "preview")
 _LIKE_TRAIN = ("train", "preview", "plan", "compare", "launch")
 AS_TRAIN = ("plan", "compare", "launch", "init")
-"""Commands that take the flags of train."""
+"""Commands that accept the flags of train."""
 _EVERY = ("train", "preview", "plan", "compare", "launch", "report", "doctor", "init", "evaluate",
           "predict", "generate", "merge", "quantize", "export", "check-served", "list-targets",
           "list-methods", "recipes")  # fmt: skip
@@ -242,28 +238,28 @@ _TRACED = tuple(name for name in _EVERY if name != "preview")
 FLAGS: tuple[Flag, ...] = (
     # Arguments.
     Flag(names="[RECIPE]", on=("train", "plan", "compare", "launch"), dest="recipe_file", type=Path,
-         help="A recipe, or the config.yaml of a run."),
+         help="Recipe file, or config.yaml of a run."),
     Flag(names="[RECIPE|RUN]", on=("preview",), dest="recipe_file", type=Path,
-         help="A recipe, or the directory of a run."),
+         help="Recipe file, or run directory."),
     Flag("name", "RUN|ADAPTER|MODEL", on=("evaluate", "predict"), required=True),
     Flag("name", "RUN|ADAPTER|MODEL", on=("generate",)),
     Flag("adapters", "RUN|ADAPTER...", on=("merge",), required=True, type=list[str]),
     Flag(names="RUN...", on=("report",), dest="runs", required=True, type=list[Path],
-         help="Directories of runs that are done."),
+         help="Directories of completed runs."),
     Flag("model", "MODEL", on=("quantize",), required=True),
     Flag("model", "RUN|ADAPTER|MODEL", on=("export",), required=True),
     Flag("out", "OUT", on=("check-served",), required=True),
     Flag(names="ACTION", on=("recipes",), dest="action", required=True,
-         help="What to do: list, show, copy or convert."),
+         help="Action: list, show, copy or convert."),
     Flag(names="[FILE]", on=("recipes",), dest="file", type=Path,
-         help="A recipe by name or path, or the file of another tool to convert."),
+         help="Recipe name or path; for convert, the file of another tool."),
     Flag(names="[TO]", on=("recipes",), dest="target", type=Path,
-         help="Where copy writes; the default is the recipe's name, here."),
+         help="Destination of copy; default: the recipe's name, in this directory."),
     Flag(names="[FILE]", on=("init",), dest="file", type=Path, default=Path("recipe.yaml"),
-         help="Where the recipe goes; must not exist."),
+         help="Path of the new recipe; must not exist."),
     Flag(names="MODEL|FAMILY", on=("list-targets",), dest="model", required=True,
-         help="A directory, a .gguf file, a Hub id, builtin:NAME, or a family such as llama."),
-    # The ten that nearly every run has.
+         help="Directory, .gguf file, Hub id, builtin:NAME, or family such as llama."),
+    # Common options of a run.
     Flag("model.name_or_path", "--model", DAILY, _ROWS,
          also=("--model-name-or-path", "--model-name", "--base-model", "--base-model-name-or-path",
                "--pretrained-model-name-or-path", "--model-id")),
@@ -290,7 +286,7 @@ FLAGS: tuple[Flag, ...] = (
                "--per-gpu-train-batch-size")),
     Flag("output.dir", "--output-dir -o", DAILY, ("train", "compare"),
          also=("--save-dir", "--out", "--output")),
-    # What is trained.
+    # Model and method.
     Flag("model.adapter", "--adapter", MODEL, metavar="RUN|ADAPTER", words=METHODS,
          also=("--adapter-name-or-path", "--adapters", "--lora-model-dir",
                "--resume-from-adapter")),
@@ -330,7 +326,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("method.trainable_token_indices", "", MODEL, several=True,
          also=("--peft-trainable-token-indices", "--lora-trainable-token-indices")),
     Flag("method.lora_plus_ratio", "", MODEL, also=("--loraplus-lr-ratio", "--lorap-lr-ratio")),
-    # Its data.
+    # Data.
     Flag("data.validation_file", "", DATA, _ROWS,
          also=("--eval-dataset", "--val-dataset", "--eval-file", "--test-dataset")),
     Flag("data.mix", "", DATA, _ROWS, several=True, also=("--interleave-probs",
@@ -377,7 +373,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("data.num_proc", "", DATA, _ROWS,
          also=("--preprocessing-num-workers", "--dataset-num-proc", "--dataset-processes")),
     Flag("data.on_bad_row", "", DATA, _ROWS),
-    # How it is trained.
+    # Training.
     Flag("train.max_steps", "", HOW, _ROWS, also=("--max-train-steps",),
          words={"-1": NO_LIMIT, "0": NO_LIMIT}),
     Flag("train.head_learning_rate", "", HOW, also=("--head-lr", "--classifier-learning-rate")),
@@ -455,11 +451,11 @@ FLAGS: tuple[Flag, ...] = (
          also=("--eval-num-beams", "--generation-num-beams", "--beam-size")),
     Flag("train.temperature", "", HOW),
     Flag("train.top_p", "", HOW),
-    # The run.
+    # Run.
     Flag(names="--recipe", panel=RUN, on=_LIKE_TRAIN, type=Path,
-         help="A recipe; flags win over it."),
+         help="Recipe file; flags override it."),
     Flag(names="--set", panel=RUN, on=(*_LIKE_TRAIN, "init"), type=list[str], metavar="KEY=VALUE",
-         dest="settings", help="Set any field; repeatable."),
+         dest="settings", help="Value of any configuration field; repeatable."),
     Flag("train.save_strategy", "", RUN,
          also=(Spelling("--saves-per-epoch", read=read_once_an_epoch),)),
     Flag("train.save_steps", "", RUN, also=("--save-step", "--checkpointing-steps")),
@@ -481,38 +477,40 @@ FLAGS: tuple[Flag, ...] = (
          also=("--hub-model-id", "--push-model")),
     Flag("output.hub_private", "", RUN, also=("--hub-private-repo",)),
     Flag(names="--dry-run", panel=RUN, type=bool,
-         help="Resolve, check and show; train nothing."),
+         help="Whether to only resolve and check the configuration."),
     *OF_COMMANDS,
     # list-targets and list-methods
     Flag(names="--lora-r", panel=GENERAL, on=("list-targets",), type=int, default=8, minimum=1,
-         help="The rank to count for."),
+         help="LoRA rank for the parameter counts."),
     Flag(names="--model", panel=GENERAL, on=("list-methods",), metavar="MODEL|FAMILY",
-         help="Only what this model can take."),
-    Flag(names="--task", panel=GENERAL, on=("list-methods",), help="Only what this task can be."),
+         help="Model or family to filter by."),
+    Flag(names="--task", panel=GENERAL, on=("list-methods",), help="Task to filter by."),
     Flag(names="--quant", panel=GENERAL, on=("list-methods",),
-         help="On a base of: none, 4bit, 8bit."),
-    # What programs are told, and how much is said.
+         help="Quantization to filter by: none, 4bit or 8bit."),
+    # Output and verbosity.
     Flag(names="--json", panel=GENERAL, on=_EVERY, type=bool, dest="as_json",
-         help="Print one JSON object, nothing else."),
-    Flag(names="--quiet -q", panel=GENERAL, on=_QUIET, type=bool, help="Print errors only."),
+         help="Whether to print a single JSON object and nothing else."),
+    Flag(names="--quiet -q", panel=GENERAL, on=_QUIET, type=bool,
+         help="Whether to print errors only."),
     Flag(names="--quiet -q", panel=GENERAL, on=("evaluate",), type=bool,
-         help="Print the metrics only."),
+         help="Whether to print metrics only."),
     Flag(names="--help-all", panel=GENERAL, on=(*_LIKE_TRAIN, "init"), type=bool,
-         help="Show every flag."),
+         help="Show all options."),
     Flag(names="--quiet -q", panel=GENERAL, on=("predict",), type=bool,
-         help="Print warnings and errors only."),
-    Flag(names="--schema", panel=GENERAL, type=bool, help="Print the JSON schema of recipes."),
+         help="Whether to print warnings and errors only."),
+    Flag(names="--schema", panel=GENERAL, type=bool,
+         help="Whether to print the JSON schema of recipes."),
     Flag(names="--traceback", panel=GENERAL, on=_TRACED, type=bool,
-         help="Show where an error arose."),
+         help="Whether to show the traceback of an error."),
     *ANSWERS,
 )  # fmt: skip
 
 
 def flags_of(command: str, flags: Sequence[Flag] = FLAGS) -> list[Flag]:
-    """Return the flags that `command` has."""
+    """Return the flags of `command`."""
     if command in AS_TRAIN:
         train = [flag for flag in flags if "train" in flag.on and _is_of_the_run(flag)]
-        if command == "launch":  # a job says where it writes
+        if command == "launch":  # a job needs the output flags
             train = [flag for flag in flags if "train" in flag.on and flag.path]
         if command == "compare":  # which has --methods
             train = [flag for flag in train if flag.path != "method.kind"]
@@ -522,10 +520,9 @@ def flags_of(command: str, flags: Sequence[Flag] = FLAGS) -> list[Flag]:
 
 
 def recipe_hint(name: str, command: str = "train") -> str:
-    """Return which key the flag of `command` called `name` sets, as the end of an error.
+    """Return a hint at the recipe key that flag `name` of `command` sets, or "".
 
-    A name that stands for a value has it too, as `load_in_4bit` is `quant.kind: 4bit`. Empty where
-    no flag has this name.
+    Aliases with a value include it: `load_in_4bit` gives `quant.kind: 4bit`.
     """
     typed = "--" + name.lower().replace("_", "-")
     for flag in FLAGS:
@@ -543,5 +540,5 @@ def recipe_hint(name: str, command: str = "train") -> str:
 
 
 def _is_of_the_run(flag: Flag) -> bool:
-    """Whether `flag` says something of a run but where it is written."""
+    """Return whether `flag` sets a field of the run other than its output."""
     return bool(flag.path) and not flag.path.startswith("output.")

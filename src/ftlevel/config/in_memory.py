@@ -1,4 +1,4 @@
-"""Rows that a program hands over: in a configuration a name stands for them, which shows none."""
+"""Datasets passed as Python objects; configurations show a name instead of the rows."""
 
 from __future__ import annotations
 
@@ -8,24 +8,20 @@ from typing import Annotated, Any
 from pydantic import WrapValidator
 
 IN_MEMORY = "in memory"
-"""What rows are called that no file holds."""
+"""Name of rows that are not in a file."""
 
 
 class RowsInMemory(str):
-    """The name of rows in memory, with the rows behind it.
+    """Name of an in-memory dataset, with its `rows`; printed and compared by name alone.
 
-    A configuration is printed, written and compared: there it is the name alone.
-
-    Attributes:
-        rows: a DataFrame, a `datasets.Dataset` or DatasetDict, or what yields mappings.
-        said: what messages about a row begin with.
+    `rows` is a DataFrame, a `datasets.Dataset` or `DatasetDict`, or an iterable of mappings.
     """
 
     rows: Any
     said: str
 
     def __new__(cls, rows: Any) -> RowsInMemory:
-        """Name `rows`."""
+        """Create the name of `rows`."""
         made = super().__new__(cls, IN_MEMORY)
         made.rows, made.said = rows, "dataset"
         return made
@@ -35,8 +31,8 @@ class RowsInMemory(str):
 
 
 def name_rows(value: Any) -> Any:
-    """Return `value` as a configuration holds it: rows by a name, a path as text, else as it is."""
-    if isinstance(value, os.PathLike):  # of an argument, that is no field yet
+    """Return rows as `RowsInMemory`, a path as text, and any other value unchanged."""
+    if isinstance(value, os.PathLike):  # arguments are not validated yet
         return os.fspath(value)
     is_frame = hasattr(value, "columns") and hasattr(value, "to_dict")
     if isinstance(value, str | bytes) or not (hasattr(value, "__iter__") or is_frame):
@@ -50,4 +46,4 @@ def _accept(value: Any, validate: Any) -> Any:
 
 
 DatasetName = Annotated[str, WrapValidator(_accept)]
-"""A name of a data set; in Python also its rows."""
+"""Name of a dataset, or its rows."""

@@ -1,7 +1,6 @@
-"""From a recipe, `--set` and flags to one validated configuration.
+"""Merge defaults < recipe < `--set` < flags into one configuration, which is validated once.
 
-Raw values are merged first (defaults < recipe < `--set` < flags) and validated once; every value
-remembers where it came from, so that an error names the flag or the line of the file.
+The origin of every value is recorded, so that errors name the flag or the line of the file.
 """
 
 from __future__ import annotations
@@ -26,24 +25,19 @@ KeyPath = tuple[str, ...]
 S = TypeVar("S", bound=BaseModel)
 
 _TAGGED = {"method"}
-_LONGEST_VALUE = 200  # characters of it in an error
+_LONGEST_VALUE = 200  # characters, in errors
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Raw values from one place, and for each its origin as the user would name it."""
+    """Raw values from one source, and the origin of each as shown to the user."""
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[KeyPath, str] = field(default_factory=dict)
 
 
 def read_recipe(path: Path) -> Layer:
-    """Read a YAML recipe, keeping the line of every key.
-
-    Raises:
-        ConfigError: the file is missing, not YAML, not a mapping, says a key twice, or is one of
-            another tool.
-    """
+    """Read a YAML recipe with the line of every key; raises ConfigError like `read_yaml`."""
     values, origins = read_yaml(path)
     if tool := tool_of(values):
         raise ConfigError(
@@ -54,10 +48,10 @@ def read_recipe(path: Path) -> Layer:
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
-    """Return the mapping in a YAML file, and the place of every key.
+    """Return the mapping in a YAML file and the origin (file:line) of every key.
 
     Raises:
-        ConfigError: the file is missing, not YAML, not a mapping, or says a key twice.
+        ConfigError: the file is missing, not YAML, not a mapping, or has a duplicate key.
     """
     try:
         if path.exists() and not path.is_file():
@@ -94,7 +88,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
 
 
 def _walk(mapping: Any, prefix: KeyPath) -> Iterator[tuple[KeyPath, int]]:
-    """Yield each key path below a YAML mapping node, with its line from 1."""
+    """Yield each key path in a YAML mapping node, with its line from 1."""
     for key_node, value_node in mapping.value:
         key = (*prefix, str(key_node.value))
         yield key, key_node.start_mark.line + 1
@@ -103,11 +97,7 @@ def _walk(mapping: Any, prefix: KeyPath) -> Iterator[tuple[KeyPath, int]]:
 
 
 def read_settings(settings: Iterable[str]) -> Layer:
-    """Read `section.key=value` pairs; a value is YAML, so `[a, b]` and `true` are what they say.
-
-    Raises:
-        ConfigError: a setting has no `=` or no key, or its value is not YAML.
-    """
+    """Parse `section.key=value` pairs with YAML values; raise ConfigError if malformed."""
     layer = Layer()
     for setting in settings:
         dotted, equals, text = setting.partition("=")
@@ -122,7 +112,7 @@ def read_settings(settings: Iterable[str]) -> Layer:
 
 
 def put(layer: Layer, key: KeyPath, value: Any, origin: str) -> None:
-    """Set the value at `key` in `layer` (mutated), with its origin."""
+    """Set the value and origin at `key` in `layer` (mutated)."""
     target = layer.values
     for part in key[:-1]:
         inner = target.setdefault(part, {})
@@ -136,12 +126,7 @@ def put(layer: Layer, key: KeyPath, value: Any, origin: str) -> None:
 def build_config(layers: Iterable[Layer], note: Callable[[str], None] | None = None) -> TrainConfig:
     """Merge `layers`, later ones winning, and validate the result once.
 
-    Args:
-        layers: raw values; keys may have their old names.
-        note: is told of each old name that is used; None for nobody.
-
-    Raises:
-        ConfigError: with all problems found, each naming the flag or the file and line.
+    `note` is called for each old key name. Raises ConfigError with all problems.
     """
     merged: dict[str, Any] = {}
     origins: dict[KeyPath, str] = {}
@@ -177,15 +162,9 @@ def _under_new_names(layer: Layer, note: Callable[[str], None] | None) -> Layer:
 def build_section(
     section: type[S], values: Mapping[str, Any], flags: Mapping[str, str] | None = None
 ) -> S:
-    """Validate the flags of a command that has one flat section; None is a flag not given.
+    """Validate the flags of a command with one flat section; None means not given.
 
-    Args:
-        section: the section.
-        values: field → value.
-        flags: fields that are not set by the flag of their name → what sets them.
-
-    Raises:
-        ConfigError: with all problems found, each naming its flag.
+    `flags` maps a field to its flag if the names differ. Raises ConfigError with all problems.
     """
     shown = {name: "--" + name.replace("_", "-") for name in section.model_fields}
     shown.update(flags or {})
@@ -205,7 +184,6 @@ def build_section(
 
 
 def _check_sections(values: Mapping[str, Any], layer: Layer) -> None:
-    """Refuse a plain value for a section, which a later layer would replace without a word."""
     for name, value in values.items():
         fields = _fields_of((name,))
         if fields and not isinstance(value, Mapping):
@@ -228,13 +206,7 @@ def explain(
     origins: Mapping[KeyPath, str] | None,
     root: type[BaseModel] = TrainConfig,
 ) -> list[str]:
-    """Return a message for each of pydantic's findings, with the origin of the value.
-
-    Args:
-        error: of `root`.
-        origins: key path → its origin as the user would name it; None for values of a constructor.
-        root: the configuration or section that was validated.
-    """
+    """Return a message per pydantic error; `origins` is None for values of a constructor."""
     messages: list[str] = []
     seen: set[KeyPath] = set()
     known = origins or {}
@@ -259,7 +231,7 @@ Section.explain_errors = staticmethod(lambda error, root: explain(error, None, r
 
 
 def _key_and_method(detail: ErrorDetails, root: type[BaseModel]) -> tuple[KeyPath, str | None]:
-    """Return the key as the user writes it, and the method whose field it would be."""
+    """Return the key as the user writes it, and the method that would have the field."""
     location = [str(part) for part in detail["loc"]]
     if len(location) > 1 and location[0] in _TAGGED and location[1] in SPECS:
         inner = location[2:] if detail["type"] == "extra_forbidden" else location[2:3]
@@ -273,7 +245,7 @@ def _key_and_method(detail: ErrorDetails, root: type[BaseModel]) -> tuple[KeyPat
 
 
 def _origin(key: KeyPath, origins: Mapping[KeyPath, str], constructor: str) -> str:
-    """Return the origin of `key` or of the nearest section above it, or the constructor's name."""
+    """Return the origin of `key` or its nearest parent, or the constructor's name."""
     for end in range(len(key), 0, -1):
         if key[:end] in origins:
             return origins[key[:end]]
@@ -303,7 +275,7 @@ def _unknown_key(key: KeyPath, kind: str | None, root: type[BaseModel]) -> str:
 
 
 def _nearest_elsewhere(key: KeyPath) -> str:
-    """Return the dotted field that `key` means, if its section is misspelt, missing or another."""
+    """Return the dotted field that `key` means if its section is wrong or missing."""
     section, name = key[:-1], key[-1]
     sections = [part for part in TrainConfig.model_fields if _fields_of((part,))]
     if len(section) == 1 and section[0] not in TrainConfig.model_fields:
@@ -324,7 +296,7 @@ _SYNONYMS = {
 
 
 def find_setting(name: str) -> str:
-    """Return the dotted field called `name`, of any section or method; empty if there is none."""
+    """Return the dotted field called `name` in any section or method, or ""."""
     for section in TrainConfig.model_fields:
         for inner in ((section,), (section, "gate")):
             if name in _fields_of(inner):
@@ -371,7 +343,7 @@ def _bad_value(key: KeyPath, detail: ErrorDetails, root: type[BaseModel]) -> str
                 f"{'.'.join(key)} is a section, and {_shown(value)} is given for it. Set its "
                 f"fields, such as {'.'.join((*key, fields[0]))}."
             )
-        case "value_error" if isinstance(value, Mapping):  # fields of a section that disagree
+        case "value_error" if isinstance(value, Mapping):  # inconsistent fields of a section
             return f"{context['error']}."
         case "value_error":
             return f"{_shown(value)}: {context['error']}."
@@ -381,7 +353,6 @@ def _bad_value(key: KeyPath, detail: ErrorDetails, root: type[BaseModel]) -> str
 
 
 def _shown(value: Any) -> str:
-    """Return `value` as an error shows it; of other objects, which may be rows, the type."""
     plain = str | int | float | None
     is_plain = isinstance(value, plain) or (
         isinstance(value, list | tuple) and all(isinstance(part, plain) for part in value)

@@ -1,7 +1,4 @@
-"""What `ftlevel merge` is told.
-
-What `ftlevel quantize` is told: the model, the form, the place, and what it is measured on.
-"""
+"""Configuration of `ftlevel merge` and `ftlevel quantize`."""
 
 from __future__ import annotations
 
@@ -20,67 +17,69 @@ _QUANTIZED = ("4bit", "8bit", "quantized", "nf4", "fp4")
 
 
 class MergeConfig(HubSection):
-    """Everything that decides a merge."""
+    """Configuration of a merge."""
 
     adapters: list[str] = Field(
-        min_length=1, description="Run or adapter to merge; several are mixed into one first."
+        min_length=1, description="Run or adapter to merge; several are combined into one first."
     )
     output_dir: NewDirectory = Field(
-        description="Directory of the merged model; it must not exist yet."
+        description="Output directory of the merged model; it must not exist."
     )
     onto: Literal["auto", "original", "dequantized"] = Field(
         "auto",
-        description="Weights that a quantized run is merged into: dequantized are those that it "
-        "was trained on, original are those before quantization; auto measures both and takes the "
-        "one nearer to the model as trained.",
+        description="Base weights that a quantized run is merged into. dequantized: the weights"
+        " used in training; original: the weights before quantization; auto: the "
+        "closer one to the trained model, by measurement.",
     )
     base_model: str | None = Field(
         None,
         min_length=1,
-        description="Where an adapter's base model is now, if it has moved; its weights must be "
+        description="Current location of the base model, if it has moved. Its weights must be "
         "the same.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type of the merged weights; auto keeps the base's."
+        "auto", description="Data type of the merged weights; auto: that of the base model."
     )
     quant: Literal["none", "4bit", "8bit"] = Field(
         "none",
-        description="Write the merged model in the bits that it is served in. The codes are chosen "
-        "so that its layers give what was trained; rounding alone would erase it.",
+        description="Quantization of the merged model: none, 4bit or 8bit. Codes are calibrated"
+        " to preserve the trained layer outputs; rounding to nearest would erase "
+        "the update.",
     )
     quant_type: Literal["nf4", "fp4"] | None = Field(
-        None, description="4-bit data type; the default is the run's, or nf4."
+        None, description="4-bit data type; default: that of the run, else nf4."
     )
     double_quant: bool | None = Field(
-        None, description="Quantize the 4-bit scales too; the default is as the run did."
+        None, description="Whether to quantize the 4-bit scales too; default: as in the run."
     )
     calibration_rows: Annotated[int, Field(ge=0)] = Field(
         128,
-        description="Rows of the run's training data on which the layers' outputs count where "
-        "codes are chosen; 0 rounds each weight by itself.",
+        description="Number of training rows for calibration; 0 rounds to nearest.",
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        "auto", description="Where the models are compared; merging itself is done on the CPU."
+        "auto", description="Device for the comparison; merging itself runs on the CPU."
     )
     verify: bool = Field(
         True,
-        description="Load what was written and compare it with the base and the adapter on rows "
-        "of the run's data.",
+        description="Whether to compare the merged model with base model and adapter. Rows of "
+        "the run's data are used.",
     )
-    rows: Positive = Field(32, description="How many rows are compared, at most.")
+    rows: Positive = Field(32, description="Maximum number of rows to compare.")
     weights: list[float] | None = Field(
-        None, description="Weight of each adapter of a mixture: 0.7,0.3; the default is 1 each."
+        None, description="Comma-separated weights of the adapters, e.g. 0.7,0.3; default: 1 each."
     )
     strategy: Strategy = Field(
         "cat",
-        description="How several adapters become one. cat: the weighted sum of the updates, "
-        "exactly; the ranks add up. svd: that sum, cut to the largest rank. linear: A and B are "
-        "averaged apart, which is not the sum of the updates. ties, dare-linear, dare-ties, "
-        "magnitude-prune: linear after small (ties, magnitude) or random (dare) entries are "
-        "dropped; ties also drops what disagrees in sign.",
+        description="Method that combines several adapters. cat: exact weighted sum of the "
+        "updates (ranks add up); svd: that sum truncated to the largest rank; "
+        "linear: A and B averaged separately, which is not the sum of the updates; "
+        "ties, dare-linear, dare-ties, magnitude-prune: linear after pruning small "
+        "(ties, magnitude) or random (dare) entries; ties also drops entries of "
+        "opposite sign.",
     )
     density: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="Share of entries that ties, dare and magnitude-prune keep; default 0.5."
+        None,
+        description="Fraction of entries kept by ties, dare and magnitude-prune; default: 0.5.",
     )
 
     @field_validator("onto", mode="before")
@@ -135,36 +134,37 @@ class MergeConfig(HubSection):
 
 
 class QuantizeConfig(HubSection):
-    """Everything that decides a quantized checkpoint."""
+    """Configuration of a quantized checkpoint."""
 
     model: str = Field(
-        min_length=1, description="Hub id, local directory, local .gguf file, or builtin:NAME."
+        min_length=1, description="Model: Hub id, local directory, .gguf file, or builtin:NAME."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
     quant: Literal["4bit", "8bit", "int8-torchao", "float8-torchao"] = Field(
-        description="4bit (NF4 or FP4 in blocks of 64) or 8bit (LLM.int8()); int8-torchao or "
-        "float8-torchao: torchao's weights in 8 bits with a scale a row, an extra."
+        description="Quantization: 4bit, 8bit, int8-torchao or float8-torchao. 4bit is NF4 or "
+        "FP4 in blocks of 64; 8bit is LLM.int8(); the torchao types have one scale "
+        "per row and need an extra package."
     )
     quant_type: Literal["nf4", "fp4"] = Field(
-        "nf4", description="4-bit data type; nf4 is the better one (QLoRA, section 3)."
+        "nf4", description="4-bit data type; nf4 is more accurate (QLoRA, section 3)."
     )
     double_quant: bool = Field(
-        False, description="Quantize the 4-bit scales too: saves about 0.4 bit a weight."
+        False, description="Whether to quantize the 4-bit scales too; saves about 0.4 bit a weight."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Precision of what is not quantized; auto keeps the model's own."
+        "auto", description="Data type of non-quantized tensors; auto: that of the model."
     )
-    out: NewDirectory = Field(description="Directory to write; it must not exist.")
+    out: NewDirectory = Field(description="Output directory; it must not exist.")
     measure: bool = Field(
-        True, description="Load the result and compare it with the source on text."
+        True, description="Whether to compare the result with the source on text."
     )
     eval_text: Path | None = Field(
         None,
-        description="Text file to compare on; the default is documentation of Python's library.",
+        description="Text file for the comparison; default: Python library documentation.",
     )
-    eval_tokens: Positive = Field(2048, description="How many tokens of it are read.")
+    eval_tokens: Positive = Field(2048, description="Number of tokens to read from the text.")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        "auto", description="Where the comparison runs; weights are quantized on the CPU."
+        "auto", description="Device for the comparison; quantization runs on the CPU."
     )
 
     @model_validator(mode="after")
@@ -180,13 +180,13 @@ class QuantizeConfig(HubSection):
 
     @property
     def form(self) -> str:
-        """The quantized form in a few words."""
+        """Quantization in a few words."""
         own = self.section
         return f"torchao {self.quant.partition('-')[0]} weights" if own is None else own.form
 
     @property
     def section(self) -> QuantConfig | None:
-        """The quantization as a section of a training run would have it; None for torchao's."""
+        """Quantization as a section of a training run; None for torchao types."""
         if self.quant != "4bit" and self.quant != "8bit":
             return None
         return QuantConfig(

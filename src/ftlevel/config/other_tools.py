@@ -1,14 +1,7 @@
-"""Flags of other tools that ftlevel has not: whoever gives one is told why, or what to do instead.
+"""Flags, values and configuration files of other tools, in terms of ftlevel's command line.
 
-A row says what its words agree with or stand for; every other value gets the answer.
-
-Small functions that read other tools' values; ValueError says why one has no counterpart.
-
-Other tools' words for values of our flags, and their names for our columns and shares.
-
-What a word stands for is a piece of command line (`ftlevel.config.flag.Words`).
-
-Configuration files of other tools: whose one is, and its keys as that tool's command line.
+`ANSWERS` has flags without a counterpart: values that agree with what ftlevel does are accepted.
+Converters raise ValueError if there is no counterpart.
 """
 
 from __future__ import annotations
@@ -26,7 +19,7 @@ _ON = ("train", "preview")
 
 
 def _flags(names: str, answer: str, words: Mapping[str, str | Agrees] | None = None) -> list[Flag]:
-    """Return a row for each of `names`, which have one answer."""
+    """Return an unsupported flag for each of `names`, all with the same answer."""
     return [Flag(names=n, on=_ON, answer=answer, words=words or {}) for n in names.split()]
 
 
@@ -72,7 +65,7 @@ _OTHER_METHOD = "there is no such method here. ftlevel list-methods shows what t
 
 
 def _drawn(path: str) -> Agrees:
-    """Return what `--do-sample` asks for, which a temperature says."""
+    """Return the condition for `--do-sample true`: a temperature above 0."""
     return Agrees("tokens are drawn at --temperature", path, unless=(0.0, None),
                   otherwise="Add --temperature 1")  # fmt: skip
 
@@ -83,7 +76,7 @@ def _taken(path: str) -> Agrees:
 
 
 ANSWERS: tuple[Flag, ...] = (
-    # What is done anyhow.
+    # Flags that agree with what ftlevel does.
     *_flags("--do-train", "ftlevel evaluate scores without training.",
             {"true": Agrees("ftlevel train trains")}),
     *_flags("--do-predict", "ftlevel evaluate RUN --dataset TEST scores other rows afterwards.",
@@ -172,7 +165,7 @@ ANSWERS: tuple[Flag, ...] = (
             {"true": Agrees("LoRA's layers are fused by the fast step", "speed.fused_lora",
                             (True,)),
              "false": "--set speed.fused_lora=false"}),
-    # What there is not.
+    # Unsupported flags.
     *_flags("--splits", "--split names the split to train on; the validation rows are the split "
             "called validation, valid, val or dev."),
     *_flags("--liger-rms-norm --liger-glu-activation --liger-layer-norm --liger-rope",
@@ -272,7 +265,7 @@ ANSWERS: tuple[Flag, ...] = (
             dict.fromkeys(("", "true", "all", "non_padding"),
                           Agrees("summary.json counts the tokens of a run"))),
 )  # fmt: skip
-"""Rows of the table of flags, by the tools' names."""
+"""Unsupported flags of other tools."""
 
 
 GLUE = ("ax", "cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
@@ -285,7 +278,7 @@ _FACTORS = {"k": (1024, 1000), "m": (1024**2, 1000**2)}
 
 
 def number_hint(text: str) -> str:
-    """Return "Did you mean 2048 or 2000?" for `2k`; empty for what is no such number."""
+    """Return "Did you mean 2048 or 2000?" for `2k`, or "" for any other text."""
     found = _THOUSANDS.fullmatch(text.strip())
     if found is None:
         return ""
@@ -294,7 +287,7 @@ def number_hint(text: str) -> str:
 
 
 def read_percent(text: str) -> str:
-    """Return a percentage as a share: `5` is `0.05`."""
+    """Convert a percentage to a fraction: `5` is `0.05`."""
     try:
         return f"{float(text) / 100:g}"
     except ValueError:
@@ -302,27 +295,27 @@ def read_percent(text: str) -> str:
 
 
 def read_share(text: str) -> str:
-    """Return a share as it is; a number of rows or steps is none."""
+    """Return a fraction unchanged; raise ValueError from 1 on."""
     if _number(text) >= 1:
         raise ValueError("a share is below 1, as in 0.1; a number of rows cannot be given")
     return text
 
 
 def read_ratio(text: str) -> str:
-    """Return a share of the steps, which would be a number of them from 1 on."""
+    """Return a fraction of the steps unchanged; raise ValueError from 1 on."""
     if _number(text) >= 1:
         raise ValueError("a ratio is below 1; --warmup-steps N takes a number of steps")
     return text
 
 
 def read_lowest_share(text: str) -> str:
-    """Return a cosine that ends at a share of the peak, which is Axolotl's word for it."""
+    """Convert Axolotl's `cosine_min_lr_ratio` to a scheduler and its arguments."""
     _number(text)
     return f"cosine_with_min_lr --lr-scheduler-kwargs min_lr_rate={text}"
 
 
 def read_pairs(flag: str, text: str) -> str:
-    """Return settings one by one: `a=1,b=2`, or JSON as transformers takes it."""
+    """Convert `a=1,b=2`, or JSON as in transformers, to repeated `flag` settings."""
     if not text.lstrip().startswith("{"):
         return f" {flag} ".join(pair.strip() for pair in text.split(",") if pair.strip())
     try:
@@ -333,7 +326,7 @@ def read_pairs(flag: str, text: str) -> str:
 
 
 def read_once_an_epoch(text: str) -> str:
-    """Return `epoch` for once an epoch; more often is a share of the run."""
+    """Convert once per epoch to `epoch`; raise ValueError for other frequencies."""
     if _number(text) == 1:
         return "epoch"
     raise ValueError(
@@ -343,7 +336,7 @@ def read_once_an_epoch(text: str) -> str:
 
 
 def read_template(text: str) -> str:
-    """Return the chat template of a name of LLaMA-Factory's or Unsloth's."""
+    """Convert the name of a LLaMA-Factory or Unsloth template to a chat template."""
     known = {"llama3": "llama-3", "llama-3": "llama-3", "mistral": "mistral", "gemma": "gemma",
              "qwen": "qwen", "chatml": "chatml"}  # fmt: skip
     name = text.strip().lower()
@@ -356,7 +349,7 @@ def read_template(text: str) -> str:
 
 
 def read_glue(text: str) -> str:
-    """Return the data set of a GLUE task, or a task such as `ner`."""
+    """Convert the name of a GLUE task to a dataset."""
     name = text.strip().lower()
     if name in GLUE:
         return f"nyu-mll/glue --subset {name} --task text-classification"
@@ -366,7 +359,7 @@ def read_glue(text: str) -> str:
 
 
 def refuse_checkpoint(_: str) -> str:
-    """Say that a run goes on from its newest checkpoint, whichever is named."""
+    """Raise ValueError: a run resumes from its newest checkpoint only."""
     raise ValueError(
         "a run goes on from its newest whole checkpoint. Use: --output-dir RUN --resume"
     )
@@ -469,7 +462,7 @@ _KEYS = {
     MS_SWIFT: ("tuner_type", "train_type", "rlhf_type"),
     TRL: ("model_name_or_path", "dataset_name"),
 }
-"""Tool → top-level keys of which one is enough to know its files by."""
+"""Tool → top-level keys, any of which identifies its files."""
 
 _FORMATS = {"alpaca": "alpaca", "chat_template": "messages", "completion": "text",
             "sharegpt": "conversations"}  # fmt: skip
@@ -478,18 +471,14 @@ _OF_A_SET = {"split": "--split", "name": "--subset", "field": "--text-column",
 
 
 def tool_of(values: Mapping[str, Any]) -> str:
-    """Return the tool whose file has these keys; empty for a recipe of ftlevel."""
+    """Return the tool that has these top-level keys, or "" for an ftlevel recipe."""
     if any(isinstance(values.get(key), Mapping) for key in ("model", "data", "train", "method")):
         return ""
     return next((tool for tool, keys in _KEYS.items() if set(keys) & set(values)), "")
 
 
 def typed_keys(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """Yield each key that has a value, and what would be typed for it; nothing for no counterpart.
-
-    Args:
-        values: of a file of another tool.
-    """
+    """Yield each key of another tool's file and its command-line arguments (empty if none)."""
     for key, value in values.items():
         if value is None or value in ("", [], {}):
             continue

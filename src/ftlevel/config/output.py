@@ -1,9 +1,4 @@
-"""How text is written: the likeliest token every time, drawn, or the likeliest of several beams.
-
-Where a run is written, and who else is told of it.
-
-Where on the Hugging Face Hub a command's result goes.
-"""
+"""Configuration of decoding, of the run directory, and of uploads to the Hub."""
 
 from __future__ import annotations
 
@@ -19,13 +14,13 @@ Beams = Annotated[int, Field(ge=1, le=64)]
 Temperature = Annotated[float, Field(ge=0, le=10)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 
-NUM_BEAMS = "Beams that are searched for the likeliest text; 1 takes the likeliest token"
-TEMPERATURE = "Temperature at which tokens are drawn; 0 takes the most likely one every time"
-TOP_P = "Draw from the fewest tokens with this probability together"
+NUM_BEAMS = "Number of beams; 1 disables beam search"
+TEMPERATURE = "Sampling temperature; 0 is greedy decoding"
+TOP_P = "Cumulative probability of the tokens for nucleus sampling"
 
 
 class Decoding(Section):
-    """What a run's own evaluation, and `generate`, write by."""
+    """Decoding settings of `generate` and of evaluation during training."""
 
     num_beams: Beams = Field(1, description=f"{NUM_BEAMS}.")
     temperature: Temperature = Field(0.0, description=f"{TEMPERATURE}.")
@@ -38,13 +33,13 @@ class Decoding(Section):
 
 
 class DecodingAsInTraining(Section):
-    """The same where what is not given is as in training."""
+    """Decoding settings whose default is as in training."""
 
-    num_beams: Beams | None = Field(None, description=f"{NUM_BEAMS}; default as in training.")
+    num_beams: Beams | None = Field(None, description=f"{NUM_BEAMS}; default: as in training.")
     temperature: Temperature | None = Field(
-        None, description=f"{TEMPERATURE}; default as in training."
+        None, description=f"{TEMPERATURE}; default: as in training."
     )
-    top_p: TopP | None = Field(None, description=f"{TOP_P}; default as in training.")
+    top_p: TopP | None = Field(None, description=f"{TOP_P}; default: as in training.")
 
     @model_validator(mode="after")
     def _one_way_to_write(self) -> DecodingAsInTraining:
@@ -52,10 +47,9 @@ class DecodingAsInTraining(Section):
         return self
 
     def decoding(self, trained: Decoding) -> dict[str, Any]:
-        """Return how is written; one way that is given is not mixed with another of training.
+        """Return the generation arguments; a given strategy replaces that of training.
 
-        Raises:
-            ConfigError: they do not go together.
+        Raises ConfigError if the settings contradict each other.
         """
         beams, temperature = self.num_beams, self.temperature
         if beams is None:
@@ -73,11 +67,7 @@ class DecodingAsInTraining(Section):
 
 
 def check_decoding(num_beams: int, temperature: float, top_p: float) -> None:
-    """Refuse two ways to write at once.
-
-    Raises:
-        ValueError: beams and draws, or a share of draws that are none.
-    """
+    """Raise ValueError for beam search with sampling, or top-p without sampling."""
     if num_beams > 1 and temperature > 0:
         raise ValueError(
             f"--num-beams {num_beams} looks for the likeliest text, and --temperature "
@@ -90,7 +80,6 @@ def check_decoding(num_beams: int, temperature: float, top_p: float) -> None:
 
 
 def _split_trackers(value: Any) -> Any:
-    """Read `wandb,tensorboard` as two, `none` as no tracker."""
     if isinstance(value, str):
         value = [name for name in re.split(r"[\s,]+", value.strip().lower()) if name]
     if isinstance(value, list | tuple):
@@ -109,56 +98,55 @@ Trackers = Annotated[
 
 
 class OutputConfig(Section):
-    """Where the run is written."""
+    """Run directory, trackers and upload of a run."""
 
     dir: NewDirectory | None = Field(
-        None, description="Run directory; the default is a new one under runs/."
+        None, description="Run directory; default: a new one under runs/."
     )
-    overwrite: bool = Field(False, description="Replace a run directory that exists.")
+    overwrite: bool = Field(False, description="Whether to replace an existing run directory.")
     resume: bool = Field(
-        False, description="Go on from the newest whole checkpoint of the run directory."
+        False, description="Whether to resume from the newest complete checkpoint."
     )
     allow_change: tuple[str, ...] = Field(
         (),
-        description="A field that may be another than when the run began, by the name that "
-        "--resume gives it; the change is kept in summary.json. Repeatable.",
+        description="Field that may change on --resume, as named in the error message. Changes "
+        "are recorded in summary.json. Repeatable.",
     )
     run_name: str | None = Field(
         None,
         pattern=r"^[^/\\]+$",
-        description="What the run is called: its directory under runs/ without an output "
-        "directory, and its name in the experiment trackers.",
+        description="Name of the run: directory under runs/, and name in the trackers.",
     )
     report_to: Trackers = Field(
         (),
-        description="Experiment trackers that are sent the metrics, with commas between: "
-        "tensorboard, wandb, mlflow, trackio; none is the default. Files are under the run.",
+        description="Experiment trackers: tensorboard, wandb, mlflow, trackio; default: none. "
+        "Comma-separated; their files are stored in the run directory.",
     )
     tracker_project: str | None = Field(
         None,
         min_length=1,
-        description="Project (mlflow: experiment) of the run in those trackers; the default is "
-        "that of their environment variable, else ftlevel.",
+        description="Tracker project (mlflow: experiment). Default: the tracker's environment "
+        "variable, else ftlevel.",
     )
     push_to_hub: str | None = Field(
         None,
         min_length=1,
-        description="Upload what was trained, with its card, to this repository of the Hugging "
-        "Face Hub when the run is done and proved.",
+        description="Hub repository to upload the trained model and its card to. Uploaded when "
+        "the run is complete and verified.",
     )
-    hub_private: bool = Field(False, description="Make that repository a private one.")
+    hub_private: bool = Field(False, description="Whether to create a private Hub repository.")
 
 
 class HubSection(Section):
-    """What a command that writes a model is told of the Hub."""
+    """Hub settings of a command that writes a model."""
 
     push_to_hub: str | None = Field(
         None,
         min_length=1,
-        description="Upload what was written, with its card, to this repository of the Hugging "
-        "Face Hub once it is checked.",
+        description="Hub repository to upload the result and its card to. Uploaded once it is "
+        "verified.",
     )
-    hub_private: bool = Field(False, description="Make that repository a private one.")
+    hub_private: bool = Field(False, description="Whether to create a private Hub repository.")
 
     @model_validator(mode="after")
     def _a_private_repository_has_a_name(self) -> HubSection:

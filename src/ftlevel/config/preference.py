@@ -1,9 +1,4 @@
-"""How preferences are learned: the loss, what it is told, and what each loss reads of that.
-
-Fields that are given as NAME=VALUE,NAME=VALUE on the command line, as a mapping in a recipe.
-
-How a model learns what another one expects, beside what the rows say.
-"""
+"""Preference and distillation settings, and pydantic types for lists and mappings."""
 
 from __future__ import annotations
 
@@ -28,17 +23,15 @@ Weight = Annotated[float, Field(gt=0, le=1000)]
 
 @dataclass(frozen=True)
 class LossFacts:
-    """What a loss is told.
+    """Properties of a preference loss.
 
     Attributes:
-        beta: its default; None where it has none.
-        reads: fields of `PreferenceConfig` that it reads, beside `loss`.
-        referenced: whether it compares with the model as it began.
-        paired: whether it needs two answers to one prompt.
-        smoothed: whether it reads `train.label_smoothing_factor`.
-        rate: what the method's learning rate is multiplied by where the user gives none: the
-            papers' rates are a tenth of those for answers alone and less, but for orpo, which
-            learns these too.
+        reads: fields of `PreferenceConfig` that it uses, besides `loss`.
+        referenced: whether it needs a reference model.
+        paired: whether it needs two answers per prompt.
+        smoothed: whether it uses `train.label_smoothing_factor`.
+        rate: factor on the default learning rate: at most a tenth of the supervised rate in papers,
+            except for orpo, which includes the supervised loss.
     """
 
     beta: float | None
@@ -68,76 +61,75 @@ LOSSES: dict[str, LossFacts] = {
 }
 DEFAULT_LOSS = "dpo"
 SMOOTHING = 0.1
-"""Share of swapped pairs that `cdpo` and `robust` reckon with where nobody says another."""
+"""Default fraction of swapped pairs that `cdpo` and `robust` assume."""
 
 
 class PreferenceConfig(Section):
-    """Which loss is learned from judged answers, and what it is told."""
+    """Preference loss and its settings."""
 
     loss: LossName | None = Field(
         None,
-        description="What --task preference learns by; the default is dpo. With reward it trains a "
-        "model that scores answers.",
+        description="Preference loss; default: dpo. reward trains a reward model.",
     )
     beta: Weight | None = Field(
         None,
-        description="How much a difference of log-probabilities counts; 0.1, but 2 for simpo and "
-        "5 for dpo-norm. Of orpo it is the weight of the odds ratio.",
+        description="Beta of the loss; default: 0.1 (2 for simpo, 5 for dpo-norm). It scales "
+        "the log-probability difference; for orpo, it weights the odds-ratio term.",
     )
     simpo_gamma: Annotated[float, Field(ge=0, le=1000)] | None = Field(
-        None, description="Margin that simpo asks for; the default is half of beta."
+        None, description="Target margin of simpo; default: half of beta."
     )
     sft_weight: Annotated[float, Field(gt=0, le=1000)] = Field(
-        1.0, description="Weight of the preferred answer's own loss in rpo and cpo."
+        1.0, description="Weight of the supervised loss of the chosen answer in rpo and cpo."
     )
     nll_mean: Literal["answer", "token"] = Field(
         "answer",
-        description="Whether that loss is the mean over answers, or over all tokens of a step as "
-        "in TRL; evaluation takes the mean over answers.",
+        description="Reduction of that loss: mean over answers, or over tokens as in TRL. "
+        "Evaluation averages over answers.",
     )
     ld_alpha: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.5, description="Weight in ld-dpo of the tokens by which an answer is the longer one."
+        0.5, description="Weight of the tokens beyond the shorter answer's length in ld-dpo."
     )
     ipo_ratios: Literal["mean", "sum"] = Field(
         "mean",
-        description="Whether ipo compares log-ratios a token, as its authors do, or of whole "
-        "answers, as their paper writes.",
+        description="Reduction of log-ratios in ipo: mean per token, or sum per answer. The "
+        "authors' code uses the mean, their paper the sum.",
     )
-    desirable_weight: Weight = Field(1.0, description="Weight of a desirable answer in kto.")
-    undesirable_weight: Weight = Field(1.0, description="Weight of an undesirable answer in kto.")
+    desirable_weight: Weight = Field(1.0, description="Weight of desirable answers in kto.")
+    undesirable_weight: Weight = Field(1.0, description="Weight of undesirable answers in kto.")
     center: Annotated[float, Field(ge=0, le=100)] = Field(
-        0.0, description="Weight of the squared sum of a pair's scores, which keeps them around 0."
+        0.0, description="Weight of the squared sum of a pair's rewards, which centers rewards."
     )
     reference: Annotated[str, Field(min_length=1)] = Field(
         START,
-        description="What a policy is compared with: start, the model as it begins; none; or a "
-        "run, adapter or model with the same tokenizer.",
+        description="Reference model: start (the initial model), none, or another model. The "
+        "latter is a run, adapter or model with the same tokenizer.",
     )
 
     @property
     def facts(self) -> LossFacts:
-        """What the loss is told."""
+        """Properties of the loss."""
         return LOSSES[self.loss or DEFAULT_LOSS]
 
     @property
     def is_referenced(self) -> bool:
-        """Whether log-probabilities of a reference are needed."""
+        """Whether log-probabilities of a reference model are needed."""
         return self.facts.referenced and self.reference != NO_REFERENCE
 
     @property
     def other_reference(self) -> str | None:
-        """The run, adapter or model that is the reference; None where it is not another."""
+        """Run, adapter or model used as reference, else None."""
         is_other = self.is_referenced and self.reference != START
         return self.reference if is_other else None
 
     @property
     def strength(self) -> float:
-        """Beta as it is used."""
+        """Effective beta."""
         return self.beta if self.beta is not None else (self.facts.beta or 0.0)
 
     @property
     def margin(self) -> float:
-        """Gamma of simpo as it is used."""
+        """Effective gamma of simpo."""
         return self.strength / 2 if self.simpo_gamma is None else self.simpo_gamma
 
 
@@ -155,14 +147,7 @@ _FLAGS = {
 def find_preference_problems(
     task: str, settings: PreferenceConfig, smoothing: float, *, streaming: bool
 ) -> list[str]:
-    """Return what is said of preferences that nothing would read.
-
-    Args:
-        task: its name.
-        settings: the section.
-        smoothing: `train.label_smoothing_factor`.
-        streaming: whether rows come as a stream.
-    """
+    """Return a message for each preference setting that has no effect."""
     plain = PreferenceConfig()
     given = [n for n in PreferenceConfig.model_fields if getattr(settings, n) != getattr(plain, n)]
     if task not in PREFERENCE_TASKS:
@@ -207,10 +192,7 @@ def _readers(name: str) -> Sequence[str]:
 
 
 def with_loss(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return the raw configuration with the loss of its task, and the task of its loss.
-
-    A model that scores answers has another head than one that writes them, and so is a task.
-    """
+    """Return the raw configuration with consistent loss and task (reward has its own task)."""
     task = str(raw.get("task", "")).replace("_", "-")
     section = raw.get("preference") or {}
     if task not in PREFERENCE_TASKS or not isinstance(section, dict):
@@ -222,7 +204,7 @@ def with_loss(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def split_pairs(value: Any) -> Any:
-    """Read `a=1,b=2` as a mapping; what has no `=` stays as it is."""
+    """Parse `a=1,b=2` as a mapping; return a text without `=` unchanged."""
     if not isinstance(value, str) or "=" not in value:
         return value
     found: dict[str, str] = {}
@@ -238,7 +220,6 @@ Scalar = bool | int | float | str
 
 
 def _read_scalars(value: Any) -> Any:
-    """Read numbers and switches that are given as words."""
     if not isinstance(value := split_pairs(value), dict):
         return value
     return {name: _scalar(v) if isinstance(v, str) else v for name, v in value.items()}
@@ -254,18 +235,17 @@ def _scalar(text: str) -> Scalar:
 
 
 Scalars = Annotated[dict[str, Scalar], BeforeValidator(_read_scalars)]
-"""Settings of something else, by its own names."""
+"""Arguments of a library object, by its own names."""
 
 
 def _read_names(value: Any) -> Any:
-    """Read `a,b` as two names."""
     if isinstance(value, str):
         return [name.strip() for name in value.split(",") if name.strip()]
     return value
 
 
 def _read_tokens(value: Any) -> Any:
-    """Read `12,<tool>` as an id and a token's text; texts with commas are given as a list."""
+    """Parse `12,<tool>` as a token id and a token; tokens with commas need a list."""
     names = _read_names(value)
     if isinstance(value, str):
         return [int(name) if name.isdecimal() else name for name in names]
@@ -278,7 +258,7 @@ Tokens = Annotated[list[Annotated[int, Field(ge=0)] | str], BeforeValidator(_rea
 
 
 def _read_weights(value: Any) -> Any:
-    """Read weights of classes; what is no number above 0 is named with its class."""
+    """Parse class weights; raise ValueError for a weight that is not positive."""
     value = split_pairs(value)
     if value is None or value == "balanced":
         return value
@@ -301,8 +281,8 @@ ClassWeights = Annotated[
     Literal["balanced"] | dict[str, float] | None,
     BeforeValidator(_read_weights),
     Field(
-        description="How much each class or tag counts in training, where some are rare: "
-        "balanced, or NAME=WEIGHT,NAME=WEIGHT, 1 for the others.",
+        description="Class or tag weights in the training loss: balanced, or NAME=WEIGHT,…. "
+        "Classes that are not named have weight 1.",
     ),
 ]
 
@@ -312,33 +292,33 @@ Divergence = Literal["forward-kl", "reverse-kl", "jsd"]
 
 
 class DistillationConfig(Section):
-    """Another model's predictions as a target, token by token."""
+    """Token-level distillation from a teacher model."""
 
     teacher: Annotated[str, Field(min_length=1)] | None = Field(
         None,
-        description="A run, adapter or model with the same tokenizer, whose predictions of the "
-        "answers' tokens are learned too.",
+        description="Teacher model for distillation: a run, adapter or model. It must have the "
+        "same tokenizer.",
     )
     divergence: Divergence = Field(
         "forward-kl",
-        description="Distance of the model from the teacher: KL(teacher, model), KL(model, "
-        "teacher), or the generalized Jensen–Shannon divergence.",
+        description="Divergence between teacher and model predictions. KL(teacher, model), "
+        "KL(model, teacher), or generalized Jensen–Shannon divergence.",
     )
     jsd_beta: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.5, description="Share of the teacher in the mixture that jsd compares both with."
+        0.5, description="Weight of the teacher in the mixture distribution of jsd."
     )
     kd_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.5, description="Share of the distance in the loss; the rest is the rows' cross entropy."
+        0.5, description="Weight of the divergence in the loss; the rest is cross-entropy."
     )
     kd_temperature: Annotated[float, Field(ge=0.01, le=100)] = Field(
         1.0,
-        description="Divides the scores of both before they are compared; the distance is "
+        description="Temperature for the logits of teacher and model. The divergence is "
         "multiplied by its square.",
     )
     kd_top_k: Positive | Literal["all"] = Field(
         64,
-        description="How many of the teacher's likeliest tokens are kept at each place, with the "
-        "probability of all others as one; all keeps the whole vocabulary.",
+        description="Number of top teacher tokens stored per position; the rest of the "
+        "probability mass is stored as one value. all stores the whole vocabulary.",
     )
 
 
@@ -349,14 +329,7 @@ _FLAGS_OF = {"divergence": "--divergence", "kd_ratio": "--kd-ratio",
 def find_distillation_problems(
     task: str, settings: DistillationConfig, smoothing: float, *, streaming: bool
 ) -> Sequence[str]:
-    """Return what is said of a teacher that nothing would read, or that cannot be had.
-
-    Args:
-        task: its name.
-        settings: the section.
-        smoothing: `train.label_smoothing_factor`.
-        streaming: whether rows come as a stream.
-    """
+    """Return a message for each distillation setting that has no effect."""
     plain, problems = DistillationConfig(), list[str]()
 
     def is_given(name: str) -> bool:

@@ -1,10 +1,6 @@
-"""Words of the field for tasks, methods and quantizations, and what they are here.
+"""Safe YAML, aliases of tasks, methods and quantizations, and renamed keys.
 
-YAML that somebody else may have written: plain values of a bounded size.
-
-A date stays the text that it is.
-
-Old names of keys, which files and scripts of users may have, and what they are called now.
+YAML may come from third parties: only plain values of bounded size are accepted; dates stay text.
 """
 
 from __future__ import annotations
@@ -26,7 +22,7 @@ TASK_WORDS = {
     "preferences": "preference", "dpo": "preference", "rlhf": "preference",
     "reward-model": "reward", "reward-modeling": "reward",
 }  # fmt: skip
-"""Another word for a task, in small letters and with dashes → ours."""
+"""Task alias, in lower case with dashes → task."""
 
 METHOD_WORDS: dict[str, dict[str, Any]] = {
     "dora": {"kind": "lora", "use_dora": True},
@@ -43,7 +39,7 @@ METHOD_WORDS: dict[str, dict[str, Any]] = {
     "layernorm": {"kind": "ln-tuning"},
     "full-finetuning": {"kind": "full"},
 }
-"""Another word for a method → the fields of the method section."""
+"""Method alias → fields of the method section."""
 
 QUANT_WORDS: dict[str, dict[str, Any]] = {
     "4": {"kind": "4bit"},
@@ -57,24 +53,21 @@ QUANT_WORDS: dict[str, dict[str, Any]] = {
     "no": {"kind": "none"},
     "16": {"kind": "none"},
 }
-"""Another word for a quantization → the fields of the quant section."""
+"""Quantization alias → fields of the quant section."""
 
 _SECTIONS = {"method": METHOD_WORDS, "quant": QUANT_WORDS}
 
 
 def normal_task(name: str) -> str:
-    """Return a task's name as ftlevel writes it: with dashes, and not by another library's word."""
+    """Return the canonical name of a task: with dashes, aliases resolved."""
     task = _folded(name)
     return TASK_WORDS.get(task, task)
 
 
 def in_our_words(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return `values` (section → its keys) with tasks, methods and quantizations as we call them.
+    """Return `values` (section → keys) with aliases resolved, and a line for each alias used.
 
-    What a word says of other fields gives way to what is given for them.
-
-    Returns:
-        The values, and a line for each word that is another than ours.
+    Explicit fields override those that an alias sets.
     """
     read, lines = dict(values), []
     if isinstance(task := read.get("task"), str):
@@ -106,11 +99,7 @@ _MOST_VALUES = 100_000
 
 
 class YamlError(ValueError):
-    """A text is no YAML, or not of plain values.
-
-    Attributes:
-        line: from 1; None where it is not known.
-    """
+    """Invalid YAML or a value that is not plain; `line` counts from 1 and is None if unknown."""
 
     def __init__(self, problem: str, line: int | None = None) -> None:
         super().__init__(problem)
@@ -118,15 +107,11 @@ class YamlError(ValueError):
 
 
 def load_yaml(text: str) -> tuple[Any, Any]:
-    """Return the value of `text`, and its node with the lines; None and None of an empty text.
-
-    Raises:
-        YamlError: it has none.
-    """
-    import yaml  # here, because --help needs no YAML
+    """Return the value of `text` and its YAML node, or (None, None); may raise YamlError."""
+    import yaml  # lazy: --help needs no YAML
 
     class Loader(yaml.SafeLoader):
-        """YAML's own, but for dates."""
+        """Safe loader that keeps dates as text."""
 
     Loader.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
@@ -147,7 +132,7 @@ def load_yaml(text: str) -> tuple[Any, Any]:
     except yaml.MarkedYAMLError as error:  # a tag such as !!python/object, or a key that is a list
         mark = error.problem_mark or error.context_mark
         raise YamlError(str(error.problem), mark.line + 1 if mark else 1) from None
-    except yaml.YAMLError as error:  # a byte that no text has
+    except yaml.YAMLError as error:  # an invalid character
         raise YamlError(str(error).splitlines()[0]) from None
     except RecursionError:
         raise YamlError("its values lie too deep in one another") from None
@@ -156,11 +141,7 @@ def load_yaml(text: str) -> tuple[Any, Any]:
 
 
 def _count(node: Any, counted: dict[int, int], inside: set[int]) -> int:
-    """Return how many values `node` stands for, those behind an alias as often as they are named.
-
-    Raises:
-        YamlError: too many, or one is within itself.
-    """
+    """Return the number of values below `node`, aliases expanded; YamlError above the maximum."""
     if id(node) in counted:
         return counted[id(node)]
     line = node.start_mark.line + 1
@@ -190,20 +171,15 @@ RENAMED = {
     "speed.tokens_per_pass": "speed.tokens_per_micro_batch",
     "speed.passes_at_once": "speed.parallel_workers",
 }
-"""Old dotted key → the new one, in the same section."""
+"""Old dotted key → new key, in the same section."""
 
 
 def with_new_names(
     values: Mapping[str, Any], origins: Mapping[tuple[str, ...], str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return `values` (section → its keys) under new names, and a line for each that was old.
+    """Return `values` (section → keys) with renamed keys, and a line for each old key.
 
-    Args:
-        values: raw values of one place.
-        origins: key path → its origin as the user would name it, where one is known.
-
-    Raises:
-        ValueError: a key is given by both of its names.
+    Raises ValueError if a key is given under both names.
     """
     renamed, lines = dict(values), []
     for old, new in RENAMED.items():

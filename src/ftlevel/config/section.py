@@ -1,7 +1,4 @@
-"""What every section of the configuration is.
-
-A value that ftlevel chose because the user gave none, with the reason that is shown.
-"""
+"""`Section`, the base class of all configuration sections, and `Choice`, a resolved setting."""
 
 from __future__ import annotations
 
@@ -30,11 +27,7 @@ _FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".json", ".jsonl", ".y
 
 
 def check_directory_name(path: Path) -> Path:
-    """Return the name of a directory to write; refuse one that users would take for a file.
-
-    Raises:
-        ValueError: it ends as files of a format do.
-    """
+    """Return `path`, or raise ValueError if its suffix is that of a file."""
     if path.suffix in _FILE_SUFFIXES:
         raise ValueError(
             f"a directory is written, and {path.name} is the name of a file. Name it "
@@ -44,31 +37,27 @@ def check_directory_name(path: Path) -> Path:
 
 
 NewDirectory = Annotated[Path, AfterValidator(check_directory_name)]
-"""Path of a directory that a command writes."""
+"""Path of a directory that a command creates."""
 _TEXTS = ("system", "context", "prompt_tuning_init_text")
-"""Fields whose text a model reads; any other is a name, which the system may have to find."""
+"""Fields with text for the model; all others may be file names."""
 
 
 class Section(BaseModel):
-    """A frozen part of the configuration; an unknown key, NaN and infinity are errors."""
+    """Frozen part of the configuration; unknown keys, NaN and infinity are errors."""
 
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
         allow_inf_nan=False,
         validate_default=True,
-        defer_build=True,  # --help reads the fields and validates nothing
-        hide_input_in_errors=True,  # which may be rows
+        defer_build=True,  # --help does not validate
+        hide_input_in_errors=True,  # inputs may be rows
     )
     explain_errors: ClassVar[Callable[[ValidationError, type[BaseModel]], list[str]]]
-    """Messages for what pydantic found; `config/layers.py`, which knows all sections, sets it."""
+    """Formats pydantic errors; set by `config/layers.py`, which knows all sections."""
 
     def __init__(self, **values: Any) -> None:
-        """Validate `values`, as Python gives them.
-
-        Raises:
-            ConfigError: with all problems found.
-        """
+        """Validate `values`; raise ConfigError with all problems."""
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -81,7 +70,7 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _check_null_bytes(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse names that no file can have, of which the system raises a bare ValueError."""
+        """Reject null bytes in names, for which the OS raises a bare ValueError."""
         parts = value if isinstance(value, list | tuple) else (value,)
         names = [str(part) for part in parts if isinstance(part, str | Path)]
         if info.field_name not in _TEXTS and any("\0" in name for name in names):
@@ -91,7 +80,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _a_path_is_a_name(cls, raw: Any) -> Any:
-        """Take a path from Python where a name is wanted that may be one."""
+        """Convert `os.PathLike` values to text for fields that take names."""
         if not isinstance(raw, dict):
             return raw
         names = {
@@ -105,10 +94,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _a_switch_is_no_number(cls, raw: Any) -> Any:
-        """Give true and false as words to fields of a number, which then refuse them.
-
-        To Python they are 1 and 0, and YAML reads `yes` and `on` as true.
-        """
+        """Make booleans text for numeric fields, to reject them (YAML `yes`)."""
         if not isinstance(raw, dict):
             return raw
         wrong = {
@@ -122,7 +108,6 @@ class Section(BaseModel):
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
-    """Yield `annotation` and everything that it is made of."""
     yield annotation
     for part in get_args(annotation):
         yield from _parts(part)
@@ -130,7 +115,7 @@ def _parts(annotation: Any) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Choice:
-    """One line of what a run is made of: `dtype bfloat16 (auto: CPU has avx512_bf16)`."""
+    """Resolved setting with its reason: `dtype bfloat16 (auto: CPU has avx512_bf16)`."""
 
     name: str
     value: Any

@@ -1,10 +1,6 @@
-"""The sections of a training configuration: frozen, closed to unknown keys, without behaviour.
+"""Model, quantization, data and speed sections; None and "auto" are resolved by ftlevel.
 
-A field's help is written here once and feeds `--help`, the JSON schema and the docs. Names are
-those of transformers, PEFT and bitsandbytes. `None` and "auto" mean that ftlevel chooses and shows
-its choice with the reason.
-
-How a step is computed: what changes the speed and never the result.
+Field names are those of transformers, PEFT and bitsandbytes.
 """
 
 from __future__ import annotations
@@ -25,62 +21,62 @@ DEFAULT_DATASET = "builtin:docstrings"
 
 
 class ModelConfig(Section):
-    """Which pretrained model, and how it is held in memory."""
+    """Pretrained model and its precision."""
 
     name_or_path: str = Field(
         DEFAULT_MODEL,
         min_length=1,
-        description="Hub id, local directory, local .gguf file, or builtin:NAME.",
+        description="Model: Hub id, local directory, .gguf file, or builtin:NAME.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Compute precision; auto takes bfloat16 where the device has it."
+        "auto", description="Compute precision; auto: bfloat16 where supported."
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        "auto", description="Where to run; auto takes CUDA, then MPS, then the CPU."
+        "auto", description="Device to run on; auto: CUDA, then MPS, then CPU."
     )
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
-        "auto", description="Attention kernel; auto leaves the choice to transformers."
+        "auto", description="Attention implementation; auto: chosen by transformers."
     )
     trust_remote_code: bool = Field(
-        False, description="Run Python code that comes with the model. Off unless you say so."
+        False, description="Whether to run Python code that ships with the model."
     )
     adapter: str | None = Field(
         None,
         min_length=1,
-        description="Go on from a trained adapter, whose base and method are taken: a run, its "
-        "adapter directory, or one of plain PEFT's.",
+        description="Trained adapter to continue from: run, adapter directory or PEFT adapter. "
+        "Its base model and method are used.",
     )
 
 
 class QuantConfig(Section):
-    """How the frozen base weights are quantized while training (bitsandbytes)."""
+    """Quantization of the frozen base weights during training (bitsandbytes)."""
 
     kind: Literal["none", "4bit", "8bit"] = Field(
-        "none", description="Quantize the base weights: none, 4bit or 8bit."
+        "none", description="Quantization of the base model's weights: none, 4bit or 8bit."
     )
     quant_type: Literal["nf4", "fp4"] = Field(
-        "nf4", description="4-bit data type; nf4 is the better one (QLoRA, section 3)."
+        "nf4", description="4-bit data type; nf4 is more accurate (QLoRA, section 3)."
     )
     double_quant: bool = Field(
-        False, description="Quantize the 4-bit scales too: saves about 0.4 bit a weight."
+        False, description="Whether to quantize the 4-bit scales too; saves about 0.4 bit a weight."
     )
     experts: bool | None = Field(
         None,
-        description="Quantize the experts of a mixture too, in 4 bits; the default does where "
-        "there are some and no adapter goes on them.",
+        description="Whether to quantize the experts of an MoE model too, in 4 bits. Default: "
+        "yes, unless they are adapted.",
     )
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a card says of it; that experts are quantized only where they are."""
+        """Settings for a model card; `experts` only if experts are quantized."""
         if self.kind != "4bit":
             return {"kind": self.kind}
         return self.model_dump(exclude=None if self.experts else {"experts"})
 
     @property
     def form(self) -> str:
-        """The quantized form in a few words."""
+        """Quantization in a few words."""
         if self.kind != "4bit":
             return "8-bit LLM.int8()" if self.kind == "8bit" else "not quantized"
         double = ", double quantization" if self.double_quant else ""
@@ -88,139 +84,135 @@ class QuantConfig(Section):
 
 
 INPUT_FORMAT = (
-    "What local files and stdin hold, as the ending of a name without its dot: csv, jsonl, "
-    "conll, …; the default is by their names, or by their beginning."
+    "Format of local files and stdin: csv, jsonl, conll, …; default: detected. Detection uses "
+    "the file name, or the first bytes."
 )
 
 IGNORE_COLUMNS = (
-    "Columns to leave out, with commas between; columns of images, audio or video are refused "
-    "unless they are named here."
+    "Comma-separated columns to ignore. Required for columns of images, audio or video, which are "
+    "refused otherwise."
 )
 
 
 class DataConfig(Section):
-    """Where the examples come from and how a row becomes tokens."""
+    """Sources of the examples and their encoding."""
 
     dataset: DatasetName = Field(
         DEFAULT_DATASET,
         min_length=1,
-        description="Local file, directory or pattern of files, Hub id, - for stdin, or "
-        "builtin:docstrings; repeatable.",
+        description="Training data: file, directory, glob, Hub id, or builtin:docstrings. Use -"
+        " for stdin; repeatable.",
     )
-    also: tuple[str, ...] = Field(
-        (), description="Further data sets, trained on together with `dataset`; --dataset repeated."
-    )
+    also: tuple[str, ...] = Field((), description="Additional datasets, from a repeated --dataset.")
     mix: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
         None,
-        description="Share of the training rows that each data set gives, in their order, as in "
-        "3,7; without it each gives all of its rows. No row comes twice.",
+        description="Proportions of training rows per dataset, in order, e.g. 3,7. Default: all"
+        " rows of each dataset. No row is repeated.",
     )
     streaming: bool = Field(
         False,
-        description="Read, check and encode the rows as they come, for a set that does not fit; "
-        "needs --max-steps.",
+        description="Whether to stream the rows, for datasets larger than memory. Requires "
+        "--max-steps.",
     )
     shuffle_buffer: Positive = Field(
-        1_000, description="Rows among which a streamed one is drawn; 1 keeps the order."
+        1_000, description="Shuffle buffer size of a streamed dataset; 1 keeps the order."
     )
     validation_rows: Positive | None = Field(
-        None, description="First rows of a streamed set that are held out for evaluation."
+        None, description="Number of first streamed rows to hold out for evaluation."
     )
     input_format: str | None = Field(None, min_length=1, description=INPUT_FORMAT)
     subset: str | None = Field(
-        None, description="Configuration (subset) of a Hub data set, or sheet of a workbook."
+        None, description="Configuration (subset) of a Hub dataset, or sheet of a workbook."
     )
-    split: str | None = Field(None, description="Split to train on; the default is train.")
+    split: str | None = Field(None, description="Split to train on; default: train.")
     format: str | None = Field(
         None,
         min_length=1,
-        description="What the columns are, where they fit several formats: messages, sharegpt, "
-        "prompt-completion, alpaca, text, squad, …; the default is the first that fits.",
+        description="Format of the rows; default: the first format that matches. messages, "
+        "sharegpt, prompt-completion, alpaca, text, squad, …",
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="What ftlevel calls a column: what the data calls it, as in summary: abstract.",
+        description="Column mapping, FTLEVEL_NAME=YOUR_COLUMN, e.g. summary=abstract.",
     )
     ignore_columns: FewNames = Field((), description=IGNORE_COLUMNS)
     chat_template: str | None = Field(
         None,
         min_length=1,
-        description="Chat template where the model has none: chatml, gemma, llama-3, mistral, "
-        "qwen, or a Jinja file.",
+        description="Chat template for models without one: a name or a Jinja file. Names: "
+        "chatml, gemma, llama-3, mistral, qwen.",
     )
     system: str | None = Field(
         None,
         min_length=1,
-        description="System turn of conversations that have none, in training and afterwards.",
+        description="System prompt for conversations without one. It is also used after training.",
     )
     train_on_inputs: bool = Field(
         False,
-        description="Learn prompts as well as answers, in training alone: what is evaluated are "
-        "the answers.",
+        description="Whether to include prompts in the training loss. Evaluation scores answers"
+        " only.",
     )
     validation_file: DatasetName | None = Field(
         None,
         min_length=1,
-        description="File, directory, pattern of files or Hub id whose rows are the validation "
-        "rows, in place of those that come with the data set.",
+        description="Validation data: file, directory, glob pattern or Hub id. It replaces the "
+        "validation rows of the dataset.",
     )
     validation_split: Share | None = Field(
         None,
-        description="Share of the training rows held out for evaluation when the data has none.",
+        description="Fraction of training rows held out if there are no validation rows.",
     )
-    max_samples: Positive | None = Field(None, description="Use only the first N training rows.")
+    max_samples: Positive | None = Field(
+        None, description="Maximum number of training rows; the first N are used."
+    )
     max_eval_samples: Positive | None = Field(
-        None, description="Use only the first N validation rows."
+        None, description="Maximum number of validation rows; the first N are used."
     )
     max_length: Positive | Literal["auto"] = Field(
         "auto",
-        description="Longest row in tokens; auto is the longest row, or what the model's positions "
-        "and the machine's memory allow, where that loses at most 1 % of the rows.",
+        description="Maximum row length in tokens; auto: chosen from data and memory. auto is "
+        "the longest row, or the limit of the model's positions and the memory, if "
+        "that drops at most 1 % of the rows.",
     )
     max_target_length: Positive = Field(
-        256, description="Longest target in tokens, for encoder-decoder models."
+        256, description="Maximum target length in tokens, for encoder-decoder models."
     )
     overlong: Literal["error", "drop", "truncate-prompt", "split"] = Field(
         "error",
-        description="What happens to a row beyond max_length; an answer is never cut silently.",
+        description="Action for rows longer than max_length. Answers are never truncated silently.",
     )
     problem_type: Literal[
         "auto", "single_label_classification", "multi_label_classification", "regression"
     ] = Field(
         "auto",
-        description="What a text's label is: one class, several, or a number; auto looks at them.",
+        description="Type of the classification labels; auto: inferred from the data.",
     )
     labels: tuple[str, ...] = Field(
         (),
-        description="Names of the classes or tags, in the order of the head; the default is those "
-        "of the data.",
+        description="Class or tag names in the order of the head; default: from the data.",
     )
     source_language: str | None = Field(
         None,
         min_length=2,
-        description="Language of the source in translation; the default is the column's code.",
+        description="Source language for translation; default: the column's code.",
     )
     target_language: str | None = Field(
         None,
         min_length=2,
-        description="Language of the target in translation; the default is the column's code.",
+        description="Target language for translation; default: the column's code.",
     )
     doc_stride: int = Field(
-        128, ge=0, description="Tokens by which windows of a long context overlap (SQuAD)."
+        128, ge=0, description="Overlap in tokens between windows of a long context (SQuAD)."
     )
     mlm_probability: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.15, description="Share of a text's tokens that masked-lm hides."
+        0.15, description="Fraction of tokens that masked-lm masks."
     )
     on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="Stop at a row that cannot be read, or drop it and count it."
+        "error", description="Action for unreadable rows: error, or skip (dropped and counted)."
     )
-    num_proc: Positive = Field(1, description="Processes that encode the rows of a large set.")
-    cache: bool = Field(
-        True, description="Keep the encoded rows of a large set, and use them when nothing changed."
-    )
-    gate: GateConfig = Field(
-        default_factory=GateConfig, description="What happens to rows that would spoil the run."
-    )
+    num_proc: Positive = Field(1, description="Number of processes that encode a large dataset.")
+    cache: bool = Field(True, description="Whether to cache the encoded rows of a large dataset.")
+    gate: GateConfig = Field(default_factory=GateConfig, description="Actions for data problems.")
 
     @field_validator("mix", mode="before")
     @classmethod
@@ -236,76 +228,78 @@ class DataConfig(Section):
 
 
 class SpeedConfig(Section):
-    """Parts of the fast step; a part is on where it is known to give the plain step's numbers."""
+    """Parts of the fast step; each changes speed and memory, not the result."""
 
     fast: bool = Field(
         True,
-        description="Use the faster forms of the step; off leaves every part to the libraries.",
+        description="Whether to use the fast step; off leaves every part to the libraries.",
     )
     pack: bool = Field(
         True,
-        description="Lay the rows of a micro-batch end to end, each attending to itself alone.",
+        description="Whether to pack the rows of a micro-batch, without attention across rows.",
     )
     chunked_cross_entropy: bool = Field(
         True,
-        description="Compute a language head and its loss at supervised tokens only, in chunks.",
+        description="Whether to compute logits and loss in chunks, at supervised tokens only.",
     )
     prune_last_layer: bool = Field(
         True,
-        description="Compute the last block at the tokens that a head or a classifier needs, and "
-        "of the others only what attention needs.",
+        description="Whether to compute the last block only for tokens the head needs. Other "
+        "tokens get only what attention needs.",
     )
     fused_lora: bool = Field(
         True,
-        description="Compute LoRA's base and update in one autograd function, in the base's "
-        "precision.",
+        description="Whether to compute base layer and LoRA in one autograd function. It "
+        "computes in the precision of the base.",
     )
     fused_norm_glu: bool = Field(
         True,
-        description="Compute norms and gated linear units of frozen weights in one autograd "
-        "function each, which keeps less for the backward pass.",
+        description="Whether to fuse norms and gated linear units of frozen weights. Each is "
+        "one autograd function, which saves less for the backward pass.",
     )
     triton_kernels: bool = Field(
         True,
-        description="On an NVIDIA GPU, compute fused norms and GLUs, rotary embeddings and the "
-        "loss by Triton kernels, where these give the same numbers and are faster.",
+        description="Whether to use Triton kernels on an NVIDIA GPU. They compute fused norms "
+        "and GLUs, rotary embeddings and the loss, where results are equal and "
+        "faster.",
     )
     attention_kernel: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+@[\w.-]+$")] | None = Field(
         None,
-        description="On an NVIDIA GPU, attend to packed rows by this kernel of the Hugging Face "
-        "hub, OWNER/NAME@VERSION (kernels-community/flash-attn3@1), which the package kernels "
-        "fetches; none is torch's flash attention.",
+        description="Hub kernel for packed attention on an NVIDIA GPU, OWNER/NAME@VERSION. "
+        "Example: kernels-community/flash-attn3@1; needs the kernels package. "
+        "Default: torch's flash attention.",
     )
     share_prefixes: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="Compute a prefix that rows of a step have in common once; auto where it saves "
-        "5 % of the tokens and nothing is dropped at random.",
+        description="Computation of a common prefix once for several rows of a step. auto: if "
+        "it saves 5 % of the tokens and there is no dropout.",
     )
     liger_kernel: bool = Field(
         False,
-        description="On a CUDA GPU, use liger-kernel's norms, rotary embedding and activation "
-        "where the package is installed and has them for the model. Off until it is measured.",
+        description="Whether to use liger-kernel on a CUDA GPU, if it supports the model. It "
+        "replaces norms, rotary embedding and activation.",
     )
     tokens_per_micro_batch: Positive | Literal["auto", "memory"] = Field(
         "auto",
-        description="Most tokens in the micro-batches that are computed at once, which bounds the "
-        "memory; auto is what per_device_train_batch_size rows of max_length would have, on a CPU "
-        "2,048 at most, an eighth more where prefixes are shared; memory is as many as the plan's "
-        "forecast fits into the memory that is free (--auto-micro-batch). The rows of a step stay.",
+        description="Maximum number of tokens per micro-batch, which bounds the memory. auto: "
+        "per_device_train_batch_size rows of max_length (on a CPU at most 2,048 "
+        "tokens, an eighth more with shared prefixes); memory: as many as the "
+        "estimate fits into free memory (--auto-micro-batch). The rows of a step do"
+        " not change.",
     )
     memory_gib: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="GiB that the run may use at its peak, for tokens_per_micro_batch=memory; the "
-        "default is what is free.",
+        description="Peak memory in GiB for tokens_per_micro_batch=memory. Default: the free "
+        "memory.",
     )
     parallel_workers: Positive | Literal["auto"] = Field(
         "auto",
-        description="On a CPU, workers that compute a micro-batch each, with their share of the "
-        "threads; auto is one a thread, 4 at most, where nothing is dropped at random.",
+        description="Number of workers on a CPU, each computing one micro-batch. They share the"
+        " threads; auto: one per thread, at most 4, if there is no dropout.",
     )
     verify: bool | None = Field(
         None,
-        description="Compute whole first steps the plain way too, in float32 and in the run's own "
-        "precision, with dropout and without, and compare loss and gradients. By default a few "
-        "rows are compared in float32 before every run; off compares nothing.",
+        description="Whether to compare the first steps with the plain step. Compares loss and "
+        "gradients in float32 and in the run's precision, with and without dropout."
+        " Default: a few rows in float32; off: no comparison.",
     )

@@ -1,4 +1,4 @@
-"""The tasks by name, and the module that holds each: a new task is its file and a line here."""
+"""Task names and their modules; a new task is a module and a line here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole configuration of a training run, and the rules between its sections."""
+"""Configuration of a training run, and the rules between its sections."""
 
 from __future__ import annotations
 
@@ -26,47 +26,51 @@ SHORTHAND = {
     "model": "name_or_path", "method": "kind", "quant": "kind", "data": "dataset",
     "preference": "loss", "distillation": "teacher", "output": "dir",
 }  # fmt: skip
-"""`method: lora` is short for `method: {kind: lora}`; likewise for these sections."""
+"""Field set by a plain value of a section: `method: lora` means `method: {kind: lora}`."""
 
 
 def expand(section: str, value: Any) -> Any:
-    """Return the fields of `section` where its shorthand is given."""
+    """Return the fields of `section` if `value` is its shorthand, else `value`."""
     if section not in SHORTHAND or type(value) is dict or isinstance(value, BaseModel):
         return value
     return {SHORTHAND[section]: value}
 
 
 class TrainConfig(Section):
-    """Everything that decides a run. The same configuration gives the same adapter."""
+    """Configuration of a run; the same configuration gives the same adapter."""
 
-    task: TaskName = Field("text-generation", description="What the model learns to do.")
-    model: ModelConfig = Field(default_factory=ModelConfig, description="The pretrained model.")
-    quant: QuantConfig = Field(default_factory=QuantConfig, description="Quantization of the base.")
-    method: MethodConfig = Field(default_factory=LoraSpec, description="What is trained.")
-    data: DataConfig = Field(default_factory=DataConfig, description="The examples.")
-    train: TrainerConfig = Field(default_factory=TrainerConfig, description="The optimisation.")
+    task: TaskName = Field("text-generation", description="Task to train the model for.")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="Pretrained model.")
+    quant: QuantConfig = Field(
+        default_factory=QuantConfig, description="Quantization of the base model."
+    )
+    method: MethodConfig = Field(default_factory=LoraSpec, description="Fine-tuning method.")
+    data: DataConfig = Field(
+        default_factory=DataConfig, description="Training and validation data."
+    )
+    train: TrainerConfig = Field(
+        default_factory=TrainerConfig, description="Training hyperparameters."
+    )
     preference: PreferenceConfig = Field(
-        default_factory=PreferenceConfig, description="How judged answers are learned."
+        default_factory=PreferenceConfig, description="Preference loss."
     )
     distillation: DistillationConfig = Field(
-        default_factory=DistillationConfig, description="A teacher whose predictions are learned."
+        default_factory=DistillationConfig, description="Distillation from a teacher model."
     )
-    speed: SpeedConfig = Field(default_factory=SpeedConfig, description="How a step is computed.")
-    output: OutputConfig = Field(default_factory=OutputConfig, description="What is written.")
+    speed: SpeedConfig = Field(default_factory=SpeedConfig, description="Fast training step.")
+    output: OutputConfig = Field(
+        default_factory=OutputConfig, description="Run directory, trackers and Hub upload."
+    )
 
     def with_sections(self, **sections: Any) -> TrainConfig:
-        """Return a copy with other `sections`, of which all must agree.
-
-        Raises:
-            ConfigError: they do not.
-        """
+        """Return a validated copy with other `sections`; may raise ConfigError."""
         given = {name: getattr(self, name) for name in self.model_fields_set}
         return TrainConfig(**{**given, **sections})
 
     @model_validator(mode="before")
     @classmethod
     def _old_names(cls, raw: Any) -> Any:
-        """Accept keys by their old names, from Python; files and flags have new ones by now."""
+        """Accept renamed keys from Python with a FutureWarning."""
         if not isinstance(raw, dict):
             return raw
         values, lines = with_new_names(raw, {})
@@ -77,7 +81,7 @@ class TrainConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _quantized_as_the_method_wants(cls, raw: Any) -> Any:
-        """Give `qlora` its 4-bit base where nothing else is asked for."""
+        """Set 4-bit quantization for `qlora` by default."""
         if not isinstance(raw, dict) or not isinstance(raw.get("method"), dict):
             return raw
         quant, spec = raw.get("quant") or {}, SPECS.get(str(raw["method"].get("kind")))
@@ -88,10 +92,7 @@ class TrainConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _as_recipes_say(cls, raw: Any) -> Any:
-        """Read shorthands and other words in Python as in a recipe; of these the last, it is first.
-
-        LoRA is the method whose fields are given without a name.
-        """
+        """Resolve shorthands and aliases; a method without `kind` is LoRA."""
         if not isinstance(raw, dict):
             return raw
         values, _ = in_our_words({key: expand(key, value) for key, value in raw.items()})
@@ -182,7 +183,7 @@ def _other_problems(config: TrainConfig) -> list[str]:
 
 
 def _timing_problems(config: TrainConfig) -> list[str]:
-    """Return what is given for an evaluation, a checkpoint or a name that will not be."""
+    """Return messages for evaluation, checkpoint and name settings without effect."""
     train, output, problems = config.train, config.output, []
     for name, strategy, steps in (
         ("eval", train.eval_strategy, train.eval_steps),
@@ -214,7 +215,7 @@ def _timing_problems(config: TrainConfig) -> list[str]:
 
 
 def _best_problems(train: TrainerConfig) -> list[str]:
-    """Return what is asked of the best evaluation where none is looked for."""
+    """Return messages for best-model settings without effect."""
     problems = []
     asked = {
         "--early-stopping-patience": train.early_stopping_patience is not None,
@@ -246,7 +247,7 @@ def _best_problems(train: TrainerConfig) -> list[str]:
 
 
 def _stream_problems(config: TrainConfig) -> list[str]:
-    """Return what cannot be done on rows of which nobody knows how many there are."""
+    """Return messages for settings that need a known number of rows."""
     data, train = config.data, config.train
     if not data.streaming:
         belongs = "belongs to --streaming. Drop it, or add --streaming."
@@ -297,7 +298,7 @@ def _stream_problems(config: TrainConfig) -> list[str]:
 
 
 def _pipe_problems(config: TrainConfig) -> list[str]:
-    """Return what cannot be done with rows that come through stdin or a pipe, once."""
+    """Return messages for settings that cannot read stdin or a pipe."""
     data, problems = config.data, []
     if (config.train.num_processes or 1) > 1:
         names = (data.dataset, *data.also, data.validation_file or "")
@@ -329,7 +330,7 @@ _NO_PROMPT = ("token-classification", "question-answering", "masked-lm")
 
 
 def _task_problems(config: TrainConfig) -> list[str]:
-    """Return what the data section asks for that the task has not."""
+    """Return messages for data settings that the task does not support."""
     task, data = config.task, config.data
     problems = []
     if data.overlong == "split" and task not in ("text-generation", "masked-lm"):

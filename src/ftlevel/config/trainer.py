@@ -1,8 +1,6 @@
-"""How a run is optimised, watched and saved: the section `train` of a configuration.
+"""Training hyperparameters, and the arguments of optimizers and schedules in transformers.
 
-Which optimizers and schedules there are, and what may be set of each; names as transformers'.
-
-A name or a setting that transformers would not read is refused: it drops most of these in silence.
+Arguments that would be ignored raise an error; transformers drops most of them silently.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ _REFUSED = {
 
 
 def _is_offered(value: object) -> object:
-    """Say why an optimizer of transformers' is not offered."""
+    """Raise ValueError with the reason for an unsupported optimizer of transformers."""
     if isinstance(value, str):
         for start, reason in _REFUSED.items():
             if value.startswith(start):
@@ -72,12 +70,7 @@ _FLOOR = ("min_lr", "min_lr_rate")
 
 @dataclass(frozen=True)
 class Settings:
-    """What may be set of an optimizer or a schedule.
-
-    Attributes:
-        names: of all settings.
-        needed: settings of which exactly one must be given; empty where none must.
-    """
+    """Allowed arguments of an optimizer or schedule; exactly one of `needed` is required."""
 
     names: tuple[str, ...] = ()
     needed: tuple[str, ...] = ()
@@ -96,7 +89,7 @@ SCHEDULES: Mapping[str, Settings] = {
     PLATEAU: Settings(
         ("factor", "patience", "threshold", "threshold_mode", "cooldown", "min_lr", "eps")),
 }  # fmt: skip
-"""Schedule → the settings of transformers' function, but for those that a run decides."""
+"""Schedule → arguments of its transformers function, except those that the run sets."""
 
 OPTIMIZERS: Mapping[str, Settings] = {
     **dict.fromkeys(("ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit"),
@@ -105,7 +98,7 @@ OPTIMIZERS: Mapping[str, Settings] = {
     "adagrad": Settings(("lr_decay", "eps")),
     "sgd": Settings(("momentum", "dampening", "nesterov")),
 }  # fmt: skip
-"""Optimizer → the settings that it takes beside --learning-rate, --weight-decay and --adam-*."""
+"""Optimizer → arguments besides --learning-rate, --weight-decay and --adam-*."""
 
 ANOTHER_RATE = {
     "lion": "Lion wants a third to a tenth of that (Chen et al., 2023, section 5)",
@@ -113,7 +106,7 @@ ANOTHER_RATE = {
     "adagrad": "Adagrad wants a higher one",
     "rmsprop": "RMSprop, whose first steps are larger, wants a lower one",
 }
-"""How optimizers differ for which the rates of the methods were not measured."""
+"""Optimizers whose best learning rate differs from the measured defaults (AdamW)."""
 
 _WORDS: Mapping[str, tuple[Scalar, ...]] = {
     "warmup_type": ("linear", "cosine", "1-sqrt"),
@@ -122,17 +115,13 @@ _WORDS: Mapping[str, tuple[Scalar, ...]] = {
     "centered": (True, False),
     "nesterov": (True, False),
 }
-"""Settings that are no numbers, and what they may be."""
+"""Arguments that are not numbers, and their allowed values."""
 
 _ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
 
 
 def find_problems(train: Any) -> list[str]:
-    """Return what is set of the optimizer or the schedule and would not be read.
-
-    Args:
-        train: the `TrainerConfig`.
-    """
+    """Return messages for optimizer and schedule settings that would be ignored."""
     schedule, optim = train.lr_scheduler_type, train.optim
     problems = _settings_problems(
         "--lr-scheduler-kwargs", f"--lr-scheduler-type {schedule}", train.lr_scheduler_kwargs,
@@ -183,216 +172,211 @@ def _shown(word: Scalar) -> str:
 
 
 Steps = Positive | Annotated[float, Field(gt=0.0, lt=1.0)]
-"""A number of steps, or below 1 their share of the run, as in transformers."""
+"""Number of steps, or, below 1, fraction of the run, as in transformers."""
 
 
 def _none_for_auto(value: object) -> object:
-    """Return None for the word that stands for the default."""
     return None if value == "auto" else value
 
 
 class TrainerConfig(Decoding):
-    """The optimisation; names are those of `transformers.TrainingArguments`."""
+    """Training hyperparameters; names are those of `transformers.TrainingArguments`."""
 
-    num_train_epochs: float = Field(
-        3.0, gt=0, le=10_000, description="How often the training rows are gone through."
-    )
+    num_train_epochs: float = Field(3.0, gt=0, le=10_000, description="Number of training epochs.")
     max_steps: Positive | None = Field(
-        None, description="Stop after N optimizer steps, whatever the epochs say."
+        None, description="Maximum number of optimizer steps; overrides the epochs."
     )
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None,
-        description="Peak learning rate; the default depends on the method, the model's kind and "
-        "width, and the length of the run.",
+        description="Peak learning rate; default: by method, model kind and size, and steps.",
     )
     head_learning_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None,
-        description="Peak learning rate of a new head; the default is learning_rate where that is "
-        "given, and else one of its own.",
+        description="Peak learning rate of a new head. Default: learning_rate if given, else a "
+        "rate of its own.",
     )
     lr_scheduler_type: Schedule = Field(
-        "linear", description="How the learning rate goes on after its peak."
+        "linear", description="Learning-rate schedule after warm-up."
     )
     lr_scheduler_kwargs: Scalars = Field(
         default_factory=dict,
-        description="Settings of that schedule by transformers' names, as in num_cycles=3 or "
-        "min_lr_rate=0.1.",
+        description="Scheduler arguments, e.g. num_cycles=3 or min_lr_rate=0.1.",
     )
     warmup_steps: float = Field(
-        0.0, ge=0, description="Steps of warm-up, or below 1 their share of all steps."
+        0.0, ge=0, description="Number of warm-up steps, or, below 1, fraction of all steps."
     )
     weight_decay: float = Field(
-        0.0, ge=0, le=1, description="Weight decay; AdamW's is decoupled from the gradient."
+        0.0, ge=0, le=1, description="Weight decay; decoupled from the gradient in AdamW."
     )
-    adam_beta1: Share = Field(0.9, description="Decay of AdamW's mean of the gradients.")
-    adam_beta2: Share = Field(0.999, description="Decay of AdamW's mean of their squares.")
-    adam_epsilon: Annotated[float, Field(gt=0)] = Field(
-        1e-8, description="What AdamW adds to the root of that mean."
+    adam_beta1: Share = Field(0.9, description="Beta1 of AdamW (first moment).")
+    adam_beta2: Share = Field(0.999, description="Beta2 of AdamW (second moment).")
+    adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="Epsilon of AdamW.")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Maximum gradient norm for clipping; 0 disables clipping."
     )
-    max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm; 0 is off.")
     on_nonfinite: Literal["stop", "skip", "rollback"] = Field(
         "stop",
-        description="What becomes of a step whose loss or gradient is NaN or infinite: stop, leave "
-        "it out (skip), or go back to the newest checkpoint's weights and leave out what came "
-        "since (rollback).",
+        description="Action when loss or gradient is NaN: stop, skip or rollback. Also for "
+        "infinite values. skip leaves the step out; rollback restores the newest "
+        "checkpoint's weights and leaves out the steps since.",
     )
     spike_factor: Annotated[float, Field(gt=1)] | None = Field(
         None,
-        description="Go back to the newest checkpoint's weights where a step's loss is above so "
-        "many times the median of the last 20 steps, and leave the step out; the default is never.",
+        description="Loss spike threshold; restores the newest checkpoint's weights. A spike is"
+        " a loss above this multiple of the median of the last 20 steps; the step "
+        "is left out. Default: off.",
     )
     label_smoothing_factor: Share = Field(
         0.0,
-        description="Share of each target's probability that is spread over all others, in "
-        "training alone: what is evaluated is the plain loss.",
+        description="Label smoothing factor, for training only.",
     )
     class_weights: ClassWeights = None
     focal_gamma: Annotated[float, Field(ge=0, le=10)] = Field(
         0.0,
-        description="Focal loss: a target's loss is multiplied by (1 - its probability) to this "
-        "power (Lin et al., 2017), in training alone; 0 is off.",
+        description="Gamma of the focal loss, for training only; 0 disables it. The loss is "
+        "multiplied by (1 - p) to this power (Lin et al., 2017).",
     )
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="Add noise to the embeddings in training (NEFTune, Jain et al., 2023), which "
-        "needs the plain step.",
+        description="NEFTune noise added to the embeddings in training. Requires the plain step"
+        " (Jain et al., 2023).",
     )
     optim: Optimizer = Field(
-        "adamw_torch_fused", description="Optimizer, by transformers' name, and its default."
+        "adamw_torch_fused", description="Optimizer, by its name in transformers."
     )
     optim_args: Scalars = Field(
         default_factory=dict,
-        description="Settings of that optimizer by its own names, as in momentum=0.9.",
+        description="Optimizer arguments, e.g. momentum=0.9.",
     )
-    per_device_train_batch_size: Positive = Field(8, description="Rows a device and micro-step.")
+    per_device_train_batch_size: Positive = Field(8, description="Micro-batch size per device.")
     per_device_eval_batch_size: Positive | None = Field(
-        None, description="Rows a device in evaluation; the default is the training batch."
+        None, description="Evaluation batch size per device; default: the training batch size."
     )
     gradient_accumulation_steps: Positive = Field(
-        1, description="Micro-steps that make one optimizer step."
+        1, description="Number of micro-batches per optimizer step."
     )
     num_processes: Positive | None = Field(
         None,
-        description="Processes that train together, each on a device of its own, and each with "
-        "per_device_train_batch_size rows; the default is one, or as torchrun started them.",
+        description="Number of processes, one per device. Each trains on "
+        "per_device_train_batch_size rows; default: one, or as started by torchrun.",
     )
     shard: Literal["none", "grads", "full"] = Field(
         "none",
-        description="Share the model out over the processes by FSDP2, for one that a device does "
-        "not hold: full gathers each block as it is computed, forward and backward; grads holds it "
-        "from one to the other.",
+        description="Shard the model across processes with FSDP2, for models that do not fit on"
+        " one device. full gathers each block in forward and backward; grads keeps "
+        "it gathered between them.",
     )
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = Field(
         0,
-        description="How often the processes are started again, from the newest whole checkpoint, "
-        "when one of several fails or is killed.",
+        description="Maximum number of restarts after a process fails or is killed. Each "
+        "restart resumes from the newest complete checkpoint; needs several "
+        "processes.",
     )
     train_sampling_strategy: Literal["random", "group_by_length"] = Field(
         "random",
-        description="Order of the rows in an epoch; group_by_length puts rows of like length into "
-        "a step, which saves padding where rows cannot be packed.",
+        description="Row order in an epoch; group_by_length reduces padding. Useful where rows "
+        "cannot be packed.",
     )
     gradient_checkpointing: Annotated[bool | None, BeforeValidator(_none_for_auto)] = Field(
         None,
-        description="Recompute activations in the backward pass: less memory, more time; the "
-        "default, auto, recomputes as many blocks as a GPU's memory asks for, and on a CPU none.",
+        description="Whether to recompute activations in the backward pass to save memory. "
+        "Default (auto): as many blocks as a GPU's memory requires; none on a CPU.",
     )
     offload_activations: bool = Field(
         False,
-        description="Hold what the recomputed blocks begin with in the host's memory: for long "
-        "rows on a GPU. It recomputes all blocks.",
+        description="Whether to offload checkpointed activations to CPU memory. For long rows "
+        "on a GPU; recomputes all blocks.",
     )
     tf32: bool | None = Field(
         None,
-        description="Multiply float32 in TF32 while training on a GPU that has it (Ampere or "
-        "later): eight times as fast, with 10 bits of mantissa; the default is to do so.",
+        description="Whether to use TF32 for float32 matmuls on a GPU (Ampere or later). Eight "
+        "times as fast, with 10 bits of mantissa; default: on.",
     )
     seed: int = Field(
-        42, ge=0, lt=2**32, description="Seed of the weights, the dropout and the data order."
+        42, ge=0, lt=2**32, description="Random seed for weights, dropout and row order."
     )
     data_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
-        None, description="Seed of the order of the rows alone; the default is the other one."
+        None, description="Random seed for the row order; default: seed."
     )
     logging_steps: Steps | None = Field(
         None,
-        description="Log every N steps, or below 1 every such share of the run; the default is "
-        "about 20 times a run.",
+        description="Logging interval in steps, or, below 1, fraction of the run. Default: "
+        "about 20 times per run.",
     )
     eval_strategy: Literal["no", "steps", "epoch"] | None = Field(
         None,
-        description="Evaluate every eval_steps, at the end of each epoch or not at all: steps, "
-        "epoch, no; the default is steps where eval_steps is given, else epoch.",
+        description="Evaluation schedule: steps, epoch or no. Default: steps if eval_steps is "
+        "given, else epoch.",
     )
     eval_steps: Steps | None = Field(
         None,
-        description="Evaluate every N steps, or below 1 every such share of the run; the default "
-        "is at the end of each epoch.",
+        description="Evaluation interval in steps, or, below 1, fraction of the run. Default: "
+        "the end of each epoch.",
     )
-    eval_on_start: bool = Field(False, description="Evaluate the untrained model first.")
+    eval_on_start: bool = Field(False, description="Whether to evaluate before training.")
     load_best_model_at_end: bool | None = Field(
         None,
-        description="Keep the model of the best evaluation instead of the last one; the default is "
-        "to do so where validation rows are evaluated more than once.",
+        description="Whether to keep the best model instead of the last. Default: yes, if there"
+        " are several evaluations on validation rows.",
     )
     metric_for_best_model: str | None = Field(
         None,
         min_length=1,
-        description="Metric that says which evaluation is the best, with or without eval_; the "
-        "default is the task's first where it is scored on all rows, else loss.",
+        description="Metric that selects the best model, with or without eval_. Default: the "
+        "task's main metric if computed on all rows, else loss.",
     )
     greater_is_better: bool | None = Field(
         None,
-        description="Whether the best metric is the highest; the default is by its name: not of a "
-        "loss, a perplexity or an error.",
+        description="Whether a higher metric_for_best_model is better. Default: inferred from "
+        "its name; no for losses, perplexities and errors.",
     )
     early_stopping_patience: Positive | None = Field(
         None,
-        description="Stop after N evaluations in a row without a better one; the default is never.",
+        description="Number of evaluations without improvement before stopping. Default: never.",
     )
     early_stopping_threshold: float = Field(
-        0.0, ge=0, description="By how much an evaluation has to be better to count as such."
+        0.0, ge=0, description="Minimum improvement that early stopping counts."
     )
     save_strategy: Literal["no", "steps", "epoch", "best"] | None = Field(
         None,
-        description="Write checkpoints every save_steps, at the end of each epoch, at each best "
-        "evaluation or never: steps, epoch, best, no; the default is steps where save_steps is "
-        "given, else by save_minutes alone, and at the end where it is small (512 MB).",
+        description="Checkpoint schedule: steps, epoch, best or no. Default: steps if "
+        "save_steps is given; else by save_minutes, and at the end if small (512 "
+        "MB).",
     )
     save_steps: Steps | None = Field(
         None,
-        description="Write a checkpoint every N steps, or below 1 every such share of the run.",
+        description="Checkpoint interval in steps, or, below 1, fraction of the run.",
     )
     save_minutes: float = Field(
         10.0,
         ge=0,
-        description="Write a checkpoint too when so many minutes went by without one, and then at "
-        "the end; 0 for never.",
+        description="Minutes without a checkpoint after which one is saved; 0 disables it. A run "
+        "in which that happens also saves one at the end.",
     )
-    save_total_limit: Positive = Field(2, description="How many checkpoints are kept.")
+    save_total_limit: Positive = Field(2, description="Maximum number of checkpoints to keep.")
     metrics: FewNames = Field(
         (),
-        description="Metrics that an evaluation gives beside the loss, with commas between; the "
-        "default is all of the task.",
+        description="Comma-separated metrics besides the loss; default: all of the task.",
     )
     predict_with_generate: bool | None = Field(
         None,
-        description="Score generated text (ROUGE) in evaluation; the default is by the task.",
+        description="Whether to generate text for ROUGE; default: depends on the task.",
     )
     max_generate_samples: Positive = Field(
-        32, description="How many validation rows are generated for scoring."
+        32, description="Number of validation rows to generate for metrics."
     )
-    max_new_tokens: Positive = Field(64, description="Longest generated text in tokens.")
+    max_new_tokens: Positive = Field(64, description="Maximum number of generated tokens.")
 
     @property
     def order_seed(self) -> int:
-        """The seed of the order of the rows."""
+        """Seed of the row order."""
         return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def recomputes(self) -> bool:
-        """Whether all blocks are recomputed, whatever fits."""
+        """Whether activations of all blocks are always recomputed."""
         return self.gradient_checkpointing is True or self.offload_activations
 
     def may_recompute(self, device: str) -> bool:
-        """Whether blocks are recomputed on `device`, or may turn out to be."""
+        """Return whether activations may be recomputed on `device`."""
         return self.recomputes or (self.gradient_checkpointing is None and device == "cuda")

@@ -60,11 +60,11 @@ class RunFacts:
     token_head: bool = False
 
     def __str__(self) -> str:
-        """In words, as in `an encoder 384 wide with a new head for tokens, 100 steps`."""
+        """In words: `an encoder of hidden size 384 with a new head for tokens and 100 steps`."""
         head = " with a new head" if self.new_head else ""
         head += " for tokens" if self.token_head else ""
-        model = f"{_ARTICLES[self.kind]} {self.kind} {self.width:,} wide{head}"
-        return f"{model}, {self.steps:,} step{'s' * (self.steps != 1)}"
+        model = f"{_ARTICLES[self.kind]} {self.kind} of hidden size {self.width:,}{head}"
+        return f"{model} and {self.steps:,} step{'s' * (self.steps != 1)}"
 
     @property
     def size(self) -> float:
@@ -123,8 +123,8 @@ class Rates:
         elif known.size == 1:
             why = self.source
         else:
-            why = f"from {narrow:g}, measured on short runs, towards {self.wide:g}, {self.source}"
-        return Choice(name, self.rate(known), f"{what} on {known}: {why}")
+            why = f"{narrow:g} on short runs, {self.wide:g} on long ones, {self.source}"
+        return Choice(name, self.rate(known), f"default for {what} on {known}; {why}")
 
 
 HEAD = Rates(

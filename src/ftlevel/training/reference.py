@@ -176,7 +176,7 @@ def fill_reference(
     if not needs_reference(plan):
         return plan, None
     listener.stage("compute the reference")
-    key, name = digest_start(config, plan, adapted), "the model as it begins"
+    key, name = digest_start(config, plan, adapted), "initial model"
     plan, facts = fill_rows(config, plan, name, key, lambda: (plan, adapted), listener)
     return plan, Reference(facts, _keep_start(config, plan, adapted))
 
@@ -214,9 +214,9 @@ def fill_rows(
         padded = f"{key} padded by {evaluator.batch_size}"
         held_out, _ = read_or_fill(config, padded, plan.data.validation, score)
         data = replace(data, validation=task.with_reference(plan.data.validation, held_out))
-    how = "computed before and kept" if cached else "computed before step 1"
+    how = "log-probabilities cached" if cached else "log-probabilities precomputed"
     rows = len(plan.data.train) + len(plan.data.validation)
-    listener.choices("reference", [Choice("reference", name, f"{how}, {rows:,} rows")])
+    listener.choices("reference", [Choice("reference", name, f"{how} for {rows:,} rows")])
     return replace(plan, data=data), {"is": name, "rows": rows, "cached": cached}
 
 

@@ -85,8 +85,10 @@ def ask_teacher(config: TrainConfig, plan: Plan, listener: Listener) -> Expected
     how = "asked before and kept" if was_whole else "asked before step 1"
     count = dtype["ids"].shape[0]
     share = float(1 - np.exp(kept["known"][:, -1]).mean()) if count else 1.0
-    what = f"the {count} likeliest tokens" if count else "all tokens"
-    told = f"{what} at {begins[-1]:,} places, {share:.1%} of its probability; {size / 1e6:,.1f} MB"
+    what = f"the top {count} tokens" if count else "all tokens"
+    told = (
+        f"{what} at {begins[-1]:,} positions, {share:.1%} of its probability; {size / 1e6:,.1f} MB"
+    )
     listener.choices("teacher", [Choice("teacher", teacher.name, f"{how}: {told}")])
     facts = {"teacher": teacher.name, "fingerprint": teacher.fingerprint, "cached": was_whole,
              "tokens_kept": count or dtype["known"].shape[0], "places": begins[-1],

@@ -107,8 +107,8 @@ def test_a_config_cannot_be_written_to() -> None:
          "PredictConfig(datset): unknown key 'datset'. Did you mean 'dataset'?"),
         (MergeConfig, {"adapters": ["run"], "output_dir": "x", "dtyp": "x"},
          "MergeConfig(dtyp): unknown key 'dtyp'. Did you mean 'dtype'?"),
-        (MergeConfig, {"adapters": ["run"]}, "MergeConfig(output_dir): it is missing: Directory of "
-         "the merged model; it must not exist yet."),
+        (MergeConfig, {"adapters": ["run"]}, "MergeConfig(output_dir): it is missing: Output "
+         "directory of the merged model; it must not exist."),
         (EvaluateConfig, {"name": "run", "batch_size": 0},
          "EvaluateConfig(batch_size): 0 is out of range: batch_size must be ≥ 1."),
     ],

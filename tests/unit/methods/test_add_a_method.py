@@ -66,7 +66,8 @@ def test_the_method_of_the_page_trains_and_merges(ftlevel: Callable[..., Any]) -
                       "--output-dir", "run")  # fmt: skip
     shown = {choice["name"]: choice for choice in summary["choices"]}
     assert summary["method"] == "scale"
-    assert shown["learning rate"]["reason"].startswith("scale on a decoder 192 wide, 2 steps: ")
+    default = "default for scale on a decoder of hidden size 192 and 2 steps; "
+    assert shown["learning rate"]["reason"].startswith(default)
     assert summary["trainable_parameters"] > 0
     assert summary["proof"]["adapter_effect"] > 0
     assert ftlevel("merge", "run", "--out", "merged")

@@ -55,7 +55,7 @@ def test_a_wide_model_in_a_long_run_gets_the_published_rate(
     for model in KINDS:
         choice = rates.choose(kind, RunFacts(model, 8192, False, 100_000))
         assert choice.value == float(f"{rates.wide:.0e}")
-        assert choice.reason.endswith(f"wide, 100,000 steps: {rates.source}")
+        assert choice.reason.endswith(f"of hidden size 8,192 and 100,000 steps; {rates.source}")
 
 
 def test_between_two_points_a_rate_falls_by_powers_of_width_and_steps() -> None:
@@ -70,8 +70,8 @@ def test_between_two_points_a_rate_falls_by_powers_of_width_and_steps() -> None:
     assert rates.rate(RunFacts("decoder", 384, False, 3000)) == 1e-3
     choice = rates.choose("x", RunFacts("decoder", 4096, False, 100))
     assert str(choice) == (
-        "0.001 (x on a decoder 4,096 wide, 100 steps: from 0.01, measured on short runs, towards "
-        "0.0001, a paper)"
+        "0.001 (default for x on a decoder of hidden size 4,096 and 100 steps; 0.01 on short runs, "
+        "0.0001 on long ones, a paper)"
     )
 
 
@@ -103,7 +103,7 @@ def test_forms_of_lora_that_move_the_weights_further_get_less() -> None:
 def test_a_head_with_a_target_for_every_token_bears_more() -> None:
     row = RunFacts("encoder", 384, True, 60)
     tokens = RunFacts("encoder", 384, True, 60, token_head=True)
-    assert str(tokens) == "an encoder 384 wide with a new head for tokens, 60 steps"
+    assert str(tokens) == "an encoder of hidden size 384 with a new head for tokens and 60 steps"
     for kind, expected in (("lora", [1e-3, 3e-3]), ("full", [1e-4, 3e-4]), ("ia3", [3e-2, 9e-2])):
         assert [rates_of(kind, {}).rate(run) for run in (row, tokens)] == expected
     rslora = rates_of("lora", {"use_rslora": True})

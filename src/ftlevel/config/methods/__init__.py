@@ -1,8 +1,6 @@
-"""One spec a method: the fields a user may set, with the defaults of its paper.
+"""Method specs: fields named as in the `peft` config, with the defaults of the method's paper.
 
-`MethodConfig` is a union told apart by `kind`, so that a field of another method is an error.
-Field names are those of the method's `peft` config. What else belongs to a method is in the module
-of the same name in `ftlevel.methods`; it is registered by its line in `SPECS`, and nowhere else.
+`ftlevel.methods` has an implementation for each spec in `_REGISTERED`.
 """
 
 from __future__ import annotations
@@ -53,10 +51,10 @@ _REGISTERED: tuple[type[MethodSpec], ...] = (
 )
 
 SPECS: dict[str, type[MethodSpec]] = {s.model_fields["kind"].default: s for s in _REGISTERED}
-"""Every method by its name, in the order in which they are listed to users."""
+"""Specs by method name, in display order."""
 
 BY_TARGETS: list[type[MethodSpec]] = sorted(_REGISTERED, key=lambda spec: not spec.targets_linears)
-"""Those that adapt linears first: the order of tables and of the schema."""
+"""Specs with target modules first: the order of tables and of the schema."""
 
 if TYPE_CHECKING:
     MethodConfig = MethodSpec

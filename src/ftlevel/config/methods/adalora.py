@@ -13,28 +13,30 @@ Steps = Annotated[int, Field(ge=0)] | Literal["auto"]
 
 
 class AdaloraSpec(MethodSpec):
-    """AdaLoRA: W + P · diag(E) · Q, whose rank is pruned by importance while training.
+    """AdaLoRA: W + P · diag(E) · Q, whose rank is pruned by importance during training.
 
-    Zhang et al. (2023): every linear begins with `init_r`; between the first `tinit` and the last
-    `tfinal` steps the budget falls by a cubic schedule to `target_r` a linear on average
-    (section 3.3). "auto" takes a tenth and three tenths of the steps.
+    Zhang et al. (2023), section 3.3: ranks start at `init_r` and fall on a cubic schedule to
+    `target_r` on average, after the first `tinit` and before the last `tfinal` steps. "auto" uses
+    10 % and 30 % of the steps.
     """
 
     kind: Literal["adalora"] = "adalora"
-    init_r: Positive = Field(12, description="Rank of every linear at the start.")
-    target_r: Positive = Field(8, description="Average rank of a linear at the end.")
+    init_r: Positive = Field(12, description="Initial rank of every linear layer.")
+    target_r: Positive = Field(8, description="Average final rank of a linear layer.")
     lora_alpha: float = Field(
-        16.0, gt=0, description="Scale of the update: it is multiplied by lora_alpha / init_r."
+        16.0,
+        gt=0,
+        description="Scaling numerator: the update is multiplied by lora_alpha / init_r.",
     )
-    lora_dropout: Share = Field(0.0, description="Dropout on the adapter's input.")
+    lora_dropout: Share = Field(0.0, description="Dropout probability of the adapter's input.")
     target_modules: TargetModules = "all-linear"
-    tinit: Steps = Field("auto", description="Steps before ranks are pruned.")
-    tfinal: Steps = Field("auto", description="Last steps, in which the ranks stay.")
-    delta_t: Positive = Field(1, description="Steps between two prunings.")
-    beta1: float = Field(0.85, gt=0, lt=1, description="Smoothing of a weight's sensitivity.")
-    beta2: float = Field(0.85, gt=0, lt=1, description="Smoothing of its uncertainty.")
+    tinit: Steps = Field("auto", description="Number of initial steps without pruning.")
+    tfinal: Steps = Field("auto", description="Number of final steps with fixed ranks.")
+    delta_t: Positive = Field(1, description="Number of steps between prunings.")
+    beta1: float = Field(0.85, gt=0, lt=1, description="EMA coefficient of the sensitivity.")
+    beta2: float = Field(0.85, gt=0, lt=1, description="EMA coefficient of the uncertainty.")
     orth_reg_weight: float = Field(
-        0.5, ge=0, description="Weight of the penalty that keeps P and Q orthogonal."
+        0.5, ge=0, description="Weight of the orthogonality penalty on P and Q."
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""What every spec of a method has, and the field types that several share."""
+"""Base class of method specs, and field types that they share."""
 
 from __future__ import annotations
 
@@ -11,23 +11,14 @@ from ftlevel.config.sections import QuantConfig, Section
 
 
 class MethodSpec(Section):
-    """The fields of one method that a user may set, and what the other sections must know of it.
-
-    Attributes:
-        kind: the name after `--method`, a literal with itself as the default.
-        targets_linears: whether `--target-modules` applies.
-        wants_quant: `--quant` where the user says nothing.
-    """
+    """Fields of a method; `wants_quant` is the default of `--quant`."""
 
     kind: str = ""
     targets_linears: ClassVar[bool] = True
     wants_quant: ClassVar[str] = "none"
 
     def quant_problems(self, quant: QuantConfig) -> list[str]:  # noqa: ARG002 - for those that do
-        """Return why this method cannot be used on a base that is quantized as `quant` says.
-
-        Only what must be said before a model is known; the rest is refused by the method's rules.
-        """
+        """Return messages if the method cannot train on a base quantized so."""
         return []
 
 
@@ -35,7 +26,7 @@ _REGEX_MARKS = re.compile(r"[\\*+?()\[\]{}^$|]")
 
 
 def _split_names(value: Any) -> Any:
-    """Read `a,b` as two names; a string with regular-expression marks stays one pattern."""
+    """Split `a,b` into names; keep a regular expression as one pattern."""
     if isinstance(value, str):
         value = value.strip()
         if value == "all-linear" or _REGEX_MARKS.search(value):
@@ -60,8 +51,8 @@ TargetModules = Annotated[
     BeforeValidator(_split_names),
     AfterValidator(_pattern_compiles),
     Field(
-        description="Module names with commas, one regular expression, or all-linear: every "
-        "linear of the blocks, never a head."
+        description="Modules to adapt: comma-separated names, a regular expression, or "
+        "all-linear. all-linear adapts every linear layer of the blocks, never a head."
     ),
 ]
-"""What `--target-modules` takes: a list of names, one regular expression, or "all-linear"."""
+"""List of names, one regular expression, or "all-linear"."""

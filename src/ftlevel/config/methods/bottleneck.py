@@ -14,61 +14,59 @@ PARALLEL_SCALING = 4.0
 
 Placement = Literal["houlsby", "pfeiffer", "seq_bn", "parallel", "par_bn", "adapter_plus"]
 ON_RESIDUAL = ("seq_bn", "par_bn", "adapter_plus")
-"""Placements that read the residual of a feed-forward, so that they need a family's positions."""
+"""Placements that read a feed-forward's residual and need the family's positions."""
 
 
 def default_scaling(placement: str) -> float | str:
-    """Return what an adapter's output is multiplied by where the user gives nothing."""
+    """Return the default scale of the adapter's output."""
     if placement == "adapter_plus":
         return "channel"  # Steitz & Roth, 2024, section 3.3
     return PARALLEL_SCALING if placement in ("parallel", "par_bn") else 1.0
 
 
 class AdapterSpec(MethodSpec):
-    """Bottleneck adapters: h + s · up(f(down(x))) beside or after the sub-layers of each block.
+    """Bottleneck adapters: h + s · up(f(down(x))), parallel to or after the sub-layers of a block.
 
-    `houlsby`: after the attention and after the feed-forward (Houlsby et al., 2019, section 2.1).
-    `seq_bn`: after the feed-forward only, reading its sum with the residual, through the layer
-    norm where one follows (Pfeiffer et al., 2021, AdapterFusion, appendix A.1, whose reduction
-    factor of 16 is the default for all). `pfeiffer`: the same place, reading the feed-forward's
-    output alone, as houlsby does. `par_bn`: beside the feed-forward, reading the residual, times 4
-    (He et al., 2022, sections 3.3 and 4.6). `parallel`: reading what the feed-forward's first
-    linear reads, which in pre-norm models comes after the norm. `adapter_plus`: after the block,
-    with a learned factor a channel (Steitz & Roth, 2024). ReLU as in He et al. The names seq_bn and
-    par_bn are AdapterHub's; `sites` in `ftlevel.methods.bottleneck` has the formulas.
+    Placements: `houlsby`, Houlsby et al. (2019), section 2.1; `seq_bn` and `pfeiffer`, Pfeiffer et
+    al. (2021), appendix A.1, whose reduction factor of 16 is the default; `par_bn` and `parallel`,
+    He et al. (2022), sections 3.3 and 4.6; `adapter_plus`, Steitz & Roth (2024).
     """
 
     kind: Literal["adapter"] = "adapter"
     targets_linears: ClassVar[bool] = False
     placement: Placement = Field(
         "houlsby",
-        description="After attention and feed-forward (houlsby); after the feed-forward, reading "
-        "its sum with the residual (seq_bn, AdapterHub's pfeiffer) or its output alone (pfeiffer); "
-        "beside it, reading the residual (par_bn) or its normed input (parallel); after the block, "
-        "scaled a channel (adapter_plus).",
+        description="Position of the adapters in each block. houlsby: after attention and after"
+        " the feed-forward; seq_bn: after the feed-forward, on its sum with the "
+        "residual (AdapterHub's pfeiffer); pfeiffer: after the feed-forward, on its"
+        " output alone; par_bn: parallel to it, on the residual; parallel: parallel"
+        " to it, on its normed input; adapter_plus: after the block, with one scale"
+        " per channel.",
     )
     reduction_factor: float | None = Field(
         None,
         ge=1,
-        description="The bottleneck is the hidden size divided by this; the default is 16.",
+        description="Hidden size divided by the bottleneck width; default: 16.",
     )
     bottleneck_dim: Positive | None = Field(
-        None, description="Width of the bottleneck, in place of reduction_factor."
+        None, description="Width of the bottleneck, instead of reduction_factor."
     )
     non_linearity: Literal["relu", "gelu", "silu", "tanh", "leaky_relu"] = Field(
         "relu", description="Activation between the two projections."
     )
-    adapter_dropout: Share = Field(0.0, description="Dropout on the bottleneck's activations.")
+    adapter_dropout: Share = Field(
+        0.0, description="Dropout probability of the bottleneck's activations."
+    )
     scaling: Annotated[float, Field(gt=0)] | Literal["learned", "channel"] | None = Field(
         None,
-        description="What the adapter's output is multiplied by: a number, one that is learned, or "
-        "one a channel. The default is 4 for parallel and par_bn, channel for adapter_plus, and 1 "
-        "otherwise.",
+        description="Scale of the adapter's output: a number, learned, or one per channel. "
+        "Default: 4 for parallel and par_bn, channel for adapter_plus, else 1.",
     )
     target_modules: TargetModules | None = Field(
         None,
-        description="Linears to put an adapter after, in place of the family's positions. A "
-        "parallel adapter on a linear that does not end a feed-forward gets that linear's input.",
+        description="Linear layers to add adapters after, instead of the default positions. A "
+        "parallel adapter gets the layer's own input if the layer does not end a "
+        "feed-forward.",
     )
 
     @model_validator(mode="after")

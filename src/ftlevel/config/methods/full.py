@@ -11,18 +11,18 @@ from ftlevel.config.sections import QuantConfig
 
 
 class FullSpec(MethodSpec):
-    """Train every weight of the model; no adapter."""
+    """Full fine-tuning: train every weight of the model, without an adapter."""
 
     kind: Literal["full"] = "full"
     targets_linears: ClassVar[bool] = False
     freeze_base: bool = Field(
         False,
-        description="Train the new head only, on frozen features: the baseline that a method has "
-        "to beat. For tasks with a head of their own.",
+        description="Whether to train the new head only (linear probing). For tasks with their "
+        "own head.",
     )
 
     def quant_problems(self, quant: QuantConfig) -> list[str]:
-        """Refuse quantized weights, which cannot be trained themselves."""
+        """Reject quantized weights, which cannot be trained."""
         if quant.kind == "none":
             return []
         return [

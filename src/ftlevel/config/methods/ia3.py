@@ -10,14 +10,12 @@ from ftlevel.config.methods.base import MethodSpec, TargetModules
 
 
 class Ia3Spec(MethodSpec):
-    """(IA)³: one learned factor for each key, value and inner feed-forward feature.
+    """(IA)³: l_k · K, l_v · V and l_ff · γ(W₁x), l learned (Liu et al., 2022, section 3.3).
 
-    Liu et al. (2022, section 3.3): l_k · K, l_v · V and l_ff · γ(W₁x). The default finds these
-    linears by their names; where query, key and value are one linear, all of it is scaled. Of the
-    names that the user gives, the second linears of feed-forward layers have their input scaled.
+    A fused query-key-value layer is scaled as a whole; second feed-forward layers at their input.
     """
 
     kind: Literal["ia3"] = "ia3"
     target_modules: TargetModules | None = Field(
-        None, description="Linears to scale, by name; the default finds keys, values and the rest."
+        None, description="Names of linear layers to scale; default: keys, values, feed-forward."
     )

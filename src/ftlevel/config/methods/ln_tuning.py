@@ -1,4 +1,4 @@
-"""Tuning of the norms."""
+"""LN-tuning."""
 
 from __future__ import annotations
 

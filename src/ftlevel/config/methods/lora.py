@@ -22,67 +22,70 @@ _REFUSED_INITS = {
 
 PISSA = ("pissa", "pissa_niter_4", "pissa_niter_16")
 INSIDE_BASE = ("olora", *PISSA)
-"""Starts that are taken out of the base's weights."""
+"""Initializations that subtract the initial update from the base weights."""
 
 
 class LoraSpec(MethodSpec):
     """LoRA: W + (alpha / r) · B · A (Hu et al., 2021, section 4.1).
 
-    The default targets every linear of the blocks, which QLoRA (Dettmers et al., 2023, section 4)
-    found to be needed to match full fine-tuning.
+    Targets all linear layers of the blocks by default, as QLoRA (Dettmers et al., 2023, section 4)
+    found necessary to match full fine-tuning.
     """
 
     kind: Literal["lora"] = "lora"
     r: Positive = Field(8, description="Rank of the update.")
     lora_alpha: float = Field(
-        16.0, gt=0, description="Scale of the update: it is multiplied by lora_alpha / r."
+        16.0, gt=0, description="Scaling numerator: the update is multiplied by lora_alpha / r."
     )
-    lora_dropout: Share = Field(0.0, description="Dropout on the adapter's input.")
+    lora_dropout: Share = Field(0.0, description="Dropout probability of the adapter's input.")
     target_modules: TargetModules = "all-linear"
     target_parameters: Literal["experts"] | list[str] | None = Field(
         None,
-        description="Tensors that get an update beside the linears: experts, or names of "
-        "parameters such as mlp.experts.down_proj.",
+        description="Parameters to adapt besides linear layers: experts, or names. Example: "
+        "mlp.experts.down_proj.",
     )
     layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(
-        None, description="Adapt only these layers, counted from 0; the default is all."
+        None, description="Indices of the layers to adapt, from 0; default: all."
     )
     rank_pattern: dict[str, Positive] = Field(
-        default_factory=dict, description="Module name or regular expression: its own rank."
+        default_factory=dict, description="Rank by module name or regular expression."
     )
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default_factory=dict, description="Module name or regular expression: its own lora_alpha."
+        default_factory=dict, description="lora_alpha by module name or regular expression."
     )
     init_lora_weights: LoraInit = Field(
         "default",
-        description="How A and B begin: default (B is 0), gaussian, orthogonal, olora, pissa, "
-        "pissa_niter_4 or _16 (its fast form), loftq (what a 4-bit base lost), or eva.",
+        description="Initialization of A and B; default sets B to 0. gaussian, orthogonal, "
+        "olora, pissa, pissa_niter_4 or pissa_niter_16 (fast PiSSA), loftq (for a "
+        "4-bit base), or eva.",
     )
     use_rslora: bool = Field(
-        False, description="Scale by lora_alpha / sqrt(r) (rsLoRA, Kalajdzievski, 2023)."
+        False, description="Whether to scale by lora_alpha / sqrt(r) (rsLoRA, Kalajdzievski, 2023)."
     )
     use_dora: bool = Field(
-        False, description="Train direction and magnitude apart (DoRA, Liu et al., 2024)."
+        False,
+        description="Whether to use DoRA (Liu et al., 2024). It trains direction and "
+        "magnitude separately.",
     )
     lora_plus_ratio: Annotated[float, Field(ge=1)] | None = Field(
-        None, description="Learn B this many times as fast as A (LoRA+, Hayou et al., 2024)."
+        None, description="Learning-rate ratio of B to A (LoRA+, Hayou et al., 2024)."
     )
     bias: Literal["none", "all", "lora_only"] = Field(
-        "none", description="Which bias terms of the base are trained too."
+        "none", description="Bias terms of the base model to train."
     )
     modules_to_save: Names = Field(
         default_factory=list,
-        description="Modules beside a new head that are trained in full and saved with the "
-        "adapter, such as embed_tokens and lm_head.",
+        description="Modules to train in full and save, e.g. embed_tokens,lm_head. A new head "
+        "is always among them.",
     )
     trainable_token_indices: Tokens = Field(
         default_factory=list,
-        description="Tokens whose rows of the embedding are trained, by id or by text.",
+        description="Tokens whose embeddings are trained, by id or text.",
     )
     ensure_weight_tying: bool = Field(
         False,
-        description="Train the output layer with the embedding whose weights it shares, where that "
-        "is in modules_to_save or target_modules.",
+        description="Whether to train a tied output layer together with its embedding. Applies "
+        "to embeddings in modules_to_save or target_modules.",
     )
 
     @field_validator("layers_to_transform", "target_parameters", mode="before")
@@ -130,7 +133,7 @@ class LoraSpec(MethodSpec):
         return self
 
     def quant_problems(self, quant: QuantConfig) -> list[str]:
-        """Refuse DoRA on 8-bit weights."""
+        """Reject DoRA on 8-bit weights."""
         if quant.kind != "8bit" or not self.use_dora:
             return []
         return [
@@ -140,13 +143,13 @@ class LoraSpec(MethodSpec):
 
 
 class QloraSpec(LoraSpec):
-    """LoRA on a quantized base (Dettmers et al., 2023): 4 bits unless `quant` says 8."""
+    """LoRA on a quantized base model (Dettmers et al., 2023); 4 bits by default."""
 
     kind: Literal["qlora"] = "qlora"  # type: ignore[assignment]  # the union is told apart by it
     wants_quant: ClassVar[str] = "4bit"
 
     def quant_problems(self, quant: QuantConfig) -> list[str]:
-        """Refuse a base that is not quantized, too."""
+        """Reject a base model that is not quantized."""
         if quant.kind != "none":
             return super().quant_problems(quant)
         return [

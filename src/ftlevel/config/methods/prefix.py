@@ -11,23 +11,22 @@ from ftlevel.config.sections import Positive
 
 
 class PrefixSpec(MethodSpec):
-    """Learned keys and values in front of every attention (Li & Liang, 2021, section 4.2).
+    """Prefix tuning: learned keys and values in every attention (Li & Liang, 2021, section 4.2).
 
-    An encoder-decoder gets them in the encoder, in the decoder and in its cross-attention. Twenty
-    is where P-tuning v2 (Liu et al., 2022, section 4.2) finds simple classification to be
-    best served; Li & Liang (section 7.2) find 10 enough to write text from tables and 200 for
-    summaries.
+    The default length of 20 suits classification (P-tuning v2, Liu et al., 2022, section 4.2); Li &
+    Liang (section 7.2) use 10 for table-to-text and 200 for summarization.
     """
 
     kind: Literal["prefix"] = "prefix"
     targets_linears: ClassVar[bool] = False
-    num_virtual_tokens: Positive = Field(20, description="Length of the prefix or the prompt.")
+    num_virtual_tokens: Positive = Field(20, description="Number of virtual tokens.")
     prefix_projection: bool = Field(
         False,
-        description="Compute the prefix by an MLP while training; what is saved is the prefix.",
+        description="Whether to compute the prefix with an MLP while training. Only the prefix "
+        "is saved.",
     )
     encoder_hidden_size: Positive | None = Field(
         None,
-        description="Width of the MLP or LSTM; the default is 512 for prefix (Li & Liang) and the "
-        "width of the embedding for p-tuning.",
+        description="Hidden size of the prefix MLP (default: 512) or the P-tuning encoder. The "
+        "P-tuning encoder uses the embedding size by default.",
     )

@@ -11,22 +11,21 @@ from ftlevel.config.sections import Positive, Share
 
 
 class PromptSpec(MethodSpec):
-    """Learned embeddings in front of the text (prompt tuning, Lester et al., 2021, section 2).
+    """Prompt tuning: learned embeddings before the text (Lester et al., 2021, section 2).
 
-    Twenty of them, past which Lester et al. (section 3.2) gain little, beginning as embeddings of
-    the vocabulary. Encoders get them behind [CLS], which stays the first token.
+    More than 20 tokens gain little (section 3.2). Encoders get them after [CLS].
     """
 
     kind: Literal["prompt"] = "prompt"
     targets_linears: ClassVar[bool] = False
-    num_virtual_tokens: Positive = Field(20, description="Length of the prefix or the prompt.")
+    num_virtual_tokens: Positive = Field(20, description="Number of virtual tokens.")
     prompt_tuning_init: Literal["SAMPLE_VOCAB", "TEXT", "RANDOM"] = Field(
         "SAMPLE_VOCAB",
-        description="What the prompt begins with: embeddings of tokens drawn from the vocabulary, "
-        "those of prompt_tuning_init_text, or small random vectors.",
+        description="Initialization of the prompt. Embeddings of random vocabulary tokens, of "
+        "prompt_tuning_init_text, or small random vectors.",
     )
     prompt_tuning_init_text: str | None = Field(
-        None, min_length=1, description="Text whose embeddings the prompt begins with."
+        None, min_length=1, description="Text whose embeddings initialize the prompt."
     )
 
     @model_validator(mode="after")
@@ -46,22 +45,21 @@ class PromptSpec(MethodSpec):
 
 
 class PTuningSpec(MethodSpec):
-    """A prompt that an encoder computes while training (P-tuning, Liu et al., 2021, section 3.2).
+    """P-tuning: a prompt computed by an encoder during training (Liu et al., 2021, section 3.2).
 
-    What is saved is the prompt. As in `peft`, the encoder is an MLP of three layers unless an
-    LSTM, the paper's, is asked for.
+    As in `peft`, the encoder is an MLP by default; the paper uses an LSTM.
     """
 
     kind: Literal["p-tuning"] = "p-tuning"
     targets_linears: ClassVar[bool] = False
-    num_virtual_tokens: Positive = Field(20, description="Length of the prefix or the prompt.")
+    num_virtual_tokens: Positive = Field(20, description="Number of virtual tokens.")
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = Field(
-        "MLP", description="What computes the prompt."
+        "MLP", description="Type of the prompt encoder."
     )
     encoder_hidden_size: Positive | None = Field(
         None,
-        description="Width of the MLP or LSTM; the default is 512 for prefix (Li & Liang) and the "
-        "width of the embedding for p-tuning.",
+        description="Hidden size of the prefix MLP (default: 512) or the P-tuning encoder. The "
+        "P-tuning encoder uses the embedding size by default.",
     )
-    encoder_num_layers: Positive = Field(2, description="Layers of the LSTM.")
-    encoder_dropout: Share = Field(0.0, description="Dropout between the layers of the LSTM.")
+    encoder_num_layers: Positive = Field(2, description="Number of LSTM layers.")
+    encoder_dropout: Share = Field(0.0, description="Dropout probability between LSTM layers.")

@@ -52,8 +52,8 @@ class BestModel:
     def choice(self) -> Choice:
         """Line shown at the start of the run."""
         order = "highest" if self.greater_is_better else "lowest"
-        kept = "is kept" if self.loads else "is not kept: the last is"
-        return Choice("best model", f"{order} {self.metric} {kept}", self.reason)
+        kept = "checkpoint with the" if self.loads else "last checkpoint, not the one with the"
+        return Choice("best model", f"keeping the {kept} {order} {self.metric}", self.reason)
 
 
 def resolve_best_model(
@@ -144,7 +144,7 @@ def _choose_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -
     if given and first not in known:
         return "eval_loss", "no other metric is given"
     why = (
-        f"{first} grows with it"
+        f"{first} increases with the loss"
         if first in of_all_rows
         else f"{first} is scored on the first {train.max_generate_samples:,} rows alone"
     )

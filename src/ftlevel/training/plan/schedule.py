@@ -73,7 +73,7 @@ def choose_rates(config: TrainConfig, known: RunFacts) -> Rates:
     rates = method.rates(config.method)
     default = rates.choose(config.method.kind, known)
     if config.task in PREFERENCE_TASKS and (share := config.preference.facts.rate) != 1:
-        reason = f"{share:g}, as in papers, of that for answers alone: {default.reason}"
+        reason = f"{share:g} times the supervised rate, as in the DPO papers: {default.reason}"
         default = replace(default, value=float(f"{default.value * share:.0e}"), reason=reason)
     base = base or default
     head = head or (base if rates.is_heads else choose_head_rate(known))

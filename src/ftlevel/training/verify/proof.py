@@ -238,12 +238,16 @@ def verify_step(
             verified = verifier.compare(wanted, rounded=rounded, rate=plan.schedule.learning_rate)
         except _NotFiniteError:  # GradientProof reports it at the first step
             return None
-    what = f"{verified.steps} steps" if asked else f"{verified.rows} rows before the first step"
+    what = (
+        f"fast step verified on {verified.steps} steps"
+        if asked
+        else f"fast step verified on {verified.rows} rows"
+    )
     apart = f"loss differs by {verified.loss:.1e}, gradients by {verified.gradient:.1e}, relative"
     if verified.exact is not None:
         apart += f", to the plain step in float64, from which its own are {verified.exact:.1e}"
         apart += "; both in float64, since rounding moves one over a kink" * verified.kinks
-    listener.choices("verify-fast", [Choice(what, f"in {verified.dtype} {apart}")])
+    listener.choices("verify-fast", [Choice(what, f"in {verified.dtype}, {apart}")])
     return verified
 
 

@@ -42,7 +42,8 @@ def test_the_last_model_is_the_default_where_the_trained_weights_are_sharded() -
     assert resolve().loads
     best = resolve(shard="full")
     assert not best.loads
-    assert best.choice.value == "highest eval_accuracy is not kept: the last is"
+    kept = "keeping the last checkpoint, not the one with the highest eval_accuracy"
+    assert best.choice.value == kept
     assert best.choice.reason == "--shard full shards the trained weights"
     assert not resolve(shard="grads", early_stopping_patience=2, metric_for_best_model="f1").loads
 

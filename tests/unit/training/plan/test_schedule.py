@@ -84,15 +84,22 @@ def test_the_users_rate_is_that_of_everything() -> None:
 def test_where_heads_are_all_that_learns_there_is_one_rate() -> None:
     config = TrainConfig.model_validate({"method": {"kind": "full", "freeze_base": True}})
     (choice,) = choose_rates(config, NEW_HEAD).choices
-    assert str(choice) == "0.1 (full on an encoder 384 wide with a new head, 100 steps: measured)"
+    assert str(choice) == (
+        "0.1 (default for full on an encoder of hidden size 384 with a new head and 100 steps; "
+        "measured)"
+    )
 
 
 def test_the_reason_says_what_the_rate_is_for() -> None:
     config = TrainConfig.model_validate({"method": {"kind": "lora"}})
     base, head = choose_rates(config, NEW_HEAD).choices
-    assert str(base) == "0.001 (lora on an encoder 384 wide with a new head, 100 steps: measured)"
+    assert str(base) == (
+        "0.001 (default for lora on an encoder of hidden size 384 with a new head and 100 steps; "
+        "measured)"
+    )
     assert str(head) == (
-        "0.02 (a linear head on an encoder 384 wide with a new head, 100 steps: measured)"
+        "0.02 (default for a linear head on an encoder of hidden size 384 with a new head and 100 "
+        "steps; measured)"
     )
 
 

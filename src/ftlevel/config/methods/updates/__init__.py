@@ -1,1 +1,1 @@
-"""Specs of methods that change every linear by a matrix, other than LoRA and AdaLoRA."""
+"""Specs of methods that add a matrix to every linear layer, except LoRA and AdaLoRA."""

@@ -11,13 +11,13 @@ from ftlevel.config.sections import Positive
 
 
 class C3aSpec(MethodSpec):
-    """C³A: W + C, with C of circulant blocks: block_size numbers for block_size² weights.
+    """C³A: W + C with circulant blocks (Chen et al., 2024, section 3.3).
 
-    Chen et al. (2024, section 3.3). C begins at zero here, and at random in PEFT.
+    C is initialized to zero, and randomly in PEFT.
     """
 
     kind: Literal["c3a"] = "c3a"
     block_size: Positive = Field(
-        64, description="Side of a block; must divide every linear's input and output."
+        64, description="Block size; must divide every layer's input and output size."
     )
     target_modules: TargetModules = "all-linear"

@@ -11,17 +11,15 @@ from ftlevel.config.sections import Positive, Share
 
 
 class GraloraSpec(MethodSpec):
-    """GraLoRA: W cut into gralora_k × gralora_k blocks, each with a LoRA of rank r / gralora_k.
-
-    Jung et al. (2025, section 3): as many parameters as LoRA of rank r, of rank up to
-    gralora_k · r.
-    """
+    """GraLoRA: k × k blocks, each a LoRA of rank r / k (Jung et al., 2025, section 3)."""
 
     kind: Literal["gralora"] = "gralora"
-    r: Positive = Field(32, description="Rank of the LoRA with as many parameters.")
-    alpha: float = Field(64.0, gt=0, description="Scale: the update is multiplied by alpha / r.")
-    gralora_k: Positive = Field(2, description="Blocks along each side; must divide r.")
-    gralora_dropout: Share = Field(0.0, description="Dropout on the adapter's input.")
+    r: Positive = Field(32, description="Rank of a LoRA with the same number of parameters.")
+    alpha: float = Field(
+        64.0, gt=0, description="Scaling numerator: the update is multiplied by alpha / r."
+    )
+    gralora_k: Positive = Field(2, description="Number of blocks per side; must divide r.")
+    gralora_dropout: Share = Field(0.0, description="Dropout probability of the adapter's input.")
     target_modules: TargetModules = "all-linear"
 
     @model_validator(mode="after")

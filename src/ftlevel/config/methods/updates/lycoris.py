@@ -11,16 +11,15 @@ from ftlevel.config.sections import Positive, Share
 
 
 class LohaSpec(MethodSpec):
-    """LoHa: W + (alpha / r) · (B₁A₁ ⊙ B₂A₂), of rank up to r².
-
-    FedPara (Hyeon-Woo et al., 2022, section 2), as LyCORIS names it.
-    """
+    """LoHa: W + (alpha / r) · (B₁A₁ ⊙ B₂A₂), of rank up to r² (Hyeon-Woo et al., 2022)."""
 
     kind: Literal["loha"] = "loha"
     r: Positive = Field(8, description="Rank of each of the two factors.")
-    alpha: float = Field(8.0, gt=0, description="Scale: the update is multiplied by alpha / r.")
-    rank_dropout: Share = Field(0.0, description="Share of ranks left out in training.")
-    module_dropout: Share = Field(0.0, description="Share of modules left out in training.")
+    alpha: float = Field(
+        8.0, gt=0, description="Scaling numerator: the update is multiplied by alpha / r."
+    )
+    rank_dropout: Share = Field(0.0, description="Dropout probability of ranks.")
+    module_dropout: Share = Field(0.0, description="Dropout probability of modules.")
     target_modules: TargetModules = "all-linear"
 
 
@@ -29,10 +28,12 @@ class LokrSpec(MethodSpec):
 
     kind: Literal["lokr"] = "lokr"
     r: Positive = Field(8, description="Rank of the second factor.")
-    alpha: float = Field(8.0, gt=0, description="Scale: the update is multiplied by alpha / r.")
-    decompose_factor: int = Field(
-        -1, ge=-1, description="Side of the first factor; -1 makes both factors alike in size."
+    alpha: float = Field(
+        8.0, gt=0, description="Scaling numerator: the update is multiplied by alpha / r."
     )
-    rank_dropout: Share = Field(0.0, description="Share of ranks left out in training.")
-    module_dropout: Share = Field(0.0, description="Share of modules left out in training.")
+    decompose_factor: int = Field(
+        -1, ge=-1, description="Size of the first factor; -1 balances both factors."
+    )
+    rank_dropout: Share = Field(0.0, description="Dropout probability of ranks.")
+    module_dropout: Share = Field(0.0, description="Dropout probability of modules.")
     target_modules: TargetModules = "all-linear"

@@ -13,18 +13,23 @@ from ftlevel.config.sections import Share
 class OftSpec(MethodSpec):
     """OFT: W · R, with R block-diagonal and orthogonal (Qiu et al., 2023).
 
-    R acts on the linear's input and comes from a Cayley transform, by default through the
-    Neumann series of OFTv2 (Qiu et al., 2025).
+    R is a Cayley transform, by default by the Neumann series of OFTv2 (Qiu et al., 2025).
     """
 
     kind: Literal["oft"] = "oft"
     oft_block_size: int = Field(
-        32, ge=2, description="Side of a rotated block; must divide every linear's input."
+        32, ge=2, description="Size of a rotated block; must divide every layer's input size."
     )
-    module_dropout: Share = Field(0.0, description="Share of blocks left unrotated in training.")
-    block_share: bool = Field(False, description="One block for all of a linear.")
+    module_dropout: Share = Field(
+        0.0, description="Dropout probability of blocks, which stay unrotated."
+    )
+    block_share: bool = Field(
+        False, description="Whether all blocks of a layer share one rotation."
+    )
     use_cayley_neumann: bool = Field(
-        True, description="Approximate the Cayley transform by a series: faster, almost orthogonal."
+        True,
+        description="Whether to approximate the Cayley transform by a Neumann series. It "
+        "is faster and nearly orthogonal.",
     )
     target_modules: TargetModules = "all-linear"
 
@@ -32,13 +37,15 @@ class OftSpec(MethodSpec):
 class BoftSpec(MethodSpec):
     """BOFT: R as a product of sparse rotations (Liu et al., 2024).
 
-    One butterfly factor: PEFT has more only where its CUDA extension compiles, and takes one
-    without a word elsewhere.
+    One butterfly factor: PEFT has more only with its CUDA extension, and silently uses one
+    otherwise.
     """
 
     kind: Literal["boft"] = "boft"
     boft_block_size: int = Field(
-        4, ge=2, description="Side of a rotated block; must divide every linear's input."
+        4, ge=2, description="Size of a rotated block; must divide every layer's input size."
     )
-    boft_dropout: Share = Field(0.0, description="Share of blocks left unrotated in training.")
+    boft_dropout: Share = Field(
+        0.0, description="Dropout probability of blocks, which stay unrotated."
+    )
     target_modules: TargetModules = "all-linear"

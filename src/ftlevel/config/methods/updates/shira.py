@@ -11,13 +11,11 @@ from ftlevel.config.sections import Positive
 
 
 class ShiraSpec(MethodSpec):
-    """SHiRA: W + S, with S sparse: as many weights of each linear are trained as LoRA would add.
-
-    Bhardwaj et al. (2024, section 3.1), with the mask that is drawn at random. The places are saved
-    with the values.
-    """
+    """SHiRA: W + S, S sparse with a random mask (Bhardwaj et al., 2024, section 3.1)."""
 
     kind: Literal["shira"] = "shira"
-    r: Positive = Field(32, description="Trains r · (inputs + outputs) weights of a linear.")
-    random_seed: int = Field(0, ge=0, description="Seed of the places that are trained.")
+    r: Positive = Field(
+        32, description="Rank that sets the trained weights per layer: r · (inputs + outputs)."
+    )
+    random_seed: int = Field(0, ge=0, description="Random seed of the sparse mask.")
     target_modules: TargetModules = "all-linear"
