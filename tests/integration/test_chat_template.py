@@ -41,7 +41,7 @@ def test_the_template_is_saved_and_asked_with(
     assert run(["train", *arguments]) == 0
     assert "chat template: mistral (the model has none)" in capsys.readouterr().out
     assert "[INST]" in (out / "adapter/chat_template.jinja").read_text(encoding="utf-8")
-    trained = load_found(resolve_model(str(out), "cpu"), device="cpu")
+    trained = load_found(resolve_model(str(out), device="cpu"), device="cpu")
     assert trained.prompt_format is not None
     ids = prompt_ids(trained.tokenizer, trained.prompt_format, "the value")
     assert trained.tokenizer.decode(ids) == "<s>[INST] the value [/INST]"
