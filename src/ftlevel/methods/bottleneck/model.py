@@ -1,4 +1,4 @@
-"""The tuner: puts `BottleneckLayer` around the sites of a model."""
+"""Tuner that wraps the adapter positions of a model with `BottleneckLayer`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ftlevel.methods.precision import PrecisionTuner
 
 
 class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
-    """Bottleneck adapters on a pretrained model, as PEFT's other tuners are."""
+    """Tuner of bottleneck adapters."""
 
     prefix: str = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
@@ -69,13 +69,10 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _connect(self, layer: BottleneckLayer, placement: str, site: str) -> Reads:
-        """Let `layer` see the residual where adapters of `placement` read it (mutated).
-
-        Returns:
-            What such an adapter reads at `site`.
+        """Connect `layer` to the residual if needed (mutated); return what adapters read.
 
         Raises:
-            ValueError: `site` is not the end of a feed-forward, whose residual would be read.
+            ValueError: the placement needs a residual and `site` does not end a feed-forward.
         """
         reads = READS.get(placement, "output")
         if reads not in ("residual", "sum"):
@@ -88,7 +85,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
                 "the end of one. Use placement houlsby, pfeiffer or parallel."
             )
         if placement == "adapter_plus" and sites.norm:
-            return "output"  # the site is the norm itself, whose output is the sum's
+            return "output"  # the site is the norm, so its output is the normalized sum
         modules: dict[str, Any] = dict(self.model.named_modules())
         layer.listen_to(modules[block + sites.residual], "residual")
         if sites.norm:
@@ -97,7 +94,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
         return reads
 
     def _input_of(self, site: str) -> nn.Module | None:
-        """Return the linear that is given the input of the feed-forward that ends at `site`."""
+        """Return the linear layer that receives the input of the feed-forward ending at `site`."""
         modules: dict[str, Any] = dict(self.model.named_modules())
         name = find_input(sites_of(getattr(self.model, "config", None)), site, modules)
         if name is None:
@@ -105,10 +102,10 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
         return getattr(modules[name], "base_layer", modules[name])
 
     def _widths(self, module: nn.Module) -> tuple[int, int]:
-        """Return the last dimension of a module's input and output.
+        """Return the last dimensions of a module's input and output.
 
         Raises:
-            ValueError: the module does not say, and no configuration of a model either.
+            ValueError: neither the module nor a model config specifies them.
         """
         for fan_in, fan_out in (("in_features", "out_features"), ("nx", "nf")):
             if hasattr(module, fan_in):
@@ -124,10 +121,9 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        """Put `new_module` where `child` is.
+        """Set `new_module` on `parent`.
 
-        PEFT's own also copies `child.weight` to it, which is the same tensor in our layers, and
-        which a composite head such as RoBERTa's does not have when it is unloaded.
+        PEFT's version also copies `child.weight`, which a composite head such as RoBERTa's lacks.
         """
         if isinstance(child, BottleneckLayer) and new_module is not child:
             child.stop_listening()

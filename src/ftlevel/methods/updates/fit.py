@@ -1,4 +1,4 @@
-"""What several of these methods ask of the linears that they change."""
+"""Checks of linear layers that several methods share."""
 
 from __future__ import annotations
 
@@ -18,16 +18,12 @@ LINEARS_ONLY = Rule(
 def check_divides(
     field: str, size: int, sizes: Mapping[str, tuple[int, int]], *, outputs: bool = False
 ) -> None:
-    """Check that blocks fill every linear.
+    """Check that `size`, the value of the spec's `field`, divides the layer sizes.
 
-    Args:
-        field: the spec's, of the blocks' side or number.
-        size: its value.
-        sizes: name of a linear → (in, out).
-        outputs: whether the output is cut into blocks too.
+    `sizes` is name -> (in, out); output sizes are checked only if `outputs` is True.
 
     Raises:
-        ConfigError: one has a side that is no multiple.
+        ConfigError: a size is not a multiple.
     """
     sides = {name: pair if outputs else pair[:1] for name, pair in sizes.items()}
     odd = {name: width for name, pair in sides.items() for width in pair if width % size}

@@ -1,4 +1,4 @@
-"""MiSS: spec → `peft.MissConfig`."""
+"""MiSS: builds `peft.MissConfig` and converts adapters to plain LoRA."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def build(spec: MissSpec, base: Base) -> Any:
 
 
 def check(spec: MissSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
-    """Check that no linear has fewer inputs than groups of them are summed.
+    """Check that no linear layer has fewer inputs than r.
 
     Raises:
-        ConfigError: PEFT would stop at it.
+        ConfigError: a layer is too narrow.
     """
     narrow = {name: fan_in for name, (fan_in, _) in sizes.items() if fan_in < spec.r}
     if narrow:
@@ -41,10 +41,10 @@ def check(spec: MissSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
 
 
 def as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Return MiSS (Kang and Yin, 2024): its block repeats along the input, so A adds every r-th.
+    """Return MiSS (Kang and Yin, 2024) as LoRA, where A sums every r-th input.
 
     Raises:
-        InputError: it is of a form whose update depends on the weight.
+        InputError: the update depends on the base weight (`bat`).
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""SHiRA: spec → `peft.ShiraConfig`."""
+"""SHiRA: builds `peft.ShiraConfig`."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def build(spec: ShiraSpec, base: Base) -> Any:
 
 
 def forget_mask(config: Any) -> None:
-    """Have `config` (mutated) draw no places for linears without weights."""
+    """Make `config` (mutated) skip random masks for meta weights."""
     config.mask_fn = draw_shira_mask
 
 
 def check(spec: ShiraSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
-    """Check that every linear has as many weights as are to be trained.
+    """Check that every linear layer has enough weights for r.
 
     Raises:
-        ConfigError: PEFT would stop at it.
+        ConfigError: a layer is too small.
     """
     room = {name: fan_in * fan_out // (fan_in + fan_out) for name, (fan_in, fan_out)
             in sizes.items()}  # fmt: skip
