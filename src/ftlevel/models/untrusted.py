@@ -1,12 +1,7 @@
-"""What a directory that somebody else made must not do: leave itself, hang, fill memory, fetch.
+"""Safe handling of third-party files: sizes, paths, time and memory limits.
 
-An end to the memory that what others wrote and we run can ask for.
-
-An end to what others wrote and we run: templates of chats, regular expressions.
-
-Regular expressions in another's adapter_config.json, which PEFT tries on every module's name.
-
-What libraries raise when they read or build what a stranger's file describes.
+Model directories must not reference files outside, fetch code, or have absurd sizes. Chat templates
+and regular expressions run with limits.
 """
 
 from __future__ import annotations
@@ -29,7 +24,7 @@ from ftlevel.artifacts.files import check_regular
 from ftlevel.errors import InputError
 
 _INDEX = "*.safetensors.index.json"
-_LARGEST_JSON = 1 << 27  # bytes; the indices of models with a hundred thousand tensors have 10 MB
+_LARGEST_JSON = 1 << 27  # bytes; an index of 100,000 tensors has 10 MB
 
 _MOST = {
     **dict.fromkeys(
@@ -42,7 +37,7 @@ _MOST = {
                      "n_routed_experts", "vocab_size", "type_vocab_size"), 100_000_000),
     **dict.fromkeys(("max_position_embeddings", "n_positions"), 1_000_000_000),
 }  # fmt: skip
-"""Field of a config → more than any model has, by orders of magnitude."""
+"""Config field -> limit, orders of magnitude above any real model."""
 
 _IMPLEMENTATIONS = tuple(
     f"{front}{part}_implementation{end}"
@@ -56,11 +51,9 @@ _AT_LEAST_ONE = ("num_hidden_layers", "n_layer", "num_attention_heads", "n_head"
 
 
 def check_directory(path: Path, words: str) -> None:
-    """Refuse a directory whose files are no files, whose index leaves it, or of absurd sizes.
+    """Check that a model directory has regular files only, no outside references, and sane sizes.
 
-    Args:
-        path: of a model.
-        words: what errors call it.
+    `words` names the model in errors.
 
     Raises:
         InputError: naming the file.
@@ -74,11 +67,7 @@ def check_directory(path: Path, words: str) -> None:
 
 
 def check_config(config: Mapping[str, Any], words: str) -> None:
-    """Refuse a config of absurd sizes, or that would have code fetched, before it is built.
-
-    Args:
-        config: of a model, as it is stored.
-        words: what errors call the model.
+    """Check a stored config for absurd sizes and remote kernels, before it is built.
 
     Raises:
         InputError: naming the field.
@@ -94,7 +83,7 @@ def check_config(config: Mapping[str, Any], words: str) -> None:
 
 
 def _check_kernels(config: Mapping[str, Any], words: str) -> None:
-    """Refuse the name of a kernel on a hub, for the model or a part of it."""
+    """Raise if the config or a part of it names a Hub kernel."""
     for name, value in config.items():
         if name in _IMPLEMENTATIONS:
             for kernel in value.values() if isinstance(value, Mapping) else [value]:
@@ -108,7 +97,7 @@ def _check_kernels(config: Mapping[str, Any], words: str) -> None:
 
 
 def check_sizes(config: Mapping[str, Any], words: str) -> None:
-    """Refuse sizes that no model has, before anything of them is built.
+    """Check that no size exceeds that of any model.
 
     Raises:
         InputError: naming the field.
@@ -160,24 +149,24 @@ def _read(path: Path, words: str) -> Mapping[str, Any]:
 
 try:
     import resource
-except ImportError:  # Windows, where nothing is limited
+except ImportError:  # Windows has no limits
     resource = None  # type: ignore[assignment]
 
-_SIZES = Path("/proc/self/statm")  # in pages; the sixth is data and stack
+_SIZES = Path("/proc/self/statm")  # in pages; the sixth field is data and stack
 
 
 @functools.lru_cache(maxsize=1)
 def _sizes_of(_process: int) -> io.FileIO | None:
-    """Return the file of this process's sizes, which stays open: it is read once for each row."""
+    """Return the open file of this process's memory sizes; it is read for each row."""
     return io.FileIO(_SIZES) if _SIZES.exists() else None
 
 
 @contextmanager
 def taking_at_most(size: int) -> Iterator[None]:
-    """Let the process take at most `size` more bytes inside the block; on Linux alone.
+    """Limit additional memory of the process to `size` bytes within the block (Linux only).
 
     Raises:
-        MemoryError: in the block, where it asks for more.
+        MemoryError: in the block, beyond the limit.
     """
     sizes = _sizes_of(os.getpid())
     if resource is None or sizes is None:
@@ -197,7 +186,7 @@ def taking_at_most(size: int) -> Iterator[None]:
 
 @contextmanager
 def ending_in(seconds: float) -> Iterator[None]:
-    """End the block after `seconds`; where there are no timers, or outside the main thread, never.
+    """Limit the block to `seconds`; no effect without timers or outside the main thread.
 
     Raises:
         TimeoutError: in the block, when the time is over.
@@ -221,17 +210,17 @@ def ending_in(seconds: float) -> Iterator[None]:
 
 
 _SECONDS = 10.0
-_WHOLE = ("target_modules", "exclude_modules")  # a text is one expression, a list are names
+_WHOLE = ("target_modules", "exclude_modules")  # a string is a regular expression, a list has names
 _ENDS = ("rank_pattern", "alpha_pattern")
 
 
 def check_patterns(directory: Path, settings: Mapping[str, Any], base: Any) -> None:
-    """Refuse an adapter whose expressions are none, or go back and forth without end.
+    """Check that an adapter's regular expressions are valid and terminate on the names of `base`.
 
     Args:
-        directory: of an adapter of PEFT's form.
-        settings: what its adapter_config.json holds.
-        base: the model whose modules' names they are tried on.
+        directory: PEFT adapter directory.
+        settings: its adapter_config.json.
+        base: base model, whose module names are matched.
 
     Raises:
         InputError: naming the expression.
@@ -255,7 +244,7 @@ def check_patterns(directory: Path, settings: Mapping[str, Any], base: Any) -> N
 
 
 def _patterns(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield field, expression as it is written, and as PEFT 0.21 tries it."""
+    """Yield the field, the expression as written, and as PEFT 0.21 uses it."""
     for field in _WHOLE:
         if isinstance(text := settings.get(field), str):
             yield field, text, text
@@ -268,5 +257,7 @@ FROM_READERS = (
     OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
     RecursionError, NotImplementedError, struct.error,
 )  # fmt: skip
-"""A shape that they do not expect becomes any of these. Where nothing but such a file is read, it
-is the file's fault; a RuntimeError is left out, which is what a lack of memory is called."""
+"""Exceptions that libraries raise for malformed files.
+
+RuntimeError is excluded, as it also means out of memory.
+"""

@@ -160,7 +160,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
     ) -> None:
         """Add an adapter in float32 on the module's device, initialized as the identity.
 
-        The up-projection is zero, as in He et al. (2022); Houlsby et al. draw both from N(0, 0.01²).
+        The up-projection is zero, as in He et al. (2022); Houlsby et al. use N(0, 0.01²) for both.
         `widths` are the last dimensions of the adapter's input and output.
         """
         width_in, width_out = widths

@@ -83,7 +83,7 @@ class SoftPromptModel(VirtualTokenTuner):
 
     @torch.no_grad()
     def fold(self, adapter_name: str = "default") -> None:
-        """Replace the encoder of a prompt by its output (in place); Liu et al., 2021, section 3.2."""
+        """Replace the encoder of a prompt by its output (in place)."""
         for layer in self.layers():
             training = layer.training
             layer.eval()  # no dropout between the layers of an LSTM
