@@ -36,14 +36,7 @@ ScoreTexts = Callable[[Sequence[str], Sequence[str], str], dict[str, float]]
 
 @dataclass(frozen=True)
 class Checks:
-    """Data checks that apply to the encoded rows of a task.
-
-    Attributes:
-        token_labels: labels are token ids and must be within the vocabulary.
-        supervised: each row must have at least one target.
-        ends: each answer must end in a token that stops generation.
-        near_duplicates: rows that share most of their tokens are reported.
-    """
+    """Data checks for encoded rows: vocabulary, supervision, stop tokens, near duplicates."""
 
     token_labels: bool = False
     supervised: bool = True
@@ -106,11 +99,7 @@ class Task(ABC):
     def find_format(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Return the format that maps `columns` to roles; `rows` is a sample of the table.
-
-        Raises:
-            InputError: no format of the task matches.
-        """
+        """Return the format of `columns`; raises `InputError` if none matches."""
 
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
@@ -132,11 +121,7 @@ class Task(ABC):
 
     @abstractmethod
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
-        """Return encoded rows of `examples` that fit the maximum length.
-
-        Raises:
-            InputError: an example cannot be encoded or does not fit.
-        """
+        """Return encoded rows of `examples`; raises `InputError` if one does not fit."""
 
     def look(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
         """Return task-specific data checks: check name -> mask of the failing rows."""
@@ -168,10 +153,7 @@ class Task(ABC):
 
 
 class Meter(Protocol):
-    """Metrics accumulated batch by batch, without storing logits.
-
-    The mean loss is computed elsewhere.
-    """
+    """Metrics accumulated batch by batch, without storing logits and without the loss."""
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
         """Add a batch of encoded `rows`; logits and labels come from `Objective.targets`."""
@@ -246,21 +228,12 @@ class Objective(ABC):
     def loss_sum(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Return the loss summed over the targets (a scalar, float32).
-
-        Args:
-            logits: result of `logits`.
-            labels: labels from `split`.
-            mask: attention mask `(batch, seq)`.
-        """
+        """Return the float32 loss summed over targets; `mask` is the attention mask `(batch, seq)`."""
 
     def training_sum(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, loss: TrainingLoss
     ) -> torch.Tensor:
-        """Return the summed training loss, (1 - ε) L + ε Σ mean(-log softmax) with smoothing ε.
-
-        Matches transformers' `LabelSmoother`. Other arguments as for `loss_sum`.
-        """
+        """Return (1 - ε) L + ε Σ mean(-log softmax), as in transformers' `LabelSmoother`."""
         total, smoothing = self.loss_sum(logits, labels, mask), loss.smoothing
         if not smoothing:
             return total
@@ -288,19 +261,11 @@ class Objective(ABC):
     def remarks(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
     ) -> list[str]:
-        """Return warnings about misleading metrics.
-
-        Args:
-            metrics: metrics of the trained model.
-            before: metrics before step 1, if evaluated.
-        """
+        """Return warnings about misleading metrics; `before` has those before step 1."""
         return []
 
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
-        """Return the mean loss of a constant predictor with the label frequencies of `rows`.
-
-        None for text, where pretrained models already do better.
-        """
+        """Return the loss of a constant predictor with the label frequencies of `rows`, or None."""
         return None
 
 
@@ -364,19 +329,15 @@ class LikelihoodObjective(TokenObjective):
     def answers(self, each: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return `(answers, 2)`: log-likelihood and number of tokens of each answer.
 
-        Args:
-            each: `(targets,)` log-likelihoods in the order of `locate`, float32.
-            labels: `(answers, seq)`.
+        `each` are `(targets,)` float32 log-likelihoods in the order of `locate`; `labels`
+        `(answers, seq)`.
         """
 
     @abstractmethod
     def judge(
         self, answers: torch.Tensor, verdicts: torch.Tensor, *, training: bool
     ) -> torch.Tensor:
-        """Return the summed loss (a scalar, or one value per term).
+        """Return the summed loss, with one value per divisor of `training_count` if `training`.
 
-        Args:
-            answers: result of `answers`.
-            verdicts: `(answers, 3)`.
-            training: whether the divisor is `training_count`; otherwise `count` and a scalar loss.
+        `answers` is the result of `answers`; `verdicts` are `(answers, 3)`.
         """

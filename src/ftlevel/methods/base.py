@@ -56,13 +56,7 @@ class Base:
 
 @dataclass(frozen=True)
 class QuantizedCheckpoint:
-    """Base model whose checkpoint is already quantized.
-
-    Attributes:
-        name: model name, as entered by the user.
-        form: description of the quantization, such as `GPTQ, 4-bit`.
-        kind: value of `--quant`; `none` for formats of other libraries.
-    """
+    """Base model whose checkpoint is quantized; `kind` is `none` for other libraries' formats."""
 
     name: str
     form: str
@@ -256,10 +250,7 @@ VIRTUAL_TOKENS = (
 
 
 class UnmergeableLayer:
-    """Mixin for adapter layers that cannot be merged; must precede `BaseTunerLayer`.
-
-    `cannot_merge` is the error message.
-    """
+    """Mixin for layers that cannot be merged; must precede `BaseTunerLayer`."""
 
     cannot_merge: ClassVar[str]
 

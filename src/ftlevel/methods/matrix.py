@@ -73,11 +73,7 @@ def find_problems(spec: MethodSpec, base: Cell) -> list[str]:
 
 
 def check_supported(spec: MethodSpec, base: Cell) -> None:
-    """Check that a method supports the model, task and quantization of `base`.
-
-    Raises:
-        ConfigError: with each reason and an alternative.
-    """
+    """Raise `ConfigError`, with reasons and alternatives, if `base` does not support the method."""
     problems = find_problems(spec, base)
     if problems:
         raise ConfigError(problems)

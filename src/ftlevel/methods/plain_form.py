@@ -67,11 +67,7 @@ class AdapterFile:
         return [key.removesuffix(f".{end}") for key in self.tensors if key.endswith(f".{end}")]
 
     def take(self, name: str, *ends: str) -> list[Any]:
-        """Remove and return the tensors of the module `name`, in float64.
-
-        Raises:
-            InputError: a tensor is missing.
-        """
+        """Remove and return tensors of module `name` in float64; raises `InputError` if missing."""
         lost = [end for end in ends if f"{name}.{end}" not in self.tensors]
         if lost:
             raise InputError(f"its file has no {name}.{lost[0]}. Was a copy cut short?")
@@ -84,12 +80,9 @@ AsLora = Callable[[AdapterFile], dict[str, Factors]]
 
 @dataclass(frozen=True)
 class PlainForm:
-    """Conversion of a method's adapters to plain LoRA.
+    """Conversion to plain LoRA, from the file (`algebra`) or the loaded layers (None).
 
-    Attributes:
-        algebra: conversion from the file and base weights alone; None computes it from the loaded
-            layers.
-        never: reason why no low-rank LoRA is equivalent; empty if one may be.
+    `never` is the reason why no low-rank LoRA is equivalent; empty if one may be.
     """
 
     algebra: AsLora | None = None

@@ -49,10 +49,7 @@ FACTS = {
 
 
 def add_peft_type(name: str) -> Any:
-    """Return the member `name` of `peft.utils.PeftType`, adding it if missing.
-
-    The member behaves like a declared one in lookup, iteration, comparison, pickling and JSON.
-    """
+    """Return the member `name` of `peft.utils.PeftType`, added like a declared one if missing."""
     from peft import PeftType
 
     if name in PeftType.__members__:
@@ -85,11 +82,7 @@ def pattern_of(patterns: Iterable[str], module: str) -> str:
 
 
 def merge_layer(layer: Any) -> Any:
-    """Merge an adapter layer (mutated) and return the module that replaces it.
-
-    Raises:
-        RuntimeError: PEFT cannot merge it.
-    """
+    """Return the module that replaces a merged layer; raises `RuntimeError` if PEFT fails."""
     if hasattr(layer, "unload_and_optionally_merge_module"):
         return layer.unload_and_optionally_merge_module(
             merge=True, safe_merge=False, adapter_names=None
@@ -131,10 +124,7 @@ def _copied(_module: Any, _inputs: Any, output: Any) -> Any:
 
 
 def freeze_ranks(model: Any) -> None:
-    """Freeze AdaLoRA's `ranknum` parameters (in place).
-
-    For a base not in float32, PEFT 0.21 leaves them trainable and does not save them.
-    """
+    """Freeze `ranknum` (in place), which PEFT 0.21 leaves trainable on non-float32 bases."""
     for name, parameter in model.named_parameters():
         if ".ranknum." in name:
             parameter.requires_grad_(False)

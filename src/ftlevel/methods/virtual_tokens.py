@@ -20,10 +20,7 @@ _DEEPEST_SUFFIX = 3
 
 
 class VirtualTokenLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLayer):
-    """Virtual tokens of one module, by adapter name.
-
-    `in_features` and `out_features` are the module's input and output widths, as PEFT expects.
-    """
+    """Virtual tokens of one module, by adapter name."""
 
     cannot_merge = VIRTUAL_TOKENS
     in_features: int

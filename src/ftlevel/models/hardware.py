@@ -34,10 +34,7 @@ _MEMBERSHIP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def choose_threads() -> Choice:
-    """Set torch's threads to one per usable physical core, unless set already; return the choice.
-
-    More threads compete for a core's multipliers, or block at barriers beyond a container's quota.
-    """
+    """Set torch's threads to one per usable physical core unless set; return the choice."""
     if os.environ.get("OMP_NUM_THREADS"):
         return Choice("threads", torch.get_num_threads(), "OMP_NUM_THREADS")
     allowed = allowed_cpus()
@@ -117,14 +114,7 @@ _TRAINED_BYTES = 12  # gradient and two Adam moments in float32
 
 @dataclass(frozen=True)
 class Holding:
-    """Memory-related settings of training.
-
-    Attributes:
-        weight: bytes per base weight, such as 0.5 for 4 bits.
-        value: bytes per activation value.
-        trained: whether all weights are trained.
-        checkpointing: whether gradient checkpointing is enabled.
-    """
+    """Memory settings: bytes per base `weight` (0.5 for 4 bits) and per activation `value`."""
 
     weight: float
     value: int
@@ -133,10 +123,7 @@ class Holding:
 
 
 def longest_in_memory(config: Any, holding: Holding, memory: int) -> int | None:
-    """Return an upper bound of the row length in tokens for `memory` bytes; None if unknown.
-
-    Also None if the weights alone do not fit.
-    """
+    """Return an upper bound of tokens per row for `memory` bytes, or None."""
     text = config.get_text_config()
     hidden, layers = getattr(text, "hidden_size", 0), getattr(text, "num_hidden_layers", 0)
     if not (isinstance(hidden, int) and isinstance(layers, int) and hidden and layers):
@@ -163,10 +150,7 @@ def device_memory(device: str) -> int:
 
 
 def release_freed_memory() -> None:
-    """Return freed pages of glibc's heap to the system.
-
-    Blocks below malloc's mmap threshold otherwise remain as holes in the heap.
-    """
+    """Return freed pages of glibc's heap, below malloc's mmap threshold, to the system."""
     if sys.platform.startswith("linux"):
         library = ctypes.CDLL(None)
         if hasattr(library, "malloc_trim"):
@@ -207,11 +191,7 @@ DTYPES = {
 
 
 def choose_device(wish: str) -> Choice:
-    """Return the torch device type for `wish` (auto, cpu, cuda or mps).
-
-    Raises:
-        ConfigError: the device is not available.
-    """
+    """Return the device type for auto, cpu, cuda or mps; raises `ConfigError` if unavailable."""
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if wish == "cuda" and not has_cuda:
         raise ConfigError("--device cuda: torch finds no CUDA device here. Use --device cpu.")
@@ -307,11 +287,7 @@ def uses_tf32(wish: bool | None, device: str, dtype: str) -> bool:
 
 
 def choose_tf32(wish: bool | None, device: str, dtype: str) -> list[Choice]:
-    """Return the log line about TF32, if any.
-
-    Raises:
-        ConfigError: TF32 is requested on a device without it.
-    """
+    """Return log lines about TF32; raises `ConfigError` if the device does not support it."""
     if uses_tf32(wish, device, dtype):
         why = "auto: an Ampere GPU or later; --no-tf32 is exact" if wish is None else ""
         return [Choice("float32 products", "in TF32 while training", why)]

@@ -31,14 +31,7 @@ _OF_NO_WEIGHT = ("dtype", "torch_dtype", "transformers_version", "architectures"
 
 @dataclass(frozen=True)
 class PlacedModel:
-    """Files from which a model passed as an object is loaded.
-
-    Attributes:
-        name: value of `--model`.
-        directory: where it was saved; None if the files of its name are identical.
-        quant: bitsandbytes quantization; None if not quantized.
-        choice: log line.
-    """
+    """Files of a model passed as an object; `directory` is None if its name has the same."""
 
     name: str
     directory: Path | None

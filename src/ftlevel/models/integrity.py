@@ -29,9 +29,7 @@ Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 
 def check_shapes(model: Any, mismatched: Iterable[Mismatch], words: str) -> list[str]:
-    """Return the head parameters with another shape in the checkpoint; these are newly initialized.
-
-    `words` names the model in errors.
+    """Return head parameters with another shape in the checkpoint, which are newly initialized.
 
     Raises:
         InputError: a weight outside the heads has another shape.
@@ -54,13 +52,7 @@ def _by(shape: Iterable[int]) -> str:
 
 
 def check_unexpected(model: nn.Module, unread: Iterable[str], words: str) -> None:
-    """Check that the model uses all layers and biases of the checkpoint.
-
-    `unread` are unexpected keys; those of other tasks' heads are ignored.
-
-    Raises:
-        InputError: config.json omits layers or biases.
-    """
+    """Raise `InputError` if config.json omits layers or biases of the unexpected keys `unread`."""
     lengths = {
         name: len(module)
         for name, module in model.named_modules()
@@ -104,13 +96,7 @@ def _find(named: Mapping[str, Any], name: str) -> Any:
 
 
 def check_stored_dtypes(stored: Mapping[str, str], words: str) -> None:
-    """Check that an unquantized checkpoint has no integer weights, which would lack a scale.
-
-    `stored` maps tensor names to safetensors dtypes.
-
-    Raises:
-        InputError: some weights are integers.
-    """
+    """Raise `InputError` if an unquantized checkpoint has integer weights, which lack a scale."""
     packed = {
         name: dtype
         for name, dtype in stored.items()
@@ -126,11 +112,7 @@ def check_stored_dtypes(stored: Mapping[str, str], words: str) -> None:
 
 
 def check_finite(tensors: Iterable[tuple[str, Any]], words: str) -> None:
-    """Check that no weight is NaN, infinite or larger than 1e10; for quantized weights, the scales.
-
-    Raises:
-        InputError: naming the tensors.
-    """
+    """Raise `InputError` for weights or scales that are NaN, infinite or larger than 1e10."""
     parts = [(name, part) for name, tensor in tensors for part in _floats(tensor)]
     if not parts:
         return
@@ -162,11 +144,7 @@ def _floats(tensor: Any) -> Iterator[torch.Tensor]:
 
 
 def check_missing(missing: list[str], allowed: list[str], words: str) -> None:
-    """Check that only weights of the modules `allowed` are missing from the checkpoint.
-
-    Raises:
-        InputError: others are missing and would be randomly initialized.
-    """
+    """Raise `InputError` if weights outside the modules `allowed` are missing."""
     lost = [key for key in missing if not any(_inside(key, module) for module in allowed)]
     if lost:
         raise InputError(

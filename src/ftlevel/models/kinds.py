@@ -17,11 +17,7 @@ ModelKind = Literal["encoder", "decoder", "encoder-decoder"]
 
 
 def model_kind(config: Any) -> ModelKind:
-    """Return the kind of architecture of `config`.
-
-    A model type with a masked-LM head in transformers is an encoder, even with a causal head
-    (BERT).
-    """
+    """Return the kind of architecture; types with a masked-LM head (BERT) are encoders."""
     if config.is_encoder_decoder:
         return "encoder-decoder"
     if has_masked_lm(config.model_type):

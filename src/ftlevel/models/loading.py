@@ -84,11 +84,7 @@ def quiet_libraries() -> Iterator[None]:
 
 @quick_headers()
 def load_config(source: ModelSource, **overrides: Any) -> Any:
-    """Return the `PretrainedConfig` of `source`, with `overrides` such as `num_labels`.
-
-    Raises:
-        InputError: the config is unreadable or of an unknown architecture.
-    """
+    """Return the config of `source` with `overrides`; raises `InputError` if it is unusable."""
     try:
         if source.kind in ("gguf", "hub"):  # directories are already checked
             raw, more = transformers.PreTrainedConfig.get_config_dict(
@@ -140,11 +136,7 @@ def label_overrides(names: Sequence[str]) -> dict[str, Any]:
 
 @quick_headers()
 def load_tokenizer(source: ModelSource) -> Any:
-    """Return the tokenizer of `source`.
-
-    Raises:
-        InputError: it is missing or unreadable.
-    """
+    """Return the tokenizer of `source`; raises `InputError` if it is missing or unreadable."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source.location, **source.arguments()
@@ -169,11 +161,7 @@ def _holds_tokenizer(directory: Path) -> bool:
 
 
 def build_task_model(config: Any, auto_class: str) -> Any:
-    """Build the model on the meta device, without allocating weights.
-
-    Raises:
-        InputError: the architecture does not support the task, or the config is invalid.
-    """
+    """Build the model on the meta device; raises `InputError` if the class does not support it."""
     try:
         with torch.device("meta"), quiet_libraries():
             return getattr(transformers, auto_class).from_config(config)
@@ -275,10 +263,7 @@ def _read(
 def _load_gguf_quantized(
     source: ModelSource, config: Any, auto_class: str, *, dtype: torch.dtype, **settings: Any
 ) -> tuple[Any, list[str]]:
-    """Load a .gguf file and quantize it.
-
-    transformers reads such a file in full precision only, so it is saved in `dtype` and reloaded.
-    """
+    """Load a .gguf file in `dtype`, save it, and reload it quantized."""
     with Workspace("gguf") as folder:
         model, missing = load_model(source, config, auto_class, dtype=dtype, device="cpu")
         model.save_pretrained(folder, max_shard_size="2GB")
@@ -341,10 +326,7 @@ def _prefix(entry: Any) -> str:
 
 
 def find_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
-    """Return the poolers of `meta` that the checkpoint lacks, such as a masked LM's.
-
-    They are trained and saved like heads. Empty for .gguf files and models not on disk.
-    """
+    """Return poolers that the checkpoint lacks, which are trained like heads; may be empty."""
     held = _stored_dtypes(source)
     if not held:
         return []
@@ -369,11 +351,7 @@ def find_new_heads(meta: torch.nn.Module, source: ModelSource, heads: list[str])
 
 
 def _stored_dtypes(source: ModelSource) -> dict[str, str]:
-    """Return tensor names and dtypes of the checkpoint; empty for .gguf and models not on disk.
-
-    Raises:
-        InputError: a file is damaged.
-    """
+    """Return tensor dtypes by name; empty for .gguf and models not on disk."""
     held: dict[str, str] = {}
     if source.path is None or source.path.is_file():
         return held

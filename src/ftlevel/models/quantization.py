@@ -21,11 +21,7 @@ from ftlevel.models.upstream.quantizers import check_environment, replaced_linea
 
 
 def build_quantization_config(quant: QuantConfig, dtype: torch.dtype, heads: list[str]) -> Any:
-    """Return the `BitsAndBytesConfig` for `quant`, or None.
-
-    `dtype` is the compute dtype. `heads` are trained and therefore excluded; transformers would
-    quantize them.
-    """
+    """Return the `BitsAndBytesConfig` for `quant`, excluding the trained `heads`, or None."""
     if quant.kind == "none":
         return None
     from transformers import BitsAndBytesConfig
@@ -93,10 +89,7 @@ class Rounding:
 
 
 def build_rounding(model: Any, quantization: Any, dtype: torch.dtype) -> Rounding:
-    """Return the rounding that `quantization` applies to `model` on the meta device (mutated).
-
-    `dtype` is the dtype in which weights are loaded.
-    """
+    """Return the rounding that `quantization` applies to the meta model `model` (mutated)."""
     found = replaced_linears(model, quantization, pre_quantized=False)
     experts: frozenset[str] = frozenset()
     if packs_experts(quantization):
@@ -114,11 +107,7 @@ _CONFIGS = {"int8-torchao": "Int8WeightOnlyConfig", "float8-torchao": "Float8Wei
 
 
 def build_torchao_config(kind: str) -> Any:
-    """Return transformers' `TorchAoConfig` for `kind`.
-
-    Raises:
-        ConfigError: torchao is not installed.
-    """
+    """Return the `TorchAoConfig` for `kind`; raises `ConfigError` without torchao."""
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError(
             f"--quant {kind} is torchao's, which is not installed. Install it: {INSTALL}"
@@ -193,10 +182,7 @@ def quantization_facts(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_quantization(facts: Mapping[str, Any]) -> QuantConfig:
-    """Return the quantization to apply while loading, from a model card.
-
-    Other libraries' kinds are stored in the checkpoint, never applied while loading.
-    """
+    """Return the quantization to apply while loading; other libraries' kinds are stored instead."""
     return QuantConfig.model_validate(facts) if _is_own(facts) else QuantConfig()
 
 
@@ -210,11 +196,7 @@ def _is_own(facts: Mapping[str, Any]) -> bool:
 
 
 def check_loadable(stored: dict[str, Any], words: str, device: str) -> None:
-    """Check that transformers can load a quantized checkpoint here, before reading weights.
-
-    Raises:
-        InputError: naming the quantization and what is missing.
-    """
+    """Raise `InputError` if transformers cannot load this quantized checkpoint here."""
     method = quantization_name(stored)
     try:
         place = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device

@@ -122,11 +122,7 @@ def resolve_source(
 
 
 def check_revision(source: ModelSource, revision: str | None) -> None:
-    """Check that `revision` is only given for a Hub id.
-
-    Raises:
-        InputError: `source` is not on the Hub.
-    """
+    """Raise `InputError` if `revision` is given for a source that is not on the Hub."""
     if revision and source.kind != "hub":
         raise InputError(
             f"revision {revision} was asked for, and {source.words} lies on this disk, where it "
@@ -223,10 +219,7 @@ def answers(endpoint: str) -> bool:
 
 
 def snapshot(source: ModelSource, more: Iterable[str] = ()) -> Path:
-    """Return the directory with config and .safetensors files of `source`, downloading if needed.
-
-    `more` has patterns of further files to download.
-    """
+    """Return the directory of `source`, downloading config, weights and `more` if needed."""
     if source.kind != "hub":
         return Path(source.location)
     from huggingface_hub import snapshot_download

@@ -48,10 +48,7 @@ _PLAIN_NAME = re.compile(r"[\w.\-]+(,[\w.\-]+)*")
 
 @dataclass(frozen=True)
 class LinearKind:
-    """Linear layers of a model that differ only in their layer index.
-
-    `all_linear` and `default` tell whether `all-linear` and the default include them.
-    """
+    """Linear layers of a model that differ only in their layer index."""
 
     name: str
     pattern: str
@@ -119,11 +116,7 @@ def adapter_bytes(parameters: int) -> int:
 
 
 def build_meta_model(config: Any) -> nn.Module:
-    """Build the model of a transformers config on the meta device.
-
-    The class is that of the checkpoint if known, else the language model of its kind, else the bare
-    model.
-    """
+    """Build the checkpoint's class on the meta device, else its language model, else the base."""
     import transformers
 
     from ftlevel.models.upstream.architectures import model_classes

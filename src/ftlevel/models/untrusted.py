@@ -51,13 +51,7 @@ _AT_LEAST_ONE = ("num_hidden_layers", "n_layer", "num_attention_heads", "n_head"
 
 
 def check_directory(path: Path, words: str) -> None:
-    """Check that a model directory has regular files only, no outside references, and sane sizes.
-
-    `words` names the model in errors.
-
-    Raises:
-        InputError: naming the file.
-    """
+    """Raise `InputError` for irregular files, outside references or absurd sizes in a directory."""
     check_regular(path.iterdir(), words)
     for index in path.glob(_INDEX):
         _check_index(index, words)
@@ -67,11 +61,7 @@ def check_directory(path: Path, words: str) -> None:
 
 
 def check_config(config: Mapping[str, Any], words: str) -> None:
-    """Check a stored config for absurd sizes and remote kernels, before it is built.
-
-    Raises:
-        InputError: naming the field.
-    """
+    """Raise `InputError` for absurd sizes or remote kernels in a config, before it is built."""
     check_sizes(config, words)
     _check_kernels(config, words)
     names = config.get("architectures") or []
@@ -97,11 +87,7 @@ def _check_kernels(config: Mapping[str, Any], words: str) -> None:
 
 
 def check_sizes(config: Mapping[str, Any], words: str) -> None:
-    """Check that no size exceeds that of any model.
-
-    Raises:
-        InputError: naming the field.
-    """
+    """Raise `InputError` for a size larger than that of any model."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             check_sizes(value, words)
@@ -163,11 +149,7 @@ def _sizes_of(_process: int) -> io.FileIO | None:
 
 @contextmanager
 def taking_at_most(size: int) -> Iterator[None]:
-    """Limit additional memory of the process to `size` bytes within the block (Linux only).
-
-    Raises:
-        MemoryError: in the block, beyond the limit.
-    """
+    """Limit additional memory in the block to `size` bytes (Linux); else raises `MemoryError`."""
     sizes = _sizes_of(os.getpid())
     if resource is None or sizes is None:
         yield
@@ -186,11 +168,7 @@ def taking_at_most(size: int) -> Iterator[None]:
 
 @contextmanager
 def ending_in(seconds: float) -> Iterator[None]:
-    """Limit the block to `seconds`; no effect without timers or outside the main thread.
-
-    Raises:
-        TimeoutError: in the block, when the time is over.
-    """
+    """Raise `TimeoutError` in the block after `seconds`; main thread and POSIX only."""
     if not hasattr(signal, "setitimer") or (
         threading.current_thread() is not threading.main_thread()
     ):
@@ -215,16 +193,7 @@ _ENDS = ("rank_pattern", "alpha_pattern")
 
 
 def check_patterns(directory: Path, settings: Mapping[str, Any], base: Any) -> None:
-    """Check that an adapter's regular expressions are valid and terminate on the names of `base`.
-
-    Args:
-        directory: PEFT adapter directory.
-        settings: its adapter_config.json.
-        base: base model, whose module names are matched.
-
-    Raises:
-        InputError: naming the expression.
-    """
+    """Raise `InputError` for invalid or endless regular expressions in adapter_config.json."""
     path = directory / "adapter_config.json"
     names = [name for name, _ in base.named_modules()]
     for field, written, pattern in _patterns(settings):

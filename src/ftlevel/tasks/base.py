@@ -46,12 +46,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Optional outputs of a prediction.
-
-    Attributes:
-        probabilities: whether to output class probabilities.
-        top_k: number of most likely answers to output; 0 for none.
-    """
+    """Optional outputs of a prediction; `top_k` is 0 for no ranking."""
 
     probabilities: bool = False
     top_k: int = 0
@@ -77,11 +72,7 @@ class PromptedModel(Protocol):
     prompt_format: PromptFormat | None
 
     def write(self, prompts: Sequence[list[int]]) -> list[str]:
-        """Return the generated text for each prompt of token ids.
-
-        Raises:
-            UnansweredError: a prompt leaves no room for generated tokens.
-        """
+        """Return the text generated for each prompt; raises `UnansweredError` without room."""
 
     def score(self, rows: Sequence[Encoded], read: Callable[[Encoded, torch.Tensor], T]) -> list[T]:
         """Return `read(row, logits)` for each row, in order.
@@ -159,11 +150,7 @@ class BaseTask(Task):
     # ---- the model
 
     def auto_class(self, kind: str, model_type: str) -> str:
-        """Return the transformers auto class for a model of `kind`.
-
-        Raises:
-            ConfigError: the task does not support such a model.
-        """
+        """Return the transformers auto class for `kind`; raises `ConfigError` if unsupported."""
         if kind in self.auto_classes:
             return self.auto_classes[kind]
         wanted = listing(self.auto_classes)
@@ -173,10 +160,7 @@ class BaseTask(Task):
         )
 
     def find_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
-        """Return the fully trained modules, and those whose weights a checkpoint may lack.
-
-        `meta` is the model on the meta device; `source` locates its weights.
-        """
+        """Return the fully trained modules of `meta`, and those that a checkpoint may lack."""
         if not self.has_new_head:
             return [], []
         from ftlevel.models.loading import find_new_poolers
@@ -192,12 +176,7 @@ class BaseTask(Task):
 
     @abstractmethod
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Return the training objective.
-
-        Args:
-            kind: encoder, decoder or encoder-decoder.
-            facts: data facts or a model card: labels and `card_options`.
-        """
+        """Return the objective for a `kind` of model, from data facts or a model card."""
 
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Return task options that inference needs."""
@@ -250,11 +229,7 @@ class BaseTask(Task):
     ) -> Format:
         """Return the format of `columns` without an answer.
 
-        Args:
-            columns: column names.
-            mapping: role -> column, from `--map`.
-            name: the only format to try, from `--format`.
-            rows: sample of the rows.
+        `mapping` (role -> column) is from `--map`, `name` from `--format`.
 
         Raises:
             ConfigError: the task supports prompts only.
@@ -272,12 +247,6 @@ class BaseTask(Task):
     ) -> dict[str, Column]:
         """Return prediction columns: name suffix -> type; "" is the answer itself.
 
-        Args:
-            format_: result of `find_questions`.
-            labels: class or tag names.
-            options: task options, from `card_options`.
-            wanted: optional outputs.
-
         Raises:
             ConfigError: the task does not support an optional output.
         """
@@ -286,16 +255,13 @@ class BaseTask(Task):
 
     @abstractmethod
     def pose(self, prompt: str, context: str | None, number: int) -> Any:
-        """Return an example built from `prompt`, as the builders of `questions` do.
-
-        `context` is passed only if `wants_context`; `number` is the 0-based index.
-        """
+        """Return an example built from `prompt` (and `context`, if `wants_context`)."""
 
     @abstractmethod
     def answer_rows(
         self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
     ) -> list[Reply]:
-        """Return one prediction per question; `questions[i].row` must be i.
+        """Return one prediction per question, with `questions[i].row` = i.
 
         Raises:
             UnansweredError: some questions cannot be answered.
@@ -335,16 +301,7 @@ class BaseTask(Task):
 
 
 def refuse_wishes(wanted: Wanted, whose: str, instead: str) -> None:
-    """Raise for optional outputs that are not supported.
-
-    Args:
-        wanted: optional outputs.
-        whose: subject of the message.
-        instead: suggested fix; "" suggests dropping the flag.
-
-    Raises:
-        ConfigError: an optional output is requested.
-    """
+    """Raise `ConfigError` for optional outputs in `wanted`; `whose` is the message's subject."""
     for flag, wish in (("--probabilities", wanted.probabilities), ("--top-k", wanted.top_k)):
         if wish:
             raise ConfigError(

@@ -51,10 +51,7 @@ class ClassObjective(Objective):
         return self.count(labels) if weights is None else weights[labels[labels != IGNORED]].sum()
 
     def balance(self, rows: Sequence[Encoded], classes: int) -> tuple[float, ...]:
-        """Return scikit-learn's balanced weights: targets / (classes · targets of the class).
-
-        Classes that do not occur are not counted and have weight 1.
-        """
+        """Return balanced weights as in scikit-learn: targets / (classes · class targets)."""
         counts = Counter(_targets_of(rows))
         total, kinds = counts.total(), len(counts)
         return tuple(total / (kinds * counts[c]) if counts[c] else 1.0 for c in range(classes))
@@ -68,10 +65,7 @@ def focus(surprise: torch.Tensor, gamma: float) -> torch.Tensor:
 def weigh_yes_and_no(
     logits: torch.Tensor, labels: torch.Tensor, loss: TrainingLoss
 ) -> torch.Tensor:
-    """Return the summed binary cross entropy; class weights apply to the positive term.
-
-    `logits` (float32) and `labels` (0.0 or 1.0) are `(rows, classes)`.
-    """
+    """Return the summed binary cross entropy of `(rows, classes)`, with positive-term weights."""
     from torch.nn import functional
 
     weights = _tensor_of(loss.class_weights, logits)
@@ -141,10 +135,7 @@ def _in_words(value: Any, names: Sequence[str]) -> Any:
 
 
 def entropy(answers: Iterable[Hashable]) -> float | None:
-    """Return the entropy of the answer frequencies in nats; None for no answers.
-
-    It is the lowest mean cross entropy of a constant prediction.
-    """
+    """Return the entropy of the answer frequencies in nats, a bound for constant predictions."""
     counts = Counter(answers)
     total = counts.total()
     if not total:

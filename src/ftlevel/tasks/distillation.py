@@ -78,12 +78,9 @@ def log_outcomes(scores: torch.Tensor, ids: torch.Tensor, outcomes: int) -> torc
 def divergence(
     known: torch.Tensor, own: torch.Tensor, settings: DistillationConfig
 ) -> torch.Tensor:
-    """Return the divergence of each target, `(targets,)`.
+    """Return the divergence `(targets,)` of `(targets, outcomes)` log-probabilities.
 
-    Args:
-        known: `(targets, outcomes)` log-probabilities of the teacher.
-        own: `(targets, outcomes)` log-probabilities of the student.
-        settings: divergence and its β.
+    `known` are the teacher's, `own` the student's.
     """
     import torch
 
@@ -104,10 +101,7 @@ def build_taught(objective: Tokens, settings: DistillationConfig) -> Taught:
 
 
 def outcome_dtype(settings: DistillationConfig, vocabulary: int) -> Any:
-    """Return the numpy dtype of the teacher's values at a target.
-
-    `vocabulary` is the number of tokens that both models share.
-    """
+    """Return the numpy dtype of the teacher's values for a shared `vocabulary` size."""
     import numpy as np
 
     wish = settings.kd_top_k
@@ -149,10 +143,7 @@ class TaughtRow(Encoded):
 class TaughtRows(Computed[Encoded]):
     """Rows with their teacher values.
 
-    Args:
-        rows: text rows.
-        kept: `(targets,)` array of `outcome_dtype`, row after row.
-        begins: start of each row in `kept`, then the total.
+    `kept` `(targets,)` has `outcome_dtype`; row i has `kept[begins[i]:begins[i + 1]]`.
     """
 
     def __init__(self, rows: Sequence[Encoded], kept: np.ndarray, begins: Sequence[int]) -> None:

@@ -117,11 +117,7 @@ class MaskTask(BaseTask):
     def answer_rows(
         self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
     ) -> list[Reply]:
-        """Return each text with its masks filled, and the top predictions of the first mask.
-
-        Raises:
-            UnansweredError: a text contains no mask.
-        """
+        """Return texts with masks filled; raises `UnansweredError` for texts without a mask."""
         tokenizer = model.tokenizer
         texts = [question.text.replace(_MASK, tokenizer.mask_token) for question in questions]
         missing = {

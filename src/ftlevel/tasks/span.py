@@ -70,13 +70,7 @@ class Found:
 
 
 def update_found(found: Found, scores: torch.Tensor, window: Any) -> None:
-    """Update the best span with a window.
-
-    Args:
-        found: best span of the window's question (mutated).
-        scores: start and end logits `(seq, 2)`.
-        window: `Window` with the context tokens and their character offsets.
-    """
+    """Update `found` (mutated) with a window and its start and end logits `(seq, 2)`."""
     begin = window.context_start
     count = len(window.offsets)
     start = scores[begin : begin + count, 0].float()
@@ -252,11 +246,7 @@ class SpanTask(BaseTask):
 
 
 def _encode_windows(model: PromptedModel, questions: Sequence[Question]) -> list[Encoded]:
-    """Return the windows of all questions.
-
-    Raises:
-        UnansweredError: a question leaves no room for its context.
-    """
+    """Return the windows of all questions; raises `UnansweredError` if some have no room."""
     arguments: dict[str, Any] = {
         "length": model.max_length or USUAL_LENGTH,
         "stride": model.options["doc_stride"],
@@ -296,10 +286,9 @@ def _separator(kind: str) -> str:
 
 @dataclass(frozen=True)
 class Spans(Objective):
-    """Cross entropy over the start and end tokens of an answer.
+    """Cross entropy over start and end tokens: logits `(batch, seq, 2)`, labels `(batch, 2)`.
 
-    Logits are `(batch, seq, 2)`, labels `(batch, 2)`. Unlike in transformers, padding is masked, so
-    a row's loss does not depend on its batch. `unanswerable` allows "no answer" as prediction.
+    Padding is masked, unlike in transformers, so a row's loss does not depend on its batch.
     """
 
     unanswerable: bool = False

@@ -169,10 +169,7 @@ class TagTask(BaseTask):
         name: str | None = None,
         rows: Sequence[Row] = (),
     ) -> Format:
-        """Return the format of `columns`, ignoring Prodigy's `tokens`.
-
-        Prodigy adds a list of token objects to the text; the text is split as in training instead.
-        """
+        """Return the format of `columns`, ignoring `tokens` objects that Prodigy adds."""
         words = next((row["tokens"] for row in rows if row.get("tokens")), None)
         if isinstance(words, list) and isinstance(words[0], dict) and "tokens" not in mapping:
             columns = [column for column in columns if column != "tokens"]
@@ -295,10 +292,7 @@ class Tags(ClassObjective):
 
 
 class TagMeter(Pairs):
-    """Accuracy, and entity precision, recall and F1, or macro F1 for other tags.
-
-    A word without tokens is predicted as `O`, and counts as wrong if there is no `O`.
-    """
+    """Accuracy and entity F1, or macro F1 for other tags; a word without tokens counts as `O`."""
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()

@@ -103,10 +103,7 @@ _TURNS = ("role", "content", "user", "assistant")
 
 
 def _dialogue_shapes(build: Build) -> tuple[Shape, ...]:
-    """Return the column layouts of prompts with answers.
-
-    Alpaca files also have a `text` column, which repeats `instruction` and `output`.
-    """
+    """Return the column layouts of prompts with answers."""
     return (
         Shape("messages", build, {"messages": _MESSAGES}, _TALK, False, _TURNS),
         Shape("conversations", build, {"conversations": ("conversations",)}, _TALK, False, _TURNS),
@@ -311,11 +308,7 @@ class TranslationTask(TextTask):
 
 
 def _ask(model: PromptedModel, question: Pair | Conversation) -> list[int]:
-    """Return the prompt token ids of a question.
-
-    Raises:
-        InputError: the chat template fails, or several turns have no template.
-    """
+    """Return the prompt token ids; raises `InputError` if the chat template fails or is missing."""
     form, tokenizer = model.prompt_format, model.tokenizer
     if form is None:
         raise TypeError("a model that writes text has a prompt format")
@@ -334,10 +327,7 @@ def _ask(model: PromptedModel, question: Pair | Conversation) -> list[int]:
 
 
 def name_languages(kind: str, source: str, target: str) -> str:
-    """Return the translation instruction for a model of `kind`.
-
-    Encoder-decoders get T5's pretraining prefix (Raffel et al., 2020, appendix D).
-    """
+    """Return the translation instruction; for encoder-decoders T5's (Raffel et al., 2020)."""
     if kind == "encoder-decoder":
         return f"translate {source} to {target}:"
     return f"Translate from {source} to {target}."

@@ -23,11 +23,7 @@ from ftlevel.methods.upstream import freeze_ranks, restore_ranks
 
 
 def as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Return the update of every module.
-
-    Raises:
-        InputError: biases were trained.
-    """
+    """Return the update of every module; raises `InputError` if biases were trained."""
     config = file.config
     if config.get("bias", "none") != "none":
         raise InputError("bias is set: biases of the base were trained. Merge it")
@@ -97,10 +93,7 @@ def orthogonality(model: Any) -> Any:
 
 
 def finish(model: Any) -> None:
-    """Remove pruned ranks from a trained model (in place), as in the saved adapter.
-
-    Otherwise bfloat16 products round differently from those of the reloaded adapter.
-    """
+    """Remove pruned ranks from a trained model (in place), to round as the saved adapter does."""
     import torch
 
     for name, alive in (model.peft_config["default"].rank_pattern or {}).items():

@@ -86,11 +86,7 @@ def build(spec: AdapterSpec, base: Base) -> Any:
 
 
 def find_targets(spec: AdapterSpec, model: Any) -> list[str]:
-    """Return the full names of the modules in `model` that get an adapter, sorted.
-
-    Raises:
-        InputError: the positions of this model family are unknown.
-    """
+    """Return the sorted names of adapted modules; raises `InputError` for unknown families."""
     sites = sites_of(model.config)
     if sites is None:
         raise InputError(
@@ -139,10 +135,7 @@ def why_not_mergeable(_config: Mapping[str, Any]) -> str:
 
 
 def find_rates(spec: AdapterSpec) -> Rates:
-    """Return the rates: double for one adapter per block, except in decoders.
-
-    With scaling above 1, as in parallel placements, they are a third.
-    """
+    """Return the rates: double for one adapter per block, a third for scaling above 1."""
     scaling = default_scaling(spec.placement) if spec.scaling is None else spec.scaling
     if isinstance(scaling, float) and scaling > 1:
         return Rates(narrow=1e-3, wide=1e-4, source="a third of Houlsby et al., section 3.2")

@@ -42,12 +42,7 @@ _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
 @dataclass(frozen=True)
 class Holders:
-    """Modules that contain AdapterHub's adapters, as paths relative to a block.
-
-    Attributes:
-        attention: one per `Sites.attention`, if equivalent; "" is the block itself.
-        feed_forward: that of the feed-forward.
-    """
+    """Modules of AdapterHub's adapters, relative to a block; "" is the block itself."""
 
     attention: tuple[str, ...]
     feed_forward: str
@@ -126,11 +121,7 @@ def _check_plain(config: Mapping[str, Any]) -> None:
 
 
 def _placement(config: Mapping[str, Any], sites: Sites) -> str:
-    """Return the placement that `config` describes; `_targets` finds its positions.
-
-    Raises:
-        InputError: ftlevel has no such placement.
-    """
+    """Return the placement that `config` describes; raises `InputError` if there is none."""
     before, after = config["original_ln_before"], config["original_ln_after"]
     residual, attention = config["residual_before_ln"], config["mh_adapter"]
     if config["is_parallel"]:
@@ -170,13 +161,7 @@ def _any_of(paths: list[str]) -> str:
 
 
 def _left_out(layers: list[int], model_config: Any) -> str | None:
-    """Return a regular expression of the excluded blocks `layers`, or None.
-
-    Blocks are numbered through encoder and decoder.
-
-    Raises:
-        InputError: the family has no such numbering.
-    """
+    """Return a regular expression of excluded blocks, numbered through encoder and decoder."""
     if not layers:
         return None
     if model_config.model_type == "albert" or not all(isinstance(i, int) for i in layers):
@@ -266,11 +251,7 @@ def _factor_of(peft_config: Mapping[str, Any], hidden: int) -> float:
 
 
 def holders_of(names: Iterator[str], model: Any) -> dict[str, str]:
-    """Return adapted module name -> path of AdapterHub's module, without the base model prefix.
-
-    Raises:
-        InputError: a module is not a known position of the family.
-    """
+    """Return adapted module name -> path of AdapterHub's module; raises `InputError` if unknown."""
     sites, holders = _known_sites(model.config), HOLDERS[model.config.model_type]
     prefix = f"{model.base_model_prefix}."
     found = {}

@@ -69,11 +69,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _connect(self, layer: BottleneckLayer, placement: str, site: str) -> Reads:
-        """Connect `layer` to the residual if needed (mutated); return what adapters read.
-
-        Raises:
-            ValueError: the placement needs a residual and `site` does not end a feed-forward.
-        """
+        """Connect `layer` to the residual if needed (mutated); return what adapters read."""
         reads = READS.get(placement, "output")
         if reads not in ("residual", "sum"):
             return reads
@@ -102,11 +98,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
         return getattr(modules[name], "base_layer", modules[name])
 
     def _widths(self, module: nn.Module) -> tuple[int, int]:
-        """Return the last dimensions of a module's input and output.
-
-        Raises:
-            ValueError: neither the module nor a model config specifies them.
-        """
+        """Return a module's input and output widths; raises `ValueError` if unknown."""
         for fan_in, fan_out in (("in_features", "out_features"), ("nx", "nf")):
             if hasattr(module, fan_in):
                 return getattr(module, fan_in), getattr(module, fan_out)
@@ -121,10 +113,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        """Set `new_module` on `parent`.
-
-        PEFT's version also copies `child.weight`, which a composite head such as RoBERTa's lacks.
-        """
+        """Set `new_module` on `parent`; PEFT's version requires `child.weight`."""
         if isinstance(child, BottleneckLayer) and new_module is not child:
             child.stop_listening()
         setattr(parent, child_name, new_module)

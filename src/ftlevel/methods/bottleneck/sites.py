@@ -138,10 +138,7 @@ def site_pattern(sites: Sites, placement: str) -> str:
 
 
 def block_of(sites: Sites | None, site: str) -> str | None:
-    """Return the prefix, with a trailing dot, of the block whose feed-forward ends at `site`.
-
-    None if `site` does not end a feed-forward.
-    """
+    """Return the prefix of the block whose feed-forward ends at `site`, with a dot, or None."""
     for end in (sites.feed_forward, sites.norm) if sites else ():
         block = site.removesuffix(end)
         if (
@@ -154,10 +151,7 @@ def block_of(sites: Sites | None, site: str) -> str | None:
 
 
 def find_input(sites: Sites | None, site: str, names: Iterable[str]) -> str | None:
-    """Return the module that receives the input of the feed-forward ending at `site`.
-
-    None if `site` is not the last linear layer of a feed-forward, and receives the input itself.
-    """
+    """Return the module that receives the input of the feed-forward ending at `site`, or None."""
     block = block_of(sites, site)
     if sites is None or block is None:
         return None

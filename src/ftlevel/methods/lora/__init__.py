@@ -63,11 +63,7 @@ def build(spec: LoraSpec, base: Base) -> Any:
 
 
 def _token_ids(spec: LoraSpec, base: Base) -> list[int]:
-    """Return the ids of the tokens whose embeddings are trained, sorted.
-
-    Raises:
-        ConfigError: a token is not in the vocabulary or has no embedding.
-    """
+    """Return the sorted ids of trained tokens; raises `ConfigError` for unknown ones."""
     wished = spec.trainable_token_indices
     if not wished:
         return []
@@ -85,11 +81,7 @@ def _token_ids(spec: LoraSpec, base: Base) -> list[int]:
 
 
 def check(spec: LoraSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
-    """Check that every pattern matches an adapted linear layer.
-
-    Raises:
-        ConfigError: a key of `rank_pattern` or `alpha_pattern` would be ignored.
-    """
+    """Raise `ConfigError` if a key of `rank_pattern` or `alpha_pattern` matches no layer."""
     names = listing(dict.fromkeys(name.rpartition(".")[2] for name in sizes), 8)
     try:
         with ending_in(_SECONDS):

@@ -42,11 +42,7 @@ _TOKENS = "token_adapter.trainable_tokens_delta"
 
 
 def as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Return the update of every module that LoRA adapts.
-
-    Raises:
-        InputError: the variant has no plain-LoRA form.
-    """
+    """Return the update of every adapted module; raises `InputError` for other LoRA variants."""
     _check_form(file)
     found = {name: _fold(file, name, "lora_A.weight", "lora_B.weight")
              for name in file.names("lora_A.weight")}  # fmt: skip
@@ -114,10 +110,7 @@ def _ranks(found: dict[str, Factors]) -> str:
 
 
 def _with_start(file: AdapterFile, name: str, own: Factors) -> Factors:
-    """Return the update of the unchanged weight, minus PEFT's initial A₀ and B₀.
-
-    PEFT recomputes A₀ and B₀ from the weight whenever it loads such an adapter; so does this.
-    """
+    """Return the update of the unchanged weight, minus PEFT's A₀ and B₀, recomputed here."""
     import torch
 
     weight = file.read_base(f"{name}.weight").float()

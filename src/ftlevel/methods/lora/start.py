@@ -83,11 +83,7 @@ def rewrites_base(spec: LoraSpec) -> bool:
 
 
 def precision(spec: LoraSpec, wish: str) -> Choice | None:
-    """Return float32 for PiSSA and OLoRA, whose residual weights would otherwise be rounded.
-
-    Raises:
-        ConfigError: the user requests another dtype.
-    """
+    """Return float32 for PiSSA and OLoRA; raises `ConfigError` if `wish` is another dtype."""
     if not rewrites_base(spec):
         return None
     init = spec.init_lora_weights
@@ -101,10 +97,7 @@ def precision(spec: LoraSpec, wish: str) -> Choice | None:
 
 
 def begin(model: Any, spec: LoraSpec, inputs: StartInputs) -> None:
-    """Initialize LoRA from training rows (eva) or from float weights (loftq) (mutated).
-
-    For loftq the float model is in memory together with the quantized one.
-    """
+    """Initialize LoRA from training rows (eva) or from float weights (loftq) (mutated)."""
     if spec.init_lora_weights == "loftq":
         from ftlevel.methods.lora.initialization import start_from_residual
 

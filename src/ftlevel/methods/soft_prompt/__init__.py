@@ -73,11 +73,7 @@ def register() -> None:
 
 
 def build_prompt(spec: PromptSpec, base: Base) -> Any:
-    """Return PEFT's config for prompt tuning of `base`.
-
-    Raises:
-        ValueError: initialization from text without a tokenizer.
-    """
+    """Return PEFT's config for prompt tuning; raises `ValueError` for text without a tokenizer."""
     ids = None
     if spec.prompt_tuning_init_text is not None:
         if base.tokenizer is None:

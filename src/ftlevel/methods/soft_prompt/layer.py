@@ -262,7 +262,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return [name for name in self.active_adapters if name in self.settings]
 
     def before(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the arguments of the stack for the longer sequence; None for no active adapter.
+        """Return the stack's arguments for the longer sequence, or None.
 
         Raises:
             ValueError: the attention mask is not `(batch, seq)`.
@@ -354,11 +354,7 @@ def _take_out(layout: Layout, output: Any) -> Any:
 
 
 def _initial_prompt(embedding: Any, config: SoftPromptConfig) -> torch.Tensor:
-    """Return the initial prompt `(P, embedding)`: token embeddings or random vectors.
-
-    Up to a billion parameters, vocabulary embeddings work much better than random vectors (Lester
-    et al., 2021, section 3.2, figure 3b). An encoder's input is N(0, 1), as in `nn.Embedding`.
-    """
+    """Return the initial prompt `(P, embedding)` from tokens (Lester et al., 2021) or at random."""
     count, weight = config.num_virtual_tokens, embedding.weight
     if config.encoder != "none":
         return torch.randn(count, weight.shape[1], device=weight.device)

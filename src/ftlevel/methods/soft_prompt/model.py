@@ -52,11 +52,7 @@ class SoftPromptModel(VirtualTokenTuner):
         current_key: str,
         parameter_name: str | None = None,  # noqa: ARG002 - PEFT's signature
     ) -> None:
-        """Add a prompt to the stack `target`, without replacing it (mutated).
-
-        Raises:
-            ValueError: `target` has no input embeddings.
-        """
+        """Add a prompt to `target` (mutated); raises `ValueError` without input embeddings."""
         if isinstance(target, nn.ModuleList):
             target = self.model
         if not hasattr(target, "get_input_embeddings"):

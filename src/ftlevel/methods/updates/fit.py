@@ -18,13 +18,7 @@ LINEARS_ONLY = Rule(
 def check_divides(
     field: str, size: int, sizes: Mapping[str, tuple[int, int]], *, outputs: bool = False
 ) -> None:
-    """Check that `size`, the value of the spec's `field`, divides the layer sizes.
-
-    `sizes` is name -> (in, out); output sizes are checked only if `outputs` is True.
-
-    Raises:
-        ConfigError: a size is not a multiple.
-    """
+    """Raise `ConfigError` if `size` does not divide the (in, out) in `sizes`; out if `outputs`."""
     sides = {name: pair if outputs else pair[:1] for name, pair in sizes.items()}
     odd = {name: width for name, pair in sides.items() for width in pair if width % size}
     if not odd:

@@ -34,11 +34,7 @@ def forget_mask(config: Any) -> None:
 
 
 def check(spec: ShiraSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
-    """Check that every linear layer has enough weights for r.
-
-    Raises:
-        ConfigError: a layer is too small.
-    """
+    """Raise `ConfigError` if a linear layer has too few weights for r."""
     room = {name: fan_in * fan_out // (fan_in + fan_out) for name, (fan_in, fan_out)
             in sizes.items()}  # fmt: skip
     small = [name for name, most in room.items() if most < spec.r]

@@ -28,11 +28,7 @@ def build(spec: VeraSpec, base: Base) -> Any:
 
 
 def as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Return diag(b) · B · diag(d) · A of each module, with the shared A and B of the file.
-
-    Raises:
-        InputError: the file lacks the shared matrices.
-    """
+    """Return diag(b) · B · diag(d) · A per module; raises `InputError` without shared A and B."""
     if not {"base_model.vera_A", "base_model.vera_B"} <= set(file.tensors):
         raise InputError(
             "its shared matrices are not in its file (save_projection was off). Load it with PEFT "

@@ -20,11 +20,7 @@ def name_of(directory: Path) -> str:
 
 
 def model_path(name: str) -> Path:
-    """Return the directory of the built-in model `name`, without the prefix "builtin:".
-
-    Raises:
-        InputError: no such model, or its weights are missing.
-    """
+    """Return the directory of `builtin:name`; raises `InputError` if unknown or incomplete."""
     if name not in MODELS:
         raise InputError(
             f"builtin:{name}: no such model in ftlevel.{did_you_mean(name, MODELS)}"

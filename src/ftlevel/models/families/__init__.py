@@ -33,11 +33,7 @@ def lookup_family(name: str) -> Family | None:
 
 
 def find_family(name: str) -> Family:
-    """Return the family `name`.
-
-    Raises:
-        InputError: unknown name; the message lists similar names and all families.
-    """
+    """Return the family `name`; raises `InputError`, which lists similar names, if unknown."""
     family = lookup_family(name)
     if family is not None:
         return family

@@ -172,11 +172,7 @@ def lora_parameters(fan_in: int, fan_out: int, r: int) -> int:
 
 
 def example_lora_parameters(family: Family, r: int) -> int:
-    """Return the LoRA parameters on all linear layers of the family's example.
-
-    Raises:
-        ValueError: the family has no example.
-    """
+    """Return the LoRA parameters of the family's example; raises `ValueError` if it has none."""
     if family.example is None:
         raise ValueError(f"{family.name} has no example")
     dims, variants = family.example.dims, family.example.variants

@@ -60,10 +60,7 @@ def eager_attention_of(module: Any) -> Any:
 
 
 def forget_renaming(model: Any, mapping: Mapping[str, str]) -> None:
-    """Make `save_pretrained` write the names of the model's own class (mutated).
-
-    By default transformers restores the names read with `key_mapping`.
-    """
+    """Make `save_pretrained` write the class's own names instead of `key_mapping`'s (mutated)."""
     model._weight_conversions = [
         conversion
         for conversion in model._weight_conversions
@@ -72,10 +69,7 @@ def forget_renaming(model: Any, mapping: Mapping[str, str]) -> None:
 
 
 def forget_gguf(model: Any) -> None:
-    """Remove the quantization marks of a dequantized .gguf model (mutated).
-
-    `save_pretrained` would refuse it otherwise.
-    """
+    """Remove .gguf quantization marks (mutated), with which `save_pretrained` refuses to run."""
     for holder, names in (
         (model, ("hf_quantizer", "quantization_method", "is_quantized")),
         (model.config, ("quantization_config",)),
@@ -102,10 +96,7 @@ _KIND = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
 
 def can_pack(module: Any) -> bool:
-    """Return whether 4-bit packing supports the experts of `module`: gated, without biases.
-
-    The weights of each expert must fill whole blocks.
-    """
+    """Return whether 4-bit packing supports the experts: gated, no biases, whole blocks."""
     held: dict[str, Any] = getattr(module, "_parameters", {})
     own = [held[name] for name in NAMES if held.get(name) is not None]
     if [tensor.dim() for tensor in own] != [3, 3]:

@@ -22,11 +22,7 @@ in_reading_order = partial(sorted, key=dot_natural_key)
 
 
 class Naming:
-    """Mapping of checkpoint names to model names, as in `from_pretrained`.
-
-    `model` is on the meta device; `key_mapping` comes from `rename_prefix`. `names` has the model's
-    tensors; `converters` maps patterns to weight converters.
-    """
+    """Mapping of checkpoint names to those of a meta model, as in `from_pretrained`."""
 
     def __init__(self, model: Any, key_mapping: Mapping[str, str] | None = None) -> None:
         self._model, self._mapping = model, dict(key_mapping or {})
@@ -37,10 +33,7 @@ class Naming:
         self.names = model.state_dict()
 
     def __call__(self, key: str) -> tuple[str, str | None]:
-        """Return the model's name for `key`, and its converter pattern, if any.
-
-        With a pattern, several checkpoint tensors may form one model tensor, as for experts.
-        """
+        """Return the model's name for `key`, and its converter pattern, if any."""
         name, pattern = rename_source_key(
             key, self._renamings, self._converters, self._model.base_model_prefix, self.names
         )

@@ -29,12 +29,7 @@ _IDENTITIES = (torch.ops.aten.eye.default, torch.ops.aten.eye.m)
 
 
 class FakeTensor(torch.Tensor):
-    """CPU tensor with shape, strides and dtype but no values.
-
-    Attributes:
-        shape_only: meta tensor used for computation; views share its storage.
-        places: indices of a sparse tensor, which is represented by a dense one.
-    """
+    """CPU tensor without values; `shape_only` is its meta tensor, `places` has sparse indices."""
 
     shape_only: torch.Tensor
     places: torch.Tensor | None = None
@@ -223,10 +218,7 @@ class OperationWatch(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  
 
 
 def _places(indices: Any) -> Iterator[torch.Tensor | None]:
-    """Yield indices, with boolean masks converted to positions.
-
-    Masks have values even if the indexed tensor is fake.
-    """
+    """Yield indices, with boolean masks, which have values, converted to positions."""
     for index in indices:
         if index is not None and index.dtype == torch.bool:
             yield from index.nonzero(as_tuple=True)

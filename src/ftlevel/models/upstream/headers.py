@@ -30,10 +30,7 @@ class PlainReader(gguf.GGUFReader):
         self._plain = np.asarray(mapped)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], Any, Any]:
-        """Return size, parts, value indices and types of a field.
-
-        Array elements are sliced in one loop; gguf's reader recurses for each of them.
-        """
+        """Return size, parts, value indices and types of a field, without gguf's recursion."""
         if raw_type != _ARRAY or self.byte_order != "I":
             return super()._get_field_parts(orig_offs, raw_type)
         kind, count = struct.unpack_from("<IQ", self._plain.data, orig_offs)

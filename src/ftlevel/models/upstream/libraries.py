@@ -72,10 +72,7 @@ def leave_sharded(trainer: Any) -> None:
 
 
 def use_one_gpu(arguments: Any) -> None:
-    """Make Trainer use one GPU per process (`TrainingArguments` are mutated).
-
-    With several visible GPUs it would use `nn.DataParallel`, or larger batches than configured.
-    """
+    """Make Trainer use one GPU per process instead of `nn.DataParallel` (mutated)."""
     arguments._n_gpu = min(arguments.n_gpu, 1)  # reading n_gpu initializes _n_gpu
 
 

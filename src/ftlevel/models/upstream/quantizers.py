@@ -112,10 +112,9 @@ def keep_trainable_layout(model: torch.nn.Module) -> int:
 
 
 def cast_unquantized(model: Any, dtype: torch.dtype) -> None:
-    """Cast the floating-point tensors of a bitsandbytes model to `dtype` (mutated).
+    """Cast the unquantized tensors of a bitsandbytes model to `dtype` (mutated).
 
-    transformers 5.24 loads weights in their stored dtype and biases in `dtype`. Modules that must
-    stay in float32 are not cast.
+    Modules that transformers keeps in float32 are not cast.
     """
     kept = modules_in_float32(model, dtype)
     packed = sys.modules["bitsandbytes"].nn.Params4bit  # its storage may have a floating dtype

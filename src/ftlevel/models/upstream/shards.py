@@ -77,11 +77,7 @@ class PartsWriter:
         self._begun.append(self._thread.submit(follow))
 
     def end(self) -> None:
-        """Wait for all pending writes.
-
-        Raises:
-            OSError: as in `write_parts`.
-        """
+        """Wait for all pending writes; raises `OSError` as `write_parts` does."""
         begun, self._begun = self._begun, []
         with _naming_failures():
             for future in begun:
@@ -175,10 +171,7 @@ def parts_of_state(
 def read_state(
     rest: Mapping[int, Mapping[str, Any]], parameters: list[torch.Tensor], directory: Path
 ) -> dict[int, dict[str, Any]]:
-    """Return the optimizer state from `rest` (see `parts_of_state`) and the checkpoint.
-
-    `parameters` are in the optimizer's order.
-    """
+    """Return the optimizer state from `rest`, ordered `parameters` and the checkpoint."""
     stored: Any = HuggingFaceStorageReader(str(directory)).read_metadata()
     state = {number: dict(values) for number, values in rest.items()}
     parts = {}
@@ -213,10 +206,7 @@ def part_of(all_of_it: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def rows_of(tensor: DTensor) -> tuple[int, int]:
-    """Return the row range `[start, end)` of `tensor` in this process.
-
-    fully_shard splits the first dimension like torch.chunk; the last shards may be empty.
-    """
+    """Return the row range `[start, end)` of this process, split like torch.chunk; may be empty."""
     rows, mesh = tensor.shape[0], tensor.device_mesh
     each, rank = -(-rows // mesh.size()), mesh.get_local_rank()
     return min(rank * each, rows), min((rank + 1) * each, rows)
@@ -308,10 +298,7 @@ class Slices:
         key_mapping: Mapping[str, str] | None = None,
         **arguments: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        """Return the result of `from_pretrained`, with unread weights.
-
-        `meta` is the model on the meta device and `directory` has its files.
-        """
+        """Return the result of `from_pretrained` with unread weights; `meta` is the meta model."""
         naming = Naming(meta, key_mapping)
         tensors = {name for name, _ in meta.named_parameters(remove_duplicate=False)}
         held, named = dict[str, Any](), dict[str, StoredWeight]()

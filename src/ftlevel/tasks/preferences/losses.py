@@ -37,12 +37,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answered:
-    """Log-likelihoods of the answers of a batch, tensors `(answers,)` in float32.
+    """Log-likelihoods of the answers of a batch; float32 tensors `(answers,)`.
 
-    Attributes:
-        sums: log-likelihood of each answer.
-        counts: number of tokens of each answer.
-        reference: log-likelihood under the reference model; 0 without a reference.
+    `sums` are log-likelihoods, `counts` tokens, `reference` those of the reference (0 without one).
     """
 
     sums: torch.Tensor
@@ -67,14 +64,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Strengths:
-    """Hyperparameters of the pair losses.
-
-    Attributes:
-        beta: β.
-        smoothing: ε.
-        gamma: γ of simpo.
-        ipo_sums: whether ipo uses summed instead of mean log-ratios.
-    """
+    """Hyperparameters of the pair losses: β, ε (smoothing), γ of simpo, and the ratios of ipo."""
 
     beta: float
     smoothing: float
@@ -177,12 +167,8 @@ def kto(answered: Answered, good: torch.Tensor, baseline: torch.Tensor, beta: fl
         weights: tuple[float, float]) -> torch.Tensor:  # fmt: skip
     """Return the KTO loss of each answer.
 
-    Args:
-        answered: log-likelihoods of the answers.
-        good: `(answers,)` whether each is desirable.
-        baseline: `(answers,)` z, detached.
-        beta: β.
-        weights: λ of desirable and of undesirable answers.
+    `good` and the detached `baseline` z are `(answers,)`; `weights` are λ of desirable and other
+    answers.
     """
     import torch
 

@@ -38,10 +38,7 @@ def metric_names(*, paired: bool, referenced: bool) -> tuple[str, ...]:
 
 
 class JudgedMeter:
-    """Meter that stores six values per answer, so it can be pooled in any order.
-
-    `objective` computes the rewards and says whether answers are paired.
-    """
+    """Meter that stores six values per answer; `objective` computes the rewards."""
 
     def __init__(self, objective: Any) -> None:
         self._objective = objective
@@ -137,10 +134,7 @@ class Preferences(LikelihoodObjective):
         return self.of_tokens.locate(labels)
 
     def answers(self, each: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return `(answers, 2)`: log-likelihood and number of tokens of each answer.
-
-        With ld-dpo, the extra tokens of the longer answer of a pair are down-weighted.
-        """
+        """Return `(answers, 2)`: log-likelihood (weighted in ld-dpo) and number of tokens."""
         import torch
 
         at, _ = self.locate(labels)
@@ -229,10 +223,7 @@ class Preferences(LikelihoodObjective):
     def remarks(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
     ) -> list[str]:
-        """Return warnings about less likely answers and length bias.
-
-        Log-probabilities are compared with the reference, else with `before`, else not at all.
-        """
+        """Return warnings about length bias, and about answers that became less likely."""
         found = []
         names = ("chosen", "rejected") if self.is_paired else ("desirable", "undesirable")
         known, prefix = (metrics, "ref_logp") if self.needs_reference else (before or {}, "logp")

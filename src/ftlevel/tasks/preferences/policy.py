@@ -43,13 +43,7 @@ _UNTOLD = ("loss", "reference")
 
 @dataclass(frozen=True)
 class JudgedTask(BaseTask):
-    """Base class of the preference and reward tasks.
-
-    Attributes:
-        settings: loss and its hyperparameters.
-        smoothing: ε, the assumed share of swapped pairs.
-        scored: whether each answer gets a scalar score.
-    """
+    """Base class of the preference and reward tasks; `scored` ones give each answer a scalar."""
 
     settings: PreferenceConfig = field(default_factory=PreferenceConfig)
     smoothing: float = 0.0

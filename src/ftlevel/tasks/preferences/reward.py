@@ -64,11 +64,7 @@ class RewardTask(JudgedTask):
         return {**super().card_options(config, facts), "problem_type": "regression"}
 
     def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
-        """Return the default prompt format of `train` and regression options.
-
-        Raises:
-            InputError: the model does not have exactly one label.
-        """
+        """Return regression options; raises `InputError` if the model has more than one label."""
         if model_config.num_labels != 1:
             raise InputError(
                 f"a reward model has one score, and this one has {model_config.num_labels} "
@@ -211,10 +207,7 @@ class RewardMeter:
 
 
 def calibration_error(apart: np.ndarray) -> float:
-    """Return the expected calibration error of score differences, over ten bins.
-
-    Each pair is oriented so that the model prefers the first answer (Guo et al., 2017).
-    """
+    """Return the expected calibration error over ten bins (Guo et al., 2017)."""
     sure = 1 / (1 + np.exp(-np.abs(np.clip(apart, -500, 500))))
     bins = np.minimum(((sure - 0.5) * 2 * BINS).astype(int), BINS - 1)
     total = 0.0

@@ -194,12 +194,7 @@ class ContrastedRows(Computed[Encoded]):
 
 
 class ReferencedRows(Computed[Encoded]):
-    """Rows with reference log-likelihoods.
-
-    Args:
-        rows: `PairRow` or `JudgedRow`.
-        reference: `(rows, 2)` log-likelihoods of the two sequences of each row, or None.
-    """
+    """Rows with `(rows, 2)` reference log-likelihoods of their two sequences, or None."""
 
     def __init__(self, rows: Sequence[Encoded], reference: np.ndarray | None) -> None:
         self.rows = rows
@@ -229,10 +224,7 @@ def _labels(row: Encoded) -> list[int]:
 def pair_up(
     first: Encoded, second: Encoded, prompt: int, margin: float, *, scored: bool
 ) -> PairRow:
-    """Return the row of two encoded answers that share their first `prompt` tokens.
-
-    `prompt` is 0 for an encoder-decoder; `scored` selects `ScoredPairRow`.
-    """
+    """Return the row of two encoded answers with a common prompt of `prompt` tokens."""
     kind = ScoredPairRow if scored else PairRow
     one, two = _labels(first), _labels(second)
     if not prompt:
@@ -274,11 +266,7 @@ class JudgedEncoder:
     referenced: bool
 
     def __call__(self, examples: Sequence[Any]) -> list[Encoded]:
-        """Return one row per pair, or one per labeled answer.
-
-        Raises:
-            RowError: the two answers have different prompt tokens.
-        """
+        """Return one row per pair or answer; raises `RowError` if the prompts of a pair differ."""
         good = self._encode([_answered(example) for example in examples])
         if not isinstance(examples[0], PairExample):
             return [
@@ -361,9 +349,7 @@ def _rejecting(example: PairExample) -> Conversation:
 
 
 def find_answer(row: Encoded, prompt: Sequence[Message], *, encoder: bool = False) -> int:
-    """Return the position of the first answer token after the turns of `prompt`.
-
-    Each assistant turn is a run of labeled tokens; those of the prompt come first.
+    """Return the position of the first answer token, after the assistant turns of `prompt`.
 
     Raises:
         RowError: the answer has no token of its own.
