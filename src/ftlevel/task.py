@@ -46,13 +46,7 @@ class Checks:
 
 @dataclass(frozen=True)
 class TrainingLoss:
-    """Options of the training loss that the evaluation loss does not use.
-
-    Attributes:
-        smoothing: label-smoothing factor.
-        class_weights: weight by class id; multi-label: of the positive term. Empty: all 1.
-        focal_gamma: γ of the focal loss; 0 disables it.
-    """
+    """Options of the training loss: label smoothing, class weights (empty: all 1) and focal γ."""
 
     smoothing: float = 0.0
     class_weights: tuple[float, ...] = ()
@@ -228,7 +222,7 @@ class Objective(ABC):
     def loss_sum(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Return the float32 loss summed over targets; `mask` is the attention mask `(batch, seq)`."""
+        """Return the float32 loss summed over targets; `mask` `(batch, seq)` is for attention."""
 
     def training_sum(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, loss: TrainingLoss

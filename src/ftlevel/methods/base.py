@@ -22,16 +22,9 @@ from ftlevel.methods.rates import Rates
 class Base:
     """Base model to which a method is applied.
 
-    Attributes:
-        config: transformers config of the model.
-        kind: encoder, decoder or encoder-decoder.
-        task_type: PEFT `TaskType`; None for masked language models.
-        targets: adapted modules, as the shortest suffixes that PEFT matches.
-        heads: modules that are fully trained and saved.
-        fan_in_fan_out: whether the targets are `Conv1D`, with weights `(in, out)`.
-        total_steps: optimizer steps of the run.
-        tokenizer: needed by methods initialized from text.
-        parameters: adapted tensors outside linear layers, such as fused experts.
+    `targets` are the shortest suffixes that PEFT matches; `heads` are fully trained; `parameters`
+    are adapted tensors outside linear layers, such as fused experts. `task_type` is None for masked
+    LMs.
     """
 
     config: Any
@@ -67,13 +60,9 @@ class QuantizedCheckpoint:
 class StartInputs:
     """Inputs of data- or weight-dependent initializations, computed on demand.
 
-    Attributes:
-        batches: returns a re-iterable of training batches on the device, each with a mask
-            `supervised` `(batch, seq)` of the tokens with a loss.
-        float_weights: returns a function from the name of a linear layer to its unquantized
-            weight `(out, in)` on the CPU.
-        device: torch device type.
-        dtype: name of the compute dtype.
+    `batches` returns a re-iterable of batches with a mask `supervised` `(batch, seq)`.
+    `float_weights` returns a function from the name of a linear layer to its unquantized weight
+    `(out, in)` on the CPU.
     """
 
     batches: Callable[[], Any]
@@ -129,11 +118,8 @@ class Merging:
 class StepSupport:
     """Support for the fast training step; each function returns a reason against it, or "".
 
-    Attributes:
-        fusing: reason to use PEFT's linear layers; None for methods other than LoRA.
-        packing: reason to pad rows instead of packing them.
-        workers: model state that concurrent forward passes would share.
-        pruning: reason to compute all tokens in the last block.
+    `fusing` is None for methods other than LoRA; `workers` names state that concurrent passes
+    share.
     """
 
     fusing: Callable[[Any], str] | None = None

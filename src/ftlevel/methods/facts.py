@@ -46,7 +46,7 @@ class MethodFacts:
 
 
 def _is_of(found: Any, wanted: Any) -> bool:
-    if wanted is ...:  # any value but none
+    if wanted is ...:  # any value but None
         return found is not None
     return found in wanted if isinstance(wanted, tuple) else found == wanted
 
@@ -68,11 +68,7 @@ def rows(*names: str) -> frozenset[str]:
 class Rule:
     """Unsupported cells of the table; an empty field matches all values.
 
-    Attributes:
-        rows: names of rows.
-        why: reason, as a clause after a colon.
-        instead: suggested alternative, as a sentence.
-        experts: whether the base has experts; None matches both.
+    `why` is a clause after a colon, `instead` a sentence. `experts` None matches all bases.
     """
 
     rows: frozenset[str]

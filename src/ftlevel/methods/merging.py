@@ -60,9 +60,8 @@ def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
 class Skeleton:
     """An adapter on a base model on the meta device.
 
-    Attributes:
-        units: module name in the base -> adapter layer that wraps it.
-        supplied: base tensor name -> trained tensor outside of `units`, such as a bias.
+    `units` maps base modules to the adapter layers that wrap them; `supplied` maps other base
+    tensors, such as biases, to their trained values.
     """
 
     units: dict[str, Any]
@@ -142,7 +141,7 @@ def _load(adapted: Any, tensors: dict[str, Any], directory: Path) -> None:
             for name, tensor in box.items():
                 places.setdefault(id(tensor), []).append((box, name))
     promised = _promised(adapted, with_embeddings=False)
-    if set(promised) != set(tensors):  # PEFT saves the base of an embedding that was adapted
+    if set(promised) != set(tensors):  # PEFT also saves the base of adapted embeddings
         more = _promised(adapted, with_embeddings=True)
         promised |= {name: more[name] for name in more if name in tensors}
     if set(promised) != set(tensors):

@@ -17,12 +17,9 @@ OUTPUT_LAYERS = ("lm_head", "embed_out")
 
 @dataclass(frozen=True)
 class Factors:
-    """The update B · A of one module, in float64.
+    """The update B · A of one module in float64: a `(r, in)`, b `(out, r)`.
 
-    Attributes:
-        a: `(r, in)`, or `(r, tokens)` for an embedding.
-        b: `(out, r)`.
-        is_embedding: whether the module is an embedding.
+    For an embedding a is `(r, tokens)`.
     """
 
     a: Any

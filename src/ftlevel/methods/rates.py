@@ -35,13 +35,7 @@ _ARTICLES = {"encoder": "an", "decoder": "a", "encoder-decoder": "an"}
 class RunFacts:
     """Properties of a run that determine its learning rate.
 
-    Attributes:
-        kind: encoder, decoder or encoder-decoder.
-        width: hidden size.
-        new_head: whether the head is randomly initialized.
-        steps: optimizer steps of the run.
-        deep_head: whether the new head has more than one layer.
-        token_head: whether the head has one target per token.
+    `deep_head` means a new head with more than one layer, `token_head` one with a target per token.
     """
 
     kind: str

@@ -163,7 +163,7 @@ def read_limits(groups: Iterable[Path]) -> Iterator[int]:
         for name in ("memory.max", "memory.limit_in_bytes"):
             try:
                 yield int((group / name).read_text())
-            except (OSError, ValueError):  # "max" is no number
+            except (OSError, ValueError):  # "max" is not a number
                 continue
 
 
@@ -177,7 +177,7 @@ def read_free(groups: Iterable[Path]) -> Iterator[int]:
             try:
                 most, taken = (int((group / name).read_text()) for name in (limit, used))
                 lines = (group / "memory.stat").read_text().splitlines()
-            except (OSError, ValueError):  # "max" is no number
+            except (OSError, ValueError):  # "max" is not a number
                 continue
             files = next((int(n) for name, n in map(str.split, lines) if name == cached), 0)
             yield max(0, most - (taken - files))

@@ -22,7 +22,7 @@ _SUMMED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _LARGEST = 1e10  # the largest weights of published models are below 1e5
 
-_STORED_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
+_STORED_FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors dtype names
 
 Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
 """Parameter name, shape in the checkpoint, shape in the model."""
@@ -119,7 +119,7 @@ def check_finite(tensors: Iterable[tuple[str, Any]], words: str) -> None:
     # One pass over each tensor; large or non-finite values make the sum large or non-finite.
     # A sum may also overflow by itself, so suspects are checked again.
     sums = torch.stack([part.sum().float().cpu() for _, part in parts])
-    is_sound = sums.abs() <= _LARGEST  # NaN is not
+    is_sound = sums.abs() <= _LARGEST  # False for NaN
     suspects = [pair for pair, ok in zip(parts, is_sound.tolist(), strict=True) if not ok]
     largest = {name: float(part.abs().max()) for name, part in suspects if part.numel()}
     broken = [name for name, value in largest.items() if not math.isfinite(value)]

@@ -118,7 +118,7 @@ def former_rope(config: Mapping[str, Any]) -> dict[str, Any]:
             key: layer["rope_theta"] for key, layer in zip(_BY_LAYER[kind], layers, strict=True)
         }
         return former | (_scaling(layers[0]) if kind == "gemma3_text" else {})
-    if "rope_theta" not in rope:  # none, or one for each kind of layer, which had no former form
+    if "rope_theta" not in rope:  # none, or one per layer type, new in transformers 5
         return {}
     former = {_THETA.get(kind, "rope_theta"): rope["rope_theta"]}
     if "partial_rotary_factor" in rope:

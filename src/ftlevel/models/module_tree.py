@@ -47,14 +47,10 @@ _INDEX_LETTERS = "ijklmn"
 
 @dataclass(frozen=True)
 class LinearModule:
-    """A linear layer of a model.
+    """A linear layer; `pattern` has letters for layer indices, `model.layers.{i}.mlp.up_proj`.
 
-    Attributes:
-        name: full name.
-        pattern: name with letters for layer indices, `model.layers.{i}.mlp.up_proj`.
-        type: Linear, Conv1D or the class of a quantized layer.
-        place: `other` is outside blocks and heads, such as BERT's pooler; `kernel` is read by a
-            kernel past its module and cannot be adapted; `aside` is not used in every forward pass.
+    `place` is `other` outside blocks and heads (BERT's pooler), `kernel` if read past its module,
+    so it cannot be adapted, and `aside` if not used in every forward pass.
     """
 
     name: str
@@ -186,7 +182,7 @@ class ModuleTree:
         for owner, module in self.modules.items():
             if not self.in_blocks(owner) or "expert" not in owner:
                 continue
-            # transformers keeps (experts, out, in) unless the class says `is_transposed`.
+            # transformers stores (experts, out, in) unless the class has `is_transposed`.
             flip = bool(getattr(module, "is_transposed", False))
             for key, value in module.named_parameters(recurse=False):
                 if value.ndim == 3:

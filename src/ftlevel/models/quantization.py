@@ -48,13 +48,10 @@ def packs_experts(quantization: Any) -> bool:
 
 @dataclass(frozen=True)
 class Rounding:
-    """Round trip of quantization and dequantization of a model's weights.
+    """Quantization followed by dequantization of the tensors `names`.
 
-    Attributes:
-        names: tensors that are quantized.
-        transposed: those stored as `(in, out)`, as in Conv1D.
-        quantization: the `BitsAndBytesConfig`.
-        dtype: dtype of the weights before quantization.
+    `transposed` ones are stored as `(in, out)`, as in Conv1D. `dtype` is the dtype before
+    quantization.
     """
 
     names: frozenset[str]

@@ -29,15 +29,8 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 class ModelSource:
     """An existing model and the arguments to load it with transformers.
 
-    Attributes:
-        name: name as entered by the user.
-        kind: type of location.
-        location: directory or Hub id for `from_pretrained`.
-        gguf_file: file name inside `location`, for a .gguf model.
-        revision: branch, tag or commit, for a Hub id.
-        local_files_only: whether to stay offline.
-        trust_remote_code: whether to run the model's own Python code.
-        said: name in errors; empty for `--model NAME`.
+    `location` is a directory or Hub id; `gguf_file` a file inside it. `said` is the name in errors;
+    empty for `--model NAME`.
     """
 
     name: str
@@ -122,7 +115,7 @@ def resolve_source(
 
 
 def check_revision(source: ModelSource, revision: str | None) -> None:
-    """Raise `InputError` if `revision` is given for a source that is not on the Hub."""
+    """Raise `InputError` if a `revision` is requested of a source that is not on the Hub."""
     if revision and source.kind != "hub":
         raise InputError(
             f"revision {revision} was asked for, and {source.words} lies on this disk, where it "

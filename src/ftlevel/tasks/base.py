@@ -29,13 +29,10 @@ A ranking is a list of `{"answer": ..., "probability": ...}`, most likely first.
 
 @dataclass(frozen=True)
 class Reply:
-    """Prediction for one prompt or row.
+    """Prediction for one prompt or row; `columns` are those of `BaseTask.answer_columns`.
 
-    Attributes:
-        text: text to display.
-        scores: class or word -> probability; may be empty.
-        tags: (word, tag) pairs; empty except for token classification.
-        columns: values of the columns named by `BaseTask.answer_columns`.
+    `scores` maps classes or words to probabilities; `tags` has (word, tag) pairs. Both may be
+    empty.
     """
 
     text: str
@@ -53,16 +50,7 @@ class Wanted:
 
 
 class PromptedModel(Protocol):
-    """A model with its tokenizer and task settings, ready for inference.
-
-    Attributes:
-        tokenizer: tokenizer of the model.
-        kind: encoder, decoder or encoder-decoder.
-        labels: class or tag names.
-        options: task options, from `card_options`.
-        max_length: maximum row length in tokens, as in training.
-        prompt_format: prompt format of training; None for tasks without prompts.
-    """
+    """A model ready for inference, with the prompt format and `card_options` of its training."""
 
     tokenizer: Any
     kind: str
@@ -218,7 +206,7 @@ class BaseTask(Task):
         """Return role -> column from settings other than `--map`."""
         return {}
 
-    # ---- answers, probes and pictures
+    # ---- inference and display
 
     def find_questions(
         self,

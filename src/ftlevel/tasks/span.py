@@ -49,13 +49,9 @@ _PUNCTUATION = frozenset(string.punctuation)
 
 @dataclass
 class Found:
-    """Best span so far over the windows of one question.
+    """Best span so far over the windows of one question, `[start, end)` of the context.
 
-    Attributes:
-        text: text of the span; "" initially.
-        score: start logit plus end logit.
-        null: score of "no answer", the minimum over the windows as in the official baseline.
-        start, end: character range `[start, end)` in the context.
+    `score` is the start plus the end logit; `null` that of "no answer", the minimum over windows.
     """
 
     text: str = ""
@@ -255,7 +251,7 @@ def _encode_windows(model: PromptedModel, questions: Sequence[Question]) -> list
     }
     try:
         windows, dropped = encode_questions(model.tokenizer, questions, drop=True, **arguments)
-    except InputError:  # all of them
+    except InputError:  # no question fits
         windows, dropped = [], len(questions)
     if dropped:
         asked = {window.row for window in windows}

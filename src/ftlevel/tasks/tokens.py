@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 class Tokens(TokenObjective):
     """Cross entropy over tokens: logits `(batch, seq, vocabulary)`, labels `(batch, seq)`.
 
-    Attributes:
-        shifted: whether position i - 1 predicts the label of position i (causal models).
-        perplexity: metric name of exp(loss).
-        accuracy: metric name of the token accuracy.
+    With `shifted`, position i - 1 predicts the label of position i, as in causal models.
+    `perplexity` and `accuracy` are metric names.
     """
 
     shifted: bool = False

@@ -100,15 +100,7 @@ READS: dict[str, Reads] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Non-trainable settings of one adapter.
-
-    Attributes:
-        reads: adapter input: the module's output, the feed-forward's input, its residual, or the
-            sum of residual and output.
-        activation: function between the projections.
-        dropout: dropout after the activation.
-        scaling: constant factor of the output.
-    """
+    """Non-trainable settings of one adapter: input, activation, dropout and constant scaling."""
 
     reads: Reads
     activation: Callable[[torch.Tensor], torch.Tensor]

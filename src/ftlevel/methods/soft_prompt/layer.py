@@ -26,12 +26,7 @@ from ftlevel.methods.virtual_tokens import VirtualTokenLayer
 
 @dataclass(frozen=True)
 class Layout:
-    """Position of a prompt in each row of a batch.
-
-    Attributes:
-        start: `(batch,)` index at which the prompt is inserted.
-        length: prompt length P.
-    """
+    """Position of a prompt of `length` in each row; `start` `(batch,)` is the insertion index."""
 
     start: torch.Tensor
     length: int
@@ -44,13 +39,10 @@ class Layout:
         length: int,
         tokens_before: int,
     ) -> Layout:
-        """Return the layout of a batch.
+        """Return the layout of a batch, where `tokens_before` tokens precede the prompt.
 
-        Args:
-            attention_mask: `(batch, seq)`, nonzero for text; None without padding.
-            rows: `(batch, ...)`, for batch size and device.
-            length: prompt length.
-            tokens_before: number of text tokens before the prompt.
+        `attention_mask` is `(batch, seq)`, or None without padding; `rows` gives batch size and
+        device.
         """
         if attention_mask is None:
             start = torch.zeros(len(rows), dtype=torch.long, device=rows.device)

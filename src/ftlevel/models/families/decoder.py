@@ -79,7 +79,7 @@ def _llama_like(
     example: Example | None = None,
     note: str = "",
 ) -> Family:
-    """Build a family with Llama's module tree and the given differences."""
+    """Build a family that differs from Llama in the arguments."""
     return replace(
         _LLAMA,
         name=name,

@@ -17,13 +17,9 @@ FLOAT32_BYTES = 4
 
 @dataclass(frozen=True)
 class Dims:
-    """Sizes of a released model.
+    """Sizes of a released model; `kv_heads` 0 means `heads`, `head_dim` 0 `hidden / heads`.
 
-    Attributes:
-        layers: layers of the only stack, or of the encoder.
-        decoder_layers: decoder layers of an encoder-decoder.
-        kv_heads: key-value heads; 0 means `heads`.
-        head_dim: 0 means `hidden / heads`.
+    `layers` counts those of the only stack, or of the encoder.
     """
 
     hidden: int
@@ -67,13 +63,9 @@ WIDTHS: dict[str, Callable[[Dims], int]] = {
 
 @dataclass(frozen=True)
 class BlockLinear:
-    """A linear layer of a block.
+    """A linear layer of a block; widths are keys of `WIDTHS`, `path` is relative to the block.
 
-    Attributes:
-        path: name inside the block, such as `self_attn.q_proj`.
-        fan_in, fan_out: widths, as keys of `WIDTHS`.
-        attention: whether it belongs to the attention.
-        only: variants of the family that have it; empty for all.
+    `only` names the variants of the family that have it; empty for all.
     """
 
     path: str
@@ -100,12 +92,9 @@ class ExpertTensor:
 
 @dataclass(frozen=True)
 class Stack:
-    """Repeated blocks.
+    """Repeated blocks; `path` has `{i}` for the layer index.
 
-    Attributes:
-        path: full name of a block, with `{i}` for the layer index.
-        role: size that counts the blocks; `shared` is one block for all layers.
-        norms: norm layers with weights inside the block.
+    `role` is the size that counts the blocks; `shared` is one block for all layers.
     """
 
     path: str

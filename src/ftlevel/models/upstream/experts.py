@@ -130,7 +130,7 @@ class ExpertsConfig(BitsAndBytesConfig):
     """Config of 4-bit linear layers and experts."""
 
     def __init__(self, **settings: Any) -> None:
-        """Take the settings of `BitsAndBytesConfig`."""
+        """Accept the settings of `BitsAndBytesConfig`."""
         super().__init__(**settings)
         self.quant_method = METHOD
 
@@ -140,7 +140,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
     """4-bit quantizer that also packs experts; `states` has the `QuantState` of each."""
 
     def __init__(self, quantization_config: Any, **settings: Any) -> None:
-        """Take the config, and whatever transformers adds."""
+        """Accept the config and transformers' other settings."""
         super().__init__(quantization_config, **settings)
         self.states: dict[str, Any] = {}
 

@@ -217,10 +217,7 @@ _SCALES = 256  # scales per second-level scale
 class PackedWeight:
     """A stored weight that each process reads and quantizes in part.
 
-    Args:
-        stored: the weight in the file.
-        linear: bitsandbytes layer that receives the scales (mutated).
-        turned: whether the file has `(in, out)`, as Conv1D does.
+    `linear` receives the scales (mutated); `turned` files have `(in, out)`, as in Conv1D.
     """
 
     def __init__(self, stored: StoredWeight, linear: Any, turned: bool) -> None:
@@ -277,12 +274,9 @@ class PackedWeight:
 def pack_unread(
     model: Any, quantization: Any, unread: MutableMapping[nn.Parameter, Unread]
 ) -> None:
-    """Replace linear layers of `model` by 4-bit ones whose weights are read later (mutated).
+    """Replace linear layers of a CPU `model` by 4-bit ones that are read later (mutated).
 
-    Args:
-        model: floating-point model on the CPU.
-        quantization: a 4-bit `BitsAndBytesConfig`.
-        unread: parameter -> stored weight (mutated).
+    `unread` maps parameters to stored weights (mutated).
     """
     import bitsandbytes
 

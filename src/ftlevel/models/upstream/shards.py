@@ -214,7 +214,7 @@ def rows_of(tensor: DTensor) -> tuple[int, int]:
 
 _INDEX, _ONE_FILE = "model.safetensors.index.json", "model.safetensors"
 _MATRIX = 2  # dimensions
-_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
+_FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors dtype names
 
 
 class StoredWeight:
@@ -278,11 +278,9 @@ class Unread(Protocol):
 
 
 class Slices:
-    """Unread weights of a base model.
+    """Unread weights of a base model, by parameter.
 
-    Attributes:
-        weights: parameter -> unread weight.
-        converted: model tensors that were read in full, as they combine checkpoint tensors.
+    `converted` names model tensors that were read in full, as they combine several stored tensors.
     """
 
     def __init__(self) -> None:
@@ -367,7 +365,7 @@ class Slices:
         Weights in `keep` stay. Returns a function that reads this process's rows after sharding.
         """
         waiting: list[tuple[dict[str, Any], str, Unread]] = []
-        shapes: dict[nn.Parameter, nn.Parameter] = {}  # tied tensors stay so
+        shapes: dict[nn.Parameter, nn.Parameter] = {}  # tied tensors stay tied
         for module in (inner for part in parts for inner in part.modules()):
             own = own_tensors(module)[0]
             for name, weight in own.items():

@@ -24,16 +24,9 @@ _HH = re.compile(r"\n\n(Human|Assistant): ?")
 
 @dataclass(frozen=True)
 class PairExample:
-    """Two answers to one prompt.
+    """Two answers to one prompt, each one turn, or several if the conversations diverge earlier.
 
-    Attributes:
-        prompt: turns before the answers.
-        chosen: preferred answer; several turns if the conversations diverge earlier.
-        rejected: rejected answer.
-        row: index of the table row.
-        tools: tools that the assistant may call.
-        margin: margin of the preference; 0 if unknown.
-        scores: scores of both answers in the data; empty if unknown.
+    `margin` is 0 and `scores` are empty if the data has none.
     """
 
     prompt: Turns

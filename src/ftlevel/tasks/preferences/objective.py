@@ -109,10 +109,7 @@ WITH_SFT = ("rpo", "cpo", "orpo")
 class Preferences(LikelihoodObjective):
     """Loss of answer pairs, preferred answer first, or of single labeled answers.
 
-    Attributes:
-        settings: loss and its hyperparameters.
-        smoothing: ε, the assumed share of swapped pairs.
-        shifted: whether position i - 1 predicts the label of position i (causal models).
+    `smoothing` is ε, the assumed share of swapped pairs; `shifted` is as in `Tokens`.
     """
 
     settings: PreferenceConfig = field(default_factory=PreferenceConfig)

@@ -38,11 +38,8 @@ UNKNOWN = float("nan")
 class PairRow(Encoded):
     """Two answers to one prompt; `input_ids` concatenates prompt, preferred and rejected answer.
 
-    Attributes:
-        prompt: prompt tokens; 0 for an encoder-decoder, whose prompt is the source.
-        chosen: tokens of the preferred answer.
-        margin: margin for a reward model.
-        reference: reference log-likelihoods of both answers; empty without a reference.
+    `prompt` and `chosen` are token counts; `prompt` is 0 for an encoder-decoder. `reference` has
+    the reference log-likelihoods of both answers; empty without a reference.
     """
 
     prompt: int = field(default=0, metadata={"column": "int"})
@@ -101,12 +98,8 @@ class ScoredPairRow(PairRow):
 class JudgedRow(Encoded):
     """A labeled answer, and the answer to another prompt that it is contrasted with.
 
-    Attributes:
-        prompt: prompt tokens; 0 for an encoder-decoder, whose prompt is the source.
-        desirable: 1 for desirable, 0 for undesirable.
-        reference: reference log-likelihoods of the answer, and of the contrast answer after this
-            prompt; empty without a reference.
-        other: ids and labels of the contrast answer, concatenated.
+    `prompt` is 0 for an encoder-decoder. `reference` has log-likelihoods of the answer and of the
+    contrast answer after this prompt; `other` has ids and labels of the latter, concatenated.
     """
 
     prompt: int = field(default=0, metadata={"column": "int"})
@@ -249,13 +242,8 @@ _JOINED = 2
 class JudgedEncoder:
     """Encoder of preference examples; it is picklable for worker processes.
 
-    Attributes:
-        tokenizer: tokenizer of the model.
-        prompt_format: prompt format.
-        kind: kind of model; an encoder reads prompt and answer as one text.
-        judged: whether pairs become two labeled answers.
-        scored: whether each answer gets a scalar score.
-        referenced: whether reference log-likelihoods will be computed.
+    An encoder reads prompt and answer as one text. `judged` splits pairs into labeled answers;
+    `scored` is for reward models; `referenced` marks reference values as pending.
     """
 
     tokenizer: Any
