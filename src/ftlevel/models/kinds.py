@@ -44,8 +44,8 @@ TASK_CLASSES = (
 def checkpoint_class(config: Any) -> str:
     """Return the auto class with which a checkpoint was saved, from its `architectures`.
 
-    Without `architectures`, as for .gguf files, it is the usual class of its kind; for an unknown
-    name, `AutoModel`.
+    Without `architectures`, as for .gguf files, decoders and encoder-decoders are language models;
+    anything unknown is `AutoModel`.
     """
     if not config.architectures:
         usual = {

@@ -116,7 +116,10 @@ def adapter_bytes(parameters: int) -> int:
 
 
 def build_meta_model(config: Any) -> nn.Module:
-    """Build the checkpoint's class on the meta device, else its language model, else the base."""
+    """Build the model of a config on the meta device.
+
+    Uses the checkpoint's own class if known, else the language model of its kind, else the base.
+    """
     import transformers
 
     from ftlevel.models.upstream.architectures import model_classes

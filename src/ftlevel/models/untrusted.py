@@ -149,7 +149,10 @@ def _sizes_of(_process: int) -> io.FileIO | None:
 
 @contextmanager
 def taking_at_most(size: int) -> Iterator[None]:
-    """Limit additional memory in the block to `size` bytes (Linux); else raises `MemoryError`."""
+    """Limit additional memory in the block to `size` bytes, beyond which it raises `MemoryError`.
+
+    Linux only; no effect elsewhere.
+    """
     sizes = _sizes_of(os.getpid())
     if resource is None or sizes is None:
         yield

@@ -53,7 +53,7 @@ def factor(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]
     exact = matrix.double()
     squares, vectors = torch.linalg.eigh(exact.T @ exact)
     top = vectors[:, -rank:].flip(1)
-    root = squares[-rank:].flip(0).clamp_min(1e-30).sqrt().sqrt()  # square roots of the singular values
+    root = squares[-rank:].flip(0).clamp_min(1e-30).sqrt().sqrt()  # root of singular values
     return (top * root).T.float(), ((exact @ top) / root).float()
 
 
