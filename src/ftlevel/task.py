@@ -1,10 +1,8 @@
-"""What the rooms below ask of a task: how its rows are made, and what a model is trained on.
+"""Interfaces of tasks, objectives and meters for the packages that read, encode and train.
 
-A task is one file of `ftlevel.tasks`, above the rooms that read, encode and compute. They are given
-one as an argument, and this is all that they know of it. Nothing heavy is imported here.
-
-A loss is a sum over targets and goes with their number, so that the loss of an optimizer step is
-the mean over the targets of all its micro-batches, however they were cut.
+The tasks themselves are in `ftlevel.tasks`. Imports nothing heavy. A loss is a sum over targets and
+comes with their count, so the loss of an optimizer step is the mean over the targets of all its
+micro-batches.
 """
 
 from __future__ import annotations
@@ -30,22 +28,15 @@ if TYPE_CHECKING:
     from ftlevel.data.sources.table import BadRow, Row, Table
 
 IGNORED = -100
-"""The label of a token that is not learned."""
+"""Label of a token without loss."""
 
 ScoreTexts = Callable[[Sequence[str], Sequence[str], str], dict[str, float]]
-"""Scores generated texts against references in a language ("" if unknown)."""
+"""(predictions, references, ISO 639-1 language or "") -> metrics of generated texts."""
 
 
 @dataclass(frozen=True)
 class Checks:
-    """Which checks of the gate the encoded rows of a task go through.
-
-    Attributes:
-        token_labels: labels are token ids, and so within the vocabulary.
-        supervised: each row has something to learn.
-        ends: each answer ends in a token at which generation stops.
-        near_duplicates: rows that share most of their tokens are one too many.
-    """
+    """Data checks for encoded rows: vocabulary, supervision, stop tokens, near duplicates."""
 
     token_labels: bool = False
     supervised: bool = True
@@ -55,13 +46,7 @@ class Checks:
 
 @dataclass(frozen=True)
 class TrainingLoss:
-    """What the loss of training has beside that of evaluation.
-
-    Attributes:
-        smoothing: share of a target's probability that is spread over all choices.
-        class_weights: of each class, by number; where a row has several, of its yes. Empty: all 1.
-        focal_gamma: how much less a target weighs the likelier it is already; 0 for not at all.
-    """
+    """Options of the training loss: label smoothing, class weights (empty: all 1) and focal γ."""
 
     smoothing: float = 0.0
     class_weights: tuple[float, ...] = ()
@@ -69,26 +54,26 @@ class TrainingLoss:
 
     @property
     def weighs(self) -> bool:
-        """Whether some targets count for more than others."""
+        """Whether targets have different weights."""
         return bool(self.class_weights or self.focal_gamma)
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is that of evaluation."""
+        """Whether the training loss equals the evaluation loss."""
         return not (self.smoothing or self.weighs)
 
 
 class Task(ABC):
-    """How rows become what a model learns; what most tasks answer is answered here.
+    """Conversion of table rows to training rows; subclasses override what differs.
 
     Attributes:
-        name: as in `--task`.
-        instruction: what a decoder or T5 is told before the source text; empty for none.
-        answer_cue: what ends the prompt of a model without a chat template.
-        builtin_subset: which part of `builtin:docstrings` is read; empty for all.
-        needs_offsets: whether encoding asks which characters a token covers.
-        checks: which checks of the gate its rows go through.
-        split_words: what it is called that an example became several rows.
+        name: value of `--task`.
+        instruction: text before the source text in prompts; empty for none.
+        answer_cue: end of the prompt for models without a chat template.
+        builtin_subset: subset of `builtin:docstrings` to read; empty for all.
+        needs_offsets: whether encoding needs the character offsets of tokens.
+        checks: data checks that apply to the rows.
+        split_words: log text for examples that were split into several rows.
     """
 
     name: str
@@ -101,109 +86,94 @@ class Task(ABC):
 
     @property
     def decides(self) -> Mapping[str, Any]:
-        """What of the configuration decides the rows, beside the data section."""
+        """Options outside the data section that change the encoded rows."""
         return {}
 
     @abstractmethod
     def find_format(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Return what `columns` are used for; `rows` are some of the table.
-
-        Raises:
-            InputError: no format of the task fits.
-        """
+        """Return the format of `columns`; raises `InputError` if none matches."""
 
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Return the format with what the task reads off the columns, and the lines about it."""
+        """Return the format completed from the column values, and log lines about it."""
         return format_, []
 
     def label_role(self, format_: Format) -> str | None:
-        """Return the role whose values are classes, to be numbered; None where there are none."""
+        """Return the role whose values are class labels, or None."""
         return None
 
     def find_faults(self, examples: Sequence[Any], labels: LabelSet, table: Table) -> list[BadRow]:
-        """Return the rows whose classes do not go together."""
+        """Return the rows with inconsistent class labels."""
         return []
 
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
-        """Return how prompts are laid out for a model of `kind`; None where there are none."""
+        """Return the prompt format for models of `kind`, or None for tasks without prompts."""
         return None
 
     @abstractmethod
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
-        """Return the encoded rows of `examples`, of a length that fits.
-
-        Raises:
-            InputError: one cannot be encoded or made to fit.
-        """
+        """Return encoded rows of `examples`; raises `InputError` if one does not fit."""
 
     def look(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-        """Return check of the gate → the rows with a finding, beside those that `checks` names."""
+        """Return task-specific data checks: check name -> mask of the failing rows."""
         return {}
 
     def judge_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Return (check of the gate, examples with it, what it is) for training examples."""
+        """Return (check name, example count, description) for checks of the whole training set."""
         return ()
 
     def facts(self, loaded: Loaded) -> Mapping[str, Any]:
-        """Return what summary.json says of the data, beside what is known of any."""
+        """Return task-specific entries of summary.json about the data."""
         return {}
 
     def describe_rows(self, loaded: Loaded, facts: Mapping[str, Any]) -> list[Choice]:
-        """Return the lines for the screen that say how much there is to learn."""
+        """Return log lines with the number of training targets."""
         tokens, supervised = facts["tokens"], facts["supervised"]
         share = f"{supervised:,} supervised, {supervised / tokens:.0%}"
         return [Choice("tokens", f"{tokens:,} an epoch", share)]
 
     def finish(self, prepared: Prepared, config: DataConfig, context: EncodingContext) -> Prepared:
-        """Return `prepared` as it is trained on: where labels are drawn anew, with the draws."""
+        """Return `prepared` with rows that are completed at access time, such as masked tokens."""
         return prepared
 
     def fix(
         self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
     ) -> Sequence[Encoded]:
-        """Return rows to score, which are the same whenever they are taken."""
+        """Return evaluation rows, identical at each access."""
         return rows
 
 
 class Meter(Protocol):
-    """Metrics that are summed up batch by batch, so that no logits outlive their batch.
-
-    The mean loss is computed beside it.
-    """
+    """Metrics accumulated batch by batch, without storing logits and without the loss."""
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
-        """Add a batch of encoded `rows`, by what `Objective.targets` returned."""
+        """Add a batch of encoded `rows`; logits and labels come from `Objective.targets`."""
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Return the metrics but the loss; `loss` is the mean over all targets."""
+        """Return the metrics other than the loss; `loss` is the mean over all targets."""
 
     def pool(self, meters: Sequence[Any]) -> Meter:
-        """Return a new meter of this kind that has seen what each of `meters` has seen."""
+        """Return a new meter that combines all `meters`."""
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return what was predicted for the only example seen and what is true, in words.
-
-        Args:
-            names: of the classes or tags.
-        """
+        """Return prediction and target of the only example seen; `names` are class or tag names."""
 
 
 @dataclass(frozen=True)
 class Objective(ABC):
-    """How the outputs of a model and the labels of a batch become a loss and metrics.
+    """Loss and metrics from model outputs and the labels of a batch.
 
     Attributes:
-        headline: the metric that is shown first.
-        feeds_labels: whether the model needs the labels to build its decoder's inputs.
-        per_row: whether scores are of whole rows, made of one token of each: `(batch, …)`.
-        per_token: whether every token or word is a target with a class of its own.
-        has_choice: whether there is something to choose between, so that KL and top-1 have sense.
-        one_of_many: whether a target is one choice of several, so that labels can be smoothed.
-        has_classes: whether a target is of a class, so that classes can have weights.
+        headline: metric shown first.
+        feeds_labels: whether the model builds its decoder inputs from the labels.
+        per_row: whether logits are per row, `(batch, ...)`, read from one token.
+        per_token: whether every token or word has a class label.
+        has_choice: whether targets are categorical, so that KL and top-1 are defined.
+        one_of_many: whether a target is one of several classes, so that labels can be smoothed.
+        has_classes: whether targets are classes, which can be weighted.
     """
 
     headline: str
@@ -216,11 +186,11 @@ class Objective(ABC):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What its meter computes, by name; one may be missing where it is not defined."""
+        """Names of the metrics that the meter computes; undefined ones are omitted at run time."""
         return (self.headline,)
 
     def split(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Any]:
-        """Return what the model is called with, and the labels."""
+        """Return the model inputs and the labels of a batch."""
         inputs = dict(batch)
         for name in ("verdicts", "known", "ids"):
             inputs.pop(name, None)
@@ -228,14 +198,14 @@ class Objective(ABC):
         return inputs, labels
 
     def logits(self, outputs: Any) -> torch.Tensor:
-        """Return the scores of a model's outputs, in the shape that the other methods take."""
+        """Return the logits of the model outputs in the shape that the other methods expect."""
         scores: torch.Tensor = outputs.logits
         return scores
 
     def targets(
         self, logits: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return scores and labels of the supervised targets only."""
+        """Return logits and labels of the supervised targets only."""
         return logits, labels
 
     def choices(
@@ -245,29 +215,19 @@ class Objective(ABC):
         return self.targets(logits, labels)[0]
 
     def count(self, labels: torch.Tensor) -> torch.Tensor:
-        """Return the number of targets (a scalar)."""
+        """Return the number of targets (a scalar tensor)."""
         return labels.ne(IGNORED).sum()
 
     @abstractmethod
     def loss_sum(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Return the loss summed over the targets (a scalar, float32).
-
-        Args:
-            logits: as `logits` gave them.
-            labels: as `split` gave them.
-            mask: the attention mask `(batch, seq)`.
-        """
+        """Return the float32 loss summed over targets; `mask` `(batch, seq)` is for attention."""
 
     def training_sum(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, loss: TrainingLoss
     ) -> torch.Tensor:
-        """Return the loss of training, summed: (1 − ε) L + ε Σ mean(−log softmax) with smoothing ε.
-
-        That is transformers' `LabelSmoother`. Arguments are those of `loss_sum`, and what training
-        has beside it.
-        """
+        """Return (1 - ε) L + ε Σ mean(-log softmax), as in transformers' `LabelSmoother`."""
         total, smoothing = self.loss_sum(logits, labels, mask), loss.smoothing
         if not smoothing:
             return total
@@ -276,61 +236,53 @@ class Objective(ABC):
         return (1 - smoothing) * total + smoothing * uniform
 
     def training_count(self, labels: torch.Tensor, loss: TrainingLoss) -> torch.Tensor:
-        """Return what the sum of the loss of training is divided by (a scalar)."""
+        """Return the divisor of the summed training loss (a scalar tensor)."""
         return self.count(labels)
 
     def balance(self, rows: Sequence[Encoded], classes: int) -> tuple[float, ...]:
-        """Return the weights with which `classes` of `rows` count alike, where there are some."""
+        """Return class weights that balance `rows`; empty for objectives without classes."""
         return ()
 
     @abstractmethod
     def meter(self) -> Meter:
-        """Return a new meter; it is updated with what `targets` returns."""
+        """Return a new meter, to be updated with the result of `targets`."""
 
     @property
     def first_loss(self) -> float | None:
-        """What the loss of the first step has to be, where that is known."""
+        """Expected loss of the first step; None if unknown."""
         return None
 
     def remarks(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
     ) -> list[str]:
-        """Return warnings about metrics that look better than they are.
-
-        Args:
-            metrics: of the trained model.
-            before: of the model before step 1, if it was evaluated.
-        """
+        """Return warnings about misleading metrics; `before` has those before step 1."""
         return []
 
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
-        """Return the mean loss of guessing without reading, by how often `rows` have each answer.
-
-        None where that says nothing, as of text, whose model guesses better before it is trained.
-        """
+        """Return the loss of a constant predictor with the label frequencies of `rows`, or None."""
         return None
 
 
 class TokenObjective(Objective):
-    """What predicts tokens by a language head, and so needs it at some positions only."""
+    """Objective of a language head, whose logits are needed at supervised positions only."""
 
     one_of_many: ClassVar[bool] = True
 
     @abstractmethod
     def locate(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return where targets are predicted in the flattened (batch, seq), and the targets."""
+        """Return where targets are predicted in the flattened `(batch, seq)`, and the targets."""
 
     @property
     def of_tokens(self) -> TokenObjective:
-        """What it is where each token has a loss of its own."""
+        """The objective with one loss per token; by default this one."""
         return self
 
 
 class TaughtObjective(TokenObjective):
-    """What learns tokens from a teacher too.
+    """Token objective with a distillation loss.
 
-    A batch has `known` and `ids`, what the teacher expects at each target in the order of `locate`.
-    One that has not, as in evaluation, is scored without a teacher.
+    A batch contains the teacher's `known` and `ids`, one entry per target in the order of `locate`.
+    Batches without them, as in evaluation, use the token loss only.
     """
 
     @abstractmethod
@@ -344,24 +296,24 @@ class TaughtObjective(TokenObjective):
         """Return the loss summed over targets (a scalar).
 
         Args:
-            scores: (targets, vocabulary) of the model.
-            targets: (targets,) token ids.
-            known: (targets, outcomes) log-probabilities by the teacher, float32.
-            ids: (targets, k) the tokens that these are of.
+            scores: `(targets, vocabulary)` logits of the student.
+            targets: `(targets,)` token ids.
+            known: `(targets, outcomes)` log-probabilities of the teacher, float32.
+            ids: `(targets, k)` token ids of `known`.
         """
 
 
 @dataclass(frozen=True)
 class LikelihoodObjective(TokenObjective):
-    """What depends on how likely whole answers are, and not on each of their tokens by itself.
+    """Objective of the log-likelihoods of whole answers, as in preference training.
 
-    A batch has `verdicts` (answers, 3), as of `Encoded.verdicts`. A row may have several answers,
-    which stand side by side in one batch.
+    A batch contains `verdicts` `(answers, 3)`; see `Encoded.verdicts`. The answers of a row are
+    consecutive in one batch.
 
     Attributes:
-        needs_reference: whether it compares with the model as it began.
-        needs_baseline: whether the mean reward of the rows' contrasts is taken off the rewards,
-            which has to be known before the step.
+        needs_reference: whether the loss uses reference log-probabilities.
+        needs_baseline: whether rewards are reduced by the mean reward of the contrast answers,
+            which must be known before the step.
     """
 
     needs_reference: bool = False
@@ -369,21 +321,17 @@ class LikelihoodObjective(TokenObjective):
 
     @abstractmethod
     def answers(self, each: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return (answers, 2): the log-likelihood of each answer, and its number of tokens.
+        """Return `(answers, 2)`: log-likelihood and number of tokens of each answer.
 
-        Args:
-            each: (targets,) log-likelihoods in the order of `locate`, float32.
-            labels: (answers, seq).
+        `each` are `(targets,)` float32 log-likelihoods in the order of `locate`; `labels`
+        `(answers, seq)`.
         """
 
     @abstractmethod
     def judge(
         self, answers: torch.Tensor, verdicts: torch.Tensor, *, training: bool
     ) -> torch.Tensor:
-        """Return the loss summed over what it is the mean of (a scalar, or several terms).
+        """Return the summed loss, with one value per divisor of `training_count` if `training`.
 
-        Args:
-            answers: as `answers` gave them.
-            verdicts: (answers, 3).
-            training: as `training_count` counts; otherwise as `count` does, a scalar.
+        `answers` is the result of `answers`; `verdicts` are `(answers, 3)`.
         """

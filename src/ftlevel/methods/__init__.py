@@ -1,10 +1,8 @@
-"""PEFT methods: one module each, with all that the rest asks of a method.
+"""PEFT methods, one module per spec in `ftlevel.config.methods`.
 
-A method's module has the name of its spec's in `ftlevel.config.methods`, where it is registered,
-and holds its `METHODS`: name → `Method`. Rows and rules of all are collected in `matrix`, merging
-by PEFT's types in `merging`. May import models and what is below; no data (a method is given
-batches), nothing of training or of the fast step. Importing this room imports no torch: what needs
-it is imported where a method is built.
+Each module defines `METHODS`: name -> `Method`. `matrix` collects the support table, `merging` the
+PEFT types. May import models, but no data or training code; importing this package does not
+import torch.
 """
 
 from __future__ import annotations
@@ -25,23 +23,20 @@ METHODS: dict[str, Method] = {
     spec.model_fields["kind"].default: _method_of(spec.model_fields["kind"].default, spec)
     for spec in specs.BY_TARGETS
 }
-"""Every method by its name, in the order of the table."""
+"""All methods by name, in display order."""
 
 
 TUNERS = "ftlevel.adapters"
-"""What a program must import before PEFT alone can load an adapter of a tuner of ours."""
+"""Module that registers ftlevel's tuners for programs that load adapters with PEFT alone."""
 
 
 def needs_import(spec: specs.MethodSpec) -> str:
-    """Return what a program must import before PEFT alone can load an adapter of `spec`, if any."""
+    """Return the module to import before PEFT alone can load an adapter of `spec`, or ""."""
     return TUNERS if METHODS[spec.kind].register else ""
 
 
 def ensure_registered() -> None:
-    """Make PEFT know the tuners of ftlevel; a second call does nothing.
-
-    Needed before one is loaded. Imports peft.
-    """
+    """Register ftlevel's tuners in PEFT; idempotent. Imports peft."""
     for method in METHODS.values():
         if method.register is not None:
             method.register()

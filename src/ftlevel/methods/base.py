@@ -1,9 +1,7 @@
-"""What a method is to the rest: its facts, how it gets onto a model, and what it does in a run.
+"""Interface of PEFT methods: how a method is built, initialized, trained, saved and merged.
 
-A method's own module fills in a `Method`. Every member but the facts and the rate is optional, and
-nobody outside asks which method it has in hand: what differs between methods is a member here.
-
-Refusing to merge, in the way that PEFT's base classes ask of what no weight can hold.
+Each method module fills in a `Method`. Callers never check which method they have; everything that
+differs between methods is a field here.
 """
 
 from __future__ import annotations
@@ -22,18 +20,11 @@ from ftlevel.methods.rates import Rates
 
 @dataclass(frozen=True)
 class Base:
-    """The facts of the model that a method is put onto.
+    """Base model to which a method is applied.
 
-    Attributes:
-        config: the model's config.
-        kind: encoder, decoder or encoder-decoder.
-        task_type: PEFT's TaskType, or None for masked language models.
-        targets: modules that the method adapts, in the shortest names that PEFT reads as them.
-        heads: modules that are trained and saved in full.
-        fan_in_fan_out: whether the targets are Conv1D, whose weight is (in, out).
-        total_steps: optimizer steps of the run.
-        tokenizer: the model's, for methods that begin with a text.
-        parameters: tensors outside of linears that the method adapts, as those of experts.
+    `targets` are the shortest suffixes that PEFT matches; `heads` are fully trained; `parameters`
+    are adapted tensors outside linear layers, such as fused experts. `task_type` is None for masked
+    LMs.
     """
 
     config: Any
@@ -48,7 +39,7 @@ class Base:
 
     @property
     def shared(self) -> dict[str, Any]:
-        """What every config of PEFT for a method that adapts modules is given."""
+        """Arguments common to the PEFT configs of all methods that adapt modules."""
         return {
             "task_type": self.task_type,
             "target_modules": self.targets,
@@ -58,13 +49,7 @@ class Base:
 
 @dataclass(frozen=True)
 class QuantizedCheckpoint:
-    """A base whose weights were quantized before this run.
-
-    Attributes:
-        name: of the model, as the user gave it.
-        form: by what it was quantized, as `GPTQ, 4-bit`.
-        kind: as in `--quant`; none where it is another library's form.
-    """
+    """Base model whose checkpoint is quantized; `kind` is `none` for other libraries' formats."""
 
     name: str
     form: str
@@ -73,15 +58,11 @@ class QuantizedCheckpoint:
 
 @dataclass(frozen=True)
 class StartInputs:
-    """What a method may begin from, made only if it is asked for.
+    """Inputs of data- or weight-dependent initializations, computed on demand.
 
-    Attributes:
-        batches: gives the training rows in batches on the device, to be gone through as often as
-            one likes; each has a mask `supervised` (batch, seq) of the tokens that are learned.
-        float_weights: gives the way from a linear's name in the base to its weight (out, in)
-            before quantization, on the CPU.
-        device: torch device type.
-        dtype: compute precision's name.
+    `batches` returns a re-iterable of batches with a mask `supervised` `(batch, seq)`.
+    `float_weights` returns a function from the name of a linear layer to its unquantized weight
+    `(out, in)` on the CPU.
     """
 
     batches: Callable[[], Any]
@@ -92,18 +73,16 @@ class StartInputs:
 
 @dataclass(frozen=True)
 class Start:
-    """How a method begins, where that is more than PEFT's default.
+    """Initialization of a method that differs from PEFT's default.
 
     Attributes:
-        precision: spec and `--dtype` → the precision that the start needs, None for any; raises
-            ConfigError where the user wants another.
-        begin: model, spec and what it may begin from; mutates the model before it is trained.
-        rewrites_base: spec → whether the start is taken out of the base's weights, so that with
-            the adapter off the model is not what it was.
-        copy: untrained model → what `as_saved` needs of the start, by tensors' names.
-        as_saved: trained model and copied start → context that gives the state dict to save for
-            the untouched base; None saves the model as it is.
-        default: spec → the spec of the same shapes that begins as PEFT's default.
+        precision: (spec, `--dtype`) -> required dtype, or None; may raise `ConfigError`.
+        begin: initializes the adapter of the model (mutated).
+        rewrites_base: spec -> whether initialization changes the base weights.
+        copy: untrained model -> tensors by name that `as_saved` needs.
+        as_saved: (trained model, copied tensors) -> context manager of the state dict to save for
+            the unchanged base; None saves the model as it is.
+        default: spec -> spec with the same shapes and PEFT's default initialization.
     """
 
     precision: Callable[[Any, str], Choice | None]
@@ -116,17 +95,15 @@ class Start:
 
 @dataclass(frozen=True)
 class Merging:
-    """How an adapter of a method becomes part of the base's weights.
+    """How adapters of a method are merged into the base weights.
 
     Attributes:
-        peft_types: what adapter_config.json calls its adapters, those of PEFT's own tuners for the
-            same method too.
-        into_weights: whether it can at all.
-        why_not: adapter_config.json → why this adapter cannot be merged and what to do, or None.
-        prepare: the adapter's `PeftConfig`, mutated before it is put onto the base: what only
-            training needs goes.
-        restore: the adapter on its base, and its config; mutated: what the file does not hold.
-        plain_form: how it becomes plain LoRA on the untouched base, as servers read it.
+        peft_types: `peft_type` values in adapter_config.json, including PEFT's own tuners.
+        into_weights: whether merging is possible at all.
+        why_not: adapter_config.json -> reason and fix if this adapter cannot be merged, or None.
+        prepare: removes training-only settings from a `PeftConfig` (mutated) before injection.
+        restore: sets values that the file lacks on the injected adapter (mutated).
+        plain_form: conversion to a plain LoRA of the unchanged base, for inference servers.
     """
 
     peft_types: tuple[str, ...] = ()
@@ -139,13 +116,10 @@ class Merging:
 
 @dataclass(frozen=True)
 class StepSupport:
-    """What of the fast step a method goes with: spec → the reason against, empty for none.
+    """Support for the fast training step; each function returns a reason against it, or "".
 
-    Attributes:
-        fusing: why its linears are PEFT's; None where they are no LoRA in the first place.
-        packing: why rows need padding.
-        workers: what a forward pass changes in the model, so that two at once would meet.
-        pruning: why the last block computes every token.
+    `fusing` is None for methods other than LoRA; `workers` names state that concurrent passes
+    share.
     """
 
     fusing: Callable[[Any], str] | None = None
@@ -155,7 +129,7 @@ class StepSupport:
 
 
 def refuse_other_forms(_spec: Any, base: QuantizedCheckpoint) -> str | None:
-    """Return why only a plain LoRA goes onto weights that another library quantized."""
+    """Return why only plain LoRA works on weights quantized by another library, or None."""
     if base.kind != "none":
         return None
     return (
@@ -166,56 +140,50 @@ def refuse_other_forms(_spec: Any, base: QuantizedCheckpoint) -> str | None:
 
 @runtime_checkable
 class HasState(Protocol):
-    """A callback of a method that knows something of the model beside its tensors."""
+    """Method callback with state outside the model's tensors."""
 
     def keep(self, directory: Path) -> None:
-        """Write it beside the tensors."""
+        """Save the state in `directory`."""
 
     def take_up(self, directory: Path, model: Any) -> None:
-        """Give `model` (mutated), whose training is over, what was kept in `directory`."""
+        """Load the state from `directory` into the trained `model` (mutated)."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One PEFT method.
+    """A PEFT method; all fields but `facts`, `rate` and `build` are optional.
 
     Attributes:
-        facts: its rows of the table, in the order in which they are shown.
-        rules: the cells of the table where they do not work.
-        rate: peak learning rates where the user gives none, or spec → them.
-        build: spec and base → `peft.PeftConfig`; None where the model itself is trained.
-        unfreeze: spec, base and frozen model → nothing; in place of `build`, mutates the model.
-        trains_base: spec → whether the base's own weights are trained.
-        register: makes PEFT know a tuner of our own; a second call does nothing. Imports peft.
-        find_targets: spec and meta model → full names of the modules it adapts, sorted; None where
-            the spec's `target_modules` are linears that the user names.
-        check: spec and (in, out) of each linear that it adapts → nothing; raises ConfigError
-            where they do not fit.
-        count: spec and (in, out) of each linear that it adapts → how many parameters it trains;
-            None where only PEFT can say.
-        describe: spec → its settings in a line, for the screen.
-        refuse: spec, model config, kind of model, task and quantization → why the method cannot be
-            used there and the nearest thing that works, in sentences that follow `--method NAME: `;
-            None where it can. Asked before weights load.
-        refuse_quantized: spec and a base that was quantized before → the same, as a whole message.
-        positions: spec → positions of the model that the method takes from the text.
-        prepare: the model that the method was put onto, mutated before it is trained.
-        start: how it begins, where that is more than PEFT's default.
-        optimizer: spec, model and `TrainingArguments` → the optimizer; None leaves it to Trainer.
-        callbacks: spec, directory of checkpoints, and whether this process writes to it → what the
-            method does between steps; one may be a `HasState`.
-        penalty: trained model → what is added to the loss of an optimizer step.
-        continued_as: the method by which an adapter of it is trained on, where that is another.
-        why_not_continued: why neither its adapter nor a run of it can be trained for longer than
-            was planned; empty where it can.
-        finish: the trained `PeftModel`, mutated before it is saved: what only training needs goes.
-        step: what of the fast step it goes with.
-        merging: how it becomes part of the weights.
-        page: what docs/methods.md says of it beside the tables, in Markdown.
-        on_embeddings: spec → why it cannot go on embeddings and output layers, empty if it can,
-            where they are named.
-        plain: type of an adapter of PEFT's own tuner for the same → base, its directory and a name
-            → the base with it on, by the tuner that is used here.
+        facts: rows of the support table, in display order.
+        rate: default peak learning rates, or a function of the spec.
+        build: (spec, base) -> `peft.PeftConfig`; None if the model itself is trained.
+        rules: unsupported cells of the support table.
+        unfreeze: sets `requires_grad` of a frozen model (mutated), instead of `build`.
+        trains_base: spec -> whether base weights are trained.
+        register: registers a tuner of ftlevel in PEFT; idempotent, imports peft.
+        find_targets: (spec, meta model) -> sorted full names of adapted modules; None if the user
+            selects linear layers with `target_modules`.
+        check: raises `ConfigError` if layer sizes, name -> (in, out), do not fit the spec.
+        count: (spec, layer sizes) -> trainable parameters; None if only PEFT can tell.
+        describe: spec -> its settings in one line.
+        refuse: (spec, model config, kind, task, quant) -> reason and fix if unsupported, to follow
+            `--method NAME: `; None otherwise. Called before weights load.
+        refuse_quantized: the same for a quantized checkpoint, as a complete message.
+        positions: spec -> model positions used by virtual tokens.
+        prepare: changes the model with the method applied (mutated) before training.
+        start: initialization other than PEFT's default.
+        optimizer: (spec, model, `TrainingArguments`) -> optimizer, or None for Trainer's default.
+        callbacks: (spec, checkpoint directory, whether this process writes) -> callbacks; one may
+            be a `HasState`.
+        penalty: model -> regularization term of an optimizer step.
+        continued_as: method that continues training of its adapters, if another.
+        why_not_continued: reason if neither adapters nor runs can be trained further.
+        finish: removes training-only modules of the trained `PeftModel` (mutated) before saving.
+        step: support for the fast training step.
+        merging: how adapters are merged.
+        page: Markdown text for docs/methods.md.
+        on_embeddings: spec -> why it cannot adapt embeddings and output layers, or "".
+        plain: PEFT type -> loader (base, directory, adapter name) that uses ftlevel's tuner.
     """
 
     facts: tuple[MethodFacts, ...]
@@ -247,16 +215,16 @@ class Method:
     plain: Mapping[str, Callable[[Any, Path, str], Any]] = field(default_factory=dict)
 
     def rates(self, spec: Any) -> Rates:
-        """Return the peak learning rates where the user gives none."""
+        """Return the default peak learning rates."""
         return self.rate(spec) if callable(self.rate) else self.rate
 
     def rewrites_base(self, spec: Any) -> bool:
-        """Return whether the base without the adapter is not what it was before."""
+        """Return whether initialization changes the base weights."""
         return self.start is not None and self.start.rewrites_base(spec)
 
 
 def whole(number: float) -> int | float:
-    """Return a whole number as an int: PEFT divides by ranks, and saved configs compare equal."""
+    """Return an integral number as int, so that ranks are ints and saved configs compare equal."""
     return int(number) if float(number).is_integer() else number
 
 
@@ -268,33 +236,21 @@ VIRTUAL_TOKENS = (
 
 
 class UnmergeableLayer:
-    """A layer that refuses; it stands before `BaseTunerLayer` among the bases.
-
-    Attributes:
-        cannot_merge: why, and what to do instead.
-    """
+    """Mixin for layers that cannot be merged; must precede `BaseTunerLayer`."""
 
     cannot_merge: ClassVar[str]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
-        """Refuse.
-
-        Raises:
-            NotImplementedError: always, as PEFT's layers do.
-        """
+        """Raise `NotImplementedError`, as PEFT's layers do."""
         raise NotImplementedError(self.cannot_merge)
 
     def unmerge(self) -> NoReturn:
-        """Refuse, as nothing was merged.
-
-        Raises:
-            NotImplementedError: always, as PEFT's layers do.
-        """
+        """Raise `NotImplementedError`, as PEFT's layers do."""
         raise NotImplementedError(self.cannot_merge)
 
 
 class UnmergeableTuner:
-    """A tuner of such layers; it stands before `BaseTuner` among the bases."""
+    """Mixin for tuners of unmergeable layers; must precede `BaseTuner`."""
 
     tuner_layer_cls: type[UnmergeableLayer]
 

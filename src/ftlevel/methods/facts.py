@@ -1,8 +1,7 @@
-"""What a method declares of itself as data: its rows of the table, and where they do not work.
+"""Rows and rules of the support table, which each method module declares.
 
-A row is a method or a form of one: DoRA is LoRA with a switch, and has limits of its own. The rows
-and rules stand in each method's module; `ftlevel.methods.matrix` collects them. Nothing here or
-there imports torch.
+A row is a method or a variant of one, such as DoRA. `ftlevel.methods.matrix` collects rows and
+rules. Does not import torch.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ from ftlevel.config.sections import Section
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """One row.
+    """A row of the support table.
 
     Attributes:
-        name: the row's name.
-        kind: the `--method` that it belongs to.
-        flags: how it is asked for.
+        name: name of the row.
+        kind: value of `--method`.
+        flags: command-line flags that select it.
         trains: what is trained.
-        merges: how it becomes part of the weights; empty if it cannot.
-        paper: where it was published.
-        llama_7b: parameters that it trains on Llama-2-7B by default.
-        fields: the spec's fields that make the form, by dotted name; none for a method itself.
-        also: further methods of which it is a form.
+        merges: how it is merged; empty if it cannot be.
+        paper: reference.
+        llama_7b: trainable parameters on Llama-2-7B by default.
+        fields: spec fields, by dotted name, that define the variant.
+        also: other methods with the same variant.
     """
 
     name: str
@@ -41,19 +40,19 @@ class MethodFacts:
     also: tuple[str, ...] = ()
 
     def matches(self, spec: Section) -> bool:
-        """Whether a run with `spec` is of this row."""
+        """Return whether `spec` belongs to this row."""
         values = {"kind": (self.kind, *self.also), **self.fields}
         return all(_is_of(getattr(spec, name, None), value) for name, value in values.items())
 
 
 def _is_of(found: Any, wanted: Any) -> bool:
-    if wanted is ...:  # any value but none
+    if wanted is ...:  # any value but None
         return found is not None
     return found in wanted if isinstance(wanted, tuple) else found == wanted
 
 
 MERGES = "yes"
-"""Of what becomes part of the weights, bit for bit as `merge_and_unload` of PEFT gives."""
+"""Value of `merges` for exact merging, as with PEFT's `merge_and_unload`."""
 
 CONV1D = frozenset({"gpt2"})
 QUANTIZED = frozenset({"4bit", "8bit"})
@@ -61,19 +60,15 @@ _ANY: frozenset[str] = frozenset()
 
 
 def rows(*names: str) -> frozenset[str]:
-    """Return the names of the rows that a rule is of."""
+    """Return row names as a frozenset."""
     return frozenset(names)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Cells that do not work. An empty field stands for every value.
+    """Unsupported cells of the table; an empty field matches all values.
 
-    Attributes:
-        rows: names of rows.
-        why: the reason, as a clause after a colon.
-        instead: the one thing to do, as a sentence.
-        experts: whether the base has experts, where the rule asks.
+    `why` is a clause after a colon, `instead` a sentence. `experts` None matches all bases.
     """
 
     rows: frozenset[str]
@@ -86,7 +81,7 @@ class Rule:
     experts: bool | None = None
 
     def covers(self, cell: Cell) -> bool:
-        """Whether `cell` is one of these; where the cell is open, whether all of it is."""
+        """Return whether the rule applies to all of `cell`."""
         return (
             cell.row in self.rows
             and _inside(cell.family, self.families)
@@ -97,7 +92,7 @@ class Rule:
         )
 
     def touches(self, cell: Cell) -> bool:
-        """Whether some of `cell`, which may be open, is one of these."""
+        """Return whether the rule applies to part of `cell`."""
         return (
             cell.row in self.rows
             and _meets(cell.family, self.families)
@@ -109,7 +104,7 @@ class Rule:
 
     @property
     def where(self) -> str:
-        """Name the cells beside the method: `with gpt2 and without --quant`."""
+        """Describe the conditions other than the method: `with gpt2 and without --quant`."""
         parts = [f"with {' or '.join(sorted(self.families))}"] * bool(self.families)
         parts += [f"with {kind}s" for kind in sorted(self.kinds)]
         parts += ["with a base without experts"] * (self.experts is False)
@@ -123,7 +118,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Cell:
-    """A method's row on a base, for a task; None leaves a side open."""
+    """A row combined with a base model and a task; None matches all values."""
 
     row: str = ""
     family: str | None = None

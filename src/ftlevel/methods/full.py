@@ -1,4 +1,4 @@
-"""Training without an adapter: every weight of the model, or its new head alone."""
+"""Full fine-tuning and linear probing, without an adapter."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ _IS_A_MODEL = "is a model already"
 
 
 def unfreeze(spec: FullSpec, base: Base, model: Any) -> None:
-    """Train all of `model`, or its heads (mutated)."""
+    """Unfreeze all of `model`, or only its heads (mutated)."""
     model.requires_grad_(not spec.freeze_base)
     for name in base.heads if spec.freeze_base else ():
         model.get_submodule(name).requires_grad_(True)
 
 
 def describe(spec: FullSpec) -> str:
-    """Return what is trained."""
+    """Return what is trained, for the log."""
     return "the head is trained" if spec.freeze_base else "every weight is trained"
 
 
 def find_rates(spec: FullSpec) -> Rates:
-    """Return the rates; by the rule a BERT of 768 features in 3,000 steps gets its paper's 2e-5."""
+    """Return the rates; BERT base in 3,000 steps gets its paper's 2e-5."""
     if spec.freeze_base:
         return Rates(narrow=1e-1, wide=1e-3, source="a hundredth for wide features", is_heads=True)
     return Rates(
         narrow=1e-4,
         wide=1e-5,
         source="by way of BERT's 2e-5, appendix A.3",
-        kinds={"encoder-decoder": 1e-3},  # as T5's own, which scales its weights otherwise
+        kinds={"encoder-decoder": 1e-3},  # T5's own rate; it scales weights differently
     )
 
 

@@ -1,4 +1,4 @@
-"""(IA)³: spec → `peft.IA3Config`, and where keys, values and feed-forward layers are."""
+"""(IA)³: builds `peft.IA3Config` and finds keys, values and feed-forward layers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ftlevel.methods.facts import MERGES, MethodFacts
 from ftlevel.methods.plain_form import FULL_RANK, PlainForm
 from ftlevel.methods.rates import Rates
 
-# Ends of names, over all families. Keys and values, or one linear of query, key and value:
+# Name suffixes of key, value and fused QKV layers in all families:
 _KEY_VALUE = re.compile(
     r"\.(k|v|key|value|k_lin|v_lin|k_proj|v_proj|key_proj|value_proj|qkv_proj|qkv|Wqkv|c_attn"
     r"|query_key_value|attn\.attn\.k|attn\.attn\.v)$"
 )
-# The second linear of a feed-forward layer, whose input is scaled:
+# The second linear layer of a feed-forward, whose input is scaled:
 _FEED_FORWARD = re.compile(
     r"(^|\.)(down_proj|fc2|wo|lin2|fc_out|ffn_output|dense_4h_to_h|(mlp|\d+\.mlp)\.(c_proj|Wo)"
     r"|ffn\.lin2|(?<!attention\.)output\.dense)$"
@@ -25,7 +25,7 @@ _FEED_FORWARD = re.compile(
 
 
 def find_targets(spec: Section, model: Any) -> list[str]:
-    """Return the linears of keys, values and second feed-forward layers in `model`'s blocks."""
+    """Return key, value and second feed-forward layers in the blocks of `model`, sorted."""
     return sorted(
         name
         for name, module in model.named_modules()
@@ -36,7 +36,7 @@ def find_targets(spec: Section, model: Any) -> list[str]:
 
 
 def is_feed_forward(name: str) -> bool:
-    """Whether `name`, whole or shortened, is of a second linear of a feed-forward layer."""
+    """Return whether `name`, full or shortened, is a second feed-forward layer."""
     return _FEED_FORWARD.search(name) is not None
 
 

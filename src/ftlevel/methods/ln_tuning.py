@@ -1,4 +1,4 @@
-"""LN-tuning: spec → `peft.LNTuningConfig`."""
+"""LN-tuning: builds `peft.LNTuningConfig`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ftlevel.methods.rates import Rates
 
 
 def build(spec: LnTuningSpec, base: Base) -> Any:
-    """Return PEFT's config; `base.targets` are the norms."""
+    """Return PEFT's config; `base.targets` are the norm layers."""
     from peft import LNTuningConfig
 
     return LNTuningConfig(
@@ -21,7 +21,7 @@ def build(spec: LnTuningSpec, base: Base) -> Any:
 
 
 def find_targets(_spec: LnTuningSpec, model: Any) -> list[str]:
-    """Return the full names of all norms of `model` outside its heads, sorted."""
+    """Return the full names of all norm layers of `model` outside its heads, sorted."""
     from ftlevel.models.module_tree import ModuleTree
 
     return sorted(ModuleTree(model).norm_names())

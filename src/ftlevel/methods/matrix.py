@@ -1,9 +1,8 @@
-"""What works with what: every refusal with its reason, and the nearest thing that works.
+"""Support table: which methods work with which models, tasks and quantization.
 
-One table, collected from what the methods declare, feeds the engine, which refuses before weights
-load, `ftlevel list-methods`, docs/methods.md and the sweep that trains every cell. It imports
-nothing heavy. What a task needs of a model is in `ftlevel.tasks`; sizes that do not fit are found
-in the model itself; what a method needs of a family that no table names is found by its `refuse`.
+Collected from the methods; used by the engine before weights load, by `ftlevel list-methods`, by
+docs/methods.md and by the sweep over all cells. Imports nothing heavy. It does not cover the
+requirements of tasks, layer sizes, or `Method.refuse`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from ftlevel.methods.facts import Cell, MethodFacts, Rule
 FACTS: dict[str, MethodFacts] = {
     row.name: row for method in METHODS.values() for row in method.facts
 }
-"""Every row by its name, in the order in which they are shown."""
+"""Every row by name, in display order."""
 
 RULES: tuple[Rule, ...] = tuple(
     dict.fromkeys(
@@ -28,27 +27,26 @@ RULES: tuple[Rule, ...] = tuple(
         for rule in method.rules
     )
 )
-"""Every refusal, those of training without an adapter first. The first that covers a cell is its
-reason."""
+"""All rules, full fine-tuning first; the first rule that covers a cell is its reason."""
 
 
 def rows_of(spec: MethodSpec) -> list[MethodFacts]:
-    """Return the rows that a run with `spec` is of: its method and its forms."""
+    """Return the rows that match `spec`: its method and its variants."""
     return [row for row in FACTS.values() if row.matches(spec)]
 
 
 def find_refusal(cell: Cell) -> Rule | None:
-    """Return why `cell` does not work, or None if it does, or does in part where it is open."""
+    """Return the first rule that covers all of `cell`, or None."""
     return next((rule for rule in RULES if rule.covers(cell)), None)
 
 
 def find_limits(cell: Cell) -> list[Rule]:
-    """Return the rules that refuse a part of an open `cell`."""
+    """Return the rules that apply to part of `cell`."""
     return [rule for rule in RULES if rule.touches(cell)]
 
 
 def explain(rule: Rule, row: MethodFacts, cell: Cell) -> str:
-    """Say what cannot be used with what, why, and what to do."""
+    """Return the error message of `rule`: what is unsupported, why, and what to do."""
     asked = row.flags if not row.fields else row.flags.partition(f"--method {row.kind} ")[2]
     sides = []
     if rule.kinds:
@@ -64,12 +62,7 @@ def explain(rule: Rule, row: MethodFacts, cell: Cell) -> str:
 
 
 def find_problems(spec: MethodSpec, base: Cell) -> list[str]:
-    """Return why a run with the method `spec` cannot be, one message a row of it that cannot.
-
-    Args:
-        spec: the method's spec.
-        base: the model, the task and the quantization; its row is not looked at.
-    """
+    """Return one error message per unsupported row of `spec`; the row of `base` is ignored."""
     problems = []
     for row in rows_of(spec):
         cell = replace(base, row=row.name)
@@ -80,17 +73,13 @@ def find_problems(spec: MethodSpec, base: Cell) -> list[str]:
 
 
 def check_supported(spec: MethodSpec, base: Cell) -> None:
-    """Refuse a method that cannot work on a base, for a task.
-
-    Raises:
-        ConfigError: with each reason and the nearest thing that works.
-    """
+    """Raise `ConfigError`, with reasons and alternatives, if `base` does not support the method."""
     problems = find_problems(spec, base)
     if problems:
         raise ConfigError(problems)
 
 
 def known_rows(kinds: Iterable[str]) -> list[MethodFacts]:
-    """Return the rows of the methods named `kinds`, in the order in which they are shown."""
+    """Return the rows of the methods `kinds`, in display order."""
     wanted = set(kinds)
     return [row for row in FACTS.values() if row.kind in wanted]

@@ -1,9 +1,8 @@
-"""Merge an adapter into its base, a module at a time, by the code that PEFT merges with.
+"""Merge an adapter into its base one module at a time, with PEFT's own merging code.
 
-PEFT's `merge_and_unload` needs the whole model in memory. Here the model is on the meta device, and
-only the adapter layers have the tensors of the adapter: to merge a module, a copy of it gets the
-base's weights, PEFT merges that, and its weights are the result. It is bit for bit what
-`merge_and_unload` gives for every method and every form of LoRA, with memory for one module.
+The base is on the meta device and only adapter layers have data. To merge a module, a copy of it
+gets the base weights and PEFT merges that copy. The result equals `merge_and_unload` bit for bit,
+with memory for one module.
 """
 
 from __future__ import annotations
@@ -28,18 +27,14 @@ BY_PEFT_TYPE: dict[str, Merging] = {
     for method in METHODS.values()
     for peft_type in method.merging.peft_types
 }
-"""PEFT type → how adapters of it are merged, or why not."""
+"""PEFT type -> how its adapters are merged."""
 
 MERGED = tuple(name for name, merging in BY_PEFT_TYPE.items() if merging.into_weights)
-"""PEFT types that become part of the base's weights."""
+"""PEFT types that can be merged."""
 
 
 def read_peft_config(directory: Path) -> dict[str, Any]:
-    """Return adapter_config.json of `directory`.
-
-    Raises:
-        InputError: it is missing, or no configuration of an adapter.
-    """
+    """Return the adapter_config.json of `directory`; raises `InputError` if it is invalid."""
     path = directory / "adapter_config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -51,7 +46,7 @@ def read_peft_config(directory: Path) -> dict[str, Any]:
 
 
 def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
-    """Return why an adapter of `config` cannot be merged and what to do, or None if it can."""
+    """Return why an adapter with `config` cannot be merged and what to do, or None."""
     kind = str(config.get("peft_type"))
     if kind not in BY_PEFT_TYPE:
         return (
@@ -63,19 +58,17 @@ def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """An adapter on its base, the base on the meta device.
+    """An adapter on a base model on the meta device.
 
-    Attributes:
-        units: name of a module of the base → the adapter's layer that stands in its place.
-        supplied: name of a tensor of the base → what the adapter has trained in its stead, outside
-            of `units`, such as biases.
+    `units` maps base modules to the adapter layers that wrap them; `supplied` maps other base
+    tensors, such as biases, to their trained values.
     """
 
     units: dict[str, Any]
     supplied: dict[str, Any]
 
     def unit_of(self, name: str) -> str | None:
-        """Return the module in `units` that the base's tensor `name` belongs to."""
+        """Return the module in `units` that contains the base tensor `name`, or None."""
         module = name
         while module:
             module = module.rpartition(".")[0]
@@ -84,12 +77,9 @@ class Skeleton:
         return None
 
     def merge(self, path: str, read_base: Callable[[str], Any]) -> dict[str, Any]:
-        """Return the merged tensors of the unit at `path`, by their names in the base.
+        """Return the merged tensors of the module `path`, by base tensor name.
 
-        Args:
-            path: a key of `units`.
-            read_base: name of a base tensor → it, in memory that may be changed, in the precision
-                in which the result is wanted.
+        `read_base` returns a base tensor by name; it must be writable and in the output dtype.
 
         Raises:
             InputError: PEFT cannot merge it.
@@ -109,14 +99,10 @@ class Skeleton:
 
 
 def build_skeleton(model: Any, directory: Path) -> Skeleton:
-    """Put the adapter of `directory` onto `model`.
-
-    Args:
-        model: the base on the meta device (mutated by PEFT).
-        directory: the adapter.
+    """Inject the adapter of `directory` into `model`, which is on the meta device (mutated).
 
     Raises:
-        InputError: the file has tensors that fit nothing, or lacks some.
+        InputError: tensors of the file are missing or do not fit the base.
     """
     from peft import PeftConfig, get_peft_model
     from safetensors.torch import load_file
@@ -144,7 +130,7 @@ def build_skeleton(model: Any, directory: Path) -> Skeleton:
 
 
 def _load(adapted: Any, tensors: dict[str, Any], directory: Path) -> None:
-    """Put every tensor of the file into its place in float32, each exactly once (mutated)."""
+    """Load every tensor of the file in float32, each exactly once (mutated)."""
     import torch
 
     from ftlevel.models.upstream.tensors import own_tensors
@@ -155,7 +141,7 @@ def _load(adapted: Any, tensors: dict[str, Any], directory: Path) -> None:
             for name, tensor in box.items():
                 places.setdefault(id(tensor), []).append((box, name))
     promised = _promised(adapted, with_embeddings=False)
-    if set(promised) != set(tensors):  # PEFT saves the base of an embedding that was adapted
+    if set(promised) != set(tensors):  # PEFT also saves the base of adapted embeddings
         more = _promised(adapted, with_embeddings=True)
         promised |= {name: more[name] for name in more if name in tensors}
     if set(promised) != set(tensors):
@@ -174,7 +160,7 @@ def _load(adapted: Any, tensors: dict[str, Any], directory: Path) -> None:
 
 
 def _promised(adapted: Any, *, with_embeddings: bool) -> dict[str, Any]:
-    """Return the adapter's tensors by the names of its file: the objects in the modules."""
+    """Return the adapter's tensors in the modules by their names in the file."""
     from peft import get_peft_model_state_dict
 
     found: dict[str, Any] = get_peft_model_state_dict(
@@ -186,7 +172,7 @@ def _promised(adapted: Any, *, with_embeddings: bool) -> dict[str, Any]:
 
 
 def _find_units(base: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the outermost adapter layers, as `merge_and_unload` visits them."""
+    """Yield the outermost adapter layers, in the order of `merge_and_unload`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
@@ -200,21 +186,21 @@ def _find_units(base: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _base_of(layer: Any) -> Any:
-    """Return the base's module inside an adapter layer."""
+    """Return the base module inside an adapter layer."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer.original_module
 
 
 def _replaces(layer: Any) -> bool:
-    """Whether the base's module plays no part any more: a head that was trained in full."""
+    """Return whether `layer` fully replaces the base module, as a fully trained head does."""
     from peft.utils import ModulesToSaveWrapper
 
     return isinstance(layer, ModulesToSaveWrapper)
 
 
 def _fill(base: Any, path: str, read_base: Callable[[str], Any]) -> None:
-    """Give `base` its weights where the adapter has not supplied them (mutated)."""
+    """Load base weights into the remaining meta tensors of `base` (mutated)."""
     import torch
 
     from ftlevel.models.upstream.tensors import own_tensors
@@ -230,7 +216,7 @@ def _fill(base: Any, path: str, read_base: Callable[[str], Any]) -> None:
 
 
 def _check_filled(units: dict[str, Any], directory: Path) -> None:
-    """Refuse an adapter that has tensors which neither its file nor the base gives."""
+    """Raise if adapter tensors are neither in its file nor in the base."""
     empty = []
     for path, layer in units.items():
         own = {id(tensor) for tensor in _base_of(layer).parameters()}

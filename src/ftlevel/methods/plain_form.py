@@ -1,4 +1,4 @@
-"""The types in which a method gives its update as plain LoRA: ΔW = B · A, every scale in B."""
+"""Types for converting an adapter to plain LoRA: ΔW = B · A, with all scales in B."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ from typing import Any
 from ftlevel.errors import InputError
 
 PREFIX = "base_model.model."
-"""What PEFT puts before a module's name in the base."""
+"""PEFT's prefix of module names in the base."""
 OUTPUT_LAYERS = ("lm_head", "embed_out")
-"""Ends of the names of output layers."""
+"""Name suffixes of output layers."""
 
 
 @dataclass(frozen=True)
 class Factors:
-    """The update B · A of one module, in float64.
+    """The update B · A of one module in float64: a `(r, in)`, b `(out, r)`.
 
-    Attributes:
-        a: (r, in); of an embedding (r, tokens).
-        b: (out, r).
-        is_embedding: whether the module looks rows up.
+    For an embedding a is `(r, tokens)`.
     """
 
     a: Any
@@ -31,11 +28,11 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """How many columns of `a` and rows of `b` meet."""
+        """The rank r."""
         return int(self.a.shape[0])
 
     def padded(self, rank: int) -> Factors:
-        """Return the same update with `rank` columns, the new ones zero."""
+        """Return the same update zero-padded to `rank`."""
         import torch
 
         more = rank - self.rank
@@ -46,15 +43,14 @@ class Factors:
 
 @dataclass
 class AdapterFile:
-    """A saved adapter, from which its method takes what it understands.
+    """A saved adapter during conversion.
 
     Attributes:
         config: its adapter_config.json.
-        tensors: name in the base, or in the adapter where it stands outside → tensor; what is
-            taken goes, so that what is left is what nobody understood.
-        read_base: name of a tensor of the base → it.
-        tied: name of the embedding → output layers that share its weight.
-        said: what was changed on the way, for the user.
+        tensors: name -> tensor; converted tensors are removed, so the rest is unsupported.
+        read_base: returns a base tensor by name.
+        tied: embedding name -> output layers that share its weight.
+        said: notes for the user about the conversion.
     """
 
     config: Mapping[str, Any]
@@ -64,15 +60,11 @@ class AdapterFile:
     said: list[str] = field(default_factory=list)
 
     def names(self, end: str) -> list[str]:
-        """Return the modules that have a tensor called `end`."""
+        """Return the modules that have a tensor with suffix `end`."""
         return [key.removesuffix(f".{end}") for key in self.tensors if key.endswith(f".{end}")]
 
     def take(self, name: str, *ends: str) -> list[Any]:
-        """Return the tensors of the module `name`, in float64, and forget them.
-
-        Raises:
-            InputError: one is not in the file.
-        """
+        """Remove and return tensors of module `name` in float64; raises `InputError` if missing."""
         lost = [end for end in ends if f"{name}.{end}" not in self.tensors]
         if lost:
             raise InputError(f"its file has no {name}.{lost[0]}. Was a copy cut short?")
@@ -80,17 +72,14 @@ class AdapterFile:
 
 
 AsLora = Callable[[AdapterFile], dict[str, Factors]]
-"""A saved adapter → the update of each module; raises InputError with the reason against."""
+"""Converts a saved adapter to updates by module name; raises `InputError` if unsupported."""
 
 
 @dataclass(frozen=True)
 class PlainForm:
-    """How the adapters of a method become plain LoRA.
+    """Conversion to plain LoRA, from the file (`algebra`) or the loaded layers (None).
 
-    Attributes:
-        algebra: of the file alone, and of rows of the base; None where only the loaded layers can
-            be asked.
-        never: why no plain LoRA of a small rank says the same; empty where one may.
+    `never` is the reason why no low-rank LoRA is equivalent; empty if one may be.
     """
 
     algebra: AsLora | None = None
@@ -98,12 +87,12 @@ class PlainForm:
 
 
 ASKED = PlainForm()
-"""Of a method whose loaded layers are asked."""
+"""Conversion by evaluating the loaded layers."""
 FULL_RANK = "changes every weight by a matrix of full rank, which no small A and B hold. Merge it"
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """Return the value of the first pattern that the module `name` matches, as PEFT reads them."""
+    """Return the value of the first pattern that matches the module `name`, as in PEFT."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
@@ -111,6 +100,6 @@ def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> A
 
 
 def spread(numbers: set[Any]) -> str:
-    """Return a few numbers for a sentence: `2`, or `0.5 to 5.66`."""
+    """Return the range of `numbers` as text: `2`, or `0.5 to 5.66`."""
     low, high = min(numbers), max(numbers)
     return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"

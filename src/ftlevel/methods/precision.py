@@ -1,7 +1,7 @@
-"""Where adapters of our tuners are: on the device of their base, in float32 or in its precision.
+"""Device and dtype of the adapters of ftlevel's tuners.
 
-PEFT makes an adapter in the base's precision and then casts it to float32, which rounds what was
-drawn or read. Ours begin in float32, and are rounded only where PEFT is told not to cast.
+PEFT creates adapters in the dtype of the base and then casts them to float32, which rounds values.
+These are created in float32 and cast only if `autocast_adapter_dtype` is False.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 
 
 class PrecisionLayer:
-    """A layer that casts and moves its adapters; it stands before `BaseTunerLayer`."""
+    """Mixin that casts and moves adapters; must precede `BaseTunerLayer`."""
 
     adapter_layer_names: tuple[str, ...]
     get_base_layer: Callable[[], nn.Module]
@@ -28,7 +28,7 @@ class PrecisionLayer:
                 yield from [member] if isinstance(member, nn.Parameter) else member.parameters()
 
     def cast_to_base(self, adapter_name: str) -> None:
-        """Cast one adapter to the precision of the base; a quantized one has none (mutated)."""
+        """Cast one adapter to the floating-point dtype of the base, if it has one (mutated)."""
         like = first_float(self.get_base_layer())
         if like is not None:
             for parameter in self.tensors_of(adapter_name):
@@ -37,7 +37,7 @@ class PrecisionLayer:
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        """Move one adapter to the device of the base, and leave its precision (mutated)."""
+        """Move one adapter to the device of the base without a cast (mutated)."""
         like = first_float(self.get_base_layer())
         target = device or (None if like is None else like.device)
         for parameter in self.tensors_of(adapter_name):
@@ -46,18 +46,13 @@ class PrecisionLayer:
 
 
 class PrecisionTuner:
-    """A tuner of such layers; it stands before `BaseTuner` among the bases."""
+    """Mixin for tuners of these layers; must precede `BaseTuner`."""
 
     model: Any
     tuner_layer_cls: type[PrecisionLayer]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Leave an adapter in float32, or cast it to the precision of its base (mutated).
-
-        Args:
-            adapter_name: its name.
-            autocast_adapter_dtype: PEFT's word for float32.
-        """
+        """Keep an adapter in float32, or cast it to the dtype of its base (mutated)."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)  # type: ignore[misc]
         if not autocast_adapter_dtype:
             for layer in self.model.modules():
@@ -66,5 +61,5 @@ class PrecisionTuner:
 
 
 def first_float(module: nn.Module) -> nn.Parameter | None:
-    """Return the first parameter of `module` that is of floating point, if it has one."""
+    """Return the first floating-point parameter of `module`, or None."""
     return next((p for p in module.parameters() if p.is_floating_point()), None)

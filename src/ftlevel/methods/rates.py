@@ -1,20 +1,11 @@
-"""The learning rate where the user gives none: by the method, the model's kind and width, the run.
-
-What papers give is for models some thousand features wide and for runs of thousands of steps; a
-narrow model in a short run learns next to nothing at it. So a method says two rates: what was
-measured to be best on narrow models in short runs (`benchmarks/defaults.py`), and what is used on
-wide ones in long runs. Between the two a rate falls by a power of the width and of the steps,
+"""Default learning rates by method, model width and number of steps, and the rate of new heads.
 
     rate = narrow · (wide / narrow)^t,  t = ½ ln(width / 384) / ln(4096 / 384)
                                           + ½ ln(steps / 100) / ln(3000 / 100),
 
-each of the halves between 0 and ½, rounded to one digit.
-
-New heads learn at a rate of their own: which, and how an optimizer is told.
-
-Learning rates where the user gives none: the rule, and the rate of new heads.
-
-What each method's rates are stands in its own module. Nothing here imports torch.
+with both halves between 0 and ½, rounded to one digit. `narrow` is measured on small models in
+short runs (`benchmarks/defaults.py`); `wide` is from papers, for large models and thousands of
+steps. The rates themselves are in the method modules. Does not import torch.
 """
 
 from __future__ import annotations
@@ -33,23 +24,18 @@ if TYPE_CHECKING:
 NARROW, SHORT = 384, 100  # features and steps of the measurements
 WIDE, LONG = 4096, 3000
 TOKEN_HEAD = 3
-"""How many times the rate is best where every token has a target: so with each of five methods on
-the tags of `benchmarks/defaults.py`. Where a row has one or two targets, classes and spans alike,
-most methods learn nothing at that."""
+"""Rate factor for tasks with a target per token, measured on token classification.
+
+With one or two targets per row, most methods do not learn at this rate.
+"""
 _ARTICLES = {"encoder": "an", "decoder": "a", "encoder-decoder": "an"}
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known before a run.
+    """Properties of a run that determine its learning rate.
 
-    Attributes:
-        kind: of the model: encoder, decoder or encoder-decoder.
-        width: features of its hidden states.
-        new_head: whether it gets a head that begins at random.
-        steps: optimizer steps of the run.
-        deep_head: whether that head has a layer of its own below the last.
-        token_head: whether that head has a target for every token, and not one or two a row.
+    `deep_head` means a new head with more than one layer, `token_head` one with a target per token.
     """
 
     kind: str
@@ -68,26 +54,26 @@ class RunFacts:
 
     @property
     def size(self) -> float:
-        """How large model and run are: 0 as the measured ones, 1 as those of papers."""
+        """Size of model and run, from 0 (as measured) to 1 (as in papers)."""
         return (_between(self.width, NARROW, WIDE) + _between(self.steps, SHORT, LONG)) / 2
 
 
 def _between(value: int, low: int, high: int) -> float:
-    """Return where the logarithm of `value` is between `low` and `high`: from 0 to 1."""
+    """Return the position of log `value` between log `low` and log `high`, from 0 to 1."""
     return min(max(math.log(max(value, 1) / low) / math.log(high / low), 0.0), 1.0)
 
 
 @dataclass(frozen=True)
 class Rates:
-    """The peak rates of a method.
+    """Peak learning rates of a method.
 
     Attributes:
-        narrow: measured on narrow models in short runs, with one or two targets a row.
-        wide: used on wide models in long runs.
-        source: of `wide`.
-        kinds: kind of model → what was measured with its own language head, where that is another.
-        tokens: what was measured where every token has a target, if not `TOKEN_HEAD` times as much.
-        is_heads: whether heads are all that is trained, so that there is one rate.
+        narrow: measured on small models in short runs, with one or two targets per row.
+        wide: for large models in long runs.
+        source: source of `wide`.
+        kinds: kind of model -> rate measured with its pretrained language head.
+        tokens: rate measured with a target per token; None uses `TOKEN_HEAD`.
+        is_heads: whether only heads are trained, so that there is one rate.
     """
 
     narrow: float
@@ -103,20 +89,14 @@ class Rates:
         return float(f"{narrow * (self.wide / narrow) ** known.size:.0e}")
 
     def measured(self, known: RunFacts) -> float:
-        """Return the rate for such a head and model, were it narrow and the run short."""
+        """Return the rate for this head and kind of model at small size."""
         rate = self.narrow if known.new_head else self.kinds.get(known.kind, self.narrow)
         if known.token_head and not self.is_heads:
             return min(rate * TOKEN_HEAD, 1.0) if self.tokens is None else self.tokens
         return rate
 
     def choose(self, what: str, known: RunFacts, name: str = "learning rate") -> Choice:
-        """Return the rate with its reason.
-
-        Args:
-            what: is trained, as `lora`.
-            known: of the run.
-            name: of the choice.
-        """
+        """Return the rate and its reason; `what` names the trained part, such as `lora`."""
         narrow = self.measured(known)
         if known.size == 0:
             why = "measured"
@@ -130,27 +110,23 @@ class Rates:
 HEAD = Rates(
     narrow=2e-2, wide=5e-4, source="what keeps a step on wide features as small", is_heads=True
 )
-"""Of a new head of one linear. One rate for all loses up to ten points of accuracy in 100 steps:
-what brings a random head anywhere breaks the pretrained rest, and what that bears leaves the head
-where it was."""
+"""Rates of a new linear head.
+
+With one rate for all parameters, accuracy after 100 steps is up to ten points lower.
+"""
 DEEP_HEAD = Rates(narrow=5e-3, wide=1e-4, source=HEAD.source, is_heads=True)
-"""Of a new head with a layer below the last, as RoBERTa's or a new pooler: its tanh saturates."""
+"""Rates of a new head with several layers, such as RoBERTa's, whose tanh saturates."""
 
 
 def choose_head_rate(known: RunFacts) -> Choice:
-    """Return the rate of a new head, with its reason."""
+    """Return the rate of a new head and its reason."""
     rates, what = (DEEP_HEAD, "a deep head") if known.deep_head else (HEAD, "a linear head")
     return rates.choose(what, known, "head learning rate")
 
 
 @dataclass(frozen=True)
 class HeadRate:
-    """The rate of heads that begin at random.
-
-    Attributes:
-        modules: names in the base model.
-        rate: at the peak.
-    """
+    """Peak learning rate of randomly initialized heads; `modules` are names in the base model."""
 
     modules: Sequence[str]
     rate: float
@@ -159,14 +135,10 @@ class HeadRate:
 def set_head_rate(
     optimizer: torch.optim.Optimizer, model: torch.nn.Module, heads: HeadRate
 ) -> None:
-    """Move the heads' parameters into groups with their rate (`optimizer` is mutated).
+    """Move the heads' parameters into parameter groups with their rate (`optimizer` is mutated).
 
-    What else a group says, as its weight decay, stays; a second call changes nothing.
-
-    Args:
-        optimizer: before its schedule is made, which multiplies the rate of every group.
-        model: with the method on it; PEFT's names hold the base model's.
-        heads: and their rate.
+    Must run before the scheduler is created. Other options of a group, such as weight decay, are
+    copied. Idempotent.
     """
     inside = {
         id(parameter)

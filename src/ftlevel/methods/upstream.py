@@ -1,7 +1,7 @@
-"""What ftlevel uses of PEFT that it does not promise to keep, and where it was read.
+"""Internals of PEFT that ftlevel uses, and the source files where they are defined.
 
-As in `models/upstream`, each name has an entry in `FACTS` and a canary, in
-tests/unit/methods/test_upstream.py. PEFT is imported where it is needed.
+As in `models/upstream`, each name has an entry in `FACTS` and a test in
+tests/unit/methods/test_upstream.py. PEFT is imported inside functions.
 """
 
 from __future__ import annotations
@@ -49,11 +49,7 @@ FACTS = {
 
 
 def add_peft_type(name: str) -> Any:
-    """Return the member of `peft.utils.PeftType` called `name`, made if it is not there.
-
-    The member is made as `enum` makes its own: known by name, by value and in iteration, so that
-    comparing, pickling and JSON work as for any other.
-    """
+    """Return the member `name` of `peft.utils.PeftType`, added like a declared one if missing."""
     from peft import PeftType
 
     if name in PeftType.__members__:
@@ -62,7 +58,7 @@ def add_peft_type(name: str) -> Any:
     member._name_ = member._value_ = name
     member._sort_order_ = len(PeftType)
     member.__objclass__ = PeftType
-    setattr(PeftType, name, member)  # before the maps: a member that they hold cannot be set
+    setattr(PeftType, name, member)  # before the maps, whose members cannot be set
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
@@ -70,7 +66,7 @@ def add_peft_type(name: str) -> Any:
 
 
 def register_tuner(peft_type: Any, config: type, model: type) -> None:
-    """Make PEFT know a tuner of ours by its type; a second call does nothing."""
+    """Register a tuner of ftlevel in PEFT; idempotent."""
     from peft import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils import register_peft_method
 
@@ -79,18 +75,14 @@ def register_tuner(peft_type: Any, config: type, model: type) -> None:
 
 
 def pattern_of(patterns: Iterable[str], module: str) -> str:
-    """Return the first of `patterns` that the name `module` matches; `module` where none does."""
+    """Return the first of `patterns` that matches the module name, or `module` if none does."""
     from peft.utils.other import get_pattern_key
 
     return str(get_pattern_key(list(patterns), module))
 
 
 def merge_layer(layer: Any) -> Any:
-    """Merge an adapter's layer (mutated) and return what stays in its place.
-
-    Raises:
-        RuntimeError: PEFT cannot merge it.
-    """
+    """Return the module that replaces a merged layer; raises `RuntimeError` if PEFT fails."""
     if hasattr(layer, "unload_and_optionally_merge_module"):
         return layer.unload_and_optionally_merge_module(
             merge=True, safe_merge=False, adapter_names=None
@@ -100,15 +92,14 @@ def merge_layer(layer: Any) -> Any:
 
 
 def indices_beside(module: Any) -> dict[str, Any]:
-    """Return the places that SHiRA trains, by adapter, which are saved and are no buffers."""
+    """Return SHiRA's trained indices by adapter name, which are saved but are not buffers."""
     return getattr(module, "shira_indices", {})
 
 
 def draw_shira_mask(base_layer: Any, r: int, **settings: Any) -> Any:
-    """Return PEFT's mask of the weights that SHiRA trains, as (out, in).
+    """Return PEFT's mask of the weights that SHiRA trains, `(out, in)`.
 
-    For a linear on the meta device as many places are named, which no mask could be drawn for:
-    they come with the file, or nobody asks for them.
+    For meta weights, return a mask with the same number of ones; the indices come from the file.
     """
     import torch
     from peft.tuners.shira.mask_functions import random_mask
@@ -119,10 +110,9 @@ def draw_shira_mask(base_layer: Any, r: int, **settings: Any) -> Any:
 
 
 def copy_base_outputs(model: Any) -> None:
-    """Have the layers of GraLoRA and C³A (mutated) add to a copy of their linear's output.
+    """Make GraLoRA and C³A layers (mutated) add to a copy of the base layer's output.
 
-    PEFT 0.21 adds in place, and autograd does not let it do so to what a quantized linear with a
-    bias returns.
+    PEFT 0.21 adds in place, which autograd rejects for quantized layers with a bias.
     """
     for module in model.modules():
         if hasattr(module, "gralora_A") or hasattr(module, "c3a_kernel"):
@@ -134,10 +124,7 @@ def _copied(_module: Any, _inputs: Any, output: Any) -> Any:
 
 
 def freeze_ranks(model: Any) -> None:
-    """Freeze the rank that AdaLoRA's update is divided by (in place).
-
-    On a base that is not in float32 PEFT 0.21 leaves it trainable, and does not save it.
-    """
+    """Freeze `ranknum` (in place), which PEFT 0.21 leaves trainable on non-float32 bases."""
     for name, parameter in model.named_parameters():
         if ".ranknum." in name:
             parameter.requires_grad_(False)
@@ -145,7 +132,7 @@ def freeze_ranks(model: Any) -> None:
 
 
 def restore_ranks(adapted: Any, config: Any) -> None:
-    """Set what AdaLoRA divides by, which is not saved: the rank at the start (mutated)."""
+    """Set AdaLoRA's `ranknum`, which is not saved, to `init_r` (mutated)."""
     import torch
 
     for module in adapted.modules():
@@ -155,16 +142,16 @@ def restore_ranks(adapted: Any, config: Any) -> None:
 
 
 def importance_scores(model: Any) -> dict[str, dict[str, Any]]:
-    """Return AdaLoRA's scores of every weight, by kind and name: the dicts that it works on."""
+    """Return AdaLoRA's importance scores by kind and parameter name; these are the live dicts."""
     allocator = model.base_model.rankallocator
     return {kind: getattr(allocator, kind) for kind in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
 
 
 def register_lora_layers(config: Any, layers: dict[type, Callable[..., Any]]) -> None:
-    """Make a `LoraConfig` (mutated) ask `layers` first; what is declined (None) goes on to PEFT."""
+    """Register custom LoRA layers in a `LoraConfig` (mutated); None falls back to PEFT."""
     config._register_custom_module(layers)
 
 
 def is_cut_over_devices(linear: Any) -> bool:
-    """Whether transformers has cut `linear` for tensor parallelism."""
+    """Return whether `linear` is sharded by transformers' tensor parallelism."""
     return hasattr(linear, "_hf_tp_plan")

@@ -1,7 +1,7 @@
-"""What our tuners of virtual tokens share: a layer that knows its adapters, and how they are found.
+"""Base classes of the prefix and soft-prompt tuners.
 
-PEFT's own tuners replace single linears. A prefix belongs to an attention, and a soft prompt to a
-whole stack of layers; neither can be merged.
+Unlike PEFT's tuners, which replace linear layers, these wrap attention modules or whole layer
+stacks. They cannot be merged.
 """
 
 from __future__ import annotations
@@ -20,18 +20,13 @@ _DEEPEST_SUFFIX = 3
 
 
 class VirtualTokenLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLayer):
-    """The virtual tokens of one module, by the names of the adapters they belong to.
-
-    Attributes:
-        in_features: width of what the module is given, which a layer of PEFT's says.
-        out_features: width of what it returns.
-    """
+    """Virtual tokens of one module, by adapter name."""
 
     cannot_merge = VIRTUAL_TOKENS
     in_features: int
     out_features: int
 
-    # What PEFT's mixin has, to type checkers that read none of its types.
+    # Attributes of PEFT's mixin, for type checkers.
     active_adapters: Any
     disable_adapters: Any
     _get_available_adapters: Any
@@ -42,7 +37,7 @@ class VirtualTokenLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLa
         self._disable_adapters = False
 
     def running(self) -> list[str]:
-        """Return the names of the adapters that a forward pass goes through."""
+        """Return the active adapters of this layer."""
         if self.disable_adapters:
             return []
         present = self._get_available_adapters()
@@ -50,14 +45,14 @@ class VirtualTokenLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLa
 
 
 class VirtualTokenTuner(UnmergeableTuner, PrecisionTuner, BaseTuner):
-    """A tuner that finds its modules by itself, and whose layers are `VirtualTokenLayer`s."""
+    """Tuner that finds its modules itself; its layers are `VirtualTokenLayer`s."""
 
     tuner_layer_cls: type[VirtualTokenLayer] = VirtualTokenLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     @abstractmethod
     def find_modules(self) -> list[str]:
-        """Return the full names of the modules that the method wraps."""
+        """Return the full names of the modules to wrap."""
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None:
@@ -77,12 +72,7 @@ class VirtualTokenTuner(UnmergeableTuner, PrecisionTuner, BaseTuner):
 
 
 def shortest_names(wanted: Iterable[str], names: Iterable[str]) -> set[str]:
-    """Return the shortest names that PEFT's suffix match reads as exactly `wanted`.
-
-    Args:
-        wanted: full names of modules.
-        names: those of all modules.
-    """
+    """Return the shortest suffixes that PEFT matches to exactly `wanted` among `names`."""
     chosen, others = set(wanted), set(names)
     for depth in range(1, _DEEPEST_SUFFIX + 1):
         short = {".".join(name.split(".")[-depth:]) for name in chosen}

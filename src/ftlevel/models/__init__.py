@@ -1,9 +1,9 @@
-"""Where models come from, how they are loaded, and which of their modules can be adapted.
+"""Model sources, loading, quantization and adaptable modules.
 
-May import the task protocol, artifacts and what is below; no data, method or command.
+May import the task interface and artifacts, but no data, methods or commands.
 """
 
 import logging
 
-# bitsandbytes says on import that an optional kernel package is not installed: no news to a user.
+# On import, bitsandbytes warns about a missing optional kernel package.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

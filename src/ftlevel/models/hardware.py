@@ -1,22 +1,12 @@
-"""Which device and which precision a run uses, and why.
+"""Choice of device, dtype and CPU threads, and memory limits of devices and processes.
 
-How many threads torch computes with on a CPU: one a physical core that this process may use.
-
-More than that makes threads of one core take turns at its multipliers, and threads beyond a
-container's quota stop all of them at every barrier. Fewer happens as well: accelerate's launcher
-sets one where nothing is said.
-
-The longest row that cannot be ruled out by the memory of a machine: a bound, not a promise.
-
-    bytes(L) = P · (w + 12 where P is trained) + L · v · kept
+    bytes(L) = P · (w + 12 if P is trained) + L · v · kept
     P        ≥ vocabulary · hidden + layers · 2 · hidden · (hidden + inner)
     kept     ≥ layers · (4 · hidden + 2 · inner), or with gradient checkpointing
                layers · hidden + 4 · hidden + 2 · inner
 
-with weights of w bytes (and gradient and two moments of Adam in float32 beside those that are
-trained) and activations of v bytes. For the backward pass a block keeps of each token at least the
-inputs of its norms, what attention multiplies and gives, and two vectors of its inner part. Every
-term is the least that it can be, so that a row beyond the bound fits nowhere, while one within it
+bounds the longest row L that can fit, with weights of w bytes, activations of v bytes, and gradient
+plus two Adam moments in float32. Every term is a lower bound: longer rows never fit; shorter ones
 may still need a smaller batch.
 """
 
@@ -44,12 +34,12 @@ _MEMBERSHIP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def choose_threads() -> Choice:
-    """Set torch's threads for this process, unless somebody has, and return what holds."""
+    """Set torch's threads to one per usable physical core unless set; return the choice."""
     if os.environ.get("OMP_NUM_THREADS"):
         return Choice("threads", torch.get_num_threads(), "OMP_NUM_THREADS")
     allowed = allowed_cpus()
     cores = count_cores(allowed)
-    if torch.get_num_threads() not in (cores, len(allowed)):  # torch begins with one of these
+    if torch.get_num_threads() not in (cores, len(allowed)):  # torch's defaults
         return Choice("threads", torch.get_num_threads(), "as torch was set")
     quota = read_quota()
     threads = cores if quota is None else max(1, min(cores, math.floor(quota)))
@@ -67,7 +57,7 @@ def allowed_cpus() -> list[int]:
 
 
 def count_cores(cpus: list[int], topology: Path = _TOPOLOGY) -> int:
-    """Return how many physical cores the logical `cpus` are; all of them where nothing says so."""
+    """Return the number of physical cores of the logical `cpus`; all of them if unknown."""
     siblings = set()
     for cpu in cpus:
         try:
@@ -78,7 +68,7 @@ def count_cores(cpus: list[int], topology: Path = _TOPOLOGY) -> int:
 
 
 def read_quota(membership: Path = _MEMBERSHIP, root: Path = _CGROUPS) -> float | None:
-    """Return the CPUs' worth of time that the control groups of this process leave it, or None."""
+    """Return the CPU quota of this process's control groups, in CPUs, or None."""
     quotas = [quota for group in control_groups(membership, root) if (quota := _quota(group))]
     return min(quotas, default=None)
 
@@ -86,9 +76,9 @@ def read_quota(membership: Path = _MEMBERSHIP, root: Path = _CGROUPS) -> float |
 def control_groups(
     membership: Path = _MEMBERSHIP, root: Path = _CGROUPS, controller: str = "cpu"
 ) -> Iterator[Path]:
-    """Give the directories that may hold a limit, from this process's group to the root.
+    """Yield the control-group directories from this process's group up to the root.
 
-    In a container the path may be the host's, which is not there, and the root is its own group.
+    In a container the path may be the host's and not exist; the root is then its own group.
     """
     try:
         lines = membership.read_text().splitlines()
@@ -105,33 +95,26 @@ def control_groups(
 
 
 def _quota(group: Path) -> float | None:
-    """Return the quota of one group in CPUs, of version 2 (cpu.max) or 1 (cpu.cfs_…)."""
+    """Return the quota of one group in CPUs, from cgroup v2 (cpu.max) or v1 (cpu.cfs_…)."""
     try:
         if (group / "cpu.max").is_file():
             quota, period = (group / "cpu.max").read_text().split()
         else:
             quota = (group / "cpu.cfs_quota_us").read_text()
             period = (group / "cpu.cfs_period_us").read_text()
-        limit = float(quota) / float(period)  # "max" is no number, and version 1 writes -1
+        limit = float(quota) / float(period)  # "max" is not a number; v1 writes -1
     except (OSError, ValueError):
         return None
     return limit if limit > 0 else None
 
 
 _INNER = ("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "n_inner", "hidden_dim")
-_TRAINED_BYTES = 12  # of a weight that is trained: gradient and two moments in float32
+_TRAINED_BYTES = 12  # gradient and two Adam moments in float32
 
 
 @dataclass(frozen=True)
 class Holding:
-    """How a model is held while it is trained.
-
-    Attributes:
-        weight: bytes of a weight of the base: 0.5 where it has 4 bits.
-        value: bytes of an activation.
-        trained: whether every weight is trained.
-        checkpointing: whether activations are recomputed in the backward pass.
-    """
+    """Memory settings: bytes per base `weight` (0.5 for 4 bits) and per activation `value`."""
 
     weight: float
     value: int
@@ -140,18 +123,12 @@ class Holding:
 
 
 def longest_in_memory(config: Any, holding: Holding, memory: int) -> int | None:
-    """Return the most tokens of a row that `memory` may hold; None where length decides nothing.
-
-    Args:
-        config: of the model.
-        holding: how it is held.
-        memory: bytes of the device.
-    """
+    """Return an upper bound of tokens per row for `memory` bytes, or None."""
     text = config.get_text_config()
     hidden, layers = getattr(text, "hidden_size", 0), getattr(text, "num_hidden_layers", 0)
     if not (isinstance(hidden, int) and isinstance(layers, int) and hidden and layers):
         return None
-    # GPT-2 names no inner size where it is the usual one; the hidden size is less than that.
+    # GPT-2's config omits the default inner size; the hidden size is a lower bound.
     inner = next((n for name in _INNER if isinstance(n := getattr(text, name, None), int)), hidden)
     weights = text.vocab_size * hidden + layers * 2 * hidden * (hidden + inner)
     block = 4 * hidden + 2 * inner
@@ -162,7 +139,7 @@ def longest_in_memory(config: Any, holding: Holding, memory: int) -> int | None:
 
 
 def device_memory(device: str) -> int:
-    """Return the bytes of memory of a torch device: of the GPU, or of what this process may use."""
+    """Return the total memory in bytes of the GPU, or of what this process may use."""
     if device == "cuda":
         return int(torch.cuda.get_device_properties(0).total_memory)
     import psutil
@@ -173,11 +150,7 @@ def device_memory(device: str) -> int:
 
 
 def release_freed_memory() -> None:
-    """Return the freed pages of the C heap to the system, where it is glibc's.
-
-    Blocks below the size from which malloc maps pages stay in the process when they are freed, as
-    holes in the heap that the next phase of a run does not fill.
-    """
+    """Return freed pages of glibc's heap, below malloc's mmap threshold, to the system."""
     if sys.platform.startswith("linux"):
         library = ctypes.CDLL(None)
         if hasattr(library, "malloc_trim"):
@@ -185,17 +158,17 @@ def release_freed_memory() -> None:
 
 
 def read_limits(groups: Iterable[Path]) -> Iterator[int]:
-    """Yield the limits in bytes of control groups of version 2 (memory.max) or 1."""
+    """Yield the memory limits in bytes of control groups, v2 (memory.max) or v1."""
     for group in groups:
         for name in ("memory.max", "memory.limit_in_bytes"):
             try:
                 yield int((group / name).read_text())
-            except (OSError, ValueError):  # "max" is no number
+            except (OSError, ValueError):  # "max" is not a number
                 continue
 
 
 def read_free(groups: Iterable[Path]) -> Iterator[int]:
-    """Yield the bytes that control groups of version 2 or 1 leave; cached files count as free."""
+    """Yield the free bytes of control groups, v2 or v1; cached files count as free."""
     for group in groups:
         for limit, used, cached in (
             ("memory.max", "memory.current", "inactive_file"),
@@ -204,7 +177,7 @@ def read_free(groups: Iterable[Path]) -> Iterator[int]:
             try:
                 most, taken = (int((group / name).read_text()) for name in (limit, used))
                 lines = (group / "memory.stat").read_text().splitlines()
-            except (OSError, ValueError):  # "max" is no number
+            except (OSError, ValueError):  # "max" is not a number
                 continue
             files = next((int(n) for name, n in map(str.split, lines) if name == cached), 0)
             yield max(0, most - (taken - files))
@@ -218,11 +191,7 @@ DTYPES = {
 
 
 def choose_device(wish: str) -> Choice:
-    """Return the torch device type for `wish` (auto, cpu, cuda or mps).
-
-    Raises:
-        ConfigError: the wished device is not on this machine.
-    """
+    """Return the device type for auto, cpu, cuda or mps; raises `ConfigError` if unavailable."""
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if wish == "cuda" and not has_cuda:
         raise ConfigError("--device cuda: torch finds no CUDA device here. Use --device cpu.")
@@ -235,7 +204,7 @@ def choose_device(wish: str) -> Choice:
 
 
 def describe_device(device: str) -> str:
-    """Say what the device is in a few words."""
+    """Return a short description of the device."""
     if device == "cuda":
         name, count = str(torch.cuda.get_device_name()), torch.cuda.device_count()
         if count == 1 or is_launched():
@@ -247,15 +216,13 @@ def describe_device(device: str) -> str:
 
 
 def choose_dtype(wish: str, device: str, method: str, model_type: str) -> Choice:
-    """Return the compute precision's name.
-
-    Weights that are trained are held in float32 in any case; this is what is multiplied in.
+    """Return the name of the compute dtype; trained weights are always in float32.
 
     Raises:
-        ConfigError: float16 on a CPU, or for T5, whose activations overflow in it; half precision
-            for DeBERTa (1), whose mask does.
+        ConfigError: float16 on a CPU or for T5, whose activations overflow; half precision for
+            DeBERTa (1), whose attention mask overflows.
     """
-    if model_type == "deberta":  # transformers 5.24 masks by float32's minimum, whatever the type
+    if model_type == "deberta":  # transformers 5.24 masks with float32's minimum
         if wish in ("auto", "float32"):
             why = "auto: DeBERTa's mask overflows anything shorter" if wish == "auto" else ""
             return Choice("dtype", "float32", why)
@@ -305,27 +272,22 @@ def _has_fast_bfloat16(device: str) -> tuple[bool, str]:
 
 
 def autocast(device: str, dtype: str) -> torch.autocast:
-    """Return the context in which a model computes in `dtype` while trained weights stay float32.
+    """Return the autocast context for `dtype`, in which trained weights stay float32.
 
-    Training, evaluation, generation and the check of a saved adapter all run in it, so that they
-    see the same numbers.
+    Training, evaluation, generation and adapter verification use it, so that their results agree.
     """
     return torch.autocast(device, dtype=DTYPES[dtype], enabled=dtype != "float32")
 
 
 def uses_tf32(wish: bool | None, device: str, dtype: str) -> bool:
-    """Whether float32 is multiplied in TF32: 8 bits of exponent and 10 of mantissa."""
+    """Return whether float32 matrix products use TF32 (8-bit exponent, 10-bit mantissa)."""
     if wish is False or dtype != "float32" or device != "cuda":
         return False
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
 def choose_tf32(wish: bool | None, device: str, dtype: str) -> list[Choice]:
-    """Return the line of the screen; none where nothing was asked for and nothing is done.
-
-    Raises:
-        ConfigError: it is wished for on a device that has no such products.
-    """
+    """Return log lines about TF32; raises `ConfigError` if the device does not support it."""
     if uses_tf32(wish, device, dtype):
         why = "auto: an Ampere GPU or later; --no-tf32 is exact" if wish is None else ""
         return [Choice("float32 products", "in TF32 while training", why)]
@@ -341,7 +303,7 @@ def choose_tf32(wish: bool | None, device: str, dtype: str) -> list[Choice]:
 
 @contextlib.contextmanager
 def using_tf32(enabled: bool) -> Iterator[None]:
-    """Multiply float32 in TF32 inside the block, if `enabled`; it changes nothing on a CPU."""
+    """Enable TF32 within the block if `enabled`; no effect on a CPU."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = before or enabled
     try:
@@ -351,17 +313,14 @@ def using_tf32(enabled: bool) -> Iterator[None]:
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return `tensor`, made on the CPU, on `device`; a GPU's queue is not waited for.
-
-    A copy out of memory that is not pinned would wait until the GPU has done all before it.
-    """
+    """Move a CPU tensor to `device` without synchronizing a GPU, by pinned memory."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Return the most memory used so far: of the GPU, or resident in this process."""
+    """Return peak memory: allocated on the GPU, or resident in this process."""
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
     import resource
@@ -372,24 +331,24 @@ def peak_memory_bytes(device: str) -> int:
 
 
 def reserved_memory_bytes() -> int:
-    """Return the most memory of the GPU that torch's allocator has held so far."""
+    """Return the peak GPU memory reserved by torch's allocator."""
     return int(torch.cuda.max_memory_reserved())
 
 
 def resident_bytes() -> int:
-    """Return the memory that this process has resident now."""
+    """Return the resident memory of this process."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
 
 
 def held_memory_bytes(device: str) -> int:
-    """Return the memory that is held now: by torch on the GPU, or resident in this process."""
+    """Return current memory: reserved on the GPU, or resident in this process."""
     return int(torch.cuda.memory_reserved()) if device == "cuda" else resident_bytes()
 
 
 def free_memory_bytes(device: str) -> int:
-    """Return how much memory is free: of the GPU, or of what this process may use."""
+    """Return free memory: of the GPU, or of what this process may use."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     try:

@@ -1,8 +1,7 @@
-"""A model and a tokenizer that a program hands over: told from the files of their name, or saved.
+"""Training of a model and tokenizer passed as Python objects.
 
-A run loads its weights from files, several times: to train, and to prove what it saved. What is
-exactly what lies under its name is loaded from there; anything else is written down first, so that
-the adapter has a base for as long as it is there. What was handed over is not changed.
+A run loads its base from files several times. A model identical to the files of its name is loaded
+from there; any other is saved first. The objects passed in are not changed.
 """
 
 from __future__ import annotations
@@ -27,19 +26,12 @@ from ftlevel.models.sources import ModelSource, resolve_source, snapshot
 
 _OF_NO_WEIGHT = ("dtype", "torch_dtype", "transformers_version", "architectures", "use_cache",
                  "pad_token_id", "quantization_config")  # fmt: skip
-"""What may differ in a config without making it another model: a run chooses these itself."""
+"""Config fields that may differ without changing the model; a run sets these itself."""
 
 
 @dataclass(frozen=True)
 class PlacedModel:
-    """Where a model in memory is loaded from.
-
-    Attributes:
-        name: as of `--model`.
-        directory: where it was written; None where its name holds the same.
-        quant: how it is quantized by bitsandbytes; None where it is not.
-        choice: the line for the screen.
-    """
+    """Files of a model passed as an object; `directory` is None if its name has the same."""
 
     name: str
     directory: Path | None
@@ -48,16 +40,16 @@ class PlacedModel:
 
 
 def place_model(model: Any, tokenizer: Any, wish: ModelConfig, folder: Path) -> PlacedModel:
-    """Return where `model` can be loaded from, writing it into `folder` if it is nowhere.
+    """Return the files of `model`, saving it into `folder` if necessary.
 
     Args:
-        model: a model of transformers; None for the one that `wish` names.
-        tokenizer: its tokenizer; None takes the one of its name.
+        model: transformers model; None for the one that `wish` names.
+        tokenizer: its tokenizer; None uses that of the model's name.
         wish: the model section.
         folder: an empty directory.
 
     Raises:
-        ConfigError: they are not what is expected, or the config names a model too.
+        ConfigError: an argument has the wrong type, or the config also names a model.
     """
     if tokenizer is not None and not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
         raise ConfigError(
@@ -89,7 +81,7 @@ def place_model(model: Any, tokenizer: Any, wish: ModelConfig, folder: Path) -> 
 
 
 def _check_model(model: Any, wish: ModelConfig) -> None:
-    """Refuse what is no plain model, and a name beside it."""
+    """Raise if `model` is not a plain transformers model, or if `wish` also names a model."""
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -128,7 +120,7 @@ def _quantization(model: Any) -> QuantConfig | None:
 
 
 def _find_source(name: str, wish: ModelConfig) -> ModelSource | None:
-    """Return the files that a model says it was loaded from; None where there are none."""
+    """Return the files from which a model was loaded, or None."""
     try:
         return resolve_source(name, wish.revision, wish.trust_remote_code) if name else None
     except InputError:
@@ -136,7 +128,7 @@ def _find_source(name: str, wish: ModelConfig) -> ModelSource | None:
 
 
 def _with_tokenizer(source: ModelSource, tokenizer: Any, folder: Path) -> PlacedModel:
-    """Return `source`, copied into `folder` if `tokenizer` is another than its own."""
+    """Return `source`, copied into `folder` with `tokenizer` if that differs from its own."""
     if tokenizer is None or _facts(tokenizer) == _facts(load_tokenizer(source)):
         return PlacedModel(source.name, None, None, Choice(
             "given model", f"is {source.name}", "loaded from there; what was given is not changed"
@@ -160,7 +152,7 @@ def _short_name(name: str) -> str:
 
 
 def _facts(tokenizer: Any) -> tuple[Any, ...]:
-    """Return what decides the tokens of a text; what fills a batch decides none."""
+    """Return everything that affects tokenization; padding is excluded."""
     own: Any = tokenizer.get_vocab()
     if tokenizer.is_fast:
         own = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -170,7 +162,7 @@ def _facts(tokenizer: Any) -> tuple[Any, ...]:
 
 
 def _is_as_stored(model: Any, source: ModelSource, quant: QuantConfig | None) -> bool:
-    """Whether the files of `source` hold `model`: its config, and every one of its numbers."""
+    """Return whether config and all weights of `model` equal those of `source`."""
     if source.kind == "gguf" or _config_facts(model.config) != _config_facts(load_config(source)):
         return False
     own = model.state_dict()
@@ -181,7 +173,7 @@ def _is_as_stored(model: Any, source: ModelSource, quant: QuantConfig | None) ->
         if mine.shape != tensor.shape or not torch.equal(tensor.to(mine.dtype), mine.cpu()):
             return False
         known.add(mine.data_ptr())
-    return all(tensor.data_ptr() in known for tensor in own.values())  # the tied ones
+    return all(tensor.data_ptr() in known for tensor in own.values())  # tied weights
 
 
 def _config_facts(config: Any) -> dict[str, Any]:
@@ -190,7 +182,7 @@ def _config_facts(config: Any) -> dict[str, Any]:
 
 
 def _stored_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what the files hold of the tensors of `model`, under its names for them."""
+    """Yield the tensors of the files under the model's names for them."""
     own, prefix = model.state_dict(), f"{model.base_model_prefix}."
     for path in sorted(snapshot(source).glob("*.safetensors")):
         with safe_open(str(path), framework="pt") as file:
@@ -202,7 +194,7 @@ def _stored_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, torc
 
 
 def _quantized_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of the files, quantized as `model` is."""
+    """Yield the tensors of the files, quantized like `model`."""
     floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
     with quiet_libraries():
         fresh = type(model).from_pretrained(

@@ -1,6 +1,6 @@
-"""Whether the weights that were loaded are those of the model: their shapes, and that they count.
+"""Checks of loaded weights: shapes, missing and unexpected keys, dtypes, and finite values.
 
-What transformers only prints, or what would show as a strange loss much later, is refused here.
+Raises errors where transformers only warns or trains with a wrong model.
 """
 
 from __future__ import annotations
@@ -22,21 +22,14 @@ _SUMMED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _LARGEST = 1e10  # the largest weights of published models are below 1e5
 
-_STORED_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
+_STORED_FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors dtype names
 
 Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
-"""Name of a parameter, its shape in the checkpoint, and in the model."""
+"""Parameter name, shape in the checkpoint, shape in the model."""
 
 
 def check_shapes(model: Any, mismatched: Iterable[Mismatch], words: str) -> list[str]:
-    """Return the parameters of heads that have another shape in the checkpoint, and are new.
-
-    A classifier of three classes is no start for one of two; anywhere else config.json is wrong.
-
-    Args:
-        model: the loaded model.
-        mismatched: what transformers found.
-        words: what errors call the model.
+    """Return head parameters with another shape in the checkpoint, which are newly initialized.
 
     Raises:
         InputError: a weight outside the heads has another shape.
@@ -59,18 +52,7 @@ def _by(shape: Iterable[int]) -> str:
 
 
 def check_unexpected(model: nn.Module, unread: Iterable[str], words: str) -> None:
-    """Refuse a checkpoint of which the model leaves out layers or biases.
-
-    What else it may hold and a task may leave unread, such as another task's head, is none of it.
-
-    Args:
-        model: the loaded model.
-        unread: names of the checkpoint's tensors that the model has no place for.
-        words: what errors call the model.
-
-    Raises:
-        InputError: naming what config.json leaves out.
-    """
+    """Raise `InputError` if config.json omits layers or biases of the unexpected keys `unread`."""
     lengths = {
         name: len(module)
         for name, module in model.named_modules()
@@ -98,7 +80,7 @@ def check_unexpected(model: nn.Module, unread: Iterable[str], words: str) -> Non
 
 
 def _find(named: Mapping[str, Any], name: str) -> Any:
-    """Return what `named` has under `name`, which may lack the prefix of the model or have one."""
+    """Return the value for `name`, with or without a model prefix."""
     if name in named:
         return named[name]
     if not name:
@@ -114,15 +96,7 @@ def _find(named: Mapping[str, Any], name: str) -> Any:
 
 
 def check_stored_dtypes(stored: Mapping[str, str], words: str) -> None:
-    """Refuse integers where a checkpoint without a quantization has weights: they lack a scale.
-
-    Args:
-        stored: the checkpoint's tensors and their types, as safetensors calls them.
-        words: what errors call the model.
-
-    Raises:
-        InputError: naming the tensors.
-    """
+    """Raise `InputError` if an unquantized checkpoint has integer weights, which lack a scale."""
     packed = {
         name: dtype
         for name, dtype in stored.items()
@@ -138,22 +112,14 @@ def check_stored_dtypes(stored: Mapping[str, str], words: str) -> None:
 
 
 def check_finite(tensors: Iterable[tuple[str, Any]], words: str) -> None:
-    """Refuse weights with NaN, infinity or absurd numbers: every answer would be nonsense.
-
-    Args:
-        tensors: names and parameters; of quantized ones the scales are looked at.
-        words: what errors call their owner.
-
-    Raises:
-        InputError: naming the tensors.
-    """
+    """Raise `InputError` for weights or scales that are NaN, infinite or larger than 1e10."""
     parts = [(name, part) for name, tensor in tensors for part in _floats(tensor)]
     if not parts:
         return
-    # A sum reads each number once, and what is too large in one is too large in the sum. It may
-    # also overflow by itself.
+    # One pass over each tensor; large or non-finite values make the sum large or non-finite.
+    # A sum may also overflow by itself, so suspects are checked again.
     sums = torch.stack([part.sum().float().cpu() for _, part in parts])
-    is_sound = sums.abs() <= _LARGEST  # NaN is not
+    is_sound = sums.abs() <= _LARGEST  # False for NaN
     suspects = [pair for pair, ok in zip(parts, is_sound.tolist(), strict=True) if not ok]
     largest = {name: float(part.abs().max()) for name, part in suspects if part.numel()}
     broken = [name for name, value in largest.items() if not math.isfinite(value)]
@@ -171,18 +137,14 @@ def check_finite(tensors: Iterable[tuple[str, Any]], words: str) -> None:
 
 
 def _floats(tensor: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors of plain floating-point numbers that `tensor` consists of."""
+    """Yield the floating-point tensors that `tensor` consists of."""
     yield from (scales for scales in scales_of(tensor) if scales.dtype in _SUMMED)
     if tensor.dtype in _SUMMED and not inner_tensors(tensor) and not tensor.is_meta:
         yield tensor.detach()
 
 
 def check_missing(missing: list[str], allowed: list[str], words: str) -> None:
-    """Refuse a checkpoint, called `words`, that lacks weights outside the modules `allowed`.
-
-    Raises:
-        InputError: naming what is missing; such weights would be random without a word.
-    """
+    """Raise `InputError` if weights outside the modules `allowed` are missing."""
     lost = [key for key in missing if not any(_inside(key, module) for module in allowed)]
     if lost:
         raise InputError(

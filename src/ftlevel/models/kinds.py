@@ -1,9 +1,7 @@
-"""What kind of transformer a config describes, and how long a sequence it takes.
+"""Architecture kind, auto class and maximum positions of a config, and legacy rotary settings.
 
-Rotary positions in config.json for programs that read the form of transformers 4.
-
-transformers 5 writes `rope_parameters` alone. Who looks for `rope_theta` finds none, takes 10,000,
-and computes another model without a word. transformers 5 reads a file with both the same.
+transformers 5 writes only `rope_parameters`; programs that read `rope_theta` would silently use
+10,000. transformers 5 accepts files with both.
 """
 
 from __future__ import annotations
@@ -19,11 +17,7 @@ ModelKind = Literal["encoder", "decoder", "encoder-decoder"]
 
 
 def model_kind(config: Any) -> ModelKind:
-    """Return whether `config` is of an encoder, a decoder or an encoder-decoder.
-
-    A model type that has a masked-LM head in transformers is an encoder even where it also has a
-    causal one (BERT, RoBERTa).
-    """
+    """Return the kind of architecture; types with a masked-LM head (BERT) are encoders."""
     if config.is_encoder_decoder:
         return "encoder-decoder"
     if has_masked_lm(config.model_type):
@@ -32,7 +26,7 @@ def model_kind(config: Any) -> ModelKind:
 
 
 def width_of(config: Any) -> int:
-    """Return the width of the hidden states."""
+    """Return the hidden size."""
     return int(config.get_text_config().hidden_size)
 
 
@@ -44,14 +38,14 @@ TASK_CLASSES = (
     "AutoModelForTokenClassification",
     "AutoModelForQuestionAnswering",
 )
-"""transformers' auto classes of the tasks."""
+"""transformers' auto classes of the supported tasks."""
 
 
 def checkpoint_class(config: Any) -> str:
-    """Return the auto class that a checkpoint was saved as, by its `architectures`.
+    """Return the auto class with which a checkpoint was saved, from its `architectures`.
 
-    Where a config names none, as of a .gguf file, what models of its kind are for; `AutoModel`, a
-    model without head, where the name is unknown.
+    Without `architectures`, as for .gguf files, decoders and encoder-decoders are language models;
+    anything unknown is `AutoModel`.
     """
     if not config.architectures:
         usual = {
@@ -68,7 +62,7 @@ def checkpoint_class(config: Any) -> str:
         for name in (*TASK_CLASSES, "AutoModelForImageTextToText"):
             if is_made_by(name, architecture):
                 return name
-        # BERT's pretraining head has the masked language model's in it; ELECTRA's has another.
+        # BERT's pretraining head contains the masked-LM head; ELECTRA's does not.
         if (
             architecture.endswith("ForPreTraining")
             and type(config) in model_classes("AutoModelForMaskedLM")
@@ -79,7 +73,7 @@ def checkpoint_class(config: Any) -> str:
 
 
 def max_positions(config: Any) -> int | None:
-    """Return the longest sequence in tokens that the model was built for, or None if unbounded.
+    """Return the maximum sequence length in tokens, or None if unbounded.
 
     RoBERTa-like models number positions from `pad_token_id + 1` and lose that many.
     """
@@ -102,11 +96,11 @@ _BY_LAYER = {
     "gemma3_text": ("rope_theta", "rope_local_base_freq"),
     "modernbert": ("global_rope_theta", "local_rope_theta"),
 }
-"""Kind of model → what transformers 4 called the base of its full and of its sliding attention."""
+"""Model type -> transformers 4's names of the RoPE base of full and of sliding attention."""
 
 
 def write_former_rope(directory: Path) -> None:
-    """Write the former keys of rotary positions beside the new ones in config.json (mutated)."""
+    """Add the RoPE keys of transformers 4 to config.json in `directory`."""
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
@@ -116,7 +110,7 @@ def write_former_rope(directory: Path) -> None:
 
 
 def former_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what transformers 4 wrote for the `rope_parameters` of a model's `config`."""
+    """Return the RoPE keys of transformers 4 for a config with `rope_parameters`."""
     rope, kind = config.get("rope_parameters") or {}, config.get("model_type", "")
     if kind in _BY_LAYER:
         layers = [rope[name] for name in ("full_attention", "sliding_attention")]
@@ -124,7 +118,7 @@ def former_rope(config: Mapping[str, Any]) -> dict[str, Any]:
             key: layer["rope_theta"] for key, layer in zip(_BY_LAYER[kind], layers, strict=True)
         }
         return former | (_scaling(layers[0]) if kind == "gemma3_text" else {})
-    if "rope_theta" not in rope:  # none, or one for each kind of layer, which had no former form
+    if "rope_theta" not in rope:  # none, or one per layer type, new in transformers 5
         return {}
     former = {_THETA.get(kind, "rope_theta"): rope["rope_theta"]}
     if "partial_rotary_factor" in rope:
@@ -133,7 +127,7 @@ def former_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `rope_scaling` where positions are stretched."""
+    """Return `rope_scaling` for scaled rotary embeddings."""
     if rope["rope_type"] == "default":
         return {}
     own = ("rope_theta", "partial_rotary_factor")

@@ -1,6 +1,6 @@
-"""Load what a source holds: its config, its tokenizer, its shape on the meta device, its weights.
+"""Load config, tokenizer, meta model and weights of a model source.
 
-Nothing here decides anything; it turns facts into objects and checks that all weights arrived.
+Decides nothing; checks that all weights were loaded.
 """
 
 from __future__ import annotations
@@ -40,16 +40,12 @@ if TYPE_CHECKING:
     from ftlevel.models.upstream.shards import Slices
 
 _UNREADABLE = (OSError, json.JSONDecodeError, struct.error, SafetensorError)
-"""What reading a damaged file raises: a safetensors file, an index of shards, a .gguf."""
+"""Exceptions raised for damaged safetensors, index or .gguf files."""
 
 
 @contextlib.contextmanager
 def _naming_damage(source: ModelSource) -> Iterator[None]:
-    """Say inside the block which model has weights that cannot be read.
-
-    Raises:
-        InputError: instead of what reading a damaged file raises.
-    """
+    """Convert exceptions for damaged files in the block to `InputError` with the model's name."""
     try:
         yield
     except _UNREADABLE as error:
@@ -61,7 +57,7 @@ def _naming_damage(source: ModelSource) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep the libraries' warnings and progress bars off the screen inside the block."""
+    """Suppress warnings and progress bars of libraries within the block."""
     level = transformers.logging.get_verbosity()
     bars = transformers.utils.logging.is_progress_bar_enabled()
     noisy = [
@@ -88,18 +84,14 @@ def quiet_libraries() -> Iterator[None]:
 
 @quick_headers()
 def load_config(source: ModelSource, **overrides: Any) -> Any:
-    """Return the `PretrainedConfig` of `source`, with `overrides` such as `num_labels` applied.
-
-    Raises:
-        InputError: the directory's config is unreadable or of an unknown architecture.
-    """
+    """Return the config of `source` with `overrides`; raises `InputError` if it is unusable."""
     try:
-        if source.kind in ("gguf", "hub"):  # of a directory it was looked at before
+        if source.kind in ("gguf", "hub"):  # directories are already checked
             raw, more = transformers.PreTrainedConfig.get_config_dict(
                 source.location, **source.arguments(), **overrides
             )
             check_config(raw, source.words)
-        if source.gguf_file:  # whose header takes a second to read
+        if source.gguf_file:  # reading its header takes a second
             return transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(
                 raw, **more, name_or_path=source.location
             )
@@ -109,7 +101,7 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
         if source.kind == "builtin":
             config.name_or_path = source.name  # for messages
         return config
-    except struct.error as error:  # of a .gguf whose header is not whole
+    except struct.error as error:  # truncated .gguf header
         raise InputError(
             f"{source.words} ends before its header says ({_first_line(error)}). Was the download "
             "cut short?"
@@ -119,14 +111,14 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
 
 
 def _why_not(error: Exception) -> str:
-    """Say in a line why transformers builds no config, with what to do where that is known."""
+    """Return why transformers cannot build the config, with a fix if known."""
     if "trust_remote_code" in str(error):
         return (
             "it needs Python code of its own (auto_map in its config.json), which is not run "
             "unless you say so. If you have read it and trust it: --set "
             "model.trust_remote_code=true."
         )
-    if "cannot reshape array" in str(error):  # a .gguf whose numbers are not all there
+    if "cannot reshape array" in str(error):  # truncated .gguf tensors
         return f"its tensors are not whole ({_first_line(error)}). Was the download cut short?"
     if not isinstance(error, (OSError, ValueError)) or isinstance(error, StrictDataclassError):
         return f"its config.json is not one of a model: {' '.join(str(error).split())}"
@@ -134,7 +126,7 @@ def _why_not(error: Exception) -> str:
 
 
 def label_overrides(names: Sequence[str]) -> dict[str, Any]:
-    """Return what `load_config` is given for classes or tags of these `names`."""
+    """Return overrides of `load_config` for the class or tag names."""
     return {
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),
@@ -144,11 +136,7 @@ def label_overrides(names: Sequence[str]) -> dict[str, Any]:
 
 @quick_headers()
 def load_tokenizer(source: ModelSource) -> Any:
-    """Return the tokenizer of `source`.
-
-    Raises:
-        InputError: there is none, or it cannot be read.
-    """
+    """Return the tokenizer of `source`; raises `InputError` if it is missing or unreadable."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source.location, **source.arguments()
@@ -157,7 +145,7 @@ def load_tokenizer(source: ModelSource) -> Any:
             tokenizer.name_or_path = source.name  # for messages
         return tokenizer
     except Exception as error:
-        if not isinstance(error, FROM_READERS) and type(error) is not Exception:  # as Rust's are
+        if not isinstance(error, FROM_READERS) and type(error) is not Exception:  # from Rust
             raise
         if source.kind == "directory" and not _holds_tokenizer(Path(source.location)):
             raise InputError(
@@ -173,11 +161,7 @@ def _holds_tokenizer(directory: Path) -> bool:
 
 
 def build_task_model(config: Any, auto_class: str) -> Any:
-    """Build the model on the meta device: every module with its shape, no weights, no memory.
-
-    Raises:
-        InputError: the architecture has no model for the task, or the configuration is of none.
-    """
+    """Build the model on the meta device; raises `InputError` if the class does not support it."""
     try:
         with torch.device("meta"), quiet_libraries():
             return getattr(transformers, auto_class).from_config(config)
@@ -205,14 +189,14 @@ def load_model(
 ) -> tuple[Any, list[str]]:
     """Load the weights of `source` into a model in eval mode.
 
-    What `slices` can read later, and in parts, is neither read nor looked at where they are given.
+    Weights that `slices` can read later are neither read nor checked.
 
     Returns:
-        The model, and the parameters that the checkpoint did not hold and that were drawn at
-        random (a new head's; `check_missing` says which are allowed).
+        The model, and the randomly initialized parameters that the checkpoint lacks;
+        `check_missing` checks which are allowed.
 
     Raises:
-        InputError: a file is damaged, or its weights are not those that the config asks for.
+        InputError: a file is damaged or does not match the config.
     """
     if source.gguf_file and quantization is not None:
         return _load_gguf_quantized(
@@ -234,7 +218,7 @@ def load_model(
         check_stored_dtypes(_stored_dtypes(source), source.words)
     is_packed = stored is not None or quantization is not None
     if is_packed or (device == "cuda" and not source.gguf_file):
-        # Shard by shard: a host with many GPUs need not hold the model for each of them.
+        # Loads shard by shard, so host memory does not grow with the number of GPUs.
         place = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
         arguments["device_map"] = {"": place}
     model, info = _read(source, auto_class, slices, config=config, dtype=dtype, **arguments)
@@ -256,14 +240,14 @@ def load_model(
 def _read(
     source: ModelSource, auto_class: str, slices: Slices | None, **arguments: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Return what `from_pretrained` does, and says of the tensors that it found."""
+    """Return the result of `from_pretrained` with `output_loading_info`."""
     arguments["output_loading_info"] = True
-    arguments["ignore_mismatched_sizes"] = True  # check_shapes says which, and where it may be
+    arguments["ignore_mismatched_sizes"] = True  # checked by check_shapes
     with _naming_damage(source), quiet_libraries(), quick_headers():
         if slices is not None:
             meta = build_task_model(arguments["config"], auto_class)
             quantization = arguments.pop("quantization_config", None)
-            arguments.pop("device_map", None)  # nothing is read, and so nothing goes anywhere
+            arguments.pop("device_map", None)  # nothing is read yet
             model, info = slices.load(meta, snapshot(source), source.location, **arguments)
             if quantization is not None:
                 from ftlevel.models.upstream.quantizers import pack_unread  # imports DTensor
@@ -279,11 +263,7 @@ def _read(
 def _load_gguf_quantized(
     source: ModelSource, config: Any, auto_class: str, *, dtype: torch.dtype, **settings: Any
 ) -> tuple[Any, list[str]]:
-    """Load a .gguf file as `load_model` does, and quantize what it holds.
-
-    transformers reads such a file into full precision only, so that the model is written down once,
-    in `dtype`, and read back quantized.
-    """
+    """Load a .gguf file in `dtype`, save it, and reload it quantized."""
     with Workspace("gguf") as folder:
         model, missing = load_model(source, config, auto_class, dtype=dtype, device="cpu")
         model.save_pretrained(folder, max_shard_size="2GB")
@@ -293,12 +273,10 @@ def _load_gguf_quantized(
 
 
 def keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
-    """Return `quantization` that leaves every head in floating point, language models' too.
+    """Return a copy of `quantization` that excludes all heads and unpackable linear layers.
 
-    So are linears whose packed weights a kernel could not read (Mamba's `dt_proj`).
-
-    Left to itself transformers spares a tied output; given a list it spares that alone, and BERT's
-    `cls.predictions.decoder` would be cut off from its embedding.
+    By default transformers excludes only a tied output; with a list it excludes only that, and
+    BERT's `cls.predictions.decoder` would no longer be tied.
     """
     kept = copy.copy(quantization)
     meta = build_task_model(config, auto_class)
@@ -310,11 +288,7 @@ def keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
 def _keep_new_heads(
     stored: dict[str, Any], source: ModelSource, config: Any, auto_class: str, dtype: torch.dtype
 ) -> Any:
-    """Return `config` of a quantized checkpoint, for a task whose head it may not have.
-
-    A head that is not quantized in the checkpoint stays in floating point, and 4-bit weights are
-    multiplied in `dtype`. Only bitsandbytes has these two settings.
-    """
+    """Return the config of a bitsandbytes checkpoint with unquantized heads."""
     if as_quant_config(stored) is None:
         return config
     packed = [name for name in _stored_dtypes(source) if name.endswith((".absmax", ".SCB"))]
@@ -333,11 +307,10 @@ def _keep_new_heads(
 
 
 def rename_prefix(config: Any, auto_class: str) -> dict[str, str]:
-    """Return the `key_mapping` with which a family's checkpoint fits the class of a task.
+    """Return the `key_mapping` that fits a checkpoint to the class of a task; may be empty.
 
-    In transformers 5.24 the question answering classes of Llama and Qwen call their base
-    `transformer`, where every other class and every checkpoint says `model`: no weight would be
-    found. Empty where the names agree.
+    In transformers 5.24 the question-answering classes of Llama and Qwen name their base
+    `transformer`, while checkpoints use `model`.
     """
     families, classes = model_classes("AutoModel"), model_classes(auto_class)
     if type(config) not in families or type(config) not in classes:
@@ -347,17 +320,13 @@ def rename_prefix(config: Any, auto_class: str) -> dict[str, str]:
 
 
 def _prefix(entry: Any) -> str:
-    """Return what the class of an auto mapping calls its base; Funnel has two, and one name."""
+    """Return the base model prefix of an auto mapping entry; Funnel's entry is a tuple."""
     first = entry[0] if isinstance(entry, tuple) else entry
     return str(first.base_model_prefix)
 
 
 def find_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
-    """Return the poolers of `meta` that the checkpoint does not hold.
-
-    A masked language model is saved without one. It would be random, so it is trained and saved
-    like a head. Nothing is found for a .gguf file or a model that is not on this disk yet.
-    """
+    """Return poolers that the checkpoint lacks, which are trained like heads; may be empty."""
     held = _stored_dtypes(source)
     if not held:
         return []
@@ -371,7 +340,7 @@ def find_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
 
 
 def find_new_heads(meta: torch.nn.Module, source: ModelSource, heads: list[str]) -> list[str]:
-    """Return those of `heads` of which the checkpoint holds nothing; all where it is not known."""
+    """Return the heads missing from the checkpoint; all of them if unknown."""
     held = _stored_dtypes(source)
 
     def is_held(head: str) -> bool:
@@ -382,11 +351,7 @@ def find_new_heads(meta: torch.nn.Module, source: ModelSource, heads: list[str])
 
 
 def _stored_dtypes(source: ModelSource) -> dict[str, str]:
-    """Return the checkpoint's tensors and their types; none for a .gguf or one not on this disk.
-
-    Raises:
-        InputError: a file is damaged.
-    """
+    """Return tensor dtypes by name; empty for .gguf and models not on disk."""
     held: dict[str, str] = {}
     if source.path is None or source.path.is_file():
         return held

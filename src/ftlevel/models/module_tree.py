@@ -1,7 +1,7 @@
-"""Where things are in a model: its blocks, its linears, its heads, whatever the family.
+"""Locate blocks, linear layers, heads, norms and embeddings of any model.
 
-Generic: the blocks are the outermost `ModuleList`s whose members hold linears, so a family that no
-table names is read just as well. Works on the meta device and on quantized models.
+Blocks are the outermost `ModuleList`s that contain linear layers, so no table of families is
+needed. Works on the meta device and on quantized models.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 Place = Literal["block", "router", "kernel", "aside", "head", "other"]
 
-# Linears that choose experts, by their last name.
+# Last names of linear layers that route tokens to experts.
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
-# Mamba's scan reads these weights past their modules, so an update beside them would do nothing;
+# Mamba's scan reads these weights past their modules, so an adapter would have no effect;
 # PEFT 0.21 refuses `out_proj` for these model types (`_check_lora_target_modules_mamba`).
 _READ_BY_KERNELS = {
     "falcon_h1": ("out_proj",),
@@ -28,15 +28,15 @@ _READ_BY_KERNELS = {
     "mamba2": ("out_proj",),
     "nemotron_h": ("out_proj",),
 }
-# Used only with inputs that no task here gives (entities), or not by every task (global attention).
+# Used only with entity inputs, which no task has, or with global attention.
 _ASIDE = {
     "led": ("query_global", "key_global", "value_global"),
     "longformer": ("query_global", "key_global", "value_global"),
     "luke": ("w2e_query", "e2w_query", "e2e_query"),
 }
-# The forward pass casts these, scales them, or casts its numbers to their type: not to be packed.
+# The forward pass casts or scales these, or reads their dtype, so they are not quantized.
 _WRITTEN_TO = {
-    "led": ("query_global",),  # its output is divided in place, which bitsandbytes' product forbids
+    "led": ("query_global",),  # its output is divided in place, which bitsandbytes does not support
     "longformer": ("query_global",),
     "longt5": ("wo",),
     "rwkv": ("attention.output", "feed_forward.value"),
@@ -47,15 +47,10 @@ _INDEX_LETTERS = "ijklmn"
 
 @dataclass(frozen=True)
 class LinearModule:
-    """One linear of a model.
+    """A linear layer; `pattern` has letters for layer indices, `model.layers.{i}.mlp.up_proj`.
 
-    Attributes:
-        name: its full name in the model.
-        pattern: the name with letters for the indices of layers, `model.layers.{i}.mlp.up_proj`.
-        type: Linear, Conv1D or the class of a quantized linear.
-        place: `other` is outside blocks and heads, as BERT's pooler; `kernel` is in a block and
-            read past its module, so that nothing can be put on it; `aside` is in a block, and
-            no part of every forward pass.
+    `place` is `other` outside blocks and heads (BERT's pooler), `kernel` if read past its module,
+    so it cannot be adapted, and `aside` if not used in every forward pass.
     """
 
     name: str
@@ -68,7 +63,7 @@ class LinearModule:
 
 @dataclass(frozen=True)
 class ExpertParameter:
-    """One tensor of (experts, ·, ·) that holds a linear of every expert of a block."""
+    """A tensor `(experts, ·, ·)` with one linear layer of every expert of a block."""
 
     name: str
     pattern: str
@@ -78,7 +73,7 @@ class ExpertParameter:
 
 
 def linear_size(module: nn.Module) -> tuple[str, int, int] | None:
-    """Return (type, in, out) of a linear of any library, None for another module."""
+    """Return (type, in, out) of a linear layer of any library, or None."""
     if isinstance(module, Conv1D):
         return "Conv1D", int(module.nx), int(module.nf)
     fan_in, fan_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
@@ -91,7 +86,7 @@ def linear_size(module: nn.Module) -> tuple[str, int, int] | None:
 
 
 class ModuleTree:
-    """The names of a model's modules, sorted into blocks, heads and the rest."""
+    """Modules of a model by name, classified as blocks, heads and others."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -116,11 +111,11 @@ class ModuleTree:
         )
 
     def in_blocks(self, name: str) -> bool:
-        """Whether the module of that name is inside a repeated block."""
+        """Return whether the module is inside a repeated block."""
         return any(name.startswith(f"{block}.") for block in self.blocks)
 
     def in_heads(self, name: str) -> bool:
-        """Whether the module of that name is a head or a part of one."""
+        """Return whether the module is a head or part of one."""
         return any(name == head or name.startswith(f"{head}.") for head in self.heads)
 
     def _find_heads(self) -> list[str]:
@@ -129,7 +124,7 @@ class ModuleTree:
             candidates = [name for name, part in self.model.named_children() if part is not base]
         elif type(self.model).__name__.endswith("Model"):
             return []  # a bare model has no head: BertModel's pooler is not one
-        else:  # T5 is its own base: its head stands beside encoder and decoder
+        else:  # T5 is its own base: its head is a sibling of encoder and decoder
             candidates = [
                 name
                 for name, part in self.model.named_children()
@@ -144,14 +139,14 @@ class ModuleTree:
         ]
 
     def _unwrap(self, name: str) -> str:
-        """Go down through a module that only holds another one: `cls` is `cls.predictions`."""
+        """Descend through modules with a single child: `cls` -> `cls.predictions`."""
         children = list(self.modules[name].named_children())
         if len(children) == 1 and any(True for _ in children[0][1].children()):
             return self._unwrap(f"{name}.{children[0][0]}")
         return name
 
     def pattern(self, name: str) -> str:
-        """Replace the index of a layer, and of equal modules inside one, by a letter."""
+        """Return `name` with letters for the indices of layers and of equal modules."""
         parts, letters = name.split("."), iter(_INDEX_LETTERS)
         for position, part in enumerate(parts):
             holder = ".".join(name.split(".")[:position])
@@ -176,18 +171,18 @@ class ModuleTree:
         return "router" if parts[-1] in _ROUTERS or "router" in parts else "block"
 
     def linears(self) -> Iterator[LinearModule]:
-        """Yield every linear of the model, heads included, in the model's order."""
+        """Yield every linear layer, including heads, in the model's order."""
         for name, module in self.modules.items():
             size = linear_size(module)
             if size is not None:
                 yield LinearModule(name, self.pattern(name), *size, self._place(name))
 
     def experts(self) -> Iterator[ExpertParameter]:
-        """Yield the 3-D tensors of experts in the blocks."""
+        """Yield the 3-D expert tensors in the blocks."""
         for owner, module in self.modules.items():
             if not self.in_blocks(owner) or "expert" not in owner:
                 continue
-            # transformers keeps (experts, out, in) unless the class says `is_transposed`.
+            # transformers stores (experts, out, in) unless the class has `is_transposed`.
             flip = bool(getattr(module, "is_transposed", False))
             for key, value in module.named_parameters(recurse=False):
                 if value.ndim == 3:
@@ -197,14 +192,14 @@ class ModuleTree:
                     yield ExpertParameter(f"{owner}.{key}", pattern, count, fan_in, fan_out)
 
     def norms(self) -> Iterator[tuple[str, str, int]]:
-        """Yield (pattern, type, width) of the norms outside the heads that have weights."""
+        """Yield (pattern, type, width) of the norms with weights outside the heads."""
         for name in self.norm_names():
             module = self.modules[name]
             first = next(module.parameters(recurse=False))
             yield self.pattern(name), type(module).__name__, first.numel()
 
     def norm_names(self) -> list[str]:
-        """Return the full names of the norms outside the heads that have weights."""
+        """Return the full names of the norms with weights outside the heads."""
         return [
             name
             for name, module in self.modules.items()
@@ -214,7 +209,7 @@ class ModuleTree:
         ]
 
     def layer(self, name: str) -> int | None:
-        """Return the index of the block that holds the module of that name, None outside."""
+        """Return the block index of the module, or None outside of blocks."""
         for block in self.blocks:
             if name.startswith(f"{block}."):
                 return int(name[len(block) + 1 :].partition(".")[0])
@@ -229,19 +224,19 @@ class ModuleTree:
 
 
 def find_stacks(model: nn.Module) -> list[list[nn.Module]]:
-    """Return the blocks of each stack of a model, an encoder's before a decoder's."""
+    """Return the blocks of each stack of a model, encoder before decoder."""
     tree = ModuleTree(model)
     return [list(tree.modules[name].children()) for name in tree.blocks]
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a model of one stack, in their order; several stacks have none."""
+    """Return the blocks of a model with a single stack, else an empty list."""
     stacks = find_stacks(model)
     return stacks[0] if len(stacks) == 1 else []
 
 
 def find_unpackable(model: nn.Module) -> list[str]:
-    """Return linears whose weights are read or written past their modules: not to be quantized."""
+    """Return linear layers not to quantize: their weights are accessed past the module."""
     kind = str(getattr(model.config, "model_type", ""))
     ends = (*_READ_BY_KERNELS.get(kind, ()), *_WRITTEN_TO.get(kind, ()))
     return [name for name, module in model.named_modules()
@@ -250,24 +245,18 @@ def find_unpackable(model: nn.Module) -> list[str]:
 
 
 def find_heads(model: nn.Module) -> list[str]:
-    """Return the modules on top of the base model, as PEFT's `modules_to_save` would name them.
+    """Return the modules on top of the base model, as in PEFT's `modules_to_save`.
 
-    `["classifier"]`, `["pre_classifier", "classifier"]`, `["classification_head"]`, `["lm_head"]`,
-    `["cls.predictions"]`; none for a bare model.
+    For example `["pre_classifier", "classifier"]` or `["lm_head"]`; empty for a bare model.
     """
     return ModuleTree(model).heads
 
 
 def find_new_language_head(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Return what must be trained of a masked language head that the checkpoint lacks.
+    """Return the modules to train of a masked-LM head that the checkpoint lacks, and the heads.
 
-    A checkpoint has the head if it was saved as a language model, which its config says
-    (`architectures`). Where it has none, all of the head is new but the output embedding that is
-    tied to the input's: BERT's transform, RoBERTa's dense and norm. The output's bias stays zero.
-
-    Returns:
-        The modules to train, and the heads whose weights the checkpoint may lack; both empty where
-        the head is pretrained.
+    If `architectures` names no masked LM, all but the tied output embedding is new, such as BERT's
+    transform. Both lists are empty for a pretrained head.
     """
     config: Any = model.config
     if any(_has_language_head(name, config.model_type) for name in config.architectures or ()):

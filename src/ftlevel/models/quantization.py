@@ -1,12 +1,7 @@
-"""What a checkpoint that is already quantized is, and whether it can be loaded here.
+"""Quantization of base models with bitsandbytes and torchao, and of quantized checkpoints.
 
-bitsandbytes quantization of a frozen base: what is quantized, and how it stays trainable.
-
-torchao's weight-only forms: one scale a row of a linear, int8 or float8 (e4m3) beside it.
-
-torchao is an extra. Weights are packed by its own `quantize_`, a linear at a time, and flattened as
-transformers' `save_pretrained` flattens them: several plain tensors, and a note in the file's
-metadata of what they make.
+torchao's weight-only formats have one scale per row of int8 or float8 (e4m3) weights. Weights are
+packed with its `quantize_` and flattened as in transformers' `save_pretrained`.
 """
 
 from __future__ import annotations
@@ -26,14 +21,7 @@ from ftlevel.models.upstream.quantizers import check_environment, replaced_linea
 
 
 def build_quantization_config(quant: QuantConfig, dtype: torch.dtype, heads: list[str]) -> Any:
-    """Return the `BitsAndBytesConfig` for `quant`, or None.
-
-    Args:
-        quant: the section of the configuration.
-        dtype: what the dequantized weights are multiplied in.
-        heads: names of the task's heads, which are trained and therefore kept in floating point;
-            transformers quantizes them unless told otherwise.
-    """
+    """Return the `BitsAndBytesConfig` for `quant`, excluding the trained `heads`, or None."""
     if quant.kind == "none":
         return None
     from transformers import BitsAndBytesConfig
@@ -54,19 +42,16 @@ def build_quantization_config(quant: QuantConfig, dtype: torch.dtype, heads: lis
 
 
 def packs_experts(quantization: Any) -> bool:
-    """Whether a quantization config packs the experts of a mixture too."""
-    return type(quantization).__name__ == "ExpertsConfig"  # which may not be imported
+    """Return whether a quantization config also packs experts."""
+    return type(quantization).__name__ == "ExpertsConfig"  # by name, without importing its module
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """What quantizing and dequantizing does to the weights of a model.
+    """Quantization followed by dequantization of the tensors `names`.
 
-    Attributes:
-        names: the model's tensors that are quantized.
-        transposed: those of them that are stored as (in, out), as Conv1D does.
-        quantization: the `BitsAndBytesConfig`.
-        dtype: precision in which the weights are loaded before they are quantized.
+    `transposed` ones are stored as `(in, out)`, as in Conv1D. `dtype` is the dtype before
+    quantization.
     """
 
     names: frozenset[str]
@@ -75,7 +60,7 @@ class Rounding:
     dtype: torch.dtype
 
     def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """Return `weight` as the quantized model computes with it."""
+        """Return `weight` after quantization and dequantization."""
         if not weight.is_floating_point():
             return weight
         weight = weight.to(self.dtype)
@@ -101,13 +86,7 @@ class Rounding:
 
 
 def build_rounding(model: Any, quantization: Any, dtype: torch.dtype) -> Rounding:
-    """Return what `quantization` does to the weights of `model`, as transformers applies it.
-
-    Args:
-        model: on the meta device; its linears are replaced (mutated).
-        quantization: a `BitsAndBytesConfig` that names the modules to leave alone.
-        dtype: precision in which the weights are loaded.
-    """
+    """Return the rounding that `quantization` applies to the meta model `model` (mutated)."""
     found = replaced_linears(model, quantization, pre_quantized=False)
     experts: frozenset[str] = frozenset()
     if packs_experts(quantization):
@@ -125,11 +104,7 @@ _CONFIGS = {"int8-torchao": "Int8WeightOnlyConfig", "float8-torchao": "Float8Wei
 
 
 def build_torchao_config(kind: str) -> Any:
-    """Return transformers' `TorchAoConfig` for `kind`.
-
-    Raises:
-        ConfigError: torchao is not installed.
-    """
+    """Return the `TorchAoConfig` for `kind`; raises `ConfigError` without torchao."""
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError(
             f"--quant {kind} is torchao's, which is not installed. Install it: {INSTALL}"
@@ -141,7 +116,7 @@ def build_torchao_config(kind: str) -> Any:
 
 
 def torchao_kind(stored: dict[str, Any]) -> str | None:
-    """Return the kind of a checkpoint's `quantization_config`, None if it is none of these."""
+    """Return the `--quant` kind of a torchao `quantization_config`, or None."""
     made_by = stored.get("quant_type")
     if stored.get("quant_method") != "torchao" or not isinstance(made_by, dict):
         return None
@@ -150,22 +125,22 @@ def torchao_kind(stored: dict[str, Any]) -> str | None:
 
 
 def is_torchao(quantization: Any) -> bool:
-    """Whether `quantization` is a `TorchAoConfig`."""
+    """Return whether `quantization` is a `TorchAoConfig`."""
     return type(quantization).__name__ == "TorchAoConfig"
 
 
 PLAIN_NOTE = '{"_type": "Tensor"}'
-"""What the metadata says of a tensor that is stored as it is."""
+"""Metadata of a tensor that is stored unquantized."""
 
 
 def torchao_bytes(shape: tuple[int, ...], quantization: Any) -> int:
-    """Return the bytes of a weight `(out, in)`: a byte each, a scale a row, int8's zero points."""
+    """Return the bytes of a weight `(out, in)`: one per value, scales, and int8's zero points."""
     name = type(quantization.quant_type).__name__
     return math.prod(shape) + shape[0] * (5 if name == _CONFIGS["int8-torchao"] else 4)
 
 
 def stored_quantization(config: Any) -> dict[str, Any] | None:
-    """Return the `quantization_config` of a model's config as a dict, None for a plain model."""
+    """Return the `quantization_config` of a model config as a dict, or None."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return None
@@ -173,7 +148,7 @@ def stored_quantization(config: Any) -> dict[str, Any] | None:
 
 
 def quantization_name(stored: dict[str, Any]) -> str:
-    """Return what a stored quantization is called: `4bit nf4`, `8bit`, `int8-torchao`, `gptq`."""
+    """Return the name of a stored quantization: `4bit nf4`, `8bit`, `int8-torchao`, `gptq`."""
     if stored.get("load_in_8bit"):
         return "8bit"
     if stored.get("load_in_4bit"):
@@ -183,7 +158,7 @@ def quantization_name(stored: dict[str, Any]) -> str:
 
 
 def as_quant_config(stored: dict[str, Any]) -> QuantConfig | None:
-    """Return the section that would have made a bitsandbytes checkpoint; None for others."""
+    """Return the equivalent config section of a bitsandbytes checkpoint; None for others."""
     if stored.get("load_in_8bit"):
         return QuantConfig(kind="8bit")
     if stored.get("load_in_4bit"):
@@ -196,7 +171,7 @@ def as_quant_config(stored: dict[str, Any]) -> QuantConfig | None:
 
 
 def quantization_facts(stored: dict[str, Any]) -> dict[str, Any]:
-    """Return what a card says of a stored quantization: its `kind`, and the settings of 4 bits."""
+    """Return the model card entry of a stored quantization: `kind`, and 4-bit settings."""
     own = as_quant_config(stored)
     if own is None:
         return {"kind": quantization_name(stored)}
@@ -204,15 +179,12 @@ def quantization_facts(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_quantization(facts: Mapping[str, Any]) -> QuantConfig:
-    """Return how a base is quantized while it loads, from what a card says.
-
-    Other libraries' kinds are never made while loading: such a base is stored in them.
-    """
+    """Return the quantization to apply while loading; other libraries' kinds are stored instead."""
     return QuantConfig.model_validate(facts) if _is_own(facts) else QuantConfig()
 
 
 def quantization_form(facts: Mapping[str, Any]) -> str:
-    """Return what a card says of the quantization in a few words."""
+    """Return a short description of a model card's quantization."""
     return QuantConfig.model_validate(facts).form if _is_own(facts) else str(facts["kind"])
 
 
@@ -221,11 +193,7 @@ def _is_own(facts: Mapping[str, Any]) -> bool:
 
 
 def check_loadable(stored: dict[str, Any], words: str, device: str) -> None:
-    """Refuse a quantized checkpoint that transformers cannot load here, before weights are read.
-
-    Raises:
-        InputError: naming the quantization and what is missing.
-    """
+    """Raise `InputError` if transformers cannot load this quantized checkpoint here."""
     method = quantization_name(stored)
     try:
         place = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
@@ -238,7 +206,7 @@ def check_loadable(stored: dict[str, Any], words: str, device: str) -> None:
             f"{words} is quantized by {method}, which cannot be loaded here: {reason} "
             "Install what it names, or give the original model with --quant 4bit."
         ) from None
-    except (TypeError, AttributeError, LookupError) as error:  # as of a stranger's file
+    except (TypeError, AttributeError, LookupError) as error:  # malformed config.json
         raise InputError(
             f"{words}: quantization_config in its config.json is not one of {method} ({error}). "
             "Restore the file, or give the original model with --quant 4bit."
@@ -248,19 +216,12 @@ def check_loadable(stored: dict[str, Any], words: str, device: str) -> None:
 def match_quantization(
     stored: dict[str, Any] | None, wish: QuantConfig, words: str, device: str
 ) -> QuantConfig:
-    """Return how the base is quantized: as the user wishes, or as the checkpoint is already.
+    """Return the quantization of the base: the requested one, or that of the checkpoint.
 
-    A wish that says what the checkpoint is already changes nothing, so that a run's own config.yaml
-    trains it again.
-
-    Args:
-        stored: of the checkpoint; None for a plain model.
-        wish: the quant section.
-        words: what errors call the model.
-        device: torch device type.
+    `stored` is None for a plain model; `words` names the model in errors.
 
     Raises:
-        InputError: the checkpoint is quantized otherwise than wished, or cannot be loaded here.
+        InputError: the checkpoint is quantized differently, or cannot be loaded here.
     """
     if stored is None:
         return wish

@@ -1,7 +1,6 @@
-"""Where a pretrained model comes from: a Hub id, a directory, a .gguf file, or builtin:NAME.
+"""Resolve a pretrained model: a Hub id, a directory, a .gguf file, or builtin:NAME.
 
-Resolving touches the disk and, for a Hub id that is not cached, the network once for a moment;
-it reads no weights.
+Reads no weights. For a Hub id that is not cached, it probes the network once.
 """
 
 from __future__ import annotations
@@ -28,17 +27,10 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that exists, and the arguments with which transformers loads it.
+    """An existing model and the arguments to load it with transformers.
 
-    Attributes:
-        name: what the user typed.
-        kind: where it lies.
-        location: directory or Hub id, as `from_pretrained` takes it.
-        gguf_file: name of the file inside `location`, for a .gguf model.
-        revision: branch, tag or commit, for a Hub id.
-        local_files_only: do not ask the network, because there is none.
-        trust_remote_code: run the model's own Python code.
-        said: how errors call it; empty for `--model NAME`.
+    `location` is a directory or Hub id; `gguf_file` a file inside it. `said` is the name in errors;
+    empty for `--model NAME`.
     """
 
     name: str
@@ -52,7 +44,7 @@ class ModelSource:
 
     @property
     def words(self) -> str:
-        """What errors call it: as the user named it."""
+        """Name of the model in errors."""
         return self.said or f"--model {self.name}"
 
     def arguments(self) -> dict[str, Any]:
@@ -69,7 +61,7 @@ class ModelSource:
 
     @property
     def path(self) -> Path | None:
-        """The file or directory on disk, if it is not a Hub id."""
+        """File or directory on disk; None for a Hub id."""
         if self.kind == "hub":
             return None
         return Path(self.location) / self.gguf_file if self.gguf_file else Path(self.location)
@@ -83,24 +75,19 @@ def resolve_source(
     *,
     needs_weights: bool = True,
 ) -> ModelSource:
-    """Find the model called `name`.
+    """Return the model source for `name`: Hub id, directory, .gguf file or builtin:NAME.
 
-    Args:
-        name: Hub id, directory, .gguf file or builtin:NAME.
-        revision: branch, tag or commit of a Hub id.
-        trust_remote_code: run the model's own Python code.
-        said: how errors call it, where the user did not write `--model NAME`.
-        needs_weights: whether a directory must have them; its config is enough for its shape.
+    `said` replaces `--model NAME` in errors. With `needs_weights=False`, a config is enough.
 
     Raises:
-        InputError: nothing of that name can be reached; the message lists the ways out.
+        InputError: no such model can be reached; the message lists alternatives.
     """
     words = said or f"--model {name}"
     if name.startswith("builtin:"):
         directory = builtin.model_path(name.removeprefix("builtin:"))
         return ModelSource(name, "builtin", str(directory), local_files_only=True, said=said)
     path = Path(name).expanduser()
-    if own := builtin.name_of(path):  # as plain PEFT writes it into adapter_config.json
+    if own := builtin.name_of(path):  # a path that PEFT wrote into adapter_config.json
         return resolve_source(own, said=said.replace(name, own))
     if path.suffix == ".gguf" and not path.is_dir():
         _check_file(path, words)
@@ -128,11 +115,7 @@ def resolve_source(
 
 
 def check_revision(source: ModelSource, revision: str | None) -> None:
-    """Refuse a `revision` that the user asked for and that nothing would look at.
-
-    Raises:
-        InputError: `source` is not on the Hub.
-    """
+    """Raise `InputError` if a `revision` is requested of a source that is not on the Hub."""
     if revision and source.kind != "hub":
         raise InputError(
             f"revision {revision} was asked for, and {source.words} lies on this disk, where it "
@@ -179,8 +162,8 @@ def _check_directory(path: Path, words: str, needs_weights: bool) -> None:
 
 
 def _check_looks_like_hub_id(name: str, path: Path, words: str) -> None:
-    """Refuse what can only be a path: nothing is there."""
-    is_run = path.parts[:1] == ("runs",)  # where runs are written, and no name of an organization
+    """Raise if `name` can only be a path, which does not exist."""
+    is_run = path.parts[:1] == ("runs",)  # output directory of runs, not an organization
     if _HUB_ID.fullmatch(name) and not name.startswith((".", "/", "~")) and not is_run:
         return
     parent = path.parent if path.parent.is_dir() else Path()
@@ -193,7 +176,7 @@ def _check_looks_like_hub_id(name: str, path: Path, words: str) -> None:
 
 
 def _check_reachable(name: str, revision: str | None, words: str) -> bool:
-    """Return whether to stay offline for the Hub id `name`; refuse when it cannot be had."""
+    """Return whether to stay offline for the Hub id `name`; raise if it is not available."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     cached = isinstance(
@@ -216,7 +199,7 @@ def _check_reachable(name: str, revision: str | None, words: str) -> bool:
 
 
 def answers(endpoint: str) -> bool:
-    """Return whether the host takes a connection within seconds; a proxy is believed."""
+    """Return whether the host accepts a connection within seconds; True behind a proxy."""
     if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
         return True
     address = urlparse(endpoint)
@@ -229,12 +212,7 @@ def answers(endpoint: str) -> bool:
 
 
 def snapshot(source: ModelSource, more: Iterable[str] = ()) -> Path:
-    """Return the directory with the config and the .safetensors of `source`, fetched if need be.
-
-    Args:
-        source: a directory, a built-in model or a Hub id.
-        more: patterns of further files to fetch.
-    """
+    """Return the directory of `source`, downloading config, weights and `more` if needed."""
     if source.kind != "hub":
         return Path(source.location)
     from huggingface_hub import snapshot_download

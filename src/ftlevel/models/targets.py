@@ -1,7 +1,7 @@
-"""Which linears of a model an adapter goes on: what there is, and what a wish picks.
+"""Resolve `--target-modules` to the linear layers of a model.
 
-`all-linear` here is every linear of the blocks: never a head, an embedding, a router or a pooler.
-PEFT's own word includes task heads and poolers, so the names are resolved before PEFT sees them.
+`all-linear` means all linear layers in blocks, without heads, embeddings, routers and poolers. PEFT
+would include task heads and poolers, so names are resolved before PEFT sees them.
 """
 
 from __future__ import annotations
@@ -42,18 +42,13 @@ __all__ = [
 
 ALL_LINEAR = "all-linear"
 AUTO = "auto"
-_SECONDS = 10.0  # matching all modules of a model takes some milliseconds
+_SECONDS = 10.0  # timeout; matching usually takes milliseconds
 _PLAIN_NAME = re.compile(r"[\w.\-]+(,[\w.\-]+)*")
 
 
 @dataclass(frozen=True)
 class LinearKind:
-    """The linears of a model that differ only in their layer.
-
-    Attributes:
-        all_linear: whether `all-linear` picks them.
-        default: whether they are adapted when nothing is asked; the same set today.
-    """
+    """Linear layers of a model that differ only in their layer index."""
 
     name: str
     pattern: str
@@ -66,13 +61,13 @@ class LinearKind:
     default: bool
 
     def lora_parameters(self, r: int) -> int:
-        """Count what LoRA of rank `r` adds to all of them together."""
+        """Return the LoRA parameters of rank `r` for all of them."""
         return self.count * lora_parameters(self.in_features, self.out_features, r)
 
 
 @dataclass(frozen=True)
 class ExpertKind:
-    """The expert tensors that differ only in their layer; `count` is the number of layers."""
+    """Expert tensors that differ only in their layer index; `count` is the number of layers."""
 
     name: str
     pattern: str
@@ -82,14 +77,14 @@ class ExpertKind:
     count: int
 
     def lora_parameters(self, r: int) -> int:
-        """Count what LoRA of rank `r` adds through `target_parameters`."""
+        """Return the LoRA parameters of rank `r` with `target_parameters`."""
         each = lora_parameters(self.in_features, self.out_features, r)
         return self.count * self.experts * each
 
 
 @dataclass(frozen=True)
 class ModuleKind:
-    """Embeddings or norms that differ only in their layer; `shape` is that of the weight."""
+    """Embeddings or norms that differ only in their layer index; `shape` is that of the weight."""
 
     pattern: str
     type: str
@@ -99,12 +94,7 @@ class ModuleKind:
 
 @dataclass(frozen=True)
 class ModelTargets:
-    """What can be adapted in one model.
-
-    Attributes:
-        linears: those of the blocks, then those outside of blocks and heads.
-        heads: the names that `modules_to_save` would take.
-    """
+    """Adaptable modules of one model; `linears` has those in blocks first."""
 
     model_type: str
     class_name: str
@@ -116,20 +106,19 @@ class ModelTargets:
     total_parameters: int
 
     def lora_parameters(self, r: int) -> int:
-        """Count the trainable parameters of LoRA of rank `r` on `all-linear`."""
+        """Return the trainable parameters of LoRA of rank `r` on `all-linear`."""
         return sum(kind.lora_parameters(r) for kind in self.linears if kind.all_linear)
 
 
 def adapter_bytes(parameters: int) -> int:
-    """Return the size of an adapter's weights in float32, as PEFT saves them by default."""
+    """Return the size of an adapter's weights in float32, PEFT's default."""
     return parameters * FLOAT32_BYTES
 
 
 def build_meta_model(config: Any) -> nn.Module:
-    """Build the model that a transformers config describes, without weights.
+    """Build the model of a config on the meta device.
 
-    The class is the one the checkpoint was saved with, so that its heads are real; else the
-    language model of its kind, else the bare model.
+    Uses the checkpoint's own class if known, else the language model of its kind, else the base.
     """
     import transformers
 
@@ -153,7 +142,7 @@ def build_meta_model(config: Any) -> nn.Module:
 
 
 def inspect_model(model: nn.Module) -> ModelTargets:
-    """Describe what can be adapted in `model`, usually one on the meta device."""
+    """Return the adaptable modules of `model`, usually on the meta device."""
     tree = ModuleTree(model)
     linears = Counter(
         (part.pattern, part.type, part.in_features, part.out_features, part.place)
@@ -199,7 +188,7 @@ def inspect_model(model: nn.Module) -> ModelTargets:
 
 
 def parse_wish(text: str) -> str | list[str]:
-    """Read a `--target-modules` value: a word, names joined by commas, or one regex."""
+    """Parse a `--target-modules` value: a keyword, comma-separated names, or one regex."""
     text = text.strip()
     if text in (ALL_LINEAR, AUTO):
         return text
@@ -210,19 +199,19 @@ def parse_wish(text: str) -> str | list[str]:
 def resolve_targets(
     model: nn.Module, wish: str | Sequence[str], *, model_name: str | None = None
 ) -> list[str]:
-    """Turn a wish into the sorted full names of the linears that it picks.
+    """Return the sorted full names of the linear layers that `wish` selects.
 
-    A name of a list matches as in PEFT, a module of that name or one that ends in `.name`. Linears
-    of the blocks win: `dense` never reaches BERT's pooler or a head, a name that only exists
-    outside the blocks does. A regex must match the full name; heads are left out of what it finds.
+    A name matches as in PEFT: a module of that name or one that ends in `.name`. Matches in blocks
+    take precedence, so `dense` never selects BERT's pooler. A regex must match the full name; heads
+    are excluded.
 
     Args:
-        model: the loaded model, quantized or not, or one on the meta device; not a PEFT model.
-        wish: `all-linear`, `auto`, one regex, names joined by commas, or a list of names.
-        model_name: what the messages call the model; its own name or `model_type` otherwise.
+        model: model, quantized or not, or on the meta device; not a PEFT model.
+        wish: `all-linear`, `auto`, one regex, comma-separated names, or a list of names.
+        model_name: name of the model in messages; its own name by default.
 
     Raises:
-        InputError: a name or the regex matches nothing that can be adapted; one problem a name.
+        InputError: a name or the regex matches no adaptable module.
     """
     picker = _Picker(model, model_name)
     if isinstance(wish, str):
@@ -241,7 +230,7 @@ def _model_type(model: nn.Module) -> str:
 
 
 class _Picker:
-    """The linears of one model, and the messages about wishes that miss them."""
+    """Selects linear layers of one model and builds error messages."""
 
     def __init__(self, model: nn.Module, model_name: str | None) -> None:
         self.tree = ModuleTree(model)
@@ -296,7 +285,7 @@ class _Picker:
         return sorted(picked)
 
     def _adaptable(self, found: Sequence[str]) -> list[str]:
-        """Keep the linears of the blocks among the modules found; without any, the others."""
+        """Return the linear layers in blocks among the found modules; if none, the other layers."""
         linears = [self.linears[full] for full in found if full in self.linears]
         inside = [part.name for part in linears if part.place == "block"]
         return inside or [

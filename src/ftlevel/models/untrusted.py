@@ -1,12 +1,7 @@
-"""What a directory that somebody else made must not do: leave itself, hang, fill memory, fetch.
+"""Safe handling of third-party files: sizes, paths, time and memory limits.
 
-An end to the memory that what others wrote and we run can ask for.
-
-An end to what others wrote and we run: templates of chats, regular expressions.
-
-Regular expressions in another's adapter_config.json, which PEFT tries on every module's name.
-
-What libraries raise when they read or build what a stranger's file describes.
+Model directories must not reference files outside, fetch code, or have absurd sizes. Chat templates
+and regular expressions run with limits.
 """
 
 from __future__ import annotations
@@ -29,7 +24,7 @@ from ftlevel.artifacts.files import check_regular
 from ftlevel.errors import InputError
 
 _INDEX = "*.safetensors.index.json"
-_LARGEST_JSON = 1 << 27  # bytes; the indices of models with a hundred thousand tensors have 10 MB
+_LARGEST_JSON = 1 << 27  # bytes; an index of 100,000 tensors has 10 MB
 
 _MOST = {
     **dict.fromkeys(
@@ -42,7 +37,7 @@ _MOST = {
                      "n_routed_experts", "vocab_size", "type_vocab_size"), 100_000_000),
     **dict.fromkeys(("max_position_embeddings", "n_positions"), 1_000_000_000),
 }  # fmt: skip
-"""Field of a config → more than any model has, by orders of magnitude."""
+"""Config field -> limit, orders of magnitude above any real model."""
 
 _IMPLEMENTATIONS = tuple(
     f"{front}{part}_implementation{end}"
@@ -56,15 +51,7 @@ _AT_LEAST_ONE = ("num_hidden_layers", "n_layer", "num_attention_heads", "n_head"
 
 
 def check_directory(path: Path, words: str) -> None:
-    """Refuse a directory whose files are no files, whose index leaves it, or of absurd sizes.
-
-    Args:
-        path: of a model.
-        words: what errors call it.
-
-    Raises:
-        InputError: naming the file.
-    """
+    """Raise `InputError` for irregular files, outside references or absurd sizes in a directory."""
     check_regular(path.iterdir(), words)
     for index in path.glob(_INDEX):
         _check_index(index, words)
@@ -74,15 +61,7 @@ def check_directory(path: Path, words: str) -> None:
 
 
 def check_config(config: Mapping[str, Any], words: str) -> None:
-    """Refuse a config of absurd sizes, or that would have code fetched, before it is built.
-
-    Args:
-        config: of a model, as it is stored.
-        words: what errors call the model.
-
-    Raises:
-        InputError: naming the field.
-    """
+    """Raise `InputError` for absurd sizes or remote kernels in a config, before it is built."""
     check_sizes(config, words)
     _check_kernels(config, words)
     names = config.get("architectures") or []
@@ -94,7 +73,7 @@ def check_config(config: Mapping[str, Any], words: str) -> None:
 
 
 def _check_kernels(config: Mapping[str, Any], words: str) -> None:
-    """Refuse the name of a kernel on a hub, for the model or a part of it."""
+    """Raise if the config or a part of it names a Hub kernel."""
     for name, value in config.items():
         if name in _IMPLEMENTATIONS:
             for kernel in value.values() if isinstance(value, Mapping) else [value]:
@@ -108,11 +87,7 @@ def _check_kernels(config: Mapping[str, Any], words: str) -> None:
 
 
 def check_sizes(config: Mapping[str, Any], words: str) -> None:
-    """Refuse sizes that no model has, before anything of them is built.
-
-    Raises:
-        InputError: naming the field.
-    """
+    """Raise `InputError` for a size larger than that of any model."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             check_sizes(value, words)
@@ -160,24 +135,23 @@ def _read(path: Path, words: str) -> Mapping[str, Any]:
 
 try:
     import resource
-except ImportError:  # Windows, where nothing is limited
+except ImportError:  # Windows has no limits
     resource = None  # type: ignore[assignment]
 
-_SIZES = Path("/proc/self/statm")  # in pages; the sixth is data and stack
+_SIZES = Path("/proc/self/statm")  # in pages; the sixth field is data and stack
 
 
 @functools.lru_cache(maxsize=1)
 def _sizes_of(_process: int) -> io.FileIO | None:
-    """Return the file of this process's sizes, which stays open: it is read once for each row."""
+    """Return the open file of this process's memory sizes; it is read for each row."""
     return io.FileIO(_SIZES) if _SIZES.exists() else None
 
 
 @contextmanager
 def taking_at_most(size: int) -> Iterator[None]:
-    """Let the process take at most `size` more bytes inside the block; on Linux alone.
+    """Limit additional memory in the block to `size` bytes, beyond which it raises `MemoryError`.
 
-    Raises:
-        MemoryError: in the block, where it asks for more.
+    Linux only; no effect elsewhere.
     """
     sizes = _sizes_of(os.getpid())
     if resource is None or sizes is None:
@@ -197,11 +171,7 @@ def taking_at_most(size: int) -> Iterator[None]:
 
 @contextmanager
 def ending_in(seconds: float) -> Iterator[None]:
-    """End the block after `seconds`; where there are no timers, or outside the main thread, never.
-
-    Raises:
-        TimeoutError: in the block, when the time is over.
-    """
+    """Raise `TimeoutError` in the block after `seconds`; main thread and POSIX only."""
     if not hasattr(signal, "setitimer") or (
         threading.current_thread() is not threading.main_thread()
     ):
@@ -221,21 +191,12 @@ def ending_in(seconds: float) -> Iterator[None]:
 
 
 _SECONDS = 10.0
-_WHOLE = ("target_modules", "exclude_modules")  # a text is one expression, a list are names
+_WHOLE = ("target_modules", "exclude_modules")  # a string is a regular expression, a list has names
 _ENDS = ("rank_pattern", "alpha_pattern")
 
 
 def check_patterns(directory: Path, settings: Mapping[str, Any], base: Any) -> None:
-    """Refuse an adapter whose expressions are none, or go back and forth without end.
-
-    Args:
-        directory: of an adapter of PEFT's form.
-        settings: what its adapter_config.json holds.
-        base: the model whose modules' names they are tried on.
-
-    Raises:
-        InputError: naming the expression.
-    """
+    """Raise `InputError` for invalid or endless regular expressions in adapter_config.json."""
     path = directory / "adapter_config.json"
     names = [name for name, _ in base.named_modules()]
     for field, written, pattern in _patterns(settings):
@@ -255,7 +216,7 @@ def check_patterns(directory: Path, settings: Mapping[str, Any], base: Any) -> N
 
 
 def _patterns(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield field, expression as it is written, and as PEFT 0.21 tries it."""
+    """Yield the field, the expression as written, and as PEFT 0.21 uses it."""
     for field in _WHOLE:
         if isinstance(text := settings.get(field), str):
             yield field, text, text
@@ -268,5 +229,7 @@ FROM_READERS = (
     OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
     RecursionError, NotImplementedError, struct.error,
 )  # fmt: skip
-"""A shape that they do not expect becomes any of these. Where nothing but such a file is read, it
-is the file's fault; a RuntimeError is left out, which is what a lack of memory is called."""
+"""Exceptions that libraries raise for malformed files.
+
+RuntimeError is excluded, as it also means out of memory.
+"""

@@ -1,7 +1,7 @@
-"""One file a kind of target, and in it everything that the rest asks of its tasks.
+"""Tasks: one module per kind of target.
 
-May import fast and what is below it. What a task is can be read without torch: whatever computes
-imports it where it is used. `config.tasks` names the file of each task.
+Tasks can be imported without torch; functions that compute import it themselves. `config.tasks`
+maps task names to modules.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every task is, whatever it predicts: the answers that most of them give to the rest."""
+"""Base class of all tasks and the types of their predictions."""
 
 from __future__ import annotations
 
@@ -21,19 +21,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Column = Literal["text", "texts", "number", "numbers", "whole", "ranking", "rankings"]
-"""What a column of answers holds. A ranking is a list of `{"answer": …, "probability": …}`, the
-likeliest first; rankings are a list of these."""
+"""Type of a prediction column.
+
+A ranking is a list of `{"answer": ..., "probability": ...}`, most likely first.
+"""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model says to one prompt or row.
+    """Prediction for one prompt or row; `columns` are those of `BaseTask.answer_columns`.
 
-    Attributes:
-        text: to be shown.
-        scores: class or word → probability; empty where there are none.
-        tags: each word with its tag; empty but for token classification.
-        columns: the same as values of the columns that `BaseTask.answer_columns` names.
+    `scores` maps classes or words to probabilities; `tags` has (word, tag) pairs. Both may be
+    empty.
     """
 
     text: str
@@ -44,28 +43,14 @@ class Reply:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is wanted beside the answer of a row.
-
-    Attributes:
-        probabilities: how likely each answer is.
-        top_k: the likeliest answers, so many; 0 for none.
-    """
+    """Optional outputs of a prediction; `top_k` is 0 for no ranking."""
 
     probabilities: bool = False
     top_k: int = 0
 
 
 class PromptedModel(Protocol):
-    """A model that is asked.
-
-    Attributes:
-        tokenizer: its tokenizer.
-        kind: kind of the model.
-        labels: names of the classes or tags.
-        options: of the task, as `card_options` gave them.
-        max_length: of a training row, in tokens.
-        prompt_format: as in training; None where there are no prompts.
-    """
+    """A model ready for inference, with the prompt format and `card_options` of its training."""
 
     tokenizer: Any
     kind: str
@@ -75,56 +60,52 @@ class PromptedModel(Protocol):
     prompt_format: PromptFormat | None
 
     def write(self, prompts: Sequence[list[int]]) -> list[str]:
-        """Return the text that it writes after each prompt, given as token ids.
-
-        Raises:
-            UnansweredError: prompts that leave no room for an answer.
-        """
+        """Return the text generated for each prompt; raises `UnansweredError` without room."""
 
     def score(self, rows: Sequence[Encoded], read: Callable[[Encoded, torch.Tensor], T]) -> list[T]:
-        """Return what `read` makes of each row and its logits, in order.
+        """Return `read(row, logits)` for each row, in order.
 
-        The logits are of the row, `(…)`, or of its tokens, `(seq, …)`, or, where a language head
-        predicts tokens, of those with a label, `(labelled, vocabulary)`. They go when `read` ends.
+        The logits are `(...)` per row or `(seq, ...)` per token; for language heads they are
+        `(labelled, vocabulary)`. They are freed after `read` returns.
 
         Raises:
-            UnansweredError: rows beyond the model's positions.
+            UnansweredError: a row exceeds the model's maximum positions.
         """
 
 
 class Speller(Protocol):
-    """Says what text each token stands for."""
+    """Decoder of single tokens."""
 
     def spell(self, ids: Sequence[int]) -> list[str]:
-        """Return the text of each of `ids`."""
+        """Return the text of each token id."""
 
 
 @dataclass(frozen=True)
 class BaseTask(Task):
-    """A task; a kind of target derives from it, and says what is different.
+    """Base class of tasks; subclasses override what differs.
 
     Attributes:
-        name: as in `--task`.
-        shapes: what it can make of columns; of those that fit, the first is taken.
-        questions: the same of rows that have no answer yet, for `ftlevel predict`.
-        auto_classes: kind of model → transformers' auto class.
-        peft_types: kind of model → PEFT's TaskType; a kind without one is a plain `PeftModel`.
-        headline: the metric that is shown first, without prefix.
-        instruction: what a decoder or T5 is told before the source text; empty for none.
-        answer_cue: what ends the prompt of a model without a chat template.
-        generates: whether generated text is scored by default.
-        score_texts: scores generated texts against references in a language ("" if unknown).
-        text_metrics: the names of those scores.
-        refusals: kind of model → why the task cannot be had, and what to do.
-        builtin_subset: which part of `builtin:docstrings` is read; empty for all.
-        has_new_head: whether the head is new on a pretrained model, and so trained in full.
-        writes_text: whether the model writes text.
-        finds_ends_by_padding: whether the model finds the end of a row by its padding token.
-        head_like: the task whose head it has, where that is not a kind of its own.
-        pads_apart: whether padding has to be another token than EOS, which ends its rows.
-        wants_context: whether a question is asked about a text of its own.
-        imagined_facts: what the data would say of itself, where that is not usual.
-        imagined_labels: names of classes or tags where there is no data to know them from.
+        name: value of `--task`.
+        shapes: supported column layouts; the first that matches is used.
+        questions: column layouts of rows without answers, for `ftlevel predict`.
+        auto_classes: kind of model -> transformers auto class.
+        peft_types: kind of model -> PEFT `TaskType`; other kinds use a plain `PeftModel`.
+        headline: metric shown first, without prefix.
+        instruction: text before the source text in prompts; empty for none.
+        answer_cue: end of the prompt for models without a chat template.
+        generates: whether generated text is evaluated by default.
+        score_texts: function that scores generated texts.
+        text_metrics: names of the metrics of `score_texts`.
+        refusals: kind of model -> hint in the error for an unsupported model.
+        builtin_subset: subset of `builtin:docstrings` to read; empty for all.
+        has_new_head: whether the head is newly initialized and fully trained.
+        writes_text: whether the model generates text.
+        finds_ends_by_padding: whether the model locates the last token by its padding token.
+        head_like: task with the same head, if the head is not specific to this task.
+        pads_apart: whether the padding token must differ from EOS.
+        wants_context: whether a prompt needs a context text.
+        imagined_facts: data facts assumed for synthetic batches.
+        imagined_labels: class or tag names assumed for synthetic batches.
     """
 
     name: str
@@ -151,17 +132,13 @@ class BaseTask(Task):
     imagined_facts: ClassVar[Mapping[str, Any]] = {}
 
     def configured(self, options: Mapping[str, Any]) -> BaseTask:
-        """Return the task as a configuration or a card has it, by what `card_options` holds."""
+        """Return the task with the `options` of a configuration or model card."""
         return self
 
     # ---- the model
 
     def auto_class(self, kind: str, model_type: str) -> str:
-        """Return transformers' auto class for a model of `kind`.
-
-        Raises:
-            ConfigError: the task cannot be done by such a model.
-        """
+        """Return the transformers auto class for `kind`; raises `ConfigError` if unsupported."""
         if kind in self.auto_classes:
             return self.auto_classes[kind]
         wanted = listing(self.auto_classes)
@@ -171,12 +148,7 @@ class BaseTask(Task):
         )
 
     def find_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
-        """Return the modules to train in full, and those whose weights a checkpoint may lack.
-
-        Args:
-            meta: the model on the meta device.
-            source: where its weights are.
-        """
+        """Return the fully trained modules of `meta`, and those that a checkpoint may lack."""
         if not self.has_new_head:
             return [], []
         from ftlevel.models.loading import find_new_poolers
@@ -187,32 +159,27 @@ class BaseTask(Task):
 
     @property
     def why_heads(self) -> str:
-        """Why the modules that `find_heads` gave are trained in full, for the screen."""
+        """Log text explaining why the modules of `find_heads` are fully trained."""
         return "trained in full and saved"
 
     @abstractmethod
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Return what a model of `kind` is trained on.
-
-        Args:
-            kind: encoder, decoder or encoder-decoder.
-            facts: of the data, or of a card: its labels and what `card_options` gave.
-        """
+        """Return the objective for a `kind` of model, from data facts or a model card."""
 
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what else must be known to ask the model as it was trained."""
+        """Return task options that inference needs."""
         return {}
 
     def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
-        """Return `prompt`, `labels` and `options` of a card for a model that has none."""
+        """Return `prompt`, `labels` and `options` for a model without a model card."""
         return {}
 
     def imagine_row(self, ids: list[int], row: int) -> Encoded:
-        """Return a row of the tokens `ids` as a forecast takes it: it computes the most it can."""
+        """Return a synthetic row of tokens `ids` with many targets, for memory estimation."""
         return Encoded(ids, list(ids), row)
 
     def describe_head(self, labels: Sequence[str]) -> str:
-        """Return what tells the head apart from one that answers otherwise."""
+        """Return a description that differs between incompatible heads."""
         return f"{self.name} of {', '.join(labels)}" if labels else self.name
 
     # ---- from columns to encoded rows
@@ -220,7 +187,7 @@ class BaseTask(Task):
     def find_format(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Return what `columns` are used for; else name the task that they would fit."""
+        """Return the format of `columns`; if none matches, suggest a task that they fit."""
         mapping = {**self.own_mapping(columns, config, rows), **config.columns}
         try:
             return detect_format(
@@ -236,10 +203,10 @@ class BaseTask(Task):
     def own_mapping(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row]
     ) -> Mapping[str, str]:
-        """Return the column of roles that settings other than `--map` tell."""
+        """Return role -> column from settings other than `--map`."""
         return {}
 
-    # ---- answers, probes and pictures
+    # ---- inference and display
 
     def find_questions(
         self,
@@ -248,17 +215,13 @@ class BaseTask(Task):
         name: str | None = None,
         rows: Sequence[Row] = (),
     ) -> Format:
-        """Return what `columns` of rows without an answer are used for.
+        """Return the format of `columns` without an answer.
 
-        Args:
-            columns: of the rows.
-            mapping: column by role, as given with `--map`.
-            name: the only format to try, as given with `--format`.
-            rows: some of them.
+        `mapping` (role -> column) is from `--map`, `name` from `--format`.
 
         Raises:
-            ConfigError: the task answers prompts only.
-            InputError: the columns fit none of `questions`.
+            ConfigError: the task supports prompts only.
+            InputError: no layout of `questions` matches.
         """
         if not self.questions:
             raise ConfigError(
@@ -270,107 +233,63 @@ class BaseTask(Task):
     def answer_columns(
         self, format_: Format, labels: Sequence[str], options: Mapping[str, Any], wanted: Wanted
     ) -> dict[str, Column]:
-        """Return the columns of an answer: end of the name → what it holds; "" is the answer.
-
-        Args:
-            format_: as `find_questions` gave it.
-            labels: names of the classes or tags.
-            options: as `card_options` gave them.
-            wanted: what else the user wishes.
+        """Return prediction columns: name suffix -> type; "" is the answer itself.
 
         Raises:
-            ConfigError: a wish that the task cannot fulfil.
+            ConfigError: the task does not support an optional output.
         """
         refuse_wishes(wanted, f"--task {self.name}", "")
         return {"": "text"}
 
     @abstractmethod
     def pose(self, prompt: str, context: str | None, number: int) -> Any:
-        """Return the question that a `prompt` is, as a row of `questions` would be.
-
-        Args:
-            prompt: what is asked.
-            context: where answers are looked for; given where the task wants one.
-            number: of the question, from 0.
-        """
+        """Return an example built from `prompt` (and `context`, if `wants_context`)."""
 
     @abstractmethod
     def answer_rows(
         self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
     ) -> list[Reply]:
-        """Return what `model` says to each of `questions`, whose `row` is 0, 1, ….
-
-        Args:
-            model: what is asked.
-            questions: what the builders of `self.questions`, or `pose`, made.
-            wanted: what the replies' `columns` hold beside the answer.
+        """Return one prediction per question, with `questions[i].row` = i.
 
         Raises:
-            UnansweredError: questions that nothing can be said to.
+            UnansweredError: some questions cannot be answered.
         """
 
     def answer(
         self, model: PromptedModel, prompts: Sequence[str], context: str | None
     ) -> list[Reply]:
-        """Return what `model` says to each prompt.
-
-        Args:
-            model: what is asked.
-            prompts: one or more.
-            context: where answers are looked for; given where the task wants one.
+        """Return one prediction per prompt; `context` is passed only if `wants_context`.
 
         Raises:
-            UnansweredError: prompts that nothing can be said to.
+            UnansweredError: some prompts cannot be answered.
         """
         questions = [self.pose(prompt, context, i) for i, prompt in enumerate(prompts)]
         return self.answer_rows(model, questions, Wanted())
 
     @abstractmethod
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
-        """Return labels for a row of random tokens, of the form that training rows have.
-
-        Args:
-            ids: the row.
-            labels: names of the classes or tags.
-            options: as `card_options` gave them.
-        """
+        """Return labels for a row of random tokens, in the format of training rows."""
 
     def show_targets(
         self, row: Encoded, names: Sequence[str], kind: str, speller: Speller
     ) -> list[str | None]:
-        """Return what is learned at each token of `row`; "" for the token itself, None for nothing.
-
-        Args:
-            row: an encoded row.
-            names: of the classes or tags.
-            kind: of the model.
-            speller: says what text a token stands for.
-        """
+        """Return the target text per token; "" for the token itself, None for no target."""
         labels, count = row.labels, len(row.input_ids)
         if not isinstance(labels, list) or len(labels) != count:
             return [None] * count
         return [None if label == IGNORED else "" for label in labels]
 
     def show_answer(self, row: Encoded, kind: str) -> list[int]:
-        """Return the ids of a target that is apart from the row, as an encoder-decoder's."""
+        """Return the target ids of an encoder-decoder; empty for other models."""
         return []
 
     def show_label(self, row: Encoded, names: Sequence[str]) -> str:
-        """Return what is learned of the whole row; "" where tokens are learned."""
+        """Return the label of the whole row; "" for token targets."""
         return ""
 
 
 def refuse_wishes(wanted: Wanted, whose: str, instead: str) -> None:
-    """Refuse what `wanted` asks for beside an answer.
-
-    Args:
-        wanted: the wish.
-        whose: what has no such thing.
-        instead: what to do; "" for nothing.
-
-    Raises:
-        ConfigError: it asks for something.
-    """
+    """Raise `ConfigError` for optional outputs in `wanted`; `whose` is the message's subject."""
     for flag, wish in (("--probabilities", wanted.probabilities), ("--top-k", wanted.top_k)):
         if wish:
             raise ConfigError(
@@ -379,12 +298,12 @@ def refuse_wishes(wanted: Wanted, whose: str, instead: str) -> None:
 
 
 def rank(scores: Mapping[str, float], count: int) -> list[dict[str, Any]]:
-    """Return the `count` likeliest of `scores` as a column of rankings holds them."""
+    """Return the `count` most likely entries of `scores` as a ranking."""
     best = sorted(scores.items(), key=lambda item: -item[1])[:count]
     return [{"answer": name, "probability": score} for name, score in best]
 
 
 def find_task(name: str) -> BaseTask:
-    """Return the task called `name`: the one of that name among its module's `TASKS`."""
+    """Return the task `name` from its module's `TASKS`."""
     tasks: tuple[BaseTask, ...] = importlib.import_module(NAMES[name]).TASKS
     return next(task for task in tasks if task.name == name)

@@ -1,12 +1,8 @@
-"""The loss of classes in training: weighted by class, and focal.
+"""Weighted and focal losses of classes, and entropies of label frequencies.
 
     L = Σᵢ w(yᵢ) (1 − pᵢ)^γ (−log pᵢ) / Σᵢ w(yᵢ),  pᵢ the probability of target i's class yᵢ,
 
-as `torch.nn.CrossEntropyLoss(weight=…)` and Lin et al. (2017, section 3) have it.
-
-What was predicted and what is true, row by row: what meters of classes and tags keep.
-
-The loss of who knows how often each answer is given, and sees no text.
+as in `torch.nn.CrossEntropyLoss(weight=…)` and Lin et al. (2017, section 3).
 """
 
 from __future__ import annotations
@@ -26,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ClassObjective(Objective):
-    """What chooses one class of several for each target."""
+    """Objective with one class per target."""
 
     one_of_many: ClassVar[bool] = True
     has_classes: ClassVar[bool] = True
@@ -34,7 +30,7 @@ class ClassObjective(Objective):
     def training_sum(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, loss: TrainingLoss
     ) -> torch.Tensor:
-        """Return the loss summed over the targets, each by the weight of its class."""
+        """Return the loss summed over the targets, weighted by class."""
         from torch.nn import functional
 
         if not loss.weighs:
@@ -55,30 +51,21 @@ class ClassObjective(Objective):
         return self.count(labels) if weights is None else weights[labels[labels != IGNORED]].sum()
 
     def balance(self, rows: Sequence[Encoded], classes: int) -> tuple[float, ...]:
-        """Return scikit-learn's balanced weights: targets / (classes · targets of the class).
-
-        Classes that do not occur are not counted, and weigh 1.
-        """
+        """Return balanced weights as in scikit-learn: targets / (classes · class targets)."""
         counts = Counter(_targets_of(rows))
         total, kinds = counts.total(), len(counts)
         return tuple(total / (kinds * counts[c]) if counts[c] else 1.0 for c in range(classes))
 
 
 def focus(surprise: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Return (1 − p)^γ for −log p; never 0, where the slope of a root has no end."""
+    """Return (1 - p)^γ for `surprise` = -log p, clamped because roots have infinite slope at 0."""
     return (-(-surprise).expm1()).clamp(min=1e-7) ** gamma
 
 
 def weigh_yes_and_no(
     logits: torch.Tensor, labels: torch.Tensor, loss: TrainingLoss
 ) -> torch.Tensor:
-    """Return the summed loss of yes or no for each class, the weights being of yes.
-
-    Args:
-        logits: `(rows, classes)`, float32.
-        labels: 0.0 or 1.0, of the same shape.
-        loss: what training has.
-    """
+    """Return the summed binary cross entropy of `(rows, classes)`, with positive-term weights."""
     from torch.nn import functional
 
     weights = _tensor_of(loss.class_weights, logits)
@@ -92,7 +79,7 @@ def weigh_yes_and_no(
 
 
 def balance_yes_and_no(answers: Iterable[Sequence[float]]) -> tuple[float, ...]:
-    """Return rows without a class to one with it, for each class; 1 for one that no row has."""
+    """Return negative / positive rows per class; 1 for classes that do not occur."""
     columns = list(zip(*answers, strict=True))
     return tuple((len(column) - sum(column)) / sum(column) or 1.0 if any(column) else 1.0
                  for column in columns)  # fmt: skip
@@ -118,25 +105,21 @@ P = TypeVar("P", bound="Pairs")
 
 
 class Pairs:
-    """What was predicted and what is true, row by row."""
+    """Meter that stores predictions and targets row by row."""
 
     def __init__(self) -> None:
         self.predicted: list[Any] = []
         self.true: list[Any] = []
 
     def pool(self: P, meters: Sequence[P]) -> P:
-        """Return a meter of all their rows."""
+        """Return a meter of the rows of all `meters`."""
         pooled = copy.copy(self)
         pooled.predicted = [value for meter in meters for value in meter.predicted]
         pooled.true = [value for meter in meters for value in meter.true]
         return pooled
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return what was predicted for the only example seen and what is true, in words.
-
-        Args:
-            names: of the classes or tags.
-        """
+        """Return prediction and target of the only example seen, with names from `names`."""
         return {
             "predicted": _in_words(self.predicted[0], names),
             "true": _in_words(self.true[0], names),
@@ -152,10 +135,7 @@ def _in_words(value: Any, names: Sequence[str]) -> Any:
 
 
 def entropy(answers: Iterable[Hashable]) -> float | None:
-    """Return the entropy of the answers' frequencies in nats; None where there are none.
-
-    No guess that is the same for every row has a lower mean cross entropy.
-    """
+    """Return the entropy of the answer frequencies in nats, a bound for constant predictions."""
     counts = Counter(answers)
     total = counts.total()
     if not total:
@@ -164,6 +144,6 @@ def entropy(answers: Iterable[Hashable]) -> float | None:
 
 
 def mean_entropy(columns: Iterable[Iterable[Hashable]]) -> float | None:
-    """Return the mean over several answers a row, each guessed apart."""
+    """Return the mean entropy of the columns; None if all are empty."""
     found = [value for column in columns if (value := entropy(column)) is not None]
     return sum(found) / len(found) if found else None

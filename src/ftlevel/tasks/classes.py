@@ -1,7 +1,4 @@
-"""Text classification: a text or two has one class, several, or a quantity (regression).
-
-How classes, several of them, and quantities are measured.
-"""
+"""Text classification (single-label, multi-label) and regression: task, objectives and metrics."""
 
 from __future__ import annotations
 
@@ -55,7 +52,7 @@ if TYPE_CHECKING:
 
 
 class ClassMeter(Pairs):
-    """Accuracy, macro F1 and Matthews' correlation of single-label classification."""
+    """Accuracy, macro F1 and Matthews correlation of single-label classification."""
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
         """Add a batch: logits `(batch, classes)`, labels `(batch,)`."""
@@ -80,7 +77,7 @@ class ClassMeter(Pairs):
 
 
 class MultiLabelMeter(Pairs):
-    """F1 and subset accuracy of labels that are told apart at a probability of one half."""
+    """F1 and subset accuracy of multi-label classification at threshold 0.5."""
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
         """Add a batch: logits and labels (0.0 or 1.0) `(batch, classes)`."""
@@ -88,7 +85,7 @@ class MultiLabelMeter(Pairs):
         self.true += labels.int().tolist()
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Return micro and macro F1, and the share of rows whose labels are all right."""
+        """Return micro and macro F1, and the share of rows with all labels correct."""
         from sklearn.metrics import f1_score
 
         rows = list(zip(self.true, self.predicted, strict=True))
@@ -104,7 +101,7 @@ class MultiLabelMeter(Pairs):
 
 
 class RegressionMeter(Pairs):
-    """Root mean squared error, and Pearson's and Spearman's correlation."""
+    """Root mean squared error, Pearson and Spearman correlation."""
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
         """Add a batch: logits `(batch, 1)`, labels `(batch,)`."""
@@ -112,7 +109,7 @@ class RegressionMeter(Pairs):
         self.true += labels.tolist()
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Return the three; a correlation is left out where one side is constant."""
+        """Return the three metrics; correlations are omitted if one side is constant."""
         from scipy.stats import pearsonr, spearmanr
 
         scores = {"rmse": math.sqrt(loss)}
@@ -143,29 +140,29 @@ _PAIRS = (
 
 @dataclass(frozen=True)
 class ClassTask(BaseTask):
-    """A task whose target is said of a whole row."""
+    """Task with one target per row: a class, several classes or a number."""
 
     has_new_head: ClassVar[bool] = True
     imagined_labels: ClassVar[tuple[str, ...]] = ("0", "1")
     finds_ends_by_padding: ClassVar[bool] = True
 
     def imagine_row(self, ids: list[int], row: int) -> Encoded:
-        """Return a row of the tokens `ids` as a forecast takes it."""
+        """Return a synthetic row of tokens `ids`."""
         return Encoded(ids, row % len(self.imagined_labels), row)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Return what the problem type asks for."""
+        """Return the objective of the problem type."""
         problem = facts.get("problem_type")
         if problem == _SEVERAL:
             return MultiLabel("micro_f1")
         return Regression("pearson") if problem == _QUANTITY else Classes(self.headline)
 
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the problem type, by transformers' name."""
+        """Return the problem type, as named in transformers."""
         return {"problem_type": facts["problem_type"]}
 
     def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
-        """Return the classes that the model's config names, and its problem type."""
+        """Return the class names and problem type of the model config."""
         labels = read_labels(model_config)
         usual = _QUANTITY if len(labels) == 1 else _SINGLE
         return {
@@ -176,7 +173,7 @@ class ClassTask(BaseTask):
     def find_format(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Return what `columns` are used for; refuse labels that are spans of characters."""
+        """Return the format of `columns`; raise for labels that are character spans."""
         found = super().find_format(columns, config, rows)
         column = found.columns["label"]
         values = [row.get(column) for row in rows]
@@ -192,17 +189,17 @@ class ClassTask(BaseTask):
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Return the format with the problem type, which decides what an example is."""
+        """Return the format with the problem type, which determines the example builder."""
         problem, reason = choose_problem_type(table, format_.columns["label"], config.problem_type)
         known = replace(format_, build=_BUILDERS[problem], options={"problem_type": problem})
         return known, [Choice("problem", problem, reason)]
 
     def label_role(self, format_: Format) -> str | None:
-        """Return `label`, but for a quantity."""
+        """Return `label`, or None for regression."""
         return None if format_.options["problem_type"] == _QUANTITY else "label"
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
-        """Return the texts with the numbers of their classes, or their quantities."""
+        """Return the encoded texts with class ids or numbers as labels."""
         targets = _Targets(encoder.labels)
 
         def encode(some: Sequence[Any]) -> list[Encoded]:
@@ -211,7 +208,7 @@ class ClassTask(BaseTask):
         return encoder.fit(encoder.collect(encode, examples), table)
 
     def judge_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Return the class that nearly all examples have."""
+        """Return a finding if nearly all examples have the same class."""
         from ftlevel.data.gate.checks import largest_class
 
         if not examples or isinstance(examples[0].label, float):
@@ -224,13 +221,13 @@ class ClassTask(BaseTask):
         return {"problem_type": loaded.format.options["problem_type"]}
 
     def describe_rows(self, loaded: Loaded, facts: Mapping[str, Any]) -> list[Choice]:
-        """Return nothing: a row is a target, and the rows are counted already."""
+        """Return nothing: the number of targets is the number of rows."""
         return []
 
     def answer_columns(
         self, format_: Format, labels: Sequence[str], options: Mapping[str, Any], wanted: Wanted
     ) -> dict[str, Column]:
-        """Return the class, the classes or the quantity; a column a class with probabilities."""
+        """Return the answer column, one column per class with probabilities, and `top`."""
         problem = options.get("problem_type")
         if problem == _QUANTITY:
             refuse_wishes(wanted, "a regression", "")
@@ -243,25 +240,25 @@ class ClassTask(BaseTask):
         return columns
 
     def pose(self, prompt: str, context: str | None, number: int) -> Any:
-        """Return a text without a class."""
+        """Return a text without a label."""
         return Labelled(prompt, None, 0, number)
 
     def answer_rows(
         self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
     ) -> list[Reply]:
-        """Return the class of each text, its classes, or its quantity."""
+        """Return the predicted class, classes or number of each text."""
         rows = encode_labelled(model.tokenizer, questions, lambda _: 0)
         return model.score(rows, lambda _, logits: _read_label(model, logits.float(), wanted))
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
-        """Return a class, no class, or a quantity."""
+        """Return class 0, no class, or 0.0, by problem type."""
         problem = options.get("problem_type")
         if problem == _SEVERAL:
             return (0.0,) * len(labels)
         return 0.0 if problem == _QUANTITY else 0
 
     def show_label(self, row: Encoded, names: Sequence[str]) -> str:
-        """Return the names of the row's classes, or its quantity."""
+        """Return the class names or number of the row."""
         labels = row.labels
         if isinstance(labels, tuple):
             return listing((n for n, on in zip(names, labels, strict=True) if on), 20) or "(none)"
@@ -269,13 +266,13 @@ class ClassTask(BaseTask):
 
 
 def read_labels(model_config: Any) -> list[str]:
-    """Return the names of the classes that a model's config gives them, by number."""
+    """Return the class names of a model config, ordered by id."""
     return [str(model_config.id2label[index]) for index in sorted(model_config.id2label)]
 
 
 @dataclass(frozen=True)
 class _Targets:
-    """Example → its class's number, 0.0 or 1.0 for each class, or its quantity."""
+    """Callable that converts an example to a class id, a multi-hot tuple or a number."""
 
     labels: LabelSet | None
 
@@ -292,7 +289,7 @@ class _Targets:
 
 
 def build_text(roles: Roles) -> Labelled:
-    """Return a text, or two, without a class."""
+    """Return a text or text pair without a label."""
     pair = roles.text("text_pair") if "text_pair" in roles else None
     return Labelled(roles.text("text"), pair, 0, roles.index)
 
@@ -328,7 +325,7 @@ class Classes(ClassObjective):
     def loss_sum(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Return the sum of the negative log likelihoods, in nats."""
+        """Return the sum of the negative log-likelihoods, in nats."""
         from torch.nn import functional
 
         return functional.cross_entropy(logits.float(), labels, reduction="sum")
@@ -357,7 +354,7 @@ class MultiLabel(Objective):
     def choices(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Return yes and no of each class: a logit z is the choice between 0 and z."""
+        """Return `(batch * classes, 2)` logits: a binary logit z is a choice between 0 and z."""
         import torch
 
         flat = logits.reshape(-1, 1)
@@ -372,7 +369,7 @@ class MultiLabel(Objective):
     def loss_sum(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Return the sum over every class of every row, in nats."""
+        """Return the sum over all classes of all rows, in nats."""
         from torch.nn import functional
 
         return functional.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum")
@@ -380,16 +377,16 @@ class MultiLabel(Objective):
     def training_sum(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, loss: TrainingLoss
     ) -> torch.Tensor:
-        """Return the sum over every class of every row, the yes of each by its weight."""
+        """Return the sum over all classes of all rows, with weighted positive terms."""
         return weigh_yes_and_no(logits.float(), labels, loss)
 
     def balance(self, rows: Sequence[Encoded], classes: int) -> tuple[float, ...]:
-        """Return rows without each class to one with it."""
+        """Return negative / positive rows per class."""
         return balance_yes_and_no(row.labels for row in rows if isinstance(row.labels, tuple))
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Micro and macro F1, and the share of rows that are all right."""
+        """Micro and macro F1, and subset accuracy."""
         return "micro_f1", "macro_f1", "subset_accuracy"
 
     def meter(self) -> Meter:
@@ -397,7 +394,7 @@ class MultiLabel(Objective):
         return MultiLabelMeter()
 
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
-        """Return the mean entropy of yes and no, over the classes."""
+        """Return the mean binary entropy over the classes."""
         answers = [row.labels for row in rows if isinstance(row.labels, tuple)]
         return mean_entropy(zip(*answers, strict=True))
 
@@ -410,7 +407,7 @@ class Regression(Objective):
     has_choice: ClassVar[bool] = False
 
     def count(self, labels: torch.Tensor) -> torch.Tensor:
-        """Return the number of rows; -100.0 is a number like any other."""
+        """Return the number of rows; a label of -100.0 is not ignored."""
         import torch
 
         return torch.tensor(labels.numel())
@@ -425,7 +422,7 @@ class Regression(Objective):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The error, and two correlations, which a constant does not have."""
+        """RMSE and two correlations."""
         return "rmse", "pearson", "spearman"
 
     def meter(self) -> Meter:
@@ -433,7 +430,7 @@ class Regression(Objective):
         return RegressionMeter()
 
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
-        """Return the variance of the quantities: the error of their mean."""
+        """Return the variance of the labels, the squared error of their mean."""
         values = [row.labels for row in rows if isinstance(row.labels, float)]
         return statistics.pvariance(values) if values else None
 

@@ -1,17 +1,14 @@
-"""Distillation: what a teacher expects at each supervised token, as one more target of text tasks.
+"""Distillation loss of text tasks, and rows with stored teacher log-probabilities.
 
-With p the teacher's probabilities and q the model's, both of scores divided by the temperature T:
+With teacher probabilities p and student probabilities q, logits divided by the temperature T:
 
     L = (1 - w) (-log q(y), of T = 1) + w T² D(p, q)     Hinton et al., 1503.02531, section 2
     forward-kl   Σ p (log p - log q)
     reverse-kl   Σ q (log q - log p)                                      Gu et al., 2306.08543
     jsd          β KL(p, m) + (1 - β) KL(q, m),  m = β p + (1 - β) q  Agarwal et al., 2306.13649
 
-Of the teacher's k likeliest tokens alone, all others are one outcome more, with the probability
-that is left: the distance of these k + 1 is at most that of the whole vocabulary, and 0 where that
-is 0. Without that outcome a model would be asked to give the k tokens all of its probability.
-
-Rows with what a teacher expects of them.
+With top-k teacher tokens, the remaining probability is one extra outcome. The divergence of these
+k + 1 outcomes is a lower bound of that of the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -33,16 +30,12 @@ if TYPE_CHECKING:
 
 
 LEAST = -1e4
-"""A log-probability is kept as no less, so that one of zero has a finite distance."""
+"""Lower bound of stored log-probabilities, so that divergences stay finite."""
 
 
 @dataclass(frozen=True)
 class Taught(Tokens, TaughtObjective):
-    """Cross entropy over tokens, and the distance from a teacher where a batch has one.
-
-    Attributes:
-        settings: which distance, and how much it counts.
-    """
+    """Token cross entropy plus the divergence from a teacher, as `settings` define it."""
 
     settings: DistillationConfig = field(default_factory=DistillationConfig)
 
@@ -53,7 +46,7 @@ class Taught(Tokens, TaughtObjective):
         known: torch.Tensor,
         ids: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the loss summed over targets (a scalar), as of `TaughtObjective`."""
+        """Return the loss summed over targets (a scalar); arguments as for `TaughtObjective`."""
         from torch.nn import functional
 
         settings, temperature = self.settings, self.settings.kd_temperature
@@ -66,13 +59,12 @@ class Taught(Tokens, TaughtObjective):
 
 
 def log_outcomes(scores: torch.Tensor, ids: torch.Tensor, outcomes: int) -> torch.Tensor:
-    """Return the log-probabilities of the tokens `ids`, and of all others as one behind them.
+    """Return log-probabilities of the tokens `ids`, and of all other tokens as a last outcome.
 
     Args:
-        scores: (targets, vocabulary), float32, divided by the temperature.
-        ids: (targets, k); k = 0 for the first `outcomes` tokens of the vocabulary, one by one, as
-            if there were no others.
-        outcomes: k + 1 where there are ids.
+        scores: `(targets, vocabulary)` logits divided by the temperature, float32.
+        ids: `(targets, k)`; with k = 0, the first `outcomes` tokens are the vocabulary.
+        outcomes: k + 1 if k > 0.
     """
     if not ids.shape[-1]:
         return scores[:, :outcomes].log_softmax(-1)
@@ -86,12 +78,9 @@ def log_outcomes(scores: torch.Tensor, ids: torch.Tensor, outcomes: int) -> torc
 def divergence(
     known: torch.Tensor, own: torch.Tensor, settings: DistillationConfig
 ) -> torch.Tensor:
-    """Return the distance of each target (targets,).
+    """Return the divergence `(targets,)` of `(targets, outcomes)` log-probabilities.
 
-    Args:
-        known: (targets, outcomes) log-probabilities by the teacher.
-        own: (targets, outcomes) those by the model.
-        settings: which distance.
+    `known` are the teacher's, `own` the student's.
     """
     import torch
 
@@ -106,18 +95,13 @@ def divergence(
 
 
 def build_taught(objective: Tokens, settings: DistillationConfig) -> Taught:
-    """Return `objective` with a teacher."""
+    """Return `objective` with a distillation loss."""
     known = {f.name: getattr(objective, f.name) for f in fields(objective)}
     return Taught(**known, settings=settings)
 
 
 def outcome_dtype(settings: DistillationConfig, vocabulary: int) -> Any:
-    """Return numpy's type of what is kept of the teacher at a target.
-
-    Args:
-        settings: how much is kept.
-        vocabulary: tokens that both models score.
-    """
+    """Return the numpy dtype of the teacher's values for a shared `vocabulary` size."""
     import numpy as np
 
     wish = settings.kd_top_k
@@ -129,10 +113,10 @@ def outcome_dtype(settings: DistillationConfig, vocabulary: int) -> Any:
 def likeliest(
     scores: torch.Tensor, settings: DistillationConfig, dtype: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what is kept of a teacher's `scores` (targets, vocabulary): `known` and `ids`."""
+    """Return the `known` and `ids` to store of teacher logits `(targets, vocabulary)`."""
     tempered = scores.float() / settings.kd_temperature
     count, outcomes = dtype["ids"].shape[0], dtype["known"].shape[0]
-    if not count:  # what only one of the two scores is left out
+    if not count:  # tokens beyond the shared vocabulary are dropped
         ids = tempered.new_zeros((len(tempered), 0)).long()
     else:
         ids = tempered.topk(count, dim=-1).indices
@@ -141,32 +125,25 @@ def likeliest(
 
 @dataclass(frozen=True)
 class TaughtRow(Encoded):
-    """A row with what a teacher expects.
-
-    Attributes:
-        taught: an array of `outcome_dtype`, one for each target that is predicted.
-    """
+    """Row with teacher values; `taught` is an array of `outcome_dtype`, one per target."""
 
     taught: Any = field(default=None, compare=False, metadata={"column": "json"})
 
     @property
     def branches(self) -> Sequence[Encoded]:
-        """The row itself; what the teacher expects is of the batch."""
+        """The row without teacher values, which belong to the batch."""
         return [Encoded(self.input_ids, self.labels, self.row, self.extras)]
 
     @property
     def teacher(self) -> np.ndarray | None:
-        """What the teacher expects."""
+        """The teacher's values."""
         return self.taught
 
 
 class TaughtRows(Computed[Encoded]):
-    """Rows with what a teacher expects of them.
+    """Rows with their teacher values.
 
-    Args:
-        rows: of text.
-        kept: (targets,) of `outcome_dtype`, row after row.
-        begins: of each row, where its own begin; and behind the last, where they end.
+    `kept` `(targets,)` has `outcome_dtype`; row i has `kept[begins[i]:begins[i + 1]]`.
     """
 
     def __init__(self, rows: Sequence[Encoded], kept: np.ndarray, begins: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""Masked language modelling: fill in tokens that were hidden; adapts an encoder to its texts."""
+"""Masked language modeling: an encoder predicts masked tokens of its texts."""
 
 from __future__ import annotations
 
@@ -38,33 +38,33 @@ _MASK = "[MASK]"
 
 @dataclass(frozen=True)
 class MaskTask(BaseTask):
-    """A task whose targets are tokens that were hidden."""
+    """Task whose targets are masked tokens."""
 
     needs_offsets: ClassVar[bool] = True
-    checks: ClassVar[Checks] = Checks(supervised=False)  # labels are drawn later, one at least
+    checks: ClassVar[Checks] = Checks(supervised=False)  # tokens are masked later
 
     def imagine_row(self, ids: list[int], row: int) -> Encoded:
-        """Return a row of the tokens `ids` as a forecast takes it: a sixth of them hidden."""
+        """Return a synthetic row of tokens `ids` with every sixth token masked."""
         labels = [token if at % 6 == 0 else IGNORED for at, token in enumerate(ids)]
         return Encoded(ids, labels, row)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Return the cross entropy of the hidden tokens."""
+        """Return the cross entropy of the masked tokens."""
         return Tokens(self.headline, perplexity="pseudo_perplexity", accuracy="masked_accuracy")
 
     def find_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
-        """Return the language head where the checkpoint has none."""
+        """Return the language head if the checkpoint has none."""
         from ftlevel.models.targets import find_new_language_head
 
         return find_new_language_head(meta)
 
     @property
     def why_heads(self) -> str:
-        """Why the language head is trained in full."""
+        """Log text explaining why the language head is fully trained."""
         return f"the checkpoint has no masked language head: new, {super().why_heads}"
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
-        """Return the texts in blocks, none of whose tokens is hidden yet."""
+        """Return the texts in blocks, without masked tokens yet."""
         from ftlevel.data.encoding.fit import Fitted
         from ftlevel.data.encoding.masking import encode_masked
 
@@ -84,7 +84,7 @@ class MaskTask(BaseTask):
         return Fitted(rows, length, "" if given else reason, split=split, overlong=overlong)
 
     def finish(self, prepared: Prepared, config: DataConfig, context: EncodingContext) -> Prepared:
-        """Return rows whose tokens are hidden as they are taken, drawn anew each epoch."""
+        """Return training rows whose tokens are masked at access time, anew each epoch."""
         train = _hide(prepared.train, config, context)
         facts = {**prepared.facts, "supervised": train.count_hidden()}
         share = f"{facts['supervised']:,} supervised, drawn anew each epoch"
@@ -97,13 +97,13 @@ class MaskTask(BaseTask):
     def fix(
         self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
     ) -> Sequence[Encoded]:
-        """Return rows with the same tokens hidden whenever they are taken."""
+        """Return rows with the same masked tokens at each access."""
         return _hide(rows, config, context).fixed()
 
     def answer_columns(
         self, format_: Format, labels: Sequence[str], options: Mapping[str, Any], wanted: Wanted
     ) -> dict[str, Column]:
-        """Return the text with its masks filled in, and the words that fill them."""
+        """Return the filled text, the predicted words, and `top`."""
         if wanted.probabilities:
             refuse_wishes(Wanted(probabilities=True), f"all words of --task {self.name}",
                           "Use --top-k.")  # fmt: skip
@@ -111,17 +111,13 @@ class MaskTask(BaseTask):
         return columns | ({"top": "rankings"} if wanted.top_k else {})
 
     def pose(self, prompt: str, context: str | None, number: int) -> Any:
-        """Return a text, in which a mask should be."""
+        """Return a text that should contain a mask."""
         return PlainText(prompt, number)
 
     def answer_rows(
         self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
     ) -> list[Reply]:
-        """Return each text with its masks filled in, and what else the first could be.
-
-        Raises:
-            UnansweredError: texts without a mask.
-        """
+        """Return texts with masks filled; raises `UnansweredError` for texts without a mask."""
         tokenizer = model.tokenizer
         texts = [question.text.replace(_MASK, tokenizer.mask_token) for question in questions]
         missing = {
@@ -138,7 +134,7 @@ class MaskTask(BaseTask):
         ]
 
         def read(row: Encoded, logits: torch.Tensor) -> Reply:
-            # An embedding may have more rows than the vocabulary has words.
+            # The embedding may be larger than the vocabulary.
             shares = logits[:, : len(tokenizer)].float().softmax(-1)
             text, words = texts[row.row], []
             for best in shares.argmax(-1).tolist():
@@ -160,7 +156,7 @@ class MaskTask(BaseTask):
     def show_targets(
         self, row: Encoded, names: Sequence[str], kind: str, speller: Speller
     ) -> list[str | None]:
-        """Return what was hidden at each token."""
+        """Return the original token at each masked position."""
         labels = row.labels if isinstance(row.labels, list) else []
         spelled = speller.spell([max(label, 0) for label in labels])
         return [
@@ -169,7 +165,7 @@ class MaskTask(BaseTask):
 
 
 def _likeliest(tokenizer: Any, shares: torch.Tensor, count: int) -> dict[str, float]:
-    """Return the `count` likeliest words of the vocabulary, with their probabilities."""
+    """Return the `count` most likely words with their probabilities."""
     top = shares.topk(min(count, len(shares)))
     words = tokenizer.convert_ids_to_tokens(top.indices.tolist())
     return dict(zip(words, top.values.tolist(), strict=True))

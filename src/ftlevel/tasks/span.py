@@ -1,9 +1,7 @@
-"""Extractive question answering: the span of a context that answers a question.
+"""Extractive question answering: windows of a context, best spans, and SQuAD's EM and F1.
 
-Extractive answers: the best span over the windows of a context, and SQuAD's EM and F1.
-
-Scores follow the official script of SQuAD v1.1 (Rajpurkar et al., 2016), and v2.0 (2018) for
-questions without an answer.
+Metrics follow the official scripts of SQuAD v1.1 (Rajpurkar et al., 2016) and v2.0 (2018, for
+unanswerable questions).
 """
 
 from __future__ import annotations
@@ -51,13 +49,9 @@ _PUNCTUATION = frozenset(string.punctuation)
 
 @dataclass
 class Found:
-    """The best answer so far over the windows of one question.
+    """Best span so far over the windows of one question, `[start, end)` of the context.
 
-    Attributes:
-        text: the best span; "" before any window was seen.
-        score: its start logit plus its end logit.
-        null: the same of "no answer"; the smallest over the windows, as in the official baseline.
-        start, end: the characters of the context that the span is, `[start, end)`.
+    `score` is the start plus the end logit; `null` that of "no answer", the minimum over windows.
     """
 
     text: str = ""
@@ -67,18 +61,12 @@ class Found:
     end: int = 0
 
     def answer(self, *, unanswerable: bool) -> str:
-        """Return the text, or "" where `unanswerable` is possible and scores higher."""
+        """Return the text, or "" if `unanswerable` and "no answer" has the higher score."""
         return "" if unanswerable and self.null > self.score else self.text
 
 
 def update_found(found: Found, scores: torch.Tensor, window: Any) -> None:
-    """Take a window into account.
-
-    Args:
-        found: of the window's question (mutated).
-        scores: start and end logits `(seq, 2)`.
-        window: a `Window` of the data room: where its context tokens are, and their characters.
-    """
+    """Update `found` (mutated) with a window and its start and end logits `(seq, 2)`."""
     begin = window.context_start
     count = len(window.offsets)
     start = scores[begin : begin + count, 0].float()
@@ -100,7 +88,7 @@ def update_found(found: Found, scores: torch.Tensor, window: Any) -> None:
 
 
 def take_better(found: Found, other: Found) -> None:
-    """Take what `other` windows of the question gave into account (`found` is mutated)."""
+    """Merge `other` into `found` (mutated)."""
     if other.score > found.score:
         found.score, found.text = other.score, other.text
         found.start, found.end = other.start, other.end
@@ -108,18 +96,18 @@ def take_better(found: Found, other: Found) -> None:
 
 
 def normalize_answer(text: str) -> str:
-    """Lower the case; take out punctuation, the articles a, an, the, and surplus white space."""
+    """Return `text` lowercased, without punctuation, articles and repeated whitespace."""
     text = "".join(c for c in text.lower() if c not in _PUNCTUATION)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """Return 1.0 if the prediction is one of the answers, after normalising; none means ""."""
+    """Return 1.0 if the normalized prediction equals one of the answers; no answers means ""."""
     return float(any(normalize_answer(prediction) == normalize_answer(a) for a in answers or ("",)))
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-    """Return the best F1 over shared words with one of the answers; none means ""."""
+    """Return the best word F1 with one of the answers; no answers means ""."""
     return max(_f1(prediction, answer) for answer in answers or ("",))
 
 
@@ -139,33 +127,33 @@ NO_ANSWER = "(no answer)"
 
 @dataclass(frozen=True)
 class SpanTask(BaseTask):
-    """A task whose target is a span of a text that is asked about."""
+    """Task whose target is a span of a context."""
 
     has_new_head: ClassVar[bool] = True
     needs_offsets: ClassVar[bool] = True
     wants_context: ClassVar[bool] = True
-    # Questions on one context share most of their tokens by right.
+    # Questions on the same context legitimately share most tokens.
     checks: ClassVar[Checks] = Checks(near_duplicates=False)
     split_words: ClassVar[str] = "more windows than questions"
 
     def imagine_row(self, ids: list[int], row: int) -> Encoded:
-        """Return a row of the tokens `ids` as a forecast takes it."""
+        """Return a synthetic row of tokens `ids`."""
         return Encoded(ids, (0, min(1, len(ids) - 1)), row)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Return the cross entropy of the first and the last token."""
+        """Return the cross entropy of the start and end tokens."""
         return Spans(self.headline, unanswerable=facts.get("unanswerable", False))
 
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return how windows overlap, and whether a question may have no answer."""
+        """Return the stride of the windows, and whether questions may have no answer."""
         return {"doc_stride": config.doc_stride, "unanswerable": facts["unanswerable"]}
 
     def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
-        """Return the usual windows."""
+        """Return default window options."""
         return {"options": {"doc_stride": 128, "unanswerable": False}}
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
-        """Return each question with one window or more of its context."""
+        """Return each question with one or more windows of its context."""
         from ftlevel.data.encoding.fit import Fitted
 
         config = encoder.config
@@ -191,7 +179,7 @@ class SpanTask(BaseTask):
         )
 
     def look(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-        """Return the windows of the questions whose answer is not whole in any of them."""
+        """Return the windows of questions whose answer is not fully inside any window."""
         import numpy as np
 
         whole = {row.row for row in rows if row.labels != (0, 0)}
@@ -201,11 +189,11 @@ class SpanTask(BaseTask):
         return {"answer_cut": np.fromiter(cut, dtype=bool, count=len(rows))}
 
     def facts(self, loaded: Loaded) -> Mapping[str, Any]:
-        """Return whether there are questions without an answer among the training rows."""
+        """Return whether some training questions have no answer."""
         return {"unanswerable": any(not question.answers for question in loaded.train)}
 
     def describe_rows(self, loaded: Loaded, facts: Mapping[str, Any]) -> list[Choice]:
-        """Return how many questions there are, and how many without an answer."""
+        """Return the number of questions, and of those without an answer."""
         none = sum(not question.answers for question in loaded.train)
         aside = f"{none:,} without an answer" if none else "each has an answer"
         return [Choice("questions", f"{len(loaded.train):,}", aside)]
@@ -213,18 +201,18 @@ class SpanTask(BaseTask):
     def answer_columns(
         self, format_: Format, labels: Sequence[str], options: Mapping[str, Any], wanted: Wanted
     ) -> dict[str, Column]:
-        """Return the span, the characters of the context that it is, and its score."""
+        """Return the span, its character range and its score."""
         refuse_wishes(wanted, f"--task {self.name}", "Every span comes with a score.")
         return {"": "text", "start": "whole", "end": "whole", "score": "number"}
 
     def pose(self, prompt: str, context: str | None, number: int) -> Any:
-        """Return a question on `context`."""
+        """Return a question about `context`."""
         return Question(context or "", prompt, (), number)
 
     def answer_rows(
         self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
     ) -> list[Reply]:
-        """Return the span of each context that answers its question, "" for no answer."""
+        """Return the best span for each question, "" for no answer."""
         windows = _encode_windows(model, questions)
         found = [Found() for _ in questions]
 
@@ -249,16 +237,12 @@ class SpanTask(BaseTask):
         return ["" if last and first <= i <= last else None for i in range(len(row.input_ids))]
 
     def show_label(self, row: Encoded, names: Sequence[str]) -> str:
-        """Return whether the answer lies elsewhere."""
+        """Return a note if this window does not contain the answer."""
         return "" if row.labels != (0, 0) else "no answer in this window"
 
 
 def _encode_windows(model: PromptedModel, questions: Sequence[Question]) -> list[Encoded]:
-    """Return the windows of all questions.
-
-    Raises:
-        UnansweredError: questions that leave no room for their context.
-    """
+    """Return the windows of all questions; raises `UnansweredError` if some have no room."""
     arguments: dict[str, Any] = {
         "length": model.max_length or USUAL_LENGTH,
         "stride": model.options["doc_stride"],
@@ -267,7 +251,7 @@ def _encode_windows(model: PromptedModel, questions: Sequence[Question]) -> list
     }
     try:
         windows, dropped = encode_questions(model.tokenizer, questions, drop=True, **arguments)
-    except InputError:  # all of them
+    except InputError:  # no question fits
         windows, dropped = [], len(questions)
     if dropped:
         asked = {window.row for window in windows}
@@ -287,24 +271,20 @@ def _read_span(best: Found, *, unanswerable: bool) -> Reply:
 
 
 def build_asked(roles: Roles) -> Question:
-    """Return a question with its context, whose answer is not known."""
+    """Return a question with its context and no answer."""
     return Question(roles.text("context"), roles.text("question"), (), roles.index)
 
 
 def _separator(kind: str) -> str:
-    """Return what ends a question for a model of `kind`: a decoder has no token for it."""
+    """Return the separator after a question; decoders have no separator token."""
     return "\n" if kind == "decoder" else ""
 
 
 @dataclass(frozen=True)
 class Spans(Objective):
-    """Cross entropy over the first and the last token of an answer.
+    """Cross entropy over start and end tokens: logits `(batch, seq, 2)`, labels `(batch, 2)`.
 
-    Logits are `(batch, seq, 2)`, labels `(batch, 2)`. Unlike transformers' own loss, padding is no
-    candidate: with it, a row's loss would depend on the rows that it is batched with.
-
-    Attributes:
-        unanswerable: whether "no answer" may be predicted.
+    Padding is masked, unlike in transformers, so a row's loss does not depend on its batch.
     """
 
     unanswerable: bool = False
@@ -315,7 +295,7 @@ class Spans(Objective):
         return "exact_match", "f1"
 
     def logits(self, outputs: Any) -> torch.Tensor:
-        """Return start and end logits side by side."""
+        """Return start and end logits, stacked in the last dimension."""
         import torch
 
         return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
@@ -323,14 +303,14 @@ class Spans(Objective):
     def choices(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Return the scores of starts and of ends, `(2 · batch, seq)`; padding is no candidate."""
+        """Return start and end logits `(2 · batch, seq)` with padding masked."""
         scores = logits.masked_fill(mask[..., None] == 0, -1e4)
         return scores.transpose(1, 2).flatten(0, 1)
 
     def loss_sum(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Return the sum of the negative log likelihoods of starts and ends, in nats."""
+        """Return the sum of the negative log-likelihoods of starts and ends, in nats."""
         import torch
         from torch.nn import functional
 
@@ -342,16 +322,12 @@ class Spans(Objective):
         return SpanMeter(self.unanswerable)
 
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
-        """Return the loss of taking every token of a row for as likely."""
+        """Return the loss of a uniform distribution over the tokens of each row."""
         return statistics.fmean(math.log(len(row.input_ids)) for row in rows) if rows else None
 
 
 class SpanMeter:
-    """SQuAD's exact match and F1, between 0 and 1, of the best span over a question's windows.
-
-    Args:
-        unanswerable: whether "no answer" may be the prediction.
-    """
+    """SQuAD's exact match and F1, between 0 and 1, of the best span of each question."""
 
     def __init__(self, unanswerable: bool) -> None:
         self.unanswerable = unanswerable
@@ -365,7 +341,7 @@ class SpanMeter:
             self.answers[window.row] = [text for text, _ in window.answers]
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Return exact match and F1, means over the questions."""
+        """Return exact match and F1, averaged over questions."""
         given = {
             row: found.answer(unanswerable=self.unanswerable) for row, found in self.found.items()
         }
@@ -376,7 +352,7 @@ class SpanMeter:
         }
 
     def pool(self, meters: Sequence[SpanMeter]) -> SpanMeter:
-        """Return a meter of all their questions; one that comes twice counts twice."""
+        """Return a meter of all questions; duplicates count twice."""
         pooled = SpanMeter(self.unanswerable)
         for meter in meters:
             for row, found in meter.found.items():
@@ -385,7 +361,7 @@ class SpanMeter:
         return pooled
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return the span that was found for the only question seen, and those that answer it."""
+        """Return the predicted span of the only question seen, and its answers."""
         ((row, found),) = self.found.items()
         predicted = found.answer(unanswerable=self.unanswerable)
         return {"predicted": predicted, "true": self.answers[row]}

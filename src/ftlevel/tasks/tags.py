@@ -1,9 +1,7 @@
-"""Token classification: a tag for each word, as in named entity recognition.
+"""Token classification: one tag per word, and entity metrics as in conlleval and seqeval.
 
-Entities in tag sequences, and F1 over them, as conlleval and seqeval count.
-
-Written here because seqeval has had no release since 2020 and comes as a source archive only; the
-tests hold it to seqeval's figures.
+The metrics are implemented here because seqeval is unmaintained since 2020 and has no wheel; tests
+compare with its results.
 """
 
 from __future__ import annotations
@@ -46,20 +44,20 @@ _TAG = re.compile(r"O|[BIESLU]-.+")
 _BEGINS, _ENDS = frozenset("BSU"), frozenset("ESLU")
 
 Entity = tuple[str, int, int]
-"""Type, first word, last word."""
+"""(type, first word, last word)."""
 
 
 def are_entity_tags(names: Iterable[str]) -> bool:
-    """Tell whether all `names` are of a scheme such as BIO, BIOES or BILOU."""
+    """Return whether all `names` belong to a scheme such as BIO, BIOES or BILOU."""
     names = set(names)
     return all(_TAG.fullmatch(name) for name in names) and bool(names - {"O"})
 
 
 def name_scheme(sentences: Iterable[Sequence[str]]) -> str:
-    """Return what the scheme of entity tags is called: by their letters, and where B- stands.
+    """Return the name of the tagging scheme.
 
-    In IOB1 (Ramshaw and Marcus, 1995) B- opens an entity only behind another of its type; in IOB2
-    each begins with it.
+    In IOB1 (Ramshaw and Marcus, 1995) B- starts an entity only after another of the same type; in
+    IOB2 every entity starts with B-.
     """
     letters: set[str] = set()
     opens_anew = False  # B- where IOB1 has I-
@@ -79,7 +77,7 @@ def name_scheme(sentences: Iterable[Sequence[str]]) -> str:
 
 
 def find_entities(tags: Sequence[str]) -> list[Entity]:
-    """Return the entities of a sentence; an I- where none is open begins one, as in conlleval."""
+    """Return the entities of a sentence; I- without an open entity starts one, as in conlleval."""
     found: list[Entity] = []
     begin, before, type_before = 0, "O", ""
     for index, name in enumerate([*tags, "O"]):
@@ -98,7 +96,7 @@ def find_entities(tags: Sequence[str]) -> list[Entity]:
 def score_entities(
     true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """Return micro-averaged precision, recall and F1 over whole entities, between 0 and 1."""
+    """Return micro-averaged precision, recall and F1 over entities, between 0 and 1."""
     right = expected = given = 0
     for tags, guesses in zip(true, predicted, strict=True):
         entities, guessed = set(find_entities(tags)), set(find_entities(guesses))
@@ -114,14 +112,14 @@ def score_entities(
 
 @dataclass(frozen=True)
 class TagTask(BaseTask):
-    """A task whose target is a tag for each word."""
+    """Task with one tag per word."""
 
     has_new_head: ClassVar[bool] = True
     imagined_labels: ClassVar[tuple[str, ...]] = ("O", "B-X", "I-X")
     needs_offsets: ClassVar[bool] = True
 
     def imagine_row(self, ids: list[int], row: int) -> Encoded:
-        """Return a row of the tokens `ids` as a forecast takes it."""
+        """Return a synthetic row of tokens `ids`."""
         return Encoded(ids, [0] * len(ids), row)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
@@ -129,7 +127,7 @@ class TagTask(BaseTask):
         return Tags(self.headline, names=tuple(facts.get("labels", ())))
 
     def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
-        """Return the tags that the model's config names."""
+        """Return the tag names of the model config."""
         return {"labels": read_labels(model_config)}
 
     def label_role(self, format_: Format) -> str | None:
@@ -137,7 +135,7 @@ class TagTask(BaseTask):
         return "tags" if "tags" in format_.columns else "spans"
 
     def describe_rows(self, loaded: Loaded, facts: Mapping[str, Any]) -> list[Choice]:
-        """Return how much there is to learn, and the scheme of the tags."""
+        """Return the number of targets and the tagging scheme."""
         names = loaded.labels.names if loaded.labels else ()
         told = super().describe_rows(loaded, facts)
         if not are_entity_tags(names):
@@ -150,7 +148,7 @@ class TagTask(BaseTask):
         return [*told, Choice("tags", scheme, why)]
 
     def find_faults(self, examples: Sequence[Any], labels: LabelSet, table: Table) -> list[BadRow]:
-        """Return the rows whose tags break BIO."""
+        """Return the rows with invalid BIO tags."""
         return find_orphans(examples, labels.names, table)
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
@@ -171,11 +169,7 @@ class TagTask(BaseTask):
         name: str | None = None,
         rows: Sequence[Row] = (),
     ) -> Format:
-        """Return what `columns` are used for; `tokens` that an annotation tool added are no words.
-
-        Prodigy writes an object for each word of its own beside the text, which is split as in
-        training.
-        """
+        """Return the format of `columns`, ignoring `tokens` objects that Prodigy adds."""
         words = next((row["tokens"] for row in rows if row.get("tokens")), None)
         if isinstance(words, list) and isinstance(words[0], dict) and "tokens" not in mapping:
             columns = [column for column in columns if column != "tokens"]
@@ -184,7 +178,7 @@ class TagTask(BaseTask):
     def answer_columns(
         self, format_: Format, labels: Sequence[str], options: Mapping[str, Any], wanted: Wanted
     ) -> dict[str, Column]:
-        """Return a tag a word; the words too where the row has a text, each tag's probability."""
+        """Return the tags, the words for text rows, and optional probabilities."""
         if wanted.top_k:
             refuse_wishes(Wanted(top_k=wanted.top_k), f"a word of --task {self.name}",
                           "Use --probabilities, which gives that of each word's tag.")  # fmt: skip
@@ -202,7 +196,7 @@ class TagTask(BaseTask):
     def answer_rows(
         self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
     ) -> list[Reply]:
-        """Return each sentence with its words' tags."""
+        """Return the tagged words of each sentence."""
         ids, extras, positions = encode_words(model.tokenizer, [q.tokens for q in questions])
         rows = [
             Encoded(tokens, [IGNORED] * len(tokens), i, more)
@@ -228,7 +222,7 @@ class TagTask(BaseTask):
         return model.score(rows, read)
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
-        """Return the first tag for each token."""
+        """Return tag 0 for each token."""
         return [0] * len(ids)
 
     def show_targets(
@@ -241,7 +235,7 @@ class TagTask(BaseTask):
 
 
 def build_words(roles: Roles) -> Tagged:
-    """Return the words of a row without tags: a list of them, the JSON of one, or a text."""
+    """Return the words of a row without tags, from a list, its JSON, or a text."""
     if "text" in roles:
         return _split(roles.text("text"), roles.index)
     words, column = roles.get("tokens"), repr(roles.columns["tokens"])
@@ -274,7 +268,7 @@ class Tags(ClassObjective):
     def loss_sum(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Return the sum of the negative log likelihoods of the words' tags, in nats."""
+        """Return the sum of the negative log-likelihoods of the words' tags, in nats."""
         from torch.nn import functional
 
         return functional.cross_entropy(
@@ -283,7 +277,7 @@ class Tags(ClassObjective):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """F1 and accuracy; precision and recall where the tags mark entities."""
+        """F1 and accuracy; also precision and recall for entity tags."""
         parts = ("precision", "recall") if are_entity_tags(self.names) else ()
         return (*parts, "f1", "accuracy")
 
@@ -298,13 +292,7 @@ class Tags(ClassObjective):
 
 
 class TagMeter(Pairs):
-    """Entity precision, recall and F1 where the tags mark entities, else macro F1; accuracy.
-
-    Every word counts: one that has no token is predicted as `O`, or wrongly where there is no `O`.
-
-    Args:
-        names: of the tags, by number.
-    """
+    """Accuracy and entity F1, or macro F1 for other tags; a word without tokens counts as `O`."""
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
@@ -320,7 +308,7 @@ class TagMeter(Pairs):
             )
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Return the scores, and the accuracy over words."""
+        """Return the F1 scores and the accuracy over words."""
         from sklearn.metrics import f1_score
 
         true = [tag for tags in self.true for tag in tags]

@@ -1,9 +1,6 @@
-"""Tasks that write text: generation, summarization and translation.
+"""Text tasks (generation, summarization, translation) and metrics of generated text.
 
-A decoder goes on after a prompt, or learns all of a plain text; T5, mT5 and BART turn a source into
-a target.
-
-Scores of generated text against references.
+Decoders continue a prompt or learn a plain text; encoder-decoders map a source to a target.
 """
 
 from __future__ import annotations
@@ -53,7 +50,7 @@ if TYPE_CHECKING:
 ROUGES = ("rouge1", "rouge2", "rougeL")
 TRANSLATION_SCORES = ("chrf", "bleu")
 
-# Written without spaces between words, so BLEU's usual tokenizer would see one word a sentence.
+# Written without spaces, so BLEU's default tokenizer would see one word per sentence.
 _BLEU_TOKENIZERS = {"zh": "zh", "ja": "char", "th": "char", "lo": "char", "km": "char"}
 
 
@@ -67,7 +64,7 @@ def score_rouge(
     return {name: sum(s[name] for s in scores) / len(scores) for name in ROUGES}
 
 
-@functools.lru_cache(maxsize=100_000)  # resampling asks for the same pairs again and again
+@functools.lru_cache(maxsize=100_000)  # bootstrap resampling repeats pairs
 def _rouge(reference: str, prediction: str) -> dict[str, float]:
     scores = _rouge_scorer().score(reference, prediction)
     return {name: scores[name].fmeasure for name in ROUGES}
@@ -83,15 +80,10 @@ def _rouge_scorer() -> Any:
 def score_translations(
     predictions: Sequence[str], references: Sequence[str], language: str = ""
 ) -> dict[str, float]:
-    """Return chrF2 and BLEU of the whole set, between 0 and 100 as the field writes them.
+    """Return corpus chrF2 and BLEU, between 0 and 100.
 
-    Computed by sacrebleu (Post, 2018) with its defaults: chrF with n-grams of 6 characters and
-    beta 2 (Popović, 2015), BLEU-4 with exponential smoothing.
-
-    Args:
-        predictions: what the model wrote.
-        references: one for each.
-        language: ISO 639-1 code of the references, for BLEU's tokenizer; "" if unknown.
+    Uses sacrebleu's defaults (Post, 2018): chrF with 6-grams and beta 2 (Popović, 2015), BLEU-4
+    with exponential smoothing. `language` selects BLEU's tokenizer: an ISO 639-1 code, or "".
     """
     from sacrebleu.metrics import BLEU, CHRF
 
@@ -111,10 +103,7 @@ _TURNS = ("role", "content", "user", "assistant")
 
 
 def _dialogue_shapes(build: Build) -> tuple[Shape, ...]:
-    """Return the shapes of prompts with answers.
-
-    Alpaca's files have `instruction` and `output`, and the two rendered once more as `text`.
-    """
+    """Return the column layouts of prompts with answers."""
     return (
         Shape("messages", build, {"messages": _MESSAGES}, _TALK, False, _TURNS),
         Shape("conversations", build, {"conversations": ("conversations",)}, _TALK, False, _TURNS),
@@ -137,7 +126,7 @@ def _dialogue_shapes(build: Build) -> tuple[Shape, ...]:
 
 
 def _dialogue_questions(build: Build) -> tuple[Shape, ...]:
-    """Return the shapes of prompts that wait for an answer."""
+    """Return the column layouts of prompts without answers."""
     return (
         Shape("messages", build, {"messages": _MESSAGES}, _TALK, False, _TURNS),
         Shape("conversations", build, {"conversations": ("conversations",)}, _TALK, False, _TURNS),
@@ -156,7 +145,7 @@ _DOCUMENT = ("document", "article", "dialogue", "text")
 
 @dataclass(frozen=True)
 class TextTask(BaseTask):
-    """A task whose target is a text."""
+    """Task whose target is a text."""
 
     writes_text: ClassVar[bool] = True
     checks: ClassVar[Checks] = Checks(token_labels=True, ends=True)
@@ -164,7 +153,7 @@ class TextTask(BaseTask):
     def find_format(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Return what `columns` are used for; refuse a bad answer beside each good one."""
+        """Return the format of `columns`; raise for preference data."""
         names = {column.lower(): column for column in columns}
         told = config.columns or config.format
         if not told and {"chosen", "rejected"} <= names.keys():
@@ -180,7 +169,7 @@ class TextTask(BaseTask):
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Return the format as it is; refuse rows that say which answers are bad."""
+        """Return the format; raise for rows labeled as bad answers."""
         column = next((name for name in format_.unused if name.lower() == "label"), None)
         if column is None or config.format or not format_.columns.keys() & _ANSWERS:
             return super().read_columns(format_, table, config)
@@ -200,20 +189,20 @@ class TextTask(BaseTask):
         return Tokens(self.headline, kind == "encoder-decoder", kind == "decoder")
 
     def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
-        """Return a prompt as `train` would lay it out."""
+        """Return the default prompt format of `train`."""
         prompt = choose_format(tokenizer, kind, self.instruction, self.answer_cue)
         return {"prompt": prompt.to_dict()}
 
     def describe_head(self, labels: Sequence[str]) -> str:
-        """Return one word for all: each writes with the language head."""
+        """Return the same text for all text tasks, which share the language head."""
         return "text"
 
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
-        """Return how prompts are laid out for a model of `kind`."""
+        """Return the prompt format for models of `kind`."""
         return choose_format(tokenizer, kind, self.instruction, self.answer_cue)
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
-        """Return prompts with answers, of which the answers alone are learned, or plain texts."""
+        """Return plain texts, or prompts with answers; by default only answers have a loss."""
         if encoder.prompt_format is None:
             raise TypeError("a task that writes text has a prompt format")
         seq2seq = encoder.kind == "encoder-decoder"
@@ -236,7 +225,7 @@ class TextTask(BaseTask):
     def answer_rows(
         self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
     ) -> list[Reply]:
-        """Return the text that `model` writes after each prompt."""
+        """Return the text generated for each prompt."""
         prompts: list[list[int]] = []
         refused: dict[int, str] = {}
         for question in questions:
@@ -255,13 +244,13 @@ class TextTask(BaseTask):
     def show_targets(
         self, row: Encoded, names: Sequence[str], kind: str, speller: Speller
     ) -> list[str | None]:
-        """Return nothing for an encoder-decoder, whose target is apart; else as `BaseTask`."""
+        """Return None per token for an encoder-decoder, else the targets as in `BaseTask`."""
         if kind == "encoder-decoder":
             return [None] * len(row.input_ids)
         return super().show_targets(row, names, kind, speller)
 
     def show_answer(self, row: Encoded, kind: str) -> list[int]:
-        """Return the ids of an encoder-decoder's target."""
+        """Return the target ids of an encoder-decoder."""
         if kind != "encoder-decoder" or not isinstance(row.labels, list):
             return []
         return [label for label in row.labels if label != IGNORED]
@@ -269,12 +258,12 @@ class TextTask(BaseTask):
 
 @dataclass(frozen=True)
 class TranslationTask(TextTask):
-    """Source → target; the instruction names the languages where they are known."""
+    """Translation; the instruction names the languages if they are known."""
 
     def own_mapping(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row]
     ) -> Mapping[str, str]:
-        """Return the columns of the two languages, where columns are called by languages."""
+        """Return the columns of both languages if columns are named by language."""
         if fits(columns, self.shapes) or config.format is not None:
             return {}
         languages = language_columns(columns, rows)
@@ -285,7 +274,7 @@ class TranslationTask(TextTask):
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Return the format with the `languages`, where the columns or the user tell them."""
+        """Return the format with the languages, if known from columns or options."""
         format_, told = super().read_columns(format_, table, config)
         source = find_language("source", format_.columns, config.source_language)
         target = find_language("target", format_.columns, config.target_language)
@@ -304,26 +293,22 @@ class TranslationTask(TextTask):
         return replace(format_, options=known), [*told, named]
 
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
-        """Return how prompts are laid out; rows that bring prompts of their own get no other."""
+        """Return the prompt format; rows with their own prompts get no instruction."""
         instruction, cue = self.instruction, self.answer_cue
         if "source" not in format_.columns:
-            instruction = cue = ""  # the rows' own prompts say what to do
+            instruction = cue = ""  # the rows have their own instructions
         elif "languages" in format_.options:
             source, target = format_.options["languages"]
             instruction = name_languages(kind, source.name, target.name)
         return choose_format(tokenizer, kind, instruction, cue)
 
     def facts(self, loaded: Loaded) -> Mapping[str, Any]:
-        """Return the ISO 639-1 code of the target; "" if unknown."""
+        """Return the ISO 639-1 code of the target language; "" if unknown."""
         return {"target_language": loaded.format.options.get("target_language", "")}
 
 
 def _ask(model: PromptedModel, question: Pair | Conversation) -> list[int]:
-    """Return the token ids with which the model is asked.
-
-    Raises:
-        InputError: the template refuses the turns, or there is none for several.
-    """
+    """Return the prompt token ids; raises `InputError` if the chat template fails or is missing."""
     form, tokenizer = model.prompt_format, model.tokenizer
     if form is None:
         raise TypeError("a model that writes text has a prompt format")
@@ -342,10 +327,7 @@ def _ask(model: PromptedModel, question: Pair | Conversation) -> list[int]:
 
 
 def name_languages(kind: str, source: str, target: str) -> str:
-    """Return the instruction for a model of `kind`, from names of languages in English.
-
-    An encoder-decoder gets the prefix of T5's pretraining (Raffel et al., 2020, appendix D).
-    """
+    """Return the translation instruction; for encoder-decoders T5's (Raffel et al., 2020)."""
     if kind == "encoder-decoder":
         return f"translate {source} to {target}:"
     return f"Translate from {source} to {target}."

@@ -1,4 +1,4 @@
-"""What a language head learns and how it is measured: the objective and meter of tokens."""
+"""Objective and meter of language heads."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 class Tokens(TokenObjective):
     """Cross entropy over tokens: logits `(batch, seq, vocabulary)`, labels `(batch, seq)`.
 
-    Attributes:
-        shifted: whether the label of position i is predicted at position i - 1 (causal models).
-        perplexity: what exp(loss) is called.
-        accuracy: what the share of right tokens is called.
+    With `shifted`, position i - 1 predicts the label of position i, as in causal models.
+    `perplexity` and `accuracy` are metric names.
     """
 
     shifted: bool = False
@@ -30,14 +28,14 @@ class Tokens(TokenObjective):
     def targets(
         self, logits: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `(tokens, vocabulary)` and `(tokens,)` of the supervised tokens."""
+        """Return `(tokens, vocabulary)` logits and `(tokens,)` labels of the supervised tokens."""
         if self.shifted:
             logits, labels = logits[:, :-1], labels[:, 1:]
         supervised = labels != IGNORED
         return logits[supervised], labels[supervised]
 
     def locate(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return where targets are predicted in the flattened (batch, seq), and the targets."""
+        """Return where targets are predicted in the flattened `(batch, seq)`, and the targets."""
         from torch.nn import functional
 
         if self.shifted:
@@ -47,13 +45,13 @@ class Tokens(TokenObjective):
         return at, flat[at]
 
     def count(self, labels: torch.Tensor) -> torch.Tensor:
-        """Return the number of supervised tokens that are predicted."""
+        """Return the number of supervised tokens."""
         return super().count(labels[:, 1:] if self.shifted else labels)
 
     def loss_sum(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Return the sum of the negative log likelihoods, in nats."""
+        """Return the sum of the negative log-likelihoods, in nats."""
         from torch.nn import functional
 
         scores, targets = self.targets(logits, labels)
@@ -70,12 +68,7 @@ class Tokens(TokenObjective):
 
 
 class TokenMeter:
-    """Perplexity and accuracy over supervised tokens.
-
-    Args:
-        perplexity: what exp(loss) is called.
-        accuracy: what the share of tokens is called that were the most likely ones.
-    """
+    """Perplexity and accuracy over supervised tokens; both arguments are metric names."""
 
     def __init__(self, perplexity: str, accuracy: str) -> None:
         self.perplexity = perplexity
@@ -96,12 +89,12 @@ class TokenMeter:
         }
 
     def pool(self, meters: Sequence[TokenMeter]) -> TokenMeter:
-        """Return a meter of all their tokens."""
+        """Return a meter of the tokens of all `meters`."""
         pooled = TokenMeter(self.perplexity, self.accuracy)
         pooled.tokens = sum(meter.tokens for meter in meters)
         pooled.right = sum(meter.right for meter in meters)
         return pooled
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return how many tokens an example has, and how many were right."""
+        """Return the number of tokens of an example, and of correct ones."""
         return {"tokens": self.tokens, "tokens_right": self.right}

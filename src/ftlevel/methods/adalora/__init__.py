@@ -1,12 +1,10 @@
-"""AdaLoRA: spec → `peft.AdaLoraConfig`, and the penalty of its loss.
+"""AdaLoRA: builds `peft.AdaLoraConfig`, its orthogonality penalty, and its plain-LoRA form.
 
-The penalty, R(P, Q) = ‖PᵀP − I‖ + ‖QQᵀ − I‖ (Zhang et al., 2023, equation 4), is averaged over the
-matrices as in `peft.AdaLoraModel.forward`, which adds it to a loss that ftlevel does not use.
+    R(P, Q) = ‖PᵀP − I‖ + ‖QQᵀ − I‖                  Zhang et al., 2023, equation 4
+    ΔW = B · diag(E) · A · alpha / (init_r + 1e-5)
 
-AdaLoRA's update as plain LoRA: B · diag(E) · A · alpha / (init_r + 1e-5).
-
-`peft.tuners.adalora` divides by the rank it began with, also once ranks are pruned; the 1e-5 is
-PEFT's. Alpha that is not positive stands for that rank.
+The penalty is averaged over matrices, as in `peft.AdaLoraModel.forward`. As in PEFT, the divisor is
+the initial rank even after pruning, and a non-positive alpha means that rank.
 """
 
 from __future__ import annotations
@@ -25,11 +23,7 @@ from ftlevel.methods.upstream import freeze_ranks, restore_ranks
 
 
 def as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Return the update of every module.
-
-    Raises:
-        InputError: biases were trained too.
-    """
+    """Return the update of every module; raises `InputError` if biases were trained."""
     config = file.config
     if config.get("bias", "none") != "none":
         raise InputError("bias is set: biases of the base were trained. Merge it")
@@ -51,10 +45,10 @@ _TINIT, _TFINAL = 0.1, 0.3
 
 
 def build(spec: AdaloraSpec, base: Base) -> Any:
-    """Return PEFT's config for `spec` on `base`, whose steps decide the schedule.
+    """Return PEFT's config for `spec` on `base`; the schedule depends on the number of steps.
 
     Raises:
-        ConfigError: too few steps are left between `tinit` and `tfinal` to prune in.
+        ConfigError: fewer than 2 steps remain between `tinit` and `tfinal`.
     """
     from peft import AdaLoraConfig
 
@@ -84,7 +78,7 @@ def build(spec: AdaloraSpec, base: Base) -> Any:
 
 
 def orthogonality(model: Any) -> Any:
-    """Return the weighted penalty of a model with AdaLoRA, a scalar in float32."""
+    """Return the weighted orthogonality penalty, a scalar in float32."""
     import torch
 
     weight = model.peft_config["default"].orth_reg_weight
@@ -99,10 +93,7 @@ def orthogonality(model: Any) -> Any:
 
 
 def finish(model: Any) -> None:
-    """Take the pruned ranks out of a trained model (in place), as in the adapter that is saved.
-
-    With them its products round otherwise in bfloat16 than those of the reloaded adapter.
-    """
+    """Remove pruned ranks from a trained model (in place), to round as the saved adapter does."""
     import torch
 
     for name, alive in (model.peft_config["default"].rank_pattern or {}).items():
@@ -116,14 +107,14 @@ def finish(model: Any) -> None:
 
 
 def build_callbacks(_spec: AdaloraSpec, checkpoints: Path, writes: bool) -> list[Any]:
-    """Return what prunes the ranks between steps, and keeps them in checkpoints."""
+    """Return the callback that prunes ranks and saves them in checkpoints."""
     from ftlevel.methods.adalora.allocation import Allocation
 
     return [Allocation(checkpoints, writes=writes)]
 
 
 def forget_ranks(config: Any) -> None:
-    """Take ranks and start out of `config` (mutated): the file holds the ranks that are left."""
+    """Reset rank pattern and initialization in `config` (mutated); the file has the final ranks."""
     config.rank_pattern = None
     config.init_lora_weights = True
 

@@ -1,4 +1,4 @@
-"""AdaLoRA's pruning of ranks while training, in a form that can be saved and resumed exactly."""
+"""Callback for AdaLoRA's rank pruning that resumes exactly."""
 
 from __future__ import annotations
 
@@ -15,15 +15,11 @@ FILE, RANKS = "adalora.safetensors", "adalora_ranks.json"
 
 
 class Allocation(TrainerCallback):
-    """Prune after every optimizer step, while its gradients are still there.
+    """Prunes ranks after every optimizer step, while gradients exist.
 
-    PEFT keeps the ranks in its config, and then saves shrunken tensors that an optimizer's state no
-    longer fits. So they are taken out of the config until training ends: a checkpoint holds whole
-    tensors, and beside them the importance scores. Add it before the callback that certifies.
-
-    Args:
-        checkpoints: directory of the checkpoint-N directories.
-        writes: whether this process writes to them: the first of several, which all know the same.
+    PEFT stores ranks in its config and then saves truncated tensors, which no longer fit the
+    optimizer state. So ranks stay out of the config until training ends; checkpoints have full
+    tensors plus importance scores. Add it before the certifying callback.
     """
 
     def __init__(self, checkpoints: Path, *, writes: bool = True) -> None:
@@ -39,7 +35,7 @@ class Allocation(TrainerCallback):
         model: Any = None,
         **_: Any,
     ) -> None:
-        """Take up the scores and ranks of the checkpoint that the run goes on from."""
+        """Load scores and ranks from the checkpoint that the run resumes from."""
         if state.global_step == 0:
             return
         directory = self.checkpoints / f"checkpoint-{state.global_step}"
@@ -57,10 +53,10 @@ class Allocation(TrainerCallback):
         model: Any = None,
         **_: Any,
     ) -> None:
-        """Update the importance of every weight and prune by it."""
+        """Update the importance scores and prune ranks."""
         config = model.peft_config["default"]
         config.rank_pattern = self.ranks
-        # Counted from 1, so that the last step is total_step even where tfinal is 0.
+        # 1-based, so that the last step is total_step even if tfinal is 0.
         model.base_model.update_and_allocate(state.global_step + 1)
         self.ranks, config.rank_pattern = config.rank_pattern, None
 
@@ -72,7 +68,7 @@ class Allocation(TrainerCallback):
         model: Any = None,
         **_: Any,
     ) -> None:
-        """Write scores and ranks into the checkpoint that was just written."""
+        """Write scores and ranks into the new checkpoint."""
         if not self.writes:
             return
         directory = self.checkpoints / f"checkpoint-{state.global_step}"
@@ -85,11 +81,11 @@ class Allocation(TrainerCallback):
         self.keep(directory)
 
     def keep(self, directory: Path) -> None:
-        """Write the ranks, by which a model that is kept is saved."""
+        """Write the ranks, which are needed to save the model later."""
         (directory / RANKS).write_text(json.dumps(self.ranks), encoding="utf-8")
 
     def take_up(self, directory: Path, model: Any) -> None:
-        """Give the config of `model` (mutated) the ranks that were kept, as training's end does."""
+        """Load the ranks from `directory` into the config of `model` (mutated)."""
         ranks = json.loads((directory / RANKS).read_text(encoding="utf-8"))
         model.peft_config["default"].rank_pattern = ranks
 
@@ -101,5 +97,5 @@ class Allocation(TrainerCallback):
         model: Any = None,
         **_: Any,
     ) -> None:
-        """Give the final ranks to the config, by which PEFT saves only what is left."""
+        """Set the final ranks in the config, so that PEFT saves only those."""
         model.peft_config["default"].rank_pattern = self.ranks

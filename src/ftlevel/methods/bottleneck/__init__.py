@@ -1,9 +1,7 @@
-"""Bottleneck adapters: spec → `BottleneckConfig`, a tuner that PEFT itself does not have.
+"""Bottleneck adapters: builds `BottleneckConfig` for a tuner of ftlevel.
 
-config, layer and model are a PEFT method as PEFT's own are; they import peft and are only imported
-when one is built or loaded. `sites` says where adapters go.
-
-What docs/methods.md says of the placements.
+`sites` has the adapter positions of each model family. The submodules import peft and are imported
+only when needed. The text constants here are part of docs/methods.md.
 """
 
 from __future__ import annotations
@@ -64,7 +62,7 @@ PAGE = "\n".join([_INTRODUCTION, *(f"| {' | '.join(row)} |" for row in _ROWS), _
 
 
 def register() -> None:
-    """Make PEFT know the tuner."""
+    """Register the tuner in PEFT."""
     from ftlevel.methods.bottleneck.layer import BOTTLENECK, BottleneckConfig
     from ftlevel.methods.bottleneck.model import BottleneckModel
 
@@ -88,11 +86,7 @@ def build(spec: AdapterSpec, base: Base) -> Any:
 
 
 def find_targets(spec: AdapterSpec, model: Any) -> list[str]:
-    """Return the full names of the modules in `model` that get an adapter, sorted.
-
-    Raises:
-        InputError: the family's positions are not known.
-    """
+    """Return the sorted names of adapted modules; raises `InputError` for unknown families."""
     sites = sites_of(model.config)
     if sites is None:
         raise InputError(
@@ -105,7 +99,7 @@ def find_targets(spec: AdapterSpec, model: Any) -> list[str]:
 
 
 def describe(spec: AdapterSpec) -> str:
-    """Return the settings in a line."""
+    """Return the settings in one line."""
     width = f"reduction {spec.reduction_factor or REDUCTION_FACTOR:g}"
     if spec.bottleneck_dim is not None:
         width = f"bottleneck {spec.bottleneck_dim}"
@@ -116,35 +110,32 @@ def describe(spec: AdapterSpec) -> str:
 
 
 def against_workers(spec: AdapterSpec) -> str:
-    """Return what a forward pass changes in the model; empty if nothing."""
+    """Return the model state that a forward pass changes, or ""."""
     if spec.placement in ("parallel", *ON_RESIDUAL):
         return f"{spec.placement} adapters keep their input in the model"
     return ""
 
 
 def against_pruning(spec: AdapterSpec) -> str:
-    """Return why every token must go through the last block; empty if it need not."""
+    """Return why the last block must compute every token, or ""."""
     return f"{spec.placement} adapters read the residual" if spec.placement in ON_RESIDUAL else ""
 
 
 def refuse(spec: AdapterSpec, model_config: Any, _kind: str, _task: str, _quant: str) -> str | None:
-    """Return why adapters of this placement have no position in a model; None if they have."""
+    """Return why this placement is unsupported in a model and what works, or None."""
     reason = why_no_residual(model_config, spec.placement)
     return f"{reason}. Use placement houlsby, pfeiffer or parallel." if reason else None
 
 
 def why_not_mergeable(_config: Mapping[str, Any]) -> str:
-    """Return why no adapter of this type can be merged."""
+    """Return why bottleneck adapters cannot be merged."""
     from ftlevel.methods.bottleneck.layer import CANNOT_MERGE
 
     return CANNOT_MERGE
 
 
 def find_rates(spec: AdapterSpec) -> Rates:
-    """Return the rates: twice as much where a block has one and not two, but on decoders.
-
-    A third where what is added is scaled up, as it is by 4 in parallel.
-    """
+    """Return the rates: double for one adapter per block, a third for scaling above 1."""
     scaling = default_scaling(spec.placement) if spec.scaling is None else spec.scaling
     if isinstance(scaling, float) and scaling > 1:
         return Rates(narrow=1e-3, wide=1e-4, source="a third of Houlsby et al., section 3.2")

@@ -1,6 +1,6 @@
-"""A bottleneck adapter in the form of AdapterHub: its configuration, and the names of its weights.
+"""Conversion of bottleneck adapters from and to AdapterHub's format.
 
-Read in `adapters` 1.3.0: configuration/adapter_config.py (`BnConfig`), methods/bottleneck.py and
+Based on `adapters` 1.3.0: configuration/adapter_config.py (`BnConfig`), methods/bottleneck.py,
 methods/modeling.py, models/*/mixin_*.py. scripts/against_adapterhub.py compares with that package.
 """
 
@@ -37,18 +37,12 @@ _MUST_BE = {
 }
 _FORMERLY = ("invertible_adapter", "attention_type", "new_attention_norm")
 _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
-"""What adapter-transformers, whose files name no version, called activations."""
+"""Activation names of adapter-transformers, whose files have no version."""
 
 
 @dataclass(frozen=True)
 class Holders:
-    """The modules that hold AdapterHub's adapters, as paths right below a block's index.
-
-    Attributes:
-        attention: one for each of `Sites.attention` where it is the same adapter as ours; empty
-            text for the block itself.
-        feed_forward: the one of the feed-forward.
-    """
+    """Modules of AdapterHub's adapters, relative to a block; "" is the block itself."""
 
     attention: tuple[str, ...]
     feed_forward: str
@@ -59,23 +53,21 @@ _IN_OUTPUT = Holders(("attention.output",), "output")
 
 HOLDERS: dict[str, Holders] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "deberta-v2"), _IN_OUTPUT),
-    # After the attention its adapter reads the residual and adds to that: no placement is it.
+    # The adapter after attention reads and updates the residual, which no placement does.
     "albert": Holders((), "output_adapters"),
     **dict.fromkeys(("distilbert", "gpt2", "gptj", "llama", "mistral", "bart", "mbart"), _IN_BLOCK),
     **dict.fromkeys(("t5", "mt5"), Holders(("", ""), "")),
 }
-"""The families of which AdapterHub has adapters and ftlevel knows their places."""
+"""Model families whose adapter positions are known in both libraries."""
 
 
 def read_config(settings: Mapping[str, Any], model_config: Any) -> dict[str, Any]:
-    """Return the fields of `BottleneckConfig` that compute what AdapterHub's adapter computes.
+    """Return the fields of `BottleneckConfig` equivalent to an AdapterHub adapter.
 
-    Args:
-        settings: what their adapter_config.json holds.
-        model_config: of the base.
+    `settings` is AdapterHub's adapter_config.json.
 
     Raises:
-        InputError: naming the keys of what ftlevel does not have.
+        InputError: a setting is not supported; the message names its keys.
     """
     sites = _known_sites(model_config)
     given = settings.get("config")
@@ -129,11 +121,7 @@ def _check_plain(config: Mapping[str, Any]) -> None:
 
 
 def _placement(config: Mapping[str, Any], sites: Sites) -> str:
-    """Return the placement that `config` describes; `_targets` says at which of its positions.
-
-    Raises:
-        InputError: it is one that ftlevel does not have.
-    """
+    """Return the placement that `config` describes; raises `InputError` if there is none."""
     before, after = config["original_ln_before"], config["original_ln_after"]
     residual, attention = config["residual_before_ln"], config["mh_adapter"]
     if config["is_parallel"]:
@@ -159,7 +147,7 @@ def _placement(config: Mapping[str, Any], sites: Sites) -> str:
 def _targets(
     config: Mapping[str, Any], placement: str, sites: Sites, model_config: Any
 ) -> tuple[str | None, str | None]:
-    """Return patterns of the modules that have an adapter and of those left out, None for all."""
+    """Return regular expressions of adapted and excluded modules; None for all or none."""
     self_attention, *cross = sites.attention
     wanted = [self_attention] * bool(config["mh_adapter"]) + cross * bool(config["cross_adapter"])
     wanted += [sites.feed_forward] * bool(config["output_adapter"])
@@ -173,11 +161,7 @@ def _any_of(paths: list[str]) -> str:
 
 
 def _left_out(layers: list[int], model_config: Any) -> str | None:
-    """Return a pattern of the blocks `layers`, counted through encoder and decoder; None for none.
-
-    Raises:
-        InputError: the blocks of the family are not counted so.
-    """
+    """Return a regular expression of excluded blocks, numbered through encoder and decoder."""
     if not layers:
         return None
     if model_config.model_type == "albert" or not all(isinstance(i, int) for i in layers):
@@ -220,14 +204,12 @@ def _scaling(value: Any) -> float | str:
 
 
 def write_config(peft_config: Mapping[str, Any], model_config: Any) -> dict[str, Any]:
-    """Return AdapterHub's `config` of an adapter of ours at all of its placement's positions.
+    """Return AdapterHub's `config` of an adapter at all positions of its placement.
 
-    Args:
-        peft_config: what adapter_config.json holds.
-        model_config: of the base.
+    `peft_config` is the adapter_config.json of ftlevel.
 
     Raises:
-        InputError: AdapterHub has no such adapter, or not in this family.
+        InputError: AdapterHub has no such adapter for this model family.
     """
     sites = _known_sites(model_config)
     placement = peft_config["placement"]
@@ -260,7 +242,7 @@ def write_config(peft_config: Mapping[str, Any], model_config: Any) -> dict[str,
 
 
 def _factor_of(peft_config: Mapping[str, Any], hidden: int) -> float:
-    """Return the reduction factor that gives the adapter's width: hidden // factor."""
+    """Return a reduction factor with hidden // factor equal to the bottleneck width."""
     width = peft_config.get("bottleneck_dim")
     if width is None:
         return float(peft_config.get("reduction_factor") or REDUCTION_FACTOR)
@@ -269,18 +251,7 @@ def _factor_of(peft_config: Mapping[str, Any], hidden: int) -> float:
 
 
 def holders_of(names: Iterator[str], model: Any) -> dict[str, str]:
-    """Return the path of AdapterHub's module for each module of ours among `names`.
-
-    Args:
-        names: full names of adapted modules of the base.
-        model: the base, or its shape.
-
-    Returns:
-        Name → the path of its holder, without the prefix of the base model.
-
-    Raises:
-        InputError: one is none of the family's positions.
-    """
+    """Return adapted module name -> path of AdapterHub's module; raises `InputError` if unknown."""
     sites, holders = _known_sites(model.config), HOLDERS[model.config.model_type]
     prefix = f"{model.base_model_prefix}."
     found = {}
@@ -305,4 +276,4 @@ WEIGHTS = {
     "bottleneck_up.bias": "adapter_up.bias",
     "bottleneck_scale": "scaling",
 }
-"""Our names of an adapter's weights in a state dict, and theirs."""
+"""Weight names in ftlevel -> names in AdapterHub."""

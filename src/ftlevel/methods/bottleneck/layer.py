@@ -1,14 +1,11 @@
-"""The bottleneck adapter around one module.
+"""Config and layer of bottleneck adapters.
 
     h ← h + s · up(f(down(x))),  h the module's output
 
-x is h, or what else of the feed-forward that the module ends: its input, its residual r, or the sum
-h + r, through the norm that follows in the model (`sites` has the formulas). down is
-(hidden → bottleneck), up is (bottleneck → hidden), both with bias (Houlsby et al., 2019, section
-2.1; He et al., 2022, section 3.3). s is a number, or learned: one, or one a channel (Steitz & Roth,
-2024, section 3.3).
-
-The `peft` config of a bottleneck adapter: what adapter_config.json holds.
+x is h, the feed-forward's input, its residual r, or h + r, optionally normalized (see `sites`).
+down is (hidden → bottleneck), up is (bottleneck → hidden), both with bias (Houlsby et al., 2019,
+section 2.1; He et al., 2022, section 3.3). s is constant, or learned as a scalar or per channel
+(Steitz & Roth, 2024, section 3.3).
 """
 
 from __future__ import annotations
@@ -38,16 +35,16 @@ class BottleneckConfig(PeftConfig):
 
     Attributes:
         placement: houlsby, pfeiffer, seq_bn, parallel, par_bn or adapter_plus.
-        bottleneck_dim: width of the bottleneck; by `reduction_factor` if None.
-        reduction_factor: hidden size / width of the bottleneck.
-        non_linearity: activation by transformers' name.
-        adapter_dropout: dropout on the bottleneck's activations in training.
-        scaling: factor of the adapter's output, or learned, or channel; None becomes 4 for parallel
+        bottleneck_dim: bottleneck width; None uses `reduction_factor`.
+        reduction_factor: hidden size / bottleneck width.
+        non_linearity: activation name in transformers.
+        adapter_dropout: dropout on the bottleneck activations.
+        scaling: factor of the adapter's output, `learned`, or `channel`; None is 4 for parallel
             and par_bn, channel for adapter_plus and 1 otherwise.
-        target_modules: names or one regular expression; None is the family's positions.
-        exclude_modules: names or one regular expression that are left out.
-        modules_to_save: modules that are trained in full and saved with the adapter.
-        init_weights: begin as the identity; False draws the up-projection too, for tests.
+        target_modules: names or one regular expression; None uses the family's positions.
+        exclude_modules: excluded names or one regular expression.
+        modules_to_save: modules that are fully trained and saved.
+        init_weights: initialize as the identity; False also randomizes up, for tests.
     """
 
     placement: str = field(default="houlsby")
@@ -98,20 +95,12 @@ READS: dict[str, Reads] = {
     "seq_bn": "sum",
     "adapter_plus": "sum",
 }
-"""What adapters of a placement read, where it is not the module's output."""
+"""Placement -> adapter input, if it is not the module's output."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What one adapter reads, and does around its projections; nothing here is trained.
-
-    Attributes:
-        reads: the module's output, the feed-forward's input, its residual, or the sum of that and
-            the output.
-        activation: between the projections.
-        dropout: on what that gives.
-        scaling: factor of the adapter's output, beside a learned one.
-    """
+    """Non-trainable settings of one adapter: input, activation, dropout and constant scaling."""
 
     reads: Reads
     activation: Callable[[torch.Tensor], torch.Tensor]
@@ -120,23 +109,18 @@ class Settings:
 
     @property
     def listens(self) -> Listens | None:
-        """What it needs of what other modules are given."""
+        """The captured input that the adapter needs, or None."""
         if self.reads == "output":
             return None
         return "input" if self.reads == "input" else "residual"
 
 
 class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLayer):
-    """A module and the adapters on it, by their names.
+    """A module with its adapters, by adapter name.
 
-    There is one `ModuleDict` for each of the two linears, not one of pairs: PEFT takes an
-    adapter's name out of a key of the state dict only where it stands last or last but one.
-    `bottleneck_pair.default.down.weight` would load under the name it was saved with, and under
-    another name nothing would be loaded, without a word.
-
-    Args:
-        base_layer: the module; a linear of any library, or a whole feed-forward that returns its
-            hidden states alone or first in a tuple.
+    The two linear layers are in separate `ModuleDict`s because PEFT replaces adapter names in
+    state-dict keys only in the last two positions. The module is a linear layer of any library,
+    or a feed-forward that returns its hidden states alone or first in a tuple.
     """
 
     cannot_merge = CANNOT_MERGE
@@ -144,7 +128,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
     other_param_names = ("settings",)
     in_features: int
     out_features: int
-    # PEFT's, whose types nn.Module's __getattr__ hides.
+    # Methods of PEFT, whose types nn.Module's __getattr__ hides.
     get_base_layer: Callable[[], nn.Module]
     _cast_input_dtype: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 
@@ -158,24 +142,18 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._taps: dict[Listens, Any] = {}
-        self._listens: list[Listens] = []  # what torch.compile can read, and hooks it cannot
+        self._listens: list[Listens] = []  # readable by torch.compile, unlike hooks
         self._tapped: dict[Listens, torch.Tensor] = {}
-        # In a list it is no child: it stays the model's, under its own name.
+        # In a list, so that the norm is not registered as a submodule here.
         self._norm: list[nn.Module] = []
 
     def update_layer(
         self, adapter_name: str, config: BottleneckConfig, *, reads: Reads, widths: tuple[int, int]
     ) -> None:
-        """Add an adapter, in float32, on the device of the module.
+        """Add an adapter in float32 on the module's device, initialized as the identity.
 
-        Begins as the identity: up is zero and down as `nn.Linear` begins, which is how He et al.
-        (2022) begin theirs. Houlsby et al. draw both from N(0, 0.01²), nearly the identity.
-
-        Args:
-            adapter_name: its name.
-            config: its configuration.
-            reads: what it reads.
-            widths: last dimensions of what it reads, and of what it adds to.
+        The up-projection is zero, as in He et al. (2022); Houlsby et al. use N(0, 0.01²) for both.
+        `widths` are the last dimensions of the adapter's input and output.
         """
         width_in, width_out = widths
         width = config.bottleneck_dim or max(1, int(width_out // config.reduction_factor))
@@ -201,10 +179,10 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
             self.bottleneck_scale[adapter_name] = nn.Parameter(ones)
 
     def listen_to(self, source: nn.Module, what: Listens) -> None:
-        """Let adapters read what `source` is given, as `what`.
+        """Capture the input of `source` as `what` for the adapters.
 
-        `source` must run before the module in every forward pass. When activations are recomputed
-        for the backward pass, both run again and the input is the recomputed one.
+        `source` must run before the module in every forward pass; with gradient checkpointing both
+        are recomputed.
         """
         if what not in self._taps:
             hook = functools.partial(_remember, self, what)
@@ -212,17 +190,17 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
             self._listens.append(what)
 
     def sum_through(self, norm: nn.Module) -> None:
-        """Let adapters that read the sum of output and residual read it through `norm`."""
+        """Normalize the sum of output and residual with `norm` before adapters read it."""
         self._norm = [norm]
 
     def stop_listening(self) -> None:
-        """Take the hooks off again; the base model is as it was."""
+        """Remove all hooks."""
         for hook in self._taps.values():
             hook.remove()
         self._taps, self._listens, self._norm = {}, [], []
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; see `BaseTunerLayer`."""
+        """Delete an adapter and the hooks it alone needs."""
         super().delete_adapter(adapter_name)
         needed = {setting.listens for setting in self.settings.values()}
         for what in [what for what in self._taps if what not in needed]:
@@ -230,14 +208,14 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
             self._listens.remove(what)
 
     def running(self) -> list[str]:
-        """Return the names of the adapters that a forward pass goes through."""
+        """Return the active adapters of this layer."""
         if self.disable_adapters:
             return []
-        active: list[str] = self.active_adapters  # type: ignore[assignment]  # a property of PEFT's
+        active: list[str] = self.active_adapters  # type: ignore[assignment]  # a PEFT property
         return [name for name in active if name in self.settings]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module, then its active adapters one after the other; (…, width_out)."""
+        """Run the module, then its active adapters in sequence; returns `(..., width_out)`."""
         tapped, self._tapped = self._tapped, {}
         output = self.base_layer(*args, **kwargs)
         running = self.running()
@@ -254,7 +232,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
     def _source(
         self, setting: Settings, hidden: torch.Tensor, tapped: dict[Listens, torch.Tensor]
     ) -> torch.Tensor:
-        """Return what an adapter reads: (…, width_in)."""
+        """Return the adapter's input, `(..., width_in)`."""
         if setting.listens is None:
             return hidden
         if setting.listens not in tapped:
@@ -269,7 +247,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         return self._norm[0](total) if self._norm else total
 
     def _adapt(self, name: str, source: torch.Tensor) -> torch.Tensor:
-        """Return s · up(f(down(source))): (…, width_in) → (…, width_out)."""
+        """Return s · up(f(down(source))): `(..., width_in)` -> `(..., width_out)`."""
         down, up, setting = (
             self.bottleneck_down[name],
             self.bottleneck_up[name],
@@ -291,6 +269,6 @@ def _dtype(module: nn.Module) -> torch.dtype:
 def _remember(
     layer: BottleneckLayer, what: Listens, _source: nn.Module, args: tuple[Any, ...]
 ) -> None:
-    """Keep what a module is given until `layer` runs, if it is going to be read."""
+    """Store the input of a module until `layer` runs, if an active adapter needs it."""
     if any(layer.settings[name].listens == what for name in layer.running()):
         layer._tapped[what] = args[0]

@@ -1,4 +1,4 @@
-"""The tuner: puts `BottleneckLayer` around the sites of a model."""
+"""Tuner that wraps the adapter positions of a model with `BottleneckLayer`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ftlevel.methods.precision import PrecisionTuner
 
 
 class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
-    """Bottleneck adapters on a pretrained model, as PEFT's other tuners are."""
+    """Tuner of bottleneck adapters."""
 
     prefix: str = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
@@ -69,14 +69,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _connect(self, layer: BottleneckLayer, placement: str, site: str) -> Reads:
-        """Let `layer` see the residual where adapters of `placement` read it (mutated).
-
-        Returns:
-            What such an adapter reads at `site`.
-
-        Raises:
-            ValueError: `site` is not the end of a feed-forward, whose residual would be read.
-        """
+        """Connect `layer` to the residual if needed (mutated); return what adapters read."""
         reads = READS.get(placement, "output")
         if reads not in ("residual", "sum"):
             return reads
@@ -88,7 +81,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
                 "the end of one. Use placement houlsby, pfeiffer or parallel."
             )
         if placement == "adapter_plus" and sites.norm:
-            return "output"  # the site is the norm itself, whose output is the sum's
+            return "output"  # the site is the norm, so its output is the normalized sum
         modules: dict[str, Any] = dict(self.model.named_modules())
         layer.listen_to(modules[block + sites.residual], "residual")
         if sites.norm:
@@ -97,7 +90,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
         return reads
 
     def _input_of(self, site: str) -> nn.Module | None:
-        """Return the linear that is given the input of the feed-forward that ends at `site`."""
+        """Return the linear layer that receives the input of the feed-forward ending at `site`."""
         modules: dict[str, Any] = dict(self.model.named_modules())
         name = find_input(sites_of(getattr(self.model, "config", None)), site, modules)
         if name is None:
@@ -105,11 +98,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
         return getattr(modules[name], "base_layer", modules[name])
 
     def _widths(self, module: nn.Module) -> tuple[int, int]:
-        """Return the last dimension of a module's input and output.
-
-        Raises:
-            ValueError: the module does not say, and no configuration of a model either.
-        """
+        """Return a module's input and output widths; raises `ValueError` if unknown."""
         for fan_in, fan_out in (("in_features", "out_features"), ("nx", "nf")):
             if hasattr(module, fan_in):
                 return getattr(module, fan_in), getattr(module, fan_out)
@@ -124,11 +113,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        """Put `new_module` where `child` is.
-
-        PEFT's own also copies `child.weight` to it, which is the same tensor in our layers, and
-        which a composite head such as RoBERTa's does not have when it is unloaded.
-        """
+        """Set `new_module` on `parent`; PEFT's version requires `child.weight`."""
         if isinstance(child, BottleneckLayer) and new_module is not child:
             child.stop_listening()
         setattr(parent, child_name, new_module)

@@ -1,35 +1,26 @@
-"""Where a bottleneck adapter sits in a block, family by family.
+"""Positions of bottleneck adapters in a block, by model family.
 
-h is the output of a sub-layer's last linear, before the skip connection; A(x) = s · up(f(down(x)));
-r is the residual that the model adds to h, and LN the layer norm of post-norm models, through which
-that sum goes. x is what the feed-forward's first linear is given. The feed-forward gives
+With h the output of a sub-layer's last linear layer, r its residual, LN the norm after the sum in
+post-norm models, x the input of the feed-forward, and A(x) = s · up(f(down(x))):
 
     houlsby, pfeiffer     h ← h + A(h)             Houlsby et al., 2019, section 2.1
     seq_bn                h ← h + A(LN(h + r))     Pfeiffer et al., 2021, appendix A.1: post-norm
                           h ← h + A(h + r)         the same: pre-norm
     parallel              h ← h + A(x)             He et al., 2022, section 3.3
-    par_bn                h ← h + A(r)             the same, as AdapterHub has it
+    par_bn                h ← h + A(r)             the same, as in AdapterHub
     adapter_plus          y ← y + A(y)             Steitz & Roth, 2024: y = LN(h + r), or h + r
 
-houlsby is the only one that has an adapter after the attention too. In post-norm models r is x, so
-that parallel and par_bn are one; in pre-norm models x is r after its norm. There adapter_plus is
-seq_bn with a factor a channel, as h + r is the block's output.
+Only houlsby also adapts attention outputs, including cross-attention. Notes:
 
-AdapterHub calls houlsby double_seq_bn; its older name for seq_bn is pfeiffer. Other differences:
-
-- Houlsby et al. (2019, figure 2) and AdapterHub place the adapter after the sub-layer's dropout;
-  here the dropout, where a model has one, comes after the adapter. Only training differs.
-- Gemma 2 and 3 and OLMo 2 normalise a sub-layer's output too. The adapter is before that norm, so
-  that its size is held by it. No paper says what the sum with the residual would be:
-  seq_bn, par_bn and adapter_plus are refused, as for Granite, which scales the output.
-- GPT-NeoX, GPT-J, Falcon and Phi add attention and feed-forward to the same residual,
-  x + attention(x) + FFN(x). Each adapter stays on its own branch, before the sum: the attention's
-  adapter does not reach the feed-forward of its own block, as the attention itself does not. The
-  residual of the feed-forward alone is none, so the same three are refused.
-- A mixture of experts has no single last linear. The whole feed-forward block is the site, behind
-  the router: one adapter for all experts.
-- Encoder-decoders get a further Houlsby adapter after the cross-attention.
-- ALBERT's layers share one block, and so they share its adapters.
+- AdapterHub names houlsby double_seq_bn; its older name of seq_bn is pfeiffer.
+- Dropout of the sub-layer comes after the adapter here, and before it in Houlsby et al. (2019,
+  figure 2) and AdapterHub. Only training differs.
+- Gemma 2 and 3 and OLMo 2 normalize sub-layer outputs; the adapter is before that norm. seq_bn,
+  par_bn and adapter_plus are unsupported there, and in Granite, which scales the output.
+- GPT-NeoX, GPT-J, Falcon and Phi add attention and feed-forward to the same residual. Each adapter
+  stays on its branch, and the same three placements are unsupported.
+- In a mixture of experts the whole feed-forward is one position: one adapter for all experts.
+- ALBERT's layers share one block and hence its adapters.
 """
 
 from __future__ import annotations
@@ -43,16 +34,16 @@ from ftlevel.config.methods.bottleneck import ON_RESIDUAL
 
 @dataclass(frozen=True)
 class Sites:
-    """The positions in one block, as paths that begin right below the block's index.
+    """Adapter positions in one block, as paths relative to the block.
 
     Attributes:
-        attention: the last linears of the attentions.
-        feed_forward: the last linear of the feed-forward, or the whole of it.
-        inputs: linears that get the feed-forward's input, the first that a model has; none where
-            `feed_forward` is the whole and gets it itself.
-        residual: the module whose input is what the feed-forward's output is added to; empty where
-            the two are not simply added.
-        norm: the layer norm that their sum goes through; empty in pre-norm models.
+        attention: last linear layers of the attention modules.
+        feed_forward: last linear layer of the feed-forward, or the whole feed-forward.
+        inputs: candidates for the linear layer that receives the feed-forward's input; empty if
+            `feed_forward` is the whole.
+        residual: module whose input is the residual; empty if output and residual are not simply
+            added.
+        norm: layer norm of their sum; empty in pre-norm models.
     """
 
     attention: tuple[str, ...]
@@ -109,7 +100,7 @@ SITES: dict[str, Sites] = {
 
 
 def sites_of(config: Any) -> Sites | None:
-    """Return the positions in the model that a transformers config describes, None if unknown."""
+    """Return the positions for a transformers config, or None if unknown."""
     model_type = getattr(config, "model_type", None)
     if model_type not in SITES and hasattr(config, "get_text_config"):
         model_type = config.get_text_config().model_type
@@ -117,7 +108,7 @@ def sites_of(config: Any) -> Sites | None:
 
 
 def why_no_residual(config: Any, placement: str) -> str | None:
-    """Return why `placement` has no position in the model of `config`; None if it has one."""
+    """Return why a model with `config` does not support `placement`, or None."""
     sites = sites_of(config)
     if placement not in ON_RESIDUAL or sites is None:
         return None
@@ -135,10 +126,10 @@ def why_no_residual(config: Any, placement: str) -> str | None:
 
 
 def site_pattern(sites: Sites, placement: str) -> str:
-    """Return one regular expression for the full names of the sites.
+    """Return a regular expression for the full names of the positions.
 
-    Not a list of names: PEFT matches those by their end, and `output.dense` would also reach
-    BERT's `attention.output.dense`. Every path begins right below the index of a block.
+    A list of names would not do: PEFT matches suffixes, and `output.dense` would also match BERT's
+    `attention.output.dense`.
     """
     attention = sites.attention if placement == "houlsby" else ()
     end = (placement == "adapter_plus" and sites.norm) or sites.feed_forward
@@ -147,15 +138,7 @@ def site_pattern(sites: Sites, placement: str) -> str:
 
 
 def block_of(sites: Sites | None, site: str) -> str | None:
-    """Return the name of the block whose feed-forward ends at `site`, with a dot behind it.
-
-    Args:
-        sites: the family's positions.
-        site: full name of a module.
-
-    Returns:
-        None where `site` is not the end of a feed-forward.
-    """
+    """Return the prefix of the block whose feed-forward ends at `site`, with a dot, or None."""
     for end in (sites.feed_forward, sites.norm) if sites else ():
         block = site.removesuffix(end)
         if (
@@ -168,16 +151,7 @@ def block_of(sites: Sites | None, site: str) -> str | None:
 
 
 def find_input(sites: Sites | None, site: str, names: Iterable[str]) -> str | None:
-    """Return the module that is given the input of the feed-forward that ends at `site`.
-
-    Args:
-        sites: the family's positions.
-        site: full name of a module.
-        names: full names of all modules.
-
-    Returns:
-        None where `site` is not the last linear of a feed-forward: it sees its input itself.
-    """
+    """Return the module that receives the input of the feed-forward ending at `site`, or None."""
     block = block_of(sites, site)
     if sites is None or block is None:
         return None

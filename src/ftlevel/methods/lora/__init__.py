@@ -1,4 +1,4 @@
-"""LoRA and QLoRA: spec → `peft.LoraConfig`."""
+"""LoRA and QLoRA: builds `peft.LoraConfig`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ftlevel.methods.plain_form import PlainForm
 from ftlevel.methods.rates import Rates
 from ftlevel.models.untrusted import ending_in
 
-_SECONDS = 10.0  # patterns are matched in some milliseconds
+_SECONDS = 10.0  # timeout; patterns usually match in milliseconds
 
 _UNMERGEABLE = {
     "layer_replication": "it repeats layers, so it is another architecture",
@@ -34,15 +34,15 @@ _UNMERGEABLE = {
     "megatron_config": "it is laid out for Megatron",
     "use_bdlora": "it is laid out in blocks over several devices",
 }
-"""Settings of PEFT's that no plain weight can hold."""
+"""PEFT settings that cannot be merged into a weight, with the reason."""
 
 
 def build(spec: LoraSpec, base: Base) -> Any:
     """Return PEFT's config for `spec` on `base`."""
-    from peft import EvaConfig, LoraConfig  # here: it imports bitsandbytes, which logs on import
+    from peft import EvaConfig, LoraConfig  # imports bitsandbytes, which logs on import
 
     init = spec.init_lora_weights
-    ours = init in ("default", "loftq")  # loftq's start is set afterwards
+    ours = init in ("default", "loftq")  # loftq is initialized later
     return LoraConfig(
         **base.shared,
         r=spec.r,
@@ -63,11 +63,7 @@ def build(spec: LoraSpec, base: Base) -> Any:
 
 
 def _token_ids(spec: LoraSpec, base: Base) -> list[int]:
-    """Return the tokens whose rows are trained, sorted.
-
-    Raises:
-        ConfigError: one is not in the vocabulary, or the base has no row for it.
-    """
+    """Return the sorted ids of trained tokens; raises `ConfigError` for unknown ones."""
     wished = spec.trainable_token_indices
     if not wished:
         return []
@@ -85,11 +81,7 @@ def _token_ids(spec: LoraSpec, base: Base) -> list[int]:
 
 
 def check(spec: LoraSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
-    """Check that every pattern names a linear that is adapted.
-
-    Raises:
-        ConfigError: a key of `rank_pattern` or `alpha_pattern` would be ignored.
-    """
+    """Raise `ConfigError` if a key of `rank_pattern` or `alpha_pattern` matches no layer."""
     names = listing(dict.fromkeys(name.rpartition(".")[2] for name in sizes), 8)
     try:
         with ending_in(_SECONDS):
@@ -114,14 +106,14 @@ def check(spec: LoraSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
 
 
 def count(spec: LoraSpec, sizes: Mapping[str, tuple[int, int]]) -> int | None:
-    """Return r · (in + out) for every linear, None where a setting makes it another number."""
+    """Return the sum of r · (in + out), or None if a setting changes the count."""
     if spec.rank_pattern or spec.use_dora or spec.bias != "none" or spec.trainable_token_indices:
         return None
     return sum(spec.r * (fan_in + fan_out) for fan_in, fan_out in sizes.values())
 
 
 def describe(spec: LoraSpec) -> str:
-    """Return the settings in a line."""
+    """Return the settings in one line."""
     init, ratio = spec.init_lora_weights, spec.lora_plus_ratio
     forms = {
         "rsLoRA": spec.use_rslora,
@@ -134,7 +126,7 @@ def describe(spec: LoraSpec) -> str:
 
 
 def refuse_quantized(spec: LoraSpec, base: QuantizedCheckpoint) -> str | None:
-    """Return why LoRA cannot begin so on weights that were quantized before; None if it can."""
+    """Return why this initialization does not work on a quantized checkpoint, or None."""
     if base.kind == "none" and spec.init_lora_weights not in ("default", "gaussian"):
         return refuse_other_forms(spec, base)
     if spec.init_lora_weights == "loftq":
@@ -147,23 +139,23 @@ def refuse_quantized(spec: LoraSpec, base: QuantizedCheckpoint) -> str | None:
 
 
 def against_workers(spec: LoraSpec) -> str:
-    """Return what a forward pass changes in the model; empty if nothing."""
+    """Return the model state that a forward pass changes, or ""."""
     if spec.target_parameters:
         return "PEFT puts target_parameters into the model in each micro-batch"
     return ""
 
 
 def against_embeddings(spec: LoraSpec) -> str:
-    """Return why this LoRA cannot go on an embedding; empty if it can."""
+    """Return why this LoRA cannot adapt an embedding, or ""."""
     if spec.init_lora_weights in ("default", "gaussian"):
         return ""
     return f"the start {spec.init_lora_weights} is taken from linears. Use --init default"
 
 
 def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
-    """Return why an adapter of `config` cannot be merged and what to do, or None if it can."""
+    """Return why an adapter with `config` cannot be merged and what to do, or None."""
     start = str(config.get("init_lora_weights"))
-    if start.startswith(INSIDE_BASE):  # as PEFT alone saves it; ours are saved as plain LoRA
+    if start.startswith(INSIDE_BASE):  # saved by PEFT; ftlevel saves these as plain LoRA
         return (
             f"init_lora_weights is {start}: its start was taken out of the base's weights, and the "
             "file holds none of it. Write it as plain LoRA first, and merge that: ftlevel export "
@@ -176,18 +168,18 @@ def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
 
 
 def forget_start(config: Any) -> None:
-    """Set PEFT's start in `config` (mutated): how it began does not matter any more."""
+    """Reset the initialization in `config` (mutated), which does not affect a trained adapter."""
     config.init_lora_weights = True
 
 
 def find_rates(spec: LoraSpec) -> Rates:
-    """Return the rates, lower where a form of LoRA moves the weights further at the same rate."""
+    """Return the rates, lower for variants that change weights faster at the same rate."""
     share = 1.0
-    if spec.lora_plus_ratio:  # B learns at this many times the rate, so A at less
+    if spec.lora_plus_ratio:  # B has this multiple of the rate, so A needs less
         share /= math.sqrt(spec.lora_plus_ratio)
     kinds = {"decoder": 2e-3, "encoder-decoder": 3e-3}
     if spec.init_lora_weights in (*PISSA, "olora"):
-        share /= 2  # neither A nor B is small, so both move W from the start
+        share /= 2  # neither A nor B is small initially
         kinds["decoder"] = 6e-4
     return Rates(
         narrow=1e-3 * share,

@@ -1,7 +1,4 @@
-"""LoRA's rows of the table, a row a form of it, and where they do not work.
-
-LoRA+ (Hayou et al., 2024): B learns faster than A, by groups of the optimizer.
-"""
+"""Rows and rules of LoRA's variants, and the optimizer of LoRA+ (Hayou et al., 2024)."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ _LLAMA_7B = 19_988_480
 def _form(
     name: str, flags: str, trains: str, paper: str, fields: dict[str, Any], count: int = _LLAMA_7B
 ) -> MethodFacts:
-    """Return the row of a form of LoRA, which QLoRA has too."""
+    """Return the row of a LoRA variant, which QLoRA also supports."""
     return MethodFacts(
         name, "lora", f"--method lora {flags}", trains, MERGES, paper, count, fields, ("qlora",)
     )
@@ -121,14 +118,9 @@ RULES = (
 
 
 def build_optimizer(spec: LoraSpec, model: Any, arguments: Any) -> Any:
-    """Return LoRA+'s optimizer if a ratio is asked for; None leaves the choice to Trainer.
+    """Return LoRA+'s optimizer if `lora_plus_ratio` is set; None uses Trainer's default.
 
-    PEFT gives B, and every vector such as a head's bias, `lora_plus_ratio` times A's rate.
-
-    Args:
-        spec: the method's.
-        model: with a LoRA.
-        arguments: the run's `TrainingArguments`.
+    As in PEFT, B and all vectors, such as biases of heads, get `lora_plus_ratio` times A's rate.
     """
     if spec.lora_plus_ratio is None:
         return None

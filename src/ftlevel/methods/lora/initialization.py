@@ -1,12 +1,10 @@
-"""LoftQ (Li et al., 2023): LoRA begins as the best low-rank fit of what quantization took away.
+"""LoftQ and EVA initialization of LoRA.
 
-Algorithm 1 with one step on a base that is quantized already: s · B · A ≈ W - dequantize(Q), the
-truncated SVD of the residual, its singular values shared evenly between A and B. PEFT's own routine
-needs CUDA and leaves out the scale s.
+    LoftQ:  s · B · A ≈ W − dequantize(Q)      Li et al., 2023, algorithm 1 with one step
+    EVA:    A = top directions of the layer's inputs         Paischer et al., 2024
 
-EVA (Paischer et al., 2024): LoRA's A begins in the directions in which training rows vary most.
-
-One pass over batches of training rows gives each linear's inputs; ranks go where they explain most.
+LoftQ uses the truncated SVD of the residual, with singular values split evenly between A and B;
+PEFT's routine needs CUDA and omits the scale s. EVA distributes ranks by explained variance.
 """
 
 from __future__ import annotations
@@ -21,13 +19,10 @@ from ftlevel.models.hardware import autocast
 
 @torch.no_grad()
 def start_from_residual(model: Any, weight_of: Callable[[str], torch.Tensor]) -> None:
-    """Set A and B of every LoRA on a 4-bit linear of `model` (mutated).
+    """Set A and B of every LoRA on a 4-bit linear layer of `model`, a fresh `PeftModel` (mutated).
 
-    Afterwards its config says the default start, as whoever loads the adapter has nothing to redo.
-
-    Args:
-        model: a `PeftModel` with one LoRA, fresh.
-        weight_of: name of a linear in the base → its weight (out, in) before quantization.
+    `weight_of` returns the unquantized weight `(out, in)` of a layer. Afterwards the config has the
+    default initialization, so that loading the adapter does not repeat it.
     """
     import bitsandbytes as bnb
     from peft.tuners.lora import Linear4bit
@@ -47,9 +42,9 @@ def start_from_residual(model: Any, weight_of: Callable[[str], torch.Tensor]) ->
 
 
 def factor(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A (rank, in) and B (out, rank) whose product is the best fit of `matrix` (out, in).
+    """Return A `(rank, in)` and B `(out, rank)`, the best low-rank fit of `matrix` `(out, in)`.
 
-    By the eigenvectors of the smaller Gram matrix in float64, which takes a tenth of an SVD's time.
+    Uses eigenvectors of the smaller Gram matrix in float64, about ten times faster than an SVD.
     """
     rows, columns = matrix.shape
     if rows < columns:
@@ -58,20 +53,14 @@ def factor(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]
     exact = matrix.double()
     squares, vectors = torch.linalg.eigh(exact.T @ exact)
     top = vectors[:, -rank:].flip(1)
-    root = squares[-rank:].flip(0).clamp_min(1e-30).sqrt().sqrt()  # of the singular values
+    root = squares[-rank:].flip(0).clamp_min(1e-30).sqrt().sqrt()  # root of singular values
     return (top * root).T.float(), ((exact @ top) / root).float()
 
 
 def start_from_data(model: Any, batches: Any, device: str, dtype: str) -> None:
-    """Set A, ranks and scales of every LoRA of `model` (mutated) from the inputs on `batches`.
+    """Set A, ranks and scales of every LoRA of `model` (mutated) from its inputs on `batches`.
 
-    Afterwards its config says the default start, as whoever loads the adapter has nothing to redo.
-
-    Args:
-        model: a `PeftModel` with one LoRA, fresh.
-        batches: of training rows, as `StartInputs.batches` gives them.
-        device: torch device type.
-        dtype: compute precision's name.
+    Afterwards the config has the default initialization, so loading does not repeat it.
     """
     from peft import initialize_lora_eva_weights
 
@@ -95,5 +84,5 @@ def _forward(model: Any, batch: dict[str, torch.Tensor]) -> Any:
 
 
 def _supervised_positions(batch: dict[str, torch.Tensor], _: Any) -> torch.Tensor:
-    """Return (n, 2) positions of tokens that are real and, in generation, supervised."""
+    """Return `(n, 2)` positions of supervised tokens."""
     return batch["supervised"].nonzero()

@@ -1,9 +1,10 @@
-"""LoRA's update as plain LoRA on the untouched base: s · B · A, whatever s is made of.
+"""LoRA's update as plain LoRA on the unchanged base.
 
-The scale s is alpha / r, or alpha / √r with rsLoRA (Kalajdzievski, 2023), each by the patterns of a
-module. A start inside the base (PiSSA, OLoRA) leaves W − s · B₀A₀ behind, so the update of W itself
-is s · (BA − B₀A₀), of rank 2r. A trained row of an embedding is a one in A at its token, and the
-row's change in B; an output layer that shares the weight changes by the same, transposed.
+    ΔW = s · B · A,  s = alpha / r, or alpha / √r with rsLoRA (Kalajdzievski, 2023)
+
+With PiSSA or OLoRA the base is W − s · B₀A₀, so the update of W is s · (BA − B₀A₀), of rank 2r. A
+trained embedding row is a one-hot row in A and the row's change in B; a tied output layer gets the
+transpose.
 """
 
 from __future__ import annotations
@@ -41,11 +42,7 @@ _TOKENS = "token_adapter.trainable_tokens_delta"
 
 
 def as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Return the update of every module that LoRA adapts.
-
-    Raises:
-        InputError: it is of a form that plain LoRA has not.
-    """
+    """Return the update of every adapted module; raises `InputError` for other LoRA variants."""
     _check_form(file)
     found = {name: _fold(file, name, "lora_A.weight", "lora_B.weight")
              for name in file.names("lora_A.weight")}  # fmt: skip
@@ -113,10 +110,7 @@ def _ranks(found: dict[str, Factors]) -> str:
 
 
 def _with_start(file: AdapterFile, name: str, own: Factors) -> Factors:
-    """Return the update of the untouched weight: the start, which PEFT took out of it, subtracted.
-
-    PEFT makes the start anew of the weight whenever it loads such an adapter; so it is made here.
-    """
+    """Return the update of the unchanged weight, minus PEFT's A₀ and B₀, recomputed here."""
     import torch
 
     weight = file.read_base(f"{name}.weight").float()
@@ -127,7 +121,7 @@ def _with_start(file: AdapterFile, name: str, own: Factors) -> Factors:
 
 
 def _start_of(weight: Any, config: Any, rank: int, scale: float) -> Factors:
-    """Return what PEFT takes out of `weight` (out, in) at the start of such a LoRA."""
+    """Return the factors that PEFT subtracts from `weight` `(out, in)` at initialization."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -148,15 +142,15 @@ def _start_of(weight: Any, config: Any, rank: int, scale: float) -> Factors:
 
 
 def token_rows(file: AdapterFile, end: str, indices: Any) -> dict[str, Factors]:
-    """Return trained rows of embeddings, called `end`, as an update of rank one a token.
+    """Return trained embedding rows as an update of rank one per token.
 
     Args:
         file: the adapter.
-        end: what its file calls them.
-        indices: the tokens, or module → tokens.
+        end: suffix of the tensors in the file.
+        indices: token ids, or module -> token ids.
 
     Raises:
-        InputError: a token is named twice.
+        InputError: token ids repeat or are missing in the config, or are not in the base.
     """
     import torch
 
@@ -168,7 +162,7 @@ def token_rows(file: AdapterFile, end: str, indices: Any) -> dict[str, Factors]:
             raise InputError(f"its config names the trained tokens of {name} twice or not at all")
         which = torch.tensor(short)
         (rows,) = file.take(name, end)
-        if name in shared:  # said with the embedding whose weight it has
+        if name in shared:  # handled with its tied embedding
             continue
         old = file.read_base(f"{name}.weight")
         if int(which.max()) >= len(old):

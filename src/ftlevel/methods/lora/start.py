@@ -1,14 +1,10 @@
-"""How LoRA begins where that is not PEFT's default: inside the base, from its rows, from its loss.
+"""LoRA initializations other than PEFT's default, and saving of PiSSA and OLoRA.
 
-PiSSA and OLoRA are PEFT's, and saved in another form (`inside_base`); LoftQ and EVA are set after
-PEFT has put a plain LoRA onto the model.
+    W_res = W − s · B₀A₀,   W_res + s · BA = W + s · [B | −B₀] · [A; A₀]
 
-LoRA that begins inside the base's weights (PiSSA, OLoRA), and its form for the untouched base.
-
-These take A₀ and B₀ out of W and train on what is left, W_res = W − s · B₀A₀. Trained, the weight
-is W_res + s · BA = W + s · [B | −B₀] · [A; A₀]: a plain LoRA of rank 2r on W itself, the conversion
-of `peft.LoraModel.subtract_mutated_init` (PiSSA, Meng et al., 2024, appendix C). PEFT's own way to
-it leaves out the heads, so the tensors are put together here.
+PiSSA and OLoRA train on W_res; saved is a plain LoRA of rank 2r on W (PiSSA, Meng et al., 2024,
+appendix C; `peft.LoraModel.subtract_mutated_init`). PEFT's conversion omits the heads, so it is
+done here. LoftQ and EVA are applied to a plain LoRA that PEFT has injected.
 """
 
 from __future__ import annotations
@@ -28,13 +24,13 @@ ADAPTER = "default"
 
 
 def starts_inside_base(model: Any) -> bool:
-    """Whether `model` has a LoRA whose start was taken out of the base's weights."""
+    """Return whether `model` has a LoRA whose initialization changed the base weights."""
     config = getattr(model, "peft_config", {}).get(ADAPTER)
     return getattr(config, "init_lora_weights", None) in INSIDE_BASE
 
 
 def copy_start(model: Any) -> dict[str, Any]:
-    """Return A₀ and B₀ of an untrained model by their names, empty if they do not matter."""
+    """Return A₀ and B₀ of an untrained model by name; empty if they are not needed."""
     if not starts_inside_base(model):
         return {}
     return {
@@ -46,11 +42,9 @@ def copy_start(model: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def as_plain_lora(model: Any, start: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
-    """Give the state dict to save; inside the block `model` has the config that belongs to it.
+    """Yield the state dict to save; within the block, `model` has the matching config.
 
-    Args:
-        model: the trained model.
-        start: what `copy_start` returned; empty leaves everything as it is, and gives None.
+    `start` comes from `copy_start`; if empty, nothing changes and None is yielded.
     """
     if not start:
         yield None
@@ -71,7 +65,7 @@ def as_plain_lora(model: Any, start: dict[str, Any]) -> Iterator[dict[str, Any] 
 
 
 def _doubled(config: Any) -> Any:
-    """Return the config of twice the rank and the same scale, with PEFT's default start."""
+    """Return the config with twice the rank, the same scale, and default initialization."""
     config = copy.deepcopy(config)
     # The scale is alpha / r, or alpha / sqrt(r) with rsLoRA.
     factor = math.sqrt(2) if config.use_rslora else 2
@@ -84,16 +78,12 @@ def _doubled(config: Any) -> Any:
 
 
 def rewrites_base(spec: LoraSpec) -> bool:
-    """Whether the start is taken out of the base's weights."""
+    """Return whether initialization changes the base weights."""
     return spec.init_lora_weights in INSIDE_BASE
 
 
 def precision(spec: LoraSpec, wish: str) -> Choice | None:
-    """Return float32 for a start inside the weights, which anything shorter would round.
-
-    Raises:
-        ConfigError: the user wants another.
-    """
+    """Return float32 for PiSSA and OLoRA; raises `ConfigError` if `wish` is another dtype."""
     if not rewrites_base(spec):
         return None
     init = spec.init_lora_weights
@@ -107,10 +97,7 @@ def precision(spec: LoraSpec, wish: str) -> Choice | None:
 
 
 def begin(model: Any, spec: LoraSpec, inputs: StartInputs) -> None:
-    """Give LoRA its start from the training rows (eva) or from the float weights (loftq; mutated).
-
-    For loftq the float model is held beside the quantized one until its start is set.
-    """
+    """Initialize LoRA from training rows (eva) or from float weights (loftq) (mutated)."""
     if spec.init_lora_weights == "loftq":
         from ftlevel.methods.lora.initialization import start_from_residual
 
@@ -122,7 +109,7 @@ def begin(model: Any, spec: LoraSpec, inputs: StartInputs) -> None:
 
 
 def default(spec: LoraSpec) -> LoraSpec:
-    """Return `spec` with PEFT's start: how it begins changes no count, and needs weights."""
+    """Return `spec` with PEFT's default initialization, for parameter counts without weights."""
     return spec.model_copy(update={"init_lora_weights": "default"})
 
 

@@ -1,8 +1,7 @@
-"""Prefix tuning: spec → `PrefixKvConfig`, a tuner of our own.
+"""Prefix tuning: builds `PrefixKvConfig` for a tuner of ftlevel.
 
-PEFT's goes through the key-value cache, which classification heads, encoders and gradient
-checkpointing do not have. config, layer, model and attention are a PEFT method as PEFT's own are;
-they import peft and are only imported when one is built or loaded.
+PEFT's prefix tuning uses the key-value cache, which classification heads, encoders and gradient
+checkpointing lack. The submodules import peft and are imported only when needed.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ are refused."""
 
 
 def register() -> None:
-    """Make PEFT know the tuner."""
+    """Register the tuner in PEFT."""
     from ftlevel.methods.prefix.model import PREFIX_KV, PrefixKvConfig, PrefixModel
 
     register_tuner(PREFIX_KV, PrefixKvConfig, PrefixModel)
@@ -46,33 +45,32 @@ def build(spec: PrefixSpec, base: Base) -> Any:
 
 
 def find_targets(_spec: PrefixSpec, model: Any) -> list[str]:
-    """Return the full names of the attentions of `model`, sorted."""
+    """Return the full names of the attention modules of `model`, sorted."""
     return sorted(find_attentions(model))
 
 
 def describe(spec: PrefixSpec) -> str:
-    """Return the settings in a line."""
+    """Return the settings in one line."""
     width = spec.encoder_hidden_size or ENCODER_WIDTH
     projection = f", by an MLP of width {width}" if spec.prefix_projection else ""
     return f"{spec.num_virtual_tokens} keys and values in front of every attention{projection}"
 
 
 def refuse(_spec: PrefixSpec, model_config: Any, _kind: str, _task: str, _quant: str) -> str | None:
-    """Return why a prefix cannot be put into a model, and what works; None if it can."""
+    """Return why the model does not support prefixes and what does, or None."""
     reason = why_no_prefix(model_config)
     return f"{reason}. Use --method prompt, or --method lora." if reason else None
 
 
 def finish(model: Any) -> None:
-    """Drop the MLP of a trained prefix (in place): the prefix is what it computes."""
+    """Replace the MLP of a trained prefix by its output (in place)."""
     model.base_model.fold(model.active_adapter)
 
 
 def find_rates(spec: PrefixSpec) -> Rates:
-    """Return the rates: P-tuning v2's range, which trains plain vectors too.
+    """Return the rates: P-tuning v2's, or lower ones for a projected prefix.
 
-    That is too much for the MLP of a projected prefix: where a row has one or two targets its tanh
-    saturates at 3e-3, and it learns nothing; where every token has one, at 1e-2.
+    The MLP's tanh saturates at 3e-3 with one or two targets per row, at 1e-2 with one per token.
     """
     if spec.prefix_projection:
         kinds = {"decoder": 1e-3, "encoder-decoder": 3e-3}

@@ -1,14 +1,11 @@
-"""Attention with a prefix: each query also sees P learned keys and values, whatever its position.
+"""Attention with P learned key-value pairs that every query can attend to.
 
-    out = softmax([q Kₚᵀ, q Kᵀ + bias] · scale) · [Vₚ; V]
+    out = softmax([q Kₚᵀ, q Kᵀ + bias] · scale) · [Vₚ; V]         Li & Liang, 2021, section 4.2
 
-(Li & Liang, 2021, section 4.2, where Kₚ and Vₚ are the activations of positions in front.) They
-stand in front along the key axis, inside the attention only: hidden states, positions, labels and
-the cache keep their lengths. They have no position: rotary keys are used as they are learned,
-relative biases are zero, and neither causal nor sliding masks hide them.
-
-Most families compute attention by a function that transformers looks up by name, which is where
-ours comes in. Two compute it themselves; what they do is written out here once more.
+The prefix is prepended on the key axis inside the attention only, so hidden states, positions,
+labels and the cache keep their lengths. It has no position: no rotary embedding, zero relative
+bias, and no causal or sliding mask. It is added through transformers' `AttentionInterface`; GPT-Neo
+and DeBERTa-v2 do not use that, so their attention is reimplemented here.
 """
 
 from __future__ import annotations
@@ -25,16 +22,16 @@ from ftlevel.models.upstream.architectures import eager_attention_of
 
 ATTENTION = "ftlevel_prefix"
 EAGER_ATTENTION = "ftlevel_prefix_eager"
-"""Names of our functions in transformers' `AttentionInterface`."""
+"""Names of ftlevel's functions in transformers' `AttentionInterface`."""
 WITH_PREFIX = {"sdpa": ATTENTION, "eager": EAGER_ATTENTION}
-"""The attention that a model has → ours, which computes the same behind a prefix."""
+"""Attention implementation -> ftlevel's equivalent with a prefix."""
 
 Prefix = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values, each (1, kv_heads, P, head_dim)."""
+"""Keys and values, each `(1, kv_heads, P, head_dim)`."""
 
 
 def register_attention() -> None:
-    """Make our functions known to transformers, each with the masks of what it stands in for."""
+    """Register the attention functions in transformers, with the masks of those they replace."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask, sdpa_mask
 
@@ -58,18 +55,17 @@ def attend(
     """Compute scaled dot-product attention over `prefix` and the keys.
 
     Args:
-        module: the attention, for the number of its groups.
-        query: (batch, heads, queries, head_dim), as rotated as it will be.
-        key: (batch, kv_heads, keys, head_dim), the cache's included.
-        value: likewise.
-        attention_mask: (batch, 1, queries, keys), true or 0 where a key is seen; None where all
-            are, or all that are not in the future.
-        prefix: learned keys and values; None leaves plain attention.
-        position_bias: (1, heads, queries, keys), T5's.
-        kwargs: what the model passes on.
+        module: the attention module, for its number of key-value groups.
+        query: `(batch, heads, queries, head_dim)`, after rotary embedding.
+        key: `(batch, kv_heads, keys, head_dim)`, including the cache.
+        value: same shape as `key`.
+        attention_mask: `(batch, 1, queries, keys)`, boolean or additive; None is causal or full.
+        prefix: learned keys and values; None computes plain attention.
+        position_bias: `(1, heads, queries, keys)` of T5.
+        kwargs: arguments of transformers' function.
 
     Returns:
-        (batch, queries, heads, head_dim), and None in place of the weights.
+        `(batch, queries, heads, head_dim)`, and None for the weights.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -87,8 +83,8 @@ def attend(
             attention_mask, (length, 0), value=attention_mask.dtype == torch.bool
         )
     elif is_causal and query.shape[2] > 1:
-        # As many queries in front as keys: the causal triangle, and the kernel that needs no mask,
-        # stay right. Their outputs are dropped.
+        # Prepend as many queries as keys, so the maskless causal kernel stays correct.
+        # Their outputs are dropped.
         in_front = length
         query = functional.pad(query, (0, 0, length, 0))
     if position_bias is not None:
@@ -110,21 +106,10 @@ def attend_eagerly(
     position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute attention over `prefix` and the keys as the model's own eager function does.
+    """Compute attention over `prefix` and the keys with the model's own eager function.
 
-    Args:
-        module: the attention.
-        query: as in `attend`, and so are `key`, `value`, `prefix` and `position_bias`.
-        key: see there.
-        value: see there.
-        attention_mask: (batch, 1, queries, keys), what is added to the scores; None where all keys
-            are seen.
-        prefix: see there.
-        position_bias: see there.
-        kwargs: what the model passes on.
-
-    Returns:
-        (batch, queries, heads, head_dim), and the weights: (batch, heads, queries, P + keys).
+    Arguments are as for `attend`, but `attention_mask` is additive. Returns
+    `(batch, queries, heads, head_dim)` and weights `(batch, heads, queries, P + keys)`.
     """
     if prefix is not None:
         length = prefix[0].shape[2]
@@ -145,7 +130,7 @@ def attend_eagerly(
 def _behind(
     prefix: Prefix, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and values with those of the prefix in front of them, in every row."""
+    """Return keys and values with the prefix prepended in every row."""
     key, value = (
         torch.cat([extra.to(states.dtype).expand(len(states), -1, -1, -1), states], dim=2)
         for extra, states in zip(prefix, (key, value), strict=True)
@@ -161,9 +146,9 @@ def attend_gpt_neo(
     layer_past: Any = None,
     **_kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what `GPTNeoSelfAttention.forward` does (transformers 5.24), with `prefix`.
+    """Reimplement `GPTNeoSelfAttention.forward` (transformers 5.24) with `prefix`.
 
-    Unscaled scores in float32; the module's buffer `bias` is its causal or local mask.
+    Logits are unscaled and in float32; the buffer `bias` is the causal or local mask.
     """
     shape = (*hidden_states.shape[:-1], module.num_heads, module.head_dim)
     query, key, value = (
@@ -196,10 +181,10 @@ def attend_deberta_v2(
     relative_pos: torch.Tensor | None = None,
     rel_embeddings: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Do what `DisentangledSelfAttention.forward` does (transformers 5.24), with `prefix`.
+    """Reimplement `DisentangledSelfAttention.forward` (transformers 5.24) with `prefix`.
 
-    Prefix keys have a content score only: content-to-position and position-to-content need a
-    distance, which they do not have (He et al., 2021, DeBERTa, equation 2).
+    Prefix keys have no position, so only the content-to-content term applies (He et al., 2021,
+    DeBERTa, equation 2).
     """
     heads = module.num_attention_heads
     source = hidden_states if query_states is None else query_states
@@ -230,9 +215,9 @@ OWN_ATTENTION: dict[str, Callable[..., Any]] = {
     f"{_MODELS}.gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention": attend_gpt_neo,
     f"{_MODELS}.deberta_v2.modeling_deberta_v2.DisentangledSelfAttention": attend_deberta_v2,
 }
-"""Attentions that do not ask `AttentionInterface`, by their full class names."""
+"""Attention classes that do not use `AttentionInterface`, by full class name."""
 
 
 def own_attention(module: nn.Module) -> Callable[..., Any] | None:
-    """Return the function that computes `module` with a prefix, if it does not ask for one."""
+    """Return the reimplementation for `module`, or None if it uses `AttentionInterface`."""
     return OWN_ATTENTION.get(f"{type(module).__module__}.{type(module).__qualname__}")

@@ -1,13 +1,9 @@
-"""One attention with its prefixes.
+"""Config, layer and tuner of prefix tuning.
 
-    plain:      K, V = the parameters, each (P, kv_heads · head_dim)
-    projected:  [K; V] = W₂ tanh(W₁ E),  E (P, hidden) and W₁ shared by all attentions of the model
+    plain:      K, V = parameters, each (P, kv_heads · head_dim)
+    projected:  [K; V] = W₂ tanh(W₁ E),  E (P, hidden) and W₁ shared by all attention modules
 
 (Li & Liang, 2021, sections 4.2 and 4.3.)
-
-The `peft` config of prefix tuning: what adapter_config.json holds.
-
-The tuner: puts a `PrefixLayer` around every attention of a model.
 """
 
 from __future__ import annotations
@@ -33,12 +29,12 @@ class PrefixKvConfig(PeftConfig):
     """Configuration of `PrefixModel`.
 
     Attributes:
-        num_virtual_tokens: keys and values that stand in front in each attention.
-        prefix_projection: compute them by an MLP; `PrefixModel.fold` turns them into plain ones.
-        encoder_hidden_size: width of that MLP.
-        target_modules: names of the attentions, or one regular expression; None is all of them.
-        exclude_modules: names or one regular expression that are left out.
-        modules_to_save: modules that are trained in full and saved with the adapter.
+        num_virtual_tokens: prefix length of each attention module.
+        prefix_projection: whether an MLP computes the prefix, until `PrefixModel.fold`.
+        encoder_hidden_size: hidden size of that MLP.
+        target_modules: attention module names or one regular expression; None selects all.
+        exclude_modules: excluded names or one regular expression.
+        modules_to_save: modules that are fully trained and saved.
     """
 
     num_virtual_tokens: int = field(default=20)
@@ -61,13 +57,9 @@ INIT_STD = 0.02
 
 
 class PrefixLayer(VirtualTokenLayer):
-    """An attention that sees the prefixes of its active adapters, one after the other.
+    """Attention module with the concatenated prefixes of its active adapters.
 
-    Several active adapters put theirs behind one another, as their keys have no order. Attributes
-    that the layer does not have are those of the attention, which it stands in for.
-
-    Args:
-        base_layer: the attention.
+    Missing attributes are looked up in the attention module `base_layer`.
     """
 
     base_layer: Any
@@ -89,7 +81,7 @@ class PrefixLayer(VirtualTokenLayer):
         self.prefix_kv_embedding = nn.ParameterDict()
         self.prefix_kv_hidden = nn.ModuleDict()
         self.prefix_kv_output = nn.ModuleDict()
-        # Which layer holds E and W₁; a plain dict, so that they are parameters of that one only.
+        # Layer that owns E and W₁; a plain dict, so they are registered only there.
         self.encoders: dict[str, PrefixLayer] = {}
         self.kv_heads, self.head_dim = kv_shape(base_layer)
 
@@ -102,7 +94,7 @@ class PrefixLayer(VirtualTokenLayer):
             return getattr(super().__getattr__("base_layer"), name)
 
     def add_plain(self, adapter_name: str, config: PrefixKvConfig) -> None:
-        """Add a prefix of plain keys and values, small and random."""
+        """Add a prefix of randomly initialized keys and values."""
         shape = (config.num_virtual_tokens, self.kv_heads * self.head_dim)
         for parameters in (self.prefix_kv_keys, self.prefix_kv_values):
             states = torch.empty(shape, device=device_of(self.base_layer), dtype=torch.float32)
@@ -111,13 +103,9 @@ class PrefixLayer(VirtualTokenLayer):
     def add_projected(
         self, adapter_name: str, config: PrefixKvConfig, encoder: PrefixLayer | None, hidden: int
     ) -> None:
-        """Add a prefix that an MLP computes.
+        """Add a prefix computed by an MLP.
 
-        Args:
-            adapter_name: its name.
-            config: its configuration.
-            encoder: the layer that holds E and W₁; None makes this that layer.
-            hidden: width of E.
+        `encoder` is the layer that owns E, of width `hidden`, and W₁; None creates them here.
         """
         device, width = device_of(self.base_layer), config.encoder_hidden_size
         if encoder is None:
@@ -131,7 +119,7 @@ class PrefixLayer(VirtualTokenLayer):
         )
 
     def compute(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the keys and values of one adapter, each (P, kv_heads · head_dim)."""
+        """Return the keys and values of one adapter, each `(P, kv_heads · head_dim)`."""
         if adapter_name in self.prefix_kv_keys:
             return self.prefix_kv_keys[adapter_name], self.prefix_kv_values[adapter_name]
         encoder = self.encoders[adapter_name]
@@ -141,7 +129,7 @@ class PrefixLayer(VirtualTokenLayer):
         return keys, values
 
     def fold(self, adapter_name: str, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Replace the MLP of one adapter by what it computes."""
+        """Replace the MLP of one adapter by the given keys and values."""
         for parameters, states in ((self.prefix_kv_keys, keys), (self.prefix_kv_values, values)):
             parameters[adapter_name] = nn.Parameter(states.detach().float().clone())
         for name in ("prefix_kv_embedding", "prefix_kv_hidden", "prefix_kv_output", "encoders"):
@@ -149,7 +137,7 @@ class PrefixLayer(VirtualTokenLayer):
                 del getattr(self, name)[adapter_name]
 
     def prefix_of(self, names: list[str]) -> Prefix:
-        """Return the keys and values of `names`, each (1, kv_heads, ΣP, head_dim)."""
+        """Return the keys and values of `names`, each `(1, kv_heads, ΣP, head_dim)`."""
         computed = [self.compute(name) for name in names]
         keys, values = (
             torch.cat(part).view(1, -1, self.kv_heads, self.head_dim).transpose(1, 2)
@@ -170,7 +158,7 @@ class PrefixLayer(VirtualTokenLayer):
 
 
 def kv_shape(attention: nn.Module) -> tuple[int, int]:
-    """Return how many heads the keys of an attention have, and their width."""
+    """Return the number of key heads of an attention module, and their width."""
     config = getattr(attention, "config", None)
     heads = _first(attention, ("n_heads", "num_heads", "num_attention_heads"))
     if heads is None and config is not None:
@@ -187,7 +175,7 @@ def kv_shape(attention: nn.Module) -> tuple[int, int]:
 
 
 def _first(module: nn.Module, names: tuple[str, ...]) -> int | None:
-    """Return the first of the attributes `names` that `module` has."""
+    """Return the first attribute in `names` that `module` has."""
     return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
 
@@ -195,18 +183,17 @@ _OURS = {ours: own for own, ours in WITH_PREFIX.items()}
 
 
 class PrefixModel(VirtualTokenTuner):
-    """Prefix tuning of a pretrained model, in all of its attentions.
+    """Prefix-tuning tuner for all attention modules of a model.
 
-    While it is on, the model computes attention by a function of ours, which calls that of the
-    implementation it was loaded with: "eager" returns its weights, with those of the prefix in
-    front, and "sdpa" has none. `unload` restores what was.
+    It switches the model to ftlevel's attention functions, which call the original implementation:
+    "eager" returns weights including the prefix, "sdpa" none. `unload` restores the original.
     """
 
     prefix: str = "prefix_kv_"
     tuner_layer_cls = PrefixLayer
 
     def find_modules(self) -> list[str]:
-        """Return the full names of all attentions."""
+        """Return the full names of all attention modules."""
         return find_attentions(self.model)
 
     def _pre_injection_hook(
@@ -215,7 +202,7 @@ class PrefixModel(VirtualTokenTuner):
         config: PrefixKvConfig,  # noqa: ARG002 - PEFT's signature
         adapter_name: str,  # noqa: ARG002 - PEFT's signature
     ) -> None:
-        """Remember the model's attention, and refuse one that ours could not stand in for."""
+        """Store the attention implementation; raise `ValueError` if it is unsupported."""
         reason = why_no_prefix(model.config)
         if reason:
             raise ValueError(f"{reason}. Use a method without a prefix, such as LoRA.")
@@ -225,7 +212,7 @@ class PrefixModel(VirtualTokenTuner):
                 f"prefix tuning cannot be used with attn_implementation={implementation!r}, only "
                 f"with {' or '.join(WITH_PREFIX)}. Load the model with 'sdpa'."
             )
-        # A config that another model with a prefix was made of names ours.
+        # A config reused from another model with a prefix names ftlevel's attention.
         self.attention_before = _OURS.get(implementation, implementation)
 
     def _create_and_replace(
@@ -253,7 +240,7 @@ class PrefixModel(VirtualTokenTuner):
         new_module: nn.Module,
         child: nn.Module,  # noqa: ARG002 - PEFT's signature
     ) -> None:
-        """Put `new_module` where `child` is; PEFT's own looks for a weight, which these lack."""
+        """Set `new_module` on `parent`; PEFT's version requires a weight."""
         setattr(parent, child_name, new_module)
 
     def _fill(self, layer: PrefixLayer, adapter_name: str, config: PrefixKvConfig) -> None:
@@ -267,25 +254,25 @@ class PrefixModel(VirtualTokenTuner):
         layer.add_projected(adapter_name, config, encoder, self._width())
 
     def _width(self) -> int:
-        """Return the width of what goes into an attention, and comes out of it."""
+        """Return the hidden size of the model."""
         width: int = self.model.config.get_text_config().hidden_size
         return width
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter, and let attentions that ask transformers for a function get ours."""
+        """Add an adapter and switch the model to ftlevel's attention functions if needed."""
         super().inject_adapter(*args, **kwargs)
         if any(own_attention(layer.base_layer) is None for layer in self.layers()):
             register_attention()
             self.model.set_attn_implementation(WITH_PREFIX[self.attention_before])
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; the last one gives the model back the attention it had."""
+        """Delete an adapter; after the last one, restore the original attention."""
         super().delete_adapter(adapter_name)
         if not self.peft_config:
             self._restore_attention()
 
     def unload(self) -> nn.Module:
-        """Return the base model without prefixes, with the attention it had."""
+        """Return the base model with its original attention."""
         model = super().unload()
         self._restore_attention()
         return model
@@ -296,10 +283,9 @@ class PrefixModel(VirtualTokenTuner):
 
     @torch.no_grad()
     def fold(self, adapter_name: str = "default") -> None:
-        """Replace the MLP of an adapter by the keys and values that it computes (in place).
+        """Replace the MLP of an adapter by the keys and values it computes (in place).
 
-        "Once training is complete, these reparametrization parameters can be dropped" (Li &
-        Liang, 2021, section 4.3).
+        See Li & Liang, 2021, section 4.3.
         """
         config = self.peft_config[adapter_name]
         if not config.prefix_projection:

@@ -1,4 +1,4 @@
-"""Which modules of a model are attentions, and whether a prefix can be put into them."""
+"""Find attention modules, and check whether a model supports prefixes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ _WRAPPED = ".base_layer"
 
 
 def find_attentions(model: Any) -> list[str]:
-    """Return the full names of the attentions of `model`: self-attention and cross-attention.
+    """Return the full names of all self- and cross-attention modules of `model`.
 
-    These are the innermost modules whose class is called an attention: in BERT
-    `attention.self`, which computes it, and not `attention`, which adds the residual.
+    These are the innermost modules with an attention class name, such as BERT's `attention.self`.
     """
     names = [name for name, part in model.named_modules() if "Attention" in type(part).__name__]
     innermost = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
@@ -19,7 +18,7 @@ def find_attentions(model: Any) -> list[str]:
 
 
 def why_no_prefix(config: Any) -> str | None:
-    """Return why no prefix can be put into the attention of a model of `config`, or None."""
+    """Return why a model with `config` does not support prefixes, or None."""
     from transformers import MODEL_MAPPING
 
     from ftlevel.methods.prefix.attention import OWN_ATTENTION

@@ -1,14 +1,8 @@
-"""Prompt tuning and P-tuning: spec → `SoftPromptConfig`, a tuner of our own.
+"""Prompt tuning and P-tuning: builds `SoftPromptConfig` for a tuner of ftlevel.
 
-PEFT's lengthens the sequence that heads, labels, pooling and `generate` see; ours hides the prompt
-from them. config, layout, layer and model are a PEFT method as PEFT's own are; they import peft and
-are only imported when one is built or loaded.
-
-Prompts that plain PEFT trained, put on as prompts of ours.
-
-PEFT 0.21 gives the prompt to every step of `generate` anew in transformers 5, whose caches have
-another name, and its logits are as long as prompt and text together. Its file holds the embeddings,
-of P-tuning those that its encoder gave; they are all that a prompt is.
+PEFT's tuner lengthens the sequence that heads, pooling and `generate` see; this one hides the
+prompt from them. `put_on` loads prompts trained with PEFT, whose files contain only the embeddings.
+The submodules import peft and are imported only when needed.
 """
 
 from __future__ import annotations
@@ -30,10 +24,10 @@ _KEY = "prompt_embeddings"
 
 
 def put_on(base: Any, directory: Path, name: str) -> Any:
-    """Return `base` with the prompt saved in `directory`, as an adapter called `name`.
+    """Return `base` with PEFT's prompt in `directory` as the adapter `name`.
 
     Raises:
-        InputError: it is not of a language model's whole input, or not of this base.
+        InputError: its task is not CAUSAL_LM, or it does not fit this base.
     """
     import torch
     from peft import get_peft_model
@@ -66,12 +60,12 @@ def put_on(base: Any, directory: Path, name: str) -> Any:
     return adapted.requires_grad_(False).eval()
 
 
-# These add to each layer's input what the ids of its tokens pick; a prompt has no ids.
+# These models add per-layer embeddings of token ids, which a prompt lacks.
 _READ_IDS_IN_LAYERS = frozenset({"gemma3n", "gemma3n_text", "gemma4", "gemma4_text"})
 
 
 def register() -> None:
-    """Make PEFT know the tuner, which is that of both methods."""
+    """Register the tuner of both methods in PEFT."""
     from ftlevel.methods.soft_prompt.layer import SOFT_PROMPT, SoftPromptConfig
     from ftlevel.methods.soft_prompt.model import SoftPromptModel
 
@@ -79,11 +73,7 @@ def register() -> None:
 
 
 def build_prompt(spec: PromptSpec, base: Base) -> Any:
-    """Return PEFT's config for prompt tuning of `base`.
-
-    Raises:
-        ValueError: the text to begin with is asked for, and there is no tokenizer.
-    """
+    """Return PEFT's config for prompt tuning; raises `ValueError` for text without a tokenizer."""
     ids = None
     if spec.prompt_tuning_init_text is not None:
         if base.tokenizer is None:
@@ -119,18 +109,18 @@ def _config(spec: PromptSpec | PTuningSpec, base: Base, **fields: Any) -> Any:
 
 
 def find_targets(_spec: Any, model: Any) -> list[str]:
-    """Return the full names of the stacks of `model` that a prompt is put in front of."""
+    """Return the full names of the layer stacks of `model` that get a prompt, sorted."""
     return sorted(find_stacks(model))
 
 
 def describe_prompt(spec: PromptSpec) -> str:
-    """Return the settings of prompt tuning in a line."""
+    """Return the settings of prompt tuning in one line."""
     begin = {"SAMPLE_VOCAB": "from the vocabulary", "TEXT": "from a text", "RANDOM": "random"}
     return f"{spec.num_virtual_tokens} virtual tokens, {begin[spec.prompt_tuning_init]} at first"
 
 
 def describe_p_tuning(spec: PTuningSpec) -> str:
-    """Return the settings of P-tuning in a line."""
+    """Return the settings of P-tuning in one line."""
     return (
         f"{spec.num_virtual_tokens} virtual tokens, computed by an "
         f"{spec.encoder_reparameterization_type}"
@@ -138,7 +128,7 @@ def describe_p_tuning(spec: PTuningSpec) -> str:
 
 
 def refuse(_spec: Any, model_config: Any, _kind: str, _task: str, _quant: str) -> str | None:
-    """Return why a model cannot have a prompt, and what works; None if it can."""
+    """Return why the model does not support soft prompts and what does, or None."""
     if model_config.model_type in _READ_IDS_IN_LAYERS:
         return (
             f"{model_config.model_type} reads the ids of its tokens again in every layer, and "
@@ -148,12 +138,12 @@ def refuse(_spec: Any, model_config: Any, _kind: str, _task: str, _quant: str) -
 
 
 def positions(spec: PromptSpec | PTuningSpec) -> int:
-    """Return how many of the model's positions the prompt takes."""
+    """Return the number of model positions that the prompt uses."""
     return spec.num_virtual_tokens
 
 
 def finish(model: Any) -> None:
-    """Drop the encoder of a trained prompt (in place): the prompt is what it computes."""
+    """Replace the encoder of a trained prompt by its output (in place)."""
     model.base_model.fold(model.active_adapter)
 
 
@@ -198,7 +188,7 @@ _P_TUNING = Method(
     refuse=refuse,
     positions=positions,
     finish=finish,
-    continued_as="prompt",  # what is saved are the embeddings, without the network
+    continued_as="prompt",  # the saved adapter has the embeddings only
     step=_STEP,
     merging=Merging(
         ("SOFT_PROMPT", "P_TUNING"), into_weights=False, why_not=lambda _: VIRTUAL_TOKENS

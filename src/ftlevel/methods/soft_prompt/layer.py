@@ -1,22 +1,11 @@
-"""One stack of layers, given a prompt of learned embeddings that its surroundings never see.
+"""Config, batch layout and layer of soft prompts.
 
-    inputs ← [prompt; embed(tokens)],   outputs ← those at the tokens
-
-(Lester et al., 2021, section 2.) The stack works on a sequence that is longer by the prompt; what
-comes out has the length of what went in, so heads, labels, spans and pooling are those of the base
-model. Both are done by hooks on the stack, which keeps its place and the names inside it. With
-P-tuning the prompt is the output of an encoder (Liu et al., 2021, section 3.2):
-
-    MLP:   W₃ relu(W₂ relu(W₁ E)),      LSTM:  W₂ relu(W₁ BiLSTM(E))
-
-Where a prompt stands in the rows of a batch, and how to put it in and take it out again.
-
+    inputs ← [prompt; embed(tokens)],  outputs ← those at the tokens  Lester et al., 2021, section 2
+    MLP:  W₃ relu(W₂ relu(W₁ E)),     LSTM:  W₂ relu(W₁ BiLSTM(E))    Liu et al., 2021, section 3.2
     [pad … pad] text₀ … textₖ₋₁ [prompt] textₖ … [pad … pad]
 
-The prompt follows the padding on the left, so that a row means the same in every batch: distances
-between prompt and text do not depend on how much padding there is.
-
-The `peft` config of soft prompts: what adapter_config.json holds.
+Hooks on the layer stack insert the prompt and remove its outputs, so heads, labels and pooling are
+those of the base model. The prompt follows left padding, so a row does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -37,12 +26,7 @@ from ftlevel.methods.virtual_tokens import VirtualTokenLayer
 
 @dataclass(frozen=True)
 class Layout:
-    """The place of a prompt in each row of a batch.
-
-    Attributes:
-        start: (batch,) index in front of which the prompt is put.
-        length: of the prompt, P.
-    """
+    """Position of a prompt of `length` in each row; `start` `(batch,)` is the insertion index."""
 
     start: torch.Tensor
     length: int
@@ -55,13 +39,10 @@ class Layout:
         length: int,
         tokens_before: int,
     ) -> Layout:
-        """Return the layout of a batch.
+        """Return the layout of a batch, where `tokens_before` tokens precede the prompt.
 
-        Args:
-            attention_mask: (batch, seq), nonzero for text; None where there is no padding.
-            rows: (batch, …), for the number of rows and their device.
-            length: of the prompt.
-            tokens_before: tokens of the text that come first.
+        `attention_mask` is `(batch, seq)`, or None without padding; `rows` gives batch size and
+        device.
         """
         if attention_mask is None:
             start = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
@@ -70,7 +51,7 @@ class Layout:
         return cls((first + tokens_before).clamp(max=attention_mask.shape[1]), length)
 
     def insert(self, states: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        """Put `prompt` (batch, P, …) into `states` (batch, seq, …): (batch, seq + P, …)."""
+        """Insert `prompt` `(batch, P, ...)` into `states` `(batch, seq, ...)`."""
         seq = states.shape[1]
         index = torch.arange(seq + self.length, device=states.device)
         beyond = index - self.start[:, None]
@@ -79,20 +60,20 @@ class Layout:
         return _pick(torch.cat([states, prompt], dim=1), source)
 
     def take_out(self, states: torch.Tensor) -> torch.Tensor:
-        """Return `states` (batch, seq + P, …) at the places of the text; (batch, seq, …)."""
+        """Remove the prompt: `(batch, seq + P, ...)` -> `(batch, seq, ...)`."""
         index = torch.arange(states.shape[1] - self.length, device=states.device)
         return _pick(states, index + self.length * (index >= self.start[:, None]))
 
     def extend_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Return a mask (batch, seq) with the prompt in it, which is always seen."""
+        """Return the mask `(batch, seq)` with ones for the prompt."""
         return self.insert(attention_mask, attention_mask.new_ones(len(self.start), self.length))
 
     def extend_types(self, token_type_ids: torch.Tensor) -> torch.Tensor:
-        """Return token types (batch, seq) with the prompt's, which is of type 0."""
+        """Return the token types `(batch, seq)` with type 0 for the prompt."""
         return self.insert(token_type_ids, token_type_ids.new_zeros(len(self.start), self.length))
 
     def extend_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Return positions (batch or 1, seq) with the prompt's, and what follows it moved on."""
+        """Return positions `(batch or 1, seq)` with the prompt's, and later ones shifted."""
         position_ids = position_ids.expand(len(self.start), -1)
         index = torch.arange(position_ids.shape[1], device=position_ids.device)
         at = self.start.clamp(max=position_ids.shape[1] - 1)[:, None]
@@ -103,7 +84,7 @@ class Layout:
 
 
 def _pick(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Return `states` (batch, n, …) at `index` (batch, m) of the second dimension."""
+    """Return `states` `(batch, n, ...)` at `index` `(batch, m)` of the second dimension."""
     rows = torch.arange(len(states), device=states.device)[:, None]
     return states[rows, index]
 
@@ -116,18 +97,18 @@ class SoftPromptConfig(PeftConfig):
     """Configuration of `SoftPromptModel`.
 
     Attributes:
-        num_virtual_tokens: length of the prompt.
-        tokens_before: tokens of the text that stand in front of the prompt; 1 keeps [CLS] first.
-        init_token_ids: tokens whose embeddings the prompt begins with, over and over if they are
-            fewer than it is long; None draws them from the vocabulary.
-        random_init: begin with small random vectors instead.
+        num_virtual_tokens: prompt length.
+        tokens_before: number of text tokens before the prompt; 1 keeps [CLS] first.
+        init_token_ids: tokens, repeated as needed, whose embeddings initialize the prompt; None
+            samples the vocabulary.
+        random_init: initialize with small random vectors instead.
         encoder: "none"; "MLP" or "LSTM" compute the prompt, until `SoftPromptModel.fold`.
-        encoder_hidden_size: width of the MLP or the LSTM; the embedding's if None.
+        encoder_hidden_size: hidden size of the encoder; None uses the embedding size.
         encoder_num_layers: layers of the LSTM.
         encoder_dropout: dropout between those layers.
-        target_modules: names of the stacks, or one regular expression; None finds them.
-        exclude_modules: names or one regular expression that are left out.
-        modules_to_save: modules that are trained in full and saved with the adapter.
+        target_modules: names of layer stacks or one regular expression; None finds them.
+        exclude_modules: excluded names or one regular expression.
+        modules_to_save: modules that are fully trained and saved.
     """
 
     num_virtual_tokens: int = field(default=20)
@@ -156,23 +137,19 @@ class SoftPromptConfig(PeftConfig):
 INIT_STD = 0.02
 
 Role = Literal["whole", "encoder", "decoder"]
-"""`whole` hides the prompt. An `encoder` shows it to the `decoder`, whose mask must know of it."""
+"""`whole` hides the prompt; an `encoder` exposes it to the `decoder`, which extends its mask."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What one prompt is beside its vectors."""
+    """Length and position of one prompt."""
 
     length: int
     tokens_before: int
 
 
 class SoftPromptLayer(VirtualTokenLayer):
-    """The prompts of a stack, which it is a part of; those of active adapters follow one another.
-
-    Args:
-        stack: what takes the tokens (given hooks).
-    """
+    """Concatenated prompts of the active adapters, registered inside `stack` with forward hooks."""
 
     adapter_layer_names = (
         "soft_prompt_embedding",
@@ -195,25 +172,25 @@ class SoftPromptLayer(VirtualTokenLayer):
         self.in_features = self.out_features = stack.get_input_embeddings().weight.shape[1]
         self.arguments = list(inspect.signature(stack.forward).parameters)
         self._layout: Layout | None = None
-        self._stack = [stack]  # in a list it is no child: it is the parent
+        self._stack = [stack]  # in a list, so that the parent is not a submodule
         self._hooks = [
             stack.register_forward_pre_hook(functools.partial(_before, self), with_kwargs=True),
             stack.register_forward_hook(functools.partial(_after, self)),
         ]
 
     def get_base_layer(self) -> Any:
-        """Return what the prompt stands beside: the embedding of tokens."""
+        """Return the token embedding."""
         return self._stack[0].get_input_embeddings()
 
     def leave(self) -> None:
-        """Take the hooks off the stack again."""
+        """Remove the hooks from the stack."""
         for hook in self._hooks:
             hook.remove()
 
     def add_prompt(
         self, adapter_name: str, config: SoftPromptConfig, stack: Any, role: Role
     ) -> None:
-        """Add a prompt; a decoder gets none, and is only told of its encoder's."""
+        """Add a prompt; a decoder only stores the settings of its encoder's prompt."""
         self.role = role
         self.settings[adapter_name] = Settings(config.num_virtual_tokens, config.tokens_before)
         if role == "decoder":
@@ -247,7 +224,7 @@ class SoftPromptLayer(VirtualTokenLayer):
             self.soft_prompt_out[name] = nn.Linear(hidden, width, device=device)
 
     def compute(self, name: str) -> torch.Tensor:
-        """Return the prompt of one adapter, (P, embedding)."""
+        """Return the prompt of one adapter, `(P, embedding)`."""
         states: torch.Tensor = self.soft_prompt_embedding[name]
         if name in self.soft_prompt_lstm:
             states = self.soft_prompt_lstm[name](states[None])[0][0]
@@ -257,7 +234,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return self.soft_prompt_out[name](states) if name in self.soft_prompt_out else states
 
     def fold(self, name: str) -> None:
-        """Replace the encoder of one adapter by what it computes."""
+        """Replace the encoder of one adapter by its output."""
         if name not in self.soft_prompt_out:
             return
         self.soft_prompt_embedding[name] = nn.Parameter(self.compute(name).detach().float())
@@ -271,16 +248,16 @@ class SoftPromptLayer(VirtualTokenLayer):
                 del modules[name]
 
     def running(self) -> list[str]:
-        """Return the names of the adapters that a forward pass goes through."""
+        """Return the active adapters of this layer."""
         if self.disable_adapters:
             return []
         return [name for name in self.active_adapters if name in self.settings]
 
     def before(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what the stack is called with: the longer sequence.
+        """Return the stack's arguments for the longer sequence, or None.
 
         Raises:
-            ValueError: a mask of four dimensions, into which the prompt cannot be put.
+            ValueError: the attention mask is not `(batch, seq)`.
         """
         self._layout = None
         names = self.running()
@@ -298,7 +275,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return (), call
 
     def after(self, output: Any) -> Any:
-        """Return the output of the stack without what stands at the prompt."""
+        """Return the output of the stack without the prompt's positions."""
         layout, self._layout = self._layout, None
         return output if layout is None else _take_out(layout, output)
 
@@ -314,7 +291,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return Layout.find(mask, rows, length, self.settings[names[0]].tokens_before)
 
     def _put_in(self, names: list[str], stack: Any, call: dict[str, Any]) -> Layout:
-        """Turn the arguments of a call into those of the longer sequence (mutated)."""
+        """Insert the prompts into the arguments of a call (mutated)."""
         embedded = call.get("inputs_embeds")
         if embedded is None:
             embedded = stack.get_input_embeddings()(call["input_ids"])
@@ -332,7 +309,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return layout
 
     def _continue(self, names: list[str], call: dict[str, Any]) -> None:
-        """Tell a call that follows a cache of the prompt in it (mutated)."""
+        """Extend mask and positions of a call whose cache contains the prompt (mutated)."""
         mask = call.get("attention_mask")
         if mask is not None:
             call["attention_mask"] = self._find_layout(names, mask, mask).extend_mask(mask)
@@ -342,7 +319,7 @@ class SoftPromptLayer(VirtualTokenLayer):
             )
 
     def _extend_encoder_mask(self, names: list[str], call: dict[str, Any]) -> None:
-        """Let a decoder see the prompt among the states of its encoder (mutated)."""
+        """Extend the decoder's encoder mask by the prompt (mutated)."""
         mask = call.get("encoder_attention_mask")
         if mask is not None:
             call["encoder_attention_mask"] = self._find_layout(names, mask, mask).extend_mask(mask)
@@ -359,7 +336,7 @@ def _after(layer: SoftPromptLayer, _stack: Any, _args: tuple[Any, ...], output: 
 
 
 def _take_out(layout: Layout, output: Any) -> Any:
-    """Return the output of a stack without what stands at the prompt."""
+    """Return the output of a stack without the prompt's positions."""
     if isinstance(output, tuple):
         return (layout.take_out(output[0]), *output[1:])
     output.last_hidden_state = layout.take_out(output.last_hidden_state)
@@ -369,12 +346,7 @@ def _take_out(layout: Layout, output: Any) -> Any:
 
 
 def _initial_prompt(embedding: Any, config: SoftPromptConfig) -> torch.Tensor:
-    """Return (P, embedding): embeddings of tokens, or small random vectors.
-
-    "Initializing from vocabulary" is far better than random up to a billion parameters, and equal
-    beyond (Lester et al., 2021, section 3.2 and figure 3b). An encoder begins with N(0, 1), as
-    `nn.Embedding` does.
-    """
+    """Return the initial prompt `(P, embedding)` from tokens (Lester et al., 2021) or at random."""
     count, weight = config.num_virtual_tokens, embedding.weight
     if config.encoder != "none":
         return torch.randn(count, weight.shape[1], device=weight.device)
@@ -385,6 +357,6 @@ def _initial_prompt(embedding: Any, config: SoftPromptConfig) -> torch.Tensor:
         ids = torch.tensor((config.init_token_ids * repeats)[:count])
     else:
         ids = torch.randint(weight.shape[0], (count,))
-    with torch.no_grad():  # by the module, which may scale what it looks up
+    with torch.no_grad():  # by calling the module, which may scale embeddings
         looked_up: torch.Tensor = embedding(ids.to(weight.device)).clone()
     return looked_up

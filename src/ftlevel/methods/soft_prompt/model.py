@@ -1,4 +1,4 @@
-"""The tuner: puts a `SoftPromptLayer` into the stack that takes a model's tokens."""
+"""Tuner that adds a `SoftPromptLayer` to a model's layer stack."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from ftlevel.methods.soft_prompt.stacks import find_stacks
 from ftlevel.methods.virtual_tokens import VirtualTokenTuner
 
 NAME = "soft_prompt"
-"""What a layer is called in its stack."""
+"""Attribute name of the layer in its stack."""
 
 
 class SoftPromptModel(VirtualTokenTuner):
-    """Prompt tuning and P-tuning of a pretrained model.
+    """Prompt tuning and P-tuning.
 
-    An encoder-decoder gets its prompt in the encoder, and the decoder attends to what the encoder
-    makes of it (Lester et al., 2021, section 2).
+    In an encoder-decoder the prompt is in the encoder, and the decoder attends to its states
+    (Lester et al., 2021, section 2).
     """
 
     prefix: str = "soft_prompt_"
     tuner_layer_cls = SoftPromptLayer
 
     def find_modules(self) -> list[str]:
-        """Return the full names of the stack, or of encoder and decoder.
+        """Return the full names of the layer stack, or of encoder and decoder.
 
-        PEFT cannot name a whole model: one without a head is named by the list of its layers.
+        A model without a head is named by its `ModuleList`, as PEFT cannot target the whole model.
         """
         lists = (n for n, part in self.model.named_modules() if isinstance(part, nn.ModuleList))
         return find_stacks(self.model) or [*lists][:1]
@@ -39,7 +39,7 @@ class SoftPromptModel(VirtualTokenTuner):
         state_dict: Any = None,  # noqa: ARG002 - PEFT would look for stacks among its keys
         **kwargs: Any,
     ) -> None:
-        """Add an adapter; see `BaseTuner`. The configuration says where, not a state dict."""
+        """Add an adapter; `state_dict` is ignored, as the config determines the targets."""
         super().inject_adapter(*args, **kwargs)
 
     def _create_and_replace(
@@ -52,11 +52,7 @@ class SoftPromptModel(VirtualTokenTuner):
         current_key: str,
         parameter_name: str | None = None,  # noqa: ARG002 - PEFT's signature
     ) -> None:
-        """Add a prompt to the stack `target`, which is not replaced (mutated).
-
-        Raises:
-            ValueError: it is none.
-        """
+        """Add a prompt to `target` (mutated); raises `ValueError` without input embeddings."""
         if isinstance(target, nn.ModuleList):
             target = self.model
         if not hasattr(target, "get_input_embeddings"):
@@ -83,11 +79,7 @@ class SoftPromptModel(VirtualTokenTuner):
 
     @torch.no_grad()
     def fold(self, adapter_name: str = "default") -> None:
-        """Replace the encoder of a prompt by what it computes (in place).
-
-        "In the inference, we only need the output embedding h and can discard the LSTM head" (Liu
-        et al., 2021, section 3.2).
-        """
+        """Replace the encoder of a prompt by its output (in place)."""
         for layer in self.layers():
             training = layer.training
             layer.eval()  # no dropout between the layers of an LSTM

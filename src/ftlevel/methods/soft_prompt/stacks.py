@@ -1,4 +1,4 @@
-"""Which module of a model takes its tokens: the stack of layers under the head."""
+"""Find the layer stacks that receive a model's tokens."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def find_stacks(model: Any) -> list[str]:
-    """Return the name of the stack under a model's head, or of its encoder and its decoder.
+    """Return the name of the stack below the head, or those of encoder and decoder.
 
-    The innermost one that takes tokens: heads of OPT go past `model` to `model.decoder`.
+    Returns the innermost module with input embeddings, such as OPT's `model.decoder`.
     """
     whole = getattr(model, "base_model_prefix", "")
     root = whole if whole and hasattr(model, whole) else ""
@@ -21,7 +21,7 @@ def find_stacks(model: Any) -> list[str]:
 
 
 def _takes_tokens(model: Any, name: str) -> bool:
-    """Whether there is such a module with an embedding of its own: BERT's `encoder` has none."""
+    """Return whether the module has its own input embeddings."""
     try:
         return hasattr(model.get_submodule(name), "get_input_embeddings")
     except AttributeError:

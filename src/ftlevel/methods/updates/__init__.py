@@ -1,1 +1,1 @@
-"""Methods that change every linear by a matrix, other than LoRA and AdaLoRA: a file each."""
+"""Methods other than LoRA and AdaLoRA that update every linear layer."""

@@ -1,4 +1,4 @@
-"""C³A: spec → `peft.C3AConfig`."""
+"""C³A: builds `peft.C3AConfig`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def build(spec: C3aSpec, base: Base) -> Any:
 
 
 def check(spec: C3aSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
-    """Check that blocks fill every linear."""
+    """Check that the block size divides every linear layer."""
     check_divides("block_size", spec.block_size, sizes, outputs=True)
 
 

@@ -1,4 +1,4 @@
-"""What several of these methods ask of the linears that they change."""
+"""Checks of linear layers that several methods share."""
 
 from __future__ import annotations
 
@@ -18,17 +18,7 @@ LINEARS_ONLY = Rule(
 def check_divides(
     field: str, size: int, sizes: Mapping[str, tuple[int, int]], *, outputs: bool = False
 ) -> None:
-    """Check that blocks fill every linear.
-
-    Args:
-        field: the spec's, of the blocks' side or number.
-        size: its value.
-        sizes: name of a linear → (in, out).
-        outputs: whether the output is cut into blocks too.
-
-    Raises:
-        ConfigError: one has a side that is no multiple.
-    """
+    """Raise `ConfigError` if `size` does not divide the (in, out) in `sizes`; out if `outputs`."""
     sides = {name: pair if outputs else pair[:1] for name, pair in sizes.items()}
     odd = {name: width for name, pair in sides.items() for width in pair if width % size}
     if not odd:

@@ -1,4 +1,4 @@
-"""GraLoRA: spec → `peft.GraloraConfig`."""
+"""GraLoRA: builds `peft.GraloraConfig` and converts adapters to plain LoRA."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def build(spec: GraloraSpec, base: Base) -> Any:
 
 
 def check(spec: GraloraSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
-    """Check that every linear can be cut into the blocks."""
+    """Check that every linear layer can be split into the blocks."""
     check_divides("gralora_k", spec.gralora_k, sizes, outputs=True)
 
 
 def as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Return the LoRAs of all blocks of every module as one product, of rank k · r.
+    """Return the LoRAs of all blocks of each module as one product, of rank k · r.
 
-    A of PEFT's file is (k, in / k, r), of which the j-th r / k columns go to the j-th block of the
-    output; its B is (k, r, out / k).
+    In PEFT's file A is `(k, in / k, r)`, where the j-th r / k columns belong to output block j;
+    B is `(k, r, out / k)`.
     """
     import torch
 
     k, r = int(file.config["gralora_k"]), int(file.config["r"])
     scale = file.config["alpha"] / (r + file.config["hybrid_r"])
-    diagonal: Any = torch.block_diag  # has no types
+    diagonal: Any = torch.block_diag  # untyped
     found = {}
     for name in file.names("gralora_A"):
         down, up = file.take(name, "gralora_A", "gralora_B")

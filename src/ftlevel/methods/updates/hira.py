@@ -1,4 +1,4 @@
-"""HiRA: spec → `peft.HiraConfig`."""
+"""HiRA: builds `peft.HiraConfig`."""
 
 from __future__ import annotations
 

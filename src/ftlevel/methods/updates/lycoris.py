@@ -1,4 +1,4 @@
-"""LoHa and LoKr: spec → `peft.LoHaConfig` and `peft.LoKrConfig`."""
+"""LoHa and LoKr: builds `peft.LoHaConfig` and `peft.LoKrConfig`, and converts adapters to LoRA."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def build_lokr(spec: LokrSpec, base: Base) -> Any:
 
 
 def loha_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Return s · (B₁A₁) ∘ (B₂A₂) of every module as one product, of rank r²: each pair of ranks."""
+    """Return s · (B₁A₁) ∘ (B₂A₂) of each module as one product of rank r²."""
     found = {}
     for name in file.names("hada_w1_a"):
         parts = file.take(name, "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -52,7 +52,7 @@ def loha_as_lora(file: AdapterFile) -> dict[str, Factors]:
 
 
 def lokr_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Return s · W₁ ⊗ W₂ of every module: the Kronecker products of both sides' factors."""
+    """Return s · W₁ ⊗ W₂ of each module as Kronecker products of the factors."""
     import torch
 
     names = {key.rpartition(".lokr_")[0] for key in file.tensors if ".lokr_w" in key}
@@ -67,11 +67,7 @@ def lokr_as_lora(file: AdapterFile) -> dict[str, Factors]:
 
 
 def _sides(file: AdapterFile, name: str, which: str) -> tuple[Any, Any]:
-    """Return B and A of one side of a Kronecker product, one of them the identity if it is whole.
-
-    Raises:
-        InputError: it is of a convolution.
-    """
+    """Return B and A of one Kronecker factor; for an undecomposed factor one is the identity."""
     import torch
 
     if f"{name}.{which}" not in file.tensors:

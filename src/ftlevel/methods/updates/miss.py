@@ -1,4 +1,4 @@
-"""MiSS: spec → `peft.MissConfig`."""
+"""MiSS: builds `peft.MissConfig` and converts adapters to plain LoRA."""
 
 from __future__ import annotations
 
@@ -26,11 +26,7 @@ def build(spec: MissSpec, base: Base) -> Any:
 
 
 def check(spec: MissSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
-    """Check that no linear has fewer inputs than groups of them are summed.
-
-    Raises:
-        ConfigError: PEFT would stop at it.
-    """
+    """Raise `ConfigError` if a linear layer has fewer inputs than r."""
     narrow = {name: fan_in for name, (fan_in, _) in sizes.items() if fan_in < spec.r}
     if narrow:
         name, width = min(narrow.items(), key=lambda item: item[1])
@@ -41,11 +37,7 @@ def check(spec: MissSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
 
 
 def as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Return MiSS (Kang and Yin, 2024): its block repeats along the input, so A adds every r-th.
-
-    Raises:
-        InputError: it is of a form whose update depends on the weight.
-    """
+    """Return MiSS as LoRA, where A sums every r-th input; raises `InputError` for `bat`."""
     import torch
 
     start = file.config.get("init_weights")

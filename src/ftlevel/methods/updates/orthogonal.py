@@ -1,4 +1,4 @@
-"""OFT and BOFT: spec → `peft.OFTConfig` and `peft.BOFTConfig`."""
+"""OFT and BOFT: builds `peft.OFTConfig` and `peft.BOFTConfig`."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def build_boft(spec: BoftSpec, base: Base) -> Any:
 
 
 def check_oft(spec: OftSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
-    """Check that blocks fill every linear; PEFT would change their size with a warning."""
+    """Check that the block size divides every linear layer; PEFT would adjust it with a warning."""
     check_divides("oft_block_size", spec.oft_block_size, sizes)
 
 
 def check_boft(spec: BoftSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
-    """Check that blocks fill every linear."""
+    """Check that the block size divides every linear layer."""
     check_divides("boft_block_size", spec.boft_block_size, sizes)
 
 

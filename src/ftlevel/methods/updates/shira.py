@@ -1,4 +1,4 @@
-"""SHiRA: spec → `peft.ShiraConfig`."""
+"""SHiRA: builds `peft.ShiraConfig`."""
 
 from __future__ import annotations
 
@@ -29,16 +29,12 @@ def build(spec: ShiraSpec, base: Base) -> Any:
 
 
 def forget_mask(config: Any) -> None:
-    """Have `config` (mutated) draw no places for linears without weights."""
+    """Make `config` (mutated) skip random masks for meta weights."""
     config.mask_fn = draw_shira_mask
 
 
 def check(spec: ShiraSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
-    """Check that every linear has as many weights as are to be trained.
-
-    Raises:
-        ConfigError: PEFT would stop at it.
-    """
+    """Raise `ConfigError` if a linear layer has too few weights for r."""
     room = {name: fan_in * fan_out // (fan_in + fan_out) for name, (fan_in, fan_out)
             in sizes.items()}  # fmt: skip
     small = [name for name, most in room.items() if most < spec.r]

@@ -1,4 +1,4 @@
-"""VeRA: spec → `peft.VeraConfig`."""
+"""VeRA: builds `peft.VeraConfig` and converts adapters to plain LoRA."""
 
 from __future__ import annotations
 
@@ -28,11 +28,7 @@ def build(spec: VeraSpec, base: Base) -> Any:
 
 
 def as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Return diag(b) · B · diag(d) · A of every module, of the shared A and B in the file.
-
-    Raises:
-        InputError: the file holds no shared matrices.
-    """
+    """Return diag(b) · B · diag(d) · A per module; raises `InputError` without shared A and B."""
     if not {"base_model.vera_A", "base_model.vera_B"} <= set(file.tensors):
         raise InputError(
             "its shared matrices are not in its file (save_projection was off). Load it with PEFT "
@@ -43,7 +39,7 @@ def as_lora(file: AdapterFile) -> dict[str, Factors]:
     for name in file.names("vera_lambda_b"):
         d, b = file.take(name, "vera_lambda_d", "vera_lambda_b")
         base = file.read_base(f"{name}.weight").shape
-        width = base[1] if base[0] == len(b) else base[0]  # a Conv1D is (in, out)
+        width = base[1] if base[0] == len(b) else base[0]  # Conv1D weights are (in, out)
         a = d.unsqueeze(-1) * shared_a[:, :width]
         found[name] = Factors(a, b.unsqueeze(-1) * shared_b[: len(b)])
     file.said.append("VeRA's vectors multiplied into its shared matrices")

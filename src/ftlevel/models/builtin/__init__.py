@@ -1,7 +1,6 @@
-"""The models inside the package, small enough to ship and named `builtin:NAME`.
+"""Models shipped with the package, named `builtin:NAME`.
 
-Each is a directory beside this file that transformers loads as it is. This room only knows where
-they are; it must not import torch or transformers.
+Each is a subdirectory in transformers' format. Must not import torch or transformers.
 """
 
 from __future__ import annotations
@@ -14,18 +13,14 @@ MODELS: tuple[str, ...] = ("tiny-llama",)
 
 
 def name_of(directory: Path) -> str:
-    """Return the name, `builtin:NAME`, of the built-in model in `directory`; empty for others."""
+    """Return `builtin:NAME` of the built-in model in `directory`, or ""."""
     own = Path(__file__).resolve().parent
     place = directory.resolve()
     return f"builtin:{place.name}" if place.parent == own and place.name in MODELS else ""
 
 
 def model_path(name: str) -> Path:
-    """Return the directory of the built-in model `name`, which is given without "builtin:".
-
-    Raises:
-        InputError: there is no such model, or the installation lacks its weights.
-    """
+    """Return the directory of `builtin:name`; raises `InputError` if unknown or incomplete."""
     if name not in MODELS:
         raise InputError(
             f"builtin:{name}: no such model in ftlevel.{did_you_mean(name, MODELS)}"

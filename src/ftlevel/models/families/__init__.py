@@ -1,7 +1,6 @@
-"""The families of models that ftlevel knows by name, and how to find one.
+"""Table of known model families.
 
-A static table: no model, no configuration file and neither torch nor transformers is needed to
-answer. A test holds every line of it against the modules that transformers really builds.
+Needs neither torch nor transformers. A test compares each entry with transformers' modules.
 """
 
 from __future__ import annotations
@@ -29,16 +28,12 @@ _INDEX: dict[str, Family] = {
 
 
 def lookup_family(name: str) -> Family | None:
-    """Return the family of a `model_type` or an alias, in any case, with dashes or underscores."""
+    """Return the family of a `model_type` or alias, ignoring case and dashes, or None."""
     return _INDEX.get(_fold(name))
 
 
 def find_family(name: str) -> Family:
-    """Return the family called `name`.
-
-    Raises:
-        InputError: no family has that name; the message has the nearest ones and the list.
-    """
+    """Return the family `name`; raises `InputError`, which lists similar names, if unknown."""
     family = lookup_family(name)
     if family is not None:
         return family

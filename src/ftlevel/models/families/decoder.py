@@ -1,4 +1,4 @@
-"""The decoder-only families: Llama and those that share its names, GPT-2 and its descendants."""
+"""Decoder-only families: Llama-like and GPT-like models."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _llama_like(
     example: Example | None = None,
     note: str = "",
 ) -> Family:
-    """Build a family that keeps Llama's tree and differs in what is given."""
+    """Build a family that differs from Llama in the arguments."""
     return replace(
         _LLAMA,
         name=name,
@@ -218,7 +218,7 @@ def _gpt_like(
     aliases: tuple[str, ...] = (),
     example: Example | None = None,
 ) -> Family:
-    """Build a family with GPT-2's outer tree, `transformer.h.{i}`."""
+    """Build a family with GPT-2's module tree, `transformer.h.{i}`."""
     return Family(
         name=name,
         kind="decoder",

@@ -1,4 +1,4 @@
-"""The encoder families: BERT and its descendants."""
+"""Encoder families: BERT-like models."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _bert_like(
     aliases: tuple[str, ...] = (),
     example: Example | None = None,
 ) -> Family:
-    """Build a family with BERT's outer tree, `PREFIX.encoder.layer.{i}`."""
+    """Build a family with BERT's module tree, `PREFIX.encoder.layer.{i}`."""
     return Family(
         name=name,
         kind="encoder",

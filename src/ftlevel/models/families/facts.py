@@ -1,7 +1,6 @@
-"""The words in which the family tables are written: linears, stacks, heads, sizes.
+"""Types of the family tables: linear layers, stacks, heads and sizes.
 
-Nothing here or in the tables imports torch or transformers: `ftlevel list-targets llama` answers
-from them before either could be loaded.
+Imports neither torch nor transformers, so that `ftlevel list-targets llama` is fast.
 """
 
 from __future__ import annotations
@@ -18,13 +17,9 @@ FLOAT32_BYTES = 4
 
 @dataclass(frozen=True)
 class Dims:
-    """The sizes of one released model, named as in its paper.
+    """Sizes of a released model; `kv_heads` 0 means `heads`, `head_dim` 0 `hidden / heads`.
 
-    Attributes:
-        layers: the layers of the only stack, or of the encoder.
-        decoder_layers: the layers of the decoder of an encoder-decoder.
-        kv_heads: the heads of keys and values; 0 means as many as `heads`.
-        head_dim: 0 means `hidden / heads`.
+    `layers` counts those of the only stack, or of the encoder.
     """
 
     hidden: int
@@ -37,12 +32,12 @@ class Dims:
 
     @property
     def head_size(self) -> int:
-        """The width of one head."""
+        """Width of one head."""
         return self.head_dim or self.hidden // self.heads
 
     @property
     def kv(self) -> int:
-        """The heads of keys and values."""
+        """Number of key-value heads."""
         return self.kv_heads or self.heads
 
 
@@ -50,11 +45,11 @@ HIDDEN = "hidden"
 FFN = "ffn"
 Q_WIDTH = "heads*head_dim"
 KV_WIDTH = "kv_heads*head_dim"
-FUSED_QKV = "q+k+v widths"  # those of the three linears that it replaces
+FUSED_QKV = "q+k+v widths"  # those of the three layers that it replaces
 THREE_HIDDEN = "3*hidden"
 TWO_FFN = "2*ffn"
 
-# Every width that a table may write, and its value.
+# Width names in the tables -> width.
 WIDTHS: dict[str, Callable[[Dims], int]] = {
     HIDDEN: lambda d: d.hidden,
     FFN: lambda d: d.ffn,
@@ -68,13 +63,9 @@ WIDTHS: dict[str, Callable[[Dims], int]] = {
 
 @dataclass(frozen=True)
 class BlockLinear:
-    """One linear of a block.
+    """A linear layer of a block; widths are keys of `WIDTHS`, `path` is relative to the block.
 
-    Attributes:
-        path: its name inside the block, as in `self_attn.q_proj`.
-        fan_in, fan_out: its widths, keys of `WIDTHS`.
-        attention: whether it belongs to the attention.
-        only: which variants of the family have it; empty when all of them do.
+    `only` names the variants of the family that have it; empty for all.
     """
 
     path: str
@@ -86,13 +77,13 @@ class BlockLinear:
 
     @property
     def name(self) -> str:
-        """The last part of the path, which is what people type."""
+        """Last part of the path."""
         return self.path.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
 class ExpertTensor:
-    """One tensor that holds all experts of a block; PEFT reaches it by `target_parameters`."""
+    """Tensor with all experts of a block, for PEFT's `target_parameters`."""
 
     path: str
     fan_in: str
@@ -101,12 +92,9 @@ class ExpertTensor:
 
 @dataclass(frozen=True)
 class Stack:
-    """Blocks that repeat.
+    """Repeated blocks; `path` has `{i}` for the layer index.
 
-    Attributes:
-        path: the name of a block in the full model, `{i}` for the layer.
-        role: which size counts the blocks; `shared` is one block that all layers use.
-        norms: norm layers inside the block that have weights.
+    `role` is the size that counts the blocks; `shared` is one block for all layers.
     """
 
     path: str
@@ -118,7 +106,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Head:
-    """The modules on top of the base model for a task, as `modules_to_save` would name them."""
+    """Modules on top of the base model for a task, as in `modules_to_save`."""
 
     task: str
     modules: tuple[str, ...]
@@ -126,11 +114,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Example:
-    """A released model of the family, for a number that means something.
-
-    Attributes:
-        variants: the values of `BlockLinear.only` that this model has.
-    """
+    """A released model; `variants` are the `BlockLinear.only` values that it has."""
 
     name: str
     dims: Dims
@@ -139,13 +123,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Family:
-    """What is known of every model of one transformers `model_type`.
+    """Module names of all models of one transformers `model_type`.
 
     Attributes:
         name: the `model_type`.
-        aliases: names of models, or of other model types, that have exactly these modules.
-        attention_only: the shortest names that pick the attention's linears and nothing else.
-        outer_norms: norms outside the blocks and the heads, by their full names.
+        aliases: models or model types with the same modules.
+        attention_only: shortest names that select only the attention's linear layers.
+        outer_norms: full names of norms outside blocks and heads.
     """
 
     name: str
@@ -161,27 +145,23 @@ class Family:
 
     @property
     def default_targets(self) -> tuple[str, ...]:
-        """The linears that a low-rank method adapts when nothing is asked: all of the blocks."""
+        """Linear layers that low-rank methods adapt by default: all in the blocks."""
         names = (linear.name for stack in self.stacks for linear in stack.linears)
         return tuple(dict.fromkeys(names))
 
     @property
     def target_parameters(self) -> tuple[str, ...]:
-        """The expert tensors of a mixture of experts, as PEFT's `target_parameters` wants them."""
+        """Expert tensors for PEFT's `target_parameters`."""
         return tuple(expert.path for stack in self.stacks for expert in stack.experts)
 
 
 def lora_parameters(fan_in: int, fan_out: int, r: int) -> int:
-    """Count what LoRA adds to one linear: A is (r, in) and B is (out, r)."""
+    """Return the LoRA parameters of one linear layer: A is `(r, in)`, B is `(out, r)`."""
     return r * (fan_in + fan_out)
 
 
 def example_lora_parameters(family: Family, r: int) -> int:
-    """Count the trainable parameters of LoRA on all linears of the family's example.
-
-    Raises:
-        ValueError: the family has no example.
-    """
+    """Return the LoRA parameters of the family's example; raises `ValueError` if it has none."""
     if family.example is None:
         raise ValueError(f"{family.name} has no example")
     dims, variants = family.example.dims, family.example.variants

@@ -1,4 +1,4 @@
-"""The encoder-decoder families: T5 and BART, and those that share their names."""
+"""Encoder-decoder families: T5-like and BART-like models."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _translator(
     example: Example,
     embeddings: tuple[str, ...] = _BART_EMBEDDINGS,
 ) -> Family:
-    """Build a family with BART's blocks that has no classification heads."""
+    """Build a family with BART's blocks and no classification heads."""
     return replace(
         _BART,
         name=name,

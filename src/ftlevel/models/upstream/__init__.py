@@ -1,11 +1,8 @@
-"""What ftlevel uses of other libraries that they do not promise to keep, and where it was read.
+"""Internals of other libraries that ftlevel uses, and the source files where they are defined.
 
-Every private or undocumented name of transformers, torch, accelerate, bitsandbytes, datasets and
-torchao is used here and nowhere else; PEFT's stand in `methods/upstream.py`. `FACTS` has an entry
-for each, and tests/unit/models/test_upstream.py a canary, which fails when the name moves, takes
-other arguments or means something else. A test also looks for such names in all other modules.
-
-Importing this table imports none of the libraries; the modules beside it import what they need.
+Private names of transformers, torch, accelerate, bitsandbytes, datasets and torchao are used only
+in this package; PEFT's are in `methods/upstream.py`. Each has an entry in `FACTS` and a test in
+tests/unit/models/test_upstream.py. This module imports none of the libraries.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ VERSIONS = {
     "peft": "0.21.2",
     "torch": "2.13.0", "torchao": "0.18.0", "transformers": "5.24.0",
 }  # fmt: skip
-"""Library → the version that was read."""
+"""Library -> version on which `FACTS` is based."""
 
 FACTS = {
     "torch/_decomp/decompositions.py": {
@@ -133,4 +130,4 @@ FACTS = {
         "Trainer.model_accepts_loss_kwargs": "tells Trainer that our loss divides by them",
         "Trainer.current_gradient_accumulation_steps": "how many parts a step's loss comes in"},
 }  # fmt: skip
-"""File below site-packages → names, with their class → what for, there being no documented way."""
+"""File below site-packages -> internal name, with its class -> purpose."""

@@ -1,6 +1,6 @@
-"""What transformers knows of a class, a config or a model, and says to nobody.
+"""Undocumented attributes of transformers classes, configs and models.
 
-Which experts can be packed in 4 bits; imports no bitsandbytes.
+Imports no bitsandbytes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ attention_of = attrgetter("config._attn_implementation")
 unsaved_names = attrgetter("_keys_to_ignore_on_save")  # or None
 supports_sdpa = attrgetter("_supports_sdpa")
 tied_names = attrgetter("all_tied_weights_keys")
-"""Name of a tensor of a model → name of the one that it is."""
+"""Tied tensor name -> name of the tensor that it shares."""
 
 
 def model_classes(auto_class: str) -> Mapping[type, Any]:
-    """Return class of config → class of model, as `auto_class` chooses; Funnel has a tuple."""
+    """Return config class -> model class of `auto_class`; Funnel has a tuple."""
     import transformers
 
     classes: Mapping[type, Any] = getattr(transformers, auto_class)._model_mapping
@@ -28,14 +28,14 @@ def model_classes(auto_class: str) -> Mapping[type, Any]:
 
 
 def has_masked_lm(model_type: str) -> bool:
-    """Whether models of this type have a masked-LM head in transformers."""
+    """Return whether models of this type have a masked-LM head in transformers."""
     from transformers.models.auto import modeling_auto
 
     return model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def modules_in_float32(model: Any, dtype: torch.dtype) -> frozenset[str]:
-    """Return what stays in float32 when `model` is loaded in `dtype`: last parts of names."""
+    """Return name parts of the modules that stay in float32 when `model` is loaded in `dtype`."""
     if dtype == torch.float32:
         return frozenset()
     kept = set(model._keep_in_fp32_modules_strict or ())
@@ -45,25 +45,22 @@ def modules_in_float32(model: Any, dtype: torch.dtype) -> frozenset[str]:
 
 
 def is_stateful(model: Any) -> bool:
-    """Whether transformers says that a state goes from token to token."""
-    return bool(getattr(model, "_is_stateful", False))  # only its own classes have the mark
+    """Return whether transformers marks the model as recurrent."""
+    return bool(getattr(model, "_is_stateful", False))  # set only in transformers' own classes
 
 
 def asks_for_attention(model_class: Any) -> bool:
-    """Whether the module of `model_class` looks its attention up in `AttentionInterface`."""
+    """Return whether the class uses transformers' `AttentionInterface`."""
     return hasattr(sys.modules[model_class.__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
 def eager_attention_of(module: Any) -> Any:
-    """Return the function that computes `module`, an attention, where "eager" is asked for."""
+    """Return the "eager" attention function of an attention module."""
     return sys.modules[type(module).__module__].eager_attention_forward
 
 
 def forget_renaming(model: Any, mapping: Mapping[str, str]) -> None:
-    """Let `save_pretrained` write the names of the model's own class, which loads without help.
-
-    transformers keeps a `key_mapping` to write the names that it read.
-    """
+    """Make `save_pretrained` write the class's own names instead of `key_mapping`'s (mutated)."""
     model._weight_conversions = [
         conversion
         for conversion in model._weight_conversions
@@ -72,10 +69,7 @@ def forget_renaming(model: Any, mapping: Mapping[str, str]) -> None:
 
 
 def forget_gguf(model: Any) -> None:
-    """Make a model read from .gguf a plain one: its weights are dequantized already.
-
-    transformers leaves marks that make `save_pretrained` refuse.
-    """
+    """Remove .gguf quantization marks (mutated), with which `save_pretrained` refuses to run."""
     for holder, names in (
         (model, ("hf_quantizer", "quantization_method", "is_quantized")),
         (model.config, ("quantization_config",)),
@@ -86,7 +80,7 @@ def forget_gguf(model: Any) -> None:
 
 
 def llama3_frequencies(config: Any) -> torch.Tensor:
-    """Return the rotary frequencies of a `config` with rope_type llama3, `(width / 2,)`."""
+    """Return the rotary frequencies of a config with rope_type llama3, `(head_dim / 2,)`."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
@@ -94,29 +88,26 @@ def llama3_frequencies(config: Any) -> torch.Tensor:
 
 
 BLOCK = 64
-"""Weights that share a scale."""
+"""Number of weights that share a scale."""
 NAMES = ("gate_up_proj", "down_proj")
-"""The tensors of a module of experts, (experts, out, in)."""
+"""Tensors of a module of experts, `(experts, out, in)`."""
 
 _KIND = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
 
 def can_pack(module: Any) -> bool:
-    """Whether `module` holds experts that `forward` multiplies: gated, without biases.
-
-    Each expert's weights must fill blocks of their own, which share a scale.
-    """
+    """Return whether 4-bit packing supports the experts: gated, no biases, whole blocks."""
     held: dict[str, Any] = getattr(module, "_parameters", {})
     own = [held[name] for name in NAMES if held.get(name) is not None]
     if [tensor.dim() for tensor in own] != [3, 3]:
         return False
-    kind = [getattr(module, name, None) for name in _KIND]  # None where its forward is its own
+    kind = [getattr(module, name, None) for name in _KIND]  # None for a custom forward
     plain = kind == [True, False, False, False]
     return plain and all(tensor[0].numel() % BLOCK == 0 for tensor in own)
 
 
 def packable_experts(model: Any) -> Iterator[str]:
-    """Yield the names of the experts' tensors of `model` that are packed in 4 bits."""
+    """Yield the names of the expert tensors of `model` that can be packed in 4 bits."""
     for owner, module in model.named_modules():
         if can_pack(module):
             yield from (f"{owner}.{name}" for name in NAMES)

@@ -1,4 +1,4 @@
-"""How transformers translates between a checkpoint and a model, asked for a tensor at a time."""
+"""transformers' conversion of checkpoint tensors to model tensors, one at a time."""
 
 from __future__ import annotations
 
@@ -18,20 +18,11 @@ from transformers.core_model_loading import (
 )
 
 in_reading_order = partial(sorted, key=dot_natural_key)
-"""Names as transformers reads them: layer 2 before layer 10."""
+"""Sorts names as transformers does: layer 2 before layer 10."""
 
 
 class Naming:
-    """How the names of a checkpoint become those of a model, as `from_pretrained` loads it.
-
-    Args:
-        model: its class, on the meta device.
-        key_mapping: as `rename_prefix` gives it.
-
-    Attributes:
-        names: of the model's tensors, with them.
-        converters: pattern → what converts the tensors that match it.
-    """
+    """Mapping of checkpoint names to those of a meta model, as in `from_pretrained`."""
 
     def __init__(self, model: Any, key_mapping: Mapping[str, str] | None = None) -> None:
         self._model, self._mapping = model, dict(key_mapping or {})
@@ -42,18 +33,14 @@ class Naming:
         self.names = model.state_dict()
 
     def __call__(self, key: str) -> tuple[str, str | None]:
-        """Return the model's name for `key`, and the pattern by which it is converted.
-
-        The pattern is None where it is that tensor as it is; with one several tensors of the
-        checkpoint may make one of the model, as with experts.
-        """
+        """Return the model's name for `key`, and its converter pattern, if any."""
         name, pattern = rename_source_key(
             key, self._renamings, self._converters, self._model.base_model_prefix, self.names
         )
         return (key, None) if name not in self.names and key in self.names else (name, pattern)
 
     def tell_model(self) -> None:
-        """Tell the model which of the translations were used, as loading does (it is mutated)."""
+        """Store the conversions that were used in the model, as loading does (mutated)."""
         self._model._weight_conversions = [
             conversion
             for conversion in self._conversions
@@ -64,7 +51,7 @@ class Naming:
 def convert(
     converter: Any, name: str, parts: Iterable[tuple[str, str, torch.Tensor]], model: Any
 ) -> torch.Tensor:
-    """Return the model's tensor `name`, of names, patterns and tensors in reading order."""
+    """Return the model tensor `name` from (name, pattern, tensor) parts in reading order."""
     converter = copy.deepcopy(converter)
     for key, pattern, tensor in parts:
         converter.add_tensor(name, key, pattern, tensor)
@@ -73,12 +60,12 @@ def convert(
 
 
 def forget_conversions(model: Any) -> None:
-    """Let the tensors of `model` be saved under its own names (mutated)."""
+    """Make `save_pretrained` use the model's own names (mutated)."""
     model._weight_conversions = []
 
 
 def revert(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return what `save_pretrained` writes for the model's `tensors`."""
+    """Return the tensors that `save_pretrained` writes for the model's `tensors`."""
     if not model._weight_conversions:
         return tensors
     saved: dict[str, torch.Tensor] = revert_weight_conversion(model, tensors)

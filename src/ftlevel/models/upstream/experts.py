@@ -1,12 +1,7 @@
-"""Multiply tokens with packed experts: each is dequantized by itself, and again going backward.
+"""4-bit experts: a forward that dequantizes one expert at a time, and transformers' quantizer.
 
-Left to the parametrization, all experts of a block would be dequantized together, and autograd
-would hold them until the backward pass: the 16 bits that packing saves.
-
-transformers' 4-bit quantizer, which packs the experts of a mixture too, each as it is loaded.
-
-By transformers' own doors: a quantization config and a quantizer that are registered, and a forward
-of experts. A checkpoint is never stored so.
+The default parametrization dequantizes all experts of a block together and autograd keeps them
+until the backward pass. Checkpoints are never stored in this form.
 """
 
 from __future__ import annotations
@@ -29,26 +24,26 @@ from transformers.utils.quantization_config import QuantizationMethod
 from ftlevel.models.upstream.architectures import BLOCK, NAMES, can_pack
 
 IMPLEMENTATION = "ftlevel_packed"
-"""What `config._experts_implementation` is then."""
+"""Value of `config._experts_implementation`."""
 _EVEN = "ftlevel_packed_even"
 
 Count = Callable[[torch.Tensor, int], list[int]]
-"""Expert of each row, and the number of experts → rows of each."""
+"""(expert of each row, number of experts) -> rows per expert."""
 
 
 def count_rows(experts: torch.Tensor, number: int) -> list[int]:
-    """Return how many of the rows go to each of `number` experts; waits for the device."""
+    """Return the number of rows per expert; synchronizes with the device."""
     found: list[int] = torch.bincount(experts, minlength=number).tolist()
     return found
 
 
 def share_evenly(experts: torch.Tensor, number: int) -> list[int]:
-    """Return what `count_rows` would if all had as many rows: for tensors without numbers."""
+    """Return equal row counts, for tensors without values."""
     return [len(experts) * (i + 1) // number - len(experts) * i // number for i in range(number)]
 
 
 def state_of(module: Any, name: str) -> Any:
-    """Return bitsandbytes' `QuantState` of one tensor of packed experts."""
+    """Return bitsandbytes' `QuantState` of a packed expert tensor."""
     return module.parametrizations[name][0].quant_state
 
 
@@ -59,17 +54,14 @@ def forward(
     top_k_weights: torch.Tensor,
     count: Count = count_rows,
 ) -> torch.Tensor:
-    """Return what a block's packed experts make of its tokens, as transformers' own forward does.
+    """Return the output `(tokens, hidden)` of packed experts, as in transformers' own forward.
 
     Args:
-        self: the module of the experts.
-        hidden_states: (tokens, hidden).
-        top_k_index: (tokens, k), the experts of each token.
-        top_k_weights: (tokens, k), how much each of them counts.
-        count: how many rows each expert has.
-
-    Returns:
-        (tokens, hidden).
+        self: module of the experts.
+        hidden_states: `(tokens, hidden)`.
+        top_k_index: `(tokens, k)` experts of each token.
+        top_k_weights: `(tokens, k)` routing weights.
+        count: computes the rows per expert.
     """
     tokens, k = top_k_index.shape
     experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
@@ -85,8 +77,8 @@ def forward(
 
 
 def _multiply(module: Any, name: str, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Return the product of `rows`, sorted by their experts, with the tensor `name` of each."""
-    if not hasattr(module, "parametrizations"):  # tensors without numbers, in floating point
+    """Return the product of `rows`, sorted by expert, with each expert's tensor `name`."""
+    if not hasattr(module, "parametrizations"):  # unpacked tensors without values
         weights = getattr(module, name)
         made = [
             torch.nn.functional.linear(part, own)
@@ -105,7 +97,7 @@ def _multiply(module: Any, name: str, rows: torch.Tensor, counts: list[int]) -> 
 
 
 def _one_by_one(module: Any, name: str) -> Iterator[tuple[torch.Tensor, Any]]:
-    """Yield the packed weight (out · in / 2, 1) of each expert, and its state."""
+    """Yield the packed weight `(out · in / 2, 1)` and the state of each expert."""
     state = state_of(module, name)
     number, *shape = state.shape
     scales = state.absmax
@@ -122,7 +114,7 @@ def _one_by_one(module: Any, name: str) -> Iterator[tuple[torch.Tensor, Any]]:
 
 
 def use_even_shares(config: Any) -> None:
-    """Have the experts of a model with `config` (mutated), which has no numbers, share the rows."""
+    """Assume equal rows per expert for a model without values (`config` is mutated)."""
     config._experts_implementation = _EVEN
 
 
@@ -135,29 +127,25 @@ METHOD = "bitsandbytes_with_experts"
 
 @register_quantization_config(METHOD)
 class ExpertsConfig(BitsAndBytesConfig):
-    """4 bits for linears and for experts."""
+    """Config of 4-bit linear layers and experts."""
 
     def __init__(self, **settings: Any) -> None:
-        """Take the settings of `BitsAndBytesConfig`."""
+        """Accept the settings of `BitsAndBytesConfig`."""
         super().__init__(**settings)
         self.quant_method = METHOD
 
 
 @register_quantizer(METHOD)
 class ExpertsQuantizer(Bnb4BitHfQuantizer):
-    """Packs what `Bnb4BitHfQuantizer` packs, and experts.
-
-    Attributes:
-        states: name of an experts' tensor → what bitsandbytes needs to read its codes.
-    """
+    """4-bit quantizer that also packs experts; `states` has the `QuantState` of each."""
 
     def __init__(self, quantization_config: Any, **settings: Any) -> None:
-        """Take the config, and whatever transformers adds."""
+        """Accept the config and transformers' other settings."""
         super().__init__(quantization_config, **settings)
         self.states: dict[str, Any] = {}
 
     def param_needs_quantization(self, model: Any, param_name: str, **settings: Any) -> bool:
-        """Whether the tensor is a quantized linear's or of experts that can be packed."""
+        """Return whether the tensor belongs to a quantized linear layer or to packable experts."""
         owner, _, name = param_name.rpartition(".")
         if name in NAMES:
             module = model.get_submodule(owner)
@@ -166,15 +154,15 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         return needs
 
     def is_serializable(self) -> bool:
-        """Whether transformers may save the model: nothing reads packed experts back."""
+        """Return False: packed experts cannot be reloaded."""
         return False
 
     def get_quantize_ops(self) -> Any:
-        """Return what packs a tensor."""
+        """Return the operation that packs a tensor."""
         return _Pack(self, super().get_quantize_ops())
 
     def _process_model_after_weight_loading(self, model: Any, **settings: Any) -> Any:
-        """Have the packed experts multiplied by ours (`model` is mutated)."""
+        """Switch packed experts to ftlevel's forward (`model` is mutated)."""
         for name, state in self.states.items():
             owner, _, last = name.rpartition(".")
             module = model.get_submodule(owner)
@@ -185,18 +173,18 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
             module.parametrizations[last].original.quant_state = state_of(module, last)
         if self.states:
             model.set_experts_implementation(IMPLEMENTATION)
-        model.quantization_method = QuantizationMethod.BITS_AND_BYTES  # as other libraries ask
+        model.quantization_method = QuantizationMethod.BITS_AND_BYTES  # checked by other libraries
         return super()._process_model_after_weight_loading(model, **settings)
 
 
 class _Pack(ConversionOps):
-    """Packs one tensor: experts here, a linear's by transformers."""
+    """Packs expert tensors; passes linear layers on to transformers."""
 
     def __init__(self, quantizer: ExpertsQuantizer, linears: Any) -> None:
         self.quantizer, self.linears = quantizer, linears
 
     def convert(self, input_dict: dict[str, Any], **settings: Any) -> dict[str, torch.Tensor]:
-        """Return the packed tensors by their names."""
+        """Return the packed tensors by name."""
         config = self.quantizer.quantization_config
         made: dict[str, torch.Tensor] = {}
         for name, value in input_dict.items():

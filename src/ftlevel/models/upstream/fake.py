@@ -1,10 +1,8 @@
-"""Tensors without numbers, and the place where every operation on tensors passes.
+"""Tensors without values on a nominal CPU device, and hooks into tensor operations.
 
-torch has such tensors (`FakeTensorMode`), for compilers: what they check takes ten times as long,
-and a step is ten thousand operations. These say that they are on the CPU, so that autocast, SDPA's
-choice of a kernel and whoever asks for a device do what they do there, and compute with torch's
-tensors on the meta device. An operation on ordinary tensors alone is computed: layouts, masks and
-labels have their numbers.
+torch's `FakeTensorMode` is ten times slower, for checks that only compilers need. These tensors
+report the CPU, so autocast and SDPA behave as there, and compute shapes on the meta device.
+Operations on ordinary tensors are executed, so masks and labels have values.
 """
 
 from __future__ import annotations
@@ -31,19 +29,14 @@ _IDENTITIES = (torch.ops.aten.eye.default, torch.ops.aten.eye.m)
 
 
 class FakeTensor(torch.Tensor):
-    """A tensor on the CPU that has everything but numbers.
-
-    Attributes:
-        shape_only: the tensor on the meta device that it computes with; views share its storage.
-        places: of the numbers of a sparse tensor, which is here a dense one over their storage.
-    """
+    """CPU tensor without values; `shape_only` is its meta tensor, `places` has sparse indices."""
 
     shape_only: torch.Tensor
     places: torch.Tensor | None = None
 
     @staticmethod
     def __new__(cls, shape_only: torch.Tensor) -> FakeTensor:
-        """Return the fake of a tensor on the meta device."""
+        """Return the fake of a meta tensor."""
         fake: FakeTensor = torch.Tensor._make_wrapper_subclass(
             cls, shape_only.size(), strides=shape_only.stride(), dtype=shape_only.dtype,
             storage_offset=shape_only.storage_offset(), device=torch.device("cpu"),
@@ -52,14 +45,14 @@ class FakeTensor(torch.Tensor):
         return fake
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's
-        """Say what it would be."""
+        """Return shape and dtype."""
         return f"FakeTensor({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch declares what it is without one
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Compute the shapes that `func` gives, or know them of an operation that was alike."""
+        """Compute the result shapes of `func`, or reuse those of an equivalent operation."""
         if func in _OF_SPARSE and (made := _OF_SPARSE[func](*args)) is not None:
             return made
         named = {k: "meta" if k == "device" else v for k, v in (kwargs or {}).items()}
@@ -68,7 +61,7 @@ class FakeTensor(torch.Tensor):
         try:
             key = (func, _signature(args, given), _signature(tuple(named.items()), given))
             known = _KNOWN.get(key)
-        except TypeError:  # an argument that is no number, name or tensor
+        except TypeError:  # an unhashable argument
             known = key = None
         if known is not None:
             return known(given)
@@ -95,12 +88,11 @@ class FakeTensor(torch.Tensor):
 
 _How = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 _KNOWN: dict[Any, _How] = {}
-"""An operation, with shapes and types of its tensors and all else it is given → how to make what it
-gives. A step is thousands of operations, most of them alike: chunk by chunk, block by block."""
+"""Cache: operation with shapes, dtypes and other arguments -> function that builds its result."""
 
 
 def _new_sparse(_: int, __: int, size: Any, places: Any, values: Any, *___: Any) -> FakeTensor:
-    """Return a sparse tensor of `values`, whose gradient is dense: the meta device has neither."""
+    """Return a fake sparse tensor of `values`; the meta device does not support these."""
     return _over(_inner(values), size, places)
 
 
@@ -122,7 +114,7 @@ def _values_of(sparse: FakeTensor) -> FakeTensor:
 
 
 def _detached(tensor: FakeTensor) -> FakeTensor | None:
-    """Return a sparse tensor with its places, which live as long; another is left to torch."""
+    """Return a detached sparse tensor with its indices; None for other tensors."""
     places = getattr(tensor, "places", None)
     return None if places is None else _over(tensor.shape_only, tensor.size(), places)
 
@@ -133,13 +125,13 @@ _OF_SPARSE: dict[Any, Callable[..., FakeTensor | None]] = {
     torch.ops.aten._values.default: _values_of,
     torch.ops.aten.detach.default: _detached,
 }
-"""What a step does with a matrix that is zero but for a few places (SHiRA's)."""
+"""Operations on sparse matrices, which SHiRA uses."""
 
 _CHANGES_SHAPE = {torch.ops.aten.resize_.default, torch.ops.aten.set_.source_Tensor}
 
 
 def _signature(value: Any, given: list[torch.Tensor]) -> Any:
-    """Return what an argument's part in a result depends on, and add its tensors to `given`."""
+    """Return the cache key of an argument, and append its tensors to `given`."""
     if isinstance(value, torch.Tensor):
         given.append(value)
         same = next(at for at, one in enumerate(given) if one is value)
@@ -147,7 +139,7 @@ def _signature(value: Any, given: list[torch.Tensor]) -> Any:
                 isinstance(value, FakeTensor))  # fmt: skip
     if isinstance(value, list | tuple):
         return tuple(_signature(part, given) for part in value)
-    return type(value), value  # 1, 1.0 and True are equal, and not alike
+    return type(value), value  # 1, 1.0 and True are equal but differ in type
 
 
 def _inner(value: torch.Tensor) -> torch.Tensor:
@@ -159,9 +151,9 @@ def _find(value: torch.Tensor, among: Sequence[torch.Tensor]) -> int | None:
 
 
 def _how_made(made: torch.Tensor, inner: Sequence[torch.Tensor]) -> _How | None:
-    """Return how `made` comes of `inner`, all on the meta device; None if that is not plain."""
+    """Return a function that rebuilds `made` from `inner` (meta tensors), or None."""
     at = _find(made, inner)
-    if at is not None:  # written to
+    if at is not None:  # modified in place
         return lambda given: given[at]
     size, stride, offset = made.size(), made.stride(), made.storage_offset()
     storages = [one.untyped_storage()._cdata for one in inner]
@@ -182,17 +174,17 @@ def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def storage_of(tensor: torch.Tensor) -> Any:
-    """Return the storage that `tensor` shares with its views, of as many bytes as it would have."""
+    """Return the storage that `tensor` shares with its views, with its nominal size."""
     own = tensor.shape_only if isinstance(tensor, FakeTensor) else tensor
     return own.untyped_storage()
 
 
 class Params4bit(FakeTensor):
-    """Codes of packed weights, which PEFT tells from others by the name of their class."""
+    """Fake packed weights; PEFT checks for this class name."""
 
 
 class OperationWatch(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  # torch's
-    """Is told of every tensor that an operation makes inside the block, in this thread."""
+    """Dispatch mode that observes the results of tensor operations in this thread."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -202,18 +194,18 @@ class OperationWatch(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  
 
     @abstractmethod
     def made(self, tensor: torch.Tensor) -> None:
-        """Look at a result of an operation: new, a view, or what was written to."""
+        """Handle a result: a new tensor, a view, or a modified tensor."""
 
     def cast(self, tensor: torch.Tensor, result: torch.Tensor) -> None:
-        """Look at `result`, which is `tensor` in another precision, before `made` does."""
+        """Handle `result`, a cast of `tensor`, before `made`."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Compute `func`, and tell of its results."""
+        """Run `func` and report its results."""
         if func in _AT_INDEX:
             args = (args[0], list(_places(args[1])), *args[2:])
-        if func in _IDENTITIES:  # DoRA's, as wide as a linear: nobody reads its numbers
+        if func in _IDENTITIES:  # DoRA's identity matrix; its values are not read
             result: Any = new_fake((args * 2)[:2], (kwargs or {}).get("dtype") or torch.float32)
         else:
             result = func(*args, **(kwargs or {}))
@@ -226,10 +218,7 @@ class OperationWatch(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  
 
 
 def _places(indices: Any) -> Iterator[torch.Tensor | None]:
-    """Yield indices in which a mask has become the places that it marks.
-
-    A mask has numbers also where what it indexes is fake, and fake tensors would not look at them.
-    """
+    """Yield indices, with boolean masks, which have values, converted to positions."""
     for index in indices:
         if index is not None and index.dtype == torch.bool:
             yield from index.nonzero(as_tuple=True)
@@ -238,17 +227,14 @@ def _places(indices: Any) -> Iterator[torch.Tensor | None]:
 
 
 def fake_parameters(model: torch.nn.Module) -> None:
-    """Give `model` fake parameters and buffers on the CPU in place of its own (mutated).
-
-    What is shared stays shared.
-    """
+    """Replace parameters and buffers of `model` by fakes (mutated); tied ones stay tied."""
     made: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
         for own in (module._parameters, module._buffers):
             for name, tensor in own.items():
                 if tensor is None:
                     continue
-                if id(tensor) not in made:  # held, or its id would be another's
+                if id(tensor) not in made:  # kept alive, so that its id is not reused
                     made[id(tensor)] = (tensor, _fake(tensor))
                 own[name] = made[id(tensor)][1]
 
@@ -268,15 +254,9 @@ def new_fake(shape: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 def pack_fake(model: torch.nn.Module, dtype: torch.dtype, experts: Any = None) -> set[str]:
-    """Give the linears of bitsandbytes in `model` (mutated) fake packed weights.
+    """Replace weights of bitsandbytes layers in `model` by fake packed ones (mutated).
 
-    Args:
-        model: whose linears are bitsandbytes', with weights of any kind.
-        dtype: what packed weights are dequantized to.
-        experts: the `ExpertsConfig` by which experts are packed too; None where they are not.
-
-    Returns:
-        The names of the modules.
+    `dtype` is the dequantized dtype; `experts` is an `ExpertsConfig` or None. Returns module names.
     """
     import bitsandbytes as bnb
 
@@ -302,7 +282,7 @@ def pack_fake(model: torch.nn.Module, dtype: torch.dtype, experts: Any = None) -
 
 
 def _fake_state(shape: tuple[int, ...], kind: str, double: bool, dtype: torch.dtype) -> Any:
-    """A scale a block of 64; with double quantization that is a code as well."""
+    """Return a fake `QuantState` with blocks of 64, optionally doubly quantized."""
     from bitsandbytes.functional import QuantState
 
     blocks = -(-math.prod(shape) // 64)
@@ -318,7 +298,7 @@ def _fake_state(shape: tuple[int, ...], kind: str, double: bool, dtype: torch.dt
 
 
 def _fake_codes(state: Any) -> Any:
-    """Two codes a byte, as a parameter."""
+    """Return fake codes, two per byte, as a parameter."""
     shape = (-(-math.prod(state.shape) // 2), 1)
     weight: Any = Params4bit(torch.empty(shape, dtype=torch.uint8, device="meta"))
     weight.quant_state, weight._is_param = state, True
@@ -326,7 +306,7 @@ def _fake_codes(state: Any) -> Any:
 
 
 def _pack_experts(module: Any, dtype: torch.dtype, config: Any) -> None:
-    """Pack both tensors; each expert is given as many rows as any other."""
+    """Pack both expert tensors, with equal rows per expert."""
     from bitsandbytes.nn.parametrize import Bnb4bitParametrization
     from torch.nn.utils.parametrize import register_parametrization
 
@@ -343,7 +323,7 @@ def _pack_experts(module: Any, dtype: torch.dtype, config: Any) -> None:
 
 
 def _pack_8bit(module: Any) -> None:
-    """A byte a weight, a scale a row."""
+    """Set fake 8-bit weights with one scale per row."""
     shape = (module.out_features, module.in_features)
     weight = torch.nn.Parameter(new_fake(shape, torch.int8), requires_grad=False)
     weight.CB = weight.SCB = None  # type: ignore[attr-defined]
@@ -353,7 +333,7 @@ def _pack_8bit(module: Any) -> None:
 
 
 def packed_tensors(module: Any) -> Iterator[torch.Tensor]:
-    """Yield all that a module with fake packed weights holds of them."""
+    """Yield all tensors of a module's fake packed weights."""
     if hasattr(module, "parametrizations"):
         weights = [module.parametrizations[name].original for name in NAMES]
     else:

@@ -1,12 +1,8 @@
-"""What transformers, bitsandbytes and torchao do to a linear that they quantize.
+"""Internals of the bitsandbytes and torchao quantization of linear layers.
 
-bitsandbytes takes a second to import, so nothing here imports it where it is not in use.
-
-Weights in bitsandbytes' 4 bits of which each process reads and quantizes its own rows.
-
-A block of 64 numbers is scaled by its largest, so a part of a weight that begins and ends with a
-block has the codes that it has in the whole. The scales of all blocks are what every process needs
-to compute with the gathered codes; they are gathered once, before they are quantized themselves.
+bitsandbytes takes a second to import, so it is imported only if used. `PackedWeight` quantizes only
+the rows of its process: parts aligned to blocks of 64 have the same codes as in the whole weight.
+The scales of all blocks are gathered once.
 """
 
 from __future__ import annotations
@@ -26,7 +22,7 @@ from ftlevel.models.upstream.shards import StoredWeight, Unread, rows_of
 
 
 def check_environment(stored: Mapping[str, Any], place: str) -> None:
-    """Let transformers raise whatever forbids to load weights quantized as `stored` at `place`."""
+    """Raise transformers' error if weights quantized as `stored` cannot be loaded at `place`."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(dict(stored), pre_quantized=True)
@@ -34,7 +30,7 @@ def check_environment(stored: Mapping[str, Any], place: str) -> None:
 
 
 def prepare_quantized(model: Any, quantization: Any, *, pre_quantized: bool) -> Any:
-    """Replace the linears of `model` as transformers does (mutated); return what did it."""
+    """Replace linear layers of `model` as transformers does (mutated); return the quantizer."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=pre_quantized)
@@ -43,7 +39,7 @@ def prepare_quantized(model: Any, quantization: Any, *, pre_quantized: bool) -> 
 
 
 def replaced_linears(model: Any, quantization: Any, *, pre_quantized: bool) -> dict[str, bool]:
-    """Return the linears of `model` (mutated) that bitsandbytes' replace; was each a Conv1D?"""
+    """Return the layers of `model` (mutated) that bitsandbytes replaces -> whether a Conv1D."""
     from transformers.pytorch_utils import Conv1D
 
     prepare_quantized(model, quantization, pre_quantized=pre_quantized)
@@ -55,10 +51,10 @@ def replaced_linears(model: Any, quantization: Any, *, pre_quantized: bool) -> d
 
 
 def quantize_shape(model: Any, quantization: Any) -> None:
-    """Make of `model`, on the meta device, what loading it quantized gives (mutated): no codes.
+    """Quantize `model` on the meta device, without codes (mutated).
 
-    The linears that transformers puts in have float32 biases until they are loaded, and those of
-    4 bits weights that cannot be copied on the meta device, as DoRA does.
+    Biases get their loaded dtype, and 4-bit weights become plain parameters, because they cannot be
+    copied on the meta device, as DoRA does.
     """
     dtypes = {name: bias.dtype for name, bias in model.named_parameters() if name.endswith("bias")}
     quantizer = prepare_quantized(model, quantization, pre_quantized=False)
@@ -76,7 +72,7 @@ def quantize_shape(model: Any, quantization: Any) -> None:
 
 
 def torchao_linears(model: Any, quantization: Any) -> list[str]:
-    """Return the linears of `model` (mutated) that transformers would give to torchao."""
+    """Return the linear layers of `model` (mutated) that transformers quantizes with torchao."""
     quantizer = prepare_quantized(model, quantization, pre_quantized=False)
     return [
         name
@@ -89,7 +85,7 @@ def torchao_linears(model: Any, quantization: Any) -> list[str]:
 def pack_torchao(
     key: str, weight: torch.Tensor, quantization: Any
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return what is stored for the weight `key`, and what the file's metadata says of it."""
+    """Return the stored tensors of the weight `key`, and its entry in the file's metadata."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
     from torchao.quantization import quantize_
 
@@ -101,12 +97,10 @@ def pack_torchao(
 
 
 def keep_trainable_layout(model: torch.nn.Module) -> int:
-    """Stop 4-bit layers from repacking themselves for inference on AVX512-BF16 CPUs.
+    """Keep 4-bit layers trainable on AVX512-BF16 CPUs; return their number (mutated).
 
-    The first forward in eval mode without gradients makes `bitsandbytes.nn.Linear4bit` rewrite
-    its weight into a layout that has no autograd path: from then on training runs on with wrong
-    gradients, `dequantize` and merging read garbage, and nothing is said. This must follow every
-    load of 4-bit weights. Returns how many layers were set (mutated in place).
+    In eval mode without gradients, `bitsandbytes.nn.Linear4bit` repacks its weight into a layout
+    without autograd; gradients and merging are then silently wrong. Call after every 4-bit load.
     """
     bnb = sys.modules.get("bitsandbytes")
     if bnb is None:
@@ -118,14 +112,12 @@ def keep_trainable_layout(model: torch.nn.Module) -> int:
 
 
 def cast_unquantized(model: Any, dtype: torch.dtype) -> None:
-    """Bring what a bitsandbytes checkpoint has in floating point to `dtype` (`model` is mutated).
+    """Cast the unquantized tensors of a bitsandbytes model to `dtype` (mutated).
 
-    transformers 5.24 loads its weights in the type in which they are stored, and its biases in
-    `dtype`: BERT's float32 norms then refuse a bfloat16 input, and Llama's turn it into float32.
-    What has to stay in float32 does.
+    Modules that transformers keeps in float32 are not cast.
     """
     kept = modules_in_float32(model, dtype)
-    packed = sys.modules["bitsandbytes"].nn.Params4bit  # its storage may be a floating type
+    packed = sys.modules["bitsandbytes"].nn.Params4bit  # its storage may have a floating dtype
     for name, parameter in model.named_parameters():
         if isinstance(parameter, packed) or not parameter.is_floating_point():
             continue
@@ -134,14 +126,14 @@ def cast_unquantized(model: Any, dtype: torch.dtype) -> None:
 
 
 def four_bit_values(quant_type: str) -> torch.Tensor:
-    """Return the 16 values of nf4 or fp4, by their codes."""
+    """Return the 16 values of nf4 or fp4, ordered by code."""
     from bitsandbytes.functional import get_4bit_type
 
     return get_4bit_type(quant_type, device="cpu")
 
 
 def scales_of(weight: Any) -> Iterator[torch.Tensor]:
-    """Yield the scales of a weight that bitsandbytes packed; those of scales may be codes."""
+    """Yield the scales of a bitsandbytes weight; with double quantization, some are codes."""
     state = getattr(weight, "quant_state", None)  # 4 bits
     while state is not None:
         yield state.absmax.detach()
@@ -152,14 +144,14 @@ def scales_of(weight: Any) -> Iterator[torch.Tensor]:
 
 
 def can_train_4bit(linear: Any) -> bool:
-    """Whether a `Linear4bit` knows its compute dtype and is in its training layout (not packed)."""
+    """Return whether a `Linear4bit` has its compute dtype and its trainable layout."""
     state = getattr(linear.weight, "quant_state", None)
     packed = getattr(state, "packing_format_for_cpu", False)
     return state is not None and not packed and bool(linear.compute_type_is_set)
 
 
 def can_train_8bit(linear: Any) -> bool:
-    """Whether a `Linear8bitLt` computes with the dequantized weight, and has its scales."""
+    """Return whether a CPU `Linear8bitLt` computes with dequantized weights, and has its scales."""
     if linear.weight.device.type != "cpu" or linear.state.has_fp16_weights:
         return False
     if linear.weight.CB is not None:
@@ -168,13 +160,13 @@ def can_train_8bit(linear: Any) -> bool:
 
 
 def dequantize_8bit(linear: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Return W as (out, in), as bitsandbytes makes it; only after `can_train_8bit`."""
+    """Return the weight `(out, in)`, as in bitsandbytes; call only after `can_train_8bit`."""
     state = linear.state
     return state.CB.to(dtype, copy=True).mul_(state.SCB.unsqueeze(1).mul(1.0 / 127.0))
 
 
 def dequantized(linear: Any) -> torch.Tensor:
-    """Return W of a linear of bitsandbytes' as (out, in) in float32; only before it ran."""
+    """Return the float32 weight `(out, in)` of a bitsandbytes layer before its first forward."""
     import bitsandbytes.functional as bnb
 
     if (state := getattr(linear.weight, "quant_state", None)) is not None:
@@ -186,15 +178,11 @@ def dequantized(linear: Any) -> torch.Tensor:
 
 
 def carry_quant_states(module: torch.nn.Module, inside: Sequence[torch.nn.Module]) -> None:
-    """Let the 4-bit linears of `module` (mutated) be cut into parts and gathered again.
+    """Keep quantization states of 4-bit layers in `module` across FSDP2 sharding (mutated).
 
-    FSDP2 gathers a weight as a plain parameter, and bitsandbytes 0.50 looks for the scales on the
-    weight itself, PEFT for its class. The scales stay with the linear here, and whatever its weight
-    is when `module` is called is given both.
-
-    Args:
-        module: what is called as a whole.
-        inside: modules in it that are called as wholes of their own.
+    FSDP2 gathers weights as plain parameters, but bitsandbytes 0.50 reads the scales from the
+    weight, and PEFT checks its class. A forward pre-hook restores both. Layers in `inside` are
+    excluded.
     """
     bnb = sys.modules.get("bitsandbytes")
     if bnb is None:
@@ -207,7 +195,7 @@ def carry_quant_states(module: torch.nn.Module, inside: Sequence[torch.nn.Module
     ]
     settings = [vars(linear.weight).copy() for linear in linears]
     for linear in linears:
-        if linear.weight.quant_state is not None:  # else it is not read yet, and has none
+        if linear.weight.quant_state is not None:  # None if not read yet
             linear.quant_state = linear.weight.quant_state
             linear.weight = torch.nn.Parameter(linear.weight.data, requires_grad=False)
 
@@ -222,17 +210,14 @@ def carry_quant_states(module: torch.nn.Module, inside: Sequence[torch.nn.Module
         module.register_forward_pre_hook(hang)
 
 
-_BLOCK = 64  # numbers that share a scale, of which a byte holds two
-_SCALES = 256  # scales that share one
+_BLOCK = 64  # values per scale; a byte has two codes
+_SCALES = 256  # scales per second-level scale
 
 
 class PackedWeight:
-    """A weight of a file that will be quantized, and is not read.
+    """A stored weight that each process reads and quantizes in part.
 
-    Args:
-        stored: in the file, as (out, in).
-        linear: of bitsandbytes, which is given the scales (mutated).
-        turned: whether the file has it as (in, out), as Conv1D does.
+    `linear` receives the scales (mutated); `turned` files have `(in, out)`, as in Conv1D.
     """
 
     def __init__(self, stored: StoredWeight, linear: Any, turned: bool) -> None:
@@ -242,7 +227,7 @@ class PackedWeight:
         self._scales_packed: bool = linear.weight.compress_statistics
 
     def part(self, like: DTensor) -> DTensor:
-        """Return this process's bytes of it, cut as `like` is, which all must ask for together."""
+        """Return this process's shard, sharded like `like`; a collective operation."""
         import bitsandbytes.functional as bnb
 
         start, end = rows_of(like)
@@ -255,7 +240,7 @@ class PackedWeight:
             packed, state = bnb.quantize_4bit(numbers, blocksize=_BLOCK, quant_type=self._kind)
             own = packed.view(-1, 1)[start - first // 2 : end - first // 2].clone()
             found = state.absmax
-            if not numbers.isfinite().all():  # not every kernel's scales say so, to all processes
+            if not numbers.isfinite().all():  # some kernels' scales do not propagate it
                 found = torch.full_like(found, torch.inf)
             scales[first // _BLOCK : first // _BLOCK + len(found)] = found
         distributed.all_reduce(scales, distributed.ReduceOp.MAX, like.device_mesh.get_group())
@@ -265,14 +250,14 @@ class PackedWeight:
         )
 
     def _numbers(self, first: int, last: int) -> torch.Tensor:
-        """Return the numbers from `first` to before `last`, row by row of (out, in)."""
+        """Return the values `first` to `last` (exclusive) of the flattened `(out, in)` weight."""
         width = self._shape[1]
         begin = first // width
         rows = self._stored.rows(begin, -(-last // width), turned=self._turned)
         return rows.flatten()[first - begin * width : last - begin * width]
 
     def _state(self, scales: torch.Tensor) -> Any:
-        """Return what bitsandbytes keeps of a weight that it packed, given all of its `scales`."""
+        """Return bitsandbytes' `QuantState` for all `scales`."""
         import bitsandbytes.functional as bnb
 
         known = {
@@ -289,12 +274,9 @@ class PackedWeight:
 def pack_unread(
     model: Any, quantization: Any, unread: MutableMapping[nn.Parameter, Unread]
 ) -> None:
-    """Give `model` (mutated) the linears that loading it in 4 bits gives, of weights not read yet.
+    """Replace linear layers of a CPU `model` by 4-bit ones that are read later (mutated).
 
-    Args:
-        model: in floating point, on the host.
-        quantization: a `BitsAndBytesConfig` of 4 bits.
-        unread: parameter → the weight that it stands for (mutated).
+    `unread` maps parameters to stored weights (mutated).
     """
     import bitsandbytes
 
@@ -319,7 +301,7 @@ def pack_unread(
             linear.weight = bitsandbytes.nn.Params4bit(whole, **settings).to(whole.device)
             continue
         size = -(-linear.in_features * linear.out_features // 2)
-        codes = torch.zeros((), dtype=torch.uint8).expand(size, 1)  # no memory; no scale, either
+        codes = torch.zeros((), dtype=torch.uint8).expand(size, 1)  # takes no memory
         linear.weight = bitsandbytes.nn.Params4bit(codes, bnb_quantized=True, **settings)
         unread[linear.weight] = PackedWeight(stored, linear, turned)
     for weight in {weight for weight, _ in before.values()} - set(model.parameters()):

@@ -1,17 +1,8 @@
-"""Weights of which each process reads its own rows, once it is known which these are.
+"""Sharded reading and writing of weights, checkpoints and optimizer state.
 
-transformers' loader takes for a tensor whatever can be indexed and then cast. It is given what
-stands for a tensor of the file until the model is shared out: the file's own memory, of which
-nothing is read before it is looked at, or one NaN in the shape of all, where the file has another
-type. What is made of a NaN is a NaN, so nothing can be computed from it without being seen.
-
-Checkpoints of which each process writes and reads its own part, by torch.distributed.checkpoint.
-
-They are safetensors, as torch and transformers call them: shard-00001-model-00001-of-00001 is the
-first process's. Each file says which rows it has, so that another number of processes can read
-them, too.
-
-torch's DTensor: a tensor of which each process holds some rows.
+Until a model is sharded, unread weights are memory-mapped file tensors, or expanded NaN if the
+dtype differs, so that accidental use is visible. Distributed checkpoints are safetensors files such
+as shard-00001-model-00001-of-00001; each records its rows, so the number of processes can change.
 """
 
 from __future__ import annotations
@@ -46,10 +37,10 @@ _MOST_BYTES = 2 << 30
 
 
 class PartsWriter:
-    """Writes parts while the processes go on, which all of them ask for at the same time.
+    """Asynchronous writer of distributed checkpoints; all processes call it in step.
 
-    Everything is copied to the host's memory before anything is written. The thread that writes
-    has a group of processes of its own: what it says there is not taken for a step's.
+    Tensors are copied to CPU memory before writing. The writer thread has its own process group, so
+    its messages do not mix with those of training steps.
     """
 
     def __init__(self) -> None:
@@ -59,12 +50,12 @@ class PartsWriter:
         self._thread = ThreadPoolExecutor(1)
 
     def copy(self, tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
-        """Take a copy of this process's part of `tensors`, which is for `directory`."""
+        """Copy this process's part of `tensors`, to be written to `directory`."""
         writer: Any = HuggingFaceStorageWriter(str(directory), save_distributed=True)
         self._copied.append((writer.stage(_distinct(tensors)), writer))
 
     def begin(self) -> None:
-        """Begin to write what was copied."""
+        """Start writing the copied tensors."""
         if self._group is None:
             self._group = distributed.new_group(backend="gloo")
         copied, self._copied = self._copied, []
@@ -76,7 +67,7 @@ class PartsWriter:
             save(parts, storage_writer=writer, process_group=self._group)
 
     def then(self, act: Callable[[], None]) -> None:
-        """Have `act` done when what was begun before is written by all processes."""
+        """Run `act` after all processes finish the writes started before."""
         before = self._begun[-1]
 
         def follow() -> None:
@@ -86,11 +77,7 @@ class PartsWriter:
         self._begun.append(self._thread.submit(follow))
 
     def end(self) -> None:
-        """Wait for all that was begun.
-
-        Raises:
-            OSError: as of `write_parts`.
-        """
+        """Wait for all pending writes; raises `OSError` as `write_parts` does."""
         begun, self._begun = self._begun, []
         with _naming_failures():
             for future in begun:
@@ -98,10 +85,10 @@ class PartsWriter:
 
 
 def write_parts(tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
-    """Write this process's part of `tensors`, as all do at the same time; of tied ones the first.
+    """Write this process's part of `tensors` (collective); tied tensors are written once.
 
     Raises:
-        OSError: in all of them, what one of them could not write; the first one says it.
+        OSError: in all processes, if one of them fails to write.
     """
     writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
     with _naming_failures():
@@ -110,7 +97,7 @@ def write_parts(tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
 
 @contextlib.contextmanager
 def _naming_failures() -> Iterator[None]:
-    """Raise inside the block what a process could not write, in all of them."""
+    """Re-raise a process's write error in all processes."""
     try:
         yield
     except CheckpointException as failed:
@@ -120,15 +107,15 @@ def _naming_failures() -> Iterator[None]:
 
 
 def read_parts(tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
-    """Fill `tensors` (mutated) with this process's part of what lies in `directory`."""
+    """Fill `tensors` (mutated) with this process's part of the checkpoint in `directory`."""
     reader = HuggingFaceStorageReader(str(directory))
     load(_distinct(tensors), storage_reader=reader)
 
 
 def put_together(directory: Path, out: Path) -> None:
-    """Write the model whose parts are in `directory` to `out`, as any program reads it.
+    """Merge the distributed checkpoint in `directory` to ordinary safetensors in `out`.
 
-    A file of two gigabytes at most, or of one tensor, is held in memory at a time.
+    One file of up to 2 GiB, or one larger tensor, is in memory at a time.
     """
     reader: Any = HuggingFaceStorageReader(str(directory))
     known = reader.read_metadata().state_dict_metadata
@@ -145,7 +132,7 @@ def put_together(directory: Path, out: Path) -> None:
     for index, names in enumerate(files, 1):
         tensors = {n: torch.empty(known[n].size, dtype=known[n].properties.dtype) for n in names}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that there is one process
+            warnings.simplefilter("ignore", UserWarning)  # warns about a single process
             load(tensors, storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=True)
         file = f"model-{index:05d}-of-{len(files):05d}.safetensors"
         if len(files) == 1:
@@ -157,7 +144,7 @@ def put_together(directory: Path, out: Path) -> None:
 
 
 def _distinct(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return each of `tensors` once, by the first of its names."""
+    """Return each tensor once, by its first name."""
     names: dict[int, str] = {}
     for name, tensor in tensors.items():
         names.setdefault(id(tensor), name)
@@ -167,7 +154,7 @@ def _distinct(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def parts_of_state(
     state: Mapping[int, Mapping[str, Any]],
 ) -> tuple[dict[str, DTensor], dict[int, dict[str, Any]]]:
-    """Return what of an optimizer's state each process has a part of, by name, and the rest."""
+    """Return the sharded tensors of an optimizer state by name, and the rest."""
     parts = {
         _OF.format(number=number, name=name): value
         for number, values in state.items()
@@ -184,13 +171,7 @@ def parts_of_state(
 def read_state(
     rest: Mapping[int, Mapping[str, Any]], parameters: list[torch.Tensor], directory: Path
 ) -> dict[int, dict[str, Any]]:
-    """Return an optimizer's state of the `rest` and what `directory` has of it.
-
-    Args:
-        rest: what `parts_of_state` gave.
-        parameters: of the optimizer, in its order.
-        directory: where the parts were written.
-    """
+    """Return the optimizer state from `rest`, ordered `parameters` and the checkpoint."""
     stored: Any = HuggingFaceStorageReader(str(directory)).read_metadata()
     state = {number: dict(values) for number, values in rest.items()}
     parts = {}
@@ -207,17 +188,17 @@ def read_state(
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what this process holds of `tensor`."""
+    """Return the local shard of `tensor`."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return all of `tensor`, which all processes must ask for at the same time."""
+    """Return the full tensor; a collective operation."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def part_of(all_of_it: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return the rows of `all_of_it` that this process holds of `like`, which has its shape."""
+    """Return the rows of `all_of_it` that this process has of `like`, of the same shape."""
     if not isinstance(like, DTensor):
         return all_of_it
     start, end = rows_of(like)
@@ -225,10 +206,7 @@ def part_of(all_of_it: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def rows_of(tensor: DTensor) -> tuple[int, int]:
-    """Return the first row of `tensor` that this process holds, and the one after its last.
-
-    fully_shard cuts along the first dimension, as torch.chunk does; the last parts may be empty.
-    """
+    """Return the row range `[start, end)` of this process, split like torch.chunk; may be empty."""
     rows, mesh = tensor.shape[0], tensor.device_mesh
     each, rank = -(-rows // mesh.size()), mesh.get_local_rank()
     return min(rank * each, rows), min((rank + 1) * each, rows)
@@ -236,28 +214,23 @@ def rows_of(tensor: DTensor) -> tuple[int, int]:
 
 _INDEX, _ONE_FILE = "model.safetensors.index.json", "model.safetensors"
 _MATRIX = 2  # dimensions
-_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
+_FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors dtype names
 
 
 class StoredWeight:
-    """A weight of a file, that is not read.
-
-    Args:
-        path: of the file.
-        key: the weight's name in it.
-    """
+    """A weight in a safetensors file that is read on demand."""
 
     def __init__(self, path: Path, key: str) -> None:
         self._path, self._key = path, key
         self._stands: torch.Tensor | None = None
 
     def __getitem__(self, everything: Any) -> StoredWeight:
-        """Return itself, as the loader's `[...]` asks for all of it."""
+        """Return itself, for the loader's `[...]`."""
         return self
 
     def to(self, *, device: Any, dtype: torch.dtype) -> torch.Tensor:
-        """Return what stands for it in `dtype`; it is real where the file has that type."""
-        del device  # the host's
+        """Return a placeholder in `dtype`, which is the real tensor if the file has that dtype."""
+        del device  # always on the CPU
         stands = self._rows(slice(None))
         if stands.dtype != dtype:
             stands = torch.full((), torch.nan, dtype=dtype).expand(stands.shape)
@@ -265,31 +238,31 @@ class StoredWeight:
         return stands
 
     def _rows(self, rows: Any) -> torch.Tensor:
-        """Return `rows` in the file's own memory, which is given back with the tensor."""
+        """Return `rows`, memory-mapped from the file."""
         with safe_open(str(self._path), framework="pt") as file:
             found: torch.Tensor = file.get_slice(self._key)[rows]
             return found
 
     def is_in(self, parameter: torch.Tensor) -> bool:
-        """Whether `parameter` is what stands for it."""
+        """Return whether `parameter` is the placeholder of this weight."""
         return self._stands is not None and self._stands.data_ptr() == parameter.data_ptr()
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the loader casts it to."""
+        """Dtype to which the loader casts the weight."""
         return (self._rows(slice(0)) if self._stands is None else self._stands).dtype
 
     def whole(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return all of it, read and cast as the loader would, and then to `dtype`."""
+        """Return the full weight, cast as by the loader and then to `dtype`."""
         return self._rows(slice(None)).to(self.dtype, copy=True).to(dtype)
 
     def rows(self, first: int, last: int, *, turned: bool = False) -> torch.Tensor:
-        """Return the rows from `first` to before `last`, of what is `turned` over: its columns."""
+        """Return the rows `first` to `last` (exclusive), of the transposed weight if `turned`."""
         found = self._rows((slice(None), slice(first, last)) if turned else slice(first, last))
         return (found.T if turned else found).to(self.dtype).contiguous()
 
     def part(self, like: DTensor) -> DTensor:
-        """Return it cut as `like` is: of the file this process's rows alone are read."""
+        """Return the weight sharded like `like`, reading only this process's rows."""
         rows = self._rows(slice(*rows_of(like)))
         own = rows.to(like.device_mesh.device_type, like.dtype, copy=True)
         return DTensor.from_local(
@@ -298,19 +271,16 @@ class StoredWeight:
 
 
 class Unread(Protocol):
-    """What stands for a weight that is not read."""
+    """An unread weight."""
 
     def part(self, like: DTensor) -> DTensor:
-        """Return it cut as `like` is, which all processes ask for together."""
+        """Return the weight sharded like `like`; a collective operation."""
 
 
 class Slices:
-    """The weights of a base that are not read yet.
+    """Unread weights of a base model, by parameter.
 
-    Attributes:
-        weights: parameter → the weight that it stands for.
-        converted: names of the model's tensors that had to be read whole, since they are put
-            together of what the checkpoint holds.
+    `converted` names model tensors that were read in full, as they combine several stored tensors.
     """
 
     def __init__(self) -> None:
@@ -326,16 +296,7 @@ class Slices:
         key_mapping: Mapping[str, str] | None = None,
         **arguments: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        """Return what `from_pretrained` does, with weights that are not read.
-
-        Args:
-            meta: the model's shape.
-            directory: where its files are.
-            location: directory or Hub id, as `from_pretrained` takes it, like what follows.
-            revision: of a Hub id.
-            key_mapping: how names begin.
-            arguments: further ones.
-        """
+        """Return the result of `from_pretrained` with unread weights; `meta` is the meta model."""
         naming = Naming(meta, key_mapping)
         tensors = {name for name, _ in meta.named_parameters(remove_duplicate=False)}
         held, named = dict[str, Any](), dict[str, StoredWeight]()
@@ -351,7 +312,7 @@ class Slices:
                 elif stored.get_dtype() in _FLOATS:
                     named[name] = held[key] = StoredWeight(path, key)
         config, own = arguments.pop("config"), type(meta)
-        if not isinstance(config, own.config_class):  # of a model that sees, too
+        if not isinstance(config, own.config_class):  # of a multimodal model
             config = config.get_text_config()
         model, info = own.from_pretrained(
             None, config=config, state_dict=held, key_mapping=key_mapping, **arguments
@@ -369,18 +330,13 @@ class Slices:
         return model, info
 
     def read(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """Give the parameters of `model` that are read, with their names."""
+        """Yield the names and parameters of `model` that are already read."""
         return (pair for pair in model.named_parameters() if pair[1] not in self.weights)
 
     def fill(self, model: nn.Module, named: Callable[[str], str]) -> list[str]:
-        """Read what `model` (mutated) trains in full of the weights that are not read yet.
+        """Read the weights that `model` (mutated) trains; return tensors computed without them.
 
-        Args:
-            model: with its method, which trains other tensors than the base's own.
-            named: gives the name in the base of a tensor of the model.
-
-        Returns:
-            The tensors that were computed from what was not read.
+        `named` maps a tensor name in the model to its name in the base. Returned tensors are NaN.
         """
         bases = {
             named(name): stored
@@ -404,17 +360,12 @@ class Slices:
     def put_aside(
         self, parts: Sequence[nn.Module], keep: Collection[nn.Parameter]
     ) -> Callable[[], None]:
-        """Leave the shapes of what is not read yet of `parts` (mutated).
+        """Replace unread weights of `parts` by meta tensors (mutated), before sharding.
 
-        Args:
-            parts: about to be shared out.
-            keep: what is not.
-
-        Returns:
-            What reads this process's rows of it, when `parts` have been shared out.
+        Weights in `keep` stay. Returns a function that reads this process's rows after sharding.
         """
         waiting: list[tuple[dict[str, Any], str, Unread]] = []
-        shapes: dict[nn.Parameter, nn.Parameter] = {}  # tied tensors stay so
+        shapes: dict[nn.Parameter, nn.Parameter] = {}  # tied tensors stay tied
         for module in (inner for part in parts for inner in part.modules()):
             own = own_tensors(module)[0]
             for name, weight in own.items():
@@ -437,7 +388,7 @@ class Slices:
 
 
 def _files(directory: Path) -> list[Path]:
-    """Return the files of the checkpoint in `directory`, as `from_pretrained` finds them."""
+    """Return the checkpoint files in `directory`, as `from_pretrained` finds them."""
     if (directory / _ONE_FILE).is_file():
         return [directory / _ONE_FILE]
     index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""torch's private names: kernels, versions of tensors, and what a module holds."""
+"""Private names of torch: kernels, tensor versions, and the tensors of a module."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from torch import nn
 
 softmax_backward = torch.ops.aten._softmax_backward_data
-"""(∂L/∂P, P, axis, dtype of the scores) → ∂L/∂scores, of P = softmax(scores)."""
+"""(∂L/∂P, P, dim, input dtype) -> ∂L/∂x, for P = softmax(x)."""
 
 silu_backward = torch.ops.aten.silu_backward
 gelu_backward = torch.ops.aten.gelu_backward
-"""(∂L/∂y, x) → ∂L/∂x of y = silu(x), and of y = gelu(x), which takes `approximate` too."""
+"""(∂L/∂y, x) -> ∂L/∂x for y = silu(x) or gelu(x); gelu's also has `approximate`."""
 
 new_shape = torch.ops.aten._unsafe_view
-"""`tensor.view(shape)` that may be written to in place; the tensor must not be used any more."""
+"""`tensor.view(shape)` that may be modified in place; `tensor` must not be used afterwards."""
 
 version_of = attrgetter("_version")
 
 
 def cast_together(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Return `tensors` in `dtype`: what has to be cast on a GPU by one kernel."""
+    """Return `tensors` in `dtype`; on a GPU they are cast by one kernel."""
     if not tensors[0].is_cuda or any(tensor.dtype == dtype for tensor in tensors):
         return [tensor.to(dtype) for tensor in tensors]
     made = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
@@ -32,36 +32,36 @@ def cast_together(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch
 
 
 def is_in_backward() -> bool:
-    """Whether this thread is inside a backward pass, as what is computed again there is."""
+    """Return whether this thread is in a backward pass, including recomputation."""
     return bool(torch._C._current_graph_task_id() >= 0)
 
 
 def order_of(node: Any) -> int:
-    """Return a number of an autograd node that is larger the later it was made, in its thread."""
+    """Return the sequence number of an autograd node, increasing with creation time per thread."""
     return int(node._sequence_nr())
 
 
 def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return the tensors that one of torchao's kind consists of; none for a plain tensor."""
+    """Return the tensors of a torchao tensor subclass; empty for a plain tensor."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return []
     return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
 def own_tensors(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the dicts of the parameters and buffers of `module` itself, which can be written."""
+    """Return the writable dicts of the parameters and buffers of `module` itself."""
     return module._parameters, module._buffers
 
 
 def copy_module(module: nn.Module) -> nn.Module:
-    """Return a copy that shares everything with `module`, and whose children can be replaced."""
+    """Return a shallow copy of `module` whose children can be replaced."""
     copied = copy.copy(module)
     copied._modules = dict(module._modules)
     return copied
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether a hook waits for `module` to be called: an observer's, offloading's."""
+    """Return whether `module` has hooks, such as an observer's or offloading's."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -72,6 +72,6 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def cpu_has(instructions: Literal["amx_tile", "avx512_bf16"]) -> bool:
-    """Whether torch finds these instructions in the processor; not every torch can tell."""
+    """Return whether torch detects these CPU instructions; False if it cannot tell."""
     check = getattr(torch.cpu, f"_is_{instructions}_supported", None)
     return check is not None and bool(check())

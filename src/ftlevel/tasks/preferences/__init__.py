@@ -1,5 +1,5 @@
-"""Judged answers: pairs of which one is preferred, or answers that are good or bad.
+"""Preference training and reward models.
 
-`formats` reads the rows, `rows` is what becomes of them, `losses` has the formulas, `objective` and
-`meter` apply them to a batch, and `policy` and `reward` are the two tasks.
+`formats` reads rows, `rows` encodes them, `losses` has the formulas, `objective` applies them to a
+batch, and `policy` and `reward` define the two tasks.
 """

@@ -1,7 +1,7 @@
-"""Which columns hold judged answers, and what is made of them: a prompt, and answers to it.
+"""Column layouts of preference data, and the examples built from them.
 
-A prompt may stand by itself, or at the beginning of both answers. It is split off turn by turn, or
-at the last "Assistant:" of HH-RLHF's texts, and never by common characters, which would cut words.
+A prompt is a column of its own or the common start of both answers. It is split off by turns, or at
+the last "Assistant:" of HH-RLHF texts, never by common characters.
 """
 
 from __future__ import annotations
@@ -24,16 +24,9 @@ _HH = re.compile(r"\n\n(Human|Assistant): ?")
 
 @dataclass(frozen=True)
 class PairExample:
-    """Two answers to one prompt; `row` is the index into the table.
+    """Two answers to one prompt, each one turn, or several if the conversations diverge earlier.
 
-    Attributes:
-        prompt: the turns before the answers.
-        chosen: the preferred answer: one turn, or several where the conversations part earlier.
-        rejected: the other one.
-        row: index of the table's row.
-        tools: that the assistant may call.
-        margin: by how much the first is better; 0 where nobody says.
-        scores: what the data says of the two; none where it says nothing.
+    `margin` is 0 and `scores` are empty if the data has none.
     """
 
     prompt: Turns
@@ -46,12 +39,12 @@ class PairExample:
 
     @property
     def key_text(self) -> str:
-        """The text by which the gate tells examples apart."""
+        """Text that identifies the example in duplicate checks."""
         return "\0".join(map(say, (self.prompt, self.chosen, self.rejected)))
 
     @property
     def parts(self) -> Parts:
-        """What is asked, and the preferred answer; a pair is the same only with both answers."""
+        """Question and preferred answer for duplicate checks, which compare both answers."""
         asked = "\n".join(t.content for t in self.prompt if t.role in ("user", "tool"))
         before = "\0".join((say(self.prompt), say(self.rejected), str(self.tools or "")))
         good = say(self.chosen)
@@ -60,7 +53,7 @@ class PairExample:
 
 @dataclass(frozen=True)
 class JudgedExample:
-    """An answer that somebody found good or bad; `row` is the index into the table."""
+    """One answer labeled as desirable or not; `row` is the index of the table row."""
 
     prompt: Turns
     answer: Turns
@@ -70,26 +63,26 @@ class JudgedExample:
 
     @property
     def key_text(self) -> str:
-        """The text by which the gate tells examples apart."""
+        """Text that identifies the example in duplicate checks."""
         return "\0".join((say(self.prompt), say(self.answer), str(self.desirable)))
 
     @property
     def parts(self) -> Parts:
-        """What is asked with the answer, and the verdict."""
+        """Question with answer, and label, for duplicate checks."""
         asked = "\n".join(t.content for t in self.prompt if t.role in ("user", "tool"))
         before = "\0".join((say(self.prompt), say(self.answer), str(self.tools or "")))
         return Parts(asked, say(self.answer), before, str(self.desirable), written=True)
 
 
 def say(turns: Sequence[Message]) -> str:
-    """Return `turns` as one text; that of a single one as it stands."""
+    """Return `turns` as one text, without role names for a single turn."""
     if len(turns) == 1:
         return turns[0].content
     return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
 
 
 def build_pair(roles: Roles) -> PairExample:
-    """Return two answers to a prompt, in any of the shapes."""
+    """Return two answers to a prompt, from any of the layouts."""
     if "ranked" in roles:
         good, bad, scores = _best_and_worst(roles)
     elif "output" in roles:
@@ -100,7 +93,7 @@ def build_pair(roles: Roles) -> PairExample:
             _number(roles, role) for role in ("score_chosen", "score_rejected") if role in roles
         )
     prompt = _prompt(roles)
-    if "chosen" not in roles and "rejected" in roles:  # the last turn is the preferred one
+    if "chosen" not in roles and "rejected" in roles:  # the last turn is the preferred answer
         if not prompt or prompt[-1].role != "assistant":
             raise Unusable("does not end with an answer of the assistant", "unsupervised")
         prompt, chosen = prompt[:-1], prompt[-1:]
@@ -131,12 +124,12 @@ def _pair(
 
 
 def build_judged(roles: Roles) -> JudgedExample:
-    """Return an answer with its verdict."""
+    """Return an answer with its label."""
     return _judged(roles, _verdict(roles.get("label"), roles.columns["label"]))
 
 
 def build_scored(roles: Roles) -> JudgedExample:
-    """Return an answer that nobody has judged yet."""
+    """Return an answer without a label, marked as desirable."""
     return _judged(roles, True)
 
 
@@ -183,7 +176,7 @@ def _with_system(roles: Roles, prompt: Turns) -> Turns:
 
 
 def _prompt(roles: Roles) -> Turns:
-    """Return the turns before the answers; none where they stand in the answers."""
+    """Return the turns before the answers; empty if the answers contain them."""
     for role in ("messages", "prompt", "question"):
         if role in roles:
             value = roles.get(role)
@@ -199,7 +192,7 @@ def _prompt(roles: Roles) -> Turns:
 
 
 def _answer(roles: Roles, role: str, value: object) -> Turns:
-    """Return the turns of an answer: a text, a turn or several, or a whole conversation."""
+    """Return the turns of an answer: a text, one or more turns, or a conversation."""
     name = roles.columns.get(role, role)
     if isinstance(value, dict):
         value = [value]
@@ -213,7 +206,7 @@ def _answer(roles: Roles, role: str, value: object) -> Turns:
 
 
 def _hh_turns(text: str) -> list[Message]:
-    """Return the turns of a text as HH-RLHF writes it; none of any other text."""
+    """Return the turns of a text in HH-RLHF's format; empty for other texts."""
     if not text.startswith("\n\nHuman:"):
         return []
     pieces = _HH.split(text)[1:]
@@ -222,7 +215,7 @@ def _hh_turns(text: str) -> list[Message]:
         Message(names[who], said.strip())
         for who, said in zip(pieces[::2], pieces[1::2], strict=True)
     ]
-    if turns[-1].role == "assistant" and not turns[-1].content:  # "\n\nAssistant:" asks for one
+    if turns[-1].role == "assistant" and not turns[-1].content:  # a trailing "\n\nAssistant:"
         turns.pop()
     if empty := next((turn.role for turn in turns if not turn.content), None):
         raise Unusable(f"has an empty turn of the {empty}", "empty_text")
@@ -230,7 +223,7 @@ def _hh_turns(text: str) -> list[Message]:
 
 
 def _same(one: Turns, other: Turns) -> bool:
-    """Whether two prompts say the same, but for a system turn."""
+    """Return whether two prompts are equal apart from a system turn."""
     plain = [[t.content for t in turns if t.role != "system"] for turns in (one, other)]
     return plain[0] == plain[1]
 
@@ -244,7 +237,7 @@ def _two(roles: Roles) -> tuple[object, object]:
 
 
 def _best_and_worst(roles: Roles) -> tuple[object, object, tuple[float, ...]]:
-    """Return the best and the worst of several answers with a rank or a score, and its scores."""
+    """Return the best and worst of several answers by rank or score, and their scores."""
     value, column = roles.get("ranked"), roles.columns["ranked"]
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise Unusable(f"{column!r} is {kind_of(value)}, where a list of answers is expected")

@@ -1,7 +1,7 @@
-"""The losses of preferences, each a function of how likely the answers are.
+"""Preference losses as functions of answer log-likelihoods.
 
-With x a prompt, y+ and y- the preferred and the rejected answer, n their tokens with EOS, lp the
-sum of their log-probabilities, r = lp - lp of the reference, and h = r+ - r-:
+With prompt x, preferred and rejected answers y+ and y-, n their tokens with EOS, lp the sum of
+their log-probabilities, r = lp - lp of the reference, and h = r+ - r-:
 
     dpo       -log σ(βh)                                             Rafailov et al., 2305.18290
     cdpo      -(1 - ε) log σ(βh) - ε log σ(-βh)                      Mitchell, 2023
@@ -18,8 +18,8 @@ sum of their log-probabilities, r = lp - lp of the reference, and h = r+ - r-:
               λ (1 - σ(β (z - r))) of a bad one
     reward    -log σ(s+ - s- - m) + c (s+ + s-)²                     Touvron et al., 2307.09288
 
-with p̄ = exp(lp/n), s the scores of a reward model, and z the mean over the step of r(x, y') with
-another row's answer y', at least 0 and without a gradient.
+with p̄ = exp(lp/n), s the reward model's scores, and z the mean over the step of r(x, y') with
+another row's answer y', clamped to at least 0 and detached.
 """
 
 from __future__ import annotations
@@ -37,12 +37,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answered:
-    """Answers of a batch, each a tensor (answers,) in float32.
+    """Log-likelihoods of the answers of a batch; float32 tensors `(answers,)`.
 
-    Attributes:
-        sums: log-likelihood of each.
-        counts: tokens of each.
-        reference: log-likelihood by the reference; 0 where there is none.
+    `sums` are log-likelihoods, `counts` tokens, `reference` those of the reference (0 without one).
     """
 
     sums: torch.Tensor
@@ -51,30 +48,23 @@ class Answered:
 
     @property
     def ratios(self) -> torch.Tensor:
-        """Log of the policy's likelihood over the reference's."""
+        """Log-likelihood ratios of policy and reference."""
         return self.sums - self.reference
 
     def every_other(self, first: int) -> Answered:
-        """Return every second answer, from the one at `first` on."""
+        """Return every second answer, starting at index `first`."""
         own = slice(first, None, 2)
         return Answered(self.sums[own], self.counts[own], self.reference[own])
 
     @property
     def means(self) -> torch.Tensor:
-        """Log-likelihood a token."""
+        """Mean log-likelihood per token."""
         return self.sums / self.counts
 
 
 @dataclass(frozen=True)
 class Strengths:
-    """The numbers that losses are told.
-
-    Attributes:
-        beta: as in the formulas.
-        smoothing: ε.
-        gamma: γ of simpo.
-        ipo_sums: whether ipo compares whole answers.
-    """
+    """Hyperparameters of the pair losses: β, ε (smoothing), γ of simpo, and the ratios of ipo."""
 
     beta: float
     smoothing: float
@@ -83,13 +73,13 @@ class Strengths:
 
     @classmethod
     def of(cls, settings: PreferenceConfig, smoothing: float) -> Strengths:
-        """Take them from the configuration."""
+        """Return the hyperparameters of a configuration."""
         sums = settings.ipo_ratios == "sum"
         return cls(settings.strength, smoothing, settings.margin, sums)
 
 
 PairLoss = Callable[[Answered, Answered, Strengths], "torch.Tensor"]
-"""Preferred answers, rejected answers and numbers → the loss of each pair."""
+"""(preferred answers, rejected answers, hyperparameters) -> loss of each pair."""
 
 
 def log_sigmoid(value: torch.Tensor) -> torch.Tensor:
@@ -142,9 +132,9 @@ def _cpo(good: Answered, bad: Answered, told: Strengths) -> torch.Tensor:
 
 
 def log_odds(mean: torch.Tensor) -> torch.Tensor:
-    """Return log p/(1 - p) of p = exp(mean), finite up to the last number below p = 1.
+    """Return log p/(1 - p) of p = exp(mean), finite up to p = 1.
 
-    log(1 - exp x) is log(-expm1 x) where x is near 0, and log1p(-exp x) elsewhere (Mächler, 2012).
+    log(1 - exp x) is log(-expm1 x) for x near 0 and log1p(-exp x) elsewhere (Mächler, 2012).
     """
     import torch
 
@@ -165,8 +155,8 @@ PAIR_LOSSES: dict[str, PairLoss] = {
     "hinge": _hinge,
     "ipo": _ipo,
     "dpo-norm": _dpo_norm,
-    "ld-dpo": _dpo,  # of other sums
-    "rpo": _dpo,  # and the preferred answer's own loss
+    "ld-dpo": _dpo,  # with length-weighted sums
+    "rpo": _dpo,  # plus the preferred answer's negative log-likelihood
     "simpo": _simpo,
     "cpo": _cpo,
     "orpo": _orpo,
@@ -175,14 +165,10 @@ PAIR_LOSSES: dict[str, PairLoss] = {
 
 def kto(answered: Answered, good: torch.Tensor, baseline: torch.Tensor, beta: float,
         weights: tuple[float, float]) -> torch.Tensor:  # fmt: skip
-    """Return the loss of each judged answer.
+    """Return the KTO loss of each answer.
 
-    Args:
-        answered: the answers.
-        good: (answers,) whether each is desirable.
-        baseline: (answers,) z, without a gradient.
-        beta: as in the formula.
-        weights: λ of desirable and of undesirable answers.
+    `good` and the detached `baseline` z are `(answers,)`; `weights` are λ of desirable and other
+    answers.
     """
     import torch
 
@@ -197,5 +183,5 @@ def kto(answered: Answered, good: torch.Tensor, baseline: torch.Tensor, beta: fl
 
 def bradley_terry(good: torch.Tensor, bad: torch.Tensor, margins: torch.Tensor,
                   center: float) -> torch.Tensor:  # fmt: skip
-    """Return the loss of each pair of scores (pairs,)."""
+    """Return the reward loss of each pair, `(pairs,)`."""
     return center * (good + bad).square() - log_sigmoid(good - bad - margins)

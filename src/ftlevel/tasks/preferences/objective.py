@@ -1,8 +1,6 @@
-"""What a model learns from judged answers: the log-likelihoods of a batch, and the loss of them.
+"""Preference objective and its metrics: rewards, accuracies, log-likelihoods and lengths.
 
-How a policy does on judged answers: rewards, accuracies, log-likelihoods, lengths.
-
-A share is of all pairs that were seen, whatever batches they came in, and a tie is no success.
+Accuracies are over all pairs, independent of batching; a tie counts as wrong.
 """
 
 from __future__ import annotations
@@ -24,18 +22,12 @@ if TYPE_CHECKING:
 
 
 _COLUMNS = 6
-"""Kept of an answer: whether it is good, its log-likelihood and tokens, the reference's
-log-likelihood, its reward, and the baseline."""
+"""Columns per answer: label, log-likelihood, tokens, reference log-likelihood, reward, baseline."""
 _PAIR, _JUDGED = ("chosen", "rejected"), ("desirable", "undesirable")
 
 
 def metric_names(*, paired: bool, referenced: bool) -> tuple[str, ...]:
-    """Return what a meter computes.
-
-    Args:
-        paired: whether answers come in pairs.
-        referenced: whether there is a reference.
-    """
+    """Return the metric names of paired or single answers, with or without a reference."""
     groups = _PAIR if paired else _JUDGED
     kinds = ("logp", "length", *(("reward", "ref_logp") if referenced else ()))
     names = [f"{kind}_{group}" for kind in kinds for group in groups]
@@ -46,18 +38,14 @@ def metric_names(*, paired: bool, referenced: bool) -> tuple[str, ...]:
 
 
 class JudgedMeter:
-    """Keeps a few numbers of each answer, and so can be pooled in any order.
-
-    Args:
-        objective: says how answers are rewarded, and whether they come in pairs.
-    """
+    """Meter that stores six values per answer; `objective` computes the rewards."""
 
     def __init__(self, objective: Any) -> None:
         self._objective = objective
         self._seen: list[np.ndarray] = []
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
-        """Add answers: `logits` are `answers` (n, 2) and `labels` the verdicts (n, 3)."""
+        """Add answers: `logits` `(n, 2)` from `Preferences.answers`, `labels` verdicts `(n, 3)`."""
         import torch
 
         rewards = self._objective.rewards(logits, labels)
@@ -65,13 +53,13 @@ class JudgedMeter:
         self._seen.append(torch.stack(columns, dim=1).cpu().double().numpy())
 
     def pool(self, meters: Sequence[JudgedMeter]) -> JudgedMeter:
-        """Return a meter of all their answers."""
+        """Return a meter of the answers of all `meters`."""
         pooled = JudgedMeter(self._objective)
         pooled._seen = [part for meter in meters for part in meter._seen]
         return pooled
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Return the metrics, each a mean over answers or pairs."""
+        """Return the metrics, averaged over answers or pairs."""
         seen = np.concatenate(self._seen) if self._seen else np.zeros((0, _COLUMNS))
         good = seen[:, 0] > 0
         names = _PAIR if self._objective.is_paired else _JUDGED
@@ -92,7 +80,7 @@ class JudgedMeter:
         return {name: value for name, value in found.items() if not math.isnan(value)}
 
     def _compare(self, good: np.ndarray, bad: np.ndarray) -> dict[str, float]:
-        """Return what is said of pairs, answer beside answer."""
+        """Return the metrics of pairs."""
         length = (good[:, 2] > bad[:, 2]) + 0.5 * (good[:, 2] == bad[:, 2])
         found = {
             "logp_accuracy": _mean(good[:, 1] > bad[:, 1]),
@@ -114,17 +102,14 @@ def _mean(values: np.ndarray) -> float:
 
 
 WITH_SFT = ("rpo", "cpo", "orpo")
-"""Losses with the preferred answer's own negative log-likelihood."""
+"""Losses that include the preferred answer's negative log-likelihood."""
 
 
 @dataclass(frozen=True)
 class Preferences(LikelihoodObjective):
-    """A loss of pairs, answers side by side, the preferred one first; or of judged answers.
+    """Loss of answer pairs, preferred answer first, or of single labeled answers.
 
-    Attributes:
-        settings: which loss, and what it is told.
-        smoothing: ε of the losses that reckon with swapped pairs.
-        shifted: whether the label of position i is predicted at position i - 1 (causal models).
+    `smoothing` is ε, the assumed share of swapped pairs; `shifted` is as in `Tokens`.
     """
 
     settings: PreferenceConfig = field(default_factory=PreferenceConfig)
@@ -138,18 +123,15 @@ class Preferences(LikelihoodObjective):
 
     @property
     def of_tokens(self) -> TokenObjective:
-        """The cross entropy of the answers' tokens."""
+        """Cross entropy of the answers' tokens."""
         return Tokens("perplexity", self.feeds_labels, self.shifted)
 
     def locate(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return where targets are predicted in the flattened (batch, seq), and the targets."""
+        """Return where targets are predicted in the flattened `(batch, seq)`, and the targets."""
         return self.of_tokens.locate(labels)
 
     def answers(self, each: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return (answers, 2): the log-likelihood of each answer, and its number of tokens.
-
-        With ld-dpo the tokens by which an answer is the longer of its pair count for less.
-        """
+        """Return `(answers, 2)`: log-likelihood (weighted in ld-dpo) and number of tokens."""
         import torch
 
         at, _ = self.locate(labels)
@@ -166,10 +148,10 @@ class Preferences(LikelihoodObjective):
     def judge(
         self, answers: torch.Tensor, verdicts: torch.Tensor, *, training: bool
     ) -> torch.Tensor:
-        """Return the loss summed over pairs or judged answers (a scalar).
+        """Return the loss summed over pairs or answers (a scalar).
 
-        In training with `nll_mean: token` it is (2,): the pairs' loss, and that of the preferred
-        answers' tokens, each the mean over a number of its own.
+        In training with `nll_mean: token` it is `(2,)`: the pair loss and the token loss of the
+        preferred answers, which have different divisors.
         """
         import torch
 
@@ -190,14 +172,14 @@ class Preferences(LikelihoodObjective):
         return of_pairs - weight * preferred.means.sum()
 
     def count(self, labels: torch.Tensor) -> torch.Tensor:
-        """Return the number of pairs or judged answers (a scalar)."""
+        """Return the number of pairs or single answers (a scalar)."""
         import torch
 
         rows = labels.shape[0] // 2 if self.is_paired else labels.shape[0]
         return torch.tensor(rows, device=labels.device)
 
     def training_count(self, labels: torch.Tensor, loss: TrainingLoss) -> torch.Tensor:
-        """Return the number of pairs; with `nll_mean: token` that of preferred tokens too (2,)."""
+        """Return the number of pairs; with `nll_mean: token` `(2,)`, also of preferred tokens."""
         import torch
 
         count = self.count(labels)
@@ -209,23 +191,23 @@ class Preferences(LikelihoodObjective):
     def targets(
         self, logits: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return scores and labels of the answers' tokens."""
+        """Return logits and labels of the answers' tokens."""
         return self.of_tokens.targets(logits, labels)
 
     def loss_sum(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Return the summed negative log-likelihood: without verdicts that is all there is."""
+        """Return the summed negative log-likelihood, used for batches without verdicts."""
         return self.of_tokens.loss_sum(logits, labels, mask)
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What its meter computes."""
+        """Names of the metrics that the meter computes."""
         return metric_names(paired=self.is_paired, referenced=self.needs_reference)
 
     @property
     def first_loss(self) -> float | None:
-        """The loss of a policy that is the reference: h = 0, whatever the answers are."""
+        """Loss of a policy equal to the reference, where h = 0."""
         if not self.needs_reference or self.settings.other_reference is not None:
             return None
         known = {
@@ -238,11 +220,7 @@ class Preferences(LikelihoodObjective):
     def remarks(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
     ) -> list[str]:
-        """Return warnings about answers that became less likely, and about learned length.
-
-        Log-probabilities are compared with the reference's; without a reference with those of
-        `before`, and not at all where there was no evaluation before step 1.
-        """
+        """Return warnings about length bias, and about answers that became less likely."""
         found = []
         names = ("chosen", "rejected") if self.is_paired else ("desirable", "undesirable")
         known, prefix = (metrics, "ref_logp") if self.needs_reference else (before or {}, "logp")
@@ -254,7 +232,7 @@ class Preferences(LikelihoodObjective):
         ]
         if fell[0] < 0:
             both = "both kinds of answers" if fell[1] < 0 else f"the {names[0]} answers"
-            # Beta of losses without a reference does not hold log-probabilities back.
+            # Without a reference, beta does not limit the change of log-probabilities.
             advice = (
                 "a lower rate, a higher --beta or" if self.needs_reference else "a lower rate or"
             )
@@ -277,7 +255,7 @@ class Preferences(LikelihoodObjective):
         return JudgedMeter(self)
 
     def rewards(self, answers: torch.Tensor, verdicts: torch.Tensor) -> torch.Tensor:
-        """Return what the loss holds against one another, of each answer (answers,)."""
+        """Return the implicit reward of each answer, `(answers,)`."""
         answered = Answered(answers[:, 0], answers[:, 1], verdicts[:, 1])
         by_token = self.settings.loss in ("simpo", "orpo", "dpo-norm") or (
             self.settings.loss == "ipo" and self.settings.ipo_ratios == "mean"
@@ -287,7 +265,7 @@ class Preferences(LikelihoodObjective):
 
 
 def build_preferences(settings: PreferenceConfig, smoothing: float, kind: str) -> Preferences:
-    """Return the objective of a model of `kind`."""
+    """Return the preference objective of a model of `kind`."""
     headline = "reward_accuracy" if settings.is_referenced else "logp_mean_accuracy"
     if not settings.facts.paired:
         headline = "reward_margin" if settings.is_referenced else "logp_desirable"

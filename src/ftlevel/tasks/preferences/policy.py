@@ -1,4 +1,4 @@
-"""Preference training: a model that writes learns from pairs of answers, or from judged ones."""
+"""Preference training: a text model learns from answer pairs or from labeled answers."""
 
 from __future__ import annotations
 
@@ -38,18 +38,12 @@ if TYPE_CHECKING:
 
 
 _UNTOLD = ("loss", "reference")
-"""What the line of the loss leaves out."""
+"""Options that the log line of the loss omits."""
 
 
 @dataclass(frozen=True)
 class JudgedTask(BaseTask):
-    """What both tasks of judged answers have in common.
-
-    Attributes:
-        settings: which loss, and what it is told.
-        smoothing: ε of the losses that reckon with swapped pairs.
-        scored: whether answers get a score each.
-    """
+    """Base class of the preference and reward tasks; `scored` ones give each answer a scalar."""
 
     settings: PreferenceConfig = field(default_factory=PreferenceConfig)
     smoothing: float = 0.0
@@ -57,7 +51,7 @@ class JudgedTask(BaseTask):
     scored: ClassVar[bool] = False
 
     def configured(self, options: Mapping[str, Any]) -> JudgedTask:
-        """Return the task with the loss of a run, as its configuration or its card says it."""
+        """Return the task with the loss of a configuration or model card."""
         known = dict(options.get("preference", {}))
         smoothing = known.pop("smoothing", 0.0)
         settings = PreferenceConfig(**known)
@@ -67,13 +61,13 @@ class JudgedTask(BaseTask):
 
     @property
     def decides(self) -> Mapping[str, Any]:
-        """What of the configuration decides the rows, beside the data section."""
+        """Options outside the data section that change the encoded rows."""
         return {"loss": self.settings.loss, "referenced": self.settings.is_referenced}
 
     def find_format(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Return what `columns` are used for; say which loss judged answers are for."""
+        """Return the format of `columns`; suggest `--loss kto` for single labeled answers."""
         loss, told = self.settings.loss, config.columns or config.format
         if self.settings.facts.paired and not told and not fits(columns, PAIR_SHAPES):
             if fits(columns, JUDGED_SHAPES):
@@ -96,16 +90,16 @@ class JudgedTask(BaseTask):
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Return the format as it is."""
+        """Return the format unchanged."""
         return format_, []
 
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
-        """Return how prompts are laid out for a model of `kind`."""
+        """Return the prompt format for models of `kind`."""
         return choose_format(tokenizer, kind, self.instruction, self.answer_cue)
 
     def encode_as(self, encoder: Encoder, examples: Sequence[Any], table: Table, *, scored: bool
                   ) -> Fitted:  # fmt: skip
-        """Return the rows of pairs, or of judged answers."""
+        """Return encoded pairs or labeled answers."""
         if encoder.prompt_format is None:
             raise TypeError("judged answers have a prompt format")
         settings, seq2seq = self.settings, encoder.kind == "encoder-decoder"
@@ -117,19 +111,19 @@ class JudgedTask(BaseTask):
         return encoder.fit_targets(fitted, table) if seq2seq else fitted
 
     def look(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-        """Return the pairs of equal answers, and those that contradict an earlier one."""
+        """Return pairs with equal answers, and pairs that contradict an earlier one."""
         return look_at_pairs(rows)
 
     def judge_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Return what is odd about the verdicts as a whole."""
+        """Return findings about the labels of the whole set."""
         return judge_answers(examples, self.settings.loss or "dpo")
 
     def facts(self, loaded: Loaded) -> Mapping[str, Any]:
-        """Return the loss and what it is told."""
+        """Return the loss and its hyperparameters."""
         return {"preference": self.options}
 
     def describe_rows(self, loaded: Loaded, facts: Mapping[str, Any]) -> list[Choice]:
-        """Return how much there is to learn, and by which loss."""
+        """Return the number of targets, and the loss."""
         told = {name: value for name, value in self.options.items() if name not in _UNTOLD}
         if "beta" in told:
             told["beta"] = self.settings.strength
@@ -144,17 +138,17 @@ class JudgedTask(BaseTask):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The loss and what it reads, as a card holds it."""
+        """Loss and its hyperparameters, as in a model card."""
         read = ("loss", *LOSSES[self.settings.loss or "dpo"].reads)
         told = {name: getattr(self.settings, name) for name in read}
         return told | ({"smoothing": self.smoothing} if self.settings.facts.smoothed else {})
 
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the loss and what it is told."""
+        """Return the loss and its hyperparameters."""
         return {"preference": facts["preference"]}
 
     def imagine_row(self, ids: list[int], row: int) -> Encoded:
-        """Return a prompt of three quarters of `ids`, and answers of the others."""
+        """Return a synthetic row: three quarters of `ids` as prompt, the rest as answers."""
         prompt, reference = len(ids) - max(1, len(ids) // 4), () if self.scored else (0.0, 0.0)
         own, other = ([IGNORED] * prompt + ids[prompt:]), ids[: len(ids) - prompt]
         if not self.settings.facts.paired:
@@ -165,7 +159,7 @@ class JudgedTask(BaseTask):
         return replace(pair, reference=reference)
 
     def show_label(self, row: Encoded, names: Sequence[str]) -> str:
-        """Return which tokens are of which answer."""
+        """Return the token ranges of prompt and answers, or the label."""
         if isinstance(row, PairRow):
             first = row.prompt + row.chosen
             return (f"prompt: tokens 1-{row.prompt}, preferred: {row.prompt + 1}-{first}, "
@@ -176,24 +170,24 @@ class JudgedTask(BaseTask):
 
 @dataclass(frozen=True)
 class PreferenceTask(JudgedTask, TextTask):
-    """A policy: it writes, and learns which of its answers are better."""
+    """Task of a policy model, which generates text."""
 
     def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
-        """Return a prompt as `train` would lay it out, and a loss without a reference."""
+        """Return the default prompt format of `train`, and a loss without reference."""
         alone = {"preference": {"loss": "dpo", "reference": "none"}}
         return {**super().stand_in(model_config, tokenizer, kind), "options": alone}
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Return the loss that `facts` name."""
+        """Return the objective of the loss in `facts`."""
         task = self.configured(facts) if "preference" in facts else self
         return build_preferences(task.settings, task.smoothing, kind)
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
-        """Return prompts with two answers, or with one that is good or bad."""
+        """Return prompts with two answers, or with one labeled answer."""
         return self.encode_as(encoder, examples, table, scored=False)
 
     def finish(self, prepared: Prepared, config: DataConfig, context: EncodingContext) -> Prepared:
-        """Return `prepared` with rows that know what they contrast with, where the loss asks."""
+        """Return `prepared` with contrast answers, if the loss is kto."""
         if self.settings.loss != "kto":
             return prepared
         most, held_out = prepared.max_length, prepared.validation
@@ -206,19 +200,19 @@ class PreferenceTask(JudgedTask, TextTask):
     def fix(
         self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
     ) -> Sequence[Encoded]:
-        """Return rows that know what they contrast with, where the loss asks."""
+        """Return rows with contrast answers, if the loss is kto."""
         if self.settings.loss != "kto":
             return rows
         return ContrastedRows(rows, max(row.length for row in rows))
 
     def with_reference(self, rows: Sequence[Encoded], reference: Any) -> Sequence[Encoded]:
-        """Return `rows` with what the reference says of them, (rows, 2); None for no reference."""
+        """Return `rows` with reference log-probabilities `(rows, 2)`; None for no reference."""
         return ReferencedRows(rows, reference)
 
     def show_targets(
         self, row: Encoded, names: Sequence[str], kind: str, speller: Speller
     ) -> list[str | None]:
-        """Return what is learned at each token; the first one of each answer says which it is."""
+        """Return the target at each token; the first token of each answer shows its label."""
         shown = super().show_targets(row, names, kind, speller)
         if not isinstance(row, PairRow) or row.is_apart:
             return shown

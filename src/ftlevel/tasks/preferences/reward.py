@@ -1,4 +1,4 @@
-"""Reward models: a model that scores answers learns from pairs of them (Bradley and Terry)."""
+"""Reward models, trained on answer pairs with the Bradley-Terry loss."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from ftlevel.data.prepare.loading import Loaded
 
 BINS = 10
-"""Bins of the calibration error."""
+"""Number of bins of the calibration error."""
 
 
 @dataclass(frozen=True)
 class RewardTask(JudgedTask):
-    """A model with one score for each answer."""
+    """Task of a model with one scalar score per answer."""
 
     has_new_head: ClassVar[bool] = True
     finds_ends_by_padding: ClassVar[bool] = True
@@ -45,7 +45,7 @@ class RewardTask(JudgedTask):
     checks: ClassVar[Checks] = Checks(ends=True)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Return the logistic loss of the difference between the scores of a pair."""
+        """Return the logistic loss of the score difference of a pair."""
         return Rewards("accuracy", settings=self._told(facts))
 
     def _told(self, facts: Mapping[str, Any]) -> PreferenceConfig:
@@ -56,15 +56,15 @@ class RewardTask(JudgedTask):
         return self.encode_as(encoder, examples, table, scored=True)
 
     def facts(self, loaded: Loaded) -> Mapping[str, Any]:
-        """Return the loss, and that the head has one score."""
+        """Return the loss, and `regression` as problem type."""
         return {**super().facts(loaded), "problem_type": "regression"}
 
     def card_options(self, config: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the loss, and that the head has one score."""
+        """Return the loss, and `regression` as problem type."""
         return {**super().card_options(config, facts), "problem_type": "regression"}
 
     def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
-        """Return a prompt as `train` would lay it out, and that the head has one score."""
+        """Return regression options; raises `InputError` if the model has more than one label."""
         if model_config.num_labels != 1:
             raise InputError(
                 f"a reward model has one score, and this one has {model_config.num_labels} "
@@ -77,7 +77,7 @@ class RewardTask(JudgedTask):
         }
 
     def pose(self, prompt: str, context: str | None, number: int) -> Any:
-        """Return an answer without a question: the last turn of a chat is scored by its prompt."""
+        """Raise `InputError`: a prompt without an answer has no score."""
         raise InputError(
             "a reward model scores answers to prompts. Ask it by ftlevel predict, with columns "
             "prompt and completion."
@@ -86,7 +86,7 @@ class RewardTask(JudgedTask):
     def answer_columns(
         self, format_: Format, labels: Sequence[str], options: Mapping[str, Any], wanted: Wanted
     ) -> dict[str, Column]:
-        """Return the score."""
+        """Return one score column."""
         refuse_wishes(wanted, "a reward model", "")
         return {"": "number"}
 
@@ -110,29 +110,27 @@ class RewardTask(JudgedTask):
         return model.score(rows, read)
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
-        """Return a number that says nothing."""
+        """Return a dummy label."""
         return 0
 
     def show_targets(
         self, row: Encoded, names: Sequence[str], kind: str, speller: Any
     ) -> list[str | None]:
-        """Return the answers' tokens: both are scored as a whole."""
+        """Mark the answers' tokens, which are scored as a whole."""
         labels = row.labels if isinstance(row.labels, list) else []
         return [None if label == IGNORED else "" for label in labels]
 
     def describe_head(self, labels: Sequence[str]) -> str:
-        """Return what tells the head apart."""
+        """Return a description that differs from those of other heads."""
         return "a score"
 
 
 @dataclass(frozen=True)
 class Rewards(Objective):
-    """Logistic loss of a difference of scores: logits `(2 · pairs, 1)`, the preferred one first.
+    """Logistic loss of score differences: logits `(2 · pairs, 1)`, preferred answer first.
 
-    Labels are verdicts (2 · pairs, 3), whose last column is the margin.
-
-    Attributes:
-        settings: the weight of the centring.
+    Labels are verdicts `(2 · pairs, 3)`, whose last column is the margin. `settings.center` is the
+    weight of the centering term.
     """
 
     settings: PreferenceConfig = field(default_factory=PreferenceConfig)
@@ -141,7 +139,7 @@ class Rewards(Objective):
     has_choice: ClassVar[bool] = False
 
     def split(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Any]:
-        """Return what the model is called with, and the verdicts where there are some."""
+        """Return the model inputs, and the verdicts if present."""
         inputs, labels = super().split(batch)
         return inputs, batch.get("verdicts", labels)
 
@@ -161,7 +159,7 @@ class Rewards(Objective):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What its meter computes."""
+        """Names of the metrics that the meter computes."""
         return ("accuracy", "margin", "score_chosen", "score_rejected", "ece", "length_correlation")
 
     def meter(self) -> Meter:
@@ -170,25 +168,25 @@ class Rewards(Objective):
 
 
 class RewardMeter:
-    """Accuracy, margin and calibration of scores, and whether they follow the length."""
+    """Accuracy, margin and calibration of scores, and their correlation with length."""
 
     def __init__(self) -> None:
         self._seen: list[np.ndarray] = []
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
-        """Add the scores (2 · pairs, 1) of `rows`, which are pairs."""
+        """Add the scores `(2 · pairs, 1)` of the pairs `rows`."""
         scores = logits.cpu().double().flatten().numpy().reshape(-1, 2)
         lengths = [[len(branch.input_ids) for branch in row.branches] for row in rows]
         self._seen.append(np.concatenate([scores, np.array(lengths, dtype=float)], axis=1))
 
     def pool(self, meters: Sequence[RewardMeter]) -> RewardMeter:
-        """Return a meter of all their pairs."""
+        """Return a meter of the pairs of all `meters`."""
         pooled = RewardMeter()
         pooled._seen = [part for meter in meters for part in meter._seen]
         return pooled
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Return the metrics; a tie is no success."""
+        """Return the metrics; a tie counts as wrong."""
         good, bad, good_length, bad_length = np.concatenate(self._seen).T
         apart, longer = good - bad, good_length - bad_length
         found = {
@@ -209,10 +207,7 @@ class RewardMeter:
 
 
 def calibration_error(apart: np.ndarray) -> float:
-    """Return how far σ of the difference is from the share that is right, over ten bins.
-
-    A pair counts as the model sees it: with the answer first that it prefers (Guo et al., 2017).
-    """
+    """Return the expected calibration error over ten bins (Guo et al., 2017)."""
     sure = 1 / (1 + np.exp(-np.abs(np.clip(apart, -500, 500))))
     bins = np.minimum(((sure - 0.5) * 2 * BINS).astype(int), BINS - 1)
     total = 0.0
@@ -224,7 +219,7 @@ def calibration_error(apart: np.ndarray) -> float:
 
 
 def _scored_shape(shape: Shape) -> Shape:
-    """Return a shape of judged answers without the verdict."""
+    """Return a layout of labeled answers without the label."""
     required = {role: names for role, names in shape.required.items() if role != "label"}
     return Shape(
         " + ".join(required), build_scored, required, shape.optional, shape.guessable, shape.inner

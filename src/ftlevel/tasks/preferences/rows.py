@@ -1,11 +1,7 @@
-"""Rows of judged answers: a prompt once, and the answers behind it.
+"""Encoded rows of preference data, their encoder, and their data checks.
 
-A pair lies in one row, prompt, preferred and rejected answer end to end, so that no cut, shuffle or
-micro-batch tears it. What goes through the model are its two branches.
-
-From judged examples to rows: one template for both answers, and one prompt, token by token.
-
-What the gate asks of judged answers: equal ones, contradictions, and what a length tells.
+A pair is one row: prompt, preferred and rejected answer concatenated, so that batching never
+separates them. The model receives its two branches.
 """
 
 from __future__ import annotations
@@ -35,18 +31,15 @@ if TYPE_CHECKING:
 
 Verdict = tuple[float, float, float]
 UNKNOWN = float("nan")
-"""The reference's log-probability before it is computed: a loss made of it stops the run."""
+"""Reference log-probability before it is computed; NaN, so that an accidental use stops the run."""
 
 
 @dataclass(frozen=True)
 class PairRow(Encoded):
-    """Two answers to one prompt: `input_ids` are the prompt, the preferred and the rejected one.
+    """Two answers to one prompt; `input_ids` concatenates prompt, preferred and rejected answer.
 
-    Attributes:
-        prompt: tokens of the prompt; 0 where it is the source of an encoder-decoder.
-        chosen: tokens of the preferred answer.
-        margin: by which a reward model should tell the two apart.
-        reference: log-likelihoods of the two by the reference; none where there is no reference.
+    `prompt` and `chosen` are token counts; `prompt` is 0 for an encoder-decoder. `reference` has
+    the reference log-likelihoods of both answers; empty without a reference.
     """
 
     prompt: int = field(default=0, metadata={"column": "int"})
@@ -56,12 +49,12 @@ class PairRow(Encoded):
 
     @property
     def is_apart(self) -> bool:
-        """Whether the answers are apart from what they answer, as an encoder-decoder's are."""
+        """Whether the answers are separate from the prompt, as in an encoder-decoder."""
         return not self.prompt
 
     @property
     def branches(self) -> Sequence[Encoded]:
-        """The prompt with the preferred answer, and with the rejected one."""
+        """The prompt with the preferred answer, and with the rejected answer."""
         ids, labels = self.input_ids, _labels(self)
         if self.is_apart:
             parts = labels[: self.chosen], labels[self.chosen :]
@@ -74,7 +67,7 @@ class PairRow(Encoded):
 
     @property
     def verdicts(self) -> Sequence[Verdict]:
-        """The first is preferred."""
+        """(preferred, reference log-likelihood, margin) of both answers, preferred first."""
         first, second = self.reference or (0.0, 0.0)
         return (1.0, first, self.margin), (0.0, second, self.margin)
 
@@ -86,31 +79,27 @@ class PairRow(Encoded):
         return self.prompt + max(self.chosen, len(self.input_ids) - self.prompt - self.chosen)
 
     def without(self, count: int) -> Encoded:
-        """Return the row with a prompt that is shorter by `count` tokens, for both answers."""
+        """Return the row with a prompt shortened by `count` tokens."""
         shorter = super().without(count)
         return replace(shorter, prompt=self.prompt - count)  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True)
 class ScoredPairRow(PairRow):
-    """Two answers to one prompt that get a score each, and nothing is learned token by token."""
+    """Two answers to one prompt for a reward model, without token labels."""
 
     @property
     def branches(self) -> Sequence[Encoded]:
-        """As of a pair; the label says nothing."""
+        """The branches of a pair, with a dummy label."""
         return [replace(branch, labels=0) for branch in super().branches]
 
 
 @dataclass(frozen=True)
 class JudgedRow(Encoded):
-    """An answer that is good or bad, and an answer to another prompt that it contrasts with.
+    """A labeled answer, and the answer to another prompt that it is contrasted with.
 
-    Attributes:
-        prompt: tokens of the prompt; 0 where it is the source of an encoder-decoder.
-        desirable: 1 for a good answer, 0 for a bad one.
-        reference: log-likelihoods by the reference of the answer, and of the other one after this
-            prompt; none where there is no reference.
-        other: ids and labels of the other answer, end to end.
+    `prompt` is 0 for an encoder-decoder. `reference` has log-likelihoods of the answer and of the
+    contrast answer after this prompt; `other` has ids and labels of the latter, concatenated.
     """
 
     prompt: int = field(default=0, metadata={"column": "int"})
@@ -125,12 +114,12 @@ class JudgedRow(Encoded):
 
     @property
     def verdicts(self) -> Sequence[Verdict]:
-        """Whether it is good; nothing is taken off its reward before the step has begun."""
+        """(desirable, reference log-likelihood, baseline), with baseline 0 before the step."""
         return ((float(self.desirable), (self.reference or (0.0,))[0], 0.0),)
 
     @property
     def contrasts(self) -> Sequence[Encoded]:
-        """The prompt with the other answer."""
+        """The prompt with the contrast answer."""
         if not self.other:
             return ()
         half = len(self.other) // 2
@@ -145,39 +134,33 @@ class JudgedRow(Encoded):
 
     @property
     def answer(self) -> tuple[list[int], list[int]]:
-        """Ids and labels of its answer."""
+        """Ids and labels of the answer."""
         return self.input_ids[self.prompt :] if self.prompt else _labels(self), _labels(self)[
             self.prompt :
         ]
 
     def without(self, count: int) -> Encoded:
-        """Return the row with a prompt that is shorter by `count` tokens."""
+        """Return the row with a prompt shortened by `count` tokens."""
         shorter = super().without(count)
         return replace(shorter, prompt=self.prompt - count)  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True)
 class ContrastRow(Encoded):
-    """An answer to another prompt than the one before it.
-
-    Attributes:
-        reference: its log-likelihood by the reference.
-    """
+    """A prompt with the answer to another prompt; `reference` is its reference log-likelihood."""
 
     reference: float = field(default=UNKNOWN, metadata={"column": "json"})
 
     @property
     def verdicts(self) -> Sequence[Verdict]:
-        """Neither good nor bad."""
+        """(0, reference log-likelihood, 0); the answer has no label."""
         return ((0.0, self.reference, 0.0),)
 
 
 class ContrastedRows(Computed[Encoded]):
-    """Judged answers, each with the answer of the row before it that has another prompt.
+    """Labeled answers, each with the answer of the nearest earlier row that has another prompt.
 
-    Args:
-        rows: of `JudgedRow`, in the order of the data.
-        most: tokens of a row at most; a longer contrast loses its end.
+    `rows` are `JudgedRow` in data order. Contrast answers are truncated to `most` tokens per row.
     """
 
     def __init__(self, rows: Sequence[Encoded], most: int) -> None:
@@ -204,12 +187,7 @@ class ContrastedRows(Computed[Encoded]):
 
 
 class ReferencedRows(Computed[Encoded]):
-    """Rows with what the reference says of them.
-
-    Args:
-        rows: of `PairRow` or `JudgedRow`.
-        reference: (rows, 2) log-likelihoods of the two sequences of each; None for no reference.
-    """
+    """Rows with `(rows, 2)` reference log-likelihoods of their two sequences, or None."""
 
     def __init__(self, rows: Sequence[Encoded], reference: np.ndarray | None) -> None:
         self.rows = rows
@@ -239,15 +217,7 @@ def _labels(row: Encoded) -> list[int]:
 def pair_up(
     first: Encoded, second: Encoded, prompt: int, margin: float, *, scored: bool
 ) -> PairRow:
-    """Return the row of two encoded answers that share their first `prompt` tokens.
-
-    Args:
-        first: the prompt with the preferred answer.
-        second: the prompt with the rejected one.
-        prompt: tokens of the prompt; 0 for an encoder-decoder's.
-        margin: as of `PairRow`.
-        scored: whether answers get a score each.
-    """
+    """Return the row of two encoded answers with a common prompt of `prompt` tokens."""
     kind = ScoredPairRow if scored else PairRow
     one, two = _labels(first), _labels(second)
     if not prompt:
@@ -265,21 +235,15 @@ def pair_up(
 
 
 _JOINED = 2
-"""Tokens at the seam that a tokenizer may make of the prompt's end and the answer's beginning."""
+"""Number of tokens at the end of the prompt that a tokenizer may merge with the answer."""
 
 
 @dataclass(frozen=True)
 class JudgedEncoder:
-    """Encodes examples; it is passed to other processes.
+    """Encoder of preference examples; it is picklable for worker processes.
 
-    Attributes:
-        tokenizer: the model's.
-        prompt_format: how prompts are laid out.
-        kind: of the model: the answers of an encoder-decoder are apart from what they answer, and
-            an encoder reads both as one text.
-        judged: whether pairs become two judged answers.
-        scored: whether answers get a score each.
-        referenced: whether the reference's log-likelihoods will be known.
+    An encoder reads prompt and answer as one text. `judged` splits pairs into labeled answers;
+    `scored` is for reward models; `referenced` marks reference values as pending.
     """
 
     tokenizer: Any
@@ -290,11 +254,7 @@ class JudgedEncoder:
     referenced: bool
 
     def __call__(self, examples: Sequence[Any]) -> list[Encoded]:
-        """Return a row for each pair, or for each judged answer.
-
-        Raises:
-            RowError: the two answers have not the same prompt, token by token.
-        """
+        """Return one row per pair or answer; raises `RowError` if the prompts of a pair differ."""
         good = self._encode([_answered(example) for example in examples])
         if not isinstance(examples[0], PairExample):
             return [
@@ -306,19 +266,19 @@ class JudgedEncoder:
         for one, two, example in zip(good, bad, examples, strict=True):
             if self.judged:
                 both = [self._judge(one, example, True), self._judge(two, example, False)]
-                # By turns, so that answers contrast with good ones as often as with bad ones.
+                # Alternate, so that answers contrast equally often with good and bad ones.
                 rows += both if example.row % 2 else both[::-1]
             else:
                 rows.append(self._pair(one, two, example))
         return rows
 
     def answers(self, examples: Sequence[JudgedExample]) -> list[Encoded]:
-        """Return each prompt with its answer, as it is scored."""
+        """Return each prompt with its answer, for scoring."""
         return self._encode([_answered(example) for example in examples])
 
     @property
     def seq2seq(self) -> bool:
-        """Whether answers are apart from what they answer."""
+        """Whether answers are separate from the prompt."""
         return self.kind == "encoder-decoder"
 
     def _encode(self, talks: Sequence[Conversation]) -> list[Encoded]:
@@ -359,7 +319,7 @@ class JudgedEncoder:
 
 
 def _as_one_text(tokenizer: Any, talk: Conversation) -> Encoded:
-    """Return what was said before the last turn, and that turn, each ended by SEP."""
+    """Return the earlier turns and the last turn, each ended by SEP."""
     *before, last = talk.messages
     start = list(tokenizer("\n\n".join(turn.content for turn in before))["input_ids"])
     end = list(tokenizer(last.content, add_special_tokens=False)["input_ids"])
@@ -377,9 +337,7 @@ def _rejecting(example: PairExample) -> Conversation:
 
 
 def find_answer(row: Encoded, prompt: Sequence[Message], *, encoder: bool = False) -> int:
-    """Return the place of the first token of the answer behind the turns of `prompt`.
-
-    Each turn of the assistant is a run of tokens with a label; those of the prompt come first.
+    """Return the position of the first answer token, after the assistant turns of `prompt`.
 
     Raises:
         RowError: the answer has no token of its own.
@@ -399,7 +357,7 @@ def find_answer(row: Encoded, prompt: Sequence[Message], *, encoder: bool = Fals
 
 
 def count_common(one: Encoded, two: Encoded, most: int) -> int:
-    """Return how many of the first `most` tokens both rows have."""
+    """Return the length of the common prefix of both rows, at most `most` tokens."""
     pairs = zip(one.input_ids[:most], two.input_ids[:most], strict=False)
     return next((at for at, (a, b) in enumerate(pairs) if a != b), most)
 
@@ -411,13 +369,13 @@ def _answer_alone(row: Encoded, start: int) -> Encoded:
 
 
 BIASED = 0.8
-"""Share of pairs from which on a judge of length alone does too well, or too badly."""
+"""Share of pairs at which always choosing the longer (or shorter) answer counts as length bias."""
 FEWEST = 20
-"""Pairs below which such a share says little."""
+"""Minimum number of pairs for the length-bias check."""
 
 
 def look_at_pairs(rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-    """Return the pairs of equal answers, and those that an earlier one contradicts."""
+    """Return masks of pairs with equal answers, and of pairs that contradict an earlier one."""
     import numpy as np
 
     equal, against = np.zeros(len(rows), dtype=bool), np.zeros(len(rows), dtype=bool)
@@ -439,11 +397,11 @@ def look_at_pairs(rows: Sequence[Encoded]) -> Mapping[str, Mask]:
 
 
 def _whole(row: PairRow) -> Sequence[Encoded]:
-    return PairRow.branches.fget(row)  # type: ignore[attr-defined] # also where labels are scores
+    return PairRow.branches.fget(row)  # type: ignore[attr-defined]  # also for ScoredPairRow
 
 
 def judge_answers(examples: Sequence[Any], loss: str) -> Sequence[tuple[str, int, str]]:
-    """Return (check of the gate, examples with it, what it is) for the set as a whole."""
+    """Return (check name, number of examples, description) for the whole set."""
     pairs = [example for example in examples if isinstance(example, PairExample)]
     found: list[tuple[str, int, str]] = []
     if pairs:
@@ -466,7 +424,7 @@ def judge_answers(examples: Sequence[Any], loss: str) -> Sequence[tuple[str, int
 
 
 def _length_bias(pairs: Sequence[PairExample]) -> list[tuple[str, int, str]]:
-    """Return how well a judge of length alone would do, where that is too well or too badly."""
+    """Return a finding if answer length alone predicts the preference."""
     sizes = [(len(say(pair.chosen)), len(say(pair.rejected))) for pair in pairs]
     longer = sum(a > b for a, b in sizes)
     share = (longer + sum(a == b for a, b in sizes) / 2) / len(pairs)
@@ -481,7 +439,7 @@ def _length_bias(pairs: Sequence[PairExample]) -> list[tuple[str, int, str]]:
 
 
 def _repeats(pair: PairExample) -> bool:
-    """Whether an answer begins with all that the last turn asked, three words or more."""
+    """Return whether an answer starts with the whole last turn of the prompt (over two words)."""
     asked = pair.prompt[-1].content.strip()
     return len(asked.split()) > 2 and any(
         say(answer).strip().startswith(asked) for answer in (pair.chosen, pair.rejected)
