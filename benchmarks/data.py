@@ -159,7 +159,7 @@ def measure_ours(
     before, used, began = peak_mib(1), cpu_seconds(), time.perf_counter()
     anonymous = anonymous_mib()
     with AnonymousPeak() as peak:
-        prepared = prepare_data(config, context, encoder.be_silent)
+        prepared = prepare_data(config, context, encoder.ignore_progress)
     total = time.perf_counter() - began
     parts = {
         "gate_s": seconds["check"] + seconds["digests"],

@@ -156,7 +156,7 @@ def hold(directory: str, dtype: str, slices: Any) -> tuple[Any, dict[str, int]]:
     from ftlevel.models.loading import load_config, load_model
     from ftlevel.models.quantization import build_quantization_config
     from ftlevel.models.sources import resolve_source
-    from ftlevel.models.upstream.shards import Slices, own_part
+    from ftlevel.models.upstream.shards import UnreadWeights, own_part
     from ftlevel.training.shards import shard
 
     source = resolve_source(directory)
@@ -167,7 +167,7 @@ def hold(directory: str, dtype: str, slices: Any) -> tuple[Any, dict[str, int]]:
         settings["quantization"] = build_quantization_config(four_bits, torch.bfloat16, [])
     else:
         settings["dtype"] = getattr(torch, dtype)
-    load_model(*given, **settings, slices=Slices())  # imports what it needs
+    load_model(*given, **settings, slices=UnreadWeights())  # imports what it needs
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # what was the peak is none any more
     model, _ = load_model(*given, **settings, slices=slices)
@@ -186,12 +186,12 @@ def _resident(of: str) -> int:
 
 def hold_and_tell(directory: str, dtype: str, way: str, out: str) -> None:
     """Hold a part of a model as one of two processes, and write down what it took."""
-    from ftlevel.models.upstream.shards import Slices
+    from ftlevel.models.upstream.shards import UnreadWeights
     from ftlevel.training.processes import started_processes
 
     processes = started_processes()
     processes.join()
-    _, facts = hold(directory, dtype, Slices() if way == "rows" else None)
+    _, facts = hold(directory, dtype, UnreadWeights() if way == "rows" else None)
     Path(f"{out}-{processes.world.rank}.json").write_text(json.dumps(facts))
 
 

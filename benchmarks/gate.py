@@ -232,7 +232,7 @@ def check(name: str, folder: Path) -> list[Any]:
         42, lenient=True,
     )  # fmt: skip
     config = DataConfig(dataset=str(folder), columns=columns, cache=False, overlong="drop")
-    return list(prepare_data(config, context, encoder.be_silent).findings)
+    return list(prepare_data(config, context, encoder.ignore_progress).findings)
 
 
 def read(path: Path) -> list[Row]:

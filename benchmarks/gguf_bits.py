@@ -132,7 +132,7 @@ def shrink(options: argparse.Namespace) -> None:
     from ftlevel.evaluation.two_models import Probe, compare_rows, cut_windows, read_eval_text
     from ftlevel.merging.low_bits import WeightsAsLoaded, choose_gguf_codes
     from ftlevel.merging.merge_input import choose_rows, resolve_merge_input
-    from ftlevel.trained.load import load_found
+    from ftlevel.trained.load import load_ref
     from ftlevel.trained.model_ref import resolve_model
     from ftlevel.weights import codes
 
@@ -149,7 +149,7 @@ def shrink(options: argparse.Namespace) -> None:
     )
 
     def load() -> Any:
-        return load_found(resolve_model(options.model, device=inputs.device), inputs.device).model
+        return load_ref(resolve_model(options.model, device=inputs.device), inputs.device).model
 
     own = load()
     reference = [probe.score(own, inputs.dtype) for probe in (on_rows, on_text)]

@@ -124,7 +124,7 @@ def make_large(folder: Path, shards: int, layers: int = LARGE["num_hidden_layers
     import transformers
 
     from ftlevel.models.builtin import model_path
-    from ftlevel.weights.tensor_files import Part, Spec, write_files
+    from ftlevel.weights.tensor_files import TensorPart, TensorSpec, write_files
 
     config = transformers.LlamaConfig(**{**LARGE, "num_hidden_layers": layers})
     config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
@@ -133,16 +133,16 @@ def make_large(folder: Path, shards: int, layers: int = LARGE["num_hidden_layers
     noise = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.02
     noise = noise.to(torch.bfloat16)
 
-    def draw(name: str, spec: Spec) -> Part:
+    def draw(name: str, spec: TensorSpec) -> TensorPart:
         count = spec.nbytes // 2
         times = -(-count // len(noise))
-        return Part(
+        return TensorPart(
             {name: spec}, lambda: {name: noise.repeat(times)[:count].clone().view(spec.shape)}
         )
 
-    names = {n: Spec(torch.bfloat16, tuple(t.shape)) for n, t in model.state_dict().items()}
+    names = {n: TensorSpec(torch.bfloat16, tuple(t.shape)) for n, t in model.state_dict().items()}
     share = sum(spec.nbytes for spec in names.values()) / shards
-    files: dict[str, list[Part]] = {}
+    files: dict[str, list[TensorPart]] = {}
     written = 0.0
     for name, spec in names.items():
         number = min(int(written / share), shards - 1) + 1

@@ -24,14 +24,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from ftlevel.commands.merge import ask_trained, write_onto
+from ftlevel.commands.merge import score_trained, write_onto
 from ftlevel.config import MergeConfig
 from ftlevel.evaluation.two_models import Agreement, Probe, compare_rows
-from ftlevel.events import Silence
-from ftlevel.merging.low_bits import measure_low_bits, resolve_low_bits, write_low_bits
+from ftlevel.events import NullListener
+from ftlevel.merging.low_bits import compare_quantized, quantize_merged, resolve_quantization
 from ftlevel.merging.merge_input import MergeInput, choose_rows, resolve_merge_input
 from ftlevel.merging.verify import load_merged
-from ftlevel.models.loading import quiet_libraries
+from ftlevel.models.loading import silence_loggers
 
 
 def merge_as_peft_does(inputs: MergeInput, out: Path) -> None:
@@ -57,13 +57,13 @@ def ways(
     """Yield what is served, how far it is from the run, and the processor time of writing it."""
     config = MergeConfig(adapters=[run], output_dir=place / "out", quant=quant)
     inputs = resolve_merge_input(config)
-    low = resolve_low_bits(config, inputs)
+    low = resolve_quantization(config, inputs)
     if low is None:
         raise ValueError("something is quantized here")
     chosen = choose_rows(inputs, rows, calibration)
     pad_id = inputs.tokenizer.pad_token_id or 0
     probe = Probe(chosen.compared, inputs.objective, pad_id, inputs.device)
-    trained, effect = ask_trained(inputs, probe)
+    trained, effect = score_trained(inputs, probe)
     yield "the base without the adapter", effect, 0.0
     if not only_chosen and quant == "4bit":
         began = time.process_time()
@@ -82,9 +82,9 @@ def ways(
         if not whole.directory.is_dir():
             shutil.copytree(kept, whole.directory)
         began = time.process_time()
-        written, bits = write_low_bits(whole, inputs, low, some, Silence())
+        written, bits = quantize_merged(whole, inputs, low, some, NullListener())
         spent = time.process_time() - began
-        yield name, measure_low_bits(written, bits, inputs, probe, trained), spent
+        yield name, compare_quantized(written, bits, inputs, probe, trained), spent
         shutil.rmtree(written.directory)
 
 
@@ -101,7 +101,7 @@ def main() -> None:
           "processor s |")  # fmt: skip
     print("|---|---|--:|--:|--:|--:|--:|--:|")
     for run in arguments.runs:
-        with tempfile.TemporaryDirectory(prefix="ftlevel-merge-") as folder, quiet_libraries():
+        with tempfile.TemporaryDirectory(prefix="ftlevel-merge-") as folder, silence_loggers():
             place = Path(folder)
             for name, found, spent in ways(
                 run, arguments.rows, arguments.calibration_rows, place, arguments.quant,

@@ -88,12 +88,12 @@ def build_config(models: Path, model: str, wish: dict[str, Any], folder: Path) -
 
 def planned(config: Any) -> dict[str, Any]:
     """Return what the plan says."""
-    from ftlevel.models.loading import quiet_libraries
-    from ftlevel.training.forecast.fits import Device, find_need
+    from ftlevel.models.loading import silence_loggers
+    from ftlevel.training.forecast.fits import Device, estimate_requirement
     from ftlevel.training.plan.resolve import resolve
 
-    with quiet_libraries():
-        found = find_need(config, resolve(config), Device.of("cpu"))
+    with silence_loggers():
+        found = estimate_requirement(config, resolve(config), Device.of("cpu"))
     return {"peak": found.peak, "at": found.at, "parts": found.parts}
 
 
@@ -103,7 +103,7 @@ def measured(config: Any) -> dict[str, Any]:
     from transformers import TrainerCallback
 
     import ftlevel.commands.train as command
-    from ftlevel.events import Silence
+    from ftlevel.events import NullListener
 
     before = psutil.Process().memory_info().rss
     seen: dict[str, Any] = {}
@@ -130,7 +130,7 @@ def measured(config: Any) -> dict[str, Any]:
                 most = max(most, now)
             seen["peak"] = seen["model"] + most
 
-    command.train(config, callbacks=[Profile()], listener=Silence())
+    command.train(config, callbacks=[Profile()], listener=NullListener())
     import resource
 
     seen["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ftlevel.training.forecast.cluster import Network, StepTime, Work, time_step
-from ftlevel.training.forecast.seconds import CARDS, SHARE
+from ftlevel.training.forecast.seconds import GPUS, PEAK_FRACTION
 
 TITAN = "torchtitan"
 FOUNDRY = "llm-foundry"
@@ -90,7 +90,7 @@ class Run:
 
     Attributes:
         source: a key of `SOURCES`.
-        card: a key of `CARDS`.
+        card: a key of `GPUS`.
         model: a key of `SHAPES`.
         cards: of all machines.
         rows: of a micro-batch on a card.
@@ -189,7 +189,7 @@ GIB_APART = {"eager": 82.4 - 67.0, "compiled": 77.0 - 62.0}
 
 def time_of(run: Run, share: float) -> StepTime:
     """Return the time of a step of `run` where so much of the peak is reached."""
-    shape, card = SHAPES[run.model], CARDS[run.card]
+    shape, card = SHAPES[run.model], GPUS[run.card]
     tokens = run.rows * run.length
     attention = 2 * shape.width * run.length  # causal: half of what all pairs would take
     forward = (2 * shape.block + attention) * tokens
@@ -239,7 +239,7 @@ def main() -> None:
           "ratio | by 40 % | hidden |\n|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|")  # fmt: skip
     checks, plain = [], []
     for run, fitted, share, found in rows():
-        ratio, own = found / run.published, predict(run, SHARE) / run.published
+        ratio, own = found / run.published, predict(run, PEAK_FRACTION) / run.published
         plain.append(own)
         if not fitted:
             checks.append(ratio)

@@ -30,15 +30,15 @@ from startup import describe_machine
 from training.workloads import MINILM, SMOLLM2
 
 from ftlevel import TrainConfig, train
-from ftlevel.data.encoding.encode import prompt_ids
-from ftlevel.data.formats.examples import Labelled
+from ftlevel.data.encoding.encode import encode_prompt
+from ftlevel.data.formats.examples import LabeledText
 from ftlevel.data.sources.docstrings import read_docstrings
 from ftlevel.evaluation import decoding
-from ftlevel.evaluation.answers import AskedModel, answer_questions, asking
+from ftlevel.evaluation.answers import InferenceModel, inference_context, predict_rows
 from ftlevel.evaluation.decoding import open_decoder
-from ftlevel.evaluation.scoring import Writing, generate_texts
-from ftlevel.tasks.base import Wanted
-from ftlevel.trained.load import Trained, load_found
+from ftlevel.evaluation.scoring import GenerationOptions, generate_texts
+from ftlevel.tasks.base import OutputOptions
+from ftlevel.trained.load import LoadedModel, load_ref
 from ftlevel.trained.model_ref import resolve_model
 
 BATCH = 32  # of the pipeline
@@ -75,7 +75,7 @@ def train_classifier(folder: Path, model: str | None) -> Path:
     return folder / "run"
 
 
-def class_sides(trained: Trained, texts: Sequence[str]) -> tuple[Side, Side]:
+def class_sides(trained: LoadedModel, texts: Sequence[str]) -> tuple[Side, Side]:
     """Return both sides of classification: label and probability of each text."""
     import transformers
 
@@ -85,10 +85,10 @@ def class_sides(trained: Trained, texts: Sequence[str]) -> tuple[Side, Side]:
     )
 
     def ours() -> Sequence[Any]:
-        model = AskedModel(trained, Writing(1), None)
-        rows = [Labelled(text, None, 0, i) for i, text in enumerate(texts)]
-        with asking(model, trained):
-            replies = answer_questions(model, rows, Wanted()).replies
+        model = InferenceModel(trained, GenerationOptions(1), None)
+        rows = [LabeledText(text, None, 0, i) for i, text in enumerate(texts)]
+        with inference_context(model, trained):
+            replies = predict_rows(model, rows, OutputOptions()).replies
         return [(r.text, r.scores[r.text]) for r in replies if r is not None]
 
     def theirs() -> Sequence[Any]:
@@ -99,7 +99,7 @@ def class_sides(trained: Trained, texts: Sequence[str]) -> tuple[Side, Side]:
 
 
 def text_sides(
-    trained: Trained, prompts: Sequence[list[int]], size: int, new: int
+    trained: LoadedModel, prompts: Sequence[list[int]], size: int, new: int
 ) -> tuple[Side, Side]:
     """Return both sides of writing: rows that come and go, and batches sorted by length."""
     import torch
@@ -120,7 +120,7 @@ def text_sides(
     def theirs() -> Sequence[Any]:
         model.set_attn_implementation("sdpa")
         with torch.no_grad():
-            return generate_texts(model, tokenizer, prompts, "cpu", size, Writing(new))
+            return generate_texts(model, tokenizer, prompts, "cpu", size, GenerationOptions(new))
 
     return ours, theirs
 
@@ -190,19 +190,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             run = train_classifier(folder, arguments.model)
         if "classes" in what:
             texts = mixed_texts(arguments.rows or 2_000)
-            trained = load_found(resolve_model(str(run), "cpu"), device="cpu")
+            trained = load_ref(resolve_model(str(run), "cpu"), device="cpu")
             compare("classes", class_sides(trained, texts), arguments.rounds, len(texts))
         if "memory" in what:
             measure_memory(run, folder, arguments.rows or 100_000)
         if "texts" in what:
             name = arguments.model or str(SMOLLM2)
-            trained = load_found(resolve_model(name, "cpu", "summarization"), device="cpu")
+            trained = load_ref(resolve_model(name, "cpu", "summarization"), device="cpu")
             trained.model.float()
             rows = read_docstrings("summarization", "test", arguments.rows or 64)
             form = trained.prompt_format
             if form is None:
                 raise TypeError("a model that writes text has a prompt format")
-            prompts = [prompt_ids(trained.tokenizer, form, row["document"][:900]) for row in rows]
+            prompts = [
+                encode_prompt(trained.tokenizer, form, row["document"][:900]) for row in rows
+            ]
             sides = text_sides(trained, prompts, arguments.batch_size, arguments.new)
             compare("texts", sides, arguments.rounds, len(prompts))
     return 0

@@ -145,11 +145,11 @@ def _ftlevel(told: argparse.Namespace) -> dict[str, float]:
 
     from ftlevel.commands.train import train
     from ftlevel.config import TrainConfig
-    from ftlevel.events import Silence
+    from ftlevel.events import NullListener
 
     clock, rows, marks = _Clock(), _rows(told), dict[str, float]()
 
-    class Stages(Silence):
+    class Stages(NullListener):
         def stage(self, name: str) -> None:
             marks.setdefault("end" if "reference" in marks else name, time.process_time())
             if name == "compute the reference":

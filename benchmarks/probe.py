@@ -51,12 +51,12 @@ def build_config(wish: dict[str, Any], models: Path, data: Path, run: str) -> An
 
 def probe(config: Any) -> dict[str, float]:
     """Return tokens per second as a probe finds them, by both clocks."""
-    from ftlevel.models.loading import quiet_libraries
-    from ftlevel.training.forecast.seconds import by_probe
+    from ftlevel.models.loading import silence_loggers
+    from ftlevel.training.forecast.seconds import measure_time
     from ftlevel.training.plan.resolve import resolve
 
-    with quiet_libraries():
-        found = by_probe(config, resolve(config))
+    with silence_loggers():
+        found = measure_time(config, resolve(config))
     return {"clock": found.tokens_per_s, "processor": found.tokens_per_cpu_s}
 
 
@@ -65,7 +65,7 @@ def run(config: Any) -> dict[str, float]:
     from transformers import TrainerCallback
 
     from ftlevel.commands.train import train
-    from ftlevel.events import Silence
+    from ftlevel.events import NullListener
 
     spent = {"clock": 0.0, "processor": 0.0}
     clocks = {"clock": time.perf_counter, "processor": time.process_time}
@@ -79,7 +79,7 @@ def run(config: Any) -> dict[str, float]:
             for name, clock in clocks.items():
                 spent[name] += clock() - begun[name]
 
-    result = train(config, callbacks=[Steps()], listener=Silence())
+    result = train(config, callbacks=[Steps()], listener=NullListener())
     lines = (Path(str(result.path)) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     tokens = json.loads(lines[-1])["tokens"]
     return {name: tokens / seconds for name, seconds in spent.items()}

@@ -45,17 +45,17 @@ from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import TrainConfig
 from ftlevel.errors import ConfigError, RunError
 from ftlevel.evaluation.scoring import batches
-from ftlevel.events import Silence
-from ftlevel.models.loading import quiet_libraries
+from ftlevel.events import NullListener
+from ftlevel.models.loading import silence_loggers
 from ftlevel.training.build_trainer import build_trainer
-from ftlevel.training.model import Adapted, load_adapted
+from ftlevel.training.model import PreparedModel, load_adapted
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.processes import Processes
-from ftlevel.training.resume import GoingOn
-from ftlevel.training.verify.bounds import Apart, added, by_kind, compare_gradients
-from ftlevel.training.verify.proof import verify_step, whole_in_float32
-from ftlevel.training.verify.steps import Steps, moved_from_start
+from ftlevel.training.resume import ResumeState
+from ftlevel.training.verify.bounds import GradientDifference, added, by_kind, compare_gradients
+from ftlevel.training.verify.proof import cast_to_float32, verify_step
+from ftlevel.training.verify.steps import Steps, perturb_weights
 
 DTYPES = ("float32", "bfloat16")
 BATCHES = 20
@@ -196,15 +196,15 @@ def build(config: dict[str, Any], dtype: str, seed: int = 42, **speed: Any) -> A
     given["train"] = {**config.get("train", {}), "seed": seed}
     given["speed"] = {**config.get("speed", {}), **speed}
     parsed = TrainConfig.model_validate(given)
-    with quiet_libraries():
+    with silence_loggers():
         plan = resolve(parsed)
-        return parsed, plan, load_adapted(parsed, plan, Silence())
+        return parsed, plan, load_adapted(parsed, plan, NullListener())
 
 
-def is_stopped(config: TrainConfig, plan: Plan, adapted: Adapted) -> str:
+def is_stopped(config: TrainConfig, plan: Plan, adapted: PreparedModel) -> str:
     """Return what the comparison says against the step, empty for nothing."""
     try:
-        if verify_step(config, plan, adapted, Silence()) is None:
+        if verify_step(config, plan, adapted, NullListener()) is None:
             raise ValueError("nothing was compared")
     except RunError as error:
         return str(error)
@@ -279,11 +279,11 @@ def alarms_of(setting: Setting, dtype: str, seed: int) -> list[str] | None:
 
 
 @contextlib.contextmanager
-def steps_of(config: TrainConfig, plan: Plan, adapted: Adapted) -> Iterator[Steps]:
+def steps_of(config: TrainConfig, plan: Plan, adapted: PreparedModel) -> Iterator[Steps]:
     """Give what computes steps of a run."""
     with TemporaryDirectory() as nowhere:
         nobody = RunDirectory(Path(nowhere))
-        trainer = build_trainer(config, plan, adapted, nobody, GoingOn(), Processes())
+        trainer = build_trainer(config, plan, adapted, nobody, ResumeState(), Processes())
         yield Steps(trainer, plan.model.pad_id)
 
 
@@ -294,10 +294,10 @@ def measure_distances(every: list[Setting]) -> None:
     for setting in every:
         config, plan, adapted = build(setting.config, "bfloat16")
         size = config.train.per_device_train_batch_size
-        sums: dict[str, dict[str, Apart]] = {"plain": {}, "packed": {}, "between": {}}
-        with steps_of(config, plan, adapted) as steps, moved_from_start(adapted.model):
+        sums: dict[str, dict[str, GradientDifference]] = {"plain": {}, "packed": {}, "between": {}}
+        with steps_of(config, plan, adapted) as steps, perturb_weights(adapted.model):
             for rows in list(batches(plan.data.train, size))[:BATCHES]:
-                with whole_in_float32(adapted.model):
+                with cast_to_float32(adapted.model):
                     exact = steps.plain(rows, size, "float32").gradients
                 plain = steps.plain(rows, size, "bfloat16").gradients
                 fast = steps.fast(rows, "bfloat16").gradients
@@ -316,9 +316,9 @@ def measure_cost(every: list[Setting]) -> None:
     print("|---|--:|--:|--:|")
     for setting in every:
         config, plan, adapted = build(setting.config, "auto")
-        verify_step(config, plan, adapted, Silence())
+        verify_step(config, plan, adapted, NullListener())
         began = time.process_time()
-        verify_step(config, plan, adapted, Silence())
+        verify_step(config, plan, adapted, NullListener())
         took = time.process_time() - began
         a_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
         with steps_of(config, plan, adapted) as steps:

@@ -146,9 +146,9 @@ def write(case: Case, work: Path) -> str:
     from ftlevel.artifacts.cards import AdapterCard
     from ftlevel.config import ExportConfig
     from ftlevel.errors import InputError
-    from ftlevel.events import Silence
+    from ftlevel.events import NullListener
     from ftlevel.merging.formats.adapterhub import plan_export
-    from ftlevel.merging.formats.base import Merged
+    from ftlevel.merging.formats.base import MergeOutput
     from ftlevel.methods.bottleneck.layer import BottleneckConfig
     from ftlevel.models.sources import resolve_source
     from ftlevel.models.targets import find_heads
@@ -179,7 +179,7 @@ def write(case: Case, work: Path) -> str:
         asked = ExportConfig(model=str(folder), format="adapterhub", out=folder / "hub")
         planned = plan_export(asked, found)
         (folder / "hub").mkdir()
-        planned.write(folder / "hub", "cpu", Silence(), lambda _: Merged({}))
+        planned.write(folder / "hub", "cpu", NullListener(), lambda _: MergeOutput({}))
     except (InputError, ValueError) as error:
         return str(error)
     save_file({"logits": logits_of(adapted, case), "before": before}, folder / "logits")

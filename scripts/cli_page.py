@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from ftlevel.cli.app import COMMANDS
-from ftlevel.config.flag import Agrees, Flag, Spelling, Words
-from ftlevel.config.flags import AS_TRAIN, FLAGS, flags_of
+from ftlevel.config.flag import Alias, Flag, NoOpValue, ValueAliases
+from ftlevel.config.flags import FLAGS, TRAIN_LIKE_COMMANDS, flags_of
 
 _HEAD = """\
 # The command line
@@ -46,7 +46,7 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
     function = getattr(importlib.import_module(module), attribute)
     yield from (f"# ftlevel {name}", "", inspect.getdoc(function) or "")
     rows = flags_of(name, flags)
-    if name in AS_TRAIN:
+    if name in TRAIN_LIKE_COMMANDS:
         of_train = [row for row in rows if row in flags_of("train", flags) and row.path]
         rows = [row for row in rows if row not in of_train]
         yield from (
@@ -69,7 +69,7 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
 def _answer(row: Flag) -> Iterator[str]:
     """Yield the line of a flag that there is not: what its words do, then what others are told."""
     words = [
-        f"{_code(word)}: {meant.reason if isinstance(meant, Agrees) else _code(meant)}"
+        f"{_code(word)}: {meant.reason if isinstance(meant, NoOpValue) else _code(meant)}"
         for word, meant in row.words.items()
     ]
     yield f"- {_code(row.shown)}: {'; '.join([*words, row.answer])}"
@@ -85,7 +85,7 @@ def _line(row: Flag, command: str, flags: Sequence[Flag]) -> str:
         default = "required" if facts.required else facts.default
     default = "required" if row.required else default
     cells = [
-        ", ".join(_code(name) for name in row.declared(is_switch)),
+        ", ".join(_code(name) for name in row.typer_names(is_switch)),
         _code(row.path),
         choices,
         default,
@@ -102,16 +102,16 @@ def _second(row: Flag, flags: Sequence[Flag]) -> Iterator[str]:
     yield from dict.fromkeys(map(_with_values, seconds))
 
 
-def _with_values(other: Spelling) -> str:
+def _with_values(other: Alias) -> str:
     if other.value:
         return f"{_code(other.name)} ({other.value})"
     words = _words(other.values)
     return _code(other.name) + (f" ({words})" if words else "")
 
 
-def _words(words: Words) -> str:
+def _words(words: ValueAliases) -> str:
     return ", ".join(
-        f"{theirs}: {'as it is' if isinstance(ours, Agrees) else ours or 'none'}"
+        f"{theirs}: {'as it is' if isinstance(ours, NoOpValue) else ours or 'none'}"
         for theirs, ours in words.items()
     )
 

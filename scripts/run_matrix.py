@@ -33,7 +33,7 @@ def main() -> int:
 
     import torch
 
-    from ftlevel.models.loading import quiet_libraries
+    from ftlevel.models.loading import silence_loggers
 
     cells_of = importlib.import_module("matrix_cells")  # of tests/
 
@@ -50,7 +50,7 @@ def main() -> int:
     cells = [cell for cell in cells_of.build_cells() if wanted(cell)]
     began = time.perf_counter()
     outcomes: dict[Any, str] = {}
-    with quiet_libraries():
+    with silence_loggers():
         for number, cell in enumerate(cells, 1):
             outcomes[cell] = cells_of.outcome(cell)
             if outcomes[cell].startswith("??"):

@@ -47,18 +47,18 @@ from ftlevel.merging.serving.client import (  # noqa: E402
     BASE,
     EITHER,
     TRAINED,
-    Heard,
-    judge,
+    ServerAnswer,
+    judge_answer,
 )
 from ftlevel.merging.serving.entry import (  # noqa: E402
-    Entry,
     Prompt,
+    ServedModel,
     rank_limit,
 )
-from ftlevel.merging.serving.inside.process import ask_inside  # noqa: E402
-from ftlevel.merging.serving.recorded import Answer, ask  # noqa: E402
+from ftlevel.merging.serving.inside.process import run_library  # noqa: E402
+from ftlevel.merging.serving.recorded import Answer, run_prompts  # noqa: E402
 from ftlevel.models.kinds import write_former_rope  # noqa: E402
-from ftlevel.trained.load import load_found  # noqa: E402
+from ftlevel.trained.load import load_ref  # noqa: E402
 from ftlevel.trained.model_ref import resolve_model  # noqa: E402
 from served_cases import CASES, make_adapter  # noqa: E402
 
@@ -124,21 +124,21 @@ def make_ours(base: Path, place: Path, flags: list[str]) -> Path:
 
 def expected(adapter: Path, base: Path, spoken: dict[str, list[Answer]]) -> Known:
     """Return the prompts, and what plain PEFT and the base (`spoken`, by prompts) answer."""
-    entry = Entry(adapter.name, resolve_model(str(adapter), base=str(base), device="cpu"))
+    entry = ServedModel(adapter.name, resolve_model(str(adapter), base=str(base), device="cpu"))
     prompts = entry.prompts()
     key = str([prompt.ids for prompt in prompts])
     if key not in spoken:
-        alone = load_found(entry.in_float32(with_adapter=False), "cpu").model
-        spoken[key] = ask(alone, entry, prompts).answers
-    trained = ask(load_found(entry.in_float32(), "cpu").model, entry, prompts).answers
+        alone = load_ref(entry.in_float32(with_adapter=False), "cpu").model
+        spoken[key] = run_prompts(alone, entry, prompts).answers
+    trained = run_prompts(load_ref(entry.in_float32(), "cpu").model, entry, prompts).answers
     return Known(prompts, trained, spoken[key])
 
 
 def cell_of(
-    heard: list[Heard], trained: list[Answer], base: list[Answer], bound: float
+    heard: list[ServerAnswer], trained: list[Answer], base: list[Answer], bound: float
 ) -> tuple[str, str]:
     """Return what the answers are, and the largest difference of a logprob."""
-    found = [judge(h, t, b, bound) for h, t, b in zip(heard, trained, base, strict=True)]
+    found = [judge_answer(h, t, b, bound) for h, t, b in zip(heard, trained, base, strict=True)]
     words = [verdict.word for verdict in found]
     far = max((v.difference for v in found if v.difference is not None), default=None)
     said = "" if far is None else f"{far:.1g}"
@@ -169,7 +169,7 @@ def answers_of(
     alone = server in ("llama.cpp", "openvino")
     for batch in [[row] for row in rows] if alone else [rows]:
         try:
-            found |= ask_inside(server, python, base, batch, 3600)
+            found |= run_library(server, python, base, batch, 3600)
         except FtlevelError as error:
             found |= {row["name"]: str(error).partition(": ")[2] for row in batch}
     return found

@@ -21,7 +21,7 @@ import tiny_models
 from ftlevel.config import SPECS, QuantConfig
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.methods import METHODS, Base
-from ftlevel.methods.base import StartInputs
+from ftlevel.methods.base import InitializationInputs
 from ftlevel.methods.facts import Cell
 from ftlevel.methods.matrix import FACTS, find_problems, find_refusal
 from ftlevel.models.families import FAMILIES
@@ -207,7 +207,7 @@ def run_cell(cell: TinyCell) -> float:
             Encoded(ids.tolist(), ids.tolist() if cell.head == "causal" else 0, 0)
             for ids in batch["input_ids"].repeat(4, 1)
         ]
-        inputs = StartInputs(
+        inputs = InitializationInputs(
             lambda: ShuffledBatches(rows, 0, 4, 0, "cpu"),
             lambda: lambda name: float_weight(cell, name),
             "cpu", cell.dtype,

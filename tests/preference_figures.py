@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from ftlevel.data.encoding.encode import IGNORED, Encoded
-from ftlevel.tasks.preferences.rows import JudgedRow, PairRow, pair_up
+from ftlevel.tasks.preferences.rows import LabeledAnswerRow, PairRow, build_pair_row
 
 EOS, PAD = 0, 1
 PAIRS = [
@@ -121,18 +121,20 @@ def pair_rows(*, scored: bool = False, margins: bool = False) -> list[PairRow]:
     for index, (prompt, good, bad) in enumerate(PAIRS):
         one, two = encode(prompt, good, index), encode(prompt, bad, index)
         margin = MARGINS[index] if margins else 0.0
-        rows.append(pair_up(one, two, len(prompt.encode()), margin, scored=scored))
+        rows.append(build_pair_row(one, two, len(prompt.encode()), margin, scored=scored))
     return rows
 
 
-def judged_rows() -> list[JudgedRow]:
+def judged_rows() -> list[LabeledAnswerRow]:
     """Return the four good answers and the four bad ones."""
     rows = []
     for desirable, which in ((1, 1), (0, 2)):
         for index, pair in enumerate(PAIRS):
             own = encode(pair[0], pair[which], index)
             rows.append(
-                JudgedRow(own.input_ids, own.labels, index, {}, len(pair[0].encode()), desirable)
+                LabeledAnswerRow(
+                    own.input_ids, own.labels, index, {}, len(pair[0].encode()), desirable
+                )
             )
     return rows
 

@@ -68,7 +68,7 @@ def _be(
     try:
         work(*arguments)
     except FtlevelError as error:
-        if not error.is_told:
+        if not error.is_reported:
             with says.open("a") if says else contextlib.nullcontext(sys.stderr) as file:
                 file.write(f"ftlevel: {error}\n")
         raise SystemExit(error.exit_code) from None

@@ -105,7 +105,7 @@ def damage_cache(lab: Lab, count: int) -> Iterator[Case]:
     """Prepared rows that are damaged are prepared anew."""
     from ftlevel.data.prepare import dataset
 
-    dataset.KEEP_FROM = dataset.SMALL_BYTES = 1  # keep the rows of small sets too
+    dataset.MIN_CACHED_ROWS = dataset.SMALL_BYTES = 1  # keep the rows of small sets too
     whole = Whole(lab)
     folders = [p for p in (lab.root / "cache" / "ftlevel" / "rows").iterdir() if p.is_dir()]
     kept = lab.root / "kept-rows"

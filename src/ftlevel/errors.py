@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 
 class FtlevelError(Exception):
-    """Base class of errors meant for the user; `is_told` if another process prints it."""
+    """Base class of errors meant for the user; `is_reported` if another process prints it."""
 
     exit_code = 1
-    is_told = False
+    is_reported = False
 
 
 class ConfigError(FtlevelError):
@@ -78,7 +78,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 _BEGINNING = 4  # minimum length of a prefix match
 
 
-def nearest(name: str, options: Iterable[str], count: int = 1) -> list[str]:
+def closest_matches(name: str, options: Iterable[str], count: int = 1) -> list[str]:
     """Return up to `count` options most similar to `name`, best first.
 
     Options that start with `name` come first: `adamw` matches `adamw_torch`.
@@ -93,7 +93,7 @@ def nearest(name: str, options: Iterable[str], count: int = 1) -> list[str]:
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the option most similar to `name`, or ""."""
-    found = nearest(name, options)
+    found = closest_matches(name, options)
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
@@ -116,7 +116,7 @@ def is_long(name: str) -> bool:
     return len(repr(name)) > _LONGEST_NAME
 
 
-def listing(names: Iterable[str], most: int = 12) -> str:
+def join_names(names: Iterable[str], most: int = 12) -> str:
     """Join `names` with commas; after `most` names, append the number of the others."""
     items = list(names)
     shown = ", ".join(items[:most])

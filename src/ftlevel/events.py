@@ -39,7 +39,7 @@ class Listener(Protocol):
         """Report the summary of a completed run or dry run."""
 
 
-class Silence:
+class NullListener:
     """Listener that ignores all events."""
 
     def stage(self, name: str) -> None:

@@ -13,7 +13,7 @@ from html import escape
 from typing import Any
 
 from ftlevel.config.section import Choice
-from ftlevel.events import Listener, Silence
+from ftlevel.events import Listener, NullListener
 
 _EVERY_S = 0.25  # between redraws
 _SHOWN = 8  # last log lines shown
@@ -25,7 +25,7 @@ def default_listener() -> Listener:
     return Notebook() if _in_notebook() else Logged()
 
 
-class Logged(Silence):
+class Logged(NullListener):
     """Listener that passes warnings to the logger `ftlevel`."""
 
     def warn(self, message: str) -> None:
@@ -41,7 +41,7 @@ def _in_notebook() -> bool:
     return get_ipython() is not None
 
 
-class Notebook(Silence):
+class Notebook(NullListener):
     """Shows a run in the output of a notebook cell."""
 
     def __init__(self) -> None:

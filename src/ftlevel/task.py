@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
     from ftlevel.config import DataConfig
     from ftlevel.data.encoding.encode import Encoded, PromptFormat
-    from ftlevel.data.encoding.fit import Fitted
+    from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.formats.detect import Format
     from ftlevel.data.formats.labels import LabelSet
     from ftlevel.data.gate.flat import Mask
-    from ftlevel.data.prepare.encoder import Encoder, EncodingContext, Prepared
-    from ftlevel.data.prepare.loading import Loaded
+    from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData
+    from ftlevel.data.prepare.loading import LoadedExamples
     from ftlevel.data.sources.table import BadRow, Row, Table
 
 IGNORED = -100
@@ -114,7 +114,7 @@ class Task(ABC):
         return None
 
     @abstractmethod
-    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
+    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
         """Return encoded rows of `examples`; raises `InputError` if one does not fit."""
 
     def look(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
@@ -125,17 +125,19 @@ class Task(ABC):
         """Return (check name, example count, description) for checks of the whole training set."""
         return ()
 
-    def facts(self, loaded: Loaded) -> Mapping[str, Any]:
+    def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
         """Return task-specific entries of summary.json about the data."""
         return {}
 
-    def describe_rows(self, loaded: Loaded, facts: Mapping[str, Any]) -> list[Choice]:
+    def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
         """Return log lines with the number of training targets."""
         tokens, supervised = facts["tokens"], facts["supervised"]
         share = f"{supervised:,} supervised, {supervised / tokens:.0%}"
         return [Choice("tokens", f"{tokens:,} an epoch", share)]
 
-    def finish(self, prepared: Prepared, config: DataConfig, context: EncodingContext) -> Prepared:
+    def finish(
+        self, prepared: PreparedData, config: DataConfig, context: EncodingContext
+    ) -> PreparedData:
         """Return `prepared` with rows that are completed at access time, such as masked tokens."""
         return prepared
 
@@ -278,7 +280,7 @@ class TokenObjective(Objective):
         return self
 
 
-class TaughtObjective(TokenObjective):
+class DistillationObjective(TokenObjective):
     """Token objective with a distillation loss.
 
     A batch contains the teacher's `known` and `ids`, one entry per target in the order of `locate`.

@@ -33,7 +33,7 @@ class Workspace:
         self._outer = tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{name}-")
         outer = Path(self._outer.name)
         (outer / _MARKER).mkdir()
-        held = _hold(outer)
+        held = _lock(outer)
         self._let_go = weakref.finalize(self, os.close, held) if held is not None else None
         self.name = str(outer / name)
         Path(self.name).mkdir()
@@ -62,13 +62,13 @@ def sweep(parent: Path) -> None:
             is_old = time.time() - marker.st_mtime > _OLD
             if not is_old or marker.st_uid != os.getuid() or folder.is_symlink():
                 continue
-            held = _hold(folder)
+            held = _lock(folder)
             if held is not None:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.close(held)
 
 
-def _hold(folder: Path) -> int | None:
+def _lock(folder: Path) -> int | None:
     """Lock `folder` and return the file descriptor, or None if it cannot be locked."""
     if fcntl is None:
         return None

@@ -53,7 +53,7 @@ _OF_ACCELERATE = {
     "ACCELERATE_DYNAMO_BACKEND": ("--dynamo_backend", ""),
 }  # fmt: skip
 """Variables with which `accelerate launch` overrides the configuration."""
-_NOTHING = {"", "no", "false", "0", "1"}  # 1: one micro-step; used features are "true"
+_DISABLED_VALUES = {"", "no", "false", "0", "1"}  # 1: one micro-step; used features are "true"
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def is_follower() -> bool:
     return launcher is not None and os.environ.get(launcher.rank, "0") != "0"
 
 
-def speaks() -> bool:
+def prints_errors() -> bool:
     """Return whether this process prints errors before rendezvous: local rank 0 does."""
     launcher = find_launcher()
     return launcher is None or os.environ.get(launcher.local_rank, "0") == "0"
@@ -147,7 +147,7 @@ def read_world(environment: Mapping[str, str] = os.environ) -> World:
             f"{launcher.local_rank}={local}, and {local_size} processes of {launcher.name} are on "
             "this machine. Start all of them by the same launcher."
         )
-    address, port = _meeting_place(environment, launcher, size, local_size)
+    address, port = _rendezvous(environment, launcher, size, local_size)
     return World(launcher.name, size, rank, local, local_size, node, address, port)
 
 
@@ -181,7 +181,7 @@ def _tasks_per_node(text: str) -> list[int]:
     return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
 
 
-def _meeting_place(
+def _rendezvous(
     environment: Mapping[str, str], launcher: Launcher, size: int, local_size: int
 ) -> tuple[str, int]:
     """Return the rendezvous address and port; raise ConfigError if they are unknown."""
@@ -217,7 +217,7 @@ def _check_accelerate(environment: Mapping[str, str]) -> None:
     problems = []
     for name, (flag, ours) in _OF_ACCELERATE.items():
         given = environment.get(name, "")
-        if given.lower() not in _NOTHING:
+        if given.lower() not in _DISABLED_VALUES:
             instead = f"Say it by ftlevel's {ours}." if ours else "Drop it."
             problems.append(f"accelerate launch {flag} ({name}={given}): it would change a run "
                             f"that its config.yaml describes otherwise. {instead}")  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-from ftlevel.data.sources.lines import PART
+from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.readers.text import TextLines
 from ftlevel.data.sources.streams import Chunk, Cursor, Reader
 from ftlevel.data.sources.table import BadRow, Row
@@ -19,7 +19,7 @@ class KeyValue(Reader):
         at = cursor or {"at": 0, "line": 0}
         text = TextLines(self.path, **at)
         taken, number = iter(text), int(at["line"])
-        while some := list(islice(taken, PART)):
+        while some := list(islice(taken, CHUNK_ROWS)):
             rows: list[Row] = []
             lines: list[int] = []
             bad: list[BadRow] = []

@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.formats.detect import Format, Shape
-from ftlevel.data.formats.examples import Roles
+from ftlevel.data.formats.detect import Format, FormatSpec
+from ftlevel.data.formats.examples import RoleValues
 from ftlevel.data.sources.table import Table
 from ftlevel.task import Meter, Objective
-from ftlevel.tasks.base import BaseTask, Column, PromptedModel, Reply, Wanted
-from ftlevel.tasks.class_loss import Pairs
+from ftlevel.tasks.base import BaseTask, Column, OutputOptions, Prediction, PromptedModel
+from ftlevel.tasks.class_loss import PredictionMeter
 
 if TYPE_CHECKING:
     import torch
 
-    from ftlevel.data.encoding.fit import Fitted
+    from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.prepare.encoder import Encoder
 
 _SEPARATOR = " ||| "
@@ -54,12 +54,12 @@ class RankedRow(Encoded):
     second_at: int = field(default=0, metadata={"column": "int"})
 
 
-def build_ranked(roles: Roles) -> Ranked:
+def build_ranked(roles: RoleValues) -> Ranked:
     """Return two texts with which is better."""
     return Ranked(roles.text("first"), roles.text("second"), roles.text("better"), roles.index)
 
 
-def build_unranked(roles: Roles) -> Ranked:
+def build_unranked(roles: RoleValues) -> Ranked:
     """Return two texts of which nobody has said which is better."""
     return Ranked(roles.text("first"), roles.text("second"), "", roles.index)
 
@@ -79,7 +79,7 @@ class RankTask(BaseTask):
         """Return `better`."""
         return "better"
 
-    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
+    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
         """Return the two texts, one after the other."""
         labels, tokenizer = encoder.labels, encoder.tokenizer
 
@@ -99,22 +99,26 @@ class RankTask(BaseTask):
         return Ranked(first, second, "", number)
 
     def answer_columns(
-        self, format_: Format, labels: Sequence[str], options: Mapping[str, Any], wanted: Wanted
+        self,
+        format_: Format,
+        labels: Sequence[str],
+        options: Mapping[str, Any],
+        wanted: OutputOptions,
     ) -> dict[str, Column]:
         """Return which text is better, and how likely that is."""
         return {"": "text"} | ({"probability": "number"} if wanted.probabilities else {})
 
     def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
-    ) -> list[Reply]:
+        self, model: PromptedModel, questions: Sequence[Any], wanted: OutputOptions
+    ) -> list[Prediction]:
         """Return which of two texts is better."""
         pairs = [model.tokenizer([q.first, _SEPARATOR + q.second])["input_ids"] for q in questions]
         rows = [Encoded(first + second, 0, i) for i, (first, second) in enumerate(pairs)]
 
-        def read(row: Encoded, logits: torch.Tensor) -> Reply:
+        def read(row: Encoded, logits: torch.Tensor) -> Prediction:
             scores = dict(zip(model.labels, logits.float().softmax(-1).tolist(), strict=True))
             best = max(scores, key=lambda label: scores[label])
-            return Reply(best, scores, columns={"": best, "probability": scores[best]})
+            return Prediction(best, scores, columns={"": best, "probability": scores[best]})
 
         return model.score(rows, read)
 
@@ -147,7 +151,7 @@ class Ranking(Objective):
         return RankMeter()
 
 
-class RankMeter(Pairs):
+class RankMeter(PredictionMeter):
     """The share of pairs in which the better one scores higher."""
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
@@ -167,14 +171,16 @@ TASKS = (
     RankTask(
         name="rank",
         shapes=(
-            Shape(
+            FormatSpec(
                 "first + second + better",
                 build_ranked,
                 {"first": ("first",), "second": ("second",), "better": ("better",)},
             ),
         ),
         questions=(
-            Shape("first + second", build_unranked, {"first": ("first",), "second": ("second",)}),
+            FormatSpec(
+                "first + second", build_unranked, {"first": ("first",), "second": ("second",)}
+            ),
         ),
         auto_classes={"encoder": _CLASS, "decoder": _CLASS},
         peft_types={"encoder": "SEQ_CLS", "decoder": "SEQ_CLS"},

@@ -18,8 +18,8 @@ import write_docs
 from additions.tree import FLAG
 from additions.tree import run as run_in
 from ftlevel.cli.app import COMMANDS, build_app, run
-from ftlevel.cli.flags import Given, add_command
-from ftlevel.cli.spelling import Reading, readings_of, rewrite
+from ftlevel.cli.flags import CommandInput, add_command
+from ftlevel.cli.spelling import FlagSpec, build_flag_specs, resolve_flag_aliases
 from ftlevel.config import EvaluateConfig, Layer, TrainConfig
 from ftlevel.config.flag import describe_field
 from ftlevel.config.flags import (
@@ -31,8 +31,8 @@ from ftlevel.config.flags import (
     HOW,
     MODEL,
     RUN,
+    Alias,
     Flag,
-    Spelling,
     flags_of,
 )
 from ftlevel.errors import ConfigError, FtlevelError
@@ -40,7 +40,7 @@ from ftlevel.errors import ConfigError, FtlevelError
 TOY = Flag(
     "data.validation_rows",
     panel=HOW,
-    also=("--vr", Spelling("--how-many", values={"some": "5"}), Spelling("--few", "3")),
+    also=("--vr", Alias("--how-many", values={"some": "5"}), Alias("--few", "3")),
 )
 ANSWERED = Flag(names="--wrapping", answer="rows are packed by default. Drop it.")
 
@@ -55,7 +55,7 @@ def layer_of(arguments: Sequence[str], flags: Sequence[Flag] = FLAGS) -> Layer:
     """Return what a command line of train sets."""
     seen = []
 
-    def command(given: Given) -> None:
+    def command(given: CommandInput) -> None:
         seen.append(given.layer())
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -202,14 +202,14 @@ def test_nothing_given_sets_nothing() -> None:
 def test_second_spellings(typed: list[str], read: list[str]) -> None:
     known = {"--lora-r", "--model", "--task", "--quant", "--dataset"}
     rows = [row for row in FLAGS if row.shown in known]
-    assert rewrite(typed, readings_of("train", rows)).arguments == read
+    assert resolve_flag_aliases(typed, build_flag_specs("train", rows)).arguments == read
 
 
 def test_words_are_translated_for_their_flag_alone() -> None:
-    readings = {"--lora-target": Reading("--target-modules", words={"all": "all-linear"})}
+    readings = {"--lora-target": FlagSpec("--target-modules", words={"all": "all-linear"})}
     typed = ["--lora-target", "all", "all", "--lora-target", "--x", "all"]
     read = ["--target-modules", "all-linear", "all", "--target-modules", "--x", "all"]
-    assert rewrite(typed, readings).arguments == read
+    assert resolve_flag_aliases(typed, readings).arguments == read
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_every_other_flag_is_read(name: str) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_names_are_given_once(name: str) -> None:
     rows = flags_of(name)
-    words = [word for row in rows for word in row.declared(is_switch=True)]
+    words = [word for row in rows for word in row.typer_names(is_switch=True)]
     names = [name for word in words for name in word.split("/")]
     parameters = [row.parameter for row in rows]
     assert [name for name, count in Counter(names).items() if count > 1] == []

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from ftlevel.cli.app import run
-from ftlevel.cli.screen import Lasting, Screen
+from ftlevel.cli.screen import SafeStream, Screen
 from ftlevel.config.section import Choice
 
 RECORD = {"step": 7, "loss": 2.3456, "learning_rate": 1e-4, "grad_norm": 0.123, "epoch": 0.12,
@@ -28,30 +28,30 @@ class Gone(io.StringIO):
 
 
 def test_a_reader_who_goes_away_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    console = Console(file=Lasting(Gone()))
+    console = Console(file=SafeStream(Gone()))
     console.print("one")
     console.print("two")
     said = "ftlevel: nothing more is shown (Broken pipe); the work goes on.\n"
     assert capsys.readouterr().err == said
-    Console(file=Lasting(None)).print("three")
+    Console(file=SafeStream(None)).print("three")
 
 
 def test_a_closed_pipe_has_no_reader() -> None:
     read, write = os.pipe()
     with os.fdopen(write, "w") as stream:
-        screen = Screen(Console(file=Lasting(stream)), quiet=True)
+        screen = Screen(Console(file=SafeStream(stream)), quiet=True)
         screen.stop_without_reader()
         os.close(read)
         with pytest.raises(typer.Exit) as stopped:
             screen.stop_without_reader()
     assert stopped.value.exit_code == 141
-    Screen(Console(file=Lasting(io.StringIO())), quiet=True).stop_without_reader()
+    Screen(Console(file=SafeStream(io.StringIO())), quiet=True).stop_without_reader()
 
 
 def test_letters_that_a_stream_lacks_are_replaced() -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii", write_through=True)
-    Console(file=Lasting(stream)).print("loss 2 → 1")
+    Console(file=SafeStream(stream)).print("loss 2 → 1")
     assert raw.getvalue() == b"loss 2 ? 1\n"
 
 

@@ -16,7 +16,7 @@ import typer
 import write_docs
 from cli.spellings import SPELLINGS, Spelled
 from ftlevel.cli.app import run
-from ftlevel.cli.flags import Given, add_command, read_config
+from ftlevel.cli.flags import CommandInput, add_command, read_config
 from ftlevel.config import TrainConfig
 from ftlevel.config.flags import FLAGS
 from ftlevel.errors import ConfigError
@@ -26,7 +26,7 @@ _FOUND: list[TrainConfig] = []
 
 @cache
 def _program() -> typer.Typer:
-    def command(given: Given) -> None:
+    def command(given: CommandInput) -> None:
         _FOUND.append(read_config(given)[0])
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)

@@ -126,7 +126,7 @@ def run_large(case: Large) -> Found:
     formulas = TritonFormulas() if case.kernels else TORCH
     for name in ("choose_norm", "choose_glu", "choose_rope", "choose_cross_entropy"):
         setattr(kernels, name, lambda *_: formulas)
-    kernels.can_serve = lambda *_: True
+    kernels.supports_triton = lambda *_: True
     shape = transformers.LlamaConfig(**{**LLAMA_8B, "num_hidden_layers": case.layers})
     with torch.device("meta"):
         base = transformers.AutoModelForCausalLM.from_config(

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.events import Silence
+from ftlevel.events import NullListener
 from ftlevel.fast.attention import gpu
 from ftlevel.fast.packing import PackedLayout
 from ftlevel.fast.step import FastStep
@@ -27,7 +27,7 @@ from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.hardware import send
 from ftlevel.task import Objective
 from ftlevel.training.build_trainer import build_arguments
-from ftlevel.training.callbacks.gradients import GradientProof, Recovery
+from ftlevel.training.callbacks.gradients import GradientMonitor, Recovery
 from ftlevel.training.processes import Processes
 from ftlevel.training.trainer import FtlevelTrainer
 from gpu_sim.recorder import Recorder
@@ -216,16 +216,16 @@ def run_step(
             for tensor in (*model.parameters(), *model.buffers()):
                 recorder.track(tensor)
             run = RunDirectory(Path(folder))
-            recovery = Recovery(trainer, config.train, run, Processes(), Silence(), None)
-            proof = GradientProof(
-                Silence(), trainer.take_step_loss, recovery, defers=recovery.only_stops
+            recovery = Recovery(trainer, config.train, run, Processes(), NullListener(), None)
+            proof = GradientMonitor(
+                NullListener(), trainer.take_step_loss, recovery, defers=recovery.only_stops
             )
             proof.checked, proof._is_checked = 1, True
             proof._trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
             optimizer = trainer.create_optimizer() if optimize else None
             weights = recorder.live
             recorder.reset()
-            alone = trainer.computing_alone("bfloat16")
+            alone = trainer.standalone_steps("bfloat16")
             with _told_of_the_forward(trainer, recorder) as kept, alone, without_a_cache(model):
                 launches = _step(trainer, batch, proof, optimizer, recorder)
         return Found(
@@ -235,7 +235,7 @@ def run_step(
 
 
 def _step(
-    trainer: Any, batch: Any, proof: GradientProof, optimizer: Any, recorder: Recorder
+    trainer: Any, batch: Any, proof: GradientMonitor, optimizer: Any, recorder: Recorder
 ) -> int:
     """Go through what Trainer's loop does in a step that is not logged; return the launches."""
     args, model = trainer.args, trainer.model

@@ -44,7 +44,7 @@ def peak_bytes(path: Path, tokenizer: Any, rows: int) -> int:
     gc.collect()
     tracemalloc.start()
     try:
-        assert len(prepare_data(config, context, encoder.be_silent).train) == rows
+        assert len(prepare_data(config, context, encoder.ignore_progress).train) == rows
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

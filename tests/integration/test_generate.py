@@ -17,15 +17,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import task_data
 from ftlevel.cli.app import run
-from ftlevel.commands.generate import Chat, answer_all, generate
+from ftlevel.commands.generate import Chat, generate, generate_answers
 from ftlevel.commands.predict import predict
 from ftlevel.commands.train import train
 from ftlevel.config import GenerateConfig, PredictConfig, TrainConfig
-from ftlevel.data.encoding.encode import prompt_ids
+from ftlevel.data.encoding.encode import encode_prompt
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.evaluation.scoring import Writing, generate_texts
-from ftlevel.merging.serving.entry import Entry
-from ftlevel.trained.load import load_found
+from ftlevel.evaluation.scoring import GenerationOptions, generate_texts
+from ftlevel.merging.serving.entry import ServedModel
+from ftlevel.trained.load import load_ref
 from ftlevel.trained.model_ref import resolve_model
 
 ModelDir = Callable[..., Path]
@@ -89,9 +89,9 @@ def test_a_batch_says_what_each_prompt_says_alone(
 ) -> None:
     data = task_data.write(tmp_path / "data", "pair")
     name = fit(tiny_model_dir(family), data, tmp_path / "run", "summarization", **method)
-    trained = load_found(resolve_model(str(name), "cpu"), device="cpu")
+    trained = load_ref(resolve_model(str(name), "cpu"), device="cpu")
     assert trained.prompt_format is not None
-    ids = [prompt_ids(trained.tokenizer, trained.prompt_format, text) for text in PROMPTS]
+    ids = [encode_prompt(trained.tokenizer, trained.prompt_format, text) for text in PROMPTS]
     numbers, seen = Numbers(trained.tokenizer.pad_token_id), []
     original = trained.model.generate
 
@@ -103,7 +103,8 @@ def test_a_batch_says_what_each_prompt_says_alone(
     monkeypatch.setattr(trained.model, "generate", generate_and_keep)
     with torch.no_grad():
         together, alone = (
-            generate_texts(trained.model, numbers, ids, "cpu", size, Writing(8)) for size in (5, 1)
+            generate_texts(trained.model, numbers, ids, "cpu", size, GenerationOptions(8))
+            for size in (5, 1)
         )
     batch, single = seen[0], torch.cat(seen[1:])
     assert together == alone
@@ -209,7 +210,7 @@ def test_a_plain_text_is_continued_as_typed(
     assert expected != [continued(f"{text}\n") for text in asked]
     assert texts(name, asked) == texts(name, [f"{text} " for text in asked]) == expected
     (tmp_path / "p.txt").write_text("\n".join(asked) + "\n")
-    answers, _ = answer_all(settings(name), [], tmp_path / "p.txt")
+    answers, _ = generate_answers(settings(name), [], tmp_path / "p.txt")
     assert [answer.text for answer in answers] == expected
     assert [Chat(settings(name)).say(text, len) for text in asked] == expected
     predicted = predict(
@@ -217,11 +218,11 @@ def test_a_plain_text_is_continued_as_typed(
         [{"verse": text} for text in asked],
     )
     assert [row["prediction"] for row in predicted.rows or ()] == expected
-    entry = Entry("a", resolve_model(str(name), device="cpu"))
+    entry = ServedModel("a", resolve_model(str(name), device="cpu"))
     seen = [(prompt.ids, tokenizer(prompt.text)["input_ids"]) for prompt in entry.prompts()]
-    plain = load_found(resolve_model(str(base), device="cpu"), "cpu")
+    plain = load_ref(resolve_model(str(base), device="cpu"), "cpu")
     assert plain.prompt_format is not None
-    seen += [(prompt_ids(plain.tokenizer, plain.prompt_format, t), tokenizer(t)["input_ids"])
+    seen += [(encode_prompt(plain.tokenizer, plain.prompt_format, t), tokenizer(t)["input_ids"])
              for t in asked]  # fmt: skip
     assert [ids for ids, _ in seen] == [ids for _, ids in seen]
 
@@ -341,7 +342,7 @@ def test_a_chat_is_the_template_over_all_that_was_said(talker: Path) -> None:
     assert "".join(pieces).strip() == first == texts(talker, ["what is 3"], max_new_tokens=6)[0]
     assert chat.remembers
     second = chat.say("what is 4", pieces.append)
-    trained = load_found(resolve_model(str(talker), "cpu"), device="cpu")
+    trained = load_ref(resolve_model(str(talker), "cpu"), device="cpu")
     messages = [
         {"role": "user", "content": "what is 3"},
         {"role": "assistant", "content": first},

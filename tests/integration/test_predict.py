@@ -302,7 +302,7 @@ def test_it_goes_on_after_the_last_whole_row(
         assert {k: v for k, v in one.items() if "prob" not in k} == {
             k: v for k, v in other.items() if "prob" not in k
         }
-    monkeypatch.setattr(command, "load_found", None)  # no weight is read where nothing is left
+    monkeypatch.setattr(command, "load_ref", None)  # no weight is read where nothing is left
     assert ask(classifier, *flags, "whole.csv", "--resume") == 0
     assert Path("whole.csv").read_bytes() == whole
     assert ask(classifier, "--output", "whole.csv", "--resume") == 2
@@ -355,7 +355,7 @@ def test_mistakes_are_said_before_weights_load(
     arguments: list[str], message: str, classifier: Path, here: Path,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(command, "load_found", None)
+    monkeypatch.setattr(command, "load_ref", None)
     assert ask(classifier, *arguments) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in here.iterdir()] == ["rows.csv"]
@@ -388,7 +388,7 @@ def test_ctrl_c_keeps_what_is_written(
         return answer(*arguments)
 
     answer = command.answer_questions
-    monkeypatch.setattr(command, "answer_questions", press)
+    monkeypatch.setattr(command, "predict_rows", press)
     assert ask(classifier, "--output", "p.tsv") == 130
     assert "8 rows are in p.tsv.partial: --resume goes on" in capsys.readouterr().err
     assert not Path("p.tsv").exists()

@@ -16,9 +16,9 @@ from ftlevel.commands.preview import preview
 from ftlevel.config import TrainConfig
 from ftlevel.data.encoding.store import (
     RowStore,
-    change_rows,
+    map_rows,
     rows_to_batches,
-    take_rows,
+    select_rows,
     write_store,
 )
 from ftlevel.data.prepare import dataset
@@ -84,7 +84,7 @@ def test_rows_in_a_file_are_those_of_a_list(
     first = plan_of(model, data, task, **options).data
     again = plan_of(model, data, task, **options).data
     assert len(folders()) == 1
-    monkeypatch.setattr(dataset, "KEEP_FROM", 10**9)
+    monkeypatch.setattr(dataset, "MIN_CACHED_ROWS", 10**9)
     monkeypatch.setattr(lines, "LARGE_BYTES", 10**9)
     plain = plan_of(model, data, task, cache=False, **options).data
     assert isinstance(getattr(plain.train, "rows", plain.train), list)
@@ -202,11 +202,11 @@ def test_a_store_behaves_like_a_list(tmp_path: Path, tiny_model_dir: ModelDir) -
     assert store[3:9:2] == rows[3:9:2]
     with pytest.raises(IndexError):
         store[ROWS]
-    some = take_rows(take_rows(store, np.arange(5, 1_100)), np.array([0, 900]))
+    some = select_rows(select_rows(store, np.arange(5, 1_100)), np.array([0, 900]))
     assert [row.row for row in some] == [5, 905]
-    doubled = change_rows(store, lambda row: [row, row] if row.row == 2 else [row])
+    doubled = map_rows(store, lambda row: [row, row] if row.row == 2 else [row])
     assert [row.row for row in doubled[:5]] == [0, 1, 2, 2, 3]
-    assert len(change_rows(store, lambda row: [])) == 0
+    assert len(map_rows(store, lambda row: [])) == 0
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(

@@ -12,8 +12,8 @@ import torch
 
 from ftlevel.cli.app import run
 from ftlevel.config import DataConfig
-from ftlevel.data.encoding.encode import IGNORED, PromptFormat, encode_causal, prompt_ids
-from ftlevel.data.formats.examples import Conversation, Pair
+from ftlevel.data.encoding.encode import IGNORED, PromptFormat, encode_causal, encode_prompt
+from ftlevel.data.formats.examples import Conversation, SourceTarget
 from ftlevel.data.formats.turns import Message
 from ftlevel.merging.formats.ollama import write_modelfile
 from ftlevel.models.loading import load_tokenizer
@@ -89,7 +89,7 @@ def test_rows_have_the_turn_that_the_model_is_asked_with(llama: Any) -> None:
     form = PromptFormat("chat-template", system=SYSTEM)
     own = Conversation((Message("system", "Own."), Message("user", "Hi"),
                         Message("assistant", "Yes")), 1)  # fmt: skip
-    rows = encode_causal(llama, [Pair("Hi", "Yes", 0)], form)
+    rows = encode_causal(llama, [SourceTarget("Hi", "Yes", 0)], form)
     rows += encode_causal(llama, [own], form)
     for row, system in zip(rows, (SYSTEM, "Own."), strict=True):
         turns = [{"role": "system", "content": system}, {"role": "user", "content": "Hi"}]
@@ -97,7 +97,10 @@ def test_rows_have_the_turn_that_the_model_is_asked_with(llama: Any) -> None:
         expected = llama(text, add_special_tokens=False)["input_ids"]
         start = next(i for i, label in enumerate(row.labels) if label != IGNORED)  # type: ignore[arg-type]
         assert row.input_ids[:start] == expected
-    assert prompt_ids(llama, form, "Hi") == rows[0].input_ids[: len(prompt_ids(llama, form, "Hi"))]
+    assert (
+        encode_prompt(llama, form, "Hi")
+        == rows[0].input_ids[: len(encode_prompt(llama, form, "Hi"))]
+    )
 
 
 def test_a_model_without_a_chat_template(llama: Any) -> None:
@@ -107,7 +110,7 @@ def test_a_model_without_a_chat_template(llama: Any) -> None:
                         Message("assistant", "Yes")), 0)  # fmt: skip
     (row,) = encode_causal(llama, [own], form)
     assert llama.decode(row.input_ids, skip_special_tokens=True) == "Own.\n\nHi\nYes"
-    (row,) = encode_causal(llama, [Pair("Hi", "Yes", 0)], form)
+    (row,) = encode_causal(llama, [SourceTarget("Hi", "Yes", 0)], form)
     assert llama.decode(row.input_ids, skip_special_tokens=True) == f"{SYSTEM}\n\nHi\nYes"
 
 

@@ -12,8 +12,8 @@ import pytest
 import task_data
 from ftlevel.artifacts.cards import read_card
 from ftlevel.cli.app import run
-from ftlevel.data.encoding.encode import prompt_ids, read_format
-from ftlevel.trained.load import find_trained, load_found
+from ftlevel.data.encoding.encode import encode_prompt, read_format
+from ftlevel.trained.load import find_trained, load_ref
 from ftlevel.training.plan import resolve
 
 ModelDir = Callable[..., Path]
@@ -60,9 +60,9 @@ def version(folder: str) -> int:
 def test_an_old_run_keeps_its_prompts(
     old_run: dict[str, Any], tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trained = load_found(find_trained("run", "cpu"), "cpu")
+    trained = load_ref(find_trained("run", "cpu"), "cpu")
     assert trained.prompt_format is not None
-    ids = prompt_ids(trained.tokenizer, trained.prompt_format, "the name")
+    ids = encode_prompt(trained.tokenizer, trained.prompt_format, "the name")
     assert trained.tokenizer.decode(ids).endswith("\n\nSummary: ")
     capsys.readouterr()
     assert run(["evaluate", "run", "--json", "--resamples", "0", "--device", "cpu"]) == 0

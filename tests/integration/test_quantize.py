@@ -22,9 +22,9 @@ from ftlevel.cli.app import run
 from ftlevel.commands.quantize import quantize
 from ftlevel.config import QuantizeConfig
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.events import Silence
+from ftlevel.events import NullListener
 from ftlevel.models.kinds import checkpoint_class
-from ftlevel.weights.quantize_layout import find_kept_modules
+from ftlevel.weights.quantize_layout import find_skipped_modules
 from ftlevel.weights.quantize_shards import ShardWriter
 
 ModelDir = Callable[..., Path]
@@ -90,7 +90,7 @@ def test_writes_what_transformers_saves(
     summary = make(source, tmp_path / "out", form, dtype=dtype)
     config = transformers.AutoConfig.from_pretrained(source)
     name = checkpoint_class(config)
-    kept = find_kept_modules(config, name)
+    kept = find_skipped_modules(config, name)
     wish = transformers.BitsAndBytesConfig(**REFERENCE[form], llm_int8_skip_modules=kept)
     model = getattr(transformers, name).from_pretrained(
         source, quantization_config=wish, dtype=getattr(torch, dtype)
@@ -153,7 +153,7 @@ def test_a_dry_run_foretells_the_sizes(
     source = tiny_model_dir(family, head)
     fields = {"model": str(source), "out": tmp_path / "out", **FORMS[form]}
     warnings: list[str] = []
-    monkeypatch.setattr(Silence, "warn", lambda _, message: warnings.append(message))
+    monkeypatch.setattr(NullListener, "warn", lambda _, message: warnings.append(message))
     config = QuantizeConfig.model_validate(fields)
     expected = quantize(config, dry_run=True).summary
     assert len(warnings) == (family == "mixtral")

@@ -18,7 +18,7 @@ from ftlevel.commands.quantize import quantize
 from ftlevel.commands.train import train
 from ftlevel.config import MergeConfig, QuantConfig, QuantizeConfig, TrainConfig
 from ftlevel.errors import ConfigError
-from ftlevel.trained.load import load_found
+from ftlevel.trained.load import load_ref
 from ftlevel.trained.model_ref import resolve_model
 
 ModelDir = Callable[..., Path]
@@ -209,8 +209,8 @@ def test_a_trained_model_keeps_its_task_in_quantized_form(
     readme = (packed / "README.md").read_text()
     assert f"pipeline_tag: {task}" in readme
     assert "ftlevel generate packed --prompt" in readme
-    loaded = load_found(resolve_model(str(packed), "cpu"), device="cpu")
-    reference = load_found(resolve_model(str(whole), "cpu"), device="cpu")
+    loaded = load_ref(resolve_model(str(packed), "cpu"), device="cpu")
+    reference = load_ref(resolve_model(str(whole), "cpu"), device="cpu")
     assert loaded.prompt_format == reference.prompt_format
     assert (loaded.task, loaded.labels) == (reference.task, reference.labels)
     rows = ["--dataset", str(data), "--split", "validation", "--resamples", "0", "--json"]

@@ -28,8 +28,8 @@ from ftlevel.commands.check_served import check_served
 from ftlevel.commands.export import export
 from ftlevel.config import CheckServedConfig, ExportConfig
 from ftlevel.errors import InputError, RunError
-from ftlevel.merging.serving.client import Heard, judge, widen
-from ftlevel.merging.serving.inside.process import ask_inside
+from ftlevel.merging.serving.client import ServerAnswer, judge_answer, widen_tolerance
+from ftlevel.merging.serving.inside.process import run_library
 from ftlevel.merging.serving.recorded import Answer
 from served_cases import CASES, make_adapter
 from tiny_models import save_tiny
@@ -106,9 +106,9 @@ def test_a_file_in_4_bits_answers_as_it_was_read_back(
 
     def judge_closely(heard: Any, trained: Any, base: Any, tolerance: float) -> Any:
         bounds.add(tolerance)
-        return judge(heard, trained, base, 0.02)  # a tiny model's answers are all alike
+        return judge_answer(heard, trained, base, 0.02)  # a tiny model's answers are all alike
 
-    monkeypatch.setattr(commands, "judge", judge_closely)
+    monkeypatch.setattr(commands, "judge_answer", judge_closely)
     found = check_served(CheckServedConfig(out=out, inside="llama.cpp")).summary
     assert (found["verdict"], bounds) == ("as trained", {0.5})
 
@@ -179,13 +179,13 @@ def test_a_wrong_adapter_of_a_quantized_base_is_found(
 
 def test_a_base_that_is_another_model_widens_nothing() -> None:
     known = Answer([1, 2], [-1.0, -2.0], [3.0, 3.0], "a b")
-    near = Heard("a b", [1, 2], [-1.1, -2.0])
-    far = Heard("a b", [1, 2], [-1.0, -2.7])
-    other = Heard("c", [7], [-1.0])
-    assert widen(0.02, [near], [known]) == pytest.approx(0.2)
-    assert widen(0.02, [far], [known]) == 0.02
-    assert widen(0.02, [near, other], [known, known]) == 0.02
-    assert widen(0.1, [near], [replace(known, logprobs=[-1.11, -2.0])]) == 0.1
+    near = ServerAnswer("a b", [1, 2], [-1.1, -2.0])
+    far = ServerAnswer("a b", [1, 2], [-1.0, -2.7])
+    other = ServerAnswer("c", [7], [-1.0])
+    assert widen_tolerance(0.02, [near], [known]) == pytest.approx(0.2)
+    assert widen_tolerance(0.02, [far], [known]) == 0.02
+    assert widen_tolerance(0.02, [near, other], [known, known]) == 0.02
+    assert widen_tolerance(0.1, [near], [replace(known, logprobs=[-1.11, -2.0])]) == 0.1
 
 
 def test_what_the_server_keeps_of_a_prompt_it_gives_to_other_adapters(folder: Path) -> None:
@@ -380,4 +380,4 @@ def test_what_a_library_ended_by_is_said_with_what_is_missing(
     python.write_text(f"#!/bin/sh\ncat <<'END' >&2\n{said}\nEND\nexit 1\n")
     python.chmod(0o755)
     with pytest.raises(InputError, match=re.escape(told)):
-        ask_inside("openvino", python, "base", [], 20)
+        run_library("openvino", python, "base", [], 20)

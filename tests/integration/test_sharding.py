@@ -22,7 +22,7 @@ from ftlevel.config import QuantConfig, QuantizeConfig
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.models.upstream.shards import own_part, part_of
 from ftlevel.models.upstream.shards import whole as full_tensor
-from ftlevel.trained.load import load_found
+from ftlevel.trained.load import load_ref
 from ftlevel.trained.model_ref import resolve_model
 from tiny_models import save_tiny
 
@@ -114,7 +114,7 @@ def test_two_processes_with_half_a_model_each_are_one_with_the_whole(
     model = AutoModelForSequenceClassification.from_pretrained(parts)
     last = load_file(two / "encoder/full/adapter/model.safetensors")
     assert all(tensor.equal(last[key]) for key, tensor in model.named_parameters())
-    found = load_found(resolve_model(str(parts), "cpu"), device="cpu")
+    found = load_ref(resolve_model(str(parts), "cpu"), device="cpu")
     assert found.task.name == "text-classification"
     assert all(tensor.equal(last[key]) for key, tensor in found.model.named_parameters())
     check_in_plain_peft(prepared)
@@ -182,7 +182,7 @@ def hold(folder: Path, out: Path) -> None:
     import distributed
     from transformers import LlamaConfig
 
-    from ftlevel.models.upstream.shards import Slices
+    from ftlevel.models.upstream.shards import UnreadWeights
     from ftlevel.training.processes import started_processes
 
     processes = started_processes()
@@ -197,7 +197,7 @@ def hold(folder: Path, out: Path) -> None:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         del weights
     processes.wait()
-    model, facts = distributed.hold(str(folder), "float32", Slices())
+    model, facts = distributed.hold(str(folder), "float32", UnreadWeights())
     stored = load_file(folder / "model.safetensors")
     same = all(
         own_part(p).equal(part_of(stored[n], p).float()) for n, p in model.named_parameters()
@@ -249,7 +249,7 @@ def hold_four_bits(folder: Path, kind: str, double: bool) -> None:
     from ftlevel.models.loading import load_config, load_model
     from ftlevel.models.quantization import build_quantization_config
     from ftlevel.models.sources import resolve_source
-    from ftlevel.models.upstream.shards import Slices
+    from ftlevel.models.upstream.shards import UnreadWeights
     from ftlevel.training.processes import started_processes
     from ftlevel.training.shards import shard
 
@@ -260,7 +260,7 @@ def hold_four_bits(folder: Path, kind: str, double: bool) -> None:
     quantization = build_quantization_config(four_bits, torch.float32, [])
     settings: Any = {"dtype": torch.bfloat16, "device": "cpu", "quantization": quantization}
     one, _ = load_model(*given, **settings)
-    slices = Slices()
+    slices = UnreadWeights()
     two, _ = load_model(*given, **settings, slices=slices)
     shard(two, "cpu", holds=False, dtype=torch.float32, slices=slices)
     wanted, found = dict(one.named_parameters()), dict(two.named_parameters())
@@ -410,7 +410,7 @@ def test_a_shared_run_whose_process_was_killed_goes_on_as_if_it_had_not(
     assert all(saved[0][key].equal(saved[1][key]) for key in saved[0])
     # Its last checkpoint, whose embeddings are tied, is the model, put together by one process.
     parts = run / "checkpoints/checkpoint-16"
-    last = load_found(resolve_model(str(parts), "cpu"), device="cpu")
+    last = load_ref(resolve_model(str(parts), "cpu"), device="cpu")
     trained = dict(last.model.named_parameters())
     assert all(trained[name].equal(saved[0][name]) for name in trained)
     packed = []
@@ -573,11 +573,11 @@ def come_late(folder: Path, out: Path) -> None:
     """Train; the second process reads the rows of its third step for 8 s, where 3 are too long."""
     from distributed import settings
 
-    from ftlevel.events import Silence
+    from ftlevel.events import NullListener
     from ftlevel.training.callbacks import processes as watch_processes
     from ftlevel.world import read_world
 
-    class Told(Silence):
+    class Told(NullListener):
         def warn(self, message: str) -> None:
             with (out / "warnings").open("a") as file:
                 file.write(message + "\n")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.files import check_regular, write_json
-from ftlevel.artifacts.run_directory import RunDirectory, run_of
+from ftlevel.artifacts.run_directory import RunDirectory, find_run
 from ftlevel.config import QuantConfig
 from ftlevel.errors import InputError
 
@@ -91,7 +91,7 @@ def _with_prompt_version(card: AdapterCard, directory: Path) -> AdapterCard:
         raise TypeError("its prompt is no object")
     if card.prompt.get("kind") != "plain" or "version" in card.prompt:
         return card
-    run = run_of(directory)
+    run = find_run(directory)
     summary = (run and RunDirectory(run).read_summary()) or {}
     is_text = summary.get("data", {}).get("format", "").startswith("text:")
     is_text = is_text or set(card.data.get("columns", ())) == {"text"}
@@ -153,7 +153,7 @@ def memory_words(summary: Mapping[str, Any]) -> str:
     return f"{shown} ({off}{plan['measured']})"
 
 
-def kept_words(best: Mapping[str, Any]) -> str:
+def describe_kept_model(best: Mapping[str, Any]) -> str:
     """Describe which checkpoint a run has kept and why, from `best` in summary.json."""
     name, ends = best["metric"], best["last_step"]
     order = "highest" if best["greater_is_better"] else "lowest"
@@ -240,7 +240,7 @@ def _metrics_table(summary: Mapping[str, Any]) -> list[str]:
     for name in metrics:
         shown = (f"{c[name]:.4f}" if name in c else "–" for c in columns.values())
         lines.append(f"| {name} | {' | '.join(shown)} |")
-    return [*lines, "", f"Kept is {kept_words(best)}."] if best else lines
+    return [*lines, "", f"Kept is {describe_kept_model(best)}."] if best else lines
 
 
 _PEFT_CLASSES = {
@@ -372,7 +372,7 @@ def write_merge_readme(summary: Mapping[str, Any], task: str) -> str:
     return "\n".join(lines)
 
 
-def how_near(found: Mapping[str, Any]) -> str:
+def describe_difference(found: Mapping[str, Any]) -> str:
     """Format an `Agreement`: mean logit difference, KL divergence and top-1 agreement."""
     apart = f"{found['mean_difference']:.2g} on average"
     return apart if found["kl"] is None else (
@@ -384,7 +384,8 @@ def _low_bits_lines(form: str, served: Mapping[str, Any] | None) -> list[str]:
     lines = [f"Its linears are stored in {form}, which transformers loads with bitsandbytes."]
     if served is not None:
         lines.append(
-            f"Loaded so, it is this near to the model as trained: {how_near(served)} over "
+            f"Loaded so, it is this near to the model as trained: {describe_difference(served)} "
+            "over "
             f"{served['targets']:,} targets, loss {served['loss']:.4f} (as trained "
             f"{served['loss_reference']:.4f}). The table below is of the same weights before they "
             "were rounded."
@@ -402,7 +403,7 @@ def _check_lines(agreement: Mapping[str, Any] | None) -> list[str]:
         "",
         "| how near | max logit difference | mean | loss | loss before merging |",
         "|---|--:|--:|--:|--:|",
-        f"| {how_near(agreement)} | "
+        f"| {describe_difference(agreement)} | "
         f"{agreement['max_difference']:.3g} | {agreement['mean_difference']:.2g} | "
         f"{agreement['loss']:.4f} | {agreement['loss_reference']:.4f} |",
         "",

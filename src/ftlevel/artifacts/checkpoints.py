@@ -86,7 +86,7 @@ def find_not_finite(path: Path) -> str | None:
     return None
 
 
-def newest_whole(directory: Path) -> tuple[Path | None, list[str]]:
+def find_newest_intact(directory: Path) -> tuple[Path | None, list[str]]:
     """Return the newest intact checkpoint, and a line for each newer one that is damaged."""
     rejected: list[str] = []
     for checkpoint in reversed(numbered(directory)):
@@ -159,7 +159,7 @@ def rotate_best(directory: Path) -> None:
             shutil.rmtree(path)
 
 
-def forget_later(directory: Path, step: int) -> None:
+def delete_best_after(directory: Path, step: int) -> None:
     """Delete the best models after `step`, from which the run resumes."""
     for path in _numbered_best(directory):
         if step_of(path) > step:
@@ -169,7 +169,7 @@ def forget_later(directory: Path, step: int) -> None:
 def forget_unreachable(directory: Path) -> None:
     """Delete all best models of a finished run that has no checkpoint left."""
     if not numbered(directory):
-        forget_later(directory, 0)
+        delete_best_after(directory, 0)
 
 
 def _newest(found: list[Path], step: int) -> Path | None:

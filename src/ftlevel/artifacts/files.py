@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ftlevel.errors import ConfigError, InputError, listing
+from ftlevel.errors import ConfigError, InputError, join_names
 
 _in_place: list[Path] = []
 """Outputs that this process has completed."""
@@ -29,7 +29,7 @@ def describe_interrupt() -> str:
     whole = [path for path in _in_place if path.exists()]
     if not whole:
         return "interrupted; nothing was kept."
-    return f"interrupted; {listing(map(str, whole))} was written before that, and is whole."
+    return f"interrupted; {join_names(map(str, whole))} was written before that, and is whole."
 
 
 def flush(path: Path) -> None:
@@ -112,7 +112,7 @@ def _make(partial: Path) -> None:
 
 
 @contextlib.contextmanager
-def placed_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory that is renamed to `path` when the block ends.
 
     Its files are flushed first, so `path` is absent or complete. After an error it is deleted.
@@ -143,7 +143,7 @@ def check_file_free(flag: str, path: Path, *, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def placed_files(*paths: Path) -> Iterator[Path]:
+def atomic_files(*paths: Path) -> Iterator[Path]:
     """Yield a temporary directory; move its files named as in `paths` when the block ends.
 
     Each file is flushed and renamed, so it is absent, unchanged or complete. The temporary

@@ -50,7 +50,7 @@ def mark_end(directory: Path) -> None:
     write_json(directory / MARKER, {"run": run, "files": sorted(_files(directory))})
 
 
-def mark_going_on(directory: Path) -> None:
+def mark_resumed(directory: Path) -> None:
     """Record that a finished run resumes: only the adapter's files stay listed."""
     marker = _read_marker(directory)
     if marker and (files := marker.pop("files", None)) is not None:
@@ -99,7 +99,7 @@ def check_replaceable(directory: Path) -> None:
 
 def forget_adapter(directory: Path) -> None:
     """Delete the adapter of an earlier end of the run; foreign files in it are kept."""
-    keep_foreign(directory, f"{ADAPTER}/")
+    move_foreign_files(directory, f"{ADAPTER}/")
     adapter = directory / ADAPTER
     if adapter.is_symlink():
         adapter.unlink()
@@ -115,7 +115,7 @@ def set_aside(directory: Path) -> list[str]:
     """
     aside = directory / _ASIDE
     before, now = _read_marker(aside), _read_marker(directory)
-    kept = keep_foreign(directory)
+    kept = move_foreign_files(directory)
     is_begun = before is not None and before["run"] != (now or {}).get("run")
     if aside.is_dir() and (before is None or (is_begun and _has_result(directory))):
         shutil.rmtree(aside)
@@ -132,7 +132,7 @@ def set_aside(directory: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def replacing(directory: Path) -> Iterator[None]:
+def replace_run(directory: Path) -> Iterator[None]:
     """Delete the run that was set aside when the block ends.
 
     If the block fails before the new run's first checkpoint, restore the old run instead.
@@ -167,7 +167,7 @@ def _put_back(directory: Path) -> None:
     aside.rmdir()
 
 
-def keep_foreign(directory: Path, under: str = "") -> list[str]:
+def move_foreign_files(directory: Path, under: str = "") -> list[str]:
     """Move foreign files in the run's directories to `kept`; return a line for each.
 
     After a finished run these are files added later; after an interrupted run, files that it does
@@ -233,7 +233,7 @@ def _free(path: Path) -> Path:
 
 def _has_result(directory: Path) -> bool:
     """Whether the run in `directory` has an intact checkpoint or a summary."""
-    whole, _ = checkpoints.newest_whole(directory / CHECKPOINTS)
+    whole, _ = checkpoints.find_newest_intact(directory / CHECKPOINTS)
     return whole is not None or (directory / SUMMARY).is_file()
 
 

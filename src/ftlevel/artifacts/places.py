@@ -18,7 +18,7 @@ from ftlevel.artifacts.files import base_fingerprint, read_plain, write_json
 from ftlevel.artifacts.run_directory import CONFIG, ORIGIN, RunDirectory
 from ftlevel.config import IN_MEMORY, Layer, read_recipe
 from ftlevel.config.preference import NO_REFERENCE, START
-from ftlevel.errors import ConfigError, listing
+from ftlevel.errors import ConfigError, join_names
 
 PLACES = "places.json"
 
@@ -37,7 +37,7 @@ DATA_PLACES = ("data.dataset", "data.also", "data.validation_file")
 """Fields with the paths of the data."""
 
 
-def absolute_places(values: Mapping[str, Any]) -> dict[str, Any]:
+def make_paths_absolute(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return `values` of a configuration with local paths made absolute."""
     return _with_places(values, lambda _, place: str(Path(place).expanduser().absolute()))
 
@@ -50,7 +50,7 @@ def write_places(run: RunDirectory, values: Mapping[str, Any]) -> None:
         found[place] = relative_place(Path(place), run.path)
         return place
 
-    _with_places(absolute_places(values), note)
+    _with_places(make_paths_absolute(values), note)
     write_json(run.path / PLACES, {place: path for place, path in found.items() if path})
 
 
@@ -104,7 +104,7 @@ def check_places(directory: Path, values: Mapping[str, Any], fields: Sequence[st
             tried = [str(path) for path in _candidates(place, relative, directory)]
             problems.append(
                 f"{directory}: {field} is not where it was, and was looked for at "
-                f"{listing(tried)}. Name its place: {_FIELDS[field]} PATH."
+                f"{join_names(tried)}. Name its place: {_FIELDS[field]} PATH."
             )
         return place
 

@@ -25,7 +25,7 @@ from ftlevel.artifacts.row_sinks import (
     to_cell,
     to_json,
 )
-from ftlevel.errors import ConfigError, InputError, listing
+from ftlevel.errors import ConfigError, InputError, join_names
 
 _LONGEST = min(sys.maxsize, 2**31 - 1)  # no limit on the length of cells
 
@@ -345,7 +345,7 @@ def row_file_type(flag: str, path: Path) -> type[RowFile]:
     if found is None:
         raise ConfigError(
             f"{flag} {path}: cannot write {path.suffix or 'a file without extension'!r}. "
-            f"Formats: {listing(ROW_FILES)}. Name the file by one of them."
+            f"Formats: {join_names(ROW_FILES)}. Name the file by one of them."
         )
     return found
 

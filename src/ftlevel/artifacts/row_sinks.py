@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, ClassVar, Protocol
 
-from ftlevel.errors import listing
+from ftlevel.errors import join_names
 
 
 def to_json(row: Mapping[str, Any]) -> str:
@@ -176,8 +176,8 @@ def partial_of(path: Path) -> Path:
 def describe_columns(path: Path, found: Sequence[str], expected: Sequence[str] = ()) -> str:
     """Return the message for a file with other columns; without `expected`, `found` are missing."""
     if not expected:
-        return f"--resume: {path} has rows without {listing(found)}. Name another --output."
+        return f"--resume: {path} has rows without {join_names(found)}. Name another --output."
     return (
-        f"--resume: {path} has the columns {listing(found)}, and there would be "
-        f"{listing(expected)}. Give the flags that it was begun with, or name another --output."
+        f"--resume: {path} has the columns {join_names(found)}, and there would be "
+        f"{join_names(expected)}. Give the flags that it was begun with, or name another --output."
     )

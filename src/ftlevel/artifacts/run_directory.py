@@ -38,7 +38,7 @@ except ImportError:  # Windows: no locks
 
 
 @contextlib.contextmanager
-def claimed(directory: Path, *, shared: bool = False) -> Iterator[None]:
+def lock_directory(directory: Path, *, shared: bool = False) -> Iterator[None]:
     """Lock `directory` (flock) inside the block; raise ConfigError if another process holds it.
 
     With `shared`, other processes may share the lock. File systems without locks are not locked. No
@@ -65,7 +65,7 @@ def claimed(directory: Path, *, shared: bool = False) -> Iterator[None]:
 
 def check_unclaimed(directory: Path) -> None:
     """Raise ConfigError if another run writes into `directory`; uses a shared lock."""
-    with claimed(directory, shared=True):
+    with lock_directory(directory, shared=True):
         pass
 
 
@@ -93,7 +93,7 @@ ORIGIN = "origin.json"
 _CHANGES, _NOTES = "changes.jsonl", "notes.jsonl"
 
 
-def run_of(directory: Path) -> Path | None:
+def find_run(directory: Path) -> Path | None:
     """Return the run directory of an adapter or checkpoint; None if it is not in one."""
     if directory.name in ("", ".."):
         directory = directory.resolve()
@@ -275,7 +275,7 @@ def open_run(
     try:
         path = directory or _next_free(Path("runs"), name)
         path.mkdir(parents=True, exist_ok=True)
-        with claimed(path):
+        with lock_directory(path):
             if overwrite and not ownership.is_free(path):
                 ownership.check_replaceable(path)
                 kept = ownership.set_aside(path)

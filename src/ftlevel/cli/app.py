@@ -19,15 +19,15 @@ from ftlevel.artifacts.files import describe_interrupt
 from ftlevel.cli.screen import discard
 from ftlevel.cli.spelling import completed_command
 from ftlevel.cli.startup import (
-    end_as_it_is,
-    end_on_signals,
     exit_code,
     heavy_imports,
-    hush,
-    was_told_to_end,
+    install_signal_handlers,
+    protect_exit,
+    received_signal,
+    silence_loggers,
 )
 from ftlevel.errors import FtlevelError, Interrupted, is_out_of_memory
-from ftlevel.world import is_launched, speaks
+from ftlevel.world import is_launched, prints_errors
 
 if TYPE_CHECKING:
     from ftlevel.config.flag import Flag
@@ -170,10 +170,10 @@ _PEER_IS_GONE = ("gloo", "NCCL", "Connection closed by peer", "Connection reset 
 
 def main() -> None:
     """Run the command line and exit: 2 for bad input, 1 for a failed run, 130 for Ctrl-C."""
-    hush()
-    end_on_signals(lambda: _end_interrupted(sys.argv[1:]))
+    silence_loggers()
+    install_signal_handlers(lambda: _end_interrupted(sys.argv[1:]))
     code = run(sys.argv[1:])
-    end_as_it_is(code)
+    protect_exit(code)
     raise SystemExit(code)
 
 
@@ -199,7 +199,7 @@ def run(arguments: list[str]) -> int:
             raise
         code = exit_code() if error.exit_code == _CTRL_C else error.exit_code
         # All processes of a machine see a usage error; one prints it.
-        if not error.is_told and (error.exit_code == 1 or speaks()):
+        if not error.is_reported and (error.exit_code == 1 or prints_errors()):
             _report(str(error))
             _report_json(arguments, str(error), code)
         return code
@@ -219,7 +219,7 @@ def run(arguments: list[str]) -> int:
             discard(sys.stdout)
         return code
     except Exception as error:  # a malformed file, or a bug
-        message, code = _unforeseen(error)
+        message, code = _describe_unexpected(error)
         _report_json(arguments, message, code)
         if "--traceback" in arguments:
             raise
@@ -231,7 +231,7 @@ def run(arguments: list[str]) -> int:
 def _call(app: typer.Typer, arguments: list[str]) -> Any:
     """Run the command; KeyboardInterrupt if interrupted while parsing, which Typer hides."""
     code = app(args=arguments, prog_name="ftlevel", standalone_mode=False, obj=arguments)
-    if code == _CTRL_C and was_told_to_end():
+    if code == _CTRL_C and received_signal():
         raise KeyboardInterrupt
     return code
 
@@ -243,9 +243,9 @@ def _end_interrupted(arguments: list[str]) -> int:
     return code
 
 
-def _unforeseen(error: Exception) -> tuple[str, int]:
+def _describe_unexpected(error: Exception) -> tuple[str, int]:
     """Return the message and exit code of an unexpected error."""
-    if was_told_to_end() or _is_from_ctrl_c(error):
+    if received_signal() or _is_from_ctrl_c(error):
         return describe_interrupt(), exit_code()
     if is_out_of_memory(error):
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -6,11 +6,11 @@ import json as json_module
 
 import typer
 
-from ftlevel.cli.flags import Given
+from ftlevel.cli.flags import CommandInput
 from ftlevel.config import CheckServedConfig
 
 
-def check_served(given: Given, *, as_json: bool, quiet: bool) -> None:
+def check_served(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
     """Check that a server returns the trained adapter's outputs.
 
     Each answer is the trained model's, the base model's, or neither. Sends about a dozen requests,

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from ftlevel.cli.flags import Given, read_config
+from ftlevel.cli.flags import CommandInput, read_config
 from ftlevel.cli.startup import heavy_imports, prepare
 
 _COLUMNS = ("method", "95 % over rows", "± seeds", "to the best", "more than noise", "trained",
@@ -84,7 +84,7 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
 
 
-def compare(given: Given, *, as_json: bool, quiet: bool) -> None:
+def compare(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
     """Compare several methods on the same data and budget.
 
     Accepts the flags of train except --method. Each method trains in its own process; a setting

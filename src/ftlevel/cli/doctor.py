@@ -19,9 +19,9 @@ def doctor(*, as_json: bool, quiet: bool) -> None:
     with heavy_imports():
         from ftlevel.commands.doctor import doctor as look
         from ftlevel.commands.doctor import to_dict
-        from ftlevel.models.loading import quiet_libraries
+        from ftlevel.models.loading import silence_loggers
 
-    with quiet_libraries():
+    with silence_loggers():
         found = look()
     told = to_dict(found)
     if as_json:

@@ -8,13 +8,13 @@ from typing import Any
 
 import typer
 
-from ftlevel.cli.flags import Given
+from ftlevel.cli.flags import CommandInput
 from ftlevel.cli.startup import heavy_imports
-from ftlevel.config import EvaluateConfig, normal_task
+from ftlevel.config import EvaluateConfig, normalize_task
 
 
 def evaluate(
-    given: Given, *, task: str | None, predictions: str | None, as_json: bool, quiet: bool
+    given: CommandInput, *, task: str | None, predictions: str | None, as_json: bool, quiet: bool
 ) -> None:
     """Evaluate a run, an adapter or a model.
 
@@ -22,7 +22,7 @@ def evaluate(
     reproduces the metrics of training.
     Bootstrap intervals are 95 %.
     """
-    config = given.section(EvaluateConfig, task=normal_task(task) if task else None)
+    config = given.section(EvaluateConfig, task=normalize_task(task) if task else None)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:

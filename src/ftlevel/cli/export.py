@@ -6,11 +6,13 @@ import json as json_module
 
 import typer
 
-from ftlevel.cli.flags import Given
+from ftlevel.cli.flags import CommandInput
 from ftlevel.config import ExportConfig
 
 
-def export(given: Given, *, out: str | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
+def export(
+    given: CommandInput, *, out: str | None, dry_run: bool, as_json: bool, quiet: bool
+) -> None:
     """Export a run, an adapter or a model for a server.
 
     --for SERVER selects the format and rejects what that server would load incorrectly. The files

@@ -17,13 +17,13 @@ from ftlevel.artifacts.files import describe_interrupt
 from ftlevel.artifacts.places import PLACES, check_places, read_run
 from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.cli.spelling import (
-    Claim,
-    Reading,
-    Rewritten,
+    FlagSpec,
+    NoOpClaim,
+    RewrittenArguments,
+    build_flag_specs,
     check_claims,
     completer,
-    readings_of,
-    rewrite,
+    resolve_flag_aliases,
 )
 from ftlevel.config import (
     Layer,
@@ -34,7 +34,7 @@ from ftlevel.config import (
     read_recipe,
     read_settings,
 )
-from ftlevel.config.flag import DAILY, GENERAL, FieldFacts, Flag
+from ftlevel.config.flag import DAILY, GENERAL, FieldMetadata, Flag
 from ftlevel.config.flags import flags_of
 from ftlevel.config.layers import find_setting
 from ftlevel.config.section import Section
@@ -47,7 +47,7 @@ _WIDEST_NAME = 28  # longest flag on the same line as its help
 class Command(TyperCommand):
     """Typer command that accepts aliases of flags and groups its help in panels."""
 
-    readings: ClassVar[Mapping[str, Reading]] = {}
+    readings: ClassVar[Mapping[str, FlagSpec]] = {}
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Replace aliases with canonical flags, then parse."""
@@ -55,7 +55,7 @@ class Command(TyperCommand):
             ctx.meta["ftlevel.shows_all"] = True
             typer.echo(self.get_help(ctx))
             raise typer.Exit
-        done = rewrite(args, self.readings)
+        done = resolve_flag_aliases(args, self.readings)
         ctx.meta["ftlevel.typed"], ctx.meta["ftlevel.claims"] = done.typed, done.claims
         try:
             return super().parse_args(ctx, list(done.arguments))  # the parser empties its argument
@@ -89,7 +89,7 @@ class Command(TyperCommand):
         names = [name for records in panels.values() for name, _ in records]
         column = min(max(map(len, names)), _WIDEST_NAME) + 4
         if DAILY in panels and not ctx.meta.get("ftlevel.shows_all"):
-            panels = _daily(panels)
+            panels = _common_panels(panels)
         for title, records in panels.items():
             with formatter.section(title):
                 for name, text in records:
@@ -103,7 +103,7 @@ class Command(TyperCommand):
             raise Interrupted(describe_interrupt()) from None
 
 
-def _name_value(error: Any, done: Rewritten) -> None:
+def _name_value(error: Any, done: RewrittenArguments) -> None:
     """Raise a ConfigError with the value of the invalid flag, which Typer leaves out."""
     names = getattr(getattr(error, "param", None), "opts", None) or []
     words = [part for word in done.arguments for part in word.split("=", 1)]
@@ -117,7 +117,7 @@ def _name_value(error: Any, done: Rewritten) -> None:
     ) from None
 
 
-def _daily(panels: dict[str, list[Any]]) -> dict[str, list[Any]]:
+def _common_panels(panels: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """Return the panels of `--help`: arguments, common options, and a pointer to the others."""
     shown = {title: panels[title] for title in ("Arguments", DAILY) if title in panels}
     others = [title for title in panels if title not in shown and title != GENERAL]
@@ -182,11 +182,11 @@ def add_command(
     rows = flags_of(name, flags)
 
     class Own(Command):
-        readings: ClassVar[Mapping[str, Reading]] = readings_of(name, flags)
+        readings: ClassVar[Mapping[str, FlagSpec]] = build_flag_specs(name, flags)
 
     def call(ctx: typer.Context, **values: Any) -> None:
         typed, claims = ctx.meta.get("ftlevel.typed", {}), ctx.meta.get("ftlevel.claims", [])
-        values["given"] = Given(name, rows, values.copy(), ctx.obj or [], typed, claims)
+        values["given"] = CommandInput(name, rows, values.copy(), ctx.obj or [], typed, claims)
         function(**{parameter: values[parameter] for parameter in reads})
 
     reads = inspect.signature(function).parameters
@@ -216,7 +216,7 @@ def _parameters_of(command: str, row: Flag) -> Iterator[inspect.Parameter]:
     if row.is_argument:
         yield _parameter(row, kind, typer.Argument(**shown))
         return
-    yield _parameter(row, kind, typer.Option(*row.declared(kind is bool), **shown))
+    yield _parameter(row, kind, typer.Option(*row.typer_names(kind is bool), **shown))
 
 
 def _parameter(row: Flag, kind: Any, info: Any) -> inspect.Parameter:
@@ -229,13 +229,13 @@ def _parameter(row: Flag, kind: Any, info: Any) -> inspect.Parameter:
     )
 
 
-def _short_choices(facts: FieldFacts | None) -> str:
+def _short_choices(facts: FieldMetadata | None) -> str:
     """Return the choices of a field if they are short enough for a metavar."""
     choices = "|".join(facts.choices) if facts else ""
     return choices if len(choices) <= _WIDEST_CHOICES else ""
 
 
-def _help_of(facts: FieldFacts, row: Flag) -> str:
+def _help_of(facts: FieldMetadata, row: Flag) -> str:
     """Return the help of a flag: description, choices and default if not mentioned in it."""
     told = _short_choices(facts) or all(word in facts.description for word in facts.choices)
     notes = [
@@ -248,7 +248,7 @@ def _help_of(facts: FieldFacts, row: Flag) -> str:
 
 
 @dataclass(frozen=True)
-class Given:
+class CommandInput:
     """Parsed command line of one command.
 
     Attributes:
@@ -263,7 +263,7 @@ class Given:
     values: Mapping[str, Any]
     arguments: Sequence[str]
     typed: Mapping[str, str] = field(default_factory=dict)
-    claims: Sequence[Claim] = ()
+    claims: Sequence[NoOpClaim] = ()
 
     def layer(self) -> Layer:
         """Return the configuration layer of the flags that set a field."""
@@ -306,7 +306,7 @@ def _note(line: str) -> None:
         typer.echo(f"note: {line}", err=True)
 
 
-def _own_config(run: Path, given: Given) -> Path | None:
+def _own_config(run: Path, given: CommandInput) -> Path | None:
     """Return the config.yaml of the run to resume; None if the flags define the run."""
     own = run / "config.yaml"
     if own.is_file():
@@ -320,7 +320,7 @@ def _own_config(run: Path, given: Given) -> Path | None:
 
 
 def read_config(
-    given: Given, note: Callable[[str], None] = _note
+    given: CommandInput, note: Callable[[str], None] = _note
 ) -> tuple[TrainConfig, Path | None]:
     """Merge recipe < --set < flags into one configuration; return it with the recipe's path.
 

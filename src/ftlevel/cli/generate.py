@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ftlevel.cli.flags import Given
+from ftlevel.cli.flags import CommandInput
 from ftlevel.cli.startup import heavy_imports
-from ftlevel.config import GenerateConfig, normal_task
+from ftlevel.config import GenerateConfig, normalize_task
 from ftlevel.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    given: Given,
+    given: CommandInput,
     *,
     prompt: list[str] | None,
     prompts: Path | None,
@@ -47,21 +47,21 @@ def generate(
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=True) as screen:
-        from ftlevel.artifacts.files import check_absent, placed_files
+        from ftlevel.artifacts.files import atomic_files, check_absent
 
         with heavy_imports():
-            from ftlevel.commands.generate import answer_all
+            from ftlevel.commands.generate import generate_answers
 
         if out is not None:
             check_absent("--out", out)
-        answers, notes = answer_all(config, prompt or [], prompts)
+        answers, notes = generate_answers(config, prompt or [], prompts)
         for note in notes:
             screen.warn(note)
     lines = [vars(answer) for answer in answers]
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json_module.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        with placed_files(out) as folder:
+        with atomic_files(out) as folder:
             (folder / out.name).write_text(text, encoding="utf-8")
     if as_json:
         typer.echo(json_module.dumps({"answers": lines}))
@@ -71,7 +71,7 @@ def generate(
         _show(answers)
 
 
-def _read_config(given: Given) -> GenerateConfig:
+def _read_config(given: CommandInput) -> GenerateConfig:
     """Build the configuration; each `--adapter` is NAME or NAME=DIR."""
     adapters, chosen = {}, []
     for wish in given.values["adapter"] or []:
@@ -88,7 +88,7 @@ def _read_config(given: Given) -> GenerateConfig:
     task = given.values["task"]
     return given.section(
         GenerateConfig,
-        task=normal_task(task) if task else None,
+        task=normalize_task(task) if task else None,
         adapters=adapters,
         chosen=chosen,
     )
@@ -151,7 +151,7 @@ def _greet(chat: Chat) -> None:
         if chat.remembers
         else "; earlier turns are not kept: the model was trained on single prompts"
     )
-    typer.secho(f"{chat.speaker} answers{memory}. /help shows the commands.", dim=True)
+    typer.secho(f"{chat.active_adapter} answers{memory}. /help shows the commands.", dim=True)
 
 
 def _answer(chat: Chat, text: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ftlevel.cli.flags import Given
+from ftlevel.cli.flags import CommandInput
 from ftlevel.cli.startup import heavy_imports
 from ftlevel.config import read_settings
 from ftlevel.errors import ConfigError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ftlevel.config.section import Choice
 
 
-def init(given: Given, *, file: Path, yes: bool, as_json: bool) -> None:
+def init(given: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
     """Create a commented recipe from five questions.
 
     Asks for data, task, model, method and epochs unless given by flags of train. Proposals come

@@ -7,14 +7,20 @@ from pathlib import Path
 
 import typer
 
-from ftlevel.cli.flags import Given, read_config
+from ftlevel.cli.flags import CommandInput, read_config
 from ftlevel.errors import ConfigError
 
 _SCHEDULERS = ("slurm", "k8s", "ray")
 
 
 def launch(
-    given: Given, *, on: str, job_file: Path | None, submit: bool, dry_run: bool, as_json: bool
+    given: CommandInput,
+    *,
+    on: str,
+    job_file: Path | None,
+    submit: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Write the job file of a cluster run, and optionally submit it.
 

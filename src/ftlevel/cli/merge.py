@@ -8,14 +8,14 @@ from typing import Any
 
 import typer
 
-from ftlevel.artifacts.cards import how_near
-from ftlevel.cli.flags import Given
+from ftlevel.artifacts.cards import describe_difference
+from ftlevel.cli.flags import CommandInput
 from ftlevel.cli.startup import heavy_imports
 from ftlevel.config import MergeConfig, QuantConfig
-from ftlevel.errors import listing
+from ftlevel.errors import join_names
 
 
-def merge(given: Given, *, as_json: bool, quiet: bool) -> None:
+def merge(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
     """Merge an adapter into its base model and write a full model.
 
     Tensors are read and written one at a time, so memory for one tensor is enough. The result is
@@ -48,20 +48,21 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     if written["untied"]:
         yield "the output layer no longer shares the embedding's weights: the adapter changed one"
     if written["unused"]:
-        yield f"left out: {listing(written['unused'], 3)}, for which the model has no use"
+        yield f"left out: {join_names(written['unused'], 3)}, for which the model has no use"
     if (found := summary["agreement"]) is None:
         yield "not verified (--no-verify)"
     else:
         yield (
             f"verified on {found['targets']:,} targets: logits differ by "
-            f"{found['max_difference']:.3g} at most, {how_near(found)}, loss {found['loss']:.4f} "
+            f"{found['max_difference']:.3g} at most, {describe_difference(found)}, loss "
+            f"{found['loss']:.4f} "
             f"(before {found['loss_reference']:.4f})"
         )
-        yield f"training had moved it: {how_near(summary['effect'])}"
+        yield f"training had moved it: {describe_difference(summary['effect'])}"
     if (served := summary["served"]) is not None:
         yield (
             f"in {QuantConfig(**summary['quantization']).form}, beside the run as trained: "
-            f"{how_near(served)}, loss {served['loss']:.4f}"
+            f"{describe_difference(served)}, loss {served['loss']:.4f}"
         )
     yield f"saved {summary['out']}  ({summary['seconds']:.1f} s)"
     if "hub" in summary:

@@ -11,13 +11,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ftlevel.cli.flags import Given, read_config
+from ftlevel.cli.flags import CommandInput, read_config
 from ftlevel.cli.startup import heavy_imports
 
 if TYPE_CHECKING:
     from ftlevel.commands.plan import RunPlan
     from ftlevel.training.forecast.cluster import ClusterForecast
-    from ftlevel.training.forecast.fits import Fit
+    from ftlevel.training.forecast.fits import Alternative
 
 
 _BAR = 30  # characters
@@ -90,7 +90,7 @@ def _time(plan: RunPlan) -> str:
     return f", about {shown} at {plan.time.tokens_per_s:,.0f} tokens/s ({plan.time.how}){cost}"
 
 
-def _table(fits: list[Fit]) -> Table:
+def _table(fits: list[Alternative]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 2))
     table.add_column("flags", overflow="fold")
     for name in ("peak", "fits", "most rows"):
@@ -106,7 +106,7 @@ def _mib(size: int) -> str:
 
 
 def plan(
-    given: Given,
+    given: CommandInput,
     *,
     gpu: str | None,
     probe: bool,

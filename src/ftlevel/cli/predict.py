@@ -9,20 +9,20 @@ from typing import Any
 
 import typer
 
-from ftlevel.cli.flags import Given
+from ftlevel.cli.flags import CommandInput
 from ftlevel.cli.startup import heavy_imports
-from ftlevel.config import PredictConfig, normal_task
+from ftlevel.config import PredictConfig, normalize_task
 from ftlevel.errors import ConfigError
 
 
-def predict(given: Given, *, task: str | None, as_json: bool, quiet: bool) -> None:
+def predict(given: CommandInput, *, task: str | None, as_json: bool, quiet: bool) -> None:
     """Add predictions to the rows of a file.
 
     Rows are encoded as in training, need no labels, and keep their order and columns. A prediction
     is a class, classes, a number, tags, a span or a text, depending on the task. Without --output,
     JSONL goes to stdout.
     """
-    config = given.section(PredictConfig, task=normal_task(task) if task else None)
+    config = given.section(PredictConfig, task=normalize_task(task) if task else None)
     if as_json and config.output is None:
         raise ConfigError(
             "--json prints what was done on stdout, and without --output the rows go there. Name "

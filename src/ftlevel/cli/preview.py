@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ftlevel._version import __version__
-from ftlevel.cli.flags import Given, read_config
+from ftlevel.cli.flags import CommandInput, read_config
 from ftlevel.cli.startup import heavy_imports
 
 if TYPE_CHECKING:
@@ -227,7 +227,9 @@ def _visible(token: Token) -> str:
     return token.text.replace("\n", _BREAK).replace("\t", "⇥")
 
 
-def preview(given: Given, *, row: Sequence[int] | None, html: Path | None, as_json: bool) -> None:
+def preview(
+    given: CommandInput, *, row: Sequence[int] | None, html: Path | None, as_json: bool
+) -> None:
     """Show encoded rows and problems in the data.
 
     Reads the data exactly as train does, with the same flags, but loads no weights. Supervised

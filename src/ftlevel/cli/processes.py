@@ -38,13 +38,13 @@ def launch(arguments: Sequence[str], count: int, restarts: int = 0) -> int:
         if code != _FAILED or is_told or not restarts:
             return code
         restarts -= 1
-        arguments = _going_on(arguments)
+        arguments = _resume_arguments(arguments)
         sys.stderr.write(
             f"ftlevel: it is started again with --resume; {restarts:,} restarts are left.\n"
         )
 
 
-def _going_on(arguments: Sequence[str]) -> list[str]:
+def _resume_arguments(arguments: Sequence[str]) -> list[str]:
     """Return the command line that resumes the run of `arguments`."""
     kept = [a for a in arguments if a.replace("_", "-") not in _REPLACES]
     return kept if _RESUME in kept else [*kept, _RESUME]

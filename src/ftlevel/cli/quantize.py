@@ -8,12 +8,14 @@ from typing import Any
 
 import typer
 
-from ftlevel.cli.flags import Given
+from ftlevel.cli.flags import CommandInput
 from ftlevel.cli.startup import heavy_imports
 from ftlevel.config import QuantizeConfig
 
 
-def quantize(given: Given, *, out: str | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
+def quantize(
+    given: CommandInput, *, out: str | None, dry_run: bool, as_json: bool, quiet: bool
+) -> None:
     """Quantize a model to 4 or 8 bits and measure its quality.
 
     Embeddings, norms and heads are not quantized. The result loads in transformers and in ftlevel

@@ -10,13 +10,13 @@ from typing import Any
 import typer
 
 from ftlevel._version import __version__
-from ftlevel.cli.flags import Given, add_command, read_config
-from ftlevel.cli.spelling import readings_of, rewrite
+from ftlevel.cli.flags import CommandInput, add_command, read_config
+from ftlevel.cli.spelling import build_flag_specs, resolve_flag_aliases
 from ftlevel.config import TrainConfig
 from ftlevel.config.flags import FLAGS
 from ftlevel.config.layers import read_yaml
-from ftlevel.config.other_tools import LLAMA_FACTORY, tool_of, typed_keys
-from ftlevel.errors import ConfigError, did_you_mean, listing
+from ftlevel.config.other_tools import LLAMA_FACTORY, convert_keys, detect_tool
+from ftlevel.errors import ConfigError, did_you_mean, join_names
 
 _ACTIONS = ("list", "show", "copy", "convert")
 _NO_COUNTERPART = "ftlevel has nothing like it"
@@ -34,7 +34,7 @@ def recipes(action: str, file: Path | None, target: Path | None, *, as_json: boo
         return
     if action not in _ACTIONS:
         hint = did_you_mean(action, _ACTIONS)
-        raise ConfigError(f"{action!r} is not known. Expected {listing(_ACTIONS)}.{hint}")
+        raise ConfigError(f"{action!r} is not known. Expected {join_names(_ACTIONS)}.{hint}")
     if file is None:
         raise ConfigError(f"there is nothing to {action}. Use: ftlevel recipes {action} FILE")
     if target is not None and action != "copy":
@@ -123,7 +123,7 @@ def convert(file: Path) -> None:
     import yaml
 
     values, _ = read_yaml(file)
-    tool = tool_of(values)
+    tool = detect_tool(values)
     if not tool:
         raise ConfigError(
             f"{file} is no configuration of Axolotl, LLaMA-Factory, ms-swift or TRL. If it is a "
@@ -147,10 +147,10 @@ def convert(file: Path) -> None:
 
 def _sort_keys(values: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Return the arguments of each key with a counterpart, and the reason for each other key."""
-    readings = readings_of("train", FLAGS)
+    readings = build_flag_specs("train", FLAGS)
     typed: dict[str, list[str]] = {}
     lost: dict[str, str] = {}
-    for key, words in typed_keys(values):
+    for key, words in convert_keys(values):
         name = (words or [f"--{key}"])[0].replace("_", "-")
         if name not in readings:
             lost[key] = _NO_COUNTERPART
@@ -158,7 +158,7 @@ def _sort_keys(values: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, 
             lost[key] = readings[name].answer or _NO_COUNTERPART
         else:
             try:
-                rewrite([*itertools.chain(*typed.values()), *words], readings)
+                resolve_flag_aliases([*itertools.chain(*typed.values()), *words], readings)
             except ConfigError as error:
                 lost[key] = _reason(error)
             else:
@@ -174,7 +174,7 @@ def _resolve(typed: dict[str, list[str]], lost: dict[str, str]) -> TrainConfig:
     """Return the configuration of the keys; moves keys that cause errors to `lost` (mutated)."""
     found: list[TrainConfig] = []
 
-    def command(given: Given) -> None:
+    def command(given: CommandInput) -> None:
         found.append(read_config(given, notes.append)[0])
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)

@@ -21,11 +21,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from ftlevel._version import __version__
-from ftlevel.artifacts.cards import kept_words, loss_words, memory_words
+from ftlevel.artifacts.cards import describe_kept_model, loss_words, memory_words
 from ftlevel.config.section import Choice
 
 
-class Lasting(io.TextIOBase):
+class SafeStream(io.TextIOBase):
     """Text stream that drops further output once `stream` fails, with one note on stderr."""
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -136,7 +136,7 @@ class Screen:
     def stop_without_reader(self) -> None:
         """Raise Exit with the code of SIGPIPE if nobody reads the output."""
         stream = self.console.file
-        if isinstance(stream, Lasting) and not stream.has_reader():
+        if isinstance(stream, SafeStream) and not stream.has_reader():
             raise typer.Exit(_CLOSED_PIPE)
 
     def stage(self, name: str) -> None:
@@ -293,7 +293,7 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     if summary["loss_first"] is not None:
         yield f"  [bold]loss[/bold] {loss_words(summary)}"
     if summary.get("best"):
-        yield f"  [bold]kept[/bold] {kept_words(summary['best'])}"
+        yield f"  [bold]kept[/bold] {describe_kept_model(summary['best'])}"
     before = summary["metrics_before"]
     for name, value in summary["metrics"].items():
         first = f"{before[name]:.4f} → " if name in before else ""
@@ -334,7 +334,7 @@ def _plain(text: str) -> str:
     return escape(text)
 
 
-def _console(stream: Lasting) -> Console:
+def _console(stream: SafeStream) -> Console:
     return Console(file=cast("IO[str]", stream), soft_wrap=not stream.isatty())
 
 
@@ -345,9 +345,9 @@ def open_screen(*, as_json: bool, quiet: bool, aside: bool = False) -> Iterator[
     `as_json` shows the run on stderr, only in a terminal; `aside` on stderr, since stdout has the
     rows.
     """
-    stream = Lasting(sys.stderr if as_json or aside else sys.stdout)
+    stream = SafeStream(sys.stderr if as_json or aside else sys.stdout)
     silent = quiet or (as_json and not stream.isatty())
-    screen = Screen(_console(stream), quiet=silent, errors=_console(Lasting(sys.stderr)))
+    screen = Screen(_console(stream), quiet=silent, errors=_console(SafeStream(sys.stderr)))
     try:
         yield screen
     finally:

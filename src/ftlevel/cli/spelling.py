@@ -9,24 +9,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftlevel.config.flag import Agrees, Flag, Words
+from ftlevel.config.flag import Flag, NoOpValue, ValueAliases
 from ftlevel.config.flags import flags_of
 from ftlevel.config.other_tools import OFF, ON, number_hint
 from ftlevel.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ftlevel.config.flag import FieldFacts, Flag
+    from ftlevel.config.flag import FieldMetadata, Flag
 
 
 Setting = tuple[str, str]
 """Flag and value; "true" and "false" for a switch."""
 
-_NOT_ASKED = Agrees("there is nothing of it here")
+_NOT_ASKED = NoOpValue("there is nothing of it here")
 _NEXT_FLAG = re.compile(r"\s+(?=--[a-z])")
 
 
 @dataclass(frozen=True)
-class Reading:
+class FlagSpec:
     """Interpretation of a flag name and its value.
 
     Attributes:
@@ -50,7 +50,7 @@ class Reading:
     is_switch: bool = False
     value: str | None = None
     takes_none: bool = False
-    words: Words = field(default_factory=dict)
+    words: ValueAliases = field(default_factory=dict)
     read: Any = None
     several: bool = False
     is_list: bool = False
@@ -60,15 +60,15 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Claim:
+class NoOpClaim:
     """Accepted value without effect, to be checked against the configuration."""
 
     typed: str
-    agrees: Agrees
+    agrees: NoOpValue
 
 
 @dataclass
-class Rewritten:
+class RewrittenArguments:
     """Command line with canonical flags.
 
     `typed` maps a canonical flag to the name that the user typed.
@@ -76,17 +76,17 @@ class Rewritten:
 
     arguments: list[str] = field(default_factory=list)
     typed: dict[str, str] = field(default_factory=dict)
-    claims: list[Claim] = field(default_factory=list)
+    claims: list[NoOpClaim] = field(default_factory=list)
 
 
-def readings_of(command: str, flags: Sequence[Flag]) -> dict[str, Reading]:
+def build_flag_specs(command: str, flags: Sequence[Flag]) -> dict[str, FlagSpec]:
     """Return every flag name that `command` accepts, with its interpretation."""
-    found: dict[str, Reading] = {}
+    found: dict[str, FlagSpec] = {}
     for row in flags_of(command, flags):
         if row.is_argument:
             continue
         own = _own_reading(row, command)
-        for name in row.declared(own.is_switch):
+        for name in row.typer_names(own.is_switch):
             found |= dict.fromkeys([part for part in name.split("/") if part != own.off], own)
         if own.off:
             found[own.off] = replace(own, value="false", words={}, read=None)
@@ -95,7 +95,7 @@ def readings_of(command: str, flags: Sequence[Flag]) -> dict[str, Reading]:
         if row.answer:
             if command in row.on:
                 on_off = not set(row.words) - {"true", "false"} and bool(row.words)
-                found[row.shown] = Reading(
+                found[row.shown] = FlagSpec(
                     "", takes_none=on_off, words=row.words, answer=row.answer
                 )
         elif own_or_none is not None:
@@ -103,12 +103,12 @@ def readings_of(command: str, flags: Sequence[Flag]) -> dict[str, Reading]:
     return found
 
 
-def _own_reading(row: Flag, command: str) -> Reading:
+def _own_reading(row: Flag, command: str) -> FlagSpec:
     facts = row.facts(command)
     kind = row.type if facts is None or facts.type is str else facts.type
     is_switch = kind is bool
-    on, _, off = row.declared(is_switch)[0].partition("/")
-    return Reading(
+    on, _, off = row.typer_names(is_switch)[0].partition("/")
+    return FlagSpec(
         flag=on,
         path=row.path,
         off=off,
@@ -123,12 +123,12 @@ def _own_reading(row: Flag, command: str) -> Reading:
     )
 
 
-def _second_readings(row: Flag, own: Reading) -> dict[str, Reading]:
+def _second_readings(row: Flag, own: FlagSpec) -> dict[str, FlagSpec]:
     """Return the aliases of `row`, whose canonical interpretation is `own`."""
     found = {}
     for other in row.spellings:
         is_value = other.value is not None
-        found[other.name] = Reading(
+        found[other.name] = FlagSpec(
             flag=own.flag,
             path=own.path,
             off=own.off,
@@ -145,13 +145,15 @@ def _second_readings(row: Flag, own: Reading) -> dict[str, Reading]:
     return found
 
 
-def rewrite(arguments: Sequence[str], readings: Mapping[str, Reading]) -> Rewritten:
+def resolve_flag_aliases(
+    arguments: Sequence[str], readings: Mapping[str, FlagSpec]
+) -> RewrittenArguments:
     """Replace aliases in `arguments`: `--load_in_4bit true` becomes `--quant 4bit`.
 
     Raises:
         ConfigError: with all invalid values, and all fields set to different values by two aliases.
     """
-    done = Rewritten()
+    done = RewrittenArguments()
     given: dict[str, tuple[str, str]] = {}
     problems: list[str] = []
     queue = list(arguments)
@@ -175,21 +177,21 @@ def rewrite(arguments: Sequence[str], readings: Mapping[str, Reading]) -> Rewrit
         shown = f"{name} {','.join(values)}".strip()
         try:
             meant = _meaning(name, shown, values, reading)
-            for flag, value in () if isinstance(meant, Agrees) else meant:
+            for flag, value in () if isinstance(meant, NoOpValue) else meant:
                 _check_given_once(given, flag, value, name, reading)
                 done.typed.setdefault(flag, name)
                 done.arguments += _spell(flag, value, readings, joined=bool(equals))
         except ConfigError as error:
             problems += error.problems
             continue
-        if isinstance(meant, Agrees):
-            done.claims.append(Claim(shown, meant))
+        if isinstance(meant, NoOpValue):
+            done.claims.append(NoOpClaim(shown, meant))
     if problems:
         raise ConfigError(problems)
     return done
 
 
-def check_claims(claims: Sequence[Claim], config: Any) -> list[str]:
+def check_claims(claims: Sequence[NoOpClaim], config: Any) -> list[str]:
     """Return the reason for each claim; raise ConfigError if `config` contradicts one."""
     lines, problems = [], []
     for claim in claims:
@@ -206,21 +208,21 @@ def check_claims(claims: Sequence[Claim], config: Any) -> list[str]:
     return lines
 
 
-def _find(typed: str, readings: Mapping[str, Reading]) -> tuple[str, Reading | None]:
+def _find(typed: str, readings: Mapping[str, FlagSpec]) -> tuple[str, FlagSpec | None]:
     """Return the name with dashes and its interpretation; `--no_x` is `--x false`."""
     name = typed.replace("_", "-")
     reading = readings.get(name)
     if reading is None and name.startswith("--no-"):
         positive = readings.get(f"--{name[5:]}")
         if positive is not None and positive.takes_none and "false" in positive.words:
-            return name, Reading(
+            return name, FlagSpec(
                 positive.flag, words={"true": positive.words["false"]}, takes_none=True,
                 answer=positive.answer,
             )  # fmt: skip
     return name, reading
 
 
-def _take(queue: list[str], reading: Reading) -> list[str] | None:
+def _take(queue: list[str], reading: FlagSpec) -> list[str] | None:
     """Remove and return the values of a flag from `queue` (mutated); None if one is missing."""
     if reading.takes_none:
         follows = queue[0] if queue and _is_word(queue[0]) else ""
@@ -248,15 +250,15 @@ def _is_recipe(text: str) -> bool:
 
 
 def _meaning(
-    name: str, shown: str, values: Sequence[str], reading: Reading
-) -> list[Setting] | Agrees:
+    name: str, shown: str, values: Sequence[str], reading: FlagSpec
+) -> list[Setting] | NoOpValue:
     """Return the settings that `values` stand for, or the condition that they require."""
     text = ",".join(values)
     word = _truth(text) if reading.takes_none else text.lower()
     found = reading.words.get(word)
     if found is None and reading.takes_none:
         found = reading.words.get(text.lower())
-    if isinstance(found, Agrees):
+    if isinstance(found, NoOpValue):
         return found
     if found is not None:
         return list(_pieces(reading.flag, found))
@@ -279,14 +281,14 @@ def _meaning(
     return [(reading.flag, part) for part in parts]
 
 
-def _switched(reading: Reading, word: str) -> list[Setting] | Agrees:
+def _switched(reading: FlagSpec, word: str) -> list[Setting] | NoOpValue:
     """Return the setting of a switch, or a condition if it disables a specific value."""
     if reading.value is None:
         return [(reading.flag, word)]
     if word == "true":
         return [(reading.flag, reading.value)]
     denied: Any = {"true": True, "false": False}.get(reading.value, reading.value)
-    return Agrees("", reading.path, unless=(denied,))
+    return NoOpValue("", reading.path, unless=(denied,))
 
 
 def _truth(text: str) -> str:
@@ -316,7 +318,7 @@ def _pieces(flag: str, text: str) -> Iterator[Setting]:
 
 
 def _check_given_once(
-    given: dict[str, tuple[str, str]], flag: str, value: str, name: str, reading: Reading
+    given: dict[str, tuple[str, str]], flag: str, value: str, name: str, reading: FlagSpec
 ) -> None:
     """Raise ConfigError if two aliases set one field differently; repeats override."""
     if reading.is_list or flag == "--set":
@@ -329,7 +331,7 @@ def _check_given_once(
     given[flag] = (name, value)
 
 
-def _spell(flag: str, value: str, readings: Mapping[str, Reading], *, joined: bool) -> list[str]:
+def _spell(flag: str, value: str, readings: Mapping[str, FlagSpec], *, joined: bool) -> list[str]:
     """Return a setting as arguments for Typer."""
     own = readings.get(flag)
     if own is not None and own.is_switch:
@@ -348,7 +350,7 @@ def completed_command() -> list[str]:
     return [word for word in typed.split()[1:] if not word.startswith("-")][:1]
 
 
-def completer(row: Flag, facts: FieldFacts | None) -> Callable[[str], list[str]]:
+def completer(row: Flag, facts: FieldMetadata | None) -> Callable[[str], list[str]]:
     """Return a function that completes the values of `row`; nothing for free-form values."""
 
     def complete(incomplete: str) -> list[str]:
@@ -357,7 +359,7 @@ def completer(row: Flag, facts: FieldFacts | None) -> Callable[[str], list[str]]
     return complete
 
 
-def _values(row: Flag, facts: FieldFacts | None) -> list[str]:
+def _values(row: Flag, facts: FieldMetadata | None) -> list[str]:
     if facts is not None and facts.choices:
         return list(facts.choices)
     if row.dest == "recipe_file" or row.shown == "--recipe":

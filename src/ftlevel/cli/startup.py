@@ -27,7 +27,7 @@ _ends_at_once = False
 _last_words: Callable[[], int] | None = None
 
 
-def end_on_signals(last_words: Callable[[], int]) -> None:
+def install_signal_handlers(last_words: Callable[[], int]) -> None:
     """Handle SIGTERM and SIGHUP like Ctrl-C; ignore SIGUSR1, which is for training runs.
 
     `last_words` prints that nothing was saved and returns the exit code.
@@ -45,7 +45,7 @@ def end_on_signals(last_words: Callable[[], int]) -> None:
 
 
 @contextlib.contextmanager
-def ending_at_once() -> Iterator[None]:
+def exit_on_signal() -> Iterator[None]:
     """Exit immediately on a signal inside the block, where nothing has been written yet.
 
     Libraries' imports lose KeyboardInterrupt; transformers turns it into ModuleNotFoundError.
@@ -58,7 +58,7 @@ def ending_at_once() -> Iterator[None]:
         _ends_at_once = before
 
 
-def was_told_to_end() -> bool:
+def received_signal() -> bool:
     """Return whether an ending signal was received, even if a library swallowed it."""
     return _received is not None
 
@@ -68,7 +68,7 @@ def exit_code() -> int:
     return 128 + (_received or signal.SIGINT)
 
 
-def end_as_it_is(code: int) -> None:
+def protect_exit(code: int) -> None:
     """Ignore the first signal at exit, which would break cleanup; a second exits with `code`."""
     seen: list[int] = []
 
@@ -106,7 +106,7 @@ def _end(number: int, _: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-KEPT_SHAPES = 128
+ONEDNN_CACHE_SIZE = 128
 """Shapes of one step. With 1,024, 12 steps of SmolLM2 use 350 MB more at equal speed."""
 
 
@@ -118,8 +118,8 @@ def heavy_imports() -> Iterator[None]:
     """
     if "torch" not in sys.modules:  # libraries read them once
         for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-            os.environ.setdefault(name, str(KEPT_SHAPES))
-    with ending_at_once():
+            os.environ.setdefault(name, str(ONEDNN_CACHE_SIZE))
+    with exit_on_signal():
         if "torch" in sys.modules or not gc.isenabled():
             yield
             return
@@ -176,7 +176,7 @@ NOISY = ("torchao", "torch.utils._pytree")
 """Loggers that report missing GPU kernels and deprecations at import."""
 
 
-def hush() -> None:
+def silence_loggers() -> None:
     """Silence the import messages of libraries."""
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -184,8 +184,8 @@ def hush() -> None:
 
 def prepare() -> None:
     """Set up a process that trains a run."""
-    hush()
+    silence_loggers()
     share_heaps()
 
 
-hush()  # a multiprocessing server imports this module before the libraries
+silence_loggers()  # a multiprocessing server imports this module before the libraries

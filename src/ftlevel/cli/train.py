@@ -6,14 +6,14 @@ import json as json_module
 
 import typer
 
-from ftlevel.cli.flags import Given, read_config
+from ftlevel.cli.flags import CommandInput, read_config
 from ftlevel.cli.processes import end_with_parent, launch
 from ftlevel.cli.startup import heavy_imports, share_heaps
 from ftlevel.config import TrainConfig
 from ftlevel.world import has_agent, is_follower, is_launched
 
 
-def train(given: Given, *, dry_run: bool, as_json: bool, quiet: bool, schema: bool) -> None:
+def train(given: CommandInput, *, dry_run: bool, as_json: bool, quiet: bool, schema: bool) -> None:
     """Fine-tune a model on a dataset.
 
     Without --model and --dataset, trains the built-in model on built-in examples. --set

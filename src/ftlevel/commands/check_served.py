@@ -11,24 +11,24 @@ from typing import Any
 from ftlevel.commands.export import export
 from ftlevel.config import CheckServedConfig, ExportConfig
 from ftlevel.config.export import SERVERS
-from ftlevel.errors import InputError, RunError, listing
-from ftlevel.events import Listener, Silence
+from ftlevel.errors import InputError, RunError, join_names
+from ftlevel.events import Listener, NullListener
 from ftlevel.merging.serving.client import (
     BASE,
     EITHER,
     ELSE,
     TRAINED,
     Client,
-    Heard,
-    Refused,
+    RequestRefusedError,
+    ServerAnswer,
     Verdict,
-    judge,
+    judge_answer,
     tolerance_of,
-    widen,
+    widen_tolerance,
 )
 from ftlevel.merging.serving.entry import rank_limit
-from ftlevel.merging.serving.inside.process import ask_inside
-from ftlevel.merging.serving.recorded import Recorded, Served, read_served
+from ftlevel.merging.serving.inside.process import run_library
+from ftlevel.merging.serving.recorded import AdapterRecord, ServingRecord, read_served
 from ftlevel.workspace import Workspace
 
 _FORMATS = {
@@ -57,22 +57,22 @@ def check_served(
         InputError: there are no recorded outputs, or the server cannot be queried.
         RunError: the outputs differ from the trained model's.
     """
-    listener = listener or Silence()
+    listener = listener or NullListener()
     began = time.perf_counter()
     served = read_served(config.out)
     # A base loaded in this process is float32; a GGUF file has its own dtype.
     is_float = config.inside and served.facts.get("file_format") != "gguf"
     dtype = "float32" if is_float else str(served.facts.get("dtype"))
     listener.stage(f"ask {config.inside or config.url}")
-    rows = _ask_inside(config, served) if config.inside else _ask_url(config, served)
-    alone = {} if config.tolerance else _ask_base_alone(config, served)
+    rows = _query_library(config, served) if config.inside else _ask_url(config, served)
+    alone = {} if config.tolerance else _query_base(config, served)
     adapters = []
     for adapter in served.adapters:
         if adapter.prompts:
             tolerance = config.tolerance or tolerance_of(dtype)
             if adapter.name in alone:
                 known = [prompt["base"] for prompt in adapter.prompts]
-                tolerance = widen(tolerance, alone[adapter.name], known)
+                tolerance = widen_tolerance(tolerance, alone[adapter.name], known)
             adapters.append(_judge(adapter, rows[adapter.name], tolerance))
     summary = {
         "out": str(config.out),
@@ -92,13 +92,13 @@ def check_served(
 class _Rows:
     """Outputs for one adapter; `how` is the prompt form, `no_chat` why chat was not queried."""
 
-    plain: list[Heard]
-    chat: list[Heard | None]
+    plain: list[ServerAnswer]
+    chat: list[ServerAnswer | None]
     how: str
     no_chat: str = ""
 
 
-def _ask_url(config: CheckServedConfig, served: Served) -> dict[str, _Rows]:
+def _ask_url(config: CheckServedConfig, served: ServingRecord) -> dict[str, _Rows]:
     client = Client(config.url or "", float(config.timeout))
     listed = client.models()
     found = {}
@@ -110,7 +110,7 @@ def _ask_url(config: CheckServedConfig, served: Served) -> dict[str, _Rows]:
     return found
 
 
-def _name_of(adapter: Recorded, served: Served, listed: list[str]) -> str:
+def _name_of(adapter: AdapterRecord, served: ServingRecord, listed: list[str]) -> str:
     """Return the model name under which the server lists `adapter`, if it can be found."""
     if adapter.name in listed or (len(listed) != 1 and served.facts.get("server") != "mlx"):
         return adapter.name
@@ -119,14 +119,14 @@ def _name_of(adapter: Recorded, served: Served, listed: list[str]) -> str:
 
 
 def _ask_one(
-    client: Client, name: str, adapter: Recorded, more: Mapping[str, Any], listed: list[str]
+    client: Client, name: str, adapter: AdapterRecord, more: Mapping[str, Any], listed: list[str]
 ) -> _Rows:
     try:
         plain = [client.complete(name, prompt, more) for prompt in adapter.prompts]
-    except Refused as refused:
-        known = f" It lists {listing(listed, 4)}: name one by --model." if listed else ""
+    except RequestRefusedError as refused:
+        known = f" It lists {join_names(listed, 4)}: name one by --model." if listed else ""
         raise InputError(f"--url {client.url}: {refused}.{known}") from None
-    chat: list[Heard | None] = []
+    chat: list[ServerAnswer | None] = []
     reason = ""
     for prompt in adapter.prompts:
         if not prompt["messages"]:
@@ -134,13 +134,13 @@ def _ask_one(
         try:
             asks = prompt["messages"] and not reason
             chat.append(client.chat(name, prompt["messages"], more) if asks else None)
-        except Refused as refused:
+        except RequestRefusedError as refused:
             reason = str(refused)
             chat.append(None)
     return _Rows(plain, chat, "text" if client.by_text else "token ids", reason)
 
 
-def _ask_inside(config: CheckServedConfig, served: Served) -> dict[str, _Rows]:
+def _query_library(config: CheckServedConfig, served: ServingRecord) -> dict[str, _Rows]:
     library = str(config.inside)
     format_ = served.facts.get("file_format")
     if format_ not in _FORMATS[library]:
@@ -166,7 +166,7 @@ def _ask_inside(config: CheckServedConfig, served: Served) -> dict[str, _Rows]:
             export(ExportConfig(model=base, out=file, outtype="f32", verify=False))
             base = str(file)
         seconds = float(config.timeout * _SLOWER)
-        found = ask_inside(library, config.python, base, adapters, seconds)
+        found = run_library(library, config.python, base, adapters, seconds)
     nothing = "chat is of servers; this is the library"
     rows = {}
     for name, heard in found.items():
@@ -176,7 +176,7 @@ def _ask_inside(config: CheckServedConfig, served: Served) -> dict[str, _Rows]:
     return rows
 
 
-def _ask_base_alone(config: CheckServedConfig, served: Served) -> dict[str, list[Heard]]:
+def _query_base(config: CheckServedConfig, served: ServingRecord) -> dict[str, list[ServerAnswer]]:
     """Return the outputs of a quantized base without adapters, by adapter name; may be empty.
 
     llama.cpp rounds activations with such a base; these outputs show by how much. A server is not
@@ -192,7 +192,7 @@ def _ask_base_alone(config: CheckServedConfig, served: Served) -> dict[str, list
     ]
     seconds = float(config.timeout * _SLOWER)
     try:
-        found = ask_inside("llama.cpp", config.python, base, asked, seconds)
+        found = run_library("llama.cpp", config.python, base, asked, seconds)
     except InputError:
         if config.inside:
             raise
@@ -200,10 +200,10 @@ def _ask_base_alone(config: CheckServedConfig, served: Served) -> dict[str, list
     return {name: heard for name, heard in found.items() if not isinstance(heard, str)}
 
 
-def _judge(adapter: Recorded, rows: _Rows, tolerance: float) -> dict[str, Any]:
-    def verdicts(heard: list[Heard | None]) -> list[Verdict]:
+def _judge(adapter: AdapterRecord, rows: _Rows, tolerance: float) -> dict[str, Any]:
+    def verdicts(heard: list[ServerAnswer | None]) -> list[Verdict]:
         return [
-            judge(one, prompt["trained"], prompt.get("base"), tolerance)
+            judge_answer(one, prompt["trained"], prompt.get("base"), tolerance)
             for one, prompt in zip(heard, adapter.prompts, strict=True)
             if one is not None
         ]
@@ -254,7 +254,7 @@ def _lines(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _advice(summary: Mapping[str, Any], served: Served) -> str:
+def _advice(summary: Mapping[str, Any], served: ServingRecord) -> str:
     verdict, place = summary["verdict"], summary["asked"]
     if verdict == BASE:
         return (

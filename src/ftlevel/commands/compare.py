@@ -12,7 +12,7 @@ from typing import Any
 
 from ftlevel.artifacts.files import check_absent, write_json, write_text
 from ftlevel.artifacts.ownership import CONFIG, SUMMARY
-from ftlevel.artifacts.places import absolute_places
+from ftlevel.artifacts.places import make_paths_absolute
 from ftlevel.artifacts.run_directory import check_unclaimed
 from ftlevel.commands.comparison import (
     SCORES,
@@ -20,25 +20,25 @@ from ftlevel.commands.comparison import (
     ComparisonOptions,
     draw_pictures,
     ranking_metric,
-    sum_up,
-    write_page_of_all,
+    summarize,
+    write_comparison_report,
 )
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.commands.plan import PlanOptions, plan
 from ftlevel.commands.search import (
     StopWithParent,
     check_search,
-    do_apart,
     plan_study,
+    run_in_subprocess,
     search,
     with_values,
 )
 from ftlevel.commands.train import CommandLine, train
 from ftlevel.config import EvaluateConfig, Layer, TrainConfig, build_config, build_section
 from ftlevel.config.methods import SPECS
-from ftlevel.config.reading import METHOD_WORDS, in_our_words
-from ftlevel.errors import ConfigError, InputError, Interrupted, RunError, did_you_mean, listing
-from ftlevel.events import Listener, Silence
+from ftlevel.config.reading import METHOD_ALIASES, resolve_aliases
+from ftlevel.errors import ConfigError, InputError, Interrupted, RunError, did_you_mean, join_names
+from ftlevel.events import Listener, NullListener
 from ftlevel.training.finish import Start
 
 RESAMPLES = 1000
@@ -54,12 +54,14 @@ def train_and_score(config: TrainConfig, place: Path) -> None:
         FtlevelError: as `train` and `evaluate` do.
     """
     begun = CommandLine(None, Start.now())
-    result = train(config, callbacks=[StopWithParent()], listener=Silence(), command_line=begun)
+    result = train(
+        config, callbacks=[StopWithParent()], listener=NullListener(), command_line=begun
+    )
     answers = place.with_suffix(".jsonl")
     answers.unlink(missing_ok=True)
     values = {"name": str(result.path), "base": False, "resamples": RESAMPLES,
               "predictions": answers}  # fmt: skip
-    found = evaluate(build_section(EvaluateConfig, values), listener=Silence())
+    found = evaluate(build_section(EvaluateConfig, values), listener=NullListener())
     metric = ranking_metric(config.train, found.summary["task"], found.summary["headline"])
     if metric not in found.metrics:
         raise ConfigError(f"it cannot be ranked by {metric}; available: {', '.join(found.metrics)}")
@@ -83,7 +85,7 @@ def seconds_per_step(config: TrainConfig) -> float:
 
 def describe_run(config: TrainConfig) -> dict[str, Any]:
     """Return the summary of a dry run; raises like `train` if `config` cannot be trained."""
-    return dict(train(config, dry_run=True, listener=Silence()).summary)
+    return dict(train(config, dry_run=True, listener=NullListener()).summary)
 
 
 RESULT = "compare.json"
@@ -112,7 +114,7 @@ def compare(
     """
     _check(config, wishes)
     path = config.output.dir or _first_free()
-    wishes, asked = _begin_or_go_on(config, wishes, path)
+    wishes, asked = _start_or_resume(config, wishes, path)
     found = Comparison(path, wishes)
     listener.stage("check the methods and read the rows")
     _check_methods(config, found, listener)
@@ -129,9 +131,9 @@ def compare(
             f"interrupted; the runs that are done are kept. Go on: ftlevel compare --output-dir "
             f"{shlex.quote(str(path))} --resume", code,
         ) from None  # fmt: skip
-    result = sum_up(found, asked)
+    result = summarize(found, asked)
     write_json(path / RESULT, result)
-    write_page_of_all(found)
+    write_comparison_report(found)
     result["pictures"] = draw_pictures(found, result)
     write_json(path / RESULT, result)
     return result
@@ -188,10 +190,10 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
                 "tracker_project": config.output.tracker_project}  # fmt: skip
     if config.output.report_to:
         values["output"] = trackers
-    return absolute_places(values)
+    return make_paths_absolute(values)
 
 
-def _begin_or_go_on(
+def _start_or_resume(
     config: TrainConfig, wishes: ComparisonOptions, path: Path
 ) -> tuple[ComparisonOptions, dict[str, Any]]:
     """Return options and request, merged with the stored ones when resuming."""
@@ -219,7 +221,8 @@ def _begin_or_go_on(
         differ_in = [key for key in {**was, **now}
                      if was.get(key) != now.get(key)]  # fmt: skip
         raise ConfigError(
-            f"--resume {path}: not the same comparison: {listing(differ_in)} was given otherwise. "
+            f"--resume {path}: not the same comparison: {join_names(differ_in)} was given "
+            "otherwise. "
             "Give --resume and --output-dir alone, or start anew in another directory."
         )
     if budget not in (kept, {"steps": None, "minutes": None}):
@@ -229,7 +232,8 @@ def _begin_or_go_on(
         )
     if wishes.search and list(wishes.search) != searched["search"]:
         raise ConfigError(
-            f"--resume {path}: --search was {listing(searched['search']) or 'not given'}. Drop it, "
+            f"--resume {path}: --search was {join_names(searched['search']) or 'not given'}. "
+            "Drop it, "
             "or start anew in another --output-dir."
         )
     if wishes.trials is not None and not searched["searched"]:
@@ -280,11 +284,11 @@ def _check_methods(config: TrainConfig, found: Comparison, listener: Listener) -
 
 def _method_fields(word: str) -> dict[str, Any]:
     """Return the method section for `word`; raise ConfigError for an unknown method."""
-    fields: dict[str, Any] = in_our_words({"method": {"kind": word}})[0]["method"]
+    fields: dict[str, Any] = resolve_aliases({"method": {"kind": word}})[0]["method"]
     if fields["kind"] not in SPECS:
-        names = (*SPECS, *METHOD_WORDS)
+        names = (*SPECS, *METHOD_ALIASES)
         raise ConfigError(
-            f"--methods: {word!r} is no method. Expected some of {listing(SPECS, 30)}."
+            f"--methods: {word!r} is no method. Expected some of {join_names(SPECS, 30)}."
             f"{did_you_mean(word, names)}"
         )
     return fields
@@ -317,7 +321,7 @@ def _set_budget(
         if method not in steps:
             listener.stage(f"time a step of {method}")
             try:
-                seconds = do_apart(prepare, seconds_per_step, config)
+                seconds = run_in_subprocess(prepare, seconds_per_step, config)
             except RunError as error:
                 found.left_out[method] = str(error)
                 del found.configs[method]
@@ -338,7 +342,7 @@ def _search_all(
             study = plan_study(method, config, asked["asked"], found.dry[method], found.path)
             if study is None:
                 continue
-            listener.stage(f"search {listing(study.fields)} of {method}: {study.trials} trials")
+            listener.stage(f"search {join_names(study.fields)} of {method}: {study.trials} trials")
             try:
                 done[method] = search(study, config, found.path, prepare)
             except RunError as error:
@@ -366,7 +370,7 @@ def _train_all(found: Comparison, listener: Listener, prepare: Callable[[], Any]
             listener.stage(f"{method}, seed {seed} ({number} of {len(jobs)})")
             try:
                 job = _of_run(found.configs[method], run, seed)
-                do_apart(prepare, train_and_score, job, place)
+                run_in_subprocess(prepare, train_and_score, job, place)
             except RunError as error:
                 found.left_out[method] = f"seed {seed}: {error}"
                 listener.warn(f"{method} is left out: {error}")

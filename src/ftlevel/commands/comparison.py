@@ -17,7 +17,12 @@ from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.ownership import ADAPTER, CONFIG, METRICS, REPORT
 from ftlevel.commands.report import report
 from ftlevel.config import TrainConfig, TrainerConfig
-from ftlevel.evaluation.intervals import Scores, differ, generates_texts, keep_wanted
+from ftlevel.evaluation.intervals import (
+    MetricRuns,
+    compute_difference,
+    generates_texts,
+    select_metrics,
+)
 from ftlevel.tasks import TASKS
 from ftlevel.training.plan.best_model import LOWER_IS_BETTER
 
@@ -78,11 +83,11 @@ def ranking_metric(train: TrainerConfig, task: str, headline: str) -> str:
         return train.metric_for_best_model.removeprefix("eval_")
     generates = generates_texts(train.predict_with_generate, TASKS[task])
     is_missing = headline in TASKS[task].text_metrics and not generates
-    is_missing |= headline not in keep_wanted({headline: None}, train.metrics)
+    is_missing |= headline not in select_metrics({headline: None}, train.metrics)
     return "loss" if is_missing else headline
 
 
-def sum_up(found: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
+def summarize(found: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return the output of `--json`, with rows sorted from best to worst."""
     first = next(iter(found.scored.values()))[0]
     greater = next(iter(found.configs.values())).train.greater_is_better
@@ -90,13 +95,15 @@ def sum_up(found: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
         not greater if greater is not None else (first["name"].endswith(LOWER_IS_BETTER))
     )
     scores = {
-        method: Scores([run["metric"] for run in runs], np.array([run["draws"] for run in runs]))
+        method: MetricRuns(
+            [run["metric"] for run in runs], np.array([run["draws"] for run in runs])
+        )
         for method, runs in found.scored.items()
     }
     order = sorted(scores, key=lambda m: scores[m].mean, reverse=not is_lower_better)
     rows = []
     for method in order:
-        apart = differ(scores[method], scores[order[0]], len(order) - 1)
+        apart = compute_difference(scores[method], scores[order[0]], len(order) - 1)
         rows.append({
             **_row(method, found.scored[method], scores[method]),
             "difference": apart.value,
@@ -120,7 +127,7 @@ def sum_up(found: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _row(method: str, runs: list[dict[str, Any]], scores: Scores) -> dict[str, Any]:
+def _row(method: str, runs: list[dict[str, Any]], scores: MetricRuns) -> dict[str, Any]:
     """Return the figures of a method: means over seeds, but the maximum of memory."""
     summaries = [run["summary"] for run in runs]
     times = [summary["timings"] for summary in summaries]
@@ -189,7 +196,7 @@ def _notes(found: Comparison) -> list[str]:
     return notes
 
 
-def write_page_of_all(found: Comparison) -> None:
+def write_comparison_report(found: Comparison) -> None:
     """Write one report about all runs, replacing an earlier one."""
     page = found.path / REPORT
     page.unlink(missing_ok=True)

@@ -187,13 +187,13 @@ def _disk() -> Iterator[Finding]:
 def _hub() -> Iterator[Finding]:
     from huggingface_hub import constants
 
-    from ftlevel.models.sources import answers
+    from ftlevel.models.sources import is_reachable
 
     if constants.HF_HUB_OFFLINE:
         yield Finding(
             "Hub", "note", "HF_HUB_OFFLINE is set", "Local models and the cache are used."
         )
-    elif answers(constants.ENDPOINT):
+    elif is_reachable(constants.ENDPOINT):
         yield Finding("Hub", "good", f"{constants.ENDPOINT} answers")
     else:
         advice = "Local directories, .gguf files and builtin:tiny-llama work without it."

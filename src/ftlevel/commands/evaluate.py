@@ -12,38 +12,38 @@ import numpy as np
 from ftlevel.artifacts.files import check_absent, rows_fingerprint
 from ftlevel.artifacts.places import DATA_PLACES, check_places, read_run
 from ftlevel.artifacts.row_files import row_file_type, write_rows
-from ftlevel.config import EvaluateConfig, QuantConfig, RowsInMemory, TrainConfig, build_config
+from ftlevel.config import EvaluateConfig, InMemoryDataset, QuantConfig, TrainConfig, build_config
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.fit import Bounds
 from ftlevel.data.prepare.encoder import EncodingContext
-from ftlevel.data.prepare.inference import HeldOut, load_held_out
+from ftlevel.data.prepare.inference import EvaluationRows, load_evaluation_rows
 from ftlevel.data.prepare.loading import read_splits
 from ftlevel.data.sources.lines import STDIN
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import (
-    PerRow,
+    ExampleRecord,
     check_metrics,
     generates_texts,
     interval,
-    keep_wanted,
-    wants_texts,
+    select_metrics,
+    uses_text_metrics,
 )
 from ftlevel.evaluation.model_pair import (
-    ModelAnswers,
-    Questions,
-    build_questions,
+    ComparisonInputs,
+    ModelOutputs,
+    build_comparison_inputs,
     choose_leader,
-    find_pair,
+    resolve_pair,
 )
 from ftlevel.evaluation.reference import needs_reference, with_reference
-from ftlevel.evaluation.scoring import Evaluator, Writing, row_lines
-from ftlevel.events import Listener, Silence
+from ftlevel.evaluation.scoring import Evaluator, GenerationOptions, row_lines
+from ftlevel.events import Listener, NullListener
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import choose_device
-from ftlevel.models.loading import quiet_libraries
+from ftlevel.models.loading import silence_loggers
 from ftlevel.models.quantization import quantization_form
 from ftlevel.tasks import TASKS
-from ftlevel.trained.load import Trained, load_found
+from ftlevel.trained.load import LoadedModel, load_ref
 from ftlevel.trained.model_ref import ModelRef, describe_dtype
 from ftlevel.training.build_trainer import eval_batch_size
 from ftlevel.training.plan.schedule import text_positions
@@ -71,20 +71,20 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         ConfigError: the predictions file exists, or `--task` is missing or wrong.
         InputError: the model or the rows cannot be read.
     """
-    listener = listener or Silence()
+    listener = listener or NullListener()
     if config.predictions is not None:
         row_file_type("--predictions", config.predictions)
         check_absent("--predictions", config.predictions)
-    with quiet_libraries():
+    with silence_loggers():
         device = choose_device(config.device)
-        found, reference = find_pair(config, device.value)
+        found, reference = resolve_pair(config, device.value)
         found = _requantized(found, config)
         leader = choose_leader(found, reference)
         settings, is_own = _settings(config, leader)
         listener.stage("load the model")
-        trained = load_found(found, device.value)
+        trained = load_ref(found, device.value)
         listener.stage("read the rows")
-        held_out = load_held_out(
+        held_out = load_evaluation_rows(
             settings.data,
             leader.card,
             config.split,
@@ -106,23 +106,23 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
             listener.stage("ask the reference")
             evaluator = with_reference(evaluator, trained, found)
         listener.stage("score")
-        record = PerRow(trained.objective)
+        record = ExampleRecord(trained.objective)
         metrics = evaluator(trained.model, record)
         for remark in trained.objective.remarks(metrics):
             listener.warn(remark)
         base, base_record = {}, None
         if config.base and _has_comparable_base(found, trained):
             listener.stage("score the base")
-            base_record = PerRow(trained.objective)
+            base_record = ExampleRecord(trained.objective)
             with trained.model.disable_adapter():
                 base = evaluator(trained.model, base_record)
         against = None
         if reference is not None:
             listener.stage(f"ask {config.name} and {config.against} the same")
-            questions = build_questions(config, trained, evaluator.rows)
+            questions = build_comparison_inputs(config, trained, evaluator.rows)
             told = questions.ask(trained)
             trained = replace(trained, model=None)  # frees memory for the other model
-            against = _hold_against(config, reference, questions, told, evaluator)
+            against = _compare_with_reference(config, reference, questions, told, evaluator)
         if config.resamples:
             listener.stage("resample the rows")
         draws, intervals = _intervals(config, evaluator, record, base_record)
@@ -154,15 +154,15 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
     return Evaluation(metrics, base, summary, draws)
 
 
-def _hold_against(
+def _compare_with_reference(
     config: EvaluateConfig,
     reference: ModelRef,
-    questions: Questions,
-    told: ModelAnswers,
+    questions: ComparisonInputs,
+    told: ModelOutputs,
     evaluator: Evaluator,
 ) -> dict[str, Any]:
     """Return the metrics of `reference`, and its difference from the outputs `told`."""
-    other = load_found(reference, evaluator.device)
+    other = load_ref(reference, evaluator.device)
     score = replace(evaluator, generated_rows=0, dtype=other.dtype)
     return {
         "name": config.against,
@@ -236,7 +236,7 @@ def _settings(config: EvaluateConfig, found: ModelRef) -> tuple[TrainConfig, boo
 
 def _is_same_name(dataset: str, known: str) -> bool:
     """Return whether two names mean the same dataset; rows in memory never match."""
-    if isinstance(dataset, RowsInMemory):
+    if isinstance(dataset, InMemoryDataset):
         return False
     return dataset == known or Path(dataset).absolute() == Path(known).absolute()
 
@@ -257,7 +257,7 @@ def _is_moved(dataset: str, own: TrainConfig, found: ModelRef) -> bool:
 
 def _context(
     config: EvaluateConfig,
-    trained: Trained,
+    trained: LoadedModel,
     found: ModelRef,
     reference: ModelRef | None,
     settings: TrainConfig,
@@ -276,7 +276,7 @@ def _context(
 
 
 def _evaluator(
-    config: EvaluateConfig, trained: Trained, held_out: HeldOut, settings: TrainConfig
+    config: EvaluateConfig, trained: LoadedModel, held_out: EvaluationRows, settings: TrainConfig
 ) -> Evaluator:
     train, speed = settings.train, settings.speed
     task, metrics = trained.task, config.metrics or train.metrics
@@ -293,9 +293,9 @@ def _evaluator(
         dtype=trained.dtype,
         batch_size=config.batch_size or eval_batch_size(train),
         generated_rows=min(rows, len(held_out.rows))
-        if generates and wants_texts(metrics, task)
+        if generates and uses_text_metrics(metrics, task)
         else 0,
-        writing=Writing(
+        writing=GenerationOptions(
             config.max_new_tokens or train.max_new_tokens,
             **config.decoding(train),
             seed=config.seed,
@@ -307,20 +307,24 @@ def _evaluator(
     )
 
 
-def _generates(config: EvaluateConfig, trained: Trained, settings: TrainConfig) -> bool:
+def _generates(config: EvaluateConfig, trained: LoadedModel, settings: TrainConfig) -> bool:
     """Return whether generated text is scored."""
     task = trained.task
     generates = generates_texts(settings.train.predict_with_generate, task)
     return generates or (task.writes_text and config.max_generate_samples is not None)
 
 
-def _has_comparable_base(found: ModelRef, trained: Trained) -> bool:
+def _has_comparable_base(found: ModelRef, trained: LoadedModel) -> bool:
     """Return whether the base can do the task: not with a randomly initialized head."""
     return trained.has_adapter and not found.card.heads
 
 
 def _choices(
-    config: EvaluateConfig, found: ModelRef, trained: Trained, held_out: HeldOut, device: Choice
+    config: EvaluateConfig,
+    found: ModelRef,
+    trained: LoadedModel,
+    held_out: EvaluationRows,
+    device: Choice,
 ) -> list[Choice]:
     quant = found.card.quantization
     if not config.base:
@@ -348,7 +352,7 @@ def _choices(
 
 
 def _intervals(
-    config: EvaluateConfig, evaluator: Evaluator, record: PerRow, base: PerRow | None
+    config: EvaluateConfig, evaluator: Evaluator, record: ExampleRecord, base: ExampleRecord | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return resampled metrics and 95 % intervals of metrics and of differences from the base."""
     if not config.resamples:
@@ -356,7 +360,7 @@ def _intervals(
     if len(record.units) < 2:
         raise InputError("one example has no interval. Score more rows, or pass --resamples 0.")
     settings = (config.resamples, config.seed, evaluator.score_texts, evaluator.language)
-    tuned = keep_wanted(record.resample(*settings), evaluator.metrics)
+    tuned = select_metrics(record.resample(*settings), evaluator.metrics)
     found: dict[str, Any] = {
         "resamples": config.resamples,
         "intervals": {name: interval(values) for name, values in tuned.items()},

@@ -9,16 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.files import check_absent, check_file_free, placed_directory, placed_files
+from ftlevel.artifacts.files import atomic_directory, atomic_files, check_absent, check_file_free
 from ftlevel.artifacts.hub import plan_upload
 from ftlevel.artifacts.run_directory import CONFIG
-from ftlevel.commands.merge import ask_trained, how_onto, merge
+from ftlevel.commands.merge import merge, resolve_rounding, score_trained
 from ftlevel.config import ExportConfig, MergeConfig
 from ftlevel.config.export import FORMATS
-from ftlevel.errors import ConfigError, InputError, listing
+from ftlevel.errors import ConfigError, InputError, join_names
 from ftlevel.evaluation.two_models import Agreement, Probe, compare_rows
-from ftlevel.events import Listener, Silence
-from ftlevel.merging.formats.base import Merged, plan_export
+from ftlevel.events import Listener, NullListener
+from ftlevel.merging.formats.base import MergeOutput, plan_export
 from ftlevel.merging.low_bits import WeightsAsLoaded, choose_gguf_codes
 from ftlevel.merging.merge_input import (
     MergeInput,
@@ -30,10 +30,10 @@ from ftlevel.merging.merge_input import (
 from ftlevel.merging.merged_model import open_merger
 from ftlevel.merging.verify import load_merged
 from ftlevel.models.hardware import choose_device
-from ftlevel.models.loading import quiet_libraries
+from ftlevel.models.loading import silence_loggers
 from ftlevel.models.sources import check_revision, resolve_source
 from ftlevel.trained.adapter_set import find_adapters
-from ftlevel.trained.load import load_found
+from ftlevel.trained.load import load_ref
 from ftlevel.trained.model_ref import ModelRef, resolve_model
 from ftlevel.weights.gguf.file import CHOSEN, GRIDS
 
@@ -60,7 +60,7 @@ def export(
         InputError: the model cannot be converted, or its adapter cannot be merged.
         RunError: the files do not reproduce the model; they are deleted.
     """
-    listener = listener or Silence()
+    listener = listener or NullListener()
     began = time.perf_counter()
     is_directory = FORMATS[config.format].is_directory
     if is_directory:
@@ -70,7 +70,7 @@ def export(
         flag = "--out" if path == config.out else f"--out, for its {kind}:"
         check_file_free(flag, path, overwrite=config.overwrite)
     upload = plan_upload(config)
-    with quiet_libraries():
+    with silence_loggers():
         listener.stage("find the model")
         device = choose_device(config.device)
         named = _find_several(config, device.value)
@@ -84,7 +84,7 @@ def export(
         if dry_run:
             summary = planned.dry_run() | {"dry_run": True}
             return ExportResult(summary, None, tuple(planned.describe(summary)))
-        placed = placed_directory if is_directory else placed_files
+        placed = atomic_directory if is_directory else atomic_files
         with placed(*config.outputs) as place:
             merge_adapter = (
                 partial(_merge, config, found)
@@ -106,9 +106,10 @@ def _find_several(config: ExportConfig, device: str) -> dict[str, ModelRef]:
         return {}
     places = find_adapters(path)
     if places and not FORMATS[config.format].several:
-        several = listing(name for name, one in FORMATS.items() if one.several)
+        several = join_names(name for name, one in FORMATS.items() if one.several)
         raise ConfigError(
-            f"{config.model} is a directory of {len(places)} adapters ({listing(places, 4)}), and "
+            f"{config.model} is a directory of {len(places)} adapters "
+            f"({join_names(places, 4)}), and "
             f"--format {config.format} is of one. Name one of them, or use {several}."
         )
     return {
@@ -143,7 +144,7 @@ def _find(config: ExportConfig, device: str) -> ModelRef:
     return found
 
 
-def _merge(config: ExportConfig, found: ModelRef, directory: Path) -> Merged:
+def _merge(config: ExportConfig, found: ModelRef, directory: Path) -> MergeOutput:
     """Merge the adapter into `directory`; unverified, onto the weights it was trained on."""
     kind = found.card.quantization.get("kind", "none")
     rounds = config.outtype in GRIDS
@@ -156,42 +157,42 @@ def _merge(config: ExportConfig, found: ModelRef, directory: Path) -> Merged:
         device=config.device,
         base_model=config.base_model,
     )
-    summary = merge(merging, listener=Silence()).summary
+    summary = merge(merging, listener=NullListener()).summary
     if not rounds:
-        return Merged(summary)
+        return MergeOutput(summary)
     inputs = resolve_merge_input(merging)
     compared, calibration = _probes(config, inputs)
     beside = None
     if config.verify:
-        trained, _ = ask_trained(inputs, compared)
+        trained, _ = score_trained(inputs, compared)
 
         def beside(model: Any) -> Agreement:
             return compare_rows(trained, compared.score(model, inputs.dtype))
 
     if calibration is None:
-        return Merged(summary, beside_run=beside)
-    weights = open_merger(inputs, *how_onto(merging, inputs, summary["onto"]))
+        return MergeOutput(summary, beside_run=beside)
+    weights = open_merger(inputs, *resolve_rounding(merging, inputs, summary["onto"]))
     model = load_merged(directory, inputs)
     choose = choose_gguf_codes(model, weights, calibration, inputs.dtype, config.outtype)
-    return Merged(summary, choose, beside)
+    return MergeOutput(summary, choose, beside)
 
 
-def _as_it_is(config: ExportConfig, found: ModelRef, device: str, _: Path) -> Merged:
+def _as_it_is(config: ExportConfig, found: ModelRef, device: str, _: Path) -> MergeOutput:
     """Return the code selection and comparison of a model that needs no merging."""
     if not _chooses_codes(config):
-        return Merged({})
-    model = load_found(found, device)
+        return MergeOutput({})
+    model = load_ref(found, device)
     inputs = whole_model_input(found, model)
     compared, calibration = _probes(config, inputs)
     if calibration is None:
-        return Merged({})
+        return MergeOutput({})
     as_trained = compared.score(model.model, inputs.dtype) if config.verify else None
     choose = choose_gguf_codes(
         model.model, WeightsAsLoaded(model.model), calibration, inputs.dtype, config.outtype
     )
     if as_trained is None:
-        return Merged({}, choose)
-    return Merged(
+        return MergeOutput({}, choose)
+    return MergeOutput(
         {}, choose, lambda read: compare_rows(as_trained, compared.score(read, inputs.dtype))
     )
 

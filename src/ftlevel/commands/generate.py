@@ -13,22 +13,22 @@ from transformers import TextStreamer
 from ftlevel.artifacts.row_sinks import to_cell
 from ftlevel.config import GenerateConfig, build_section
 from ftlevel.data.encoding.chat import Turn
-from ftlevel.data.encoding.encode import chat_prompt_ids, prompt_ids
+from ftlevel.data.encoding.encode import encode_chat_prompt, encode_prompt
 from ftlevel.data.formats.detect import Format, NoFormatError
-from ftlevel.data.prepare.inference import Questions, open_rows
-from ftlevel.data.sources.lines import is_packed, is_pipe, keep_pipe, plain_name, unpack
-from ftlevel.data.sources.readers.files import READERS, Reading, is_pattern, match_files
+from ftlevel.data.prepare.inference import Prompts, open_rows
+from ftlevel.data.sources.lines import cache_pipe, decompress, is_compressed, is_pipe, plain_name
+from ftlevel.data.sources.readers.files import READERS, ReadOptions, is_pattern, match_files
 from ftlevel.data.sources.readers.refused import refuse_media_columns
-from ftlevel.data.sources.readers.text import tell_format
+from ftlevel.data.sources.readers.text import detect_file_format
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.evaluation.answers import MOST_SHOWN, Ask, answer
-from ftlevel.evaluation.scoring import Writing
+from ftlevel.evaluation.answers import MOST_SHOWN, AnswerRequest, predict_replies
+from ftlevel.evaluation.scoring import GenerationOptions
 from ftlevel.models.hardware import autocast
 from ftlevel.models.kinds import max_positions
-from ftlevel.models.loading import quiet_libraries
-from ftlevel.tasks.base import BaseTask, Reply
+from ftlevel.models.loading import silence_loggers
+from ftlevel.tasks.base import BaseTask, Prediction
 from ftlevel.trained.adapter_set import BASE, AdapterSet, load_adapter_set
-from ftlevel.trained.load import Trained
+from ftlevel.trained.load import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,16 @@ def generate(
         ConfigError: `compare_base` without an adapter, a question without context, or no mask to
             fill.
     """
-    return answer_all(build_section(GenerateConfig, {"name": name, **settings}), list(prompts))
+    return generate_answers(
+        build_section(GenerateConfig, {"name": name, **settings}), list(prompts)
+    )
 
 
-def answer_all(
+def generate_answers(
     config: GenerateConfig, prompts: Sequence[str], file: Path | None = None
 ) -> tuple[list[Answer], list[str]]:
     """Generate outputs for `prompts` and those in `file` (lines or rows); see `generate`."""
-    with quiet_libraries():
+    with silence_loggers():
         if file is not None and not _has_rows(file):
             files = match_files(str(file), "txt") if is_pattern(str(file)) else [file]
             prompts, file = (
@@ -82,13 +84,15 @@ def answer_all(
                 f"--compare-base: {config.name} has no adapter that could be switched off. "
                 "Ask the base model by itself: ftlevel generate MODEL --prompt …"
             )
-        ask = Ask(prompts, config.context, writing_of(config), config.batch_size)
+        ask = AnswerRequest(
+            prompts, config.context, build_generation_settings(config), config.batch_size
+        )
         if file is not None:
             first = next(iter(adapters.voices.values()))
             ask, shown = _with_rows(ask, file, first.task, config)
             prompts = [*prompts, *shown]
-        replies = {name: ask_voice(adapters, name, ask) for name in adapters.voices}
-        base = ask_voice(adapters, BASE, ask) if config.compare_base else None
+        replies = {name: generate_replies(adapters, name, ask) for name in adapters.voices}
+        base = generate_replies(adapters, BASE, ask) if config.compare_base else None
     dtypes = {name: trained.dtype for name, trained in adapters.voices.items()}
     return list(_answers(prompts, replies, base, dtypes)), adapters.notes
 
@@ -97,7 +101,7 @@ def _has_rows(path: Path) -> bool:
     """Return whether a prompts file is read as rows instead of one prompt per line."""
     suffix = Path(plain_name(path.name)).suffix.lower()
     if suffix not in READERS and is_pipe(path):
-        suffix = (tell_format(keep_pipe(path), ()) or (".txt", ""))[0]
+        suffix = (detect_file_format(cache_pipe(path), ()) or (".txt", ""))[0]
         return suffix in (".jsonl", ".json")
     return suffix in READERS and suffix != ".txt"
 
@@ -105,8 +109,8 @@ def _has_rows(path: Path) -> bool:
 def _read_lines(path: Path) -> list[str]:
     """Return the nonblank lines of a text file; raise InputError if it cannot be read."""
     try:
-        plain = unpack(path) if is_packed(path) else path
-        plain = keep_pipe(path) if is_pipe(path) else plain
+        plain = decompress(path) if is_compressed(path) else path
+        plain = cache_pipe(path) if is_pipe(path) else plain
         lines = plain.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts {path} cannot be read: {error}.") from None
@@ -114,11 +118,11 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def _with_rows(
-    ask: Ask, path: Path, task: BaseTask, config: GenerateConfig
-) -> tuple[Ask, list[str]]:
+    ask: AnswerRequest, path: Path, task: BaseTask, config: GenerateConfig
+) -> tuple[AnswerRequest, list[str]]:
     """Return `ask` with the rows of a file, and the text shown for each."""
     ignored = config.ignore_columns
-    source, _ = open_rows(str(path), Reading(ignored=ignored))
+    source, _ = open_rows(str(path), ReadOptions(ignored=ignored))
     try:
         shape = task.find_questions(source.leading, config.columns, rows=source.first)
     except NoFormatError:
@@ -127,7 +131,7 @@ def _with_rows(
         shape = Format(task.name, "prompt", lambda roles: roles.text("prompt"),
                        {"prompt": "prompt"})  # fmt: skip
     refuse_media_columns(shape.unused, source.first, str(path))
-    rows = list(Questions(source, shape))
+    rows = list(Prompts(source, shape))
     if bad := [f"{row.place}: {row.fault}. Fix the row." for row in rows if row.fault]:
         raise InputError(bad[:MOST_SHOWN])
     role = next((role for role in _SHOWN if role in shape.columns), next(iter(shape.columns)))
@@ -143,27 +147,27 @@ _SHOWN = ("question", "prompt", "instruction", "messages", "conversations")
 """Columns shown as the prompt; the first one present is used."""
 
 
-def writing_of(config: GenerateConfig) -> Writing:
+def build_generation_settings(config: GenerateConfig) -> GenerationOptions:
     """Return the generation settings."""
-    return Writing(
+    return GenerationOptions(
         config.max_new_tokens, config.num_beams, config.temperature, config.top_p, config.seed
     )
 
 
-def ask_voice(adapters: AdapterSet, name: str, ask: Ask) -> list[Reply]:
+def generate_replies(adapters: AdapterSet, name: str, ask: AnswerRequest) -> list[Prediction]:
     """Return the outputs of the adapter `name`, or of the base, for each prompt."""
     with (
-        adapters.speaking(name) as trained,
+        adapters.active_adapter(name) as trained,
         torch.no_grad(),
         autocast(trained.device, trained.dtype),
     ):
-        return answer(trained, ask)
+        return predict_replies(trained, ask)
 
 
 def _answers(
     prompts: Sequence[str],
-    replies: dict[str, list[Reply]],
-    base: list[Reply] | None,
+    replies: dict[str, list[Prediction]],
+    base: list[Prediction] | None,
     dtypes: dict[str, str],
 ) -> Iterator[Answer]:
     for index, prompt in enumerate(prompts):
@@ -182,10 +186,10 @@ class Chat:
     """
 
     def __init__(self, config: GenerateConfig) -> None:
-        with quiet_libraries():
+        with silence_loggers():
             self.adapters: AdapterSet = load_adapter_set(config)
-        self.writing = writing_of(config)
-        self.speaker = next(iter(self.adapters.voices))
+        self.writing = build_generation_settings(config)
+        self.active_adapter = next(iter(self.adapters.voices))
         self.messages: list[Turn] = []
         self.forgotten = 0
         for trained in self.adapters.voices.values():
@@ -197,8 +201,8 @@ class Chat:
 
     def switch(self, name: str) -> None:
         """Activate the adapter `name`, or the base; raise ConfigError if it does not exist."""
-        with self.adapters.speaking(name):
-            self.speaker = name
+        with self.adapters.active_adapter(name):
+            self.active_adapter = name
 
     def reset(self) -> None:
         """Clear the history."""
@@ -207,7 +211,7 @@ class Chat:
     @property
     def remembers(self) -> bool:
         """Whether the history is part of the prompt."""
-        with self.adapters.speaking(self.speaker) as trained:
+        with self.adapters.active_adapter(self.active_adapter) as trained:
             return _remembers(trained)
 
     def say(self, text: str, hear: Callable[[str], None]) -> str:
@@ -223,8 +227,8 @@ class Chat:
 
     def _answer(self, text: str, hear: Callable[[str], None]) -> str:
         with (
-            quiet_libraries(),
-            self.adapters.speaking(self.speaker) as trained,
+            silence_loggers(),
+            self.adapters.active_adapter(self.active_adapter) as trained,
             torch.no_grad(),
             autocast(trained.device, trained.dtype),
         ):
@@ -238,24 +242,24 @@ class Chat:
         answer = written if trained.kind == "encoder-decoder" else written[ids.shape[1] :]
         return str(trained.tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
-    def _prompt(self, trained: Trained, text: str) -> list[int]:
+    def _prompt(self, trained: LoadedModel, text: str) -> list[int]:
         """Return the prompt token ids; the oldest messages are dropped if they do not fit."""
         if trained.prompt_format is None:
             raise TypeError("a model that writes text has a prompt format")
         if not _remembers(trained):
-            return prompt_ids(trained.tokenizer, trained.prompt_format, text)
+            return encode_prompt(trained.tokenizer, trained.prompt_format, text)
         positions = max_positions(trained.model.config)
         room = None if positions is None else positions - self.writing.max_new_tokens
         while True:
             turns = trained.prompt_format.with_system(self.messages)
-            ids = chat_prompt_ids(trained.tokenizer, turns)
+            ids = encode_chat_prompt(trained.tokenizer, turns)
             if room is None or len(ids) <= room or len(self.messages) == 1:
                 return ids
             self.messages = self.messages[2:]  # a question and its answer
             self.forgotten += 2
 
 
-def _remembers(trained: Trained) -> bool:
+def _remembers(trained: LoadedModel) -> bool:
     form = trained.prompt_format
     return form is not None and form.kind == "chat-template" and not form.instruction
 

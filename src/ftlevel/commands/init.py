@@ -13,13 +13,13 @@ from typing import Any
 from ftlevel.config import Layer, TrainConfig, build_config, put
 from ftlevel.config.section import Choice
 from ftlevel.config.sections import DEFAULT_DATASET, DEFAULT_MODEL
-from ftlevel.data.formats.columns import column_for_flag, write_flags
-from ftlevel.data.sources.lines import PART
+from ftlevel.data.formats.columns import column_for_flag, format_map_flags
+from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.splits import load_splits
-from ftlevel.errors import InputError, listing, quote
+from ftlevel.errors import InputError, join_names, quote
 from ftlevel.models.hardware import choose_device, device_memory
 from ftlevel.models.kinds import model_kind
-from ftlevel.models.loading import build_task_model, load_config, quiet_libraries
+from ftlevel.models.loading import build_task_model, load_config, silence_loggers
 from ftlevel.models.sources import resolve_source
 from ftlevel.tasks import TASKS
 from ftlevel.training.plan.plan import Plan
@@ -53,7 +53,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Drafted:
+class Draft:
     """A recipe: file content, configuration, accepted defaults, steps and training command."""
 
     text: str
@@ -63,7 +63,7 @@ class Drafted:
     command: str
 
 
-def draft(layers: list[Layer], file: Path, answer: Callable[[Question, Choice], str]) -> Drafted:
+def draft(layers: list[Layer], file: Path, answer: Callable[[Question, Choice], str]) -> Draft:
     """Return the recipe for the given layers and answers; nothing is written.
 
     Args:
@@ -76,7 +76,7 @@ def draft(layers: list[Layer], file: Path, answer: Callable[[Question, Choice], 
         ConfigError: the values do not match, or `train` could not start with them.
     """
     proposed = []
-    with quiet_libraries():
+    with silence_loggers():
         for question in QUESTIONS:
             config = build_config(layers)
             if not _is_said(config, question.path):
@@ -89,12 +89,12 @@ def draft(layers: list[Layer], file: Path, answer: Callable[[Question, Choice], 
         config, plan = _resolve(layers, proposed)
     command = f"ftlevel train --recipe {file} --output-dir runs/{default_name(config)}"
     text = "\n".join([*_head(config, command, file), *_render(config, plan, proposed)]) + "\n"
-    return Drafted(text, config, proposed, plan.schedule.steps, command)
+    return Draft(text, config, proposed, plan.schedule.steps, command)
 
 
 def check_answer(layers: list[Layer], question: Question, value: str) -> None:
     """Raise ConfigError if `value` is not a valid answer given `layers`."""
-    with quiet_libraries():
+    with silence_loggers():
         question.check(build_config([*layers, _layer(question.path, value, question.flag)]))
 
 
@@ -129,7 +129,7 @@ def _propose_dataset(_: TrainConfig) -> Choice:
     found = sorted(path.name for path in Path().iterdir() if path.suffix.lower() in _ENDINGS)
     if len(found) > 1:
         raise InputError(
-            f"several data files found ({listing(found, 6)}): choose one with --dataset"
+            f"several data files found ({join_names(found, 6)}): choose one with --dataset"
         )
     if found:
         return Choice("dataset", found[0], "the only file of rows in this directory")
@@ -144,16 +144,17 @@ def _propose_task(config: TrainConfig) -> Choice:
     columns = {column.lower() for column in table.columns}
     for name in _GUESSED:
         try:
-            found = TASKS[name].find_format(table.columns, data, table.rows[:PART])
+            found = TASKS[name].find_format(table.columns, data, table.rows[:CHUNK_ROWS])
         except InputError:
             continue
         if columns.issuperset(_WANTED.get(name, ())):
             return Choice("task", name, f"the columns are {found.name}")
     names = [column_for_flag(column, table.columns) for column in table.columns]
     raise InputError(
-        f"{data.dataset}: the columns {listing(map(quote, table.columns))} say no task. Say what "
+        f"{data.dataset}: the columns {join_names(map(quote, table.columns))} say no task. Say "
+        "what "
         f"they are, as in: ftlevel init --dataset {data.dataset} --task text-generation "
-        f"{write_flags({'prompt': names[0], 'completion': names[-1]})}"
+        f"{format_map_flags({'prompt': names[0], 'completion': names[-1]})}"
     )
 
 
@@ -209,7 +210,7 @@ def _check_dataset(config: TrainConfig) -> None:
 def _check_task(config: TrainConfig) -> None:
     if not config.data.dataset.startswith("builtin:"):
         table = _table(config)
-        TASKS[config.task].find_format(table.columns, config.data, table.rows[:PART])
+        TASKS[config.task].find_format(table.columns, config.data, table.rows[:CHUNK_ROWS])
 
 
 def _check_model(config: TrainConfig) -> None:

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from ftlevel.config import SPECS
 from ftlevel.config.sections import QuantConfig
 from ftlevel.config.tasks import TASKS as TASK_NAMES
-from ftlevel.errors import ConfigError, InputError, did_you_mean, listing
+from ftlevel.errors import ConfigError, InputError, did_you_mean, join_names
 from ftlevel.methods.facts import Cell, MethodFacts
 from ftlevel.methods.matrix import FACTS, explain, find_limits, find_refusal
 from ftlevel.models.families import find_family
@@ -79,7 +79,7 @@ def _known(flag: str, value: str | None, names: tuple[str, ...]) -> str | None:
     if value is None or value in names:
         return value
     raise ConfigError(
-        f"{flag} {value!r} is not known. Expected one of {listing(names)}."
+        f"{flag} {value!r} is not known. Expected one of {join_names(names)}."
         f"{did_you_mean(value, names)}"
     )
 

@@ -10,15 +10,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.cards import AdapterCard, how_near, library_versions, write_merge_readme
-from ftlevel.artifacts.files import check_absent, placed_directory
+from ftlevel.artifacts.cards import (
+    AdapterCard,
+    describe_difference,
+    library_versions,
+    write_merge_readme,
+)
+from ftlevel.artifacts.files import atomic_directory, check_absent
 from ftlevel.artifacts.hub import plan_upload
 from ftlevel.config import MergeConfig, QuantConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
-from ftlevel.evaluation.two_models import Agreement, Probe, Scores, compare_rows
-from ftlevel.events import Listener, Silence
-from ftlevel.merging.low_bits import measure_low_bits, resolve_low_bits, write_low_bits
+from ftlevel.evaluation.two_models import Agreement, Probe, RowLogits, compare_rows
+from ftlevel.events import Listener, NullListener
+from ftlevel.merging.low_bits import compare_quantized, quantize_merged, resolve_quantization
 from ftlevel.merging.merge_input import (
     MergeInput,
     choose_rows,
@@ -29,7 +34,7 @@ from ftlevel.merging.merged_model import write_merged
 from ftlevel.merging.mixture import mix
 from ftlevel.merging.verify import Candidate, check, measure
 from ftlevel.models.hardware import DTYPES
-from ftlevel.models.loading import keep_heads, quiet_libraries
+from ftlevel.models.loading import keep_heads, silence_loggers
 from ftlevel.models.quantization import Rounding, build_quantization_config, build_rounding
 
 
@@ -62,18 +67,18 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
         ConfigError: a problem that is known before weights are read.
         RunError: the merge changed nothing, or does not reproduce the trained model.
     """
-    listener = listener or Silence()
+    listener = listener or NullListener()
     began = time.perf_counter()
     check_absent("--out", config.output_dir)
     upload = plan_upload(config)
-    with quiet_libraries(), contextlib.ExitStack() as stack:
+    with silence_loggers(), contextlib.ExitStack() as stack:
         listener.stage("find the adapter and its base")
         inputs = resolve_merge_input(config)
         if config.dtype == "float32":  # compare with the run in float32
             inputs = replace(inputs, dtype="float32")
         ways = _ways(config, inputs)
         inputs, choices = mix(config, inputs, stack)
-        low = resolve_low_bits(config, inputs)
+        low = resolve_quantization(config, inputs)
         count = config.rows if config.verify else 0
         calibrated = config.calibration_rows if low else 0
         probe = calibration = None
@@ -87,7 +92,7 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
             choices += rows.choices
         job = _Job(config, inputs, ways, low, probe, calibration)
         listener.choices("merge", [*_describe(job), *choices])
-        place = stack.enter_context(placed_directory(config.output_dir))
+        place = stack.enter_context(atomic_directory(config.output_dir))
         summary = _merge(job, place, listener)
     summary["seconds"] = round(time.perf_counter() - began, 2)
     upload.send([config.output_dir], summary)
@@ -100,7 +105,7 @@ def _merge(job: _Job, place: Path, listener: Listener) -> dict[str, Any]:
     trained = effect = None
     if probe is not None:
         listener.stage("ask the model as trained")
-        trained, effect = ask_trained(inputs, probe)
+        trained, effect = score_trained(inputs, probe)
     candidates = []
     for onto in job.ways:
         listener.stage(f"merge onto the {onto} weights")
@@ -121,10 +126,10 @@ def _merge(job: _Job, place: Path, listener: Listener) -> dict[str, Any]:
     served = None
     if job.low is not None:
         listener.stage(f"choose the codes of {job.low.form}")
-        chosen, written = write_low_bits(chosen, inputs, job.low, job.calibration, listener)
+        chosen, written = quantize_merged(chosen, inputs, job.low, job.calibration, listener)
         if probe is not None and trained is not None:
             listener.stage("read it back and measure")
-            served = measure_low_bits(chosen, written, inputs, probe, trained)
+            served = compare_quantized(chosen, written, inputs, probe, trained)
     if served and effect:
         _warn_of_low_bits(served, effect, listener)
     for path in sorted(chosen.directory.iterdir()):
@@ -169,7 +174,7 @@ def _warn_of_low_bits(served: Agreement, effect: Agreement, listener: Listener) 
         )
 
 
-def ask_trained(inputs: MergeInput, probe: Probe) -> tuple[Scores, Agreement]:
+def score_trained(inputs: MergeInput, probe: Probe) -> tuple[RowLogits, Agreement]:
     """Return the outputs of the trained model, and their difference from its base's."""
     model = load_trained_model(inputs, inputs.quant)
     trained = probe.score(model, inputs.dtype)
@@ -202,11 +207,11 @@ def write_onto(config: MergeConfig, inputs: MergeInput, onto: str, directory: Pa
     """Write the adapter merged onto the `original` or the `dequantized` weights."""
     directory.mkdir()
     return Candidate(
-        onto, directory, *write_merged(directory, inputs, *how_onto(config, inputs, onto))
+        onto, directory, *write_merged(directory, inputs, *resolve_rounding(config, inputs, onto))
     )
 
 
-def how_onto(
+def resolve_rounding(
     config: MergeConfig, inputs: MergeInput, onto: str
 ) -> tuple[str | None, Callable[[Any], Rounding] | None]:
     """Return the dtype and rounding of the base weights, as `write_merged` expects them."""
@@ -231,8 +236,8 @@ def _choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
     if one is None or other is None:
         raise ValueError("candidates are chosen by what was measured of them")
     reason = (
-        f"nearer to the model as trained: {how_near(asdict(one))}, against "
-        f"{how_near(asdict(other))} {second.onto}; loss {one.loss:.4f} (as trained "
+        f"nearer to the model as trained: {describe_difference(asdict(one))}, against "
+        f"{describe_difference(asdict(other))} {second.onto}; loss {one.loss:.4f} (as trained "
         f"{one.loss_reference:.4f}), against {other.loss:.4f}"
     )
     return first, reason

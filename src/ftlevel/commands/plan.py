@@ -10,32 +10,32 @@ from typing import Any, NamedTuple
 from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
-from ftlevel.models.loading import quiet_libraries
+from ftlevel.models.loading import silence_loggers
 from ftlevel.models.sources import resolve_source
 from ftlevel.training.forecast.cluster import ClusterForecast, Network, forecast_cluster
 from ftlevel.training.forecast.fits import (
+    Alternative,
+    AlternativeContext,
     Device,
-    Fit,
-    Limits,
-    Need,
+    MemoryRequirement,
+    estimate_requirement,
     find_cheapest,
-    find_need,
-    list_fits,
+    list_alternatives,
 )
-from ftlevel.training.forecast.meta_model import OPTIMIZER, imagine
+from ftlevel.training.forecast.meta_model import OPTIMIZER, build_synthetic_batch
 from ftlevel.training.forecast.micro_batch import fit_micro_batch
 from ftlevel.training.forecast.seconds import (
-    Card,
+    Gpu,
     TimeForecast,
-    by_probe,
-    by_roofline,
-    read_card,
+    estimate_time,
+    measure_time,
+    parse_gpu,
     steps_per_epoch,
 )
 from ftlevel.training.forecast.shares import describe_shares
-from ftlevel.training.plan.adapter import take_adapter
+from ftlevel.training.plan.adapter import resolve_adapter
 from ftlevel.training.plan.plan import Plan
-from ftlevel.training.plan.resolve import choose_task, resolve
+from ftlevel.training.plan.resolve import infer_task, resolve
 from ftlevel.training.plan.trainable import count_trainable
 
 _IMAGINED_STEPS = 2
@@ -77,7 +77,7 @@ class RunPlan:
         choices: lines to show.
     """
 
-    need: Need
+    need: MemoryRequirement
     steps: int
     tokens: int
     imagined: bool
@@ -85,8 +85,8 @@ class RunPlan:
     checkpoint_bytes: tuple[int, int]
     time: TimeForecast | None
     cost: float | None
-    fits: list[Fit]
-    cheapest: Fit | None
+    fits: list[Alternative]
+    cheapest: Alternative | None
     cluster: ClusterForecast | None
     choices: list[Choice] = field(default_factory=list)
 
@@ -143,32 +143,32 @@ def plan(
         ConfigError: the run could not start, the GPU is unknown, or the step cannot run on meta
             tensors.
     """
-    with quiet_libraries():
+    with silence_loggers():
         found, alternatives = _plan(config, wishes)
         show(found)
         if not wishes.alternatives:
             return found
         limits = replace(alternatives.limits, check=check)
-        return replace(found, fits=list_fits(alternatives.config, limits))
+        return replace(found, fits=list_alternatives(alternatives.config, limits))
 
 
 class _Alternatives(NamedTuple):
-    """Arguments of `list_fits`."""
+    """Arguments of `list_alternatives`."""
 
     config: TrainConfig
-    limits: Limits
+    limits: AlternativeContext
 
 
 def _plan(config: TrainConfig, wishes: PlanOptions) -> tuple[RunPlan, _Alternatives]:
-    card = read_card(wishes.gpu) if wishes.gpu else None
+    card = parse_gpu(wishes.gpu) if wishes.gpu else None
     if card and wishes.probe:
         raise ConfigError("--probe runs steps here, and --gpu plans for another card. Drop one.")
     _check_cards(config, wishes, card)
-    config, adapter, _ = take_adapter(config)
+    config, adapter, _ = resolve_adapter(config)
     is_imagined = _names_no_data(config)
     if is_imagined and wishes.probe:
         raise ConfigError("--probe runs steps on real rows. Name them: --dataset FILE.")
-    config, why = (config, "") if is_imagined else choose_task(config)
+    config, why = (config, "") if is_imagined else infer_task(config)
     if card and config.model.dtype == "auto":
         config = _with_dtype(config, "float16" if card.name == "T4" else "bfloat16")
     wish = config.model
@@ -178,7 +178,7 @@ def _plan(config: TrainConfig, wishes: PlanOptions) -> tuple[RunPlan, _Alternati
     train = config.train
     a_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     rows = a_step * _IMAGINED_STEPS if is_imagined else 0
-    imagined = imagine(config, source, card.name if card else None, rows)
+    imagined = build_synthetic_batch(config, source, card.name if card else None, rows)
     resolved = resolve(config, why_task=why, adapter=adapter, imagined=imagined)
     ranks = wishes.nodes * wishes.gpus_per_node
     device = Device.of(resolved.model.device, card, ranks)
@@ -187,9 +187,9 @@ def _plan(config: TrainConfig, wishes: PlanOptions) -> tuple[RunPlan, _Alternati
         device = replace(device, memory=least)
     if config.speed.tokens_per_micro_batch == "memory":
         _, resolved = fit_micro_batch(config, resolved, device.memory)
-    need = find_need(config, resolved, device)
+    need = estimate_requirement(config, resolved, device)
     tokenizer = resolved.model.tokenizer
-    limits = Limits(need.device, card.name if card else None, source, tokenizer)
+    limits = AlternativeContext(need.device, card.name if card else None, source, tokenizer)
     cluster = _cluster(config, resolved, need, card, wishes)
     time = _time(config, resolved, card, wishes.probe, is_imagined)
     if cluster is not None:
@@ -229,11 +229,11 @@ def _with_dtype(config: TrainConfig, dtype: str) -> TrainConfig:
 
 
 def _time(
-    config: TrainConfig, resolved: Plan, card: Card | None, probe: bool, is_imagined: bool
+    config: TrainConfig, resolved: Plan, card: Gpu | None, probe: bool, is_imagined: bool
 ) -> TimeForecast | None:
     if probe:
-        return by_probe(config, resolved)
-    return by_roofline(config, resolved, card) if card and not is_imagined else None
+        return measure_time(config, resolved)
+    return estimate_time(config, resolved, card) if card and not is_imagined else None
 
 
 def _cost(config: TrainConfig, time: TimeForecast | None, wishes: PlanOptions) -> float | None:
@@ -252,7 +252,7 @@ def _checkpoints(config: TrainConfig, resolved: Plan, parts: Mapping[str, int]) 
     return one, one * (limit if config.train.save_strategy else min(limit, epochs))
 
 
-def _check_cards(config: TrainConfig, wishes: PlanOptions, card: Card | None) -> None:
+def _check_cards(config: TrainConfig, wishes: PlanOptions, card: Gpu | None) -> None:
     """Reject several GPUs of unknown speed, and sharding on a single one."""
     ranks, way = wishes.nodes * wishes.gpus_per_node, config.train.shard
     if ranks == 1 and way != "none":
@@ -272,7 +272,11 @@ def _check_cards(config: TrainConfig, wishes: PlanOptions, card: Card | None) ->
 
 
 def _cluster(
-    config: TrainConfig, resolved: Plan, need: Need, card: Card | None, wishes: PlanOptions
+    config: TrainConfig,
+    resolved: Plan,
+    need: MemoryRequirement,
+    card: Gpu | None,
+    wishes: PlanOptions,
 ) -> ClusterForecast | None:
     if card is None or need.device.ranks == 1:
         return None

@@ -15,28 +15,34 @@ from ftlevel.artifacts.row_sinks import LineStream, RowColumns, RowFile, RowList
 from ftlevel.config import PredictConfig, TrainConfig, build_config
 from ftlevel.config.section import Choice
 from ftlevel.data.formats.columns import resolve_column
-from ftlevel.data.formats.detect import why
+from ftlevel.data.formats.detect import explain_columns
 from ftlevel.data.prepare.inference import (
-    AskedRow,
-    GivenRows,
-    Questions,
+    InMemoryRows,
+    Prompts,
+    QueryRow,
     RowSource,
     open_rows,
     windows,
 )
-from ftlevel.data.sources.readers.files import Reading, is_pattern
+from ftlevel.data.sources.readers.files import ReadOptions, is_pattern
 from ftlevel.data.sources.readers.refused import refuse_media_columns
 from ftlevel.data.sources.streams import Reader
-from ftlevel.errors import ConfigError, InputError, Interrupted, listing
-from ftlevel.evaluation.answers import PROMPTS, AskedModel, Tally, answer_questions, asking
-from ftlevel.evaluation.scoring import Writing
-from ftlevel.events import Listener, Silence
+from ftlevel.errors import ConfigError, InputError, Interrupted, join_names
+from ftlevel.evaluation.answers import (
+    PROMPTS,
+    InferenceModel,
+    RowCounts,
+    inference_context,
+    predict_rows,
+)
+from ftlevel.evaluation.scoring import GenerationOptions
+from ftlevel.events import Listener, NullListener
 from ftlevel.models.hardware import choose_device, choose_threads
-from ftlevel.models.loading import quiet_libraries
+from ftlevel.models.loading import silence_loggers
 from ftlevel.models.quantization import quantization_form
 from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.tasks.base import Wanted
-from ftlevel.trained.load import load_found
+from ftlevel.tasks.base import OutputOptions
+from ftlevel.trained.load import load_ref
 from ftlevel.trained.model_ref import ModelRef, compute_dtype, describe_dtype, resolve_model
 
 WINDOW = 2_048
@@ -78,10 +84,10 @@ def predict(
         InputError: the model or the rows cannot be read, or a row cannot be answered.
         Interrupted: Ctrl-C; written rows are kept and can be resumed from.
     """
-    listener = listener or Silence()
+    listener = listener or NullListener()
     _check(config, rows)
     with contextlib.ExitStack() as held:
-        held.enter_context(quiet_libraries())
+        held.enter_context(silence_loggers())
         listener.stage("open the rows")
         job = _prepare(config, rows, stream, held)
         listener.choices("predict", job.choices)
@@ -103,11 +109,11 @@ class _Job:
     found: ModelRef
     device: str
     own: TrainConfig
-    wanted: Wanted
+    wanted: OutputOptions
     answers: Answers
-    questions: Iterator[AskedRow]
+    questions: Iterator[QueryRow]
     sink: RowSink
-    tally: Tally
+    tally: RowCounts
     choices: Sequence[Choice]
 
 
@@ -138,16 +144,16 @@ def _prepare(
     mapping = _mapping(config, own, task, source)
     shape = task.find_questions(source.leading, mapping, config.format, source.first)
     refuse_media_columns(shape.unused, source.first, file.shown if file else "the rows")
-    wanted = Wanted(config.probabilities, config.top_k or 0)
+    wanted = OutputOptions(config.probabilities, config.top_k or 0)
     kinds = task.answer_columns(shape, found.card.labels, found.card.options, wanted)
     answers = {f"{config.column}_{end}" if end else config.column: end for end in kinds}
     _check_new(config, answers, source, file)
     added = {name: kinds[end] for name, end in answers.items()}
     sink = _open_sink(config, RowColumns(source.columns, added, source.schema), stream)
-    questions = iter(Questions(source, shape, sink.is_table, config.limit))
-    tally = Tally(config.output, kept=_skip_written(questions, sink, config))
+    questions = iter(Prompts(source, shape, sink.is_table, config.limit))
+    tally = RowCounts(config.output, kept=_skip_written(questions, sink, config))
     held.callback(_let_go, sink, tally)
-    reason = "as in training" if mapping and not config.columns else why(
+    reason = "as in training" if mapping and not config.columns else explain_columns(
         shape.columns, config.columns, config.format
     )  # fmt: skip
     columns = Choice("columns", shape.description, reason)
@@ -174,11 +180,13 @@ def _open(
     """Return the rows, with the first ones already read, and their file."""
     ignored = config.ignore_columns or own.data.ignore_columns
     if config.dataset is None:
-        return GivenRows(rows, ignored), None
+        return InMemoryRows(rows, ignored), None
     roles = [names for shape in task.questions for names in shape.roles.values()]
     known = {name for names in roles for name in names}
     known |= {*config.columns.values(), *own.data.columns.values()}
-    return open_rows(config.dataset, Reading(config.input_format, config.subset, known, ignored))
+    return open_rows(
+        config.dataset, ReadOptions(config.input_format, config.subset, known, ignored)
+    )
 
 
 def _mapping(
@@ -205,12 +213,13 @@ def _check_new(
     if taken:
         whose = "the rows have" if file is None else f"{file.shown} has"
         raise ConfigError(
-            f"--column {config.column}: {whose} {listing(taken)} already, and nothing of yours is "
+            f"--column {config.column}: {whose} {join_names(taken)} already, and nothing of "
+            "yours is "
             "overwritten. Name another by --column."
         )
 
 
-def _let_go(sink: RowSink, tally: Tally) -> None:
+def _let_go(sink: RowSink, tally: RowCounts) -> None:
     """Close an unfinished output file; discard it if it has no rows."""
     if isinstance(sink, RowFile) and not (tally.kept or tally.answered):
         sink.discard()
@@ -224,7 +233,7 @@ def _open_sink(config: PredictConfig, columns: RowColumns, stream: IO[str] | Non
     return RowList() if stream is None else LineStream(stream)
 
 
-def _skip_written(questions: Iterator[AskedRow], sink: RowSink, config: PredictConfig) -> int:
+def _skip_written(questions: Iterator[QueryRow], sink: RowSink, config: PredictConfig) -> int:
     """Open the output; return the number of rows kept, and advance `questions` past them."""
     if not isinstance(sink, RowFile):
         return 0
@@ -264,7 +273,7 @@ def _choices(
         *([Choice("quantization", quantization_form(quant))] if quant["kind"] != "none" else []),
         Choice("rows", data, "; ".join(file.notes) if file else ""),
         columns,
-        Choice("answers", listing(answers, 6)),
+        Choice("answers", join_names(answers, 6)),
         Choice("dtype", found.card.dtype, describe_dtype(found, config.dtype)),
     ]
     if task.writes_text and config.max_new_tokens is None:
@@ -288,16 +297,16 @@ def _answer_all(config: PredictConfig, job: _Job, listener: Listener) -> None:
     if first is None:
         return
     listener.stage("load the model")
-    trained = load_found(job.found, job.device)
+    trained = load_ref(job.found, job.device)
     for note in trained.notes:
         listener.warn(note)
     own = job.own.train
-    writing = Writing(config.max_new_tokens or own.max_new_tokens, **config.decoding(own))
-    model = AskedModel(trained, writing, config.batch_size, cuts=_cuts(config, job.own))
+    writing = GenerationOptions(config.max_new_tokens or own.max_new_tokens, **config.decoding(own))
+    model = InferenceModel(trained, writing, config.batch_size, cuts=_cuts(config, job.own))
     listener.stage("answer")
     listener.answered(tally.kept, None)
     began = time.perf_counter()
-    with asking(model, trained):
+    with inference_context(model, trained):
         for window in chain([first], waiting):
             found = _answer(model, window, job.wanted, config, tally)
             job.sink.write(
@@ -310,18 +319,18 @@ def _answer_all(config: PredictConfig, job: _Job, listener: Listener) -> None:
 
 
 def _answer(
-    model: AskedModel,
-    window: Sequence[AskedRow],
-    wanted: Wanted,
+    model: InferenceModel,
+    window: Sequence[QueryRow],
+    wanted: OutputOptions,
     config: PredictConfig,
-    tally: Tally,
+    tally: RowCounts,
 ) -> list[Mapping[str, Any]]:
     """Return the answer columns per row, empty if skipped; raise InputError for a bad row."""
     asked = [i for i, row in enumerate(window) if not row.fault]
     faults = {i: row.fault for i, row in enumerate(window) if row.fault}
     if faults and config.on_bad_row == "error":
         raise InputError(tally.describe_bad(window, faults))
-    answers = answer_questions(model, [window[i].question for i in asked], wanted)
+    answers = predict_rows(model, [window[i].question for i in asked], wanted)
     faults |= {asked[number]: reason for number, reason in answers.refused.items()}
     if faults and config.on_bad_row == "error":
         raise InputError(tally.describe_bad(window, faults))
@@ -333,12 +342,12 @@ def _answer(
     return found
 
 
-def _join(row: AskedRow, answer: Mapping[str, Any], job: _Job) -> dict[str, Any]:
+def _join(row: QueryRow, answer: Mapping[str, Any], job: _Job) -> dict[str, Any]:
     """Return a row with its answer columns, null without an answer."""
     twice = [repr(name) for name in job.answers if name in row.row]
     if twice:  # later JSON Lines rows may have new columns
         raise InputError(
-            f"{row.place}: has {listing(twice)} already. Name another column by --column."
+            f"{row.place}: has {join_names(twice)} already. Name another column by --column."
         )
     return {**row.row, **{name: answer.get(end) for name, end in job.answers.items()}}
 

@@ -12,14 +12,14 @@ from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.masking import MaskedRows
-from ftlevel.data.encoding.store import lengths_of
+from ftlevel.data.encoding.store import row_lengths
 from ftlevel.data.gate import Finding
 from ftlevel.data.gate.flat import flat_batches
-from ftlevel.errors import ConfigError, listing
-from ftlevel.models.loading import quiet_libraries
-from ftlevel.training.plan.adapter import take_adapter
+from ftlevel.errors import ConfigError, join_names
+from ftlevel.models.loading import silence_loggers
+from ftlevel.training.plan.adapter import resolve_adapter
 from ftlevel.training.plan.plan import Plan
-from ftlevel.training.plan.resolve import choose_task, resolve
+from ftlevel.training.plan.resolve import infer_task, resolve
 
 _BARS = 10  # of the histogram
 
@@ -103,9 +103,9 @@ def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
     Raises:
         ConfigError: the data cannot be read, or a row does not exist.
     """
-    with quiet_libraries():
-        config, adapter, _ = take_adapter(config)
-        config, why = choose_task(config)
+    with silence_loggers():
+        config, adapter, _ = resolve_adapter(config)
+        config, why = infer_task(config)
         plan = resolve(config, lenient=True, why_task=why, adapter=adapter)
         shown = [_show_row(plan, row) for row in _pick(plan, numbers)]
     facts = plan.data.facts
@@ -135,7 +135,7 @@ def _pick(plan: Plan, numbers: Sequence[int]) -> list[Encoded]:
         total = len(plan.data.table.lines)
         why = "it was dropped, see the data checks" if missing[0] <= total else "no such row"
         raise ConfigError(
-            f"--row {listing(map(str, missing))}: {why}. There are {total:,} training rows, of "
+            f"--row {join_names(map(str, missing))}: {why}. There are {total:,} training rows, of "
             f"which {len(np.unique(there)):,} are trained on."
         )
     return [rows[i] for number in numbers for i in np.flatnonzero(there == number).tolist()]
@@ -143,7 +143,7 @@ def _pick(plan: Plan, numbers: Sequence[int]) -> list[Encoded]:
 
 def _lengths(plan: Plan) -> list[int]:
     rows = plan.data.train
-    lengths: list[int] = lengths_of(rows.rows if isinstance(rows, MaskedRows) else rows).tolist()
+    lengths: list[int] = row_lengths(rows.rows if isinstance(rows, MaskedRows) else rows).tolist()
     return lengths
 
 

@@ -20,7 +20,7 @@ from ftlevel.artifacts.cards import (
     read_card,
     write_quantized_readme,
 )
-from ftlevel.artifacts.files import base_fingerprint, check_absent, placed_directory, write_json
+from ftlevel.artifacts.files import atomic_directory, base_fingerprint, check_absent, write_json
 from ftlevel.artifacts.hub import plan_upload
 from ftlevel.config import QuantizeConfig
 from ftlevel.config.section import Choice
@@ -30,11 +30,11 @@ from ftlevel.evaluation.two_models import (
     WINDOW,
     Text,
     compare_text,
+    compute_window_outputs,
     cut_windows,
     read_eval_text,
-    read_windows,
 )
-from ftlevel.events import Listener, Silence
+from ftlevel.events import Listener, NullListener
 from ftlevel.models.hardware import DTYPES, choose_device
 from ftlevel.models.kinds import checkpoint_class, max_positions
 from ftlevel.models.loading import (
@@ -42,7 +42,7 @@ from ftlevel.models.loading import (
     load_config,
     load_model,
     load_tokenizer,
-    quiet_libraries,
+    silence_loggers,
 )
 from ftlevel.models.quantization import (
     build_quantization_config,
@@ -53,12 +53,12 @@ from ftlevel.models.quantization import (
 )
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source, snapshot
 from ftlevel.models.upstream.architectures import packable_experts
-from ftlevel.trained.checkpoint import whole_model
+from ftlevel.trained.checkpoint import merge_sharded_checkpoint
 from ftlevel.weights.quantize_layout import (
     QUANTIZED,
     Layout,
     build_layout,
-    kept_modules,
+    get_skipped_modules,
     packed_bytes,
     predict_bytes,
 )
@@ -102,10 +102,10 @@ def quantize(
         InputError: the model or the text cannot be read.
         RunError: the quantized model outputs values that are not finite; it is deleted.
     """
-    listener = listener or Silence()
+    listener = listener or NullListener()
     check_absent("--out", config.out)
     upload = plan_upload(config)
-    with quiet_libraries():
+    with silence_loggers():
         plan = _resolve(config)
         listener.choices("quantize", plan.choices)
         if note := _experts_note(config, plan):
@@ -114,7 +114,7 @@ def quantize(
             parts = {name: list(sizes) for name, sizes in predict_bytes(plan.layout).items()}
             summary = _summary(config, plan, parts, len(plan.layout.linears)) | {"dry_run": True}
             return QuantizeResult(summary, None)
-        with placed_directory(config.out) as partial:
+        with atomic_directory(config.out) as partial:
             with _source_files(plan) as directory:
                 listener.stage("quantize")
                 listener.begin(0)
@@ -122,7 +122,7 @@ def quantize(
                 parts = {name: list(sizes) for name, sizes in written.parts.items()}
                 summary = _summary(config, plan, parts, written.quantized)
                 summary["bytes_on_disk"] = written.bytes
-                summary["kept_modules"] = kept_modules(layout.config)
+                summary["kept_modules"] = get_skipped_modules(layout.config)
                 summary["source"]["fingerprint"] = base_fingerprint(directory)
                 if plan.source.kind == "hub":
                     summary["source"]["revision"] = directory.name  # the snapshot's commit
@@ -229,7 +229,9 @@ def _experts_note(config: QuantizeConfig, plan: _Plan) -> str:
 def _source_files(plan: _Plan) -> Iterator[Path]:
     """Yield the directory with .safetensors files; a .gguf is converted temporarily."""
     if plan.source.kind != "gguf":
-        yield whole_model(snapshot(plan.source, COPIED))  # also of a sharded checkpoint
+        yield merge_sharded_checkpoint(
+            snapshot(plan.source, COPIED)
+        )  # also of a sharded checkpoint
         return
     with Workspace("gguf") as temporary:
         model, _ = load_model(
@@ -282,7 +284,7 @@ def _measure(
     if not windows:
         raise InputError(f"--eval-text {text.name} has less than two tokens. Name a longer text.")
     began = time.perf_counter()
-    first, second = (read_windows(m, windows, auto_class, plan.tokenizer) for m in models)
+    first, second = (compute_window_outputs(m, windows, auto_class, plan.tokenizer) for m in models)
     scores = compare_text(first, second, auto_class)
     if not math.isfinite(scores.get("kl", scores.get("cosine", math.nan))):
         raise RunError(

@@ -36,9 +36,9 @@ from ftlevel.errors import (
     RunError,
     did_you_mean,
     is_out_of_memory,
-    listing,
+    join_names,
 )
-from ftlevel.events import Silence
+from ftlevel.events import NullListener
 from ftlevel.training.plan.best_model import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class StopWithParent(TrainerCallback):
             signal.raise_signal(signal.SIGTERM)
 
 
-def do_apart(prepare: Callable[[], Any], work: Callable[..., Any], *arguments: Any) -> Any:
+def run_in_subprocess(prepare: Callable[[], Any], work: Callable[..., Any], *arguments: Any) -> Any:
     """Run `work(*arguments)` in a new process and return its result.
 
     `prepare` is called first in that process. `work` must be a module-level function; arguments and
@@ -193,10 +193,12 @@ class _Enough(Exception):
 def check_search(names: tuple[str, ...], storage: str | None) -> list[str]:
     """Return the problems of the requested settings and storage."""
     problems = [
-        f"--search: {name!r} is no setting that is searched. Expected some of {listing(SETTINGS)}."
+        f"--search: {name!r} is no setting that is searched. Expected some of "
+        f"{join_names(SETTINGS)}."
         f"{did_you_mean(name, SETTINGS)}"
-        for name in names if name not in SETTINGS
-    ]  # fmt: skip
+        for name in names
+        if name not in SETTINGS
+    ]
     if names and not find_spec("optuna"):
         problems.append(
             "--search needs the package optuna, which is not installed. "
@@ -255,7 +257,7 @@ def search(
         running = states.count("RUNNING")
         if states.count("COMPLETE") + states.count("PRUNED") + running < study.trials:
             try:
-                do_apart(prepare, _try_one, study, config, path)
+                run_in_subprocess(prepare, _try_one, study, config, path)
             except RunError as error:
                 failed += 1
                 if failed == _MOST_FAILED:
@@ -329,8 +331,8 @@ def _objective(trial: optuna.Trial, study: Study, config: TrainConfig, path: Pat
     output = config.output.model_copy(update={"dir": run, "resume": False, "report_to": ()})
     config = config.with_sections(output=output)
     try:
-        callbacks = [StopWithParent(), _Look(trial, study.metric)]
-        result = train(config, callbacks=callbacks, listener=Silence())
+        callbacks = [StopWithParent(), _PruningCallback(trial, study.metric)]
+        result = train(config, callbacks=callbacks, listener=NullListener())
     except RunError as error:  # non-finite loss or out of memory
         trial.set_user_attr(_REASON, str(error))
         raise optuna.TrialPruned from error
@@ -365,7 +367,7 @@ def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
     return config.with_sections(**sections)
 
 
-class _Look(TrainerCallback):
+class _PruningCallback(TrainerCallback):
     """Evaluate nine times, report to the study, and prune the trial if it falls behind."""
 
     def __init__(self, trial: optuna.Trial, metric: str) -> None:

@@ -11,39 +11,49 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftlevel.artifacts.hub import find_repository
-from ftlevel.artifacts.ownership import mark_end_once, replacing
-from ftlevel.artifacts.run_directory import RunDirectory, check_output, claimed, describe_recipe
+from ftlevel.artifacts.ownership import mark_end_once, replace_run
+from ftlevel.artifacts.run_directory import (
+    RunDirectory,
+    check_output,
+    describe_recipe,
+    lock_directory,
+)
 from ftlevel.config import PredictConfig, TrainConfig, build_section
 from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.events import Listener
 from ftlevel.models.hardware import release_freed_memory, resident_bytes
-from ftlevel.models.loading import quiet_libraries
+from ftlevel.models.loading import silence_loggers
 from ftlevel.notebook import default_listener
-from ftlevel.training.build_trainer import add_callbacks, build_trainer, go_on, products_of
-from ftlevel.training.callbacks.gradients import describe_left_out
+from ftlevel.training.build_trainer import (
+    add_callbacks,
+    build_trainer,
+    matmul_context,
+    restore_progress,
+)
+from ftlevel.training.callbacks.gradients import select_skipped_steps
 from ftlevel.training.callbacks.processes import WatchProcesses
 from ftlevel.training.callbacks.saving import WaitForBytes
 from ftlevel.training.callbacks.trackers import describe_run, tracking
-from ftlevel.training.disk import check_room, explain_disk_errors
+from ftlevel.training.disk import check_disk_space, explain_disk_errors
 from ftlevel.training.finish import (
     Start,
     end_training,
     keep_best,
     measure_times,
+    report_results,
     save,
-    tell,
-    write_beside,
+    write_tokenizer_and_card,
 )
-from ftlevel.training.forecast.fits import Foresight, foresee
+from ftlevel.training.forecast.fits import MemoryEstimate, estimate_memory
 from ftlevel.training.forecast.micro_batch import choose_micro_batch
-from ftlevel.training.given import Given, Taken, describe_taken, keep_base, take
+from ftlevel.training.given import BoundInputs, TrainInputs, bind_inputs, describe_taken, store_base
 from ftlevel.training.memory import explain_out_of_memory
 from ftlevel.training.model import describe_speed
 from ftlevel.training.origin import FileDigests, digests_of, everything_of, origin_of
-from ftlevel.training.plan.adapter import take_adapter
+from ftlevel.training.plan.adapter import resolve_adapter
 from ftlevel.training.plan.plan import Plan
-from ftlevel.training.plan.resolve import check_packages, choose_task, resolve
-from ftlevel.training.plan.schedule import find_stand_in, find_warnings
+from ftlevel.training.plan.resolve import check_packages, infer_task, resolve
+from ftlevel.training.plan.schedule import find_default_model_warnings, find_warnings
 from ftlevel.training.plan.trainable import find_adapter_warnings, size_choices
 from ftlevel.training.processes import Processes, resolve_processes, started_processes
 from ftlevel.training.proof import prove
@@ -53,18 +63,18 @@ from ftlevel.training.resume import (
     check_shared,
     describe_end,
     describe_stop,
-    find_going_on,
-    open_or_go_on,
-    prompt_version_begun_with,
-    telling_what_is_kept,
-    tokens_begun_with,
+    explain_interrupt,
+    open_or_resume,
+    resolve_resume,
+    stored_micro_batch_tokens,
+    stored_prompt_version,
 )
 from ftlevel.training.sharding import check_can_shard, probe_untrained, prove_sharded, save_sharded
 from ftlevel.training.summary import (
     Outcome,
     resolved_config,
 )
-from ftlevel.training.teacher import ask_and_load, find_beside
+from ftlevel.training.teacher import find_auxiliary_models, precompute_and_load
 from ftlevel.training.verify.proof import verify_step
 
 if TYPE_CHECKING:  # importing it would print messages before loggers are silenced
@@ -109,14 +119,14 @@ class CommandLine:
 class _Job:
     """A resolved and checked run, before weights load; `recipe` is its path and git state."""
 
-    taken: Taken
+    taken: BoundInputs
     plan: Plan
     listener: Listener
     callbacks: Sequence[TrainerCallback]
     recipe: Mapping[str, Any] | None
     processes: Processes
     start: Start
-    foresight: Foresight
+    memory_estimate: MemoryEstimate
 
 
 def train(
@@ -163,8 +173,10 @@ def train(
     command_line = command_line or CommandLine(None, Start.now())
     listener = listener or default_listener()
     with contextlib.ExitStack() as held:
-        held.enter_context(quiet_libraries())
-        taken = take(config, Given(dataset, eval_dataset, model, tokenizer, callbacks), held)
+        held.enter_context(silence_loggers())
+        taken = bind_inputs(
+            config, TrainInputs(dataset, eval_dataset, model, tokenizer, callbacks), held
+        )
         job = _resolve_together(taken, command_line, listener, callbacks, dry_run=dry_run)
         if dry_run:
             job = _choose_micro_batch(job)
@@ -180,7 +192,7 @@ def train(
 
 
 def _resolve_together(
-    taken: Taken,
+    taken: BoundInputs,
     command_line: CommandLine,
     listener: Listener,
     callbacks: Sequence[TrainerCallback],
@@ -206,7 +218,7 @@ def _resolve_together(
 
 
 def _resolve(
-    taken: Taken,
+    taken: BoundInputs,
     command_line: CommandLine,
     listener: Listener,
     callbacks: Sequence[TrainerCallback],
@@ -225,27 +237,27 @@ def _resolve(
     origin = describe_recipe(recipe) if recipe else None
     check_base_stays(config)
     listener.stage("read the data and the model's shape")
-    config, adapter, notes = take_adapter(config)
-    config, why = choose_task(config)
+    config, adapter, notes = resolve_adapter(config)
+    config, why = infer_task(config)
     plan = resolve(
         config,
         progress=listener.progress,
         why_task=why,
         adapter=adapter,
-        prompt_version=prompt_version_begun_with(config),
+        prompt_version=stored_prompt_version(config),
     )
     plan = replace(plan, choices=[*taken.choices, *plan.choices])
     check_base_outlives(config, plan)
-    plan = replace(plan, beside=find_beside(config, plan.model))
+    plan = replace(plan, beside=find_auxiliary_models(config, plan.model))
     taken = replace(taken, config=config)
     sized = size_choices(config, plan, try_method=try_method)
-    foresight = foresee(config, plan, processes.count)
+    foresight = estimate_memory(config, plan, processes.count)
     listener.choices("train", [foresight.choice(), *plan.choices, *sized])
     notes += find_adapter_warnings(adapter, config, plan) if adapter else []
     data = plan.data
     sizes, new_head = (len(data.train), len(data.validation)), bool(plan.model.new_heads)
     warnings = find_warnings(config.train, *sizes, new_head=new_head)
-    for warning in [*notes, *find_stand_in(config), *warnings]:
+    for warning in [*notes, *find_default_model_warnings(config), *warnings]:
         listener.warn(warning)
     return _Job(
         taken, plan, listener, callbacks, origin, processes, command_line.start, foresight
@@ -257,7 +269,9 @@ def _choose_micro_batch(job: _Job) -> _Job:
     config, plan = job.taken.config, job.plan
     if config.speed.tokens_per_micro_batch != "memory":
         return job
-    config, chosen = choose_micro_batch(config, plan, job.processes, tokens_begun_with(config))
+    config, chosen = choose_micro_batch(
+        config, plan, job.processes, stored_micro_batch_tokens(config)
+    )
     job.listener.choices("train", chosen.choices[len(plan.choices) :])
     return replace(job, taken=replace(job.taken, config=config), plan=chosen)
 
@@ -267,31 +281,42 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     config, plan, listener, processes = job.taken.config, job.plan, job.listener, job.processes
     origin = origin_of(config, plan, describe_taken(plan, job.taken))
     processes.check_same(everything_of(config, origin))
-    going_on = processes.from_first(lambda: find_going_on(config, plan, origin, listener))
+    going_on = processes.from_first(lambda: resolve_resume(config, plan, origin, listener))
     if (summary := going_on.finished) is not None and config.output.dir is not None:
         return _end_finished(job, RunDirectory(config.output.dir), summary)
     before = resident_bytes()
-    plan, adapted, asked = ask_and_load(config, plan, listener)
+    plan, adapted, asked = precompute_and_load(config, plan, listener)
     processes.from_first(
-        lambda: check_room(config.output.dir, config.train, adapted.model, plan.schedule.steps)
+        lambda: check_disk_space(
+            config.output.dir, config.train, adapted.model, plan.schedule.steps
+        )
     )
     verified = verify_step(config, plan, adapted, listener)
     release_freed_memory()
-    run = processes.from_first(lambda: open_or_go_on(job.taken, plan, origin, going_on, listener))
+    run = processes.from_first(lambda: open_or_resume(job.taken, plan, origin, going_on, listener))
     check_shared(run, processes)
-    plan, base = keep_base(plan, job.taken, run, is_first=processes.is_first)
-    digests = _hold(run, plan, held) if processes.is_first else ()
-    held.enter_context(telling_what_is_kept(run))
+    plan, base = store_base(plan, job.taken, run, is_first=processes.is_first)
+    digests = _claim_directory(run, plan, held) if processes.is_first else ()
+    held.enter_context(explain_interrupt(run))
     shards = config.train.shard != "none"
     untrained = probe_untrained(adapted, plan) if shards else None
     trainer = build_trainer(config, plan, adapted, run, going_on, processes)
     checkpoint = going_on.checkpoint
     watch = add_callbacks(
-        trainer, config, plan, run, listener, processes, checkpoint,
-        None if adapted.start
-        else partial(write_beside, config=config, plan=plan, base=base, start=asked.start),
-    )  # fmt: skip
-    go_on(trainer, watch, run, going_on, processes)
+        trainer,
+        config,
+        plan,
+        run,
+        listener,
+        processes,
+        checkpoint,
+        None
+        if adapted.start
+        else partial(
+            write_tokenizer_and_card, config=config, plan=plan, base=base, start=asked.start
+        ),
+    )
+    restore_progress(trainer, watch, run, going_on, processes)
     signs = held.enter_context(WatchProcesses(processes, listener.warn))
     for callback in (WaitForBytes(each.wait for each in digests), signs, *job.callbacks):
         trainer.add_callback(callback)
@@ -302,7 +327,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         )
 
     listener.stage("train")
-    with watch.interrupt, explain_disk_errors(run), products_of(config, plan):
+    with watch.interrupt, explain_disk_errors(run), matmul_context(config, plan):
         if checkpoint is None and not plan.data.stream:
             trainer.smaller.try_longest(plan.data.train, plan.model.dtype)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -313,7 +338,7 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     if not processes.is_first and not shards:
         return elsewhere
     trained_at = time.perf_counter()
-    with products_of(config, plan):
+    with matmul_context(config, plan):
         records = watch.report.records
         records = processes.from_first(lambda: records) if shards else records
         plan = end_training(trainer, plan, records)
@@ -347,13 +372,13 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         speed=describe_speed(trainer, asdict(verified) if verified else None),
         kept=kept,
         changes=run.read_changes(),
-        left_out=describe_left_out(run.read_notes()),
-        plan=job.foresight.compare(before),
+        left_out=select_skipped_steps(run.read_notes()),
+        plan=job.memory_estimate.compare(before),
     )
     about, notes = asked.describe(config, plan, outcome.records)
     for note in notes:
         listener.warn(note)
-    summary = tell(config, plan, outcome, run, listener, about)
+    summary = report_results(config, plan, outcome, run, listener, about)
     return TrainResult(summary, run.path, adapted.model, plan.model.tokenizer)
 
 
@@ -365,10 +390,12 @@ def _end_finished(job: _Job, run: RunDirectory, summary: Mapping[str, Any]) -> T
     return TrainResult(summary, run.path, None, job.plan.model.tokenizer)
 
 
-def _hold(run: RunDirectory, plan: Plan, held: contextlib.ExitStack) -> Sequence[FileDigests]:
+def _claim_directory(
+    run: RunDirectory, plan: Plan, held: contextlib.ExitStack
+) -> Sequence[FileDigests]:
     """Claim the run's directory until `held` closes, and compute missing digests of its inputs."""
-    held.enter_context(claimed(run.path))
-    held.enter_context(replacing(run.path))
+    held.enter_context(lock_directory(run.path))
+    held.enter_context(replace_run(run.path))
     digests = digests_of(plan)
     for each in digests:
         each.keep(run.checkpoints)

@@ -4,7 +4,7 @@ from ftlevel.config.evaluation import EvaluateConfig, GenerateConfig, PredictCon
 from ftlevel.config.export import CheckServedConfig, ExportConfig
 from ftlevel.config.gate import GateConfig
 from ftlevel.config.in_memory import IN_MEMORY as IN_MEMORY
-from ftlevel.config.in_memory import RowsInMemory as RowsInMemory
+from ftlevel.config.in_memory import InMemoryDataset as InMemoryDataset
 from ftlevel.config.layers import (
     Layer,
     build_config,
@@ -16,7 +16,7 @@ from ftlevel.config.layers import (
 from ftlevel.config.merge import MergeConfig, QuantizeConfig
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig, MethodSpec
 from ftlevel.config.output import OutputConfig
-from ftlevel.config.reading import normal_task
+from ftlevel.config.reading import normalize_task
 from ftlevel.config.sections import (
     DEFAULT_DATASET,
     DEFAULT_MODEL,
@@ -58,7 +58,7 @@ __all__ = [
     "TrainerConfig",
     "build_config",
     "build_section",
-    "normal_task",
+    "normalize_task",
     "put",
     "read_recipe",
     "read_settings",

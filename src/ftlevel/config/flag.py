@@ -1,4 +1,4 @@
-"""`Flag`, a row of the table of flags, and `FieldFacts`, the metadata of a configuration field."""
+"""`Flag`, a row of the table of flags, and `FieldMetadata`, metadata of a configuration field."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ftlevel.config.train import TrainConfig
 
 
 @dataclass(frozen=True)
-class FieldFacts:
+class FieldMetadata:
     """Metadata of a configuration field for help and docs.
 
     Attributes:
@@ -35,7 +35,7 @@ class FieldFacts:
     takes_number: bool
 
 
-def describe_field(config: type[BaseModel], path: str) -> FieldFacts:
+def describe_field(config: type[BaseModel], path: str) -> FieldMetadata:
     """Return the metadata of the field at the dotted `path` of `config`, or raise KeyError.
 
     In a union of sections, such as the methods, choices come from all members that have the field.
@@ -53,7 +53,7 @@ def describe_field(config: type[BaseModel], path: str) -> FieldFacts:
     first = next(iter(infos.values()))
     kinds = [kind for info in infos.values() for kind in _alternatives(info.annotation)]
     closed = all(get_origin(kind) is Literal for kind in kinds)
-    return FieldFacts(
+    return FieldMetadata(
         description=first.description or above,
         type=_value_type(kinds),
         choices=tuple(dict.fromkeys(str(v) for k in kinds for v in get_args(k))) if closed else (),
@@ -122,12 +122,12 @@ CONFIGS: dict[str, type[Section]] = {
 
 DAILY, MODEL, DATA = "Common options", "Model and method", "Data"
 HOW, RUN, GENERAL = "Training", "Run", "General"
-COMPARE, ANSWER, WRITE = "Comparison", "Inference", "Output"
+COMPARE, INFERENCE, WRITE = "Comparison", "Inference", "Output"
 """Headings of `--help` and docs/cli.md."""
 
 
 @dataclass(frozen=True)
-class Agrees:
+class NoOpValue:
     """Accepted value that needs no setting, provided a configuration field agrees.
 
     Attributes:
@@ -147,15 +147,15 @@ class Agrees:
         return (not self.among or value in self.among) and value not in self.unless
 
 
-Words = Mapping[str, str | Agrees]
-"""Lowercase value → command-line fragment that replaces it, or the `Agrees` that checks it.
+ValueAliases = Mapping[str, str | NoOpValue]
+"""Lowercase value → command-line fragment that replaces it, or the `NoOpValue` that checks it.
 
 A fragment may contain other flags ("4bit --quant-type nf4") or be empty.
 """
 
 
 @dataclass(frozen=True)
-class Spelling:
+class Alias:
     """Alias of a flag from another tool whose values differ from ftlevel's.
 
     Attributes:
@@ -166,7 +166,7 @@ class Spelling:
 
     name: str
     value: str | None = None
-    values: Words = field(default_factory=dict)
+    values: ValueAliases = field(default_factory=dict)
     read: Callable[[str], str] | None = None
 
 
@@ -181,7 +181,7 @@ class Flag:
         on: commands that have it.
         also: aliases from other tools.
         words: aliases of its values.
-        read: conversion of other values, as in `Spelling`.
+        read: conversion of other values, as in `Alias`.
         several: whether it takes several values, separated by commas or spaces.
         rest: path of the field for values after the first.
         example: example of a NAME=VALUE pair, for errors.
@@ -194,8 +194,8 @@ class Flag:
     names: str = ""
     panel: str = ""
     on: Sequence[str] = ("train",)
-    also: Sequence[str | Spelling] = ()
-    words: Words = field(default_factory=dict)
+    also: Sequence[str | Alias] = ()
+    words: ValueAliases = field(default_factory=dict)
     read: Callable[[str], str] | None = None
     metavar: str | None = None
     required: bool = False
@@ -211,9 +211,9 @@ class Flag:
     answer: str = ""
 
     @property
-    def spellings(self) -> list[Spelling]:
+    def spellings(self) -> list[Alias]:
         """Aliases of the flag."""
-        return [Spelling(name) if isinstance(name, str) else name for name in self.also]
+        return [Alias(name) if isinstance(name, str) else name for name in self.also]
 
     @property
     def is_argument(self) -> bool:
@@ -234,11 +234,11 @@ class Flag:
             return self.dest or self.shown.lstrip("-").replace("-", "_")
         return self.path.replace(".", "_")
 
-    def facts(self, command: str) -> FieldFacts | None:
+    def facts(self, command: str) -> FieldMetadata | None:
         """Return the metadata of the field that it sets, or None."""
         return describe_field(CONFIGS[command], self.path) if self.path else None
 
-    def declared(self, is_switch: bool) -> list[str]:
+    def typer_names(self, is_switch: bool) -> list[str]:
         """Return the names for Typer."""
         if self.names:
             return self.names.split()

@@ -15,11 +15,11 @@ from pydantic_core import ErrorDetails
 
 from ftlevel.config.flags import CONFIGS, recipe_hint
 from ftlevel.config.methods import SPECS
-from ftlevel.config.other_tools import tool_of
-from ftlevel.config.reading import RENAMED, YamlError, in_our_words, load_yaml, with_new_names
+from ftlevel.config.other_tools import detect_tool
+from ftlevel.config.reading import RENAMED, YamlError, load_yaml, rename_keys, resolve_aliases
 from ftlevel.config.section import Section
-from ftlevel.config.train import SHORTHAND, TrainConfig, expand
-from ftlevel.errors import ConfigError, did_you_mean, listing, nearest
+from ftlevel.config.train import SHORTHAND, TrainConfig, expand_shorthand
+from ftlevel.errors import ConfigError, closest_matches, did_you_mean, join_names
 
 KeyPath = tuple[str, ...]
 S = TypeVar("S", bound=BaseModel)
@@ -39,7 +39,7 @@ class Layer:
 def read_recipe(path: Path) -> Layer:
     """Read a YAML recipe with the line of every key; raises ConfigError like `read_yaml`."""
     values, origins = read_yaml(path)
-    if tool := tool_of(values):
+    if tool := detect_tool(values):
         raise ConfigError(
             f"{path} is a configuration of {tool}. Write it as a recipe first: "
             f"ftlevel recipes convert {path} > recipe.yaml"
@@ -130,8 +130,8 @@ def build_config(layers: Iterable[Layer], note: Callable[[str], None] | None = N
     """
     merged: dict[str, Any] = {}
     origins: dict[KeyPath, str] = {}
-    for layer in [_under_new_names(layer, note) for layer in layers]:
-        expanded = {k: expand(k, v) for k, v in layer.values.items() if v is not None}
+    for layer in [_normalize_layer(layer, note) for layer in layers]:
+        expanded = {k: expand_shorthand(k, v) for k, v in layer.values.items() if v is not None}
         _check_sections(expanded, layer)
         _merge(merged, expanded)
         for key, origin in layer.origins.items():
@@ -140,15 +140,15 @@ def build_config(layers: Iterable[Layer], note: Callable[[str], None] | None = N
     try:
         return TrainConfig.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError(explain(error, origins)) from None
+        raise ConfigError(format_errors(error, origins)) from None
 
 
-def _under_new_names(layer: Layer, note: Callable[[str], None] | None) -> Layer:
+def _normalize_layer(layer: Layer, note: Callable[[str], None] | None) -> Layer:
     try:
-        values, lines = with_new_names(layer.values, layer.origins)
+        values, lines = rename_keys(layer.values, layer.origins)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    values, said = in_our_words(values)
+    values, said = resolve_aliases(values)
     lines += said
     if not lines and values == layer.values:
         return layer
@@ -180,7 +180,7 @@ def build_section(
     try:
         return section.model_validate(given)
     except ValidationError as error:
-        raise ConfigError(explain(error, origins, section)) from None
+        raise ConfigError(format_errors(error, origins, section)) from None
 
 
 def _check_sections(values: Mapping[str, Any], layer: Layer) -> None:
@@ -201,7 +201,7 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
             into[key] = dict(value) if isinstance(value, Mapping) else value
 
 
-def explain(
+def format_errors(
     error: ValidationError,
     origins: Mapping[KeyPath, str] | None,
     root: type[BaseModel] = TrainConfig,
@@ -227,7 +227,7 @@ def explain(
     return list(dict.fromkeys(messages))
 
 
-Section.explain_errors = staticmethod(lambda error, root: explain(error, None, root))
+Section.explain_errors = staticmethod(lambda error, root: format_errors(error, None, root))
 
 
 def _key_and_method(detail: ErrorDetails, root: type[BaseModel]) -> tuple[KeyPath, str | None]:
@@ -258,7 +258,7 @@ def _unknown_key(key: KeyPath, kind: str | None, root: type[BaseModel]) -> str:
     if kind is not None:
         owners = [name for name, spec in SPECS.items() if key[1] in spec.model_fields]
         if owners:
-            return f"{dotted!r} belongs to method {listing(owners)}, and the method is {kind}."
+            return f"{dotted!r} belongs to method {join_names(owners)}, and the method is {kind}."
         siblings: Iterable[str] = SPECS[kind].model_fields
     else:
         siblings = _fields_of(key[:-1], root)
@@ -268,10 +268,12 @@ def _unknown_key(key: KeyPath, kind: str | None, root: type[BaseModel]) -> str:
     if kind is None and root is TrainConfig and (elsewhere := _nearest_elsewhere(key)):
         return f"unknown key {dotted!r}. Did you mean {elsewhere!r}?"
     if not siblings:  # the section is not known either
-        return f"unknown key {dotted!r}. Sections: {listing(TrainConfig.model_fields)}."
-    near = [name for name in siblings if _names_alike(key[-1], name)] or nearest(key[-1], siblings)
+        return f"unknown key {dotted!r}. Sections: {join_names(TrainConfig.model_fields)}."
+    near = [name for name in siblings if _names_alike(key[-1], name)] or closest_matches(
+        key[-1], siblings
+    )
     hint = f" Did you mean {'.'.join((*key[:-1], near[0]))!r}?" if near else ""
-    return f"unknown key {dotted!r}.{hint or ' Keys here: ' + listing(siblings, 30) + '.'}"
+    return f"unknown key {dotted!r}.{hint or ' Keys here: ' + join_names(siblings, 30) + '.'}"
 
 
 def _nearest_elsewhere(key: KeyPath) -> str:
@@ -279,8 +281,8 @@ def _nearest_elsewhere(key: KeyPath) -> str:
     section, name = key[:-1], key[-1]
     sections = [part for part in TrainConfig.model_fields if _fields_of((part,))]
     if len(section) == 1 and section[0] not in TrainConfig.model_fields:
-        owner = nearest(section[0], sections)
-        field = nearest(name, _fields_of((owner[0],))) if owner else []
+        owner = closest_matches(section[0], sections)
+        field = closest_matches(name, _fields_of((owner[0],))) if owner else []
         if field:
             return f"{owner[0]}.{field[0]}"
     if name in _fields_of(section) or len(section) > 1:
@@ -329,7 +331,9 @@ def _bad_value(key: KeyPath, detail: ErrorDetails, root: type[BaseModel]) -> str
                 expected = [word.strip("' ") for word in
                             context["expected"].replace(" or ", ", ").split(",")]  # fmt: skip
             hint = did_you_mean(str(value), expected)
-            return f"{_shown(value)} is not known. Expected one of {listing(expected, 30)}.{hint}"
+            return (
+                f"{_shown(value)} is not known. Expected one of {join_names(expected, 30)}.{hint}"
+            )
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
             sign = {"greater_than": ">", "greater_than_equal": "≥", "less_than": "<",
                     "less_than_equal": "≤"}[detail["type"]]  # fmt: skip

@@ -11,28 +11,30 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ftlevel.config.flag import Agrees, Flag, Spelling, Words
+from ftlevel.config.flag import Alias, Flag, NoOpValue, ValueAliases
 from ftlevel.config.methods import SPECS
-from ftlevel.config.reading import METHOD_WORDS
+from ftlevel.config.reading import METHOD_ALIASES
 
 _ON = ("train", "preview")
 
 
-def _flags(names: str, answer: str, words: Mapping[str, str | Agrees] | None = None) -> list[Flag]:
+def _flags(
+    names: str, answer: str, words: Mapping[str, str | NoOpValue] | None = None
+) -> list[Flag]:
     """Return an unsupported flag for each of `names`, all with the same answer."""
     return [Flag(names=n, on=_ON, answer=answer, words=words or {}) for n in names.split()]
 
 
-_PACKED = Agrees(
+_PACKED = NoOpValue(
     "rows of a micro-batch are laid end to end, each attending to itself alone, where the model's "
     "attention can; the line `step` says so",
     "speed.fast", (True,), otherwise="Drop --no-fast, or drop it",
 )  # fmt: skip
-_ANSWERS_ONLY = Agrees(
+_ANSWERS_ONLY = NoOpValue(
     "the loss is that of answers alone, wherever a row has a prompt", "data.train_on_inputs",
     (False,), otherwise="Drop --train-on-inputs, or drop it",
 )  # fmt: skip
-_NO_WORKERS = Agrees(
+_NO_WORKERS = NoOpValue(
     "rows are encoded before the run, and batches are made of them as they are needed"
 )
 _NO_REWARDS = (
@@ -64,25 +66,25 @@ _TOKENIZER = "the tokenizer and its tokens are the model's own, and stay so. Dro
 _OTHER_METHOD = "there is no such method here. ftlevel list-methods shows what there is. Drop it."
 
 
-def _drawn(path: str) -> Agrees:
+def _drawn(path: str) -> NoOpValue:
     """Return the condition for `--do-sample true`: a temperature above 0."""
-    return Agrees("tokens are drawn at --temperature", path, unless=(0.0, None),
+    return NoOpValue("tokens are drawn at --temperature", path, unless=(0.0, None),
                   otherwise="Add --temperature 1")  # fmt: skip
 
 
-def _taken(path: str) -> Agrees:
-    return Agrees("the likeliest token is taken", path, (0.0, None),
+def _taken(path: str) -> NoOpValue:
+    return NoOpValue("the likeliest token is taken", path, (0.0, None),
                   otherwise="Drop --temperature")  # fmt: skip
 
 
-ANSWERS: tuple[Flag, ...] = (
+UNSUPPORTED_FLAGS: tuple[Flag, ...] = (
     # Flags that agree with what ftlevel does.
     *_flags("--do-train", "ftlevel evaluate scores without training.",
-            {"true": Agrees("ftlevel train trains")}),
+            {"true": NoOpValue("ftlevel train trains")}),
     *_flags("--do-predict", "ftlevel evaluate RUN --dataset TEST scores other rows afterwards.",
-            {"false": Agrees("a run looks at no test rows")}),
+            {"false": NoOpValue("a run looks at no test rows")}),
     *_flags("--use-peft --use-peft-lora --use-lora", "--method full trains all weights. Use that.",
-            {"true": Agrees("an adapter is trained", "method.kind",
+            {"true": NoOpValue("an adapter is trained", "method.kind",
                             ("lora", "qlora", "adalora", "ia3", "vera", "oft", "boft", "loha",
                              "lokr", "miss", "shira", "hira", "gralora", "c3a", "prefix",
                              "prompt", "p-tuning", "adapter", "ln-tuning")),
@@ -94,75 +96,75 @@ ANSWERS: tuple[Flag, ...] = (
          words={"true": _drawn("temperature"), "false": _taken("temperature")}),
     *_flags("--stage --rlhf-type", _NO_REWARDS,
             {**_STAGES,
-             "sft": Agrees("that is what ftlevel train does"),
-             "pt": Agrees("rows with a text alone are learned as a whole", "task",
+             "sft": NoOpValue("that is what ftlevel train does"),
+             "pt": NoOpValue("rows with a text alone are learned as a whole", "task",
                           ("text-generation",))}),
     *_flags("--packing --sample-packing --neat-packing --padding-free", "expected true or false.",
             {"true": _PACKED, "false": "--set speed.pack=false"}),
     *_flags("--eval-packing --eval-sample-packing", "expected true or false.",
-            {"true": Agrees("rows to score are not padded to a length either"),
-             "false": Agrees("each row is scored by itself")}),
+            {"true": NoOpValue("rows to score are not padded to a length either"),
+             "false": NoOpValue("each row is scored by itself")}),
     *_flags("--remove-unused-columns", "columns that a task does not use are named, not removed.",
-            {"false": Agrees("columns that are not used are only named")}),
+            {"false": NoOpValue("columns that are not used are only named")}),
     *_flags("--completion-only-loss --assistant-only-loss --train-on-completions --mask-prompt "
             "--train-on-responses-only", "expected true or false.",
             {"true": _ANSWERS_ONLY, "false": "--train-on-inputs true"}),
     *_flags("--mask-history", "each answer of a conversation is learned. Drop it.",
-            {"false": Agrees("each answer of a conversation is learned")}),
+            {"false": NoOpValue("each answer of a conversation is learned")}),
     *_flags("--use-chat-template", "a row of turns is written by the model's chat template.",
-            {"true": Agrees("rows of turns are written by the model's chat template")}),
+            {"true": NoOpValue("rows of turns are written by the model's chat template")}),
     *_flags("--use-fast-tokenizer", "only tokenizers that know the place of a token can be used.",
-            {"true": Agrees("the fast tokenizer is used where there is one")}),
+            {"true": NoOpValue("the fast tokenizer is used where there is one")}),
     *_flags("--line-by-line", "--overlong split cuts long texts. Drop it.",
-            {"true": Agrees("each row is a text of its own"), "false": "--overlong split"}),
+            {"true": NoOpValue("each row is a text of its own"), "false": "--overlong split"}),
     *_flags("--version-2-with-negative", "questions without an answer are seen in the data.",
-            {"true": Agrees("questions without an answer are learned as such")}),
+            {"true": NoOpValue("questions without an answer are learned as such")}),
     *_flags("--ignore-mismatched-sizes", "a head that does not fit is made anew, and named.",
-            {"true": Agrees("a head that does not fit is made anew, and named")}),
+            {"true": NoOpValue("a head that does not fit is made anew, and named")}),
     *_flags("--pad-to-max-length --pad-to-sequence-len",
             "rows are never padded to --max-length, which would only cost time. Drop it.",
-            {"false": Agrees("rows are not padded to the longest length")}),
+            {"false": NoOpValue("rows are not padded to the longest length")}),
     *_flags("--quant-method --quantization-method",
             "weights are quantized by bitsandbytes. Quantized checkpoints of other kinds are "
             "recognized by themselves. Drop it.",
-            {word: Agrees("weights are quantized by bitsandbytes")
+            {word: NoOpValue("weights are quantized by bitsandbytes")
              for word in ("bnb", "bitsandbytes")}),
     *_flags("--use-reentrant --use-reentrant-gc",
             "activations are recomputed without reentrant autograd, which is exact. Drop it.",
-            {"false": Agrees("activations are recomputed without reentrant autograd")}),
+            {"false": NoOpValue("activations are recomputed without reentrant autograd")}),
     *_flags("--save-only-model",
             "a checkpoint holds all that resuming needs; --save-strategy no writes none.",
-            {"false": Agrees("a checkpoint holds all that resuming needs")}),
+            {"false": NoOpValue("a checkpoint holds all that resuming needs")}),
     *_flags("--save-safetensors", "weights are written as safetensors alone. Drop it.",
-            {"true": Agrees("weights are written as safetensors")}),
+            {"true": NoOpValue("weights are written as safetensors")}),
     *_flags("--logging-strategy", "--logging-steps says how often the loss is logged. Use that.",
-            {"steps": Agrees("the loss is logged every --logging-steps")}),
+            {"steps": NoOpValue("the loss is logged every --logging-steps")}),
     *_flags("--logging-first-step", "the first step is logged too. Drop it.",
-            {"true": Agrees("the first step is logged")}),
+            {"true": NoOpValue("the first step is logged")}),
     *_flags("--average-tokens-across-devices", "a loss is the mean over a step's tokens. Drop it.",
-            {"true": Agrees("the loss of a step is the mean over its tokens on all devices")}),
+            {"true": NoOpValue("the loss of a step is the mean over its tokens on all devices")}),
     *_flags("--ddp-find-unused-parameters", "every trained weight gets a gradient. Drop it.",
-            {"false": Agrees("every trained weight gets a gradient, which is checked")}),
+            {"false": NoOpValue("every trained weight gets a gradient, which is checked")}),
     *_flags("--skip-prepare-dataset", "rows are always encoded by ftlevel. Drop it.",
-            {"false": Agrees("rows are encoded by ftlevel")}),
+            {"false": NoOpValue("rows are encoded by ftlevel")}),
     *_flags("--add-special-tokens --append-concat-token",
             "special tokens are those of the chat template or the tokenizer. Drop it.",
-            {"false": Agrees("no token is added to those of the template or the tokenizer")}),
+            {"false": NoOpValue("no token is added to those of the template or the tokenizer")}),
     *_flags("--compute-accuracy", "a task is scored by its own metrics.",
-            {"true": Agrees("accuracy is among the metrics wherever there is one")}),
+            {"true": NoOpValue("accuracy is among the metrics wherever there is one")}),
     *_flags("--plot-loss", "the losses are in metrics.jsonl of the run. Drop it.",
-            {"true": Agrees("the losses are in metrics.jsonl of the run, and on its screen")}),
+            {"true": NoOpValue("the losses are in metrics.jsonl of the run, and on its screen")}),
     *_flags("--create-new-adapter", "--adapter goes on from one; a new one begins without it.",
-            {"true": Agrees("an adapter begins anew", "model.adapter", (None,))}),
+            {"true": NoOpValue("an adapter begins anew", "model.adapter", (None,))}),
     *_flags("--low-cpu-mem-usage", "weights are read tensor by tensor. Drop it.",
-            {"true": Agrees("weights are read tensor by tensor")}),
+            {"true": NoOpValue("weights are read tensor by tensor")}),
     *_flags("--save-model", "the adapter is always saved. Drop it.",
-            {"true": Agrees("the adapter is saved")}),
+            {"true": NoOpValue("the adapter is saved")}),
     *_flags("--use-unsloth --use-unsloth-gc --use-liger", "the fast step is ftlevel's. Drop it.",
-            {"false": Agrees("the fast step is ftlevel's own")}),
+            {"false": NoOpValue("the fast step is ftlevel's own")}),
     *_flags("--lora-mlp-kernel --lora-qkv-kernel --lora-o-kernel",
             "--set speed.fused_lora=false leaves LoRA's layers to PEFT.",
-            {"true": Agrees("LoRA's layers are fused by the fast step", "speed.fused_lora",
+            {"true": NoOpValue("LoRA's layers are fused by the fast step", "speed.fused_lora",
                             (True,)),
              "false": "--set speed.fused_lora=false"}),
     # Unsupported flags.
@@ -183,14 +185,14 @@ ANSWERS: tuple[Flag, ...] = (
             "--tensor-parallel-size --accelerate-config --config-file", _LAUNCH),
     *_flags("--context-parallel-size --context-parallel-degree --sequence-parallel-size "
             "--sequence-parallel-degree --parallelism-config-cp-size --cp-size", _LONG_ROWS,
-            {"1": Agrees("a row is computed by one device")}),
+            {"1": NoOpValue("a row is computed by one device")}),
     *_flags("--dataloader-num-workers --num-dataloader-workers --dataloader-prefetch-factor",
             "a number is expected; --num-proc N encodes with N processes.",
             {str(number): _NO_WORKERS for number in range(129)}),
     *_flags("--dataloader-pin-memory --dataloader-persistent-workers", "expected true or false.",
             dict.fromkeys(("true", "false"), _NO_WORKERS)),
     *_flags("--dataloader-drop-last", "the last rows of an epoch are learned too. Drop it.",
-            {"false": Agrees("the last rows of an epoch are learned too")}),
+            {"false": NoOpValue("the last rows of an epoch are learned too")}),
     *_flags("--tokenizer-name --tokenizer-type --config-name --resize-vocab --add-tokens "
             "--special-tokens --eos-token --pad-token --split-special-tokens --eot-tokens "
             "--processor-type --tokenizer-use-mistral-common", _TOKENIZER),
@@ -227,7 +229,7 @@ ANSWERS: tuple[Flag, ...] = (
             "activations are recomputed without reentrant autograd. Drop it.",
             dict.fromkeys(('{"use_reentrant": false}', '{"use_reentrant":false}',
                            "use_reentrant=false"),
-                          Agrees("activations are recomputed without reentrant autograd"))),
+                          NoOpValue("activations are recomputed without reentrant autograd"))),
     *_flags("--torch-compile --torch-compile-backend --torch-compile-mode",
             "compiled steps are not offered; the fast step is on. Drop it."),
     *_flags("--auto-find-batch-size",
@@ -235,14 +237,14 @@ ANSWERS: tuple[Flag, ...] = (
     *_flags("--full-determinism", "the same --seed gives the same adapter on a CPU. Drop it."),
     *_flags("--log-level --verbosity", "--quiet prints errors only. Use that.",
             {**dict.fromkeys(("passive", "info", "warning"),
-                             Agrees("progress and warnings are shown")),
+                             NoOpValue("progress and warnings are shown")),
              **dict.fromkeys(("error", "critical"), "--quiet true")}),
     *_flags("--disable-tqdm", "expected true or false.",
-            {"true": Agrees("a bar is drawn in a terminal alone; --quiet prints errors only"),
-             "false": Agrees("progress is shown")}),
+            {"true": NoOpValue("a bar is drawn in a terminal alone; --quiet prints errors only"),
+             "false": NoOpValue("progress is shown")}),
     *_flags("--bnb-4bit-quant-storage --bnb-4bit-quant-storage-dtype",
             "it serves to split a model over GPUs, which is not done. Drop it.",
-            {"uint8": Agrees("4-bit weights are stored as bytes")}),
+            {"uint8": NoOpValue("4-bit weights are stored as bytes")}),
     *_flags("--use-dft-loss --enable-dft-loss --use-eaft-loss",
             "the loss is cross-entropy over the answers' tokens. Drop it."),
     *_flags("--reward-model --reward-funcs --num-generations --max-completion-length", _NO_REWARDS),
@@ -263,7 +265,7 @@ ANSWERS: tuple[Flag, ...] = (
     *_flags("--include-num-input-tokens-seen",
             "summary.json counts the tokens of a run in any case. Drop it.",
             dict.fromkeys(("", "true", "all", "non_padding"),
-                          Agrees("summary.json counts the tokens of a run"))),
+                          NoOpValue("summary.json counts the tokens of a run"))),
 )  # fmt: skip
 """Unsupported flags of other tools."""
 
@@ -378,9 +380,9 @@ PRECISIONS = {
     **dict.fromkeys(("fp32", "float", "torch.float32", "no"), "float32"),
     "none": "auto",
 }
-BF16: Words = {
+BF16: ValueAliases = {
     "auto": "auto",
-    "false": Agrees(
+    "false": NoOpValue(
         "another precision is asked for", "model.dtype", ("float32", "float16"),
         otherwise="Add --dtype float32: auto takes bfloat16 where the device has it",
     ),
@@ -413,31 +415,31 @@ LOSSES = {
     "slic": "hinge",
     "rm": "reward",
 }
-METHODS: Words = {
+METHODS: ValueAliases = {
     spelling: f"--method {word}"
-    for word in (*SPECS, *METHOD_WORDS)
+    for word in (*SPECS, *METHOD_ALIASES)
     for spelling in (word, word.replace("-", "_"))
 }
 """Axolotl's `adapter: lora` is the method; a path is an adapter."""
-NO_LIMIT = Agrees("there is no limit but the epochs", "train.max_steps", (None,))
-DO_EVAL: Words = {
-    "true": Agrees(
+NO_LIMIT = NoOpValue("there is no limit but the epochs", "train.max_steps", (None,))
+DO_EVAL: ValueAliases = {
+    "true": NoOpValue(
         "validation rows are scored at the end of each epoch where there are some",
         "train.eval_strategy", (None, "epoch", "steps"),
     ),
     "false": "no",
 }  # fmt: skip
-TO_PUSH = Agrees("", "output.push_to_hub", unless=(None,),
+TO_PUSH = NoOpValue("", "output.push_to_hub", unless=(None,),
                   otherwise="Name the repository: --push-to-hub NAME")  # fmt: skip
-PUSH: Words = {
+PUSH: ValueAliases = {
     "": TO_PUSH,
     "true": TO_PUSH,
-    "false": Agrees("nothing is uploaded", "output.push_to_hub", (None,)),
+    "false": NoOpValue("nothing is uploaded", "output.push_to_hub", (None,)),
 }
 SHARES = ("--val-size", "--val-set-size", "--split-dataset-ratio", "--test-split-size",
            "--eval-size")  # fmt: skip
 COLUMNS = tuple(
-    Spelling(name, read=f"{role}={{}}".format)
+    Alias(name, read=f"{role}={{}}".format)
     for role, names in {
         "text": ("--text-column", "--text-column-name", "--text-column-names", "--content-column",
                  "--dataset-text-field"),
@@ -470,14 +472,14 @@ _OF_A_SET = {"split": "--split", "name": "--subset", "field": "--text-column",
              "field_messages": "--messages-column"}  # fmt: skip
 
 
-def tool_of(values: Mapping[str, Any]) -> str:
+def detect_tool(values: Mapping[str, Any]) -> str:
     """Return the tool that has these top-level keys, or "" for an ftlevel recipe."""
     if any(isinstance(values.get(key), Mapping) for key in ("model", "data", "train", "method")):
         return ""
     return next((tool for tool, keys in _KEYS.items() if set(keys) & set(values)), "")
 
 
-def typed_keys(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+def convert_keys(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """Yield each key of another tool's file and its command-line arguments (empty if none)."""
     for key, value in values.items():
         if value is None or value in ("", [], {}):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field
 
 from ftlevel.config.section import Positive, Section
-from ftlevel.errors import listing
+from ftlevel.errors import join_names
 
 LossName = Literal[
     "dpo", "cdpo", "robust", "hinge", "ipo", "dpo-norm", "ld-dpo", "rpo", "simpo", "cpo", "orpo",
@@ -22,7 +22,7 @@ Weight = Annotated[float, Field(gt=0, le=1000)]
 
 
 @dataclass(frozen=True)
-class LossFacts:
+class LossProperties:
     """Properties of a preference loss.
 
     Attributes:
@@ -42,22 +42,22 @@ class LossFacts:
     rate: float = 0.1
 
 
-LOSSES: dict[str, LossFacts] = {
-    "dpo": LossFacts(0.1),
-    "cdpo": LossFacts(0.1, smoothed=True),
-    "robust": LossFacts(0.1, smoothed=True),
-    "hinge": LossFacts(0.1),
-    "ipo": LossFacts(0.1, ("beta", "reference", "ipo_ratios")),
-    "dpo-norm": LossFacts(5.0),
-    "ld-dpo": LossFacts(0.1, ("beta", "reference", "ld_alpha")),
-    "rpo": LossFacts(0.1, ("beta", "reference", "sft_weight", "nll_mean")),
-    "simpo": LossFacts(2.0, ("beta", "simpo_gamma"), referenced=False),
-    "cpo": LossFacts(0.1, ("beta", "sft_weight", "nll_mean"), referenced=False),
-    "orpo": LossFacts(0.1, ("beta",), referenced=False, rate=1.0),
-    "kto": LossFacts(
+LOSSES: dict[str, LossProperties] = {
+    "dpo": LossProperties(0.1),
+    "cdpo": LossProperties(0.1, smoothed=True),
+    "robust": LossProperties(0.1, smoothed=True),
+    "hinge": LossProperties(0.1),
+    "ipo": LossProperties(0.1, ("beta", "reference", "ipo_ratios")),
+    "dpo-norm": LossProperties(5.0),
+    "ld-dpo": LossProperties(0.1, ("beta", "reference", "ld_alpha")),
+    "rpo": LossProperties(0.1, ("beta", "reference", "sft_weight", "nll_mean")),
+    "simpo": LossProperties(2.0, ("beta", "simpo_gamma"), referenced=False),
+    "cpo": LossProperties(0.1, ("beta", "sft_weight", "nll_mean"), referenced=False),
+    "orpo": LossProperties(0.1, ("beta",), referenced=False, rate=1.0),
+    "kto": LossProperties(
         0.1, ("beta", "reference", "desirable_weight", "undesirable_weight"), paired=False
     ),
-    "reward": LossFacts(None, ("center",), referenced=False, rate=1.0),
+    "reward": LossProperties(None, ("center",), referenced=False, rate=1.0),
 }
 DEFAULT_LOSS = "dpo"
 SMOOTHING = 0.1
@@ -107,7 +107,7 @@ class PreferenceConfig(Section):
     )
 
     @property
-    def facts(self) -> LossFacts:
+    def facts(self) -> LossProperties:
         """Properties of the loss."""
         return LOSSES[self.loss or DEFAULT_LOSS]
 
@@ -123,14 +123,14 @@ class PreferenceConfig(Section):
         return self.reference if is_other else None
 
     @property
-    def strength(self) -> float:
+    def effective_beta(self) -> float:
         """Effective beta."""
         return self.beta if self.beta is not None else (self.facts.beta or 0.0)
 
     @property
     def margin(self) -> float:
         """Effective gamma of simpo."""
-        return self.strength / 2 if self.simpo_gamma is None else self.simpo_gamma
+        return self.effective_beta / 2 if self.simpo_gamma is None else self.simpo_gamma
 
 
 _FLAGS = {
@@ -153,7 +153,7 @@ def find_preference_problems(
     if task not in PREFERENCE_TASKS:
         if not given:
             return []
-        names = listing(map(_flag, given))
+        names = join_names(map(_flag, given))
         return [
             f"{names}: of --task preference, and --task is {task}. Drop it, or change the task."
         ]
@@ -163,7 +163,8 @@ def find_preference_problems(
             readers = _readers(name)
             do = "does" if len(readers) == 1 else "do"
             problems.append(
-                f"{_flag(name)}: --loss {loss} does not read it; {listing(readers)} {do}. Drop it."
+                f"{_flag(name)}: --loss {loss} does not read it; {join_names(readers)} {do}. "
+                "Drop it."
             )
     if smoothing and not settings.facts.smoothed:
         problems.append(
@@ -191,7 +192,7 @@ def _readers(name: str) -> Sequence[str]:
     return [loss for loss in get_args(LossName) if name in LOSSES[loss].reads]
 
 
-def with_loss(raw: dict[str, Any]) -> dict[str, Any]:
+def normalize_loss(raw: dict[str, Any]) -> dict[str, Any]:
     """Return the raw configuration with consistent loss and task (reward has its own task)."""
     task = str(raw.get("task", "")).replace("_", "-")
     section = raw.get("preference") or {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-TASK_WORDS = {
+TASK_ALIASES = {
     "causal-lm": "text-generation", "clm": "text-generation", "sft": "text-generation",
     "chat": "text-generation", "instruct": "text-generation", "pt": "text-generation",
     "sequence-classification": "text-classification", "seq-cls": "text-classification",
@@ -24,7 +24,7 @@ TASK_WORDS = {
 }  # fmt: skip
 """Task alias, in lower case with dashes → task."""
 
-METHOD_WORDS: dict[str, dict[str, Any]] = {
+METHOD_ALIASES: dict[str, dict[str, Any]] = {
     "dora": {"kind": "lora", "use_dora": True},
     "qdora": {"kind": "qlora", "use_dora": True},
     "rslora": {"kind": "lora", "use_rslora": True},
@@ -55,23 +55,23 @@ QUANT_WORDS: dict[str, dict[str, Any]] = {
 }
 """Quantization alias → fields of the quant section."""
 
-_SECTIONS = {"method": METHOD_WORDS, "quant": QUANT_WORDS}
+_SECTIONS = {"method": METHOD_ALIASES, "quant": QUANT_WORDS}
 
 
-def normal_task(name: str) -> str:
+def normalize_task(name: str) -> str:
     """Return the canonical name of a task: with dashes, aliases resolved."""
     task = _folded(name)
-    return TASK_WORDS.get(task, task)
+    return TASK_ALIASES.get(task, task)
 
 
-def in_our_words(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def resolve_aliases(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return `values` (section → keys) with aliases resolved, and a line for each alias used.
 
     Explicit fields override those that an alias sets.
     """
     read, lines = dict(values), []
     if isinstance(task := read.get("task"), str):
-        read["task"] = normal_task(task)
+        read["task"] = normalize_task(task)
         if read["task"] != _folded(task):
             lines.append(f"task {read['task']} ({task!r} is another word for it)")
     for section, words in _SECTIONS.items():
@@ -174,7 +174,7 @@ RENAMED = {
 """Old dotted key → new key, in the same section."""
 
 
-def with_new_names(
+def rename_keys(
     values: Mapping[str, Any], origins: Mapping[tuple[str, ...], str]
 ) -> tuple[dict[str, Any], list[str]]:
     """Return `values` (section → keys) with renamed keys, and a line for each old key.

@@ -15,9 +15,9 @@ from ftlevel.config.preference import (
     PreferenceConfig,
     find_distillation_problems,
     find_preference_problems,
-    with_loss,
+    normalize_loss,
 )
-from ftlevel.config.reading import in_our_words, with_new_names
+from ftlevel.config.reading import rename_keys, resolve_aliases
 from ftlevel.config.sections import DataConfig, ModelConfig, QuantConfig, Section, SpeedConfig
 from ftlevel.config.tasks import TaskName
 from ftlevel.config.trainer import TrainerConfig, find_problems
@@ -29,7 +29,7 @@ SHORTHAND = {
 """Field set by a plain value of a section: `method: lora` means `method: {kind: lora}`."""
 
 
-def expand(section: str, value: Any) -> Any:
+def expand_shorthand(section: str, value: Any) -> Any:
     """Return the fields of `section` if `value` is its shorthand, else `value`."""
     if section not in SHORTHAND or type(value) is dict or isinstance(value, BaseModel):
         return value
@@ -73,7 +73,7 @@ class TrainConfig(Section):
         """Accept renamed keys from Python with a FutureWarning."""
         if not isinstance(raw, dict):
             return raw
-        values, lines = with_new_names(raw, {})
+        values, lines = rename_keys(raw, {})
         for line in lines:
             warnings.warn(line, FutureWarning, stacklevel=2)
         return values
@@ -95,10 +95,12 @@ class TrainConfig(Section):
         """Resolve shorthands and aliases; a method without `kind` is LoRA."""
         if not isinstance(raw, dict):
             return raw
-        values, _ = in_our_words({key: expand(key, value) for key, value in raw.items()})
+        values, _ = resolve_aliases(
+            {key: expand_shorthand(key, value) for key, value in raw.items()}
+        )
         if isinstance(values.get("method"), dict):
             values["method"] = {"kind": "lora", **values["method"]}
-        return with_loss(values)
+        return normalize_loss(values)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> TrainConfig:

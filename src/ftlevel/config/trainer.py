@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 from ftlevel.config.output import Decoding
 from ftlevel.config.preference import ClassWeights, FewNames, Scalar, Scalars
 from ftlevel.config.section import Positive, Share
-from ftlevel.errors import listing
+from ftlevel.errors import join_names
 
 _NO_PACKAGE = "its package is not one of ftlevel's"
 _LOW_RANK = (
@@ -69,38 +69,49 @@ _FLOOR = ("min_lr", "min_lr_rate")
 
 
 @dataclass(frozen=True)
-class Settings:
+class AllowedArguments:
     """Allowed arguments of an optimizer or schedule; exactly one of `needed` is required."""
 
     names: tuple[str, ...] = ()
     needed: tuple[str, ...] = ()
 
 
-SCHEDULES: Mapping[str, Settings] = {
-    "cosine": Settings(("num_cycles",)),
-    "cosine_with_restarts": Settings(("num_cycles",)),
-    "cosine_with_min_lr": Settings(("num_cycles", *_FLOOR), _FLOOR),
-    "cosine_warmup_with_min_lr": Settings(("num_cycles", *_FLOOR, "warmup_lr_rate"), _FLOOR),
-    "polynomial": Settings(("lr_end", "power")),
-    "inverse_sqrt": Settings(("timescale",)),
-    "warmup_stable_decay": Settings(
-        ("num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio",
-         "num_cycles"), ("num_decay_steps",)),
-    PLATEAU: Settings(
-        ("factor", "patience", "threshold", "threshold_mode", "cooldown", "min_lr", "eps")),
-}  # fmt: skip
+SCHEDULES: Mapping[str, AllowedArguments] = {
+    "cosine": AllowedArguments(("num_cycles",)),
+    "cosine_with_restarts": AllowedArguments(("num_cycles",)),
+    "cosine_with_min_lr": AllowedArguments(("num_cycles", *_FLOOR), _FLOOR),
+    "cosine_warmup_with_min_lr": AllowedArguments(
+        ("num_cycles", *_FLOOR, "warmup_lr_rate"), _FLOOR
+    ),
+    "polynomial": AllowedArguments(("lr_end", "power")),
+    "inverse_sqrt": AllowedArguments(("timescale",)),
+    "warmup_stable_decay": AllowedArguments(
+        (
+            "num_decay_steps",
+            "num_stable_steps",
+            "warmup_type",
+            "decay_type",
+            "min_lr_ratio",
+            "num_cycles",
+        ),
+        ("num_decay_steps",),
+    ),
+    PLATEAU: AllowedArguments(
+        ("factor", "patience", "threshold", "threshold_mode", "cooldown", "min_lr", "eps")
+    ),
+}
 """Schedule → arguments of its transformers function, except those that the run sets."""
 
-OPTIMIZERS: Mapping[str, Settings] = {
+OPTIMIZERS: Mapping[str, AllowedArguments] = {
     **dict.fromkeys(("ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit"),
-                    Settings(("beta3", "alpha", "t_alpha", "t_beta3"))),
-    "rmsprop": Settings(("momentum", "alpha", "eps", "centered")),
-    "adagrad": Settings(("lr_decay", "eps")),
-    "sgd": Settings(("momentum", "dampening", "nesterov")),
+                    AllowedArguments(("beta3", "alpha", "t_alpha", "t_beta3"))),
+    "rmsprop": AllowedArguments(("momentum", "alpha", "eps", "centered")),
+    "adagrad": AllowedArguments(("lr_decay", "eps")),
+    "sgd": AllowedArguments(("momentum", "dampening", "nesterov")),
 }  # fmt: skip
 """Optimizer → arguments besides --learning-rate, --weight-decay and --adam-*."""
 
-ANOTHER_RATE = {
+LEARNING_RATE_ADVICE = {
     "lion": "Lion wants a third to a tenth of that (Chen et al., 2023, section 5)",
     "sgd": "SGD wants a far higher one",
     "adagrad": "Adagrad wants a higher one",
@@ -125,10 +136,13 @@ def find_problems(train: Any) -> list[str]:
     schedule, optim = train.lr_scheduler_type, train.optim
     problems = _settings_problems(
         "--lr-scheduler-kwargs", f"--lr-scheduler-type {schedule}", train.lr_scheduler_kwargs,
-        SCHEDULES.get(schedule, Settings()),
+        SCHEDULES.get(schedule, AllowedArguments()),
     )  # fmt: skip
     problems += _settings_problems(
-        "--optim-args", f"--optim {optim}", train.optim_args, OPTIMIZERS.get(optim, Settings())
+        "--optim-args",
+        f"--optim {optim}",
+        train.optim_args,
+        OPTIMIZERS.get(optim, AllowedArguments()),
     )
     if train.warmup_steps and schedule in _NO_WARMUP:
         problems.append(
@@ -145,16 +159,16 @@ def find_problems(train: Any) -> list[str]:
 
 
 def _settings_problems(
-    flag: str, owner: str, given: Mapping[str, Scalar], settings: Settings
+    flag: str, owner: str, given: Mapping[str, Scalar], settings: AllowedArguments
 ) -> list[str]:
     problems = []
     if unknown := [name for name in given if name not in settings.names]:
-        has = f"It has {listing(settings.names)}." if settings.names else "It has none. Drop it."
-        problems.append(f"{flag} {listing(unknown)}: no setting of {owner}. {has}")
+        has = f"It has {join_names(settings.names)}." if settings.names else "It has none. Drop it."
+        problems.append(f"{flag} {join_names(unknown)}: no setting of {owner}. {has}")
     for name, value in given.items():
         words = _WORDS.get(name, ())
         if words and value not in words:
-            problems.append(f"{flag} {name}={value}: expected {listing(map(_shown, words))}.")
+            problems.append(f"{flag} {name}={value}: expected {join_names(map(_shown, words))}.")
         elif not words and (isinstance(value, bool | str) or value < 0):
             problems.append(f"{flag} {name}={value}: expected a number, 0 or more.")
     needed = settings.needed

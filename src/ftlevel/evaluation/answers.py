@@ -1,8 +1,8 @@
 """Generate replies to prompts and compute predictions for rows with a loaded model.
 
 The task defines the computation; this module batches rows. Rows are packed without padding if the
-model passes the checks of the fast step, else padded with rows of similar length. `Tally` counts
-the rows that have no answer. It must not train or read files.
+model passes the checks of the fast step, else padded with rows of similar length. `RowCounts`
+counts the rows that have no answer. It must not train or read files.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from ftlevel.artifacts.row_sinks import partial_of
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
-from ftlevel.data.prepare.inference import AskedRow
+from ftlevel.data.prepare.inference import QueryRow
 from ftlevel.errors import ConfigError, InputError, UnansweredError
 from ftlevel.evaluation.decoding import RowDecoder, open_decoder
-from ftlevel.evaluation.scoring import Writing, generate_texts
+from ftlevel.evaluation.scoring import GenerationOptions, generate_texts
 from ftlevel.fast.head.likelihoods import supervised_loss
 from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.plan import plan_forward
@@ -29,8 +29,8 @@ from ftlevel.fast.step import FastStep
 from ftlevel.models.hardware import autocast
 from ftlevel.models.kinds import max_positions
 from ftlevel.task import TokenObjective
-from ftlevel.tasks.base import Reply, Wanted
-from ftlevel.trained.load import Trained
+from ftlevel.tasks.base import OutputOptions, Prediction
+from ftlevel.trained.load import LoadedModel
 
 T = TypeVar("T")
 Read = Callable[[Encoded, torch.Tensor], T]
@@ -48,7 +48,7 @@ PADDED_TOKENS = 2_048
 class RowScorer:
     """Computes logits of encoded rows with a loaded model; `close` restores the model."""
 
-    def __init__(self, trained: Trained, batch_size: int | None) -> None:
+    def __init__(self, trained: LoadedModel, batch_size: int | None) -> None:
         self._trained = trained
         self._batch_size = batch_size
         self._fast: FastStep | None = None
@@ -111,7 +111,7 @@ class RowScorer:
         if self._packs and self._fast is not None:
             layout = PackedLayout.from_mask(batch["attention_mask"])
             if self._fast.plan.needed_tokens is not None:
-                layout = layout.needing(self._fast.plan.needed_tokens(batch))
+                layout = layout.with_needed(self._fast.plan.needed_tokens(batch))
             layout = layout.to(trained.device)
         batch = {name: value.to(trained.device) for name, value in batch.items()}
         with using_layout(layout):
@@ -143,7 +143,7 @@ class RowScorer:
         yield from torch.cat(seen).split(counts)  # type: ignore[no-untyped-call]
 
 
-def shorten(row: Encoded, limit: int) -> Encoded:
+def truncate_row(row: Encoded, limit: int) -> Encoded:
     """Return `row` truncated to `limit` tokens; its last token, e.g. SEP or EOS, is kept."""
     if len(row.input_ids) <= limit:
         return row
@@ -164,18 +164,18 @@ PROMPTS = 8
 
 
 @dataclass(frozen=True)
-class Ask:
+class AnswerRequest:
     """Prompts and rows to answer; `places` has `file:line` for each of `questions`."""
 
     prompts: Sequence[str]
     context: str | None
-    writing: Writing
+    writing: GenerationOptions
     batch_size: int = PROMPTS
     questions: Sequence[Any] = ()
     places: Sequence[str] = ()
 
 
-def answer(trained: Trained, ask: Ask) -> list[Reply]:
+def predict_replies(trained: LoadedModel, ask: AnswerRequest) -> list[Prediction]:
     """Return the replies to each prompt, then to each row; call it under `torch.no_grad`.
 
     Raises:
@@ -187,10 +187,10 @@ def answer(trained: Trained, ask: Ask) -> list[Reply]:
         raise ConfigError(f"{task.name} looks for an answer in a text. Add --context TEXT.")
     if ask.context is not None and not task.wants_context:
         raise ConfigError(f"--context belongs to question answering, and this is {task.name}.")
-    model = AskedModel(trained, ask.writing, ask.batch_size)
+    model = InferenceModel(trained, ask.writing, ask.batch_size)
     try:
         said = task.answer(model, ask.prompts, ask.context) if ask.prompts else []
-        rows = answer_questions(model, ask.questions, Wanted())
+        rows = predict_rows(model, ask.questions, OutputOptions())
         if rows.refused:
             raise InputError([f"{ask.places[i]}: {why}." for i, why in rows.refused.items()])
         return [*said, *(reply for reply in rows.replies if reply is not None)]
@@ -203,16 +203,18 @@ def answer(trained: Trained, ask: Ask) -> list[Reply]:
 
 
 @dataclass(frozen=True)
-class Answers:
+class ReplyBatch:
     """Replies to questions: None where there is none, with the reason in `refused` by index."""
 
-    replies: list[Reply | None]
+    replies: list[Prediction | None]
     refused: Mapping[int, str]
 
 
-def answer_questions(model: AskedModel, questions: Sequence[Any], wanted: Wanted) -> Answers:
+def predict_rows(
+    model: InferenceModel, questions: Sequence[Any], wanted: OutputOptions
+) -> ReplyBatch:
     """Answer `questions`; a question that fails does not affect the others."""
-    replies: list[Reply | None] = [None] * len(questions)
+    replies: list[Prediction | None] = [None] * len(questions)
     refused: dict[int, str] = {}
     left = list(range(len(questions)))
     while left:
@@ -226,10 +228,10 @@ def answer_questions(model: AskedModel, questions: Sequence[Any], wanted: Wanted
         for i, reply in zip(left, found, strict=True):
             replies[i] = reply
         break
-    return Answers(replies, refused)
+    return ReplyBatch(replies, refused)
 
 
-class AskedModel:
+class InferenceModel:
     """A loaded model as its task uses it; `close` restores the model.
 
     `cuts` allows long rows to be truncated, counted by `shortened`. A `batch_size` of None limits
@@ -237,7 +239,12 @@ class AskedModel:
     """
 
     def __init__(
-        self, trained: Trained, writing: Writing, batch_size: int | None, *, cuts: bool = False
+        self,
+        trained: LoadedModel,
+        writing: GenerationOptions,
+        batch_size: int | None,
+        *,
+        cuts: bool = False,
     ) -> None:
         self._trained, self._writing = trained, writing
         self._batch_size, self._cuts = batch_size, cuts
@@ -306,12 +313,12 @@ class AskedModel:
             }:
                 raise UnansweredError(refused)
             self.shortened += len(over)
-            rows = [shorten(row, positions) for row in rows] if over else rows
+            rows = [truncate_row(row, positions) for row in rows] if over else rows
         return self._scorer(rows, read)
 
 
 @contextlib.contextmanager
-def asking(model: AskedModel, trained: Trained) -> Iterator[None]:
+def inference_context(model: InferenceModel, trained: LoadedModel) -> Iterator[None]:
     """Disable gradients and use the training precision inside the block; then close `model`."""
     try:
         with torch.no_grad(), autocast(trained.device, trained.dtype):
@@ -325,7 +332,7 @@ MOST_SHOWN = 5
 
 
 @dataclass
-class Tally:
+class RowCounts:
     """Counts of the rows processed so far, for messages.
 
     `kept` rows were in `output` before, `answered` rows were processed since, and `skipped` of
@@ -340,13 +347,13 @@ class Tally:
     shortened: int = 0
     seconds: float = 0.0
 
-    def skip(self, window: Sequence[AskedRow], faults: Mapping[int, str]) -> None:
+    def skip(self, window: Sequence[QueryRow], faults: Mapping[int, str]) -> None:
         """Count the unanswered rows of `window`; `faults` maps an index in it to the reason."""
         self.skipped += len(faults)
         self.shown += [f"{window[i].place}: {faults[i]}" for i in sorted(faults)]
         del self.shown[MOST_SHOWN:]
 
-    def describe_bad(self, window: Sequence[AskedRow], faults: Mapping[int, str]) -> list[str]:
+    def describe_bad(self, window: Sequence[QueryRow], faults: Mapping[int, str]) -> list[str]:
         """Return error messages for the first unanswered rows, with the options to fix them."""
         lines = [f"{window[i].place}: {faults[i]}." for i in sorted(faults)]
         more = f" and {len(lines) - MOST_SHOWN:,} more" if len(lines) > MOST_SHOWN else ""

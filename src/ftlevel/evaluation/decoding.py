@@ -27,11 +27,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ftlevel.data.encoding.collate import pad
-from ftlevel.errors import listing
+from ftlevel.errors import join_names
 from ftlevel.evaluation.scoring import stop_ids
 from ftlevel.fast.head.likelihoods import base_model
-from ftlevel.fast.plan import puts_virtual_tokens, why_rows_are_padded
-from ftlevel.trained.load import Trained
+from ftlevel.fast.plan import adds_virtual_tokens, find_packing_obstacle
+from ftlevel.trained.load import LoadedModel
 
 NAME = "ftlevel_one_token"
 """Name of the attention for `set_attn_implementation`."""
@@ -338,10 +338,10 @@ def join(parts: Sequence[tuple[_Rows, Sequence[int]]]) -> _Rows:
     )
 
 
-def open_decoder(trained: Trained, prompts: Sequence[list[int]]) -> RowDecoder | Literal[False]:
+def open_decoder(trained: LoadedModel, prompts: Sequence[list[int]]) -> RowDecoder | Literal[False]:
     """Return a decoder that is checked on `prompts`, or False if `generate` must be used."""
     model, tokenizer = trained.model, trained.tokenizer
-    if why_generated(model, trained.kind, trained.method):
+    if find_decoder_obstacle(model, trained.kind, trained.method):
         return False
     decoder = RowDecoder(model, stop_ids(tokenizer), tokenizer.pad_token_id or 0)
     noise = 1e-4 if trained.dtype == "float32" else 1e-1
@@ -351,19 +351,19 @@ def open_decoder(trained: Trained, prompts: Sequence[list[int]]) -> RowDecoder |
     return decoder
 
 
-def why_generated(model: Any, kind: str, method: str) -> str:
+def find_decoder_obstacle(model: Any, kind: str, method: str) -> str:
     """Return why `generate` must be used; empty if `RowDecoder` may be."""
     base = base_model(model)
-    if reason := why_rows_are_padded(base, kind):
+    if reason := find_packing_obstacle(base, kind):
         return reason
-    if puts_virtual_tokens(model, method):
+    if adds_virtual_tokens(model, method):
         return "its adapter puts virtual tokens into every row"
     layers = DynamicCache(config=base.config).layers
     if any(type(layer) is not DynamicLayer for layer in layers):
         return "it keeps a window of its rows only"
     settings = base.generation_config.to_diff_dict()
     told = {name for name, value in settings.items() if value not in _NEUTRAL} - _HARMLESS
-    return f"its generation_config has {listing(sorted(told))}" if told else ""
+    return f"its generation_config has {join_names(sorted(told))}" if told else ""
 
 
 def find_decoding_error(

@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional
 
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.errors import ConfigError, did_you_mean, listing
+from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.task import LikelihoodObjective, Meter, Objective, ScoreTexts
 from ftlevel.tasks.base import BaseTask
 
@@ -29,7 +29,7 @@ PERCENTILES = (2.5, 97.5)
 
 
 @dataclass
-class Unit:
+class ExampleStats:
     """An example: its summed loss, its number of targets, and a meter of it alone."""
 
     meter: Meter
@@ -38,7 +38,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Written:
+class GeneratedText:
     """A generated text and its reference."""
 
     row: int
@@ -46,13 +46,13 @@ class Written:
     reference: str
 
 
-class PerRow:
-    """A `Record` with one unit per example, by the example's index in its table."""
+class ExampleRecord:
+    """A `EvaluationRecord` with one unit per example, by the example's index in its table."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
-        self.units: dict[int, Unit] = {}
-        self.written: list[Written] = []
+        self.units: dict[int, ExampleStats] = {}
+        self.written: list[GeneratedText] = []
 
     def add(
         self,
@@ -65,7 +65,7 @@ class PerRow:
         objective, width = self.objective, len(logits) // len(rows)
         for index, row in enumerate(rows):
             own = slice(index * width, (index + 1) * width)
-            unit = self.units.setdefault(row.row, Unit(objective.meter()))
+            unit = self.units.setdefault(row.row, ExampleStats(objective.meter()))
             unit.loss += objective.loss_sum(logits[own], labels[own], mask[own]).item()
             unit.targets += int(objective.count(labels[own]))
             unit.meter.update(*objective.targets(logits[own], labels[own]), [row])
@@ -81,7 +81,7 @@ class PerRow:
         losses = functional.cross_entropy(scores.float(), targets, reduction="none")
         for index in sorted(set(owners.tolist())):
             own, row = owners == index, rows[index]
-            unit = self.units.setdefault(row.row, Unit(self.objective.meter()))
+            unit = self.units.setdefault(row.row, ExampleStats(self.objective.meter()))
             unit.loss += losses[own].sum().item()
             unit.targets += int(own.sum())
             unit.meter.update(scores[own], targets[own], [row])
@@ -95,7 +95,7 @@ class PerRow:
             raise TypeError("only answers have a log-likelihood")
         for index, row in enumerate(rows):
             own = slice(index * width, (index + 1) * width)
-            unit = self.units.setdefault(row.row, Unit(objective.meter()))
+            unit = self.units.setdefault(row.row, ExampleStats(objective.meter()))
             unit.loss += objective.judge(answers[own], verdicts[own], training=False).item()
             unit.targets += 1
             unit.meter.update(answers[own], verdicts[own], [row])
@@ -105,7 +105,7 @@ class PerRow:
     ) -> None:
         """Add the generated texts."""
         for row, text, reference in zip(rows, texts, references, strict=True):
-            self.written.append(Written(row.row, text, reference))
+            self.written.append(GeneratedText(row.row, text, reference))
 
     def resample(
         self, count: int, seed: int, score_texts: ScoreTexts | None, language: str
@@ -124,7 +124,7 @@ class PerRow:
         return draws
 
     @staticmethod
-    def _metrics(units: Sequence[Unit], picks: np.ndarray) -> dict[str, float]:
+    def _metrics(units: Sequence[ExampleStats], picks: np.ndarray) -> dict[str, float]:
         drawn = [units[pick] for pick in picks]
         targets = sum(unit.targets for unit in drawn)
         loss = sum(unit.loss for unit in drawn) / targets if targets else float("nan")
@@ -142,7 +142,7 @@ def _draw(
 
 
 def _text_metrics(
-    written: Sequence[Written], score_texts: ScoreTexts, language: str
+    written: Sequence[GeneratedText], score_texts: ScoreTexts, language: str
 ) -> Callable[[np.ndarray], Mapping[str, float]]:
     def measure(picks: np.ndarray) -> Mapping[str, float]:
         drawn = [written[pick] for pick in picks]
@@ -161,7 +161,7 @@ LEVEL = 0.05
 
 
 @dataclass(frozen=True)
-class Scores:
+class MetricRuns:
     """Values of a metric over the runs of one method, one per seed.
 
     `draws` is (seeds, draws), the metric on resampled rows; without columns if a draw has no value.
@@ -200,7 +200,7 @@ class Difference:
     is_noise: bool | None
 
 
-def differ(found: Scores, best: Scores, comparisons: int) -> Difference:
+def compute_difference(found: MetricRuns, best: MetricRuns, comparisons: int) -> Difference:
     """Return the difference of `found` from `best`; `comparisons` is the total (Bonferroni)."""
     value = found.mean - best.mean
     if found.draws.shape != best.draws.shape or not found.draws.size:
@@ -235,11 +235,11 @@ def check_metrics(
             raise ConfigError(f"--metrics {name} is of generated texts. Add {how}.")
         raise ConfigError(
             f"--metrics: no metric of --task {task.name} is called {name!r}."
-            f"{did_you_mean(name, known)} Metrics here: {listing(known, 20)}."
+            f"{did_you_mean(name, known)} Metrics here: {join_names(known, 20)}."
         )
 
 
-def wants_texts(wish: Sequence[str], task: BaseTask) -> bool:
+def uses_text_metrics(wish: Sequence[str], task: BaseTask) -> bool:
     """Return whether `wish` names a metric of generated texts; an empty `wish` names all."""
     return not wish or bool(set(wish) & set(task.text_metrics))
 
@@ -249,6 +249,6 @@ def generates_texts(wish: bool | None, task: BaseTask) -> bool:
     return task.generates if wish is None else wish and task.writes_text
 
 
-def keep_wanted(found: Mapping[str, V], wish: Sequence[str]) -> dict[str, V]:
+def select_metrics(found: Mapping[str, V], wish: Sequence[str]) -> dict[str, V]:
     """Return the loss and the metrics named in `wish`; an empty `wish` names all."""
     return {name: found[name] for name in found if not wish or name == "loss" or name in wish}

@@ -11,7 +11,7 @@ import torch
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy
-from ftlevel.fast.head.likelihoods import measure_answers, sum_of_ratios, with_baseline
+from ftlevel.fast.head.likelihoods import compute_answer_likelihoods, sum_of_ratios, with_baseline
 from ftlevel.fast.step import chunked_cross_entropy
 from ftlevel.models.hardware import autocast
 from ftlevel.task import LikelihoodObjective, Objective
@@ -20,7 +20,7 @@ Measured = tuple[list[int], dict[str, torch.Tensor], torch.Tensor]
 """Row indices, their batch, and the log-likelihoods of its answers."""
 
 
-class Scorer(Protocol):
+class ScoringContext(Protocol):
     """The attributes of an `Evaluator` that scoring needs."""
 
     @property
@@ -61,7 +61,9 @@ class AnswerRecord(Protocol):
         """Record a batch, with the arguments of `LikelihoodObjective.judge`."""
 
 
-def score_answers(evaluator: Scorer, model: Any, record: AnswerRecord | None) -> dict[str, float]:
+def score_answers(
+    evaluator: ScoringContext, model: Any, record: AnswerRecord | None
+) -> dict[str, float]:
     """Return the loss and metrics of `model` on the evaluator's rows."""
     objective = _objective_of(evaluator)
     meter, total, count, rows = objective.meter(), 0.0, 0, evaluator.rows
@@ -81,7 +83,7 @@ def score_answers(evaluator: Scorer, model: Any, record: AnswerRecord | None) ->
     return {"loss": loss, **meter.compute(loss)}
 
 
-def measure_likelihoods(evaluator: Scorer, model: Any) -> np.ndarray:
+def compute_likelihoods(evaluator: ScoringContext, model: Any) -> np.ndarray:
     """Return the log-likelihoods of the two sequences of each row, (rows, 2) in float32.
 
     Batches are those of `score_answers`, so an unchanged model gives the same values, bit for bit.
@@ -106,13 +108,13 @@ def measure_likelihoods(evaluator: Scorer, model: Any) -> np.ndarray:
     return found
 
 
-def _objective_of(evaluator: Scorer) -> LikelihoodObjective:
+def _objective_of(evaluator: ScoringContext) -> LikelihoodObjective:
     if not isinstance(evaluator.objective, LikelihoodObjective):
         raise TypeError("only answers have a log-likelihood")
     return evaluator.objective
 
 
-def _head(evaluator: Scorer, model: Any) -> Any:
+def _head(evaluator: ScoringContext, model: Any) -> Any:
     wanted = evaluator.objective if evaluator.chunked_cross_entropy else None
     pad_id = evaluator.tokenizer.pad_token_id or 0
     longest = sorted(evaluator.rows, key=lambda row: -row.length)[:2]
@@ -126,7 +128,7 @@ def _contrasts(rows: Sequence[Encoded]) -> list[Encoded]:
 
 
 def _measure_baseline(
-    evaluator: Scorer, model: Any, head: ChunkedCrossEntropy | None
+    evaluator: ScoringContext, model: Any, head: ChunkedCrossEntropy | None
 ) -> torch.Tensor | None:
     """Return the mean reward of all contrasts (a scalar, at least 0); None if not needed."""
     objective = _objective_of(evaluator)
@@ -139,15 +141,15 @@ def _measure_baseline(
 
 
 def _measure(
-    evaluator: Scorer, model: Any, rows: Sequence[Encoded], head: ChunkedCrossEntropy | None
+    evaluator: ScoringContext, model: Any, rows: Sequence[Encoded], head: ChunkedCrossEntropy | None
 ) -> Iterator[Measured]:
     objective = _objective_of(evaluator)
     for chosen, batch in _batches(evaluator, rows):
-        yield chosen, batch, measure_answers(head, model, objective, batch)
+        yield chosen, batch, compute_answer_likelihoods(head, model, objective, batch)
 
 
 def _batches(
-    evaluator: Scorer, rows: Sequence[Encoded]
+    evaluator: ScoringContext, rows: Sequence[Encoded]
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """Yield row indices and padded batches of rows of similar length, longest first."""
     collate = Collator(evaluator.tokenizer.pad_token_id or 0)

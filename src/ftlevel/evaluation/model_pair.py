@@ -22,19 +22,19 @@ from ftlevel.errors import InputError
 from ftlevel.evaluation.two_models import (
     PREDICTS,
     WINDOW,
-    Answer,
     Probe,
-    Scores,
+    RowLogits,
+    WindowOutputs,
     compare_rows,
     compare_text,
+    compute_window_outputs,
     cut_windows,
     read_eval_text,
-    read_windows,
 )
 from ftlevel.models.hardware import autocast
 from ftlevel.models.kinds import max_positions
 from ftlevel.models.upstream.tensors import own_tensors
-from ftlevel.trained.load import Trained
+from ftlevel.trained.load import LoadedModel
 from ftlevel.trained.model_ref import (
     PLAIN,
     ModelRef,
@@ -44,7 +44,7 @@ from ftlevel.trained.model_ref import (
 )
 
 
-def find_pair(config: EvaluateConfig, device: str) -> tuple[ModelRef, ModelRef | None]:
+def resolve_pair(config: EvaluateConfig, device: str) -> tuple[ModelRef, ModelRef | None]:
     """Resolve the model to evaluate and the one named by `--against`, or None.
 
     A plain model has no task, so it gets the task of the other one.
@@ -112,15 +112,15 @@ def choose_leader(found: ModelRef, reference: ModelRef | None) -> ModelRef:
 
 
 @dataclass(frozen=True)
-class ModelAnswers:
+class ModelOutputs:
     """Outputs of a model on the rows and on the windows of the text."""
 
-    scores: Scores
-    text: list[Answer]
+    scores: RowLogits
+    text: list[WindowOutputs]
 
 
 @dataclass(frozen=True)
-class Questions:
+class ComparisonInputs:
     """Inputs of a comparison: encoded rows, and windows of token ids for language models."""
 
     rows: Sequence[Encoded]
@@ -128,19 +128,21 @@ class Questions:
     auto_class: str
     text: str
 
-    def ask(self, trained: Trained) -> ModelAnswers:
+    def ask(self, trained: LoadedModel) -> ModelOutputs:
         """Return the outputs of `trained` in its own compute precision."""
         model, tokenizer = trained.model, trained.tokenizer
         probe = Probe(self.rows, trained.objective, tokenizer.pad_token_id or 0, trained.device)
         scores = probe.score(model, trained.dtype)
         with autocast(trained.device, trained.dtype):
             text = [
-                Answer(answer.values.cpu(), answer.labels.cpu())
-                for answer in read_windows(model, self.windows, self.auto_class, tokenizer)
+                WindowOutputs(answer.values.cpu(), answer.labels.cpu())
+                for answer in compute_window_outputs(
+                    model, self.windows, self.auto_class, tokenizer
+                )
             ]
-        return ModelAnswers(scores, text)
+        return ModelOutputs(scores, text)
 
-    def compare(self, reference: ModelAnswers, found: ModelAnswers) -> dict[str, Any]:
+    def compare(self, reference: ModelOutputs, found: ModelOutputs) -> dict[str, Any]:
         """Return the differences between `found` and `reference`."""
         rows = asdict(compare_rows(reference.scores, found.scores))
         if not self.windows:
@@ -149,7 +151,9 @@ class Questions:
         return {"rows": rows, "text": {"name": self.text, **text}}
 
 
-def build_questions(config: EvaluateConfig, trained: Trained, rows: Sequence[Encoded]) -> Questions:
+def build_comparison_inputs(
+    config: EvaluateConfig, trained: LoadedModel, rows: Sequence[Encoded]
+) -> ComparisonInputs:
     """Return the inputs for comparing `trained` with its reference.
 
     Raises:
@@ -158,13 +162,13 @@ def build_questions(config: EvaluateConfig, trained: Trained, rows: Sequence[Enc
     model_config = trained.model.config
     auto_class = trained.task.auto_class(trained.kind, model_config.model_type)
     if auto_class not in PREDICTS:
-        return Questions(rows, [], auto_class, "")
+        return ComparisonInputs(rows, [], auto_class, "")
     text = read_eval_text(config.eval_text, config.eval_tokens)
     length = min(WINDOW, trained.max_length or WINDOW, max_positions(model_config) or WINDOW)
     windows = cut_windows(trained.tokenizer, text.content, config.eval_tokens, length)
     if not windows:
         raise InputError(f"--eval-text {text.name} has less than two tokens. Name a longer text.")
-    return Questions(rows, windows, auto_class, text.name)
+    return ComparisonInputs(rows, windows, auto_class, text.name)
 
 
 _TOKENS = "trainable_tokens_delta"  # attribute of PEFT's layer of trainable tokens

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import torch
 
-from ftlevel.data.encoding.chat import turn_end
+from ftlevel.data.encoding.chat import find_end_of_turn_id
 from ftlevel.data.encoding.collate import Collator, pad
 from ftlevel.data.encoding.encode import IGNORED, Encoded
-from ftlevel.evaluation.intervals import PerRow, keep_wanted
+from ftlevel.evaluation.intervals import ExampleRecord, select_metrics
 from ftlevel.evaluation.likelihoods import score_answers
 from ftlevel.fast.head.cross_entropy import Observe
 from ftlevel.fast.head.likelihoods import supervised_loss
@@ -22,7 +22,7 @@ from ftlevel.task import LikelihoodObjective, Meter, Objective, ScoreTexts, Toke
 
 
 @dataclass(frozen=True)
-class Writing:
+class GenerationOptions:
     """Settings of text generation; a `temperature` of 0 does not sample."""
 
     max_new_tokens: int
@@ -52,7 +52,7 @@ class Writing:
         return common | {"do_sample": True} | drawn
 
 
-class Record(Protocol):
+class EvaluationRecord(Protocol):
     """Receives every row that an evaluator scores."""
 
     def add(
@@ -103,14 +103,14 @@ class Evaluator:
     dtype: str
     batch_size: int
     generated_rows: int = 0
-    writing: Writing = field(default_factory=lambda: Writing(64))
+    writing: GenerationOptions = field(default_factory=lambda: GenerationOptions(64))
     score_texts: ScoreTexts | None = None
     language: str = ""
     chunked_cross_entropy: bool = True
     metrics: Sequence[str] = ()
-    begin_record: Callable[[], Record | None] = lambda: None
+    begin_record: Callable[[], EvaluationRecord | None] = lambda: None
 
-    def __call__(self, model: Any, record: Record | None = None) -> dict[str, float]:
+    def __call__(self, model: Any, record: EvaluationRecord | None = None) -> dict[str, float]:
         """Return the metrics of `model`, whose training mode is restored."""
         training, record = model.training, record or self.begin_record()
         model.eval()
@@ -125,9 +125,9 @@ class Evaluator:
                         record.add_texts(self._generated(), texts, references)
         finally:
             model.train(training)
-        return keep_wanted(metrics, self.metrics)
+        return select_metrics(metrics, self.metrics)
 
-    def _score(self, model: Any, record: Record | None) -> dict[str, float]:
+    def _score(self, model: Any, record: EvaluationRecord | None) -> dict[str, float]:
         objective = self.objective
         if isinstance(objective, LikelihoodObjective):
             return score_answers(self, model, record)
@@ -156,7 +156,11 @@ class Evaluator:
         return {"loss": loss, **meter.compute(loss)}
 
     def _observer(
-        self, meter: Meter, record: Record | None, rows: Sequence[Encoded], labels: torch.Tensor
+        self,
+        meter: Meter,
+        record: EvaluationRecord | None,
+        rows: Sequence[Encoded],
+        labels: torch.Tensor,
     ) -> Observe:
         """Return a callback for the logits and targets of each chunk, in batch order."""
         owners = None
@@ -236,7 +240,7 @@ def generate_texts(
     prompts: Sequence[list[int]],
     device: str,
     batch_size: int,
-    writing: Writing,
+    writing: GenerationOptions,
 ) -> list[str]:
     """Return the generated text for each prompt, in order and without special tokens.
 
@@ -266,7 +270,7 @@ def stop_ids(tokenizer: Any) -> list[int]:
     """Return the ids that end a text: EOS, and the end of a turn in the chat template."""
     ends = [tokenizer.eos_token_id]
     if getattr(tokenizer, "chat_template", None):
-        ends.append(turn_end(tokenizer))
+        ends.append(find_end_of_turn_id(tokenizer))
     return list(dict.fromkeys(i for i in ends if i is not None))
 
 
@@ -274,11 +278,11 @@ _LONGEST = 2_000  # characters of a text
 
 
 def row_lines(
-    record: PerRow,
+    record: ExampleRecord,
     labels: Sequence[str],
     where: Callable[[int], str],
     *,
-    base: PerRow | None = None,
+    base: ExampleRecord | None = None,
     evaluator: Evaluator | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the results of each example as a dictionary, in row order.

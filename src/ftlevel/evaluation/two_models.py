@@ -90,28 +90,28 @@ def _end(tokenizer: Any) -> int | None:
 
 
 @dataclass(frozen=True)
-class Answer:
+class WindowOutputs:
     """Outputs in a window, (positions, size) in float32, and the true tokens."""
 
     values: torch.Tensor
     labels: torch.Tensor
 
 
-def read_windows(
+def compute_window_outputs(
     model: Any, windows: Sequence[list[int]], auto_class: str, tokenizer: Any
-) -> Iterator[Answer]:
+) -> Iterator[WindowOutputs]:
     """Yield the outputs of `model`, in eval mode, for each window."""
     device = next(model.parameters()).device
-    ask = _QUESTIONS.get(auto_class, _ask_hidden)
+    ask = _INPUT_BUILDERS.get(auto_class, _build_hidden_state_inputs)
     for number, window in enumerate(windows):
         question = ask(torch.tensor([window], device=device), tokenizer, number)
         with torch.no_grad():
             values = question.answers(model)
-        yield Answer(values, question.labels)
+        yield WindowOutputs(values, question.labels)
 
 
 @dataclass(frozen=True)
-class _Question:
+class _WindowInputs:
     """Inputs of a window, the output positions to compare, and the true tokens there."""
 
     inputs: dict[str, torch.Tensor]
@@ -128,11 +128,11 @@ class _Question:
         return output[self.output][0][self.places].float()
 
 
-def _ask_next(ids: torch.Tensor, tokenizer: Any, number: int) -> _Question:  # noqa: ARG001
-    return _Question({"input_ids": ids}, slice(0, -1), ids[0, 1:])
+def _build_next_token_inputs(ids: torch.Tensor, tokenizer: Any, number: int) -> _WindowInputs:  # noqa: ARG001
+    return _WindowInputs({"input_ids": ids}, slice(0, -1), ids[0, 1:])
 
 
-def _ask_masked(ids: torch.Tensor, tokenizer: Any, number: int) -> _Question:
+def _build_masked_inputs(ids: torch.Tensor, tokenizer: Any, number: int) -> _WindowInputs:
     special = torch.tensor(tokenizer.all_special_ids, device=ids.device)
     plain = (~torch.isin(ids[0], special)).nonzero().flatten()
     count = max(1, round(len(plain) * _MASKED_SHARE))
@@ -140,24 +140,24 @@ def _ask_masked(ids: torch.Tensor, tokenizer: Any, number: int) -> _Question:
     places = plain[order[:count].to(ids.device)].sort().values
     hidden = ids.clone()
     hidden[0, places] = tokenizer.mask_token_id
-    return _Question({"input_ids": hidden}, places, ids[0, places])
+    return _WindowInputs({"input_ids": hidden}, places, ids[0, places])
 
 
-def _ask_half(ids: torch.Tensor, tokenizer: Any, number: int) -> _Question:  # noqa: ARG001
+def _build_seq2seq_inputs(ids: torch.Tensor, tokenizer: Any, number: int) -> _WindowInputs:  # noqa: ARG001
     middle = ids.shape[1] // 2
     inputs = {"input_ids": ids[:, :middle], "labels": ids[:, middle:]}
-    return _Question(inputs, slice(None), ids[0, middle:])
+    return _WindowInputs(inputs, slice(None), ids[0, middle:])
 
 
-def _ask_hidden(ids: torch.Tensor, tokenizer: Any, number: int) -> _Question:  # noqa: ARG001
+def _build_hidden_state_inputs(ids: torch.Tensor, tokenizer: Any, number: int) -> _WindowInputs:  # noqa: ARG001
     inputs = {"input_ids": ids}
-    return _Question(inputs, slice(None), ids[0], "last_hidden_state")
+    return _WindowInputs(inputs, slice(None), ids[0], "last_hidden_state")
 
 
-_QUESTIONS = {
-    "AutoModelForCausalLM": _ask_next,
-    "AutoModelForMaskedLM": _ask_masked,
-    "AutoModelForSeq2SeqLM": _ask_half,
+_INPUT_BUILDERS = {
+    "AutoModelForCausalLM": _build_next_token_inputs,
+    "AutoModelForMaskedLM": _build_masked_inputs,
+    "AutoModelForSeq2SeqLM": _build_seq2seq_inputs,
 }
 
 
@@ -166,7 +166,7 @@ _BATCH = 4
 
 
 @dataclass(frozen=True)
-class Scores:
+class RowLogits:
     """Logits of a model on rows.
 
     `logits` has a tensor (targets, choices) per batch, in float32 on the CPU. `loss` is the mean
@@ -179,7 +179,7 @@ class Scores:
     targets: int
     has_choice: bool = True
 
-    def first(self, batches: int) -> Scores:
+    def first(self, batches: int) -> RowLogits:
         """Return the logits of the first batches only; the loss stays the same."""
         kept = self.logits[:batches]
         return replace(self, logits=kept, targets=sum(map(len, kept)))
@@ -194,7 +194,7 @@ class Probe:
     pad_id: int
     device: str
 
-    def score(self, model: Any, dtype: str) -> Scores:
+    def score(self, model: Any, dtype: str) -> RowLogits:
         """Return the logits of `model`, in eval mode, computed in `dtype`."""
         kept, count, loss, total = [], 0, 0.0, 0
         collate, objective = Collator(self.pad_id), self.objective
@@ -213,7 +213,7 @@ class Probe:
                 kept.append(scores)
                 if count == MOST_TARGETS:
                     break
-        return Scores(kept, loss / max(total, 1), count, self.objective.has_choice)
+        return RowLogits(kept, loss / max(total, 1), count, self.objective.has_choice)
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ class Agreement:
         return self.mean_difference if self.kl is None else self.kl
 
 
-def compare_rows(reference: Scores, found: Scores) -> Agreement:
+def compare_rows(reference: RowLogits, found: RowLogits) -> Agreement:
     """Return the differences between `found` and `reference` on the same rows."""
     largest = total = scale = divergence = 0.0
     same = numbers = 0
@@ -263,7 +263,7 @@ def compare_rows(reference: Scores, found: Scores) -> Agreement:
 
 
 def compare_text(
-    source: Iterable[Answer], changed: Iterable[Answer], auto_class: str
+    source: Iterable[WindowOutputs], changed: Iterable[WindowOutputs], auto_class: str
 ) -> dict[str, Any]:
     """Return the differences between two models on the same windows.
 

@@ -29,7 +29,7 @@ from ftlevel.fast.head.likelihoods import (
 )
 from ftlevel.fast.head.pruning import find_prunable_linears
 from ftlevel.fast.layers.recompute import using_generator
-from ftlevel.fast.packing import NotServedError, PackedLayout, using_layout
+from ftlevel.fast.packing import PackedLayout, UnsupportedModelError, using_layout
 from ftlevel.fast.prefixes import SharedPrefix, build_prefix_tree, using_prefix
 from ftlevel.models.hardware import autocast
 from ftlevel.models.module_tree import linear_size
@@ -322,7 +322,7 @@ def find_cross_entropy_error(
         with torch.no_grad(), autocast(device, dtype):
             expected, _ = objective.targets(objective.logits(model(**inputs)), labels)
             supervised_loss(head, model, objective, batch, lambda scores, _: seen.append(scores))
-    except NotServedError as error:
+    except UnsupportedModelError as error:
         return str(error)
     finally:
         model.train(training)

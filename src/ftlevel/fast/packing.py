@@ -24,7 +24,7 @@ from torch import nn
 Range = tuple[int, int]
 
 
-class NotServedError(NotImplementedError):
+class UnsupportedModelError(NotImplementedError):
     """A part of the fast step does not support what a model computes."""
 
 
@@ -93,7 +93,7 @@ class PackedLayout:
         pinned = {name: getattr(self, name) for name in ("source", "restore", "needed")}
         return replace(self, **{n: t.pin_memory() for n, t in pinned.items() if t is not None})
 
-    def needing(self, at: torch.Tensor) -> PackedLayout:
+    def with_needed(self, at: torch.Tensor) -> PackedLayout:
         """Return the layout with the indices `at` of the flattened batch as needed tokens."""
         needed = torch.unique(self.restore.index_select(0, at))
         return replace(self, needed=needed if len(needed) < self.tokens else None)

@@ -247,12 +247,12 @@ def plan_fast(
 def plan_forward(model: Any, kind: str, method: str, objective: Objective, tokens: int) -> FastPlan:
     """Return the parts for scoring rows with a loaded model, without training."""
     base = base_model(model)
-    packs = not (puts_virtual_tokens(model, method) or why_rows_are_padded(base, kind))
+    packs = not (adds_virtual_tokens(model, method) or find_packing_obstacle(base, kind))
     chunked = has_language_head(base, objective)
     return FastPlan(True, packs, chunked, tokens, prunes_last_layer=packs)
 
 
-def puts_virtual_tokens(model: Any, method: str) -> bool:
+def adds_virtual_tokens(model: Any, method: str) -> bool:
     """Return whether an adapter of `model` adds virtual tokens to every row."""
     adapters = getattr(model, "peft_config", {}).values()
     known = method in METHODS and METHODS[method].step.packing(SPECS[method]())
@@ -310,10 +310,10 @@ def _why_padded(config: TrainConfig, meta: Any, kind: str) -> str:
         return reason
     if getattr(meta.config, "layerdrop", 0):
         return f"{family} skips layers at random"
-    return why_rows_are_padded(meta, kind)
+    return find_packing_obstacle(meta, kind)
 
 
-def why_rows_are_padded(model: Any, kind: str) -> str:
+def find_packing_obstacle(model: Any, kind: str) -> str:
     """Return why `model` needs padded rows; empty if it does not."""
     family = model.config.model_type
     if kind == "encoder-decoder" or not find_blocks(model):

@@ -21,7 +21,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from ftlevel.fast.packing import NotServedError, PackedLayout, Range, Segment
+from ftlevel.fast.packing import PackedLayout, Range, Segment, UnsupportedModelError
 
 Gradients = Sequence[torch.Tensor | None]
 
@@ -57,11 +57,11 @@ class SharedPrefix:
         """
         if self._leaves is None:
             if module in self._made:
-                raise NotServedError("its blocks are gone through more than once")
+                raise UnsupportedModelError("its blocks are gone through more than once")
             self._made[module] = (key, value)
             return query, key, value
         if module not in self._leaves:
-            raise NotServedError("its micro-batches do not go through the same blocks")
+            raise UnsupportedModelError("its micro-batches do not go through the same blocks")
         before = self._leaves[module]
         empty = query.new_zeros(*query.shape[:2], self.tokens, query.shape[3])
         pairs = ((empty, query), (before[0], key), (before[1], value))

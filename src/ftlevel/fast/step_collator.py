@@ -82,7 +82,7 @@ class StepCollator:
         self._plan = replace(self._plan, tokens=max(1, self._plan.tokens // 2))
         return self._plan.tokens
 
-    def share_no_prefix(self) -> None:
+    def disable_shared_prefix(self) -> None:
         """Disable the shared prefix of later steps."""
         self._plan = replace(self._plan, shared_prefix=False)
 
@@ -103,7 +103,7 @@ class StepCollator:
         batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         layout = PackedLayout.from_mask(batch["attention_mask"])
         if self._plan.needed_tokens is not None:  # none is needed, and one is the minimum
-            layout = layout.needing(torch.tensor([len(tokens) - 1]))
+            layout = layout.with_needed(torch.tensor([len(tokens) - 1]))
         return {**batch, "layout": layout}
 
     def _micro_batch(
@@ -118,7 +118,7 @@ class StepCollator:
         else:
             layout = PackedLayout.from_mask(batch["attention_mask"])
         if layout is not None and self._plan.needed_tokens is not None:
-            layout = layout.needing(self._plan.needed_tokens(batch))
+            layout = layout.with_needed(self._plan.needed_tokens(batch))
         if isinstance(self._objective, TokenObjective):
             batch["located"] = self._objective.locate(batch["labels"])
         return {**batch, "layout": layout}

@@ -19,7 +19,7 @@ from ftlevel.config import MergeConfig, QuantConfig
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.errors import InputError, RunError
 from ftlevel.evaluation.scoring import batches
-from ftlevel.evaluation.two_models import Agreement, Probe, Scores, compare_rows
+from ftlevel.evaluation.two_models import Agreement, Probe, RowLogits, compare_rows
 from ftlevel.events import Listener
 from ftlevel.merging.merge_input import MergeInput
 from ftlevel.merging.merged_model import open_merger
@@ -29,8 +29,8 @@ from ftlevel.models.loading import load_config
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream.quantizers import dequantized
-from ftlevel.weights.codes import Grid, choose_codes
-from ftlevel.weights.gguf.file import GRIDS, Codes
+from ftlevel.weights.codes import QuantizationGrid, choose_codes
+from ftlevel.weights.gguf.file import GRIDS, QuantizedMatrix
 from ftlevel.weights.quantize_layout import Layout, build_layout
 from ftlevel.weights.quantize_shards import bitsandbytes_grid, write_quantized
 
@@ -132,7 +132,7 @@ _TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
-class LowBits:
+class QuantizedMerge:
     """A merged model that was written in 4 or 8 bits.
 
     `linears` is the number of quantized weights. `sums` maps each layer to the expected row sums of
@@ -168,12 +168,12 @@ class CodeChooser:
         dtype: precision in which the weights were loaded before they were quantized.
         moments: input moments; None rounds each weight to the nearest code.
         fits_scales: whether to choose the scales by the moments too.
-        sums: see `LowBits` (mutated).
+        sums: see `QuantizedMerge` (mutated).
     """
 
     target: Weights
     origin: Weights
-    grid: Grid
+    grid: QuantizationGrid
     turned: dict[str, bool]
     dtype: torch.dtype
     moments: InputMoments | None
@@ -211,7 +211,7 @@ class CodeChooser:
         return (weight.T if self.turned[linear] else weight).float().contiguous()
 
 
-def resolve_low_bits(config: MergeConfig, inputs: MergeInput) -> QuantConfig | None:
+def resolve_quantization(config: MergeConfig, inputs: MergeInput) -> QuantConfig | None:
     """Return the quantization to write; None for floating point.
 
     Raises InputError if the model has no layer that can be quantized.
@@ -239,13 +239,13 @@ def _plan_layout(inputs: MergeInput, config: Any, quant: QuantConfig, dtype: tor
     return layout
 
 
-def write_low_bits(
+def quantize_merged(
     merged: Candidate,
     inputs: MergeInput,
     quant: QuantConfig,
     rows: Probe | None,
     listener: Listener,
-) -> tuple[Candidate, LowBits]:
+) -> tuple[Candidate, QuantizedMerge]:
     """Quantize the merged model into a new directory, and delete the directory of `merged`.
 
     Codes are chosen by the layers' outputs on `rows`; without rows each weight is rounded. The
@@ -284,7 +284,7 @@ def write_low_bits(
         directory=directory,
         written=replace(merged.written, size_bytes=written.bytes),
     )
-    return rounded, LowBits(written.quantized, layout, chooser.sums)
+    return rounded, QuantizedMerge(written.quantized, layout, chooser.sums)
 
 
 def _on_one_grid(one: QuantConfig, other: QuantConfig) -> bool:
@@ -295,8 +295,8 @@ def _on_one_grid(one: QuantConfig, other: QuantConfig) -> bool:
     return (one.kind, one.quant_type) == (other.kind, other.quant_type)
 
 
-def measure_low_bits(
-    rounded: Candidate, low: LowBits, inputs: MergeInput, probe: Probe, trained: Scores
+def compare_quantized(
+    rounded: Candidate, low: QuantizedMerge, inputs: MergeInput, probe: Probe, trained: RowLogits
 ) -> Agreement:
     """Reload the quantized model and compare its logits with those of the model as trained.
 
@@ -307,7 +307,7 @@ def measure_low_bits(
     return compare_rows(trained, probe.score(model, inputs.dtype))
 
 
-def _check_read_back(model: Any, low: LowBits) -> None:
+def _check_read_back(model: Any, low: QuantizedMerge) -> None:
     for name, expected in low.sums.items():
         weight = dequantized(model.get_submodule(name)).cpu()
         found = weight @ _signs(weight.shape[1])
@@ -329,13 +329,13 @@ class GgufCodes:
     """Choose codes and cache them, one byte per weight, to compare the written file with them."""
 
     chooser: CodeChooser
-    _made: dict[str, Codes] = field(default_factory=dict)
+    _made: dict[str, QuantizedMatrix] = field(default_factory=dict)
 
-    def __call__(self, source: str) -> Codes:
+    def __call__(self, source: str) -> QuantizedMatrix:
         """Return the codes of the weight named `source`, (out, in)."""
         if source not in self._made:
             codes, scales = self.chooser.choose(source.removesuffix(".weight"))
-            self._made[source] = Codes(codes.to(torch.uint8), scales.view(len(codes), -1))
+            self._made[source] = QuantizedMatrix(codes.to(torch.uint8), scales.view(len(codes), -1))
         return self._made[source]
 
 
@@ -360,7 +360,7 @@ class WeightsAsLoaded:
 
 def choose_gguf_codes(
     model: Any, weights: Weights, rows: Probe, dtype: str, outtype: str
-) -> Callable[[str], Codes]:
+) -> Callable[[str], QuantizedMatrix]:
     """Return a function that chooses the codes of the linear layers of `model` for a .gguf type.
 
     `weights` are those as trained; `outtype` is a key of `GRIDS`. Rounding starts from the trained

@@ -13,13 +13,13 @@ from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
 from ftlevel.artifacts.places import DATA_PLACES, check_places, read_run
 from ftlevel.config import MergeConfig, QuantConfig, TrainConfig, build_config
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.chat import choose_chat_template
-from ftlevel.data.encoding.collate import choose_pad_token
+from ftlevel.data.encoding.chat import set_chat_template
+from ftlevel.data.encoding.collate import ensure_pad_token
 from ftlevel.data.encoding.encode import PROMPT_VERSION, Encoded, read_format
 from ftlevel.data.encoding.fit import Bounds
 from ftlevel.data.prepare.dataset import prepare_data
-from ftlevel.data.prepare.encoder import EncodingContext, Prepared, be_silent
-from ftlevel.errors import ConfigError, InputError, listing
+from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, ignore_progress
+from ftlevel.errors import ConfigError, InputError, join_names
 from ftlevel.evaluation.two_models import cut_windows, read_eval_text
 from ftlevel.methods.merging import read_peft_config, why_not_mergeable
 from ftlevel.models.hardware import DTYPES, choose_device
@@ -38,7 +38,7 @@ from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapt import load_adapter
 from ftlevel.trained.adapterhub import is_adapterhub
-from ftlevel.trained.load import Trained, card_overrides
+from ftlevel.trained.load import LoadedModel, card_overrides
 from ftlevel.trained.model_ref import (
     ADAPTER_CONFIG,
     ModelRef,
@@ -107,7 +107,7 @@ def find_adapter(name: str) -> Path:
     if not path.exists():
         raise InputError(f"{name} does not exist. Expected a run or an adapter directory.")
     if not (directory / ADAPTER_CONFIG).is_file():
-        held = listing(sorted(p.name for p in path.iterdir()), 6) if path.is_dir() else "a file"
+        held = join_names(sorted(p.name for p in path.iterdir()), 6) if path.is_dir() else "a file"
         held = held or "nothing"
         raise InputError(
             f"{name} is no run and no adapter (it holds {held}). Expected a directory with "
@@ -166,7 +166,7 @@ def resolve_merge_input(config: MergeConfig) -> MergeInput:
     )  # fmt: skip
 
 
-def whole_model_input(found: ModelRef, trained: Trained) -> MergeInput:
+def whole_model_input(found: ModelRef, trained: LoadedModel) -> MergeInput:
     """Return inputs for a model without an adapter that is written without a merge."""
     source, card = found.source, found.card
     return MergeInput(
@@ -239,10 +239,10 @@ def _without_token_types(rows: Sequence[Encoded]) -> list[Encoded]:
     ]
 
 
-def _prepare_rows(inputs: MergeInput, config: TrainConfig) -> Prepared:
+def _prepare_rows(inputs: MergeInput, config: TrainConfig) -> PreparedData:
     tokenizer = inputs.tokenizer
-    choose_chat_template(tokenizer, config.data.chat_template)
-    choose_pad_token(tokenizer)
+    set_chat_template(tokenizer, config.data.chat_template)
+    ensure_pad_token(tokenizer)
     vocabulary = inputs.config.get_text_config().vocab_size
     bounds = Bounds(max_positions(inputs.config))
     prompt = read_format(inputs.card)
@@ -250,7 +250,7 @@ def _prepare_rows(inputs: MergeInput, config: TrainConfig) -> Prepared:
         inputs.task, inputs.kind, tokenizer, vocabulary, bounds, config.train.seed,
         prompt_version=prompt.version if prompt else PROMPT_VERSION,
     )  # fmt: skip
-    return prepare_data(config.data, context, be_silent)
+    return prepare_data(config.data, context, ignore_progress)
 
 
 def _made_up(inputs: MergeInput, count: int, calibration: int, reason: str) -> Rows:

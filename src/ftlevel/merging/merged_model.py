@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ftlevel.artifacts.files import write_json
-from ftlevel.errors import InputError, RunError, listing
+from ftlevel.errors import InputError, RunError, join_names
 from ftlevel.merging.merge_input import MergeInput
 from ftlevel.methods.merging import Skeleton, build_skeleton
 from ftlevel.models.hardware import DTYPES
@@ -23,22 +23,22 @@ from ftlevel.models.quantization import Rounding
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.targets import find_heads
 from ftlevel.models.upstream.architectures import tied_names, unsaved_names
-from ftlevel.trained.vocabulary import fit_vocabulary
+from ftlevel.trained.vocabulary import resize_vocabulary
 from ftlevel.weights.checkpoint import (
     TOKENIZER_FILES,
     Checkpoint,
-    as_saved,
     checkpoint_in_memory,
+    convert_for_saving,
     local_directory,
     open_checkpoint,
 )
-from ftlevel.weights.tensor_files import Part, Spec, spec_of, write_files
+from ftlevel.weights.tensor_files import TensorPart, TensorSpec, spec_of, write_files
 
 _SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
-class Written:
+class MergedFiles:
     """Summary of the files of a merged model.
 
     Attributes:
@@ -82,9 +82,9 @@ class TensorMerger:
         """Whether the adapter changes or replaces the tensor `name`."""
         return name in self.skeleton.supplied or self.skeleton.unit_of(name) is not None
 
-    def spec(self, name: str) -> Spec:
+    def spec(self, name: str) -> TensorSpec:
         """Return dtype and shape of the merged tensor `name` without reading it."""
-        return Spec(self._dtype_of(name), self.shapes[name])
+        return TensorSpec(self._dtype_of(name), self.shapes[name])
 
     def value(self, name: str) -> torch.Tensor:
         """Return the merged tensor `name` as it is written."""
@@ -155,7 +155,8 @@ class TensorMerger:
         if lost:
             raise InputError(
                 f"--base {base} lacks {len(lost):,} weights of the model that was trained, and the "
-                f"adapter does not have them: {listing(lost, 3)}. They would be random. Check that "
+                f"adapter does not have them: {join_names(lost, 3)}. They would be random. "
+                "Check that "
                 "it is the model that the adapter was trained on."
             )
 
@@ -212,7 +213,7 @@ def open_merger(
 ) -> TensorMerger:
     """Return the merger of `inputs`; raise InputError if a tensor does not belong to the model."""
     model = build_task_model(inputs.config, inputs.auto_class)
-    fit_vocabulary(model, inputs.directory)
+    resize_vocabulary(model, inputs.directory)
     rounds = rounding(build_task_model(inputs.config, inputs.auto_class)) if rounding else None
     checkpoint = _open(inputs, model)
     ties = tied_names(model)
@@ -231,7 +232,7 @@ def write_merged(
     inputs: MergeInput,
     dtype: str | None,
     rounding: Callable[[Any], Rounding] | None,
-) -> tuple[Written, TensorMerger]:
+) -> tuple[MergedFiles, TensorMerger]:
     """Write the base of `inputs`, merged with its adapter, into the empty `directory`.
 
     Returns a summary and the merger, which can compute the tensors again. A `dtype` of None keeps
@@ -257,7 +258,7 @@ def write_merged(
             "float32, or train longer."
         )
     _write_config(directory, inputs, model, merger.main_dtype, untied=untied)
-    written = Written(
+    written = MergedFiles(
         sum(len(part.specs) for parts in shards.values() for part in parts),
         merged, len(merger.unchanged), untied, checkpoint.unused, size,
         str(merger.main_dtype).removeprefix("torch."),
@@ -292,9 +293,9 @@ def _are_untied(merger: TensorMerger, ties: Mapping[str, str]) -> bool:
     )
 
 
-def _plan_files(merger: TensorMerger, names: list[str]) -> dict[str, list[Part]]:
+def _plan_files(merger: TensorMerger, names: list[str]) -> dict[str, list[TensorPart]]:
     """Return the files to write: those of the base, with new tensors in the last one."""
-    shards: dict[str, list[Part]] = defaultdict(list)
+    shards: dict[str, list[TensorPart]] = defaultdict(list)
     checkpoint, new = merger.checkpoint, []
     for name in names:
         if name in checkpoint.groups:
@@ -308,22 +309,22 @@ def _plan_files(merger: TensorMerger, names: list[str]) -> dict[str, list[Part]]
     return {name: shards[name] for name in files}
 
 
-def _parts(merger: TensorMerger, name: str) -> list[Part]:
+def _parts(merger: TensorMerger, name: str) -> list[TensorPart]:
     """Return the parts of the tensor `name`, copied from the base where possible."""
     model = merger.checkpoint.model
-    saved = as_saved(model, name, merger.spec(name).meta())
+    saved = convert_for_saving(model, name, merger.spec(name).meta())
     specs = {key: spec_of(tensor) for key, tensor in saved.items()}
     if merger.checkpoint.holds(name) and merger.copied(name):
         if len(specs) == 1 and (stored := merger.checkpoint.plain(name)) is not None:
-            return [Part(specs, stored)]
+            return [TensorPart(specs, stored)]
         if all(key in merger.checkpoint.stored for key in specs):
             tensors = {key: merger.checkpoint.stored[key] for key in specs}
             return [_copy(key, spec, tensors[key]) for key, spec in specs.items()]
-    return [Part(specs, lambda: as_saved(model, name, merger.value(name)))]
+    return [TensorPart(specs, lambda: convert_for_saving(model, name, merger.value(name)))]
 
 
-def _copy(key: str, spec: Spec, stored: Any) -> Part:
-    return Part(
+def _copy(key: str, spec: TensorSpec, stored: Any) -> TensorPart:
+    return TensorPart(
         {key: spec}, (lambda: {key: stored}) if isinstance(stored, torch.Tensor) else stored
     )
 

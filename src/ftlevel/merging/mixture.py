@@ -24,13 +24,13 @@ from ftlevel.merging.merge_input import MergeInput, find_adapter
 from ftlevel.methods.merging import WEIGHTS, read_peft_config
 from ftlevel.methods.upstream import pattern_of
 from ftlevel.models.loading import build_task_model
-from ftlevel.trained.vocabulary import why_other_vocabulary
+from ftlevel.trained.vocabulary import find_vocabulary_mismatch
 from ftlevel.workspace import Workspace
 
 _MIXTURE = "mixture"
 
 
-def why_not_mixable(config: dict[str, Any]) -> str | None:
+def find_mixing_problem(config: dict[str, Any]) -> str | None:
     """Return why an adapter with this PEFT config cannot be mixed; None if it can."""
     if config.get("peft_type") != "LORA":
         return f"only LoRA adapters can be mixed, and it is {config.get('peft_type')}"
@@ -51,7 +51,7 @@ def why_not_mixable(config: dict[str, Any]) -> str | None:
     return None
 
 
-def mix_exactly(directories: Sequence[Path], weights: Sequence[float], out: Path) -> None:
+def concatenate_adapters(directories: Sequence[Path], weights: Sequence[float], out: Path) -> None:
     """Write the LoRA whose update is Σ wᵢ · sᵢ · Bᵢ · Aᵢ, where sᵢ is the scale of adapter i.
 
     A stacks wᵢ·sᵢ·Aᵢ by rows, B concatenates Bᵢ by columns. The rank is the sum of the ranks; the
@@ -145,18 +145,18 @@ def mix(
         return inputs, []
     directories = [find_adapter(name) for name in config.adapters]
     for name, directory in zip(config.adapters, directories, strict=True):
-        reason = why_not_mixable(read_peft_config(directory))
+        reason = find_mixing_problem(read_peft_config(directory))
         if reason is not None:
             raise InputError(f"{name} cannot be mixed: {reason}.")
         _check_same_base(inputs, name, directory)
     base = build_task_model(inputs.config, inputs.auto_class)
     for name, directory in zip(config.adapters, directories, strict=True):
-        other = why_other_vocabulary(base, directory)
+        other = find_vocabulary_mismatch(base, directory)
         if other is not None:
             raise InputError(f"{name} cannot be mixed: {other}. Merge it alone.")
     mixture = Path(stack.enter_context(Workspace("mixture")))
     if config.strategy == "cat":
-        mix_exactly(directories, weights, mixture)
+        concatenate_adapters(directories, weights, mixture)
     else:
         _mix_with_peft(config, inputs, directories, weights, mixture)
     shown = ", ".join(f"{w:g} × {n}" for w, n in zip(weights, config.adapters, strict=True))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ftlevel.artifacts.files import write_json
-from ftlevel.errors import InputError, listing
+from ftlevel.errors import InputError, join_names
 from ftlevel.methods import METHODS
 from ftlevel.methods.lora.plain_form import token_rows
 from ftlevel.methods.merging import WEIGHTS
@@ -28,7 +28,7 @@ from ftlevel.methods.plain_form import (
 from ftlevel.models.loading import build_task_model, load_model, rename_prefix
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream.architectures import tied_names
-from ftlevel.trained.vocabulary import trained_rows
+from ftlevel.trained.vocabulary import read_vocabulary_size
 from ftlevel.weights.checkpoint import Checkpoint, checkpoint_in_memory, open_checkpoint
 
 NO_WEIGHTS = (
@@ -164,7 +164,7 @@ def plain_form_of(config: Mapping[str, Any]) -> PlainForm:
     return form
 
 
-def form_from_file(
+def compute_normal_form(
     directory: Path, config: Mapping[str, Any], base: BaseWeights, limit: int
 ) -> NormalForm | None:
     """Return the normal form by the method's algebra; None if the loaded layers must be probed.
@@ -176,7 +176,7 @@ def form_from_file(
     if algebra is None:
         return None
     factors = algebra(file)
-    return assemble(factors, file, limit, "its file")
+    return build_normal_form(factors, file, limit, "its file")
 
 
 def read_file(directory: Path, config: Mapping[str, Any], base: BaseWeights) -> AdapterFile:
@@ -188,7 +188,7 @@ def read_file(directory: Path, config: Mapping[str, Any], base: BaseWeights) -> 
 
     embedding = base.model.get_input_embeddings() if trained_on_text(base.model) else None
     had = None if embedding is None else int(embedding.weight.shape[0])
-    rows = trained_rows(base.model, directory) if had else None
+    rows = read_vocabulary_size(base.model, directory) if had else None
     if rows not in (None, had):
         raise InputError(
             f"it was trained with {rows:,} tokens and its base has {had:,}, and no server adds "
@@ -220,7 +220,9 @@ def is_whole(name: str, config: Mapping[str, Any]) -> bool:
     return any(".".join(parts[:count]).endswith(saved) for count in range(1, len(parts)))
 
 
-def assemble(factors: dict[str, Factors], file: AdapterFile, limit: int, way: str) -> NormalForm:
+def build_normal_form(
+    factors: dict[str, Factors], file: AdapterFile, limit: int, way: str
+) -> NormalForm:
     """Return the normal form of `factors` and of the remaining tensors of `file`.
 
     Raises:
@@ -229,7 +231,7 @@ def assemble(factors: dict[str, Factors], file: AdapterFile, limit: int, way: st
     """
     odd = [name for name in file.tensors if not is_whole(name, file.config)]
     if odd:
-        raise InputError(f"its file holds {listing(odd, 2)}, which plain LoRA has no place for")
+        raise InputError(f"its file holds {join_names(odd, 2)}, which plain LoRA has no place for")
     if not factors:
         raise InputError("it changes no linear and no embedding")
     ranks = {name: own.rank for name, own in factors.items()}
@@ -242,7 +244,7 @@ def assemble(factors: dict[str, Factors], file: AdapterFile, limit: int, way: st
         )
     said = list(file.said)
     if len(set(ranks.values())) > 1:
-        said.append(f"ranks {listing(map(str, sorted(set(ranks.values()))), 6)} → {rank}")
+        said.append(f"ranks {join_names(map(str, sorted(set(ranks.values()))), 6)} → {rank}")
     return NormalForm(
         {name: own.padded(rank) for name, own in sorted(factors.items())},
         dict(file.tensors),

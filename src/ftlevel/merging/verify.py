@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from ftlevel.artifacts.cards import how_near
+from ftlevel.artifacts.cards import describe_difference
 from ftlevel.config import QuantConfig
 from ftlevel.errors import RunError
 from ftlevel.evaluation.model_pair import in_float32
-from ftlevel.evaluation.two_models import Agreement, Probe, Scores, compare_rows
+from ftlevel.evaluation.two_models import Agreement, Probe, RowLogits, compare_rows
 from ftlevel.merging.merge_input import MergeInput, load_trained_model
-from ftlevel.merging.merged_model import TensorMerger, Written
+from ftlevel.merging.merged_model import MergedFiles, TensorMerger
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import load_config, load_model
 from ftlevel.models.sources import ModelSource
@@ -40,14 +40,14 @@ class Candidate:
 
     onto: str
     directory: Path
-    written: Written
+    written: MergedFiles
     merger: TensorMerger
-    scores: Scores | None = None
+    scores: RowLogits | None = None
     trained: Agreement | None = None
 
 
 @dataclass(frozen=True)
-class Checked:
+class MergeCheck:
     """Measurements of a correct merge.
 
     Attributes:
@@ -76,7 +76,9 @@ def load_merged(directory: Path, inputs: MergeInput) -> Any:
     return model.eval()
 
 
-def measure(candidate: Candidate, inputs: MergeInput, probe: Probe, trained: Scores) -> Candidate:
+def measure(
+    candidate: Candidate, inputs: MergeInput, probe: Probe, trained: RowLogits
+) -> Candidate:
     """Reload `candidate`, and return it with its logits and its distance from the trained model.
 
     Raises RunError if a tensor differs from the merged one.
@@ -87,7 +89,7 @@ def measure(candidate: Candidate, inputs: MergeInput, probe: Probe, trained: Sco
     return replace(candidate, scores=found, trained=compare_rows(trained, found))
 
 
-def check(candidate: Candidate, inputs: MergeInput, probe: Probe) -> Checked:
+def check(candidate: Candidate, inputs: MergeInput, probe: Probe) -> MergeCheck:
     """Compare a merge with base and adapter; raise RunError if they differ beyond `BOUND`."""
     if candidate.scores is None or candidate.trained is None:
         raise ValueError("what is checked was measured before")
@@ -96,7 +98,7 @@ def check(candidate: Candidate, inputs: MergeInput, probe: Probe) -> Checked:
         agreement = compare_rows(probe.score(reference(), inputs.dtype), candidate.scores)
     if inputs.dtype == candidate.written.dtype == "float32":  # nothing was rounded
         _refuse_other_than(agreement)
-        return Checked(agreement, agreement, None)
+        return MergeCheck(agreement, agreement, None)
     few = replace(probe, rows=probe.rows[:_ROWS])
     exact, unrounded = _compare_before_rounding(candidate, inputs, few)
     if not _is_right(exact) and inputs.dtype != "float32":
@@ -104,7 +106,7 @@ def check(candidate: Candidate, inputs: MergeInput, probe: Probe) -> Checked:
         exact, unrounded = _compare_before_rounding(candidate, wide, few)
     _refuse_other_than(exact)
     rounding = compare_rows(unrounded, candidate.scores.first(len(unrounded.logits)))
-    return Checked(agreement, exact, rounding)
+    return MergeCheck(agreement, exact, rounding)
 
 
 def _check_files(model: Any, merger: TensorMerger) -> None:
@@ -140,7 +142,7 @@ def _load_reference(candidate: Candidate, inputs: MergeInput) -> Any:
 
 def _compare_before_rounding(
     candidate: Candidate, inputs: MergeInput, probe: Probe
-) -> tuple[Agreement, Scores]:
+) -> tuple[Agreement, RowLogits]:
     """Compare the unrounded merge with base and adapter in float32; return its logits too.
 
     Weights in their stored dtype are widened one module at a time, without additional memory.
@@ -168,6 +170,6 @@ def _refuse_other_than(exact: Agreement) -> None:
         raise RunError(
             f"the merged model is not the base with the adapter: before rounding its logits differ "
             f"by {exact.mean_difference:.3g} on average, and float32 explains "
-            f"{BOUND * exact.scale:.3g} ({how_near(asdict(exact))}, "
+            f"{BOUND * exact.scale:.3g} ({describe_difference(asdict(exact))}, "
             f"{exact.targets:,} targets). Nothing was kept. Please report this with the command."
         )

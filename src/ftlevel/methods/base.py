@@ -57,7 +57,7 @@ class QuantizedCheckpoint:
 
 
 @dataclass(frozen=True)
-class StartInputs:
+class InitializationInputs:
     """Inputs of data- or weight-dependent initializations, computed on demand.
 
     `batches` returns a re-iterable of batches with a mask `supervised` `(batch, seq)`.
@@ -72,21 +72,21 @@ class StartInputs:
 
 
 @dataclass(frozen=True)
-class Start:
+class Initialization:
     """Initialization of a method that differs from PEFT's default.
 
     Attributes:
         precision: (spec, `--dtype`) -> required dtype, or None; may raise `ConfigError`.
         begin: initializes the adapter of the model (mutated).
         rewrites_base: spec -> whether initialization changes the base weights.
-        copy: untrained model -> tensors by name that `as_saved` needs.
+        copy: untrained model -> tensors by name that `convert_for_saving` needs.
         as_saved: (trained model, copied tensors) -> context manager of the state dict to save for
             the unchanged base; None saves the model as it is.
         default: spec -> spec with the same shapes and PEFT's default initialization.
     """
 
     precision: Callable[[Any, str], Choice | None]
-    begin: Callable[[Any, Any, StartInputs], None]
+    begin: Callable[[Any, Any, InitializationInputs], None]
     rewrites_base: Callable[[Any], bool]
     copy: Callable[[Any], dict[str, Any]]
     as_saved: Callable[[Any, dict[str, Any]], AbstractContextManager[dict[str, Any] | None]]
@@ -201,7 +201,7 @@ class Method:
     refuse_quantized: Callable[[Any, QuantizedCheckpoint], str | None] = refuse_other_forms
     positions: Callable[[Any], int] | None = None
     prepare: Callable[[Any], None] | None = None
-    start: Start | None = None
+    start: Initialization | None = None
     optimizer: Callable[[Any, Any, Any], Any] | None = None
     callbacks: Callable[[Any, Path, bool], list[Any]] | None = None
     penalty: Callable[[Any], Any] | None = None

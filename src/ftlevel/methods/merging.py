@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftlevel.errors import InputError, listing
+from ftlevel.errors import InputError, join_names
 from ftlevel.methods import METHODS, ensure_registered
 from ftlevel.methods.base import Merging
 from ftlevel.methods.upstream import indices_beside, merge_layer
@@ -50,7 +50,7 @@ def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
     kind = str(config.get("peft_type"))
     if kind not in BY_PEFT_TYPE:
         return (
-            f"PEFT type {kind} has not been tried. Merged are {listing(MERGED)}; for others use "
+            f"PEFT type {kind} has not been tried. Merged are {join_names(MERGED)}; for others use "
             "merge_and_unload of PEFT."
         )
     return BY_PEFT_TYPE[kind].why_not(config)
@@ -228,5 +228,5 @@ def _check_filled(units: dict[str, Any], directory: Path) -> None:
     if empty:
         raise InputError(
             f"{directory}: {len(empty):,} tensors of the adapter are not in its file, such as "
-            f"{listing(empty, 2)}. Merge it with merge_and_unload of PEFT."
+            f"{join_names(empty, 2)}. Merge it with merge_and_unload of PEFT."
         )

@@ -113,7 +113,7 @@ _TRAINED_BYTES = 12  # gradient and two Adam moments in float32
 
 
 @dataclass(frozen=True)
-class Holding:
+class MemorySettings:
     """Memory settings: bytes per base `weight` (0.5 for 4 bits) and per activation `value`."""
 
     weight: float
@@ -122,7 +122,7 @@ class Holding:
     checkpointing: bool = False
 
 
-def longest_in_memory(config: Any, holding: Holding, memory: int) -> int | None:
+def longest_in_memory(config: Any, holding: MemorySettings, memory: int) -> int | None:
     """Return an upper bound of tokens per row for `memory` bytes, or None."""
     text = config.get_text_config()
     hidden, layers = getattr(text, "hidden_size", 0), getattr(text, "num_hidden_layers", 0)

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from ftlevel.config import ModelConfig, QuantConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.models.loading import load_config, load_tokenizer, quiet_libraries
+from ftlevel.models.loading import load_config, load_tokenizer, silence_loggers
 from ftlevel.models.quantization import as_quant_config, quantization_name, stored_quantization
 from ftlevel.models.sources import ModelSource, resolve_source, snapshot
 
@@ -196,7 +196,7 @@ def _stored_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, torc
 def _quantized_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of the files, quantized like `model`."""
     floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    with quiet_libraries():
+    with silence_loggers():
         fresh = type(model).from_pretrained(
             source.location,
             **source.arguments(),

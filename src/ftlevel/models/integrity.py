@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftlevel.errors import InputError, listing
+from ftlevel.errors import InputError, join_names
 from ftlevel.models.module_tree import find_heads
 from ftlevel.models.upstream.quantizers import scales_of
 from ftlevel.models.upstream.tensors import inner_tensors, own_tensors
@@ -125,14 +125,15 @@ def check_finite(tensors: Iterable[tuple[str, Any]], words: str) -> None:
     broken = [name for name, value in largest.items() if not math.isfinite(value)]
     if broken:
         raise InputError(
-            f"{words} has NaN or infinity in {len(broken):,} of its tensors: {listing(broken, 3)}. "
+            f"{words} has NaN or infinity in {len(broken):,} of its tensors: "
+            f"{join_names(broken, 3)}. "
             "Nothing can be computed with it. Fetch or make it again."
         )
     absurd = [f"{name} ({value:.2g})" for name, value in largest.items() if value > _LARGEST]
     if absurd:
         raise InputError(
             f"{words} has numbers of more than {_LARGEST:.0e} in {len(absurd):,} of its tensors, "
-            f"as no training leaves them: {listing(absurd, 3)}. Fetch or make it again."
+            f"as no training leaves them: {join_names(absurd, 3)}. Fetch or make it again."
         )
 
 
@@ -149,7 +150,7 @@ def check_missing(missing: list[str], allowed: list[str], words: str) -> None:
     if lost:
         raise InputError(
             f"{words} lacks {len(lost)} weights of its architecture, such as "
-            f"{listing(lost, 3)}. They would be random. Check that config.json belongs to the "
+            f"{join_names(lost, 3)}. They would be random. Check that config.json belongs to the "
             "weights."
         )
 

@@ -37,7 +37,7 @@ from ftlevel.models.upstream.quantizers import cast_unquantized, keep_trainable_
 from ftlevel.workspace import Workspace
 
 if TYPE_CHECKING:
-    from ftlevel.models.upstream.shards import Slices
+    from ftlevel.models.upstream.shards import UnreadWeights
 
 _UNREADABLE = (OSError, json.JSONDecodeError, struct.error, SafetensorError)
 """Exceptions raised for damaged safetensors, index or .gguf files."""
@@ -56,7 +56,7 @@ def _naming_damage(source: ModelSource) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
+def silence_loggers() -> Iterator[None]:
     """Suppress warnings and progress bars of libraries within the block."""
     level = transformers.logging.get_verbosity()
     bars = transformers.utils.logging.is_progress_bar_enabled()
@@ -163,7 +163,7 @@ def _holds_tokenizer(directory: Path) -> bool:
 def build_task_model(config: Any, auto_class: str) -> Any:
     """Build the model on the meta device; raises `InputError` if the class does not support it."""
     try:
-        with torch.device("meta"), quiet_libraries():
+        with torch.device("meta"), silence_loggers():
             return getattr(transformers, auto_class).from_config(config)
     except FROM_READERS as error:
         if "Unrecognized configuration class" not in str(error):
@@ -185,7 +185,7 @@ def load_model(
     device: str,
     quantization: Any = None,
     attn_implementation: str = "auto",
-    slices: Slices | None = None,
+    slices: UnreadWeights | None = None,
 ) -> tuple[Any, list[str]]:
     """Load the weights of `source` into a model in eval mode.
 
@@ -238,12 +238,12 @@ def load_model(
 
 
 def _read(
-    source: ModelSource, auto_class: str, slices: Slices | None, **arguments: Any
+    source: ModelSource, auto_class: str, slices: UnreadWeights | None, **arguments: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Return the result of `from_pretrained` with `output_loading_info`."""
     arguments["output_loading_info"] = True
     arguments["ignore_mismatched_sizes"] = True  # checked by check_shapes
-    with _naming_damage(source), quiet_libraries(), quick_headers():
+    with _naming_damage(source), silence_loggers(), quick_headers():
         if slices is not None:
             meta = build_task_model(arguments["config"], auto_class)
             quantization = arguments.pop("quantization_config", None)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from urllib.parse import urlparse
 
 from ftlevel.artifacts.files import check_regular
-from ftlevel.errors import InputError, did_you_mean, listing
+from ftlevel.errors import InputError, did_you_mean, join_names
 from ftlevel.models import builtin
 from ftlevel.models.untrusted import check_directory
 
@@ -140,7 +140,7 @@ def _check_file(path: Path, words: str) -> None:
 
 def _check_directory(path: Path, words: str, needs_weights: bool) -> None:
     if not (path / "config.json").is_file():
-        held = listing(sorted(p.name for p in path.iterdir()), 6) or "nothing"
+        held = join_names(sorted(p.name for p in path.iterdir()), 6) or "nothing"
         if any((path / part / "adapter_config.json").is_file() for part in ("", "adapter")):
             raise InputError(
                 f"{words} is an adapter, and a model is expected here. Name the model it was "
@@ -153,7 +153,7 @@ def _check_directory(path: Path, words: str, needs_weights: bool) -> None:
     check_directory(path, words)
     if not needs_weights or any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
         return
-    old = listing(sorted(p.name for p in path.glob("*.bin")), 3)
+    old = join_names(sorted(p.name for p in path.glob("*.bin")), 3)
     found = f"only pickled weights ({old}), which can run code when read" if old else "no weights"
     raise InputError(
         f"{words} holds {found}. Expected .safetensors files: save the model again with "
@@ -184,7 +184,7 @@ def _check_reachable(name: str, revision: str | None, words: str) -> bool:
     )
     if constants.HF_HUB_OFFLINE:
         why = "HF_HUB_OFFLINE is set"
-    elif not answers(constants.ENDPOINT):
+    elif not is_reachable(constants.ENDPOINT):
         why = f"{urlparse(constants.ENDPOINT).hostname} does not answer"
     else:
         return False
@@ -198,7 +198,7 @@ def _check_reachable(name: str, revision: str | None, words: str) -> bool:
     )
 
 
-def answers(endpoint: str) -> bool:
+def is_reachable(endpoint: str) -> bool:
     """Return whether the host accepts a connection within seconds; True behind a proxy."""
     if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
         return True

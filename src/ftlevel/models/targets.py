@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftlevel.errors import InputError, did_you_mean, listing
+from ftlevel.errors import InputError, did_you_mean, join_names
 from ftlevel.models.families.facts import FLOAT32_BYTES, lora_parameters
 from ftlevel.models.module_tree import (
     LinearModule,
@@ -23,7 +23,7 @@ from ftlevel.models.module_tree import (
     find_heads,
     find_new_language_head,
 )
-from ftlevel.models.untrusted import ending_in
+from ftlevel.models.untrusted import limit_time
 
 __all__ = [
     "ExpertKind",
@@ -36,7 +36,7 @@ __all__ = [
     "find_new_language_head",
     "inspect_model",
     "lora_parameters",
-    "parse_wish",
+    "parse_targets",
     "resolve_targets",
 ]
 
@@ -187,7 +187,7 @@ def inspect_model(model: nn.Module) -> ModelTargets:
     )
 
 
-def parse_wish(text: str) -> str | list[str]:
+def parse_targets(text: str) -> str | list[str]:
     """Parse a `--target-modules` value: a keyword, comma-separated names, or one regex."""
     text = text.strip()
     if text in (ALL_LINEAR, AUTO):
@@ -215,7 +215,7 @@ def resolve_targets(
     """
     picker = _Picker(model, model_name)
     if isinstance(wish, str):
-        wish = parse_wish(wish)
+        wish = parse_targets(wish)
     elif len(wish) == 1 and wish[0] in (ALL_LINEAR, AUTO):
         wish = wish[0]
     if isinstance(wish, str):
@@ -268,7 +268,7 @@ class _Picker:
                 f"{self._available()}"
             ) from error
         try:
-            with ending_in(_SECONDS):
+            with limit_time(_SECONDS):
                 found = [full for full in self.tree.modules if compiled.fullmatch(full)]
         except TimeoutError as error:
             raise InputError(
@@ -305,7 +305,7 @@ class _Picker:
             return f"{what} {self._available()}"
         if found:
             kinds = sorted({type(self.tree.modules[full]).__name__ for full in found})
-            what += f" matches no linear of {self.model_name}, only {listing(kinds)}."
+            what += f" matches no linear of {self.model_name}, only {join_names(kinds)}."
             if kinds == ["Embedding"]:
                 what += " --modules-to-save trains it in full."
             return f"{what} {self._available()}"
@@ -330,7 +330,8 @@ class _Picker:
                 "Leave it out; --modules-to-save trains it in full."
             )
         return (
-            f"is a task head of {self.model_name} ({listing(heads, most=3)}): heads are trained in "
+            f"is a task head of {self.model_name} ({join_names(heads, most=3)}): heads are "
+            "trained in "
             "full and saved beside the adapter. Leave it out."
         )
 
@@ -339,5 +340,5 @@ class _Picker:
         return sorted({part.pattern.rpartition(".")[2] for part in parts})
 
     def _available(self, near: str = "") -> str:
-        names = listing(self._names())
+        names = join_names(self._names())
         return f"Linear modules here: {names}.{near} Try: ftlevel list-targets {self.model_name}"

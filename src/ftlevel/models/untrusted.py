@@ -148,7 +148,7 @@ def _sizes_of(_process: int) -> io.FileIO | None:
 
 
 @contextmanager
-def taking_at_most(size: int) -> Iterator[None]:
+def limit_memory(size: int) -> Iterator[None]:
     """Limit additional memory in the block to `size` bytes, beyond which it raises `MemoryError`.
 
     Linux only; no effect elsewhere.
@@ -170,7 +170,7 @@ def taking_at_most(size: int) -> Iterator[None]:
 
 
 @contextmanager
-def ending_in(seconds: float) -> Iterator[None]:
+def limit_time(seconds: float) -> Iterator[None]:
     """Raise `TimeoutError` in the block after `seconds`; main thread and POSIX only."""
     if not hasattr(signal, "setitimer") or (
         threading.current_thread() is not threading.main_thread()
@@ -201,7 +201,7 @@ def check_patterns(directory: Path, settings: Mapping[str, Any], base: Any) -> N
     names = [name for name, _ in base.named_modules()]
     for field, written, pattern in _patterns(settings):
         try:
-            with ending_in(_SECONDS):
+            with limit_time(_SECONDS):
                 compiled = re.compile(pattern)
                 for name in names:
                     compiled.fullmatch(name)

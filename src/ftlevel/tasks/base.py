@@ -11,9 +11,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 from ftlevel.config import TASKS as NAMES
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.encode import IGNORED, Encoded, PromptFormat
-from ftlevel.data.formats.detect import Format, NoFormatError, Shape, Wish, detect_format, fits
+from ftlevel.data.formats.detect import (
+    Format,
+    FormatOptions,
+    FormatSpec,
+    NoFormatError,
+    detect_format,
+    fits,
+)
 from ftlevel.data.sources.table import Row
-from ftlevel.errors import ConfigError, InputError, listing, with_article
+from ftlevel.errors import ConfigError, InputError, join_names, with_article
 from ftlevel.task import Objective, ScoreTexts, Task
 
 if TYPE_CHECKING:
@@ -28,7 +35,7 @@ A ranking is a list of `{"answer": ..., "probability": ...}`, most likely first.
 
 
 @dataclass(frozen=True)
-class Reply:
+class Prediction:
     """Prediction for one prompt or row; `columns` are those of `BaseTask.answer_columns`.
 
     `scores` maps classes or words to probabilities; `tags` has (word, tag) pairs. Both may be
@@ -42,7 +49,7 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class OutputOptions:
     """Optional outputs of a prediction; `top_k` is 0 for no ranking."""
 
     probabilities: bool = False
@@ -109,7 +116,7 @@ class BaseTask(Task):
     """
 
     name: str
-    shapes: tuple[Shape, ...]
+    shapes: tuple[FormatSpec, ...]
     auto_classes: Mapping[str, str]
     peft_types: Mapping[str, str]
     headline: str
@@ -120,7 +127,7 @@ class BaseTask(Task):
     text_metrics: tuple[str, ...] = ()
     refusals: Mapping[str, str] = field(default_factory=dict)
     builtin_subset: str = ""
-    questions: tuple[Shape, ...] = ()
+    questions: tuple[FormatSpec, ...] = ()
 
     has_new_head: ClassVar[bool] = False
     writes_text: ClassVar[bool] = False
@@ -141,7 +148,7 @@ class BaseTask(Task):
         """Return the transformers auto class for `kind`; raises `ConfigError` if unsupported."""
         if kind in self.auto_classes:
             return self.auto_classes[kind]
-        wanted = listing(self.auto_classes)
+        wanted = join_names(self.auto_classes)
         raise ConfigError(
             f"--task {self.name} cannot be used with {model_type}, which is {with_article(kind)}; "
             f"it needs {with_article(wanted)}. {self.refusals.get(kind, '')}".strip()
@@ -191,7 +198,7 @@ class BaseTask(Task):
         mapping = {**self.own_mapping(columns, config, rows), **config.columns}
         try:
             return detect_format(
-                columns, self.name, self.shapes, Wish(mapping, config.format), rows
+                columns, self.name, self.shapes, FormatOptions(mapping, config.format), rows
             )
         except NoFormatError as error:
             others = (task for task in map(find_task, NAMES) if task.name != self.name)
@@ -227,18 +234,22 @@ class BaseTask(Task):
             raise ConfigError(
                 f"--task {self.name} answers no rows. Ask it by ftlevel generate --prompt."
             )
-        wish = Wish(mapping, name, aim="ask")
+        wish = FormatOptions(mapping, name, aim="ask")
         return detect_format(columns, self.name, self.questions, wish, rows)
 
     def answer_columns(
-        self, format_: Format, labels: Sequence[str], options: Mapping[str, Any], wanted: Wanted
+        self,
+        format_: Format,
+        labels: Sequence[str],
+        options: Mapping[str, Any],
+        wanted: OutputOptions,
     ) -> dict[str, Column]:
         """Return prediction columns: name suffix -> type; "" is the answer itself.
 
         Raises:
             ConfigError: the task does not support an optional output.
         """
-        refuse_wishes(wanted, f"--task {self.name}", "")
+        check_options(wanted, f"--task {self.name}", "")
         return {"": "text"}
 
     @abstractmethod
@@ -247,8 +258,8 @@ class BaseTask(Task):
 
     @abstractmethod
     def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
-    ) -> list[Reply]:
+        self, model: PromptedModel, questions: Sequence[Any], wanted: OutputOptions
+    ) -> list[Prediction]:
         """Return one prediction per question, with `questions[i].row` = i.
 
         Raises:
@@ -257,14 +268,14 @@ class BaseTask(Task):
 
     def answer(
         self, model: PromptedModel, prompts: Sequence[str], context: str | None
-    ) -> list[Reply]:
+    ) -> list[Prediction]:
         """Return one prediction per prompt; `context` is passed only if `wants_context`.
 
         Raises:
             UnansweredError: some prompts cannot be answered.
         """
         questions = [self.pose(prompt, context, i) for i, prompt in enumerate(prompts)]
-        return self.answer_rows(model, questions, Wanted())
+        return self.answer_rows(model, questions, OutputOptions())
 
     @abstractmethod
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
@@ -288,7 +299,7 @@ class BaseTask(Task):
         return ""
 
 
-def refuse_wishes(wanted: Wanted, whose: str, instead: str) -> None:
+def check_options(wanted: OutputOptions, whose: str, instead: str) -> None:
     """Raise `ConfigError` for optional outputs in `wanted`; `whose` is the message's subject."""
     for flag, wish in (("--probabilities", wanted.probabilities), ("--top-k", wanted.top_k)):
         if wish:

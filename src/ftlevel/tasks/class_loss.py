@@ -101,10 +101,10 @@ def _targets_of(rows: Sequence[Encoded]) -> Iterator[int]:
             yield from (label for label in labels if label != IGNORED)
 
 
-P = TypeVar("P", bound="Pairs")
+P = TypeVar("P", bound="PredictionMeter")
 
 
-class Pairs:
+class PredictionMeter:
     """Meter that stores predictions and targets row by row."""
 
     def __init__(self) -> None:

@@ -12,31 +12,31 @@ import numpy as np
 
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import Encoded, encode_labelled
-from ftlevel.data.formats.detect import Format, Shape
+from ftlevel.data.encoding.encode import Encoded, encode_labeled
+from ftlevel.data.formats.detect import Format, FormatSpec
 from ftlevel.data.formats.examples import (
-    Labelled,
-    Roles,
-    build_labelled,
-    build_multi_labelled,
-    build_quantity,
+    LabeledText,
+    RoleValues,
+    build_labeled_text,
+    build_multi_label_text,
+    build_regression_text,
 )
 from ftlevel.data.formats.labels import LabelSet, choose_problem_type
 from ftlevel.data.sources.table import Row, Table
-from ftlevel.errors import InputError, listing
+from ftlevel.errors import InputError, join_names
 from ftlevel.task import Meter, Objective, TrainingLoss
 from ftlevel.tasks.base import (
     BaseTask,
     Column,
+    OutputOptions,
+    Prediction,
     PromptedModel,
-    Reply,
-    Wanted,
+    check_options,
     rank,
-    refuse_wishes,
 )
 from ftlevel.tasks.class_loss import (
     ClassObjective,
-    Pairs,
+    PredictionMeter,
     balance_yes_and_no,
     entropy,
     mean_entropy,
@@ -46,12 +46,12 @@ from ftlevel.tasks.class_loss import (
 if TYPE_CHECKING:
     import torch
 
-    from ftlevel.data.encoding.fit import Fitted
+    from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.prepare.encoder import Encoder
-    from ftlevel.data.prepare.loading import Loaded
+    from ftlevel.data.prepare.loading import LoadedExamples
 
 
-class ClassMeter(Pairs):
+class ClassMeter(PredictionMeter):
     """Accuracy, macro F1 and Matthews correlation of single-label classification."""
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
@@ -76,7 +76,7 @@ class ClassMeter(Pairs):
         }
 
 
-class MultiLabelMeter(Pairs):
+class MultiLabelMeter(PredictionMeter):
     """F1 and subset accuracy of multi-label classification at threshold 0.5."""
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
@@ -100,7 +100,7 @@ class MultiLabelMeter(Pairs):
         }
 
 
-class RegressionMeter(Pairs):
+class RegressionMeter(PredictionMeter):
     """Root mean squared error, Pearson and Spearman correlation."""
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
@@ -125,7 +125,11 @@ _SINGLE, _SEVERAL, _QUANTITY = (
     "multi_label_classification",
     "regression",
 )
-_BUILDERS = {_SINGLE: build_labelled, _SEVERAL: build_multi_labelled, _QUANTITY: build_quantity}
+_BUILDERS = {
+    _SINGLE: build_labeled_text,
+    _SEVERAL: build_multi_label_text,
+    _QUANTITY: build_regression_text,
+}
 _LABEL = ("label", "labels", "class", "category", "sentiment", "intent", "emotion")
 _TEXT = ("text", "sentence", "content", "review", "body", "comment", "message")
 _PAIRS = (
@@ -198,39 +202,43 @@ class ClassTask(BaseTask):
         """Return `label`, or None for regression."""
         return None if format_.options["problem_type"] == _QUANTITY else "label"
 
-    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
+    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
         """Return the encoded texts with class ids or numbers as labels."""
         targets = _Targets(encoder.labels)
 
         def encode(some: Sequence[Any]) -> list[Encoded]:
-            return encode_labelled(encoder.tokenizer, some, targets)
+            return encode_labeled(encoder.tokenizer, some, targets)
 
         return encoder.fit(encoder.collect(encode, examples), table)
 
     def judge_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
         """Return a finding if nearly all examples have the same class."""
-        from ftlevel.data.gate.checks import largest_class
+        from ftlevel.data.gate.checks import find_majority_class
 
         if not examples or isinstance(examples[0].label, float):
             return ()
-        largest = largest_class(e.label for e in examples)
+        largest = find_majority_class(e.label for e in examples)
         return () if largest is None else [("one_class", largest[1], f"label {largest[0]!r}")]
 
-    def facts(self, loaded: Loaded) -> Mapping[str, Any]:
+    def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
         """Return the problem type."""
         return {"problem_type": loaded.format.options["problem_type"]}
 
-    def describe_rows(self, loaded: Loaded, facts: Mapping[str, Any]) -> list[Choice]:
+    def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
         """Return nothing: the number of targets is the number of rows."""
         return []
 
     def answer_columns(
-        self, format_: Format, labels: Sequence[str], options: Mapping[str, Any], wanted: Wanted
+        self,
+        format_: Format,
+        labels: Sequence[str],
+        options: Mapping[str, Any],
+        wanted: OutputOptions,
     ) -> dict[str, Column]:
         """Return the answer column, one column per class with probabilities, and `top`."""
         problem = options.get("problem_type")
         if problem == _QUANTITY:
-            refuse_wishes(wanted, "a regression", "")
+            check_options(wanted, "a regression", "")
             return {"": "number"}
         columns: dict[str, Column] = {"": "texts" if problem == _SEVERAL else "text"}
         if wanted.probabilities:
@@ -241,13 +249,13 @@ class ClassTask(BaseTask):
 
     def pose(self, prompt: str, context: str | None, number: int) -> Any:
         """Return a text without a label."""
-        return Labelled(prompt, None, 0, number)
+        return LabeledText(prompt, None, 0, number)
 
     def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
-    ) -> list[Reply]:
+        self, model: PromptedModel, questions: Sequence[Any], wanted: OutputOptions
+    ) -> list[Prediction]:
         """Return the predicted class, classes or number of each text."""
-        rows = encode_labelled(model.tokenizer, questions, lambda _: 0)
+        rows = encode_labeled(model.tokenizer, questions, lambda _: 0)
         return model.score(rows, lambda _, logits: _read_label(model, logits.float(), wanted))
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
@@ -261,7 +269,9 @@ class ClassTask(BaseTask):
         """Return the class names or number of the row."""
         labels = row.labels
         if isinstance(labels, tuple):
-            return listing((n for n, on in zip(names, labels, strict=True) if on), 20) or "(none)"
+            return (
+                join_names((n for n, on in zip(names, labels, strict=True) if on), 20) or "(none)"
+            )
         return names[labels] if isinstance(labels, int) and names else str(labels)
 
 
@@ -276,7 +286,7 @@ class _Targets:
 
     labels: LabelSet | None
 
-    def __call__(self, example: Labelled) -> int | float | tuple[float, ...]:
+    def __call__(self, example: LabeledText) -> int | float | tuple[float, ...]:
         label = example.label
         if isinstance(label, float):
             return label
@@ -288,17 +298,17 @@ class _Targets:
         return self.labels.id_of(label)
 
 
-def build_text(roles: Roles) -> Labelled:
+def build_text(roles: RoleValues) -> LabeledText:
     """Return a text or text pair without a label."""
     pair = roles.text("text_pair") if "text_pair" in roles else None
-    return Labelled(roles.text("text"), pair, 0, roles.index)
+    return LabeledText(roles.text("text"), pair, 0, roles.index)
 
 
-def _read_label(model: PromptedModel, logits: torch.Tensor, wanted: Wanted) -> Reply:
+def _read_label(model: PromptedModel, logits: torch.Tensor, wanted: OutputOptions) -> Prediction:
     problem = model.options.get("problem_type")
     if problem == _QUANTITY:
         quantity = float(logits[0])
-        return Reply(f"{quantity:.4f}", columns={"": quantity})
+        return Prediction(f"{quantity:.4f}", columns={"": quantity})
     several = problem == _SEVERAL
     shares = logits.sigmoid() if several else logits.softmax(-1)
     scores = dict(zip(model.labels, shares.tolist(), strict=True))
@@ -307,9 +317,9 @@ def _read_label(model: PromptedModel, logits: torch.Tensor, wanted: Wanted) -> R
         more |= {_probability(label): score for label, score in scores.items()}
     if several:
         above = [label for label, share in scores.items() if share > 0.5]
-        return Reply(", ".join(above) or NO_LABEL, scores, columns={"": above, **more})
+        return Prediction(", ".join(above) or NO_LABEL, scores, columns={"": above, **more})
     best = max(scores, key=lambda label: scores[label])
-    return Reply(best, scores, columns={"": best, **more})
+    return Prediction(best, scores, columns={"": best, **more})
 
 
 def _probability(label: str) -> str:
@@ -442,23 +452,23 @@ TASKS = (
         name="text-classification",
         shapes=(
             *(
-                Shape(
+                FormatSpec(
                     "text + text_pair + label",
-                    build_labelled,
+                    build_labeled_text,
                     {"text": (first,), "text_pair": (second,), "label": _LABEL},
                     guessable=False,
                 )
                 for first, second in _PAIRS
             ),
-            Shape(
+            FormatSpec(
                 "text + label",
-                build_labelled,
+                build_labeled_text,
                 {"text": _TEXT, "label": _LABEL},
             ),
         ),
         questions=(
             *(
-                Shape(
+                FormatSpec(
                     "text + text_pair",
                     build_text,
                     {"text": (first,), "text_pair": (second,)},
@@ -466,7 +476,7 @@ TASKS = (
                 )
                 for first, second in _PAIRS
             ),
-            Shape("text", build_text, {"text": _TEXT}),
+            FormatSpec("text", build_text, {"text": _TEXT}),
         ),
         auto_classes={"encoder": _CLASS, "decoder": _CLASS, "encoder-decoder": _CLASS},
         peft_types={"encoder": "SEQ_CLS", "decoder": "SEQ_CLS", "encoder-decoder": "SEQ_CLS"},

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from ftlevel.config.preference import DistillationConfig
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.sources.lines import Computed
-from ftlevel.task import TaughtObjective
+from ftlevel.data.sources.lines import LazySequence
+from ftlevel.task import DistillationObjective
 from ftlevel.tasks.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     import torch
 
 
-LEAST = -1e4
+MIN_LOG_PROBABILITY = -1e4
 """Lower bound of stored log-probabilities, so that divergences stay finite."""
 
 
 @dataclass(frozen=True)
-class Taught(Tokens, TaughtObjective):
+class DistillationTokens(Tokens, DistillationObjective):
     """Token cross entropy plus the divergence from a teacher, as `settings` define it."""
 
     settings: DistillationConfig = field(default_factory=DistillationConfig)
@@ -46,7 +46,7 @@ class Taught(Tokens, TaughtObjective):
         known: torch.Tensor,
         ids: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the loss summed over targets (a scalar); arguments as for `TaughtObjective`."""
+        """Return the loss summed over targets (a scalar)."""
         from torch.nn import functional
 
         settings, temperature = self.settings, self.settings.kd_temperature
@@ -94,10 +94,10 @@ def divergence(
     return beta * of_teacher + (1 - beta) * (own.exp() * (own - mixed)).sum(-1)
 
 
-def build_taught(objective: Tokens, settings: DistillationConfig) -> Taught:
+def build_distillation(objective: Tokens, settings: DistillationConfig) -> DistillationTokens:
     """Return `objective` with a distillation loss."""
     known = {f.name: getattr(objective, f.name) for f in fields(objective)}
-    return Taught(**known, settings=settings)
+    return DistillationTokens(**known, settings=settings)
 
 
 def outcome_dtype(settings: DistillationConfig, vocabulary: int) -> Any:
@@ -110,7 +110,7 @@ def outcome_dtype(settings: DistillationConfig, vocabulary: int) -> Any:
     return np.dtype([("known", np.float32, (wish + 1,)), ("ids", np.int32, (wish,))])
 
 
-def likeliest(
+def select_top_k(
     scores: torch.Tensor, settings: DistillationConfig, dtype: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the `known` and `ids` to store of teacher logits `(targets, vocabulary)`."""
@@ -120,11 +120,11 @@ def likeliest(
         ids = tempered.new_zeros((len(tempered), 0)).long()
     else:
         ids = tempered.topk(count, dim=-1).indices
-    return log_outcomes(tempered, ids, outcomes).clamp(min=LEAST), ids
+    return log_outcomes(tempered, ids, outcomes).clamp(min=MIN_LOG_PROBABILITY), ids
 
 
 @dataclass(frozen=True)
-class TaughtRow(Encoded):
+class DistillationRow(Encoded):
     """Row with teacher values; `taught` is an array of `outcome_dtype`, one per target."""
 
     taught: Any = field(default=None, compare=False, metadata={"column": "json"})
@@ -140,7 +140,7 @@ class TaughtRow(Encoded):
         return self.taught
 
 
-class TaughtRows(Computed[Encoded]):
+class DistillationRows(LazySequence[Encoded]):
     """Rows with their teacher values.
 
     `kept` `(targets,)` has `outcome_dtype`; row i has `kept[begins[i]:begins[i + 1]]`.
@@ -154,4 +154,4 @@ class TaughtRows(Computed[Encoded]):
 
     def _item(self, at: int) -> Encoded:
         row, own = self.rows[at], slice(self._begins[at], self._begins[at + 1])
-        return TaughtRow(row.input_ids, row.labels, row.row, row.extras, self._kept[own])
+        return DistillationRow(row.input_ids, row.labels, row.row, row.extras, self._kept[own])

@@ -17,21 +17,21 @@ from ftlevel.task import Checks, Objective
 from ftlevel.tasks.base import (
     BaseTask,
     Column,
+    OutputOptions,
+    Prediction,
     PromptedModel,
-    Reply,
     Speller,
-    Wanted,
+    check_options,
     rank,
-    refuse_wishes,
 )
 from ftlevel.tasks.tokens import Tokens
 
 if TYPE_CHECKING:
     import torch
 
-    from ftlevel.data.encoding.fit import Fitted
+    from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.encoding.masking import MaskedRows
-    from ftlevel.data.prepare.encoder import Encoder, EncodingContext, Prepared
+    from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData
 
 _MASK = "[MASK]"
 
@@ -63,9 +63,9 @@ class MaskTask(BaseTask):
         """Log text explaining why the language head is fully trained."""
         return f"the checkpoint has no masked language head: new, {super().why_heads}"
 
-    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
+    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
         """Return the texts in blocks, without masked tokens yet."""
-        from ftlevel.data.encoding.fit import Fitted
+        from ftlevel.data.encoding.fit import FittedRows
         from ftlevel.data.encoding.masking import encode_masked
 
         limit = encoder.limit(None)
@@ -81,9 +81,11 @@ class MaskTask(BaseTask):
         given = isinstance(encoder.config.max_length, int)
         length = limit if given and limit else longest
         overlong = encoder.config.overlong
-        return Fitted(rows, length, "" if given else reason, split=split, overlong=overlong)
+        return FittedRows(rows, length, "" if given else reason, split=split, overlong=overlong)
 
-    def finish(self, prepared: Prepared, config: DataConfig, context: EncodingContext) -> Prepared:
+    def finish(
+        self, prepared: PreparedData, config: DataConfig, context: EncodingContext
+    ) -> PreparedData:
         """Return training rows whose tokens are masked at access time, anew each epoch."""
         train = _hide(prepared.train, config, context)
         facts = {**prepared.facts, "supervised": train.count_hidden()}
@@ -101,11 +103,15 @@ class MaskTask(BaseTask):
         return _hide(rows, config, context).fixed()
 
     def answer_columns(
-        self, format_: Format, labels: Sequence[str], options: Mapping[str, Any], wanted: Wanted
+        self,
+        format_: Format,
+        labels: Sequence[str],
+        options: Mapping[str, Any],
+        wanted: OutputOptions,
     ) -> dict[str, Column]:
         """Return the filled text, the predicted words, and `top`."""
         if wanted.probabilities:
-            refuse_wishes(Wanted(probabilities=True), f"all words of --task {self.name}",
+            check_options(OutputOptions(probabilities=True), f"all words of --task {self.name}",
                           "Use --top-k.")  # fmt: skip
         columns: dict[str, Column] = {"": "text", "words": "texts"}
         return columns | ({"top": "rankings"} if wanted.top_k else {})
@@ -115,8 +121,8 @@ class MaskTask(BaseTask):
         return PlainText(prompt, number)
 
     def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
-    ) -> list[Reply]:
+        self, model: PromptedModel, questions: Sequence[Any], wanted: OutputOptions
+    ) -> list[Prediction]:
         """Return texts with masks filled; raises `UnansweredError` for texts without a mask."""
         tokenizer = model.tokenizer
         texts = [question.text.replace(_MASK, tokenizer.mask_token) for question in questions]
@@ -133,7 +139,7 @@ class MaskTask(BaseTask):
             for i, ids in enumerate(tokenizer(texts)["input_ids"])
         ]
 
-        def read(row: Encoded, logits: torch.Tensor) -> Reply:
+        def read(row: Encoded, logits: torch.Tensor) -> Prediction:
             # The embedding may be larger than the vocabulary.
             shares = logits[:, : len(tokenizer)].float().softmax(-1)
             text, words = texts[row.row], []
@@ -145,7 +151,7 @@ class MaskTask(BaseTask):
             if wanted.top_k:
                 tops = [_likeliest(tokenizer, share, wanted.top_k) for share in shares]
                 more["top"] = [rank(top, wanted.top_k) for top in tops]
-            return Reply(text, shown, columns={"": text, "words": words, **more})
+            return Prediction(text, shown, columns={"": text, "words": words, **more})
 
         return model.score(rows, read)
 

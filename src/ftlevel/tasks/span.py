@@ -18,29 +18,29 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.encoding.spans import USUAL_LENGTH, Window, encode_questions
-from ftlevel.data.formats.detect import Format, Shape
-from ftlevel.data.formats.examples import Question, Roles, build_question
+from ftlevel.data.encoding.spans import DEFAULT_WINDOW_LENGTH, Window, encode_questions
+from ftlevel.data.formats.detect import Format, FormatSpec
+from ftlevel.data.formats.examples import Question, RoleValues, build_question
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError, UnansweredError
 from ftlevel.task import Checks, Meter, Objective
 from ftlevel.tasks.base import (
     BaseTask,
     Column,
+    OutputOptions,
+    Prediction,
     PromptedModel,
-    Reply,
     Speller,
-    Wanted,
-    refuse_wishes,
+    check_options,
 )
 
 if TYPE_CHECKING:
     import torch
 
-    from ftlevel.data.encoding.fit import Fitted
+    from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.gate.flat import Mask
     from ftlevel.data.prepare.encoder import Encoder
-    from ftlevel.data.prepare.loading import Loaded
+    from ftlevel.data.prepare.loading import LoadedExamples
 
 
 MAX_ANSWER_TOKENS = 30
@@ -48,7 +48,7 @@ _PUNCTUATION = frozenset(string.punctuation)
 
 
 @dataclass
-class Found:
+class BestSpan:
     """Best span so far over the windows of one question, `[start, end)` of the context.
 
     `score` is the start plus the end logit; `null` that of "no answer", the minimum over windows.
@@ -65,7 +65,7 @@ class Found:
         return "" if unanswerable and self.null > self.score else self.text
 
 
-def update_found(found: Found, scores: torch.Tensor, window: Any) -> None:
+def update_span(found: BestSpan, scores: torch.Tensor, window: Any) -> None:
     """Update `found` (mutated) with a window and its start and end logits `(seq, 2)`."""
     begin = window.context_start
     count = len(window.offsets)
@@ -87,7 +87,7 @@ def update_found(found: Found, scores: torch.Tensor, window: Any) -> None:
     found.null = min(found.null, float(scores[0].float().sum()))
 
 
-def take_better(found: Found, other: Found) -> None:
+def merge_spans(found: BestSpan, other: BestSpan) -> None:
     """Merge `other` into `found` (mutated)."""
     if other.score > found.score:
         found.score, found.text = other.score, other.text
@@ -152,12 +152,12 @@ class SpanTask(BaseTask):
         """Return default window options."""
         return {"options": {"doc_stride": 128, "unanswerable": False}}
 
-    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
+    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
         """Return each question with one or more windows of its context."""
-        from ftlevel.data.encoding.fit import Fitted
+        from ftlevel.data.encoding.fit import FittedRows
 
         config = encoder.config
-        length = encoder.limit(USUAL_LENGTH) or USUAL_LENGTH
+        length = encoder.limit(DEFAULT_WINDOW_LENGTH) or DEFAULT_WINDOW_LENGTH
         windows, dropped = encode_questions(
             encoder.tokenizer,
             examples,
@@ -169,7 +169,7 @@ class SpanTask(BaseTask):
         )
         asked = len({window.row for window in windows})
         given = isinstance(config.max_length, int)
-        return Fitted(
+        return FittedRows(
             windows,
             length,
             "" if given else "auto: windows as in SQuAD's baselines, within the model's positions",
@@ -188,21 +188,25 @@ class SpanTask(BaseTask):
         )
         return {"answer_cut": np.fromiter(cut, dtype=bool, count=len(rows))}
 
-    def facts(self, loaded: Loaded) -> Mapping[str, Any]:
+    def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
         """Return whether some training questions have no answer."""
         return {"unanswerable": any(not question.answers for question in loaded.train)}
 
-    def describe_rows(self, loaded: Loaded, facts: Mapping[str, Any]) -> list[Choice]:
+    def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
         """Return the number of questions, and of those without an answer."""
         none = sum(not question.answers for question in loaded.train)
         aside = f"{none:,} without an answer" if none else "each has an answer"
         return [Choice("questions", f"{len(loaded.train):,}", aside)]
 
     def answer_columns(
-        self, format_: Format, labels: Sequence[str], options: Mapping[str, Any], wanted: Wanted
+        self,
+        format_: Format,
+        labels: Sequence[str],
+        options: Mapping[str, Any],
+        wanted: OutputOptions,
     ) -> dict[str, Column]:
         """Return the span, its character range and its score."""
-        refuse_wishes(wanted, f"--task {self.name}", "Every span comes with a score.")
+        check_options(wanted, f"--task {self.name}", "Every span comes with a score.")
         return {"": "text", "start": "whole", "end": "whole", "score": "number"}
 
     def pose(self, prompt: str, context: str | None, number: int) -> Any:
@@ -210,19 +214,19 @@ class SpanTask(BaseTask):
         return Question(context or "", prompt, (), number)
 
     def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
-    ) -> list[Reply]:
+        self, model: PromptedModel, questions: Sequence[Any], wanted: OutputOptions
+    ) -> list[Prediction]:
         """Return the best span for each question, "" for no answer."""
         windows = _encode_windows(model, questions)
-        found = [Found() for _ in questions]
+        found = [BestSpan() for _ in questions]
 
-        def read(window: Encoded, logits: torch.Tensor) -> Found:
-            best = Found()
-            update_found(best, logits.cpu(), window)
+        def read(window: Encoded, logits: torch.Tensor) -> BestSpan:
+            best = BestSpan()
+            update_span(best, logits.cpu(), window)
             return best
 
         for window, best in zip(windows, model.score(windows, read), strict=True):
-            take_better(found[window.row], best)
+            merge_spans(found[window.row], best)
         return [_read_span(best, unanswerable=model.options["unanswerable"]) for best in found]
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
@@ -244,7 +248,7 @@ class SpanTask(BaseTask):
 def _encode_windows(model: PromptedModel, questions: Sequence[Question]) -> list[Encoded]:
     """Return the windows of all questions; raises `UnansweredError` if some have no room."""
     arguments: dict[str, Any] = {
-        "length": model.max_length or USUAL_LENGTH,
+        "length": model.max_length or DEFAULT_WINDOW_LENGTH,
         "stride": model.options["doc_stride"],
         "separator": _separator(model.kind),
         "where": lambda index: f"question {index + 1}",
@@ -262,15 +266,15 @@ def _encode_windows(model: PromptedModel, questions: Sequence[Question]) -> list
     return windows
 
 
-def _read_span(best: Found, *, unanswerable: bool) -> Reply:
+def _read_span(best: BestSpan, *, unanswerable: bool) -> Prediction:
     text = best.answer(unanswerable=unanswerable)
     start, end = (best.start, best.end) if text else (None, None)
     score = best.score if text else best.null
     columns = {"": text, "start": start, "end": end, "score": score}
-    return Reply(text or NO_ANSWER, columns=columns)
+    return Prediction(text or NO_ANSWER, columns=columns)
 
 
-def build_asked(roles: Roles) -> Question:
+def build_unanswered(roles: RoleValues) -> Question:
     """Return a question with its context and no answer."""
     return Question(roles.text("context"), roles.text("question"), (), roles.index)
 
@@ -331,13 +335,13 @@ class SpanMeter:
 
     def __init__(self, unanswerable: bool) -> None:
         self.unanswerable = unanswerable
-        self.found: defaultdict[int, Found] = defaultdict(Found)
+        self.found: defaultdict[int, BestSpan] = defaultdict(BestSpan)
         self.answers: dict[int, list[str]] = {}
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
         """Add a batch of `Window`: start and end logits `(batch, seq, 2)`."""
         for scores, window in zip(logits.cpu(), rows, strict=True):
-            update_found(self.found[window.row], scores, window)
+            update_span(self.found[window.row], scores, window)
             self.answers[window.row] = [text for text, _ in window.answers]
 
     def compute(self, loss: float) -> dict[str, float]:
@@ -373,7 +377,7 @@ TASKS = (
     SpanTask(
         name="question-answering",
         shapes=(
-            Shape(
+            FormatSpec(
                 "context + question + answers",
                 build_question,
                 {"context": ("context",), "question": ("question",), "answers": ("answers",)},
@@ -381,9 +385,9 @@ TASKS = (
             ),
         ),
         questions=(
-            Shape(
+            FormatSpec(
                 "context + question",
-                build_asked,
+                build_unanswered,
                 {"context": ("context",), "question": ("question",)},
             ),
         ),

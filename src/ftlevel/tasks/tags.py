@@ -13,31 +13,31 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import IGNORED, Encoded
-from ftlevel.data.encoding.spans import encode_tagged, encode_words, find_orphans
-from ftlevel.data.formats.detect import Format, Shape
-from ftlevel.data.formats.examples import Roles, Tagged, build_tagged
+from ftlevel.data.encoding.spans import encode_tagged, encode_words, find_invalid_bio_tags
+from ftlevel.data.formats.detect import Format, FormatSpec
+from ftlevel.data.formats.examples import RoleValues, TaggedTokens, build_tagged
 from ftlevel.data.formats.labels import LabelSet, build_spans, split_words
-from ftlevel.data.formats.turns import Unusable, check_text
+from ftlevel.data.formats.turns import UnusableRowError, check_text
 from ftlevel.data.sources.table import BadRow, Row, Table
 from ftlevel.task import Meter, Objective
 from ftlevel.tasks.base import (
     BaseTask,
     Column,
+    OutputOptions,
+    Prediction,
     PromptedModel,
-    Reply,
     Speller,
-    Wanted,
-    refuse_wishes,
+    check_options,
 )
-from ftlevel.tasks.class_loss import ClassObjective, Pairs, entropy
+from ftlevel.tasks.class_loss import ClassObjective, PredictionMeter, entropy
 from ftlevel.tasks.classes import read_labels
 
 if TYPE_CHECKING:
     import torch
 
-    from ftlevel.data.encoding.fit import Fitted
+    from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.prepare.encoder import Encoder
-    from ftlevel.data.prepare.loading import Loaded
+    from ftlevel.data.prepare.loading import LoadedExamples
 
 
 _TAG = re.compile(r"O|[BIESLU]-.+")
@@ -134,7 +134,7 @@ class TagTask(BaseTask):
         """Return `tags`, or `spans`."""
         return "tags" if "tags" in format_.columns else "spans"
 
-    def describe_rows(self, loaded: Loaded, facts: Mapping[str, Any]) -> list[Choice]:
+    def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
         """Return the number of targets and the tagging scheme."""
         names = loaded.labels.names if loaded.labels else ()
         told = super().describe_rows(loaded, facts)
@@ -149,9 +149,9 @@ class TagTask(BaseTask):
 
     def find_faults(self, examples: Sequence[Any], labels: LabelSet, table: Table) -> list[BadRow]:
         """Return the rows with invalid BIO tags."""
-        return find_orphans(examples, labels.names, table)
+        return find_invalid_bio_tags(examples, labels.names, table)
 
-    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
+    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
         """Return sentences with the tag of each word at its first token."""
         labels = encoder.labels
         if labels is None:
@@ -176,11 +176,15 @@ class TagTask(BaseTask):
         return super().find_questions(columns, mapping, name, rows)
 
     def answer_columns(
-        self, format_: Format, labels: Sequence[str], options: Mapping[str, Any], wanted: Wanted
+        self,
+        format_: Format,
+        labels: Sequence[str],
+        options: Mapping[str, Any],
+        wanted: OutputOptions,
     ) -> dict[str, Column]:
         """Return the tags, the words for text rows, and optional probabilities."""
         if wanted.top_k:
-            refuse_wishes(Wanted(top_k=wanted.top_k), f"a word of --task {self.name}",
+            check_options(OutputOptions(top_k=wanted.top_k), f"a word of --task {self.name}",
                           "Use --probabilities, which gives that of each word's tag.")  # fmt: skip
         columns: dict[str, Column] = {"": "texts"}
         if "text" in format_.columns:
@@ -194,8 +198,8 @@ class TagTask(BaseTask):
         return _split(prompt, number)
 
     def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
-    ) -> list[Reply]:
+        self, model: PromptedModel, questions: Sequence[Any], wanted: OutputOptions
+    ) -> list[Prediction]:
         """Return the tagged words of each sentence."""
         ids, extras, positions = encode_words(model.tokenizer, [q.tokens for q in questions])
         rows = [
@@ -203,7 +207,7 @@ class TagTask(BaseTask):
             for i, (tokens, more) in enumerate(zip(ids, extras, strict=True))
         ]
 
-        def read(row: Encoded, logits: torch.Tensor) -> Reply:
+        def read(row: Encoded, logits: torch.Tensor) -> Prediction:
             words, first = questions[row.row].tokens, positions[row.row]
             best = logits.argmax(-1).tolist()
             tags = ["O" if at is None else model.labels[best[at]] for at in first]
@@ -212,7 +216,7 @@ class TagTask(BaseTask):
             if wanted.probabilities:
                 shares = logits.float().softmax(-1).amax(-1).tolist()
                 more["probability"] = [None if at is None else shares[at] for at in first]
-            return Reply(
+            return Prediction(
                 " ".join(shown),
                 {},
                 list(zip(words, tags, strict=True)),
@@ -234,22 +238,22 @@ class TagTask(BaseTask):
         return [None if at is None else names[tag] for at, tag in zip(shown, labels, strict=True)]
 
 
-def build_words(roles: Roles) -> Tagged:
+def build_words(roles: RoleValues) -> TaggedTokens:
     """Return the words of a row without tags, from a list, its JSON, or a text."""
     if "text" in roles:
         return _split(roles.text("text"), roles.index)
     words, column = roles.get("tokens"), repr(roles.columns["tokens"])
     if type(words) is not list or not words:
-        raise Unusable(f"{column} is no list of words, nor the JSON of one")
-    return Tagged(
+        raise UnusableRowError(f"{column} is no list of words, nor the JSON of one")
+    return TaggedTokens(
         tuple(check_text(word, f"word {i} of {column}") for i, word in enumerate(words, 1)),
         (),
         roles.index,
     )
 
 
-def _split(text: str, row: int) -> Tagged:
-    return Tagged(tuple(text[a:b] for a, b in split_words(text)) or (text,), (), row)
+def _split(text: str, row: int) -> TaggedTokens:
+    return TaggedTokens(tuple(text[a:b] for a, b in split_words(text)) or (text,), (), row)
 
 
 @dataclass(frozen=True)
@@ -291,7 +295,7 @@ class Tags(ClassObjective):
         return entropy(tag for tags in labels for tag in tags if tag != IGNORED)
 
 
-class TagMeter(Pairs):
+class TagMeter(PredictionMeter):
     """Accuracy and entity F1, or macro F1 for other tags; a word without tokens counts as `O`."""
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -328,7 +332,7 @@ TASKS = (
     TagTask(
         name="token-classification",
         shapes=(
-            Shape(
+            FormatSpec(
                 "tokens + tags",
                 build_tagged,
                 {
@@ -336,15 +340,15 @@ TASKS = (
                     "tags": ("tags", "ner_tags", "pos_tags", "labels"),
                 },
             ),
-            Shape(
+            FormatSpec(
                 "text + spans",
                 build_spans,
                 {"text": _TEXT, "spans": ("spans", "entities", "label", "labels")},
             ),
         ),
         questions=(
-            Shape("tokens", build_words, {"tokens": ("tokens", "words")}),
-            Shape("text", build_words, {"text": _TEXT}),
+            FormatSpec("tokens", build_words, {"tokens": ("tokens", "words")}),
+            FormatSpec("text", build_words, {"text": _TEXT}),
         ),
         auto_classes={"encoder": _CLASS, "decoder": _CLASS, "encoder-decoder": _CLASS},
         peft_types={"encoder": "TOKEN_CLS", "decoder": "TOKEN_CLS", "encoder-decoder": "TOKEN_CLS"},

@@ -17,34 +17,34 @@ from ftlevel.data.encoding.encode import (
     IGNORED,
     Encoded,
     PromptFormat,
-    chat_prompt_ids,
     choose_format,
     encode_causal,
+    encode_chat_prompt,
+    encode_prompt,
     encode_seq2seq,
-    prompt_ids,
 )
-from ftlevel.data.formats.columns import chosen_roles, write_flags
-from ftlevel.data.formats.detect import Build, Format, Shape, fits
+from ftlevel.data.formats.columns import chosen_roles, format_map_flags
+from ftlevel.data.formats.detect import ExampleBuilder, Format, FormatSpec, fits
 from ftlevel.data.formats.examples import (
     PLAIN_TEXT,
     Conversation,
-    Pair,
-    build_asked_turns,
+    SourceTarget,
     build_conversation,
     build_pair,
+    build_query_turns,
     build_source,
 )
-from ftlevel.data.formats.languages import choose_languages, find_language, language_columns
+from ftlevel.data.formats.languages import find_language, language_columns, select_language_columns
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import ConfigError, InputError, UnansweredError
 from ftlevel.task import Checks, Objective
-from ftlevel.tasks.base import BaseTask, PromptedModel, Reply, Speller, Wanted
+from ftlevel.tasks.base import BaseTask, OutputOptions, Prediction, PromptedModel, Speller
 from ftlevel.tasks.tokens import Tokens
 
 if TYPE_CHECKING:
-    from ftlevel.data.encoding.fit import Fitted
+    from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.prepare.encoder import Encoder
-    from ftlevel.data.prepare.loading import Loaded
+    from ftlevel.data.prepare.loading import LoadedExamples
 
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
@@ -102,12 +102,14 @@ _MESSAGES = ("messages", "turns", "dialog", "conversation")
 _TURNS = ("role", "content", "user", "assistant")
 
 
-def _dialogue_shapes(build: Build) -> tuple[Shape, ...]:
+def _dialogue_shapes(build: ExampleBuilder) -> tuple[FormatSpec, ...]:
     """Return the column layouts of prompts with answers."""
     return (
-        Shape("messages", build, {"messages": _MESSAGES}, _TALK, False, _TURNS),
-        Shape("conversations", build, {"conversations": ("conversations",)}, _TALK, False, _TURNS),
-        Shape(
+        FormatSpec("messages", build, {"messages": _MESSAGES}, _TALK, False, _TURNS),
+        FormatSpec(
+            "conversations", build, {"conversations": ("conversations",)}, _TALK, False, _TURNS
+        ),
+        FormatSpec(
             "prompt + completion",
             build,
             {
@@ -116,7 +118,7 @@ def _dialogue_shapes(build: Build) -> tuple[Shape, ...]:
             },
             _SYSTEM,
         ),
-        Shape(
+        FormatSpec(
             "instruction + output",
             build,
             {"instruction": ("instruction",), "output": ("output", "response", "completion")},
@@ -125,13 +127,15 @@ def _dialogue_shapes(build: Build) -> tuple[Shape, ...]:
     )
 
 
-def _dialogue_questions(build: Build) -> tuple[Shape, ...]:
+def _dialogue_questions(build: ExampleBuilder) -> tuple[FormatSpec, ...]:
     """Return the column layouts of prompts without answers."""
     return (
-        Shape("messages", build, {"messages": _MESSAGES}, _TALK, False, _TURNS),
-        Shape("conversations", build, {"conversations": ("conversations",)}, _TALK, False, _TURNS),
-        Shape("prompt", build, {"prompt": ("prompt", "question", "query")}, _SYSTEM),
-        Shape(
+        FormatSpec("messages", build, {"messages": _MESSAGES}, _TALK, False, _TURNS),
+        FormatSpec(
+            "conversations", build, {"conversations": ("conversations",)}, _TALK, False, _TURNS
+        ),
+        FormatSpec("prompt", build, {"prompt": ("prompt", "question", "query")}, _SYSTEM),
+        FormatSpec(
             "instruction",
             build,
             {"instruction": ("instruction",)},
@@ -158,7 +162,7 @@ class TextTask(BaseTask):
         told = config.columns or config.format
         if not told and {"chosen", "rejected"} <= names.keys():
             chosen = names["chosen"]
-            flags = write_flags(chosen_roles(names, rows[0].get(chosen) if rows else None))
+            flags = format_map_flags(chosen_roles(names, rows[0].get(chosen) if rows else None))
             raise InputError(
                 f"columns {chosen!r} and {names['rejected']!r} are for preference training, which "
                 f"--task {self.name} does not do: --task preference does. To learn from the chosen "
@@ -201,7 +205,7 @@ class TextTask(BaseTask):
         """Return the prompt format for models of `kind`."""
         return choose_format(tokenizer, kind, self.instruction, self.answer_cue)
 
-    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
+    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
         """Return plain texts, or prompts with answers; by default only answers have a loss."""
         if encoder.prompt_format is None:
             raise TypeError("a task that writes text has a prompt format")
@@ -220,22 +224,22 @@ class TextTask(BaseTask):
 
     def pose(self, prompt: str, context: str | None, number: int) -> Any:
         """Return a source without a target."""
-        return Pair(prompt, "", number)
+        return SourceTarget(prompt, "", number)
 
     def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
-    ) -> list[Reply]:
+        self, model: PromptedModel, questions: Sequence[Any], wanted: OutputOptions
+    ) -> list[Prediction]:
         """Return the text generated for each prompt."""
         prompts: list[list[int]] = []
         refused: dict[int, str] = {}
         for question in questions:
             try:
-                prompts.append(_ask(model, question))
+                prompts.append(_encode_prompt(model, question))
             except InputError as error:
                 refused[question.row] = str(error).rstrip(".")
         if refused:
             raise UnansweredError(refused)
-        return [Reply(text, columns={"": text}) for text in model.write(prompts)]
+        return [Prediction(text, columns={"": text}) for text in model.write(prompts)]
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
         """Return the tokens themselves."""
@@ -267,7 +271,7 @@ class TranslationTask(TextTask):
         if fits(columns, self.shapes) or config.format is not None:
             return {}
         languages = language_columns(columns, rows)
-        return choose_languages(
+        return select_language_columns(
             languages, config.source_language, config.target_language, config.columns
         )
 
@@ -302,28 +306,28 @@ class TranslationTask(TextTask):
             instruction = name_languages(kind, source.name, target.name)
         return choose_format(tokenizer, kind, instruction, cue)
 
-    def facts(self, loaded: Loaded) -> Mapping[str, Any]:
+    def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
         """Return the ISO 639-1 code of the target language; "" if unknown."""
         return {"target_language": loaded.format.options.get("target_language", "")}
 
 
-def _ask(model: PromptedModel, question: Pair | Conversation) -> list[int]:
+def _encode_prompt(model: PromptedModel, question: SourceTarget | Conversation) -> list[int]:
     """Return the prompt token ids; raises `InputError` if the chat template fails or is missing."""
     form, tokenizer = model.prompt_format, model.tokenizer
     if form is None:
         raise TypeError("a model that writes text has a prompt format")
-    if isinstance(question, Pair):
-        return prompt_ids(tokenizer, form, question.source)
+    if isinstance(question, SourceTarget):
+        return encode_prompt(tokenizer, form, question.source)
     turns = [message.to_dict() for message in question.messages]
     if form.kind == "chat-template":
-        return chat_prompt_ids(tokenizer, form.with_system(turns), question.tools)
+        return encode_chat_prompt(tokenizer, form.with_system(turns), question.tools)
     if [turn["role"] for turn in turns if turn["role"] != "system"] != ["user"]:
         raise InputError(
             f"a conversation of {len(turns)} messages, and the model has no chat template to tell "
             "its turns apart"
         )
     text = "\n\n".join(turn["content"] for turn in turns)
-    return prompt_ids(tokenizer, form, text, has_system=turns[0]["role"] == "system")
+    return encode_prompt(tokenizer, form, text, has_system=turns[0]["role"] == "system")
 
 
 def name_languages(kind: str, source: str, target: str) -> str:
@@ -342,8 +346,8 @@ TASKS = (
         name="text-generation",
         shapes=(*_dialogue_shapes(build_conversation), PLAIN_TEXT),
         questions=(
-            *_dialogue_questions(build_asked_turns),
-            Shape("text", build_asked_turns, {"text": ("text", "content")}),
+            *_dialogue_questions(build_query_turns),
+            FormatSpec("text", build_query_turns, {"text": ("text", "content")}),
         ),
         auto_classes=_AUTO,
         peft_types=_PEFT,
@@ -359,7 +363,7 @@ TASKS = (
     TextTask(
         name="summarization",
         shapes=(
-            Shape(
+            FormatSpec(
                 "document + summary",
                 build_pair,
                 {
@@ -370,7 +374,7 @@ TASKS = (
             *_dialogue_shapes(build_pair),
         ),
         questions=(
-            Shape("document", build_source, {"document": _DOCUMENT}),
+            FormatSpec("document", build_source, {"document": _DOCUMENT}),
             *_dialogue_questions(build_source),
         ),
         auto_classes=_AUTO,
@@ -387,11 +391,13 @@ TASKS = (
     TranslationTask(
         name="translation",
         shapes=(
-            Shape("source + target", build_pair, {"source": ("source",), "target": ("target",)}),
+            FormatSpec(
+                "source + target", build_pair, {"source": ("source",), "target": ("target",)}
+            ),
             *_dialogue_shapes(build_pair),
         ),
         questions=(
-            Shape("source", build_source, {"source": ("source",)}),
+            FormatSpec("source", build_source, {"source": ("source",)}),
             *_dialogue_questions(build_source),
         ),
         auto_classes=_AUTO,

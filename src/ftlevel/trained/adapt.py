@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from ftlevel.config import MethodConfig
-from ftlevel.errors import ConfigError, InputError, did_you_mean, listing
+from ftlevel.errors import ConfigError, InputError, did_you_mean, join_names
 from ftlevel.methods import METHODS, Base, ensure_registered
 from ftlevel.methods.merging import read_peft_config
 from ftlevel.models.integrity import check_finite
 from ftlevel.models.untrusted import FROM_READERS, check_patterns
 from ftlevel.trained.adapterhub import convert, is_adapterhub, read_hub_adapter
-from ftlevel.trained.vocabulary import check_new_rows, fit_vocabulary, why_other_vocabulary
+from ftlevel.trained.vocabulary import check_new_rows, find_vocabulary_mismatch, resize_vocabulary
 
 
 def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = False) -> Any:
@@ -76,7 +76,8 @@ def check_placed(adapted: Any, kind: str, base: Base) -> None:
         left = sorted({name.rpartition(".")[2] for name in base.targets} - set(names))
         raise ConfigError(
             f"--method {kind} on {base.config.model_type}: PEFT {_peft_version()} takes "
-            f"{listing(names)} for the experts' tensors, and {len(lost):,} linears of that name, "
+            f"{join_names(names)} for the experts' tensors, and {len(lost):,} linears of that "
+            "name, "
             f"such as {lost[0]}, would stay as they are. Use --target-modules {','.join(left)}."
         )
 
@@ -157,7 +158,7 @@ def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
     if (put_on := _plain_loader(directory)) is not None:
         return put_on(base, directory, name)
     check_patterns(directory, read_peft_config(directory), base)
-    had = fit_vocabulary(base, directory)
+    had = resize_vocabulary(base, directory)
     # Load as trainable: PEFT then marks the adapter's parameters, and AdaLoRA requires it.
     try:
         with _unknown_patterns_ignored():
@@ -175,7 +176,7 @@ def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
     return _frozen(adapted)
 
 
-def begin_from(adapted: Any, directory: Path) -> None:
+def load_initial_weights(adapted: Any, directory: Path) -> None:
     """Load the weights in `directory` into the untrained adapter of `adapted` (mutated).
 
     Raises InputError if they are damaged or do not match the adapter.
@@ -226,7 +227,7 @@ def add_adapter(adapted: Any, directory: Path, name: str) -> None:
     else:
         weights = _read_whole(directory)
         check_patterns(directory, read_peft_config(directory), adapted.get_base_model())
-        other = why_other_vocabulary(adapted.get_base_model(), directory)
+        other = find_vocabulary_mismatch(adapted.get_base_model(), directory)
         if other is None and _plain_loader(directory) is not None:
             other = "a prompt that plain PEFT trained is read alone"
         if other is not None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ftlevel.config import GenerateConfig
-from ftlevel.errors import ConfigError, InputError, did_you_mean, listing
+from ftlevel.errors import ConfigError, InputError, did_you_mean, join_names
 from ftlevel.models.hardware import choose_device
 from ftlevel.tasks import TASKS
 from ftlevel.trained.adapt import add_adapter
-from ftlevel.trained.load import Trained, load_found
+from ftlevel.trained.load import LoadedModel, load_ref
 from ftlevel.trained.model_ref import (
     ADAPTER_CONFIG,
     ModelRef,
@@ -24,7 +24,7 @@ from ftlevel.trained.model_ref import (
 
 BASE = "base"
 """Name of the model with its adapters disabled."""
-ALONE = "model"
+NO_ADAPTER = "model"
 """Name of a model without adapters."""
 
 
@@ -35,7 +35,7 @@ class AdapterSet:
     `slots` maps names to PEFT's adapter names, which must not contain a dot.
     """
 
-    voices: dict[str, Trained]
+    voices: dict[str, LoadedModel]
     slots: dict[str, str]
     notes: list[str]
 
@@ -45,11 +45,11 @@ class AdapterSet:
         return self._any.has_adapter
 
     @property
-    def _any(self) -> Trained:
+    def _any(self) -> LoadedModel:
         return next(iter(self.voices.values()))
 
     @contextlib.contextmanager
-    def speaking(self, name: str) -> Iterator[Trained]:
+    def active_adapter(self, name: str) -> Iterator[LoadedModel]:
         """Activate the adapter `name` inside the block; `base` disables all.
 
         The base uses the prompt format of the first adapter. Raises ConfigError for an unknown
@@ -64,7 +64,7 @@ class AdapterSet:
         if name not in self.voices:
             raise ConfigError(
                 f"no adapter is called {name!r}.{did_you_mean(name, self.voices)} "
-                f"There are: {listing(self.voices)}."
+                f"There are: {join_names(self.voices)}."
             )
         trained = self.voices[name]
         if name in self.slots:
@@ -88,13 +88,13 @@ def load_adapter_set(config: GenerateConfig) -> AdapterSet:
                 "nothing is named that could answer. Name a run, an adapter or a model, or give "
                 "--adapter NAME=DIR or --adapters-dir DIR."
             )
-        trained = load_found(base, device)
-        return AdapterSet({ALONE: trained}, {}, trained.notes)
+        trained = load_ref(base, device)
+        return AdapterSet({NO_ADAPTER: trained}, {}, trained.notes)
     unknown = [name for name in config.chosen if name not in named]
     if unknown:
         raise ConfigError(
             f"--adapter {unknown[0]}: no adapter is called so.{did_you_mean(unknown[0], named)} "
-            f"There are: {listing(named)}. Name another as NAME=DIR."
+            f"There are: {join_names(named)}. Name another as NAME=DIR."
         )
     if config.chosen:
         named = {name: named[name] for name in config.chosen}
@@ -103,7 +103,7 @@ def load_adapter_set(config: GenerateConfig) -> AdapterSet:
     _check_together(named)
     (first, found), *others = named.items()
     slots = {name: f"adapter{number}" for number, name in enumerate(named)}
-    trained = load_found(found, device, slots[first])
+    trained = load_ref(found, device, slots[first])
     voices = {first: trained}
     for name, other in others:
         add_adapter(trained.model, _directory(other), slots[name])
@@ -207,7 +207,7 @@ def _head(found: ModelRef) -> str:
     return TASKS[found.card.task].describe_head(found.card.labels)
 
 
-def _voice(trained: Trained, found: ModelRef) -> Trained:
+def _voice(trained: LoadedModel, found: ModelRef) -> LoadedModel:
     """Return `trained` with the task and settings of the adapter `found`."""
     card = found.card
     return replace(

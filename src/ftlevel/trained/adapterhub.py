@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.cards import AdapterCard
-from ftlevel.errors import InputError, listing
+from ftlevel.errors import InputError, join_names
 from ftlevel.methods.bottleneck.adapterhub import WEIGHTS, holders_of, read_config
 from ftlevel.models.integrity import check_finite
 
@@ -78,7 +78,7 @@ def read_head(settings: Mapping[str, Any]) -> HubHead:
     kind = config.get("head_type")
     if kind not in _TASK_OF_TYPE:
         raise InputError(
-            f"head_type {kind!r} is not known. Heads that are read: {listing(_TASK_OF_TYPE)}."
+            f"head_type {kind!r} is not known. Heads that are read: {join_names(_TASK_OF_TYPE)}."
         )
     task = _TASK_OF_TYPE[kind]
     options = {}
@@ -113,7 +113,7 @@ def _layers(family: str, kind: str, config: Mapping[str, Any]) -> dict[str, str]
         if count == 1 and family in _OF_LAST_TOKEN and config.get("bias") is False:
             return {"1": "score"}
     keys = ("layers", "activation_function", "use_pooler", "bias")
-    said = listing([f"{key} {config[key]!r}" for key in keys if key in config], most=len(keys))
+    said = join_names([f"{key} {config[key]!r}" for key in keys if key in config], most=len(keys))
     raise InputError(
         f"a head of type {kind} with {said} is not what transformers' {family} computes. Use it "
         "with adapters itself."

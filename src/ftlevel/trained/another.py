@@ -25,14 +25,14 @@ NAMED = "model.json"
 
 
 @dataclass(frozen=True)
-class Another:
+class ReferenceModel:
     """An auxiliary model; `fingerprint` covers all weights and their quantization."""
 
     name: str
     found: ModelRef
     fingerprint: str
 
-    def in_precision(self, dtype: str) -> Another:
+    def in_precision(self, dtype: str) -> ReferenceModel:
         """Return a copy that computes in `dtype`."""
         return replace(self, found=replace(self.found, card=replace(self.found.card, dtype=dtype)))
 
@@ -44,7 +44,9 @@ class Another:
         write_json(directory / NAMED, {"name": name, **local, "fingerprint": self.fingerprint})
 
 
-def find_another(flag: str, name: str, kind: str, tokenizer: Any, device: str) -> Another:
+def resolve_reference(
+    flag: str, name: str, kind: str, tokenizer: Any, device: str
+) -> ReferenceModel:
     """Resolve the auxiliary model `name`, and check that it can score the run's rows.
 
     `kind` and `tokenizer` are those of the model being trained. Raises InputError if it does not
@@ -65,10 +67,10 @@ def find_another(flag: str, name: str, kind: str, tokenizer: Any, device: str) -
             f"{said}: its tokenizer is another one than that of the model that is trained, so it "
             "cannot be asked about the same tokens. Name a relative of it."
         )
-    return Another(name, found, fingerprint_of(found))
+    return ReferenceModel(name, found, fingerprint_of(found))
 
 
-def find_named(directory: Path, beside: Path, device: str) -> Another:
+def resolve_recorded_reference(directory: Path, beside: Path, device: str) -> ReferenceModel:
     """Resolve the model recorded in `directory`; raise InputError if its weights have changed."""
     known = json.loads((directory / NAMED).read_text(encoding="utf-8"))
     places = [str(resolve_relative(known["path"], beside))] if known.get("path") else []
@@ -80,7 +82,7 @@ def find_named(directory: Path, beside: Path, device: str) -> Another:
             f"{said} has other weights than in training, and rewards against it would be others. "
             "Put the former ones there, or train again."
         )
-    return Another(places[0], found, known["fingerprint"])
+    return ReferenceModel(places[0], found, known["fingerprint"])
 
 
 def fingerprint_of(found: ModelRef) -> str:

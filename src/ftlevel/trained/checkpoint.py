@@ -14,7 +14,7 @@ _PARTS = "shard-*.safetensors"
 """Shards that the processes of a sharded run write."""
 
 
-def whole_model(directory: Path) -> Path:
+def merge_sharded_checkpoint(directory: Path) -> Path:
     """Return `directory`, or a temporary directory with the model merged from its shards.
 
     The temporary directory exists until the process ends. Raises InputError if a shard is missing
@@ -27,13 +27,13 @@ def whole_model(directory: Path) -> Path:
 
 @functools.cache
 def _together(directory: Path) -> Workspace:
-    from ftlevel.models.upstream.shards import put_together  # imports torch.distributed
+    from ftlevel.models.upstream.shards import merge_shards  # imports torch.distributed
 
     damage = find_damage(directory)
     if damage is not None:
         raise InputError(f"{directory} cannot be put together: {damage}. Take another checkpoint.")
     held = Workspace("checkpoint")
-    put_together(directory, Path(held.name))
+    merge_shards(directory, Path(held.name))
     for path in directory.iterdir():
         if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt"):
             shutil.copyfile(path, Path(held.name) / path.name)

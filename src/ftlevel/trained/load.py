@@ -8,7 +8,7 @@ from typing import Any
 
 from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.config.preference import NO_REFERENCE
-from ftlevel.data.encoding.collate import choose_pad_token, pad_apart_from_eos
+from ftlevel.data.encoding.collate import ensure_pad_token, separate_pad_from_eos
 from ftlevel.data.encoding.encode import PromptFormat
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.integrity import check_missing
@@ -34,7 +34,7 @@ from ftlevel.trained.model_ref import (
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedModel:
     """A loaded model in eval mode, with its tokenizer, task and settings of training.
 
     `model` is a PeftModel if there is an adapter. `max_length` is that of training rows, in tokens.
@@ -60,7 +60,7 @@ class Trained:
         return hasattr(self.model, "peft_config")
 
 
-def load_found(found: ModelRef, device: str, name: str = "default") -> Trained:
+def load_ref(found: ModelRef, device: str, name: str = "default") -> LoadedModel:
     """Load the model of `found`; `name` is PEFT's name of the adapter.
 
     Raises InputError if it is damaged, or has no head for the task.
@@ -73,9 +73,9 @@ def load_found(found: ModelRef, device: str, name: str = "default") -> Trained:
     if (stored := stored_quantization(config)) is not None:
         check_loadable(stored, source.words, device)
     tokenizer = load_own_tokenizer(source, directory)
-    choose_pad_token(tokenizer)
+    ensure_pad_token(tokenizer)
     if task.pads_apart:
-        pad_apart_from_eos(tokenizer)
+        separate_pad_from_eos(tokenizer)
     if (
         task.pads_apart or getattr(config, "pad_token_id", None) is None
     ):  # CodeGen's config lacks the field
@@ -104,7 +104,7 @@ def load_found(found: ModelRef, device: str, name: str = "default") -> Trained:
     if directory is not None:
         model = load_adapter(model, directory, name)
     objective = task.build_objective(kind, {"labels": card.labels, **options})
-    return Trained(
+    return LoadedModel(
         model.eval(), tokenizer, task, kind, device, dtype, objective, card.max_length,
         prompt, card.labels, options, notes, card.method,
     )  # fmt: skip

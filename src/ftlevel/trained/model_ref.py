@@ -17,11 +17,11 @@ from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
 from ftlevel.artifacts.files import base_digest, base_fingerprint, check_regular
 from ftlevel.artifacts.ownership import CHECKPOINTS
 from ftlevel.artifacts.places import resolve_relative
-from ftlevel.artifacts.run_directory import CONFIG, run_of
-from ftlevel.config.methods.lora import INSIDE_BASE
-from ftlevel.data.encoding.collate import choose_pad_token
+from ftlevel.artifacts.run_directory import CONFIG, find_run
+from ftlevel.config.methods.lora import BASE_MODIFYING_INITS
+from ftlevel.data.encoding.collate import ensure_pad_token
 from ftlevel.data.encoding.encode import PromptFormat, read_format
-from ftlevel.errors import InputError, listing
+from ftlevel.errors import InputError, join_names
 from ftlevel.models.hardware import choose_dtype
 from ftlevel.models.kinds import checkpoint_class, max_positions, model_kind
 from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
@@ -35,7 +35,7 @@ from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapterhub import hub_task, is_adapterhub, read_hub_adapter, with_head
-from ftlevel.trained.checkpoint import whole_model
+from ftlevel.trained.checkpoint import merge_sharded_checkpoint
 from ftlevel.weights.tensor_files import read_header
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -194,9 +194,9 @@ def _resolve(name: str, device: str, task: str | None, said: str, base: str | No
         directory, card = path, read_card(path)
         if task not in (None, card.task):
             raise InputError(f"{name} was trained for {card.task}, not for {task}. Drop --task.")
-        run = run_of(directory)
+        run = find_run(directory)
         if card.method == "full":
-            source = resolve_source(str(whole_model(directory)), said=str(directory))
+            source = resolve_source(str(merge_sharded_checkpoint(directory)), said=str(directory))
             return ModelRef(replace(source, name=str(directory)), None, card, run)
         return ModelRef(find_base(card, directory, base), directory, card, run)
     if is_adapterhub(path):
@@ -207,7 +207,7 @@ def _resolve(name: str, device: str, task: str | None, said: str, base: str | No
     source = resolve_source(name, said=said)
     config = load_config(source)
     own = TASKS[task or _task_of_model(config, said)]
-    return ModelRef(source, None, stand_in_card(source, config, own, device), is_ours=False)
+    return ModelRef(source, None, build_default_card(source, config, own, device), is_ours=False)
 
 
 def _resolve_peft(
@@ -222,7 +222,7 @@ def _resolve_peft(
         outputs = count_outputs(directory, build_task_model(config, auto_class))
         if outputs not in (0, config.num_labels):
             config = load_config(source, num_labels=outputs)
-    card = stand_in_card(source, config, own, device, directory, settings)
+    card = build_default_card(source, config, own, device, directory, settings)
     note = f"{name} was not made by ftlevel: its base, {source.name}, is taken on trust"
     return ModelRef(source, directory, card, None, [note], is_ours=False)
 
@@ -235,7 +235,7 @@ def _resolve_adapterhub(
     own = TASKS[hub_task(hub, task)]
     source = resolve_plain_base(hub.base, directory, None, base)
     settings = {"peft_type": "BOTTLENECK", "modules_to_save": hub.heads}
-    card = stand_in_card(source, load_config(source), own, device, directory, settings)
+    card = build_default_card(source, load_config(source), own, device, directory, settings)
     note = (
         f"{directory} was made by AdapterHub's adapters: its base, {source.name}, is taken on trust"
     )
@@ -287,7 +287,7 @@ def _task_of_model(config: Any, said: str) -> str:
         return fits[0]
     if model_kind(config) in TASKS[_DEFAULT_TASK].auto_classes:
         return _DEFAULT_TASK
-    architecture = listing(config.architectures or ()) or config.model_type
+    architecture = join_names(config.architectures or ()) or config.model_type
     raise InputError(
         f"{said} does not say what it was trained for: its config.json names {architecture}, a "
         "model without a head. Name the task: --task NAME."
@@ -321,7 +321,7 @@ def adapter_task(
     if not fits:
         raise InputError(
             f"{directory / ADAPTER_CONFIG} has {what}, for which ftlevel has no task. Expected a "
-            f"task_type of {listing(_peft_types())}, or a masked language model."
+            f"task_type of {join_names(_peft_types())}, or a masked language model."
         )
     if task not in (None, *fits):
         raise InputError(
@@ -383,10 +383,10 @@ def resolve_plain_base(
     """Return the base that the adapter names, or the user's `place` if given."""
     if place is not None:
         return resolve_source(place, said=f"--model {place}")
-    return resolve_source(base, revision, said=base_words(str(directory), base))
+    return resolve_source(base, revision, said=describe_base(str(directory), base))
 
 
-def stand_in_card(
+def build_default_card(
     source: ModelSource,
     config: Any,
     task: BaseTask,
@@ -402,7 +402,7 @@ def stand_in_card(
     kind = model_kind(config)
     task.auto_class(kind, config.model_type)  # raises if the model does not support the task
     tokenizer = load_own_tokenizer(source, directory)
-    choose_pad_token(tokenizer)
+    ensure_pad_token(tokenizer)
     known = task.stand_in(config, tokenizer, kind)
     return AdapterCard(
         method=str(settings["peft_type"]).lower().replace("_", "-") if settings else PLAIN,
@@ -435,13 +435,13 @@ def check_trained_head(missing: Sequence[str], heads: Sequence[str], name: str, 
 
 def check_whole_adapter(directory: Path) -> None:
     """Raise InputError for a checkpoint whose adapter does not apply to the unchanged base."""
-    run = run_of(directory) if directory.absolute().parent.name == CHECKPOINTS else None
+    run = find_run(directory) if directory.absolute().parent.name == CHECKPOINTS else None
     if run is None or (directory / CARD).is_file() or not (directory / ADAPTER_CONFIG).is_file():
         return
     from ftlevel.methods.merging import read_peft_config  # imports PEFT's tuners
 
     init = read_peft_config(directory).get("init_lora_weights")
-    if init in INSIDE_BASE:
+    if init in BASE_MODIFYING_INITS:
         raise InputError(
             f"{directory} is a checkpoint of a run that began with init_lora_weights={init!r}, "
             "inside the base's weights: its adapter is made one of the untouched base at the end. "
@@ -465,7 +465,7 @@ def find_base(card: AdapterCard, directory: Path, place: str | None = None) -> M
     elif card.base.get("kind") in _LOCAL:
         source = _find_local(card, directory)
     else:
-        words = base_words(str(directory), name)
+        words = describe_base(str(directory), name)
         try:
             source = resolve_source(name, revision, said=words)
         except InputError as error:
@@ -482,12 +482,12 @@ def _find_local(card: AdapterCard, directory: Path) -> ModelSource:
     if not there:
         raise InputError(
             f"the base model of {directory} is not there (looked for at "
-            f"{listing(map(str, tried))}). Name its place: --model PATH."
+            f"{join_names(map(str, tried))}). Name its place: --model PATH."
         )
     expected = card.base.get("fingerprint")
     same = [path for path in there if len(there) == 1 or base_fingerprint(path) == expected]
     path = str((same or there)[0])
-    return resolve_source(path, said=base_words(str(directory), path))
+    return resolve_source(path, said=describe_base(str(directory), path))
 
 
 def check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
@@ -515,6 +515,6 @@ def check_cached_base(source: ModelSource, card: AdapterCard, directory: Path) -
         check_base(replace(source, kind="directory", location=str(local)), card, directory)
 
 
-def base_words(adapter: str, base: str) -> str:
+def describe_base(adapter: str, base: str) -> str:
     """Return the name of an adapter's base in messages."""
     return f"{base} (the base of {adapter})"

@@ -17,13 +17,13 @@ WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
-def fit_vocabulary(model: Any, directory: Path) -> int | None:
+def resize_vocabulary(model: Any, directory: Path) -> int | None:
     """Resize the embeddings of `model` (mutated) to the vocabulary size of the adapter.
 
     New rows are NaN until `check_new_rows`. Returns the former number of rows; None if unchanged.
     """
     had = _rows(model)
-    wanted = trained_rows(model, directory) if had else None
+    wanted = read_vocabulary_size(model, directory) if had else None
     if had is None or wanted is None or wanted == had:
         return None
     model.resize_token_embeddings(wanted, mean_resizing=False)
@@ -61,15 +61,15 @@ def check_new_rows(model: Any, had: int | None, directory: Path) -> None:
             new[lost] = weight.data[:had].float().mean(0).to(weight.dtype)
 
 
-def why_other_vocabulary(model: Any, directory: Path) -> str | None:
+def find_vocabulary_mismatch(model: Any, directory: Path) -> str | None:
     """Return why the adapter cannot share `model` with others; None if vocabulary sizes match."""
-    rows, wanted = _rows(model), trained_rows(model, directory)
+    rows, wanted = _rows(model), read_vocabulary_size(model, directory)
     if rows is None or wanted in (None, rows):
         return None
     return f"it was trained with {wanted:,} tokens, and here are {rows:,}"
 
 
-def trained_rows(model: Any, directory: Path) -> int | None:
+def read_vocabulary_size(model: Any, directory: Path) -> int | None:
     """Return the vocabulary size in training; None if the adapter's files do not contain it."""
     shapes = _shapes(directory / WEIGHTS)
     names = {id(module): name for name, module in model.named_modules()}

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ftlevel.artifacts.checkpoints import best_of, find_damage, forget_later, write_best
-from ftlevel.evaluation.intervals import PerRow
+from ftlevel.artifacts.checkpoints import best_of, delete_best_after, find_damage, write_best
+from ftlevel.evaluation.intervals import ExampleRecord
 from ftlevel.events import Listener
 from ftlevel.methods.base import HasState
 from ftlevel.task import Objective
 from ftlevel.training.plan.best_model import BestModel
 from ftlevel.training.processes import Processes
-from ftlevel.weights.tensor_files import Part, read_header, spec_of, write_file
+from ftlevel.weights.tensor_files import TensorPart, read_header, spec_of, write_file
 
 _WEIGHTS = "trained.safetensors"
 
@@ -83,7 +83,7 @@ class Evaluations:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
+class SelectedModel:
     """The model of step `step` that a run ends with, and the evaluations that selected it.
 
     `waited` counts the evaluations since an improvement larger than the threshold.
@@ -119,7 +119,7 @@ class Kept:
 def write_trained(model: Any, directory: Path) -> None:
     """Write the trainable tensors of `model`, one at a time to avoid a second copy in memory."""
     parts = [
-        Part({name: spec_of(tensor)}, functools.partial(dict, {name: tensor}))
+        TensorPart({name: spec_of(tensor)}, functools.partial(dict, {name: tensor}))
         for name, tensor in model.named_parameters()
         if tensor.requires_grad
     ]
@@ -143,7 +143,7 @@ def read_trained(model: Any, directory: Path) -> None:
             tensor.copy_(stored[name].read())
 
 
-class KeepBest(TrainerCallback):
+class BestModelCallback(TrainerCallback):
     """Save the trainable tensors at each evaluation that is the best so far.
 
     `load_best_model_at_end` is not used: it needs a full checkpoint with optimizer state at each
@@ -176,7 +176,7 @@ class KeepBest(TrainerCallback):
         continues.
         """
         if self._is_first:
-            forget_later(self.directory, step)
+            delete_best_after(self.directory, step)
         self.evaluations.replay(past)
         best, last = self.evaluations.best, self.evaluations.last
         has_ended = self.evaluations.is_over and last is not None and last.step == step
@@ -231,7 +231,7 @@ class KeepBest(TrainerCallback):
         for state in self._states:
             state.keep(directory)
 
-    def finish(self, model: Any, step: int, max_steps: int) -> Kept | None:
+    def finish(self, model: Any, step: int, max_steps: int) -> SelectedModel | None:
         """Load the best weights into `model` (mutated) and return which model it is now.
 
         `step` is the last step made, `max_steps` the planned number. Returns None without a best
@@ -249,7 +249,7 @@ class KeepBest(TrainerCallback):
                 for state in self._states:
                     state.take_up(directory, model)
                 kept = seen.best.step
-        return Kept(
+        return SelectedModel(
             metric=self.plan.metric,
             greater_is_better=self.plan.greater_is_better,
             evaluations=seen.count,
@@ -265,21 +265,21 @@ class KeepBest(TrainerCallback):
 MOST_ROWS = 10_000  # above this, per-row results are not stored
 
 
-class KeepAnswers(TrainerCallback):
+class PredictionRecorder(TrainerCallback):
     """Record per-row results of evaluations; store those of the first, best and last one.
 
-    Must be registered after `KeepBest`, which selects the best evaluation.
+    Must be registered after `BestModelCallback`, which selects the best evaluation.
     """
 
-    def __init__(self, objective: Objective, best: KeepBest | None) -> None:
+    def __init__(self, objective: Objective, best: BestModelCallback | None) -> None:
         self._objective = objective
         self._best = best
-        self._now: PerRow | None = None
-        self._kept: dict[int, PerRow] = {}
+        self._now: ExampleRecord | None = None
+        self._kept: dict[int, ExampleRecord] = {}
 
-    def begin(self) -> PerRow:
+    def begin(self) -> ExampleRecord:
         """Return a new record for the next evaluation."""
-        self._now = PerRow(self._objective)
+        self._now = ExampleRecord(self._objective)
         return self._now
 
     def on_evaluate(
@@ -297,6 +297,6 @@ class KeepAnswers(TrainerCallback):
             self._kept[state.global_step] = self._now
         self._kept = {step: record for step, record in self._kept.items() if step in wanted}
 
-    def of(self, step: int) -> PerRow | None:
+    def of(self, step: int) -> ExampleRecord | None:
         """Return the record of the evaluation at `step`; None if this process has none."""
         return self._kept.get(step)

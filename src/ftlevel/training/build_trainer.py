@@ -14,8 +14,8 @@ from ftlevel.config import TrainConfig
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.data.encoding.collate import CollatorWithRows
 from ftlevel.data.prepare.streaming import StreamedRows
-from ftlevel.evaluation.intervals import generates_texts, wants_texts
-from ftlevel.evaluation.scoring import Evaluator, Writing
+from ftlevel.evaluation.intervals import generates_texts, uses_text_metrics
+from ftlevel.evaluation.scoring import Evaluator, GenerationOptions
 from ftlevel.events import Listener
 from ftlevel.fast.plan import kernel_arguments
 from ftlevel.fast.step_collator import StepCollator
@@ -24,8 +24,8 @@ from ftlevel.methods.base import HasState
 from ftlevel.methods.rates import HeadRate
 from ftlevel.models.hardware import held_memory_bytes, uses_tf32, using_tf32
 from ftlevel.models.upstream.libraries import use_one_gpu
-from ftlevel.training.best import MOST_ROWS, KeepAnswers, KeepBest
-from ftlevel.training.callbacks.gradients import GradientProof, Recovery
+from ftlevel.training.best import MOST_ROWS, BestModelCallback, PredictionRecorder
+from ftlevel.training.callbacks.gradients import GradientMonitor, Recovery
 from ftlevel.training.callbacks.progress import FollowSettings, Interrupt, Report, SetEpoch
 from ftlevel.training.callbacks.saving import (
     SMALL_CHECKPOINT,
@@ -34,11 +34,11 @@ from ftlevel.training.callbacks.saving import (
     WriteManifest,
 )
 from ftlevel.training.disk import checkpoint_bytes
-from ftlevel.training.model import Adapted
+from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.plan import Plan
-from ftlevel.training.plan.schedule import steps_an_epoch
+from ftlevel.training.plan.schedule import count_steps_per_epoch
 from ftlevel.training.processes import Processes
-from ftlevel.training.resume import GoingOn
+from ftlevel.training.resume import ResumeState
 from ftlevel.training.sharding import ShardedTrainer
 from ftlevel.training.shards import is_sharded
 from ftlevel.training.trainer import FtlevelTrainer, rows_and_order
@@ -126,9 +126,9 @@ def eval_batch_size(train: TrainerConfig) -> int:
     return train.per_device_eval_batch_size or train.per_device_train_batch_size
 
 
-def writing_of(train: TrainerConfig) -> Writing:
+def writing_of(train: TrainerConfig) -> GenerationOptions:
     """Return the generation settings of evaluation."""
-    return Writing(
+    return GenerationOptions(
         train.max_new_tokens, train.num_beams, train.temperature, train.top_p, train.seed
     )
 
@@ -137,9 +137,9 @@ def build_evaluator(config: TrainConfig, plan: Plan) -> Evaluator | None:
     """Return the evaluator of the validation rows; None if there are none."""
     if not plan.data.validation:
         return None
-    generates = generates_texts(config.train.predict_with_generate, plan.task) and wants_texts(
-        config.train.metrics, plan.task
-    )
+    generates = generates_texts(
+        config.train.predict_with_generate, plan.task
+    ) and uses_text_metrics(config.train.metrics, plan.task)
     rows = min(config.train.max_generate_samples, len(plan.data.validation))
     return Evaluator(
         rows=plan.data.validation,
@@ -161,9 +161,9 @@ def build_evaluator(config: TrainConfig, plan: Plan) -> Evaluator | None:
 def build_trainer(
     config: TrainConfig,
     plan: Plan,
-    adapted: Adapted,
+    adapted: PreparedModel,
     run: RunDirectory,
-    going_on: GoingOn,
+    going_on: ResumeState,
     processes: Processes,
 ) -> FtlevelTrainer:
     """Return the Trainer of the run, without transformers' printing callbacks."""
@@ -201,10 +201,12 @@ def build_trainer(
     return trainer
 
 
-def _owes_evaluation(going_on: GoingOn, config: TrainConfig, plan: Plan, arguments: Any) -> bool:
+def _owes_evaluation(
+    going_on: ResumeState, config: TrainConfig, plan: Plan, arguments: Any
+) -> bool:
     steps, rows = plan.schedule.steps, len(plan.data.train)
-    an_epoch = steps if plan.data.stream else steps_an_epoch(config.train, rows)
-    return going_on.owes_evaluation(arguments.eval_strategy, an_epoch, steps)
+    an_epoch = steps if plan.data.stream else count_steps_per_epoch(config.train, rows)
+    return going_on.missed_evaluation(arguments.eval_strategy, an_epoch, steps)
 
 
 def build_optimizer(config: TrainConfig, model: Any, arguments: Any) -> Any:
@@ -213,7 +215,7 @@ def build_optimizer(config: TrainConfig, model: Any, arguments: Any) -> Any:
     return build(config.method, model, arguments) if build else None
 
 
-def products_of(config: TrainConfig, plan: Plan) -> AbstractContextManager[None]:
+def matmul_context(config: TrainConfig, plan: Plan) -> AbstractContextManager[None]:
     """Return a context that enables TF32 matrix products if configured and supported."""
     return using_tf32(uses_tf32(config.train.tf32, plan.model.device, plan.model.dtype))
 
@@ -227,21 +229,21 @@ def resolve_head_rate(plan: Plan) -> HeadRate | None:
 
 
 @dataclass(frozen=True)
-class Watch:
+class RunCallbacks:
     """Callbacks whose results are read after training."""
 
     report: Report
-    gradients: GradientProof
+    gradients: GradientMonitor
     interrupt: Interrupt
-    best: KeepBest | None
-    answers: KeepAnswers
+    best: BestModelCallback | None
+    answers: PredictionRecorder
 
 
-def go_on(
+def restore_progress(
     trainer: FtlevelTrainer,
-    watch: Watch,
+    watch: RunCallbacks,
     run: RunDirectory,
-    going_on: GoingOn,
+    going_on: ResumeState,
     processes: Processes,
 ) -> None:
     """Restore `trainer` and `watch` (mutated) to the checkpoint, and drop later log records."""
@@ -265,10 +267,10 @@ def add_callbacks(
     processes: Processes,
     checkpoint: Path | None,
     write_beside: Callable[[Path], None] | None,
-) -> Watch:
+) -> RunCallbacks:
     """Add all callbacks to `trainer` (mutated) and return those that are read after training.
 
-    `checkpoint` is the one to resume from; `write_beside` is passed to `WriteManifest`.
+    `checkpoint` is the one to resume from; `write_tokenizer_and_card` is passed to `WriteManifest`.
     """
 
     def tell_nobody(_: Mapping[str, Any]) -> None:
@@ -286,23 +288,23 @@ def add_callbacks(
     states = [callback for callback in own if isinstance(callback, HasState)]
     best = None
     if plan.best is not None:
-        best = KeepBest(plan.best, run.checkpoints, processes, states, listener)
+        best = BestModelCallback(plan.best, run.checkpoints, processes, states, listener)
     trainer.warn = listener.warn
     trainer.replaces_nonfinite = config.train.on_nonfinite != "stop"
     if is_first:
         trainer.note = run.note
     recovery = Recovery(trainer, config.train, run, processes, listener, checkpoint)
-    gradients = GradientProof(
+    gradients = GradientMonitor(
         listener,
         trainer.take_step_loss,
         recovery,
         scales=trainer.accelerator.scaler is not None,
         defers=plan.model.device == "cuda" and recovery.only_stops,
     )
-    answers = KeepAnswers(plan.objective, best)
+    answers = PredictionRecorder(plan.objective, best)
     if is_first and trainer.evaluator and len(trainer.evaluator.rows) <= MOST_ROWS:
         trainer.evaluator = replace(trainer.evaluator, begin_record=answers.begin)
-    watch = Watch(report, gradients, Interrupt(processes), best, answers)
+    watch = RunCallbacks(report, gradients, Interrupt(processes), best, answers)
     streamed = isinstance(rows, StreamedRows)
     when_written = trainer.when_written if isinstance(trainer, ShardedTrainer) else None
     minutes = config.train.save_minutes if config.train.save_strategy != "no" else 0.0

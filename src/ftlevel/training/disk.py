@@ -23,7 +23,7 @@ _NEXT_TO_NOTHING = 1 << 20  # bytes: torch does not report a full disk as such
 _WRITERS = ("inline_container", "PytorchStreamWriter", "iostream error", "while serializing")
 
 
-def check_room(directory: Path | None, train: TrainerConfig, model: Any, steps: int) -> None:
+def check_disk_space(directory: Path | None, train: TrainerConfig, model: Any, steps: int) -> None:
     """Raise ConfigError if the disk lacks space for the checkpoints of a run.
 
     Counts `save_total_limit` checkpoints plus the one being written. Files already in `directory`
@@ -89,7 +89,7 @@ def explain_disk_errors(run: RunDirectory) -> Iterator[None]:
         if reason is None:
             raise
         told = RunError(f"{run.path} cannot be written: {reason}. {_what_is_kept(run)}")
-        told.is_told = getattr(error, "is_told", False)
+        told.is_reported = getattr(error, "is_reported", False)
         raise told from error
 
 
@@ -107,7 +107,7 @@ def _reason(error: Exception, run: RunDirectory) -> str | None:
 
 def _what_is_kept(run: RunDirectory) -> str:
     # On resume, newer incomplete checkpoints are renamed with a warning.
-    whole, _ = checkpoints.newest_whole(run.checkpoints)
+    whole, _ = checkpoints.find_newest_intact(run.checkpoints)
     if whole is None:
         return "There is no whole checkpoint: mend that, and start again with --overwrite."
     directory = quote(str(run.path))

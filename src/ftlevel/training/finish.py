@@ -16,13 +16,13 @@ from ftlevel.artifacts.files import flush, flush_all
 from ftlevel.artifacts.hub import push
 from ftlevel.artifacts.ownership import forget_adapter, mark_end
 from ftlevel.artifacts.places import relative_place
-from ftlevel.artifacts.report.facts import RunFacts, sum_up
+from ftlevel.artifacts.report.facts import RunFacts, summarize_answers
 from ftlevel.artifacts.report.page import write_page
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import IN_MEMORY, OutputConfig, TrainConfig
 from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.errors import RunError
-from ftlevel.evaluation.intervals import interval, keep_wanted
+from ftlevel.evaluation.intervals import interval, select_metrics
 from ftlevel.evaluation.reference import KEPT
 from ftlevel.evaluation.scoring import Evaluator, row_lines
 from ftlevel.events import Listener
@@ -30,10 +30,10 @@ from ftlevel.methods import needs_import
 from ftlevel.models.kinds import write_former_rope
 from ftlevel.models.quantization import stored_quantization
 from ftlevel.trained.adapt import finish_method, save_adapter
-from ftlevel.training.best import KeepAnswers, KeepBest, Kept
+from ftlevel.training.best import BestModelCallback, PredictionRecorder, SelectedModel
 from ftlevel.training.callbacks.progress import Report
 from ftlevel.training.disk import explain_disk_errors
-from ftlevel.training.model import Adapted
+from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.summary import (
     Outcome,
@@ -65,7 +65,7 @@ def end_training(trainer: FtlevelTrainer, plan: Plan, records: Sequence[Mapping[
     return plan
 
 
-def keep_best(trainer: FtlevelTrainer, best: KeepBest | None) -> Kept | None:
+def keep_best(trainer: FtlevelTrainer, best: BestModelCallback | None) -> SelectedModel | None:
     """Load the best model into `trainer` (mutated) if configured, and return which it is."""
     if best is None:
         return None
@@ -73,7 +73,7 @@ def keep_best(trainer: FtlevelTrainer, best: KeepBest | None) -> Kept | None:
 
 
 def save(
-    adapted: Adapted,
+    adapted: PreparedModel,
     config: TrainConfig,
     plan: Plan,
     run: RunDirectory,
@@ -96,7 +96,7 @@ def save(
     else:
         model.save_pretrained(str(partial), state_dict=weights)
         write_former_rope(partial)
-    write_beside(partial, config, plan, base, start, run.adapter)
+    write_tokenizer_and_card(partial, config, plan, base, start, run.adapter)
     flush_all(partial)
     forget_adapter(run.path)
     partial.rename(run.adapter)
@@ -104,7 +104,7 @@ def save(
     forget_unreachable(run.checkpoints)
 
 
-def write_beside(
+def write_tokenizer_and_card(
     directory: Path,
     config: TrainConfig,
     plan: Plan,
@@ -148,7 +148,7 @@ def _is_mergeable(plan: Plan, run: RunDirectory) -> bool:
 
 
 def describe_answers(
-    plan: Plan, evaluator: Evaluator | None, answers: KeepAnswers, step: int
+    plan: Plan, evaluator: Evaluator | None, answers: PredictionRecorder, step: int
 ) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
     """Return per-row predictions at `step` and 95 % intervals of the metrics.
 
@@ -163,7 +163,7 @@ def describe_answers(
         record, labels, lambda row: f"row {row + 1:,}", base=before, evaluator=evaluator
     )
     draws = record.resample(_DRAWS, 0, None, "") if len(record.units) > 1 else {}
-    wanted = keep_wanted(draws, evaluator.metrics)
+    wanted = select_metrics(draws, evaluator.metrics)
     return list(lines), {name: interval(wanted[name]) for name in sorted(wanted)}
 
 
@@ -175,7 +175,10 @@ def write_results(
 ) -> None:
     """Write the report page, the model cards and, as the mark of a finished run, summary.json."""
     run.write_answers(lines)
-    answers, records = sum_up(iter(lines)) if lines else None, run.read_log(summary["steps"])
+    answers, records = (
+        summarize_answers(iter(lines)) if lines else None,
+        run.read_log(summary["steps"]),
+    )
     facts = RunFacts(run.path.resolve().name, run.path, summary, records, answers)
     write_page([facts], run.report)
     run.write_card(write_readme(summary, needs_import(config.method)))
@@ -184,7 +187,7 @@ def write_results(
     mark_end(run.path)
 
 
-def tell(
+def report_results(
     config: TrainConfig,
     plan: Plan,
     outcome: Outcome,

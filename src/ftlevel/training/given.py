@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ftlevel.artifacts.files import base_digest
 from ftlevel.artifacts.run_directory import RunDirectory
-from ftlevel.config import QuantConfig, RowsInMemory, TrainConfig
-from ftlevel.config.in_memory import name_rows
+from ftlevel.config import InMemoryDataset, QuantConfig, TrainConfig
+from ftlevel.config.in_memory import wrap_rows
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
 from ftlevel.models.in_memory import place_model
@@ -28,7 +28,7 @@ BASE = "base"
 
 
 @dataclass(frozen=True)
-class Given:
+class TrainInputs:
     """Python objects passed to `train`; `callbacks` run after ftlevel's own."""
 
     dataset: Any = None
@@ -39,7 +39,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Taken:
+class BoundInputs:
     """The configuration with a name or path for every passed object, and lines for the screen.
 
     `base` is the directory that the model was written to; None if it was not.
@@ -58,7 +58,7 @@ class Taken:
         return self.config.model_copy(update={"model": model})
 
 
-def take(config: TrainConfig, given: Given, held: ExitStack) -> Taken:
+def bind_inputs(config: TrainConfig, given: TrainInputs, held: ExitStack) -> BoundInputs:
     """Return `config` with the objects bound; a written model exists until `held` closes.
 
     Raises ConfigError if an object has the wrong type, or is also set in the configuration.
@@ -69,7 +69,7 @@ def take(config: TrainConfig, given: Given, held: ExitStack) -> Taken:
     if names:
         config = config.with_sections(data=config.data.model_copy(update=names))
     if given.model is None and given.tokenizer is None:
-        return Taken(config)
+        return BoundInputs(config)
     folder = held.enter_context(Workspace("model"))
     placed = place_model(given.model, given.tokenizer, config.model, Path(folder))
     sections: dict[str, Any] = {
@@ -77,7 +77,7 @@ def take(config: TrainConfig, given: Given, held: ExitStack) -> Taken:
     }
     if placed.quant is not None:
         sections["quant"] = _own_quant(config.quant, placed.quant)
-    return Taken(config.with_sections(**sections), placed.directory, (placed.choice,))
+    return BoundInputs(config.with_sections(**sections), placed.directory, (placed.choice,))
 
 
 def _own_quant(wish: QuantConfig, own: QuantConfig) -> QuantConfig:
@@ -96,13 +96,13 @@ def _name(key: str, value: Any, config: TrainConfig) -> str:
         raise ConfigError(
             f"{argument}= is given, and the configuration has data.{key} too. Give one of them."
         )
-    named = name_rows(value)
+    named = wrap_rows(value)
     if not isinstance(named, str):
         raise ConfigError(
             f"{argument}= is of type {type(value).__name__}. Expected a DataFrame, a "
             "datasets.Dataset or DatasetDict, a list of dicts, or a file's name."
         )
-    if isinstance(named, RowsInMemory):
+    if isinstance(named, InMemoryDataset):
         named.said = argument
     return named
 
@@ -121,8 +121,8 @@ def _check_callbacks(callbacks: Sequence[TrainerCallback]) -> None:
             )  # fmt: skip
 
 
-def keep_base(
-    plan: Plan, taken: Taken, run: RunDirectory, *, is_first: bool
+def store_base(
+    plan: Plan, taken: BoundInputs, run: RunDirectory, *, is_first: bool
 ) -> tuple[Plan, dict[str, Any]]:
     """Move a model written for this run into its directory; return the plan and base facts."""
     if taken.base is not None:
@@ -134,7 +134,7 @@ def keep_base(
     return plan, describe_taken(plan, taken)
 
 
-def describe_taken(plan: Plan, taken: Taken) -> dict[str, Any]:
+def describe_taken(plan: Plan, taken: BoundInputs) -> dict[str, Any]:
     """Return the facts of the base, with a digest of all bytes if it was written for the run."""
     base, path = describe_base(plan.model.source), plan.model.source.path
     return base if taken.base is None or path is None else {**base, "digest": base_digest(path)}

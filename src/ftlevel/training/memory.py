@@ -31,7 +31,7 @@ from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.encoding.store import lengths_of
+from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import RunError, is_out_of_memory
 from ftlevel.fast.head.likelihoods import base_model
 from ftlevel.fast.layers.fused_lora import skip_unneeded_products
@@ -134,7 +134,7 @@ def count_activations(model: Any, blocks: Sequence[nn.Module], plan: Plan) -> Ac
     training = model.training
     model.train()
     try:
-        with _told_of_blocks(blocks) as told:
+        with _track_blocks(blocks) as told:
 
             def keep(tensor: torch.Tensor) -> torch.Tensor:
                 storage = storage_of(tensor)
@@ -175,7 +175,7 @@ def _trial(plan: Plan) -> dict[str, Any]:
     return batch
 
 
-class _Told:
+class _BlockTracker:
     """State of a forward pass.
 
     Attributes:
@@ -191,9 +191,9 @@ class _Told:
 
 
 @contextlib.contextmanager
-def _told_of_blocks(blocks: Sequence[nn.Module]) -> Iterator[_Told]:
+def _track_blocks(blocks: Sequence[nn.Module]) -> Iterator[_BlockTracker]:
     """Yield an object that tracks which of `blocks` is being computed."""
-    told = _Told()
+    told = _BlockTracker()
     places = {block: at for at, block in enumerate(blocks)}
 
     def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
@@ -213,7 +213,7 @@ def _told_of_blocks(blocks: Sequence[nn.Module]) -> Iterator[_Told]:
             hook.remove()
 
 
-class SmallerSteps:
+class StepReducer:
     """Reduce the memory of a trainer's steps after one does not fit.
 
     Attributes:
@@ -277,11 +277,11 @@ class SmallerSteps:
         if trainer.args.world_size > 1 or trainer.fast is None:
             return
         count = trainer.args.train_batch_size
-        order = np.argsort(-lengths_of(rows), kind="stable")[:count]
+        order = np.argsort(-row_lengths(rows), kind="stable")[:count]
         longest = [rows[int(at)] for at in order]
         model, workers = trainer.model, trainer.fast.plan.workers
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices=devices), trainer.computing_alone(dtype):
+        with torch.random.fork_rng(devices=devices), trainer.standalone_steps(dtype):
             inputs = trainer.on_device(trainer.data_collator(longest))
             while True:
                 parts = sorted(inputs["micro_batches"], key=lambda p: -p["input_ids"].numel())
@@ -330,7 +330,7 @@ class SmallerSteps:
             raise TypeError("only a fast step is made smaller")
         # The prefix's layout is not available during recomputation (see `plan_fast`).
         trainer.fast.plan = replace(trainer.fast.plan, shared_prefix=False)
-        trainer.data_collator.share_no_prefix()
+        trainer.data_collator.disable_shared_prefix()
         recompute_blocks(base_model(trainer.model))
 
 

@@ -28,15 +28,15 @@ from ftlevel.fast.kernels import describe_choices
 from ftlevel.fast.plan import uses_fused_layers
 from ftlevel.fast.step import FastStep
 from ftlevel.methods import METHODS
-from ftlevel.methods.base import StartInputs
+from ftlevel.methods.base import InitializationInputs
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.integrity import check_finite, check_missing
 from ftlevel.models.loading import load_model
 from ftlevel.models.quantization import build_quantization_config, stored_quantization
 from ftlevel.models.upstream.quantizers import scales_of
-from ftlevel.models.upstream.shards import Slices, own_part
+from ftlevel.models.upstream.shards import UnreadWeights, own_part
 from ftlevel.models.upstream.tensors import inner_tensors
-from ftlevel.trained.adapt import apply_method, begin_from, copy_start, train_in_float32
+from ftlevel.trained.adapt import apply_method, copy_start, load_initial_weights, train_in_float32
 from ftlevel.training.memory import set_checkpointing, use_expandable_segments
 from ftlevel.training.plan.plan import Plan, PlannedModel
 from ftlevel.training.processes import started_processes
@@ -44,7 +44,7 @@ from ftlevel.training.shards import shard
 from ftlevel.training.trainer import FtlevelTrainer
 
 
-def speed_up(model: Any, plan: Plan, listener: Listener) -> FastStep | None:
+def apply_fast_step(model: Any, plan: Plan, listener: Listener) -> FastStep | None:
     """Apply the fast step to `model` (mutated); warn about unsupported parts and skip these."""
     if not plan.fast.enabled:
         return None
@@ -171,7 +171,7 @@ _TRAINED_COPY = ".modules_to_save.default."  # PEFT's, for a fully trained modul
 
 
 @dataclass(frozen=True)
-class Adapted:
+class PreparedModel:
     """A model ready for training.
 
     Attributes:
@@ -187,26 +187,26 @@ class Adapted:
     digests: Mapping[str, Digest]
 
 
-def load_adapted(config: TrainConfig, plan: Plan, listener: Listener) -> Adapted:
+def load_adapted(config: TrainConfig, plan: Plan, listener: Listener) -> PreparedModel:
     """Load the base, apply the method and the fast step, and set up activation recomputation."""
     use_expandable_segments(plan.model.device)
     shards = config.train.shard != "none"
     is_whole = METHODS[config.method.kind].build is None  # the base's own weights are trained
     if shards:
-        model = load_shared_out(config, plan, listener)
+        model = load_sharded(config, plan, listener)
     else:
         base = load_base(config, plan.model)
         digests = {} if is_whole else digest_tensors(base.named_parameters())
         model = put_method_on(base, config, plan)
-        begin(model, config, plan)
+        initialize_adapter(model, config, plan)
     if is_whole or shards:  # of this process's part
         digests = digest_tensors(
             (base_name(n), p) for n, p in model.named_parameters() if not p.requires_grad
         )
-    fast = speed_up(model, plan, listener)
+    fast = apply_fast_step(model, plan, listener)
     if choices := set_checkpointing(model, config, plan):
         listener.choices("train", choices)
-    return Adapted(model, copy_start(model, config.method), fast, digests)
+    return PreparedModel(model, copy_start(model, config.method), fast, digests)
 
 
 def put_method_on(base: Any, config: TrainConfig, plan: Plan) -> Any:
@@ -215,21 +215,21 @@ def put_method_on(base: Any, config: TrainConfig, plan: Plan) -> Any:
     return apply_method(base, config.method, plan.base, fused=fused)
 
 
-def begin(model: Any, config: TrainConfig, plan: Plan) -> None:
+def initialize_adapter(model: Any, config: TrainConfig, plan: Plan) -> None:
     """Initialize the method of `model` (mutated), or load the adapter to continue from."""
     if plan.adapter is None:
         prepare_start(model, config, plan)
     else:
-        begin_from(model, plan.adapter.directory)
+        load_initial_weights(model, plan.adapter.directory)
 
 
-def load_shared_out(config: TrainConfig, plan: Plan, listener: Listener) -> Any:
+def load_sharded(config: TrainConfig, plan: Plan, listener: Listener) -> Any:
     """Return the sharded model with its method; each process reads only its own part if possible.
 
     A damaged part raises InputError in all processes.
     """
-    why_whole = why_read_whole(config, plan)
-    slices = None if why_whole else Slices()
+    why_whole = explain_full_read(config, plan)
+    slices = None if why_whole else UnreadWeights()
     here = replace(plan, model=held_by_host(plan.model, slices))
     model = put_method_on(load_base(config, here.model, slices), config, plan)
     if slices is not None and (made := made_of_unread(model, slices)):
@@ -238,7 +238,7 @@ def load_shared_out(config: TrainConfig, plan: Plan, listener: Listener) -> Any:
         slices = None
         here = replace(plan, model=held_by_host(plan.model, slices))
         model = put_method_on(load_base(config, here.model), config, plan)
-    begin(model, config, here)
+    initialize_adapter(model, config, here)
     dtype, holds = DTYPES[plan.model.dtype], config.train.shard == "grads"
     shard(model, plan.model.device, holds=holds, dtype=dtype, slices=slices)
     if slices is not None:
@@ -253,7 +253,7 @@ def load_shared_out(config: TrainConfig, plan: Plan, listener: Listener) -> Any:
     return model
 
 
-def made_of_unread(model: Any, slices: Slices) -> str:
+def made_of_unread(model: Any, slices: UnreadWeights) -> str:
     """Return the name of a tensor computed from weights that are not read yet; empty for none.
 
     Reads the weights of which the method trains copies (`model` is mutated).
@@ -264,7 +264,7 @@ def made_of_unread(model: Any, slices: Slices) -> str:
     return next(iter(lost), "")
 
 
-def why_read_whole(config: TrainConfig, plan: Plan) -> str:
+def explain_full_read(config: TrainConfig, plan: Plan) -> str:
     """Return why a process must read the whole base; empty if it can read its own rows."""
     planned, start = plan.model, METHODS[config.method.kind].start
     if stored_quantization(planned.config) is not None:
@@ -282,13 +282,15 @@ def why_read_whole(config: TrainConfig, plan: Plan) -> str:
     return ""
 
 
-def held_by_host(planned: PlannedModel, slices: Slices | None) -> PlannedModel:
+def held_by_host(planned: PlannedModel, slices: UnreadWeights | None) -> PlannedModel:
     """Return `planned` with the CPU as device, unless the base is quantized whole on its device."""
     on_device = planned.quant.kind != "none" and slices is None
     return planned if on_device else replace(planned, device="cpu")
 
 
-def load_base(config: TrainConfig, planned: PlannedModel, slices: Slices | None = None) -> Any:
+def load_base(
+    config: TrainConfig, planned: PlannedModel, slices: UnreadWeights | None = None
+) -> Any:
     """Load the base model for training; new heads are initialized from the seed.
 
     Weights in `slices` are registered to be read later (mutated); None reads all. Damaged or
@@ -320,7 +322,7 @@ def prepare_start(model: Any, config: TrainConfig, plan: Plan) -> None:
         return
     size, seed = config.train.per_device_train_batch_size, config.train.seed
     pad_id, device = plan.model.pad_id, plan.model.device
-    inputs = StartInputs(
+    inputs = InitializationInputs(
         batches=lambda: ShuffledBatches(plan.data.train, pad_id, size, seed, device),
         float_weights=lambda: float_weights(config, plan.model),
         device=device,

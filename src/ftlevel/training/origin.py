@@ -23,7 +23,7 @@ from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory
 from ftlevel.config import TrainConfig
 from ftlevel.config.reading import RENAMED
 from ftlevel.config.trainer import PLATEAU
-from ftlevel.errors import ConfigError, listing
+from ftlevel.errors import ConfigError, join_names
 from ftlevel.training.plan.plan import Plan, PlannedModel
 
 BASE, ROWS = "model.fingerprint", "data.fingerprint"
@@ -244,7 +244,7 @@ def check_same_run(run: RunDirectory, before: Mapping[str, Any], origin: Mapping
     """Raise ConfigError with all fields that differ between the origins `before` and `origin`."""
     changed = [key for key in {**before, **origin} if before.get(key) != origin.get(key)]
     if changed:
-        shown = listing(
+        shown = join_names(
             f"{key} was {before.get(key)!r} and is {origin.get(key)!r}" for key in sorted(changed)
         )
         how = f" (OMP_NUM_THREADS={before.get('threads')})" if "threads" in changed else ""

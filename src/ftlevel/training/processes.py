@@ -15,7 +15,7 @@ import torch
 from torch import distributed
 
 from ftlevel.config import TrainConfig
-from ftlevel.errors import ConfigError, FtlevelError, RunError, listing
+from ftlevel.errors import ConfigError, FtlevelError, RunError, join_names
 from ftlevel.world import World, read_world
 
 T = TypeVar("T")
@@ -96,7 +96,7 @@ class Processes:
                 box[1] = error
         distributed.broadcast_object_list(box, src=0)
         if box[1] is not None:
-            box[1].is_told = not self.is_first
+            box[1].is_reported = not self.is_first
             raise box[1]
         made: T = box[0]
         return made
@@ -120,7 +120,7 @@ class Processes:
                 host, message, code = other
                 kind = ConfigError if code == ConfigError.exit_code else RunError
                 shared = kind(message if said[0] else f"rank {rank} ({host}): {message}")
-                shared.is_told = not self.is_first
+                shared.is_reported = not self.is_first
                 raise shared
         return cast("T", made)  # set if no process raised
 
@@ -146,7 +146,7 @@ class Processes:
         problems = []
         for rank, (host, own) in enumerate(said):
             other = [key for key in sorted({**first, **own}) if first.get(key) != own.get(key)]
-            shown = listing(f"{key} is {own.get(key)!r} and {first.get(key)!r} there"
+            shown = join_names(f"{key} is {own.get(key)!r} and {first.get(key)!r} there"
                             for key in other)  # fmt: skip
             if other:
                 problems.append(
@@ -155,7 +155,7 @@ class Processes:
                 )
         if problems:
             error = ConfigError(problems)
-            error.is_told = not self.is_first
+            error.is_reported = not self.is_first
             raise error
 
     def any(self, flag: bool) -> bool:

@@ -20,14 +20,21 @@ from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import TrainConfig
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.errors import InputError, RunError, listing
+from ftlevel.errors import InputError, RunError, join_names
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import autocast
 from ftlevel.models.upstream.shards import own_part
 from ftlevel.task import Objective, TokenObjective
 from ftlevel.trained.adapt import add_adapter, load_adapter
-from ftlevel.training.callbacks.gradients import GradientProof
-from ftlevel.training.model import Adapted, Digest, base_name, digest, digest_tensors, load_base
+from ftlevel.training.callbacks.gradients import GradientMonitor
+from ftlevel.training.model import (
+    Digest,
+    PreparedModel,
+    base_name,
+    digest,
+    digest_tensors,
+    load_base,
+)
 from ftlevel.training.plan.plan import Plan
 
 PROBE_ROWS = 4
@@ -65,7 +72,11 @@ class Origin:
 
 
 def prove(
-    adapted: Adapted, config: TrainConfig, plan: Plan, run: RunDirectory, gradients: GradientProof
+    adapted: PreparedModel,
+    config: TrainConfig,
+    plan: Plan,
+    run: RunDirectory,
+    gradients: GradientMonitor,
 ) -> Proof:
     """Compare the files saved in `run` with the trained model.
 
@@ -83,7 +94,7 @@ def prove(
     return describe_proof(found, probe, gradients)
 
 
-def describe_proof(found: Found, probe: Probe, gradients: GradientProof) -> Proof:
+def describe_proof(found: Found, probe: Probe, gradients: GradientMonitor) -> Proof:
     """Return the proof of a saved run from the comparison and the observed gradients."""
     return Proof(
         gradients.checked, len(gradients.idle), *found, len(probe.batch["input_ids"]),
@@ -275,7 +286,7 @@ def compare_frozen(trained: Any, expected: Mapping[str, Digest], *, rewritten: b
         changed = [name for name in changed if not _is_adapted(trained, name)]
     if changed:
         raise RunError(
-            f"{len(changed):,} frozen tensors changed while training: {listing(changed, 3)}. "
+            f"{len(changed):,} frozen tensors changed while training: {join_names(changed, 3)}. "
             "The run cannot be trusted; please report it with the command."
         )
     return len(known)

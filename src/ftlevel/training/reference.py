@@ -28,9 +28,9 @@ from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.prepare.dataset import cache_root, file_digest, is_writable
-from ftlevel.evaluation.likelihoods import measure_likelihoods
+from ftlevel.evaluation.likelihoods import compute_likelihoods
 from ftlevel.events import Listener
-from ftlevel.fast.head.likelihoods import measure_answers
+from ftlevel.fast.head.likelihoods import compute_answer_likelihoods
 from ftlevel.fast.packing import using_layout
 from ftlevel.fast.plan import plan_forward
 from ftlevel.fast.step import FastStep
@@ -40,10 +40,10 @@ from ftlevel.models.hardware import autocast
 from ftlevel.models.upstream.tensors import inner_tensors
 from ftlevel.task import LikelihoodObjective
 from ftlevel.trained.adapt import save_adapter
-from ftlevel.trained.another import Another
-from ftlevel.trained.load import load_found
+from ftlevel.trained.another import ReferenceModel
+from ftlevel.trained.load import load_ref
 from ftlevel.training.build_trainer import build_evaluator
-from ftlevel.training.model import Adapted, speed_up
+from ftlevel.training.model import PreparedModel, apply_fast_step
 from ftlevel.training.plan.plan import Plan
 from ftlevel.workspace import Workspace
 
@@ -55,7 +55,7 @@ def read_or_fill(
 
     A partly filled file is completed. A file lock ensures that one process computes at a time.
     """
-    path = place_of(config, "reference", start, rows)
+    path = cache_path(config, "reference", start, rows)
     array, was_whole = open_or_fill(path, (len(rows), 2), np.dtype(np.float32), fill)
     return np.array(array), was_whole
 
@@ -98,7 +98,7 @@ def is_missing(array: np.ndarray) -> np.ndarray:
     return found
 
 
-def place_of(config: TrainConfig, kind: str, start: str, rows: Sequence[Encoded]) -> Path | None:
+def cache_path(config: TrainConfig, kind: str, start: str, rows: Sequence[Encoded]) -> Path | None:
     """Return the path of the cache file for `rows` and the key `start`; None if caching is off."""
     if not config.data.cache or not is_writable():
         return None
@@ -124,7 +124,7 @@ def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
     return fresh
 
 
-def digest_start(config: TrainConfig, plan: Plan, adapted: Adapted) -> str:
+def digest_start(config: TrainConfig, plan: Plan, adapted: PreparedModel) -> str:
     """Return a JSON string of all that determines the initial model's log-probabilities."""
     model, fast = plan.model, adapted.fast.plan if adapted.fast is not None else plan.fast
     place = model.source.path
@@ -166,8 +166,8 @@ class Reference:
     start: Any = None
 
 
-def fill_reference(
-    config: TrainConfig, plan: Plan, adapted: Adapted, listener: Listener
+def compute_initial_reference(
+    config: TrainConfig, plan: Plan, adapted: PreparedModel, listener: Listener
 ) -> tuple[Plan, Reference | None]:
     """Return the plan with log-probabilities of the initial model, and the reference.
 
@@ -192,7 +192,7 @@ def fill_rows(
     plan: Plan,
     name: str,
     key: str,
-    ask: Callable[[], tuple[Plan, Adapted]],
+    ask: Callable[[], tuple[Plan, PreparedModel]],
     listener: Listener,
 ) -> tuple[Plan, dict[str, Any]]:
     """Return `plan` with reference log-probabilities in its rows, and facts for summary.json.
@@ -209,7 +209,7 @@ def fill_rows(
             raise TypeError("validation rows are evaluated")
 
         def score(into: np.ndarray) -> None:
-            into[:] = measure_likelihoods(evaluator, ask()[1].model)
+            into[:] = compute_likelihoods(evaluator, ask()[1].model)
 
         padded = f"{key} padded by {evaluator.batch_size}"
         held_out, _ = read_or_fill(config, padded, plan.data.validation, score)
@@ -244,7 +244,7 @@ def describe_first_loss(
     return facts, [f"the first loss is {first:.7f}, and {expected:.7f} at the reference: {why}."]
 
 
-def _keep_start(config: TrainConfig, plan: Plan, adapted: Adapted) -> Any:
+def _keep_start(config: TrainConfig, plan: Plan, adapted: PreparedModel) -> Any:
     """Return a temporary directory with the initial adapter; None if it has no effect.
 
     An adapter that rewrites the base is saved for the original base, where its start has no effect
@@ -262,7 +262,7 @@ def _keep_start(config: TrainConfig, plan: Plan, adapted: Adapted) -> Any:
     return kept
 
 
-def _switched(plan: Plan, adapted: Adapted, *, off: bool) -> np.ndarray:
+def _switched(plan: Plan, adapted: PreparedModel, *, off: bool) -> np.ndarray:
     """Return the first row's log-probabilities (1, 2), with the adapter enabled or `off`."""
     row, model = plan.data.train[0], adapted.model
     training = model.training
@@ -278,7 +278,7 @@ def _switched(plan: Plan, adapted: Adapted, *, off: bool) -> np.ndarray:
         model.train(training)
 
 
-def _fill(plan: Plan, adapted: Adapted, into: np.ndarray) -> None:
+def _fill(plan: Plan, adapted: PreparedModel, into: np.ndarray) -> None:
     """Write the missing values of `into` (rows, 2; mutated), `AT_ONCE` rows at a time."""
     rows, model = plan.data.train, adapted.model
     training = model.training
@@ -297,7 +297,7 @@ def _fill(plan: Plan, adapted: Adapted, into: np.ndarray) -> None:
         model.train(training)
 
 
-def _measure(plan: Plan, adapted: Adapted, rows: Sequence[Encoded]) -> np.ndarray:
+def _measure(plan: Plan, adapted: PreparedModel, rows: Sequence[Encoded]) -> np.ndarray:
     """Return log-probabilities (rows, 2): both answers of a pair, or an answer and its contrast."""
     found = np.full((len(rows), 2), np.nan, dtype=np.float32)
     contrasts = [other for row in rows for other in row.contrasts]
@@ -309,7 +309,7 @@ def _measure(plan: Plan, adapted: Adapted, rows: Sequence[Encoded]) -> np.ndarra
 
 
 def _score(
-    plan: Plan, adapted: Adapted, rows: Sequence[Encoded]
+    plan: Plan, adapted: PreparedModel, rows: Sequence[Encoded]
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Yield row indices and their answers' log-probabilities, computed as in a training step."""
     objective, device = plan.objective, plan.model.device
@@ -320,7 +320,7 @@ def _score(
         layout = batch.pop("layout", None)
         moved = {name: value.to(device) for name, value in batch.items()}
         with using_layout(layout.to(device) if layout is not None else None):
-            yield chosen, measure_answers(head, adapted.model, objective, moved)
+            yield chosen, compute_answer_likelihoods(head, adapted.model, objective, moved)
 
 
 def micro_batches(
@@ -335,7 +335,7 @@ def micro_batches(
         yield [index], collate([row])
 
 
-def ask_reference(
+def precompute_reference(
     config: TrainConfig, plan: Plan, listener: Listener
 ) -> tuple[Plan, Reference | None]:
     """Return the plan with log-probabilities of the `--reference` model, and the reference.
@@ -349,9 +349,11 @@ def ask_reference(
     preference = config.preference
     weighting = preference.ld_alpha if preference.loss == "ld-dpo" else None
     cut = [plan.fast.prefix_tree, plan.fast.tokens]  # same rounding as the policy's rows
-    key = json.dumps([describe_asking(another, plan), cut, weighting])
+    key = json.dumps([describe_cache_key(another, plan), cut, weighting])
     with contextlib.ExitStack() as held:
-        ask = functools.cache(lambda: held.enter_context(loaded(another, plan, listener)))
+        ask = functools.cache(
+            lambda: held.enter_context(load_auxiliary_model(another, plan, listener))
+        )
         plan, facts = fill_rows(config, plan, another.name, key, ask, listener)
     kept = Workspace("reference")
     beside = (config.output.dir or Path("runs/run")) / "adapter"
@@ -359,7 +361,7 @@ def ask_reference(
     return plan, Reference({**facts, "fingerprint": another.fingerprint}, kept)
 
 
-def describe_asking(another: Another, plan: Plan) -> dict[str, object]:
+def describe_cache_key(another: ReferenceModel, plan: Plan) -> dict[str, object]:
     """Return all that determines the outputs of `another` for a row."""
     fast = plan.fast
     return {
@@ -371,18 +373,20 @@ def describe_asking(another: Another, plan: Plan) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def loaded(another: Another, plan: Plan, listener: Listener) -> Iterator[tuple[Plan, Adapted]]:
+def load_auxiliary_model(
+    another: ReferenceModel, plan: Plan, listener: Listener
+) -> Iterator[tuple[Plan, PreparedModel]]:
     """Load `another` inside the block; yield the plan it computes with, and the model."""
-    trained = load_found(another.found, plan.model.device)
+    trained = load_ref(another.found, plan.model.device)
     forward = plan_forward(
         trained.model, trained.kind, trained.method, plan.objective, plan.fast.tokens
     )
     forward = replace(forward, enabled=plan.fast.enabled,
                       prefix_tree=forward.packs and plan.fast.prefix_tree)  # fmt: skip
     asking = replace(plan, fast=forward, model=replace(plan.model, dtype=trained.dtype))
-    fast = speed_up(trained.model, asking, listener)
+    fast = apply_fast_step(trained.model, asking, listener)
     try:
-        yield asking, Adapted(trained.model, {}, fast, {})
+        yield asking, PreparedModel(trained.model, {}, fast, {})
     finally:
         if fast is not None:
             fast.remove()

@@ -15,21 +15,21 @@ from shlex import quote
 from typing import Any
 
 from ftlevel.artifacts import checkpoints
-from ftlevel.artifacts.checkpoints import forget_later, step_of
+from ftlevel.artifacts.checkpoints import delete_best_after, step_of
 from ftlevel.artifacts.files import write_json
-from ftlevel.artifacts.ownership import mark_going_on
+from ftlevel.artifacts.ownership import mark_resumed
 from ftlevel.artifacts.places import write_places
 from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory, open_run
 from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.chat import choose_chat_template
-from ftlevel.data.encoding.collate import choose_pad_token
-from ftlevel.errors import ConfigError, Interrupted, did_you_mean, listing
+from ftlevel.data.encoding.chat import set_chat_template
+from ftlevel.data.encoding.collate import ensure_pad_token
+from ftlevel.errors import ConfigError, Interrupted, did_you_mean, join_names
 from ftlevel.events import Listener
 from ftlevel.methods import METHODS
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.models.sources import resolve_source
-from ftlevel.training.given import Taken
+from ftlevel.training.given import BoundInputs
 from ftlevel.training.origin import (
     BASE,
     PROMPT,
@@ -54,7 +54,7 @@ def check_base_stays(config: TrainConfig) -> None:
     Runs before rows are encoded, because a different tokenizer might fail on them.
     """
     wish, run = config.model, config.output.dir
-    before = _begun_as(config)
+    before = _stored_origin(config)
     if before is None or run is None:
         return
     source = resolve_source(wish.name_or_path, wish.revision, wish.trust_remote_code)
@@ -68,27 +68,27 @@ def check_base_stays(config: TrainConfig) -> None:
         )
     if "model.adapter_fingerprint" not in before:  # an adapter has its own tokenizer
         tokenizer = load_tokenizer(source)
-        choose_chat_template(tokenizer, config.data.chat_template)
-        choose_pad_token(tokenizer)
+        set_chat_template(tokenizer, config.data.chat_template)
+        ensure_pad_token(tokenizer)
         now = describe_tokenizer(tokenizer)
         known = {key: before[key] for key in now if key in before}
         now = {key: now[key] for key in known if key not in config.output.allow_change}
         check_same_run(RunDirectory(run), {key: known[key] for key in now}, now)
 
 
-def tokens_begun_with(config: TrainConfig) -> int | None:
+def stored_micro_batch_tokens(config: TrainConfig) -> int | None:
     """Return the tokens per micro-batch of the resumed run; None if there are none."""
-    known = (_begun_as(config) or {}).get("speed.tokens_per_micro_batch")
+    known = (_stored_origin(config) or {}).get("speed.tokens_per_micro_batch")
     return known if isinstance(known, int) else None
 
 
-def prompt_version_begun_with(config: TrainConfig) -> int | None:
+def stored_prompt_version(config: TrainConfig) -> int | None:
     """Return the plain-prompt version of the resumed run; None for a new run."""
-    before = _begun_as(config)
+    before = _stored_origin(config)
     return None if before is None else int(before.get(f"data.{PROMPT}", 1))
 
 
-def _begun_as(config: TrainConfig) -> dict[str, Any] | None:
+def _stored_origin(config: TrainConfig) -> dict[str, Any] | None:
     """Return the origin of the resumed run; None for a new run."""
     run = config.output.dir
     if not config.output.resume or run is None:
@@ -136,7 +136,7 @@ _LENGTH = ("train.num_train_epochs", "train.max_steps", "train.early_stopping_pa
 
 
 @dataclass(frozen=True)
-class GoingOn:
+class ResumeState:
     """State that a run resumes from.
 
     Attributes:
@@ -152,7 +152,7 @@ class GoingOn:
     finished: Mapping[str, Any] | None = None
     changes: list[dict[str, Any]] = field(default_factory=list)
 
-    def owes_evaluation(self, strategy: str, an_epoch: int, steps: int) -> bool:
+    def missed_evaluation(self, strategy: str, an_epoch: int, steps: int) -> bool:
         """Whether the run was interrupted between a checkpoint and the evaluation of its epoch."""
         if self.checkpoint is None or strategy != "epoch":
             return False
@@ -161,20 +161,20 @@ class GoingOn:
         return is_due and not any("eval_loss" in r and r["step"] == step for r in self.past)
 
 
-def find_going_on(
+def resolve_resume(
     config: TrainConfig, plan: Plan, origin: Mapping[str, Any], listener: Listener
-) -> GoingOn:
+) -> ResumeState:
     """Return the state that the run resumes from, before weights load; empty for a new run.
 
     Raises ConfigError if the origin differs, the run is longer than its new length, or is finished
     without a checkpoint.
     """
     if not config.output.resume or config.output.dir is None:
-        return GoingOn()
+        return ResumeState()
     run, steps = RunDirectory(config.output.dir), plan.schedule.steps
     if not (run.checkpoints / ORIGIN).exists():
         listener.warn(f"--resume {run.path}: it has no checkpoint yet, so the run begins anew")
-        return GoingOn()
+        return ResumeState()
     before = read_origin(run, origin)
     lengths = {key: before.get(key) for key in _LENGTH if before.get(key) != origin[key]}
     accepted = {key: origin[key] for key in lengths}
@@ -187,10 +187,10 @@ def find_going_on(
     summary = run.read_summary()
     was_planned = summary and summary.get("planned_steps", summary["steps"])
     if summary is not None and not lengths and was_planned == steps:
-        return GoingOn(finished=summary)
+        return ResumeState(finished=summary)
     checkpoint = find_checkpoint(run, listener)
     if checkpoint is None:
-        return GoingOn()
+        return ResumeState()
     if lengths:
         trained = max(step_of(checkpoint), summary["steps"] if summary else 0)
         _check_length(config, plan, lengths, trained)
@@ -199,7 +199,7 @@ def find_going_on(
     has_new_length = state["max_steps"] != steps
     where = Choice("checkpoint", checkpoint, f"step {step_of(checkpoint):,} of {steps:,}")
     listener.choices("resume", [where])
-    return GoingOn(checkpoint, past, has_new_length, changes=changes)
+    return ResumeState(checkpoint, past, has_new_length, changes=changes)
 
 
 def _check_length(config: TrainConfig, plan: Plan, before: Mapping[str, Any], trained: int) -> None:
@@ -225,18 +225,18 @@ def _check_length(config: TrainConfig, plan: Plan, before: Mapping[str, Any], tr
         )
 
 
-def open_or_go_on(
-    taken: Taken,
+def open_or_resume(
+    taken: BoundInputs,
     plan: Plan,
     origin: Mapping[str, Any],
-    going_on: GoingOn,
+    going_on: ResumeState,
     listener: Listener,
 ) -> RunDirectory:
     """Return the run directory, new or resumed, with configuration and origin rewritten."""
     config, output = taken.config, taken.config.output
     if going_on.checkpoint is not None and output.dir is not None:
         run = RunDirectory(output.dir)
-        mark_going_on(run.path)
+        mark_resumed(run.path)
         checkpoints.set_aside_newer(run.checkpoints, going_on.checkpoint)
         for change in going_on.changes:
             listener.warn(
@@ -251,7 +251,7 @@ def open_or_go_on(
             output.dir, default_name(config), overwrite=output.overwrite, resume=output.resume
         )
         checkpoints.set_aside_newer(run.checkpoints, None)
-        forget_later(run.checkpoints, 0)
+        delete_best_after(run.checkpoints, 0)
         for line in kept:
             listener.warn(f"--overwrite {run.path}: {line}; it is not of the run that is replaced")
     told = taken.named_in(run)
@@ -295,7 +295,7 @@ def _changes_of_files(
             f"more (checkpoints/{digests.kept}), so only samples of them are compared"
         )
     elif changed and digests.field not in config.output.allow_change:
-        shown = listing(f"{n} was {was} and is {now}" for n, (was, now) in changed.items())
+        shown = join_names(f"{n} was {was} and is {now}" for n, (was, now) in changed.items())
         raise ConfigError(
             f"--resume {run.path}: not the same run: the bytes of {digests.words} are others than "
             f"when it began: {shown} (SHA-256). Restore them, start anew in another --output-dir, "
@@ -328,7 +328,7 @@ def find_checkpoint(run: RunDirectory, listener: Listener) -> Path | None:
     Raises:
         ConfigError: there is none, and the run is finished.
     """
-    newest, rejected = checkpoints.newest_whole(run.checkpoints)
+    newest, rejected = checkpoints.find_newest_intact(run.checkpoints)
     for line in rejected:
         listener.warn(f"{line}; it is not used")
     if newest is not None:
@@ -364,7 +364,7 @@ def describe_end(run: RunDirectory, config: TrainConfig, summary: Mapping[str, A
         else f"--num-train-epochs {2 * train.num_train_epochs:g}"
     )
     early = " (it stopped early)" if best.get("stopped_early") else ""
-    newest, _ = checkpoints.newest_whole(run.checkpoints)
+    newest, _ = checkpoints.find_newest_intact(run.checkpoints)
     more = (
         f"A longer run goes on from there: --resume {length}."
         if newest
@@ -378,12 +378,12 @@ def describe_end(run: RunDirectory, config: TrainConfig, summary: Mapping[str, A
 
 
 @contextlib.contextmanager
-def telling_what_is_kept(run: RunDirectory) -> Iterator[None]:
+def explain_interrupt(run: RunDirectory) -> Iterator[None]:
     """Convert KeyboardInterrupt into Interrupted, with the newest complete checkpoint."""
     try:
         yield
     except KeyboardInterrupt:
-        whole, _ = checkpoints.newest_whole(run.checkpoints)
+        whole, _ = checkpoints.find_newest_intact(run.checkpoints)
         kept = f"{whole} is kept. {_go_on(run)}" if whole else "there was no checkpoint yet."
         raise Interrupted(f"interrupted at once; {kept}") from None
 

@@ -38,9 +38,9 @@ from ftlevel.models.upstream.shards import (
     write_parts,
 )
 from ftlevel.task import LikelihoodObjective
-from ftlevel.trained.adapt import begin_from, finish_method
-from ftlevel.training.callbacks.gradients import GradientProof
-from ftlevel.training.model import Adapted
+from ftlevel.trained.adapt import finish_method, load_initial_weights
+from ftlevel.training.callbacks.gradients import GradientMonitor
+from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.processes import Processes
 from ftlevel.training.proof import (
@@ -53,7 +53,7 @@ from ftlevel.training.proof import (
     describe_proof,
     disabled_adapter,
 )
-from ftlevel.training.shards import gather, trained
+from ftlevel.training.shards import gather, trainable_parameters
 from ftlevel.training.trainer import FtlevelTrainer
 
 _OPTIMIZER, _SCHEDULER = "optimizer", "scheduler.pt"
@@ -73,7 +73,7 @@ class ShardedTrainer(FtlevelTrainer):
         leave_sharded(self)
         self._writer = PartsWriter()
         self._writes_aside = False
-        self._whole = [p for p in trained(self.model) if not isinstance(p, DTensor)]
+        self._whole = [p for p in trainable_parameters(self.model) if not isinstance(p, DTensor)]
 
     def calls_of(self, own: int) -> int:
         """Return the largest number of micro-batches of any process."""
@@ -191,7 +191,7 @@ class ShardedTrainer(FtlevelTrainer):
 
 
 def save_sharded(
-    adapted: Adapted,
+    adapted: PreparedModel,
     method: MethodConfig,
     processes: Processes,
     save: Callable[[Mapping[str, torch.Tensor] | None], None],
@@ -230,7 +230,7 @@ def average(parameters: Sequence[torch.nn.Parameter], count: int) -> None:
         start = end
 
 
-def probe_untrained(adapted: Adapted, plan: Plan) -> torch.Tensor | None:
+def probe_untrained(adapted: PreparedModel, plan: Plan) -> torch.Tensor | None:
     """Return the logits before training with `--method full`; None for an adapter.
 
     All processes must call it together.
@@ -241,10 +241,10 @@ def probe_untrained(adapted: Adapted, plan: Plan) -> torch.Tensor | None:
 
 
 def prove_sharded(
-    adapted: Adapted,
+    adapted: PreparedModel,
     plan: Plan,
     run: RunDirectory,
-    gradients: GradientProof,
+    gradients: GradientMonitor,
     processes: Processes,
     untrained: torch.Tensor | None,
 ) -> Proof:
@@ -277,7 +277,7 @@ def _reloaded(model: Any, directory: Path, probe: Probe, processes: Processes) -
         for name, parameter in model.named_parameters():
             if name in trained:
                 parameter.zero_()
-        processes.in_all(lambda: begin_from(model, directory))
+        processes.in_all(lambda: load_initial_weights(model, directory))
         try:
             return probe.logits(model)
         finally:

@@ -20,13 +20,13 @@ from transformers.pytorch_utils import Conv1D
 from ftlevel.fast.head.likelihoods import base_model
 from ftlevel.models.module_tree import ModuleTree
 from ftlevel.models.upstream.quantizers import carry_quant_states
-from ftlevel.models.upstream.shards import Slices, whole
+from ftlevel.models.upstream.shards import UnreadWeights, whole
 
 _MATRIX = 2  # dimensions
 
 
 @dataclass(frozen=True)
-class Shared:
+class FsdpUnit:
     """Modules that form one FSDP2 unit.
 
     Attributes:
@@ -42,7 +42,7 @@ class Shared:
 
 
 def shard(
-    model: Any, device: str, *, holds: bool, dtype: torch.dtype, slices: Slices | None = None
+    model: Any, device: str, *, holds: bool, dtype: torch.dtype, slices: UnreadWeights | None = None
 ) -> None:
     """Shard `model` (mutated) across processes, with this process's part on its device.
 
@@ -52,19 +52,19 @@ def shard(
     `slices` are weights to be read here in part; None if all are loaded.
     """
     mesh = init_device_mesh(device, (distributed.get_world_size(),))
-    own = kept_whole(model)
+    own = replicated_parameters(model)
     for parameter in own:
         parameter.data = parameter.data.to(mesh.device_type)
     blocks = blocks_of(model)
     narrow = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    shared = list[Shared]()
+    shared = list[FsdpUnit]()
     for block in blocks:
         linears = cast_linears(block, dtype, own)
         if linears:
-            shared.append(Shared(linears, (), not holds, narrow))
-        shared.append(Shared([block], linears, not holds))
+            shared.append(FsdpUnit(linears, (), not holds, narrow))
+        shared.append(FsdpUnit([block], linears, not holds))
     # Embeddings, head and final norm belong to the root unit, gathered once per pass.
-    for part in [*shared, Shared([model], blocks, False)]:
+    for part in [*shared, FsdpUnit([model], blocks, False)]:
         for module in part.modules:
             carry_quant_states(module, part.inside)
         read = slices.put_aside(part.modules, keep=own) if slices is not None else None
@@ -111,14 +111,14 @@ def _reshard_after_inference(model: Any) -> None:
         model.generate = generate_and_reshard
 
 
-def kept_whole(model: Any) -> set[torch.nn.Parameter]:
+def replicated_parameters(model: Any) -> set[torch.nn.Parameter]:
     """Return the parameters that every process has whole: adapters, frozen norms and biases.
 
     Norms and biases are a ten-thousandth of a model, and the fast step reads them without their
     modules.
     """
     small = {p for p in model.parameters() if not p.requires_grad and p.dim() < _MATRIX}
-    return small if base_model(model) is model else small | set(trained(model))
+    return small if base_model(model) is model else small | set(trainable_parameters(model))
 
 
 def blocks_of(model: Any) -> list[torch.nn.Module]:
@@ -150,7 +150,7 @@ def is_sharded(model: Any) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def trained(model: Any) -> list[torch.nn.Parameter]:
+def trainable_parameters(model: Any) -> list[torch.nn.Parameter]:
     """Return the trainable parameters of `model`."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 

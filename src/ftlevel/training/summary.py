@@ -14,7 +14,7 @@ from typing import Any
 from ftlevel._version import __version__
 from ftlevel.artifacts.cards import AdapterCard, library_versions
 from ftlevel.artifacts.files import base_fingerprint
-from ftlevel.artifacts.places import absolute_places
+from ftlevel.artifacts.places import make_paths_absolute
 from ftlevel.config import TrainConfig
 from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.evaluation.scoring import Evaluator
@@ -22,7 +22,7 @@ from ftlevel.methods import needs_import
 from ftlevel.models.hardware import peak_memory_bytes
 from ftlevel.models.quantization import quantization_facts, stored_quantization
 from ftlevel.models.sources import ModelSource
-from ftlevel.training.best import KeepAnswers, Kept
+from ftlevel.training.best import PredictionRecorder, SelectedModel
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.trainable import count_parameters
 from ftlevel.training.proof import Proof
@@ -41,7 +41,7 @@ def dump_config(config: TrainConfig, plan: Plan) -> str:
     """
     import yaml
 
-    values = absolute_places(resolved_config(config, plan))
+    values = make_paths_absolute(resolved_config(config, plan))
     for name in ("dir", "overwrite", "resume", "allow_change", "push_to_hub", "hub_private"):
         del values["output"][name]
     body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -149,9 +149,9 @@ class Outcome:
     proof: Proof
     timings: Mapping[str, float]
     evaluator: Evaluator | None
-    answers: KeepAnswers
+    answers: PredictionRecorder
     speed: Mapping[str, Any]
-    kept: Kept | None
+    kept: SelectedModel | None
     changes: Sequence[Mapping[str, Any]]
     left_out: Sequence[Mapping[str, Any]] = ()
     plan: Mapping[str, Any] = field(default_factory=dict)

@@ -24,32 +24,32 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.events import Listener
 from ftlevel.fast.head.cross_entropy import Observe
-from ftlevel.fast.head.likelihoods import as_called
+from ftlevel.fast.head.likelihoods import prepare_inputs
 from ftlevel.fast.packing import using_layout
 from ftlevel.models.hardware import autocast
 from ftlevel.models.loading import load_config
 from ftlevel.task import TokenObjective
-from ftlevel.tasks.distillation import TaughtRows, likeliest, outcome_dtype
-from ftlevel.trained.another import Another, find_another
-from ftlevel.training.model import Adapted, load_adapted
-from ftlevel.training.plan.plan import Beside, Plan, PlannedModel
+from ftlevel.tasks.distillation import DistillationRows, outcome_dtype, select_top_k
+from ftlevel.trained.another import ReferenceModel, resolve_reference
+from ftlevel.training.model import PreparedModel, load_adapted
+from ftlevel.training.plan.plan import AuxiliaryModels, Plan, PlannedModel
 from ftlevel.training.reference import (
     AT_ONCE,
     Reference,
-    ask_reference,
-    describe_asking,
+    cache_path,
+    compute_initial_reference,
+    describe_cache_key,
     describe_first_loss,
-    fill_reference,
     is_missing,
-    loaded,
+    load_auxiliary_model,
     micro_batches,
     open_or_fill,
-    place_of,
+    precompute_reference,
 )
 
 
 @dataclass(frozen=True)
-class Expected:
+class TeacherPredictions:
     """Training rows with teacher predictions, and their facts for summary.json."""
 
     rows: Sequence[Encoded]
@@ -60,7 +60,9 @@ class Expected:
         return replace(plan, data=replace(plan.data, train=self.rows))
 
 
-def ask_teacher(config: TrainConfig, plan: Plan, listener: Listener) -> Expected | None:
+def precompute_teacher(
+    config: TrainConfig, plan: Plan, listener: Listener
+) -> TeacherPredictions | None:
     """Return the teacher's predictions for the training rows; None without a teacher.
 
     Raises InputError if the disk lacks space for them.
@@ -73,12 +75,12 @@ def ask_teacher(config: TrainConfig, plan: Plan, listener: Listener) -> Expected
     other = load_config(teacher.found.source).get_text_config().vocab_size
     dtype = outcome_dtype(settings, min(plan.model.vocabulary, other))
     begins = np.cumsum([0, *(_count(objective, row) for row in rows)]).tolist()
-    key = json.dumps([describe_asking(teacher, plan), settings.kd_temperature, str(dtype)])
-    place, size = place_of(config, "teacher", key, rows), begins[-1] * dtype.itemsize
+    key = json.dumps([describe_cache_key(teacher, plan), settings.kd_temperature, str(dtype)])
+    place, size = cache_path(config, "teacher", key, rows), begins[-1] * dtype.itemsize
     _check_room(place, size)
 
     def fill(into: np.ndarray) -> None:
-        with loaded(teacher, plan, listener) as (asking, adapted):
+        with load_auxiliary_model(teacher, plan, listener) as (asking, adapted):
             _fill(config, asking, adapted, begins, into)
 
     kept, was_whole = open_or_fill(place, (begins[-1],), dtype, fill)
@@ -93,7 +95,7 @@ def ask_teacher(config: TrainConfig, plan: Plan, listener: Listener) -> Expected
     facts = {"teacher": teacher.name, "fingerprint": teacher.fingerprint, "cached": was_whole,
              "tokens_kept": count or dtype["known"].shape[0], "places": begins[-1],
              "probability_kept": share, "bytes": size}  # fmt: skip
-    return Expected(TaughtRows(rows, kept, begins), facts)
+    return TeacherPredictions(DistillationRows(rows, kept, begins), facts)
 
 
 def _count(objective: TokenObjective, row: Encoded) -> int:
@@ -116,7 +118,7 @@ def _check_room(place: Path | None, size: int) -> None:
 
 
 def _fill(
-    config: TrainConfig, plan: Plan, adapted: Adapted, begins: Sequence[int], into: np.ndarray
+    config: TrainConfig, plan: Plan, adapted: PreparedModel, begins: Sequence[int], into: np.ndarray
 ) -> None:
     """Write the missing items of `into` (targets,; mutated), a few rows at a time."""
     rows, model = plan.data.train, adapted.model
@@ -142,7 +144,11 @@ def _fill(
 
 
 def _expect(
-    config: TrainConfig, plan: Plan, adapted: Adapted, rows: Sequence[Encoded], dtype: np.dtype
+    config: TrainConfig,
+    plan: Plan,
+    adapted: PreparedModel,
+    rows: Sequence[Encoded],
+    dtype: np.dtype,
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """Yield row indices and the teacher's predictions at their targets, as fields of `dtype`."""
     objective, device, settings = plan.objective, plan.model.device, config.distillation
@@ -167,15 +173,18 @@ def _keep(
     scores: torch.Tensor,
     _: torch.Tensor,
 ) -> None:
-    known, ids = likeliest(scores[:, :vocabulary], settings, dtype)
+    known, ids = select_top_k(scores[:, :vocabulary], settings, dtype)
     parts.append((known.cpu(), ids.cpu()))
 
 
 def _show_scores(
-    adapted: Adapted, objective: TokenObjective, batch: Mapping[str, torch.Tensor], show: Observe
+    adapted: PreparedModel,
+    objective: TokenObjective,
+    batch: Mapping[str, torch.Tensor],
+    show: Observe,
 ) -> None:
     """Call `show` with the logits at the targets of `batch`, in chunks (targets, vocabulary)."""
-    inputs, labels = as_called(adapted.model, objective, batch)
+    inputs, labels = prepare_inputs(adapted.model, objective, batch)
     at, targets = objective.locate(labels)
     if adapted.fast is not None and adapted.fast.cross_entropy is not None:
         head = adapted.fast.cross_entropy
@@ -186,11 +195,11 @@ def _show_scores(
 
 
 @dataclass(frozen=True)
-class OthersSaid:
+class AuxiliaryOutputs:
     """Reference and teacher predictions, each None if not needed."""
 
     reference: Reference | None
-    expected: Expected | None
+    teacher_predictions: TeacherPredictions | None
 
     @property
     def start(self) -> Any:
@@ -204,40 +213,42 @@ class OthersSaid:
         facts, notes = dict[str, Any](), list[str]()
         if self.reference is not None:
             facts["reference"], notes = describe_first_loss(self.reference, config, plan, records)
-        if self.expected is not None:
-            facts["distillation"] = dict(self.expected.facts)
+        if self.teacher_predictions is not None:
+            facts["distillation"] = dict(self.teacher_predictions.facts)
         return facts, notes
 
 
-def ask_and_load(
+def precompute_and_load(
     config: TrainConfig, plan: Plan, listener: Listener
-) -> tuple[Plan, Adapted, OthersSaid]:
+) -> tuple[Plan, PreparedModel, AuxiliaryOutputs]:
     """Precompute auxiliary outputs, and load the model after these models are freed.
 
     Returns the plan with rows that have these outputs, the model and the outputs.
     """
-    plan, reference = ask_reference(config, plan, listener)
-    expected = ask_teacher(config, plan, listener)
+    plan, reference = precompute_reference(config, plan, listener)
+    expected = precompute_teacher(config, plan, listener)
     listener.stage("load the model")
     adapted = load_adapted(config, plan, listener)
     if reference is None:
-        plan, reference = fill_reference(config, plan, adapted, listener)
+        plan, reference = compute_initial_reference(config, plan, adapted, listener)
     plan = expected.put_into(plan) if expected is not None else plan
-    return plan, adapted, OthersSaid(reference, expected)
+    return plan, adapted, AuxiliaryOutputs(reference, expected)
 
 
-def find_beside(config: TrainConfig, model: PlannedModel) -> Beside:
+def find_auxiliary_models(config: TrainConfig, model: PlannedModel) -> AuxiliaryModels:
     """Return the reference and teacher models named in `config`.
 
     Raises ConfigError if the run would overwrite one, InputError if one is missing or unsuitable.
     """
-    return Beside(
+    return AuxiliaryModels(
         reference=_find(config, model, "--reference", config.preference.other_reference),
         teacher=_find(config, model, "--teacher", config.distillation.teacher),
     )
 
 
-def _find(config: TrainConfig, model: PlannedModel, flag: str, name: str | None) -> Another | None:
+def _find(
+    config: TrainConfig, model: PlannedModel, flag: str, name: str | None
+) -> ReferenceModel | None:
     if name is None:
         return None
     path, out = Path(name).expanduser(), config.output.dir
@@ -245,5 +256,5 @@ def _find(config: TrainConfig, model: PlannedModel, flag: str, name: str | None)
         raise ConfigError(
             f"--output-dir {out} holds {flag} {name}, which stays as it is. Name another directory."
         )
-    found = find_another(flag, name, model.kind, model.tokenizer, model.device)
+    found = resolve_reference(flag, name, model.kind, model.tokenizer, model.device)
     return found.in_precision(model.dtype)

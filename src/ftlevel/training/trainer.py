@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
 from ftlevel.config import TrainConfig
-from ftlevel.data.prepare.row_stream import Division
-from ftlevel.data.prepare.sampling import LengthGroups, RowsAndNothing, ShareOfSteps
-from ftlevel.data.prepare.streaming import InOrder, StreamedRows
+from ftlevel.data.prepare.row_stream import StreamSharding
+from ftlevel.data.prepare.sampling import LengthGroupedSampler, RowsWithPadding, StepShardSampler
+from ftlevel.data.prepare.streaming import SequentialRowSampler, StreamedRows
 from ftlevel.errors import is_out_of_memory
 from ftlevel.fast.head.likelihoods import (
     compute_shared_prefix,
@@ -35,7 +35,7 @@ from ftlevel.methods.rates import HeadRate, set_head_rate
 from ftlevel.models.hardware import autocast
 from ftlevel.models.upstream.libraries import shared_order
 from ftlevel.task import LikelihoodObjective, Objective, TrainingLoss
-from ftlevel.training.memory import SmallerSteps
+from ftlevel.training.memory import StepReducer
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.processes import Processes
 
@@ -50,9 +50,9 @@ def rows_and_order(
         if processes.count == 1:
             rows = StreamedRows(stream, step, arguments.max_steps)
         else:
-            stream.divide(Division(processes.count, processes.world.rank, processes.exchange))
+            stream.divide(StreamSharding(processes.count, processes.world.rank, processes.exchange))
             rows = StreamedRows(stream, step, arguments.max_steps, together)
-        return rows, InOrder(rows)
+        return rows, SequentialRowSampler(rows)
     return plan.data.train, row_order(config, plan)
 
 
@@ -67,7 +67,9 @@ def row_order(config: TrainConfig, plan: Plan) -> Sampler[int] | None:
         )
     step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     step *= train.num_processes or 1
-    return LengthGroups([len(row.input_ids) for row in plan.data.train], step, train.order_seed)
+    return LengthGroupedSampler(
+        [len(row.input_ids) for row in plan.data.train], step, train.order_seed
+    )
 
 
 def shared_loader(
@@ -77,7 +79,7 @@ def shared_loader(
 
     A batch without rows, which only equalizes the number, has `is_nothing` set.
     """
-    share = ShareOfSteps(
+    share = StepShardSampler(
         order, arguments.train_batch_size, arguments.world_size, arguments.process_index
     )
 
@@ -85,7 +87,7 @@ def shared_loader(
         batch = collate(some)
         return {**batch, "is_nothing": True} if some[0].row < 0 else batch
 
-    return DataLoader(RowsAndNothing(rows), batch_sampler=share, collate_fn=collate_or_nothing)
+    return DataLoader(RowsWithPadding(rows), batch_sampler=share, collate_fn=collate_or_nothing)
 
 
 class FtlevelTrainer(Trainer):
@@ -137,12 +139,12 @@ class FtlevelTrainer(Trainer):
         self.order = order
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.tokens_computed = 0
-        self.smaller = SmallerSteps(self)
+        self.smaller = StepReducer(self)
         self.warn: Callable[[str], None] = lambda _: None
         self.note: Callable[[dict[str, Any]], None] = lambda _: None
         self.step_rows: list[int] = []
         self.replaces_nonfinite = False
-        self._is_nothing = False
+        self._is_padding = False
         self._last_loss = 0.0
         self._step_loss: torch.Tensor | None = None
         # Cached, because iterating over a model's modules takes longer than some of its layers.
@@ -203,7 +205,7 @@ class FtlevelTrainer(Trainer):
                     raise
             inputs = self.smaller.make(model, rows, inputs)
         for part in inputs.get("micro_batches", [inputs]):
-            if not self._is_nothing:
+            if not self._is_padding:
                 self.tokens_seen += part["attention_mask"].sum().to(self.args.device)
         self.step_rows += [row.row for row in rows if row.row >= 0]
         before = self._step_loss
@@ -244,7 +246,7 @@ class FtlevelTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Return the loss of a batch and accumulate its gradients, without counting tokens seen."""
-        self._is_nothing = bool(inputs.pop("is_nothing", False))
+        self._is_padding = bool(inputs.pop("is_nothing", False))
         if "micro_batches" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
         micro_batches = [(part.pop("layout"), part) for part in inputs["micro_batches"]]
@@ -260,7 +262,7 @@ class FtlevelTrainer(Trainer):
         losses = []
         for number in range(calls):
             layout, part = micro_batches[number % len(micro_batches)]
-            self._is_nothing |= number >= len(micro_batches)
+            self._is_padding |= number >= len(micro_batches)
             is_last = number == calls - 1
             once = contextlib.nullcontext() if is_last else self.accelerator.no_sync(model)
             with once, using_layout(layout):
@@ -333,7 +335,7 @@ class FtlevelTrainer(Trainer):
         count = num_items_in_batch
         if count is None:
             count = self.objective.training_count(labels, self.loss)
-        loss = (total * 0 if self._is_nothing else total / count).sum()
+        loss = (total * 0 if self._is_padding else total / count).sum()
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         if self.penalty is not None and model.training:
@@ -348,7 +350,7 @@ class FtlevelTrainer(Trainer):
         return super().compute_loss_context_manager()
 
     @contextlib.contextmanager
-    def computing_alone(self, dtype: str) -> Iterator[None]:
+    def standalone_steps(self, dtype: str) -> Iterator[None]:
         """Compute steps in dtype `dtype` before training, and restore the token counts."""
         seen, computed = self.tokens_seen.clone(), self.tokens_computed
         self._compute_dtype = dtype
@@ -360,7 +362,7 @@ class FtlevelTrainer(Trainer):
 
     @property
     def is_alone(self) -> bool:
-        """Whether steps are computed inside `computing_alone`."""
+        """Whether steps are computed inside `standalone_steps`."""
         return bool(self._compute_dtype)
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,13 @@ from ftlevel.errors import InputError
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream import conversions
 from ftlevel.models.upstream.architectures import tied_names
-from ftlevel.weights.tensor_files import Spec, Stored, read_header, spec_of, weight_files
+from ftlevel.weights.tensor_files import (
+    StoredTensor,
+    TensorSpec,
+    read_header,
+    spec_of,
+    weight_files,
+)
 
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
@@ -28,7 +34,7 @@ TOKENIZER_FILES = (
 
 
 @dataclass(frozen=True)
-class Group:
+class TensorGroup:
     """Stored tensors that form one tensor of the model.
 
     `keys` are in transformers' reading order, each with its pattern of `converter` in `patterns`.
@@ -52,8 +58,8 @@ class Checkpoint:
         unused: checkpoint names that the model does not use.
     """
 
-    stored: Mapping[str, Stored | torch.Tensor]
-    groups: dict[str, Group]
+    stored: Mapping[str, StoredTensor | torch.Tensor]
+    groups: dict[str, TensorGroup]
     model: Any
     ties: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
@@ -67,24 +73,24 @@ class Checkpoint:
         group = self._group(name)
         return self._convert(name, group, {key: self._tensor(key) for key in group.keys})
 
-    def spec(self, name: str) -> Spec:
+    def spec(self, name: str) -> TensorSpec:
         """Return dtype and shape of the model's tensor `name` without reading it."""
         group = self._group(name)
         specs = {key: self._spec(key).meta() for key in group.keys}
         return spec_of(self._convert(name, group, specs))
 
-    def plain(self, name: str) -> Stored | None:
+    def plain(self, name: str) -> StoredTensor | None:
         """Return the stored tensor of `name` if it is used unchanged, else None."""
         group = self._group(name)
         found = self.stored[group.keys[0]]
-        return found if group.converter is None and isinstance(found, Stored) else None
+        return found if group.converter is None and isinstance(found, StoredTensor) else None
 
     def file(self, name: str) -> str | None:
         """Return the name of the file with the first stored tensor of `name`; None in memory."""
         found = self.stored[self._group(name).keys[0]]
-        return found.path.name if isinstance(found, Stored) else None
+        return found.path.name if isinstance(found, StoredTensor) else None
 
-    def _group(self, name: str) -> Group:
+    def _group(self, name: str) -> TensorGroup:
         """Return the stored tensors of `name`, or raise InputError if there are none."""
         group = self.groups.get(self.ties.get(name, name))
         if group is None:
@@ -96,14 +102,14 @@ class Checkpoint:
 
     def _tensor(self, key: str) -> torch.Tensor:
         found = self.stored[key]
-        return found.read() if isinstance(found, Stored) else found.clone()
+        return found.read() if isinstance(found, StoredTensor) else found.clone()
 
-    def _spec(self, key: str) -> Spec:
+    def _spec(self, key: str) -> TensorSpec:
         found = self.stored[key]
-        return found.spec if isinstance(found, Stored) else spec_of(found)
+        return found.spec if isinstance(found, StoredTensor) else spec_of(found)
 
     def _convert(
-        self, name: str, group: Group, tensors: Mapping[str, torch.Tensor]
+        self, name: str, group: TensorGroup, tensors: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
         if group.converter is None:
             return tensors[group.keys[0]]
@@ -120,7 +126,7 @@ def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, s
     Raises:
         InputError: weight files are missing or damaged.
     """
-    stored: dict[str, Stored | torch.Tensor] = {}
+    stored: dict[str, StoredTensor | torch.Tensor] = {}
     for path in weight_files(local_directory(source)):
         stored.update(read_header(path)[0])
     naming = conversions.Naming(model, key_mapping)
@@ -140,7 +146,7 @@ def checkpoint_in_memory(model: Any, loaded: Any) -> Checkpoint:
     conversions.forget_conversions(model)
     ties = tied_names(model)
     shared = {name for name in ties if state[name].data_ptr() == state[ties[name]].data_ptr()}
-    groups = {name: Group([name]) for name in state if name not in shared}
+    groups = {name: TensorGroup([name]) for name in state if name not in shared}
     checkpoint = Checkpoint(state, groups, model)
     _tie(checkpoint)
     return checkpoint
@@ -162,25 +168,25 @@ def local_directory(source: ModelSource) -> Path:
     )
 
 
-def as_saved(model: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+def convert_for_saving(model: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return what `save_pretrained` writes for the tensor `name`; several for a fused mixture."""
     return conversions.revert(model, {name: tensor})
 
 
 def _translate(
     stored: Mapping[str, Any], naming: conversions.Naming
-) -> tuple[dict[str, Group], list[str]]:
+) -> tuple[dict[str, TensorGroup], list[str]]:
     """Group stored names by the model's names, as transformers does when it loads."""
-    groups: dict[str, Group] = {}
+    groups: dict[str, TensorGroup] = {}
     unused = []
     for key in conversions.in_reading_order(stored):
         name, pattern = naming(key)
         if name not in naming.names:
             unused.append(key)
         elif pattern is None:
-            groups[name] = Group([key])
+            groups[name] = TensorGroup([key])
         else:
-            group = groups.setdefault(name, Group([], naming.converters[pattern]))
+            group = groups.setdefault(name, TensorGroup([], naming.converters[pattern]))
             group.keys.append(key)
             group.patterns.append(pattern)
     return groups, unused

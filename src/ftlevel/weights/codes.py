@@ -38,7 +38,7 @@ _FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 
 
 @dataclass(frozen=True)
-class Grid:
+class QuantizationGrid:
     """Values that a format can store.
 
     Attributes:
@@ -101,7 +101,7 @@ def choose_codes(
     codes: torch.Tensor,
     scales: torch.Tensor,
     moment: torch.Tensor,
-    grid: Grid,
+    grid: QuantizationGrid,
 ) -> torch.Tensor:
     """Return codes that approximate the output of `weight`, above all the part due to `change`.
 
@@ -132,7 +132,7 @@ def improve_codes(
     codes: torch.Tensor,
     scales: torch.Tensor,
     moment: torch.Tensor,
-    grid: Grid,
+    grid: QuantizationGrid,
 ) -> torch.Tensor:
     """Return `codes` after one sweep that reduces the output error; shapes as in `choose_codes`."""
     spread = _not_zero(grid.spread(scales, weight.shape))
@@ -187,7 +187,7 @@ def quantize_4bit(
     return packed.unsqueeze(1), _state(scales, weight, code, quant_type, double_quant)
 
 
-def four_bit_grid(quant_type: str, double_quant: bool) -> Grid:
+def four_bit_grid(quant_type: str, double_quant: bool) -> QuantizationGrid:
     """Return the grid of bitsandbytes' 4-bit types."""
 
     def stored(scales: torch.Tensor) -> torch.Tensor:
@@ -200,7 +200,7 @@ def four_bit_grid(quant_type: str, double_quant: bool) -> Grid:
         read: torch.Tensor = bnb.dequantize_blockwise(codes, state) + offset
         return read
 
-    return Grid(four_bit_values(quant_type).sort().values, BLOCK, stored)
+    return QuantizationGrid(four_bit_values(quant_type).sort().values, BLOCK, stored)
 
 
 def pack_4bit(

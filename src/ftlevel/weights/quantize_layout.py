@@ -78,7 +78,7 @@ def build_layout(config: Any, auto_class: str, quantization: Any, dtype: torch.d
     meta = build_task_model(config, auto_class)
     naming = Naming(meta)
     tree = ModuleTree(meta)
-    kept = _keeping(quantization, find_kept_modules(config, auto_class))
+    kept = _keeping(quantization, find_skipped_modules(config, auto_class))
     linears = _find_quantized(build_task_model(config, auto_class), kept)
     parameters = {p.name: p for p in _parameters(meta, tree, linears)}
     return Layout(linears, kept, dtype, modules_in_float32(meta, dtype), parameters, naming)
@@ -95,7 +95,7 @@ def resolve_layout(layout: Layout, keys: Iterable[str]) -> Layout:
     lost = [name for name in layout.linears if f"{name}.weight" not in whole]
     if not lost:
         return layout
-    config = _keeping(layout.config, sorted({*kept_modules(layout.config), *lost}))
+    config = _keeping(layout.config, sorted({*get_skipped_modules(layout.config), *lost}))
     weights = {f"{name}.weight" for name in lost}
     parameters = {
         name: replace(parameter, part="other linears") if name in weights else parameter
@@ -105,7 +105,7 @@ def resolve_layout(layout: Layout, keys: Iterable[str]) -> Layout:
     return replace(layout, config=config, linears=linears, parameters=parameters)
 
 
-def kept_modules(quantization: Any) -> list[str]:
+def get_skipped_modules(quantization: Any) -> list[str]:
     """Return the modules that `quantization` skips."""
     named = "modules_to_not_convert" if is_torchao(quantization) else "llm_int8_skip_modules"
     return list(getattr(quantization, named) or ())
@@ -121,7 +121,7 @@ def _keeping(quantization: Any, names: list[str]) -> Any:
     return kept
 
 
-def find_kept_modules(config: Any, auto_class: str) -> list[str]:
+def find_skipped_modules(config: Any, auto_class: str) -> list[str]:
     """Return the modules to skip: the heads of every task of the architecture, and BERT's pooler.
 
     Most checkpoints lack a task's head, and transformers would create a quantized layer without

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from ftlevel.artifacts.files import write_json
-from ftlevel.errors import InputError, listing
+from ftlevel.errors import InputError, join_names
 from ftlevel.models.kinds import write_former_rope
 from ftlevel.models.quantization import PLAIN_NOTE, is_torchao
 from ftlevel.models.upstream.quantizers import pack_torchao
-from ftlevel.weights.codes import Grid, four_bit_grid, pack_4bit, quantize_4bit
+from ftlevel.weights.codes import QuantizationGrid, four_bit_grid, pack_4bit, quantize_4bit
 from ftlevel.weights.quantize_layout import QUANTIZED, Layout, resolve_layout
-from ftlevel.weights.tensor_files import NAMES, Stored, read_header, weight_files
+from ftlevel.weights.tensor_files import NAMES, StoredTensor, read_header, weight_files
 
 _ALIGNMENT = 8
 
@@ -97,7 +97,7 @@ _MOST_PIECES = 7  # a double-quantized weight: packed, scales, their scales, two
 
 
 @dataclass
-class Written:
+class QuantizationSizes:
     """Sizes of a quantized checkpoint; `parts` maps a part to [bytes before, bytes after]."""
 
     parts: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
@@ -117,7 +117,7 @@ def write_quantized(
     layout: Layout,
     step: Callable[[int], None],
     choose: Choose | None = None,
-) -> tuple[Layout, Written]:
+) -> tuple[Layout, QuantizationSizes]:
     """Write the model in `directory` quantized to `out`; return the resolved layout and sizes.
 
     Raises:
@@ -145,7 +145,8 @@ def _check_whole(shards: Iterable[Path], layout: Layout) -> None:
     wanted = (f"{name}.weight" for name in layout.linears)
     if missing := [name for name in wanted if name not in there]:
         raise InputError(
-            f"the checkpoint lacks {len(missing):,} weights of its model: {listing(missing, 3)}. "
+            f"the checkpoint lacks {len(missing):,} weights of its model: "
+            f"{join_names(missing, 3)}. "
             "Is it whole?"
         )
 
@@ -156,7 +157,7 @@ def quantize_shards(
     layout: Layout,
     progress: Callable[[int, int], None],
     choose: Choose | None = None,
-) -> Written:
+) -> QuantizationSizes:
     """Write quantized shards to the directory `out`, under their own names.
 
     `layout` is resolved for this checkpoint. `progress` is called with the number of tensors done
@@ -166,7 +167,7 @@ def quantize_shards(
         InputError: a file is damaged, or a weight has a dtype that cannot be quantized.
     """
     files = {shard: read_header(shard)[0] for shard in shards}
-    total, done, written = sum(map(len, files.values())), 0, Written()
+    total, done, written = sum(map(len, files.values())), 0, QuantizationSizes()
     weight_map: dict[str, str] = {}
     noted = is_torchao(layout.config)
     # transformers reads one list of names, from any of the files.
@@ -200,12 +201,12 @@ def quantize_shards(
     return written
 
 
-def _count(written: Written, part: str, stored: Stored) -> None:
+def _count(written: QuantizationSizes, part: str, stored: StoredTensor) -> None:
     written.parts[part][0] += stored.spec.nbytes
     written.quantized += part == QUANTIZED
 
 
-def _index(weight_map: Mapping[str, str], written: Written) -> dict[str, Any]:
+def _index(weight_map: Mapping[str, str], written: QuantizationSizes) -> dict[str, Any]:
     size = sum(after for _, after in written.parts.values())
     return {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
 
@@ -232,10 +233,10 @@ def _convert(
     return pack(key, weight, layout.config, choose and choose(linear, weight)), {}
 
 
-def bitsandbytes_grid(config: Any) -> Grid:
+def bitsandbytes_grid(config: Any) -> QuantizationGrid:
     """Return the grid of a `BitsAndBytesConfig`; in 8 bits, -127 to 127 with a scale per row."""
     if config.load_in_8bit:
-        return Grid(torch.arange(-127.0, 128.0) / 127, 0, lambda scales: scales)
+        return QuantizationGrid(torch.arange(-127.0, 128.0) / 127, 0, lambda scales: scales)
     return four_bit_grid(config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
 
 

@@ -40,7 +40,7 @@ _ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
-class Spec:
+class TensorSpec:
     """Dtype and shape of a tensor."""
 
     dtype: torch.dtype
@@ -56,17 +56,17 @@ class Spec:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
-def spec_of(tensor: torch.Tensor) -> Spec:
+def spec_of(tensor: torch.Tensor) -> TensorSpec:
     """Return dtype and shape of `tensor`."""
-    return Spec(tensor.dtype, tuple(tensor.shape))
+    return TensorSpec(tensor.dtype, tuple(tensor.shape))
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor in a file."""
 
     path: Path
-    spec: Spec
+    spec: TensorSpec
     offset: int
 
     def read(self) -> torch.Tensor:
@@ -97,7 +97,7 @@ class Stored:
                 left -= len(block)
 
 
-def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Return the tensors of a safetensors file by name, and its metadata.
 
     Raises:
@@ -121,8 +121,8 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
                 f"{path}: {name} is of type {entry['dtype']}, which is not a plain number. "
                 f"Expected one of {', '.join(DTYPES)}."
             )
-        spec = Spec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
-        stored[name] = Stored(path, spec, 8 + size + entry["data_offsets"][0])
+        spec = TensorSpec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        stored[name] = StoredTensor(path, spec, 8 + size + entry["data_offsets"][0])
     ends = (8 + size + entry["data_offsets"][1] for entry in header.values())
     if path.stat().st_size < max(ends, default=0):
         raise InputError(f"{path} is shorter than its header says. Was a copy cut short?")
@@ -155,18 +155,18 @@ def _entries(header: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorPart:
     """Tensors that are written together.
 
     `specs` are in file order. `source` is a stored tensor to copy, or a function that returns the
     tensors by name.
     """
 
-    specs: Mapping[str, Spec]
-    source: Stored | Callable[[], Mapping[str, torch.Tensor]]
+    specs: Mapping[str, TensorSpec]
+    source: StoredTensor | Callable[[], Mapping[str, torch.Tensor]]
 
 
-def write_file(path: Path, parts: Sequence[Part]) -> None:
+def write_file(path: Path, parts: Sequence[TensorPart]) -> None:
     """Write `parts` as one safetensors file and flush it to disk."""
     specs = [(name, spec) for part in parts for name, spec in part.specs.items()]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -189,8 +189,8 @@ def write_file(path: Path, parts: Sequence[Part]) -> None:
         os.fsync(file.fileno())
 
 
-def _write_part(file: BinaryIO, part: Part) -> None:
-    if isinstance(part.source, Stored):
+def _write_part(file: BinaryIO, part: TensorPart) -> None:
+    if isinstance(part.source, StoredTensor):
         part.source.copy_to(file)
         return
     tensors = part.source()
@@ -202,7 +202,7 @@ def _write_part(file: BinaryIO, part: Part) -> None:
             file.write(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
-def write_files(directory: Path, shards: Mapping[str, Sequence[Part]]) -> int:
+def write_files(directory: Path, shards: Mapping[str, Sequence[TensorPart]]) -> int:
     """Write shards (file name → parts), with an index for several; return their tensor bytes."""
     total, where = 0, {}
     for name, parts in shards.items():

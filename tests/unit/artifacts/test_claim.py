@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ftlevel.artifacts.run_directory import check_output, check_unclaimed, claimed, open_run
+from ftlevel.artifacts.run_directory import check_output, check_unclaimed, lock_directory, open_run
 from ftlevel.errors import ConfigError
 
 HOLD = """
@@ -64,13 +64,13 @@ def test_a_directory_that_cannot_be_created_is_named() -> None:
 
 
 def test_what_is_held_is_free_again(tmp_path: Path) -> None:
-    with claimed(tmp_path), pytest.raises(ConfigError):
+    with lock_directory(tmp_path), pytest.raises(ConfigError):
         check_unclaimed(tmp_path)
     check_unclaimed(tmp_path)
 
 
 def test_the_processes_of_a_run_may_look_at_once(tmp_path: Path) -> None:
-    with claimed(tmp_path, shared=True):  # as another of them does
+    with lock_directory(tmp_path, shared=True):  # as another of them does
         check_unclaimed(tmp_path)
-        with pytest.raises(ConfigError, match="another run is writing"), claimed(tmp_path):
+        with pytest.raises(ConfigError, match="another run is writing"), lock_directory(tmp_path):
             pass

@@ -11,10 +11,10 @@ import pytest
 
 from ftlevel.artifacts.checkpoints import certify
 from ftlevel.artifacts.files import (
+    atomic_directory,
+    atomic_files,
     check_absent,
     describe_interrupt,
-    placed_directory,
-    placed_files,
     write_text,
 )
 from ftlevel.errors import ConfigError
@@ -22,7 +22,7 @@ from ftlevel.errors import ConfigError
 
 def test_it_is_there_when_the_block_ends(tmp_path: Path) -> None:
     target = tmp_path / "new" / "out"
-    with placed_directory(target) as place:
+    with atomic_directory(target) as place:
         (place / "a").write_text("x")
         assert not target.exists()
     assert [path.name for path in target.iterdir()] == ["a"]
@@ -31,7 +31,7 @@ def test_it_is_there_when_the_block_ends(tmp_path: Path) -> None:
 
 def test_nothing_is_left_when_the_block_raises(tmp_path: Path) -> None:
     def interrupted() -> None:
-        with placed_directory(tmp_path / "out") as place:
+        with atomic_directory(tmp_path / "out") as place:
             (place / "a").write_text("x")
             raise KeyboardInterrupt
 
@@ -43,7 +43,7 @@ def test_nothing_is_left_when_the_block_raises(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_not_mixed_in(tmp_path: Path) -> None:
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "stale").write_text("x")
-    with placed_directory(tmp_path / "out") as place:
+    with atomic_directory(tmp_path / "out") as place:
         (place / "a").write_text("x")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
 
@@ -59,14 +59,14 @@ def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
         check_absent("--out", tmp_path / "file" / "out")
     check_absent("--out", tmp_path / "empty")
-    with placed_directory(tmp_path / "empty") as place:
+    with atomic_directory(tmp_path / "empty") as place:
         (place / "a").write_text("x")
     assert (tmp_path / "empty" / "a").is_file()
 
 
 def test_files_are_replaced_together_or_not_at_all(tmp_path: Path) -> None:
     first, second = tmp_path / "new" / "a", tmp_path / "new" / "b"
-    with placed_files(first, second) as place:
+    with atomic_files(first, second) as place:
         (place / "a").write_text("1")
         (place / "b").write_text("2")
         (place / "scratch").write_text("3")
@@ -74,7 +74,7 @@ def test_files_are_replaced_together_or_not_at_all(tmp_path: Path) -> None:
     assert sorted(path.name for path in first.parent.iterdir()) == ["a", "b"]
 
     def broken() -> None:
-        with placed_files(first, second) as place:
+        with atomic_files(first, second) as place:
             (place / "a").write_text("other")  # b was not written
 
     with pytest.raises(FileNotFoundError):
@@ -97,7 +97,7 @@ def test_a_signal_while_it_is_tidied_leaves_nothing(
         remove(path, **settings)
 
     monkeypatch.setattr(shutil, "rmtree", interrupted)
-    with pytest.raises(KeyboardInterrupt), placed_files(tmp_path / "a") as partial:
+    with pytest.raises(KeyboardInterrupt), atomic_files(tmp_path / "a") as partial:
         (partial / "a").write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     monkeypatch.setattr(shutil, "rmtree", remove)
@@ -119,11 +119,11 @@ def test_names_are_flushed_as_bytes_are(tmp_path: Path, monkeypatch: pytest.Monk
 
     write_text(tmp_path / "a", "x")
     assert names() == [".a.partial", "."]
-    with placed_directory(tmp_path / "out") as place:
+    with atomic_directory(tmp_path / "out") as place:
         (place / "in").mkdir()
         (place / "in" / "a").write_text("x")
     assert names() == [".out.partial/in", ".out.partial/in/a", ".out.partial", "."]
-    with placed_files(tmp_path / "one") as place:
+    with atomic_files(tmp_path / "one") as place:
         (place / "one").write_text("x")
     assert names() == [".one.partial/one", "."]
     certify(tmp_path / "out")

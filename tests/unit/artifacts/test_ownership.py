@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from ftlevel.artifacts import checkpoints, ownership
 from ftlevel.artifacts.files import read_plain
 from ftlevel.artifacts.run_directory import RunDirectory, check_output, open_run
-from ftlevel.data.encoding.chat import choose_chat_template
+from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.errors import ConfigError, InputError
 
 
@@ -44,7 +44,7 @@ def begin_again(path: Path) -> tuple[RunDirectory, list[str]]:
 
 
 def fail(path: Path) -> None:
-    with ownership.replacing(path):
+    with ownership.replace_run(path):
         raise RuntimeError
 
 
@@ -85,7 +85,7 @@ def test_files_of_others_stay_and_are_named(tmp_path: Path) -> None:
     assert len(kept) == 3
     for name in ("notes.txt", "adapter/notes.txt", "checkpoints/checkpoint-1/a"):
         assert any(str(tmp_path / name) in line for line in kept)
-    with ownership.replacing(tmp_path):
+    with ownership.replace_run(tmp_path):
         run.write_summary({"of": "new"})
     found = tree(tmp_path)
     assert found["notes.txt"] == "mine"
@@ -100,7 +100,7 @@ def test_an_old_run_is_put_back_when_the_new_one_fails(tmp_path: Path) -> None:
     before = tree(tmp_path)
     run, _ = begin_again(tmp_path)
     assert run.adapter.exists() is False
-    with pytest.raises(RuntimeError), ownership.replacing(tmp_path):
+    with pytest.raises(RuntimeError), ownership.replace_run(tmp_path):
         raise RuntimeError
     assert tree(tmp_path) == before
 
@@ -111,7 +111,7 @@ def test_an_old_run_goes_when_the_new_one_has_a_checkpoint(tmp_path: Path) -> No
     (run.checkpoints / "checkpoint-1").mkdir()
     (run.checkpoints / "checkpoint-1" / "a").write_text("whole")
     checkpoints.certify(run.checkpoints / "checkpoint-1")
-    with pytest.raises(RuntimeError), ownership.replacing(tmp_path):
+    with pytest.raises(RuntimeError), ownership.replace_run(tmp_path):
         raise RuntimeError
     assert (tmp_path / "config.yaml").read_text() == "new"
     begin_again(tmp_path)
@@ -122,7 +122,7 @@ def test_an_old_run_goes_when_only_what_follows_the_new_ones_end_fails(tmp_path:
     finished_run(tmp_path)
     run, _ = begin_again(tmp_path)
     run.write_summary({})
-    with pytest.raises(RuntimeError), ownership.replacing(tmp_path):
+    with pytest.raises(RuntimeError), ownership.replace_run(tmp_path):
         raise RuntimeError  # an upload, for one
     assert (tmp_path / "config.yaml").read_text() == "new"
     assert not (tmp_path / ".replaced").exists()
@@ -134,7 +134,7 @@ def test_an_old_run_is_kept_through_kills_of_new_ones(tmp_path: Path) -> None:
         run, _ = begin_again(tmp_path)  # and is killed
         run.write_config("broken")
     assert (tmp_path / ".replaced" / "summary.json").is_file()
-    with pytest.raises(RuntimeError), ownership.replacing(tmp_path):
+    with pytest.raises(RuntimeError), ownership.replace_run(tmp_path):
         raise RuntimeError
     assert (tmp_path / "config.yaml").read_text() == "old"
 
@@ -171,7 +171,7 @@ def test_a_kill_while_an_old_run_is_moved_loses_nothing(
             begin_again(tmp_path)
     monkeypatch.undo()
     begin_again(tmp_path)
-    with pytest.raises(RuntimeError), ownership.replacing(tmp_path):
+    with pytest.raises(RuntimeError), ownership.replace_run(tmp_path):
         raise RuntimeError
     assert tree(tmp_path) == before
 
@@ -195,7 +195,7 @@ def test_every_state_that_a_kill_leaves_can_be_begun_in(
     check_output(path, overwrite=how == "overwrite", resume=how == "resume")
     run, _ = open_run(path, "x", overwrite=how == "overwrite", resume=how == "resume")
     run.write_config("new")
-    with ownership.replacing(path):
+    with ownership.replace_run(path):
         run.write_summary({})
     assert names(path) == [".ftlevel.json", "checkpoints", "config.yaml",
                                         "summary.json"]  # fmt: skip
@@ -214,7 +214,7 @@ def test_rotation_leaves_what_no_run_certified(tmp_path: Path) -> None:
 def test_torn_checkpoints_are_set_aside_any_number_of_times(tmp_path: Path) -> None:
     for _ in range(3):
         (tmp_path / "checkpoint-2").mkdir()
-        newest, rejected = checkpoints.newest_whole(tmp_path)
+        newest, rejected = checkpoints.find_newest_intact(tmp_path)
         assert newest is None
         assert len(rejected) == 1
         checkpoints.set_aside_newer(tmp_path, newest)
@@ -227,7 +227,7 @@ def test_a_checkpoint_with_a_number_that_is_none_is_damaged(tmp_path: Path) -> N
         folder.mkdir()
         save_file({"a": torch.ones(3), "b": torch.tensor([value])}, folder / "x.safetensors")
         checkpoints.certify(folder)
-    newest, rejected = checkpoints.newest_whole(tmp_path)
+    newest, rejected = checkpoints.find_newest_intact(tmp_path)
     assert newest == tmp_path / "checkpoint-1"
     assert rejected == [f"checkpoint-{n}: x.safetensors has NaN or infinity in b" for n in (3, 2)]
 
@@ -302,7 +302,7 @@ def test_what_others_put_among_the_checkpoints_of_a_broken_off_run_is_kept(tmp_p
 
 def test_a_run_that_was_made_longer_and_broken_off_knows_its_checkpoints(tmp_path: Path) -> None:
     run = finished_run(tmp_path)
-    ownership.mark_going_on(tmp_path)
+    ownership.mark_resumed(tmp_path)
     (run.checkpoints / "checkpoint-9").mkdir()
     (run.checkpoints / "checkpoint-9" / "optimizer.pt").write_text("later")
     (run.adapter / "notes.txt").write_text("mine")
@@ -314,7 +314,7 @@ def test_a_run_that_was_made_longer_and_broken_off_knows_its_checkpoints(tmp_pat
 def test_the_adapter_of_a_former_end_goes_without_what_others_put_there(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     (run.adapter / "notes.txt").write_text("mine")
-    ownership.mark_going_on(run.path)
+    ownership.mark_resumed(run.path)
     ownership.forget_adapter(run.path)
     assert not run.adapter.exists()
     assert tree(run.path / "kept") == {"adapter/notes.txt": "mine"}
@@ -343,7 +343,7 @@ def test_best_models_that_no_run_certified_stay(tmp_path: Path) -> None:
 
     for step in (2, 3, 4):
         checkpoints.write_best(tmp_path, step, write)
-    checkpoints.forget_later(tmp_path, 0)
+    checkpoints.delete_best_after(tmp_path, 0)
     assert sorted(tree(tmp_path)) == ["best-1/mine", "best-3-kept/mine", "best-9/mine"]
 
 
@@ -362,7 +362,7 @@ def test_a_pipe_is_no_plain_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no plain file"):
         read_plain(tmp_path / "pipe")
     with pytest.raises(InputError, match="neither a name nor a readable file"):
-        choose_chat_template(SimpleNamespace(chat_template=None), str(tmp_path / "pipe"))
+        set_chat_template(SimpleNamespace(chat_template=None), str(tmp_path / "pipe"))
     (tmp_path / "summary.json").symlink_to("pipe")
     (tmp_path / ".ftlevel.json").symlink_to("pipe")
     assert RunDirectory(tmp_path).read_summary() is None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ftlevel.artifacts.places import absolute_places, check_places, read_run, write_places
+from ftlevel.artifacts.places import check_places, make_paths_absolute, read_run, write_places
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.errors import ConfigError
 
@@ -29,7 +29,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def write(run: Path, data: dict[str, Any], model: str = "builtin:tiny-llama") -> None:
     values = {"model": {"name_or_path": model}, "data": data}
-    (run / "config.yaml").write_text(yaml.safe_dump(absolute_places(values)))
+    (run / "config.yaml").write_text(yaml.safe_dump(make_paths_absolute(values)))
     write_places(RunDirectory(run), values)
 
 

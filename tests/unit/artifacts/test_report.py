@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ftlevel.artifacts.report.facts import RunFacts, read_run_facts, sum_up
+from ftlevel.artifacts.report.facts import RunFacts, read_run_facts, summarize_answers
 from ftlevel.artifacts.report.page import MOST_POINTS, draw_charts, render_page, thin
 from ftlevel.cli.app import run
 from ftlevel.errors import InputError
@@ -73,7 +73,7 @@ def tags(page: str) -> list[tuple[str, dict[str, str | None]]]:
 
 
 def test_what_users_wrote_is_text() -> None:
-    page = render_page([facts(EVIL, answers=sum_up(iter(ROWS)))])
+    page = render_page([facts(EVIL, answers=summarize_answers(iter(ROWS)))])
     found = tags(page)
     assert [tag for tag, _ in found].count("script") == 1
     assert "img" not in [tag for tag, _ in found]
@@ -126,7 +126,7 @@ def test_few_points_are_all_there() -> None:
 
 def test_answers_are_counted() -> None:
     rows = [*ROWS, {**ROWS[1], "true": "b"}]
-    answers = sum_up(iter(rows))
+    answers = summarize_answers(iter(rows))
     assert answers.total == 4
     assert answers.counts["a"] == {"a": 1, "b": 1}
     name, precision, recall, f1, count = next(one for one in answers.per_class if one[0] == "b")
@@ -138,7 +138,7 @@ def test_answers_are_counted() -> None:
 
 def test_texts_have_no_matrix() -> None:
     rows = ({"predicted": f"text {at}", "true": "t", "loss": float(at)} for at in range(25_000))
-    answers = sum_up(rows)
+    answers = summarize_answers(rows)
     assert answers.classes == []
     assert [row["loss"] for row in answers.worst[:2]] == [24_999.0, 24_998.0]
     assert answers.best[0]["loss"] == 0.0
@@ -151,7 +151,7 @@ def test_tags_are_counted_word_by_word() -> None:
     predicted = [["B-A", "O", "B-A"], ["O", "O"], ["O", "B-C"]]
     rows = [{"true": t, "predicted": p, "loss": 1.0}
             for t, p in zip(true, predicted, strict=True)]  # fmt: skip
-    answers = sum_up(iter(rows))
+    answers = summarize_answers(iter(rows))
     assert answers.unit == "words"
     assert answers.total == 3
     words = [[tag for tags in said for tag in tags] for said in (true, predicted)]
@@ -167,7 +167,7 @@ def test_tags_are_counted_word_by_word() -> None:
 def test_answers_of_other_kinds_are_shown() -> None:
     pair = {"where": "row 1", "loss": 0.5, "base_loss": 0.75, "input": "which?", "chosen": "this",
             "rejected": "that", "reward_margin": 1.25}  # fmt: skip
-    page = render_page([facts(answers=sum_up(iter([pair])))])
+    page = render_page([facts(answers=summarize_answers(iter([pair])))])
     assert "row 1, loss 0.75 → 0.5, reward margin 1.25" in page
     for text in ("asked", "which?", "preferred", "this", "rejected", "that"):
         assert re.search(f">{re.escape(text)}<", page), text
@@ -177,13 +177,13 @@ def test_answers_of_other_kinds_are_shown() -> None:
 def test_questions_have_their_loss_by_the_length_of_the_first_answer() -> None:
     rows = [{"predicted": "x", "true": ["w " * (1 + at), "other"], "loss": float(at)}
             for at in range(10)]  # fmt: skip
-    assert sum_up(iter(rows)).lengths[4] == (5, 5, 1, 4.0)
+    assert summarize_answers(iter(rows)).lengths[4] == (5, 5, 1, 4.0)
 
 
 def test_texts_have_their_loss_by_length() -> None:
     rows = [{"predicted": "x", "true": "w " * (1 + at % 50), "loss": float(at % 50)}
             for at in range(1_000)]  # fmt: skip
-    answers = sum_up(iter(rows))
+    answers = summarize_answers(iter(rows))
     assert len(answers.lengths) == 10
     assert answers.lengths[0] == (1, 5, 100, 2.0)
     assert answers.lengths[-1] == (46, 50, 100, 47.0)
@@ -195,7 +195,7 @@ def test_texts_have_their_loss_by_length() -> None:
 def test_many_rows_and_a_long_log_make_a_small_page_that_opens_at_once(tmp_path: Path) -> None:
     rows = ({"where": f"rows.csv:{at}", "true": f"{EVIL} {at}" * 20, "predicted": "p " * 2_000,
              "loss": float(at)} for at in range(10_000))  # fmt: skip
-    page = render_page([facts(count=100_000, answers=sum_up(rows))])
+    page = render_page([facts(count=100_000, answers=summarize_answers(rows))])
     assert len(page.encode()) < 3_000_000
     assert "<img" not in page
     if shutil.which("chromium") is None:
@@ -252,7 +252,7 @@ document.title = JSON.stringify({wide: document.documentElement.scrollWidth, vie
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium: apt install chromium")
 @pytest.mark.parametrize("width", [360, 768, 1440])
 def test_in_a_browser(tmp_path: Path, width: int) -> None:
-    page = render_page([facts("one", answers=sum_up(iter(ROWS))), facts("two")])
+    page = render_page([facts("one", answers=summarize_answers(iter(ROWS))), facts("two")])
     # The narrowest window of a browser is wider than a phone: the page is in a frame.
     (tmp_path / "page.html").write_text(page.replace("</body>", _ASK))
     frame = (

@@ -13,8 +13,8 @@ from ftlevel.evaluation import decoding
 from ftlevel.evaluation.decoding import (
     RowDecoder,
     common_beginning,
+    find_decoder_obstacle,
     find_decoding_error,
-    why_generated,
 )
 
 PROMPTS = [[5 + (i * 7 + k * k) % 400 for k in range(3 + (i * 11) % 29)] for i in range(11)]
@@ -38,7 +38,7 @@ def test_each_row_is_what_generate_writes_alone(family: str) -> None:
         stops = [max((c, token) for token, c in counts.items() if c < len(plain))[1]]
         expected = [alone(model, prompt, stops) for prompt in PROMPTS]
         assert len({len(text) for text in expected}) > 1
-        assert why_generated(model, "decoder", "lora") == ""
+        assert find_decoder_obstacle(model, "decoder", "lora") == ""
         decoder = RowDecoder(model, stops, 0)
         try:
             assert find_decoding_error(decoder, model, PROMPTS[2], 1e-4) == ""
@@ -88,14 +88,19 @@ def test_a_prompt_has_a_token_of_its_own(prompts: list[list[int]], common: list[
 
 
 def test_what_is_left_to_generate(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "window" in why_generated(tiny_models.build("gemma3_text", "causal"), "decoder", "none")
-    assert "one stack" in why_generated(
+    assert "window" in find_decoder_obstacle(
+        tiny_models.build("gemma3_text", "causal"), "decoder", "none"
+    )
+    assert "one stack" in find_decoder_obstacle(
         tiny_models.build("t5", "seq2seq"), "encoder-decoder", "none"
     )
     model = tiny_models.build("llama", "causal").eval()
-    assert "virtual tokens" in why_generated(model, "decoder", "p-tuning")
+    assert "virtual tokens" in find_decoder_obstacle(model, "decoder", "p-tuning")
     model.generation_config = GenerationConfig(repetition_penalty=1.1, eos_token_id=2)
-    assert why_generated(model, "decoder", "lora") == "its generation_config has repetition_penalty"
+    assert (
+        find_decoder_obstacle(model, "decoder", "lora")
+        == "its generation_config has repetition_penalty"
+    )
 
 
 def test_a_model_that_mixes_places_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

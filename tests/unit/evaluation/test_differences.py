@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from ftlevel.evaluation.intervals import Scores, differ
+from ftlevel.evaluation.intervals import MetricRuns, compute_difference
 
 
 def bootstrapped(rows: np.ndarray, count: int = 2000) -> np.ndarray:
@@ -17,15 +17,15 @@ def bootstrapped(rows: np.ndarray, count: int = 2000) -> np.ndarray:
     return np.array([rows[pick].mean() for pick in picks])
 
 
-def scores(*seeds: np.ndarray) -> Scores:
-    return Scores([rows.mean() for rows in seeds], np.array([bootstrapped(s) for s in seeds]))
+def scores(*seeds: np.ndarray) -> MetricRuns:
+    return MetricRuns([rows.mean() for rows in seeds], np.array([bootstrapped(s) for s in seeds]))
 
 
 def test_rows_are_paired() -> None:
     generator = np.random.default_rng(1)
     hard = generator.normal(0, 10, 400)  # what makes a row hard is the same for both
     better, worse = hard + 0.5, hard + generator.normal(0, 1, 400)
-    apart = differ(scores(worse), scores(better), 1)
+    apart = compute_difference(scores(worse), scores(better), 1)
     exact = (worse - better).std(ddof=1) / math.sqrt(400)
     assert apart.error == pytest.approx(exact, rel=0.1)
     assert apart.value == pytest.approx((worse - better).mean())
@@ -35,10 +35,10 @@ def test_rows_are_paired() -> None:
 def test_seeds_add_what_they_vary() -> None:
     base = np.random.default_rng(2).normal(0, 1, 100)
     found, best = scores(base, base + 1, base + 2), scores(base + 2, base + 2, base + 2)
-    apart = differ(found, best, 1)
+    apart = compute_difference(found, best, 1)
     assert found.spread == pytest.approx(1)
     assert apart.error == pytest.approx(1 / math.sqrt(3))  # rows are the same: no noise of theirs
-    assert differ(scores(base), scores(base + 2), 1).error == pytest.approx(0, abs=1e-9)
+    assert compute_difference(scores(base), scores(base + 2), 1).error == pytest.approx(0, abs=1e-9)
 
 
 def test_chance_is_seldom_taken_for_more() -> None:
@@ -48,9 +48,9 @@ def test_chance_is_seldom_taken_for_more() -> None:
         one, two = generator.normal(0, 1, (2, 60))
         draws = np.array([bootstrapped(rows, 200) for rows in (one, two)])
         first, second = (
-            Scores([r.mean()], d[None]) for r, d in zip((one, two), draws, strict=True)
+            MetricRuns([r.mean()], d[None]) for r, d in zip((one, two), draws, strict=True)
         )
-        wrong += differ(first, second, 1).is_noise is False
+        wrong += compute_difference(first, second, 1).is_noise is False
     assert 1 <= wrong <= 22  # 5 % of 200 are 10, with 3.1 of chance
 
 
@@ -59,12 +59,12 @@ def test_more_comparisons_ask_for_more() -> None:
     rows -= rows.mean()
     shift = 2.2 / math.sqrt(100)
     found, best = scores(rows + shift), scores(np.zeros(100))
-    assert differ(found, best, 1).is_noise is False
-    assert differ(found, best, 10).is_noise is True
+    assert compute_difference(found, best, 1).is_noise is False
+    assert compute_difference(found, best, 10).is_noise is True
 
 
 def test_without_draws_nothing_is_said() -> None:
-    none = Scores([1.0], np.empty((1, 0)))
-    apart = differ(none, Scores([2.0], np.empty((1, 0))), 1)
+    none = MetricRuns([1.0], np.empty((1, 0)))
+    apart = compute_difference(none, MetricRuns([2.0], np.empty((1, 0))), 1)
     assert (apart.value, apart.interval, apart.is_noise) == (-1.0, None, None)
     assert none.interval is None

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.evaluation.intervals import PerRow, interval
+from ftlevel.evaluation.intervals import ExampleRecord, interval
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.tasks import TASKS
 
 CLASSES = TASKS["text-classification"].build_objective("encoder", {})
 
 
-def record(right: list[bool], confidence: float = 2.0) -> PerRow:
+def record(right: list[bool], confidence: float = 2.0) -> ExampleRecord:
     """Return a record of a two-class model that is right where `right` says."""
-    per_row = PerRow(CLASSES)
+    per_row = ExampleRecord(CLASSES)
     rows = [Encoded([1], 0, index) for index in range(len(right))]
     logits = torch.tensor([[confidence, 0.0] if ok else [0.0, confidence] for ok in right])
     labels, mask = torch.zeros(len(right), dtype=torch.long), torch.ones(len(right), 1)
@@ -51,7 +51,7 @@ def test_two_models_are_drawn_alike() -> None:
 def test_the_whole_is_the_pool_of_its_rows() -> None:
     per_row = record([True, True, False, True])
     units = [per_row.units[row] for row in sorted(per_row.units)]
-    whole = PerRow._metrics(units, np.arange(4))
+    whole = ExampleRecord._metrics(units, np.arange(4))
     meter = CLASSES.meter()
     meter.update(torch.tensor([[2.0, 0], [2.0, 0], [0, 2.0], [2.0, 0]]), torch.zeros(4), [])
     assert whole == pytest.approx({"loss": whole["loss"], **meter.compute(0.0)})
@@ -67,7 +67,7 @@ def test_tokens_that_come_in_chunks_belong_to_their_rows() -> None:
     scores, targets = torch.randn(3, 9), torch.tensor([2, 3, 5])
     records = []
     for cuts in ([3], [1, 2], [2, 1]):
-        record = PerRow(objective)
+        record = ExampleRecord(objective)
         observe = evaluator._observer(objective.meter(), record, rows, labels)
         for part, true in zip(scores.split(cuts), targets.split(cuts), strict=True):
             observe(part, true)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from ftlevel.artifacts.cards import how_near
+from ftlevel.artifacts.cards import describe_difference
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.evaluation.model_pair import in_float32
-from ftlevel.evaluation.two_models import MOST_TARGETS, Probe, Scores, compare_rows
+from ftlevel.evaluation.two_models import MOST_TARGETS, Probe, RowLogits, compare_rows
 from ftlevel.tasks.classes import Classes, MultiLabel
 from ftlevel.tasks.span import Spans
 from ftlevel.tasks.tags import Tags
@@ -23,7 +23,7 @@ from tiny_models import build, build_batch, compute_logits
 def test_the_figures_are_those_of_their_definitions() -> None:
     first, second = torch.tensor([[1.0, 2.0, 0.0], [4.0, 0.0, 1.0]]), torch.zeros(2, 3)
     second[0, 1] = 2.0
-    found = compare_rows(Scores([first], 1.5, 2), Scores([second], 1.25, 2))
+    found = compare_rows(RowLogits([first], 1.5, 2), RowLogits([second], 1.25, 2))
     p, q = first.softmax(-1), second.softmax(-1)
     assert found.kl == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
     assert found.top1 == 1.0  # of equal numbers the first is the largest
@@ -34,9 +34,9 @@ def test_the_figures_are_those_of_their_definitions() -> None:
 
 def test_scores_that_choose_nothing_are_told_apart_by_their_difference() -> None:
     first, second = torch.tensor([[0.5], [1.0]]), torch.tensor([[0.0], [2.0]])
-    found = compare_rows(Scores([first], 1.0, 2, has_choice=False), Scores([second], 1.0, 2))
+    found = compare_rows(RowLogits([first], 1.0, 2, has_choice=False), RowLogits([second], 1.0, 2))
     assert (found.kl, found.top1, found.distance) == (None, None, 0.75)
-    assert how_near(asdict(found)) == "0.75 on average"
+    assert describe_difference(asdict(found)) == "0.75 on average"
 
 
 def test_targets_are_the_supervised_ones() -> None:

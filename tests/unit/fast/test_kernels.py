@@ -208,10 +208,10 @@ def test_a_cpu_and_a_machine_without_triton_compute_as_ever(
 ) -> None:
     assert kernels.Kernels().norm(64, torch.float32, torch.float32, "cpu") is TORCH
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda _: None)
-    assert not kernels.can_serve("cuda", torch.bfloat16)
+    assert not kernels.supports_triton("cuda", torch.bfloat16)
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda _: True)
-    assert kernels.can_serve("cuda", torch.bfloat16)
-    assert not kernels.can_serve("cuda", torch.float64)
+    assert kernels.supports_triton("cuda", torch.bfloat16)
+    assert not kernels.supports_triton("cuda", torch.float64)
     assert kernels.NO_KERNELS.glu("silu", 64, torch.bfloat16, "cuda") is TORCH
 
 
@@ -244,7 +244,7 @@ def test_kernels_are_used_where_they_agree_and_are_faster(
 ) -> None:  # fmt: skip
     mine = type("Kernels", (Like,), change)
     monkeypatch.setattr(kernels, "TritonFormulas", mine)
-    monkeypatch.setattr(kernels, "can_serve", lambda *_: True)
+    monkeypatch.setattr(kernels, "supports_triton", lambda *_: True)
     monkeypatch.setattr(kernels, "TOKENS", 8)
     monkeypatch.setattr(kernels, "_chosen", {})
     monkeypatch.setattr(

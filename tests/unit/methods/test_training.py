@@ -160,7 +160,7 @@ def test_the_penalty_is_in_the_gradient_and_not_in_the_loss():
             self.objective = TASKS["text-classification"].build_objective("encoder", {})
             self.fast = None
             self.loss = TrainingLoss()
-            self._is_nothing = False
+            self._is_padding = False
             self.penalty = lambda _: 5 * weight
             self.tokens_seen = torch.zeros((), dtype=torch.long)
             self.current_gradient_accumulation_steps = 2

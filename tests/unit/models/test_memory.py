@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from ftlevel.models.hardware import Holding, device_memory, longest_in_memory, read_limits
+from ftlevel.models.hardware import MemorySettings, device_memory, longest_in_memory, read_limits
 from tiny_models import CONFIGS, HIDDEN, INNER, LAYERS, build
 
 LLAMA = AutoConfig.for_model(
@@ -21,13 +21,13 @@ BLOCK = 4 * 64 + 2 * 128
 @pytest.mark.parametrize(
     ("holding", "left", "tokens"),
     [
-        (Holding(2, 2), WEIGHTS * 2, 2 * BLOCK * 2),
-        (Holding(0.5, 4), WEIGHTS // 2, 2 * BLOCK * 4),
-        (Holding(4, 2, trained=True), WEIGHTS * 16, 2 * BLOCK * 2),
-        (Holding(2, 2, checkpointing=True), WEIGHTS * 2, (2 * 64 + BLOCK) * 2),
+        (MemorySettings(2, 2), WEIGHTS * 2, 2 * BLOCK * 2),
+        (MemorySettings(0.5, 4), WEIGHTS // 2, 2 * BLOCK * 4),
+        (MemorySettings(4, 2, trained=True), WEIGHTS * 16, 2 * BLOCK * 2),
+        (MemorySettings(2, 2, checkpointing=True), WEIGHTS * 2, (2 * 64 + BLOCK) * 2),
     ],
 )
-def test_the_formula(holding: Holding, left: int, tokens: int) -> None:
+def test_the_formula(holding: MemorySettings, left: int, tokens: int) -> None:
     assert longest_in_memory(LLAMA, holding, left + 7 * tokens) == 7
     assert longest_in_memory(LLAMA, holding, left + 7 * tokens - 1) == 6
     assert longest_in_memory(LLAMA, holding, left) is None, "weights alone: not a matter of length"
@@ -37,7 +37,7 @@ def test_the_formula(holding: Holding, left: int, tokens: int) -> None:
 def test_every_family_has_its_sizes(family: str) -> None:
     config = AutoConfig.for_model(family, **CONFIGS[family])
     memory, inner = 10_000_000, HIDDEN if family == "gpt2" else INNER
-    found = longest_in_memory(config, Holding(4, 4), memory)
+    found = longest_in_memory(config, MemorySettings(4, 4), memory)
     assert found is not None
     assert found < memory // (LAYERS * (4 * HIDDEN + 2 * inner) * 4)
 

@@ -22,7 +22,7 @@ from ftlevel.models import untrusted
 from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
 from ftlevel.models.quantization import match_quantization
 from ftlevel.models.sources import ModelSource, resolve_source
-from ftlevel.models.untrusted import ending_in, taking_at_most
+from ftlevel.models.untrusted import limit_memory, limit_time
 from ftlevel.models.upstream import libraries
 from ftlevel.weights.gguf.file import write_gguf
 from tiny_models import build
@@ -146,7 +146,7 @@ def test_a_gguf_of_absurd_sizes_is_refused_before_it_is_built(tmp_path: Path) ->
     assert load_config(resolve_source(str(gguf(tmp_path / "a.gguf")))).num_hidden_layers == 2
     path = gguf(tmp_path / "b.gguf", **{"qwen2.block_count": 10**9})
     with (  # a list of its layers alone would take 8 GB
-        taking_at_most(1 << 30),
+        limit_memory(1 << 30),
         pytest.raises(InputError, match="num_hidden_layers in its config is 1,000,000,000"),
     ):
         load_config(resolve_source(str(path)))
@@ -204,14 +204,14 @@ def test_a_template_ends(
 
 
 def test_a_regular_expression_ends() -> None:
-    with pytest.raises(TimeoutError), ending_in(0.2):
+    with pytest.raises(TimeoutError), limit_time(0.2):
         re.fullmatch(r"(\w+\.?)+x", "model.layers.0.self_attn.q_proj." * 3)
 
 
 def test_a_limit_inside_another_leaves_it_running() -> None:
     began = time.monotonic()
-    with ending_in(0.3):
-        with ending_in(5):
+    with limit_time(0.3):
+        with limit_time(5):
             pass
         with pytest.raises(TimeoutError, match=r"0\.3"):
             time.sleep(5)
@@ -220,7 +220,7 @@ def test_a_limit_inside_another_leaves_it_running() -> None:
 
 
 def test_a_limit_of_memory_ends_with_its_block() -> None:
-    with pytest.raises(MemoryError), taking_at_most(1 << 26):
+    with pytest.raises(MemoryError), limit_memory(1 << 26):
         bytearray(1 << 28)
     assert len(bytearray(1 << 28)) == 1 << 28
 
@@ -228,20 +228,20 @@ def test_a_limit_of_memory_ends_with_its_block() -> None:
 def test_a_limit_of_memory_counts_from_what_the_process_has_now() -> None:
     held = []
     for _ in range(3):  # more in all than one block may take
-        with taking_at_most(1 << 28):
+        with limit_memory(1 << 28):
             held.append(bytearray(3 << 26))
     assert sum(map(len, held)) > 2 << 28
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 def test_a_forked_process_is_measured_itself() -> None:
-    with taking_at_most(1 << 26):
+    with limit_memory(1 << 26):
         pass
     child = os.fork()
     if child == 0:
         code = 1
         held = bytearray(1 << 29)  # its parent's size and the limit are less than what it has
-        with contextlib.suppress(MemoryError), taking_at_most(1 << 27):
+        with contextlib.suppress(MemoryError), limit_memory(1 << 27):
             bytearray(1 << 26)
             code = 0
         os._exit(code + (not held))

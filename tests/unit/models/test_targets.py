@@ -15,7 +15,7 @@ from ftlevel.models.targets import (
     find_heads,
     inspect_model,
     lora_parameters,
-    parse_wish,
+    parse_targets,
     resolve_targets,
 )
 from unit.models.meta_models import build, tiny_config
@@ -306,7 +306,7 @@ def test_messages_use_the_name_of_the_model() -> None:
     ],
 )
 def test_parse_wish(text: str, wish: Any) -> None:
-    assert parse_wish(text) == wish
+    assert parse_targets(text) == wish
 
 
 def test_names_picked_mean_the_same_to_peft() -> None:

@@ -38,7 +38,7 @@ from ftlevel.models.upstream import (
 )
 from ftlevel.models.upstream import tensors as upstream
 from ftlevel.models.upstream.libraries import leave_sharded
-from ftlevel.models.upstream.shards import Slices
+from ftlevel.models.upstream.shards import UnreadWeights
 from tiny_models import build, build_batch
 from upstream_facts import Canaries, Fact, arguments, check_fact, facts
 
@@ -249,7 +249,7 @@ def _(request: pytest.FixtureRequest) -> None:
     said = directory / "generation_config.json"
     said.write_text(json.dumps({**json.loads(said.read_text()), "top_k": 7}))
     meta = build_task_model(load_config(resolve_source(str(directory))), "AutoModelForCausalLM")
-    slices = Slices()
+    slices = UnreadWeights()
     model, _ = slices.load(
         meta, directory, str(directory), config=meta.config, dtype=torch.float16,
         output_loading_info=True, local_files_only=True,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ftlevel.config.preference import DistillationConfig
-from ftlevel.tasks.distillation import divergence, likeliest, log_outcomes, outcome_dtype
+from ftlevel.tasks.distillation import divergence, log_outcomes, outcome_dtype, select_top_k
 
 NAMES = ("forward-kl", "reverse-kl", "jsd")
 
@@ -16,7 +16,7 @@ NAMES = ("forward-kl", "reverse-kl", "jsd")
 def distance(name: str, top: int | str, teacher: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     settings = DistillationConfig(teacher="t", divergence=name, kd_top_k=top)
     dtype = outcome_dtype(settings, teacher.shape[-1])
-    known, ids = likeliest(teacher, settings, dtype)
+    known, ids = select_top_k(teacher, settings, dtype)
     assert known.shape[-1] == dtype["known"].shape[0]
     return divergence(known, log_outcomes(own, ids, known.shape[-1]), settings)
 

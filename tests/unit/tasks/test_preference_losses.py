@@ -13,7 +13,7 @@ from torch.nn.functional import log_softmax
 from ftlevel.config.preference import LOSSES, SMOOTHING, PreferenceConfig
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy
-from ftlevel.fast.head.likelihoods import measure_answers, sum_of_ratios, with_baseline
+from ftlevel.fast.head.likelihoods import compute_answer_likelihoods, sum_of_ratios, with_baseline
 from ftlevel.fast.packing import using_layout
 from ftlevel.fast.plan import FastPlan
 from ftlevel.fast.step import FastStep
@@ -59,7 +59,7 @@ def _measure(model: Any, objective: Preferences, rows: Any, plan: FastPlan | Non
     """Return the sums (rows, answers) of `model` as it is now, without a gradient."""
     with torch.no_grad():
         batch = Collator(PAD)(rows)
-        answers = measure_answers(None, model, objective, batch)
+        answers = compute_answer_likelihoods(None, model, objective, batch)
     return answers[:, 0].numpy().reshape(len(rows), -1)
 
 
@@ -116,7 +116,7 @@ def _step(
                 baseline = (total[0] / total[1]).clamp(min=0)
                 own["verdicts"] = with_baseline(own["verdicts"], baseline)
             with using_layout(layout):
-                answers = measure_answers(head, model, objective, own)
+                answers = compute_answer_likelihoods(head, model, objective, own)
                 share = (objective.judge(answers, own["verdicts"], training=True) / count).sum()
                 share.backward()
             found += share.item()

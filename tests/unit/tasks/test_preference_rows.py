@@ -18,15 +18,15 @@ from ftlevel.data.formats.convert import convert_rows
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
-from ftlevel.tasks.preferences.formats import JudgedExample, PairExample
+from ftlevel.tasks.preferences.formats import LabeledAnswer, PairExample
 from ftlevel.tasks.preferences.rows import (
     ContrastedRows,
-    JudgedEncoder,
-    JudgedRow,
+    LabeledAnswerRow,
     PairRow,
-    judge_answers,
-    look_at_pairs,
-    pair_up,
+    PreferenceEncoder,
+    build_pair_row,
+    check_answers,
+    check_pairs,
 )
 
 ModelDir = Callable[..., Path]
@@ -123,7 +123,7 @@ JUDGED = {
 @pytest.mark.parametrize("name", JUDGED)
 def test_judged_answers_are_read(name: str) -> None:
     example = _read(JUDGED[name], "kto")
-    assert isinstance(example, JudgedExample)
+    assert isinstance(example, LabeledAnswer)
     assert (example.prompt[0].content, example.answer[0].content) == ("q", "a")
     assert example.desirable
 
@@ -148,12 +148,12 @@ def test_what_cannot_be_read_is_said(row: dict[str, Any], loss: str, words: str)
         _read(row, loss)
 
 
-def _encoder(path: Path, kind: str = "decoder") -> JudgedEncoder:
+def _encoder(path: Path, kind: str = "decoder") -> PreferenceEncoder:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path)
     form = "chat-template" if tokenizer.chat_template else "plain"
-    return JudgedEncoder(tokenizer, PromptFormat(form), kind, False, False, False)  # type: ignore[arg-type]
+    return PreferenceEncoder(tokenizer, PromptFormat(form), kind, False, False, False)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -197,7 +197,7 @@ def _row(prompt: int, chosen: int, rejected: int) -> PairRow:
     start = list(range(10, 10 + prompt))
     rows = [Encoded(start + [c] * n, [IGNORED] * prompt + [c] * n, 0)
             for c, n in ((3, chosen), (4, rejected))]  # fmt: skip
-    return pair_up(*rows, prompt, 0.5, scored=False)
+    return build_pair_row(*rows, prompt, 0.5, scored=False)
 
 
 def test_a_pair_that_is_too_long_is_cut_alike_or_dropped() -> None:
@@ -223,8 +223,8 @@ def test_rows_come_back_from_a_file_as_they_were(tmp_path: Path) -> None:
     assert store.lengths().tolist() == [7, 7]
 
 
-def _judged(prompt: int, answer: int) -> JudgedRow:
-    return JudgedRow([prompt] * 3 + [answer], [IGNORED] * 3 + [answer], 0, {}, 3, 1, ())
+def _judged(prompt: int, answer: int) -> LabeledAnswerRow:
+    return LabeledAnswerRow([prompt] * 3 + [answer], [IGNORED] * 3 + [answer], 0, {}, 3, 1, ())
 
 
 def test_answers_contrast_with_that_of_another_prompt() -> None:
@@ -240,7 +240,7 @@ def test_equal_and_contradicting_pairs_are_seen() -> None:
         ids[:4] + ids[6:] + ids[4:6], labels[:4] + labels[6:] + labels[4:6], 1, {}, 4, 3
     )
     same = PairRow([1, 2, 3, 3], [IGNORED, IGNORED, 3, 3], 2, {}, 2, 1)
-    found = look_at_pairs([swapped, turned, same])
+    found = check_pairs([swapped, turned, same])
     assert found["equal_answers"].tolist() == [False, False, True]
     assert found["contradicting_pairs"].tolist() == [False, True, False]
 
@@ -261,11 +261,11 @@ def _examples(count: int, chosen: str, rejected: str, **more: Any) -> list[PairE
     ],
 )
 def test_what_is_odd_about_a_set_is_found(examples: Any, check: str) -> None:
-    assert [found[0] for found in judge_answers(examples, "kto")] == [check]
+    assert [found[0] for found in check_answers(examples, "kto")] == [check]
 
 
 def test_nothing_is_odd_about_a_good_set() -> None:
     both = _examples(15, "good one", "bad") + _examples(15, "fine", "much worse")
-    assert judge_answers(both, "dpo") == []
+    assert check_answers(both, "dpo") == []
     assert PreferenceConfig(loss="kto").facts.paired is False
     assert np.isnan(PairRow([1], [1], 0).reference).all()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ftlevel.data.encoding.spans import Window
-from ftlevel.tasks.span import Found, exact_match, f1, normalize_answer, update_found
+from ftlevel.tasks.span import BestSpan, exact_match, f1, normalize_answer, update_span
 
 
 @pytest.mark.parametrize(
@@ -50,14 +50,14 @@ def logits(starts: list[float], ends: list[float]) -> torch.Tensor:
 def test_best_span_over_windows() -> None:
     first = window(((0, 2), (3, 5)), 5)  # special, question, "ab", "cd", special
     second = window(((3, 5), (6, 8), (9, 11)), 6)
-    found = Found()
+    found = BestSpan()
     # The best start comes after the best end, and outside the context scores are higher still.
-    update_found(found, logits([1, 9, 0, 3, 9], [2, 9, 2, 1, 9]), first)
+    update_span(found, logits([1, 9, 0, 3, 9], [2, 9, 2, 1, 9]), first)
     assert (found.text, found.score, found.null) == ("cd", 4.0, 3.0)
-    update_found(found, logits([4, 0, 0, 3, 0, 0], [4, 0, 0, 0, 2, 0]), second)
+    update_span(found, logits([4, 0, 0, 3, 0, 0], [4, 0, 0, 0, 2, 0]), second)
     assert (found.text, found.score, found.null) == ("ef gh", 5.0, 3.0)
     assert found.answer(unanswerable=True) == "ef gh"
-    update_found(found, logits([0, 0, 0, 0, 0, 0], [-9, 0, 0, 0, 0, 0]), second)
+    update_span(found, logits([0, 0, 0, 0, 0, 0], [-9, 0, 0, 0, 0, 0]), second)
     assert found.null == -9.0
     found.null = 6.0
     assert found.answer(unanswerable=True) == ""
@@ -69,6 +69,6 @@ def test_spans_are_of_at_most_thirty_tokens() -> None:
     long = Window([0] * 41, (0, 0), 0, {}, "x" * 40, (), 1, offsets)
     scores = torch.zeros(41, 2)
     scores[1, 0], scores[40, 1], scores[30, 1] = 5.0, 5.0, 1.0
-    found = Found()
-    update_found(found, scores, long)
+    found = BestSpan()
+    update_span(found, scores, long)
     assert (len(found.text), found.score) == (30, 6.0)

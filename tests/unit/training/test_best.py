@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from ftlevel.artifacts.cards import kept_words
-from ftlevel.artifacts.checkpoints import best_of, forget_later, rotate_best, write_best
+from ftlevel.artifacts.cards import describe_kept_model
+from ftlevel.artifacts.checkpoints import best_of, delete_best_after, rotate_best, write_best
 from ftlevel.config import TrainConfig
 from ftlevel.errors import ConfigError
 from ftlevel.tasks import TASKS
-from ftlevel.training.best import Evaluated, Evaluations, Kept
+from ftlevel.training.best import Evaluated, Evaluations, SelectedModel
 from ftlevel.training.plan.best_model import BestModel, Length, resolve_best_model
 
 PLAN: dict[str, Any] = {
@@ -45,12 +45,12 @@ def test_a_longer_run_counts_all_evaluations_without_a_better_one() -> None:
         seen.add(step, {"eval_accuracy": value})
     assert seen.best is not None
     assert seen.last is not None
-    kept = Kept(metric="eval_accuracy", greater_is_better=True, evaluations=seen.count,
+    kept = SelectedModel(metric="eval_accuracy", greater_is_better=True, evaluations=seen.count,
                 best=seen.best, last=seen.last, step=1, stopped_early=True, patience=1,
                 waited=seen.waited)  # fmt: skip
-    assert kept_words(kept.describe()).endswith("after 2 evaluations without a better one")
+    assert describe_kept_model(kept.describe()).endswith("after 2 evaluations without a better one")
     former = {key: value for key, value in kept.describe().items() if key != "waited"}
-    assert kept_words(former).endswith("after 1 evaluation without a better one")
+    assert describe_kept_model(former).endswith("after 1 evaluation without a better one")
 
 
 def test_of_equals_the_one_with_the_lower_loss_is_the_best() -> None:
@@ -153,5 +153,5 @@ def test_each_checkpoint_keeps_the_best_of_its_time(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-25").rename(tmp_path / "checkpoint-45")
     rotate_best(tmp_path)
     assert there() == {"best-40", "checkpoint-45"}
-    forget_later(tmp_path, 39)
+    delete_best_after(tmp_path, 39)
     assert there() == {"checkpoint-45"}

@@ -17,7 +17,7 @@ from ftlevel.fast.layers.fused_lora import register_fused_layers
 from ftlevel.fast.layers.norm_glu import FusedNormGlu
 from ftlevel.models.module_tree import find_blocks, find_stacks
 from ftlevel.training import memory as checkpointing
-from ftlevel.training.memory import Activations, SmallerSteps, count_activations, set_checkpointing
+from ftlevel.training.memory import Activations, StepReducer, count_activations, set_checkpointing
 from live_tensors import LiveTensors
 
 BLOCKS = 6
@@ -205,7 +205,7 @@ def test_auto_recomputes_blocks_of_an_encoder_decoder(
 def test_an_encoder_decoder_that_is_out_of_memory_can_recompute(family: str) -> None:
     model, plan = answered(family)
     fast = SimpleNamespace(plan=SimpleNamespace(workers=1, is_random=True))
-    smaller = SmallerSteps(SimpleNamespace(model=model, fast=fast))
+    smaller = StepReducer(SimpleNamespace(model=model, fast=fast))
     assert smaller._can_checkpoint()
     set_checkpointing(model, config_of(gradient_checkpointing=True), plan)
     assert not smaller._can_checkpoint()

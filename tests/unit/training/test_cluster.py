@@ -20,11 +20,18 @@ from ftlevel.methods import METHODS
 from ftlevel.models.loading import build_task_model
 from ftlevel.trained.adapt import apply_method
 from ftlevel.training.forecast.cluster import HOP, NETWORK_HOP, Network, Work, time_step
-from ftlevel.training.forecast.memory import Layers, MemoryForecast, forecast_memory
+from ftlevel.training.forecast.memory import LayerSample, StepMemory, estimate_step_memory
 from ftlevel.training.forecast.meta_model import CASTS, QUANTIZED, WEIGHTS
-from ftlevel.training.forecast.shares import GATHERED, REDUCED, Cut, Piece, Shares, describe_shares
+from ftlevel.training.forecast.shares import (
+    GATHERED,
+    REDUCED,
+    ShardedModel,
+    ShardedTensor,
+    ShardGroup,
+    describe_shares,
+)
 from ftlevel.training.plan.resolve import resolve
-from ftlevel.training.shards import blocks_of, kept_whole, shard
+from ftlevel.training.shards import blocks_of, replicated_parameters, shard
 
 ModelDir = Callable[..., Path]
 BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "plan_cluster.py"
@@ -55,11 +62,11 @@ def test_what_a_process_holds_is_what_fsdp_leaves_it(
 ) -> None:
     config = configure(tmp_path, tiny_model_dir("llama", num_hidden_layers=7), method)
     plan = resolve(config)
-    assert Layers.of(plan).sample == {0: 1, 1: 5, 6: 1}
+    assert LayerSample.of(plan).sample == {0: 1, 1: 5, 6: 1}
     shares = describe_shares(config, plan)
     model: Any = build_task_model(plan.model.config, plan.model.auto_class)
     model = apply_method(model.to_empty(device="cpu").float(), config.method, plan.base)
-    whole = {id(parameter) for parameter in kept_whole(model)}
+    whole = {id(parameter) for parameter in replicated_parameters(model)}
     size = sum(p.nbytes for p in model.parameters() if id(p) not in whole)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     with first_of(ranks):
@@ -75,21 +82,27 @@ def test_what_a_process_holds_is_what_fsdp_leaves_it(
 
 
 def test_the_memory_of_a_process() -> None:
-    block, root = Cut((Piece(1, WEIGHTS, 8, 800, 800),)), Cut((Piece(1, WEIGHTS, 6, 600, 600),))
-    blocks = Cut((Piece(10, WEIGHTS, 8, 800, 800),))
-    shares = Shares(block, blocks, 10, root, 0, trained=40, trains_base=False)
+    block, root = (
+        ShardGroup((ShardedTensor(1, WEIGHTS, 8, 800, 800),)),
+        ShardGroup((ShardedTensor(1, WEIGHTS, 6, 600, 600),)),
+    )
+    blocks = ShardGroup((ShardedTensor(10, WEIGHTS, 8, 800, 800),))
+    shares = ShardedModel(block, blocks, 10, root, 0, trained=40, trains_base=False)
     moments = {moment: {WEIGHTS: 8610, "activations": 5} for moment in ("forward", "backward")}
-    found = MemoryForecast({}, "forward", 64, {**moments, "optimizer step": {WEIGHTS: 8610}})
-    full = shares.of_a_rank(found, 4, "full")
+    found = StepMemory({}, "forward", 64, {**moments, "optimizer step": {WEIGHTS: 8610}})
+    full = shares.estimate_rank(found, 4, "full")
     # ⌈8 / 4⌉ and ⌈6 / 4⌉ rows of each, 10 bytes that are whole; 4 · 2 rows gathered of the root
     assert full.parts == {GATHERED: 800 + 3 * 800, WEIGHTS: 10 + 10 * 200 + 200, "activations": 5}
-    assert shares.of_a_rank(found, 4, "grads").parts[GATHERED] == 800 + 8000 + 800
+    assert shares.estimate_rank(found, 4, "grads").parts[GATHERED] == 800 + 8000 + 800
     assert full.moments["optimizer step"] == {WEIGHTS: 2210, REDUCED: 40}
-    assert shares.of_a_rank(found, 4, "none").parts[WEIGHTS] == 8610
-    half = Cut((Piece(1, WEIGHTS, 8, 800, 400),)), Cut((Piece(10, WEIGHTS, 8, 800, 400),))
-    own = Shares(*half, 10, root, 300, trained=8600, trains_base=True)
+    assert shares.estimate_rank(found, 4, "none").parts[WEIGHTS] == 8610
+    half = (
+        ShardGroup((ShardedTensor(1, WEIGHTS, 8, 800, 400),)),
+        ShardGroup((ShardedTensor(10, WEIGHTS, 8, 800, 400),)),
+    )
+    own = ShardedModel(*half, 10, root, 300, trained=8600, trains_base=True)
     states = {WEIGHTS: 8600, "gradients": 8600, "optimizer": 17200, CASTS: 4300}
-    parts = own.of_a_rank(MemoryForecast({}, "", 64, {"backward": states}), 2, "full").parts
+    parts = own.estimate_rank(StepMemory({}, "", 64, {"backward": states}), 2, "full").parts
     assert parts[WEIGHTS] == parts["gradients"] == 4300
     assert parts["optimizer"] == 8600
     assert parts[REDUCED] == 600 + 2 * 800
@@ -105,14 +118,14 @@ def test_what_autocast_keeps_of_a_shared_model_is_of_its_head(
     plan = resolve(config)
     model: Any = build_task_model(plan.model.config, plan.model.auto_class)
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    shares, found = describe_shares(config, plan), forecast_memory(config, plan, 2**30)
+    shares, found = describe_shares(config, plan), estimate_step_memory(config, plan, 2**30)
     kept = found.moments["forward"].get(CASTS, 0)
     if dtype == "float32":
         assert kept == shares.root_casts == 0
         return
     assert kept == 2 * sum(linear.weight.numel() for linear in linears)
     assert shares.root_casts == 2 * model.lm_head.weight.numel()
-    assert shares.of_a_rank(found, 2, "full").moments["forward"][CASTS] == shares.root_casts
+    assert shares.estimate_rank(found, 2, "full").moments["forward"][CASTS] == shares.root_casts
     blocks = list(model.model.layers.parameters())
     narrow = sum(p.numel() for p in blocks if p.dim() > 1)
     assert shares.blocks.reduced(1) == 4 * sum(p.numel() for p in blocks)

@@ -15,7 +15,7 @@ from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import TrainerConfig
 from ftlevel.errors import ConfigError, RunError
-from ftlevel.training.disk import check_room, check_room_to_save, explain_disk_errors
+from ftlevel.training.disk import check_disk_space, check_room_to_save, explain_disk_errors
 
 FULL = Path("/dev/full")
 pytestmark = pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
@@ -99,20 +99,22 @@ def test_a_run_begins_where_its_checkpoints_have_room(
     one = 1000 * (4 + 8)  # a weight, and what AdamW keeps of it
     where = tmp_path / "runs" / "new"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=count * one))
-    check_room(where, train, model, 9)
+    check_disk_space(where, train, model, 9)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=count * one - 1))
     with pytest.raises(ConfigError, match=rf"{where}: its disk has .* {count} x 0\.00 GB"):
-        check_room(where, train, model, 9)
+        check_disk_space(where, train, model, 9)
     where.mkdir(parents=True)
     (where / "of the run that is replaced").write_text("x")
-    check_room(where, train, model, 9)
+    check_disk_space(where, train, model, 9)
 
 
 def test_a_run_without_checkpoints_needs_no_room_for_any(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    check_room(tmp_path / "new", TrainerConfig(save_strategy="no"), torch.nn.Linear(99, 10), 9)
+    check_disk_space(
+        tmp_path / "new", TrainerConfig(save_strategy="no"), torch.nn.Linear(99, 10), 9
+    )
 
 
 def test_a_checkpoint_is_begun_where_it_has_room(

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 import tiny_models
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
-from ftlevel.data.prepare.sampling import LengthGroups
+from ftlevel.data.prepare.sampling import LengthGroupedSampler
 from ftlevel.fast.plan import FastPlan
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.tasks.tokens import Tokens
@@ -40,10 +40,15 @@ def batches_of(rows: list[Encoded], collate: Any, size: int, *, by_length: bool)
         remove_unused_columns=False, dataloader_pin_memory=False,
     )  # fmt: skip
     trainer = FtlevelTrainer(
-        objective=Tokens("perplexity"), model=model(), args=arguments, train_dataset=rows,
+        objective=Tokens("perplexity"),
+        model=model(),
+        args=arguments,
+        train_dataset=rows,
         data_collator=collate,
-        order=LengthGroups([len(r.input_ids) for r in rows], size, 1) if by_length else None,
-    )  # fmt: skip
+        order=LengthGroupedSampler([len(r.input_ids) for r in rows], size, 1)
+        if by_length
+        else None,
+    )
     return [
         part
         for batch in trainer.get_train_dataloader()

@@ -20,8 +20,8 @@ from ftlevel.fast.head.cross_entropy import FEWEST, targets_a_chunk
 from ftlevel.models.upstream.fake import FakeTensor, OperationWatch, new_fake, storage_of
 from ftlevel.training.forecast import memory
 from ftlevel.training.forecast.fits import MOST_BLOCKS
-from ftlevel.training.forecast.memory import forecast_memory
-from ftlevel.training.forecast.meta_model import LiveBytes
+from ftlevel.training.forecast.memory import estimate_step_memory
+from ftlevel.training.forecast.meta_model import LiveMemoryTracker
 from ftlevel.training.plan.resolve import resolve
 
 ModelDir = Callable[..., Path]
@@ -77,7 +77,7 @@ def test_it_is_the_peak_of_the_run(
     tmp_path: Path, tiny_model_dir: ModelDir, family: str, method: str, train: dict[str, Any]
 ) -> None:
     config = configure(tmp_path, tiny_model_dir(family), method, family == "bert", **train)
-    found = forecast_memory(config, resolve(config), MEMORY)
+    found = estimate_step_memory(config, resolve(config), MEMORY)
     measured = benchmark().measured(config)["peak"]
     assert found.peak == pytest.approx(measured, rel=0.05)
     assert found.parts["quantized weights" if method == "qlora" else "weights"] > 0
@@ -126,18 +126,20 @@ def test_a_layer_of_each_kind_gives_the_whole(
         attention = config.method.model_copy(update={"target_modules": ["q_proj", "v_proj"]})
         config = config.model_copy(update={"method": attention})
     plan = resolve(config)
-    assert memory.Layers.of(plan).sample == sample
+    assert memory.LayerSample.of(plan).sample == sample
     assert memory.count_computed_layers(plan) <= MOST_BLOCKS
-    extended = forecast_memory(config, plan, MEMORY)
-    monkeypatch.setattr(memory.Layers, "of", lambda _: memory.Layers((None,), (), 7))
-    assert extended.peak == pytest.approx(forecast_memory(config, plan, MEMORY).peak, rel=0.005)
+    extended = estimate_step_memory(config, plan, MEMORY)
+    monkeypatch.setattr(memory.LayerSample, "of", lambda _: memory.LayerSample((None,), (), 7))
+    assert extended.peak == pytest.approx(
+        estimate_step_memory(config, plan, MEMORY).peak, rel=0.005
+    )
 
 
 def test_workers_hold_what_each_of_them_holds(tmp_path: Path, tiny_model_dir: ModelDir) -> None:
     config = configure(tmp_path, tiny_model_dir("llama"), "lora", classes=False)
     plan = resolve(config)
-    one = forecast_memory(config, plan, MEMORY)
-    two = forecast_memory(config, replace(plan, fast=replace(plan.fast, workers=2)), MEMORY)
+    one = estimate_step_memory(config, plan, MEMORY)
+    two = estimate_step_memory(config, replace(plan, fast=replace(plan.fast, workers=2)), MEMORY)
     assert two.parts["weights"] == one.parts["weights"]
     assert two.tokens < one.tokens  # half of the budget is each one's
     assert two.parts["activations"] == pytest.approx(one.parts["activations"], rel=0.3)
@@ -149,7 +151,7 @@ def test_chunks_of_scores_take_their_share_of_a_gpu(
     config = configure(tmp_path, tiny_model_dir("llama"), "lora", classes=False)
     plan = resolve(config)
     on_gpu = replace(plan, model=replace(plan.model, device="cuda"))
-    logits = [forecast_memory(config, on_gpu, size).parts["logits"] for size in (2**33, 2**22)]
+    logits = [estimate_step_memory(config, on_gpu, size).parts["logits"] for size in (2**33, 2**22)]
     targets = [targets_a_chunk(size, plan.model.vocabulary) for size in (2**33, 2**22)]
     assert targets[0] > 2 * targets[1] >= 2 * FEWEST  # the step has 8 · 60 of them at most
     assert logits[0] > logits[1]
@@ -222,7 +224,7 @@ class TestFakeTensor:
 
 class TestLiveBytes:
     def test_a_tensor_counts_until_it_goes(self) -> None:
-        with LiveBytes() as live:
+        with LiveMemoryTracker() as live:
             x = torch.zeros(1000)
             y = x * 2
             view = y[:10]
@@ -234,7 +236,7 @@ class TestLiveBytes:
         del x
 
     def test_what_is_held_as_something_else_counts_once(self) -> None:
-        live = LiveBytes()
+        live = LiveMemoryTracker()
         x = torch.zeros(1000)
         live.hold(x, "weights")
         live.hold(x, "adapter")

@@ -14,8 +14,8 @@ from torch import nn
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.errors import RunError
-from ftlevel.events import Silence
-from ftlevel.training.callbacks.gradients import MOST_SKIPPED, GradientProof, Recovery
+from ftlevel.events import NullListener
+from ftlevel.training.callbacks.gradients import MOST_SKIPPED, GradientMonitor, Recovery
 from ftlevel.training.processes import Processes
 
 NONE: Any = None
@@ -25,12 +25,15 @@ def stopping() -> Recovery:
     """Return what decides in a run that stops."""
     trainer: Any = SimpleNamespace(step_rows=[])
     run = RunDirectory(Path("nothing"))
-    return Recovery(trainer, TrainerConfig(), run, Processes(), Silence(), None)
+    return Recovery(trainer, TrainerConfig(), run, Processes(), NullListener(), None)
 
 
-def prepared(loss: float = 1.0) -> tuple[GradientProof, nn.Linear, dict[str, Any]]:
+def prepared(loss: float = 1.0) -> tuple[GradientMonitor, nn.Linear, dict[str, Any]]:
     """Return the proof, and a model with finite gradients that it has seen for two steps."""
-    proof, model = GradientProof(Silence(), lambda: torch.tensor(loss), stopping()), nn.Linear(4, 4)
+    proof, model = (
+        GradientMonitor(NullListener(), lambda: torch.tensor(loss), stopping()),
+        nn.Linear(4, 4),
+    )
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     model(torch.ones(2, 4)).square().sum().backward()
     return proof, model, {"model": model, "optimizer": optimizer}
@@ -77,7 +80,7 @@ def test_weights_whose_norm_alone_overflows_go_on() -> None:
 
 def fit_with_a_scale(
     factor: float, steps: int
-) -> tuple[GradientProof, list[str], list[torch.Tensor]]:
+) -> tuple[GradientMonitor, list[str], list[torch.Tensor]]:
     """Train a linear as Trainer does with float16, from the largest scale on.
 
     Args:
@@ -89,7 +92,7 @@ def fit_with_a_scale(
     """
     warned: list[str] = []
     listener = SimpleNamespace(warn=warned.append)
-    proof = GradientProof(listener, lambda: torch.tensor(1.0), stopping(), scales=True)  # type: ignore[arg-type]
+    proof = GradientMonitor(listener, lambda: torch.tensor(1.0), stopping(), scales=True)  # type: ignore[arg-type]
     model = nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
@@ -131,7 +134,9 @@ CONTROL: Any = SimpleNamespace(
 def test_a_gpu_is_asked_before_anything_is_written(what: str) -> None:
     losses = [1.0]
     _, model, given = prepared()
-    proof = GradientProof(Silence(), lambda: torch.tensor(losses[0]), stopping(), defers=True)
+    proof = GradientMonitor(
+        NullListener(), lambda: torch.tensor(losses[0]), stopping(), defers=True
+    )
     for _ in range(3):
         proof.on_pre_optimizer_step(NONE, STATE, NONE, **given)
     if what == "loss":

@@ -21,7 +21,7 @@ from ftlevel.fast.plan import FastPlan
 from ftlevel.models.hardware import read_free
 from ftlevel.training.forecast import micro_batch
 from ftlevel.training.forecast.fits import Device
-from ftlevel.training.forecast.memory import MemoryForecast
+from ftlevel.training.forecast.memory import StepMemory
 from ftlevel.training.forecast.meta_model import ACTIVATIONS, WEIGHTS
 from ftlevel.training.forecast.micro_batch import choose_micro_batch, fit_micro_batch
 from ftlevel.training.processes import Processes
@@ -61,11 +61,11 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Put a forecast of known numbers in the place of the model's; return what it is asked."""
     asked: list[int] = []
 
-    def forecast(_: Device, config: TrainConfig, plan: Any) -> MemoryForecast:
+    def forecast(_: Device, config: TrainConfig, plan: Any) -> StepMemory:
         asked.append(plan.fast.tokens)
         tokens = max(ROW, plan.fast.tokens // ROW * ROW)  # whole rows
         each = RECOMPUTED if config.train.recomputes else OF_A_TOKEN
-        return MemoryForecast({WEIGHTS: FIXED, ACTIVATIONS: tokens * each}, "forward", tokens)
+        return StepMemory({WEIGHTS: FIXED, ACTIVATIONS: tokens * each}, "forward", tokens)
 
     monkeypatch.setattr(Device, "forecast", forecast)
     return asked
@@ -135,7 +135,7 @@ def test_what_the_run_holds_already_is_not_free(monkeypatch: pytest.MonkeyPatch)
         {"speed": {"tokens_per_micro_batch": "memory", "memory_gib": 64}}
     )
     monkeypatch.setattr(micro_batch, "free_memory_bytes", lambda _: 8 * 2**30)
-    beside = micro_batch.CPU_BESIDE
+    beside = micro_batch.CPU_OVERHEAD_BYTES
     assert micro_batch.find_memory(wish, "cpu", Processes()) == 8 * 2**30 - beside
     assert (
         micro_batch.find_memory(config_of(), "cpu", Processes(World(size=4, local_size=2)))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ftlevel.events import Silence
+from ftlevel.events import NullListener
 from ftlevel.training.callbacks import progress as module
 from ftlevel.training.callbacks.progress import Report
 
@@ -29,7 +29,7 @@ def test_time_of_training_is_without_evaluations_and_checkpoints(
     clock = Clock()
     monkeypatch.setattr(module, "time", clock)
     written: list[Any] = []
-    report = Report(Silence(), written.append, lambda: 0, lambda: 0)
+    report = Report(NullListener(), written.append, lambda: 0, lambda: 0)
     told = (TrainingArguments(str(tmp_path)), TrainerState(), TrainerControl())
     report.on_log(*told, logs={"eval_loss": 1.0})  # before the first step
     report.on_evaluate(*told)

@@ -13,7 +13,7 @@ from ftlevel.config.methods import LoraSpec
 from ftlevel.methods import Base
 from ftlevel.models.loading import load_config, load_model
 from ftlevel.models.sources import resolve_source
-from ftlevel.models.upstream.shards import Slices
+from ftlevel.models.upstream.shards import UnreadWeights
 from ftlevel.trained.adapt import apply_method
 from ftlevel.training.model import made_of_unread
 from tiny_models import AUTO_CLASSES
@@ -21,7 +21,9 @@ from tiny_models import AUTO_CLASSES
 Make = Callable[..., Path]
 
 
-def adapted(directory: Path, spec: LoraSpec, dtype: torch.dtype, slices: Slices | None) -> Any:
+def adapted(
+    directory: Path, spec: LoraSpec, dtype: torch.dtype, slices: UnreadWeights | None
+) -> Any:
     source = resolve_source(str(directory))
     config = load_config(source)
     model, _ = load_model(
@@ -39,7 +41,7 @@ def adapted(directory: Path, spec: LoraSpec, dtype: torch.dtype, slices: Slices 
 def test_heads_are_read_and_what_cannot_be_computed_is_named(
     tiny_model_dir: Make, use_dora: bool, dtype: torch.dtype
 ) -> None:
-    directory, slices = tiny_model_dir("bert", "seqcls"), Slices()
+    directory, slices = tiny_model_dir("bert", "seqcls"), UnreadWeights()
     spec = LoraSpec(use_dora=use_dora)
     expected = adapted(directory, spec, dtype, None)
     model = adapted(directory, spec, dtype, slices)

@@ -14,24 +14,24 @@ import torch
 from ftlevel.config import TrainConfig
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.errors import RunError
-from ftlevel.events import Silence
+from ftlevel.events import NullListener
 from ftlevel.fast.layers.fused_lora import FusedLoraFunction
-from ftlevel.models.loading import quiet_libraries
+from ftlevel.models.loading import silence_loggers
 from ftlevel.training.model import load_adapted
 from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.trainer import FtlevelTrainer
 from ftlevel.training.verify import proof
-from ftlevel.training.verify.bounds import Apart, Rounding, compare_gradients, kind_of
+from ftlevel.training.verify.bounds import GradientDifference, Rounding, compare_gradients, kind_of
 from ftlevel.training.verify.proof import (
     FEW_TOKENS,
-    choose_few,
+    cast_to_float32,
+    cast_to_float64,
+    choose_probe_rows,
     fits_in_float64,
     shorten,
     verify_step,
-    whole_in_float32,
-    whole_in_float64,
 )
-from ftlevel.training.verify.steps import Computed, Steps, moved_from_start
+from ftlevel.training.verify.steps import StepResult, Steps, perturb_weights
 
 
 def build(dtype: str, *, data: Path | None = None, task: str | None = None, **method: Any) -> Any:
@@ -43,9 +43,9 @@ def build(dtype: str, *, data: Path | None = None, task: str | None = None, **me
         "method": {"kind": "lora", **method},
         "train": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
     })  # fmt: skip
-    with quiet_libraries():
+    with silence_loggers():
         plan = resolve(config)
-        return config, plan, load_adapted(config, plan, Silence())
+        return config, plan, load_adapted(config, plan, NullListener())
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -75,7 +75,7 @@ def test_a_wrong_gradient_of_a_or_b_stops_every_run(
 ) -> None:
     monkeypatch.setattr(FusedLoraFunction, "backward", scaled(argument, factor))
     with pytest.raises(RunError, match=r"the fast step is not the plain one: in float32 gradients"):
-        verify_step(*small_run, Silence())
+        verify_step(*small_run, NullListener())
 
 
 def test_a_wrong_update_stops_every_run(small_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,21 +88,21 @@ def test_a_wrong_update_stops_every_run(small_run: Any, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(FusedLoraFunction, "forward", staticmethod(wrong))
     with pytest.raises(RunError, match="the fast step is not the plain one"):
-        verify_step(*small_run, Silence())
+        verify_step(*small_run, NullListener())
 
 
 def test_a_lost_target_stops_every_run(small_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     right = FtlevelTrainer.count_targets
     monkeypatch.setattr(FtlevelTrainer, "count_targets", lambda *args: right(*args) + 1)
     with pytest.raises(RunError, match="losses differ by"):
-        verify_step(*small_run, Silence())
+        verify_step(*small_run, NullListener())
 
 
 def test_a_clean_step_passes_and_leaves_nothing(small_run: Any) -> None:
     config, plan, adapted = small_run
     before = {name: value.clone() for name, value in adapted.model.state_dict().items()}
     places = {name: p.data_ptr() for name, p in adapted.model.named_parameters()}
-    found = verify_step(asking(config, True), plan, adapted, Silence())
+    found = verify_step(asking(config, True), plan, adapted, NullListener())
     assert found is not None
     assert found.steps == 3
     assert found.rows == 24
@@ -118,12 +118,12 @@ def test_a_clean_step_passes_and_leaves_nothing(small_run: Any) -> None:
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert places == {name: p.data_ptr() for name, p in adapted.model.named_parameters()}
     assert all(p.grad is None for p in adapted.model.parameters())
-    assert verify_step(asking(config, False), plan, adapted, Silence()) is None
+    assert verify_step(asking(config, False), plan, adapted, NullListener()) is None
 
 
 def test_a_fault_under_dropout_is_seen_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     config, plan, adapted = build("float32", lora_dropout=0.2)
-    clean = verify_step(asking(config, True), plan, adapted, Silence())
+    clean = verify_step(asking(config, True), plan, adapted, NullListener())
     assert clean is not None
     assert clean.dropout is not None
     assert clean.dropout < 1e-4
@@ -134,9 +134,11 @@ def test_a_fault_under_dropout_is_seen_when_asked(monkeypatch: pytest.MonkeyPatc
         return right(ctx, x, dropped * 1.02 if is_dropped else dropped, *others)
 
     monkeypatch.setattr(FusedLoraFunction, "forward", staticmethod(wrong))
-    assert verify_step(config, plan, adapted, Silence()) is not None, "nothing is dropped in it"
+    assert verify_step(config, plan, adapted, NullListener()) is not None, (
+        "nothing is dropped in it"
+    )
     with pytest.raises(RunError, match="gradients with dropout"):
-        verify_step(asking(config, True), plan, adapted, Silence())
+        verify_step(asking(config, True), plan, adapted, NullListener())
 
 
 def test_pairs_of_one_length_are_rounded(tmp_path: Path) -> None:
@@ -152,13 +154,13 @@ def test_pairs_of_one_length_are_rounded(tmp_path: Path) -> None:
     data = tmp_path / "pairs.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
     config, plan, adapted = build("float32", data=data, task="reward")
-    verified = verify_step(config, plan, adapted, Silence())
+    verified = verify_step(config, plan, adapted, NullListener())
     assert verified is not None
     assert verified.gradient > 2e-5  # more than another order explains
 
 
-def apart(difference: float, norm: float) -> Apart:
-    return Apart(difference=difference**2, reference=norm**2, along=norm**2)
+def apart(difference: float, norm: float) -> GradientDifference:
+    return GradientDifference(difference=difference**2, reference=norm**2, along=norm**2)
 
 
 def test_a_tensor_without_a_gradient_is_rounded_like_its_neighbours() -> None:
@@ -174,8 +176,8 @@ def test_a_tensor_without_a_gradient_is_rounded_like_its_neighbours() -> None:
 def test_a_gradient_of_few_errors_is_measured_by_several_draws() -> None:
     """A bias may be too long in all entries at once; one draw tells neither that nor how far."""
 
-    def bias(distance: float, length: float) -> dict[str, Apart]:
-        return {"down.bias": Apart(distance**2, 1.0, 1.0 + length)}
+    def bias(distance: float, length: float) -> dict[str, GradientDifference]:
+        return {"down.bias": GradientDifference(distance**2, 1.0, 1.0 + length)}
 
     short, long, right = bias(0.04, -0.03), bias(0.06, 0.025), bias(0.08, 0.04)
     with pytest.raises(RunError, match="bias"):
@@ -192,7 +194,7 @@ def test_distance_and_length() -> None:
     found = compare_gradients({"w": torch.tensor([3.3, 4.4])}, reference)
     assert found["w"].distance == pytest.approx(0.1)
     assert found["w"].length == pytest.approx(0.1)
-    assert found["v"] == Apart(0.0, 0.0, 0.0)
+    assert found["v"] == GradientDifference(0.0, 0.0, 0.0)
     turned = compare_gradients(
         {"w": torch.tensor([3.0, 4.0]) + torch.tensor([-0.4, 0.3])}, reference
     )
@@ -216,7 +218,7 @@ def test_kinds() -> None:
 def test_float32_for_a_moment() -> None:
     model = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
     weight, place = model.weight, model.weight.data_ptr()
-    with whole_in_float32(model):
+    with cast_to_float32(model):
         assert model.weight is weight
         assert weight.dtype == torch.float32
     assert weight.dtype == torch.bfloat16
@@ -226,7 +228,7 @@ def test_float32_for_a_moment() -> None:
 def test_what_begins_at_zero_moves_and_goes_back() -> None:
     model = torch.nn.Linear(16, 8, bias=False)
     torch.nn.init.zeros_(model.weight)
-    with moved_from_start(model):
+    with perturb_weights(model):
         assert float(model.weight.detach().std()) == pytest.approx(0.05, rel=0.3)
     assert not model.weight.any()
 
@@ -237,10 +239,12 @@ def row(length: int, labels: Any) -> Encoded:
 
 def test_few_rows() -> None:
     rows = [row(length, [IGNORED] * (length - 1) + [1]) for length in (90, 30, 500, 60, 80, 70)]
-    chosen = choose_few(rows)
+    chosen = choose_probe_rows(rows)
     assert [len(r.input_ids) for r in chosen] == [30, 60, 70, 80]
     assert sum(len(r.input_ids) for r in chosen) <= FEW_TOKENS
-    assert len(choose_few(rows[2:3] * 2)) == 2, "two at least, so that they could see each other"
+    assert len(choose_probe_rows(rows[2:3] * 2)) == 2, (
+        "two at least, so that they could see each other"
+    )
 
 
 def test_rows_are_cut_where_they_can_be() -> None:
@@ -266,7 +270,7 @@ def blind_run(small_run: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """
     right = Steps.plain
 
-    def rounded(self: Steps, rows: Any, size: int, dtype: str) -> Computed:
+    def rounded(self: Steps, rows: Any, size: int, dtype: str) -> StepResult:
         step = right(self, rows, size, dtype)
         if next(iter(step.gradients.values())).dtype == torch.float64:
             return step
@@ -274,13 +278,13 @@ def blind_run(small_run: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(Steps, "plain", rounded)
     monkeypatch.setattr(
-        Steps, "rounded_otherwise", lambda self, rows, dtype: self.plain(rows, len(rows), dtype)
+        Steps, "plain_perturbed", lambda self, rows, dtype: self.plain(rows, len(rows), dtype)
     )
     return small_run
 
 
 def test_float64_decides_where_the_plain_step_is_the_rounded_one(blind_run: Any) -> None:
-    found = verify_step(*blind_run, Silence())
+    found = verify_step(*blind_run, NullListener())
     assert found is not None
     assert found.exact == pytest.approx(1e-3, rel=0.1)
     assert found.gradient < 1e-4
@@ -293,14 +297,14 @@ def test_a_fault_is_a_fault_in_float64(
     """The first and the third are as wrong as the plain step is, and hidden by it in float32."""
     monkeypatch.setattr(FusedLoraFunction, "backward", scaled(argument, factor))
     with pytest.raises(RunError, match=r"in float32 gradients of .* rounding explains 0\.0001"):
-        verify_step(*blind_run, Silence())
+        verify_step(*blind_run, NullListener())
 
 
 def moved_in_float32(gradient: float, loss: float) -> Any:
     """Return the fast step, off by factors in float32 and right in float64."""
     right = Steps.fast
 
-    def moved(self: Steps, rows: Any, dtype: str) -> Computed:
+    def moved(self: Steps, rows: Any, dtype: str) -> StepResult:
         step = right(self, rows, dtype)
         if next(iter(step.gradients.values())).dtype == torch.float64:
             return step
@@ -316,7 +320,7 @@ def test_what_no_kink_does_is_a_fault(
 ) -> None:
     monkeypatch.setattr(Steps, "fast", moved_in_float32(gradient, loss))
     with pytest.raises(RunError, match="the fast step is not the plain one"):
-        verify_step(*blind_run, Silence())
+        verify_step(*blind_run, NullListener())
 
 
 def test_a_step_that_is_right_in_float64_alone_is_right(
@@ -324,7 +328,7 @@ def test_a_step_that_is_right_in_float64_alone_is_right(
 ) -> None:
     """As one is where rounding moves an activation over ReLU's kink, by 6e-3 on a tiny T5."""
     monkeypatch.setattr(Steps, "fast", moved_in_float32(0.994, 1.0))
-    found = verify_step(*blind_run, Silence())
+    found = verify_step(*blind_run, NullListener())
     assert found is not None
     assert found.kinks
     assert found.gradient < 1e-5
@@ -336,7 +340,7 @@ def test_a_step_stops_the_run_where_no_memory_is_left_to_decide(
 ) -> None:
     monkeypatch.setattr(proof, "free_memory_bytes", lambda _: 1 << 20)
     with pytest.raises(RunError, match=r"differ by 0\.001"):
-        verify_step(*blind_run, Silence())
+        verify_step(*blind_run, NullListener())
 
 
 def test_float64_for_a_moment() -> None:
@@ -344,7 +348,7 @@ def test_float64_for_a_moment() -> None:
     before = {name: p.clone() for name, p in model.named_parameters()}
     places = [p.data_ptr() for p in model.parameters()]
     assert fits_in_float64(model, "cpu")
-    with whole_in_float64(model):
+    with cast_to_float64(model):
         assert {p.dtype for p in model.parameters()} == {torch.float64}
     assert [p.data_ptr() for p in model.parameters()] == places
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

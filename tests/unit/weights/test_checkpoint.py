@@ -10,7 +10,7 @@ import torch
 
 from ftlevel.models.loading import build_task_model, load_config, load_model, rename_prefix
 from ftlevel.models.sources import resolve_source
-from ftlevel.weights.checkpoint import as_saved, open_checkpoint
+from ftlevel.weights.checkpoint import convert_for_saving, open_checkpoint
 from ftlevel.weights.tensor_files import read_header, spec_of, weight_files
 from tiny_models import AUTO_CLASSES, FAMILY_HEADS, HEADS
 
@@ -44,7 +44,7 @@ def test_names_go_back_to_those_of_the_checkpoint(
     checkpoint = open_checkpoint(source, meta, {})
     saved = {}
     for name in checkpoint.groups:
-        saved.update(as_saved(meta, name, checkpoint.read(name)))
+        saved.update(convert_for_saving(meta, name, checkpoint.read(name)))
     stored = {k: v for path in weight_files(folder) for k, v in read_header(path)[0].items()}
     assert set(saved) == set(stored)
     assert all(torch.equal(saved[name], tensor.read()) for name, tensor in stored.items())

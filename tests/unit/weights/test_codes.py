@@ -8,7 +8,7 @@ import torch
 
 from ftlevel.weights.codes import (
     DAMPING,
-    Grid,
+    QuantizationGrid,
     choose_codes,
     find_directions,
     four_bit_grid,
@@ -73,7 +73,7 @@ def test_eight_bits_are_rows_of_their_own_scale() -> None:
 @pytest.mark.parametrize("columns", [64, 160])  # one run of columns, and two and a half
 def test_no_single_code_could_be_better_after_sweeps(columns: int) -> None:
     grid, weight, moment = four_bit_grid("nf4", False), matrix(3, columns), moment_of(columns)
-    grid = Grid(grid.values, columns // 2, grid.stored)
+    grid = QuantizationGrid(grid.values, columns // 2, grid.stored)
     scales = grid.scales_of(weight)
     codes = nearest = grid.nearest(weight, scales)
     for _ in range(40):

@@ -14,7 +14,7 @@ from ftlevel.artifacts.files import base_fingerprint
 from ftlevel.errors import InputError
 from ftlevel.weights.tensor_files import (
     DTYPES,
-    Part,
+    TensorPart,
     read_header,
     spec_of,
     weight_files,
@@ -28,8 +28,8 @@ def draw() -> dict[str, torch.Tensor]:
     return {**tensors, "scalar": torch.tensor(2.5), "empty": torch.empty(0, 4)}
 
 
-def part(name: str, tensor: torch.Tensor) -> Part:
-    return Part({name: spec_of(tensor)}, lambda: {name: tensor})
+def part(name: str, tensor: torch.Tensor) -> TensorPart:
+    return TensorPart({name: spec_of(tensor)}, lambda: {name: tensor})
 
 
 def test_what_is_written_is_what_safetensors_reads(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_what_safetensors_writes_is_read_and_copied(tmp_path: Path) -> None:
         assert torch.equal(read, tensor)
         read.zero_()  # memory of its own: the file stays as it is
         assert torch.equal(stored[name].read(), tensor)
-    write_file(tmp_path / "b.safetensors", [Part({n: t.spec}, t) for n, t in stored.items()])
+    write_file(tmp_path / "b.safetensors", [TensorPart({n: t.spec}, t) for n, t in stored.items()])
     found = load_file(tmp_path / "b.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
@@ -72,7 +72,7 @@ def test_several_files_have_an_index(tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_is_not_what_was_announced_is_an_error(tmp_path: Path) -> None:
-    wrong = Part({"x": spec_of(torch.rand(3))}, lambda: {"x": torch.rand(4)})
+    wrong = TensorPart({"x": spec_of(torch.rand(3))}, lambda: {"x": torch.rand(4)})
     with pytest.raises(ValueError, match="was announced as"):
         write_file(tmp_path / "a.safetensors", [wrong])
 
@@ -95,7 +95,7 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="ends before its header says"):
         stored.read()
     with pytest.raises(InputError, match="ends before its header says"):
-        write_file(tmp_path / "b.safetensors", [Part({"x": stored.spec}, stored)])
+        write_file(tmp_path / "b.safetensors", [TensorPart({"x": stored.spec}, stored)])
 
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

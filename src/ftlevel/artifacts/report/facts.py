@@ -41,7 +41,7 @@ class Answers:
     total: int = 0
 
 
-def sum_up(rows: Iterator[dict[str, Any]]) -> Answers:
+def summarize_answers(rows: Iterator[dict[str, Any]]) -> Answers:
     """Return statistics of `rows` with `predicted`, `true` and optionally `loss`."""
     counts: dict[str, Counter[str]] = {}
     kept, by_length, units, total = list[dict[str, Any]](), list[tuple[int, float]](), set(), 0
@@ -150,7 +150,7 @@ def read_run_facts(path: Path, predictions: Path | None = None) -> RunFacts:
     records = list(_lines(path / METRICS)) if (path / METRICS).is_file() else []
     if predictions is None and (path / ANSWERS).is_file():
         predictions = path / ANSWERS
-    answers = None if predictions is None else sum_up(_lines(predictions))
+    answers = None if predictions is None else summarize_answers(_lines(predictions))
     return RunFacts(path.resolve().name, path, summary, records, answers)
 
 

@@ -21,7 +21,7 @@ _REFUSED_INITS = {
 
 
 PISSA = ("pissa", "pissa_niter_4", "pissa_niter_16")
-INSIDE_BASE = ("olora", *PISSA)
+BASE_MODIFYING_INITS = ("olora", *PISSA)
 """Initializations that subtract the initial update from the base weights."""
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ftlevel.artifacts.files import read_plain
 from ftlevel.config.section import Choice
-from ftlevel.errors import InputError, did_you_mean, listing
+from ftlevel.errors import InputError, did_you_mean, join_names
 from ftlevel.models.upstream.libraries import apply_template, check_template
 
 Turn = dict[str, Any]
@@ -28,7 +28,7 @@ _MARK = "\u2042mark\u2042"
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedChat:
     """A rendered conversation, with the character spans that are trained on."""
 
     text: str
@@ -48,14 +48,14 @@ def render(
 
 def render_chat(
     tokenizer: Any, turns: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()
-) -> Rendered:
+) -> RenderedChat:
     """Render `turns` and locate each assistant turn, including its end-of-turn token.
 
     Raises:
         InputError: the template fails, omits a turn or the tools, or rewrites turns so that the
             answers cannot be located.
     """
-    ends = special_texts(tokenizer)
+    ends = list_special_tokens(tokenizer)
     marked = bool(_GENERATION.search(tokenizer.get_chat_template(None, list(tools) or None)))
     text, spans = _render(tokenizer, turns, tools, marks=marked)
     if not marked:
@@ -65,22 +65,22 @@ def render_chat(
             if turn["role"] == "assistant"
         ]
     _check_complete(tokenizer, turns, tools, text)
-    return Rendered(text, tuple(_with_end(text, span, ends) for span in spans))
+    return RenderedChat(text, tuple(_with_end(text, span, ends) for span in spans))
 
 
-def special_texts(tokenizer: Any) -> tuple[str, ...]:
+def list_special_tokens(tokenizer: Any) -> tuple[str, ...]:
     """Return the special tokens as strings, without BOS."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     texts = {token.content for token in added.values() if token.special}
     return tuple((texts | set(tokenizer.all_special_tokens)) - {tokenizer.bos_token})
 
 
-def turn_end(tokenizer: Any) -> int | None:
+def find_end_of_turn_id(tokenizer: Any) -> int | None:
     """Return the id of the token that ends an assistant turn, or None."""
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rendered = render_chat(tokenizer, talk)
     answer = rendered.text[slice(*rendered.spans[-1])] if rendered.spans else ""
-    end = next((t for t in special_texts(tokenizer) if answer.endswith(t)), None)
+    end = next((t for t in list_special_tokens(tokenizer) if answer.endswith(t)), None)
     return tokenizer.convert_tokens_to_ids(end) if end else None
 
 
@@ -128,7 +128,9 @@ def _find_turn(
         return len(before), len(upto.rstrip())
     content = str(turns[index]["content"])
     if turns[index].get("tool_calls"):
-        closing = next((t for t in special_texts(tokenizer) if upto.rstrip().endswith(t)), None)
+        closing = next(
+            (t for t in list_special_tokens(tokenizer) if upto.rstrip().endswith(t)), None
+        )
         end = full.find(closing, len(before)) if follows and closing else -1
         if closing and end >= 0:
             return len(before), end + len(closing)
@@ -204,7 +206,7 @@ MARKERS: Mapping[str, tuple[str, ...]] = {
 _FOLDER = Path(__file__).parent / "templates"
 
 
-def choose_chat_template(tokenizer: Any, wish: str | None) -> Choice | None:
+def set_chat_template(tokenizer: Any, wish: str | None) -> Choice | None:
     """Set the chat template of `tokenizer` (mutated) to a built-in template or a Jinja file.
 
     The template is saved with the adapter, so training, evaluation and generation share it.
@@ -229,8 +231,8 @@ def _read_named(tokenizer: Any, name: str) -> str:
         fitting = [other for other, lacking in missing.items() if not lacking]
         raise InputError(
             f"--chat-template {name}: the tokenizer of {tokenizer.name_or_path} has no token for "
-            f"{listing(missing[name])}, so that the model could not learn to stop there. "
-            f"Its tokens fit: {listing(fitting)}."
+            f"{join_names(missing[name])}, so that the model could not learn to stop there. "
+            f"Its tokens fit: {join_names(fitting)}."
         )
     return (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
 
@@ -244,7 +246,7 @@ def _read_file(wish: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"--chat-template {wish}: neither a name nor a readable file."
-            f"{did_you_mean(wish, MARKERS)} Names: {listing(MARKERS)}."
+            f"{did_you_mean(wish, MARKERS)} Names: {join_names(MARKERS)}."
         ) from error
     try:
         check_template(template)

@@ -71,7 +71,7 @@ _RESERVED = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|endofp
              "<|reserved_special_token_0|>", "<|fim_pad|>", "<unk>")  # fmt: skip
 
 
-def pad_apart_from_eos(tokenizer: Any) -> Choice | None:
+def separate_pad_from_eos(tokenizer: Any) -> Choice | None:
     """Replace a padding token equal to EOS (mutated), for models that detect the end by padding."""
     if tokenizer.pad_token_id != tokenizer.eos_token_id:
         return None
@@ -81,7 +81,7 @@ def pad_apart_from_eos(tokenizer: Any) -> Choice | None:
     return Choice("pad token", tokenizer.pad_token, "EOS is read as the end of an answer")
 
 
-def choose_pad_token(tokenizer: Any) -> Choice | None:
+def ensure_pad_token(tokenizer: Any) -> Choice | None:
     """Set a padding token on `tokenizer` (mutated) if it has none, and return the log line.
 
     Prefer a reserved token of the vocabulary, so that the embedding does not grow, and fall back to

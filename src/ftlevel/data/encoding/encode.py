@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ftlevel.artifacts.cards import AdapterCard
-from ftlevel.data.encoding.chat import Rendered, Turn, render, render_chat
-from ftlevel.data.formats.examples import Conversation, Labelled, Pair, PlainText
+from ftlevel.data.encoding.chat import RenderedChat, Turn, render, render_chat
+from ftlevel.data.formats.examples import Conversation, LabeledText, PlainText, SourceTarget
 from ftlevel.errors import InputError
 from ftlevel.task import IGNORED as IGNORED
 
@@ -87,7 +87,9 @@ class PromptFormat:
             return text, target
         return text[:-1], target if target[:1].isspace() else f" {target}"
 
-    def for_rows(self, examples: Sequence[Any], version: int = PROMPT_VERSION) -> PromptFormat:
+    def resolve_separator(
+        self, examples: Sequence[Any], version: int = PROMPT_VERSION
+    ) -> PromptFormat:
         """Return the format with the separator that fits `examples` (all of one type).
 
         The separator is empty if all prompts end or all answers begin with white space, as in TRL;
@@ -132,7 +134,7 @@ def read_format(card: AdapterCard) -> PromptFormat | None:
     return PromptFormat(**card.prompt)
 
 
-def prompt_ids(
+def encode_prompt(
     tokenizer: Any, prompt_format: PromptFormat, source: str, *, has_system: bool = False
 ) -> list[int]:
     """Return the token ids of a prompt as in training; raise `InputError` if there are none."""
@@ -140,15 +142,15 @@ def prompt_ids(
         return list(tokenizer(prompt_format.user_text(source))["input_ids"])
     if prompt_format.kind == "chat-template":
         turns = [{"role": "user", "content": prompt_format.user_text(source)}]
-        return chat_prompt_ids(tokenizer, prompt_format.with_system(turns))
+        return encode_chat_prompt(tokenizer, prompt_format.with_system(turns))
     text = prompt_format.plain_prompt(source, has_system=has_system)
-    ids = without_end(tokenizer(text)["input_ids"], tokenizer)
+    ids = strip_bos_eos(tokenizer(text)["input_ids"], tokenizer)
     if not ids:
         raise InputError("the prompt is empty, and the tokenizer has no token to begin with")
     return ids
 
 
-def chat_prompt_ids(
+def encode_chat_prompt(
     tokenizer: Any, turns: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()
 ) -> list[int]:
     """Return the token ids of `turns` with the generation prompt, without a trailing space."""
@@ -156,7 +158,7 @@ def chat_prompt_ids(
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def without_end(ids: Sequence[int], tokenizer: Any) -> list[int]:
+def strip_bos_eos(ids: Sequence[int], tokenizer: Any) -> list[int]:
     """Return `ids` without a duplicate BOS and without a final EOS."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     start = 1 if bos is not None and list(ids[:2]) == [bos, bos] else 0
@@ -312,10 +314,10 @@ def encode_seq2seq(
     return rows
 
 
-def encode_labelled(
+def encode_labeled(
     tokenizer: Any,
-    examples: Sequence[Labelled],
-    target_of: Callable[[Labelled], int | float | tuple[float, ...]],
+    examples: Sequence[LabeledText],
+    target_of: Callable[[LabeledText], int | float | tuple[float, ...]],
 ) -> list[Encoded]:
     """Encode texts or text pairs, with the label that `target_of` returns."""
     rows: list[Encoded] = []
@@ -350,7 +352,7 @@ def _encode_texts(tokenizer: Any, examples: Sequence[PlainText]) -> list[Encoded
     encoded = tokenizer([e.text for e in examples])["input_ids"]
     rows = []
     for ids, example in zip(encoded, examples, strict=True):
-        ended = [*without_end(ids, tokenizer), tokenizer.eos_token_id]
+        ended = [*strip_bos_eos(ids, tokenizer), tokenizer.eos_token_id]
         rows.append(Encoded(ended, list(ended), example.row))
     return rows
 
@@ -374,12 +376,12 @@ def _encode_chats(
     return rows
 
 
-def _lies_in(shown: Rendered, start: int, end: int, span: tuple[int, int]) -> bool:
+def _lies_in(shown: RenderedChat, start: int, end: int, span: tuple[int, int]) -> bool:
     """Return whether a token lies in `span`, ignoring a space before its word ("▁the")."""
     return span[0] < end <= span[1] and not shown.text[start : span[0]].strip()
 
 
-def _render_example(tokenizer: Any, example: Any, prompt_format: PromptFormat) -> Rendered:
+def _render_example(tokenizer: Any, example: Any, prompt_format: PromptFormat) -> RenderedChat:
     tools = example.tools if isinstance(example, Conversation) else ()
     try:
         return render_chat(tokenizer, _as_turns(example, prompt_format), tools)
@@ -397,7 +399,7 @@ def _encode_completions(
         for pair, example in zip(pairs, examples, strict=True)
     ]
     encoded = tokenizer([prompt for prompt, _ in texts])["input_ids"]
-    prompts = [without_end(ids, tokenizer) for ids in encoded]
+    prompts = [strip_bos_eos(ids, tokenizer) for ids in encoded]
     if prompt_format.version == 1:
         answers = tokenizer([answer for _, answer in texts], add_special_tokens=False)["input_ids"]
     else:
@@ -416,7 +418,7 @@ def _encode_answers(
     answers = []
     wholes = tokenizer(["".join(text) for text in texts])["input_ids"]
     for whole, prompt, (_, answer) in zip(wholes, prompts, texts, strict=True):
-        ids = without_end(whole, tokenizer)
+        ids = strip_bos_eos(whole, tokenizer)
         is_prefix = ids[: len(prompt)] == prompt
         answers.append(ids[len(prompt) :] if is_prefix else _encode_inside(tokenizer, answer))
     return answers
@@ -436,7 +438,7 @@ def _has_system(example: Any) -> bool:
 
 
 def _as_turns(example: Any, prompt_format: PromptFormat) -> list[Turn]:
-    if isinstance(example, Pair):
+    if isinstance(example, SourceTarget):
         return prompt_format.with_system([
             {"role": "user", "content": prompt_format.user_text(example.source)},
             {"role": "assistant", "content": example.target},
@@ -444,15 +446,15 @@ def _as_turns(example: Any, prompt_format: PromptFormat) -> list[Turn]:
     return prompt_format.with_system([message.to_dict() for message in example.messages])
 
 
-def _as_pair(example: Any) -> Pair:
+def _as_pair(example: Any) -> SourceTarget:
     """Return a pair or single-turn conversation as a pair; raise `RowError` for several turns."""
-    if isinstance(example, Pair):
+    if isinstance(example, SourceTarget):
         return example
     if isinstance(example, Conversation):
         *before, last = example.messages
         roles = [message.role for message in example.messages]
         if roles in (["user", "assistant"], ["system", "user", "assistant"]):
-            return Pair("\n\n".join(m.content for m in before), last.content, example.row)
+            return SourceTarget("\n\n".join(m.content for m in before), last.content, example.row)
         raise RowError(
             example.row,
             f"is a conversation of {len(roles)} messages, and the model has no chat template to "

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from ftlevel.data.encoding.encode import IGNORED, Encoded
-from ftlevel.data.encoding.store import change_rows, lengths_of, take_rows
+from ftlevel.data.encoding.store import map_rows, row_lengths, select_rows
 from ftlevel.errors import InputError
 
-LOSS = 0.01
+MAX_DROPPED_SHARE = 0.01
 """Maximum share of rows that `--max-length auto` may drop because of a bound."""
 
 
@@ -43,7 +43,7 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedRows:
     """Rows within the length limit, and counts of the changes.
 
     Attributes:
@@ -74,7 +74,7 @@ def fit_rows(
     bounds: Bounds,
     overlong: str,
     where: Callable[[int], str],
-) -> Fitted:
+) -> FittedRows:
     """Apply the length limit to `rows`.
 
     Args:
@@ -88,23 +88,23 @@ def fit_rows(
     Raises:
         InputError: `max_length` exceeds the model's positions, or rows are too long under error.
     """
-    lengths = lengths_of(rows)
+    lengths = row_lengths(rows)
     longest = int(lengths.max())
     limit, reason = _resolve_length(max_length, longest, bounds)
     over = np.flatnonzero(lengths > limit)
     if not len(over):
-        return Fitted(rows, limit, reason, overlong=overlong)
+        return FittedRows(rows, limit, reason, overlong=overlong)
     beyond = [rows[i] for i in over.tolist()]
     if overlong == "error":
-        if max_length != "auto" or len(over) > LOSS * len(rows):
+        if max_length != "auto" or len(over) > MAX_DROPPED_SHARE * len(rows):
             raise InputError(_too_long(beyond, len(rows), limit, longest, reason, bounds, where))
         overlong = "drop"
         lost = "1 row is" if len(over) == 1 else f"{len(over):,} of {len(rows):,} rows are"
         reason += f"; {lost} longer, up to {longest:,}, and dropped"
     long_prompts = tuple(row.row for row in beyond if (prompt_length(row) or 0) > limit)
     if overlong == "drop":
-        fitting = take_rows(rows, np.flatnonzero(lengths <= limit))
-        fitted = Fitted(
+        fitting = select_rows(rows, np.flatnonzero(lengths <= limit))
+        fitted = FittedRows(
             fitting, limit, reason, len(over), long_prompts=long_prompts, overlong="drop"
         )
     else:
@@ -112,12 +112,12 @@ def fit_rows(
     return fitted
 
 
-def check_some_left(fitted: Fitted, rows: Sequence[Encoded]) -> None:
+def check_not_empty(fitted: FittedRows, rows: Sequence[Encoded]) -> None:
     """Raise `InputError` if no row is left."""
     if not len(fitted.rows):
         raise InputError(
             f"no row is left within --max-length {fitted.max_length:,}: the shortest has "
-            f"{int(lengths_of(rows).min()):,} tokens. Raise --max-length."
+            f"{int(row_lengths(rows).min()):,} tokens. Raise --max-length."
         )
 
 
@@ -134,7 +134,7 @@ def _resolve_length(wish: int | str, longest: int, bounds: Bounds) -> tuple[int,
 
 def _changed(
     rows: Sequence[Encoded], limit: int, reason: str, overlong: str, long_prompts: tuple[int, ...]
-) -> Fitted:
+) -> FittedRows:
     cut = split_text if overlong == "split" else _cut_prompt
     lost: list[int] = []
     changed = 0
@@ -149,8 +149,8 @@ def _changed(
         changed += bool(pieces)
         return pieces
 
-    result = change_rows(rows, change)
-    return Fitted(
+    result = map_rows(rows, change)
+    return FittedRows(
         result,
         limit,
         reason,
@@ -248,7 +248,7 @@ def fit_targets(
             f"has {worst.supervised:,} ({where(worst.row)}). Raise it by --set "
             f"data.max_target_length={worst.supervised}, or pass --overlong drop."
         )
-    return take_rows(rows, np.flatnonzero(sizes <= limit)), len(over)
+    return select_rows(rows, np.flatnonzero(sizes <= limit)), len(over)
 
 
 def _target_length(row: Encoded) -> int:

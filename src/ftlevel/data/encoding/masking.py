@@ -15,7 +15,7 @@ import numpy as np
 
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.formats.examples import PlainText
-from ftlevel.data.sources.lines import Computed
+from ftlevel.data.sources.lines import LazySequence
 from ftlevel.errors import InputError
 
 _BATCH = 1_000
@@ -23,7 +23,7 @@ _MASKED, _RANDOM = 0.8, 0.1
 _FIXED = 0  # epoch number of the validation rows; training epochs count from 1
 
 
-class MaskedRows(Computed[Encoded]):
+class MaskedRows(LazySequence[Encoded]):
     """Rows masked on access; set `epoch` (from 0) before the first row of each epoch is read.
 
     `share` is the fraction of tokens that are predicted, at least one per row.

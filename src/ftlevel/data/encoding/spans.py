@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftlevel.data.encoding.encode import IGNORED, Encoded
-from ftlevel.data.formats.examples import Question, Tagged
+from ftlevel.data.formats.examples import Question, TaggedTokens
 from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.sources.table import BadRow, Table
 from ftlevel.errors import InputError
 
-USUAL_LENGTH = 384
+DEFAULT_WINDOW_LENGTH = 384
 """Default window length in tokens, as in SQuAD's baselines (Devlin et al., 2019)."""
 _BATCH = 1_000
 Offsets = tuple[tuple[int, int], ...]
@@ -158,7 +158,9 @@ class TaggedRow(Encoded):
     positions: tuple[int | None, ...] = field(default=(), metadata={"column": "places"})
 
 
-def find_orphans(examples: Sequence[Tagged], names: Sequence[str], table: Table) -> list[BadRow]:
+def find_invalid_bio_tags(
+    examples: Sequence[TaggedTokens], names: Sequence[str], table: Table
+) -> list[BadRow]:
     """Return rows with an I- tag that continues no entity; IOB1 and non-BIO schemes pass."""
     if not all(_BIO.fullmatch(name) for name in names):
         return []
@@ -184,7 +186,9 @@ def find_orphans(examples: Sequence[Tagged], names: Sequence[str], table: Table)
     return orphans if begins else []
 
 
-def encode_tagged(tokenizer: Any, examples: Sequence[Tagged], labels: LabelSet) -> list[Encoded]:
+def encode_tagged(
+    tokenizer: Any, examples: Sequence[TaggedTokens], labels: LabelSet
+) -> list[Encoded]:
     """Encode sentences of tagged words."""
     rows: list[Encoded] = []
     numbers = {name: number for number, name in enumerate(labels.names)}

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ftlevel.data.encoding.encode import ROW_TYPES, Encoded
-from ftlevel.data.sources.lines import Computed
+from ftlevel.data.sources.lines import LazySequence
 
 _BATCH = 1_000  # rows
 _INTS = pa.list_(pa.int32())
@@ -41,7 +41,7 @@ _LABEL_TYPES = {
 
 
 @dataclass(frozen=True)
-class Column:
+class ColumnCodec:
     """Storage of a row field: Arrow type and conversions; `restore` gets a list or one element."""
 
     type: Any
@@ -54,26 +54,26 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-COLUMNS: dict[str, Column] = {
-    "ints": Column(_INTS, list, tuple),
-    "places": Column(
+COLUMNS: dict[str, ColumnCodec] = {
+    "ints": ColumnCodec(_INTS, list, tuple),
+    "places": ColumnCodec(
         _INTS,
         lambda places: [_NONE if place is None else place for place in places],
         lambda held: tuple(None if place == _NONE else place for place in held),
     ),
-    "pairs": Column(
+    "pairs": ColumnCodec(
         _INTS,
         lambda pairs: [at for pair in pairs for at in pair],
         lambda held: tuple(zip(held[::2], held[1::2], strict=True)),
     ),
-    "int": Column(pa.int32(), int, int),
-    "text": Column(pa.string(), str, lambda held: held.as_py()),
-    "json": Column(pa.string(), json.dumps, lambda held: _frozen(json.loads(held.as_py()))),
+    "int": ColumnCodec(pa.int32(), int, int),
+    "text": ColumnCodec(pa.string(), str, lambda held: held.as_py()),
+    "json": ColumnCodec(pa.string(), json.dumps, lambda held: _frozen(json.loads(held.as_py()))),
 }
 """Value of `column` in the field metadata → its storage."""
 
 
-def _extra_columns(kind: type[Encoded]) -> list[tuple[str, Column]]:
+def _extra_columns(kind: type[Encoded]) -> list[tuple[str, ColumnCodec]]:
     own = fields(kind)[len(fields(Encoded)) :]
     return [(field.name, COLUMNS[field.metadata["column"]]) for field in own]
 
@@ -126,7 +126,7 @@ def rows_to_batches(rows: Iterable[Encoded]) -> Iterator[pa.RecordBatch]:
         yield to_batch(pending)
 
 
-class RowStore(Computed[Encoded]):
+class RowStore(LazySequence[Encoded]):
     """Rows in a file written by `write_store`, which must stay in place.
 
     `indices` selects rows; None selects all. `batches` requires ascending indices.
@@ -246,7 +246,7 @@ def _as_numpy(array: Any) -> Any:
     return array if pa.types.is_string(array.type) else array.to_numpy()
 
 
-def lengths_of(rows: Sequence[Encoded]) -> Any:
+def row_lengths(rows: Sequence[Encoded]) -> Any:
     """Return the number of tokens of each row as a NumPy array; fast for a `RowStore`."""
     if isinstance(rows, RowStore):
         return rows.lengths()
@@ -257,7 +257,7 @@ def _count_lengths(rows: Sequence[Encoded]) -> Any:
     return np.fromiter((row.length for row in rows), dtype=np.int64, count=len(rows))
 
 
-def take_rows(rows: Sequence[Encoded], indices: Any) -> Sequence[Encoded]:
+def select_rows(rows: Sequence[Encoded], indices: Any) -> Sequence[Encoded]:
     """Return the rows at `indices` (an array)."""
     if isinstance(rows, RowStore):
         return rows.take(indices)
@@ -267,7 +267,7 @@ def take_rows(rows: Sequence[Encoded], indices: Any) -> Sequence[Encoded]:
 Change = Callable[[Encoded], list[Encoded]]
 
 
-def change_rows(rows: Sequence[Encoded], change: Change) -> Sequence[Encoded]:
+def map_rows(rows: Sequence[Encoded], change: Change) -> Sequence[Encoded]:
     """Apply `change` to each row; for a `RowStore`, write the result to a new file."""
     changed = (piece for row in rows for piece in change(row))
     if not isinstance(rows, RowStore):

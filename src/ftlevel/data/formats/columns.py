@@ -19,12 +19,12 @@ from ftlevel.errors import is_long
 JOINER = "\n\n"
 """Separator between the texts of joined columns: a blank line."""
 
-WHOLE = frozenset(
+NON_TEXT_ROLES = frozenset(
     {"label", "tags", "spans", "answers", "messages", "conversations", "tokens", "tools", "id"}
 )
 """Roles whose value is not text, so that columns cannot be joined."""
 
-NESTED = (WHOLE | {"ranked"}) - {"label", "id"}
+JSON_ROLES = (NON_TEXT_ROLES | {"ranked"}) - {"label", "id"}
 """Roles whose value is a list or an object; a string value is parsed as JSON."""
 
 
@@ -50,7 +50,7 @@ def column_for_flag(column: str, columns: Sequence[str]) -> str:
     return str(columns.index(column) + 1) if is_known else column
 
 
-def parts_of(column: str, columns: Sequence[str]) -> list[str]:
+def source_columns(column: str, columns: Sequence[str]) -> list[str]:
     """Return the columns read for `column`, an expression returned by `resolve_column`."""
     if column in columns:
         return [column]
@@ -58,9 +58,9 @@ def parts_of(column: str, columns: Sequence[str]) -> list[str]:
     return [part if part in columns else part.partition(".")[0] for part in parts]
 
 
-def is_there(column: str, columns: Sequence[str]) -> bool:
+def columns_exist(column: str, columns: Sequence[str]) -> bool:
     """Return whether all columns that `column` refers to exist."""
-    return all(part in columns for part in parts_of(column, columns))
+    return all(part in columns for part in source_columns(column, columns))
 
 
 _ID = re.compile(
@@ -75,14 +75,14 @@ def is_id(column: str) -> bool:
     return _ID.fullmatch(column.strip()) is not None
 
 
-def names_media(column: str) -> bool:
+def is_media_column(column: str) -> bool:
     """Return whether a column's name suggests images, audio, video or file names."""
     return media_of_name(column) is not None or _FILE.fullmatch(column) is not None
 
 
 def rank_columns(columns: Sequence[str], role: str, rows: Sequence[Row]) -> list[str]:
     """Return the `columns` whose values are possible for `role`, the most likely first."""
-    able = [c for c in columns if not is_id(c) and not names_media(c)]
+    able = [c for c in columns if not is_id(c) and not is_media_column(c)]
     if not rows:
         return able
     values = {c: [row[c] for row in rows if row.get(c) is not None] for c in able}
@@ -90,7 +90,7 @@ def rank_columns(columns: Sequence[str], role: str, rows: Sequence[Row]) -> list
     if role == "label":
         kinds = {c: len({str(value) for value in values[c]}) for c in able}
         return sorted(able, key=lambda c: (kinds[c] < 2, kinds[c]))
-    if role in WHOLE:
+    if role in NON_TEXT_ROLES:
         return able
     words = {c: sum(len(value.split()) for value in values[c]) / len(values[c]) for c in able}
     texts = [c for c in able if words[c] > 1.5] or able
@@ -110,7 +110,7 @@ def _holder(role: str) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, str)
 
 
-def write_flags(pairs: Mapping[str, str]) -> str:
+def format_map_flags(pairs: Mapping[str, str]) -> str:
     """Return `--map` flags for the shell, quoted where necessary."""
     return " ".join(f"--map {shlex.quote(f'{role}={column}')}" for role, column in pairs.items())
 

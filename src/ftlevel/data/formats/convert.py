@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import overload
 
-from ftlevel.data.formats.columns import is_there
+from ftlevel.data.formats.columns import columns_exist
 from ftlevel.data.formats.detect import Format
-from ftlevel.data.formats.examples import Example, Roles
-from ftlevel.data.formats.turns import Unusable
+from ftlevel.data.formats.examples import Example, RoleValues
+from ftlevel.data.formats.turns import UnusableRowError
 from ftlevel.data.sources.lines import LineRows
-from ftlevel.data.sources.table import BadRow, Row, Table, describe_bad
-from ftlevel.errors import InputError, listing, quote
+from ftlevel.data.sources.table import BadRow, Row, Table, describe_bad_rows
+from ftlevel.errors import InputError, join_names, quote
 
 
 class LazyExamples(Sequence[Example]):
@@ -19,7 +19,7 @@ class LazyExamples(Sequence[Example]):
 
     def __init__(self, table: Table, format_: Format) -> None:
         self._table = table
-        self._roles = Roles(format_, table)
+        self._roles = RoleValues(format_, table)
         self._build = format_.build
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class LazyExamples(Sequence[Example]):
         return map(self._make, self._table.rows, range(len(self)))
 
     def _make(self, row: Row, index: int) -> Example:
-        self._roles.turn_to(row, index)
+        self._roles.set_row(row, index)
         return self._build(self._roles)
 
 
@@ -51,31 +51,33 @@ def to_examples(table: Table, format_: Format) -> Sequence[Example]:
     """Return the examples of `table`; raise `InputError` for a bad row or a missing column."""
     examples, bad = convert_rows(table, format_)
     if bad:
-        raise InputError(describe_bad(table, bad))
+        raise InputError(describe_bad_rows(table, bad))
     return examples
 
 
 def convert_rows(table: Table, format_: Format) -> tuple[Sequence[Example], list[BadRow]]:
     """Return the examples of `table`, and the bad rows; raise `InputError` for a missing column."""
     lacking = [
-        quote(column) for column in format_.columns.values() if not is_there(column, table.columns)
+        quote(column)
+        for column in format_.columns.values()
+        if not columns_exist(column, table.columns)
     ]
     if lacking:
         raise InputError(
-            f"{table.source}: has no column {listing(lacking)}. Columns: "
-            f"{listing(map(quote, table.columns))}. Give every split the same columns."
+            f"{table.source}: has no column {join_names(lacking)}. Columns: "
+            f"{join_names(map(quote, table.columns))}. Give every split the same columns."
         )
     build = format_.build
-    roles = Roles(format_, table)
+    roles = RoleValues(format_, table)
     examples: list[Example] = []
     bad: list[BadRow] = []
     lazy = isinstance(table.rows, LineRows)
     for index, row in enumerate(table.rows):
-        roles.turn_to(row, index)
+        roles.set_row(row, index)
         try:
             example = build(roles)
             if not lazy:
                 examples.append(example)
-        except Unusable as error:
+        except UnusableRowError as error:
             bad.append(BadRow(table.lines[index], str(error), error.finding))
     return (LazyExamples(table, format_) if lazy and not bad else examples), bad

@@ -11,20 +11,20 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, TypeAlias
 
 from ftlevel.data.formats.columns import (
-    WHOLE,
+    NON_TEXT_ROLES,
     column_for_flag,
-    names_media,
-    parts_of,
+    format_map_flags,
+    is_media_column,
     rank_columns,
     resolve_column,
-    write_flags,
+    source_columns,
 )
 from ftlevel.data.sources.table import Row
-from ftlevel.errors import InputError, did_you_mean, listing, nearest, quote
+from ftlevel.errors import InputError, closest_matches, did_you_mean, join_names, quote
 
 Names: TypeAlias = Mapping[str, tuple[str, ...]]
-Build: TypeAlias = Callable[[Any], Any]
-"""Function from the `Roles` of a row to its example; raises `Unusable` for a bad row."""
+ExampleBuilder: TypeAlias = Callable[[Any], Any]
+"""Function from the `RoleValues` of a row to its example; raises `UnusableRowError`."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Format:
 
     task: str
     name: str
-    build: Build
+    build: ExampleBuilder
     columns: Mapping[str, str]
     unused: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -55,11 +55,13 @@ class Format:
             for role, column in self.columns.items()
         )
         used += "".join(f", {role} is {name!r}" for role, name in self.inner.items())
-        idle = f"; not used: {listing(map(quote, self.unused))}" if self.unused else ""
+        idle = f"; not used: {join_names(map(quote, self.unused))}" if self.unused else ""
         return f"{self.name}: {used}{idle}"
 
 
-def why(columns: Mapping[str, str], mapping: Mapping[str, str], name: str | None) -> str:
+def explain_columns(
+    columns: Mapping[str, str], mapping: Mapping[str, str], name: str | None
+) -> str:
     """Return why `columns` are used: the flags that chose them, or their names if these differ."""
     if mapping or name:
         flags = (("--map", mapping), ("--format", name))
@@ -68,7 +70,7 @@ def why(columns: Mapping[str, str], mapping: Mapping[str, str], name: str | None
 
 
 @dataclass(frozen=True)
-class Wish:
+class FormatOptions:
     """The user's choice of columns.
 
     `mapping` is the column by role (`--map`), `name` the format (`--format`), and `aim` the verb
@@ -81,7 +83,7 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Shape:
+class FormatSpec:
     """A set of roles, each with its usual column names, the most common first.
 
     Attributes:
@@ -90,7 +92,7 @@ class Shape:
     """
 
     name: str
-    build: Build
+    build: ExampleBuilder
     required: Names
     optional: Names = field(default_factory=dict)
     guessable: bool = True
@@ -139,8 +141,8 @@ class NoFormatError(InputError):
 def detect_format(
     columns: Sequence[str],
     task: str,
-    shapes: Sequence[Shape],
-    wish: Wish | None = None,
+    shapes: Sequence[FormatSpec],
+    wish: FormatOptions | None = None,
     rows: Sequence[Row] = (),
 ) -> Format:
     """Return the format of `columns` for a task: the first of `shapes` that fits.
@@ -151,7 +153,7 @@ def detect_format(
         NoFormatError: no shape fits, and the user chose none.
         InputError: the user's choice does not fit, or names a missing column.
     """
-    wish = wish or Wish()
+    wish = wish or FormatOptions()
     known = shapes
     if wish.name is not None:
         shapes = _pick_shapes(shapes, wish.name, task)
@@ -164,16 +166,16 @@ def detect_format(
     for shape, mapping in (*((shape, wanted) for shape in shapes), *as_meant):
         found = _match(shape, columns, mapping) if inside.keys() <= set(shape.inner) else None
         if found is not None and all(role in found for role in shape.required):
-            used = {part for column in found.values() for part in parts_of(column, columns)}
+            used = {part for column in found.values() for part in source_columns(column, columns)}
             unused = tuple(name for name in columns if name not in used)
             return Format(task, shape.name, shape.build, found, unused, inner=inside)
     named = len(shapes) < len(known)
     error = InputError if wanted or named else NoFormatError
-    advice = _Advice(columns, task, shapes, wanted, rows, named=named)
+    advice = _FormatSuggestion(columns, task, shapes, wanted, rows, named=named)
     raise error(advice.describe(wish.aim))
 
 
-def _role(name: str, shapes: Sequence[Shape]) -> str:
+def _role(name: str, shapes: Sequence[FormatSpec]) -> str:
     """Return the role of `shapes` with the name or alias `name`."""
     roles = {role for shape in shapes for role in shape.roles}
     if name in roles:
@@ -181,12 +183,12 @@ def _role(name: str, shapes: Sequence[Shape]) -> str:
     return next((role for role in _OTHER_ROLES.get(name, ()) if role in roles), name)
 
 
-def fits(columns: Sequence[str], shapes: Sequence[Shape]) -> bool:
+def fits(columns: Sequence[str], shapes: Sequence[FormatSpec]) -> bool:
     """Return whether `columns` have all required roles of one of `shapes`."""
     return any((_match(shape, columns, {}) or {}).keys() >= set(shape.required) for shape in shapes)
 
 
-def _pick_shapes(shapes: Sequence[Shape], name: str, task: str) -> tuple[Shape, ...]:
+def _pick_shapes(shapes: Sequence[FormatSpec], name: str, task: str) -> tuple[FormatSpec, ...]:
     """Return the shapes of the format called `name`, such as prompt-completion or squad."""
     wish = name.strip().lower().replace("_", "-")
     wish = _OTHER_NAMES.get(wish, wish)
@@ -195,13 +197,13 @@ def _pick_shapes(shapes: Sequence[Shape], name: str, task: str) -> tuple[Shape, 
         names = list(dict.fromkeys(shape.slug for shape in shapes))
         raise InputError(
             f"--format {name}: --task {task} has no such format.{did_you_mean(wish, names)} "
-            f"It has: {listing(names)}."
+            f"It has: {join_names(names)}."
         )
     return found
 
 
 def _resolve_mapping(
-    columns: Sequence[str], task: str, shapes: Sequence[Shape], mapping: Mapping[str, str]
+    columns: Sequence[str], task: str, shapes: Sequence[FormatSpec], mapping: Mapping[str, str]
 ) -> dict[str, str]:
     """Return `mapping` with resolved columns; raise for an unknown role or a missing column."""
     roles = list(dict.fromkeys(role for shape in shapes for role in shape.roles))
@@ -212,7 +214,7 @@ def _resolve_mapping(
         if _role(role, shapes) not in roles:
             problems.append(
                 f"--map {role}={wish}: --task {task} has no {role!r}."
-                f"{did_you_mean(role, roles)} It has: {listing(roles)}."
+                f"{did_you_mean(role, roles)} It has: {join_names(roles)}."
             )
         if column is None:
             lost = [part for part in wish.split("+") if resolve_column(part, columns) is None]
@@ -223,9 +225,9 @@ def _resolve_mapping(
                 hint = f" Columns are joined by a plus: --map {role}={meant}."
             problems.append(
                 f"--map {role}={wish}: no column {name!r}.{hint} "
-                f"Columns: {listing(map(quote, columns))}."
+                f"Columns: {join_names(map(quote, columns))}."
             )
-        elif role in WHOLE and len(parts_of(column, columns)) > 1:
+        elif role in NON_TEXT_ROLES and len(source_columns(column, columns)) > 1:
             problems.append(f"--map {role}={wish}: only texts can be joined. Name one column.")
         else:
             found[role] = column
@@ -235,7 +237,7 @@ def _resolve_mapping(
 
 
 def _match(
-    shape: Shape, columns: Sequence[str], mapping: Mapping[str, str]
+    shape: FormatSpec, columns: Sequence[str], mapping: Mapping[str, str]
 ) -> dict[str, str] | None:
     """Return the column of each role found; None if `shape` lacks a role in `mapping`."""
     if not mapping.keys() <= shape.roles.keys():
@@ -259,12 +261,12 @@ def _match(
 
 
 @dataclass(frozen=True)
-class _Advice:
+class _FormatSuggestion:
     """Error message for columns that fit no shape; `named` is true if the user chose the format."""
 
     columns: Sequence[str]
     task: str
-    shapes: Sequence[Shape]
+    shapes: Sequence[FormatSpec]
     mapping: Mapping[str, str]
     rows: Sequence[Row]
     _: KW_ONLY
@@ -272,22 +274,22 @@ class _Advice:
 
     def describe(self, aim: str) -> str:
         """Return the message, with the `--map` flags for the closest shape."""
-        there = f"Columns: {listing(map(quote, self.columns))}."
-        wants = listing(dict.fromkeys(shape.name for shape in self.shapes))
+        there = f"Columns: {join_names(map(quote, self.columns))}."
+        wants = join_names(dict.fromkeys(shape.name for shape in self.shapes))
         offers = [offer for shape in self.shapes if (offer := self._offer(shape)) is not None]
         if not offers:
-            pairs = write_flags(self.mapping)
+            pairs = format_map_flags(self.mapping)
             return f"{pairs}: no format of --task {self.task} has all of these. Formats: {wants}."
         flags = min(offers, key=lambda offer: offer[0])[1]
-        media = [quote(name) for name in self.columns if names_media(name)]
+        media = [quote(name) for name in self.columns if is_media_column(name)]
         if media and "=COLUMN" in flags:
-            there = f"{there} {listing(media)} holds no text, from which ftlevel learns."
+            there = f"{there} {join_names(media)} holds no text, from which ftlevel learns."
         return (
             f"--task {self.task}: the columns do not say what to {aim}. {there} "
             f"Wanted is one of: {wants}. Say which is which: {flags}."
         )
 
-    def _offer(self, shape: Shape) -> tuple[tuple[int, int, int], str] | None:
+    def _offer(self, shape: FormatSpec) -> tuple[tuple[int, int, int], str] | None:
         """Return a sort key (lower is closer) and the flags that would make `shape` fit.
 
         None if no column matches, unless the user chose the shape or it is guessable.
@@ -295,13 +297,13 @@ class _Advice:
         found = _match(shape, self.columns, self.mapping)
         if found is None:
             return None
-        used = {part for column in found.values() for part in parts_of(column, self.columns)}
+        used = {part for column in found.values() for part in source_columns(column, self.columns)}
         free = [name for name in self.columns if name not in used]
         missing = [role for role in shape.required if role not in found]
         guesses: dict[str, str] = {}
         for role in missing:
             able = rank_columns(free, role, self.rows)
-            close = [hit for name in shape.required[role] for hit in nearest(name, able)]
+            close = [hit for name in shape.required[role] for hit in closest_matches(name, able)]
             if close:
                 guesses[role] = close[0]
                 free.remove(close[0])
@@ -318,10 +320,12 @@ class _Advice:
             lacking += column is None
             pairs[role] = column or "COLUMN"
         order = [*self.mapping, *(role for role in shape.required if role in pairs)]
-        flags = write_flags({role: column_for_flag(pairs[role], self.columns) for role in order})
+        flags = format_map_flags(
+            {role: column_for_flag(pairs[role], self.columns) for role in order}
+        )
         return (lacking, -evidence, len(missing) if evidence else 0), flags
 
-    def _is_turns(self, shape: Shape) -> bool:
+    def _is_turns(self, shape: FormatSpec) -> bool:
         """Return whether a column holds lists of objects, as conversation shapes need."""
         roles = list(shape.required)
         return bool(self.rows and shape.inner and rank_columns(self.columns, roles[0], self.rows))

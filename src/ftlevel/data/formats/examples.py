@@ -1,6 +1,6 @@
 """Example types, and the builders that convert a row to each of them.
 
-Text is never trimmed. A row without a usable text, answer or role raises `Unusable`.
+Text is never trimmed. A row without a usable text, answer or role raises `UnusableRowError`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
-from ftlevel.data.formats.columns import JOINER, NESTED
-from ftlevel.data.formats.detect import Format, Shape
+from ftlevel.data.formats.columns import JOINER, JSON_ROLES
+from ftlevel.data.formats.detect import Format, FormatSpec
 from ftlevel.data.formats.turns import (
     Message,
-    Unusable,
+    UnusableRowError,
     check_text,
     parse_json,
     parse_tools,
@@ -22,12 +22,12 @@ from ftlevel.data.formats.turns import (
     parse_turns,
 )
 from ftlevel.data.sources.table import Row, Table
-from ftlevel.data.sources.uniform import kind_of
-from ftlevel.errors import InputError, listing
+from ftlevel.data.sources.uniform import json_type_name
+from ftlevel.errors import InputError, join_names
 
 
 @dataclass(frozen=True)
-class Parts:
+class ExampleParts:
     """The texts of an example for the checks of `gate`.
 
     Attributes:
@@ -48,18 +48,18 @@ class Parts:
     one_class: bool = False
 
 
-def parts_of(example: Any) -> Parts:
+def get_example_parts(example: Any) -> ExampleParts:
     """Return the parts of an example; by default, all of its text is the target."""
     parts = getattr(example, "parts", None)
-    return parts if isinstance(parts, Parts) else Parts("", example.key_text, "", "")
+    return parts if isinstance(parts, ExampleParts) else ExampleParts("", example.key_text, "", "")
 
 
 _TURNS = ("prompt", "completion", "chosen", "rejected")
 """Roles whose value is a string or a list of turns."""
 
 
-class Roles:
-    """The values of the current row by role; `turn_to` sets the row."""
+class RoleValues:
+    """The values of the current row by role; `set_row` sets the row."""
 
     def __init__(self, format_: Format, table: Table) -> None:
         self.columns = format_.columns
@@ -68,7 +68,7 @@ class Roles:
         self.row: Row = {}
         self.index = 0
 
-    def turn_to(self, row: Row, index: int) -> None:
+    def set_row(self, row: Row, index: int) -> None:
         """Set the current row, which has position `index` in the table."""
         self.row, self.index = row, index
 
@@ -87,11 +87,11 @@ class Roles:
         value = self._find(column)
         if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
             return value
-        if role in NESTED:
+        if role in JSON_ROLES:
             try:
                 return parse_json(value, repr(column))
-            except Unusable as error:
-                raise Unusable(
+            except UnusableRowError as error:
+                raise UnusableRowError(
                     f"{error}. Write lists and objects as JSON, with json.dumps"
                 ) from None
         is_cell = role in _TURNS and self.table.has_text_cells(self.index)
@@ -111,7 +111,9 @@ class Roles:
         if value is None or (isinstance(value, str) and not value.strip()):
             return ""
         if not isinstance(value, str):
-            raise Unusable(f"{column!r} is {kind_of(value)}, and only texts can be joined")
+            raise UnusableRowError(
+                f"{column!r} is {json_type_name(value)}, and only texts can be joined"
+            )
         return value
 
     def _reach(self, column: str) -> Any:
@@ -119,14 +121,14 @@ class Roles:
         value: Any = self.row
         for part in column.split("."):
             if value is self.row and part not in value:
-                raise Unusable(f"has no {part!r}")
+                raise UnusableRowError(f"has no {part!r}")
             if not isinstance(value, dict) or part not in value:
-                raise Unusable(f"{column!r} is not there ({part!r} is missing)")
+                raise UnusableRowError(f"{column!r} is not there ({part!r} is missing)")
             value = value[part]
         return value
 
     def text(self, role: str) -> str:
-        """Return the text of `role`; raise `Unusable` if it is empty."""
+        """Return the text of `role`; raise `UnusableRowError` if it is empty."""
         return check_text(self.get(role), repr(self.columns[role]))
 
     def text_or_empty(self, role: str) -> str:
@@ -151,7 +153,7 @@ class Conversation:
         return "\0".join(f"{m.role}\0{m.content}" for m in self.messages)
 
     @property
-    def parts(self) -> Parts:
+    def parts(self) -> ExampleParts:
         """The user's and the assistant's texts."""
         turns = self.messages
         asked = [m.content for m in turns if m.content and m.role in ("user", "tool")]
@@ -159,7 +161,7 @@ class Conversation:
         at = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
         before = [f"{m.role}\0{m.content}\0{m.extra or ''}" for m in turns[:at]]
         asks = any(turn.role != "system" for turn in turns[:at])
-        return Parts(
+        return ExampleParts(
             "\n".join(asked),
             "\n".join(answered),
             "\0".join([*before, str(self.tools or "")]) if asks else "",
@@ -183,7 +185,7 @@ class PlainText:
 
 
 @dataclass(frozen=True)
-class Pair:
+class SourceTarget:
     """A source text and its target; `row` is the table index."""
 
     source: str
@@ -196,13 +198,13 @@ class Pair:
         return f"{self.source}\0{self.target}"
 
     @property
-    def parts(self) -> Parts:
+    def parts(self) -> ExampleParts:
         """The source and the target."""
-        return Parts(self.source, self.target, self.source, self.target, written=True)
+        return ExampleParts(self.source, self.target, self.source, self.target, written=True)
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabeledText:
     """One or two texts with a class, several classes or a quantity; `row` is the table index."""
 
     text: str
@@ -216,10 +218,10 @@ class Labelled:
         return f"{self.text}\0{self.text_pair}\0{self.label}"
 
     @property
-    def parts(self) -> Parts:
+    def parts(self) -> ExampleParts:
         """The texts and the label."""
         text = self.text if self.text_pair is None else f"{self.text}\n{self.text_pair}"
-        return Parts(text, "", text, str(self.label), one_class=True)
+        return ExampleParts(text, "", text, str(self.label), one_class=True)
 
     @property
     def classes(self) -> Sequence[str | int]:
@@ -230,7 +232,7 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Tagged:
+class TaggedTokens:
     """Words with one tag each; `row` is the table index."""
 
     tokens: tuple[str, ...]
@@ -243,10 +245,10 @@ class Tagged:
         return "\0".join((*self.tokens, *map(str, self.tags)))
 
     @property
-    def parts(self) -> Parts:
+    def parts(self) -> ExampleParts:
         """The words and the tags."""
         text = " ".join(self.tokens)
-        return Parts(text, "", text, " ".join(map(str, self.tags)))
+        return ExampleParts(text, "", text, " ".join(map(str, self.tags)))
 
     @property
     def classes(self) -> Sequence[str | int]:
@@ -272,10 +274,10 @@ class Question:
         return f"{self.question}\0{self.context}\0{self.answers}"
 
     @property
-    def parts(self) -> Parts:
+    def parts(self) -> ExampleParts:
         """The question with its context, and the answers."""
         text = f"{self.question}\n{self.context}"
-        return Parts(text, "", text, str(self.answers))
+        return ExampleParts(text, "", text, str(self.answers))
 
 
 class Example(Protocol):
@@ -290,7 +292,7 @@ class Example(Protocol):
         """Text that identifies the example in duplicate checks."""
 
 
-class Classed(Example, Protocol):
+class ClassExample(Example, Protocol):
     """Protocol of examples with classes."""
 
     @property
@@ -298,13 +300,13 @@ class Classed(Example, Protocol):
         """The distinct classes of the example."""
 
 
-def build_conversation(roles: Roles) -> Conversation:
+def build_conversation(roles: RoleValues) -> Conversation:
     """Return the conversation of a row."""
     tools = parse_tools(roles.get("tools"), roles.columns["tools"]) if "tools" in roles else ()
     return Conversation(tuple(_turns(roles)), roles.index, tools)
 
 
-def _turns(roles: Roles) -> list[Message]:
+def _turns(roles: RoleValues) -> list[Message]:
     """Return the turns of a row in any conversation format."""
     for role in ("messages", "conversations"):
         if role in roles:
@@ -317,7 +319,7 @@ def _turns(roles: Roles) -> list[Message]:
     return turns
 
 
-def _parse_prompt(roles: Roles) -> list[Message]:
+def _parse_prompt(roles: RoleValues) -> list[Message]:
     """Return the turns of a prompt, or of an instruction with its input, and of the answer."""
     if "instruction" in roles:
         ask = roles.text("instruction")
@@ -334,47 +336,47 @@ def _parse_prompt(roles: Roles) -> list[Message]:
     ]
 
 
-def build_pair(roles: Roles) -> Pair:
+def build_pair(roles: RoleValues) -> SourceTarget:
     """Return a source and a target; a conversation must have one question and one answer."""
     for source, target in (("document", "summary"), ("source", "target")):
         if source in roles:
-            return Pair(roles.text(source), roles.text(target), roles.index)
+            return SourceTarget(roles.text(source), roles.text(target), roles.index)
     turns = _turns(roles)
     asked = [turn.content for turn in turns if turn.role != "assistant"]
     order = [turn.role for turn in turns if turn.role != "system"]
     if order != ["user", "assistant"]:
-        raise Unusable(
+        raise UnusableRowError(
             f"has {len(order)} turns, where one question and one answer make a source and a target"
         )
-    return Pair("\n\n".join(asked), turns[-1].content, roles.index)
+    return SourceTarget("\n\n".join(asked), turns[-1].content, roles.index)
 
 
-def build_plain(roles: Roles) -> PlainText:
+def build_plain(roles: RoleValues) -> PlainText:
     """Return the text of a row."""
     return PlainText(roles.text("text"), roles.index)
 
 
-def build_labelled(roles: Roles) -> Labelled:
+def build_labeled_text(roles: RoleValues) -> LabeledText:
     """Return a text with one class."""
     return _labelled(roles, _class(roles))
 
 
-def build_multi_labelled(roles: Roles) -> Labelled:
+def build_multi_label_text(roles: RoleValues) -> LabeledText:
     """Return a text with its classes."""
     return _labelled(roles, _classes(roles))
 
 
-def build_quantity(roles: Roles) -> Labelled:
+def build_regression_text(roles: RoleValues) -> LabeledText:
     """Return a text with a quantity."""
     return _labelled(roles, _quantity(roles))
 
 
-def _labelled(roles: Roles, label: str | int | float | tuple[str | int, ...]) -> Labelled:
+def _labelled(roles: RoleValues, label: str | int | float | tuple[str | int, ...]) -> LabeledText:
     pair = roles.text("text_pair") if "text_pair" in roles else None
-    return Labelled(roles.text("text"), pair, label, roles.index)
+    return LabeledText(roles.text("text"), pair, label, roles.index)
 
 
-def _class(roles: Roles) -> str | int:
+def _class(roles: RoleValues) -> str | int:
     label, column = roles.get("label"), repr(roles.columns["label"])
     if type(label) is float:
         _refuse_labels(
@@ -391,31 +393,31 @@ def _class(roles: Roles) -> str | int:
     return _name(label, column)
 
 
-def _classes(roles: Roles) -> tuple[str | int, ...]:
+def _classes(roles: RoleValues) -> tuple[str | int, ...]:
     labels, column = roles.get("label"), repr(roles.columns["label"])
     if isinstance(labels, str) and labels.lstrip().startswith("["):  # a CSV cell
         labels = parse_json(labels, column)
     if type(labels) is not list:
-        raise Unusable(f"{column} is {kind_of(labels)}, not a list of labels")
+        raise UnusableRowError(f"{column} is {json_type_name(labels)}, not a list of labels")
     names = tuple(_name(name, f"label {i} of {column}") for i, name in enumerate(labels, 1))
     if len(set(names)) < len(names):
-        raise Unusable(
-            f"{column} names a label twice ({listing(map(repr, names), 4)}); it holds the names "
+        raise UnusableRowError(
+            f"{column} names a label twice ({join_names(map(repr, names), 4)}); it holds the names "
             "of the labels that are true, not a 0 or 1 for each"
         )
     return names
 
 
-def _quantity(roles: Roles) -> float:
+def _quantity(roles: RoleValues) -> float:
     value, column = roles.get("label"), repr(roles.columns["label"])
     if type(value) not in (int, float, str):
-        raise Unusable(f"{column} is {kind_of(value)}, not a number")
+        raise UnusableRowError(f"{column} is {json_type_name(value)}, not a number")
     try:
         number = float(value)
     except ValueError:
-        raise Unusable(f"{column} is {value!r}, not a number") from None
+        raise UnusableRowError(f"{column} is {value!r}, not a number") from None
     if not math.isfinite(number):
-        raise Unusable(f"{column} is {value!r}, not a finite number")
+        raise UnusableRowError(f"{column} is {value!r}, not a finite number")
     return number
 
 
@@ -428,48 +430,52 @@ def _name(label: object, what: str) -> str | int:
     return check_text(label, what)
 
 
-def _refuse_labels(roles: Roles, reason: str) -> NoReturn:
+def _refuse_labels(roles: RoleValues, reason: str) -> NoReturn:
     """Raise `InputError` for the whole table, as all of its rows have the same problem."""
     raise InputError(f"{roles.table.where(roles.index)}: {reason}.")
 
 
-def build_tagged(roles: Roles) -> Tagged:
+def build_tagged(roles: RoleValues) -> TaggedTokens:
     """Return words with their tags."""
     tokens, tags = roles.get("tokens"), roles.get("tags")
     for role, value in (("tokens", tokens), ("tags", tags)):
         if type(value) is not list:
-            raise Unusable(f"{roles.columns[role]!r} is {kind_of(value)}, not a list")
+            raise UnusableRowError(
+                f"{roles.columns[role]!r} is {json_type_name(value)}, not a list"
+            )
     if len(tokens) != len(tags):
-        raise Unusable(f"has {len(tokens)} tokens, but {len(tags)} tags")
+        raise UnusableRowError(f"has {len(tokens)} tokens, but {len(tags)} tags")
     if not tokens:
-        raise Unusable(f"{roles.columns['tokens']!r} is empty")
+        raise UnusableRowError(f"{roles.columns['tokens']!r} is empty")
     for number, (token, tag) in enumerate(zip(tokens, tags, strict=True), 1):
         check_text(token, f"token {number}")
         if type(tag) is not int:
             check_text(tag, f"tag {number}")
-    return Tagged(tuple(tokens), tuple(tags), roles.index)
+    return TaggedTokens(tuple(tokens), tuple(tags), roles.index)
 
 
-def build_question(roles: Roles) -> Question:
+def build_question(roles: RoleValues) -> Question:
     """Return a question with its context and answers."""
     context, question, found = roles.text("context"), roles.text("question"), roles.get("answers")
     if type(found) is not dict or not {"text", "answer_start"} <= found.keys():
-        raise Unusable(f"{roles.columns['answers']!r} lacks 'text' and 'answer_start'")
+        raise UnusableRowError(f"{roles.columns['answers']!r} lacks 'text' and 'answer_start'")
     texts, starts = found["text"], found["answer_start"]
     if type(texts) is not list or type(starts) is not list or len(texts) != len(starts):
-        raise Unusable(f"{roles.columns['answers']!r} needs two lists of one length")
+        raise UnusableRowError(f"{roles.columns['answers']!r} needs two lists of one length")
     for text, start in zip(texts, starts, strict=True):
         check_text(text, "an answer")
         if type(start) is not int or context[start : start + len(text)] != text:
-            raise Unusable(f"the answer {text[:40]!r} does not stand at {start} of the context")
+            raise UnusableRowError(
+                f"the answer {text[:40]!r} does not stand at {start} of the context"
+            )
     return Question(context, question, tuple(zip(texts, starts, strict=True)), roles.index)
 
 
-PLAIN_TEXT = Shape("text", build_plain, {"text": ("text", "content")})
+PLAIN_TEXT = FormatSpec("text", build_plain, {"text": ("text", "content")})
 """Shape of a text whose tokens are all targets."""
 
 
-def build_asked_turns(roles: Roles) -> Conversation:
+def build_query_turns(roles: RoleValues) -> Conversation:
     """Return the conversation to answer, without assistant turns at its end."""
     for role in ("messages", "conversations"):
         if role in roles:
@@ -480,16 +486,16 @@ def build_asked_turns(roles: Roles) -> Conversation:
                 turns.pop()
             break
     else:
-        turns = [Message("user", _asked_text(roles))]
+        turns = [Message("user", _query_text(roles))]
     if not turns:
-        raise Unusable("holds no turn that could be answered")
+        raise UnusableRowError("holds no turn that could be answered")
     if (system := roles.text_or_empty("system")) and turns[0].role != "system":
         turns.insert(0, Message("system", system))
     tools = parse_tools(roles.get("tools"), roles.columns["tools"]) if "tools" in roles else ()
     return Conversation(tuple(turns), roles.index, tools)
 
 
-def _asked_text(roles: Roles) -> str:
+def _query_text(roles: RoleValues) -> str:
     if "instruction" in roles:
         ask = roles.text("instruction")
         more = roles.text_or_empty("input")
@@ -497,12 +503,12 @@ def _asked_text(roles: Roles) -> str:
     return roles.text("prompt" if "prompt" in roles else "text")
 
 
-def build_source(roles: Roles) -> Pair:
+def build_source(roles: RoleValues) -> SourceTarget:
     """Return a source with an empty target, for generation."""
     for role in ("document", "source"):
         if role in roles:
-            return Pair(roles.text(role), "", roles.index)
-    turns = build_asked_turns(roles).messages
+            return SourceTarget(roles.text(role), "", roles.index)
+    turns = build_query_turns(roles).messages
     if [turn.role for turn in turns if turn.role != "system"] != ["user"]:
-        raise Unusable(f"has {len(turns)} turns, where one question is expected")
-    return Pair("\n\n".join(turn.content for turn in turns), "", roles.index)
+        raise UnusableRowError(f"has {len(turns)} turns, where one question is expected")
+    return SourceTarget("\n\n".join(turn.content for turn in turns), "", roles.index)

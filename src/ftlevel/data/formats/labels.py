@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise, permutations
 from typing import Any, Literal, TypeAlias
 
-from ftlevel.data.formats.detect import Build
-from ftlevel.data.formats.examples import Classed, Labelled, Roles, Tagged
-from ftlevel.data.formats.turns import Unusable
+from ftlevel.data.formats.detect import ExampleBuilder
+from ftlevel.data.formats.examples import ClassExample, LabeledText, RoleValues, TaggedTokens
+from ftlevel.data.formats.turns import UnusableRowError
 from ftlevel.data.sources.table import BadRow, Row, Table
-from ftlevel.data.sources.uniform import kind_of
-from ftlevel.errors import InputError, listing
+from ftlevel.data.sources.uniform import json_type_name
+from ftlevel.errors import InputError, join_names
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class _Class:
 
 
 def build_label_set(
-    examples: Sequence[Classed], table: Table, column: str, known: Sequence[str] = ()
+    examples: Sequence[ClassExample], table: Table, column: str, known: Sequence[str] = ()
 ) -> LabelSet:
     """Return the classes of the training examples: `known`, declared by the source, or as found.
 
@@ -101,18 +101,18 @@ def _check_declared(declared: Sequence[str] | None, names: Sequence[str], table:
     """Raise `InputError` if the source declares other class names, or another order."""
     if declared and list(declared) != list(names):
         raise InputError(
-            f"{table.where(0)}: the data declares the classes {listing(declared, 20)}, and "
-            f"data.labels or --adapter has {listing(names, 20)}. Their numbers would mean other "
+            f"{table.where(0)}: the data declares the classes {join_names(declared, 20)}, and "
+            f"data.labels or --adapter has {join_names(names, 20)}. Their numbers would mean other "
             "classes. Write the names themselves into the rows."
         )
 
 
-def check_labels(labels: LabelSet, examples: Sequence[Classed], table: Table) -> None:
+def check_labels(labels: LabelSet, examples: Sequence[ClassExample], table: Table) -> None:
     """Raise `InputError` if an example has a class that the training rows lack."""
     _check_known(labels, _classes_of(examples), table, "is no class of the training rows")
 
 
-def find_unlabelled(
+def find_invalid_labels(
     labels: LabelSet | None, examples: Sequence[Any], table: Table, column: str
 ) -> list[BadRow]:
     """Return the rows whose label is negative, undeclared or missing from `labels`.
@@ -132,7 +132,7 @@ def find_unlabelled(
     return list(strange.values())
 
 
-def _classes_of(examples: Sequence[Classed]) -> list[_Class]:
+def _classes_of(examples: Sequence[ClassExample]) -> list[_Class]:
     """Return all (class, row) pairs."""
     return [_Class(label, example.row) for example in examples for label in example.classes]
 
@@ -144,14 +144,14 @@ def _check_known(
     if not strange:
         return
     counts = Counter(example.label for example in strange)
-    shown = listing(f"{label!r} ({count:,} rows)" for label, count in counts.most_common())
+    shown = join_names(f"{label!r} ({count:,} rows)" for label, count in counts.most_common())
     verb = complaint if len(counts) == 1 else complaint.replace("is n", "are n", 1)
     hint = _UNLABELLED if counts.keys() <= {-1, -100} else "Remove these rows, or correct them."
     folded = {name.casefold() for name in labels.names}
     if all(str(label).strip().casefold() in folded for label in counts):
         hint = "They differ by case only: --set data.gate.label_case=fold makes them one."
     raise InputError(
-        f"{table.where(strange[0].row)}: label {shown} {verb} ({listing(labels.names)}). {hint}"
+        f"{table.where(strange[0].row)}: label {shown} {verb} ({join_names(labels.names)}). {hint}"
     )
 
 
@@ -181,9 +181,10 @@ def _check_numbers(
             f"{table.where(first.row)}: {column!r} is {first.label}, and classes begin at 0. "
             f"{_UNLABELLED}"
         )
-    missing = listing(str(number) for number in sorted(set(range(max(numbers))) - numbers))
+    missing = join_names(str(number) for number in sorted(set(range(max(numbers))) - numbers))
     raise InputError(
-        f"{table.source}: {column!r} has the classes {listing(map(str, sorted(numbers)))}; numbers "
+        f"{table.source}: {column!r} has the classes {join_names(map(str, sorted(numbers)))}; "
+        "numbers "
         f"must be 0, 1, … without a gap, and {missing} never occurs. Count from 0, or write names: "
         f'"{max(numbers)}" in quotes is one.'
     )
@@ -197,7 +198,7 @@ def _is_fraction(name: str) -> bool:
         return False
 
 
-SPELLINGS: dict[str, Callable[[str], str]] = {
+LABEL_NORMALIZERS: dict[str, Callable[[str], str]] = {
     "label_space": str.strip,
     "label_case": lambda label: label.strip().casefold(),
     "label_typo": str,
@@ -206,7 +207,7 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
 
 
 @dataclass(frozen=True)
-class Variant:
+class LabelVariant:
     """A spelling `label` of the class `name`, and the indices of its rows."""
 
     label: str
@@ -215,15 +216,15 @@ class Variant:
 
 
 def find_variants(
-    examples: Sequence[Classed], check: str, names: Iterable[str] = ()
-) -> list[Variant]:
-    """Return labels that are variants of another label under `check`, a key of `SPELLINGS`.
+    examples: Sequence[ClassExample], check: str, names: Iterable[str] = ()
+) -> list[LabelVariant]:
+    """Return labels that are variants of another label under `check`, a key of `LABEL_NORMALIZERS`.
 
     `names` are the known classes. Without any, the most frequent spelling is the name.
     """
     if check == "label_typo":
         return find_typos(examples, names)
-    same = SPELLINGS[check]
+    same = LABEL_NORMALIZERS[check]
     rows = _rows_of_labels(examples)
     known = {same(name): name for name in names}
     groups: dict[str, list[str]] = {}
@@ -232,7 +233,9 @@ def find_variants(
     found = []
     for key, labels in groups.items():
         name = known.get(key) or max(sorted(labels), key=lambda label: len(rows[label]))
-        found += [Variant(x, name, tuple(rows[x])) for x in labels if x != name and x not in names]
+        found += [
+            LabelVariant(x, name, tuple(rows[x])) for x in labels if x != name and x not in names
+        ]
     if check == "label_case":  # label_space covers white space
         found = [v for v in found if v.label.strip() != v.name.strip()]
     return found
@@ -242,7 +245,7 @@ _RARE = 5  # the correct label has at least this many times the rows of the typo
 _LETTERS = 5  # minimum word length; in shorter words, one letter makes another word
 
 
-def find_typos(examples: Sequence[Classed], names: Iterable[str] = ()) -> list[Variant]:
+def find_typos(examples: Sequence[ClassExample], names: Iterable[str] = ()) -> list[LabelVariant]:
     """Return rare labels that differ by one letter of a long word from a frequent label.
 
     The letter is missing, added, replaced or swapped with its neighbor, but not the first of a
@@ -266,10 +269,10 @@ def find_typos(examples: Sequence[Classed], names: Iterable[str] = ()) -> list[V
         best = found.get(label)
         if is_rare and (best is None or len(rows.get(name, ())) > len(rows.get(best, ()))):
             found[label] = name
-    return [Variant(label, name, tuple(rows[label])) for label, name in found.items()]
+    return [LabelVariant(label, name, tuple(rows[label])) for label, name in found.items()]
 
 
-def _rows_of_labels(examples: Sequence[Classed]) -> dict[str, list[int]]:
+def _rows_of_labels(examples: Sequence[ClassExample]) -> dict[str, list[int]]:
     """Return the row indices of each string label."""
     rows: dict[str, list[int]] = {}
     for example in examples:
@@ -302,24 +305,24 @@ def _count_common(one: str, other: str) -> int:
 
 
 @dataclass(frozen=True)
-class FoldLabels:
+class LabelNormalizer:
     """Builder that replaces spelling variants of labels by the names of their classes.
 
     `same` normalizes a label, and `names` maps the result to the class name.
     """
 
-    build: Build
+    build: ExampleBuilder
     same: Callable[[str], str]
     names: Mapping[str, str]
 
     def __call__(self, roles: Any) -> Any:
         """Return the example of a row, with replaced labels."""
         example = self.build(roles)
-        if isinstance(example, Labelled) and isinstance(example.label, str):
+        if isinstance(example, LabeledText) and isinstance(example.label, str):
             return replace(example, label=self._name(example.label))
-        if isinstance(example, Labelled) and isinstance(example.label, tuple):
+        if isinstance(example, LabeledText) and isinstance(example.label, tuple):
             return replace(example, label=tuple(dict.fromkeys(map(self._name, example.label))))
-        if isinstance(example, Tagged):
+        if isinstance(example, TaggedTokens):
             return replace(example, tags=tuple(map(self._name, example.tags)))
         return example
 
@@ -387,21 +390,21 @@ def split_words(text: str) -> list[tuple[int, int]]:
     return [match.span() for match in _WORDS.finditer(text)]
 
 
-def build_spans(roles: Roles) -> Tagged:
+def build_spans(roles: RoleValues) -> TaggedTokens:
     """Return the words of a text with the tags of its spans."""
     text, column = roles.text("text"), repr(roles.columns["spans"])
     found = roles.get("spans")
     if type(found) is not list:
-        raise Unusable(f"{column} is {kind_of(found)}, not a list of spans")
+        raise UnusableRowError(f"{column} is {json_type_name(found)}, not a list of spans")
     spans = sorted(_read_span(item, f"span {i} of {column}") for i, item in enumerate(found, 1))
     for (_, end, _), (begin, *_) in pairwise(spans):
         if begin < end:
-            raise Unusable(f"two spans of {column} overlap at {begin}; a word has one tag")
+            raise UnusableRowError(f"two spans of {column} overlap at {begin}; a word has one tag")
     words = split_words(text) or [(0, len(text))]
     tags = ["O"] * len(words)
     for span in spans:
         _tag(tags, words, text, span)
-    return Tagged(tuple(text[a:b] for a, b in words), tuple(tags), roles.index)
+    return TaggedTokens(tuple(text[a:b] for a, b in words), tuple(tags), roles.index)
 
 
 def _read_span(item: object, what: str) -> Span:
@@ -409,31 +412,33 @@ def _read_span(item: object, what: str) -> Span:
     parts: Sequence[Any]
     if isinstance(item, dict):
         if not {"start", "end", "label"} <= item.keys():
-            raise Unusable(f"{what} needs start, end and label (keys: {', '.join(item)})")
+            raise UnusableRowError(f"{what} needs start, end and label (keys: {', '.join(item)})")
         parts = [item["start"], item["end"], item["label"]]
     elif isinstance(item, list) and len(item) == 3:
         parts = item
     else:
-        raise Unusable(f"{what} is {kind_of(item)}, not an object or a list of start, end, label")
+        raise UnusableRowError(
+            f"{what} is {json_type_name(item)}, not an object or a list of start, end, label"
+        )
     begin, end, label = parts
     if type(begin) is not int or type(end) is not int or type(label) is not str or not label:
-        raise Unusable(f"{what} is {list(parts)!r}, not two whole numbers and a name")
+        raise UnusableRowError(f"{what} is {list(parts)!r}, not two whole numbers and a name")
     if not 0 <= begin < end:
-        raise Unusable(f"{what} goes from {begin} to {end}")
+        raise UnusableRowError(f"{what} goes from {begin} to {end}")
     return begin, end, label
 
 
 def _tag(tags: list[str], words: Sequence[tuple[int, int]], text: str, span: Span) -> None:
-    """Write the tags of a span into `tags`; raise `Unusable` if it cuts a word or covers none."""
+    """Write the tags of a span into `tags`; raise `UnusableRowError` if it cuts a word."""
     begin, end, label = span
     if end > len(text):
-        raise Unusable(f"{label!r} goes to {end}, and the text has {len(text)} characters")
+        raise UnusableRowError(f"{label!r} goes to {end}, and the text has {len(text)} characters")
     inside = [i for i, (a, b) in enumerate(words) if a < end and b > begin]
     cut = next((i for i in inside if words[i][0] < begin or words[i][1] > end), None)
     if cut is not None:
         word, part = text[slice(*words[cut])], text[begin:end]
-        raise Unusable(f"{label!r} at {begin} to {end} cuts the word {word!r} ({part!r})")
+        raise UnusableRowError(f"{label!r} at {begin} to {end} cuts the word {word!r} ({part!r})")
     if not inside:
-        raise Unusable(f"{label!r} at {begin} to {end} covers no word")
+        raise UnusableRowError(f"{label!r} at {begin} to {end} covers no word")
     for number, index in enumerate(inside):
         tags[index] = f"{'I' if number else 'B'}-{label}"

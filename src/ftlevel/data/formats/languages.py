@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ftlevel.data.sources.table import Row
-from ftlevel.errors import InputError, listing
+from ftlevel.errors import InputError, join_names
 
 # ISO 639-1 codes of the languages common in published parallel corpora.
 _NAMES = {
@@ -41,7 +41,7 @@ class Language:
 def find_language(role: str, columns: Mapping[str, str], given: str | None) -> Language | None:
     """Return the language of a role, from `given` (code or name) or the name of its column."""
     if given is not None:
-        return read_language(given)
+        return parse_language(given)
     key = columns.get(role, "").rpartition(".")[2]
     return _by_code(key) or _by_name(key)
 
@@ -66,7 +66,7 @@ def language_columns(columns: Sequence[str], rows: Sequence[Row]) -> dict[str, s
     return found
 
 
-def choose_languages(
+def select_language_columns(
     found: Mapping[str, str], source: str | None, target: str | None, told: Mapping[str, str]
 ) -> dict[str, str]:
     """Return the columns of the roles source and target, selected from `found` by language.
@@ -79,7 +79,7 @@ def choose_languages(
     wishes = {"source": source, "target": target}
     chosen = {role: told[role] for role in wishes if role in told}
     for role, wish in wishes.items():
-        column = found.get(read_language(wish).name) if wish else None
+        column = found.get(parse_language(wish).name) if wish else None
         if column is not None:
             chosen.setdefault(role, column)
         elif wish and len(found) > 1 and role not in told:
@@ -104,10 +104,10 @@ def choose_languages(
 
 
 def _listed(found: Mapping[str, str]) -> str:
-    return listing(repr(column) for column in found.values())
+    return join_names(repr(column) for column in found.values())
 
 
-def read_language(text: str) -> Language:
+def parse_language(text: str) -> Language:
     """Return the language of a code such as `de` or `pt_BR`, or of an English name."""
     return _by_code(text) or _by_name(text) or Language(text, "")
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from ftlevel.data.formats.columns import write_flags
-from ftlevel.data.sources.uniform import kind_of
-from ftlevel.errors import did_you_mean, listing
+from ftlevel.data.formats.columns import format_map_flags
+from ftlevel.data.sources.uniform import json_type_name
+from ftlevel.errors import did_you_mean, join_names
 
 MOST_CHARACTERS = 1 << 23
 """Maximum length of a text; tokenizers need about 150 bytes of memory per character."""
@@ -53,7 +53,7 @@ class Message:
         return {"role": self.role, "content": self.content, **self.extra}
 
 
-class Unusable(Exception):
+class UnusableRowError(Exception):
     """A row cannot become an example; the message is the reason.
 
     `finding` is the field of `config.gate` that decides how to proceed, or "" for other defects.
@@ -65,15 +65,15 @@ class Unusable(Exception):
 
 
 def check_text(value: object, what: str) -> str:
-    """Return `value`; raise `Unusable` if it is not a string, is blank or is too long."""
+    """Return `value`; raise `UnusableRowError` if it is not a string, is blank or is too long."""
     if value is None:
-        raise Unusable(f"{what} is null", "null_content")
+        raise UnusableRowError(f"{what} is null", "null_content")
     if type(value) is not str:
-        raise Unusable(f"{what} is {kind_of(value)}, not a string")
+        raise UnusableRowError(f"{what} is {json_type_name(value)}, not a string")
     if not value.strip():
-        raise Unusable(f"{what} is empty", "empty_text")
+        raise UnusableRowError(f"{what} is empty", "empty_text")
     if len(value) > MOST_CHARACTERS:
-        raise Unusable(
+        raise UnusableRowError(
             f"{what} has {len(value):,} characters in one text, and at most {MOST_CHARACTERS:,} "
             "are encoded at once: break it into paragraphs or rows"
         )
@@ -86,15 +86,15 @@ def parse_turns(
     """Return the turns of a list of objects.
 
     Args:
-        value: the list; anything else raises `Unusable`.
+        value: the list; anything else raises `UnusableRowError`.
         column: name for messages.
         answered: whether an assistant turn is required.
         names: the data's names of `role`, `content`, `user` and `assistant`.
     """
     if type(value) is not list:
         finding = "null_content" if value is None else ""
-        raise Unusable(
-            f"{column!r} is {kind_of(value)}, where a list of turns is expected", finding
+        raise UnusableRowError(
+            f"{column!r} is {json_type_name(value)}, where a list of turns is expected", finding
         )
     turns = [
         turn
@@ -102,18 +102,20 @@ def parse_turns(
         if (turn := _parse_turn(item, f"turn {number} of {column!r}", names or {})) is not None
     ]
     if answered and not any(turn.role == "assistant" for turn in turns):
-        raise Unusable(f"{column!r} has no assistant turn", "unsupervised")
+        raise UnusableRowError(f"{column!r} has no assistant turn", "unsupervised")
     return turns
 
 
 def parse_tools(value: object, column: str) -> tuple[dict[str, Any], ...]:
-    """Return the tools of a row from a list of objects or its JSON text; else raise `Unusable`."""
+    """Return the tools of a row from a list of objects or its JSON text."""
     if isinstance(value, str):
         value = parse_json(value, repr(column)) if value.strip() else []
     if value is None:
         return ()
     if type(value) is not list or not all(isinstance(tool, dict) for tool in value):
-        raise Unusable(f"{column!r} is {kind_of(value)}, where a list of tools is expected")
+        raise UnusableRowError(
+            f"{column!r} is {json_type_name(value)}, where a list of tools is expected"
+        )
     return tuple(value)
 
 
@@ -135,7 +137,9 @@ def _find_role(name: object, names: Mapping[str, str]) -> str | None:
 def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | None:
     """Return one turn; None for an empty system turn."""
     if type(item) is not dict:
-        raise Unusable(f"{what} is {kind_of(item)}, not an object with role and content")
+        raise UnusableRowError(
+            f"{what} is {json_type_name(item)}, not an object with role and content"
+        )
     role_key, text_key = _keys(item, names)
     calls = item.get("tool_calls")
     for key, part in ((role_key, "role"), (text_key, "content")):
@@ -143,18 +147,20 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
             used = _keys(item, names)
             others = [k for k, v in item.items() if isinstance(v, str) and k not in used]
             guess = {part: others[0 if part == "role" else -1]} if others else {}
-            way = f"; say what it is called: {write_flags(guess)}" if guess else ""
+            way = f"; say what it is called: {format_map_flags(guess)}" if guess else ""
             finding = "null_content" if part == "content" and not others else ""
-            raise Unusable(f"{what} has no {key!r} (keys: {listing(item)}{way})", finding)
+            raise UnusableRowError(
+                f"{what} has no {key!r} (keys: {join_names(item)}{way})", finding
+            )
     if item.get("weight") == 0:
-        raise Unusable(f"{what} has weight 0; turns can't be left out one by one yet")
+        raise UnusableRowError(f"{what} has weight 0; turns can't be left out one by one yet")
     name, text = item[role_key], item.get(text_key)
     role = _find_role(name, names)
     if role is None:
         hint = did_you_mean(str(name), _ROLES).strip().lower()
-        who = write_flags({"user": str(name)})
+        who = format_map_flags({"user": str(name)})
         known = "known: system, user, assistant, tool, human, gpt"
-        raise Unusable(
+        raise UnusableRowError(
             f"{what} has the unknown role {name!r} "
             f"({hint or known}; or say who it is: {who}, or assistant=…)",
             "unknown_role",
@@ -176,19 +182,21 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
 
 
 def _refuse_parts(parts: Sequence[Any], what: str) -> NoReturn:
-    """Raise `Unusable` for a content that is a list of parts, as in multimodal data."""
+    """Raise `UnusableRowError` for a content that is a list of parts, as in multimodal data."""
     kinds = [part.get("type", next(iter(part), "")) for part in parts if isinstance(part, dict)]
     other = next((kind for kind in kinds if kind != "text"), None)
     if other is None:
-        raise Unusable(f"{what} is a list of parts, not a string; join their texts")
-    raise Unusable(f"{what} has a part of type {other!r}, and ftlevel learns from text alone")
+        raise UnusableRowError(f"{what} is a list of parts, not a string; join their texts")
+    raise UnusableRowError(
+        f"{what} has a part of type {other!r}, and ftlevel learns from text alone"
+    )
 
 
 def _parse_call(call: object, what: str) -> dict[str, Any]:
     """Return a tool call in OpenAI's format, with its arguments as an object."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or "name" not in function:
-        raise Unusable(f"{what} has a tool call without a function and its name")
+        raise UnusableRowError(f"{what} has a tool call without a function and its name")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         arguments = parse_json(arguments, f"'arguments' of {what}")
@@ -201,11 +209,11 @@ def _parse_call(call: object, what: str) -> dict[str, Any]:
 
 
 def parse_json(text: str, what: str) -> Any:
-    """Return the value of a JSON text; raise `Unusable` if it is invalid."""
+    """Return the value of a JSON text; raise `UnusableRowError` if it is invalid."""
     try:
         return json.loads(text)
     except ValueError as error:
-        raise Unusable(f"{what} is not valid JSON ({error})") from None
+        raise UnusableRowError(f"{what} is not valid JSON ({error})") from None
 
 
 def parse_turn_list(text: str) -> Any:

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ftlevel.config.gate import CHECKS, Action, GateConfig
-from ftlevel.data.gate.flat import Flat
-from ftlevel.errors import listing
+from ftlevel.data.gate.flat import FlatRows
+from ftlevel.errors import join_names
 
 MOST_SHOWN = 3
 _OF_ALL_ROWS = ("one_class", "one_answer", "length_bias", "one_verdict")
@@ -42,7 +42,7 @@ class Finding:
 
     def __str__(self) -> str:
         """Return one line without a final period."""
-        shown, more = listing(self.places), self.count - len(self.places)
+        shown, more = join_names(self.places), self.count - len(self.places)
         if more and self.name not in _OF_ALL_ROWS:
             shown += f" and {more:,} more"
         places = f" ({shown})" if self.places else ""
@@ -53,7 +53,7 @@ class Finding:
         return {**asdict(self), "places": list(self.places), "title": self.title}
 
 
-def judge(
+def build_finding(
     name: str, split: str, count: int, total: int, places: Sequence[str], policy: GateConfig
 ) -> Finding | None:
     """Return a `Finding` with the action of `policy`; None if nothing is found or it is ignored."""
@@ -72,4 +72,4 @@ def explain_stop(finding: Finding) -> str:
     return f"{finding}. {remedy}, or pass --set data.gate.{finding.name}={ways}."
 
 
-__all__ = ["Finding", "Flat", "explain_stop", "judge"]
+__all__ = ["Finding", "FlatRows", "build_finding", "explain_stop"]

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ftlevel.data.encoding.encode import IGNORED
-from ftlevel.data.formats.examples import Parts
-from ftlevel.data.gate.flat import Flat, Mask
+from ftlevel.data.formats.examples import ExampleParts
+from ftlevel.data.gate.flat import FlatRows, Mask
 from ftlevel.task import Checks
 
 ONE_CLASS_SHARE = 0.95
@@ -19,7 +19,7 @@ _TWO_TOKENS = 3  # with a space between the two tags
 
 
 @dataclass(frozen=True)
-class Known:
+class TokenCheckContext:
     """Model and task properties for the token checks.
 
     Attributes:
@@ -37,12 +37,12 @@ class Known:
     empty_thinks: tuple[tuple[int, ...], ...] = ()
 
 
-def find_unsupervised(flat: Flat) -> Mask:
+def find_unsupervised(flat: FlatRows) -> Mask:
     """Flag rows without supervised tokens."""
     return flat.supervised() == 0
 
 
-def find_missing_eos(flat: Flat, ends: Collection[int]) -> Mask:
+def find_missing_eos(flat: FlatRows, ends: Collection[int]) -> Mask:
     """Flag rows with an answer that does not end with one of the token ids `ends`.
 
     An answer is a sequence of supervised tokens. Only the last piece of a split text needs an end.
@@ -60,7 +60,7 @@ def find_missing_eos(flat: Flat, ends: Collection[int]) -> Mask:
     return bad
 
 
-def find_double_bos(flat: Flat, bos: int | None) -> Mask:
+def find_double_bos(flat: FlatRows, bos: int | None) -> Mask:
     """Flag rows that begin with `bos` twice."""
     found = np.zeros(len(flat.ids), dtype=bool)
     if bos is not None:
@@ -70,7 +70,7 @@ def find_double_bos(flat: Flat, bos: int | None) -> Mask:
     return found
 
 
-def find_out_of_range(flat: Flat, vocabulary: int, *, token_labels: bool) -> Mask:
+def find_out_of_range(flat: FlatRows, vocabulary: int, *, token_labels: bool) -> Mask:
     """Flag rows with a token id outside the embedding; `token_labels` includes the labels."""
     ids = flat.ids.values
     found = flat.ids.any((ids >= vocabulary) | (ids < 0))
@@ -91,7 +91,7 @@ def find_empty_thinks(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(spellings)
 
 
-def find_empty_think(flat: Flat, spellings: Iterable[tuple[int, ...]]) -> Mask:
+def find_empty_think(flat: FlatRows, spellings: Iterable[tuple[int, ...]]) -> Mask:
     """Flag rows whose labels contain one of `spellings` (token ids)."""
     if flat.labels is None:
         return np.zeros(len(flat.ids), dtype=bool)
@@ -106,7 +106,7 @@ def find_empty_think(flat: Flat, spellings: Iterable[tuple[int, ...]]) -> Mask:
     return flat.labels.any(found)
 
 
-def largest_class(labels: Iterable[object]) -> tuple[object, int] | None:
+def find_majority_class(labels: Iterable[object]) -> tuple[object, int] | None:
     """Return the class with at least `ONE_CLASS_SHARE` of `labels` and its count, or None."""
     counts: dict[object, int] = {}
     for label in labels:
@@ -116,7 +116,7 @@ def largest_class(labels: Iterable[object]) -> tuple[object, int] | None:
     return (label, count) if total and count >= ONE_CLASS_SHARE * total else None
 
 
-TOKEN_CHECKS: dict[str, Callable[[Flat, Known], Mask | None]] = {
+TOKEN_CHECKS: dict[str, Callable[[FlatRows, TokenCheckContext], Mask | None]] = {
     "double_bos": lambda flat, known: find_double_bos(flat, known.bos),
     "token_range": lambda flat, known: find_out_of_range(
         flat, known.vocabulary, token_labels=known.wanted.token_labels
@@ -147,7 +147,7 @@ _FEW_WORDS = 3
 
 
 @dataclass(frozen=True)
-class TextsKnown:
+class TextCheckContext:
     """Special tokens for the text checks; `starts` are their distinct first two characters."""
 
     special: tuple[str, ...] = ()
@@ -157,19 +157,19 @@ class TextsKnown:
         object.__setattr__(self, "starts", tuple({text[:2] for text in self.special}))
 
 
-def has_wrong_ends(parts: Parts, _: TextsKnown) -> bool:
+def has_invalid_turn_order(parts: ExampleParts, _: TextCheckContext) -> bool:
     """Return whether a conversation starts with the assistant, or does not end with it."""
     turns = [role for role in parts.roles if role != "system"]
     return bool(turns) and (turns[0] == "assistant" or turns[-1] != "assistant")
 
 
-def has_lost_characters(parts: Parts, _: TextsKnown) -> bool:
+def has_lost_characters(parts: ExampleParts, _: TextCheckContext) -> bool:
     """Return whether a text contains NUL or U+FFFD, the replacement character."""
     asked, answered = parts.asked, parts.answered
     return "\ufffd" in answered or "\0" in answered or "\ufffd" in asked or "\0" in asked
 
 
-def has_html(parts: Parts, _: TextsKnown) -> bool:
+def has_html(parts: ExampleParts, _: TextCheckContext) -> bool:
     """Return whether a text contains HTML tags or entities outside of code spans."""
     for text in (parts.asked, parts.answered):
         if ("<" in text or "&" in text) and _TAG.search(text) and _TAG.search(_CODE.sub("", text)):
@@ -177,7 +177,7 @@ def has_html(parts: Parts, _: TextsKnown) -> bool:
     return False
 
 
-def has_special_token(parts: Parts, known: TextsKnown) -> bool:
+def has_special_token(parts: ExampleParts, known: TextCheckContext) -> bool:
     """Return whether a text contains a special token, which the tokenizer would encode as such."""
     if not parts.written:
         return False
@@ -188,7 +188,7 @@ def has_special_token(parts: Parts, known: TextsKnown) -> bool:
     return False
 
 
-def is_copy(parts: Parts, _: TextsKnown) -> bool:
+def answer_repeats_prompt(parts: ExampleParts, _: TextCheckContext) -> bool:
     """Return whether the answer repeats the prompt; texts under three words may do so."""
     if not parts.written:
         return False
@@ -201,11 +201,11 @@ def is_copy(parts: Parts, _: TextsKnown) -> bool:
 
 _SPACES = 16
 
-TEXT_CHECKS: dict[str, Callable[[Parts, TextsKnown], bool]] = {
-    "turn_order": has_wrong_ends,
+TEXT_CHECKS: dict[str, Callable[[ExampleParts, TextCheckContext], bool]] = {
+    "turn_order": has_invalid_turn_order,
     "lost_characters": has_lost_characters,
     "html": has_html,
     "special_token_text": has_special_token,
-    "answer_is_prompt": is_copy,
+    "answer_is_prompt": answer_repeats_prompt,
 }
 """Field of `config.gate` → check of one example."""

@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.encoding.store import RowStore, lengths_of
+from ftlevel.data.encoding.store import RowStore, row_lengths
 from ftlevel.data.gate.flat import Integers, Mask, Ragged, flat_batches
 from ftlevel.data.gate.similarity import GRAM, Digests, Hashes, find_similar, hash_grams, mix
-from ftlevel.data.gate.wordings import Index
+from ftlevel.data.gate.wordings import WordIndex
 
 _BANDS, _DEPTH = 6, 4
 _PART = 1 << 17  # keys sorted together
@@ -67,12 +67,12 @@ def _repeated(keys: NDArray[Any], wanted: Mask | None) -> Iterator[tuple[Integer
         yield chosen[again], chosen[original[again]]
 
 
-def find_near(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers, Integers]:
+def find_near_duplicates(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers, Integers]:
     """Return near duplicates of earlier rows, and the earlier row of each.
 
     A prefix common to all rows, such as a system prompt, is ignored. `skip` marks known duplicates.
     """
-    prefix, lengths = _common_prefix(rows), lengths_of(rows)
+    prefix, lengths = _common_prefix(rows), row_lengths(rows)
     left = ~skip  # rows not yet matched
     found, originals = [_NONE], [_NONE]
     with _array_on_disk(rows, (_BANDS, len(rows))) as keys:
@@ -178,7 +178,7 @@ def find_swapped(digests: Digests) -> Integers:
     A naive Bayes model compares the words of each row with those of all other prompts and answers.
     It is used only if it separates both sides by a median of 10 nats.
     """
-    index = Index.of(digests)
+    index = WordIndex.of(digests)
     words = np.zeros((2, _BUCKETS))
     for begin, end in index.spans():
         bucket, side, _ = _sides(index, begin, end)
@@ -199,7 +199,7 @@ def find_swapped(digests: Digests) -> Integers:
     return np.flatnonzero((score < -_BEYOND * usual) & written)
 
 
-def _sides(index: Index, begin: int, end: int) -> tuple[Integers, NDArray[np.int64], Integers]:
+def _sides(index: WordIndex, begin: int, end: int) -> tuple[Integers, NDArray[np.int64], Integers]:
     """Return bucket, side (0 prompt, 1 answer) and row (from 0) of distinct words."""
     starts = index.starts[begin : end + 1]
     lengths = np.diff(starts)

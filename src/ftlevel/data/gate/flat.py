@@ -64,7 +64,7 @@ def examples_of(rows: Sequence[Encoded], at: Integers) -> Integers:
     return np.fromiter((rows[i].row for i in at.tolist()), dtype=np.int64, count=len(at))
 
 
-def rows_of(rows: Sequence[Encoded], examples: Integers) -> Mask:
+def rows_of_examples(rows: Sequence[Encoded], examples: Integers) -> Mask:
     """Return a mask of the rows that belong to `examples`."""
     found = np.zeros(len(rows), dtype=bool)
     begin = 0
@@ -95,7 +95,7 @@ def _ragged(array: Any) -> Ragged:
 
 
 @dataclass(frozen=True)
-class Flat:
+class FlatRows:
     """Concatenated encoded rows; rows of one example are adjacent.
 
     Attributes:
@@ -108,7 +108,7 @@ class Flat:
     example: Integers
 
     @classmethod
-    def of(cls, rows: Sequence[Encoded]) -> Flat:
+    def of(cls, rows: Sequence[Encoded]) -> FlatRows:
         """Concatenate encoded rows."""
         labels = [row.labels for row in rows if isinstance(row.labels, list)]
         return cls(
@@ -118,7 +118,7 @@ class Flat:
         )
 
     @classmethod
-    def of_batch(cls, batch: Any, *, token_labels: bool) -> Flat:
+    def of_batch(cls, batch: Any, *, token_labels: bool) -> FlatRows:
         """Convert a record batch of a `RowStore` without building rows."""
         labels = _ragged(batch.column("labels")) if token_labels else None
         return cls(_ragged(batch.column("input_ids")), labels, batch.column("row").to_numpy())
@@ -135,16 +135,16 @@ class Flat:
         return self.labels.count(self.labels.values != IGNORED)
 
 
-def flat_batches(rows: Sequence[Encoded]) -> Iterator[Flat]:
+def flat_batches(rows: Sequence[Encoded]) -> Iterator[FlatRows]:
     """Yield rows in batches of a few thousand; rows of one example stay together."""
     if isinstance(rows, RowStore):
         for batch in rows.batches():
-            yield Flat.of_batch(batch, token_labels=rows.has_token_labels)
+            yield FlatRows.of_batch(batch, token_labels=rows.has_token_labels)
         return
     begin = 0
     while begin < len(rows):
         end = min(begin + _ROWS, len(rows))
         while end < len(rows) and rows[end].row == rows[end - 1].row:
             end += 1
-        yield Flat.of(rows[begin:end])
+        yield FlatRows.of(rows[begin:end])
         begin = end

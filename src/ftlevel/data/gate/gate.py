@@ -12,9 +12,9 @@ from ftlevel.config import DataConfig, GateConfig
 from ftlevel.config.gate import Action
 from ftlevel.data import gate as findings_
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.encoding.fit import Fitted
-from ftlevel.data.encoding.store import take_rows
-from ftlevel.data.gate import Finding, checks, duplicates, judge, wordings
+from ftlevel.data.encoding.fit import FittedRows
+from ftlevel.data.encoding.store import select_rows
+from ftlevel.data.gate import Finding, build_finding, checks, duplicates, wordings
 from ftlevel.data.gate import similarity as digests_
 from ftlevel.data.gate.checks import TEXT_CHECKS
 from ftlevel.data.gate.flat import (
@@ -23,10 +23,10 @@ from ftlevel.data.gate.flat import (
     examples_in,
     examples_of,
     flat_batches,
-    rows_of,
+    rows_of_examples,
 )
 from ftlevel.data.gate.similarity import Digests
-from ftlevel.data.sources.table import BadRow, Table, resolve_bad
+from ftlevel.data.sources.table import BadRow, Table, handle_bad_rows
 from ftlevel.errors import InputError
 from ftlevel.task import Task
 
@@ -39,10 +39,10 @@ class Gate:
 
     policy: GateConfig
     task: Task
-    known: checks.Known
+    known: checks.TokenCheckContext
 
     def check_split(
-        self, name: str, fitted: Fitted, examples: Sequence[Any], table: Table
+        self, name: str, fitted: FittedRows, examples: Sequence[Any], table: Table
     ) -> tuple[Sequence[Encoded], list[Finding]]:
         """Return the remaining rows of a split, and the findings.
 
@@ -55,20 +55,20 @@ class Gate:
         rows, total = fitted.rows, len(examples)
         keep, findings = self.check_rows(name, fitted, total, table)
         if name == "train":
-            for look in (self._look_for_duplicates, self._look_at_sides):
+            for look in (self._check_duplicates, self._look_at_sides):
                 keep &= look(rows, keep, fitted.digests, table, findings)
             judged = [
-                judge(check, name, count, total, [what], self.policy)
+                build_finding(check, name, count, total, [what], self.policy)
                 for check, count, what in self.task.judge_examples(examples)
             ]
             findings += filter(None, judged)
-        kept = rows if keep.all() else take_rows(rows, np.flatnonzero(keep))
+        kept = rows if keep.all() else select_rows(rows, np.flatnonzero(keep))
         if not len(kept):
             raise InputError([f"no {name} row is left: {finding}." for finding in findings])
         return kept, findings
 
     def check_rows(
-        self, name: str, fitted: Fitted, total: int, table: Table
+        self, name: str, fitted: FittedRows, total: int, table: Table
     ) -> tuple[Mask, list[Finding]]:
         """Run the checks of single rows; return a mask of rows to keep, and the findings."""
         rows = fitted.rows
@@ -88,7 +88,7 @@ class Gate:
             if found and found.action == "drop":
                 keep[hit] = False
         if self.policy.long_prompt == "drop":
-            keep &= ~rows_of(rows, np.array(fitted.long_prompts, dtype=np.int64))
+            keep &= ~rows_of_examples(rows, np.array(fitted.long_prompts, dtype=np.int64))
         present = examples_in(rows, keep, total)
         for check in TEXT_CHECKS:
             marked = fitted.digests.marked(check)
@@ -100,7 +100,7 @@ class Gate:
     def check_held_out(
         self,
         name: str,
-        fitted: Fitted,
+        fitted: FittedRows,
         examples: Sequence[Any],
         table: Table,
         known: Digests,
@@ -111,8 +111,8 @@ class Gate:
         """
         gone, findings = self.find_leaks(name, fitted.digests, known, table)
         if len(gone):
-            stay = np.flatnonzero(~rows_of(fitted.rows, gone))
-            fitted = replace(fitted, rows=take_rows(fitted.rows, stay))
+            stay = np.flatnonzero(~rows_of_examples(fitted.rows, gone))
+            fitted = replace(fitted, rows=select_rows(fitted.rows, stay))
         if not len(fitted.rows):
             return [], findings
         kept, found = self.check_split(name, fitted, examples, table)
@@ -138,7 +138,7 @@ class Gate:
         }
         return {check: (hit, np.unique(examples)) for check, (hit, examples) in joined.items()}
 
-    def _look_for_duplicates(
+    def _check_duplicates(
         self,
         rows: Sequence[Encoded],
         kept: Mask,
@@ -153,12 +153,16 @@ class Gate:
         if not (policy.exact_duplicates == policy.near_duplicates == "ignore"):
             again, first = _of(present, *duplicates.find_repeated(digests.keys))
             pairs = _pairs(again, first, table)
-            found = judge("exact_duplicates", "train", len(again), len(digests), pairs, policy)
+            found = build_finding(
+                "exact_duplicates", "train", len(again), len(digests), pairs, policy
+            )
             keep &= self._add(found, findings, rows, again)
         if self.task.checks.near_duplicates and policy.near_duplicates != "ignore":
             near, others = _of(present, *self._find_near(rows, digests, again))
             pairs = _pairs(near, others, table)
-            found = judge("near_duplicates", "train", len(near), len(digests), pairs, policy)
+            found = build_finding(
+                "near_duplicates", "train", len(near), len(digests), pairs, policy
+            )
             keep &= self._add(found, findings, rows, near)
         return keep
 
@@ -167,7 +171,7 @@ class Gate:
         rows: Sequence[Encoded], digests: Digests, known: Integers
     ) -> tuple[Integers, Integers]:
         """Return near duplicates by tokens or words, except `known`, and the earlier examples."""
-        near_rows, others = duplicates.find_near(rows, rows_of(rows, known))
+        near_rows, others = duplicates.find_near_duplicates(rows, rows_of_examples(rows, known))
         skip = np.zeros(len(digests), dtype=bool)
         skip[known] = True
         some = digests.first(digests_.MOST_COMPARED)
@@ -185,14 +189,14 @@ class Gate:
         table: Table,
         findings: list[Finding],
     ) -> Mask:
-        """Check prompts against answers; arguments as in `_look_for_duplicates`."""
+        """Check prompts against answers; arguments as in `_check_duplicates`."""
         keep = np.ones(len(rows), dtype=bool)
         total, policy = len(digests), self.policy
         present = examples_in(rows, kept, total)
         if policy.conflicting_answers != "ignore":
             again, first = _of(present, *duplicates.find_conflicts(digests))
             pairs = _pairs(again, first, table)
-            found = judge("conflicting_answers", "train", len(again), total, pairs, policy)
+            found = build_finding("conflicting_answers", "train", len(again), total, pairs, policy)
             keep &= self._add(found, findings, rows, again)
         if self.task.checks.ends and policy.swapped_roles != "ignore":
             hit = duplicates.find_swapped(digests.first(digests_.MOST_COMPARED))
@@ -202,7 +206,7 @@ class Gate:
         if self.task.checks.ends:
             hit = duplicates.find_one_answer(digests)
             places = [f"that of {table.where(int(i))}" for i in hit[:1]]
-            found = judge("one_answer", "train", len(hit), total, places, policy)
+            found = build_finding("one_answer", "train", len(hit), total, places, policy)
             findings += [found] if found else []
         return keep
 
@@ -220,7 +224,7 @@ class Gate:
             findings.append(self._judge("leaked", name, leaked, len(digests), table))
         if self.task.checks.near_duplicates and policy.near_leaked != "ignore":
             most = digests_.MOST_COMPARED
-            near, _ = wordings.find_near_between(digests.first(most), known.first(most))
+            near, _ = wordings.find_near_leaks(digests.first(most), known.first(most))
             near = near[~np.isin(near, leaked)]
             findings.append(self._judge("near_leaked", name, near, len(digests), table))
             gone = near if policy.near_leaked == "drop" else gone
@@ -234,7 +238,7 @@ class Gate:
         self, check: str, split: str, hit: Sequence[int] | Integers, total: int, table: Table
     ) -> Finding | None:
         places = [table.where(int(i)) for i in hit[: findings_.MOST_SHOWN]]
-        return judge(check, split, len(hit), total, places, self.policy)
+        return build_finding(check, split, len(hit), total, places, self.policy)
 
     @staticmethod
     def _add(
@@ -243,7 +247,7 @@ class Gate:
         if found is None:
             return True
         into.append(found)
-        return ~rows_of(rows, hit) if found.action == "drop" else True
+        return ~rows_of_examples(rows, hit) if found.action == "drop" else True
 
 
 def _of(present: Mask, again: Integers, first: Integers) -> tuple[Integers, Integers]:
@@ -259,7 +263,7 @@ def _pairs(again: Integers, first: Integers, table: Table) -> list[str]:
     ]
 
 
-def stop_ids(tokenizer: Any) -> frozenset[int]:
+def special_token_ids(tokenizer: Any) -> frozenset[int]:
     """Return the ids of EOS and all special tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {i for i, token in added.items() if token.special}
@@ -269,7 +273,7 @@ def stop_ids(tokenizer: Any) -> frozenset[int]:
     )
 
 
-def resolve_faults(
+def handle_unusable_rows(
     table: Table, bad: Sequence[BadRow], config: DataConfig, split: str, *, lenient: bool
 ) -> tuple[Table, list[Finding]]:
     """Return `table` without unusable rows, and the findings.
@@ -294,5 +298,5 @@ def resolve_faults(
     drops = {f.name for f in findings if f.action == "drop" or lenient}
     rest = [row for row in bad if row.finding not in drops]
     if rest:
-        resolve_bad(table, rest, config.on_bad_row)
-    return resolve_bad(table, bad, "skip"), findings
+        handle_bad_rows(table, rest, config.on_bad_row)
+    return handle_bad_rows(table, bad, "skip"), findings

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.formats.examples import Example, parts_of
-from ftlevel.data.gate.checks import TEXT_CHECKS, TextsKnown
+from ftlevel.data.formats.examples import Example, get_example_parts
+from ftlevel.data.gate.checks import TEXT_CHECKS, TextCheckContext
 from ftlevel.data.gate.flat import Integers, Mask, Ragged, gather
 
 MOST_COMPARED = 250_000
@@ -82,13 +82,13 @@ class Digests:
     words: Words
 
     @classmethod
-    def of(cls, examples: Iterable[Example], known: TextsKnown) -> Digests:
+    def of(cls, examples: Iterable[Example], known: TextCheckContext) -> Digests:
         """Compute the digests of `examples`."""
         records: list[tuple[int, ...]] = []
         words: list[int] = []
         checks = [(1 << number, find) for number, find in enumerate(TEXT_CHECKS.values())]
         for example in examples:
-            parts = parts_of(example)
+            parts = get_example_parts(example)
             asked, answered = parts.asked.casefold(), parts.answered.casefold()
             of_asked, of_answered = _words(asked), _words(answered)
             marks = sum(bit for bit, find in checks if find(parts, known))

@@ -37,7 +37,7 @@ _BITS = np.array([n.bit_count() for n in range(_LETTERS + 1)], dtype=np.uint8)
 
 
 @dataclass(frozen=True)
-class Texts:
+class TextBatch:
     """One text of each of several pairs, as word hashes `(longest, pairs)` and `sizes`.
 
     Entries of `words` after the end of a text are undefined.
@@ -46,30 +46,30 @@ class Texts:
     words: NDArray[np.uint32]
     sizes: NDArray[np.int64]
 
-    def take(self, at: Any) -> Texts:
+    def take(self, at: Any) -> TextBatch:
         """Return the texts at `at`."""
-        return Texts(self.words[:, at], self.sizes[at])
+        return TextBatch(self.words[:, at], self.sizes[at])
 
 
-Sides = tuple[Texts, Texts]
+Sides = tuple[TextBatch, TextBatch]
 
 
-def allow(words: Any) -> Any:
+def compute_max_distance(words: Any) -> Any:
     """Return the maximum distance in half words for texts of `words` words (an array)."""
     many = np.minimum(words * _OTHER // _SHARE, _MOST)
     return np.where(words >= _FEW, many, np.where(words >= FEWEST, _SLIP, 0))
 
 
-def differ(one: Sides, other: Sides) -> NDArray[np.int64]:
+def compute_distances(one: Sides, other: Sides) -> NDArray[np.int64]:
     """Return the distance of each pair in half words, or a very large value.
 
     Pairs that differ substantially in both prompt and answer are not duplicates; neither are those
     whose answer of fewer than four words differs by more than a typo.
     """
-    asked = count_other_words(one[0], other[0])
+    asked = compute_edit_distances(one[0], other[0])
     answered = np.full(len(asked), _MUCH, dtype=np.int64)
     near = np.flatnonzero(asked <= _MOST)
-    answered[near] = count_other_words(one[1].take(near), other[1].take(near))
+    answered[near] = compute_edit_distances(one[1].take(near), other[1].take(near))
     of_asked, of_answered = (np.minimum(a.sizes, b.sizes) for a, b in zip(one, other, strict=True))
     another = (one[0].sizes > 0) & (answered > _SLIP) & (of_answered < FEWEST)
     both = (asked > 0) & (answered > 0) & (asked + answered > 2 * _SLIP)
@@ -77,7 +77,7 @@ def differ(one: Sides, other: Sides) -> NDArray[np.int64]:
     return np.where(another | (both & many), _MUCH, asked + answered)
 
 
-def count_other_words(one: Texts, other: Texts) -> NDArray[np.int64]:
+def compute_edit_distances(one: TextBatch, other: TextBatch) -> NDArray[np.int64]:
     """Return the edit distance of each pair in half words, or `_MUCH` above `_MOST`.
 
     It is the Damerau-Levenshtein distance (optimal string alignment) over words, in a band.
@@ -123,7 +123,7 @@ def _next_row(
 ) -> NDArray[np.int32]:
     """Compute row i of the distance matrix from the two previous rows."""
     word, others = a[i - 1], b[i - 1 : i + 2 * _BAND]
-    step = np.where(word == others, 0, np.where(is_slip(word, others), _SLIP, _OTHER))
+    step = np.where(word == others, 0, np.where(is_typo(word, others), _SLIP, _OTHER))
     row = before + step.astype(np.int32)
     np.minimum(row[:-1], before[1:] + _OTHER, out=row[:-1])
     if i > 1:
@@ -137,7 +137,7 @@ def _next_row(
     return np.where(j <= ends, row, np.int32(_MUCH))
 
 
-def is_slip(word: Any, other: Any) -> Any:
+def is_typo(word: Any, other: Any) -> Any:
     """Return whether two words (32-bit hashes) differ by a typo: similar letters and no digit."""
     longest = np.maximum(_BITS[word & _LETTERS], _BITS[other & _LETTERS])
     lengths = ((word >> 13) - (other >> 13)) & 3  # letters, modulo 4
@@ -159,7 +159,7 @@ _NOTHING = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
-class Index:
+class WordIndex:
     """Word offsets of examples, and word frequencies in the training set.
 
     Attributes:
@@ -175,7 +175,7 @@ class Index:
     usual: float
 
     @classmethod
-    def of(cls, digests: Digests, like: Index | None = None) -> Index:
+    def of(cls, digests: Digests, like: WordIndex | None = None) -> WordIndex:
         """Build the index of `digests`, with the frequencies of `like` if it is given."""
         records = digests.records
         starts = np.zeros(len(digests) + 1, dtype=np.int64)
@@ -216,9 +216,9 @@ class Index:
             self._texts(begins + asked, self.lengths[at] - asked),
         )
 
-    def _texts(self, begins: Integers, sizes: Integers) -> Texts:
+    def _texts(self, begins: Integers, sizes: Integers) -> TextBatch:
         places = begins + np.arange(np.max(sizes, initial=0))[:, None]
-        return Texts(self.digests.words[np.minimum(places, len(self.digests.words) - 1)], sizes)
+        return TextBatch(self.digests.words[np.minimum(places, len(self.digests.words) - 1)], sizes)
 
     def gather(self, at: Integers) -> tuple[Words, Integers]:
         """Return the concatenated words of the examples at `at`, and the number of each."""
@@ -233,7 +233,7 @@ def find_near_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
 
     `skip` marks known duplicates.
     """
-    index = Index.of(digests)
+    index = WordIndex.of(digests)
     keys, telling = _all_keys(index, ~skip)
     owners = np.repeat(np.arange(len(index), dtype=np.int32), len(_PAIRS))
     pairs = _Pairs(len(index))
@@ -250,12 +250,12 @@ def find_near_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
     return _find_first(index, index, pairs.sorted(), telling, telling)
 
 
-def find_near_between(digests: Digests, known: Digests) -> tuple[Integers, Integers]:
+def find_near_leaks(digests: Digests, known: Digests) -> tuple[Integers, Integers]:
     """Return examples of `digests` that nearly repeat one of `known`, and which one."""
     if not (len(digests) and len(known)):
         return _NOTHING, _NOTHING
-    there = Index.of(known)
-    index = Index.of(digests, there)
+    there = WordIndex.of(known)
+    index = WordIndex.of(digests, there)
     keys, telling = _all_keys(index, np.ones(len(index), dtype=bool))
     wanted, slot = np.unique(keys.reshape(-1), return_inverse=True)
     held = np.full((len(wanted), _LAST + 1), -1, dtype=np.int64)
@@ -320,7 +320,7 @@ def _bucket(words: Words) -> Integers:
     return (mix(np.asarray(words)) & np.uint32(_BUCKETS - 1)).astype(np.int64)
 
 
-def _all_keys(index: Index, wanted: Mask) -> tuple[Keys, NDArray[np.int32]]:
+def _all_keys(index: WordIndex, wanted: Mask) -> tuple[Keys, NDArray[np.int32]]:
     """Return pair keys `(examples, 6)`, 0 for none, and the informative words of each example."""
     keys = np.zeros((len(index), len(_PAIRS)), dtype=np.uint32)
     telling = np.zeros(len(index), dtype=np.int32)
@@ -330,7 +330,7 @@ def _all_keys(index: Index, wanted: Mask) -> tuple[Keys, NDArray[np.int32]]:
     return keys, telling
 
 
-def _pair_keys(index: Index, begin: int, end: int) -> tuple[Keys, Integers]:
+def _pair_keys(index: WordIndex, begin: int, end: int) -> tuple[Keys, Integers]:
     """Return the result of `_all_keys` for the examples from `begin` to `end`."""
     starts, records = index.starts[begin : end + 1], index.digests.records[begin:end]
     words = np.asarray(index.digests.words[starts[0] : starts[-1]])
@@ -361,8 +361,8 @@ def _pair_keys(index: Index, begin: int, end: int) -> tuple[Keys, Integers]:
 
 
 def _find_first(
-    one: Index,
-    other: Index,
+    one: WordIndex,
+    other: WordIndex,
     packed: Integers,
     telling: NDArray[np.int32],
     known: NDArray[np.int32],
@@ -379,7 +379,7 @@ def _find_first(
         end = int(np.searchsorted(packed, (last // len(other) + 1) * len(other)))  # whole rows
         these, those = np.divmod(packed[begin:end], len(other))
         begin = end
-        allowed = allow(np.minimum(telling[these], known[those]))
+        allowed = compute_max_distance(np.minimum(telling[these], known[those]))
         while len(these):  # compare each row until the first match
             heads = np.diff(these, prepend=-1) != 0
             near = _are_near(one, these[heads], other, those[heads], allowed[heads])
@@ -392,7 +392,7 @@ def _find_first(
 
 
 def _are_near(
-    one: Index, these: Integers, other: Index, those: Integers, allowed: Integers
+    one: WordIndex, these: Integers, other: WordIndex, those: Integers, allowed: Integers
 ) -> Mask:
     """Return for each pair whether it differs by at most `allowed` half words."""
     found = _may_be_near(one, these, other, those, allowed)
@@ -402,13 +402,13 @@ def _are_near(
     possible = possible[np.argsort(one.lengths[these[possible]], kind="stable")]
     until = np.cumsum(one.lengths[these[possible]])
     for some in np.split(possible, np.flatnonzero(np.diff(until // _SOME)) + 1):
-        halves = differ(one.sides(these[some]), other.sides(those[some]))
+        halves = compute_distances(one.sides(these[some]), other.sides(those[some]))
         found[some] = halves <= allowed[some]
     return found
 
 
 def _may_be_near(
-    one: Index, these: Integers, other: Index, those: Integers, allowed: Integers
+    one: WordIndex, these: Integers, other: WordIndex, those: Integers, allowed: Integers
 ) -> Mask:
     """Return for each pair whether enough words, or word bigrams of long texts, are shared.
 
@@ -428,7 +428,7 @@ def _may_be_near(
 
 
 def _count_common(
-    one: Index, these: Integers, other: Index, those: Integers, *, neighbours: bool
+    one: WordIndex, these: Integers, other: WordIndex, those: Integers, *, neighbours: bool
 ) -> Integers:
     """Return the number of common words, or of common bigrams, of each pair."""
     parts = []

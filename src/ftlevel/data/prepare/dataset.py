@@ -25,7 +25,7 @@ from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded, PromptFormat
 from ftlevel.data.encoding.store import RowStore, rows_to_batches, write_store
 from ftlevel.data.gate import Finding
-from ftlevel.data.prepare.encoder import EncodingContext, Prepared, Progress
+from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, Progress
 from ftlevel.data.prepare.examples import prepare_examples
 from ftlevel.data.prepare.loading import load_examples
 from ftlevel.data.prepare.streaming import prepare_stream
@@ -53,7 +53,7 @@ def is_writable() -> bool:
     return os.access(root, os.W_OK | os.X_OK)
 
 
-def files_of(name: str) -> list[Path] | None:
+def resolve_files(name: str) -> list[Path] | None:
     """Return the sorted files that `name` refers to; None for rows in memory and Hub datasets."""
     if name == IN_MEMORY:
         return None
@@ -75,7 +75,7 @@ def file_digest(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Folder:
+class CacheFolder:
     """Cache folder of a key.
 
     Attributes:
@@ -90,7 +90,7 @@ class Folder:
 
 
 @contextmanager
-def folder_of(key: str) -> Iterator[Folder]:
+def open_cache_folder(key: str) -> Iterator[CacheFolder]:
     """Yield the cache folder of `key` if its checksums match, otherwise an empty one to write to.
 
     One process prepares the rows while others with the same key wait for its lock.
@@ -103,7 +103,7 @@ def folder_of(key: str) -> Iterator[Folder]:
         damage = find_damage(final) if final.is_dir() else ""
         if damage is None:
             os.utime(final)
-            yield Folder(final)
+            yield CacheFolder(final)
             return
         for old in (final, partial):
             shutil.rmtree(old, ignore_errors=True)
@@ -114,7 +114,7 @@ def folder_of(key: str) -> Iterator[Folder]:
             return partial.replace(final)
 
         try:
-            yield Folder(partial, keep, damage)
+            yield CacheFolder(partial, keep, damage)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             remove_unused(root)
@@ -128,7 +128,7 @@ def remove_unused(root: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True) if folder.is_dir() else folder.unlink()
 
 
-KEEP_FROM = 1_000
+MIN_CACHED_ROWS = 1_000
 """Minimum number of rows to store on disk and cache."""
 SMALL_BYTES = 200_000
 """Datasets with fewer bytes are not cached: preparing them takes no longer than a lookup."""
@@ -136,7 +136,7 @@ _SOME = 1 << 16  # lines written at once
 _LIGHT = ("num_proc", "cache")  # config fields that do not affect rows
 
 
-def prepare_data(config: DataConfig, context: EncodingContext, progress: Progress) -> Prepared:
+def prepare_data(config: DataConfig, context: EncodingContext, progress: Progress) -> PreparedData:
     """Return the rows of `config`, encoded and checked, from the cache if possible.
 
     Raises:
@@ -152,11 +152,11 @@ def prepare_data(config: DataConfig, context: EncodingContext, progress: Progres
             why = f"{cache_root()} cannot be written"
             prepared.choices.append(Choice("rows", "not kept for the next run", why))
         return context.task.finish(replace(prepared, workspace=workspace), config, context)
-    with folder_of(key) as folder:
+    with open_cache_folder(key) as folder:
         if folder.keep is None:
             return context.task.finish(_load(folder.path, "prepared before"), config, context)
         prepared = _prepare(config, context, folder.path, progress)
-        if len(prepared.train) < KEEP_FROM:
+        if len(prepared.train) < MIN_CACHED_ROWS:
             return context.task.finish(_in_memory(prepared), config, context)
         _save(prepared, folder.path)
         kept = folder.keep()
@@ -167,9 +167,9 @@ def prepare_data(config: DataConfig, context: EncodingContext, progress: Progres
 
 def _prepare(
     config: DataConfig, context: EncodingContext, folder: Path, progress: Progress
-) -> Prepared:
+) -> PreparedData:
     loaded = load_examples(config, context.task, context.seed, lenient=context.lenient)
-    large = len(loaded.train) >= KEEP_FROM
+    large = len(loaded.train) >= MIN_CACHED_ROWS
     return prepare_examples(loaded, config, context, folder if large else None, progress)
 
 
@@ -178,7 +178,7 @@ def _key(config: DataConfig, context: EncodingContext) -> str | None:
     files: list[Path] = []
     names = (config.dataset, *config.also, config.validation_file)
     for name in filter(None, names):
-        found = files_of(name)
+        found = resolve_files(name)
         if found is None:
             return None
         files += found
@@ -224,11 +224,11 @@ def _probe(tokenizer: Any) -> str:
         return str(error)
 
 
-def _in_memory(prepared: Prepared) -> Prepared:
+def _in_memory(prepared: PreparedData) -> PreparedData:
     return replace(prepared, train=list(prepared.train), validation=list(prepared.validation))
 
 
-def _save(prepared: Prepared, folder: Path) -> None:
+def _save(prepared: PreparedData, folder: Path) -> None:
     table = prepared.table
     _save_lines(table.lines, folder / "lines.npy")
     for pattern in ("*.digests", "*.words"):
@@ -269,13 +269,13 @@ def _save_rows(rows: Sequence[Encoded], folder: Path, name: str) -> Mapping[str,
     return {"file": rows.path.name, "chosen": rows.indices is not None}
 
 
-def _load(folder: Path, note: str, why: str = "") -> Prepared:
+def _load(folder: Path, note: str, why: str = "") -> PreparedData:
     content = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
     lines = np.load(folder / "lines.npy", mmap_mode="r")
     parts = tuple(Part(base, Table([], [], name, unit)) for base, name, unit in content["parts"])
     source, unit = content["source"]
     kept = Choice("rows", note, f"{why}{folder}; --no-cache prepares them anew")
-    return Prepared(
+    return PreparedData(
         _load_rows(folder, "train", content),
         _load_rows(folder, "validation", content),
         PromptFormat(**content["prompt_format"]) if content["prompt_format"] else None,

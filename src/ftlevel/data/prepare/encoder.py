@@ -14,14 +14,14 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from ftlevel.config import DataConfig, GateConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.chat import special_texts
+from ftlevel.data.encoding.chat import list_special_tokens
 from ftlevel.data.encoding.encode import PROMPT_VERSION, Encoded, PromptFormat, RowError
-from ftlevel.data.encoding.fit import Bounds, Fitted, check_some_left, fit_rows, fit_targets
+from ftlevel.data.encoding.fit import Bounds, FittedRows, check_not_empty, fit_rows, fit_targets
 from ftlevel.data.encoding.store import RowStore, to_batch, write_store
 from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.gate import Finding
-from ftlevel.data.gate.checks import Known, TextsKnown, find_empty_thinks
-from ftlevel.data.gate.gate import Gate, stop_ids
+from ftlevel.data.gate.checks import TextCheckContext, TokenCheckContext, find_empty_thinks
+from ftlevel.data.gate.gate import Gate, special_token_ids
 from ftlevel.data.gate.similarity import Digests, words_path
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
@@ -50,15 +50,15 @@ class EncodingContext:
     def gate(self, policy: GateConfig) -> Gate:
         """Return the data checks with the actions of `policy`."""
         tokenizer = self.tokenizer
-        known = Known(
-            self.task.checks, tokenizer.bos_token_id, stop_ids(tokenizer), self.vocabulary,
+        known = TokenCheckContext(
+            self.task.checks, tokenizer.bos_token_id, special_token_ids(tokenizer), self.vocabulary,
             find_empty_thinks(tokenizer),
         )  # fmt: skip
         return Gate(policy, self.task, known)
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedData:
     """Rows ready for the model.
 
     Attributes:
@@ -89,18 +89,18 @@ Progress = Callable[[int, int], None]
 _Part = tuple[pa.RecordBatch | None, tuple[bytes, bytes]]  # rows, and digests of the examples
 
 
-def be_silent(done: int, total: int) -> None:
+def ignore_progress(done: int, total: int) -> None:
     """Ignore progress."""
 
 
-_work: tuple[Encode, Sequence[Any], TextsKnown] | None = None  # inherited by forked processes
+_work: tuple[Encode, Sequence[Any], TextCheckContext] | None = None  # inherited by forked processes
 
 
 def encode_to_store(
     path: Path,
     encode: Encode,
     examples: Sequence[Any],
-    known: TextsKnown,
+    known: TextCheckContext,
     processes: int,
     progress: Progress,
 ) -> RowStore:
@@ -132,7 +132,7 @@ def digests_path(path: Path) -> Path:
 
 
 def _batches(
-    work: tuple[Encode, Sequence[Any], TextsKnown], processes: int, progress: Progress
+    work: tuple[Encode, Sequence[Any], TextCheckContext], processes: int, progress: Progress
 ) -> Iterator[_Part]:
     global _work
     examples = work[1]
@@ -204,13 +204,13 @@ class Encoder:
     prompt_format: PromptFormat | None = None
     labels: LabelSet | None = None
     folder: Path | None = None
-    progress: Progress = be_silent
+    progress: Progress = ignore_progress
     partly: bool = False
     lenient: bool = False
     split: str = "train"
     whole: bool = False
 
-    def __call__(self, examples: Sequence[Any], table: Table) -> Fitted:
+    def __call__(self, examples: Sequence[Any], table: Table) -> FittedRows:
         """Encode `examples` of `table` and apply the length limit.
 
         Raises:
@@ -228,7 +228,7 @@ class Encoder:
             raise InputError(f"{table.where(error.row)}: {error.reason}") from error
         return replace(fitted, digests=self._digests(examples))
 
-    def holding_out(self, split: str) -> Encoder:
+    def for_held_out(self, split: str) -> Encoder:
         """Return an encoder for a held-out `split`, with labels for answers only.
 
         Long rows are dropped, or split if configured.
@@ -242,9 +242,9 @@ class Encoder:
         return Digests.of(examples, self._texts_known)
 
     @property
-    def _texts_known(self) -> TextsKnown:
+    def _texts_known(self) -> TextCheckContext:
         bos = self.tokenizer.bos_token
-        return TextsKnown((*special_texts(self.tokenizer), *([bos] if bos else [])))
+        return TextCheckContext((*list_special_tokens(self.tokenizer), *([bos] if bos else [])))
 
     def collect(self, encode: Encode, examples: Sequence[Any]) -> Sequence[Encoded]:
         """Encode all examples with `encode`, into a store if `folder` is set."""
@@ -266,7 +266,7 @@ class Encoder:
         path = self.folder and digests_path(self.folder / f"{self.split}.arrow")
         return Digests.at(path) if path and path.exists() else self.digest(examples)
 
-    def fit(self, rows: Sequence[Encoded], table: Table) -> Fitted:
+    def fit(self, rows: Sequence[Encoded], table: Table) -> FittedRows:
         """Apply the configured length limit to `rows`."""
         config = self.config
         fit = partial(fit_rows, rows, "auto" if self.whole else config.max_length, self.bounds)
@@ -277,10 +277,10 @@ class Encoder:
                 raise
             fitted = replace(fit("drop", table.where), stops=str(error))
         if not self.partly:
-            check_some_left(fitted, rows)
+            check_not_empty(fitted, rows)
         return fitted
 
-    def fit_targets(self, fitted: Fitted, table: Table) -> Fitted:
+    def fit_targets(self, fitted: FittedRows, table: Table) -> FittedRows:
         """Apply the target length limit of an encoder-decoder."""
         longest = self.config.max_target_length
         fit, stops = partial(fit_targets, fitted.rows, longest), fitted.stops

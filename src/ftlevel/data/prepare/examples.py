@@ -13,24 +13,24 @@ from ftlevel.artifacts.files import rows_fingerprint
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded, PromptFormat
-from ftlevel.data.encoding.fit import Fitted
+from ftlevel.data.encoding.fit import FittedRows
 from ftlevel.data.formats.convert import convert_rows
 from ftlevel.data.gate import Finding, explain_stop
 from ftlevel.data.gate.flat import flat_batches
-from ftlevel.data.prepare.encoder import Encoder, EncodingContext, Prepared, Progress
-from ftlevel.data.prepare.loading import Loaded
+from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData, Progress
+from ftlevel.data.prepare.loading import LoadedExamples
 from ftlevel.data.sources.lines import STDIN
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.task import Task
 
 
 def prepare_examples(
-    loaded: Loaded,
+    loaded: LoadedExamples,
     config: DataConfig,
     context: EncodingContext,
     folder: Path | None,
     progress: Progress,
-) -> Prepared:
+) -> PreparedData:
     """Encode the examples, apply the length limit, and run the data checks.
 
     Rows are written to `folder`; None stores them in memory. Raises `InputError` if a check stops
@@ -41,7 +41,7 @@ def prepare_examples(
         task.prompt_format(loaded.format, context.kind, tokenizer), config.system
     )
     if prompt_format is not None:
-        prompt_format = prompt_format.for_rows(loaded.train, context.prompt_version)
+        prompt_format = prompt_format.resolve_separator(loaded.train, context.prompt_version)
     encoder = Encoder(
         task, context.kind, tokenizer, config, context.bounds, prompt_format, loaded.labels,
         folder, progress, lenient=lenient,
@@ -54,7 +54,7 @@ def prepare_examples(
     validation: Sequence[Encoded] = []
     dropped = split = 0
     if loaded.validation and tables.validation:
-        held_out = encoder.holding_out("validation")(loaded.validation, tables.validation)
+        held_out = encoder.for_held_out("validation")(loaded.validation, tables.validation)
         dropped, split = held_out.dropped, held_out.split
         validation, found = gate.check_held_out(
             "validation", held_out, loaded.validation, tables.validation, fitted.digests
@@ -85,7 +85,7 @@ def prepare_examples(
             )
     choices += _changes(task, fitted, facts)
     choices += [_gate_choice(finding) for finding in findings]
-    return Prepared(
+    return PreparedData(
         kept, validation, prompt_format, fitted.max_length, tables.train, facts, choices,
         tuple(findings),
     )  # fmt: skip
@@ -117,9 +117,9 @@ _OF_NO_TASK = {"problem_type": None, "unanswerable": False, "target_language": "
 
 
 def _facts(
-    loaded: Loaded,
+    loaded: LoadedExamples,
     task: Task,
-    fitted: Fitted,
+    fitted: FittedRows,
     kept: Sequence[Encoded],
     validation: Sequence[Encoded],
 ) -> dict[str, Any]:
@@ -152,9 +152,9 @@ def _facts(
 
 
 def _choices(
-    loaded: Loaded,
+    loaded: LoadedExamples,
     task: Task,
-    fitted: Fitted,
+    fitted: FittedRows,
     validation: Sequence[Encoded],
     facts: Mapping[str, Any],
 ) -> list[Choice]:
@@ -175,7 +175,7 @@ def _choices(
     return [*choices, *task.describe_rows(loaded, facts)]
 
 
-def _changes(task: Task, fitted: Fitted, facts: Mapping[str, Any]) -> list[Choice]:
+def _changes(task: Task, fitted: FittedRows, facts: Mapping[str, Any]) -> list[Choice]:
     """Return the log lines about rows that were dropped, truncated or split."""
     counts = {
         "dropped": facts["dropped"],

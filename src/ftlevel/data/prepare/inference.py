@@ -14,27 +14,27 @@ from typing import Any, Protocol
 from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.encode import Encoded, read_format
-from ftlevel.data.formats.columns import is_there
+from ftlevel.data.formats.columns import columns_exist
 from ftlevel.data.formats.detect import Format
-from ftlevel.data.formats.examples import Roles
+from ftlevel.data.formats.examples import RoleValues
 from ftlevel.data.formats.labels import LabelSet
-from ftlevel.data.formats.turns import Unusable
+from ftlevel.data.formats.turns import UnusableRowError
 from ftlevel.data.prepare.encoder import Encoder, EncodingContext
 from ftlevel.data.prepare.loading import open_converter, read_splits
 from ftlevel.data.sources.hub import iterate_rows
-from ftlevel.data.sources.lines import PART
-from ftlevel.data.sources.readers.files import Reading, is_pattern, match_files, open_reader
-from ftlevel.data.sources.splits import Splits
+from ftlevel.data.sources.lines import CHUNK_ROWS
+from ftlevel.data.sources.readers.files import ReadOptions, is_pattern, match_files, open_reader
+from ftlevel.data.sources.splits import DatasetSplits
 from ftlevel.data.sources.streams import Chunk, Reader
 from ftlevel.data.sources.table import Row, Table
-from ftlevel.errors import InputError, listing, quote
+from ftlevel.errors import InputError, join_names, quote
 from ftlevel.task import Task
 
 _FIRST = 64  # rows used to detect the columns
 
 
 @dataclass(frozen=True)
-class AskedRow:
+class QueryRow:
     """A row for prediction.
 
     Attributes:
@@ -113,8 +113,10 @@ class ChainedRows:
         for file, name in zip(files, names, strict=True):
             if set(file.columns) != set(first.columns):
                 raise InputError(
-                    f"{name}: has the columns {listing(map(quote, file.columns))}, and {names[0]} "
-                    f"has {listing(map(quote, first.columns))}. Files that are read together need "
+                    f"{name}: has the columns {join_names(map(quote, file.columns))}, and "
+                    f"{names[0]} "
+                    f"has {join_names(map(quote, first.columns))}. Files that are read together "
+                    "need "
                     "the same columns."
                 )
 
@@ -126,7 +128,7 @@ class ChainedRows:
                 yield row, place, fault, done
 
 
-def open_rows(name: str, how: Reading) -> tuple[RowSource, Reader]:
+def open_rows(name: str, how: ReadOptions) -> tuple[RowSource, Reader]:
     """Return the rows of a file or of all files matching a pattern, and the first reader."""
     names = match_files(name, how.format) if is_pattern(name) else [name]
     readers = [open_reader(each, how) for each in names]
@@ -135,7 +137,7 @@ def open_rows(name: str, how: Reading) -> tuple[RowSource, Reader]:
     return (files[0] if len(files) == 1 else ChainedRows(files, shown)), readers[0]
 
 
-class GivenRows:
+class InMemoryRows:
     """Rows in memory, of any type that `iterate_rows` accepts; raises `InputError` if empty."""
 
     schema = None
@@ -157,7 +159,7 @@ class GivenRows:
 
 
 @dataclass(frozen=True)
-class Questions:
+class Prompts:
     """Rows of a source converted to model inputs, at most `limit` of them.
 
     If `fixed` is true, rows may not have columns that the first rows lack.
@@ -168,28 +170,28 @@ class Questions:
     fixed: bool = False
     limit: int | None = None
 
-    def __iter__(self) -> Iterator[AskedRow]:
+    def __iter__(self) -> Iterator[QueryRow]:
         known = frozenset(self.source.columns)
-        roles = Roles(self.shape, Table([], [], ""))
+        roles = RoleValues(self.shape, Table([], [], ""))
         for row, place, fault, share in islice(self.source.read(), self.limit):
             yield replace(self._ask(row, place, fault, roles, known), share=share)
 
     def _ask(
-        self, row: Row | None, place: str, fault: str, roles: Roles, known: frozenset[str]
-    ) -> AskedRow:
+        self, row: Row | None, place: str, fault: str, roles: RoleValues, known: frozenset[str]
+    ) -> QueryRow:
         if row is None:
-            return AskedRow(dict.fromkeys(self.source.columns), place, None, fault)
+            return QueryRow(dict.fromkeys(self.source.columns), place, None, fault)
         if self.fixed and not row.keys() <= known:
-            more = listing(quote(name) for name in row if name not in known)
-            return AskedRow(row, place, None, f"has {more}, which the first rows lack")
-        roles.turn_to(row, 0)
+            more = join_names(quote(name) for name in row if name not in known)
+            return QueryRow(row, place, None, f"has {more}, which the first rows lack")
+        roles.set_row(row, 0)
         try:
-            return AskedRow(row, place, self.shape.build(roles))
-        except Unusable as error:
-            return AskedRow(row, place, None, str(error))
+            return QueryRow(row, place, self.shape.build(roles))
+        except UnusableRowError as error:
+            return QueryRow(row, place, None, str(error))
 
 
-def windows(rows: Iterator[AskedRow], size: int) -> Iterator[list[AskedRow]]:
+def windows(rows: Iterator[QueryRow], size: int) -> Iterator[list[QueryRow]]:
     """Yield lists of `size` rows; the last list may be shorter."""
     while window := list(islice(rows, size)):
         yield window
@@ -201,7 +203,7 @@ TRAINING_ROWS = "the training rows: no validation split was held back"
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class EvaluationRows:
     """Rows to evaluate.
 
     Attributes:
@@ -227,7 +229,7 @@ class HeldOut:
         return self.split == TRAINING_ROWS
 
 
-def load_held_out(
+def load_evaluation_rows(
     config: DataConfig,
     card: AdapterCard,
     split: str | None,
@@ -235,7 +237,7 @@ def load_held_out(
     *,
     is_own: bool = False,
     is_typed: bool = True,
-) -> HeldOut:
+) -> EvaluationRows:
     """Read and encode the rows to evaluate.
 
     Args:
@@ -265,10 +267,10 @@ def load_held_out(
     table, examples = convert.known(name, table, labels)
     prompt = read_format(card)
     if prompt is not None and not card.data:  # not trained by ftlevel: infer the separator
-        prompt = prompt.for_rows(examples, prompt.version)
+        prompt = prompt.resolve_separator(examples, prompt.version)
     encoder = Encoder(
         task, context.kind, context.tokenizer, config, context.bounds, prompt, labels
-    ).holding_out(name)
+    ).for_held_out(name)
     # The length limit of training applies only to its own validation rows.
     encoder = replace(encoder, whole=name != "validation")
     fitted = encoder(examples, table)
@@ -286,19 +288,21 @@ def load_held_out(
     rows = task.fix(rows, config, context)
     language = convert.shape.options.get("target_language", "")
     used = convert.shape.description
-    return HeldOut(table, rows, name, fitted.dropped, language, splits.name, note, used)
+    return EvaluationRows(table, rows, name, fitted.dropped, language, splits.name, note, used)
 
 
 def _without_absent(config: DataConfig, table: Table, task: Task) -> tuple[DataConfig, str]:
     """Drop the column mapping and format of training if they do not fit `table`; return a note."""
     there = {
-        role: column for role, column in config.columns.items() if is_there(column, table.columns)
+        role: column
+        for role, column in config.columns.items()
+        if columns_exist(column, table.columns)
     }
     for columns, form in ((config.columns, config.format), (there, config.format), (there, None),
                           ({}, None)):  # fmt: skip
         fewer = config.model_copy(update={"columns": columns, "format": form})
         try:
-            found = task.find_format(table.columns, fewer, table.rows[:PART])
+            found = task.find_format(table.columns, fewer, table.rows[:CHUNK_ROWS])
         except InputError:
             continue
         if fewer == config:
@@ -309,7 +313,7 @@ def _without_absent(config: DataConfig, table: Table, task: Task) -> tuple[DataC
     return config, ""
 
 
-def _choose(splits: Splits, split: str | None, *, is_own: bool) -> tuple[Table, str]:
+def _choose(splits: DatasetSplits, split: str | None, *, is_own: bool) -> tuple[Table, str]:
     """Return the table of `split`, and its name."""
     tables = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     there = [name for name, table in tables.items() if table is not None]

@@ -9,23 +9,23 @@ from typing import Any
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.formats.convert import convert_rows, to_examples
-from ftlevel.data.formats.detect import Format, why
+from ftlevel.data.formats.detect import Format, explain_columns
 from ftlevel.data.formats.labels import (
-    SPELLINGS,
-    FoldLabels,
+    LABEL_NORMALIZERS,
+    LabelNormalizer,
     LabelSet,
     build_label_set,
     check_labels,
-    find_unlabelled,
+    find_invalid_labels,
     find_variants,
 )
-from ftlevel.data.gate import Finding, judge
-from ftlevel.data.gate.gate import resolve_faults
-from ftlevel.data.sources.lines import PART
+from ftlevel.data.gate import Finding, build_finding
+from ftlevel.data.gate.gate import handle_unusable_rows
+from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.readers.refused import refuse_media_columns
-from ftlevel.data.sources.splits import Splits, hold_out, join_splits, load_splits
-from ftlevel.data.sources.table import BadRow, Table, resolve_bad
-from ftlevel.errors import InputError, did_you_mean, listing, quote
+from ftlevel.data.sources.splits import DatasetSplits, hold_out, join_splits, load_splits
+from ftlevel.data.sources.table import BadRow, Table, handle_bad_rows
+from ftlevel.errors import InputError, did_you_mean, join_names, quote
 from ftlevel.task import Task
 
 BUILTIN_ROWS = 192
@@ -33,7 +33,7 @@ BUILTIN_ROWS = 192
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedExamples:
     """Examples of all splits, before tokenization.
 
     Attributes:
@@ -44,7 +44,7 @@ class Loaded:
         why: reason for the column format.
     """
 
-    splits: Splits
+    splits: DatasetSplits
     format: Format
     train: Sequence[Any]
     validation: Sequence[Any] | None
@@ -54,7 +54,9 @@ class Loaded:
     why: str = ""
 
 
-def load_examples(config: DataConfig, task: Task, seed: int, *, lenient: bool = False) -> Loaded:
+def load_examples(
+    config: DataConfig, task: Task, seed: int, *, lenient: bool = False
+) -> LoadedExamples:
     """Read the dataset and convert its rows to examples of `task`.
 
     `seed` selects the validation rows. `lenient` drops and reports rows that would stop the run.
@@ -65,7 +67,9 @@ def load_examples(config: DataConfig, task: Task, seed: int, *, lenient: bool = 
     return convert_splits(read_splits(config, task, seed), config, task, lenient=lenient)
 
 
-def convert_splits(splits: Splits, config: DataConfig, task: Task, *, lenient: bool) -> Loaded:
+def convert_splits(
+    splits: DatasetSplits, config: DataConfig, task: Task, *, lenient: bool
+) -> LoadedExamples:
     """Convert the rows of `splits` to examples; arguments as in `load_examples`."""
     _check_ignored(splits, config)
     convert, told = open_converter(splits.train, config, task, lenient=lenient)
@@ -73,20 +77,20 @@ def convert_splits(splits: Splits, config: DataConfig, task: Task, *, lenient: b
     train, examples = convert("train", splits.train, None)
     labels = None
     if convert.label_column is not None:
-        examples = convert.with_names("train", train, examples, config.labels)
+        examples = convert.merge_label_variants("train", train, examples, config.labels)
         labels = build_label_set(examples, train, convert.label_column, config.labels)
-        train, examples = convert.without_faults(train, examples, labels)
+        train, examples = convert.drop_inconsistent_labels(train, examples, labels)
     validation, held_out = splits.validation, None
     if validation is not None:
         validation, held_out = convert.known("validation", validation, labels)
-    kept = Splits(train, validation, splits.test, splits.name, splits.notes)
-    reason = why(convert.shape.columns, config.columns, config.format)
-    return Loaded(
+    kept = DatasetSplits(train, validation, splits.test, splits.name, splits.notes)
+    reason = explain_columns(convert.shape.columns, config.columns, config.format)
+    return LoadedExamples(
         kept, convert.shape, examples, held_out, labels, choices, convert.findings, reason
     )
 
 
-def _check_ignored(splits: Splits, config: DataConfig) -> None:
+def _check_ignored(splits: DatasetSplits, config: DataConfig) -> None:
     """Raise `InputError` if no split has a column of `--ignore-columns`."""
     tables = [table for table in (splits.train, splits.validation, splits.test) if table]
     known = {name for table in tables for name in table.ignored}
@@ -94,7 +98,7 @@ def _check_ignored(splits: Splits, config: DataConfig) -> None:
         columns = splits.train.columns
         raise InputError(
             f"--ignore-columns {unknown[0]}: no such column.{did_you_mean(unknown[0], columns)} "
-            f"Columns: {listing(map(quote, columns))}."
+            f"Columns: {join_names(map(quote, columns))}."
         )
 
 
@@ -102,7 +106,7 @@ def open_converter(
     table: Table, config: DataConfig, task: Task, *, lenient: bool = False
 ) -> tuple[Converter, list[Choice]]:
     """Return a converter for rows like those of `table`, and log lines."""
-    found = task.find_format(table.columns, config, table.rows[:PART])
+    found = task.find_format(table.columns, config, table.rows[:CHUNK_ROWS])
     refuse_media_columns(found.unused, table.rows, table.source)
     shape, choices = task.read_columns(found, table, config)
     return Converter(config, task, shape, shape, lenient), choices
@@ -133,7 +137,7 @@ class Converter:
         examples, bad = convert_rows(table, self.shape)
         column = self.label_column
         if column is not None and (self.lenient or self.config.gate.unknown_label == "drop"):
-            bad += find_unlabelled(labels, examples, table, column)
+            bad += find_invalid_labels(labels, examples, table, column)
         if not bad:
             return table, examples
         return self._without(split, table, bad)
@@ -143,51 +147,55 @@ class Converter:
     ) -> tuple[Table, Sequence[Any]]:
         """Convert a split whose classes must be in `labels`; raise `InputError` on others."""
         if labels is not None:
-            self.with_names(split, table, convert_rows(table, self.plain)[0], labels.names)
+            self.merge_label_variants(
+                split, table, convert_rows(table, self.plain)[0], labels.names
+            )
         table, examples = self(split, table, labels)
         if labels is None:
             return table, examples
         check_labels(labels, examples, table)
-        return self.without_faults(table, examples, labels)
+        return self.drop_inconsistent_labels(table, examples, labels)
 
-    def with_names(
+    def merge_label_variants(
         self, split: str, table: Table, examples: Sequence[Any], names: Sequence[str] = ()
     ) -> Sequence[Any]:
         """Return `examples` with spelling variants of a label merged.
 
         `names` are the known classes; if empty, the most frequent spelling is used.
         """
-        for check, same in SPELLINGS.items():
+        for check, same in LABEL_NORMALIZERS.items():
             variants = find_variants(examples, check, names)
             rows = sorted({row for variant in variants for row in variant.rows})
             told = [f"{table.where(v.rows[0])}: {v.label!r} is {v.name!r}" for v in variants]
-            found = judge(check, split, len(rows), len(table), told, self.config.gate)
+            found = build_finding(check, split, len(rows), len(table), told, self.config.gate)
             if found is None:
                 continue
             self.findings.append(found)
             if found.action == "fold":
                 known = {same(name): v.name for v in variants for name in (v.label, v.name)}
-                self.shape = replace(self.shape, build=FoldLabels(self.shape.build, same, known))
+                self.shape = replace(
+                    self.shape, build=LabelNormalizer(self.shape.build, same, known)
+                )
                 examples = convert_rows(table, self.shape)[0]
         return examples
 
-    def without_faults(
+    def drop_inconsistent_labels(
         self, table: Table, examples: Sequence[Any], labels: LabelSet
     ) -> tuple[Table, Sequence[Any]]:
         """Raise on rows with inconsistent classes, or drop them if configured."""
         faults = self.task.find_faults(examples, labels, table)
         if not faults:
             return table, examples
-        table = resolve_bad(table, faults, self.config.on_bad_row)
+        table = handle_bad_rows(table, faults, self.config.on_bad_row)
         return table, to_examples(table, self.shape)
 
     def _without(self, split: str, table: Table, bad: list[BadRow]) -> tuple[Table, Sequence[Any]]:
-        table, found = resolve_faults(table, bad, self.config, split, lenient=self.lenient)
+        table, found = handle_unusable_rows(table, bad, self.config, split, lenient=self.lenient)
         self.findings += found
         return table, to_examples(table, self.shape)
 
 
-def read_splits(config: DataConfig, task: Task, seed: int) -> Splits:
+def read_splits(config: DataConfig, task: Task, seed: int) -> DatasetSplits:
     """Return the splits after joining, holding out and sampling as configured."""
     parts = [_read_one(name, config, task, config.split) for name in (config.dataset, *config.also)]
     splits = parts[0] if len(parts) == 1 else join_splits(parts, config.mix, seed)
@@ -202,10 +210,10 @@ def read_splits(config: DataConfig, task: Task, seed: int) -> Splits:
         train = replace(train.take(range(config.max_samples)), dropped=train.dropped)
     if validation is not None and config.max_eval_samples:
         validation = validation.take(range(min(len(validation), config.max_eval_samples)))
-    return Splits(train, validation, splits.test, splits.name, splits.notes)
+    return DatasetSplits(train, validation, splits.test, splits.name, splits.notes)
 
 
-def _read_one(name: str, config: DataConfig, task: Task, split: str | None) -> Splits:
+def _read_one(name: str, config: DataConfig, task: Task, split: str | None) -> DatasetSplits:
     builtin = name.startswith("builtin:")
     return load_splits(
         name,

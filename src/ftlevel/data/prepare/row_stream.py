@@ -18,15 +18,15 @@ import numpy as np
 
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.encoding.fit import LOSS
+from ftlevel.data.encoding.fit import MAX_DROPPED_SHARE
 from ftlevel.data.formats.convert import convert_rows
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.gate import explain_stop
 from ftlevel.data.gate.gate import Gate
 from ftlevel.data.prepare.encoder import Encoder
 from ftlevel.data.sources.streams import Chunk, Cursor, Stream
-from ftlevel.data.sources.table import BadRow, Table, describe_bad
-from ftlevel.data.sources.uniform import Form
+from ftlevel.data.sources.table import BadRow, Table, describe_bad_rows
+from ftlevel.data.sources.uniform import RowSchema
 from ftlevel.errors import InputError
 
 T = TypeVar("T")
@@ -83,7 +83,7 @@ class ChunkEncoder:
 
     config: DataConfig
     shape: Format
-    form: Form
+    form: RowSchema
     encoder: Encoder
     gate: Gate
     may_lose: bool
@@ -127,7 +127,7 @@ class ChunkEncoder:
             if not skips and not (row.finding and getattr(gate, row.finding) == "drop")
         ]  # fmt: skip
         if stops:
-            raise InputError(describe_bad(table, stops))
+            raise InputError(describe_bad_rows(table, stops))
         lines = {row.line for row in bad}
         for row in bad:
             counts[f"gate.{row.finding}" if row.finding else "bad"] += 1
@@ -137,7 +137,7 @@ class ChunkEncoder:
     def check_loss(self, counts: Mapping[str, int]) -> None:
         """Raise `InputError` if over 1 % of the rows exceed a length chosen from the first rows."""
         lost, read = counts.get("too_long", 0), counts.get("read", 0)
-        if self.may_lose and read >= _SURE and lost > LOSS * read:
+        if self.may_lose and read >= _SURE and lost > MAX_DROPPED_SHARE * read:
             raise InputError(
                 f"{lost:,} of the {read:,} rows read so far are longer than "
                 f"{self.encoder.config.max_length:,} tokens, which was enough for the first ones. "
@@ -186,7 +186,7 @@ class _Ready(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Division:
+class StreamSharding:
     """Distribution of a stream over processes: each encodes some of the chunks.
 
     All processes receive all rows in stream order, so the result equals that of one process.
@@ -226,10 +226,10 @@ class RowStream:
         self._source, self._encode, self._held_out = source, encode, held_out
         self._size, self._seed = buffer, seed
         self._counts: Counter[str] = Counter()
-        self._division, self._turn = Division(), 0
+        self._division, self._turn = StreamSharding(), 0
         self._begin_pass()
 
-    def divide(self, division: Division) -> None:
+    def divide(self, division: StreamSharding) -> None:
         """Encode only the chunks of this process from now on."""
         self._division, self._turn = division, 0
 

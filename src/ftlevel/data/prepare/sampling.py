@@ -19,7 +19,7 @@ POOL = 50
 """Number of steps whose rows are sorted together."""
 
 
-class LengthGroups(Sampler[int]):
+class LengthGroupedSampler(Sampler[int]):
     """Group rows of similar length into optimizer steps, in random order.
 
     `lengths` are in tokens; `step` is the number of rows per step. Set `epoch` (from 0) before the
@@ -51,7 +51,7 @@ class LengthGroups(Sampler[int]):
             yield from step
 
 
-class ShareOfSteps(Sampler[list[int]]):
+class StepShardSampler(Sampler[list[int]]):
     """Batches of one process when several processes share each optimizer step.
 
     Batch n of the order goes to process n mod count. All processes have equally many batches. At
@@ -74,7 +74,7 @@ class ShareOfSteps(Sampler[list[int]]):
             yield rows[begin : begin + self._batch] or [len(rows)]
 
 
-class RowsAndNothing(Dataset[Encoded]):
+class RowsWithPadding(Dataset[Encoded]):
     """Rows, followed by NOTHING: a copy of the first row that does not contribute to the loss."""
 
     def __init__(self, rows: Sequence[Encoded]) -> None:

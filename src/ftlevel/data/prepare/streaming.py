@@ -22,15 +22,15 @@ from ftlevel.config import DataConfig, GateConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.store import RowStore, rows_to_batches, write_store
-from ftlevel.data.prepare.encoder import Encoder, EncodingContext, Prepared, be_silent
+from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData, ignore_progress
 from ftlevel.data.prepare.examples import prepare_examples
 from ftlevel.data.prepare.loading import convert_splits
 from ftlevel.data.prepare.row_stream import ChunkEncoder, RowStream, StreamState
-from ftlevel.data.sources.splits import Splits
+from ftlevel.data.sources.splits import DatasetSplits
 from ftlevel.data.sources.stream_sources import StreamSource, open_source
 from ftlevel.data.sources.streams import Chunk, describe_null_keys
-from ftlevel.data.sources.table import BadRow, Row, Table, resolve_bad
-from ftlevel.data.sources.uniform import Form, find_odd_rows
+from ftlevel.data.sources.table import BadRow, Row, Table, handle_bad_rows
+from ftlevel.data.sources.uniform import RowSchema, find_inconsistent_rows
 from ftlevel.errors import ConfigError, InputError
 
 SAMPLE = 1_000
@@ -43,7 +43,7 @@ WHOLE_SET = (
 """Checks that compare rows, and so cover only the first rows of a stream."""
 
 
-def prepare_stream(config: DataConfig, context: EncodingContext) -> Prepared:
+def prepare_stream(config: DataConfig, context: EncodingContext) -> PreparedData:
     """Return the first rows of a stream, encoded and checked, and the stream itself."""
     source = open_source(
         config.dataset,
@@ -56,7 +56,7 @@ def prepare_stream(config: DataConfig, context: EncodingContext) -> Prepared:
     )
     splits, form = _read_head(source, config)
     loaded = convert_splits(splits, config, context.task, lenient=context.lenient)
-    prepared = prepare_examples(loaded, config, context, None, be_silent)
+    prepared = prepare_examples(loaded, config, context, None, ignore_progress)
     length, overlong = prepared.max_length, prepared.facts["overlong"]
     if config.max_length == "auto":
         length = _with_room(length, context.bounds.tightest[0])
@@ -92,7 +92,7 @@ def _with_room(longest: int, bound: int | None) -> int:
     return roomy if bound is None else max(longest, min(roomy, bound))
 
 
-def _read_head(source: StreamSource, config: DataConfig) -> tuple[Splits, Form]:
+def _read_head(source: StreamSource, config: DataConfig) -> tuple[DatasetSplits, RowSchema]:
     """Return the held-out rows, the first training rows, and their keys and types."""
     held, wanted = config.validation_rows or 0, SAMPLE + (config.validation_rows or 0)
     if held and source.validation is not None:
@@ -118,19 +118,21 @@ def _read_head(source: StreamSource, config: DataConfig) -> tuple[Splits, Form]:
         chunk.table, rows=rows[:wanted], lines=lines[:wanted], ignored=source.ignored
     ).without_columns(config.ignore_columns)
     bad = [row for row in bad if row.line <= table.lines[-1]] if len(rows) >= wanted else bad
-    odd = find_odd_rows(table.rows, table.lines)
-    form = Form.of(table.rows, table.lines)
+    odd = find_inconsistent_rows(table.rows, table.lines)
+    form = RowSchema.of(table.rows, table.lines)
     train, validation = table, source.validation
     if held:
-        validation = resolve_bad(
+        validation = handle_bad_rows(
             table.take(range(held)), _within(odd, table, 0, held), config.on_bad_row
         )
         train = table.take(range(held, len(table)))
-    train = resolve_bad(train, [*bad, *_within(odd, table, held, len(table))], config.on_bad_row)
+    train = handle_bad_rows(
+        train, [*bad, *_within(odd, table, held, len(table))], config.on_bad_row
+    )
     notes = [*source.notes, *describe_null_keys(source.train.null_keys, chunk.source)]
     if held:
         notes.append(f"validation: the first {held:,} rows, which are not trained on")
-    return Splits(train, validation, None, config.dataset, notes), form
+    return DatasetSplits(train, validation, None, config.dataset, notes), form
 
 
 def _until(chunks: Iterator[Chunk], rows: int) -> Iterator[Chunk]:
@@ -156,7 +158,7 @@ def _fingerprint(source: StreamSource, rows: Any) -> str:
     return digest.hexdigest()
 
 
-def _choices(prepared: Prepared, config: DataConfig, length: int) -> list[Choice]:
+def _choices(prepared: PreparedData, config: DataConfig, length: int) -> list[Choice]:
     """Return the log lines, reworded because only the first rows are known."""
     first = f"the first {prepared.facts['train_rows']:,} rows"
     held = f"{len(prepared.validation):,} for validation" if prepared.validation else (
@@ -278,7 +280,7 @@ class StreamedRows:
         self._next = content["step"] * self._step
 
 
-class InOrder(Sampler[int]):
+class SequentialRowSampler(Sampler[int]):
     """Sequential sampler."""
 
     def __init__(self, rows: StreamedRows) -> None:

@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, get_args
 
-from ftlevel.errors import InputError, listing
+from ftlevel.errors import InputError, join_names
 
 Kind = Literal["signatures", "generation", "summarization"]
 Split = Literal["train", "validation", "test"]
@@ -91,11 +91,12 @@ def read_docstrings(kind: Kind, split: Split, limit: int | None = None) -> list[
     """
     if kind not in get_args(Kind):
         raise InputError(
-            f"builtin:docstrings: unknown kind {kind!r}. Available: {listing(get_args(Kind))}."
+            f"builtin:docstrings: unknown kind {kind!r}. Available: {join_names(get_args(Kind))}."
         )
     if split not in get_args(Split):
         raise InputError(
-            f"builtin:docstrings: unknown split {split!r}. Available: {listing(get_args(Split))}."
+            f"builtin:docstrings: unknown split {split!r}. Available: "
+            f"{join_names(get_args(Split))}."
         )
     if limit is not None and limit <= 0:
         return []

@@ -13,19 +13,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ftlevel.config import RowsInMemory
-from ftlevel.data.sources.lines import PART
+from ftlevel.config import InMemoryDataset
+from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.readers.arrow import (
     arrow_rows,
     build_arrow_table,
     check_columns,
-    clean_rows,
     clean_value,
+    drop_null_keys,
 )
 from ftlevel.data.sources.streams import Chunk, Cursor, describe_null_keys
-from ftlevel.data.sources.table import OnBadRow, Row, Table, resolve_bad
-from ftlevel.data.sources.uniform import find_odd_rows
-from ftlevel.errors import InputError, did_you_mean, listing
+from ftlevel.data.sources.table import OnBadRow, Row, Table, handle_bad_rows
+from ftlevel.data.sources.uniform import find_inconsistent_rows
+from ftlevel.errors import InputError, did_you_mean, join_names
 from ftlevel.models.upstream.libraries import datasets_offline
 
 PROBE_SECONDS = 5.0
@@ -102,9 +102,9 @@ class IterableStream:
 
         schema = data.features and data.features.arrow_schema
         for row in data:
-            rows += clean_rows([row], schema, self.null_keys)
+            rows += drop_null_keys([row], schema, self.null_keys)
             number += 1
-            if len(rows) == PART:
+            if len(rows) == CHUNK_ROWS:
                 yield chunk()
                 rows = []
         if rows:
@@ -155,7 +155,7 @@ def pick_split(splits: Mapping[str, Any], wish: str | None, source: str) -> str:
     name = wish or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
     if name in splits:
         return name
-    there = f"Splits: {listing(splits)}."
+    there = f"Splits: {join_names(splits)}."
     if wish is None:
         raise InputError(f"{source}: has no split 'train'. {there} Pick one with --split.")
     raise InputError(
@@ -222,7 +222,7 @@ _KINDS = "a DataFrame, a datasets.Dataset or DatasetDict, or a list of dicts"
 
 
 def load_memory_tables(
-    given: RowsInMemory, on_bad_row: OnBadRow, most: int | None, ignored: Sequence[str] = ()
+    given: InMemoryDataset, on_bad_row: OnBadRow, most: int | None, ignored: Sequence[str] = ()
 ) -> dict[str, Table]:
     """Return rows passed from Python as tables by split; rows without splits become "train".
 
@@ -271,7 +271,7 @@ def _to_table(
         table = Table(plain, numbers, source, unit="row", notes=notes, ignored=there)
     if not len(table):
         raise InputError(f"{source}: has 0 rows. Give some.")
-    return resolve_bad(table, find_odd_rows(table.rows, table.lines), on_bad_row)
+    return handle_bad_rows(table, find_inconsistent_rows(table.rows, table.lines), on_bad_row)
 
 
 def iterate_rows(rows: Any, source: str, null_keys: Counter[str] | None = None) -> Iterator[Row]:
@@ -291,7 +291,7 @@ def iterate_rows(rows: Any, source: str, null_keys: Counter[str] | None = None) 
         is_arrow = hasattr(rows, "features")
         for row in _check_rows(rows, source):
             plain = {str(key): _plain(value) for key, value in row.items()}
-            yield clean_rows([plain], schema, null_keys)[0] if is_arrow else plain
+            yield drop_null_keys([plain], schema, null_keys)[0] if is_arrow else plain
 
 
 def _frame_rows(frame: Any, source: str, null_keys: Counter[str]) -> Iterator[Row]:
@@ -361,7 +361,8 @@ def _check_rows(rows: Any, source: str) -> Iterator[Mapping[str, Any]]:
     """Yield the elements of `rows`; raise `InputError` for one that is not a mapping."""
     if isinstance(rows, Mapping):
         raise InputError(
-            f"{source}: the rows in memory are a dict of {listing(map(repr, rows))}. Expected the "
+            f"{source}: the rows in memory are a dict of {join_names(map(repr, rows))}. "
+            "Expected the "
             "rows of one split, such as rows['test']."
         )
     if not isinstance(rows, Iterable):

@@ -38,7 +38,7 @@ PACKED = tuple(_MAGIC)
 """Suffixes of compressed files."""
 
 
-def is_packed(path: Path) -> bool:
+def is_compressed(path: Path) -> bool:
     """Return whether `path` has the suffix of a compressed file."""
     return path.suffix.lower() in PACKED
 
@@ -46,10 +46,10 @@ def is_packed(path: Path) -> bool:
 def plain_name(name: str) -> str:
     """Return `name` without its compression suffix."""
     path = Path(name)
-    return path.stem if is_packed(path) else name
+    return path.stem if is_compressed(path) else name
 
 
-def unpack(path: Path) -> Path:
+def decompress(path: Path) -> Path:
     """Return a decompressed copy of a file, cached until its size or modification time changes.
 
     Raises `InputError` if the content is truncated or does not match the suffix, or the disk is
@@ -80,7 +80,7 @@ def _unpack(path: Path, suffix: str, _state: tuple[int, int]) -> Path:
 _kept: list[tuple[object, Path]] = []  # the stdin object and its copy
 
 
-def keep_stdin() -> Path:
+def cache_stdin() -> Path:
     """Return a file with the decompressed content of stdin; later calls return the same file.
 
     Raises `InputError` if stdin is a terminal, empty or truncated.
@@ -107,7 +107,7 @@ def is_pipe(path: Path) -> bool:
         return False
 
 
-def keep_pipe(path: Path) -> Path:
+def cache_pipe(path: Path) -> Path:
     """Return a file with the decompressed content of a pipe; later calls return the same file.
 
     Raises `InputError` if no program writes to the pipe, or the data is truncated.
@@ -213,7 +213,7 @@ def _write_copy(open_source: Callable[[], Any], copy: Path, shown: str) -> None:
 T = TypeVar("T")
 
 
-class Computed(Sequence[T]):
+class LazySequence(Sequence[T]):
     """Sequence that computes its items on access with `_item`; a slice returns a list."""
 
     @abstractmethod
@@ -231,7 +231,7 @@ class Computed(Sequence[T]):
 
 
 Row = dict[str, Any]
-PART = 64
+CHUNK_ROWS = 64
 """Number of rows (or lines) per chunk; a cursor exists after each chunk."""
 LARGE_BYTES = 1_000_000
 """File size in bytes from which rows are read on access instead of kept in memory."""
@@ -248,7 +248,7 @@ def as_row(value: Any) -> Any:
     return value
 
 
-class LineNumbers(Computed[int]):
+class LineNumbers(LazySequence[int]):
     """1-based line numbers of the rows of a file; stores only the lines without a row."""
 
     def __init__(self) -> None:
@@ -276,7 +276,7 @@ class LineNumbers(Computed[int]):
         return at + 1 + bisect_right(self._gaps, at + 1)
 
 
-class LineRows(Computed[Row]):
+class LineRows(LazySequence[Row]):
     """Rows of a JSON Lines file, decoded on access; the file must not change meanwhile.
 
     `lines` are the 1-based lines of the rows, which must be valid. `places` are the byte offsets of
@@ -303,8 +303,8 @@ class LineRows(Computed[Row]):
 
     def _read(self, line: int) -> Row:
         at, begin = self._next
-        if not 0 <= line - at < PART:
-            at, begin = line - (line - 1) % PART, self.places[(line - 1) // PART]
+        if not 0 <= line - at < CHUNK_ROWS:
+            at, begin = line - (line - 1) % CHUNK_ROWS, self.places[(line - 1) // CHUNK_ROWS]
         while at < line:
             begin = self._end(begin) + 1
             at += 1

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ftlevel.config import IN_MEMORY, RowsInMemory
+from ftlevel.config import IN_MEMORY, InMemoryDataset
 from ftlevel.data.sources.hub import (
     is_saved_directory,
     load_hub_tables,
@@ -27,7 +27,7 @@ from ftlevel.data.sources.hub import (
 )
 from ftlevel.data.sources.lines import STDIN
 from ftlevel.data.sources.readers.files import (
-    Reading,
+    ReadOptions,
     data_files,
     is_data_file_name,
     is_pattern,
@@ -37,7 +37,7 @@ from ftlevel.data.sources.readers.files import (
 )
 from ftlevel.data.sources.readers.refused import describe_missing
 from ftlevel.data.sources.table import BadRow, OnBadRow, Part, Table, describe_dropped
-from ftlevel.errors import InputError, did_you_mean, listing, nearest, quote
+from ftlevel.errors import InputError, closest_matches, did_you_mean, join_names, quote
 
 
 def join_tables(tables: Sequence[Table]) -> Table:
@@ -94,7 +94,7 @@ def mix_tables(
             )
         chosen = sorted(random.Random(seed).sample(range(len(table)), count))
         taken.append(replace(table.take(chosen), dropped=table.dropped))
-    kept = listing(
+    kept = join_names(
         f"{count:,} of {len(table):,} rows of {table.source}"
         for count, table in zip(counts, tables, strict=True)
     )
@@ -102,7 +102,7 @@ def mix_tables(
 
 
 def _quoted(table: Table) -> str:
-    return listing(map(quote, table.columns))
+    return join_names(map(quote, table.columns))
 
 
 def _interleave(lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -134,7 +134,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
-class Splits:
+class DatasetSplits:
     """The tables of a dataset; no run reads `test`, and `notes` are sentences to print."""
 
     train: Table
@@ -153,7 +153,7 @@ def load_splits(
     max_samples: int | None = None,
     input_format: str | None = None,
     ignored: Sequence[str] = (),
-) -> Splits:
+) -> DatasetSplits:
     """Load the splits of a dataset.
 
     Args:
@@ -169,7 +169,7 @@ def load_splits(
     Raises:
         InputError: the dataset cannot be loaded; the message has `path:line` where possible.
     """
-    how = Reading(input_format, subset, ignored=ignored)
+    how = ReadOptions(input_format, subset, ignored=ignored)
     if dataset == IN_MEMORY:
         tables = load_memory_tables(_check_given(dataset), on_bad_row, max_samples, ignored)
         splits = _assemble(tables, pick_split(tables, split, _GIVEN), IN_MEMORY, [])
@@ -185,7 +185,7 @@ def load_splits(
             splits = _load_pattern(dataset, split, on_bad_row, how)
         elif dataset == STDIN or path.exists() or path.is_symlink():
             check_one_file(dataset, split)
-            splits = Splits(read_table(dataset, on_bad_row, how), None, None, dataset)
+            splits = DatasetSplits(read_table(dataset, on_bad_row, how), None, None, dataset)
         else:
             check_hub_id(dataset, path)
             splits = _load_hub(dataset, split, (subset, max_samples, ignored))
@@ -195,10 +195,12 @@ def load_splits(
         if table is not None
         for note in (*table.notes, *describe_dropped(table))
     ]
-    return take_first(replace(splits, notes=[*splits.notes, *notes]), max_samples)
+    return limit_rows(replace(splits, notes=[*splits.notes, *notes]), max_samples)
 
 
-def join_splits(parts: Sequence[Splits], shares: Sequence[float] | None, seed: int) -> Splits:
+def join_splits(
+    parts: Sequence[DatasetSplits], shares: Sequence[float] | None, seed: int
+) -> DatasetSplits:
     """Return several datasets as one, with training tables mixed in proportion to `shares`.
 
     If `shares` is None, all rows are kept. Raises `InputError` if the columns differ, or a dataset
@@ -210,7 +212,7 @@ def join_splits(parts: Sequence[Splits], shares: Sequence[float] | None, seed: i
         notes += mixed
     validation = [part.validation for part in parts if part.validation is not None]
     test = [part.test for part in parts if part.test is not None]
-    return Splits(
+    return DatasetSplits(
         join_tables(train),
         join_tables(validation) if validation else None,
         join_tables(test) if test else None,
@@ -219,7 +221,7 @@ def join_splits(parts: Sequence[Splits], shares: Sequence[float] | None, seed: i
     )
 
 
-def take_first(splits: Splits, max_samples: int | None) -> Splits:
+def limit_rows(splits: DatasetSplits, max_samples: int | None) -> DatasetSplits:
     """Return the first `max_samples` rows of each split; None keeps all."""
     if max_samples is None:
         return splits
@@ -237,7 +239,7 @@ def take_first(splits: Splits, max_samples: int | None) -> Splits:
     )
 
 
-def hold_out(splits: Splits, validation_split: float, seed: int) -> Splits:
+def hold_out(splits: DatasetSplits, validation_split: float, seed: int) -> DatasetSplits:
     """Move a random share of the training rows to validation, unless a validation split exists.
 
     The selection depends only on `seed` and the number of rows. Both parts keep their order. Raises
@@ -269,12 +271,14 @@ def hold_out(splits: Splits, validation_split: float, seed: int) -> Splits:
     )
 
 
-def _assemble(tables: Mapping[str, Table], train: str, name: str, notes: list[str]) -> Splits:
+def _assemble(
+    tables: Mapping[str, Table], train: str, name: str, notes: list[str]
+) -> DatasetSplits:
     """Assign tables to train, validation and test; add a note if `train` is not "train"."""
     if train != "train":
-        notes = [*notes, f"{name}: trains on split {train!r} of {listing(tables)}"]
+        notes = [*notes, f"{name}: trains on split {train!r} of {join_names(tables)}"]
     validation = next((key for key in VALIDATION_NAMES if key in tables and key != train), None)
-    return Splits(
+    return DatasetSplits(
         train=tables[train],
         validation=tables[validation] if validation else None,
         test=tables["test"] if "test" in tables and train != "test" else None,
@@ -285,18 +289,18 @@ def _assemble(tables: Mapping[str, Table], train: str, name: str, notes: list[st
 
 def _load_builtin(
     dataset: str, split: str | None, subset: str | None, max_samples: int | None
-) -> Splits:
+) -> DatasetSplits:
     """Load a built-in dataset; `subset` is the kind of rows."""
     name = dataset.removeprefix("builtin:")
     if name not in BUILTIN:
         raise InputError(
             f"--dataset {dataset}: no such built-in set.{did_you_mean(name, BUILTIN)} "
-            f"There is: {listing(f'builtin:{each}' for each in BUILTIN)}."
+            f"There is: {join_names(f'builtin:{each}' for each in BUILTIN)}."
         )
     if split is not None and split not in _BUILTIN_SPLITS:
         raise InputError(
             f"--split {split}: no such split of {dataset}."
-            f"{did_you_mean(split, _BUILTIN_SPLITS)} Splits: {listing(_BUILTIN_SPLITS)}."
+            f"{did_you_mean(split, _BUILTIN_SPLITS)} Splits: {join_names(_BUILTIN_SPLITS)}."
         )
     from ftlevel.data.sources.docstrings import read_docstrings
 
@@ -309,9 +313,9 @@ def _load_builtin(
     return _assemble(tables, split or "train", dataset, [])
 
 
-def _check_given(dataset: str) -> RowsInMemory:
+def _check_given(dataset: str) -> InMemoryDataset:
     """Return the rows in memory; raise `InputError` if only their name is left."""
-    if isinstance(dataset, RowsInMemory):
+    if isinstance(dataset, InMemoryDataset):
         return dataset
     raise InputError(
         f"the data set is called {IN_MEMORY!r}: its rows were handed over in Python, and are not "
@@ -342,14 +346,17 @@ def match_training_files(pattern: str, split: str | None, format_: str | None) -
     others = [str(file) for file in files if stem_of(file.name).lower() in held]
     if others and len(others) < len(files):
         raise InputError(
-            f"{pattern}: matches {listing(others, 4)}, named like rows that are not for training, "
+            f"{pattern}: matches {join_names(others, 4)}, named like rows that are not for "
+            "training, "
             f"beside {len(files) - len(others):,} other files. Name the directory, whose files are "
             "used by their names, or a pattern that leaves them out."
         )
     return files
 
 
-def _load_pattern(dataset: str, split: str | None, on_bad_row: OnBadRow, how: Reading) -> Splits:
+def _load_pattern(
+    dataset: str, split: str | None, on_bad_row: OnBadRow, how: ReadOptions
+) -> DatasetSplits:
     """Load all files that match a pattern as training rows."""
     files = match_training_files(dataset, split, how.format)
     tables, problems = [], []
@@ -360,13 +367,13 @@ def _load_pattern(dataset: str, split: str | None, on_bad_row: OnBadRow, how: Re
             problems += error.problems
     if problems:
         raise InputError(problems)
-    note = f"{dataset}: reads {len(files):,} files: {listing(map(str, files), 4)}"
-    return Splits(join_tables(tables), None, None, dataset, [note])
+    note = f"{dataset}: reads {len(files):,} files: {join_names(map(str, files), 4)}"
+    return DatasetSplits(join_tables(tables), None, None, dataset, [note])
 
 
 def _load_directory(
-    path: Path, dataset: str, split: str | None, rest: tuple[OnBadRow, int | None, Reading]
-) -> Splits:
+    path: Path, dataset: str, split: str | None, rest: tuple[OnBadRow, int | None, ReadOptions]
+) -> DatasetSplits:
     """Load a directory: one file per split, shards of "train", or `save_to_disk` output."""
     on_bad_row, max_samples, how = rest
     if is_saved_directory(path):
@@ -375,7 +382,7 @@ def _load_directory(
     files, train, notes = choose_files(path, dataset, split)
     if len(files[train]) > 1:
         shards = join_tables([read_table(file, on_bad_row, how) for file in files[train]])
-        return Splits(shards, None, None, dataset, notes)
+        return DatasetSplits(shards, None, None, dataset, notes)
     tables, problems = {}, []
     for use, [file] in files.items():
         try:
@@ -396,7 +403,7 @@ def choose_files(
     """
     names = data_files(path)
     if split is None and _are_shards(names):
-        note = f"{dataset}: reads all of {listing(names)} as training rows"
+        note = f"{dataset}: reads all of {join_names(names)} as training rows"
         return {"train": [path / name for name in names]}, "train", [note]
     stems: dict[str, str] = {}
     for name in names:
@@ -410,7 +417,7 @@ def choose_files(
     train = (split or "train").lower()
     train = next((use for use, stems_ in _SPLIT_NAMES.items() if train in stems_), train)
     if train not in stems:
-        there = f"Files in it: {listing(names)}." if names else "It holds no data file."
+        there = f"Files in it: {join_names(names)}." if names else "It holds no data file."
         raise InputError(
             f"{path}: has no {train} file.{did_you_mean(train, stems)} {there} "
             f"Add {train}.jsonl, or name one file: --dataset {path / (names or ['FILE'])[0]}"
@@ -423,7 +430,7 @@ def _are_shards(names: list[str]) -> bool:
     """Return whether there are several files and none is named like a split."""
     stems = [stem_of(name).lower() for name in names]
     known = {stem for stems_ in _SPLIT_NAMES.values() for stem in stems_}
-    return len(names) > 1 and known.isdisjoint(stems) and not nearest("train", stems)
+    return len(names) > 1 and known.isdisjoint(stems) and not closest_matches("train", stems)
 
 
 def check_hub_id(dataset: str, path: Path) -> None:
@@ -445,7 +452,7 @@ def check_hub_id(dataset: str, path: Path) -> None:
 
 def _load_hub(
     dataset: str, split: str | None, rest: tuple[str | None, int | None, Sequence[str]]
-) -> Splits:
+) -> DatasetSplits:
     """Load a Hub dataset; a sliced `split` is loaded alone."""
     subset, max_samples, ignored = rest
     sliced = split is not None and not split.isidentifier()

@@ -18,7 +18,7 @@ from ftlevel.data.sources.hub import (
 )
 from ftlevel.data.sources.lines import STDIN
 from ftlevel.data.sources.readers.arrow import refuse_media
-from ftlevel.data.sources.readers.files import Reading, is_pattern, open_stream, read_table
+from ftlevel.data.sources.readers.files import ReadOptions, is_pattern, open_stream, read_table
 from ftlevel.data.sources.splits import (
     HUB_PREFIX,
     VALIDATION_NAMES,
@@ -65,7 +65,7 @@ def open_source(
     The other arguments are those of `splits.load_splits`; `on_bad_row` applies to validation rows.
     Raises `InputError` if the dataset does not exist or cannot be streamed.
     """
-    how = Reading(input_format, subset, ignored=ignored)
+    how = ReadOptions(input_format, subset, ignored=ignored)
     if dataset.startswith("builtin:") or dataset == IN_MEMORY:
         words = dataset if dataset != IN_MEMORY else "the data set"
         raise InputError(f"--streaming: {words} is in memory already. Drop --streaming.")
@@ -101,7 +101,7 @@ def open_source(
 
 
 def _open_files(
-    files: Sequence[Path], validation: Table | None, how: Reading, notes: Sequence[str]
+    files: Sequence[Path], validation: Table | None, how: ReadOptions, notes: Sequence[str]
 ) -> StreamSource:
     """Return the training rows of `files` as one stream, file after file."""
     streams = [open_stream(file, how) for file in files]

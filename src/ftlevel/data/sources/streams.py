@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 from ftlevel.data.sources.table import BadRow, Row, Table
-from ftlevel.data.sources.uniform import find_odd_rows
-from ftlevel.errors import InputError, listing
+from ftlevel.data.sources.uniform import find_inconsistent_rows
+from ftlevel.errors import InputError, join_names
 
 Cursor = Mapping[str, Any]
 
@@ -87,7 +87,7 @@ class Reader(ABC):
 
     def chunks(self, cursor: Cursor | None = None) -> Iterator[Chunk]:
         """Yield the chunks after `cursor`; raise `InputError` if the file is damaged."""
-        with refuse_unreadable(self.path, self.shown):
+        with wrap_read_errors(self.path, self.shown):
             yield from self.read(cursor)
 
     def share(self, chunk: Chunk) -> float | None:
@@ -108,7 +108,7 @@ class Reader(ABC):
             rows += chunk.rows
             lines += chunk.lines
             bad += chunk.bad
-        odd = [] if self.uniform else find_odd_rows(rows, lines)
+        odd = [] if self.uniform else find_inconsistent_rows(rows, lines)
         return self.table(rows, lines), [*bad, *odd]
 
     def table(self, rows: Sequence[Row], lines: Sequence[int]) -> Table:
@@ -121,7 +121,7 @@ class Reader(ABC):
 
 
 @contextmanager
-def refuse_unreadable(path: Path, shown: str = "") -> Iterator[None]:
+def wrap_read_errors(path: Path, shown: str = "") -> Iterator[None]:
     """Convert `OSError` to `InputError`, and replace `path` by `shown` in error messages."""
     shown = shown or str(path)
     try:
@@ -141,7 +141,8 @@ def describe_null_keys(null_keys: Counter[str], source: str) -> list[str]:
     inner_first = sorted(null_keys, key=lambda path: (-path.count("."), path))
     return [
         f"{source}: dropped {null_keys.total():,} null keys of objects in lists, as Arrow gives "
-        f"all objects of a list the same keys ({listing(inner_first, 4)}); JSON Lines keeps nulls"
+        f"all objects of a list the same keys ({join_names(inner_first, 4)}); JSON Lines keeps "
+        "nulls"
     ]
 
 

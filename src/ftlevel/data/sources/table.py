@@ -106,7 +106,7 @@ class Table:
         return replace(self, rows=[self.rows[i] for i in chosen], lines=lines, dropped=())
 
 
-def resolve_bad(table: Table, bad: Sequence[BadRow], on_bad_row: OnBadRow) -> Table:
+def handle_bad_rows(table: Table, bad: Sequence[BadRow], on_bad_row: OnBadRow) -> Table:
     """Return `table` without the rows in `bad`, which are added to `dropped`.
 
     `bad` may include rows that are not in the table, such as invalid JSON. Raises `InputError` if
@@ -115,7 +115,7 @@ def resolve_bad(table: Table, bad: Sequence[BadRow], on_bad_row: OnBadRow) -> Ta
     if not bad:
         return table
     if on_bad_row == "error":
-        raise InputError(describe_bad(table, bad))
+        raise InputError(describe_bad_rows(table, bad))
     lines = {row.line for row in bad}
     kept = table.take(i for i, line in enumerate(table.lines) if line not in lines)
     dropped = tuple(sorted((*table.dropped, *bad), key=lambda row: row.line))
@@ -128,7 +128,7 @@ def resolve_bad(table: Table, bad: Sequence[BadRow], on_bad_row: OnBadRow) -> Ta
     return replace(kept, dropped=dropped)
 
 
-def describe_bad(table: Table, bad: Sequence[BadRow]) -> list[str]:
+def describe_bad_rows(table: Table, bad: Sequence[BadRow]) -> list[str]:
     """Return one message per bad row for the first few, then a summary with the count."""
     ordered = sorted(bad, key=lambda row: row.line)
     if len(ordered) == 1:

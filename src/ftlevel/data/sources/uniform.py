@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ftlevel.data.sources.table import BadRow, Row
-from ftlevel.errors import did_you_mean, listing, quote
+from ftlevel.errors import did_you_mean, join_names, quote
 
 # int and float are the same kind. null has no kind and is allowed in any column.
 _KINDS: dict[type, str] = {
@@ -26,12 +26,12 @@ _KINDS: dict[type, str] = {
 _Shape = tuple[tuple[str, ...], tuple[type, ...]]
 
 
-def kind_of(value: object) -> str:
+def json_type_name(value: object) -> str:
     """Return the name of a JSON type for messages, such as "a string" or "a number"."""
     return "null" if value is None else _KINDS.get(type(value), type(value).__name__)
 
 
-class Shapes:
+class RowShapeCounter:
     """Counter of the combinations of keys and types in rows; each row costs one dict lookup."""
 
     def __init__(self) -> None:
@@ -79,9 +79,9 @@ class Shapes:
         return sorted(found, key=lambda row: row.line)
 
 
-def find_odd_rows(rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
+def find_inconsistent_rows(rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
     """Return the rows whose keys or types differ from those of most rows, in order of line."""
-    shapes = Shapes()
+    shapes = RowShapeCounter()
     for row in rows:
         shapes.add(row)
     return shapes.find_odd(rows, lines)
@@ -113,7 +113,7 @@ def _odd_columns(shape: _Shape, usual: Mapping[str, str]) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Form:
+class RowSchema:
     """The usual keys and types of the first `count` rows of a stream.
 
     `kinds` maps each column with a value to its type and the line of an example.
@@ -124,9 +124,9 @@ class Form:
     count: int
 
     @classmethod
-    def of(cls, rows: Sequence[Row], lines: Sequence[int]) -> Form:
+    def of(cls, rows: Sequence[Row], lines: Sequence[int]) -> RowSchema:
         """Return the form of most of `rows`."""
-        odd = {row.line for row in find_odd_rows(rows, lines)}
+        odd = {row.line for row in find_inconsistent_rows(rows, lines)}
         kinds: dict[str, tuple[str, int]] = {}
         columns: tuple[str, ...] = ()
         for row, line in zip(rows, lines, strict=True):
@@ -135,7 +135,7 @@ class Form:
             columns = columns or tuple(row)
             for key, value in row.items():
                 if value is not None:
-                    kinds.setdefault(key, (kind_of(value), line))
+                    kinds.setdefault(key, (json_type_name(value), line))
         return cls(columns, kinds, len(rows) - len(odd))
 
     def find_odd(self, rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
@@ -146,8 +146,8 @@ class Form:
                 odd.append(BadRow(line, _describe_keys(tuple(row), self.columns, self.count)))
                 continue
             for key, value in row.items():
-                usual, since = self.kinds.get(key, (kind_of(value), line))
-                if value is not None and kind_of(value) != usual:
+                usual, since = self.kinds.get(key, (json_type_name(value), line))
+                if value is not None and json_type_name(value) != usual:
                     odd.append(BadRow(line, _describe_kind(key, value, usual, since)))
                     break
         return odd
@@ -158,7 +158,7 @@ def _describe_keys(keys: tuple[str, ...], columns: tuple[str, ...], count: int) 
     missing = [key for key in columns if key not in keys]
     extra = [key for key in keys if key not in columns]
     others = f"the {count:,} other rows" if count > 1 else "the other row"
-    lacks, has = listing(map(quote, missing)), listing(map(quote, extra))
+    lacks, has = join_names(map(quote, missing)), join_names(map(quote, extra))
     if missing and extra:
         hint = did_you_mean(extra[0], missing).strip()
         aside = f" ({hint[0].lower()}{hint[1:]})" if hint else ""
@@ -171,6 +171,6 @@ def _describe_keys(keys: tuple[str, ...], columns: tuple[str, ...], count: int) 
 
 def _describe_kind(key: str, value: object, usual: str, since: int) -> str:
     return (
-        f"{key!r} is {kind_of(value)} ({quote(value)}), but {usual} in most rows "
+        f"{key!r} is {json_type_name(value)} ({quote(value)}), but {usual} in most rows "
         f"(line {since} for one)"
     )

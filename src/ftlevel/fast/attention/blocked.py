@@ -50,7 +50,7 @@ class QueryBlock:
 
 
 @lru_cache(maxsize=512)
-def visible(
+def build_visibility_mask(
     position: int, queries: int, first_key: int, keys: int, causal: bool, window: int | None
 ) -> torch.Tensor | None:
     """Return a boolean mask (queries, keys) of the visible keys; None if all are visible.
@@ -87,9 +87,9 @@ def _cut(segment: Segment, causal: bool, window: int | None) -> Sequence[QueryBl
         if not causal:
             last = length if window is None else min(length, last + window - 1)
         if causal and window is None:  # only the last keys follow some query
-            seen = visible(0, count, 0, count, causal, None)
+            seen = build_visibility_mask(0, count, 0, count, causal, None)
         else:
-            seen = visible(position, count, first, last - first, causal, window)
+            seen = build_visibility_mask(position, count, first, last - first, causal, window)
         mask = None if seen is None else torch.zeros(seen.shape).masked_fill(~seen, -math.inf)
         keys = _clip((*segment.past, (segment.start, segment.stop)), first, last)
         start = segment.start + offset

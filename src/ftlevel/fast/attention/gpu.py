@@ -46,7 +46,7 @@ class FlashKernel(Protocol):
 
 
 @dataclass(frozen=True)
-class Kernel:
+class VarlenKernel:
     """Options that torch's `varlen_attn` supports, by its signature.
 
     It is missing in torch 2.8 and 2.9. It has `is_causal` only in 2.10, all but `enable_gqa` in
@@ -59,7 +59,7 @@ class Kernel:
     groups: bool
 
     @classmethod
-    def read(cls, function: Callable[..., Any]) -> Kernel:
+    def read(cls, function: Callable[..., Any]) -> VarlenKernel:
         """Return the options that `function` supports."""
         names = inspect.signature(function).parameters
         return cls("window_size" in names, "scale" in names, "enable_gqa" in names)
@@ -100,13 +100,13 @@ class Kernel:
 
 
 @lru_cache(maxsize=1)
-def installed_kernel() -> Kernel | None:
+def installed_kernel() -> VarlenKernel | None:
     """Return the options of the installed torch's kernel; None without a kernel."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return None
     from torch.nn.attention.varlen import varlen_attn
 
-    return Kernel.read(varlen_attn)
+    return VarlenKernel.read(varlen_attn)
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def window_of(causal: bool, window: int | None) -> tuple[int, int]:
     return reach, 0 if causal else reach
 
 
-def can_serve(
+def supports_attention(
     query: torch.Tensor, options: AttentionOptions, kernel: FlashKernel | None = None
 ) -> bool:
     """Return whether `kernel`, or torch's, supports `query` (heads, tokens, head_dim) here."""

@@ -14,12 +14,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ftlevel.fast.attention.blocked import BlockedAttention, split_queries, visible
-from ftlevel.fast.attention.gpu import FlashKernel, attend_padded, attend_varlen, can_serve
+from ftlevel.fast.attention.blocked import BlockedAttention, build_visibility_mask, split_queries
+from ftlevel.fast.attention.gpu import FlashKernel, attend_padded, attend_varlen, supports_attention
 from ftlevel.fast.attention.options import AttentionOptions, attend_capped
 from ftlevel.fast.attention.short import ShortAttention, are_short, batch_sequences
 from ftlevel.fast.layers.recompute import worker_generator
-from ftlevel.fast.packing import NotServedError, PackedLayout, Segment, current_layout
+from ftlevel.fast.packing import PackedLayout, Segment, UnsupportedModelError, current_layout
 from ftlevel.fast.prefixes import current_prefix
 
 NAME = "ftlevel_packed"
@@ -82,11 +82,11 @@ def attend(
         )  # fmt: skip
     for name in _UNSUPPORTED:
         if others.get(name) is not None:
-            raise NotServedError(f"its attention has {name}")
+            raise UnsupportedModelError(f"its attention has {name}")
     if not causal and any(segment.past for segment in layout.segments):
-        raise NotServedError("its attention is not causal")
+        raise UnsupportedModelError("its attention is not causal")
     if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == layout.tokens:
-        raise NotServedError("its attention is over something else than the row's tokens")
+        raise UnsupportedModelError("its attention is over something else than the row's tokens")
     prefix = current_prefix()
     if prefix is not None:
         query, key, value = prefix.join(module, query, key, value)
@@ -109,7 +109,7 @@ def _by_sequence(
     kernel: FlashKernel | None,
 ) -> torch.Tensor:
     """Return (tokens, heads, head_dim): by one kernel on a GPU, by blocks or SDPA on a CPU."""
-    if can_serve(states[0], options, kernel):
+    if supports_attention(states[0], options, kernel):
         return attend_varlen(states, layout.segments, options, kernel)
     if states[0].device.type != "cpu":
         return attend_padded(states, layout.segments, options)
@@ -143,7 +143,11 @@ def _by_sdpa(
     query, key, value = (part[:, segment.start : segment.stop] for part in states)
     length = key.shape[1]
     plain = options.window is None or options.window > length
-    mask = None if plain else visible(0, length, 0, length, options.causal, options.window)
+    mask = (
+        None
+        if plain
+        else build_visibility_mask(0, length, 0, length, options.causal, options.window)
+    )
     output = functional.scaled_dot_product_attention(
         query[None], key[None], value[None],
         attn_mask=mask, dropout_p=options.dropout, is_causal=options.causal and plain,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ftlevel.fast.attention.blocked import cap_scores, slope_of_cap, visible
+from ftlevel.fast.attention.blocked import build_visibility_mask, cap_scores, slope_of_cap
 from ftlevel.fast.layers.recompute import dropout_mask
 from ftlevel.fast.packing import Segment
 from ftlevel.models.upstream.tensors import softmax_backward
@@ -76,7 +76,7 @@ def _pad(group: Sequence[Segment], causal: bool, window: int | None) -> Batch:
     inside = torch.arange(longest) < lengths[:, None]
     places = inside.flatten().nonzero()[:, 0]
     source = (inside.flatten().cumsum(0) - 1).clamp(min=0)
-    seen = visible(0, longest, 0, longest, causal, window)
+    seen = build_visibility_mask(0, longest, 0, longest, causal, window)
     mask = None
     if not bool(inside.all()) or seen is not None:
         whole = torch.ones(longest, longest, dtype=torch.bool) if seen is None else seen

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from ftlevel.fast.kernels import NO_KERNELS, Kernels
-from ftlevel.fast.packing import NotServedError
+from ftlevel.fast.packing import UnsupportedModelError
 from ftlevel.models.hardware import free_memory_bytes
 
 CHUNK_SCORES = 4_000_000
@@ -50,7 +50,7 @@ LossesAndGradient = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, t
 """Logits (chunk, vocabulary) and their targets → losses, and the gradient of their sum."""
 
 
-def finish_scores(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def build_logits_transform(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the function that `model` applies to its head's output.
 
     Gemma caps logits, Cohere and Granite scale them, BART adds a constant.
@@ -91,9 +91,9 @@ class ChunkedCrossEntropy:
         self._kernels = kernels
         head = model.get_output_embeddings()  # type: ignore[operator]
         if head is None:
-            raise NotServedError(f"{type(model).__name__} has no language head")
+            raise UnsupportedModelError(f"{type(model).__name__} has no language head")
         self._head = head
-        self._finish = finish_scores(model)
+        self._finish = build_logits_transform(model)
         vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
         self._vocabulary = vocabulary
         is_gpu = next(head.parameters()).device.type == "cuda"
@@ -187,7 +187,7 @@ class ChunkedCrossEntropy:
         finally:
             self._call.asked = None
         if self._call.found is None:
-            raise NotServedError("the model does not go through its language head")
+            raise UnsupportedModelError("the model does not go through its language head")
         found, self._call.found = self._call.found, None
         return found
 

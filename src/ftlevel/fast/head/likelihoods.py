@@ -17,9 +17,9 @@ from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy, Observe
 from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.prefixes import SharedPrefix, using_prefix
 from ftlevel.task import (
+    DistillationObjective,
     LikelihoodObjective,
     Objective,
-    TaughtObjective,
     TokenObjective,
     TrainingLoss,
 )
@@ -30,14 +30,14 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
-def measure_answers(
+def compute_answer_likelihoods(
     head: ChunkedCrossEntropy | None,
     model: Any,
     objective: LikelihoodObjective,
     batch: Mapping[str, Any],
 ) -> torch.Tensor:
     """Return the log-likelihoods of a batch's answers; without a `head`, from all logits."""
-    inputs, labels = as_called(model, objective, batch)
+    inputs, labels = prepare_inputs(model, objective, batch)
     at, targets = batch.get("located") or objective.locate(labels)
     if head is not None:
         each = head.likelihoods(lambda: model(**inputs), at, targets)
@@ -59,11 +59,11 @@ def plain_loss(
     The outputs are None for answer likelihoods and distillation.
     """
     if isinstance(objective, LikelihoodObjective):
-        answers = measure_answers(None, model, objective, batch)
+        answers = compute_answer_likelihoods(None, model, objective, batch)
         total = objective.judge(answers, batch["verdicts"], training=True)
         return total, batch["labels"], None
     fed, labels = objective.split(batch)
-    if isinstance(objective, TaughtObjective) and "known" in batch:
+    if isinstance(objective, DistillationObjective) and "known" in batch:
         scores, targets = objective.targets(objective.logits(model(**fed)), labels)
         total = objective.taught_sum(scores, targets, batch["known"], batch["ids"])
         return total, labels, None
@@ -94,7 +94,7 @@ def sum_of_ratios(
             for batch in batches:
                 own = {name: value for name, value in batch.items() if name != "layout"}
                 with using_layout(batch.get("layout")):
-                    answers = measure_answers(head, model, objective, own)
+                    answers = compute_answer_likelihoods(head, model, objective, own)
                 ratios = answers[:, 0] - own["verdicts"][:, 1]
                 total += torch.stack([ratios.sum(), torch.ones_like(ratios).sum()]).cpu()
     finally:
@@ -102,7 +102,7 @@ def sum_of_ratios(
     return total
 
 
-def as_called(
+def prepare_inputs(
     model: Any, objective: TokenObjective, batch: Mapping[str, Any]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Return the inputs with which `model` computes logits, and the labels."""
@@ -126,13 +126,13 @@ def supervised_loss(
 ) -> torch.Tensor:
     """Return the summed loss of a batch, with the head computed on its targets only."""
     if isinstance(objective, LikelihoodObjective):
-        answers = measure_answers(head, model, objective, batch)
+        answers = compute_answer_likelihoods(head, model, objective, batch)
         return objective.judge(answers, batch["verdicts"], training=True)
     if not isinstance(objective, TokenObjective):
         raise TypeError("a language head predicts tokens")
-    inputs, labels = as_called(model, objective, batch)
+    inputs, labels = prepare_inputs(model, objective, batch)
     at, targets = batch.get("located") or objective.locate(labels)
-    if isinstance(objective, TaughtObjective) and "known" in batch:
+    if isinstance(objective, DistillationObjective) and "known" in batch:
         known, ids, sum_of = batch["known"], batch["ids"], objective.taught_sum
 
         def compute(scores: torch.Tensor, own: slice) -> torch.Tensor:

@@ -61,7 +61,7 @@ class Kernels:
         return choose_cross_entropy(vocabulary, dtype, device) if serves else TORCH
 
     def _can_serve(self, device: str, dtype: torch.dtype) -> bool:
-        return self.allowed and can_serve(device, dtype)
+        return self.allowed and supports_triton(device, dtype)
 
 
 NO_KERNELS = Kernels(allowed=False)
@@ -79,7 +79,7 @@ def choose_norm(width: int, weight: torch.dtype, dtype: torch.dtype, device: str
         again = formulas.renorm(x, w, scale)
         return y, scale, again, formulas.norm_backward(gradient, x, w, scale)
 
-    return _better(f"norm {width} wide in {dtype}", compute, device)
+    return _choose_faster(f"norm {width} wide in {dtype}", compute, device)
 
 
 @functools.cache
@@ -90,7 +90,7 @@ def choose_glu(kind: str, width: int, dtype: torch.dtype, device: str) -> Formul
     def compute(formulas: Formulas) -> Sequence[torch.Tensor]:
         return formulas.glu(kind, gate, up), *formulas.glu_backward(kind, gradient, gate, up)
 
-    return _better(f"{kind} GLU {width} wide in {dtype}", compute, device)
+    return _choose_faster(f"{kind} GLU {width} wide in {dtype}", compute, device)
 
 
 @functools.cache
@@ -106,7 +106,9 @@ def choose_rope(heads: tuple[int, int, int], dtype: torch.dtype, device: str) ->
         there = formulas.rope(q, k, cos, sin)
         return *there, *formulas.rope(q, k, cos, sin, backward=True)
 
-    return _better(f"RoPE of {q_heads} and {k_heads} heads of {width} in {dtype}", compute, device)
+    return _choose_faster(
+        f"RoPE of {q_heads} and {k_heads} heads of {width} in {dtype}", compute, device
+    )
 
 
 @functools.cache
@@ -120,7 +122,7 @@ def choose_cross_entropy(vocabulary: int, dtype: torch.dtype, device: str) -> Fo
         made = [formulas.cross_entropy(scores, targets, smoothing) for smoothing in (0.0, 0.1)]
         return [part for loss, gradient in made for part in (loss, gradient.to(dtype))]
 
-    return _better(f"loss over {vocabulary} scores in {dtype}", compute, device)
+    return _choose_faster(f"loss over {vocabulary} scores in {dtype}", compute, device)
 
 
 def describe_choices() -> dict[str, bool]:
@@ -128,7 +130,7 @@ def describe_choices() -> dict[str, bool]:
     return {words: formulas is not TORCH for words, formulas in _chosen.items()}
 
 
-def can_serve(device: str, dtype: torch.dtype) -> bool:
+def supports_triton(device: str, dtype: torch.dtype) -> bool:
     """Return whether Triton is available and supports the device and dtype."""
     return (
         device == "cuda"
@@ -146,7 +148,7 @@ def agree(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and torch.allclose(a, b, rtol=bound, atol=bound * size)
 
 
-def _better(words: str, compute: Way, device: str) -> Formulas:
+def _choose_faster(words: str, compute: Way, device: str) -> Formulas:
     """Return the kernels if they match torch's operations and are faster."""
     ours = TritonFormulas()
     _chosen[words] = TORCH

@@ -14,14 +14,14 @@ from ftlevel.config.section import Choice
 from ftlevel.evaluation.two_models import Agreement
 from ftlevel.events import Listener
 from ftlevel.trained.model_ref import ModelRef
-from ftlevel.weights.gguf.file import Codes
+from ftlevel.weights.gguf.file import QuantizedMatrix
 
-ChooseCodes = Callable[[str], Codes]
+ChooseCodes = Callable[[str], QuantizedMatrix]
 """Name of a weight of the model → its codes, (out, in)."""
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergeOutput:
     """Result of merging the exported adapter; its `summary` is empty if nothing is merged.
 
     `choose` selects codes; None rounds. `beside_run` compares the reloaded model with the run.
@@ -32,7 +32,7 @@ class Merged:
     beside_run: Callable[[Any], Agreement] | None = None
 
 
-MergeAdapter = Callable[[Path], Merged]
+MergeAdapter = Callable[[Path], MergeOutput]
 """Function that merges the exported adapter into its base, in a directory.
 
 A model without an adapter stays where it is.

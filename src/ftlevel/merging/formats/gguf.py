@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ftlevel.artifacts.cards import how_near, library_versions
+from ftlevel.artifacts.cards import describe_difference, library_versions
 from ftlevel.config import ExportConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
@@ -22,7 +22,7 @@ from ftlevel.evaluation.model_pair import in_float32
 from ftlevel.evaluation.two_models import (
     Agreement,
     Probe,
-    Scores,
+    RowLogits,
     compare_rows,
     cut_windows,
     read_eval_text,
@@ -44,11 +44,11 @@ from ftlevel.models.sources import ModelSource
 from ftlevel.tasks import TASKS
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.weights.checkpoint import open_checkpoint
-from ftlevel.weights.gguf.families import FAMILIES, context_limit, describe, find_problems
+from ftlevel.weights.gguf.families import FAMILIES, build_metadata, context_limit, find_problems
 from ftlevel.weights.gguf.file import (
     CHOSEN,
     GRIDS,
-    Tensor,
+    GGUFTensor,
     file_keys,
     own_outtype,
     plan_tensors,
@@ -81,7 +81,7 @@ _INERT = {
 
 
 @dataclass(frozen=True)
-class Checked:
+class FileCheck:
     """Result of reading the file back.
 
     Attributes:
@@ -120,11 +120,11 @@ class Original:
 def check_file(
     path: Path,
     outtype: str,
-    tensors: Sequence[Tensor],
+    tensors: Sequence[GGUFTensor],
     vocabulary: Vocabulary,
     original: Original,
     beside_run: Callable[[Any], Agreement] | None = None,
-) -> Checked:
+) -> FileCheck:
     """Compare the file at `path` with the original and, by `beside_run`, with the run.
 
     Raises RunError if logits or tokens differ from those of the original.
@@ -151,7 +151,7 @@ def check_file(
         )
     splitting = vocabulary.pre in READ_BY_TRANSFORMERS
     run = beside_run(model) if beside_run else None
-    return Checked(file, compare_rows(reference, found), run, own_settings, texts, splitting)
+    return FileCheck(file, compare_rows(reference, found), run, own_settings, texts, splitting)
 
 
 def _probe(original: Original) -> Probe:
@@ -169,8 +169,8 @@ def _probe(original: Original) -> Probe:
 
 
 def _ask_original(
-    probe: Probe, outtype: str, tensors: Sequence[Tensor], original: Original
-) -> tuple[Scores, Scores]:
+    probe: Probe, outtype: str, tensors: Sequence[GGUFTensor], original: Original
+) -> tuple[RowLogits, RowLogits]:
     """Return the original's logits, and its logits with weights rounded as in the file."""
     # Scaled block values are not representable in 16 bits, so they need float32.
     dtype = torch.float32 if outtype in GRIDS else original.dtype
@@ -307,7 +307,7 @@ class GgufExport:
     def dry_run(self) -> dict[str, Any]:
         """Return the summary of the planned export; sizes are computed from the base's shapes."""
         outtype: str = self.config.outtype
-        tensors: list[Tensor] = []
+        tensors: list[GGUFTensor] = []
         if self.found.source.kind != "gguf":  # a .gguf base has no shapes before it is loaded
             checkpoint = _open(self.found.source, self.model_config)
             outtype = own_outtype(checkpoint) if outtype == "auto" else outtype
@@ -357,7 +357,7 @@ class GgufExport:
             "check": checked and _facts(checked),
         }
 
-    def _summary(self, outtype: str, tensors: list[Tensor]) -> dict[str, Any]:
+    def _summary(self, outtype: str, tensors: list[GGUFTensor]) -> dict[str, Any]:
         config, vocabulary = self.config, self.vocabulary
         return {
             "model": config.model,
@@ -443,10 +443,10 @@ def _metadata(
         "general.architecture": FAMILIES[model_config.model_type].architecture,
         "general.name": name,
     }
-    return general | file_keys(outtype) | describe(model_config) | vocabulary.metadata()
+    return general | file_keys(outtype) | build_metadata(model_config) | vocabulary.metadata()
 
 
-def _facts(checked: Checked) -> dict[str, Any]:
+def _facts(checked: FileCheck) -> dict[str, Any]:
     return {
         "beside_rounded": asdict(checked.file),
         "beside_model": asdict(checked.model),
@@ -468,7 +468,9 @@ def _check_lines(check: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterat
         f"loss {model['loss']:.4f} (the model {model['loss_reference']:.4f})"
     )
     if (run := check["beside_run"]) is not None:
-        yield f"beside it as trained, on rows that no code was chosen on: {how_near(run)}"
+        yield (
+            f"beside it as trained, on rows that no code was chosen on: {describe_difference(run)}"
+        )
     if check["settings_of_the_model"]:
         own_settings = ", ".join(check["settings_of_the_model"])
         yield f"transformers does not read {own_settings} from a .gguf; the model's own was used"

@@ -17,10 +17,10 @@ import torch
 from gguf import GGUFReader, GGUFWriter
 
 from ftlevel.config import ExportConfig
-from ftlevel.errors import InputError, listing
+from ftlevel.errors import InputError, join_names
 from ftlevel.merging.normal_form import NormalForm
 from ftlevel.merging.serving.adapters import AdaptersExport, plan_adapters
-from ftlevel.merging.serving.entry import Entry
+from ftlevel.merging.serving.entry import ServedModel
 from ftlevel.methods.plain_form import Factors
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.weights.gguf.families import FAMILIES, convert, find_problems
@@ -39,12 +39,12 @@ class GgufWriter:
 
     file: str = _FILE
 
-    def check(self, entry: Entry) -> None:
+    def check(self, entry: ServedModel) -> None:
         """Refuse a base that llama.cpp computes differently from transformers."""
         if problems := find_problems(entry.model_config):
             raise InputError(f"for llama.cpp, {problems[0]}")
 
-    def write(self, place: Path, form: NormalForm, entry: Entry) -> None:
+    def write(self, place: Path, form: NormalForm, entry: ServedModel) -> None:
         """Write the adapter into the directory `place`."""
         config = entry.model_config
         names = _names(form, config)
@@ -63,7 +63,7 @@ class GgufWriter:
         writer.write_tensors_to_file()
         writer.close()
 
-    def read(self, place: Path, form: NormalForm, entry: Entry) -> NormalForm:
+    def read(self, place: Path, form: NormalForm, entry: ServedModel) -> NormalForm:
         """Read the file back with llama.cpp's scale and row order."""
         reader = GGUFReader(str(place / _FILE))
         tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
@@ -83,7 +83,7 @@ def _names(form: NormalForm, config: Any) -> dict[str, str]:
     found = {name: names.get_name(f"{name}.weight", try_suffixes=(".weight",))
              for name in form.factors}  # fmt: skip
     if lost := [name for name, wanted in found.items() if wanted is None]:
-        raise InputError(f"llama.cpp has no place for {listing(lost, 3)}. Merge it")
+        raise InputError(f"llama.cpp has no place for {join_names(lost, 3)}. Merge it")
     return {name: str(wanted) for name, wanted in found.items()}
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from ftlevel.artifacts.files import write_json
 from ftlevel.config import ExportConfig
 from ftlevel.config.export import SERVERS
-from ftlevel.errors import InputError, listing
+from ftlevel.errors import InputError, join_names
 from ftlevel.merging.normal_form import NormalForm
 from ftlevel.merging.serving.adapters import AdaptersExport, plan_adapters
-from ftlevel.merging.serving.entry import Entry
+from ftlevel.merging.serving.entry import ServedModel
 from ftlevel.methods.plain_form import Factors
 from ftlevel.trained.model_ref import ModelRef
 
@@ -36,16 +36,16 @@ class MlxWriter:
 
     file: str = ""
 
-    def check(self, entry: Entry) -> None:
+    def check(self, entry: ServedModel) -> None:
         """Refuse a model family whose module names in mlx-lm are unknown."""
         known, family = SERVERS["mlx"].families, entry.model_config.model_type
         if family not in known:
             raise InputError(
                 f"mlx-lm is not known here to name the modules of {family} as transformers does "
-                f"(known: {listing(known)}). Merge it"
+                f"(known: {join_names(known)}). Merge it"
             )
 
-    def write(self, place: Path, form: NormalForm, entry: Entry) -> None:
+    def write(self, place: Path, form: NormalForm, entry: ServedModel) -> None:
         """Write the adapter into the directory `place`."""
         from safetensors.torch import save_file
 
@@ -69,7 +69,7 @@ class MlxWriter:
         }
         write_json(place / "adapter_config.json", config)
 
-    def read(self, place: Path, form: NormalForm, _entry: Entry) -> NormalForm:
+    def read(self, place: Path, form: NormalForm, _entry: ServedModel) -> NormalForm:
         """Read the file back."""
         from safetensors.torch import load_file
 

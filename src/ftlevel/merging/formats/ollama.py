@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ftlevel.artifacts.cards import AdapterCard
-from ftlevel.data.encoding.chat import USER, TurnLayout, find_turn_layout, turn_end
+from ftlevel.data.encoding.chat import USER, TurnLayout, find_end_of_turn_id, find_turn_layout
 from ftlevel.data.encoding.encode import PromptFormat, read_format
 from ftlevel.errors import InputError
 from ftlevel.weights.gguf.vocabulary import Vocabulary
@@ -163,7 +163,7 @@ def _stops(tokenizer: Any) -> Iterator[str]:
         yield str(tokenizer.eos_token)
     if getattr(tokenizer, "chat_template", None):
         try:
-            end = turn_end(tokenizer)
+            end = find_end_of_turn_id(tokenizer)
         except InputError:  # the template rejects the test turns
             return
         if end is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ftlevel.config import ExportConfig
 from ftlevel.merging.normal_form import NormalForm, read_normal, write_normal
 from ftlevel.merging.serving.adapters import AdaptersExport, plan_adapters
-from ftlevel.merging.serving.entry import Entry
+from ftlevel.merging.serving.entry import ServedModel
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.weights.checkpoint import TOKENIZER_FILES
 
@@ -24,10 +24,10 @@ class PeftWriter:
 
     file: str = ""
 
-    def check(self, entry: Entry) -> None:
+    def check(self, entry: ServedModel) -> None:
         """Accept any base: PEFT applies LoRA to any model."""
 
-    def write(self, place: Path, form: NormalForm, entry: Entry) -> None:
+    def write(self, place: Path, form: NormalForm, entry: ServedModel) -> None:
         """Write the adapter into the directory `place`."""
         write_normal(place, form, entry)
         for pattern in TOKENIZER_FILES:
@@ -35,6 +35,6 @@ class PeftWriter:
                 (place / path.relative_to(entry.directory)).parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, place / path.relative_to(entry.directory))
 
-    def read(self, place: Path, form: NormalForm, _entry: Entry) -> NormalForm:
+    def read(self, place: Path, form: NormalForm, _entry: ServedModel) -> NormalForm:
         """Read the files back."""
         return read_normal(place, form)

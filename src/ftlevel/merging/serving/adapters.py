@@ -20,13 +20,13 @@ from ftlevel.artifacts.cards import library_versions
 from ftlevel.config import ExportConfig
 from ftlevel.config.export import SERVERS, Server
 from ftlevel.config.section import Choice
-from ftlevel.errors import ConfigError, InputError, RunError, listing
+from ftlevel.errors import ConfigError, InputError, RunError, join_names
 from ftlevel.events import Listener
 from ftlevel.merging.normal_form import (
     BaseWeights,
     NormalForm,
-    assemble,
-    form_from_file,
+    build_normal_form,
+    compute_normal_form,
     is_whole,
     plain_form_of,
     read_file,
@@ -34,32 +34,32 @@ from ftlevel.merging.normal_form import (
 )
 from ftlevel.merging.serving import recorded as answers
 from ftlevel.merging.serving.entry import (
-    Entry,
     Part,
     Prompt,
+    ServedModel,
     adapter_name,
+    build_adapter_commands,
     check_command,
     check_for,
+    check_form,
     check_signs,
-    checked_form,
     open_entry,
-    start_adapters,
     whole_format,
     write_card,
 )
 from ftlevel.merging.serving.recorded import (
     BOUND,
     FILE,
-    Recorded,
-    Spoken,
-    ask,
+    AdapterRecord,
+    ModelOutputs,
     record,
+    run_prompts,
     write_served,
 )
 from ftlevel.methods.merging import BY_PEFT_TYPE, why_not_mergeable
 from ftlevel.methods.plain_form import Factors
 from ftlevel.models.loading import load_model
-from ftlevel.trained.load import load_found
+from ftlevel.trained.load import load_ref
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.workspace import Workspace
 
@@ -71,7 +71,7 @@ _NOISE, _SMALLEST = 2e-7, 1e-6
 """Singular values below this share of the weight's norm, or of the largest one, are rounding."""
 
 
-def form_by_probe(
+def probe_normal_form(
     tuned: Any, directory: Any, config: Any, base: BaseWeights, limit: int
 ) -> NormalForm:
     """Return the normal form of the adapter on `tuned`, a model in eval mode and in float32.
@@ -86,7 +86,7 @@ def form_by_probe(
         for change, norm in [_change(layer, name, base)]
     }
     file.said.append("its layers asked for their update, which was factored")
-    return assemble(factors, file, limit, "the probe")
+    return build_normal_form(factors, file, limit, "the probe")
 
 
 def _layers(tuned: Any) -> list[tuple[str, Any]]:
@@ -152,18 +152,18 @@ class Writer(Protocol):
 
     file: str
 
-    def check(self, entry: Entry) -> None:
+    def check(self, entry: ServedModel) -> None:
         """Refuse an adapter that the format cannot represent, by the base's config alone."""
 
-    def write(self, place: Path, form: NormalForm, entry: Entry) -> None:
+    def write(self, place: Path, form: NormalForm, entry: ServedModel) -> None:
         """Write the adapter into the directory `place`."""
 
-    def read(self, place: Path, form: NormalForm, _entry: Entry) -> NormalForm:
+    def read(self, place: Path, form: NormalForm, _entry: ServedModel) -> NormalForm:
         """Read the written file back; use `form` only for what the file cannot represent."""
 
 
 @dataclass(frozen=True)
-class Checked:
+class AdapterCheck:
     """Measurements of one written adapter.
 
     Attributes:
@@ -200,8 +200,10 @@ def plan_adapters(
             plain_form_of(entry.peft_config)
             notes += check_for(entry, server)
             writer.check(entry)
-            form = form_from_file(entry.directory, entry.peft_config, entry.base, config.max_rank)
-            form = form and checked_form(form, entry, server)
+            form = compute_normal_form(
+                entry.directory, entry.peft_config, entry.base, config.max_rank
+            )
+            form = form and check_form(form, entry, server)
         except InputError as error:
             raise InputError(_refusal(entry, config, str(error))) from None
         forms[entry.name] = form
@@ -209,7 +211,7 @@ def plan_adapters(
     return AdaptersExport(config, server, entries, forms, list(dict.fromkeys(notes)), writer)
 
 
-def _refusal(entry: Entry, config: ExportConfig, reason: str) -> str:
+def _refusal(entry: ServedModel, config: ExportConfig, reason: str) -> str:
     """Return an error message that names the adapter, and how to merge it if it can be merged."""
     peft_config = entry.peft_config
     server = SERVERS.get(config.server or "")
@@ -227,14 +229,14 @@ def _refusal(entry: Entry, config: ExportConfig, reason: str) -> str:
     return reason + "."
 
 
-def _check_together(entries: Sequence[Entry], server: Server | None) -> None:
+def _check_together(entries: Sequence[ServedModel], server: Server | None) -> None:
     """Refuse adapters that one server cannot serve together."""
     if len(entries) == 1:
         return
     if server is not None and not server.several:
         raise ConfigError(
             f"--for {server.name} serves one adapter, and here are {len(entries)}: "
-            f"{listing(entry.name for entry in entries)}. Name one of them."
+            f"{join_names(entry.name for entry in entries)}. Name one of them."
         )
     first = entries[0]
     for entry in entries[1:]:
@@ -248,7 +250,7 @@ def _check_together(entries: Sequence[Entry], server: Server | None) -> None:
     templates = {entry.own_chat_template for entry in entries}
     if server is not None and len(templates) > 1:
         raise InputError(
-            f"{listing(entry.name for entry in entries)} were trained with different chat "
+            f"{join_names(entry.name for entry in entries)} were trained with different chat "
             "templates, and a server has one for all. Export them one by one."
         )
 
@@ -263,7 +265,7 @@ class AdaptersExport:
 
     config: ExportConfig
     server: Server | None
-    entries: list[Entry]
+    entries: list[ServedModel]
     forms: dict[str, NormalForm | None]
     notes: list[str]
     writer: Writer
@@ -288,8 +290,8 @@ class AdaptersExport:
     def write(self, place: Path, device: str, listener: Listener, merge: Any) -> dict[str, Any]:  # noqa: ARG002 - nothing is merged
         """Write every adapter into `place` and compare; return the summary."""
         forms: dict[str, NormalForm | None] = {}
-        checks: dict[str, Checked] = {}
-        records: list[Recorded] = []
+        checks: dict[str, AdapterCheck] = {}
+        records: list[AdapterRecord] = []
         for entry in self.entries:
             own = place if len(self.entries) == 1 else place / entry.name
             own.mkdir(exist_ok=True)
@@ -307,11 +309,11 @@ class AdaptersExport:
         return summary
 
     def _write_one(
-        self, entry: Entry, own: Path, device: str, listener: Listener
-    ) -> tuple[NormalForm, Checked | None, Recorded]:
+        self, entry: ServedModel, own: Path, device: str, listener: Listener
+    ) -> tuple[NormalForm, AdapterCheck | None, AdapterRecord]:
         form, prompts = self.forms[entry.name], entry.prompts()
-        base: Spoken | None = None
-        trained: Spoken | None = None
+        base: ModelOutputs | None = None
+        trained: ModelOutputs | None = None
         if form is None or self.config.verify:
             listener.stage(f"ask {entry.name} as trained")
             base, trained, form = self._ask_trained(entry, prompts, form, device)
@@ -333,36 +335,36 @@ class AdaptersExport:
         return form, check, record(entry.name, place, form.rank, prompts, spoken)
 
     def _ask_trained(
-        self, entry: Entry, prompts: list[Prompt], form: NormalForm | None, device: str
-    ) -> tuple[Spoken | None, Spoken, NormalForm]:
+        self, entry: ServedModel, prompts: list[Prompt], form: NormalForm | None, device: str
+    ) -> tuple[ModelOutputs | None, ModelOutputs, NormalForm]:
         """Return outputs of base and run, and the normal form, probed if `form` is None."""
         base = None
         if entry.answers:
-            alone = load_found(entry.in_float32(with_adapter=False), device).model
-            base = ask(alone, entry, prompts)
+            alone = load_ref(entry.in_float32(with_adapter=False), device).model
+            base = run_prompts(alone, entry, prompts)
             del alone
-        tuned = load_found(entry.in_float32(), device).model
-        trained = ask(tuned, entry, prompts)
+        tuned = load_ref(entry.in_float32(), device).model
+        trained = run_prompts(tuned, entry, prompts)
         if form is None:
             try:
-                form = form_by_probe(
+                form = probe_normal_form(
                     tuned.cpu(), entry.directory, entry.peft_config, entry.base,
                     self.config.max_rank,
                 )  # fmt: skip
-                form = checked_form(form, entry, self.server)
+                form = check_form(form, entry, self.server)
             except InputError as error:
                 raise InputError(_refusal(entry, self.config, str(error))) from None
         if base is None:
             with tuned.disable_adapter():
-                base = ask(tuned, entry, prompts)
+                base = run_prompts(tuned, entry, prompts)
         del tuned
         gc.collect()
         return base, trained, form
 
     def _compare(
-        self, entry: Entry, form: NormalForm, prompts: list[Prompt], trained: Spoken,
-        base: Spoken | None, device: str,
-    ) -> Checked:  # fmt: skip
+        self, entry: ServedModel, form: NormalForm, prompts: list[Prompt], trained: ModelOutputs,
+        base: ModelOutputs | None, device: str,
+    ) -> AdapterCheck:  # fmt: skip
         """Load what was read back with PEFT; raise RunError if its logits differ from the run's."""
         from peft import PeftModel
 
@@ -373,7 +375,7 @@ class AdaptersExport:
         with Workspace("normal") as folder:
             write_normal(Path(folder), form, entry)
             plain = PeftModel.from_pretrained(fresh, folder).eval()
-        found = ask(plain, entry, prompts)
+        found = run_prompts(plain, entry, prompts)
         del plain, fresh
         gc.collect()
         difference, scale = answers.largest_difference(trained, found), answers.scale(trained)
@@ -387,12 +389,12 @@ class AdaptersExport:
         kind = entry.found.card.quantization.get("kind", "none")
         quantized = None
         if kind != "none" and not entry.found.is_stored_quantized:
-            as_trained = load_found(entry.found, device).model
-            quantized = answers.divergence(ask(as_trained, entry, prompts), found)
-        return Checked(difference, scale, effect, quantized)
+            as_trained = load_ref(entry.found, device).model
+            quantized = answers.divergence(run_prompts(as_trained, entry, prompts), found)
+        return AdapterCheck(difference, scale, effect, quantized)
 
     def _summary(
-        self, forms: Mapping[str, NormalForm | None], checks: Mapping[str, Checked], *,
+        self, forms: Mapping[str, NormalForm | None], checks: Mapping[str, AdapterCheck], *,
         verified: bool,
     ) -> dict[str, Any]:  # fmt: skip
         config, several = self.config, len(self.entries) > 1
@@ -418,7 +420,7 @@ class AdaptersExport:
                 },
             })  # fmt: skip
         known = self.server is not None and all(forms.values())
-        start = start_adapters(self.server, self.entries[0].base_name, parts) if (
+        start = build_adapter_commands(self.server, self.entries[0].base_name, parts) if (
             known and self.server
         ) else []  # fmt: skip
         return {
@@ -472,5 +474,5 @@ def _check_lines(check: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _stored_dtype(entry: Entry) -> str:
+def _stored_dtype(entry: ServedModel) -> str:
     return str(getattr(entry.model_config, "dtype", None) or "float32").removeprefix("torch.")

@@ -21,7 +21,7 @@ _REASON = 200
 
 
 @dataclass(frozen=True)
-class Heard:
+class ServerAnswer:
     """A server's answer; `ids` and `logprobs` are None if the server does not return them."""
 
     text: str
@@ -34,7 +34,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-class Refused(Exception):
+class RequestRefusedError(Exception):
     """The server rejected a request; the message is its reason."""
 
 
@@ -56,10 +56,12 @@ class Client:
         try:
             rows = self._ask("/models", None).get("data") or []
             return [str(row["id"]) for row in rows]
-        except (Refused, InputError, KeyError, TypeError, AttributeError):
+        except (RequestRefusedError, InputError, KeyError, TypeError, AttributeError):
             return []  # some servers fail here but still answer
 
-    def complete(self, model: str, prompt: Mapping[str, Any], more: Mapping[str, Any]) -> Heard:
+    def complete(
+        self, model: str, prompt: Mapping[str, Any], more: Mapping[str, Any]
+    ) -> ServerAnswer:
         """Return the completion of `prompt`, sent as token ids or, if necessary, as text.
 
         Raises Refused if the server accepts no form of the request.
@@ -69,24 +71,26 @@ class Client:
         for number in range(self.how, len(ways)):
             body = {"model": model, "max_tokens": TOKENS, "temperature": 0, **ways[number], **more}
             try:
-                heard = _hear(self._ask("/completions", body))
-            except Refused as refused:
+                heard = _parse_response(self._ask("/completions", body))
+            except RequestRefusedError as refused:
                 reason = str(refused)
                 continue
             self.how = number
             return heard
-        raise Refused(reason)
+        raise RequestRefusedError(reason)
 
     @property
     def by_text(self) -> bool:
         """Whether the server accepts only text, not token ids."""
         return self.how >= _FIRST_TEXT
 
-    def chat(self, model: str, messages: list[dict[str, str]], more: Mapping[str, Any]) -> Heard:
+    def chat(
+        self, model: str, messages: list[dict[str, str]], more: Mapping[str, Any]
+    ) -> ServerAnswer:
         """Return the answer to `messages`; raise Refused if the server has no chat endpoint."""
         body = {"model": model, "messages": messages, "max_tokens": TOKENS, "temperature": 0,
                 "logprobs": True, "return_token_ids": True, **more}  # fmt: skip
-        return _hear(self._ask("/chat/completions", body))
+        return _parse_response(self._ask("/chat/completions", body))
 
     def _ask(self, path: str, body: Mapping[str, Any] | None) -> Any:
         base = self.url.rstrip("/")
@@ -100,9 +104,11 @@ class Client:
                 return json.loads(answer.read(_LARGEST))
         except urllib.error.HTTPError as error:
             said = " ".join(error.read(_LARGEST).decode(errors="replace").split())[:_REASON]
-            raise Refused(f"{path} gave {error.code} ({said or error.reason})") from None
+            raise RequestRefusedError(
+                f"{path} gave {error.code} ({said or error.reason})"
+            ) from None
         except ValueError as error:
-            raise Refused(f"{path} gave no JSON ({error})") from None
+            raise RequestRefusedError(f"{path} gave no JSON ({error})") from None
         except OSError as error:
             reason = getattr(error, "reason", error)
             raise InputError(
@@ -123,7 +129,7 @@ def _ways(prompt: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"prompt": prompt["rendered"]}
 
 
-def _hear(answer: Any) -> Heard:
+def _parse_response(answer: Any) -> ServerAnswer:
     """Parse a response of any of the servers; raise Refused if its form is unknown."""
     try:
         choice = answer["choices"][0]
@@ -136,9 +142,9 @@ def _hear(answer: Any) -> Heard:
             ids = [row["id"] for row in rows] if all("id" in row for row in rows) else None
             logprobs = [float(row["logprob"]) for row in rows]
         ids = choice.get("token_ids") or ids
-        return Heard(str(text or ""), ids, logprobs or None)
+        return ServerAnswer(str(text or ""), ids, logprobs or None)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise Refused(f"an answer in another form ({error!r})") from None
+        raise RequestRefusedError(f"an answer in another form ({error!r})") from None
 
 
 TRAINED = "as trained"
@@ -169,7 +175,9 @@ def tolerance_of(dtype: str) -> float:
     return _LARGEST_OF.get(dtype, _ROUNDED)
 
 
-def widen(tolerance: float, heard: Sequence[Heard], base: Sequence[Answer]) -> float:
+def widen_tolerance(
+    tolerance: float, heard: Sequence[ServerAnswer], base: Sequence[Answer]
+) -> float:
     """Return the allowed difference of log-probabilities: at least twice the server's base error.
 
     A quantized base rounds activations equally with and without an adapter, so the answers without
@@ -180,7 +188,7 @@ def widen(tolerance: float, heard: Sequence[Heard], base: Sequence[Answer]) -> f
     return max(tolerance, 2 * difference) if difference <= _COARSEST else tolerance
 
 
-def _distance(heard: Heard, known: Answer) -> float:
+def _distance(heard: ServerAnswer, known: Answer) -> float:
     """Return the largest difference of a log-probability between `heard` and `known`.
 
     At the first different token, rounding has moved two log-probabilities by the margin between
@@ -196,15 +204,19 @@ def _distance(heard: Heard, known: Answer) -> float:
     return max(moved, default=0.0)
 
 
-def judge(heard: Heard, trained: Answer, base: Answer | None, tolerance: float) -> Verdict:
+def judge_answer(
+    heard: ServerAnswer, trained: Answer, base: Answer | None, tolerance: float
+) -> Verdict:
     """Return which recorded answer matches: the trained model's, the base's, both or neither."""
-    fits, difference, tokens = _beside(heard, trained, tolerance)
-    fits_base = base is not None and _beside(heard, base, tolerance)[0]
+    fits, difference, tokens = _compare_answer(heard, trained, tolerance)
+    fits_base = base is not None and _compare_answer(heard, base, tolerance)[0]
     word = (EITHER if fits_base else TRAINED) if fits else (BASE if fits_base else ELSE)
     return Verdict(word, difference, tokens)
 
 
-def _beside(heard: Heard, known: Answer, tolerance: float) -> tuple[bool, float | None, int]:
+def _compare_answer(
+    heard: ServerAnswer, known: Answer, tolerance: float
+) -> tuple[bool, float | None, int]:
     """Return whether `heard` matches `known`, the largest difference, and the number of tokens.
 
     Correct answers may diverge where the margin to the second token is below twice the tolerance.
@@ -224,7 +236,7 @@ def _beside(heard: Heard, known: Answer, tolerance: float) -> tuple[bool, float 
     return fits and far <= tolerance, far, len(pairs)
 
 
-def _part_rightly(heard: Heard, known: Answer, common: int, tolerance: float) -> bool:
+def _part_rightly(heard: ServerAnswer, known: Answer, common: int, tolerance: float) -> bool:
     """Whether the answers match after `common` tokens, up to the effects of rounding."""
     if common == len(known.ids):
         return True
@@ -238,7 +250,7 @@ def _part_rightly(heard: Heard, known: Answer, common: int, tolerance: float) ->
     return abs(heard.logprobs[common] - second) <= tolerance
 
 
-def _aligned(heard: Heard, known: Answer) -> tuple[list[tuple[int, int]], bool]:
+def _aligned(heard: ServerAnswer, known: Answer) -> tuple[list[tuple[int, int]], bool]:
     """Return pairs of indices of equal tokens, and whether `heard` contains the whole answer.
 
     llama.cpp omits tokens that end inside a character from its list; the text then lacks only that

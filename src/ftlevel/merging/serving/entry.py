@@ -11,8 +11,8 @@ from shlex import join, quote
 from typing import Any
 
 from ftlevel.config.export import Server
-from ftlevel.data.encoding.encode import PromptFormat, prompt_ids, read_format
-from ftlevel.errors import ConfigError, InputError, listing, with_article
+from ftlevel.data.encoding.encode import PromptFormat, encode_prompt, read_format
+from ftlevel.errors import ConfigError, InputError, join_names, with_article
 from ftlevel.merging.normal_form import BaseWeights, open_base
 from ftlevel.methods.merging import read_peft_config
 from ftlevel.models.kinds import model_kind
@@ -38,7 +38,7 @@ def rank_limit(server: Server, rank: int) -> int:
     return next((limit for limit in server.ranks if limit >= rank), rank)
 
 
-def start_adapters(server: Server, base: str, parts: Sequence[Part]) -> list[str]:
+def build_adapter_commands(server: Server, base: str, parts: Sequence[Part]) -> list[str]:
     """Return the commands, in order, that serve `parts` on `base`."""
     rank = rank_limit(server, max(part.rank for part in parts))
     named = [_pair(server, part) for part in parts]
@@ -121,7 +121,7 @@ def _openvino(model: str, place: str, parts: Sequence[Part] = ()) -> list[str]:
     return [join([*convert, place]), join(["python", "-c", run])]
 
 
-def start_model(server: Server, place: Path, name: str) -> list[str]:
+def build_model_commands(server: Server, place: Path, name: str) -> list[str]:
     """Return the commands that serve the whole model at `place`."""
     path = str(place)
     if server.name == "openvino":
@@ -163,7 +163,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Entry:
+class ServedModel:
     """An adapter, or a whole model, to be served under `name`."""
 
     name: str
@@ -250,7 +250,7 @@ class Entry:
         for text in TEXTS:
             said = {"role": "user", "content": format_.user_text(text)}
             messages = format_.with_system([said]) if chats else []
-            ids = prompt_ids(self.tokenizer, format_, text)
+            ids = encode_prompt(self.tokenizer, format_, text)
             rendered = self.tokenizer.decode(ids)
             same = self.tokenizer(rendered)["input_ids"] == ids
             found.append(Prompt(text, ids, messages, rendered if same else ""))
@@ -270,11 +270,11 @@ def adapter_name(found: ModelRef) -> str:
     return place.resolve().name if place is not None else found.source.name
 
 
-def _named(entry: Entry) -> str:
+def _named(entry: ServedModel) -> str:
     return str(entry.found.run or entry.directory)
 
 
-def open_entry(name: str, found: ModelRef, server: Server | None) -> Entry:
+def open_entry(name: str, found: ModelRef, server: Server | None) -> ServedModel:
     """Return the entry of `found`; raise InputError if it is not an adapter that PEFT can load."""
     if found.directory is None:
         what = f"{name} is a whole model, and there is no adapter to write"
@@ -283,15 +283,15 @@ def open_entry(name: str, found: ModelRef, server: Server | None) -> Entry:
             place = Path(found.source.name if hub else found.source.location)
             raise InputError(
                 f"{what}. {server.title} loads it as it is: "
-                f"{' && '.join(start_model(server, place, place.name))}"
+                f"{' && '.join(build_model_commands(server, place, place.name))}"
             )
         raise InputError(f"{what}. For one file name --format gguf.")
     if is_adapterhub(found.directory):
         raise InputError(f"{name} is a bottleneck adapter, which no server of ours loads.")
-    return Entry(name, found)
+    return ServedModel(name, found)
 
 
-def check_for(entry: Entry, server: Server | None) -> list[str]:
+def check_for(entry: ServedModel, server: Server | None) -> list[str]:
     """Raise InputError if `server` would not serve the adapter as trained; return notes.
 
     Only the card and the base's config are checked. The error states the alternative.
@@ -319,7 +319,7 @@ def check_for(entry: Entry, server: Server | None) -> list[str]:
     if server.families and family not in server.families:
         raise InputError(
             f"{server.title} is not known here to name the modules of {family} as transformers "
-            f"does (known: {listing(server.families)}). Merge it"
+            f"does (known: {join_names(server.families)}). Merge it"
         )
     if entry.found.source.kind == "gguf" and "gguf" not in server.formats:
         raise InputError(
@@ -329,7 +329,8 @@ def check_for(entry: Entry, server: Server | None) -> list[str]:
     if added := entry.added_tokens:
         raise InputError(
             f"it was trained with {len(added):,} more tokens than its base has "
-            f"({listing(map(repr, added), 3)}), and {server.title} reads the tokenizer of the base "
+            f"({join_names(map(repr, added), 3)}), and {server.title} reads the tokenizer of "
+            "the base "
             f"only. Merge it"
         )
     return notes + [server.note] * bool(server.note)
@@ -341,7 +342,7 @@ def whole_format(server: Server | None) -> str:
     return next((name for name in formats if name in ("merged", "gguf")), "merged")
 
 
-def checked_form(form: Any, entry: Entry, server: Server | None) -> Any:
+def check_form(form: Any, entry: ServedModel, server: Server | None) -> Any:
     """Return the normal form, with zero updates if `server` needs every layer adapted.
 
     Raises InputError, with the alternative, if the server would not serve it as trained.
@@ -351,11 +352,12 @@ def checked_form(form: Any, entry: Entry, server: Server | None) -> Any:
     if form.whole_modules:
         raise InputError(
             f"{server.title} does not load modules that were trained as a whole, here "
-            f"{listing(form.whole_modules, 2)}. Merge it"
+            f"{join_names(form.whole_modules, 2)}. Merge it"
         )
     if not server.vocabulary and (words := form.in_vocabulary):
         raise InputError(
-            f"{server.title} does not serve LoRA on {listing(words, 3)} as it was trained. Merge it"
+            f"{server.title} does not serve LoRA on {join_names(words, 3)} as it was trained. "
+            "Merge it"
         )
     if server.ranks and form.rank > server.ranks[-1]:
         raise InputError(

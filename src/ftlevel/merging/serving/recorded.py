@@ -20,9 +20,9 @@ from ftlevel.artifacts.files import write_json
 from ftlevel.config import ExportConfig
 from ftlevel.config.export import SERVERS
 from ftlevel.errors import InputError
-from ftlevel.merging.serving.entry import Entry, Prompt, start_model
+from ftlevel.merging.serving.entry import Prompt, ServedModel, build_model_commands
 from ftlevel.models.sources import ModelSource
-from ftlevel.trained.load import load_found
+from ftlevel.trained.load import load_ref
 from ftlevel.trained.model_ref import ModelRef
 
 TOKENS = 12
@@ -57,14 +57,14 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Spoken:
+class ModelOutputs:
     """Outputs of one model for all prompts: logits of the head's shape, and greedy answers."""
 
     logits: list[torch.Tensor]
     answers: list[Answer]
 
 
-def ask(model: Any, entry: Entry, prompts: Sequence[Prompt]) -> Spoken:
+def run_prompts(model: Any, entry: ServedModel, prompts: Sequence[Prompt]) -> ModelOutputs:
     """Run `model`, in eval mode, on all prompts."""
     device = next(model.parameters()).device
     logits, answers = [], []
@@ -77,7 +77,7 @@ def ask(model: Any, entry: Entry, prompts: Sequence[Prompt]) -> Spoken:
             else:
                 found = _logits(model, ids, seq2seq="Seq2Seq" in entry.auto_class)
             logits.append(found.float().cpu())
-    return Spoken(logits, answers)
+    return ModelOutputs(logits, answers)
 
 
 def _logits(model: Any, ids: torch.Tensor, *, seq2seq: bool) -> torch.Tensor:
@@ -113,18 +113,18 @@ def _continue(model: Any, ids: torch.Tensor, tokenizer: Any) -> tuple[torch.Tens
     return of_prompt, Answer(tokens, logprobs, margins, text)
 
 
-def largest_difference(one: Spoken, other: Spoken) -> float:
+def largest_difference(one: ModelOutputs, other: ModelOutputs) -> float:
     """Return the largest difference between the logits of two models."""
     pairs = zip(one.logits, other.logits, strict=True)
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
-def scale(spoken: Spoken) -> float:
+def scale(spoken: ModelOutputs) -> float:
     """Return the largest absolute logit."""
     return max(float(found.abs().max()) for found in spoken.logits)
 
 
-def divergence(one: Spoken, other: Spoken) -> float:
+def divergence(one: ModelOutputs, other: ModelOutputs) -> float:
     """Return the mean KL divergence of `other` from `one` over the prompts' tokens, in nats."""
     found = [
         (a.log_softmax(-1).exp() * (a.log_softmax(-1) - b.log_softmax(-1))).sum(-1).flatten()
@@ -138,7 +138,7 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Recorded:
+class AdapterRecord:
     """Recorded prompts and answers of one adapter; `rank` is None for a whole model.
 
     `place` is relative to served.json. Each prompt has the answers `trained` and maybe `base`.
@@ -155,8 +155,8 @@ def record(
     place: str,
     rank: int | None,
     prompts: Sequence[Prompt],
-    spoken: Mapping[str, Spoken | None],
-) -> Recorded:
+    spoken: Mapping[str, ModelOutputs | None],
+) -> AdapterRecord:
     """Return the prompts with the answers in `spoken`, keyed by `trained` and maybe `base`."""
     asked = []
     for index, prompt in enumerate(prompts):
@@ -169,10 +169,10 @@ def record(
             row = {"text": prompt.text, "ids": prompt.ids, "messages": prompt.messages,
                    "rendered": prompt.rendered}  # fmt: skip
             asked.append(row | answers)
-    return Recorded(name, place, rank, asked)
+    return AdapterRecord(name, place, rank, asked)
 
 
-def write_served(path: Path, facts: Mapping[str, Any], adapters: Sequence[Recorded]) -> None:
+def write_served(path: Path, facts: Mapping[str, Any], adapters: Sequence[AdapterRecord]) -> None:
     """Write served.json; `facts` contain the server, the format, the base and the commands."""
     rows = [{"name": a.name, "place": a.place, "rank": a.rank, "prompts": a.prompts}
             for a in adapters]  # fmt: skip
@@ -180,15 +180,15 @@ def write_served(path: Path, facts: Mapping[str, Any], adapters: Sequence[Record
 
 
 @dataclass(frozen=True)
-class Served:
+class ServingRecord:
     """A parsed served.json; `facts` are all fields but the adapters."""
 
     path: Path
     facts: Mapping[str, Any]
-    adapters: list[Recorded]
+    adapters: list[AdapterRecord]
 
 
-def read_served(out: Path) -> Served:
+def read_served(out: Path) -> ServingRecord:
     """Read the served.json of the export at `out`; raise InputError if it has no valid answers."""
     path = out / FILE if out.is_dir() else out.with_suffix(".served.json")
     if not path.is_file():
@@ -200,7 +200,7 @@ def read_served(out: Path) -> Served:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if facts.pop("format") != _FORMAT:
             raise InputError(f"{path} was written by a later ftlevel. Install that version.")
-        adapters = [Recorded(**row) for row in facts.pop("adapters")]
+        adapters = [AdapterRecord(**row) for row in facts.pop("adapters")]
         for adapter in adapters:
             for row in adapter.prompts:
                 for who in ("trained", "base"):
@@ -210,14 +210,14 @@ def read_served(out: Path) -> Served:
         raise InputError(f"{path} is not as export writes it ({error!r}). Export again.") from None
     if not any(adapter.prompts for adapter in adapters):
         raise InputError(f"{path} holds no answers: its model does not go on writing after a text.")
-    return Served(path, facts, adapters)
+    return ServingRecord(path, facts, adapters)
 
 
 def start_of(config: ExportConfig) -> list[str]:
     """Return the commands that serve the whole model of `config`; empty without `--for`."""
     if config.server is None:
         return []
-    return start_model(SERVERS[config.server], config.out, config.out.stem)
+    return build_model_commands(SERVERS[config.server], config.out, config.out.stem)
 
 
 def record_whole(
@@ -234,13 +234,15 @@ def record_whole(
     """
     name = config.out.stem
     card = replace(found.card, quantization={"kind": "none"}, dtype="float32")
-    whole = Entry(name, replace(found, source=source, directory=None, card=card))
+    whole = ServedModel(name, replace(found, source=source, directory=None, card=card))
     prompts = whole.prompts()
-    trained = ask(load_found(whole.found, device).model, whole, prompts)
+    trained = run_prompts(load_ref(whole.found, device).model, whole, prompts)
     base = None
     if found.directory is not None and whole.answers:
-        entry = Entry(name, found)
-        base = ask(load_found(entry.in_float32(with_adapter=False), device).model, entry, prompts)
+        entry = ServedModel(name, found)
+        base = run_prompts(
+            load_ref(entry.in_float32(with_adapter=False), device).model, entry, prompts
+        )
     gc.collect()
     recorded = record(name, config.out.name if config.out.suffix else ".", None, prompts,
                       {"trained": trained, "base": base})  # fmt: skip

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.config.methods.adalora import AdaloraSpec
-from ftlevel.errors import ConfigError, InputError, listing
+from ftlevel.errors import ConfigError, InputError, join_names
 from ftlevel.methods.base import Base, Merging, Method, whole
 from ftlevel.methods.facts import MERGES, MethodFacts
 from ftlevel.methods.lora import why_not_mergeable
@@ -36,7 +36,7 @@ def as_lora(file: AdapterFile) -> dict[str, Factors]:
     ranks = sorted({own.rank for own in found.values()})
     file.said.append(
         f"singular values and scale {scale:.3g} (AdaLoRA) folded in; ranks left "
-        f"{listing(map(str, ranks), 6)}"
+        f"{join_names(map(str, ranks), 6)}"
     )
     return found
 

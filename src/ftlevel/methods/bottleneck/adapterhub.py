@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftlevel.config.methods.bottleneck import REDUCTION_FACTOR
-from ftlevel.errors import InputError, listing
+from ftlevel.errors import InputError, join_names
 from ftlevel.methods.bottleneck.sites import Sites, block_of, sites_of
 
 VERSION = "adapters.1.3.0"
@@ -74,7 +74,7 @@ def read_config(settings: Mapping[str, Any], model_config: Any) -> dict[str, Any
     if not isinstance(given, Mapping) or any(key not in given for key in _REQUIRED):
         raise InputError(
             f"config is {given if isinstance(given, str) else 'incomplete'!r}; expected an object "
-            f"with {listing(_REQUIRED)}. Save the adapter again with adapters 1.3.0."
+            f"with {join_names(_REQUIRED)}. Save the adapter again with adapters 1.3.0."
         )
     config = {**_DEFAULTS, **given}
     _check_plain(config)
@@ -95,7 +95,7 @@ def _known_sites(model_config: Any) -> Sites:
     if sites is None or model_config.model_type not in HOLDERS:
         raise InputError(
             f"the places of AdapterHub's adapters in {model_config.model_type} are not known. "
-            f"Families: {listing(HOLDERS, most=len(HOLDERS))}."
+            f"Families: {join_names(HOLDERS, most=len(HOLDERS))}."
         )
     return sites
 
@@ -137,7 +137,7 @@ def _placement(config: Mapping[str, Any], sites: Sites) -> str:
             return "adapter_plus"
     keys = ("mh_adapter", "output_adapter", "cross_adapter", "is_parallel", "original_ln_before",
             "original_ln_after", "residual_before_ln")  # fmt: skip
-    said = listing([f"{key} {config[key]!r}" for key in keys], most=len(keys))
+    said = join_names([f"{key} {config[key]!r}" for key in keys], most=len(keys))
     raise InputError(
         f"an adapter with {said} has no placement here. Known are AdapterHub's double_seq_bn, "
         "seq_bn, par_bn and AdapterPlusConfig. Use it with adapters itself."

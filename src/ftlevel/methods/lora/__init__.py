@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ftlevel.config.methods.lora import INSIDE_BASE, PISSA, LoraSpec
-from ftlevel.errors import ConfigError, listing
+from ftlevel.config.methods.lora import BASE_MODIFYING_INITS, PISSA, LoraSpec
+from ftlevel.errors import ConfigError, join_names
 from ftlevel.methods.base import (
     Base,
     Merging,
@@ -23,7 +23,7 @@ from ftlevel.methods.lora.plain_form import as_lora
 from ftlevel.methods.lora.start import START
 from ftlevel.methods.plain_form import PlainForm
 from ftlevel.methods.rates import Rates
-from ftlevel.models.untrusted import ending_in
+from ftlevel.models.untrusted import limit_time
 
 _SECONDS = 10.0  # timeout; patterns usually match in milliseconds
 
@@ -82,9 +82,9 @@ def _token_ids(spec: LoraSpec, base: Base) -> list[int]:
 
 def check(spec: LoraSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
     """Raise `ConfigError` if a key of `rank_pattern` or `alpha_pattern` matches no layer."""
-    names = listing(dict.fromkeys(name.rpartition(".")[2] for name in sizes), 8)
+    names = join_names(dict.fromkeys(name.rpartition(".")[2] for name in sizes), 8)
     try:
-        with ending_in(_SECONDS):
+        with limit_time(_SECONDS):
             ignored = [
                 (field, pattern)
                 for field in ("rank_pattern", "alpha_pattern")
@@ -155,7 +155,7 @@ def against_embeddings(spec: LoraSpec) -> str:
 def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
     """Return why an adapter with `config` cannot be merged and what to do, or None."""
     start = str(config.get("init_lora_weights"))
-    if start.startswith(INSIDE_BASE):  # saved by PEFT; ftlevel saves these as plain LoRA
+    if start.startswith(BASE_MODIFYING_INITS):  # saved by PEFT; ftlevel saves these as plain LoRA
         return (
             f"init_lora_weights is {start}: its start was taken out of the base's weights, and the "
             "file holds none of it. Write it as plain LoRA first, and merge that: ftlevel export "

@@ -13,8 +13,8 @@ import math
 import warnings
 from typing import Any
 
-from ftlevel.config.methods.lora import INSIDE_BASE
-from ftlevel.errors import InputError, listing
+from ftlevel.config.methods.lora import BASE_MODIFYING_INITS
+from ftlevel.errors import InputError, join_names
 from ftlevel.methods.plain_form import OUTPUT_LAYERS, AdapterFile, Factors, by_pattern, spread
 
 _NOT_PLAIN = {
@@ -52,7 +52,7 @@ def as_lora(file: AdapterFile) -> dict[str, Factors]:
     }
     _say_scale(file, found)
     start = str(file.config.get("init_lora_weights")).lower()
-    if start.startswith(INSIDE_BASE):
+    if start.startswith(BASE_MODIFYING_INITS):
         found = {name: _with_start(file, name, own) for name, own in found.items()}
         word = "OLoRA" if start == "olora" else "PiSSA"
         file.said.append(f"base moved by {word}: rank {_ranks(found)} on the original")
@@ -106,7 +106,7 @@ def _say_scale(file: AdapterFile, found: dict[str, Factors]) -> None:
 
 
 def _ranks(found: dict[str, Factors]) -> str:
-    return listing(map(str, sorted({own.rank for own in found.values()})), 4)
+    return join_names(map(str, sorted({own.rank for own in found.values()})), 4)
 
 
 def _with_start(file: AdapterFile, name: str, own: Factors) -> Factors:
@@ -176,7 +176,9 @@ def token_rows(file: AdapterFile, end: str, indices: Any) -> dict[str, Factors]:
         for head in heads:
             found[head] = Factors(change, one_each.T.contiguous())
         also = (
-            f", on {listing(heads)} too, which shares them" if name not in heads and heads else ""
+            f", on {join_names(heads)} too, which shares them"
+            if name not in heads and heads
+            else ""
         )
         file.said.append(f"{len(which)} trained rows of {name} written as rank {len(which)}{also}")
     return found

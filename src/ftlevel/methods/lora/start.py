@@ -15,10 +15,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from ftlevel.config.methods.lora import INSIDE_BASE, LoraSpec
+from ftlevel.config.methods.lora import BASE_MODIFYING_INITS, LoraSpec
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
-from ftlevel.methods.base import Start, StartInputs
+from ftlevel.methods.base import Initialization, InitializationInputs
 
 ADAPTER = "default"
 
@@ -26,7 +26,7 @@ ADAPTER = "default"
 def starts_inside_base(model: Any) -> bool:
     """Return whether `model` has a LoRA whose initialization changed the base weights."""
     config = getattr(model, "peft_config", {}).get(ADAPTER)
-    return getattr(config, "init_lora_weights", None) in INSIDE_BASE
+    return getattr(config, "init_lora_weights", None) in BASE_MODIFYING_INITS
 
 
 def copy_start(model: Any) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _doubled(config: Any) -> Any:
 
 def rewrites_base(spec: LoraSpec) -> bool:
     """Return whether initialization changes the base weights."""
-    return spec.init_lora_weights in INSIDE_BASE
+    return spec.init_lora_weights in BASE_MODIFYING_INITS
 
 
 def precision(spec: LoraSpec, wish: str) -> Choice | None:
@@ -96,7 +96,7 @@ def precision(spec: LoraSpec, wish: str) -> Choice | None:
     return Choice("dtype", "float32", f"auto: {init} takes its start out of the weights")
 
 
-def begin(model: Any, spec: LoraSpec, inputs: StartInputs) -> None:
+def begin(model: Any, spec: LoraSpec, inputs: InitializationInputs) -> None:
     """Initialize LoRA from training rows (eva) or from float weights (loftq) (mutated)."""
     if spec.init_lora_weights == "loftq":
         from ftlevel.methods.lora.initialization import start_from_residual
@@ -113,4 +113,4 @@ def default(spec: LoraSpec) -> LoraSpec:
     return spec.model_copy(update={"init_lora_weights": "default"})
 
 
-START = Start(precision, begin, rewrites_base, copy_start, as_plain_lora, default)
+START = Initialization(precision, begin, rewrites_base, copy_start, as_plain_lora, default)

@@ -1,8 +1,8 @@
 """Prompt tuning and P-tuning: builds `SoftPromptConfig` for a tuner of ftlevel.
 
 PEFT's tuner lengthens the sequence that heads, pooling and `generate` see; this one hides the
-prompt from them. `put_on` loads prompts trained with PEFT, whose files contain only the embeddings.
-The submodules import peft and are imported only when needed.
+prompt from them. `load_peft_prompt` loads prompts trained with PEFT, whose files contain only the
+embeddings. The submodules import peft and are imported only when needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TYPES = ("PROMPT_TUNING", "P_TUNING")
 _KEY = "prompt_embeddings"
 
 
-def put_on(base: Any, directory: Path, name: str) -> Any:
+def load_peft_prompt(base: Any, directory: Path, name: str) -> Any:
     """Return `base` with PEFT's prompt in `directory` as the adapter `name`.
 
     Raises:
@@ -170,7 +170,7 @@ _PROMPT = Method(
         ("SOFT_PROMPT", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"),
         into_weights=False, why_not=lambda _: VIRTUAL_TOKENS,
     ),
-    plain=dict.fromkeys(TYPES, put_on),
+    plain=dict.fromkeys(TYPES, load_peft_prompt),
 )  # fmt: skip
 _P_TUNING = Method(
     (

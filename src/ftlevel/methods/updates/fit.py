@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ftlevel.errors import ConfigError, listing
+from ftlevel.errors import ConfigError, join_names
 from ftlevel.methods.facts import CONV1D, Rule, rows
 
 LINEARS_ONLY = Rule(
@@ -27,7 +27,7 @@ def check_divides(
     common = math.gcd(*(width for pair in sides.values() for width in pair))
     fits = [n for n in range(2, min(common, 64) + 1) if common % n == 0]
     way = (
-        f"Set method.{field} to one of {listing(map(str, fits), 8)}."
+        f"Set method.{field} to one of {join_names(map(str, fits), 8)}."
         if fits
         else "Leave out these modules with --target-modules."
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ftlevel.errors import InputError, did_you_mean, listing
+from ftlevel.errors import InputError, did_you_mean, join_names
 
 MODELS: tuple[str, ...] = ("tiny-llama",)
 
@@ -24,7 +24,7 @@ def model_path(name: str) -> Path:
     if name not in MODELS:
         raise InputError(
             f"builtin:{name}: no such model in ftlevel.{did_you_mean(name, MODELS)}"
-            f" Available: {listing(f'builtin:{known}' for known in MODELS)}."
+            f" Available: {join_names(f'builtin:{known}' for known in MODELS)}."
         )
     directory = Path(__file__).resolve().parent / name
     if not (directory / "model.safetensors").is_file():

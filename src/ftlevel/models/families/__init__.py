@@ -5,7 +5,7 @@ Needs neither torch nor transformers. A test compares each entry with transforme
 
 from __future__ import annotations
 
-from ftlevel.errors import InputError, listing, nearest
+from ftlevel.errors import InputError, closest_matches, join_names
 from ftlevel.models.families.decoder import DECODER_FAMILIES
 from ftlevel.models.families.encoder import ENCODER_FAMILIES
 from ftlevel.models.families.facts import Family
@@ -37,10 +37,10 @@ def find_family(name: str) -> Family:
     family = lookup_family(name)
     if family is not None:
         return family
-    close = nearest(_fold(name), _INDEX, count=3)
+    close = closest_matches(_fold(name), _INDEX, count=3)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise InputError(
         f"{name!r} is neither a family that ftlevel knows nor a model.{hint} "
-        f"Families: {listing(FAMILIES, most=len(FAMILIES))}. "
+        f"Families: {join_names(FAMILIES, most=len(FAMILIES))}. "
         "For a model, give its directory or its full id: ftlevel list-targets OWNER/NAME"
     )

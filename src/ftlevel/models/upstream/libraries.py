@@ -12,7 +12,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from ftlevel.models.untrusted import ending_in, taking_at_most
+from ftlevel.models.untrusted import limit_memory, limit_time
 
 _SECONDS = 10.0  # timeout; templates usually take microseconds
 _BYTES = 1 << 30
@@ -30,7 +30,7 @@ def apply_template(
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    with ending_in(_SECONDS), taking_at_most(_BYTES):
+    with limit_time(_SECONDS), limit_memory(_BYTES):
         texts, spans = render_jinja_template([list(turns)], chat_template=template, **settings)
     return texts[0], [tuple(span) for span in spans[0]] if spans else []
 

@@ -102,7 +102,7 @@ def _naming_failures() -> Iterator[None]:
         yield
     except CheckpointException as failed:
         error: Any = next(iter(failed.failures.values()))[0]
-        error.is_told = distributed.get_rank() > 0
+        error.is_reported = distributed.get_rank() > 0
         raise error from None
 
 
@@ -112,7 +112,7 @@ def read_parts(tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
     load(_distinct(tensors), storage_reader=reader)
 
 
-def put_together(directory: Path, out: Path) -> None:
+def merge_shards(directory: Path, out: Path) -> None:
     """Merge the distributed checkpoint in `directory` to ordinary safetensors in `out`.
 
     One file of up to 2 GiB, or one larger tensor, is in memory at a time.
@@ -277,7 +277,7 @@ class Unread(Protocol):
         """Return the weight sharded like `like`; a collective operation."""
 
 
-class Slices:
+class UnreadWeights:
     """Unread weights of a base model, by parameter.
 
     `converted` names model tensors that were read in full, as they combine several stored tensors.

@@ -13,10 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ftlevel.data.formats.detect import Shape
-from ftlevel.data.formats.examples import Parts, Roles
-from ftlevel.data.formats.turns import Message, Unusable, check_text, parse_tools, parse_turns
-from ftlevel.data.sources.uniform import kind_of
+from ftlevel.data.formats.detect import FormatSpec
+from ftlevel.data.formats.examples import ExampleParts, RoleValues
+from ftlevel.data.formats.turns import (
+    Message,
+    UnusableRowError,
+    check_text,
+    parse_tools,
+    parse_turns,
+)
+from ftlevel.data.sources.uniform import json_type_name
 
 Turns = tuple[Message, ...]
 _HH = re.compile(r"\n\n(Human|Assistant): ?")
@@ -40,19 +46,21 @@ class PairExample:
     @property
     def key_text(self) -> str:
         """Text that identifies the example in duplicate checks."""
-        return "\0".join(map(say, (self.prompt, self.chosen, self.rejected)))
+        return "\0".join(map(join_turns, (self.prompt, self.chosen, self.rejected)))
 
     @property
-    def parts(self) -> Parts:
+    def parts(self) -> ExampleParts:
         """Question and preferred answer for duplicate checks, which compare both answers."""
         asked = "\n".join(t.content for t in self.prompt if t.role in ("user", "tool"))
-        before = "\0".join((say(self.prompt), say(self.rejected), str(self.tools or "")))
-        good = say(self.chosen)
-        return Parts(asked, good, before, good, written=True)
+        before = "\0".join(
+            (join_turns(self.prompt), join_turns(self.rejected), str(self.tools or ""))
+        )
+        good = join_turns(self.chosen)
+        return ExampleParts(asked, good, before, good, written=True)
 
 
 @dataclass(frozen=True)
-class JudgedExample:
+class LabeledAnswer:
     """One answer labeled as desirable or not; `row` is the index of the table row."""
 
     prompt: Turns
@@ -64,24 +72,28 @@ class JudgedExample:
     @property
     def key_text(self) -> str:
         """Text that identifies the example in duplicate checks."""
-        return "\0".join((say(self.prompt), say(self.answer), str(self.desirable)))
+        return "\0".join((join_turns(self.prompt), join_turns(self.answer), str(self.desirable)))
 
     @property
-    def parts(self) -> Parts:
+    def parts(self) -> ExampleParts:
         """Question with answer, and label, for duplicate checks."""
         asked = "\n".join(t.content for t in self.prompt if t.role in ("user", "tool"))
-        before = "\0".join((say(self.prompt), say(self.answer), str(self.tools or "")))
-        return Parts(asked, say(self.answer), before, str(self.desirable), written=True)
+        before = "\0".join(
+            (join_turns(self.prompt), join_turns(self.answer), str(self.tools or ""))
+        )
+        return ExampleParts(
+            asked, join_turns(self.answer), before, str(self.desirable), written=True
+        )
 
 
-def say(turns: Sequence[Message]) -> str:
+def join_turns(turns: Sequence[Message]) -> str:
     """Return `turns` as one text, without role names for a single turn."""
     if len(turns) == 1:
         return turns[0].content
     return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
 
 
-def build_pair(roles: Roles) -> PairExample:
+def build_pair(roles: RoleValues) -> PairExample:
     """Return two answers to a prompt, from any of the layouts."""
     if "ranked" in roles:
         good, bad, scores = _best_and_worst(roles)
@@ -95,7 +107,7 @@ def build_pair(roles: Roles) -> PairExample:
     prompt = _prompt(roles)
     if "chosen" not in roles and "rejected" in roles:  # the last turn is the preferred answer
         if not prompt or prompt[-1].role != "assistant":
-            raise Unusable("does not end with an answer of the assistant", "unsupervised")
+            raise UnusableRowError("does not end with an answer of the assistant", "unsupervised")
         prompt, chosen = prompt[:-1], prompt[-1:]
         return _pair(roles, prompt, chosen, _answer(roles, "rejected", bad), scores)
     chosen, rejected = _answer(roles, "chosen", good), _answer(roles, "rejected", bad)
@@ -111,29 +123,31 @@ def build_pair(roles: Roles) -> PairExample:
 
 
 def _pair(
-    roles: Roles, prompt: Turns, chosen: Turns, rejected: Turns, scores: tuple[float, ...]
+    roles: RoleValues, prompt: Turns, chosen: Turns, rejected: Turns, scores: tuple[float, ...]
 ) -> PairExample:
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer or answer[-1].role != "assistant":
-            raise Unusable(f"{name}: does not end with an answer of the assistant", "turn_order")
+            raise UnusableRowError(
+                f"{name}: does not end with an answer of the assistant", "turn_order"
+            )
     if not prompt:
-        raise Unusable("has no prompt: the two conversations have no turn in common")
+        raise UnusableRowError("has no prompt: the two conversations have no turn in common")
     margin = _number(roles, "margin") if "margin" in roles else 0.0
     prompt = _with_system(roles, prompt)
     return PairExample(prompt, chosen, rejected, roles.index, _tools(roles), margin, scores)
 
 
-def build_judged(roles: Roles) -> JudgedExample:
+def build_judged(roles: RoleValues) -> LabeledAnswer:
     """Return an answer with its label."""
     return _judged(roles, _verdict(roles.get("label"), roles.columns["label"]))
 
 
-def build_scored(roles: Roles) -> JudgedExample:
+def build_scored(roles: RoleValues) -> LabeledAnswer:
     """Return an answer without a label, marked as desirable."""
     return _judged(roles, True)
 
 
-def _judged(roles: Roles, desirable: bool) -> JudgedExample:
+def _judged(roles: RoleValues, desirable: bool) -> LabeledAnswer:
     if "completion" in roles:
         prompt = _prompt(roles)
         answer = _answer(roles, "completion", roles.get("completion"))
@@ -141,41 +155,41 @@ def _judged(roles: Roles, desirable: bool) -> JudgedExample:
         prompt = _prompt(roles)
         prompt, answer = prompt[:-1], prompt[-1:]
     if not answer or answer[-1].role != "assistant":
-        raise Unusable("does not end with an answer of the assistant", "turn_order")
+        raise UnusableRowError("does not end with an answer of the assistant", "turn_order")
     if not prompt:
-        raise Unusable("has no prompt")
+        raise UnusableRowError("has no prompt")
     prompt = _with_system(roles, prompt)
-    return JudgedExample(prompt, answer, desirable, roles.index, _tools(roles))
+    return LabeledAnswer(prompt, answer, desirable, roles.index, _tools(roles))
 
 
 def _verdict(value: object, column: str) -> bool:
     known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     found = known.get(str(value).strip().lower())
     if found is None:
-        raise Unusable(f"{column!r} is {value!r}, where true or false is expected")
+        raise UnusableRowError(f"{column!r} is {value!r}, where true or false is expected")
     return found
 
 
-def _number(roles: Roles, role: str) -> float:
+def _number(roles: RoleValues, role: str) -> float:
     value = roles.get(role)
     if isinstance(value, str):  # a cell of CSV
         with contextlib.suppress(ValueError):
             value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise Unusable(f"{roles.columns[role]!r} is {value!r}, where a number is expected")
+        raise UnusableRowError(f"{roles.columns[role]!r} is {value!r}, where a number is expected")
     return float(value)
 
 
-def _tools(roles: Roles) -> tuple[dict[str, Any], ...]:
+def _tools(roles: RoleValues) -> tuple[dict[str, Any], ...]:
     return parse_tools(roles.get("tools"), roles.columns["tools"]) if "tools" in roles else ()
 
 
-def _with_system(roles: Roles, prompt: Turns) -> Turns:
+def _with_system(roles: RoleValues, prompt: Turns) -> Turns:
     system = roles.text_or_empty("system") if "system" in roles else ""
     return (Message("system", system), *prompt) if system and prompt[0].role != "system" else prompt
 
 
-def _prompt(roles: Roles) -> Turns:
+def _prompt(roles: RoleValues) -> Turns:
     """Return the turns before the answers; empty if the answers contain them."""
     for role in ("messages", "prompt", "question"):
         if role in roles:
@@ -191,7 +205,7 @@ def _prompt(roles: Roles) -> Turns:
     return ()
 
 
-def _answer(roles: Roles, role: str, value: object) -> Turns:
+def _answer(roles: RoleValues, role: str, value: object) -> Turns:
     """Return the turns of an answer: a text, one or more turns, or a conversation."""
     name = roles.columns.get(role, role)
     if isinstance(value, dict):
@@ -218,7 +232,7 @@ def _hh_turns(text: str) -> list[Message]:
     if turns[-1].role == "assistant" and not turns[-1].content:  # a trailing "\n\nAssistant:"
         turns.pop()
     if empty := next((turn.role for turn in turns if not turn.content), None):
-        raise Unusable(f"has an empty turn of the {empty}", "empty_text")
+        raise UnusableRowError(f"has an empty turn of the {empty}", "empty_text")
     return turns
 
 
@@ -228,19 +242,23 @@ def _same(one: Turns, other: Turns) -> bool:
     return plain[0] == plain[1]
 
 
-def _two(roles: Roles) -> tuple[object, object]:
+def _two(roles: RoleValues) -> tuple[object, object]:
     value = roles.get("output")
     if not isinstance(value, list) or len(value) != 2:
-        raise Unusable(f"{roles.columns['output']!r} is {kind_of(value)}, where two answers are "
-                       "expected: the preferred one and the other")  # fmt: skip
+        raise UnusableRowError(
+            f"{roles.columns['output']!r} is {json_type_name(value)}, where two answers are "
+            "expected: the preferred one and the other"
+        )
     return value[0], value[1]
 
 
-def _best_and_worst(roles: Roles) -> tuple[object, object, tuple[float, ...]]:
+def _best_and_worst(roles: RoleValues) -> tuple[object, object, tuple[float, ...]]:
     """Return the best and worst of several answers by rank or score, and their scores."""
     value, column = roles.get("ranked"), roles.columns["ranked"]
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise Unusable(f"{column!r} is {kind_of(value)}, where a list of answers is expected")
+        raise UnusableRowError(
+            f"{column!r} is {json_type_name(value)}, where a list of answers is expected"
+        )
     graded = []
     for item in value:
         text = next((item[k] for k in ("answer", "response", "text", "content") if k in item), None)
@@ -248,10 +266,12 @@ def _best_and_worst(roles: Roles) -> tuple[object, object, tuple[float, ...]]:
         if number is None and "rank" in item:
             number = -item["rank"]
         if text is None or not isinstance(number, int | float) or not math.isfinite(number):
-            raise Unusable(f"{column!r} has an answer without a text, or without rank and score")
+            raise UnusableRowError(
+                f"{column!r} has an answer without a text, or without rank and score"
+            )
         graded.append((float(number), text))
     if len({number for number, _ in graded}) < 2:
-        raise Unusable(f"{column!r} has no two answers of which one is better")
+        raise UnusableRowError(f"{column!r} has no two answers of which one is better")
     best, worst = max(graded, key=lambda g: g[0]), min(graded, key=lambda g: g[0])
     return best[1], worst[1], (best[0], worst[0])
 
@@ -270,30 +290,41 @@ _GRADES = {
 _TURNS = ("role", "content", "user", "assistant")
 
 PAIR_SHAPES = (
-    Shape("prompt + chosen + rejected", build_pair,
+    FormatSpec("prompt + chosen + rejected", build_pair,
           {"prompt": _PROMPTS, "chosen": _CHOSEN, "rejected": _REJECTED}, _GRADES, True, _TURNS),
-    Shape("instruction + chosen + rejected", build_pair,
+    FormatSpec("instruction + chosen + rejected", build_pair,
           {"instruction": ("instruction",), "chosen": _CHOSEN, "rejected": _REJECTED},
           {"input": ("input", "context"), **_GRADES}),
-    Shape("messages + chosen + rejected", build_pair,
+    FormatSpec("messages + chosen + rejected", build_pair,
           {"messages": _MESSAGES, "chosen": _CHOSEN, "rejected": _REJECTED}, _GRADES, False,
           _TURNS),
-    Shape("chosen + rejected", build_pair, {"chosen": _CHOSEN, "rejected": _REJECTED}, _GRADES,
+    FormatSpec("chosen + rejected", build_pair, {"chosen": _CHOSEN, "rejected": _REJECTED}, _GRADES,
           False, _TURNS),
-    Shape("messages + rejected", build_pair, {"messages": _MESSAGES, "rejected": _REJECTED},
+    FormatSpec("messages + rejected", build_pair, {"messages": _MESSAGES, "rejected": _REJECTED},
           _GRADES, False, _TURNS),
-    Shape("prompt + answers", build_pair,
+    FormatSpec("prompt + answers", build_pair,
           {"prompt": (*_PROMPTS, "instruction"), "ranked": ("answers", "completions")}, _MORE,
           False),
-    Shape("instruction + output", build_pair,
+    FormatSpec("instruction + output", build_pair,
           {"instruction": ("instruction",), "output": ("output",)},
           {"input": ("input",), **_MORE}, False),
 )  # fmt: skip
 _LABEL = ("label", "kto_tag", "desirable")
 JUDGED_SHAPES = (
-    Shape("prompt + completion + label", build_judged,
-          {"prompt": _PROMPTS, "completion": ("completion", "response", "answer"), "label": _LABEL},
-          _MORE, True, _TURNS),
-    Shape("messages + label", build_judged, {"messages": _MESSAGES, "label": _LABEL}, _MORE, False,
-          _TURNS),
-)  # fmt: skip
+    FormatSpec(
+        "prompt + completion + label",
+        build_judged,
+        {"prompt": _PROMPTS, "completion": ("completion", "response", "answer"), "label": _LABEL},
+        _MORE,
+        True,
+        _TURNS,
+    ),
+    FormatSpec(
+        "messages + label",
+        build_judged,
+        {"messages": _MESSAGES, "label": _LABEL},
+        _MORE,
+        False,
+        _TURNS,
+    ),
+)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnswerLikelihoods:
     """Log-likelihoods of the answers of a batch; float32 tensors `(answers,)`.
 
     `sums` are log-likelihoods, `counts` tokens, `reference` those of the reference (0 without one).
@@ -51,10 +51,10 @@ class Answered:
         """Log-likelihood ratios of policy and reference."""
         return self.sums - self.reference
 
-    def every_other(self, first: int) -> Answered:
+    def every_other(self, first: int) -> AnswerLikelihoods:
         """Return every second answer, starting at index `first`."""
         own = slice(first, None, 2)
-        return Answered(self.sums[own], self.counts[own], self.reference[own])
+        return AnswerLikelihoods(self.sums[own], self.counts[own], self.reference[own])
 
     @property
     def means(self) -> torch.Tensor:
@@ -63,7 +63,7 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Strengths:
+class PairLossParameters:
     """Hyperparameters of the pair losses: β, ε (smoothing), γ of simpo, and the ratios of ipo."""
 
     beta: float
@@ -72,13 +72,13 @@ class Strengths:
     ipo_sums: bool
 
     @classmethod
-    def of(cls, settings: PreferenceConfig, smoothing: float) -> Strengths:
+    def of(cls, settings: PreferenceConfig, smoothing: float) -> PairLossParameters:
         """Return the hyperparameters of a configuration."""
         sums = settings.ipo_ratios == "sum"
-        return cls(settings.strength, smoothing, settings.margin, sums)
+        return cls(settings.effective_beta, smoothing, settings.margin, sums)
 
 
-PairLoss = Callable[[Answered, Answered, Strengths], "torch.Tensor"]
+PairLoss = Callable[[AnswerLikelihoods, AnswerLikelihoods, PairLossParameters], "torch.Tensor"]
 """(preferred answers, rejected answers, hyperparameters) -> loss of each pair."""
 
 
@@ -89,45 +89,55 @@ def log_sigmoid(value: torch.Tensor) -> torch.Tensor:
     return functional.logsigmoid(value)
 
 
-def _dpo(good: Answered, bad: Answered, told: Strengths) -> torch.Tensor:
+def _dpo(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> torch.Tensor:
     return -log_sigmoid(told.beta * (good.ratios - bad.ratios))
 
 
-def _cdpo(good: Answered, bad: Answered, told: Strengths) -> torch.Tensor:
+def _cdpo(
+    good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters
+) -> torch.Tensor:
     reward = told.beta * (good.ratios - bad.ratios)
     swapped = told.smoothing * log_sigmoid(-reward)
     return -(1 - told.smoothing) * log_sigmoid(reward) - swapped
 
 
-def _robust(good: Answered, bad: Answered, told: Strengths) -> torch.Tensor:
+def _robust(
+    good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters
+) -> torch.Tensor:
     reward = told.beta * (good.ratios - bad.ratios)
     swapped = told.smoothing * log_sigmoid(-reward)
     return (swapped - (1 - told.smoothing) * log_sigmoid(reward)) / (1 - 2 * told.smoothing)
 
 
-def _hinge(good: Answered, bad: Answered, told: Strengths) -> torch.Tensor:
+def _hinge(
+    good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters
+) -> torch.Tensor:
     return (1 - told.beta * (good.ratios - bad.ratios)).relu()
 
 
-def _mean_difference(good: Answered, bad: Answered) -> torch.Tensor:
+def _mean_difference(good: AnswerLikelihoods, bad: AnswerLikelihoods) -> torch.Tensor:
     return good.ratios / good.counts - bad.ratios / bad.counts
 
 
-def _ipo(good: Answered, bad: Answered, told: Strengths) -> torch.Tensor:
+def _ipo(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> torch.Tensor:
     summed = good.ratios - bad.ratios
     difference = summed if told.ipo_sums else _mean_difference(good, bad)
     return (difference - 1 / (2 * told.beta)).square()
 
 
-def _dpo_norm(good: Answered, bad: Answered, told: Strengths) -> torch.Tensor:
+def _dpo_norm(
+    good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters
+) -> torch.Tensor:
     return -log_sigmoid(told.beta * _mean_difference(good, bad))
 
 
-def _simpo(good: Answered, bad: Answered, told: Strengths) -> torch.Tensor:
+def _simpo(
+    good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters
+) -> torch.Tensor:
     return -log_sigmoid(told.beta * (good.means - bad.means) - told.gamma)
 
 
-def _cpo(good: Answered, bad: Answered, told: Strengths) -> torch.Tensor:
+def _cpo(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> torch.Tensor:
     return -log_sigmoid(told.beta * (good.sums - bad.sums))
 
 
@@ -144,7 +154,9 @@ def log_odds(mean: torch.Tensor) -> torch.Tensor:
     return mean - torch.where(below > -math.log(2), near, far)
 
 
-def _orpo(good: Answered, bad: Answered, told: Strengths) -> torch.Tensor:
+def _orpo(
+    good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters
+) -> torch.Tensor:
     return -told.beta * log_sigmoid(log_odds(good.means) - log_odds(bad.means))
 
 
@@ -163,7 +175,7 @@ PAIR_LOSSES: dict[str, PairLoss] = {
 }
 
 
-def kto(answered: Answered, good: torch.Tensor, baseline: torch.Tensor, beta: float,
+def kto(answered: AnswerLikelihoods, good: torch.Tensor, baseline: torch.Tensor, beta: float,
         weights: tuple[float, float]) -> torch.Tensor:  # fmt: skip
     """Return the KTO loss of each answer.
 

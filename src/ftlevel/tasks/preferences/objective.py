@@ -14,7 +14,7 @@ import numpy as np
 
 from ftlevel.config.preference import PreferenceConfig
 from ftlevel.task import IGNORED, LikelihoodObjective, Meter, TokenObjective, TrainingLoss
-from ftlevel.tasks.preferences.losses import PAIR_LOSSES, Answered, Strengths, kto
+from ftlevel.tasks.preferences.losses import PAIR_LOSSES, AnswerLikelihoods, PairLossParameters, kto
 from ftlevel.tasks.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def metric_names(*, paired: bool, referenced: bool) -> tuple[str, ...]:
     return tuple(names)
 
 
-class JudgedMeter:
+class PreferenceMeter:
     """Meter that stores six values per answer; `objective` computes the rewards."""
 
     def __init__(self, objective: Any) -> None:
@@ -52,9 +52,9 @@ class JudgedMeter:
         columns = [labels[:, 0], logits[:, 0], logits[:, 1], labels[:, 1], rewards, labels[:, 2]]
         self._seen.append(torch.stack(columns, dim=1).cpu().double().numpy())
 
-    def pool(self, meters: Sequence[JudgedMeter]) -> JudgedMeter:
+    def pool(self, meters: Sequence[PreferenceMeter]) -> PreferenceMeter:
         """Return a meter of the answers of all `meters`."""
-        pooled = JudgedMeter(self._objective)
+        pooled = PreferenceMeter(self._objective)
         pooled._seen = [part for meter in meters for part in meter._seen]
         return pooled
 
@@ -156,14 +156,14 @@ class Preferences(LikelihoodObjective):
         import torch
 
         settings = self.settings
-        answered = Answered(answers[:, 0], answers[:, 1], verdicts[:, 1])
+        answered = AnswerLikelihoods(answers[:, 0], answers[:, 1], verdicts[:, 1])
         if not self.is_paired:
             weights = settings.desirable_weight, settings.undesirable_weight
             good = verdicts[:, 0] > 0
-            return kto(answered, good, verdicts[:, 2], settings.strength, weights).sum()
+            return kto(answered, good, verdicts[:, 2], settings.effective_beta, weights).sum()
         preferred, rejected = answered.every_other(0), answered.every_other(1)
         loss = PAIR_LOSSES[settings.loss or "dpo"]
-        of_pairs = loss(preferred, rejected, Strengths.of(settings, self.smoothing)).sum()
+        of_pairs = loss(preferred, rejected, PairLossParameters.of(settings, self.smoothing)).sum()
         if settings.loss not in WITH_SFT:
             return of_pairs
         weight = 1.0 if settings.loss == "orpo" else settings.sft_weight
@@ -212,7 +212,7 @@ class Preferences(LikelihoodObjective):
             return None
         known = {
             "hinge": 1.0,
-            "ipo": 1 / (4 * self.settings.strength**2),
+            "ipo": 1 / (4 * self.settings.effective_beta**2),
             **dict.fromkeys(("dpo", "cdpo", "robust", "dpo-norm", "ld-dpo"), math.log(2)),
         }
         return known.get(self.settings.loss or "dpo")
@@ -251,17 +251,17 @@ class Preferences(LikelihoodObjective):
         return found
 
     def meter(self) -> Meter:
-        """Return a `JudgedMeter`."""
-        return JudgedMeter(self)
+        """Return a `PreferenceMeter`."""
+        return PreferenceMeter(self)
 
     def rewards(self, answers: torch.Tensor, verdicts: torch.Tensor) -> torch.Tensor:
         """Return the implicit reward of each answer, `(answers,)`."""
-        answered = Answered(answers[:, 0], answers[:, 1], verdicts[:, 1])
+        answered = AnswerLikelihoods(answers[:, 0], answers[:, 1], verdicts[:, 1])
         by_token = self.settings.loss in ("simpo", "orpo", "dpo-norm") or (
             self.settings.loss == "ipo" and self.settings.ipo_ratios == "mean"
         )
         ratios = answered.ratios
-        return self.settings.strength * (ratios / answered.counts if by_token else ratios)
+        return self.settings.effective_beta * (ratios / answered.counts if by_token else ratios)
 
 
 def build_preferences(settings: PreferenceConfig, smoothing: float, kind: str) -> Preferences:

@@ -19,22 +19,22 @@ from ftlevel.tasks.preferences.formats import JUDGED_SHAPES, PAIR_SHAPES
 from ftlevel.tasks.preferences.objective import build_preferences
 from ftlevel.tasks.preferences.rows import (
     ContrastedRows,
-    JudgedEncoder,
-    JudgedRow,
+    LabeledAnswerRow,
     PairRow,
+    PreferenceEncoder,
     ReferencedRows,
-    judge_answers,
-    look_at_pairs,
-    pair_up,
+    build_pair_row,
+    check_answers,
+    check_pairs,
 )
 from ftlevel.tasks.text import TASKS as TEXT_TASKS
 from ftlevel.tasks.text import TextTask
 
 if TYPE_CHECKING:
-    from ftlevel.data.encoding.fit import Fitted
+    from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.gate.flat import Mask
-    from ftlevel.data.prepare.encoder import Encoder, EncodingContext, Prepared
-    from ftlevel.data.prepare.loading import Loaded
+    from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData
+    from ftlevel.data.prepare.loading import LoadedExamples
 
 
 _UNTOLD = ("loss", "reference")
@@ -42,7 +42,7 @@ _UNTOLD = ("loss", "reference")
 
 
 @dataclass(frozen=True)
-class JudgedTask(BaseTask):
+class AnswerTask(BaseTask):
     """Base class of the preference and reward tasks; `scored` ones give each answer a scalar."""
 
     settings: PreferenceConfig = field(default_factory=PreferenceConfig)
@@ -50,7 +50,7 @@ class JudgedTask(BaseTask):
 
     scored: ClassVar[bool] = False
 
-    def configured(self, options: Mapping[str, Any]) -> JudgedTask:
+    def configured(self, options: Mapping[str, Any]) -> AnswerTask:
         """Return the task with the loss of a configuration or model card."""
         known = dict(options.get("preference", {}))
         smoothing = known.pop("smoothing", 0.0)
@@ -98,12 +98,12 @@ class JudgedTask(BaseTask):
         return choose_format(tokenizer, kind, self.instruction, self.answer_cue)
 
     def encode_as(self, encoder: Encoder, examples: Sequence[Any], table: Table, *, scored: bool
-                  ) -> Fitted:  # fmt: skip
+                  ) -> FittedRows:  # fmt: skip
         """Return encoded pairs or labeled answers."""
         if encoder.prompt_format is None:
             raise TypeError("judged answers have a prompt format")
         settings, seq2seq = self.settings, encoder.kind == "encoder-decoder"
-        encode = JudgedEncoder(
+        encode = PreferenceEncoder(
             encoder.tokenizer, encoder.prompt_format, encoder.kind, settings.loss == "kto", scored,
             settings.is_referenced,
         )  # fmt: skip
@@ -112,21 +112,21 @@ class JudgedTask(BaseTask):
 
     def look(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
         """Return pairs with equal answers, and pairs that contradict an earlier one."""
-        return look_at_pairs(rows)
+        return check_pairs(rows)
 
     def judge_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
         """Return findings about the labels of the whole set."""
-        return judge_answers(examples, self.settings.loss or "dpo")
+        return check_answers(examples, self.settings.loss or "dpo")
 
-    def facts(self, loaded: Loaded) -> Mapping[str, Any]:
+    def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
         """Return the loss and its hyperparameters."""
         return {"preference": self.options}
 
-    def describe_rows(self, loaded: Loaded, facts: Mapping[str, Any]) -> list[Choice]:
+    def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
         """Return the number of targets, and the loss."""
         told = {name: value for name, value in self.options.items() if name not in _UNTOLD}
         if "beta" in told:
-            told["beta"] = self.settings.strength
+            told["beta"] = self.settings.effective_beta
         if "simpo_gamma" in told:
             told["simpo_gamma"] = self.settings.margin
         shown = ", ".join(
@@ -152,10 +152,10 @@ class JudgedTask(BaseTask):
         prompt, reference = len(ids) - max(1, len(ids) // 4), () if self.scored else (0.0, 0.0)
         own, other = ([IGNORED] * prompt + ids[prompt:]), ids[: len(ids) - prompt]
         if not self.settings.facts.paired:
-            return JudgedRow(ids, own, row, {}, prompt, row % 2, reference)
+            return LabeledAnswerRow(ids, own, row, {}, prompt, row % 2, reference)
         one = Encoded(ids, own, row)
         two = Encoded(ids[:prompt] + other, own[:prompt] + other, row)
-        pair = pair_up(one, two, prompt, 0.0, scored=self.scored)
+        pair = build_pair_row(one, two, prompt, 0.0, scored=self.scored)
         return replace(pair, reference=reference)
 
     def show_label(self, row: Encoded, names: Sequence[str]) -> str:
@@ -165,11 +165,11 @@ class JudgedTask(BaseTask):
             return (f"prompt: tokens 1-{row.prompt}, preferred: {row.prompt + 1}-{first}, "
                     f"rejected: {first + 1}-{len(row.input_ids)}")  # fmt: skip
         return ("desirable" if row.desirable else "undesirable") if isinstance(
-            row, JudgedRow) else ""  # fmt: skip
+            row, LabeledAnswerRow) else ""  # fmt: skip
 
 
 @dataclass(frozen=True)
-class PreferenceTask(JudgedTask, TextTask):
+class PreferenceTask(AnswerTask, TextTask):
     """Task of a policy model, which generates text."""
 
     def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
@@ -182,11 +182,13 @@ class PreferenceTask(JudgedTask, TextTask):
         task = self.configured(facts) if "preference" in facts else self
         return build_preferences(task.settings, task.smoothing, kind)
 
-    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
+    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
         """Return prompts with two answers, or with one labeled answer."""
         return self.encode_as(encoder, examples, table, scored=False)
 
-    def finish(self, prepared: Prepared, config: DataConfig, context: EncodingContext) -> Prepared:
+    def finish(
+        self, prepared: PreparedData, config: DataConfig, context: EncodingContext
+    ) -> PreparedData:
         """Return `prepared` with contrast answers, if the loss is kto."""
         if self.settings.loss != "kto":
             return prepared

@@ -11,29 +11,29 @@ import numpy as np
 
 from ftlevel.config.preference import PreferenceConfig
 from ftlevel.data.encoding.encode import IGNORED, Encoded
-from ftlevel.data.formats.detect import Format, Shape
+from ftlevel.data.formats.detect import Format, FormatSpec
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
 from ftlevel.task import Checks, Meter, Objective
-from ftlevel.tasks.base import Column, PromptedModel, Reply, Wanted, refuse_wishes
+from ftlevel.tasks.base import Column, OutputOptions, Prediction, PromptedModel, check_options
 from ftlevel.tasks.preferences.formats import JUDGED_SHAPES, PAIR_SHAPES, build_scored
 from ftlevel.tasks.preferences.losses import bradley_terry
-from ftlevel.tasks.preferences.policy import JudgedTask
-from ftlevel.tasks.preferences.rows import JudgedEncoder
+from ftlevel.tasks.preferences.policy import AnswerTask
+from ftlevel.tasks.preferences.rows import PreferenceEncoder
 
 if TYPE_CHECKING:
     import torch
 
-    from ftlevel.data.encoding.fit import Fitted
+    from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.prepare.encoder import Encoder
-    from ftlevel.data.prepare.loading import Loaded
+    from ftlevel.data.prepare.loading import LoadedExamples
 
 BINS = 10
 """Number of bins of the calibration error."""
 
 
 @dataclass(frozen=True)
-class RewardTask(JudgedTask):
+class RewardTask(AnswerTask):
     """Task of a model with one scalar score per answer."""
 
     has_new_head: ClassVar[bool] = True
@@ -51,11 +51,11 @@ class RewardTask(JudgedTask):
     def _told(self, facts: Mapping[str, Any]) -> PreferenceConfig:
         return self.configured(facts).settings if "preference" in facts else self.settings
 
-    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> Fitted:
+    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
         """Return prompts with two answers."""
         return self.encode_as(encoder, examples, table, scored=True)
 
-    def facts(self, loaded: Loaded) -> Mapping[str, Any]:
+    def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
         """Return the loss, and `regression` as problem type."""
         return {**super().facts(loaded), "problem_type": "regression"}
 
@@ -84,28 +84,34 @@ class RewardTask(JudgedTask):
         )
 
     def answer_columns(
-        self, format_: Format, labels: Sequence[str], options: Mapping[str, Any], wanted: Wanted
+        self,
+        format_: Format,
+        labels: Sequence[str],
+        options: Mapping[str, Any],
+        wanted: OutputOptions,
     ) -> dict[str, Column]:
         """Return one score column."""
-        refuse_wishes(wanted, "a reward model", "")
+        check_options(wanted, "a reward model", "")
         return {"": "number"}
 
     def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], wanted: Wanted
-    ) -> list[Reply]:
+        self, model: PromptedModel, questions: Sequence[Any], wanted: OutputOptions
+    ) -> list[Prediction]:
         """Return the score of each answer."""
         if model.prompt_format is None:
             raise TypeError("answers have a prompt format")
-        encode = JudgedEncoder(model.tokenizer, model.prompt_format, model.kind, True, True, False)
+        encode = PreferenceEncoder(
+            model.tokenizer, model.prompt_format, model.kind, True, True, False
+        )
         rows = [
             Encoded(row.input_ids, 0, index)
             for index, question in enumerate(questions)
             for row in encode.answers([question])
         ]
 
-        def read(_: Encoded, logits: torch.Tensor) -> Reply:
+        def read(_: Encoded, logits: torch.Tensor) -> Prediction:
             score = float(logits.float().reshape(-1)[0])
-            return Reply(f"{score:.4g}", {"score": score}, columns={"": score})
+            return Prediction(f"{score:.4g}", {"score": score}, columns={"": score})
 
         return model.score(rows, read)
 
@@ -218,10 +224,10 @@ def calibration_error(apart: np.ndarray) -> float:
     return float(total / len(apart)) if len(apart) else math.nan
 
 
-def _scored_shape(shape: Shape) -> Shape:
+def _scored_shape(shape: FormatSpec) -> FormatSpec:
     """Return a layout of labeled answers without the label."""
     required = {role: names for role, names in shape.required.items() if role != "label"}
-    return Shape(
+    return FormatSpec(
         " + ".join(required), build_scored, required, shape.optional, shape.guessable, shape.inner
     )
 

@@ -22,8 +22,8 @@ from ftlevel.data.encoding.encode import (
 )
 from ftlevel.data.formats.examples import Conversation
 from ftlevel.data.formats.turns import Message
-from ftlevel.data.sources.lines import Computed
-from ftlevel.tasks.preferences.formats import JudgedExample, PairExample, say
+from ftlevel.data.sources.lines import LazySequence
+from ftlevel.tasks.preferences.formats import LabeledAnswer, PairExample, join_turns
 
 if TYPE_CHECKING:
     from ftlevel.data.gate.flat import Mask
@@ -95,7 +95,7 @@ class ScoredPairRow(PairRow):
 
 
 @dataclass(frozen=True)
-class JudgedRow(Encoded):
+class LabeledAnswerRow(Encoded):
     """A labeled answer, and the answer to another prompt that it is contrasted with.
 
     `prompt` is 0 for an encoder-decoder. `reference` has log-likelihoods of the answer and of the
@@ -157,10 +157,11 @@ class ContrastRow(Encoded):
         return ((0.0, self.reference, 0.0),)
 
 
-class ContrastedRows(Computed[Encoded]):
+class ContrastedRows(LazySequence[Encoded]):
     """Labeled answers, each with the answer of the nearest earlier row that has another prompt.
 
-    `rows` are `JudgedRow` in data order. Contrast answers are truncated to `most` tokens per row.
+    `rows` are `LabeledAnswerRow` in data order. Contrast answers are truncated to `most` tokens
+    per row.
     """
 
     def __init__(self, rows: Sequence[Encoded], most: int) -> None:
@@ -179,14 +180,14 @@ class ContrastedRows(Computed[Encoded]):
 
     def _item(self, at: int) -> Encoded:
         row, partner = self.rows[at], self.rows[int(self._partner[at])]
-        if not isinstance(row, JudgedRow) or not isinstance(partner, JudgedRow):
+        if not isinstance(row, LabeledAnswerRow) or not isinstance(partner, LabeledAnswerRow):
             raise TypeError("judged answers contrast with judged answers")
         room = max(1, self._most - row.prompt) if row.prompt else None
         ids, labels = (part[:room] for part in partner.answer)
         return replace(row, other=(*ids, *labels))
 
 
-class ReferencedRows(Computed[Encoded]):
+class ReferencedRows(LazySequence[Encoded]):
     """Rows with `(rows, 2)` reference log-likelihoods of their two sequences, or None."""
 
     def __init__(self, rows: Sequence[Encoded], reference: np.ndarray | None) -> None:
@@ -203,7 +204,7 @@ class ReferencedRows(Computed[Encoded]):
 
 
 def _prompt(row: Encoded) -> tuple[int, ...]:
-    if not isinstance(row, JudgedRow):
+    if not isinstance(row, LabeledAnswerRow):
         raise TypeError("judged answers contrast with judged answers")
     return tuple(row.input_ids[: row.prompt] if row.prompt else row.input_ids)
 
@@ -214,7 +215,7 @@ def _labels(row: Encoded) -> list[int]:
     return row.labels
 
 
-def pair_up(
+def build_pair_row(
     first: Encoded, second: Encoded, prompt: int, margin: float, *, scored: bool
 ) -> PairRow:
     """Return the row of two encoded answers with a common prompt of `prompt` tokens."""
@@ -239,7 +240,7 @@ _JOINED = 2
 
 
 @dataclass(frozen=True)
-class JudgedEncoder:
+class PreferenceEncoder:
     """Encoder of preference examples; it is picklable for worker processes.
 
     An encoder reads prompt and answer as one text. `judged` splits pairs into labeled answers;
@@ -272,7 +273,7 @@ class JudgedEncoder:
                 rows.append(self._pair(one, two, example))
         return rows
 
-    def answers(self, examples: Sequence[JudgedExample]) -> list[Encoded]:
+    def answers(self, examples: Sequence[LabeledAnswer]) -> list[Encoded]:
         """Return each prompt with its answer, for scoring."""
         return self._encode([_answered(example) for example in examples])
 
@@ -305,7 +306,7 @@ class JudgedEncoder:
                     "another one: --chat-template.",
                 )
             one, two = (_answer_alone(row, at) for row, at in zip((one, two), starts, strict=True))
-        row = pair_up(one, two, prompt, example.margin, scored=self.scored)
+        row = build_pair_row(one, two, prompt, example.margin, scored=self.scored)
         return replace(row, reference=self._reference)
 
     def _judge(self, row: Encoded, example: Any, desirable: bool) -> Encoded:
@@ -313,7 +314,7 @@ class JudgedEncoder:
         if not self.seq2seq:
             prompt = find_answer(row, example.prompt)
             row = _answer_alone(row, prompt)
-        return JudgedRow(
+        return LabeledAnswerRow(
             row.input_ids, row.labels, row.row, {}, prompt, int(desirable), self._reference
         )
 
@@ -327,7 +328,7 @@ def _as_one_text(tokenizer: Any, talk: Conversation) -> Encoded:
     return Encoded(start + end, [IGNORED] * len(start) + end, talk.row)
 
 
-def _answered(example: PairExample | JudgedExample) -> Conversation:
+def _answered(example: PairExample | LabeledAnswer) -> Conversation:
     answer = example.chosen if isinstance(example, PairExample) else example.answer
     return Conversation((*example.prompt, *answer), example.row, example.tools)
 
@@ -374,7 +375,7 @@ FEWEST = 20
 """Minimum number of pairs for the length-bias check."""
 
 
-def look_at_pairs(rows: Sequence[Encoded]) -> Mapping[str, Mask]:
+def check_pairs(rows: Sequence[Encoded]) -> Mapping[str, Mask]:
     """Return masks of pairs with equal answers, and of pairs that contradict an earlier one."""
     import numpy as np
 
@@ -400,7 +401,7 @@ def _whole(row: PairRow) -> Sequence[Encoded]:
     return PairRow.branches.fget(row)  # type: ignore[attr-defined]  # also for ScoredPairRow
 
 
-def judge_answers(examples: Sequence[Any], loss: str) -> Sequence[tuple[str, int, str]]:
+def check_answers(examples: Sequence[Any], loss: str) -> Sequence[tuple[str, int, str]]:
     """Return (check name, number of examples, description) for the whole set."""
     pairs = [example for example in examples if isinstance(example, PairExample)]
     found: list[tuple[str, int, str]] = []
@@ -415,7 +416,7 @@ def judge_answers(examples: Sequence[Any], loss: str) -> Sequence[tuple[str, int
         if leaks:
             found.append(("prompt_in_answer", len(leaks), f"row {leaks[0].row + 1}"))
         return found
-    judged = [example for example in examples if isinstance(example, JudgedExample)]
+    judged = [example for example in examples if isinstance(example, LabeledAnswer)]
     good = sum(example.desirable for example in judged)
     if judged and good in (0, len(judged)):
         word = "desirable" if good else "undesirable"
@@ -425,7 +426,7 @@ def judge_answers(examples: Sequence[Any], loss: str) -> Sequence[tuple[str, int
 
 def _length_bias(pairs: Sequence[PairExample]) -> list[tuple[str, int, str]]:
     """Return a finding if answer length alone predicts the preference."""
-    sizes = [(len(say(pair.chosen)), len(say(pair.rejected))) for pair in pairs]
+    sizes = [(len(join_turns(pair.chosen)), len(join_turns(pair.rejected))) for pair in pairs]
     longer = sum(a > b for a, b in sizes)
     share = (longer + sum(a == b for a, b in sizes) / 2) / len(pairs)
     if len(pairs) < FEWEST or 1 - BIASED < share < BIASED:
@@ -442,5 +443,5 @@ def _repeats(pair: PairExample) -> bool:
     """Return whether an answer starts with the whole last turn of the prompt (over two words)."""
     asked = pair.prompt[-1].content.strip()
     return len(asked.split()) > 2 and any(
-        say(answer).strip().startswith(asked) for answer in (pair.chosen, pair.rejected)
+        join_turns(answer).strip().startswith(asked) for answer in (pair.chosen, pair.rejected)
     )

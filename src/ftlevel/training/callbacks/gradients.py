@@ -22,7 +22,7 @@ from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.files import write_json
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config.trainer import TrainerConfig
-from ftlevel.errors import RunError, listing
+from ftlevel.errors import RunError, join_names
 from ftlevel.events import Listener
 from ftlevel.models.upstream.shards import whole
 from ftlevel.training.processes import Processes
@@ -135,13 +135,13 @@ class Recovery(TrainerCallback):
 
     def _newest(self) -> Path | None:
         return self._processes.from_first(
-            lambda: checkpoints.newest_whole(self._run.checkpoints)[0]
+            lambda: checkpoints.find_newest_intact(self._run.checkpoints)[0]
         )
 
     def _rows(self) -> str:
         """Return a sentence that lists the step's training rows, numbered from 1."""
         numbers = sorted(row + 1 for row in self._trainer.step_rows)
-        return f" It had the rows {listing(map(str, numbers), _SHOWN)}." if numbers else ""
+        return f" It had the rows {join_names(map(str, numbers), _SHOWN)}." if numbers else ""
 
     def _kept(self) -> str:
         newest = self._newest()
@@ -160,7 +160,7 @@ class Recovery(TrainerCallback):
             write_json(path, list(self._losses))
 
 
-def describe_left_out(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def select_skipped_steps(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the notes of steps that were skipped or rolled back."""
     return [note for note in notes if "how" in note]
 
@@ -175,7 +175,7 @@ LATEST = 16
 """Maximal number of steps before the deferred checks of a GPU are read."""
 
 
-class GradientProof(TrainerCallback):
+class GradientMonitor(TrainerCallback):
     """Stop if a trainable tensor gets no gradient, or a loss, gradient or weight is not finite.
 
     Checks every step. With `defers`, results of several steps are read at once, before anything is
@@ -351,7 +351,7 @@ class GradientProof(TrainerCallback):
             if self.idle:
                 self.listener.warn(
                     f"{len(self.idle):,} of {count:,} trainable tensors have a zero gradient "
-                    f"after the first step too: {listing(self.idle, 3)}."
+                    f"after the first step too: {join_names(self.idle, 3)}."
                 )
         self._has_moved = any(group["lr"] > 0 for group in optimizer.param_groups)
 
@@ -360,7 +360,8 @@ class GradientProof(TrainerCallback):
         if missing:
             raise RunError(
                 f"{len(missing):,} of {len(trainable):,} trainable tensors got no gradient at step "
-                f"1: {listing(missing, 3)}. They would stay as they began. If the model does not "
+                f"1: {join_names(missing, 3)}. They would stay as they began. If the model does "
+                "not "
                 "use these modules for this task, name the others by --target-modules; else "
                 "please report it with the command."
             )

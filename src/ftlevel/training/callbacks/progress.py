@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.masking import MaskedRows
-from ftlevel.data.prepare.sampling import LengthGroups
+from ftlevel.data.prepare.sampling import LengthGroupedSampler
 from ftlevel.events import Listener
 from ftlevel.models.upstream.libraries import shared_order
 from ftlevel.training.processes import Processes
@@ -247,7 +247,7 @@ class SetEpoch(TrainerCallback):
         """Set the epoch before Trainer reads its first row."""
         if isinstance(self.rows, MaskedRows):
             self.rows.epoch = int(state.epoch or 0)
-        if isinstance(self.order, LengthGroups):
+        if isinstance(self.order, LengthGroupedSampler):
             self.order.epoch = int(state.epoch or 0)
         elif isinstance(self.order, shared_order()):
             self.order.set_epoch(int(state.epoch or 0))

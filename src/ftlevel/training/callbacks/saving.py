@@ -22,9 +22,9 @@ from ftlevel.training.processes import Processes
 class WriteManifest(TrainerCallback):
     """Write a manifest for each checkpoint, then delete old checkpoints and a replaced run.
 
-    `keep` is the number of checkpoints. `write_beside` adds the files needed to use a checkpoint;
-    None if unsupported. `when_written` calls its argument once all of a checkpoint is written; None
-    means at once.
+    `keep` is the number of checkpoints. `write_tokenizer_and_card` adds the files needed to use a
+    checkpoint; None if unsupported. `when_written` calls its argument once all of a checkpoint is
+    written; None means at once.
     """
 
     def __init__(

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftlevel.config import TrainConfig
-from ftlevel.data.encoding.store import lengths_of
-from ftlevel.training.forecast.fits import Need
-from ftlevel.training.forecast.seconds import SHARE, Card, TimeForecast, count_operations
-from ftlevel.training.forecast.shares import Shares
+from ftlevel.data.encoding.store import row_lengths
+from ftlevel.training.forecast.fits import MemoryRequirement
+from ftlevel.training.forecast.seconds import PEAK_FRACTION, Gpu, TimeForecast, count_operations
+from ftlevel.training.forecast.shares import ShardedModel
 from ftlevel.training.plan.plan import Plan
-from ftlevel.training.plan.schedule import steps_an_epoch
+from ftlevel.training.plan.schedule import count_steps_per_epoch
 
 HOP, NETWORK_HOP = 3.4e-6, 9.6e-6
 """Seconds from one GPU to the next on the same machine, and on another machine."""
@@ -195,7 +195,12 @@ class ClusterForecast:
 
 
 def forecast_cluster(
-    config: TrainConfig, plan: Plan, need: Need, shares: Shares, card: Card, network: Network
+    config: TrainConfig,
+    plan: Plan,
+    need: MemoryRequirement,
+    shares: ShardedModel,
+    card: Gpu,
+    network: Network,
 ) -> ClusterForecast:
     """Estimate step time, traffic and throughput of `plan` on `network`.
 
@@ -204,11 +209,11 @@ def forecast_cluster(
     """
     train, rows = config.train, plan.data.train
     a_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    tokens = a_step * float(lengths_of(rows).mean())
+    tokens = a_step * float(row_lengths(rows).mean())
     micro_batches = max(math.ceil(tokens / need.tokens), 1)
     recomputes = train.recomputes or need.recomputed_peak is not None
     operations = count_operations(config, plan, recomputes=recomputes)
-    second = SHARE * card.tflops * 1e12 / (tokens / micro_batches)
+    second = PEAK_FRACTION * card.tflops * 1e12 / (tokens / micro_batches)
     work = Work(
         micro_batches, shares.count, operations.blocks / shares.count / second,
         operations.backward / shares.count / second, operations.outside / second,
@@ -216,14 +221,14 @@ def forecast_cluster(
     )  # fmt: skip
     several = train.model_copy(update={"num_processes": network.ranks})
     imagined = plan.data.table.source == "imagined rows"
-    steps = None if imagined else steps_an_epoch(several, len(rows))
+    steps = None if imagined else count_steps_per_epoch(several, len(rows))
     if plan.data.stream is not None:
         steps = plan.schedule.steps
     step = time_step(work, network)
     return ClusterForecast(network, step, micro_batches, tokens * network.ranks, steps)
 
 
-def _sent(shares: Shares, ranks: int, way: str) -> dict[str, Any]:
+def _sent(shares: ShardedModel, ranks: int, way: str) -> dict[str, Any]:
     """Return the communication fields of `Work`, in bytes."""
     if way == "none":
         base = shares.blocks.reduced(1) + shares.root.reduced(1)

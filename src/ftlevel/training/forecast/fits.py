@@ -5,18 +5,20 @@
 
 The first formula is for rows of maximum length. The second is the resident memory of a CPU run:
 
-- libraries: Python, its packages, tokenizer and rows, measured in this process, plus `LATER`;
+- libraries: Python, its packages, tokenizer and rows, measured in this process, plus
+  `LAZY_IMPORT_BYTES`;
 - loading: the weights, and the checkpoint pages they are converted from;
 - check: the plain step in float32 on a few rows that verifies the fast step: 16-bit weights next to
   float32 ones, the gradients of both steps and the initial values of the trained parameters;
-- training: the tensors of a step, free heap blocks up to `MOST_HOLES`, and two copies of the
-  language head's weight;
+- training: the tensors of a step, free heap blocks up to `MAX_FREE_HEAP_BYTES`, and two copies of
+  the language head's weight;
 - proof: logits of the trained and of the reloaded model on a few rows;
 - with quantized weights: the checkpoint pages of the other weights, which stay mapped.
 
 Two terms are assumptions, not findings: that a step needs two copies of the head's weight, and that
-the 128 MiB cap of `MOST_HOLES` explains the free heap blocks. Both fit the four configurations that
-were measured. Nothing shows that they are right elsewhere or that these are the causes.
+the 128 MiB cap of `MAX_FREE_HEAP_BYTES` explains the free heap blocks. Both fit the four
+configurations that were measured. Nothing shows that they are right elsewhere or that these are
+the causes.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from ftlevel.models.hardware import (
 )
 from ftlevel.models.quantization import as_quant_config, quantization_name, stored_quantization
 from ftlevel.models.sources import ModelSource
-from ftlevel.training.forecast.memory import MemoryForecast, count_computed_layers, forecast_memory
+from ftlevel.training.forecast.memory import StepMemory, count_computed_layers, estimate_step_memory
 from ftlevel.training.forecast.meta_model import (
     ACTIVATIONS,
     ADAPTER,
@@ -52,22 +54,22 @@ from ftlevel.training.forecast.meta_model import (
     UPDATE,
     WEIGHTS,
     WORKSPACE,
-    imagine,
+    build_synthetic_batch,
 )
-from ftlevel.training.forecast.seconds import Card
+from ftlevel.training.forecast.seconds import Gpu
 from ftlevel.training.forecast.shares import GATHERED, REDUCED, describe_shares
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.proof import PROBE_SCORES
-from ftlevel.training.verify.proof import choose_few
+from ftlevel.training.verify.proof import choose_probe_rows
 
-LATER = 40 * 2**20
+LAZY_IMPORT_BYTES = 40 * 2**20
 """Bytes of library code and modules that are first used in a training step; measured."""
 
 HOLES = 0.35
 """Free heap blocks as a fraction of temporary tensors; measured on MiniLM."""
 
-MOST_HOLES = 128 * 2**20
+MAX_FREE_HEAP_BYTES = 128 * 2**20
 """Assumed cap of free heap blocks: `KEPT_FREE` of cli/startup.py, above which glibc trims the heap.
 It fits four measured configurations and is not proven."""
 
@@ -75,9 +77,9 @@ _COME_AND_GO = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS)
 _NARROW = {"bfloat16": 2, "float16": 2}
 
 
-def estimate_process(config: TrainConfig, plan: Plan, step: MemoryForecast) -> int:
+def estimate_process(config: TrainConfig, plan: Plan, step: StepMemory) -> int:
     """Estimate the peak resident memory of a CPU run in bytes; `step` is its training step."""
-    libraries = resident_bytes() + LATER
+    libraries = resident_bytes() + LAZY_IMPORT_BYTES
     mapped = _mapped_bytes(plan, step)
     return libraries + max(
         _bytes_of_loading(plan, step),
@@ -87,7 +89,7 @@ def estimate_process(config: TrainConfig, plan: Plan, step: MemoryForecast) -> i
     )
 
 
-def _mapped_bytes(plan: Plan, step: MemoryForecast) -> int:
+def _mapped_bytes(plan: Plan, step: StepMemory) -> int:
     """Return the bytes of checkpoint pages that stay mapped after quantization."""
     planned = plan.model
     dtype = DTYPES[planned.dtype]
@@ -104,10 +106,10 @@ def _bytes_of_head_copies(plan: Plan) -> int:
 
 def _with_holes(parts: dict[str, int]) -> int:
     moving = sum(parts.get(part, 0) for part in _COME_AND_GO)
-    return sum(parts.values()) + min(MOST_HOLES, int(HOLES * moving))
+    return sum(parts.values()) + min(MAX_FREE_HEAP_BYTES, int(HOLES * moving))
 
 
-def _bytes_of_loading(plan: Plan, step: MemoryForecast) -> int:
+def _bytes_of_loading(plan: Plan, step: StepMemory) -> int:
     path, held = plan.model.source.path, step.parts.get(WEIGHTS, 0)
     if path is None:
         return held
@@ -117,7 +119,7 @@ def _bytes_of_loading(plan: Plan, step: MemoryForecast) -> int:
 
 def _bytes_of_check(config: TrainConfig, plan: Plan) -> int:
     """Return the bytes of verifying the fast step; 0 if it is not verified."""
-    few = choose_few(plan.data.train) if plan.fast.enabled else []
+    few = choose_probe_rows(plan.data.train) if plan.fast.enabled else []
     if config.speed.verify is False or not few:
         return 0
     train = {"per_device_train_batch_size": len(few), "gradient_accumulation_steps": 1}
@@ -128,7 +130,7 @@ def _bytes_of_check(config: TrainConfig, plan: Plan) -> int:
         fast=replace(plan.fast, enabled=False),
         data=replace(plan.data, train=few),
     )
-    found = forecast_memory(plain, wide, 0)
+    found = estimate_step_memory(plain, wide, 0)
     moments = [dict(parts) for moment, parts in found.moments.items() if moment != UPDATE]
     for each in moments:
         each.pop(OPTIMIZER, None)
@@ -143,7 +145,7 @@ def _bytes_of_check(config: TrainConfig, plan: Plan) -> int:
     )
 
 
-def _bytes_of_proof(step: MemoryForecast) -> int:
+def _bytes_of_proof(step: StepMemory) -> int:
     held = sum(step.parts.get(part, 0) for part in step.parts if part not in
                (*_COME_AND_GO, OPTIMIZER, GRADIENTS))  # fmt: skip
     return held + 4 * 4 * PROBE_SCORES
@@ -155,7 +157,7 @@ CONTEXT_BYTES, SLACK = 600 * 2**20, 0.05
 """Bytes of a CUDA context, and overhead of torch's allocator as a fraction of temporary tensors.
 Assumed allowances: neither was measured on a GPU."""
 
-COMES_AND_GOES = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS, GRADIENTS, GATHERED, REDUCED)
+TEMPORARY_PARTS = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS, GRADIENTS, GATHERED, REDUCED)
 
 
 @dataclass(frozen=True)
@@ -168,14 +170,14 @@ class Device:
     ranks: int = 1
 
     @classmethod
-    def of(cls, kind: str, card: Card | None = None, ranks: int = 1) -> Device:
+    def of(cls, kind: str, card: Gpu | None = None, ranks: int = 1) -> Device:
         """Return `card` as a device, or the device of torch type `kind` on this machine."""
         if card is not None:
             return cls(kind, card.name, card.memory, ranks)
         name = "the memory of this machine" if kind == "cpu" else describe_device(kind)
         return cls(kind, name, device_memory(kind))
 
-    def forecast(self, config: TrainConfig, plan: Plan) -> MemoryForecast:
+    def forecast(self, config: TrainConfig, plan: Plan) -> StepMemory:
         """Estimate the memory of a run; on a GPU with CUDA context and allocator overhead.
 
         With several devices, the estimate is for the rank that needs the most.
@@ -196,21 +198,23 @@ class Device:
                 "--max-steps 2: summary.json has the peak."
             ) from error
         if context:
-            moving = sum(found.parts.get(part, 0) for part in COMES_AND_GOES)
+            moving = sum(found.parts.get(part, 0) for part in TEMPORARY_PARTS)
             found.parts[ALLOCATOR] = context + int(SLACK * moving)
         return found
 
-    def _tensors(self, config: TrainConfig, plan: Plan, memory: int) -> MemoryForecast:
+    def _tensors(self, config: TrainConfig, plan: Plan, memory: int) -> StepMemory:
         if self.ranks == 1:
-            return forecast_memory(config, plan, memory)
+            return estimate_step_memory(config, plan, memory)
         way = config.train.shard
         shares = describe_shares(config, plan)
         saved = 0 if way == "none" else int(sum(shares.saved(self.ranks).values()))
-        return shares.of_a_rank(forecast_memory(config, plan, memory + saved), self.ranks, way)
+        return shares.estimate_rank(
+            estimate_step_memory(config, plan, memory + saved), self.ranks, way
+        )
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryRequirement:
     """Memory requirement of a run on a device.
 
     Attributes:
@@ -252,7 +256,7 @@ class Need:
         return f"peak {peak}{whole} of {memory} ({self.device.name}), at the {self.at}: {word}"
 
 
-def find_need(config: TrainConfig, plan: Plan, device: Device) -> Need:
+def estimate_requirement(config: TrainConfig, plan: Plan, device: Device) -> MemoryRequirement:
     """Estimate what `plan` needs on `device`.
 
     Raises:
@@ -263,7 +267,7 @@ def find_need(config: TrainConfig, plan: Plan, device: Device) -> Need:
     found = device.forecast(config, plan)
     shares_memory = device.kind == "cpu" and device.ranks == 1
     process = estimate_process(config, plan, found) if shares_memory else None
-    need = Need(found.parts, found.at, device, found.tokens, process=process)
+    need = MemoryRequirement(found.parts, found.at, device, found.tokens, process=process)
     chooses = config.train.gradient_checkpointing is None and device.kind == "cuda"
     if need.does_fit or not chooses:
         return need
@@ -288,7 +292,7 @@ _METHODS: tuple[tuple[str, str], ...] = (("lora", "none"), ("qlora", "4bit"), ("
 
 
 @dataclass(frozen=True)
-class Fit:
+class Alternative:
     """A row of the table of alternatives.
 
     Attributes:
@@ -308,18 +312,18 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Limits:
+class AlternativeContext:
     """Device and model of the alternatives; `known` caches results (mutated), `check` may raise."""
 
     device: Device
     card: str | None
     source: ModelSource
     tokenizer: Any
-    known: dict[Any, Fit | None] = field(default_factory=dict)
+    known: dict[Any, Alternative | None] = field(default_factory=dict)
     check: Callable[[], object] = bool
 
 
-def list_fits(config: TrainConfig, limits: Limits) -> list[Fit]:
+def list_alternatives(config: TrainConfig, limits: AlternativeContext) -> list[Alternative]:
     """Return alternatives: the run's method and the usual ones, with and without checkpointing."""
     own = config.method.kind, config.quant.kind
     others = (way for way in _METHODS if way != _alike(own))
@@ -339,7 +343,7 @@ def _alike(way: tuple[str, str]) -> tuple[str, str]:
     return ("qlora", "4bit") if way == ("lora", "4bit") else way
 
 
-def find_cheapest(config: TrainConfig, limits: Limits) -> Fit | None:
+def find_cheapest(config: TrainConfig, limits: AlternativeContext) -> Alternative | None:
     """Return the least costly change that makes the run fit; None if none does.
 
     Changes are tried in this order: fewer rows per micro-batch, checkpointing (a third of the
@@ -372,8 +376,8 @@ def _try(
     checkpointing: bool,
     rows: int,
     length: int | None,
-    limits: Limits,
-) -> Fit | None:
+    limits: AlternativeContext,
+) -> Alternative | None:
     """Return a cached or new alternative; None if it cannot be configured or is rejected."""
     key = (way, checkpointing, rows, length)
     limits.check()
@@ -388,8 +392,8 @@ def _compute(
     checkpointing: bool,
     rows: int,
     length: int | None,
-    limits: Limits,
-) -> Fit | None:
+    limits: AlternativeContext,
+) -> Alternative | None:
     changed = _changed(config, way, checkpointing, length)
     if changed is None:
         return None
@@ -404,15 +408,15 @@ def _compute(
         most = min(max(0, rows + int(free // (moving / rows))), _MOST_ROWS)
     least = sum(forecast.parts.get(part, 0) for part in (WEIGHTS, QUANTIZED, ADAPTER, OPTIMIZER))
     flags = " ".join(_flags(config, way, checkpointing, rows, length))
-    return Fit(flags, forecast.peak, forecast.peak <= memory, most, least)
+    return Alternative(flags, forecast.peak, forecast.peak <= memory, most, least)
 
 
-def _forecast(config: TrainConfig, rows: int, limits: Limits) -> MemoryForecast:
+def _forecast(config: TrainConfig, rows: int, limits: AlternativeContext) -> StepMemory:
     accumulated = max(2, config.train.gradient_accumulation_steps)  # gradients already exist
     config = _with(config, {"train": {"per_device_train_batch_size": rows,
                                       "gradient_accumulation_steps": accumulated}})  # fmt: skip
     rows *= accumulated
-    imagined = imagine(config, limits.source, limits.card, rows, limits.tokenizer)
+    imagined = build_synthetic_batch(config, limits.source, limits.card, rows, limits.tokenizer)
     return limits.device.forecast(config, resolve(config, imagined=imagined))
 
 
@@ -474,10 +478,10 @@ _HOW = {
 
 
 @dataclass(frozen=True)
-class Foresight:
+class MemoryEstimate:
     """Memory estimate made before training starts; `reason` is why `need` is None."""
 
-    need: Need | None
+    need: MemoryRequirement | None
     reason: str = ""
 
     def choice(self) -> Choice:
@@ -513,15 +517,15 @@ class Foresight:
         }
 
 
-def foresee(config: TrainConfig, plan: Plan, processes: int) -> Foresight:
+def estimate_memory(config: TrainConfig, plan: Plan, processes: int) -> MemoryEstimate:
     """Estimate the memory of a run, if that is quick; `processes` is how many train together."""
     if processes > 1:
-        return Foresight(None, f"{processes} processes; run `ftlevel plan`")
+        return MemoryEstimate(None, f"{processes} processes; run `ftlevel plan`")
     if plan.model.total_parameters < LEAST_PARAMETERS:
-        return Foresight(None, "a small model: Python and its libraries take more")
+        return MemoryEstimate(None, "a small model: Python and its libraries take more")
     if count_computed_layers(plan) > MOST_BLOCKS:
-        return Foresight(None)
+        return MemoryEstimate(None)
     try:
-        return Foresight(find_need(config, plan, Device.of(plan.model.device)))
+        return MemoryEstimate(estimate_requirement(config, plan, Device.of(plan.model.device)))
     except FtlevelError as error:
-        return Foresight(None, str(error))
+        return MemoryEstimate(None, str(error))

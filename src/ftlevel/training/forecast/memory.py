@@ -50,17 +50,17 @@ from ftlevel.training.forecast.meta_model import (
     WEIGHTS,
     WORKSPACE,
     FakeModel,
-    LiveBytes,
+    LiveMemoryTracker,
     build_fake_model,
     describe_blocks,
     targets_in,
     with_layers,
 )
 from ftlevel.training.memory import set_checkpointing
-from ftlevel.training.model import Adapted
+from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.processes import Processes
-from ftlevel.training.resume import GoingOn
+from ftlevel.training.resume import ResumeState
 
 MOST_PARAMETERS = 120_000_000
 """Largest one-block model built to find pruning, as for models up to 3B parameters. Beyond, all
@@ -76,7 +76,7 @@ class Pruning:
     needed: NeededTokens | None = None
     linears: Sequence[str] = ()
 
-    def put_on(self, fast: FastStep, model: Any) -> None:
+    def apply_to(self, fast: FastStep, model: Any) -> None:
         """Prune the last block of `model` (mutated)."""
         if self.linears:
             last = find_blocks(base_model(model))[-1]
@@ -155,7 +155,7 @@ Peaks = Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
-class MemoryForecast:
+class StepMemory:
     """Memory estimate: bytes by part at the peak, which is at the moment `at`.
 
     `tokens` is positions in the largest micro-batch; `moments` has the parts at each moment's peak.
@@ -172,18 +172,20 @@ class MemoryForecast:
         return sum(self.parts.values())
 
 
-def forecast_memory(config: TrainConfig, plan: Plan, memory: int) -> MemoryForecast:
+def estimate_step_memory(config: TrainConfig, plan: Plan, memory: int) -> StepMemory:
     """Estimate the peak of live tensor bytes in a training step of `plan`.
 
     `memory` is bytes available to tensors; on a GPU the free part sets the chunk size of the
     logits.
     """
-    layers = Layers.of(plan)
+    layers = LayerSample.of(plan)
     pruning = find_pruning(config, plan)
     batch = _fullest(config, plan, pruning)
     fakes = [build_fake_model(config, plan, some) for some in layers.tried]
     whole = METHODS[config.method.kind].build is None
-    held = [_hold_weights(LiveBytes(plan.model.vocabulary), fake, whole=whole) for fake in fakes]
+    held = [
+        _hold_weights(LiveMemoryTracker(plan.model.vocabulary), fake, whole=whole) for fake in fakes
+    ]
     there = layers.extend([live.peaks for live in held])[FORWARD]
     free = memory - int(sum(there.values())) if plan.model.device == "cuda" else None
     peaks = layers.extend([
@@ -196,22 +198,22 @@ def forecast_memory(config: TrainConfig, plan: Plan, memory: int) -> MemoryForec
     return highest(peaks, batch.tokens)
 
 
-def highest(peaks: Peaks, tokens: int) -> MemoryForecast:
+def highest(peaks: Peaks, tokens: int) -> StepMemory:
     """Return the estimate for `peaks` of a micro-batch of `tokens` positions."""
     at = max(peaks, key=lambda moment: sum(peaks[moment].values()))
     sizes = {part: round(size) for part, size in peaks[at].items() if size >= 1}
     in_order = dict(sorted(sizes.items(), key=lambda item: -item[1]))
-    return MemoryForecast(in_order, at, tokens, peaks)
+    return StepMemory(in_order, at, tokens, peaks)
 
 
 def count_computed_layers(plan: Plan) -> int:
     """Return the number of layers computed to estimate the memory of `plan`."""
-    layers = Layers.of(plan)
+    layers = LayerSample.of(plan)
     return sum(layers.count if some is None else len(some) for some in layers.tried)
 
 
 @dataclass(frozen=True)
-class Layers:
+class LayerSample:
     """Small models to compute, and the coefficients that extend them to the whole model.
 
     `tried` has layer indices, None for the whole model; `times` multiplies each model's difference
@@ -223,7 +225,7 @@ class Layers:
     count: int
 
     @classmethod
-    def of(cls, plan: Plan) -> Layers:
+    def of(cls, plan: Plan) -> LayerSample:
         """Return the small models for the model of `plan`, or the whole model."""
         stacks = describe_blocks(plan)
         if len({len(stack) for stack in stacks}) != 1:
@@ -261,7 +263,7 @@ class Layers:
         }
 
 
-def _by_kind(plan: Plan, kinds: Sequence[Any]) -> Layers | None:
+def _by_kind(plan: Plan, kinds: Sequence[Any]) -> LayerSample | None:
     """Sample first, last and one layer of each kind; None if not smaller or not configurable."""
     last = len(kinds) - 1
     between: list[list[int]] = []
@@ -277,10 +279,10 @@ def _by_kind(plan: Plan, kinds: Sequence[Any]) -> Layers | None:
     for some in tried:
         if list(zip(*describe_blocks(plan, some), strict=True)) != [kinds[at] for at in some]:
             return None
-    return Layers(tried, tuple(len(group) for group in between), len(kinds))
+    return LayerSample(tried, tuple(len(group) for group in between), len(kinds))
 
 
-def _by_period(kinds: Sequence[Any]) -> Layers | None:
+def _by_period(kinds: Sequence[Any]) -> LayerSample | None:
     """Sample two prefixes of the layers, if the kinds of layers repeat with a short period."""
     count = len(kinds)
     for first in range(3):
@@ -290,7 +292,7 @@ def _by_period(kinds: Sequence[Any]) -> Layers | None:
                 kinds[at] == kinds[at + period] for at in range(first, count - period)
             ):
                 tried = tuple(range(low)), tuple(range(low + period))
-                return Layers(tried, ((count - low) / period,), count)
+                return LayerSample(tried, ((count - low) / period,), count)
     return None
 
 
@@ -313,7 +315,7 @@ class _Batch:
 def _watch(
     config: TrainConfig,
     plan: Plan,
-    live: LiveBytes,
+    live: LiveMemoryTracker,
     fake: FakeModel,
     batch: _Batch,
     *,
@@ -323,19 +325,19 @@ def _watch(
     """Return the peaks of a step of `fake`, whose weights are registered in `live`."""
     here = replace(plan, model=replace(plan.model, device="cpu"))
     if fake.fast is not None:
-        pruning.put_on(fake.fast, fake.model)
+        pruning.apply_to(fake.fast, fake.model)
         if fake.fast.cross_entropy is not None:
             fake.fast.cross_entropy.fit_chunks(free)
     with tempfile.TemporaryDirectory() as nowhere:
-        adapted, run = Adapted(fake.model, {}, fake.fast, {}), RunDirectory(Path(nowhere))
-        trainer = build_trainer(config, here, adapted, run, GoingOn(), Processes())
+        adapted, run = PreparedModel(fake.model, {}, fake.fast, {}), RunDirectory(Path(nowhere))
+        trainer = build_trainer(config, here, adapted, run, ResumeState(), Processes())
     split_queries.cache_clear()  # tensors cached for another depth would not be counted
     batch_sequences.cache_clear()
     hooks = _follow(live, trainer)
     fake.model.train()
     set_checkpointing(fake.model, config, here)  # auto checkpointing is decided later
     try:
-        with trainer.computing_alone(plan.model.dtype), live:
+        with trainer.standalone_steps(plan.model.dtype), live:
             _make_states(live, trainer, has_gradients=batch.several)
             live.moment = FORWARD
             trainer.training_step(fake.model, batch.fresh(), 1)  # any number of targets
@@ -347,7 +349,7 @@ def _watch(
     return live.peaks
 
 
-def _hold_weights(live: LiveBytes, fake: FakeModel, *, whole: bool) -> LiveBytes:
+def _hold_weights(live: LiveMemoryTracker, fake: FakeModel, *, whole: bool) -> LiveMemoryTracker:
     """Count the weights of `fake` in `live`, and return `live`."""
     for module in (fake.model.get_submodule(name) for name in fake.packed):
         for tensor in packed_tensors(module):
@@ -358,7 +360,7 @@ def _hold_weights(live: LiveBytes, fake: FakeModel, *, whole: bool) -> LiveBytes
     return live
 
 
-def _follow(live: LiveBytes, trainer: Any) -> list[Any]:
+def _follow(live: LiveMemoryTracker, trainer: Any) -> list[Any]:
     """Track gradients and the phases of the backward pass in `live`; return hooks to remove."""
     model, backward = trainer.model, trainer.accelerator.backward
 
@@ -388,7 +390,7 @@ def _follow(live: LiveBytes, trainer: Any) -> list[Any]:
     ]
 
 
-def _make_states(live: LiveBytes, trainer: Any, *, has_gradients: bool) -> None:
+def _make_states(live: LiveMemoryTracker, trainer: Any, *, has_gradients: bool) -> None:
     """Create optimizer states, which exist from the second step on, without counting peaks."""
     live.begun, live.moment = False, UPDATE
     optimizer = trainer.create_optimizer()

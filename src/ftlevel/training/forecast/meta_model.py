@@ -21,7 +21,7 @@ import torch
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.prepare.encoder import Prepared
+from ftlevel.data.prepare.encoder import PreparedData
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
 from ftlevel.fast.plan import uses_fused_layers
@@ -40,7 +40,7 @@ from ftlevel.models.upstream.tensors import own_tensors
 from ftlevel.tasks import BaseTask
 from ftlevel.trained.adapt import apply_method
 from ftlevel.training.plan.plan import Plan
-from ftlevel.training.plan.resolve import Imagined
+from ftlevel.training.plan.resolve import SyntheticBatch
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers",
            "decoder_layers")  # fmt: skip
@@ -190,10 +190,12 @@ LONGEST = 1024
 _PAD = 0
 
 
-def imagine_rows(config: TrainConfig, count: int) -> Callable[[BaseTask, str, Any], Prepared]:
+def synthesize_rows(
+    config: TrainConfig, count: int
+) -> Callable[[BaseTask, str, Any], PreparedData]:
     """Return a function that creates `count` (≥ 1) random rows of maximum length."""
 
-    def make(task: BaseTask, kind: str, model_config: Any) -> Prepared:  # noqa: ARG001
+    def make(task: BaseTask, kind: str, model_config: Any) -> PreparedData:  # noqa: ARG001
         positions = max_positions(model_config) or LONGEST
         asked = config.data.max_length
         length = asked if isinstance(asked, int) else min(LONGEST, positions)
@@ -211,13 +213,13 @@ def imagine_rows(config: TrainConfig, count: int) -> Callable[[BaseTask, str, An
         }  # fmt: skip
         table = Table(rows=[], lines=[], source="imagined rows", unit="row")
         reason = "no --dataset: all as long as --max-length"
-        return Prepared(rows, [], None, length, table, facts,
+        return PreparedData(rows, [], None, length, table, facts,
                         [Choice("rows", f"imagined, {length:,} tokens each", reason)])  # fmt: skip
 
     return make
 
 
-def imagine_tokenizer(source: ModelSource) -> Any:
+def load_or_stub_tokenizer(source: ModelSource) -> Any:
     """Load the tokenizer of `source`, or return a stub with padding id 0 if it has none."""
     try:
         return load_tokenizer(source)
@@ -228,18 +230,18 @@ def imagine_tokenizer(source: ModelSource) -> Any:
         )  # fmt: skip
 
 
-def imagine(
+def build_synthetic_batch(
     config: TrainConfig, source: ModelSource, card: str | None, rows: int, tokenizer: Any = None
-) -> Imagined:
+) -> SyntheticBatch:
     """Return substitutes for what is not available on this machine.
 
     `card` is a GPU name, None for this machine's device; with `rows` = 0 the real data is used.
     """
-    return Imagined(
+    return SyntheticBatch(
         source=source,
         device=None if card is None else Choice("device", "cuda", f"planned for {card}"),
-        tokenizer=tokenizer or (imagine_tokenizer(source) if rows else None),
-        rows=imagine_rows(config, rows) if rows else None,
+        tokenizer=tokenizer or (load_or_stub_tokenizer(source) if rows else None),
+        rows=synthesize_rows(config, rows) if rows else None,
     )
 
 
@@ -255,7 +257,7 @@ MOMENTS = (FORWARD, BACKWARD, FIRST_BLOCK, UPDATE)
 _PART_OF = {FORWARD: ACTIVATIONS, UPDATE: OPTIMIZER}
 
 
-class LiveBytes(OperationWatch):
+class LiveMemoryTracker(OperationWatch):
     """Context manager that counts the bytes of live tensors.
 
     `vocabulary` is the last dimension of tensors counted as logits (0: none). A new storage belongs

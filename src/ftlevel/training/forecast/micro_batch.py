@@ -16,19 +16,19 @@ import psutil
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.store import lengths_of
+from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import ConfigError
 from ftlevel.fast.plan import FEWEST_TOKENS
 from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.training.forecast.fits import Device
-from ftlevel.training.forecast.memory import MemoryForecast
+from ftlevel.training.forecast.memory import StepMemory
 from ftlevel.training.forecast.meta_model import ACTIVATIONS, LOGITS, WORKSPACE
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.processes import Processes
 
 _GROWS = (ACTIVATIONS, LOGITS, WORKSPACE)
 
-CPU_BESIDE = 600 * 2**20
+CPU_OVERHEAD_BYTES = 600 * 2**20
 """Resident bytes of a CPU run that are neither tensors nor there before the model: kernel code,
 heap fragmentation, libraries. The runs in docs/plan.md need 350 to 500 MiB."""
 
@@ -70,7 +70,7 @@ def find_memory(config: TrainConfig, device: str, processes: Processes) -> int:
         free = min(free, int(wish * 2**30) - psutil.Process().memory_info().rss)
     else:
         free //= processes.world.local_size
-    return free - CPU_BESIDE
+    return free - CPU_OVERHEAD_BYTES
 
 
 def fit_micro_batch(config: TrainConfig, plan: Plan, memory: int) -> tuple[TrainConfig, Plan]:
@@ -117,7 +117,7 @@ class _Found(NamedTuple):
 
 
 def _find(config: TrainConfig, plan: Plan, memory: int) -> _Found:
-    tokens, longest = _most_tokens(config, plan), int(lengths_of(plan.data.train).max())
+    tokens, longest = _most_tokens(config, plan), int(row_lengths(plan.data.train).max())
     device = Device(plan.model.device, plan.model.device, memory)
     for _ in range(_ATTEMPTS):
         forecast = device.forecast(*_with_tokens(config, plan, tokens, memory))
@@ -132,7 +132,7 @@ def _find(config: TrainConfig, plan: Plan, memory: int) -> _Found:
     return _Found(0, peak)
 
 
-def _fewer(forecast: MemoryForecast, tokens: int, peak: int, memory: int) -> int:
+def _fewer(forecast: StepMemory, tokens: int, peak: int, memory: int) -> int:
     """Apply the formula; return 0 if the fixed bytes alone exceed the memory."""
     moving = sum(forecast.parts.get(part, 0) for part in _GROWS)
     left = memory - (peak - moving)

@@ -16,18 +16,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftlevel.config import TrainConfig
-from ftlevel.data.encoding.store import lengths_of
-from ftlevel.errors import ConfigError, did_you_mean, listing
-from ftlevel.events import Silence
+from ftlevel.data.encoding.store import row_lengths
+from ftlevel.errors import ConfigError, did_you_mean, join_names
+from ftlevel.events import NullListener
 from ftlevel.methods import METHODS
 from ftlevel.training.plan.plan import Plan
-from ftlevel.training.plan.schedule import steps_an_epoch
+from ftlevel.training.plan.schedule import count_steps_per_epoch
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Card:
+class Gpu:
     """A GPU: memory in bytes, dense bfloat16 TFLOP/s, GB/s of memory and link; 0 if unknown."""
 
     name: str
@@ -42,11 +42,11 @@ _NVLINK_4, _NVLINK_3, _PCIE_5, _PCIE_4, _PCIE_3 = 18 * 20.6, 12 * 20.0, 48.0, 24
 3 x16, doubled with each generation (src/graph/topo.h)."""
 
 
-def _card(name: str, gib: int, tflops: float, bandwidth: float, link: float) -> Card:
-    return Card(name, gib * GIB, tflops, bandwidth, link)
+def _card(name: str, gib: int, tflops: float, bandwidth: float, link: float) -> Gpu:
+    return Gpu(name, gib * GIB, tflops, bandwidth, link)
 
 
-CARDS = {
+GPUS = {
     "h200": _card("H200 SXM", 141, 989, 4800, _NVLINK_4),
     "h100": _card("H100 SXM", 80, 989, 3350, _NVLINK_4),
     "h100-pcie": _card("H100 PCIe", 80, 756, 2000, _PCIE_5),
@@ -65,20 +65,20 @@ CARDS = {
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gb|gib|g)")
 
 
-def read_card(wish: str) -> Card:
+def parse_gpu(wish: str) -> Gpu:
     """Parse a GPU name such as `h100` or a size such as `24GB`; raise ConfigError otherwise."""
     name = wish.strip().lower().replace(" ", "-").replace("_", "-")
-    if name in CARDS:
-        return CARDS[name]
+    if name in GPUS:
+        return GPUS[name]
     if size := _SIZE.fullmatch(name):
-        return Card(f"a GPU of {size[1]} GiB", int(float(size[1]) * GIB))
+        return Gpu(f"a GPU of {size[1]} GiB", int(float(size[1]) * GIB))
     raise ConfigError(
-        f"--gpu {wish}: no such card is known.{did_you_mean(name, CARDS)} Known: "
-        f"{listing(CARDS)}. Or give its memory: --gpu 24GB."
+        f"--gpu {wish}: no such card is known.{did_you_mean(name, GPUS)} Known: "
+        f"{join_names(GPUS)}. Or give its memory: --gpu 24GB."
     )
 
 
-SHARE = 0.4
+PEAK_FRACTION = 0.4
 """Assumed fraction of the peak FLOP/s that a step reaches: NeMo AutoModel reaches 0.41 with LoRA on
 Llama-3-8B on an H100 (docs/plan.md). ftlevel itself was not measured on a GPU."""
 
@@ -134,7 +134,7 @@ def count_operations(config: TrainConfig, plan: Plan, *, recomputes: bool) -> Op
     layers = getattr(text, "num_hidden_layers", 0) or 0
     vocabulary = plan.model.vocabulary * width
     share = min(1.0, facts["supervised"] / max(1, facts["tokens"]))
-    lengths = lengths_of(plan.data.train).astype(float)
+    lengths = row_lengths(plan.data.train).astype(float)
     seen = (lengths**2).sum() / lengths.sum() / (2 if plan.model.kind == "decoder" else 1)
     attention = 4 * layers * width * seen
     per_row = plan.objective.per_row
@@ -146,18 +146,18 @@ def count_operations(config: TrainConfig, plan: Plan, *, recomputes: bool) -> Op
     return Operations(products + attention, attention, head, trains, recomputes)
 
 
-def by_roofline(config: TrainConfig, plan: Plan, card: Card) -> TimeForecast | None:
+def estimate_time(config: TrainConfig, plan: Plan, card: Gpu) -> TimeForecast | None:
     """Estimate the time on `card`; None if its speed is unknown."""
     if not card.tflops:
         return None
     tokens = plan.data.facts["tokens"]
     operations = count_operations(config, plan, recomputes=config.train.recomputes).total
-    seconds = operations * tokens / (SHARE * card.tflops * 1e12)
-    how = f"a roofline: {SHARE:.0%} of {card.tflops:,g} TFLOP/s, not measured"
+    seconds = operations * tokens / (PEAK_FRACTION * card.tflops * 1e12)
+    how = f"a roofline: {PEAK_FRACTION:.0%} of {card.tflops:,g} TFLOP/s, not measured"
     return TimeForecast(seconds, tokens / seconds, how)
 
 
-def by_probe(config: TrainConfig, plan: Plan) -> TimeForecast:
+def measure_time(config: TrainConfig, plan: Plan) -> TimeForecast:
     """Estimate the time on this machine by running a few training steps."""
     import tempfile
     from pathlib import Path
@@ -169,18 +169,18 @@ def by_probe(config: TrainConfig, plan: Plan) -> TimeForecast:
     from ftlevel.training.callbacks.gradients import are_finite
     from ftlevel.training.model import load_adapted
     from ftlevel.training.processes import Processes
-    from ftlevel.training.resume import GoingOn
+    from ftlevel.training.resume import ResumeState
 
-    adapted = load_adapted(config, plan, Silence())
+    adapted = load_adapted(config, plan, NullListener())
     with tempfile.TemporaryDirectory() as nowhere:
         run = RunDirectory(Path(nowhere))
-        trainer = build_trainer(config, plan, adapted, run, GoingOn(), Processes())
+        trainer = build_trainer(config, plan, adapted, run, ResumeState(), Processes())
     size = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
     optimizer: Any = trainer.create_optimizer()
     trained = [weight for group in optimizer.param_groups for weight in group["params"]]
     adapted.model.train()
     spent, computed, tokens = 0.0, 0.0, 0
-    with trainer.computing_alone(plan.model.dtype):
+    with trainer.standalone_steps(plan.model.dtype):
         for step in range(PROBED):
             rows = _rows_of(plan, step, size)
             begun, busy = time.perf_counter(), time.process_time()
@@ -216,4 +216,4 @@ def steps_per_epoch(config: TrainConfig, plan: Plan) -> int:
     """Return the optimizer steps per epoch, or of the whole run for streamed rows."""
     if plan.data.stream is not None:
         return plan.schedule.steps
-    return steps_an_epoch(config.train, len(plan.data.train))
+    return count_steps_per_epoch(config.train, len(plan.data.train))

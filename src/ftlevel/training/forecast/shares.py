@@ -22,7 +22,7 @@ import torch
 from ftlevel.config import TrainConfig
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import DTYPES
-from ftlevel.training.forecast.memory import Layers, MemoryForecast, highest
+from ftlevel.training.forecast.memory import LayerSample, StepMemory, highest
 from ftlevel.training.forecast.meta_model import (
     ADAPTER,
     BACKWARD,
@@ -36,7 +36,7 @@ from ftlevel.training.forecast.meta_model import (
     build_fake_model,
 )
 from ftlevel.training.plan.plan import Plan
-from ftlevel.training.shards import blocks_of, cast_linears, kept_whole
+from ftlevel.training.shards import blocks_of, cast_linears, replicated_parameters
 
 GATHERED, REDUCED = "gathered", "reduction"
 
@@ -45,7 +45,7 @@ _FLOAT = 4  # bytes: gradients are averaged in float32
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardedTensor:
     """A sharded tensor that occurs `times` times and belongs to a `part` of the estimate.
 
     `rows` is its first dimension, `size` its bytes, and `sent` its bytes as gathered, maybe
@@ -60,10 +60,10 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShardGroup:
     """A group of tensors that are sharded together."""
 
-    tensors: tuple[Piece, ...]
+    tensors: tuple[ShardedTensor, ...]
 
     def held(self, ranks: int) -> dict[str, float]:
         """Return part → bytes stored by the largest of `ranks`."""
@@ -84,7 +84,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Shares:
+class ShardedModel:
     """Sharded tensors of a model.
 
     Attributes:
@@ -97,15 +97,15 @@ class Shares:
         trains_base: whether the sharded tensors are trained.
     """
 
-    block: Cut
-    blocks: Cut
+    block: ShardGroup
+    blocks: ShardGroup
     count: int
-    root: Cut
+    root: ShardGroup
     root_casts: int
     trained: int
     trains_base: bool
 
-    def of_a_rank(self, found: MemoryForecast, ranks: int, way: str) -> MemoryForecast:
+    def estimate_rank(self, found: StepMemory, ranks: int, way: str) -> StepMemory:
         """Convert an unsharded estimate to the largest of `ranks`; `way` is `--shard`."""
         return highest(
             {moment: self._at(moment, parts, ranks, way)
@@ -149,11 +149,11 @@ class Shares:
         return found
 
 
-def describe_shares(config: TrainConfig, plan: Plan) -> Shares:
+def describe_shares(config: TrainConfig, plan: Plan) -> ShardedModel:
     """Return how the planned model is sharded, computed on fake tensors."""
-    sample = Layers.of(plan).sample
+    sample = LayerSample.of(plan).sample
     model = build_fake_model(config, plan, None if sample is None else list(sample)).model
-    whole, blocks = kept_whole(model), blocks_of(model)
+    whole, blocks = replicated_parameters(model), blocks_of(model)
     dtype = DTYPES[plan.model.dtype]
     narrow = {linear.weight for block in blocks for linear in cast_linears(block, dtype, whole)}
     cuts = [_cut(block.parameters(), whole, narrow, dtype) for block in blocks]
@@ -166,9 +166,9 @@ def describe_shares(config: TrainConfig, plan: Plan) -> Shares:
                 every += [replace(tensor, times=more) for tensor in cuts[at].tensors]
                 trained += more * _count_trained(blocks[at])
                 count += more
-    return Shares(
+    return ShardedModel(
         block=max(cuts, key=lambda cut: cut.gathered(1)),
-        blocks=Cut(tuple(every)),
+        blocks=ShardGroup(tuple(every)),
         count=count,
         root=_cut((p for p in model.parameters() if p not in inside), whole, set(), dtype),
         root_casts=dtype.itemsize
@@ -191,11 +191,11 @@ def _cut(
     whole: set[torch.nn.Parameter],
     narrow: set[torch.nn.Parameter],
     dtype: torch.dtype,
-) -> Cut:
+) -> ShardGroup:
     """Return the `parameters` not in `whole`; those in `narrow` are gathered in `dtype`."""
-    return Cut(
+    return ShardGroup(
         tuple(
-            Piece(
+            ShardedTensor(
                 1,
                 QUANTIZED if p.dtype in _CODES else WEIGHTS,
                 p.shape[0],

@@ -12,7 +12,7 @@ from typing import Any
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
 from ftlevel.artifacts.files import file_fingerprint
-from ftlevel.artifacts.run_directory import CONFIG, run_of
+from ftlevel.artifacts.run_directory import CONFIG, find_run
 from ftlevel.config import SPECS, Layer, MethodConfig, TrainConfig, build_config, read_recipe
 from ftlevel.config.flags import FLAGS
 from ftlevel.config.section import Choice
@@ -60,7 +60,7 @@ class StartingAdapter:
         return {"name": self.name, "fingerprint": self.fingerprint}
 
 
-def take_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter | None, list[str]]:
+def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter | None, list[str]]:
     """Apply `--adapter` to `config`; return the new configuration, the adapter, and notes.
 
     A full model, such as a merged one, becomes the base model instead, and no adapter is returned.
@@ -162,7 +162,7 @@ def _read_spec(adapter: StartingAdapter, config: TrainConfig) -> MethodConfig:
     """Return the method section that rebuilds the adapter, from its recipe and PEFT config."""
     settings, card, given = adapter.settings, adapter.card, config.method
     kind = card.method if card else _kind_of(adapter)
-    run = run_of(adapter.directory)
+    run = find_run(adapter.directory)
     values: dict[str, Any] = {}
     if card is not None and run is not None:
         own = read_recipe(run / CONFIG).values.get("method") or {}

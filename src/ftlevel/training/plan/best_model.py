@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
 from ftlevel.config.trainer import TrainerConfig
-from ftlevel.errors import ConfigError, did_you_mean, listing
-from ftlevel.evaluation.intervals import generates_texts, keep_wanted, wants_texts
+from ftlevel.errors import ConfigError, did_you_mean, join_names
+from ftlevel.evaluation.intervals import generates_texts, select_metrics, uses_text_metrics
 from ftlevel.methods import METHODS
 from ftlevel.task import Objective
 from ftlevel.tasks import BaseTask
@@ -120,9 +120,11 @@ def _choose_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -
     can improve while the loss rises. ROUGE covers few rows, and perplexity follows the loss.
     """
     wish, given = train.metric_for_best_model, train.metrics
-    generates = generates_texts(train.predict_with_generate, task) and wants_texts(given, task)
+    generates = generates_texts(train.predict_with_generate, task) and uses_text_metrics(
+        given, task
+    )
     every = ("loss", *objective.metrics, *(task.text_metrics if generates else ()))
-    known = tuple(keep_wanted(dict.fromkeys(every), given))
+    known = tuple(select_metrics(dict.fromkeys(every), given))
     if wish is not None:
         name = wish.removeprefix("eval_")
         if name not in known:
@@ -133,7 +135,7 @@ def _choose_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -
                 hint = " It is scored with --predict-with-generate."
             raise ConfigError(
                 f"--metric-for-best-model {wish}: --task {task.name} has no such metric here."
-                f"{hint} There are: {listing(known, 20)}."
+                f"{hint} There are: {join_names(known, 20)}."
             )
         return f"eval_{name}", "as asked"
     first, of_all_rows = objective.headline, [m for m in objective.metrics if m in known]

@@ -11,7 +11,7 @@ from torch import nn
 
 from ftlevel.config import MethodConfig, TrainConfig
 from ftlevel.config.section import Choice
-from ftlevel.errors import ConfigError, did_you_mean, listing
+from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.methods import METHODS, Method
 from ftlevel.methods.base import QuantizedCheckpoint
 from ftlevel.methods.facts import Cell
@@ -30,7 +30,7 @@ from ftlevel.models.upstream.architectures import packable_experts
 class MethodTargets:
     """Modules and tensors a method adapts, by full names.
 
-    `parameters` and `in_full` are PEFT's `target_parameters` and `modules_to_save`.
+    `parameters` and `full_modules` are PEFT's `target_parameters` and `modules_to_save`.
     `fan_in_fan_out` means Conv1D, with `(in, out)` weights. `sizes` maps names of linear layers to
     `(in, out)`, those of embeddings to the shape of the weight.
     """
@@ -39,7 +39,7 @@ class MethodTargets:
     parameters: list[str]
     fan_in_fan_out: bool
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    in_full: list[str] = field(default_factory=list)
+    full_modules: list[str] = field(default_factory=list)
 
     def choices(self, wish: Any) -> list[Choice]:
         """Return the lines shown at the start of the run; `wish` is `target_modules`."""
@@ -49,8 +49,8 @@ class MethodTargets:
         shown = f"{', '.join(names)}: {len(self.modules)} modules"
         reason = "all-linear: every linear of the blocks" if wish == "all-linear" else ""
         more = [Choice("target tensors", ", ".join(self.parameters))] if self.parameters else []
-        if self.in_full:
-            more.append(Choice("in full", ", ".join(self.in_full), "--modules-to-save"))
+        if self.full_modules:
+            more.append(Choice("in full", ", ".join(self.full_modules), "--modules-to-save"))
         return [Choice("targets", shown, reason), *more]
 
 
@@ -118,7 +118,7 @@ def _in_layers(modules: Sequence[str], tree: ModuleTree, layers: Sequence[int]) 
     if missing:
         last = max(layer for layer in there if layer is not None) if there else 0
         raise ConfigError(
-            f"method.layers_to_transform: there is no layer {listing(map(str, missing))} with "
+            f"method.layers_to_transform: there is no layer {join_names(map(str, missing))} with "
             f"adapted modules. Layers here are 0 to {last}."
         )
     return [name for name in modules if tree.layer(name) in layers]
@@ -159,7 +159,7 @@ def _parameters(wish: str | Sequence[str], tree: ModuleTree, model_name: str) ->
     tensors = [name for name, _ in tree.model.named_parameters()]
     for name in wish:
         if not any(f".{tensor}".endswith(f".{name}") for tensor in tensors):
-            available = f" Expert tensors here: {listing(experts)}." if experts else ""
+            available = f" Expert tensors here: {join_names(experts)}." if experts else ""
             ends = {".".join(tensor.split(".")[-3:]) for tensor in tensors}
             raise ConfigError(
                 f"method.target_parameters: {name!r} is no tensor of {model_name}."

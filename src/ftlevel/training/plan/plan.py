@@ -9,13 +9,13 @@ from typing import Any
 
 from ftlevel.config import DEFAULT_MODEL, MethodConfig, QuantConfig, TrainConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.prepare.encoder import Prepared
+from ftlevel.data.prepare.encoder import PreparedData
 from ftlevel.fast.plan import FastPlan
 from ftlevel.methods import METHODS, Base
 from ftlevel.models.sources import ModelSource
 from ftlevel.task import Objective, TrainingLoss
 from ftlevel.tasks import BaseTask
-from ftlevel.trained.another import Another
+from ftlevel.trained.another import ReferenceModel
 from ftlevel.training.plan.adapter import StartingAdapter
 from ftlevel.training.plan.best_model import BestModel
 from ftlevel.training.plan.method import MethodTargets
@@ -70,11 +70,11 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Beside:
+class AuxiliaryModels:
     """Auxiliary models that are not trained: the preference reference and the teacher."""
 
-    reference: Another | None = None
-    teacher: Another | None = None
+    reference: ReferenceModel | None = None
+    teacher: ReferenceModel | None = None
 
     def fingerprints(self) -> Mapping[tuple[str, str], str]:
         """Return (section, field) → fingerprint of each model."""
@@ -95,14 +95,14 @@ class Plan:
     objective: Objective
     loss: TrainingLoss
     model: PlannedModel
-    data: Prepared
+    data: PreparedData
     targets: MethodTargets
     schedule: Schedule
     fast: FastPlan
     best: BestModel | None
     adapter: StartingAdapter | None
     choices: list[Choice]
-    beside: Beside = field(default_factory=Beside)
+    beside: AuxiliaryModels = field(default_factory=AuxiliaryModels)
 
     @property
     def base(self) -> Base:
@@ -114,7 +114,7 @@ class Plan:
             task_type=self.task.peft_types.get(model.kind),
             targets=targets.modules,
             # PEFT appends names to this list; an adapter's names may repeat a head.
-            heads=list(dict.fromkeys([*model.heads, *targets.in_full])),
+            heads=list(dict.fromkeys([*model.heads, *targets.full_modules])),
             fan_in_fan_out=targets.fan_in_fan_out,
             total_steps=self.schedule.steps,
             tokenizer=model.tokenizer,

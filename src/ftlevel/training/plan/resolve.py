@@ -15,12 +15,12 @@ import torch
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.chat import choose_chat_template
-from ftlevel.data.encoding.collate import choose_pad_token, pad_apart_from_eos
+from ftlevel.data.encoding.chat import set_chat_template
+from ftlevel.data.encoding.collate import ensure_pad_token, separate_pad_from_eos
 from ftlevel.data.encoding.encode import PROMPT_VERSION, read_format
 from ftlevel.data.prepare.dataset import prepare_data
-from ftlevel.data.prepare.encoder import EncodingContext, Prepared, Progress, be_silent
-from ftlevel.data.sources.lines import PART, STDIN, is_pipe
+from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, Progress, ignore_progress
+from ftlevel.data.sources.lines import CHUNK_ROWS, STDIN, is_pipe
 from ftlevel.data.sources.readers.files import is_pattern
 from ftlevel.data.sources.splits import load_splits
 from ftlevel.errors import ConfigError, InputError
@@ -43,7 +43,7 @@ from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.models.upstream.libraries import find_old_libraries
 from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.tasks.distillation import build_taught
+from ftlevel.tasks.distillation import build_distillation
 from ftlevel.tasks.tokens import Tokens
 from ftlevel.training.plan.adapter import StartingAdapter
 from ftlevel.training.plan.best_model import BestModel, Length, resolve_best_model
@@ -66,10 +66,10 @@ from ftlevel.training.plan.schedule import (
     choose_loss,
     choose_rates,
     count_steps,
+    count_steps_per_epoch,
     find_bounds,
-    steps_an_epoch,
 )
-from ftlevel.training.plan.trainable import check_form
+from ftlevel.training.plan.trainable import check_adapter_matches
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class _Bare:
 
 
 @dataclass(frozen=True)
-class Imagined:
+class SyntheticBatch:
     """Substitutes used by an estimate, each None to use the real one.
 
     `tokenizer` needs `eos_token_id`, `pad_token_id` and `chat_template`; `rows` creates rows for a
@@ -98,17 +98,17 @@ class Imagined:
     source: ModelSource | None = None
     device: Choice | None = None
     tokenizer: Any = None
-    rows: Callable[[BaseTask, str, Any], Prepared] | None = None
+    rows: Callable[[BaseTask, str, Any], PreparedData] | None = None
 
 
 def resolve(
     config: TrainConfig,
     *,
     lenient: bool = False,
-    progress: Progress = be_silent,
+    progress: Progress = ignore_progress,
     why_task: str = "",
     adapter: StartingAdapter | None = None,
-    imagined: Imagined | None = None,
+    imagined: SyntheticBatch | None = None,
     prompt_version: int | None = None,
 ) -> Plan:
     """Resolve `config` into a plan.
@@ -127,7 +127,7 @@ def resolve(
         ConfigError: the first problem found; nothing was loaded or written.
     """
     task = TASKS[config.task].configured(task_options(config))
-    config, bare = _read_model(config, task, imagined or Imagined())
+    config, bare = _read_model(config, task, imagined or SyntheticBatch())
     if imagined is not None and imagined.rows is not None:
         data = imagined.rows(task, bare.kind, bare.config)
     else:
@@ -135,7 +135,7 @@ def resolve(
         version = prompt_version or _prompt_version(adapter)
         data = _prepare(config, task, bare, here, version, lenient, progress)
     model_config = _task_config(bare.source, data.facts, bare.tokenizer, task)
-    layers = _keep_every_layer(model_config)
+    layers = _disable_layerdrop(model_config)
     meta = build_task_model(model_config, bare.auto_class)
     _check_checkpointing(config, meta, bare.device.value)
     model = _plan_model(config, bare, model_config, meta, *task.find_heads(meta, bare.source))
@@ -187,7 +187,7 @@ def resolve(
         ],
     )
     if adapter is not None:
-        check_form(adapter, config, plan)
+        check_adapter_matches(adapter, config, plan)
     return plan
 
 
@@ -198,7 +198,7 @@ def task_options(config: TrainConfig) -> dict[str, Any]:
 
 
 def _read_model(
-    config: TrainConfig, task: BaseTask, imagined: Imagined
+    config: TrainConfig, task: BaseTask, imagined: SyntheticBatch
 ) -> tuple[TrainConfig, _Bare]:
     """Read the base's config and tokenizer; return `config` with its quantization, and these."""
     wish = config.model
@@ -215,9 +215,9 @@ def _read_model(
     config, experts = _resolve_experts(config, bare, auto_class)
     dtype = choose_precision(config, device.value, bare.model_type)
     tokenizer = imagined.tokenizer or load_tokenizer(source)
-    template = choose_chat_template(tokenizer, config.data.chat_template)
-    padding = choose_pad_token(tokenizer)
-    padding = (pad_apart_from_eos(tokenizer) if task.pads_apart else None) or padding
+    template = set_chat_template(tokenizer, config.data.chat_template)
+    padding = ensure_pad_token(tokenizer)
+    padding = (separate_pad_from_eos(tokenizer) if task.pads_apart else None) or padding
     spelling = [choice for choice in (experts, template, padding) if choice]
     return config, _Bare(source, bare, kind, auto_class, device, dtype, tokenizer, spelling)
 
@@ -236,12 +236,12 @@ def _resolve_experts(
     return config, Choice("experts", form, why)
 
 
-def _objective(config: TrainConfig, task: BaseTask, kind: str, data: Prepared) -> Objective:
+def _objective(config: TrainConfig, task: BaseTask, kind: str, data: PreparedData) -> Objective:
     """Return the training objective, for distillation if there is a teacher."""
     objective = task.build_objective(kind, data.facts)
     if config.distillation.teacher is None or not isinstance(objective, Tokens):
         return objective
-    return build_taught(objective, config.distillation)
+    return build_distillation(objective, config.distillation)
 
 
 def _plan_model(
@@ -284,10 +284,10 @@ def _run_facts(model: PlannedModel, meta: Any, objective: Objective, steps: int)
 
 
 def _best_model(
-    config: TrainConfig, task: BaseTask, objective: Objective, data: Prepared, steps: int
+    config: TrainConfig, task: BaseTask, objective: Objective, data: PreparedData, steps: int
 ) -> BestModel | None:
     """Return how the best model is selected, if at all."""
-    an_epoch = steps if data.stream else steps_an_epoch(config.train, len(data.train))
+    an_epoch = steps if data.stream else count_steps_per_epoch(config.train, len(data.train))
     length = Length(steps, steps / an_epoch)
     return resolve_best_model(config, task, objective, len(data.validation), length)
 
@@ -306,7 +306,7 @@ def _prepare(
     prompt_version: int,
     lenient: bool,
     progress: Progress,
-) -> Prepared:
+) -> PreparedData:
     """Return the encoded rows, bounded by the model's positions and the memory of `device`."""
     bounds = find_bounds(config, bare.config, device, bare.dtype.value)
     vocabulary, seed = bare.config.get_text_config().vocab_size, config.train.seed
@@ -327,7 +327,7 @@ def _method_choices(config: TrainConfig, bare: _Bare) -> list[Choice]:
     ]
 
 
-def _keep_every_layer(model_config: Any) -> list[Choice]:
+def _disable_layerdrop(model_config: Any) -> list[Choice]:
     """Disable LayerDrop in `model_config` (mutated): skipped layers give adapters no gradient."""
     names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
     shares = {name: share for name in names if (share := getattr(model_config, name, 0.0))}
@@ -387,7 +387,7 @@ _OF_ENCODERS = ("text-classification", "token-classification", "question-answeri
 the user's `--map`, which may rename columns for any task."""
 
 
-def choose_task(config: TrainConfig) -> tuple[TrainConfig, str]:
+def infer_task(config: TrainConfig) -> tuple[TrainConfig, str]:
     """Return `config` with the task inferred from model and columns, and the reason.
 
     Only encoders without a named task and without built-in data need this; otherwise the reason is
@@ -415,14 +415,14 @@ def choose_task(config: TrainConfig) -> tuple[TrainConfig, str]:
     refusals: dict[str, InputError] = {}
     for name, section in ((n, s) for s in (by_name, data) for n in _OF_ENCODERS):
         try:
-            found = TASKS[name].find_format(table.columns, section, table.rows[:PART])
+            found = TASKS[name].find_format(table.columns, section, table.rows[:CHUNK_ROWS])
         except InputError as error:
             refusals[name] = error
             continue
         why = f"the model is an encoder, and the columns are {found.name}; --task names another"
         return config.with_sections(task=name), why
     try:
-        TASKS[config.task].find_format(table.columns, data, table.rows[:PART])
+        TASKS[config.task].find_format(table.columns, data, table.rows[:CHUNK_ROWS])
     except InputError:
         raise InputError(
             f"--model {wish.name_or_path} is an encoder, and the columns speak for none of its "

@@ -10,19 +10,19 @@ from typing import Any
 from ftlevel.config import DEFAULT_MODEL, TrainConfig
 from ftlevel.config.preference import PREFERENCE_TASKS
 from ftlevel.config.section import Choice
-from ftlevel.config.trainer import ANOTHER_RATE, PLATEAU, TrainerConfig
+from ftlevel.config.trainer import LEARNING_RATE_ADVICE, PLATEAU, TrainerConfig
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import Bounds
-from ftlevel.errors import ConfigError, did_you_mean, listing
+from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.methods import METHODS
 from ftlevel.methods.rates import RunFacts, choose_head_rate
-from ftlevel.models.hardware import DTYPES, Holding, device_memory, longest_in_memory
+from ftlevel.models.hardware import DTYPES, MemorySettings, device_memory, longest_in_memory
 from ftlevel.models.kinds import max_positions
 from ftlevel.task import Objective, TrainingLoss
 from ftlevel.training.plan.plan import Schedule
 
 
-def steps_an_epoch(config: TrainerConfig, rows: int) -> int:
+def count_steps_per_epoch(config: TrainerConfig, rows: int) -> int:
     """Return the number of optimizer steps per epoch of `rows` rows."""
     micro_steps = math.ceil(rows / config.per_device_train_batch_size / (config.num_processes or 1))
     return max(math.ceil(micro_steps / config.gradient_accumulation_steps), 1)
@@ -30,7 +30,9 @@ def steps_an_epoch(config: TrainerConfig, rows: int) -> int:
 
 def count_steps(config: TrainerConfig, rows: int) -> int:
     """Return the number of optimizer steps of a run on `rows` rows."""
-    return config.max_steps or math.ceil(config.num_train_epochs * steps_an_epoch(config, rows))
+    return config.max_steps or math.ceil(
+        config.num_train_epochs * count_steps_per_epoch(config, rows)
+    )
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def choose_rates(config: TrainConfig, known: RunFacts) -> Rates:
     return Rates(base, default.value, head if known.new_head else None)
 
 
-def find_stand_in(config: TrainConfig) -> list[str]:
+def find_default_model_warnings(config: TrainConfig) -> list[str]:
     """Return a warning if the user's own data trains the default built-in model."""
     is_own = not config.data.dataset.startswith("builtin:")
     if not is_own or "name_or_path" in config.model.model_fields_set:
@@ -130,7 +132,7 @@ def find_warnings(
             f"the learning rate ends at {reached:.0%} of its peak."
         )
     if config.learning_rate is None and (
-        advice := ANOTHER_RATE.get(config.optim.removeprefix("paged_").split("_")[0])
+        advice := LEARNING_RATE_ADVICE.get(config.optim.removeprefix("paged_").split("_")[0])
     ):
         found.append(
             f"--optim {config.optim}: the learning rate was measured with AdamW, and {advice}. "
@@ -223,8 +225,8 @@ def _read_weights(wish: Mapping[str, float], names: Sequence[str]) -> tuple[floa
     unknown = [name for name in wish if name not in names]
     if unknown:
         raise ConfigError(
-            f"--class-weights: no class is called {listing(map(repr, unknown))}."
-            f"{did_you_mean(unknown[0], names)} Classes here: {listing(names, 20)}."
+            f"--class-weights: no class is called {join_names(map(repr, unknown))}."
+            f"{did_you_mean(unknown[0], names)} Classes here: {join_names(names, 20)}."
         )
     return tuple(wish.get(name, 1.0) for name in names)
 
@@ -250,7 +252,7 @@ def find_bounds(config: TrainConfig, model_config: Any, device: str, dtype: str)
     """
     value = DTYPES[dtype].itemsize
     trained = METHODS[config.method.kind].trains_base(config.method)
-    holding = Holding(
+    holding = MemorySettings(
         weight=4.0 if trained else _STORED.get(config.quant.kind, float(value)),
         value=value,
         trained=trained,

@@ -9,7 +9,7 @@ from typing import Any
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
-from ftlevel.errors import ConfigError, listing
+from ftlevel.errors import ConfigError, join_names
 from ftlevel.methods import METHODS
 from ftlevel.models.loading import build_task_model
 from ftlevel.trained.adapt import apply_method, compact_targets, describe_state
@@ -26,7 +26,7 @@ _ELSEWHERE = {
 """Settings that are names, or that follow from names and shapes of the weights."""
 
 
-def check_form(adapter: StartingAdapter, config: TrainConfig, plan: Plan) -> None:
+def check_adapter_matches(adapter: StartingAdapter, config: TrainConfig, plan: Plan) -> None:
     """Raise ConfigError if settings or tensors of an adapter differ from those the run builds."""
     own, spec = METHODS[config.method.kind], config.method
     meta = build_task_model(plan.model.config, plan.model.auto_class)
@@ -66,7 +66,7 @@ def find_adapter_warnings(adapter: StartingAdapter, config: TrainConfig, plan: P
     if adapter.card is None and labels and not config.data.labels:
         return [
             f"--adapter {adapter.name} keeps no names of its classes: its head's are taken for "
-            f"{listing(labels)}, in this order. --set 'data.labels=[…]' says otherwise."
+            f"{join_names(labels)}, in this order. --set 'data.labels=[…]' says otherwise."
         ]
     own, now = adapter.card and adapter.card.prompt, plan.data.prompt_format
     if not own or now is None or own == json.loads(json.dumps(now.to_dict())):

@@ -22,7 +22,7 @@ model."""
 
 
 @dataclass(frozen=True)
-class Apart:
+class GradientDifference:
     """Sums over the elements of a gradient g and of its reference r; they can be added.
 
     Attributes:
@@ -35,9 +35,9 @@ class Apart:
     reference: float = 0.0
     along: float = 0.0
 
-    def __add__(self, other: Apart) -> Apart:
+    def __add__(self, other: GradientDifference) -> GradientDifference:
         """Return the sums over both."""
-        return Apart(
+        return GradientDifference(
             self.difference + other.difference,
             self.reference + other.reference,
             self.along + other.along,
@@ -56,7 +56,7 @@ class Apart:
         return self.along / self.reference - 1 if self.reference else 0.0
 
 
-def compare_gradients(gradients: Gradients, reference: Gradients) -> dict[str, Apart]:
+def compare_gradients(gradients: Gradients, reference: Gradients) -> dict[str, GradientDifference]:
     """Return the difference of each tensor's gradient from its reference; a missing one is zero."""
     found = {}
     for name in gradients.keys() | reference.keys():
@@ -70,15 +70,17 @@ def compare_gradients(gradients: Gradients, reference: Gradients) -> dict[str, A
     return found
 
 
-def _compare(gradient: torch.Tensor, reference: torch.Tensor) -> Apart:
+def _compare(gradient: torch.Tensor, reference: torch.Tensor) -> GradientDifference:
     """Return the sums over two CPU tensors in float64, which MPS does not support."""
     g, r = gradient.double(), reference.double()
-    return Apart(float((g - r).square().sum()), float(r.square().sum()), float((g * r).sum()))
+    return GradientDifference(
+        float((g - r).square().sum()), float(r.square().sum()), float((g * r).sum())
+    )
 
 
-def total(parts: Iterable[Apart]) -> Apart:
+def total(parts: Iterable[GradientDifference]) -> GradientDifference:
     """Return the sums over all of `parts`."""
-    return sum(parts, Apart())
+    return sum(parts, GradientDifference())
 
 
 def kind_of(name: str) -> str:
@@ -96,17 +98,22 @@ def kind_of(name: str) -> str:
     return parts[-1]
 
 
-def by_kind(tensors: Mapping[str, Apart]) -> dict[str, Apart]:
+def by_kind(tensors: Mapping[str, GradientDifference]) -> dict[str, GradientDifference]:
     """Return the sums over the tensors of each kind."""
-    kinds: dict[str, Apart] = defaultdict(Apart)
+    kinds: dict[str, GradientDifference] = defaultdict(GradientDifference)
     for name, apart in tensors.items():
         kinds[kind_of(name)] += apart
     return dict(kinds)
 
 
-def added(sums: Mapping[str, Apart], more: Mapping[str, Apart]) -> dict[str, Apart]:
+def added(
+    sums: Mapping[str, GradientDifference], more: Mapping[str, GradientDifference]
+) -> dict[str, GradientDifference]:
     """Return the sums over both mappings, by name."""
-    return {name: sums.get(name, Apart()) + more.get(name, Apart()) for name in {**sums, **more}}
+    return {
+        name: sums.get(name, GradientDifference()) + more.get(name, GradientDifference())
+        for name in {**sums, **more}
+    }
 
 
 ORDER = 10.0
@@ -131,7 +138,7 @@ LENGTH = 0.3
 
 
 @dataclass
-class Verified:
+class StepComparison:
     """Differences between fast and plain step, relative to the plain step.
 
     Attributes:
@@ -165,7 +172,7 @@ class Bounds:
     """
 
     dtype: str
-    noise: Mapping[str, Apart]
+    noise: Mapping[str, GradientDifference]
     noise_of_loss: float
 
     def check_loss(self, loss: float, expected: float) -> float:
@@ -177,11 +184,16 @@ class Bounds:
         apart, least = abs(loss - expected), LEAST.get(self.dtype, LEAST_NARROW)[0]
         bound = least * abs(expected) + ORDER * self.noise_of_loss
         if not apart <= bound:
-            raise wrong(f"losses differ by {apart:.2g} of {expected:.4g}, and rounding explains "
-                         f"{bound:.2g}", self.dtype)  # fmt: skip
+            raise build_mismatch_error(
+                f"losses differ by {apart:.2g} of {expected:.4g}, and rounding explains "
+                f"{bound:.2g}",
+                self.dtype,
+            )
         return apart / max(abs(expected), 1e-12)
 
-    def check_gradients(self, found: Mapping[str, Apart], what: str = "gradients") -> float:
+    def check_gradients(
+        self, found: Mapping[str, GradientDifference], what: str = "gradients"
+    ) -> float:
         """Check each tensor and all together, and return the distance of all.
 
         Raises:
@@ -193,14 +205,18 @@ class Bounds:
             own = norms[name]
             bound = least * own + ORDER * self.noise[name].difference ** 0.5
             if not apart.difference**0.5 <= bound:
-                raise wrong(f"{what} of {name} differ by {apart.distance:.2g}, their length by "
-                             f"{apart.length:+.2%}, and rounding explains {bound / own:.2g}",
-                             self.dtype)  # fmt: skip
+                raise build_mismatch_error(
+                    f"{what} of {name} differ by {apart.distance:.2g}, their length by "
+                    f"{apart.length:+.2%}, and rounding explains {bound / own:.2g}",
+                    self.dtype,
+                )
         order = total(self.noise.values())
         bound = least / 2 + ORDER * order.distance
         if not whole.distance <= bound:
-            raise wrong(f"{what} differ by {whole.distance:.2g}, and rounding explains "
-                         f"{bound:.2g}", self.dtype)  # fmt: skip
+            raise build_mismatch_error(
+                f"{what} differ by {whole.distance:.2g}, and rounding explains {bound:.2g}",
+                self.dtype,
+            )
         return whole.distance
 
 
@@ -211,8 +227,10 @@ class Rounding:
     `plain` has one item per draw; `losses` maps "plain" and "fast" to relative differences.
     """
 
-    plain: list[dict[str, Apart]] = field(default_factory=lambda: [{} for _ in range(DRAWS)])
-    fast: dict[str, Apart] = field(default_factory=dict)
+    plain: list[dict[str, GradientDifference]] = field(
+        default_factory=lambda: [{} for _ in range(DRAWS)]
+    )
+    fast: dict[str, GradientDifference] = field(default_factory=dict)
     losses: dict[str, list[float]] = field(default_factory=dict)
 
     def add_loss(self, way: str, loss: float, exact: float) -> None:
@@ -235,26 +253,33 @@ class Rounding:
                 apart.distance <= least + ROUNDING * rounding
                 and abs(longer) <= least + LENGTH * rounding
             ):
-                raise wrong(f"gradients of {kind} are {apart.distance:.2g} from float32 and "
-                             f"{longer:+.2%} longer, the plain step's {rounding:.2g}",
-                             "the run's precision")  # fmt: skip
+                raise build_mismatch_error(
+                    f"gradients of {kind} are {apart.distance:.2g} from float32 and "
+                    f"{longer:+.2%} longer, the plain step's {rounding:.2g}",
+                    "the run's precision",
+                )
         norms = norms_of(self.fast)
         for name, apart in self.fast.items():
             alike = plain[kind_of(name)] * apart.reference**0.5
             alone = max(draw[name].difference for draw in self.plain) ** 0.5
             bound = LEAST_NARROW[1] * norms[name] + ROUNDING_OF_ONE * max(alone, alike)
             if not apart.difference**0.5 <= bound:
-                raise wrong(f"gradients of {name} are {apart.distance:.2g} from float32, the plain "
-                             f"step's {alone / norms[name]:.2g}",
-                             "the run's precision")  # fmt: skip
+                raise build_mismatch_error(
+                    f"gradients of {name} are {apart.distance:.2g} from float32, the plain "
+                    f"step's {alone / norms[name]:.2g}",
+                    "the run's precision",
+                )
         worst = {way: max(losses) for way, losses in self.losses.items()}
         if worst and not worst["fast"] <= LEAST_NARROW[0] + ROUNDING_OF_ONE * worst["plain"]:
-            raise wrong(f"losses are {worst['fast']:.2g} from float32, the plain step's "
-                         f"{worst['plain']:.2g}", "the run's precision")  # fmt: skip
+            raise build_mismatch_error(
+                f"losses are {worst['fast']:.2g} from float32, the plain step's "
+                f"{worst['plain']:.2g}",
+                "the run's precision",
+            )
         return {kind: (plain[kind], fast[kind].distance) for kind in fast}
 
 
-def norms_of(found: Mapping[str, Apart]) -> dict[str, float]:
+def norms_of(found: Mapping[str, GradientDifference]) -> dict[str, float]:
     """Return the norm of each tensor's reference, at least 1 % of its kind's mean and of the total.
 
     Rounding errors of tensors with almost no gradient, such as the bias of span logits or the keys
@@ -271,7 +296,7 @@ def norms_of(found: Mapping[str, Apart]) -> dict[str, float]:
     }
 
 
-def wrong(what: str, dtype: str) -> RunError:
+def build_mismatch_error(what: str, dtype: str) -> RunError:
     """Return the error that stops a run whose fast step differs from the plain step."""
     return RunError(
         f"--verify-fast: the fast step is not the plain one: in {dtype} {what}. "

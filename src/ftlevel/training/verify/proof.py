@@ -30,22 +30,22 @@ from ftlevel.methods import METHODS
 from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.models.upstream.tensors import inner_tensors, own_tensors
 from ftlevel.training.build_trainer import build_trainer
-from ftlevel.training.model import Adapted
+from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.plan import Plan
 from ftlevel.training.processes import Processes
-from ftlevel.training.resume import GoingOn
+from ftlevel.training.resume import ResumeState
 from ftlevel.training.shards import is_sharded
 from ftlevel.training.verify.bounds import (
     KINK,
-    Apart,
     Bounds,
+    GradientDifference,
     Rounding,
-    Verified,
+    StepComparison,
     added,
     compare_gradients,
     total,
 )
-from ftlevel.training.verify.steps import Computed, Steps, moved_from_start
+from ftlevel.training.verify.steps import StepResult, Steps, perturb_weights
 
 NARROW = (torch.bfloat16, torch.float16)
 COPIES = 4
@@ -54,7 +54,7 @@ and one in transfer."""
 
 
 @contextlib.contextmanager
-def whole_in_float32(model: torch.nn.Module) -> Iterator[None]:
+def cast_to_float32(model: torch.nn.Module) -> Iterator[None]:
     """Convert all half-precision weights of `model` to float32 inside the block (mutated).
 
     Unlike `evaluation.model_pair.in_float32`, which converts a module while it runs, this supports
@@ -73,7 +73,7 @@ def whole_in_float32(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_in_float64(model: torch.nn.Module) -> Iterator[None]:
+def cast_to_float64(model: torch.nn.Module) -> Iterator[None]:
     """Convert all float32 weights of `model` to float64 inside the block (mutated).
 
     Operations that transformers always computes in float32, such as a norm's mean of squares, stay
@@ -157,7 +157,7 @@ LONGEST = 1_024
 """Maximal length of a row that cannot be truncated; longer rows are skipped."""
 
 
-def choose_few(rows: Sequence[Encoded]) -> list[Encoded]:
+def choose_probe_rows(rows: Sequence[Encoded]) -> list[Encoded]:
     """Return the shortest of the first rows, truncated if possible; empty if all are long."""
     first = [short for row in rows[:LOOKED_AT] if (short := shorten(row, FEW_TOKENS // 2))]
     chosen: list[Encoded] = []
@@ -204,8 +204,8 @@ STEPS = 3
 
 
 def verify_step(
-    config: TrainConfig, plan: Plan, adapted: Adapted, listener: Listener
-) -> Verified | None:
+    config: TrainConfig, plan: Plan, adapted: PreparedModel, listener: Listener
+) -> StepComparison | None:
     """Compare fast and plain step before training, and restore the model; None if not compared.
 
     `speed.verify` selects whole steps (True), nothing (False) or a few rows (None). Raises RunError
@@ -220,14 +220,14 @@ def verify_step(
         return None
     a_batch = config.train.per_device_train_batch_size
     a_step = a_batch * config.train.gradient_accumulation_steps
-    few = [] if asked else choose_few(rows)
+    few = [] if asked else choose_probe_rows(rows)
     if not asked and not few:
         return None
     if asked:
         listener.stage("compute the first steps the plain way and the fast way")
     with tempfile.TemporaryDirectory() as nowhere:
         nobody = RunDirectory(Path(nowhere))
-        trainer = build_trainer(config, plan, adapted, nobody, GoingOn(), Processes())
+        trainer = build_trainer(config, plan, adapted, nobody, ResumeState(), Processes())
         steps = Steps(trainer, plan.model.pad_id)
         dropout = bool(asked and find_randomness(config, adapted.model, with_head=True))
         verifier = _Verifier(steps, a_batch if asked else len(few), plan.model.dtype, dropout)
@@ -262,7 +262,7 @@ class _Verifier:
 
     def compare(
         self, wanted: Sequence[Sequence[Encoded]], *, rounded: bool, rate: float
-    ) -> Verified:
+    ) -> StepComparison:
         """Return the differences over the steps with rows `wanted`.
 
         Between two steps the model takes the plain step with learning rate `rate`. With `rounded`,
@@ -271,13 +271,13 @@ class _Verifier:
         model, training = self.steps.model, self.steps.model.training
         device = self.steps.trainer.args.device.type
         wide = self.dtype == "float32" or fits_in_float32(model, device)
-        verified = Verified(dtype="float32" if wide else self.dtype)
+        verified = StepComparison(dtype="float32" if wide else self.dtype)
         rounding = Rounding()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate)
         try:
-            with moved_from_start(model):
+            with perturb_weights(model):
                 for rows in wanted:
-                    with whole_in_float32(model) if wide else contextlib.nullcontext():
+                    with cast_to_float32(model) if wide else contextlib.nullcontext():
                         plain = self._compare(rows, verified)
                     if rounded and wide and self.dtype != "float32":
                         rounding = self._round(rows, plain, rounding)
@@ -290,13 +290,13 @@ class _Verifier:
             model.train(training)
         return replace(verified, rounded=rounding.check())
 
-    def _compare(self, rows: Sequence[Encoded], verified: Verified) -> Computed:
+    def _compare(self, rows: Sequence[Encoded], verified: StepComparison) -> StepResult:
         """Return the plain step, and record the fast step's difference in `verified` (mutated)."""
         steps, dtype = self.steps, verified.dtype
         plain = self._plain(rows, dtype)
         if not math.isfinite(plain.loss):
             raise _NotFiniteError
-        other = steps.rounded_otherwise(rows, dtype)
+        other = steps.plain_perturbed(rows, dtype)
         noise = compare_gradients(other.gradients, plain.gradients)
         bounds = Bounds(dtype, noise, abs(other.loss - plain.loss))
         del other
@@ -318,7 +318,9 @@ class _Verifier:
                     raise  # GPU kernels may differ in float64
                 if (wide := self._in_float64(rows, dtype, steps.fast)) is None:
                     raise
-                apart = _check(Bounds(dtype, dict.fromkeys(noise, Apart()), 0.0), wide, exact)
+                apart = _check(
+                    Bounds(dtype, dict.fromkeys(noise, GradientDifference()), 0.0), wide, exact
+                )
                 verified.kinks = True
             rounded = compare_gradients(plain.gradients, exact.gradients)
             bounds = replace(bounds, noise=added(noise, rounded))
@@ -332,28 +334,28 @@ class _Verifier:
             verified.dropout = max(verified.dropout or 0.0, distance)
         return plain
 
-    def _plain(self, rows: Sequence[Encoded], dtype: str) -> Computed:
+    def _plain(self, rows: Sequence[Encoded], dtype: str) -> StepResult:
         """Return the plain step."""
         return self.steps.plain(rows, self.batch_size, dtype)
 
     def _in_float64(
-        self, rows: Sequence[Encoded], dtype: str, step: Callable[..., Computed]
-    ) -> Computed | None:
+        self, rows: Sequence[Encoded], dtype: str, step: Callable[..., StepResult]
+    ) -> StepResult | None:
         """Return the plain or the fast step in float64; None if it cannot be computed."""
         model, device = self.steps.model, self.steps.trainer.args.device.type
         if dtype != "float32" or not fits_in_float64(model, device):
             return None
         try:
-            with whole_in_float64(model):
+            with cast_to_float64(model):
                 return step(rows, dtype=dtype)
         except RuntimeError:  # a kernel without float64 support
             return None
 
-    def _round(self, rows: Sequence[Encoded], exact: Computed, sums: Rounding) -> Rounding:
+    def _round(self, rows: Sequence[Encoded], exact: StepResult, sums: Rounding) -> Rounding:
         """Return `sums` with the rounding errors of a step in the run's dtype."""
         steps = self.steps
         for draw, summed in enumerate(sums.plain):
-            plain = (steps.rounded_otherwise(rows, self.dtype, draw) if draw
+            plain = (steps.plain_perturbed(rows, self.dtype, draw) if draw
                      else steps.plain(rows, self.batch_size, self.dtype))  # fmt: skip
             sums.plain[draw] = added(summed, compare_gradients(plain.gradients, exact.gradients))
             sums.add_loss("plain", plain.loss, exact.loss)
@@ -363,13 +365,13 @@ class _Verifier:
         return sums
 
 
-def _check(bounds: Bounds, step: Computed, expected: Computed) -> tuple[float, float]:
+def _check(bounds: Bounds, step: StepResult, expected: StepResult) -> tuple[float, float]:
     """Return the differences of loss and gradients from `expected`; raise if too large."""
     loss = bounds.check_loss(step.loss, expected.loss)
     return loss, bounds.check_gradients(compare_gradients(step.gradients, expected.gradients))
 
 
-def _take(optimizer: torch.optim.Optimizer, model: torch.nn.Module, step: Computed) -> None:
+def _take(optimizer: torch.optim.Optimizer, model: torch.nn.Module, step: StepResult) -> None:
     """Apply the optimizer step for the gradients of `step` to `model` (mutated)."""
     for name, parameter in model.named_parameters():
         if name in step.gradients:

@@ -24,7 +24,7 @@ from ftlevel.training.trainer import FtlevelTrainer
 
 
 @dataclass(frozen=True)
-class Computed:
+class StepResult:
     """Mean loss of a step over its targets, in nats, and the gradients by tensor name."""
 
     loss: float
@@ -43,7 +43,7 @@ class Steps:
         """The trained model."""
         return self.trainer.model
 
-    def rounded_otherwise(self, rows: Sequence[Encoded], dtype: str, draw: int = 0) -> Computed:
+    def plain_perturbed(self, rows: Sequence[Encoded], dtype: str, draw: int = 0) -> StepResult:
         """Return the plain step with different rounding errors, to measure their size.
 
         Rows and answers are computed one by one in reverse order, and each block's input is
@@ -54,11 +54,13 @@ class Steps:
         with _rounding_errors(self.model, draw):
             return self._plain(model, rows[::-1], 1, dtype)
 
-    def plain(self, rows: Sequence[Encoded], batch_size: int, dtype: str) -> Computed:
+    def plain(self, rows: Sequence[Encoded], batch_size: int, dtype: str) -> StepResult:
         """Return the step as transformers and PEFT compute it: padded batches, no dropout."""
         return self._plain(self.model, rows, batch_size, dtype)
 
-    def _plain(self, model: Any, rows: Sequence[Encoded], batch_size: int, dtype: str) -> Computed:
+    def _plain(
+        self, model: Any, rows: Sequence[Encoded], batch_size: int, dtype: str
+    ) -> StepResult:
         objective, device = self.trainer.objective, self.trainer.args.device
         options = self.trainer.loss
         _evaluate(self.model)
@@ -80,7 +82,7 @@ class Steps:
             share = (summed / count).sum()
             torch.autograd.backward(share)
             loss += share.item()
-        return Computed(loss, self._take_gradients())
+        return StepResult(loss, self._take_gradients())
 
     def _baseline(
         self, rows: Sequence[Encoded], batch_size: int, dtype: str
@@ -99,11 +101,11 @@ class Steps:
             total = sum_of_ratios(None, self.model, objective, parts)
         return (total[0] / total[1]).clamp(min=0)
 
-    def fast(self, rows: Sequence[Encoded], dtype: str) -> Computed:
+    def fast(self, rows: Sequence[Encoded], dtype: str) -> StepResult:
         """Return the step as the Trainer computes it, with fused layers and without dropout."""
         return self._by_trainer(rows, dtype, _without_dropout)
 
-    def with_dropout(self, rows: Sequence[Encoded], dtype: str, *, fused: bool) -> Computed:
+    def with_dropout(self, rows: Sequence[Encoded], dtype: str, *, fused: bool) -> StepResult:
         """Return the step as the Trainer computes it with dropout, in `fused` or plain layers.
 
         Both use the same dropout masks.
@@ -113,13 +115,13 @@ class Steps:
 
     def _by_trainer(
         self, rows: Sequence[Encoded], dtype: str, mode: Callable[[Any], None]
-    ) -> Computed:
+    ) -> StepResult:
         """Return the result of `training_step`, with `mode` applied before each forward pass."""
         trainer, device = self.trainer, self.trainer.args.device
         self.model.zero_grad()
         hook = self.model.register_forward_pre_hook(lambda model, _: mode(model))
         try:
-            with trainer.computing_alone(dtype):
+            with trainer.standalone_steps(dtype):
                 batch = trainer.data_collator(list(rows))
                 trainer.prepare_step([batch], device)
                 count = trainer.count_targets([batch], device) * trainer.args.world_size
@@ -127,7 +129,7 @@ class Steps:
         finally:
             hook.remove()
         scale = trainer.loss_scale
-        return Computed(float(loss), {n: g / scale for n, g in self._take_gradients().items()})
+        return StepResult(float(loss), {n: g / scale for n, g in self._take_gradients().items()})
 
     def _take_gradients(self) -> dict[str, torch.Tensor]:
         """Return the gradients, and clear them."""
@@ -227,7 +229,7 @@ def _unfused(model: torch.nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def moved_from_start(model: torch.nn.Module) -> Iterator[None]:
+def perturb_weights(model: torch.nn.Module) -> Iterator[None]:
     """Perturb the trainable tensors of `model` (mutated) inside the block, and restore them.
 
     LoRA's B and similar tensors start at zero, which makes gradients of preceding tensors zero,

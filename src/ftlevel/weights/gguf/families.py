@@ -98,7 +98,7 @@ def find_problems(config: Any) -> list[str]:
     return problems
 
 
-def describe(config: Any) -> Metadata:
+def build_metadata(config: Any) -> Metadata:
     """Return the metadata keys of the architecture."""
     family = FAMILIES[config.model_type]
     if family.architecture == "gpt2":

@@ -30,9 +30,9 @@ from gguf import (
 )
 from gguf.quants import quantize
 
-from ftlevel.errors import InputError, RunError, listing
+from ftlevel.errors import InputError, RunError, join_names
 from ftlevel.weights.checkpoint import Checkpoint
-from ftlevel.weights.codes import Grid
+from ftlevel.weights.codes import QuantizationGrid
 from ftlevel.weights.gguf.families import FAMILIES, convert, extra_tensors
 
 BLOCK = 32
@@ -43,7 +43,7 @@ def _half(scales: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class _SignedGrid(Grid):
+class _SignedGrid(QuantizationGrid):
     """A grid with an asymmetric range; the sign of a scale turns its block to the longer side."""
 
     def scales_of(self, weight: torch.Tensor) -> torch.Tensor:
@@ -53,8 +53,8 @@ class _SignedGrid(Grid):
         return farthest / self.values[self.values.abs().argmax()]
 
 
-GRIDS: dict[str, Grid] = {
-    "q8_0": Grid(torch.arange(-127.0, 128.0), BLOCK, _half),
+GRIDS: dict[str, QuantizationGrid] = {
+    "q8_0": QuantizationGrid(torch.arange(-127.0, 128.0), BLOCK, _half),
     "q5_0": _SignedGrid(torch.arange(-16.0, 16.0), BLOCK, _half),
     "q4_0": _SignedGrid(torch.arange(-8.0, 8.0), BLOCK, _half),
 }
@@ -63,7 +63,7 @@ CHOSEN = ("q5_0", "q4_0")
 
 
 @dataclass(frozen=True)
-class Codes:
+class QuantizedMatrix:
     """A block-quantized matrix.
 
     `codes` (rows, columns) are uint8 indices into the grid's values; `scales` (rows, blocks) are
@@ -128,7 +128,7 @@ _QUANTIZATION_VERSION = 2
 
 
 @dataclass(frozen=True)
-class Tensor:
+class GGUFTensor:
     """A tensor of the file.
 
     `source` is its name in the model, if any; `shape` is the reverse of the file's order. `read`
@@ -142,7 +142,7 @@ class Tensor:
     outtype: str
     transposed: bool
     read: Callable[[], torch.Tensor]
-    codes: Callable[[], Codes] | None = None
+    codes: Callable[[], QuantizedMatrix] | None = None
     arrange: Callable[[torch.Tensor], torch.Tensor] = torch.clone
 
     @property
@@ -163,8 +163,11 @@ def own_outtype(checkpoint: Checkpoint) -> str:
 
 
 def plan_tensors(
-    checkpoint: Checkpoint, config: Any, outtype: str, choose: Callable[[str], Codes] | None = None
-) -> list[Tensor]:
+    checkpoint: Checkpoint,
+    config: Any,
+    outtype: str,
+    choose: Callable[[str], QuantizedMatrix] | None = None,
+) -> list[GGUFTensor]:
     """Return the tensors of the file in order, without reading them.
 
     `choose` maps the name of a weight to its codes (out, in); None rounds.
@@ -191,20 +194,20 @@ def plan_tensors(
         planned.append(tensor)
     if lost:
         raise InputError(
-            f"{listing(lost, 3)}: llama.cpp's {FAMILIES[config.model_type].architecture} has no "
+            f"{join_names(lost, 3)}: llama.cpp's {FAMILIES[config.model_type].architecture} has no "
             "place for it. The model would not be the same without it."
         )
     if missing:
-        raise InputError(f"the checkpoint lacks {listing(missing, 3)}. Is it whole?")
+        raise InputError(f"the checkpoint lacks {join_names(missing, 3)}. Is it whole?")
     extras = extra_tensors(config)
     planned += [
-        Tensor(name, None, tuple(value.shape), "f32", False, value.clone)
+        GGUFTensor(name, None, tuple(value.shape), "f32", False, value.clone)
         for name, value in extras.items()
     ]
     return planned
 
 
-def _plan(checkpoint: Checkpoint, config: Any, source: str, name: str, outtype: str) -> Tensor:
+def _plan(checkpoint: Checkpoint, config: Any, source: str, name: str, outtype: str) -> GGUFTensor:
     module = checkpoint.model.get_submodule(source.rpartition(".")[0])
     transposed = type(module).__name__ == "Conv1D" and source.endswith(".weight")
     shape = checkpoint.spec(source).shape
@@ -219,7 +222,7 @@ def _plan(checkpoint: Checkpoint, config: Any, source: str, name: str, outtype: 
     def read() -> torch.Tensor:
         return convert(config, name, checkpoint.read(source), is_conv1d=transposed)
 
-    return Tensor(name, source, shape, outtype, transposed, read)
+    return GGUFTensor(name, source, shape, outtype, transposed, read)
 
 
 def name_map(config: Any) -> Any:
@@ -233,7 +236,10 @@ def _architecture(config: Any) -> Any:
 
 
 def write_gguf(
-    path: Path, metadata: Mapping[str, Any], tensors: Sequence[Tensor], step: Callable[[int], None]
+    path: Path,
+    metadata: Mapping[str, Any],
+    tensors: Sequence[GGUFTensor],
+    step: Callable[[int], None],
 ) -> None:
     """Write the file; `step` is called with the number of tensors written.
 
@@ -276,7 +282,7 @@ def round_to(tensor: torch.Tensor, outtype: str) -> torch.Tensor:
     return tensor.to(torch.float16 if outtype == "f16" else torch.bfloat16).float()
 
 
-def weights_as_written(tensors: Sequence[Tensor], model: Any) -> Iterator[tuple[str, Any]]:
+def weights_as_written(tensors: Sequence[GGUFTensor], model: Any) -> Iterator[tuple[str, Any]]:
     """Yield name and rounded values of each weight of `model` that the file rounds."""
     parameters = dict(model.named_parameters())
     for tensor in tensors:
@@ -305,7 +311,7 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def _announce(writer: GGUFWriter, tensor: Tensor) -> None:
+def _announce(writer: GGUFWriter, tensor: GGUFTensor) -> None:
     kind = OUTTYPES[tensor.outtype][0]
     if tensor.outtype in ("f32", "f16"):
         dtype = np.dtype(np.float32 if tensor.outtype == "f32" else np.float16)
@@ -316,12 +322,12 @@ def _announce(writer: GGUFWriter, tensor: Tensor) -> None:
     writer.add_tensor_info(tensor.name, packed, np.dtype(np.uint8), tensor.nbytes, raw_dtype=kind)
 
 
-def _pack(tensor: Tensor) -> Any:
+def _pack(tensor: GGUFTensor) -> Any:
     """Return the bytes of a tensor as a numpy array, (rows, …)."""
     if tensor.codes is not None:
         chosen = tensor.codes()
         both = (tensor.arrange(part) for part in (chosen.codes, chosen.scales))
-        return Codes(*both).pack(tensor.outtype)
+        return QuantizedMatrix(*both).pack(tensor.outtype)
     value = tensor.read().detach()
     if tensor.outtype == "f32":
         return value.float().contiguous().numpy()

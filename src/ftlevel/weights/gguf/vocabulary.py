@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ftlevel.errors import InputError, listing
+from ftlevel.errors import InputError, join_names
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 SPACE = "\u2581"
@@ -27,7 +27,7 @@ READ_BY_TRANSFORMERS = ("gpt-2", "llama-bpe", "qwen2")
 
 
 @dataclass(frozen=True)
-class Splitting:
+class PreTokenizer:
     """A pre-tokenizer with a name in llama.cpp.
 
     `steps` are those of tokenizer.json without irrelevant keys, `whole_words` is its
@@ -44,15 +44,15 @@ def _split(pattern: str) -> dict[str, Any]:
     return {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
 
 
-SPLITTINGS = {
-    "gpt-2": Splitting([_BYTES | {"use_regex": True}]),
-    "smollm": Splitting(
+PRE_TOKENIZERS = {
+    "gpt-2": PreTokenizer([_BYTES | {"use_regex": True}]),
+    "smollm": PreTokenizer(
         [{"type": "Digits", "individual_digits": True}, _BYTES | {"use_regex": True}]
     ),
-    "qwen2": Splitting(
+    "qwen2": PreTokenizer(
         [_split(_WORDS % ""), _BYTES | {"use_regex": False}], normalizers=(None, "NFC")
     ),
-    "llama-bpe": Splitting(
+    "llama-bpe": PreTokenizer(
         [_split(_WORDS % "{1,3}"), _BYTES | {"use_regex": False}], whole_words=True
     ),
 }
@@ -195,7 +195,8 @@ def _flags(tokenizer: Any) -> dict[str, bool]:
     }
     if len(ids) - len(plain) != sum(added.values()):
         raise InputError(
-            f"its tokenizer puts {listing(tokenizer.convert_ids_to_tokens(ids))} for 'a'; a .gguf "
+            f"its tokenizer puts {join_names(tokenizer.convert_ids_to_tokens(ids))} for 'a'; a "
+            ".gguf "
             "file can only say whether a BOS comes before a text and an EOS after it."
         )
     return added
@@ -205,19 +206,19 @@ def _find_splitting(described: Mapping[str, Any]) -> str:
     """Return llama.cpp's name of the pre-tokenizer, or raise InputError if there is none."""
     model, steps = described["model"], _steps(described["pre_tokenizer"])
     normalizer = described["normalizer"] and described["normalizer"]["type"]
-    for name, known in SPLITTINGS.items():
+    for name, known in PRE_TOKENIZERS.items():
         if steps == list(known.steps):
             if model["ignore_merges"] != known.whole_words or normalizer not in known.normalizers:
                 raise InputError(
                     f"its tokenizer splits text like {name}, but ignore_merges is "
                     f"{model['ignore_merges']} and its normalizer {normalizer}; llama.cpp's "
-                    f"{name} has {known.whole_words} and {listing(map(str, known.normalizers))}."
+                    f"{name} has {known.whole_words} and {join_names(map(str, known.normalizers))}."
                 )
             return name
     raise InputError(
         "llama.cpp's name for how its tokenizer splits text is not known here: "
         f"{json.dumps(steps, ensure_ascii=False)}. A wrong name would cut texts otherwise than in "
-        f"training. Known: {', '.join(SPLITTINGS)}, and SentencePiece."
+        f"training. Known: {', '.join(PRE_TOKENIZERS)}, and SentencePiece."
     )
 
 
@@ -238,7 +239,9 @@ def _notes(added: Mapping[int, Mapping[str, Any]]) -> list[str]:
     stripping = [t["content"] for t in added.values() if t["lstrip"] or t["rstrip"]]
     if not stripping:
         return []
-    return [f"llama.cpp keeps the spaces beside {listing(stripping, 3)}; the tokenizer drops them"]
+    return [
+        f"llama.cpp keeps the spaces beside {join_names(stripping, 3)}; the tokenizer drops them"
+    ]
 
 
 def _space_prefix(described: Mapping[str, Any]) -> tuple[bool, list[str]]:

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 
-from ftlevel.cli.spelling import readings_of, rewrite
+from ftlevel.cli.spelling import build_flag_specs, resolve_flag_aliases
 from ftlevel.config import TrainerConfig
 from ftlevel.config.flags import FLAGS
 from ftlevel.config.layers import Layer, build_config
@@ -97,7 +97,9 @@ def test_what_is_refused(train: dict[str, Any], told: str) -> None:
 )  # fmt: skip
 def test_ways_to_give_settings(given: list[str]) -> None:
     row = next(flag for flag in FLAGS if flag.path == "train.optim_args")
-    line = rewrite(["--optim-args", *given], readings_of("train", [row])).arguments
+    line = resolve_flag_aliases(
+        ["--optim-args", *given], build_flag_specs("train", [row])
+    ).arguments
     pairs = dict(pair.split("=") for pair in line if "=" in pair)
     read = TrainerConfig(optim_args=pairs).optim_args
     assert read == {"num_cycles": 3, "power": 0.5, "decay_type": "1-sqrt", "nesterov": True}

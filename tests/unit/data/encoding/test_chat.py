@@ -10,8 +10,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import published_chat_templates as published
-from ftlevel.data.encoding.chat import MARKERS, choose_chat_template, render, render_chat, turn_end
-from ftlevel.data.encoding.encode import IGNORED, PromptFormat, encode_causal, prompt_ids
+from ftlevel.data.encoding.chat import (
+    MARKERS,
+    find_end_of_turn_id,
+    render,
+    render_chat,
+    set_chat_template,
+)
+from ftlevel.data.encoding.encode import IGNORED, PromptFormat, encode_causal, encode_prompt
 from ftlevel.data.formats.examples import Conversation
 from ftlevel.data.formats.turns import Message
 from ftlevel.errors import InputError
@@ -107,7 +113,7 @@ def test_training_goes_on_where_generation_is_asked(family: tuple[str, Any]) -> 
     """The prompt at generation is the unsupervised beginning of the row in training."""
     _, tokenizer = family
     row = encode(tokenizer, Message("user", "the file"), Message("assistant", "the path"))
-    asked = prompt_ids(tokenizer, FORMAT, "the file")
+    asked = encode_prompt(tokenizer, FORMAT, "the file")
     assert row.input_ids[: len(asked)] == asked
     assert set(row.labels[: len(asked)]) == {IGNORED}
     assert row.labels[len(asked)] != IGNORED
@@ -123,7 +129,7 @@ def test_a_template_that_ends_in_a_space(family: str) -> None:
     )
     for answer in ("configuration", "42 files"):
         row = encode(tokenizer, Message("user", "the file"), Message("assistant", answer))
-        asked = prompt_ids(tokenizer, FORMAT, "the file")
+        asked = encode_prompt(tokenizer, FORMAT, "the file")
         assert row.input_ids[: len(asked)] == asked
         assert tokenizer.decode(asked).endswith("assistant:")
         assert row.labels == [IGNORED] * len(asked) + row.input_ids[len(asked) :]
@@ -131,7 +137,7 @@ def test_a_template_that_ends_in_a_space(family: str) -> None:
 
 def test_generation_stops_at_the_end_of_a_turn(family: tuple[str, Any]) -> None:
     name, tokenizer = family
-    assert turn_end(tokenizer) == tokenizer.convert_tokens_to_ids(END[name])
+    assert find_end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids(END[name])
 
 
 def test_a_call_of_a_tool_is_learned_and_its_answer_is_not() -> None:
@@ -189,7 +195,7 @@ def test_our_templates_give_the_published_texts(name: str, like: str) -> None:
     tokenizer = published.build(like)
     talk = turns(TALK)
     theirs = render(tokenizer, talk[1:])
-    choose_chat_template(tokenizer, name)
+    set_chat_template(tokenizer, name)
     if name == "mistral":  # where v0.3 has no space after the instruction
         theirs = theirs.replace("[/INST]", " [/INST]")
     ours = render_chat(tokenizer, talk[1:])
@@ -203,7 +209,7 @@ def test_our_templates_give_the_published_texts(name: str, like: str) -> None:
 
 def test_our_template_for_tools() -> None:
     tokenizer = published.build("qwen-3")
-    choose_chat_template(tokenizer, "qwen")
+    set_chat_template(tokenizer, "qwen")
     row = encode(tokenizer, Message("system", "s"), *WITH_TOOL, tools=(TOOL,))
     call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
     assert learned(tokenizer, row) == [call, "It is two.<|im_end|>"]
@@ -212,7 +218,7 @@ def test_our_template_for_tools() -> None:
 def test_a_template_whose_tokens_the_model_lacks_is_refused() -> None:
     tokenizer = published.build("mistral")
     with pytest.raises(InputError) as caught:
-        choose_chat_template(tokenizer, "chatml")
+        set_chat_template(tokenizer, "chatml")
     assert "has no token for <|im_start|>, <|im_end|>, so that" in str(caught.value)
     assert str(caught.value).endswith("Its tokens fit: mistral.")
 
@@ -220,15 +226,15 @@ def test_a_template_whose_tokens_the_model_lacks_is_refused() -> None:
 def test_a_template_from_a_file(tmp_path: Any) -> None:
     tokenizer = published.build("mistral")
     (tmp_path / "own.jinja").write_text("{{ messages[0]['content'] }}", encoding="utf-8")
-    choice = choose_chat_template(tokenizer, str(tmp_path / "own.jinja"))
+    choice = set_chat_template(tokenizer, str(tmp_path / "own.jinja"))
     assert choice is not None
     assert choice.reason == "in place of the model's own"
     assert render(tokenizer, [{"role": "user", "content": "x"}]) == "x"
     (tmp_path / "bad.jinja").write_text("x\n{% for %}", encoding="utf-8")
     with pytest.raises(InputError, match=r"bad\.jinja:2: not a Jinja template"):
-        choose_chat_template(tokenizer, str(tmp_path / "bad.jinja"))
+        set_chat_template(tokenizer, str(tmp_path / "bad.jinja"))
     with pytest.raises(InputError, match="Did you mean 'chatml'"):
-        choose_chat_template(tokenizer, "chatlm")
+        set_chat_template(tokenizer, "chatlm")
 
 
 def test_every_named_template_is_in_the_package() -> None:

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftlevel.data.encoding.encode import IGNORED, Encoded
-from ftlevel.data.encoding.fit import Bounds, Fitted, check_some_left, fit_rows, fit_targets
+from ftlevel.data.encoding.fit import Bounds, FittedRows, check_not_empty, fit_rows, fit_targets
 from ftlevel.data.gate.checks import find_missing_eos
-from ftlevel.data.gate.flat import Flat
+from ftlevel.data.gate.flat import FlatRows
 from ftlevel.errors import InputError
 
 EOS = 2
@@ -28,7 +28,9 @@ def text(length: int, row: int = 0) -> Encoded:
     return pair(0, length, row)
 
 
-def fit(rows: list[Encoded], length: int | str, overlong: str = "error", **bounds: Any) -> Fitted:
+def fit(
+    rows: list[Encoded], length: int | str, overlong: str = "error", **bounds: Any
+) -> FittedRows:
     return fit_rows(rows, length, Bounds(**bounds), overlong, lambda i: f"x.jsonl:{i + 1}")
 
 
@@ -37,7 +39,7 @@ def answer(row: Encoded) -> list[int]:
     return [label for label in row.labels if label != IGNORED]
 
 
-def lengths(fitted: Fitted) -> list[int]:
+def lengths(fitted: FittedRows) -> list[int]:
     return [len(row.input_ids) for row in fitted.rows]
 
 
@@ -103,7 +105,7 @@ def test_drop_leaves_out_what_does_not_fit_and_nothing_else() -> None:
     assert (fitted.dropped, fitted.long_prompts) == (1, (1,))
     none = fit(rows, 5, "drop")
     with pytest.raises(InputError) as caught:
-        check_some_left(none, rows)
+        check_not_empty(none, rows)
     assert str(caught.value) == (
         "no row is left within --max-length 5: the shortest has 7 tokens. Raise --max-length."
     )
@@ -163,7 +165,7 @@ def test_the_end_of_a_split_text_is_learned_where_it_is_alone() -> None:
     assert [row.input_ids for row in fitted.rows] == [
         [10, 11, 12, 13], [14, 15, 16, 17], [17, EOS]]  # fmt: skip
     assert fitted.rows[-1].labels == [IGNORED, EOS]
-    assert not find_missing_eos(Flat.of(fitted.rows), {EOS}).any()
+    assert not find_missing_eos(FlatRows.of(fitted.rows), {EOS}).any()
 
 
 def test_a_pair_is_not_split() -> None:

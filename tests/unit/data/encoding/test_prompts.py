@@ -15,10 +15,10 @@ from ftlevel.data.encoding.encode import (
     PromptFormat,
     choose_format,
     encode_causal,
-    prompt_ids,
+    encode_prompt,
     read_format,
 )
-from ftlevel.data.formats.examples import Pair, PlainText
+from ftlevel.data.formats.examples import PlainText, SourceTarget
 from ftlevel.errors import InputError
 from tiny_tokenizers import build_tokenizer
 
@@ -45,7 +45,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 
 def encode(tokenizer: Any, form: PromptFormat, source: str, answer: str) -> tuple[list[int], ...]:
     """Return the token ids of the prompt and of the answer of a row."""
-    (row,) = encode_causal(tokenizer, [Pair(source, answer, 0)], form)
+    (row,) = encode_causal(tokenizer, [SourceTarget(source, answer, 0)], form)
     start = next(i for i, label in enumerate(row.labels) if label != IGNORED)  # type: ignore[arg-type]
     assert row.labels == [IGNORED] * start + row.input_ids[start:]
     assert row.input_ids[-1] == tokenizer.eos_token_id
@@ -62,11 +62,11 @@ def natural(tokenizer: Any, text: str) -> list[int]:
 def test_a_row_has_the_tokens_of_its_text(tokenizer: Any, separator: str) -> None:
     form = choose_format(tokenizer, "decoder", *(CUE.values() if separator == "cue" else ("", "")))
     if separator == "\n":
-        form = form.for_rows([Pair("a", "b", 0)])
+        form = form.resolve_separator([SourceTarget("a", "b", 0)])
     for source in SOURCES:
         for answer in ANSWERS:
             prompt, target = encode(tokenizer, form, source, answer)
-            assert prompt == prompt_ids(tokenizer, form, source)
+            assert prompt == encode_prompt(tokenizer, form, source)
             text = f"{form.user_text(source)}\n\nSummary: " if separator == "cue" else source
             text += "" if text[-1:].isspace() else separator
             assert prompt == natural(tokenizer, text.removesuffix(" "))
@@ -77,7 +77,7 @@ def test_a_row_has_the_tokens_of_its_text(tokenizer: Any, separator: str) -> Non
 def test_no_prompt_ends_in_the_token_of_a_lone_space(tokenizer: Any) -> None:
     cue = choose_format(tokenizer, "decoder", *CUE.values())
     for form, source in ((cue, "the name"), (PromptFormat("plain"), "the name: ")):
-        ids = prompt_ids(tokenizer, form, source)
+        ids = encode_prompt(tokenizer, form, source)
         assert tokenizer.decode(ids[-1:]).strip() == ":"
         _, answer = encode(tokenizer, form, source, "name")
         assert answer == natural(tokenizer, "x name")[len(natural(tokenizer, "x")) :]
@@ -89,20 +89,26 @@ def test_an_answer_that_joins_the_end_of_its_prompt() -> None:
     for family in ("qwen2", "llama"):
         tokenizer = build_tokenizer(family, chat=False)
         prompt, answer = encode(tokenizer, form, "the na", "me")
-        assert prompt == prompt_ids(tokenizer, form, "the na") == natural(tokenizer, "the na")
+        assert prompt == encode_prompt(tokenizer, form, "the na") == natural(tokenizer, "the na")
         assert prompt + answer != natural(tokenizer, "the name")
         assert tokenizer.decode(prompt + answer, skip_special_tokens=True) == "the name"
 
 
 def test_rows_say_what_stands_before_an_answer() -> None:
     plain = PromptFormat("plain")
-    assert plain.for_rows([PlainText("a b", 0)]).separator == ""
-    assert plain.for_rows([Pair("a", " b", 0), Pair("c\n", "d", 1)]).separator == ""
-    assert plain.for_rows([Pair("a", " b", 0), Pair("c", "d", 1)]).separator == "\n"
-    assert plain.for_rows([Pair("a", " b", 0)], version=1).separator == "\n"
-    assert plain.for_rows([PlainText("a b", 0)], version=1).separator == ""
+    assert plain.resolve_separator([PlainText("a b", 0)]).separator == ""
+    assert (
+        plain.resolve_separator([SourceTarget("a", " b", 0), SourceTarget("c\n", "d", 1)]).separator
+        == ""
+    )
+    assert (
+        plain.resolve_separator([SourceTarget("a", " b", 0), SourceTarget("c", "d", 1)]).separator
+        == "\n"
+    )
+    assert plain.resolve_separator([SourceTarget("a", " b", 0)], version=1).separator == "\n"
+    assert plain.resolve_separator([PlainText("a b", 0)], version=1).separator == ""
     chat = PromptFormat("chat-template")
-    assert chat.for_rows([Pair("a", "b", 0)]) is chat
+    assert chat.resolve_separator([SourceTarget("a", "b", 0)]) is chat
 
 
 def test_version_1_has_the_space_in_the_prompt() -> None:
@@ -110,7 +116,7 @@ def test_version_1_has_the_space_in_the_prompt() -> None:
     form = PromptFormat("plain", **CUE, version=1)
     prompt, answer = encode(tokenizer, form, "the name", "configuration")
     text = "Summarize the following text.\n\nthe name\n\nSummary: "
-    assert prompt == prompt_ids(tokenizer, form, "the name") == natural(tokenizer, text)
+    assert prompt == encode_prompt(tokenizer, form, "the name") == natural(tokenizer, text)
     assert answer == natural(tokenizer, "configuration")
     assert tokenizer.decode(prompt[-1:]) == " "
 
@@ -163,4 +169,4 @@ def test_an_empty_prompt_has_no_token_to_begin_with() -> None:
     tokenizer = build_tokenizer("gpt2", chat=False)
     for text in ("", " "):
         with pytest.raises(InputError, match="the prompt is empty"):
-            prompt_ids(tokenizer, PromptFormat("plain"), text)
+            encode_prompt(tokenizer, PromptFormat("plain"), text)

@@ -4,8 +4,13 @@ from collections.abc import Sequence
 
 import pytest
 
-from ftlevel.data.encoding.spans import TaggedRow, encode_tagged, find_orphans, first_tokens
-from ftlevel.data.formats.examples import Tagged
+from ftlevel.data.encoding.spans import (
+    TaggedRow,
+    encode_tagged,
+    find_invalid_bio_tags,
+    first_tokens,
+)
+from ftlevel.data.formats.examples import TaggedTokens
 from ftlevel.data.formats.labels import LabelSet, build_label_set
 from ftlevel.data.sources.table import Table
 from tiny_models import FAMILIES
@@ -14,8 +19,8 @@ from tiny_tokenizers import build_tokenizer
 NAMES = ("B-LOC", "I-LOC", "O")
 
 
-def tagged(*rows: Sequence[str | int]) -> tuple[list[Tagged], Table]:
-    examples = [Tagged(tuple("w" * len(tags)), tuple(tags), i) for i, tags in enumerate(rows)]
+def tagged(*rows: Sequence[str | int]) -> tuple[list[TaggedTokens], Table]:
+    examples = [TaggedTokens(tuple("w" * len(tags)), tuple(tags), i) for i, tags in enumerate(rows)]
     table = Table([{"tags": list(tags)} for tags in rows], list(range(1, len(rows) + 1)), "x.jsonl")
     return examples, table
 
@@ -31,7 +36,7 @@ def test_a_word_is_what_it_is_in_its_text(family: str) -> None:
     tokenizer = build_tokenizer(family, None)
     words = ("The", "value", "of", "New", "York", "parser", ",", "object", "-5")
     labels = LabelSet(tuple("abcdefghi"))
-    [row] = encode_tagged(tokenizer, [Tagged(words, tuple("abcdefghi"), 7)], labels)
+    [row] = encode_tagged(tokenizer, [TaggedTokens(words, tuple("abcdefghi"), 7)], labels)
     assert isinstance(row, TaggedRow)
     assert row.row == 7
     assert row.input_ids == tokenizer(" ".join(words))["input_ids"]
@@ -48,7 +53,7 @@ def test_a_word_is_what_it_is_in_its_text(family: str) -> None:
 def test_bert_agrees_with_word_ids() -> None:
     tokenizer = build_tokenizer("bert", None)
     words = ["Hello", "arguments", "-5", "."]
-    [row] = encode_tagged(tokenizer, [Tagged(tuple(words), (0, 1, 2, 2), 0)], LabelSet(NAMES))
+    [row] = encode_tagged(tokenizer, [TaggedTokens(tuple(words), (0, 1, 2, 2), 0)], LabelSet(NAMES))
     split = tokenizer([words], is_split_into_words=True)
     assert row.input_ids == split["input_ids"][0]
     assert [split.word_ids(0).index(i) for i in range(4)] == list(row.positions)
@@ -58,7 +63,7 @@ def test_orphans_are_named() -> None:
     examples, table = tagged(
         ["O", "B-LOC", "I-LOC"], ["I-LOC", "O"], ["O", "O", "I-LOC"], ["B-LOC", "O", "O"]
     )
-    found = find_orphans(examples, NAMES, table)
+    found = find_invalid_bio_tags(examples, NAMES, table)
     assert [(bad.line, bad.reason) for bad in found] == [
         (2, "tag 1, 'I-LOC', begins the row; in BIO an entity begins with 'B-LOC'"),
         (3, "tag 3, 'I-LOC', follows 'O'; in BIO an entity begins with 'B-LOC'"),
@@ -67,7 +72,7 @@ def test_orphans_are_named() -> None:
 
 def test_numbers_are_read_by_name() -> None:
     examples, table = tagged([2, 0, 1], [1, 2])
-    assert [bad.line for bad in find_orphans(examples, NAMES, table)] == [2]
+    assert [bad.line for bad in find_invalid_bio_tags(examples, NAMES, table)] == [2]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +86,7 @@ def test_numbers_are_read_by_name() -> None:
 def test_other_schemes_pass(rows: tuple[list[str], ...]) -> None:
     examples, table = tagged(*rows)
     names = sorted({tag for row in rows for tag in row})
-    assert find_orphans(examples, names, table) == []
+    assert find_invalid_bio_tags(examples, names, table) == []
 
 
 def test_tags_are_classes() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from ftlevel.config import DataConfig
 from ftlevel.data.formats import examples
-from ftlevel.data.formats.columns import write_flags
+from ftlevel.data.formats.columns import format_map_flags
 from ftlevel.data.formats.detect import Format
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
@@ -18,7 +18,7 @@ BUILDS = {
     "conversation": examples.build_conversation,
     "text": examples.build_plain,
     "pair": examples.build_pair,
-    "labelled": examples.build_labelled,
+    "labelled": examples.build_labeled_text,
     "tagged": examples.build_tagged,
     "question": examples.build_question,
 }
@@ -416,4 +416,4 @@ def test_names_of_columns_that_are_whole_rows_are_cut() -> None:
         columns, DataConfig(columns={"text": "1", "label": "2"})
     )
     assert "text from 'I ordered it a week ago and it is st…'" in known.description
-    assert write_flags({"text": columns[1]}) not in message
+    assert format_map_flags({"text": columns[1]}) not in message

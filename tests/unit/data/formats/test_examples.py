@@ -11,14 +11,14 @@ from ftlevel.data.formats.convert import convert_rows, to_examples
 from ftlevel.data.formats.examples import (
     Conversation,
     Example,
-    Labelled,
+    LabeledText,
     Message,
-    Pair,
     PlainText,
     Question,
-    Tagged,
+    SourceTarget,
+    TaggedTokens,
 )
-from ftlevel.data.sources.table import Table, resolve_bad
+from ftlevel.data.sources.table import Table, handle_bad_rows
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
 
@@ -90,21 +90,25 @@ def talk(*turns: str) -> Conversation:
             },
             talk("system: s", "user: q", "assistant: a"),
         ),
-        (SUM, {"document": "d", "summary": "s", "file": "f"}, Pair("d", "s", 0)),
-        (SUM, {"instruction": "do", "input": "this", "output": "a"}, Pair("do\n\nthis", "a", 0)),
+        (SUM, {"document": "d", "summary": "s", "file": "f"}, SourceTarget("d", "s", 0)),
+        (
+            SUM,
+            {"instruction": "do", "input": "this", "output": "a"},
+            SourceTarget("do\n\nthis", "a", 0),
+        ),
         (
             SUM,
             {"messages": [{"role": "system", "content": "s"}, ASK, ANSWER]},
-            Pair("s\n\nq", "a", 0),
+            SourceTarget("s\n\nq", "a", 0),
         ),
-        (CLS, {"text": "t", "label": "animal"}, Labelled("t", None, "animal", 0)),
-        (CLS, {"sentence": "t", "label": 1}, Labelled("t", None, 1, 0)),
-        (CLS, {"text": "t", "label": True}, Labelled("t", None, "true", 0)),
-        (CLS, {"premise": "p", "hypothesis": "h", "label": 0}, Labelled("p", "h", 0, 0)),
+        (CLS, {"text": "t", "label": "animal"}, LabeledText("t", None, "animal", 0)),
+        (CLS, {"sentence": "t", "label": 1}, LabeledText("t", None, 1, 0)),
+        (CLS, {"text": "t", "label": True}, LabeledText("t", None, "true", 0)),
+        (CLS, {"premise": "p", "hypothesis": "h", "label": 0}, LabeledText("p", "h", 0, 0)),
         (
             "token-classification",
             {"tokens": ["In", "Rome"], "ner_tags": ["O", "B-CITY"]},
-            Tagged(("In", "Rome"), ("O", "B-CITY"), 0),
+            TaggedTokens(("In", "Rome"), ("O", "B-CITY"), 0),
         ),
         (
             "question-answering",
@@ -123,9 +127,13 @@ def test_rows_become_examples(task: str, row: dict[str, Any], example: Example) 
 
 def test_translation_by_mapping() -> None:
     row = {"en": "cat", "de": "Katze"}
-    assert convert("translation", row, source="en", target="de") == [Pair("cat", "Katze", 0)]
+    assert convert("translation", row, source="en", target="de") == [
+        SourceTarget("cat", "Katze", 0)
+    ]
     nested = {"source": "translation.en", "target": "translation.de"}
-    assert convert("translation", {"translation": row}, **nested) == [Pair("cat", "Katze", 0)]
+    assert convert("translation", {"translation": row}, **nested) == [
+        SourceTarget("cat", "Katze", 0)
+    ]
     with pytest.raises(InputError) as caught:
         convert("translation", {"translation": row}, **{**nested, "target": "translation.dee"})
     assert str(caught.value) == (
@@ -239,7 +247,7 @@ def test_unusable_rows_are_collected_or_dropped() -> None:
         "x.jsonl: 7 of 9 rows are bad (the first 5 are above). Fix them, or drop bad rows with "
         "--on-bad-row skip.",
     ]
-    kept = resolve_bad(table, convert_rows(table, found)[1], "skip")
+    kept = handle_bad_rows(table, convert_rows(table, found)[1], "skip")
     assert to_examples(kept, found) == [PlainText("a", 0), PlainText("b", 1)]
     assert kept.where(1) == "x.jsonl:4"
     assert [row.line for row in kept.dropped] == [2, 3, 5, 6, 7, 8, 9]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from ftlevel.data.formats.examples import Labelled
+from ftlevel.data.formats.examples import LabeledText
 from ftlevel.data.formats.labels import LabelSet, build_label_set, check_labels
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
@@ -14,12 +14,12 @@ from ftlevel.errors import InputError
 Labels = Sequence[str | int]
 
 
-def make(labels: Labels, names: tuple[str, ...] = ()) -> tuple[list[Labelled], Table]:
+def make(labels: Labels, names: tuple[str, ...] = ()) -> tuple[list[LabeledText], Table]:
     rows = [{"text": "t", "label": label} for label in labels]
     table = Table(
         rows, list(range(1, len(rows) + 1)), "x.csv", label_names={"label": names} if names else {}
     )
-    return [Labelled("t", None, label, index) for index, label in enumerate(labels)], table
+    return [LabeledText("t", None, label, index) for index, label in enumerate(labels)], table
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ftlevel.data.formats.languages import Language, find_language, read_language
+from ftlevel.data.formats.languages import Language, find_language, parse_language
 
 GERMAN = Language("German", "de")
 
@@ -26,4 +26,4 @@ def test_language_of_a_column(column: str, given: str | None, language: Language
 
 
 def test_codes() -> None:
-    assert read_language("pt-BR") == Language("Portuguese", "pt")
+    assert parse_language("pt-BR") == Language("Portuguese", "pt")

@@ -7,7 +7,7 @@ import pytest
 from ftlevel.config import DataConfig
 from ftlevel.data.formats.convert import to_examples
 from ftlevel.data.formats.detect import Format
-from ftlevel.data.formats.examples import Labelled, build_labelled
+from ftlevel.data.formats.examples import LabeledText, build_labeled_text
 from ftlevel.data.formats.labels import build_label_set, check_labels, choose_problem_type
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
@@ -26,9 +26,9 @@ def table(*labels: Any) -> Table:
 def convert(problem: Any, *labels: Any) -> list[Any]:
     columns = {"text": "text", "label": "label"}
     config = DataConfig(problem_type=problem)
-    shape = Format("text-classification", "", build_labelled, columns)
+    shape = Format("text-classification", "", build_labeled_text, columns)
     shape, _ = TASKS["text-classification"].read_columns(shape, table(*labels), config)
-    return [e.label for e in to_examples(table(*labels), shape) if isinstance(e, Labelled)]
+    return [e.label for e in to_examples(table(*labels), shape) if isinstance(e, LabeledText)]
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,8 @@ def test_several_labels() -> None:
 
 def test_label_set_of_several() -> None:
     rows = table(["b", "a"], [], ["c"])
-    examples = [Labelled("t", None, tuple(row["label"]), i) for i, row in enumerate(rows.rows)]
+    examples = [LabeledText("t", None, tuple(row["label"]), i) for i, row in enumerate(rows.rows)]
     labels = build_label_set(examples, rows, "label")
     assert labels.names == ("a", "b", "c")
     with pytest.raises(InputError, match=r"x.jsonl:1: label 'd' .* is no class of the training"):
-        check_labels(labels, [Labelled("t", None, ("a", "d"), 0)], rows)
+        check_labels(labels, [LabeledText("t", None, ("a", "d"), 0)], rows)

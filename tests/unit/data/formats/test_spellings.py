@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from ftlevel.data.formats.examples import Labelled, Tagged
+from ftlevel.data.formats.examples import LabeledText, TaggedTokens
 from ftlevel.data.formats.labels import find_typos
 
 
-def labelled(*labels: str | tuple[str, ...]) -> list[Labelled]:
-    return [Labelled(f"text {i}", None, label, i) for i, label in enumerate(labels)]
+def labelled(*labels: str | tuple[str, ...]) -> list[LabeledText]:
+    return [LabeledText(f"text {i}", None, label, i) for i, label in enumerate(labels)]
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ def test_labels_that_are_alike_are_no_typos(labels: tuple[str, str]) -> None:
 def test_several_labels_a_row_and_tags_are_looked_at_and_known_names_are_right() -> None:
     some = labelled(*[("positive", "angry")] * 6, ("postive", "angry"))
     assert [(v.label, v.rows) for v in find_typos(some)] == [("postive", (6,))]
-    words = [Tagged(("Ada", "x"), ("B-PERSON", "O"), i) for i in range(8)]
-    words.append(Tagged(("Ada", "x"), ("B-PRESON", "O"), 8))
+    words = [TaggedTokens(("Ada", "x"), ("B-PERSON", "O"), i) for i in range(8)]
+    words.append(TaggedTokens(("Ada", "x"), ("B-PRESON", "O"), 8))
     assert [(v.label, v.name) for v in find_typos(words)] == [("B-PRESON", "B-PERSON")]
     rare = labelled(*["positive"] * 9, "positives")
     assert find_typos(rare)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ftlevel.data.formats.turns import Message, Unusable, parse_tools, parse_turns
+from ftlevel.data.formats.turns import Message, UnusableRowError, parse_tools, parse_turns
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 CONTENT = "'content' of turn 1 of 'messages'"
@@ -66,7 +66,7 @@ def test_a_turn(turn: dict[str, Any], message: Message) -> None:
     ],
 )
 def test_a_bad_turn(turn: dict[str, Any], reason: str, finding: str) -> None:
-    with pytest.raises(Unusable) as caught:
+    with pytest.raises(UnusableRowError) as caught:
         parse_turns([turn, END], "messages")
     assert (str(caught.value), caught.value.finding) == (reason, finding)
 
@@ -75,5 +75,7 @@ def test_tools_are_a_list_or_the_json_of_one() -> None:
     assert parse_tools([CALL], "tools") == (CALL,)
     assert parse_tools('[{"name": "add"}]', "tools") == ({"name": "add"},)
     assert parse_tools(None, "tools") == parse_tools("", "tools") == ()
-    with pytest.raises(Unusable, match="'tools' is a number, where a list of tools is expected"):
+    with pytest.raises(
+        UnusableRowError, match="'tools' is a number, where a list of tools is expected"
+    ):
         parse_tools(3, "tools")

@@ -10,7 +10,7 @@ import pytest
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.spans import Window
 from ftlevel.data.encoding.store import rows_to_batches, write_store
-from ftlevel.data.gate import Flat, checks
+from ftlevel.data.gate import FlatRows, checks
 from ftlevel.data.gate.flat import examples_in
 from ftlevel.tasks import TASKS
 
@@ -18,8 +18,8 @@ _ = IGNORED
 BOS, EOS = 1, 2
 
 
-def flat_of(*rows: tuple[list[int], list[int]]) -> Flat:
-    return Flat.of([Encoded(ids, labels, i) for i, (ids, labels) in enumerate(rows)])
+def flat_of(*rows: tuple[list[int], list[int]]) -> FlatRows:
+    return FlatRows.of([Encoded(ids, labels, i) for i, (ids, labels) in enumerate(rows)])
 
 
 def hits(mask: np.ndarray) -> list[int]:
@@ -72,7 +72,7 @@ def test_every_answer_ends(labels: list[int], wrong: bool) -> None:
 
 def test_a_split_text_ends_in_its_last_piece() -> None:
     pieces = [Encoded([7, 8], [7, 8], 0), Encoded([9, EOS], [9, EOS], 0), Encoded([7], [7], 1)]
-    assert hits(checks.find_missing_eos(Flat.of(pieces), {EOS})) == [2]
+    assert hits(checks.find_missing_eos(FlatRows.of(pieces), {EOS})) == [2]
 
 
 def test_double_bos() -> None:
@@ -101,6 +101,6 @@ def test_an_answer_that_lies_in_no_window() -> None:
 
 
 def test_one_class() -> None:
-    assert checks.largest_class(["a"] * 19 + ["b"]) == ("a", 19)
-    assert checks.largest_class(["a"] * 18 + ["b", "c"]) is None
-    assert checks.largest_class([]) is None
+    assert checks.find_majority_class(["a"] * 19 + ["b"]) == ("a", 19)
+    assert checks.find_majority_class(["a"] * 18 + ["b", "c"]) is None
+    assert checks.find_majority_class([]) is None

@@ -13,20 +13,20 @@ import pytest
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.store import (
     RowStore,
-    lengths_of,
+    row_lengths,
     rows_to_batches,
-    take_rows,
+    select_rows,
     write_store,
 )
-from ftlevel.data.formats.examples import Labelled, Pair, PlainText
+from ftlevel.data.formats.examples import LabeledText, PlainText, SourceTarget
 from ftlevel.data.gate import duplicates, similarity
-from ftlevel.data.gate.checks import TextsKnown
-from ftlevel.data.gate.duplicates import find_members, find_near, find_repeated
+from ftlevel.data.gate.checks import TextCheckContext
+from ftlevel.data.gate.duplicates import find_members, find_near_duplicates, find_repeated
 from ftlevel.data.gate.similarity import SIMILARITY, Digests, find_similar
 
 
 def example_keys(examples: list[Any]) -> Any:
-    return Digests.of(examples, TextsKnown()).keys
+    return Digests.of(examples, TextCheckContext()).keys
 
 
 def encoded(rows: list[list[int]]) -> list[Encoded]:
@@ -34,7 +34,7 @@ def encoded(rows: list[list[int]]) -> list[Encoded]:
 
 
 def near(rows: list[list[int]]) -> list[tuple[int, int]]:
-    found, first = find_near(encoded(rows), np.zeros(len(rows), dtype=bool))
+    found, first = find_near_duplicates(encoded(rows), np.zeros(len(rows), dtype=bool))
     return list(zip(found.tolist(), first.tolist(), strict=True))
 
 
@@ -56,8 +56,12 @@ def test_case_and_white_space_make_no_difference() -> None:
 
 
 def test_the_answer_counts_and_so_does_the_border() -> None:
-    pairs = [Pair("a", "b c", 0), Pair("a b", "c", 1), Labelled("a", None, "x", 2)]
-    assert len(set(example_keys([*pairs, Labelled("a", None, "y", 3)]).tolist())) == 4
+    pairs = [
+        SourceTarget("a", "b c", 0),
+        SourceTarget("a b", "c", 1),
+        LabeledText("a", None, "x", 2),
+    ]
+    assert len(set(example_keys([*pairs, LabeledText("a", None, "y", 3)]).tolist())) == 4
 
 
 def test_near_duplicates_are_found_and_others_are_not() -> None:
@@ -85,7 +89,7 @@ def test_one_row_alone_and_none() -> None:
 
 def test_known_duplicates_are_skipped() -> None:
     rows = [text(1), text(1), text(2)]
-    found, _ = find_near(encoded(rows), np.array([False, True, False]))
+    found, _ = find_near_duplicates(encoded(rows), np.array([False, True, False]))
     assert found.tolist() == []
 
 
@@ -132,12 +136,12 @@ def test_hashes_find_the_pairs_that_full_comparison_finds(tmp_path: Path) -> Non
     expected = [jaccard(rows[a][2:], rows[b][2:]) >= SIMILARITY for a, b in pairs.T.tolist()]
     assert 100 < sum(expected) < 15_000
     for some in (encoded(rows), stored(tmp_path, rows)):
-        assert find_similar(some, lengths_of(some), pairs[0], pairs[1], 2).tolist() == expected
+        assert find_similar(some, row_lengths(some), pairs[0], pairs[1], 2).tolist() == expected
 
 
 def test_one_example_is_no_duplicate_of_itself() -> None:
     rows = [Encoded(text(1), [], 0), Encoded(text(1), [], 0), Encoded(text(2), [], 1)]
-    found, _ = find_near(rows, np.zeros(3, dtype=bool))
+    found, _ = find_near_duplicates(rows, np.zeros(3, dtype=bool))
     assert found.tolist() == []
 
 
@@ -146,7 +150,7 @@ def test_parts_on_disk_find_what_is_found_at_once(
 ) -> None:
     rows = relatives(3_000)
     skip = np.arange(len(rows)) % 11 == 0
-    whole = [side.tolist() for side in find_near(encoded(rows), skip)]
+    whole = [side.tolist() for side in find_near_duplicates(encoded(rows), skip)]
     assert len(whole[0]) > 100
     keys = np.random.default_rng(1).integers(0, 2_000, 5_000).astype(np.uint64)
     repeated = [side.tolist() for side in find_repeated(keys)]
@@ -156,5 +160,5 @@ def test_parts_on_disk_find_what_is_found_at_once(
     assert [side.tolist() for side in find_repeated(keys)] == repeated
     assert find_members(keys, known).tolist() == np.flatnonzero(keys % 3 == 0).tolist()
     store = stored(tmp_path, [text(9), *rows])
-    for some in (encoded(rows), take_rows(store, np.arange(1, len(store)))):
-        assert [side.tolist() for side in find_near(some, skip)] == whole
+    for some in (encoded(rows), select_rows(store, np.arange(1, len(store)))):
+        assert [side.tolist() for side in find_near_duplicates(some, skip)] == whole

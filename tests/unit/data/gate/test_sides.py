@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import random
 
-from ftlevel.data.formats.examples import Labelled, Pair
-from ftlevel.data.gate.checks import TextsKnown
+from ftlevel.data.formats.examples import LabeledText, SourceTarget
+from ftlevel.data.gate.checks import TextCheckContext
 from ftlevel.data.gate.duplicates import find_conflicts, find_one_answer, find_swapped
 from ftlevel.data.gate.similarity import Digests
 
 
-def digest(examples: list[Pair] | list[Labelled]) -> Digests:
-    return Digests.of(examples, TextsKnown())
+def digest(examples: list[SourceTarget] | list[LabeledText]) -> Digests:
+    return Digests.of(examples, TextCheckContext())
 
 
 def test_one_prompt_with_two_answers() -> None:
-    rows = [Pair("a b", "x", 0), Pair("A  b", "y", 1), Pair("a b", "X", 2), Pair("c", "x", 3)]
+    rows = [
+        SourceTarget("a b", "x", 0),
+        SourceTarget("A  b", "y", 1),
+        SourceTarget("a b", "X", 2),
+        SourceTarget("c", "x", 3),
+    ]
     again, first = find_conflicts(digest(rows))
     assert (again.tolist(), first.tolist()) == ([1], [0])
     labelled = [
-        Labelled("a", None, "x", 0),
-        Labelled("a", "b", "y", 1),
-        Labelled("a", None, "y", 2),
+        LabeledText("a", None, "x", 0),
+        LabeledText("a", "b", "y", 1),
+        LabeledText("a", None, "y", 2),
     ]
     assert find_conflicts(digest(labelled))[0].tolist() == [2]
 
 
 def test_one_answer_for_nearly_all() -> None:
-    rows = [Pair(f"q {i}", "Yes." if i else "No.", i) for i in range(40)]
+    rows = [SourceTarget(f"q {i}", "Yes." if i else "No.", i) for i in range(40)]
     assert find_one_answer(digest(rows)).tolist() == list(range(1, 40))
-    rows[7] = Pair("q", "Never.", 7)
+    rows[7] = SourceTarget("q", "Never.", 7)
     assert len(find_one_answer(digest([*rows[:10], *rows[1:9]]))) == 0
     assert len(find_one_answer(digest(rows[:3]))) == 0
 
@@ -66,13 +71,13 @@ ANSWERS = [
 TOPICS = [f"topic{chr(97 + i)}{chr(97 + k)}" for i in range(8) for k in range(8)]
 
 
-def pairs(count: int) -> list[Pair]:
+def pairs(count: int) -> list[SourceTarget]:
     generator = random.Random(3)
     rows = []
     for i in range(count):
         topics = generator.choices(TOPICS, k=3)
         ask = " ".join([*generator.sample(QUESTIONS, 6), *topics])
-        rows.append(Pair(ask, " ".join([*generator.sample(ANSWERS, 7), *topics]), i))
+        rows.append(SourceTarget(ask, " ".join([*generator.sample(ANSWERS, 7), *topics]), i))
     return rows
 
 
@@ -81,12 +86,12 @@ def test_prompts_in_the_place_of_answers() -> None:
     assert find_swapped(digest(rows)).tolist() == []
     wrong = list(range(5, 300, 20))
     for i in wrong:
-        rows[i] = Pair(rows[i].target, rows[i].source, i)
+        rows[i] = SourceTarget(rows[i].target, rows[i].source, i)
     assert find_swapped(digest(rows)).tolist() == wrong
 
 
 def test_sides_that_use_the_same_words_are_not_told_apart() -> None:
     generator = random.Random(4)
     texts = [" ".join(generator.choices(TOPICS, k=6)) for _ in range(600)]
-    rows = [Pair(texts[i], texts[300 + i], i) for i in range(300)]
+    rows = [SourceTarget(texts[i], texts[300 + i], i) for i in range(300)]
     assert find_swapped(digest(rows)).tolist() == []

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from ftlevel.data.formats.examples import Conversation, Labelled, Pair, Parts, PlainText, parts_of
+from ftlevel.data.formats.examples import (
+    Conversation,
+    ExampleParts,
+    LabeledText,
+    PlainText,
+    SourceTarget,
+    get_example_parts,
+)
 from ftlevel.data.formats.turns import Message
-from ftlevel.data.gate.checks import TEXT_CHECKS, TextsKnown
+from ftlevel.data.gate.checks import TEXT_CHECKS, TextCheckContext
 from ftlevel.data.gate.similarity import Digests
 
-KNOWN = TextsKnown(("<|im_end|>", "<|im_start|>", "</s>"))
+KNOWN = TextCheckContext(("<|im_end|>", "<|im_start|>", "</s>"))
 
 
 def talk(*turns: tuple[str, str]) -> Conversation:
@@ -25,23 +32,23 @@ ASK, SAY = ("user", "What is it?"), ("assistant", "It is a parser.")
         ("turn_order", talk(SAY, ASK)),
         ("turn_order", talk(("system", "Be brief."), SAY, ASK, SAY)),
         ("turn_order", talk(ASK, SAY, ASK)),
-        ("lost_characters", Pair("a\0b", "c", 0)),
-        ("lost_characters", Pair("a", "caf\ufffd", 0)),
-        ("lost_characters", Labelled("caf\ufffd", None, "x", 0)),
+        ("lost_characters", SourceTarget("a\0b", "c", 0)),
+        ("lost_characters", SourceTarget("a", "caf\ufffd", 0)),
+        ("lost_characters", LabeledText("caf\ufffd", None, "x", 0)),
         ("lost_characters", PlainText("a \0", 0)),
-        ("html", Pair("one<br>two", "three", 0)),
-        ("html", Pair("one", '<div class="x">two</div>', 0)),
-        ("html", Pair("fish &amp; chips", "one", 0)),
-        ("html", Labelled("it&#39;s", None, "x", 0)),
+        ("html", SourceTarget("one<br>two", "three", 0)),
+        ("html", SourceTarget("one", '<div class="x">two</div>', 0)),
+        ("html", SourceTarget("fish &amp; chips", "one", 0)),
+        ("html", LabeledText("it&#39;s", None, "x", 0)),
         ("html", PlainText("it is <b>bold</b>", 0)),
-        ("special_token_text", Pair("a", "b<|im_end|>", 0)),
-        ("special_token_text", Pair("<|im_start|>user", "b", 0)),
+        ("special_token_text", SourceTarget("a", "b<|im_end|>", 0)),
+        ("special_token_text", SourceTarget("<|im_start|>user", "b", 0)),
         ("special_token_text", talk(("user", "a</s>"), SAY)),
-        ("answer_is_prompt", Pair("Tell me a joke", "tell me  a joke\n", 0)),
+        ("answer_is_prompt", SourceTarget("Tell me a joke", "tell me  a joke\n", 0)),
     ],
 )
-def test_what_is_wrong_is_named_and_nothing_else(check: str, example: Pair) -> None:
-    found = [name for name, find in TEXT_CHECKS.items() if find(parts_of(example), KNOWN)]
+def test_what_is_wrong_is_named_and_nothing_else(check: str, example: SourceTarget) -> None:
+    found = [name for name, find in TEXT_CHECKS.items() if find(get_example_parts(example), KNOWN)]
     assert found == [check]
 
 
@@ -49,21 +56,27 @@ def test_what_is_wrong_is_named_and_nothing_else(check: str, example: Pair) -> N
     "example",
     [
         talk(("system", "Be brief."), ASK, SAY, ASK, SAY),
-        Pair("if a < b and c > d: print(a & b)", "x<y>z", 0),
-        Pair("What is `<br>`?", "A tag: ```html\n<br>\n```", 0),
-        Pair("identity<T>(arg: T)", "AT&T; R&D", 0),
+        SourceTarget("if a < b and c > d: print(a & b)", "x<y>z", 0),
+        SourceTarget("What is `<br>`?", "A tag: ```html\n<br>\n```", 0),
+        SourceTarget("identity<T>(arg: T)", "AT&T; R&D", 0),
         PlainText("<|im_start|>user\nhello<|im_end|>", 0),  # a text that is rendered already
-        Labelled("one </s> two", None, "x", 0),
-        Pair("Hotel", "Hotel", 0),
-        Pair("a\x85b", "c", 0),
+        LabeledText("one </s> two", None, "x", 0),
+        SourceTarget("Hotel", "Hotel", 0),
+        SourceTarget("a\x85b", "c", 0),
     ],
 )
-def test_what_is_right_is_not_named(example: Pair) -> None:
-    assert [name for name, find in TEXT_CHECKS.items() if find(parts_of(example), KNOWN)] == []
+def test_what_is_right_is_not_named(example: SourceTarget) -> None:
+    assert [
+        name for name, find in TEXT_CHECKS.items() if find(get_example_parts(example), KNOWN)
+    ] == []
 
 
 def test_a_digest_holds_the_marks_of_each_example() -> None:
-    examples = [Pair("a", "b", 0), Pair("a<br>", "b\0", 1), Pair("<p>", "b", 2)]
+    examples = [
+        SourceTarget("a", "b", 0),
+        SourceTarget("a<br>", "b\0", 1),
+        SourceTarget("<p>", "b", 2),
+    ]
     digests = Digests.of(examples, KNOWN)
     assert digests.marked("html").tolist() == [1, 2]
     assert digests.marked("lost_characters").tolist() == [1]
@@ -71,7 +84,7 @@ def test_a_digest_holds_the_marks_of_each_example() -> None:
 
 
 def test_an_example_that_tells_no_parts_is_a_text() -> None:
-    assert parts_of(PlainText("a b", 0)) == Parts("", "a b", "", "")
+    assert get_example_parts(PlainText("a b", 0)) == ExampleParts("", "a b", "", "")
 
 
 def test_the_last_answer_is_what_the_rest_asks_for() -> None:

@@ -10,23 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ftlevel.data.formats.examples import Labelled, Pair, PlainText
+from ftlevel.data.formats.examples import LabeledText, PlainText, SourceTarget
 from ftlevel.data.gate import wordings
-from ftlevel.data.gate.checks import TextsKnown
+from ftlevel.data.gate.checks import TextCheckContext
 from ftlevel.data.gate.similarity import Digests, words_path
 from ftlevel.data.gate.wordings import (
-    Texts,
-    count_other_words,
-    find_near_between,
+    TextBatch,
+    compute_edit_distances,
+    find_near_leaks,
     find_near_texts,
-    is_slip,
+    is_typo,
 )
 
 SYLLABLES = ["ba", "ke", "lo", "mi", "nu", "ra", "se", "ti", "vo", "za", "chi", "gra", "plo", "sku"]
 
 
 def digest(*examples: object) -> Digests:
-    return Digests.of(examples, TextsKnown())  # type: ignore[arg-type]
+    return Digests.of(examples, TextCheckContext())  # type: ignore[arg-type]
 
 
 def near(*examples: object) -> list[tuple[int, int]]:
@@ -109,16 +109,16 @@ def test_another_answer_to_another_prompt_is_no_duplicate() -> None:
     rows = [(texts(1, 20, i)[0], texts(1, 9, i + 50)[0]) for i in range(30)]
     rows += [(ask.format("decimal"), "It tells whether all are decimal")]
     rows += [(ask.format("uppercase"), "It tells whether all are uppercase")]
-    assert near(*(Pair(*row, i) for i, row in enumerate(rows))) == []
+    assert near(*(SourceTarget(*row, i) for i, row in enumerate(rows))) == []
     rows[-1] = (rows[-1][0], rows[-2][1])
-    assert near(*(Pair(*row, i) for i, row in enumerate(rows))) == [(31, 30)]
+    assert near(*(SourceTarget(*row, i) for i, row in enumerate(rows))) == [(31, 30)]
 
 
 def test_another_class_is_another_row() -> None:
-    rest = [Labelled(text, None, "x", i) for i, text in enumerate(texts(30, 9))]
+    rest = [LabeledText(text, None, "x", i) for i, text in enumerate(texts(30, 9))]
     text = rest[3].text
-    assert near(*rest, Labelled(f"{text} indeed", None, "x", 30)) == [(30, 3)]
-    assert near(*rest, Labelled(f"{text} indeed", None, "y", 30)) == []
+    assert near(*rest, LabeledText(f"{text} indeed", None, "x", 30)) == [(30, 3)]
+    assert near(*rest, LabeledText(f"{text} indeed", None, "y", 30)) == []
 
 
 def test_what_all_rows_say_is_no_likeness() -> None:
@@ -145,7 +145,7 @@ def test_validation_rows_that_are_nearly_training_rows() -> None:
     generator = random.Random(1)
     held = [PlainText(text, i) for i, text in enumerate(texts(40, 12, 77))]
     held += [PlainText(changed(train[7 * i].text, "other", generator), 40 + i) for i in range(20)]
-    found, which = find_near_between(digest(*held), digest(*train))
+    found, which = find_near_leaks(digest(*held), digest(*train))
     assert found.tolist() == list(range(40, 60))
     assert which.tolist() == [7 * i for i in range(20)]
 
@@ -154,8 +154,8 @@ def test_a_set_without_words_has_no_near_ones() -> None:
     assert near() == []
     assert near(PlainText("!", 0), PlainText("?", 1)) == []
     nothing = digest()
-    assert find_near_between(nothing, digest(PlainText("a b c d", 0)))[0].tolist() == []
-    assert find_near_between(digest(PlainText("a b c d", 0)), nothing)[0].tolist() == []
+    assert find_near_leaks(nothing, digest(PlainText("a b c d", 0)))[0].tolist() == []
+    assert find_near_leaks(digest(PlainText("a b c d", 0)), nothing)[0].tolist() == []
 
 
 def test_parts_and_files_give_what_memory_gives(
@@ -217,7 +217,7 @@ def test_20000_rows_of_a_template_take_three_seconds_at_most(make: Any) -> None:
     half = int(digests.records["asked"][:10_000].sum() + digests.records["answered"][:10_000].sum())
     known = Digests(digests.records[:10_000], digests.words[:half])
     began = time.process_time()
-    find_near_between(Digests(digests.records[10_000:], digests.words[half:]), known)
+    find_near_leaks(Digests(digests.records[10_000:], digests.words[half:]), known)
     assert time.process_time() - began < 3
 
 
@@ -225,11 +225,11 @@ def bits(text: str) -> list[int]:
     return digest(PlainText(text, 0)).words.tolist()
 
 
-def side(*rows: list[int]) -> Texts:
+def side(*rows: list[int]) -> TextBatch:
     words = np.zeros((max(map(len, rows)), len(rows)), dtype=np.uint32)
     for i, row in enumerate(rows):
         words[: len(row), i] = row
-    return Texts(words, np.array([len(row) for row in rows]))
+    return TextBatch(words, np.array([len(row) for row in rows]))
 
 
 def plain_distance(a: list[int], b: list[int]) -> int:
@@ -237,7 +237,7 @@ def plain_distance(a: list[int], b: list[int]) -> int:
     table = [[2 * (i + j) for j in range(len(b) + 1)] for i in range(len(a) + 1)]
     for i in range(1, len(a) + 1):
         for j in range(1, len(b) + 1):
-            step = 0 if a[i - 1] == b[j - 1] else 1 if is_slip(a[i - 1], b[j - 1]) else 2
+            step = 0 if a[i - 1] == b[j - 1] else 1 if is_typo(a[i - 1], b[j - 1]) else 2
             ways = [table[i - 1][j - 1] + step, table[i - 1][j] + 2, table[i][j - 1] + 2]
             if i > 1 and j > 1 and a[i - 1] == b[j - 2] and a[i - 2] == b[j - 1]:
                 ways.append(table[i - 2][j - 2] + 2)
@@ -256,7 +256,7 @@ def test_many_pairs_at_once_have_the_distances_of_single_ones() -> None:
             at = generator.randrange(len(others[i]) + 1)
             others[i][at : at + generator.randrange(3)] = generator.choices(words, k=1)
     want = np.array([plain_distance(a, b) for a, b in zip(ones, others, strict=True)])
-    found = count_other_words(side(*ones), side(*others))
+    found = compute_edit_distances(side(*ones), side(*others))
     assert set(range(7)) <= set(want.tolist())
     assert found[want <= 6].tolist() == want[want <= 6].tolist()
     assert (found[want > 6] > 6).all()
@@ -278,13 +278,13 @@ def test_many_pairs_at_once_have_the_distances_of_single_ones() -> None:
 )
 def test_half_words(one: str, other: str, half_words: int) -> None:
     a, b = side(bits(one)), side(bits(other))
-    assert count_other_words(a, b).tolist() == [half_words]
-    assert count_other_words(b, a).tolist() == [half_words]
+    assert compute_edit_distances(a, b).tolist() == [half_words]
+    assert compute_edit_distances(b, a).tolist() == [half_words]
 
 
 def test_slips() -> None:
     def slip(one: str, other: str) -> bool:
-        return bool(is_slip(bits(one)[0], bits(other)[0]))
+        return bool(is_typo(bits(one)[0], bits(other)[0]))
 
     assert slip("argument", "arguement")
     assert slip("received", "recieved")

@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from ftlevel.artifacts.row_sinks import to_cell
-from ftlevel.config import DataConfig, RowsInMemory, TrainConfig
-from ftlevel.data.encoding.chat import choose_chat_template
+from ftlevel.config import DataConfig, InMemoryDataset, TrainConfig
+from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.data.encoding.fit import Bounds
 from ftlevel.data.prepare.dataset import prepare_data
-from ftlevel.data.prepare.encoder import EncodingContext, Prepared, be_silent
-from ftlevel.data.prepare.inference import GivenRows
+from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, ignore_progress
+from ftlevel.data.prepare.inference import InMemoryRows
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.tasks import TASKS
 from tiny_tokenizers import build_tokenizer
@@ -186,18 +186,18 @@ def build(container: str, rows: Rows, folder: Path) -> Any:
     """Return the data set that holds `rows` in a container of `FILES` or `HELD`."""
     if container in FILES:
         return str(FILES[container](rows, folder))
-    return RowsInMemory(HELD[container](rows, folder))
+    return InMemoryDataset(HELD[container](rows, folder))
 
 
-def prepare(dataset: Any, format_: str, **options: Any) -> Prepared:
+def prepare(dataset: Any, format_: str, **options: Any) -> PreparedData:
     task, kind, family, _ = FORMATS[format_]
     tokenizer = build_tokenizer(family)
     if kind == "decoder":
-        choose_chat_template(tokenizer, "qwen")
+        set_chat_template(tokenizer, "qwen")
     context = EncodingContext(TASKS[task], kind, tokenizer, len(tokenizer), Bounds(5_000), seed=3)
     quiet = dict.fromkeys(("exact_duplicates", "near_duplicates"), "ignore")
     config = DataConfig(dataset=dataset, gate=quiet, **options)
-    return prepare_data(config, context, be_silent)
+    return prepare_data(config, context, ignore_progress)
 
 
 def rows_of(format_: str, make: Callable[[int], dict[str, Any]] | None = None) -> Rows:
@@ -257,7 +257,7 @@ def test_containers_that_are_read_as_a_whole_are_not_streamed(tmp_path: Path) ->
     with pytest.raises(InputError, match=r"cannot read '\.json' part by part"):
         prepare(str(path), "messages", streaming=True)
     for make in HELD.values():
-        rows = RowsInMemory(make(rows_of("messages"), tmp_path))
+        rows = InMemoryDataset(make(rows_of("messages"), tmp_path))
         with pytest.raises(InputError, match="in memory already"):
             prepare(rows, "messages", streaming=True)
 
@@ -268,7 +268,7 @@ def with_null_default(i: int) -> dict[str, Any]:
     return {**row, "tools": [tool("measure", units=units), *row["tools"]]}
 
 
-def texts(prepared: Prepared) -> str:
+def texts(prepared: PreparedData) -> str:
     tokenizer = build_tokenizer("qwen2")
     return "".join(tokenizer.decode(row.input_ids) for row in prepared.train)
 
@@ -287,7 +287,7 @@ def test_nulls_of_a_json_column_in_arrow_are_kept(tmp_path: Path) -> None:
     features = datasets.Features({n: datasets.List(datasets.Json()) for n in rows[0]})
     path = tmp_path / "x.parquet"
     datasets.Dataset.from_list(rows, features=features).to_parquet(path)
-    for dataset in (str(path), RowsInMemory(datasets.Dataset.from_parquet(str(path)))):
+    for dataset in (str(path), InMemoryDataset(datasets.Dataset.from_parquet(str(path)))):
         prepared = prepare(dataset, "messages")
         assert texts(prepared).count('"default": null') == COUNT
         assert not notes_of(prepared)
@@ -313,7 +313,7 @@ def test_a_stream_says_what_was_dropped_from_its_first_rows(tmp_path: Path) -> N
     assert "messages.tool_calls.function.arguments" in note
 
 
-def notes_of(prepared: Prepared) -> list[str]:
+def notes_of(prepared: PreparedData) -> list[str]:
     return [
         str(c.value) for c in prepared.choices if c.name == "note" and "null key" in str(c.value)
     ]
@@ -353,12 +353,12 @@ def test_text_that_only_looks_like_json_stays_text(tmp_path: Path) -> None:
 def test_rows_to_predict_are_the_same_from_every_container(container: str, tmp_path: Path) -> None:
     rows = rows_of("messages")
     given = HELD[container](rows, tmp_path)
-    assert [row for row, *_ in GivenRows(given).read()] == rows
+    assert [row for row, *_ in InMemoryRows(given).read()] == rows
 
 
 def test_what_holds_several_splits_is_refused_where_rows_are_expected() -> None:
     rows = datasets.DatasetDict(test=datasets.Dataset.from_list(rows_of("tags")))
     with pytest.raises(InputError, match=r"a dict of 'test'.*rows\['test'\]"):
-        GivenRows(rows)
+        InMemoryRows(rows)
     with pytest.raises(InputError, match="there are 0 rows to predict"):
-        GivenRows(pd.DataFrame({"text": []}))
+        InMemoryRows(pd.DataFrame({"text": []}))

@@ -14,9 +14,9 @@ import pytest
 
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.fit import Bounds
-from ftlevel.data.prepare.encoder import EncodingContext, Prepared
-from ftlevel.data.prepare.row_stream import ChunkEncoder, Division, RowStream
-from ftlevel.data.prepare.streaming import InOrder, StreamedRows, prepare_stream
+from ftlevel.data.prepare.encoder import EncodingContext, PreparedData
+from ftlevel.data.prepare.row_stream import ChunkEncoder, RowStream, StreamSharding
+from ftlevel.data.prepare.streaming import SequentialRowSampler, StreamedRows, prepare_stream
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.tasks import TASKS
 from tiny_tokenizers import build_tokenizer
@@ -24,7 +24,7 @@ from tiny_tokenizers import build_tokenizer
 COUNT = 90
 
 
-def prepare(path: Path, rows: list[Any], **options: Any) -> Prepared:
+def prepare(path: Path, rows: list[Any], **options: Any) -> PreparedData:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = DataConfig(dataset=str(path), streaming=True, shuffle_buffer=20, **options)
     tokenizer = build_tokenizer("llama", None)
@@ -66,7 +66,7 @@ def test_every_checkpoint_gives_the_rows_to_come(step: int, tmp_path: Path) -> N
     data, options = tmp_path / "x.jsonl", {"validation_rows": 70}  # beyond the first part
     rows = list(map(pair, range(120)))
     whole = StreamedRows(prepare(data, rows, **options).stream, step, 60)
-    expected = [whole[i] for i in InOrder(whole)]
+    expected = [whole[i] for i in SequentialRowSampler(whole)]
     assert len(expected) == 60 * step
     for at in (1, 2, 30, 59):
         begun = StreamedRows(prepare(data, rows, **options).stream, step, 60)
@@ -98,7 +98,7 @@ class Exchange:
         self.said: list[Any] = [None] * count
         self.wait = threading.Barrier(count, timeout=30).wait
 
-    def division(self, rank: int) -> Division:
+    def division(self, rank: int) -> StreamSharding:
         def exchange(own: Any) -> Any:
             self.said[rank] = own
             self.wait()
@@ -106,7 +106,7 @@ class Exchange:
             self.wait()
             return said
 
-        return Division(len(self.said), rank, exchange)
+        return StreamSharding(len(self.said), rank, exchange)
 
 
 @pytest.mark.parametrize("overlong", ["drop", "split"])

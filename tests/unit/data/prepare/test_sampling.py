@@ -5,14 +5,14 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftlevel.data.prepare.sampling import LengthGroups
+from ftlevel.data.prepare.sampling import LengthGroupedSampler
 
 LENGTHS = [(7 * i) % 100 + 1 for i in range(400)]
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=300), st.integers(1, 9), st.integers(0, 3))
 def test_every_row_is_taken_once(lengths: list[int], step: int, epoch: int) -> None:
-    sampler = LengthGroups(lengths, step, seed=1)
+    sampler = LengthGroupedSampler(lengths, step, seed=1)
     sampler.epoch = epoch
     order = list(sampler)
     assert len(sampler) == len(lengths)
@@ -20,7 +20,7 @@ def test_every_row_is_taken_once(lengths: list[int], step: int, epoch: int) -> N
 
 
 def test_a_step_holds_rows_of_like_length_and_steps_come_in_any_order() -> None:
-    order = list(LengthGroups(LENGTHS, 8, seed=1))
+    order = list(LengthGroupedSampler(LENGTHS, 8, seed=1))
     steps = [[LENGTHS[row] for row in order[i : i + 8]] for i in range(0, len(order), 8)]
     assert max(max(step) - min(step) for step in steps) < 10
     firsts = [step[0] for step in steps]
@@ -28,12 +28,12 @@ def test_a_step_holds_rows_of_like_length_and_steps_come_in_any_order() -> None:
 
 
 def test_the_order_is_the_epochs_and_not_the_processes() -> None:
-    sampler = LengthGroups(LENGTHS, 8, seed=1)
+    sampler = LengthGroupedSampler(LENGTHS, 8, seed=1)
     first = list(sampler)
     sampler.epoch = 1
     second = list(sampler)
     assert first != second
-    resumed = LengthGroups(LENGTHS, 8, seed=1)
+    resumed = LengthGroupedSampler(LENGTHS, 8, seed=1)
     resumed.epoch = 1
     assert list(resumed) == second
-    assert list(LengthGroups(LENGTHS, 8, seed=2)) != first
+    assert list(LengthGroupedSampler(LENGTHS, 8, seed=2)) != first

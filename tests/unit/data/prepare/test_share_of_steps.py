@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.prepare.sampling import LengthGroups, RowsAndNothing, ShareOfSteps
+from ftlevel.data.prepare.sampling import LengthGroupedSampler, RowsWithPadding, StepShardSampler
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 17])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_every_row_is_taken_once_and_all_have_as_many_batches(rows: int, count: int) -> None:
-    order = LengthGroups([5] * rows, 4, seed=1)
-    shares = [list(ShareOfSteps(order, 4, count, rank)) for rank in range(count)]
-    assert {len(share) for share in shares} == {len(ShareOfSteps(order, 4, count, 0))}
+    order = LengthGroupedSampler([5] * rows, 4, seed=1)
+    shares = [list(StepShardSampler(order, 4, count, rank)) for rank in range(count)]
+    assert {len(share) for share in shares} == {len(StepShardSampler(order, 4, count, 0))}
     batches = [batch for step in zip(*shares, strict=True) for batch in step]
     assert [row for batch in batches for row in batch if row < rows] == list(order)
     assert all(batch for batch in batches)
@@ -21,5 +21,5 @@ def test_every_row_is_taken_once_and_all_have_as_many_batches(rows: int, count: 
 
 
 def test_the_row_after_the_last_is_marked() -> None:
-    rows = RowsAndNothing([Encoded([1, 2], [1, 2], 0), Encoded([3], [3], 1)])
+    rows = RowsWithPadding([Encoded([1, 2], [1, 2], 0), Encoded([3], [3], 1)])
     assert [row.row for row in (rows[i] for i in range(len(rows)))] == [0, 1, -1]

@@ -10,16 +10,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ftlevel.config import RowsInMemory, TrainConfig
-from ftlevel.data.sources.splits import Splits, load_splits
+from ftlevel.config import InMemoryDataset, TrainConfig
+from ftlevel.data.sources.splits import DatasetSplits, load_splits
 from ftlevel.data.sources.stream_sources import open_source
 from ftlevel.errors import ConfigError, InputError
 
 ROWS = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
 
 
-def load(rows: Any, **settings: Any) -> Splits:
-    return load_splits(RowsInMemory(rows), **settings)
+def load(rows: Any, **settings: Any) -> DatasetSplits:
+    return load_splits(InMemoryDataset(rows), **settings)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_splits_and_names_of_classes_are_read() -> None:
 
 
 def test_a_generator_is_gone_through_once_and_kept() -> None:
-    rows = RowsInMemory(row for row in ROWS)
+    rows = InMemoryDataset(row for row in ROWS)
     assert list(load_splits(rows).train.rows) == list(load_splits(rows).train.rows) == ROWS
 
 
@@ -105,7 +105,7 @@ def test_the_name_alone_has_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(InputError, match="were handed over in Python, and are not kept"):
         load_splits("in memory")
     with pytest.raises(InputError, match=r"is in memory already\. Drop --streaming"):
-        open_source(RowsInMemory(ROWS), split=None, subset=None, on_bad_row="error",
+        open_source(InMemoryDataset(ROWS), split=None, subset=None, on_bad_row="error",
                     validation_rows=None)  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ftlevel.config import DataConfig, RowsInMemory
+from ftlevel.config import DataConfig, InMemoryDataset
 from ftlevel.data.prepare.loading import load_examples
 from ftlevel.data.sources.readers.refused import refuse_media_columns
 from ftlevel.data.sources.splits import load_splits
@@ -118,7 +118,7 @@ def test_features_of_datasets_are_refused_in_memory_on_disk_and_as_a_stream(
     data = datasets.Dataset(datasets.table.InMemoryTable(content))
     data.save_to_disk(str(tmp_path / "saved"))
     both = "column 'photo' holds images and column 'sound' holds audio.*leave them out.*"
-    for name in (RowsInMemory(data), str(tmp_path / "saved")):
+    for name in (InMemoryDataset(data), str(tmp_path / "saved")):
         with pytest.raises(InputError, match=f"{both}--ignore-columns photo sound"):
             load_splits(name)
         table = load_splits(name, ignored=("photo", "sound", "none")).train
@@ -156,8 +156,8 @@ def test_messages_with_parts_are_bad_rows_with_the_reason(
 
 def test_rows_in_memory_lose_the_column_itself() -> None:
     rows = [{"image": object(), "text": f"cat {i}"} for i in range(3)]
-    table = load_splits(RowsInMemory(rows), ignored=("image",)).train
+    table = load_splits(InMemoryDataset(rows), ignored=("image",)).train
     assert table.rows == [{"text": "cat 0"}, {"text": "cat 1"}, {"text": "cat 2"}]
     assert (table.columns, table.ignored) == (["text"], ("image",))
     with pytest.raises(InputError, match="column 'image' holds images"):
-        load_examples(DataConfig(dataset=RowsInMemory(rows)), TASKS["text-generation"], 0)
+        load_examples(DataConfig(dataset=InMemoryDataset(rows)), TASKS["text-generation"], 0)

@@ -20,10 +20,10 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from ftlevel.data.prepare.dataset import files_of
+from ftlevel.data.prepare.dataset import resolve_files
 from ftlevel.data.prepare.inference import FileRows
-from ftlevel.data.sources.readers.files import Reading, open_reader, open_stream, read_table
-from ftlevel.data.sources.readers.text import tell_format
+from ftlevel.data.sources.readers.files import ReadOptions, open_reader, open_stream, read_table
+from ftlevel.data.sources.readers.text import detect_file_format
 from ftlevel.data.sources.splits import load_splits
 from ftlevel.data.sources.stream_sources import open_source
 from ftlevel.errors import InputError
@@ -63,7 +63,7 @@ FORMATS = ("csv", "tsv", "jsonl", "json", "parquet", "arrow", "feather")
 
 
 def rows_of(name: str, wish: str | None = None) -> list[dict]:
-    return [row for row, *_ in FileRows(open_reader(name, Reading(wish, columns=KNOWN))).read()]
+    return [row for row, *_ in FileRows(open_reader(name, ReadOptions(wish, columns=KNOWN))).read()]
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -207,7 +207,7 @@ STDIN = {
 def test_a_format_is_told_by_its_beginning(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "stdin"
     path.write_bytes(content)
-    found = tell_format(path, ())
+    found = detect_file_format(path, ())
     assert (found and found[0]) == STDIN[content]
 
 
@@ -315,7 +315,7 @@ def test_a_pattern_reads_all_files_that_match(
         how: Any = {"split": None, "subset": None, "on_bad_row": "error", "validation_rows": None}
         source = open_source(name, **how)
         assert [row for chunk in source.train.chunks() for row in chunk.rows] == ROWS
-        assert files_of(name) == list(source.files)
+        assert resolve_files(name) == list(source.files)
 
 
 def test_a_pattern_that_cannot_be_used_is_an_error(

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ftlevel.data.sources.readers.files import Reading, open_reader, read_table
+from ftlevel.data.sources.readers.files import ReadOptions, open_reader, read_table
 from ftlevel.errors import InputError
 
 SQUAD = b"""{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "answers":
@@ -63,7 +63,7 @@ def spoilt(draw: st.DrawFn, content: bytes) -> bytes:
     return content
 
 
-def assert_read_or_refused(path: Path, how: Reading) -> None:
+def assert_read_or_refused(path: Path, how: ReadOptions) -> None:
     for mode in ("error", "skip"):
         try:
             table = read_table(path, mode, how)  # type: ignore[arg-type]
@@ -88,7 +88,7 @@ def test_text_is_read_or_refused(data: st.DataObject, tmp_path: Path) -> None:
     path = tmp_path / f"x{suffix}"
     path.write_bytes(data.draw(spoilt(data.draw(st.sampled_from(SEEDS[suffix])))))
     formats = (None, None, "csv", "tsv", "jsonl", "json", "txt", "conll")
-    assert_read_or_refused(path, Reading(data.draw(st.sampled_from(formats))))
+    assert_read_or_refused(path, ReadOptions(data.draw(st.sampled_from(formats))))
 
 
 @QUICK
@@ -97,7 +97,7 @@ def test_what_is_packed_is_read_or_refused(data: st.DataObject, tmp_path: Path) 
     end = data.draw(st.sampled_from(sorted(PACKERS)))
     path = tmp_path / f"x.jsonl{end}"
     path.write_bytes(data.draw(spoilt(PACKERS[end](SEEDS[".jsonl"][0] * 20))))
-    assert_read_or_refused(path, Reading())
+    assert_read_or_refused(path, ReadOptions())
 
 
 @functools.cache  # its bytes hold the time
@@ -115,4 +115,4 @@ def workbook() -> bytes:
 def test_a_workbook_is_read_or_refused(data: st.DataObject, tmp_path: Path) -> None:
     path = tmp_path / "x.xlsx"
     path.write_bytes(data.draw(spoilt(workbook())))
-    assert_read_or_refused(path, Reading())
+    assert_read_or_refused(path, ReadOptions())

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import pytest
 
-from ftlevel.data.sources.splits import Splits, hold_out, load_splits, take_first
+from ftlevel.data.sources.splits import DatasetSplits, hold_out, limit_rows, load_splits
 from ftlevel.errors import InputError
 
 
@@ -278,7 +278,7 @@ def test_hub_splits(monkeypatch: pytest.MonkeyPatch) -> None:
         load_splits("name")
 
 
-def load(count: int) -> Splits:
+def load(count: int) -> DatasetSplits:
     write_rows(Path("a.jsonl"), [str(n) for n in range(count)])
     return load_splits("a.jsonl")
 
@@ -328,6 +328,6 @@ def test_a_share_that_is_named_leaves_both_parts_a_row() -> None:
 
 def test_take_first() -> None:
     splits = load(5)
-    assert take_first(splits, None) is splits
-    assert take_first(splits, 9) == splits
-    assert texts_of(take_first(splits, 2).train) == ["0", "1"]
+    assert limit_rows(splits, None) is splits
+    assert limit_rows(splits, 9) == splits
+    assert texts_of(limit_rows(splits, 2).train) == ["0", "1"]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from ftlevel.data.sources.hub import IterableStream
-from ftlevel.data.sources.readers.arrow import Parquet
+from ftlevel.data.sources.readers.arrow import ParquetReader
 from ftlevel.data.sources.readers.files import open_stream, read_table
-from ftlevel.data.sources.readers.json import JsonLines
+from ftlevel.data.sources.readers.json import JsonLinesReader
 from ftlevel.data.sources.stream_sources import open_source
 from ftlevel.data.sources.streams import Chunk, Stream
 from ftlevel.errors import InputError
@@ -113,14 +113,14 @@ def test_what_lies_before_the_cursor_is_not_read(name: str, tmp_path: Path) -> N
         file.write(b"\xff" * at)
     assert flat(list(stream.chunks(first.cursor))) == flat(others)
     with pytest.raises(InputError, match="not UTF-8"):
-        list(JsonLines(path).chunks())
+        list(JsonLinesReader(path).chunks())
 
 
 def test_of_parquet_only_the_row_group_of_the_cursor_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = open_stream(parquet(tmp_path / "x.parquet"))
-    assert isinstance(stream, Parquet)
+    assert isinstance(stream, ParquetReader)
     cursor = [chunk.cursor for chunk in stream.chunks()][-2]
     asked: list[Any] = []
     real = stream._file

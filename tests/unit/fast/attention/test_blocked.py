@@ -10,8 +10,8 @@ from ftlevel.fast.attention.blocked import (
     KEPT_KEYS,
     QUERIES,
     BlockedAttention,
+    build_visibility_mask,
     split_queries,
-    visible,
 )
 from ftlevel.fast.packing import Segment
 
@@ -42,7 +42,9 @@ def by_sdpa(
     outputs = []
     for segment in segments:
         at = [i for a, b in (*segment.past, (segment.start, segment.stop)) for i in range(a, b)]
-        seen = visible(segment.position, segment.stop - segment.start, 0, len(at), causal, window)
+        seen = build_visibility_mask(
+            segment.position, segment.stop - segment.start, 0, len(at), causal, window
+        )
         if cap:  # SDPA has none: written out
             own = query[:, segment.start : segment.stop].unflatten(0, (GROUPS, -1))
             scores = cap * torch.tanh(0.3 * own @ key[:, None, at].transpose(2, 3) / cap)

@@ -17,12 +17,12 @@ from ftlevel.errors import InputError
 from ftlevel.fast.attention import gpu
 from ftlevel.fast.attention.blocked import BlockedAttention, split_queries
 from ftlevel.fast.attention.gpu import (
-    Kernel,
     Lengths,
+    VarlenKernel,
     attend_varlen,
-    can_serve,
     installed_kernel,
     measure,
+    supports_attention,
     window_of,
 )
 from ftlevel.fast.attention.options import AttentionOptions
@@ -87,7 +87,7 @@ def test_the_kernel_is_told_the_attention_of_sequences(
 
 
 def test_a_cpu_is_not_served() -> None:
-    assert not can_serve(states(8, torch.bfloat16)[0], AttentionOptions(scale=0.25))
+    assert not supports_attention(states(8, torch.bfloat16)[0], AttentionOptions(scale=0.25))
 
 
 def as_in_2_10(
@@ -121,11 +121,11 @@ def _computed(
 
 
 SIGNATURES = {
-    "2.10": (as_in_2_10, Kernel(windows=False, scales=False, groups=False)),
-    "2.11": (as_in_2_11, Kernel(windows=True, scales=True, groups=False)),
-    "2.12": (as_in_2_12, Kernel(windows=True, scales=True, groups=True)),
-    "2.13": (as_in_2_12, Kernel(windows=True, scales=True, groups=True)),
-    "2.15": (as_in_2_12, Kernel(windows=True, scales=True, groups=True)),
+    "2.10": (as_in_2_10, VarlenKernel(windows=False, scales=False, groups=False)),
+    "2.11": (as_in_2_11, VarlenKernel(windows=True, scales=True, groups=False)),
+    "2.12": (as_in_2_12, VarlenKernel(windows=True, scales=True, groups=True)),
+    "2.13": (as_in_2_12, VarlenKernel(windows=True, scales=True, groups=True)),
+    "2.15": (as_in_2_12, VarlenKernel(windows=True, scales=True, groups=True)),
 }
 """torch → the signature of its `varlen_attn`, and what is read off it; 2.8 and 2.9 have none."""
 
@@ -141,7 +141,7 @@ def test_each_torch_is_told_what_its_kernel_takes(
 ) -> None:
     function, expected = SIGNATURES[version]
     stand_in(monkeypatch, function)
-    assert Kernel.read(function) == installed_kernel() == expected
+    assert VarlenKernel.read(function) == installed_kernel() == expected
     parts = states(segments[-1].stop, torch.float64)
     scale = 0.25 if version == "2.10" else 0.3  # 16 elements of a head: its own scale
     if not expected.computes(AttentionOptions(causal, window, scale), 16):
@@ -181,7 +181,7 @@ def test_the_kernel_computes_it(
     segments: tuple[Segment, ...], causal: bool, window: int | None
 ) -> None:
     parts = states(segments[-1].stop, torch.bfloat16, "cuda")
-    assert can_serve(parts[0], AttentionOptions(causal, window, 0.3))
+    assert supports_attention(parts[0], AttentionOptions(causal, window, 0.3))
     found = attend_varlen(parts, segments, AttentionOptions(causal, window, 0.3))
     exact = [part.detach().double().cpu().requires_grad_() for part in parts]
     expected = BlockedAttention.apply(*exact, split_queries(segments, causal, window), 0.3, 0.0)
@@ -252,7 +252,7 @@ def test_a_kernel_of_the_hub_is_told_the_attention_of_sequences(
     assert old.computes(AttentionOptions(), 16)
     assert not old.computes(AttentionOptions(cap=0.7), 16)
     assert not old.computes(AttentionOptions(window=9), 16)
-    assert Kernel(True, True, True).computes(options, 16) is (cap is None)
+    assert VarlenKernel(True, True, True).computes(options, 16) is (cap is None)
 
 
 def test_a_kernel_that_is_not_there_is_refused(

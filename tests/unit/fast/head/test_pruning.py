@@ -153,7 +153,7 @@ class Mixing(torch.nn.Module):
 
 def test_a_linear_that_reaches_other_tokens_is_not_taken() -> None:
     block, states = Mixing(), torch.randn(1, 6, 8)
-    layout = PackedLayout.from_mask(torch.ones(1, 6)).needing(torch.tensor([1, 4]))
+    layout = PackedLayout.from_mask(torch.ones(1, 6)).with_needed(torch.tensor([1, 4]))
     linears = [block.own, block.next]
     assert find_prunable_linears(block, (states,), {}, layout, linears) == [block.own]
     expected = block(states)[:, [1, 4]]

@@ -11,9 +11,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ftlevel.weights.gguf.families import (
     FAMILIES,
+    build_metadata,
     context_limit,
     convert,
-    describe,
     extra_tensors,
     find_problems,
     interleave,
@@ -98,4 +98,4 @@ def test_a_sliding_window_limits_the_context_that_is_stated() -> None:
     assert context_limit(build_config("qwen2", sliding_window=128)) == (512, None)
     config = build_config("gemma3_text", **GEMMA)
     assert context_limit(config) == (512, None)
-    assert describe(config)["gemma3.attention.sliding_window"] == 64
+    assert build_metadata(config)["gemma3.attention.sliding_window"] == 64

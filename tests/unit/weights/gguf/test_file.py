@@ -12,7 +12,15 @@ from gguf import GGUFReader
 from gguf.quants import dequantize, quantize
 
 from ftlevel.errors import RunError
-from ftlevel.weights.gguf.file import CHOSEN, GRIDS, OUTTYPES, Codes, Tensor, round_to, write_gguf
+from ftlevel.weights.gguf.file import (
+    CHOSEN,
+    GRIDS,
+    OUTTYPES,
+    GGUFTensor,
+    QuantizedMatrix,
+    round_to,
+    write_gguf,
+)
 
 
 @pytest.mark.parametrize("outtype", OUTTYPES)
@@ -25,8 +33,8 @@ def test_rounding_is_what_the_gguf_package_writes(outtype: str, scale: float) ->
     assert torch.equal(round_to(weight, outtype), stored)
 
 
-def planned(value: torch.Tensor, outtype: str) -> Tensor:
-    return Tensor("blk.0.ffn_up.weight", "up", tuple(value.shape), outtype, False, value.clone)
+def planned(value: torch.Tensor, outtype: str) -> GGUFTensor:
+    return GGUFTensor("blk.0.ffn_up.weight", "up", tuple(value.shape), outtype, False, value.clone)
 
 
 @pytest.mark.parametrize("outtype", OUTTYPES)
@@ -57,7 +65,7 @@ def test_the_gguf_package_reads_the_codes_that_were_chosen(tmp_path: Path, outty
     grid, weight = GRIDS[outtype], torch.randn(4, 64)
     scales = grid.scales_of(weight)
     codes = torch.randint(0, len(grid.values), weight.shape)
-    chosen = Codes(codes.to(torch.uint8), scales.view(4, 2))
+    chosen = QuantizedMatrix(codes.to(torch.uint8), scales.view(4, 2))
     order = torch.tensor([2, 0, 3, 1])
     tensor = replace(planned(weight, outtype), codes=lambda: chosen, arrange=lambda x: x[order])
     write_gguf(tmp_path / "x.gguf", {"general.architecture": "llama"}, [tensor], lambda _: None)

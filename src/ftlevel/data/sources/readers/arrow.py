@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftlevel.data.sources.lines import PART
+from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.readers.refused import describe_media, media_of_name
 from ftlevel.data.sources.streams import Chunk, Cursor, Reader, describe_null_keys
 from ftlevel.data.sources.table import Row, Table
-from ftlevel.errors import InputError, listing
+from ftlevel.errors import InputError, join_names
 
 _BATCH = 1 << 10  # rows per Arrow batch
 
 
-class Parquet(Reader):
+class ParquetReader(Reader):
     """Reader of Parquet files; the schema makes rows uniform and declares class names."""
 
     unit = "row"
@@ -52,8 +52,8 @@ class Parquet(Reader):
                 for batch in self._file.iter_batches(
                     _BATCH, row_groups=[group], columns=self.schema.names if self.ignored else None
                 ):
-                    for begin in range(max(0, skip - row), batch.num_rows, PART):
-                        rows = arrow_rows(batch.slice(begin, PART), self.null_keys)
+                    for begin in range(max(0, skip - row), batch.num_rows, CHUNK_ROWS):
+                        rows = arrow_rows(batch.slice(begin, CHUNK_ROWS), self.null_keys)
                         numbers = list(range(number + 1, number + 1 + len(rows)))
                         number += len(rows)
                         after = {"group": group, "row": row + begin + len(rows), "number": number}
@@ -104,10 +104,10 @@ def arrow_rows(content: Any, null_keys: Counter[str]) -> list[Row]:
     counted by path in `null_keys` (mutated). Maps and columns of the JSON type keep their nulls.
     """
     rows: list[Row] = content.to_pylist(maps_as_pydicts="lossy")
-    return clean_rows(rows, content.schema, null_keys, decode=True)
+    return drop_null_keys(rows, content.schema, null_keys, decode=True)
 
 
-def clean_rows(
+def drop_null_keys(
     rows: list[Row], schema: Any, null_keys: Counter[str], *, decode: bool = False
 ) -> list[Row]:
     """Drop null keys that Arrow added to `rows`, and return it; count them in `null_keys`.
@@ -126,7 +126,7 @@ def clean_rows(
 
 @dataclass(frozen=True)
 class _Cleaner:
-    """Drops null keys, see `clean_rows`."""
+    """Drops null keys, see `drop_null_keys`."""
 
     null_keys: Counter[str]
     decode: bool
@@ -154,7 +154,7 @@ class _Cleaner:
 
 
 def clean_value(value: Any, path: str, null_keys: Counter[str]) -> Any:
-    """Return a value of unknown Arrow type without null keys, see `clean_rows`."""
+    """Return a value of unknown Arrow type without null keys, see `drop_null_keys`."""
     return _Cleaner(null_keys, decode=False).clean(value, None, path)
 
 
@@ -179,7 +179,7 @@ def check_columns(names: list[str], source: str) -> None:
     """Raise `InputError` if two columns have the same name."""
     if len(set(names)) < len(names):
         twice = sorted({repr(name) for name in names if names.count(name) > 1})
-        raise InputError(f"{source}: has the column {listing(twice)} twice. Rename one.")
+        raise InputError(f"{source}: has the column {join_names(twice)} twice. Rename one.")
 
 
 def refuse_media(schema: Any, source: str) -> None:
@@ -219,7 +219,7 @@ def class_names(metadata: dict[bytes, bytes] | None) -> Mapping[str, tuple[str, 
     }
 
 
-class Arrow(Reader):
+class ArrowReader(Reader):
     """Reader of Arrow IPC files and streams; the schema makes rows uniform and names classes."""
 
     unit = "row"
@@ -250,8 +250,8 @@ class Arrow(Reader):
             for index, batch in enumerate(self._batches()):
                 if index < int(at["batch"]):
                     continue
-                for begin in range(skip, batch.num_rows, PART):
-                    part = batch.select(self.schema.names).slice(begin, PART)
+                for begin in range(skip, batch.num_rows, CHUNK_ROWS):
+                    part = batch.select(self.schema.names).slice(begin, CHUNK_ROWS)
                     rows = arrow_rows(part, self.null_keys)
                     numbers = list(range(number + 1, number + 1 + len(rows)))
                     number += len(rows)

@@ -9,49 +9,49 @@ from pathlib import Path
 
 from ftlevel.data.sources.lines import (
     STDIN,
-    is_packed,
+    cache_pipe,
+    cache_stdin,
+    decompress,
+    is_compressed,
     is_pipe,
-    keep_pipe,
-    keep_stdin,
     plain_name,
-    unpack,
 )
-from ftlevel.data.sources.readers.arrow import Arrow, Parquet, refuse_media
-from ftlevel.data.sources.readers.json import JsonArray, JsonLines
+from ftlevel.data.sources.readers.arrow import ArrowReader, ParquetReader, refuse_media
+from ftlevel.data.sources.readers.json import JsonLinesReader, JsonReader
 from ftlevel.data.sources.readers.refused import check_is_file, refuse_unknown
-from ftlevel.data.sources.readers.tables import CommaSeparated, TabSeparated, Workbook
+from ftlevel.data.sources.readers.tables import CsvReader, ExcelReader, TsvReader
 from ftlevel.data.sources.readers.text import (
-    Conll,
-    Paragraphs,
+    ConllReader,
+    ParagraphReader,
+    detect_file_format,
     head_lines,
     looks_like_conll,
-    tell_format,
 )
-from ftlevel.data.sources.streams import Reader, refuse_unreadable
-from ftlevel.data.sources.table import OnBadRow, Table, resolve_bad
-from ftlevel.errors import InputError, did_you_mean, listing
+from ftlevel.data.sources.streams import Reader, wrap_read_errors
+from ftlevel.data.sources.table import OnBadRow, Table, handle_bad_rows
+from ftlevel.errors import InputError, did_you_mean, join_names
 
 READERS: dict[str, type[Reader]] = {
-    ".jsonl": JsonLines,
-    ".ndjson": JsonLines,
-    ".json": JsonArray,
-    ".csv": CommaSeparated,
-    ".tsv": TabSeparated,
-    ".parquet": Parquet,
-    ".arrow": Arrow,
-    ".feather": Arrow,
-    ".txt": Paragraphs,
-    ".xlsx": Workbook,
-    ".conll": Conll,
-    ".bio": Conll,
-    ".iob": Conll,
-    ".iob2": Conll,
+    ".jsonl": JsonLinesReader,
+    ".ndjson": JsonLinesReader,
+    ".json": JsonReader,
+    ".csv": CsvReader,
+    ".tsv": TsvReader,
+    ".parquet": ParquetReader,
+    ".arrow": ArrowReader,
+    ".feather": ArrowReader,
+    ".txt": ParagraphReader,
+    ".xlsx": ExcelReader,
+    ".conll": ConllReader,
+    ".bio": ConllReader,
+    ".iob": ConllReader,
+    ".iob2": ConllReader,
 }
 """Reader class by suffix; a new format needs one line here and a class in this package."""
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """Options for reading a file.
 
     `format` is a suffix without its dot; None detects it. `sheet` defaults to the first one.
@@ -64,10 +64,12 @@ class Reading:
     ignored: Sequence[str] = ()
 
 
-AS_NAMED = Reading()
+DEFAULT_READ_OPTIONS = ReadOptions()
 
 
-def read_table(name: str | Path, on_bad_row: OnBadRow = "error", how: Reading = AS_NAMED) -> Table:
+def read_table(
+    name: str | Path, on_bad_row: OnBadRow = "error", how: ReadOptions = DEFAULT_READ_OPTIONS
+) -> Table:
     """Read the rows of a file, which may be compressed, or of stdin ("-").
 
     If `on_bad_row` is "skip", bad rows are moved to `dropped` instead of raising. Damage that
@@ -77,39 +79,39 @@ def read_table(name: str | Path, on_bad_row: OnBadRow = "error", how: Reading = 
         InputError: the file is missing, unsupported, damaged or empty, or has bad rows.
     """
     reader = open_reader(name, how)
-    with refuse_unreadable(reader.path, reader.shown):
+    with wrap_read_errors(reader.path, reader.shown):
         table, bad = reader.collect()
     if not table.rows and not bad:
         raise InputError(f"{reader.shown}: has 0 rows. Give a file with rows.")
-    return resolve_bad(table, bad, on_bad_row).without_columns(how.ignored)
+    return handle_bad_rows(table, bad, on_bad_row).without_columns(how.ignored)
 
 
-def open_reader(name: str | Path, how: Reading = AS_NAMED) -> Reader:
+def open_reader(name: str | Path, how: ReadOptions = DEFAULT_READ_OPTIONS) -> Reader:
     """Return the reader of a file; raise `InputError` if it is missing, unsupported or empty."""
     if how.format is not None and f".{how.format}" not in READERS:
         names = [suffix[1:] for suffix in READERS]
         raise InputError(
             f"--input-format {how.format}: no such format.{did_you_mean(how.format, names)} "
-            f"Formats: {listing(names, 20)}."
+            f"Formats: {join_names(names, 20)}."
         )
     path = Path(name).expanduser()
     piped = str(name) == STDIN or is_pipe(path)
     shown = "stdin" if str(name) == STDIN else str(name)
-    with refuse_unreadable(path):
+    with wrap_read_errors(path):
         if not piped:
             check_is_file(path, data_files)
             suffix = Path(plain_name(path.name)).suffix.lower()
             if how.format is None and suffix not in READERS:
                 raise refuse_unknown(path, suffix, list(READERS))
         if piped:
-            copy = keep_stdin() if shown == "stdin" else keep_pipe(path)
+            copy = cache_stdin() if shown == "stdin" else cache_pipe(path)
         else:
-            copy = unpack(path) if is_packed(path) else path
+            copy = decompress(path) if is_compressed(path) else path
         if copy.stat().st_size == 0:
             raise InputError(f"{shown}: has 0 rows (0 bytes). Give a file with rows.")
         format_, note = _format_of(copy, shown, how)
-    with refuse_unreadable(copy, shown):
-        reader = Workbook(copy, how.sheet) if format_ is Workbook else format_(copy)
+    with wrap_read_errors(copy, shown):
+        reader = ExcelReader(copy, how.sheet) if format_ is ExcelReader else format_(copy)
     reader.shown = shown
     if reader.schema is not None:
         reader.ignored = tuple(name for name in how.ignored if name in reader.schema.names)
@@ -117,20 +119,20 @@ def open_reader(name: str | Path, how: Reading = AS_NAMED) -> Reader:
             reader.schema = reader.schema.remove(reader.schema.get_field_index(name))
         refuse_media(reader.schema, shown)
     said = [f"read as {note}"] if note else []
-    if how.sheet is not None and format_ is not Workbook:
+    if how.sheet is not None and format_ is not ExcelReader:
         said.append(f"--subset {how.sheet} is not used: it is one table, without sheets")
     reader.notes[:] = [f"{shown}: {each}" for each in [*said, *reader.notes]]
     return reader
 
 
-def open_stream(name: str | Path, how: Reading = AS_NAMED) -> Reader:
+def open_stream(name: str | Path, how: ReadOptions = DEFAULT_READ_OPTIONS) -> Reader:
     """Return the reader of a file; raise `InputError` if the format cannot be streamed."""
     reader = open_reader(name, how)
     if not reader.in_parts:
         streamed = [suffix for suffix, each in READERS.items() if each.in_parts]
         raise InputError(
             f"{reader.shown}: --streaming cannot read {reader.path.suffix.lower()!r} part by part. "
-            f"It reads {listing(streamed, 20)}. Convert the file, or drop --streaming."
+            f"It reads {join_names(streamed, 20)}. Convert the file, or drop --streaming."
         )
     return reader
 
@@ -145,10 +147,10 @@ def match_files(pattern: str, format_: str | None = None) -> list[Path]:
     files = sorted(path for path in found if not path.is_dir())
     matched = [path for path in files if format_ or is_data_file_name(path.name)]
     if not matched:
-        what = f"none of {listing(map(str, files), 4)} can be read" if files else "no file"
+        what = f"none of {join_names(map(str, files), 4)} can be read" if files else "no file"
         raise InputError(
             f"{pattern}: this pattern matches {what}. Check the directory and the ending; those "
-            f"that are read: {listing(READERS, 20)}."
+            f"that are read: {join_names(READERS, 20)}."
         )
     return matched
 
@@ -174,18 +176,18 @@ def stem_of(name: str) -> str:
     return Path(plain_name(name)).stem
 
 
-def _format_of(path: Path, shown: str, how: Reading) -> tuple[type[Reader], str]:
+def _format_of(path: Path, shown: str, how: ReadOptions) -> tuple[type[Reader], str]:
     """Return the reader class of a decompressed file, and a note if its content determined it."""
     if how.format is not None:
         return READERS[f".{how.format}"], ""
     suffix = path.suffix.lower()
     if suffix not in READERS:  # stdin or a pipe
-        found = tell_format(path, how.columns)
+        found = detect_file_format(path, how.columns)
         if found is None:
             first = next((line for line in head_lines(path) if line.strip()), "")
             raise InputError(
                 f"{shown}: its first line, {first[:40]!r}, does not say what format it is. Pass "
-                f"--input-format, one of {listing((each[1:] for each in READERS), 20)}."
+                f"--input-format, one of {join_names((each[1:] for each in READERS), 20)}."
             )
         return READERS[found[0]], f"{found[0][1:]}: {found[1]}"
     if suffix in (".txt", ".tsv") and looks_like_conll(head_lines(path)):

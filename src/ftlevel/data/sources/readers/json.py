@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from ftlevel.data.sources import lines
-from ftlevel.data.sources.lines import PART, LineNumbers, LineRows, as_row
+from ftlevel.data.sources.lines import CHUNK_ROWS, LineNumbers, LineRows, as_row
 from ftlevel.data.sources.readers.text import TextLines, check_head, read_text
 from ftlevel.data.sources.streams import Chunk, Cursor, Reader
 from ftlevel.data.sources.table import BadRow, Row, Table
-from ftlevel.data.sources.uniform import Shapes, kind_of
-from ftlevel.errors import InputError, listing
+from ftlevel.data.sources.uniform import RowShapeCounter, json_type_name
+from ftlevel.errors import InputError, join_names
 
 Found: TypeAlias = tuple[list[Row], list[int], list[BadRow]]  # rows, their lines, bad rows
 
@@ -34,7 +34,7 @@ _LONE_ESCAPE = re.compile(
 _CUT = " (the last line, without a newline: was the download or copy cut short?)"
 
 
-class JsonLines(Reader):
+class JsonLinesReader(Reader):
     """Reader of JSON Lines; tables of large files keep byte offsets and decode rows on access."""
 
     def __init__(self, path: Path) -> None:
@@ -54,7 +54,7 @@ class JsonLines(Reader):
         at = cursor or self._begin
         text = TextLines(self.path, **at)
         taken, before = iter(text), int(at["line"])
-        while some := list(islice(taken, PART)):
+        while some := list(islice(taken, CHUNK_ROWS)):
             found = read_json_lines(some, before)
             before += len(some)
             yield self.chunk(*found, text.cursor(before))
@@ -63,7 +63,7 @@ class JsonLines(Reader):
         """Return all rows as a table, and the bad rows; `LineRows` if the file is large."""
         if self.path.stat().st_size < lines.LARGE_BYTES:
             return super().collect()
-        numbers, places, shapes = LineNumbers(), array("q", [self._begin["at"]]), Shapes()
+        numbers, places, shapes = LineNumbers(), array("q", [self._begin["at"]]), RowShapeCounter()
         bad: list[BadRow] = []
         for chunk in self.chunks():
             places.append(chunk.cursor["at"])
@@ -122,7 +122,7 @@ def _has_lone_surrogate(text: str, value: object) -> bool:
 def fault_of(text: str, value: object) -> str:
     """Return what is wrong with a decoded row, or ""."""
     if type(value) is not dict:
-        return f"{kind_of(value)}, where one object with named columns is expected"
+        return f"{json_type_name(value)}, where one object with named columns is expected"
     if not value:
         return "an object without keys"
     if _has_lone_surrogate(text, value):
@@ -268,7 +268,7 @@ def _articles(value: Mapping[str, Any]) -> OneObject | None:
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-class JsonArray(Reader):
+class JsonReader(Reader):
     """Reader of JSON files, which must be read completely."""
 
     in_parts = False
@@ -292,7 +292,7 @@ class JsonArray(Reader):
             elements = self._read_object(text, one)
         else:
             raise InputError(
-                f"{source}:1: one object (keys {listing([repr(key) for key in one.keys])}), "
+                f"{source}:1: one object (keys {join_names([repr(key) for key in one.keys])}), "
                 f"where an array of objects is expected. {one.hint}."
             )
         self.unit = "row" if elements.numbered else "line"

@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ftlevel.data.sources.lines import PART, Row
-from ftlevel.errors import InputError, did_you_mean, listing
+from ftlevel.data.sources.lines import CHUNK_ROWS, Row
+from ftlevel.errors import InputError, did_you_mean, join_names
 
 _KINDS = {
     "an image": (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".svg"),
@@ -56,7 +56,7 @@ def refuse_unknown(path: Path, suffix: str, readable: list[str]) -> InputError:
     )  # fmt: skip
     return InputError(
         f"{path}: cannot read {suffix or 'a file without extension'!r}. "
-        f"Formats: {listing(readable, 20)}. {way}"
+        f"Formats: {join_names(readable, 20)}. {way}"
     )
 
 
@@ -74,8 +74,10 @@ def refuse_media_columns(columns: Sequence[str], rows: Sequence[Row], source: st
     found = []
     for column in columns:
         kind = media_of_name(column)
-        values = (row.get(column) for row in (rows if kind else rows[:PART]))
-        some = list(islice((value for value in values if value not in (None, "", [], {})), PART))
+        values = (row.get(column) for row in (rows if kind else rows[:CHUNK_ROWS]))
+        some = list(
+            islice((value for value in values if value not in (None, "", [], {})), CHUNK_ROWS)
+        )
         kinds = [_media_of_value(value) for value in some]
         if some and all(kinds):
             found.append((column, kind or str(kinds[0])))
@@ -133,7 +135,7 @@ def check_is_file(path: Path, data_files: Callable[[Path], list[str]]) -> None:
     """Raise `InputError` unless `path` is a regular file that is not empty."""
     if path.is_dir():
         names = data_files(path)
-        there = f"Files in it: {listing(names)}." if names else "It holds no data file."
+        there = f"Files in it: {join_names(names)}." if names else "It holds no data file."
         raise InputError(f"{path}: is a directory, not a file. {there} Name one file.")
     if path.is_symlink() and not path.exists():
         raise InputError(f"{path}: {_describe_link(path)}")
@@ -170,5 +172,5 @@ def describe_missing(path: Path) -> str:
         return f"{path}: no such file, and no directory {folder}. Check the path."
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     place = "the current directory" if str(folder) == "." else str(folder)
-    there = f"In {place}: {listing(names, 8)}." if names else f"{place} is empty."
+    there = f"In {place}: {join_names(names, 8)}." if names else f"{place} is empty."
     return f"{path}: no such file.{did_you_mean(path.name, names)} {there}"

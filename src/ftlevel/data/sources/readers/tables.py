@@ -21,17 +21,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ftlevel.data.sources.lines import PART
+from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.readers.text import TextLines, check_head, head_lines
 from ftlevel.data.sources.streams import Chunk, Cursor, Reader
 from ftlevel.data.sources.table import BadRow, Row
-from ftlevel.errors import InputError, did_you_mean, listing, quote
+from ftlevel.errors import InputError, did_you_mean, join_names, quote
 
 # The csv module's default limit of 128 KiB per cell is too low for documents.
 _LONGEST = min(sys.maxsize, 2**31 - 1)
 
 
-class CommaSeparated(Reader):
+class CsvReader(Reader):
     """Reader of CSV files; without a header, the columns are called 1, 2, …."""
 
     uniform = True
@@ -104,7 +104,7 @@ class CommaSeparated(Reader):
             start = begin
             with _long_cells():
                 try:
-                    for row in islice(cells, PART):
+                    for row in islice(cells, CHUNK_ROWS):
                         if len(row) == width:
                             rows.append(dict(zip(header, row, strict=True)))
                             lines.append(begin)
@@ -119,7 +119,7 @@ class CommaSeparated(Reader):
                 yield self.chunk(rows, lines, bad, text.cursor(begin - 1))
 
 
-class TabSeparated(CommaSeparated):
+class TsvReader(CsvReader):
     """Reader of TSV files; quoting works as in CSV."""
 
     separator = "\t"
@@ -140,7 +140,7 @@ def check_header(header: list[str], place: str) -> None:
     twice = sorted({name for name in header if header.count(name) > 1 and name})
     if twice:
         raise InputError(
-            f"{place}: the header has {listing(map(quote, twice))} twice. "
+            f"{place}: the header has {join_names(map(quote, twice))} twice. "
             "Give every column its own name."
         )
     if "" in header:
@@ -175,7 +175,7 @@ def _is_number(cell: str) -> bool:
 
 def columns_by_number(count: int) -> str:
     """Return the names of unnamed columns, for a message."""
-    return listing([str(number) for number in range(1, count + 1)], 3)
+    return join_names([str(number) for number in range(1, count + 1)], 3)
 
 
 @contextlib.contextmanager
@@ -197,7 +197,7 @@ _CODES = {"yy": "%y", "yyyy": "%Y", "m": "{0.month}", "mm": "%m", "mmm": "%b", "
           "d": "{0.day}", "dd": "%d", "ddd": "%a", "dddd": "%A"}  # fmt: skip
 
 
-class Workbook(Reader):
+class ExcelReader(Reader):
     """Reader of one sheet of a workbook; default is the first sheet."""
 
     unit = "row"
@@ -233,7 +233,7 @@ class Workbook(Reader):
                 texts = [text for text, _ in cells] + [""] * (width - len(cells))
                 rows.append(dict(zip(self._header, texts, strict=True)))
                 numbers.append(number)
-            if len(rows) + len(bad) >= PART:
+            if len(rows) + len(bad) >= CHUNK_ROWS:
                 yield self.chunk(rows, numbers, bad, {"row": number + 1})
                 rows, numbers, bad = [], [], []
         if rows or bad:
@@ -259,10 +259,10 @@ class Workbook(Reader):
         if name not in names:
             raise InputError(
                 f"--subset {name}: {self.path} has no such sheet.{did_you_mean(name, names)} "
-                f"Sheets: {listing(names)}."
+                f"Sheets: {join_names(names)}."
             )
         if self._sheet is None and len(names) > 1 and not self.notes:
-            self.notes.append(f"sheet {name!r}, the first of {listing(names)}; --subset another")
+            self.notes.append(f"sheet {name!r}, the first of {join_names(names)}; --subset another")
         return book[name]
 
 

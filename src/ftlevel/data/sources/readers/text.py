@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from shlex import quote
 
-from ftlevel.data.sources.lines import PART
+from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.streams import Chunk, Cursor, Reader
 from ftlevel.data.sources.table import BadRow, Row
 from ftlevel.errors import InputError
@@ -124,7 +124,7 @@ def head_lines(path: Path) -> list[str]:
     return lines[:-1] if len(head) == HEAD and len(lines) > 1 else lines
 
 
-def tell_format(path: Path, columns: Collection[str]) -> tuple[str, str] | None:
+def detect_file_format(path: Path, columns: Collection[str]) -> tuple[str, str] | None:
     """Return the suffix of the format detected from the content, and the reason; None if unclear.
 
     `columns` are names that identify the header of a table. The file must not be empty.
@@ -186,7 +186,7 @@ def looks_like_conll(lines: list[str]) -> bool:
 _TAG = re.compile(r"O|[BIESLU]-\S+")
 
 
-class Conll(Reader):
+class ConllReader(Reader):
     """Reader of CoNLL files; a row is `{"tokens": […], "2": […], …, "tags": […]}`.
 
     Tags keep the file's scheme. `-DOCSTART-` lines, and comments (`# …`), are skipped.
@@ -232,7 +232,7 @@ class Conll(Reader):
         for number, line in enumerate(text, int(at["line"]) + 1):
             if line.isspace():
                 end_sentence()
-                if len(rows) + len(bad) >= PART:
+                if len(rows) + len(bad) >= CHUNK_ROWS:
                     yield self.chunk(rows, lines, bad, text.cursor(number))
                     rows, lines, bad = [], [], []
                 continue
@@ -268,7 +268,7 @@ class Conll(Reader):
         return None
 
 
-class Paragraphs(Reader):
+class ParagraphReader(Reader):
     """Reader of plain text; line breaks within a paragraph are kept."""
 
     uniform = True
@@ -297,7 +297,7 @@ class Paragraphs(Reader):
                 run.append(line.rstrip("\r\n"))
                 continue
             end_run(number)
-            if len(rows) >= PART:
+            if len(rows) >= CHUNK_ROWS:
                 yield self.chunk(rows, lines, [], text.cursor(number))
                 rows, lines = [], []
         end_run(number + 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.errors import InputError
-from ftlevel.merging.serving.client import Heard
+from ftlevel.merging.serving.client import ServerAnswer
 from ftlevel.merging.serving.recorded import TOKENS
 from ftlevel.workspace import Workspace
 
@@ -38,9 +38,9 @@ _LENGTH = 512
 _SHOWN = 300
 
 
-def ask_inside(
+def run_library(
     library: str, python: Path | None, base: str, adapters: Sequence[dict[str, Any]], seconds: float
-) -> dict[str, list[Heard] | str]:
+) -> dict[str, list[ServerAnswer] | str]:
     """Return the library's answers by adapter name, or the reason why it cannot load an adapter.
 
     Each adapter has `name`, `place` (empty for the base), `rank_limit` and `prompts`, lists of
@@ -61,7 +61,7 @@ def ask_inside(
             raise InputError(_why(library, program, code, said))
         found = json.loads(answer.read_text(encoding="utf-8"))
     return {
-        name: rows if isinstance(rows, str) else [Heard(**row) for row in rows]
+        name: rows if isinstance(rows, str) else [ServerAnswer(**row) for row in rows]
         for name, rows in found.items()
     }
 
