@@ -16,7 +16,7 @@ import typer
 
 from ftlevel._version import __version__
 from ftlevel.artifacts.files import describe_interrupt
-from ftlevel.cli.screen import discard
+from ftlevel.cli.safe_stream import discard
 from ftlevel.cli.spelling import completed_command
 from ftlevel.cli.startup import (
     exit_code,

@@ -152,6 +152,8 @@ def is_saved_directory(directory: Path) -> bool:
 
 def pick_split(splits: Mapping[str, Any], wish: str | None, source: str) -> str:
     """Return the name of the training split; raise `InputError` if it is missing or ambiguous."""
+    if not splits:
+        raise InputError(f"{source}: has no splits. Expected at least one with rows.")
     name = wish or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
     if name in splits:
         return name

@@ -51,6 +51,14 @@ def join_tables(tables: Sequence[Table]) -> Table:
                 f"{other.source}: has the columns {_quoted(other)}, and {first.source} has "
                 f"{_quoted(first)}. Data sets that are trained on together need the same columns."
             )
+        for column in first.label_names.keys() & other.label_names.keys():
+            own, expected = other.label_names[column], first.label_names[column]
+            if own != expected:
+                raise InputError(
+                    f"{other.source}: the classes of {column!r} are {join_names(own)}, and those of "
+                    f"{first.source} are {join_names(expected)}. Their numbers mean different "
+                    "classes. Write class names instead of numbers, or give both the same order."
+                )
     parts, base = [], 0
     dropped: list[BadRow] = []
     lines: list[list[int]] = []

@@ -142,3 +142,8 @@ def test_a_section_may_be_given_as_an_object() -> None:
 
     config = TrainConfig(method=SPECS["ia3"]()).with_sections(task="masked-lm")
     assert (config.method.kind, config.task) == ("ia3", "masked-lm")
+
+
+def test_a_mapping_without_splits_is_refused() -> None:
+    with pytest.raises(InputError, match="has no splits"):
+        load_memory_tables({}, "train", "error", None)

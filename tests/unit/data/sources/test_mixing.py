@@ -94,3 +94,14 @@ def test_a_directory_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert splits.notes == [
         "d: reads all of part-0.jsonl, part-1.jsonl, part-2.jsonl as training rows"
     ]
+
+
+def test_tables_whose_class_numbers_differ_are_not_joined() -> None:
+    """The same number would mean another class in each."""
+    rows = [{"text": "a", "label": 0}]
+    one = Table(rows, [1], "one", label_names={"label": ("no", "yes")})
+    same = Table(rows, [1], "same", label_names={"label": ("no", "yes")})
+    other = Table(rows, [1], "other", label_names={"label": ("yes", "no")})
+    assert join_tables([one, same]).label_names == {"label": ("no", "yes")}
+    with pytest.raises(InputError, match=r"^other: the classes of 'label' are yes, no, and those"):
+        join_tables([one, other])
