@@ -55,8 +55,8 @@ def join_tables(tables: Sequence[Table]) -> Table:
             own, expected = other.label_names[column], first.label_names[column]
             if own != expected:
                 raise InputError(
-                    f"{other.source}: the classes of {column!r} are {join_names(own)}, and those of "
-                    f"{first.source} are {join_names(expected)}. Their numbers mean different "
+                    f"{other.source}: the classes of {column!r} are {join_names(own)}, and those "
+                    f"of {first.source} are {join_names(expected)}. Their numbers mean different "
                     "classes. Write class names instead of numbers, or give both the same order."
                 )
     parts, base = [], 0

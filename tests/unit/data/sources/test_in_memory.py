@@ -146,4 +146,4 @@ def test_a_section_may_be_given_as_an_object() -> None:
 
 def test_a_mapping_without_splits_is_refused() -> None:
     with pytest.raises(InputError, match="has no splits"):
-        load_memory_tables({}, "train", "error", None)
+        load_splits(InMemoryDataset({}))
