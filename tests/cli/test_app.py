@@ -103,7 +103,7 @@ def test_no_flag_runs_into_its_help(
     lines = capsys.readouterr().out.splitlines()
     (row,) = [i for i, line in enumerate(lines) if "--eval-strategy" in line]
     assert lines[row].strip() == "--eval-strategy no|steps|epoch"
-    assert lines[row + 1].strip().startswith("Evaluate every eval_steps")
+    assert lines[row + 1].strip().startswith("Evaluation schedule: ")
     assert max(map(len, lines)) <= 80
 
 
