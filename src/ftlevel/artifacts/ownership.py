@@ -1,7 +1,7 @@
 """Track which files of a run directory belong to the run; only these are replaced or deleted.
 
 A marker is written first. `--overwrite` moves the old run's files aside, deletes them once the new
-run has a checkpoint or finishes, and restores them if it fails earlier. Foreign files are kept.
+run has a checkpoint or finishes, and restores them if it fails earlier. Other files are kept.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def mark(directory: Path) -> None:
 
 
 def mark_end(directory: Path) -> None:
-    """Record the files of a finished run; files found later are foreign."""
+    """Record the files of a finished run; files found later are of other origin."""
     run = (_read_marker(directory) or {}).get("run", uuid.uuid4().hex)
     write_json(directory / MARKER, {"run": run, "files": sorted(_files(directory))})
 
@@ -98,7 +98,7 @@ def check_replaceable(directory: Path) -> None:
 
 
 def forget_adapter(directory: Path) -> None:
-    """Delete the adapter of an earlier end of the run; foreign files in it are kept."""
+    """Delete the adapter of an earlier end of the run; other files in it are kept."""
     move_foreign_files(directory, f"{ADAPTER}/")
     adapter = directory / ADAPTER
     if adapter.is_symlink():
@@ -108,7 +108,7 @@ def forget_adapter(directory: Path) -> None:
 
 
 def set_aside(directory: Path) -> list[str]:
-    """Move the files of the run in `directory` aside; return a line for each foreign file.
+    """Move the files of the run in `directory` aside; return a line for each file of other origin.
 
     This may be repeated after a kill: a new run without results is deleted, and the run before it
     stays aside.
@@ -168,7 +168,7 @@ def _put_back(directory: Path) -> None:
 
 
 def move_foreign_files(directory: Path, under: str = "") -> list[str]:
-    """Move foreign files in the run's directories to `kept`; return a line for each.
+    """Move other files in the run's directories to `kept`; return a line for each.
 
     After a finished run these are files added later; after an interrupted run, files that it does
     not write among its checkpoints. `under` limits the search to one directory.

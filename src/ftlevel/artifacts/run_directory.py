@@ -181,7 +181,7 @@ class RunDirectory:
     def rewind_log(self, step: int) -> list[dict[str, Any]]:
         """Remove records after `step` from metrics.jsonl, and return the remaining ones.
 
-        An incomplete last line is removed too; foreign lines stay.
+        An incomplete last line is removed too; other lines stay.
         """
         lines, records = self._log_until(step)
         if (path := self.path / METRICS).is_file():
@@ -265,7 +265,7 @@ def _check_kind(directory: Path, overwrite: bool, resume: bool) -> None:
 def open_run(
     directory: Path | None, name: str, *, overwrite: bool, resume: bool = False
 ) -> tuple[RunDirectory, list[str]]:
-    """Create the run directory; return it with a line for each foreign file in it.
+    """Create the run directory; return it with a line for each file of other origin in it.
 
     Without `directory`, the first free runs/NAME-N is used. `overwrite` sets an existing run aside;
     `resume` restarts a run that was killed before its first result. Raises ConfigError if it cannot

@@ -229,7 +229,7 @@ def plan_study(
     if not fields:
         return None
     question = json.dumps([word, asked["config"], asked["budget"], asked["search"]], sort_keys=True)
-    metric = ranking_metric(config.train, facts["task"], facts["headline"])
+    metric = ranking_metric(config.train, facts["config"]["task"], facts["headline"])
     greater = config.train.greater_is_better
     if greater is None:
         greater = not metric.endswith(LOWER_IS_BETTER)

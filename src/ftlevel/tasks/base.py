@@ -300,7 +300,7 @@ class BaseTask(Task):
 
 
 def check_options(wanted: OutputOptions, whose: str, instead: str) -> None:
-    """Raise `ConfigError` for optional outputs in `wanted`; `whose` is the message's subject."""
+    """Raise `ConfigError` for optional outputs in `wanted`; `whose` begins the message."""
     for flag, wish in (("--probabilities", wanted.probabilities), ("--top-k", wanted.top_k)):
         if wish:
             raise ConfigError(

@@ -272,7 +272,7 @@ class FtlevelTrainer(Trainer):
     def calls_of(self, own: int) -> int:
         """Return the number of forward passes for a step of `own` micro-batches.
 
-        Additional passes have zero loss; they equalize the number of passes across processes.
+        Additional micro-batches have zero loss; they make the number equal in all processes.
         """
         return own
 

@@ -80,7 +80,7 @@ class _Call(threading.local):
 class ChunkedCrossEntropy:
     """Computes a model's head and loss at given positions, inside its forward pass.
 
-    A hook on the head of `model` (mutated) computes the result from the head's input and passes on
+    A hook on the head of `model` (mutated) computes the result from the head's input and returns
     one position. Precision, adapters on the head and a trained head are therefore the model's own.
 
     Raises:
@@ -228,7 +228,7 @@ class ChunkedCrossEntropy:
     def _observe(
         self, states: torch.Tensor, targets: torch.Tensor, observe: Observe | None
     ) -> torch.Tensor:
-        """Return the loss of all chunks and pass each to `observe`."""
+        """Return the loss of all chunks and call `observe` with each."""
         total = torch.zeros((), device=states.device)
         for chunk, wanted in _chunks(states, targets, self._chunk):
             scores = self._scores(chunk)
