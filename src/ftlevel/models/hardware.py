@@ -326,6 +326,9 @@ def peak_memory_bytes(device: str) -> int:
     import resource
     import sys
 
+    with contextlib.suppress(OSError):  # Linux: ru_maxrss includes the parent before exec
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -15,8 +15,8 @@ from ftlevel.errors import ConfigError
 HOLD = """
 import sys, time
 from pathlib import Path
-from ftlevel.artifacts.run_directory import claimed
-with claimed(Path(sys.argv[1])):
+from ftlevel.artifacts.run_directory import lock_directory
+with lock_directory(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
