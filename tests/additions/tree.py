@@ -69,8 +69,8 @@ TARGET = Addition(
 _SHORT = """    short_row: Annotated[Action, Check("fewer than three tokens")] = Field(
         "warn", description="A row of fewer than three tokens."
     )"""
-_LAST_CHECK = '"drop", description="A validation or test row that is also a training row."\n    )'
-_TABLE = "TOKEN_CHECKS: dict[str, Callable[[Flat, Known], Mask | None]] = {"
+_LAST_CHECK = '"drop", description="Validation or test row that is also a training row."\n    )'
+_TABLE = "TOKEN_CHECKS: dict[str, Callable[[FlatRows, TokenCheckContext], Mask | None]] = {"
 CHECK = Addition(
     {},
     [
