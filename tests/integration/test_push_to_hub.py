@@ -100,7 +100,8 @@ def test_other_commands_ask_the_hub_before_they_work(
 ) -> None:
     answer(monkeypatch, "whoami", LocalTokenNotFoundError("x"), [])
     quant = ["--quant", "4bit"] if command == "quantize" else []
-    assert run([command, "absent", *quant, "--out", "absent.gguf", "--push-to-hub", "mine"]) == 2
+    out = "absent.gguf" if command == "export" else "new"
+    assert run([command, "absent", *quant, "--out", out, "--push-to-hub", "mine"]) == 2
     assert "nobody is logged in" in capsys.readouterr().err
 
 

@@ -209,8 +209,8 @@ def test_a_trained_model_keeps_its_task_in_quantized_form(
     readme = (packed / "README.md").read_text()
     assert f"pipeline_tag: {task}" in readme
     assert "ftlevel generate packed --prompt" in readme
-    loaded = load_ref(resolve_model(str(packed), "cpu"), device="cpu")
-    reference = load_ref(resolve_model(str(whole), "cpu"), device="cpu")
+    loaded = load_ref(resolve_model(str(packed), device="cpu"), device="cpu")
+    reference = load_ref(resolve_model(str(whole), device="cpu"), device="cpu")
     assert loaded.prompt_format == reference.prompt_format
     assert (loaded.task, loaded.labels) == (reference.task, reference.labels)
     rows = ["--dataset", str(data), "--split", "validation", "--resamples", "0", "--json"]
@@ -263,7 +263,8 @@ def test_a_gguf_file_is_a_base_in_4_bits(
     monkeypatch.chdir(tmp_path)
     common = ["--method", "qlora", "--quant", "4bit", "--max-samples", "2", "--max-steps", "2",
               "--logging-steps", "1", "--dtype", "bfloat16", "--max-length", "64",
-              "--overlong", "truncate-prompt", "--set", "data.max_eval_samples=4"]  # fmt: skip
+              "--overlong", "truncate-prompt", "--set", "data.max_eval_samples=4",
+              "--set", "data.subset=generation"]  # fmt: skip
     for name, model in (("gguf", first_blocks_gguf), ("plain", first_blocks)):
         assert run(["train", "--model", str(model), *common, "--output-dir", name]) == 0
     losses = {
