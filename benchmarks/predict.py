@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run = train_classifier(folder, arguments.model)
         if "classes" in what:
             texts = mixed_texts(arguments.rows or 2_000)
-            trained = load_ref(resolve_model(str(run), "cpu"), device="cpu")
+            trained = load_ref(resolve_model(str(run), device="cpu"), device="cpu")
             compare("classes", class_sides(trained, texts), arguments.rounds, len(texts))
         if "memory" in what:
             measure_memory(run, folder, arguments.rows or 100_000)

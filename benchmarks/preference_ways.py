@@ -60,7 +60,7 @@ def make(data: Path, place: Path, loss: str | None) -> Path:
 
 def write(run: Path | str, rows: list[dict[str, str]]) -> list[float]:
     """Return ROUGE-L of what a run or a model writes for each row."""
-    trained = load_ref(resolve_model(str(run), "cpu"), device="cpu")
+    trained = load_ref(resolve_model(str(run), device="cpu"), device="cpu")
     scorer, scores = RougeScorer(["rougeL"]), []
     for row in rows:
         asked = trained.tokenizer.apply_chat_template(
@@ -81,7 +81,7 @@ def likelihoods(run: Path | str, rows: list[dict[str, str]]) -> list[tuple[float
 
     They are computed row by row with the chat template and transformers' own logits.
     """
-    trained, found = load_ref(resolve_model(str(run), "cpu"), device="cpu"), []
+    trained, found = load_ref(resolve_model(str(run), device="cpu"), device="cpu"), []
     for row in rows:
         sums, means = [], []
         for key in ("chosen", "rejected"):

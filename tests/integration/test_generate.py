@@ -89,7 +89,7 @@ def test_a_batch_says_what_each_prompt_says_alone(
 ) -> None:
     data = task_data.write(tmp_path / "data", "pair")
     name = fit(tiny_model_dir(family), data, tmp_path / "run", "summarization", **method)
-    trained = load_ref(resolve_model(str(name), "cpu"), device="cpu")
+    trained = load_ref(resolve_model(str(name), device="cpu"), device="cpu")
     assert trained.prompt_format is not None
     ids = [encode_prompt(trained.tokenizer, trained.prompt_format, text) for text in PROMPTS]
     numbers, seen = Numbers(trained.tokenizer.pad_token_id), []
@@ -342,7 +342,7 @@ def test_a_chat_is_the_template_over_all_that_was_said(talker: Path) -> None:
     assert "".join(pieces).strip() == first == texts(talker, ["what is 3"], max_new_tokens=6)[0]
     assert chat.remembers
     second = chat.say("what is 4", pieces.append)
-    trained = load_ref(resolve_model(str(talker), "cpu"), device="cpu")
+    trained = load_ref(resolve_model(str(talker), device="cpu"), device="cpu")
     messages = [
         {"role": "user", "content": "what is 3"},
         {"role": "assistant", "content": first},

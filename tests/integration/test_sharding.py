@@ -114,7 +114,7 @@ def test_two_processes_with_half_a_model_each_are_one_with_the_whole(
     model = AutoModelForSequenceClassification.from_pretrained(parts)
     last = load_file(two / "encoder/full/adapter/model.safetensors")
     assert all(tensor.equal(last[key]) for key, tensor in model.named_parameters())
-    found = load_ref(resolve_model(str(parts), "cpu"), device="cpu")
+    found = load_ref(resolve_model(str(parts), device="cpu"), device="cpu")
     assert found.task.name == "text-classification"
     assert all(tensor.equal(last[key]) for key, tensor in found.model.named_parameters())
     check_in_plain_peft(prepared)
@@ -410,7 +410,7 @@ def test_a_shared_run_whose_process_was_killed_goes_on_as_if_it_had_not(
     assert all(saved[0][key].equal(saved[1][key]) for key in saved[0])
     # Its last checkpoint, whose embeddings are tied, is the model, put together by one process.
     parts = run / "checkpoints/checkpoint-16"
-    last = load_ref(resolve_model(str(parts), "cpu"), device="cpu")
+    last = load_ref(resolve_model(str(parts), device="cpu"), device="cpu")
     trained = dict(last.model.named_parameters())
     assert all(trained[name].equal(saved[0][name]) for name in trained)
     packed = []
