@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             measure_memory(run, folder, arguments.rows or 100_000)
         if "texts" in what:
             name = arguments.model or str(SMOLLM2)
-            trained = load_ref(resolve_model(name, "cpu", "summarization"), device="cpu")
+            trained = load_ref(resolve_model(name, "summarization", device="cpu"), device="cpu")
             trained.model.float()
             rows = read_docstrings("summarization", "test", arguments.rows or 64)
             form = trained.prompt_format

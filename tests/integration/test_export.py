@@ -99,11 +99,11 @@ def test_a_wrong_vocabulary_is_found(model_dir: ModelDir, monkeypatch: pytest.Mo
     export_to("x.gguf", model)
     real, calls = gguf.load_tokenizer, []
 
-    def other_first(source: object) -> object:
+    def other_in_file(source: object) -> object:
         calls.append(source)
-        return build_tokenizer("opt") if len(calls) == 1 else real(source)
+        return build_tokenizer("opt") if len(calls) == 2 else real(source)
 
-    monkeypatch.setattr(gguf, "load_tokenizer", other_first)
+    monkeypatch.setattr(gguf, "load_tokenizer", other_in_file)
     with pytest.raises(RunError, match="the file's tokenizer is not the model's"):
         export_to("y.gguf", model)
     assert sorted(path.name for path in Path().iterdir()) == ["x.Modelfile", "x.gguf"]
