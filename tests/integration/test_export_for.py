@@ -207,7 +207,7 @@ def test_ollama_gets_a_merged_file_with_the_answers_it_must_give(
     tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     place = exportable(tiny_model_dir, tmp_path, "llama")
-    name = adapter(place, "rslora")
+    name = adapter(place, "lora")
     assert run(["export", name, "--for", "ollama", "--out", "mine.gguf", "-q"]) == 0
     assert "ADAPTER" not in Path("mine.Modelfile").read_text()
     served = json.loads(Path("mine.served.json").read_text())
