@@ -142,7 +142,7 @@ def test_summarization_on_either_kind(
     assert run(["generate", "run", "--prompt", "the b is a long", "--compare-base",
                 "--max-new-tokens", "4", "--json"]) == 0  # fmt: skip
     answer = json.loads(capsys.readouterr().out)["answers"][0]
-    assert set(answer) == {"adapter", "prompt", "text", "base", "scores", "tags"}
+    assert set(answer) == {"adapter", "prompt", "text", "base", "scores", "tags", "dtype"}
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "gpt2", "llama", "t5", "bart"])
