@@ -89,9 +89,12 @@ class MergeInput:
     def ignores_token_types(self) -> bool:
         """Whether the adapter was trained without `token_type_ids`.
 
-        PEFT 0.21's class for question answering does not pass them to the model.
+        PEFT 0.21's class for question answering does not pass them to the model. A model that was
+        trained in full has no adapter.
         """
-        return _read_config(self.directory).get("task_type") == "QUESTION_ANS"
+        if not (self.directory / ADAPTER_CONFIG).is_file():
+            return False
+        return bool(_read_config(self.directory).get("task_type") == "QUESTION_ANS")
 
 
 def find_adapter(name: str) -> Path:
