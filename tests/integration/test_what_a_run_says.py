@@ -72,7 +72,7 @@ def test_the_next_commands_work_as_they_are(classifier: Path) -> None:
     for command in commands:
         assert command in said
         assert run(shlex.split(command)[1:]) == 0
-    assert "adapter (what was trained" in said
+    assert "adapter (adapter and tokenizer)" in said
     assert "checkpoints (for --resume)" in said.rpartition("saved")[2]
 
 
