@@ -387,7 +387,7 @@ def test_ctrl_c_keeps_what_is_written(
             raise KeyboardInterrupt
         return answer(*arguments)
 
-    answer = command.answer_questions
+    answer = command.predict_rows
     monkeypatch.setattr(command, "predict_rows", press)
     assert ask(classifier, "--output", "p.tsv") == 130
     assert "8 rows are in p.tsv.partial: --resume goes on" in capsys.readouterr().err
