@@ -35,11 +35,11 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_same(found: Any, expected: Any) -> None:
-    """Compare with numbers that may be exacter: float32 rounds at 6e-8 of the largest."""
+def assert_same(found: Any, expected: Any, rounding: float = 5e-7) -> None:
+    """Compare with values that may be more exact; `rounding` is relative to the largest."""
     for one, other in zip(found, expected, strict=True):
         size = float(other.abs().max())
-        torch.testing.assert_close(one, other.float(), rtol=2e-5, atol=5e-7 * size)
+        torch.testing.assert_close(one, other.float(), rtol=2e-5, atol=rounding * size)
 
 
 @pytest.mark.usefixtures("interpreter")
@@ -161,7 +161,9 @@ def test_a_model_learns_the_same_by_the_kernels(family: str) -> None:
             part.remove()
         return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
-    assert_same(gradients(TritonFormulas()), gradients(TORCH))
+    assert_same(
+        gradients(TritonFormulas()), gradients(TORCH), rounding=2e-6
+    )  # sums of a whole model: 5e-7 on AMD, 9e-7 on Intel
 
 
 def test_rotary_embeddings_are_put_back_and_are_the_models_own_where_none_serves() -> None:
