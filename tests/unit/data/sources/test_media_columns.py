@@ -71,7 +71,11 @@ def test_media_is_known_by_its_name_or_its_values(column: str, value: Any, kind:
 
 @pytest.mark.parametrize(("column", "value"), TEXT)
 def test_other_columns_that_no_format_uses_are_let_through(column: str, value: Any) -> None:
-    refuse_media_columns([column], [{column: value}], "rows.jsonl")
+    rows = [{column: value}]
+    refuse_media_columns([column], rows, "rows.jsonl")
+    assert rows == [{column: value}]
+    with pytest.raises(InputError, match="column 'image' holds images"):
+        refuse_media_columns([column, "image"], [{**rows[0], "image": "a.png"}], "rows.jsonl")
 
 
 def _write(folder: Path, kind: str, rows: list[dict[str, Any]]) -> str:
