@@ -48,10 +48,11 @@ _OF_ACCELERATE = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("--use_parallelism_config", "--shard full"),
     "ACCELERATE_MIXED_PRECISION": ("--mixed_precision", "--dtype"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
-        "--gradient_accumulation_steps", "--gradient-accumulation-steps"
+        "--gradient_accumulation_steps",
+        "--gradient-accumulation-steps",
     ),
     "ACCELERATE_DYNAMO_BACKEND": ("--dynamo_backend", ""),
-}  # fmt: skip
+}
 """Variables with which `accelerate launch` overrides the configuration."""
 _DISABLED_VALUES = {"", "no", "false", "0", "1"}  # 1: one micro-step; used features are "true"
 
@@ -78,11 +79,16 @@ class World:
 
     def publish(self, environment: MutableMapping[str, str] = os.environ) -> None:
         """Set torchrun's variables in `environment` (mutated) for torch and transformers."""
-        environment.update({
-            "RANK": str(self.rank), "WORLD_SIZE": str(self.size),
-            "LOCAL_RANK": str(self.local_rank), "LOCAL_WORLD_SIZE": str(self.local_size),
-            "MASTER_ADDR": self.address, "MASTER_PORT": str(self.port),
-        })  # fmt: skip
+        environment.update(
+            {
+                "RANK": str(self.rank),
+                "WORLD_SIZE": str(self.size),
+                "LOCAL_RANK": str(self.local_rank),
+                "LOCAL_WORLD_SIZE": str(self.local_size),
+                "MASTER_ADDR": self.address,
+                "MASTER_PORT": str(self.port),
+            }
+        )
 
 
 def find_launcher(environment: Mapping[str, str] = os.environ) -> Launcher | None:
@@ -219,7 +225,9 @@ def _check_accelerate(environment: Mapping[str, str]) -> None:
         given = environment.get(name, "")
         if given.lower() not in _DISABLED_VALUES:
             instead = f"Say it by ftlevel's {ours}." if ours else "Drop it."
-            problems.append(f"accelerate launch {flag} ({name}={given}): it would change a run "
-                            f"that its config.yaml describes otherwise. {instead}")  # fmt: skip
+            problems.append(
+                f"accelerate launch {flag} ({name}={given}): it would change a run "
+                f"that its config.yaml describes otherwise. {instead}"
+            )
     if problems:
         raise ConfigError(problems)

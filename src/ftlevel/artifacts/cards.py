@@ -356,17 +356,24 @@ def write_merge_readme(summary: Mapping[str, Any], task: str) -> str:
         "",
     ]
     if summary["onto"] == "dequantized":
-        lines += ["The adapter was trained on a quantized base; it is merged into the weights that "
-                  "quantizing and dequantizing gives, which are those that it was trained on.",
-                  ""]  # fmt: skip
+        lines += [
+            "The adapter was trained on a quantized base; it is merged into the weights that "
+            "quantizing and dequantizing gives, which are those that it was trained on.",
+            "",
+        ]
     if summary.get("quantization"):
-        lines += [*_low_bits_lines(QuantConfig(**summary["quantization"]).form,
-                                   summary["served"]), ""]  # fmt: skip
+        lines += [
+            *_low_bits_lines(QuantConfig(**summary["quantization"]).form, summary["served"]),
+            "",
+        ]
     if summary["reason"]:
         lines += [f"These weights were taken because they are {summary['reason']}.", ""]
     if summary["written"]["untied"]:
-        lines += ["The output layer has weights of its own, which it shared with the embedding "
-                  "before: the adapter changed one of them.", ""]  # fmt: skip
+        lines += [
+            "The output layer has weights of its own, which it shared with the embedding "
+            "before: the adapter changed one of them.",
+            "",
+        ]
     lines += _check_lines(summary.get("agreement"))
     lines += ["## Use", "", "```sh", generate_command(summary["out"], task), "```", ""]
     return "\n".join(lines)
@@ -375,9 +382,11 @@ def write_merge_readme(summary: Mapping[str, Any], task: str) -> str:
 def describe_difference(found: Mapping[str, Any]) -> str:
     """Format an `Agreement`: mean logit difference, KL divergence and top-1 agreement."""
     apart = f"{found['mean_difference']:.2g} on average"
-    return apart if found["kl"] is None else (
-        f"{apart}, KL {found['kl']:.2g}, top-1 {found['top1']:.1%}"
-    )  # fmt: skip
+    return (
+        apart
+        if found["kl"] is None
+        else f"{apart}, KL {found['kl']:.2g}, top-1 {found['top1']:.1%}"
+    )
 
 
 def _low_bits_lines(form: str, served: Mapping[str, Any] | None) -> list[str]:
@@ -395,8 +404,11 @@ def _low_bits_lines(form: str, served: Mapping[str, Any] | None) -> list[str]:
 
 def _check_lines(agreement: Mapping[str, Any] | None) -> list[str]:
     if agreement is None:
-        return ["**Not verified**: it was written with `--no-verify` and has not been compared "
-                "with the base and the adapter.", ""]  # fmt: skip
+        return [
+            "**Not verified**: it was written with `--no-verify` and has not been compared "
+            "with the base and the adapter.",
+            "",
+        ]
     return [
         f"Loaded afresh and compared with the base and the adapter on {agreement['targets']:,} "
         "targets:",

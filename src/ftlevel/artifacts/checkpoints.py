@@ -44,9 +44,14 @@ def _read_manifest(checkpoint: Path) -> dict[str, tuple[int, str]] | None:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
         return {name: (int(entry["size"]), entry["sha256"]) for name, entry in files.items()}
     except (
-        OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
         OverflowError,
-    ):  # fmt: skip
+    ):
         return None
 
 

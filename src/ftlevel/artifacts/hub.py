@@ -96,9 +96,11 @@ def push(folder: Path, name: str, *, private: bool, files: Sequence[str] = ()) -
     try:
         made = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=made.repo_id, folder_path=folder, commit_message="Upload by ftlevel",
+            repo_id=made.repo_id,
+            folder_path=folder,
+            commit_message="Upload by ftlevel",
             allow_patterns=list(files) or None,
-        )  # fmt: skip
+        )
     except (OSError, *HfHubHTTPError.__bases__) as error:  # type: ignore[misc]
         raise RunError(
             f"--push-to-hub {name}: the upload failed ({_first_line(error)}). What was made is "

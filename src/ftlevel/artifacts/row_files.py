@@ -322,10 +322,14 @@ def _arrow_field(name: str, kind: str) -> Any:
 
     ranking = pa.list_(pa.struct([(key, pa.type_for_alias(t)) for key, t in _ANSWER.items()]))
     types = {
-        "text": pa.string(), "texts": pa.list_(pa.string()), "number": pa.float64(),
-        "numbers": pa.list_(pa.float64()), "whole": pa.int64(), "ranking": ranking,
+        "text": pa.string(),
+        "texts": pa.list_(pa.string()),
+        "number": pa.float64(),
+        "numbers": pa.list_(pa.float64()),
+        "whole": pa.int64(),
+        "ranking": ranking,
         "rankings": pa.list_(ranking),
-    }  # fmt: skip
+    }
     return pa.field(name, types[kind])
 
 

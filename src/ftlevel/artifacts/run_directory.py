@@ -337,8 +337,11 @@ def _git(path: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(
             ["git", "-C", str(path.parent), *arguments],
-            capture_output=True, text=True, check=False, timeout=10,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

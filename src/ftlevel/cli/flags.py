@@ -122,8 +122,12 @@ def _common_panels(panels: dict[str, list[Any]]) -> dict[str, list[Any]]:
     shown = {title: panels[title] for title in ("Arguments", DAILY) if title in panels}
     others = [title for title in panels if title not in shown and title != GENERAL]
     ways = ("--help-all", "-h", "--recipe", "--set", "--dry-run")
-    few = [record for records in panels.values() for record in records
-           if record[0].split()[0].rstrip(",") in ways]  # fmt: skip
+    few = [
+        record
+        for records in panels.values()
+        for record in records
+        if record[0].split()[0].rstrip(",") in ways
+    ]
     hidden = sum(len(records) for title, records in panels.items() if title not in shown) - len(few)
     return {**shown, f"{hidden} more options: {', '.join(others)}": few}
 
@@ -158,8 +162,11 @@ def check_recipe(path: Path, command: str) -> Path:
             f"Use: ftlevel {command} --dataset {path}"
         )
     if not path.exists():
-        near = [str(p) for pattern in ("*.yaml", "*.yml", "*/config.yaml")
-                for p in sorted(path.parent.glob(pattern))]  # fmt: skip
+        near = [
+            str(p)
+            for pattern in ("*.yaml", "*.yml", "*/config.yaml")
+            for p in sorted(path.parent.glob(pattern))
+        ]
         runs = [str(Path(p).parent) if p.endswith("config.yaml") else p for p in near]
         raise ConfigError(
             f"{path} is neither a recipe nor the directory of a run.{did_you_mean(str(path), runs)}"

@@ -136,6 +136,7 @@ def plan(
             typer.echo(json_module.dumps(look(config, wishes).to_dict()))
             return
 
-        found = look(config, wishes, partial(show, console=screen.console),
-                     screen.stop_without_reader)  # fmt: skip
+        found = look(
+            config, wishes, partial(show, console=screen.console), screen.stop_without_reader
+        )
         show_fits(found, screen.console)

@@ -192,8 +192,10 @@ def _resolve(typed: dict[str, list[str]], lost: dict[str, str]) -> TrainConfig:
     notes: list[str] = []
     while (error := problem_of("")) is not None:
         fewer = ((key, problem_of(key)) for key in list(typed))
-        key = next((k for k, left in fewer if left is None
-                    or len(left.problems) < len(error.problems)), None)  # fmt: skip
+        key = next(
+            (k for k, left in fewer if left is None or len(left.problems) < len(error.problems)),
+            None,
+        )
         if key is None:
             raise error
         lost[key] = _reason(error)

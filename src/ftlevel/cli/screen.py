@@ -130,8 +130,13 @@ class Screen:
             return
         elapsed = self._progress.tasks[0].elapsed or 0.0
         speed = f"{(done - self._first) / elapsed:,.1f} rows/s" if elapsed else ""
-        self._progress.update(self._task, completed=share or 0, rows=done, speed=speed,
-                              total=None if share is None else 1.0)  # fmt: skip
+        self._progress.update(
+            self._task,
+            completed=share or 0,
+            rows=done,
+            speed=speed,
+            total=None if share is None else 1.0,
+        )
 
     def warn(self, message: str) -> None:
         """Show a warning, even if quiet."""

@@ -166,8 +166,10 @@ def share_heaps() -> bool:
     if not hasattr(library, "gnu_get_libc_version"):
         return False
     settings = (
-        (_ARENA_MAX, HEAPS), (_TRIM_THRESHOLD, KEPT_FREE), (_MMAP_THRESHOLD, LARGEST_IN_HEAP),
-    )  # fmt: skip
+        (_ARENA_MAX, HEAPS),
+        (_TRIM_THRESHOLD, KEPT_FREE),
+        (_MMAP_THRESHOLD, LARGEST_IN_HEAP),
+    )
     results = [library.mallopt(name, value) for name, value in settings]
     return results == [1] * len(settings)
 

@@ -174,8 +174,10 @@ def _memory() -> Iterator[Finding]:
 def _disk() -> Iterator[Finding]:
     from huggingface_hub import constants
 
-    for name, place in (("disk here", Path.cwd()), ("disk of the Hub's cache",
-                                                    Path(constants.HF_HUB_CACHE))):  # fmt: skip
+    for name, place in (
+        ("disk here", Path.cwd()),
+        ("disk of the Hub's cache", Path(constants.HF_HUB_CACHE)),
+    ):
         there = next(p for p in (place, *place.parents) if p.exists())
         free = shutil.disk_usage(there).free
         low = free < _LITTLE_DISK

@@ -281,8 +281,9 @@ def _evaluator(
     train, speed = settings.train, settings.speed
     task, metrics = trained.task, config.metrics or train.metrics
     generates = _generates(config, trained, settings)
-    check_metrics(metrics, task, trained.objective, generates=generates,
-                  how="--max-generate-samples N")  # fmt: skip
+    check_metrics(
+        metrics, task, trained.objective, generates=generates, how="--max-generate-samples N"
+    )
     rows = config.max_generate_samples or train.max_generate_samples
     return Evaluator(
         rows=held_out.rows,

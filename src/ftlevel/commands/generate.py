@@ -128,8 +128,9 @@ def _with_rows(
     except NoFormatError:
         if "prompt" not in source.leading:
             raise
-        shape = Format(task.name, "prompt", lambda roles: roles.text("prompt"),
-                       {"prompt": "prompt"})  # fmt: skip
+        shape = Format(
+            task.name, "prompt", lambda roles: roles.text("prompt"), {"prompt": "prompt"}
+        )
     refuse_media_columns(shape.unused, source.first, str(path))
     rows = list(Prompts(source, shape))
     if bad := [f"{row.place}: {row.fault}. Fix the row." for row in rows if row.fault]:

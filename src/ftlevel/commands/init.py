@@ -178,10 +178,11 @@ def _propose_method(config: TrainConfig) -> Choice:
     memory = device_memory(choose_device(config.model.device).value)
     if weights > _HALF * memory:
         return Choice(
-            "method", "qlora",
+            "method",
+            "qlora",
             f"about {weights / 2**30:,.0f} GiB of weights in 16 bits, {memory / 2**30:,.0f} GiB of "
             "memory",
-        )  # fmt: skip
+        )
     return Choice("method", "lora", "the one that most others are measured against")
 
 
@@ -197,9 +198,13 @@ def _source(config: TrainConfig) -> Any:
 def _table(config: TrainConfig) -> Any:
     data = config.data
     return load_splits(
-        data.dataset, split=data.split, subset=data.subset, on_bad_row=data.on_bad_row,
-        input_format=data.input_format, ignored=data.ignore_columns,
-    ).train  # fmt: skip
+        data.dataset,
+        split=data.split,
+        subset=data.subset,
+        on_bad_row=data.on_bad_row,
+        input_format=data.input_format,
+        ignored=data.ignore_columns,
+    ).train
 
 
 def _check_dataset(config: TrainConfig) -> None:
@@ -271,9 +276,11 @@ def _chosen(config: TrainConfig, plan: Plan) -> Mapping[str, list[tuple[str, Any
         why = "beside a learning_rate of yours the head has the same without it"
         rates.append(("head_learning_rate", schedule.head_learning_rate, why))
     found = {
-        "method": [(name, getattr(config.method, name), "")
-                   for name in ("r", "lora_alpha", "lora_dropout", "target_modules")
-                   if getattr(config.method, name, None) is not None],
+        "method": [
+            (name, getattr(config.method, name), "")
+            for name in ("r", "lora_alpha", "lora_dropout", "target_modules")
+            if getattr(config.method, name, None) is not None
+        ],
         "data": [("max_length", plan.data.max_length, reasons.get("max length", ""))],
         "train": [
             *((name, float(f"{rate:.3g}"), why) for name, rate, why in rates),
@@ -281,7 +288,7 @@ def _chosen(config: TrainConfig, plan: Plan) -> Mapping[str, list[tuple[str, Any
             ("gradient_accumulation_steps", train.gradient_accumulation_steps, ""),
             ("seed", train.seed, ""),
         ],
-    }  # fmt: skip
+    }
     return {
         section: [
             line for line in lines if line[0] not in getattr(config, section).model_fields_set

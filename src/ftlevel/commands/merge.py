@@ -150,7 +150,7 @@ def _merge(job: _Job, place: Path, listener: Listener) -> dict[str, Any]:
         "served": served and asdict(served),
         "candidates": {c.onto: c.trained and asdict(c.trained) for c in candidates},
         "versions": library_versions(),
-    }  # fmt: skip
+    }
     _write_cards(place, config, inputs, summary, chosen.written.dtype)
     return summary
 
@@ -257,8 +257,11 @@ def _describe(job: _Job) -> Iterator[Choice]:
         by = f"by what layers give on {len(rows.rows)} rows" if rows else "the nearest"
         yield Choice("written in", job.low.form, f"codes chosen {by}")
     if inputs.ignores_token_types and "token_type_ids" in inputs.tokenizer.model_input_names:
-        yield Choice("token types", "left out", "PEFT's class for question answering ignores them; "
-                     "the merged tokenizer returns none")  # fmt: skip
+        yield Choice(
+            "token types",
+            "left out",
+            "PEFT's class for question answering ignores them; the merged tokenizer returns none",
+        )
     yield Choice("out", config.output_dir)
 
 

@@ -105,8 +105,12 @@ class RunPlan:
             "device": need.device.name,
             "imagined_rows": self.imagined,
             "fits": [
-                {"flags": fit.flags, "peak_bytes": fit.peak, "fits": fit.fits,
-                 "most_rows": fit.most_rows}
+                {
+                    "flags": fit.flags,
+                    "peak_bytes": fit.peak,
+                    "fits": fit.fits,
+                    "most_rows": fit.most_rows,
+                }
                 for fit in self.fits
             ],
             "cheapest_change": self.cheapest.flags if self.cheapest else None,
@@ -118,9 +122,10 @@ class RunPlan:
             "cost": self.cost,
             "checkpoint_bytes": first,
             "checkpoints_bytes": kept,
-            "choices": [{"name": c.name, "value": str(c.value), "reason": c.reason}
-                        for c in self.choices],
-        }  # fmt: skip
+            "choices": [
+                {"name": c.name, "value": str(c.value), "reason": c.reason} for c in self.choices
+            ],
+        }
 
 
 def _ignore(*_: Any) -> None:

@@ -153,9 +153,11 @@ def _prepare(
     questions = iter(Prompts(source, shape, sink.is_table, config.limit))
     tally = RowCounts(config.output, kept=_skip_written(questions, sink, config))
     held.callback(_let_go, sink, tally)
-    reason = "as in training" if mapping and not config.columns else explain_columns(
-        shape.columns, config.columns, config.format
-    )  # fmt: skip
+    reason = (
+        "as in training"
+        if mapping and not config.columns
+        else explain_columns(shape.columns, config.columns, config.format)
+    )
     columns = Choice("columns", shape.description, reason)
     choices = _choices(config, found, own, columns, answers, file)
     return _Job(

@@ -78,9 +78,11 @@ class Preview:
     @property
     def extent(self) -> str:
         """What lengths and tokens cover: an epoch, or the first rows of a stream."""
-        return f"the first {self.facts['first_rows']:,} rows" if "streamed" in self.facts else (
-            "an epoch"
-        )  # fmt: skip
+        return (
+            f"the first {self.facts['first_rows']:,} rows"
+            if "streamed" in self.facts
+            else "an epoch"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the output of `--json`."""

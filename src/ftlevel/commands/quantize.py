@@ -193,8 +193,9 @@ def _kept_reason(layout: Layout, experts: int) -> str:
     reasons = []
     if experts:
         reasons.append(f"and {experts:,} tensors of experts")
-    own = sorted({p.name.split(".")[-2] for p in layout.parameters.values()
-                  if p.part == "other linears"})  # fmt: skip
+    own = sorted(
+        {p.name.split(".")[-2] for p in layout.parameters.values() if p.part == "other linears"}
+    )
     if own:
         reasons.append(f"and {', '.join(own)}: the architecture asks for it")
     return "; ".join(reasons)

@@ -173,9 +173,9 @@ class PredictConfig(DecodingAsInTraining):
         None, description="Maximum number of rows to predict; the first N are used."
     )
     on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="Action for rows that cannot be predicted: error, or skip (left "
-                 "empty).",
-    )  # fmt: skip
+        "error",
+        description="Action for rows that cannot be predicted: error, or skip (left empty).",
+    )
     overlong: Literal["error", "truncate-prompt"] | None = Field(
         None,
         description="Action for rows that are too long; default: as in training. error treats "

@@ -101,9 +101,8 @@ class GateConfig(Section):
     swapped_roles: Annotated[
         _Any, Check("prompt and answer look swapped", "See whether they are")
     ] = Field(
-        "warn", description="Prompt and answer that look swapped, by the words of the other "
-                "rows.",
-    )  # fmt: skip
+        "warn", description="Prompt and answer that look swapped, by the words of the other rows."
+    )
     lost_characters: Annotated[
         _Any, Check("NUL or U+FFFD in a text", "Read the source in its own encoding")
     ] = Field("warn", description="NUL or U+FFFD (replacement character) in a text.")
@@ -140,21 +139,19 @@ class GateConfig(Section):
     label_space: Annotated[
         _Spelling, Check("labels that differ by white space around them", "Take it out")
     ] = Field(
-        "fold", description="Labels that differ only by surrounding whitespace; fold merges "
-                "them.",
-    )  # fmt: skip
-    label_case: Annotated[
-        _Spelling, Check("labels that differ by case", "Write them alike")
-    ] = Field(
-        "stop", description="Labels that differ only by case; fold merges them.",
-    )  # fmt: skip
+        "fold", description="Labels that differ only by surrounding whitespace; fold merges them."
+    )
+    label_case: Annotated[_Spelling, Check("labels that differ by case", "Write them alike")] = (
+        Field("stop", description="Labels that differ only by case; fold merges them.")
+    )
     label_typo: Annotated[
         _Spelling, Check("a rare label that looks like a frequent one misspelled", "Correct it")
     ] = Field(
-        "warn", description="Rare label that looks like a misspelled frequent one; fold merges "
-                "them. They differ by one letter, or by the separators between "
-                "words.",
-    )  # fmt: skip
+        "warn",
+        description="Rare label that looks like a misspelled frequent one; fold merges "
+        "them. They differ by one letter, or by the separators between "
+        "words.",
+    )
     one_class: Annotated[_Whole, Check("one class has nearly all rows", "Balance the rows")] = (
         Field("warn", description="One class in 95 % of the rows or more.")
     )

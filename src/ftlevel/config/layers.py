@@ -293,8 +293,11 @@ def _nearest_elsewhere(key: KeyPath) -> str:
 
 
 _SYNONYMS = {
-    "dropout": "lora_dropout", "name": "name_or_path", "path": "name_or_path", "type": "kind",
-}  # fmt: skip
+    "dropout": "lora_dropout",
+    "name": "name_or_path",
+    "path": "name_or_path",
+    "type": "kind",
+}
 
 
 def find_setting(name: str) -> str:
@@ -328,15 +331,21 @@ def _bad_value(key: KeyPath, detail: ErrorDetails, root: type[BaseModel]) -> str
             if detail["type"] == "union_tag_invalid":
                 value, expected = context["tag"], list(SPECS)
             else:
-                expected = [word.strip("' ") for word in
-                            context["expected"].replace(" or ", ", ").split(",")]  # fmt: skip
+                expected = [
+                    word.strip("' ")
+                    for word in context["expected"].replace(" or ", ", ").split(",")
+                ]
             hint = did_you_mean(str(value), expected)
             return (
                 f"{_shown(value)} is not known. Expected one of {join_names(expected, 30)}.{hint}"
             )
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
-            sign = {"greater_than": ">", "greater_than_equal": "≥", "less_than": "<",
-                    "less_than_equal": "≤"}[detail["type"]]  # fmt: skip
+            sign = {
+                "greater_than": ">",
+                "greater_than_equal": "≥",
+                "less_than": "<",
+                "less_than_equal": "≤",
+            }[detail["type"]]
             bound = next(iter(context.values()))
             return f"{_shown(value)} is out of range: {'.'.join(key)} must be {sign} {bound}."
         case "missing":

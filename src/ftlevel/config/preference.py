@@ -323,8 +323,12 @@ class DistillationConfig(Section):
     )
 
 
-_FLAGS_OF = {"divergence": "--divergence", "kd_ratio": "--kd-ratio",
-          "kd_temperature": "--kd-temperature", "kd_top_k": "--kd-top-k"}  # fmt: skip
+_FLAGS_OF = {
+    "divergence": "--divergence",
+    "kd_ratio": "--kd-ratio",
+    "kd_temperature": "--kd-temperature",
+    "kd_top_k": "--kd-top-k",
+}
 
 
 def find_distillation_problems(

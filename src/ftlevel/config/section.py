@@ -86,9 +86,10 @@ class Section(BaseModel):
         names = {
             name: os.fspath(value)
             for name, value in raw.items()
-            if isinstance(value, os.PathLike) and name in cls.model_fields
+            if isinstance(value, os.PathLike)
+            and name in cls.model_fields
             and Path not in set(_parts(cls.model_fields[name].annotation))
-        }  # fmt: skip
+        }
         return {**raw, **names}
 
     @model_validator(mode="before")
@@ -100,10 +101,11 @@ class Section(BaseModel):
         wrong = {
             name: str(value).lower()
             for name, value in raw.items()
-            if isinstance(value, bool) and name in cls.model_fields
+            if isinstance(value, bool)
+            and name in cls.model_fields
             and bool not in (parts := set(_parts(cls.model_fields[name].annotation)))
             and parts & {int, float}
-        }  # fmt: skip
+        }
         return {**raw, **wrong}
 
 

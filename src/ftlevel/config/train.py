@@ -23,9 +23,14 @@ from ftlevel.config.tasks import TaskName
 from ftlevel.config.trainer import TrainerConfig, find_problems
 
 SHORTHAND = {
-    "model": "name_or_path", "method": "kind", "quant": "kind", "data": "dataset",
-    "preference": "loss", "distillation": "teacher", "output": "dir",
-}  # fmt: skip
+    "model": "name_or_path",
+    "method": "kind",
+    "quant": "kind",
+    "data": "dataset",
+    "preference": "loss",
+    "distillation": "teacher",
+    "output": "dir",
+}
 """Field set by a plain value of a section: `method: lora` means `method: {kind: lora}`."""
 
 
@@ -179,9 +184,7 @@ def _other_problems(config: TrainConfig) -> list[str]:
             f"--mix has {len(mix)} share{'s' * (len(mix) != 1)} for {sets} data "
             f"set{'s' * (sets != 1)}. Give one share for each --dataset."
         )
-    return [
-        *problems, *_task_problems(config), *_stream_problems(config), *_pipe_problems(config)
-    ]  # fmt: skip
+    return [*problems, *_task_problems(config), *_stream_problems(config), *_pipe_problems(config)]
 
 
 def _timing_problems(config: TrainConfig) -> list[str]:

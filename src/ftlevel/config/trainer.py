@@ -103,12 +103,14 @@ SCHEDULES: Mapping[str, AllowedArguments] = {
 """Schedule → arguments of its transformers function, except those that the run sets."""
 
 OPTIMIZERS: Mapping[str, AllowedArguments] = {
-    **dict.fromkeys(("ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit"),
-                    AllowedArguments(("beta3", "alpha", "t_alpha", "t_beta3"))),
+    **dict.fromkeys(
+        ("ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit"),
+        AllowedArguments(("beta3", "alpha", "t_alpha", "t_beta3")),
+    ),
     "rmsprop": AllowedArguments(("momentum", "alpha", "eps", "centered")),
     "adagrad": AllowedArguments(("lr_decay", "eps")),
     "sgd": AllowedArguments(("momentum", "dampening", "nesterov")),
-}  # fmt: skip
+}
 """Optimizer → arguments besides --learning-rate, --weight-decay and --adam-*."""
 
 LEARNING_RATE_ADVICE = {
@@ -135,9 +137,11 @@ def find_problems(train: Any) -> list[str]:
     """Return messages for optimizer and schedule settings that would be ignored."""
     schedule, optim = train.lr_scheduler_type, train.optim
     problems = _settings_problems(
-        "--lr-scheduler-kwargs", f"--lr-scheduler-type {schedule}", train.lr_scheduler_kwargs,
+        "--lr-scheduler-kwargs",
+        f"--lr-scheduler-type {schedule}",
+        train.lr_scheduler_kwargs,
         SCHEDULES.get(schedule, AllowedArguments()),
-    )  # fmt: skip
+    )
     problems += _settings_problems(
         "--optim-args",
         f"--optim {optim}",

@@ -290,10 +290,12 @@ class InferenceModel:
         over = {i: len(ids) for i, ids in enumerate(prompts) if len(ids) > room}
         if over and not (self._cuts and room > 1):
             answer = f" with --max-new-tokens {new:,}" if new else ""
-            raise UnansweredError({
-                i: f"has {length:,} tokens, and the model takes {max(room, 0):,}{answer}"
-                for i, length in over.items()
-            })  # fmt: skip
+            raise UnansweredError(
+                {
+                    i: f"has {length:,} tokens, and the model takes {max(room, 0):,}{answer}"
+                    for i, length in over.items()
+                }
+            )
         self.shortened += len(over)
         return [ids[:1] + ids[1 - room :] if i in over else ids for i, ids in enumerate(prompts)]
 

@@ -118,9 +118,7 @@ def _head(evaluator: ScoringContext, model: Any) -> Any:
     wanted = evaluator.objective if evaluator.chunked_cross_entropy else None
     pad_id = evaluator.tokenizer.pad_token_id or 0
     longest = sorted(evaluator.rows, key=lambda row: -row.length)[:2]
-    return chunked_cross_entropy(
-        model, wanted, longest, pad_id, evaluator.device, evaluator.dtype
-    )  # fmt: skip
+    return chunked_cross_entropy(model, wanted, longest, pad_id, evaluator.device, evaluator.dtype)
 
 
 def _contrasts(rows: Sequence[Encoded]) -> list[Encoded]:

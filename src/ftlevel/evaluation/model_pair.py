@@ -64,11 +64,15 @@ def resolve_pair(config: EvaluateConfig, device: str) -> tuple[ModelRef, ModelRe
     said = (config.name, f"--against {config.against}")
     found, reference = (
         resolve_model(
-            name, config.task if card else task, place,
-            device=device, dtype=config.dtype, said=words,
+            name,
+            config.task if card else task,
+            place,
+            device=device,
+            dtype=config.dtype,
+            said=words,
         )
         for name, card, words, place in zip(names, cards, said, _places(config, cards), strict=True)
-    )  # fmt: skip
+    )
     if found.card.task != reference.card.task:
         raise InputError(
             f"--against {config.against} is for {reference.card.task}, and {config.name} for "

@@ -255,11 +255,15 @@ def compare_rows(reference: RowLogits, found: RowLogits) -> Agreement:
         same += _count_same_choice(first, second)
     targets = max(reference.targets, 1)
     return Agreement(
-        largest, total / max(numbers, 1), scale,
+        largest,
+        total / max(numbers, 1),
+        scale,
         divergence / targets if reference.has_choice else None,
         same / targets if reference.has_choice else None,
-        found.loss, reference.loss, reference.targets,
-    )  # fmt: skip
+        found.loss,
+        reference.loss,
+        reference.targets,
+    )
 
 
 def compare_text(

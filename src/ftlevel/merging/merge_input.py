@@ -250,9 +250,14 @@ def _prepare_rows(inputs: MergeInput, config: TrainConfig) -> PreparedData:
     bounds = Bounds(max_positions(inputs.config))
     prompt = read_format(inputs.card)
     context = EncodingContext(
-        inputs.task, inputs.kind, tokenizer, vocabulary, bounds, config.train.seed,
+        inputs.task,
+        inputs.kind,
+        tokenizer,
+        vocabulary,
+        bounds,
+        config.train.seed,
         prompt_version=prompt.version if prompt else PROMPT_VERSION,
-    )  # fmt: skip
+    )
     return prepare_data(config.data, context, ignore_progress)
 
 
@@ -268,8 +273,9 @@ def _made_up(inputs: MergeInput, count: int, calibration: int, reason: str) -> R
         made = _rows_of(inputs, windows)
         part = len(made) * count // max(count + calibration, 1)
         words = f"{part} and {len(made) - part} rows of {text.name}"
-        return Rows(made[:part], made[part:], [Choice("compared, and codes chosen, on", words,
-                                                      reason)])  # fmt: skip
+        return Rows(
+            made[:part], made[part:], [Choice("compared, and codes chosen, on", words, reason)]
+        )
     rng = random.Random(0)
     size = min(len(inputs.tokenizer), inputs.config.get_text_config().vocab_size)
     drawn = [[rng.randrange(size) for _ in range(_MADE_UP_LENGTH)] for _ in range(count)]

@@ -260,9 +260,13 @@ def write_merged(
     _write_config(directory, inputs, model, merger.main_dtype, untied=untied)
     written = MergedFiles(
         sum(len(part.specs) for parts in shards.values() for part in parts),
-        merged, len(merger.unchanged), untied, checkpoint.unused, size,
+        merged,
+        len(merger.unchanged),
+        untied,
+        checkpoint.unused,
+        size,
         str(merger.main_dtype).removeprefix("torch."),
-    )  # fmt: skip
+    )
     return written, merger
 
 

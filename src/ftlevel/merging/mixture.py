@@ -73,8 +73,11 @@ def concatenate_adapters(directories: Sequence[Path], weights: Sequence[float], 
             mixed[name] = (
                 torch.cat([mixed[name], value], 0 if is_a else 1) if name in mixed else value
             )
-    ranks = {_module_of(name): len(t) for name, t in mixed.items()
-             if ".lora_A." in name or name.endswith(".lora_embedding_A")}  # fmt: skip
+    ranks = {
+        _module_of(name): len(t)
+        for name, t in mixed.items()
+        if ".lora_A." in name or name.endswith(".lora_embedding_A")
+    }
     most = max(ranks.values())
     own = {f"^{name}$".replace(".", r"\."): rank for name, rank in ranks.items() if rank != most}
     first = read_peft_config(directories[0])

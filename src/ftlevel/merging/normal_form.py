@@ -119,8 +119,10 @@ class NormalForm:
                 rows, columns = weight.shape
                 if type(module).__name__ == "Conv1D":
                     rows, columns = columns, rows
-                more[name] = Factors(torch.zeros(self.rank, columns, dtype=torch.float64),
-                                     torch.zeros(rows, self.rank, dtype=torch.float64))  # fmt: skip
+                more[name] = Factors(
+                    torch.zeros(self.rank, columns, dtype=torch.float64),
+                    torch.zeros(rows, self.rank, dtype=torch.float64),
+                )
         if not more:
             return self
         said = f"zeros written for {len(more):,} modules that were not adapted, such as {min(more)}"

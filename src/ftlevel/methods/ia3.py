@@ -54,13 +54,18 @@ def build(spec: Ia3Spec, base: Base) -> Any:
 _METHOD = Method(
     (
         MethodFacts(
-            "ia3", "ia3", "--method ia3", "a factor for each key, value and inner feature", MERGES,
-            "Liu et al., 2022, arXiv:2205.05638", 614_400,
+            "ia3",
+            "ia3",
+            "--method ia3",
+            "a factor for each key, value and inner feature",
+            MERGES,
+            "Liu et al., 2022, arXiv:2205.05638",
+            614_400,
         ),
     ),
     rate=Rates(narrow=3e-2, wide=3e-3, source="T-Few"),
     build=build,
     find_targets=find_targets,
     merging=Merging(("IA3",), plain_form=PlainForm(never=FULL_RANK)),
-)  # fmt: skip
+)
 METHODS = {"ia3": _METHOD}

@@ -30,17 +30,20 @@ def find_targets(_spec: LnTuningSpec, model: Any) -> list[str]:
 _METHOD = Method(
     (
         MethodFacts(
-            "ln-tuning", "ln-tuning", "--method ln-tuning", "the norm layers", MERGES,
-            "Zhao et al., 2024, arXiv:2312.11420", 266_240,
+            "ln-tuning",
+            "ln-tuning",
+            "--method ln-tuning",
+            "the norm layers",
+            MERGES,
+            "Zhao et al., 2024, arXiv:2312.11420",
+            266_240,
         ),
     ),
-    rate=Rates(
-        narrow=5e-3, wide=1e-3, source="not measured", kinds={"encoder-decoder": 1e-2}
-    ),
+    rate=Rates(narrow=5e-3, wide=1e-3, source="not measured", kinds={"encoder-decoder": 1e-2}),
     build=build,
     find_targets=find_targets,
     merging=Merging(
         ("LN_TUNING",), plain_form=PlainForm(never="trains norms, which are no matrices. Merge it")
     ),
-)  # fmt: skip
+)
 METHODS = {"ln-tuning": _METHOD}

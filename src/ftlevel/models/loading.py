@@ -200,9 +200,14 @@ def load_model(
     """
     if source.gguf_file and quantization is not None:
         return _load_gguf_quantized(
-            source, config, auto_class, dtype=dtype, device=device,
-            quantization=quantization, attn_implementation=attn_implementation,
-        )  # fmt: skip
+            source,
+            config,
+            auto_class,
+            dtype=dtype,
+            device=device,
+            quantization=quantization,
+            attn_implementation=attn_implementation,
+        )
     config = copy.deepcopy(config)  # transformers writes the quantization into it
     arguments = source.arguments()
     if mapping := rename_prefix(config, auto_class):

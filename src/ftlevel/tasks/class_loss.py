@@ -81,8 +81,10 @@ def weigh_yes_and_no(
 def balance_yes_and_no(answers: Iterable[Sequence[float]]) -> tuple[float, ...]:
     """Return negative / positive rows per class; 1 for classes that do not occur."""
     columns = list(zip(*answers, strict=True))
-    return tuple((len(column) - sum(column)) / sum(column) or 1.0 if any(column) else 1.0
-                 for column in columns)  # fmt: skip
+    return tuple(
+        (len(column) - sum(column)) / sum(column) or 1.0 if any(column) else 1.0
+        for column in columns
+    )
 
 
 def _tensor_of(weights: Sequence[float], like: torch.Tensor) -> torch.Tensor | None:

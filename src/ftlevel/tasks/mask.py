@@ -111,8 +111,11 @@ class MaskTask(BaseTask):
     ) -> dict[str, Column]:
         """Return the filled text, the predicted words, and `top`."""
         if wanted.probabilities:
-            check_options(OutputOptions(probabilities=True), f"all words of --task {self.name}",
-                          "Use --top-k.")  # fmt: skip
+            check_options(
+                OutputOptions(probabilities=True),
+                f"all words of --task {self.name}",
+                "Use --top-k.",
+            )
         columns: dict[str, Column] = {"": "text", "words": "texts"}
         return columns | ({"top": "rankings"} if wanted.top_k else {})
 

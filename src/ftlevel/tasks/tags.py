@@ -184,8 +184,11 @@ class TagTask(BaseTask):
     ) -> dict[str, Column]:
         """Return the tags, the words for text rows, and optional probabilities."""
         if wanted.top_k:
-            check_options(OutputOptions(top_k=wanted.top_k), f"a word of --task {self.name}",
-                          "Use --probabilities, which gives that of each word's tag.")  # fmt: skip
+            check_options(
+                OutputOptions(top_k=wanted.top_k),
+                f"a word of --task {self.name}",
+                "Use --probabilities, which gives that of each word's tag.",
+            )
         columns: dict[str, Column] = {"": "texts"}
         if "text" in format_.columns:
             columns["words"] = "texts"

@@ -68,8 +68,12 @@ def check_placed(adapted: Any, kind: str, base: Base) -> None:
     placed = getattr(adapted.base_model, "targeted_module_names", None)
     if not base.targets or placed is None:
         return
-    ends = {".".join(parts[at:]) for p in placed for parts in (p.split("."),)
-            for at in range(len(parts))}  # fmt: skip
+    ends = {
+        ".".join(parts[at:])
+        for p in placed
+        for parts in (p.split("."),)
+        for at in range(len(parts))
+    }
     lost = sorted(set(base.targets) - ends)
     if lost:
         names = sorted({name.rpartition(".")[2] for name in lost})

@@ -55,8 +55,9 @@ def resolve_reference(
     said = f"{flag} {name}"
     found = resolve_model(name, device=device, said=said)
     if not TASKS[found.card.task].writes_text:
-        raise InputError(f"{said} was trained for {found.card.task}: it writes no text. Name one "
-                         "that does.")  # fmt: skip
+        raise InputError(
+            f"{said} was trained for {found.card.task}: it writes no text. Name one that does."
+        )
     if (own := model_kind(load_config(found.source))) != kind:
         raise InputError(
             f"{said} is {with_article(own)}, and the model that is trained is "

@@ -116,8 +116,10 @@ def _own_options(card: AdapterCard) -> tuple[Mapping[str, Any], list[str]]:
     if not card.merge or not known or known.get("reference", NO_REFERENCE) == NO_REFERENCE:
         return card.options, []
     alone = {**card.options, "preference": {**known, "reference": NO_REFERENCE}}
-    return alone, ["what it was merged from is its reference no more: rewards are not scored, and "
-                   "the loss compares with nothing"]  # fmt: skip
+    return alone, [
+        "what it was merged from is its reference no more: rewards are not scored, and "
+        "the loss compares with nothing"
+    ]
 
 
 def card_overrides(card: AdapterCard) -> dict[str, Any]:

@@ -44,8 +44,9 @@ PLAIN = "none"
 """Method name of a model without an adapter."""
 _DEFAULT_TASK = "text-generation"
 
-Kind = Literal["run", "checkpoint", "adapter", "peft", "adapterhub", "model", "quantized", "hub",
-               "gguf"]  # fmt: skip
+Kind = Literal[
+    "run", "checkpoint", "adapter", "peft", "adapterhub", "model", "quantized", "hub", "gguf"
+]
 
 
 @dataclass(frozen=True)

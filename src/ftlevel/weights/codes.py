@@ -204,9 +204,12 @@ def four_bit_grid(quant_type: str, double_quant: bool) -> QuantizationGrid:
 
 
 def pack_4bit(
-    codes: torch.Tensor, scales: torch.Tensor, like: torch.Tensor, quant_type: str,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    like: torch.Tensor,
+    quant_type: str,
     double_quant: bool,
-) -> tuple[torch.Tensor, Any]:  # fmt: skip
+) -> tuple[torch.Tensor, Any]:
     """Return the packed bytes of `codes` (out, in) and their `QuantState`.
 
     `codes` index `four_bit_grid`; `scales` are not rounded yet; `like` has the shape and dtype of
@@ -219,9 +222,12 @@ def pack_4bit(
 
 
 def _state(
-    scales: torch.Tensor, like: torch.Tensor, code: torch.Tensor, quant_type: str,
+    scales: torch.Tensor,
+    like: torch.Tensor,
+    code: torch.Tensor,
+    quant_type: str,
     double_quant: bool,
-) -> Any:  # fmt: skip
+) -> Any:
     import bitsandbytes.functional as bnb
 
     more = {}
@@ -229,9 +235,14 @@ def _state(
         more["offset"] = scales.mean()
         scales, more["state2"] = bnb.quantize_blockwise(scales - more["offset"], blocksize=256)
     return bnb.QuantState(
-        absmax=scales, shape=like.shape, dtype=like.dtype, blocksize=BLOCK, code=code,
-        quant_type=quant_type, **more,
-    )  # fmt: skip
+        absmax=scales,
+        shape=like.shape,
+        dtype=like.dtype,
+        blocksize=BLOCK,
+        code=code,
+        quant_type=quant_type,
+        **more,
+    )
 
 
 def _pack(weight: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

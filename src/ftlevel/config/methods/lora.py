@@ -122,9 +122,11 @@ class LoraSpec(MethodSpec):
             for name, given in (
                 ("use_dora", self.use_dora),
                 ("lora_dropout", self.lora_dropout > 0),
-                (f"init_lora_weights {self.init_lora_weights}",
-                 self.init_lora_weights not in ("default", "gaussian")),
-            ):  # fmt: skip
+                (
+                    f"init_lora_weights {self.init_lora_weights}",
+                    self.init_lora_weights not in ("default", "gaussian"),
+                ),
+            ):
                 if given:
                     raise ValueError(
                         f"target_parameters cannot be used with {name}: PEFT's LoRA of a bare "

@@ -439,10 +439,12 @@ def _has_system(example: Any) -> bool:
 
 def _as_turns(example: Any, prompt_format: PromptFormat) -> list[Turn]:
     if isinstance(example, SourceTarget):
-        return prompt_format.with_system([
-            {"role": "user", "content": prompt_format.user_text(example.source)},
-            {"role": "assistant", "content": example.target},
-        ])  # fmt: skip
+        return prompt_format.with_system(
+            [
+                {"role": "user", "content": prompt_format.user_text(example.source)},
+                {"role": "assistant", "content": example.target},
+            ]
+        )
     return prompt_format.with_system([message.to_dict() for message in example.messages])
 
 

@@ -222,8 +222,10 @@ def split_text(row: Encoded, limit: int) -> list[Encoded]:
         return []
     ids = row.input_ids
     starts = range(0, len(ids), limit)
-    pieces = [replace(row, input_ids=part, labels=list(part))
-              for part in (ids[start : start + limit] for start in starts)]  # fmt: skip
+    pieces = [
+        replace(row, input_ids=part, labels=list(part))
+        for part in (ids[start : start + limit] for start in starts)
+    ]
     if len(pieces[-1].input_ids) == 1:
         pieces[-1] = replace(row, input_ids=ids[-2:], labels=[IGNORED, ids[-1]])
     return pieces

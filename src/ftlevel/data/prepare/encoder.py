@@ -51,9 +51,12 @@ class EncodingContext:
         """Return the data checks with the actions of `policy`."""
         tokenizer = self.tokenizer
         known = TokenCheckContext(
-            self.task.checks, tokenizer.bos_token_id, special_token_ids(tokenizer), self.vocabulary,
+            self.task.checks,
+            tokenizer.bos_token_id,
+            special_token_ids(tokenizer),
+            self.vocabulary,
             find_empty_thinks(tokenizer),
-        )  # fmt: skip
+        )
         return Gate(policy, self.task, known)
 
 

@@ -298,8 +298,12 @@ def _without_absent(config: DataConfig, table: Table, task: Task) -> tuple[DataC
         for role, column in config.columns.items()
         if columns_exist(column, table.columns)
     }
-    for columns, form in ((config.columns, config.format), (there, config.format), (there, None),
-                          ({}, None)):  # fmt: skip
+    for columns, form in (
+        (config.columns, config.format),
+        (there, config.format),
+        (there, None),
+        ({}, None),
+    ):
         fewer = config.model_copy(update={"columns": columns, "format": form})
         try:
             found = task.find_format(table.columns, fewer, table.rows[:CHUNK_ROWS])

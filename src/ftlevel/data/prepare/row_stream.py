@@ -123,9 +123,10 @@ class ChunkEncoder:
         """Return `table` without the rows in `bad`, or raise, as configured."""
         gate, skips = self.config.gate, self.config.on_bad_row == "skip"
         stops = [
-            row for row in bad
+            row
+            for row in bad
             if not skips and not (row.finding and getattr(gate, row.finding) == "drop")
-        ]  # fmt: skip
+        ]
         if stops:
             raise InputError(describe_bad_rows(table, stops))
         lines = {row.line for row in bad}
@@ -306,14 +307,16 @@ class RowStream:
                 skipped, after = self._skip_ahead, max(0, self._skip_ahead - len(chunk.rows))
                 self._skip_ahead = after
                 places.append((chunk.cursor, after))
-                chunks.append(replace(chunk, rows=chunk.rows[skipped:],
-                                      lines=chunk.lines[skipped:]))  # fmt: skip
+                chunks.append(
+                    replace(chunk, rows=chunk.rows[skipped:], lines=chunk.lines[skipped:])
+                )
         except InputError as unreadable:
             error = unreadable  # raised after the preceding chunks
         ranks = [(self._turn + at) % division.count for at in range(len(chunks))]
         self._turn = (self._turn + len(chunks)) % division.count
-        own = [self._encode_one(c) for c, r in zip(chunks, ranks, strict=True)
-               if r == division.rank]  # fmt: skip
+        own = [
+            self._encode_one(c) for c, r in zip(chunks, ranks, strict=True) if r == division.rank
+        ]
         found = [deque(some) for some in division.exchange(own)] if chunks else []
         self._ready.extend(
             _Ready(found[rank].popleft(), *place) for rank, place in zip(ranks, places, strict=True)

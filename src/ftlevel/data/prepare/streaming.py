@@ -37,9 +37,14 @@ SAMPLE = 1_000
 """Number of training rows used to detect lengths, columns and types."""
 
 WHOLE_SET = (
-    "exact_duplicates", "near_duplicates", "conflicting_answers", "swapped_roles", "one_answer",
-    "leaked", "near_leaked",
-)  # fmt: skip
+    "exact_duplicates",
+    "near_duplicates",
+    "conflicting_answers",
+    "swapped_roles",
+    "one_answer",
+    "leaked",
+    "near_leaked",
+)
 """Checks that compare rows, and so cover only the first rows of a stream."""
 
 
@@ -65,16 +70,25 @@ def prepare_stream(config: DataConfig, context: EncodingContext) -> PreparedData
         update={"max_length": length, "overlong": "drop" if may_lose else overlong}
     )
     encoder = Encoder(
-        context.task, context.kind, context.tokenizer, resolved, context.bounds,
-        prepared.prompt_format, partly=True,
-    )  # fmt: skip
+        context.task,
+        context.kind,
+        context.tokenizer,
+        resolved,
+        context.bounds,
+        prepared.prompt_format,
+        partly=True,
+    )
     encode = ChunkEncoder(
         resolved, loaded.format, form, encoder, context.gate(config.gate), may_lose
     )
     stream = RowStream(
-        source.train, encode, config.validation_rows or 0, config.shuffle_buffer, context.seed,
+        source.train,
+        encode,
+        config.validation_rows or 0,
+        config.shuffle_buffer,
+        context.seed,
         source.files,
-    )  # fmt: skip
+    )
     facts = {
         **prepared.facts,
         "streamed": True,
@@ -161,12 +175,16 @@ def _fingerprint(source: StreamSource, rows: Any) -> str:
 def _choices(prepared: PreparedData, config: DataConfig, length: int) -> list[Choice]:
     """Return the log lines, reworded because only the first rows are known."""
     first = f"the first {prepared.facts['train_rows']:,} rows"
-    held = f"{len(prepared.validation):,} for validation" if prepared.validation else (
-        "no validation rows: --set data.validation_rows=N would hold some out"
-    )  # fmt: skip
-    shuffle = f"shuffled within {config.shuffle_buffer:,} rows" if config.shuffle_buffer > 1 else (
-        "in the set's order"
-    )  # fmt: skip
+    held = (
+        f"{len(prepared.validation):,} for validation"
+        if prepared.validation
+        else "no validation rows: --set data.validation_rows=N would hold some out"
+    )
+    shuffle = (
+        f"shuffled within {config.shuffle_buffer:,} rows"
+        if config.shuffle_buffer > 1
+        else "in the set's order"
+    )
     lines = []
     for choice in prepared.choices:
         if choice.name == "data":

@@ -114,10 +114,15 @@ class Reader(ABC):
     def table(self, rows: Sequence[Row], lines: Sequence[int]) -> Table:
         """Return a table of rows of this file."""
         return Table(
-            rows, lines, self.shown, self.unit, label_names=self.label_names,
+            rows,
+            lines,
+            self.shown,
+            self.unit,
+            label_names=self.label_names,
             notes=(*self.notes, *describe_null_keys(self.null_keys, self.shown)),
-            text_cells=self.text_cells, ignored=self.ignored,
-        )  # fmt: skip
+            text_cells=self.text_cells,
+            ignored=self.ignored,
+        )
 
 
 @contextmanager

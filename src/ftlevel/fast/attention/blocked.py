@@ -238,9 +238,11 @@ def _add(
 def _take(states: torch.Tensor, groups: int) -> torch.Tensor:
     """Reshape (queries, heads, head_dim) to (key heads, heads of a group * queries, head_dim)."""
     count, heads, width = states.shape
-    return states.reshape(count, groups, heads // groups, width).permute(1, 2, 0, 3).reshape(
-        groups, -1, width
-    )  # fmt: skip
+    return (
+        states.reshape(count, groups, heads // groups, width)
+        .permute(1, 2, 0, 3)
+        .reshape(groups, -1, width)
+    )
 
 
 def _put(target: torch.Tensor, states: torch.Tensor, groups: int) -> None:

@@ -39,9 +39,13 @@ class FlashKernel(Protocol):
         """Return whether the kernel supports `options` for heads of `head_dim`."""
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Lengths,
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        lengths: Lengths,
         options: AttentionOptions,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """Return (tokens, heads, head_dim) for contiguous states of that layout."""
 
 
@@ -82,9 +86,13 @@ class VarlenKernel:
         return {**told, "is_causal": causal}
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Lengths,
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        lengths: Lengths,
         options: AttentionOptions,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """Return (tokens, heads, head_dim), as `FlashKernel.attend`."""
         from torch.nn.attention.varlen import varlen_attn
 
@@ -92,10 +100,15 @@ class VarlenKernel:
         if groups > 1 and not self.groups:
             key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
         attended = varlen_attn(
-            query, key, value, lengths.queries, lengths.keys, lengths.most_queries,
+            query,
+            key,
+            value,
+            lengths.queries,
+            lengths.keys,
+            lengths.most_queries,
             lengths.most_keys,
             **self.settings(options.causal, options.window, options.scale, grouped=groups > 1),
-        )  # fmt: skip
+        )
         return cast("torch.Tensor", attended)  # a tuple is returned only on request
 
 
@@ -290,9 +303,14 @@ def attend_padded(
         if groups > 1:
             key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
         made = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=batch.mask, dropout_p=options.dropout,
-            is_causal=batch.causal and batch.mask is None, scale=options.scale,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            attn_mask=batch.mask,
+            dropout_p=options.dropout,
+            is_causal=batch.causal and batch.mask is None,
+            scale=options.scale,
+        )
         outputs.append(made.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, places)
 
@@ -325,9 +343,13 @@ class HubKernel:
         return can_be_told and head_dim <= WIDEST_HEAD
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Lengths,
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        lengths: Lengths,
         options: AttentionOptions,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """Return (tokens, heads, head_dim), as `FlashKernel.attend`."""
         told: dict[str, Any] = {"softmax_scale": options.scale, "causal": options.causal}
         if options.cap is not None:
@@ -358,9 +380,9 @@ def fetch_kernel(named: str) -> HubKernel:
     from kernels import get_kernel
 
     repository, _, version = named.partition("@")
-    which: dict[str, Any] = {"version": int(version)} if version.isdigit() else {
-        "revision": version
-    }  # fmt: skip
+    which: dict[str, Any] = (
+        {"version": int(version)} if version.isdigit() else {"revision": version}
+    )
     try:
         module = get_kernel(repository, **which)
     except Exception as error:

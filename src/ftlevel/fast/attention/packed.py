@@ -149,8 +149,13 @@ def _by_sdpa(
         else build_visibility_mask(0, length, 0, length, options.causal, options.window)
     )
     output = functional.scaled_dot_product_attention(
-        query[None], key[None], value[None],
-        attn_mask=mask, dropout_p=options.dropout, is_causal=options.causal and plain,
-        scale=options.scale, enable_gqa=query.shape[0] != key.shape[0],
-    )  # fmt: skip
+        query[None],
+        key[None],
+        value[None],
+        attn_mask=mask,
+        dropout_p=options.dropout,
+        is_causal=options.causal and plain,
+        scale=options.scale,
+        enable_gqa=query.shape[0] != key.shape[0],
+    )
     return output[0]

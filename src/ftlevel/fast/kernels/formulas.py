@@ -62,9 +62,14 @@ class Formulas(Protocol):
         """Return ∂L/∂g and ∂L/∂u."""
 
     def rope(
-        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-        *, backward: bool = False,
-    ) -> Pair:  # fmt: skip
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *,
+        backward: bool = False,
+    ) -> Pair:
         """Return q′ and k′, or with `backward` the gradients of q and k from those of q′ and k′."""
 
     def cross_entropy(self, scores: torch.Tensor, targets: torch.Tensor, smoothing: float) -> Pair:
@@ -105,9 +110,14 @@ class TorchFormulas:
         return of_gate(gradient * up, gate), activate(gate).mul_(gradient)
 
     def rope(
-        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-        *, backward: bool = False,
-    ) -> Pair:  # fmt: skip
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *,
+        backward: bool = False,
+    ) -> Pair:
         """Return q′ and k′, or with `backward` the gradients of q and k from those of q′ and k′."""
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
         if backward:

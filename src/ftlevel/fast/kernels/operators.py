@@ -53,17 +53,20 @@ _norm_backward = _define(
 )
 _glu = _define("glu", "(str kind, Tensor gate, Tensor up) -> Tensor", _like(1))
 _glu_backward = _define(
-    "glu_backward", "(str kind, Tensor gradient, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    "glu_backward",
+    "(str kind, Tensor gradient, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     _like(2, 3),
-)  # fmt: skip
+)
 _rope = _define(
-    "rope", "(Tensor q, Tensor k, Tensor cos, Tensor sin, bool backward) -> (Tensor, Tensor)",
+    "rope",
+    "(Tensor q, Tensor k, Tensor cos, Tensor sin, bool backward) -> (Tensor, Tensor)",
     _like(0, 1),
-)  # fmt: skip
+)
 _cross_entropy = _define(
-    "cross_entropy", "(Tensor scores, Tensor targets, float smoothing) -> (Tensor, Tensor)",
+    "cross_entropy",
+    "(Tensor scores, Tensor targets, float smoothing) -> (Tensor, Tensor)",
     lambda scores, _, __: (_scale_like(scores)[..., 0], torch.empty_like(scores)),
-)  # fmt: skip
+)
 
 
 class TritonFormulas:
@@ -100,9 +103,14 @@ class TritonFormulas:
         return made
 
     def rope(
-        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-        *, backward: bool = False,
-    ) -> Pair:  # fmt: skip
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *,
+        backward: bool = False,
+    ) -> Pair:
         """Return q′ and k′, or with `backward` the gradients of q and k from those of q′ and k′."""
         made: Pair = _rope(*(part.contiguous() for part in (q, k, cos, sin)), backward)
         return made

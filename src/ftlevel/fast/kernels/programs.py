@@ -147,9 +147,8 @@ def _glu(gate_ptr, up_ptr, y_ptr, count, KIND: tl.constexpr, SIZE: tl.constexpr)
 
 @triton.jit
 def _glu_backward(
-    g_ptr, gate_ptr, up_ptr, of_gate_ptr, of_up_ptr, count,
-    KIND: tl.constexpr, SIZE: tl.constexpr,
-):  # fmt: skip
+    g_ptr, gate_ptr, up_ptr, of_gate_ptr, of_up_ptr, count, KIND: tl.constexpr, SIZE: tl.constexpr
+):
     places = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = places < count
     g = tl.load(g_ptr + places, mask=inside, other=0.0).to(tl.float32)
@@ -178,9 +177,14 @@ def renorm(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.
 
 
 def _launch_norm(
-    x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, scale: torch.Tensor, eps: float,
-    *, has_scale: bool,
-) -> None:  # fmt: skip
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    y: torch.Tensor,
+    scale: torch.Tensor,
+    eps: float,
+    *,
+    has_scale: bool,
+) -> None:
     _norm[(scale.numel(),)](
         x, weight, y, scale, x.shape[-1], eps, IN_FLOAT32=weight.dtype == torch.float32,
         HAS_RHO=has_scale, SIZE=triton.next_power_of_2(x.shape[-1]), num_warps=_warps(x),
@@ -254,10 +258,12 @@ def _rope(
     cos_2 = tl.load(cos_ptr + at + half, mask=inside, other=0.0).to(tl.float32)
     sin_1 = tl.load(sin_ptr + at, mask=inside, other=0.0).to(tl.float32)
     sin_2 = tl.load(sin_ptr + at + half, mask=inside, other=0.0).to(tl.float32)
-    _turn(q_ptr, of_q_ptr, token, q_heads, half, cos_1, cos_2, sin_1, sin_2,
-          BACKWARD, Q_HEADS, HALF)  # fmt: skip
-    _turn(k_ptr, of_k_ptr, token, k_heads, half, cos_1, cos_2, sin_1, sin_2,
-          BACKWARD, K_HEADS, HALF)  # fmt: skip
+    _turn(
+        q_ptr, of_q_ptr, token, q_heads, half, cos_1, cos_2, sin_1, sin_2, BACKWARD, Q_HEADS, HALF
+    )
+    _turn(
+        k_ptr, of_k_ptr, token, k_heads, half, cos_1, cos_2, sin_1, sin_2, BACKWARD, K_HEADS, HALF
+    )
 
 
 def rope(

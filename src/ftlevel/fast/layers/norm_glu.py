@@ -218,8 +218,10 @@ def _find_glu(module: nn.Module) -> str | None:
     """Return the key of `ACTIVATIONS`; None for another formula."""
     low, generator = copy_module(module), torch.Generator().manual_seed(0)
     for name, (width, inner) in (
-        ("gate_proj", (8, 16)), ("up_proj", (8, 16)), ("down_proj", (16, 8)),
-    ):  # fmt: skip
+        ("gate_proj", (8, 16)),
+        ("up_proj", (8, 16)),
+        ("down_proj", (16, 8)),
+    ):
         linear = nn.Linear(width, inner, bias=False).requires_grad_(False)
         linear.weight.copy_(torch.randn(inner, width, generator=generator))
         setattr(low, name, linear)

@@ -27,9 +27,13 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
         formulas: Formulas,
-    ) -> Pair:  # fmt: skip
+    ) -> Pair:
         """Return q′ and k′, (batch, tokens, heads, head_dim)."""
         ctx.save_for_backward(cos, sin)
         ctx.formulas = formulas
@@ -73,9 +77,14 @@ class _Replacement:
         self._plain, self._kernels = plain, kernels
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-        *others: Any, **settings: Any,
-    ) -> Any:  # fmt: skip
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *others: Any,
+        **settings: Any,
+    ) -> Any:
         """Return q′ and k′ for q and k (batch, heads, tokens, head_dim)."""
         formulas: Formulas = TORCH
         if torch.is_grad_enabled() and not (others or settings) and _is_usual(q, k, cos, sin):

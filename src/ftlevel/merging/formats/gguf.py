@@ -367,15 +367,19 @@ class GgufExport:
             "outtype": outtype,
             "tensors": len(tensors),
             "tensor_bytes": sum(tensor.nbytes for tensor in tensors),
-            "tokenizer": {"model": vocabulary.model, "pre": vocabulary.pre,
-                          "tokens": len(vocabulary.tokens), "notes": vocabulary.notes},
+            "tokenizer": {
+                "model": vocabulary.model,
+                "pre": vocabulary.pre,
+                "tokens": len(vocabulary.tokens),
+                "notes": vocabulary.notes,
+            },
             "template": self.prompting.kind,
             "stops": self.prompting.stops,
             "start": start_of(config),
             "out": str(config.out),
             "modelfile": str(_modelfile(config)),
             "versions": library_versions(),
-        }  # fmt: skip
+        }
 
     @staticmethod
     def describe(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -475,8 +479,9 @@ def _check_lines(check: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterat
         own_settings = ", ".join(check["settings_of_the_model"])
         yield f"transformers does not read {own_settings} from a .gguf; the model's own was used"
     how = (
-        "" if check["splitting_read"]
+        ""
+        if check["splitting_read"]
         else f" (how it splits text is named, {summary['tokenizer']['pre']}; transformers does not "
         "read that)"
-    )  # fmt: skip
+    )
     yield f"the same tokens for {check['texts']} texts{how}"

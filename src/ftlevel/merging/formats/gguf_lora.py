@@ -80,8 +80,9 @@ class GgufWriter:
 def _names(form: NormalForm, config: Any) -> dict[str, str]:
     """Return module → llama.cpp's name of its weight; raise InputError if it has none."""
     names = name_map(config)
-    found = {name: names.get_name(f"{name}.weight", try_suffixes=(".weight",))
-             for name in form.factors}  # fmt: skip
+    found = {
+        name: names.get_name(f"{name}.weight", try_suffixes=(".weight",)) for name in form.factors
+    }
     if lost := [name for name, wanted in found.items() if wanted is None]:
         raise InputError(f"llama.cpp has no place for {join_names(lost, 3)}. Merge it")
     return {name: str(wanted) for name, wanted in found.items()}

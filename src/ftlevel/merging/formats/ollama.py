@@ -46,10 +46,12 @@ def chat_template(
         "{{ range $index, $turn := .Messages }}"
         "{{ $last := eq (len (slice $.Messages $index)) 1 }}"
         + first
-        + "{{ " + "{{ else ".join(cases) + "{{ end }}"
+        + "{{ "
+        + "{{ else ".join(cases)
+        + "{{ end }}"
         + f'{{{{ if and $last (ne $turn.Role "assistant") }}}}{literal(generation)}{{{{ end }}}}'
         + "{{ end }}"
-    )  # fmt: skip
+    )
 
 
 def _but_first(text: str, start: str) -> str:
@@ -134,9 +136,11 @@ def _of_chat(
             "the chat template is not fixed texts around turns",
             None,
             stops,
-            ["The model's chat template is not fixed texts around turns, so no TEMPLATE is given:",
-             "Ollama looks at the one in the file, and where it does not know it, at none."],
-        )  # fmt: skip
+            [
+                "The model's chat template is not fixed texts around turns, so no TEMPLATE is given:",
+                "Ollama looks at the one in the file, and where it does not know it, at none.",
+            ],
+        )
     if prompt.instruction:
         layout = _instructed(layout, prompt.instruction)
     start = tokenizer.bos_token if vocabulary.flags["add_bos_token"] else ""

@@ -151,8 +151,13 @@ def find_rates(spec: AdapterSpec) -> Rates:
 _METHOD = Method(
     (
         MethodFacts(
-            "adapter", "adapter", "--method adapter", "two small layers inside every block", "",
-            "Houlsby et al., 2019, arXiv:1902.00751", 134_496_256,
+            "adapter",
+            "adapter",
+            "--method adapter",
+            "two small layers inside every block",
+            "",
+            "Houlsby et al., 2019, arXiv:1902.00751",
+            134_496_256,
         ),
     ),
     rate=find_rates,
@@ -164,5 +169,5 @@ _METHOD = Method(
     step=StepSupport(workers=against_workers, pruning=against_pruning),
     merging=Merging(("BOTTLENECK",), into_weights=False, why_not=why_not_mergeable),
     page=PAGE,
-)  # fmt: skip
+)
 METHODS = {"adapter": _METHOD}

@@ -54,9 +54,12 @@ class Sites:
 
 
 _BERT = Sites(
-    ("attention.output.dense",), "output.dense", ("intermediate.dense",),
-    "intermediate", "output.LayerNorm",
-)  # fmt: skip
+    ("attention.output.dense",),
+    "output.dense",
+    ("intermediate.dense",),
+    "intermediate",
+    "output.LayerNorm",
+)
 _LLAMA = Sites(("self_attn.o_proj",), "mlp.down_proj", ("mlp.up_proj",), "post_attention_layernorm")
 _EXPERTS = Sites(("self_attn.o_proj",), "mlp", residual="post_attention_layernorm")
 _GPT2 = Sites(("attn.c_proj",), "mlp.c_proj", ("mlp.c_fc",), "ln_2")

@@ -44,8 +44,10 @@ _TOKENS = "token_adapter.trainable_tokens_delta"
 def as_lora(file: AdapterFile) -> dict[str, Factors]:
     """Return the update of every adapted module; raises `InputError` for other LoRA variants."""
     _check_form(file)
-    found = {name: _fold(file, name, "lora_A.weight", "lora_B.weight")
-             for name in file.names("lora_A.weight")}  # fmt: skip
+    found = {
+        name: _fold(file, name, "lora_A.weight", "lora_B.weight")
+        for name in file.names("lora_A.weight")
+    }
     found |= {
         name: _fold(file, name, "lora_embedding_A", "lora_embedding_B")
         for name in file.names("lora_embedding_A")

@@ -175,9 +175,13 @@ _PROMPT = Method(
 _P_TUNING = Method(
     (
         MethodFacts(
-            "p-tuning", "p-tuning", "--method p-tuning",
-            "embeddings before the input, from a small network", "",
-            "Liu et al., 2021, arXiv:2103.10385", 50_425_856,
+            "p-tuning",
+            "p-tuning",
+            "--method p-tuning",
+            "embeddings before the input, from a small network",
+            "",
+            "Liu et al., 2021, arXiv:2103.10385",
+            50_425_856,
         ),
     ),
     rate=Rates(narrow=1e-2, wide=5e-3, source="not measured", kinds={"encoder-decoder": 3e-2}),
@@ -193,5 +197,5 @@ _P_TUNING = Method(
     merging=Merging(
         ("SOFT_PROMPT", "P_TUNING"), into_weights=False, why_not=lambda _: VIRTUAL_TOKENS
     ),
-)  # fmt: skip
+)
 METHODS = {"prompt": _PROMPT, "p-tuning": _P_TUNING}

@@ -33,8 +33,13 @@ def check(spec: C3aSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
 _METHOD = Method(
     (
         MethodFacts(
-            "c3a", "c3a", "--method c3a", "circulant blocks beside every linear", MERGES,
-            "Chen et al., 2024, arXiv:2407.19342", 101_187_584,
+            "c3a",
+            "c3a",
+            "--method c3a",
+            "circulant blocks beside every linear",
+            MERGES,
+            "Chen et al., 2024, arXiv:2407.19342",
+            101_187_584,
         ),
     ),
     rate=Rates(narrow=3e-1, wide=3e-1, source="PEFT's method comparison"),
@@ -43,5 +48,5 @@ _METHOD = Method(
     check=check,
     prepare=copy_base_outputs,
     merging=Merging(("C3A",), plain_form=PlainForm(never=FULL_RANK)),
-)  # fmt: skip
+)
 METHODS = {"c3a": _METHOD}

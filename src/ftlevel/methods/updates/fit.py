@@ -9,10 +9,12 @@ from ftlevel.errors import ConfigError, join_names
 from ftlevel.methods.facts import CONV1D, Rule, rows
 
 LINEARS_ONLY = Rule(
-    rows("miss", "shira", "c3a"), "its linears are Conv1D, which PEFT does not take here",
+    rows("miss", "shira", "c3a"),
+    "its linears are Conv1D, which PEFT does not take here",
     "Use --method lora, or --quant 4bit, which makes them linears.",
-    families=CONV1D, quants=frozenset({"none"}),
-)  # fmt: skip
+    families=CONV1D,
+    quants=frozenset({"none"}),
+)
 
 
 def check_divides(

@@ -61,8 +61,13 @@ def as_lora(file: AdapterFile) -> dict[str, Factors]:
 _METHOD = Method(
     (
         MethodFacts(
-            "gralora", "gralora", "--method gralora", "LoRA on each of the blocks of every weight",
-            MERGES, "Jung et al., 2025, arXiv:2505.20355", 79_953_920,
+            "gralora",
+            "gralora",
+            "--method gralora",
+            "LoRA on each of the blocks of every weight",
+            MERGES,
+            "Jung et al., 2025, arXiv:2505.20355",
+            79_953_920,
         ),
     ),
     rate=Rates(narrow=1e-3, wide=2e-4, source="PEFT's method comparison"),
@@ -70,5 +75,5 @@ _METHOD = Method(
     check=check,
     prepare=copy_base_outputs,
     merging=Merging(("GRALORA",), plain_form=PlainForm(as_lora)),
-)  # fmt: skip
+)
 METHODS = {"gralora": _METHOD}

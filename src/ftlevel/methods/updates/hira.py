@@ -26,12 +26,17 @@ def build(spec: HiraSpec, base: Base) -> Any:
 _METHOD = Method(
     (
         MethodFacts(
-            "hira", "hira", "--method hira", "a low-rank factor of every weight", MERGES,
-            "Huang et al., 2025, ICLR (openreview TwJrTz9cRS)", 79_953_920,
+            "hira",
+            "hira",
+            "--method hira",
+            "a low-rank factor of every weight",
+            MERGES,
+            "Huang et al., 2025, ICLR (openreview TwJrTz9cRS)",
+            79_953_920,
         ),
     ),
     rate=Rates(narrow=1e-2, wide=4.5e-3, source="PEFT's method comparison"),
     build=build,
     merging=Merging(("HIRA",), plain_form=PlainForm(never=FULL_RANK)),
-)  # fmt: skip
+)
 METHODS = {"hira": _METHOD}

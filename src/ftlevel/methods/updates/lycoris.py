@@ -59,8 +59,9 @@ def lokr_as_lora(file: AdapterFile) -> dict[str, Factors]:
     found = {}
     for name in sorted(names):
         (b1, a1), (b2, a2) = (_sides(file, name, f"lokr_w{number}") for number in (1, 2))
-        scale = _scale(file, name, by_pattern(file.config.get("rank_pattern"), name,
-                                              file.config["r"]))  # fmt: skip
+        scale = _scale(
+            file, name, by_pattern(file.config.get("rank_pattern"), name, file.config["r"])
+        )
         found[name] = Factors(torch.kron(a1, a2), torch.kron(b1, b2) * scale)
     file.said.append("LoKr's Kronecker products multiplied out")
     return found
@@ -86,36 +87,51 @@ def _scale(file: AdapterFile, name: str, rank: int) -> float:
 
 _RULES = (
     Rule(
-        rows("loha", "lokr"), "its linears are Conv1D, which PEFT does not take here",
-        "Use --method lora.", families=CONV1D, quants=frozenset({"none"}),
+        rows("loha", "lokr"),
+        "its linears are Conv1D, which PEFT does not take here",
+        "Use --method lora.",
+        families=CONV1D,
+        quants=frozenset({"none"}),
     ),
     Rule(
-        rows("loha", "lokr"), "PEFT multiplies the update with packed 4-bit weights",
-        "Use --quant 8bit, or --method lora.", quants=frozenset({"4bit"}),
+        rows("loha", "lokr"),
+        "PEFT multiplies the update with packed 4-bit weights",
+        "Use --quant 8bit, or --method lora.",
+        quants=frozenset({"4bit"}),
     ),
-)  # fmt: skip
+)
 _LOHA = Method(
     (
         MethodFacts(
-            "loha", "loha", "--method loha", "a product of two low-rank updates", MERGES,
-            "Hyeon-Woo et al., 2022, arXiv:2108.06098", 39_976_960,
+            "loha",
+            "loha",
+            "--method loha",
+            "a product of two low-rank updates",
+            MERGES,
+            "Hyeon-Woo et al., 2022, arXiv:2108.06098",
+            39_976_960,
         ),
     ),
     rate=Rates(narrow=1e-2, wide=1e-3, source="not measured"),
     build=build_loha,
     rules=_RULES,
     merging=Merging(("LOHA",), plain_form=PlainForm(loha_as_lora)),
-)  # fmt: skip
+)
 _LOKR = Method(
     (
         MethodFacts(
-            "lokr", "lokr", "--method lokr", "a Kronecker product as update", MERGES,
-            "Yeh et al., 2024, arXiv:2309.14859", 1_331_200,
+            "lokr",
+            "lokr",
+            "--method lokr",
+            "a Kronecker product as update",
+            MERGES,
+            "Yeh et al., 2024, arXiv:2309.14859",
+            1_331_200,
         ),
     ),
     rate=Rates(narrow=1e-2, wide=1e-3, source="not measured"),
     build=build_lokr,
     rules=_RULES,
     merging=Merging(("LOKR",), plain_form=PlainForm(lokr_as_lora)),
-)  # fmt: skip
+)
 METHODS = {"loha": _LOHA, "lokr": _LOKR}

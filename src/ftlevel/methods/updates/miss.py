@@ -60,8 +60,13 @@ def as_lora(file: AdapterFile) -> dict[str, Factors]:
 _METHOD = Method(
     (
         MethodFacts(
-            "miss", "miss", "--method miss", "one matrix beside every linear, for summed inputs",
-            MERGES, "Kang and Yin, 2024, arXiv:2409.15371", 87_031_808,
+            "miss",
+            "miss",
+            "--method miss",
+            "one matrix beside every linear, for summed inputs",
+            MERGES,
+            "Kang and Yin, 2024, arXiv:2409.15371",
+            87_031_808,
         ),
     ),
     rate=Rates(
@@ -71,5 +76,5 @@ _METHOD = Method(
     rules=(LINEARS_ONLY,),
     check=check,
     merging=Merging(("MISS",), plain_form=PlainForm(as_lora)),
-)  # fmt: skip
+)
 METHODS = {"miss": _METHOD}

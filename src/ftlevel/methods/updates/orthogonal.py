@@ -53,16 +53,23 @@ def check_boft(spec: BoftSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
 
 _RULES = (
     Rule(
-        rows("oft", "boft"), "its linears are Conv1D, which PEFT has no rotation for",
+        rows("oft", "boft"),
+        "its linears are Conv1D, which PEFT has no rotation for",
         "Use --method lora, or --quant 4bit, which makes them linears.",
-        families=CONV1D, quants=frozenset({"none"}),
+        families=CONV1D,
+        quants=frozenset({"none"}),
     ),
-)  # fmt: skip
+)
 _OFT = Method(
     (
         MethodFacts(
-            "oft", "oft", "--method oft", "a rotation of every linear's input", MERGES,
-            "Qiu et al., 2023, arXiv:2306.07280; 2025, arXiv:2506.19847", 17_649_664,
+            "oft",
+            "oft",
+            "--method oft",
+            "a rotation of every linear's input",
+            MERGES,
+            "Qiu et al., 2023, arXiv:2306.07280; 2025, arXiv:2506.19847",
+            17_649_664,
         ),
     ),
     rate=Rates(narrow=1e-3, wide=3e-4, source="not measured", kinds={"decoder": 3e-4}),
@@ -70,12 +77,17 @@ _OFT = Method(
     rules=_RULES,
     check=check_oft,
     merging=Merging(("OFT",), plain_form=PlainForm(never=FULL_RANK)),
-)  # fmt: skip
+)
 _BOFT = Method(
     (
         MethodFacts(
-            "boft", "boft", "--method boft", "a rotation of every linear's input, in small blocks",
-            MERGES, "Liu et al., 2024, arXiv:2311.06243", 5_914_624,
+            "boft",
+            "boft",
+            "--method boft",
+            "a rotation of every linear's input, in small blocks",
+            MERGES,
+            "Liu et al., 2024, arXiv:2311.06243",
+            5_914_624,
         ),
     ),
     rate=Rates(narrow=1e-2, wide=4e-4, source="not measured", kinds={"decoder": 3e-3}),
@@ -83,5 +95,5 @@ _BOFT = Method(
     rules=_RULES,
     check=check_boft,
     merging=Merging(("BOFT",), plain_form=PlainForm(never=FULL_RANK)),
-)  # fmt: skip
+)
 METHODS = {"oft": _OFT, "boft": _BOFT}

@@ -35,8 +35,9 @@ def forget_mask(config: Any) -> None:
 
 def check(spec: ShiraSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
     """Raise `ConfigError` if a linear layer has too few weights for r."""
-    room = {name: fan_in * fan_out // (fan_in + fan_out) for name, (fan_in, fan_out)
-            in sizes.items()}  # fmt: skip
+    room = {
+        name: fan_in * fan_out // (fan_in + fan_out) for name, (fan_in, fan_out) in sizes.items()
+    }
     small = [name for name, most in room.items() if most < spec.r]
     if small:
         raise ConfigError(
@@ -48,8 +49,13 @@ def check(spec: ShiraSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
 _METHOD = Method(
     (
         MethodFacts(
-            "shira", "shira", "--method shira", "a few weights of every linear, drawn at random",
-            MERGES, "Bhardwaj et al., 2024, arXiv:2406.13175", 79_953_920,
+            "shira",
+            "shira",
+            "--method shira",
+            "a few weights of every linear, drawn at random",
+            MERGES,
+            "Bhardwaj et al., 2024, arXiv:2406.13175",
+            79_953_920,
         ),
     ),
     rate=Rates(narrow=1e-3, wide=3e-4, source="PEFT's method comparison"),
@@ -57,5 +63,5 @@ _METHOD = Method(
     rules=(LINEARS_ONLY,),
     check=check,
     merging=Merging(("SHIRA",), prepare=forget_mask, plain_form=PlainForm(never=FULL_RANK)),
-)  # fmt: skip
+)
 METHODS = {"shira": _METHOD}

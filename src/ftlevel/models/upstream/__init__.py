@@ -8,10 +8,15 @@ tests/unit/models/test_upstream.py. This module imports none of the libraries.
 from __future__ import annotations
 
 VERSIONS = {
-    "accelerate": "1.15.0", "bitsandbytes": "0.50.2", "datasets": "5.2.0", "gguf": "0.19.0",
+    "accelerate": "1.15.0",
+    "bitsandbytes": "0.50.2",
+    "datasets": "5.2.0",
+    "gguf": "0.19.0",
     "peft": "0.21.2",
-    "torch": "2.13.0", "torchao": "0.18.0", "transformers": "5.24.0",
-}  # fmt: skip
+    "torch": "2.13.0",
+    "torchao": "0.18.0",
+    "transformers": "5.24.0",
+}
 """Library -> version on which `FACTS` is based."""
 
 FACTS = {

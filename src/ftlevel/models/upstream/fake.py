@@ -38,9 +38,13 @@ class FakeTensor(torch.Tensor):
     def __new__(cls, shape_only: torch.Tensor) -> FakeTensor:
         """Return the fake of a meta tensor."""
         fake: FakeTensor = torch.Tensor._make_wrapper_subclass(
-            cls, shape_only.size(), strides=shape_only.stride(), dtype=shape_only.dtype,
-            storage_offset=shape_only.storage_offset(), device=torch.device("cpu"),
-        )  # fmt: skip
+            cls,
+            shape_only.size(),
+            strides=shape_only.stride(),
+            dtype=shape_only.dtype,
+            storage_offset=shape_only.storage_offset(),
+            device=torch.device("cpu"),
+        )
         fake.shape_only = shape_only
         return fake
 
@@ -103,8 +107,11 @@ def _over(values: torch.Tensor, size: Any, places: torch.Tensor | None) -> FakeT
 
 
 def _masked(dense: FakeTensor, mask: FakeTensor) -> FakeTensor:
-    return _over(_inner(dense).new_empty(_inner(mask).untyped_storage().nbytes()
-                 // mask.dtype.itemsize), mask.size(), mask.places)  # fmt: skip
+    return _over(
+        _inner(dense).new_empty(_inner(mask).untyped_storage().nbytes() // mask.dtype.itemsize),
+        mask.size(),
+        mask.places,
+    )
 
 
 def _values_of(sparse: FakeTensor) -> FakeTensor:
@@ -267,9 +274,11 @@ def pack_fake(model: torch.nn.Module, dtype: torch.dtype, experts: Any = None) -
         elif isinstance(module, bnb.nn.Linear4bit):
             weight = module.weight
             state = _fake_state(
-                (module.out_features, module.in_features), weight.quant_type,
-                weight.compress_statistics, dtype,
-            )  # fmt: skip
+                (module.out_features, module.in_features),
+                weight.quant_type,
+                weight.compress_statistics,
+                dtype,
+            )
             module._parameters["weight"], module.quant_state = _fake_codes(state), state
             module.compute_dtype, module.compute_type_is_set = dtype, True
             module.support_avx512bf16_for_cpu = False
@@ -314,9 +323,11 @@ def _pack_experts(module: Any, dtype: torch.dtype, config: Any) -> None:
 
     for name in NAMES:
         state = _fake_state(
-            tuple(module._parameters[name].shape), config.bnb_4bit_quant_type,
-            config.bnb_4bit_use_double_quant, dtype,
-        )  # fmt: skip
+            tuple(module._parameters[name].shape),
+            config.bnb_4bit_quant_type,
+            config.bnb_4bit_use_double_quant,
+            dtype,
+        )
         module._parameters[name] = _fake_codes(state)
         register_parametrization(module, name, Bnb4bitParametrization(state), unsafe=True)
     use_even_shares(module.config)

@@ -261,9 +261,12 @@ class PackedWeight:
         import bitsandbytes.functional as bnb
 
         known = {
-            "shape": self._shape, "dtype": self._stored.dtype, "blocksize": _BLOCK,
-            "code": bnb.get_4bit_type(self._kind, device=scales.device), "quant_type": self._kind,
-        }  # fmt: skip
+            "shape": self._shape,
+            "dtype": self._stored.dtype,
+            "blocksize": _BLOCK,
+            "code": bnb.get_4bit_type(self._kind, device=scales.device),
+            "quant_type": self._kind,
+        }
         if not self._scales_packed:
             return bnb.QuantState(absmax=scales, **known)
         offset = scales.mean()
@@ -292,9 +295,10 @@ def pack_unread(
         weight, linear.bias = before[name]
         turned = issubclass(linear.source_cls, Conv1D)
         settings = {
-            "quant_type": linear.weight.quant_type, "module": linear,
+            "quant_type": linear.weight.quant_type,
+            "module": linear,
             "compress_statistics": linear.weight.compress_statistics,
-        }  # fmt: skip
+        }
         stored = unread.get(weight)
         if not isinstance(stored, StoredWeight):
             whole = weight.data.T.contiguous() if turned else weight.data

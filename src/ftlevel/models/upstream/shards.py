@@ -179,9 +179,11 @@ def read_state(
         number, _, name = key.partition(".")
         like: Any = parameters[int(number)]
         parts[key] = zeros(
-            known.size, dtype=known.properties.dtype, device_mesh=like.device_mesh,
+            known.size,
+            dtype=known.properties.dtype,
+            device_mesh=like.device_mesh,
             placements=like.placements,
-        )  # fmt: skip
+        )
         state.setdefault(int(number), {})[name] = parts[key]
     read_parts(parts, directory)
     return state

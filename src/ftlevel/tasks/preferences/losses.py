@@ -175,8 +175,13 @@ PAIR_LOSSES: dict[str, PairLoss] = {
 }
 
 
-def kto(answered: AnswerLikelihoods, good: torch.Tensor, baseline: torch.Tensor, beta: float,
-        weights: tuple[float, float]) -> torch.Tensor:  # fmt: skip
+def kto(
+    answered: AnswerLikelihoods,
+    good: torch.Tensor,
+    baseline: torch.Tensor,
+    beta: float,
+    weights: tuple[float, float],
+) -> torch.Tensor:
     """Return the KTO loss of each answer.
 
     `good` and the detached `baseline` z are `(answers,)`; `weights` are λ of desirable and other
@@ -193,7 +198,8 @@ def kto(answered: AnswerLikelihoods, good: torch.Tensor, baseline: torch.Tensor,
     )
 
 
-def bradley_terry(good: torch.Tensor, bad: torch.Tensor, margins: torch.Tensor,
-                  center: float) -> torch.Tensor:  # fmt: skip
+def bradley_terry(
+    good: torch.Tensor, bad: torch.Tensor, margins: torch.Tensor, center: float
+) -> torch.Tensor:
     """Return the reward loss of each pair, `(pairs,)`."""
     return center * (good + bad).square() - log_sigmoid(good - bad - margins)

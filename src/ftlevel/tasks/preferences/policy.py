@@ -82,9 +82,11 @@ class AnswerTask(BaseTask):
                     f"there is a column {there!r}, and no {missing!r}: --task {self.name} learns "
                     f"from pairs of answers. Name it: --map {missing}=COLUMN."
                 )
-        task = self if self.settings.facts.paired else replace(
-            self, shapes=(*JUDGED_SHAPES, *PAIR_SHAPES)
-        )  # fmt: skip
+        task = (
+            self
+            if self.settings.facts.paired
+            else replace(self, shapes=(*JUDGED_SHAPES, *PAIR_SHAPES))
+        )
         return BaseTask.find_format(task, columns, config, rows)
 
     def read_columns(
@@ -97,16 +99,21 @@ class AnswerTask(BaseTask):
         """Return the prompt format for models of `kind`."""
         return choose_format(tokenizer, kind, self.instruction, self.answer_cue)
 
-    def encode_as(self, encoder: Encoder, examples: Sequence[Any], table: Table, *, scored: bool
-                  ) -> FittedRows:  # fmt: skip
+    def encode_as(
+        self, encoder: Encoder, examples: Sequence[Any], table: Table, *, scored: bool
+    ) -> FittedRows:
         """Return encoded pairs or labeled answers."""
         if encoder.prompt_format is None:
             raise TypeError("judged answers have a prompt format")
         settings, seq2seq = self.settings, encoder.kind == "encoder-decoder"
         encode = PreferenceEncoder(
-            encoder.tokenizer, encoder.prompt_format, encoder.kind, settings.loss == "kto", scored,
+            encoder.tokenizer,
+            encoder.prompt_format,
+            encoder.kind,
+            settings.loss == "kto",
+            scored,
             settings.is_referenced,
-        )  # fmt: skip
+        )
         fitted = encoder.fit(encoder.collect(encode, examples), table)
         return encoder.fit_targets(fitted, table) if seq2seq else fitted
 
@@ -130,10 +137,11 @@ class AnswerTask(BaseTask):
         if "simpo_gamma" in told:
             told["simpo_gamma"] = self.settings.margin
         shown = ", ".join(
-            f"{name.replace('_', ' ')} {value:g}" if isinstance(value, float | int)
+            f"{name.replace('_', ' ')} {value:g}"
+            if isinstance(value, float | int)
             else f"{name.replace('_', ' ')} {value}"
             for name, value in told.items()
-        )  # fmt: skip
+        )
         return [Choice("loss", self.settings.loss, shown), *super().describe_rows(loaded, facts)]
 
     @property
@@ -162,10 +170,15 @@ class AnswerTask(BaseTask):
         """Return the token ranges of prompt and answers, or the label."""
         if isinstance(row, PairRow):
             first = row.prompt + row.chosen
-            return (f"prompt: tokens 1-{row.prompt}, preferred: {row.prompt + 1}-{first}, "
-                    f"rejected: {first + 1}-{len(row.input_ids)}")  # fmt: skip
-        return ("desirable" if row.desirable else "undesirable") if isinstance(
-            row, LabeledAnswerRow) else ""  # fmt: skip
+            return (
+                f"prompt: tokens 1-{row.prompt}, preferred: {row.prompt + 1}-{first}, "
+                f"rejected: {first + 1}-{len(row.input_ids)}"
+            )
+        return (
+            ("desirable" if row.desirable else "undesirable")
+            if isinstance(row, LabeledAnswerRow)
+            else ""
+        )
 
 
 @dataclass(frozen=True)

@@ -255,9 +255,13 @@ def _articles(value: Mapping[str, Any]) -> OneObject | None:
                         "text": [answer["text"] for answer in found],
                         "answer_start": [answer["answer_start"] for answer in found],
                     }
-                    row = {"id": asked.get("id"), "title": article.get("title"),
-                           "context": paragraph["context"], "question": asked["question"],
-                           "answers": answers}  # fmt: skip
+                    row = {
+                        "id": asked.get("id"),
+                        "title": article.get("title"),
+                        "context": paragraph["context"],
+                        "question": asked["question"],
+                        "answers": answers,
+                    }
                 except (KeyError, TypeError, AttributeError) as error:
                     bad.append(BadRow(number, f"question {number} lacks {error}"))
                 else:

@@ -42,18 +42,22 @@ def refuse_unknown(path: Path, suffix: str, readable: list[str]) -> InputError:
     """Return the error for a file whose suffix is not in `readable`."""
     for kind, suffixes in _KINDS.items():
         if suffix in suffixes:
-            text = "Extract its text first, as .txt or .jsonl." if kind == "a document" else (
-                "Give its text, such as captions or transcripts, as .jsonl or .csv."
-            )  # fmt: skip
+            text = (
+                "Extract its text first, as .txt or .jsonl."
+                if kind == "a document"
+                else "Give its text, such as captions or transcripts, as .jsonl or .csv."
+            )
             return InputError(f"{path}: is {kind}, and ftlevel learns from text. {text}")
     if suffix in _ARCHIVES:
         return InputError(
             f"{path}: is an archive of files. Unpack it and name the directory: "
             f"{_ARCHIVES[suffix]} {shlex.quote(path.name)}"
         )
-    way = "Save the sheet as .xlsx or .csv." if suffix == ".xls" else (
-        "Convert it, or say what it is with --input-format."
-    )  # fmt: skip
+    way = (
+        "Save the sheet as .xlsx or .csv."
+        if suffix == ".xls"
+        else "Convert it, or say what it is with --input-format."
+    )
     return InputError(
         f"{path}: cannot read {suffix or 'a file without extension'!r}. "
         f"Formats: {join_names(readable, 20)}. {way}"
