@@ -147,9 +147,9 @@ def sizes() -> list[Figure]:
     )
     return [
         Figure("Python files", "607", 372, len(texts)),
-        Figure("code lines", "44,650", 46_500, sum(code for code, _ in counted)),
+        Figure("code lines", "44,650", 47_100, sum(code for code, _ in counted)),
         Figure("docstring lines", "13,954", 9_000, sum(lines for _, lines in counted)),
-        Figure("`# fmt: skip`", "344", 340, sum(t.count("# fmt: skip") for t in texts.values())),
+        Figure("`# fmt: skip`", "344", 150, sum(t.count("# fmt: skip") for t in texts.values())),
         Figure("lines of benchmarks and scripts", "17,516", 17_750, laboratory),
         Figure(
             "functions that take a Plan and a TrainConfig", "74", 76,

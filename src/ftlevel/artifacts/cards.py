@@ -332,8 +332,16 @@ def write_quantized_readme(name: str, summary: Mapping[str, Any], task: str | No
     else:
         lines.append("How far it is from its source was not measured.")
     if task:
-        lines += ["", "## Use", "", f"For {task}, as its source was trained:", "", "```sh",
-                  generate_command(name, task), "```"]  # fmt: skip
+        lines += [
+            "",
+            "## Use",
+            "",
+            f"For {task}, as its source was trained:",
+            "",
+            "```sh",
+            generate_command(name, task),
+            "```",
+        ]
     return "\n".join([*lines, ""])
 
 

@@ -226,8 +226,14 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[int, dict[str, Any]]:
                 if not 0 <= begin <= end <= path.stat().st_size:
                     raise ValueError(f"it has no {name[:80]!r}")
                 entry["dtype"], entry["shape"]
-    except (struct.error, ValueError, LookupError, TypeError, AttributeError,
-            RecursionError) as error:  # fmt: skip
+    except (
+        struct.error,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise InputError(
             f"{path} is not a safetensors file ({error}). Was a copy cut short?"
         ) from None

@@ -129,9 +129,15 @@ def plan(
             from ftlevel.commands.plan import plan as look
 
         own = given.values
-        wishes = PlanOptions(gpu, probe, price_per_hour, alternatives=not brief, nodes=own["nodes"],
-                        gpus_per_node=own["gpus_per_node"],
-                        interconnect_gbps=own["interconnect_gbps"])  # fmt: skip
+        wishes = PlanOptions(
+            gpu,
+            probe,
+            price_per_hour,
+            alternatives=not brief,
+            nodes=own["nodes"],
+            gpus_per_node=own["gpus_per_node"],
+            interconnect_gbps=own["interconnect_gbps"],
+        )
         if as_json:
             typer.echo(json_module.dumps(look(config, wishes).to_dict()))
             return

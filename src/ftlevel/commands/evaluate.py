@@ -220,11 +220,18 @@ def _settings(config: EvaluateConfig, found: ModelRef) -> tuple[TrainConfig, boo
     if config.dataset is not None and _is_moved(config.dataset, own, found):
         changes["dataset"], is_own = config.dataset, True
     elif config.dataset is not None:
-        changes |= {"dataset": config.dataset, "also": (), "mix": None,
-                    "validation_file": None, "subset": config.subset,
-                    "input_format": config.input_format,
-                    "split": None, "validation_split": None, "max_samples": None,
-                    "max_eval_samples": None}  # fmt: skip
+        changes |= {
+            "dataset": config.dataset,
+            "also": (),
+            "mix": None,
+            "validation_file": None,
+            "subset": config.subset,
+            "input_format": config.input_format,
+            "split": None,
+            "validation_split": None,
+            "max_samples": None,
+            "max_eval_samples": None,
+        }
     if config.columns:
         changes["columns"] = config.columns
     if config.ignore_columns:

@@ -135,6 +135,12 @@ def _row(
         works = "in part"
         reasons = tuple(f"not {limit.where}: {limit.why}" for limit in limits)
     return MethodRow(
-        facts.name, facts.kind, facts.flags, works, reasons, facts.trains, bool(facts.merges),
+        facts.name,
+        facts.kind,
+        facts.flags,
+        works,
+        reasons,
+        facts.trains,
+        bool(facts.merges),
         facts.paper,
-    )  # fmt: skip
+    )

@@ -161,9 +161,16 @@ def _prepare(
     columns = Choice("columns", shape.description, reason)
     choices = _choices(config, found, own, columns, answers, file)
     return _Job(
-        found, device.value, own, wanted, answers, questions, sink, tally,
+        found,
+        device.value,
+        own,
+        wanted,
+        answers,
+        questions,
+        sink,
+        tally,
         [*choices, device, choose_threads()],
-    )  # fmt: skip
+    )
 
 
 def _settings(found: ModelRef) -> TrainConfig:

@@ -306,19 +306,29 @@ def _summary(
     before = sum(sizes[0] for sizes in parts.values())
     after = sum(sizes[1] for sizes in parts.values())
     return {
-        "source": {"name": plan.source.name, "kind": plan.source.kind,
-                   "revision": plan.source.revision,
-                   "type": plan.model_config.model_type},
-        "quantization": {"form": config.form, "quant": config.quant,
-                         **({"quant_type": config.quant_type, "double_quant": config.double_quant}
-                            if config.quant == "4bit" else {})},
+        "source": {
+            "name": plan.source.name,
+            "kind": plan.source.kind,
+            "revision": plan.source.revision,
+            "type": plan.model_config.model_type,
+        },
+        "quantization": {
+            "form": config.form,
+            "quant": config.quant,
+            **(
+                {"quant_type": config.quant_type, "double_quant": config.double_quant}
+                if config.quant == "4bit"
+                else {}
+            ),
+        },
         "dtype": str(plan.layout.dtype).removeprefix("torch."),
         "quantized_linears": quantized,
-        "parts": {name: {"bytes_before": sizes[0], "bytes": sizes[1]}
-                  for name, sizes in parts.items()},
+        "parts": {
+            name: {"bytes_before": sizes[0], "bytes": sizes[1]} for name, sizes in parts.items()
+        },
         "bytes_before": before,
         "bytes": after,
         "ratio": before / after,
         "quantized_ratio": parts[QUANTIZED][0] / parts[QUANTIZED][1],
         "versions": library_versions(),
-    }  # fmt: skip
+    }

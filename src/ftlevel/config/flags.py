@@ -229,9 +229,12 @@ _ROWS = ("train", "preview")
 _LIKE_TRAIN = ("train", "preview", "plan", "compare", "launch")
 TRAIN_LIKE_COMMANDS = ("plan", "compare", "launch", "init")
 """Commands that accept the flags of train."""
-_EVERY = ("train", "preview", "plan", "compare", "launch", "report", "doctor", "init", "evaluate",
-          "predict", "generate", "merge", "quantize", "export", "check-served", "list-targets",
-          "list-methods", "recipes")  # fmt: skip
+_EVERY = tuple(
+    """
+    train preview plan compare launch report doctor init evaluate predict generate merge
+    quantize export check-served list-targets list-methods recipes
+    """.split()
+)
 _QUIET = ("train", "compare", "merge", "quantize", "export", "check-served")
 _TRACED = tuple(name for name in _EVERY if name != "preview")
 

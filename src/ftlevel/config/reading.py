@@ -8,20 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-TASK_ALIASES = {
-    "causal-lm": "text-generation", "clm": "text-generation", "sft": "text-generation",
-    "chat": "text-generation", "instruct": "text-generation", "pt": "text-generation",
-    "sequence-classification": "text-classification", "seq-cls": "text-classification",
-    "classification": "text-classification", "sentiment-analysis": "text-classification",
-    "token-cls": "token-classification", "ner": "token-classification",
-    "pos": "token-classification", "tagging": "token-classification",
-    "question-ans": "question-answering", "qa": "question-answering",
-    "squad": "question-answering", "fill-mask": "masked-lm", "mlm": "masked-lm",
-    "summarisation": "summarization", "summary": "summarization", "translate": "translation",
-    "mt": "translation",
-    "preferences": "preference", "dpo": "preference", "rlhf": "preference",
-    "reward-model": "reward", "reward-modeling": "reward",
-}  # fmt: skip
+TASK_ALIASES = dict(
+    pair.split("=")
+    for pair in """
+    causal-lm=text-generation clm=text-generation sft=text-generation chat=text-generation
+    instruct=text-generation pt=text-generation sequence-classification=text-classification
+    seq-cls=text-classification classification=text-classification
+    sentiment-analysis=text-classification token-cls=token-classification
+    ner=token-classification pos=token-classification tagging=token-classification
+    question-ans=question-answering qa=question-answering squad=question-answering
+    fill-mask=masked-lm mlm=masked-lm summarisation=summarization summary=summarization
+    translate=translation mt=translation preferences=preference dpo=preference rlhf=preference
+    reward-model=reward reward-modeling=reward
+    """.split()
+)
 """Task alias, in lower case with dashes → task."""
 
 METHOD_ALIASES: dict[str, dict[str, Any]] = {

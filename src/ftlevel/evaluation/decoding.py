@@ -97,11 +97,13 @@ SHARED = 16
 _PROMPT = 12
 """Length in tokens of the prompt that a model is checked with."""
 
-_HARMLESS = {
-    "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "do_sample",
-    "temperature", "top_p", "top_k", "min_p", "typical_p", "max_length", "max_new_tokens",
-    "use_cache", "_from_model_config", "trust_remote_code", "cache_implementation",
-}  # fmt: skip
+_HARMLESS = set(
+    """
+    bos_token_id eos_token_id pad_token_id transformers_version do_sample temperature top_p
+    top_k min_p typical_p max_length max_new_tokens use_cache _from_model_config
+    trust_remote_code cache_implementation
+    """.split()
+)
 """Settings of generation_config that do not affect greedy decoding."""
 
 

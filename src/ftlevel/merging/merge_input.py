@@ -163,20 +163,40 @@ def resolve_merge_input(config: MergeConfig) -> MergeInput:
     objective = task.build_objective(kind, {"labels": card.labels, **card.options})
     dtype = compute_dtype(card, device)
     return MergeInput(
-        directory, card, ref.run, source, model_config, task, kind,
-        task.auto_class(kind, model_config.model_type), tokens, objective,
-        read_quantization(card.quantization), dtype, device,
-    )  # fmt: skip
+        directory,
+        card,
+        ref.run,
+        source,
+        model_config,
+        task,
+        kind,
+        task.auto_class(kind, model_config.model_type),
+        tokens,
+        objective,
+        read_quantization(card.quantization),
+        dtype,
+        device,
+    )
 
 
 def whole_model_input(found: ModelRef, trained: LoadedModel) -> MergeInput:
     """Return inputs for a model without an adapter that is written without a merge."""
     source, card = found.source, found.card
     return MergeInput(
-        Path(source.location), card, found.run, source, trained.model.config, trained.task,
-        trained.kind, trained.task.auto_class(trained.kind, trained.model.config.model_type),
-        source, trained.objective, QuantConfig(), trained.dtype, trained.device,
-    )  # fmt: skip
+        Path(source.location),
+        card,
+        found.run,
+        source,
+        trained.model.config,
+        trained.task,
+        trained.kind,
+        trained.task.auto_class(trained.kind, trained.model.config.model_type),
+        source,
+        trained.objective,
+        QuantConfig(),
+        trained.dtype,
+        trained.device,
+    )
 
 
 def load_trained_model(inputs: MergeInput, quant: QuantConfig, *, dequantized: bool = False) -> Any:

@@ -82,10 +82,16 @@ def concatenate_adapters(directories: Sequence[Path], weights: Sequence[float], 
     own = {f"^{name}$".replace(".", r"\."): rank for name, rank in ranks.items() if rank != most}
     first = read_peft_config(directories[0])
     first |= {
-        "r": most, "lora_alpha": most, "rank_pattern": own, "alpha_pattern": dict(own),
-        "use_rslora": False, "target_modules": sorted(ranks), "layers_to_transform": None,
-        "layers_pattern": None, "exclude_modules": None,
-    }  # fmt: skip
+        "r": most,
+        "lora_alpha": most,
+        "rank_pattern": own,
+        "alpha_pattern": dict(own),
+        "use_rslora": False,
+        "target_modules": sorted(ranks),
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "exclude_modules": None,
+    }
     save_file(mixed, str(out / WEIGHTS), metadata={"format": "pt"})
     (out / "adapter_config.json").write_text(json.dumps(first, indent=2) + "\n", encoding="utf-8")
 

@@ -48,14 +48,24 @@ _OTHERS = {
     "HRA": PlainForm(never=FULL_RANK),
     **dict.fromkeys(
         (
-            "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PROMPT_TUNING",
-            "P_TUNING", "PREFIX_TUNING", "SHADOW",
+            "ADAPTION_PROMPT",
+            "CARTRIDGE",
+            "CPT",
+            "MULTITASK_PROMPT_TUNING",
+            "PROMPT_TUNING",
+            "P_TUNING",
+            "PREFIX_TUNING",
+            "SHADOW",
         ),
         PlainForm(never=NO_WEIGHTS),
     ),
-    **dict.fromkeys(("POLY", "XLORA", "LILY"), PlainForm(
-        never="mixes its matrices by a router that looks at the input, which PEFT alone does")),
-}  # fmt: skip
+    **dict.fromkeys(
+        ("POLY", "XLORA", "LILY"),
+        PlainForm(
+            never="mixes its matrices by a router that looks at the input, which PEFT alone does"
+        ),
+    ),
+}
 
 PLAIN_FORMS: dict[str, PlainForm] = _OTHERS | {
     peft_type: (

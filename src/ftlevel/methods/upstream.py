@@ -11,29 +11,37 @@ from typing import Any
 
 FACTS = {
     "peft/utils/peft_types.py": {
-        "PeftType": "a closed enumeration, and register_peft_method takes only its members"},
+        "PeftType": "a closed enumeration, and register_peft_method takes only its members"
+    },
     "peft/utils/other.py": {
         "get_pattern_key": "which pattern of alpha_pattern a module matches",
-        "unload_and_optionally_merge_module": "how merge_and_unload merges, one layer at a time"},
+        "unload_and_optionally_merge_module": "how merge_and_unload merges, one layer at a time",
+    },
     "peft/tuners/adalora/layer.py": {
         "AdaLoraLayer.ranknum": "what AdaLoRA divides by, which is not saved",
-        "RankAllocator.ipt, RankAllocator.exp_avg_ipt, RankAllocator.exp_avg_unc": "its scores"},
+        "RankAllocator.ipt, RankAllocator.exp_avg_ipt, RankAllocator.exp_avg_unc": "its scores",
+    },
     "peft/tuners/lora/config.py": {
-        "LoraConfig._register_custom_module": "PEFT's experimental door for layers of one's own"},
+        "LoraConfig._register_custom_module": "PEFT's experimental door for layers of one's own"
+    },
     "peft/tuners/lora/model.py": {
-        "Linear._hf_tp_plan": "marks a linear that is cut over several devices"},
+        "Linear._hf_tp_plan": "marks a linear that is cut over several devices"
+    },
     "peft/tuners/lora/layer.py": {  # subclassed in fast/layers/fused_lora
         "LoraLayer.lora_variant": "whether it is DoRA or another form of LoRA",
-        "LoraLayer.lora_bias": "whether B has a bias"},
+        "LoraLayer.lora_bias": "whether B has a bias",
+    },
     "peft/tuners/lora/bnb.py": {"lora.Linear4bit, lora.Linear8bitLt": "LoRA of a quantized linear"},
     "peft/tuners/gralora/layer.py": {
-        "GraloraLayer.get_base_layer": "its output is added to in place"},
-    "peft/tuners/c3a/layer.py": {
-        "C3ALayer.get_base_layer": "its output is added to in place"},
+        "GraloraLayer.get_base_layer": "its output is added to in place"
+    },
+    "peft/tuners/c3a/layer.py": {"C3ALayer.get_base_layer": "its output is added to in place"},
     "peft/tuners/shira/layer.py": {
-        "ShiraLayer.shira_indices": "the trained places, in a dict that no module knows of"},
+        "ShiraLayer.shira_indices": "the trained places, in a dict that no module knows of"
+    },
     "peft/tuners/shira/mask_functions.py": {
-        "random_mask": "draws the places, and cannot on the meta device"},
+        "random_mask": "draws the places, and cannot on the meta device"
+    },
     "peft/tuners/tuners_utils.py": {  # overridden or inherited by our tuners
         "BaseTuner._prepare_adapter_config": "which modules a tuner adapts",
         "BaseTuner._create_and_replace": "puts a layer of ours on a module",
@@ -44,8 +52,9 @@ FACTS = {
         "BaseTunerLayer._move_adapter_to_device_of_base_layer": "after a load without memory",
         "BaseTunerLayer._disable_adapters": "what disable_adapters returns",
         "BaseTunerLayer._cast_input_dtype": "the input in the adapter's precision",
-        "BaseTunerLayer._get_available_adapters": "the adapters on a layer"},
-}  # fmt: skip
+        "BaseTunerLayer._get_available_adapters": "the adapters on a layer",
+    },
+}
 
 
 def add_peft_type(name: str) -> Any:

@@ -24,8 +24,12 @@ from ftlevel.models.loading import load_config, load_tokenizer, silence_loggers
 from ftlevel.models.quantization import as_quant_config, quantization_name, stored_quantization
 from ftlevel.models.sources import ModelSource, resolve_source, snapshot
 
-_OF_NO_WEIGHT = ("dtype", "torch_dtype", "transformers_version", "architectures", "use_cache",
-                 "pad_token_id", "quantization_config")  # fmt: skip
+_OF_NO_WEIGHT = tuple(
+    """
+    dtype torch_dtype transformers_version architectures use_cache pad_token_id
+    quantization_config
+    """.split()
+)
 """Config fields that may differ without changing the model; a run sets these itself."""
 
 
@@ -74,10 +78,16 @@ def place_model(model: Any, tokenizer: Any, wish: ModelConfig, folder: Path) -> 
     own: Any = tokenizer if known is None or tokenizer is not None else load_tokenizer(known)
     own.save_pretrained(place)
     than = f"other weights than {known.name}" if known else "the weights of no file"
-    return PlacedModel(str(place), place, quant, Choice(
-        "given model", f"has {than}", "kept as base/ in the run, which its adapter needs; what was "
-        "given is not changed",
-    ))  # fmt: skip
+    return PlacedModel(
+        str(place),
+        place,
+        quant,
+        Choice(
+            "given model",
+            f"has {than}",
+            "kept as base/ in the run, which its adapter needs; what was given is not changed",
+        ),
+    )
 
 
 def _check_model(model: Any, wish: ModelConfig) -> None:
@@ -130,9 +140,16 @@ def _find_source(name: str, wish: ModelConfig) -> ModelSource | None:
 def _with_tokenizer(source: ModelSource, tokenizer: Any, folder: Path) -> PlacedModel:
     """Return `source`, copied into `folder` with `tokenizer` if that differs from its own."""
     if tokenizer is None or _facts(tokenizer) == _facts(load_tokenizer(source)):
-        return PlacedModel(source.name, None, None, Choice(
-            "given model", f"is {source.name}", "loaded from there; what was given is not changed"
-        ))  # fmt: skip
+        return PlacedModel(
+            source.name,
+            None,
+            None,
+            Choice(
+                "given model",
+                f"is {source.name}",
+                "loaded from there; what was given is not changed",
+            ),
+        )
     if source.kind == "gguf":
         raise ConfigError(
             f"tokenizer= is another than that of {source.name}, and a .gguf file has its own. "
@@ -141,10 +158,16 @@ def _with_tokenizer(source: ModelSource, tokenizer: Any, folder: Path) -> Placed
     place = folder / _short_name(source.name)
     shutil.copytree(snapshot(source), place)
     tokenizer.save_pretrained(place)
-    return PlacedModel(str(place), place, None, Choice(
-        "given tokenizer", f"is another than that of {source.name}",
-        "kept with the model as base/ in the run",
-    ))  # fmt: skip
+    return PlacedModel(
+        str(place),
+        place,
+        None,
+        Choice(
+            "given tokenizer",
+            f"is another than that of {source.name}",
+            "kept with the model as base/ in the run",
+        ),
+    )
 
 
 def _short_name(name: str) -> str:

@@ -239,9 +239,15 @@ def find_unpackable(model: nn.Module) -> list[str]:
     """Return linear layers not to quantize: their weights are accessed past the module."""
     kind = str(getattr(model.config, "model_type", ""))
     ends = (*_READ_BY_KERNELS.get(kind, ()), *_WRITTEN_TO.get(kind, ()))
-    return [name for name, module in model.named_modules()
+    return (
+        [
+            name
+            for name, module in model.named_modules()
             if isinstance(module, nn.Linear) and name.endswith(tuple(f".{end}" for end in ends))
-            ] if ends else []  # fmt: skip
+        ]
+        if ends
+        else []
+    )
 
 
 def find_heads(model: nn.Module) -> list[str]:

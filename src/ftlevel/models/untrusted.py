@@ -46,8 +46,11 @@ _IMPLEMENTATIONS = tuple(
     for end in ("", "_internal")
 )
 
-_AT_LEAST_ONE = ("num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "hidden_size",
-                 "n_embd", "d_model", "vocab_size")  # fmt: skip
+_AT_LEAST_ONE = tuple(
+    """
+    num_hidden_layers n_layer num_attention_heads n_head hidden_size n_embd d_model vocab_size
+    """.split()
+)
 
 
 def check_directory(path: Path, words: str) -> None:
@@ -226,9 +229,17 @@ def _patterns(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 FROM_READERS = (
-    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
-    RecursionError, NotImplementedError, struct.error,
-)  # fmt: skip
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RecursionError,
+    NotImplementedError,
+    struct.error,
+)
 """Exceptions that libraries raise for malformed files.
 
 RuntimeError is excluded, as it also means out of memory.

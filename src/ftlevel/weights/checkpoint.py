@@ -26,10 +26,12 @@ from ftlevel.weights.tensor_files import (
     weight_files,
 )
 
-TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
-    "chat_template*", "additional_chat_templates/*",
-)  # fmt: skip
+TOKENIZER_FILES = tuple(
+    """
+    tokenizer* special_tokens_map.json added_tokens.json vocab* merges.txt *.model
+    chat_template* additional_chat_templates/*
+    """.split()
+)
 """Patterns of tokenizer files, with transformers' names."""
 
 

@@ -87,11 +87,12 @@ def header_bound(tensors: Mapping[str, int]) -> int:
 
 
 INDEX = "model.safetensors.index.json"
-COPIED = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "chat_template*", "vocab.*", "merges.txt", "*.model", "preprocessor_config.json",
-    "processor_config.json", "LICENSE*", "NOTICE*",
-)  # fmt: skip
+COPIED = tuple(
+    """
+    generation_config.json tokenizer* special_tokens_map.json added_tokens.json chat_template*
+    vocab.* merges.txt *.model preprocessor_config.json processor_config.json LICENSE* NOTICE*
+    """.split()
+)
 """Patterns of the other files of a checkpoint, which are copied."""
 _MOST_PIECES = 7  # a double-quantized weight: packed, scales, their scales, two maps, settings
 

@@ -262,10 +262,16 @@ _MARKS = {SYSTEM: "\u2042S\u2042", USER: "\u2042U\u2042", ASSISTANT: "\u2042A\u2
 _TRIALS = (
     ((USER, "Name three colours."),),
     ((USER, "a"), (ASSISTANT, "b\n\n    c"), (USER, "12 + 3?")),
-    ((SYSTEM, "Be brief."), (USER, "é\n- ü"), (ASSISTANT, "x"), (USER, "y"), (ASSISTANT, "z"),
-     (USER, "{ }")),
+    (
+        (SYSTEM, "Be brief."),
+        (USER, "é\n- ü"),
+        (ASSISTANT, "x"),
+        (USER, "y"),
+        (ASSISTANT, "z"),
+        (USER, "{ }"),
+    ),
     ((SYSTEM, "Be brief."), (USER, "x")),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,12 @@ def pad(rows: Sequence[list[int]], value: int, *, left: bool = False) -> torch.T
     return torch.tensor(filled, dtype=torch.long)
 
 
-_RESERVED = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|endofprompt|>",
-             "<|reserved_special_token_0|>", "<|fim_pad|>", "<unk>")  # fmt: skip
+_RESERVED = tuple(
+    """
+    <|finetune_right_pad_id|> <|pad|> <pad> [PAD] <|endofprompt|> <|reserved_special_token_0|>
+    <|fim_pad|> <unk>
+    """.split()
+)
 
 
 def separate_pad_from_eos(tokenizer: Any) -> Choice | None:

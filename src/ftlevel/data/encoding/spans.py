@@ -101,9 +101,15 @@ def _build_window(
         found = find_span(offsets, start, start + len(text))
         span = (first + found[0], first + found[1]) if found else span
     return Window(
-        encoding["input_ids"][index], span, example.row, extras,
-        example.context, example.answers, first, offsets,
-    )  # fmt: skip
+        encoding["input_ids"][index],
+        span,
+        example.row,
+        extras,
+        example.context,
+        example.answers,
+        first,
+        offsets,
+    )
 
 
 def find_span(offsets: Offsets, begin: int, end: int) -> tuple[int, int] | None:

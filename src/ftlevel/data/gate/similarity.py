@@ -30,9 +30,15 @@ MOST_WORDS = 4_000
 """Maximum number of words stored per prompt and per answer."""
 
 _RECORD = np.dtype(
-    [("key", "u8"), ("before", "u8"), ("last", "u8"), ("marks", "u4"), ("asked", "u2"),
-     ("answered", "u2")]
-)  # fmt: skip
+    [
+        ("key", "u8"),
+        ("before", "u8"),
+        ("last", "u8"),
+        ("marks", "u4"),
+        ("asked", "u2"),
+        ("answered", "u2"),
+    ]
+)
 # Chinese and Japanese have no spaces: each character is a word.
 _WORD = re.compile(r"[^\W\u3040-\u30ff\u3400-\u9fff]+|[\u3040-\u30ff\u3400-\u9fff]")
 _TO_SPACES = {code: " " for code in range(128) if not _WORD.match(chr(code))}

@@ -43,9 +43,17 @@ def prepare_examples(
     if prompt_format is not None:
         prompt_format = prompt_format.resolve_separator(loaded.train, context.prompt_version)
     encoder = Encoder(
-        task, context.kind, tokenizer, config, context.bounds, prompt_format, loaded.labels,
-        folder, progress, lenient=lenient,
-    )  # fmt: skip
+        task,
+        context.kind,
+        tokenizer,
+        config,
+        context.bounds,
+        prompt_format,
+        loaded.labels,
+        folder,
+        progress,
+        lenient=lenient,
+    )
     gate = context.gate(config.gate)
     tables = loaded.splits
     fitted = encoder(loaded.train, tables.train)
@@ -86,9 +94,15 @@ def prepare_examples(
     choices += _changes(task, fitted, facts)
     choices += [_gate_choice(finding) for finding in findings]
     return PreparedData(
-        kept, validation, prompt_format, fitted.max_length, tables.train, facts, choices,
+        kept,
+        validation,
+        prompt_format,
+        fitted.max_length,
+        tables.train,
+        facts,
+        choices,
         tuple(findings),
-    )  # fmt: skip
+    )
 
 
 def _with_system(prompt_format: PromptFormat | None, system: str | None) -> PromptFormat | None:

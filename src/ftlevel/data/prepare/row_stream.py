@@ -242,9 +242,15 @@ class RowStream:
     def state(self) -> StreamState:
         """Return the state of the stream."""
         return StreamState(
-            self._passes, self._cursor, self._skip, self._kept, tuple(self._waiting),
-            tuple(self._buffer.items), self._buffer.draws(), dict(self._counts),
-        )  # fmt: skip
+            self._passes,
+            self._cursor,
+            self._skip,
+            self._kept,
+            tuple(self._waiting),
+            tuple(self._buffer.items),
+            self._buffer.draws(),
+            dict(self._counts),
+        )
 
     def set_state(self, state: StreamState) -> None:
         """Resume from `state`."""

@@ -291,10 +291,16 @@ class StreamedRows:
         waiting = content["waiting"]
         self._stream.set_state(
             StreamState(
-                content["passes"], content["cursor"], content["skip"], content["kept"],
-                tuple(rows[:waiting]), tuple(rows[waiting:]), content["draws"], content["counts"],
+                content["passes"],
+                content["cursor"],
+                content["skip"],
+                content["kept"],
+                tuple(rows[:waiting]),
+                tuple(rows[waiting:]),
+                content["draws"],
+                content["counts"],
             )
-        )  # fmt: skip
+        )
         self._next = content["step"] * self._step
 
 

@@ -358,9 +358,15 @@ class HubKernel:
             left, right = window_of(options.causal, options.window)
             told["window_size"] = (left, self.all_keys if right < 0 else right)
         made = self.function(
-            query, key, value, cu_seqlens_q=lengths.queries, cu_seqlens_k=lengths.keys,
-            max_seqlen_q=lengths.most_queries, max_seqlen_k=lengths.most_keys, **told,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            cu_seqlens_q=lengths.queries,
+            cu_seqlens_k=lengths.keys,
+            max_seqlen_q=lengths.most_queries,
+            max_seqlen_k=lengths.most_keys,
+            **told,
+        )
         attended: torch.Tensor = made[0] if isinstance(made, tuple) else made
         return attended
 

@@ -77,9 +77,17 @@ def attend(
         return attend_capped(query, key, value, attention_mask, dropout, scale, softcap, causal)
     if layout is None:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal,
-            sliding_window=sliding_window, **others,
-        )  # fmt: skip
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout,
+            scaling,
+            is_causal=is_causal,
+            sliding_window=sliding_window,
+            **others,
+        )
     for name in _UNSUPPORTED:
         if others.get(name) is not None:
             raise UnsupportedModelError(f"its attention has {name}")

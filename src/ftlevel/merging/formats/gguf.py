@@ -70,14 +70,16 @@ PROBES = (
     "  two spaces before, and behind  ",
     "\n\nlines\r\n\r\nand\ttabs\t\t.",
 )
-_INERT = {
-    "architectures", "dtype", "transformers_version", "_name_or_path", "use_cache", "model_type",
-    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "initializer_range", "id2label",
-    "label2id", "problem_type", "task_specific_params", "pretraining_tp", "is_decoder",
-    "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx",
-    "reorder_and_upcast_attn", "max_window_layers", "_sliding_window_pattern", "output_attentions",
-    "output_hidden_states", "return_dict", "chunk_size_feed_forward", "gradient_checkpointing",
-}  # fmt: skip
+_INERT = set(
+    """
+    architectures dtype transformers_version _name_or_path use_cache model_type bos_token_id
+    eos_token_id pad_token_id unk_token_id initializer_range id2label label2id problem_type
+    task_specific_params pretraining_tp is_decoder attention_dropout attn_pdrop embd_pdrop
+    resid_pdrop n_ctx reorder_and_upcast_attn max_window_layers _sliding_window_pattern
+    output_attentions output_hidden_states return_dict chunk_size_feed_forward
+    gradient_checkpointing
+    """.split()
+)
 
 
 @dataclass(frozen=True)

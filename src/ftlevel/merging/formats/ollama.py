@@ -137,7 +137,8 @@ def _of_chat(
             None,
             stops,
             [
-                "The model's chat template is not fixed texts around turns, so no TEMPLATE is given:",
+                "The model's chat template is not fixed texts around turns, so no TEMPLATE is "
+                "given:",
                 "Ollama looks at the one in the file, and where it does not know it, at none.",
             ],
         )

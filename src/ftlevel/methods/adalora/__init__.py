@@ -122,8 +122,13 @@ def forget_ranks(config: Any) -> None:
 _METHOD = Method(
     (
         MethodFacts(
-            "adalora", "adalora", "--method adalora", "LoRA, its rank pruned by importance",
-            MERGES, "Zhang et al., 2023, arXiv:2303.10512", 29_985_408,
+            "adalora",
+            "adalora",
+            "--method adalora",
+            "LoRA, its rank pruned by importance",
+            MERGES,
+            "Zhang et al., 2023, arXiv:2303.10512",
+            29_985_408,
         ),
     ),
     rate=Rates(narrow=1e-2, wide=1e-3, source="within the paper's range on GLUE"),
@@ -134,8 +139,11 @@ _METHOD = Method(
     why_not_continued="its ranks are pruned by a schedule over all steps of the run",
     finish=finish,
     merging=Merging(
-        ("ADALORA",), why_not=why_not_mergeable, prepare=forget_ranks, restore=restore_ranks,
+        ("ADALORA",),
+        why_not=why_not_mergeable,
+        prepare=forget_ranks,
+        restore=restore_ranks,
         plain_form=PlainForm(as_lora),
     ),
-)  # fmt: skip
+)
 METHODS = {"adalora": _METHOD}

@@ -99,9 +99,15 @@ def _scale(file: AdapterFile, name: str, rank: int) -> float:
 
 def _say_scale(file: AdapterFile, found: dict[str, Factors]) -> None:
     scales = {_scale(file, name, own.rank) for name, own in found.items()}
-    why = [word for word, key in (("rsLoRA", "use_rslora"), ("alpha_pattern", "alpha_pattern"),
-                                  ("rank_pattern", "rank_pattern"))
-           if file.config.get(key)]  # fmt: skip
+    why = [
+        word
+        for word, key in (
+            ("rsLoRA", "use_rslora"),
+            ("alpha_pattern", "alpha_pattern"),
+            ("rank_pattern", "rank_pattern"),
+        )
+        if file.config.get(key)
+    ]
     if scales and scales != {1.0}:
         reason = " and ".join(why) or "lora_alpha / r"
         file.said.append(f"scale {spread(scales)} ({reason}) folded into B")

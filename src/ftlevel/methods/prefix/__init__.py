@@ -81,21 +81,29 @@ def find_rates(spec: PrefixSpec) -> Rates:
 _METHOD = Method(
     (
         MethodFacts(
-            "prefix", "prefix", "--method prefix", "keys and values in every attention", "",
-            "Li and Liang, 2021, arXiv:2101.00190", 5_242_880,
+            "prefix",
+            "prefix",
+            "--method prefix",
+            "keys and values in every attention",
+            "",
+            "Li and Liang, 2021, arXiv:2101.00190",
+            5_242_880,
         ),
     ),
     rate=find_rates,
     build=build,
     rules=(
         Rule(
-            rows("prefix"), "it computes its attention itself, so there is no place for a prefix",
+            rows("prefix"),
+            "it computes its attention itself, so there is no place for a prefix",
             "Use --method prompt, or --method lora.",
             families=frozenset({"bloom", "falcon", "mpnet"}),
         ),
         Rule(
-            rows("prefix"), "its attention is more than what a prefix goes through",
-            "Use --method prompt, or --method lora.", families=frozenset({"gemma2"}),
+            rows("prefix"),
+            "its attention is more than what a prefix goes through",
+            "Use --method prompt, or --method lora.",
+            families=frozenset({"gemma2"}),
         ),
     ),
     register=register,
@@ -111,5 +119,5 @@ _METHOD = Method(
         ("PREFIX_KV", "PREFIX_TUNING"), into_weights=False, why_not=lambda _: VIRTUAL_TOKENS
     ),
     page=PAGE,
-)  # fmt: skip
+)
 METHODS = {"prefix": _METHOD}

@@ -154,8 +154,13 @@ _STEP = StepSupport(
 _PROMPT = Method(
     (
         MethodFacts(
-            "prompt", "prompt", "--method prompt", "embeddings before the input", "",
-            "Lester et al., 2021, arXiv:2104.08691", 81_920,
+            "prompt",
+            "prompt",
+            "--method prompt",
+            "embeddings before the input",
+            "",
+            "Lester et al., 2021, arXiv:2104.08691",
+            81_920,
         ),
     ),
     rate=Rates(narrow=1e-1, wide=3e-2, source="not measured", tokens=3e-2),
@@ -168,10 +173,11 @@ _PROMPT = Method(
     step=_STEP,
     merging=Merging(
         ("SOFT_PROMPT", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"),
-        into_weights=False, why_not=lambda _: VIRTUAL_TOKENS,
+        into_weights=False,
+        why_not=lambda _: VIRTUAL_TOKENS,
     ),
     plain=dict.fromkeys(TYPES, load_peft_prompt),
-)  # fmt: skip
+)
 _P_TUNING = Method(
     (
         MethodFacts(

@@ -49,15 +49,23 @@ def as_lora(file: AdapterFile) -> dict[str, Factors]:
 _METHOD = Method(
     (
         MethodFacts(
-            "vera", "vera", "--method vera", "two vectors beside every linear", MERGES,
-            "Kopiczko et al., 2024, arXiv:2310.11454", 1_417_216,
+            "vera",
+            "vera",
+            "--method vera",
+            "two vectors beside every linear",
+            MERGES,
+            "Kopiczko et al., 2024, arXiv:2310.11454",
+            1_417_216,
         ),
     ),
     rate=Rates(
-        narrow=5e-2, wide=4e-3, source="within the paper's range on GLUE", tokens=1e-1,
+        narrow=5e-2,
+        wide=4e-3,
+        source="within the paper's range on GLUE",
+        tokens=1e-1,
         kinds={"decoder": 6e-2, "encoder-decoder": 1e-1},
     ),
     build=build,
     merging=Merging(("VERA",), plain_form=PlainForm(as_lora)),
-)  # fmt: skip
+)
 METHODS = {"vera": _METHOD}

@@ -142,8 +142,14 @@ def _signature(value: Any, given: list[torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         given.append(value)
         same = next(at for at, one in enumerate(given) if one is value)
-        return (same, value.dtype, value.shape, value.stride(), value.storage_offset(),
-                isinstance(value, FakeTensor))  # fmt: skip
+        return (
+            same,
+            value.dtype,
+            value.shape,
+            value.stride(),
+            value.storage_offset(),
+            isinstance(value, FakeTensor),
+        )
     if isinstance(value, list | tuple):
         return tuple(_signature(part, given) for part in value)
     return type(value), value  # 1, 1.0 and True are equal but differ in type

@@ -322,10 +322,19 @@ class UnreadWeights:
         model.name_or_path = model.config.name_or_path = location
         if model.can_generate():
             model.adjust_generation_fn(
-                None, True, None, location, revision=revision, cache_dir=None, token=None,
-                force_download=False, proxies=None, subfolder="", trust_remote_code=False,
+                None,
+                True,
+                None,
+                location,
+                revision=revision,
+                cache_dir=None,
+                token=None,
+                force_download=False,
+                proxies=None,
+                subfolder="",
+                trust_remote_code=False,
                 local_files_only=arguments["local_files_only"],
-            )  # fmt: skip
+            )
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if name in named and named[name].is_in(parameter):
                 self.weights[parameter] = named[name]

@@ -193,8 +193,18 @@ _DAMAGE = (zipfile.BadZipFile, zlib.error, LookupError, ValueError, TypeError, A
            ArithmeticError, EOFError, SyntaxError, NotImplementedError, RuntimeError)  # fmt: skip
 _NUMBER = re.compile(r"(?P<grouped>#,##)?0(?:\.(?P<decimals>0+))?(?P<percent>%)?")
 _DATE_PART = re.compile(r"y+|m+|d+|h+|s+|AM/PM|[^ymdhs\\\"\[\];@]", re.IGNORECASE)
-_CODES = {"yy": "%y", "yyyy": "%Y", "m": "{0.month}", "mm": "%m", "mmm": "%b", "mmmm": "%B",
-          "d": "{0.day}", "dd": "%d", "ddd": "%a", "dddd": "%A"}  # fmt: skip
+_CODES = {
+    "yy": "%y",
+    "yyyy": "%Y",
+    "m": "{0.month}",
+    "mm": "%m",
+    "mmm": "%b",
+    "mmmm": "%B",
+    "d": "{0.day}",
+    "dd": "%d",
+    "ddd": "%a",
+    "dddd": "%A",
+}
 
 
 class ExcelReader(Reader):
@@ -223,8 +233,14 @@ class ExcelReader(Reader):
         width = len(self._header)
         number = begin = int(cursor["row"]) if cursor else self._begin
         for number, cells in self._rows(begin):
-            fault = next((f"column {i} is the error {text}" for i, (text, is_error)
-                          in enumerate(cells, 1) if is_error), "")  # fmt: skip
+            fault = next(
+                (
+                    f"column {i} is the error {text}"
+                    for i, (text, is_error) in enumerate(cells, 1)
+                    if is_error
+                ),
+                "",
+            )
             if len(cells) > width:
                 fault = f"has {len(cells)} cells, but the header has {width}"
             if fault:
