@@ -1,0 +1,205 @@
+"""Policy losses of reinforcement learning: advantages, clipped ratios, and their normalization.
+
+    L = Σᵢ wᵢ Σₜ [ Lᵢₜ + β k3ᵢₜ ],   Lᵢₜ = −min(ρᵢₜ Aᵢ, clip(ρᵢₜ, 1 − ε, 1 + ε_high) Aᵢ)
+    ρᵢₜ = exp(ℓᵢₜ − ℓ_oldᵢₜ),   k3 = exp(ℓ_ref − ℓ) − (ℓ_ref − ℓ) − 1
+
+`wᵢ` are computed over all completions of an optimizer step, so the sum does not depend on how the
+step is split. Completions without a reward have NaN.
+
+| loss | ratio | wᵢ |
+|---|---|---|
+| dapo (2503.14476), bnpo | token | 1 / active tokens |
+| grpo (2402.03300) | token | 1 / (completions · own tokens) |
+| dr_grpo (2503.20783) | token | 1 / (completions · maximum length) |
+| gspo (2507.18071) | exp of the mean over tokens | as grpo |
+| cispo (2506.13585) | token, −sg[min(ρ, ε_high)] A ℓ | as dapo |
+| rloo (2402.14740) | exp of the sum over tokens | as grpo |
+| reinforce++ (2501.03262) | token | as dapo |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Scale = Literal["group", "batch", "none"]
+
+STD_EPSILON = 1e-4
+"""Added to a standard deviation, as in TRL."""
+
+WHITENING_EPSILON = 1e-8
+"""Added to a variance, as in verl's `masked_whiten`."""
+
+GLOBAL = ("reinforce++",)
+"""Losses whose advantages are normalized over the batch without a group mean."""
+
+_SEQUENCE = ("gspo", "rloo")
+_BY_COMPLETION = ("grpo", "gspo", "rloo")
+
+
+@dataclass(frozen=True)
+class PolicyLossParameters:
+    """Loss name and its parameters.
+
+    `epsilon_high` is relative to 1, except for cispo, where it is the largest ratio itself.
+    `length` is the maximum number of tokens of a completion.
+    """
+
+    loss: str
+    epsilon: float = 0.2
+    epsilon_high: float = 0.2
+    beta: float = 0.0
+    length: int = 512
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """A loss summed over tokens (a scalar), and the sums of its detached statistics.
+
+    `clipped` is the number of tokens at which clipping zeroes the gradient, `kl` the sum of k3,
+    both scalars.
+    """
+
+    total: torch.Tensor
+    clipped: torch.Tensor
+    kl: torch.Tensor
+
+
+def combine_rewards(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the weighted sum of `scores` `(completions, functions)` without missing ones (NaN).
+
+    A completion without any score gets NaN.
+    """
+    total = (scores * weights).nansum(-1)
+    return torch.where(scores.isnan().all(-1), torch.nan, total)
+
+
+def compute_advantages(
+    rewards: torch.Tensor, lengths: torch.Tensor, loss: str, scale: Scale = "group"
+) -> torch.Tensor:
+    """Return the advantages of `rewards`, both `(groups, completions)` in float64.
+
+    Completions with NaN rewards get 0 and do not count in means. A group of equal rewards gets
+    exactly 0, except for losses in `GLOBAL`. `lengths` are the active tokens of the completions;
+    only reinforce++ uses them.
+    """
+    rewards = rewards.double()
+    if loss in GLOBAL:
+        return _whiten(rewards, lengths)
+    known = ~rewards.isnan()
+    count = known.sum(-1, keepdim=True)
+    centered = rewards - rewards.nanmean(-1, keepdim=True)
+    if loss == "rloo":  # r − mean of the others = G/(G − 1) · (r − mean)
+        advantages = centered * count / (count - 1).clamp(min=1)
+    elif scale == "none":
+        advantages = centered
+    else:
+        std = _std(rewards, known, count) if scale == "group" else _std_of_all(rewards[known])
+        advantages = centered / (std + STD_EPSILON)
+    return torch.where(known & has_spread(rewards)[:, None], advantages, 0.0)
+
+
+def has_spread(rewards: torch.Tensor) -> torch.Tensor:
+    """Return which groups have different rewards, (groups,); `rewards` (groups, completions)."""
+    low = rewards.nan_to_num(nan=torch.inf).amin(-1)
+    return rewards.nan_to_num(nan=-torch.inf).amax(-1) > low
+
+
+def _std(rewards: torch.Tensor, known: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Return the standard deviation per group with n − 1, (groups, 1)."""
+    centered = torch.where(known, rewards - rewards.nanmean(-1, keepdim=True), 0.0)
+    return (centered.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+
+
+def _std_of_all(rewards: torch.Tensor) -> torch.Tensor:
+    return rewards.std() if len(rewards) > 1 else rewards.new_zeros(())
+
+
+def _whiten(rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Return rewards whitened over all tokens of the batch; each token has its row's reward."""
+    counts = torch.where(rewards.isnan(), 0, lengths).double()
+    known = rewards.nan_to_num()
+    total = counts.sum()
+    mean = (known * counts).sum() / total
+    variance = ((known - mean).square() * counts).sum() / (total - 1).clamp(min=1)
+    whitened = (known - mean) * (variance + WHITENING_EPSILON).rsqrt()
+    return torch.where(rewards.isnan() | (variance == 0), 0.0, whitened)
+
+
+def completion_weights(lengths: torch.Tensor, parameters: PolicyLossParameters) -> torch.Tensor:
+    """Return the weight of each token of a completion, (completions,) in float64.
+
+    `lengths` are the active tokens of all completions of the optimizer step. A completion whose
+    tokens are masked has length 0; it counts in means over completions, as in TRL.
+    """
+    lengths = lengths.double()
+    if parameters.loss in _BY_COMPLETION:
+        return 1 / (len(lengths) * lengths.clamp(min=1))
+    if parameters.loss == "dr_grpo":
+        return torch.full_like(lengths, 1 / (len(lengths) * parameters.length))
+    return torch.full_like(lengths, 1.0) / lengths.sum().clamp(min=1)
+
+
+def policy_loss(
+    parameters: PolicyLossParameters,
+    each: torch.Tensor,
+    old: torch.Tensor,
+    owners: torch.Tensor,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    reference: torch.Tensor | None = None,
+) -> PolicyLoss:
+    """Return the loss summed over tokens, each multiplied by the weight of its completion.
+
+    Args:
+        parameters: loss and clipping.
+        each: (tokens,) log-probabilities of the policy, with gradient.
+        old: (tokens,) those of the policy that sampled; equal to `each` on the first iteration.
+        owners: (tokens,) index of each token's completion; a completion is not divided.
+        advantages: (completions,).
+        weights: (completions,) of `completion_weights`.
+        reference: (tokens,) log-probabilities of the reference, for a KL penalty.
+    """
+    of_tokens = advantages[owners].to(each.dtype)
+    weight = weights[owners].to(each.dtype)
+    log_ratio = each - old
+    if parameters.loss in _SEQUENCE:
+        log_ratio = _over_completions(log_ratio, owners, len(advantages), parameters.loss)
+    ratio = log_ratio.exp()
+    if parameters.loss == "cispo":
+        loss = -ratio.detach().clamp(max=parameters.epsilon_high) * of_tokens * each
+        clipped = (ratio > parameters.epsilon_high) & (of_tokens > 0)
+    else:
+        low, high = 1 - parameters.epsilon, 1 + parameters.epsilon_high
+        loss = -torch.minimum(ratio * of_tokens, ratio.clamp(low, high) * of_tokens)
+        clipped = ((ratio < low) & (of_tokens < 0)) | ((ratio > high) & (of_tokens > 0))
+    kl = torch.zeros_like(each)
+    if reference is not None:
+        apart = reference - each
+        kl = apart.exp() - apart - 1
+        if parameters.loss != "rloo":  # there the reward is reduced instead
+            loss = loss + parameters.beta * kl
+    return PolicyLoss((loss * weight).sum(), clipped.sum(), kl.detach().sum())
+
+
+def _over_completions(
+    log_ratio: torch.Tensor, owners: torch.Tensor, count: int, loss: str
+) -> torch.Tensor:
+    """Return the mean (gspo) or sum (rloo) over each completion, repeated for its tokens."""
+    zeros = log_ratio.new_zeros(count)
+    sums = zeros.index_add(0, owners, log_ratio)
+    if loss == "gspo":
+        sums = sums / zeros.index_add(0, owners, torch.ones_like(log_ratio)).clamp(min=1)
+    return sums[owners]
+
+
+def penalize_rewards(
+    rewards: torch.Tensor, old: torch.Tensor, reference: torch.Tensor, beta: float
+) -> torch.Tensor:
+    """Return `rewards` less β Σ (ℓ_old − ℓ_ref), rloo's KL penalty, all `(completions,)`.
+
+    `old` and `reference` are sums over the tokens of a completion.
+    """
+    return rewards - beta * (old - reference)
