@@ -1,0 +1,270 @@
+"""Configuration files of sentence-transformers: pooling, normalization, prompts and similarity.
+
+Both forms are read: that of sentence-transformers 3 to 5 and that of 6. The first is written, since
+text-embeddings-inference, vLLM, llama.cpp and all versions of sentence-transformers read it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ftlevel.errors import InputError, did_you_mean, join_names
+
+POOLING_MODES = {
+    "mean": "mean_tokens",
+    "cls": "cls_token",
+    "last": "lasttoken",
+    "max": "max_tokens",
+}
+"""Pooling mode -> its name in the booleans `pooling_mode_*` of `1_Pooling/config.json`."""
+SIMILARITIES = ("cosine", "dot")
+QUERY_PROMPTS = ("query",)
+DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+"""Names of the prompts that `encode_query` and `encode_document` apply, the first one found."""
+
+MODULES = "modules.json"
+SETTINGS = "config_sentence_transformers.json"
+LENGTHS = "sentence_bert_config.json"
+_POOLING_DIRECTORY = "1_Pooling"
+_OTHER_LENGTHS = tuple(
+    f"sentence_{name}_config.json"
+    for name in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+_OTHER_POOLING = ("mean_sqrt_len_tokens", "weightedmean_tokens")
+_NEW_POOLING = {"lasttoken": "last"}
+"""Pooling modes that version 6 calls otherwise."""
+
+
+@dataclass(frozen=True)
+class EmbeddingFormat:
+    """How a model's token states become an embedding.
+
+    Attributes:
+        pooling: key of `POOLING_MODES`.
+        normalize: whether embeddings have length 1.
+        similarity: member of `SIMILARITIES`.
+        query_prompt: text before each query.
+        document_prompt: text before each document.
+        prompts: other prompts by name.
+        max_length: maximum number of tokens; None for the tokenizer's.
+        dims: number of leading dimensions that are kept; None for all.
+        include_prompt: whether the tokens of the prompt are pooled.
+    """
+
+    pooling: str = "mean"
+    normalize: bool = False
+    similarity: str = "cosine"
+    query_prompt: str = ""
+    document_prompt: str = ""
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    max_length: int | None = None
+    dims: int | None = None
+    include_prompt: bool = True
+
+    @property
+    def all_prompts(self) -> dict[str, str]:
+        """Prompts by name, with those of queries and documents."""
+        return {**self.prompts, "query": self.query_prompt, "document": self.document_prompt}
+
+
+@dataclass(frozen=True)
+class CrossEncoderFormat:
+    """How a reranker's logit becomes a score: a dotted path of `torch.nn`; None for its default."""
+
+    activation: str = "torch.nn.modules.linear.Identity"
+    max_length: int | None = None
+
+
+def read_embedding_format(directory: Path) -> EmbeddingFormat | None:
+    """Return the embedding format of a directory; None if it is not a SentenceTransformer.
+
+    Raises:
+        InputError: the directory has a module, pooling or similarity that is not supported.
+    """
+    if not (directory / MODULES).is_file():
+        return None
+    settings = _read_json(directory / SETTINGS)
+    if settings.get("model_type") == "CrossEncoder":
+        return None
+    pooling, include_prompt, normalize = "mean", True, False
+    for entry in _read_json(directory / MODULES, list):
+        name = str(entry["type"]).rpartition(".")[2]
+        path = str(entry.get("path", ""))
+        if name == "Transformer":
+            if path not in ("", "."):
+                raise InputError(
+                    f"{directory}: {MODULES} has its transformer in {path}. Load it with "
+                    "sentence-transformers 6 and save it again, which writes it beside the others."
+                )
+        elif name == "Pooling":
+            pooling, include_prompt = _read_pooling(directory / path / "config.json")
+        elif name == "Normalize":
+            normalize = True
+        else:
+            raise InputError(
+                f"{directory}: {MODULES} has a module {name}; supported are Transformer, Pooling "
+                "and Normalize. Name a model without it."
+            )
+    prompts = {name: text for name, text in (settings.get("prompts") or {}).items() if text}
+    query = next((prompts.pop(name) for name in QUERY_PROMPTS if name in prompts), "")
+    document = next((prompts.pop(name) for name in DOCUMENT_PROMPTS if name in prompts), "")
+    similarity = settings.get("similarity_fn_name") or "cosine"
+    if similarity not in SIMILARITIES:
+        raise InputError(
+            f"{directory / SETTINGS}: similarity_fn_name is {similarity!r}; supported are "
+            f"{join_names(SIMILARITIES)}. Pass --similarity."
+        )
+    return EmbeddingFormat(
+        pooling,
+        normalize,
+        similarity,
+        query,
+        document,
+        prompts,
+        _read_length(directory),
+        settings.get("truncate_dim"),
+        include_prompt,
+    )
+
+
+def _read_pooling(path: Path) -> tuple[str, bool]:
+    """Return the pooling mode, and whether prompt tokens are pooled."""
+    config = _read_json(path)
+    modes = config.get("pooling_mode")
+    if modes is None:
+        names = {**{word: mode for mode, word in POOLING_MODES.items()}}
+        names |= {word: word for word in _OTHER_POOLING}
+        modes = [names[word] for word in names if config.get(f"pooling_mode_{word}")] or ["mean"]
+    modes = [modes] if isinstance(modes, str) else list(modes)
+    modes = [_NEW_POOLING.get(mode, mode) for mode in modes]
+    if len(modes) != 1 or modes[0] not in POOLING_MODES:
+        raise InputError(
+            f"{path}: pooling is {' and '.join(map(str, modes))}; supported is one of "
+            f"{join_names(POOLING_MODES)}. Pass --pooling."
+        )
+    return modes[0], bool(config.get("include_prompt", True))
+
+
+def _read_length(directory: Path) -> int | None:
+    """Return the maximum length; version 6 leaves it to the tokenizer."""
+    for name in (LENGTHS, *_OTHER_LENGTHS):
+        length = _read_json(directory / name).get("max_seq_length")
+        if length is not None:
+            return int(length)
+    return None
+
+
+def check_pooling(name: str) -> str:
+    """Return a pooling mode; raise `InputError` for an unknown one."""
+    if name not in POOLING_MODES:
+        raise InputError(
+            f"--pooling {name}: no such pooling.{did_you_mean(name, POOLING_MODES)} It is one of "
+            f"{join_names(POOLING_MODES)}."
+        )
+    return name
+
+
+def write_embedding_format(directory: Path, form: EmbeddingFormat, hidden_size: int) -> list[str]:
+    """Write the files that make a model or an adapter a SentenceTransformer; return their names.
+
+    Args:
+        directory: of the model's or the adapter's own files.
+        form: pooling, normalization, prompts, similarity and length.
+        hidden_size: width of the token states.
+    """
+    modules = [("", "Transformer"), (_POOLING_DIRECTORY, "Pooling")]
+    if form.normalize:
+        modules.append(("2_Normalize", "Normalize"))
+    settings: dict[str, Any] = {
+        "model_type": "SentenceTransformer",
+        "prompts": form.all_prompts,
+        "default_prompt_name": None,
+        "similarity_fn_name": form.similarity,
+    }
+    if form.dims is not None:
+        settings["truncate_dim"] = form.dims
+    words = (*POOLING_MODES.values(), *_OTHER_POOLING)
+    pooling = {
+        "word_embedding_dimension": hidden_size,
+        **{f"pooling_mode_{word}": word == POOLING_MODES[form.pooling] for word in words},
+        "include_prompt": form.include_prompt,
+    }
+    (directory / _POOLING_DIRECTORY).mkdir(exist_ok=True)
+    files: dict[str, Any] = {
+        MODULES: _modules(modules),
+        SETTINGS: settings,
+        f"{_POOLING_DIRECTORY}/config.json": pooling,
+    }
+    if form.max_length is not None:
+        files[LENGTHS] = {"max_seq_length": form.max_length, "do_lower_case": False}
+    for name, content in files.items():
+        _write_json(directory / name, content)
+    return list(files)
+
+
+def write_cross_encoder_format(directory: Path, form: CrossEncoderFormat) -> list[str]:
+    """Write the files that make a classifier with one label a CrossEncoder; return their names.
+
+    The activation is in `config_sentence_transformers.json`, and in `config.json` if there is one,
+    where vLLM and sentence-transformers 3 to 5 read it.
+    """
+    files: dict[str, Any] = {
+        MODULES: _modules([("", "Transformer")]),
+        SETTINGS: {
+            "model_type": "CrossEncoder",
+            "prompts": {},
+            "default_prompt_name": None,
+            "activation_fn": form.activation,
+        },
+        LENGTHS: {
+            "transformer_task": "sequence-classification",
+            **({} if form.max_length is None else {"max_seq_length": form.max_length}),
+            "do_lower_case": False,
+        },
+    }
+    if (directory / "config.json").is_file():
+        config = _read_json(directory / "config.json")
+        inner = {**(config.get("sentence_transformers") or {}), "activation_fn": form.activation}
+        files["config.json"] = {**config, "sentence_transformers": inner}
+    for name, content in files.items():
+        _write_json(directory / name, content)
+    return list(files)
+
+
+def read_cross_encoder_format(directory: Path) -> CrossEncoderFormat | None:
+    """Return the activation and length of a CrossEncoder; None if the directory is not one."""
+    settings = _read_json(directory / SETTINGS)
+    inner = _read_json(directory / "config.json").get("sentence_transformers") or {}
+    if settings.get("model_type") != "CrossEncoder" and "activation_fn" not in inner:
+        return None
+    activation = settings.get("activation_fn") or inner.get("activation_fn")
+    default = "torch.nn.modules.activation.Sigmoid"  # of sentence-transformers for one label
+    return CrossEncoderFormat(activation or default, _read_length(directory))
+
+
+def _modules(entries: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    return [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(entries)
+    ]
+
+
+def _read_json(path: Path, kind: type = dict) -> Any:
+    """Return the content of a JSON file; empty if there is none."""
+    if not path.is_file():
+        return kind()
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}). Copy the model again.") from None
+    if not isinstance(found, kind):
+        raise InputError(f"{path}: not valid, it is no {kind.__name__}. Copy the model again.")
+    return found
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
