@@ -28,8 +28,14 @@ def write(directory, files):
 
 def old_form(**pooling):
     """What sentence-transformers 3.4.1 writes for all-MiniLM-L6-v2."""
-    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens",
-             "weightedmean_tokens", "lasttoken")  # fmt: skip
+    modes = (
+        "cls_token",
+        "mean_tokens",
+        "max_tokens",
+        "mean_sqrt_len_tokens",
+        "weightedmean_tokens",
+        "lasttoken",
+    )
     chosen = pooling or {"mean_tokens": True}
     return {
         "modules.json": [
@@ -103,9 +109,13 @@ def test_reads_what_it_writes(tmp_path, pooling):
     assert all((tmp_path / name).is_file() for name in names)
     config = json.loads((tmp_path / "1_Pooling/config.json").read_text())
     assert [name for name, on in config.items() if on is True and "mode" in name] == [
-        {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token",
-         "last": "pooling_mode_lasttoken", "max": "pooling_mode_max_tokens"}[pooling]
-    ]  # fmt: skip
+        {
+            "mean": "pooling_mode_mean_tokens",
+            "cls": "pooling_mode_cls_token",
+            "last": "pooling_mode_lasttoken",
+            "max": "pooling_mode_max_tokens",
+        }[pooling]
+    ]
 
 
 def test_writes_what_text_embeddings_inference_requires(tmp_path):

@@ -1,0 +1,143 @@
+"""Every layout of retrieval data becomes the same row, by the names of its columns."""
+
+import pytest
+
+from ftlevel.data.formats.convert import convert_rows
+from ftlevel.data.formats.detect import NoFormatError, detect_format
+from ftlevel.data.sources.table import Table
+from ftlevel.tasks.embedding.formats import (
+    CANDIDATE_SHAPES,
+    EMBEDDING_SHAPES,
+    QUERY_SHAPES,
+    EmbeddingRow,
+)
+
+
+def convert(row, shapes=EMBEDDING_SHAPES):
+    table = Table([row], [1], "rows.jsonl")
+    found = detect_format(list(row), "embedding", shapes, rows=[row])
+    examples, bad = convert_rows(table, found)
+    return found.name, examples, [each.reason for each in bad]
+
+
+def turns(text, role="user"):
+    return [{"role": role, "content": text}]
+
+
+RANKING = EmbeddingRow("q", 0, ("p", "n", "m"), (1, 0, 0))
+ROWS = [
+    ({"positive": "p", "anchor": "q"}, EmbeddingRow("q", 0, ("p",), (1,))),
+    ({"answer": "p", "question": "q", "id": 7}, EmbeddingRow("q", 0, ("p",), (1,))),
+    ({"negative": "n", "positive": "p", "query": "q"}, EmbeddingRow("q", 0, ("p", "n"), (1, 0))),
+    ({"negative_2": "m", "anchor": "q", "negative_1": "n", "positive": "p"}, RANKING),
+    ({"anchor": "q", "positive": "p", "negatives": ["n", "m"]}, RANKING),
+    ({"anchor": "q", "positive": "p", "negatives": '["n", "m"]'}, RANKING),
+    (
+        {"anchor": "q", "positive": "p", "negative_1": "n", "negative_2": None},
+        EmbeddingRow("q", 0, ("p", "n"), (1, 0)),
+    ),
+    (
+        {"query": "q", "positive": "p", "negative": "n", "label": 2.5},
+        EmbeddingRow("q", 0, ("p", "n"), (1, 0), teacher=(2.5, 0)),
+    ),
+    (
+        {"query": "q", "positive": "p", "negative": "n", "label": [3, 1]},
+        EmbeddingRow("q", 0, ("p", "n"), (1, 0), teacher=(3, 1)),
+    ),
+    ({"anchor": "q", "positive": "p", "label": 0.5}, EmbeddingRow("q", 0, ("p",), (0.5,), "score")),
+    (
+        {"score": "0.8", "sentence2": "p", "sentence1": "q"},
+        EmbeddingRow("q", 0, ("p",), (0.8,), "score"),
+    ),
+    ({"premise": "q", "hypothesis": "p", "label": 1}, EmbeddingRow("q", 0, ("p",), (1,), "score")),
+    ({"query": "q", "document": "p", "label": True}, EmbeddingRow("q", 0, ("p",), (1,), "score")),
+    ({"query": "q", "documents": ["n", "p", "m"], "labels": [0, 1, 0]}, RANKING),
+    (
+        {"query": "q", "docs": ["n", "p"], "labels": [1, 2], "teacher_scores": [0.1, 0.9]},
+        EmbeddingRow("q", 0, ("p", "n"), (2, 1), teacher=(0.9, 0.1)),
+    ),
+    ({"query": "q", "pos": ["p"], "neg": ["n", "m"]}, RANKING),
+    (
+        {
+            "query": "q",
+            "pos": ["p"],
+            "neg": ["n"],
+            "pos_scores": [2],
+            "neg_scores": [-1],
+            "prompt": "Find it: ",
+        },
+        EmbeddingRow("q", 0, ("p", "n"), (1, 0), teacher=(2, -1), prompt="Find it: "),
+    ),
+    (
+        {
+            "query": "q",
+            "query_id": "1",
+            "positive_passages": [{"docid": "1", "title": "t", "text": "p"}],
+            "negative_passages": [{"docid": "2", "title": "", "text": "n"}],
+        },
+        EmbeddingRow("q", 0, ("t p", "n"), (1, 0)),
+    ),
+    (
+        {
+            "messages": turns("q"),
+            "positive_messages": [turns("p")],
+            "negative_messages": [turns("n"), turns("m", "assistant")],
+        },
+        RANKING,
+    ),
+    (
+        {"messages": turns("q"), "positive_messages": [turns("p")], "label": 0.8},
+        EmbeddingRow("q", 0, ("p",), (0.8,), "score"),
+    ),
+    ({"text": "q", "label": 3}, EmbeddingRow("q", 0, kind="class", group="3")),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), ROWS, ids=["+".join(row) for row, _ in ROWS])
+def test_each_layout_becomes_the_same_row(row, expected):
+    _, examples, bad = convert(row)
+    assert (list(examples), bad) == ([expected], [])
+
+
+def test_the_order_of_columns_has_no_effect():
+    for row, expected in ROWS:
+        backwards = dict(reversed(row.items()))
+        assert list(convert(backwards)[1]) == [expected]
+
+
+def test_positives_and_negatives_are_told_by_the_labels():
+    row = EmbeddingRow("q", 0, ("a", "b", "c"), (2, 1, 0))
+    assert (row.positives, row.negatives) == (("a", "b"), ("c",))
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"anchor": "q", "positive": " "}, "'positive' is empty"),
+        ({"anchor": None, "positive": "p"}, "'anchor' is null"),
+        ({"sentence1": "a", "sentence2": "b", "score": "high"}, "'score' is 'high'"),
+        ({"sentence1": "a", "sentence2": "b", "score": float("nan")}, "where a number"),
+        ({"query": "q", "documents": ["a", "b"], "labels": [1]}, "1 numbers for 2 documents"),
+        ({"query": "q", "pos": [], "neg": ["n"]}, "'pos' holds no text"),
+        ({"query": "q", "pos": ["p"], "neg": ["n"], "pos_scores": [1]}, "0 numbers for 1"),
+        ({"query": "q", "positive_passages": [{"title": "t"}]}, "has no 'text'"),
+        ({"query": "q", "positive": "p", "negatives": ["n", "m"], "label": 2}, "one number for 3"),
+        ({"text": "q", "label": 0.5}, "where a class is expected"),
+    ],
+)
+def test_an_unusable_row_says_why(row, words):
+    assert words in convert(row)[2][0]
+
+
+@pytest.mark.parametrize("columns", [["text"], ["a", "b"], ["positive", "negative"]])
+def test_columns_without_a_pair_are_refused(columns):
+    with pytest.raises(NoFormatError, match=r"do not say what to learn"):
+        detect_format(columns, "embedding", EMBEDDING_SHAPES)
+
+
+def test_texts_to_embed_and_documents_to_score():
+    assert convert({"text": "q"}, QUERY_SHAPES)[1] == [EmbeddingRow("q", 0)]
+    listed = convert({"query": "q", "documents": ["a", "b"]}, CANDIDATE_SHAPES)[1]
+    assert listed == [EmbeddingRow("q", 0, ("a", "b"), (0, 0))]
+    one = convert({"query": "q", "document": "a"}, CANDIDATE_SHAPES)[1]
+    assert one == [EmbeddingRow("q", 0, ("a",), (0,))]
