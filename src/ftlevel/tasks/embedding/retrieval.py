@@ -1,0 +1,196 @@
+"""Retrieval metrics and exact search.
+
+Definitions are those of sentence-transformers' evaluators: binary gains, discount
+1 / log2(rank + 1), MAP@k over min(k, relevant documents); queries without relevant documents are
+left out. Documents of equal score are in random order, and a metric is its expected value over
+these orders (McSherry and Najork, 2008), so that it does not depend on the order or the names of
+the documents. With s documents above a group of g equal scores, r of them relevant, and H relevant
+ones above:
+
+    E[gain at a rank of the group]              = r / g
+    P[first relevant one is j-th of the group]  = C(g - j, r - 1) / C(g, r)
+    E[gain · relevant ones up to rank s + j]    = r / g · (H + 1 + (j - 1)(r - 1) / (g - 1))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+METRICS = ("ndcg@10", "mrr@10", "recall@1", "recall@10", "recall@100", "map@100")
+DEEPEST = 100
+BLOCK_BYTES = 64 << 20
+"""Bytes of the scores of one block of queries."""
+
+
+@dataclass(frozen=True)
+class QueryRanks:
+    """Ranks of the relevant documents of a query.
+
+    `above` has for each of them the number of documents with a higher score, and `equal` the number
+    with its own score, itself included.
+    """
+
+    above: np.ndarray
+    equal: np.ndarray
+
+
+def rank_relevant(scores: np.ndarray, relevant: Sequence[int] | np.ndarray) -> QueryRanks:
+    """Return the ranks of the documents `relevant`, positions in `scores` (documents,)."""
+    own = scores[np.asarray(relevant, dtype=np.int64)]
+    order = np.sort(scores)
+    upper = np.searchsorted(order, own, side="right")
+    return QueryRanks(len(scores) - upper, upper - np.searchsorted(order, own, side="left"))
+
+
+def score_ranks(ranks: QueryRanks) -> dict[str, float]:
+    """Return the metrics of one query, which has at least one relevant document."""
+    depth = np.arange(1, DEEPEST + 1)
+    gain, precision = np.zeros(DEEPEST), np.zeros(DEEPEST)
+    reciprocal, hits = 0.0, 0
+    starts, first, sizes = np.unique(ranks.above, return_index=True, return_counts=True)
+    for start, size, found in zip(starts, ranks.equal[first], sizes, strict=True):
+        group = int(min(size, max(DEEPEST - start, 0)))
+        own, place = slice(start, start + group), np.arange(group)
+        gain[own] = found / size
+        others = place * (found - 1) / max(size - 1, 1)
+        precision[own] = found / size * (hits + 1 + others) / depth[own]
+        if not hits:
+            reciprocal = _expected_reciprocal(int(start), int(size), int(found), 10)
+        hits += int(found)
+    discount = 1 / np.log2(depth[:10] + 1)
+    return {
+        "ndcg@10": float(gain[:10] @ discount / discount[: min(10, hits)].sum()),
+        "mrr@10": reciprocal,
+        "recall@1": float(gain[0] / hits),
+        "recall@10": float(gain[:10].sum() / hits),
+        "recall@100": float(gain.sum() / hits),
+        "map@100": float(precision.sum() / min(DEEPEST, hits)),
+    }
+
+
+def _expected_reciprocal(start: int, size: int, found: int, deepest: int) -> float:
+    """Return the expected reciprocal rank of the first of `found` among `size` equal scores."""
+    chance, total = found / size, 0.0
+    for place in range(min(size - found + 1, deepest - start)):
+        total += chance / (start + place + 1)
+        chance *= (size - place - found) / max(size - place - 1, 1)
+    return total
+
+
+@dataclass(frozen=True)
+class RetrievalScores:
+    """Metric -> its values (queries,)."""
+
+    values: Mapping[str, np.ndarray]
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The mean of each metric over queries."""
+        return {name: float(values.mean()) for name, values in self.values.items()}
+
+    def resample(self, count: int, seed: int) -> dict[str, np.ndarray]:
+        """Return metric -> means (count,) of bootstrap draws of the queries.
+
+        The same seed draws the same queries, so that means of two models can be subtracted.
+        """
+        size = len(next(iter(self.values.values())))
+        generator = np.random.default_rng(seed)
+        picks = [generator.integers(0, size, size) for _ in range(count)]
+        return {
+            name: np.array([values[pick].mean() for pick in picks])
+            for name, values in self.values.items()
+        }
+
+
+def score_queries(ranks: Sequence[QueryRanks]) -> RetrievalScores:
+    """Return the metrics of each query that has a relevant document."""
+    rows = [score_ranks(each) for each in ranks if len(each.above)]
+    return RetrievalScores({name: np.array([row[name] for row in rows]) for name in METRICS})
+
+
+def score_retrieval(
+    queries: torch.Tensor,
+    corpus: torch.Tensor,
+    relevant: Sequence[Sequence[int]],
+    *,
+    similarity: str = "cosine",
+    block_bytes: int = BLOCK_BYTES,
+) -> RetrievalScores:
+    """Return the metrics of a search for each of the queries among all documents.
+
+    Args:
+        queries: `(queries, dims)` embeddings.
+        corpus: `(documents, dims)` embeddings.
+        relevant: for each query, the positions of its relevant documents.
+        similarity: cosine or dot.
+        block_bytes: memory of the scores that are held at a time.
+    """
+    ranks: list[QueryRanks] = []
+    for start, scores in iterate_scores(queries, corpus, similarity, block_bytes):
+        for row, line in enumerate(scores.numpy()):
+            ranks.append(rank_relevant(line, relevant[start + row]))
+    return score_queries(ranks)
+
+
+def search(
+    queries: torch.Tensor,
+    corpus: torch.Tensor,
+    count: int,
+    *,
+    similarity: str = "cosine",
+    block_bytes: int = BLOCK_BYTES,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return scores and positions, each `(queries, count)`, of the nearest documents, best first.
+
+    The search is exact; `count` is at most the number of documents.
+    """
+    count = min(count, len(corpus))
+    found = [
+        scores.topk(count) for _, scores in iterate_scores(queries, corpus, similarity, block_bytes)
+    ]
+    return (
+        np.concatenate([each.values.numpy() for each in found]),
+        np.concatenate([each.indices.numpy() for each in found]),
+    )
+
+
+def iterate_scores(
+    queries: torch.Tensor,
+    corpus: torch.Tensor,
+    similarity: str = "cosine",
+    block_bytes: int = BLOCK_BYTES,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield the first query and the float32 scores `(queries, documents)` of each block.
+
+    A block has at least one query.
+    """
+    queries, corpus = queries.float().cpu(), corpus.float().cpu()
+    if similarity == "cosine":
+        from torch.nn import functional
+
+        queries, corpus = functional.normalize(queries), functional.normalize(corpus)
+    height = max(1, block_bytes // (4 * max(len(corpus), 1)))
+    turned = corpus.T
+    for start in range(0, len(queries), height):
+        yield start, queries[start : start + height] @ turned
+
+
+def spearman(scores: Sequence[float], labels: Sequence[float]) -> float:
+    """Return the Spearman correlation, with average ranks for equal values."""
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(scores, labels)[0])
+
+
+def average_precision(scores: Sequence[float], labels: Sequence[float]) -> float:
+    """Return the average precision of labels 0 and 1, with one threshold for equal scores."""
+    from sklearn.metrics import average_precision_score
+
+    return float(average_precision_score([label > 0 for label in labels], scores))
