@@ -1,9 +1,9 @@
 """Figures of preference losses on a tiny Llama with fixed weights, and that Llama.
 
-The figures lie in preference_figures.json, which `scripts/make_preference_figures.py` makes: plain
+The figures lie in preference_figures.json, which `tests/make_preference_figures.py` makes: plain
 torch and PEFT without any of this project's code, each answer alone through the model, formulas as
-in the papers, float64 on a CPU. `scripts/against_trl.py` holds TRL's own trainers to them. Weights
-are of numpy's `RandomState`, whose stream is frozen.
+in the papers, float64 on a CPU. `scripts/against_trl.py` of commit a06cb43b holds TRL's own
+trainers to them. Weights are of numpy's `RandomState`, whose stream is frozen.
 """
 
 from __future__ import annotations

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
@@ -46,43 +44,6 @@ def test_what_lies_between_the_first_step_and_the_last_is_counted() -> None:
     assert read_events([*averaged, *averaged], 8.0, 0.0, []).loss == pytest.approx(2.0)
 
 
-def test_two_processes_make_their_steps_in_turns(tmp_path: Path) -> None:
-    """The one that has fewer steps leaves the other alone; a step is timed from its turn on."""
-    from in_turns import middle
-
-    steps = tmp_path / "steps"
-    code = f"""
-import sys, time, sitecustomize
-for step in range(int(sys.argv[2])):
-    sitecustomize._take_turn()
-    with open({str(steps)!r}, "a") as file:
-        file.write(sys.argv[1])
-    time.sleep(0.05)
-turns = [event for event in sitecustomize._EVENTS if event["kind"] == "turn"]
-assert len(turns) == int(sys.argv[2]) - 1
-assert all(0.04 < turn["seconds"] < 2 for turn in turns), turns
-sitecustomize._leave()
-"""
-    pipes = [tmp_path / name for name in "ab"]
-    for pipe in pipes:
-        os.mkfifo(pipe)
-    first = os.open(pipes[0], os.O_RDWR)
-    os.write(first, b".")
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, name, str(count)],
-            env={**os.environ, "PYTHONPATH": str(ROOT / "benchmarks/training/meter"),
-                 "TRAIN_TURNS": f"{mine}:{other}"},
-        )
-        for name, count, mine, other in (("a", 6, *pipes), ("b", 4, *pipes[::-1]))
-    ]  # fmt: skip
-    assert [process.wait(60) for process in running] == [0, 0]
-    os.close(first)
-    assert steps.read_text() == "ababababaa"
-    assert middle([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
-    assert middle(range(100)) == (49.5, 40, 60)
-
-
 def test_the_table_compares_with_the_best_peer_and_names_who_did_other_work() -> None:
     from training.runs import Reading
     from training.tables import best_peer, summarize, workload_table
@@ -105,27 +66,6 @@ def test_the_table_compares_with_the_best_peer_and_names_who_did_other_work() ->
     assert "- cut had 80 supervised ones where it has 100." in text
     assert "- x: why" in text
     assert "- trl had" not in text
-
-
-def test_a_curve_is_compared_by_its_means_and_drawn() -> None:
-    import curve
-
-    plain = [2.0, 1.0] * 30
-    text = curve.compare([2.0, 1.0] * 29 + [2.2, 1.0], plain)
-    assert "| all | 1.50000 | 1.50333 | +0.222% |" in text
-    assert "| the last 50 | 1.50000 | 1.50400 | +0.267% |" in text
-    assert "10.00%, at step 59 of 60" in text
-    root = ElementTree.fromstring(curve.draw({"plain": plain, "fast": plain}))
-    lines = root.findall("{http://www.w3.org/2000/svg}polyline")
-    assert [len(line.attrib["points"].split()) for line in lines] == [60] * 4
-
-
-def test_memory_is_held_against_a_straight_line() -> None:
-    import flat
-
-    start, slope, off = flat.fit_line([1, 2, 3, 4], [11, 12, 13, 14])
-    assert (start, slope, off) == pytest.approx((10, 1, 0))
-    assert flat.fit_line([1, 2, 3], [1, 4, 9])[2] > 0.3
 
 
 @pytest.mark.slow

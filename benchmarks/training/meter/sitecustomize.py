@@ -11,10 +11,6 @@ Each line has `kind`, `wall` (seconds since the epoch), `cpu` (seconds of the pr
 also has `began` (wall), `tokens` (without padding), `places` (with), `supervised` (tokens with a
 label that the model is scored on; rows, in classification) and `loss`, with `share` of the step's
 loss: true where the losses of a step's micro-batches add up to it, false where they are averaged.
-
-With TRAIN_TURNS=MINE:OTHER, two named pipes, a step begins when something comes out of the first,
-and where the next one would begin the other process is let go on; a `turn` has the `seconds` and
-`cpu_seconds` between the two. When the process ends, the other one waits no more.
 """
 
 import atexit
@@ -28,7 +24,6 @@ import time
 _EVENTS = []
 _INSIDE = []
 _LITGPT = {}
-_TURNS = []
 
 
 def _note(kind, **more):
@@ -50,27 +45,6 @@ def _count(ids, mask, labels):
     return {"tokens": tokens, "places": ids.numel(), "supervised": supervised}
 
 
-def _take_turn():
-    """Let the other process make its step, and wait until it has made it."""
-    if not _TURNS:
-        mine, other = os.environ["TRAIN_TURNS"].split(":")
-        # Both ways, so that opening waits for nobody, and a reader that is gone ends nobody.
-        _TURNS.extend([os.open(mine, os.O_RDWR), os.open(other, os.O_RDWR), None])
-    mine, other, began = _TURNS
-    if began:
-        wall, cpu = began
-        _note("turn", seconds=time.time() - wall, cpu_seconds=time.process_time() - cpu)
-        os.write(other, b".")
-    os.read(mine, 1)
-    _TURNS[2] = (time.time(), time.process_time())
-
-
-def _leave():
-    """Let the other process go on by itself: more turns than it has steps, and a pipe holds."""
-    if _TURNS:
-        os.write(_TURNS[1], b"." * 4096)
-
-
 def _watch_optimizer(module):
     module.register_optimizer_step_post_hook(lambda *_: _note("step"))
 
@@ -83,8 +57,6 @@ def _watch_training_step(owner):
             return step(self, model, inputs, *args, **kwargs)
         if _INSIDE:  # of a subclass's own step, which has counted this
             return step(self, model, inputs, *args, **kwargs)
-        if "TRAIN_TURNS" in os.environ:
-            _take_turn()
         began = time.time()
         parts = [
             _count(part["input_ids"], part.get("attention_mask"), part.get("labels"))
@@ -158,7 +130,6 @@ class _Finder(importlib.abc.MetaPathFinder):
 def _write():
     if not any(event["kind"] == "micro" for event in _EVENTS):
         return  # a launcher, not the process that trains
-    _leave()
     import torch
 
     if torch.cuda.is_initialized():

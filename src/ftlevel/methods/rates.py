@@ -4,7 +4,7 @@
                                           + ½ ln(steps / 100) / ln(3000 / 100),
 
 with both halves between 0 and ½, rounded to one digit. `narrow` is measured on small models in
-short runs (`benchmarks/defaults.py`); `wide` is from papers, for large models and thousands of
+short runs (docs/defaults.md); `wide` is from papers, for large models and thousands of
 steps. The rates themselves are in the method modules. Does not import torch.
 """
 

@@ -1,7 +1,8 @@
 """Conversion of bottleneck adapters from and to AdapterHub's format.
 
 Based on `adapters` 1.3.0: configuration/adapter_config.py (`BnConfig`), methods/bottleneck.py,
-methods/modeling.py, models/*/mixin_*.py. scripts/against_adapterhub.py compares with that package.
+methods/modeling.py, models/*/mixin_*.py. tests/unit/trained/test_adapterhub.py compares
+with figures of that package.
 """
 
 from __future__ import annotations

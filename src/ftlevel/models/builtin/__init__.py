@@ -30,7 +30,6 @@ def model_path(name: str) -> Path:
     if not (directory / "model.safetensors").is_file():
         raise InputError(
             f"builtin:{name}: {directory} has no model.safetensors, so this installation is not"
-            " complete. Install ftlevel again, or write the model with"
-            " scripts/pretrain_builtin.py."
+            " complete. Install ftlevel again."
         )
     return directory

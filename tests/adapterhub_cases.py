@@ -1,14 +1,14 @@
-"""What scripts/against_adapterhub.py tries: bases, adapters, heads; their numbers and inputs."""
+"""Bases, adapters and heads with the inputs that adapterhub_figures.json has logits of.
+
+`scripts/against_adapterhub.py` of commit a06cb43b recorded the figures with AdapterHub's package.
+"""
 
 from __future__ import annotations
 
-import json
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-NAME = "tried"
 SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "intermediate_size": 48, "max_position_embeddings": 40, "pad_token_id": 0}  # fmt: skip
 _LLAMA = {**SIZES, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
@@ -41,50 +41,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mbart": ("AutoModelForSeq2SeqLM", _BART),
 }  # fmt: skip
 SEQ2SEQ = ("t5", "mt5", "bart", "mbart")
-LANGUAGE = {"bert": "AutoModelForMaskedLM", "albert": "AutoModelForMaskedLM"}
-
-_BN = {"reduction_factor": 4}
-STYLES: dict[str, tuple[str, dict[str, Any]]] = {
-    "double_seq_bn": ("DoubleSeqBnConfig", {**_BN, "cross_adapter": True}),
-    "double_seq_bn, no cross": ("DoubleSeqBnConfig", _BN),
-    "after the attention only": ("DoubleSeqBnConfig", {**_BN, "output_adapter": False}),
-    "after the feed-forward only": ("DoubleSeqBnConfig", {**_BN, "mh_adapter": False}),
-    "seq_bn": ("SeqBnConfig", _BN),
-    "seq_bn, leave_out [1]": ("SeqBnConfig", {**_BN, "leave_out": [1]}),
-    "par_bn": ("ParBnConfig", _BN),
-    "scaled_par_bn": ("ParBnConfig", {**_BN, "scaling": "learned"}),
-    "AdapterPlusConfig": ("AdapterPlusConfig", {**_BN, "stochastic_depth": 0.0}),
-}
-RECORDED = ("double_seq_bn", "seq_bn", "par_bn", "AdapterPlusConfig")
-PLACEMENTS = ("houlsby", "pfeiffer", "seq_bn", "par_bn", "parallel", "adapter_plus")
 CLASSIFIER, TAGGER = "AutoModelForSequenceClassification", "AutoModelForTokenClassification"
 READER = "AutoModelForQuestionAnswering"
-HEADS: list[tuple[str, str, dict[str, Any] | None]] = [
-    *[(family, CLASSIFIER, None) for family in ("bert", "roberta", "distilbert", "llama", "bart")],
-    ("roberta", TAGGER, None),
-    ("bert", READER, None),
-    ("bert", CLASSIFIER, {"layers": 2}),
-    ("bert", CLASSIFIER, {"layers": 1, "use_pooler": True}),
-    ("albert", CLASSIFIER, {"layers": 1, "use_pooler": True}),
-    ("roberta", CLASSIFIER, {"layers": 2}),
-    ("xlm-roberta", CLASSIFIER, {"layers": 2}),
-    ("electra", CLASSIFIER, {"layers": 2, "activation_function": "gelu"}),
-    ("deberta-v2", CLASSIFIER, {"layers": 2, "activation_function": "gelu"}),
-    ("distilbert", CLASSIFIER, {"layers": 2, "activation_function": "relu"}),
-    ("bart", CLASSIFIER, {"layers": 2}),
-    ("gpt2", CLASSIFIER, {"layers": 1, "bias": False}),
-    ("llama", CLASSIFIER, {"layers": 1, "bias": False}),
-    ("bert", TAGGER, {"layers": 1}),
-    ("llama", TAGGER, {"layers": 1}),
-    ("roberta", READER, {"layers": 1}),
-]
-# GPT-J has no residual of the feed-forward alone; AdapterHub's adapter after ALBERT's attention
-# reads the residual, which looks like a slip: two arguments are exchanged.
-REFUSED = {"gptj": ("seq_bn", "par_bn", "scaled", "AdapterPlus"),
-           "albert": ("double", "after the attention", "seq_bn, leave")}  # fmt: skip
-HEAD_CLASS = {CLASSIFIER: "ClassificationHead", TAGGER: "TaggingHead",
-              READER: "QuestionAnsweringHead"}  # fmt: skip
-LABELS = ["no", "maybe", "yes"]
 
 
 @dataclass
@@ -106,38 +64,6 @@ class Case:
     auto_class: str
     config: tuple[str, dict[str, Any]] | None = None
     head: dict[str, Any] | None = None
-
-
-def cases(small: bool) -> Iterator[Case]:
-    """Yield what `adapters` makes and ftlevel reads."""
-    number = 0
-    for family in list(FAMILIES)[: 6 if small else None]:
-        for style, config in STYLES.items():
-            if any(style.startswith(start) for start in REFUSED.get(family, ())):
-                continue
-            yield Case(number, family, style, _language_class(family), config)
-            number += 1
-    for family, auto_class, head in HEADS:
-        style = "its own head" if head is None else f"flex {json.dumps(head)}"
-        yield Case(number, family, style, auto_class, STYLES["seq_bn"], head)
-        number += 1
-
-
-def own_cases(small: bool) -> Iterator[Case]:
-    """Yield what ftlevel writes and `adapters` reads."""
-    number = 1000
-    for family in list(FAMILIES)[: 6 if small else None]:
-        for placement in PLACEMENTS:
-            yield Case(number, family, placement, _language_class(family))
-            number += 1
-    for family, auto_class, head in HEADS:
-        if head is None:
-            yield Case(number, family, "seq_bn", auto_class)
-            number += 1
-
-
-def _language_class(family: str) -> str:
-    return LANGUAGE.get(family, FAMILIES[family][0])
 
 
 def fill(name: str, tensor: Any, scale: float = 0.3) -> None:
@@ -174,16 +100,9 @@ def logits_of(model: Any, case: Case) -> Any:
     import torch
 
     batch = inputs(case.family)
-    if case.auto_class in HEAD_CLASS:
+    if case.auto_class in (CLASSIFIER, TAGGER, READER):
         batch.pop("decoder_input_ids", None)
     with torch.no_grad():
         made = model.eval()(**batch)
     logits = made.start_logits if case.auto_class == READER else made.logits
     return logits.contiguous()
-
-
-def class_settings(case: Case) -> dict[str, Any]:
-    """Return what the base's config is given for the classes of a case."""
-    if case.auto_class not in (CLASSIFIER, TAGGER):
-        return {}
-    return {"id2label": dict(enumerate(LABELS)), "label2id": {n: i for i, n in enumerate(LABELS)}}

@@ -1,6 +1,6 @@
 """Compute tests/preference_figures.json anew: losses of preferences by a plain script, in float64.
 
-    python scripts/make_preference_figures.py > tests/preference_figures.json
+    python tests/make_preference_figures.py > tests/preference_figures.json
 
 Weights and rows are those of `tests/preference_figures.py`; nothing of the package computes here.
 Each answer goes through the model alone, with all of its scores; the formulas are written as the
@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import preference_figures as given
 
 BETAS = (0.1, 0.5)
@@ -195,7 +192,7 @@ def main() -> None:
     steps = [of_steps(pairs, beta, baseline) for beta in BETAS]
     scores, of_scores = rewards()
     told = {
-        "made_by": f"scripts/make_preference_figures.py, float64, torch {torch.__version__}",
+        "made_by": f"tests/make_preference_figures.py, float64, torch {torch.__version__}",
         "policy": [[answer.total.item() for answer in pair] for pair in pairs],
         "reference": [[answer.reference.sum().item() for answer in pair] for pair in pairs],
         "lengths": [[answer.tokens for answer in pair] for pair in pairs],
