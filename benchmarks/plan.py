@@ -93,7 +93,7 @@ def planned(config: Any) -> dict[str, Any]:
     from ftlevel.training.plan.resolve import resolve
 
     with silence_loggers():
-        found = estimate_requirement(config, resolve(config), Device.of("cpu"))
+        found = estimate_requirement(resolve(config), Device.of("cpu"))
     return {"peak": found.peak, "at": found.at, "parts": found.parts}
 
 

@@ -249,11 +249,12 @@ def run_fitted(family: str, free: int, rows: int = 16, length: int = 512) -> Fit
     fast = FastStep(model, plan)
     torch.cuda.mem_get_info = lambda *_: (free, free)
     planned: Any = SimpleNamespace(
+        config=config,
         data=SimpleNamespace(train=batch, max_length=length), fast=plan,
         model=SimpleNamespace(device="cuda", dtype="bfloat16", pad_id=0, kind="encoder-decoder"),
     )  # fmt: skip
     with MODE, without_a_cache(model):
-        set_checkpointing(model, config, planned)
+        set_checkpointing(model, planned)
     blocks = [block for stack in find_stacks(base) for block in stack]
     recomputed = sum(bool(getattr(block, "gradient_checkpointing", False)) for block in blocks)
     found = run_step(model, config, objective, fast, batch, family)

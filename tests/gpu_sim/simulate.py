@@ -200,14 +200,15 @@ def run_step(
         family: `model_type`.
         optimize: whether the optimizer takes the step.
     """
-    plan = SimpleNamespace(
+    run = SimpleNamespace(
+        config=config,
         fast=fast.plan,
         schedule=SimpleNamespace(learning_rate=1e-4, steps=100),
         data=SimpleNamespace(validation=[]),
         model=SimpleNamespace(dtype="bfloat16", device="cuda", family=family),
     )
     with tempfile.TemporaryDirectory() as folder:
-        arguments = build_arguments(config, plan, Path(folder))  # type: ignore[arg-type]
+        arguments = build_arguments(run, Path(folder))  # type: ignore[arg-type]
         with MODE:
             trainer = _Trainer(objective=objective, model=model, args=arguments, fast=fast)
         batch = _as_fake(StepCollator(0, fast.plan, objective)(list(rows)))
@@ -215,8 +216,8 @@ def run_step(
         with MODE, recorder:
             for tensor in (*model.parameters(), *model.buffers()):
                 recorder.track(tensor)
-            run = RunDirectory(Path(folder))
-            recovery = Recovery(trainer, config.train, run, Processes(), NullListener(), None)
+            directory = RunDirectory(Path(folder))
+            recovery = Recovery(trainer, config.train, directory, Processes(), NullListener(), None)
             proof = GradientMonitor(
                 NullListener(), trainer.take_step_loss, recovery, defers=recovery.only_stops
             )

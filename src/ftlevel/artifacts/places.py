@@ -42,16 +42,16 @@ def make_paths_absolute(values: Mapping[str, Any]) -> dict[str, Any]:
     return _with_places(values, lambda _, place: str(Path(place).expanduser().absolute()))
 
 
-def write_places(run: RunDirectory, values: Mapping[str, Any]) -> None:
+def write_places(directory: RunDirectory, values: Mapping[str, Any]) -> None:
     """Write places.json: absolute path in config.yaml → path relative to the run."""
     found: dict[str, str] = {}
 
     def note(_: str, place: str) -> str:
-        found[place] = relative_place(Path(place), run.path)
+        found[place] = relative_place(Path(place), directory.path)
         return place
 
     _with_places(make_paths_absolute(values), note)
-    write_json(run.path / PLACES, {place: path for place, path in found.items() if path})
+    write_json(directory.path / PLACES, {place: path for place, path in found.items() if path})
 
 
 def relative_place(path: Path, directory: Path) -> str:

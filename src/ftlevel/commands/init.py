@@ -22,8 +22,8 @@ from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import build_task_model, load_config, silence_loggers
 from ftlevel.models.sources import resolve_source
 from ftlevel.tasks import TASKS
-from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import default_name, resolve
+from ftlevel.training.plan.run import Run
 
 _ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx", ".conll")
 _FOR_ENCODERS = ("text-classification", "token-classification", "question-answering", "masked-lm")
@@ -86,10 +86,11 @@ def draft(layers: list[Layer], file: Path, answer: Callable[[Question, Choice], 
                 if value == proposal.value:
                     proposed.append(proposal)
             question.check(build_config(layers))
-        config, plan = _resolve(layers, proposed)
+        run = _resolve(layers, proposed)
+    config = run.config
     command = f"ftlevel train --recipe {file} --output-dir runs/{default_name(config)}"
-    text = "\n".join([*_head(config, command, file), *_render(config, plan, proposed)]) + "\n"
-    return Draft(text, config, proposed, plan.schedule.steps, command)
+    text = "\n".join([*_head(config, command, file), *_render(run, proposed)]) + "\n"
+    return Draft(text, config, proposed, run.schedule.steps, command)
 
 
 def check_answer(layers: list[Layer], question: Question, value: str) -> None:
@@ -111,17 +112,16 @@ def _is_said(config: TrainConfig, path: str) -> bool:
     return not name or name in getattr(config, section).model_fields_set
 
 
-def _resolve(layers: list[Layer], proposed: list[Choice]) -> tuple[TrainConfig, Plan]:
+def _resolve(layers: list[Layer], proposed: list[Choice]) -> Run:
     """Resolve as `train` does; add a validation split if there are no validation rows."""
     config = build_config(layers)
-    plan = resolve(config)
-    few = len(plan.data.train) < _ENOUGH or config.data.streaming
-    if few or plan.data.validation or _is_said(config, "data.validation_split"):
-        return config, plan
+    run = resolve(config)
+    few = len(run.data.train) < _ENOUGH or config.data.streaming
+    if few or run.data.validation or _is_said(config, "data.validation_split"):
+        return run
     layers.append(_layer("data.validation_split", _HELD_OUT, "--validation-split"))
     proposed.append(Choice("validation_split", _HELD_OUT, "the data has no validation rows"))
-    config = build_config(layers)
-    return config, resolve(config)
+    return resolve(build_config(layers))
 
 
 def _propose_dataset(_: TrainConfig) -> Choice:
@@ -251,9 +251,9 @@ def _head(config: TrainConfig, command: str, file: Path) -> Iterator[str]:
     yield "# without the # it is yours. All there are: ftlevel train --schema."
 
 
-def _notes(plan: Plan, proposed: list[Choice]) -> Mapping[str, str]:
+def _notes(run: Run, proposed: list[Choice]) -> Mapping[str, str]:
     """Return the comments next to settings: path → text."""
-    choices = {choice.name: choice for choice in plan.choices}
+    choices = {choice.name: choice for choice in run.choices}
     reasons = {choice.name: choice.reason for choice in proposed}
     columns = choices.get("columns")
     return {
@@ -262,26 +262,26 @@ def _notes(plan: Plan, proposed: list[Choice]) -> Mapping[str, str]:
         "method.kind": choices["method"].reason,
         "data.dataset": choices["data"].reason.partition(";")[0],
         "data.validation_split": reasons.get("validation_split", ""),
-        "train.num_train_epochs": f"{plan.schedule.steps:,} steps",
+        "train.num_train_epochs": f"{run.schedule.steps:,} steps",
         "quant.kind": str(choices["base"].value) if "base" in choices else "",
     }
 
 
-def _chosen(config: TrainConfig, plan: Plan) -> Mapping[str, list[tuple[str, Any, str]]]:
+def _chosen(run: Run) -> Mapping[str, list[tuple[str, Any, str]]]:
     """Return the values `train` would choose: section → (name, value, reason)."""
-    reasons = {choice.name: choice.reason for choice in plan.choices}
-    train, schedule = config.train, plan.schedule
+    reasons = {choice.name: choice.reason for choice in run.choices}
+    train, schedule = run.config.train, run.schedule
     rates = [("learning_rate", schedule.learning_rate, reasons.get("learning rate", ""))]
     if schedule.head_learning_rate is not None:
         why = "beside a learning_rate of yours the head has the same without it"
         rates.append(("head_learning_rate", schedule.head_learning_rate, why))
     found = {
         "method": [
-            (name, getattr(config.method, name), "")
+            (name, getattr(run.config.method, name), "")
             for name in ("r", "lora_alpha", "lora_dropout", "target_modules")
-            if getattr(config.method, name, None) is not None
+            if getattr(run.config.method, name, None) is not None
         ],
-        "data": [("max_length", plan.data.max_length, reasons.get("max length", ""))],
+        "data": [("max_length", run.data.max_length, reasons.get("max length", ""))],
         "train": [
             *((name, float(f"{rate:.3g}"), why) for name, rate, why in rates),
             ("per_device_train_batch_size", train.per_device_train_batch_size, ""),
@@ -291,16 +291,16 @@ def _chosen(config: TrainConfig, plan: Plan) -> Mapping[str, list[tuple[str, Any
     }
     return {
         section: [
-            line for line in lines if line[0] not in getattr(config, section).model_fields_set
+            line for line in lines if line[0] not in getattr(run.config, section).model_fields_set
         ]
         for section, lines in found.items()
     }
 
 
-def _render(config: TrainConfig, plan: Plan, proposed: list[Choice]) -> Iterator[str]:
+def _render(run: Run, proposed: list[Choice]) -> Iterator[str]:
     """Yield the lines of the recipe; chosen values are commented out."""
-    notes, chosen = _notes(plan, proposed), _chosen(config, plan)
-    values = config.model_dump(mode="json", exclude_unset=True)
+    notes, chosen = _notes(run, proposed), _chosen(run)
+    values = run.config.model_dump(mode="json", exclude_unset=True)
     for section in sorted(values, key=lambda name: (name not in _ORDER, _ORDER.find(name))):
         held = values[section]
         if not isinstance(held, dict):

@@ -34,8 +34,8 @@ from ftlevel.training.forecast.seconds import (
 )
 from ftlevel.training.forecast.shares import describe_shares
 from ftlevel.training.plan.adapter import resolve_adapter
-from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import infer_task, resolve
+from ftlevel.training.plan.run import Run
 from ftlevel.training.plan.trainable import count_trainable
 
 _IMAGINED_STEPS = 2
@@ -184,35 +184,35 @@ def _plan(config: TrainConfig, wishes: PlanOptions) -> tuple[RunPlan, _Alternati
     a_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     rows = a_step * _IMAGINED_STEPS if is_imagined else 0
     imagined = build_synthetic_batch(config, source, card.name if card else None, rows)
-    resolved = resolve(config, why_task=why, adapter=adapter, imagined=imagined)
+    run = resolve(config, why_task=why, adapter=adapter, imagined=imagined)
     ranks = wishes.nodes * wishes.gpus_per_node
-    device = Device.of(resolved.model.device, card, ranks)
+    device = Device.of(run.model.device, card, ranks)
     if config.speed.memory_gib is not None:
         least = min(device.memory, int(config.speed.memory_gib * 2**30))
         device = replace(device, memory=least)
     if config.speed.tokens_per_micro_batch == "memory":
-        _, resolved = fit_micro_batch(config, resolved, device.memory)
-    need = estimate_requirement(config, resolved, device)
-    tokenizer = resolved.model.tokenizer
+        run = fit_micro_batch(run, device.memory)
+    need = estimate_requirement(run, device)
+    tokenizer = run.model.tokenizer
     limits = AlternativeContext(need.device, card.name if card else None, source, tokenizer)
-    cluster = _cluster(config, resolved, need, card, wishes)
-    time = _time(config, resolved, card, wishes.probe, is_imagined)
+    cluster = _cluster(run, need, card, wishes)
+    time = _time(run, card, wishes.probe, is_imagined)
     if cluster is not None:
         time = cluster.time()
-    as_long = config if is_imagined else _with_length(config, resolved.data.max_length)
+    as_long = config if is_imagined else _with_length(config, run.data.max_length)
     found = RunPlan(
         need=need,
-        steps=cluster.steps or 0 if cluster else steps_per_epoch(config, resolved),
-        tokens=0 if is_imagined else int(resolved.data.facts["tokens"]),
+        steps=cluster.steps or 0 if cluster else steps_per_epoch(run),
+        tokens=0 if is_imagined else int(run.data.facts["tokens"]),
         imagined=is_imagined,
-        longest=resolved.data.max_length,
-        checkpoint_bytes=_checkpoints(config, resolved, need.parts),
+        longest=run.data.max_length,
+        checkpoint_bytes=_checkpoints(run, need.parts),
         time=time,
         cost=_cost(config, time, wishes),
         fits=[],
         cheapest=find_cheapest(as_long, limits) if not need.does_fit else None,
         cluster=cluster,
-        choices=resolved.choices,
+        choices=run.choices,
     )
     return found, _Alternatives(as_long, limits)
 
@@ -233,12 +233,10 @@ def _with_dtype(config: TrainConfig, dtype: str) -> TrainConfig:
     return config.model_copy(update={"model": model})
 
 
-def _time(
-    config: TrainConfig, resolved: Plan, card: Gpu | None, probe: bool, is_imagined: bool
-) -> TimeForecast | None:
+def _time(run: Run, card: Gpu | None, probe: bool, is_imagined: bool) -> TimeForecast | None:
     if probe:
-        return measure_time(config, resolved)
-    return estimate_time(config, resolved, card) if card and not is_imagined else None
+        return measure_time(run)
+    return estimate_time(run, card) if card and not is_imagined else None
 
 
 def _cost(config: TrainConfig, time: TimeForecast | None, wishes: PlanOptions) -> float | None:
@@ -248,13 +246,13 @@ def _cost(config: TrainConfig, time: TimeForecast | None, wishes: PlanOptions) -
     return hours * wishes.price_per_hour * wishes.nodes
 
 
-def _checkpoints(config: TrainConfig, resolved: Plan, parts: Mapping[str, int]) -> tuple[int, int]:
+def _checkpoints(run: Run, parts: Mapping[str, int]) -> tuple[int, int]:
     """Return the bytes of one checkpoint with optimizer, and of those kept at once."""
-    trained, _ = count_trainable(config, resolved)
+    trained, _ = count_trainable(run)
     one = 4 * trained + parts.get(OPTIMIZER, 0)
-    limit = config.train.save_total_limit or 1
-    epochs = math.ceil(config.train.num_train_epochs)
-    return one, one * (limit if config.train.save_strategy else min(limit, epochs))
+    limit = run.config.train.save_total_limit or 1
+    epochs = math.ceil(run.config.train.num_train_epochs)
+    return one, one * (limit if run.config.train.save_strategy else min(limit, epochs))
 
 
 def _check_cards(config: TrainConfig, wishes: PlanOptions, card: Gpu | None) -> None:
@@ -277,8 +275,7 @@ def _check_cards(config: TrainConfig, wishes: PlanOptions, card: Gpu | None) -> 
 
 
 def _cluster(
-    config: TrainConfig,
-    resolved: Plan,
+    run: Run,
     need: MemoryRequirement,
     card: Gpu | None,
     wishes: PlanOptions,
@@ -286,5 +283,5 @@ def _cluster(
     if card is None or need.device.ranks == 1:
         return None
     network = Network(wishes.nodes, wishes.gpus_per_node, card.link, wishes.interconnect_gbps)
-    shares = describe_shares(config, resolved)
-    return forecast_cluster(config, resolved, need, shares, card, network)
+    shares = describe_shares(run)
+    return forecast_cluster(run, need, shares, card, network)

@@ -18,8 +18,8 @@ from ftlevel.data.gate.flat import flat_batches
 from ftlevel.errors import ConfigError, join_names
 from ftlevel.models.loading import silence_loggers
 from ftlevel.training.plan.adapter import resolve_adapter
-from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import infer_task, resolve
+from ftlevel.training.plan.run import Run
 
 _BARS = 10  # of the histogram
 
@@ -108,25 +108,25 @@ def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
     with silence_loggers():
         config, adapter, _ = resolve_adapter(config)
         config, why = infer_task(config)
-        plan = resolve(config, lenient=True, why_task=why, adapter=adapter)
-        shown = [_show_row(plan, row) for row in _pick(plan, numbers)]
-    facts = plan.data.facts
+        run = resolve(config, lenient=True, why_task=why, adapter=adapter)
+        shown = [_show_row(run, row) for row in _pick(run, numbers)]
+    facts = run.data.facts
     return Preview(
         shown,
-        build_histogram(_lengths(plan)),
+        build_histogram(_lengths(run)),
         facts["tokens"],
         facts["supervised"],
-        list(plan.data.findings),
-        plan.schedule.steps,
+        list(run.data.findings),
+        run.schedule.steps,
         facts,
-        plan.data.choices,
+        run.data.choices,
     )
 
 
-def _pick(plan: Plan, numbers: Sequence[int]) -> list[Encoded]:
-    rows = plan.data.train
+def _pick(run: Run, numbers: Sequence[int]) -> list[Encoded]:
+    rows = run.data.train
     if not numbers:
-        lengths = _lengths(plan)
+        lengths = _lengths(run)
         order = sorted(range(len(rows)), key=lengths.__getitem__)
         ends = dict.fromkeys((order[0], order[len(order) // 2], order[-1]))
         return [rows[i] for i in ends]
@@ -134,7 +134,7 @@ def _pick(plan: Plan, numbers: Sequence[int]) -> list[Encoded]:
     there = np.concatenate([flat.example for flat in flat_batches(plain)]) + 1
     missing = [number for number in numbers if number not in there]
     if missing:
-        total = len(plan.data.table.lines)
+        total = len(run.data.table.lines)
         why = "it was dropped, see the data checks" if missing[0] <= total else "no such row"
         raise ConfigError(
             f"--row {join_names(map(str, missing))}: {why}. There are {total:,} training rows, of "
@@ -143,29 +143,29 @@ def _pick(plan: Plan, numbers: Sequence[int]) -> list[Encoded]:
     return [rows[i] for number in numbers for i in np.flatnonzero(there == number).tolist()]
 
 
-def _lengths(plan: Plan) -> list[int]:
-    rows = plan.data.train
+def _lengths(run: Run) -> list[int]:
+    rows = run.data.train
     lengths: list[int] = row_lengths(rows.rows if isinstance(rows, MaskedRows) else rows).tolist()
     return lengths
 
 
-def _show_row(plan: Plan, row: Encoded) -> ShownRow:
-    speller = Speller(plan.model.tokenizer)
+def _show_row(run: Run, row: Encoded) -> ShownRow:
+    speller = Speller(run.model.tokenizer)
     texts = speller.spell(row.input_ids)
-    names = plan.data.facts["labels"]
-    learned = plan.task.show_targets(row, names, plan.model.kind, speller)
+    names = run.data.facts["labels"]
+    learned = run.task.show_targets(row, names, run.model.kind, speller)
     special = speller.special
     tokens = tuple(
         Token(id_, text, label is not None, id_ in special, label or "")
         for id_, text, label in zip(row.input_ids, texts, learned, strict=True)
     )
-    ids = plan.task.show_answer(row, plan.model.kind)
+    ids = run.task.show_answer(row, run.model.kind)
     target = tuple(
         Token(id_, text, True, id_ in special)
         for id_, text in zip(ids, speller.spell(ids), strict=True)
     )
-    place = plan.data.table.where(row.row)
-    return ShownRow(row.row + 1, place, tokens, target, plan.task.show_label(row, names))
+    place = run.data.table.where(row.row)
+    return ShownRow(row.row + 1, place, tokens, target, run.task.show_label(row, names))
 
 
 class Speller:

@@ -51,8 +51,8 @@ from ftlevel.training.memory import explain_out_of_memory
 from ftlevel.training.model import describe_speed
 from ftlevel.training.origin import FileDigests, digests_of, everything_of, origin_of
 from ftlevel.training.plan.adapter import resolve_adapter
-from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import check_packages, infer_task, resolve
+from ftlevel.training.plan.run import Run
 from ftlevel.training.plan.schedule import find_default_model_warnings, find_warnings
 from ftlevel.training.plan.trainable import find_adapter_warnings, size_choices
 from ftlevel.training.processes import Processes, resolve_processes, started_processes
@@ -120,7 +120,7 @@ class _Job:
     """A resolved and checked run, before weights load; `recipe` is its path and git state."""
 
     taken: BoundInputs
-    plan: Plan
+    run: Run
     listener: Listener
     callbacks: Sequence[TrainerCallback]
     recipe: Mapping[str, Any] | None
@@ -180,14 +180,18 @@ def train(
         job = _resolve_together(taken, command_line, listener, callbacks, dry_run=dry_run)
         if dry_run:
             job = _choose_micro_batch(job)
-            plan, taken = job.plan, job.taken
-            summary = {"dry_run": True, "steps": plan.schedule.steps, "data": plan.data.facts,
-                       "headline": plan.objective.headline,
-                       "targets": plan.targets.modules,
-                       "config": resolved_config(taken.config, plan)}  # fmt: skip
+            run = job.run
+            summary = {
+                "dry_run": True,
+                "steps": run.schedule.steps,
+                "data": run.data.facts,
+                "headline": run.objective.headline,
+                "targets": run.targets.modules,
+                "config": resolved_config(run),
+            }
             listener.end(summary)
-            return TrainResult(summary, None, None, plan.model.tokenizer)
-        held.enter_context(explain_out_of_memory(job.taken.config, job.plan))
+            return TrainResult(summary, None, None, run.model.tokenizer)
+        held.enter_context(explain_out_of_memory(job.run))
         return _train(job, held)
 
 
@@ -209,9 +213,9 @@ def _resolve_together(
 
     def resolve_here() -> _Job:
         job = _resolve(resolved, command_line, listener, callbacks, processes, try_method=dry_run)
-        processes.take_device(job.plan.model.device)
+        processes.take_device(job.run.model.device)
         if not dry_run:
-            check_can_shard(job.taken.config, job.plan, processes.count)
+            check_can_shard(job.run, processes.count)
         return job
 
     return processes.in_all(resolve_here)
@@ -235,132 +239,129 @@ def _resolve(
         named = {"push_to_hub": find_repository(output.push_to_hub)}
         config = config.model_copy(update={"output": output.model_copy(update=named)})
     origin = describe_recipe(recipe) if recipe else None
-    check_base_stays(config)
+    check_base_stays(config.model, output, config.data.chat_template)
     listener.stage("read the data and the model's shape")
     config, adapter, notes = resolve_adapter(config)
     config, why = infer_task(config)
-    plan = resolve(
+    run = resolve(
         config,
         progress=listener.progress,
         why_task=why,
         adapter=adapter,
-        prompt_version=stored_prompt_version(config),
+        prompt_version=stored_prompt_version(output),
     )
-    plan = replace(plan, choices=[*taken.choices, *plan.choices])
-    check_base_outlives(config, plan)
-    plan = replace(plan, beside=find_auxiliary_models(config, plan.model))
-    taken = replace(taken, config=config)
-    sized = size_choices(config, plan, try_method=try_method)
-    foresight = estimate_memory(config, plan, processes.count)
-    listener.choices("train", [foresight.choice(), *plan.choices, *sized])
-    notes += find_adapter_warnings(adapter, config, plan) if adapter else []
-    data = plan.data
-    sizes, new_head = (len(data.train), len(data.validation)), bool(plan.model.new_heads)
+    run = replace(run, choices=[*taken.choices, *run.choices])
+    check_base_outlives(run)
+    run = replace(run, beside=find_auxiliary_models(run))
+    sized = size_choices(run, try_method=try_method)
+    foresight = estimate_memory(run, processes.count)
+    listener.choices("train", [foresight.choice(), *run.choices, *sized])
+    notes += find_adapter_warnings(adapter, run) if adapter else []
+    data = run.data
+    sizes, new_head = (len(data.train), len(data.validation)), bool(run.model.new_heads)
     warnings = find_warnings(config.train, *sizes, new_head=new_head)
     for warning in [*notes, *find_default_model_warnings(config), *warnings]:
         listener.warn(warning)
     return _Job(
-        taken, plan, listener, callbacks, origin, processes, command_line.start, foresight
+        taken, run, listener, callbacks, origin, processes, command_line.start, foresight
     )  # fmt: skip
 
 
 def _choose_micro_batch(job: _Job) -> _Job:
     """Set the micro-batch size from the available memory, if requested, and show it."""
-    config, plan = job.taken.config, job.plan
-    if config.speed.tokens_per_micro_batch != "memory":
+    run = job.run
+    if run.config.speed.tokens_per_micro_batch != "memory":
         return job
-    config, chosen = choose_micro_batch(
-        config, plan, job.processes, stored_micro_batch_tokens(config)
-    )
-    job.listener.choices("train", chosen.choices[len(plan.choices) :])
-    return replace(job, taken=replace(job.taken, config=config), plan=chosen)
+    tokens = stored_micro_batch_tokens(run.config.output)
+    chosen = choose_micro_batch(run, job.processes, tokens)
+    job.listener.choices("train", chosen.choices[len(run.choices) :])
+    return replace(job, run=chosen)
 
 
 def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     job = _choose_micro_batch(job)
-    config, plan, listener, processes = job.taken.config, job.plan, job.listener, job.processes
-    origin = origin_of(config, plan, describe_taken(plan, job.taken))
-    processes.check_same(everything_of(config, origin))
-    going_on = processes.from_first(lambda: resolve_resume(config, plan, origin, listener))
-    if (summary := going_on.finished) is not None and config.output.dir is not None:
-        return _end_finished(job, RunDirectory(config.output.dir), summary)
+    run, listener, processes = job.run, job.listener, job.processes
+    origin = origin_of(run, describe_taken(run, job.taken))
+    processes.check_same(everything_of(run, origin))
+    going_on = processes.from_first(lambda: resolve_resume(run, origin, listener))
+    if (summary := going_on.finished) is not None and run.config.output.dir is not None:
+        return _end_finished(job, RunDirectory(run.config.output.dir), summary)
     before = resident_bytes()
-    plan, adapted, asked = precompute_and_load(config, plan, listener)
+    run, adapted, asked = precompute_and_load(run, listener)
     processes.from_first(
         lambda: check_disk_space(
-            config.output.dir, config.train, adapted.model, plan.schedule.steps
+            run.config.output.dir, run.config.train, adapted.model, run.schedule.steps
         )
     )
-    verified = verify_step(config, plan, adapted, listener)
+    verified = verify_step(run, adapted, listener)
     release_freed_memory()
-    run = processes.from_first(lambda: open_or_resume(job.taken, plan, origin, going_on, listener))
-    check_shared(run, processes)
-    plan, base = store_base(plan, job.taken, run, is_first=processes.is_first)
-    digests = _claim_directory(run, plan, held) if processes.is_first else ()
-    held.enter_context(explain_interrupt(run))
-    shards = config.train.shard != "none"
-    untrained = probe_untrained(adapted, plan) if shards else None
-    trainer = build_trainer(config, plan, adapted, run, going_on, processes)
+    directory = processes.from_first(
+        lambda: open_or_resume(job.taken, run, origin, going_on, listener)
+    )
+    check_shared(directory, processes)
+    run, base = store_base(run, job.taken, directory, is_first=processes.is_first)
+    digests = _claim_directory(run, directory, held) if processes.is_first else ()
+    held.enter_context(explain_interrupt(directory))
+    shards = run.config.train.shard != "none"
+    untrained = probe_untrained(adapted, run) if shards else None
+    trainer = build_trainer(run, adapted, directory, going_on, processes)
     checkpoint = going_on.checkpoint
     watch = add_callbacks(
         trainer,
-        config,
-        plan,
         run,
+        directory,
         listener,
         processes,
         checkpoint,
         None
         if adapted.start
-        else partial(
-            write_tokenizer_and_card, config=config, plan=plan, base=base, start=asked.start
-        ),
+        else partial(write_tokenizer_and_card, run=run, base=base, start=asked.start),
     )
-    restore_progress(trainer, watch, run, going_on, processes)
+    restore_progress(trainer, watch, directory, going_on, processes)
     signs = held.enter_context(WatchProcesses(processes, listener.warn))
     for callback in (WaitForBytes(each.wait for each in digests), signs, *job.callbacks):
         trainer.add_callback(callback)
     if processes.is_first:
-        told = describe_run(config.output, resolved_config(config, plan), run, going_on.past)
+        told = describe_run(run.config.output, resolved_config(run), directory, going_on.past)
         watch.report.writers += held.enter_context(
-            tracking(config.output.report_to, told, listener)
+            tracking(run.config.output.report_to, told, listener)
         )
 
     listener.stage("train")
-    with watch.interrupt, explain_disk_errors(run), matmul_context(config, plan):
-        if checkpoint is None and not plan.data.stream:
-            trainer.smaller.try_longest(plan.data.train, plan.model.dtype)
+    with watch.interrupt, explain_disk_errors(directory), matmul_context(run):
+        if checkpoint is None and not run.data.stream:
+            trainer.smaller.try_longest(run.data.train, run.model.dtype)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if watch.interrupt.has_stopped:
-        raise Interrupted(describe_stop(run, trainer.state), watch.interrupt.exit_code)
+        raise Interrupted(describe_stop(directory, trainer.state), watch.interrupt.exit_code)
     kept = keep_best(trainer, watch.best)
-    elsewhere = TrainResult({}, run.path, adapted.model, plan.model.tokenizer)
+    elsewhere = TrainResult({}, directory.path, adapted.model, run.model.tokenizer)
     if not processes.is_first and not shards:
         return elsewhere
     trained_at = time.perf_counter()
-    with matmul_context(config, plan):
+    with matmul_context(run):
         records = watch.report.records
         records = processes.from_first(lambda: records) if shards else records
-        plan = end_training(trainer, plan, records)
+        run = end_training(trainer, run, records)
     release_freed_memory()
 
     listener.stage("save and check")
     start, gradients = asked.start, watch.gradients
 
     def write(weights: Mapping[str, Any] | None = None) -> None:
-        save(adapted, config, plan, run, base, start, weights)
+        save(adapted, run, directory, base, start, weights)
 
-    with explain_disk_errors(run):
+    with explain_disk_errors(directory):
         if shards:
-            save_sharded(adapted, config.method, processes, write)
-            proof = prove_sharded(adapted, plan, run, gradients, processes, untrained)
+            save_sharded(adapted, run.config.method, processes, write)
+            proof = prove_sharded(adapted, run, directory, gradients, processes, untrained)
         else:
             write()
-            proof = prove(adapted, config, plan, run, gradients)
+            proof = prove(adapted, run, directory, gradients)
     if not processes.is_first:
         return elsewhere
     outcome = Outcome(
-        run=run.path,
+        run=directory.path,
         recipe=job.recipe,
         base=base,
         model=adapted.model,
@@ -371,33 +372,35 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
         answers=watch.answers,
         speed=describe_speed(trainer, asdict(verified) if verified else None),
         kept=kept,
-        changes=run.read_changes(),
-        left_out=select_skipped_steps(run.read_notes()),
+        changes=directory.read_changes(),
+        left_out=select_skipped_steps(directory.read_notes()),
         plan=job.memory_estimate.compare(before),
     )
-    about, notes = asked.describe(config, plan, outcome.records)
+    about, notes = asked.describe(run, outcome.records)
     for note in notes:
         listener.warn(note)
-    summary = report_results(config, plan, outcome, run, listener, about)
-    return TrainResult(summary, run.path, adapted.model, plan.model.tokenizer)
+    summary = report_results(run, outcome, directory, listener, about)
+    return TrainResult(summary, directory.path, adapted.model, run.model.tokenizer)
 
 
-def _end_finished(job: _Job, run: RunDirectory, summary: Mapping[str, Any]) -> TrainResult:
+def _end_finished(job: _Job, directory: RunDirectory, summary: Mapping[str, Any]) -> TrainResult:
     """Return the result of a run that was resumed but had already finished."""
     if job.processes.is_first:
-        mark_end_once(run.path)
-    job.listener.end({**summary, "nothing_left": describe_end(run, job.taken.config, summary)})
-    return TrainResult(summary, run.path, None, job.plan.model.tokenizer)
+        mark_end_once(directory.path)
+    job.listener.end(
+        {**summary, "nothing_left": describe_end(directory, job.run.config.train, summary)}
+    )
+    return TrainResult(summary, directory.path, None, job.run.model.tokenizer)
 
 
 def _claim_directory(
-    run: RunDirectory, plan: Plan, held: contextlib.ExitStack
+    run: Run, directory: RunDirectory, held: contextlib.ExitStack
 ) -> Sequence[FileDigests]:
     """Claim the run's directory until `held` closes, and compute missing digests of its inputs."""
-    held.enter_context(lock_directory(run.path))
-    held.enter_context(replace_run(run.path))
-    digests = digests_of(plan)
+    held.enter_context(lock_directory(directory.path))
+    held.enter_context(replace_run(directory.path))
+    digests = digests_of(run)
     for each in digests:
-        each.keep(run.checkpoints)
+        each.keep(directory.checkpoints)
         held.callback(each.wait)
     return digests

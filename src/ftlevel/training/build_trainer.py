@@ -1,4 +1,4 @@
-"""Build the Trainer of a run and its callbacks from the configuration and the plan."""
+"""Build the Trainer of a run and its callbacks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from ftlevel.artifacts.checkpoints import step_of
 from ftlevel.artifacts.run_directory import RunDirectory
-from ftlevel.config import TrainConfig
+from ftlevel.config import MethodConfig
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.data.encoding.collate import CollatorWithRows
 from ftlevel.data.prepare.streaming import StreamedRows
@@ -35,7 +35,7 @@ from ftlevel.training.callbacks.saving import (
 )
 from ftlevel.training.disk import checkpoint_bytes
 from ftlevel.training.model import PreparedModel
-from ftlevel.training.plan.plan import Plan
+from ftlevel.training.plan.run import Run
 from ftlevel.training.plan.schedule import count_steps_per_epoch
 from ftlevel.training.processes import Processes
 from ftlevel.training.resume import ResumeState
@@ -46,19 +46,19 @@ from ftlevel.training.trainer import FtlevelTrainer, rows_and_order
 _LOGS_A_RUN = 20
 
 
-def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
+def build_arguments(run: Run, checkpoints: Path) -> Any:
     """Return the `TrainingArguments` of a run, with checkpoints written to `checkpoints`."""
     from transformers import TrainingArguments
 
-    train = config.train
+    train = run.config.train
     rows, accumulated = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    if plan.fast.enabled:  # a batch is a whole optimizer step, split by FtlevelTrainer
+    if run.fast.enabled:  # a batch is a whole optimizer step, split by FtlevelTrainer
         rows, accumulated = rows * accumulated, 1
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=train.num_train_epochs,
         max_steps=train.max_steps or -1,
-        learning_rate=plan.schedule.learning_rate,
+        learning_rate=run.schedule.learning_rate,
         lr_scheduler_type=train.lr_scheduler_type,
         lr_scheduler_kwargs=dict(train.lr_scheduler_kwargs),
         warmup_steps=train.warmup_steps,
@@ -75,13 +75,13 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         gradient_accumulation_steps=accumulated,
         seed=train.seed,
         data_seed=train.order_seed,
-        **_watching(train, plan),
+        **_watching(train, run),
         save_strategy=_save_strategy(train),
         save_steps=train.save_steps or 500,
         save_total_limit=None,  # WriteManifest rotates checkpoints
-        bf16=plan.model.dtype == "bfloat16",
-        fp16=plan.model.dtype == "float16",
-        use_cpu=plan.model.device == "cpu",
+        bf16=run.model.dtype == "bfloat16",
+        fp16=run.model.dtype == "float16",
+        use_cpu=run.model.device == "cpu",
         remove_unused_columns=False,
         label_names=["labels"],
         # GradientProof checks that every trainable tensor gets a gradient. Chunked cross-entropy
@@ -90,9 +90,9 @@ def build_arguments(config: TrainConfig, plan: Plan, checkpoints: Path) -> Any:
         report_to="none",  # trackers are called from `training/callbacks/trackers.py`
         disable_tqdm=True,
         # Overlap host-to-device copies with computation.
-        dataloader_pin_memory=plan.model.device == "cuda",
-        accelerator_config={"non_blocking": plan.model.device == "cuda"},
-        **kernel_arguments(config, plan.model.device, plan.model.family),
+        dataloader_pin_memory=run.model.device == "cuda",
+        accelerator_config={"non_blocking": run.model.device == "cuda"},
+        **kernel_arguments(run.config, run.model.device, run.model.family),
     )
     use_one_gpu(arguments)
     return arguments
@@ -105,13 +105,13 @@ def _save_strategy(train: TrainerConfig) -> str:
     return train.save_strategy or ("steps" if train.save_steps else "no")
 
 
-def _watching(train: TrainerConfig, plan: Plan) -> dict[str, Any]:
+def _watching(train: TrainerConfig, run: Run) -> dict[str, Any]:
     """Return the logging and evaluation arguments, which do not affect training."""
-    evaluates = bool(plan.data.validation)
+    evaluates = bool(run.data.validation)
     strategy = train.eval_strategy or ("steps" if train.eval_steps else "epoch")
     return {
         "logging_strategy": "steps",
-        "logging_steps": train.logging_steps or max(1, plan.schedule.steps // _LOGS_A_RUN),
+        "logging_steps": train.logging_steps or max(1, run.schedule.steps // _LOGS_A_RUN),
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # the filter shows a NaN loss as 0.0
         "eval_strategy": strategy if evaluates else "no",
@@ -133,65 +133,64 @@ def writing_of(train: TrainerConfig) -> GenerationOptions:
     )
 
 
-def build_evaluator(config: TrainConfig, plan: Plan) -> Evaluator | None:
+def build_evaluator(run: Run) -> Evaluator | None:
     """Return the evaluator of the validation rows; None if there are none."""
-    if not plan.data.validation:
+    if not run.data.validation:
         return None
     generates = generates_texts(
-        config.train.predict_with_generate, plan.task
-    ) and uses_text_metrics(config.train.metrics, plan.task)
-    rows = min(config.train.max_generate_samples, len(plan.data.validation))
+        run.config.train.predict_with_generate, run.task
+    ) and uses_text_metrics(run.config.train.metrics, run.task)
+    rows = min(run.config.train.max_generate_samples, len(run.data.validation))
     return Evaluator(
-        rows=plan.data.validation,
-        tokenizer=plan.model.tokenizer,
-        kind=plan.model.kind,
-        objective=plan.objective,
-        device=plan.model.device,
-        dtype=plan.model.dtype,
-        batch_size=eval_batch_size(config.train),
+        rows=run.data.validation,
+        tokenizer=run.model.tokenizer,
+        kind=run.model.kind,
+        objective=run.objective,
+        device=run.model.device,
+        dtype=run.model.dtype,
+        batch_size=eval_batch_size(run.config.train),
         generated_rows=rows if generates else 0,
-        writing=writing_of(config.train),
-        score_texts=plan.task.score_texts,
-        language=plan.data.facts["target_language"],
-        chunked_cross_entropy=plan.fast.chunked_cross_entropy,
-        metrics=config.train.metrics,
+        writing=writing_of(run.config.train),
+        score_texts=run.task.score_texts,
+        language=run.data.facts["target_language"],
+        chunked_cross_entropy=run.fast.chunked_cross_entropy,
+        metrics=run.config.train.metrics,
     )
 
 
 def build_trainer(
-    config: TrainConfig,
-    plan: Plan,
+    run: Run,
     adapted: PreparedModel,
-    run: RunDirectory,
+    directory: RunDirectory,
     going_on: ResumeState,
     processes: Processes,
 ) -> FtlevelTrainer:
     """Return the Trainer of the run, without transformers' printing callbacks."""
     from transformers import PrinterCallback, ProgressCallback
 
-    arguments = build_arguments(config, plan, run.checkpoints)
+    arguments = build_arguments(run, directory.checkpoints)
     checkpoint = going_on.checkpoint
     # On resume, evaluate first only if the run was interrupted in an evaluation.
     arguments.eval_on_start &= checkpoint is None
-    arguments.eval_on_start |= _owes_evaluation(going_on, config, plan, arguments)
-    rows, order = rows_and_order(config, plan, arguments, processes)
-    fast, pad_id = adapted.fast, plan.model.pad_id
-    whole_steps = StepCollator(pad_id, fast.plan, plan.objective) if fast else None
+    arguments.eval_on_start |= _owes_evaluation(going_on, run, arguments)
+    rows, order = rows_and_order(run, arguments, processes)
+    fast, pad_id = adapted.fast, run.model.pad_id
+    whole_steps = StepCollator(pad_id, fast.plan, run.objective) if fast else None
     kind = ShardedTrainer if is_sharded(adapted.model) and processes.count > 1 else FtlevelTrainer
     trainer = kind(
-        objective=plan.objective,
-        loss=plan.loss,
-        evaluator=build_evaluator(config, plan),
+        objective=run.objective,
+        loss=run.loss,
+        evaluator=build_evaluator(run),
         model=adapted.model,
         args=arguments,
-        optimizers=(build_optimizer(config, adapted.model, arguments), None),
-        penalty=METHODS[config.method.kind].penalty,
+        optimizers=(build_optimizer(run.config.method, adapted.model, arguments), None),
+        penalty=METHODS[run.config.method.kind].penalty,
         train_dataset=rows,
-        eval_dataset=plan.data.validation or None,
+        eval_dataset=run.data.validation or None,
         data_collator=whole_steps or CollatorWithRows(pad_id),
         fast=fast,
         order=order,
-        head_rate=resolve_head_rate(plan),
+        head_rate=resolve_head_rate(run),
         processes=processes,
     )
     for printing in (PrinterCallback, ProgressCallback):
@@ -201,31 +200,29 @@ def build_trainer(
     return trainer
 
 
-def _owes_evaluation(
-    going_on: ResumeState, config: TrainConfig, plan: Plan, arguments: Any
-) -> bool:
-    steps, rows = plan.schedule.steps, len(plan.data.train)
-    an_epoch = steps if plan.data.stream else count_steps_per_epoch(config.train, rows)
+def _owes_evaluation(going_on: ResumeState, run: Run, arguments: Any) -> bool:
+    steps, rows = run.schedule.steps, len(run.data.train)
+    an_epoch = steps if run.data.stream else count_steps_per_epoch(run.config.train, rows)
     return going_on.missed_evaluation(arguments.eval_strategy, an_epoch, steps)
 
 
-def build_optimizer(config: TrainConfig, model: Any, arguments: Any) -> Any:
+def build_optimizer(method: MethodConfig, model: Any, arguments: Any) -> Any:
     """Return the method's own optimizer; None lets Trainer create one."""
-    build = METHODS[config.method.kind].optimizer
-    return build(config.method, model, arguments) if build else None
+    build = METHODS[method.kind].optimizer
+    return build(method, model, arguments) if build else None
 
 
-def matmul_context(config: TrainConfig, plan: Plan) -> AbstractContextManager[None]:
+def matmul_context(run: Run) -> AbstractContextManager[None]:
     """Return a context that enables TF32 matrix products if configured and supported."""
-    return using_tf32(uses_tf32(config.train.tf32, plan.model.device, plan.model.dtype))
+    return using_tf32(uses_tf32(run.config.train.tf32, run.model.device, run.model.dtype))
 
 
-def resolve_head_rate(plan: Plan) -> HeadRate | None:
+def resolve_head_rate(run: Run) -> HeadRate | None:
     """Return the learning rate of new heads if it differs from the main rate, else None."""
-    rate = plan.schedule.head_learning_rate
-    if rate is None or rate == plan.schedule.learning_rate:
+    rate = run.schedule.head_learning_rate
+    if rate is None or rate == run.schedule.learning_rate:
         return None
-    return HeadRate(plan.model.new_heads, rate)
+    return HeadRate(run.model.new_heads, rate)
 
 
 @dataclass(frozen=True)
@@ -242,7 +239,7 @@ class RunCallbacks:
 def restore_progress(
     trainer: FtlevelTrainer,
     watch: RunCallbacks,
-    run: RunDirectory,
+    directory: RunDirectory,
     going_on: ResumeState,
     processes: Processes,
 ) -> None:
@@ -251,18 +248,17 @@ def restore_progress(
         return
     step = step_of(going_on.checkpoint)
     if processes.is_first:
-        watch.report.records += run.rewind_log(step)
-        run.rewind_notes(step)
-    trainer.smaller.go_on([note for note in run.read_notes() if note["step"] <= step])
+        watch.report.records += directory.rewind_log(step)
+        directory.rewind_notes(step)
+    trainer.smaller.go_on([note for note in directory.read_notes() if note["step"] <= step])
     if watch.best is not None:
         watch.best.go_on(step, going_on.past, has_new_length=going_on.has_new_length)
 
 
 def add_callbacks(
     trainer: FtlevelTrainer,
-    config: TrainConfig,
-    plan: Plan,
-    run: RunDirectory,
+    run: Run,
+    directory: RunDirectory,
     listener: Listener,
     processes: Processes,
     checkpoint: Path | None,
@@ -279,51 +275,51 @@ def add_callbacks(
     is_first, rows = processes.is_first, trainer.train_dataset
     report = Report(
         listener,
-        run.log if is_first else tell_nobody,
+        directory.log if is_first else tell_nobody,
         lambda: int(trainer.tokens_seen),
-        lambda: held_memory_bytes(plan.model.device),
+        lambda: held_memory_bytes(run.model.device),
     )
-    build = METHODS[config.method.kind].callbacks
-    own = build(config.method, run.checkpoints, is_first) if build else []
+    build = METHODS[run.config.method.kind].callbacks
+    own = build(run.config.method, directory.checkpoints, is_first) if build else []
     states = [callback for callback in own if isinstance(callback, HasState)]
     best = None
-    if plan.best is not None:
-        best = BestModelCallback(plan.best, run.checkpoints, processes, states, listener)
+    if run.best is not None:
+        best = BestModelCallback(run.best, directory.checkpoints, processes, states, listener)
     trainer.warn = listener.warn
-    trainer.replaces_nonfinite = config.train.on_nonfinite != "stop"
+    trainer.replaces_nonfinite = run.config.train.on_nonfinite != "stop"
     if is_first:
-        trainer.note = run.note
-    recovery = Recovery(trainer, config.train, run, processes, listener, checkpoint)
+        trainer.note = directory.note
+    recovery = Recovery(trainer, run.config.train, directory, processes, listener, checkpoint)
     gradients = GradientMonitor(
         listener,
         trainer.take_step_loss,
         recovery,
         scales=trainer.accelerator.scaler is not None,
-        defers=plan.model.device == "cuda" and recovery.only_stops,
+        defers=run.model.device == "cuda" and recovery.only_stops,
     )
-    answers = PredictionRecorder(plan.objective, best)
+    answers = PredictionRecorder(run.objective, best)
     if is_first and trainer.evaluator and len(trainer.evaluator.rows) <= MOST_ROWS:
         trainer.evaluator = replace(trainer.evaluator, begin_record=answers.begin)
     watch = RunCallbacks(report, gradients, Interrupt(processes), best, answers)
     streamed = isinstance(rows, StreamedRows)
     when_written = trainer.when_written if isinstance(trainer, ShardedTrainer) else None
-    minutes = config.train.save_minutes if config.train.save_strategy != "no" else 0.0
-    size = checkpoint_bytes(trainer.model, config.train.optim)
-    saves_end = config.train.save_strategy is None and size <= SMALL_CHECKPOINT
+    minutes = run.config.train.save_minutes if run.config.train.save_strategy != "no" else 0.0
+    size = checkpoint_bytes(trainer.model, run.config.train.optim)
+    saves_end = run.config.train.save_strategy is None and size <= SMALL_CHECKPOINT
     for callback in (
         watch.report,
         watch.gradients,
         recovery,
         watch.interrupt,
         FollowSettings(),
-        SetEpoch(plan.data.train, trainer.order),
+        SetEpoch(run.data.train, trainer.order),
         *own,
         *([best] if best else []),
         answers,
         *([SaveByClock(minutes, processes, last=saves_end)] if minutes else []),
-        *([SaveStreamState(rows, run.checkpoints)] if streamed else []),
+        *([SaveStreamState(rows, directory.checkpoints)] if streamed else []),
         WriteManifest(  # last: it lists all files of the checkpoint
-            run, config.train.save_total_limit, write_beside, processes, when_written
+            directory, run.config.train.save_total_limit, write_beside, processes, when_written
         ),
     ):
         trainer.add_callback(callback)

@@ -43,16 +43,16 @@ def check_disk_space(directory: Path | None, train: TrainerConfig, model: Any, s
         )
 
 
-def check_room_to_save(run: RunDirectory, model: Any, optimizer: Any) -> None:
+def check_room_to_save(directory: RunDirectory, model: Any, optimizer: Any) -> None:
     """Raise RunError if the next checkpoint would fill the disk of `run`."""
     states = getattr(optimizer, "state", {}).values()
     held = [part for state in states for part in state.values() if hasattr(part, "nbytes")]
     needed = _trained_bytes(model) + sum(part.nbytes for part in held)
-    free = shutil.disk_usage(run.path).free
+    free = shutil.disk_usage(directory.path).free
     if needed > free:
         raise RunError(
-            f"{run.path} cannot be written: a checkpoint needs about {needed / 1e6:,.1f} MB, and "
-            f"its disk has {free / 1e6:,.1f} MB free. {_what_is_kept(run)}"
+            f"{directory.path} cannot be written: a checkpoint needs about {needed / 1e6:,.1f} MB, "
+            f"and its disk has {free / 1e6:,.1f} MB free. {_what_is_kept(directory)}"
         )
 
 
@@ -80,38 +80,37 @@ def _planned_checkpoints(train: TrainerConfig, steps: int) -> int:
 
 
 @contextlib.contextmanager
-def explain_disk_errors(run: RunDirectory) -> Iterator[None]:
+def explain_disk_errors(directory: RunDirectory) -> Iterator[None]:
     """Convert write errors of torch, safetensors and the OS for files of `run` into RunError."""
     try:
         yield
     except Exception as error:
-        reason = _reason(error, run)
+        reason = _reason(error, directory)
         if reason is None:
             raise
-        told = RunError(f"{run.path} cannot be written: {reason}. {_what_is_kept(run)}")
+        told = RunError(f"{directory.path} cannot be written: {reason}. {_what_is_kept(directory)}")
         told.is_reported = getattr(error, "is_reported", False)
         raise told from error
 
 
-def _reason(error: Exception, run: RunDirectory) -> str | None:
+def _reason(error: Exception, directory: RunDirectory) -> str | None:
     number = error.errno if isinstance(error, OSError) else None
     text = str(error)
     of_writer = any(word in text for word in _WRITERS)
     if number not in _FULL | _REFUSED and not of_writer:
         return None
-    free = shutil.disk_usage(run.path).free
+    free = shutil.disk_usage(directory.path).free
     if number in _FULL or "os error 28" in text or (of_writer and free < _NEXT_TO_NOTHING):
         return f"its disk is full ({free / 1e6:,.1f} MB free)"
     return os.strerror(number) if number else text.split("\n")[0]
 
 
-def _what_is_kept(run: RunDirectory) -> str:
+def _what_is_kept(directory: RunDirectory) -> str:
     # On resume, newer incomplete checkpoints are renamed with a warning.
-    whole, _ = checkpoints.find_newest_intact(run.checkpoints)
+    whole, _ = checkpoints.find_newest_intact(directory.checkpoints)
     if whole is None:
         return "There is no whole checkpoint: mend that, and start again with --overwrite."
-    directory = quote(str(run.path))
     return (
-        f"{whole} is whole. Mend that, and go on with: ftlevel train --output-dir {directory} "
-        "--resume"
+        f"{whole} is whole. Mend that, and go on with: ftlevel train --output-dir "
+        f"{quote(str(directory.path))} --resume"
     )

@@ -19,7 +19,7 @@ from ftlevel.artifacts.places import relative_place
 from ftlevel.artifacts.report.facts import RunFacts, summarize_answers
 from ftlevel.artifacts.report.page import write_page
 from ftlevel.artifacts.run_directory import RunDirectory
-from ftlevel.config import IN_MEMORY, OutputConfig, TrainConfig
+from ftlevel.config import IN_MEMORY, MethodConfig, OutputConfig
 from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.errors import RunError
 from ftlevel.evaluation.intervals import interval, select_metrics
@@ -34,7 +34,7 @@ from ftlevel.training.best import BestModelCallback, PredictionRecorder, Selecte
 from ftlevel.training.callbacks.progress import Report
 from ftlevel.training.disk import explain_disk_errors
 from ftlevel.training.model import PreparedModel
-from ftlevel.training.plan.plan import Plan
+from ftlevel.training.plan.run import Run
 from ftlevel.training.summary import (
     Outcome,
     build_card,
@@ -48,21 +48,21 @@ from ftlevel.training.trainer import FtlevelTrainer
 _DRAWS = 200  # bootstrap resamples of the validation rows
 
 
-def end_training(trainer: FtlevelTrainer, plan: Plan, records: Sequence[Mapping[str, Any]]) -> Plan:
-    """Remove fast step and optimizer state from `trainer` (mutated), evaluate, and return the plan.
+def end_training(trainer: FtlevelTrainer, run: Run, records: Sequence[Mapping[str, Any]]) -> Run:
+    """Remove fast step and optimizer state from `trainer` (mutated), evaluate, and return the run.
 
-    Skips the evaluation if `records` has one of the last step. The returned plan has the row counts
+    Skips the evaluation if `records` has one of the last step. The returned run has the row counts
     of a streamed dataset.
     """
     if trainer.fast:
         trainer.fast.remove()
     trainer.forget_optimizer()
     if isinstance(trainer.train_dataset, StreamedRows):
-        plan = with_what_was_read(plan, trainer.train_dataset)
+        run = with_what_was_read(run, trainer.train_dataset)
     last = trainer.state.global_step
     if trainer.evaluator and not any("eval_loss" in r and r["step"] == last for r in records):
         trainer.evaluate()
-    return plan
+    return run
 
 
 def keep_best(trainer: FtlevelTrainer, best: BestModelCallback | None) -> SelectedModel | None:
@@ -74,9 +74,8 @@ def keep_best(trainer: FtlevelTrainer, best: BestModelCallback | None) -> Select
 
 def save(
     adapted: PreparedModel,
-    config: TrainConfig,
-    plan: Plan,
-    run: RunDirectory,
+    run: Run,
+    directory: RunDirectory,
     base: Mapping[str, Any],
     start: Any = None,
     weights: Mapping[str, Any] | None = None,
@@ -86,28 +85,27 @@ def save(
     Training-only parts of `adapted` are removed (mutated). `start` is a temporary directory with
     the reference of preference training. `weights` is the gathered state dict of a sharded model.
     """
-    model, partial = adapted.model, run.adapter.with_name(".adapter.partial")
-    finish_method(model, config.method)
+    model, partial = adapted.model, directory.adapter.with_name(".adapter.partial")
+    finish_method(model, run.config.method)
     if partial.exists():
         shutil.rmtree(partial)
     if hasattr(model, "peft_config"):
         model.peft_config["default"].base_model_name_or_path = base["name"]
-        save_adapter(model, config.method, partial, adapted.start)
+        save_adapter(model, run.config.method, partial, adapted.start)
     else:
         model.save_pretrained(str(partial), state_dict=weights)
         write_former_rope(partial)
-    write_tokenizer_and_card(partial, config, plan, base, start, run.adapter)
+    write_tokenizer_and_card(partial, run, base, start, directory.adapter)
     flush_all(partial)
-    forget_adapter(run.path)
-    partial.rename(run.adapter)
-    flush(run.path)
-    forget_unreachable(run.checkpoints)
+    forget_adapter(directory.path)
+    partial.rename(directory.adapter)
+    flush(directory.path)
+    forget_unreachable(directory.checkpoints)
 
 
 def write_tokenizer_and_card(
     directory: Path,
-    config: TrainConfig,
-    plan: Plan,
+    run: Run,
     base: Mapping[str, Any],
     start: Any = None,
     place: Path | None = None,
@@ -118,37 +116,37 @@ def write_tokenizer_and_card(
     """
     if start is not None:
         shutil.copytree(start.name, directory / KEPT, dirs_exist_ok=True)
-    plan.model.tokenizer.save_pretrained(str(directory))
+    run.model.tokenizer.save_pretrained(str(directory))
     is_local = base["kind"] in ("directory", "gguf")
     path = relative_place(Path(base["name"]), place or directory) if is_local else ""
-    build_card(config, plan, {**base, "path": path} if path else base).write(directory)
+    build_card(run, {**base, "path": path} if path else base).write(directory)
 
 
-def next_commands(plan: Plan, run: RunDirectory) -> list[str]:
+def next_commands(run: Run, directory: RunDirectory) -> list[str]:
     """Return up to three ftlevel commands to run next in the current directory."""
-    path, data = quote(str(run.path)), str(plan.data.facts["name"])
-    asked = generate_command(str(run.path), plan.task.name)
+    path, data = quote(str(directory.path)), str(run.data.facts["name"])
+    asked = generate_command(str(directory.path), run.task.name)
     found = [asked if data == IN_MEMORY else f"ftlevel evaluate {path}"]
     answers = f"ftlevel predict {path} --dataset"
     found.append(
         f"{answers} {quote(data)} --limit 5" if Path(data).is_file() else f"{answers} FILE"
     )
-    if _is_mergeable(plan, run):
-        return [*found, f"ftlevel merge {path} --out {quote(str(run.path) + '-merged')}"]
+    if _is_mergeable(run, directory):
+        return [*found, f"ftlevel merge {path} --out {quote(str(directory.path) + '-merged')}"]
     return found if asked in found else [*found, asked]
 
 
-def _is_mergeable(plan: Plan, run: RunDirectory) -> bool:
+def _is_mergeable(run: Run, directory: RunDirectory) -> bool:
     from ftlevel.methods.merging import read_peft_config, why_not_mergeable  # imports PEFT's tuners
 
-    if plan.model.source.kind != "gguf" and stored_quantization(plan.model.config) is not None:
+    if run.model.source.kind != "gguf" and stored_quantization(run.model.config) is not None:
         return False
-    is_adapter = (run.adapter / "adapter_config.json").is_file()
-    return is_adapter and why_not_mergeable(read_peft_config(run.adapter)) is None
+    is_adapter = (directory.adapter / "adapter_config.json").is_file()
+    return is_adapter and why_not_mergeable(read_peft_config(directory.adapter)) is None
 
 
 def describe_answers(
-    plan: Plan, evaluator: Evaluator | None, answers: PredictionRecorder, step: int
+    run: Run, evaluator: Evaluator | None, answers: PredictionRecorder, step: int
 ) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
     """Return per-row predictions at `step` and 95 % intervals of the metrics.
 
@@ -158,7 +156,7 @@ def describe_answers(
     if record is None or evaluator is None:
         return [], {}
     before = answers.of(0) if step else None
-    labels = plan.data.facts["labels"] or ()
+    labels = run.data.facts["labels"] or ()
     lines = row_lines(
         record, labels, lambda row: f"row {row + 1:,}", base=before, evaluator=evaluator
     )
@@ -168,56 +166,55 @@ def describe_answers(
 
 
 def write_results(
-    run: RunDirectory,
-    config: TrainConfig,
+    directory: RunDirectory,
+    method: MethodConfig,
     summary: Mapping[str, Any],
     lines: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Write the report page, the model cards and, as the mark of a finished run, summary.json."""
-    run.write_answers(lines)
+    directory.write_answers(lines)
     answers, records = (
         summarize_answers(iter(lines)) if lines else None,
-        run.read_log(summary["steps"]),
+        directory.read_log(summary["steps"]),
     )
-    facts = RunFacts(run.path.resolve().name, run.path, summary, records, answers)
-    write_page([facts], run.report)
-    run.write_card(write_readme(summary, needs_import(config.method)))
-    shutil.copyfile(run.path / "README.md", run.adapter / "README.md")
-    run.write_summary(summary)  # marks the run as finished
-    mark_end(run.path)
+    facts = RunFacts(directory.path.resolve().name, directory.path, summary, records, answers)
+    write_page([facts], directory.report)
+    directory.write_card(write_readme(summary, needs_import(method)))
+    shutil.copyfile(directory.path / "README.md", directory.adapter / "README.md")
+    directory.write_summary(summary)  # marks the run as finished
+    mark_end(directory.path)
 
 
 def report_results(
-    config: TrainConfig,
-    plan: Plan,
+    run: Run,
     outcome: Outcome,
-    run: RunDirectory,
+    directory: RunDirectory,
     listener: Listener,
     of_others: Mapping[str, Any],
 ) -> Mapping[str, Any]:
     """Write and report the results of a run, upload it if configured, and return the summary."""
-    summary = build_summary(config, plan, outcome)
+    summary = build_summary(run, outcome)
     step = outcome.kept.step if outcome.kept else summary["steps"]
-    lines, intervals = describe_answers(plan, outcome.evaluator, outcome.answers, step)
+    lines, intervals = describe_answers(run, outcome.evaluator, outcome.answers, step)
     summary = {
         **summary,
         "intervals": intervals,
         **of_others,
-        "next": next_commands(plan, run),
+        "next": next_commands(run, directory),
     }
-    with explain_disk_errors(run):
-        write_results(run, config, summary, lines)
-    remarks = plan.objective.remarks(summary["metrics"], summary["metrics_before"])
+    with explain_disk_errors(directory):
+        write_results(directory, run.config.method, summary, lines)
+    remarks = run.objective.remarks(summary["metrics"], summary["metrics_before"])
     for warning in [
-        *find_nothing_learned(summary, plan), *find_worse_than_before(summary), *remarks
+        *find_nothing_learned(summary, run), *find_worse_than_before(summary), *remarks
     ]:  # fmt: skip
         listener.warn(warning)
-    end_run(config.output, run, summary, listener)
+    end_run(run.config.output, directory, summary, listener)
     return summary
 
 
 def end_run(
-    output: OutputConfig, run: RunDirectory, summary: Mapping[str, Any], listener: Listener
+    output: OutputConfig, directory: RunDirectory, summary: Mapping[str, Any], listener: Listener
 ) -> None:
     """Upload the run if configured, and report its end.
 
@@ -228,12 +225,12 @@ def end_run(
     if output.push_to_hub is not None:
         listener.stage("upload")
         try:
-            url = push(run.adapter, output.push_to_hub, private=output.hub_private)
+            url = push(directory.adapter, output.push_to_hub, private=output.hub_private)
         except RunError as error:
             failed = error
         else:
             summary = {**summary, "hub": url}
-            run.write_summary(summary)
+            directory.write_summary(summary)
     listener.end(summary)
     if failed is not None:
         raise failed

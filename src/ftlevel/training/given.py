@@ -16,7 +16,7 @@ from ftlevel.config.in_memory import wrap_rows
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
 from ftlevel.models.in_memory import place_model
-from ftlevel.training.plan.plan import Plan
+from ftlevel.training.plan.run import Run
 from ftlevel.training.summary import describe_base
 from ftlevel.workspace import Workspace
 
@@ -49,13 +49,13 @@ class BoundInputs:
     base: Path | None = None
     choices: tuple[Choice, ...] = ()
 
-    def named_in(self, run: RunDirectory) -> TrainConfig:
-        """Return the configuration with the model's path inside `run`."""
+    def named_in(self, config: TrainConfig, directory: RunDirectory) -> TrainConfig:
+        """Return `config` with the model's path inside `directory`, if it was written."""
         if self.base is None:
-            return self.config
-        place = str(run.path.absolute() / BASE)
-        model = self.config.model.model_copy(update={"name_or_path": place})
-        return self.config.model_copy(update={"model": model})
+            return config
+        place = str(directory.path.absolute() / BASE)
+        model = config.model.model_copy(update={"name_or_path": place})
+        return config.model_copy(update={"model": model})
 
 
 def bind_inputs(config: TrainConfig, given: TrainInputs, held: ExitStack) -> BoundInputs:
@@ -122,19 +122,19 @@ def _check_callbacks(callbacks: Sequence[TrainerCallback]) -> None:
 
 
 def store_base(
-    plan: Plan, taken: BoundInputs, run: RunDirectory, *, is_first: bool
-) -> tuple[Plan, dict[str, Any]]:
-    """Move a model written for this run into its directory; return the plan and base facts."""
+    run: Run, taken: BoundInputs, directory: RunDirectory, *, is_first: bool
+) -> tuple[Run, dict[str, Any]]:
+    """Move a model written for this run into its directory; return the run and base facts."""
     if taken.base is not None:
-        place = run.path.resolve() / BASE
+        place = directory.path.resolve() / BASE
         if is_first and not place.exists():
             shutil.move(taken.base, place)
-        source = replace(plan.model.source, name=str(place), location=str(place))
-        plan = replace(plan, model=replace(plan.model, source=source))
-    return plan, describe_taken(plan, taken)
+        source = replace(run.model.source, name=str(place), location=str(place))
+        run = replace(run, model=replace(run.model, source=source))
+    return run, describe_taken(run, taken)
 
 
-def describe_taken(plan: Plan, taken: BoundInputs) -> dict[str, Any]:
+def describe_taken(run: Run, taken: BoundInputs) -> dict[str, Any]:
     """Return the facts of the base, with a digest of all bytes if it was written for the run."""
-    base, path = describe_base(plan.model.source), plan.model.source.path
+    base, path = describe_base(run.model.source), run.model.source.path
     return base if taken.base is None or path is None else {**base, "digest": base_digest(path)}

@@ -27,7 +27,6 @@ import torch
 from packaging.version import Version
 from torch import nn
 
-from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
@@ -39,7 +38,7 @@ from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.hardware import autocast, free_memory_bytes
 from ftlevel.models.module_tree import find_stacks
 from ftlevel.models.upstream.fake import storage_of
-from ftlevel.training.plan.plan import Plan
+from ftlevel.training.plan.run import Run
 
 TRIED_TOKENS = 64
 """Tokens of the row that activations are measured on. Encoder-decoder models store attention
@@ -70,25 +69,25 @@ class Activations:
         return next(fits, len(self.held))
 
 
-def set_checkpointing(model: Any, config: TrainConfig, plan: Plan) -> list[Choice]:
+def set_checkpointing(model: Any, run: Run) -> list[Choice]:
     """Recompute as many blocks of `model` (mutated) as configured, or as memory requires.
 
     `model` must have its method and fast step applied. Returns a line for the screen; empty if no
     block is recomputed.
     """
-    train, base = config.train, base_model(model)
+    train, base = run.config.train, base_model(model)
     if train.recomputes:
         recompute_blocks(base, offload=train.offload_activations)
         where = "; what they begin with is in the host's memory" * train.offload_activations
         return [Choice("recomputed blocks", "all", f"as asked{where}")]
     blocks = list(chain(*find_stacks(base)))
-    if not train.may_recompute(plan.model.device) or not _has_single_switches(base, blocks):
+    if not train.may_recompute(run.model.device) or not _has_single_switches(base, blocks):
         return []
-    found = count_activations(model, blocks, plan)
-    tokens = plan.fast.tokens
-    if not plan.fast.enabled:
-        tokens = train.per_device_train_batch_size * plan.data.max_length
-    memory = int(FREE_SHARE * free_memory_bytes(plan.model.device))
+    found = count_activations(model, blocks, run)
+    tokens = run.fast.tokens
+    if not run.fast.enabled:
+        tokens = train.per_device_train_batch_size * run.data.max_length
+    memory = int(FREE_SHARE * free_memory_bytes(run.model.device))
     count = found.count_recomputed(tokens, memory)
     if not count:
         return []
@@ -125,9 +124,9 @@ def recompute_first(blocks: Sequence[nn.Module], count: int) -> None:
         block.gradient_checkpointing = False  # type: ignore[assignment]
 
 
-def count_activations(model: Any, blocks: Sequence[nn.Module], plan: Plan) -> Activations:
+def count_activations(model: Any, blocks: Sequence[nn.Module], run: Run) -> Activations:
     """Return the activation bytes per token, measured on a forward pass of one row."""
-    batch, device = _trial(plan), plan.model.device
+    batch, device = _trial(run), run.model.device
     tokens = batch["input_ids"].numel()
     weights = {storage_of(p) for p in model.parameters()}
     held: dict[Any, tuple[int, int]] = {}
@@ -144,7 +143,7 @@ def count_activations(model: Any, blocks: Sequence[nn.Module], plan: Plan) -> Ac
 
             with (
                 torch.random.fork_rng([torch.cuda.current_device()] if device == "cuda" else []),
-                autocast(device, plan.model.dtype),
+                autocast(device, run.model.dtype),
                 torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             ):
                 outputs = model(**{name: value.to(device) for name, value in batch.items()})
@@ -158,19 +157,19 @@ def count_activations(model: Any, blocks: Sequence[nn.Module], plan: Plan) -> Ac
                        tuple(told.states[at] / tokens for at in range(len(blocks))))  # fmt: skip
 
 
-def _trial(plan: Plan) -> dict[str, Any]:
+def _trial(run: Run) -> dict[str, Any]:
     """Return the batch of one row to measure: truncated, or whole for encoder-decoder models."""
-    rows = plan.data.train[:_SAMPLED_ROWS]
+    rows = run.data.train[:_SAMPLED_ROWS]
     row = max(rows, key=lambda row: len(row.input_ids))
-    if plan.model.kind == "encoder-decoder" and isinstance(row.labels, list):
+    if run.model.kind == "encoder-decoder" and isinstance(row.labels, list):
         answered = sum(len(r.labels) for r in rows if isinstance(r.labels, list))
         share = answered / sum(len(r.input_ids) for r in rows)
         answer = max(1, round(share * len(row.input_ids)))
         labels = (row.labels * answer)[:answer]  # only their number matters
-        return Collator(plan.model.pad_id)([replace(row, labels=labels)])
+        return Collator(run.model.pad_id)([replace(row, labels=labels)])
     extras = {name: values[:TRIED_TOKENS] for name, values in row.extras.items()}
     row = replace(row, input_ids=row.input_ids[:TRIED_TOKENS], labels=0, extras=extras)
-    batch = Collator(plan.model.pad_id)([row])
+    batch = Collator(run.model.pad_id)([row])
     del batch["labels"]
     return batch
 
@@ -340,7 +339,7 @@ def _has_parts(inputs: Mapping[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(config: TrainConfig, plan: Plan) -> Iterator[None]:
+def explain_out_of_memory(run: Run) -> Iterator[None]:
     """Convert out-of-memory errors into a RunError that lists options with less memory."""
     try:
         yield
@@ -348,12 +347,12 @@ def explain_out_of_memory(config: TrainConfig, plan: Plan) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         text = str(error).strip().split("\n")[0] or type(error).__name__
-        raise RunError(f"out of memory: {text[:200]}. {_advice(config, plan)}") from error
+        raise RunError(f"out of memory: {text[:200]}. {_advice(run)}") from error
 
 
-def _advice(config: TrainConfig, plan: Plan) -> str:
+def _advice(run: Run) -> str:
     """Return the unused options that reduce memory, least intrusive first."""
-    train, rows = config.train, config.train.per_device_train_batch_size
+    train, rows = run.config.train, run.config.train.per_device_train_batch_size
     ways = []
     if rows > 1:
         more = train.gradient_accumulation_steps * 2
@@ -363,12 +362,12 @@ def _advice(config: TrainConfig, plan: Plan) -> str:
         )
     if not train.recomputes:
         ways.append("--gradient-checkpointing")
-    if config.quant.kind == "none" and not config.method.quant_problems(
-        config.quant.model_copy(update={"kind": "4bit"})
+    if run.config.quant.kind == "none" and not run.config.method.quant_problems(
+        run.config.quant.model_copy(update={"kind": "4bit"})
     ):
         ways.append("--quant 4bit")
-    if plan.data.max_length:
-        ways.append(f"a --max-length below {plan.data.max_length:,}")
+    if run.data.max_length:
+        ways.append(f"a --max-length below {run.data.max_length:,}")
     ways.append("a smaller --model")
     return f"What takes less: {'; '.join(ways)}."
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ftlevel.config import QuantConfig, TrainConfig
+from ftlevel.config import QuantConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
@@ -38,22 +38,22 @@ from ftlevel.models.upstream.shards import UnreadWeights, own_part
 from ftlevel.models.upstream.tensors import inner_tensors
 from ftlevel.trained.adapt import apply_method, copy_start, load_initial_weights, train_in_float32
 from ftlevel.training.memory import set_checkpointing, use_expandable_segments
-from ftlevel.training.plan.plan import Plan, PlannedModel
+from ftlevel.training.plan.run import PlannedModel, Run
 from ftlevel.training.processes import started_processes
 from ftlevel.training.shards import shard
 from ftlevel.training.trainer import FtlevelTrainer
 
 
-def apply_fast_step(model: Any, plan: Plan, listener: Listener) -> FastStep | None:
+def apply_fast_step(model: Any, run: Run, listener: Listener) -> FastStep | None:
     """Apply the fast step to `model` (mutated); warn about unsupported parts and skip these."""
-    if not plan.fast.enabled:
+    if not run.fast.enabled:
         return None
-    fast = FastStep(model, plan.fast)
-    tried = (plan.data.train, plan.model.pad_id, plan.model.device, plan.model.dtype)
-    for reason in (*fast.check(*tried), fast.check_cross_entropy(plan.objective, *tried)):
+    fast = FastStep(model, run.fast)
+    tried = (run.data.train, run.model.pad_id, run.model.device, run.model.dtype)
+    for reason in (*fast.check(*tried), fast.check_cross_entropy(run.objective, *tried)):
         if reason:
-            listener.warn(f"{plan.model.family}: {reason}.")
-    fast.prune_last_layer(plan.objective, *tried)
+            listener.warn(f"{run.model.family}: {reason}.")
+    fast.prune_last_layer(run.objective, *tried)
     return fast
 
 
@@ -187,65 +187,65 @@ class PreparedModel:
     digests: Mapping[str, Digest]
 
 
-def load_adapted(config: TrainConfig, plan: Plan, listener: Listener) -> PreparedModel:
+def load_adapted(run: Run, listener: Listener) -> PreparedModel:
     """Load the base, apply the method and the fast step, and set up activation recomputation."""
-    use_expandable_segments(plan.model.device)
-    shards = config.train.shard != "none"
-    is_whole = METHODS[config.method.kind].build is None  # the base's own weights are trained
+    use_expandable_segments(run.model.device)
+    shards = run.config.train.shard != "none"
+    is_whole = METHODS[run.config.method.kind].build is None  # the base's own weights are trained
     if shards:
-        model = load_sharded(config, plan, listener)
+        model = load_sharded(run, listener)
     else:
-        base = load_base(config, plan.model)
+        base = load_base(run)
         digests = {} if is_whole else digest_tensors(base.named_parameters())
-        model = put_method_on(base, config, plan)
-        initialize_adapter(model, config, plan)
+        model = put_method_on(base, run)
+        initialize_adapter(model, run)
     if is_whole or shards:  # of this process's part
         digests = digest_tensors(
             (base_name(n), p) for n, p in model.named_parameters() if not p.requires_grad
         )
-    fast = apply_fast_step(model, plan, listener)
-    if choices := set_checkpointing(model, config, plan):
+    fast = apply_fast_step(model, run, listener)
+    if choices := set_checkpointing(model, run):
         listener.choices("train", choices)
-    return PreparedModel(model, copy_start(model, config.method), fast, digests)
+    return PreparedModel(model, copy_start(model, run.config.method), fast, digests)
 
 
-def put_method_on(base: Any, config: TrainConfig, plan: Plan) -> Any:
+def put_method_on(base: Any, run: Run) -> Any:
     """Apply the run's method to `base` (mutated) and return the result."""
-    fused = uses_fused_layers(config, plan.model.device)
-    return apply_method(base, config.method, plan.base, fused=fused)
+    fused = uses_fused_layers(run.config, run.model.device)
+    return apply_method(base, run.config.method, run.base, fused=fused)
 
 
-def initialize_adapter(model: Any, config: TrainConfig, plan: Plan) -> None:
+def initialize_adapter(model: Any, run: Run) -> None:
     """Initialize the method of `model` (mutated), or load the adapter to continue from."""
-    if plan.adapter is None:
-        prepare_start(model, config, plan)
+    if run.adapter is None:
+        prepare_start(model, run)
     else:
-        load_initial_weights(model, plan.adapter.directory)
+        load_initial_weights(model, run.adapter.directory)
 
 
-def load_sharded(config: TrainConfig, plan: Plan, listener: Listener) -> Any:
+def load_sharded(run: Run, listener: Listener) -> Any:
     """Return the sharded model with its method; each process reads only its own part if possible.
 
     A damaged part raises InputError in all processes.
     """
-    why_whole = explain_full_read(config, plan)
+    why_whole = explain_full_read(run)
     slices = None if why_whole else UnreadWeights()
-    here = replace(plan, model=held_by_host(plan.model, slices))
-    model = put_method_on(load_base(config, here.model, slices), config, plan)
+    here = replace(run, model=held_by_host(run.model, slices))
+    model = put_method_on(load_base(here, slices), run)
     if slices is not None and (made := made_of_unread(model, slices)):
         why_whole = f"{made} is made of weights that the checkpoint has in another type"
         del model
         slices = None
-        here = replace(plan, model=held_by_host(plan.model, slices))
-        model = put_method_on(load_base(config, here.model), config, plan)
-    initialize_adapter(model, config, here)
-    dtype, holds = DTYPES[plan.model.dtype], config.train.shard == "grads"
-    shard(model, plan.model.device, holds=holds, dtype=dtype, slices=slices)
+        here = replace(run, model=held_by_host(run.model, slices))
+        model = put_method_on(load_base(here), run)
+    initialize_adapter(model, here)
+    dtype, holds = DTYPES[run.model.dtype], run.config.train.shard == "grads"
+    shard(model, run.model.device, holds=holds, dtype=dtype, slices=slices)
     if slices is not None:
         parts = [(base_name(n), own_part(p)) for n, p in model.named_parameters()]
         for name, linear in model.named_modules():
             parts += [(base_name(f"{name}.weight"), scales) for scales in scales_of(linear)]
-        started_processes().in_all(lambda: check_finite(parts, plan.model.source.words))
+        started_processes().in_all(lambda: check_finite(parts, run.model.source.words))
         if slices.converted:
             why_whole = f"but {slices.converted[0]} and its like: made of several tensors of it"
     read = "whole by each process" if slices is None else "its own rows by each process"
@@ -264,12 +264,12 @@ def made_of_unread(model: Any, slices: UnreadWeights) -> str:
     return next(iter(lost), "")
 
 
-def explain_full_read(config: TrainConfig, plan: Plan) -> str:
+def explain_full_read(run: Run) -> str:
     """Return why a process must read the whole base; empty if it can read its own rows."""
-    planned, start = plan.model, METHODS[config.method.kind].start
+    planned, start = run.model, METHODS[run.config.method.kind].start
     if stored_quantization(planned.config) is not None:
         return "it is stored quantized, and its scales go with whole weights"
-    if planned.quant.kind != "none" and getattr(config.method, "use_dora", False):
+    if planned.quant.kind != "none" and getattr(run.config.method, "use_dora", False):
         return "DoRA's magnitudes are norms of whole weights"
     if planned.quant.experts:
         return "experts of a mixture are quantized whole"
@@ -277,7 +277,7 @@ def explain_full_read(config: TrainConfig, plan: Plan) -> str:
         return "a .gguf has no rows that could be read by themselves"
     if planned.source.trust_remote_code:
         return "--trust-remote-code: its own code may read it otherwise"
-    if start is not None and start.default(config.method) != config.method:
+    if start is not None and start.default(run.config.method) != run.config.method:
         return "the method's start may compute with it"
     return ""
 
@@ -288,9 +288,7 @@ def held_by_host(planned: PlannedModel, slices: UnreadWeights | None) -> Planned
     return planned if on_device else replace(planned, device="cpu")
 
 
-def load_base(
-    config: TrainConfig, planned: PlannedModel, slices: UnreadWeights | None = None
-) -> Any:
+def load_base(run: Run, slices: UnreadWeights | None = None) -> Any:
     """Load the base model for training; new heads are initialized from the seed.
 
     Weights in `slices` are registered to be read later (mutated); None reads all. Damaged or
@@ -298,8 +296,8 @@ def load_base(
     """
     from transformers import set_seed
 
-    set_seed(config.train.seed)
-    whole = METHODS[config.method.kind].build is None
+    set_seed(run.config.train.seed)
+    planned, whole = run.model, METHODS[run.config.method.kind].build is None
     compute = DTYPES[planned.dtype]
     model, missing = load_model(
         planned.source,
@@ -308,27 +306,27 @@ def load_base(
         dtype=DTYPES["float32"] if whole else compute,
         device=planned.device,
         quantization=build_quantization_config(planned.quant, compute, planned.heads),
-        attn_implementation=config.model.attn_implementation,
+        attn_implementation=run.config.model.attn_implementation,
         slices=slices,
     )
     check_missing(missing, planned.new_modules, planned.source.words)
     return model
 
 
-def prepare_start(model: Any, config: TrainConfig, plan: Plan) -> None:
+def prepare_start(model: Any, run: Run) -> None:
     """Run the method's data- or weight-dependent initialization on `model` (mutated)."""
-    start = METHODS[config.method.kind].start
+    start = METHODS[run.config.method.kind].start
     if start is None:
         return
-    size, seed = config.train.per_device_train_batch_size, config.train.seed
-    pad_id, device = plan.model.pad_id, plan.model.device
+    size, seed = run.config.train.per_device_train_batch_size, run.config.train.seed
+    pad_id, device = run.model.pad_id, run.model.device
     inputs = InitializationInputs(
-        batches=lambda: ShuffledBatches(plan.data.train, pad_id, size, seed, device),
-        float_weights=lambda: float_weights(config, plan.model),
+        batches=lambda: ShuffledBatches(run.data.train, pad_id, size, seed, device),
+        float_weights=lambda: float_weights(run),
         device=device,
-        dtype=plan.model.dtype,
+        dtype=run.model.dtype,
     )
-    start.begin(model, config.method, inputs)
+    start.begin(model, run.config.method, inputs)
     train_in_float32(model)
 
 
@@ -360,9 +358,9 @@ class ShuffledBatches:
             yield {**batch, "supervised": mask}
 
 
-def float_weights(config: TrainConfig, planned: PlannedModel) -> Callable[[str], torch.Tensor]:
+def float_weights(run: Run) -> Callable[[str], torch.Tensor]:
     """Return a function from a linear layer's name to its unquantized weight (out, in)."""
-    base = load_base(config, replace(planned, device="cpu", quant=QuantConfig()))
+    base = load_base(replace(run, model=replace(run.model, device="cpu", quant=QuantConfig())))
 
     def weight_of(name: str) -> torch.Tensor:
         linear = base.get_submodule(name)

@@ -24,7 +24,7 @@ from ftlevel.config import TrainConfig
 from ftlevel.config.reading import RENAMED
 from ftlevel.config.trainer import PLATEAU
 from ftlevel.errors import ConfigError, join_names
-from ftlevel.training.plan.plan import Plan, PlannedModel
+from ftlevel.training.plan.run import PlannedModel, Run
 
 BASE, ROWS = "model.fingerprint", "data.fingerprint"
 """Fields of a run's origin with fingerprints of sampled bytes."""
@@ -90,11 +90,11 @@ class FileDigests:
         return {name: file_fingerprint(path) for name, path in self._files.items()}
 
 
-def digests_of(plan: Plan) -> tuple[FileDigests, FileDigests]:
+def digests_of(run: Run) -> tuple[FileDigests, FileDigests]:
     """Return the digests of the base's files and of a stream's files."""
-    source = plan.model.source
+    source = run.model.source
     base = [] if source.path is None else _weights(source.path)
-    rows = _within(_MOST, plan.data.stream.files) if plan.data.stream else []
+    rows = _within(_MOST, run.data.stream.files) if run.data.stream else []
     return (
         FileDigests(BASE, source.words, "base.json", {file.name: file for file in base}),
         FileDigests(ROWS, "the rows", "rows.json", {
@@ -174,55 +174,55 @@ _EVALUATION = {"eval_steps", "eval_strategy", "eval_on_start"}
 """Fields that affect the result if the learning-rate schedule depends on evaluations."""
 
 
-def origin_of(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> dict[str, Any]:
+def origin_of(run: Run, base: Mapping[str, Any]) -> dict[str, Any]:
     """Return all values that must be the same when the run resumes, by dotted name."""
-    values: dict[str, Any] = config.model_dump(mode="json", exclude={"output"})
-    free = _FREE if config.train.lr_scheduler_type != PLATEAU else _FREE - _EVALUATION
+    values: dict[str, Any] = run.config.model_dump(mode="json", exclude={"output"})
+    free = _FREE if run.config.train.lr_scheduler_type != PLATEAU else _FREE - _EVALUATION
     values["train"] = {k: v for k, v in values["train"].items() if k not in free}
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("num_proc", "cache")}
     values["speed"].pop("verify")
-    values["train"]["learning_rate"] = plan.schedule.learning_rate
-    values["train"]["head_learning_rate"] = plan.schedule.head_learning_rate
-    values["model"] |= {"dtype": plan.model.dtype, "device": plan.model.device}
-    values["data"]["max_length"] = plan.data.max_length
-    values["data"]["overlong"] = plan.data.facts["overlong"]
-    values["data"]["fingerprint"] = plan.data.facts["fingerprint"]
-    if plan.data.prompt_format is not None and plan.data.prompt_format.kind == "plain":
-        values["data"][PROMPT] = plan.data.prompt_format.version
+    values["train"]["learning_rate"] = run.schedule.learning_rate
+    values["train"]["head_learning_rate"] = run.schedule.head_learning_rate
+    values["model"] |= {"dtype": run.model.dtype, "device": run.model.device}
+    values["data"]["max_length"] = run.data.max_length
+    values["data"]["overlong"] = run.data.facts["overlong"]
+    values["data"]["fingerprint"] = run.data.facts["fingerprint"]
+    if run.data.prompt_format is not None and run.data.prompt_format.kind == "plain":
+        values["data"][PROMPT] = run.data.prompt_format.version
     values["model"]["fingerprint"] = base["fingerprint"]
-    if plan.adapter is not None:
-        values["model"]["adapter_fingerprint"] = plan.adapter.fingerprint
-    for (section, name), fingerprint in plan.beside.fingerprints().items():
+    if run.adapter is not None:
+        values["model"]["adapter_fingerprint"] = run.adapter.fingerprint
+    for (section, name), fingerprint in run.beside.fingerprints().items():
         values[section][name] = fingerprint  # independent of its path
     values["model"]["digest"] = base.get("digest")
-    values["data"]["validation_fingerprint"] = plan.data.facts.get("validation_fingerprint")
+    values["data"]["validation_fingerprint"] = run.data.facts.get("validation_fingerprint")
     if template := values["data"]["chat_template"]:
         values["data"]["chat_template"] = Path(template).name
     values["versions"] = library_versions()
-    flat = {"task": values.pop("task"), **describe_model(plan.model)}
-    if plan.model.device == "cpu":  # the thread count changes the order of sums
+    flat = {"task": values.pop("task"), **describe_model(run.model)}
+    if run.model.device == "cpu":  # the thread count changes the order of sums
         flat["threads"] = torch.get_num_threads()
     flat |= {f"{section}.{k}": v for section, part in values.items() for k, v in part.items()}
     plain: dict[str, Any] = json.loads(json.dumps(flat, default=str))  # as read from the file
     return plain
 
 
-def everything_of(config: TrainConfig, origin: Mapping[str, Any]) -> dict[str, Any]:
+def everything_of(run: Run, origin: Mapping[str, Any]) -> dict[str, Any]:
     """Return all values that must be the same in all processes of a run, by dotted name.
 
     Extends `origin` with settings such as save intervals, but drops the thread count, which may
     differ by machine.
     """
-    values = config.model_dump(mode="json")
+    values = run.config.model_dump(mode="json")
     values["output"].pop("allow_change")
     flat = {"task": values.pop("task")}
     flat |= {f"{section}.{k}": v for section, part in values.items() for k, v in part.items()}
     return {**flat, **{key: value for key, value in origin.items() if key != "threads"}}
 
 
-def read_origin(run: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
+def read_origin(directory: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
     """Return the stored origin of `run` under current names; missing fields come from `origin`."""
-    before = read_origin_file(run)
+    before = read_origin_file(directory)
     if "threads" in origin:  # absent in runs of older versions
         before.setdefault("threads", origin["threads"])
     none = before.get("quant.kind", "none") == "none"
@@ -240,7 +240,9 @@ def read_origin(run: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
     return before
 
 
-def check_same_run(run: RunDirectory, before: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+def check_same_run(
+    directory: RunDirectory, before: Mapping[str, Any], origin: Mapping[str, Any]
+) -> None:
     """Raise ConfigError with all fields that differ between the origins `before` and `origin`."""
     changed = [key for key in {**before, **origin} if before.get(key) != origin.get(key)]
     if changed:
@@ -249,19 +251,19 @@ def check_same_run(run: RunDirectory, before: Mapping[str, Any], origin: Mapping
         )
         how = f" (OMP_NUM_THREADS={before.get('threads')})" if "threads" in changed else ""
         raise ConfigError(
-            f"--resume {run.path}: not the same run: {shown}. "
+            f"--resume {directory.path}: not the same run: {shown}. "
             f"Give it as it was{how}, start anew in another --output-dir, or let it change: "
             f"--allow-change {shlex.quote(sorted(changed)[0])}"
         )
 
 
-def read_origin_file(run: RunDirectory) -> dict[str, Any]:
+def read_origin_file(directory: RunDirectory) -> dict[str, Any]:
     """Return the origin stored in `run`, under current field names.
 
     Raises:
         ConfigError: the file cannot be read.
     """
-    path = run.checkpoints / ORIGIN
+    path = directory.checkpoints / ORIGIN
     try:
         found: Any = json.loads(read_plain(path))
         if not isinstance(found, dict):

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from ftlevel.artifacts.run_directory import RunDirectory
-from ftlevel.config import TrainConfig
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import InputError, RunError, join_names
@@ -35,7 +34,7 @@ from ftlevel.training.model import (
     digest_tensors,
     load_base,
 )
-from ftlevel.training.plan.plan import Plan
+from ftlevel.training.plan.run import Run
 
 PROBE_ROWS = 4
 
@@ -73,9 +72,8 @@ class Origin:
 
 def prove(
     adapted: PreparedModel,
-    config: TrainConfig,
-    plan: Plan,
-    run: RunDirectory,
+    run: Run,
+    directory: RunDirectory,
     gradients: GradientMonitor,
 ) -> Proof:
     """Compare the files saved in `run` with the trained model.
@@ -83,13 +81,13 @@ def prove(
     Raises:
         RunError: they differ, or training changed nothing.
     """
-    probe = build_probe(plan)
+    probe = build_probe(run)
     found = check_saved(
         adapted.model,
-        run.adapter,
-        Origin(adapted.digests, lambda: load_base(config, plan.model)),
+        directory.adapter,
+        Origin(adapted.digests, lambda: load_base(run)),
         probe,
-        rewritten=METHODS[config.method.kind].rewrites_base(config.method),
+        rewritten=METHODS[run.config.method.kind].rewrites_base(run.config.method),
     )
     return describe_proof(found, probe, gradients)
 
@@ -102,11 +100,11 @@ def describe_proof(found: Found, probe: Probe, gradients: GradientMonitor) -> Pr
     )  # fmt: skip
 
 
-def build_probe(plan: Plan) -> Probe:
+def build_probe(run: Run) -> Probe:
     """Return the batch and settings that models of a run are compared on."""
-    planned, rows = plan.model, plan.data.validation or plan.data.train
-    batch = probe_batch(rows, planned.pad_id, planned.device, plan.objective, planned.vocabulary)
-    return Probe(batch, plan.objective, planned.device, planned.dtype)
+    planned, rows = run.model, run.data.validation or run.data.train
+    batch = probe_batch(rows, planned.pad_id, planned.device, run.objective, planned.vocabulary)
+    return Probe(batch, run.objective, planned.device, planned.dtype)
 
 
 def probe_batch(

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from ftlevel.artifacts.files import base_digest
-from ftlevel.config import TrainConfig
+from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
@@ -44,18 +44,18 @@ from ftlevel.trained.another import ReferenceModel
 from ftlevel.trained.load import load_ref
 from ftlevel.training.build_trainer import build_evaluator
 from ftlevel.training.model import PreparedModel, apply_fast_step
-from ftlevel.training.plan.plan import Plan
+from ftlevel.training.plan.run import Run
 from ftlevel.workspace import Workspace
 
 
 def read_or_fill(
-    config: TrainConfig, start: str, rows: Sequence[Encoded], fill: Callable[[np.ndarray], None]
+    data: DataConfig, start: str, rows: Sequence[Encoded], fill: Callable[[np.ndarray], None]
 ) -> tuple[np.ndarray, bool]:
     """Return the (rows, 2) float32 array written by `fill`, and whether it was fully cached.
 
     A partly filled file is completed. A file lock ensures that one process computes at a time.
     """
-    path = cache_path(config, "reference", start, rows)
+    path = cache_path(data, "reference", start, rows)
     array, was_whole = open_or_fill(path, (len(rows), 2), np.dtype(np.float32), fill)
     return np.array(array), was_whole
 
@@ -98,9 +98,9 @@ def is_missing(array: np.ndarray) -> np.ndarray:
     return found
 
 
-def cache_path(config: TrainConfig, kind: str, start: str, rows: Sequence[Encoded]) -> Path | None:
+def cache_path(data: DataConfig, kind: str, start: str, rows: Sequence[Encoded]) -> Path | None:
     """Return the path of the cache file for `rows` and the key `start`; None if caching is off."""
-    if not config.data.cache or not is_writable():
+    if not data.cache or not is_writable():
         return None
     digest = hashlib.sha256(start.encode())
     for row in rows:
@@ -124,9 +124,9 @@ def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
     return fresh
 
 
-def digest_start(config: TrainConfig, plan: Plan, adapted: PreparedModel) -> str:
+def digest_start(run: Run, adapted: PreparedModel) -> str:
     """Return a JSON string of all that determines the initial model's log-probabilities."""
-    model, fast = plan.model, adapted.fast.plan if adapted.fast is not None else plan.fast
+    model, fast = run.model, adapted.fast.plan if adapted.fast is not None else run.fast
     place = model.source.path
     digest = hashlib.sha256()
     for name, tensor in sorted(adapted.model.named_parameters()):
@@ -138,13 +138,13 @@ def digest_start(config: TrainConfig, plan: Plan, adapted: PreparedModel) -> str
         "base": place and (base_digest(place) if place.is_dir() else file_digest(place)),
         "name": [model.source.name, model.auto_class],
         "start": digest.hexdigest(),
-        "method": config.method.model_dump(mode="json"),
+        "method": run.config.method.model_dump(mode="json"),
         "quant": model.quant.model_dump(mode="json"),
-        "precision": [model.device, model.dtype, config.model.attn_implementation],
+        "precision": [model.device, model.dtype, run.config.model.attn_implementation],
         "path": [fast.enabled, fast.packs, fast.chunked_cross_entropy, fast.prefix_tree,
                  fast.tokens],
-        "weighting": [config.preference.loss, config.preference.ld_alpha]
-        if config.preference.loss == "ld-dpo" else [],
+        "weighting": [run.config.preference.loss, run.config.preference.ld_alpha]
+        if run.config.preference.loss == "ld-dpo" else [],
         "versions": torch.__version__,
     }  # fmt: skip
     return json.dumps(decides, sort_keys=True, default=str)
@@ -167,44 +167,45 @@ class Reference:
 
 
 def compute_initial_reference(
-    config: TrainConfig, plan: Plan, adapted: PreparedModel, listener: Listener
-) -> tuple[Plan, Reference | None]:
-    """Return the plan with log-probabilities of the initial model, and the reference.
+    run: Run, adapted: PreparedModel, listener: Listener
+) -> tuple[Run, Reference | None]:
+    """Return the run with log-probabilities of the initial model, and the reference.
 
     The reference is None if the objective needs none.
     """
-    if not needs_reference(plan):
-        return plan, None
+    if not needs_reference(run):
+        return run, None
     listener.stage("compute the reference")
-    key, name = digest_start(config, plan, adapted), "initial model"
-    plan, facts = fill_rows(config, plan, name, key, lambda: (plan, adapted), listener)
-    return plan, Reference(facts, _keep_start(config, plan, adapted))
+    key, name = digest_start(run, adapted), "initial model"
+    run, facts = fill_rows(run, name, key, lambda: (run, adapted), listener)
+    return run, Reference(facts, _keep_start(run, adapted))
 
 
-def needs_reference(plan: Plan) -> bool:
+def needs_reference(run: Run) -> bool:
     """Whether the objective of a run needs reference log-probabilities."""
-    objective = plan.objective
+    objective = run.objective
     return isinstance(objective, LikelihoodObjective) and objective.needs_reference
 
 
 def fill_rows(
-    config: TrainConfig,
-    plan: Plan,
+    run: Run,
     name: str,
     key: str,
-    ask: Callable[[], tuple[Plan, PreparedModel]],
+    ask: Callable[[], tuple[Run, PreparedModel]],
     listener: Listener,
-) -> tuple[Plan, dict[str, Any]]:
-    """Return `plan` with reference log-probabilities in its rows, and facts for summary.json.
+) -> tuple[Run, dict[str, Any]]:
+    """Return `run` with reference log-probabilities in its rows, and facts for summary.json.
 
-    `key` identifies all that determines the values. `ask` loads the reference model and the plan it
+    `key` identifies all that determines the values. `ask` loads the reference model and the run it
     computes with; it is not called if all values are cached.
     """
-    task: Any = plan.task
-    train, cached = read_or_fill(config, key, plan.data.train, lambda into: _fill(*ask(), into))
-    data = replace(plan.data, train=task.with_reference(plan.data.train, train))
-    if plan.data.validation:
-        evaluator = build_evaluator(config, plan)
+    task: Any = run.task
+    train, cached = read_or_fill(
+        run.config.data, key, run.data.train, lambda into: _fill(*ask(), into)
+    )
+    data = replace(run.data, train=task.with_reference(run.data.train, train))
+    if run.data.validation:
+        evaluator = build_evaluator(run)
         if evaluator is None:
             raise TypeError("validation rows are evaluated")
 
@@ -212,12 +213,12 @@ def fill_rows(
             into[:] = compute_likelihoods(evaluator, ask()[1].model)
 
         padded = f"{key} padded by {evaluator.batch_size}"
-        held_out, _ = read_or_fill(config, padded, plan.data.validation, score)
-        data = replace(data, validation=task.with_reference(plan.data.validation, held_out))
+        held_out, _ = read_or_fill(run.config.data, padded, run.data.validation, score)
+        data = replace(data, validation=task.with_reference(run.data.validation, held_out))
     how = "log-probabilities cached" if cached else "log-probabilities precomputed"
-    rows = len(plan.data.train) + len(plan.data.validation)
+    rows = len(run.data.train) + len(run.data.validation)
     listener.choices("reference", [Choice("reference", name, f"{how} for {rows:,} rows")])
-    return replace(plan, data=data), {"is": name, "rows": rows, "cached": cached}
+    return replace(run, data=data), {"is": name, "rows": rows, "cached": cached}
 
 
 FIRST_LOSS = 1e-6
@@ -225,98 +226,98 @@ FIRST_LOSS = 1e-6
 
 
 def describe_first_loss(
-    reference: Reference, config: TrainConfig, plan: Plan, records: Sequence[Mapping[str, Any]]
+    reference: Reference, run: Run, records: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the reference's facts for summary.json, and a note if the first loss deviates."""
-    expected, facts = plan.objective.first_loss, dict(reference.facts)
+    expected, facts = run.objective.first_loss, dict(reference.facts)
     first = next((r["loss"] for r in records if r["step"] == 1 and "loss" in r), None)
     if expected is None or first is None:
         return facts, []
     facts |= {"first_loss": first, "first_loss_expected": expected}
     if abs(first - expected) <= FIRST_LOSS * expected:
         return facts, []
-    dropped = getattr(config.method, "lora_dropout", 0.0)
+    dropped = getattr(run.config.method, "lora_dropout", 0.0)
     why = (
         f"dropout of {dropped:g} is on in the policy and off in the reference"
         if dropped
-        else f"in {plan.model.dtype} the same rows, packed otherwise, are rounded otherwise"
+        else f"in {run.model.dtype} the same rows, packed otherwise, are rounded otherwise"
     )
     return facts, [f"the first loss is {first:.7f}, and {expected:.7f} at the reference: {why}."]
 
 
-def _keep_start(config: TrainConfig, plan: Plan, adapted: PreparedModel) -> Any:
+def _keep_start(run: Run, adapted: PreparedModel) -> Any:
     """Return a temporary directory with the initial adapter; None if it has no effect.
 
     An adapter that rewrites the base is saved for the original base, where its start has no effect
     either.
     """
     model = adapted.model
-    rewrites = METHODS[config.method.kind].rewrites_base(config.method)
-    if not hasattr(model, "peft_config") or (plan.adapter is None and rewrites):
+    rewrites = METHODS[run.config.method.kind].rewrites_base(run.config.method)
+    if not hasattr(model, "peft_config") or (run.adapter is None and rewrites):
         return None
-    on, off = (_switched(plan, adapted, off=off) for off in (False, True))
-    if plan.adapter is None and np.array_equal(on, off):
+    on, off = (_switched(run, adapted, off=off) for off in (False, True))
+    if run.adapter is None and np.array_equal(on, off):
         return None
     kept = Workspace("start")
-    save_adapter(model, config.method, Path(kept.name), adapted.start)
+    save_adapter(model, run.config.method, Path(kept.name), adapted.start)
     return kept
 
 
-def _switched(plan: Plan, adapted: PreparedModel, *, off: bool) -> np.ndarray:
+def _switched(run: Run, adapted: PreparedModel, *, off: bool) -> np.ndarray:
     """Return the first row's log-probabilities (1, 2), with the adapter enabled or `off`."""
-    row, model = plan.data.train[0], adapted.model
+    row, model = run.data.train[0], adapted.model
     training = model.training
     model.eval()
     try:
         with (
             torch.no_grad(),
-            autocast(plan.model.device, plan.model.dtype),
+            autocast(run.model.device, run.model.dtype),
             model.disable_adapter() if off else contextlib.nullcontext(),
         ):
-            return _measure(plan, adapted, [row])
+            return _measure(run, adapted, [row])
     finally:
         model.train(training)
 
 
-def _fill(plan: Plan, adapted: PreparedModel, into: np.ndarray) -> None:
+def _fill(run: Run, adapted: PreparedModel, into: np.ndarray) -> None:
     """Write the missing values of `into` (rows, 2; mutated), `AT_ONCE` rows at a time."""
-    rows, model = plan.data.train, adapted.model
+    rows, model = run.data.train, adapted.model
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), autocast(plan.model.device, plan.model.dtype):
+        with torch.no_grad(), autocast(run.model.device, run.model.dtype):
             for begin in range(0, len(rows), AT_ONCE):
                 part = slice(begin, begin + AT_ONCE)
                 if not np.isnan(into[part]).any():
                     continue
                 own = [rows[i] for i in range(*part.indices(len(rows)))]
-                into[part] = _measure(plan, adapted, own)
+                into[part] = _measure(run, adapted, own)
                 if isinstance(into, np.memmap):
                     into.flush()
     finally:
         model.train(training)
 
 
-def _measure(plan: Plan, adapted: PreparedModel, rows: Sequence[Encoded]) -> np.ndarray:
+def _measure(run: Run, adapted: PreparedModel, rows: Sequence[Encoded]) -> np.ndarray:
     """Return log-probabilities (rows, 2): both answers of a pair, or an answer and its contrast."""
     found = np.full((len(rows), 2), np.nan, dtype=np.float32)
     contrasts = [other for row in rows for other in row.contrasts]
     for column, some in ((0, rows), (1, contrasts)):
-        for chosen, answers in _score(plan, adapted, some):
+        for chosen, answers in _score(run, adapted, some):
             sums = answers[:, 0].float().cpu().numpy().reshape(len(chosen), -1)
             found[chosen, column : column + sums.shape[1]] = sums
     return found
 
 
 def _score(
-    plan: Plan, adapted: PreparedModel, rows: Sequence[Encoded]
+    run: Run, adapted: PreparedModel, rows: Sequence[Encoded]
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Yield row indices and their answers' log-probabilities, computed as in a training step."""
-    objective, device = plan.objective, plan.model.device
+    objective, device = run.objective, run.model.device
     if not rows or not isinstance(objective, LikelihoodObjective):
         return
     head = adapted.fast.cross_entropy if adapted.fast is not None else None
-    for chosen, batch in micro_batches(adapted.fast, rows, plan.model.pad_id):
+    for chosen, batch in micro_batches(adapted.fast, rows, run.model.pad_id):
         layout = batch.pop("layout", None)
         moved = {name: value.to(device) for name, value in batch.items()}
         with using_layout(layout.to(device) if layout is not None else None):
@@ -335,38 +336,36 @@ def micro_batches(
         yield [index], collate([row])
 
 
-def precompute_reference(
-    config: TrainConfig, plan: Plan, listener: Listener
-) -> tuple[Plan, Reference | None]:
-    """Return the plan with log-probabilities of the `--reference` model, and the reference.
+def precompute_reference(run: Run, listener: Listener) -> tuple[Run, Reference | None]:
+    """Return the run with log-probabilities of the `--reference` model, and the reference.
 
     The reference is None if no model is named or the objective needs none.
     """
-    another = plan.beside.reference
-    if another is None or not needs_reference(plan):
-        return plan, None
+    another = run.beside.reference
+    if another is None or not needs_reference(run):
+        return run, None
     listener.stage("ask the reference")
-    preference = config.preference
+    preference = run.config.preference
     weighting = preference.ld_alpha if preference.loss == "ld-dpo" else None
-    cut = [plan.fast.prefix_tree, plan.fast.tokens]  # same rounding as the policy's rows
-    key = json.dumps([describe_cache_key(another, plan), cut, weighting])
+    cut = [run.fast.prefix_tree, run.fast.tokens]  # same rounding as the policy's rows
+    key = json.dumps([describe_cache_key(another, run), cut, weighting])
     with contextlib.ExitStack() as held:
         ask = functools.cache(
-            lambda: held.enter_context(load_auxiliary_model(another, plan, listener))
+            lambda: held.enter_context(load_auxiliary_model(another, run, listener))
         )
-        plan, facts = fill_rows(config, plan, another.name, key, ask, listener)
+        run, facts = fill_rows(run, another.name, key, ask, listener)
     kept = Workspace("reference")
-    beside = (config.output.dir or Path("runs/run")) / "adapter"
+    beside = (run.config.output.dir or Path("runs/run")) / "adapter"
     another.write(Path(kept.name), beside)
-    return plan, Reference({**facts, "fingerprint": another.fingerprint}, kept)
+    return run, Reference({**facts, "fingerprint": another.fingerprint}, kept)
 
 
-def describe_cache_key(another: ReferenceModel, plan: Plan) -> dict[str, object]:
+def describe_cache_key(another: ReferenceModel, run: Run) -> dict[str, object]:
     """Return all that determines the outputs of `another` for a row."""
-    fast = plan.fast
+    fast = run.fast
     return {
         "model": another.fingerprint,
-        "precision": [plan.model.device, plan.model.dtype],
+        "precision": [run.model.device, run.model.dtype],
         "packs": fast.enabled and fast.packs,
         "versions": torch.__version__,
     }
@@ -374,16 +373,16 @@ def describe_cache_key(another: ReferenceModel, plan: Plan) -> dict[str, object]
 
 @contextlib.contextmanager
 def load_auxiliary_model(
-    another: ReferenceModel, plan: Plan, listener: Listener
-) -> Iterator[tuple[Plan, PreparedModel]]:
-    """Load `another` inside the block; yield the plan it computes with, and the model."""
-    trained = load_ref(another.found, plan.model.device)
+    another: ReferenceModel, run: Run, listener: Listener
+) -> Iterator[tuple[Run, PreparedModel]]:
+    """Load `another` inside the block; yield the run it computes with, and the model."""
+    trained = load_ref(another.found, run.model.device)
     forward = plan_forward(
-        trained.model, trained.kind, trained.method, plan.objective, plan.fast.tokens
+        trained.model, trained.kind, trained.method, run.objective, run.fast.tokens
     )
-    forward = replace(forward, enabled=plan.fast.enabled,
-                      prefix_tree=forward.packs and plan.fast.prefix_tree)  # fmt: skip
-    asking = replace(plan, fast=forward, model=replace(plan.model, dtype=trained.dtype))
+    forward = replace(forward, enabled=run.fast.enabled,
+                      prefix_tree=forward.packs and run.fast.prefix_tree)  # fmt: skip
+    asking = replace(run, fast=forward, model=replace(run.model, dtype=trained.dtype))
     fast = apply_fast_step(trained.model, asking, listener)
     try:
         yield asking, PreparedModel(trained.model, {}, fast, {})

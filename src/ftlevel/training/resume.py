@@ -9,7 +9,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -20,8 +20,9 @@ from ftlevel.artifacts.files import write_json
 from ftlevel.artifacts.ownership import mark_resumed
 from ftlevel.artifacts.places import write_places
 from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory, open_run
-from ftlevel.config import TrainConfig
+from ftlevel.config import ModelConfig, OutputConfig
 from ftlevel.config.section import Choice
+from ftlevel.config.trainer import TrainerConfig
 from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.data.encoding.collate import ensure_pad_token
 from ftlevel.errors import ConfigError, Interrupted, did_you_mean, join_names
@@ -41,87 +42,85 @@ from ftlevel.training.origin import (
     read_origin,
     read_origin_file,
 )
-from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import default_name
+from ftlevel.training.plan.run import Run
 from ftlevel.training.plan.schedule import count_steps
 from ftlevel.training.processes import Processes
 from ftlevel.training.summary import describe_base, dump_config, resolved_config
 
 
-def check_base_stays(config: TrainConfig) -> None:
+def check_base_stays(model: ModelConfig, output: OutputConfig, chat_template: str | None) -> None:
     """Raise ConfigError if a resumed run has a different base model or tokenizer.
 
     Runs before rows are encoded, because a different tokenizer might fail on them.
     """
-    wish, run = config.model, config.output.dir
-    before = _stored_origin(config)
-    if before is None or run is None:
+    before = _stored_origin(output)
+    if before is None or output.dir is None:
         return
-    source = resolve_source(wish.name_or_path, wish.revision, wish.trust_remote_code)
+    source = resolve_source(model.name_or_path, model.revision, model.trust_remote_code)
     expected, found = before.get(BASE), describe_base(source)["fingerprint"]
-    is_free = BASE in config.output.allow_change
+    is_free = BASE in output.allow_change
     if expected is not None and found is not None and found != expected and not is_free:
         raise ConfigError(
-            f"--resume {run}: it was begun on {before.get('model.name_or_path')} with weights "
-            f"{expected[:12]}…, and {source.words} has other weights ({found[:12]}…). Name the "
-            "base that it was begun on, or start anew in another --output-dir."
+            f"--resume {output.dir}: it was begun on {before.get('model.name_or_path')} with "
+            f"weights {expected[:12]}…, and {source.words} has other weights ({found[:12]}…). "
+            "Name the base that it was begun on, or start anew in another --output-dir."
         )
     if "model.adapter_fingerprint" not in before:  # an adapter has its own tokenizer
         tokenizer = load_tokenizer(source)
-        set_chat_template(tokenizer, config.data.chat_template)
+        set_chat_template(tokenizer, chat_template)
         ensure_pad_token(tokenizer)
         now = describe_tokenizer(tokenizer)
         known = {key: before[key] for key in now if key in before}
-        now = {key: now[key] for key in known if key not in config.output.allow_change}
-        check_same_run(RunDirectory(run), {key: known[key] for key in now}, now)
+        now = {key: now[key] for key in known if key not in output.allow_change}
+        check_same_run(RunDirectory(output.dir), {key: known[key] for key in now}, now)
 
 
-def stored_micro_batch_tokens(config: TrainConfig) -> int | None:
+def stored_micro_batch_tokens(output: OutputConfig) -> int | None:
     """Return the tokens per micro-batch of the resumed run; None if there are none."""
-    known = (_stored_origin(config) or {}).get("speed.tokens_per_micro_batch")
+    known = (_stored_origin(output) or {}).get("speed.tokens_per_micro_batch")
     return known if isinstance(known, int) else None
 
 
-def stored_prompt_version(config: TrainConfig) -> int | None:
+def stored_prompt_version(output: OutputConfig) -> int | None:
     """Return the plain-prompt version of the resumed run; None for a new run."""
-    before = _stored_origin(config)
+    before = _stored_origin(output)
     return None if before is None else int(before.get(f"data.{PROMPT}", 1))
 
 
-def _stored_origin(config: TrainConfig) -> dict[str, Any] | None:
+def _stored_origin(output: OutputConfig) -> dict[str, Any] | None:
     """Return the origin of the resumed run; None for a new run."""
-    run = config.output.dir
-    if not config.output.resume or run is None:
+    if not output.resume or output.dir is None:
         return None
-    if not (RunDirectory(run).checkpoints / ORIGIN).exists():  # a new run
-        return None
-    return read_origin_file(RunDirectory(run))
+    directory = RunDirectory(output.dir)
+    is_new = not (directory.checkpoints / ORIGIN).exists()
+    return None if is_new else read_origin_file(directory)
 
 
-def check_shared(run: RunDirectory, processes: Processes) -> None:
-    """Raise ConfigError if a process does not see the files that rank 0 writes into `run`."""
+def check_shared(directory: RunDirectory, processes: Processes) -> None:
+    """Raise ConfigError if a process does not see the files that rank 0 writes into `directory`."""
     if processes.count == 1:
         return
 
     def mark() -> str:
-        return Path(tempfile.mkstemp(prefix=".seen-", dir=run.checkpoints)[1]).name
+        return Path(tempfile.mkstemp(prefix=".seen-", dir=directory.checkpoints)[1]).name
 
     def look() -> None:
-        if not (run.checkpoints / name).exists():
+        if not (directory.checkpoints / name).exists():
             raise ConfigError(
-                f"--output-dir {run.path}: what rank 0 writes there is not to be seen here. Name a "
-                "directory that all machines of the run share."
+                f"--output-dir {directory.path}: what rank 0 writes there is not to be seen here. "
+                "Name a directory that all machines of the run share."
             )
 
     name = processes.from_first(mark)
     processes.in_all(look)
     if processes.is_first:
-        (run.checkpoints / name).unlink()
+        (directory.checkpoints / name).unlink()
 
 
-def check_base_outlives(config: TrainConfig, plan: Plan) -> None:
+def check_base_outlives(run: Run) -> None:
     """Raise ConfigError if `--overwrite` would delete the base model."""
-    output, base = config.output, plan.model.source.path
+    output, base = run.config.output, run.model.source.path
     if not output.overwrite or output.dir is None or base is None:
         return
     if output.dir.resolve() in (base.resolve(), *base.resolve().parents):
@@ -161,52 +160,52 @@ class ResumeState:
         return is_due and not any("eval_loss" in r and r["step"] == step for r in self.past)
 
 
-def resolve_resume(
-    config: TrainConfig, plan: Plan, origin: Mapping[str, Any], listener: Listener
-) -> ResumeState:
+def resolve_resume(run: Run, origin: Mapping[str, Any], listener: Listener) -> ResumeState:
     """Return the state that the run resumes from, before weights load; empty for a new run.
 
     Raises ConfigError if the origin differs, the run is longer than its new length, or is finished
     without a checkpoint.
     """
-    if not config.output.resume or config.output.dir is None:
+    if not run.config.output.resume or run.config.output.dir is None:
         return ResumeState()
-    run, steps = RunDirectory(config.output.dir), plan.schedule.steps
-    if not (run.checkpoints / ORIGIN).exists():
-        listener.warn(f"--resume {run.path}: it has no checkpoint yet, so the run begins anew")
+    directory, steps = RunDirectory(run.config.output.dir), run.schedule.steps
+    if not (directory.checkpoints / ORIGIN).exists():
+        listener.warn(
+            f"--resume {directory.path}: it has no checkpoint yet, so the run begins anew"
+        )
         return ResumeState()
-    before = read_origin(run, origin)
+    before = read_origin(directory, origin)
     lengths = {key: before.get(key) for key in _LENGTH if before.get(key) != origin[key]}
     accepted = {key: origin[key] for key in lengths}
     accepted |= {key: origin[key] for key in _CONTENT if _is_known_by_content(key, before, origin)}
-    changes = _allowed_changes(config, before, origin)
+    changes = _allowed_changes(run.config.output, before, origin)
     accepted |= {change["field"]: change["is"] for change in changes}
-    check_same_run(run, {**before, **accepted}, origin)
-    for digests in digests_of(plan):
-        changes += _changes_of_files(config, run, digests, listener)
-    summary = run.read_summary()
+    check_same_run(directory, {**before, **accepted}, origin)
+    for digests in digests_of(run):
+        changes += _changes_of_files(run.config.output, directory, digests, listener)
+    summary = directory.read_summary()
     was_planned = summary and summary.get("planned_steps", summary["steps"])
     if summary is not None and not lengths and was_planned == steps:
         return ResumeState(finished=summary)
-    checkpoint = find_checkpoint(run, listener)
+    checkpoint = find_checkpoint(directory, listener)
     if checkpoint is None:
         return ResumeState()
     if lengths:
         trained = max(step_of(checkpoint), summary["steps"] if summary else 0)
-        _check_length(config, plan, lengths, trained)
+        _check_length(run, lengths, trained)
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    past = run.read_log(step_of(checkpoint))
+    past = directory.read_log(step_of(checkpoint))
     has_new_length = state["max_steps"] != steps
     where = Choice("checkpoint", checkpoint, f"step {step_of(checkpoint):,} of {steps:,}")
     listener.choices("resume", [where])
     return ResumeState(checkpoint, past, has_new_length, changes=changes)
 
 
-def _check_length(config: TrainConfig, plan: Plan, before: Mapping[str, Any], trained: int) -> None:
+def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
     """Raise ConfigError if the new length has no effect, is too short, or is unsupported."""
-    where, train, steps = f"--resume {config.output.dir}", config.train, plan.schedule.steps
+    where, train, steps = f"--resume {run.config.output.dir}", run.config.train, run.schedule.steps
     old = {key.rpartition(".")[2]: value for key, value in before.items()}
-    was = count_steps(train.model_copy(update=old), len(plan.data.train))
+    was = count_steps(train.model_copy(update=old), len(run.data.train))
     if was == steps and "num_train_epochs" in old:
         raise ConfigError(
             f"--num-train-epochs {train.num_train_epochs:g} changes nothing: --max-steps "
@@ -217,55 +216,57 @@ def _check_length(config: TrainConfig, plan: Plan, before: Mapping[str, Any], tr
             f"{where}: {steps:,} steps are fewer than the {trained:,} that are trained. Give more, "
             "or start anew in another --output-dir."
         )
-    reason = METHODS[config.method.kind].why_not_continued
+    reason = METHODS[run.config.method.kind].why_not_continued
     if reason and was != steps:
         raise ConfigError(
-            f"{where}: --method {config.method.kind} cannot train {steps:,} steps in place of "
+            f"{where}: --method {run.config.method.kind} cannot train {steps:,} steps in place of "
             f"{was:,}: {reason}. Start anew in another --output-dir."
         )
 
 
 def open_or_resume(
     taken: BoundInputs,
-    plan: Plan,
+    run: Run,
     origin: Mapping[str, Any],
     going_on: ResumeState,
     listener: Listener,
 ) -> RunDirectory:
     """Return the run directory, new or resumed, with configuration and origin rewritten."""
-    config, output = taken.config, taken.config.output
+    output = run.config.output
     if going_on.checkpoint is not None and output.dir is not None:
-        run = RunDirectory(output.dir)
-        mark_resumed(run.path)
-        checkpoints.set_aside_newer(run.checkpoints, going_on.checkpoint)
+        directory = RunDirectory(output.dir)
+        mark_resumed(directory.path)
+        checkpoints.set_aside_newer(directory.checkpoints, going_on.checkpoint)
         for change in going_on.changes:
             listener.warn(
                 f"{change['field']} is {change['is']!r} from here on, was {change['was']!r}"
             )
-        run.write_changes(step_of(going_on.checkpoint), going_on.changes)
-        for digests in digests_of(plan):
+        directory.write_changes(step_of(going_on.checkpoint), going_on.changes)
+        for digests in digests_of(run):
             if any(change["field"].startswith(digests.field) for change in going_on.changes):
-                digests.forget(run.checkpoints)
+                digests.forget(directory.checkpoints)
     else:
-        run, kept = open_run(
-            output.dir, default_name(config), overwrite=output.overwrite, resume=output.resume
+        directory, kept = open_run(
+            output.dir, default_name(run.config), overwrite=output.overwrite, resume=output.resume
         )
-        checkpoints.set_aside_newer(run.checkpoints, None)
-        delete_best_after(run.checkpoints, 0)
+        checkpoints.set_aside_newer(directory.checkpoints, None)
+        delete_best_after(directory.checkpoints, 0)
         for line in kept:
-            listener.warn(f"--overwrite {run.path}: {line}; it is not of the run that is replaced")
-    told = taken.named_in(run)
-    run.write_config(dump_config(told, plan))
-    write_places(run, resolved_config(told, plan))
-    write_json(run.checkpoints / ORIGIN, origin)
-    return run
+            listener.warn(
+                f"--overwrite {directory.path}: {line}; it is not of the run that is replaced"
+            )
+    named = replace(run, config=taken.named_in(run.config, directory))
+    directory.write_config(dump_config(named))
+    write_places(directory, resolved_config(named))
+    write_json(directory.checkpoints / ORIGIN, origin)
+    return directory
 
 
 def _allowed_changes(
-    config: TrainConfig, before: Mapping[str, Any], origin: Mapping[str, Any]
+    output: OutputConfig, before: Mapping[str, Any], origin: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Return the differing fields that `--allow-change` permits; ConfigError for unknown names."""
-    allowed = config.output.allow_change
+    allowed = output.allow_change
     known = {**before, **origin}
     unknown = [name for name in allowed if name not in known]
     if unknown:
@@ -281,25 +282,25 @@ def _allowed_changes(
 
 
 def _changes_of_files(
-    config: TrainConfig, run: RunDirectory, digests: FileDigests, listener: Listener
+    output: OutputConfig, directory: RunDirectory, digests: FileDigests, listener: Listener
 ) -> list[dict[str, Any]]:
     """Return the files whose bytes changed, if `--allow-change` permits it.
 
     Raises:
         ConfigError: naming the files, if it does not.
     """
-    changed = digests.changes(run.checkpoints)
+    changed = digests.changes(directory.checkpoints)
     if changed is None:
         listener.warn(
-            f"--resume {run.path}: what bytes {digests.words} had when it began is not known any "
-            f"more (checkpoints/{digests.kept}), so only samples of them are compared"
+            f"--resume {directory.path}: what bytes {digests.words} had when it began is not known "
+            f"any more (checkpoints/{digests.kept}), so only samples of them are compared"
         )
-    elif changed and digests.field not in config.output.allow_change:
+    elif changed and digests.field not in output.allow_change:
         shown = join_names(f"{n} was {was} and is {now}" for n, (was, now) in changed.items())
         raise ConfigError(
-            f"--resume {run.path}: not the same run: the bytes of {digests.words} are others than "
-            f"when it began: {shown} (SHA-256). Restore them, start anew in another --output-dir, "
-            f"or let them change: --allow-change {digests.field}"
+            f"--resume {directory.path}: not the same run: the bytes of {digests.words} "
+            f"are others than when it began: {shown} (SHA-256). Restore them, start anew in "
+            f"another --output-dir, or let them change: --allow-change {digests.field}"
         )
     return [
         {"field": f"{digests.field} of {name}", "was": was, "is": now}
@@ -322,71 +323,71 @@ def _is_known_by_content(key: str, before: Mapping[str, Any], now: Mapping[str, 
     return now.get(content) is not None and before.get(content) == now[content]
 
 
-def find_checkpoint(run: RunDirectory, listener: Listener) -> Path | None:
+def find_checkpoint(directory: RunDirectory, listener: Listener) -> Path | None:
     """Return the newest complete checkpoint of `run`, or None; warn of damaged newer ones.
 
     Raises:
         ConfigError: there is none, and the run is finished.
     """
-    newest, rejected = checkpoints.find_newest_intact(run.checkpoints)
+    newest, rejected = checkpoints.find_newest_intact(directory.checkpoints)
     for line in rejected:
         listener.warn(f"{line}; it is not used")
     if newest is not None:
         return newest
-    if run.read_summary() is not None:
+    if directory.read_summary() is not None:
         raise ConfigError(
-            f"--resume {run.path}: it is done, and has no whole checkpoint. Train on from its "
-            f"adapter: --adapter {run.path} with another --output-dir; with --save-strategy epoch "
-            "a run can be made longer."
+            f"--resume {directory.path}: it is done, and has no whole checkpoint. Train on from "
+            f"its adapter: --adapter {directory.path} with another --output-dir; with "
+            "--save-strategy epoch a run can be made longer."
         )
-    listener.warn(f"--resume {run.path}: it has no whole checkpoint, so the run begins anew")
+    listener.warn(f"--resume {directory.path}: it has no whole checkpoint, so the run begins anew")
     return None
 
 
-def describe_stop(run: RunDirectory, state: Any) -> str:
+def describe_stop(directory: RunDirectory, state: Any) -> str:
     """Return the message of a run that was interrupted after a step, with the resume command."""
-    is_longer = run.adapter.exists()
+    is_longer = directory.adapter.exists()
     adapter = "the adapter is of its former end" if is_longer else "there is no adapter yet"
     return (
         f"interrupted after step {state.global_step:,} of {state.max_steps:,}; "
-        f"{run.checkpoints / f'checkpoint-{state.global_step}'} is kept, and {adapter}. "
-        f"{_go_on(run)}"
+        f"{directory.checkpoints / f'checkpoint-{state.global_step}'} is kept, and {adapter}. "
+        f"{_go_on(directory)}"
     )
 
 
-def describe_end(run: RunDirectory, config: TrainConfig, summary: Mapping[str, Any]) -> str:
+def describe_end(directory: RunDirectory, train: TrainerConfig, summary: Mapping[str, Any]) -> str:
     """Return the message of a finished run, with the flags that extend it."""
     steps, best = summary["steps"], summary.get("best") or {}
-    planned, train = summary.get("planned_steps", steps), config.train
+    planned = summary.get("planned_steps", steps)
     length = (
         f"--max-steps {2 * planned}"
         if train.max_steps
         else f"--num-train-epochs {2 * train.num_train_epochs:g}"
     )
     early = " (it stopped early)" if best.get("stopped_early") else ""
-    newest, _ = checkpoints.find_newest_intact(run.checkpoints)
+    newest, _ = checkpoints.find_newest_intact(directory.checkpoints)
     more = (
         f"A longer run goes on from there: --resume {length}."
         if newest
-        else f"To train on from its adapter: --adapter {quote(str(run.path))}, and another "
+        else f"To train on from its adapter: --adapter {quote(str(directory.path))}, and another "
         "--output-dir."
     )
     return (
-        f"{run.path} is finished: {steps:,} of {planned:,} steps{early}, and nothing is "
+        f"{directory.path} is finished: {steps:,} of {planned:,} steps{early}, and nothing is "
         f"left to train. {more}"
     )
 
 
 @contextlib.contextmanager
-def explain_interrupt(run: RunDirectory) -> Iterator[None]:
+def explain_interrupt(directory: RunDirectory) -> Iterator[None]:
     """Convert KeyboardInterrupt into Interrupted, with the newest complete checkpoint."""
     try:
         yield
     except KeyboardInterrupt:
-        whole, _ = checkpoints.find_newest_intact(run.checkpoints)
-        kept = f"{whole} is kept. {_go_on(run)}" if whole else "there was no checkpoint yet."
+        whole, _ = checkpoints.find_newest_intact(directory.checkpoints)
+        kept = f"{whole} is kept. {_go_on(directory)}" if whole else "there was no checkpoint yet."
         raise Interrupted(f"interrupted at once; {kept}") from None
 
 
-def _go_on(run: RunDirectory) -> str:
-    return f"Go on with: ftlevel train --output-dir {quote(str(run.path))} --resume"
+def _go_on(directory: RunDirectory) -> str:
+    return f"Go on with: ftlevel train --output-dir {quote(str(directory.path))} --resume"

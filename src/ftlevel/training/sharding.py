@@ -21,7 +21,6 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 
 from ftlevel.artifacts.run_directory import RunDirectory
-from ftlevel.config import TrainConfig
 from ftlevel.config.methods import MethodConfig
 from ftlevel.errors import ConfigError, RunError
 from ftlevel.methods import METHODS
@@ -41,7 +40,7 @@ from ftlevel.task import LikelihoodObjective
 from ftlevel.trained.adapt import finish_method, load_initial_weights
 from ftlevel.training.callbacks.gradients import GradientMonitor
 from ftlevel.training.model import PreparedModel
-from ftlevel.training.plan.plan import Plan
+from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 from ftlevel.training.proof import (
     Probe,
@@ -230,20 +229,20 @@ def average(parameters: Sequence[torch.nn.Parameter], count: int) -> None:
         start = end
 
 
-def probe_untrained(adapted: PreparedModel, plan: Plan) -> torch.Tensor | None:
+def probe_untrained(adapted: PreparedModel, run: Run) -> torch.Tensor | None:
     """Return the logits before training with `--method full`; None for an adapter.
 
     All processes must call it together.
     """
     if hasattr(adapted.model, "peft_config"):
         return None
-    return build_probe(plan).logits(adapted.model)
+    return build_probe(run).logits(adapted.model)
 
 
 def prove_sharded(
     adapted: PreparedModel,
-    plan: Plan,
-    run: RunDirectory,
+    run: Run,
+    directory: RunDirectory,
     gradients: GradientMonitor,
     processes: Processes,
     untrained: torch.Tensor | None,
@@ -252,18 +251,20 @@ def prove_sharded(
 
     `untrained` is the result of `probe_untrained`. A difference raises RunError in all processes.
     """
-    probe, model = build_probe(plan), adapted.model
+    probe, model = build_probe(run), adapted.model
     frozen = processes.in_all(lambda: compare_frozen(model, adapted.digests))
     after = probe.logits(model)
     if untrained is None:
         with disabled_adapter(model):
             untrained = probe.logits(model)
-        difference = float((_reloaded(model, run.adapter, probe, processes) - after).abs().max())
+        difference = float(
+            (_reloaded(model, directory.adapter, probe, processes) - after).abs().max()
+        )
     else:
-        difference = processes.in_all(lambda: compare_weights(model, run.adapter))
+        difference = processes.in_all(lambda: compare_weights(model, directory.adapter))
     effect = float((after - untrained).abs().max())
     bound = bound_of(after, probe)
-    processes.in_all(lambda: check_differences(run.adapter, difference, effect, bound))
+    processes.in_all(lambda: check_differences(directory.adapter, difference, effect, bound))
     return describe_proof((frozen, difference, effect), probe, gradients)
 
 
@@ -306,11 +307,11 @@ def compare_weights(model: Any, directory: Path) -> float:
     return difference
 
 
-def check_can_shard(config: TrainConfig, plan: Plan, count: int) -> None:
+def check_can_shard(run: Run, count: int) -> None:
     """Raise ConfigError with all reasons why the run does not support `--shard`."""
-    if config.train.shard == "none":
+    if run.config.train.shard == "none":
         return
-    asked, method, problems = f"--shard {config.train.shard}", config.method, []
+    asked, method, problems = f"--shard {run.config.train.shard}", run.config.method, []
     kind = METHODS[method.kind]
     if count == 1:
         problems.append(
@@ -327,50 +328,50 @@ def check_can_shard(config: TrainConfig, plan: Plan, count: int) -> None:
             f"{asked} cannot be used with --method {method.kind} yet: what it saves has other "
             "shapes than what it trains, and is proven on a whole base. Use --method lora."
         )
-    if plan.model.quant.kind not in ("none", "4bit"):
+    if run.model.quant.kind not in ("none", "4bit"):
         problems.append(
-            f"{asked} cannot be used with --quant {plan.model.quant.kind}, whose weights cannot be "
+            f"{asked} cannot be used with --quant {run.model.quant.kind}, whose weights cannot be "
             "cut by rows alone. Use --quant 4bit, or none."
         )
-    if isinstance(plan.objective, LikelihoodObjective):
+    if isinstance(run.objective, LikelihoodObjective):
         problems.append(
             f"{asked} cannot be used with --task preference yet: a reference that one process has "
             "kept and another has not would leave them waiting for one another. Use --shard none."
         )
-    if config.distillation.teacher is not None:
+    if run.config.distillation.teacher is not None:
         problems.append(
             f"{asked} cannot be used with --teacher yet, which every process would hold whole. Use "
             "--shard none."
         )
     if kind.build is None:
-        problems += _problems_of_full(config, plan, asked)
+        problems += _problems_of_full(run, asked)
     if problems:
         raise ConfigError(problems)
 
 
-def _problems_of_full(config: TrainConfig, plan: Plan, asked: str) -> list[str]:
+def _problems_of_full(run: Run, asked: str) -> list[str]:
     """Return the reasons why `--method full` cannot be sharded."""
     problems = []
-    if plan.model.dtype == "float16":
+    if run.model.dtype == "float16":
         problems.append(
             f"{asked} cannot be used with --method full and --dtype float16: a scale would be "
             "halved where one process overflows, and not in the others. Use --dtype bfloat16."
         )
-    if plan.best is not None and plan.best.loads:
+    if run.best is not None and run.best.loads:
         best = "--load-best-model-at-end"
-        if not config.train.load_best_model_at_end:
-            best = f"--metric-for-best-model {config.train.metric_for_best_model}"
+        if not run.config.train.load_best_model_at_end:
+            best = f"--metric-for-best-model {run.config.train.metric_for_best_model}"
         problems.append(
             f"{asked} cannot be used with --method full and {best}: each process holds a part of "
             f"the trained weights, and only the last model is kept. Drop {best}, or use --shard "
             "none."
         )
-    if config.speed.verify:
+    if run.config.speed.verify:
         problems.append(
             f"{asked} cannot compare the fast step of --method full with the plain one, whose "
             "gradients no process has whole. Drop --verify-fast, or use --shard none."
         )
-    if config.train.on_nonfinite == "rollback":
+    if run.config.train.on_nonfinite == "rollback":
         problems.append(
             f"{asked} cannot be used with --method full and --on-nonfinite rollback. Use skip."
         )

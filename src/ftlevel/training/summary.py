@@ -15,7 +15,6 @@ from ftlevel._version import __version__
 from ftlevel.artifacts.cards import AdapterCard, library_versions
 from ftlevel.artifacts.files import base_fingerprint
 from ftlevel.artifacts.places import make_paths_absolute
-from ftlevel.config import TrainConfig
 from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.methods import needs_import
@@ -23,7 +22,7 @@ from ftlevel.models.hardware import peak_memory_bytes
 from ftlevel.models.quantization import quantization_facts, stored_quantization
 from ftlevel.models.sources import ModelSource
 from ftlevel.training.best import PredictionRecorder, SelectedModel
-from ftlevel.training.plan.plan import Plan
+from ftlevel.training.plan.run import Run
 from ftlevel.training.plan.trainable import count_parameters
 from ftlevel.training.proof import Proof
 
@@ -33,7 +32,7 @@ _MARGIN = 0.02  # relative margin below the loss of guessing by label frequency
 _FAR = 2  # multiple of the default learning rate that is considered too high
 
 
-def dump_config(config: TrainConfig, plan: Plan) -> str:
+def dump_config(run: Run) -> str:
     """Return config.yaml: the full configuration with all resolved values.
 
     Output directory and Hub repository are omitted and local paths are absolute, so `ftlevel train
@@ -41,26 +40,26 @@ def dump_config(config: TrainConfig, plan: Plan) -> str:
     """
     import yaml
 
-    values = make_paths_absolute(resolved_config(config, plan))
+    values = make_paths_absolute(resolved_config(run))
     for name in ("dir", "overwrite", "resume", "allow_change", "push_to_hub", "hub_private"):
         del values["output"][name]
     body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return f"# Written by ftlevel {__version__}. Train it again: ftlevel train THIS_FILE\n{body}"
 
 
-def resolved_config(config: TrainConfig, plan: Plan) -> dict[str, Any]:
+def resolved_config(run: Run) -> dict[str, Any]:
     """Return the configuration as plain values, with automatic settings resolved."""
-    values = config.model_dump(mode="json")
-    values["model"] |= {"dtype": plan.model.dtype, "device": plan.model.device}
-    if plan.data.stream is None:  # later rows of a stream may be longer
-        values["data"]["max_length"] = plan.data.max_length
-        values["data"]["overlong"] = plan.data.facts["overlong"]  # auto may have dropped rows
-    values["train"]["learning_rate"] = plan.schedule.learning_rate
-    head = plan.schedule.head_learning_rate
-    apart = head != plan.schedule.learning_rate
+    values = run.config.model_dump(mode="json")
+    values["model"] |= {"dtype": run.model.dtype, "device": run.model.device}
+    if run.data.stream is None:  # later rows of a stream may be longer
+        values["data"]["max_length"] = run.data.max_length
+        values["data"]["overlong"] = run.data.facts["overlong"]  # auto may have dropped rows
+    values["train"]["learning_rate"] = run.schedule.learning_rate
+    head = run.schedule.head_learning_rate
+    apart = head != run.schedule.learning_rate
     values["train"]["head_learning_rate"] = head if apart else None
-    if config.quant.kind != "4bit":
-        values["quant"] = {"kind": config.quant.kind}
+    if run.config.quant.kind != "4bit":
+        values["quant"] = {"kind": run.config.quant.kind}
     return values
 
 
@@ -89,47 +88,47 @@ def _cached_snapshot(source: ModelSource) -> Path | None:
     return None
 
 
-def with_what_was_read(plan: Plan, rows: StreamedRows) -> Plan:
-    """Return `plan` with the final row counts of a stream in place of the initial estimates."""
+def with_what_was_read(run: Run, rows: StreamedRows) -> Run:
+    """Return `run` with the final row counts of a stream in place of the initial estimates."""
     counts = rows.counts
     facts = {
-        **plan.data.facts,
+        **run.data.facts,
         "train_rows": len(rows),
         "dropped": counts.get("dropped", 0),
         "shortened": counts.get("shortened", 0),
         "split": counts.get("split", 0),
         "stream": counts,
     }
-    return replace(plan, data=replace(plan.data, facts=facts))
+    return replace(run, data=replace(run.data, facts=facts))
 
 
-def build_card(config: TrainConfig, plan: Plan, base: Mapping[str, Any]) -> AdapterCard:
+def build_card(run: Run, base: Mapping[str, Any]) -> AdapterCard:
     """Return the card that is stored with the adapter."""
-    stored = stored_quantization(plan.model.config)
+    stored = stored_quantization(run.model.config)
     return AdapterCard(
-        method=config.method.kind,
-        task=plan.task.name,
+        method=run.config.method.kind,
+        task=run.task.name,
         base=base,
-        quantization=plan.model.quant.facts if stored is None else quantization_facts(stored),
-        dtype=plan.model.dtype,
-        max_length=plan.data.max_length,
-        prompt=plan.data.prompt_format.to_dict() if plan.data.prompt_format else {},
-        labels=plan.data.facts["labels"],
-        options=plan.task.card_options(config.data, plan.data.facts),
-        heads=list(plan.model.heads),
+        quantization=run.model.quant.facts if stored is None else quantization_facts(stored),
+        dtype=run.model.dtype,
+        max_length=run.data.max_length,
+        prompt=run.data.prompt_format.to_dict() if run.data.prompt_format else {},
+        labels=run.data.facts["labels"],
+        options=run.task.card_options(run.config.data, run.data.facts),
+        heads=list(run.model.heads),
         data={
-            **{k: plan.data.facts[k] for k in ("name", "train_rows", "fingerprint")},
-            "columns": config.data.columns,
+            **{k: run.data.facts[k] for k in ("name", "train_rows", "fingerprint")},
+            "columns": run.config.data.columns,
         },
-        needs_import=needs_import(config.method),
-        adapter=plan.adapter.describe() if plan.adapter else {},
+        needs_import=needs_import(run.config.method),
+        adapter=run.adapter.describe() if run.adapter else {},
         versions=library_versions(),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Results of a run, in addition to its plan.
+    """Results of a run, in addition to `Run`.
 
     Attributes:
         recipe: source of the settings and the git state there.
@@ -157,7 +156,7 @@ class Outcome:
     plan: Mapping[str, Any] = field(default_factory=dict)
 
 
-def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str, Any]:
+def build_summary(run: Run, outcome: Outcome) -> dict[str, Any]:
     """Return the contents of summary.json. Times are in seconds, memory in bytes, loss in nats."""
     model, records = outcome.model, outcome.records
     trainable, total = count_parameters(model)
@@ -170,17 +169,17 @@ def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str
     return {
         "run": str(outcome.run),
         "recipe": outcome.recipe,
-        "task": plan.task.name,
-        "headline": plan.objective.headline,
-        "method": config.method.kind,
-        "model": {**outcome.base, "type": plan.model.family},
-        "adapter": plan.adapter.describe() if plan.adapter else None,
+        "task": run.task.name,
+        "headline": run.objective.headline,
+        "method": run.config.method.kind,
+        "model": {**outcome.base, "type": run.model.family},
+        "adapter": run.adapter.describe() if run.adapter else None,
         "trainable_parameters": trainable,
         "total_parameters": total,
-        "class_weights": _class_weights(plan),
-        "data": {**plan.data.facts, "generated_rows": generated},
+        "class_weights": _class_weights(run),
+        "data": {**run.data.facts, "generated_rows": generated},
         "steps": records[-1]["step"] if records else 0,
-        "planned_steps": plan.schedule.steps,
+        "planned_steps": run.schedule.steps,
         **describe_losses([record["loss"] for record in records if "loss" in record]),
         "metrics_before": _scores(first),
         "metrics": _scores(own),
@@ -189,10 +188,10 @@ def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str
         "proof": asdict(outcome.proof),
         "timings": dict(outcome.timings),
         "speed": dict(outcome.speed),
-        "memory": {"peak_bytes": peak_memory_bytes(plan.model.device)},
+        "memory": {"peak_bytes": peak_memory_bytes(run.model.device)},
         "plan": dict(outcome.plan),
         "choices": [{"name": c.name, "value": str(c.value), "reason": c.reason}
-                    for c in plan.choices],
+                    for c in run.choices],
         "versions": library_versions(),
         "changed_on_resume": list(outcome.changes),
         "left_out": list(outcome.left_out),
@@ -200,9 +199,9 @@ def build_summary(config: TrainConfig, plan: Plan, outcome: Outcome) -> dict[str
     }  # fmt: skip
 
 
-def _class_weights(plan: Plan) -> dict[str, float]:
-    weights = plan.loss.class_weights
-    return dict(zip(plan.data.facts["labels"], weights, strict=True)) if weights else {}
+def _class_weights(run: Run) -> dict[str, float]:
+    weights = run.loss.class_weights
+    return dict(zip(run.data.facts["labels"], weights, strict=True)) if weights else {}
 
 
 def _scores(record: Mapping[str, Any]) -> dict[str, float]:
@@ -241,7 +240,7 @@ def find_worse_than_before(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def find_nothing_learned(summary: Mapping[str, Any], plan: Plan) -> list[str]:
+def find_nothing_learned(summary: Mapping[str, Any], run: Run) -> list[str]:
     """Return a warning if the loss did not fall; empty for runs too short to judge.
 
     Losses of classes, tags and spans must be 2 % below that of guessing by label frequency. Other
@@ -251,8 +250,8 @@ def find_nothing_learned(summary: Mapping[str, Any], plan: Plan) -> list[str]:
     if window < _WINDOW:
         return []
     first, last = summary["loss_first"], summary["loss_last"]
-    rows = itertools.islice(plan.data.train, _ROWS)
-    guess = plan.objective.guess_loss(list(rows)) if not plan.loss.weighs else None
+    rows = itertools.islice(run.data.train, _ROWS)
+    guess = run.objective.guess_loss(list(rows)) if not run.loss.weighs else None
     if last < (first if guess is None else guess * (1 - _MARGIN)):
         return []
     ended = f"the loss ended at {last:.3f} (mean of the last {window} that were logged)"
@@ -261,7 +260,7 @@ def find_nothing_learned(summary: Mapping[str, Any], plan: Plan) -> list[str]:
         if guess is None
         else f"and guessing by how often each answer is given, without reading, gives {guess:.3f}"
     )
-    rate, default = plan.schedule.learning_rate, plan.schedule.default_learning_rate
+    rate, default = run.schedule.learning_rate, run.schedule.default_learning_rate
     is_worse = last > first + (summary["loss_first_spread"] or 0)
     advice = "a lower" if is_worse or rate > _FAR * default else "a higher"
     usual = f" ({default:g} is the default here)" if rate != default else ""

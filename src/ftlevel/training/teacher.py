@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ftlevel.config import TrainConfig
 from ftlevel.config.preference import DistillationConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
@@ -32,7 +31,7 @@ from ftlevel.task import TokenObjective
 from ftlevel.tasks.distillation import DistillationRows, outcome_dtype, select_top_k
 from ftlevel.trained.another import ReferenceModel, resolve_reference
 from ftlevel.training.model import PreparedModel, load_adapted
-from ftlevel.training.plan.plan import AuxiliaryModels, Plan, PlannedModel
+from ftlevel.training.plan.run import AuxiliaryModels, Run
 from ftlevel.training.reference import (
     AT_ONCE,
     Reference,
@@ -55,33 +54,31 @@ class TeacherPredictions:
     rows: Sequence[Encoded]
     facts: Mapping[str, Any]
 
-    def put_into(self, plan: Plan) -> Plan:
-        """Return `plan` with these rows."""
-        return replace(plan, data=replace(plan.data, train=self.rows))
+    def put_into(self, run: Run) -> Run:
+        """Return `run` with these rows."""
+        return replace(run, data=replace(run.data, train=self.rows))
 
 
-def precompute_teacher(
-    config: TrainConfig, plan: Plan, listener: Listener
-) -> TeacherPredictions | None:
+def precompute_teacher(run: Run, listener: Listener) -> TeacherPredictions | None:
     """Return the teacher's predictions for the training rows; None without a teacher.
 
     Raises InputError if the disk lacks space for them.
     """
-    teacher, settings = plan.beside.teacher, config.distillation
-    if teacher is None or not isinstance(plan.objective, TokenObjective):
+    teacher, settings = run.beside.teacher, run.config.distillation
+    if teacher is None or not isinstance(run.objective, TokenObjective):
         return None
     listener.stage("ask the teacher")
-    objective, rows = plan.objective, plan.data.train
+    objective, rows = run.objective, run.data.train
     other = load_config(teacher.found.source).get_text_config().vocab_size
-    dtype = outcome_dtype(settings, min(plan.model.vocabulary, other))
+    dtype = outcome_dtype(settings, min(run.model.vocabulary, other))
     begins = np.cumsum([0, *(_count(objective, row) for row in rows)]).tolist()
-    key = json.dumps([describe_cache_key(teacher, plan), settings.kd_temperature, str(dtype)])
-    place, size = cache_path(config, "teacher", key, rows), begins[-1] * dtype.itemsize
+    key = json.dumps([describe_cache_key(teacher, run), settings.kd_temperature, str(dtype)])
+    place, size = cache_path(run.config.data, "teacher", key, rows), begins[-1] * dtype.itemsize
     _check_room(place, size)
 
     def fill(into: np.ndarray) -> None:
-        with load_auxiliary_model(teacher, plan, listener) as (asking, adapted):
-            _fill(config, asking, adapted, begins, into)
+        with load_auxiliary_model(teacher, run, listener) as (asking, adapted):
+            _fill(asking, adapted, begins, into)
 
     kept, was_whole = open_or_fill(place, (begins[-1],), dtype, fill)
     how = "asked before and kept" if was_whole else "asked before step 1"
@@ -117,19 +114,17 @@ def _check_room(place: Path | None, size: int) -> None:
         )
 
 
-def _fill(
-    config: TrainConfig, plan: Plan, adapted: PreparedModel, begins: Sequence[int], into: np.ndarray
-) -> None:
+def _fill(run: Run, adapted: PreparedModel, begins: Sequence[int], into: np.ndarray) -> None:
     """Write the missing items of `into` (targets,; mutated), a few rows at a time."""
-    rows, model = plan.data.train, adapted.model
+    rows, model = run.data.train, adapted.model
     model.eval()
-    with torch.no_grad(), autocast(plan.model.device, plan.model.dtype):
+    with torch.no_grad(), autocast(run.model.device, run.model.dtype):
         for begin in range(0, len(rows), AT_ONCE):
             part = range(begin, min(begin + AT_ONCE, len(rows)))
             if not is_missing(into[begins[part.start] : begins[part.stop]]).any():
                 continue
             some = [rows[i] for i in part]
-            for chosen, known, ids in _expect(config, plan, adapted, some, into.dtype):
+            for chosen, known, ids in _expect(run, adapted, some, into.dtype):
                 of_rows = [begins[begin + i + 1] - begins[begin + i] for i in chosen]
                 ends = np.cumsum(of_rows)
                 for i, count, end in zip(chosen, of_rows, ends, strict=True):
@@ -144,19 +139,18 @@ def _fill(
 
 
 def _expect(
-    config: TrainConfig,
-    plan: Plan,
+    run: Run,
     adapted: PreparedModel,
     rows: Sequence[Encoded],
     dtype: np.dtype,
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """Yield row indices and the teacher's predictions at their targets, as fields of `dtype`."""
-    objective, device, settings = plan.objective, plan.model.device, config.distillation
+    objective, device, settings = run.objective, run.model.device, run.config.distillation
     if not isinstance(objective, TokenObjective):
         return
-    for chosen, batch in micro_batches(adapted.fast, rows, plan.model.pad_id):
+    for chosen, batch in micro_batches(adapted.fast, rows, run.model.pad_id):
         parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-        keep = partial(_keep, parts, plan.model.vocabulary, settings, dtype)
+        keep = partial(_keep, parts, run.model.vocabulary, settings, dtype)
         layout = batch.pop("layout", None)
         moved = {name: value.to(device) for name, value in batch.items()}
         with using_layout(layout.to(device) if layout is not None else None):
@@ -207,54 +201,53 @@ class AuxiliaryOutputs:
         return self.reference.start if self.reference is not None else None
 
     def describe(
-        self, config: TrainConfig, plan: Plan, records: Sequence[Mapping[str, Any]]
+        self, run: Run, records: Sequence[Mapping[str, Any]]
     ) -> tuple[dict[str, Any], list[str]]:
         """Return sections of summary.json, and notes on why the first loss is not as expected."""
         facts, notes = dict[str, Any](), list[str]()
         if self.reference is not None:
-            facts["reference"], notes = describe_first_loss(self.reference, config, plan, records)
+            facts["reference"], notes = describe_first_loss(self.reference, run, records)
         if self.teacher_predictions is not None:
             facts["distillation"] = dict(self.teacher_predictions.facts)
         return facts, notes
 
 
 def precompute_and_load(
-    config: TrainConfig, plan: Plan, listener: Listener
-) -> tuple[Plan, PreparedModel, AuxiliaryOutputs]:
+    run: Run, listener: Listener
+) -> tuple[Run, PreparedModel, AuxiliaryOutputs]:
     """Precompute auxiliary outputs, and load the model after these models are freed.
 
-    Returns the plan with rows that have these outputs, the model and the outputs.
+    Returns the run with rows that have these outputs, the model and the outputs.
     """
-    plan, reference = precompute_reference(config, plan, listener)
-    expected = precompute_teacher(config, plan, listener)
+    run, reference = precompute_reference(run, listener)
+    expected = precompute_teacher(run, listener)
     listener.stage("load the model")
-    adapted = load_adapted(config, plan, listener)
+    adapted = load_adapted(run, listener)
     if reference is None:
-        plan, reference = compute_initial_reference(config, plan, adapted, listener)
-    plan = expected.put_into(plan) if expected is not None else plan
-    return plan, adapted, AuxiliaryOutputs(reference, expected)
+        run, reference = compute_initial_reference(run, adapted, listener)
+    run = expected.put_into(run) if expected is not None else run
+    return run, adapted, AuxiliaryOutputs(reference, expected)
 
 
-def find_auxiliary_models(config: TrainConfig, model: PlannedModel) -> AuxiliaryModels:
-    """Return the reference and teacher models named in `config`.
+def find_auxiliary_models(run: Run) -> AuxiliaryModels:
+    """Return the reference and teacher models named in the configuration.
 
     Raises ConfigError if the run would overwrite one, InputError if one is missing or unsuitable.
     """
     return AuxiliaryModels(
-        reference=_find(config, model, "--reference", config.preference.other_reference),
-        teacher=_find(config, model, "--teacher", config.distillation.teacher),
+        reference=_find(run, "--reference", run.config.preference.other_reference),
+        teacher=_find(run, "--teacher", run.config.distillation.teacher),
     )
 
 
-def _find(
-    config: TrainConfig, model: PlannedModel, flag: str, name: str | None
-) -> ReferenceModel | None:
+def _find(run: Run, flag: str, name: str | None) -> ReferenceModel | None:
     if name is None:
         return None
-    path, out = Path(name).expanduser(), config.output.dir
+    path, out = Path(name).expanduser(), run.config.output.dir
     if out is not None and path.exists() and path.resolve().is_relative_to(out.resolve()):
         raise ConfigError(
             f"--output-dir {out} holds {flag} {name}, which stays as it is. Name another directory."
         )
+    model = run.model
     found = resolve_reference(flag, name, model.kind, model.tokenizer, model.device)
     return found.in_precision(model.dtype)

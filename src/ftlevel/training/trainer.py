@@ -15,7 +15,6 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
-from ftlevel.config import TrainConfig
 from ftlevel.data.prepare.row_stream import StreamSharding
 from ftlevel.data.prepare.sampling import LengthGroupedSampler, RowsWithPadding, StepShardSampler
 from ftlevel.data.prepare.streaming import SequentialRowSampler, StreamedRows
@@ -36,39 +35,39 @@ from ftlevel.models.hardware import autocast
 from ftlevel.models.upstream.libraries import shared_order
 from ftlevel.task import LikelihoodObjective, Objective, TrainingLoss
 from ftlevel.training.memory import StepReducer
-from ftlevel.training.plan.plan import Plan
+from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 
 
 def rows_and_order(
-    config: TrainConfig, plan: Plan, arguments: Any, processes: Processes
+    run: Run, arguments: Any, processes: Processes
 ) -> tuple[Any, Sampler[int] | None]:
     """Return the training rows or stream, and their sampler; None for Trainer's random one."""
-    if plan.data.stream is not None:
+    if run.data.stream is not None:
         together = arguments.train_batch_size * arguments.world_size
-        step, stream = together * arguments.gradient_accumulation_steps, plan.data.stream
+        step, stream = together * arguments.gradient_accumulation_steps, run.data.stream
         if processes.count == 1:
             rows = StreamedRows(stream, step, arguments.max_steps)
         else:
             stream.divide(StreamSharding(processes.count, processes.world.rank, processes.exchange))
             rows = StreamedRows(stream, step, arguments.max_steps, together)
         return rows, SequentialRowSampler(rows)
-    return plan.data.train, row_order(config, plan)
+    return run.data.train, row_order(run)
 
 
-def row_order(config: TrainConfig, plan: Plan) -> Sampler[int] | None:
+def row_order(run: Run) -> Sampler[int] | None:
     """Return the sampler of the rows, shared by all processes; None for Trainer's random one."""
-    train = config.train
+    train = run.config.train
     if train.train_sampling_strategy == "random":
         if not train.num_processes:
             return None
         return shared_order()(
-            plan.data.train, generator=torch.Generator(), data_seed=train.order_seed
+            run.data.train, generator=torch.Generator(), data_seed=train.order_seed
         )
     step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     step *= train.num_processes or 1
     return LengthGroupedSampler(
-        [len(row.input_ids) for row in plan.data.train], step, train.order_seed
+        [len(row.input_ids) for row in run.data.train], step, train.order_seed
     )
 
 

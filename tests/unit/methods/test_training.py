@@ -102,13 +102,13 @@ def test_lora_plus_gives_b_its_own_rate():
     arguments = transformers.TrainingArguments(
         output_dir="unused", learning_rate=1e-4, weight_decay=0.1, use_cpu=True, optim="adamw_torch"
     )
-    optimizer = build_optimizer(config, model, arguments)
+    optimizer = build_optimizer(config.method, model, arguments)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert rates[id(parameter)] == pytest.approx(1.6e-3 if "lora_B" in name else 1e-4)
     assert {group["weight_decay"] for group in optimizer.param_groups if group["params"]} == {0.1}
-    assert build_optimizer(TrainConfig(), model, arguments) is None
+    assert build_optimizer(TrainConfig().method, model, arguments) is None
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])

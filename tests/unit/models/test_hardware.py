@@ -112,13 +112,14 @@ def test_the_arguments_of_a_run_are_for_one_gpu(
 ) -> None:
     told: list[Any] = []
     monkeypatch.setattr("ftlevel.training.build_trainer.use_one_gpu", told.append)
-    plan: Any = SimpleNamespace(
+    run: Any = SimpleNamespace(
+        config=TrainConfig(),
         fast=SimpleNamespace(enabled=True),
         schedule=SimpleNamespace(learning_rate=1e-4, steps=100),
         data=SimpleNamespace(validation=[]),
         model=SimpleNamespace(dtype="float32", device="cpu", family="llama"),
     )
-    arguments = build_arguments(TrainConfig(), plan, tmp_path)
+    arguments = build_arguments(run, tmp_path)
     assert told == [arguments]
 
 

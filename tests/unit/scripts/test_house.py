@@ -30,10 +30,10 @@ def test_the_table_stands_in_the_documentation() -> None:
 def test_a_figure_that_grows_is_seen() -> None:
     assert len(house.ADDITIONS["a kind of target, with its tests"][2].touched) == 3
     assert house.crossings() > 0
-    text = '''"""A module."""\nimport os\n\n\ndef f(plan: Plan, config: TrainConfig) -> int:
+    text = '''"""A module."""\nimport os\n\n\ndef f(run: Run, config: TrainConfig) -> int:
     """Return one."""\n    # a comment\n    return 1\n'''
     assert house.code_lines(text) == (2, 2)
-    assert house.takes(text, house._PLAN_AND_CONFIG) == 1
+    assert house.takes(text, house._RUN_AND_CONFIG) == 1
     assert house.takes(text, house._WHOLE_CONFIG) == 1
 
 

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import tiny_models
-from ftlevel.config import TrainConfig
+from ftlevel.config import TrainConfig, TrainerConfig
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast.layers.fused_lora import register_fused_layers
@@ -32,17 +32,18 @@ def adapted() -> Any:
     return model
 
 
-def plan_of(tokens: int, device: str = "cpu") -> Any:
+def run_of(tokens: int, device: str = "cpu", **train: Any) -> Any:
     rows = [Encoded(list(range(5, 69)), [1] * 64, 0)]
     return SimpleNamespace(
+        config=TrainConfig(train=train),  # type: ignore[arg-type]
         data=SimpleNamespace(train=rows, max_length=64),
         model=SimpleNamespace(device=device, dtype="float32", pad_id=0, kind="decoder"),
         fast=SimpleNamespace(enabled=True, tokens=tokens),
     )
 
 
-def config_of(**train: Any) -> TrainConfig:
-    return TrainConfig(train=train)  # type: ignore[arg-type]
+def train_of(**train: Any) -> TrainerConfig:
+    return TrainerConfig(**train)
 
 
 def held_by(model: Any, tokens: int) -> int:
@@ -57,7 +58,7 @@ def held_by(model: Any, tokens: int) -> int:
 
 def test_what_is_counted_is_what_is_held() -> None:
     model = adapted()
-    found = count_activations(model, find_blocks(model.get_base_model()), plan_of(64))
+    found = count_activations(model, find_blocks(model.get_base_model()), run_of(64))
     more = (held_by(model, 256) - held_by(model, 128)) / 128  # per token, embeddings and norm too
     assert len(found.held) == BLOCKS
     assert found.states == (model.config.hidden_size * 4,) * BLOCKS
@@ -68,15 +69,15 @@ def test_what_is_counted_is_what_is_held() -> None:
 def test_blocks_are_recomputed_until_the_rest_fits(
     share: float, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, plan = adapted(), plan_of(256)
+    model, run = adapted(), run_of(256)
     blocks = find_blocks(model.get_base_model())
-    found = count_activations(model, blocks, plan)
+    found = count_activations(model, blocks, run)
     memory = int(share * 256 * sum(found.held))
     monkeypatch.setattr(
         checkpointing, "free_memory_bytes", lambda _: memory / checkpointing.FREE_SHARE
     )
-    monkeypatch.setattr(type(config_of().train), "may_recompute", lambda *_: True)
-    choices = set_checkpointing(model, config_of(), plan)
+    monkeypatch.setattr(type(train_of()), "may_recompute", lambda *_: True)
+    choices = set_checkpointing(model, run)
     recomputed = [block.gradient_checkpointing for block in blocks]
     assert recomputed == [True] * expected + [False] * (BLOCKS - expected)
     assert [choice.value for choice in choices] == ([f"{expected} of {BLOCKS}"] if expected else [])
@@ -91,7 +92,7 @@ def test_a_step_is_the_same_however_many_are_recomputed() -> None:
     for count in (0, 2, BLOCKS):
         blocks = find_blocks(model.get_base_model())
         if count:
-            set_checkpointing(model, config_of(gradient_checkpointing=True), plan_of(64))
+            set_checkpointing(model, run_of(64, gradient_checkpointing=True))
             checkpointing.recompute_first(blocks, count)
         model.zero_grad()
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -104,12 +105,12 @@ def test_a_step_is_the_same_however_many_are_recomputed() -> None:
 
 
 def test_auto_is_for_gpus() -> None:
-    train = config_of(gradient_checkpointing="auto").train
+    train = train_of(gradient_checkpointing="auto")
     assert train.gradient_checkpointing is None
     assert train.may_recompute("cuda")
     assert not train.may_recompute("cpu")
-    assert set_checkpointing(adapted(), config_of(), plan_of(64)) == []
-    off = config_of(gradient_checkpointing=False).train
+    assert set_checkpointing(adapted(), run_of(64)) == []
+    off = train_of(gradient_checkpointing=False)
     assert not off.may_recompute("cuda")
 
 
@@ -118,7 +119,7 @@ def test_offloading_recomputes_all_blocks(monkeypatch: pytest.MonkeyPatch) -> No
     base = type(model.get_base_model())
     monkeypatch.setattr(base, "activation_checkpointing_enable",
                         lambda _, settings, **more: told.update(settings, **more))  # fmt: skip
-    (choice,) = set_checkpointing(model, config_of(offload_activations=True), plan_of(64))
+    (choice,) = set_checkpointing(model, run_of(64, offload_activations=True))
     assert (choice.value, choice.reason) == (
         "all", "as asked; what they begin with is in the host's memory"
     )  # fmt: skip
@@ -136,29 +137,29 @@ def test_the_formula() -> None:
 
 
 def answered(family: str) -> tuple[Any, Any]:
-    """Return an encoder–decoder with LoRA, and a plan whose rows have half as long answers."""
+    """Return an encoder–decoder with LoRA, and a run whose rows have half as long answers."""
     torch.manual_seed(0)
     config = LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)
     register_fused_layers(config)
-    plan = plan_of(8 * 64)
-    plan.model.kind = "encoder-decoder"
-    plan.data.train = [Encoded(list(range(5, 69)), list(range(5, 37)), 0)]
-    return get_peft_model(tiny_models.build(family), config).train(), plan
+    run = run_of(8 * 64)
+    run.model.kind = "encoder-decoder"
+    run.data.train = [Encoded(list(range(5, 69)), list(range(5, 37)), 0)]
+    return get_peft_model(tiny_models.build(family), config).train(), run
 
 
-def batch_of(plan: Any, rows: int) -> dict[str, Any]:
-    return Collator(0)(plan.data.train * rows)
+def batch_of(run: Any, rows: int) -> dict[str, Any]:
+    return Collator(0)(run.data.train * rows)
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_both_stacks_of_an_encoder_decoder_are_counted(family: str) -> None:
-    model, plan = answered(family)
+    model, run = answered(family)
     stacks = find_stacks(model.get_base_model())
-    found = count_activations(model, [block for stack in stacks for block in stack], plan)
+    found = count_activations(model, [block for stack in stacks for block in stack], run)
 
     def held(rows: int) -> int:
         with LiveTensors() as live:
-            outputs = model(**batch_of(plan, rows))
+            outputs = model(**batch_of(run, rows))
             kept = live.count_bytes()
         del outputs
         return kept
@@ -176,24 +177,24 @@ def test_both_stacks_of_an_encoder_decoder_are_counted(family: str) -> None:
 def test_auto_recomputes_blocks_of_an_encoder_decoder(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, plan = answered(family)
+    model, run = answered(family)
     blocks = [block for stack in find_stacks(model.get_base_model()) for block in stack]
-    found = count_activations(model, blocks, plan)
-    free = 0.5 * plan.fast.tokens * sum(found.held)
+    found = count_activations(model, blocks, run)
+    free = 0.5 * run.fast.tokens * sum(found.held)
 
     def gradients() -> list[torch.Tensor]:
         model.zero_grad()
         torch.manual_seed(1)
-        model(**batch_of(plan, 8)).loss.backward()
+        model(**batch_of(run, 8)).loss.backward()
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     before = gradients()
     monkeypatch.setattr(
         checkpointing, "free_memory_bytes", lambda _: free / checkpointing.FREE_SHARE
     )
-    monkeypatch.setattr(type(config_of().train), "may_recompute", lambda *_: True)
-    (choice,) = set_checkpointing(model, config_of(), plan)
-    count = found.count_recomputed(plan.fast.tokens, int(free))
+    monkeypatch.setattr(type(train_of()), "may_recompute", lambda *_: True)
+    (choice,) = set_checkpointing(model, run)
+    count = found.count_recomputed(run.fast.tokens, int(free))
     assert 0 < count < len(blocks)
     assert choice.value == f"{count} of {len(blocks)}"
     recomputed = [block.gradient_checkpointing for block in blocks]
@@ -203,11 +204,12 @@ def test_auto_recomputes_blocks_of_an_encoder_decoder(
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_an_encoder_decoder_that_is_out_of_memory_can_recompute(family: str) -> None:
-    model, plan = answered(family)
+    model, run = answered(family)
     fast = SimpleNamespace(plan=SimpleNamespace(workers=1, is_random=True))
     smaller = StepReducer(SimpleNamespace(model=model, fast=fast))
     assert smaller._can_checkpoint()
-    set_checkpointing(model, config_of(gradient_checkpointing=True), plan)
+    run.config = TrainConfig(train=train_of(gradient_checkpointing=True))
+    set_checkpointing(model, run)
     assert not smaller._can_checkpoint()
 
 

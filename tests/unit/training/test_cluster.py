@@ -61,11 +61,11 @@ def test_what_a_process_holds_is_what_fsdp_leaves_it(
     method: str, ranks: int, tmp_path: Path, tiny_model_dir: ModelDir
 ) -> None:
     config = configure(tmp_path, tiny_model_dir("llama", num_hidden_layers=7), method)
-    plan = resolve(config)
-    assert LayerSample.of(plan).sample == {0: 1, 1: 5, 6: 1}
-    shares = describe_shares(config, plan)
-    model: Any = build_task_model(plan.model.config, plan.model.auto_class)
-    model = apply_method(model.to_empty(device="cpu").float(), config.method, plan.base)
+    run = resolve(config)
+    assert LayerSample.of(run).sample == {0: 1, 1: 5, 6: 1}
+    shares = describe_shares(run)
+    model: Any = build_task_model(run.model.config, run.model.auto_class)
+    model = apply_method(model.to_empty(device="cpu").float(), config.method, run.base)
     whole = {id(parameter) for parameter in replicated_parameters(model)}
     size = sum(p.nbytes for p in model.parameters() if id(p) not in whole)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
@@ -115,10 +115,10 @@ def test_what_autocast_keeps_of_a_shared_model_is_of_its_head(
     dtype: str, tmp_path: Path, tiny_model_dir: ModelDir
 ) -> None:
     config = configure(tmp_path, tiny_model_dir("llama", num_hidden_layers=7), "full", dtype)
-    plan = resolve(config)
-    model: Any = build_task_model(plan.model.config, plan.model.auto_class)
+    run = resolve(config)
+    model: Any = build_task_model(run.model.config, run.model.auto_class)
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    shares, found = describe_shares(config, plan), estimate_step_memory(config, plan, 2**30)
+    shares, found = describe_shares(run), estimate_step_memory(run, 2**30)
     kept = found.moments["forward"].get(CASTS, 0)
     if dtype == "float32":
         assert kept == shares.root_casts == 0
@@ -134,10 +134,10 @@ def test_what_autocast_keeps_of_a_shared_model_is_of_its_head(
 
 def test_codes_are_shared_out_and_scales_are_not(tmp_path: Path, tiny_model_dir: ModelDir) -> None:
     config = configure(tmp_path, tiny_model_dir("llama"), "qlora")
-    plan = resolve(config)
-    model: Any = build_task_model(plan.model.config, plan.model.auto_class)
+    run = resolve(config)
+    model: Any = build_task_model(run.model.config, run.model.auto_class)
     weights = [p for block in blocks_of(model) for p in block.parameters() if p.dim() > 1]
-    held = describe_shares(config, plan).blocks.held(1)
+    held = describe_shares(run).blocks.held(1)
     assert held == {QUANTIZED: sum(weight.numel() // 2 for weight in weights)}
 
 

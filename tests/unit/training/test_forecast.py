@@ -77,7 +77,7 @@ def test_it_is_the_peak_of_the_run(
     tmp_path: Path, tiny_model_dir: ModelDir, family: str, method: str, train: dict[str, Any]
 ) -> None:
     config = configure(tmp_path, tiny_model_dir(family), method, family == "bert", **train)
-    found = estimate_step_memory(config, resolve(config), MEMORY)
+    found = estimate_step_memory(resolve(config), MEMORY)
     measured = benchmark().measured(config)["peak"]
     assert found.peak == pytest.approx(measured, rel=0.05)
     assert found.parts["quantized weights" if method == "qlora" else "weights"] > 0
@@ -125,21 +125,19 @@ def test_a_layer_of_each_kind_gives_the_whole(
     if family == "qwen3_moe":
         attention = config.method.model_copy(update={"target_modules": ["q_proj", "v_proj"]})
         config = config.model_copy(update={"method": attention})
-    plan = resolve(config)
-    assert memory.LayerSample.of(plan).sample == sample
-    assert memory.count_computed_layers(plan) <= MOST_BLOCKS
-    extended = estimate_step_memory(config, plan, MEMORY)
+    run = resolve(config)
+    assert memory.LayerSample.of(run).sample == sample
+    assert memory.count_computed_layers(run) <= MOST_BLOCKS
+    extended = estimate_step_memory(run, MEMORY)
     monkeypatch.setattr(memory.LayerSample, "of", lambda _: memory.LayerSample((None,), (), 7))
-    assert extended.peak == pytest.approx(
-        estimate_step_memory(config, plan, MEMORY).peak, rel=0.005
-    )
+    assert extended.peak == pytest.approx(estimate_step_memory(run, MEMORY).peak, rel=0.005)
 
 
 def test_workers_hold_what_each_of_them_holds(tmp_path: Path, tiny_model_dir: ModelDir) -> None:
     config = configure(tmp_path, tiny_model_dir("llama"), "lora", classes=False)
-    plan = resolve(config)
-    one = estimate_step_memory(config, plan, MEMORY)
-    two = estimate_step_memory(config, replace(plan, fast=replace(plan.fast, workers=2)), MEMORY)
+    run = resolve(config)
+    one = estimate_step_memory(run, MEMORY)
+    two = estimate_step_memory(replace(run, fast=replace(run.fast, workers=2)), MEMORY)
     assert two.parts["weights"] == one.parts["weights"]
     assert two.tokens < one.tokens  # half of the budget is each one's
     assert two.parts["activations"] == pytest.approx(one.parts["activations"], rel=0.3)
@@ -149,10 +147,10 @@ def test_chunks_of_scores_take_their_share_of_a_gpu(
     tmp_path: Path, tiny_model_dir: ModelDir
 ) -> None:
     config = configure(tmp_path, tiny_model_dir("llama"), "lora", classes=False)
-    plan = resolve(config)
-    on_gpu = replace(plan, model=replace(plan.model, device="cuda"))
-    logits = [estimate_step_memory(config, on_gpu, size).parts["logits"] for size in (2**33, 2**22)]
-    targets = [targets_a_chunk(size, plan.model.vocabulary) for size in (2**33, 2**22)]
+    run = resolve(config)
+    on_gpu = replace(run, model=replace(run.model, device="cuda"))
+    logits = [estimate_step_memory(on_gpu, size).parts["logits"] for size in (2**33, 2**22)]
+    targets = [targets_a_chunk(size, run.model.vocabulary) for size in (2**33, 2**22)]
     assert targets[0] > 2 * targets[1] >= 2 * FEWEST  # the step has 8 · 60 of them at most
     assert logits[0] > logits[1]
 

@@ -24,6 +24,7 @@ from ftlevel.training.forecast.fits import Device
 from ftlevel.training.forecast.memory import StepMemory
 from ftlevel.training.forecast.meta_model import ACTIVATIONS, WEIGHTS
 from ftlevel.training.forecast.micro_batch import choose_micro_batch, fit_micro_batch
+from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 from ftlevel.world import World
 
@@ -32,18 +33,21 @@ FIXED, OF_A_TOKEN, RECOMPUTED = 10_000, 100, 20
 
 
 @dataclass(frozen=True)
-class PlanOf:
-    """What is asked of a plan."""
+class RunOf:
+    """The fields of a run that are read."""
 
+    config: TrainConfig
     fast: FastPlan
     model: Any
     data: Any
     choices: list[Choice] = field(default_factory=list)
+    with_settings = Run.with_settings
 
 
-def plan_of(device: str = "cpu", enabled: bool = True) -> Any:
+def run_of(device: str = "cpu", enabled: bool = True, **train: Any) -> Any:
     rows = [Encoded([5] * ROW, [5] * ROW, at) for at in range(64)]
-    return PlanOf(
+    return RunOf(
+        config_of(**train),
         FastPlan(enabled=enabled, tokens=1600),
         SimpleNamespace(device=device),
         SimpleNamespace(train=rows, max_length=ROW),
@@ -61,10 +65,10 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Put a forecast of known numbers in the place of the model's; return what it is asked."""
     asked: list[int] = []
 
-    def forecast(_: Device, config: TrainConfig, plan: Any) -> StepMemory:
-        asked.append(plan.fast.tokens)
-        tokens = max(ROW, plan.fast.tokens // ROW * ROW)  # whole rows
-        each = RECOMPUTED if config.train.recomputes else OF_A_TOKEN
+    def forecast(_: Device, run: Any) -> StepMemory:
+        asked.append(run.fast.tokens)
+        tokens = max(ROW, run.fast.tokens // ROW * ROW)  # whole rows
+        each = RECOMPUTED if run.config.train.recomputes else OF_A_TOKEN
         return StepMemory({WEIGHTS: FIXED, ACTIVATIONS: tokens * each}, "forward", tokens)
 
     monkeypatch.setattr(Device, "forecast", forecast)
@@ -72,10 +76,10 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def tokens_for(memory: int, device: str = "cpu", **train: Any) -> int:
-    config, plan = fit_micro_batch(config_of(**train), plan_of(device), memory)
-    assert config.speed.tokens_per_micro_batch == plan.fast.tokens
-    assert plan.fast.memory == memory
-    return plan.fast.tokens
+    run = fit_micro_batch(run_of(device, **train), memory)
+    assert run.config.speed.tokens_per_micro_batch == run.fast.tokens
+    assert run.fast.memory == memory
+    return run.fast.tokens
 
 
 def test_what_is_fast_anyhow_is_not_exceeded_on_a_cpu(tried: list[int]) -> None:
@@ -111,17 +115,17 @@ def test_a_gpu_recomputes_before_micro_batches_become_slow(tried: list[int]) -> 
 
 def test_a_plain_step_has_no_micro_batches() -> None:
     with pytest.raises(ConfigError, match=r"the plain step has none.*--no-fast"):
-        fit_micro_batch(config_of(), plan_of(enabled=False), 10**9)
+        fit_micro_batch(run_of(enabled=False), 10**9)
 
 
 def test_a_base_that_is_shared_out_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--shard parts it.*--tokens-per-micro-batch N"):
-        fit_micro_batch(config_of(shard="full"), plan_of(), 10**9)
+        fit_micro_batch(run_of(shard="full"), 10**9)
 
 
 def test_a_run_that_goes_on_keeps_its_tokens(tried: list[int]) -> None:
-    config, plan = choose_micro_batch(config_of(), plan_of(), Processes(), 700)
-    assert (plan.fast.tokens, config.speed.tokens_per_micro_batch) == (700, 700)
+    run = choose_micro_batch(run_of(), Processes(), 700)
+    assert (run.fast.tokens, run.config.speed.tokens_per_micro_batch) == (700, 700)
     assert not tried
 
 
@@ -136,14 +140,14 @@ def test_what_the_run_holds_already_is_not_free(monkeypatch: pytest.MonkeyPatch)
     )
     monkeypatch.setattr(micro_batch, "free_memory_bytes", lambda _: 8 * 2**30)
     beside = micro_batch.CPU_OVERHEAD_BYTES
-    assert micro_batch.find_memory(wish, "cpu", Processes()) == 8 * 2**30 - beside
+    assert micro_batch.find_memory(wish.speed, "cpu", Processes()) == 8 * 2**30 - beside
     assert (
-        micro_batch.find_memory(config_of(), "cpu", Processes(World(size=4, local_size=2)))
+        micro_batch.find_memory(config_of().speed, "cpu", Processes(World(size=4, local_size=2)))
         == 4 * 2**30 - beside
     )
     monkeypatch.setattr(micro_batch, "free_memory_bytes", lambda _: 128 * 2**30)
-    assert micro_batch.find_memory(wish, "cpu", Processes()) < 64 * 2**30 - beside
-    assert micro_batch.find_memory(wish, "cuda", Processes()) == 64 * 2**30
+    assert micro_batch.find_memory(wish.speed, "cpu", Processes()) < 64 * 2**30 - beside
+    assert micro_batch.find_memory(wish.speed, "cuda", Processes()) == 64 * 2**30
 
 
 def test_a_control_group_leaves_what_is_below_its_limit(tmp_path: Path) -> None:

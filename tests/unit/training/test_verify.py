@@ -19,6 +19,7 @@ from ftlevel.fast.layers.fused_lora import FusedLoraFunction
 from ftlevel.models.loading import silence_loggers
 from ftlevel.training.model import load_adapted
 from ftlevel.training.plan.resolve import resolve
+from ftlevel.training.plan.run import Run
 from ftlevel.training.trainer import FtlevelTrainer
 from ftlevel.training.verify import proof
 from ftlevel.training.verify.bounds import GradientDifference, Rounding, compare_gradients, kind_of
@@ -35,7 +36,7 @@ from ftlevel.training.verify.steps import StepResult, Steps, perturb_weights
 
 
 def build(dtype: str, *, data: Path | None = None, task: str | None = None, **method: Any) -> Any:
-    """Return a small run's configuration, plan and model with the fast step on it."""
+    """Return a small run and its model with the fast step on it."""
     config = TrainConfig.model_validate({
         "task": task or "text-generation",
         "model": {"name_or_path": "builtin:tiny-llama", "dtype": dtype},
@@ -44,8 +45,8 @@ def build(dtype: str, *, data: Path | None = None, task: str | None = None, **me
         "train": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
     })  # fmt: skip
     with silence_loggers():
-        plan = resolve(config)
-        return config, plan, load_adapted(config, plan, NullListener())
+        run = resolve(config)
+        return run, load_adapted(run, NullListener())
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -53,8 +54,8 @@ def small_run(request: pytest.FixtureRequest) -> Any:
     return build(request.param)
 
 
-def asking(config: TrainConfig, verify: bool | None) -> TrainConfig:
-    return config.model_copy(update={"speed": config.speed.model_copy(update={"verify": verify})})
+def asking(run: Run, verify: bool | None) -> Run:
+    return run.with_settings("speed", verify=verify)
 
 
 def scaled(argument: int, factor: float) -> Callable[..., Any]:
@@ -99,17 +100,17 @@ def test_a_lost_target_stops_every_run(small_run: Any, monkeypatch: pytest.Monke
 
 
 def test_a_clean_step_passes_and_leaves_nothing(small_run: Any) -> None:
-    config, plan, adapted = small_run
+    run, adapted = small_run
     before = {name: value.clone() for name, value in adapted.model.state_dict().items()}
     places = {name: p.data_ptr() for name, p in adapted.model.named_parameters()}
-    found = verify_step(asking(config, True), plan, adapted, NullListener())
+    found = verify_step(asking(run, True), adapted, NullListener())
     assert found is not None
     assert found.steps == 3
     assert found.rows == 24
     assert found.dtype == "float32"
     assert 0 < found.gradient < 1e-4
     assert found.dropout is None, "nothing is dropped"
-    if plan.model.dtype == "bfloat16":
+    if run.model.dtype == "bfloat16":
         assert set(found.rounded) == {"lora_A", "lora_B"}
         for plain, fast in found.rounded.values():
             assert plain > 0.005, "bfloat16 rounds"
@@ -118,12 +119,12 @@ def test_a_clean_step_passes_and_leaves_nothing(small_run: Any) -> None:
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert places == {name: p.data_ptr() for name, p in adapted.model.named_parameters()}
     assert all(p.grad is None for p in adapted.model.parameters())
-    assert verify_step(asking(config, False), plan, adapted, NullListener()) is None
+    assert verify_step(asking(run, False), adapted, NullListener()) is None
 
 
 def test_a_fault_under_dropout_is_seen_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, plan, adapted = build("float32", lora_dropout=0.2)
-    clean = verify_step(asking(config, True), plan, adapted, NullListener())
+    run, adapted = build("float32", lora_dropout=0.2)
+    clean = verify_step(asking(run, True), adapted, NullListener())
     assert clean is not None
     assert clean.dropout is not None
     assert clean.dropout < 1e-4
@@ -134,11 +135,9 @@ def test_a_fault_under_dropout_is_seen_when_asked(monkeypatch: pytest.MonkeyPatc
         return right(ctx, x, dropped * 1.02 if is_dropped else dropped, *others)
 
     monkeypatch.setattr(FusedLoraFunction, "forward", staticmethod(wrong))
-    assert verify_step(config, plan, adapted, NullListener()) is not None, (
-        "nothing is dropped in it"
-    )
+    assert verify_step(run, adapted, NullListener()) is not None, "nothing is dropped in it"
     with pytest.raises(RunError, match="gradients with dropout"):
-        verify_step(asking(config, True), plan, adapted, NullListener())
+        verify_step(asking(run, True), adapted, NullListener())
 
 
 def test_pairs_of_one_length_are_rounded(tmp_path: Path) -> None:
@@ -153,8 +152,8 @@ def test_pairs_of_one_length_are_rounded(tmp_path: Path) -> None:
     ]  # fmt: skip
     data = tmp_path / "pairs.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    config, plan, adapted = build("float32", data=data, task="reward")
-    verified = verify_step(config, plan, adapted, NullListener())
+    run, adapted = build("float32", data=data, task="reward")
+    verified = verify_step(run, adapted, NullListener())
     assert verified is not None
     assert verified.gradient > 2e-5  # more than another order explains
 

@@ -42,7 +42,7 @@ class Recovery(TrainerCallback):
         self,
         trainer: FtlevelTrainer,
         train: TrainerConfig,
-        run: RunDirectory,
+        directory: RunDirectory,
         processes: Processes,
         listener: Listener,
         checkpoint: Path | None,
@@ -50,7 +50,7 @@ class Recovery(TrainerCallback):
         self._trainer = trainer
         self._how = train.on_nonfinite
         self._factor = train.spike_factor
-        self._run = run
+        self._directory = directory
         self._processes = processes
         self._listener = listener
         self._losses: deque[float] = deque(maxlen=_MEMORY)
@@ -130,12 +130,12 @@ class Recovery(TrainerCallback):
         self._trainer.drop_gradient()
         note = {"step": step, "what": what, "how": how, "rows": self._trainer.step_rows}
         if self._processes.is_first:
-            self._run.note(note)
+            self._directory.note(note)
         self._listener.warn(f"{what}: {how}.{self._rows()}")
 
     def _newest(self) -> Path | None:
         return self._processes.from_first(
-            lambda: checkpoints.find_newest_intact(self._run.checkpoints)[0]
+            lambda: checkpoints.find_newest_intact(self._directory.checkpoints)[0]
         )
 
     def _rows(self) -> str:
@@ -156,7 +156,7 @@ class Recovery(TrainerCallback):
     ) -> None:
         """Write the recent losses into the checkpoint, before its manifest."""
         if self._factor is not None and self._processes.is_first:
-            path = self._run.checkpoints / f"checkpoint-{state.global_step}" / _LOSSES
+            path = self._directory.checkpoints / f"checkpoint-{state.global_step}" / _LOSSES
             write_json(path, list(self._losses))
 
 

@@ -29,16 +29,16 @@ class WriteManifest(TrainerCallback):
 
     def __init__(
         self,
-        run: RunDirectory,
+        directory: RunDirectory,
         keep: int,
         write_beside: Callable[[Path], None] | None,
         processes: Processes,
         when_written: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
-        self.directory = run.checkpoints
+        self.directory = directory.checkpoints
         self.keep = keep
         self._write_beside = write_beside
-        self._run = run
+        self._directory = directory
         self._processes = processes
         self._when_written = when_written
 
@@ -51,7 +51,7 @@ class WriteManifest(TrainerCallback):
     ) -> None:
         """Check that the disk has space for the next checkpoint."""
         if control.should_save and self._processes.is_first:
-            check_room_to_save(self._run, told["model"], told["optimizer"])
+            check_room_to_save(self._directory, told["model"], told["optimizer"])
 
     on_epoch_end = on_evaluate = on_step_end
 

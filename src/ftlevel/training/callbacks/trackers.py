@@ -61,12 +61,12 @@ class Tracker:
 def describe_run(
     output: OutputConfig,
     values: Mapping[str, Any],
-    run: RunDirectory,
+    directory: RunDirectory,
     past: Sequence[Mapping[str, Any]],
 ) -> TrackedRun:
     """Return the description of a run for trackers; `past` are log records before a resume."""
-    name, first = output.run_name or run.path.name, past[-1]["step"] if past else 0
-    return TrackedRun(run.path, name, output.tracker_project, values, first)
+    name, first = output.run_name or directory.path.name, past[-1]["step"] if past else 0
+    return TrackedRun(directory.path, name, output.tracker_project, values, first)
 
 
 @contextlib.contextmanager

@@ -18,12 +18,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ftlevel.config import TrainConfig
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.training.forecast.fits import MemoryRequirement
 from ftlevel.training.forecast.seconds import PEAK_FRACTION, Gpu, TimeForecast, count_operations
 from ftlevel.training.forecast.shares import ShardedModel
-from ftlevel.training.plan.plan import Plan
+from ftlevel.training.plan.run import Run
 from ftlevel.training.plan.schedule import count_steps_per_epoch
 
 HOP, NETWORK_HOP = 3.4e-6, 9.6e-6
@@ -195,24 +194,23 @@ class ClusterForecast:
 
 
 def forecast_cluster(
-    config: TrainConfig,
-    plan: Plan,
+    run: Run,
     need: MemoryRequirement,
     shares: ShardedModel,
     card: Gpu,
     network: Network,
 ) -> ClusterForecast:
-    """Estimate step time, traffic and throughput of `plan` on `network`.
+    """Estimate step time, traffic and throughput of `run` on `network`.
 
     The memory estimate `need` sets micro-batch size and recomputation. `card` must have a known
     speed.
     """
-    train, rows = config.train, plan.data.train
+    train, rows = run.config.train, run.data.train
     a_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     tokens = a_step * float(row_lengths(rows).mean())
     micro_batches = max(math.ceil(tokens / need.tokens), 1)
     recomputes = train.recomputes or need.recomputed_peak is not None
-    operations = count_operations(config, plan, recomputes=recomputes)
+    operations = count_operations(run, recomputes=recomputes)
     second = PEAK_FRACTION * card.tflops * 1e12 / (tokens / micro_batches)
     work = Work(
         micro_batches, shares.count, operations.blocks / shares.count / second,
@@ -220,10 +218,10 @@ def forecast_cluster(
         **_sent(shares, network.ranks, train.shard),
     )  # fmt: skip
     several = train.model_copy(update={"num_processes": network.ranks})
-    imagined = plan.data.table.source == "imagined rows"
+    imagined = run.data.table.source == "imagined rows"
     steps = None if imagined else count_steps_per_epoch(several, len(rows))
-    if plan.data.stream is not None:
-        steps = plan.schedule.steps
+    if run.data.stream is not None:
+        steps = run.schedule.steps
     step = time_step(work, network)
     return ClusterForecast(network, step, micro_batches, tokens * network.ranks, steps)
 

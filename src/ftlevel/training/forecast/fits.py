@@ -58,8 +58,8 @@ from ftlevel.training.forecast.meta_model import (
 )
 from ftlevel.training.forecast.seconds import Gpu
 from ftlevel.training.forecast.shares import GATHERED, REDUCED, describe_shares
-from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import resolve
+from ftlevel.training.plan.run import Run
 from ftlevel.training.proof import PROBE_SCORES
 from ftlevel.training.verify.proof import choose_probe_rows
 
@@ -77,21 +77,21 @@ _COME_AND_GO = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS)
 _NARROW = {"bfloat16": 2, "float16": 2}
 
 
-def estimate_process(config: TrainConfig, plan: Plan, step: StepMemory) -> int:
+def estimate_process(run: Run, step: StepMemory) -> int:
     """Estimate the peak resident memory of a CPU run in bytes; `step` is its training step."""
     libraries = resident_bytes() + LAZY_IMPORT_BYTES
-    mapped = _mapped_bytes(plan, step)
+    mapped = _mapped_bytes(run, step)
     return libraries + max(
-        _bytes_of_loading(plan, step),
-        mapped + _bytes_of_check(config, plan),
-        mapped + _with_holes(step.parts) + _bytes_of_head_copies(plan),
+        _bytes_of_loading(run, step),
+        mapped + _bytes_of_check(run),
+        mapped + _with_holes(step.parts) + _bytes_of_head_copies(run),
         mapped + _bytes_of_proof(step),
     )
 
 
-def _mapped_bytes(plan: Plan, step: StepMemory) -> int:
+def _mapped_bytes(run: Run, step: StepMemory) -> int:
     """Return the bytes of checkpoint pages that stay mapped after quantization."""
-    planned = plan.model
+    planned = run.model
     dtype = DTYPES[planned.dtype]
     is_converted = planned.source.gguf_file is None and planned.config.dtype != dtype
     if planned.quant.kind == "none" or is_converted:
@@ -99,9 +99,9 @@ def _mapped_bytes(plan: Plan, step: StepMemory) -> int:
     return max(0, planned.total_parameters * dtype.itemsize - step.parts.get(WEIGHTS, 0))
 
 
-def _bytes_of_head_copies(plan: Plan) -> int:
-    hidden = getattr(plan.model.config.get_text_config(), "hidden_size", 0)
-    return 2 * DTYPES[plan.model.dtype].itemsize * plan.model.vocabulary * hidden
+def _bytes_of_head_copies(run: Run) -> int:
+    hidden = getattr(run.model.config.get_text_config(), "hidden_size", 0)
+    return 2 * DTYPES[run.model.dtype].itemsize * run.model.vocabulary * hidden
 
 
 def _with_holes(parts: dict[str, int]) -> int:
@@ -109,35 +109,36 @@ def _with_holes(parts: dict[str, int]) -> int:
     return sum(parts.values()) + min(MAX_FREE_HEAP_BYTES, int(HOLES * moving))
 
 
-def _bytes_of_loading(plan: Plan, step: StepMemory) -> int:
-    path, held = plan.model.source.path, step.parts.get(WEIGHTS, 0)
+def _bytes_of_loading(run: Run, step: StepMemory) -> int:
+    path, held = run.model.source.path, step.parts.get(WEIGHTS, 0)
     if path is None:
         return held
     files = [path] if path.is_file() else path.glob("*.safetensors")
     return held + sum(file.stat().st_size for file in files)
 
 
-def _bytes_of_check(config: TrainConfig, plan: Plan) -> int:
+def _bytes_of_check(run: Run) -> int:
     """Return the bytes of verifying the fast step; 0 if it is not verified."""
-    few = choose_probe_rows(plan.data.train) if plan.fast.enabled else []
-    if config.speed.verify is False or not few:
+    few = choose_probe_rows(run.data.train) if run.fast.enabled else []
+    if run.config.speed.verify is False or not few:
         return 0
-    train = {"per_device_train_batch_size": len(few), "gradient_accumulation_steps": 1}
-    plain = config.model_copy(update={"train": config.train.model_copy(update=train)})
-    wide: Any = replace(
-        plan,
-        model=replace(plan.model, dtype="float32"),
-        fast=replace(plan.fast, enabled=False),
-        data=replace(plan.data, train=few),
+    plain = run.with_settings(
+        "train", per_device_train_batch_size=len(few), gradient_accumulation_steps=1
     )
-    found = estimate_step_memory(plain, wide, 0)
+    wide: Any = replace(
+        plain,
+        model=replace(run.model, dtype="float32"),
+        fast=replace(run.fast, enabled=False),
+        data=replace(run.data, train=few),
+    )
+    found = estimate_step_memory(wide, 0)
     moments = [dict(parts) for moment, parts in found.moments.items() if moment != UPDATE]
     for each in moments:
         each.pop(OPTIMIZER, None)
     parts = max(moments, key=lambda each: sum(each.values()))
     weights, trained = parts.get(WEIGHTS, 0), parts.get(ADAPTER, 0)
-    is_whole = METHODS[config.method.kind].build is None  # full: weights are always float32
-    narrow = 0 if is_whole else weights * _NARROW.get(plan.model.dtype, 0) // 4
+    is_whole = METHODS[run.config.method.kind].build is None  # full: weights are always float32
+    narrow = 0 if is_whole else weights * _NARROW.get(run.model.dtype, 0) // 4
     gradients = max(parts.get(GRADIENTS, 0), weights if is_whole else trained)
     parts[GRADIENTS] = gradients  # fast and plain step, and the initial values
     return _with_holes({part: int(size) for part, size in parts.items()}) + int(
@@ -177,7 +178,7 @@ class Device:
         name = "the memory of this machine" if kind == "cpu" else describe_device(kind)
         return cls(kind, name, device_memory(kind))
 
-    def forecast(self, config: TrainConfig, plan: Plan) -> StepMemory:
+    def forecast(self, run: Run) -> StepMemory:
         """Estimate the memory of a run; on a GPU with CUDA context and allocator overhead.
 
         With several devices, the estimate is for the rank that needs the most.
@@ -187,13 +188,13 @@ class Device:
         """
         context = CONTEXT_BYTES if self.kind == "cuda" else 0
         try:
-            found = self._tensors(config, plan, self.memory - context)
+            found = self._tensors(run, self.memory - context)
         except FtlevelError:
             raise
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
             reason = " ".join(str(error).split())[:160]
             raise ConfigError(
-                f"the step of {plan.model.family} with --method {config.method.kind} cannot be "
+                f"the step of {run.model.family} with --method {run.config.method.kind} cannot be "
                 f"computed without its weights ({reason}), so its memory is not known. Train with "
                 "--max-steps 2: summary.json has the peak."
             ) from error
@@ -202,15 +203,13 @@ class Device:
             found.parts[ALLOCATOR] = context + int(SLACK * moving)
         return found
 
-    def _tensors(self, config: TrainConfig, plan: Plan, memory: int) -> StepMemory:
+    def _tensors(self, run: Run, memory: int) -> StepMemory:
         if self.ranks == 1:
-            return estimate_step_memory(config, plan, memory)
-        way = config.train.shard
-        shares = describe_shares(config, plan)
+            return estimate_step_memory(run, memory)
+        way = run.config.train.shard
+        shares = describe_shares(run)
         saved = 0 if way == "none" else int(sum(shares.saved(self.ranks).values()))
-        return shares.estimate_rank(
-            estimate_step_memory(config, plan, memory + saved), self.ranks, way
-        )
+        return shares.estimate_rank(estimate_step_memory(run, memory + saved), self.ranks, way)
 
 
 @dataclass(frozen=True)
@@ -256,32 +255,31 @@ class MemoryRequirement:
         return f"peak {peak}{whole} of {memory} ({self.device.name}), at the {self.at}: {word}"
 
 
-def estimate_requirement(config: TrainConfig, plan: Plan, device: Device) -> MemoryRequirement:
-    """Estimate what `plan` needs on `device`.
+def estimate_requirement(run: Run, device: Device) -> MemoryRequirement:
+    """Estimate what `run` needs on `device`.
 
     Raises:
         ConfigError: as `Device.forecast`, or the base is quantized by another library than
             bitsandbytes.
     """
-    _check_quantization(plan)
-    found = device.forecast(config, plan)
+    _check_quantization(run)
+    found = device.forecast(run)
     shares_memory = device.kind == "cpu" and device.ranks == 1
-    process = estimate_process(config, plan, found) if shares_memory else None
+    process = estimate_process(run, found) if shares_memory else None
     need = MemoryRequirement(found.parts, found.at, device, found.tokens, process=process)
-    chooses = config.train.gradient_checkpointing is None and device.kind == "cuda"
+    chooses = run.config.train.gradient_checkpointing is None and device.kind == "cuda"
     if need.does_fit or not chooses:
         return need
-    recomputing = config.train.model_copy(update={"gradient_checkpointing": True})
-    least = device.forecast(config.model_copy(update={"train": recomputing}), plan).peak
+    least = device.forecast(run.with_settings("train", gradient_checkpointing=True)).peak
     return replace(need, recomputed_peak=least if least < need.peak else None)
 
 
-def _check_quantization(plan: Plan) -> None:
+def _check_quantization(run: Run) -> None:
     """Reject a checkpoint that a library other than bitsandbytes quantized."""
-    stored = stored_quantization(plan.model.config)
+    stored = stored_quantization(run.model.config)
     if stored is not None and as_quant_config(stored) is None:
         raise ConfigError(
-            f"--model {plan.model.source.name} is quantized by {quantization_name(stored)}, "
+            f"--model {run.model.source.name} is quantized by {quantization_name(stored)}, "
             "whose memory cannot be planned: it is known of plain models and of bitsandbytes'. "
             "Plan for the model it was made from, with --quant."
         )
@@ -417,7 +415,7 @@ def _forecast(config: TrainConfig, rows: int, limits: AlternativeContext) -> Ste
                                       "gradient_accumulation_steps": accumulated}})  # fmt: skip
     rows *= accumulated
     imagined = build_synthetic_batch(config, limits.source, limits.card, rows, limits.tokenizer)
-    return limits.device.forecast(config, resolve(config, imagined=imagined))
+    return limits.device.forecast(resolve(config, imagined=imagined))
 
 
 def _changed(
@@ -517,15 +515,15 @@ class MemoryEstimate:
         }
 
 
-def estimate_memory(config: TrainConfig, plan: Plan, processes: int) -> MemoryEstimate:
+def estimate_memory(run: Run, processes: int) -> MemoryEstimate:
     """Estimate the memory of a run, if that is quick; `processes` is how many train together."""
     if processes > 1:
         return MemoryEstimate(None, f"{processes} processes; run `ftlevel plan`")
-    if plan.model.total_parameters < LEAST_PARAMETERS:
+    if run.model.total_parameters < LEAST_PARAMETERS:
         return MemoryEstimate(None, "a small model: Python and its libraries take more")
-    if count_computed_layers(plan) > MOST_BLOCKS:
+    if count_computed_layers(run) > MOST_BLOCKS:
         return MemoryEstimate(None)
     try:
-        return MemoryEstimate(estimate_requirement(config, plan, Device.of(plan.model.device)))
+        return MemoryEstimate(estimate_requirement(run, Device.of(run.model.device)))
     except FtlevelError as error:
         return MemoryEstimate(None, str(error))

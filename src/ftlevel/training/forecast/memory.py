@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ftlevel.artifacts.run_directory import RunDirectory
-from ftlevel.config import QuantConfig, TrainConfig
+from ftlevel.config import QuantConfig
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast.attention.blocked import split_queries
@@ -58,7 +58,7 @@ from ftlevel.training.forecast.meta_model import (
 )
 from ftlevel.training.memory import set_checkpointing
 from ftlevel.training.model import PreparedModel
-from ftlevel.training.plan.plan import Plan
+from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 from ftlevel.training.resume import ResumeState
 
@@ -83,32 +83,32 @@ class Pruning:
             fast.prune(self.needed, [last.get_submodule(name) for name in self.linears])
 
 
-def find_pruning(config: TrainConfig, plan: Plan) -> Pruning:
+def find_pruning(run: Run) -> Pruning:
     """Return the pruning of the last block of the planned model."""
-    if not (plan.fast.enabled and plan.fast.packs and plan.fast.prunes_last_layer):
+    if not (run.fast.enabled and run.fast.packs and run.fast.prunes_last_layer):
         return Pruning()
-    last = getattr(plan.model.config.get_text_config(), "num_hidden_layers", 1) - 1
-    small = _shrink(plan.model.config, last)
-    model = build_task_model(small, plan.model.auto_class)
+    last = getattr(run.model.config.get_text_config(), "num_hidden_layers", 1) - 1
+    small = _shrink(run.model.config, last)
+    model = build_task_model(small, run.model.auto_class)
     if sum(parameter.numel() for parameter in model.parameters()) > MOST_PARAMETERS:
         return Pruning()
-    own = METHODS[config.method.kind]
+    own = METHODS[run.config.method.kind]
     base = replace(
-        plan, model=replace(plan.model, config=small, quant=QuantConfig())
+        run, model=replace(run.model, config=small, quant=QuantConfig())
     ).base  # quantization does not change which tokens reach the loss
     base = replace(base, targets=targets_in(model, base.targets, [last]))
     model = apply_method(
-        model, own.start.default(config.method) if own.start else config.method, base
+        model, own.start.default(run.config.method) if own.start else run.config.method, base
     )
     model = _with_numbers(model)
     blocks = find_blocks(base_model(model))
     if not blocks or not set_packed_attention(base_model(model)):
         return Pruning()
     packed = PackedBlocks(blocks)
-    rows = [_with_few_words(row) for row in plan.data.train[:64]]
+    rows = [_with_few_words(row) for row in run.data.train[:64]]
     try:
-        check = PruningCheck(model, blocks[-1], rows, 0, "cpu", plan.model.dtype)
-        needed, linears = check(plan.objective)
+        check = PruningCheck(model, blocks[-1], rows, 0, "cpu", run.model.dtype)
+        needed, linears = check(run.objective)
     finally:
         packed.remove()
     names = {module: name for name, module in blocks[-1].named_modules()}
@@ -172,24 +172,24 @@ class StepMemory:
         return sum(self.parts.values())
 
 
-def estimate_step_memory(config: TrainConfig, plan: Plan, memory: int) -> StepMemory:
-    """Estimate the peak of live tensor bytes in a training step of `plan`.
+def estimate_step_memory(run: Run, memory: int) -> StepMemory:
+    """Estimate the peak of live tensor bytes in a training step of `run`.
 
     `memory` is bytes available to tensors; on a GPU the free part sets the chunk size of the
     logits.
     """
-    layers = LayerSample.of(plan)
-    pruning = find_pruning(config, plan)
-    batch = _fullest(config, plan, pruning)
-    fakes = [build_fake_model(config, plan, some) for some in layers.tried]
-    whole = METHODS[config.method.kind].build is None
+    layers = LayerSample.of(run)
+    pruning = find_pruning(run)
+    batch = _fullest(run, pruning)
+    fakes = [build_fake_model(run, some) for some in layers.tried]
+    whole = METHODS[run.config.method.kind].build is None
     held = [
-        _hold_weights(LiveMemoryTracker(plan.model.vocabulary), fake, whole=whole) for fake in fakes
+        _hold_weights(LiveMemoryTracker(run.model.vocabulary), fake, whole=whole) for fake in fakes
     ]
     there = layers.extend([live.peaks for live in held])[FORWARD]
-    free = memory - int(sum(there.values())) if plan.model.device == "cuda" else None
+    free = memory - int(sum(there.values())) if run.model.device == "cuda" else None
     peaks = layers.extend([
-        _watch(config, plan, live, fake, batch, pruning=pruning, free=free)
+        _watch(run, live, fake, batch, pruning=pruning, free=free)
         for fake, live in zip(fakes, held, strict=True)
     ])  # fmt: skip
     for parts in peaks.values():
@@ -206,9 +206,9 @@ def highest(peaks: Peaks, tokens: int) -> StepMemory:
     return StepMemory(in_order, at, tokens, peaks)
 
 
-def count_computed_layers(plan: Plan) -> int:
-    """Return the number of layers computed to estimate the memory of `plan`."""
-    layers = LayerSample.of(plan)
+def count_computed_layers(run: Run) -> int:
+    """Return the number of layers computed to estimate the memory of `run`."""
+    layers = LayerSample.of(run)
     return sum(layers.count if some is None else len(some) for some in layers.tried)
 
 
@@ -225,13 +225,13 @@ class LayerSample:
     count: int
 
     @classmethod
-    def of(cls, plan: Plan) -> LayerSample:
-        """Return the small models for the model of `plan`, or the whole model."""
-        stacks = describe_blocks(plan)
+    def of(cls, run: Run) -> LayerSample:
+        """Return the small models for the model of `run`, or the whole model."""
+        stacks = describe_blocks(run)
         if len({len(stack) for stack in stacks}) != 1:
             return cls((None,), (), sum(map(len, stacks)))
         kinds = list(zip(*stacks, strict=True))
-        return _by_kind(plan, kinds) or _by_period(kinds) or cls((None,), (), len(kinds))
+        return _by_kind(run, kinds) or _by_period(kinds) or cls((None,), (), len(kinds))
 
     @property
     def sample(self) -> dict[int, int] | None:
@@ -263,7 +263,7 @@ class LayerSample:
         }
 
 
-def _by_kind(plan: Plan, kinds: Sequence[Any]) -> LayerSample | None:
+def _by_kind(run: Run, kinds: Sequence[Any]) -> LayerSample | None:
     """Sample first, last and one layer of each kind; None if not smaller or not configurable."""
     last = len(kinds) - 1
     between: list[list[int]] = []
@@ -277,7 +277,7 @@ def _by_kind(plan: Plan, kinds: Sequence[Any]) -> LayerSample | None:
         return None
     tried = ((0, last), *((0, group[0], last) for group in between))
     for some in tried:
-        if list(zip(*describe_blocks(plan, some), strict=True)) != [kinds[at] for at in some]:
+        if list(zip(*describe_blocks(run, some), strict=True)) != [kinds[at] for at in some]:
             return None
     return LayerSample(tried, tuple(len(group) for group in between), len(kinds))
 
@@ -313,8 +313,7 @@ class _Batch:
 
 
 def _watch(
-    config: TrainConfig,
-    plan: Plan,
+    run: Run,
     live: LiveMemoryTracker,
     fake: FakeModel,
     batch: _Batch,
@@ -323,21 +322,22 @@ def _watch(
     free: int | None,
 ) -> Peaks:
     """Return the peaks of a step of `fake`, whose weights are registered in `live`."""
-    here = replace(plan, model=replace(plan.model, device="cpu"))
+    here = replace(run, model=replace(run.model, device="cpu"))
     if fake.fast is not None:
         pruning.apply_to(fake.fast, fake.model)
         if fake.fast.cross_entropy is not None:
             fake.fast.cross_entropy.fit_chunks(free)
     with tempfile.TemporaryDirectory() as nowhere:
-        adapted, run = PreparedModel(fake.model, {}, fake.fast, {}), RunDirectory(Path(nowhere))
-        trainer = build_trainer(config, here, adapted, run, ResumeState(), Processes())
+        adapted = PreparedModel(fake.model, {}, fake.fast, {})
+        directory = RunDirectory(Path(nowhere))
+        trainer = build_trainer(here, adapted, directory, ResumeState(), Processes())
     split_queries.cache_clear()  # tensors cached for another depth would not be counted
     batch_sequences.cache_clear()
     hooks = _follow(live, trainer)
     fake.model.train()
-    set_checkpointing(fake.model, config, here)  # auto checkpointing is decided later
+    set_checkpointing(fake.model, here)  # auto checkpointing is decided later
     try:
-        with trainer.standalone_steps(plan.model.dtype), live:
+        with trainer.standalone_steps(run.model.dtype), live:
             _make_states(live, trainer, has_gradients=batch.several)
             live.moment = FORWARD
             trainer.training_step(fake.model, batch.fresh(), 1)  # any number of targets
@@ -404,18 +404,18 @@ def _make_states(live: LiveMemoryTracker, trainer: Any, *, has_gradients: bool) 
     live.begun = True
 
 
-def _fullest(config: TrainConfig, plan: Plan, pruning: Pruning) -> _Batch:
+def _fullest(run: Run, pruning: Pruning) -> _Batch:
     """Return the micro-batch with the most tokens, of the longest rows and of random steps."""
-    train, fast = config.train, plan.fast
-    rows, size = plan.data.train, train.per_device_train_batch_size
+    train, fast = run.config.train, run.fast
+    rows, size = run.data.train, train.per_device_train_batch_size
     if not fast.enabled:
         longest = sorted(_some(rows), key=lambda row: -len(row.input_ids))[:size]
-        inputs = Collator(plan.model.pad_id)(longest)
+        inputs = Collator(run.model.pad_id)(longest)
         several = train.gradient_accumulation_steps > 1
         return _Batch(inputs, inputs["input_ids"].numel(), several, 1)
     needed = pruning.needed if pruning.linears else None
     collate = StepCollator(
-        plan.model.pad_id, replace(fast, shared_prefix=False, needed_tokens=needed)
+        run.model.pad_id, replace(fast, shared_prefix=False, needed_tokens=needed)
     )
     found: list[_Batch] = []
     for step in _steps(rows, size * train.gradient_accumulation_steps, train.seed):

@@ -39,8 +39,8 @@ from ftlevel.models.upstream.quantizers import quantize_shape
 from ftlevel.models.upstream.tensors import own_tensors
 from ftlevel.tasks import BaseTask
 from ftlevel.trained.adapt import apply_method
-from ftlevel.training.plan.plan import Plan
 from ftlevel.training.plan.resolve import SyntheticBatch
+from ftlevel.training.plan.run import Run
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers",
            "decoder_layers")  # fmt: skip
@@ -62,11 +62,9 @@ class FakeModel:
     packed: set[str]
 
 
-def build_fake_model(
-    config: TrainConfig, plan: Plan, layers: Sequence[int] | None = None
-) -> FakeModel:
+def build_fake_model(run: Run, layers: Sequence[int] | None = None) -> FakeModel:
     """Return the planned model on fake CPU tensors, with the given `layers` per stack or all."""
-    planned, method = plan.model, METHODS[config.method.kind]
+    planned, method = run.model, METHODS[run.config.method.kind]
     compute = DTYPES[planned.dtype]
     cut = with_layers(planned.config, layers)
     meta = build_task_model(cut, planned.auto_class)
@@ -76,12 +74,12 @@ def build_fake_model(
     if quantization is not None:
         quantization = keep_heads(quantization, cut, planned.auto_class)
         quantize_shape(meta, quantization)
-    base = replace(plan.base, targets=targets_in(meta, plan.base.targets, layers))
-    spec = method.start.default(config.method) if method.start else config.method
-    model = apply_method(meta, spec, base, fused=uses_fused_layers(config, planned.device))
+    base = replace(run.base, targets=targets_in(meta, run.base.targets, layers))
+    spec = method.start.default(run.config.method) if method.start else run.config.method
+    model = apply_method(meta, spec, base, fused=uses_fused_layers(run.config, planned.device))
     _fill_vectors(model)
     # One worker is simulated; the others allocate the same.
-    fast = FastStep(model, replace(plan.fast, workers=1)) if plan.fast.enabled else None
+    fast = FastStep(model, replace(run.fast, workers=1)) if run.fast.enabled else None
     packed = _pack(model, compute, quantization)
     fake_parameters(model)
     model.to = lambda *_, **__: model  # fake tensors cannot be moved
@@ -161,14 +159,14 @@ def _fill_vectors(model: torch.nn.Module) -> None:
                 parameters[name] = made[id(tensor)][1]
 
 
-def describe_blocks(plan: Plan, layers: Sequence[int] | None = None) -> list[list[Any]]:
+def describe_blocks(run: Run, layers: Sequence[int] | None = None) -> list[list[Any]]:
     """Return for each block its parameter shapes, per-layer config entries and adapted modules.
 
     Blocks with equal descriptions need equal memory.
     """
-    config = with_layers(plan.model.config, layers)
-    model = build_task_model(config, plan.model.auto_class)
-    tree, adapted = ModuleTree(model), set(targets_in(model, plan.base.targets, layers))
+    config = with_layers(run.model.config, layers)
+    model = build_task_model(config, run.model.auto_class)
+    tree, adapted = ModuleTree(model), set(targets_in(model, run.base.targets, layers))
     text = config.get_text_config()
     kinds = [getattr(text, name, None) for name in _PER_LAYER]
     return [

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import psutil
 
-from ftlevel.config import TrainConfig
+from ftlevel.config import SpeedConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import ConfigError
@@ -23,7 +23,7 @@ from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.training.forecast.fits import Device
 from ftlevel.training.forecast.memory import StepMemory
 from ftlevel.training.forecast.meta_model import ACTIVATIONS, LOGITS, WORKSPACE
-from ftlevel.training.plan.plan import Plan
+from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 
 _GROWS = (ACTIVATIONS, LOGITS, WORKSPACE)
@@ -38,9 +38,7 @@ _SLACK = 0.98
 _ATTEMPTS = 6
 
 
-def choose_micro_batch(
-    config: TrainConfig, plan: Plan, processes: Processes, begun_with: int | None
-) -> tuple[TrainConfig, Plan]:
+def choose_micro_batch(run: Run, processes: Processes, begun_with: int | None) -> Run:
     """Return the run with the largest micro-batch that fits, as the first process computes it.
 
     `begun_with` is the micro-batch size in tokens of a resumed run, which is kept.
@@ -50,19 +48,19 @@ def choose_micro_batch(
     """
     if begun_with is not None:
         said = Choice("micro-batch", f"{begun_with:,} tokens", "as the run was begun")
-        return _with_tokens(config, plan, begun_with, 0, said)
+        return _with_tokens(run, begun_with, 0, said)
 
     def choose() -> tuple[int, int, Choice]:
-        fitted = fit_micro_batch(config, plan, find_memory(config, plan.model.device, processes))
-        fast = fitted[1].fast
+        fitted = fit_micro_batch(run, find_memory(run.config.speed, run.model.device, processes))
+        fast = fitted.fast
         return fast.tokens, fast.memory, fast.choices[-1]
 
-    return _with_tokens(config, plan, *processes.from_first(choose))
+    return _with_tokens(run, *processes.from_first(choose))
 
 
-def find_memory(config: TrainConfig, device: str, processes: Processes) -> int:
+def find_memory(speed: SpeedConfig, device: str, processes: Processes) -> int:
     """Return the bytes a process may allocate for tensors in addition to its current ones."""
-    wish = config.speed.memory_gib
+    wish = speed.memory_gib
     free = free_memory_bytes(device)
     if device != "cpu":
         return free if wish is None else min(free, int(wish * 2**30))
@@ -73,7 +71,7 @@ def find_memory(config: TrainConfig, device: str, processes: Processes) -> int:
     return free - CPU_OVERHEAD_BYTES
 
 
-def fit_micro_batch(config: TrainConfig, plan: Plan, memory: int) -> tuple[TrainConfig, Plan]:
+def fit_micro_batch(run: Run, memory: int) -> Run:
     """Return the run with the largest micro-batch, in tokens, that fits in `memory` bytes.
 
     On a GPU, automatic checkpointing recomputes blocks if micro-batches would be too small
@@ -83,30 +81,29 @@ def fit_micro_batch(config: TrainConfig, plan: Plan, memory: int) -> tuple[Train
         ConfigError: the model is sharded, the step is plain, or a micro-batch of one row does not
             fit.
     """
-    if config.train.shard != "none":
+    if run.config.train.shard != "none":
         raise ConfigError(
             "--auto-micro-batch fits a micro-batch beside the whole base, and --shard parts it. "
             "Drop one of them, or name the tokens: --tokens-per-micro-batch N."
         )
-    if not plan.fast.enabled:
+    if not run.fast.enabled:
         raise ConfigError(
             "--auto-micro-batch chooses the tokens of a micro-batch, and the plain step has none: "
             "its rows are padded together. Drop it, or what makes the step plain (--no-fast, "
             "--neftune-noise-alpha)."
         )
-    found, least = _find(config, plan, memory), plan.fast.tokens
+    found, least = _find(run, memory), run.fast.tokens
     is_small = found.tokens < min(FEWEST_TOKENS, least)
-    train, device = config.train, plan.model.device
+    train, device = run.config.train, run.model.device
     if is_small and not train.recomputes and train.may_recompute(device):
-        recomputing = train.model_copy(update={"gradient_checkpointing": True})
-        again = _find(config.model_copy(update={"train": recomputing}), plan, memory)
+        again = _find(run.with_settings("train", gradient_checkpointing=True), memory)
         found = again if again.tokens > found.tokens else found
     if not found.tokens:
-        raise ConfigError(_too_large(config, plan, found.peak, memory))
+        raise ConfigError(_too_large(run, found.peak, memory))
     peak, there = (f"{size / 2**30:.2f} GiB" for size in (found.peak, memory))
     why = f"--auto-micro-batch: {peak} at the peak of a step, of {there}"
     said = Choice("micro-batch", f"{found.tokens:,} tokens", why)
-    return _with_tokens(config, plan, found.tokens, memory, said)
+    return _with_tokens(run, found.tokens, memory, said)
 
 
 class _Found(NamedTuple):
@@ -116,17 +113,17 @@ class _Found(NamedTuple):
     peak: int
 
 
-def _find(config: TrainConfig, plan: Plan, memory: int) -> _Found:
-    tokens, longest = _most_tokens(config, plan), int(row_lengths(plan.data.train).max())
-    device = Device(plan.model.device, plan.model.device, memory)
+def _find(run: Run, memory: int) -> _Found:
+    tokens, longest = _most_tokens(run), int(row_lengths(run.data.train).max())
+    device = Device(run.model.device, run.model.device, memory)
     for _ in range(_ATTEMPTS):
-        forecast = device.forecast(*_with_tokens(config, plan, tokens, memory))
+        forecast = device.forecast(_with_tokens(run, tokens, memory))
         peak = forecast.peak
         if peak <= memory:
             return _Found(tokens, peak)
         if forecast.tokens <= longest:  # a row alone
             break
-        tokens = _fewer(forecast, min(tokens, forecast.tokens * plan.fast.workers), peak, memory)
+        tokens = _fewer(forecast, min(tokens, forecast.tokens * run.fast.workers), peak, memory)
         if tokens < 1:
             break
     return _Found(0, peak)
@@ -139,33 +136,29 @@ def _fewer(forecast: StepMemory, tokens: int, peak: int, memory: int) -> int:
     return min(tokens - 1, int(_SLACK * tokens * left / moving)) if left > 0 and moving else 0
 
 
-def _most_tokens(config: TrainConfig, plan: Plan) -> int:
+def _most_tokens(run: Run) -> int:
     """Return the largest size to try: the default on a CPU, a whole step elsewhere."""
-    if plan.model.device == "cpu":
-        return plan.fast.tokens
-    train = config.train
+    if run.model.device == "cpu":
+        return run.fast.tokens
+    train = run.config.train
     rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    return max(plan.fast.tokens, rows * plan.data.max_length)
+    return max(run.fast.tokens, rows * run.data.max_length)
 
 
-def _too_large(config: TrainConfig, plan: Plan, peak: int, memory: int) -> str:
-    ways = [] if config.train.recomputes else ["--gradient-checkpointing"]
-    ways += ["a smaller --max-length", "--set speed.parallel_workers=1"][: plan.fast.workers]
-    ways += [] if config.quant.kind != "none" else ["--quant 4bit"]
+def _too_large(run: Run, peak: int, memory: int) -> str:
+    ways = [] if run.config.train.recomputes else ["--gradient-checkpointing"]
+    ways += ["a smaller --max-length", "--set speed.parallel_workers=1"][: run.fast.workers]
+    ways += [] if run.config.quant.kind != "none" else ["--quant 4bit"]
     return (
         f"--auto-micro-batch: micro-batches of one row need {peak / 2**30:.2f} GiB, and "
-        f"{max(0, memory) / 2**30:.2f} GiB of the device {plan.model.device} are left for tensors. "
+        f"{max(0, memory) / 2**30:.2f} GiB of the device {run.model.device} are left for tensors. "
         f"Try {', '.join(ways)}; ftlevel plan says what fits."
     )
 
 
-def _with_tokens(
-    config: TrainConfig, plan: Plan, tokens: int, memory: int, said: Choice | None = None
-) -> tuple[TrainConfig, Plan]:
+def _with_tokens(run: Run, tokens: int, memory: int, said: Choice | None = None) -> Run:
     """Return the run with `tokens` per micro-batch, also set in its configuration."""
-    speed = config.speed.model_copy(update={"tokens_per_micro_batch": tokens, "memory_gib": None})
+    sized = run.with_settings("speed", tokens_per_micro_batch=tokens, memory_gib=None)
     more = [] if said is None else [said]
-    fast = replace(plan.fast, tokens=tokens, memory=memory, choices=[*plan.fast.choices, *more])
-    return config.model_copy(update={"speed": speed}), replace(
-        plan, fast=fast, choices=[*plan.choices, *more]
-    )
+    fast = replace(run.fast, tokens=tokens, memory=memory, choices=[*run.fast.choices, *more])
+    return replace(sized, fast=fast, choices=[*run.choices, *more])

@@ -15,12 +15,11 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from ftlevel.config import TrainConfig
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.events import NullListener
 from ftlevel.methods import METHODS
-from ftlevel.training.plan.plan import Plan
+from ftlevel.training.plan.run import Run
 from ftlevel.training.plan.schedule import count_steps_per_epoch
 
 GIB = 2**30
@@ -127,37 +126,37 @@ class Operations:
         return self.blocks + self.backward + self.outside
 
 
-def count_operations(config: TrainConfig, plan: Plan, *, recomputes: bool) -> Operations:
-    """Return the FLOPs per token of the run `plan`."""
-    text, facts = plan.model.config.get_text_config(), plan.data.facts
+def count_operations(run: Run, *, recomputes: bool) -> Operations:
+    """Return the FLOPs per token of a training step of `run`."""
+    text, facts = run.model.config.get_text_config(), run.data.facts
     width = getattr(text, "hidden_size", 0) or 0
     layers = getattr(text, "num_hidden_layers", 0) or 0
-    vocabulary = plan.model.vocabulary * width
+    vocabulary = run.model.vocabulary * width
     share = min(1.0, facts["supervised"] / max(1, facts["tokens"]))
-    lengths = row_lengths(plan.data.train).astype(float)
-    seen = (lengths**2).sum() / lengths.sum() / (2 if plan.model.kind == "decoder" else 1)
+    lengths = row_lengths(run.data.train).astype(float)
+    seen = (lengths**2).sum() / lengths.sum() / (2 if run.model.kind == "decoder" else 1)
     attention = 4 * layers * width * seen
-    per_row = plan.objective.per_row
+    per_row = run.objective.per_row
     head = 0.0 if per_row else 2 * vocabulary * share
     # Embeddings need no products; an untied head is counted separately.
     apart = vocabulary * (1 if per_row or getattr(text, "tie_word_embeddings", True) else 2)
-    products = 2 * max(plan.model.total_parameters - apart, 0)
-    trains = METHODS[config.method.kind].trains_base(config.method)
+    products = 2 * max(run.model.total_parameters - apart, 0)
+    trains = METHODS[run.config.method.kind].trains_base(run.config.method)
     return Operations(products + attention, attention, head, trains, recomputes)
 
 
-def estimate_time(config: TrainConfig, plan: Plan, card: Gpu) -> TimeForecast | None:
+def estimate_time(run: Run, card: Gpu) -> TimeForecast | None:
     """Estimate the time on `card`; None if its speed is unknown."""
     if not card.tflops:
         return None
-    tokens = plan.data.facts["tokens"]
-    operations = count_operations(config, plan, recomputes=config.train.recomputes).total
+    tokens = run.data.facts["tokens"]
+    operations = count_operations(run, recomputes=run.config.train.recomputes).total
     seconds = operations * tokens / (PEAK_FRACTION * card.tflops * 1e12)
     how = f"a roofline: {PEAK_FRACTION:.0%} of {card.tflops:,g} TFLOP/s, not measured"
     return TimeForecast(seconds, tokens / seconds, how)
 
 
-def measure_time(config: TrainConfig, plan: Plan) -> TimeForecast:
+def measure_time(run: Run) -> TimeForecast:
     """Estimate the time on this machine by running a few training steps."""
     import tempfile
     from pathlib import Path
@@ -171,18 +170,19 @@ def measure_time(config: TrainConfig, plan: Plan) -> TimeForecast:
     from ftlevel.training.processes import Processes
     from ftlevel.training.resume import ResumeState
 
-    adapted = load_adapted(config, plan, NullListener())
+    adapted = load_adapted(run, NullListener())
     with tempfile.TemporaryDirectory() as nowhere:
-        run = RunDirectory(Path(nowhere))
-        trainer = build_trainer(config, plan, adapted, run, ResumeState(), Processes())
-    size = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+        directory = RunDirectory(Path(nowhere))
+        trainer = build_trainer(run, adapted, directory, ResumeState(), Processes())
+    train = run.config.train
+    size = train.per_device_train_batch_size * train.gradient_accumulation_steps
     optimizer: Any = trainer.create_optimizer()
     trained = [weight for group in optimizer.param_groups for weight in group["params"]]
     adapted.model.train()
     spent, computed, tokens = 0.0, 0.0, 0
-    with trainer.standalone_steps(plan.model.dtype):
+    with trainer.standalone_steps(run.model.dtype):
         for step in range(PROBED):
-            rows = _rows_of(plan, step, size)
+            rows = _rows_of(run, step, size)
             begun, busy = time.perf_counter(), time.process_time()
             batch = trainer.data_collator(rows)
             count = trainer.count_targets([batch], trainer.args.device)
@@ -198,22 +198,22 @@ def measure_time(config: TrainConfig, plan: Plan) -> TimeForecast:
                 computed += time.process_time() - busy
                 tokens += sum(len(row.input_ids) for row in rows)
     speed = tokens / spent
-    if plan.data.stream is None:
-        seconds = plan.data.facts["tokens"] / speed
+    if run.data.stream is None:
+        seconds = run.data.facts["tokens"] / speed
     else:
-        seconds = spent / (PROBED - 1) * plan.schedule.steps
+        seconds = spent / (PROBED - 1) * run.schedule.steps
     return TimeForecast(seconds, speed, f"{PROBED - 1} steps here", tokens / max(computed, 1e-9))
 
 
-def _rows_of(plan: Plan, step: int, size: int) -> list[Any]:
+def _rows_of(run: Run, step: int, size: int) -> list[Any]:
     """Return the rows of a probe step, spread over the dataset."""
-    rows = plan.data.train
+    rows = run.data.train
     apart = max(1, len(rows) // (PROBED * size))
     return [rows[(step + PROBED * at) * apart % len(rows)] for at in range(min(size, len(rows)))]
 
 
-def steps_per_epoch(config: TrainConfig, plan: Plan) -> int:
+def steps_per_epoch(run: Run) -> int:
     """Return the optimizer steps per epoch, or of the whole run for streamed rows."""
-    if plan.data.stream is not None:
-        return plan.schedule.steps
-    return count_steps_per_epoch(config.train, len(plan.data.train))
+    if run.data.stream is not None:
+        return run.schedule.steps
+    return count_steps_per_epoch(run.config.train, len(run.data.train))

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ftlevel.config import TrainConfig
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import DTYPES
 from ftlevel.training.forecast.memory import LayerSample, StepMemory, highest
@@ -35,7 +34,7 @@ from ftlevel.training.forecast.meta_model import (
     WEIGHTS,
     build_fake_model,
 )
-from ftlevel.training.plan.plan import Plan
+from ftlevel.training.plan.run import Run
 from ftlevel.training.shards import blocks_of, cast_linears, replicated_parameters
 
 GATHERED, REDUCED = "gathered", "reduction"
@@ -149,12 +148,12 @@ class ShardedModel:
         return found
 
 
-def describe_shares(config: TrainConfig, plan: Plan) -> ShardedModel:
+def describe_shares(run: Run) -> ShardedModel:
     """Return how the planned model is sharded, computed on fake tensors."""
-    sample = LayerSample.of(plan).sample
-    model = build_fake_model(config, plan, None if sample is None else list(sample)).model
+    sample = LayerSample.of(run).sample
+    model = build_fake_model(run, None if sample is None else list(sample)).model
     whole, blocks = replicated_parameters(model), blocks_of(model)
-    dtype = DTYPES[plan.model.dtype]
+    dtype = DTYPES[run.model.dtype]
     narrow = {linear.weight for block in blocks for linear in cast_linears(block, dtype, whole)}
     cuts = [_cut(block.parameters(), whole, narrow, dtype) for block in blocks]
     inside = {parameter for block in blocks for parameter in block.parameters()}
@@ -178,7 +177,7 @@ def describe_shares(config: TrainConfig, plan: Plan) -> ShardedModel:
             if linear.weight not in narrow
         ),
         trained=_FLOAT * trained,
-        trains_base=METHODS[config.method.kind].trains_base(config.method),
+        trains_base=METHODS[run.config.method.kind].trains_base(run.config.method),
     )
 
 

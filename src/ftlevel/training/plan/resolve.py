@@ -1,4 +1,4 @@
-"""Resolve a configuration into a plan: model, task, rows, targets, schedule.
+"""Resolve a configuration into a run: model, task, rows, targets, schedule.
 
 Every error that can be detected without weights is raised here.
 """
@@ -54,9 +54,9 @@ from ftlevel.training.plan.method import (
     resolve_experts,
     resolve_quantization,
 )
-from ftlevel.training.plan.plan import (
-    Plan,
+from ftlevel.training.plan.run import (
     PlannedModel,
+    Run,
     head_choices,
     method_choices,
     model_choice,
@@ -110,8 +110,8 @@ def resolve(
     adapter: StartingAdapter | None = None,
     imagined: SyntheticBatch | None = None,
     prompt_version: int | None = None,
-) -> Plan:
-    """Resolve `config` into a plan.
+) -> Run:
+    """Resolve `config` into a run.
 
     Args:
         config: configuration of the run.
@@ -126,7 +126,7 @@ def resolve(
     Raises:
         ConfigError: the first problem found; nothing was loaded or written.
     """
-    task = TASKS[config.task].configured(task_options(config))
+    given, task = config, TASKS[config.task].configured(task_options(config))
     config, bare = _read_model(config, task, imagined or SyntheticBatch())
     if imagined is not None and imagined.rows is not None:
         data = imagined.rows(task, bare.kind, bare.config)
@@ -155,7 +155,8 @@ def resolve(
     device, most = bare.device.value, data.max_length
     threads = [choose_threads()] if device == "cpu" else []
     fast = plan_fast(config, meta, bare.kind, objective, device, data.train, most)
-    plan = Plan(
+    run = Run(
+        config=given,
         task=task,
         objective=objective,
         loss=loss,
@@ -187,8 +188,8 @@ def resolve(
         ],
     )
     if adapter is not None:
-        check_adapter_matches(adapter, config, plan)
-    return plan
+        check_adapter_matches(adapter, run)
+    return run
 
 
 def task_options(config: TrainConfig) -> dict[str, Any]:

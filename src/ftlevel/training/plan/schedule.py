@@ -19,7 +19,7 @@ from ftlevel.methods.rates import RunFacts, choose_head_rate
 from ftlevel.models.hardware import DTYPES, MemorySettings, device_memory, longest_in_memory
 from ftlevel.models.kinds import max_positions
 from ftlevel.task import Objective, TrainingLoss
-from ftlevel.training.plan.plan import Schedule
+from ftlevel.training.plan.run import Schedule
 
 
 def count_steps_per_epoch(config: TrainerConfig, rows: int) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, join_names
 from ftlevel.methods import METHODS
@@ -15,7 +14,7 @@ from ftlevel.models.loading import build_task_model
 from ftlevel.trained.adapt import apply_method, compact_targets, describe_state
 from ftlevel.trained.model_ref import ADAPTER_WEIGHTS
 from ftlevel.training.plan.adapter import StartingAdapter
-from ftlevel.training.plan.plan import Plan
+from ftlevel.training.plan.run import Run
 from ftlevel.weights.tensor_files import read_header
 
 _ELSEWHERE = {
@@ -26,19 +25,19 @@ _ELSEWHERE = {
 """Settings that are names, or that follow from names and shapes of the weights."""
 
 
-def check_adapter_matches(adapter: StartingAdapter, config: TrainConfig, plan: Plan) -> None:
+def check_adapter_matches(adapter: StartingAdapter, run: Run) -> None:
     """Raise ConfigError if settings or tensors of an adapter differ from those the run builds."""
-    own, spec = METHODS[config.method.kind], config.method
-    meta = build_task_model(plan.model.config, plan.model.auto_class)
+    own, spec = METHODS[run.config.method.kind], run.config.method
+    meta = build_task_model(run.model.config, run.model.auto_class)
     if own.build is None:
         raise TypeError("a whole model has no adapter")
-    problem, known = plan.data.facts["problem_type"], adapter.card and adapter.card.options
+    problem, known = run.data.facts["problem_type"], adapter.card and adapter.card.options
     if known and known.get("problem_type", problem) != problem:
         raise ConfigError(
             f"--adapter {adapter.name} was trained for {known['problem_type']}, and these rows are "
             f"{problem}. Use other rows, or train a new adapter."
         )
-    compact = replace(plan.base, targets=compact_targets(meta, plan.base.targets))
+    compact = replace(run.base, targets=compact_targets(meta, run.base.targets))
     built = json.loads(json.dumps(own.build(spec, compact).to_dict(), default=_plain))
     for name, value in adapter.settings.items():
         if _is_other(name, value, built):
@@ -47,7 +46,7 @@ def check_adapter_matches(adapter: StartingAdapter, config: TrainConfig, plan: P
                 f"--adapter {adapter.name}: its {name} is {json.dumps(value)}, and in training it "
                 f"would be {now}. It cannot be gone on from."
             )
-    needed, wanted = describe_state(apply_method(meta, spec, plan.base))
+    needed, wanted = describe_state(apply_method(meta, spec, run.base))
     stored, _ = read_header(adapter.directory / ADAPTER_WEIGHTS)
     found = {name: tensor.spec.shape for name, tensor in stored.items()}
     other = {name for name, shape in found.items() if wanted.get(name) != shape}
@@ -60,15 +59,15 @@ def check_adapter_matches(adapter: StartingAdapter, config: TrainConfig, plan: P
         )
 
 
-def find_adapter_warnings(adapter: StartingAdapter, config: TrainConfig, plan: Plan) -> list[str]:
+def find_adapter_warnings(adapter: StartingAdapter, run: Run) -> list[str]:
     """Return warnings about unnamed classes and prompts that differ from the adapter's."""
-    labels = plan.data.facts["labels"]
-    if adapter.card is None and labels and not config.data.labels:
+    labels = run.data.facts["labels"]
+    if adapter.card is None and labels and not run.config.data.labels:
         return [
             f"--adapter {adapter.name} keeps no names of its classes: its head's are taken for "
             f"{join_names(labels)}, in this order. --set 'data.labels=[…]' says otherwise."
         ]
-    own, now = adapter.card and adapter.card.prompt, plan.data.prompt_format
+    own, now = adapter.card and adapter.card.prompt, run.data.prompt_format
     if not own or now is None or own == json.loads(json.dumps(now.to_dict())):
         return []
     return [
@@ -94,33 +93,32 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "none" if shape is None else "×".join(map(str, shape)) or "a number"
 
 
-def size_choices(config: TrainConfig, plan: Plan, *, try_method: bool) -> list[Choice]:
+def size_choices(run: Run, *, try_method: bool) -> list[Choice]:
     """Return the lines that show trainable parameters and steps; see `count_trainable`."""
-    epochs = f"{config.train.num_train_epochs:g} epochs"
-    reason = "" if config.train.max_steps else f"{epochs} of {len(plan.data.train):,} rows"
-    trainable, total = count_trainable(config, plan, try_method=try_method)
+    epochs = f"{run.config.train.num_train_epochs:g} epochs"
+    reason = "" if run.config.train.max_steps else f"{epochs} of {len(run.data.train):,} rows"
+    trainable, total = count_trainable(run, try_method=try_method)
     return [
         Choice("trainable", f"{trainable:,} of {total:,}", f"{trainable / total:.2%}"),
-        Choice("steps", f"{plan.schedule.steps:,}", reason),
+        Choice("steps", f"{run.schedule.steps:,}", reason),
     ]
 
 
-def count_trainable(
-    config: TrainConfig, plan: Plan, *, try_method: bool = False
-) -> tuple[int, int]:
+def count_trainable(run: Run, *, try_method: bool = False) -> tuple[int, int]:
     """Return the number of trainable and of all parameters, without weights.
 
     The method's own formula is used where it exists, since building every adapter module on the
     meta model takes as long as on the real one. `try_method` builds the modules in any case, for a
     dry run.
     """
-    method, own, total = config.method, METHODS[config.method.kind], plan.model.total_parameters
-    if own.count and not (try_method or plan.base.heads or plan.targets.parameters):
-        added = own.count(method, plan.targets.sizes)
+    method, total = run.config.method, run.model.total_parameters
+    own = METHODS[method.kind]
+    if own.count and not (try_method or run.base.heads or run.targets.parameters):
+        added = own.count(method, run.targets.sizes)
         if added is not None:
             return added, total + added
-    meta = build_task_model(plan.model.config, plan.model.auto_class)
-    adapted = apply_method(meta, own.start.default(method) if own.start else method, plan.base)
+    meta = build_task_model(run.model.config, run.model.auto_class)
+    adapted = apply_method(meta, own.start.default(method) if own.start else method, run.base)
     return count_parameters(adapted)
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from ftlevel.artifacts.run_directory import RunDirectory
-from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.fit import prompt_length
@@ -31,7 +30,7 @@ from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.models.upstream.tensors import inner_tensors, own_tensors
 from ftlevel.training.build_trainer import build_trainer
 from ftlevel.training.model import PreparedModel
-from ftlevel.training.plan.plan import Plan
+from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 from ftlevel.training.resume import ResumeState
 from ftlevel.training.shards import is_sharded
@@ -203,23 +202,21 @@ STEPS = 3
 """Number of steps compared with --verify-fast."""
 
 
-def verify_step(
-    config: TrainConfig, plan: Plan, adapted: PreparedModel, listener: Listener
-) -> StepComparison | None:
+def verify_step(run: Run, adapted: PreparedModel, listener: Listener) -> StepComparison | None:
     """Compare fast and plain step before training, and restore the model; None if not compared.
 
     `speed.verify` selects whole steps (True), nothing (False) or a few rows (None). Raises RunError
     if the difference exceeds what rounding explains.
     """
-    asked, rows = config.speed.verify, plan.data.train
+    asked, rows = run.config.speed.verify, run.data.train
     if adapted.fast is None or asked is False:
         return None
-    if is_sharded(adapted.model) and METHODS[config.method.kind].build is None:
+    if is_sharded(adapted.model) and METHODS[run.config.method.kind].build is None:
         why = "the trained weights are shared out over the processes"
         listener.choices("verify-fast", [Choice("fast step", "not compared with the plain", why)])
         return None
-    a_batch = config.train.per_device_train_batch_size
-    a_step = a_batch * config.train.gradient_accumulation_steps
+    a_batch = run.config.train.per_device_train_batch_size
+    a_step = a_batch * run.config.train.gradient_accumulation_steps
     few = [] if asked else choose_probe_rows(rows)
     if not asked and not few:
         return None
@@ -227,15 +224,15 @@ def verify_step(
         listener.stage("compute the first steps the plain way and the fast way")
     with tempfile.TemporaryDirectory() as nowhere:
         nobody = RunDirectory(Path(nowhere))
-        trainer = build_trainer(config, plan, adapted, nobody, ResumeState(), Processes())
-        steps = Steps(trainer, plan.model.pad_id)
-        dropout = bool(asked and find_randomness(config, adapted.model, with_head=True))
-        verifier = _Verifier(steps, a_batch if asked else len(few), plan.model.dtype, dropout)
+        trainer = build_trainer(run, adapted, nobody, ResumeState(), Processes())
+        steps = Steps(trainer, run.model.pad_id)
+        dropout = bool(asked and find_randomness(run.config, adapted.model, with_head=True))
+        verifier = _Verifier(steps, a_batch if asked else len(few), run.model.dtype, dropout)
         wanted = list(batches(rows[: STEPS * a_step], a_step)) if asked else [few]
         # GPU kernels for half precision differ from those for float32.
-        rounded = bool(asked) or plan.model.device != "cpu"
+        rounded = bool(asked) or run.model.device != "cpu"
         try:
-            verified = verifier.compare(wanted, rounded=rounded, rate=plan.schedule.learning_rate)
+            verified = verifier.compare(wanted, rounded=rounded, rate=run.schedule.learning_rate)
         except _NotFiniteError:  # GradientProof reports it at the first step
             return None
     what = (

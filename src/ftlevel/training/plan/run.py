@@ -1,10 +1,10 @@
-"""The resolved plan of a run, and the lines that show it."""
+"""A run before its weights are loaded: `Run`, its model and schedule, and the lines for display."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftlevel.config import DEFAULT_MODEL, MethodConfig, QuantConfig, TrainConfig
@@ -84,13 +84,15 @@ class AuxiliaryModels:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A run before its weights are loaded.
+class Run:
+    """A configuration with everything that is decided from it before weights load.
 
-    `best` is None if no best model is selected, `adapter` is None for a new adapter, and `beside`
-    is filled in when the run starts.
+    `config.quant` is what the user configured; `model.quant` also has the quantization of the
+    checkpoint. `best` is None if no best model is selected, `adapter` is None for a new adapter,
+    and `beside` is filled in when the run starts.
     """
 
+    config: TrainConfig
     task: BaseTask
     objective: Objective
     loss: TrainingLoss
@@ -103,6 +105,11 @@ class Plan:
     adapter: StartingAdapter | None
     choices: list[Choice]
     beside: AuxiliaryModels = field(default_factory=AuxiliaryModels)
+
+    def with_settings(self, section: str, **values: Any) -> Run:
+        """Return the run with fields of a configuration section replaced, without validation."""
+        changed = getattr(self.config, section).model_copy(update=values)
+        return replace(self, config=self.config.model_copy(update={section: changed}))
 
     @property
     def base(self) -> Base:
