@@ -23,12 +23,11 @@ def guide_pages() -> dict[str, Callable[[], str]]:
 
 def _index() -> str:
     lines = [
-        "# Each method",
+        "# Every method",
         "",
-        "A page a method: what it trains, where it sits, when to take it, what to turn. Measured "
-        "side by side they stand",
-        "in [which-method.md](../which-method.md) and [results.md](../results.md); what works with "
-        "what, in [methods.md](../methods.md).",
+        "One page per method: what it trains, when to use it, and its main settings. Comparisons:",
+        "[which method](../which-method.md) and [results](../results.md); [methods](../methods.md) "
+        "lists what works with what.",
         "",
         "| method | trains | 7B Llama | merges |",
         "|---|---|--:|---|",
@@ -50,7 +49,7 @@ def _page(kind: str) -> str:
     if guide:
         lines += [f"![Where {kind} sits in a transformer's block]({kind}.svg)", ""]
         lines += [guide.idea, "", f"**When.** {guide.take}", ""]
-        lines += [f"**What to turn.** {guide.turn}", ""]
+        lines += [f"**Main settings.** {guide.turn}", ""]
     lines += [
         "<!-- not run: tests/integration/test_methods.py trains every method -->",
         "```sh",
@@ -81,8 +80,8 @@ def _settings(kind: str) -> str:
 def _rates(kind: str) -> str:
     rates = METHODS[kind].rates(SPECS[kind]())
     return (
-        f"from {rates.narrow:g} on small models and short runs towards {rates.wide:g} "
-        "([the rule](../defaults.md))"
+        f"{rates.narrow:g} for small models and short runs, {rates.wide:g} for large models and "
+        "long runs ([the rule](../defaults.md))"
     )
 
 
@@ -90,7 +89,7 @@ def _forms(kind: str) -> Iterator[str]:
     forms = [row for row in FACTS.values() if row.kind == kind and row.name != kind]
     if not forms:
         return
-    yield from ("## Forms", "", "| | by | trains | published |", "|---|---|---|---|")
+    yield from ("## Variants", "", "| | flags | trains | published |", "|---|---|---|---|")
     for row in forms:
         yield f"| {row.name} | `{row.flags}` | {row.trains} | {row.paper} |"
     yield ""
@@ -101,7 +100,7 @@ def _limits(kind: str) -> Iterator[str]:
     found = [rule for rule in RULES if rule.rows & names]
     if not found:
         return
-    yield from ("## Refused", "", "| | | because | instead |", "|---|---|---|---|")
+    yield from ("## Not supported", "", "| | | reason | alternative |", "|---|---|---|---|")
     for rule in found:
         who = ", ".join(name for name in FACTS if name in rule.rows & names)
         yield f"| {who} | {rule.where} | {rule.why} | {rule.instead} |"

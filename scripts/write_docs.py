@@ -81,55 +81,52 @@ def methods_page() -> str:
     lines = [
         "# Methods",
         "",
-        "Written by `python scripts/write_docs.py methods` from the table by which `ftlevel train` "
-        "refuses what",
-        "cannot work. `ftlevel list-methods` shows it for one model, task or quantization. Every "
-        "cell that says",
-        "yes has been trained, saved and loaded anew in a tiny model by `make matrix`.",
+        "This page lists what each method trains, its defaults, and which combinations work. It is "
+        "generated from",
+        "the table that `ftlevel train` uses to refuse unsupported combinations; `ftlevel "
+        "list-methods` shows it for",
+        "model, task or quantization. Every supported combination is trained, saved and reloaded "
+        "on a tiny model by `make matrix`.",
         "",
         "## What each trains",
         "",
-        "The share is of Llama-2-7B's 6.7 billion parameters, with the defaults.",
+        "Shares are of the 6.7 billion parameters of Llama-2-7B, with default settings.",
         "",
-        "| method | asked for by | trains | 7B Llama | merges | paper |",
+        "| method | flags | trains | 7B Llama | mergeable | paper |",
         "|---|---|---|---:|---|---|",
         *(_facts_line(row) for row in rows),
         "",
         "## Defaults",
         "",
-        f"A learning rate lies between what was measured on models {NARROW} wide in {SHORT} steps "
-        "with a new head (or",
-        "with the language head of a decoder or encoder-decoder, where that is another), and what "
-        "is used on models "
-        f"{WIDE:,} wide in {LONG:,} steps or more;",
-        "[defaults.md](defaults.md) has the rule, and how near it comes to the best rate. It is "
-        "linear to zero.",
-        "Without `--target-modules`, low-rank and orthogonal methods adapt every linear of the "
-        "blocks.",
+        f"The learning rate is between two values: one measured on models of width {NARROW} in "
+        f"{SHORT} steps, and one for",
+        f"models of width {WIDE:,} and {LONG:,} steps or more ([the rule](defaults.md)). The "
+        "schedule decays linearly to zero.",
+        "Without `--target-modules`, low-rank and orthogonal methods adapt all linear layers of "
+        "the blocks.",
         "",
-        "| method | settings | narrow, short | wide, long | source of the last |",
+        "| method | settings | narrow, short | wide, long | source of the wide rate |",
         "|---|---|---:|---:|---|",
         *(_defaults_line(kind) for kind in SPECS),
         "",
         *_pages(),
         "## Embeddings and heads",
         "",
-        "Adapters go on linears of the blocks. `--target-modules q_proj,embed_tokens,lm_head` puts",
-        "a LoRA on the embedding and the output layer too, by name only, and",
-        "`--modules-to-save embed_tokens,lm_head` trains them in full beside it.",
-        "`--trainable-token-indices '<tool>,17'` trains the rows of single tokens, by",
-        "text or id, in both layers where they share their weights. Of two layers that share",
-        "weights each is trained by itself unless `method.ensure_weight_tying=true`, and merging",
-        "parts them. A token that is new needs a row first: add it with `resize_token_embeddings`",
-        "of transformers, save model and tokenizer, and train that.",
+        "`--target-modules q_proj,embed_tokens,lm_head` adds LoRA to the embedding and the output "
+        "layer, too.",
+        "`--modules-to-save embed_tokens,lm_head` trains them in full.",
+        "`--trainable-token-indices '<tool>,17'` trains single rows of the embedding, given as "
+        "text or id. Layers that",
+        "share weights are trained separately unless `method.ensure_weight_tying=true`. To add a "
+        "token, call",
+        "`resize_token_embeddings` of transformers, save model and tokenizer, and train that.",
         "",
-        "What plain PEFT trained on embeddings, heads and resized vocabularies is read as it is,",
-        "and so are its prompts and P-tuning for language models; see [merge.md](merge.md).",
+        "Plain PEFT adapters on embeddings, heads and resized vocabularies can be used; see "
+        "[merge](merge.md).",
         "",
         "## Families and quantized bases",
         "",
-        "`yes` is with and without `--quant`; else `f` is a float base, `4` is `--quant 4bit`, `8` "
-        "is `--quant 8bit`.",
+        "`yes`: on all bases; `f`: float base; `4`: `--quant 4bit`; `8`: `--quant 8bit`.",
         "",
         *_family_table(rows),
         "",
@@ -137,9 +134,9 @@ def methods_page() -> str:
         "",
         *_task_table(),
         "",
-        "## Why not",
+        "## Reasons",
         "",
-        "| method | not | because | instead |",
+        "| method | not with | reason | alternative |",
         "|---|---|---|---|",
         *_rule_lines(),
         "",
