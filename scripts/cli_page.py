@@ -9,17 +9,20 @@ from functools import partial
 
 from ftlevel.cli.app import COMMANDS
 from ftlevel.config.flag import Alias, Flag, NoOpValue, ValueAliases
-from ftlevel.config.flags import FLAGS, TRAIN_LIKE_COMMANDS, flags_of
+from ftlevel.config.flags import FLAGS, flags_of
+
+MANY = 40
+"""Number of flags shared with `train` above which a page refers to it."""
 
 _HEAD = """\
 # The command line
 
-Written by `python scripts/write_docs.py cli` from the table of flags, \
-`src/ftlevel/config/flags.py`.
+This page lists all commands; each has a page with its flags. It is generated from the table of
+flags, `src/ftlevel/config/flags.py`, by `python scripts/write_docs.py cli`.
 
-Underscores are read as dashes. A second name is what another tool calls the flag; it is accepted
-wherever the flag is. A field is set by its flag, by a recipe, or by `--set field=value`, and
-`ftlevel train --schema` has them all: defaults < recipe < `--set` < flags.
+Underscores are read as dashes. Second names are other tools' names of a flag. A field can be set by
+its flag, by `--set field=value` or in a recipe; flags override `--set`, which overrides the recipe.
+`ftlevel train --schema` lists all fields.
 
 | command | |
 |---|---|"""
@@ -37,7 +40,7 @@ def command_pages() -> dict[str, Callable[[], str]]:
 
 
 def command_page(name: str, flags: Sequence[Flag] = FLAGS) -> str:
-    """Return docs/commands/NAME.md: what the command does, and every flag that it has."""
+    """Return docs/commands/NAME.md: description and flags."""
     return "\n".join(_command(name, flags)) + "\n"
 
 
@@ -46,14 +49,13 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
     function = getattr(importlib.import_module(module), attribute)
     yield from (f"# ftlevel {name}", "", inspect.getdoc(function) or "")
     rows = flags_of(name, flags)
-    if name in TRAIN_LIKE_COMMANDS:
-        of_train = [row for row in rows if row in flags_of("train", flags) and row.path]
+    of_train = [row for row in rows if row in flags_of("train", flags) and row.path]
+    if name != "train" and len(of_train) > MANY:
         rows = [row for row in rows if row not in of_train]
         yield from (
             "",
-            f"It has {len(of_train)} flags of [ftlevel train](train.md): those that say something "
-            "of a run, but not",
-            "where it is written. Beside them:",
+            f"It accepts {len(of_train)} flags of [ftlevel train](train.md), all but those for "
+            "output and logging. Additional flags:",
         )
     for panel in dict.fromkeys(row.panel for row in rows):
         yield from ("", f"## {panel or 'Arguments'}", "")
@@ -62,12 +64,12 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
         yield from (_line(row, name, flags) for row in rows if row.panel == panel)
     answers = [row for row in flags if row.answer and name in row.on]
     if answers:
-        yield from ("", "## Not here", "")
+        yield from ("", "## Not available", "")
         yield from (line for row in answers for line in _answer(row))
 
 
 def _answer(row: Flag) -> Iterator[str]:
-    """Yield the line of a flag that there is not: what its words do, then what others are told."""
+    """Yield the line of a flag that is not available: its values, then the general answer."""
     words = [
         f"{_code(word)}: {meant.reason if isinstance(meant, NoOpValue) else _code(meant)}"
         for word, meant in row.words.items()
@@ -111,7 +113,7 @@ def _with_values(other: Alias) -> str:
 
 def _words(words: ValueAliases) -> str:
     return ", ".join(
-        f"{theirs}: {'as it is' if isinstance(ours, NoOpValue) else ours or 'none'}"
+        f"{theirs}: {'unchanged' if isinstance(ours, NoOpValue) else ours or 'none'}"
         for theirs, ours in words.items()
     )
 
