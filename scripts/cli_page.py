@@ -11,7 +11,7 @@ from ftlevel.cli.app import COMMANDS
 from ftlevel.config.flag import Alias, Flag, NoOpValue, ValueAliases
 from ftlevel.config.flags import FLAGS, flags_of
 
-MANY = 40
+MANY = 30
 """Number of flags shared with `train` above which a page refers to it."""
 
 _HEAD = """\
@@ -63,7 +63,12 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
         yield "|---|---|---|---|---|---|"
         yield from (_line(row, name, flags) for row in rows if row.panel == panel)
     answers = [row for row in flags if row.answer and name in row.on]
-    if answers:
+    if name != "train" and len(answers) > MANY:
+        yield from (
+            "",
+            "[ftlevel train](train.md#not-available) lists flags that are not available.",
+        )
+    elif answers:
         yield from ("", "## Not available", "")
         yield from (line for row in answers for line in _answer(row))
 
