@@ -93,7 +93,7 @@ def _line(row: Flag, command: str, flags: Sequence[Flag]) -> str:
     default = "required" if row.required else default
     cells = [
         ", ".join(_code(name) for name in row.typer_names(is_switch)),
-        _code(row.path),
+        ", ".join(_code(path) for path in (row.path, *row.by_task.values())),
         choices,
         default,
         ", ".join(_second(row, flags)),

@@ -316,7 +316,44 @@ SPELLINGS: list[Spelled] = [
         ("--eos_token '<|im_end|>'", "the tokenizer and its tokens are the model's own"),
         ("--config sft_config.yaml", "ftlevel recipes convert"),
         ("--dataset_test_split test", "--validation-file names others"),
-        ("--reward_funcs accuracy", "writes none while it learns"),
+        ("--reward_weights 1.0 0.2", "Write --reward NAME=WEIGHT"),
+        ("--top_k 50", "another distribution than the one that is trained"),
+    ),
+    *(
+        Spelled(TRL, "trl grpo", typed, sets, beside="--task rl --reward exact")
+        for typed, sets in (
+            ("--num_generations 4", {"rl.num_generations": 4}),
+            ("--max_completion_length 64", {"rl.max_completion_length": 64}),
+            ("--temperature 0.7", {"rl.temperature": 0.7}),
+            ("--beta 0.04", {"rl.beta": 0.04}),
+            ("--scale_rewards false", {"rl.scale_rewards": "none"}),
+            ("--epsilon_high 0.28", {"rl.epsilon_high": 0.28}),
+            ("--num_iterations 2", {"rl.num_iterations": 2}),
+            ("--mask_truncated_completions true", {"rl.mask_truncated_completions": True}),
+            (
+                "--loss_type cispo",
+                {"rl.loss": "cispo", "rl.epsilon_high": 0.2},
+            ),
+            ("--loss_type dr_grpo", {"rl.loss": "dr_grpo", "rl.scale_rewards": "group"}),
+            (
+                "--loss_type grpo --importance_sampling_level sequence",
+                {"rl.loss": "gspo", "rl.epsilon": 0.2},
+            ),
+            (
+                "--loss_type grpo --beta 0.04",
+                {"rl.loss": "grpo", "rl.use_bias_correction_kl": True},
+            ),
+            (
+                "--loss_type bnpo --per_device_train_batch_size 16",
+                {"rl.loss": "bnpo", "train.per_device_train_batch_size": 2},
+            ),
+        )
+    ),
+    Spelled(
+        TRL,
+        "trl grpo",
+        "--reward_funcs accuracy_reward think_format_reward --task rl",
+        {"rl.reward": ("math", "format:think")},
     ),
     *_sets(
         AXOLOTL, "llama-3/qlora.yml",
@@ -391,7 +428,7 @@ SPELLINGS: list[Spelled] = [
     *_answers(
         LLAMA_FACTORY, "train_lora",
         ("--template qwen3_nothink", "the chat template is the model's own"),
-        ("--stage ppo", "writes none while it learns"),
+        ("--stage ppo", "--task preference, reward and rl"),
         ("--ddp_timeout 180000000", "--num-processes N"),
         ("--use_galore", "ftlevel list-methods"),
         ("--dataset_dir data", "--dataset FILE"),
@@ -432,7 +469,12 @@ SPELLINGS: list[Spelled] = [
         ("--model_author swift", "a run makes no rows about itself"),
         ("--num_labels 2", "the classes are counted in the data"),
         ("--init_weights lora-ga", "'lora-ga' is not known"),
-        ("--rlhf_type grpo", "writes none while it learns"),
+    ),
+    Spelled(
+        MS_SWIFT,
+        "examples/train/grpo",
+        "--rlhf_type grpo --reward_funcs accuracy --max_completion_length 128",
+        {"task": "rl", "rl.loss": "grpo", "rl.beta": 0.04, "rl.temperature": 0.9},
     ),
     *_sets(
         TRL, "trl sft",

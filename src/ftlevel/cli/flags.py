@@ -37,6 +37,9 @@ from ftlevel.config import (
 from ftlevel.config.flag import DAILY, GENERAL, FieldMetadata, Flag
 from ftlevel.config.flags import flags_of
 from ftlevel.config.layers import find_setting
+from ftlevel.config.reading import normalize_task
+from ftlevel.config.rl import RL_TASK
+from ftlevel.config.rl_tools import keep_meaning
 from ftlevel.config.section import Section
 from ftlevel.errors import ConfigError, Interrupted, did_you_mean
 from ftlevel.world import is_launched
@@ -272,13 +275,14 @@ class CommandInput:
     typed: Mapping[str, str] = field(default_factory=dict)
     claims: Sequence[NoOpClaim] = ()
 
-    def layer(self) -> Layer:
-        """Return the configuration layer of the flags that set a field."""
+    def layer(self, task: str = "") -> Layer:
+        """Return the configuration layer of the flags that set a field in a run of `task`."""
         layer = Layer()
         for row in self.rows:
             value = self.values[row.parameter]
             if row.path and value is not None:
-                _put(layer, row, self.typed.get(row.shown, row.shown), value)
+                path = row.by_task.get(task, row.path)
+                _put(layer, row, path, self.typed.get(row.shown, row.shown), value)
         return layer
 
     def section(self, section: type[S], **others: Any) -> S:
@@ -290,9 +294,9 @@ class CommandInput:
         return config
 
 
-def _put(layer: Layer, row: Flag, shown: str, value: Any) -> None:
-    """Set a value in `layer` (mutated) as `row` specifies."""
-    key = tuple(row.path.split("."))
+def _put(layer: Layer, row: Flag, path: str, shown: str, value: Any) -> None:
+    """Set the field at `path` in `layer` (mutated) as `row` specifies."""
+    key = tuple(path.split("."))
     if row.example:
         for pair in (part for given in value for part in _NEXT_PAIR.split(given)):
             name, equals, column = pair.partition("=")
@@ -350,7 +354,13 @@ def read_config(
     is_run = path is not None and path.name == CONFIG and (path.parent / PLACES).is_file()
     layers = [] if path is None else [read_run(path.parent) if is_run else read_recipe(path)]
     layers.append(read_settings(values["settings"] or []))
-    config = build_config([*layers, given.layer()], note)
+    tasks = [values["task"], *(layer.values.get("task") for layer in reversed(layers))]
+    task = normalize_task(str(next(filter(None, tasks), "")))
+    flags = given.layer(task)
+    if task == RL_TASK:
+        for line in keep_meaning(flags.values, given.typed):
+            note(line)
+    config = build_config([*layers, flags], note)
     if is_run and path is not None:
         check_places(path.parent, config.model_dump(mode="json"))
     for line in check_claims(given.claims, config):

@@ -137,7 +137,7 @@ def _second_readings(row: Flag, own: FlagSpec) -> dict[str, FlagSpec]:
             takes_none=is_value or own.is_switch,
             words={**own.words, **other.values} if not is_value else other.values,
             read=other.read or (None if is_value else own.read),
-            several=own.several and not is_value,
+            several=(own.several or other.several) and not is_value,
             is_list=own.is_list,
             is_number=own.is_number and other.read is None and not is_value,
             noun=own.noun or own.path,

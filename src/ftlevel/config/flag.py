@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -162,12 +162,14 @@ class Alias:
         value: value set by this switch.
         values: aliases of values; other values are passed unchanged.
         read: conversion of other values; raises ValueError if there is no counterpart.
+        several: whether it takes several values although the flag takes one.
     """
 
     name: str
     value: str | None = None
     values: ValueAliases = field(default_factory=dict)
     read: Callable[[str], str] | None = None
+    several: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ class Flag:
 
     Attributes:
         path: dotted path of its field; `method.NAME` is a field of any method. Empty if none.
+        by_task: task → path of the field that it sets for this task instead.
         names: names as in Typer; an argument's metavar. Default: the field's name.
         panel: heading in `--help` and docs/cli.md.
         on: commands that have it.
@@ -209,6 +212,7 @@ class Flag:
     default: Any = None
     minimum: int | None = None
     answer: str = ""
+    by_task: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def spellings(self) -> list[Alias]:
@@ -236,7 +240,19 @@ class Flag:
 
     def facts(self, command: str) -> FieldMetadata | None:
         """Return the metadata of the field that it sets, or None."""
-        return describe_field(CONFIGS[command], self.path) if self.path else None
+        if not self.path:
+            return None
+        found = describe_field(CONFIGS[command], self.path)
+        for task, path in self.by_task.items():
+            other = describe_field(CONFIGS[command], path)
+            default = f" (default: {other.default})" if other.default else ""
+            found = replace(
+                found,
+                description=f"{found.description} With --task {task}{default}: "
+                f"{other.description[:1].lower()}{other.description[1:]}",
+                choices=tuple(dict.fromkeys((*found.choices, *other.choices))),
+            )
+        return found
 
     def typer_names(self, is_switch: bool) -> list[str]:
         """Return the names for Typer."""

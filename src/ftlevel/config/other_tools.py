@@ -14,6 +14,7 @@ from typing import Any
 from ftlevel.config.flag import Alias, Flag, NoOpValue, ValueAliases
 from ftlevel.config.methods import SPECS
 from ftlevel.config.reading import METHOD_ALIASES
+from ftlevel.config.rl import SAMPLED
 
 _ON = ("train", "preview")
 
@@ -37,17 +38,15 @@ _ANSWERS_ONLY = NoOpValue(
 _NO_WORKERS = NoOpValue(
     "rows are encoded before the run, and batches are made of them as they are needed"
 )
-_NO_REWARDS = (
-    "ftlevel learns from judged answers that are there (--task preference), and writes none while "
-    "it learns. Drop it."
-)
+_NO_REWARDS = "ftlevel learns from judgments by --task preference, reward and rl. Drop it."
+_SAMPLED = f"it {SAMPLED}. Drop it."
 _STAGES = {
     stage: f"--task preference --loss {loss}"
     for stage, loss in (
         *((name, name) for name in ("dpo", "kto", "orpo", "simpo", "cpo")),
         ("rm", "reward"),
     )
-}
+} | {"grpo": "--task rl", "rloo": "--task rl --loss rloo"}
 _TRACKER = "the tracker reads it from its environment variable. Set that, and drop the flag."
 _HUB = (
     "--push-to-hub NAME uploads what was trained, once, when the run is done. Use that, or "
@@ -247,8 +246,25 @@ UNSUPPORTED_FLAGS: tuple[Flag, ...] = (
             {"uint8": NoOpValue("4-bit weights are stored as bytes")}),
     *_flags("--use-dft-loss --enable-dft-loss --use-eaft-loss",
             "the loss is cross-entropy over the answers' tokens. Drop it."),
-    *_flags("--reward-model --reward-funcs --num-generations --max-completion-length", _NO_REWARDS),
-    *_flags("--max-prompt-length", "--max-length is that of a prompt with its answer. Use that."),
+    *_flags("--max-prompt-length",
+            "--max-length is that of a prompt with its answer, or with --task rl of a prompt. Use "
+            "that."),
+    *_flags("--top-k", _SAMPLED,
+            dict.fromkeys(("0", "-1"), NoOpValue("tokens are drawn from the whole vocabulary"))),
+    *_flags("--min-p", _SAMPLED, {"0": NoOpValue("tokens are drawn from the whole vocabulary"),
+                                  "0.0": NoOpValue("tokens are drawn from the whole vocabulary")}),
+    *_flags("--repetition-penalty", _SAMPLED,
+            dict.fromkeys(("1", "1.0"), NoOpValue("no token is penalized"))),
+    *_flags("--reward-weights", "a weight follows its reward. Write --reward NAME=WEIGHT."),
+    *_flags("--steps-per-generation --generation-batch-size",
+            "a batch of completions serves one optimizer step, or --num-iterations N. Drop it."),
+    *_flags("--entropy-coef", "there is no entropy bonus. Drop it.",
+            dict.fromkeys(("0", "0.0"), NoOpValue("there is no entropy bonus"))),
+    *_flags("--delta", "the ratio is clipped by --epsilon and --epsilon-high. Use these."),
+    *_flags("--disable-dropout", "expected true or false.",
+            {"true": NoOpValue("adapters have no dropout in rollouts and steps")}),
+    *_flags("--log-completions", "completions are in rollouts.jsonl of the run. Drop it.",
+            {"true": NoOpValue("completions are in rollouts.jsonl of the run")}),
     *_flags("--truncation-mode --truncation-side",
             "--overlong says what becomes of a row that is too long. Use that."),
     *_flags("--mix-strategy", "--mix gives the share of each data set. Use that."),
@@ -257,7 +273,10 @@ UNSUPPORTED_FLAGS: tuple[Flag, ...] = (
             "ftlevel export RUN writes a .gguf and ftlevel merge RUN a model, when it is done."),
     *_flags("--freeze-vision-tower --freeze-vit --image-max-pixels --video-max-pixels",
             "models of text are trained alone. Drop it."),
-    *_flags("--use-vllm", "ftlevel export RUN writes what other programs serve. Drop it."),
+    *_flags("--use-vllm --vllm-mode --vllm-gpu-memory-utilization",
+            "--task rl --rollouts http://HOST:PORT samples from a vLLM server; ftlevel export RUN "
+            "writes what other programs serve. Drop it.",
+            {"false": NoOpValue("the model is sampled here")}),
     *_flags("--use-hf", "models and data come from the Hugging Face Hub. Drop it."),
     *_flags("--config", "ftlevel train FILE reads a recipe, and ftlevel recipes convert FILE one "
             "of Axolotl, LLaMA-Factory, TRL or ms-swift."),
@@ -414,7 +433,10 @@ LOSSES = {
     "ld_dpo": "ld-dpo",
     "slic": "hinge",
     "rm": "reward",
+    "dr-grpo": "dr_grpo",
+    "reinforce_plus_plus": "reinforce++",
 }
+SCALES = {"true": "group", "false": "none"}
 METHODS: ValueAliases = {
     spelling: f"--method {word}"
     for word in (*SPECS, *METHOD_ALIASES)

@@ -19,10 +19,12 @@ TASK_ALIASES = dict(
     question-ans=question-answering qa=question-answering squad=question-answering
     fill-mask=masked-lm mlm=masked-lm summarisation=summarization summary=summarization
     translate=translation mt=translation preferences=preference dpo=preference rlhf=preference
-    reward-model=reward reward-modeling=reward
+    reward-model=reward reward-modeling=reward grpo=rl rloo=rl
     """.split()
 )
 """Task alias, in lower case with dashes → task."""
+_RL_LOSSES = ("grpo", "rloo")
+"""Task aliases that are losses of `rl`."""
 
 METHOD_ALIASES: dict[str, dict[str, Any]] = {
     "dora": {"kind": "lora", "use_dora": True},
@@ -74,6 +76,9 @@ def resolve_aliases(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
         read["task"] = normalize_task(task)
         if read["task"] != _folded(task):
             lines.append(f"task {read['task']} ({task!r} is another word for it)")
+        section = read.get("rl") or {}
+        if (loss := _folded(task)) in _RL_LOSSES and isinstance(section, Mapping):
+            read["rl"] = {"loss": loss, **section}
     for section, words in _SECTIONS.items():
         given = read.get(section)
         fields = dict(given) if isinstance(given, Mapping) else {"kind": given}

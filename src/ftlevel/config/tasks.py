@@ -14,6 +14,7 @@ TASKS: dict[str, str] = {
     "masked-lm": "ftlevel.tasks.mask",
     "preference": "ftlevel.tasks.preferences.policy",
     "reward": "ftlevel.tasks.preferences.reward",
+    "rl": "ftlevel.tasks.rl.policy",
 }
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from ftlevel.config.preference import (
     normalize_loss,
 )
 from ftlevel.config.reading import rename_keys, resolve_aliases
+from ftlevel.config.rl import RL_TASK, RlConfig, find_rl_problems
 from ftlevel.config.sections import DataConfig, ModelConfig, QuantConfig, Section, SpeedConfig
 from ftlevel.config.tasks import TaskName
 from ftlevel.config.trainer import TrainerConfig, find_problems
@@ -28,6 +29,7 @@ SHORTHAND = {
     "quant": "kind",
     "data": "dataset",
     "preference": "loss",
+    "rl": "reward",
     "distillation": "teacher",
     "output": "dir",
 }
@@ -58,6 +60,9 @@ class TrainConfig(Section):
     )
     preference: PreferenceConfig = Field(
         default_factory=PreferenceConfig, description="Preference loss."
+    )
+    rl: RlConfig = Field(
+        default_factory=RlConfig, description="Reinforcement learning from rewards."
     )
     distillation: DistillationConfig = Field(
         default_factory=DistillationConfig, description="Distillation from a teacher model."
@@ -171,6 +176,7 @@ def _other_problems(config: TrainConfig) -> list[str]:
         config.train.label_smoothing_factor,
         streaming=config.data.streaming,
     )
+    problems += find_rl_problems(config)
     problems += find_distillation_problems(
         config.task,
         config.distillation,
@@ -267,7 +273,7 @@ def _stream_problems(config: TrainConfig) -> list[str]:
             "--streaming does not know how many rows an epoch has, so it cannot count the steps. "
             "Add --max-steps N."
         )
-    if config.task not in _WRITES:
+    if config.task not in (*_WRITES, RL_TASK):  # which has its own message
         problems.append(
             f"--streaming cannot be used with --task {config.task}, whose labels, windows or masks "
             "take all rows to know. Drop --streaming: rows are mapped from a file, not held in "
@@ -350,7 +356,7 @@ def _task_problems(config: TrainConfig) -> list[str]:
             "prompt. Use --overlong drop."
         )
     for flag, given in (("--system", data.system), ("--train-on-inputs", data.train_on_inputs)):
-        if given and task not in _WRITES:
+        if given and task not in (*_WRITES, RL_TASK):
             problems.append(
                 f"{flag} is for tasks that write text, and --task is {task}. Drop it, or change "
                 "the task."

@@ -234,7 +234,10 @@ class TextTask(BaseTask):
         refused: dict[int, str] = {}
         for question in questions:
             try:
-                prompts.append(_encode_prompt(model, question))
+                form = model.prompt_format
+                if form is None:
+                    raise TypeError("a model that writes text has a prompt format")
+                prompts.append(encode_query(model.tokenizer, form, question))
             except InputError as error:
                 refused[question.row] = str(error).rstrip(".")
         if refused:
@@ -311,11 +314,10 @@ class TranslationTask(TextTask):
         return {"target_language": loaded.format.options.get("target_language", "")}
 
 
-def _encode_prompt(model: PromptedModel, question: SourceTarget | Conversation) -> list[int]:
+def encode_query(
+    tokenizer: Any, form: PromptFormat, question: SourceTarget | Conversation
+) -> list[int]:
     """Return the prompt token ids; raises `InputError` if the chat template fails or is missing."""
-    form, tokenizer = model.prompt_format, model.tokenizer
-    if form is None:
-        raise TypeError("a model that writes text has a prompt format")
     if isinstance(question, SourceTarget):
         return encode_prompt(tokenizer, form, question.source)
     turns = [message.to_dict() for message in question.messages]

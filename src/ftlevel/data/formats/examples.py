@@ -477,8 +477,8 @@ PLAIN_TEXT = FormatSpec("text", build_plain, {"text": ("text", "content")})
 
 def build_query_turns(roles: RoleValues) -> Conversation:
     """Return the conversation to answer, without assistant turns at its end."""
-    for role in ("messages", "conversations"):
-        if role in roles:
+    for role in ("messages", "conversations", "prompt"):
+        if role in roles and (role != "prompt" or isinstance(roles.get(role), list)):
             turns = parse_turns(
                 roles.get(role), roles.columns[role], answered=False, names=roles.inner
             )

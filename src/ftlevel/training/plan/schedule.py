@@ -9,6 +9,7 @@ from typing import Any
 
 from ftlevel.config import DEFAULT_MODEL, TrainConfig
 from ftlevel.config.preference import PREFERENCE_TASKS
+from ftlevel.config.rl import RL_RATE, RL_TASK
 from ftlevel.config.section import Choice
 from ftlevel.config.trainer import LEARNING_RATE_ADVICE, PLATEAU, TrainerConfig
 from ftlevel.data.encoding.encode import Encoded
@@ -74,8 +75,11 @@ def choose_rates(config: TrainConfig, known: RunFacts) -> Rates:
         head = Choice("head learning rate", base.value)
     rates = method.rates(config.method)
     default = rates.choose(config.method.kind, known)
-    if config.task in PREFERENCE_TASKS and (share := config.preference.facts.rate) != 1:
-        reason = f"{share:g} times the supervised rate, as in the DPO papers: {default.reason}"
+    share = config.preference.facts.rate if config.task in PREFERENCE_TASKS else 1.0
+    share = RL_RATE if config.task == RL_TASK else share
+    if share != 1:
+        papers = "DPO" if config.task in PREFERENCE_TASKS else "GRPO"
+        reason = f"{share:g} times the supervised rate, as in the {papers} papers: {default.reason}"
         default = replace(default, value=float(f"{default.value * share:.0e}"), reason=reason)
     base = base or default
     head = head or (base if rates.is_heads else choose_head_rate(known))

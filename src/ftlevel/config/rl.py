@@ -1,0 +1,370 @@
+"""Reinforcement-learning settings: loss, rewards and rollouts of `--task rl`."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from ftlevel.config.section import Positive, Section
+from ftlevel.errors import did_you_mean, join_names
+
+if TYPE_CHECKING:
+    from ftlevel.config.train import TrainConfig
+
+RL_TASK = "rl"
+RL_RATE = 0.1
+"""Factor on the method's default learning rate."""
+RlLossName = Literal["dapo", "grpo", "dr_grpo", "bnpo", "rloo", "gspo", "cispo", "reinforce++"]
+Scale = Literal["group", "batch", "none"]
+_CLIPPED = ("epsilon", "epsilon_high")
+
+
+@dataclass(frozen=True)
+class RlLossProperties:
+    """Properties of a loss, as in its paper.
+
+    Attributes:
+        scale: divisor of the advantages: standard deviation of the group or of the batch, or none.
+        epsilon, epsilon_high: default clipping range. epsilon is None if there is no lower bound
+            and `epsilon_high` caps the ratio itself (cispo).
+        reads: fields of `RlConfig` that only some losses use.
+    """
+
+    scale: Scale = "group"
+    epsilon: float | None = 0.2
+    epsilon_high: float = 0.2
+    reads: tuple[str, ...] = (*_CLIPPED, "scale_rewards")
+
+
+RL_LOSSES: dict[str, RlLossProperties] = {
+    "dapo": RlLossProperties(epsilon_high=0.28),
+    "grpo": RlLossProperties(),
+    "dr_grpo": RlLossProperties("none"),
+    "bnpo": RlLossProperties(),
+    "rloo": RlLossProperties("none", reads=_CLIPPED),
+    "gspo": RlLossProperties(epsilon=3e-4, epsilon_high=4e-4),
+    "cispo": RlLossProperties(
+        epsilon=None, epsilon_high=5.0, reads=("epsilon_high", "scale_rewards")
+    ),
+    "reinforce++": RlLossProperties("batch", reads=_CLIPPED),
+}
+"""Loss → properties; papers: see `tasks/rl/losses.py`."""
+
+REWARDS: dict[str, str] = {
+    "exact": "", "contains": "", "number": "[TOLERANCE]", "math": "", "choice": "[LABELS]",
+    "regex": "PATTERN", "json": "[SCHEMA.json]", "rouge": "[rouge1|rouge2|rougeL]",
+    "length": "MIN-MAX", "format": "think", "repetition": "[N]",
+}  # fmt: skip
+"""Built-in reward → its argument after a colon; in brackets if optional."""
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """Parsed value of `--reward`: NAME[:ARGUMENT], FILE.py:FUNCTION or RUN, and its weight.
+
+    `kind` is builtin, function (`name` is the file, `argument` the function) or model (`name` is a
+    run, an adapter or a model).
+    """
+
+    text: str
+    kind: Literal["builtin", "function", "model"]
+    name: str
+    argument: str = ""
+    weight: float = 1.0
+
+
+_FILE = re.compile(r"(.+\.py):([^:]*)", re.DOTALL)
+
+
+def parse_reward(text: str) -> RewardSpec:
+    """Parse a value of `--reward`; raise ValueError if it is malformed.
+
+    A trailing `=NUMBER` is the weight.
+    """
+    before, equals, after = text.rpartition("=")
+    weight = _number(after) if equals else None
+    body = text if weight is None else before
+    if weight is not None and not math.isfinite(weight):
+        raise ValueError(f"{text!r}: the weight is {after}; a finite number is expected")
+    if not body.strip():
+        raise ValueError(f"{text!r} names no reward. Built in: {join_names(REWARDS, 20)}")
+    weight = 1.0 if weight is None else weight
+    if found := _FILE.fullmatch(body):
+        if not found[2].isidentifier():
+            raise ValueError(f"{body!r}: expected FILE.py:FUNCTION, as in rewards.py:score")
+        return RewardSpec(text, "function", found[1], found[2], weight)
+    if body.endswith(".py"):
+        raise ValueError(f"{body!r} names no function. Write {body}:FUNCTION")
+    name, colon, argument = body.partition(":")
+    if name not in REWARDS:
+        return RewardSpec(text, "model", body, "", weight)
+    _check_argument(name, argument, given=bool(colon))
+    return RewardSpec(text, "builtin", name, argument, weight)
+
+
+def _check_argument(name: str, argument: str, *, given: bool) -> None:
+    """Raise ValueError if `argument` does not fit the built-in reward `name`."""
+    form = REWARDS[name]
+    if (given and not argument) or (not given and form and not form.startswith("[")):
+        raise ValueError(f"{name} has no argument. Write {name}:{form.strip('[]')}")
+    if given and not form:
+        raise ValueError(f"{name} takes no argument, and {argument!r} is given. Write {name}")
+    problem = ""
+    if name == "number" and argument and (_number(argument) is None or float(argument) < 0):
+        problem = "a tolerance of 0 or more, as in number:0.01"
+    elif name == "length" and parse_range(argument) is None:
+        problem = "a range of tokens, as in length:20-80"
+    elif name == "format" and argument != "think":
+        problem = "format:think. For other forms: regex:PATTERN"
+    elif name == "rouge" and argument not in ("", "rouge1", "rouge2", "rougeL"):
+        problem = "rouge1, rouge2 or rougeL"
+    elif name == "repetition" and argument and not argument.isdecimal():
+        problem = "a number of words, as in repetition:3"
+    elif name == "regex":
+        try:
+            re.compile(argument)
+        except (re.error, RecursionError, OverflowError) as error:
+            problem = f"a regular expression; {error}"
+    if problem:
+        raise ValueError(f"{name}:{argument}: expected {problem}")
+
+
+def parse_range(text: str) -> tuple[int, int] | None:
+    """Return the bounds of `MIN-MAX`, or None if `text` is no range."""
+    found = re.fullmatch(r"(\d{1,9})-(\d{1,9})", text)
+    if found is None or int(found[1]) > int(found[2]):
+        return None
+    return int(found[1]), int(found[2])
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _read_texts(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _check_rewards(value: tuple[str, ...]) -> tuple[str, ...]:
+    for text in value:
+        parse_reward(text)
+    return value
+
+
+Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_read_texts)]
+Epsilon = Annotated[float, Field(gt=0, le=100)]
+
+
+class RlConfig(Section):
+    """Reinforcement learning from rewards."""
+
+    reward: Annotated[Texts, AfterValidator(_check_rewards)] = Field(
+        (),
+        description="Reward of a completion; repeatable, NAME=WEIGHT. Built in: "
+        + ", ".join(name + (f":{form}" if form and form[0] != "[" else "")
+                    for name, form in REWARDS.items())
+        + "; or FILE.py:FUNCTION as in TRL, or the RUN of a reward model.",
+    )  # fmt: skip
+    loss: RlLossName = Field("dapo", description="Policy loss; its paper's clipping and scaling.")
+    num_generations: Annotated[int, Field(ge=1, le=1024)] = Field(
+        8, description="Number of completions sampled per prompt (group size)."
+    )
+    max_completion_length: Positive = Field(512, description="Maximum completion length in tokens.")
+    temperature: Annotated[float, Field(gt=0, le=10)] = Field(
+        1.0, description="Sampling temperature; log-probabilities use it too."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Nucleus sampling; must be 1, so that the trained distribution is sampled."
+    )
+    beta: Annotated[float, Field(ge=0, le=100)] = Field(
+        0.0, description="Weight of the KL divergence from the initial model."
+    )
+    epsilon: Epsilon | None = Field(
+        None, description="Lower clipping range of the ratio; default: 0.2 (gspo: 3e-4)."
+    )
+    epsilon_high: Epsilon | None = Field(
+        None,
+        description="Upper clipping range of the ratio. Default: epsilon if given, else 0.2 (dapo: "
+        "0.28; gspo: 4e-4); cispo caps the ratio itself at it, at 5.",
+    )
+    num_iterations: Annotated[int, Field(ge=1, le=100)] = Field(
+        1, description="Number of optimizer steps per batch of completions."
+    )
+    scale_rewards: Scale | None = Field(
+        None,
+        description="Standard deviation that advantages are divided by; default: group (dr_grpo: "
+        "none).",
+    )
+    importance_sampling_level: None = Field(
+        None, description="As in TRL: sequence makes grpo gspo; token is the default."
+    )
+    use_bias_correction_kl: bool = Field(
+        False,
+        description="Whether to multiply the KL term by the importance ratio, as TRL 1.16 does.",
+    )
+    mask_truncated_completions: bool = Field(
+        False, description="Whether to exclude truncated completions from the loss."
+    )
+    stop: Texts = Field((), description="Text that ends a completion; repeatable.")
+    dynamic_sampling: Annotated[int, Field(ge=0, le=100_000)] = Field(
+        0,
+        description="Maximum number of additional prompts per step that replace groups whose "
+        "rewards are all equal (DAPO).",
+    )
+    check_groups: Annotated[int, Field(ge=0, le=10_000)] = Field(
+        8, description="Number of groups sampled before training to check the reward; 0: none."
+    )
+    rollouts: Annotated[str, Field(pattern=r"^https?://[^\s/]+(/\S*)?$")] | None = Field(
+        None, description="URL of a vLLM server that samples; default: sampled here."
+    )
+    reward_timeout: Annotated[float, Field(gt=0, le=86_400)] = Field(
+        60.0, description="Maximum seconds for a reward to score one batch of completions."
+    )
+    on_reward_error: Literal["stop", "zero"] = Field(
+        "stop",
+        description="Action if a reward fails: stop, or zero (score 0, counted).",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sequence_ratio_is_gspo(cls, raw: Any) -> Any:
+        """Replace TRL's grpo with sequence ratios by gspo, with the clipping of grpo."""
+        level = raw.get("importance_sampling_level") if isinstance(raw, dict) else None
+        if level is None:
+            return raw
+        rest = {name: v for name, v in raw.items() if name != "importance_sampling_level"}
+        loss = rest.get("loss", "dapo")
+        if level == "token" and loss != "gspo":
+            return rest
+        if level == "sequence" and loss in ("grpo", "gspo"):
+            clip = {} if loss == "gspo" else {"epsilon": 0.2}
+            return {**clip, **rest, "loss": "gspo"}
+        raise ValueError(
+            f"--importance-sampling-level {level} with --loss {loss}: one ratio per completion is "
+            "--loss gspo, and one per token any other. Drop it"
+        )
+
+    @property
+    def facts(self) -> RlLossProperties:
+        """Properties of the loss."""
+        return RL_LOSSES[self.loss]
+
+    @property
+    def rewards(self) -> list[RewardSpec]:
+        """Parsed rewards."""
+        return [parse_reward(text) for text in self.reward]
+
+    @property
+    def scale(self) -> Scale:
+        """Effective divisor of the advantages."""
+        return self.scale_rewards or self.facts.scale
+
+    @property
+    def clip(self) -> tuple[float | None, float]:
+        """Effective (epsilon, epsilon_high); (None, cap) for cispo."""
+        high = self.epsilon_high
+        if self.epsilon is None:
+            return self.facts.epsilon, self.facts.epsilon_high if high is None else high
+        return self.epsilon, self.epsilon if high is None else high
+
+
+_READ_BY_SOME = (*_CLIPPED, "scale_rewards")
+_DROPOUT = (
+    "the model that samples and the model that is trained would differ by it, so that "
+    "log-probabilities and ratios would be noise"
+)
+SAMPLED = "would sample from another distribution than the one that is trained"
+
+
+def find_rl_problems(config: TrainConfig) -> list[str]:
+    """Return a message for each setting that `--task rl` or its loss cannot use."""
+    settings, plain = config.rl, RlConfig()
+    given = [n for n in RlConfig.model_fields if getattr(settings, n) != getattr(plain, n)]
+    if config.task != RL_TASK:
+        names = join_names(map(_flag, given))
+        return [
+            f"{names}: of --task rl, and --task is {config.task}. Drop it, or change the task."
+        ] if given else []  # fmt: skip
+    problems = []
+    if not settings.reward and config.distillation.teacher is None:
+        problems.append(
+            "--task rl has no reward. Add --reward exact, or another built-in one "
+            f"({join_names([n for n in REWARDS if n != 'exact'], 20)}), FILE.py:FUNCTION, or the "
+            "run of a reward model."
+        )
+    if settings.num_generations == 1 and settings.loss != "reinforce++":
+        problems.append(
+            "--num-generations 1: a completion is compared with the others of its prompt. Use 2 or "
+            "more."
+        )
+    for name in _READ_BY_SOME:
+        if name in given and name not in settings.facts.reads:
+            readers = [loss for loss in get_args(RlLossName) if name in RL_LOSSES[loss].reads]
+            problems.append(
+                f"{_flag(name)}: --loss {settings.loss} does not use it; {join_names(readers)} do. "
+                "Drop it."
+            )
+    if settings.use_bias_correction_kl and not settings.beta:
+        problems.append("--use-bias-correction-kl is of --beta, which is 0. Drop it.")
+    return [*problems, *_sampling_problems(config), *_server_problems(config)]
+
+
+def _sampling_problems(config: TrainConfig) -> list[str]:
+    """Return messages for settings of other sections that reinforcement learning cannot use."""
+    train, data, problems = config.train, config.data, []
+    for name in type(config.method).model_fields:
+        value = getattr(config.method, name)
+        if name.endswith("dropout") and value:
+            flag = "--lora-dropout" if name == "lora_dropout" else f"method.{name}"
+            problems.append(f"{flag} {value:g}: {_DROPOUT}. Drop it.")
+    if config.rl.top_p < 1:
+        problems.append(f"--top-p {config.rl.top_p:g} {SAMPLED}. Drop it.")
+    if train.neftune_noise_alpha is not None:
+        problems.append(
+            f"--neftune-noise-alpha {train.neftune_noise_alpha:g}: {_DROPOUT}. Drop it."
+        )
+    if train.label_smoothing_factor:
+        problems.append("--label-smoothing-factor: --task rl has no target tokens. Drop it.")
+    if data.train_on_inputs:
+        problems.append("--train-on-inputs: --task rl trains on sampled completions only. Drop it.")
+    if data.streaming:
+        problems.append("--streaming cannot be used with --task rl. Drop it.")
+    return problems
+
+
+def _server_problems(config: TrainConfig) -> list[str]:
+    """Return messages for adapters that a vLLM server cannot load at run time."""
+    if config.rl.rollouts is None:
+        return []
+    method = config.method
+    reasons = {
+        f"--method {method.kind}": method.kind not in ("lora", "qlora"),
+        "--dora": getattr(method, "use_dora", False),
+        "--modules-to-save": bool(getattr(method, "modules_to_save", None)),
+        "--bias": getattr(method, "bias", "none") != "none",
+    }
+    return [
+        f"--rollouts: vLLM loads plain LoRA adapters only, and {name} is given. Drop it, or drop "
+        "--rollouts."
+        for name, is_given in reasons.items()
+        if is_given
+    ]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def unknown_reward(name: str) -> str:
+    """Return the message for a reward that is neither built in nor a file or run."""
+    return (
+        f"--reward {name}: there is no built-in reward and no run or model of that name."
+        f"{did_you_mean(name, REWARDS)} Built in: {join_names(REWARDS, 20)}; or FILE.py:FUNCTION."
+    )

@@ -1,0 +1,105 @@
+"""Command lines of TRL, Unsloth and ms-swift for reinforcement learning, with their meaning kept.
+
+Their defaults of a loss differ from its paper's, and their batch counts completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ftlevel.config.rl import RL_LOSSES, RlConfig
+from ftlevel.errors import ConfigError
+
+_MARKS = {
+    "--loss-type": "TRL",
+    "--reward-funcs": "TRL",
+    "--reward-model-name-or-path": "TRL",
+    "--rlhf-type": "ms-swift",
+}
+"""Spellings that only this tool's command lines have."""
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "TRL": {"loss": "dapo", "beta": 0.0, "temperature": 1.0},
+    "ms-swift": {"loss": "grpo", "beta": 0.04, "temperature": 0.9},
+}
+REWARD_FUNCS = {
+    **dict.fromkeys(("accuracy_reward", "trl.rewards.accuracy_reward", "accuracy"), "math"),
+    **dict.fromkeys(("think_format_reward", "trl.rewards.think_format_reward"), "format:think"),
+}
+"""Reward function of TRL or ms-swift → built-in reward."""
+
+
+def read_reward_funcs(text: str) -> str:
+    """Convert comma-separated reward functions to repeated `--reward` settings."""
+    found = []
+    for name in filter(None, map(str.strip, text.split(","))):
+        reward = REWARD_FUNCS.get(name, name if name.count(".py:") == 1 or "/" in name else "")
+        if not reward:
+            raise ValueError(
+                f"{name!r} has no counterpart. Built in: {', '.join(REWARD_FUNCS.values())}, "
+                "…; a function is named by its file: --reward FILE.py:FUNCTION"
+            )
+        found.append(reward)
+    return " --reward ".join(found)
+
+
+def keep_meaning(values: dict[str, Any], typed: Mapping[str, str]) -> list[str]:
+    """Complete the flags of another tool with its defaults; return a line for each.
+
+    Args:
+        values: section → fields set by flags; `rl` and `train` are changed.
+        typed: flag → name that the user typed.
+
+    Raises:
+        ConfigError: the batch does not consist of whole groups.
+    """
+    tools = {_MARKS[name] for name in typed.values() if name in _MARKS}
+    if not tools:
+        return []
+    tool = "ms-swift" if "ms-swift" in tools else "TRL"
+    rl, lines = values.setdefault("rl", {}), list[str]()
+
+    def keep(name: str, value: Any, reason: str) -> None:
+        if name not in rl and value != getattr(RlConfig(), name):
+            rl[name] = value
+            lines.append(f"--{name.replace('_', '-')} {value} is kept, as in {tool}: {reason}")
+
+    for name, value in _DEFAULTS[tool].items():
+        keep(name, value, "its default")
+    loss = RL_LOSSES.get(str(rl.get("loss", "dapo")).lower())
+    if loss is None:
+        return lines
+    epsilon = rl.get("epsilon", 0.2)
+    if loss.epsilon_high != epsilon and "epsilon_high" in loss.reads:
+        paper = f"the paper has {loss.epsilon_high:g}"
+        if loss.epsilon is None:  # the cap multiplies the gradient
+            paper = f"a gradient of at most {epsilon:g} times its size; {paper}"
+        keep("epsilon_high", epsilon, paper)
+        if loss.epsilon not in (None, epsilon):
+            keep("epsilon", epsilon, f"the paper has {loss.epsilon:g}")
+    if loss.scale == "none" and "scale_rewards" in loss.reads:
+        keep("scale_rewards", "group", "Dr. GRPO divides by no standard deviation")
+    if rl.get("beta") and "use_bias_correction_kl" not in rl and tool == "TRL":
+        keep("use_bias_correction_kl", True, "the KL term is multiplied by the ratio")
+    return lines + _batch(values, rl, tool)
+
+
+def _batch(values: dict[str, Any], rl: Mapping[str, Any], tool: str) -> list[str]:
+    """Convert a batch of completions to prompts."""
+    train = values.setdefault("train", {})
+    size = train.get("per_device_train_batch_size", 8)
+    steps = train.get("gradient_accumulation_steps", 1)
+    group = int(rl.get("num_generations", 8))
+    if (size * steps) % group:
+        raise ConfigError(
+            f"--num-generations {group}: {tool} counts completions, and a batch of {size} × "
+            f"{steps} is no multiple of it. Change --per-device-train-batch-size."
+        )
+    if size % group:
+        size, steps = size * steps, 1
+    train["per_device_train_batch_size"] = size // group
+    train["gradient_accumulation_steps"] = steps
+    return [
+        f"batch of {size // group} prompts with {group} completions each: {tool} counts "
+        f"{size} completions, and ftlevel prompts"
+    ]

@@ -1,0 +1,267 @@
+"""Process that runs reward functions, so that one that hangs or crashes can be stopped.
+
+Requests and replies are JSON lines on stdin and stdout; what functions print goes to stderr.
+`python -m ftlevel.tasks.rl.reward_worker` starts it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import Any, TextIO
+
+from ftlevel.config.rl import RewardSpec
+from ftlevel.tasks.rl.builtin_rewards import (
+    MOST_CHARACTERS,
+    build_reward,
+    check_answer,
+    read_answer,
+)
+
+SECONDS = 5.0
+"""Maximum time of a built-in reward for one completion, which then scores 0."""
+_OWN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""Arguments of reward functions that are not columns."""
+
+
+class _SlowError(Exception):
+    """A built-in reward exceeded its time limit."""
+
+
+def _raise_slow(_: int, __: FrameType | None) -> None:
+    raise _SlowError
+
+
+def load_function(path: str, name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Import `name` from the file `path`; return it and the columns that it takes.
+
+    Raises:
+        ValueError: the file cannot be imported or has no such function.
+    """
+    file = Path(path).resolve()
+    if not file.is_file():
+        raise ValueError(f"{path} does not exist")
+    unique = "ftlevel_reward_" + hashlib.sha256(str(file).encode()).hexdigest()[:8]
+    for folder in (str(file.parent), str(Path.cwd())):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+    module: Any = sys.modules.get(unique)
+    if module is None:
+        spec = importlib.util.spec_from_file_location(unique, file)
+        if spec is None or spec.loader is None:
+            raise ValueError(f"{path} is no Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[unique] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException as error:  # noqa: BLE001 - any failure of the user's code
+            del sys.modules[unique]
+            raise ValueError(f"{path} cannot be imported: {_describe(error, str(file))}") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = [n for n, value in vars(module).items()
+                 if inspect.isfunction(value) and value.__module__ == unique]  # fmt: skip
+        has = f"It has {', '.join(names)}." if names else "It has none."
+        raise ValueError(f"{path} has no function {name!r}. {has}")
+    return function, _signature(function)
+
+
+def _signature(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the columns that a function needs, and the arguments that it takes (None: all)."""
+    parameters = inspect.signature(function).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    needs = [p.name for p in named if p.default is p.empty and p.name not in _OWN]
+    takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    return {"needs": needs, "takes": None if takes_all else [p.name for p in named]}
+
+
+def _describe(error: BaseException, file: str = "") -> str:
+    """Return an exception in a line, with the line of `file` that raised it."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    if isinstance(error, SyntaxError):
+        lines = [error.lineno]
+    where = f", line {lines[-1]}" if lines else ""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}{f': {text}' if text else ''}{where}"[:500]
+
+
+class Worker:
+    """Rewards of a run, by index."""
+
+    def __init__(self) -> None:
+        self.specs: list[RewardSpec] = []
+        self.functions: list[Any] = []
+        self.signatures: list[dict[str, Any]] = []
+
+    def load(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Load the rewards; return the signatures of functions and the problems."""
+        problems = []
+        for fields in request["specs"]:
+            spec = RewardSpec(**fields)
+            function: Any = None
+            signature: dict[str, Any] = {"needs": [], "takes": None}
+            try:
+                if spec.kind == "builtin":
+                    function = build_reward(spec, opens_think=request["opens_think"])
+                elif spec.kind == "function":
+                    function, signature = load_function(spec.name, spec.argument)
+            except ValueError as error:
+                problems.append(f"--reward {spec.text}: {error}")
+            self.specs.append(spec)
+            self.functions.append(function)
+            self.signatures.append(signature)
+        return {"signatures": self.signatures, "problems": problems}
+
+    def check(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the first answer that a built-in reward cannot use, and why."""
+        for spec in self.specs:
+            if spec.kind != "builtin":
+                continue
+            for row, answer in enumerate(request["answers"]):
+                if reason := check_answer(spec, answer):
+                    return {"row": row, "reason": f"--reward {spec.text}: {reason}"}
+        return {"row": None, "reason": ""}
+
+    def score(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the scores of one reward, or what is wrong with it."""
+        index, batch = request["reward"], request["batch"]
+        if self.specs[index].kind == "builtin":
+            share = 0.8 * request["seconds"] / max(len(batch["texts"]), 1)
+            return {"scores": self._built_in(self.functions[index], batch, min(SECONDS, share))}
+        return self._called(index, batch)
+
+    def _built_in(self, reward: Any, batch: Mapping[str, Any], seconds: float) -> list[float]:
+        scores = []
+        for at, (text, ids) in enumerate(zip(batch["texts"], batch["completion_ids"], strict=True)):
+            if len(text) > MOST_CHARACTERS:
+                scores.append(0.0)
+                continue
+            _start_timer(seconds)
+            try:
+                scores.append(float(reward(text, ids, read_answer(batch["columns"], at))))
+            except (_SlowError, RecursionError, OverflowError, MemoryError):
+                scores.append(0.0)
+            finally:
+                _start_timer(0)
+        return scores
+
+    def _called(self, index: int, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the scores of a function; if it fails, of which completion."""
+        scores, problem = self._try(index, batch)
+        if not problem:
+            return {"scores": scores}
+        count = len(batch["texts"])
+        singles = [self._try(index, _part(batch, at)) for at in range(count)] if count > 1 else []
+        failed = [at for at, (_, reason) in enumerate(singles) if reason]
+        if not failed:  # of the batch as a whole
+            return {"problem": problem, "failed": list(range(count)), "scores": [0.0] * count}
+        return {
+            "problem": singles[failed[0]][1],
+            "failed": failed,
+            "scores": [(one or [0.0])[0] for one, _ in singles],
+        }
+
+    def _try(self, index: int, batch: Mapping[str, Any]) -> tuple[list[Any] | None, str]:
+        """Return (scores, "") or (None, problem)."""
+        spec, takes = self.specs[index], self.signatures[index]["takes"]
+        state = SimpleNamespace(global_step=batch.get("step", 0))
+        given = {
+            **batch["columns"],
+            "prompts": batch["prompts"],
+            "completions": batch["completions"],
+            "completion_ids": batch["completion_ids"],
+            "trainer_state": state,
+            "log_extra": _ignore,
+            "log_metric": _ignore,
+        }
+        if takes is not None:
+            given = {name: value for name, value in given.items() if name in takes}
+        try:
+            result = self.functions[index](**given)
+            if inspect.isawaitable(result):
+                result = asyncio.run(_awaited(result))
+            return _checked(result, len(batch["texts"]))
+        except Exception as error:  # noqa: BLE001 - any failure of the user's code
+            return None, _describe(error, str(Path(spec.name).resolve()))
+
+
+async def _awaited(result: Any) -> Any:
+    return await result
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    """Stand for TRL's functions that log columns and metrics."""
+
+
+def _part(batch: Mapping[str, Any], at: int) -> dict[str, Any]:
+    """Return completion `at` of a batch."""
+    return {
+        **{name: [batch[name][at]]
+           for name in ("texts", "prompts", "completions", "completion_ids")},
+        "columns": {name: [values[at]] for name, values in batch["columns"].items()},
+        "step": batch.get("step", 0),
+    }  # fmt: skip
+
+
+def _checked(result: Any, count: int) -> tuple[list[Any] | None, str]:
+    """Return the scores as floats or None, or what is wrong with them."""
+    if hasattr(result, "tolist"):  # a tensor or an array
+        result = result.tolist()
+    if not isinstance(result, list | tuple):
+        return None, f"it returned {type(result).__name__}, not a list of scores"
+    if len(result) != count:
+        return None, f"it returned {len(result)} scores for {count} completions"
+    scores: list[float | None] = []
+    for value in result:
+        if value is None:
+            scores.append(None)
+            continue
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            return None, f"it returned {type(value).__name__}, not a number"
+        if number != number or abs(number) == float("inf"):
+            return None, f"it returned {number}"
+        scores.append(number)
+    return scores, ""
+
+
+def _start_timer(seconds: float) -> None:
+    """Start, or with 0 stop, the time limit of a built-in reward."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def serve(requests: TextIO, replies: TextIO) -> None:
+    """Answer requests until the input ends."""
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, _raise_slow)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run decides
+    worker = Worker()
+    methods = {"load": worker.load, "check": worker.check, "score": worker.score}
+    for line in requests:
+        request = json.loads(line)
+        reply = methods[request["do"]](request)
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+def main() -> None:
+    """Serve on the original stdout; functions print to stderr."""
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    serve(sys.stdin, replies)
+
+
+if __name__ == "__main__":
+    main()

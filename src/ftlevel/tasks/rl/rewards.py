@@ -1,0 +1,275 @@
+"""Rewards of completions: built-in ones and functions in a worker process, and reward models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import select
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from ftlevel.config.rl import RewardSpec, RlConfig
+from ftlevel.errors import ConfigError, RunError, did_you_mean, join_names
+from ftlevel.tasks.rl.builtin_rewards import NEEDS_ANSWER
+
+START_SECONDS = 300.0
+"""Time limit for starting the worker and importing the files of reward functions."""
+Prompt = str | list[dict[str, Any]]
+
+
+class RewardModel(Protocol):
+    """A model that scores answers."""
+
+    fingerprint: str
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+        """Return the score of each completion."""
+
+
+OpenModel = Callable[[str], RewardModel]
+"""Return the reward model of a name without loading weights; raises `InputError`."""
+
+
+class RewardError(RunError):
+    """A reward failed on a completion."""
+
+
+class Rewards:
+    """Rewards of a run.
+
+    Attributes:
+        names: as given, without weights.
+        weights: one per name.
+        fingerprint: hash of everything that determines the scores, with the source of functions.
+        failures: name → number of completions that scored 0 because the reward failed.
+    """
+
+    def __init__(
+        self,
+        settings: RlConfig,
+        specs: Sequence[RewardSpec],
+        models: Mapping[int, RewardModel],
+        *,
+        opens_think: bool,
+    ) -> None:
+        self.specs = list(specs)
+        self.names = [_name(spec) for spec in specs]
+        self.weights = [spec.weight for spec in specs]
+        self.failures: Counter[str] = Counter()
+        self._settings = settings
+        self._models = dict(models)
+        self._opens_think = opens_think
+        self._worker: subprocess.Popen[str] | None = None
+        self.fingerprint = _fingerprint(specs, models)
+        self._needs = [signature["needs"] for signature in self._start()]
+
+    @classmethod
+    def resolve(
+        cls, settings: RlConfig, open_model: OpenModel | None = None, *, opens_think: bool = False
+    ) -> Rewards:
+        """Return the rewards of `settings`; imports the files of functions, but loads no weights.
+
+        `open_model` resolves reward models. `opens_think`: whether prompts end with `<think>`.
+
+        Raises:
+            ConfigError: a reward does not exist or cannot be used.
+        """
+        specs = settings.rewards
+        models: dict[int, RewardModel] = {}
+        for at, spec in enumerate(specs):
+            if spec.kind == "model":
+                if open_model is None:
+                    raise ConfigError(f"--reward {spec.name}: reward models cannot be used here.")
+                models[at] = open_model(spec.name)
+        return cls(settings, specs, models, opens_think=opens_think)
+
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Raise ConfigError if a reward needs a column that the rows do not have."""
+        there = list(columns)
+        problems = []
+        for spec, needs in zip(self.specs, self._needs, strict=True):
+            is_compared = spec.kind == "builtin" and spec.name in NEEDS_ANSWER
+            for name in ["answer"] if is_compared else needs:
+                if name not in there:
+                    advice = "Name it: --map answer=COLUMN." if name == "answer" else (
+                        "Add the column, or give the argument a default.")  # fmt: skip
+                    problems.append(
+                        f"--reward {spec.text} needs a column {name!r}, and the rows have "
+                        f"{join_names(there) or 'none'}.{did_you_mean(name, there)} {advice}"
+                    )
+        if problems:
+            raise ConfigError(problems)
+
+    def check_rows(
+        self, columns: Mapping[str, Sequence[Any]], where: Callable[[int], str] | None = None
+    ) -> None:
+        """Raise ConfigError for a missing column, or an answer that a built-in reward cannot use.
+
+        `columns` has the values of all rows; `where` returns the place of a row, by its index.
+        """
+        self.check_columns(columns)
+        if "answer" not in columns:
+            return
+        found = self._ask({"do": "check", "answers": list(columns["answer"])}, START_SECONDS)
+        if found is None:
+            raise ConfigError("the answers could not be checked: the reward process ended.")
+        if found["reason"]:
+            row = found["row"]
+            raise ConfigError(f"{where(row) if where else f'row {row + 1}'}: {found['reason']}.")
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]],
+        where: Sequence[str] = (),
+        step: int = 0,
+    ) -> list[list[float | None]]:
+        """Return the scores `[completion][reward]`, without weights; None: it has no part.
+
+        Args:
+            prompts: a text, or messages, for each completion.
+            completions: texts; functions get a list of one message each if the prompt has messages.
+            completion_ids: token ids of the completions.
+            columns: column → value for each completion.
+            where: place of each completion's prompt, for errors.
+            step: optimizer step, for `trainer_state.global_step`.
+
+        Raises:
+            RewardError: a reward failed, unless `on_reward_error` is zero.
+        """
+        batch = {
+            "texts": list(completions),
+            "prompts": list(prompts),
+            "completions": [
+                text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+                for prompt, text in zip(prompts, completions, strict=True)
+            ],
+            "completion_ids": [list(ids) for ids in completion_ids],
+            "columns": {name: list(values) for name, values in columns.items()},
+            "step": step,
+        }
+        by_reward = [self._score(at, batch, where) for at in range(len(self.specs))]
+        return [list(scores) for scores in zip(*by_reward, strict=True)]
+
+    def close(self) -> None:
+        """Stop the worker process."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker.communicate()
+            self._worker = None
+
+    def _score(
+        self, at: int, batch: Mapping[str, Any], where: Sequence[str]
+    ) -> Sequence[float | None]:
+        count = len(batch["texts"])
+        if at in self._models:
+            reply: dict[str, Any]
+            scores = self._models[at].score(batch["prompts"], batch["texts"])
+            wrong = [i for i, score in enumerate(scores) if score != score]
+            reply = {"scores": [0.0 if s != s else s for s in scores], "failed": wrong,
+                     "problem": "it returned nan" if wrong else ""}  # fmt: skip
+        else:
+            if self._worker is None:
+                self._start()
+            seconds = self._settings.reward_timeout
+            request = {"do": "score", "reward": at, "batch": batch, "seconds": seconds}
+            reply = self._ask(request, seconds) or {
+                "problem": self._why_no_reply(seconds),
+                "failed": list(range(count)),
+                "scores": [0.0] * count,
+            }
+        if reply.get("problem"):
+            self._fail(at, reply["problem"], reply["failed"], batch, where)
+        return list(reply["scores"])
+
+    def _fail(
+        self,
+        at: int,
+        problem: str,
+        failed: Sequence[int],
+        batch: Mapping[str, Any],
+        where: Sequence[str],
+    ) -> None:
+        """Count the failed completions, or raise `RewardError` for the first."""
+        name = self.names[at]
+        if self._settings.on_reward_error == "zero":
+            self.failures[name] += len(failed)
+            return
+        first, count = failed[0], len(batch["texts"])
+        place = where[first] if where else f"prompt {_shown(batch['prompts'][first])}"
+        which = f"of {count} completions, the first" if len(failed) == count > 1 else "completion"
+        raise RewardError(
+            f"--reward {name} failed: {problem}. {place}: {which}: {_shown(batch['texts'][first])}"
+            "\nCorrect it and resume with --resume, or use --on-reward-error zero."
+        )
+
+    def _start(self) -> list[dict[str, Any]]:
+        """Start the worker and load the rewards; return the signatures of functions."""
+        self._reason = ""
+        self._worker = subprocess.Popen(
+            [sys.executable, "-m", "ftlevel.tasks.rl.reward_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        specs = [asdict(spec) for spec in self.specs]
+        request = {"do": "load", "specs": specs, "opens_think": self._opens_think}
+        loaded = self._ask(request, START_SECONDS)
+        if loaded is None:
+            raise ConfigError(f"the rewards cannot be loaded: {self._why_no_reply(START_SECONDS)}.")
+        if loaded["problems"]:
+            self.close()
+            raise ConfigError(loaded["problems"])
+        signatures: list[dict[str, Any]] = loaded["signatures"]
+        return signatures
+
+    def _ask(self, request: Mapping[str, Any], seconds: float) -> Any:
+        """Return the worker's reply; None, and a stopped worker, if it is late or has ended."""
+        worker = self._worker
+        if worker is None or worker.stdin is None or worker.stdout is None:
+            raise RuntimeError("there is no worker")
+        try:
+            worker.stdin.write(json.dumps(request, default=str) + "\n")
+            worker.stdin.flush()
+            if select.select([worker.stdout], [], [], seconds)[0]:
+                line = worker.stdout.readline()
+                if line:
+                    return json.loads(line)
+                self._reason = f"its process ended with code {worker.wait()}"
+        except BrokenPipeError:
+            self._reason = f"its process ended with code {worker.wait()}"
+        self.close()
+        return None
+
+    def _why_no_reply(self, seconds: float) -> str:
+        return self._reason or f"it took longer than {seconds:g} s (--reward-timeout)"
+
+
+def _name(spec: RewardSpec) -> str:
+    return f"{spec.name}:{spec.argument}" if spec.argument else spec.name
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else str(value[-1].get("content", ""))
+    text = " ".join(text.split())
+    return repr(text if len(text) <= 200 else f"{text[:200]}…")
+
+
+def _fingerprint(specs: Sequence[RewardSpec], models: Mapping[int, RewardModel]) -> str:
+    """Return the hash of the rewards, the files that they read, and their models."""
+    digest = hashlib.sha256()
+    for at, spec in enumerate(specs):
+        digest.update(spec.text.encode())
+        file = spec.name if spec.kind == "function" else spec.argument
+        if spec.kind != "model" and file.endswith((".py", ".json")) and Path(file).is_file():
+            digest.update(Path(file).read_bytes())
+        if at in models:
+            digest.update(models[at].fingerprint.encode())
+    return digest.hexdigest()[:16]
