@@ -55,10 +55,18 @@ RL_LOSSES: dict[str, RlLossProperties] = {
 """Loss → properties; papers: see `tasks/rl/losses.py`."""
 
 REWARDS: dict[str, str] = {
-    "exact": "", "contains": "", "number": "[TOLERANCE]", "math": "", "choice": "[LABELS]",
-    "regex": "PATTERN", "json": "[SCHEMA.json]", "rouge": "[rouge1|rouge2|rougeL]",
-    "length": "MIN-MAX", "format": "think", "repetition": "[N]",
-}  # fmt: skip
+    "exact": "",
+    "contains": "",
+    "number": "[TOLERANCE]",
+    "math": "",
+    "choice": "[LABELS]",
+    "regex": "PATTERN",
+    "json": "[SCHEMA.json]",
+    "rouge": "[rouge1|rouge2|rougeL]",
+    "length": "MIN-MAX",
+    "format": "think",
+    "repetition": "[N]",
+}
 """Built-in reward → its argument after a colon; in brackets if optional."""
 
 
@@ -168,10 +176,11 @@ class RlConfig(Section):
     reward: Annotated[Texts, AfterValidator(_check_rewards)] = Field(
         (),
         description="Reward of a completion; repeatable, NAME=WEIGHT. Built in: "
-        + ", ".join(name + (f":{form}" if form and form[0] != "[" else "")
-                    for name, form in REWARDS.items())
+        + ", ".join(
+            name + (f":{form}" if form and form[0] != "[" else "") for name, form in REWARDS.items()
+        )
         + "; or FILE.py:FUNCTION as in TRL, or the RUN of a reward model.",
-    )  # fmt: skip
+    )
     loss: RlLossName = Field("dapo", description="Policy loss; its paper's clipping and scaling.")
     num_generations: Annotated[int, Field(ge=1, le=1024)] = Field(
         8, description="Number of completions sampled per prompt (group size)."
@@ -289,9 +298,11 @@ def find_rl_problems(config: TrainConfig) -> list[str]:
     given = [n for n in RlConfig.model_fields if getattr(settings, n) != getattr(plain, n)]
     if config.task != RL_TASK:
         names = join_names(map(_flag, given))
-        return [
-            f"{names}: of --task rl, and --task is {config.task}. Drop it, or change the task."
-        ] if given else []  # fmt: skip
+        return (
+            [f"{names}: of --task rl, and --task is {config.task}. Drop it, or change the task."]
+            if given
+            else []
+        )
     problems = []
     if not settings.reward and config.distillation.teacher is None:
         problems.append(

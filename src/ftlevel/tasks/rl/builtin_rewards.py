@@ -67,8 +67,10 @@ def check_answer(spec: RewardSpec, answer: Any) -> str:
             return f"the answer {_shown(answer)} is none of {', '.join(labels)}"
     if spec.name == "math":
         if _UNSAFE.fullmatch(final):
-            return f"the answer {_shown(answer)} is a time, a date or a power of ten, which "\
-                "math-verify misreads; use --reward exact or number"  # fmt: skip
+            return (
+                f"the answer {_shown(answer)} is a time, a date or a power of ten, which "
+                "math-verify misreads; use --reward exact or number"
+            )
         if not _parse_math(final, gold=True):
             return f"the answer {_shown(answer)} is no mathematical expression; use --reward exact"
     return ""
@@ -167,8 +169,9 @@ def _choice_reward(labels: Sequence[str]) -> Reward:
     named = re.compile(rf"(?<!\w)(?:{any_of})(?!\w)", flags)
     announced = re.compile(
         rf"(?:[Aa]nswer|ANSWER)(?:\s+is)?[\s:*]*\(?(?<!\w)({any_of})(?!\w)"
-        rf"|\\boxed\{{\s*({any_of})\s*\}}", flags,
-    )  # fmt: skip
+        rf"|\\boxed\{{\s*({any_of})\s*\}}",
+        flags,
+    )
 
     def score(text: str, _: Sequence[int], answer: Any) -> float:
         visible = _visible(text)
@@ -221,7 +224,7 @@ def _same(one: Any, two: Any) -> bool:
         return len(one) == len(two) and all(map(_same, one, two))
     return (type(one) is type(two) and one == two) or (
         isinstance(one, int | float) and isinstance(two, int | float) and one == two
-    )  # fmt: skip
+    )
 
 
 def _json_reward(schema_file: str) -> Reward:

@@ -69,8 +69,11 @@ def load_function(path: str, name: str) -> tuple[Callable[..., Any], dict[str, A
             raise ValueError(f"{path} cannot be imported: {_describe(error, str(file))}") from None
     function = getattr(module, name, None)
     if not callable(function):
-        names = [n for n, value in vars(module).items()
-                 if inspect.isfunction(value) and value.__module__ == unique]  # fmt: skip
+        names = [
+            n
+            for n, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == unique
+        ]
         has = f"It has {', '.join(names)}." if names else "It has none."
         raise ValueError(f"{path} has no function {name!r}. {has}")
     return function, _signature(function)
@@ -206,11 +209,13 @@ def _ignore(*_: Any, **__: Any) -> None:
 def _part(batch: Mapping[str, Any], at: int) -> dict[str, Any]:
     """Return completion `at` of a batch."""
     return {
-        **{name: [batch[name][at]]
-           for name in ("texts", "prompts", "completions", "completion_ids")},
+        **{
+            name: [batch[name][at]]
+            for name in ("texts", "prompts", "completions", "completion_ids")
+        },
         "columns": {name: [values[at]] for name, values in batch["columns"].items()},
         "step": batch.get("step", 0),
-    }  # fmt: skip
+    }
 
 
 def _checked(result: Any, count: int) -> tuple[list[Any] | None, str]:

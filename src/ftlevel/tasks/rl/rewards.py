@@ -96,8 +96,11 @@ class Rewards:
             is_compared = spec.kind == "builtin" and spec.name in NEEDS_ANSWER
             for name in ["answer"] if is_compared else needs:
                 if name not in there:
-                    advice = "Name it: --map answer=COLUMN." if name == "answer" else (
-                        "Add the column, or give the argument a default.")  # fmt: skip
+                    advice = (
+                        "Name it: --map answer=COLUMN."
+                        if name == "answer"
+                        else ("Add the column, or give the argument a default.")
+                    )
                     problems.append(
                         f"--reward {spec.text} needs a column {name!r}, and the rows have "
                         f"{join_names(there) or 'none'}.{did_you_mean(name, there)} {advice}"
@@ -173,8 +176,11 @@ class Rewards:
             reply: dict[str, Any]
             scores = self._models[at].score(batch["prompts"], batch["texts"])
             wrong = [i for i, score in enumerate(scores) if score != score]
-            reply = {"scores": [0.0 if s != s else s for s in scores], "failed": wrong,
-                     "problem": "it returned nan" if wrong else ""}  # fmt: skip
+            reply = {
+                "scores": [0.0 if s != s else s for s in scores],
+                "failed": wrong,
+                "problem": "it returned nan" if wrong else "",
+            }
         else:
             if self._worker is None:
                 self._start()
