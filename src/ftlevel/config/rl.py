@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ftlevel.config.section import Positive, Section
 from ftlevel.errors import did_you_mean, join_names
-
-if TYPE_CHECKING:
-    from ftlevel.config.train import TrainConfig
 
 RL_TASK = "rl"
 RL_RATE = 0.1
@@ -292,8 +289,8 @@ _DROPOUT = (
 SAMPLED = "would sample from another distribution than the one that is trained"
 
 
-def find_rl_problems(config: TrainConfig) -> list[str]:
-    """Return a message for each setting that `--task rl` or its loss cannot use."""
+def find_rl_problems(config: Any) -> list[str]:
+    """Return a message for each setting of a `TrainConfig` that `rl` or its loss cannot use."""
     settings, plain = config.rl, RlConfig()
     given = [n for n in RlConfig.model_fields if getattr(settings, n) != getattr(plain, n)]
     if config.task != RL_TASK:
@@ -327,7 +324,7 @@ def find_rl_problems(config: TrainConfig) -> list[str]:
     return [*problems, *_sampling_problems(config), *_server_problems(config)]
 
 
-def _sampling_problems(config: TrainConfig) -> list[str]:
+def _sampling_problems(config: Any) -> list[str]:
     """Return messages for settings of other sections that reinforcement learning cannot use."""
     train, data, problems = config.train, config.data, []
     for name in type(config.method).model_fields:
@@ -350,7 +347,7 @@ def _sampling_problems(config: TrainConfig) -> list[str]:
     return problems
 
 
-def _server_problems(config: TrainConfig) -> list[str]:
+def _server_problems(config: Any) -> list[str]:
     """Return messages for adapters that a vLLM server cannot load at run time."""
     if config.rl.rollouts is None:
         return []
