@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from ftlevel.config.rl import RewardSpec, RlConfig
 from ftlevel.errors import ConfigError, RunError, did_you_mean, join_names
-from ftlevel.tasks.rl.builtin_rewards import NEEDS_ANSWER
+from ftlevel.rewards.builtin import NEEDS_ANSWER
 
 START_SECONDS = 300.0
 """Time limit for starting the worker and importing the files of reward functions."""
@@ -220,7 +220,7 @@ class Rewards:
         """Start the worker and load the rewards; return the signatures of functions."""
         self._reason = ""
         self._worker = subprocess.Popen(
-            [sys.executable, "-m", "ftlevel.tasks.rl.reward_worker"],
+            [sys.executable, "-m", "ftlevel.rewards.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",

@@ -110,8 +110,10 @@ def test_token_losses_are_means_over_active_tokens(loss: str) -> None:
 def test_grpo_averages_over_completions_and_dr_grpo_divides_by_the_maximum() -> None:
     lengths = torch.tensor([4, 0, 2])
     assert completion_weights(lengths, PolicyLossParameters("grpo")).tolist() == [
-        1 / 12, 1 / 3, 1 / 6,
-    ]  # fmt: skip
+        1 / 12,
+        1 / 3,
+        1 / 6,
+    ]
     dr = completion_weights(lengths, PolicyLossParameters("dr_grpo", length=16))
     assert dr.tolist() == [1 / 48] * 3
 
@@ -129,10 +131,15 @@ def test_a_split_step_has_the_sum_of_its_parts() -> None:
         whole = policy_loss(parameters, each, old, owners, advantages, weights, old - 0.1)
         parts = [
             policy_loss(
-                parameters, each[chosen], old[chosen], owners[chosen] - first,
-                advantages[first : first + 2], weights[first : first + 2], old[chosen] - 0.1,
+                parameters,
+                each[chosen],
+                old[chosen],
+                owners[chosen] - first,
+                advantages[first : first + 2],
+                weights[first : first + 2],
+                old[chosen] - 0.1,
             ).total
             for first in (0, 2)
             for chosen in [(owners == first) | (owners == first + 1)]
-        ]  # fmt: skip
+        ]
         assert float(torch.stack(parts).sum()) == pytest.approx(float(whole.total), abs=1e-12)

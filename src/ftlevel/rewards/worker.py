@@ -1,7 +1,7 @@
 """Process that runs reward functions, so that one that hangs or crashes can be stopped.
 
 Requests and replies are JSON lines on stdin and stdout; what functions print goes to stderr.
-`python -m ftlevel.tasks.rl.reward_worker` starts it.
+`python -m ftlevel.rewards.worker` starts it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any, TextIO
 
-from ftlevel.config.rl import RewardSpec
-from ftlevel.tasks.rl.builtin_rewards import (
+from ftlevel.rewards.builtin import (
     MOST_CHARACTERS,
     build_reward,
     check_answer,
@@ -102,7 +101,7 @@ class Worker:
     """Rewards of a run, by index."""
 
     def __init__(self) -> None:
-        self.specs: list[RewardSpec] = []
+        self.specs: list[Any] = []
         self.functions: list[Any] = []
         self.signatures: list[dict[str, Any]] = []
 
@@ -110,7 +109,7 @@ class Worker:
         """Load the rewards; return the signatures of functions and the problems."""
         problems = []
         for fields in request["specs"]:
-            spec = RewardSpec(**fields)
+            spec = SimpleNamespace(**fields)
             function: Any = None
             signature: dict[str, Any] = {"needs": [], "takes": None}
             try:

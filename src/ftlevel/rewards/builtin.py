@@ -1,4 +1,4 @@
-"""Built-in rewards, from 0 to 1. Imports nothing heavy: a worker process calls them.
+"""Built-in rewards, from 0 to 1. Imports nothing of ftlevel: a worker process calls them.
 
 Except for `regex`, `format`, `length` and `repetition`, they score the text after `</think>`; an
 unclosed `<think>` is no answer.
@@ -11,9 +11,20 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from ftlevel.config.rl import RewardSpec, parse_range
+
+class Spec(Protocol):
+    """Name and argument of a built-in reward."""
+
+    @property
+    def name(self) -> str:
+        """Name, as in `config.rl.REWARDS`."""
+
+    @property
+    def argument(self) -> str:
+        """Text after the colon; "" without one."""
+
 
 Reward = Callable[[str, Sequence[int], Any], float]
 """(completion, its token ids, value of the answer column or None) → score."""
@@ -21,7 +32,7 @@ MOST_CHARACTERS = 200_000
 """Maximum length of a completion that is scored; longer ones score 0."""
 
 
-def build_reward(spec: RewardSpec, *, opens_think: bool = False) -> Reward:
+def build_reward(spec: Spec, *, opens_think: bool = False) -> Reward:
     """Return the built-in reward of `spec`.
 
     `opens_think`: whether prompts end with `<think>`, so that completions do not begin with it.
@@ -50,7 +61,7 @@ NEEDS_ANSWER = ("exact", "contains", "number", "math", "choice", "rouge")
 """Rewards that compare with the answer column."""
 
 
-def check_answer(spec: RewardSpec, answer: Any) -> str:
+def check_answer(spec: Spec, answer: Any) -> str:
     """Return why `spec` cannot compare with `answer`, or ""."""
     if spec.name not in NEEDS_ANSWER:
         return ""
@@ -124,11 +135,15 @@ _UNSAFE = re.compile(r"\d+:\d+(:\d+)?|\d{4}-\d\d?-\d\d?|\d{1,2}/\d{1,2}/\d{2,4}|
 """Times, dates and powers of ten, which math-verify reads as ratios, sums and products."""
 
 
+_WORD = re.compile(r"(?<!\\)\b[^\W\d_]{2,}")
+"""A word, of which LaTeX makes a product of letters."""
+
+
 def _parse_math(text: str, *, gold: bool = False) -> list[Any]:
     from math_verify import parse  # type: ignore[import-untyped]
 
     found: list[Any] = parse(text, parsing_timeout=None)
-    if not found and gold:
+    if not found and gold and not _WORD.search(text):
         found = parse(f"${text}$", parsing_timeout=None)
     return found
 
@@ -287,7 +302,7 @@ def _rouge_reward(name: str) -> Reward:
 
 
 def _length_reward(argument: str) -> Reward:
-    low, high = parse_range(argument) or (0, 0)
+    low, high = map(int, argument.split("-"))
 
     def score(_text: str, ids: Sequence[int], _answer: Any) -> float:
         beyond = max(low - len(ids), len(ids) - high, 0)

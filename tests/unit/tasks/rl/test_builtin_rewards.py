@@ -1,0 +1,177 @@
+"""Built-in rewards: what scores 0 and 1, with the traps of regular expressions, JSON and numbers.
+
+The examples of docs/rl.md are rows here.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftlevel.config.rl import RewardSpec, parse_reward
+from ftlevel.rewards.builtin import build_reward, check_answer
+
+SCORES: list[tuple[str, str, Any, float]] = [
+    ("exact", " 42\n", "42", 1),
+    ("exact", "42", "2 · 21 is #### 42", 1),
+    ("exact", "42.", "42", 0),
+    ("exact", "<think>41</think>\n42", "42", 1),
+    ("exact", "<think>42", "42", 0),
+    ("contains", "it is 42.", "42", 1),
+    ("contains", "<think>42</think> no", "42", 0),
+    ("number", "The answer is 42.", "42", 1),
+    ("number", "6 · 7 = 42 = 42.0", "42", 1),
+    ("number", "$1,234.50", "1234.5", 1),
+    ("number", "-3", "3", 0),
+    ("number", "5-3", "3", 1),
+    ("number", "42 or 43", "42", 0),
+    ("number", "v42", "42", 0),
+    ("number", "none", "42", 0),
+    ("number", "9" * 5_000, "42", 0),
+    ("number:0.01", "3.14", "3.1416", 1),
+    ("number:0.01", "3.1", "3.1416", 0),
+    ("math", r"\boxed{\frac{1}{2}}", "0.5", 1),
+    ("math", "The answer is 72", "#### 72", 1),
+    ("math", r"\boxed{x}", "72", 0),
+    ("choice", "The answer is (B).", "B", 1),
+    ("choice", "B", "B", 1),
+    ("choice", "B", 1, 1),
+    ("choice", "A or B", "B", 0),
+    ("choice", "A is wrong. Answer: B", "B", 1),
+    ("choice", r"\boxed{B}", "B", 1),
+    ("choice", "Bananas", "B", 0),
+    ("choice:positive,negative", "Clearly Positive!", "positive", 1),
+    ("choice:positive,negative", "not positive but negative", "positive", 0),
+    (r"regex:^\d{4}-\d\d$", "2024-05", None, 1),
+    (r"regex:^\d{4}-\d\d$", "May 2024", None, 0),
+    ("json", '{"a": 1}', None, 1),
+    ("json", '```json\n{"a": 1}\n```', None, 1),
+    ("json", '{"a": 1, "a": 2}', None, 0),
+    ("json", '{"a": NaN}', None, 0),
+    ("json", "[" * 100_000, None, 0),
+    ("json", "1" * 5_000, None, 0),
+    ("json", '{"a": 1, "b": 2}', {"a": 1, "b": 3}, 0.5),
+    ("json", '{"a": 1, "c": 2}', '{"a": 1}', 0.5),
+    ("json", '{"a": true}', {"a": 1}, 0),
+    ("json", '{"a": 1.0}', {"a": 1}, 1),
+    ("rouge", "the cat sat", "the cat sat", 1),
+    ("rouge", "dogs bark", "the cat sat", 0),
+    ("rouge:rouge1", "sat cat the", "the cat sat", 1),
+    ("format:think", "<think>so</think>42", None, 1),
+    ("format:think", "<think>so</think>", None, 0),
+    ("format:think", "42", None, 0),
+    ("format:think", "<think>a</think>b</think>c", None, 0),
+    ("repetition", "a b c d", None, 1),
+    ("repetition", "a b c a b c a b c", None, 3 / 7),
+    ("repetition:1", "a a a a", None, 0.25),
+]
+
+
+def score(text: str, completion: str, answer: Any, ids: int = 4, **options: bool) -> float:
+    return build_reward(parse_reward(text), **options)(completion, range(ids), answer)
+
+
+@pytest.mark.parametrize(("reward", "completion", "answer", "expected"), SCORES)
+def test_scores(reward: str, completion: str, answer: Any, expected: float) -> None:
+    assert score(reward, completion, answer) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [(20, 1), (80, 1), (50, 1), (0, 2 / 3), (110, 0.5), (200, 0)]
+)
+def test_length_falls_linearly_outside_its_range(tokens: int, expected: float) -> None:
+    assert score("length:20-80", "x", None, tokens) == pytest.approx(expected)
+
+
+def test_a_prompt_that_opens_think() -> None:
+    assert score("format:think", "so</think>42", None, opens_think=True) == 1
+    assert score("format:think", "<think>so</think>42", None, opens_think=True) == 0
+    assert score("format:think", "so</think>42", None) == 0
+
+
+def test_a_json_schema(tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    schema = {"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}
+    file.write_text(json.dumps(schema))
+    assert score(f"json:{file}", '{"a": 1}', None) == 1
+    assert score(f"json:{file}", '{"a": "x"}', None) == 0
+    assert score(f"json:{file}", "{}", None) == 0
+    assert score(f"json:{file}", '{"a": 1}', {"a": 2}) == 0
+    file.write_text('{"type": "objekt"}')
+    with pytest.raises(ValueError, match="not a JSON schema"):
+        score(f"json:{file}", "{}", None)
+    with pytest.raises(ValueError, match=r"nowhere\.json cannot be read"):
+        score("json:nowhere.json", "{}", None)
+
+
+@pytest.mark.parametrize(
+    ("reward", "answer", "reason"),
+    [
+        ("number", "yes", "'yes' has no number"),
+        ("choice", "F", "'F' is none of A, B, C, D, E"),
+        ("choice", 5, "5 is none of A, B, C, D, E"),
+        ("exact", None, "None, and a text or number is expected"),
+        ("exact", "a #### ", "the answer is empty"),
+        ("math", "3:15", "a time, a date or a power of ten"),
+        ("math", "2024-05-01", "a time, a date or a power of ten"),
+        ("math", "1e3", "a time, a date or a power of ten"),
+        ("math", "yes", "no mathematical expression"),
+    ],
+)
+def test_an_answer_that_cannot_be_compared(reward: str, answer: Any, reason: str) -> None:
+    assert reason in check_answer(parse_reward(reward), answer)
+
+
+def test_answers_that_can_be_compared() -> None:
+    for reward, answer in (("number", "#### 1,000"), ("math", r"\frac{1}{2}"), ("choice", "(a)")):
+        assert check_answer(parse_reward(reward), answer) == ""
+
+
+@pytest.mark.parametrize("text", ["a " * 50_000, "1,1" * 50_000, "{" * 100_000, "A (" * 50_000])
+def test_long_completions_are_scored_in_linear_time(text: str) -> None:
+    began = time.process_time()
+    for reward in ("number", "choice", "json", "repetition", "exact", "format:think"):
+        score(reward, text, "42")
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("length:3", "expected a range of tokens"),
+        ("length:9-3", "expected a range of tokens"),
+        ("length", "length has no argument. Write length:MIN-MAX"),
+        ("regex:(", "missing )"),
+        ("regex:", "regex has no argument"),
+        ("number:x", "a tolerance of 0 or more"),
+        ("exact:3", "exact takes no argument"),
+        ("format:answer", "format:think"),
+        ("rouge:rouge9", "rouge1, rouge2 or rougeL"),
+        ("rewards.py", "names no function. Write rewards.py:FUNCTION"),
+        ("rewards.py:", "expected FILE.py:FUNCTION"),
+        ("=2", "names no reward"),
+        ("exact=inf", "a finite number is expected"),
+    ],
+)
+def test_a_malformed_reward(text: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem.replace("(", r"\(").replace(")", r"\)")):
+        parse_reward(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("json=0.2", RewardSpec("json=0.2", "builtin", "json", "", 0.2)),
+        ("regex:a=b", RewardSpec("regex:a=b", "builtin", "regex", "a=b")),
+        ("regex:a=1=2", RewardSpec("regex:a=1=2", "builtin", "regex", "a=1", 2)),
+        ("repetition=-1", RewardSpec("repetition=-1", "builtin", "repetition", "", -1)),
+        ("r/x.py:f=2", RewardSpec("r/x.py:f=2", "function", "r/x.py", "f", 2)),
+        ("runs/reward", RewardSpec("runs/reward", "model", "runs/reward")),
+    ],
+)
+def test_a_reward_and_its_weight(text: str, spec: RewardSpec) -> None:
+    assert parse_reward(text) == spec

@@ -1,0 +1,265 @@
+"""Reward functions: called as TRL calls them, in a process that can be stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftlevel.config.rl import RlConfig
+from ftlevel.errors import ConfigError
+from ftlevel.tasks.rl.rewards import RewardError, Rewards
+
+FUNCTIONS = """
+import os, time
+
+def length(completions, **kwargs):
+    return [float(len(completion)) for completion in completions]
+
+def of_messages(completions, **kwargs):
+    return [len(completion[0]["content"]) for completion in completions]
+
+async def level_of(completions, level):
+    return level
+
+def all_arguments(prompts, completions, completion_ids, answer, trainer_state, log_extra,
+                  log_metric):
+    log_extra("a", [1]), log_metric("b", 2.0)
+    return [len(i) + trainer_state.global_step for i in completion_ids]
+
+def where_it_applies(completions, level, **kwargs):
+    return [None if one == 1 else 0.5 for one in level]
+
+def optional(completions, level=None):
+    return [0.0 if level is None else 1.0] * len(completions)
+
+def prints(completions, **kwargs):
+    print("to the screen")
+    return [1] * len(completions)
+
+def raises(completions, **kwargs):
+    return [1 / len(completion.strip("x")) for completion in completions]
+
+def nan(completions, **kwargs):
+    return [float("nan") if "x" in completion else 1.0 for completion in completions]
+
+def infinite(completions, **kwargs):
+    return [float("-inf")] * len(completions)
+
+def text(completions, **kwargs):
+    return ["good"] * len(completions)
+
+def too_few(completions, **kwargs):
+    return [1.0]
+
+def one_number(completions, **kwargs):
+    return 1.0
+
+def hangs(completions, **kwargs):
+    time.sleep(600)
+
+def dies(completions, **kwargs):
+    os._exit(3)
+
+def needs_groups(completions, **kwargs):
+    if len(completions) < 2:
+        raise ValueError("compared in groups")
+    return [1.0, 0.0, 0.5]
+
+CONSTANT = 3
+"""
+
+Score = Callable[..., list[list[float | None]]]
+TEXTS = ["a", "xx", "ccc"]
+COLUMNS = {"level": [1, 2, 3], "answer": ["a", "b", "ccc"]}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "rewards.py"
+    path.write_text(FUNCTIONS)
+    return str(path)
+
+
+@pytest.fixture
+def resolve() -> Iterator[Callable[..., Rewards]]:
+    opened: list[Rewards] = []
+
+    def call(*reward: str, **settings: Any) -> Rewards:
+        opened.append(Rewards.resolve(RlConfig(reward=reward, **settings)))
+        return opened[-1]
+
+    yield call
+    for rewards in opened:
+        rewards.close()
+
+
+def score(rewards: Rewards, prompts: Sequence[Any] = ("p", "q", "r"), **more: Any) -> Any:
+    ids = [[1], [1, 2], [1, 2, 3]]
+    return rewards.score(list(prompts), TEXTS, ids, COLUMNS, **more)
+
+
+def test_functions_are_called_as_by_trl(file: str, resolve: Callable[..., Rewards]) -> None:
+    names = ["length", "level_of", "all_arguments", "where_it_applies", "optional", "prints"]
+    rewards = resolve(*(f"{file}:{name}" for name in names), "exact=0.5")
+    rewards.check_rows(COLUMNS)
+    assert score(rewards, step=10) == [
+        [1.0, 1.0, 11.0, None, 1.0, 1.0, 1.0],
+        [2.0, 2.0, 12.0, 0.5, 1.0, 1.0, 0.0],
+        [3.0, 3.0, 13.0, 0.5, 1.0, 1.0, 1.0],
+    ]
+    assert rewards.weights == [1.0] * 6 + [0.5]
+    assert rewards.names[0] == f"{file}:length"
+    assert rewards.names[-1] == "exact"
+
+
+def test_a_prompt_of_messages_has_a_completion_of_one_message(
+    file: str, resolve: Callable[..., Rewards]
+) -> None:
+    prompts = [[{"role": "user", "content": "p"}]] * 3
+    assert score(resolve(f"{file}:of_messages"), prompts) == [[1.0], [2.0], [3.0]]
+
+
+FAILURES = [
+    (
+        "raises",
+        "ZeroDivisionError: division by zero, line",
+        "row 2: completion: 'xx'",
+        [1, 0, 1 / 3],
+        1,
+    ),
+    ("nan", "it returned nan", "row 2: completion: 'xx'", [1, 0, 1], 1),
+    ("infinite", "it returned -inf", "row 1: of 3 completions, the first: 'a'", [0, 0, 0], 3),
+    ("text", "it returned str, not a number", "row 1: of 3 completions", [0, 0, 0], 3),
+    ("one_number", "it returned float, not a list of scores", "row 1: of 3", [0, 0, 0], 3),
+    ("hangs", "it took longer than 0.5 s (--reward-timeout)", "row 1: of 3", [0, 0, 0], 3),
+    ("dies", "its process ended with code 3", "row 1: of 3", [0, 0, 0], 3),
+]
+
+
+@pytest.mark.parametrize(("name", "problem", "place", "zeros", "count"), FAILURES)
+def test_a_function_that_fails(
+    name: str,
+    problem: str,
+    place: str,
+    zeros: list[float],
+    count: int,
+    file: str,
+    resolve: Callable[..., Rewards],
+) -> None:
+    where = ["row 1", "row 2", "row 3"]
+    with pytest.raises(RewardError) as error:
+        score(resolve(f"{file}:{name}", reward_timeout=0.5), where=where)
+    assert problem in str(error.value)
+    assert place in str(error.value)
+    lenient = resolve(f"{file}:{name}", "exact", reward_timeout=0.5, on_reward_error="zero")
+    expected = [[zero, float(exact)] for zero, exact in zip(zeros, (1, 0, 1), strict=True)]
+    assert score(lenient) == expected
+    assert lenient.failures == {f"{file}:{name}": count}
+    assert score(lenient) == expected  # also after the worker was stopped
+    assert lenient.failures == {f"{file}:{name}": 2 * count}
+
+
+def test_a_wrong_number_of_scores(file: str, resolve: Callable[..., Rewards]) -> None:
+    with pytest.raises(RewardError, match="it returned 1 scores for 3 completions"):
+        score(resolve(f"{file}:too_few"))
+
+
+def test_a_function_of_groups_is_not_called_with_single_completions(
+    file: str, resolve: Callable[..., Rewards]
+) -> None:
+    assert score(resolve(f"{file}:needs_groups")) == [[1.0], [0.0], [0.5]]
+
+
+@pytest.mark.parametrize(
+    ("reward", "problem"),
+    [
+        ("{file}:lenght", "has no function 'lenght'. It has length, of_messages, level_of"),
+        ("{file}:CONSTANT", "has no function 'CONSTANT'"),
+        ("{folder}/none.py:f", "none.py does not exist"),
+        ("{folder}/broken.py:f", "broken.py cannot be imported: SyntaxError"),
+        ("{folder}/imports.py:f", "cannot be imported: ModuleNotFoundError: No module named 'nox'"),
+        ("json:{folder}/none.json", "none.json cannot be read"),
+        ("exactly", "reward models cannot be used here"),
+    ],
+)
+def test_a_reward_that_cannot_be_loaded(
+    reward: str, problem: str, file: str, tmp_path: Path, resolve: Callable[..., Rewards]
+) -> None:
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    (tmp_path / "imports.py").write_text("import nox\n")
+    with pytest.raises(ConfigError, match=problem.replace("(", r"\(")):
+        resolve(reward.format(file=file, folder=tmp_path))
+
+
+def test_columns(file: str, resolve: Callable[..., Rewards]) -> None:
+    rewards = resolve(f"{file}:level_of", f"{file}:optional", f"{file}:length", "exact", "json")
+    rewards.check_columns(["level", "answer"])
+    with pytest.raises(ConfigError) as error:
+        rewards.check_columns(["levle"])
+    assert error.value.problems == [
+        f"--reward {file}:level_of needs a column 'level', and the rows have levle. Did you mean "
+        "'levle'? Add the column, or give the argument a default.",
+        "--reward exact needs a column 'answer', and the rows have levle. Name it: --map "
+        "answer=COLUMN.",
+    ]
+
+
+def test_an_answer_that_cannot_be_compared(resolve: Callable[..., Rewards]) -> None:
+    rewards = resolve("number")
+    rewards.check_rows({"answer": ["#### 1", 2, 3.5]})
+    with pytest.raises(ConfigError, match=r"rows.jsonl:2: --reward number: the answer 'b' has no"):
+        rewards.check_rows({"answer": ["1", "b"]}, lambda row: f"rows.jsonl:{row + 1}")
+
+
+def test_a_pattern_that_backtracks_scores_0_in_its_time(resolve: Callable[..., Rewards]) -> None:
+    rewards = resolve(r"regex:^(a+)+$", reward_timeout=5)
+    ids = [[1], [1]]
+    assert rewards.score(["p", "p"], ["a" * 40 + "b", "aaa"], ids, {}) == [[0.0], [1.0]]
+    assert not rewards.failures
+
+
+def test_the_fingerprint_follows_the_source(
+    file: str, tmp_path: Path, resolve: Callable[..., Rewards]
+) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text("{}")
+    before = resolve(f"{file}:length", f"json:{schema}").fingerprint
+    assert resolve(f"{file}:length", f"json:{schema}").fingerprint == before
+    schema.write_text('{"type": "object"}')
+    other = resolve(f"{file}:length", f"json:{schema}").fingerprint
+    Path(file).write_text(FUNCTIONS + "\n# changed\n")
+    third = resolve(f"{file}:length", f"json:{schema}").fingerprint
+    weighted = resolve(f"{file}:length=2", f"json:{schema}").fingerprint
+    assert len({before, other, third, weighted}) == 4
+
+
+def test_the_worker_ends_with_the_rewards(resolve: Callable[..., Rewards]) -> None:
+    rewards = resolve("exact")
+    worker = rewards._worker
+    assert worker is not None
+    rewards.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker.pid, 0)
+    assert score(rewards) == [[1.0], [0.0], [1.0]]  # it starts again where it is needed
+
+
+class Constant:
+    fingerprint = "constant"
+
+    def score(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+        return [float(len(text)) if text != "xx" else float("nan") for text in completions]
+
+
+def test_a_reward_model_beside_a_function() -> None:
+    settings = RlConfig(reward=("run=0.5", "exact"), on_reward_error="zero")
+    rewards = Rewards.resolve(settings, lambda name: Constant())
+    try:
+        assert score(rewards) == [[1.0, 1.0], [0.0, 0.0], [3.0, 1.0]]
+        assert rewards.failures == {"run": 1}
+        assert rewards.weights == [0.5, 1.0]
+    finally:
+        rewards.close()
