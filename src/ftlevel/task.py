@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ftlevel.config.section import Choice
@@ -278,6 +278,77 @@ class TokenObjective(Objective):
     def of_tokens(self) -> TokenObjective:
         """The objective with one loss per token; by default this one."""
         return self
+
+
+@dataclass(frozen=True)
+class StepTexts:
+    """The rows of an optimizer step, as indices into its distinct texts.
+
+    Attributes:
+        texts: per row, the indices of its texts: the query, then the documents.
+        labels: per row, the labels of its documents or the class of its text.
+        teacher: per row, a teacher's score of each document; empty without a teacher.
+        guide: float32 vector of each distinct text by a guide model, or None.
+    """
+
+    texts: tuple[tuple[int, ...], ...]
+    labels: tuple[tuple[float, ...], ...]
+    teacher: tuple[tuple[float, ...], ...] = ()
+    guide: Sequence[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def select(self, rows: slice) -> StepTexts:
+        """Return some of the rows, with the same texts."""
+        return replace(
+            self, texts=self.texts[rows], labels=self.labels[rows], teacher=self.teacher[rows]
+        )
+
+    @classmethod
+    def join(cls, steps: Sequence[StepTexts]) -> StepTexts:
+        """Return the rows of all `steps`, whose indices already differ."""
+        guides = [vector for step in steps for vector in step.guide or ()]
+        return cls(
+            tuple(own for step in steps for own in step.texts),
+            tuple(own for step in steps for own in step.labels),
+            tuple(own for step in steps for own in step.teacher),
+            guides or None,
+        )
+
+    def after(self, count: int) -> StepTexts:
+        """Return the rows for distinct texts that `count` others precede."""
+        moved = tuple(tuple(index + count for index in own) for own in self.texts)
+        return replace(self, texts=moved)
+
+
+class StepObjective(Objective):
+    """Objective of one vector per text, whose loss depends on all rows of an optimizer step."""
+
+    has_choice: ClassVar[bool] = False
+
+    def logits(self, outputs: Any) -> torch.Tensor:
+        """Return the states of the last layer, `(texts, seq, width)`."""
+        states: torch.Tensor = outputs.last_hidden_state
+        return states
+
+    @abstractmethod
+    def embed(self, outputs: Any, mask: torch.Tensor) -> torch.Tensor:
+        """Return float32 vectors `(texts, dims)`; `mask` `(texts, seq)` is 1 for a token."""
+
+    @abstractmethod
+    def step_loss(self, vectors: torch.Tensor, step: StepTexts) -> torch.Tensor:
+        """Return the mean loss of the rows of a step (a scalar); `vectors` `(texts, dims)`."""
+
+    def loss_sum(
+        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Raise `TypeError`: a batch has no loss of its own."""
+        raise TypeError("the loss needs all rows of a step")
+
+    def meter(self) -> Meter:
+        """Raise `TypeError`: a text has no metric of its own."""
+        raise TypeError("metrics need the vectors of all texts")
 
 
 class DistillationObjective(TokenObjective):

@@ -34,8 +34,9 @@ from ftlevel.merging.merged_model import write_merged
 from ftlevel.merging.mixture import mix
 from ftlevel.merging.verify import Candidate, check, measure
 from ftlevel.models.hardware import DTYPES
-from ftlevel.models.loading import keep_heads, silence_loggers
+from ftlevel.models.loading import keep_heads, load_config, silence_loggers
 from ftlevel.models.quantization import Rounding, build_quantization_config, build_rounding
+from ftlevel.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -285,5 +286,6 @@ def _write_cards(
         base={key: value for key, value in inputs.card.base.items() if key != "path"},
     )
     card.write(place)
+    TASKS[card.task].write_files(place, load_config(inputs.source), card.options)
     text = write_merge_readme(summary, inputs.card.task)
     (place / "README.md").write_text(text, encoding="utf-8")

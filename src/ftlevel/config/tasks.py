@@ -15,6 +15,7 @@ TASKS: dict[str, str] = {
     "preference": "ftlevel.tasks.preferences.policy",
     "reward": "ftlevel.tasks.preferences.reward",
     "rl": "ftlevel.tasks.rl.policy",
+    "embedding": "ftlevel.tasks.embedding.task",
 }
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
+from ftlevel.config.embedding import EmbeddingConfig, find_embedding_problems
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
 from ftlevel.config.output import OutputConfig
 from ftlevel.config.preference import (
@@ -30,6 +31,7 @@ SHORTHAND = {
     "data": "dataset",
     "preference": "loss",
     "rl": "reward",
+    "embedding": "loss",
     "distillation": "teacher",
     "output": "dir",
 }
@@ -63,6 +65,9 @@ class TrainConfig(Section):
     )
     rl: RlConfig = Field(
         default_factory=RlConfig, description="Reinforcement learning from rewards."
+    )
+    embedding: EmbeddingConfig = Field(
+        default_factory=EmbeddingConfig, description="Loss and form of an embedding model."
     )
     distillation: DistillationConfig = Field(
         default_factory=DistillationConfig, description="Distillation from a teacher model."
@@ -177,6 +182,14 @@ def _other_problems(config: TrainConfig) -> list[str]:
         streaming=config.data.streaming,
     )
     problems += find_rl_problems(config)
+    train = config.train
+    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    problems += find_embedding_problems(
+        config.task,
+        config.embedding,
+        rows * (train.num_processes or 1),
+        config.distillation.teacher,
+    )
     problems += find_distillation_problems(
         config.task,
         config.distillation,

@@ -100,6 +100,10 @@ class ExampleRecord:
             unit.targets += 1
             unit.meter.update(answers[own], verdicts[own], [row])
 
+    def add_row(self, row: int, loss: float, targets: int, meter: Meter) -> None:
+        """Add an example with its summed loss, its number of targets and its own metrics."""
+        self.units[row] = ExampleStats(meter, loss, targets)
+
     def add_texts(
         self, rows: Sequence[Encoded], texts: Sequence[str], references: Sequence[str]
     ) -> None:

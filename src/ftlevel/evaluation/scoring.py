@@ -12,6 +12,7 @@ import torch
 from ftlevel.data.encoding.chat import find_end_of_turn_id
 from ftlevel.data.encoding.collate import Collator, pad
 from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.evaluation.embeddings import score_embeddings
 from ftlevel.evaluation.intervals import ExampleRecord, select_metrics
 from ftlevel.evaluation.likelihoods import score_answers
 from ftlevel.fast.head.cross_entropy import Observe
@@ -19,6 +20,7 @@ from ftlevel.fast.head.likelihoods import supervised_loss
 from ftlevel.fast.step import chunked_cross_entropy
 from ftlevel.models.hardware import autocast
 from ftlevel.task import LikelihoodObjective, Meter, Objective, ScoreTexts, TokenObjective
+from ftlevel.tasks.embedding.objective import Embeddings
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,9 @@ class EvaluationRecord(Protocol):
     ) -> None:
         """Record whole answers, with the arguments of `LikelihoodObjective.judge`."""
 
+    def add_row(self, row: int, loss: float, targets: int, meter: Meter) -> None:
+        """Record an example with its summed loss, its number of targets and its own metrics."""
+
     def add_texts(
         self, rows: Sequence[Encoded], texts: Sequence[str], references: Sequence[str]
     ) -> None:
@@ -131,6 +136,8 @@ class Evaluator:
         objective = self.objective
         if isinstance(objective, LikelihoodObjective):
             return score_answers(self, model, record)
+        if isinstance(objective, Embeddings):
+            return score_embeddings(self, objective, model, record)
         meter, total, count = objective.meter(), 0.0, 0
         pad_id = self.tokenizer.pad_token_id or 0
         collate = Collator(pad_id)

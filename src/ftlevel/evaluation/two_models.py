@@ -18,11 +18,12 @@ from torch.nn import functional
 
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.texts import distinct_texts
 from ftlevel.data.sources.docstrings import read_module, stdlib_modules
 from ftlevel.errors import InputError
 from ftlevel.evaluation.scoring import batches
 from ftlevel.models.hardware import autocast
-from ftlevel.task import Objective, TokenObjective
+from ftlevel.task import Objective, StepObjective, TokenObjective
 
 WINDOW = 256  # maximum context in tokens
 _MASKED_SHARE = 0.15
@@ -202,12 +203,20 @@ class Probe:
             objective = objective.of_tokens
         with torch.no_grad(), autocast(self.device, dtype):
             for rows in batches(self.rows, _BATCH):
-                batch = {name: value.to(self.device) for name, value in collate(rows).items()}
-                inputs, labels = objective.split(batch)
-                logits = objective.logits(model(**inputs))
-                loss += objective.loss_sum(logits, labels, batch["attention_mask"]).item()
-                total += int(objective.count(labels))
-                scores = objective.choices(logits, labels, batch["attention_mask"])
+                is_whole = isinstance(objective, StepObjective)
+                texts, step = distinct_texts(rows) if is_whole else (rows, None)
+                batch = {name: value.to(self.device) for name, value in collate(texts).items()}
+                (inputs, labels), mask = objective.split(batch), batch["attention_mask"]
+                outputs = model(**inputs)
+                if isinstance(objective, StepObjective) and step is not None:
+                    scores = objective.embed(outputs, mask)
+                    loss += objective.step_loss(scores, step).item() * len(step)
+                    total += len(step)
+                else:
+                    logits = objective.logits(outputs)
+                    loss += objective.loss_sum(logits, labels, mask).item()
+                    total += int(objective.count(labels))
+                    scores = objective.choices(logits, labels, mask)
                 scores = scores[: MOST_TARGETS - count].float().cpu()
                 count += len(scores)
                 kept.append(scores)

@@ -47,6 +47,17 @@ class ParallelWorkers:
         self._pool.shutdown()
         torch.set_num_threads(self._threads)  # new threads inherit the last number set
 
+    def forward(
+        self, compute: Callable[[int], torch.Tensor], number: int, seed: int | None = None
+    ) -> list[torch.Tensor]:
+        """Return `compute` of the first `number` integers, with random values as in `backward`."""
+
+        def run(at: int) -> torch.Tensor:
+            with using_generator(None if seed is None else seed + at):
+                return compute(at)
+
+        return list(self._pool.map(run, range(number)))
+
     def backward(
         self,
         compute: Callable[[Any], torch.Tensor],

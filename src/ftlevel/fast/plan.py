@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from ftlevel.methods import METHODS
 from ftlevel.models.families import lookup_family
 from ftlevel.models.module_tree import find_blocks
 from ftlevel.models.upstream.architectures import attention_of, is_stateful
-from ftlevel.task import Objective, TokenObjective
+from ftlevel.task import Objective, StepObjective, TokenObjective
 from ftlevel.world import has_peers
 
 FUNCTIONAL_DROPOUT = ("opt",)
@@ -193,12 +193,14 @@ def plan_fast(
 ) -> FastPlan:
     """Return the parts that the model `meta` (on the meta device) can use."""
     speed = config.speed
+    tokens = _tokens_per_micro_batch(config, device, max_length)
+    # A loss over a whole step needs its rows together, and no other part of the fast step.
+    whole = FastPlan(True, tokens=tokens) if isinstance(objective, StepObjective) else FastPlan()
     if not speed.fast:
-        return FastPlan(choices=[Choice("step", "plain", "--no-fast")])
+        return replace(whole, choices=[Choice("step", "plain", "--no-fast")])
     if config.train.neftune_noise_alpha is not None:
         why = "NEFTune's noise is scaled by the length of a padded row"
-        return FastPlan(choices=[Choice("step", "plain", why)])
-    tokens = _tokens_per_micro_batch(config, device, max_length)
+        return replace(whole, choices=[Choice("step", "plain", why)])
     why_padded = _why_padded(config, meta, kind)
     chunked = speed.chunked_cross_entropy and has_language_head(meta, objective)
     layout = "packed, no padding" if not why_padded else f"padded by length ({why_padded})"

@@ -48,10 +48,11 @@ class StepCollator:
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
         """Return `rows`, their `micro_batches`, `in_parallel` and `has_parts`.
 
-        `has_parts` is whether a micro-batch has several rows. `shared_prefix`, if any, is the batch
-        and layout of the prefix that the micro-batches extend; `contrasts`, if any, are the
-        micro-batches of contrasting rows. A micro-batch is the output of `Collator` with its
-        `layout` (None if padded) and, for a language head, its `located` targets.
+        `has_parts` is whether a micro-batch has several rows; `parts` are the row indices of each.
+        `shared_prefix`, if any, is the batch and layout of the prefix that the micro-batches
+        extend; `contrasts`, if any, are the micro-batches of contrasting rows. A micro-batch is the
+        output of `Collator` with its `layout` (None if padded) and, for a language head, its
+        `located` targets.
         """
         schedule = self._choose_schedule(rows)
         partition = schedule.partition
@@ -62,6 +63,7 @@ class StepCollator:
             ],
             "in_parallel": schedule.workers > 1,
             "has_parts": any(len(part) > 1 for part in schedule.micro_batches),
+            "parts": [list(part) for part in schedule.micro_batches],
         }
         if partition.prefix:
             step["shared_prefix"] = self._shared_prefix(rows[0].input_ids[: partition.prefix])

@@ -6,10 +6,12 @@ import importlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from ftlevel.config import TASKS as NAMES
 from ftlevel.config import DataConfig
+from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import IGNORED, Encoded, PromptFormat
 from ftlevel.data.formats.detect import (
     Format,
@@ -25,6 +27,9 @@ from ftlevel.task import Objective, ScoreTexts, Task
 
 if TYPE_CHECKING:
     import torch
+
+    from ftlevel.config import TrainConfig
+    from ftlevel.models.sources import ModelSource
 
 T = TypeVar("T")
 Column = Literal["text", "texts", "number", "numbers", "whole", "ranking", "rankings"]
@@ -144,6 +149,15 @@ class BaseTask(Task):
 
     # ---- the model
 
+    def for_model(
+        self, source: ModelSource, kind: str, width: int, tokenizer: Any, config: TrainConfig
+    ) -> tuple[BaseTask, list[Choice]]:
+        """Return the task with settings of the model, and the lines that show them.
+
+        `width` is the hidden size. Raises `ConfigError` for settings that do not fit the model.
+        """
+        return self, []
+
     def auto_class(self, kind: str, model_type: str) -> str:
         """Return the transformers auto class for `kind`; raises `ConfigError` if unsupported."""
         if kind in self.auto_classes:
@@ -176,6 +190,9 @@ class BaseTask(Task):
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Return task options that inference needs."""
         return {}
+
+    def write_files(self, directory: Path, model_config: Any, options: Mapping[str, Any]) -> None:
+        """Write files of other libraries beside an adapter or model; `options` are its card's."""
 
     def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
         """Return `prompt`, `labels` and `options` for a model without a model card."""

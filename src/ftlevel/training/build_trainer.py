@@ -19,11 +19,13 @@ from ftlevel.evaluation.scoring import Evaluator, GenerationOptions
 from ftlevel.events import Listener
 from ftlevel.fast.plan import kernel_arguments
 from ftlevel.fast.step_collator import StepCollator
+from ftlevel.fast.text_collator import TextCollator
 from ftlevel.methods import METHODS
 from ftlevel.methods.base import HasState
 from ftlevel.methods.rates import HeadRate
 from ftlevel.models.hardware import held_memory_bytes, uses_tf32, using_tf32
 from ftlevel.models.upstream.libraries import use_one_gpu
+from ftlevel.task import StepObjective
 from ftlevel.training.best import MOST_ROWS, BestModelCallback, PredictionRecorder
 from ftlevel.training.callbacks.gradients import GradientMonitor, Recovery
 from ftlevel.training.callbacks.progress import FollowSettings, Interrupt, Report, SetEpoch
@@ -175,7 +177,8 @@ def build_trainer(
     arguments.eval_on_start |= _owes_evaluation(going_on, run, arguments)
     rows, order = rows_and_order(run, arguments, processes)
     fast, pad_id = adapted.fast, run.model.pad_id
-    whole_steps = StepCollator(pad_id, fast.plan, run.objective) if fast else None
+    collator = TextCollator if isinstance(run.objective, StepObjective) else StepCollator
+    whole_steps = collator(pad_id, fast.plan, run.objective) if fast else None
     kind = ShardedTrainer if is_sharded(adapted.model) and processes.count > 1 else FtlevelTrainer
     trainer = kind(
         objective=run.objective,
@@ -192,6 +195,7 @@ def build_trainer(
         order=order,
         head_rate=resolve_head_rate(run),
         processes=processes,
+        grad_cache=run.config.embedding.grad_cache,
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)

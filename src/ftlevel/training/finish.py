@@ -119,7 +119,9 @@ def write_tokenizer_and_card(
     run.model.tokenizer.save_pretrained(str(directory))
     is_local = base["kind"] in ("directory", "gguf")
     path = relative_place(Path(base["name"]), place or directory) if is_local else ""
-    build_card(run, {**base, "path": path} if path else base).write(directory)
+    card = build_card(run, {**base, "path": path} if path else base)
+    card.write(directory)
+    run.task.write_files(directory, run.model.config, card.options)
 
 
 def next_commands(run: Run, directory: RunDirectory) -> list[str]:

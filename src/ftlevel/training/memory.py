@@ -286,6 +286,7 @@ class StepReducer:
                 parts = sorted(inputs["micro_batches"], key=lambda p: -p["input_ids"].numel())
                 some = {**inputs, "micro_batches": [dict(part) for part in parts[:workers]]}
                 some.pop("rows")
+                some.pop("texts", None)
                 try:
                     trainer.compute_batch(model, some)
                     break

@@ -16,7 +16,12 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
 from ftlevel.data.prepare.row_stream import StreamSharding
-from ftlevel.data.prepare.sampling import LengthGroupedSampler, RowsWithPadding, StepShardSampler
+from ftlevel.data.prepare.sampling import (
+    DistinctTextSampler,
+    LengthGroupedSampler,
+    RowsWithPadding,
+    StepShardSampler,
+)
 from ftlevel.data.prepare.streaming import SequentialRowSampler, StreamedRows
 from ftlevel.errors import is_out_of_memory
 from ftlevel.fast.head.likelihoods import (
@@ -33,10 +38,11 @@ from ftlevel.fast.step import FastStep
 from ftlevel.methods.rates import HeadRate, set_head_rate
 from ftlevel.models.hardware import autocast
 from ftlevel.models.upstream.libraries import shared_order
-from ftlevel.task import LikelihoodObjective, Objective, TrainingLoss
+from ftlevel.task import LikelihoodObjective, Objective, StepObjective, TrainingLoss
 from ftlevel.training.memory import StepReducer
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
+from ftlevel.training.whole_step import WholeStep
 
 
 def rows_and_order(
@@ -58,14 +64,17 @@ def rows_and_order(
 def row_order(run: Run) -> Sampler[int] | None:
     """Return the sampler of the rows, shared by all processes; None for Trainer's random one."""
     train = run.config.train
+    step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    step *= train.num_processes or 1
+    is_whole = isinstance(run.objective, StepObjective)
+    if is_whole and run.config.embedding.batch_sampler == "no_duplicates":
+        return DistinctTextSampler(run.data.train, step, train.order_seed)
     if train.train_sampling_strategy == "random":
         if not train.num_processes:
             return None
         return shared_order()(
             run.data.train, generator=torch.Generator(), data_seed=train.order_seed
         )
-    step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    step *= train.num_processes or 1
     return LengthGroupedSampler(
         [len(row.input_ids) for row in run.data.train], step, train.order_seed
     )
@@ -125,6 +134,7 @@ class FtlevelTrainer(Trainer):
         order: Sampler[int] | None = None,
         head_rate: HeadRate | None = None,
         processes: Processes = Processes(),  # noqa: B008 - frozen
+        grad_cache: str = "auto",
         **arguments: Any,
     ):
         super().__init__(**arguments)
@@ -139,6 +149,7 @@ class FtlevelTrainer(Trainer):
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.tokens_computed = 0
         self.smaller = StepReducer(self)
+        self._whole_step = WholeStep(self, grad_cache)
         self.warn: Callable[[str], None] = lambda _: None
         self.note: Callable[[dict[str, Any]], None] = lambda _: None
         self.step_rows: list[int] = []
@@ -159,6 +170,13 @@ class FtlevelTrainer(Trainer):
         if self.head_rate is not None:
             set_head_rate(optimizer, self.model, self.head_rate)
         return optimizer
+
+    @property
+    def step_objective(self) -> StepObjective:
+        """The objective, whose loss needs all rows of a step."""
+        if not isinstance(self.objective, StepObjective):
+            raise TypeError("the loss of this objective needs no whole step")
+        return self.objective
 
     def forget_optimizer(self) -> None:
         """Free gradients and optimizer state, which are three times as large as the adapter."""
@@ -246,6 +264,8 @@ class FtlevelTrainer(Trainer):
     ) -> torch.Tensor:
         """Return the loss of a batch and accumulate its gradients, without counting tokens seen."""
         self._is_padding = bool(inputs.pop("is_nothing", False))
+        if isinstance(self.objective, StepObjective):
+            return self._whole_step(model, inputs)
         if "micro_batches" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
         micro_batches = [(part.pop("layout"), part) for part in inputs["micro_batches"]]

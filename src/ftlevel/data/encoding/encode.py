@@ -240,6 +240,10 @@ class Encoded:
         """Number of tokens of the longest branch."""
         return len(self.input_ids)
 
+    def truncated(self, limit: int) -> Encoded | None:  # noqa: ARG002 - of subclasses
+        """Return the row with `limit` tokens at most; None if that depends on its labels."""
+        return None
+
     def without(self, count: int) -> Encoded:
         """Return the row without the `count` prompt tokens after the first token."""
         ids, labels = self.input_ids, self.labels

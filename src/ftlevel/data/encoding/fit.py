@@ -192,6 +192,8 @@ def _cut_prompt(row: Encoded, limit: int) -> list[Encoded]:
     The first token is retained, as it may be BOS, but not duplicated. Rows without a prompt lose
     tokens before the last one, which may be SEP or EOS.
     """
+    if (own := row.truncated(limit)) is not None:
+        return [own]
     surplus = row.length - limit
     prompt = prompt_length(row)
     if prompt is None or not isinstance(row.labels, list):

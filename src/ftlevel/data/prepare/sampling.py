@@ -51,6 +51,53 @@ class LengthGroupedSampler(Sampler[int]):
             yield from step
 
 
+class DistinctTextSampler(Sampler[int]):
+    """Order rows at random so that no text occurs in two rows of an optimizer step.
+
+    Rows of one step are consecutive. Rows that share a text with all steps left are in the last
+    steps, `repeated` of them. Set `epoch` (from 0) before the first row of an epoch is read.
+    """
+
+    def __init__(self, rows: Sequence[Encoded], step: int, seed: int) -> None:
+        self.epoch = 0
+        self.repeated = 0
+        self._step, self._seed = step, seed
+        known: dict[tuple[int, ...], int] = {}
+        self._texts = [
+            {known.setdefault(tuple(text.input_ids), len(known)) for text in row.branches}
+            for row in rows
+        ]
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield every row index once."""
+        generator = torch.Generator().manual_seed(self._seed + self.epoch)
+        left = torch.randperm(len(self), generator=generator).tolist()
+        self.repeated = 0
+        while left:
+            taken: set[int] = set()
+            chosen: list[int] = []
+            later: list[int] = []
+            for at, row in enumerate(left):
+                if len(chosen) == self._step:
+                    later += left[at:]
+                    break
+                if taken.isdisjoint(self._texts[row]):
+                    taken |= self._texts[row]
+                    chosen.append(row)
+                else:
+                    later.append(row)
+            if len(chosen) < self._step:  # only rows with repeated texts are left
+                more = later[: self._step - len(chosen)]
+                later = later[len(more) :]
+                self.repeated += len(more)
+                chosen += more
+            yield from chosen
+            left = later
+
+
 class StepShardSampler(Sampler[list[int]]):
     """Batches of one process when several processes share each optimizer step.
 

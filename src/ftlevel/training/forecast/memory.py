@@ -30,10 +30,12 @@ from ftlevel.fast.packing import PackedBlocks
 from ftlevel.fast.plan import set_packed_attention
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
+from ftlevel.fast.text_collator import TextCollator
 from ftlevel.methods import METHODS
 from ftlevel.models.loading import build_task_model
 from ftlevel.models.module_tree import ModuleTree, find_blocks
 from ftlevel.models.upstream.fake import packed_tensors
+from ftlevel.task import StepObjective
 from ftlevel.trained.adapt import apply_method
 from ftlevel.training.build_trainer import build_trainer
 from ftlevel.training.forecast.meta_model import (
@@ -414,9 +416,8 @@ def _fullest(run: Run, pruning: Pruning) -> _Batch:
         several = train.gradient_accumulation_steps > 1
         return _Batch(inputs, inputs["input_ids"].numel(), several, 1)
     needed = pruning.needed if pruning.linears else None
-    collate = StepCollator(
-        run.model.pad_id, replace(fast, shared_prefix=False, needed_tokens=needed)
-    )
+    kind = TextCollator if isinstance(run.objective, StepObjective) else StepCollator
+    collate = kind(run.model.pad_id, replace(fast, shared_prefix=False, needed_tokens=needed))
     found: list[_Batch] = []
     for step in _steps(rows, size * train.gradient_accumulation_steps, train.seed):
         batch = collate(step)

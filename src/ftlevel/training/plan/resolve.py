@@ -128,6 +128,8 @@ def resolve(
     """
     given, task = config, TASKS[config.task].configured(task_options(config))
     config, bare = _read_model(config, task, imagined or SyntheticBatch())
+    width = width_of(bare.config)
+    task, of_task = task.for_model(bare.source, bare.kind, width, bare.tokenizer, config)
     if imagined is not None and imagined.rows is not None:
         data = imagined.rows(task, bare.kind, bare.config)
     else:
@@ -170,6 +172,7 @@ def resolve(
         choices=[
             model_choice(config, model.family, model.total_parameters, bare.source),
             Choice("task", task.name, why_task),
+            *of_task,
             *([adapter.choice] if adapter else []),
             *data.choices,
             bare.device,
@@ -195,7 +198,10 @@ def resolve(
 def task_options(config: TrainConfig) -> dict[str, Any]:
     """Return the options for `BaseTask.configured`."""
     smoothing = config.train.label_smoothing_factor
-    return {"preference": {**config.preference.model_dump(), "smoothing": smoothing}}
+    return {
+        "preference": {**config.preference.model_dump(), "smoothing": smoothing},
+        "embedding": config.embedding.model_dump(mode="json"),
+    }
 
 
 def _read_model(

@@ -14,12 +14,13 @@ from torch.nn import functional
 
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.texts import distinct_texts
 from ftlevel.evaluation.scoring import batches
 from ftlevel.fast.head.likelihoods import base_model, plain_loss, sum_of_ratios, with_baseline
 from ftlevel.fast.layers.norm_glu import FusedGlu, FusedNorm
 from ftlevel.models.hardware import autocast
 from ftlevel.models.module_tree import find_stacks
-from ftlevel.task import LikelihoodObjective
+from ftlevel.task import LikelihoodObjective, StepObjective
 from ftlevel.training.trainer import FtlevelTrainer
 
 
@@ -50,7 +51,8 @@ class Steps:
         perturbed by a rounding error. Without that, rows of one length round alike in any order,
         and errors shared by two answers cancel in the gradient. `draw` selects the errors.
         """
-        model = _OneByOne(self.model) if len(rows[0].branches) > 1 else self.model
+        alone = len(rows[0].branches) > 1 and not isinstance(self.trainer.objective, StepObjective)
+        model = _OneByOne(self.model) if alone else self.model
         with _rounding_errors(self.model, draw):
             return self._plain(model, rows[::-1], 1, dtype)
 
@@ -62,6 +64,8 @@ class Steps:
         self, model: Any, rows: Sequence[Encoded], batch_size: int, dtype: str
     ) -> StepResult:
         objective, device = self.trainer.objective, self.trainer.args.device
+        if isinstance(objective, StepObjective):
+            return self._plain_whole(objective, rows, batch_size, dtype)
         options = self.trainer.loss
         _evaluate(self.model)
         self.model.zero_grad()
@@ -83,6 +87,25 @@ class Steps:
             torch.autograd.backward(share)
             loss += share.item()
         return StepResult(loss, self._take_gradients())
+
+    def _plain_whole(
+        self, objective: StepObjective, rows: Sequence[Encoded], batch_size: int, dtype: str
+    ) -> StepResult:
+        """Return the step of all texts in padded batches, with the graphs of all in memory."""
+        device = self.trainer.args.device
+        _evaluate(self.model)
+        self.model.zero_grad()
+        texts, step = distinct_texts(rows)
+        vectors = []
+        for part in batches(texts, batch_size):
+            batch = {n: v.to(device) for n, v in Collator(self.pad_id)(part).items()}
+            del batch["labels"]
+            with autocast(device.type, dtype):
+                outputs = self.model(**batch)
+                vectors.append(objective.embed(outputs, batch["attention_mask"]))
+        loss = objective.step_loss(torch.cat(vectors), step)
+        torch.autograd.backward(loss)
+        return StepResult(loss.item(), self._take_gradients())
 
     def _baseline(
         self, rows: Sequence[Encoded], batch_size: int, dtype: str

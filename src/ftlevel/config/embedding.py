@@ -1,0 +1,230 @@
+"""Settings of embedding models: loss, pooling, prompts and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field
+
+from ftlevel.config.section import Section
+from ftlevel.errors import join_names
+
+EMBEDDING_TASKS = ("embedding",)
+EmbeddingLossName = Literal[
+    "mnrl", "gist", "cosent", "angle", "cosine", "contrastive", "triplet", "margin-mse", "kl"
+]
+Pooling = Literal["mean", "cls", "last", "max"]
+Similarity = Literal["cosine", "dot"]
+Columns = Literal["pairs", "scores"]
+"""What a row has: a query with documents, or two texts with a score or a label."""
+
+
+@dataclass(frozen=True)
+class EmbeddingLossFacts:
+    """Properties of an embedding loss.
+
+    Attributes:
+        columns: rows that it learns from.
+        reads: fields of `EmbeddingConfig` that it uses, besides those that all losses use.
+        scale: default scale of cosine similarities; None if it has none.
+        margin: default margin; None if it has none.
+        contrasts: whether the documents of other rows are negatives, so that one row is not enough.
+        needs_negatives: whether every row needs a negative.
+        needs_teacher: whether it needs scores of a teacher, as columns or from `--teacher`.
+    """
+
+    columns: Columns
+    reads: tuple[str, ...] = ()
+    scale: float | None = None
+    margin: float | None = None
+    contrasts: bool = False
+    needs_negatives: bool = False
+    needs_teacher: bool = False
+
+
+LOSSES: dict[str, EmbeddingLossFacts] = {
+    "mnrl": EmbeddingLossFacts("pairs", ("scale", "symmetric"), 20.0, contrasts=True),
+    "gist": EmbeddingLossFacts("pairs", ("scale", "guide", "margin"), 100.0, 0.0, contrasts=True),
+    "triplet": EmbeddingLossFacts("pairs", ("margin",), None, 5.0, needs_negatives=True),
+    "margin-mse": EmbeddingLossFacts("pairs", needs_negatives=True, needs_teacher=True),
+    "kl": EmbeddingLossFacts("pairs", ("temperature",), needs_negatives=True, needs_teacher=True),
+    "cosent": EmbeddingLossFacts("scores", ("scale",), 20.0, contrasts=True),
+    "angle": EmbeddingLossFacts("scores", ("scale",), 20.0, contrasts=True),
+    "cosine": EmbeddingLossFacts("scores"),
+    "contrastive": EmbeddingLossFacts("scores", ("margin",), None, 0.5),
+}
+DEFAULT_LOSSES: dict[Columns, str] = {"pairs": "mnrl", "scores": "cosent"}
+LOSS_ALIASES = {
+    "infonce": "mnrl",
+    "multiplenegativesrankingloss": "mnrl",
+    "cachedmultiplenegativesrankingloss": "mnrl",
+    "gistembedloss": "gist",
+    "cachedgistembedloss": "gist",
+    "cosentloss": "cosent",
+    "angleloss": "angle",
+    "cosinesimilarityloss": "cosine",
+    "contrastiveloss": "contrastive",
+    "tripletloss": "triplet",
+    "marginmseloss": "margin-mse",
+    "distillkldivloss": "kl",
+}
+"""Lowercase names of other tools, without dashes and underscores."""
+
+
+def _read_loss(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    folded = value.lower().replace("_", "").replace("-", "")
+    return LOSS_ALIASES.get(folded, value.lower().replace("_", "-"))
+
+
+def _read_dims(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
+
+
+Dims = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_read_dims)]
+
+
+class EmbeddingConfig(Section):
+    """Loss and form of an embedding model."""
+
+    loss: Annotated[EmbeddingLossName, BeforeValidator(_read_loss)] | None = Field(
+        None,
+        description="Embedding loss; default: mnrl for pairs, cosent for scores.",
+    )
+    scale: Annotated[float, Field(gt=0, le=10_000)] | None = Field(
+        None,
+        description="Factor of similarities in the loss, 1 / temperature; default: 20 (1 for dot "
+        "products, 100 for gist).",
+    )
+    symmetric: bool = Field(
+        False, description="Whether mnrl also compares each document with all queries."
+    )
+    margin: Annotated[float, Field(ge=0, le=1000)] | None = Field(
+        None,
+        description="Margin of the loss; default: 5 for triplet, 0.5 for contrastive, 0 for gist.",
+    )
+    temperature: Annotated[float, Field(gt=0, le=1000)] = Field(
+        1.0, description="Temperature of the scores of teacher and model in kl."
+    )
+    guide: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="Embedding model that finds false negatives for gist: a run, adapter or model.",
+    )
+    pooling: Pooling | None = Field(
+        None,
+        description="Pooling of token states; default: that of the model, else mean (encoder) or "
+        "last (decoder).",
+    )
+    normalize: bool | None = Field(
+        None,
+        description="Whether embeddings have length 1; default: as in the model, else yes.",
+    )
+    similarity: Similarity | None = Field(
+        None, description="Similarity of two embeddings; default: that of the model, else cosine."
+    )
+    query_prompt: str | None = Field(
+        None, description="Text before each query; default: that of the model."
+    )
+    document_prompt: str | None = Field(
+        None, description="Text before each document; default: that of the model."
+    )
+    matryoshka_dims: Dims = Field(
+        (),
+        description="Numbers of leading dimensions to train as embeddings of their own, e.g. "
+        "384,256,128,64.",
+    )
+    matryoshka_weights: Annotated[
+        tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_read_dims)
+    ] = Field((), description="Weights of the losses of matryoshka_dims; default: 1 each.")
+    batch_sampler: Literal["no_duplicates", "batch_sampler"] = Field(
+        "no_duplicates",
+        description="Sampling of the rows of a step; no_duplicates: no text occurs twice in it.",
+    )
+    grad_cache: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Whether to embed the texts of a step twice, which needs the memory of one "
+        "micro-batch only; auto: if the activations of all do not fit. The result is the same.",
+    )
+
+
+_FLAGS = {
+    "loss": "--loss",
+    "scale": "--scale",
+    "symmetric": "--symmetric",
+    "margin": "--margin",
+    "guide": "--guide",
+    "pooling": "--pooling",
+    "normalize": "--normalize",
+    "similarity": "--similarity",
+    "query_prompt": "--query-prompt",
+    "document_prompt": "--document-prompt",
+    "matryoshka_dims": "--matryoshka-dims",
+    "batch_sampler": "--batch-sampler",
+}
+
+
+def find_embedding_problems(
+    task: str, settings: EmbeddingConfig, batch: int, teacher: str | None
+) -> list[str]:
+    """Return a message for each setting without effect, and for a batch that is too small.
+
+    `batch` is the number of rows of an optimizer step.
+    """
+    plain = EmbeddingConfig()
+    given = [n for n in EmbeddingConfig.model_fields if getattr(settings, n) != getattr(plain, n)]
+    if task not in EMBEDDING_TASKS:
+        if not given:
+            return []
+        names = join_names(map(_flag, given))
+        return [f"{names}: of --task embedding, and --task is {task}. Drop it, or change the task."]
+    problems = list(_matryoshka_problems(settings))
+    if settings.loss is not None:
+        problems += _loss_problems(settings, given, teacher)
+    loss = settings.loss or DEFAULT_LOSSES["pairs"]
+    if LOSSES[loss].contrasts and batch == 1:
+        problems.append(
+            f"--per-device-train-batch-size 1: --loss {loss} compares the rows of a step, and a "
+            "step has one. Use at least 2, or more --gradient-accumulation-steps."
+        )
+    return problems
+
+
+def _loss_problems(
+    settings: EmbeddingConfig, given: Sequence[str], teacher: str | None
+) -> list[str]:
+    loss, problems = settings.loss or "", []
+    for name in given:
+        readers = [other for other in get_args(EmbeddingLossName) if name in LOSSES[other].reads]
+        if readers and loss not in readers:
+            do = "does" if len(readers) == 1 else "do"
+            problems.append(
+                f"{_flag(name)}: --loss {loss} does not read it; {join_names(readers)} {do}. "
+                "Drop it."
+            )
+    if loss == "gist" and settings.guide is None:
+        problems.append("--loss gist needs a model that finds false negatives. Add --guide MODEL.")
+    if teacher is not None and not LOSSES[loss].needs_teacher:
+        taught = [name for name, facts in LOSSES.items() if facts.needs_teacher]
+        problems.append(
+            f"--teacher: --loss {loss} does not read it; {join_names(taught)} do. Drop it."
+        )
+    return problems
+
+
+def _matryoshka_problems(settings: EmbeddingConfig) -> list[str]:
+    dims, weights = settings.matryoshka_dims, settings.matryoshka_weights
+    if len(set(dims)) < len(dims):
+        return [f"--matryoshka-dims {','.join(map(str, dims))}: a number is there twice. Drop one."]
+    if weights and len(weights) != len(dims):
+        return [
+            f"embedding.matryoshka_weights has {len(weights)} values for {len(dims)} "
+            "--matryoshka-dims. Give one for each."
+        ]
+    return []
+
+
+def _flag(name: str) -> str:
+    return _FLAGS.get(name, f"embedding.{name}")

@@ -1,0 +1,205 @@
+"""Score an embedding model: the loss of its validation rows, and retrieval or similarity metrics.
+
+Queries are looked up among the distinct documents of all validation rows. Documents equal in text
+are one document, and the positives of all rows with one query are relevant to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from ftlevel.config.embedding import LOSSES
+from ftlevel.data.encoding.collate import Collator
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.texts import distinct_texts
+from ftlevel.task import Meter, StepTexts
+from ftlevel.tasks.embedding.objective import METRICS, Embeddings, LabelKind
+from ftlevel.tasks.embedding.retrieval import average_precision, score_retrieval, spearman
+
+TOKENS_AT_ONCE = 4_096
+"""Positions of a forward pass, unless a text is longer."""
+
+
+class RowRecord(Protocol):
+    """Receives the results of every row."""
+
+    def add_row(self, row: int, loss: float, targets: int, meter: Meter) -> None:
+        """Record an example with its summed loss, its number of targets and its own metrics."""
+
+
+def embed_texts(
+    model: Any, objective: Embeddings, texts: Sequence[Encoded], pad_id: int, device: str
+) -> torch.Tensor:
+    """Return float32 vectors `(texts, dims)` on the CPU, in order; batches are sorted by length."""
+    collate = Collator(pad_id)
+    order = sorted(range(len(texts)), key=lambda at: -len(texts[at].input_ids))
+    found: list[torch.Tensor | None] = [None] * len(texts)
+    begin = 0
+    while begin < len(order):
+        longest = len(texts[order[begin]].input_ids)
+        part = order[begin : begin + max(1, TOKENS_AT_ONCE // longest)]
+        batch = {n: v.to(device) for n, v in collate([texts[at] for at in part]).items()}
+        del batch["labels"]
+        vectors = objective.embed(model(**batch), batch["attention_mask"]).float().cpu()
+        for at, vector in zip(part, vectors, strict=True):
+            found[at] = vector
+        begin += len(part)
+    return torch.stack([vector for vector in found if vector is not None])
+
+
+def score_embeddings(
+    context: Any, objective: Embeddings, model: Any, record: RowRecord | None
+) -> dict[str, float]:
+    """Return the loss and the metrics of the rows of `context`."""
+    rows = context.rows
+    texts, step = distinct_texts(rows)
+    pad_id = context.tokenizer.pad_token_id or 0
+    vectors = embed_texts(model, objective, texts, pad_id, context.device)
+    losses = step_losses(objective, vectors, step)
+    dims = (None, *objective.settings.matryoshka_dims)
+    with torch.autocast("cpu", enabled=False):
+        meters = build_meters(objective, vectors, step, dims)
+    if record is not None:
+        for row, loss, meter in zip(rows, losses, meters, strict=True):
+            record.add_row(row.row, loss, 1, meter)
+    loss = float(np.mean(losses))
+    return {"loss": loss, **meters[0].pool(meters).compute(loss)}
+
+
+def step_losses(objective: Embeddings, vectors: torch.Tensor, step: StepTexts) -> list[float]:
+    """Return for each row the mean loss of its step, which has as many rows as in training.
+
+    A last step of one row belongs to the one before, if its loss compares rows.
+    """
+    size, found = objective.step_rows, list[float]()
+    starts = list(range(0, len(step), size))
+    contrasts = LOSSES[objective.settings.loss or ""].contrasts
+    if contrasts and len(starts) > 1 and len(step) - starts[-1] == 1:
+        starts.pop()
+    for begin, end in zip(starts, [*starts[1:], len(step)], strict=True):
+        loss = objective.step_loss(vectors, step.select(slice(begin, end)))
+        found += [float(loss)] * (end - begin)
+    return found
+
+
+@dataclass
+class QueryMeter:
+    """Mean of metrics over queries; `values` has one mapping per query."""
+
+    values: list[Mapping[str, float]] = field(default_factory=list)
+
+    def update(self, *_: Any) -> None:
+        """Raise `TypeError`: metrics need all documents."""
+        raise TypeError("metrics need the vectors of all documents")
+
+    def pool(self, meters: Sequence[QueryMeter]) -> QueryMeter:
+        """Return a meter of the queries of all `meters`."""
+        return QueryMeter([value for meter in meters for value in meter.values])
+
+    def compute(self, _: float) -> dict[str, float]:
+        """Return the means."""
+        known = [value for value in self.values if value]
+        names = known[0] if known else ()
+        return {name: float(np.mean([value[name] for value in known])) for name in names}
+
+    def describe(self, _: Sequence[str]) -> dict[str, Any]:
+        """Return the metrics of the only query."""
+        return {name: round(value, 4) for name, value in self.values[0].items()}
+
+
+@dataclass
+class PairMeter:
+    """Correlation or average precision of similarities; `pairs` has (label, scores by name)."""
+
+    kind: LabelKind
+    pairs: list[tuple[float, Mapping[str, float]]] = field(default_factory=list)
+
+    def update(self, *_: Any) -> None:
+        """Raise `TypeError`: pairs are given when the meter is created."""
+        raise TypeError("pairs are scored together")
+
+    def pool(self, meters: Sequence[PairMeter]) -> PairMeter:
+        """Return a meter of the pairs of all `meters`."""
+        return PairMeter(self.kind, [pair for meter in meters for pair in meter.pairs])
+
+    def compute(self, _: float) -> dict[str, float]:
+        """Return the metric by number of dimensions; one of equal values is left out."""
+        labels = [label for label, _ in self.pairs]
+        compute = spearman if self.kind == "score" else average_precision
+        found = {}
+        for suffix in self.pairs[0][1] if self.pairs else ():
+            scores = [scores[suffix] for _, scores in self.pairs]
+            if len(set(labels)) > 1 and len(set(scores)) > 1:
+                found[f"{METRICS[self.kind][0]}{suffix}"] = compute(scores, labels)
+        return found
+
+    def describe(self, _: Sequence[str]) -> dict[str, Any]:
+        """Return the similarity and the label of the only pair."""
+        label, scores = self.pairs[0] if self.pairs else (float("nan"), {"": float("nan")})
+        return {"similarity": round(scores[""], 4), "true": label}
+
+
+def build_meters(
+    objective: Embeddings, vectors: torch.Tensor, step: StepTexts, dims: Sequence[int | None]
+) -> list[Any]:
+    """Return one meter per row; the headline is also computed with the first `dims` dimensions."""
+    spaces = {"" if count is None else f"_dim_{count}": vectors[:, :count] for count in dims}
+    is_cosine = objective.form.similarity == "cosine"
+    if objective.kind == "ranking":
+        return _query_meters(objective.form.similarity, spaces, step)
+    if is_cosine:
+        spaces = {name: functional.normalize(space, dim=-1) for name, space in spaces.items()}
+    if objective.kind == "class":
+        return _class_meters(spaces, step)
+    return [
+        PairMeter(
+            objective.kind,
+            [
+                (label, {name: float(v[own[0]] @ v[other]) for name, v in spaces.items()})
+                for other, label in zip(own[1:], labels, strict=True)
+            ],
+        )
+        for own, labels in zip(step.texts, step.labels, strict=True)
+    ]
+
+
+def _class_meters(spaces: Mapping[str, torch.Tensor], step: StepTexts) -> list[PairMeter]:
+    """Return meters of the pairs of each text with all later ones."""
+    found = [PairMeter("class") for _ in range(len(step))]
+    for (i, one), (j, other) in combinations(enumerate(step.texts), 2):
+        same = float(step.labels[i] == step.labels[j])
+        scores = {name: float(v[one[0]] @ v[other[0]]) for name, v in spaces.items()}
+        found[i].pairs.append((same, scores))
+    return found
+
+
+def _query_meters(
+    similarity: str, spaces: Mapping[str, torch.Tensor], step: StepTexts
+) -> list[QueryMeter]:
+    """Return the metrics of each row's query; rows of one query have the same."""
+    documents = sorted({document for own in step.texts for document in own[1:]})
+    place = {document: at for at, document in enumerate(documents)}
+    good: dict[int, set[int]] = {}
+    for (query, *own), labels in zip(step.texts, step.labels, strict=True):
+        relevant = {place[d] for d, label in zip(own, labels, strict=True) if label > 0}
+        good.setdefault(query, set()).update(relevant)
+    queries = [query for query, relevant in good.items() if relevant]
+    values: dict[int, dict[str, float]] = {query: {} for query in good}
+    headline = METRICS["ranking"][0]
+    for suffix, space in spaces.items():
+        relevant_of = [sorted(good[query]) for query in queries]
+        found = score_retrieval(
+            space[queries], space[documents], relevant_of, similarity=similarity
+        )
+        for name, scores in found.values.items():
+            if not suffix or name == headline:
+                for query, value in zip(queries, scores.tolist(), strict=True):
+                    values[query][f"{name}{suffix}"] = value
+    return [QueryMeter([values[own[0]]]) for own in step.texts]

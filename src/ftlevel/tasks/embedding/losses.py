@@ -1,0 +1,273 @@
+"""Losses of embedding models over all rows of an optimizer step, in float32.
+
+q, d   vectors of queries and documents; s = cosine or dot product; τ = 1 / scale
+
+mnrl         mean over i of −s(qᵢ,dᵢ)/τ + log Σⱼ exp s(qᵢ,dⱼ)/τ   (arXiv:1807.03748, 1705.00652)
+gist         mnrl with queries and positives as candidates, without those that a guide finds
+             nearer than dᵢ (arXiv:2402.16829)
+cosent       log(1 + Σ over yᵢ > yⱼ of exp(scale · (sⱼ − sᵢ)))  (Su, 2022)
+angle        cosent of the similarity of angles (arXiv:2309.12871)
+cosine       mean of (s − y)²
+contrastive  mean of ½ (y D² + (1 − y) max(0, m − D)²), D = 1 − s (Hadsell et al., 2006)
+triplet      mean of max(0, ‖q − d⁺‖ − ‖q − d⁻‖ + m) (arXiv:1503.03832)
+margin-mse   mean of (q·d⁺ − q·d⁻ − teacher's)² (arXiv:2010.02666)
+kl           T² · KL(softmax(teacher's / T) ‖ softmax(q·d / T)) over a row's own documents
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch.nn import functional
+
+from ftlevel.task import StepTexts
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Settings of a loss; see `EmbeddingConfig`.
+
+    `hides_repeats` leaves out candidates that are a positive of the query under another row.
+    """
+
+    scale: float = 20.0
+    margin: float = 0.0
+    temperature: float = 1.0
+    symmetric: bool = False
+    is_cosine: bool = True
+    hides_repeats: bool = True
+
+
+def similarity(one: torch.Tensor, other: torch.Tensor, options: LossOptions) -> torch.Tensor:
+    """Return the similarities `(n, m)` of vectors `(n, dims)` and `(m, dims)`."""
+    if options.is_cosine:
+        one, other = functional.normalize(one, dim=-1), functional.normalize(other, dim=-1)
+    return one @ other.T
+
+
+def _paired(one: torch.Tensor, other: torch.Tensor, options: LossOptions) -> torch.Tensor:
+    """Return the similarity `(n,)` of each pair of vectors `(n, dims)`."""
+    if options.is_cosine:
+        one, other = functional.normalize(one, dim=-1), functional.normalize(other, dim=-1)
+    return (one * other).sum(-1)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Queries of a step, and all its documents.
+
+    Attributes:
+        queries: `(n,)` text of each query; a query with several positives is there for each.
+        documents: `(m,)` texts; the first n are the positives of `queries`, the others negatives.
+        hidden: `(n, m)` documents that are a positive of the query in another place.
+    """
+
+    queries: torch.Tensor
+    documents: torch.Tensor
+    hidden: torch.Tensor
+
+    @classmethod
+    def of(cls, step: StepTexts, device: torch.device) -> Candidates:
+        """Return the queries and documents of a step."""
+        queries: list[int] = []
+        good: list[int] = []
+        bad: list[int] = []
+        for (query, *documents), labels in zip(step.texts, step.labels, strict=True):
+            for document, label in zip(documents, labels, strict=True):
+                if label > 0:
+                    queries.append(query)
+                    good.append(document)
+                else:
+                    bad.append(document)
+        q = torch.tensor(queries, device=device)
+        d = torch.tensor(good + bad, device=device)
+        hidden = d[: len(q), None] == d[None]
+        same_query = q[:, None] == q[None]
+        if int(same_query.sum()) > len(q):  # else the product would be `hidden`
+            hidden = (same_query.float() @ hidden.float()) > 0
+        hidden[:, : len(q)].fill_diagonal_(False)
+        return cls(q, d, hidden)
+
+
+def mnrl(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
+    """Return the InfoNCE loss of queries against all documents of the step."""
+    found = Candidates.of(step, vectors.device)
+    scores = similarity(vectors[found.queries], vectors[found.documents], options) * options.scale
+    if options.hides_repeats:
+        scores = scores.masked_fill(found.hidden, -torch.inf)
+    right = torch.arange(len(scores), device=scores.device)
+    loss = functional.cross_entropy(scores, right)
+    if options.symmetric:
+        back = scores[:, : len(scores)].T
+        loss = (loss + functional.cross_entropy(back, right)) / 2
+    return loss
+
+
+def gist(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
+    """Return the InfoNCE loss without candidates that the guide finds nearer than the positive."""
+    found = Candidates.of(step, vectors.device)
+    guide = torch.stack([torch.as_tensor(own) for own in step.guide or ()]).to(vectors.device)
+    count = len(found.queries)
+    queries, positives, negatives = (
+        found.queries,
+        found.documents[:count],
+        found.documents[count:],
+    )
+    blocks = (
+        (queries, positives),
+        (queries, queries),
+        (positives, positives),
+        (queries, negatives),
+    )
+    limit = _paired(guide[queries], guide[positives], LossOptions())[:, None] - options.margin
+    right = torch.arange(count, device=vectors.device)
+    parts = []
+    for number, (rows, columns) in enumerate(blocks):
+        scores = similarity(vectors[rows], vectors[columns], options)
+        hidden = similarity(guide[rows], guide[columns], LossOptions()) > limit
+        if number == 0:
+            hidden[right, right] = False
+        parts.append(scores.masked_fill(hidden, -torch.inf))
+    return functional.cross_entropy(torch.cat(parts, dim=1) * options.scale, right)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of texts, `first` and `second` `(n,)`, with their labels `(n,)`."""
+
+    first: torch.Tensor
+    second: torch.Tensor
+    labels: torch.Tensor
+
+    @classmethod
+    def of(cls, step: StepTexts, device: torch.device) -> Pairs:
+        """Return each query with each of its documents; texts with classes, each with each."""
+        if any(len(texts) == 1 for texts in step.texts):
+            return cls._of_classes(step, device)
+        pairs = [
+            (texts[0], document, label)
+            for texts, labels in zip(step.texts, step.labels, strict=True)
+            for document, label in zip(texts[1:], labels, strict=True)
+        ]
+        return cls._build(pairs, device)
+
+    @classmethod
+    def _of_classes(cls, step: StepTexts, device: torch.device) -> Pairs:
+        named = [(texts[0], label[0]) for texts, label in zip(step.texts, step.labels, strict=True)]
+        pairs = [(a, b, float(one == two)) for (a, one), (b, two) in combinations(named, 2)]
+        return cls._build(pairs, device)
+
+    @classmethod
+    def _build(cls, pairs: Sequence[tuple[int, int, float]], device: torch.device) -> Pairs:
+        first, second, labels = zip(*pairs, strict=True)
+        return cls(
+            torch.tensor(first, device=device),
+            torch.tensor(second, device=device),
+            torch.tensor(labels, dtype=torch.float32, device=device),
+        )
+
+
+def _rank(scores: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return CoSENT's loss of the similarities `scores` `(n,)`."""
+    apart = scale * (scores[None, :] - scores[:, None])  # sⱼ − sᵢ
+    apart = apart[labels[:, None] > labels[None, :]]
+    return torch.cat([apart.new_zeros(1), apart]).logsumexp(0)
+
+
+def cosent(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
+    """Return the loss of pairs that are ranked otherwise than by their labels."""
+    pairs = Pairs.of(step, vectors.device)
+    scores = _paired(vectors[pairs.first], vectors[pairs.second], options)
+    return _rank(scores, pairs.labels, options.scale)
+
+
+def angle(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
+    """Return CoSENT's loss of |Re + Im| of the product of z and conjugate w.
+
+    z and w are complex vectors; their real and imaginary parts are halves of the normalized ones.
+    """
+    pairs = Pairs.of(step, vectors.device)
+    width = vectors.shape[1] + vectors.shape[1] % 2
+    padded = functional.pad(functional.normalize(vectors, dim=-1), (0, width - vectors.shape[1]))
+    half = torch.complex(padded[:, : width // 2].contiguous(), padded[:, width // 2 :].contiguous())
+    products = (half[pairs.first] * half[pairs.second].conj()).sum(-1)
+    return _rank((products.real + products.imag).abs(), pairs.labels, options.scale)
+
+
+def cosine(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
+    """Return the mean squared difference of similarities and scores."""
+    pairs = Pairs.of(step, vectors.device)
+    scores = _paired(vectors[pairs.first], vectors[pairs.second], options)
+    return functional.mse_loss(scores, pairs.labels)
+
+
+def contrastive(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
+    """Return the loss of distances, which are to be 0 for label 1 and above the margin for 0."""
+    pairs = Pairs.of(step, vectors.device)
+    apart = 1 - _paired(vectors[pairs.first], vectors[pairs.second], options)
+    near, far = apart.square(), (options.margin - apart).clamp(min=0).square()
+    return (0.5 * (pairs.labels * near + (1 - pairs.labels) * far)).mean()
+
+
+def triplet(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
+    """Return the hinge loss of distances to each positive and each negative of a row."""
+    triplets = [
+        (texts[0], texts[1 + good], texts[1 + bad])
+        for texts, labels in zip(step.texts, step.labels, strict=True)
+        for good, g in enumerate(labels)
+        for bad, b in enumerate(labels)
+        if g > 0 >= b
+    ]
+    query, good, bad = (
+        vectors[torch.tensor(i, device=vectors.device)] for i in zip(*triplets, strict=True)
+    )
+    apart = functional.pairwise_distance(query, good) - functional.pairwise_distance(query, bad)
+    return (apart + options.margin).clamp(min=0).mean()
+
+
+def _own_scores(vectors: torch.Tensor, step: StepTexts) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return per row the dot products of its query and documents, and the teacher's scores."""
+    found = []
+    for texts, teacher in zip(step.texts, step.teacher, strict=True):
+        own = torch.tensor(texts, device=vectors.device)
+        scores = vectors[own[1:]] @ vectors[own[0]]
+        found.append((scores, torch.tensor(teacher, device=vectors.device, dtype=scores.dtype)))
+    return found
+
+
+def margin_mse(vectors: torch.Tensor, step: StepTexts, _: LossOptions) -> torch.Tensor:
+    """Return the mean squared error of the margins of a row's first document over the others."""
+    errors = [
+        (scores[0] - scores[1:]) - (teacher[0] - teacher[1:])
+        for scores, teacher in _own_scores(vectors, step)
+    ]
+    return torch.cat(errors).square().mean()
+
+
+def kl(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
+    """Return the divergence of the model's distribution over own documents from the teacher's."""
+    heat = options.temperature
+    losses = [
+        functional.kl_div(
+            (scores / heat).log_softmax(0), (teacher / heat).softmax(0), reduction="sum"
+        )
+        for scores, teacher in _own_scores(vectors, step)
+    ]
+    return torch.stack(losses).mean() * heat**2
+
+
+StepLoss = Callable[[torch.Tensor, StepTexts, LossOptions], torch.Tensor]
+STEP_LOSSES: dict[str, StepLoss] = {
+    "mnrl": mnrl,
+    "gist": gist,
+    "cosent": cosent,
+    "angle": angle,
+    "cosine": cosine,
+    "contrastive": contrastive,
+    "triplet": triplet,
+    "margin-mse": margin_mse,
+    "kl": kl,
+}

@@ -1,0 +1,121 @@
+"""Pooling of token states, and the objective of a step's vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
+from ftlevel.config.embedding import LOSSES, EmbeddingConfig
+from ftlevel.task import StepObjective, StepTexts
+from ftlevel.tasks.embedding.retrieval import METRICS as RETRIEVAL
+
+if TYPE_CHECKING:
+    import torch
+
+    from ftlevel.tasks.embedding.losses import LossOptions
+
+LabelKind = Literal["ranking", "score", "label", "class"]
+"""Meaning of labels: relevance of documents, scores of pairs, 0 or 1 of pairs, or classes."""
+
+METRICS: dict[LabelKind, tuple[str, ...]] = {
+    "ranking": RETRIEVAL,
+    "score": ("spearman",),
+    "label": ("ap",),
+    "class": ("ap",),
+}
+"""Metrics by the meaning of labels, the headline first."""
+
+EVALUATED_ROWS = 64
+"""Rows of a step whose size is unknown, for the loss of validation rows."""
+
+
+def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Return one float32 vector per text, `(texts, width)`.
+
+    Args:
+        states: `(texts, seq, width)`, possibly after states of virtual tokens, which are skipped.
+        mask: `(texts, seq)`, 1 for a token, padded on either side.
+        pooling: mean, cls (the first token), last or max.
+    """
+    import torch
+
+    states = states[:, states.shape[1] - mask.shape[1] :].float()
+    if pooling == "mean":
+        weights = mask.to(states.dtype)
+        return torch.einsum("tsw,ts->tw", states, weights) / weights.sum(1, keepdim=True)
+    if pooling == "max":
+        return states.masked_fill(mask[..., None] == 0, -torch.inf).amax(1)
+    places = torch.arange(mask.shape[1], device=mask.device) * (mask != 0)
+    at = places.argmax(1) if pooling == "last" else (mask != 0).int().argmax(1)
+    return states[torch.arange(len(states), device=states.device), at]
+
+
+@dataclass(frozen=True)
+class Embeddings(StepObjective):
+    """Vectors of texts, and their loss over a whole step.
+
+    Attributes:
+        settings: loss and its settings; `loss` is resolved.
+        form: pooling, normalization and similarity.
+        kind: what the rows' labels mean.
+        step_rows: rows of an optimizer step, for the loss of validation rows.
+    """
+
+    settings: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    form: EmbeddingFormat = field(default_factory=EmbeddingFormat)
+    kind: LabelKind = "ranking"
+    step_rows: int = EVALUATED_ROWS
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics of the rows' kind."""
+        dims = self.settings.matryoshka_dims
+        return (*METRICS[self.kind], *(f"{self.headline}_dim_{count}" for count in dims))
+
+    def embed(self, outputs: Any, mask: torch.Tensor) -> torch.Tensor:
+        """Return the pooled states, with length 1 if the model normalizes."""
+        import torch
+        from torch.nn import functional
+
+        states = self.logits(outputs)
+        with torch.autocast(states.device.type, enabled=False):
+            vectors = pool(states, mask, self.form.pooling)
+            if self.form.dims is not None:
+                vectors = vectors[:, : self.form.dims]
+            return functional.normalize(vectors, dim=-1) if self.form.normalize else vectors
+
+    def step_loss(self, vectors: torch.Tensor, step: StepTexts) -> torch.Tensor:
+        """Return the mean loss of the rows, summed over the Matryoshka dimensions."""
+        import torch
+        from torch.nn import functional
+
+        from ftlevel.tasks.embedding.losses import STEP_LOSSES
+
+        compute, dims = STEP_LOSSES[self.settings.loss or ""], self.settings.matryoshka_dims
+        weights = self.settings.matryoshka_weights or (1.0,) * len(dims)
+        with torch.autocast(vectors.device.type, enabled=False):
+            if not dims:
+                return compute(vectors.float(), step, self._options)
+            spaces = [functional.normalize(vectors[:, :count].float(), dim=-1) for count in dims]
+            losses = [
+                weight * compute(space, step, self._options)
+                for space, weight in zip(spaces, weights, strict=True)
+            ]
+            return torch.stack(losses).sum()
+
+    @property
+    def _options(self) -> LossOptions:
+        from ftlevel.tasks.embedding.losses import LossOptions
+
+        settings, facts = self.settings, LOSSES[self.settings.loss or ""]
+        is_cosine = self.form.similarity == "cosine"
+        usual = (facts.scale or 1.0) if is_cosine else 1.0
+        return LossOptions(
+            scale=settings.scale or usual,
+            margin=settings.margin if settings.margin is not None else (facts.margin or 0.0),
+            temperature=settings.temperature,
+            symmetric=settings.symmetric,
+            is_cosine=is_cosine,
+            hides_repeats=settings.batch_sampler == "no_duplicates",
+        )

@@ -1,0 +1,91 @@
+"""Encoder of queries, documents and texts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ftlevel.data.encoding.encode import Encoded, RowError
+from ftlevel.data.encoding.texts import EncodedTexts
+from ftlevel.tasks.embedding.formats import EmbeddingRow
+
+_BATCH = 1_000  # rows tokenized at once
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Encoder of examples; it is picklable for worker processes.
+
+    Attributes:
+        end: id to append to each text that does not end with a special token; None for none.
+        with_words: whether the rows keep their texts.
+    """
+
+    tokenizer: Any
+    query_prompt: str
+    document_prompt: str
+    end: int | None = None
+    with_words: bool = False
+
+    def __call__(self, examples: Sequence[EmbeddingRow]) -> list[Encoded]:
+        """Return one row per example; raises `RowError` for a text without tokens."""
+        rows: list[Encoded] = []
+        for start in range(0, len(examples), _BATCH):
+            rows += self._encode(examples[start : start + _BATCH])
+        return rows
+
+    def _encode(self, examples: Sequence[EmbeddingRow]) -> list[Encoded]:
+        prompts = [
+            [example.prompt or self.query_prompt, *[self.document_prompt] * len(example.documents)]
+            for example in examples
+        ]
+        texts = [
+            [prompt + text for prompt, text in zip(own, (e.query, *e.documents), strict=True)]
+            for own, e in zip(prompts, examples, strict=True)
+        ]
+        encoded = iter(self.ids([text for own in texts for text in own]))
+        sizes = {prompt: self._size(prompt) for own in prompts for prompt in own}
+        rows: list[Encoded] = []
+        for example, own, heads in zip(examples, texts, prompts, strict=True):
+            ids = [next(encoded) for _ in own]
+            if not all(ids):
+                raise RowError(example.row, "has a text without a token.")
+            labels = example.labels or (float(hash_group(example.group)),)
+            rows.append(
+                EncodedTexts(
+                    [token for part in ids for token in part],
+                    tuple(map(float, labels)),
+                    example.row,
+                    {},
+                    tuple(map(len, ids)),
+                    example.teacher,
+                    tuple(sizes[prompt] for prompt in heads),
+                    (example.query, *example.documents) if self.with_words else (),
+                )
+            )
+        return rows
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text, with its end."""
+        found: list[list[int]] = self.tokenizer(list(texts))["input_ids"]
+        if self.end is None:
+            return found
+        special = set(self.tokenizer.all_special_ids)
+        return [ids if ids and ids[-1] in special else [*ids, self.end] for ids in found]
+
+    def _size(self, prompt: str) -> int:
+        """Return the number of tokens of `prompt`, with those before it."""
+        if not prompt:
+            return 0
+        ids = self.ids([prompt])[0]
+        special = set(self.tokenizer.all_special_ids)
+        while ids and ids[-1] in special:
+            ids = ids[:-1]
+        return len(ids)
+
+
+def hash_group(group: str) -> int:
+    """Return a number below 2⁵² for a class, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=6).digest()[:6], "big") >> 4

@@ -1,0 +1,377 @@
+"""Embedding models for retrieval and similarity, trained on pairs, scores or classes of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ftlevel.artifacts.sentence_transformers import (
+    EmbeddingFormat,
+    read_embedding_format,
+    write_embedding_format,
+)
+from ftlevel.config.embedding import DEFAULT_LOSSES, LOSSES, EmbeddingConfig
+from ftlevel.config.section import Choice
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.texts import EncodedTexts
+from ftlevel.data.sources.table import Table
+from ftlevel.errors import ConfigError, InputError, join_names
+from ftlevel.task import Checks, Objective
+from ftlevel.tasks.base import (
+    BaseTask,
+    Column,
+    OutputOptions,
+    Prediction,
+    PromptedModel,
+    Speller,
+    check_options,
+)
+from ftlevel.tasks.embedding.formats import EMBEDDING_SHAPES, QUERY_SHAPES, EmbeddingRow
+from ftlevel.tasks.embedding.objective import EVALUATED_ROWS, METRICS, Embeddings, LabelKind
+from ftlevel.tasks.embedding.rows import TextEncoder
+
+if TYPE_CHECKING:
+    from ftlevel.config import DataConfig, TrainConfig
+    from ftlevel.data.encoding.fit import FittedRows
+    from ftlevel.data.formats.detect import Format
+    from ftlevel.data.prepare.encoder import Encoder
+    from ftlevel.data.prepare.loading import LoadedExamples
+    from ftlevel.models.sources import ModelSource
+
+_FORM = ("pooling", "normalize", "similarity", "query_prompt", "document_prompt")
+"""Settings that replace those of the model's format."""
+
+
+@dataclass(frozen=True)
+class EmbeddingTask(BaseTask):
+    """Task of a model with one vector per text.
+
+    `form` is that of the model; `settings` are those of the run.
+    """
+
+    settings: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    form: EmbeddingFormat = field(default_factory=EmbeddingFormat)
+    end: int | None = None
+    step_rows: int = EVALUATED_ROWS
+
+    checks: ClassVar[Checks] = Checks()
+    imagined_facts: ClassVar[Mapping[str, Any]] = {}
+
+    # ---- the model
+
+    def configured(self, options: Mapping[str, Any]) -> EmbeddingTask:
+        """Return the task with the settings of a configuration or of a model card."""
+        known = dict(options.get("embedding", {}))
+        if not known:
+            return self
+        form = EmbeddingFormat(**known.pop("form")) if "form" in known else self.form
+        step_rows, end = known.pop("step_rows", self.step_rows), known.pop("end", self.end)
+        known.pop("kind", None)
+        settings = EmbeddingConfig(**known)
+        return replace(self, settings=settings, form=form, end=end, step_rows=step_rows)
+
+    def for_model(
+        self, source: ModelSource, kind: str, width: int, tokenizer: Any, config: TrainConfig
+    ) -> tuple[BaseTask, list[Choice]]:
+        """Return the task with the embedding format of the model, and the lines that show it.
+
+        Raises:
+            ConfigError: the model has no EOS, or fewer dimensions than requested.
+        """
+        own = None
+        if source.path is not None and source.path.is_dir():
+            own = read_embedding_format(source.path)
+        form, reason = own, "as in the model's modules.json"
+        if form is None:
+            form = EmbeddingFormat("last" if kind == "decoder" else "mean", normalize=True)
+            reason = f"default for {'a decoder' if kind == 'decoder' else 'an encoder'}"
+        given = {n: v for n in _FORM if (v := getattr(self.settings, n)) is not None}
+        form = replace(form, **given)
+        if not form.include_prompt:
+            raise ConfigError(
+                f"{source.words} leaves its prompts out of the pooling (include_prompt), which "
+                "ftlevel does not. Name another model."
+            )
+        end = _end_of(tokenizer, source.name) if form.pooling == "last" else None
+        dims = self.settings.matryoshka_dims
+        if dims and max(dims) > (form.dims or width):
+            raise ConfigError(
+                f"--matryoshka-dims {max(dims)}: embeddings of {source.name} have "
+                f"{form.dims or width} dimensions. Use at most that many."
+            )
+        train = config.train
+        rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+        rows *= train.num_processes or 1
+        task = replace(self, form=form, end=end, step_rows=rows)
+        return task, _describe_form(form, reason, given)
+
+    def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+        """Return the embedding format of a model that ftlevel did not train."""
+        place = Path(str(getattr(model_config, "name_or_path", "")))
+        form = read_embedding_format(place) if place.is_dir() else None
+        form = form or EmbeddingFormat("last" if kind == "decoder" else "mean", normalize=True)
+        end = _end_of(tokenizer, str(place)) if form.pooling == "last" else None
+        known = {"form": asdict(form), "end": end, "loss": DEFAULT_LOSSES["pairs"]}
+        return {"options": {"embedding": known}}
+
+    def write_files(self, directory: Path, model_config: Any, options: Mapping[str, Any]) -> None:
+        """Write the files that make the directory a SentenceTransformer."""
+        from ftlevel.models.kinds import max_positions, width_of
+
+        form = EmbeddingFormat(**options["embedding"]["form"])
+        longest = form.max_length or max_positions(model_config)
+        write_embedding_format(directory, replace(form, max_length=longest), width_of(model_config))
+
+    def find_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
+        """Return no heads, and the poolers that the checkpoint may lack."""
+        from ftlevel.models.loading import find_new_poolers
+
+        return [], find_new_poolers(meta, source)
+
+    def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
+        """Return the objective of the loss in `facts`."""
+        task = self.configured(facts) if "embedding" in facts else self
+        labels: LabelKind = facts.get("embedding", {}).get("kind", "ranking")
+        settings = task.settings
+        if settings.loss is None:
+            settings = settings.model_copy(update={"loss": _default_loss(labels)})
+        return Embeddings(METRICS[labels][0], False, settings, task.form, labels, task.step_rows)
+
+    # ---- from columns to encoded rows
+
+    @property
+    def decides(self) -> Mapping[str, Any]:
+        """Options outside the data section that change the encoded rows."""
+        return {
+            "form": asdict(self.form),
+            "end": self.end,
+            "words": self._with_words,
+            "loss": self.settings.loss,
+        }
+
+    @property
+    def _with_words(self) -> bool:
+        return self.settings.guide is not None
+
+    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
+        """Return the encoded texts of each row; raises `InputError` for unusable rows."""
+        if encoder.split == "train":
+            kind = _check_examples(examples)
+            _check_loss(self.settings.loss or _default_loss(kind), kind, examples, table)
+        encode = TextEncoder(
+            encoder.tokenizer,
+            self.form.query_prompt,
+            self.form.document_prompt,
+            self.end,
+            self._with_words,
+        )
+        longest = self.form.max_length
+        if longest is not None and encoder.config.max_length == "auto":
+            positions = min(longest, encoder.bounds.positions or longest)
+            encoder = replace(encoder, bounds=replace(encoder.bounds, positions=positions))
+        return encoder.fit(encoder.collect(encode, examples), table)
+
+    def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
+        """Return the loss, its settings and the embedding format."""
+        kind = _kind_of(loaded.train)
+        settings = self.settings.model_dump(mode="json")
+        settings["loss"] = self.settings.loss or _default_loss(kind)
+        return {
+            "embedding": settings
+            | {
+                "form": asdict(self.form),
+                "end": self.end,
+                "kind": kind,
+                "step_rows": self.step_rows,
+            }
+        }
+
+    def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the loss, its settings and the embedding format."""
+        return {"embedding": facts["embedding"]}
+
+    def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
+        """Return the loss with its reason, and the number of tokens."""
+        known = facts["embedding"]
+        told = [
+            f"{name.replace('_', ' ')} {known[name]}"
+            for name in LOSSES[known["loss"]].reads
+            if known[name] not in (None, False)
+        ]
+        reason = "" if self.settings.loss else f"default for {_WORDS[known['kind']]}"
+        return [
+            Choice("loss", known["loss"], ", ".join([*([reason] if reason else []), *told])),
+            Choice("tokens", f"{facts['tokens']:,} an epoch"),
+        ]
+
+    # ---- inference and display
+
+    def pose(self, prompt: str, context: str | None, number: int) -> Any:
+        """Return a text to embed."""
+        return EmbeddingRow(prompt, number)
+
+    def answer_columns(
+        self,
+        format_: Format,
+        labels: Sequence[str],
+        options: Mapping[str, Any],
+        wanted: OutputOptions,
+    ) -> dict[str, Column]:
+        """Return one column with the vector."""
+        check_options(wanted, "an embedding model", "")
+        return {"": "numbers"}
+
+    def answer_rows(
+        self, model: PromptedModel, questions: Sequence[Any], wanted: OutputOptions
+    ) -> list[Prediction]:
+        """Return the vector of each text."""
+        raise InputError("an embedding model answers no prompt. Use ftlevel predict.")
+
+    def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
+        """Return a dummy label."""
+        return 0
+
+    def imagine_row(self, ids: list[int], row: int) -> Encoded:
+        """Return a synthetic pair: a query of an eighth of `ids`, and all as document."""
+        query = ids[: max(1, len(ids) // 8)]
+        return EncodedTexts(query + ids, (1.0,), row, {}, (len(query), len(ids)), (), (0, 0))
+
+    def show_targets(
+        self, row: Encoded, names: Sequence[str], kind: str, speller: Speller
+    ) -> list[str | None]:
+        """Return "" for tokens that are pooled; the first token of each text names it."""
+        if not isinstance(row, EncodedTexts):
+            return [None] * len(row.input_ids)
+        shown: list[str | None] = []
+        for number, (size, prompt) in enumerate(zip(row.sizes, row.prompts, strict=True)):
+            pooled = {"cls": (0,), "last": (size - 1,)}.get(self.form.pooling, range(size))
+            own: list[str | None] = ["" if at in pooled else None for at in range(size)]
+            name = "query" if not number else f"document {number}"
+            own[0] = f"{name}, prompt" if prompt else name
+            shown += own
+        return shown
+
+    def show_label(self, row: Encoded, names: Sequence[str]) -> str:
+        """Return the token ranges of the texts, with their labels."""
+        if not isinstance(row, EncodedTexts):
+            return ""
+        ends, begin, parts = [], 0, []
+        for size in row.sizes:
+            ends.append((begin + 1, begin + size))
+            begin += size
+        told = ["query", *(f"document, label {label:g}" for label in row.labels)]  # type: ignore[union-attr]
+        for (first, last), prompt, what in zip(ends, row.prompts, told, strict=False):
+            within = f", prompt to {first + prompt - 1}" if prompt else ""
+            parts.append(f"{what}: tokens {first}-{last}{within}")
+        return "; ".join(parts)
+
+
+_WORDS = {"ranking": "pairs", "score": "scores", "label": "labels", "class": "classes"}
+
+
+def _end_of(tokenizer: Any, name: str) -> int:
+    """Return the id of EOS; raise `ConfigError` if there is none."""
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"--pooling last: the tokenizer of {name} has no EOS token, whose state is the "
+            "embedding. Set eos_token in its tokenizer_config.json, or use --pooling mean."
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def _describe_form(form: EmbeddingFormat, reason: str, given: Mapping[str, Any]) -> list[Choice]:
+    """Return the lines that show pooling, similarity and prompts, with their reasons."""
+
+    def why(*names: str) -> str:
+        flags = [f"--{name.replace('_', '-')}" for name in names if name in given]
+        return join_names(flags) if flags else reason
+
+    normalized = "normalized" if form.normalize else "not normalized"
+    choices = [
+        Choice("pooling", f"{form.pooling}, {normalized}", why("pooling", "normalize")),
+        Choice("similarity", form.similarity, why("similarity")),
+    ]
+    for name, text in (("query", form.query_prompt), ("document", form.document_prompt)):
+        if text:
+            choices.append(Choice(f"{name} prompt", repr(text), why(f"{name}_prompt")))
+    return choices
+
+
+def _default_loss(kind: LabelKind) -> str:
+    if kind == "class":
+        return "contrastive"
+    return DEFAULT_LOSSES["pairs" if kind == "ranking" else "scores"]
+
+
+def _kind_of(examples: Sequence[EmbeddingRow]) -> LabelKind:
+    """Return what the labels of `examples` mean; labels of pairs are 0 and 1 only."""
+    kind = examples[0].kind
+    if kind != "score":
+        return kind
+    return "label" if {label for e in examples for label in e.labels} <= {0.0, 1.0} else "score"
+
+
+def _check_examples(examples: Sequence[EmbeddingRow]) -> LabelKind:
+    """Return what the labels mean; raise `InputError` for rows that nothing can be learned from."""
+    kind = _kind_of(examples)
+    if any(e.kind != examples[0].kind for e in examples):
+        raise InputError("some rows have a score and others have none. Give all rows one layout.")
+    if kind in ("score", "label"):
+        if (
+            len(labels := {label for e in examples for label in e.labels}) == 1
+            and len(examples) > 1
+        ):
+            raise InputError(
+                f"the label of all {len(examples):,} rows is {labels.pop():g}, so nothing can be "
+                "learned from it. Give different labels, or drop the column for --loss mnrl."
+            )
+    elif kind == "class":
+        if len({e.group for e in examples}) == 1:
+            raise InputError(
+                f"the class of all {len(examples):,} rows is {examples[0].group!r}, so nothing can "
+                "be learned from it. Give rows of several classes."
+            )
+    elif all(set(e.positives) == {e.query} for e in examples):
+        raise InputError(
+            "the positive of every row equals its query, so there is nothing to learn. Name the "
+            "column of the documents: --map positive=COLUMN."
+        )
+    return kind
+
+
+def _check_loss(loss: str, kind: LabelKind, examples: Sequence[EmbeddingRow], table: Table) -> None:
+    """Raise `InputError` if `loss` cannot be computed from the rows."""
+    facts = LOSSES[loss]
+    wants = "pairs" if kind == "ranking" else "scores"
+    if facts.columns != wants:
+        usable = [name for name, other in LOSSES.items() if other.columns == wants]
+        raise InputError(
+            f"--loss {loss} learns from {facts.columns}, and these rows have {_WORDS[kind]}. Use "
+            f"--loss {join_names(usable, 9)}."
+        )
+    for example in examples if facts.needs_negatives else ():
+        if not example.negatives:
+            raise InputError(
+                f"{table.where(example.row)}: --loss {loss} needs a negative in every row. Add a "
+                "column negative, with ftlevel mine for one, or use --loss mnrl."
+            )
+    for example in examples if facts.needs_teacher else ():
+        if not example.teacher:
+            raise InputError(
+                f"{table.where(example.row)}: --loss {loss} needs a teacher's score of every "
+                "document. Add a column label with a list of them."
+            )
+
+
+TASKS = (
+    EmbeddingTask(
+        name="embedding",
+        shapes=EMBEDDING_SHAPES,
+        auto_classes={"encoder": "AutoModel", "decoder": "AutoModel"},
+        peft_types={"encoder": "FEATURE_EXTRACTION", "decoder": "FEATURE_EXTRACTION"},
+        headline="ndcg@10",
+        questions=QUERY_SHAPES,
+    ),
+)

@@ -1,0 +1,244 @@
+"""Loss and gradients of an optimizer step whose loss depends on the vectors of all its texts.
+
+    e = f(x; θ) without a graph → L(e), g = ∂L/∂e → by micro-batch, ∂(Σ e·g)/∂θ with a graph
+
+Each micro-batch is embedded twice, with the same dropout (GradCache: arXiv:2101.06983), so memory
+holds the activations of one. If the activations of all micro-batches fit, their graphs are kept and
+nothing is embedded twice. Gradients are added in the same order, so both give the same bits. Every
+process computes the loss of all vectors, and the gradients of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ftlevel.fast.layers.recompute import using_generator
+from ftlevel.fast.packing import PackedLayout, using_layout
+from ftlevel.models.hardware import free_memory_bytes
+from ftlevel.models.upstream.fake import storage_of
+from ftlevel.task import StepTexts
+
+GRAPHS_SHARE = 0.5
+"""Share of the free memory that the activations of a step may take."""
+
+MicroBatch = tuple[PackedLayout | None, dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """State of the random generators of the CPU and of the current GPU."""
+
+    cpu: torch.Tensor
+    gpu: torch.Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> RandomState:
+        """Return the current state."""
+        gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(torch.get_rng_state(), gpu)
+
+    def restore(self, device: torch.device) -> None:
+        """Set the generators to this state."""
+        torch.set_rng_state(self.cpu)
+        if self.gpu is not None:
+            torch.cuda.set_rng_state(self.gpu, device)
+
+
+class WholeStep:
+    """Computes the optimizer steps of a trainer whose objective is a `StepObjective`.
+
+    `grad_cache` is always, never or auto: if activations do not fit.
+    """
+
+    def __init__(self, trainer: Any, grad_cache: str = "auto") -> None:
+        self._trainer = trainer
+        self._grad_cache = grad_cache
+        self._bytes_per_token = 0.0
+
+    def __call__(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return the mean loss of a step, and accumulate its gradients.
+
+        Without `texts`, as in a trial of its memory, the loss is the sum of all vectors.
+        """
+        trainer = self._trainer
+        model.train()
+        parts: list[MicroBatch] = [
+            (part.pop("layout", None), dict(trainer._prepare_inputs(part)))
+            for part in inputs.get("micro_batches", [inputs])
+        ]
+        for layout, part in parts:
+            part.pop("labels")
+            tokens = layout.tokens if layout else part["input_ids"].numel()
+            trainer.tokens_computed += tokens
+        in_parallel = bool(inputs.get("in_parallel"))
+        forward = _Forward(self, model, parts, in_parallel=in_parallel)
+        own = forward.embed()
+        if (step := inputs.get("texts")) is None:
+            gradients = [torch.ones_like(part) for part in own]
+            loss = torch.stack([part.sum() for part in own]).sum().detach()
+        else:
+            loss, gradients = self._loss(own, inputs["parts"], step)
+        forward.backward(gradients)
+        return loss
+
+    def keeps_graphs(self, count: int, tokens: int) -> bool:
+        """Whether the graphs of `count` micro-batches with `tokens` in all are kept."""
+        trainer = self._trainer
+        if count == 1:
+            return True
+        # DDP takes one forward pass before a backward pass.
+        if self._grad_cache == "always" or trainer.args.world_size > 1:
+            return False
+        if self._grad_cache == "never":
+            return True
+        memory = GRAPHS_SHARE * free_memory_bytes(trainer.args.device.type)
+        return tokens * self._bytes_per_token < memory
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the activations per token are known, or are not needed."""
+        return self._grad_cache != "auto" or self._bytes_per_token > 0
+
+    @contextlib.contextmanager
+    def measure(self, tokens: int) -> Iterator[None]:
+        """Measure the activations that a forward pass of `tokens` saves, inside the block."""
+        held: dict[Any, int] = {}
+        weights = {storage_of(p) for p in self._trainer.model.parameters()}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = storage_of(tensor)
+            if storage not in weights:
+                held[storage] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            yield
+        self._bytes_per_token = max(sum(held.values()) / tokens, 1.0)
+
+    def _loss(
+        self, own: Sequence[torch.Tensor], parts: Sequence[Sequence[int]], step: StepTexts
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the loss, and its gradient by the vectors of each own micro-batch."""
+        trainer = self._trainer
+        order = [index for part in parts for index in part]
+        vectors = torch.cat([part.detach().float() for part in own])
+        back = torch.empty(len(order), dtype=torch.long)
+        back[torch.tensor(order)] = torch.arange(len(order))
+        leaf = vectors[back.to(vectors.device)].requires_grad_()
+        everywhere, whole = self._gather(leaf, step)
+        loss = trainer.step_objective.step_loss(everywhere, whole)
+        (gradient,) = torch.autograd.grad(loss, [leaf])
+        # Gradients are averaged over processes, and each has its own vectors' share only.
+        gradient = gradient * trainer.args.world_size
+        return loss.detach(), [gradient[torch.tensor(part, device=leaf.device)] for part in parts]
+
+    def _gather(self, leaf: torch.Tensor, step: StepTexts) -> tuple[torch.Tensor, StepTexts]:
+        """Return the vectors and rows of all processes; other processes' have no gradient."""
+        processes = self._trainer.processes
+        if processes.count == 1:
+            return leaf, step
+        said = processes.exchange((leaf.detach().cpu(), step))
+        rank, count, before = processes.world.rank, 0, list[StepTexts]()
+        for vectors, rows in said:
+            before.append(rows.after(count))
+            count += len(vectors)
+        vectors = [leaf if at == rank else v.to(leaf.device) for at, (v, _) in enumerate(said)]
+        return torch.cat(vectors), StepTexts.join(before)
+
+
+class _Forward:
+    """The two passes of a step over its micro-batches, with the same random values."""
+
+    def __init__(
+        self, owner: WholeStep, model: Any, parts: Sequence[MicroBatch], *, in_parallel: bool
+    ) -> None:
+        self._owner, self._model, self._parts = owner, model, parts
+        self._trainer = owner._trainer
+        fast = self._trainer.fast
+        self._workers = fast.workers if in_parallel and fast is not None else None
+        self._tokens = [
+            layout.tokens if layout else part["input_ids"].numel() for layout, part in parts
+        ]
+        self._calls = self._trainer.calls_of(len(parts))
+        self._kept: list[torch.Tensor] = []
+        self._states: list[RandomState] = []
+        self._seed: int | None = None
+
+    def embed(self) -> list[torch.Tensor]:
+        """Return the vectors of each micro-batch, with their graphs if these are kept."""
+        owner = self._owner
+        measures = len(self._parts) > 1 and not owner.is_measured
+        keeps = measures or owner.keeps_graphs(self._calls, sum(self._tokens))
+        if self._workers is not None:
+            self._seed = int(torch.randint(2**62, ())) if self._workers.is_random else None
+            if measures:
+                with owner.measure(self._tokens[0]), using_generator(self._seed):
+                    self._embed(0, keeps=True)
+                keeps = owner.keeps_graphs(self._calls, sum(self._tokens))
+            found = self._workers.forward(
+                lambda number: self._embed(number, keeps=keeps), len(self._parts), self._seed
+            )
+            self._kept = found if keeps else []
+            return found
+        found = []
+        for number in range(self._calls):
+            self._states.append(RandomState.now(self._trainer.args.device))
+            if measures and not number:
+                with owner.measure(self._tokens[0]):
+                    found.append(self._embed(0, keeps=True))
+                keeps = owner.keeps_graphs(self._calls, sum(self._tokens))
+                found = found if keeps else [found[0].detach()]
+                continue
+            found.append(self._embed(number, keeps=keeps))
+        self._kept = found if keeps else []
+        return found[: len(self._parts)]
+
+    def backward(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Accumulate the gradients of the parameters, given those of the vectors."""
+        trainer = self._trainer
+        if self._workers is not None:
+            trained = [p for p in self._model.parameters() if p.requires_grad]
+
+            def compute(number: int) -> torch.Tensor:
+                return self._share(number, gradients)
+
+            parts = [(layout, number) for number, (layout, _) in enumerate(self._parts)]
+            self._workers.backward(compute, parts, trained, self._seed)
+            return
+        after = RandomState.now(trainer.args.device)
+        for number in range(self._calls):
+            is_last = number == self._calls - 1
+            once = contextlib.nullcontext() if is_last else trainer.accelerator.no_sync(self._model)
+            with once, using_layout(self._parts[number % len(self._parts)][0]):
+                if not self._kept:
+                    self._states[number].restore(trainer.args.device)
+                share = self._share(number, gradients)
+                if is_last and trainer.penalty is not None:
+                    extra = trainer.penalty(trainer.accelerator.unwrap_model(self._model))
+                    share = share + (extra - extra.detach())
+                trainer.accelerator.backward(share)
+        after.restore(trainer.args.device)
+
+    def _share(self, number: int, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the scalar whose gradients are those of the loss through a micro-batch."""
+        vectors = self._kept[number] if self._kept else self._embed(number, keeps=True)
+        if number >= len(self._parts):  # it equalizes the number of passes in all processes
+            return vectors.sum() * 0
+        return (vectors * gradients[number]).sum()
+
+    def _embed(self, number: int, *, keeps: bool) -> torch.Tensor:
+        layout, part = self._parts[number % len(self._parts)]
+        trainer = self._trainer
+        is_own = self._workers is not None
+        with (
+            torch.set_grad_enabled(keeps),
+            using_layout(layout, own_thread=is_own),
+            trainer.compute_loss_context_manager(),
+        ):
+            outputs = self._model(**part)
+            return trainer.step_objective.embed(outputs, part["attention_mask"])

@@ -1,0 +1,102 @@
+"""Pooling, encoding, truncation and order of texts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.texts import EncodedTexts, distinct_texts
+from ftlevel.data.prepare.sampling import DistinctTextSampler
+from ftlevel.tasks.embedding.formats import EmbeddingRow
+from ftlevel.tasks.embedding.objective import pool
+from ftlevel.tasks.embedding.rows import TextEncoder
+from tiny_tokenizers import bert_tokenizer, llama_tokenizer
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last", "max"])
+@pytest.mark.parametrize("virtual", [0, 3])
+def test_pooling_reads_the_tokens_of_a_text_alone(pooling: str, virtual: int, left: bool) -> None:
+    lengths, width = (4, 2), 5
+    texts = [torch.randn(length, width) for length in lengths]
+    states = torch.full((2, virtual + 4, width), 1e3)
+    mask = torch.zeros(2, 4, dtype=torch.long)
+    for row, text in enumerate(texts):
+        own = slice(4 - len(text), 4) if left else slice(0, len(text))
+        states[row, virtual:][own] = text
+        mask[row, own] = 1
+    expected = {
+        "mean": [text.mean(0) for text in texts],
+        "cls": [text[0] for text in texts],
+        "last": [text[-1] for text in texts],
+        "max": [text.amax(0) for text in texts],
+    }[pooling]
+    assert torch.allclose(pool(states, mask, pooling), torch.stack(expected), atol=1e-6)
+
+
+def test_prompts_precede_queries_and_documents() -> None:
+    tokenizer = bert_tokenizer()
+    encode = TextEncoder(tokenizer, "the query: ", "a text: ")
+    (row,) = encode([EmbeddingRow("the cat", 7, ("a dog", "the end"), (1.0, 0.0))])
+    assert isinstance(row, EncodedTexts)
+    expected = tokenizer(["the query: the cat", "a text: a dog", "a text: the end"])["input_ids"]
+    assert [text.input_ids for text in row.branches] == expected
+    assert (row.labels, row.row) == ((1.0, 0.0), 7)
+    begin = row.branches[0].input_ids[: row.prompts[0]]
+    assert begin == tokenizer("the query: ")["input_ids"][:-1]
+
+
+def test_a_decoder_ends_every_text_once() -> None:
+    tokenizer = llama_tokenizer()
+    end = tokenizer.eos_token_id
+    (row,) = TextEncoder(tokenizer, "", "", end)([EmbeddingRow("the cat", 0, ("a dog",), (1.0,))])
+    for text in row.branches:
+        assert text.input_ids[-1] == end
+        assert text.input_ids.count(end) == 1
+
+
+def test_truncation_cuts_each_text_and_keeps_its_end() -> None:
+    row = EncodedTexts([1, 2, 3, 9, 1, 9], (1.0,), 0, {}, (4, 2))
+    short = row.truncated(3)
+    assert short is not None
+    assert [text.input_ids for text in short.branches] == [[1, 2, 9], [1, 9]]
+    assert short.length == 3
+
+
+def _row(number: int, *texts: list[int]) -> Encoded:
+    sizes = tuple(map(len, texts))
+    return EncodedTexts([t for text in texts for t in text], (1.0,), number, {}, sizes)
+
+
+def test_each_distinct_text_is_embedded_once() -> None:
+    rows = [_row(0, [1, 2], [3]), _row(1, [3], [1, 2]), _row(-1, [5], [6])]
+    texts, step = distinct_texts(rows)
+    assert [text.input_ids for text in texts] == [[1, 2], [3]]
+    assert step.texts == ((0, 1), (1, 0))
+
+
+def test_no_text_is_twice_in_a_step() -> None:
+    rows = [_row(i, [i // 2], [100 + i]) for i in range(16)]  # every query has two rows
+    order = list(DistinctTextSampler(rows, 4, seed=3))
+    assert sorted(order) == list(range(16))
+    for begin in range(0, 16, 4):
+        queries = [rows[at].input_ids[0] for at in order[begin : begin + 4]]
+        assert len(set(queries)) == len(queries)
+
+
+def test_the_order_depends_on_seed_and_epoch_only() -> None:
+    rows = [_row(i, [i], [100 + i]) for i in range(16)]
+    one, other = DistinctTextSampler(rows, 4, 3), DistinctTextSampler(rows, 4, 3)
+    assert list(one) == list(other)
+    one.epoch = 1
+    assert list(one) != list(other)
+
+
+def test_rows_that_cannot_be_apart_come_last() -> None:
+    rows = [_row(i, [0], [100 + i]) for i in range(4)] + [
+        _row(i, [i], [i + 50]) for i in range(4, 8)
+    ]
+    sampler = DistinctTextSampler(rows, 4, 3)
+    assert sorted(sampler) == list(range(8))
+    assert sampler.repeated > 0
