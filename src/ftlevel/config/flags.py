@@ -408,7 +408,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("distillation.kd_ratio", "", HOW),
     Flag("distillation.kd_temperature", "", HOW),
     Flag("distillation.kd_top_k", "", HOW),
-    Flag("preference.loss", "", HOW, words=LOSSES, by_task={"rl": "rl.loss", "embedding": "embedding.loss"},
+    Flag("preference.loss", "", HOW, words=LOSSES,
+         by_task={"rl": "rl.loss", "embedding": "embedding.loss"},
          also=("--pref-loss", "--loss-type")),
     Flag("preference.beta", "", HOW, by_task={"rl": "rl.beta"},
          also=("--pref-beta", "--dpo-beta", "--kto-beta")),
@@ -486,7 +487,7 @@ FLAGS: tuple[Flag, ...] = (
          by_task={"rl": "rl.max_completion_length"}),
     Flag("train.num_beams", "", HOW,
          also=("--eval-num-beams", "--generation-num-beams", "--beam-size")),
-    Flag("train.temperature", "", HOW, 
+    Flag("train.temperature", "", HOW,
          by_task={"rl": "rl.temperature", "embedding": "embedding.temperature"}),
     Flag("train.top_p", "", HOW, by_task={"rl": "rl.top_p"}),
     # Run.
