@@ -9,12 +9,6 @@ evaluated before the first step and at every second one, generates text if its t
 writes a checkpoint after each evaluation, and keeps the best adapter. The figure is the largest
 relative difference of a step's loss and of an evaluation's; a cell without one names the exit codes
 of its processes. mpirun and srun are not started: their variables are set by hand.
-
-    python benchmarks/distributed.py host .models/SmolLM2-135M-Instruct
-
-prints what the host holds in each of two processes at its peak, while a base is loaded and shared
-out, `step` in the place of `host` what a step of `--method full` in bfloat16 adds (Linux), and
-`save` how long a run waits for a checkpoint of it.
 """
 
 from __future__ import annotations
@@ -140,178 +134,6 @@ def work(folder: Path, cases: Sequence[str], out: Path, shard: str) -> None:
         share = held / sum(p.numel() for p in model.parameters())
         if processes.is_first:
             (out / case / "share.json").write_text(json.dumps(share))
-
-
-def hold(directory: str, dtype: str, slices: Any) -> tuple[Any, dict[str, int]]:
-    """Return a causal model that was loaded and shared out, and the bytes that this took.
-
-    Args:
-        directory: of the model.
-        dtype: of its weights; "4 bits" are of bfloat16, with double quantization.
-        slices: get what is read later, row by row; None reads all of it first.
-    """
-    import torch
-
-    from ftlevel.config import QuantConfig
-    from ftlevel.models.loading import load_config, load_model
-    from ftlevel.models.quantization import build_quantization_config
-    from ftlevel.models.sources import resolve_source
-    from ftlevel.models.upstream.shards import UnreadWeights, own_part
-    from ftlevel.training.shards import shard
-
-    source = resolve_source(directory)
-    given = (source, load_config(source), "AutoModelForCausalLM")
-    settings: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cpu"}
-    if dtype == "4 bits":
-        four_bits = QuantConfig(kind="4bit", double_quant=True)
-        settings["quantization"] = build_quantization_config(four_bits, torch.bfloat16, [])
-    else:
-        settings["dtype"] = getattr(torch, dtype)
-    load_model(*given, **settings, slices=UnreadWeights())  # imports what it needs
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # what was the peak is none any more
-    model, _ = load_model(*given, **settings, slices=slices)
-    shard(model, "cpu", holds=False, dtype=torch.float32, slices=slices)
-    peak = _resident("VmHWM") - before
-    sizes = [(p.nbytes, own_part(p).nbytes) for p in model.parameters()]
-    whole, own = zip(*sizes, strict=True)
-    return model, {"whole": sum(whole), "own": sum(own), "largest": max(whole), "peak": peak}
-
-
-def _resident(of: str) -> int:
-    """Return the bytes of this process that its status calls `of`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(of)).split()[1]) * 1024
-
-
-def hold_and_tell(directory: str, dtype: str, way: str, out: str) -> None:
-    """Hold a part of a model as one of two processes, and write down what it took."""
-    from ftlevel.models.upstream.shards import UnreadWeights
-    from ftlevel.training.processes import started_processes
-
-    processes = started_processes()
-    processes.join()
-    _, facts = hold(directory, dtype, UnreadWeights() if way == "rows" else None)
-    Path(f"{out}-{processes.world.rank}.json").write_text(json.dumps(facts))
-
-
-def print_host(folder: Path, directory: str) -> None:
-    """Print what each of two processes holds at its peak, in MB of 2^20 bytes."""
-    rows = []
-    for dtype in ("float32", "bfloat16", "4 bits"):
-        peaks: list[str] = []
-        for way in ("whole", "rows"):
-            out = folder / f"{dtype}-{way}"
-            arguments = [str(Path(__file__)), "hold", directory, dtype, way, str(out)]
-            run(started_by("torchrun, two processes", arguments))
-            told = [json.loads(path.read_text()) for path in folder.glob(f"{out.name}-*.json")]
-            peaks.append(f"{max(facts['peak'] for facts in told) / 2**20:.0f}")
-        sizes = [f"{max(f[of] for f in told) / 2**20:.0f}" for of in ("whole", "own", "largest")]
-        rows.append([dtype, *sizes, *peaks])
-    heads = ["", "whole", "a process's part", "largest tensor", "read whole", "its own rows"]
-    print_table(heads, rows)
-
-
-def step_and_tell(directory: str, gathers: str, recomputes: str, out: str) -> None:
-    """Train one step of a whole model in bfloat16 as one of two processes; write what it took."""
-    import gc
-
-    import torch
-
-    from ftlevel.models.hardware import autocast
-    from ftlevel.models.loading import load_config, load_model
-    from ftlevel.models.sources import resolve_source
-    from ftlevel.training.processes import started_processes
-    from ftlevel.training.shards import shard
-
-    started_processes().join()
-    source = resolve_source(directory)
-    model, _ = load_model(
-        source, load_config(source), "AutoModelForCausalLM", dtype=torch.float32, device="cpu"
-    )
-    if recomputes == "recomputed":
-        model.train().gradient_checkpointing_enable({"use_reentrant": False})
-    shard(model, "cpu", holds=False, dtype=getattr(torch, gathers))
-    ids = torch.arange(32)[None]
-    for _ in range(2):  # the first makes what stays
-        model.zero_grad(set_to_none=True)
-        gc.collect()
-        before = _resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")
-        with autocast("cpu", "bfloat16"):
-            loss = model(input_ids=ids, labels=ids).loss
-        forward = _resident("VmRSS") - before
-        loss.backward()
-    facts = {"forward": forward, "peak": _resident("VmHWM") - before, "loss": loss.item(),
-             "weights": 2 * sum(p.numel() for p in model.parameters())}  # fmt: skip
-    Path(f"{out}-{os.environ['RANK']}.json").write_text(json.dumps(facts))
-
-
-def print_step(folder: Path, directory: str) -> None:
-    """Print what a step adds in each of two processes, in MB of 2^20 bytes."""
-    rows = []
-    for recomputes in ("kept", "recomputed"):
-        for gathers in ("float32", "bfloat16"):
-            out = folder / f"{gathers}-{recomputes}"
-            arguments = [str(Path(__file__)), "step-of", directory, gathers, recomputes, str(out)]
-            run(started_by("torchrun, two processes", arguments))
-            told = [json.loads(path.read_text()) for path in folder.glob(f"{out.name}-*.json")]
-            sizes = (max(facts[of] for facts in told) for of in ("weights", "forward", "peak"))
-            mb = [f"{size / 2**20:.0f}" for size in sizes]
-            rows.append([gathers, recomputes, *mb, f"{told[0]['loss']:.6f}"])
-    heads = ["linears gathered in", "activations", "weights in 16 bits", "after the forward pass",
-             "at the peak", "loss"]  # fmt: skip
-    print_table(heads, rows)
-
-
-def save_and_tell(directory: str, out: str) -> None:
-    """Write parts of a model and of AdamW's states as one of two, waiting for it and not."""
-    import torch
-
-    from ftlevel.models.loading import load_config, load_model
-    from ftlevel.models.sources import resolve_source
-    from ftlevel.models.upstream.shards import PartsWriter, write_parts
-    from ftlevel.training.processes import started_processes
-    from ftlevel.training.shards import shard
-
-    processes = started_processes()
-    processes.join()
-    source = resolve_source(directory)
-    model, _ = load_model(
-        source, load_config(source), "AutoModelForCausalLM", dtype=torch.float32, device="cpu"
-    )
-    shard(model, "cpu", holds=False, dtype=torch.float32)
-    kinds = {"weights": model.state_dict(keep_vars=True)}
-    for kind in ("exp_avg", "exp_avg_sq"):
-        kinds[kind] = {name: torch.zeros_like(tensor) for name, tensor in kinds["weights"].items()}
-    writer, rows = PartsWriter(), []
-    for turn in range(4):  # the first makes what others use again
-        seconds = {}
-        for way in ("waits", "aside"):
-            processes.wait()
-            began = time.perf_counter()
-            for kind, tensors in kinds.items():
-                place = Path(f"{out}-{turn}-{way}") / kind
-                if way == "aside":
-                    writer.copy(tensors, place)
-                else:
-                    write_parts(tensors, place)
-            if way == "aside":
-                writer.begin()
-            seconds[way] = time.perf_counter() - began
-            writer.end()
-        rows.append(seconds)
-    Path(f"{out}-{processes.world.rank}.json").write_text(json.dumps(rows[1:]))
-
-
-def print_save(folder: Path, directory: str) -> None:
-    """Print the seconds that a run waits for a checkpoint of `--method full`, by two processes."""
-    run(started_by("torchrun, two processes",
-                   [str(Path(__file__)), "save-of", directory, str(folder / "save")]))  # fmt: skip
-    told = [json.loads(path.read_text()) for path in folder.glob("save-*.json")]
-    rows = [[f"{max(own[way] for own in turn):.2f}" for way in ("waits", "aside")]
-            for turn in zip(*told, strict=True)]  # fmt: skip
-    print_table(["waits until it is written, s", "goes on meanwhile, s"], rows)
 
 
 class _Silence:
@@ -578,29 +400,12 @@ def compare_all(folder: Path) -> int:
 def main() -> None:
     """Compare everything, or work as one process of it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "mode", nargs="?", default="compare",
-        choices=("compare", "work", "host", "hold", "step", "step-of", "save", "save-of"),
-    )  # fmt: skip
+    parser.add_argument("mode", nargs="?", default="compare", choices=("compare", "work"))
     parser.add_argument("rest", nargs="*")
     given = parser.parse_args()
     if given.mode == "work":
         folder, out, shard, *cases = given.rest
         work(Path(folder), cases, Path(out), shard)
-        return
-    if given.mode == "hold":
-        hold_and_tell(*given.rest)
-        return
-    if given.mode == "step-of":
-        step_and_tell(*given.rest)
-        return
-    if given.mode == "save-of":
-        save_and_tell(*given.rest)
-        return
-    shown = {"host": print_host, "step": print_step, "save": print_save}
-    if (show := shown.get(given.mode)) is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            show(Path(folder), *given.rest)
         return
     with tempfile.TemporaryDirectory() as folder:
         raise SystemExit(bool(compare_all(Path(folder) / "all")))

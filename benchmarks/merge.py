@@ -4,7 +4,6 @@
     python benchmarks/merge.py
     python benchmarks/merge.py --runs 5 --model .models/SmolLM2-135M-Instruct
     python benchmarks/merge.py --no-large
-    python benchmarks/merge.py --runs 2 --shards 2 5 10 20
 
 Each merge is a process of its own; the two take turns. Private memory is RssAnon of /proc, sampled
 every 5 ms, above what it was when everything had been imported: file pages that the kernel can drop
@@ -26,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,6 @@ LARGE = {
     "max_position_embeddings": 2048,
 }
 SHARDS = 10
-SMALL_LAYERS = 7  # about 1 GB
 
 
 def private_bytes() -> int:
@@ -87,7 +85,7 @@ def work(tool: str, base: str, adapter: str, out: str, limit: int) -> None:
 
     from ftlevel import MergeConfig, merge
 
-    began, computed = time.perf_counter(), time.process_time()
+    began = time.perf_counter()
     with Peak() as peak:
         if tool == "ftlevel":
             merge(
@@ -98,10 +96,10 @@ def work(tool: str, base: str, adapter: str, out: str, limit: int) -> None:
             merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
             merged.save_pretrained(out)
             transformers.AutoTokenizer.from_pretrained(base).save_pretrained(out)
-    seconds, cpu = time.perf_counter() - began, time.process_time() - computed
+    seconds = time.perf_counter() - began
     threads = torch.get_num_threads()
     print(json.dumps({"private_mb": (peak.most - peak.first) / 1e6, "above_imports_s": seconds,
-                      "cpu_s": cpu, "imports_mb": peak.first / 1e6,
+                      "imports_mb": peak.first / 1e6,
                       "threads": threads}))  # fmt: skip
 
 
@@ -118,15 +116,15 @@ def measure(tool: str, base: Path, adapter: Path, out: Path, limit: int = 0) -> 
     return {**json.loads(done.stdout.splitlines()[-1]), "wall_s": wall}
 
 
-def make_large(folder: Path, shards: int, layers: int = LARGE["num_hidden_layers"]) -> Path:
-    """Write a Llama of about 3 GB in bfloat16 in `shards` files, without having it in memory."""
+def make_large(folder: Path) -> Path:
+    """Write a Llama of about 3 GB in bfloat16 in 10 files, without having it in memory."""
     import torch
     import transformers
 
     from ftlevel.models.builtin import model_path
     from ftlevel.weights.tensor_files import TensorPart, TensorSpec, write_files
 
-    config = transformers.LlamaConfig(**{**LARGE, "num_hidden_layers": layers})
+    config = transformers.LlamaConfig(**LARGE)
     config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
@@ -141,13 +139,13 @@ def make_large(folder: Path, shards: int, layers: int = LARGE["num_hidden_layers
         )
 
     names = {n: TensorSpec(torch.bfloat16, tuple(t.shape)) for n, t in model.state_dict().items()}
-    share = sum(spec.nbytes for spec in names.values()) / shards
+    share = sum(spec.nbytes for spec in names.values()) / SHARDS
     files: dict[str, list[TensorPart]] = {}
     written = 0.0
     for name, spec in names.items():
-        number = min(int(written / share), shards - 1) + 1
-        file = f"model-{number:05d}-of-{shards:05d}" if shards > 1 else "model"
-        files.setdefault(f"{file}.safetensors", []).append(draw(name, spec))
+        number = min(int(written / share), SHARDS - 1) + 1
+        file = f"model-{number:05d}-of-{SHARDS:05d}.safetensors"
+        files.setdefault(file, []).append(draw(name, spec))
         written += spec.nbytes
     folder.mkdir()
     write_files(folder, files)
@@ -231,24 +229,6 @@ def under_limit(base: Path, folder: Path) -> str:
     return f"Under RLIMIT_DATA = {LIMIT_BYTES / 2**30:.1f} GiB: " + "; ".join(said) + "."
 
 
-def by_shards(counts: Sequence[int], folder: Path, runs: int, layers: int) -> Iterator[str]:
-    """Merge the same model of `layers` layers in each number of shards; yield a table's lines."""
-    bases = {n: make_large(folder / f"in-{n}", n, layers) for n in counts}
-    adapter = make_adapter(bases[counts[0]], folder / "adapter")
-    found: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
-    for _ in range(runs):
-        for count, base in bases.items():
-            found[count].append(measure("ftlevel", base, adapter, folder / "out"))
-    yield "| shards | processor s after the imports | wall s | private MB |"
-    yield "|--:|--:|--:|--:|"
-    for count, results in found.items():
-        cpu, wall, private = (
-            statistics.median(result[key] for result in results)
-            for key in ("cpu_s", "wall_s", "private_mb")
-        )
-        yield f"| {count} | {cpu:.1f} | {wall:.1f} | {private:.0f} |"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print Markdown, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -257,26 +237,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-large", action="store_true", help="leave the 3 GB model out")
     parser.add_argument("--worker", nargs=4, metavar=("TOOL", "BASE", "ADAPTER", "OUT"))
     parser.add_argument("--limit", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--shards", type=int, nargs="+", metavar="N",
-        help="instead, merge into a model of about 1 GB in each of these numbers of shards",
-    )  # fmt: skip
-    parser.add_argument(
-        "--layers", type=int, default=SMALL_LAYERS, help="of that model; 3 are about half a GB"
-    )
     arguments = parser.parse_args(argv)
     if arguments.worker:
         tool, base, adapter, out = arguments.worker
         work(tool, base, adapter, out, arguments.limit)
-        return 0
-    if arguments.shards:
-        with tempfile.TemporaryDirectory(prefix="ftlevel-merge-") as temporary:
-            print(f"{describe_machine()}; medians of {arguments.runs} runs in turns.\n")
-            print(
-                "\n".join(
-                    by_shards(arguments.shards, Path(temporary), arguments.runs, arguments.layers)
-                )
-            )
         return 0
     head = ["", "private MB", "PEFT's", "ratio", "wall s", "PEFT's", "ratio", "equal tensors"]
     rows: list[list[Any]] = [head, ["---", *["--:"] * 7]]
@@ -287,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(compare(arguments.model.name, arguments.model.resolve(), folder,
                                 arguments.runs))  # fmt: skip
         if not arguments.no_large:
-            base = make_large(folder / "large", SHARDS)
+            base = make_large(folder / "large")
             rows.append(compare("Llama of 3 GB, 10 shards", base, folder, 1))
             notes.append(under_limit(base, folder))
     print(f"{describe_machine()}.\n")

@@ -3,7 +3,6 @@
 
     python benchmarks/quantize.py
     python benchmarks/quantize.py --runs 5 --no-large
-    python benchmarks/quantize.py --runs 2 --shards 2 5 10 20
 
 Whole processes, in turns; on the small model after a run each that does not count. Memory is the
 private memory of a process (RssAnon, polled every 5 ms) at its peak, and what of it came after the
@@ -16,7 +15,6 @@ allocate or map for writing, imports included, and needs no rights.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import shutil
@@ -29,12 +27,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+from merge import make_large
 from startup import MODEL, describe_machine
 
 LIMIT_BYTES = 1_500_000_000
-SMALL_LAYERS = 9  # about 1 GB
-SHARDS, LAYERS, HIDDEN, INNER, KEYS, VOCABULARY = 10, 32, 2048, 5632, 512, 32_000
 
 IMPORTS = """
 import bitsandbytes, torch, transformers
@@ -161,76 +157,6 @@ def under_limit(source: Path) -> Iterator[str]:
             yield f"- {name}: {end} ({usage.wall:.1f} s, peak private {usage.peak / 1e6:.0f} MB)"
 
 
-def make_large(directory: Path, shards: int = SHARDS, layers: int = LAYERS) -> int:
-    """Write a Llama with random weights, one tensor at a time; return its bytes."""
-    import torch
-    from transformers import LlamaConfig
-
-    from ftlevel.weights.quantize_shards import ShardWriter
-
-    LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=layers,
-        num_attention_heads=32, num_key_value_heads=8, vocab_size=VOCABULARY,
-        architectures=["LlamaForCausalLM"], dtype="bfloat16", tie_word_embeddings=False,
-    ).save_pretrained(directory)  # fmt: skip
-    tensors = list(large_tensors(layers))
-    generator = torch.Generator().manual_seed(0)
-    weight_map, size = {}, 0
-    for number in range(shards):
-        name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        part = tensors[number * len(tensors) // shards : (number + 1) * len(tensors) // shards]
-        writer = ShardWriter(directory / name, 300 * len(part))
-        for key, shape in part:
-            values = torch.empty(shape, dtype=torch.bfloat16)
-            writer.add(key, values.normal_(0, 0.02, generator=generator))
-            weight_map[key] = name
-        size += writer.close()
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    return size
-
-
-def large_tensors(layers: int = LAYERS) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the names and shapes of the large model's weights."""
-    yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
-    for layer in range(layers):
-        for name, shape in (
-            ("self_attn.q_proj", (HIDDEN, HIDDEN)), ("self_attn.k_proj", (KEYS, HIDDEN)),
-            ("self_attn.v_proj", (KEYS, HIDDEN)), ("self_attn.o_proj", (HIDDEN, HIDDEN)),
-            ("mlp.gate_proj", (INNER, HIDDEN)), ("mlp.up_proj", (INNER, HIDDEN)),
-            ("mlp.down_proj", (HIDDEN, INNER)), ("input_layernorm", (HIDDEN,)),
-            ("post_attention_layernorm", (HIDDEN,)),
-        ):  # fmt: skip
-            yield f"model.layers.{layer}.{name}.weight", shape
-    yield "model.norm.weight", (HIDDEN,)
-    yield "lm_head.weight", (VOCABULARY, HIDDEN)
-
-
-def by_shards(counts: Sequence[int], runs: int, layers: int) -> str:
-    """Quantize the same model of `layers` layers in each number of shards; return a table."""
-    lines = ["| shards | processor s | wall s | peak private MB after the imports |",
-             "|--:|--:|--:|--:|"]  # fmt: skip
-    imports = run([sys.executable, "-c", CASES[0][2]])[1].peak
-    usages: dict[int, list[Usage]] = {count: [] for count in counts}
-    with tempfile.TemporaryDirectory(prefix="ftlevel-shards-") as temporary:
-        for count in counts:
-            make_large(Path(temporary) / str(count), count, layers)
-        for number in range(runs * len(counts)):
-            count, out = counts[number % len(counts)], Path(temporary) / "out"
-            code, usage, said = run(CASES[0][1](Path(temporary) / str(count), out))
-            if code:
-                raise SystemExit(f"error: {count} shards ended with {code}: {said}")
-            usages[count].append(usage)
-            shutil.rmtree(out)
-    for count, found in usages.items():
-        cpu, wall, peak = (
-            statistics.median(getattr(usage, name) for usage in found)
-            for name in ("cpu", "wall", "peak")
-        )
-        lines.append(f"| {count} | {cpu:.1f} | {wall:.1f} | {(peak - imports) / 1e6:.0f} |")
-    return "\n".join(lines)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print Markdown, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -238,20 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--large-runs", type=int, default=1, help="the same of the 3 GB model")
     parser.add_argument("--model", type=Path, default=MODEL, help="the small model")
     parser.add_argument("--no-large", action="store_true", help="leave the 3 GB model out")
-    parser.add_argument(
-        "--shards", type=int, nargs="+", metavar="N",
-        help="instead, quantize a model of about 1 GB in each of these numbers of shards",
-    )  # fmt: skip
-    parser.add_argument(
-        "--layers", type=int, default=SMALL_LAYERS, help="of that model; 3 are about half a GB"
-    )
     arguments = parser.parse_args(argv)
     if not Path("/proc/self/status").exists():
         parser.error("private memory is read from /proc, which is not here.")
-    if arguments.shards:
-        print(f"{describe_machine()}; medians of {arguments.runs} runs in turns.\n")
-        print(by_shards(arguments.shards, arguments.runs, arguments.layers))
-        return 0
     if not arguments.model.is_dir():
         parser.error(f"--model: {arguments.model} is not there. See scripts/fetch_models.py.")
     print(
@@ -266,11 +181,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.no_large:
         return 0
     with tempfile.TemporaryDirectory(prefix="ftlevel-large-") as temporary:
-        size = make_large(Path(temporary))
-        print(f"Llama of {size / 1e9:.2f} GB in {SHARDS} shards:\n", flush=True)
-        print(f"{table(compare(Path(temporary), arguments.large_runs, 0))}\n", flush=True)
+        large = make_large(Path(temporary) / "large")
+        print("Llama of 3 GB in 10 shards:\n", flush=True)
+        print(f"{table(compare(large, arguments.large_runs, 0))}\n", flush=True)
         print(f"The same under RLIMIT_DATA of {LIMIT_BYTES / 1e9:.1f} GB:\n")
-        print("\n".join(under_limit(Path(temporary))))
+        print("\n".join(under_limit(large)))
     return 0
 
 

@@ -177,12 +177,36 @@ def test_parameters_are_sharded_after_a_forward_pass_without_gradients(
     assert ranks.end(ranks.start(infer, [(prepared, holds)] * 2)) == [0, 0]
 
 
+def load_own_part(directory: str) -> tuple[Any, dict[str, int]]:
+    """Return a sharded model in float32 of which each process read its rows, and bytes taken."""
+    from ftlevel.models.loading import load_config, load_model
+    from ftlevel.models.sources import resolve_source
+    from ftlevel.models.upstream.shards import UnreadWeights
+    from ftlevel.training.shards import shard
+
+    def resident(of: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(of)).split()[1]) * 1024
+
+    source = resolve_source(directory)
+    given = (source, load_config(source), "AutoModelForCausalLM")
+    settings: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    load_model(*given, **settings, slices=UnreadWeights())  # imports what it needs
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    slices = UnreadWeights()
+    model, _ = load_model(*given, **settings, slices=slices)
+    shard(model, "cpu", holds=False, dtype=torch.float32, slices=slices)
+    peak = resident("VmHWM") - before
+    sizes = [(p.nbytes, own_part(p).nbytes) for p in model.parameters()]
+    whole, own = zip(*sizes, strict=True)
+    return model, {"whole": sum(whole), "own": sum(own), "largest": max(whole), "peak": peak}
+
+
 def hold(folder: Path, out: Path) -> None:
     """Read the part of this process of a model of 100 MB in float32, stored in bfloat16."""
-    import distributed
     from transformers import LlamaConfig
 
-    from ftlevel.models.upstream.shards import UnreadWeights
     from ftlevel.training.processes import started_processes
 
     processes = started_processes()
@@ -197,7 +221,7 @@ def hold(folder: Path, out: Path) -> None:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         del weights
     processes.wait()
-    model, facts = distributed.hold(str(folder), "float32", UnreadWeights())
+    model, facts = load_own_part(str(folder))
     stored = load_file(folder / "model.safetensors")
     same = all(
         own_part(p).equal(part_of(stored[n], p).float()) for n, p in model.named_parameters()
