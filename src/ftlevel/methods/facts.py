@@ -45,6 +45,11 @@ class MethodFacts:
         return all(_is_of(getattr(spec, name, None), value) for name, value in values.items())
 
 
+def method_facts(kind: str, trains: str, merges: str, paper: str, llama_7b: int) -> MethodFacts:
+    """Return the row of a method that `--method kind` selects, without variants."""
+    return MethodFacts(kind, kind, f"--method {kind}", trains, merges, paper, llama_7b)
+
+
 def _is_of(found: Any, wanted: Any) -> bool:
     if wanted is ...:  # any value but None
         return found is not None

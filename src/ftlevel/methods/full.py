@@ -6,7 +6,7 @@ from typing import Any
 
 from ftlevel.config.methods.full import FullSpec
 from ftlevel.methods.base import Base, Method, StepSupport
-from ftlevel.methods.facts import QUANTIZED, MethodFacts, Rule, rows
+from ftlevel.methods.facts import QUANTIZED, MethodFacts, Rule, method_facts, rows
 from ftlevel.methods.rates import Rates
 
 _PRETRAINED_HEAD = frozenset(
@@ -41,8 +41,7 @@ def find_rates(spec: FullSpec) -> Rates:
 
 _METHOD = Method(
     (
-        MethodFacts(
-            "full", "full", "--method full", "every weight", _IS_A_MODEL,
+        method_facts("full", "every weight", _IS_A_MODEL,
             "Devlin et al., 2019, arXiv:1810.04805, appendix A.3", 6_738_415_616,
         ),
         MethodFacts(

@@ -6,7 +6,7 @@ from typing import Any
 
 from ftlevel.config.methods.ln_tuning import LnTuningSpec
 from ftlevel.methods.base import Base, Merging, Method
-from ftlevel.methods.facts import MERGES, MethodFacts
+from ftlevel.methods.facts import MERGES, method_facts
 from ftlevel.methods.plain_form import PlainForm
 from ftlevel.methods.rates import Rates
 
@@ -29,14 +29,8 @@ def find_targets(_spec: LnTuningSpec, model: Any) -> list[str]:
 
 _METHOD = Method(
     (
-        MethodFacts(
-            "ln-tuning",
-            "ln-tuning",
-            "--method ln-tuning",
-            "the norm layers",
-            MERGES,
-            "Zhao et al., 2024, arXiv:2312.11420",
-            266_240,
+        method_facts(
+            "ln-tuning", "the norm layers", MERGES, "Zhao et al., 2024, arXiv:2312.11420", 266_240
         ),
     ),
     rate=Rates(narrow=5e-3, wide=1e-3, source="not measured", kinds={"encoder-decoder": 1e-2}),

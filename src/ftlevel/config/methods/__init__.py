@@ -13,19 +13,23 @@ from ftlevel.config.methods.adalora import AdaloraSpec
 from ftlevel.config.methods.base import MethodSpec
 from ftlevel.config.methods.bottleneck import AdapterSpec
 from ftlevel.config.methods.full import FullSpec
-from ftlevel.config.methods.ia3 import Ia3Spec
 from ftlevel.config.methods.ln_tuning import LnTuningSpec
 from ftlevel.config.methods.lora import LoraSpec, QloraSpec
 from ftlevel.config.methods.prefix import PrefixSpec
 from ftlevel.config.methods.soft_prompt import PromptSpec, PTuningSpec
-from ftlevel.config.methods.updates.c3a import C3aSpec
-from ftlevel.config.methods.updates.gralora import GraloraSpec
-from ftlevel.config.methods.updates.hira import HiraSpec
-from ftlevel.config.methods.updates.lycoris import LohaSpec, LokrSpec
-from ftlevel.config.methods.updates.miss import MissSpec
-from ftlevel.config.methods.updates.orthogonal import BoftSpec, OftSpec
-from ftlevel.config.methods.updates.shira import ShiraSpec
-from ftlevel.config.methods.updates.vera import VeraSpec
+from ftlevel.config.methods.updates import (
+    BoftSpec,
+    C3aSpec,
+    GraloraSpec,
+    HiraSpec,
+    Ia3Spec,
+    LohaSpec,
+    LokrSpec,
+    MissSpec,
+    OftSpec,
+    ShiraSpec,
+    VeraSpec,
+)
 
 _REGISTERED: tuple[type[MethodSpec], ...] = (
     LoraSpec,

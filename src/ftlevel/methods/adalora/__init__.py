@@ -15,7 +15,7 @@ from typing import Any
 from ftlevel.config.methods.adalora import AdaloraSpec
 from ftlevel.errors import ConfigError, InputError, join_names
 from ftlevel.methods.base import Base, Merging, Method, whole
-from ftlevel.methods.facts import MERGES, MethodFacts
+from ftlevel.methods.facts import MERGES, method_facts
 from ftlevel.methods.lora import why_not_mergeable
 from ftlevel.methods.plain_form import AdapterFile, Factors, PlainForm
 from ftlevel.methods.rates import Rates
@@ -121,10 +121,8 @@ def forget_ranks(config: Any) -> None:
 
 _METHOD = Method(
     (
-        MethodFacts(
+        method_facts(
             "adalora",
-            "adalora",
-            "--method adalora",
             "LoRA, its rank pruned by importance",
             MERGES,
             "Zhang et al., 2023, arXiv:2303.10512",

@@ -19,7 +19,7 @@ from ftlevel.config.methods.bottleneck import (
 from ftlevel.errors import InputError, join_names
 from ftlevel.methods.base import Base, Merging, Method, StepSupport
 from ftlevel.methods.bottleneck.sites import SITES, site_pattern, sites_of, why_no_residual
-from ftlevel.methods.facts import MethodFacts
+from ftlevel.methods.facts import method_facts
 from ftlevel.methods.rates import Rates
 from ftlevel.methods.upstream import register_tuner
 
@@ -150,10 +150,8 @@ def find_rates(spec: AdapterSpec) -> Rates:
 
 _METHOD = Method(
     (
-        MethodFacts(
+        method_facts(
             "adapter",
-            "adapter",
-            "--method adapter",
             "two small layers inside every block",
             "",
             "Houlsby et al., 2019, arXiv:1902.00751",

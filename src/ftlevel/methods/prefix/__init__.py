@@ -10,7 +10,7 @@ from typing import Any
 
 from ftlevel.config.methods.prefix import PrefixSpec
 from ftlevel.methods.base import VIRTUAL_TOKENS, Base, Merging, Method, StepSupport
-from ftlevel.methods.facts import MethodFacts, Rule, rows
+from ftlevel.methods.facts import Rule, method_facts, rows
 from ftlevel.methods.prefix.sites import find_attentions, why_no_prefix
 from ftlevel.methods.rates import Rates
 from ftlevel.methods.upstream import register_tuner
@@ -80,10 +80,8 @@ def find_rates(spec: PrefixSpec) -> Rates:
 
 _METHOD = Method(
     (
-        MethodFacts(
+        method_facts(
             "prefix",
-            "prefix",
-            "--method prefix",
             "keys and values in every attention",
             "",
             "Li and Liang, 2021, arXiv:2101.00190",

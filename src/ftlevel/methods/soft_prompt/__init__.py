@@ -14,7 +14,7 @@ from typing import Any
 from ftlevel.config.methods.soft_prompt import PromptSpec, PTuningSpec
 from ftlevel.errors import InputError
 from ftlevel.methods.base import VIRTUAL_TOKENS, Base, Merging, Method, StepSupport
-from ftlevel.methods.facts import MethodFacts
+from ftlevel.methods.facts import method_facts
 from ftlevel.methods.rates import Rates
 from ftlevel.methods.soft_prompt.stacks import find_stacks
 from ftlevel.methods.upstream import register_tuner
@@ -153,10 +153,8 @@ _STEP = StepSupport(
 )
 _PROMPT = Method(
     (
-        MethodFacts(
+        method_facts(
             "prompt",
-            "prompt",
-            "--method prompt",
             "embeddings before the input",
             "",
             "Lester et al., 2021, arXiv:2104.08691",
@@ -180,10 +178,8 @@ _PROMPT = Method(
 )
 _P_TUNING = Method(
     (
-        MethodFacts(
+        method_facts(
             "p-tuning",
-            "p-tuning",
-            "--method p-tuning",
             "embeddings before the input, from a small network",
             "",
             "Liu et al., 2021, arXiv:2103.10385",

@@ -1,1 +1,0 @@
-"""Methods other than LoRA and AdaLoRA that update every linear layer."""
