@@ -1,12 +1,13 @@
-"""Full fine-tuning and linear probing, without an adapter."""
+"""Training weights of the base itself: full fine-tuning, linear probing, LN-tuning."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ftlevel.config.methods.full import FullSpec
-from ftlevel.methods.base import Base, Method, StepSupport
-from ftlevel.methods.facts import QUANTIZED, MethodFacts, Rule, method_facts, rows
+from ftlevel.config.methods.full import FullSpec, LnTuningSpec
+from ftlevel.methods.base import Base, Merging, Method, StepSupport
+from ftlevel.methods.facts import MERGES, QUANTIZED, MethodFacts, Rule, method_facts, rows
+from ftlevel.methods.plain_form import PlainForm
 from ftlevel.methods.rates import Rates
 
 _PRETRAINED_HEAD = frozenset(
@@ -39,7 +40,7 @@ def find_rates(spec: FullSpec) -> Rates:
     )
 
 
-_METHOD = Method(
+_FULL = Method(
     (
         method_facts("full", "every weight", _IS_A_MODEL,
             "Devlin et al., 2019, arXiv:1810.04805, appendix A.3", 6_738_415_616,
@@ -68,4 +69,35 @@ _METHOD = Method(
     describe=describe,
     step=StepSupport(workers=lambda _: "full would hold a gradient for every weight and pass"),
 )  # fmt: skip
-METHODS = {"full": _METHOD}
+
+
+def build_ln_tuning(spec: LnTuningSpec, base: Base) -> Any:
+    """Return PEFT's config; `base.targets` are the norm layers."""
+    from peft import LNTuningConfig
+
+    return LNTuningConfig(
+        **base.shared,
+    )
+
+
+def find_norms(_spec: LnTuningSpec, model: Any) -> list[str]:
+    """Return the full names of all norm layers of `model` outside its heads, sorted."""
+    from ftlevel.models.module_tree import ModuleTree
+
+    return sorted(ModuleTree(model).norm_names())
+
+
+_LN_TUNING = Method(
+    (
+        method_facts(
+            "ln-tuning", "the norm layers", MERGES, "Zhao et al., 2024, arXiv:2312.11420", 266_240
+        ),
+    ),
+    rate=Rates(narrow=5e-3, wide=1e-3, source="not measured", kinds={"encoder-decoder": 1e-2}),
+    build=build_ln_tuning,
+    find_targets=find_norms,
+    merging=Merging(
+        ("LN_TUNING",), plain_form=PlainForm(never="trains norms, which are no matrices. Merge it")
+    ),
+)
+METHODS = {"full": _FULL, "ln-tuning": _LN_TUNING}

@@ -12,8 +12,7 @@ from pydantic import Field
 from ftlevel.config.methods.adalora import AdaloraSpec
 from ftlevel.config.methods.base import MethodSpec
 from ftlevel.config.methods.bottleneck import AdapterSpec
-from ftlevel.config.methods.full import FullSpec
-from ftlevel.config.methods.ln_tuning import LnTuningSpec
+from ftlevel.config.methods.full import FullSpec, LnTuningSpec
 from ftlevel.config.methods.lora import LoraSpec, QloraSpec
 from ftlevel.config.methods.prefix import PrefixSpec
 from ftlevel.config.methods.soft_prompt import PromptSpec, PTuningSpec

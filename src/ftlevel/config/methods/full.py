@@ -29,3 +29,10 @@ class FullSpec(MethodSpec):
             f"--quant {quant.kind} cannot be used with --method full: {quant.kind[0]}-bit weights "
             "receive no gradients. Use --method qlora, or drop --quant."
         ]
+
+
+class LnTuningSpec(MethodSpec):
+    """LN-tuning: train the weights and biases of all norm layers (Zhao et al., 2024)."""
+
+    kind: Literal["ln-tuning"] = "ln-tuning"
+    targets_linears: ClassVar[bool] = False

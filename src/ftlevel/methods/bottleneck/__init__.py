@@ -63,8 +63,7 @@ PAGE = "\n".join([_INTRODUCTION, *(f"| {' | '.join(row)} |" for row in _ROWS), _
 
 def register() -> None:
     """Register the tuner in PEFT."""
-    from ftlevel.methods.bottleneck.layer import BOTTLENECK, BottleneckConfig
-    from ftlevel.methods.bottleneck.model import BottleneckModel
+    from ftlevel.methods.bottleneck.layer import BOTTLENECK, BottleneckConfig, BottleneckModel
 
     register_tuner(BOTTLENECK, BottleneckConfig, BottleneckModel)
 

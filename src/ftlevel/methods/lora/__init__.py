@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ftlevel.config.methods.lora import BASE_MODIFYING_INITS, PISSA, LoraSpec
+from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, join_names
 from ftlevel.methods.base import (
     Base,
+    Initialization,
+    InitializationInputs,
     Merging,
     Method,
     QuantizedCheckpoint,
@@ -18,12 +23,239 @@ from ftlevel.methods.base import (
     refuse_other_forms,
     whole,
 )
-from ftlevel.methods.lora.facts import FACTS, RULES, build_optimizer
+from ftlevel.methods.facts import CONV1D, MERGES, QUANTIZED, MethodFacts, Rule, rows
 from ftlevel.methods.lora.plain_form import as_lora
-from ftlevel.methods.lora.start import START
 from ftlevel.methods.plain_form import PlainForm
 from ftlevel.methods.rates import Rates
 from ftlevel.models.untrusted import limit_time
+
+_LLAMA_7B = 19_988_480
+
+
+def _form(
+    name: str, flags: str, trains: str, paper: str, fields: dict[str, Any], count: int = _LLAMA_7B
+) -> MethodFacts:
+    """Return the row of a LoRA variant, which QLoRA also supports."""
+    return MethodFacts(
+        name, "lora", f"--method lora {flags}", trains, MERGES, paper, count, fields, ("qlora",)
+    )
+
+
+FACTS = (
+    MethodFacts(
+        "lora", "lora", "--method lora", "two thin matrices beside every linear", MERGES,
+        "Hu et al., 2021, arXiv:2106.09685", _LLAMA_7B,
+    ),
+    MethodFacts(
+        "qlora", "qlora", "--method qlora", "LoRA on a 4- or 8-bit base", MERGES,
+        "Dettmers et al., 2023, arXiv:2305.14314", _LLAMA_7B,
+    ),
+    _form(
+        "dora", "--dora", "LoRA, and the length of every column apart",
+        "Liu et al., 2024, arXiv:2402.09353", {"use_dora": True}, 21_348_352,
+    ),
+    _form(
+        "rslora", "--rslora", "LoRA, scaled by alpha / √r",
+        "Kalajdzievski, 2023, arXiv:2312.03732", {"use_rslora": True},
+    ),
+    _form(
+        "lora+", "--lora-plus-ratio 16", "LoRA, whose B learns faster",
+        "Hayou et al., 2024, arXiv:2402.12354", {"lora_plus_ratio": ...},
+    ),
+    _form(
+        "gaussian", "--init gaussian", "LoRA, A drawn from N(0, 1/r)",
+        "Hu et al., 2021, section 4.1", {"init_lora_weights": "gaussian"},
+    ),
+    _form(
+        "orthogonal", "--init orthogonal", "LoRA, A and B orthogonal", "PEFT",
+        {"init_lora_weights": "orthogonal"},
+    ),
+    _form(
+        "pissa", "--init pissa", "LoRA, begun at the weights' largest singular vectors",
+        "Meng et al., 2024, arXiv:2404.02948", {"init_lora_weights": PISSA},
+    ),
+    _form(
+        "olora", "--init olora", "LoRA, begun at the weights' QR factors",
+        "Büyükakyüz, 2024, arXiv:2406.01775", {"init_lora_weights": "olora"},
+    ),
+    _form(
+        "loftq", "--init loftq", "LoRA, begun at what 4 bits took from the weights",
+        "Li et al., 2023, arXiv:2310.08659", {"init_lora_weights": "loftq"},
+    ),
+    _form(
+        "eva", "--init eva",
+        "LoRA, begun at the inputs' main directions, ranks where they explain most",
+        "Paischer et al., 2024, arXiv:2410.07170", {"init_lora_weights": "eva"},
+    ),
+    _form(
+        "experts", "--set method.target_parameters=experts",
+        "LoRA, and the same on every expert of a mixture", "PEFT", {"target_parameters": ...},
+    ),
+)  # fmt: skip
+
+RULES = (
+    Rule(
+        rows("qlora"), "it is LoRA on a quantized base, and --quant is none",
+        "Use --quant 4bit or 8bit, or --method lora.", quants=frozenset({"none"}),
+    ),
+    Rule(
+        rows("dora"), "PEFT cannot read 8-bit weights for the magnitude",
+        "Use --quant 4bit, or drop --dora.", quants=frozenset({"8bit"}),
+    ),
+    Rule(
+        rows("pissa", "olora"),
+        "it takes its start out of the base's weights, and what is left would be quantized anew",
+        "Use --init default, or drop --quant.", quants=QUANTIZED,
+    ),
+    Rule(
+        rows("loftq"), "it begins at what 4-bit quantization took from the weights, and there is "
+        "nothing of it here", "Use --quant 4bit, or --init pissa.", quants=frozenset({"none"}),
+    ),
+    Rule(
+        rows("loftq"), "8-bit quantization takes next to nothing from the weights",
+        "Use --quant 4bit, or --init default.", quants=frozenset({"8bit"}),
+    ),
+    Rule(
+        rows("orthogonal"), "PEFT draws its start in the type of the weights, which is an integer",
+        "Use --init default, or drop --quant.", quants=QUANTIZED,
+    ),
+    Rule(
+        rows("olora"), "its linears are Conv1D, whose transposed weight PEFT factors as it lies",
+        "Use --init pissa.", families=CONV1D, quants=frozenset({"none"}),
+    ),
+    Rule(
+        rows("eva"), "encoder and decoder see other inputs, and EVA takes one mask for both",
+        "Use --init pissa or default.", kinds=frozenset({"encoder-decoder"}),
+    ),
+    Rule(
+        rows("eva"), "some of its linears see other rows than those of the input, where EVA looks",
+        "Use --init pissa or default.", families=frozenset({"deberta-v2", "opt"}),
+    ),
+    Rule(
+        rows("experts"), "it has no experts in one tensor",
+        "Drop method.target_parameters; --target-modules all-linear reaches every linear.",
+        experts=False,
+    ),
+)  # fmt: skip
+
+
+def build_optimizer(spec: LoraSpec, model: Any, arguments: Any) -> Any:
+    """Return LoRA+'s optimizer if `lora_plus_ratio` is set; None uses Trainer's default.
+
+    As in PEFT, B and all vectors, such as biases of heads, get `lora_plus_ratio` times A's rate.
+    """
+    if spec.lora_plus_ratio is None:
+        return None
+    from peft.optimizers import create_loraplus_optimizer
+    from transformers import Trainer
+
+    optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    rate = settings.pop("lr")
+    return create_loraplus_optimizer(
+        model,
+        optimizer_class,
+        lr=rate,
+        loraplus_lr_ratio=spec.lora_plus_ratio,
+        loraplus_weight_decay=arguments.weight_decay,
+        **settings,
+    )
+
+
+ADAPTER = "default"
+
+
+def starts_inside_base(model: Any) -> bool:
+    """Return whether `model` has a LoRA whose initialization changed the base weights."""
+    config = getattr(model, "peft_config", {}).get(ADAPTER)
+    return getattr(config, "init_lora_weights", None) in BASE_MODIFYING_INITS
+
+
+def copy_start(model: Any) -> dict[str, Any]:
+    """Return A₀ and B₀ of an untrained model by name; empty if they are not needed."""
+    if not starts_inside_base(model):
+        return {}
+    return {
+        name: value.detach().to("cpu", copy=True)
+        for name, value in model.named_parameters()
+        if f".lora_A.{ADAPTER}." in name or f".lora_B.{ADAPTER}." in name
+    }
+
+
+@contextlib.contextmanager
+def as_plain_lora(model: Any, start: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
+    """Yield the state dict to save; within the block, `model` has the matching config.
+
+    `start` comes from `copy_start`; if empty, nothing changes and None is yielded.
+    """
+    if not start:
+        yield None
+        return
+    import torch
+
+    state = model.state_dict()
+    for name, first in start.items():
+        trained = state[name].cpu()
+        is_a = ".lora_A." in name
+        state[name] = torch.cat([trained, first if is_a else -first], dim=0 if is_a else 1)
+    own = model.peft_config[ADAPTER]
+    model.peft_config[ADAPTER] = _doubled(own)
+    try:
+        yield state
+    finally:
+        model.peft_config[ADAPTER] = own
+
+
+def _doubled(config: Any) -> Any:
+    """Return the config with twice the rank, the same scale, and default initialization."""
+    config = copy.deepcopy(config)
+    # The scale is alpha / r, or alpha / sqrt(r) with rsLoRA.
+    factor = math.sqrt(2) if config.use_rslora else 2
+    config.init_lora_weights = True
+    config.r *= 2
+    config.lora_alpha *= factor
+    config.rank_pattern = {name: 2 * r for name, r in (config.rank_pattern or {}).items()}
+    config.alpha_pattern = {n: factor * alpha for n, alpha in (config.alpha_pattern or {}).items()}
+    return config
+
+
+def rewrites_base(spec: LoraSpec) -> bool:
+    """Return whether initialization changes the base weights."""
+    return spec.init_lora_weights in BASE_MODIFYING_INITS
+
+
+def precision(spec: LoraSpec, wish: str) -> Choice | None:
+    """Return float32 for PiSSA and OLoRA; raises `ConfigError` if `wish` is another dtype."""
+    if not rewrites_base(spec):
+        return None
+    init = spec.init_lora_weights
+    if wish not in ("auto", "float32"):
+        raise ConfigError(
+            f"--init {init} cannot be used with --dtype {wish}: it takes its start "
+            "out of the base's weights, what is left is rounded, and the adapter would not be what "
+            "was trained. Use --dtype float32, or --init default."
+        )
+    return Choice("dtype", "float32", f"auto: {init} takes its start out of the weights")
+
+
+def begin(model: Any, spec: LoraSpec, inputs: InitializationInputs) -> None:
+    """Initialize LoRA from training rows (eva) or from float weights (loftq) (mutated)."""
+    if spec.init_lora_weights == "loftq":
+        from ftlevel.methods.lora.initialization import start_from_residual
+
+        start_from_residual(model, inputs.float_weights())
+    if spec.init_lora_weights == "eva":
+        from ftlevel.methods.lora.initialization import start_from_data
+
+        start_from_data(model, inputs.batches(), inputs.device, inputs.dtype)
+
+
+def default(spec: LoraSpec) -> LoraSpec:
+    """Return `spec` with PEFT's default initialization, for parameter counts without weights."""
+    return spec.model_copy(update={"init_lora_weights": "default"})
+
+
+START = Initialization(precision, begin, rewrites_base, copy_start, as_plain_lora, default)
+
 
 _SECONDS = 10.0  # timeout; patterns usually match in milliseconds
 

@@ -66,8 +66,7 @@ _READ_IDS_IN_LAYERS = frozenset({"gemma3n", "gemma3n_text", "gemma4", "gemma4_te
 
 def register() -> None:
     """Register the tuner of both methods in PEFT."""
-    from ftlevel.methods.soft_prompt.layer import SOFT_PROMPT, SoftPromptConfig
-    from ftlevel.methods.soft_prompt.model import SoftPromptModel
+    from ftlevel.methods.soft_prompt.layer import SOFT_PROMPT, SoftPromptConfig, SoftPromptModel
 
     register_tuner(SOFT_PROMPT, SoftPromptConfig, SoftPromptModel)
 
