@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from ftlevel.fast import kernels
+from ftlevel.fast.kernels import TritonFormulas
 from ftlevel.fast.kernels.formulas import ACTIVATIONS, TORCH
-from ftlevel.fast.kernels.operators import TritonFormulas
 from ftlevel.fast.layers.fused_lora import FusedLoraFunction
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]

@@ -14,8 +14,8 @@ from ftlevel.config import QuantConfig, SpeedConfig, TrainConfig, TrainerConfig
 from ftlevel.config.methods import LoraSpec
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.fast import kernels
+from ftlevel.fast.kernels import TritonFormulas
 from ftlevel.fast.kernels.formulas import TORCH
-from ftlevel.fast.kernels.operators import TritonFormulas
 from ftlevel.fast.layers import norm_glu
 from ftlevel.fast.layers.fused_lora import register_fused_layers
 from ftlevel.fast.plan import plan_fast, uses_fused_layers

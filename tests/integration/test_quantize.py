@@ -24,8 +24,7 @@ from ftlevel.config import QuantizeConfig
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.events import NullListener
 from ftlevel.models.kinds import checkpoint_class
-from ftlevel.weights.quantize_layout import find_skipped_modules
-from ftlevel.weights.quantize_shards import ShardWriter
+from ftlevel.weights.quantize_shards import ShardWriter, find_skipped_modules
 
 ModelDir = Callable[..., Path]
 

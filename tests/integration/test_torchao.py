@@ -20,7 +20,7 @@ from ftlevel.commands.train import train
 from ftlevel.config import QuantizeConfig, TrainConfig
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.models.quantization import build_torchao_config
-from ftlevel.weights.quantize_layout import find_skipped_modules
+from ftlevel.weights.quantize_shards import find_skipped_modules
 
 ModelDir = Callable[..., Path]
 KINDS = ("int8-torchao", "float8-torchao")

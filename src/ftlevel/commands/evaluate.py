@@ -35,8 +35,13 @@ from ftlevel.evaluation.model_pair import (
     choose_leader,
     resolve_pair,
 )
-from ftlevel.evaluation.reference import needs_reference, with_reference
-from ftlevel.evaluation.scoring import Evaluator, GenerationOptions, row_lines
+from ftlevel.evaluation.scoring import (
+    Evaluator,
+    GenerationOptions,
+    needs_reference,
+    row_lines,
+    with_reference,
+)
 from ftlevel.events import Listener, NullListener
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import choose_device

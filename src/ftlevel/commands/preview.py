@@ -10,8 +10,8 @@ import numpy as np
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
+from ftlevel.data.encoding.collate import MaskedRows
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.encoding.masking import MaskedRows
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.data.gate import Finding
 from ftlevel.data.gate.flat import flat_batches

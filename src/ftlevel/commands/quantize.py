@@ -54,15 +54,16 @@ from ftlevel.models.quantization import (
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source, snapshot
 from ftlevel.models.upstream.architectures import packable_experts
 from ftlevel.trained.checkpoint import merge_sharded_checkpoint
-from ftlevel.weights.quantize_layout import (
+from ftlevel.weights.quantize_shards import (
+    COPIED,
     QUANTIZED,
     Layout,
     build_layout,
     get_skipped_modules,
     packed_bytes,
     predict_bytes,
+    write_quantized,
 )
-from ftlevel.weights.quantize_shards import COPIED, write_quantized
 from ftlevel.workspace import Workspace
 
 SUMMARY = "quantization.json"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -14,13 +15,15 @@ from ftlevel.data.encoding.collate import Collator, pad
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.evaluation.embeddings import score_embeddings
 from ftlevel.evaluation.intervals import ExampleRecord, select_metrics
-from ftlevel.evaluation.likelihoods import score_answers
+from ftlevel.evaluation.likelihoods import compute_likelihoods, score_answers
 from ftlevel.fast.head.cross_entropy import Observe
 from ftlevel.fast.head.likelihoods import supervised_loss
 from ftlevel.fast.step import chunked_cross_entropy
 from ftlevel.models.hardware import autocast
 from ftlevel.task import LikelihoodObjective, Meter, Objective, ScoreTexts, TokenObjective
 from ftlevel.tasks.embedding.objective import Embeddings
+from ftlevel.trained.load import NAMED, LoadedModel, load_ref, resolve_recorded_reference
+from ftlevel.trained.model_ref import ModelRef, card_directory, find_base
 
 
 @dataclass(frozen=True)
@@ -336,3 +339,40 @@ def texts_of(evaluator: Evaluator) -> dict[int, dict[str, str]]:
             texts["true"] = answered
         found[row.row] = {name: text[:_LONGEST] for name, text in texts.items()}
     return found
+
+
+KEPT = "reference"
+"""Folder next to an adapter, with the initial adapter or the name of the reference model."""
+
+
+def needs_reference(evaluator: Evaluator) -> bool:
+    """Return whether the objective compares rows with a reference."""
+    objective = evaluator.objective
+    return isinstance(objective, LikelihoodObjective) and objective.needs_reference
+
+
+def with_reference(evaluator: Evaluator, trained: LoadedModel, found: ModelRef) -> Evaluator:
+    """Return `evaluator` with reference log-probabilities in its rows, if these are needed."""
+    if not needs_reference(evaluator):
+        return evaluator
+    task: Any = trained.task
+    reference = _measure(evaluator, trained, found)
+    return replace(evaluator, rows=task.with_reference(evaluator.rows, reference))
+
+
+def _measure(evaluator: Evaluator, trained: LoadedModel, found: ModelRef) -> Any:
+    directory = found.directory or Path(found.source.location)
+    if (directory / KEPT / NAMED).is_file():
+        other = resolve_recorded_reference(directory / KEPT, directory, evaluator.device)
+        return _of_another(evaluator, other.in_precision(evaluator.dtype).found)
+    if found.directory is not None and (directory / KEPT).is_dir():
+        return _of_another(evaluator, replace(found, directory=directory / KEPT))
+    if trained.has_adapter:
+        with trained.model.disable_adapter():
+            return compute_likelihoods(evaluator, trained.model)
+    directory = card_directory(directory) or directory
+    return _of_another(evaluator, replace(found, source=find_base(found.card, directory)))
+
+
+def _of_another(evaluator: Evaluator, found: ModelRef) -> Any:
+    return compute_likelihoods(evaluator, load_ref(found, evaluator.device).model)

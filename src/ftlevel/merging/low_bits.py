@@ -31,8 +31,7 @@ from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream.quantizers import dequantized
 from ftlevel.weights.codes import QuantizationGrid, choose_codes
 from ftlevel.weights.gguf.file import GRIDS, QuantizedMatrix
-from ftlevel.weights.quantize_layout import Layout, build_layout
-from ftlevel.weights.quantize_shards import bitsandbytes_grid, write_quantized
+from ftlevel.weights.quantize_shards import Layout, bitsandbytes_grid, build_layout, write_quantized
 
 MOST_BYTES = 1 << 30
 _BATCH = 4

@@ -29,8 +29,8 @@ from ftlevel.tasks.tokens import Tokens
 if TYPE_CHECKING:
     import torch
 
+    from ftlevel.data.encoding.collate import MaskedRows
     from ftlevel.data.encoding.fit import FittedRows
-    from ftlevel.data.encoding.masking import MaskedRows
     from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData
 
 _MASK = "[MASK]"
@@ -65,8 +65,8 @@ class MaskTask(BaseTask):
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
         """Return the texts in blocks, without masked tokens yet."""
+        from ftlevel.data.encoding.collate import encode_masked
         from ftlevel.data.encoding.fit import FittedRows
-        from ftlevel.data.encoding.masking import encode_masked
 
         limit = encoder.limit(None)
         rows = encode_masked(encoder.tokenizer, examples, limit)
@@ -181,7 +181,7 @@ def _likeliest(tokenizer: Any, shares: torch.Tensor, count: int) -> dict[str, fl
 
 
 def _hide(rows: Sequence[Encoded], config: DataConfig, context: EncodingContext) -> MaskedRows:
-    from ftlevel.data.encoding.masking import MaskedRows
+    from ftlevel.data.encoding.collate import MaskedRows
 
     return MaskedRows(rows, context.tokenizer, share=config.mlm_probability, seed=context.seed)
 

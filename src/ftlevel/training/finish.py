@@ -23,8 +23,7 @@ from ftlevel.config import IN_MEMORY, MethodConfig, OutputConfig
 from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.errors import RunError
 from ftlevel.evaluation.intervals import interval, select_metrics
-from ftlevel.evaluation.reference import KEPT
-from ftlevel.evaluation.scoring import Evaluator, row_lines
+from ftlevel.evaluation.scoring import KEPT, Evaluator, row_lines
 from ftlevel.events import Listener
 from ftlevel.methods import needs_import
 from ftlevel.models.kinds import write_former_rope

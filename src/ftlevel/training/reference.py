@@ -40,8 +40,7 @@ from ftlevel.models.hardware import autocast
 from ftlevel.models.upstream.tensors import inner_tensors
 from ftlevel.task import LikelihoodObjective
 from ftlevel.trained.adapt import save_adapter
-from ftlevel.trained.another import ReferenceModel
-from ftlevel.trained.load import load_ref
+from ftlevel.trained.load import ReferenceModel, load_ref
 from ftlevel.training.build_trainer import build_evaluator
 from ftlevel.training.model import PreparedModel, apply_fast_step
 from ftlevel.training.plan.run import Run

@@ -29,7 +29,7 @@ from ftlevel.models.hardware import autocast
 from ftlevel.models.loading import load_config
 from ftlevel.task import TokenObjective
 from ftlevel.tasks.distillation import DistillationRows, outcome_dtype, select_top_k
-from ftlevel.trained.another import ReferenceModel, resolve_reference
+from ftlevel.trained.load import ReferenceModel, resolve_reference
 from ftlevel.training.model import PreparedModel, load_adapted
 from ftlevel.training.plan.run import AuxiliaryModels, Run
 from ftlevel.training.reference import (

@@ -21,8 +21,7 @@ from ftlevel.data.formats.turns import (
     parse_turn_list,
     parse_turns,
 )
-from ftlevel.data.sources.table import Row, Table
-from ftlevel.data.sources.uniform import json_type_name
+from ftlevel.data.sources.table import Row, Table, json_type_name
 from ftlevel.errors import InputError, join_names
 
 

@@ -18,8 +18,7 @@ from typing import Any, Literal, TypeAlias
 from ftlevel.data.formats.detect import ExampleBuilder
 from ftlevel.data.formats.examples import ClassExample, LabeledText, RoleValues, TaggedTokens
 from ftlevel.data.formats.turns import UnusableRowError
-from ftlevel.data.sources.table import BadRow, Row, Table
-from ftlevel.data.sources.uniform import json_type_name
+from ftlevel.data.sources.table import BadRow, Row, Table, json_type_name
 from ftlevel.errors import InputError, join_names
 
 

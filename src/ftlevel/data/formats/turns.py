@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from ftlevel.data.formats.columns import format_map_flags
-from ftlevel.data.sources.uniform import json_type_name
+from ftlevel.data.sources.table import json_type_name
 from ftlevel.errors import did_you_mean, join_names
 
 MOST_CHARACTERS = 1 << 23

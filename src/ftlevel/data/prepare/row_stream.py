@@ -25,8 +25,7 @@ from ftlevel.data.gate import explain_stop
 from ftlevel.data.gate.gate import Gate
 from ftlevel.data.prepare.encoder import Encoder
 from ftlevel.data.sources.streams import Chunk, Cursor, Stream
-from ftlevel.data.sources.table import BadRow, Table, describe_bad_rows
-from ftlevel.data.sources.uniform import RowSchema
+from ftlevel.data.sources.table import BadRow, RowSchema, Table, describe_bad_rows
 from ftlevel.errors import InputError
 
 T = TypeVar("T")

@@ -29,8 +29,14 @@ from ftlevel.data.prepare.row_stream import ChunkEncoder, RowStream, StreamState
 from ftlevel.data.sources.splits import DatasetSplits
 from ftlevel.data.sources.stream_sources import StreamSource, open_source
 from ftlevel.data.sources.streams import Chunk, describe_null_keys
-from ftlevel.data.sources.table import BadRow, Row, Table, handle_bad_rows
-from ftlevel.data.sources.uniform import RowSchema, find_inconsistent_rows
+from ftlevel.data.sources.table import (
+    BadRow,
+    Row,
+    RowSchema,
+    Table,
+    find_inconsistent_rows,
+    handle_bad_rows,
+)
 from ftlevel.errors import ConfigError, InputError
 
 SAMPLE = 1_000

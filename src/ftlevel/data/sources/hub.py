@@ -23,8 +23,7 @@ from ftlevel.data.sources.readers.arrow import (
     drop_null_keys,
 )
 from ftlevel.data.sources.streams import Chunk, Cursor, describe_null_keys
-from ftlevel.data.sources.table import OnBadRow, Row, Table, handle_bad_rows
-from ftlevel.data.sources.uniform import find_inconsistent_rows
+from ftlevel.data.sources.table import OnBadRow, Row, Table, find_inconsistent_rows, handle_bad_rows
 from ftlevel.errors import InputError, did_you_mean, join_names
 from ftlevel.models.upstream.libraries import datasets_offline
 

@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
-from ftlevel.data.sources.table import BadRow, Row, Table
-from ftlevel.data.sources.uniform import find_inconsistent_rows
+from ftlevel.data.sources.table import BadRow, Row, Table, find_inconsistent_rows
 from ftlevel.errors import InputError, join_names
 
 Cursor = Mapping[str, Any]

@@ -1,12 +1,4 @@
-"""Attention of packed rows on a GPU: a flash kernel of torch or of the Hub, or padded SDPA.
-
-The keys of each segment's past and its own are gathered in order. Kernels align a causal mask at
-the last query and key (flash-attention 2.1), so prefix trees need no kernel of their own.
-
-Padded SDPA covers torch before 2.10, GPUs before Ampere, float32 and attention dropout. Segments of
-similar length share a call, grouped by powers of two, so positions at most double. A causal batch
-without pasts needs no mask. Hub kernels (FA3, FA4) are downloaded only if the user names one.
-"""
+"""Attention on a GPU, and the options that all attention of the fast step takes."""
 
 from __future__ import annotations
 
@@ -24,9 +16,63 @@ import torch
 from torch.nn import functional
 
 from ftlevel.errors import InputError
-from ftlevel.fast.attention.options import AttentionOptions, attend_capped
 from ftlevel.fast.packing import Segment
 from ftlevel.models.hardware import send
+
+
+def attend_capped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scale: float,
+    cap: float,
+    causal: bool,
+) -> tuple[torch.Tensor, None]:
+    """Compute attention like SDPA, with softcapped scores.
+
+    `query` is (batch, heads, queries, head_dim), `key` and `value` are (batch, key heads, keys,
+    head_dim), `mask` is (batch or 1, 1, queries, keys), True or 0 where visible. `causal` applies
+    without a mask; a single query is the last token and sees every key.
+
+    Returns:
+        (batch, queries, heads, head_dim), and None for the attention weights.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+    exact = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        scores = torch.matmul(query.to(exact), key.to(exact).transpose(2, 3)) * scale
+    scores = cap * torch.tanh(scores / cap)
+    queries, keys = scores.shape[2:]
+    if mask is None and causal and queries > 1:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        mask = mask[..., :keys]
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(exact).min)
+        else:
+            scores = scores + mask
+    shares = functional.dropout(scores.softmax(-1).to(value.dtype), dropout)
+    return torch.matmul(shares, value).transpose(1, 2).contiguous(), None
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """Options of an attention layer.
+
+    A token sees fewer than `window` tokens to each side, itself included. `cap` is the softcap of
+    the scores (Gemma 2).
+    """
+
+    causal: bool = True
+    window: int | None = None
+    scale: float = 1.0
+    dropout: float = 0.0
+    cap: float | None = None
+
 
 WIDEST_HEAD = 256
 """Maximum head_dim of flash attention."""

@@ -15,8 +15,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ftlevel.fast.attention.blocked import BlockedAttention, build_visibility_mask, split_queries
-from ftlevel.fast.attention.gpu import FlashKernel, attend_padded, attend_varlen, supports_attention
-from ftlevel.fast.attention.options import AttentionOptions, attend_capped
+from ftlevel.fast.attention.gpu import (
+    AttentionOptions,
+    FlashKernel,
+    attend_capped,
+    attend_padded,
+    attend_varlen,
+    supports_attention,
+)
 from ftlevel.fast.attention.short import ShortAttention, are_short, batch_sequences
 from ftlevel.fast.layers.recompute import worker_generator
 from ftlevel.fast.packing import PackedLayout, Segment, UnsupportedModelError, current_layout

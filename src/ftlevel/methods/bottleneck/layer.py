@@ -31,7 +31,7 @@ from ftlevel.methods.bottleneck.sites import (
     sites_of,
     why_no_residual,
 )
-from ftlevel.methods.precision import PrecisionLayer, PrecisionTuner
+from ftlevel.methods.tuners import PrecisionLayer, PrecisionTuner
 from ftlevel.methods.upstream import add_peft_type
 
 BOTTLENECK = add_peft_type("BOTTLENECK")

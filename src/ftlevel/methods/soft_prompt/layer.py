@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn import functional
 
 from ftlevel.methods.soft_prompt.stacks import find_stacks
+from ftlevel.methods.tuners import VirtualTokenLayer, VirtualTokenTuner
 from ftlevel.methods.upstream import add_peft_type
-from ftlevel.methods.virtual_tokens import VirtualTokenLayer, VirtualTokenTuner
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from ftlevel.data.formats.detect import FormatSpec
 from ftlevel.data.formats.examples import ExampleParts, RoleValues
 from ftlevel.data.formats.turns import UnusableRowError, check_text, parse_json, parse_turns
-from ftlevel.data.sources.uniform import json_type_name
+from ftlevel.data.sources.table import json_type_name
 
 MOST_NEGATIVES = 32
 """Largest n of a column `negative_n`."""

@@ -22,7 +22,7 @@ from ftlevel.data.formats.turns import (
     parse_tools,
     parse_turns,
 )
-from ftlevel.data.sources.uniform import json_type_name
+from ftlevel.data.sources.table import json_type_name
 
 Turns = tuple[Message, ...]
 _HH = re.compile(r"\n\n(Human|Assistant): ?")

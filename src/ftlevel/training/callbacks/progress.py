@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ftlevel.data.encoding.collate import MaskedRows
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.encoding.masking import MaskedRows
 from ftlevel.data.prepare.sampling import LengthGroupedSampler
 from ftlevel.events import Listener
 from ftlevel.models.upstream.libraries import shared_order

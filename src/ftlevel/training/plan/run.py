@@ -15,7 +15,7 @@ from ftlevel.methods import METHODS, Base
 from ftlevel.models.sources import ModelSource
 from ftlevel.task import Objective, TrainingLoss
 from ftlevel.tasks import BaseTask
-from ftlevel.trained.another import ReferenceModel
+from ftlevel.trained.load import ReferenceModel
 from ftlevel.training.plan.adapter import StartingAdapter
 from ftlevel.training.plan.best_model import BestModel
 from ftlevel.training.plan.method import MethodTargets

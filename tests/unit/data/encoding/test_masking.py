@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from ftlevel.data.encoding.collate import MaskedRows, encode_masked
 from ftlevel.data.encoding.encode import IGNORED
-from ftlevel.data.encoding.masking import MaskedRows, encode_masked
 from ftlevel.data.formats.examples import PlainText
 from ftlevel.errors import InputError
 from tiny_tokenizers import build_tokenizer

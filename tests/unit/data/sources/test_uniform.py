@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ftlevel.data.sources.uniform import find_inconsistent_rows
+from ftlevel.data.sources.table import find_inconsistent_rows
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ import torch
 from torch.nn import functional
 
 from ftlevel.fast.attention.blocked import BlockedAttention, split_queries
-from ftlevel.fast.attention.gpu import attend_padded, pad_segments
-from ftlevel.fast.attention.options import AttentionOptions, attend_capped
+from ftlevel.fast.attention.gpu import AttentionOptions, attend_capped, attend_padded, pad_segments
 from ftlevel.fast.packing import Segment
 
 ROWS = tuple(

@@ -17,6 +17,7 @@ from ftlevel.errors import InputError
 from ftlevel.fast.attention import gpu
 from ftlevel.fast.attention.blocked import BlockedAttention, split_queries
 from ftlevel.fast.attention.gpu import (
+    AttentionOptions,
     Lengths,
     VarlenKernel,
     attend_varlen,
@@ -25,7 +26,6 @@ from ftlevel.fast.attention.gpu import (
     supports_attention,
     window_of,
 )
-from ftlevel.fast.attention.options import AttentionOptions
 from ftlevel.fast.packing import Segment
 
 ROWS = (Segment(0, 5), Segment(5, 60), Segment(60, 61), Segment(61, 200))

@@ -21,8 +21,7 @@ from ftlevel.data.sources import lines
 from ftlevel.data.sources.lines import CHUNK_ROWS, LineNumbers, LineRows, as_row
 from ftlevel.data.sources.readers.text import TextLines, check_head, read_text
 from ftlevel.data.sources.streams import Chunk, Cursor, Reader
-from ftlevel.data.sources.table import BadRow, Row, Table
-from ftlevel.data.sources.uniform import RowShapeCounter, json_type_name
+from ftlevel.data.sources.table import BadRow, Row, RowShapeCounter, Table, json_type_name
 from ftlevel.errors import InputError, join_names
 
 Found: TypeAlias = tuple[list[Row], list[int], list[BadRow]]  # rows, their lines, bad rows
