@@ -57,7 +57,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Evaluate a run, an adapter or a model.",
     ),
     "predict": (
-        "ftlevel.cli.predict:predict",
+        "ftlevel.cli.evaluate:predict",
         "Add predictions to the rows of a file.",
     ),
     "generate": (
@@ -69,11 +69,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Write one HTML page about one or several runs.",
     ),
     "merge": (
-        "ftlevel.cli.merge:merge",
+        "ftlevel.cli.export:merge",
         "Merge an adapter into its base model and write a full model.",
     ),
     "quantize": (
-        "ftlevel.cli.quantize:quantize",
+        "ftlevel.cli.export:quantize",
         "Quantize a model to 4 or 8 bits and measure its quality.",
     ),
     "export": (

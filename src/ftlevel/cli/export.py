@@ -1,13 +1,18 @@
-"""`ftlevel export`: convert a run, an adapter or a model for a server."""
+"""`ftlevel merge`, `quantize` and `export`: commands that write a model's files."""
 
 from __future__ import annotations
 
 import json as json_module
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import typer
 
+from ftlevel.artifacts.cards import describe_difference
 from ftlevel.cli.flags import CommandInput
-from ftlevel.config import ExportConfig
+from ftlevel.cli.startup import heavy_imports
+from ftlevel.config import ExportConfig, MergeConfig, QuantConfig, QuantizeConfig
+from ftlevel.errors import join_names
 
 
 def export(
@@ -33,3 +38,122 @@ def export(
             typer.echo(f"  {line}")
         if "hub" in result.summary:
             typer.echo(f"  uploaded {result.summary['hub']}")
+
+
+def merge(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
+    """Merge an adapter into its base model and write a full model.
+
+    Tensors are read and written one at a time, so memory for one tensor is enough. The result is
+    compared with base model and adapter on rows of the run's data before it is moved into place.
+    """
+    config = given.section(MergeConfig)
+    from ftlevel.cli.screen import open_screen
+
+    with open_screen(as_json=as_json, quiet=quiet) as screen:
+        with heavy_imports():
+            from ftlevel.commands.merge import merge as run
+
+        result = run(config, listener=screen)
+    if not as_json and not quiet:
+        for line in _merge_lines(result.summary):
+            typer.echo(f"  {line}")
+    if as_json:
+        typer.echo(json_module.dumps(result.summary, default=str))
+
+
+def _merge_lines(summary: Mapping[str, Any]) -> Iterator[str]:
+    written = summary["written"]
+    if summary["reason"]:
+        yield f"onto {summary['onto']}: {summary['reason']}"
+    same = f", {written['unchanged']:,} of them below its rounding" if written["unchanged"] else ""
+    yield (
+        f"merged {written['merged']:,} of {written['tensors']:,} tensors{same}; "
+        f"{written['size_bytes'] / 2**20:,.1f} MiB of {written['dtype']}"
+    )
+    if written["untied"]:
+        yield "the output layer no longer shares the embedding's weights: the adapter changed one"
+    if written["unused"]:
+        yield f"left out: {join_names(written['unused'], 3)}, for which the model has no use"
+    if (found := summary["agreement"]) is None:
+        yield "not verified (--no-verify)"
+    else:
+        yield (
+            f"verified on {found['targets']:,} targets: logits differ by "
+            f"{found['max_difference']:.3g} at most, {describe_difference(found)}, loss "
+            f"{found['loss']:.4f} "
+            f"(before {found['loss_reference']:.4f})"
+        )
+        yield f"training had moved it: {describe_difference(summary['effect'])}"
+    if (served := summary["served"]) is not None:
+        yield (
+            f"in {QuantConfig(**summary['quantization']).form}, beside the run as trained: "
+            f"{describe_difference(served)}, loss {served['loss']:.4f}"
+        )
+    yield f"saved {summary['out']}  ({summary['seconds']:.1f} s)"
+    if "hub" in summary:
+        yield f"uploaded {summary['hub']}"
+
+
+def quantize(
+    given: CommandInput, *, out: str | None, dry_run: bool, as_json: bool, quiet: bool
+) -> None:
+    """Quantize a model to 4 or 8 bits and measure its quality.
+
+    Embeddings, norms and heads are not quantized. The result loads in transformers and in ftlevel
+    train (LoRA), generate and evaluate. Tensors are processed one at a time, so the model may
+    exceed memory.
+    """
+    nowhere = {"out": "quantized"} if dry_run and out is None else {}
+    config = given.section(QuantizeConfig, **nowhere)
+    from ftlevel.cli.screen import open_screen
+
+    with open_screen(as_json=as_json, quiet=quiet) as screen:
+        with heavy_imports():
+            from ftlevel.commands.quantize import quantize as run
+
+        result = run(config, listener=screen, dry_run=dry_run)
+    if as_json:
+        typer.echo(json_module.dumps(result.summary, default=str))
+    elif not quiet:
+        for line in _quantize_lines(result.summary):
+            typer.echo(f"  {line}")
+        if result.path is not None:
+            typer.echo(f"  saved {result.path}")
+            if "hub" in result.summary:
+                typer.echo(f"  uploaded {result.summary['hub']}")
+            typer.echo(f"  train on it: ftlevel train --method lora --model {result.path}")
+
+
+def _quantize_lines(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Yield sizes by part, the total ratio, and the measured quality."""
+    expected = "expected " if summary.get("dry_run") else ""
+    for name, part in summary["parts"].items():
+        yield f"{name:<17}{_size(part['bytes_before']):>10} → {_size(part['bytes']):>9}"
+    whole = f"{_size(summary['bytes_before']):>10} → {_size(summary['bytes']):>9}"
+    yield (
+        f"{expected + 'size':<17}{whole}  {summary['ratio']:.2f}× smaller "
+        f"(the quantized linears alone {summary['quantized_ratio']:.2f}×)"
+    )
+    if "fidelity" in summary:
+        yield from _fidelity_lines(summary["fidelity"])
+
+
+def _fidelity_lines(scores: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"beside the source, over {scores['positions']:,} positions in {scores['windows']} "
+        f"windows of {scores['text']}, {scores['predicts']}, computed in {scores['computed_in']}:"
+    )
+    if "cosine" in scores:
+        yield f"  cosine {scores['cosine']:.4f} (smallest {scores['cosine_smallest']:.4f})"
+        return
+    yield f"  KL {scores['kl']:.4f} ± {scores['kl_standard_error']:.4f} nats"
+    yield f"  top-1 agreement {scores['top1_agreement']:.1%}"
+    yield f"  perplexity {scores['perplexity_source']:.3f} → {scores['perplexity']:.3f}"
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count = count / 1000  # type: ignore[assignment]
+    return f"{count:.2f} GB"
