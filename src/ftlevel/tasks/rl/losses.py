@@ -44,7 +44,8 @@ class PolicyLossParameters:
     """Loss name and its parameters.
 
     `epsilon_high` is relative to 1, except for cispo, where it is the largest ratio itself.
-    `length` is the maximum number of tokens of a completion.
+    `length` is the maximum number of tokens of a completion. `corrects_kl` multiplies k3 by the
+    ratio, as TRL 1.16 does.
     """
 
     loss: str
@@ -52,6 +53,7 @@ class PolicyLossParameters:
     epsilon_high: float = 0.2
     beta: float = 0.0
     length: int = 512
+    corrects_kl: bool = False
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,7 @@ def policy_loss(
     if reference is not None:
         apart = reference - each
         kl = apart.exp() - apart - 1
+        kl = kl * ratio if parameters.corrects_kl else kl
         if parameters.loss != "rloo":  # there the reward is reduced instead
             loss = loss + parameters.beta * kl
     return PolicyLoss((loss * weight).sum(), clipped.sum(), kl.detach().sum())

@@ -1,0 +1,142 @@
+"""Compare TRL's GRPOTrainer and RLOOTrainer with the losses of tests/rl_figures.py.
+
+    pip install --no-deps --target FOLDER trl==1.16.0
+    PYTHONPATH=FOLDER python scripts/against_trl_rl.py
+
+Completions, weights and figures are those that the tests compare ftlevel with; nothing of ftlevel
+computes here. A trainer gets the base and a LoRA, and `_compute_loss` one batch of all completions
+in float32, with their old log-probabilities, those of the reference and the advantages. Prints for
+each loss how far it and the norms of its gradient are from the figures, relative where a figure is
+over 1; fails where that is over 1e-5.
+
+Not compared: reinforce++, which TRL does not have; the KL penalty of RLOO, which its trainer
+subtracts from rewards before `_compute_loss` (the advantages here have it); and the value of RLOO's
+loss with masked completions, to which TRL adds their advantages, without a gradient.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+import trl
+from datasets import Dataset, disable_progress_bars
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import preference_figures as base
+import rl_figures as given
+from against_trl import build_tokenizer
+
+BOUND = 1e-5
+
+
+def build_trainer(case: given.Case, folder: str) -> Any:
+    """Return TRL's trainer of a loss, with the weights of the figures."""
+    low, high = given.CLIP[case.loss]
+    told: dict[str, Any] = {"epsilon": 0.2 if case.loss == "cispo" else low, "epsilon_high": high}
+    kind, config = (RLOOTrainer, RLOOConfig) if case.loss == "rloo" else (GRPOTrainer, GRPOConfig)
+    if case.loss != "rloo":
+        told |= {
+            "loss_type": "grpo" if case.loss == "gspo" else case.loss,
+            "importance_sampling_level": "sequence" if case.loss == "gspo" else "token",
+            "use_bias_correction_kl": case.corrected,
+        }
+    trainer = kind(
+        model=base.build_base(),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=config(
+            output_dir=folder,
+            per_device_train_batch_size=len(given.REWARDS),
+            report_to="none",
+            num_generations=given.GROUP,
+            max_completion_length=given.LENGTH,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+            beta=case.beta,
+            **told,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt, _ in given.COMPLETIONS]),
+        processing_class=build_tokenizer(),
+        peft_config=base.adapter_config(),
+    )
+    base.fill_adapter(trainer.model)
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+def build_batch(case: given.Case) -> dict[str, Any]:
+    """Return the inputs of `_compute_loss`: prompts padded left, completions right."""
+    policy = [each.detach() for each in given.log_probabilities(base.build_model().double())]
+    reference = given.reference_logps()
+    old = given.old_logps(policy, case)
+    advantages = given.plain_advantages(case, old, reference)
+    pairs = list(given.rows())
+    most = [max(len(pair[at]) for pair in pairs) for at in (0, 1)]
+
+    def right(parts: list[Any], dtype: Any) -> torch.Tensor:
+        padded = torch.zeros(len(parts), most[1], dtype=dtype)
+        for row, part in zip(padded, parts, strict=True):
+            row[: len(part)] = torch.as_tensor(part, dtype=dtype)
+        return padded
+
+    masks = [
+        [int(given.is_active(i, case))] * len(completion) for i, (_, completion) in enumerate(pairs)
+    ]
+    mask = right(masks, torch.long)
+    return {
+        "prompt_ids": torch.tensor([[base.PAD] * (most[0] - len(p)) + p for p, _ in pairs]),
+        "prompt_mask": torch.tensor([[0] * (most[0] - len(p)) + [1] * len(p) for p, _ in pairs]),
+        "completion_ids": right([completion for _, completion in pairs], torch.long),
+        "completion_mask": mask,
+        "advantages": torch.tensor(advantages, dtype=torch.float32),
+        "old_per_token_logps": right(old, torch.float32),
+        "ref_per_token_logps": right(reference, torch.float32),
+        "old_logps": torch.stack(
+            [each.sum() * given.is_active(i, case) for i, each in enumerate(old)]
+        ).float(),
+        "num_items_in_batch": mask.sum(),
+    }
+
+
+def measure(case: given.Case) -> list[float]:
+    """Return loss, |A| and |B| of one batch by TRL."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(case, folder)
+        trainer.model.train()
+        loss = trainer._compute_loss(trainer.model, build_batch(case))
+        loss.backward()
+        return [loss.item(), *base.norms(trainer.model)]
+
+
+def main() -> int:
+    """Print how far TRL is from the figures; return 1 where that is too far."""
+    disable_progress_bars()
+    versions = {m.__name__: m.__version__ for m in (trl, transformers, peft, torch)}
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    worst = 0.0
+    for case in given.CASES:
+        if case.loss == "reinforce++":
+            continue
+        found, figures = measure(case), given.figures(case)
+        if case.loss == "rloo" and case.masked:
+            found[0] = figures[0]
+        apart = max(
+            abs(one - other) / max(1.0, abs(other))
+            for one, other in zip(found, figures, strict=True)
+        )
+        worst = max(worst, apart)
+        print(f"{case!s:28} loss {found[0]:10.6f}  apart {apart:.1e}", flush=True)
+    print(f"largest {worst:.1e}, at most {BOUND:g} is allowed")
+    return int(worst > BOUND)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""Policy losses of fixed completions of a tiny Llama, written plainly.
+
+Each completion goes through the model alone, unpadded and in float64; formulas are those of the
+papers, in loops. `scripts/against_trl_rl.py` compares TRL's trainers with the same figures.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from preference_figures import EOS, build_base, build_model, norms
+
+GROUP = 4
+COMPLETIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("Q: 2 + 2?\nA:", (" 4", " four, I think", " 5", " 22 or so")),
+    ("Name a color.\n", ("Blue.", "Red, since", "Blue.", "Green is what I like.")),
+)
+"""Prompts with a group of completions each."""
+TRUNCATED = (1, 7)
+"""Completions that were cut, so that no EOS follows."""
+REWARDS = [1.0, 0.2, 0.0, 0.5, 0.9, 0.1, 0.9, 0.4]
+LENGTH = 24
+"""Maximum completion length."""
+NOISE = 0.3
+"""Standard deviation of the difference between policy and old policy, in nats a token."""
+
+CLIP: dict[str, tuple[float, float]] = {
+    "dapo": (0.2, 0.28),
+    "grpo": (0.2, 0.2),
+    "dr_grpo": (0.2, 0.2),
+    "bnpo": (0.2, 0.2),
+    "rloo": (0.2, 0.2),
+    "gspo": (3e-4, 4e-4),
+    "cispo": (math.nan, 1.2),
+    "reinforce++": (0.2, 0.2),
+}
+"""Loss → epsilon and epsilon_high; the cap of cispo is lower than its default, so that it acts."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss and its settings; `masked` excludes truncated completions."""
+
+    loss: str
+    beta: float = 0.0
+    corrected: bool = False
+    masked: bool = False
+    off_policy: bool = True
+
+    def __str__(self) -> str:
+        named = {
+            f"beta {self.beta:g}": self.beta,
+            "corrected": self.corrected,
+            "masked": self.masked,
+            "first step": not self.off_policy,
+        }
+        return ", ".join([self.loss, *(name for name, is_on in named.items() if is_on)])
+
+
+CASES = [
+    Case(loss, *settings)
+    for loss in CLIP
+    for settings in ((), (0.1,), (0.1, True), (0.0, False, True), (0.0, False, False, False))
+    if not (loss == "rloo" and settings[1:2] == (True,))
+]
+
+
+def rows() -> Iterator[tuple[list[int], list[int]]]:
+    """Yield token ids of prompt and completion, each byte a token."""
+    number = 0
+    for prompt, completions in COMPLETIONS:
+        for text in completions:
+            end = [] if number in TRUNCATED else [EOS]
+            yield list(prompt.encode()), [*text.encode(), *end]
+            number += 1
+
+
+def log_probabilities(model: Any) -> list[torch.Tensor]:
+    """Return the log-probability of each token of each completion."""
+    found = []
+    for prompt, completion in rows():
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        each = logits.log_softmax(-1)
+        found.append(each[torch.arange(len(completion)), torch.tensor(completion)])
+    return found
+
+
+def reference_logps() -> list[torch.Tensor]:
+    """Return the log-probabilities of the base model, without its adapter."""
+    with torch.no_grad():
+        return log_probabilities(build_base().double())
+
+
+def old_logps(policy: Sequence[torch.Tensor], case: Case) -> list[torch.Tensor]:
+    """Return log-probabilities of another policy: those of `policy` with fixed noise."""
+    draw = np.random.RandomState(3)
+    noise = [torch.tensor(draw.standard_normal(len(each)) * NOISE) for each in policy]
+    size = 1.0 if case.off_policy else 0.0
+    return [each.detach() + size * more for each, more in zip(policy, noise, strict=True)]
+
+
+def is_active(index: int, case: Case) -> bool:
+    """Return whether a completion is in the loss."""
+    return not (case.masked and index in TRUNCATED)
+
+
+def plain_advantages(
+    case: Case, old: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]
+) -> list[float]:
+    """Return the advantages of all completions."""
+    rewards = list(REWARDS)
+    if case.loss == "rloo" and case.beta:
+        rewards = [
+            reward - case.beta * float((one - other).sum())
+            for reward, one, other in zip(rewards, old, reference, strict=True)
+        ]
+    if case.loss == "reinforce++":
+        lengths = [len(each) if is_active(i, case) else 0 for i, each in enumerate(old)]
+        tokens = [r for r, count in zip(rewards, lengths, strict=True) for _ in range(count)]
+        mean, deviation = statistics.fmean(tokens), math.sqrt(statistics.variance(tokens) + 1e-8)
+        return [(reward - mean) / deviation for reward in rewards]
+    found = []
+    for begin in range(0, len(rewards), GROUP):
+        group = rewards[begin : begin + GROUP]
+        for at, reward in enumerate(group):
+            others = group[:at] + group[at + 1 :]
+            centered = reward - statistics.fmean(group)
+            if case.loss == "rloo":
+                found.append(reward - statistics.fmean(others))
+            elif case.loss == "dr_grpo":
+                found.append(centered)
+            else:
+                found.append(centered / (statistics.stdev(group) + 1e-4))
+    return found
+
+
+def plain_loss(case: Case, model: Any) -> torch.Tensor:
+    """Return the loss of all completions as one optimizer step."""
+    policy, reference = log_probabilities(model), reference_logps()
+    old = old_logps(policy, case)
+    advantages = plain_advantages(case, old, reference)
+    active = [is_active(i, case) for i in range(len(policy))]
+    tokens = sum(len(each) for i, each in enumerate(policy) if active[i])
+    low, high = CLIP[case.loss]
+    total = torch.zeros((), dtype=torch.float64)
+    for i, each in enumerate(policy):
+        if not active[i]:
+            continue
+        ratio = torch.exp(each - old[i])
+        if case.loss == "gspo":
+            ratio = torch.exp((each - old[i]).mean()).expand(len(each))
+        if case.loss == "rloo":
+            ratio = torch.exp((each - old[i]).sum()).expand(len(each))
+        own = torch.zeros((), dtype=torch.float64)
+        for t in range(len(each)):
+            if case.loss == "cispo":
+                token = -min(ratio[t].item(), high) * advantages[i] * each[t]
+            else:
+                clipped = ratio[t].clamp(1 - low, 1 + high)
+                token = -torch.minimum(ratio[t] * advantages[i], clipped * advantages[i])
+            if case.beta and case.loss != "rloo":
+                apart = reference[i][t] - each[t]
+                kl = torch.exp(apart) - apart - 1
+                token = token + case.beta * kl * (ratio[t] if case.corrected else 1.0)
+            own = own + token
+        if case.loss in ("grpo", "gspo", "rloo"):
+            total = total + own / len(each) / len(policy)
+        elif case.loss == "dr_grpo":
+            total = total + own / LENGTH / len(policy)
+        else:
+            total = total + own / tokens
+    return total
+
+
+def figures(case: Case) -> tuple[float, float, float]:
+    """Return the loss, and the norms of its gradient over all A and all B of the LoRA."""
+    model = build_model().double()
+    loss = plain_loss(case, model)
+    loss.backward()
+    return loss.item(), *norms(model)
