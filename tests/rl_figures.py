@@ -183,5 +183,5 @@ def figures(case: Case) -> tuple[float, float, float]:
     """Return the loss, and the norms of its gradient over all A and all B of the LoRA."""
     model = build_model().double()
     loss = plain_loss(case, model)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     return loss.item(), *norms(model)
