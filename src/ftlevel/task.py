@@ -194,7 +194,7 @@ class Objective(ABC):
     def split(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Any]:
         """Return the model inputs and the labels of a batch."""
         inputs = dict(batch)
-        for name in ("verdicts", "known", "ids"):
+        for name in ("verdicts", "known", "ids", "signals"):
             inputs.pop(name, None)
         labels = inputs["labels"] if self.feeds_labels else inputs.pop("labels")
         return inputs, labels
@@ -407,4 +407,28 @@ class LikelihoodObjective(TokenObjective):
         """Return the summed loss, with one value per divisor of `training_count` if `training`.
 
         `answers` is the result of `answers`; `verdicts` are `(answers, 3)`.
+        """
+
+
+@dataclass(frozen=True)
+class PolicyObjective(TokenObjective):
+    """Objective of the log-probabilities of sampled tokens, as in reinforcement learning.
+
+    A batch contains `signals` `(targets, n)`; see `Encoded.signals`. They include the divisor of
+    the loss, so that of the objective is 1.
+
+    Attributes:
+        temperature: divisor of the logits.
+    """
+
+    temperature: float = 1.0
+
+    @abstractmethod
+    def policy_sum(
+        self, each: torch.Tensor, owners: torch.Tensor, count: int, signals: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the weighted sum of the loss (a scalar).
+
+        `each` are `(targets,)` float32 log-probabilities in the order of `locate`, and `owners`
+        the indices of their sequences, of which there are `count`.
         """

@@ -24,6 +24,14 @@ from ftlevel.config.section import Choice
 
 _FIGURES = {
     "loss": ("loss", "{:.4f}"),
+    "reward": ("reward", "{:.3f}"),
+    "groups_with_signal": ("signal", "{:.0%}"),
+    "completion_length": ("length", "{:.1f}"),
+    "truncated": ("cut", "{:.0%}"),
+    "entropy": ("entropy", "{:.2f}"),
+    "kl": ("kl", "{:.4f}"),
+    "clipped": ("clipped", "{:.1%}"),
+    "sampled_tokens_per_s": ("sampled", "{:,.0f} tok/s"),
     "learning_rate": ("lr", "{:.2e}"),
     "grad_norm": ("grad", "{:.3g}"),
     "epoch": ("epoch", "{:.2f}"),
@@ -182,10 +190,16 @@ class Screen:
             for key, (label, form) in _FIGURES.items()
             if key in record
         ]
+        parts += [
+            f"{name} {value:.3f}"
+            for name, value in record.items()
+            if name.startswith("reward_") and name != "reward_std"
+        ]
         parts.append(self._speed(record))
         figures = "  ".join(part for part in parts if part)
         if self._progress is not None:
-            short = [part for part in parts if part.startswith("loss") or part.endswith("tok/s")]
+            first = ("loss", "reward ")
+            short = [part for part in parts if part.startswith(first) or part.endswith("tok/s")]
             self._progress.update(self._task, figures="  ".join(short))
         self._line(f"  step {record['step']:>{len(str(self._total))}}/{self._total}  {figures}")
 

@@ -69,6 +69,8 @@ from ftlevel.training.resume import (
     stored_micro_batch_tokens,
     stored_prompt_version,
 )
+from ftlevel.training.rl.checks import check_before
+from ftlevel.training.rl.trainer import RlTrainer
 from ftlevel.training.sharding import check_can_shard, probe_untrained, prove_sharded, save_sharded
 from ftlevel.training.summary import (
     Outcome,
@@ -331,6 +333,8 @@ def _train(job: _Job, held: contextlib.ExitStack) -> TrainResult:
     with watch.interrupt, explain_disk_errors(directory), matmul_context(run):
         if checkpoint is None and not run.data.stream:
             trainer.smaller.try_longest(run.data.train, run.model.dtype)
+        if checkpoint is None and isinstance(trainer, RlTrainer):
+            check_before(trainer, run.data.train, listener)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if watch.interrupt.has_stopped:
         raise Interrupted(describe_stop(directory, trainer.state), watch.interrupt.exit_code)

@@ -29,8 +29,10 @@ from transformers.masking_utils import sdpa_mask
 from ftlevel.data.encoding.collate import pad
 from ftlevel.errors import join_names
 from ftlevel.evaluation.scoring import stop_ids
+from ftlevel.fast.attention import packed
 from ftlevel.fast.head.likelihoods import base_model
 from ftlevel.fast.plan import adds_virtual_tokens, find_packing_obstacle
+from ftlevel.models.upstream.architectures import attention_of
 from ftlevel.trained.load import LoadedModel
 
 NAME = "ftlevel_one_token"
@@ -121,12 +123,13 @@ class RowDecoder:
         # transformers 5.24 renames the argument, one model family at a time.
         takes = inspect.signature(self._base.forward).parameters
         self._cache = "cache" if "cache" in takes else "past_key_values"
+        self._attention_before = attention_of(self._base)
         register()
         self._base.set_attn_implementation(NAME)
 
     def close(self) -> None:
-        """Set the attention back to SDPA."""
-        self._base.set_attn_implementation("sdpa")
+        """Restore the model's attention."""
+        self._base.set_attn_implementation(self._attention_before)
 
     def __call__(self, prompts: Sequence[list[int]], most: int, batch_size: int) -> list[list[int]]:
         """Return the generated ids of each prompt, at most `most`, including the stop id."""
@@ -135,7 +138,7 @@ class RowDecoder:
         common = common_beginning(prompts)
         is_shared = len(common) >= SHARED and len(prompts) > 1
         shared = self.begin([0], [common]) if is_shared else None
-        rows = _Rows([], [], [], [])
+        rows = Rows([], [], [], [])
         while True:
             alive = texts.unended(rows)
             free = batch_size - len(alive)
@@ -153,8 +156,8 @@ class RowDecoder:
                 return texts.made
 
     def begin(
-        self, numbers: Sequence[int], prompts: Sequence[list[int]], shared: _Rows | None = None
-    ) -> _Rows:
+        self, numbers: Sequence[int], prompts: Sequence[list[int]], shared: Rows | None = None
+    ) -> Rows:
         """Prefill `prompts` and return their rows, with the first new token of each.
 
         `numbers` are the indices of the prompts. `shared` is a row with the KV cache of a common
@@ -168,7 +171,7 @@ class RowDecoder:
         if shared:
             for layer, known in zip(layers, shared.layers, strict=True):
                 layer.repeat(known, len(own), common + new)
-        rows = _Rows(list(numbers), [len(ids) for ids in prompts], [], layers)
+        rows = Rows(list(numbers), [len(ids) for ids in prompts], [], layers)
         ids = pad(own, self._pad_id, left=True).to(self._device)
         self._forward(rows, ids, common + new, common)
         if shared:
@@ -176,13 +179,13 @@ class RowDecoder:
                 layer.close_gaps(known, [new - len(ids) for ids in own])
         return rows
 
-    def step(self, rows: _Rows) -> None:
+    def step(self, rows: Rows) -> None:
         """Generate one more token in each of `rows` (mutated)."""
         rows.lengths = [length + 1 for length in rows.lengths]
         ids = torch.tensor(rows.last, device=self._device)[:, None]
         self._forward(rows, ids, rows.layers[0].get_seq_length() + 1)
 
-    def _forward(self, rows: _Rows, ids: torch.Tensor, seq: int, shared: int = 0) -> None:
+    def _forward(self, rows: Rows, ids: torch.Tensor, seq: int, shared: int = 0) -> None:
         """Run the model on `ids` (rows, new), after which the cache has `seq` positions.
 
         The first `shared` positions belong to every row; a row's own tokens are aligned on the
@@ -199,11 +202,15 @@ class RowDecoder:
             **{self._cache: Cache(layers=rows.layers)},
         )
         rows.scores = outputs.logits[:, -1]
+        self._choose(rows)
+
+    def _choose(self, rows: Rows) -> None:
+        """Set the next token of each of `rows` (mutated) from its logits."""
         rows.last = rows.scores.argmax(-1).tolist()
 
 
 @dataclass
-class _Rows:
+class Rows:
     """Rows that are generated together.
 
     `numbers` are prompt indices, `lengths` the cached tokens per row (aligned on the right), `last`
@@ -225,7 +232,7 @@ class _Texts:
         self._ended: set[int] = set()
         self._most, self._stops = most, stops
 
-    def take(self, rows: _Rows) -> None:
+    def take(self, rows: Rows) -> None:
         """Append the next token of each unfinished row."""
         for number, token in zip(rows.numbers, rows.last, strict=True):
             if number in self._ended:
@@ -234,7 +241,7 @@ class _Texts:
             if token in self._stops or len(self.made[number]) >= self._most:
                 self._ended.add(number)
 
-    def unended(self, rows: _Rows) -> list[int]:
+    def unended(self, rows: Rows) -> list[int]:
         """Return the indices of the unfinished rows."""
         return [i for i, number in enumerate(rows.numbers) if number not in self._ended]
 
@@ -308,11 +315,11 @@ def common_beginning(prompts: Sequence[list[int]]) -> list[int]:
     return first[: min(same, min(map(len, prompts)) - 1)]
 
 
-def join(parts: Sequence[tuple[_Rows, Sequence[int]]]) -> _Rows:
+def join(parts: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
     """Return one batch of the rows at the given indices of each part."""
     parts = [(rows, chosen) for rows, chosen in parts if chosen]
     if not parts:
-        return _Rows([], [], [], [])
+        return Rows([], [], [], [])
     lengths = [rows.lengths[i] for rows, chosen in parts for i in chosen]
     seq = max(lengths)
     layers: list[_RoomyLayer] = []
@@ -332,7 +339,7 @@ def join(parts: Sequence[tuple[_Rows, Sequence[int]]]) -> _Rows:
             whole.append(made)
         layers.append(_RoomyLayer())
         layers[-1].fill(whole[0], whole[1], seq)
-    return _Rows(
+    return Rows(
         [rows.numbers[i] for rows, chosen in parts for i in chosen],
         lengths,
         [rows.last[i] for rows, chosen in parts for i in chosen],
@@ -355,17 +362,25 @@ def open_decoder(trained: LoadedModel, prompts: Sequence[list[int]]) -> RowDecod
 
 def find_decoder_obstacle(model: Any, kind: str, method: str) -> str:
     """Return why `generate` must be used; empty if `RowDecoder` may be."""
+    if reason := find_cache_obstacle(model, kind, method):
+        return reason
+    settings = base_model(model).generation_config.to_diff_dict()
+    told = {name for name, value in settings.items() if value not in _NEUTRAL} - _HARMLESS
+    return f"its generation_config has {join_names(sorted(told))}" if told else ""
+
+
+def find_cache_obstacle(model: Any, kind: str, method: str) -> str:
+    """Return why `RowDecoder` cannot compute the logits of `model`; empty if it can."""
     base = base_model(model)
-    if reason := find_packing_obstacle(base, kind):
+    is_packed = attention_of(base) == packed.NAME
+    if not is_packed and (reason := find_packing_obstacle(base, kind)):
         return reason
     if adds_virtual_tokens(model, method):
         return "its adapter puts virtual tokens into every row"
     layers = DynamicCache(config=base.config).layers
     if any(type(layer) is not DynamicLayer for layer in layers):
         return "it keeps a window of its rows only"
-    settings = base.generation_config.to_diff_dict()
-    told = {name for name, value in settings.items() if value not in _NEUTRAL} - _HARMLESS
-    return f"its generation_config has {join_names(sorted(told))}" if told else ""
+    return ""
 
 
 def find_decoding_error(

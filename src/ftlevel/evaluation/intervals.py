@@ -14,7 +14,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -104,6 +104,11 @@ class ExampleRecord:
         """Add an example with its summed loss, its number of targets and its own metrics."""
         self.units[row] = ExampleStats(meter, loss, targets)
 
+    def add_samples(self, row: Encoded, values: Any, texts: Sequence[str]) -> None:
+        """Add the completions of a prompt, which have no loss."""
+        unit = self.units.setdefault(row.row, ExampleStats(self.objective.meter()))
+        unit.meter.update(values, list(texts), [row])  # type: ignore[arg-type]
+
     def add_texts(
         self, rows: Sequence[Encoded], texts: Sequence[str], references: Sequence[str]
     ) -> None:
@@ -133,7 +138,7 @@ class ExampleRecord:
         targets = sum(unit.targets for unit in drawn)
         loss = sum(unit.loss for unit in drawn) / targets if targets else float("nan")
         meter = drawn[0].meter.pool([unit.meter for unit in drawn])
-        return {"loss": loss, **meter.compute(loss)}
+        return ({"loss": loss} if targets else {}) | meter.compute(loss)
 
 
 def _draw(

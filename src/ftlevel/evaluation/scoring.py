@@ -91,6 +91,9 @@ class EvaluationRecord(Protocol):
     ) -> None:
         """Record the texts generated for `rows`."""
 
+    def add_samples(self, row: Encoded, values: Any, texts: Sequence[str]) -> None:
+        """Record the rewards of a prompt's completions, as `RewardMeter.update` takes them."""
+
 
 @dataclass(frozen=True)
 class Evaluator:

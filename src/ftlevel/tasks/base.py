@@ -116,6 +116,7 @@ class BaseTask(Task):
         head_like: task with the same head, if the head is not specific to this task.
         pads_apart: whether the padding token must differ from EOS.
         wants_context: whether a prompt needs a context text.
+        drops_out: whether training may use dropout.
         imagined_facts: data facts assumed for synthetic batches.
         imagined_labels: class or tag names assumed for synthetic batches.
     """
@@ -140,6 +141,7 @@ class BaseTask(Task):
     head_like: ClassVar[str] = ""
     pads_apart: ClassVar[bool] = False
     wants_context: ClassVar[bool] = False
+    drops_out: ClassVar[bool] = True
     imagined_labels: ClassVar[tuple[str, ...]] = ()
     imagined_facts: ClassVar[Mapping[str, Any]] = {}
 

@@ -15,6 +15,8 @@ from ftlevel.config.trainer import TrainerConfig
 from ftlevel.data.encoding.collate import CollatorWithRows
 from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.evaluation.intervals import generates_texts, uses_text_metrics
+from ftlevel.evaluation.rewards import RewardEvaluator
+from ftlevel.evaluation.rollouts import Rollouts
 from ftlevel.evaluation.scoring import Evaluator, GenerationOptions
 from ftlevel.events import Listener
 from ftlevel.fast.plan import kernel_arguments
@@ -25,22 +27,26 @@ from ftlevel.methods.base import HasState
 from ftlevel.methods.rates import HeadRate
 from ftlevel.models.hardware import held_memory_bytes, uses_tf32, using_tf32
 from ftlevel.models.upstream.libraries import use_one_gpu
-from ftlevel.task import StepObjective
+from ftlevel.task import PolicyObjective, StepObjective
 from ftlevel.training.best import MOST_ROWS, BestModelCallback, PredictionRecorder
 from ftlevel.training.callbacks.gradients import GradientMonitor, Recovery
 from ftlevel.training.callbacks.progress import FollowSettings, Interrupt, Report, SetEpoch
 from ftlevel.training.callbacks.saving import (
     SMALL_CHECKPOINT,
     SaveByClock,
+    SaveRollout,
     SaveStreamState,
     WriteManifest,
 )
 from ftlevel.training.disk import checkpoint_bytes
 from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import Run
-from ftlevel.training.plan.schedule import count_steps_per_epoch
+from ftlevel.training.plan.schedule import count_steps_per_epoch, rows_per_epoch
 from ftlevel.training.processes import Processes
 from ftlevel.training.resume import ResumeState
+from ftlevel.training.rl.records import ROLLOUTS, RolloutFile
+from ftlevel.training.rl.step import bound_of
+from ftlevel.training.rl.trainer import RepeatedSteps, RlTrainer
 from ftlevel.training.sharding import ShardedTrainer
 from ftlevel.training.shards import is_sharded
 from ftlevel.training.trainer import FtlevelTrainer, rows_and_order
@@ -113,14 +119,20 @@ def _watching(train: TrainerConfig, run: Run) -> dict[str, Any]:
     strategy = train.eval_strategy or ("steps" if train.eval_steps else "epoch")
     return {
         "logging_strategy": "steps",
-        "logging_steps": train.logging_steps or max(1, run.schedule.steps // _LOGS_A_RUN),
+        "logging_steps": train.logging_steps
+        or (1 if is_rl(run) else max(1, run.schedule.steps // _LOGS_A_RUN)),
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # the filter shows a NaN loss as 0.0
         "eval_strategy": strategy if evaluates else "no",
         "eval_steps": train.eval_steps,
-        "eval_on_start": evaluates and train.eval_on_start,
+        "eval_on_start": evaluates and (train.eval_on_start or is_rl(run)),
         "per_device_eval_batch_size": eval_batch_size(train),
     }
+
+
+def is_rl(run: Run) -> bool:
+    """Whether the run samples completions that it trains on."""
+    return isinstance(run.objective, PolicyObjective)
 
 
 def eval_batch_size(train: TrainerConfig) -> int:
@@ -135,10 +147,43 @@ def writing_of(train: TrainerConfig) -> GenerationOptions:
     )
 
 
-def build_evaluator(run: Run) -> Evaluator | None:
-    """Return the evaluator of the validation rows; None if there are none."""
+def build_rollouts(run: Run, model: Any) -> Rollouts:
+    """Return the rollouts of a run of reinforcement learning, with the weights of `model`."""
+    planned, table = run.model, run.data.table
+    return Rollouts(
+        model,
+        planned.tokenizer,
+        run.config.rl,
+        run.rewards,
+        run.config.train.order_seed,
+        kind=planned.kind,
+        method=run.config.method.kind,
+        device=planned.device,
+        dtype=planned.dtype,
+        where=table.where,
+    )
+
+
+def build_evaluator(run: Run, model: Any = None) -> Evaluator | None:
+    """Return the evaluator of the validation rows; None if there are none.
+
+    `model` is the one to sample with in reinforcement learning.
+    """
     if not run.data.validation:
         return None
+    if is_rl(run):
+        return RewardEvaluator(
+            rows=run.data.validation,
+            tokenizer=run.model.tokenizer,
+            kind=run.model.kind,
+            objective=run.objective,
+            device=run.model.device,
+            dtype=run.model.dtype,
+            batch_size=eval_batch_size(run.config.train),
+            generated_rows=min(run.config.train.max_generate_samples, len(run.data.validation)),
+            metrics=run.config.train.metrics,
+            rollouts=build_rollouts(run, model),
+        )
     generates = generates_texts(
         run.config.train.predict_with_generate, run.task
     ) and uses_text_metrics(run.config.train.metrics, run.task)
@@ -179,11 +224,22 @@ def build_trainer(
     fast, pad_id = adapted.fast, run.model.pad_id
     collator = TextCollator if isinstance(run.objective, StepObjective) else StepCollator
     whole_steps = collator(pad_id, fast.plan, run.objective) if fast else None
-    kind = ShardedTrainer if is_sharded(adapted.model) and processes.count > 1 else FtlevelTrainer
-    trainer = kind(
+    kind: Any = FtlevelTrainer
+    more: dict[str, Any] = {}
+    if is_sharded(adapted.model) and processes.count > 1:
+        kind = ShardedTrainer
+    elif is_rl(run):
+        bound = bound_of(run.model.dtype, run.model.quant.kind)
+        rollouts = build_rollouts(run, adapted.model)
+        kind, more = RlTrainer, {"rollouts": rollouts, "prompts": rows, "bound": bound}
+        if order is not None and run.config.rl.num_iterations > 1:
+            step = arguments.train_batch_size * arguments.gradient_accumulation_steps
+            step *= arguments.world_size
+            order = RepeatedSteps(order, step, run.config.rl.num_iterations)
+    trainer: FtlevelTrainer = kind(
         objective=run.objective,
         loss=run.loss,
-        evaluator=build_evaluator(run),
+        evaluator=build_evaluator(run, adapted.model),
         model=adapted.model,
         args=arguments,
         optimizers=(build_optimizer(run.config.method, adapted.model, arguments), None),
@@ -196,16 +252,19 @@ def build_trainer(
         head_rate=resolve_head_rate(run),
         processes=processes,
         grad_cache=run.config.embedding.grad_cache,
+        **more,
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     if isinstance(rows, StreamedRows) and checkpoint:
         rows.restore(checkpoint)
+    if isinstance(trainer, RlTrainer) and checkpoint:
+        trainer.restore_rollout(checkpoint)
     return trainer
 
 
 def _owes_evaluation(going_on: ResumeState, run: Run, arguments: Any) -> bool:
-    steps, rows = run.schedule.steps, len(run.data.train)
+    steps, rows = run.schedule.steps, rows_per_epoch(run.config, len(run.data.train))
     an_epoch = steps if run.data.stream else count_steps_per_epoch(run.config.train, rows)
     return going_on.missed_evaluation(arguments.eval_strategy, an_epoch, steps)
 
@@ -238,6 +297,17 @@ class RunCallbacks:
     interrupt: Interrupt
     best: BestModelCallback | None
     answers: PredictionRecorder
+
+
+def rollout_callbacks(
+    trainer: FtlevelTrainer, directory: RunDirectory, processes: Processes, checkpoint: Path | None
+) -> list[Any]:
+    """Let reinforcement learning write its rollouts, and return the callbacks that it needs."""
+    if not isinstance(trainer, RlTrainer):
+        return []
+    trainer.keep = file = RolloutFile(directory.path / ROLLOUTS, processes)
+    file.rewind(step_of(checkpoint) if checkpoint else 0)
+    return [SaveRollout(trainer.save_rollout, directory.checkpoints)]
 
 
 def restore_progress(
@@ -316,12 +386,13 @@ def add_callbacks(
         recovery,
         watch.interrupt,
         FollowSettings(),
-        SetEpoch(run.data.train, trainer.order),
+        SetEpoch(run.data.train, getattr(trainer.order, "base", trainer.order)),
         *own,
         *([best] if best else []),
         answers,
         *([SaveByClock(minutes, processes, last=saves_end)] if minutes else []),
         *([SaveStreamState(rows, directory.checkpoints)] if streamed else []),
+        *rollout_callbacks(trainer, directory, processes, checkpoint),
         WriteManifest(  # last: it lists all files of the checkpoint
             directory, run.config.train.save_total_limit, write_beside, processes, when_written
         ),

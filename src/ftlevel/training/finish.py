@@ -34,6 +34,7 @@ from ftlevel.training.callbacks.progress import Report
 from ftlevel.training.disk import explain_disk_errors
 from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import Run
+from ftlevel.training.resume import has_evaluation
 from ftlevel.training.summary import (
     Outcome,
     build_card,
@@ -59,7 +60,7 @@ def end_training(trainer: FtlevelTrainer, run: Run, records: Sequence[Mapping[st
     if isinstance(trainer.train_dataset, StreamedRows):
         run = with_what_was_read(run, trainer.train_dataset)
     last = trainer.state.global_step
-    if trainer.evaluator and not any("eval_loss" in r and r["step"] == last for r in records):
+    if trainer.evaluator and not has_evaluation(records, last):
         trainer.evaluate()
     return run
 

@@ -194,6 +194,8 @@ def origin_of(run: Run, base: Mapping[str, Any]) -> dict[str, Any]:
         values["model"]["adapter_fingerprint"] = run.adapter.fingerprint
     for (section, name), fingerprint in run.beside.fingerprints().items():
         values[section][name] = fingerprint  # independent of its path
+    if run.rewards is not None:
+        values["rl"]["fingerprint"] = run.rewards.fingerprint
     values["model"]["digest"] = base.get("digest")
     values["data"]["validation_fingerprint"] = run.data.facts.get("validation_fingerprint")
     if template := values["data"]["chat_template"]:

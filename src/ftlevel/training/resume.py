@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
@@ -44,7 +44,7 @@ from ftlevel.training.origin import (
 )
 from ftlevel.training.plan.resolve import default_name
 from ftlevel.training.plan.run import Run
-from ftlevel.training.plan.schedule import count_steps
+from ftlevel.training.plan.schedule import count_steps, rows_per_epoch
 from ftlevel.training.processes import Processes
 from ftlevel.training.summary import describe_base, dump_config, resolved_config
 
@@ -157,7 +157,15 @@ class ResumeState:
             return False
         step = step_of(self.checkpoint)
         is_due = step % an_epoch == 0 or step >= steps
-        return is_due and not any("eval_loss" in r and r["step"] == step for r in self.past)
+        return is_due and not has_evaluation(self.past, step)
+
+
+def has_evaluation(records: Sequence[Mapping[str, Any]], step: int) -> bool:
+    """Whether `records` have an evaluation at `step`."""
+    return any(
+        record["step"] == step and any(name.startswith("eval_") for name in record)
+        for record in records
+    )
 
 
 def resolve_resume(run: Run, origin: Mapping[str, Any], listener: Listener) -> ResumeState:
@@ -205,7 +213,7 @@ def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
     """Raise ConfigError if the new length has no effect, is too short, or is unsupported."""
     where, train, steps = f"--resume {run.config.output.dir}", run.config.train, run.schedule.steps
     old = {key.rpartition(".")[2]: value for key, value in before.items()}
-    was = count_steps(train.model_copy(update=old), len(run.data.train))
+    was = count_steps(train.model_copy(update=old), rows_per_epoch(run.config, len(run.data.train)))
     if was == steps and "num_train_epochs" in old:
         raise ConfigError(
             f"--num-train-epochs {train.num_train_epochs:g} changes nothing: --max-steps "

@@ -21,6 +21,7 @@ from ftlevel.methods import needs_import
 from ftlevel.models.hardware import peak_memory_bytes
 from ftlevel.models.quantization import quantization_facts, stored_quantization
 from ftlevel.models.sources import ModelSource
+from ftlevel.task import PolicyObjective
 from ftlevel.training.best import PredictionRecorder, SelectedModel
 from ftlevel.training.plan.run import Run
 from ftlevel.training.plan.trainable import count_parameters
@@ -247,7 +248,7 @@ def find_nothing_learned(summary: Mapping[str, Any], run: Run) -> list[str]:
     losses, and weighted ones, must be below the first logged losses.
     """
     window = summary["loss_window"]
-    if window < _WINDOW:
+    if window < _WINDOW or isinstance(run.objective, PolicyObjective):  # its loss measures nothing
         return []
     first, last = summary["loss_first"], summary["loss_last"]
     rows = itertools.islice(run.data.train, _ROWS)

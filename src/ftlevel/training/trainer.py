@@ -38,7 +38,13 @@ from ftlevel.fast.step import FastStep
 from ftlevel.methods.rates import HeadRate, set_head_rate
 from ftlevel.models.hardware import autocast
 from ftlevel.models.upstream.libraries import shared_order
-from ftlevel.task import LikelihoodObjective, Objective, StepObjective, TrainingLoss
+from ftlevel.task import (
+    LikelihoodObjective,
+    Objective,
+    PolicyObjective,
+    StepObjective,
+    TrainingLoss,
+)
 from ftlevel.training.memory import StepReducer
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
@@ -70,7 +76,7 @@ def row_order(run: Run) -> Sampler[int] | None:
     if is_whole and run.config.embedding.batch_sampler == "no_duplicates":
         return DistinctTextSampler(run.data.train, step, train.order_seed)
     if train.train_sampling_strategy == "random":
-        if not train.num_processes:
+        if not train.num_processes and not isinstance(run.objective, PolicyObjective):
             return None
         return shared_order()(
             run.data.train, generator=torch.Generator(), data_seed=train.order_seed

@@ -27,10 +27,12 @@ class Collator:
 
         Each branch of a row is one sequence. `labels` is `(batch,)` for one value per row,
         `(batch, n)` for n values, or `(batch, target)` padded with -100 for tokens. `verdicts` is
-        `(batch, 3)`. Teacher outputs `known` (float32) and `ids` are concatenated over all targets.
+        `(batch, 3)`. Teacher outputs `known` (float32) and `ids`, and `signals` `(targets, n)`, are
+        concatenated over all targets.
         """
         verdicts = [verdict for row in rows for verdict in row.verdicts]
         taught = [row.teacher for row in rows if row.teacher is not None]
+        signals = [row.signals for row in rows if row.signals is not None]
         rows = [branch for row in rows for branch in row.branches]
         batch = {
             "input_ids": pad([r.input_ids for r in rows], self.pad_id),
@@ -45,6 +47,8 @@ class Collator:
             batch["labels"] = torch.tensor(labels)
         if verdicts:
             batch["verdicts"] = torch.tensor(verdicts)
+        if signals:
+            batch["signals"] = torch.cat([torch.tensor(own, dtype=torch.float) for own in signals])
         if taught:
             for name, kind in (("known", torch.float32), ("ids", torch.long)):
                 parts = [torch.tensor(expected[name], dtype=kind) for expected in taught]

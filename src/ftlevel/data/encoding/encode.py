@@ -231,6 +231,11 @@ class Encoded:
         return None
 
     @property
+    def signals(self) -> Any:
+        """Values per target for a policy loss, `(targets, n)` over all branches, or None."""
+        return None
+
+    @property
     def contrasts(self) -> Sequence[Encoded]:
         """Sequences evaluated before the step, without a loss."""
         return ()

@@ -159,16 +159,24 @@ class ChunkedCrossEntropy:
         return self._compute(forward, at, lambda states: self._summed(states, compute))
 
     def likelihoods(
-        self, forward: Callable[[], Any], at: torch.Tensor, targets: torch.Tensor
+        self,
+        forward: Callable[[], Any],
+        at: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float = 1.0,
     ) -> torch.Tensor:
         """Return the log-likelihood of each target in nats, (targets,) in float32.
 
-        Arguments and exceptions are those of `loss_sum`.
+        Logits are divided by `temperature`. Other arguments and exceptions are those of `loss_sum`.
         """
 
+        def scores_of(states: torch.Tensor) -> torch.Tensor:
+            return self._scores(states) / temperature
+
         def compute(states: torch.Tensor) -> torch.Tensor:
+            scores = self._scores if temperature == 1 else scores_of
             each: torch.Tensor = _Likelihoods.apply(  # type: ignore[no-untyped-call]
-                states, targets, self._scores, self._losses, self._chunk, *self._trained()
+                states, targets, scores, self._losses, self._chunk, *self._trained()
             )
             return each
 

@@ -20,6 +20,7 @@ from ftlevel.task import (
     DistillationObjective,
     LikelihoodObjective,
     Objective,
+    PolicyObjective,
     TokenObjective,
     TrainingLoss,
 )
@@ -37,14 +38,41 @@ def compute_answer_likelihoods(
     batch: Mapping[str, Any],
 ) -> torch.Tensor:
     """Return the log-likelihoods of a batch's answers; without a `head`, from all logits."""
+    each, _ = compute_token_likelihoods(head, model, objective, batch)
+    return objective.answers(each, batch["labels"])
+
+
+def compute_token_likelihoods(
+    head: ChunkedCrossEntropy | None,
+    model: Any,
+    objective: TokenObjective,
+    batch: Mapping[str, Any],
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log-likelihoods of a batch's targets and their rows, both (targets,).
+
+    Logits are divided by `temperature`. Without a `head`, all logits are computed.
+    """
     inputs, labels = prepare_inputs(model, objective, batch)
     at, targets = batch.get("located") or objective.locate(labels)
     if head is not None:
-        each = head.likelihoods(lambda: model(**inputs), at, targets)
+        each = head.likelihoods(lambda: model(**inputs), at, targets, temperature)
     else:
         scores = objective.logits(model(**inputs)).flatten(0, 1).index_select(0, at)
-        each = -functional.cross_entropy(scores.float(), targets, reduction="none")
-    return objective.answers(each, labels)
+        scores = scores.float() / temperature
+        each = -functional.cross_entropy(scores, targets, reduction="none")
+    return each, at // labels.shape[1]
+
+
+def compute_policy_loss(
+    head: ChunkedCrossEntropy | None,
+    model: Any,
+    objective: PolicyObjective,
+    batch: Mapping[str, Any],
+) -> torch.Tensor:
+    """Return the summed policy loss of a batch with `signals`, (a scalar)."""
+    each, owners = compute_token_likelihoods(head, model, objective, batch, objective.temperature)
+    return objective.policy_sum(each, owners, len(batch["labels"]), batch["signals"])
 
 
 def plain_loss(
@@ -62,6 +90,8 @@ def plain_loss(
         answers = compute_answer_likelihoods(None, model, objective, batch)
         total = objective.judge(answers, batch["verdicts"], training=True)
         return total, batch["labels"], None
+    if isinstance(objective, PolicyObjective) and "signals" in batch:
+        return compute_policy_loss(None, model, objective, batch), batch["labels"], None
     fed, labels = objective.split(batch)
     if isinstance(objective, DistillationObjective) and "known" in batch:
         scores, targets = objective.targets(objective.logits(model(**fed)), labels)
@@ -107,7 +137,7 @@ def prepare_inputs(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Return the inputs with which `model` computes logits, and the labels."""
     inputs: dict[str, Any] = dict(batch)
-    for name in ("verdicts", "located", "known", "ids"):
+    for name in ("verdicts", "located", "known", "ids", "signals"):
         inputs.pop(name, None)
     labels = inputs.pop("labels")
     if objective.feeds_labels:
@@ -128,6 +158,8 @@ def supervised_loss(
     if isinstance(objective, LikelihoodObjective):
         answers = compute_answer_likelihoods(head, model, objective, batch)
         return objective.judge(answers, batch["verdicts"], training=True)
+    if isinstance(objective, PolicyObjective) and "signals" in batch:
+        return compute_policy_loss(head, model, objective, batch)
     if not isinstance(objective, TokenObjective):
         raise TypeError("a language head predicts tokens")
     inputs, labels = prepare_inputs(model, objective, batch)

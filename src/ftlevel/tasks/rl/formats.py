@@ -19,6 +19,7 @@ from ftlevel.data.formats.examples import (
     build_query_turns,
 )
 from ftlevel.errors import InputError
+from ftlevel.tasks.rl.rows import stand_in_completions
 from ftlevel.tasks.text import encode_query
 
 ANSWER = "answer"
@@ -61,10 +62,31 @@ class PromptExample:
 class PromptRow(Encoded):
     """An encoded prompt without labels.
 
-    `facts_json` has the prompt and the columns for the reward functions.
+    `facts_json` has the prompt and the columns for the reward functions; `most` is the maximum
+    number of tokens of a completion.
     """
 
     facts_json: str = field(default="{}", metadata={"column": "text"})
+    most: int = field(default=0, metadata={"column": "int"})
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt with the longest possible completion."""
+        return len(self.input_ids) + self.most
+
+    @property
+    def branches(self) -> Sequence[Encoded]:
+        """The prompt with made-up completions, with which a run is checked and estimated."""
+        return [
+            Encoded(row.input_ids, row.labels, row.row)
+            for row in stand_in_completions(self.input_ids, self.row)
+        ]
+
+    @property
+    def signals(self) -> Any:
+        """The signals of the branches."""
+        rows = stand_in_completions(self.input_ids, self.row)
+        return [signal for row in rows for signal in row.values]
 
     @property
     def prompt(self) -> str | list[dict[str, Any]]:
@@ -85,6 +107,7 @@ class RlPromptEncoder:
 
     tokenizer: Any
     prompt_format: PromptFormat
+    most: int
 
     def __call__(self, examples: Sequence[PromptExample]) -> list[Encoded]:
         """Return one row per prompt; raises `RowError` if the chat template rejects it."""
@@ -97,7 +120,7 @@ class RlPromptEncoder:
             raise RowError(example.row, str(error)) from error
         facts = {"prompt": example.prompt, "columns": example.columns}
         text = json.dumps(facts, default=str)
-        return PromptRow(ids, [IGNORED] * len(ids), example.row, {}, text)
+        return PromptRow(ids, [IGNORED] * len(ids), example.row, {}, text, self.most)
 
 
 _NAMED = ("prompt", "completion", "completion_ids", "messages")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.config import DataConfig
+from ftlevel.config.rl import RlConfig
 from ftlevel.config.section import Choice
+from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.sources.table import Row, Table
-from ftlevel.task import Checks
+from ftlevel.task import Checks, Objective
 from ftlevel.tasks.base import BaseTask
-from ftlevel.tasks.rl.formats import PROMPT_SHAPES, RlPromptEncoder
+from ftlevel.tasks.rl.formats import PROMPT_SHAPES, PromptRow, RlPromptEncoder
+from ftlevel.tasks.rl.objective import PolicyGradient
 from ftlevel.tasks.text import TASKS as TEXT_TASKS
 from ftlevel.tasks.text import TextTask
 
@@ -26,7 +30,38 @@ if TYPE_CHECKING:
 class RlTask(TextTask):
     """Task of a decoder that learns from rewards of its own completions."""
 
+    settings: RlConfig = field(default_factory=RlConfig)
+
     checks: ClassVar[Checks] = Checks(supervised=False)
+    drops_out: ClassVar[bool] = False
+
+    def configured(self, options: Mapping[str, Any]) -> RlTask:
+        """Return the task with the settings of a configuration or model card."""
+        return replace(self, settings=RlConfig(**options.get("rl", {})))
+
+    @property
+    def decides(self) -> Mapping[str, Any]:
+        """Options outside the data section that change the encoded rows."""
+        return {"most": self.settings.max_completion_length}
+
+    def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
+        """Return the policy objective of the settings."""
+        settings = self.settings
+        return PolicyGradient(self.headline, temperature=settings.temperature, settings=settings)
+
+    def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+        """Return the default prompt format of `train`, and the settings without a reward."""
+        return {**super().stand_in(model_config, tokenizer, kind), "options": {"rl": {}}}
+
+    def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings, which held-out prompts are sampled and scored with."""
+        return {"rl": self.settings.model_dump(mode="json")}
+
+    def imagine_row(self, ids: list[int], row: int) -> Encoded:
+        """Return a synthetic prompt that leaves room for a completion."""
+        room = max(1, len(ids) - self.settings.max_completion_length)
+        text = json.dumps({"prompt": "", "columns": {}})
+        return PromptRow(ids[:room], [IGNORED] * room, row, {}, text, len(ids) - room)
 
     def find_format(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
@@ -44,12 +79,26 @@ class RlTask(TextTask):
         """Return encoded prompts."""
         if encoder.prompt_format is None:
             raise TypeError("prompts have a format")
-        encode = RlPromptEncoder(encoder.tokenizer, encoder.prompt_format)
+        most = self.settings.max_completion_length
+        encode = RlPromptEncoder(encoder.tokenizer, encoder.prompt_format, most)
         return encoder.fit(encoder.collect(encode, examples), table)
 
     def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
         """Return the number of prompt tokens."""
-        return [Choice("tokens", f"{facts['tokens']:,} in prompts")]
+        settings = self.settings
+        low, high = settings.clip
+        clip = f"ratio at most {high:g}" if low is None else f"clip -{low:g} +{high:g}"
+        parts = [clip, f"advantages over {settings.scale} deviation"]
+        parts += [f"beta {settings.beta:g}"] if settings.beta else []
+        sampled = (
+            f"{settings.num_generations} completions of at most "
+            f"{settings.max_completion_length:,} tokens a prompt"
+        )
+        return [
+            Choice("tokens", f"{facts['tokens']:,} in prompts"),
+            Choice("loss", settings.loss, ", ".join(parts)),
+            Choice("rollouts", sampled, f"temperature {settings.temperature:g}"),
+        ]
 
 
 _TEXT = next(task for task in TEXT_TASKS if task.name == "text-generation")

@@ -342,7 +342,12 @@ class GradientMonitor(TrainerCallback):
             )
 
     def _look_for_idle(self, zero: set[str], count: int, optimizer: Any) -> None:
-        """Find tensors with a zero gradient before and after the first real step."""
+        """Find tensors with a zero gradient before and after the first real step.
+
+        Steps without any gradient, such as those without a reward signal, do not count.
+        """
+        if len(zero) == count:
+            return
         if self._zero_first is None:
             self._zero_first = zero
         elif self._has_moved:

@@ -164,6 +164,24 @@ class SaveStreamState(TrainerCallback):
         self.rows.save(self.directory / f"checkpoint-{state.global_step}", state.global_step)
 
 
+class SaveRollout(TrainerCallback):
+    """Call `save` with each checkpoint, before its manifest, for a rollout of several steps."""
+
+    def __init__(self, save: Callable[[Path], None], directory: Path) -> None:
+        self._save = save
+        self._directory = directory
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Write the rollout of this process."""
+        self._save(self._directory / f"checkpoint-{state.global_step}")
+
+
 class WaitForBytes(TrainerCallback):
     """Delay checkpoints until all file digests are computed in the background."""
 

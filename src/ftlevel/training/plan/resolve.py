@@ -41,9 +41,10 @@ from ftlevel.models.module_tree import ModuleTree
 from ftlevel.models.quantization import stored_quantization
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.models.upstream.libraries import find_old_libraries
-from ftlevel.task import Objective
+from ftlevel.task import Objective, PolicyObjective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.tasks.distillation import build_distillation
+from ftlevel.tasks.rl.rewards import Rewards
 from ftlevel.tasks.tokens import Tokens
 from ftlevel.training.plan.adapter import StartingAdapter
 from ftlevel.training.plan.best_model import BestModel, Length, resolve_best_model
@@ -68,6 +69,7 @@ from ftlevel.training.plan.schedule import (
     count_steps,
     count_steps_per_epoch,
     find_bounds,
+    rows_per_epoch,
 )
 from ftlevel.training.plan.trainable import check_adapter_matches
 
@@ -138,6 +140,8 @@ def resolve(
         data = _prepare(config, task, bare, here, version, lenient, progress)
     model_config = _task_config(bare.source, data.facts, bare.tokenizer, task)
     layers = _disable_layerdrop(model_config)
+    if not task.drops_out:
+        layers += _disable_dropout(model_config)
     meta = build_task_model(model_config, bare.auto_class)
     _check_checkpointing(config, meta, bare.device.value)
     model = _plan_model(config, bare, model_config, meta, *task.find_heads(meta, bare.source))
@@ -150,7 +154,7 @@ def resolve(
         config.train.metrics, task, objective, generates=generates, how="--predict-with-generate"
     )
     loss, of_loss = choose_loss(config, objective, data.facts["labels"], data.train)
-    steps = count_steps(config.train, len(data.train))
+    steps = count_steps(config.train, rows_per_epoch(config, len(data.train)))
     rates = choose_rates(config, _run_facts(model, meta, objective, steps))
     check_schedule(config.train, rates.base.value, steps, len(data.validation))
     best = _best_model(config, task, objective, data, steps)
@@ -169,6 +173,7 @@ def resolve(
         fast=fast,
         best=best,
         adapter=adapter,
+        rewards=None if lenient or imagined else _resolve_rewards(config, objective, data, bare),
         choices=[
             model_choice(config, model.family, model.total_parameters, bare.source),
             Choice("task", task.name, why_task),
@@ -201,6 +206,7 @@ def task_options(config: TrainConfig) -> dict[str, Any]:
     return {
         "preference": {**config.preference.model_dump(), "smoothing": smoothing},
         "embedding": config.embedding.model_dump(mode="json"),
+        "rl": config.rl.model_dump(),
     }
 
 
@@ -276,6 +282,22 @@ def _plan_model(
     )
 
 
+def _resolve_rewards(
+    config: TrainConfig, objective: Objective, data: PreparedData, bare: _Bare
+) -> Rewards | None:
+    """Return the rewards of reinforcement learning, checked against the rows; else None."""
+    if not isinstance(objective, PolicyObjective) or not config.rl.reward:
+        return None
+    first: Any = data.train[0]
+    ends = str(bare.tokenizer.decode(first.input_ids[-_TAIL:])).rstrip()
+    rewards = Rewards.resolve(config.rl, opens_think=ends.endswith("<think>"))
+    rewards.check_columns(first.columns)
+    return rewards
+
+
+_TAIL = 8  # tokens
+
+
 def _run_facts(model: PlannedModel, meta: Any, objective: Objective, steps: int) -> RunFacts:
     """Return the facts that determine default learning rates."""
     parameters = [p for head in model.new_heads for p in meta.get_submodule(head).parameters()]
@@ -294,7 +316,8 @@ def _best_model(
     config: TrainConfig, task: BaseTask, objective: Objective, data: PreparedData, steps: int
 ) -> BestModel | None:
     """Return how the best model is selected, if at all."""
-    an_epoch = steps if data.stream else count_steps_per_epoch(config.train, len(data.train))
+    rows = rows_per_epoch(config, len(data.train))
+    an_epoch = steps if data.stream else count_steps_per_epoch(config.train, rows)
     length = Length(steps, steps / an_epoch)
     return resolve_best_model(config, task, objective, len(data.validation), length)
 
@@ -342,6 +365,20 @@ def _disable_layerdrop(model_config: Any) -> list[Choice]:
         setattr(model_config, name, 0.0)
     was = ", ".join(f"{name} {share:g}" for name, share in shares.items())
     return [Choice("layers", "none is skipped", f"the model has {was}")] if shares else []
+
+
+def _disable_dropout(model_config: Any) -> list[Choice]:
+    """Disable all dropout in `model_config` (mutated), for models that sample what they learn."""
+    config = model_config.get_text_config()
+    shares = {
+        name: value
+        for name, value in config.to_dict().items()
+        if isinstance(value, float) and value > 0 and ("drop" in name or "pdrop" in name)
+    }
+    for name in shares:
+        setattr(config, name, 0.0)
+    was = ", ".join(f"{name} {share:g}" for name, share in shares.items())
+    return [Choice("dropout", "off", f"the model has {was}")] if shares else []
 
 
 def _check_checkpointing(config: TrainConfig, model: Any, device: str) -> None:

@@ -105,6 +105,7 @@ class Run:
     adapter: StartingAdapter | None
     choices: list[Choice]
     beside: AuxiliaryModels = field(default_factory=AuxiliaryModels)
+    rewards: Any = None
 
     def with_settings(self, section: str, **values: Any) -> Run:
         """Return the run with fields of a configuration section replaced, without validation."""

@@ -29,6 +29,17 @@ def count_steps_per_epoch(config: TrainerConfig, rows: int) -> int:
     return max(math.ceil(micro_steps / config.gradient_accumulation_steps), 1)
 
 
+def rows_per_epoch(config: TrainConfig, rows: int) -> int:
+    """Return how many rows an epoch trains on, with rollouts that serve several steps."""
+    times = config.rl.num_iterations if config.task == RL_TASK else 1
+    if times == 1:
+        return rows
+    train = config.train
+    step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    step *= train.num_processes or 1
+    return math.ceil(rows / step) * step * times  # the last step is filled
+
+
 def count_steps(config: TrainerConfig, rows: int) -> int:
     """Return the number of optimizer steps of a run on `rows` rows."""
     return config.max_steps or math.ceil(

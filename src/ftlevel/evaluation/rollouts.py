@@ -1,0 +1,182 @@
+"""Sample groups of completions of prompts, and score them with rewards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ftlevel.config.rl import RlConfig
+from ftlevel.evaluation.sampling import (
+    Completion,
+    Noise,
+    Sampler,
+    SamplingOptions,
+    choose_sampler,
+)
+from ftlevel.evaluation.scoring import stop_ids
+from ftlevel.fast.head.likelihoods import base_model
+from ftlevel.models.hardware import autocast
+from ftlevel.tasks.rl.losses import combine_rewards
+
+
+@dataclass
+class Group:
+    """The completions of one prompt.
+
+    `scores` is (completions, functions), NaN where a reward has no part; `rewards` is
+    (completions,).
+    """
+
+    row: Any
+    completions: list[Completion]
+    texts: list[str]
+    scores: np.ndarray
+    rewards: np.ndarray
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether rewards differ."""
+        known = self.rewards[~np.isnan(self.rewards)]
+        return len(known) > 1 and bool(known.max() > known.min())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a description for rollouts.jsonl."""
+        return {
+            "row": self.row.row,
+            "prompt": self.row.prompt,
+            "completions": [
+                {
+                    "text": text,
+                    "tokens": len(completion.ids),
+                    "ended": completion.ended,
+                    "reward": None if np.isnan(reward) else float(reward),
+                    "scores": [None if np.isnan(score) else float(score) for score in scores],
+                }
+                for text, completion, reward, scores in zip(
+                    self.texts, self.completions, self.rewards, self.scores, strict=True
+                )
+            ],
+        }
+
+
+@dataclass
+class Seconds:
+    """Time spent in sampling and in rewards."""
+
+    sampling: float = 0.0
+    rewards: float = 0.0
+
+
+class Rollouts:
+    """Samples with a model (mutated while it samples) and scores with `rewards`.
+
+    `why_generate` says why transformers' `generate` samples; empty if the decoder does.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        settings: RlConfig,
+        rewards: Any,
+        seed: int,
+        *,
+        kind: str,
+        method: str,
+        device: str,
+        dtype: str,
+        where: Callable[[int], str] | None = None,
+    ) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self.settings, self.rewards = settings, rewards
+        self._seed, self._where = seed, where
+        self._kind, self._method, self._device, self._dtype = kind, method, device, dtype
+        self._open: Callable[[], Sampler] | None = None
+        self.why_generate = ""
+        self.seconds = Seconds()
+        configured = base_model(model).generation_config.eos_token_id
+        ends = configured if isinstance(configured, list) else [configured]
+        stops = [*stop_ids(tokenizer), *(end for end in ends if end is not None)]
+        self._options = SamplingOptions(
+            settings.num_generations,
+            settings.temperature,
+            settings.max_completion_length,
+            tuple(dict.fromkeys(stops)),
+            settings.stop,
+        )
+
+    def __call__(self, step: int, rows: Sequence[Any]) -> list[Group]:
+        """Return a group for each of `rows`; `step` selects the random numbers."""
+        began = time.perf_counter()
+        sampled = self._sample(step, rows)
+        self.seconds.sampling += time.perf_counter() - began
+        began = time.perf_counter()
+        groups = self._score(step, rows, sampled)
+        self.seconds.rewards += time.perf_counter() - began
+        return groups
+
+    def _sample(self, step: int, rows: Sequence[Any]) -> list[list[Completion]]:
+        if not rows:
+            return []
+        prompts = [row.input_ids for row in rows]
+        training = self._model.training
+        self._model.eval()
+        try:
+            with torch.no_grad(), autocast(self._device, self._dtype):
+                if self._open is None:
+                    self._open, self.why_generate = choose_sampler(
+                        self._model, self._tokenizer, self._kind, self._method, self._dtype,
+                        max(prompts, key=len),
+                    )  # fmt: skip
+                sampler = self._open()
+                try:
+                    noise = Noise(self._seed, step)
+                    return sampler.sample(prompts, [row.row for row in rows], self._options, noise)
+                finally:
+                    sampler.close()
+        finally:
+            self._model.train(training)
+
+    def _score(
+        self, step: int, rows: Sequence[Any], sampled: Sequence[Sequence[Completion]]
+    ) -> list[Group]:
+        flat = [completion for group in sampled for completion in group]
+        owners = [row for row, group in zip(rows, sampled, strict=True) for _ in group]
+        texts = [self.text(completion) for completion in flat]
+        columns = [row.columns for row in owners]
+        names = list(dict.fromkeys(name for own in columns for name in own))
+        scores: Any = []
+        if flat and self.rewards is not None:
+            scores = self.rewards.score(
+                [row.prompt for row in owners],
+                texts,
+                [completion.ids for completion in flat],
+                {name: [own.get(name) for own in columns] for name in names},
+                where=[self._where(row.row) for row in owners] if self._where else (),
+                step=step,
+            )
+        functions = len(self.rewards.names) if self.rewards is not None else 0
+        values = np.array(
+            [[np.nan if score is None else score for score in own] for own in scores], np.float64
+        ).reshape(len(flat), functions)
+        weights = self.rewards.weights if self.rewards is not None else []
+        totals = combine_rewards(
+            torch.from_numpy(values), torch.tensor(weights, dtype=torch.float64)
+        ).numpy()
+        groups, begin = [], 0
+        for row, own in zip(rows, sampled, strict=True):
+            part = slice(begin, begin + len(own))
+            groups.append(Group(row, list(own), texts[part], values[part], totals[part]))
+            begin = part.stop
+        return groups
+
+    def text(self, completion: Completion) -> str:
+        """Return the text of a completion, up to its stop text."""
+        text = str(self._tokenizer.decode(completion.ids, skip_special_tokens=True))
+        cuts = [text.find(stop) for stop in self.settings.stop if stop in text]
+        return text[: min(cuts)] if cuts else text

@@ -1,0 +1,293 @@
+"""Sample groups of completions, with the log-probabilities of the drawn tokens.
+
+    u = h(seed, step, row, completion, position),   token = min {v : Σ_{w ≤ v} p(w) > u}
+
+`h` is a counter-based hash, so a token depends on its row and not on the rows that are computed
+with it, on processes, or on an interruption. Only rounding of p does. Each prompt is computed once
+for its group, and the common beginning of all prompts once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from ftlevel.data.encoding.collate import pad
+from ftlevel.evaluation.decoding import (
+    REFILL,
+    SHARED,
+    RowDecoder,
+    Rows,
+    common_beginning,
+    find_cache_obstacle,
+    find_decoding_error,
+    join,
+)
+from ftlevel.evaluation.scoring import batches, stop_ids
+
+_PHI, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_MASK = 2**64 - 1
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Return SplitMix64's output function of `values` (uint64)."""
+    values = values + np.uint64(_PHI)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(_FIRST)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(_SECOND)
+    return values ^ (values >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Uniform random numbers of a rollout, by row, completion and position."""
+
+    seed: int
+    step: int
+
+    def __call__(
+        self, rows: Sequence[int], completions: Sequence[int], positions: Sequence[int]
+    ) -> np.ndarray:
+        """Return numbers in [0, 1), (n,) in float64."""
+        state = np.full(len(rows), self.seed & _MASK, dtype=np.uint64)
+        with np.errstate(over="ignore"):
+            for part in ([self.step] * len(rows), rows, completions, positions):
+                state = _mix(state ^ _mix(np.asarray(part, dtype=np.int64).astype(np.uint64)))
+        return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+@dataclass
+class Completion:
+    """Sampled token ids, with the log-probability and the entropy at each, in nats.
+
+    Both are at the sampling temperature. `ended` is false for a completion that was truncated.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+    ended: bool = False
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Settings of sampling; `stop_texts` end a completion as the ids `stops` do."""
+
+    count: int
+    temperature: float
+    max_new_tokens: int
+    stops: Sequence[int]
+    stop_texts: Sequence[str] = ()
+    most_rows: int = 128
+
+
+Drawn = tuple[list[int], list[float], list[float]]
+"""Tokens, their log-probabilities, and the entropies."""
+
+
+def draw(scores: torch.Tensor, temperature: float, uniform: np.ndarray) -> Drawn:
+    """Draw a token from each row of logits `scores` (rows, vocabulary) by inverse CDF."""
+    logps = (scores.float() / temperature).log_softmax(-1)
+    probabilities = logps.exp()
+    cdf = probabilities.cumsum(-1, dtype=torch.float64)
+    at = torch.from_numpy(uniform).to(cdf.device)[:, None] * cdf[:, -1:]
+    tokens = torch.searchsorted(cdf, at, right=True).clamp(max=scores.shape[-1] - 1)
+    entropies = torch.special.entr(probabilities).sum(-1)
+    chosen = logps.gather(-1, tokens)[:, 0]
+    return tokens[:, 0].tolist(), chosen.tolist(), entropies.tolist()
+
+
+class _Group:
+    """Completions of prompts that are being sampled; a completion is numbered over all groups."""
+
+    def __init__(
+        self, rows: Sequence[int], options: SamplingOptions, noise: Noise, tokenizer: Any
+    ) -> None:
+        self.made = [Completion() for _ in range(len(rows) * options.count)]
+        self._rows, self._options = rows, options
+        self._noise, self._tokenizer = noise, tokenizer
+        self._stops = frozenset(options.stops)
+        longest = max((len(text.encode()) for text in options.stop_texts), default=0)
+        self._tail = longest + 4  # a token has at least one byte
+
+    def draw(self, numbers: Sequence[int], scores: torch.Tensor) -> list[int]:
+        """Draw the next token of each completion in `numbers` from `scores`, and record it."""
+        count = self._options.count
+        own = [self.made[number] for number in numbers]
+        uniform = self._noise(
+            [self._rows[number // count] for number in numbers],
+            [number % count for number in numbers],
+            [len(completion.ids) for completion in own],
+        )
+        drawn = draw(scores, self._options.temperature, uniform)
+        for completion, token, logp, entropy in zip(own, *drawn, strict=True):
+            if self.is_over(completion):
+                continue
+            completion.ids.append(token)
+            completion.logps.append(logp)
+            completion.entropies.append(entropy)
+            completion.ended = token in self._stops or self._has_stop_text(completion)
+        return drawn[0]
+
+    def _has_stop_text(self, completion: Completion) -> bool:
+        if not self._options.stop_texts:
+            return False
+        tail = self._tokenizer.decode(completion.ids[-self._tail :])
+        return any(text in tail for text in self._options.stop_texts)
+
+    def is_over(self, completion: Completion) -> bool:
+        """Whether the completion has ended or has the maximum length."""
+        return completion.ended or len(completion.ids) >= self._options.max_new_tokens
+
+    def unended(self, numbers: Sequence[int]) -> list[int]:
+        """Return the indices in `numbers` of completions that continue."""
+        return [i for i, number in enumerate(numbers) if not self.is_over(self.made[number])]
+
+    def groups(self) -> list[list[Completion]]:
+        """Return the completions by prompt."""
+        count = self._options.count
+        return [self.made[at : at + count] for at in range(0, len(self.made), count)]
+
+
+class GroupSampler(RowDecoder):
+    """Samples with continuous batching; replaces the attention of `model` until `close`."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__(model, (), tokenizer.pad_token_id or 0)
+        self._tokenizer = tokenizer
+
+    def _choose(self, rows: Rows) -> None:
+        """Leave the next tokens to `sample`."""
+        rows.last = [0] * len(rows.numbers)
+
+    def sample(
+        self, prompts: Sequence[list[int]], rows: Sequence[int], options: SamplingOptions,
+        noise: Noise,
+    ) -> list[list[Completion]]:  # fmt: skip
+        """Return `options.count` completions of each prompt, whose row indices are `rows`."""
+        group = _Group(rows, options, noise, self._tokenizer)
+        waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
+        common = common_beginning(prompts)
+        is_shared = len(common) >= SHARED and len(prompts) > 1
+        shared = self.begin([0], [common]) if is_shared else None
+        live = Rows([], [], [], [])
+        size = max(options.most_rows, options.count)
+        while True:
+            alive = group.unended(live.numbers)
+            free = size - len(alive)
+            if waiting and (not alive or (free >= options.count and free * REFILL >= size)):
+                chosen = [
+                    waiting.popleft() for _ in range(min(free // options.count, len(waiting)))
+                ]
+                begun = self._begin_groups(chosen, prompts, group, options.count, shared)
+                live = join([(live, alive), (begun, group.unended(begun.numbers))])
+            elif alive:
+                if (len(live.numbers) - len(alive)) * REFILL >= len(live.numbers):
+                    live = join([(live, alive)])
+                self.step(live)
+                live.last = group.draw(live.numbers, live.scores)
+            else:
+                return group.groups()
+
+    def _begin_groups(
+        self,
+        chosen: Sequence[int],
+        prompts: Sequence[list[int]],
+        group: _Group,
+        count: int,
+        shared: Rows | None,
+    ) -> Rows:
+        """Prefill prompts once, and return `count` rows of each with their first tokens."""
+        begun = self.begin(chosen, [prompts[i] for i in chosen], shared)
+        index = [i for i in range(len(chosen)) for _ in range(count)]
+        repeated = join([(begun, index)])
+        repeated.numbers = [prompt * count + i for prompt in chosen for i in range(count)]
+        scores = begun.scores.index_select(0, torch.tensor(index, device=begun.scores.device))
+        repeated.last = group.draw(repeated.numbers, scores)
+        return repeated
+
+
+class _Draws(LogitsProcessor):
+    """Processor that draws the next tokens, and leaves them as the only possible ones."""
+
+    def __init__(self, group: _Group, numbers: Sequence[int]) -> None:
+        self._group, self._numbers = group, numbers
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - the signature is transformers'
+        """Return logits of 0 for the drawn token of each row and -inf for all others."""
+        tokens = self._group.draw(self._numbers, scores)
+        only = torch.full_like(scores, -torch.inf)
+        return only.scatter(1, torch.tensor(tokens, device=scores.device)[:, None], 0.0)
+
+
+class GenerateSampler:
+    """Samples with transformers' `generate`, for models that `GroupSampler` does not support."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._model, self._tokenizer = model, tokenizer
+
+    def close(self) -> None:
+        """Do nothing: the model is not changed."""
+
+    def sample(
+        self, prompts: Sequence[list[int]], rows: Sequence[int], options: SamplingOptions,
+        noise: Noise,
+    ) -> list[list[Completion]]:  # fmt: skip
+        """Return completions as `GroupSampler.sample` does."""
+        group = _Group(rows, options, noise, self._tokenizer)
+        pad_id = self._tokenizer.pad_token_id or 0
+        device = next(self._model.parameters()).device
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        count = options.count
+        for chosen in batches(order, max(1, options.most_rows // count)):
+            own = [prompts[i] for i in chosen for _ in range(count)]
+            numbers = [i * count + at for i in chosen for at in range(count)]
+            self._model.generate(
+                input_ids=pad(own, pad_id, left=True).to(device),
+                attention_mask=pad([[1] * len(ids) for ids in own], 0, left=True).to(device),
+                max_new_tokens=options.max_new_tokens,
+                use_cache=True,
+                do_sample=False,
+                num_beams=1,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=pad_id,
+                eos_token_id=list(options.stops) or None,
+                logits_processor=LogitsProcessorList([_Draws(group, numbers)]),
+            )
+        return group.groups()
+
+
+Sampler = GroupSampler | GenerateSampler
+
+
+def choose_sampler(
+    model: Any, tokenizer: Any, kind: str, method: str, dtype: str, prompt: Sequence[int]
+) -> tuple[Callable[[], Sampler], str]:
+    """Return a function that opens a sampler of `model`, and why `generate` is used, if so.
+
+    Call it in eval mode under `torch.no_grad`. `prompt` is used to check the decoder.
+    """
+
+    def generate() -> Sampler:
+        return GenerateSampler(model, tokenizer)
+
+    def decode() -> Sampler:
+        return GroupSampler(model, tokenizer)
+
+    if reason := find_cache_obstacle(model, kind, method):
+        return generate, reason
+    checked = RowDecoder(model, stop_ids(tokenizer), tokenizer.pad_token_id or 0)
+    try:
+        reason = find_decoding_error(checked, model, prompt, 1e-4 if dtype == "float32" else 1e-1)
+    finally:
+        checked.close()
+    return (generate, reason) if reason else (decode, "")

@@ -1,0 +1,205 @@
+"""Policy objective, and the meter of rewards on held-out prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ftlevel.config.rl import RlConfig
+from ftlevel.task import Meter, PolicyObjective, TokenObjective, TrainingLoss
+from ftlevel.tasks.rl.losses import PolicyLoss, PolicyLossParameters, policy_loss
+from ftlevel.tasks.tokens import Tokens
+
+if TYPE_CHECKING:
+    import torch
+
+Watch = Callable[[PolicyLoss, Any, Any], None]
+"""Receives the loss of a micro-batch, its detached log-probabilities and its signals."""
+
+CORRECT = 1.0
+"""Least value of the first reward of a completion that pass@k counts as correct."""
+
+
+def ignore(loss: PolicyLoss, each: torch.Tensor, signals: torch.Tensor) -> None:
+    """Ignore the loss."""
+
+
+def loss_parameters(settings: RlConfig) -> PolicyLossParameters:
+    """Return the parameters of the loss of `settings`."""
+    epsilon, high = settings.clip
+    return PolicyLossParameters(
+        settings.loss,
+        0.0 if epsilon is None else epsilon,
+        high,
+        settings.beta,
+        settings.max_completion_length,
+        settings.use_bias_correction_kl,
+    )
+
+
+@dataclass(frozen=True)
+class PolicyGradient(PolicyObjective):
+    """Policy loss of sampled completions; `watch` receives the statistics of micro-batches."""
+
+    settings: RlConfig = field(default_factory=RlConfig)
+    watch: Watch = field(default=ignore, compare=False)
+
+    @property
+    def of_tokens(self) -> TokenObjective:
+        """Cross entropy of the completions' tokens."""
+        return Tokens("perplexity", shifted=True)
+
+    def locate(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where targets are predicted in the flattened `(batch, seq)`, and the targets."""
+        return self.of_tokens.locate(labels)
+
+    def targets(
+        self, logits: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits and labels of the completions' tokens."""
+        return self.of_tokens.targets(logits, labels)
+
+    def loss_sum(
+        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the summed negative log-likelihood, used for batches without signals."""
+        return self.of_tokens.loss_sum(logits, labels, mask)
+
+    def training_count(self, labels: torch.Tensor, loss: TrainingLoss) -> torch.Tensor:
+        """Return 1: the weights in the signals are those of the whole step."""
+        import torch
+
+        return torch.ones((), device=labels.device)
+
+    def policy_sum(
+        self, each: torch.Tensor, owners: torch.Tensor, count: int, signals: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the loss of `signals` (targets, 5), as in `rows.Signal`."""
+        import torch
+
+        advantage, weight, old, reference, _ = signals.unbind(1)
+        zeros = torch.zeros(count, device=each.device)
+        loss = policy_loss(
+            loss_parameters(self.settings),
+            each,
+            torch.where(old.isnan(), each.detach(), old),
+            owners,
+            zeros.scatter(0, owners, advantage),
+            zeros.scatter(0, owners, weight),
+            torch.where(reference.isnan(), each.detach(), reference)
+            if self.settings.beta
+            else None,
+        )
+        self.watch(loss, each.detach(), signals)
+        return loss.total
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics of held-out prompts."""
+        return RewardMeter.names(self.settings)
+
+    def meter(self) -> Meter:
+        """Return a `RewardMeter`."""
+        return RewardMeter(self.settings)
+
+    def remarks(
+        self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
+    ) -> list[str]:
+        """Return a warning if completions are mostly truncated."""
+        share = metrics.get("truncated", 0.0)
+        if share <= TRUNCATED_SHARE:
+            return []
+        return [
+            f"{share:.0%} of the completions of held-out prompts are cut at "
+            f"{self.settings.max_completion_length} tokens. Raise --max-completion-length, or "
+            "reward short completions."
+        ]
+
+
+TRUNCATED_SHARE = 0.5
+
+
+class RewardMeter:
+    """Mean reward, pass@k and lengths over prompts, each with the same number of completions."""
+
+    def __init__(self, settings: RlConfig) -> None:
+        self._settings = settings
+        self._seen: list[np.ndarray] = []  # (completions, 3 + functions) per prompt
+        self._texts: list[str] = []
+
+    @staticmethod
+    def names(settings: RlConfig) -> tuple[str, ...]:
+        """Return the names of the metrics: avg@k is `reward`, over k completions."""
+        functions = [f"reward_{spec}" for spec in reward_names(settings)]
+        own = functions if len(functions) > 1 else []
+        passes = [f"pass@{k}" for k in pass_counts(settings.num_generations)]
+        return ("reward", *own, *passes, "length", "truncated")
+
+    def update(self, logits: Any, labels: Any, rows: Sequence[Any]) -> None:
+        """Add a prompt: `logits` (completions, 3 + functions) has reward, length, ended, scores.
+
+        `labels` are the texts of the completions.
+        """
+        self._seen.append(np.asarray(logits, dtype=np.float64))
+        self._texts += labels
+
+    def pool(self, meters: Sequence[RewardMeter]) -> RewardMeter:
+        """Return a meter of the prompts of all `meters`."""
+        pooled = RewardMeter(self._settings)
+        pooled._seen = [part for meter in meters for part in meter._seen]
+        return pooled
+
+    def compute(self, loss: float) -> dict[str, float]:
+        """Return the metrics: means over prompts of means over completions."""
+        if not self._seen:
+            return {}
+        known = [part[~np.isnan(part[:, 0])] for part in self._seen]
+        known = [part for part in known if len(part)]
+        found = {"reward": _mean([part[:, 0].mean() for part in known])}
+        functions = reward_names(self._settings)
+        if len(functions) > 1:
+            for at, name in enumerate(functions):
+                scores = [part[:, 3 + at] for part in self._seen]
+                means = [own[~np.isnan(own)].mean() for own in scores if not np.isnan(own).all()]
+                found[f"reward_{name}"] = _mean(means)
+        for k in pass_counts(self._settings.num_generations):
+            passed = [
+                pass_at_k(len(part), int((part[:, 3] >= CORRECT).sum()), k)
+                for part in self._seen
+                if part.shape[1] > 3
+            ]
+            if passed:
+                found[f"pass@{k}"] = _mean(passed)
+        found["length"] = _mean([part[:, 1].mean() for part in self._seen])
+        found["truncated"] = _mean([1 - part[:, 2].mean() for part in self._seen])
+        return {name: value for name, value in found.items() if not math.isnan(value)}
+
+    def describe(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return the rewards of a prompt's completions, and the first of these."""
+        rewards = [round(float(value), 4) for part in self._seen for value in part[:, 0]]
+        return {"predicted": self._texts[0] if self._texts else "", "rewards": rewards}
+
+
+def reward_names(settings: RlConfig) -> list[str]:
+    """Return the names of the rewards, as `Rewards.names`."""
+    return [
+        f"{spec.name}:{spec.argument}" if spec.argument else spec.name for spec in settings.rewards
+    ]
+
+
+def pass_counts(completions: int) -> list[int]:
+    """Return the k of pass@k: 1 and half of the completions, which the estimator needs."""
+    return sorted({1, max(1, completions // 2)})
+
+
+def pass_at_k(completions: int, correct: int, k: int) -> float:
+    """Return 1 − C(n − c, k) / C(n, k), unbiased (Chen et al., 2021, arXiv 2107.03374)."""
+    return 1 - math.comb(completions - correct, k) / math.comb(completions, k)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else math.nan

@@ -1,0 +1,115 @@
+"""Check before training that rewards have a signal and that sampler and trainer agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ftlevel.config.section import Choice
+from ftlevel.errors import RunError
+from ftlevel.evaluation.rollouts import Group
+from ftlevel.events import Listener
+from ftlevel.training.rl.step import GroupFacts, describe_group, has_signal, measure, rows_of
+from ftlevel.training.rl.trainer import RlTrainer, check_sampler
+
+BEFORE = (1 << 40) - 1
+"""Step of the random numbers of the check before training."""
+
+MOST_TRUNCATED = 0.9
+"""Share of truncated completions beyond which a run stops."""
+
+_SHOWN = 160  # characters of an example
+
+
+def check_before(trainer: RlTrainer, prompts: Sequence[Any], listener: Listener) -> dict[str, Any]:
+    """Sample groups of `prompts` with the initial weights, show them, and return the facts.
+
+    Raises:
+        RunError: no group has a signal, almost all completions are truncated, or sampler and
+            trainer have other log-probabilities.
+    """
+    settings, processes = trainer.settings, trainer.processes
+    count = min(settings.check_groups, len(prompts))
+    if not count:
+        return {}
+    listener.stage("sample before training")
+    chosen = [prompts[at * len(prompts) // count] for at in range(count)]
+    own = chosen[processes.world.rank :: processes.count]
+    groups = processes.in_all(lambda: trainer.rollouts(BEFORE, own))
+    parts = processes.exchange([describe_group(group, settings) for group in groups])
+    facts = [group for part in parts for group in part]
+    if trainer.rollouts.why_generate:
+        why = f"the decoder cannot serve this model: {trainer.rollouts.why_generate}"
+        listener.choices("rollouts", [Choice("sampler", "transformers' generate", why)])
+    metrics = measure(facts, trainer.rollouts.rewards.names)
+    difference = _compare(trainer, groups)
+    differences = processes.exchange(difference)
+    mean = max(part[0] for part in differences)
+    listener.choices("reward check", [*describe(metrics, facts, groups), _agreement(mean)])
+    check_sampler(mean, max(part[1] for part in differences), trainer.bound, "before training")
+    if problem := find_problem(metrics, facts, settings.max_completion_length):
+        raise RunError(problem)
+    return {**metrics, "groups": len(facts), "sampler_difference": mean}
+
+
+def _compare(trainer: RlTrainer, groups: Sequence[Group]) -> tuple[float, float]:
+    """Return the mean and largest |Δℓ| of sampler and trainer, over all tokens of `groups`."""
+    rows = [row for group in groups for row in rows_of(group)]
+    known = np.array([signal[4] for row in rows for signal in row.values])
+    found = np.array([logp for row in trainer.token_logps(rows) for logp in row])
+    apart = np.abs(found - known)
+    return (float(apart.mean()), float(apart.max())) if len(apart) else (0.0, 0.0)
+
+
+def _agreement(mean: float) -> Choice:
+    return Choice(
+        "log-probabilities", f"sampler and trainer differ by {mean:.1e} nats a token", "rounding"
+    )
+
+
+def describe(
+    metrics: dict[str, float], facts: Sequence[GroupFacts], groups: Sequence[Group]
+) -> list[Choice]:
+    """Return lines with the metrics of sampled groups, and the best and worst completion."""
+    lines = [
+        Choice("reward", f"{metrics.get('reward', float('nan')):.3f} on average",
+               f"{len(facts)} prompts"),
+        Choice("groups with signal", f"{metrics['groups_with_signal']:.0%}",
+               "their rewards differ; the others teach nothing"),
+        Choice("length", f"{metrics['completion_length']:.0f} tokens on average",
+               f"{metrics['truncated']:.0%} are cut at the maximum length"),
+    ]  # fmt: skip
+    scored = [
+        (float(reward), text)
+        for group in groups
+        for reward, text in zip(group.rewards, group.texts, strict=True)
+        if not np.isnan(reward)
+    ]
+    if scored:
+        best, worst = max(scored, key=lambda pair: pair[0]), min(scored, key=lambda pair: pair[0])
+        for name, (reward, text) in (("best", best), ("worst", worst)):
+            shown = " ".join(text.split())[:_SHOWN]
+            lines.append(Choice(f"{name} completion", repr(shown), f"reward {reward:.3f}"))
+    return lines
+
+
+def find_problem(metrics: dict[str, float], facts: Sequence[GroupFacts], length: int) -> str:
+    """Return why a run would learn nothing, with advice; empty if it may learn."""
+    if metrics["truncated"] > MOST_TRUNCATED:
+        return (
+            f"{metrics['truncated']:.0%} of the completions are cut at {length:,} tokens before "
+            "they end, so that what is rewarded is not what the model says. Raise "
+            "--max-completion-length, end completions by --stop TEXT, or train on such answers "
+            "first (--task text-generation). --check-groups 0 skips this check."
+        )
+    if not any(map(has_signal, facts)):
+        reward = metrics.get("reward", 0.0)
+        same = f"all completions of a prompt have the same reward (mean {reward:.3f})"
+        return (
+            f"in all {len(facts)} sampled groups {same}: there is nothing to learn from. Use "
+            "easier prompts, more --num-generations, a supervised run first (--adapter RUN), or a "
+            "reward with steps between 0 and 1. --check-groups 0 skips this check."
+        )
+    return ""

@@ -1,0 +1,371 @@
+"""Trainer that samples completions with the current weights before each optimizer step.
+
+accelerate reads one batch ahead, so a batch has prompts only. Completions are sampled when the
+step begins, once for `num_iterations` steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+from ftlevel.data.encoding.collate import Collator
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.errors import RunError
+from ftlevel.evaluation.rollouts import Group, Rollouts
+from ftlevel.fast.head.likelihoods import compute_token_likelihoods
+from ftlevel.fast.packing import using_layout
+from ftlevel.fast.step_collator import StepCollator
+from ftlevel.tasks.rl.losses import PolicyLoss
+from ftlevel.tasks.rl.objective import PolicyGradient
+from ftlevel.tasks.rl.rows import CompletionRow, build_completion_row, stand_in_completions
+from ftlevel.training.rl.step import (
+    GroupFacts,
+    Rollout,
+    describe_group,
+    has_signal,
+    measure,
+    weigh,
+)
+from ftlevel.training.trainer import FtlevelTrainer
+
+_BLOCK = "rollout-{rank}.pt"
+"""File of a checkpoint with a rollout that serves further steps."""
+
+
+class RepeatedSteps(Sampler[int]):
+    """Order in which every optimizer step of `rows` rows comes `times` times.
+
+    The last step of an epoch is filled with rows of its beginning. Set the epoch of `base`.
+    """
+
+    def __init__(self, base: Sampler[int], rows: int, times: int) -> None:
+        self.base, self._rows, self._times = base, rows, times
+
+    def __len__(self) -> int:
+        return repeated_rows(len(self.base), self._rows, self._times)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the row indices of each step, repeated."""
+        order = list(self.base)
+        for begin in range(0, len(order), self._rows):
+            step = order[begin : begin + self._rows]
+            step += order[: self._rows - len(step)]
+            for _ in range(self._times):
+                yield from step
+
+
+def repeated_rows(rows: int, step: int, times: int) -> int:
+    """Return the number of rows of an epoch of `RepeatedSteps`."""
+    return rows if times == 1 else -(-rows // step) * step * times
+
+
+def collate_prompts(rows: Sequence[Encoded]) -> dict[str, Any]:
+    """Return the prompts of a step, whose completions do not exist yet."""
+    return {"prompts": list(rows)}
+
+
+class _StepStatistics:
+    """Sums over the micro-batches of a step; `apart` and `most` compare with the sampler."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[torch.Tensor, ...]] = []
+
+    def watch(self, loss: PolicyLoss, each: torch.Tensor, signals: torch.Tensor) -> None:
+        """Add a micro-batch; called from parallel workers."""
+        known = ~signals[:, 4].isnan()  # stand-ins were not sampled
+        apart = torch.where(known, each - signals[:, 4], 0.0).abs()
+        sums = loss.clipped.float(), loss.kl, apart.sum(), known.sum().float()
+        self._parts.append((*sums, apart.max()))
+
+    def take(self) -> tuple[list[float], float]:
+        """Return the sums of clipped, kl, apart and tokens, and the largest difference."""
+        parts, self._parts = self._parts, []
+        if not parts:
+            return [0.0] * 4, 0.0
+        stacked = torch.stack([torch.stack([v.double().cpu() for v in part]) for part in parts])
+        return stacked[:, :4].sum(0).tolist(), float(stacked[:, 4].max())
+
+
+class RlTrainer(FtlevelTrainer):
+    """Trainer of reinforcement learning.
+
+    Attributes:
+        rollouts: samples and scores.
+        keep: receives the step and the groups of this process, for rollouts.jsonl.
+        bound: mean difference of log-probabilities of sampler and trainer that stops the run.
+    """
+
+    objective: PolicyGradient
+    data_collator: Any
+
+    def __init__(
+        self, *, rollouts: Rollouts, prompts: Sequence[Any], bound: float, **arguments: Any
+    ) -> None:
+        self.statistics = _StepStatistics()
+        arguments["objective"] = replace(arguments["objective"], watch=self.statistics.watch)
+        super().__init__(**arguments)
+        self.rollouts, self.bound = rollouts, bound
+        self.settings = rollouts.settings
+        self.keep: Callable[[int, Sequence[Group]], None] = lambda _step, _groups: None
+        self._prompts = prompts
+        self._block: Rollout | None = None
+        self._metrics: dict[str, float] = {}
+        self._batches_left = 0
+        self._began = 0.0
+        self._start: list[torch.Tensor] | None = None
+        if self.settings.beta:
+            self._start = [p.detach().clone() for p in self._trainable()]
+
+    # ---- batches of prompts
+
+    def get_train_dataloader(self) -> Any:
+        """Return batches of prompts."""
+        collate, self.data_collator = self.data_collator, collate_prompts
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
+
+    def prepare_step(self, batches: list[dict[str, Any]], device: torch.device) -> None:
+        """Replace the prompts of a step by completions to train on; mutates `batches`."""
+        if "prompts" not in batches[0]:  # stand-ins of a check
+            super().prepare_step(batches, device)
+            return
+        prompts = [row for batch in batches for row in batch["prompts"] if row.row >= 0]
+        step, times = self.state.global_step, self.settings.num_iterations
+        self._began = time.perf_counter()
+        if self._block is None or step % times == 0:
+            self._block = self.roll_out(step - step % times, prompts)
+        self._metrics = dict(self._block.metrics)
+        self._batches_left = len(batches)
+        rows = self._block.rows
+        for number, batch in enumerate(batches):
+            own: list[Encoded] = list(rows[number :: len(batches)])
+            first = batch["prompts"][0]
+            batch.clear()
+            batch.update(self.on_device(self.data_collator(own or [no_loss(first)])))
+        self._in_training = False
+
+    def roll_out(self, step: int, prompts: Sequence[Any]) -> Rollout:
+        """Return the rollout of `prompts`, those of this process, with the current weights."""
+        began = time.perf_counter()
+        settings, names = self.settings, self.rollouts.rewards.names
+        groups = self._sample(step, prompts)
+        sampled = self._exchange(groups)
+        used, everyone = groups, sampled
+        if settings.dynamic_sampling:
+            used, everyone, more = self._refill(step, groups, sampled)
+            groups, sampled = [*groups, *more[0]], [*sampled, *more[1]]
+        metrics = measure(sampled, names)
+        metrics["sampling_s"] = time.perf_counter() - began
+        old = reference = None
+        if settings.num_iterations > 1 or (settings.beta and settings.loss == "rloo"):
+            old = self.token_logps
+        if settings.beta:
+            reference = self._reference_logps
+        rows: list[CompletionRow] = []
+        if everyone:
+            rows = weigh(used, everyone, settings, old, reference, self.processes.exchange)
+        self.keep(step, groups)
+        return Rollout(rows, groups, metrics)
+
+    def _sample(self, step: int, prompts: Sequence[Any]) -> list[Group]:
+        return self.processes.in_all(lambda: self.rollouts(step, prompts))
+
+    def _exchange(self, groups: Sequence[Group]) -> list[GroupFacts]:
+        """Return the facts of the groups of all processes."""
+        own = [describe_group(group, self.settings) for group in groups]
+        return [facts for part in self.processes.exchange(own) for facts in part]
+
+    def _refill(
+        self, step: int, groups: Sequence[Group], sampled: Sequence[GroupFacts]
+    ) -> tuple[list[Group], list[GroupFacts], tuple[list[Group], list[GroupFacts]]]:
+        """Return groups with a signal: those of the batch, and of further prompts.
+
+        Up to `dynamic_sampling` prompts are drawn for all processes together, in an order that
+        depends on the seed and the step. The last item has all groups of further prompts.
+        """
+        size, budget = len(sampled), self.settings.dynamic_sampling
+        taken = {facts.row for facts in sampled}
+        order = [row for row in range(len(self._prompts)) if self._prompts[row].row not in taken]
+        random.Random(f"{self.args.seed} {step}").shuffle(order)
+        more: list[Group] = []
+        facts_of_more: list[GroupFacts] = []
+        while True:
+            facts = [f for f in (*sampled, *facts_of_more) if has_signal(f)]
+            missing = min(size - len(facts), budget, len(order))
+            if missing <= 0:
+                break
+            chosen, order, budget = order[:missing], order[missing:], budget - missing
+            rank, count = self.processes.world.rank, self.processes.count
+            found = self._sample(step, [self._prompts[row] for row in chosen[rank::count]])
+            more += found
+            facts_of_more += self._exchange(found)
+        rows = {facts.row for facts in facts}
+        used = [group for group in (*groups, *more) if group.row.row in rows]
+        return used, facts, (more, facts_of_more)
+
+    # ---- log-probabilities
+
+    def token_logps(self, rows: Sequence[CompletionRow]) -> list[list[float]]:
+        """Return the log-probabilities of the completions' tokens, computed as in a step."""
+        found: list[list[float]] = [[] for _ in rows]
+        head = self.fast.cross_entropy if self.fast is not None else None
+        model, training = self.model, self.model.training
+        model.eval()
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                for chosen, batch in self._split(rows):
+                    batch = self.on_device(batch)
+                    layout = batch.pop("layout", None)
+                    with using_layout(layout):
+                        each, owners = compute_token_likelihoods(
+                            head, model, self.objective, batch, self.objective.temperature
+                        )
+                    counts = owners.bincount(minlength=len(chosen)).tolist()
+                    parts = torch.split(each, counts)
+                    for index, part in zip(chosen, parts, strict=True):
+                        found[index] = part.tolist()
+        finally:
+            model.train(training)
+            self._in_training = False
+        return found
+
+    def _split(self, rows: Sequence[CompletionRow]) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """Yield row indices and their batch, split as in a training step."""
+        if not rows:
+            return
+        if isinstance(self.data_collator, StepCollator):
+            yield from self.data_collator.split(rows)
+        else:
+            collate = Collator(self.data_collator.pad_id)
+            yield from (([index], collate([row])) for index, row in enumerate(rows))
+
+    def _reference_logps(self, rows: Sequence[CompletionRow]) -> list[list[float]]:
+        """Return the log-probabilities of the model at step 0."""
+        with self._initial_weights():
+            return self.token_logps(rows)
+
+    @contextlib.contextmanager
+    def _initial_weights(self) -> Iterator[None]:
+        """Exchange the trained tensors with those of step 0 inside the block."""
+        held = [(p, p.data) for p in self._trainable()]
+        try:
+            for (parameter, _), start in zip(held, self._start or (), strict=True):
+                parameter.data = start
+            yield
+        finally:
+            for parameter, data in held:
+                parameter.data = data
+
+    def _trainable(self) -> list[torch.Tensor]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    # ---- the step
+
+    def training_step(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Return the loss of the batch; after the last of a step, compare with the sampler."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not self.is_alone:
+            self._batches_left -= 1
+            if not self._batches_left:
+                self._finish_step()
+        return loss
+
+    def _finish_step(self) -> None:
+        """Complete the metrics of the step.
+
+        Raises:
+            RunError: sampler and trainer have other log-probabilities.
+        """
+        own, most = self.statistics.take()
+        said = self.processes.exchange((own, most))
+        clipped, kl, apart, tokens = (sum(part[0][at] for part in said) for at in range(4))
+        most = max(part[1] for part in said)
+        metrics, times = self._metrics, self.settings.num_iterations
+        if tokens:
+            metrics["clipped"] = clipped / tokens
+            if self.settings.beta:
+                metrics["kl"] = kl / tokens
+        if tokens and self.state.global_step % times == 0:
+            metrics["sampler_difference"] = apart / tokens
+            check_sampler(apart / tokens, most, self.bound, f"step {self.state.global_step + 1}")
+        seconds = time.perf_counter() - self._began
+        sampling = metrics.pop("sampling_s", 0.0)
+        sampled = metrics.pop("completion_tokens", 0.0)
+        metrics["sampled_tokens_per_s"] = round(sampled / max(sampling, 1e-9), 1)
+        trained = max(seconds - sampling, 1e-9) if self.state.global_step % times == 0 else seconds
+        metrics["trained_tokens_per_s"] = round(tokens / trained, 1)
+        metrics["sampling_share"] = round(min(1.0, sampling / max(seconds, 1e-9)), 4)
+
+    def count_targets(
+        self,
+        batches: list[dict[str, Any]],  # noqa: ARG002 - the weights are in the signals
+        device: torch.device,
+    ) -> torch.Tensor:
+        """Return 1: weights are those of the whole step, of all processes."""
+        return torch.ones((), device=device)
+
+    def _sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
+        return value
+
+    def log(self, logs: dict[str, float], *arguments: Any, **settings: Any) -> None:
+        """Log Trainer's values of a step with the metrics of its rollout."""
+        if "loss" in logs:
+            logs = {**logs, **self._metrics}
+        super().log(logs, *arguments, **settings)
+
+    # ---- resume
+
+    def save_rollout(self, checkpoint: Path) -> None:
+        """Write a rollout that serves further steps into `checkpoint`."""
+        if self._block is None or self.state.global_step % self.settings.num_iterations == 0:
+            return
+        rows = [(r.input_ids, r.prompt, r.row, r.number, r.values) for r in self._block.rows]
+        state = {"rows": rows, "metrics": self._block.metrics}
+        torch.save(state, checkpoint / _BLOCK.format(rank=self.processes.world.rank))
+
+    def restore_rollout(self, checkpoint: Path) -> None:
+        """Read the rollout that `save_rollout` wrote, if any."""
+        path = checkpoint / _BLOCK.format(rank=self.processes.world.rank)
+        if not path.exists():
+            return
+        state: Mapping[str, Any] = torch.load(path, weights_only=True)
+        rows = [
+            build_completion_row(ids[:prompt], ids[prompt:], row, number, values)
+            for ids, prompt, row, number, values in state["rows"]
+        ]
+        self._block = Rollout(rows, [], dict(state["metrics"]))
+
+
+def no_loss(prompt: Any) -> CompletionRow:
+    """Return a row for a process without completions to train on, whose loss is zero."""
+    row = next(iter(stand_in_completions(prompt.input_ids, prompt.row)))
+    zero = [(0.0, 0.0, *signal[2:]) for signal in row.values]
+    return replace(row, values=tuple(zero))
+
+
+def check_sampler(mean: float, most: float, bound: float, where: str) -> None:
+    """Raise RunError if log-probabilities of sampler and trainer differ by more than rounding."""
+    if mean <= bound:
+        return
+    raise RunError(
+        f"{where}: log-probabilities of the sampled tokens differ by {mean:.2g} nats a token "
+        f"between sampler and trainer (largest {most:.2g}), and rounding explains {bound:.2g}. The "
+        "completions were sampled from other weights, at another temperature or from another "
+        "prompt than is trained. Please report it with the command; --no-fast trains plainly."
+    )
