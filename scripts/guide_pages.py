@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from ftlevel.config import SPECS
-from ftlevel.methods import METHODS
-from ftlevel.methods.matrix import FACTS, RULES
+from ftlevel.methods import FACTS, METHODS, RULES
 from method_guides import GUIDES
 
 _HIDDEN = {"kind", "target_modules"}

@@ -20,9 +20,8 @@ from cli_page import cli_page, command_pages
 from coming_from_page import coming_from_page
 from ftlevel.commands.list_methods import QUANTS, task_refusal
 from ftlevel.config import SPECS
-from ftlevel.methods import METHODS
+from ftlevel.methods import FACTS, METHODS, RULES, find_refusal, known_rows
 from ftlevel.methods.facts import Cell, MethodFacts
-from ftlevel.methods.matrix import FACTS, RULES, find_refusal, known_rows
 from ftlevel.methods.rates import LONG, NARROW, SHORT, WIDE
 from ftlevel.models.families import FAMILIES
 from ftlevel.models.families.facts import Family

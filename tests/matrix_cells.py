@@ -1,6 +1,6 @@
 """Every cell of what works with what, in tiny models: trained, saved, loaded anew and compared.
 
-A cell is a row of `ftlevel.methods.matrix`, a family, a head and a quantization. Tasks that put the
+A cell is a row of `ftlevel.methods`, a family, a head and a quantization. Tasks that put the
 same head on a family are one cell. Used by scripts/run_matrix.py and by a sample in the tests.
 """
 
@@ -20,10 +20,9 @@ import transformers
 import tiny_models
 from ftlevel.config import SPECS, QuantConfig
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.methods import METHODS, Base
+from ftlevel.methods import FACTS, METHODS, Base, find_problems, find_refusal
 from ftlevel.methods.base import InitializationInputs
 from ftlevel.methods.facts import Cell
-from ftlevel.methods.matrix import FACTS, find_problems, find_refusal
 from ftlevel.models.families import FAMILIES
 from ftlevel.models.hardware import DTYPES, autocast
 from ftlevel.models.loading import build_task_model, load_model

@@ -12,7 +12,7 @@ from ftlevel.data.formats.examples import RoleValues
 from ftlevel.data.sources.table import Table
 from ftlevel.task import Meter, Objective
 from ftlevel.tasks.base import BaseTask, Column, OutputOptions, Prediction, PromptedModel
-from ftlevel.tasks.class_loss import PredictionMeter
+from ftlevel.tasks.losses import PredictionMeter
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,8 @@ import typer
 from rich.console import Console
 
 from ftlevel.cli.app import run
-from ftlevel.cli.safe_stream import SafeStream
 from ftlevel.cli.screen import Screen
+from ftlevel.cli.startup import SafeStream
 from ftlevel.config.section import Choice
 
 RECORD = {"step": 7, "loss": 2.3456, "learning_rate": 1e-4, "grad_norm": 0.123, "epoch": 0.12,

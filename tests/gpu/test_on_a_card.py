@@ -19,8 +19,7 @@ import pytest
 import torch
 
 from ftlevel.fast import kernels
-from ftlevel.fast.kernels import TritonFormulas
-from ftlevel.fast.kernels.formulas import ACTIVATIONS, TORCH
+from ftlevel.fast.kernels import ACTIVATIONS, TORCH, TritonFormulas
 from ftlevel.fast.layers.fused_lora import FusedLoraFunction
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]

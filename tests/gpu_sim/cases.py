@@ -14,8 +14,7 @@ from ftlevel.config import QuantConfig, SpeedConfig, TrainConfig, TrainerConfig
 from ftlevel.config.methods import LoraSpec
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.fast import kernels
-from ftlevel.fast.kernels import TritonFormulas
-from ftlevel.fast.kernels.formulas import TORCH
+from ftlevel.fast.kernels import TORCH, TritonFormulas
 from ftlevel.fast.layers import norm_glu
 from ftlevel.fast.layers.fused_lora import register_fused_layers
 from ftlevel.fast.plan import plan_fast, uses_fused_layers
@@ -23,7 +22,7 @@ from ftlevel.fast.step import FastStep
 from ftlevel.models.families import FAMILIES
 from ftlevel.models.module_tree import find_stacks
 from ftlevel.tasks import TASKS
-from ftlevel.tasks.tokens import Tokens
+from ftlevel.tasks.losses import Tokens
 from ftlevel.trained.adapt import apply_method, train_in_float32
 from ftlevel.training.memory import recompute_blocks, set_checkpointing
 from gpu_sim.simulate import MODE, Found, run_step, to_card, without_a_cache

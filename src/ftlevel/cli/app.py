@@ -16,9 +16,9 @@ import typer
 
 from ftlevel._version import __version__
 from ftlevel.artifacts.files import describe_interrupt
-from ftlevel.cli.safe_stream import discard
 from ftlevel.cli.spelling import completed_command
 from ftlevel.cli.startup import (
+    discard,
     exit_code,
     heavy_imports,
     install_signal_handlers,

@@ -19,7 +19,7 @@ from rich.table import Column, Table
 
 from ftlevel._version import __version__
 from ftlevel.artifacts.cards import describe_kept_model, loss_words, memory_words
-from ftlevel.cli.safe_stream import SafeStream
+from ftlevel.cli.startup import SafeStream
 from ftlevel.config.section import Choice
 
 _FIGURES = {

@@ -14,8 +14,8 @@ from ftlevel.config import SPECS
 from ftlevel.config.sections import QuantConfig
 from ftlevel.config.tasks import TASKS as TASK_NAMES
 from ftlevel.errors import ConfigError, InputError, did_you_mean, join_names
+from ftlevel.methods import FACTS, explain, find_limits, find_refusal
 from ftlevel.methods.facts import Cell, MethodFacts
-from ftlevel.methods.matrix import FACTS, explain, find_limits, find_refusal
 from ftlevel.models.families import find_family
 from ftlevel.models.families.facts import Family
 from ftlevel.tasks import TASKS

@@ -3,8 +3,6 @@
 from ftlevel.config.evaluation import EvaluateConfig, GenerateConfig, PredictConfig
 from ftlevel.config.export import CheckServedConfig, ExportConfig
 from ftlevel.config.gate import GateConfig
-from ftlevel.config.in_memory import IN_MEMORY as IN_MEMORY
-from ftlevel.config.in_memory import InMemoryDataset as InMemoryDataset
 from ftlevel.config.layers import (
     Layer,
     build_config,
@@ -26,6 +24,8 @@ from ftlevel.config.sections import (
     Section,
     SpeedConfig,
 )
+from ftlevel.config.sections import IN_MEMORY as IN_MEMORY
+from ftlevel.config.sections import InMemoryDataset as InMemoryDataset
 from ftlevel.config.tasks import TASKS, TaskName
 from ftlevel.config.train import TrainConfig
 from ftlevel.config.trainer import TrainerConfig

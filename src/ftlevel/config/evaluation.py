@@ -7,10 +7,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ftlevel.config.in_memory import DatasetName
 from ftlevel.config.output import Decoding, DecodingAsInTraining
 from ftlevel.config.preference import FewNames
-from ftlevel.config.sections import IGNORE_COLUMNS, INPUT_FORMAT, Positive
+from ftlevel.config.sections import IGNORE_COLUMNS, INPUT_FORMAT, DatasetName, Positive
 from ftlevel.config.tasks import TaskName
 
 

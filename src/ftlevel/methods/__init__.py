@@ -1,16 +1,22 @@
 """PEFT methods, one module per spec in `ftlevel.config.methods`.
 
-Each module defines `METHODS`: name -> `Method`. `matrix` collects the support table, `merging` the
-PEFT types. May import models, but no data or training code; importing this package does not
+Each module defines `METHODS`: name -> `Method`. This module collects the support table, `merging`
+the PEFT types. May import models, but no data or training code; importing this package does not
 import torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from importlib import import_module
 
 from ftlevel.config import methods as specs
-from ftlevel.methods.base import Base, Method
+from ftlevel.config.methods import MethodSpec
+from ftlevel.errors import ConfigError
+from ftlevel.methods.base import Base as Base
+from ftlevel.methods.base import Method as Method
+from ftlevel.methods.facts import Cell, MethodFacts, Rule
 
 
 def _method_of(kind: str, spec: type[specs.MethodSpec]) -> Method:
@@ -42,4 +48,71 @@ def ensure_registered() -> None:
             method.register()
 
 
-__all__ = ["METHODS", "Base", "Method", "ensure_registered", "needs_import"]
+FACTS: dict[str, MethodFacts] = {
+    row.name: row for method in METHODS.values() for row in method.facts
+}
+"""Every row by name, in display order."""
+
+RULES: tuple[Rule, ...] = tuple(
+    dict.fromkeys(
+        rule
+        for method in sorted(METHODS.values(), key=lambda method: method.build is not None)
+        for rule in method.rules
+    )
+)
+"""All rules, full fine-tuning first; the first rule that covers a cell is its reason."""
+
+
+def rows_of(spec: MethodSpec) -> list[MethodFacts]:
+    """Return the rows that match `spec`: its method and its variants."""
+    return [row for row in FACTS.values() if row.matches(spec)]
+
+
+def find_refusal(cell: Cell) -> Rule | None:
+    """Return the first rule that covers all of `cell`, or None."""
+    return next((rule for rule in RULES if rule.covers(cell)), None)
+
+
+def find_limits(cell: Cell) -> list[Rule]:
+    """Return the rules that apply to part of `cell`."""
+    return [rule for rule in RULES if rule.touches(cell)]
+
+
+def explain(rule: Rule, row: MethodFacts, cell: Cell) -> str:
+    """Return the error message of `rule`: what is unsupported, why, and what to do."""
+    asked = row.flags if not row.fields else row.flags.partition(f"--method {row.kind} ")[2]
+    sides = []
+    if rule.kinds:
+        sides.append(f"{cell.family}, an {cell.kind}")
+    elif rule.families or rule.experts is not None:
+        sides.append(str(cell.family))
+    if rule.tasks:
+        sides.append(f"--task {cell.task}")
+    if rule.quants and cell.quant != "none":
+        sides.append(f"--quant {cell.quant}")
+    with_what = f" with {' and '.join(sides)}" if sides else ""
+    return f"{asked} cannot be used{with_what}: {rule.why}. {rule.instead}"
+
+
+def find_problems(spec: MethodSpec, base: Cell) -> list[str]:
+    """Return one error message per unsupported row of `spec`; the row of `base` is ignored."""
+    problems = []
+    for row in rows_of(spec):
+        cell = replace(base, row=row.name)
+        rule = find_refusal(cell)
+        if rule is not None:
+            problems.append(explain(rule, row, cell))
+    return problems
+
+
+def check_supported(spec: MethodSpec, base: Cell) -> None:
+    """Raise `ConfigError`, with reasons and alternatives, if `base` does not support the method."""
+    problems = find_problems(spec, base)
+    if problems:
+        raise ConfigError(problems)
+
+
+def known_rows(kinds: Iterable[str]) -> list[MethodFacts]:
+    """Return the rows of the methods `kinds`, in display order."""
+    wanted = set(kinds)
+    return [row for row in FACTS.values() if row.kind in wanted]

@@ -1,6 +1,6 @@
 """Rows and rules of the support table, which each method module declares.
 
-A row is a method or a variant of one, such as DoRA. `ftlevel.methods.matrix` collects rows and
+A row is a method or a variant of one, such as DoRA. `ftlevel.methods` collects rows and
 rules. Does not import torch.
 """
 

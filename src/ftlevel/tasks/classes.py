@@ -34,7 +34,7 @@ from ftlevel.tasks.base import (
     check_options,
     rank,
 )
-from ftlevel.tasks.class_loss import (
+from ftlevel.tasks.losses import (
     ClassObjective,
     PredictionMeter,
     balance_yes_and_no,

@@ -22,7 +22,7 @@ from ftlevel.config.preference import DistillationConfig
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.sources.lines import LazySequence
 from ftlevel.task import DistillationObjective
-from ftlevel.tasks.tokens import Tokens
+from ftlevel.tasks.losses import Tokens
 
 if TYPE_CHECKING:
     import numpy as np

@@ -24,7 +24,7 @@ from ftlevel.tasks.base import (
     check_options,
     rank,
 )
-from ftlevel.tasks.tokens import Tokens
+from ftlevel.tasks.losses import Tokens
 
 if TYPE_CHECKING:
     import torch

@@ -29,8 +29,8 @@ from ftlevel.tasks.base import (
     Speller,
     check_options,
 )
-from ftlevel.tasks.class_loss import ClassObjective, PredictionMeter, entropy
 from ftlevel.tasks.classes import read_labels
+from ftlevel.tasks.losses import ClassObjective, PredictionMeter, entropy
 
 if TYPE_CHECKING:
     import torch

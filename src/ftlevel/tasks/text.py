@@ -23,7 +23,13 @@ from ftlevel.data.encoding.encode import (
     encode_prompt,
     encode_seq2seq,
 )
-from ftlevel.data.formats.columns import chosen_roles, format_map_flags
+from ftlevel.data.formats.columns import (
+    chosen_roles,
+    find_language,
+    format_map_flags,
+    language_columns,
+    select_language_columns,
+)
 from ftlevel.data.formats.detect import ExampleBuilder, Format, FormatSpec, fits
 from ftlevel.data.formats.examples import (
     PLAIN_TEXT,
@@ -34,12 +40,11 @@ from ftlevel.data.formats.examples import (
     build_query_turns,
     build_source,
 )
-from ftlevel.data.formats.languages import find_language, language_columns, select_language_columns
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import ConfigError, InputError, UnansweredError
 from ftlevel.task import Checks, Objective
 from ftlevel.tasks.base import BaseTask, OutputOptions, Prediction, PromptedModel, Speller
-from ftlevel.tasks.tokens import Tokens
+from ftlevel.tasks.losses import Tokens
 
 if TYPE_CHECKING:
     from ftlevel.data.encoding.fit import FittedRows

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ftlevel.artifacts.files import base_digest
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import InMemoryDataset, QuantConfig, TrainConfig
-from ftlevel.config.in_memory import wrap_rows
 from ftlevel.config.section import Choice
+from ftlevel.config.sections import wrap_rows
 from ftlevel.errors import ConfigError
 from ftlevel.models.in_memory import place_model
 from ftlevel.training.plan.run import Run

@@ -14,9 +14,9 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.evaluation.model_pair import in_float32
 from ftlevel.evaluation.two_models import MOST_TARGETS, Probe, RowLogits, compare_rows
 from ftlevel.tasks.classes import Classes, MultiLabel
+from ftlevel.tasks.losses import Tokens
 from ftlevel.tasks.span import Spans
 from ftlevel.tasks.tags import Tags
-from ftlevel.tasks.tokens import Tokens
 from tiny_models import build, build_batch, compute_logits
 
 

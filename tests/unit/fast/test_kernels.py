@@ -13,8 +13,7 @@ import torch
 
 from ftlevel.fast import kernels
 from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy
-from ftlevel.fast.kernels import TritonFormulas
-from ftlevel.fast.kernels.formulas import ACTIVATIONS, TORCH, Formulas, TorchFormulas
+from ftlevel.fast.kernels import ACTIVATIONS, TORCH, Formulas, TorchFormulas, TritonFormulas
 from ftlevel.fast.layers import rope
 from ftlevel.fast.layers.norm_glu import FusedNormGlu
 from ftlevel.fast.layers.rope import FusedRope

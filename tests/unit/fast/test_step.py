@@ -28,9 +28,9 @@ from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods import METHODS, Base
 from ftlevel.task import Objective
 from ftlevel.tasks.classes import Classes
+from ftlevel.tasks.losses import Tokens
 from ftlevel.tasks.span import Spans
 from ftlevel.tasks.tags import Tags
-from ftlevel.tasks.tokens import Tokens
 from ftlevel.trained.adapt import apply_method
 from ftlevel.training.plan.method import find_method_targets
 from ftlevel.training.trainer import FtlevelTrainer

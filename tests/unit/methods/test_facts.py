@@ -7,8 +7,7 @@ import torch
 import transformers
 
 from ftlevel.config import SPECS
-from ftlevel.methods import Base
-from ftlevel.methods.matrix import FACTS, rows_of
+from ftlevel.methods import FACTS, Base, rows_of
 from ftlevel.trained.adapt import apply_method
 from ftlevel.training.plan.method import find_method_targets
 

@@ -9,9 +9,8 @@ import pytest
 import tiny_models
 from ftlevel.config import SPECS
 from ftlevel.errors import ConfigError
-from ftlevel.methods import METHODS
+from ftlevel.methods import FACTS, METHODS, RULES, check_supported, find_limits, find_refusal
 from ftlevel.methods.facts import Cell
-from ftlevel.methods.matrix import FACTS, RULES, check_supported, find_limits, find_refusal
 from ftlevel.models.families import FAMILIES
 from matrix_cells import QUANTS, TinyCell, build_cells, expected_refusal, run_cell
 from unit.models.meta_models import tiny_config
@@ -154,7 +153,7 @@ def test_nothing_heavy_is_imported():
     import subprocess
 
     code = (
-        "import sys, ftlevel.methods.matrix, ftlevel.commands.list_methods\n"
+        "import sys, ftlevel.methods, ftlevel.commands.list_methods\n"
         "print([m for m in ('torch', 'transformers', 'peft', 'datasets') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

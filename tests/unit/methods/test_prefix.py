@@ -11,8 +11,7 @@ from torch import nn
 
 from ftlevel.config.methods.prefix import PrefixSpec
 from ftlevel.methods import METHODS
-from ftlevel.methods.prefix import attention
-from ftlevel.methods.prefix.sites import find_attentions
+from ftlevel.methods.prefix import attention, find_attentions
 from tiny_models import (
     FAMILIES,
     FAMILY_HEADS,

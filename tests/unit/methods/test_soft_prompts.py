@@ -11,8 +11,8 @@ import torch
 from ftlevel.config.methods.soft_prompt import PromptSpec, PTuningSpec
 from ftlevel.errors import ConfigError
 from ftlevel.methods import METHODS
+from ftlevel.methods.soft_prompt import find_stacks
 from ftlevel.methods.soft_prompt.layer import Layout
-from ftlevel.methods.soft_prompt.stacks import find_stacks
 from tiny_models import FAMILIES, FAMILY_HEADS, HEADS, build, build_batch, compute_logits
 from tiny_tokenizers import build_tokenizer
 from virtual_tokens import (

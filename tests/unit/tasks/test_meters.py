@@ -8,9 +8,9 @@ import torch
 
 from ftlevel.data.encoding.spans import TaggedRow, Window
 from ftlevel.tasks.classes import ClassMeter, MultiLabelMeter, RegressionMeter
+from ftlevel.tasks.losses import TokenMeter
 from ftlevel.tasks.span import SpanMeter
 from ftlevel.tasks.tags import TagMeter
-from ftlevel.tasks.tokens import TokenMeter
 
 
 def test_tokens() -> None:

@@ -19,7 +19,7 @@ from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.prepare.sampling import LengthGroupedSampler
 from ftlevel.fast.plan import FastPlan
 from ftlevel.fast.step_collator import StepCollator
-from ftlevel.tasks.tokens import Tokens
+from ftlevel.tasks.losses import Tokens
 from ftlevel.training.trainer import FtlevelTrainer
 
 PAD = 0

@@ -14,7 +14,7 @@ import tiny_models
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import RunError
 from ftlevel.tasks.classes import Classes
-from ftlevel.tasks.tokens import Tokens
+from ftlevel.tasks.losses import Tokens
 from ftlevel.training.model import Digest, digest, digest_tensors
 from ftlevel.training.proof import (
     PROBE_ROWS,

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ftlevel.fast.kernels.formulas import Pair
+from ftlevel.fast.kernels import Pair
 
 VOCABULARY_BLOCK = 4096
 """Logits that a program reads at once."""

@@ -16,8 +16,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from ftlevel.fast.kernels import NO_KERNELS, Kernels
-from ftlevel.fast.kernels.formulas import ACTIVATIONS, Formulas
+from ftlevel.fast.kernels import ACTIVATIONS, NO_KERNELS, Formulas, Kernels
 from ftlevel.fast.layers.recompute import with_recomputation
 from ftlevel.models.upstream.tensors import copy_module, is_watched
 

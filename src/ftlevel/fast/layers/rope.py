@@ -15,8 +15,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from ftlevel.fast.kernels import Kernels
-from ftlevel.fast.kernels.formulas import TORCH, Formulas, Pair
+from ftlevel.fast.kernels import TORCH, Formulas, Kernels, Pair
 
 NAME = "apply_rotary_pos_emb"
 """Name of the function in transformers' modules."""

@@ -15,8 +15,8 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
+from ftlevel.methods.prefix import find_attentions, why_no_prefix
 from ftlevel.methods.prefix.attention import WITH_PREFIX, Prefix, own_attention, register_attention
-from ftlevel.methods.prefix.sites import find_attentions, why_no_prefix
 from ftlevel.methods.tuners import VirtualTokenLayer, VirtualTokenTuner, device_of
 from ftlevel.methods.upstream import add_peft_type
 from ftlevel.models.upstream.architectures import attention_of

@@ -20,7 +20,7 @@ from peft import PeftConfig
 from torch import nn
 from torch.nn import functional
 
-from ftlevel.methods.soft_prompt.stacks import find_stacks
+from ftlevel.methods.soft_prompt import find_stacks
 from ftlevel.methods.tuners import VirtualTokenLayer, VirtualTokenTuner
 from ftlevel.methods.upstream import add_peft_type
 

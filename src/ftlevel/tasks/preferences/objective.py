@@ -14,8 +14,8 @@ import numpy as np
 
 from ftlevel.config.preference import PreferenceConfig
 from ftlevel.task import IGNORED, LikelihoodObjective, Meter, TokenObjective, TrainingLoss
+from ftlevel.tasks.losses import Tokens
 from ftlevel.tasks.preferences.losses import PAIR_LOSSES, AnswerLikelihoods, PairLossParameters, kto
-from ftlevel.tasks.tokens import Tokens
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,8 @@ import numpy as np
 
 from ftlevel.config.rl import RlConfig
 from ftlevel.task import Meter, PolicyObjective, TokenObjective, TrainingLoss
+from ftlevel.tasks.losses import Tokens
 from ftlevel.tasks.rl.losses import PolicyLoss, PolicyLossParameters, policy_loss
-from ftlevel.tasks.tokens import Tokens
 
 if TYPE_CHECKING:
     import torch

@@ -12,10 +12,9 @@ from torch import nn
 from ftlevel.config import MethodConfig, TrainConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, did_you_mean, join_names
-from ftlevel.methods import METHODS, Method
+from ftlevel.methods import METHODS, Method, check_supported
 from ftlevel.methods.base import QuantizedCheckpoint
 from ftlevel.methods.facts import Cell
-from ftlevel.methods.matrix import check_supported
 from ftlevel.models.families import lookup_family
 from ftlevel.models.hardware import choose_dtype
 from ftlevel.models.kinds import model_kind

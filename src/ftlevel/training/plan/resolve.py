@@ -44,8 +44,8 @@ from ftlevel.models.upstream.libraries import find_old_libraries
 from ftlevel.task import Objective, PolicyObjective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.tasks.distillation import build_distillation
+from ftlevel.tasks.losses import Tokens
 from ftlevel.tasks.rl.rewards import Rewards
-from ftlevel.tasks.tokens import Tokens
 from ftlevel.training.plan.adapter import StartingAdapter
 from ftlevel.training.plan.best_model import BestModel, Length, resolve_best_model
 from ftlevel.training.plan.method import (

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ftlevel.data.formats.languages import Language, find_language, parse_language
+from ftlevel.data.formats.columns import Language, find_language, parse_language
 
 GERMAN = Language("German", "de")
 

@@ -19,9 +19,9 @@ from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.module_tree import find_blocks
 from ftlevel.task import IGNORED, Objective
 from ftlevel.tasks.classes import Classes
+from ftlevel.tasks.losses import Tokens
 from ftlevel.tasks.span import Spans
 from ftlevel.tasks.tags import Tags
-from ftlevel.tasks.tokens import Tokens
 
 OBJECTIVES: dict[str, Objective] = {
     "causal": Tokens("perplexity", shifted=True),
