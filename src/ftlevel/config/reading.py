@@ -19,7 +19,8 @@ TASK_ALIASES = dict(
     question-ans=question-answering qa=question-answering squad=question-answering
     fill-mask=masked-lm mlm=masked-lm summarisation=summarization summary=summarization
     translate=translation mt=translation preferences=preference dpo=preference rlhf=preference
-    reward-model=reward reward-modeling=reward grpo=rl rloo=rl
+    reward-model=reward reward-modeling=reward grpo=rl rloo=rl rerank=reranking reranker=reranking
+    cross-encoder=reranking crossencoder=reranking
     """.split()
 )
 """Task alias, in lower case with dashes → task."""

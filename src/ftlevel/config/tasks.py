@@ -16,6 +16,7 @@ TASKS: dict[str, str] = {
     "reward": "ftlevel.tasks.preferences.reward",
     "rl": "ftlevel.tasks.rl.policy",
     "embedding": "ftlevel.tasks.embedding.task",
+    "reranking": "ftlevel.tasks.reranking.task",
 }
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from ftlevel.config.preference import (
     normalize_loss,
 )
 from ftlevel.config.reading import rename_keys, resolve_aliases
+from ftlevel.config.reranking import RerankingConfig, find_reranking_problems
 from ftlevel.config.rl import RL_TASK, RlConfig, find_rl_problems
 from ftlevel.config.sections import DataConfig, ModelConfig, QuantConfig, Section, SpeedConfig
 from ftlevel.config.tasks import TaskName
@@ -32,6 +33,7 @@ SHORTHAND = {
     "preference": "loss",
     "rl": "reward",
     "embedding": "loss",
+    "reranking": "loss",
     "distillation": "teacher",
     "output": "dir",
 }
@@ -68,6 +70,9 @@ class TrainConfig(Section):
     )
     embedding: EmbeddingConfig = Field(
         default_factory=EmbeddingConfig, description="Loss and form of an embedding model."
+    )
+    reranking: RerankingConfig = Field(
+        default_factory=RerankingConfig, description="Loss of a reranker."
     )
     distillation: DistillationConfig = Field(
         default_factory=DistillationConfig, description="Distillation from a teacher model."
@@ -190,6 +195,7 @@ def _other_problems(config: TrainConfig) -> list[str]:
         rows * (train.num_processes or 1),
         config.distillation.teacher,
     )
+    problems += find_reranking_problems(config.task, config.reranking)
     problems += find_distillation_problems(
         config.task,
         config.distillation,

@@ -52,6 +52,7 @@ class ExampleRecord:
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self.units: dict[int, ExampleStats] = {}
+        self._clusters: dict[Any, ExampleStats] = {}
         self.written: list[GeneratedText] = []
 
     def add(
@@ -62,13 +63,22 @@ class ExampleRecord:
         mask: torch.Tensor,
     ) -> None:
         """Add every row of a batch to its unit."""
-        objective, width = self.objective, len(logits) // len(rows)
-        for index, row in enumerate(rows):
-            own = slice(index * width, (index + 1) * width)
-            unit = self.units.setdefault(row.row, ExampleStats(objective.meter()))
-            unit.loss += objective.loss_sum(logits[own], labels[own], mask[own]).item()
-            unit.targets += int(objective.count(labels[own]))
-            unit.meter.update(*objective.targets(logits[own], labels[own]), [row])
+        objective, start = self.objective, 0
+        for row in rows:
+            own = slice(start, start := start + len(row.branches))
+            loss = objective.loss_sum(logits[own], labels[own], mask[own]).item()
+            count = int(objective.count(labels[own]))
+            for unit in self._units_of(row):
+                unit.loss += loss
+                unit.targets += count
+                unit.meter.update(*objective.targets(logits[own], labels[own]), [row])
+
+    def _units_of(self, row: Encoded) -> list[ExampleStats]:
+        """Return the example of `row`, and its cluster of several examples if it has one."""
+        unit = self.units.setdefault(row.row, ExampleStats(self.objective.meter()))
+        if row.cluster is None:
+            return [unit]
+        return [unit, self._clusters.setdefault(row.cluster, ExampleStats(self.objective.meter()))]
 
     def add_targets(
         self,
@@ -119,12 +129,12 @@ class ExampleRecord:
     def resample(
         self, count: int, seed: int, score_texts: ScoreTexts | None, language: str
     ) -> dict[str, np.ndarray]:
-        """Return metric → values (count,) over bootstrap draws of the examples.
+        """Return metric → values (count,) over bootstrap draws of the examples or clusters.
 
         The same seed draws the same rows, so values of two models can be subtracted. A metric that
         is undefined for a draw, such as a correlation of equal values, is left out.
         """
-        units = [self.units[row] for row in sorted(self.units)]
+        units = list(self._clusters.values()) or [self.units[row] for row in sorted(self.units)]
         draws = _draw(count, seed, len(units), lambda picks: self._metrics(units, picks))
         if self.written and score_texts is not None:
             draws |= _draw(

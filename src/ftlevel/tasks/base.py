@@ -26,6 +26,8 @@ from ftlevel.errors import ConfigError, InputError, join_names, with_article
 from ftlevel.task import Objective, ScoreTexts, Task
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from ftlevel.config import TrainConfig
@@ -169,6 +171,10 @@ class BaseTask(Task):
             f"--task {self.name} cannot be used with {model_type}, which is {with_article(kind)}; "
             f"it needs {with_article(wanted)}. {self.refusals.get(kind, '')}".strip()
         )
+
+    def prepare_tokenizer(self, tokenizer: Any, kind: str) -> Choice | None:
+        """Adapt `tokenizer` (mutated) to models of `kind`, and return the log line, if any."""
+        return None
 
     def find_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
         """Return the fully trained modules of `meta`, and those that a checkpoint may lack."""

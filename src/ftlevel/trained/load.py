@@ -170,6 +170,7 @@ def load_ref(found: ModelRef, device: str, name: str = "default") -> LoadedModel
     ):  # CodeGen's config lacks the field
         config.pad_token_id = tokenizer.pad_token_id
     kind = model_kind(config)
+    task.prepare_tokenizer(tokenizer, kind)
     dtype, notes = compute_dtype(card, device), [*found.notes, *about_reference]
     if dtype != card.dtype:
         notes.append("trained in float16; the CPU computes it in float32")

@@ -241,6 +241,11 @@ class Encoded:
         return ()
 
     @property
+    def cluster(self) -> bytes | None:
+        """Identity of what intervals resample together, such as a query; None for the example."""
+        return None
+
+    @property
     def length(self) -> int:
         """Number of tokens of the longest branch."""
         return len(self.input_ids)

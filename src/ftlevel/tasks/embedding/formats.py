@@ -172,12 +172,13 @@ def build_query(roles: RoleValues) -> EmbeddingRow:
 
 
 def build_candidates(roles: RoleValues) -> EmbeddingRow:
-    """Return a query with documents to be scored."""
+    """Return a query with documents to be scored, of kind score for a single one."""
     role = "documents" if "documents" in roles else "document"
+    kind: Kind = "ranking" if role == "documents" else "score"
     texts = _texts(roles, role)
     if not texts:
         raise UnusableRowError(f"{roles.columns[role]!r} holds no text", "empty_text")
-    return EmbeddingRow(roles.text("query"), roles.index, tuple(texts), (0.0,) * len(texts))
+    return EmbeddingRow(roles.text("query"), roles.index, tuple(texts), (0.0,) * len(texts), kind)
 
 
 def _ranking(

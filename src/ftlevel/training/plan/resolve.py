@@ -207,6 +207,7 @@ def task_options(config: TrainConfig) -> dict[str, Any]:
         "preference": {**config.preference.model_dump(), "smoothing": smoothing},
         "embedding": config.embedding.model_dump(mode="json"),
         "rl": config.rl.model_dump(),
+        "reranking": config.reranking.model_dump(),
     }
 
 
@@ -231,7 +232,8 @@ def _read_model(
     template = set_chat_template(tokenizer, config.data.chat_template)
     padding = ensure_pad_token(tokenizer)
     padding = (separate_pad_from_eos(tokenizer) if task.pads_apart else None) or padding
-    spelling = [choice for choice in (experts, template, padding) if choice]
+    pairs = task.prepare_tokenizer(tokenizer, kind)
+    spelling = [choice for choice in (experts, template, padding, pairs) if choice]
     return config, _Bare(source, bare, kind, auto_class, device, dtype, tokenizer, spelling)
 
 

@@ -140,4 +140,4 @@ def test_texts_to_embed_and_documents_to_score():
     listed = convert({"query": "q", "documents": ["a", "b"]}, CANDIDATE_SHAPES)[1]
     assert listed == [EmbeddingRow("q", 0, ("a", "b"), (0, 0))]
     one = convert({"query": "q", "document": "a"}, CANDIDATE_SHAPES)[1]
-    assert one == [EmbeddingRow("q", 0, ("a",), (0,))]
+    assert one == [EmbeddingRow("q", 0, ("a",), (0,), "score")]

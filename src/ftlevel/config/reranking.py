@@ -1,0 +1,91 @@
+"""Settings of rerankers: the loss, and the weight of relevant documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field
+
+from ftlevel.config.section import Section
+from ftlevel.errors import join_names
+
+RERANKING_TASKS = ("reranking",)
+RerankingLossName = Literal["bce", "lce", "listnet", "ranknet", "lambda", "margin-mse", "mse"]
+
+
+@dataclass(frozen=True)
+class RerankingLoss:
+    """Properties of a reranking loss.
+
+    Attributes:
+        listed: whether it needs several documents per query, one of them better than another.
+        taught: whether it learns a teacher's scores.
+        bounded: whether labels have to be from 0 to 1.
+    """
+
+    listed: bool = True
+    taught: bool = False
+    bounded: bool = False
+
+
+LOSSES: dict[str, RerankingLoss] = {
+    "bce": RerankingLoss(listed=False, bounded=True),
+    "lce": RerankingLoss(),
+    "listnet": RerankingLoss(),
+    "ranknet": RerankingLoss(),
+    "lambda": RerankingLoss(),
+    "margin-mse": RerankingLoss(taught=True),
+    "mse": RerankingLoss(listed=False),
+}
+_ALIASES = {
+    "binarycrossentropyloss": "bce",
+    "binarycrossentropy": "bce",
+    "listwise": "lce",
+    "localizedcontrastive": "lce",
+    "listnetloss": "listnet",
+    "ranknetloss": "ranknet",
+    "lambdaloss": "lambda",
+    "marginmseloss": "margin-mse",
+    "mseloss": "mse",
+}
+"""Lowercase names of other tools, without dashes and underscores."""
+
+
+def _read_loss(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    folded = value.lower().replace("_", "").replace("-", "")
+    return _ALIASES.get(folded, value.lower().replace("_", "-"))
+
+
+class RerankingConfig(Section):
+    """Loss of a reranker."""
+
+    loss: Annotated[RerankingLossName, BeforeValidator(_read_loss)] | None = Field(
+        None,
+        description="Reranking loss; default: lce for several documents per query, bce for one.",
+    )
+    pos_weight: Annotated[float, Field(gt=0, le=10_000)] | None = Field(
+        None,
+        description="Weight of relevant documents in bce; default: number of irrelevant "
+        "documents per relevant one.",
+    )
+
+
+def find_reranking_problems(task: str, settings: RerankingConfig) -> Sequence[str]:
+    """Return a message for each reranking setting that has no effect."""
+    plain = RerankingConfig()
+    given = [n for n in RerankingConfig.model_fields if getattr(settings, n) != getattr(plain, n)]
+    if task not in RERANKING_TASKS:
+        names = join_names(f"reranking.{name}" for name in given)
+        return [f"{names}: of --task reranking, and --task is {task}. Drop it."] if given else []
+    if settings.pos_weight is not None and settings.loss not in (None, "bce"):
+        return [
+            f"reranking.pos_weight: --loss {settings.loss} does not read it; bce does. Drop it."
+        ]
+    return []
+
+
+NAMES = get_args(RerankingLossName)

@@ -1,0 +1,154 @@
+"""Reranking losses over lists of documents, in float32, summed over their targets.
+
+z are logits, y labels and t a teacher's scores of the documents of a query:
+
+    bce         Σᵢ -w yᵢ log σ(zᵢ) - (1 - yᵢ) log σ(-zᵢ)
+    mse         Σᵢ (zᵢ - tᵢ)²
+    lce         Σ over yᵢ > 0 of log(exp zᵢ + Σ over yⱼ = 0 of exp zⱼ) - zᵢ        (2101.08751)
+    listnet     -Σᵢ softmax(y)ᵢ log softmax(z)ᵢ                      (Cao et al., 2007)
+    ranknet     Σ over yᵢ > yⱼ of log₂(1 + exp(zⱼ - zᵢ))             (Burges et al., 2005)
+    lambda      that, weighted by NDCG-Loss2++ with μ = 10           (Wang et al., 2018, eq. 19)
+    margin-mse  Σ over yᵢ > 0, yⱼ = 0 of ((zᵢ - zⱼ) - (tᵢ - tⱼ))²    (2010.02666)
+
+The mean of a step divides by all its documents (bce, mse), relevant documents (lce), lists
+(listnet) or pairs, so that no loss depends on the cut into micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+MU = 10.0
+"""Weight of NDCG-Loss2 beside LambdaRank in NDCG-Loss2++."""
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Documents of several queries, padded: `labels`, `teacher` and `mask`, each (lists, most).
+
+    `places` are the positions of the documents in the flattened `(lists, most)`.
+    """
+
+    labels: torch.Tensor
+    teacher: torch.Tensor
+    mask: torch.Tensor
+    places: torch.Tensor
+
+    @classmethod
+    def from_labels(cls, labels: torch.Tensor) -> Lists:
+        """Return the lists of `labels` (documents, 3): label, teacher's score, size of the list.
+
+        The size stands at the first document of a list, and is 0 at others.
+        """
+        import torch
+
+        sizes = labels[:, 2].long()
+        sizes = sizes[sizes > 0]
+        most = int(sizes.max())
+        column = torch.arange(most, device=labels.device)
+        mask = column[None] < sizes[:, None]
+        places = mask.flatten().nonzero().flatten()
+        empty = labels.new_zeros(mask.numel())
+        padded = [empty.index_copy(0, places, labels[:, at]).view_as(mask).float() for at in (0, 1)]
+        return cls(padded[0], padded[1], mask, places)
+
+    def pad(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return `logits` (documents,) as float32 (lists, most), with 0 where there is none."""
+        padded = logits.new_zeros(self.mask.numel(), dtype=_float32())
+        return padded.index_copy(0, self.places, logits.float().flatten()).view_as(self.mask)
+
+    @property
+    def pairs(self) -> torch.Tensor:
+        """Where document i is better than document j, (lists, most, most)."""
+        both = self.mask[:, :, None] & self.mask[:, None, :]
+        return both & (self.labels[:, :, None] > self.labels[:, None, :])
+
+    @property
+    def relevant(self) -> torch.Tensor:
+        """Where a label is above 0, (lists, most)."""
+        return self.mask & (self.labels > 0)
+
+    @property
+    def irrelevant(self) -> torch.Tensor:
+        """Where a label is 0 or less, (lists, most)."""
+        return self.mask & (self.labels <= 0)
+
+
+def count_targets(loss: str, lists: Lists) -> torch.Tensor:
+    """Return the divisor of the summed loss (a scalar)."""
+    if loss in ("bce", "mse"):
+        return lists.mask.sum()
+    if loss == "lce":
+        return lists.relevant.sum()
+    if loss == "listnet":
+        return lists.mask.any(1).sum()
+    if loss == "margin-mse":
+        return (lists.relevant.sum(1) * lists.irrelevant.sum(1)).sum()
+    return lists.pairs.sum()
+
+
+def sum_loss(loss: str, logits: torch.Tensor, lists: Lists, pos_weight: float) -> torch.Tensor:
+    """Return the summed loss of `logits` (documents,), a float32 scalar."""
+    from torch.nn import functional
+
+    z, mask = lists.pad(logits), lists.mask
+    if loss == "bce":
+        weight = z.new_tensor(pos_weight)
+        return functional.binary_cross_entropy_with_logits(
+            z[mask], lists.labels[mask], pos_weight=weight, reduction="sum"
+        )
+    if loss == "mse":
+        return functional.mse_loss(z[mask], lists.teacher[mask], reduction="sum")
+    if loss == "lce":
+        others = z.masked_fill(~lists.irrelevant, -math.inf).logsumexp(1, keepdim=True)
+        good = lists.relevant
+        return (z.logaddexp(others) - z)[good].sum()
+    if loss == "listnet":
+        wanted = lists.labels.masked_fill(~mask, -math.inf).softmax(1)
+        said = z.masked_fill(~mask, -math.inf).log_softmax(1)
+        return -(wanted * said.masked_fill(~mask, 0)).sum()
+    if loss == "margin-mse":
+        pairs = lists.relevant[:, :, None] & lists.irrelevant[:, None, :]
+        apart, wanted = _differences(z), _differences(lists.teacher)
+        return (apart - wanted)[pairs].square().sum()
+    lost = functional.softplus(-_differences(z)) / math.log(2)
+    if loss == "lambda":
+        lost = lost * _ndcg_weights(z.detach(), lists)
+    return lost[lists.pairs].sum()
+
+
+def _differences(values: torch.Tensor) -> torch.Tensor:
+    return values[:, :, None] - values[:, None, :]
+
+
+def _ndcg_weights(logits: torch.Tensor, lists: Lists) -> torch.Tensor:
+    """Return the weight of each pair, (lists, most, most).
+
+    With ranks r by logit, gains G = (2^y - 1) / maxDCG and discounts D(r) = log₂(1 + r):
+    |Gᵢ - Gⱼ| · (μ |1 / D(|rᵢ - rⱼ|) - 1 / D(|rᵢ - rⱼ| + 1)| + |1 / D(rᵢ) - 1 / D(rⱼ)|).
+    """
+    import torch
+
+    mask = lists.mask
+    labels = lists.labels.clamp(min=0).masked_fill(~mask, 0)
+    ranks = torch.arange(1, mask.shape[1] + 1, device=logits.device, dtype=_float32())
+    best = ((2 ** labels.sort(1, descending=True).values - 1) / (1 + ranks).log2()).sum(1)
+    gains = (2**labels - 1) / best.clamp(min=1e-10)[:, None]
+    order = logits.masked_fill(~mask, -math.inf).argsort(1, descending=True)
+    own = torch.zeros_like(logits).scatter_(1, order, ranks.expand_as(logits))
+    inverse = 1 / (1 + own).log2()
+    distance = _differences(own).abs()
+    near = distance.clamp(min=1)
+    delta = (1 / (1 + near).log2() - 1 / (2 + near).log2()).abs().masked_fill(distance == 0, 0)
+    return _differences(gains).abs() * (MU * delta + _differences(inverse).abs())
+
+
+def _float32() -> torch.dtype:
+    import torch
+
+    return torch.float32

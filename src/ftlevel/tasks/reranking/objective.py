@@ -1,0 +1,139 @@
+"""Loss and metrics of rerankers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from ftlevel.task import Meter, Objective
+from ftlevel.tasks.embedding.retrieval import (
+    average_precision,
+    rank_relevant,
+    score_ranks,
+    spearman,
+)
+from ftlevel.tasks.reranking.losses import Lists, count_targets, sum_loss
+
+if TYPE_CHECKING:
+    import torch
+
+RANKING_METRICS = ("ndcg@10", "mrr@10", "map")
+
+
+@dataclass(frozen=True)
+class Ranking(Objective):
+    """Loss of documents in lists: logits `(documents, 1)`, labels `(documents, 3)` of `Lists`.
+
+    Attributes:
+        loss: key of `config.reranking.LOSSES`.
+        pos_weight: weight of relevant documents in bce.
+    """
+
+    loss: str = "lce"
+    pos_weight: float = 1.0
+
+    per_row: ClassVar[bool] = True
+    has_choice: ClassVar[bool] = False
+
+    def count(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return the number of documents, relevant documents, lists or pairs (a scalar)."""
+        return count_targets(self.loss, Lists.from_labels(labels))
+
+    def loss_sum(
+        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the summed loss."""
+        return sum_loss(self.loss, logits, Lists.from_labels(labels), self.pos_weight)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics; those that the labels do not define are left out."""
+        return (*RANKING_METRICS, "average_precision", "spearman")
+
+    def meter(self) -> Meter:
+        """Return a `RankingMeter`."""
+        return RankingMeter()
+
+
+@dataclass
+class Candidates:
+    """Scores and labels of the documents of one query."""
+
+    scores: list[float] = field(default_factory=list)
+    labels: list[float] = field(default_factory=list)
+
+
+class RankingMeter:
+    """Metrics of the documents of each query, and of all pairs.
+
+    Queries without a relevant and an irrelevant document have no ranking. `average_precision` is
+    of labels 0 and 1, `spearman` of others.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[Any, Candidates] = {}
+
+    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
+        """Add the documents of `rows`: `(documents, 1)` logits, `(documents, 3)` labels."""
+        scores = logits.detach().cpu().double().flatten().tolist()
+        own = labels[:, 0].cpu().tolist()
+        at = 0
+        for row in rows:
+            group = self._groups.setdefault(row.cluster, Candidates())
+            end = at + len(row.sizes)
+            group.scores += scores[at:end]
+            group.labels += own[at:end]
+            at = end
+
+    def pool(self, meters: Sequence[RankingMeter]) -> RankingMeter:
+        """Return a meter of all queries of `meters`, each of which counts on its own."""
+        pooled = RankingMeter()
+        pooled._groups = {
+            (number, key): group
+            for number, meter in enumerate(meters)
+            for key, group in meter._groups.items()
+        }
+        return pooled
+
+    def compute(self, loss: float) -> dict[str, float]:
+        """Return the means over queries, and the metrics of all pairs."""
+        each = [_score(group) for group in self._groups.values()]
+        ranked = [one for one in each if one]
+        found = (
+            {name: float(np.mean([one[name] for one in ranked])) for name in RANKING_METRICS}
+            if (ranked)
+            else {}
+        )
+        scores = [score for group in self._groups.values() for score in group.scores]
+        labels = [label for group in self._groups.values() for label in group.labels]
+        if len(set(labels)) > 1:
+            if set(labels) <= {0.0, 1.0}:
+                found["average_precision"] = average_precision(scores, labels)
+            elif len(set(scores)) > 1:
+                found["spearman"] = spearman(scores, labels)
+        return found
+
+    def describe(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return scores and labels of the only query seen."""
+        group = next(iter(self._groups.values()))
+        scores = [round(score, 4) for score in group.scores]
+        return {"scores": scores, "labels": group.labels, **_score(group)}
+
+
+def _score(group: Candidates) -> dict[str, float]:
+    """Return the metrics of a query; empty without a relevant and an irrelevant document."""
+    labels = np.array(group.labels)
+    relevant = np.flatnonzero(labels > 0)
+    if not len(relevant) or len(relevant) == len(labels):
+        return {}
+    scores = score_ranks(rank_relevant(np.array(group.scores), relevant))
+    return {name: scores["map@100" if name == "map" else name] for name in RANKING_METRICS}
+
+
+def options_of(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the loss and its settings from facts of the data or options of a card."""
+    known: Mapping[str, Any] = facts.get("reranking") or {}
+    return known

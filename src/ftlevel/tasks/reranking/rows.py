@@ -1,0 +1,193 @@
+"""Encoded rows of rerankers: a query, and each of its documents after it.
+
+The pair is encoded as the tokenizer does it, so that sentence-transformers and servers compute the
+same scores. A decoder's tokenizer joins two texts without anything between them: its template is
+extended by a newline after the query and EOS after the document, and saved with the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ftlevel.config.section import Choice
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.errors import InputError
+from ftlevel.tasks.embedding.formats import EmbeddingRow
+
+_BATCH = 256
+"""Queries whose documents are tokenized together."""
+
+
+@dataclass(frozen=True)
+class RankedRow(Encoded):
+    """A query with its documents; `input_ids` concatenates the query and all documents.
+
+    Attributes:
+        query: number of tokens before each document.
+        sizes: number of tokens of each document, with the special tokens after it.
+        relevance: label of each document.
+        taught: a teacher's score of each document, or its label.
+    """
+
+    query: int = field(default=0, metadata={"column": "int"})
+    sizes: tuple[int, ...] = field(default=(), metadata={"column": "ints"})
+    relevance: tuple[float, ...] = field(default=(), metadata={"column": "json"})
+    taught: tuple[float, ...] = field(default=(), metadata={"column": "json"})
+
+    @property
+    def branches(self) -> Sequence[Encoded]:
+        """The query with each document; labels are those of `losses.Lists`."""
+        found, start = [], self.query
+        for at, size in enumerate(self.sizes):
+            own = slice(start, start + size)
+            count = len(self.sizes) if not at else 0
+            found.append(
+                Encoded(
+                    self._part(self.input_ids, own),
+                    (float(self.relevance[at]), float(self.taught[at]), float(count)),
+                    self.row,
+                    {name: self._part(values, own) for name, values in self.extras.items()},
+                )
+            )
+            start += size
+        return found
+
+    def _part(self, values: list[int], own: slice) -> list[int]:
+        return values[: self.query] + values[own]
+
+    @property
+    def cluster(self) -> bytes:
+        """Identity of the query, whose documents may be in several rows."""
+        return bytes(memoryview(_array(self.input_ids[: self.query])))
+
+    @property
+    def supervised(self) -> int:
+        """Number of documents."""
+        return len(self.sizes)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the query with the longest document."""
+        return self.query + max(self.sizes)
+
+    def truncated(self, limit: int) -> RankedRow:
+        """Return the row with documents cut at their end, and the query to half of `limit`.
+
+        The last token of a document is kept, and the last two before it: they may be special.
+        """
+        if self.length <= limit:
+            return self
+        room = max(limit // 2, 3)
+        query = self.query if self.query <= room else room
+        longest = limit - query
+        ids, extras, start = _cut(self.input_ids[: self.query], query, 2), {}, self.query
+        for name, values in self.extras.items():
+            extras[name] = _cut(values[: self.query], query, 2)
+        for size in self.sizes:
+            own = slice(start, start + size)
+            ids += _cut(self.input_ids[own], longest, 1)
+            for name, values in self.extras.items():
+                extras[name] += _cut(values[own], longest, 1)
+            start += size
+        sizes = tuple(min(size, longest) for size in self.sizes)
+        return replace(self, input_ids=ids, extras=extras, query=query, sizes=sizes)
+
+
+def _cut(values: list[int], limit: int, kept: int) -> list[int]:
+    """Return at most `limit` values, the last `kept` of them from the end."""
+    return values if len(values) <= limit else values[: limit - kept] + values[-kept:]
+
+
+def _array(ids: Sequence[int]) -> Any:
+    import numpy as np
+
+    return np.array(ids, dtype=np.int32)
+
+
+def prepare_tokenizer(tokenizer: Any, kind: str) -> Choice | None:
+    """Extend the pair template of a decoder's `tokenizer` (mutated), and return the log line.
+
+    Raises:
+        InputError: it has no EOS token, or is not a fast tokenizer.
+    """
+    if kind != "decoder":
+        return None
+    from tokenizers.processors import TemplateProcessing
+
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"the tokenizer of {tokenizer.name_or_path} has no EOS token, at which a decoder reads "
+            "the score. Set eos_token in its tokenizer_config.json."
+        )
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"the tokenizer of {tokenizer.name_or_path} is not a fast one, and cannot mark where a "
+            "document begins. Convert it to tokenizer.json."
+        )
+    before = tokenizer("")["input_ids"]
+    bos = before[:1] == [tokenizer.bos_token_id]
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+    start = "bos:0 " if bos else ""
+    known = [("newline", newline), ("eos", tokenizer.eos_token_id)]
+    known += [("bos", tokenizer.bos_token_id)] if bos else []
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{start}$A:0", pair=f"{start}$A:0 newline:0 $B:1 eos:1", special_tokens=known
+    )
+    return Choice("pair", "query, newline, document, EOS", "a decoder's score is read at EOS")
+
+
+@dataclass(frozen=True)
+class PairEncoder:
+    """Encoder of queries with their documents; it is picklable for worker processes."""
+
+    tokenizer: Any
+
+    def __call__(self, examples: Sequence[EmbeddingRow]) -> list[Encoded]:
+        """Return one row per query."""
+        rows: list[Encoded] = []
+        for start in range(0, len(examples), _BATCH):
+            rows += self._encode(examples[start : start + _BATCH])
+        return rows
+
+    def _encode(self, examples: Sequence[EmbeddingRow]) -> list[Encoded]:
+        queries = [e.prompt + e.query for e in examples for _ in e.documents]
+        documents = [text for e in examples for text in e.documents]
+        encoding = self.tokenizer(queries, documents, verbose=False)
+        names = [name for name in encoding if name not in ("input_ids", "attention_mask")]
+        rows: list[Encoded] = []
+        at = 0
+        for example in examples:
+            count = len(example.documents)
+            query = next(
+                (i for i, part in enumerate(encoding.sequence_ids(at)) if part == 1),
+                len(encoding["input_ids"][at]) - 1,  # a document without tokens
+            )
+            own = range(at, at + count)
+            values = {
+                name: _join([encoding[name][i] for i in own], query)
+                for name in ("input_ids", *names)
+            }
+            rows.append(
+                RankedRow(
+                    values.pop("input_ids"),
+                    0,
+                    example.row,
+                    values,
+                    query,
+                    tuple(len(encoding["input_ids"][i]) - query for i in own),
+                    example.labels,
+                    example.teacher or example.labels,
+                )
+            )
+            at += count
+        return rows
+
+
+def _join(sequences: Sequence[list[int]], query: int) -> list[int]:
+    """Return the query of the first sequence, and what follows it in each."""
+    joined = list(sequences[0][:query])
+    for values in sequences:
+        joined += values[query:]
+    return joined

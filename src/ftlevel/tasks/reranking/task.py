@@ -1,0 +1,272 @@
+"""Rerankers: a model that scores documents for a query."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ftlevel.artifacts.sentence_transformers import CrossEncoderFormat, write_cross_encoder_format
+from ftlevel.config.reranking import LOSSES, RerankingConfig
+from ftlevel.config.section import Choice
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.formats.detect import Format
+from ftlevel.data.sources.table import Table
+from ftlevel.errors import InputError
+from ftlevel.task import Objective
+from ftlevel.tasks.base import (
+    BaseTask,
+    Column,
+    OutputOptions,
+    Prediction,
+    PromptedModel,
+    check_options,
+)
+from ftlevel.tasks.embedding.formats import CANDIDATE_SHAPES, RANKING_SHAPES, EmbeddingRow
+from ftlevel.tasks.reranking.objective import Ranking, options_of
+from ftlevel.tasks.reranking.rows import PairEncoder, RankedRow, prepare_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from ftlevel.data.encoding.fit import FittedRows
+    from ftlevel.data.prepare.encoder import Encoder
+    from ftlevel.data.prepare.loading import LoadedExamples
+
+SIGMOID = "torch.nn.modules.activation.Sigmoid"
+IDENTITY = "torch.nn.modules.linear.Identity"
+
+
+@dataclass(frozen=True)
+class RerankingTask(BaseTask):
+    """Task of a model with one score per pair of query and document."""
+
+    settings: RerankingConfig = field(default_factory=RerankingConfig)
+
+    has_new_head: ClassVar[bool] = True
+    finds_ends_by_padding: ClassVar[bool] = True
+    head_like: ClassVar[str] = "text-classification"
+    pads_apart: ClassVar[bool] = True
+    imagined_facts: ClassVar[Mapping[str, Any]] = {
+        "problem_type": "regression",
+        "reranking": {"loss": "lce", "pos_weight": 1.0, "headline": "ndcg@10"},
+    }
+
+    def configured(self, options: Mapping[str, Any]) -> RerankingTask:
+        """Return the task with the loss of a configuration or model card."""
+        known = options_of(options)
+        fields = {name: known[name] for name in RerankingConfig.model_fields if name in known}
+        return replace(self, settings=RerankingConfig(**fields))
+
+    @property
+    def decides(self) -> Mapping[str, Any]:
+        """Options outside the data section that change the facts of the rows."""
+        return {"reranking": self.settings.model_dump()}
+
+    def prepare_tokenizer(self, tokenizer: Any, kind: str) -> Choice | None:
+        """Extend the pair template of a decoder's tokenizer (mutated)."""
+        return prepare_tokenizer(tokenizer, kind)
+
+    def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
+        """Return the loss over lists of documents."""
+        known = options_of(facts)
+        return Ranking(known["headline"], known["loss"], known["pos_weight"])
+
+    def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
+        """Return the loss, its settings, and `regression` as problem type.
+
+        Raises:
+            InputError: the labels do not fit the loss, or are all alike.
+        """
+        return {
+            "problem_type": "regression",
+            "reranking": resolve_loss(self.settings, loaded.train),
+        }
+
+    def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
+        """Return the loss with its reason, and the number of documents."""
+        known = options_of(facts)
+        reason = (
+            ""
+            if self.settings.loss
+            else ("several documents per query" if known["listed"] else "one document per query")
+        )
+        lines = [Choice("loss", known["loss"], reason)]
+        if known["loss"] == "bce":
+            why = "" if self.settings.pos_weight else "irrelevant documents per relevant one"
+            lines.append(Choice("positive weight", f"{known['pos_weight']:.3g}", why))
+        documents = sum(len(example.documents) for example in loaded.train)
+        queries = len({example.query for example in loaded.train})
+        counts = Choice("documents", f"{documents:,}", f"of {queries:,} queries")
+        return [*lines, counts, Choice("tokens", f"{facts['tokens']:,} an epoch")]
+
+    def card_options(self, config: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the loss and its settings, and `regression` as problem type."""
+        return {"problem_type": "regression", "reranking": dict(facts["reranking"])}
+
+    def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+        """Return options for a CrossEncoder; raises `InputError` for more than one label."""
+        if model_config.num_labels != 1:
+            raise InputError(
+                f"a reranker has one score, and this model has {model_config.num_labels} classes. "
+                "Name another, or --task text-classification."
+            )
+        inner = getattr(model_config, "sentence_transformers", None) or {}
+        plain = "Identity" in str(inner.get("activation_fn", SIGMOID))
+        return {
+            "options": {
+                "problem_type": "regression",
+                "reranking": {
+                    "loss": "lce" if plain else "bce",
+                    "pos_weight": 1.0,
+                    "headline": "ndcg@10",
+                },
+            }
+        }
+
+    def write_files(self, directory: Path, model_config: Any, options: Mapping[str, Any]) -> None:
+        """Write the files that make the directory a CrossEncoder."""
+        from ftlevel.models.kinds import max_positions
+
+        is_bce = options_of(options)["loss"] == "bce"
+        activation = SIGMOID if is_bce else IDENTITY
+        form = CrossEncoderFormat(activation, max_positions(model_config))
+        write_cross_encoder_format(directory, form)
+
+    # ---- rows
+
+    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
+        """Return queries with their documents."""
+        return encoder.fit(encoder.collect(PairEncoder(encoder.tokenizer), examples), table)
+
+    def imagine_row(self, ids: list[int], row: int) -> Encoded:
+        """Return a synthetic row: a quarter of `ids` as query, the rest as two documents."""
+        query = len(ids) // 4
+        size = len(ids) - query
+        return RankedRow(ids + ids[query:], 0, row, {}, query, (size, size), (1.0, 0.0), (1.0, 0.0))
+
+    def show_label(self, row: Encoded, names: Sequence[str]) -> str:
+        """Return the token ranges of the query and its documents, with their labels."""
+        if not isinstance(row, RankedRow):
+            return ""
+        shown, start = [f"query: tokens 1-{row.query}"], row.query
+        for size, label in zip(row.sizes, row.relevance, strict=True):
+            shown.append(f"{label:g}: {start + 1}-{start + size}")
+            start += size
+        return ", ".join(shown)
+
+    def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
+        """Return a label, a teacher's score, and the size of a list of one document."""
+        return 0.0, 0.0, 1.0
+
+    def describe_head(self, labels: Sequence[str]) -> str:
+        """Return a description that differs from those of other heads."""
+        return "a relevance score"
+
+    # ---- inference
+
+    def pose(self, prompt: str, context: str | None, number: int) -> Any:
+        """Raise `InputError`: a query without a document has no score."""
+        raise InputError(
+            "a reranker scores documents for a query. Use ftlevel predict, with columns query and "
+            "document."
+        )
+
+    def answer_columns(
+        self,
+        format_: Format,
+        labels: Sequence[str],
+        options: Mapping[str, Any],
+        wanted: OutputOptions,
+    ) -> dict[str, Column]:
+        """Return one column: a score, or a list of scores."""
+        check_options(wanted, "a reranker", "")
+        return {"": "numbers" if "documents" in format_.columns else "number"}
+
+    def answer_rows(
+        self, model: PromptedModel, questions: Sequence[Any], wanted: OutputOptions
+    ) -> list[Prediction]:
+        """Return the scores of each query's documents: probabilities if trained by bce."""
+        is_bce = options_of(model.options)["loss"] == "bce"
+        encoded = PairEncoder(model.tokenizer)(questions)
+        rows = [
+            Encoded(branch.input_ids, 0, index, branch.extras)
+            for index, row in enumerate(encoded)
+            for branch in row.branches
+        ]
+
+        def read(_: Encoded, logits: torch.Tensor) -> float:
+            score = logits.float().reshape(-1)[0]
+            return float(score.sigmoid() if is_bce else score)
+
+        scores = model.score(rows, read)
+        found, at = [], 0
+        for question, row in zip(questions, encoded, strict=True):
+            own = scores[at : at + len(row.branches)]
+            at += len(own)
+            text = ", ".join(f"{score:.4g}" for score in own)
+            found.append(
+                Prediction(text, columns={"": own[0] if question.kind == "score" else own})
+            )
+        return found
+
+
+def resolve_loss(settings: RerankingConfig, examples: Sequence[EmbeddingRow]) -> dict[str, Any]:
+    """Return loss, weight of relevant documents and main metric for `examples`.
+
+    Raises:
+        InputError: the labels do not fit the loss, or are all alike.
+    """
+    labels = Counter(label for example in examples for label in example.labels)
+    if len(labels) == 1:
+        raise InputError(
+            f"all documents have label {next(iter(labels)):g}, and a reranker learns from relevant "
+            "and irrelevant ones. Add negatives: ftlevel mine."
+        )
+    contrasts = sum(len(set(example.labels)) > 1 for example in examples)
+    loss = settings.loss or ("lce" if contrasts else "bce")
+    facts = LOSSES[loss]
+    if facts.listed and contrasts < len(examples):
+        raise InputError(
+            f"--loss {loss} compares the documents of a query, and "
+            f"{len(examples) - contrasts:,} of {len(examples):,} rows have no two of different "
+            "relevance. Use --loss bce, or give each query a relevant and an irrelevant document."
+        )
+    if facts.bounded and not all(0 <= label <= 1 for label in labels):
+        worst = max(labels, key=lambda label: abs(label - 0.5))
+        raise InputError(
+            f"--loss {loss} needs labels from 0 to 1, and there is {worst:g}. Use --loss lambda or "
+            "mse."
+        )
+    if facts.taught and not all(example.teacher for example in examples):
+        raise InputError(
+            f"--loss {loss} learns a teacher's scores, and the rows have none. Add a column label "
+            "with a score for each document, or use --loss lce."
+        )
+    good = sum(count * label for label, count in labels.items() if 0 <= label <= 1)
+    balance = (labels.total() - good) / good if good else 1.0
+    queries = Counter(example.query for example in examples)
+    ranked = contrasts or max(queries.values()) > 1
+    graded = not labels.keys() <= {0.0, 1.0}
+    return {
+        "loss": loss,
+        "pos_weight": settings.pos_weight or (balance if loss == "bce" else 1.0),
+        "headline": "ndcg@10" if ranked else "spearman" if graded else "average_precision",
+        "listed": bool(contrasts),
+    }
+
+
+_CLASS = "AutoModelForSequenceClassification"
+
+TASKS = (
+    RerankingTask(
+        name="reranking",
+        shapes=RANKING_SHAPES,
+        questions=CANDIDATE_SHAPES,
+        auto_classes={"encoder": _CLASS, "decoder": _CLASS},
+        peft_types={"encoder": "SEQ_CLS", "decoder": "SEQ_CLS"},
+        headline="ndcg@10",
+    ),
+)
