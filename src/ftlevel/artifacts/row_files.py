@@ -192,12 +192,14 @@ class ParquetFile(RowFile):
         self._schema: Any = None
         self._writer: Any = None
         self._sink: Any = None
-        if columns.schema is not None:
-            self._schema = self._with_answers(columns.schema)
+        if columns.schema is not None and "embedding" not in columns.answers.values():
+            self._schema = self._with_answers(columns.schema, ())
 
-    def _with_answers(self, schema: Any) -> Any:
+    def _with_answers(self, schema: Any, rows: Sequence[Row]) -> Any:
         for name, kind in self.columns.answers.items():
-            schema = schema.append(_arrow_field(name, kind))
+            known = [row[name] for row in rows if row.get(name) is not None]
+            width = len(known[0]) if kind == "embedding" and known else -1
+            schema = schema.append(_arrow_field(name, kind, width))
         return schema
 
     def read_back(self) -> Iterator[Any]:
@@ -235,12 +237,7 @@ class ParquetFile(RowFile):
 
         try:
             if self._schema is None:
-                names = self.columns.names
-                own = pa.Table.from_pylist([{n: r.get(n) for n in names} for r in rows]).schema
-                for at, column in enumerate(own):
-                    if pa.types.is_null(column.type):
-                        own = own.set(at, pa.field(column.name, pa.string()))
-                self._schema = self._with_answers(own)
+                self._schema = self._with_answers(self.columns.schema or self._infer(rows), rows)
             batch = pa.RecordBatch.from_pylist(list(rows), schema=self._schema)
         except (pa.ArrowException, OverflowError) as error:
             first = str(error).splitlines()[0].rstrip(".")
@@ -249,6 +246,17 @@ class ParquetFile(RowFile):
                 "needs none."
             ) from None
         self._append(batch)
+
+    def _infer(self, rows: Sequence[Row]) -> Any:
+        """Return the schema of the input columns of `rows`."""
+        import pyarrow as pa
+
+        names = self.columns.names
+        own = pa.Table.from_pylist([{n: r.get(n) for n in names} for r in rows]).schema
+        for at, column in enumerate(own):
+            if pa.types.is_null(column.type):
+                own = own.set(at, pa.field(column.name, pa.string()))
+        return own
 
     def _append(self, batch: Any) -> None:
         import pyarrow as pa
@@ -317,7 +325,8 @@ def _batches(path: Path) -> Iterator[Any]:
 _ANSWER = {"answer": "string", "probability": "float64"}
 
 
-def _arrow_field(name: str, kind: str) -> Any:
+def _arrow_field(name: str, kind: str, width: int) -> Any:
+    """Return the field of a prediction column; `width` is that of an embedding, -1 if unknown."""
     import pyarrow as pa
 
     ranking = pa.list_(pa.struct([(key, pa.type_for_alias(t)) for key, t in _ANSWER.items()]))
@@ -329,8 +338,101 @@ def _arrow_field(name: str, kind: str) -> Any:
         "whole": pa.int64(),
         "ranking": ranking,
         "rankings": pa.list_(ranking),
+        "embedding": pa.list_(pa.float32(), width),
     }
     return pa.field(name, types[kind])
+
+
+class NumpyFile(RowFile):
+    """A NumPy array of the embeddings, `(rows, dims)` in float32; NaN for rows without one.
+
+    Until it is complete, its header has 0 rows. It has no other columns, so a resumed file is
+    compared with the rows by their number only.
+    """
+
+    def __init__(self, path: Path, columns: RowColumns) -> None:
+        super().__init__(path, columns)
+        if list(columns.answers.values()) != ["embedding"]:
+            raise ConfigError(
+                f"{path}: .npy holds embeddings, and these are other predictions. Write .jsonl or "
+                ".parquet."
+            )
+        self._file: IO[bytes] | None = None
+        self._width, self._rows, self._skipped = 0, 0, 0
+
+    def read_back(self) -> Iterator[Any]:
+        """Yield None for each complete row."""
+        import numpy as np
+
+        if (there := self.existing) is None or not there.stat().st_size:
+            return
+        with there.open("rb") as file:
+            np.lib.format.read_magic(file)
+            shape = np.lib.format.read_array_header_1_0(file)[0]
+            self._width, size = shape[1], there.stat().st_size - file.tell()
+        for _ in range(size // (4 * self._width)):
+            yield None
+
+    def as_written(self, row: Row) -> Any:  # noqa: ARG002 - input columns are not written
+        """Return None."""
+        return None
+
+    def open(self, keep: int) -> None:
+        """Open the file for appending after the first `keep` rows."""
+        there = self.existing
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if there is None or not keep:
+            self._file = self.partial.open("wb")
+            return
+        if there == self.path:
+            self.path.replace(self.partial)
+        self._file, self._rows = self.partial.open("r+b"), keep
+        self._write_header(0)
+        self._file.truncate(self._file.tell() + 4 * keep * self._width)
+        self._file.seek(0, os.SEEK_END)
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Append the embeddings of `rows`."""
+        import numpy as np
+
+        if self._file is None:
+            raise RuntimeError("the file is not open")
+        (name,) = self.columns.answers
+        vectors = [row.get(name) for row in rows]
+        if not self._width:
+            self._width = next((len(vector) for vector in vectors if vector is not None), 0)
+            if not self._width:
+                self._skipped += len(rows)
+                return
+            self._write_header(0)
+            vectors = [None] * self._skipped + vectors
+        empty = np.full(self._width, np.nan, np.float32)
+        block = np.stack([empty if vector is None else vector for vector in vectors])
+        self._file.write(block.astype("<f4").tobytes())
+        self._file.flush()
+        self._rows += len(block)
+
+    def _write_header(self, rows: int) -> None:
+        import numpy as np
+
+        if self._file is None:
+            raise RuntimeError("the file is not open")
+        self._file.seek(0)
+        shape = (rows, self._width)
+        np.lib.format.write_array_header_1_0(
+            self._file, {"descr": "<f4", "fortran_order": False, "shape": shape}
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def finish(self) -> None:
+        """Write the number of rows, and move the file to its path."""
+        self._write_header(self._rows)
+        super().finish()
 
 
 ROW_FILES: dict[str, type[RowFile]] = {
@@ -339,6 +441,7 @@ ROW_FILES: dict[str, type[RowFile]] = {
     ".jsonl": JsonLinesFile,
     ".ndjson": JsonLinesFile,
     ".parquet": ParquetFile,
+    ".npy": NumpyFile,
 }
 """File suffix → format."""
 

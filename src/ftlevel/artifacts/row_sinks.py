@@ -15,7 +15,10 @@ from ftlevel.errors import join_names
 
 
 def to_json(row: Mapping[str, Any]) -> str:
-    """Return a row as a line of JSON; NaN and infinity become null, other types text."""
+    """Return a row as a line of JSON; NaN and infinity become null, other types text.
+
+    The values of an array have nine digits, which determine a float32.
+    """
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False, default=_as_text)
     except ValueError:
@@ -30,12 +33,14 @@ def to_cell(value: Any) -> str:
         return value
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, list | dict | tuple):
+    if isinstance(value, list | dict | tuple) or hasattr(value, "tolist"):
         return json.dumps(value, ensure_ascii=False, default=_as_text)
     return repr(value) if isinstance(value, int | float) else _as_text(value)
 
 
-def _as_text(value: Any) -> str:
+def _as_text(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return [float(f"{number:.9g}") for number in value.tolist()]
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")
     return value.isoformat() if hasattr(value, "isoformat") else str(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import IO, Any
@@ -38,7 +38,8 @@ from ftlevel.evaluation.answers import (
 from ftlevel.evaluation.scoring import GenerationOptions
 from ftlevel.events import Listener, NullListener
 from ftlevel.models.hardware import choose_device, choose_threads
-from ftlevel.models.loading import silence_loggers
+from ftlevel.models.kinds import width_of
+from ftlevel.models.loading import load_config, silence_loggers
 from ftlevel.models.quantization import quantization_form
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.tasks.base import OutputOptions
@@ -144,8 +145,9 @@ def _prepare(
     mapping = _mapping(config, own, task, source)
     shape = task.find_questions(source.leading, mapping, config.format, source.first)
     refuse_media_columns(shape.unused, source.first, file.shown if file else "the rows")
-    wanted = OutputOptions(config.probabilities, config.top_k or 0)
+    wanted = OutputOptions(config.probabilities, config.top_k or 0, config.normalize, config.dims)
     kinds = task.answer_columns(shape, found.card.labels, found.card.options, wanted)
+    _check_embedding_options(config, task, kinds.values(), found)
     answers = {f"{config.column}_{end}" if end else config.column: end for end in kinds}
     _check_new(config, answers, source, file)
     added = {name: kinds[end] for name, end in answers.items()}
@@ -225,6 +227,24 @@ def _check_new(
             f"--column {config.column}: {whose} {join_names(taken)} already, and nothing of "
             "yours is "
             "overwritten. Name another by --column."
+        )
+
+
+def _check_embedding_options(
+    config: PredictConfig, task: BaseTask, kinds: Iterable[str], found: ModelRef
+) -> None:
+    """Raise `ConfigError` for options of embeddings that do not apply, or too many dimensions."""
+    if "embedding" not in kinds:
+        for flag, given in (
+            ("--normalize", config.normalize is not None),
+            ("--dims", config.dims is not None),
+        ):
+            if given:
+                raise ConfigError(f"{flag}: --task {task.name} gives no embeddings. Drop it.")
+    elif config.dims is not None and config.dims > (width := width_of(load_config(found.source))):
+        raise ConfigError(
+            f"--dims {config.dims}: the embeddings of {config.name} have {width} dimensions. Use "
+            "at most that many."
         )
 
 

@@ -153,7 +153,8 @@ class PredictConfig(DecodingAsInTraining):
     )
     output: Path | None = Field(
         None,
-        description="Output file (.csv, .tsv, .jsonl or .parquet); default: JSONL on stdout.",
+        description="Output file (.csv, .tsv, .jsonl or .parquet, or .npy for embeddings); "
+        "default: JSONL on stdout.",
     )
     column: str = Field("prediction", min_length=1, description="Name of the prediction column.")
     columns: dict[str, str] = Field(
@@ -168,6 +169,14 @@ class PredictConfig(DecodingAsInTraining):
         False, description="Whether to add the probability of each prediction."
     )
     top_k: Positive | None = Field(None, description="Number of most likely predictions to add.")
+    normalize: bool | None = Field(
+        None, description="Whether embeddings have length 1; default: as in the model."
+    )
+    dims: Positive | None = Field(
+        None,
+        description="Number of leading dimensions of embeddings to keep, as trained by "
+        "--matryoshka-dims; default: as in the model.",
+    )
     limit: Positive | None = Field(
         None, description="Maximum number of rows to predict; the first N are used."
     )

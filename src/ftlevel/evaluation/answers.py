@@ -120,8 +120,12 @@ class RowScorer:
                 return
             inputs, _ = objective.split(batch)
             logits = objective.logits(trained.model(**inputs))
+        if objective.per_row:
+            yield from logits
+            return
+        virtual = logits.shape[1] - batch["input_ids"].shape[1]
         for row, scores in zip(rows, logits, strict=True):
-            yield scores if objective.per_row else scores[: len(row.input_ids)]
+            yield scores[virtual : virtual + len(row.input_ids)]
 
     def _token_scores(
         self, batch: dict[str, torch.Tensor], rows: Sequence[Encoded]

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from ftlevel.models.sources import ModelSource
 
 T = TypeVar("T")
-Column = Literal["text", "texts", "number", "numbers", "whole", "ranking", "rankings"]
-"""Type of a prediction column.
+Column = Literal["text", "texts", "number", "numbers", "whole", "ranking", "rankings", "embedding"]
+"""Type of a prediction column; an embedding is a float32 array (dims,).
 
 A ranking is a list of `{"answer": ..., "probability": ...}`, most likely first.
 """
@@ -57,10 +57,15 @@ class Prediction:
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """Optional outputs of a prediction; `top_k` is 0 for no ranking."""
+    """Optional outputs of a prediction; `top_k` is 0 for no ranking.
+
+    `normalize` and `dims` are of embeddings; None is as in the model.
+    """
 
     probabilities: bool = False
     top_k: int = 0
+    normalize: bool | None = None
+    dims: int | None = None
 
 
 class PromptedModel(Protocol):

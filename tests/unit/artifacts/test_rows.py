@@ -9,10 +9,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from ftlevel.artifacts.row_files import ParquetFile, check_row_file, row_file_type, write_rows
+from ftlevel.artifacts.row_files import (
+    ROW_FILES,
+    ParquetFile,
+    check_row_file,
+    row_file_type,
+    write_rows,
+)
 from ftlevel.artifacts.row_sinks import RowColumns, RowFile, partial_of
 from ftlevel.errors import ConfigError, InputError
 
@@ -178,3 +186,58 @@ def test_parquet_that_is_resumed_knows_a_row_whose_null_keys_were_dropped(tmp_pa
     assert there == resumed.as_written({**row, "talk": [{"role": "user"}]})
     assert there != resumed.as_written({**row, "talk": [{"role": "user", "tags": ["a"]}]})
     assert there != resumed.as_written({**row, "talk": [{"role": "tool"}]})
+
+
+VECTORS = np.arange(12, dtype=np.float32).reshape(4, 3) / 7
+EMBEDDED = RowColumns(["text"], {"vector": "embedding"})
+
+
+def embedded(numbers):
+    return [{"text": f"t{n}", "vector": VECTORS[n]} for n in numbers]
+
+
+def test_embeddings_are_an_array_a_list_of_fixed_size_and_json(tmp_path):
+    for name in ("a.npy", "a.parquet", "a.jsonl", "a.csv"):
+        file = ROW_FILES[f".{name[2:]}"](tmp_path / name, EMBEDDED)
+        file.open(0)
+        file.write(embedded([0, 1]))
+        file.write([{"text": "none", "vector": None}, *embedded([3])])
+        file.finish()
+    array = np.load(tmp_path / "a.npy")
+    assert (array.dtype, array.shape) == (np.float32, (4, 3))
+    assert np.array_equal(array[[0, 1, 3]], VECTORS[[0, 1, 3]])
+    assert np.isnan(array[2]).all()
+    table = pq.read_table(tmp_path / "a.parquet")
+    assert str(table.schema.field("vector").type).startswith("fixed_size_list<element: float>[3]")
+    assert table["vector"].to_pylist()[3] == VECTORS[3].tolist()
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert lines[2]["vector"] is None
+    assert np.array_equal(np.array(lines[1]["vector"], dtype=np.float32), VECTORS[1])
+    cells = (tmp_path / "a.csv").read_text().splitlines()
+    assert cells[1].startswith('t0,"[0.0, 0.142857149, 0.285714298]"')
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+def test_embeddings_are_resumed(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    first = ROW_FILES[suffix](path, EMBEDDED)
+    first.open(0)
+    first.write(embedded([0, 1, 2]))
+    first.close()  # as if it had been killed
+    second = ROW_FILES[suffix](path, EMBEDDED)
+    rows = embedded(range(4))
+    assert list(second.read_back()) == [second.as_written(row) for row in rows[:3]]
+    second.open(3)
+    second.write(embedded([3]))
+    second.finish()
+    found = (
+        np.load(path)
+        if suffix == ".npy"
+        else np.array(pq.read_table(path)["vector"].to_pylist(), dtype=np.float32)
+    )
+    assert np.array_equal(found, VECTORS)
+
+
+def test_an_array_holds_embeddings_only(tmp_path):
+    with pytest.raises(ConfigError, match=r"\.npy holds embeddings"):
+        ROW_FILES[".npy"](tmp_path / "a.npy", RowColumns(["text"], {"label": "text"}))

@@ -167,8 +167,14 @@ def build_grouped(roles: RoleValues) -> EmbeddingRow:
 
 
 def build_query(roles: RoleValues) -> EmbeddingRow:
-    """Return a text without documents, to be embedded."""
-    return EmbeddingRow(roles.text("text"), roles.index)
+    """Return a query to be embedded."""
+    return EmbeddingRow(roles.text("query"), roles.index)
+
+
+def build_document(roles: RoleValues) -> EmbeddingRow:
+    """Return a document to be embedded, with its title if it has one."""
+    title, text = roles.text_or_empty("title"), roles.text("text")
+    return EmbeddingRow("", roles.index, (f"{title} {text}" if title else text,), (0.0,))
 
 
 def build_candidates(roles: RoleValues) -> EmbeddingRow:
@@ -385,21 +391,12 @@ RANKING_SHAPES = (
 """Layouts with documents, for embedding models and rerankers."""
 EMBEDDING_SHAPES = (*RANKING_SHAPES, GROUPED_SHAPE)
 QUERY_SHAPES = (
+    FormatSpec("query", build_query, {"query": (*_QUERY, "sentence1")}, guessable=False),
     FormatSpec(
         "text",
-        build_query,
-        {
-            "text": (
-                "text",
-                "query",
-                "document",
-                "sentence",
-                "anchor",
-                "content",
-                "question",
-                "passage",
-            )
-        },
+        build_document,
+        {"text": (*_DOCUMENT, "positive", "sentence", "content", "sentence2")},
+        {"title": ("title",)},
     ),
 )
 """Layouts of texts to be embedded."""

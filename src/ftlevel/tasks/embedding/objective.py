@@ -75,10 +75,13 @@ class Embeddings(StepObjective):
 
     def embed(self, outputs: Any, mask: torch.Tensor) -> torch.Tensor:
         """Return the pooled states, with length 1 if the model normalizes."""
+        return self.embed_states(self.logits(outputs), mask)
+
+    def embed_states(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the vectors of token states `(texts, seq, width)`, as `embed` does."""
         import torch
         from torch.nn import functional
 
-        states = self.logits(outputs)
         with torch.autocast(states.device.type, enabled=False):
             vectors = pool(states, mask, self.form.pooling)
             if self.form.dims is not None:

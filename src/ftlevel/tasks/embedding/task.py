@@ -33,6 +33,8 @@ from ftlevel.tasks.embedding.objective import EVALUATED_ROWS, METRICS, Embedding
 from ftlevel.tasks.embedding.rows import TextEncoder
 
 if TYPE_CHECKING:
+    import torch
+
     from ftlevel.config import DataConfig, TrainConfig
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.formats.detect import Format
@@ -221,13 +223,30 @@ class EmbeddingTask(BaseTask):
     ) -> dict[str, Column]:
         """Return one column with the vector."""
         check_options(wanted, "an embedding model", "")
-        return {"": "numbers"}
+        return {"": "embedding"}
 
     def answer_rows(
         self, model: PromptedModel, questions: Sequence[Any], wanted: OutputOptions
     ) -> list[Prediction]:
-        """Return the vector of each text."""
-        raise InputError("an embedding model answers no prompt. Use ftlevel predict.")
+        """Return the vector of each query or document, with its prompt before it."""
+        known = self.configured(model.options)
+        form = replace(known.form, dims=wanted.dims or known.form.dims)
+        if wanted.normalize is not None:
+            form = replace(form, normalize=wanted.normalize)
+        encode = TextEncoder(model.tokenizer, "", "", known.end)
+        texts = [
+            form.document_prompt + q.documents[0] if q.documents else form.query_prompt + q.query
+            for q in questions
+        ]
+        rows = [Encoded(ids, 0, at) for at, ids in enumerate(encode.ids(texts))]
+        objective = Embeddings(METRICS["ranking"][0], form=form)
+
+        def read(_: Encoded, states: torch.Tensor) -> Prediction:
+            mask = states.new_ones(1, len(states))
+            vector = objective.embed_states(states[None], mask)[0].cpu().numpy()
+            return Prediction("", columns={"": vector})
+
+        return model.score(rows, read)
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
         """Return a dummy label."""

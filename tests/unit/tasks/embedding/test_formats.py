@@ -136,7 +136,9 @@ def test_columns_without_a_pair_are_refused(columns):
 
 
 def test_texts_to_embed_and_documents_to_score():
-    assert convert({"text": "q"}, QUERY_SHAPES)[1] == [EmbeddingRow("q", 0)]
+    assert convert({"query": "q", "_id": "1"}, QUERY_SHAPES)[1] == [EmbeddingRow("q", 0)]
+    for row in ({"text": "t d"}, {"_id": "1", "title": "t", "text": "d"}, {"passage": "t d"}):
+        assert convert(row, QUERY_SHAPES)[1] == [EmbeddingRow("", 0, ("t d",), (0,))]
     listed = convert({"query": "q", "documents": ["a", "b"]}, CANDIDATE_SHAPES)[1]
     assert listed == [EmbeddingRow("q", 0, ("a", "b"), (0, 0))]
     one = convert({"query": "q", "document": "a"}, CANDIDATE_SHAPES)[1]
