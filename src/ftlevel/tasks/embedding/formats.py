@@ -64,9 +64,9 @@ class EmbeddingRow:
 
     @property
     def parts(self) -> ExampleParts:
-        """The query, and the documents or the class."""
+        """The query, and the documents or the class; other rows may have other documents."""
         last = "\n".join(self.documents) or self.group
-        return ExampleParts(self.query, last, self.query, last)
+        return ExampleParts(self.query, last, "", last)
 
 
 def build_pairs(roles: RoleValues) -> EmbeddingRow:

@@ -72,7 +72,7 @@ class RerankingTask(BaseTask):
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
         """Return the loss over lists of documents."""
         known = options_of(facts)
-        return Ranking(known["headline"], known["loss"], known["pos_weight"])
+        return Ranking(known["headline"], loss=known["loss"], pos_weight=known["pos_weight"])
 
     def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
         """Return the loss, its settings, and `regression` as problem type.
