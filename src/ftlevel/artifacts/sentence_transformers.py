@@ -73,10 +73,17 @@ class EmbeddingFormat:
 
 @dataclass(frozen=True)
 class CrossEncoderFormat:
-    """How a reranker's logit becomes a score: a dotted path of `torch.nn`; None for its default."""
+    """How a reranker's logit becomes a score.
+
+    Attributes:
+        activation: dotted path of a module of `torch.nn`.
+        max_length: maximum number of tokens of a pair; None for the tokenizer's.
+        pad_token_id: padding token, at which a decoder's text ends; None if its config has one.
+    """
 
     activation: str = "torch.nn.modules.linear.Identity"
     max_length: int | None = None
+    pad_token_id: int | None = None
 
 
 def read_embedding_format(directory: Path) -> EmbeddingFormat | None:
@@ -212,6 +219,15 @@ def write_cross_encoder_format(directory: Path, form: CrossEncoderFormat) -> lis
     The activation is in `config_sentence_transformers.json`, and in `config.json` if there is one,
     where vLLM and sentence-transformers 3 to 5 read it.
     """
+    lengths: dict[str, Any] = {
+        "transformer_task": "sequence-classification",
+        "do_lower_case": False,
+    }
+    if form.max_length is not None:
+        lengths["max_seq_length"] = form.max_length
+    is_model = (directory / "config.json").is_file()
+    if form.pad_token_id is not None and not is_model:  # an adapter has its base's config
+        lengths["config_kwargs"] = {"pad_token_id": form.pad_token_id}
     files: dict[str, Any] = {
         MODULES: _modules([("", "Transformer")]),
         SETTINGS: {
@@ -220,13 +236,9 @@ def write_cross_encoder_format(directory: Path, form: CrossEncoderFormat) -> lis
             "default_prompt_name": None,
             "activation_fn": form.activation,
         },
-        LENGTHS: {
-            "transformer_task": "sequence-classification",
-            **({} if form.max_length is None else {"max_seq_length": form.max_length}),
-            "do_lower_case": False,
-        },
+        LENGTHS: lengths,
     }
-    if (directory / "config.json").is_file():
+    if is_model:
         config = _read_json(directory / "config.json")
         inner = {**(config.get("sentence_transformers") or {}), "activation_fn": form.activation}
         files["config.json"] = {**config, "sentence_transformers": inner}

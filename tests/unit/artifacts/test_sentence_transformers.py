@@ -139,6 +139,12 @@ def test_a_cross_encoder_keeps_its_config(tmp_path):
     }
 
 
+def test_an_adapter_names_the_padding_token_that_its_base_lacks(tmp_path):
+    write_cross_encoder_format(tmp_path, CrossEncoderFormat(pad_token_id=3))
+    lengths = json.loads((tmp_path / "sentence_bert_config.json").read_text())
+    assert lengths["config_kwargs"] == {"pad_token_id": 3}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

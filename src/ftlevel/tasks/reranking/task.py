@@ -132,7 +132,8 @@ class RerankingTask(BaseTask):
 
         is_bce = options_of(options)["loss"] == "bce"
         activation = SIGMOID if is_bce else IDENTITY
-        form = CrossEncoderFormat(activation, max_positions(model_config))
+        pad_id = getattr(model_config, "pad_token_id", None)
+        form = CrossEncoderFormat(activation, max_positions(model_config), pad_id)
         write_cross_encoder_format(directory, form)
 
     # ---- rows
