@@ -171,7 +171,7 @@ def test_a_switch_is_no_number(setting: str) -> None:
         ("train.max_length=4", "unknown key 'train.max_length'. Did you mean 'data.max_length'?"),
         ("train.r=4", "unknown key 'train.r'. Did you mean 'method.r'?"),
         ("foo.bar=4", "unknown key 'foo.bar'. Sections: task, model, quant, method, data, train, "
-         "preference, rl, distillation, speed, output."),
+         "preference, rl, embedding, reranking, distillation, speed and 1 more."),
         ("train.optim=adamw", "'adamw' is not known. Expected one of adamw_torch, "
          "adamw_torch_fused, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit, adafactor, ademamix, "
          "ademamix_8bit, paged_ademamix_8bit, paged_ademamix_32bit, lion_8bit, lion_32bit, "
