@@ -1,0 +1,92 @@
+"""Configuration of `ftlevel mine`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from ftlevel.config.preference import FewNames
+from ftlevel.config.section import Positive, Section
+from ftlevel.config.sections import IGNORE_COLUMNS, INPUT_FORMAT
+
+
+def _read_range(value: Any) -> Any:
+    """Parse `10-210` as two ranks."""
+    if not isinstance(value, str):
+        return value
+    first, dash, last = value.partition("-")
+    if not (dash and first.strip().isdecimal() and last.strip().isdecimal()):
+        raise ValueError(f"{value!r} is no range of ranks, such as 10-210")
+    return int(first), int(last)
+
+
+Ranks = Annotated[tuple[Positive, Positive], BeforeValidator(_read_range)]
+
+
+class MineConfig(Section):
+    """Configuration of the search for hard negatives."""
+
+    name: str = Field(
+        min_length=1, description="Embedding model that searches: a run, adapter or model."
+    )
+    dataset: str = Field(min_length=1, description="Data file with queries and positives.")
+    output: Path = Field(
+        description="Output file (.jsonl or .parquet), with columns query, pos and neg."
+    )
+    corpus: Path | None = Field(
+        None,
+        description="File of further documents to search, with a column text; default: only the "
+        "documents of the dataset.",
+    )
+    negatives: Positive = Field(5, description="Number of negatives per query.")
+    relative_margin: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.05,
+        description="Distance of a negative from the lowest positive, as a share of its score. "
+        "Documents that score higher are likely to be relevant and are skipped.",
+    )
+    ranks: Ranks = Field(
+        (1, 100),
+        description="Range of ranks, FIRST-LAST, among the documents that are not skipped.",
+    )
+    sampling: Literal["top", "random"] = Field(
+        "top", description="Selection of negatives in the range: the first ones, or at random."
+    )
+    scores: bool = Field(
+        False,
+        description="Whether to add the model's scores as pos_scores and neg_scores, for "
+        "distillation.",
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Column mapping, FTLEVEL_NAME=YOUR_COLUMN, e.g. positive=answer.",
+    )
+    ignore_columns: FewNames = Field((), description=IGNORE_COLUMNS)
+    format: str | None = Field(None, description="Format of the rows, if several formats match.")
+    input_format: str | None = Field(None, min_length=1, description=INPUT_FORMAT)
+    overwrite: bool = Field(False, description="Whether to replace an existing output file.")
+    base_model: str | None = Field(
+        None,
+        min_length=1,
+        description="Current location of the base model, if it has moved. Its weights must be "
+        "the same.",
+    )
+    batch_size: Positive | None = Field(
+        None, description="Batch size; default: chosen by row length."
+    )
+    seed: int = Field(0, ge=0, description="Random seed of --sampling random.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Compute precision; auto: as in training."
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Device to run on.")
+
+    @model_validator(mode="after")
+    def _enough_ranks(self) -> MineConfig:
+        first, last = self.ranks
+        if last - first + 1 < self.negatives:
+            raise ValueError(
+                f"--ranks {first}-{last} has {max(last - first + 1, 0)} ranks, and --negatives is "
+                f"{self.negatives}. Widen the range."
+            )
+        return self

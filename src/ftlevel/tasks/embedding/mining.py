@@ -1,0 +1,106 @@
+"""Hard negatives: documents that are near a query, and not as near as its positives.
+
+A candidate is no positive of the query, in any row, and not the query itself. It is skipped if its
+score is above s - m |s|, where s is the score of the row's lowest positive and m the margin: such a
+document is often relevant (NV-Retriever, 2407.15831).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ftlevel.tasks.embedding.formats import EmbeddingRow
+from ftlevel.tasks.embedding.retrieval import BLOCK_BYTES, iterate_scores
+
+
+@dataclass(frozen=True)
+class MiningOptions:
+    """Number of negatives, margin, range of ranks (from 1) and their selection."""
+
+    negatives: int = 5
+    relative_margin: float = 0.05
+    ranks: tuple[int, int] = (1, 100)
+    at_random: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class MinedRow:
+    """Negatives of a row as positions in the corpus, best first, and all scores.
+
+    `skipped` is the number of documents above the margin.
+    """
+
+    negatives: tuple[int, ...]
+    positive_scores: tuple[float, ...]
+    negative_scores: tuple[float, ...]
+    skipped: int
+
+
+class Corpus:
+    """Distinct documents with their positions, and the positives of each query."""
+
+    def __init__(self, rows: Sequence[EmbeddingRow], documents: Sequence[str] = ()) -> None:
+        own = (text for row in rows for text in row.documents)
+        self.texts = list(dict.fromkeys([*own, *documents]))
+        self.places: Mapping[str, int] = {text: at for at, text in enumerate(self.texts)}
+        self._positives: dict[str, set[int]] = {}
+        for row in rows:
+            known = self._positives.setdefault(row.query, set())
+            known |= {self.places[text] for text in row.positives}
+            if row.query in self.places:
+                known.add(self.places[row.query])
+
+    def excluded(self, query: str) -> list[int]:
+        """Return the positions of the query's positives in all rows, and of its own text."""
+        return sorted(self._positives[query])
+
+
+def mine(
+    rows: Sequence[EmbeddingRow],
+    corpus: Corpus,
+    queries: torch.Tensor,
+    documents: torch.Tensor,
+    options: MiningOptions,
+    *,
+    similarity: str = "cosine",
+    block_bytes: int = BLOCK_BYTES,
+) -> Iterator[MinedRow]:
+    """Yield the negatives of each row, by exact search in blocks of queries.
+
+    Args:
+        rows: rows with positives.
+        corpus: the documents.
+        queries: `(rows, dims)` embeddings.
+        documents: `(documents, dims)` embeddings.
+        options: number, margin and range.
+        similarity: cosine or dot.
+        block_bytes: memory of the scores that are held at a time.
+    """
+    generator = np.random.default_rng(options.seed)
+    first, last = options.ranks
+    for start, block in iterate_scores(queries, documents, similarity, block_bytes):
+        for number, scores in enumerate(block):
+            row = rows[start + number]
+            good = [corpus.places[text] for text in row.positives]
+            own = scores[good].tolist()
+            limit = min(own) - options.relative_margin * abs(min(own))
+            scores[corpus.excluded(row.query)] = -torch.inf
+            above = scores > limit
+            scores[above] = -torch.inf
+            found = scores.topk(min(last, len(scores)))
+            kept = int(torch.isfinite(found.values).sum())
+            window = np.arange(first - 1, kept)
+            if options.at_random and len(window) > options.negatives:
+                window = np.sort(generator.choice(window, options.negatives, replace=False))
+            window = window[: options.negatives]
+            yield MinedRow(
+                tuple(found.indices[window].tolist()),
+                tuple(own),
+                tuple(found.values[window].tolist()),
+                int(above.sum()),
+            )
