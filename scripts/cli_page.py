@@ -70,16 +70,19 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
         )
     elif answers:
         yield from ("", "## Not available", "")
-        yield from (line for row in answers for line in _answer(row))
+        groups: dict[str, list[str]] = {}
+        for row in answers:
+            groups.setdefault(_answer(row), []).append(_code(row.shown))
+        yield from (f"- {', '.join(names)}: {text}" for text, names in groups.items())
 
 
-def _answer(row: Flag) -> Iterator[str]:
-    """Yield the line of a flag that is not available: its values, then the general answer."""
+def _answer(row: Flag) -> str:
+    """Return what `ftlevel` answers to a flag that is not available, by value."""
     words = [
         f"{_code(word)}: {meant.reason if isinstance(meant, NoOpValue) else _code(meant)}"
         for word, meant in row.words.items()
     ]
-    yield f"- {_code(row.shown)}: {'; '.join([*words, row.answer])}"
+    return "; ".join([*words, row.answer])
 
 
 def _line(row: Flag, command: str, flags: Sequence[Flag]) -> str:
