@@ -11,8 +11,8 @@ llama.cpp the former by its own converter, where --converter says where that is.
 prompts are asked by token ids, 12 greedy tokens each, in float32. A cell is
 
     right    as trained: texts equal, logprobs within 0.02 (llama.cpp) or 1e-3
-    WRONG    something else, without a word
-    base     the base's answers, without a word
+    WRONG    something else, silently
+    base     the base's answers, silently
     refused  by the server, or by export before anything was written; the reason is in the table
 """
 

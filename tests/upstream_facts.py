@@ -21,7 +21,7 @@ SITE = Path(found).parents[1]
 
 
 class Fact(NamedTuple):
-    """A name that its library may change without a word.
+    """A name that its library may change silently.
 
     Attributes:
         name: what is used; with a class where it belongs to one.

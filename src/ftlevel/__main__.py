@@ -10,7 +10,7 @@ def main() -> None:
 
         run()
     except KeyboardInterrupt:
-        sys.stderr.write("ftlevel: interrupted; nothing was kept.\n")
+        sys.stderr.write("ftlevel: interrupted; nothing was saved.\n")
         raise SystemExit(130) from None
     finally:
         # CPython remembers a KeyboardInterrupt raised inside exec(), as in dataclasses, and would

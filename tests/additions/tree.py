@@ -45,7 +45,7 @@ class Addition:
         shutil.copytree(PACKAGE, folder / "ftlevel", ignore=ignored)
         for path, text in self.files.items():
             target = folder / "ftlevel" / path
-            assert not target.exists(), f"{path} is there already"
+            assert not target.exists(), f"{path} already exists"
             target.write_text(text, encoding="utf-8")
         for path, anchor, line in self.lines:
             target = folder / "ftlevel" / path

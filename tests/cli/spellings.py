@@ -239,7 +239,7 @@ SPELLINGS: list[Spelled] = [
     *_agrees(
         PEFT, "sft/run_peft.sh",
         ("--use_peft_lora True", "an adapter is trained"),
-        ("--packing True", "each attending to itself alone"),
+        ("--packing True", "each attending to itself only"),
         ("--add_special_tokens False", "no token is added"),
         ("--append_concat_token False", "no token is added"),
         ('--logging_strategy "steps"', "the loss is logged every --logging-steps"),
@@ -305,11 +305,11 @@ SPELLINGS: list[Spelled] = [
     *_agrees(
         TRL, "trl sft",
         ("--use_peft", "an adapter is trained"),
-        ("--packing", "each attending to itself alone"),
+        ("--packing", "each attending to itself only"),
         ("--no_remove_unused_columns", "columns that are not used are only named"),
         ("--assistant_only_loss true", "the loss is that of answers alone"),
         ("--completion_only_loss true", "the loss is that of answers alone"),
-        ("--padding_free", "each attending to itself alone"),
+        ("--padding_free", "each attending to itself only"),
     ),
     *_answers(
         TRL, "trl sft",
@@ -374,7 +374,7 @@ SPELLINGS: list[Spelled] = [
     ),
     *_agrees(
         AXOLOTL, "llama-3/lora-1b.yml",
-        ("--sample-packing true", "each attending to itself alone"),
+        ("--sample-packing true", "each attending to itself only"),
         ("--load-in-8bit false", "quant.kind is none"),
         ("--pad-to-sequence-len false", "rows are not padded to the longest length"),
     ),
@@ -423,7 +423,7 @@ SPELLINGS: list[Spelled] = [
     *_agrees(
         LLAMA_FACTORY, "train_qlora and extras",
         ("--quantization_method bnb", "weights are quantized by bitsandbytes"),
-        ("--neat_packing true", "each attending to itself alone"),
+        ("--neat_packing true", "each attending to itself only"),
     ),
     *_answers(
         LLAMA_FACTORY, "train_lora",
@@ -461,7 +461,7 @@ SPELLINGS: list[Spelled] = [
             {"data.problem_type": "regression"}, beside="--task_type seq_cls"),
     *_agrees(
         MS_SWIFT, "packing, qlora and seq_cls",
-        ("--packing true", "each attending to itself alone"),
+        ("--packing true", "each attending to itself only"),
         ("--quant_method bnb", "weights are quantized by bitsandbytes"),
     ),
     *_answers(

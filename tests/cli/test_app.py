@@ -148,7 +148,7 @@ def test_every_field_has_a_consumer() -> None:
         (["train", "--map", "summary"], "expected NAME=COLUMN"),
         (["train", "--set", "seed"], "expected section.key=value"),
         (["list-targets", "lama"], "Did you mean 'llama'"),
-        (["generate", "builtin:tiny-llama"], "there is nothing to ask. Add --prompt"),
+        (["generate", "builtin:tiny-llama"], "there is no prompt. Add --prompt"),
         (
             ["generate", "nothing/here", "--prompt", "x", "--max-new-tokens", "0"],
             "max_new_tokens must be ≥ 1",
@@ -183,9 +183,9 @@ def test_ctrl_c_is_said_wherever_it_comes(
     monkeypatch.setattr(engine, "resolve", press)
     assert run(["train", *(["--json"] if as_json else [])]) == 130
     shown = capsys.readouterr()
-    assert shown.err == "ftlevel: interrupted; nothing was kept.\n"
+    assert shown.err == "ftlevel: interrupted; nothing was saved.\n"
     if as_json:
-        assert json.loads(shown.out) == {"error": "interrupted; nothing was kept.",
+        assert json.loads(shown.out) == {"error": "interrupted; nothing was saved.",
                                          "exit_code": 130}  # fmt: skip
 
 
@@ -202,4 +202,4 @@ def test_ctrl_c_while_the_program_is_imported(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 130
-    assert capsys.readouterr().err == "ftlevel: interrupted; nothing was kept.\n"
+    assert capsys.readouterr().err == "ftlevel: interrupted; nothing was saved.\n"

@@ -44,9 +44,9 @@ BAD: dict[str, tuple[bytes, list[str], list[str]]] = {
          "--on-bad-row skip would drop all 2 rows of rows.jsonl. Fix the file."]),
     "missing column": (
         jsonl({"txt": "a"}, {"txt": "b"}), [],
-        ["--task text-generation: the columns do not say what to learn. Columns: 'txt'. Wanted is "
-         "one of: messages, conversations, prompt + completion, instruction + output, text. Say "
-         "which is which: --map text=txt."]),
+        ["--task text-generation: the columns do not say what to learn. Columns: 'txt'. Expected "
+         "one of: messages, conversations, prompt + completion, instruction + output, text. Map the "
+         "columns: --map text=txt."]),
     "mapped column that is not there": (
         jsonl({"txt": "a"}, {"txt": "b"}), ["--map", "text=txtt"],
         ["--map text=txtt: no column 'txtt'. Did you mean 'txt'? Columns: 'txt'."]),
@@ -78,7 +78,7 @@ BAD: dict[str, tuple[bytes, list[str], list[str]]] = {
         [f"rows.jsonl:4: a list, where one object with named columns is expected. {FIX}"]),
     "a key twice": (
         jsonl(*pairs(3)) + b'{"prompt": "a", "completion": "b", "prompt": "c"}\n', [],
-        [f"rows.jsonl:4: the key 'prompt' stands twice in one object. {FIX}"]),
+        [f"rows.jsonl:4: the key 'prompt' occurs twice in one object. {FIX}"]),
     "null text": (
         jsonl({"text": "a b"}, {"text": None}, {"text": "c"}), [],
         [f"rows.jsonl:2: 'text' is null. {FIX}"]),

@@ -134,9 +134,9 @@ def test_nothing_is_written_over_or_half(
     tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("recipe.yaml").write_text("method: lora\n")
-    assert "recipe.yaml is there already" in refused(capsys, "--yes")
+    assert "recipe.yaml already exists" in refused(capsys, "--yes")
     assert Path("recipe.yaml").read_text() == "method: lora\n"
-    assert "there is no terminal to ask in. Add --yes" in refused(capsys, "new.yaml")
+    assert "there is no terminal for questions. Add --yes" in refused(capsys, "new.yaml")
     model = tiny_model_dir("bert")
     told = refused(capsys, "new.yaml", "--yes", "--model", model, "--task", "question-answering")
     assert "'text', 'label'" in told

@@ -96,7 +96,7 @@ def test_it_is_read_and_said(
     ("name", "content", "arguments", "message"),
     [
         ("odd.csv", TICKETS.replace("Body", "What happened").replace("Category", "Queue"), CLASSES,
-         "Say which is which: --map 'text=What happened' --map label=Queue."),
+         "Map the columns: --map 'text=What happened' --map label=Queue."),
         ("talks.json", json.dumps(TALKS), [],
          "talks.json row 1: turn 1 of 'dialog' has the unknown role 'Anna' (known: system, user, "
          "assistant, tool, human, gpt; or say who it is: --map user=Anna, or assistant=…)."),
@@ -108,13 +108,13 @@ def test_it_is_read_and_said(
          "text.jsonl:1: 'text' has 8,388,609 characters in one text"),
         ("marks.jsonl", jsonl(SPANS), CLASSES,
          "'label' holds spans of characters, which --task token-classification learns"),
-        ("page.pdf", "%PDF-1.7", [], "page.pdf: is a document, and ftlevel learns from text."),
+        ("page.pdf", "%PDF-1.7", [], "page.pdf: is a document, and ftlevel trains on text."),
         ("rows.jsonl.zst", "no archive", [],
          "rows.jsonl.zst: is named .zst and does not begin like one."),
         ("tickets.csv", TICKETS, [*CLASSES, "--map", "label=Category+Body"],
          "--map label=Category+Body: only texts can be joined. Name one column."),
         ("pictures.jsonl", jsonl(PICTURES), [],
-         "pictures.jsonl: column 'image' holds images, and ftlevel learns from text alone. To "
+         "pictures.jsonl: column 'image' holds images, and ftlevel trains on text only. To "
          "leave it out and use the other columns: --ignore-columns image."),
         ("pictures.jsonl", jsonl(PICTURES), ["--ignore-columns", "image,imge"],
          "--ignore-columns imge: no such column. Columns: 'text', 'label'."),

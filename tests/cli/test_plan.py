@@ -175,7 +175,7 @@ def test_real_models(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("--gpu", "h1000"), "--gpu h1000: no such card is known. Did you mean 'h100'?"),
+        (("--gpu", "h1000"), "--gpu h1000: unknown GPU. Did you mean 'h100'?"),
         (("--gpu", "h100", "--probe"), "--probe runs steps here, and --gpu plans for another"),
         (("--model", "builtin:tiny-llama", "--probe"), "--probe runs steps on real rows."),
         (("--shard", "full", "--gpu", "h100"), "Say how many: --nodes N and --gpus-per-node N"),

@@ -126,7 +126,7 @@ def test_list_show_and_copy(capsys: pytest.CaptureFixture[str]) -> None:
     assert Path("demo.yaml").read_bytes() == (OURS[0].parent / "demo.yaml").read_bytes()
     Path("demo.yaml").write_text("method: ia3\n")
     assert run(["recipes", "copy", "recipes/mine.yaml", "demo.yaml"]) == 2
-    assert "Name another: ftlevel recipes copy mine demo-2.yaml" in capsys.readouterr().err
+    assert "Choose another: ftlevel recipes copy mine demo-2.yaml" in capsys.readouterr().err
     assert Path("demo.yaml").read_text() == "method: ia3\n"
     Path("folder").mkdir()
     assert run(["recipes", "copy", "mine", "folder", "--json"]) == 0

@@ -134,7 +134,7 @@ def test_a_recipe_after_a_list_is_no_value(tmp_path: Path) -> None:
         ("--use_peft --method full", "contradicts method.kind, which is full. Drop one of them."),
         ("--do_train false", "ftlevel evaluate scores without training."),
         ("--eval_steps 5 --eval_strategy epoch", "--eval-steps 5 is not used by --eval-strategy"),
-        ("--validation_file a --val_size 0.1", "Give one of them."),
+        ("--validation_file a --val_size 0.1", "Use one of them."),
         ("--run_name a --output_dir b", "leave nothing to name. Drop it."),
         ("--warmup_ratio 2", "a ratio is below 1; --warmup-steps N takes a number of steps."),
         ("--resume_from_checkpoint out/checkpoint-5", "Use: --output-dir RUN --resume."),
@@ -161,7 +161,7 @@ def test_switches_of_what_is_not_here_may_be_off(capsys: pytest.CaptureFixture[s
     assert resolve(["--push_to_hub", "false", "--torch_compile=False"]) == resolve([])
     assert [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()] == [
         "--push-to-hub false: nothing is uploaded",
-        "--torch-compile False: there is nothing of it here",
+        "--torch-compile False: it is not available",
     ]
 
 

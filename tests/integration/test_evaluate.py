@@ -208,7 +208,7 @@ def test_other_rows(classifier: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--split test: .* has none. Splits here: train, valid"):
         score(classifier / "run", split="test")
     (tmp_path / "odd.jsonl").write_text('{"text": "a", "label": "z"}\n{"text": "b", "label": "a"}')
-    with pytest.raises(InputError, match=r"label 'z' .* is no class of the training rows"):
+    with pytest.raises(InputError, match=r"label 'z' .* is not a class of the training rows"):
         score(classifier / "run", dataset=str(tmp_path / "odd.jsonl"))
 
 

@@ -182,8 +182,8 @@ def test_a_mapped_column_trains(
     data, model = write_jsonl(tmp_path / "rows", rows), tiny_model_dir("llama")
     assert run(["train", "--dry-run", "--dataset", str(data), "--model", str(model)]) == 2
     assert (
-        "Columns: 'frage', 'antwort'. Wanted is one of: messages, conversations, prompt + "
-        "completion, instruction + output, text. Say which is which: --map prompt=frage "
+        "Columns: 'frage', 'antwort'. Expected one of: messages, conversations, prompt + "
+        "completion, instruction + output, text. Map the columns: --map prompt=frage "
         "--map completion=antwort."
     ) in capsys.readouterr().err
     out = train(data, "text-generation", model, tmp_path / "run", capsys,

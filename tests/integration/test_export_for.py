@@ -249,7 +249,7 @@ def test_a_start_inside_the_base_is_merged_by_its_plain_form(
 ) -> None:
     name = adapter(base, "pissa")
     assert run(["merge", name, "--out", "merged"]) == 2
-    assert "its start was taken out of the base's weights" in capsys.readouterr().err
+    assert "its initialization was taken out of the base's weights" in capsys.readouterr().err
     assert run(["export", name, "--format", "peft", "--out", "plain", "-q"]) == 0
     assert run(["merge", "plain", "--out", "merged", "-q"]) == 0
 

@@ -259,9 +259,9 @@ def test_files_of_prompts_and_answers(
     assert run(["generate", name, "--prompts", str(tmp_path / "bad.jsonl")]) == 2
     assert "bad.jsonl:2: has no 'prompt'." in capsys.readouterr().err
     assert run(["generate", name]) == 2
-    assert "there is nothing to ask. Add --prompt" in capsys.readouterr().err
+    assert "there is no prompt. Add --prompt" in capsys.readouterr().err
     assert run(["generate", name, "--chat", "--prompt", "a"]) == 2
-    assert "--chat asks in the terminal" in capsys.readouterr().err
+    assert "--chat reads from the terminal" in capsys.readouterr().err
 
 
 def test_a_table_of_prompts_is_asked_row_by_row(

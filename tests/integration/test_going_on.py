@@ -216,7 +216,7 @@ def test_what_cannot_go_on_is_refused(base: Path, capsys: pytest.CaptureFixture[
     config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"])
     get_peft_model(model, config).save_pretrained("ada")
     assert run(["train", "--adapter", "ada"]) == 2
-    assert "by --method adalora, which cannot go on: its ranks" in capsys.readouterr().err
+    assert "by --method adalora, which cannot be continued: its ranks" in capsys.readouterr().err
     model = AutoModelForCausalLM.from_pretrained(base)
     config = LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True)
     get_peft_model(model, config).save_pretrained("biased")

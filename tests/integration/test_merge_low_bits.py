@@ -189,7 +189,7 @@ def test_the_commands_take_it_as_a_model(
     flags = ["--quant", "4bit", "--quant-type", "fp4", "--no-double-quant", "--calibration-rows"]
     assert run(["merge", str(source), "--out", out, *flags, "8"]) == 0
     said = capsys.readouterr().out
-    assert "in 4-bit fp4, beside the run as trained: " in said
+    assert "in 4-bit fp4, compared with the run: " in said
     rows = source.parent / "rows.jsonl"
     assert run(["evaluate", out, "--dataset", str(rows), "--against", str(source), "--no-base",
                 "--json", "-q"]) == 0  # fmt: skip

@@ -69,7 +69,8 @@ def test_a_start_inside_the_base_needs_float32(
     flags = ["--init", "pissa", "--dtype", "bfloat16", "--output-dir", str(tmp_path / "run")]
     assert run(["train", "--quiet", *flags]) == 2
     assert capsys.readouterr().err == (
-        "ftlevel: --init pissa cannot be used with --dtype bfloat16: it takes its start out of the "
+        "ftlevel: --init pissa cannot be used with --dtype bfloat16: it takes its initialization "
+        "out of the "
         "base's weights, what is left is rounded, and the adapter would not be what was trained. "
         "Use --dtype float32, or --init default.\n"
     )

@@ -107,7 +107,7 @@ def test_a_row_alone_is_tried_with_checkpointing(
     monkeypatch.setattr(FtlevelTrainer, "compute_loss", computed)
     capsys.readouterr()
     assert run([*ROWS, *more, "--output-dir", "parts"]) == 0
-    assert "with a row alone: activations are recomputed from now on" in capsys.readouterr().err
+    assert "with a single row: activations are recomputed from now on" in capsys.readouterr().err
     assert losses("parts") == pytest.approx(losses("whole"), rel=1e-4)
     summary = json.loads(Path("parts/summary.json").read_text())
     done = summary["speed"]["made_smaller_for_memory"]

@@ -293,7 +293,7 @@ def test_it_goes_on_after_the_last_whole_row(
     cut = whole.index(b"\n", len(whole) // 2) + 9  # in the middle of a row
     Path("told.csv.partial").write_bytes(whole[:cut])
     assert ask(classifier, *flags, "told.csv") == 2
-    assert "Go on with it by --resume" in capsys.readouterr().err
+    assert "Resume it with --resume" in capsys.readouterr().err
     assert ask(classifier, *flags, "told.csv", "--resume", "--json") == 0
     summary = json.loads(capsys.readouterr().out)
     assert 0 < summary["kept"] < summary["rows"] == ROWS
@@ -306,7 +306,7 @@ def test_it_goes_on_after_the_last_whole_row(
     assert ask(classifier, *flags, "whole.csv", "--resume") == 0
     assert Path("whole.csv").read_bytes() == whole
     assert ask(classifier, "--output", "whole.csv", "--resume") == 2
-    assert "Give the flags that it was begun with" in capsys.readouterr().err
+    assert "Give the flags that it was started with" in capsys.readouterr().err
     Path("rows.csv").write_bytes(Path("rows.csv").read_bytes().replace(b"03,", b"3,"))
     assert ask(classifier, *flags, "whole.csv", "--resume") == 2
     assert "row 4 of whole.csv is not rows.csv:" in capsys.readouterr().err
@@ -324,7 +324,7 @@ def test_bad_rows_stop_it_or_have_no_answer(
     assert ask(classifier, "--output", "p.jsonl", dataset="bad.jsonl") == 2
     error = capsys.readouterr().err
     assert "bad.jsonl:3: 'text' is empty." in error
-    assert "2 rows are in p.jsonl.partial: --resume goes on with them" in error
+    assert "2 rows are in p.jsonl.partial: --resume continues with them" in error
     assert ask(classifier, "--output", "p.jsonl", "--resume", "--on-bad-row", "skip",
                dataset="bad.jsonl") == 0  # fmt: skip
     error = capsys.readouterr().err
@@ -390,7 +390,7 @@ def test_ctrl_c_keeps_what_is_written(
     answer = command.predict_rows
     monkeypatch.setattr(command, "predict_rows", press)
     assert ask(classifier, "--output", "p.tsv") == 130
-    assert "8 rows are in p.tsv.partial: --resume goes on" in capsys.readouterr().err
+    assert "8 rows are in p.tsv.partial: --resume continues" in capsys.readouterr().err
     assert not Path("p.tsv").exists()
     assert ask(classifier, "--output", "p.tsv", "--resume") == 0
     assert len(Path("p.tsv").read_text(encoding="utf-8").split("\tprediction\n")) == 2

@@ -1,4 +1,4 @@
-"""A run goes on with what it was begun with, to the byte, or with what the user lets change."""
+"""A run goes on with what it was started with, to the byte, or with what the user lets change."""
 
 from __future__ import annotations
 

@@ -545,7 +545,7 @@ def test_a_part_that_cannot_be_written_is_said_once(tmp_path: Path, aside: bool)
     given = [(tmp_path, None, aside), (tmp_path, 1000, aside)]
     assert ranks.end(ranks.start(write, given, says)) == [1, 1]
     (line,) = says.read_text().splitlines()
-    assert "cannot be written: File too large. There is no whole checkpoint" in line
+    assert "cannot be written: File too large. There is no valid checkpoint" in line
     assert not (tmp_path / "written").exists()
 
 

@@ -109,7 +109,7 @@ sys.addaudithook(watch)
     process = start(tmp_path, "train", *LONG, "--dataset", "rows.jsonl", "--output-dir", "run")
     _, error = process.communicate(timeout=120)
     assert process.returncode == code
-    assert error.splitlines()[-1] == "ftlevel: interrupted; nothing was kept."
+    assert error.splitlines()[-1] == "ftlevel: interrupted; nothing was saved."
     assert not (tmp_path / "run").exists()
 
 
@@ -169,7 +169,7 @@ app._call = call
 """,
     )
     assert ended.returncode == 143
-    assert ended.stderr == "ftlevel: interrupted; nothing was kept.\n"
+    assert ended.stderr == "ftlevel: interrupted; nothing was saved.\n"
 
 
 def test_answers_that_are_in_place_are_named(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_columns_that_speak_for_no_task(tmp_path: Path, tiny_model_dir: Any, cap
     typed = ["train", "--model", str(tiny_model_dir("bert")), "--dry-run", "--dataset"]
     assert run([*typed, str(tmp_path / "rows.tsv")]) == 2
     said = capsys.readouterr().err
-    assert "is an encoder, and the columns speak for none of its tasks. --task text-clas" in said
+    assert "is an encoder, and the columns match none of its tasks. --task text-clas" in said
     assert "Columns: 'a word', 'x'" in said
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)
     assert run([*typed, str(tmp_path / "pairs.jsonl")]) == 2

@@ -125,7 +125,7 @@ def test_a_tracker_that_fails_is_told_no_more(
     heard = Heard()
     send("wandb", tmp_path, heard)
     assert len(calls) == 2  # the first record, and the end
-    assert heard.warnings == ["wandb failed, and is told no more: no space"] * 2
+    assert heard.warnings == ["wandb failed, and is disabled: no space"] * 2
 
 
 @pytest.mark.parametrize(

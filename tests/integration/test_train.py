@@ -232,7 +232,7 @@ def test_ctrl_c_while_the_run_is_checked_says_what_is_kept(
         assert run(["train", "--quiet", *arguments, "--output-dir", "run"]) == 130
     assert capsys.readouterr().err == (
         "ftlevel: interrupted at once; run/checkpoints/checkpoint-2 is kept. "
-        "Go on with: ftlevel train --output-dir run --resume\n"
+        "Resume with: ftlevel train --output-dir run --resume\n"
     )
     assert run(["train", "--quiet", "--output-dir", "run", "--resume"]) == 0
     assert Path("run/summary.json").exists()
@@ -270,7 +270,7 @@ def test_resuming_with_another_setting_is_refused(capsys: pytest.CaptureFixture[
     complaint = capsys.readouterr().err
     assert complaint == (  # a recipe is the run's own; the flag differs
         "ftlevel: --resume run: not the same run: method.r was 8 and is 4. "
-        "Give it as it was, start anew in another --output-dir, or let it change: "
+        "Give it as it was, start a new run in another --output-dir, or let it change: "
         "--allow-change method.r\n"
     )
 
@@ -289,7 +289,8 @@ def test_resuming_with_another_number_of_threads_is_refused(
     assert code == 2
     assert capsys.readouterr().err == (
         f"ftlevel: --resume run: not the same run: threads was {own} and is {own + 1}. Give it as "
-        f"it was (OMP_NUM_THREADS={own}), start anew in another --output-dir, or let it change: "
+        f"it was (OMP_NUM_THREADS={own}), start a new run in another --output-dir, or let it "
+        f"change: "
         "--allow-change threads\n"
     )
 

@@ -71,15 +71,17 @@ def read_card(directory: Path) -> AdapterCard:
             f"{directory} has no {CARD}, so it is not an adapter of ftlevel."
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}). Was a copy cut short?") from None
+        raise InputError(f"{path} is not valid JSON ({error}). Is the copy incomplete?") from None
     if not isinstance(fields, dict):
-        raise InputError(f"{path} is no card of an adapter. Was it written by another program?")
+        raise InputError(
+            f"{path} is not the card of an adapter. Was it written by another program?"
+        )
     if fields.pop("format", None) != 1:
         raise InputError(f"{path} was written by a later ftlevel. Install that version.")
     try:
         return _with_prompt_version(AdapterCard(**fields), directory)
     except TypeError as error:  # an unknown or a missing field
-        raise InputError(f"{path} is no card of an adapter ({error}).") from None
+        raise InputError(f"{path} is not the card of an adapter ({error}).") from None
 
 
 def _with_prompt_version(card: AdapterCard, directory: Path) -> AdapterCard:
@@ -199,7 +201,7 @@ def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
     if summary.get("adapter"):
         lines += [f"Training went on from the adapter `{summary['adapter']['name']}`.", ""]
     if reference := summary.get("reference"):
-        lines += [f"Answers were held against a reference: {reference['is']}.", ""]
+        lines += [f"Answers were compared with a reference: {reference['is']}.", ""]
     if expected := summary.get("distillation"):
         lines += [f"Its teacher was `{expected['teacher']}`.", ""]
     if metrics:
@@ -317,7 +319,7 @@ def write_quantized_readme(name: str, summary: Mapping[str, Any], task: str | No
     if "fidelity" in summary:
         scores = summary["fidelity"]
         lines.append(
-            f"Beside its source, over {scores['positions']:,} positions in {scores['windows']} "
+            f"Compared with its source on {scores['positions']:,} positions in {scores['windows']} "
             f"windows of {scores['text']} ({scores['predicts']}):"
         )
         lines.append("")

@@ -28,7 +28,7 @@ def describe_interrupt() -> str:
     """Return the message for an interrupted command: which outputs are complete, if any."""
     whole = [path for path in _in_place if path.exists()]
     if not whole:
-        return "interrupted; nothing was kept."
+        return "interrupted; nothing was saved."
     return f"interrupted; {join_names(map(str, whole))} was written before that, and is whole."
 
 
@@ -91,15 +91,15 @@ def check_absent(flag: str, path: Path) -> None:
     if path.is_dir():
         if any(path.iterdir()):
             raise ConfigError(
-                f"{flag} {path} exists and is not empty. Name another directory, or delete it."
+                f"{flag} {path} exists and is not empty. Choose another directory, or delete it."
             )
     elif path.exists() or path.is_symlink():
         raise ConfigError(
-            f"{flag} {path} exists, and nothing of yours is overwritten. Name another."
+            f"{flag} {path} exists, and nothing of yours is overwritten. Choose another."
         )
     existing = next(p for p in path.absolute().parents if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"{flag} {path}: {existing} cannot be written. Name another.")
+        raise ConfigError(f"{flag} {path}: {existing} cannot be written. Choose another.")
 
 
 def _make(partial: Path) -> None:
@@ -107,7 +107,7 @@ def _make(partial: Path) -> None:
         partial.mkdir(parents=True)
     except OSError as error:
         raise ConfigError(
-            f"--out: {partial.parent} cannot be written ({error.strerror}). Name another."
+            f"--out: {partial.parent} cannot be written ({error.strerror}). Choose another."
         ) from None
 
 
@@ -136,10 +136,10 @@ def check_file_free(flag: str, path: Path, *, overwrite: bool) -> None:
     if path.is_dir():
         raise ConfigError(f"{flag} {path} is a directory. Name a file in it.")
     if (path.exists() or path.is_symlink()) and not overwrite:
-        raise ConfigError(f"{flag} {path} exists. Name another, or pass --overwrite.")
+        raise ConfigError(f"{flag} {path} exists. Choose another, or pass --overwrite.")
     existing = next(p for p in path.absolute().parents if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"{flag} {path}: {existing} cannot be written. Name another.")
+        raise ConfigError(f"{flag} {path}: {existing} cannot be written. Choose another.")
 
 
 @contextlib.contextmanager
@@ -235,7 +235,7 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[int, dict[str, Any]]:
         RecursionError,
     ) as error:
         raise InputError(
-            f"{path} is not a safetensors file ({error}). Was a copy cut short?"
+            f"{path} is not a safetensors file ({error}). Is the copy incomplete?"
         ) from None
     return size, header
 

@@ -167,7 +167,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}). Was a copy cut short?") from None
+        raise ConfigError(f"{path} cannot be read ({error}). Is the copy incomplete?") from None
     return found if isinstance(found, dict) else {}
 
 

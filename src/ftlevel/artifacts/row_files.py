@@ -464,8 +464,9 @@ def check_row_file(flag: str, path: Path, *, resume: bool, overwrite: bool) -> N
     partial = partial_of(path)
     if partial.exists() and not (resume or overwrite):
         raise ConfigError(
-            f"{flag} {path}: {partial.name} holds rows of a command that was stopped. Go on with "
-            "it by --resume, or delete it."
+            f"{flag} {path}: {partial.name} holds rows of a command that was stopped. Resume it "
+            f"with "
+            "--resume, or delete it."
         )
 
 

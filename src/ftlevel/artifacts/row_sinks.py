@@ -181,8 +181,9 @@ def partial_of(path: Path) -> Path:
 def describe_columns(path: Path, found: Sequence[str], expected: Sequence[str] = ()) -> str:
     """Return the message for a file with other columns; without `expected`, `found` are missing."""
     if not expected:
-        return f"--resume: {path} has rows without {join_names(found)}. Name another --output."
+        return f"--resume: {path} has rows without {join_names(found)}. Choose another --output."
     return (
         f"--resume: {path} has the columns {join_names(found)}, and there would be "
-        f"{join_names(expected)}. Give the flags that it was begun with, or name another --output."
+        f"{join_names(expected)}. Give the flags that it was started with, or choose another "
+        f"--output."
     )

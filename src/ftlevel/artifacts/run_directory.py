@@ -53,7 +53,7 @@ def lock_directory(directory: Path, *, shared: bool = False) -> Iterator[None]:
             except BlockingIOError:
                 raise ConfigError(
                     f"--output-dir {directory}: another run is writing into it"
-                    f"{_holder(descriptor)}. Wait for its end, or name another directory."
+                    f"{_holder(descriptor)}. Wait for its end, or choose another directory."
                 ) from None
             except OSError:  # no locks on this file system
                 pass
@@ -238,12 +238,12 @@ def check_output(directory: Path | None, *, overwrite: bool, resume: bool) -> No
     elif directory is not None and directory.is_symlink():
         raise ConfigError(
             f"--output-dir {directory} is a link to {directory.readlink()}, which does not exist. "
-            "Name another directory."
+            "Choose another directory."
         )
     existing = next(p for p in (target, *target.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"--output-dir {target}: {existing} cannot be written. Name another directory."
+            f"--output-dir {target}: {existing} cannot be written. Choose another directory."
         )
 
 
@@ -252,8 +252,8 @@ def _check_kind(directory: Path, overwrite: bool, resume: bool) -> None:
         ownership.check_replaceable(directory)
     elif not resume:
         raise ConfigError(
-            f"--output-dir {directory} exists and is not empty. Name another directory, or pass "
-            "--overwrite to replace it or --resume to go on with it."
+            f"--output-dir {directory} exists and is not empty. Choose another directory, or pass "
+            "--overwrite to replace it or --resume to resume it."
         )
     elif not ownership.is_run(directory) and not (directory / CONFIG).is_file():
         raise ConfigError(
@@ -292,12 +292,12 @@ def open_run(
                 left.unlink(missing_ok=True)
     except FileExistsError:
         raise ConfigError(
-            f"--output-dir {directory}: another run has begun in it since this one started. Name "
+            f"--output-dir {directory}: another run has begun in it since this one started. Choose "
             "another directory."
         ) from None
     except OSError as error:
         raise ConfigError(
-            f"--output-dir {directory or 'runs'} cannot be created ({error.strerror}). Name "
+            f"--output-dir {directory or 'runs'} cannot be created ({error.strerror}). Choose "
             "another directory."
         ) from None
     return run, kept

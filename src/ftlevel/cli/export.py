@@ -73,7 +73,7 @@ def _merge_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     if written["untied"]:
         yield "the output layer no longer shares the embedding's weights: the adapter changed one"
     if written["unused"]:
-        yield f"left out: {join_names(written['unused'], 3)}, for which the model has no use"
+        yield f"left out: {join_names(written['unused'], 3)}, which the model does not use"
     if (found := summary["agreement"]) is None:
         yield "not verified (--no-verify)"
     else:
@@ -86,7 +86,7 @@ def _merge_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"training had moved it: {describe_difference(summary['effect'])}"
     if (served := summary["served"]) is not None:
         yield (
-            f"in {QuantConfig(**summary['quantization']).form}, beside the run as trained: "
+            f"in {QuantConfig(**summary['quantization']).form}, compared with the run: "
             f"{describe_difference(served)}, loss {served['loss']:.4f}"
         )
     yield f"saved {summary['out']}  ({summary['seconds']:.1f} s)"
@@ -132,7 +132,7 @@ def _quantize_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     whole = f"{_size(summary['bytes_before']):>10} → {_size(summary['bytes']):>9}"
     yield (
         f"{expected + 'size':<17}{whole}  {summary['ratio']:.2f}× smaller "
-        f"(the quantized linears alone {summary['quantized_ratio']:.2f}×)"
+        f"(quantized linear layers only {summary['quantized_ratio']:.2f}×)"
     )
     if "fidelity" in summary:
         yield from _fidelity_lines(summary["fidelity"])
@@ -140,7 +140,7 @@ def _quantize_lines(summary: Mapping[str, Any]) -> Iterator[str]:
 
 def _fidelity_lines(scores: Mapping[str, Any]) -> Iterator[str]:
     yield (
-        f"beside the source, over {scores['positions']:,} positions in {scores['windows']} "
+        f"compared with the source on {scores['positions']:,} positions in {scores['windows']} "
         f"windows of {scores['text']}, {scores['predicts']}, computed in {scores['computed_in']}:"
     )
     if "cosine" in scores:

@@ -325,7 +325,7 @@ def _own_config(run: Path, given: CommandInput) -> Path | None:
     if given.values.get("dataset") is None and given.values.get("model") is None:
         raise ConfigError(
             f"--output-dir {run} is not a run: it has no config.yaml, so --resume has nothing to "
-            "go on with. Name another directory, or give all flags of a run that is to begin."
+            "resume. Choose another directory, or give all flags of a run that is to begin."
         )
     return None
 
@@ -344,7 +344,7 @@ def read_config(
     recipe, positional = values["recipe"], values["recipe_file"]
     if recipe is not None and positional is not None:
         raise ConfigError(
-            f"two recipes are given, {positional} and --recipe {recipe}. Give one of them."
+            f"two recipes are given, {positional} and --recipe {recipe}. Use one of them."
         )
     path = recipe or positional
     if path is None and values.get("resume") and values.get("output_dir"):

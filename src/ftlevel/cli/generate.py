@@ -37,13 +37,13 @@ def generate(
     if chat:
         if prompt or prompts or out or as_json:
             raise ConfigError(
-                "--chat asks in the terminal. Drop --prompt, --prompts, --out, --json."
+                "--chat reads from the terminal. Drop --prompt, --prompts, --out, --json."
             )
 
         talk(config)
         return
     if not (prompt or prompts):
-        raise ConfigError("there is nothing to ask. Add --prompt TEXT, --prompts FILE or --chat.")
+        raise ConfigError("there is no prompt. Add --prompt TEXT, --prompts FILE or --chat.")
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=True) as screen:

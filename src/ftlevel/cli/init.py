@@ -30,7 +30,8 @@ def init(given: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
     layers = [read_settings(given.values["settings"] or []), given.layer()]
     if not (yes or as_json or sys.stdin.isatty()):
         raise ConfigError(
-            "there is no terminal to ask in. Add --yes to take what is proposed, or flags of train."
+            "there is no terminal for questions. Add --yes to accept the suggestions, or flags "
+            "of train."
         )
     with heavy_imports():
         from ftlevel.commands.init import check_answer, draft
@@ -55,7 +56,7 @@ def init(given: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
     except FileExistsError:
         _check_free(file)
     except FileNotFoundError:
-        raise ConfigError(f"{file.parent} does not exist. Make the directory first.") from None
+        raise ConfigError(f"{file.parent} does not exist. Create the directory first.") from None
     if as_json:
         typer.echo(json_module.dumps({
             "recipe": str(file),
@@ -73,5 +74,5 @@ def init(given: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
 
 def _check_free(file: Path) -> None:
     if file.exists() or file.is_symlink():
-        raise ConfigError(f"{file} is there already and stays as it is. Name another: "
+        raise ConfigError(f"{file} already exists and is not changed. Choose another: "
                           f"ftlevel init {file.with_stem(file.stem + '-2')}")  # fmt: skip

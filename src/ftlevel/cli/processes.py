@@ -98,7 +98,7 @@ def _wait(running: Sequence[subprocess.Popen[bytes]]) -> int:
             if code == -signal.SIGKILL:
                 sys.stderr.write(
                     f"ftlevel: the process of rank {rank} was killed, as by a system without "
-                    "memory; the others are stopped. --resume goes on from the newest whole "
+                    "memory; the others are stopped. --resume continues from the newest valid "
                     "checkpoint.\n"
                 )
                 return _FAILED

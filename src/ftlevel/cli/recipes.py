@@ -110,11 +110,11 @@ def _copy(path: Path, text: str, target: Path) -> Path:
             opened.write(text)
     except FileExistsError:
         raise ConfigError(
-            f"{target} is there already and stays as it is. Name another: "
+            f"{target} already exists and is not changed. Choose another: "
             f"ftlevel recipes copy {path.stem} {target.with_stem(target.stem + '-2')}"
         ) from None
     except FileNotFoundError:
-        raise ConfigError(f"{target.parent} does not exist. Make the directory first.") from None
+        raise ConfigError(f"{target.parent} does not exist. Create the directory first.") from None
     return target
 
 

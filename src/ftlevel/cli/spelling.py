@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Setting = tuple[str, str]
 """Flag and value; "true" and "false" for a switch."""
 
-_NOT_ASKED = NoOpValue("there is nothing of it here")
+_NOT_ASKED = NoOpValue("it is not available")
 _NEXT_FLAG = re.compile(r"\s+(?=--[a-z])")
 
 
@@ -327,7 +327,7 @@ def _check_given_once(
     is_edit = {before, name} <= {flag, reading.off} or before == name
     if not is_edit and earlier != value:
         what = reading.noun or reading.path or flag
-        raise ConfigError(f"{before} and {name} both set {what}. Give one of them.")
+        raise ConfigError(f"{before} and {name} both set {what}. Use one of them.")
     given[flag] = (name, value)
 
 

@@ -265,7 +265,7 @@ def _advice(summary: Mapping[str, Any], served: ServingRecord) -> str:
     if verdict == EITHER:
         return (
             "the adapter answers these prompts as its base does, so it cannot be told whether it "
-            "is applied. Ask the server something that it was trained for."
+            "is applied. Use prompts of the task that it was trained for."
         )
     return (
         f"{place} answers neither as trained nor as the base. Is its base the same model, its "

@@ -128,7 +128,8 @@ def compare(
     except (KeyboardInterrupt, Interrupted) as error:
         code = error.exit_code if isinstance(error, Interrupted) else _CTRL_C
         raise Interrupted(
-            f"interrupted; the runs that are done are kept. Go on: ftlevel compare --output-dir "
+            f"interrupted; the runs that are done are kept. Resume with: ftlevel compare "
+            f"--output-dir "
             f"{shlex.quote(str(path))} --resume", code,
         ) from None  # fmt: skip
     result = summarize(found, asked)
@@ -143,22 +144,22 @@ def _check(config: TrainConfig, wishes: ComparisonOptions) -> None:
     """Reject settings that cannot be compared; raise ConfigError with all problems."""
     problems = []
     if wishes.steps is not None and wishes.minutes is not None:
-        problems.append("--budget-steps and --budget-minutes are two budgets. Give one of them.")
+        problems.append("--budget-steps and --budget-minutes are two budgets. Use one of them.")
     if wishes.steps is not None and config.train.max_steps is not None:
-        problems.append("--budget-steps and --max-steps say the same. Give one of them.")
+        problems.append("--budget-steps and --max-steps say the same. Use one of them.")
     for flag, value in (("--budget-minutes", wishes.minutes), ("--max-memory", wishes.max_memory),
                         ("--max-minutes", wishes.max_minutes)):  # fmt: skip
         if value is not None and not 0 < value < math.inf:
             problems.append(f"{flag} {value:g}: expected a number above 0.")
     if wishes.minutes is not None and config.train.max_steps is not None:
-        problems.append("--budget-minutes and --max-steps are two budgets. Give one of them.")
+        problems.append("--budget-minutes and --max-steps are two budgets. Use one of them.")
     problems += check_search(wishes.search, wishes.study)
     if config.model.adapter is not None:
         problems.append(
             "--adapter is of one method, and compare begins each of several anew. Drop it."
         )
     if "-" in (config.data.dataset, *config.data.also):
-        problems.append("--dataset -: every run reads the rows anew. Save them to a file.")
+        problems.append("--dataset -: every run reads the rows again. Save them to a file.")
     if (config.train.num_processes or 1) > 1:
         problems.append("--num-processes: compare trains each run in one process. Drop it.")
     if config.train.shard != "none":
@@ -177,7 +178,7 @@ def _recipe(config: TrainConfig) -> str:
     """Return the shared configuration as a YAML recipe with absolute paths."""
     import yaml
 
-    told = "# What the runs of this comparison share. Go on: ftlevel compare --resume --output-dir"
+    told = "# Shared settings. Resume with: ftlevel compare --resume --output-dir"
     return f"{told} THIS_DIRECTORY\n{yaml.safe_dump(_plain(config), sort_keys=False)}"
 
 
@@ -223,18 +224,19 @@ def _start_or_resume(
         raise ConfigError(
             f"--resume {path}: not the same comparison: {join_names(differ_in)} was given "
             "otherwise. "
-            "Give --resume and --output-dir alone, or start anew in another directory."
+            "Give --resume and --output-dir alone, or start a new run in another directory."
         )
     if budget not in (kept, {"steps": None, "minutes": None}):
         raise ConfigError(
-            f"--resume {path}: the budget was {kept} and is {budget}. Drop it, or start anew in "
+            f"--resume {path}: the budget was {kept} and is {budget}. Drop it, or start a new "
+            f"run in "
             "another --output-dir."
         )
     if wishes.search and list(wishes.search) != searched["search"]:
         raise ConfigError(
             f"--resume {path}: --search was {join_names(searched['search']) or 'not given'}. "
             "Drop it, "
-            "or start anew in another --output-dir."
+            "or start a new run in another --output-dir."
         )
     if wishes.trials is not None and not searched["searched"]:
         searched["trials"] = wishes.trials

@@ -54,7 +54,7 @@ def _judged(look: Callable[[], Iterator[Finding]]) -> list[Finding]:
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         name = look.__name__.strip("_").replace("_", " ")
-        advice = "Install ftlevel anew in a virtual environment of its own."
+        advice = "Reinstall ftlevel in a virtual environment of its own."
         return [Finding(name, "bad", f"{type(error).__name__}: {reason}", advice)]
 
 

@@ -214,8 +214,8 @@ def _settings(config: EvaluateConfig, found: ModelRef) -> tuple[TrainConfig, boo
         data = data.model_copy(update={"dataset": name})
     if config.dataset is None and STDIN in (data.dataset, *data.also):
         raise ConfigError(
-            f"{config.name} was trained on rows that came through stdin and are not there any "
-            "more. Name rows with --dataset FILE."
+            f"{config.name} was trained on rows that came through stdin and are no longer "
+            "available. Name rows with --dataset FILE."
         )
     changes: dict[str, Any] = {"overlong": "drop"}
     if found.run is None:
@@ -343,12 +343,12 @@ def _choices(
     if not config.base:
         base = "not scored"
     elif not trained.has_adapter:
-        base = "there is no adapter to switch off"
+        base = "there is no adapter to disable"
     elif found.card.heads:
         heads = ", ".join(dict.fromkeys(found.card.heads))
         base = f"not scored: without the adapter its {heads} is random"
     else:
-        base = "scored beside it, with the adapter switched off"
+        base = "evaluated for comparison, with the adapter disabled"
     dropped = f"; {held_out.dropped:,} dropped, beyond the max length" if held_out.dropped else ""
     return [
         Choice("task", trained.task.name),

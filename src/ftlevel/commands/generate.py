@@ -81,8 +81,8 @@ def generate_answers(
         adapters = load_adapter_set(config)
         if config.compare_base and not adapters.has_base:
             raise ConfigError(
-                f"--compare-base: {config.name} has no adapter that could be switched off. "
-                "Ask the base model by itself: ftlevel generate MODEL --prompt …"
+                f"--compare-base: {config.name} has no adapter that could be disabled. "
+                "Use the base model itself: ftlevel generate MODEL --prompt …"
             )
         ask = AnswerRequest(
             prompts, config.context, build_generation_settings(config), config.batch_size

@@ -45,13 +45,13 @@ def build_job(config: TrainConfig, arguments: Sequence[str], cluster: Cluster) -
     output, problems = config.output, []
     if output.dir is None:
         problems.append(
-            "ftlevel launch needs the run to go on with when the job is requeued. Add --output-dir "
+            "ftlevel launch needs the run to resume when the job is requeued. Add --output-dir "
             "DIR, on a file system that all machines share."
         )
     if output.overwrite:
         problems.append(
             "--overwrite cannot be used with ftlevel launch: a job that is requeued would delete "
-            "what it has trained. Remove the old run, or name another --output-dir."
+            "what it has trained. Remove the old run, or choose another --output-dir."
         )
     if config.train.num_processes is not None:
         problems.append(
@@ -125,7 +125,7 @@ def write_job(job: Job, place: Path) -> str:
             file.write(text)
     except FileExistsError:
         raise ConfigError(
-            f"--job-file {place} is there already. Remove it, or name another file."
+            f"--job-file {place} already exists. Remove it, or choose another file."
         ) from None
     return text
 

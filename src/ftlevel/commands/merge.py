@@ -170,8 +170,9 @@ def _warn_of_low_bits(served: Agreement, effect: Agreement, listener: Listener) 
         what = "KL" if served.kl is not None else "a mean difference of scores of"
         listener.warn(
             f"training moved the model by {what} {effect.distance:.2g}, and these bits by "
-            f"{served.distance:.2g}: much of what was trained is lost in them. Serve the "
-            "adapter beside its base, or merge without --quant."
+            f"{served.distance:.2g}: much of what was trained is lost in them. Serve the adapter "
+            f"on its "
+            "base, or merge without --quant."
         )
 
 

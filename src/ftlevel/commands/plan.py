@@ -260,7 +260,7 @@ def _check_cards(config: TrainConfig, wishes: PlanOptions, card: Gpu | None) -> 
     ranks, way = wishes.nodes * wishes.gpus_per_node, config.train.shard
     if ranks == 1 and way != "none":
         raise ConfigError(
-            f"--shard {way} shares a model out among cards. Say how many: --nodes N and "
+            f"--shard {way} shards a model across GPUs. Say how many: --nodes N and "
             "--gpus-per-node N, with --gpu NAME."
         )
     if ranks > 1 and (card is None or not card.tflops):

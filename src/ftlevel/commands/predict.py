@@ -123,7 +123,7 @@ def _check(config: PredictConfig, rows: Any) -> None:
         raise ConfigError(
             "there are no rows to answer. Give --dataset FILE, or - for stdin."
             if rows is None
-            else f"rows are given, and --dataset {config.dataset} too. Give one of them."
+            else f"rows are given, and --dataset {config.dataset} too. Use one of them."
         )
     if config.output is not None:
         check_row_file("--output", config.output, resume=config.resume, overwrite=config.overwrite)
@@ -226,7 +226,7 @@ def _check_new(
         raise ConfigError(
             f"--column {config.column}: {whose} {join_names(taken)} already, and nothing of "
             "yours is "
-            "overwritten. Name another by --column."
+            "overwritten. Choose another by --column."
         )
 
 
@@ -272,12 +272,12 @@ def _skip_written(questions: Iterator[QueryRow], sink: RowSink, config: PredictC
         if row is None:
             raise InputError(
                 f"--resume: {sink.existing} has more rows than the {count:,} of --dataset "
-                f"{config.dataset}. Name another --output."
+                f"{config.dataset}. Choose another --output."
             )
         if sink.as_written(row.row) != there:
             raise InputError(
                 f"--resume: row {count + 1:,} of {sink.existing} is not {row.place}. Give the rows "
-                "that it was begun with, or name another --output."
+                "that it was started with, or choose another --output."
             )
         count += 1
     sink.open(count)
@@ -376,7 +376,7 @@ def _join(row: QueryRow, answer: Mapping[str, Any], job: _Job) -> dict[str, Any]
     twice = [repr(name) for name in job.answers if name in row.row]
     if twice:  # later JSON Lines rows may have new columns
         raise InputError(
-            f"{row.place}: has {join_names(twice)} already. Name another column by --column."
+            f"{row.place}: has {join_names(twice)} already. Choose another column by --column."
         )
     return {**row.row, **{name: answer.get(end) for name, end in job.answers.items()}}
 

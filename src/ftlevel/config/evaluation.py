@@ -216,7 +216,7 @@ class PredictConfig(DecodingAsInTraining):
     @model_validator(mode="after")
     def _one_way_with_what_is_there(self) -> PredictConfig:
         if self.resume and self.overwrite:
-            raise ValueError("--resume goes on and --overwrite begins anew. Give one of them.")
+            raise ValueError("--resume continues and --overwrite starts again. Use one of them.")
         for flag, wish in (("--resume", self.resume), ("--overwrite", self.overwrite)):
             if wish and self.output is None:
                 raise ValueError(f"{flag} is for a file, and there is no --output. Name one.")

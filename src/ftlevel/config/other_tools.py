@@ -27,7 +27,7 @@ def _flags(
 
 
 _PACKED = NoOpValue(
-    "rows of a micro-batch are laid end to end, each attending to itself alone, where the model's "
+    "rows of a micro-batch are concatenated, each attending to itself only, where the model's "
     "attention can; the line `step` says so",
     "speed.fast", (True,), otherwise="Drop --no-fast, or drop it",
 )  # fmt: skip
@@ -55,14 +55,14 @@ _HUB = (
 _TOKEN = "the token is the one of `hf auth login`. Log in, and drop the flag."
 _LAUNCH = (
     "several GPUs train together by --num-processes N, each on rows of its own; a model that none "
-    "of them holds is shared out by --shard full. Drop it."
+    "of them holds is sharded by --shard full. Drop it."
 )
 _LONG_ROWS = (
     "each row is computed by one device: torch's context parallel attention takes no packed rows. "
     "Long rows fit with --gradient-checkpointing, --offload-activations and --shard full. Drop it."
 )
 _TOKENIZER = "the tokenizer and its tokens are the model's own, and stay so. Drop it."
-_OTHER_METHOD = "there is no such method here. ftlevel list-methods shows what there is. Drop it."
+_OTHER_METHOD = "this method is not available. ftlevel list-methods shows what there is. Drop it."
 
 
 def _drawn(path: str) -> NoOpValue:
@@ -118,8 +118,8 @@ UNSUPPORTED_FLAGS: tuple[Flag, ...] = (
             {"true": NoOpValue("each row is a text of its own"), "false": "--overlong split"}),
     *_flags("--version-2-with-negative", "questions without an answer are seen in the data.",
             {"true": NoOpValue("questions without an answer are learned as such")}),
-    *_flags("--ignore-mismatched-sizes", "a head that does not fit is made anew, and named.",
-            {"true": NoOpValue("a head that does not fit is made anew, and named")}),
+    *_flags("--ignore-mismatched-sizes", "a head that does not fit is newly initialized and named.",
+            {"true": NoOpValue("a head that does not fit is newly initialized and named")}),
     *_flags("--pad-to-max-length --pad-to-sequence-len",
             "rows are never padded to --max-length, which would only cost time. Drop it.",
             {"false": NoOpValue("rows are not padded to the longest length")}),
@@ -382,7 +382,7 @@ def read_glue(text: str) -> str:
 def refuse_checkpoint(_: str) -> str:
     """Raise ValueError: a run resumes from its newest checkpoint only."""
     raise ValueError(
-        "a run goes on from its newest whole checkpoint. Use: --output-dir RUN --resume"
+        "a run resumes from its newest valid checkpoint. Use: --output-dir RUN --resume"
     )
 
 

@@ -71,7 +71,7 @@ def check_decoding(num_beams: int, temperature: float, top_p: float) -> None:
     if num_beams > 1 and temperature > 0:
         raise ValueError(
             f"--num-beams {num_beams} looks for the likeliest text, and --temperature "
-            f"{temperature:g} draws one. Give one of them."
+            f"{temperature:g} draws one. Use one of them."
         )
     if top_p < 1 and not temperature:
         raise ValueError(

@@ -212,7 +212,7 @@ def split_pairs(value: Any) -> Any:
     for pair in filter(None, map(str.strip, value.split(","))):
         name, _, text = (part.strip() for part in pair.rpartition("="))
         if not (name and text):
-            raise ValueError(f"{pair!r} is no NAME=VALUE; several stand with commas between")
+            raise ValueError(f"{pair!r} is not NAME=VALUE; separate several by commas")
         found[name] = text
     return found
 

@@ -154,16 +154,16 @@ def _other_problems(config: TrainConfig) -> list[str]:
             "overflows in training. Use --dtype bfloat16 or float32."
         )
     if config.output.overwrite and config.output.resume:
-        problems.append("--resume keeps a run and --overwrite replaces it. Give one of them.")
+        problems.append("--resume keeps a run and --overwrite replaces it. Use one of them.")
     if config.output.resume and config.output.dir is None:
-        problems.append("--resume needs the run to go on with. Add --output-dir RUN.")
+        problems.append("--resume needs the run to resume. Add --output-dir RUN.")
     if config.train.max_restarts and (config.train.num_processes or 1) == 1:
         problems.append(
             "--max-restarts is for several processes (--num-processes N). Of one, the command that "
             "it prints when it ends goes on: --resume."
         )
     elif config.train.max_restarts and config.output.dir is None:
-        problems.append("--max-restarts needs the run to go on with. Add --output-dir RUN.")
+        problems.append("--max-restarts needs the run to resume. Add --output-dir RUN.")
     if config.train.on_nonfinite == "rollback" and config.train.save_strategy == "no":
         problems.append(
             "--on-nonfinite rollback goes back to a checkpoint, and --save-strategy no writes "
@@ -178,7 +178,7 @@ def _other_problems(config: TrainConfig) -> list[str]:
     if config.train.focal_gamma and config.train.label_smoothing_factor:
         problems.append(
             f"--focal-gamma {config.train.focal_gamma:g} weighs a target by the probability of its "
-            "class, and --label-smoothing-factor gives it none of its own. Give one of them."
+            "class, and --label-smoothing-factor gives it none of its own. Use one of them."
         )
     problems += find_preference_problems(
         config.task,
@@ -239,7 +239,7 @@ def _timing_problems(config: TrainConfig) -> list[str]:
     if config.data.validation_file is not None and config.data.validation_split:
         problems.append(
             "--validation-file and --validation-split both say what the validation rows are. "
-            "Give one of them."
+            "Use one of them."
         )
     return problems + _best_problems(train)
 
@@ -333,7 +333,7 @@ def _pipe_problems(config: TrainConfig) -> list[str]:
     if (config.train.num_processes or 1) > 1:
         names = (data.dataset, *data.also, data.validation_file or "")
         problems += [
-            f"--num-processes cannot be used with {name}, a pipe, which one process alone can "
+            f"--num-processes cannot be used with {name}, a pipe, which only one process can "
             "read. Save the rows to a file."
             for name in names
             if Path(name).is_fifo()
@@ -345,11 +345,11 @@ def _pipe_problems(config: TrainConfig) -> list[str]:
     if config.output.resume:
         problems.append(
             "--resume cannot be used with --dataset -: the rows of the run came through a pipe and "
-            "are not there any more. Save them to a file and train on that."
+            "are no longer available. Save them to a file and train on that."
         )
     if (config.train.num_processes or 1) > 1:
         problems.append(
-            "--num-processes cannot be used with --dataset -, which one process alone can read. "
+            "--num-processes cannot be used with --dataset -, which only one process can read. "
             "Save the rows to a file."
         )
     return problems

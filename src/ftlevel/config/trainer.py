@@ -114,10 +114,10 @@ OPTIMIZERS: Mapping[str, AllowedArguments] = {
 """Optimizer → arguments besides --learning-rate, --weight-decay and --adam-*."""
 
 LEARNING_RATE_ADVICE = {
-    "lion": "Lion wants a third to a tenth of that (Chen et al., 2023, section 5)",
-    "sgd": "SGD wants a far higher one",
-    "adagrad": "Adagrad wants a higher one",
-    "rmsprop": "RMSprop, whose first steps are larger, wants a lower one",
+    "lion": "Lion needs a third to a tenth of that (Chen et al., 2023, section 5)",
+    "sgd": "SGD needs a far higher one",
+    "adagrad": "Adagrad needs a higher one",
+    "rmsprop": "RMSprop, whose first steps are larger, needs a lower one",
 }
 """Optimizers whose best learning rate differs from the measured defaults (AdamW)."""
 

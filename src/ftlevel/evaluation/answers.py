@@ -374,13 +374,13 @@ class RowCounts:
 
     def describe_stop(self) -> str:
         """Return the message for an interruption by the user."""
-        return f"interrupted; {self._describe_done() or 'nothing was kept.'}"
+        return f"interrupted; {self._describe_done() or 'nothing was saved.'}"
 
     def _describe_done(self) -> str:
         done = self.kept + self.answered
         if self.output is None or not done:
             return ""
-        return f"{done:,} rows are in {partial_of(self.output)}: --resume goes on with them."
+        return f"{done:,} rows are in {partial_of(self.output)}: --resume continues with them."
 
     def warnings(self) -> Iterator[str]:
         """Yield the warnings for the end of the command."""

@@ -76,7 +76,7 @@ def resolve_pair(config: EvaluateConfig, device: str) -> tuple[ModelRef, ModelRe
     if found.card.task != reference.card.task:
         raise InputError(
             f"--against {config.against} is for {reference.card.task}, and {config.name} for "
-            f"{found.card.task}: there is nothing to ask both. Name one for the same task."
+            f"{found.card.task}: there is no prompt both. Name one for the same task."
         )
     _check_same_answers(found, reference, config)
     return found, reference
@@ -96,7 +96,7 @@ def _check_same_answers(found: ModelRef, reference: ModelRef, config: EvaluateCo
     one, other = (load_own_tokenizer(f.source, f.directory).get_vocab() for f in (found, reference))
     if one != other:
         raise InputError(
-            f"--against {config.against}: its tokenizer is another one than that of {config.name}, "
+            f"--against {config.against}: its tokenizer differs from that of {config.name}, "
             "so their predictions cannot be compared token by token. Name a relative of it."
         )
     if found.card.labels != reference.card.labels:

@@ -111,7 +111,7 @@ class PackingCheck:
         if not _differ(moved[1][kept[1]], packed[1][kept[1]]) < self._leak():
             return "its rows see each other when they are packed"
         if not _differ(packed[kept], self._padded[kept]) < self._noise():
-            return "packed rows give other numbers than padded ones"
+            return "packed rows give different values than padded ones"
         return ""
 
     def _compare_prefix_tree(self) -> str:
@@ -121,7 +121,7 @@ class PackingCheck:
         tree = build_prefix_tree([row.input_ids for row in pair], least=1).to(self.device)
         padded = self._padded.flip(0)
         if not _differ(self._states(batch, tree)[kept], padded[kept]) < self._noise():
-            return "shared prefixes give other numbers than rows of their own"
+            return "shared prefixes give different values than rows of their own"
         return ""
 
     def _compare_shared_prefix(self) -> str:

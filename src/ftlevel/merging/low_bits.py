@@ -313,7 +313,7 @@ def _check_read_back(model: Any, low: QuantizedMerge) -> None:
         if not (found - expected).abs().max() <= _TOLERANCE * expected.abs().max():
             raise RunError(
                 f"the files are not what was chosen: {name}, loaded afresh, has other weights. "
-                "Nothing was kept. Please report this with the command."
+                "Nothing was saved. Please report this with the command."
             )
 
 

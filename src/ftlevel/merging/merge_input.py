@@ -113,7 +113,7 @@ def find_adapter(name: str) -> Path:
         held = join_names(sorted(p.name for p in path.iterdir()), 6) if path.is_dir() else "a file"
         held = held or "nothing"
         raise InputError(
-            f"{name} is no run and no adapter (it holds {held}). Expected a directory with "
+            f"{name} is neither a run nor an adapter (it holds {held}). Expected a directory with "
             f"{ADAPTER_CONFIG}."
         )
     check_whole_adapter(directory)
@@ -151,7 +151,7 @@ def resolve_merge_input(config: MergeConfig) -> MergeInput:
         raise InputError(
             f"{source.name} is stored quantized ({quantization_name(stored)}), and weights of a "
             "few bits cannot hold the update: rounding it to their grid erases most of what was "
-            "trained. Keep the adapter beside it, or train on the model in floating point with "
+            "trained. Keep the adapter separate, or train on the model in floating point with "
             "--quant 4bit and merge that."
         )
     own = (directory / "tokenizer_config.json").is_file()

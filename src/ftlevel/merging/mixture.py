@@ -36,8 +36,8 @@ def find_mixing_problem(config: dict[str, Any]) -> str | None:
         return f"only LoRA adapters can be mixed, and it is {config.get('peft_type')}"
     if config.get("use_dora"):
         return (
-            "it is DoRA, whose magnitudes are no sum of updates, and PEFT would drop them without "
-            "a word; merge it alone"
+            "it is DoRA, whose magnitudes are no sum of updates, and PEFT would drop them silently"
+            "; merge it alone"
         )
     for key, what in (
         ("modules_to_save", "heads or layers that were trained in full"),

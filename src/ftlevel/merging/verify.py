@@ -117,7 +117,7 @@ def _check_files(model: Any, merger: TensorMerger) -> None:
             if not torch.equal(weight.cpu(), merged):
                 raise RunError(
                     f"the files are not what was merged: {name}, loaded afresh, is another tensor. "
-                    "Nothing was kept. Please report this with the command."
+                    "Nothing was saved. Please report this with the command."
                 )
 
 
@@ -171,5 +171,5 @@ def _refuse_other_than(exact: Agreement) -> None:
             f"the merged model is not the base with the adapter: before rounding its logits differ "
             f"by {exact.mean_difference:.3g} on average, and float32 explains "
             f"{BOUND * exact.scale:.3g} ({describe_difference(asdict(exact))}, "
-            f"{exact.targets:,} targets). Nothing was kept. Please report this with the command."
+            f"{exact.targets:,} targets). Nothing was saved. Please report this with the command."
         )

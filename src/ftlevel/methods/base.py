@@ -230,7 +230,8 @@ def whole(number: float) -> int | float:
 
 VIRTUAL_TOKENS = (
     "Virtual tokens are inputs and not weights, so no weight of the base model can hold them and "
-    "they cannot be merged. Keep the adapter beside the base, or train with a method that merges, "
+    "they cannot be merged. Keep the adapter separate from the base, or train with a method that "
+    "merges, "
     "such as --method lora."
 )
 

@@ -39,7 +39,7 @@ def read_peft_config(directory: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({error}). Was a copy cut short?") from None
+        raise InputError(f"{path} cannot be read ({error}). Is the copy incomplete?") from None
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise InputError(f"{path} is no configuration of an adapter: it names no peft_type.")
     return config

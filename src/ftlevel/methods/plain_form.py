@@ -67,7 +67,7 @@ class AdapterFile:
         """Remove and return tensors of module `name` in float64; raises `InputError` if missing."""
         lost = [end for end in ends if f"{name}.{end}" not in self.tensors]
         if lost:
-            raise InputError(f"its file has no {name}.{lost[0]}. Was a copy cut short?")
+            raise InputError(f"its file has no {name}.{lost[0]}. Is the copy incomplete?")
         return [self.tensors.pop(f"{name}.{end}").double() for end in ends]
 
 

@@ -161,7 +161,7 @@ _VERA = Method(
     (
         method_facts(
             "vera",
-            "two vectors beside every linear",
+            "two vectors per linear layer",
             MERGES,
             "Kopiczko et al., 2024, arXiv:2310.11454",
             1_417_216,
@@ -362,7 +362,7 @@ _MISS = Method(
     (
         method_facts(
             "miss",
-            "one matrix beside every linear, for summed inputs",
+            "one matrix per linear layer, for summed inputs",
             MERGES,
             "Kang and Yin, 2024, arXiv:2409.15371",
             87_031_808,
@@ -494,7 +494,7 @@ _C3A = Method(
     (
         method_facts(
             "c3a",
-            "circulant blocks beside every linear",
+            "circulant blocks per linear layer",
             MERGES,
             "Chen et al., 2024, arXiv:2407.19342",
             101_187_584,

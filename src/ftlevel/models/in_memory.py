@@ -112,7 +112,7 @@ def _check_model(model: Any, wish: ModelConfig) -> None:
         raise ConfigError("model= has weights on the meta device, which hold no numbers. Load it.")
     if "name_or_path" in wish.model_fields_set:
         raise ConfigError(
-            f"model= is given, and the configuration names {wish.name_or_path}. Give one of them."
+            f"model= is given, and the configuration names {wish.name_or_path}. Use one of them."
         )
 
 

@@ -65,7 +65,7 @@ def check_unexpected(model: nn.Module, unread: Iterable[str], words: str) -> Non
         if layer and length is not None and int(layer[2]) >= length:
             raise InputError(
                 f"{words} has weights of layer {layer[2]} ({name}), and its config.json asks for "
-                f"{length:,} layers, counted from 0. The model would be cut off without a word. "
+                f"{length:,} layers, counted from 0. The model would be cut off silently. "
                 "Check that config.json belongs to the weights."
             )
     modules = dict(model.named_modules())
@@ -127,13 +127,13 @@ def check_finite(tensors: Iterable[tuple[str, Any]], words: str) -> None:
         raise InputError(
             f"{words} has NaN or infinity in {len(broken):,} of its tensors: "
             f"{join_names(broken, 3)}. "
-            "Nothing can be computed with it. Fetch or make it again."
+            "Nothing can be computed with it. Download or create it again."
         )
     absurd = [f"{name} ({value:.2g})" for name, value in largest.items() if value > _LARGEST]
     if absurd:
         raise InputError(
             f"{words} has numbers of more than {_LARGEST:.0e} in {len(absurd):,} of its tensors, "
-            f"as no training leaves them: {join_names(absurd, 3)}. Fetch or make it again."
+            f"as no training leaves them: {join_names(absurd, 3)}. Download or create it again."
         )
 
 

@@ -103,8 +103,8 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
         return config
     except struct.error as error:  # truncated .gguf header
         raise InputError(
-            f"{source.words} ends before its header says ({_first_line(error)}). Was the download "
-            "cut short?"
+            f"{source.words} ends before its header says ({_first_line(error)}). Is the download "
+            "incomplete?"
         ) from error
     except (*FROM_READERS, StrictDataclassError) as error:
         raise InputError(f"{source.words}: {_why_not(error)}") from error
@@ -119,7 +119,7 @@ def _why_not(error: Exception) -> str:
             "model.trust_remote_code=true."
         )
     if "cannot reshape array" in str(error):  # truncated .gguf tensors
-        return f"its tensors are not whole ({_first_line(error)}). Was the download cut short?"
+        return f"its tensors are not whole ({_first_line(error)}). Is the download incomplete?"
     if not isinstance(error, (OSError, ValueError)) or isinstance(error, StrictDataclassError):
         return f"its config.json is not one of a model: {' '.join(str(error).split())}"
     return _first_line(error)

@@ -134,7 +134,7 @@ def _check_file(path: Path, words: str) -> None:
     if magic != b"GGUF":
         raise InputError(
             f"{words} is not a GGUF file: it begins with {magic!r}, not b'GGUF'. "
-            "Was the download cut short?"
+            "Is the download incomplete?"
         )
 
 

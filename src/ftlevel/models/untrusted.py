@@ -106,7 +106,7 @@ def check_sizes(config: Mapping[str, Any], words: str) -> None:
 def _check_index(index: Path, words: str) -> None:
     where = _read(index, words).get("weight_map")
     if not isinstance(where, Mapping):
-        raise InputError(f"{words}: {index.name} has no weight_map. Was a copy cut short?")
+        raise InputError(f"{words}: {index.name} has no weight_map. Is the copy incomplete?")
     for name in where.values():
         place = PurePosixPath(str(name))
         if (
@@ -131,7 +131,7 @@ def _read(path: Path, words: str) -> Mapping[str, Any]:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         what = "its weights cannot" if path.match(_INDEX) else "it cannot"
         raise InputError(
-            f"{words}: {what} be read ({path.name}: {error}). Was a copy cut short?"
+            f"{words}: {what} be read ({path.name}: {error}). Is the copy incomplete?"
         ) from None
     return content
 

@@ -75,7 +75,7 @@ def check_answer(spec: Spec, answer: Any) -> str:
     if spec.name == "choice":
         labels = split_labels(spec.argument)
         if _label_of(answer, labels) is None:
-            return f"the answer {_shown(answer)} is none of {', '.join(labels)}"
+            return f"the answer {_shown(answer)} is not one of {', '.join(labels)}"
     if spec.name == "math":
         if _UNSAFE.fullmatch(final):
             return (

@@ -276,7 +276,7 @@ def _read_whole(directory: Path) -> dict[str, Any]:
     try:
         weights = load_file(str(path))
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read ({error}). Was a copy cut short?") from None
+        raise InputError(f"{path} cannot be read ({error}). Is the copy incomplete?") from None
     check_finite(weights.items(), str(path))
     return dict(weights)
 

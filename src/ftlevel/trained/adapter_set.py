@@ -57,7 +57,7 @@ class AdapterSet:
         """
         if name == BASE:
             if not self.has_base:
-                raise ConfigError("the model has no adapter that could be switched off.")
+                raise ConfigError("the model has no adapter that could be disabled.")
             with self._any.model.disable_adapter():
                 yield self._any
             return
@@ -94,7 +94,7 @@ def load_adapter_set(config: GenerateConfig) -> AdapterSet:
     if unknown:
         raise ConfigError(
             f"--adapter {unknown[0]}: no adapter is called so.{did_you_mean(unknown[0], named)} "
-            f"There are: {join_names(named)}. Name another as NAME=DIR."
+            f"There are: {join_names(named)}. Choose another as NAME=DIR."
         )
     if config.chosen:
         named = {name: named[name] for name in config.chosen}

@@ -218,7 +218,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}). Was a copy cut short?") from None
+        raise InputError(f"{path} is not valid JSON ({error}). Is the copy incomplete?") from None
     if not isinstance(settings, dict):
         raise InputError(f"{path} holds no object. Save the adapter again with adapters.")
     return settings
@@ -325,7 +325,7 @@ def _read_weights(directory: Path, names: tuple[str, str]) -> dict[str, Any]:
         ) from None
     except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} cannot be read ({reason}). Was a copy cut short?") from None
+        raise InputError(f"{path} cannot be read ({reason}). Is the copy incomplete?") from None
     if not isinstance(weights, dict) or not all(
         isinstance(tensor, torch.Tensor) for tensor in weights.values()
     ):

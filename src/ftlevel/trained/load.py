@@ -84,7 +84,7 @@ def resolve_reference(
         )
     if load_own_tokenizer(found.source, found.directory).get_vocab() != tokenizer.get_vocab():
         raise InputError(
-            f"{said}: its tokenizer is another one than that of the model that is trained, so it "
+            f"{said}: its tokenizer differs from that of the model that is trained, so it "
             "cannot be asked about the same tokens. Name a relative of it."
         )
     return ReferenceModel(name, found, fingerprint_of(found))

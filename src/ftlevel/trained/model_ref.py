@@ -362,7 +362,7 @@ def read_plain_adapter(
     try:
         settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}). Was a copy cut short?") from None
+        raise InputError(f"{path} is not valid JSON ({error}). Is the copy incomplete?") from None
     if not isinstance(settings, dict):
         raise InputError(f"{path} is no configuration of an adapter. Expected an object.")
     base = settings.get("base_model_name_or_path")
@@ -503,7 +503,7 @@ def check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
         raise InputError(
             f"{directory} was trained on {card.base['name']} with weights {expected[:12]}…, and "
             f"{source.words} has other weights ({found[:12]}…). On them the adapter would be wrong "
-            "without a word. Name the base that it was trained on: --model PATH, or train again."
+            "silently. Name the base that it was trained on: --model PATH, or train again."
         )
 
 

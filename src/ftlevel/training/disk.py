@@ -109,8 +109,8 @@ def _what_is_kept(directory: RunDirectory) -> str:
     # On resume, newer incomplete checkpoints are renamed with a warning.
     whole, _ = checkpoints.find_newest_intact(directory.checkpoints)
     if whole is None:
-        return "There is no whole checkpoint: mend that, and start again with --overwrite."
+        return "There is no valid checkpoint: fix that, and start again with --overwrite."
     return (
-        f"{whole} is whole. Mend that, and go on with: ftlevel train --output-dir "
+        f"{whole} is whole. Fix that, and go on with: ftlevel train --output-dir "
         f"{quote(str(directory.path))} --resume"
     )

@@ -94,7 +94,7 @@ def _name(key: str, value: Any, config: TrainConfig) -> str:
     argument = "dataset" if key == "dataset" else "eval_dataset"
     if key in config.data.model_fields_set and getattr(config.data, key) is not None:
         raise ConfigError(
-            f"{argument}= is given, and the configuration has data.{key} too. Give one of them."
+            f"{argument}= is given, and the configuration has data.{key} too. Use one of them."
         )
     named = wrap_rows(value)
     if not isinstance(named, str):

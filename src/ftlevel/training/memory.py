@@ -250,7 +250,7 @@ class StepReducer:
             self._checkpoint()
             self._note({"step": step, "gradient_checkpointing": True})
             trainer.warn(
-                f"out of memory {where}, with a row alone: activations are recomputed from now on "
+                f"out of memory {where}, with a single row: activations are recomputed from now on "
                 "(--gradient-checkpointing), which takes longer; what is learned is the same."
             )
         return trainer.on_device(trainer.data_collator(rows))

@@ -254,7 +254,7 @@ def check_same_run(
         how = f" (OMP_NUM_THREADS={before.get('threads')})" if "threads" in changed else ""
         raise ConfigError(
             f"--resume {directory.path}: not the same run: {shown}. "
-            f"Give it as it was{how}, start anew in another --output-dir, or let it change: "
+            f"Give it as it was{how}, start a new run in another --output-dir, or let it change: "
             f"--allow-change {shlex.quote(sorted(changed)[0])}"
         )
 

@@ -62,9 +62,9 @@ def check_base_stays(model: ModelConfig, output: OutputConfig, chat_template: st
     is_free = BASE in output.allow_change
     if expected is not None and found is not None and found != expected and not is_free:
         raise ConfigError(
-            f"--resume {output.dir}: it was begun on {before.get('model.name_or_path')} with "
+            f"--resume {output.dir}: it was started on {before.get('model.name_or_path')} with "
             f"weights {expected[:12]}…, and {source.words} has other weights ({found[:12]}…). "
-            "Name the base that it was begun on, or start anew in another --output-dir."
+            "Name the base that it was started on, or start a new run in another --output-dir."
         )
     if "model.adapter_fingerprint" not in before:  # an adapter has its own tokenizer
         tokenizer = load_tokenizer(source)
@@ -126,7 +126,7 @@ def check_base_outlives(run: Run) -> None:
     if output.dir.resolve() in (base.resolve(), *base.resolve().parents):
         raise ConfigError(
             f"--overwrite {output.dir}: the base model is in it ({base}), and would be deleted "
-            "with it. Name another --output-dir."
+            "with it. Choose another --output-dir."
         )
 
 
@@ -179,7 +179,8 @@ def resolve_resume(run: Run, origin: Mapping[str, Any], listener: Listener) -> R
     directory, steps = RunDirectory(run.config.output.dir), run.schedule.steps
     if not (directory.checkpoints / ORIGIN).exists():
         listener.warn(
-            f"--resume {directory.path}: it has no checkpoint yet, so the run begins anew"
+            f"--resume {directory.path}: it has no checkpoint yet, so the run starts from the "
+            f"beginning"
         )
         return ResumeState()
     before = read_origin(directory, origin)
@@ -222,7 +223,7 @@ def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
     if steps < trained:
         raise ConfigError(
             f"{where}: {steps:,} steps are fewer than the {trained:,} that are trained. Give more, "
-            "or start anew in another --output-dir."
+            "or start a new run in another --output-dir."
         )
     reason = METHODS[run.config.method.kind].why_not_continued
     if reason and was != steps:
@@ -307,7 +308,7 @@ def _changes_of_files(
         shown = join_names(f"{n} was {was} and is {now}" for n, (was, now) in changed.items())
         raise ConfigError(
             f"--resume {directory.path}: not the same run: the bytes of {digests.words} "
-            f"are others than when it began: {shown} (SHA-256). Restore them, start anew in "
+            f"are others than when it began: {shown} (SHA-256). Restore them, start a new run in "
             f"another --output-dir, or let them change: --allow-change {digests.field}"
         )
     return [
@@ -344,11 +345,14 @@ def find_checkpoint(directory: RunDirectory, listener: Listener) -> Path | None:
         return newest
     if directory.read_summary() is not None:
         raise ConfigError(
-            f"--resume {directory.path}: it is done, and has no whole checkpoint. Train on from "
+            f"--resume {directory.path}: it is done, and has no valid checkpoint. Train on from "
             f"its adapter: --adapter {directory.path} with another --output-dir; with "
             "--save-strategy epoch a run can be made longer."
         )
-    listener.warn(f"--resume {directory.path}: it has no whole checkpoint, so the run begins anew")
+    listener.warn(
+        f"--resume {directory.path}: it has no valid checkpoint, so the run starts from the "
+        f"beginning"
+    )
     return None
 
 
@@ -375,7 +379,7 @@ def describe_end(directory: RunDirectory, train: TrainerConfig, summary: Mapping
     early = " (it stopped early)" if best.get("stopped_early") else ""
     newest, _ = checkpoints.find_newest_intact(directory.checkpoints)
     more = (
-        f"A longer run goes on from there: --resume {length}."
+        f"A longer run continues from there: --resume {length}."
         if newest
         else f"To train on from its adapter: --adapter {quote(str(directory.path))}, and another "
         "--output-dir."
@@ -398,4 +402,4 @@ def explain_interrupt(directory: RunDirectory) -> Iterator[None]:
 
 
 def _go_on(directory: RunDirectory) -> str:
-    return f"Go on with: ftlevel train --output-dir {quote(str(directory.path))} --resume"
+    return f"Resume with: ftlevel train --output-dir {quote(str(directory.path))} --resume"

@@ -321,7 +321,7 @@ def check_can_shard(run: Run, count: int) -> None:
     if kind.start is not None and kind.start.rewrites_base(method):
         problems.append(
             f"{asked} cannot be used with a start that is taken out of the base's weights, which "
-            "no process has whole when the adapter is saved. Use the default start."
+            "no process has whole when the adapter is saved. Use the default initialization."
         )
     if kind.why_not_continued:
         problems.append(

@@ -259,7 +259,7 @@ def find_nothing_learned(summary: Mapping[str, Any], run: Run) -> list[str]:
     than = (
         f"and began at {first:.3f}"
         if guess is None
-        else f"and guessing by how often each answer is given, without reading, gives {guess:.3f}"
+        else f"and guessing by answer frequency gives {guess:.3f}"
     )
     rate, default = run.schedule.learning_rate, run.schedule.default_learning_rate
     is_worse = last > first + (summary["loss_first_spread"] or 0)

@@ -246,7 +246,8 @@ def _find(run: Run, flag: str, name: str | None) -> ReferenceModel | None:
     path, out = Path(name).expanduser(), run.config.output.dir
     if out is not None and path.exists() and path.resolve().is_relative_to(out.resolve()):
         raise ConfigError(
-            f"--output-dir {out} holds {flag} {name}, which stays as it is. Name another directory."
+            f"--output-dir {out} holds {flag} {name}, which is not changed. Choose another "
+            f"directory."
         )
     model = run.model
     found = resolve_reference(flag, name, model.kind, model.tokenizer, model.device)

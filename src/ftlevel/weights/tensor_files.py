@@ -80,7 +80,7 @@ class StoredTensor:
             while view:
                 count = file.readinto(view)
                 if not count:
-                    raise InputError(f"{self.path} ends before its header says. Was it cut short?")
+                    raise InputError(f"{self.path} ends before its header says. Is it incomplete?")
                 view = view[count:]
         return tensor.view(self.spec.dtype).view(self.spec.shape)
 
@@ -92,7 +92,7 @@ class StoredTensor:
             while left:
                 block = file.read(min(_BLOCK, left))
                 if not block:
-                    raise InputError(f"{self.path} ends before its header says. Was it cut short?")
+                    raise InputError(f"{self.path} ends before its header says. Is it incomplete?")
                 out.write(block)
                 left -= len(block)
 
@@ -111,7 +111,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             header = _entries(json.loads(file.read(size)))
     except (struct.error, ValueError, TypeError, RecursionError, OSError) as error:
         raise InputError(
-            f"{path} is not a safetensors file ({error}). Was a copy cut short?"
+            f"{path} is not a safetensors file ({error}). Is the copy incomplete?"
         ) from None
     metadata = header.pop("__metadata__", {})
     stored = {}
@@ -125,7 +125,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         stored[name] = StoredTensor(path, spec, 8 + size + entry["data_offsets"][0])
     ends = (8 + size + entry["data_offsets"][1] for entry in header.values())
     if path.stat().st_size < max(ends, default=0):
-        raise InputError(f"{path} is shorter than its header says. Was a copy cut short?")
+        raise InputError(f"{path} is shorter than its header says. Is the copy incomplete?")
     return stored, metadata
 
 
@@ -232,7 +232,7 @@ def weight_files(directory: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{index} cannot be read ({error}). Was a copy cut short?") from None
+        raise InputError(f"{index} cannot be read ({error}). Is the copy incomplete?") from None
     paths = [directory / name for name in names]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:

@@ -45,8 +45,8 @@ RULES = [
      "--dtype float16 cannot be used on the CPU, which computes it in software and overflows in "
      "training. Use --dtype bfloat16 or float32."),
     (["output.resume=true", "output.overwrite=true", "output.dir=x"],
-     "--resume keeps a run and --overwrite replaces it. Give one of them."),
-    (["output.resume=true"], "--resume needs the run to go on with. Add --output-dir RUN."),
+     "--resume keeps a run and --overwrite replaces it. Use one of them."),
+    (["output.resume=true"], "--resume needs the run to resume. Add --output-dir RUN."),
     (["task=summarization", "data.overlong=split"],
      "--overlong split cuts plain text into several rows and cannot be used with --task "
      "summarization. Use --overlong drop or truncate-prompt."),

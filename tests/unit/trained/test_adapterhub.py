@@ -98,7 +98,7 @@ def test_safetensors_and_a_second_adapter_beside_the_first(tmp_path: Path) -> No
         ({"ln_before": True}, "ln_before True"),
         ({"ln_after": True}, "ln_after True"),
         ({"architecture": "prefix_tuning", "flat": False}, "architecture 'prefix_tuning'"),
-        ({"architecture": "lora"}, "architecture 'lora' is no bottleneck adapter"),
+        ({"architecture": "lora"}, "architecture 'lora' is not a bottleneck adapter"),
         ({"new_key": 1}, "new_key is no key of adapters 1.3.0"),
         ({"mh_adapter": True}, "mh_adapter True.*has no placement here"),
         ({"residual_before_ln": "post_add"}, "residual_before_ln 'post_add'"),

@@ -43,7 +43,7 @@ def run(tmp_path: Path) -> RunDirectory:
 
 def test_python_says_that_the_disk_is_full(run: RunDirectory) -> None:
     with (
-        pytest.raises(RunError, match=r"disk is full.*no whole checkpoint"),
+        pytest.raises(RunError, match=r"disk is full.*no valid checkpoint"),
         explain_disk_errors(run),
     ):
         by_python()
@@ -127,5 +127,5 @@ def test_a_checkpoint_is_begun_where_it_has_room(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=12_008))
     check_room_to_save(run, model, optimizer)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=12_007))
-    with pytest.raises(RunError, match=r"needs about 0\.0 MB.*no whole checkpoint"):
+    with pytest.raises(RunError, match=r"needs about 0\.0 MB.*no valid checkpoint"):
         check_room_to_save(run, model, optimizer)

@@ -48,7 +48,7 @@ def test_what_safetensors_writes_is_read_and_copied(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         read = stored[name].read()
         assert torch.equal(read, tensor)
-        read.zero_()  # memory of its own: the file stays as it is
+        read.zero_()  # memory of its own: the file is not changed
         assert torch.equal(stored[name].read(), tensor)
     write_file(tmp_path / "b.safetensors", [TensorPart({n: t.spec}, t) for n, t in stored.items()])
     found = load_file(tmp_path / "b.safetensors")

@@ -283,10 +283,10 @@ class _FormatSuggestion:
         flags = min(offers, key=lambda offer: offer[0])[1]
         media = [quote(name) for name in self.columns if is_media_column(name)]
         if media and "=COLUMN" in flags:
-            there = f"{there} {join_names(media)} holds no text, from which ftlevel learns."
+            there = f"{there} {join_names(media)} holds no text, from which ftlevel trains."
         return (
             f"--task {self.task}: the columns do not say what to {aim}. {there} "
-            f"Wanted is one of: {wants}. Say which is which: {flags}."
+            f"Expected one of: {wants}. Map the columns: {flags}."
         )
 
     def _offer(self, shape: FormatSpec) -> tuple[tuple[int, int, int], str] | None:

@@ -464,9 +464,7 @@ def build_question(roles: RoleValues) -> Question:
     for text, start in zip(texts, starts, strict=True):
         check_text(text, "an answer")
         if type(start) is not int or context[start : start + len(text)] != text:
-            raise UnusableRowError(
-                f"the answer {text[:40]!r} does not stand at {start} of the context"
-            )
+            raise UnusableRowError(f"the answer {text[:40]!r} is not at {start} of the context")
     return Question(context, question, tuple(zip(texts, starts, strict=True)), roles.index)
 
 

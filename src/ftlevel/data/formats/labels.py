@@ -108,7 +108,7 @@ def _check_declared(declared: Sequence[str] | None, names: Sequence[str], table:
 
 def check_labels(labels: LabelSet, examples: Sequence[ClassExample], table: Table) -> None:
     """Raise `InputError` if an example has a class that the training rows lack."""
-    _check_known(labels, _classes_of(examples), table, "is no class of the training rows")
+    _check_known(labels, _classes_of(examples), table, "is not a class of the training rows")
 
 
 def find_invalid_labels(

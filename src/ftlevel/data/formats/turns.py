@@ -187,9 +187,7 @@ def _refuse_parts(parts: Sequence[Any], what: str) -> NoReturn:
     other = next((kind for kind in kinds if kind != "text"), None)
     if other is None:
         raise UnusableRowError(f"{what} is a list of parts, not a string; join their texts")
-    raise UnusableRowError(
-        f"{what} has a part of type {other!r}, and ftlevel learns from text alone"
-    )
+    raise UnusableRowError(f"{what} has a part of type {other!r}, and ftlevel trains on text only")
 
 
 def _parse_call(call: object, what: str) -> dict[str, Any]:

@@ -274,7 +274,7 @@ def _load(folder: Path, note: str, why: str = "") -> PreparedData:
     lines = np.load(folder / "lines.npy", mmap_mode="r")
     parts = tuple(Part(base, Table([], [], name, unit)) for base, name, unit in content["parts"])
     source, unit = content["source"]
-    kept = Choice("rows", note, f"{why}{folder}; --no-cache prepares them anew")
+    kept = Choice("rows", note, f"{why}{folder}; --no-cache prepares them again")
     return PreparedData(
         _load_rows(folder, "train", content),
         _load_rows(folder, "validation", content),

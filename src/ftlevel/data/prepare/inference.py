@@ -327,7 +327,7 @@ def _choose(splits: DatasetSplits, split: str | None, *, is_own: bool) -> tuple[
     table = tables[name]
     if table is None:
         raise InputError(
-            f"--split {name}: {splits.name} has none. Splits here: {', '.join(there)}. Name "
+            f"--split {name}: {splits.name} has none. Splits here: {', '.join(there)}. Choose "
             "another, or other rows with --dataset."
         )
     return table, name

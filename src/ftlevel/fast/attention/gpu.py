@@ -439,13 +439,14 @@ def fetch_kernel(named: str) -> HubKernel:
         module = get_kernel(repository, **which)
     except Exception as error:
         raise InputError(
-            f"The package kernels has no {named} for this machine: {error}. Name another in "
+            f"The package kernels has no {named} for this machine: {error}. Choose another in "
             "speed.attention_kernel, or drop it."
         ) from error
     function = getattr(module, FUNCTION, None)
     if function is None:
         raise InputError(
-            f"{named} has no {FUNCTION}, so it cannot attend to rows of sequences. Name another in "
+            f"{named} has no {FUNCTION}, so it cannot attend to rows of sequences. Choose "
+            f"another in "
             "speed.attention_kernel (kernels-community/flash-attn3@1), or drop it."
         )
     return HubKernel.read(function)

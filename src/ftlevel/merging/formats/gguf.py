@@ -141,7 +141,9 @@ def check_file(
     dtype = original.dtype if same else torch.float32
     model, missing = load_model(source, config, _CLASS, dtype=dtype, device=original.device)
     if missing:
-        raise RunError(f"the file lacks {missing[0]} and {len(missing) - 1} more. Nothing is kept.")
+        raise RunError(
+            f"the file lacks {missing[0]} and {len(missing) - 1} more. Nothing is saved."
+        )
     with in_float32(model):
         found = probe.score(model, "float32")
     file = compare_rows(expected, found)
@@ -149,7 +151,7 @@ def check_file(
         raise RunError(
             f"the file is not the model: read back by transformers, its logits differ by up to "
             f"{file.max_difference:.3g} from those of the model in {outtype} (KL {file.kl:.3g}, "
-            f"top-1 {file.top1:.1%}). Nothing is kept. Please report this with the command."
+            f"top-1 {file.top1:.1%}). Nothing is saved. Please report this with the command."
         )
     splitting = vocabulary.pre in READ_BY_TRANSFORMERS
     run = beside_run(model) if beside_run else None
@@ -236,7 +238,7 @@ def check_tokens(found: Any, own: Any, vocabulary: Vocabulary) -> int:
         if wanted != got:
             raise RunError(
                 f"the file's tokenizer is not the model's: {text!r} gives {got}, and should give "
-                f"{wanted}. Nothing is kept. Please report this with the command."
+                f"{wanted}. Nothing is saved. Please report this with the command."
             )
     return len(texts)
 
@@ -470,12 +472,12 @@ def _check_lines(check: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterat
         f"{summary['outtype']} by {exact['max_difference']:.2g} at most"
     )
     yield (
-        f"beside the model itself: KL {model['kl']:.2g}, top-1 {model['top1']:.1%}, "
+        f"compared with the model itself: KL {model['kl']:.2g}, top-1 {model['top1']:.1%}, "
         f"loss {model['loss']:.4f} (the model {model['loss_reference']:.4f})"
     )
     if (run := check["beside_run"]) is not None:
         yield (
-            f"beside it as trained, on rows that no code was chosen on: {describe_difference(run)}"
+            f"compared with the run, on rows that no code was chosen on: {describe_difference(run)}"
         )
     if check["settings_of_the_model"]:
         own_settings = ", ".join(check["settings_of_the_model"])

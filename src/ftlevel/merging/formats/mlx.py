@@ -41,7 +41,7 @@ class MlxWriter:
         known, family = SERVERS["mlx"].families, entry.model_config.model_type
         if family not in known:
             raise InputError(
-                f"mlx-lm is not known here to name the modules of {family} as transformers does "
+                f"mlx-lm is not known to name the modules of {family} as transformers does "
                 f"(known: {join_names(known)}). Merge it"
             )
 

@@ -85,7 +85,7 @@ def probe_normal_form(
         for name, layer in _layers(tuned)
         for change, norm in [_change(layer, name, base)]
     }
-    file.said.append("its layers asked for their update, which was factored")
+    file.said.append("the update of its layers, factored")
     return build_normal_form(factors, file, limit, "the probe")
 
 
@@ -120,7 +120,7 @@ def _change(layer: Any, name: str, base: BaseWeights) -> tuple[torch.Tensor, flo
             )
     except _NOT_ALONE as error:  # float32 tensors, or needs sequences
         raise InputError(
-            f"{name} cannot be asked by itself ({' '.join(str(error).split())[:80]}). Merge it"
+            f"{name} cannot be evaluated alone ({' '.join(str(error).split())[:80]}). Merge it"
         ) from None
     apart = (given - some @ whole).norm()
     if zero.abs().max() > _AT_ZERO or apart > _LINEAR * max(float(given.norm()), 1e-12):
@@ -274,7 +274,7 @@ class AdaptersExport:
         """Yield the lines for the console."""
         for entry in self.entries:
             form = self.forms[entry.name]
-            reason = "known when its layers are asked" if form is None else f"rank {form.rank}"
+            reason = "known when its layers are computed" if form is None else f"rank {form.rank}"
             yield Choice(entry.name, entry.found.card.method, reason)
         yield Choice("base", self.entries[0].base_name)
         why = f"what {self.server.title} loads" if self.server else "--format"
@@ -383,7 +383,7 @@ class AdaptersExport:
             raise RunError(
                 f"what was written is not {entry.name}: read back and put onto its base by PEFT, "
                 f"its logits differ by up to {difference:.3g} (the largest is {scale:.3g}). "
-                "Nothing is kept. Merge it: --format merged. Please report this with the command."
+                "Nothing is saved. Merge it: --format merged. Please report this with the command."
             )
         effect = answers.largest_difference(trained, base) if base is not None else 0.0
         kind = entry.found.card.quantization.get("kind", "none")

@@ -318,7 +318,7 @@ def check_for(entry: ServedModel, server: Server | None) -> list[str]:
     family = entry.model_config.model_type
     if server.families and family not in server.families:
         raise InputError(
-            f"{server.title} is not known here to name the modules of {family} as transformers "
+            f"{server.title} is not known to name the modules of {family} as transformers "
             f"does (known: {join_names(server.families)}). Merge it"
         )
     if entry.found.source.kind == "gguf" and "gguf" not in server.formats:

@@ -105,7 +105,8 @@ def _check_plain(config: Mapping[str, Any]) -> None:
     architecture = config.get("architecture")
     if architecture is not None:
         raise InputError(
-            f"architecture {architecture!r} is no bottleneck adapter, and of AdapterHub's methods "
+            f"architecture {architecture!r} is not a bottleneck adapter, and of AdapterHub's "
+            f"methods "
             "ftlevel reads these only. Train it here by --method, or use it with adapters."
         )
     problems = [
@@ -201,7 +202,7 @@ def _activation(name: Any, *, old: bool) -> str:
 def _scaling(value: Any) -> float | str:
     if value in ("learned", "channel") or isinstance(value, (int, float)):
         return float(value) if isinstance(value, (int, float)) else str(value)
-    raise InputError(f"scaling {value!r} is no number, learned or channel.")
+    raise InputError(f"scaling {value!r} is not a number, learned or channel.")
 
 
 def write_config(peft_config: Mapping[str, Any], model_config: Any) -> dict[str, Any]:

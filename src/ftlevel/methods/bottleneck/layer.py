@@ -71,7 +71,7 @@ class BottleneckConfig(PeftConfig):
         self.peft_type = BOTTLENECK
         if self.placement not in get_args(Placement):
             raise ValueError(
-                f"placement {self.placement!r} is none of {', '.join(get_args(Placement))}."
+                f"placement {self.placement!r} is not one of {', '.join(get_args(Placement))}."
             )
         if self.non_linearity not in ACT2FN:
             raise ValueError(
@@ -81,7 +81,7 @@ class BottleneckConfig(PeftConfig):
         if self.scaling is None:
             self.scaling = default_scaling(self.placement)
         if isinstance(self.scaling, str) and self.scaling not in ("learned", "channel"):
-            raise ValueError(f"scaling {self.scaling!r} is no number, learned or channel.")
+            raise ValueError(f"scaling {self.scaling!r} is not a number, learned or channel.")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, list):  # PEFT compares these as sets
@@ -90,7 +90,7 @@ class BottleneckConfig(PeftConfig):
 
 CANNOT_MERGE = (
     "A bottleneck adapter is not linear in the hidden state, so no weight of the base model can "
-    "hold it and it cannot be merged. Keep it beside the base, which costs two small matrix "
+    "hold it and it cannot be merged. Keep it separate from the base, which costs two small matrix "
     "products a site, or train with a method that merges, such as --method lora."
 )
 

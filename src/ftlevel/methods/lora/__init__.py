@@ -43,7 +43,7 @@ def _form(
 
 FACTS = (
     MethodFacts(
-        "lora", "lora", "--method lora", "two thin matrices beside every linear", MERGES,
+        "lora", "lora", "--method lora", "two low-rank matrices per linear layer", MERGES,
         "Hu et al., 2021, arXiv:2106.09685", _LLAMA_7B,
     ),
     MethodFacts(
@@ -51,7 +51,7 @@ FACTS = (
         "Dettmers et al., 2023, arXiv:2305.14314", _LLAMA_7B,
     ),
     _form(
-        "dora", "--dora", "LoRA, and the length of every column apart",
+        "dora", "--dora", "LoRA with separate column magnitudes",
         "Liu et al., 2024, arXiv:2402.09353", {"use_dora": True}, 21_348_352,
     ),
     _form(
@@ -59,7 +59,7 @@ FACTS = (
         "Kalajdzievski, 2023, arXiv:2312.03732", {"use_rslora": True},
     ),
     _form(
-        "lora+", "--lora-plus-ratio 16", "LoRA, whose B learns faster",
+        "lora+", "--lora-plus-ratio 16", "LoRA with a higher rate for B",
         "Hayou et al., 2024, arXiv:2402.12354", {"lora_plus_ratio": ...},
     ),
     _form(
@@ -71,20 +71,20 @@ FACTS = (
         {"init_lora_weights": "orthogonal"},
     ),
     _form(
-        "pissa", "--init pissa", "LoRA, begun at the weights' largest singular vectors",
+        "pissa", "--init pissa", "LoRA, initialized from the largest singular vectors",
         "Meng et al., 2024, arXiv:2404.02948", {"init_lora_weights": PISSA},
     ),
     _form(
-        "olora", "--init olora", "LoRA, begun at the weights' QR factors",
+        "olora", "--init olora", "LoRA, initialized from the QR factors of the weights",
         "Büyükakyüz, 2024, arXiv:2406.01775", {"init_lora_weights": "olora"},
     ),
     _form(
-        "loftq", "--init loftq", "LoRA, begun at what 4 bits took from the weights",
+        "loftq", "--init loftq", "LoRA, initialized from the quantization error",
         "Li et al., 2023, arXiv:2310.08659", {"init_lora_weights": "loftq"},
     ),
     _form(
         "eva", "--init eva",
-        "LoRA, begun at the inputs' main directions, ranks where they explain most",
+        "LoRA, initialized from principal components of inputs",
         "Paischer et al., 2024, arXiv:2410.07170", {"init_lora_weights": "eva"},
     ),
     _form(
@@ -104,15 +104,16 @@ RULES = (
     ),
     Rule(
         rows("pissa", "olora"),
-        "it takes its start out of the base's weights, and what is left would be quantized anew",
+        "it takes its initialization out of the base's weights, and what is left would be "
+        "quantized again",
         "Use --init default, or drop --quant.", quants=QUANTIZED,
     ),
     Rule(
-        rows("loftq"), "it begins at what 4-bit quantization took from the weights, and there is "
-        "nothing of it here", "Use --quant 4bit, or --init pissa.", quants=frozenset({"none"}),
+        rows("loftq"), "it starts from the error of 4-bit quantization, and the base is not "
+        "quantized", "Use --quant 4bit, or --init pissa.", quants=frozenset({"none"}),
     ),
     Rule(
-        rows("loftq"), "8-bit quantization takes next to nothing from the weights",
+        rows("loftq"), "the error of 8-bit quantization is nearly zero",
         "Use --quant 4bit, or --init default.", quants=frozenset({"8bit"}),
     ),
     Rule(
@@ -230,11 +231,11 @@ def precision(spec: LoraSpec, wish: str) -> Choice | None:
     init = spec.init_lora_weights
     if wish not in ("auto", "float32"):
         raise ConfigError(
-            f"--init {init} cannot be used with --dtype {wish}: it takes its start "
-            "out of the base's weights, what is left is rounded, and the adapter would not be what "
+            f"--init {init} cannot be used with --dtype {wish}: it takes its initialization out "
+            "of the base's weights, what is left is rounded, and the adapter would not be what "
             "was trained. Use --dtype float32, or --init default."
         )
-    return Choice("dtype", "float32", f"auto: {init} takes its start out of the weights")
+    return Choice("dtype", "float32", f"auto: {init} takes its initialization out of the weights")
 
 
 def begin(model: Any, spec: LoraSpec, inputs: InitializationInputs) -> None:
@@ -260,7 +261,7 @@ START = Initialization(precision, begin, rewrites_base, copy_start, as_plain_lor
 _SECONDS = 10.0  # timeout; patterns usually match in milliseconds
 
 _UNMERGEABLE = {
-    "layer_replication": "it repeats layers, so it is another architecture",
+    "layer_replication": "it repeats layers, so it is a different architecture",
     "alora_invocation_tokens": "it acts only after its invocation tokens",
     "arrow_config": "it routes each token among adapters",
     "megatron_config": "it is laid out for Megatron",
@@ -363,7 +364,7 @@ def refuse_quantized(spec: LoraSpec, base: QuantizedCheckpoint) -> str | None:
         return refuse_other_forms(spec, base)
     if spec.init_lora_weights == "loftq":
         return (
-            f"--init loftq begins at what quantization took from the weights, and --model "
+            f"--init loftq starts from the quantization error, and --model "
             f"{base.name} is quantized already ({base.form}). Give the original model with --quant "
             "4bit, or use --init default."
         )
@@ -389,7 +390,8 @@ def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
     start = str(config.get("init_lora_weights"))
     if start.startswith(BASE_MODIFYING_INITS):  # saved by PEFT; ftlevel saves these as plain LoRA
         return (
-            f"init_lora_weights is {start}: its start was taken out of the base's weights, and the "
+            f"init_lora_weights is {start}: its initialization was taken out of the base's "
+            f"weights, and the "
             "file holds none of it. Write it as plain LoRA first, and merge that: ftlevel export "
             "ADAPTER --format peft --out DIR."
         )

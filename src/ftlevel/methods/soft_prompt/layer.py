@@ -128,7 +128,7 @@ class SoftPromptConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = SOFT_PROMPT
         if self.encoder not in ("none", "MLP", "LSTM"):
-            raise ValueError(f"encoder {self.encoder!r} is none of none, MLP and LSTM.")
+            raise ValueError(f"encoder {self.encoder!r} is not one of none, MLP and LSTM.")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, list):  # PEFT compares these as sets

@@ -94,7 +94,7 @@ class EmbeddingTask(BaseTask):
         if not form.include_prompt:
             raise ConfigError(
                 f"{source.words} leaves its prompts out of the pooling (include_prompt), which "
-                "ftlevel does not. Name another model."
+                "ftlevel does not. Choose another model."
             )
         end = _end_of(tokenizer, source.name) if form.pooling == "last" else None
         dims = self.settings.matryoshka_dims

@@ -68,7 +68,7 @@ class RewardTask(AnswerTask):
         if model_config.num_labels != 1:
             raise InputError(
                 f"a reward model has one score, and this one has {model_config.num_labels} "
-                "classes. Name another, or --task text-classification."
+                "classes. Choose another, or --task text-classification."
             )
         form = self.prompt_format(Format(self.name, "", build_scored, {}), kind, tokenizer)
         return {

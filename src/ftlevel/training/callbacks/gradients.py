@@ -365,7 +365,8 @@ class GradientMonitor(TrainerCallback):
         if missing:
             raise RunError(
                 f"{len(missing):,} of {len(trainable):,} trainable tensors got no gradient at step "
-                f"1: {join_names(missing, 3)}. They would stay as they began. If the model does "
+                f"1: {join_names(missing, 3)}. They would keep their initial values. If the "
+                f"model does "
                 "not "
                 "use these modules for this task, name the others by --target-modules; else "
                 "please report it with the command."

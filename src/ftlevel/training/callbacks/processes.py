@@ -128,8 +128,8 @@ class WatchProcesses(TrainerCallback):
             who = f"rank {rank} ({host})"
             if is_alone or now - came > PATIENCE:
                 message = (
-                    f"{who} has given no sign for {PATIENCE:.0f} s, and the others wait for it at "
-                    f"step {mine}: it stands still, or its machine or the way there does."
+                    f"{who} has not responded for {PATIENCE:.0f} s, and the others wait for it at "
+                    f"step {mine}: it hangs, or its machine or network does."
                 )
                 yield rank, message
             elif is_long and step < mine and now - came < 3 * _EVERY:  # with a heartbeat

@@ -84,7 +84,7 @@ def tracking(
             try:
                 begun[name] = _BEGIN[name](run)
             except Exception as error:
-                raise RunError(f"--report-to {name} cannot be begun: {error}") from error
+                raise RunError(f"--report-to {name} cannot be started: {error}") from error
         if begun:
             listener.choices("trackers", [Choice(n, t.where) for n, t in begun.items()])
         yield [_write_to(name, tracker, listener) for name, tracker in begun.items()]
@@ -118,7 +118,7 @@ def _or_warn(name: str, listener: Listener) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001 - a tracker's own, and no reason to lose a run
-        listener.warn(f"{name} failed, and is told no more: {error}")
+        listener.warn(f"{name} failed, and is disabled: {error}")
 
 
 def name_metrics(record: Mapping[str, Any]) -> dict[str, float]:

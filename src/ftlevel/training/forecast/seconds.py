@@ -72,7 +72,7 @@ def parse_gpu(wish: str) -> Gpu:
     if size := _SIZE.fullmatch(name):
         return Gpu(f"a GPU of {size[1]} GiB", int(float(size[1]) * GIB))
     raise ConfigError(
-        f"--gpu {wish}: no such card is known.{did_you_mean(name, GPUS)} Known: "
+        f"--gpu {wish}: unknown GPU.{did_you_mean(name, GPUS)} Known: "
         f"{join_names(GPUS)}. Or give its memory: --gpu 24GB."
     )
 

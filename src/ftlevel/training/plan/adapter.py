@@ -117,7 +117,7 @@ def _take_model(
     if "name_or_path" in config.model.model_fields_set:
         raise ConfigError(
             f"--adapter {name} is a whole model, and --model {config.model.name_or_path} names "
-            "another. Give one of them."
+            "another. Use one of them."
         )
     update = {"name_or_path": str(directory), "adapter": None}
     values = config.model_dump(exclude_unset=True)
@@ -130,7 +130,8 @@ def _check_kind(name: str, directory: Path, config: TrainConfig) -> None:
     if is_adapterhub(directory):
         raise ConfigError(
             f"--adapter {name} is in AdapterHub's form, which is read and not trained on. Train "
-            "anew with --method adapter."
+            f"a new adapter "
+            "with --method adapter."
         )
     if not (directory / ADAPTER_CONFIG).is_file():
         what = "holds neither an adapter nor a model" if directory.exists() else "does not exist"
@@ -141,8 +142,8 @@ def _check_kind(name: str, directory: Path, config: TrainConfig) -> None:
     out = config.output.dir
     if out is not None and directory.resolve().is_relative_to(out.resolve()):
         raise ConfigError(
-            f"--output-dir {out} holds --adapter {name}, which stays as it is. Name another "
-            "directory; --resume goes on in the same."
+            f"--output-dir {out} holds --adapter {name}, which is not changed. Choose another "
+            "directory; --resume continues in the same."
         )
 
 
@@ -211,7 +212,8 @@ def _check_flags(config: TrainConfig, adapter: StartingAdapter, spec: MethodConf
     """Reject flags that contradict the adapter, and methods that cannot be continued."""
     if reason := METHODS[spec.kind].why_not_continued:
         raise ConfigError(
-            f"--adapter {adapter.name} was trained by --method {spec.kind}, which cannot go on: "
+            f"--adapter {adapter.name} was trained by --method {spec.kind}, which cannot be "
+            f"continued: "
             f"{reason}. ftlevel merge makes a model of it to train on."
         )
     problems = [

@@ -471,7 +471,7 @@ def infer_task(config: TrainConfig) -> tuple[TrainConfig, str]:
         TASKS[config.task].find_format(table.columns, data, table.rows[:CHUNK_ROWS])
     except InputError:
         raise InputError(
-            f"--model {wish.name_or_path} is an encoder, and the columns speak for none of its "
+            f"--model {wish.name_or_path} is an encoder, and the columns match none of its "
             f"tasks. {refusals[_OF_ENCODERS[0]]}"
         ) from None
     return config, ""

@@ -121,7 +121,7 @@ def check_schedule(config: TrainerConfig, rate: float, steps: int, validation_ro
             )
     if name == PLATEAU and (not validation_rows or config.eval_strategy == "no"):
         problems.append(
-            f"--lr-scheduler-type {name} looks at the loss on validation rows, and nothing is "
+            f"--lr-scheduler-type {name} uses the loss on validation rows, and nothing is "
             "evaluated. Add --validation-split 0.05, or use another."
         )
     if (decay := given.get("num_decay_steps")) is not None:

@@ -44,7 +44,7 @@ def check_adapter_matches(adapter: StartingAdapter, run: Run) -> None:
             now = json.dumps(built.get(name))
             raise ConfigError(
                 f"--adapter {adapter.name}: its {name} is {json.dumps(value)}, and in training it "
-                f"would be {now}. It cannot be gone on from."
+                f"would be {now}. It cannot be continued."
             )
     needed, wanted = describe_state(apply_method(meta, spec, run.base))
     stored, _ = read_header(adapter.directory / ADAPTER_WEIGHTS)
@@ -55,7 +55,7 @@ def check_adapter_matches(adapter: StartingAdapter, run: Run) -> None:
         raise ConfigError(
             f"--adapter {adapter.name}: {len(odd):,} of its tensors are not those that would be "
             f"trained, such as {first}: {_shape(found.get(first))} in its file, and "
-            f"{_shape(wanted.get(first))} here. It cannot be gone on from."
+            f"{_shape(wanted.get(first))} here. It cannot be continued."
         )
 
 

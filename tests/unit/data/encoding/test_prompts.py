@@ -161,7 +161,7 @@ def test_a_format_of_a_later_version_is_refused(tmp_path: Path) -> None:
         card = write_old_card(tmp_path, prompt={**OLD_CARD["prompt"], **more})
         with pytest.raises(InputError, match=r"a later ftlevel lays out. Install that version"):
             read_format(card)
-    with pytest.raises(InputError, match="is no card of an adapter"):
+    with pytest.raises(InputError, match="is not the card of an adapter"):
         write_old_card(tmp_path, prompt=["plain"])
 
 

@@ -166,15 +166,15 @@ def test_mapping_goes_before_known_names() -> None:
             "body gist",
             {},
             "--task summarization: the columns do not say what to learn. Columns: 'body', 'gist'. "
-            "Wanted is one of: document + summary, messages, conversations, prompt + completion, "
-            "instruction + output. Say which is which: --map document=body --map summary=gist.",
+            "Expected one of: document + summary, messages, conversations, prompt + completion, "
+            "instruction + output. Map the columns: --map document=body --map summary=gist.",
         ),
         (
             "text-generation",
             "document summary",
             {},
             "--task text-generation: the columns do not say what to learn. Columns: 'document', "
-            f"'summary'. Wanted is one of: {GENERATION}. Say which is which: --map prompt=document "
+            f"'summary'. Expected one of: {GENERATION}. Map the columns: --map prompt=document "
             "--map completion=summary. These columns fit --task summarization.",
         ),
         (
@@ -182,23 +182,23 @@ def test_mapping_goes_before_known_names() -> None:
             "id txt",
             {},
             "--task text-generation: the columns do not say what to learn. Columns: 'id', 'txt'. "
-            f"Wanted is one of: {GENERATION}. Say which is which: --map text=txt.",
+            f"Expected one of: {GENERATION}. Map the columns: --map text=txt.",
         ),
         (
             "text-classification",
             "idx txt labl",
             {},
             "--task text-classification: the columns do not say what to learn. Columns: 'idx', "
-            "'txt', 'labl'. Wanted is one of: text + text_pair + label, text + label. "
-            "Say which is which: --map text=txt --map label=labl.",
+            "'txt', 'labl'. Expected one of: text + text_pair + label, text + label. "
+            "Map the columns: --map text=txt --map label=labl.",
         ),
         (
             "summarization",
             "text",
             {},
             "--task summarization: the columns do not say what to learn. Columns: 'text'. "
-            "Wanted is one of: document + summary, messages, conversations, prompt + completion, "
-            "instruction + output. Say which is which: --map summary=COLUMN. "
+            "Expected one of: document + summary, messages, conversations, prompt + completion, "
+            "instruction + output. Map the columns: --map summary=COLUMN. "
             "These columns fit --task text-generation.",
         ),
         (
@@ -206,7 +206,7 @@ def test_mapping_goes_before_known_names() -> None:
             "a b",
             {"prompt": "a"},
             "--task text-generation: the columns do not say what to learn. Columns: 'a', 'b'. "
-            f"Wanted is one of: {GENERATION}. Say which is which: "
+            f"Expected one of: {GENERATION}. Map the columns: "
             "--map prompt=a --map completion=b.",
         ),
         (
@@ -258,7 +258,7 @@ def test_a_format_by_name(task: str, columns: str, name: str, shape: str) -> Non
          "mean 'messages'? It has: messages, conversations, prompt-completion, "
          "instruction-output, text."),
         ("text", "alpaca", "--task text-generation: the columns do not say what to learn. "
-         "Columns: 'text'. Wanted is one of: instruction + output. Say which is which: "
+         "Columns: 'text'. Expected one of: instruction + output. Map the columns: "
          "--map instruction=text --map output=COLUMN."),
     ],
 )  # fmt: skip
@@ -273,7 +273,7 @@ def test_a_format_that_is_wished_for_is_explained() -> None:
         detect(["messages"], "text-generation", None, "sharegpt")
     assert str(caught.value) == (
         "--task text-generation: the columns do not say what to learn. Columns: 'messages'. "
-        "Wanted is one of: conversations. Say which is which: --map conversations=messages."
+        "Expected one of: conversations. Map the columns: --map conversations=messages."
     )
     found = detect(["messages"], "text-generation", {"conversations": "messages"}, "sharegpt")
     assert found.columns == {"conversations": "messages"}
@@ -294,7 +294,7 @@ THREADS = [{"thread": [{"who": "a", "said": "b"}], "ref": 7}]
         ("summarization", TICKETS, "--map 'document=What happened' --map 'summary=Head line'."),
         ("text-generation", THREADS, "--map messages=thread."),
         ("text-classification", [{"image": "a.png", "label": 1}],
-         "Columns: 'image', 'label'. 'image' holds no text, from which ftlevel learns."),
+         "Columns: 'image', 'label'. 'image' holds no text, from which ftlevel trains."),
         ("token-classification", [{"note": "Ada", "marks": [{"start": 0}]}],
          "--map text=note --map spans=marks."),
     ],

@@ -220,7 +220,7 @@ MESSAGES_BAD: list[tuple[Any, str]] = [
                 "question": "q",
                 "answers": {"text": ["Rome"], "answer_start": [2]},
             },
-            "the answer 'Rome' does not stand at 2 of the context",
+            "the answer 'Rome' is not at 2 of the context",
         ),
         (
             "question-answering",

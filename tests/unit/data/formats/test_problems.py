@@ -84,5 +84,5 @@ def test_label_set_of_several() -> None:
     examples = [LabeledText("t", None, tuple(row["label"]), i) for i, row in enumerate(rows.rows)]
     labels = build_label_set(examples, rows, "label")
     assert labels.names == ("a", "b", "c")
-    with pytest.raises(InputError, match=r"x.jsonl:1: label 'd' .* is no class of the training"):
+    with pytest.raises(InputError, match=r"x.jsonl:1: label 'd' .* is not a class of the training"):
         check_labels(labels, [LabeledText("t", None, ("a", "d"), 0)], rows)

@@ -64,7 +64,7 @@ def test_media_is_known_by_its_name_or_its_values(column: str, value: Any, kind:
     with pytest.raises(InputError) as caught:
         refuse_media_columns([column], rows, "rows.jsonl")
     assert str(caught.value) == (
-        f"rows.jsonl: column {column!r} holds {kind}, and ftlevel learns from text alone. To leave "
+        f"rows.jsonl: column {column!r} holds {kind}, and ftlevel trains on text only. To leave "
         f"it out and use the other columns: --ignore-columns {column}."
     )
 
@@ -140,7 +140,7 @@ def test_features_of_datasets_are_refused_in_memory_on_disk_and_as_a_stream(
 @pytest.mark.parametrize(
     ("part", "reason"),
     [
-        ({"type": "image"}, "has a part of type 'image', and ftlevel learns from text alone"),
+        ({"type": "image"}, "has a part of type 'image', and ftlevel trains on text only"),
         ({"type": "image_url", "image_url": {"url": "a.png"}}, "has a part of type 'image_url'"),
         ({"type": "input_audio", "input_audio": {}}, "has a part of type 'input_audio'"),
         ({"image": "a.png"}, "has a part of type 'image'"),

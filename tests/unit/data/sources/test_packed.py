@@ -212,8 +212,8 @@ def test_a_format_is_told_by_its_beginning(content: bytes, tmp_path: Path) -> No
 
 
 REFUSED = {
-    "photo.png": "is an image, and ftlevel learns from text",
-    "call.mp3": "is audio, and ftlevel learns from text",
+    "photo.png": "is an image, and ftlevel trains on text",
+    "call.mp3": "is audio, and ftlevel trains on text",
     "paper.pdf": r"is a document, .* Extract its text first",
     "all.zip": r"is an archive of files.* unzip all.zip",
     "my all.tar.gz": r"is an archive of files.* tar xf 'my all.tar.gz'",

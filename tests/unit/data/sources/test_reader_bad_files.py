@@ -118,7 +118,7 @@ BAD: list[tuple[str, str | bytes, str | list[str]]] = [
     (
         "x.jsonl",
         GOOD + '{"text": "a", "n": 1, "text": "b"}\n',
-        f"x.jsonl:2: the key 'text' stands twice in one object. {SKIP}",
+        f"x.jsonl:2: the key 'text' occurs twice in one object. {SKIP}",
     ),
     (
         "x.jsonl",
@@ -197,7 +197,7 @@ BAD: list[tuple[str, str | bytes, str | list[str]]] = [
     (
         "x.json",
         '[{"text": "a", "text": "b"}]',
-        "x.json:1: the key 'text' stands twice in one object. Fix it, or write one object a line "
+        "x.json:1: the key 'text' occurs twice in one object. Fix it, or write one object a line "
         "and name the file .jsonl, where --on-bad-row skip can drop a bad row.",
     ),
     (

@@ -112,8 +112,8 @@ def test_a_json_schema(tmp_path: Path) -> None:
     ("reward", "answer", "reason"),
     [
         ("number", "yes", "'yes' has no number"),
-        ("choice", "F", "'F' is none of A, B, C, D, E"),
-        ("choice", 5, "5 is none of A, B, C, D, E"),
+        ("choice", "F", "'F' is not one of A, B, C, D, E"),
+        ("choice", 5, "5 is not one of A, B, C, D, E"),
         ("exact", None, "None, and a text or number is expected"),
         ("exact", "a #### ", "the answer is empty"),
         ("math", "3:15", "a time, a date or a power of ten"),

@@ -83,7 +83,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
     if len(row) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for index, name in enumerate(names) if name in names[:index])
-        raise _NotStrict(f"the key {twice!r} stands twice in one object")
+        raise _NotStrict(f"the key {twice!r} occurs twice in one object")
     return row
 
 

@@ -47,7 +47,7 @@ def refuse_unknown(path: Path, suffix: str, readable: list[str]) -> InputError:
                 if kind == "a document"
                 else "Give its text, such as captions or transcripts, as .jsonl or .csv."
             )
-            return InputError(f"{path}: is {kind}, and ftlevel learns from text. {text}")
+            return InputError(f"{path}: is {kind}, and ftlevel trains on text. {text}")
     if suffix in _ARCHIVES:
         return InputError(
             f"{path}: is an archive of files. Unpack it and name the directory: "
@@ -96,7 +96,7 @@ def describe_media(source: str, columns: Sequence[tuple[str, str]]) -> str:
     what = " and ".join(f"column {column!r} holds {kind}" for column, kind in columns)
     names = " ".join(shlex.quote(column) for column, _ in columns)
     return (
-        f"{source}: {what}, and ftlevel learns from text alone. To leave "
+        f"{source}: {what}, and ftlevel trains on text only. To leave "
         f"{'them' if len(columns) > 1 else 'it'} out and use the other columns: "
         f"--ignore-columns {names}."
     )
@@ -169,7 +169,7 @@ def describe_missing(path: Path) -> str:
         return f"{path}: {_describe_link(path)}"
     if str(folder) in ("/dev/fd", "/proc/self/fd"):
         return (
-            f"{path}: was a pipe of the shell, as of <(…), and its rows are not there any more. "
+            f"{path}: was a pipe of the shell, as of <(…), and its rows are no longer available. "
             "Give them again: --dataset <(…), or a file with the same rows."
         )
     if not folder.is_dir():
