@@ -45,8 +45,8 @@ BAD: dict[str, tuple[bytes, list[str], list[str]]] = {
     "missing column": (
         jsonl({"txt": "a"}, {"txt": "b"}), [],
         ["--task text-generation: the columns do not say what to learn. Columns: 'txt'. Expected "
-         "one of: messages, conversations, prompt + completion, instruction + output, text. Map the "
-         "columns: --map text=txt."]),
+         "one of: messages, conversations, prompt + completion, instruction + output, text. Map "
+         "the columns: --map text=txt."]),
     "mapped column that is not there": (
         jsonl({"txt": "a"}, {"txt": "b"}), ["--map", "text=txtt"],
         ["--map text=txtt: no column 'txtt'. Did you mean 'txt'? Columns: 'txt'."]),
