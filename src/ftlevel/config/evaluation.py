@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from ftlevel.config.output import Decoding, DecodingAsInTraining
 from ftlevel.config.preference import FewNames
-from ftlevel.config.sections import IGNORE_COLUMNS, INPUT_FORMAT, DatasetName, Positive
+from ftlevel.config.sections import (
+    INPUT_FORMAT,
+    ColumnMap,
+    ComputePrecision,
+    DatasetName,
+    IgnoredColumns,
+    MovedBase,
+    Positive,
+    RunDevice,
+)
 from ftlevel.config.tasks import TaskName
+
+UnnamedTask = Annotated[
+    TaskName | None,
+    Field(description="Task of a model or plain PEFT adapter whose files do not name it."),
+]
 
 
 class EvaluateConfig(DecodingAsInTraining):
@@ -29,14 +43,9 @@ class EvaluateConfig(DecodingAsInTraining):
     split: Literal["train", "validation", "test"] | None = Field(
         None, description="Split to evaluate; default: validation, or all rows of a single file."
     )
-    columns: dict[str, str] = Field(
-        default_factory=dict,
-        description="Column mapping, FTLEVEL_NAME=YOUR_COLUMN, e.g. summary=abstract.",
-    )
-    ignore_columns: FewNames = Field((), description=IGNORE_COLUMNS)
-    task: TaskName | None = Field(
-        None, description="Task of a model or plain PEFT adapter whose files do not name it."
-    )
+    columns: ColumnMap = Field(default_factory=dict)
+    ignore_columns: IgnoredColumns = ()
+    task: UnnamedTask = None
     quant: Literal["none", "4bit", "8bit"] | None = Field(
         None, description="Quantization of the base model, if different from training."
     )
@@ -79,16 +88,9 @@ class EvaluateConfig(DecodingAsInTraining):
         description="Output file, one row per example: .jsonl, .csv, .tsv or .parquet. It must "
         "not exist.",
     )
-    base_model: str | None = Field(
-        None,
-        min_length=1,
-        description="Current location of the base model, if it has moved. Its weights must be "
-        "the same.",
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Compute precision; auto: as in training."
-    )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Device to run on.")
+    base_model: MovedBase = None
+    dtype: ComputePrecision = "auto"
+    device: RunDevice = "auto"
 
     @model_validator(mode="after")
     def _text_is_for_comparing(self) -> EvaluateConfig:
@@ -114,14 +116,9 @@ class GenerateConfig(Decoding):
     chosen: list[str] = Field(
         default_factory=list, description="Names of the adapters that generate; default: all."
     )
-    task: TaskName | None = Field(
-        None, description="Task of a model or plain PEFT adapter whose files do not name it."
-    )
-    columns: dict[str, str] = Field(
-        default_factory=dict,
-        description="Column mapping, FTLEVEL_NAME=YOUR_COLUMN, e.g. summary=abstract.",
-    )
-    ignore_columns: FewNames = Field((), description=IGNORE_COLUMNS)
+    task: UnnamedTask = None
+    columns: ColumnMap = Field(default_factory=dict)
+    ignore_columns: IgnoredColumns = ()
     context: str | None = Field(
         None, description="Context that contains the answer (question answering)."
     )
@@ -129,16 +126,9 @@ class GenerateConfig(Decoding):
     max_new_tokens: Positive = Field(128, description="Maximum number of generated tokens.")
     seed: int = Field(0, ge=0, lt=2**32, description="Random seed for sampling.")
     batch_size: Positive = Field(8, description="Number of prompts per forward pass.")
-    base_model: str | None = Field(
-        None,
-        min_length=1,
-        description="Current location of the base model, if it has moved. Its weights must be "
-        "the same.",
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Compute precision; auto: as in training."
-    )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Device to run on.")
+    base_model: MovedBase = None
+    dtype: ComputePrecision = "auto"
+    device: RunDevice = "auto"
 
 
 class PredictConfig(DecodingAsInTraining):
@@ -157,11 +147,8 @@ class PredictConfig(DecodingAsInTraining):
         "default: JSONL on stdout.",
     )
     column: str = Field("prediction", min_length=1, description="Name of the prediction column.")
-    columns: dict[str, str] = Field(
-        default_factory=dict,
-        description="Column mapping, FTLEVEL_NAME=YOUR_COLUMN, e.g. summary=abstract.",
-    )
-    ignore_columns: FewNames = Field((), description=IGNORE_COLUMNS)
+    columns: ColumnMap = Field(default_factory=dict)
+    ignore_columns: IgnoredColumns = ()
     format: str | None = Field(None, description="Format of the rows, if several formats match.")
     input_format: str | None = Field(None, min_length=1, description=INPUT_FORMAT)
     subset: str | None = Field(None, description="Sheet of a workbook; default: the first.")
@@ -193,25 +180,16 @@ class PredictConfig(DecodingAsInTraining):
         False, description="Whether to resume after the last complete row of --output."
     )
     overwrite: bool = Field(False, description="Whether to replace an existing --output file.")
-    task: TaskName | None = Field(
-        None, description="Task of a model or plain PEFT adapter whose files do not name it."
-    )
+    task: UnnamedTask = None
     batch_size: Positive | None = Field(
         None, description="Batch size; default: chosen by row length."
     )
     max_new_tokens: Positive | None = Field(
         None, description="Maximum number of generated tokens; default: as in training."
     )
-    base_model: str | None = Field(
-        None,
-        min_length=1,
-        description="Current location of the base model, if it has moved. Its weights must be "
-        "the same.",
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Compute precision; auto: as in training."
-    )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Device to run on.")
+    base_model: MovedBase = None
+    dtype: ComputePrecision = "auto"
+    device: RunDevice = "auto"
 
     @model_validator(mode="after")
     def _one_way_with_what_is_there(self) -> PredictConfig:

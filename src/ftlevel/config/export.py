@@ -13,7 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ftlevel.config.output import HubSection
 from ftlevel.config.section import check_directory_name
-from ftlevel.config.sections import Positive, Section
+from ftlevel.config.sections import DeviceName, MovedBase, Positive, Section
 
 _RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
@@ -176,15 +176,8 @@ class ExportConfig(HubSection):
         " adapters also get reference answers for ftlevel check-served.",
     )
     verify_tokens: Positive = Field(512, description="Number of text tokens to compare.")
-    base_model: str | None = Field(
-        None,
-        min_length=1,
-        description="Current location of the base model, if it has moved. Its weights must be "
-        "the same.",
-    )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        "auto", description="Device for the comparison."
-    )
+    base_model: MovedBase = None
+    device: DeviceName = Field("auto", description="Device for the comparison.")
 
     @field_validator("server", "format", mode="before")
     @classmethod

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ftlevel.config.output import HubSection
 from ftlevel.config.section import NewDirectory
-from ftlevel.config.sections import Positive, QuantConfig
+from ftlevel.config.sections import DeviceName, Dtype, MovedBase, Positive, QuantConfig
 
 Strategy = Literal["cat", "svd", "linear", "ties", "dare-ties", "dare-linear", "magnitude-prune"]
 _PRUNING = ("ties", "dare-ties", "dare-linear", "magnitude-prune")
@@ -31,13 +31,8 @@ class MergeConfig(HubSection):
         " used in training; original: the weights before quantization; auto: the "
         "closer one to the trained model, by measurement.",
     )
-    base_model: str | None = Field(
-        None,
-        min_length=1,
-        description="Current location of the base model, if it has moved. Its weights must be "
-        "the same.",
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    base_model: MovedBase = None
+    dtype: Dtype = Field(
         "auto", description="Data type of the merged weights; auto: that of the base model."
     )
     quant: Literal["none", "4bit", "8bit"] = Field(
@@ -56,7 +51,7 @@ class MergeConfig(HubSection):
         128,
         description="Number of training rows for calibration; 0 rounds to nearest.",
     )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+    device: DeviceName = Field(
         "auto", description="Device for the comparison; merging itself runs on the CPU."
     )
     verify: bool = Field(
@@ -151,7 +146,7 @@ class QuantizeConfig(HubSection):
     double_quant: bool = Field(
         False, description="Whether to quantize the 4-bit scales too; saves about 0.4 bit a weight."
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Dtype = Field(
         "auto", description="Data type of non-quantized tensors; auto: that of the model."
     )
     out: NewDirectory = Field(description="Output directory; it must not exist.")
@@ -163,7 +158,7 @@ class QuantizeConfig(HubSection):
         description="Text file for the comparison; default: Python library documentation.",
     )
     eval_tokens: Positive = Field(2048, description="Number of tokens to read from the text.")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+    device: DeviceName = Field(
         "auto", description="Device for the comparison; quantization runs on the CPU."
     )
 

@@ -16,6 +16,19 @@ from ftlevel.config.section import Positive as Positive
 from ftlevel.config.section import Section as Section
 from ftlevel.config.section import Share as Share
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+ComputePrecision = Annotated[Dtype, Field(description="Compute precision; auto: as in training.")]
+RunDevice = Annotated[DeviceName, Field(description="Device to run on.")]
+MovedBase = Annotated[
+    str | None,
+    Field(
+        min_length=1,
+        description="Current location of the base model, if it has moved. Its weights must be "
+        "the same.",
+    ),
+]
+
 IN_MEMORY = "in memory"
 """Name of rows that are not in a file."""
 
@@ -71,10 +84,8 @@ class ModelConfig(Section):
         description="Model: Hub id, local directory, .gguf file, or builtin:NAME.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Compute precision; auto: bfloat16 where supported."
-    )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+    dtype: Dtype = Field("auto", description="Compute precision; auto: bfloat16 where supported.")
+    device: DeviceName = Field(
         "auto", description="Device to run on; auto: CUDA, then MPS, then CPU."
     )
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
@@ -130,10 +141,17 @@ INPUT_FORMAT = (
     "the file name, or the first bytes."
 )
 
-IGNORE_COLUMNS = (
-    "Comma-separated columns to ignore. Required for columns of images, audio or video, which are "
-    "refused otherwise."
-)
+IgnoredColumns = Annotated[
+    FewNames,
+    Field(
+        description="Comma-separated columns to ignore. Required for columns of images, audio or "
+        "video, which are refused otherwise."
+    ),
+]
+ColumnMap = Annotated[
+    dict[str, str],
+    Field(description="Column mapping, FTLEVEL_NAME=YOUR_COLUMN, e.g. summary=abstract."),
+]
 
 
 class DataConfig(Section):
@@ -173,11 +191,8 @@ class DataConfig(Section):
         description="Format of the rows; default: the first format that matches. messages, "
         "sharegpt, prompt-completion, alpaca, text, squad, …",
     )
-    columns: dict[str, str] = Field(
-        default_factory=dict,
-        description="Column mapping, FTLEVEL_NAME=YOUR_COLUMN, e.g. summary=abstract.",
-    )
-    ignore_columns: FewNames = Field((), description=IGNORE_COLUMNS)
+    columns: ColumnMap = Field(default_factory=dict)
+    ignore_columns: IgnoredColumns = ()
     chat_template: str | None = Field(
         None,
         min_length=1,
