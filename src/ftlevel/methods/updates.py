@@ -50,6 +50,20 @@ def config_builder(
     return build
 
 
+def _method(
+    kind: str,
+    trains: str,
+    paper: str,
+    llama_7b: int,
+    plain_form: PlainForm,
+    merge_prepare: Callable[[Any], None] = lambda _: None,
+    **more: Any,
+) -> Method:
+    """Return a method that merges exactly, named as its type in PEFT."""
+    merging = Merging((kind.upper(),), prepare=merge_prepare, plain_form=plain_form)
+    return Method((method_facts(kind, trains, MERGES, paper, llama_7b),), merging=merging, **more)
+
+
 LINEARS_ONLY = Rule(
     rows("miss", "shira", "c3a"),
     "its linears are Conv1D, which PEFT does not take here",
@@ -121,20 +135,15 @@ def build_ia3(spec: Ia3Spec, base: Base) -> Any:
     )
 
 
-_IA3 = Method(
-    (
-        method_facts(
-            "ia3",
-            "a factor for each key, value and inner feature",
-            MERGES,
-            "Liu et al., 2022, arXiv:2205.05638",
-            614_400,
-        ),
-    ),
+_IA3 = _method(
+    "ia3",
+    "a factor for each key, value and inner feature",
+    "Liu et al., 2022, arXiv:2205.05638",
+    614_400,
+    PlainForm(never=FULL_RANK),
     rate=Rates(narrow=3e-2, wide=3e-3, source="T-Few"),
     build=build_ia3,
     find_targets=find_scaled,
-    merging=Merging(("IA3",), plain_form=PlainForm(never=FULL_RANK)),
 )
 
 
@@ -157,16 +166,12 @@ def vera_as_lora(file: AdapterFile) -> dict[str, Factors]:
     return found
 
 
-_VERA = Method(
-    (
-        method_facts(
-            "vera",
-            "two vectors per linear layer",
-            MERGES,
-            "Kopiczko et al., 2024, arXiv:2310.11454",
-            1_417_216,
-        ),
-    ),
+_VERA = _method(
+    "vera",
+    "two vectors per linear layer",
+    "Kopiczko et al., 2024, arXiv:2310.11454",
+    1_417_216,
+    PlainForm(vera_as_lora),
     rate=Rates(
         narrow=5e-2,
         wide=4e-3,
@@ -175,7 +180,6 @@ _VERA = Method(
         kinds={"decoder": 6e-2, "encoder-decoder": 1e-1},
     ),
     build=config_builder("VeraConfig", save_projection=True, fan_in=True),
-    merging=Merging(("VERA",), plain_form=PlainForm(vera_as_lora)),
 )
 
 
@@ -198,37 +202,27 @@ _ORTHOGONAL_RULES = (
         quants=frozenset({"none"}),
     ),
 )
-_OFT = Method(
-    (
-        method_facts(
-            "oft",
-            "a rotation of every linear's input",
-            MERGES,
-            "Qiu et al., 2023, arXiv:2306.07280; 2025, arXiv:2506.19847",
-            17_649_664,
-        ),
-    ),
+_OFT = _method(
+    "oft",
+    "a rotation of every linear's input",
+    "Qiu et al., 2023, arXiv:2306.07280; 2025, arXiv:2506.19847",
+    17_649_664,
+    PlainForm(never=FULL_RANK),
     rate=Rates(narrow=1e-3, wide=3e-4, source="not measured", kinds={"decoder": 3e-4}),
     build=config_builder("OFTConfig", r=0, fan_in=True),
     rules=_ORTHOGONAL_RULES,
     check=check_oft,
-    merging=Merging(("OFT",), plain_form=PlainForm(never=FULL_RANK)),
 )
-_BOFT = Method(
-    (
-        method_facts(
-            "boft",
-            "a rotation of every linear's input, in small blocks",
-            MERGES,
-            "Liu et al., 2024, arXiv:2311.06243",
-            5_914_624,
-        ),
-    ),
+_BOFT = _method(
+    "boft",
+    "a rotation of every linear's input, in small blocks",
+    "Liu et al., 2024, arXiv:2311.06243",
+    5_914_624,
+    PlainForm(never=FULL_RANK),
     rate=Rates(narrow=1e-2, wide=4e-4, source="not measured", kinds={"decoder": 3e-3}),
     build=config_builder("BOFTConfig", boft_n_butterfly_factor=1, fan_in=True),
     rules=_ORTHOGONAL_RULES,
     check=check_boft,
-    merging=Merging(("BOFT",), plain_form=PlainForm(never=FULL_RANK)),
 )
 
 
@@ -294,35 +288,25 @@ _LYCORIS_RULES = (
         quants=frozenset({"4bit"}),
     ),
 )
-_LOHA = Method(
-    (
-        method_facts(
-            "loha",
-            "a product of two low-rank updates",
-            MERGES,
-            "Hyeon-Woo et al., 2022, arXiv:2108.06098",
-            39_976_960,
-        ),
-    ),
+_LOHA = _method(
+    "loha",
+    "a product of two low-rank updates",
+    "Hyeon-Woo et al., 2022, arXiv:2108.06098",
+    39_976_960,
+    PlainForm(loha_as_lora),
     rate=Rates(narrow=1e-2, wide=1e-3, source="not measured"),
     build=config_builder("LoHaConfig"),
     rules=_LYCORIS_RULES,
-    merging=Merging(("LOHA",), plain_form=PlainForm(loha_as_lora)),
 )
-_LOKR = Method(
-    (
-        method_facts(
-            "lokr",
-            "a Kronecker product as update",
-            MERGES,
-            "Yeh et al., 2024, arXiv:2309.14859",
-            1_331_200,
-        ),
-    ),
+_LOKR = _method(
+    "lokr",
+    "a Kronecker product as update",
+    "Yeh et al., 2024, arXiv:2309.14859",
+    1_331_200,
+    PlainForm(lokr_as_lora),
     rate=Rates(narrow=1e-2, wide=1e-3, source="not measured"),
     build=config_builder("LoKrConfig"),
     rules=_LYCORIS_RULES,
-    merging=Merging(("LOKR",), plain_form=PlainForm(lokr_as_lora)),
 )
 
 
@@ -358,23 +342,18 @@ def miss_as_lora(file: AdapterFile) -> dict[str, Factors]:
     return found
 
 
-_MISS = Method(
-    (
-        method_facts(
-            "miss",
-            "one matrix per linear layer, for summed inputs",
-            MERGES,
-            "Kang and Yin, 2024, arXiv:2409.15371",
-            87_031_808,
-        ),
-    ),
+_MISS = _method(
+    "miss",
+    "one matrix per linear layer, for summed inputs",
+    "Kang and Yin, 2024, arXiv:2409.15371",
+    87_031_808,
+    PlainForm(miss_as_lora),
     rate=Rates(
         narrow=3e-4, wide=1e-4, source="PEFT's method comparison", kinds={"encoder-decoder": 1e-3}
     ),
     build=config_builder("MissConfig"),
     rules=(LINEARS_ONLY,),
     check=check_miss,
-    merging=Merging(("MISS",), plain_form=PlainForm(miss_as_lora)),
 )
 
 
@@ -403,37 +382,28 @@ def check_shira(spec: ShiraSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
         )
 
 
-_SHIRA = Method(
-    (
-        method_facts(
-            "shira",
-            "a few weights of every linear, drawn at random",
-            MERGES,
-            "Bhardwaj et al., 2024, arXiv:2406.13175",
-            79_953_920,
-        ),
-    ),
+_SHIRA = _method(
+    "shira",
+    "a few weights of every linear, drawn at random",
+    "Bhardwaj et al., 2024, arXiv:2406.13175",
+    79_953_920,
+    PlainForm(never=FULL_RANK),
     rate=Rates(narrow=1e-3, wide=3e-4, source="PEFT's method comparison"),
     build=build_shira,
     rules=(LINEARS_ONLY,),
     check=check_shira,
-    merging=Merging(("SHIRA",), prepare=forget_mask, plain_form=PlainForm(never=FULL_RANK)),
+    merge_prepare=forget_mask,
 )
 
 
-_HIRA = Method(
-    (
-        method_facts(
-            "hira",
-            "a low-rank factor of every weight",
-            MERGES,
-            "Huang et al., 2025, ICLR (openreview TwJrTz9cRS)",
-            79_953_920,
-        ),
-    ),
+_HIRA = _method(
+    "hira",
+    "a low-rank factor of every weight",
+    "Huang et al., 2025, ICLR (openreview TwJrTz9cRS)",
+    79_953_920,
+    PlainForm(never=FULL_RANK),
     rate=Rates(narrow=1e-2, wide=4.5e-3, source="PEFT's method comparison"),
     build=config_builder("HiraConfig", fan_in=True),
-    merging=Merging(("HIRA",), plain_form=PlainForm(never=FULL_RANK)),
 )
 
 
@@ -467,21 +437,16 @@ def gralora_as_lora(file: AdapterFile) -> dict[str, Factors]:
     return found
 
 
-_GRALORA = Method(
-    (
-        method_facts(
-            "gralora",
-            "LoRA on each of the blocks of every weight",
-            MERGES,
-            "Jung et al., 2025, arXiv:2505.20355",
-            79_953_920,
-        ),
-    ),
+_GRALORA = _method(
+    "gralora",
+    "LoRA on each of the blocks of every weight",
+    "Jung et al., 2025, arXiv:2505.20355",
+    79_953_920,
+    PlainForm(gralora_as_lora),
     rate=Rates(narrow=1e-3, wide=2e-4, source="PEFT's method comparison"),
     build=config_builder("GraloraConfig", fan_in=True),
     check=check_gralora,
     prepare=copy_base_outputs,
-    merging=Merging(("GRALORA",), plain_form=PlainForm(gralora_as_lora)),
 )
 
 
@@ -490,22 +455,17 @@ def check_c3a(spec: C3aSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
     check_divides("block_size", spec.block_size, sizes, outputs=True)
 
 
-_C3A = Method(
-    (
-        method_facts(
-            "c3a",
-            "circulant blocks per linear layer",
-            MERGES,
-            "Chen et al., 2024, arXiv:2407.19342",
-            101_187_584,
-        ),
-    ),
+_C3A = _method(
+    "c3a",
+    "circulant blocks per linear layer",
+    "Chen et al., 2024, arXiv:2407.19342",
+    101_187_584,
+    PlainForm(never=FULL_RANK),
     rate=Rates(narrow=3e-1, wide=3e-1, source="PEFT's method comparison"),
     build=config_builder("C3AConfig", init_weights=True),
     rules=(LINEARS_ONLY,),
     check=check_c3a,
     prepare=copy_base_outputs,
-    merging=Merging(("C3A",), plain_form=PlainForm(never=FULL_RANK)),
 )
 
 
