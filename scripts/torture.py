@@ -65,13 +65,10 @@ ENTRIES = (
     Entry("cache", "damaged prepared rows", 100, 0, "damage:damage_cache"),
     Entry("disk", "a full disk", 60, 1, "disk:fill_disk"),
     Entry("changed", "something changed before --resume", 25, 2, "changed:change_something"),
-    Entry("numbers", "NaN and infinity", 30, 0, "numbers:break_numbers"),
-    Entry("memory", "out of memory", 20, 1, "memory:run_out_of_memory"),
     Entry("hostile", "strangers' files", 300, 5, "hostile:read_hostile"),
     Entry("overwrite", "--overwrite of what is not ours, or is in use", 30, 2, "owning:overwrite"),
     Entry("secrets", "tokens in the environment", 6, 1, "owning:look_for_secrets"),
     Entry("fuzz", "fuzzed files and settings", 250_000, 150, "fuzz:fuzz_everything"),
-    Entry("processes", "faults of two processes", 20, 0, "processes:break_processes"),
 )  # fmt: skip
 
 

@@ -22,8 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,23 +33,7 @@ GOOD, BAD, SILENT, EXECUTED, HANG, OUTSIDE = (
 )  # fmt: skip
 VERDICTS = (GOOD, BAD, SILENT, EXECUTED, HANG, OUTSIDE)
 
-_WORDS = [
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "one",
-    "two",
-    "three",
-    "four",
-    "red",
-    "blue",
-    "green",
-    "small",
-    "large",
-    "old",
-    "new",
-]
+_WORDS = "alpha beta gamma delta one two three four red blue green small large old new".split()
 
 
 @dataclass(frozen=True)
@@ -217,55 +200,6 @@ class Lab:
             os.close(write)
         process.returncode = 0  # it is waited for by us
         return Child(process.pid, pipes[0][0], pipes[1][0])
-
-
-class Forked:
-    """What `subprocess.Popen` is to the launcher: a process of its own that has imported all."""
-
-    def __init__(
-        self, command: Sequence[str], env: Mapping[str, str], preexec_fn: Callable[[], None]
-    ) -> None:
-        self.returncode: int | None = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.environ.clear()
-            os.environ.update(env)
-            preexec_fn()
-            _run_main(command[3:])  # after python -m ftlevel
-
-    def poll(self) -> int | None:
-        """Return the exit code, or None while it runs."""
-        if self.returncode is None:
-            found, status = os.waitpid(self.pid, os.WNOHANG)
-            if found:
-                self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
-
-    def wait(self, timeout: float) -> int:
-        """Wait for its end."""
-        deadline = time.monotonic() + timeout
-        while (code := self.poll()) is None:
-            if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired("ftlevel", timeout)
-            time.sleep(0.01)
-        return code
-
-    def send_signal(self, number: int) -> None:
-        """Send it a signal, if it is still there."""
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        """End it."""
-        self.send_signal(signal.SIGKILL)
-
-
-def forking_ranks() -> None:
-    """Let the launcher in this process fork the processes of a run from itself."""
-    from ftlevel.cli import processes
-
-    parts = types.SimpleNamespace(Popen=Forked, TimeoutExpired=subprocess.TimeoutExpired)
-    setattr(processes, "subprocess", parts)  # noqa: B010 - it is no module
 
 
 def _defaults() -> None:
