@@ -23,8 +23,9 @@ MARKER = ".ftlevel.json"
 CONFIG, SUMMARY, METRICS, CARD = "config.yaml", "summary.json", "metrics.jsonl", "README.md"
 REPORT, ANSWERS = "report.html", "validation.jsonl"
 ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
-OWN = (CONFIG, SUMMARY, METRICS, CARD, REPORT, ANSWERS, ADAPTER, CHECKPOINTS, "places.json", "base",
-       "tensorboard", "wandb", "mlflow", "trackio")  # fmt: skip
+_TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+_FILES = (CONFIG, SUMMARY, METRICS, CARD, REPORT, ANSWERS, "places.json")
+OWN = (*_FILES, ADAPTER, CHECKPOINTS, "base", *_TRACKERS)
 """Names of everything that a run writes into its directory, except the marker."""
 
 _ASIDE, _KEPT = ".replaced", "kept"

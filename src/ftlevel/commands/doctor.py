@@ -32,8 +32,18 @@ class Finding:
 def doctor() -> list[Finding]:
     """Run all checks, in the order in which a run would depend on them."""
     found: list[Finding] = []
-    for look in (_program, _versions, _device, _precision, _four_bit, _attention, _threads,
-                 _memory, _disk, _hub):  # fmt: skip
+    for look in (
+        _program,
+        _versions,
+        _device,
+        _precision,
+        _four_bit,
+        _attention,
+        _threads,
+        _memory,
+        _disk,
+        _hub,
+    ):
         found += _judged(look)
     return found
 

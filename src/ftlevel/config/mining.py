@@ -7,9 +7,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ftlevel.config.preference import FewNames
 from ftlevel.config.section import Positive, Section
-from ftlevel.config.sections import IGNORE_COLUMNS, INPUT_FORMAT
+from ftlevel.config.sections import (
+    INPUT_FORMAT,
+    ComputePrecision,
+    IgnoredColumns,
+    MovedBase,
+    RunDevice,
+)
 
 
 def _read_range(value: Any) -> Any:
@@ -62,24 +67,17 @@ class MineConfig(Section):
         default_factory=dict,
         description="Column mapping, FTLEVEL_NAME=YOUR_COLUMN, e.g. positive=answer.",
     )
-    ignore_columns: FewNames = Field((), description=IGNORE_COLUMNS)
+    ignore_columns: IgnoredColumns = ()
     format: str | None = Field(None, description="Format of the rows, if several formats match.")
     input_format: str | None = Field(None, min_length=1, description=INPUT_FORMAT)
     overwrite: bool = Field(False, description="Whether to replace an existing output file.")
-    base_model: str | None = Field(
-        None,
-        min_length=1,
-        description="Current location of the base model, if it has moved. Its weights must be "
-        "the same.",
-    )
+    base_model: MovedBase = None
     batch_size: Positive | None = Field(
         None, description="Batch size; default: chosen by row length."
     )
     seed: int = Field(0, ge=0, description="Random seed of --sampling random.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Compute precision; auto: as in training."
-    )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Device to run on.")
+    dtype: ComputePrecision = "auto"
+    device: RunDevice = "auto"
 
     @model_validator(mode="after")
     def _enough_ranks(self) -> MineConfig:

@@ -13,9 +13,20 @@ from ftlevel.config.section import Positive, Section
 from ftlevel.errors import join_names
 
 LossName = Literal[
-    "dpo", "cdpo", "robust", "hinge", "ipo", "dpo-norm", "ld-dpo", "rpo", "simpo", "cpo", "orpo",
-    "kto", "reward",
-]  # fmt: skip
+    "dpo",
+    "cdpo",
+    "robust",
+    "hinge",
+    "ipo",
+    "dpo-norm",
+    "ld-dpo",
+    "rpo",
+    "simpo",
+    "cpo",
+    "orpo",
+    "kto",
+    "reward",
+]
 PREFERENCE_TASKS = ("preference", "reward")
 START, NO_REFERENCE = "start", "none"
 Weight = Annotated[float, Field(gt=0, le=1000)]

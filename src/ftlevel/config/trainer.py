@@ -50,18 +50,39 @@ def _is_offered(value: object) -> object:
 
 Optimizer = Annotated[
     Literal[
-        "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit",
-        "adafactor", "ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit",
-        "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit", "rmsprop", "adagrad",
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "adafactor",
+        "ademamix",
+        "ademamix_8bit",
+        "paged_ademamix_8bit",
+        "paged_ademamix_32bit",
+        "lion_8bit",
+        "lion_32bit",
+        "paged_lion_8bit",
+        "paged_lion_32bit",
+        "rmsprop",
+        "adagrad",
         "sgd",
     ],
     BeforeValidator(_is_offered),
-]  # fmt: skip
+]
 Schedule = Literal[
-    "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
-    "polynomial", "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "warmup_stable_decay",
     "reduce_lr_on_plateau",
-]  # fmt: skip
+]
 
 PLATEAU = "reduce_lr_on_plateau"
 _NO_WARMUP = ("constant", PLATEAU)

@@ -130,9 +130,13 @@ class Rollouts:
             with torch.no_grad(), autocast(self._device, self._dtype):
                 if self._open is None:
                     self._open, self.why_generate = choose_sampler(
-                        self._model, self._tokenizer, self._kind, self._method, self._dtype,
+                        self._model,
+                        self._tokenizer,
+                        self._kind,
+                        self._method,
+                        self._dtype,
                         max(prompts, key=len),
-                    )  # fmt: skip
+                    )
                 sampler = self._open()
                 try:
                     noise = Noise(self._seed, step)

@@ -166,9 +166,12 @@ class GroupSampler(RowDecoder):
         rows.last = [0] * len(rows.numbers)
 
     def sample(
-        self, prompts: Sequence[list[int]], rows: Sequence[int], options: SamplingOptions,
+        self,
+        prompts: Sequence[list[int]],
+        rows: Sequence[int],
+        options: SamplingOptions,
         noise: Noise,
-    ) -> list[list[Completion]]:  # fmt: skip
+    ) -> list[list[Completion]]:
         """Return `options.count` completions of each prompt, whose row indices are `rows`."""
         group = _Group(rows, options, noise, self._tokenizer)
         waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
@@ -235,9 +238,12 @@ class GenerateSampler:
         """Do nothing: the model is not changed."""
 
     def sample(
-        self, prompts: Sequence[list[int]], rows: Sequence[int], options: SamplingOptions,
+        self,
+        prompts: Sequence[list[int]],
+        rows: Sequence[int],
+        options: SamplingOptions,
         noise: Noise,
-    ) -> list[list[Completion]]:  # fmt: skip
+    ) -> list[list[Completion]]:
         """Return completions as `GroupSampler.sample` does."""
         group = _Group(rows, options, noise, self._tokenizer)
         pad_id = self._tokenizer.pad_token_id or 0

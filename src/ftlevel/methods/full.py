@@ -42,12 +42,21 @@ def find_rates(spec: FullSpec) -> Rates:
 
 _FULL = Method(
     (
-        method_facts("full", "every weight", _IS_A_MODEL,
-            "Devlin et al., 2019, arXiv:1810.04805, appendix A.3", 6_738_415_616,
+        method_facts(
+            "full",
+            "every weight",
+            _IS_A_MODEL,
+            "Devlin et al., 2019, arXiv:1810.04805, appendix A.3",
+            6_738_415_616,
         ),
         MethodFacts(
-            "linear-probe", "full", "--method full --set method.freeze_base=true",
-            "the new head only", _IS_A_MODEL, "Alain and Bengio, 2016, arXiv:1610.01644", 8_192,
+            "linear-probe",
+            "full",
+            "--method full --set method.freeze_base=true",
+            "the new head only",
+            _IS_A_MODEL,
+            "Alain and Bengio, 2016, arXiv:1610.01644",
+            8_192,
             {"freeze_base": True},
         ),
     ),
@@ -55,20 +64,23 @@ _FULL = Method(
     build=None,
     rules=(
         Rule(
-            rows("full", "linear-probe"), "quantized weights receive no gradients",
-            "Use --method qlora, or drop --quant.", quants=QUANTIZED,
+            rows("full", "linear-probe"),
+            "quantized weights receive no gradients",
+            "Use --method qlora, or drop --quant.",
+            quants=QUANTIZED,
         ),
         Rule(
             rows("linear-probe"),
             "its head is the pretrained one, so nothing would be new to train",
-            "Drop method.freeze_base, or use --method lora.", tasks=_PRETRAINED_HEAD,
+            "Drop method.freeze_base, or use --method lora.",
+            tasks=_PRETRAINED_HEAD,
         ),
     ),
     unfreeze=unfreeze,
     trains_base=lambda spec: not spec.freeze_base,
     describe=describe,
     step=StepSupport(workers=lambda _: "full would hold a gradient for every weight and pass"),
-)  # fmt: skip
+)
 
 
 def build_ln_tuning(spec: LnTuningSpec, base: Base) -> Any:

@@ -27,16 +27,24 @@ _INDEX = "*.safetensors.index.json"
 _LARGEST_JSON = 1 << 27  # bytes; an index of 100,000 tensors has 10 MB
 
 _MOST = {
-    **dict.fromkeys(
-        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers",
-         "decoder_layers", "num_decoder_layers"), 10_000,
-    ),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "num_heads"), 100_000),
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "head_dim", "d_kv"), 1_000_000),
-    **dict.fromkeys(("intermediate_size", "d_ff", "n_inner", "num_experts", "num_local_experts",
-                     "n_routed_experts", "vocab_size", "type_vocab_size"), 100_000_000),
-    **dict.fromkeys(("max_position_embeddings", "n_positions"), 1_000_000_000),
-}  # fmt: skip
+    name: most
+    for names, most in (
+        (
+            "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers "
+            "num_decoder_layers",
+            10_000,
+        ),
+        ("num_attention_heads num_key_value_heads n_head num_heads", 100_000),
+        ("hidden_size n_embd d_model head_dim d_kv", 1_000_000),
+        (
+            "intermediate_size d_ff n_inner num_experts num_local_experts n_routed_experts "
+            "vocab_size type_vocab_size",
+            100_000_000,
+        ),
+        ("max_position_embeddings n_positions", 1_000_000_000),
+    )
+    for name in names.split()
+}
 """Config field -> limit, orders of magnitude above any real model."""
 
 _IMPLEMENTATIONS = tuple(

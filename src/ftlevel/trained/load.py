@@ -195,9 +195,20 @@ def load_ref(found: ModelRef, device: str, name: str = "default") -> LoadedModel
         model = load_adapter(model, directory, name)
     objective = task.build_objective(kind, {"labels": card.labels, **options})
     return LoadedModel(
-        model.eval(), tokenizer, task, kind, device, dtype, objective, card.max_length,
-        prompt, card.labels, options, notes, card.method,
-    )  # fmt: skip
+        model.eval(),
+        tokenizer,
+        task,
+        kind,
+        device,
+        dtype,
+        objective,
+        card.max_length,
+        prompt,
+        card.labels,
+        options,
+        notes,
+        card.method,
+    )
 
 
 def _own_options(card: AdapterCard) -> tuple[Mapping[str, Any], list[str]]:

@@ -11,9 +11,16 @@ from ftlevel.config.preference import Names, Tokens
 from ftlevel.config.sections import Positive, QuantConfig, Share
 
 LoraInit = Literal[
-    "default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16",
-    "loftq", "eva",
-]  # fmt: skip
+    "default",
+    "gaussian",
+    "orthogonal",
+    "olora",
+    "pissa",
+    "pissa_niter_4",
+    "pissa_niter_16",
+    "loftq",
+    "eva",
+]
 _REFUSED_INITS = {
     "corda": "it needs statistics of the activations, which ftlevel does not collect",
     "lora_ga": "it needs gradients of the full model, which a quantized or large base cannot give",

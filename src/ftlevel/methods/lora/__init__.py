@@ -95,49 +95,68 @@ FACTS = (
 
 RULES = (
     Rule(
-        rows("qlora"), "it is LoRA on a quantized base, and --quant is none",
-        "Use --quant 4bit or 8bit, or --method lora.", quants=frozenset({"none"}),
+        rows("qlora"),
+        "it is LoRA on a quantized base, and --quant is none",
+        "Use --quant 4bit or 8bit, or --method lora.",
+        quants=frozenset({"none"}),
     ),
     Rule(
-        rows("dora"), "PEFT cannot read 8-bit weights for the magnitude",
-        "Use --quant 4bit, or drop --dora.", quants=frozenset({"8bit"}),
+        rows("dora"),
+        "PEFT cannot read 8-bit weights for the magnitude",
+        "Use --quant 4bit, or drop --dora.",
+        quants=frozenset({"8bit"}),
     ),
     Rule(
         rows("pissa", "olora"),
         "it takes its initialization out of the base's weights, and what is left would be "
         "quantized again",
-        "Use --init default, or drop --quant.", quants=QUANTIZED,
+        "Use --init default, or drop --quant.",
+        quants=QUANTIZED,
     ),
     Rule(
-        rows("loftq"), "it starts from the error of 4-bit quantization, and the base is not "
-        "quantized", "Use --quant 4bit, or --init pissa.", quants=frozenset({"none"}),
+        rows("loftq"),
+        "it starts from the error of 4-bit quantization, and the base is not quantized",
+        "Use --quant 4bit, or --init pissa.",
+        quants=frozenset({"none"}),
     ),
     Rule(
-        rows("loftq"), "the error of 8-bit quantization is nearly zero",
-        "Use --quant 4bit, or --init default.", quants=frozenset({"8bit"}),
+        rows("loftq"),
+        "the error of 8-bit quantization is nearly zero",
+        "Use --quant 4bit, or --init default.",
+        quants=frozenset({"8bit"}),
     ),
     Rule(
-        rows("orthogonal"), "PEFT draws its start in the type of the weights, which is an integer",
-        "Use --init default, or drop --quant.", quants=QUANTIZED,
+        rows("orthogonal"),
+        "PEFT draws its start in the type of the weights, which is an integer",
+        "Use --init default, or drop --quant.",
+        quants=QUANTIZED,
     ),
     Rule(
-        rows("olora"), "its linears are Conv1D, whose transposed weight PEFT factors as it lies",
-        "Use --init pissa.", families=CONV1D, quants=frozenset({"none"}),
+        rows("olora"),
+        "its linears are Conv1D, whose transposed weight PEFT factors as it lies",
+        "Use --init pissa.",
+        families=CONV1D,
+        quants=frozenset({"none"}),
     ),
     Rule(
-        rows("eva"), "encoder and decoder see other inputs, and EVA takes one mask for both",
-        "Use --init pissa or default.", kinds=frozenset({"encoder-decoder"}),
+        rows("eva"),
+        "encoder and decoder see other inputs, and EVA takes one mask for both",
+        "Use --init pissa or default.",
+        kinds=frozenset({"encoder-decoder"}),
     ),
     Rule(
-        rows("eva"), "some of its linears see other rows than those of the input, where EVA looks",
-        "Use --init pissa or default.", families=frozenset({"deberta-v2", "opt"}),
+        rows("eva"),
+        "some of its linears see other rows than those of the input, where EVA looks",
+        "Use --init pissa or default.",
+        families=frozenset({"deberta-v2", "opt"}),
     ),
     Rule(
-        rows("experts"), "it has no experts in one tensor",
+        rows("experts"),
+        "it has no experts in one tensor",
         "Drop method.target_parameters; --target-modules all-linear reaches every linear.",
         experts=False,
     ),
-)  # fmt: skip
+)
 
 
 def build_optimizer(spec: LoraSpec, model: Any, arguments: Any) -> Any:

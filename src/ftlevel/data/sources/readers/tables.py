@@ -189,8 +189,19 @@ def _long_cells() -> Iterator[None]:
 
 
 # Exceptions that openpyxl and its dependencies raise for damaged files.
-_DAMAGE = (zipfile.BadZipFile, zlib.error, LookupError, ValueError, TypeError, AttributeError,
-           ArithmeticError, EOFError, SyntaxError, NotImplementedError, RuntimeError)  # fmt: skip
+_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+    SyntaxError,
+    NotImplementedError,
+    RuntimeError,
+)
 _NUMBER = re.compile(r"(?P<grouped>#,##)?0(?:\.(?P<decimals>0+))?(?P<percent>%)?")
 _DATE_PART = re.compile(r"y+|m+|d+|h+|s+|AM/PM|[^ymdhs\\\"\[\];@]", re.IGNORECASE)
 _CODES = {
