@@ -214,7 +214,9 @@ def load_trained_model(inputs: MergeInput, quant: QuantConfig, *, dequantized: b
         quantization=build_quantization_config(quant, dtype, inputs.card.heads),
     )
     heads = inputs.card.heads
-    check_missing(missing, [*heads, *find_heads(model)] if heads else [], inputs.source.words)
+    new = [*heads, *find_heads(model)] if heads else []
+    unused = inputs.task.find_unused(model)
+    check_missing(missing, [*new, *unused], inputs.source.words)
     return load_adapter(model.dequantize() if dequantized else model, inputs.directory)
 
 

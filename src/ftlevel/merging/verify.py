@@ -71,6 +71,8 @@ def load_merged(directory: Path, inputs: MergeInput) -> Any:
         dtype=DTYPES[inputs.dtype],
         device=inputs.device,
     )
+    unused = tuple(f"{module}." for module in inputs.task.find_unused(model))
+    missing = [name for name in missing if not name.startswith(unused)]
     if missing:
         raise RunError(f"the merged model lacks {len(missing):,} tensors, such as {missing[0]}.")
     return model.eval()

@@ -23,8 +23,8 @@ class Base:
     """Base model to which a method is applied.
 
     `targets` are the shortest suffixes that PEFT matches; `heads` are fully trained; `parameters`
-    are adapted tensors outside linear layers, such as fused experts. `task_type` is None for masked
-    LMs.
+    are adapted tensors outside linear layers, such as fused experts. `unused` modules do not affect
+    the loss. `task_type` is None for masked LMs.
     """
 
     config: Any
@@ -36,6 +36,7 @@ class Base:
     total_steps: int
     tokenizer: Any = None
     parameters: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
 
     @property
     def shared(self) -> dict[str, Any]:

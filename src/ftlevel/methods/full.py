@@ -19,6 +19,8 @@ _IS_A_MODEL = "is a model already"
 def unfreeze(spec: FullSpec, base: Base, model: Any) -> None:
     """Unfreeze all of `model`, or only its heads (mutated)."""
     model.requires_grad_(not spec.freeze_base)
+    for name in base.unused:
+        model.get_submodule(name).requires_grad_(False)
     for name in base.heads if spec.freeze_base else ():
         model.get_submodule(name).requires_grad_(True)
 

@@ -191,6 +191,10 @@ class BaseTask(Task):
         heads = list(dict.fromkeys([*find_new_poolers(meta, source), *find_heads(meta)]))
         return heads, heads
 
+    def find_unused(self, meta: Any) -> list[str]:
+        """Return the modules of `meta` that do not affect the loss, and are never trained."""
+        return []
+
     @property
     def why_heads(self) -> str:
         """Log text explaining why the modules of `find_heads` are fully trained."""

@@ -190,7 +190,7 @@ def load_ref(found: ModelRef, device: str, name: str = "default") -> LoadedModel
         check_trained_head(missing, find_heads(model), source.name, task.name)
     # A new language head has an untrained bias, which stays zero.
     new = [*card.heads, *find_heads(model)] if card.heads and directory else []
-    check_missing(missing, new, source.words)
+    check_missing(missing, [*new, *task.find_unused(model)], source.words)
     if directory is not None:
         model = load_adapter(model, directory, name)
     objective = task.build_objective(kind, {"labels": card.labels, **options})

@@ -34,6 +34,15 @@ def find_stacks(model: Any) -> list[str]:
     return [root] if root else []
 
 
+def find_prompt_targets(model: Any) -> list[str]:
+    """Return the full names of the stacks of `model` that get a prompt.
+
+    A model without a head is named by its `ModuleList`, as PEFT cannot target the whole model.
+    """
+    lists = (n for n, part in model.named_modules() if type(part).__name__ == "ModuleList")
+    return find_stacks(model) or [*lists][:1]
+
+
 def _takes_tokens(model: Any, name: str) -> bool:
     """Return whether the module has its own input embeddings."""
     try:
@@ -132,7 +141,7 @@ def _config(spec: PromptSpec | PTuningSpec, base: Base, **fields: Any) -> Any:
 
 def find_targets(_spec: Any, model: Any) -> list[str]:
     """Return the full names of the layer stacks of `model` that get a prompt, sorted."""
-    return sorted(find_stacks(model))
+    return sorted(find_prompt_targets(model))
 
 
 def describe_prompt(spec: PromptSpec) -> str:

@@ -20,7 +20,7 @@ from peft import PeftConfig
 from torch import nn
 from torch.nn import functional
 
-from ftlevel.methods.soft_prompt import find_stacks
+from ftlevel.methods.soft_prompt import find_prompt_targets, find_stacks
 from ftlevel.methods.tuners import VirtualTokenLayer, VirtualTokenTuner
 from ftlevel.methods.upstream import add_peft_type
 
@@ -378,12 +378,8 @@ class SoftPromptModel(VirtualTokenTuner):
     tuner_layer_cls = SoftPromptLayer
 
     def find_modules(self) -> list[str]:
-        """Return the full names of the layer stack, or of encoder and decoder.
-
-        A model without a head is named by its `ModuleList`, as PEFT cannot target the whole model.
-        """
-        lists = (n for n, part in self.model.named_modules() if isinstance(part, nn.ModuleList))
-        return find_stacks(self.model) or [*lists][:1]
+        """Return the full names of the layer stack, or of encoder and decoder."""
+        return find_prompt_targets(self.model)
 
     def inject_adapter(
         self,

@@ -132,6 +132,14 @@ class EmbeddingTask(BaseTask):
 
         return [], find_new_poolers(meta, source)
 
+    def find_unused(self, meta: Any) -> list[str]:
+        """Return the poolers, which follow the states that are pooled here."""
+        return [
+            name
+            for name, module in meta.named_modules()
+            if name.rpartition(".")[2] == "pooler" and any(True for _ in module.parameters())
+        ]
+
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
         """Return the objective of the loss in `facts`."""
         task = self.configured(facts) if "embedding" in facts else self

@@ -145,6 +145,7 @@ def resolve(
     meta = build_task_model(model_config, bare.auto_class)
     _check_checkpointing(config, meta, bare.device.value)
     model = _plan_model(config, bare, model_config, meta, *task.find_heads(meta, bare.source))
+    model = replace(model, unused=task.find_unused(meta))
     if adapter is not None:
         model = replace(model, new_heads=[])  # the adapter has them
     targets = find_method_targets(config.method, meta, bare.source.name, config.quant.kind)

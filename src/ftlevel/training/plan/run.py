@@ -27,7 +27,8 @@ class PlannedModel:
 
     `kind` is encoder, decoder or encoder-decoder; `config` has labels and padding for the task.
     `heads` are trained in full; `new_heads` are those missing from the checkpoint, randomly
-    initialized. `new_modules` may also have missing weights.
+    initialized. `new_modules` may also have missing weights. `unused` modules do not affect the
+    loss and stay frozen.
     """
 
     source: ModelSource
@@ -42,6 +43,7 @@ class PlannedModel:
     new_modules: list[str]
     new_heads: list[str]
     total_parameters: int
+    unused: list[str] = field(default_factory=list)
 
     @property
     def family(self) -> str:
@@ -127,6 +129,7 @@ class Run:
             total_steps=self.schedule.steps,
             tokenizer=model.tokenizer,
             parameters=targets.parameters,
+            unused=model.unused,
         )
 
 

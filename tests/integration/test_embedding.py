@@ -1,0 +1,247 @@
+"""Embedding models train, are saved, evaluated and merged; a step may be cut in any way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from ftlevel.cli.app import run
+from ftlevel.commands.evaluate import evaluate
+from ftlevel.commands.merge import merge
+from ftlevel.commands.train import train
+from ftlevel.config import EvaluateConfig, MergeConfig, TrainConfig
+from ftlevel.errors import ConfigError
+
+ModelDir = Callable[..., Path]
+_NAMES = ("cat", "dog", "house", "tree", "river", "stone", "bird", "fish")
+_WORDS = ("old", "new", "red", "big")
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with 32 training pairs and 8 validation pairs."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = [
+        {
+            "anchor": f"the {word} {name}",
+            "positive": f"a {name} that is {word} and more " * (1 + i % 3),
+        }
+        for i, (name, word) in enumerate((n, w) for n in _NAMES for w in _WORDS)
+    ]
+    _write(folder / "train.jsonl", rows)
+    other = [{name: text.replace(" ", " very ", 1) for name, text in row.items()} for row in rows]
+    _write(folder / "validation.jsonl", other[::4])
+    return folder
+
+
+def _config(model: Path, data: Path, out: Path, **more: Any) -> TrainConfig:
+    sections: dict[str, Any] = {
+        "task": "embedding",
+        "model": {"name_or_path": str(model), "dtype": "float32", "device": "cpu"},
+        "data": {"dataset": str(data)},
+        "train": {"max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 1e-2},
+        "output": {"dir": out},
+    }
+    for name, own in more.items():
+        given = sections.get(name)
+        both = isinstance(given, dict) and isinstance(own, dict)
+        sections[name] = {**given, **own} if both else own  # type: ignore[dict-item]
+    return TrainConfig(**sections)
+
+
+CELLS = [
+    ("bert", "mlm", "lora"),
+    ("bert", "mlm", "full"),
+    ("roberta", "mlm", "lora"),
+    ("distilbert", "mlm", "lora"),
+    ("modernbert", "mlm", "lora"),
+    ("llama", None, "lora"),
+    ("qwen3", None, "full"),
+    ("bert", "mlm", "prompt-tuning"),
+    ("llama", None, "prefix-tuning"),
+    ("llama", None, "ia3"),
+]
+
+
+@pytest.mark.parametrize(("family", "head", "method"), CELLS)
+def test_models_of_every_kind_train_and_evaluate_alike(
+    family: str,
+    head: str | None,
+    method: str,
+    pairs: Path,
+    tiny_model_dir: ModelDir,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "run"
+    config = _config(tiny_model_dir(family, head), pairs, out, method={"kind": method})
+    summary = train(config).summary
+    assert set(summary["metrics"]) >= {"loss", "ndcg@10", "mrr@10", "recall@10", "map@100"}
+    found = evaluate(EvaluateConfig(name=str(out), resamples=0, base=False, device="cpu"))
+    assert found.metrics["ndcg@10"] == pytest.approx(summary["metrics"]["ndcg@10"], abs=1e-6)
+    assert found.metrics["loss"] == pytest.approx(summary["metrics"]["loss"], rel=1e-5)
+    assert (out / "adapter" / "modules.json").is_file()
+
+
+def _adapter(out: Path) -> dict[str, Any]:
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def _difference(one: Path, other: Path) -> float:
+    first, second = _adapter(one), _adapter(other)
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+CUTS: dict[str, dict[str, Any]] = {
+    "accumulated": {"train": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}},
+    "cached": {"speed": {"tokens_per_micro_batch": 32}, "embedding": {"grad_cache": "always"}},
+    "kept": {"speed": {"tokens_per_micro_batch": 32}, "embedding": {"grad_cache": "never"}},
+    "plain": {"speed": {"fast": False}},
+}
+
+
+@pytest.mark.parametrize("loss", ["mnrl", "cosent"])
+def test_a_step_may_be_cut_in_any_way(
+    loss: str, pairs: Path, tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    model, data = tiny_model_dir("bert", "mlm", **_NO_DROPOUT), pairs
+    if loss == "cosent":
+        rows = [json.loads(line) for line in (pairs / "train.jsonl").open(encoding="utf-8")]
+        scored = [
+            {"sentence1": row["anchor"], "sentence2": row["positive"], "score": i % 5 / 4}
+            for i, row in enumerate(rows)
+        ]
+        data = _write(tmp_path / "scored.jsonl", scored)
+    # AdamW would turn the rounding of a gradient near zero into a whole step.
+    plain = {"optim": "sgd", "learning_rate": 0.5}
+    train(_config(model, data, tmp_path / "whole", train=plain))
+    start = _adapter(tmp_path / "whole")
+    assert max(float(start[name].abs().max()) for name in start if "lora_B" in name) > 1e-3
+    for name, cut in CUTS.items():
+        more = {**cut, "train": {**plain, **cut.get("train", {})}}
+        train(_config(model, data, tmp_path / name, **more))
+        assert _difference(tmp_path / "whole", tmp_path / name) < 1e-6, name
+
+
+def test_dropout_is_replayed(pairs: Path, tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+    """Both ways to compute a step draw the same dropout, BERT's and LoRA's: the bits are equal."""
+    model = tiny_model_dir("bert", "mlm")
+    small, method = {"tokens_per_micro_batch": 48}, {"kind": "lora", "lora_dropout": 0.2}
+    for way in ("always", "never"):
+        train(_config(model, pairs, tmp_path / way, speed=small, method=method,
+                      embedding={"grad_cache": way}))  # fmt: skip
+    assert _difference(tmp_path / "always", tmp_path / "never") == 0
+
+
+def test_an_interrupted_run_resumes(pairs: Path, tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+    model = tiny_model_dir("bert", "mlm")
+    train(_config(model, pairs, tmp_path / "whole", train={"max_steps": 6}))
+    half = {"max_steps": 6, "save_steps": 3, "save_strategy": "steps"}
+
+    class Stop(Exception):
+        """Ends the run."""
+
+    from transformers import TrainerCallback
+
+    class StopAt4(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 4:
+                raise Stop
+
+    with pytest.raises(Stop):
+        train(_config(model, pairs, tmp_path / "half", train=half), callbacks=[StopAt4()])
+    again = {"dir": tmp_path / "half", "resume": True}
+    train(_config(model, pairs, tmp_path / "half", train=half, output=again))
+    assert _difference(tmp_path / "whole", tmp_path / "half") == 0
+
+
+def test_a_merged_model_has_the_vectors_of_its_adapter(
+    pairs: Path, tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    """The checkpoint has no pooler, which no vector depends on."""
+    out, merged = tmp_path / "run", tmp_path / "merged"
+    train(_config(tiny_model_dir("bert", "mlm"), pairs, out))
+    merge(MergeConfig(adapters=[str(out)], output_dir=merged, device="cpu"))
+    assert (merged / "modules.json").is_file()
+    found = [
+        evaluate(
+            EvaluateConfig(
+                name=str(name), dataset=str(pairs), resamples=0, base=False, device="cpu"
+            )
+        )
+        for name in (out, merged)
+    ]
+    assert found[0].metrics == pytest.approx(found[1].metrics, abs=1e-5)
+
+
+BAD: dict[str, tuple[list[dict[str, Any]], list[str], str]] = {
+    "one column": ([{"anchor": "a cat"}] * 4, [], "the columns do not say what to learn"),
+    "labels alike": (
+        [{"sentence1": f"a cat {i}", "sentence2": "a dog", "score": 1} for i in range(4)],
+        [],
+        "the label of all 4 rows is 1",
+    ),
+    "positive is query": (
+        [{"anchor": f"a cat {i}", "positive": f"a cat {i}"} for i in range(4)],
+        [],
+        "the positive of every row equals its query",
+    ),
+    "unknown pooling": ([], ["--pooling", "median"], "median"),
+    "too many dimensions": ([], ["--matryoshka-dims", "128,64"], "128: embeddings of"),
+    "a batch of one": (
+        [],
+        ["--per-device-train-batch-size", "1"],
+        "--per-device-train-batch-size 1: --loss mnrl",
+    ),
+    "another loss": ([], ["--loss", "cosent"], "--loss cosent learns from scores"),
+    "no negatives": ([], ["--loss", "triplet"], "needs a negative in every row"),
+    "no guide": ([], ["--loss", "gist"], "Add --guide MODEL"),
+    "another task's loss": ([], ["--loss", "dpo"], "dpo"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_before_weights_load(
+    case: str,
+    pairs: Path,
+    tiny_model_dir: ModelDir,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows, flags, expected = BAD[case]
+    data = _write(tmp_path / "rows.jsonl", rows) if rows else pairs
+    monkeypatch.setattr(
+        "ftlevel.training.model.load_model", lambda *_, **__: pytest.fail("weights were loaded")
+    )
+    arguments = ["train", "--task", "embedding", "--model", str(tiny_model_dir("bert", "mlm")),
+                 "--dataset", str(data), "--output-dir", str(tmp_path / "run"),
+                 "--device", "cpu"]  # fmt: skip
+    assert run([*arguments, *flags]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ftlevel:")]
+    assert len(said) == 1
+    assert expected in said[0]
+
+
+def test_a_decoder_without_eos_cannot_pool_its_last_token(
+    pairs: Path, tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    model = tiny_model_dir("llama", None, seed=5)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(model)
+    with pytest.raises(ConfigError, match="has no EOS token"):
+        train(_config(model, pairs, tmp_path / "run"))
