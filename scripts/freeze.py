@@ -278,7 +278,10 @@ def _content(path: Path) -> Any:
     is_long = path.stat().st_size > 50_000 and path.name != "said.json"
     if path.suffix in (".safetensors", ".gguf") or is_long:
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     if path.suffix == ".jsonl":
         return [json.loads(line) for line in text.splitlines()]
     return json.loads(text) if path.suffix == ".json" else text.splitlines()

@@ -63,7 +63,7 @@ def run_cell(cell: TinyCell) -> Found:
     spec = build_spec(cell.row)
     kind, task = FAMILIES[cell.family].kind, TASKS[cell.tasks[0]]
     config = TrainConfig(task=task.name, method=spec, quant=QuantConfig(kind=cell.quant))
-    fused = uses_fused_layers(config, "cuda")
+    fused = uses_fused_layers(spec, config.speed, cell.quant, "cuda")
     model = apply_method(copy_base(cell), spec, describe_base(cell, spec), fused=fused)
     train_in_float32(model)
     objective = task.build_objective(kind, {})

@@ -275,7 +275,7 @@ def _context(
     settings: TrainConfig,
 ) -> EncodingContext:
     """Return the encoding context for scoring `trained`, with the seed of training."""
-    tokenizer, positions = trained.tokenizer, text_positions(settings, trained.model.config)
+    tokenizer, positions = trained.tokenizer, text_positions(settings.method, trained.model.config)
     method = METHODS.get(found.card.method)
     hidden = found.run is None and method is not None and method.positions is not None
     if hidden or reference is not None:  # virtual tokens or the other model limit the text

@@ -22,7 +22,7 @@ from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import build_task_model, load_config, silence_loggers
 from ftlevel.models.sources import resolve_source
 from ftlevel.tasks import TASKS
-from ftlevel.training.plan.resolve import default_name, resolve
+from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.plan.run import Run
 
 _ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx", ".conll")
@@ -88,7 +88,7 @@ def draft(layers: list[Layer], file: Path, answer: Callable[[Question, Choice], 
             question.check(build_config(layers))
         run = _resolve(layers, proposed)
     config = run.config
-    command = f"ftlevel train --recipe {file} --output-dir runs/{default_name(config)}"
+    command = f"ftlevel train --recipe {file} --output-dir runs/{run.name}"
     text = "\n".join([*_head(config, command, file), *_render(run, proposed)]) + "\n"
     return Draft(text, config, proposed, run.schedule.steps, command)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
@@ -149,22 +149,14 @@ def plan(
             tensors.
     """
     with silence_loggers():
-        found, alternatives = _plan(config, wishes)
+        found, limits = _plan(config, wishes)
         show(found)
         if not wishes.alternatives:
             return found
-        limits = replace(alternatives.limits, check=check)
-        return replace(found, fits=list_alternatives(alternatives.config, limits))
+        return replace(found, fits=list_alternatives(replace(limits, check=check)))
 
 
-class _Alternatives(NamedTuple):
-    """Arguments of `list_alternatives`."""
-
-    config: TrainConfig
-    limits: AlternativeContext
-
-
-def _plan(config: TrainConfig, wishes: PlanOptions) -> tuple[RunPlan, _Alternatives]:
+def _plan(config: TrainConfig, wishes: PlanOptions) -> tuple[RunPlan, AlternativeContext]:
     card = parse_gpu(wishes.gpu) if wishes.gpu else None
     if card and wishes.probe:
         raise ConfigError("--probe runs steps here, and --gpu plans for another card. Drop one.")
@@ -183,7 +175,7 @@ def _plan(config: TrainConfig, wishes: PlanOptions) -> tuple[RunPlan, _Alternati
     train = config.train
     a_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     rows = a_step * _IMAGINED_STEPS if is_imagined else 0
-    imagined = build_synthetic_batch(config, source, card.name if card else None, rows)
+    imagined = build_synthetic_batch(config.data, source, card.name if card else None, rows)
     run = resolve(config, why_task=why, adapter=adapter, imagined=imagined)
     ranks = wishes.nodes * wishes.gpus_per_node
     device = Device.of(run.model.device, card, ranks)
@@ -193,13 +185,14 @@ def _plan(config: TrainConfig, wishes: PlanOptions) -> tuple[RunPlan, _Alternati
     if config.speed.tokens_per_micro_batch == "memory":
         run = fit_micro_batch(run, device.memory)
     need = estimate_requirement(run, device)
-    tokenizer = run.model.tokenizer
-    limits = AlternativeContext(need.device, card.name if card else None, source, tokenizer)
+    as_long = config if is_imagined else _with_length(config, run.data.max_length)
+    limits = AlternativeContext(
+        as_long, need.device, card.name if card else None, source, run.model.tokenizer
+    )
     cluster = _cluster(run, need, card, wishes)
     time = _time(run, card, wishes.probe, is_imagined)
     if cluster is not None:
         time = cluster.time()
-    as_long = config if is_imagined else _with_length(config, run.data.max_length)
     found = RunPlan(
         need=need,
         steps=cluster.steps or 0 if cluster else steps_per_epoch(run),
@@ -210,11 +203,11 @@ def _plan(config: TrainConfig, wishes: PlanOptions) -> tuple[RunPlan, _Alternati
         time=time,
         cost=_cost(config, time, wishes),
         fits=[],
-        cheapest=find_cheapest(as_long, limits) if not need.does_fit else None,
+        cheapest=find_cheapest(limits) if not need.does_fit else None,
         cluster=cluster,
         choices=run.choices,
     )
-    return found, _Alternatives(as_long, limits)
+    return found, limits
 
 
 def _names_no_data(config: TrainConfig) -> bool:

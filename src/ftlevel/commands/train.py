@@ -207,7 +207,8 @@ def _resolve_together(
 ) -> _Job:
     """Resolve the run in every process; a failure in one is raised in all."""
     processes = started_processes()
-    config = resolve_processes(taken.config, processes, rows_only=dry_run)
+    train = resolve_processes(taken.config.train, processes, rows_only=dry_run)
+    config = taken.config.model_copy(update={"train": train})
     if dry_run:  # one process is enough
         processes = Processes()
     processes.join()
@@ -236,7 +237,7 @@ def _resolve(
     config = taken.config
     output, recipe = config.output, command_line.recipe
     check_output(output.dir, overwrite=output.overwrite, resume=output.resume)
-    check_packages(config)
+    check_packages(config.model, config.speed, output)
     if output.push_to_hub is not None:
         named = {"push_to_hub": find_repository(output.push_to_hub)}
         config = config.model_copy(update={"output": output.model_copy(update=named)})
@@ -262,7 +263,7 @@ def _resolve(
     data = run.data
     sizes, new_head = (len(data.train), len(data.validation)), bool(run.model.new_heads)
     warnings = find_warnings(config.train, *sizes, new_head=new_head)
-    for warning in [*notes, *find_default_model_warnings(config), *warnings]:
+    for warning in [*notes, *find_default_model_warnings(config.model, config.data), *warnings]:
         listener.warn(warning)
     return _Job(
         taken, run, listener, callbacks, origin, processes, command_line.start, foresight

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ftlevel.config import SPECS, TrainConfig
+from ftlevel.config import SPECS, MethodConfig, SpeedConfig, TrainConfig, TrainerConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast.attention import packed as attention
@@ -49,26 +49,25 @@ def plan_workers(config: TrainConfig, meta: Any, device: str, packs: bool) -> Wo
         return WorkerPlan()
     if has_peers():
         return WorkerPlan(reason="each process has its own")
-    random = find_randomness(config, meta, with_head=True)
-    if reason := _writes_to_itself(config, meta) or _uses_global_generator(
-        config, meta, random, packs
+    random = find_randomness(config.method, meta, with_head=True)
+    is_ordered = not packs or config.train.recomputes
+    if reason := _writes_to_itself(config.method, meta) or _uses_global_generator(
+        meta, random, is_ordered
     ):
         return WorkerPlan(reason=reason)
     return WorkerPlan(min(threads, MAX_WORKERS if asked == "auto" else asked), random)
 
 
-def _uses_global_generator(config: TrainConfig, meta: Any, random: str, packs: bool) -> str:
+def _uses_global_generator(meta: Any, random: str, is_ordered: bool) -> str:
     """Return what is drawn from the process's generator; empty if nothing."""
-    if not random or (
-        packs and not config.train.recomputes and meta.config.model_type not in FUNCTIONAL_DROPOUT
-    ):
+    if not random or not (is_ordered or meta.config.model_type in FUNCTIONAL_DROPOUT):
         return ""
     return f"{random} is drawn at random, in order"
 
 
-def _writes_to_itself(config: TrainConfig, meta: Any) -> str:
+def _writes_to_itself(method: MethodConfig, meta: Any) -> str:
     """Return why a forward pass may change the model; empty if it does not."""
-    method, family = config.method, meta.config.model_type
+    family = meta.config.model_type
     if reason := METHODS[method.kind].step.workers(method):
         return reason
     if lookup_family(family) is None:
@@ -85,12 +84,12 @@ def _changes_rope(config: Any) -> bool:
     return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
 
 
-def find_randomness(config: TrainConfig, meta: Any, with_head: bool = False) -> str:
+def find_randomness(method: MethodConfig, meta: Any, with_head: bool = False) -> str:
     """Return the config name and value of dropout or jitter in the model; empty if none.
 
     Dropout before a classifier counts only with `with_head`.
     """
-    for owner in (config.method.model_dump(), meta.config.to_dict()):
+    for owner in (method.model_dump(), meta.config.to_dict()):
         for name, value in owner.items():
             if not (isinstance(value, float) and value > 0):
                 continue
@@ -108,9 +107,8 @@ FAMILIES = frozenset(
 OWN_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
-def uses_liger(config: TrainConfig, device: str, model_type: str) -> bool:
+def uses_liger(speed: SpeedConfig, device: str, model_type: str) -> bool:
     """Return whether liger-kernel is installed, enabled and supports the model."""
-    speed = config.speed
     return (
         device == "cuda"
         and speed.fast
@@ -120,16 +118,16 @@ def uses_liger(config: TrainConfig, device: str, model_type: str) -> bool:
     )
 
 
-def kernel_choices(config: TrainConfig, device: str, model_type: str) -> list[Choice]:
+def kernel_choices(speed: SpeedConfig, device: str, model_type: str) -> list[Choice]:
     """Return the line about liger-kernel for display; empty if it is not used."""
-    if not uses_liger(config, device, model_type):
+    if not uses_liger(speed, device, model_type):
         return []
     return [Choice("kernels", "liger-kernel", "norms, rotary embedding and activation; installed")]
 
 
-def kernel_arguments(config: TrainConfig, device: str, model_type: str) -> dict[str, Any]:
+def kernel_arguments(speed: SpeedConfig, device: str, model_type: str) -> dict[str, Any]:
     """Return the arguments for `TrainingArguments`."""
-    if not uses_liger(config, device, model_type):
+    if not uses_liger(speed, device, model_type):
         return {}
     return {"use_liger_kernel": True, "liger_kernel_config": OWN_LOSS}
 
@@ -193,7 +191,7 @@ def plan_fast(
 ) -> FastPlan:
     """Return the parts that the model `meta` (on the meta device) can use."""
     speed = config.speed
-    tokens = _tokens_per_micro_batch(config, device, max_length)
+    tokens = _tokens_per_micro_batch(speed, config.train, device, max_length)
     # A loss over a whole step needs its rows together, and no other part of the fast step.
     whole = FastPlan(True, tokens=tokens) if isinstance(objective, StepObjective) else FastPlan()
     if not speed.fast:
@@ -232,7 +230,7 @@ def plan_fast(
         choices,
         workers.count,
         bool(workers.random),
-        speed.fused_norm_glu and not uses_liger(config, device, meta.config.model_type),
+        speed.fused_norm_glu and not uses_liger(speed, device, meta.config.model_type),
         device == "cuda" and speed.triton_kernels,
         prunes_last_layer=speed.prune_last_layer
         and not why_padded
@@ -267,10 +265,10 @@ def _plan_sharing(
     """Return whether prefixes are shared, and the lines for display."""
     if any(row.extras for row in rows[:1]):
         return False, []
-    saved, is_wanted = _estimate_shared(config, rows), config.speed.share_prefixes == "always"
+    saved, is_wanted = _estimate_shared(config.train, rows), config.speed.share_prefixes == "always"
     if saved < WORTH_SHARING and not is_wanted:
         return False, []
-    drops = find_randomness(config, meta)
+    drops = find_randomness(config.method, meta)
     if drops and not is_wanted:
         why = (
             f"{saved:.0%} of tokens could be computed once, but their {drops} would be the same "
@@ -281,9 +279,8 @@ def _plan_sharing(
     return True, [Choice("prefix sharing", f"{saved:.0%} of tokens computed once", why)]
 
 
-def _estimate_shared(config: TrainConfig, rows: Sequence[Encoded]) -> float:
+def _estimate_shared(train: TrainerConfig, rows: Sequence[Encoded]) -> float:
     """Return the share of a step's tokens that need not be computed, from sampled steps."""
-    train = config.train
     size = min(train.per_device_train_batch_size * train.gradient_accumulation_steps, len(rows))
     draw = random.Random(train.seed)
     steps = [draw.sample(range(len(rows)), size) for _ in range(SAMPLED_STEPS)]
@@ -294,10 +291,12 @@ def _estimate_shared(config: TrainConfig, rows: Sequence[Encoded]) -> float:
     return sum(shares) / len(shares)
 
 
-def _tokens_per_micro_batch(config: TrainConfig, device: str, max_length: int) -> int:
-    if isinstance(config.speed.tokens_per_micro_batch, int):
-        return config.speed.tokens_per_micro_batch
-    tokens = max(config.train.per_device_train_batch_size * max_length, FEWEST_TOKENS)
+def _tokens_per_micro_batch(
+    speed: SpeedConfig, train: TrainerConfig, device: str, max_length: int
+) -> int:
+    if isinstance(speed.tokens_per_micro_batch, int):
+        return speed.tokens_per_micro_batch
+    tokens = max(train.per_device_train_batch_size * max_length, FEWEST_TOKENS)
     return min(tokens, max(MOST_CPU_TOKENS, max_length)) if device == "cpu" else tokens
 
 
@@ -356,14 +355,16 @@ def has_language_head(model: Any, objective: Objective | None) -> bool:
     return not objective.feeds_labels or hasattr(model, "prepare_decoder_input_ids_from_labels")
 
 
-def uses_fused_layers(config: TrainConfig, device: str) -> bool:
-    """Return whether LoRA layers are fused with their base."""
-    return _reason_against(config, device) == ""
+def uses_fused_layers(method: MethodConfig, speed: SpeedConfig, quant: str, device: str) -> bool:
+    """Return whether LoRA layers are fused with their base, stored as `quant`."""
+    return _reason_against(method, speed, quant, device) == ""
 
 
-def fused_lora_choices(config: TrainConfig, device: str) -> list[Choice]:
+def fused_lora_choices(
+    method: MethodConfig, speed: SpeedConfig, quant: str, device: str
+) -> list[Choice]:
     """Return the line about LoRA layers for display; empty for other methods."""
-    reason = _reason_against(config, device)
+    reason = _reason_against(method, speed, quant, device)
     if reason is None:
         return []
     if reason:
@@ -371,17 +372,19 @@ def fused_lora_choices(config: TrainConfig, device: str) -> list[Choice]:
     return [Choice("low-rank update", "fused with the base", "same gradients as PEFT's layers")]
 
 
-def _reason_against(config: TrainConfig, device: str) -> str | None:
+def _reason_against(
+    method: MethodConfig, speed: SpeedConfig, quant: str, device: str
+) -> str | None:
     """Return why PEFT's layers are used; empty if fused, None without LoRA layers."""
-    speed, against = config.speed, METHODS[config.method.kind].step.fusing
+    against = METHODS[method.kind].step.fusing
     if against is None:
         return None
     if not speed.fast:
         return "--no-fast"
     if not speed.fused_lora:
         return "speed.fused_lora is off"
-    if reason := against(config.method):
+    if reason := against(method):
         return reason
-    if config.quant.kind == "8bit" and device != "cpu":
+    if quant == "8bit" and device != "cpu":
         return "LLM.int8() multiplies in int8 on a GPU"
     return ""

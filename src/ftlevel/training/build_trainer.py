@@ -100,7 +100,7 @@ def build_arguments(run: Run, checkpoints: Path) -> Any:
         # Overlap host-to-device copies with computation.
         dataloader_pin_memory=run.model.device == "cuda",
         accelerator_config={"non_blocking": run.model.device == "cuda"},
-        **kernel_arguments(run.config, run.model.device, run.model.family),
+        **kernel_arguments(run.config.speed, run.model.device, run.model.family),
     )
     use_one_gpu(arguments)
     return arguments

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftlevel.artifacts.files import base_digest
 from ftlevel.artifacts.run_directory import RunDirectory
-from ftlevel.config import InMemoryDataset, QuantConfig, TrainConfig
+from ftlevel.config import DataConfig, InMemoryDataset, QuantConfig, TrainConfig
 from ftlevel.config.section import Choice
 from ftlevel.config.sections import wrap_rows
 from ftlevel.errors import ConfigError
@@ -49,14 +49,6 @@ class BoundInputs:
     base: Path | None = None
     choices: tuple[Choice, ...] = ()
 
-    def named_in(self, config: TrainConfig, directory: RunDirectory) -> TrainConfig:
-        """Return `config` with the model's path inside `directory`, if it was written."""
-        if self.base is None:
-            return config
-        place = str(directory.path.absolute() / BASE)
-        model = config.model.model_copy(update={"name_or_path": place})
-        return config.model_copy(update={"model": model})
-
 
 def bind_inputs(config: TrainConfig, given: TrainInputs, held: ExitStack) -> BoundInputs:
     """Return `config` with the objects bound; a written model exists until `held` closes.
@@ -65,7 +57,9 @@ def bind_inputs(config: TrainConfig, given: TrainInputs, held: ExitStack) -> Bou
     """
     _check_callbacks(given.callbacks)
     rows = {"dataset": given.dataset, "validation_file": given.eval_dataset}
-    names = {key: _name(key, value, config) for key, value in rows.items() if value is not None}
+    names = {
+        key: _name(key, value, config.data) for key, value in rows.items() if value is not None
+    }
     if names:
         config = config.with_sections(data=config.data.model_copy(update=names))
     if given.model is None and given.tokenizer is None:
@@ -90,9 +84,9 @@ def _own_quant(wish: QuantConfig, own: QuantConfig) -> QuantConfig:
     return own
 
 
-def _name(key: str, value: Any, config: TrainConfig) -> str:
+def _name(key: str, value: Any, data: DataConfig) -> str:
     argument = "dataset" if key == "dataset" else "eval_dataset"
-    if key in config.data.model_fields_set and getattr(config.data, key) is not None:
+    if key in data.model_fields_set and getattr(data, key) is not None:
         raise ConfigError(
             f"{argument}= is given, and the configuration has data.{key} too. Use one of them."
         )

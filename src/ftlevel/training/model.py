@@ -211,8 +211,9 @@ def load_adapted(run: Run, listener: Listener) -> PreparedModel:
 
 def put_method_on(base: Any, run: Run) -> Any:
     """Apply the run's method to `base` (mutated) and return the result."""
-    fused = uses_fused_layers(run.config, run.model.device)
-    return apply_method(base, run.config.method, run.base, fused=fused)
+    config, model = run.config, run.model
+    fused = uses_fused_layers(config.method, config.speed, model.quant.kind, model.device)
+    return apply_method(base, config.method, run.base, fused=fused)
 
 
 def initialize_adapter(model: Any, run: Run) -> None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import distributed
 
-from ftlevel.config import TrainConfig
+from ftlevel.config import TrainerConfig
 from ftlevel.errors import ConfigError, FtlevelError, RunError, join_names
 from ftlevel.world import World, read_world
 
@@ -188,12 +188,12 @@ def started_processes() -> Processes:
     return Processes(read_world())
 
 
-def resolve_processes(config: TrainConfig, processes: Processes, rows_only: bool) -> TrainConfig:
-    """Return `config` with the actual number of processes (None for one), or raise ConfigError.
+def resolve_processes(train: TrainerConfig, processes: Processes, rows_only: bool) -> TrainerConfig:
+    """Return `train` with the actual number of processes (None for one), or raise ConfigError.
 
     With `rows_only` nothing is trained, and one process may stand for any configured number.
     """
-    wish, count = config.train.num_processes, processes.count
+    wish, count = train.num_processes, processes.count
     by = f" by {processes.world.launcher}" if processes.world.launcher else ""
     if wish is not None and wish != count and not (rows_only and count == 1):
         raise ConfigError(
@@ -203,5 +203,4 @@ def resolve_processes(config: TrainConfig, processes: Processes, rows_only: bool
         )
     number = wish if rows_only else count
     number = None if number == 1 else number
-    train = config.train.model_copy(update={"num_processes": number})
-    return config.model_copy(update={"train": train})
+    return train.model_copy(update={"num_processes": number})

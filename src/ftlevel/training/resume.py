@@ -9,7 +9,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -30,6 +30,7 @@ from ftlevel.events import Listener
 from ftlevel.methods import METHODS
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.models.sources import resolve_source
+from ftlevel.training.given import BASE as WRITTEN_BASE
 from ftlevel.training.given import BoundInputs
 from ftlevel.training.origin import (
     BASE,
@@ -42,7 +43,6 @@ from ftlevel.training.origin import (
     read_origin,
     read_origin_file,
 )
-from ftlevel.training.plan.resolve import default_name
 from ftlevel.training.plan.run import Run
 from ftlevel.training.plan.schedule import count_steps, rows_per_epoch
 from ftlevel.training.processes import Processes
@@ -256,7 +256,7 @@ def open_or_resume(
                 digests.forget(directory.checkpoints)
     else:
         directory, kept = open_run(
-            output.dir, default_name(run.config), overwrite=output.overwrite, resume=output.resume
+            output.dir, run.name, overwrite=output.overwrite, resume=output.resume
         )
         checkpoints.set_aside_newer(directory.checkpoints, None)
         delete_best_after(directory.checkpoints, 0)
@@ -264,7 +264,10 @@ def open_or_resume(
             listener.warn(
                 f"--overwrite {directory.path}: {line}; it is not of the run that is replaced"
             )
-    named = replace(run, config=taken.named_in(run.config, directory))
+    named = run
+    if taken.base is not None:
+        place = str(directory.path.absolute() / WRITTEN_BASE)
+        named = run.with_settings("model", name_or_path=place)
     directory.write_config(dump_config(named))
     write_places(directory, resolved_config(named))
     write_json(directory.checkpoints / ORIGIN, origin)

@@ -166,20 +166,22 @@ def test_a_library_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_run_begins_with_no_library_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_packages(TrainConfig())
+    config = TrainConfig()
+    check_packages(config.model, config.speed, config.output)
     monkeypatch.setattr(
         libraries, "version", lambda name: {"transformers": "5.17.0"}.get(name, "9")
     )
     with pytest.raises(ConfigError, match=r"transformers 5\.17\.0 is installed"):
-        check_packages(TrainConfig())
+        check_packages(config.model, config.speed, config.output)
 
 
 def test_an_attention_kernel_of_a_gpu_is_refused_without_one() -> None:
     named = {"attention_kernel": "kernels-community/flash-attn3@1"}
     if torch.cuda.is_available():
         pytest.skip("there is one")
+    config = TrainConfig.model_validate({"speed": named})
     with pytest.raises(ConfigError, match="flash-attn3@1 is for an NVIDIA GPU, and none is here"):
-        check_packages(TrainConfig.model_validate({"speed": named}))
+        check_packages(config.model, config.speed, config.output)
     with pytest.raises(ValueError, match="attention_kernel"):
         TrainConfig.model_validate({"speed": {"attention_kernel": "flash-attn3"}})
 

@@ -86,7 +86,7 @@ def choose(name: str, facts: dict[str, Any], kind: str, **train: Any) -> BestMod
     task = TASKS[name]
     config = TrainConfig.model_validate({"task": name, "train": train})
     objective = task.build_objective(kind, facts)
-    return resolve_best_model(config, task, objective, 9, Length(10, 2.0))
+    return resolve_best_model(config.method, config.train, task, objective, 9, Length(10, 2.0))
 
 
 @pytest.mark.parametrize(

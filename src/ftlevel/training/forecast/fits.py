@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ftlevel.config import TrainConfig
+from ftlevel.config import TrainConfig, TrainerConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, FtlevelError
 from ftlevel.methods import METHODS
@@ -311,8 +311,12 @@ class Alternative:
 
 @dataclass(frozen=True)
 class AlternativeContext:
-    """Device and model of the alternatives; `known` caches results (mutated), `check` may raise."""
+    """Run, device and model of the alternatives.
 
+    `known` caches results (mutated); `check` may raise.
+    """
+
+    config: TrainConfig
     device: Device
     card: str | None
     source: ModelSource
@@ -321,18 +325,19 @@ class AlternativeContext:
     check: Callable[[], object] = bool
 
 
-def list_alternatives(config: TrainConfig, limits: AlternativeContext) -> list[Alternative]:
+def list_alternatives(limits: AlternativeContext) -> list[Alternative]:
     """Return alternatives: the run's method and the usual ones, with and without checkpointing."""
+    config = limits.config
     own = config.method.kind, config.quant.kind
     others = (way for way in _METHODS if way != _alike(own))
     ways = [own, *others]
     rows = config.train.per_device_train_batch_size
-    found = [_try(config, way, ckpt, rows, None, limits)
+    found = [_try(way, ckpt, rows, None, limits)
              for way, ckpt in itertools.product(ways, (False, True))]  # fmt: skip
     length = config.data.max_length
     if isinstance(length, int):
         for other in (length // 2, length * 2):
-            found.append(_try(config, own, config.train.recomputes, rows, other, limits))
+            found.append(_try(own, config.train.recomputes, rows, other, limits))
     return [fit for fit in found if fit is not None]
 
 
@@ -341,12 +346,13 @@ def _alike(way: tuple[str, str]) -> tuple[str, str]:
     return ("qlora", "4bit") if way == ("lora", "4bit") else way
 
 
-def find_cheapest(config: TrainConfig, limits: AlternativeContext) -> Alternative | None:
+def find_cheapest(limits: AlternativeContext) -> Alternative | None:
     """Return the least costly change that makes the run fit; None if none does.
 
     Changes are tried in this order: fewer rows per micro-batch, checkpointing (a third of the
     speed), 4-bit weights (precision), shorter rows (data).
     """
+    config = limits.config
     train, own = config.train, (config.method.kind, config.quant.kind)
     rows, ckpt = train.per_device_train_batch_size, train.recomputes
     four = own if own[1] == "4bit" else _alike((own[0], "4bit"))
@@ -360,7 +366,7 @@ def find_cheapest(config: TrainConfig, limits: AlternativeContext) -> Alternativ
     for way, checkpointing, some, other in dict.fromkeys(ways):
         if way in too_large:
             continue
-        fit = _try(config, way, checkpointing, some, other, limits)
+        fit = _try(way, checkpointing, some, other, limits)
         if fit is not None and fit.fits:
             return fit
         if fit is not None and fit.least > limits.device.memory:
@@ -369,7 +375,6 @@ def find_cheapest(config: TrainConfig, limits: AlternativeContext) -> Alternativ
 
 
 def _try(
-    config: TrainConfig,
     way: tuple[str, str],
     checkpointing: bool,
     rows: int,
@@ -380,19 +385,18 @@ def _try(
     key = (way, checkpointing, rows, length)
     limits.check()
     if key not in limits.known:
-        limits.known[key] = _compute(config, way, checkpointing, rows, length, limits)
+        limits.known[key] = _compute(way, checkpointing, rows, length, limits)
     return limits.known[key]
 
 
 def _compute(
-    config: TrainConfig,
     way: tuple[str, str],
     checkpointing: bool,
     rows: int,
     length: int | None,
     limits: AlternativeContext,
 ) -> Alternative | None:
-    changed = _changed(config, way, checkpointing, length)
+    changed = _changed(way, checkpointing, length, limits)
     if changed is None:
         return None
     try:
@@ -405,7 +409,7 @@ def _compute(
         free = memory - forecast.peak
         most = min(max(0, rows + int(free // (moving / rows))), _MOST_ROWS)
     least = sum(forecast.parts.get(part, 0) for part in (WEIGHTS, QUANTIZED, ADAPTER, OPTIMIZER))
-    flags = " ".join(_flags(config, way, checkpointing, rows, length))
+    flags = " ".join(_flags(limits.config.train, way, checkpointing, rows, length))
     return Alternative(flags, forecast.peak, forecast.peak <= memory, most, least)
 
 
@@ -414,14 +418,16 @@ def _forecast(config: TrainConfig, rows: int, limits: AlternativeContext) -> Ste
     config = _with(config, {"train": {"per_device_train_batch_size": rows,
                                       "gradient_accumulation_steps": accumulated}})  # fmt: skip
     rows *= accumulated
-    imagined = build_synthetic_batch(config, limits.source, limits.card, rows, limits.tokenizer)
+    imagined = build_synthetic_batch(
+        config.data, limits.source, limits.card, rows, limits.tokenizer
+    )
     return limits.device.forecast(resolve(config, imagined=imagined))
 
 
 def _changed(
-    config: TrainConfig, way: tuple[str, str], checkpointing: bool, length: int | None
+    way: tuple[str, str], checkpointing: bool, length: int | None, limits: AlternativeContext
 ) -> TrainConfig | None:
-    method, quant = way
+    config, (method, quant) = limits.config, way
     values: dict[str, Any] = {"train": {"gradient_checkpointing": checkpointing}}
     if length is not None:
         values["data"] = {"max_length": length}
@@ -444,17 +450,17 @@ def _with(config: TrainConfig, values: Mapping[str, Mapping[str, Any]]) -> Train
 
 
 def _flags(
-    config: TrainConfig, way: tuple[str, str], checkpointing: bool, rows: int, length: int | None
+    train: TrainerConfig, way: tuple[str, str], checkpointing: bool, rows: int, length: int | None
 ) -> Iterator[str]:
     method, quant = way
     yield f"--method {method}"
     if quant != "none" and method != "qlora":
         yield f"--quant {quant}"
     yield "--gradient-checkpointing" if checkpointing else "--no-gradient-checkpointing"
-    before = config.train.per_device_train_batch_size
+    before = train.per_device_train_batch_size
     yield f"--per-device-train-batch-size {rows}"
     if rows < before:
-        accumulated = config.train.gradient_accumulation_steps * -(-before // rows)
+        accumulated = train.gradient_accumulation_steps * -(-before // rows)
         yield f"--gradient-accumulation-steps {accumulated}"
     if length is not None:
         yield f"--max-length {length}"

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ftlevel.config import TrainConfig
+from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.prepare.encoder import PreparedData
 from ftlevel.data.sources.table import Table
@@ -76,7 +76,10 @@ def build_fake_model(run: Run, layers: Sequence[int] | None = None) -> FakeModel
         quantize_shape(meta, quantization)
     base = replace(run.base, targets=targets_in(meta, run.base.targets, layers))
     spec = method.start.default(run.config.method) if method.start else run.config.method
-    model = apply_method(meta, spec, base, fused=uses_fused_layers(run.config, planned.device))
+    fused = uses_fused_layers(
+        run.config.method, run.config.speed, planned.quant.kind, planned.device
+    )
+    model = apply_method(meta, spec, base, fused=fused)
     _fill_vectors(model)
     # One worker is simulated; the others allocate the same.
     fast = FastStep(model, replace(run.fast, workers=1)) if run.fast.enabled else None
@@ -188,14 +191,12 @@ LONGEST = 1024
 _PAD = 0
 
 
-def synthesize_rows(
-    config: TrainConfig, count: int
-) -> Callable[[BaseTask, str, Any], PreparedData]:
+def synthesize_rows(data: DataConfig, count: int) -> Callable[[BaseTask, str, Any], PreparedData]:
     """Return a function that creates `count` (≥ 1) random rows of maximum length."""
 
     def make(task: BaseTask, kind: str, model_config: Any) -> PreparedData:  # noqa: ARG001
         positions = max_positions(model_config) or LONGEST
-        asked = config.data.max_length
+        asked = data.max_length
         length = asked if isinstance(asked, int) else min(LONGEST, positions)
         words, draw = model_config.get_text_config().vocab_size, random.Random(0)
         rows = [
@@ -205,7 +206,7 @@ def synthesize_rows(
         tokens = count * length
         facts = {
             "name": "imagined rows", "train_rows": count, "labels": list(task.imagined_labels),
-            "problem_type": None, "overlong": config.data.overlong, "fingerprint": "",
+            "problem_type": None, "overlong": data.overlong, "fingerprint": "",
             "target_language": None, "tokens": tokens,
             "supervised": sum(row.supervised for row in rows), **task.imagined_facts,
         }  # fmt: skip
@@ -229,7 +230,7 @@ def load_or_stub_tokenizer(source: ModelSource) -> Any:
 
 
 def build_synthetic_batch(
-    config: TrainConfig, source: ModelSource, card: str | None, rows: int, tokenizer: Any = None
+    data: DataConfig, source: ModelSource, card: str | None, rows: int, tokenizer: Any = None
 ) -> SyntheticBatch:
     """Return substitutes for what is not available on this machine.
 
@@ -239,7 +240,7 @@ def build_synthetic_batch(
         source=source,
         device=None if card is None else Choice("device", "cuda", f"planned for {card}"),
         tokenizer=tokenizer or (load_or_stub_tokenizer(source) if rows else None),
-        rows=synthesize_rows(config, rows) if rows else None,
+        rows=synthesize_rows(data, rows) if rows else None,
     )
 
 

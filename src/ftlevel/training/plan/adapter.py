@@ -13,7 +13,15 @@ from typing import Any
 from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
 from ftlevel.artifacts.files import file_fingerprint
 from ftlevel.artifacts.run_directory import CONFIG, find_run
-from ftlevel.config import SPECS, Layer, MethodConfig, TrainConfig, build_config, read_recipe
+from ftlevel.config import (
+    SPECS,
+    Layer,
+    MethodConfig,
+    ModelConfig,
+    TrainConfig,
+    build_config,
+    read_recipe,
+)
 from ftlevel.config.flags import FLAGS
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
@@ -79,13 +87,13 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
             *_take_model(config, name, directory),
             [f"--adapter {name} is a whole model: it is trained on as --model is"],
         )
-    _check_kind(name, directory, config)
-    base = _base_of(config, card, directory)
+    _check_kind(name, directory, config.output.dir)
+    base = _base_of(config.model, card, directory)
     source, settings = read_plain_adapter(directory, base_source=base)
     adapter = StartingAdapter(
         name, directory, settings, card, file_fingerprint(directory / ADAPTER_WEIGHTS)
     )
-    spec = _read_spec(adapter, config)
+    spec = _read_spec(adapter, config.method)
     _check_flags(config, adapter, spec)
     values = config.model_dump(exclude_unset=True)
     values["method"] = spec.model_dump()
@@ -125,7 +133,7 @@ def _take_model(
     return build_config([Layer(values)]), None
 
 
-def _check_kind(name: str, directory: Path, config: TrainConfig) -> None:
+def _check_kind(name: str, directory: Path, out: Path | None) -> None:
     """Reject directories that are not PEFT adapters, and an output directory that contains it."""
     if is_adapterhub(directory):
         raise ConfigError(
@@ -139,7 +147,6 @@ def _check_kind(name: str, directory: Path, config: TrainConfig) -> None:
             f"--adapter {name} {what}. Name a run of ftlevel, its adapter directory, an adapter of "
             f"PEFT's with its {ADAPTER_CONFIG}, or a method."
         )
-    out = config.output.dir
     if out is not None and directory.resolve().is_relative_to(out.resolve()):
         raise ConfigError(
             f"--output-dir {out} holds --adapter {name}, which is not changed. Choose another "
@@ -147,9 +154,8 @@ def _check_kind(name: str, directory: Path, config: TrainConfig) -> None:
         )
 
 
-def _base_of(config: TrainConfig, card: AdapterCard | None, directory: Path) -> ModelSource | None:
+def _base_of(model: ModelConfig, card: AdapterCard | None, directory: Path) -> ModelSource | None:
     """Return the base named by the user or the card; None defers to adapter_config.json."""
-    model = config.model
     is_named = "name_or_path" in model.model_fields_set
     if card is None:
         if not is_named:
@@ -159,9 +165,9 @@ def _base_of(config: TrainConfig, card: AdapterCard | None, directory: Path) -> 
     return replace(source, trust_remote_code=model.trust_remote_code)
 
 
-def _read_spec(adapter: StartingAdapter, config: TrainConfig) -> MethodConfig:
+def _read_spec(adapter: StartingAdapter, given: MethodConfig) -> MethodConfig:
     """Return the method section that rebuilds the adapter, from its recipe and PEFT config."""
-    settings, card, given = adapter.settings, adapter.card, config.method
+    settings, card = adapter.settings, adapter.card
     kind = card.method if card else _kind_of(adapter)
     run = find_run(adapter.directory)
     values: dict[str, Any] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ftlevel.config import TrainConfig
+from ftlevel.config import MethodConfig
 from ftlevel.config.section import Choice
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.errors import ConfigError, did_you_mean, join_names
@@ -57,7 +57,12 @@ class BestModel:
 
 
 def resolve_best_model(
-    config: TrainConfig, task: BaseTask, objective: Objective, rows: int, length: Length
+    method: MethodConfig,
+    train: TrainerConfig,
+    task: BaseTask,
+    objective: Objective,
+    rows: int,
+    length: Length,
 ) -> BestModel | None:
     """Return how the best model is selected; None if nothing requires a selection.
 
@@ -66,7 +71,6 @@ def resolve_best_model(
     Raises:
         ConfigError: a flag requires evaluation but there are no rows, or the metric does not exist.
     """
-    train = config.train
     _check_rows(train, rows)
     wish, saves = train.load_best_model_at_end, train.save_strategy == "best"
     metric, reason = _choose_metric(train, task, objective)
@@ -76,7 +80,7 @@ def resolve_best_model(
         return None
     loads = compares
     asks = wish or (train.metric_for_best_model is not None and not needs_metric)
-    if compares and is_trained_sharded(config) and not asks:
+    if compares and is_trained_sharded(method, train) and not asks:
         loads, reason = False, f"--shard {train.shard} shards the trained weights"
     greater = train.greater_is_better
     if greater is None:
@@ -92,9 +96,9 @@ def resolve_best_model(
     )
 
 
-def is_trained_sharded(config: TrainConfig) -> bool:
+def is_trained_sharded(method: MethodConfig, train: TrainerConfig) -> bool:
     """Return whether the trained weights are sharded across processes."""
-    return config.train.shard != "none" and METHODS[config.method.kind].build is None
+    return train.shard != "none" and METHODS[method.kind].build is None
 
 
 def _check_rows(train: TrainerConfig, rows: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ftlevel.config import MethodConfig, TrainConfig
+from ftlevel.config import MethodConfig, QuantConfig, TrainConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.methods import METHODS, Method, check_supported
@@ -169,8 +169,8 @@ def _parameters(wish: str | Sequence[str], tree: ModuleTree, model_name: str) ->
 
 def resolve_quantization(
     config: TrainConfig, bare: Any, source: ModelSource, device: str
-) -> TrainConfig:
-    """Return `config` with the quantization of the base, requested or stored in the checkpoint.
+) -> QuantConfig:
+    """Return the quantization of the base, requested or stored in the checkpoint.
 
     Raises:
         ConfigError: the quantization does not match the method, `--quant` or the device.
@@ -184,23 +184,24 @@ def resolve_quantization(
             "--device cpu, or a model in floating point without --quant."
         )
     if stored is None:
-        return config
+        return config.quant
     quant = match_quantization(stored, config.quant, source.words, device)
     method = config.method
     base = QuantizedCheckpoint(source.name, form, quant.kind)
     if reason := METHODS[method.kind].refuse_quantized(method, base):
         raise ConfigError(reason)
-    resolved = config.model_copy(update={"quant": quant})
     try:
-        check_method(resolved, bare, model_kind(bare))
+        check_method(config, quant, bare, model_kind(bare))
     except ConfigError as error:
         already = f"--model {source.name} is quantized already ({form})."
         raise ConfigError([f"{already} {problem}" for problem in error.problems]) from None
-    return resolved
+    return quant
 
 
-def resolve_experts(config: TrainConfig, meta: Any, stored: bool) -> tuple[TrainConfig, str]:
-    """Resolve `quant.experts` in `config`; also return why experts are not quantized, or "".
+def resolve_experts(
+    quant: QuantConfig, method: MethodConfig, meta: Any, stored: bool
+) -> tuple[QuantConfig, str]:
+    """Resolve `experts` in `quant`; also return why experts are not quantized, or "".
 
     `meta` is the base on the meta device; `stored` is whether its checkpoint is quantized.
 
@@ -210,30 +211,29 @@ def resolve_experts(config: TrainConfig, meta: Any, stored: bool) -> tuple[Train
     why = ""
     if not next(ModuleTree(meta).experts(), None):
         why = "the model has no experts in one tensor"
-    elif config.quant.kind != "4bit":
+    elif quant.kind != "4bit":
         why = "bitsandbytes has 8 bits for linears alone"
     elif stored:
         why = "they are what the checkpoint holds"
-    elif getattr(config.method, "target_parameters", None):
+    elif getattr(method, "target_parameters", None):
         why = "adapters go on them, which PEFT puts onto floating point"
     elif not next(packable_experts(meta), None):
         why = "they have biases, or lie otherwise than can be packed"
-    elif config.quant.experts is False:
+    elif quant.experts is False:
         why = "--set quant.experts=false"
-    if config.quant.experts and why:
+    if quant.experts and why:
         raise ConfigError(f"quant.experts: experts cannot be quantized here: {why}. Drop it.")
-    quant = config.quant.model_copy(update={"experts": not why})
-    return config.model_copy(update={"quant": quant}), why
+    return quant.model_copy(update={"experts": not why}), why
 
 
-def check_method(config: TrainConfig, model_config: Any, kind: str) -> None:
+def check_method(config: TrainConfig, quant: QuantConfig, model_config: Any, kind: str) -> None:
     """Raise ConfigError if the method does not support model, task or quantization."""
-    family, quant = lookup_family(model_config.model_type), config.quant.kind
+    family = lookup_family(model_config.model_type)
     experts = bool(family.target_parameters) if family else None
-    base = Cell("", model_config.model_type, kind, config.task, quant, experts)
+    base = Cell("", model_config.model_type, kind, config.task, quant.kind, experts)
     check_supported(config.method, base)
     refuse = METHODS[config.method.kind].refuse
-    reason = refuse(config.method, model_config, kind, config.task, quant) if refuse else None
+    reason = refuse(config.method, model_config, kind, config.task, quant.kind) if refuse else None
     if reason is not None:
         raise ConfigError(f"--method {config.method.kind}: {reason}")
     goes_back = config.train.on_nonfinite == "rollback" or config.train.spike_factor is not None
@@ -244,9 +244,8 @@ def check_method(config: TrainConfig, model_config: Any, kind: str) -> None:
         )
 
 
-def choose_precision(config: TrainConfig, device: str, model_type: str) -> Choice:
+def choose_precision(method: MethodConfig, wish: str, device: str, model_type: str) -> Choice:
     """Return the compute precision; raise ConfigError if it is not supported."""
-    method, wish = config.method, config.model.dtype
     start = METHODS[method.kind].start
     needed = start.precision(method, wish) if start else None
     return needed or choose_dtype(wish, device, method.kind, model_type)

@@ -8,20 +8,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ftlevel.config import TrainConfig
+from ftlevel.config import (
+    MethodConfig,
+    ModelConfig,
+    OutputConfig,
+    QuantConfig,
+    SpeedConfig,
+    TrainConfig,
+    TrainerConfig,
+)
+from ftlevel.config.preference import PREFERENCE_TASKS, DistillationConfig
+from ftlevel.config.rl import RL_RATE, RL_TASK, RlConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.data.encoding.collate import ensure_pad_token, separate_pad_from_eos
 from ftlevel.data.encoding.encode import PROMPT_VERSION, read_format
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, Progress, ignore_progress
-from ftlevel.data.sources.lines import CHUNK_ROWS, STDIN, is_pipe
-from ftlevel.data.sources.readers.files import is_pattern
+from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.splits import load_splits
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import check_metrics, generates_texts
@@ -47,7 +55,7 @@ from ftlevel.tasks.distillation import build_distillation
 from ftlevel.tasks.losses import Tokens
 from ftlevel.tasks.rl.rewards import Rewards
 from ftlevel.training.plan.adapter import StartingAdapter
-from ftlevel.training.plan.best_model import BestModel, Length, resolve_best_model
+from ftlevel.training.plan.best_model import Length, resolve_best_model
 from ftlevel.training.plan.method import (
     check_method,
     choose_precision,
@@ -84,6 +92,7 @@ class _Bare:
     auto_class: str
     device: Choice
     dtype: Choice
+    quant: QuantConfig
     tokenizer: Any
     spelling: list[Choice]
 
@@ -128,8 +137,8 @@ def resolve(
     Raises:
         ConfigError: the first problem found; nothing was loaded or written.
     """
-    given, task = config, TASKS[config.task].configured(task_options(config))
-    config, bare = _read_model(config, task, imagined or SyntheticBatch())
+    task = TASKS[config.task].configured(task_options(config))
+    bare = _read_model(config, task, imagined or SyntheticBatch())
     width = width_of(bare.config)
     task, of_task = task.for_model(bare.source, bare.kind, width, bare.tokenizer, config)
     if imagined is not None and imagined.rows is not None:
@@ -137,33 +146,69 @@ def resolve(
     else:
         here = "cpu" if imagined is not None and imagined.device else bare.device.value
         version = prompt_version or _prompt_version(adapter)
-        data = _prepare(config, task, bare, here, version, lenient, progress)
+        bounds = find_bounds(
+            config.method, bare.quant.kind, config.train, bare.config, here, bare.dtype.value
+        )
+        vocabulary = bare.config.get_text_config().vocab_size
+        context = EncodingContext(
+            task,
+            bare.kind,
+            bare.tokenizer,
+            vocabulary,
+            bounds,
+            config.train.seed,
+            lenient,
+            version,
+        )
+        data = prepare_data(config.data, context, progress)
     model_config = _task_config(bare.source, data.facts, bare.tokenizer, task)
     layers = _disable_layerdrop(model_config)
     if not task.drops_out:
         layers += _disable_dropout(model_config)
     meta = build_task_model(model_config, bare.auto_class)
-    _check_checkpointing(config, meta, bare.device.value)
-    model = _plan_model(config, bare, model_config, meta, *task.find_heads(meta, bare.source))
+    _check_checkpointing(config.train, meta, bare.device.value)
+    model = _plan_model(bare, model_config, meta, *task.find_heads(meta, bare.source))
     model = replace(model, unused=task.find_unused(meta))
     if adapter is not None:
         model = replace(model, new_heads=[])  # the adapter has them
-    targets = find_method_targets(config.method, meta, bare.source.name, config.quant.kind)
-    objective = _objective(config, task, bare.kind, data)
+    targets = find_method_targets(config.method, meta, bare.source.name, bare.quant.kind)
+    objective = _objective(config.distillation, task, bare.kind, data)
     generates = generates_texts(config.train.predict_with_generate, task)
     check_metrics(
         config.train.metrics, task, objective, generates=generates, how="--predict-with-generate"
     )
-    loss, of_loss = choose_loss(config, objective, data.facts["labels"], data.train)
-    steps = count_steps(config.train, rows_per_epoch(config, len(data.train)))
-    rates = choose_rates(config, _run_facts(model, meta, objective, steps))
+    loss, of_loss = choose_loss(
+        config.train,
+        config.distillation,
+        config.task,
+        objective,
+        data.facts["labels"],
+        data.train,
+    )
+    epoch_rows = rows_per_epoch(config, len(data.train))
+    steps = count_steps(config.train, epoch_rows)
+    share, papers = 1.0, ""
+    if config.task in PREFERENCE_TASKS:
+        share, papers = config.preference.facts.rate, "DPO"
+    elif config.task == RL_TASK:
+        share, papers = RL_RATE, "GRPO"
+    known = _run_facts(model, meta, objective, steps)
+    rates = choose_rates(config.method, config.train, known, share, papers)
     check_schedule(config.train, rates.base.value, steps, len(data.validation))
-    best = _best_model(config, task, objective, data, steps)
+    an_epoch = steps if data.stream else count_steps_per_epoch(config.train, epoch_rows)
+    best = resolve_best_model(
+        config.method,
+        config.train,
+        task,
+        objective,
+        len(data.validation),
+        Length(steps, steps / an_epoch),
+    )
     device, most = bare.device.value, data.max_length
     threads = [choose_threads()] if device == "cpu" else []
     fast = plan_fast(config, meta, bare.kind, objective, device, data.train, most)
     run = Run(
-        config=given,
+        config=config,
         task=task,
         objective=objective,
         loss=loss,
@@ -174,9 +219,9 @@ def resolve(
         fast=fast,
         best=best,
         adapter=adapter,
-        rewards=None if lenient or imagined else _resolve_rewards(config, objective, data, bare),
+        rewards=None if lenient or imagined else _resolve_rewards(config.rl, objective, data, bare),
         choices=[
-            model_choice(config, model.family, model.total_parameters, bare.source),
+            model_choice(config.model, model.family, model.total_parameters, bare.source),
             Choice("task", task.name, why_task),
             *of_task,
             *([adapter.choice] if adapter else []),
@@ -185,7 +230,14 @@ def resolve(
             *threads,
             bare.dtype,
             *choose_tf32(config.train.tf32, device, bare.dtype.value),
-            *_method_choices(config, bare),
+            *method_choices(
+                config.method,
+                bare.quant,
+                config.train,
+                stored_quantization(bare.config) is not None,
+            ),
+            *fused_lora_choices(config.method, config.speed, bare.quant.kind, device),
+            *kernel_choices(config.speed, device, bare.config.model_type),
             *targets.choices(getattr(config.method, "target_modules", None)),
             *head_choices(task, model.heads),
             *bare.spelling,
@@ -212,10 +264,8 @@ def task_options(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _read_model(
-    config: TrainConfig, task: BaseTask, imagined: SyntheticBatch
-) -> tuple[TrainConfig, _Bare]:
-    """Read the base's config and tokenizer; return `config` with its quantization, and these."""
+def _read_model(config: TrainConfig, task: BaseTask, imagined: SyntheticBatch) -> _Bare:
+    """Read the base's config and tokenizer, and resolve its device, dtype and quantization."""
     wish = config.model
     source = imagined.source or resolve_source(
         wish.name_or_path, wish.revision, wish.trust_remote_code
@@ -224,44 +274,45 @@ def _read_model(
     bare = load_config(source)
     kind = model_kind(bare)
     device = imagined.device or choose_device(wish.device)
-    config = resolve_quantization(config, bare, source, device.value)
-    check_method(config, bare, kind)
+    quant = resolve_quantization(config, bare, source, device.value)
+    check_method(config, quant, bare, kind)
     auto_class = task.auto_class(kind, bare.model_type)
-    config, experts = _resolve_experts(config, bare, auto_class)
-    dtype = choose_precision(config, device.value, bare.model_type)
+    quant, experts = _resolve_experts(quant, config.method, bare, auto_class)
+    dtype = choose_precision(config.method, config.model.dtype, device.value, bare.model_type)
     tokenizer = imagined.tokenizer or load_tokenizer(source)
     template = set_chat_template(tokenizer, config.data.chat_template)
     padding = ensure_pad_token(tokenizer)
     padding = (separate_pad_from_eos(tokenizer) if task.pads_apart else None) or padding
     pairs = task.prepare_tokenizer(tokenizer, kind)
     spelling = [choice for choice in (experts, template, padding, pairs) if choice]
-    return config, _Bare(source, bare, kind, auto_class, device, dtype, tokenizer, spelling)
+    return _Bare(source, bare, kind, auto_class, device, dtype, quant, tokenizer, spelling)
 
 
 def _resolve_experts(
-    config: TrainConfig, bare: Any, auto_class: str
-) -> tuple[TrainConfig, Choice | None]:
-    """Resolve expert quantization; return `config` and the line that shows it, if any."""
-    if config.quant.kind == "none" and not config.quant.experts:
-        return config, None
+    quant: QuantConfig, method: MethodConfig, bare: Any, auto_class: str
+) -> tuple[QuantConfig, Choice | None]:
+    """Resolve expert quantization; return `quant` and the line that shows it, if any."""
+    if quant.kind == "none" and not quant.experts:
+        return quant, None
     meta = build_task_model(bare, auto_class)
-    config, why = resolve_experts(config, meta, stored_quantization(bare) is not None)
-    if not config.quant.experts and next(ModuleTree(meta).experts(), None) is None:
-        return config, None
-    form = "4 bits, as the linears" if config.quant.experts else "in floating point"
-    return config, Choice("experts", form, why)
+    quant, why = resolve_experts(quant, method, meta, stored_quantization(bare) is not None)
+    if not quant.experts and next(ModuleTree(meta).experts(), None) is None:
+        return quant, None
+    form = "4 bits, as the linears" if quant.experts else "in floating point"
+    return quant, Choice("experts", form, why)
 
 
-def _objective(config: TrainConfig, task: BaseTask, kind: str, data: PreparedData) -> Objective:
+def _objective(
+    distillation: DistillationConfig, task: BaseTask, kind: str, data: PreparedData
+) -> Objective:
     """Return the training objective, for distillation if there is a teacher."""
     objective = task.build_objective(kind, data.facts)
-    if config.distillation.teacher is None or not isinstance(objective, Tokens):
+    if distillation.teacher is None or not isinstance(objective, Tokens):
         return objective
-    return build_distillation(objective, config.distillation)
+    return build_distillation(objective, distillation)
 
 
 def _plan_model(
-    config: TrainConfig,
     bare: _Bare,
     model_config: Any,
     meta: Any,
@@ -277,7 +328,7 @@ def _plan_model(
         tokenizer=bare.tokenizer,
         device=bare.device.value,
         dtype=bare.dtype.value,
-        quant=config.quant,
+        quant=bare.quant,
         heads=heads,
         new_modules=new_modules,
         new_heads=find_new_heads(meta, bare.source, heads),
@@ -286,14 +337,14 @@ def _plan_model(
 
 
 def _resolve_rewards(
-    config: TrainConfig, objective: Objective, data: PreparedData, bare: _Bare
+    settings: RlConfig, objective: Objective, data: PreparedData, bare: _Bare
 ) -> Rewards | None:
     """Return the rewards of reinforcement learning, checked against the rows; else None."""
-    if not isinstance(objective, PolicyObjective) or not config.rl.reward:
+    if not isinstance(objective, PolicyObjective) or not settings.reward:
         return None
     first: Any = data.train[0]
     ends = str(bare.tokenizer.decode(first.input_ids[-_TAIL:])).rstrip()
-    rewards = Rewards.resolve(config.rl, opens_think=ends.endswith("<think>"))
+    rewards = Rewards.resolve(settings, opens_think=ends.endswith("<think>"))
     rewards.check_columns(first.columns)
     return rewards
 
@@ -315,49 +366,10 @@ def _run_facts(model: PlannedModel, meta: Any, objective: Objective, steps: int)
     )
 
 
-def _best_model(
-    config: TrainConfig, task: BaseTask, objective: Objective, data: PreparedData, steps: int
-) -> BestModel | None:
-    """Return how the best model is selected, if at all."""
-    rows = rows_per_epoch(config, len(data.train))
-    an_epoch = steps if data.stream else count_steps_per_epoch(config.train, rows)
-    length = Length(steps, steps / an_epoch)
-    return resolve_best_model(config, task, objective, len(data.validation), length)
-
-
 def _prompt_version(adapter: StartingAdapter | None) -> int:
     """Return the plain prompt version of `adapter`, or the latest."""
     prompt = read_format(adapter.card) if adapter and adapter.card else None
     return PROMPT_VERSION if prompt is None else prompt.version
-
-
-def _prepare(
-    config: TrainConfig,
-    task: BaseTask,
-    bare: _Bare,
-    device: str,
-    prompt_version: int,
-    lenient: bool,
-    progress: Progress,
-) -> PreparedData:
-    """Return the encoded rows, bounded by the model's positions and the memory of `device`."""
-    bounds = find_bounds(config, bare.config, device, bare.dtype.value)
-    vocabulary, seed = bare.config.get_text_config().vocab_size, config.train.seed
-    tokenizer = bare.tokenizer
-    context = EncodingContext(
-        task, bare.kind, tokenizer, vocabulary, bounds, seed, lenient, prompt_version
-    )
-    return prepare_data(config.data, context, progress)
-
-
-def _method_choices(config: TrainConfig, bare: _Bare) -> list[Choice]:
-    """Return the lines that show the method and the kernels of its layers."""
-    device = bare.device.value
-    return [
-        *method_choices(config, stored_quantization(bare.config) is not None),
-        *fused_lora_choices(config, device),
-        *kernel_choices(config, device, bare.config.model_type),
-    ]
 
 
 def _disable_layerdrop(model_config: Any) -> list[Choice]:
@@ -384,14 +396,14 @@ def _disable_dropout(model_config: Any) -> list[Choice]:
     return [Choice("dropout", "off", f"the model has {was}")] if shares else []
 
 
-def _check_checkpointing(config: TrainConfig, model: Any, device: str) -> None:
+def _check_checkpointing(train: TrainerConfig, model: Any, device: str) -> None:
     """Reject checkpointing or activation offloading that model or device does not support."""
-    if config.train.offload_activations and device != "cuda":
+    if train.offload_activations and device != "cuda":
         raise ConfigError(
             f"--offload-activations holds a GPU's activations in the host's memory, and the device "
             f"is {device}. Use --gradient-checkpointing."
         )
-    if config.train.recomputes and not model.supports_gradient_checkpointing:
+    if train.recomputes and not model.supports_gradient_checkpointing:
         raise ConfigError(
             f"--gradient-checkpointing cannot be used with {model.config.model_type}: transformers "
             "has none for it. Drop it; a smaller --per-device-train-batch-size with "
@@ -413,20 +425,6 @@ def _task_config(
     ):  # CodeGen's config has no pad_token_id
         config.pad_token_id = tokenizer.pad_token_id
     return config
-
-
-def default_name(config: TrainConfig) -> str:
-    """Return the run name: the user's, or METHOD-MODEL-DATA."""
-    if config.output.run_name is not None:
-        return config.output.run_name
-    model = config.model.name_or_path.removeprefix("builtin:").rstrip("/").rpartition("/")[2]
-    if config.data.dataset == STDIN or is_pipe(Path(config.data.dataset)):
-        data = "stdin" if config.data.dataset == STDIN else "pipe"
-    else:  # the directory of a pattern such as parts/*.jsonl
-        parts = config.data.dataset.removeprefix("builtin:").rstrip("/").split("/")
-        data = next((part for part in reversed(parts) if not is_pattern(part)), "files")
-    model, data = model.removesuffix(".gguf"), data.partition(".")[0]
-    return f"{config.method.kind}-{model}-{data}"
 
 
 _OF_ENCODERS = ("text-classification", "token-classification", "question-answering", "masked-lm")
@@ -478,7 +476,7 @@ def infer_task(config: TrainConfig) -> tuple[TrainConfig, str]:
     return config, ""
 
 
-def check_packages(config: TrainConfig) -> None:
+def check_packages(model: ModelConfig, speed: SpeedConfig, output: OutputConfig) -> None:
     """Reject outdated libraries and options whose package or device is missing.
 
     Raises:
@@ -486,13 +484,13 @@ def check_packages(config: TrainConfig) -> None:
         InputError: as `fetch_kernel` does.
     """
     problems = find_old_libraries()
-    for wish in config.output.report_to:
+    for wish in output.report_to:
         if not find_spec(wish):
             problems.append(
                 f"--report-to {wish} needs the package {wish}, which is not installed. "
                 f'pip install "ftlevel[{wish}]", or drop it.'
             )
-    if config.model.attn_implementation == "flash_attention_2":
+    if model.attn_implementation == "flash_attention_2":
         from transformers.utils import is_flash_attn_2_available
 
         if not is_flash_attn_2_available():
@@ -500,7 +498,7 @@ def check_packages(config: TrainConfig) -> None:
                 "model.attn_implementation flash_attention_2 needs a CUDA device and the package "
                 "flash-attn, and not both are here. Use sdpa, or leave it at auto."
             )
-    if named := config.speed.attention_kernel:
+    if named := speed.attention_kernel:
         if torch.cuda.is_available():
             fetch_kernel(named)
         else:

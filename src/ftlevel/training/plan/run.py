@@ -5,11 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from ftlevel.config import DEFAULT_MODEL, MethodConfig, QuantConfig, TrainConfig
+from ftlevel.config import (
+    DEFAULT_MODEL,
+    MethodConfig,
+    ModelConfig,
+    QuantConfig,
+    TrainConfig,
+    TrainerConfig,
+)
 from ftlevel.config.section import Choice
 from ftlevel.data.prepare.encoder import PreparedData
+from ftlevel.data.sources.lines import STDIN, is_pipe
+from ftlevel.data.sources.readers.files import is_pattern
 from ftlevel.fast.plan import FastPlan
 from ftlevel.methods import METHODS, Base
 from ftlevel.models.sources import ModelSource
@@ -115,6 +125,21 @@ class Run:
         return replace(self, config=self.config.model_copy(update={section: changed}))
 
     @property
+    def name(self) -> str:
+        """Name of the run: the user's, or METHOD-MODEL-DATA."""
+        config = self.config
+        if config.output.run_name is not None:
+            return config.output.run_name
+        model = config.model.name_or_path.removeprefix("builtin:").rstrip("/").rpartition("/")[2]
+        if config.data.dataset == STDIN or is_pipe(Path(config.data.dataset)):
+            data = "stdin" if config.data.dataset == STDIN else "pipe"
+        else:  # the directory of a pattern such as parts/*.jsonl
+            parts = config.data.dataset.removeprefix("builtin:").rstrip("/").split("/")
+            data = next((part for part in reversed(parts) if not is_pattern(part)), "files")
+        model, data = model.removesuffix(".gguf"), data.partition(".")[0]
+        return f"{config.method.kind}-{model}-{data}"
+
+    @property
     def base(self) -> Base:
         """The model facts a method needs to build its adapter."""
         model, targets = self.model, self.targets
@@ -133,16 +158,17 @@ class Run:
         )
 
 
-def model_choice(config: TrainConfig, model_type: str, total: int, source: ModelSource) -> Choice:
+def model_choice(model: ModelConfig, model_type: str, total: int, source: ModelSource) -> Choice:
     """Return the line that shows the model."""
     size = f"{model_type}, {total / 1e6:,.1f} M parameters"
-    default = config.model.name_or_path == DEFAULT_MODEL
+    default = model.name_or_path == DEFAULT_MODEL
     return Choice("model", source.name, size + ("; the built-in model" if default else ""))
 
 
-def method_choices(config: TrainConfig, quantized_already: bool) -> list[Choice]:
+def method_choices(
+    method: MethodConfig, quant: QuantConfig, train: TrainerConfig, quantized_already: bool
+) -> list[Choice]:
     """Return the lines that show method, quantized base and batch size."""
-    method, quant, train = config.method, config.quant, config.train
     shown = []
     shown.append(Choice("method", method.kind, _describe(method)))
     if quant.kind != "none":

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ftlevel.config import DEFAULT_MODEL, TrainConfig
-from ftlevel.config.preference import PREFERENCE_TASKS
-from ftlevel.config.rl import RL_RATE, RL_TASK
+from ftlevel.config import DEFAULT_MODEL, DataConfig, MethodConfig, ModelConfig, TrainConfig
+from ftlevel.config.preference import PREFERENCE_TASKS, DistillationConfig
+from ftlevel.config.rl import RL_TASK
 from ftlevel.config.section import Choice
 from ftlevel.config.trainer import LEARNING_RATE_ADVICE, PLATEAU, TrainerConfig
 from ftlevel.data.encoding.encode import Encoded
@@ -71,12 +71,18 @@ class Rates:
         )
 
 
-def choose_rates(config: TrainConfig, known: RunFacts) -> Rates:
+def choose_rates(
+    spec: MethodConfig,
+    given: TrainerConfig,
+    known: RunFacts,
+    share: float = 1,
+    papers: str = "",
+) -> Rates:
     """Return the peak learning rates: the user's, or the method's defaults for the run.
 
-    A `--learning-rate` also applies to new heads, unless `--head-learning-rate` is set.
+    A `--learning-rate` also applies to new heads, unless `--head-learning-rate` is set. `share` is
+    the rate of the task as a multiple of the supervised rate, after `papers`.
     """
-    method, given = METHODS[config.method.kind], config.train
     base = head = None
     if given.learning_rate is not None:
         base = Choice("learning rate", given.learning_rate)
@@ -84,12 +90,9 @@ def choose_rates(config: TrainConfig, known: RunFacts) -> Rates:
         head = Choice("head learning rate", given.head_learning_rate)
     elif base is not None:
         head = Choice("head learning rate", base.value)
-    rates = method.rates(config.method)
-    default = rates.choose(config.method.kind, known)
-    share = config.preference.facts.rate if config.task in PREFERENCE_TASKS else 1.0
-    share = RL_RATE if config.task == RL_TASK else share
+    rates = METHODS[spec.kind].rates(spec)
+    default = rates.choose(spec.kind, known)
     if share != 1:
-        papers = "DPO" if config.task in PREFERENCE_TASKS else "GRPO"
         reason = f"{share:g} times the supervised rate, as in the {papers} papers: {default.reason}"
         default = replace(default, value=float(f"{default.value * share:.0e}"), reason=reason)
     base = base or default
@@ -97,14 +100,14 @@ def choose_rates(config: TrainConfig, known: RunFacts) -> Rates:
     return Rates(base, default.value, head if known.new_head else None)
 
 
-def find_default_model_warnings(config: TrainConfig) -> list[str]:
+def find_default_model_warnings(model: ModelConfig, data: DataConfig) -> list[str]:
     """Return a warning if the user's own data trains the default built-in model."""
-    is_own = not config.data.dataset.startswith("builtin:")
-    if not is_own or "name_or_path" in config.model.model_fields_set:
+    is_own = not data.dataset.startswith("builtin:")
+    if not is_own or "name_or_path" in model.model_fields_set:
         return []
     return [
         f"no model is named, so the built-in one of 2.6 M parameters ({DEFAULT_MODEL}) learns from "
-        f"{config.data.dataset}. It is for trying things out. Name one of use: --model "
+        f"{data.dataset}. It is for trying things out. Name one of use: --model "
         "HuggingFaceTB/SmolLM2-135M-Instruct, for one."
     ]
 
@@ -176,7 +179,12 @@ _SHOWN = 8  # most class weights on a line
 
 
 def choose_loss(
-    config: TrainConfig, objective: Objective, names: Sequence[str], rows: Sequence[Encoded]
+    train: TrainerConfig,
+    taught: DistillationConfig,
+    task: str,
+    objective: Objective,
+    names: Sequence[str],
+    rows: Sequence[Encoded],
 ) -> tuple[TrainingLoss, list[Choice]]:
     """Return the training loss for the classes or tags `names`, and the lines that show it.
 
@@ -185,8 +193,7 @@ def choose_loss(
     Raises:
         ConfigError: the loss is not available for this objective.
     """
-    train = config.train
-    _check(config, objective)
+    _check(train, task, objective)
     wish, shown = train.class_weights, list[Choice]()
     weights: tuple[float, ...] = ()
     if wish == "balanced":
@@ -202,20 +209,19 @@ def choose_loss(
     if weights:
         shown.append(Choice("class weights", _describe(dict(zip(names, weights, strict=True))),
                             reason))  # fmt: skip
-    taught = config.distillation
     if taught.teacher is not None:
         what = f"{taught.kd_ratio:g} {taught.divergence} of {taught.teacher}"
         if taught.kd_ratio < 1:
             what = f"{1 - taught.kd_ratio:g} cross entropy + {what}"
         shown.append(Choice("loss", what, f"temperature {taught.kd_temperature:g}"))
-    smoothing = 0.0 if config.task in PREFERENCE_TASKS else train.label_smoothing_factor
+    smoothing = 0.0 if task in PREFERENCE_TASKS else train.label_smoothing_factor
     return TrainingLoss(smoothing, weights, train.focal_gamma), shown
 
 
-def _check(config: TrainConfig, objective: Objective) -> None:
+def _check(train: TrainerConfig, task: str, objective: Objective) -> None:
     """Reject label smoothing and class losses that the objective does not support."""
-    train, problems = config.train, []
-    is_judged = config.task in PREFERENCE_TASKS  # preference losses have their own smoothing
+    problems = []
+    is_judged = task in PREFERENCE_TASKS  # preference losses have their own smoothing
     if train.label_smoothing_factor and not (objective.one_of_many or is_judged):
         problems.append(
             f"--label-smoothing-factor {train.label_smoothing_factor:g} spreads a target "
@@ -228,8 +234,7 @@ def _check(config: TrainConfig, objective: Objective) -> None:
     ):
         if given and not objective.has_classes:
             problems.append(
-                f"{flag} is for classes and tags, and --task {config.task} learns none here. "
-                "Drop it."
+                f"{flag} is for classes and tags, and --task {task} learns none here. Drop it."
             )
     if problems:
         raise ConfigError(problems)
@@ -259,38 +264,45 @@ def _describe(weights: Mapping[str, float]) -> str:
 _STORED = {"4bit": 0.5, "8bit": 1.0}
 
 
-def find_bounds(config: TrainConfig, model_config: Any, device: str, dtype: str) -> Bounds:
+def find_bounds(
+    method: MethodConfig,
+    quant: str,
+    train: TrainerConfig,
+    model_config: Any,
+    device: str,
+    dtype: str,
+) -> Bounds:
     """Return the bounds of a row's length in tokens, by positions and by memory.
 
     Raises:
         ConfigError: the method's virtual tokens leave no room for text.
     """
     value = DTYPES[dtype].itemsize
-    trained = METHODS[config.method.kind].trains_base(config.method)
+    trained = METHODS[method.kind].trains_base(method)
     holding = MemorySettings(
-        weight=4.0 if trained else _STORED.get(config.quant.kind, float(value)),
+        weight=4.0 if trained else _STORED.get(quant, float(value)),
         value=value,
         trained=trained,
-        checkpointing=config.train.may_recompute(device),
+        checkpointing=train.may_recompute(device),
     )
     memory = longest_in_memory(model_config, holding, device_memory(device))
-    return Bounds(text_positions(config, model_config), memory)
+    return Bounds(text_positions(method, model_config), memory)
 
 
-def text_positions(config: TrainConfig, model_config: Any) -> int | None:
+def text_positions(spec: MethodConfig, model_config: Any) -> int | None:
     """Return the positions that the model leaves for text; None if unlimited.
 
     Raises:
         ConfigError: the method's virtual tokens leave no room for text.
     """
     positions = max_positions(model_config)
-    method = METHODS[config.method.kind]
+    method = METHODS[spec.kind]
     if positions is None or method.positions is None:
         return positions
-    taken = method.positions(config.method)
+    taken = method.positions(spec)
     if taken >= positions:
         raise ConfigError(
-            f"--method {config.method.kind} with num_virtual_tokens {taken:,} leaves no room for "
+            f"--method {spec.kind} with num_virtual_tokens {taken:,} leaves no room for "
             f"text in the {positions:,} positions of {model_config.model_type}. Use fewer."
         )
     return positions - taken

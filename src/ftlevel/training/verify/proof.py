@@ -226,7 +226,7 @@ def verify_step(run: Run, adapted: PreparedModel, listener: Listener) -> StepCom
         nobody = RunDirectory(Path(nowhere))
         trainer = build_trainer(run, adapted, nobody, ResumeState(), Processes())
         steps = Steps(trainer, run.model.pad_id)
-        dropout = bool(asked and find_randomness(run.config, adapted.model, with_head=True))
+        dropout = bool(asked and find_randomness(run.config.method, adapted.model, with_head=True))
         verifier = _Verifier(steps, a_batch if asked else len(few), run.model.dtype, dropout)
         wanted = list(batches(rows[: STEPS * a_step], a_step)) if asked else [few]
         # GPU kernels for half precision differ from those for float32.

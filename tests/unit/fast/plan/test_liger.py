@@ -35,7 +35,7 @@ def test_liger_is_chosen_where_it_is_right(
             (object() if installed else None) if name == "liger_kernel" else real(name)
         ),
     )
-    config = TrainConfig.model_validate({"speed": speed})
+    section = TrainConfig.model_validate({"speed": speed}).speed
     expected = {"use_liger_kernel": True, "liger_kernel_config": OWN_LOSS} if used else {}
-    assert kernel_arguments(config, device, model_type) == expected
-    assert bool(kernel_choices(config, device, model_type)) is used
+    assert kernel_arguments(section, device, model_type) == expected
+    assert bool(kernel_choices(section, device, model_type)) is used

@@ -13,15 +13,20 @@ from ftlevel.tasks.classes import Classes
 from ftlevel.training.plan.best_model import Length, resolve_best_model
 
 
+def _resolve(config: TrainConfig, task: Any) -> Any:
+    objective, length = Classes("accuracy"), Length(20, 4.0)
+    return resolve_best_model(config.method, config.train, task, objective, 8, length)
+
+
 def resolve(**train: Any) -> Any:
     config = TrainConfig.model_validate({"method": {"kind": "full"}, "train": train})
     task = TASKS["text-classification"]
-    return resolve_best_model(config, task, Classes("accuracy"), 8, Length(20, 4.0))
+    return _resolve(config, task)
 
 
 def metric(task: str = "text-classification", **train: Any) -> str:
     config = TrainConfig.model_validate({"task": task, "train": train})
-    best = resolve_best_model(config, TASKS[task], Classes("accuracy"), 8, Length(20, 4.0))
+    best = _resolve(config, TASKS[task])
     assert best is not None
     return best.metric
 

@@ -62,7 +62,7 @@ NEW_HEAD = RunFacts("encoder", 384, True, 100)
 
 def rates(known: RunFacts = NEW_HEAD, method: str = "lora", **train: Any) -> list[tuple[str, Any]]:
     config = TrainConfig.model_validate({"method": {"kind": method}, "train": train})
-    chosen = choose_rates(config, known)
+    chosen = choose_rates(config.method, config.train, known)
     schedule = chosen.schedule(known.steps)
     assert schedule.learning_rate == chosen.base.value
     assert schedule.head_learning_rate == (chosen.head and chosen.head.value)
@@ -83,7 +83,7 @@ def test_the_users_rate_is_that_of_everything() -> None:
 
 def test_where_heads_are_all_that_learns_there_is_one_rate() -> None:
     config = TrainConfig.model_validate({"method": {"kind": "full", "freeze_base": True}})
-    (choice,) = choose_rates(config, NEW_HEAD).choices
+    (choice,) = choose_rates(config.method, config.train, NEW_HEAD).choices
     assert str(choice) == (
         "0.1 (default for full on an encoder of hidden size 384 with a new head and 100 steps; "
         "measured)"
@@ -92,7 +92,7 @@ def test_where_heads_are_all_that_learns_there_is_one_rate() -> None:
 
 def test_the_reason_says_what_the_rate_is_for() -> None:
     config = TrainConfig.model_validate({"method": {"kind": "lora"}})
-    base, head = choose_rates(config, NEW_HEAD).choices
+    base, head = choose_rates(config.method, config.train, NEW_HEAD).choices
     assert str(base) == (
         "0.001 (default for lora on an encoder of hidden size 384 with a new head and 100 steps; "
         "measured)"
