@@ -3,7 +3,7 @@
     python benchmarks/plan_cluster.py
 
 Each row is a run of data parallel or FSDP training in bfloat16 whose tokens a second and card its
-authors print. The time is that of `ftlevel.training.forecast.cluster`, from the model's shape, the
+authors print. The time is that of `ftlevel.extras.cluster.forecast`, from the model's shape, the
 rows of a micro-batch and the cards. How much of a card's peak a program reaches is its own, and the
 one constant that is fitted: for each source, card and kind of checkpointing the geometric mean
 over the rows of the fewest machines, which is one machine but for torchtitan's A100s. All other
@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ftlevel.training.forecast.cluster import Network, StepTime, Work, time_step
+from ftlevel.extras.cluster.forecast import Network, StepTime, Work, time_step
 from ftlevel.training.forecast.seconds import GPUS, PEAK_FRACTION
 
 TITAN = "torchtitan"

@@ -43,20 +43,20 @@ from ftlevel.commands.export import export  # noqa: E402
 from ftlevel.config import ExportConfig  # noqa: E402
 from ftlevel.config.export import SERVERS  # noqa: E402
 from ftlevel.errors import FtlevelError  # noqa: E402
-from ftlevel.merging.serving.client import (  # noqa: E402
+from ftlevel.extras.serving.client import (  # noqa: E402
     BASE,
     EITHER,
     TRAINED,
     ServerAnswer,
     judge_answer,
 )
-from ftlevel.merging.serving.entry import (  # noqa: E402
+from ftlevel.extras.serving.entry import (  # noqa: E402
     Prompt,
     ServedModel,
     rank_limit,
 )
-from ftlevel.merging.serving.inside.process import run_library  # noqa: E402
-from ftlevel.merging.serving.recorded import Answer, run_prompts  # noqa: E402
+from ftlevel.extras.serving.inside.process import run_library  # noqa: E402
+from ftlevel.extras.serving.recorded import Answer, run_prompts  # noqa: E402
 from ftlevel.models.kinds import write_former_rope  # noqa: E402
 from ftlevel.trained.load import load_ref  # noqa: E402
 from ftlevel.trained.model_ref import resolve_model  # noqa: E402

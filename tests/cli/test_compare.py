@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from ftlevel.cli.app import run
-from ftlevel.cli.compare import table_lines
+from ftlevel.extras.compare.cli import table_lines
 
 METHODS = ("lora", "ia3")
 WAIT = 240  # seconds, on a busy machine
@@ -262,7 +262,7 @@ def test_what_a_search_needs_is_named(
     rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("ftlevel.commands.search.find_spec", lambda _: None)
+    monkeypatch.setattr("ftlevel.extras.compare.search.find_spec", lambda _: None)
     asked = flags(rows, tmp_path / "runs", "--methods", "lora", "--search", "lr,rr")
     assert run(asked) == 2
     said = capsys.readouterr().err

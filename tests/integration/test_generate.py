@@ -24,7 +24,7 @@ from ftlevel.config import GenerateConfig, PredictConfig, TrainConfig
 from ftlevel.data.encoding.encode import encode_prompt
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.scoring import GenerationOptions, generate_texts
-from ftlevel.merging.serving.entry import ServedModel
+from ftlevel.extras.serving.entry import ServedModel
 from ftlevel.trained.load import load_ref
 from ftlevel.trained.model_ref import resolve_model
 

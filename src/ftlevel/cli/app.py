@@ -49,7 +49,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Estimate memory and time of a run before it starts.",
     ),
     "compare": (
-        "ftlevel.cli.compare:compare",
+        "ftlevel.extras.compare.cli:compare",
         "Compare several methods on the same data and budget.",
     ),
     "evaluate": (
@@ -65,7 +65,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Generate answers to prompts, or chat in the terminal.",
     ),
     "report": (
-        "ftlevel.cli.report:report",
+        "ftlevel.extras.report.cli:report",
         "Write one HTML page about one or several runs.",
     ),
     "merge": (
@@ -81,7 +81,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Export a run, an adapter or a model for a server.",
     ),
     "check-served": (
-        "ftlevel.cli.check_served:check_served",
+        "ftlevel.extras.serving.cli:check_served",
         "Check that a server returns the trained adapter's outputs.",
     ),
     "recipes": (
@@ -97,7 +97,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "List the methods and what they can be combined with.",
     ),
     "launch": (
-        "ftlevel.cli.launch:launch",
+        "ftlevel.extras.launch.cli:launch",
         "Write the job file of a cluster run, and optionally submit it.",
     ),
     "doctor": (

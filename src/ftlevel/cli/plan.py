@@ -16,7 +16,7 @@ from ftlevel.cli.startup import heavy_imports
 
 if TYPE_CHECKING:
     from ftlevel.commands.plan import RunPlan
-    from ftlevel.training.forecast.cluster import ClusterForecast
+    from ftlevel.extras.cluster.forecast import ClusterForecast
     from ftlevel.training.forecast.fits import Alternative
 
 

@@ -15,8 +15,8 @@ from ftlevel.cli.spelling import build_flag_specs, resolve_flag_aliases
 from ftlevel.config import TrainConfig
 from ftlevel.config.flags import FLAGS
 from ftlevel.config.layers import read_yaml
-from ftlevel.config.other_tools import LLAMA_FACTORY, convert_keys, detect_tool
 from ftlevel.errors import ConfigError, did_you_mean, join_names
+from ftlevel.extras.other_tools.other_tools import LLAMA_FACTORY, convert_keys, detect_tool
 
 _ACTIONS = ("list", "show", "copy", "convert")
 _NO_COUNTERPART = "ftlevel has nothing like it"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ftlevel.config.flag import Flag, NoOpValue, ValueAliases
 from ftlevel.config.flags import flags_of
-from ftlevel.config.other_tools import OFF, ON, number_hint
 from ftlevel.errors import ConfigError
+from ftlevel.extras.other_tools.other_tools import OFF, ON, number_hint
 
 if TYPE_CHECKING:
     from ftlevel.config.flag import FieldMetadata, Flag

@@ -10,9 +10,9 @@ from typing import Any
 from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
+from ftlevel.extras.cluster.forecast import ClusterForecast, Network, forecast_cluster
 from ftlevel.models.loading import silence_loggers
 from ftlevel.models.sources import resolve_source
-from ftlevel.training.forecast.cluster import ClusterForecast, Network, forecast_cluster
 from ftlevel.training.forecast.fits import (
     Alternative,
     AlternativeContext,

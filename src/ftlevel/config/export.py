@@ -115,10 +115,10 @@ class ExportFormat:
 
 FORMATS: dict[str, ExportFormat] = {
     "gguf": ExportFormat("ftlevel.merging.formats.gguf", ".gguf", (".Modelfile",)),
-    "adapterhub": ExportFormat("ftlevel.merging.formats.adapterhub", "", merges=False),
-    "peft": ExportFormat("ftlevel.merging.formats.peft", "", merges=False, several=True),
-    "gguf-lora": ExportFormat("ftlevel.merging.formats.gguf_lora", "", merges=False, several=True),
-    "mlx": ExportFormat("ftlevel.merging.formats.mlx", "", merges=False),
+    "adapterhub": ExportFormat("ftlevel.extras.adapterhub.export", "", merges=False),
+    "peft": ExportFormat("ftlevel.extras.serving.peft", "", merges=False, several=True),
+    "gguf-lora": ExportFormat("ftlevel.extras.serving.gguf_lora", "", merges=False, several=True),
+    "mlx": ExportFormat("ftlevel.extras.serving.mlx", "", merges=False),
     "merged": ExportFormat("ftlevel.merging.formats.merged", ""),
 }
 """Export formats by name; add a module and a line here for a new one."""

@@ -24,7 +24,7 @@ from ftlevel.config.flag import (
     Flag,
 )
 from ftlevel.config.flag import CONFIGS as CONFIGS
-from ftlevel.config.other_tools import (
+from ftlevel.extras.other_tools.other_tools import (
     ATTENTION,
     BF16,
     BITS,

@@ -15,11 +15,11 @@ from pydantic_core import ErrorDetails
 
 from ftlevel.config.flags import CONFIGS, recipe_hint
 from ftlevel.config.methods import SPECS
-from ftlevel.config.other_tools import detect_tool
 from ftlevel.config.reading import RENAMED, YamlError, load_yaml, rename_keys, resolve_aliases
 from ftlevel.config.section import Section
 from ftlevel.config.train import SHORTHAND, TrainConfig, expand_shorthand
 from ftlevel.errors import ConfigError, closest_matches, did_you_mean, join_names
+from ftlevel.extras.other_tools.other_tools import detect_tool
 
 KeyPath = tuple[str, ...]
 S = TypeVar("S", bound=BaseModel)

@@ -21,6 +21,7 @@ from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, ignore_progress
 from ftlevel.errors import ConfigError, InputError, join_names
 from ftlevel.evaluation.two_models import cut_windows, read_eval_text
+from ftlevel.extras.adapterhub.adapter import is_adapterhub
 from ftlevel.methods.merging import read_peft_config, why_not_mergeable
 from ftlevel.models.hardware import DTYPES, choose_device
 from ftlevel.models.integrity import check_missing
@@ -37,7 +38,6 @@ from ftlevel.models.targets import find_heads
 from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapt import load_adapter
-from ftlevel.trained.adapterhub import is_adapterhub
 from ftlevel.trained.load import LoadedModel, card_overrides
 from ftlevel.trained.model_ref import (
     ADAPTER_CONFIG,

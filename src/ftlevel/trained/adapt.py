@@ -13,11 +13,11 @@ import torch
 
 from ftlevel.config import MethodConfig
 from ftlevel.errors import ConfigError, InputError, did_you_mean, join_names
+from ftlevel.extras.adapterhub.adapter import convert, is_adapterhub, read_hub_adapter
 from ftlevel.methods import METHODS, Base, ensure_registered
 from ftlevel.methods.merging import read_peft_config
 from ftlevel.models.integrity import check_finite
 from ftlevel.models.untrusted import FROM_READERS, check_patterns
-from ftlevel.trained.adapterhub import convert, is_adapterhub, read_hub_adapter
 from ftlevel.trained.vocabulary import check_new_rows, find_vocabulary_mismatch, resize_vocabulary
 
 

@@ -22,6 +22,7 @@ from ftlevel.config.methods.lora import BASE_MODIFYING_INITS
 from ftlevel.data.encoding.collate import ensure_pad_token
 from ftlevel.data.encoding.encode import PromptFormat, read_format
 from ftlevel.errors import InputError, join_names
+from ftlevel.extras.adapterhub.adapter import hub_task, is_adapterhub, read_hub_adapter, with_head
 from ftlevel.models.hardware import choose_dtype
 from ftlevel.models.kinds import checkpoint_class, max_positions, model_kind
 from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
@@ -34,7 +35,6 @@ from ftlevel.models.quantization import (
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.trained.adapterhub import hub_task, is_adapterhub, read_hub_adapter, with_head
 from ftlevel.trained.checkpoint import merge_sharded_checkpoint
 from ftlevel.weights.tensor_files import read_header
 

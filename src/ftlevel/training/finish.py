@@ -16,8 +16,6 @@ from ftlevel.artifacts.files import flush, flush_all
 from ftlevel.artifacts.hub import push
 from ftlevel.artifacts.ownership import forget_adapter, mark_end
 from ftlevel.artifacts.places import relative_place
-from ftlevel.artifacts.report.facts import RunFacts, summarize_answers
-from ftlevel.artifacts.report.page import write_page
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import IN_MEMORY, MethodConfig, OutputConfig
 from ftlevel.data.prepare.streaming import StreamedRows
@@ -25,6 +23,8 @@ from ftlevel.errors import RunError
 from ftlevel.evaluation.intervals import interval, select_metrics
 from ftlevel.evaluation.scoring import KEPT, Evaluator, row_lines
 from ftlevel.events import Listener
+from ftlevel.extras.report.facts import RunFacts, summarize_answers
+from ftlevel.extras.report.page import write_page
 from ftlevel.methods import needs_import
 from ftlevel.models.kinds import write_former_rope
 from ftlevel.models.quantization import stored_quantization

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import ftlevel.merging.serving.adapters as adapters_module
+import ftlevel.extras.serving.adapters as adapters_module
 from export_cases import some_ids
 from ftlevel.commands.export import export
 from ftlevel.config import ExportConfig

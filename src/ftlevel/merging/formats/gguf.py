@@ -28,9 +28,9 @@ from ftlevel.evaluation.two_models import (
     read_eval_text,
 )
 from ftlevel.events import Listener
+from ftlevel.extras.serving.recorded import record_whole, start_of
 from ftlevel.merging.formats.base import MergeAdapter
 from ftlevel.merging.formats.ollama import Prompting, find_prompting, modelfile
-from ftlevel.merging.serving.recorded import record_whole, start_of
 from ftlevel.models.kinds import checkpoint_class, max_positions
 from ftlevel.models.loading import (
     build_task_model,

@@ -14,9 +14,9 @@ from ftlevel.config.export import SERVERS, Server
 from ftlevel.config.section import Choice
 from ftlevel.errors import InputError, with_article
 from ftlevel.events import Listener
+from ftlevel.extras.serving.entry import check_command, serving_lines
+from ftlevel.extras.serving.recorded import FILE, record_whole, start_of
 from ftlevel.merging.formats.base import MergeAdapter
-from ftlevel.merging.serving.entry import check_command, serving_lines
-from ftlevel.merging.serving.recorded import FILE, record_whole, start_of
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import load_config
 from ftlevel.models.sources import ModelSource

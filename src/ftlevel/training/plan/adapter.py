@@ -25,13 +25,13 @@ from ftlevel.config import (
 from ftlevel.config.flags import FLAGS
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
+from ftlevel.extras.adapterhub.adapter import is_adapterhub
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import choose_device
 from ftlevel.models.loading import load_config
 from ftlevel.models.quantization import stored_quantization
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.tasks import TASKS
-from ftlevel.trained.adapterhub import is_adapterhub
 from ftlevel.trained.model_ref import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,

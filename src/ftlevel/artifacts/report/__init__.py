@@ -1,1 +1,0 @@
-"""Render an HTML report on runs from their files; must not import anything that creates runs."""

@@ -1,0 +1,1 @@
+"""Bottleneck adapters in AdapterHub's file format: loading and export."""

@@ -1,0 +1,334 @@
+"""Read adapters and heads of AdapterHub's `adapters` library, and convert them to PEFT's format.
+
+A head is that of a transformers class ("static") or a stack of layers ("flex"). Flex heads are read
+only if they compute the same as transformers' head of the family.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ftlevel.artifacts.cards import AdapterCard
+from ftlevel.errors import InputError, join_names
+from ftlevel.extras.adapterhub.config_file import WEIGHTS, holders_of, read_config
+from ftlevel.models.integrity import check_finite
+
+
+@dataclass(frozen=True)
+class HubHead:
+    """A prediction head before weights are loaded; `task` is empty for a language head.
+
+    `layers` maps layers of a flex head to modules of transformers' head; empty for a static head.
+    """
+
+    task: str
+    labels: list[str] = field(default_factory=list)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    layers: Mapping[str, str] = field(default_factory=dict)
+    name: str = ""
+
+
+_TASK_OF_CLASS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForCausalLM": "",
+    "LMHeadModel": "",
+    "ForConditionalGeneration": "",
+    "ForMaskedLM": "masked-lm",
+}
+_TASK_OF_TYPE = {
+    "classification": "text-classification",
+    "multilabel_classification": "text-classification",
+    "tagging": "token-classification",
+    "question_answering": "question-answering",
+    "causal_lm": "",
+    "seq2seq_lm": "",
+}
+_TWO_LAYERS = {"1": "classifier.dense", "4": "classifier.out_proj"}
+_OF_FIRST_TOKEN: dict[str, tuple[str, dict[str, str]]] = {
+    "bert": ("tanh", {"1": "pooler.dense", "4": "classifier"}),
+    "roberta": ("tanh", _TWO_LAYERS),
+    "xlm-roberta": ("tanh", _TWO_LAYERS),
+    "electra": ("gelu", _TWO_LAYERS),
+    "deberta-v2": ("gelu", {"1": "pooler.dense", "4": "classifier"}),
+    "distilbert": ("relu", {"1": "pre_classifier", "4": "classifier"}),
+    "bart": ("tanh", {"1": "classification_head.dense", "4": "classification_head.out_proj"}),
+}
+"""Family → activation of its classifier, and flex head's layer → module of transformers' head."""
+_WRAPPED = re.compile(r"\.(?:original_module|modules_to_save\.[^.]+)(?=\.)")
+_OF_LAST_TOKEN = ("gpt2", "gptj", "llama", "mistral")
+
+
+def read_head(settings: Mapping[str, Any]) -> HubHead:
+    """Return the head in head_config.json; raise InputError if transformers has no such head."""
+    config = settings.get("config")
+    if not isinstance(config, Mapping):
+        name = str(settings.get("model_class"))
+        task = next((task for end, task in _TASK_OF_CLASS.items() if name.endswith(end)), None)
+        if task is None:
+            raise InputError(f"model_class {name!r} of the head is not known.")
+        return HubHead(task, _labels(settings) if task.endswith("classification") else [])
+    kind = config.get("head_type")
+    if kind not in _TASK_OF_TYPE:
+        raise InputError(
+            f"head_type {kind!r} is not known. Heads that are read: {join_names(_TASK_OF_TYPE)}."
+        )
+    task = _TASK_OF_TYPE[kind]
+    options = {}
+    if kind == "multilabel_classification":
+        options["problem_type"] = "multi_label_classification"
+    labels = _labels(config) if task.endswith("classification") else []
+    layers = _layers(str(settings.get("model_type")), str(kind), config) if task else {}
+    return HubHead(task, labels, options, layers, str(settings.get("name")))
+
+
+def _labels(config: Mapping[str, Any]) -> list[str]:
+    """Return the class names by index; missing names become LABEL_N."""
+    numbers: Mapping[str, int] = config.get("label2id") or {}
+    count = int(config.get("num_labels") or len(numbers))
+    by_number = {int(number): str(name) for name, number in numbers.items()}
+    return [by_number.get(number, f"LABEL_{number}") for number in range(count)]
+
+
+def _layers(family: str, kind: str, config: Mapping[str, Any]) -> dict[str, str]:
+    """Return layer of a flex head → module; raise InputError if transformers' head differs."""
+    count, pooled = config.get("layers"), bool(config.get("use_pooler"))
+    if kind == "question_answering" and count == 1:
+        return {"1": "qa_outputs"}
+    if kind == "tagging" and count == 1:
+        return {"1": "score" if family in ("llama", "mistral") else "classifier"}
+    if kind in ("classification", "multilabel_classification"):
+        activation, layers = _OF_FIRST_TOKEN.get(family, ("", {}))
+        if count == 2 and not pooled and layers and config["activation_function"] == activation:
+            return layers
+        if count == 1 and pooled and family in ("bert", "albert"):
+            return {"1": "classifier"}
+        if count == 1 and family in _OF_LAST_TOKEN and config.get("bias") is False:
+            return {"1": "score"}
+    keys = ("layers", "activation_function", "use_pooler", "bias")
+    said = join_names([f"{key} {config[key]!r}" for key in keys if key in config], most=len(keys))
+    raise InputError(
+        f"a head of type {kind} with {said} is not what transformers' {family} computes. Use it "
+        "with adapters itself."
+    )
+
+
+def head_modules(head: HubHead, weights: Mapping[str, Any]) -> list[str]:
+    """Return the fully trained modules of the head; empty for a language head."""
+    if head.task in ("", "masked-lm"):
+        return []
+    names = head.layers.values() or weights
+    return sorted({name.split(".")[0] for name in names})
+
+
+def name_head_weights(head: HubHead, weights: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """Return the head's weights by their names in `model`; raise InputError for a mismatch."""
+    own = {_WRAPPED.sub("", name) for name in model.state_dict()}
+    named = {}
+    for key, tensor in weights.items():
+        name = key
+        if head.layers:
+            layer, _, end = key.removeprefix(f"heads.{head.name}.").partition(".")
+            name = f"{head.layers.get(layer, '?')}.{end}"
+        found = [full for full in own if full == name or full.endswith(f".{name}")]
+        if len(found) != 1:
+            raise InputError(f"the head's weight {key} fits nothing in {type(model).__name__}.")
+        named[found[0]] = tensor
+    return named
+
+
+def check_language_head(weights: Mapping[str, Any], model: Any) -> None:
+    """Raise InputError if a language head differs from the base's, which is used instead."""
+    import torch
+
+    output = model.get_output_embeddings()
+    own = {name: tensor for name, tensor in model.state_dict().items() if tensor is not None}
+    for key, tensor in weights.items():
+        known = own.get(key)
+        if known is None and output is not None and key.endswith(".weight"):
+            known = output.weight
+        if known is None or not torch.equal(known.cpu().float(), tensor.float()):
+            raise InputError(
+                f"the language head's {key} is not the base's, and an adapter of ftlevel keeps "
+                "that one. Use it with adapters itself."
+            )
+
+
+CONFIG = "adapter_config.json"
+HEAD_CONFIG = "head_config.json"
+ADAPTER_FILES = ("adapter.safetensors", "pytorch_adapter.bin")
+HEAD_FILES = ("model_head.safetensors", "pytorch_model_head.bin")
+_HOLDER = re.compile(r"(.*)\.(?:adapters|\w+_text_(?:task|lang)_adapters)\.([^.]+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class HubAdapter:
+    """An AdapterHub directory without the adapter's weights; `settings` is adapter_config.json."""
+
+    directory: Path
+    settings: dict[str, Any]
+    head: HubHead | None
+    head_weights: dict[str, Any]
+
+    @property
+    def base(self) -> str:
+        """Name of the base model."""
+        return str(self.settings["model_name"])
+
+    @property
+    def heads(self) -> list[str]:
+        """Modules that are saved with the adapter in full."""
+        return head_modules(self.head, self.head_weights) if self.head else []
+
+
+def is_adapterhub(directory: Path) -> bool:
+    """Whether the adapter in `directory` is in AdapterHub's format, not PEFT's."""
+    try:
+        settings = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(settings, dict) and "peft_type" not in settings and "config" in settings
+
+
+def read_hub_adapter(directory: Path) -> HubAdapter:
+    """Read configuration and head in `directory`; raise InputError if invalid or without a base."""
+    settings = _read_json(directory / CONFIG)
+    if not isinstance(settings.get("model_name"), str) or not settings["model_name"]:
+        raise InputError(
+            f"{directory / CONFIG} names no base model. Write it as model_name, a Hub id or a "
+            "directory."
+        )
+    if not (directory / HEAD_CONFIG).is_file():
+        return HubAdapter(directory, settings, None, {})
+    try:
+        head = read_head(_read_json(directory / HEAD_CONFIG))
+    except InputError as error:
+        raise InputError(f"{directory / HEAD_CONFIG}: {error}") from None
+    return HubAdapter(directory, settings, head, _read_weights(directory, HEAD_FILES))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}). Is the copy incomplete?") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} holds no object. Save the adapter again with adapters.")
+    return settings
+
+
+def hub_task(hub: HubAdapter, task: str | None) -> str:
+    """Return the task of the head, else `task`; raise InputError if they differ."""
+    own = hub.head.task if hub.head else ""
+    if own and task not in (None, own):
+        raise InputError(f"{hub.directory} has a head for {own}, not for {task}. Drop --task.")
+    return own or task or "text-generation"
+
+
+def with_head(card: AdapterCard, hub: HubAdapter) -> AdapterCard:
+    """Return the base's card with labels and options of the adapter's head."""
+    if hub.head is None:
+        return card
+    options = {**card.options, **hub.head.options}
+    return replace(card, labels=hub.head.labels or card.labels, options=options)
+
+
+def convert(hub: HubAdapter, model: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the adapter's PEFT config, and its weights by PEFT's names; does not change `model`.
+
+    Raises InputError if it is damaged, of another base, or of an unsupported kind.
+    """
+    from ftlevel.methods.bottleneck.layer import BottleneckConfig
+    from ftlevel.methods.bottleneck.sites import site_pattern, sites_of
+
+    try:
+        fields = read_config(hub.settings, model.config)
+        config = BottleneckConfig(**fields, modules_to_save=hub.heads or None)
+        sites = sites_of(model.config)
+        pattern = fields["target_modules"] or (sites and site_pattern(sites, config.placement))
+        left_out = fields["exclude_modules"] or "(?!)"
+        names = (
+            name
+            for name, _ in model.named_modules()
+            if re.fullmatch(str(pattern), name) and not re.fullmatch(left_out, name)
+        )
+        holders = holders_of(names, model)
+        weights = _name_weights(_read_weights(hub.directory, ADAPTER_FILES), holders, config)
+        if hub.head is not None and not hub.heads:
+            check_language_head(hub.head_weights, model)
+        elif hub.head is not None:
+            weights |= name_head_weights(hub.head, hub.head_weights, model)
+    except (InputError, ValueError) as error:
+        raise InputError(f"{hub.directory}: {error}") from None
+    return config, {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+
+
+def _name_weights(
+    weights: Mapping[str, Any], holders: Mapping[str, str], config: Any
+) -> dict[str, Any]:
+    """Return AdapterHub's weights by PEFT's names; refuse missing and unknown ones."""
+    groups: dict[str, dict[str, Any]] = {}
+    unknown = []
+    for key, tensor in weights.items():
+        match = _HOLDER.fullmatch(key)
+        if match is None or match[3] not in WEIGHTS.values():
+            unknown.append(key)
+        else:
+            groups.setdefault(match[1], {})[match[3]] = tensor
+    wanted = [
+        our for our in WEIGHTS if our != "bottleneck_scale" or isinstance(config.scaling, str)
+    ]
+    named, missing = {}, []
+    for name, holder in holders.items():
+        path = next((p for p in groups if p == holder or p.endswith(f".{holder}")), None)
+        group = groups.pop(path) if path is not None else {}
+        for our in wanted:
+            if WEIGHTS[our] in group:
+                named[f"{name}.{our}"] = group[WEIGHTS[our]]
+            else:
+                missing.append(f"{name}.{our}")
+    unknown += [f"{path}.{key}" for path, group in groups.items() for key in group]
+    if missing or unknown:
+        raise InputError(
+            f"{len(missing):,} weights of the adapter are missing and {len(unknown):,} fit nothing "
+            f"in the base model, such as {[*missing, *unknown][0]}. Name the base that it was "
+            "trained on, or save it again with adapters 1.3.0."
+        )
+    return named
+
+
+def _read_weights(directory: Path, names: tuple[str, str]) -> dict[str, Any]:
+    """Load the first existing file of `names` on the CPU; refuse anything but finite tensors."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = next((directory / name for name in names if (directory / name).is_file()), None)
+    if path is None:
+        raise InputError(f"{directory} holds neither {names[0]} nor {names[1]}. Save it again.")
+    try:
+        if path.suffix == ".safetensors":
+            weights = load_file(str(path))
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{path} holds something else than tensors, which could run a program. It is not read. "
+            "Save the adapter again with use_safetensors=True."
+        ) from None
+    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} cannot be read ({reason}). Is the copy incomplete?") from None
+    if not isinstance(weights, dict) or not all(
+        isinstance(tensor, torch.Tensor) for tensor in weights.values()
+    ):
+        raise InputError(f"{path} is no table of tensors. Save it again with adapters.")
+    check_finite(weights.items(), str(path))
+    return dict(weights)

@@ -1,0 +1,225 @@
+"""Write a bottleneck adapter, with its head, as a directory for AdapterHub's `adapters` library."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftlevel.artifacts.cards import AdapterCard
+from ftlevel.artifacts.files import write_json
+from ftlevel.config import ExportConfig
+from ftlevel.config.section import Choice
+from ftlevel.errors import InputError, RunError
+from ftlevel.events import Listener
+from ftlevel.extras.adapterhub.adapter import (
+    ADAPTER_FILES,
+    CONFIG,
+    HEAD_CONFIG,
+    HEAD_FILES,
+    convert,
+    is_adapterhub,
+    read_hub_adapter,
+)
+from ftlevel.extras.adapterhub.config_file import VERSION, WEIGHTS, holders_of, write_config
+from ftlevel.merging.formats.base import MergeAdapter
+from ftlevel.methods.bottleneck.sites import site_pattern, sites_of
+from ftlevel.methods.merging import read_peft_config
+from ftlevel.models.kinds import model_kind
+from ftlevel.models.loading import build_task_model, load_config
+from ftlevel.tasks import TASKS
+from ftlevel.trained.load import card_overrides
+from ftlevel.trained.model_ref import ModelRef
+
+_PREFIX = "base_model.model."
+
+
+def plan_export(config: ExportConfig, found: ModelRef) -> AdapterHubExport:
+    """Plan the export; raise InputError if AdapterHub cannot represent the adapter."""
+    directory = found.directory
+    if directory is None:
+        raise InputError(
+            f"{config.model} is a whole model, and --format adapterhub is for an adapter. "
+            "transformers and adapters load it as it is."
+        )
+    if is_adapterhub(directory):
+        raise InputError(f"{config.model} is in AdapterHub's form already.")
+    peft_config = read_peft_config(directory)
+    if peft_config.get("peft_type") != "BOTTLENECK":
+        raise InputError(
+            f"{config.model} was trained by --method {found.card.method}, and --format adapterhub "
+            "is for --method adapter."
+        )
+    model_config = load_config(found.source, **card_overrides(found.card))
+    auto_class = TASKS[found.card.task].auto_class(
+        model_kind(model_config), model_config.model_type
+    )
+    model = build_task_model(model_config, auto_class)
+    try:
+        hub_config = write_config(peft_config, model_config)
+        holders = _whole_holders(directory, peft_config["placement"], model)
+    except InputError as error:
+        raise InputError(f"{config.model} cannot be written for AdapterHub: {error}") from None
+    return AdapterHubExport(config, found.card, directory, model, hub_config, holders)
+
+
+def _whole_holders(directory: Path, placement: str, model: Any) -> dict[str, str]:
+    """Return the AdapterHub module of each adapter; refuse adapters at other positions."""
+    sites = sites_of(model.config)
+    pattern = re.compile(site_pattern(sites, placement)) if sites else None
+    expected = {n for n, _ in model.named_modules() if pattern and pattern.fullmatch(n)}
+    ends = ".bottleneck_up.weight"
+    found = {key.removesuffix(ends) for key in _read(directory)[0] if key.endswith(ends)}
+    if odd := sorted(expected ^ found):
+        raise InputError(
+            f"its adapters are not at the positions of placement {placement}, as {odd[0]} shows. "
+            "Train without --target-modules."
+        )
+    return holders_of(iter(sorted(found)), model)
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the weights of the adapter and of its head, by their names in the base."""
+    from safetensors.torch import load_file
+
+    weights = load_file(str(directory / "adapter_model.safetensors"))
+    named = {key.removeprefix(_PREFIX): tensor for key, tensor in weights.items()}
+    heads = {key for key in named if not any(key.endswith(f".{end}") for end in WEIGHTS)}
+    return (
+        {key: tensor for key, tensor in named.items() if key not in heads},
+        {key: named[key] for key in sorted(heads)},
+    )
+
+
+@dataclass(frozen=True)
+class AdapterHubExport:
+    """Planned export of a bottleneck adapter, before any weights are read.
+
+    `model` is on the meta device; `holders` maps adapted modules to AdapterHub's module paths.
+    """
+
+    config: ExportConfig
+    card: AdapterCard
+    directory: Path
+    model: Any
+    hub_config: Mapping[str, Any]
+    holders: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """Name of the adapter in AdapterHub, which must not contain a dot."""
+        own = self.directory.parent if self.directory.name == "adapter" else self.directory
+        return re.sub(r"\W+", "_", own.resolve().name)
+
+    @property
+    def notes(self) -> list[str]:
+        """Notes for the user, as sentences without a full stop."""
+        peft_config = read_peft_config(self.directory)
+        notes = []
+        if peft_config.get("adapter_dropout"):
+            notes.append(
+                f"adapter_dropout {peft_config['adapter_dropout']:g} is on the bottleneck here and "
+                "on the output in AdapterHub: it is written as 0, which only training would see"
+            )
+        if self.card.quantization.get("kind", "none") != "none":
+            notes.append(
+                f"trained on a base in {self.card.quantization['kind']}: on the base as it is the "
+                "outputs differ by its rounding"
+            )
+        return notes
+
+    def choices(self, device: Choice) -> Iterator[Choice]:  # noqa: ARG002 - a format's signature
+        """Yield the lines for the console."""
+        yield Choice("adapter", self.config.model, f"{len(self.holders):,} positions")
+        yield Choice("base", str(self.card.base["name"]), type(self.model).__name__)
+        yield Choice("name", self.name, "as load_adapter returns it")
+        yield Choice("head", ", ".join(self.card.heads) or "none", "")
+        yield Choice("out", self.config.out)
+
+    def dry_run(self) -> dict[str, Any]:
+        """Return the summary of the planned export."""
+        return self._summary()
+
+    def write(
+        self,
+        place: Path,
+        device: str,  # noqa: ARG002 - a format's signature
+        listener: Listener,
+        merge: MergeAdapter,  # noqa: ARG002 - nothing is merged
+    ) -> dict[str, Any]:
+        """Write the directory `place` and read it back; return the summary."""
+        import torch
+
+        listener.stage("write the adapter")
+        weights, head = _read(self.directory)
+        start = self.model.base_model_prefix + "."
+        named = {}
+        for key, tensor in weights.items():
+            ours = next(end for end in WEIGHTS if key.endswith(f".{end}"))
+            site = key.removesuffix(f".{ours}")
+            before = start if site.startswith(start) else ""
+            named[f"{before}{self.holders[site]}.adapters.{self.name}.{WEIGHTS[ours]}"] = tensor
+        torch.save(named, place / ADAPTER_FILES[1])
+        write_json(place / CONFIG, {**self._about(), "name": self.name, "config": self.hub_config})
+        if head:
+            torch.save(head, place / HEAD_FILES[1])
+            labels = self.card.labels
+            of_labels = {
+                "num_labels": self.model.config.num_labels,
+                "label2id": {label: index for index, label in enumerate(labels)} or None,
+            }
+            write_json(
+                place / HEAD_CONFIG, {**self._about(), "name": None, "config": None, **of_labels}
+            )
+        if self.config.verify:
+            listener.stage("read it back")
+            self._check(place, {**weights, **head})
+        return self._summary() | {"verified": self.config.verify}
+
+    def _about(self) -> dict[str, Any]:
+        config = self.model.config
+        return {
+            "model_type": config.model_type,
+            "hidden_size": config.hidden_size,
+            "model_name": str(self.card.base["name"]),
+            "model_class": type(self.model).__name__,
+            "version": VERSION,
+        }
+
+    def _check(self, place: Path, expected: Mapping[str, Any]) -> None:
+        """Read `place` as an AdapterHub adapter; raise RunError if it differs from `expected`."""
+        import torch
+
+        config, found = convert(read_hub_adapter(place), self.model)
+        placement = read_peft_config(self.directory)["placement"]
+        alike = {placement, {"parallel": "par_bn"}.get(placement, placement)}
+        if config.placement not in alike or set(found) != {_PREFIX + name for name in expected}:
+            raise RunError(f"{place} was written wrongly; this is a bug. Please report it.")
+        for name, tensor in expected.items():
+            if not torch.equal(found[_PREFIX + name], tensor):
+                raise RunError(f"{place}: {name} was written wrongly; this is a bug.")
+
+    def _summary(self) -> dict[str, Any]:
+        return {
+            "model": self.config.model,
+            "format": "adapterhub",
+            "out": str(self.config.out),
+            "name": self.name,
+            "base": self.card.base["name"],
+            "model_class": type(self.model).__name__,
+            "positions": len(self.holders),
+            "heads": list(self.card.heads),
+        }
+
+    def describe(self, summary: Mapping[str, Any]) -> Iterator[str]:
+        """Yield the lines of the result."""
+        if summary.get("dry_run"):
+            yield "nothing was written (--dry-run)"
+            return
+        yield f"{summary['out']}: {summary['positions']:,} adapters of AdapterHub's form"
+        if summary["verified"]:
+            yield "read back: the same weights"
+        out = summary["out"]
+        yield f'model.load_adapter("{out}", set_active=True)  # after adapters.init(model)'

@@ -1,0 +1,1 @@
+"""Step time of a sharded run on several GPUs, for `plan`."""

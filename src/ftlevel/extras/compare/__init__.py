@@ -1,0 +1,1 @@
+"""`compare`: train several methods on the same rows, search their settings, and rank them."""

@@ -1,0 +1,117 @@
+"""`ftlevel compare`: train several methods on the same rows and show the results in a table."""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from ftlevel.cli.flags import CommandInput, read_config
+from ftlevel.cli.startup import heavy_imports, prepare
+
+_COLUMNS = ("method", "95 % over rows", "± seeds", "to the best", "more than noise", "trained",
+            "adapter", "peak", "tokens/s", "time")  # fmt: skip
+
+
+def show(found: Mapping[str, Any], console: Console) -> None:
+    """Print the result of `compare`."""
+    for line in (*table_lines(found), *closing_lines(found)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def table_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines of the table: names left-aligned, numbers right-aligned."""
+    first, *others = _COLUMNS
+    others += ["search"] * any(row["search"] for row in found["rows"])
+    table = [(first, found["headline"], *others), *(tuple(_cells(r, found)) for r in found["rows"])]
+    name, *figures = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = (text.rjust(width) for text, width in zip(row[1:], figures, strict=True))
+        yield "  ".join((row[0].ljust(name), *cells))
+
+
+def _cells(row: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+    is_first = row is found["rows"][0]
+    yield row["method"]
+    yield f"{row['metric']:.4f}"
+    yield "–" if row["interval"] is None else "{:.4f} – {:.4f}".format(*row["interval"])
+    yield "?" if row["spread"] is None else f"{row['spread']:.4f}"
+    yield "" if is_first else f"{row['difference']:+.4f}"
+    said = {None: "?", True: "no", False: "yes"}[row["is_noise"]]
+    yield "" if is_first else said
+    yield f"{row['trained']:,}"
+    yield _mib(row["adapter_bytes"])
+    yield _mib(row["peak_bytes"])
+    yield f"{row['tokens_per_s']:,.0f}"
+    yield f"{row['seconds']:,.1f} s"
+    if any(other["search"] for other in found["rows"]):
+        yield f"{row['search']['seconds']:,.1f} s" if row["search"] else ""
+
+
+def closing_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines after the table."""
+    for line in found["notes"]:
+        yield f"note: {line}"
+    for left in found["left_out"]:
+        yield f"not compared: {left['method']}: {left['reason']}"
+    for row in found["rows"]:
+        if searched := row["search"]:
+            yield f"searched for {row['method']}: {_search_words(searched)}"
+    yield "versions: " + ", ".join(f"{name} {value}" for name, value in found["versions"].items())
+    if not found["pictures"]:
+        yield 'pictures need matplotlib: pip install "ftlevel[plots]"'
+    held = "compare.json, report.html, " + "pictures, " * bool(found["pictures"])
+    yield f"saved: {found['path']}: {held}and a run directory for each"
+    if found["best"] is None:
+        yield "no method is within the limits that were given."
+    else:
+        yield f"best: {found['best']}. Train it on everything:"
+        yield f"  {found['command']}"
+
+
+def _search_words(searched: Mapping[str, Any]) -> str:
+    values = ", ".join(f"{name} {value:.4g}" for name, value in searched["values"].items())
+    return (
+        f"{values} ({searched['trials']} trials, {searched['pruned']} of them ended early, "
+        f"{searched['seconds']:,.1f} s)"
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
+
+
+def compare(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
+    """Compare several methods on the same data and budget.
+
+    Accepts the flags of train except --method. Each method trains in its own process; a setting
+    applies to the methods that have it. --resume keeps completed runs and resumes interrupted ones.
+    """
+    config, _ = read_config(given)
+    from ftlevel.cli.screen import open_screen
+
+    with open_screen(as_json=as_json, quiet=quiet) as screen:
+        with heavy_imports():
+            from ftlevel.extras.compare.compare import compare as run
+            from ftlevel.extras.compare.comparison import ComparisonOptions
+
+        own = given.values
+        wishes = ComparisonOptions(
+            tuple(own["methods"] or ()),
+            own["budget_steps"],
+            own["budget_minutes"],
+            own["seeds"],
+            own["max_memory"],
+            own["max_minutes"],
+            tuple(own["search"] or ()),
+            own["trials"],
+            own["study"],
+        )
+        found = run(config, wishes, listener=screen, prepare=prepare)
+        if as_json:
+            typer.echo(json_module.dumps(found))
+        else:
+            show(found, screen.console)

@@ -1,0 +1,405 @@
+"""`compare`: train several methods with equal settings and seeds, score and rank them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ftlevel.artifacts.files import check_absent, write_json, write_text
+from ftlevel.artifacts.ownership import CONFIG, SUMMARY
+from ftlevel.artifacts.places import make_paths_absolute
+from ftlevel.artifacts.run_directory import check_unclaimed
+from ftlevel.commands.evaluate import evaluate
+from ftlevel.commands.plan import PlanOptions, plan
+from ftlevel.commands.train import CommandLine, train
+from ftlevel.config import EvaluateConfig, Layer, TrainConfig, build_config, build_section
+from ftlevel.config.methods import SPECS
+from ftlevel.config.reading import METHOD_ALIASES, resolve_aliases
+from ftlevel.errors import ConfigError, InputError, Interrupted, RunError, did_you_mean, join_names
+from ftlevel.events import Listener, NullListener
+from ftlevel.extras.compare.comparison import (
+    SCORES,
+    Comparison,
+    ComparisonOptions,
+    draw_pictures,
+    ranking_metric,
+    summarize,
+    write_comparison_report,
+)
+from ftlevel.extras.compare.search import (
+    StopWithParent,
+    check_search,
+    plan_study,
+    run_in_subprocess,
+    search,
+    with_values,
+)
+from ftlevel.training.finish import Start
+
+RESAMPLES = 1000
+"""Bootstrap resamples of the rows; equal for all runs scored on equally many rows."""
+
+
+def train_and_score(config: TrainConfig, place: Path) -> None:
+    """Train or resume `config`, and write its scores to `place`, a JSON file, as the last step.
+
+    Per-row outputs are written next to it with the suffix `.jsonl`.
+
+    Raises:
+        FtlevelError: as `train` and `evaluate` do.
+    """
+    begun = CommandLine(None, Start.now())
+    result = train(
+        config, callbacks=[StopWithParent()], listener=NullListener(), command_line=begun
+    )
+    answers = place.with_suffix(".jsonl")
+    answers.unlink(missing_ok=True)
+    values = {"name": str(result.path), "base": False, "resamples": RESAMPLES,
+              "predictions": answers}  # fmt: skip
+    found = evaluate(build_section(EvaluateConfig, values), listener=NullListener())
+    metric = ranking_metric(config.train, found.summary["task"], found.summary["headline"])
+    if metric not in found.metrics:
+        raise ConfigError(f"it cannot be ranked by {metric}; available: {', '.join(found.metrics)}")
+    drawn = found.draws.get(metric)
+    write_json(place, {
+        "name": metric,
+        "metric": found.metrics[metric],
+        "metrics": found.metrics,
+        "rows": found.summary["data"],
+        "draws": [] if drawn is None else drawn.tolist(),
+    })  # fmt: skip
+
+
+def seconds_per_step(config: TrainConfig) -> float:
+    """Measure the duration of a training step on this machine."""
+    found = plan(config, PlanOptions(probe=True, alternatives=False))
+    if found.time is None:
+        raise ConfigError("its steps could not be timed")
+    return found.time.seconds_per_epoch / found.steps
+
+
+def describe_run(config: TrainConfig) -> dict[str, Any]:
+    """Return the summary of a dry run; raises like `train` if `config` cannot be trained."""
+    return dict(train(config, dry_run=True, listener=NullListener()).summary)
+
+
+RESULT = "compare.json"
+_TRIALS = 10
+_NEVER = ("overwrite", "allow_change", "push_to_hub", "hub_private", "run_name")
+_CTRL_C = 130
+_METRIC = "train.metric_for_best_model"
+
+
+def compare(
+    config: TrainConfig,
+    wishes: ComparisonOptions,
+    *,
+    listener: Listener,
+    prepare: Callable[[], Any] = int,
+) -> dict[str, Any]:
+    """Train each method of `wishes` with the settings of `config`; return the output of `--json`.
+
+    The method section of `config` applies to every method that has these fields. `prepare` is
+    called first in the process of each run.
+
+    Raises:
+        ConfigError: no method can be trained, or the directory is not free.
+        RunError: no run finished.
+        Interrupted: a signal arrived; finished runs are kept.
+    """
+    _check(config, wishes)
+    path = config.output.dir or _first_free()
+    wishes, asked = _start_or_resume(config, wishes, path)
+    found = Comparison(path, wishes)
+    listener.stage("check the methods and read the rows")
+    _check_methods(config, found, listener)
+    (path / SCORES).mkdir(parents=True, exist_ok=True)
+    write_json(path / RESULT, asked)
+    write_text(path / CONFIG, _recipe(config))
+    try:
+        _set_budget(found, asked, listener, prepare)
+        _search_all(found, asked, listener, prepare)
+        _train_all(found, listener, prepare)
+    except (KeyboardInterrupt, Interrupted) as error:
+        code = error.exit_code if isinstance(error, Interrupted) else _CTRL_C
+        raise Interrupted(
+            f"interrupted; the runs that are done are kept. Resume with: ftlevel compare "
+            f"--output-dir "
+            f"{shlex.quote(str(path))} --resume", code,
+        ) from None  # fmt: skip
+    result = summarize(found, asked)
+    write_json(path / RESULT, result)
+    write_comparison_report(found)
+    result["pictures"] = draw_pictures(found, result)
+    write_json(path / RESULT, result)
+    return result
+
+
+def _check(config: TrainConfig, wishes: ComparisonOptions) -> None:
+    """Reject settings that cannot be compared; raise ConfigError with all problems."""
+    problems = []
+    if wishes.steps is not None and wishes.minutes is not None:
+        problems.append("--budget-steps and --budget-minutes are two budgets. Use one of them.")
+    if wishes.steps is not None and config.train.max_steps is not None:
+        problems.append("--budget-steps and --max-steps say the same. Use one of them.")
+    for flag, value in (("--budget-minutes", wishes.minutes), ("--max-memory", wishes.max_memory),
+                        ("--max-minutes", wishes.max_minutes)):  # fmt: skip
+        if value is not None and not 0 < value < math.inf:
+            problems.append(f"{flag} {value:g}: expected a number above 0.")
+    if wishes.minutes is not None and config.train.max_steps is not None:
+        problems.append("--budget-minutes and --max-steps are two budgets. Use one of them.")
+    problems += check_search(wishes.search, wishes.study)
+    if config.model.adapter is not None:
+        problems.append(
+            "--adapter is of one method, and compare begins each of several anew. Drop it."
+        )
+    if "-" in (config.data.dataset, *config.data.also):
+        problems.append("--dataset -: every run reads the rows again. Save them to a file.")
+    if (config.train.num_processes or 1) > 1:
+        problems.append("--num-processes: compare trains each run in one process. Drop it.")
+    if config.train.shard != "none":
+        problems.append("--shard: compare trains each run in one process. Drop it.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _first_free() -> Path:
+    """Return the first unused directory among runs/compared-1, runs/compared-2 and so on."""
+    places = (Path("runs") / f"compared-{number}" for number in itertools.count(1))
+    return next(place for place in places if not place.exists())
+
+
+def _recipe(config: TrainConfig) -> str:
+    """Return the shared configuration as a YAML recipe with absolute paths."""
+    import yaml
+
+    told = "# Shared settings. Resume with: ftlevel compare --resume --output-dir"
+    return f"{told} THIS_DIRECTORY\n{yaml.safe_dump(_plain(config), sort_keys=False)}"
+
+
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    """Return the explicitly set fields of `config` as plain values, without output paths."""
+    values = config.model_dump(mode="json", exclude_unset=True, exclude={"output"})
+    if "method" in values:
+        values["method"]["kind"] = config.method.kind
+    trackers = {"report_to": list(config.output.report_to),
+                "tracker_project": config.output.tracker_project}  # fmt: skip
+    if config.output.report_to:
+        values["output"] = trackers
+    return make_paths_absolute(values)
+
+
+def _start_or_resume(
+    config: TrainConfig, wishes: ComparisonOptions, path: Path
+) -> tuple[ComparisonOptions, dict[str, Any]]:
+    """Return options and request, merged with the stored ones when resuming."""
+    budget = {"steps": wishes.steps, "minutes": wishes.minutes}
+    now = _plain(config)
+    asked: dict[str, Any] = {"config": now, "budget": budget, "planned_steps": {},
+             "methods": list(dict.fromkeys(wishes.methods)), "seeds": wishes.seeds,
+             "search": list(dict.fromkeys(wishes.search)), "trials": wishes.trials or _TRIALS,
+             "study": wishes.study, "searched": {}}  # fmt: skip
+    before = path / RESULT
+    if not config.output.resume or not before.is_file():
+        check_absent("--output-dir", path)
+        if not wishes.methods:
+            raise ConfigError("--methods is missing. Name some: --methods lora,ia3,full")
+        return wishes, {"asked": asked}
+    try:
+        old = json.loads(before.read_text(encoding="utf-8"))["asked"]
+        was, kept = old["config"], old["budget"]
+        methods, seeds, steps = old["methods"], old["seeds"], old["planned_steps"]
+        searched = {name: old.get(name, asked[name])  # absent in older files
+                    for name in ("search", "trials", "study", "searched")}  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--resume: {before} cannot be read ({error!r}).") from None
+    if _without_metric(now) != _without_metric(was):
+        differ_in = [key for key in {**was, **now}
+                     if was.get(key) != now.get(key)]  # fmt: skip
+        raise ConfigError(
+            f"--resume {path}: not the same comparison: {join_names(differ_in)} was given "
+            "otherwise. "
+            "Give --resume and --output-dir alone, or start a new run in another directory."
+        )
+    if budget not in (kept, {"steps": None, "minutes": None}):
+        raise ConfigError(
+            f"--resume {path}: the budget was {kept} and is {budget}. Drop it, or start a new "
+            f"run in "
+            "another --output-dir."
+        )
+    if wishes.search and list(wishes.search) != searched["search"]:
+        raise ConfigError(
+            f"--resume {path}: --search was {join_names(searched['search']) or 'not given'}. "
+            "Drop it, "
+            "or start a new run in another --output-dir."
+        )
+    if wishes.trials is not None and not searched["searched"]:
+        searched["trials"] = wishes.trials
+    for run in path.glob("*-seed*"):
+        check_unclaimed(run)
+    asked |= {**searched, "budget": kept, "planned_steps": steps, "seeds": max(wishes.seeds, seeds),
+              "methods": list(dict.fromkeys([*methods, *wishes.methods]))}  # fmt: skip
+    wishes = ComparisonOptions(tuple(asked["methods"]), kept["steps"], kept["minutes"],
+                    asked["seeds"], wishes.max_memory, wishes.max_minutes,
+                    tuple(asked["search"]), asked["trials"], asked["study"])  # fmt: skip
+    return wishes, {"asked": asked}
+
+
+def _without_metric(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration values without the ranking metric."""
+    train = {k: v for k, v in asked.get("train", {}).items() if k != "metric_for_best_model"}
+    return {**asked, "train": train}
+
+
+def _check_methods(config: TrainConfig, found: Comparison, listener: Listener) -> None:
+    """Resolve the run of each method like `train`, which also caches the encoded rows."""
+    given = set(_plain(config).get("method", {})) - {"kind"}
+    for word in dict.fromkeys(found.wishes.methods):
+        fields = _method_fields(word)
+        own = set(SPECS[str(fields["kind"])].model_fields)
+        given -= own
+        try:
+            ready = _with_method(config, fields, found.wishes)
+            facts = describe_run(ready)
+        except InputError:
+            raise
+        except ConfigError as error:
+            found.left_out[word] = " ".join(error.problems)
+            listener.warn(f"{word} cannot be compared: {found.left_out[word]}")
+            continue
+        found.configs[word], found.dry[word] = ready, facts
+    if not found.configs:
+        raise ConfigError([f"{name}: {why}" for name, why in found.left_out.items()])
+    if given:
+        raise ConfigError(f"method.{sorted(given)[0]} is of none of the compared methods. Drop it.")
+    if not next(iter(found.dry.values()))["data"].get("validation_rows"):
+        raise ConfigError(
+            "compare scores every method on held-out rows, and there are none. Add "
+            "--validation-file FILE, or --validation-split 0.1."
+        )
+
+
+def _method_fields(word: str) -> dict[str, Any]:
+    """Return the method section for `word`; raise ConfigError for an unknown method."""
+    fields: dict[str, Any] = resolve_aliases({"method": {"kind": word}})[0]["method"]
+    if fields["kind"] not in SPECS:
+        names = (*SPECS, *METHOD_ALIASES)
+        raise ConfigError(
+            f"--methods: {word!r} is no method. Expected some of {join_names(SPECS, 30)}."
+            f"{did_you_mean(word, names)}"
+        )
+    return fields
+
+
+def _with_method(
+    config: TrainConfig, fields: Mapping[str, Any], wishes: ComparisonOptions
+) -> TrainConfig:
+    """Return `config` with another method, keeping the settings that method also has."""
+    values = _plain(config)
+    settings, known = values.get("method", {}), SPECS[str(fields["kind"])].model_fields
+    if (
+        "none" != config.method.wants_quant == config.quant.kind
+    ):  # quantization implied by the recipe's method
+        values.pop("quant", None)
+    values["method"] = {k: v for k, v in settings.items() if k in known} | dict(fields)
+    if wishes.steps is not None:
+        values.setdefault("train", {})["max_steps"] = wishes.steps
+    return build_config([Layer(values)])
+
+
+def _set_budget(
+    found: Comparison, asked: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
+) -> None:
+    """Convert minutes to steps, once per method, so that the schedule ends within the budget."""
+    minutes, steps = found.wishes.minutes, asked["asked"]["planned_steps"]
+    if minutes is None:
+        return
+    for method, config in list(found.configs.items()):
+        if method not in steps:
+            listener.stage(f"time a step of {method}")
+            try:
+                seconds = run_in_subprocess(prepare, seconds_per_step, config)
+            except RunError as error:
+                found.left_out[method] = str(error)
+                del found.configs[method]
+                continue
+            steps[method] = max(1, int(60 * minutes / seconds))
+            write_json(found.path / RESULT, asked)
+        train = config.train.model_copy(update={"max_steps": steps[method]})
+        found.configs[method] = config.with_sections(train=train)
+
+
+def _search_all(
+    found: Comparison, asked: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
+) -> None:
+    """Set the best hyperparameters of each method, if a search is requested."""
+    done = asked["asked"]["searched"]
+    for method, config in list(found.configs.items()):
+        if method not in done:
+            study = plan_study(method, config, asked["asked"], found.dry[method], found.path)
+            if study is None:
+                continue
+            listener.stage(f"search {join_names(study.fields)} of {method}: {study.trials} trials")
+            try:
+                done[method] = search(study, config, found.path, prepare)
+            except RunError as error:
+                found.left_out[method] = str(error)
+                del found.configs[method]
+                continue
+            write_json(found.path / RESULT, asked)
+        found.searched[method] = done[method]
+        found.configs[method] = with_values(config, done[method]["values"])
+
+
+def _train_all(found: Comparison, listener: Listener, prepare: Callable[[], Any]) -> None:
+    """Train and score unfinished runs, seed by seed; raise RunError if none finishes."""
+    first = next(iter(found.configs.values()), None)
+    if first is None:
+        raise RunError("\n".join(f"{name}: {why}" for name, why in found.left_out.items()))
+    seeds = range(first.train.seed, first.train.seed + found.wishes.seeds)
+    jobs = [(method, seed) for seed in seeds for method in found.configs]
+    for number, (method, seed) in enumerate(jobs, 1):
+        if method in found.left_out:
+            continue
+        name = f"{method}-seed{seed}"
+        run, place = found.path / name, found.path / SCORES / f"{name}.json"
+        if not ((run / SUMMARY).is_file() and _is_scored(found.configs[method], place)):
+            listener.stage(f"{method}, seed {seed} ({number} of {len(jobs)})")
+            try:
+                job = _of_run(found.configs[method], run, seed)
+                run_in_subprocess(prepare, train_and_score, job, place)
+            except RunError as error:
+                found.left_out[method] = f"seed {seed}: {error}"
+                listener.warn(f"{method} is left out: {error}")
+                found.scored.pop(method, None)
+                continue
+        summary, scores = (json.loads(path.read_text(encoding="utf-8"))
+                           for path in (run / SUMMARY, place))  # fmt: skip
+        found.scored.setdefault(method, []).append(
+            {"run": run, "seed": seed, "summary": summary, **scores}
+        )
+    if not found.scored:
+        raise RunError("\n".join(f"{name}: {why}" for name, why in found.left_out.items()))
+
+
+def _is_scored(config: TrainConfig, place: Path) -> bool:
+    """Return whether `place` has scores of the ranking metric."""
+    if not place.is_file():
+        return False
+    metric = config.train.metric_for_best_model
+    scored = json.loads(place.read_text(encoding="utf-8"))["name"]
+    return metric is None or metric.removeprefix("eval_") == scored
+
+
+def _of_run(config: TrainConfig, run: Path, seed: int) -> TrainConfig:
+    """Return the configuration of one run, which resumes if its directory is not empty."""
+    has_begun = run.is_dir() and any(run.iterdir())
+    output = config.output.model_copy(
+        update={"dir": run, "resume": has_begun, "allow_change": (_METRIC,) * has_begun}
+    )
+    return config.with_sections(output=output, train=config.train.model_copy(update={"seed": seed}))

@@ -1,0 +1,284 @@
+"""Results of a comparison: ranked rows, the command of the winner, and plots (PNG, SVG)."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ftlevel.artifacts.cards import library_versions
+from ftlevel.artifacts.ownership import ADAPTER, CONFIG, METRICS, REPORT
+from ftlevel.config import TrainConfig, TrainerConfig
+from ftlevel.evaluation.intervals import (
+    MetricRuns,
+    compute_difference,
+    generates_texts,
+    select_metrics,
+)
+from ftlevel.extras.report.report import report
+from ftlevel.tasks import TASKS
+from ftlevel.training.plan.best_model import LOWER_IS_BETTER
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+SCORES = "scores"
+
+
+@dataclass(frozen=True)
+class ComparisonOptions:
+    """Options of a comparison besides the run configuration.
+
+    Attributes:
+        methods: method names or aliases; empty when resuming.
+        steps: optimizer steps per run; None uses the run's epochs.
+        minutes: training time per run; None sets no time limit.
+        seeds: runs per method.
+        max_memory: most memory of the winner, in GiB.
+        max_minutes: longest run of the winner.
+        search: hyperparameters to search for each method.
+        trials: trials per search; None uses ten.
+        study: database URL of the searches; None uses a file in the directory.
+    """
+
+    methods: tuple[str, ...]
+    steps: int | None = None
+    minutes: float | None = None
+    seeds: int = 1
+    max_memory: float | None = None
+    max_minutes: float | None = None
+    search: tuple[str, ...] = ()
+    trials: int | None = None
+    study: str | None = None
+
+
+@dataclass
+class Comparison:
+    """State of a comparison; dictionaries are keyed by method.
+
+    `left_out` has reasons, `scored` results of runs in order of seeds, `dry` dry-run summaries,
+    and `searched` results of hyperparameter searches.
+    """
+
+    path: Path
+    wishes: ComparisonOptions
+    configs: dict[str, TrainConfig] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    scored: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    dry: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    searched: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def ranking_metric(train: TrainerConfig, task: str, headline: str) -> str:
+    """Return the requested metric, the task's headline, or the loss if that is not scored."""
+    if train.metric_for_best_model is not None:
+        return train.metric_for_best_model.removeprefix("eval_")
+    generates = generates_texts(train.predict_with_generate, TASKS[task])
+    is_missing = headline in TASKS[task].text_metrics and not generates
+    is_missing |= headline not in select_metrics({headline: None}, train.metrics)
+    return "loss" if is_missing else headline
+
+
+def summarize(found: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the output of `--json`, with rows sorted from best to worst."""
+    first = next(iter(found.scored.values()))[0]
+    greater = next(iter(found.configs.values())).train.greater_is_better
+    is_lower_better = (
+        not greater if greater is not None else (first["name"].endswith(LOWER_IS_BETTER))
+    )
+    scores = {
+        method: MetricRuns(
+            [run["metric"] for run in runs], np.array([run["draws"] for run in runs])
+        )
+        for method, runs in found.scored.items()
+    }
+    order = sorted(scores, key=lambda m: scores[m].mean, reverse=not is_lower_better)
+    rows = []
+    for method in order:
+        apart = compute_difference(scores[method], scores[order[0]], len(order) - 1)
+        rows.append({
+            **_row(method, found.scored[method], scores[method]),
+            "difference": apart.value,
+            "difference_interval": apart.interval,
+            "difference_error": apart.error,
+            "is_noise": apart.is_noise if method != order[0] else None,
+            "search": found.searched.get(method),
+        })  # fmt: skip
+    best = next((row for row in rows if _is_within(row, found.wishes)), None)
+    return {
+        "rows": rows,
+        "best": best and best["method"],
+        "command": best and _command(best, found),
+        "headline": first["name"],
+        "left_out": [{"method": m, "reason": why} for m, why in found.left_out.items()],
+        "notes": _notes(found),
+        "versions": library_versions(),
+        "path": str(found.path),
+        "pictures": [],
+        **asked,
+    }
+
+
+def _row(method: str, runs: list[dict[str, Any]], scores: MetricRuns) -> dict[str, Any]:
+    """Return the figures of a method: means over seeds, but the maximum of memory."""
+    summaries = [run["summary"] for run in runs]
+    times = [summary["timings"] for summary in summaries]
+    adapter = runs[0]["run"] / ADAPTER
+    return {
+        "method": method,
+        "metric": scores.mean,
+        "interval": scores.interval,
+        "spread": scores.spread,
+        "trained": summaries[0]["trainable_parameters"],
+        "adapter_bytes": sum(f.stat().st_size for f in adapter.glob("*.safetensors")),
+        "peak_bytes": max(summary["memory"]["peak_bytes"] for summary in summaries),
+        "tokens_per_s": statistics.fmean(time["tokens_per_s"] for time in times),
+        "seconds": statistics.fmean(time["total_s"] for time in times),
+        "steps": summaries[0]["steps"],
+        "run": str(runs[0]["run"]),
+        "seeds": [{"seed": run["seed"], "metric": run["metric"], "run": str(run["run"])}
+                  for run in runs],
+    }  # fmt: skip
+
+
+def _is_within(row: Mapping[str, Any], wishes: ComparisonOptions) -> bool:
+    """Return whether a method meets the memory and time limits."""
+    memory, minutes = wishes.max_memory, wishes.max_minutes
+    is_small = memory is None or row["peak_bytes"] <= memory * 2**30
+    return is_small and (minutes is None or row["seconds"] <= 60 * minutes)
+
+
+def _command(row: Mapping[str, Any], found: Comparison) -> str:
+    """Return the command that trains the winner on all rows, without the comparison's budget."""
+    words = ["ftlevel", "train", f"{row['run']}/{CONFIG}"]
+    config = found.configs[row["method"]]
+    if found.wishes.steps is not None or found.wishes.minutes is not None:
+        words += ["--set", "train.max_steps=null"]
+    if config.data.max_samples is not None:
+        words += ["--set", "data.max_samples=null"]
+    for name, value in found.searched.get(row["method"], {}).get("values", {}).items():
+        words += ["--set", f"{name}={value}"]
+    return shlex.join(words)
+
+
+def _notes(found: Comparison) -> list[str]:
+    """Return notes for interpreting the table."""
+    notes, runs = [], next(iter(found.scored.values()))
+    if len(runs) == 1:
+        notes.append("one seed: how far another would move these is not known (--seeds 3)")
+    elif len({run["summary"]["data"]["validation_fingerprint"] for run in runs}) > 1:
+        notes.append(
+            "each seed holds out rows of its own, the same for all methods; a --validation-file is "
+            "the same for all seeds"
+        )
+    if found.searched:
+        notes.append(
+            "settings were searched on the rows that score them, which flatters all that were: a "
+            "test file of other rows tells (ftlevel evaluate)"
+        )
+    name, headline = runs[0]["name"], runs[0]["summary"]["headline"]
+    asked = next(iter(found.configs.values())).train.metric_for_best_model
+    if asked is None and name != headline:
+        notes.append(f"ranked by {name}: {headline} is not scored (--predict-with-generate)")
+    best = {run["summary"]["best"]["metric"] for run in runs if run["summary"].get("best")}
+    if asked is not None and (others := best - {f"eval_{name}"}):
+        notes.append(f"the runs kept their models with the best {', '.join(sorted(others))}")
+    examples = runs[0]["rows"]["examples"]
+    notes.append(f"scored on {examples:,} held-out examples; differences are paired row by row")
+    return notes
+
+
+def write_comparison_report(found: Comparison) -> None:
+    """Write one report about all runs, replacing an earlier one."""
+    page = found.path / REPORT
+    page.unlink(missing_ok=True)
+    runs = [run for all_runs in found.scored.values() for run in all_runs]
+    answers = [found.path / SCORES / f"{run['run'].name}.jsonl" for run in runs]
+    report([run["run"] for run in runs], out=page, predictions=answers)
+
+
+FOLDER = "pictures"
+_SIZE, _DOTS = (6.4, 4.0), 150
+_KINDS = ("png", "svg")
+
+
+def draw_pictures(found: Comparison, result: Mapping[str, Any]) -> list[str]:
+    """Draw the plots and return their paths; empty without matplotlib."""
+    if not find_spec("matplotlib"):
+        return []
+    from matplotlib.figure import Figure
+
+    metric, rows = result["headline"].replace("_", " "), result["rows"]
+    pictures: dict[str, Callable[[Axes], None]] = {
+        "metric-against-memory": lambda axes: _scatter(
+            axes, rows, [row["peak_bytes"] / 2**30 for row in rows], "peak memory, GiB", metric
+        ),
+        "metric-against-time": lambda axes: _scatter(
+            axes, rows, [row["seconds"] for row in rows], "time of a run, seconds", metric
+        ),
+        "loss": lambda axes: _losses(axes, found),
+    }
+    if found.searched:
+        pictures["search"] = lambda axes: _history(axes, found, metric)
+    folder = found.path / FOLDER
+    folder.mkdir(exist_ok=True)
+    written = []
+    for name, draw in pictures.items():
+        figure = Figure(_SIZE, layout="constrained")
+        draw(figure.subplots())
+        for kind in _KINDS:
+            place = folder / f"{name}.{kind}"
+            figure.savefig(place, dpi=_DOTS)
+            written.append(str(place))
+    return written
+
+
+def _scatter(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], costs: Sequence[float], cost: str, metric: str
+) -> None:
+    """Plot each method's metric with its 95 % interval over rows, against a cost."""
+    for row, at in zip(rows, costs, strict=True):
+        value, ends = row["metric"], row["interval"]
+        bars = None if ends is None else [[max(0.0, value - ends[0])], [max(0.0, ends[1] - value)]]
+        axes.errorbar([at], [value], yerr=bars, fmt="o", capsize=3)
+        axes.annotate(_plain(row["method"]), (at, value), xytext=(6, 4), textcoords="offset points")
+    axes.set(xlabel=cost, ylabel=metric)
+    axes.margins(x=0.15)
+
+
+def _losses(axes: Axes, found: Comparison) -> None:
+    """Plot the training loss of every run, one color per method."""
+    for number, (method, runs) in enumerate(found.scored.items()):
+        for run in runs:
+            lines = (run["run"] / METRICS).read_text(encoding="utf-8").splitlines()
+            points = [(r["step"], r["loss"]) for r in map(json.loads, lines) if "loss" in r]
+            label = _plain(method) if run is runs[0] else None
+            axes.plot(*zip(*points, strict=True), f"C{number}", label=label, alpha=0.8)
+    axes.set(xlabel="step", ylabel="training loss")
+    axes.legend()
+
+
+def _history(axes: Axes, found: Comparison, metric: str) -> None:
+    """Plot the score of each trial; pruned trials are crosses."""
+    for number, (method, searched) in enumerate(found.searched.items()):
+        for state, mark in (("complete", "o"), ("pruned", "x")):
+            trials = [t for t in searched["history"]
+                      if t["state"] == state and t["value"] is not None]  # fmt: skip
+            label = _plain(method) if state == "complete" else None
+            axes.plot([t["number"] for t in trials], [t["value"] for t in trials], mark,
+                      color=f"C{number}", label=label)  # fmt: skip
+    axes.set(xlabel="trial (× ended early)", ylabel=metric)
+    axes.legend()
+
+
+def _plain(text: str) -> str:
+    """Escape `$`, which matplotlib would parse as math."""
+    return text.replace("$", r"\$")

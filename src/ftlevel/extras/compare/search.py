@@ -1,0 +1,406 @@
+"""Hyperparameter search with Optuna for `compare`, and running a function in a subprocess.
+
+TPE samples trials, each in its own process; Hyperband prunes them after 1, 3 and 9 evaluations. A
+study is a database that survives kills and can be shared by processes on several machines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ftlevel.commands.train import train
+from ftlevel.config import TrainConfig
+from ftlevel.config.methods import SPECS
+from ftlevel.errors import (
+    ConfigError,
+    FtlevelError,
+    Interrupted,
+    RunError,
+    did_you_mean,
+    is_out_of_memory,
+    join_names,
+)
+from ftlevel.events import NullListener
+from ftlevel.extras.compare.comparison import ranking_metric
+from ftlevel.training.plan.best_model import LOWER_IS_BETTER
+
+if TYPE_CHECKING:
+    import optuna
+
+
+_LONGEST_REASON = 300  # characters
+
+
+class StopWithParent(TrainerCallback):
+    """Stop a run as SIGTERM does, with a checkpoint, if the parent process is gone."""
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,  # noqa: ARG002 - transformers calls it so
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        """Check the parent process."""
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():
+            signal.raise_signal(signal.SIGTERM)
+
+
+def run_in_subprocess(prepare: Callable[[], Any], work: Callable[..., Any], *arguments: Any) -> Any:
+    """Run `work(*arguments)` in a new process and return its result.
+
+    `prepare` is called first in that process. `work` must be a module-level function; arguments and
+    result must be picklable. A KeyboardInterrupt is forwarded as SIGTERM, and the process is
+    joined.
+
+    Raises:
+        RunError: `work` failed, or the process died.
+        Interrupted: the process was interrupted.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:  # imports once, before any thread starts
+        context.set_forkserver_preload([prepare.__module__, work.__module__])
+    receiver, sender = context.Pipe(duplex=False)
+    process: Any = context.Process(target=_child, args=(sender, prepare, work, arguments))  # type: ignore[attr-defined]
+    process.start()
+    sender.close()
+    try:
+        verdict, answer = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RunError(_describe_end(process.exitcode)) from None
+    except KeyboardInterrupt:
+        process.terminate()
+        process.join()
+        raise
+    finally:
+        receiver.close()
+    process.join()
+    if verdict == "interrupted":
+        raise Interrupted(answer)
+    if verdict == "failed":
+        raise RunError(answer)
+    return answer
+
+
+def _describe_end(code: int | None) -> str:
+    if code == -getattr(signal, "SIGKILL", 9):
+        return "its process was killed, as the kernel does when memory runs out."
+    return f"its process ended with code {code} and said nothing."
+
+
+def _child(
+    sender: Connection, prepare: Callable[[], Any], work: Callable[..., Any], arguments: Any
+) -> None:
+    """Send ("done", result), ("failed", message) or ("interrupted", message)."""
+    if hasattr(os, "setsid"):  # Ctrl-C reaches the parent alone, which passes it on
+        os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    prepare()
+    try:
+        reply = ("done", work(*arguments))
+    except Interrupted as error:
+        reply = ("interrupted", str(error))
+    except FtlevelError as error:
+        reply = ("failed", str(error))
+    except Exception as error:  # noqa: BLE001 - any failure is reported, and other runs continue
+        kind = "out of memory" if is_out_of_memory(error) else type(error).__name__
+        reply = ("failed", f"{kind}: {' '.join(str(error).split())[:_LONGEST_REASON]}")
+    with contextlib.suppress(BrokenPipeError):  # the parent was killed
+        sender.send(reply)
+
+
+DATABASE = "search.db"
+EVALUATIONS = 9  # per trial: Hyperband with factor 3 prunes after 1, 3 and 9
+_WAIT_FOR_LOCK = 100  # seconds, of SQLite
+_ALIVE, _GIVEN_UP = 20, 120  # seconds: heartbeat interval, and grace period of a trial
+_MOST_FAILED = 3
+_REASON, _WITHDRAWN = "reason", "withdrawn"
+
+_RATE = "lr"
+SETTINGS: dict[str, tuple[str, ...]] = {
+    _RATE: ("train.learning_rate",),
+    "r": ("method.r",),
+    "alpha": ("method.lora_alpha",),
+    "dropout": ("method.lora_dropout", "method.adapter_dropout"),
+    "weight-decay": ("train.weight_decay",),
+}
+"""Setting → configuration fields; a method has at most one of them."""
+
+_RANKS, _ALPHAS = (2, 4, 8, 16, 32, 64), (4.0, 8.0, 16.0, 32.0, 64.0)
+_RATE_FACTOR = 10.0  # range around the default learning rate
+_MOST = {"dropout": 0.2, "weight-decay": 0.1}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Hyperparameter search for one method, stored under a `name` derived from the request.
+
+    `fields` maps settings to configuration fields; `rate` is the default learning rate.
+    """
+
+    name: str
+    storage: str
+    fields: Mapping[str, str]
+    rate: float
+    metric: str
+    direction: Literal["minimize", "maximize"]
+    trials: int
+
+    def load(self) -> optuna.Study:
+        """Load the study from its database, or create it."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        is_file = self.storage.startswith("sqlite")
+        waits = {"connect_args": {"timeout": _WAIT_FOR_LOCK}} if is_file else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            storage = optuna.storages.RDBStorage(
+                self.storage, engine_kwargs=waits, heartbeat_interval=_ALIVE,
+                grace_period=_GIVEN_UP,
+            )  # fmt: skip
+        return optuna.create_study(
+            storage=storage, study_name=self.name, direction=self.direction, load_if_exists=True,
+            sampler=optuna.samplers.TPESampler(),  # with a seed, processes would sample alike
+            pruner=optuna.pruners.HyperbandPruner(1, EVALUATIONS, 3),
+        )  # fmt: skip
+
+
+class _Enough(Exception):
+    """Raised when the study has all its trials."""
+
+
+def check_search(names: tuple[str, ...], storage: str | None) -> list[str]:
+    """Return the problems of the requested settings and storage."""
+    problems = [
+        f"--search: {name!r} is no setting that is searched. Expected some of "
+        f"{join_names(SETTINGS)}."
+        f"{did_you_mean(name, SETTINGS)}"
+        for name in names
+        if name not in SETTINGS
+    ]
+    if names and not find_spec("optuna"):
+        problems.append(
+            "--search needs the package optuna, which is not installed. "
+            'pip install "ftlevel[search]", or drop it.'
+        )
+    elif storage is not None and "://" not in storage:
+        problems.append(
+            f"--study {storage}: expected a database URL, as sqlite:///search.db or "
+            "postgresql://user@host/name."
+        )
+    return problems
+
+
+def plan_study(
+    word: str, config: TrainConfig, asked: Mapping[str, Any], facts: Mapping[str, Any], path: Path
+) -> Study | None:
+    """Return the study of the method `word`; None if it has none of the settings.
+
+    `asked` is the comparison's request, `facts` the dry run's summary, `path` the output directory.
+    """
+    own = SPECS[config.method.kind].model_fields
+    fields = {
+        name: field
+        for name in asked["search"]
+        for field in SETTINGS[name]
+        if field.startswith("train.") or field.removeprefix("method.") in own
+    }
+    if not fields:
+        return None
+    question = json.dumps([word, asked["config"], asked["budget"], asked["search"]], sort_keys=True)
+    metric = ranking_metric(config.train, facts["config"]["task"], facts["headline"])
+    greater = config.train.greater_is_better
+    if greater is None:
+        greater = not metric.endswith(LOWER_IS_BETTER)
+    return Study(
+        f"ftlevel-{word}-{hashlib.sha256(question.encode()).hexdigest()[:12]}",
+        asked["study"] or f"sqlite:///{(path / DATABASE).resolve()}", fields,
+        facts["config"]["train"]["learning_rate"], metric,
+        "maximize" if greater else "minimize", asked["trials"],
+    )  # fmt: skip
+
+
+def search(
+    study: Study, config: TrainConfig, path: Path, prepare: Callable[[], Any]
+) -> dict[str, Any]:
+    """Run the remaining trials of `study`; return the best values and the history.
+
+    A trial's files are in `path` while it runs; `prepare` is called first in its process.
+
+    Raises:
+        RunError: no trial finished.
+    """
+    found, failed = study.load(), 0
+    while True:
+        states = [trial.state.name for trial in found.get_trials(deepcopy=False)]
+        running = states.count("RUNNING")
+        if states.count("COMPLETE") + states.count("PRUNED") + running < study.trials:
+            try:
+                run_in_subprocess(prepare, _try_one, study, config, path)
+            except RunError as error:
+                failed += 1
+                if failed == _MOST_FAILED:
+                    raise RunError(f"{failed} trials failed, the last so: {error}") from error
+        elif running:  # of another process
+            time.sleep(1)
+            _fail_the_silent(found)
+        else:
+            break
+    return _describe(found, study)
+
+
+def _fail_the_silent(found: optuna.Study) -> None:
+    """Fail trials whose process sends no heartbeat."""
+    import optuna
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        optuna.storages.fail_stale_trials(found)
+
+
+def _describe(found: optuna.Study, study: Study) -> dict[str, Any]:
+    """Return the best values of a study and its trials, in order."""
+    trials = [t for t in found.get_trials(deepcopy=False)
+              if t.state.is_finished() and _WITHDRAWN not in t.user_attrs]  # fmt: skip
+    if not any(t.state.name == "COMPLETE" for t in trials):
+        reasons = [t.user_attrs[_REASON] for t in trials if _REASON in t.user_attrs]
+        raise RunError(f"no trial of its search came to its end. {' '.join(reasons[-1:])}".strip())
+    seconds = [t.duration.total_seconds() for t in trials if t.duration is not None]
+    best = found.best_trial
+    return {
+        "values": {study.fields[name]: value for name, value in best.params.items()},
+        "metric": study.metric,
+        "best": best.value,
+        "trials": len(trials),
+        "pruned": sum(t.state.name == "PRUNED" for t in trials),
+        "seconds": sum(seconds),
+        "study": study.storage,
+        "name": study.name,
+        "history": [
+            {"number": t.number, "value": t.value, "state": t.state.name.lower(),
+             "params": dict(t.params)}
+            for t in trials
+        ],
+    }  # fmt: skip
+
+
+def _try_one(study: Study, config: TrainConfig, path: Path) -> None:
+    """Run one trial; of two processes that start the last one, the later withdraws."""
+    found = study.load()
+
+    def run(trial: optuna.Trial) -> float:
+        earlier = [t for t in found.get_trials(deepcopy=False) if t.number < trial.number]
+        if sum(t.state.name != "FAIL" for t in earlier) >= study.trials:
+            trial.set_user_attr(_WITHDRAWN, True)
+            raise _Enough
+        return _objective(trial, study, config, path)
+
+    found.optimize(run, n_trials=1, catch=_Enough)
+
+
+def _objective(trial: optuna.Trial, study: Study, config: TrainConfig, path: Path) -> float:
+    """Train with values sampled by `trial` and return the metric."""
+    import optuna
+
+    values: dict[str, Any] = {}
+    for name, field in study.fields.items():
+        values[field] = _draw(trial, name, study.rate)
+    run = path / "search" / f"{study.name}-{trial.number}"
+    config = with_values(config, values)
+    output = config.output.model_copy(update={"dir": run, "resume": False, "report_to": ()})
+    config = config.with_sections(output=output)
+    try:
+        callbacks = [StopWithParent(), _PruningCallback(trial, study.metric)]
+        result = train(config, callbacks=callbacks, listener=NullListener())
+    except RunError as error:  # non-finite loss or out of memory
+        trial.set_user_attr(_REASON, str(error))
+        raise optuna.TrialPruned from error
+    finally:
+        shutil.rmtree(run, ignore_errors=True)
+    metrics = result.summary["metrics"]
+    if study.metric not in metrics:
+        raise ConfigError(f"it has no {study.metric}: {', '.join(metrics)}")
+    if not math.isfinite(metrics[study.metric]):
+        raise RunError(f"its {study.metric} is {metrics[study.metric]}")
+    return float(metrics[study.metric])
+
+
+def _draw(trial: optuna.Trial, name: str, rate: float) -> float:
+    """Sample the setting `name`; learning rates are sampled around `rate`."""
+    if name == _RATE:
+        low, high = rate / _RATE_FACTOR, rate * _RATE_FACTOR
+        return trial.suggest_float(name, low, high, log=True)
+    if name in _MOST:
+        return trial.suggest_float(name, 0.0, _MOST[name], step=_MOST[name] / 4)
+    choices = _RANKS if name == "r" else _ALPHAS
+    return trial.suggest_categorical(name, choices)
+
+
+def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+    """Return `config` with fields such as `train.learning_rate` replaced by `values`."""
+    sections: dict[str, Any] = {}
+    for field, value in values.items():
+        section, name = field.split(".")
+        before = sections.get(section, getattr(config, section))
+        sections[section] = before.model_copy(update={name: value})
+    return config.with_sections(**sections)
+
+
+class _PruningCallback(TrainerCallback):
+    """Evaluate nine times, report to the study, and prune the trial if it falls behind."""
+
+    def __init__(self, trial: optuna.Trial, metric: str) -> None:
+        self._trial = trial
+        self._metric = f"eval_{metric}"
+        self._seen = 0
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,  # noqa: ARG002 - transformers calls it so
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Request an evaluation after each ninth of the steps."""
+        every = max(1, math.ceil(state.max_steps / EVALUATIONS))
+        if state.global_step % every == 0 and state.global_step < state.max_steps:
+            control.should_evaluate = True
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        metrics: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Report the metric and prune the trial if the study requests it."""
+        import optuna
+
+        if metrics is None or self._metric not in metrics:
+            return
+        self._seen += 1
+        self._trial.report(metrics[self._metric], self._seen)
+        if self._trial.should_prune():
+            raise optuna.TrialPruned

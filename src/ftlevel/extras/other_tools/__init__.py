@@ -1,0 +1,1 @@
+"""Flags, values and configuration files of other training tools."""

@@ -1,0 +1,1 @@
+"""`report`: HTML page about one or several runs; a training run writes one at its end."""

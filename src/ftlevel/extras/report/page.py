@@ -1,0 +1,272 @@
+"""Render the report as one self-contained HTML file with SVG curves; external text is escaped.
+
+Curves are thinned to about `MOST_POINTS` points and keep minima and maxima. A template draws them,
+because a plotting library would add megabytes of script to every page.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftlevel._version import __version__
+from ftlevel.artifacts.cards import loss_words, memory_words
+from ftlevel.artifacts.files import write_text
+from ftlevel.extras.report.facts import RunFacts
+
+MOST_POINTS = 400  # per curve
+WIDTH, HEIGHT = 640, 220
+LEFT, RIGHT, TOP, BOTTOM = 64, 8, 10, 28
+
+Point = tuple[float, float]
+
+CURVES = (
+    ("loss", "Training loss", "loss"),
+    ("eval_loss", "Validation loss", "eval_loss"),
+    ("learning_rate", "Learning rate", "learning_rate"),
+    ("grad_norm", "Gradient norm", "grad_norm"),
+    ("tokens_per_s", "Tokens a second", ""),
+    ("memory", "Memory held, GiB", "memory_bytes"),
+)
+"""Name, heading, and field of a record; an empty field is computed."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One run's curve: `path` for an SVG polyline, and (step, value) `points` for the tooltip.
+
+    `number`, the index of the run, selects the color.
+    """
+
+    run: str
+    number: int
+    path: str
+    points: list[Point]
+    last: float
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart; `ticks_*` are (coordinate, label), `span` is (min x, max x, min y, max y)."""
+
+    name: str
+    title: str
+    lines: list[Line]
+    ticks_x: list[tuple[float, str]]
+    ticks_y: list[tuple[float, str]]
+    span: tuple[float, float, float, float]
+
+    @property
+    def words(self) -> str:
+        """Text alternative of the chart."""
+        said = [
+            f"{line.run}: from {line.points[0][1]:.4g} at step {line.points[0][0]:,.0f} to "
+            f"{line.last:.4g} at step {line.points[-1][0]:,.0f}"
+            for line in self.lines
+        ]
+        return f"{self.title} by step. {'; '.join(said)}."
+
+
+def draw_charts(runs: Sequence[RunFacts]) -> Iterator[Chart]:
+    """Yield a chart for each quantity and evaluation metric that some run has."""
+    metrics = dict.fromkeys(
+        key for run in runs for record in run.records for key in record
+        if key.startswith("eval_") and key != "eval_loss"
+    )  # fmt: skip
+    own = [(key, key.removeprefix("eval_").replace("_", " "), key) for key in metrics]
+    for name, title, key in (*CURVES, *own):
+        found = [
+            (number, run, thin(list(_points(run.records, key)))) for number, run in enumerate(runs)
+        ]
+        if having := [one for one in found if len(one[2]) > 1]:
+            yield _chart(name, title[:1].upper() + title[1:], having)
+
+
+def _points(records: Sequence[Mapping[str, Any]], key: str) -> Iterator[Point]:
+    """Yield finite (step, value) pairs; without a `key`, tokens per second between records."""
+    before: Mapping[str, Any] | None = None
+    for record in records:
+        step = record.get("step")
+        if not isinstance(step, int):
+            continue
+        if key:
+            value = record.get(key)
+        elif any(name.startswith("eval_") for name in record):
+            continue
+        else:
+            value, before = _speed(before, record), record
+        if isinstance(value, int | float) and math.isfinite(value):
+            yield float(step), value / 2**30 if key.endswith("_bytes") else float(value)
+
+
+def _speed(before: Mapping[str, Any] | None, record: Mapping[str, Any]) -> float | None:
+    if before is None or not {"train_s", "tokens"} <= before.keys() & record.keys():
+        return None
+    seconds = record["train_s"] - before["train_s"]
+    return (record["tokens"] - before["tokens"]) / seconds if seconds > 0 else None
+
+
+def thin(points: list[Point]) -> list[Point]:
+    """Return about `MOST_POINTS` points: the first, lowest and highest of each interval."""
+    if len(points) <= MOST_POINTS:
+        return points
+    stretch = math.ceil(len(points) / (MOST_POINTS // 3))
+    kept: list[Point] = []
+    for begin in range(0, len(points), stretch):
+        part = points[begin : begin + stretch]
+        ends = {part[0], min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
+        kept += sorted(ends)
+    return kept if kept[-1] == points[-1] else [*kept, points[-1]]
+
+
+def _chart(name: str, title: str, having: Sequence[tuple[int, RunFacts, list[Point]]]) -> Chart:
+    every = [point for _, _, points in having for point in points]
+    low_x, high_x = _span([x for x, _ in every])
+    low_y, high_y = _span([y for _, y in every])
+
+    def place(point: Point) -> Point:
+        across = (point[0] - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
+        up = (point[1] - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
+        return LEFT + across, HEIGHT - BOTTOM - up
+
+    lines = [
+        Line(
+            run.name, number, " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, points)), points,
+            points[-1][1],
+        )
+        for number, run, points in having
+    ]  # fmt: skip
+    ticks_x = [(place((x, low_y))[0], f"{x:,.0f}") for x in _ticks(low_x, high_x)]
+    ticks_y = [(place((low_x, y))[1], f"{y:.6g}") for y in _ticks(low_y, high_y)]
+    return Chart(name, title, lines, ticks_x, ticks_y, (low_x, high_x, low_y, high_y))
+
+
+def _span(values: list[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    return (low, high) if high > low else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    rough = (high - low) / 4
+    size = 10 ** math.floor(math.log10(rough))
+    step = next(size * k for k in (1, 2, 2.5, 5, 10) if size * k >= rough)
+    first = math.ceil(low / step)
+    return [at * step for at in range(first, first + 7) if at * step <= high * (1 + 1e-12)]
+
+
+_LONGEST = 2_000  # characters shown of an answer
+
+
+def write_page(runs: Sequence[RunFacts], path: Path) -> None:
+    """Write the report on `runs` to `path`, atomically."""
+    write_text(path, render_page(runs))
+
+
+def render_page(runs: Sequence[RunFacts]) -> str:
+    """Return the HTML report that compares `runs`."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.ChainableUndefined,  # older runs may lack fields
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"words": _words, "texts": _texts, "figures": _figures}
+    names = ", ".join(run.name for run in runs)
+    page: str = environment.get_template("page.html.jinja").render(
+        title=f"{names}: what ftlevel trained",
+        version=__version__,
+        runs=runs,
+        table=list(_table(runs)),
+        charts=[_for_template(chart) for chart in draw_charts(runs)],
+        has_answers=any(run.answers for run in runs),
+        width=WIDTH, height=HEIGHT, left=LEFT, right=RIGHT, top=TOP, bottom=BOTTOM,
+    )  # fmt: skip
+    return page
+
+
+_TEXTS = {"input": "asked", "base_predicted": "before", "predicted": "answer", "true": "true",
+          "chosen": "preferred", "rejected": "rejected"}  # fmt: skip
+"""Field of an answered row → its heading."""
+
+
+def _texts(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [(title, row[name]) for name, title in _TEXTS.items() if row.get(name) is not None]
+
+
+def _figures(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the numeric fields of a row, the loss first, with their values before training."""
+    for name in sorted(row, key=lambda name: name != "loss"):
+        value, before = row[name], row.get(f"base_{name}")
+        if name in ("row", *_TEXTS) or name.startswith("base_"):
+            continue
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            begun = f"{before:.4g} → " if isinstance(before, int | float) else ""
+            yield name.replace("_", " "), f"{begun}{value:.4g}"
+
+
+def _words(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def _for_template(chart: Chart) -> dict[str, Any]:
+    data = {
+        "lines": [[line.run, [[x, float(f"{y:.6g}")] for x, y in line.points]]
+                  for line in chart.lines],
+        "span": chart.span,
+        "box": [LEFT, WIDTH - RIGHT, WIDTH],
+    }  # fmt: skip
+    return {
+        "title": chart.title, "words": chart.words, "lines": chart.lines,
+        "ticks_x": chart.ticks_x, "ticks_y": chart.ticks_y,
+        "data": json.dumps(data, separators=(",", ":")),
+    }  # fmt: skip
+
+
+def _table(runs: Sequence[RunFacts]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the rows of the results table: a name, and a value for each run."""
+    summaries = [run.summary for run in runs]
+
+    def row(name: str, of: Any) -> tuple[str, list[str]]:
+        return name, [of(summary) for summary in summaries]
+
+    yield row("task", lambda s: str(s.get("task", "")))
+    yield row("model", lambda s: str(s.get("model", {}).get("name", "")))
+    yield row("method", lambda s: str(s.get("method", "")))
+    yield row("trained parameters", _trained)
+    yield row("steps", lambda s: f"{s.get('steps', 0):,}")
+    yield row("training loss", lambda s: loss_words(s) if s.get("loss_first") is not None else "")
+    for name in dict.fromkeys(key for s in summaries for key in s.get("metrics", {})):
+        yield row(f"validation {name.replace('_', ' ')}", lambda s, key=name: _metric(s, key))
+    yield row("seconds", lambda s: f"{s.get('timings', {}).get('total_s', 0):,.1f}")
+    yield row("tokens a second", lambda s: f"{s.get('timings', {}).get('tokens_per_s', 0):,.0f}")
+    yield row("peak memory", lambda s: _gib(s.get("memory", {}).get("peak_bytes")))
+    if any(map(memory_words, summaries)):
+        yield row("plan of the memory", memory_words)
+    yield row("finished", lambda s: str(s.get("finished", "")))
+
+
+def _trained(summary: Mapping[str, Any]) -> str:
+    trained, total = summary.get("trainable_parameters"), summary.get("total_parameters")
+    return f"{trained:,} of {total:,} ({trained / total:.2%})" if trained and total else ""
+
+
+def _metric(summary: Mapping[str, Any], name: str) -> str:
+    """Return a metric with its value before training and its interval, if known."""
+    value, before = (summary.get(of, {}).get(name) for of in ("metrics", "metrics_before"))
+    if not isinstance(value, int | float):
+        return ""
+    begun = f"{before:.4f} → " if isinstance(before, int | float) else ""
+    ends = summary.get("intervals", {}).get(name)
+    return f"{begun}{value:.4f}" + (f" [{ends[0]:.4f}, {ends[1]:.4f}]" if ends else "")
+
+
+def _gib(size: Any) -> str:
+    return f"{size / 2**30:,.2f} GiB" if isinstance(size, int | float) else ""

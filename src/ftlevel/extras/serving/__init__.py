@@ -1,0 +1,1 @@
+"""Adapters for model servers: export formats, reference answers, and `check-served`."""

@@ -1,0 +1,478 @@
+"""Export adapters as plain LoRA: convert to normal form, write, read back, and compare logits.
+
+The probe converts any linear method: the adapted layer must compute x (W + Δ)ᵀ + b. In float64 it
+receives zeros, the identity and random rows, and the base layer's output is subtracted. If the
+outputs for zeros and random rows agree with the Δ from the identity, Δ is factored by SVD.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ftlevel.artifacts.cards import library_versions
+from ftlevel.config import ExportConfig
+from ftlevel.config.export import SERVERS, Server
+from ftlevel.config.section import Choice
+from ftlevel.errors import ConfigError, InputError, RunError, join_names
+from ftlevel.events import Listener
+from ftlevel.extras.serving import recorded as answers
+from ftlevel.extras.serving.entry import (
+    Part,
+    Prompt,
+    ServedModel,
+    adapter_name,
+    build_adapter_commands,
+    check_command,
+    check_for,
+    check_form,
+    check_signs,
+    open_entry,
+    whole_format,
+    write_card,
+)
+from ftlevel.extras.serving.recorded import (
+    BOUND,
+    FILE,
+    AdapterRecord,
+    ModelOutputs,
+    record,
+    run_prompts,
+    write_served,
+)
+from ftlevel.merging.normal_form import (
+    BaseWeights,
+    NormalForm,
+    build_normal_form,
+    compute_normal_form,
+    is_whole,
+    plain_form_of,
+    read_file,
+    write_normal,
+)
+from ftlevel.methods.merging import BY_PEFT_TYPE, why_not_mergeable
+from ftlevel.methods.plain_form import Factors
+from ftlevel.models.loading import load_model
+from ftlevel.trained.load import load_ref
+from ftlevel.trained.model_ref import ModelRef
+from ftlevel.workspace import Workspace
+
+_ROWS = 8
+_NOT_ALONE = (RuntimeError, AttributeError, TypeError, ValueError, LookupError)
+"""Errors of layers that cannot run on rows alone."""
+_AT_ZERO, _LINEAR = 1e-9, 1e-5
+_NOISE, _SMALLEST = 2e-7, 1e-6
+"""Singular values below this share of the weight's norm, or of the largest one, are rounding."""
+
+
+def probe_normal_form(
+    tuned: Any, directory: Any, config: Any, base: BaseWeights, limit: int
+) -> NormalForm:
+    """Return the normal form of the adapter on `tuned`, a model in eval mode and in float32.
+
+    Raises InputError if a layer is not a product with a matrix, or its rank is above `limit`.
+    """
+    file = read_file(directory, config, base)
+    file.tensors = {name: tensor for name, tensor in file.tensors.items() if is_whole(name, config)}
+    factors = {
+        name: _factor(change, name, limit, norm)
+        for name, layer in _layers(tuned)
+        for change, norm in [_change(layer, name, base)]
+    }
+    file.said.append("the update of its layers, factored")
+    return build_normal_form(factors, file, limit, "the probe")
+
+
+def _layers(tuned: Any) -> list[tuple[str, Any]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found: list[tuple[str, Any]] = []
+    for name, module in tuned.get_base_model().named_modules():
+        inside = found and name.startswith(found[-1][0] + ".")
+        if isinstance(module, BaseTunerLayer) and not inside:
+            found.append((name, module))
+    return found
+
+
+def _change(layer: Any, name: str, base: BaseWeights) -> tuple[torch.Tensor, float]:
+    """Return the adapter's update of the weight, (out, in), and the weight's norm."""
+    plain = layer.get_base_layer()
+    if not isinstance(plain, torch.nn.Linear) and type(plain).__name__ != "Conv1D":
+        raise InputError(f"{name} is no linear but a {type(plain).__name__}. Merge it")
+    weight = base.checkpoint.read(f"{name}.weight").double()
+    weight = weight if isinstance(plain, torch.nn.Linear) else weight.T
+    held = getattr(plain, "bias", None) is not None
+    bias = base.checkpoint.read(f"{name}.bias").double() if held else 0.0
+    alone = copy.deepcopy(layer).double()
+    generator = torch.Generator().manual_seed(0)
+    some = torch.randn(_ROWS, weight.shape[1], generator=generator, dtype=torch.float64)
+    one_each = torch.eye(weight.shape[1], dtype=torch.float64)
+    try:
+        with torch.no_grad():
+            zero, whole, given = (
+                alone(rows) - (rows @ weight.T + bias) for rows in (some[:1] * 0, one_each, some)
+            )
+    except _NOT_ALONE as error:  # float32 tensors, or needs sequences
+        raise InputError(
+            f"{name} cannot be evaluated alone ({' '.join(str(error).split())[:80]}). Merge it"
+        ) from None
+    apart = (given - some @ whole).norm()
+    if zero.abs().max() > _AT_ZERO or apart > _LINEAR * max(float(given.norm()), 1e-12):
+        raise InputError(
+            f"{name} changes its bias, or does more than multiply its input by a matrix, which no "
+            "plain LoRA does"
+        )
+    return whole.T, float(weight.norm())
+
+
+def _factor(change: torch.Tensor, name: str, limit: int, norm: float) -> Factors:
+    left, values, right = torch.linalg.svd(change, full_matrices=False)
+    need = int((values > max(_NOISE * norm, float(values[0]) * _SMALLEST)).sum())
+    if need > limit:
+        raise InputError(
+            f"the update of {name} has rank {need:,} of {min(change.shape):,}, above --max-rank "
+            f"{limit}. Merge it"
+        )
+    need = max(need, 1)
+    return Factors(right[:need].clone(), left[:, :need] * values[:need])
+
+
+_MERGE = "Merge it"
+TEMPLATE = "chat_template.jinja"
+
+
+class Writer(Protocol):
+    """Write and read normal forms in one format; servers load `file`, or the directory if empty."""
+
+    file: str
+
+    def check(self, entry: ServedModel) -> None:
+        """Refuse an adapter that the format cannot represent, by the base's config alone."""
+
+    def write(self, place: Path, form: NormalForm, entry: ServedModel) -> None:
+        """Write the adapter into the directory `place`."""
+
+    def read(self, place: Path, form: NormalForm, _entry: ServedModel) -> NormalForm:
+        """Read the written file back; use `form` only for what the file cannot represent."""
+
+
+@dataclass(frozen=True)
+class AdapterCheck:
+    """Measurements of one written adapter.
+
+    Attributes:
+        difference: largest difference of a logit from the run.
+        scale: largest logit.
+        effect: largest change of a logit by the adapter.
+        quantized: KL divergence from the run on its quantized base; None for the same base.
+    """
+
+    difference: float
+    scale: float
+    effect: float
+    quantized: float | None
+
+
+def plan_adapters(
+    config: ExportConfig, found: ModelRef | Mapping[str, ModelRef], writer: Writer
+) -> AdaptersExport:
+    """Plan the export of one adapter, or of several by name.
+
+    Raises:
+        InputError: An adapter cannot become plain LoRA or be served as trained, or they do not
+            share a base.
+    """
+    server = SERVERS.get(config.server or "")
+    named = found if isinstance(found, Mapping) else {adapter_name(found): found}
+    entries = [open_entry(name, one, server) for name, one in named.items()]
+    if server is not None:
+        check_signs(server, [entry.name for entry in entries], config.out)
+    notes: list[str] = []
+    forms: dict[str, NormalForm | None] = {}
+    for entry in entries:
+        try:
+            plain_form_of(entry.peft_config)
+            notes += check_for(entry, server)
+            writer.check(entry)
+            form = compute_normal_form(
+                entry.directory, entry.peft_config, entry.base, config.max_rank
+            )
+            form = form and check_form(form, entry, server)
+        except InputError as error:
+            raise InputError(_refusal(entry, config, str(error))) from None
+        forms[entry.name] = form
+    _check_together(entries, server)
+    return AdaptersExport(config, server, entries, forms, list(dict.fromkeys(notes)), writer)
+
+
+def _refusal(entry: ServedModel, config: ExportConfig, reason: str) -> str:
+    """Return an error message that names the adapter, and how to merge it if it can be merged."""
+    peft_config = entry.peft_config
+    server = SERVERS.get(config.server or "")
+    what = f"for {server.title}" if server else f"as {config.format}"
+    reason = f"{entry.name} cannot be written {what}: {reason.rstrip('.')}"
+    if reason.endswith(_MERGE):
+        reason = reason.removesuffix(_MERGE)
+        kind = str(peft_config.get("peft_type"))
+        if why_not_mergeable(peft_config) is None:
+            reason += f"Merge it: --format {whole_format(server)}"
+        elif kind in BY_PEFT_TYPE:
+            reason += "It cannot be merged either: keep it with PEFT or ftlevel"
+        else:
+            reason += "Merge it by merge_and_unload of PEFT, and serve the model"
+    return reason + "."
+
+
+def _check_together(entries: Sequence[ServedModel], server: Server | None) -> None:
+    """Refuse adapters that one server cannot serve together."""
+    if len(entries) == 1:
+        return
+    if server is not None and not server.several:
+        raise ConfigError(
+            f"--for {server.name} serves one adapter, and here are {len(entries)}: "
+            f"{join_names(entry.name for entry in entries)}. Name one of them."
+        )
+    first = entries[0]
+    for entry in entries[1:]:
+        cards = (first.found.card.base, entry.found.card.base)
+        marks = [card.get("fingerprint") for card in cards]
+        if entry.base_name != first.base_name or (all(marks) and marks[0] != marks[1]):
+            raise InputError(
+                f"{first.name} and {entry.name} have not the same base ({first.base_name} and "
+                f"{entry.base_name}), and a server holds one. Export them one by one."
+            )
+    templates = {entry.own_chat_template for entry in entries}
+    if server is not None and len(templates) > 1:
+        raise InputError(
+            f"{join_names(entry.name for entry in entries)} were trained with different chat "
+            "templates, and a server has one for all. Export them one by one."
+        )
+
+
+@dataclass(frozen=True)
+class AdaptersExport:
+    """Planned export of adapters, before weights of the base are loaded.
+
+    Loaded layers are probed if a value of `forms` is None. A `server` of None writes the format
+    only.
+    """
+
+    config: ExportConfig
+    server: Server | None
+    entries: list[ServedModel]
+    forms: dict[str, NormalForm | None]
+    notes: list[str]
+    writer: Writer
+
+    def choices(self, device: Choice) -> Iterator[Choice]:
+        """Yield the lines for the console."""
+        for entry in self.entries:
+            form = self.forms[entry.name]
+            reason = "known when its layers are computed" if form is None else f"rank {form.rank}"
+            yield Choice(entry.name, entry.found.card.method, reason)
+        yield Choice("base", self.entries[0].base_name)
+        why = f"what {self.server.title} loads" if self.server else "--format"
+        yield Choice("format", self.config.format, why)
+        yield Choice("out", self.config.out)
+        if self.config.verify:
+            yield device
+
+    def dry_run(self) -> dict[str, Any]:
+        """Return the summary of the planned export."""
+        return self._summary(self.forms, {}, verified=False)
+
+    def write(self, place: Path, device: str, listener: Listener, merge: Any) -> dict[str, Any]:  # noqa: ARG002 - nothing is merged
+        """Write every adapter into `place` and compare; return the summary."""
+        forms: dict[str, NormalForm | None] = {}
+        checks: dict[str, AdapterCheck] = {}
+        records: list[AdapterRecord] = []
+        for entry in self.entries:
+            own = place if len(self.entries) == 1 else place / entry.name
+            own.mkdir(exist_ok=True)
+            form, check, recorded = self._write_one(entry, own, device, listener)
+            forms[entry.name] = form
+            if check is not None:
+                checks[entry.name] = check
+                records.append(recorded)
+        summary = self._summary(forms, checks, verified=self.config.verify)
+        if records:
+            facts = {key: summary[key] for key in ("model", "server", "base", "start")}
+            facts |= {"file_format": self.config.format, "dtype": _stored_dtype(self.entries[0])}
+            write_served(place / FILE, facts, records)
+        write_card(place, summary)
+        return summary
+
+    def _write_one(
+        self, entry: ServedModel, own: Path, device: str, listener: Listener
+    ) -> tuple[NormalForm, AdapterCheck | None, AdapterRecord]:
+        form, prompts = self.forms[entry.name], entry.prompts()
+        base: ModelOutputs | None = None
+        trained: ModelOutputs | None = None
+        if form is None or self.config.verify:
+            listener.stage(f"ask {entry.name} as trained")
+            base, trained, form = self._ask_trained(entry, prompts, form, device)
+        listener.stage(f"write {entry.name}")
+        self.writer.write(own, form, entry)
+        if (template := entry.own_chat_template) is not None:
+            (own / TEMPLATE).write_text(template, encoding="utf-8")
+        check = None
+        if self.config.verify and trained is not None:
+            listener.stage(f"read {entry.name} back and compare")
+            found = self.writer.read(own, form, entry)
+            check = self._compare(entry, found, prompts, trained, base, device)
+            if check.effect <= BOUND * check.scale:
+                listener.warn(f"{entry.name} changes nothing: its logits are the base's.")
+        place = str(own.relative_to(own.parent) / self.writer.file) if len(self.entries) > 1 else (
+            self.writer.file or "."
+        )  # fmt: skip
+        spoken = {"trained": trained, "base": base}
+        return form, check, record(entry.name, place, form.rank, prompts, spoken)
+
+    def _ask_trained(
+        self, entry: ServedModel, prompts: list[Prompt], form: NormalForm | None, device: str
+    ) -> tuple[ModelOutputs | None, ModelOutputs, NormalForm]:
+        """Return outputs of base and run, and the normal form, probed if `form` is None."""
+        base = None
+        if entry.answers:
+            alone = load_ref(entry.in_float32(with_adapter=False), device).model
+            base = run_prompts(alone, entry, prompts)
+            del alone
+        tuned = load_ref(entry.in_float32(), device).model
+        trained = run_prompts(tuned, entry, prompts)
+        if form is None:
+            try:
+                form = probe_normal_form(
+                    tuned.cpu(), entry.directory, entry.peft_config, entry.base,
+                    self.config.max_rank,
+                )  # fmt: skip
+                form = check_form(form, entry, self.server)
+            except InputError as error:
+                raise InputError(_refusal(entry, self.config, str(error))) from None
+        if base is None:
+            with tuned.disable_adapter():
+                base = run_prompts(tuned, entry, prompts)
+        del tuned
+        gc.collect()
+        return base, trained, form
+
+    def _compare(
+        self, entry: ServedModel, form: NormalForm, prompts: list[Prompt], trained: ModelOutputs,
+        base: ModelOutputs | None, device: str,
+    ) -> AdapterCheck:  # fmt: skip
+        """Load what was read back with PEFT; raise RunError if its logits differ from the run's."""
+        from peft import PeftModel
+
+        fresh, _ = load_model(
+            entry.found.source, entry.model_config, entry.auto_class,
+            dtype=torch.float32, device=device,
+        )  # fmt: skip
+        with Workspace("normal") as folder:
+            write_normal(Path(folder), form, entry)
+            plain = PeftModel.from_pretrained(fresh, folder).eval()
+        found = run_prompts(plain, entry, prompts)
+        del plain, fresh
+        gc.collect()
+        difference, scale = answers.largest_difference(trained, found), answers.scale(trained)
+        if not difference <= BOUND * scale:
+            raise RunError(
+                f"what was written is not {entry.name}: read back and put onto its base by PEFT, "
+                f"its logits differ by up to {difference:.3g} (the largest is {scale:.3g}). "
+                "Nothing is saved. Merge it: --format merged. Please report this with the command."
+            )
+        effect = answers.largest_difference(trained, base) if base is not None else 0.0
+        kind = entry.found.card.quantization.get("kind", "none")
+        quantized = None
+        if kind != "none" and not entry.found.is_stored_quantized:
+            as_trained = load_ref(entry.found, device).model
+            quantized = answers.divergence(run_prompts(as_trained, entry, prompts), found)
+        return AdapterCheck(difference, scale, effect, quantized)
+
+    def _summary(
+        self, forms: Mapping[str, NormalForm | None], checks: Mapping[str, AdapterCheck], *,
+        verified: bool,
+    ) -> dict[str, Any]:  # fmt: skip
+        config, several = self.config, len(self.entries) > 1
+        adapters, parts = [], []
+        for entry in self.entries:
+            form, check = forms[entry.name], checks.get(entry.name)
+            own = config.out / entry.name if several else config.out
+            template = own / TEMPLATE if entry.own_chat_template is not None else None
+            parts.append(Part(entry.name, own / self.writer.file, form.rank if form else 0,
+                              template))  # fmt: skip
+            adapters.append({
+                "name": entry.name,
+                "method": entry.found.card.method,
+                "rank": form and form.rank,
+                "modules": form and len(form.factors),
+                "whole_modules": form and form.whole_modules,
+                "way": form and form.way,
+                "changes": form.said if form else [],
+                "chat_template": template and str(template),
+                "check": check and {
+                    "max_difference": check.difference, "largest_logit": check.scale,
+                    "effect": check.effect, "kl_from_quantized": check.quantized,
+                },
+            })  # fmt: skip
+        known = self.server is not None and all(forms.values())
+        start = build_adapter_commands(self.server, self.entries[0].base_name, parts) if (
+            known and self.server
+        ) else []  # fmt: skip
+        return {
+            "model": config.model,
+            "format": config.format,
+            "server": self.server and self.server.name,
+            "base": self.entries[0].base_name,
+            "adapters": adapters,
+            "notes": self.notes,
+            "start": start,
+            "out": str(config.out),
+            "verified": verified,
+            "versions": library_versions(),
+        }
+
+    def describe(self, summary: Mapping[str, Any]) -> Iterator[str]:
+        """Yield the lines of the result."""
+        for adapter in summary["adapters"]:
+            rank = adapter["rank"]
+            size = f"rank {rank}, {adapter['modules']:,} modules" if rank else "rank not known yet"
+            yield f"{adapter['name']}: plain LoRA, {size}"
+            for change in adapter["changes"]:
+                yield f"  {change}"
+            if adapter["chat_template"]:
+                yield f"  its chat template is not the base's: {adapter['chat_template']}"
+            if (check := adapter["check"]) is not None:
+                yield from _check_lines(check)
+        if summary.get("dry_run"):
+            yield "dry run: everything but the numbers was checked, nothing was written."
+        else:
+            if not summary["verified"]:
+                yield "not verified (--no-verify); there are no answers for ftlevel check-served"
+            yield f"saved {summary['out']}  ({summary['seconds']:.1f} s)"
+        if summary["start"]:
+            yield "serve it:"
+            yield from (f"  {command}" for command in summary["start"])
+            if summary["verified"]:
+                yield f"then: {check_command(summary)}"
+
+
+def _check_lines(check: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"  read back by PEFT: logits differ from the run's by {check['max_difference']:.2g} at "
+        f"most (largest {check['largest_logit']:.3g}; the adapter moves them by "
+        f"{check['effect']:.2g})"
+    )
+    if check["kl_from_quantized"] is not None:
+        yield (
+            f"  on the base that is not quantized it is KL {check['kl_from_quantized']:.2g} from "
+            "the run on its quantized base"
+        )
+
+
+def _stored_dtype(entry: ServedModel) -> str:
+    return str(getattr(entry.model_config, "dtype", None) or "float32").removeprefix("torch.")

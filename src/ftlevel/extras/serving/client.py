@@ -1,0 +1,274 @@
+"""Query a server with OpenAI's API, and judge whether an answer is the trained model's.
+
+Requests use no proxy, follow no redirect, and are bounded in time and size.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftlevel.errors import InputError
+from ftlevel.extras.serving.recorded import TOKENS, Answer
+
+_LARGEST = 4 * 2**20
+"""Maximum number of bytes read of a response."""
+_REASON = 200
+
+
+@dataclass(frozen=True)
+class ServerAnswer:
+    """A server's answer; `ids` and `logprobs` are None if the server does not return them."""
+
+    text: str
+    ids: list[int] | None = None
+    logprobs: list[float] | None = None
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+class RequestRefusedError(Exception):
+    """The server rejected a request; the message is its reason."""
+
+
+@dataclass
+class Client:
+    """Client of one server; `how` is the index of the request form that the server accepts."""
+
+    url: str
+    timeout: float
+    how: int = 0
+    _opener: Any = field(
+        default_factory=lambda: urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), _NoRedirect
+        )
+    )
+
+    def models(self) -> list[str]:
+        """Return the names of the server's models; empty if it does not list them."""
+        try:
+            rows = self._ask("/models", None).get("data") or []
+            return [str(row["id"]) for row in rows]
+        except (RequestRefusedError, InputError, KeyError, TypeError, AttributeError):
+            return []  # some servers fail here but still answer
+
+    def complete(
+        self, model: str, prompt: Mapping[str, Any], more: Mapping[str, Any]
+    ) -> ServerAnswer:
+        """Return the completion of `prompt`, sent as token ids or, if necessary, as text.
+
+        Raises Refused if the server accepts no form of the request.
+        """
+        ways = list(_ways(prompt))
+        reason = ""
+        for number in range(self.how, len(ways)):
+            body = {"model": model, "max_tokens": TOKENS, "temperature": 0, **ways[number], **more}
+            try:
+                heard = _parse_response(self._ask("/completions", body))
+            except RequestRefusedError as refused:
+                reason = str(refused)
+                continue
+            self.how = number
+            return heard
+        raise RequestRefusedError(reason)
+
+    @property
+    def by_text(self) -> bool:
+        """Whether the server accepts only text, not token ids."""
+        return self.how >= _FIRST_TEXT
+
+    def chat(
+        self, model: str, messages: list[dict[str, str]], more: Mapping[str, Any]
+    ) -> ServerAnswer:
+        """Return the answer to `messages`; raise Refused if the server has no chat endpoint."""
+        body = {"model": model, "messages": messages, "max_tokens": TOKENS, "temperature": 0,
+                "logprobs": True, "return_token_ids": True, **more}  # fmt: skip
+        return _parse_response(self._ask("/chat/completions", body))
+
+    def _ask(self, path: str, body: Mapping[str, Any] | None) -> Any:
+        base = self.url.rstrip("/")
+        base = base if base.endswith("/v1") else base + "/v1"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(  # the config validates http(s)
+            base + path, data, {"Content-Type": "application/json"}
+        )
+        try:
+            with self._opener.open(request, timeout=self.timeout) as answer:
+                return json.loads(answer.read(_LARGEST))
+        except urllib.error.HTTPError as error:
+            said = " ".join(error.read(_LARGEST).decode(errors="replace").split())[:_REASON]
+            raise RequestRefusedError(
+                f"{path} gave {error.code} ({said or error.reason})"
+            ) from None
+        except ValueError as error:
+            raise RequestRefusedError(f"{path} gave no JSON ({error})") from None
+        except OSError as error:
+            reason = getattr(error, "reason", error)
+            raise InputError(
+                f"--url {self.url}: {reason} at {path}. Start the server, by the command that "
+                "export printed, and name its address."
+            ) from None
+
+
+_FIRST_TEXT = 2
+
+
+def _ways(prompt: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the forms of a request, token ids first, with `logprobs` as a number or as a flag."""
+    yield {"prompt": prompt["ids"], "logprobs": 1, "return_token_ids": True}
+    yield {"prompt": prompt["ids"], "logprobs": True}
+    if prompt.get("rendered"):
+        yield {"prompt": prompt["rendered"], "logprobs": True}
+        yield {"prompt": prompt["rendered"]}
+
+
+def _parse_response(answer: Any) -> ServerAnswer:
+    """Parse a response of any of the servers; raise Refused if its form is unknown."""
+    try:
+        choice = answer["choices"][0]
+        text = choice["text"] if "text" in choice else choice["message"]["content"]
+        said = choice.get("logprobs") or {}
+        rows = said.get("content")
+        ids: list[int] | None = None
+        logprobs: list[float] | None = said.get("token_logprobs")
+        if rows is not None:  # llama.cpp, mlx-lm
+            ids = [row["id"] for row in rows] if all("id" in row for row in rows) else None
+            logprobs = [float(row["logprob"]) for row in rows]
+        ids = choice.get("token_ids") or ids
+        return ServerAnswer(str(text or ""), ids, logprobs or None)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise RequestRefusedError(f"an answer in another form ({error!r})") from None
+
+
+TRAINED = "as trained"
+EITHER = "as trained, and as the base"
+BASE = "the base's answer"
+ELSE = "something else"
+_EXACT, _ROUNDED = 0.02, 0.1
+_COARSEST = 0.5
+_LARGEST_OF = {"float32": _EXACT, "f32": _EXACT,
+               **dict.fromkeys(("q8_0", "q5_0", "q4_0"), _COARSEST)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Judgment of one answer, over its first `tokens` tokens.
+
+    `difference` is the largest difference of a log-probability from the trained model's; None if
+    none was compared.
+    """
+
+    word: str
+    difference: float | None
+    tokens: int
+
+
+def tolerance_of(dtype: str) -> float:
+    """Return the allowed difference of log-probabilities for weights served in `dtype`."""
+    return _LARGEST_OF.get(dtype, _ROUNDED)
+
+
+def widen_tolerance(
+    tolerance: float, heard: Sequence[ServerAnswer], base: Sequence[Answer]
+) -> float:
+    """Return the allowed difference of log-probabilities: at least twice the server's base error.
+
+    A quantized base rounds activations equally with and without an adapter, so the answers without
+    it (`heard`, recorded as `base`) show the effect. An error above that of the coarsest type means
+    another model, and `tolerance` is returned unchanged.
+    """
+    difference = max(_distance(one, known) for one, known in zip(heard, base, strict=True))
+    return max(tolerance, 2 * difference) if difference <= _COARSEST else tolerance
+
+
+def _distance(heard: ServerAnswer, known: Answer) -> float:
+    """Return the largest difference of a log-probability between `heard` and `known`.
+
+    At the first different token, rounding has moved two log-probabilities by the margin between
+    them.
+    """
+    if heard.ids is None or heard.logprobs is None:
+        return 0.0
+    pairs, is_whole = _aligned(heard, known)
+    moved = [abs(heard.logprobs[one] - known.logprobs[other]) for one, other in pairs]
+    common = len(pairs)
+    if not is_whole and common < min(len(heard.ids), len(known.ids)):
+        moved.append(known.margins[common] / 2)
+    return max(moved, default=0.0)
+
+
+def judge_answer(
+    heard: ServerAnswer, trained: Answer, base: Answer | None, tolerance: float
+) -> Verdict:
+    """Return which recorded answer matches: the trained model's, the base's, both or neither."""
+    fits, difference, tokens = _compare_answer(heard, trained, tolerance)
+    fits_base = base is not None and _compare_answer(heard, base, tolerance)[0]
+    word = (EITHER if fits_base else TRAINED) if fits else (BASE if fits_base else ELSE)
+    return Verdict(word, difference, tokens)
+
+
+def _compare_answer(
+    heard: ServerAnswer, known: Answer, tolerance: float
+) -> tuple[bool, float | None, int]:
+    """Return whether `heard` matches `known`, the largest difference, and the number of tokens.
+
+    Correct answers may diverge where the margin to the second token is below twice the tolerance.
+    """
+    if heard.ids is None:
+        # Without token ids, equal text means that the logprobs belong to equal tokens.
+        same = _plain(heard.text) == _plain(known.text)
+        rows = list(zip(heard.logprobs or (), known.logprobs, strict=False)) if same else []
+        far = max((abs(one - other) for one, other in rows), default=None)
+        return same and (far is None or far <= tolerance), far, len(rows)
+    pairs, whole = _aligned(heard, known)
+    fits = whole or _part_rightly(heard, known, len(pairs), tolerance)
+    logprobs = heard.logprobs
+    if logprobs is None or not pairs:
+        return fits, None, 0
+    far = max(abs(logprobs[one] - known.logprobs[other]) for one, other in pairs)
+    return fits and far <= tolerance, far, len(pairs)
+
+
+def _part_rightly(heard: ServerAnswer, known: Answer, common: int, tolerance: float) -> bool:
+    """Whether the answers match after `common` tokens, up to the effects of rounding."""
+    if common == len(known.ids):
+        return True
+    if common == len(heard.ids or ()):  # servers omit the end-of-sequence token
+        return common == len(known.ids) - 1
+    if known.margins[common] >= 2 * tolerance:
+        return False
+    if heard.logprobs is None:
+        return common > 0
+    second = known.logprobs[common] - known.margins[common]
+    return abs(heard.logprobs[common] - second) <= tolerance
+
+
+def _aligned(heard: ServerAnswer, known: Answer) -> tuple[list[tuple[int, int]], bool]:
+    """Return pairs of indices of equal tokens, and whether `heard` contains the whole answer.
+
+    llama.cpp omits tokens that end inside a character from its list; the text then lacks only that
+    character.
+    """
+    ids = heard.ids or []
+    pairs, at = [], 0
+    for other, token in enumerate(known.ids):
+        if at < len(ids) and ids[at] == token:
+            pairs.append((at, other))
+            at += 1
+    if at == len(ids) < len(known.ids) and _plain(heard.text) == _plain(known.text):
+        return pairs, True
+    common = 0
+    while common < min(len(ids), len(known.ids)) and ids[common] == known.ids[common]:
+        common += 1
+    return [(index, index) for index in range(common)], False
+
+
+def _plain(text: str) -> str:
+    return "".join(c for c in text if c != "\ufffd" and (c.isprintable() or c.isspace())).strip()

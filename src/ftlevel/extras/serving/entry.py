@@ -1,0 +1,410 @@
+"""One adapter to be served: its base, its prompts, start commands for servers, and its README."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from shlex import join, quote
+from typing import Any
+
+from ftlevel.config.export import Server
+from ftlevel.data.encoding.encode import PromptFormat, encode_prompt, read_format
+from ftlevel.errors import ConfigError, InputError, join_names, with_article
+from ftlevel.extras.adapterhub.adapter import is_adapterhub
+from ftlevel.merging.normal_form import BaseWeights, open_base
+from ftlevel.methods.merging import read_peft_config
+from ftlevel.models.kinds import model_kind
+from ftlevel.models.loading import load_config, load_tokenizer
+from ftlevel.tasks import TASKS
+from ftlevel.trained.load import card_overrides
+from ftlevel.trained.model_ref import ModelRef, load_own_tokenizer
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the served adapters; `template` is its chat template file if it has its own."""
+
+    name: str
+    place: Path
+    rank: int
+    template: Path | None = None
+
+
+def rank_limit(server: Server, rank: int) -> int:
+    """Return the smallest rank limit that `server` supports and that is at least `rank`."""
+    return next((limit for limit in server.ranks if limit >= rank), rank)
+
+
+def build_adapter_commands(server: Server, base: str, parts: Sequence[Part]) -> list[str]:
+    """Return the commands, in order, that serve `parts` on `base`."""
+    rank = rank_limit(server, max(part.rank for part in parts))
+    named = [_pair(server, part) for part in parts]
+    template = next((part.template for part in parts if part.template is not None), None)
+    several = len(parts) > 1
+    if server.name == "vllm":
+        command = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank)]
+        command += ["--max-loras", str(len(parts))] * several + ["--lora-modules", *named]
+        return [join(command + (["--chat-template", str(template)] if template else []))]
+    if server.name == "sglang":
+        command = ["python", "-m", "sglang.launch_server", "--model-path", base, "--enable-lora"]
+        command += ["--max-lora-rank", str(rank), "--lora-paths", *named]
+        return [join(command + (["--chat-template", str(template)] if template else []))]
+    if server.name == "tgi":
+        return [join(["text-generation-launcher", "--model-id", base,
+                      "--lora-adapters", ",".join(named)])]  # fmt: skip
+    if server.name == "mlx":
+        return [join(["mlx_lm.server", "--model", base, "--adapter-path", str(parts[0].place)])]
+    if server.name == "llama.cpp":
+        return _llama(base, parts, template)
+    return _openvino(base, f"{Path(base).name}-openvino", parts)
+
+
+def check_command(summary: Mapping[str, Any]) -> str:
+    """Return the `ftlevel check-served` command for the export that `summary` describes."""
+    inside = summary["server"] == "openvino"  # a library without a server
+    where = "--in openvino --python PYTHON" if inside else "--url http://127.0.0.1:PORT"
+    return f"ftlevel check-served {quote(summary['out'])} {where}"
+
+
+def check_signs(server: Server, names: Sequence[str], out: Path) -> None:
+    """Raise ConfigError if a name or `out` contains a separator of the server's command line."""
+    signs = {"tgi": "=,", "llama.cpp": ","}.get(server.name, "")
+    for what, text in (*(("the name", name) for name in names), ("--out", str(out))):
+        if found := [sign for sign in signs if sign in text]:
+            raise ConfigError(
+                f"{what} {text} has a {found[0]!r}, at which {server.title} takes its command line "
+                "apart. Choose another."
+            )
+
+
+def _pair(server: Server, part: Part) -> str:
+    """Return NAME=PATH, or JSON if one of them contains a separator."""
+    pair = f"{part.name}={part.place}"
+    if (pair.count("=") == 1 and "," not in pair) or server.name not in ("vllm", "sglang"):
+        return pair
+    keys = ("name", "path") if server.name == "vllm" else ("lora_name", "lora_path")
+    return json.dumps(dict(zip(keys, (part.name, str(part.place)), strict=True)))
+
+
+def _llama(base: str, parts: Sequence[Part], template: Path | None) -> list[str]:
+    file = base if base.endswith(".gguf") else f"{Path(base).name}.gguf"
+    first = [] if base.endswith(".gguf") else [join(["ftlevel", "export", base, "--out", file])]
+    command = ["llama-server", "-m", file]
+    for part in parts:
+        command += ["--lora", str(part.place)]
+    if len(parts) > 1:
+        # Requests select adapters with {"lora": [{"id": 0, "scale": 1.0}]}. The prompt cache would
+        # be shared between adapters (xllamacpp 2026.10.11549).
+        command += ["--lora-init-without-apply", "--cache-ram", "0"]
+    if template:
+        command += ["--jinja", "--chat-template-file", str(template)]
+    return [*first, join(command)]
+
+
+def _openvino(model: str, place: str, parts: Sequence[Part] = ()) -> list[str]:
+    """Return commands that convert `model` for OpenVINO and run it, with each of `parts`."""
+    files = [str(part.place / "adapter_model.safetensors") for part in parts]
+    said = '"Hello", max_new_tokens=8'
+    script = [f'pipe = ov.LLMPipeline({place!r}, "CPU")', f"print(pipe.generate({said}))"]
+    if files:
+        script = [
+            f"own = [ov.Adapter(file) for file in {files!r}]",
+            f'pipe = ov.LLMPipeline({place!r}, "CPU", adapters=ov.AdapterConfig(own))',
+            f"print([str(pipe.generate({said}, adapters=ov.AdapterConfig(one))) for one in own])",
+        ]
+    convert = ["optimum-cli", "export", "openvino", "--model", model,
+               "--task", "text-generation-with-past", "--weight-format", "fp16"]  # fmt: skip
+    run = "; ".join(["import openvino_genai as ov", *script])
+    return [join([*convert, place]), join(["python", "-c", run])]
+
+
+def build_model_commands(server: Server, place: Path, name: str) -> list[str]:
+    """Return the commands that serve the whole model at `place`."""
+    path = str(place)
+    if server.name == "openvino":
+        return _openvino(path, f"{name}-openvino")
+    commands = {
+        "vllm": ["vllm", "serve", path],
+        "sglang": ["python", "-m", "sglang.launch_server", "--model-path", path],
+        "tgi": ["text-generation-launcher", "--model-id", path],
+        "llama.cpp": ["llama-server", "-m", path],
+        "ollama": ["ollama", "create", name, "-f", str(place.with_suffix(".Modelfile"))],
+        "mlx": ["mlx_lm.server", "--model", path],
+    }
+    more = [["ollama", "run", name]] if server.name == "ollama" else []
+    return [join(command) for command in [commands[server.name], *more]]
+
+
+TEXTS = (
+    "Write a sentence about rain.",
+    "What does this function return?",
+    "Name three animals that can swim.",
+    "The list is sorted, and then",
+    "Explain why the sky is blue.",
+    "Summarize: The bridge was closed for two days, as the river had risen.",
+)
+"""Prompts for the trained model and for the server; short, so that a check is cheap."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, as text, token ids and chat messages; messages are empty without a template.
+
+    `rendered` is the text of `ids` for servers without token ids; empty if it encodes differently.
+    """
+
+    text: str
+    ids: list[int]
+    messages: list[dict[str, str]]
+    rendered: str = ""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """An adapter, or a whole model, to be served under `name`."""
+
+    name: str
+    found: ModelRef
+
+    @property
+    def directory(self) -> Path:
+        """Directory of the adapter."""
+        if self.found.directory is None:
+            raise TypeError("an adapter has a directory")
+        return self.found.directory
+
+    @cached_property
+    def peft_config(self) -> dict[str, Any]:
+        """The adapter's adapter_config.json."""
+        return read_peft_config(self.directory)
+
+    @cached_property
+    def model_config(self) -> Any:
+        """Config of the base, with the trained head."""
+        return load_config(self.found.source, **card_overrides(self.found.card))
+
+    @property
+    def task(self) -> Any:
+        """Task that the adapter was trained for."""
+        return TASKS[self.found.card.task]
+
+    @property
+    def kind(self) -> str:
+        """Kind of the model, such as decoder."""
+        return model_kind(self.model_config)
+
+    @property
+    def auto_class(self) -> str:
+        """Name of the transformers class for the task."""
+        return self.task.auto_class(self.kind, self.model_config.model_type)
+
+    @property
+    def answers(self) -> bool:
+        """Whether the model continues a prompt, as servers require."""
+        return self.kind == "decoder" and self.task.writes_text
+
+    @property
+    def base_name(self) -> str:
+        """Hub id of the base, or its absolute path."""
+        source = self.found.source
+        if source.kind == "hub":
+            return source.name
+        place = Path(source.location, source.gguf_file or "")
+        return str(place.resolve())
+
+    @cached_property
+    def base(self) -> BaseWeights:
+        """Weights of the base."""
+        return open_base(self.found.source, self.model_config, self.auto_class)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Tokenizer that the adapter was trained with."""
+        return load_own_tokenizer(self.found.source, self.found.directory)
+
+    @cached_property
+    def base_tokenizer(self) -> Any:
+        """Tokenizer of the base, which servers use."""
+        return load_tokenizer(self.found.source)
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """Tokens of the adapter's tokenizer that the base's tokenizer lacks."""
+        return sorted(set(self.tokenizer.get_vocab()) - set(self.base_tokenizer.get_vocab()))
+
+    @property
+    def own_chat_template(self) -> str | None:
+        """Chat template of training, if it differs from the base's; else None."""
+        own = getattr(self.tokenizer, "chat_template", None)
+        other = getattr(self.base_tokenizer, "chat_template", None)
+        return own if isinstance(own, str) and own != other else None
+
+    def prompts(self) -> list[Prompt]:
+        """Return the prompts, formatted as in training."""
+        format_ = read_format(self.found.card) or PromptFormat("plain")
+        chats = format_.kind == "chat-template"
+        found = []
+        for text in TEXTS:
+            said = {"role": "user", "content": format_.user_text(text)}
+            messages = format_.with_system([said]) if chats else []
+            ids = encode_prompt(self.tokenizer, format_, text)
+            rendered = self.tokenizer.decode(ids)
+            same = self.tokenizer(rendered)["input_ids"] == ids
+            found.append(Prompt(text, ids, messages, rendered if same else ""))
+        return found
+
+    def in_float32(self, *, with_adapter: bool = True) -> ModelRef:
+        """Return the reference with float32 weights, on a base that is not quantized on loading."""
+        card = replace(self.found.card, dtype="float32")
+        if not self.found.is_stored_quantized:
+            card = replace(card, quantization={"kind": "none"})
+        return replace(self.found, card=card, directory=self.directory if with_adapter else None)
+
+
+def adapter_name(found: ModelRef) -> str:
+    """Return the default name of an adapter: that of its run or directory."""
+    place = found.run or found.directory
+    return place.resolve().name if place is not None else found.source.name
+
+
+def _named(entry: ServedModel) -> str:
+    return str(entry.found.run or entry.directory)
+
+
+def open_entry(name: str, found: ModelRef, server: Server | None) -> ServedModel:
+    """Return the entry of `found`; raise InputError if it is not an adapter that PEFT can load."""
+    if found.directory is None:
+        what = f"{name} is a whole model, and there is no adapter to write"
+        if server is not None and "merged" in server.formats and found.source.kind != "gguf":
+            hub = found.source.kind == "hub"
+            place = Path(found.source.name if hub else found.source.location)
+            raise InputError(
+                f"{what}. {server.title} loads it as it is: "
+                f"{' && '.join(build_model_commands(server, place, place.name))}"
+            )
+        raise InputError(f"{what}. For one file name --format gguf.")
+    if is_adapterhub(found.directory):
+        raise InputError(f"{name} is a bottleneck adapter, which no server of ours loads.")
+    return ServedModel(name, found)
+
+
+def check_for(entry: ServedModel, server: Server | None) -> list[str]:
+    """Raise InputError if `server` would not serve the adapter as trained; return notes.
+
+    Only the card and the base's config are checked. The error states the alternative.
+    """
+    notes = []
+    kind, stored = (
+        entry.found.card.quantization.get("kind", "none"),
+        entry.found.is_stored_quantized,
+    )
+    if kind != "none" and not stored:
+        notes.append(
+            f"{entry.name} was trained on a base in {kind}; a server that loads "
+            f"{entry.base_name} in 16 or 32 bits gives the adapter another base than the one it "
+            "was trained on. ftlevel merge onto the dequantized weights is what was trained"
+        )
+    if server is None:
+        return notes
+    if not entry.answers:
+        raise InputError(
+            f"it was trained for {entry.found.card.task} on {with_article(entry.kind)}, and "
+            f"adapters of {server.title} write text by a decoder here. Write it with --format peft "
+            f"alone, or merge it: ftlevel merge {quote(_named(entry))} --out DIR"
+        )
+    family = entry.model_config.model_type
+    if server.families and family not in server.families:
+        raise InputError(
+            f"{server.title} is not known to name the modules of {family} as transformers "
+            f"does (known: {join_names(server.families)}). Merge it"
+        )
+    if entry.found.source.kind == "gguf" and "gguf" not in server.formats:
+        raise InputError(
+            f"its base is the file {entry.base_name}, and {server.title} serves adapters beside a "
+            "base of transformers' files. Merge it"
+        )
+    if added := entry.added_tokens:
+        raise InputError(
+            f"it was trained with {len(added):,} more tokens than its base has "
+            f"({join_names(map(repr, added), 3)}), and {server.title} reads the tokenizer of "
+            "the base "
+            f"only. Merge it"
+        )
+    return notes + [server.note] * bool(server.note)
+
+
+def whole_format(server: Server | None) -> str:
+    """Return the format in which `server` loads a merged model."""
+    formats = server.formats if server else ()
+    return next((name for name in formats if name in ("merged", "gguf")), "merged")
+
+
+def check_form(form: Any, entry: ServedModel, server: Server | None) -> Any:
+    """Return the normal form, with zero updates if `server` needs every layer adapted.
+
+    Raises InputError, with the alternative, if the server would not serve it as trained.
+    """
+    if server is None:
+        return form
+    if form.whole_modules:
+        raise InputError(
+            f"{server.title} does not load modules that were trained as a whole, here "
+            f"{join_names(form.whole_modules, 2)}. Merge it"
+        )
+    if not server.vocabulary and (words := form.in_vocabulary):
+        raise InputError(
+            f"{server.title} does not serve LoRA on {join_names(words, 3)} as it was trained. "
+            "Merge it"
+        )
+    if server.ranks and form.rank > server.ranks[-1]:
+        raise InputError(
+            f"it needs rank {form.rank}, and {server.title} ends at {server.ranks[-1]}. Merge it"
+        )
+    return form.on_every_layer(entry.base.model) if server.every_layer else form
+
+
+def write_card(place: Path, summary: Mapping[str, Any]) -> None:
+    """Write README.md of the exported adapters into `place`."""
+    names = [adapter["name"] for adapter in summary["adapters"]]
+    lines = [
+        "---",
+        f"base_model: {summary['base']}",
+        "library_name: peft",
+        "tags: [ftlevel, lora]",
+        "---",
+        "",
+        f"# {', '.join(names)}",
+        "",
+        f"Plain LoRA on `{summary['base']}`, written by ftlevel "
+        f"{summary['versions'].get('ftlevel', '')} from `{summary['model']}`: the scale is in B, "
+        "alpha is the rank of every module, so a reader that forgets a scale or a pattern is "
+        "right.",
+        "",
+    ]
+    for adapter in summary["adapters"]:
+        lines += [f"- **{adapter['name']}** ({adapter['method']}): rank {adapter['rank']}, "
+                  f"{adapter['modules']:,} modules", *(f"  - {said}" for said in
+                                                        adapter["changes"])]  # fmt: skip
+        if (check := adapter["check"]) is not None:
+            lines.append(
+                f"  - read back: logits within {check['max_difference']:.2g} of the run's (largest "
+                f"{check['largest_logit']:.3g}; the adapter moves them by {check['effect']:.2g})"
+            )
+    lines.append("")
+    lines += [f"{note}.\n" for note in summary["notes"]]
+    lines += serving_lines(summary)
+    (place / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def serving_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return Markdown on serving and checking the export; empty without a server."""
+    if not summary["start"]:
+        return []
+    lines = ["## Serve", "", "```sh", *summary["start"], "```", ""]
+    if summary.get("recorded", summary["verified"]):
+        lines += ["What it must answer is in served.json; what serves it is held to that by", "",
+                  "```sh", check_command(summary), "```", ""]  # fmt: skip
+    return lines

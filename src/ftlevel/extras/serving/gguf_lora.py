@@ -1,0 +1,101 @@
+"""Export plain LoRA as one .gguf file for llama.cpp.
+
+Each module has `NAME.weight.lora_a` (r, in) and `.lora_b` (out, r), with llama.cpp's NAME.
+llama.cpp's scale is `adapter.lora.alpha` / r = 1. Where the base's rows are permuted, as for
+Llama's queries and keys, so are the rows of B (convert_lora_to_gguf.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGUFReader, GGUFWriter
+
+from ftlevel.config import ExportConfig
+from ftlevel.errors import InputError, join_names
+from ftlevel.extras.serving.adapters import AdaptersExport, plan_adapters
+from ftlevel.extras.serving.entry import ServedModel
+from ftlevel.merging.normal_form import NormalForm
+from ftlevel.methods.plain_form import Factors
+from ftlevel.trained.model_ref import ModelRef
+from ftlevel.weights.gguf.families import FAMILIES, convert, find_problems
+from ftlevel.weights.gguf.file import name_map
+
+_FILE = "adapter.gguf"
+
+
+def plan_export(config: ExportConfig, found: ModelRef | Mapping[str, ModelRef]) -> AdaptersExport:
+    """Plan the export of one or several adapters; see `plan_adapters` for the errors."""
+    return plan_adapters(config.model_copy(update={"server": "llama.cpp"}), found, GgufWriter())
+
+
+class GgufWriter:
+    """Write and read adapter.gguf, whose metadata marks it as an adapter."""
+
+    file: str = _FILE
+
+    def check(self, entry: ServedModel) -> None:
+        """Refuse a base that llama.cpp computes differently from transformers."""
+        if problems := find_problems(entry.model_config):
+            raise InputError(f"for llama.cpp, {problems[0]}")
+
+    def write(self, place: Path, form: NormalForm, entry: ServedModel) -> None:
+        """Write the adapter into the directory `place`."""
+        config = entry.model_config
+        names = _names(form, config)
+        writer = GGUFWriter(str(place / _FILE), FAMILIES[config.model_type].architecture)
+        writer.add_string("general.type", "adapter")
+        writer.add_string("general.name", entry.name)
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", float(form.rank))
+        for name, own in form.factors.items():
+            # Rows of B must have the order of the base's rows in its file.
+            b = convert(config, names[name], own.b, is_conv1d=False)
+            writer.add_tensor(f"{names[name]}.lora_a", _array(own.a))
+            writer.add_tensor(f"{names[name]}.lora_b", _array(b))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    def read(self, place: Path, form: NormalForm, entry: ServedModel) -> NormalForm:
+        """Read the file back with llama.cpp's scale and row order."""
+        reader = GGUFReader(str(place / _FILE))
+        tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+        alpha = reader.get_field("adapter.lora.alpha").contents()
+        own_names = {wanted: name for name, wanted in _names(form, entry.model_config).items()}
+        factors = {}
+        for key in [key for key in tensors if key.endswith(".lora_a")]:
+            wanted = key.removesuffix(".lora_a")
+            a, b = tensors[key], tensors[f"{wanted}.lora_b"] * (alpha / len(tensors[key]))
+            factors[own_names[wanted]] = Factors(a, _in_order(entry.model_config, wanted, b))
+        return replace(form, factors=factors)
+
+
+def _names(form: NormalForm, config: Any) -> dict[str, str]:
+    """Return module → llama.cpp's name of its weight; raise InputError if it has none."""
+    names = name_map(config)
+    found = {
+        name: names.get_name(f"{name}.weight", try_suffixes=(".weight",)) for name in form.factors
+    }
+    if lost := [name for name, wanted in found.items() if wanted is None]:
+        raise InputError(f"llama.cpp has no place for {join_names(lost, 3)}. Merge it")
+    return {name: str(wanted) for name, wanted in found.items()}
+
+
+def _in_order(config: Any, name: str, b: torch.Tensor) -> torch.Tensor:
+    """Return the rows of `b` in transformers' order, by inverting the permutation of `convert`."""
+    numbered = torch.arange(b.shape[0], dtype=torch.float32).unsqueeze(-1)
+    went = convert(config, name, numbered, is_conv1d=False).squeeze(-1).long()
+    back = torch.empty_like(b)
+    back[went] = b
+    return back
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    return tensor.float().contiguous().numpy()

@@ -1,0 +1,82 @@
+"""Export plain LoRA for mlx-lm: transposed matrices with scale 1.
+
+mlx-lm adapts the modules `keys` of the last `num_layers` layers, and modules outside the layers by
+full name (`mlx_lm.tuner.utils.linear_to_lora_layers`, 0.32.2). It silently keeps the initial values
+of modules that the file lacks, so every layer gets the same modules.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ftlevel.artifacts.files import write_json
+from ftlevel.config import ExportConfig
+from ftlevel.config.export import SERVERS
+from ftlevel.errors import InputError, join_names
+from ftlevel.extras.serving.adapters import AdaptersExport, plan_adapters
+from ftlevel.extras.serving.entry import ServedModel
+from ftlevel.merging.normal_form import NormalForm
+from ftlevel.methods.plain_form import Factors
+from ftlevel.trained.model_ref import ModelRef
+
+_LAYER = re.compile(r"model\.layers\.\d+\.(.+)")
+_WEIGHTS = "adapters.safetensors"
+
+
+def plan_export(config: ExportConfig, found: ModelRef | Mapping[str, ModelRef]) -> AdaptersExport:
+    """Plan the export of one or several adapters; see `plan_adapters` for the errors."""
+    return plan_adapters(config.model_copy(update={"server": "mlx"}), found, MlxWriter())
+
+
+class MlxWriter:
+    """Write and read mlx-lm's adapters.safetensors and adapter_config.json."""
+
+    file: str = ""
+
+    def check(self, entry: ServedModel) -> None:
+        """Refuse a model family whose module names in mlx-lm are unknown."""
+        known, family = SERVERS["mlx"].families, entry.model_config.model_type
+        if family not in known:
+            raise InputError(
+                f"mlx-lm is not known to name the modules of {family} as transformers does "
+                f"(known: {join_names(known)}). Merge it"
+            )
+
+    def write(self, place: Path, form: NormalForm, entry: ServedModel) -> None:
+        """Write the adapter into the directory `place`."""
+        from safetensors.torch import save_file
+
+        form = form.on_every_layer(entry.base.model)
+        tensors = {}
+        for name, own in form.factors.items():
+            tensors[f"{name}.lora_a"] = own.a.T.float().contiguous()
+            tensors[f"{name}.lora_b"] = own.b.T.float().contiguous()
+        save_file(tensors, str(place / _WEIGHTS), {"format": "mlx"})
+        inside = (match[1] for name in form.factors if (match := _LAYER.fullmatch(name)))
+        config = {
+            "fine_tune_type": "lora",
+            "model": entry.base_name,
+            "num_layers": entry.model_config.num_hidden_layers,
+            "lora_parameters": {
+                "rank": form.rank,
+                "scale": 1.0,
+                "dropout": 0.0,
+                "keys": sorted(set(inside)),
+            },
+        }
+        write_json(place / "adapter_config.json", config)
+
+    def read(self, place: Path, form: NormalForm, _entry: ServedModel) -> NormalForm:
+        """Read the file back."""
+        from safetensors.torch import load_file
+
+        tensors = load_file(str(place / _WEIGHTS))
+        factors = {
+            name.removesuffix(".lora_a"): Factors(tensor.T, tensors[name.removesuffix("a") + "b"].T)
+            for name, tensor in tensors.items()
+            if name.endswith(".lora_a")
+        }
+        return replace(form, factors=factors)

@@ -1,0 +1,40 @@
+"""Export plain LoRA in PEFT's format, for vLLM, SGLang, TGI, OpenVINO GenAI, and PEFT itself."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from ftlevel.config import ExportConfig
+from ftlevel.extras.serving.adapters import AdaptersExport, plan_adapters
+from ftlevel.extras.serving.entry import ServedModel
+from ftlevel.merging.normal_form import NormalForm, read_normal, write_normal
+from ftlevel.trained.model_ref import ModelRef
+from ftlevel.weights.checkpoint import TOKENIZER_FILES
+
+
+def plan_export(config: ExportConfig, found: ModelRef | Mapping[str, ModelRef]) -> AdaptersExport:
+    """Plan the export of one or several adapters; see `plan_adapters` for the errors."""
+    return plan_adapters(config, found, PeftWriter())
+
+
+class PeftWriter:
+    """Write and read PEFT's files; copies the adapter's tokenizer too."""
+
+    file: str = ""
+
+    def check(self, entry: ServedModel) -> None:
+        """Accept any base: PEFT applies LoRA to any model."""
+
+    def write(self, place: Path, form: NormalForm, entry: ServedModel) -> None:
+        """Write the adapter into the directory `place`."""
+        write_normal(place, form, entry)
+        for pattern in TOKENIZER_FILES:
+            for path in sorted(entry.directory.glob(pattern)):
+                (place / path.relative_to(entry.directory)).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, place / path.relative_to(entry.directory))
+
+    def read(self, place: Path, form: NormalForm, _entry: ServedModel) -> NormalForm:
+        """Read the files back."""
+        return read_normal(place, form)

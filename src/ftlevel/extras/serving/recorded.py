@@ -1,0 +1,253 @@
+"""Record a model's logits and greedy answers to the prompts, and read and write served.json.
+
+served.json contains the expected outputs of a server, and those of the base, which reveal a server
+that ignores the adapter.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ftlevel.artifacts.cards import library_versions
+from ftlevel.artifacts.files import write_json
+from ftlevel.config import ExportConfig
+from ftlevel.config.export import SERVERS
+from ftlevel.errors import InputError
+from ftlevel.extras.serving.entry import Prompt, ServedModel, build_model_commands
+from ftlevel.models.sources import ModelSource
+from ftlevel.trained.load import load_ref
+from ftlevel.trained.model_ref import ModelRef
+
+TOKENS = 12
+"""Maximum number of recorded tokens per answer."""
+BOUND = 1e-4
+"""Allowed difference of logits, as a share of the largest one: float32 sums depend on order."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy answer of up to `TOKENS` tokens.
+
+    Attributes:
+        ids: token ids, with the end-of-sequence token if it was generated.
+        logprobs: log-probability of each token.
+        margins: difference in log-probability between each token and the second most likely
+            one.
+        text: decoded tokens without special tokens.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    margins: list[float]
+    text: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for served.json, rounded to the precision of float32."""
+        facts = asdict(self)
+        for key in ("logprobs", "margins"):
+            facts[key] = [round(value, 6) for value in facts[key]]
+        return facts
+
+
+@dataclass(frozen=True)
+class ModelOutputs:
+    """Outputs of one model for all prompts: logits of the head's shape, and greedy answers."""
+
+    logits: list[torch.Tensor]
+    answers: list[Answer]
+
+
+def run_prompts(model: Any, entry: ServedModel, prompts: Sequence[Prompt]) -> ModelOutputs:
+    """Run `model`, in eval mode, on all prompts."""
+    device = next(model.parameters()).device
+    logits, answers = [], []
+    with torch.no_grad():
+        for prompt in prompts:
+            ids = torch.tensor([prompt.ids], device=device)
+            if entry.answers:
+                found, answer = _continue(model, ids, entry.tokenizer)
+                answers.append(answer)
+            else:
+                found = _logits(model, ids, seq2seq="Seq2Seq" in entry.auto_class)
+            logits.append(found.float().cpu())
+    return ModelOutputs(logits, answers)
+
+
+def _logits(model: Any, ids: torch.Tensor, *, seq2seq: bool) -> torch.Tensor:
+    more = {"decoder_input_ids": ids[:, :8]} if seq2seq else {}
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **more)
+    if hasattr(output, "start_logits"):
+        return torch.cat([output.start_logits, output.end_logits], -1)[0]
+    return output.logits[0]
+
+
+def _continue(model: Any, ids: torch.Tensor, tokenizer: Any) -> tuple[torch.Tensor, Answer]:
+    """Return the logits of the prompt, and the greedy answer to it."""
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+    of_prompt, row = output.logits[0], output.logits[0, -1]
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    margins: list[float] = []
+    for number in range(TOKENS):
+        scores = torch.log_softmax(row.float(), -1)
+        best = scores.topk(2)
+        tokens.append(int(best.indices[0]))
+        logprobs.append(float(best.values[0]))
+        margins.append(float(best.values[0] - best.values[1]))
+        if tokens[-1] == tokenizer.eos_token_id or number + 1 == TOKENS:
+            break
+        output = model(
+            input_ids=torch.tensor([tokens[-1:]], device=ids.device),
+            past_key_values=output.past_key_values,
+            use_cache=True,
+        )
+        row = output.logits[0, -1]
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return of_prompt, Answer(tokens, logprobs, margins, text)
+
+
+def largest_difference(one: ModelOutputs, other: ModelOutputs) -> float:
+    """Return the largest difference between the logits of two models."""
+    pairs = zip(one.logits, other.logits, strict=True)
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+def scale(spoken: ModelOutputs) -> float:
+    """Return the largest absolute logit."""
+    return max(float(found.abs().max()) for found in spoken.logits)
+
+
+def divergence(one: ModelOutputs, other: ModelOutputs) -> float:
+    """Return the mean KL divergence of `other` from `one` over the prompts' tokens, in nats."""
+    found = [
+        (a.log_softmax(-1).exp() * (a.log_softmax(-1) - b.log_softmax(-1))).sum(-1).flatten()
+        for a, b in zip(one.logits, other.logits, strict=True)
+    ]
+    return float(torch.cat(found).mean())
+
+
+FILE = "served.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """Recorded prompts and answers of one adapter; `rank` is None for a whole model.
+
+    `place` is relative to served.json. Each prompt has the answers `trained` and maybe `base`.
+    """
+
+    name: str
+    place: str
+    rank: int | None
+    prompts: list[dict[str, Any]] = field(default_factory=list)
+
+
+def record(
+    name: str,
+    place: str,
+    rank: int | None,
+    prompts: Sequence[Prompt],
+    spoken: Mapping[str, ModelOutputs | None],
+) -> AdapterRecord:
+    """Return the prompts with the answers in `spoken`, keyed by `trained` and maybe `base`."""
+    asked = []
+    for index, prompt in enumerate(prompts):
+        answers = {
+            who: said.answers[index].to_dict()
+            for who, said in spoken.items()
+            if said is not None and said.answers
+        }
+        if answers:
+            row = {"text": prompt.text, "ids": prompt.ids, "messages": prompt.messages,
+                   "rendered": prompt.rendered}  # fmt: skip
+            asked.append(row | answers)
+    return AdapterRecord(name, place, rank, asked)
+
+
+def write_served(path: Path, facts: Mapping[str, Any], adapters: Sequence[AdapterRecord]) -> None:
+    """Write served.json; `facts` contain the server, the format, the base and the commands."""
+    rows = [{"name": a.name, "place": a.place, "rank": a.rank, "prompts": a.prompts}
+            for a in adapters]  # fmt: skip
+    write_json(path, {"format": _FORMAT, **facts, "adapters": rows, "versions": library_versions()})
+
+
+@dataclass(frozen=True)
+class ServingRecord:
+    """A parsed served.json; `facts` are all fields but the adapters."""
+
+    path: Path
+    facts: Mapping[str, Any]
+    adapters: list[AdapterRecord]
+
+
+def read_served(out: Path) -> ServingRecord:
+    """Read the served.json of the export at `out`; raise InputError if it has no valid answers."""
+    path = out / FILE if out.is_dir() else out.with_suffix(".served.json")
+    if not path.is_file():
+        raise InputError(
+            f"{out} has no {path.name}. Expected what ftlevel export --for SERVER --out wrote, "
+            "without --no-verify."
+        )
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if facts.pop("format") != _FORMAT:
+            raise InputError(f"{path} was written by a later ftlevel. Install that version.")
+        adapters = [AdapterRecord(**row) for row in facts.pop("adapters")]
+        for adapter in adapters:
+            for row in adapter.prompts:
+                for who in ("trained", "base"):
+                    if who in row:
+                        row[who] = Answer(**row[who])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not as export writes it ({error!r}). Export again.") from None
+    if not any(adapter.prompts for adapter in adapters):
+        raise InputError(f"{path} holds no answers: its model does not go on writing after a text.")
+    return ServingRecord(path, facts, adapters)
+
+
+def start_of(config: ExportConfig) -> list[str]:
+    """Return the commands that serve the whole model of `config`; empty without `--for`."""
+    if config.server is None:
+        return []
+    return build_model_commands(SERVERS[config.server], config.out, config.out.stem)
+
+
+def record_whole(
+    path: Path,
+    config: ExportConfig,
+    found: ModelRef,
+    source: ModelSource,
+    dtype: str,
+    device: str,
+) -> None:
+    """Write served.json at `path` with the answers of the exported model at `source`, in float32.
+
+    The base's answers are added if `found` is an adapter. `dtype` is that of the served weights.
+    """
+    name = config.out.stem
+    card = replace(found.card, quantization={"kind": "none"}, dtype="float32")
+    whole = ServedModel(name, replace(found, source=source, directory=None, card=card))
+    prompts = whole.prompts()
+    trained = run_prompts(load_ref(whole.found, device).model, whole, prompts)
+    base = None
+    if found.directory is not None and whole.answers:
+        entry = ServedModel(name, found)
+        base = run_prompts(
+            load_ref(entry.in_float32(with_adapter=False), device).model, entry, prompts
+        )
+    gc.collect()
+    recorded = record(name, config.out.name if config.out.suffix else ".", None, prompts,
+                      {"trained": trained, "base": base})  # fmt: skip
+    facts: Mapping[str, Any] = {
+        "model": config.model, "server": config.server, "base": None, "start": start_of(config),
+        "file_format": config.format, "dtype": dtype,
+    }  # fmt: skip
+    write_served(path, facts, [recorded])

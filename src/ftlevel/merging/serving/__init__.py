@@ -1,1 +1,0 @@
-"""Prepare adapters for inference servers and check their outputs; must not import the formats."""

@@ -1,0 +1,199 @@
+"""Adapters of AdapterHub's: the figures that its own package gave, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from adapterhub_cases import FAMILIES, Case, fill, logits_of
+from ftlevel.errors import InputError
+from ftlevel.extras.adapterhub.adapter import is_adapterhub, read_head, read_hub_adapter
+from ftlevel.extras.adapterhub.config_file import read_config, write_config
+from ftlevel.methods.bottleneck.layer import READS
+from ftlevel.trained.adapt import add_adapter, load_adapter
+
+FIGURES = json.loads(Path(__file__).with_name("adapterhub_figures.json").read_text())["cases"]
+PRE_NORM = ("gpt2", "llama", "t5")
+GPT2 = next(case for case in FIGURES if (case["family"], case["style"]) == ("gpt2", "seq_bn"))
+
+
+def base_of(case: dict[str, Any]) -> Any:
+    config = transformers.AutoConfig.for_model(case["family"], **FAMILIES[case["family"]][1])
+    model = getattr(transformers, case["auto_class"]).from_config(config)
+    for name, parameter in model.named_parameters():
+        fill(name, parameter)
+    return model.eval()
+
+
+def write_hub(case: dict[str, Any], directory: Path, **settings: Any) -> Path:
+    """Write the adapter as AdapterHub did, with other `settings` of its config."""
+    directory.mkdir(exist_ok=True)
+    weights = {name: torch.empty(shape) for name, shape in case["shapes"].items()}
+    for name, tensor in weights.items():
+        fill(name, tensor)
+    torch.save(weights, directory / "pytorch_adapter.bin")
+    config = {**case["settings"]["config"], **settings}
+    (directory / "adapter_config.json").write_text(
+        json.dumps({**case["settings"], "config": config})
+    )
+    return directory
+
+
+def last_logits(model: Any, case: dict[str, Any]) -> torch.Tensor:
+    asked = Case(0, case["family"], case["style"], case["auto_class"])
+    return logits_of(model, asked)[:, -1, :6]
+
+
+@pytest.mark.parametrize("case", FIGURES, ids=lambda case: f"{case['family']}-{case['style']}")
+def test_an_adapter_computes_what_it_computed_there(case: dict[str, Any], tmp_path: Path) -> None:
+    base = base_of(case)
+    before = last_logits(base, case)
+    found = last_logits(load_adapter(base, write_hub(case, tmp_path)), case)
+    expected = torch.tensor(case["logits"])
+    assert (expected - before).abs().max() > 0.1
+    assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in FIGURES if c["family"] in PRE_NORM and c["style"] in ("seq_bn", "par_bn")],
+    ids=lambda case: f"{case['family']}-{case['style']}",
+)
+def test_ours_of_the_older_names_are_other_adapters_on_pre_norm_models(
+    case: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(READS, "seq_bn", "output")  # what pfeiffer reads
+    monkeypatch.setitem(READS, "par_bn", "input")  # what parallel reads
+    found = last_logits(load_adapter(base_of(case), write_hub(case, tmp_path)), case)
+    assert (found - torch.tensor(case["logits"])).abs().max() > 0.05
+
+
+def test_safetensors_and_a_second_adapter_beside_the_first(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    case = next(c for c in FIGURES if (c["family"], c["style"]) == ("gpt2", "par_bn"))
+    first, second = write_hub(GPT2, tmp_path / "one"), write_hub(case, tmp_path / "two")
+    weights = torch.load(second / "pytorch_adapter.bin", weights_only=True)
+    (second / "pytorch_adapter.bin").unlink()
+    save_file(weights, second / "adapter.safetensors")
+    model = load_adapter(base_of(GPT2), first, "first")
+    add_adapter(model, second, "second")
+    assert (last_logits(model, GPT2) - torch.tensor(GPT2["logits"])).abs().max() < 1e-5
+    model.set_adapter("second")
+    assert (last_logits(model, case) - torch.tensor(case["logits"])).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"phm_layer": True}, "phm_layer True .Compacter"),
+        ({"inv_adapter": "nice"}, "inv_adapter 'nice'"),
+        ({"invertible_adapter": {"block_type": "nice"}}, "invertible_adapter"),
+        ({"use_gating": True}, "use_gating True"),
+        ({"ln_before": True}, "ln_before True"),
+        ({"ln_after": True}, "ln_after True"),
+        ({"architecture": "prefix_tuning", "flat": False}, "architecture 'prefix_tuning'"),
+        ({"architecture": "lora"}, "architecture 'lora' is not a bottleneck adapter"),
+        ({"new_key": 1}, "new_key is no key of adapters 1.3.0"),
+        ({"mh_adapter": True}, "mh_adapter True.*has no placement here"),
+        ({"residual_before_ln": "post_add"}, "residual_before_ln 'post_add'"),
+        ({"original_ln_after": False}, "original_ln_after False"),
+        ({"reduction_factor": {"0": 2, "default": 4}}, "reduction_factor .*one number"),
+        ({"non_linearity": "wavy"}, "non_linearity 'wavy'"),
+        ({"scaling": "odd"}, "scaling 'odd'"),
+        ({"output_adapter": False}, "output_adapter False"),
+        ({"reduction_factor": 2}, "does not fit its base model.*size mismatch"),
+        ({"scaling": "learned"}, "2 weights of the adapter are missing"),
+        ({"leave_out": [0]}, "0 weights of the adapter are missing and 4 fit nothing"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_its_key(
+    settings: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=said):
+        load_adapter(base_of(GPT2), write_hub(GPT2, tmp_path, **settings))
+
+
+def test_a_file_that_could_run_a_program_is_not_read(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "touched",))
+
+    directory = write_hub(GPT2, tmp_path / "hub")
+    torch.save({"weight": Evil()}, directory / "pytorch_adapter.bin")
+    with pytest.raises(InputError, match="something else than tensors"):
+        load_adapter(base_of(GPT2), directory)
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"no file of torch"])
+def test_a_damaged_file_is_one_line(content: bytes, tmp_path: Path) -> None:
+    directory = write_hub(GPT2, tmp_path)
+    (directory / "pytorch_adapter.bin").write_bytes(content)
+    with pytest.raises(InputError, match=r"pytorch_adapter\.bin"):
+        load_adapter(base_of(GPT2), directory)
+
+
+def test_another_base_is_named(tmp_path: Path) -> None:
+    llama = next(case for case in FIGURES if case["family"] == "llama")
+    with pytest.raises(InputError, match="fit nothing in the base model"):
+        load_adapter(base_of(llama), write_hub(GPT2, tmp_path))
+
+
+def test_an_adapter_of_peft_is_none_of_adapterhub(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert not is_adapterhub(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"config": {}}')
+    assert is_adapterhub(tmp_path)
+    with pytest.raises(InputError, match=r"names no base model.*model_name"):
+        read_hub_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"config": {"head_type": "dependency_parsing"}}, "head_type 'dependency_parsing'"),
+        ({"config": None, "model_class": "BertForNextSentencePrediction"}, "model_class"),
+        ({"model_type": "bert", "config": {"head_type": "classification", "layers": 3}},
+         "layers 3 is not what transformers' bert computes"),
+    ],
+)  # fmt: skip
+def test_a_head_that_transformers_does_not_have_is_refused(
+    settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        read_head(settings)
+
+
+def test_the_labels_of_a_head_stand_at_their_numbers() -> None:
+    config = {"head_type": "tagging", "layers": 1, "num_labels": 3, "label2id": {"B": 2, "O": 0}}
+    assert read_head({"model_type": "bert", "config": config}).labels == ["O", "LABEL_1", "B"]
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "seq_bn", "par_bn", "adapter_plus"])
+@pytest.mark.parametrize("width", [{"reduction_factor": 4.0}, {"bottleneck_dim": 5}])
+def test_what_is_written_is_read_as_the_same(
+    family: str, placement: str, width: dict[str, Any]
+) -> None:
+    config = transformers.AutoConfig.for_model(family, **FAMILIES[family][1])
+    scaling = "channel" if placement == "adapter_plus" else 2.0
+    given = {"placement": placement, "non_linearity": "silu", "scaling": scaling, **width}
+    read = read_config({"config": write_config(given, config), "version": "x"}, config)
+    assert (read["placement"], read["scaling"]) == (placement, scaling)
+    assert read["target_modules"] is None
+    assert read["exclude_modules"] is None
+    expected = width.get("bottleneck_dim", config.hidden_size // 4)
+    assert int(config.hidden_size // read["reduction_factor"]) == expected
+
+
+def test_parallel_of_a_pre_norm_model_is_not_written() -> None:
+    config = transformers.AutoConfig.for_model("gpt2")
+    given = {"placement": "parallel", "non_linearity": "relu", "scaling": 4.0}
+    with pytest.raises(InputError, match=r"no placement parallel in gpt2.*par_bn"):
+        write_config(given, config)

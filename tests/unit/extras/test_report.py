@@ -1,0 +1,278 @@
+"""The page about runs: whole, alone, escaped, small, and right in a browser where there is one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftlevel.cli.app import run
+from ftlevel.errors import InputError
+from ftlevel.extras.report.facts import RunFacts, read_run_facts, summarize_answers
+from ftlevel.extras.report.page import MOST_POINTS, draw_charts, render_page, thin
+
+EVIL = "</script><script>alert('x')</script><img src=x onerror=alert(1)>"
+SUMMARY: dict[str, Any] = {
+    "task": "text-classification", "method": "lora", "model": {"name": EVIL}, "steps": 40,
+    "trainable_parameters": 10, "total_parameters": 1000, "loss_first": 2.0, "loss_last": 1.0,
+    "loss_first_spread": 0.1, "loss_last_spread": 0.1, "loss_window": 5, "headline": "accuracy",
+    "metrics_before": {"accuracy": 0.5}, "metrics": {"accuracy": 0.9},
+    "intervals": {"accuracy": [0.85, 0.95]},
+    "data": {"name": "rows.csv", "train_rows": 9, "validation_rows": 3, "tokens": 99,
+             "gate": [{"title": "HTML in a text", "count": 2, "total": 9, "split": "train",
+                       "places": ["rows.csv:4"], "action": "warn"}]},
+    "proof": {"gradient_tensors": 3, "frozen_tensors": 4, "probe_rows": 4,
+              "reload_difference": 0.0, "adapter_effect": 1.5},
+    "timings": {"total_s": 12.0, "tokens_per_s": 100.0}, "memory": {"peak_bytes": 2**30},
+    "choices": [{"name": "task", "value": EVIL, "reason": EVIL}], "versions": {"torch": "2"},
+    "finished": "today",
+}  # fmt: skip
+
+
+def records(count: int) -> list[dict[str, Any]]:
+    return [
+        {"step": at, "loss": 9.75 if at == count // 2 else 1 / (at + 1), "learning_rate": 1e-3,
+         "grad_norm": 0.5, "tokens": at * 10, "elapsed_s": at, "train_s": at * 0.1,
+         "memory_bytes": 2**30 + at}
+        for at in range(count)
+    ]  # fmt: skip
+
+
+def facts(name: str = "run", count: int = 40, answers: Any = None) -> RunFacts:
+    return RunFacts(name, Path("runs") / name, SUMMARY, records(count), answers)
+
+
+ROWS = [
+    {"row": 0, "where": "rows.csv:1", "loss": 0.1, "predicted": "a", "true": "a"},
+    {"row": 1, "where": "rows.csv:2", "loss": 3.0, "predicted": "b", "true": "a"},
+    {"row": 2, "where": "rows.csv:3", "loss": 0.2, "predicted": EVIL, "true": EVIL,
+     "base_predicted": "before", "base_loss": 1.5, "input": EVIL},
+]  # fmt: skip
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+
+def tags(page: str) -> list[tuple[str, dict[str, str | None]]]:
+    parser = Tags()
+    parser.feed(page)
+    return parser.seen
+
+
+def test_what_users_wrote_is_text() -> None:
+    page = render_page([facts(EVIL, answers=summarize_answers(iter(ROWS)))])
+    found = tags(page)
+    assert [tag for tag, _ in found].count("script") == 1
+    assert "img" not in [tag for tag, _ in found]
+    assert not any(name.startswith("on") for _, attrs in found for name in attrs)
+    assert page.count("&lt;script&gt;alert") >= 4
+
+
+def test_nothing_is_fetched() -> None:
+    page = render_page([facts()])
+    for _, attrs in tags(page):
+        assert not attrs.get("src")
+        assert (attrs.get("href") or "#").startswith("#")
+    assert "http" not in page.replace("http-equiv", "")
+    assert "@import" not in page
+    assert "url(" not in page
+
+
+def test_runs_stand_side_by_side() -> None:
+    page = render_page([facts("one"), facts("two")])
+    charts = list(draw_charts([facts("one"), facts("two")]))
+    assert [line.run for line in charts[0].lines] == ["one", "two"]
+    assert page.count("<polyline") == 2 * len(charts)
+    assert "0.5000 → 0.9000 [0.8500, 0.9500]" in page
+    assert "Memory held, GiB" in [chart.title for chart in charts]
+    for chart in charts:  # a text for who does not see it
+        assert f"{chart.title} by step. one: from" in chart.words
+
+
+def test_a_long_log_makes_a_small_page_with_its_peak() -> None:
+    page = render_page([facts(count=100_000)])
+    assert len(page.encode()) < 3_000_000
+    loss = next(chart for chart in draw_charts([facts(count=100_000)]) if chart.name == "loss")
+    assert len(loss.lines[0].points) <= MOST_POINTS + 1
+    assert max(y for _, y in loss.lines[0].points) == 9.75
+    assert loss.lines[0].points[0][0] == 0
+    assert loss.lines[0].points[-1][0] == 99_999
+
+
+def test_no_two_ticks_of_a_flat_curve_say_the_same() -> None:
+    run = facts(count=3)
+    records = [{"step": step, "loss": 3.96 + step / 200} for step in range(4)]
+    (chart, *_) = draw_charts([replace(run, records=records)])
+    assert [text for _, text in chart.ticks_y] == ["3.96", "3.965", "3.97", "3.975"]
+
+
+def test_few_points_are_all_there() -> None:
+    points = [(float(x), float(x % 7)) for x in range(MOST_POINTS)]
+    assert thin(points) == points
+
+
+def test_answers_are_counted() -> None:
+    rows = [*ROWS, {**ROWS[1], "true": "b"}]
+    answers = summarize_answers(iter(rows))
+    assert answers.total == 4
+    assert answers.counts["a"] == {"a": 1, "b": 1}
+    name, precision, recall, f1, count = next(one for one in answers.per_class if one[0] == "b")
+    assert (name, precision, recall, count) == ("b", 0.5, 1.0, 1)
+    assert f1 == pytest.approx(2 / 3)
+    assert answers.worst[0]["loss"] == 3.0
+    assert answers.best[0]["loss"] == 0.1
+
+
+def test_texts_have_no_matrix() -> None:
+    rows = ({"predicted": f"text {at}", "true": "t", "loss": float(at)} for at in range(25_000))
+    answers = summarize_answers(rows)
+    assert answers.classes == []
+    assert [row["loss"] for row in answers.worst[:2]] == [24_999.0, 24_998.0]
+    assert answers.best[0]["loss"] == 0.0
+
+
+def test_tags_are_counted_word_by_word() -> None:
+    from sklearn.metrics import precision_recall_fscore_support
+
+    true = [["B-A", "O", "O"], ["B-A", "O"], ["O", "B-C"]]
+    predicted = [["B-A", "O", "B-A"], ["O", "O"], ["O", "B-C"]]
+    rows = [{"true": t, "predicted": p, "loss": 1.0}
+            for t, p in zip(true, predicted, strict=True)]  # fmt: skip
+    answers = summarize_answers(iter(rows))
+    assert answers.unit == "words"
+    assert answers.total == 3
+    words = [[tag for tags in said for tag in tags] for said in (true, predicted)]
+    expected = precision_recall_fscore_support(*words, labels=answers.classes)
+    for at, (name, *scores) in enumerate(answers.per_class):
+        assert name == answers.classes[at]
+        assert scores == pytest.approx([figures[at] for figures in expected])
+    page = render_page([facts(answers=answers)])
+    assert "Words by what is true" in page
+    assert '<th scope="col">tag</th>' in page
+
+
+def test_answers_of_other_kinds_are_shown() -> None:
+    pair = {"where": "row 1", "loss": 0.5, "base_loss": 0.75, "input": "which?", "chosen": "this",
+            "rejected": "that", "reward_margin": 1.25}  # fmt: skip
+    page = render_page([facts(answers=summarize_answers(iter([pair])))])
+    assert "row 1, loss 0.75 → 0.5, reward margin 1.25" in page
+    for text in ("asked", "which?", "preferred", "this", "rejected", "that"):
+        assert re.search(f">{re.escape(text)}<", page), text
+    assert ">answer<" not in page
+
+
+def test_questions_have_their_loss_by_the_length_of_the_first_answer() -> None:
+    rows = [{"predicted": "x", "true": ["w " * (1 + at), "other"], "loss": float(at)}
+            for at in range(10)]  # fmt: skip
+    assert summarize_answers(iter(rows)).lengths[4] == (5, 5, 1, 4.0)
+
+
+def test_texts_have_their_loss_by_length() -> None:
+    rows = [{"predicted": "x", "true": "w " * (1 + at % 50), "loss": float(at % 50)}
+            for at in range(1_000)]  # fmt: skip
+    answers = summarize_answers(iter(rows))
+    assert len(answers.lengths) == 10
+    assert answers.lengths[0] == (1, 5, 100, 2.0)
+    assert answers.lengths[-1] == (46, 50, 100, 47.0)
+    page = render_page([facts(answers=answers)])
+    assert "Loss by the length of the true answer" in page
+    assert "<meter" in page
+
+
+def test_many_rows_and_a_long_log_make_a_small_page_that_opens_at_once(tmp_path: Path) -> None:
+    rows = ({"where": f"rows.csv:{at}", "true": f"{EVIL} {at}" * 20, "predicted": "p " * 2_000,
+             "loss": float(at)} for at in range(10_000))  # fmt: skip
+    page = render_page([facts(count=100_000, answers=summarize_answers(rows))])
+    assert len(page.encode()) < 3_000_000
+    assert "<img" not in page
+    if shutil.which("chromium") is None:
+        return
+    # The best of three: a busy machine stretches the clock.
+    ask = ("<script>onload = () => { document.body.offsetHeight;"
+           "document.title = performance.now() }</script></body>")  # fmt: skip
+    (tmp_path / "page.html").write_text(page.replace("</body>", ask))
+    taken = []
+    for attempt in range(3):
+        done = subprocess.run(
+            ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+             f"--user-data-dir={tmp_path / f'profile{attempt}'}",
+             f"file://{tmp_path / 'page.html'}"],
+            capture_output=True, text=True, check=True, timeout=120,
+        )  # fmt: skip
+        title = re.search(r"<title>(.*?)</title>", done.stdout)
+        assert title is not None, done.stderr[-500:]
+        taken.append(float(title[1]))
+    assert min(taken) < 1_000, taken
+
+
+def test_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match="no such directory"):
+        read_run_facts(tmp_path / "none")
+    assert run(["report", str(tmp_path)]) == 2
+    assert "is not a run that is done: it has no summary.json" in capsys.readouterr().err
+
+
+def test_the_command_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(SUMMARY))
+        lines = "".join(json.dumps(record) + "\n" for record in records(9))
+        (tmp_path / name / "metrics.jsonl").write_text(lines + '{"step": 9, "lo')  # a kill
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert run(["report", one, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["page"] == f"{one}/report.html"
+    assert run(["report", one, two]) == 2
+    assert "--out report.html" in capsys.readouterr().err
+    assert run(["report", one, two, "--out", str(tmp_path / "both.html")]) == 0
+    assert "<polyline" in (tmp_path / "both.html").read_text()
+
+
+_ASK = """<script>
+const svg = document.querySelector("svg"), r = svg.getBoundingClientRect();
+svg.dispatchEvent(new PointerEvent("pointermove", {clientX: r.left + r.width / 2, clientY: r.top}));
+document.title = JSON.stringify({wide: document.documentElement.scrollWidth, view: innerWidth,
+  hover: document.querySelector("output").textContent});
+</script></body>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium: apt install chromium")
+@pytest.mark.parametrize("width", [360, 768, 1440])
+def test_in_a_browser(tmp_path: Path, width: int) -> None:
+    page = render_page([facts("one", answers=summarize_answers(iter(ROWS))), facts("two")])
+    # The narrowest window of a browser is wider than a phone: the page is in a frame.
+    (tmp_path / "page.html").write_text(page.replace("</body>", _ASK))
+    frame = (
+        f'<iframe src="page.html" style="width:{width}px;height:900px;border:0"></iframe><script>'
+        "onload = () => document.title = document.querySelector('iframe').contentDocument.title"
+        "</script>"
+    )
+    (tmp_path / "frame.html").write_text(frame)
+    done = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+         "--allow-file-access-from-files", "--window-size=1600,1000",
+         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
+         f"file://{tmp_path / 'frame.html'}"],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title is not None, done.stderr[-500:]
+    found = json.loads(title[1])
+    assert found["view"] == width
+    assert found["wide"] <= width
+    assert found["hover"].startswith("step ")
+    assert "one " in found["hover"]
+    assert "CONSOLE" not in done.stderr
