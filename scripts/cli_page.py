@@ -7,13 +7,14 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from ftlevel.cli.app import COMMANDS
+from ftlevel.cli.app import commands
 from ftlevel.config.flag import Alias, Flag, NoOpValue, ValueAliases
 from ftlevel.config.flags import FLAGS, flags_of
 
 MANY = 30
 """Number of flags shared with `train` above which a page refers to it."""
 
+COMMANDS = commands()
 _HEAD = """\
 # The command line
 

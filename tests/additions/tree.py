@@ -83,7 +83,7 @@ CHECK = Addition(
     ],
 )
 
-_SEED = '    Flag("train.seed", "", HOW, also=("--random-state", "--random-seed")),'
+_SEED = '    Flag("train.seed", "", HOW),'
 _SAMPLES = '    Flag("data.validation_rows", "", HOW),'
 FLAG = Addition({}, [("config/flags.py", _SEED, _SAMPLES)])
 

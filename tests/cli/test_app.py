@@ -11,22 +11,22 @@ from pathlib import Path
 import pytest
 
 from ftlevel.artifacts.ownership import mark
-from ftlevel.cli.app import COMMANDS, run
+from ftlevel.cli.app import commands, run
 from ftlevel.config import SPECS, TrainConfig
-from ftlevel.config.flags import CONFIGS
+from ftlevel.config.flag import config_of
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "numpy", "accelerate")
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", commands())
 def test_the_summary_of_a_command_is_the_first_line_of_its_help(name: str) -> None:
-    place, summary = COMMANDS[name]
+    place, summary = commands()[name]
     module, _, attribute = place.partition(":")
     function = getattr(importlib.import_module(module), attribute)
     assert (function.__doc__ or "").strip().splitlines()[0] == summary
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", commands())
 def test_every_command_has_a_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([name, "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"Usage: ftlevel {name} ")
@@ -118,7 +118,7 @@ def test_every_field_has_a_consumer() -> None:
     models = [
         *SPECS.values(),
         *(s for s in sections if hasattr(s, "model_fields")),
-        *(config for config in CONFIGS.values() if config is not TrainConfig),
+        *{config for name in commands() if (config := config_of(name)) not in (None, TrainConfig)},
     ]
     idle = [
         f"{model.__name__}.{name}"

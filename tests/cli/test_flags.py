@@ -17,13 +17,12 @@ import cli_page
 import write_docs
 from additions.tree import FLAG
 from additions.tree import run as run_in
-from ftlevel.cli.app import COMMANDS, build_app, run
+from ftlevel.cli.app import build_app, commands, run
 from ftlevel.cli.flags import CommandInput, add_command
 from ftlevel.cli.spelling import FlagSpec, build_flag_specs, resolve_flag_aliases
 from ftlevel.config import EvaluateConfig, Layer, TrainConfig
-from ftlevel.config.flag import describe_field
+from ftlevel.config.flag import Alias, config_of, describe_field
 from ftlevel.config.flags import (
-    CONFIGS,
     DAILY,
     DATA,
     FLAGS,
@@ -31,7 +30,6 @@ from ftlevel.config.flags import (
     HOW,
     MODEL,
     RUN,
-    Alias,
     Flag,
     flags_of,
 )
@@ -46,7 +44,7 @@ ANSWERED = Flag(names="--wrapping", answer="rows are packed by default. Drop it.
 
 
 def function_of(name: str) -> Callable[..., None]:
-    module, _, attribute = COMMANDS[name][0].partition(":")
+    module, _, attribute = commands()[name][0].partition(":")
     function: Callable[..., None] = getattr(importlib.import_module(module), attribute)
     return function
 
@@ -275,7 +273,7 @@ def test_choices_and_defaults_are_shown(line: str, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("columns", [40, 80, 200])
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", commands())
 def test_help_stays_within_the_window(
     name: str, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -287,7 +285,7 @@ def test_help_stays_within_the_window(
 # What every row must have.
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", commands())
 def test_a_command_has_a_handful_of_parameters(name: str) -> None:
     function = function_of(name)
     reads = inspect.signature(function).parameters
@@ -296,7 +294,7 @@ def test_a_command_has_a_handful_of_parameters(name: str) -> None:
     assert set(reads) <= own | {"given"}
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", commands())
 def test_every_flag_reaches_a_field_that_is_described(name: str) -> None:
     rows = flags_of(name)
     assert len(rows) >= 3
@@ -304,17 +302,18 @@ def test_every_flag_reaches_a_field_that_is_described(name: str) -> None:
         facts = row.facts(name)
         assert facts.description if facts else row.help, row
         if row.rest:
-            assert describe_field(CONFIGS[name], row.rest).description
+            assert describe_field(config_of(name) or TrainConfig, row.rest).description
         if facts and facts.type == list[str]:
             assert row.example, row
             assert row.metavar, row
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", commands())
 def test_every_other_flag_is_read(name: str) -> None:
     """A flag that sets no field is a parameter of its command, or read by name."""
     cli = Path(importlib.import_module("ftlevel.cli").__file__ or "").parent
-    text = "\n".join(path.read_text() for path in cli.rglob("*.py"))
+    paths = (*cli.rglob("*.py"), *(cli.parent / "extras").rglob("cli.py"))
+    text = "\n".join(path.read_text() for path in paths)
     reads = inspect.signature(function_of(name)).parameters
     idle = [
         row.shown
@@ -327,7 +326,7 @@ def test_every_other_flag_is_read(name: str) -> None:
     assert idle == []
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", commands())
 def test_names_are_given_once(name: str) -> None:
     rows = flags_of(name)
     words = [word for row in rows for word in row.typer_names(is_switch=True)]
@@ -344,7 +343,7 @@ def test_names_are_given_once(name: str) -> None:
 
 def test_rows_name_commands_and_flags_that_exist() -> None:
     shown = {row.shown for row in FLAGS}
-    assert {name for row in FLAGS for name in row.on} == set(COMMANDS)
+    assert {name for row in FLAGS for name in row.on} == set(commands())
     assert {"--model", "--lora-r", "--quant"} <= shown
     with pytest.raises(KeyError, match="gone"):
         Flag("train.gone").facts("train")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +15,6 @@ import typer
 
 from ftlevel._version import __version__
 from ftlevel.artifacts.files import describe_interrupt
-from ftlevel.cli.spelling import completed_command
 from ftlevel.cli.startup import (
     discard,
     exit_code,
@@ -27,6 +25,7 @@ from ftlevel.cli.startup import (
     silence_loggers,
 )
 from ftlevel.errors import FtlevelError, Interrupted, is_out_of_memory
+from ftlevel.extensions import added_rows, load
 from ftlevel.world import is_launched, prints_errors
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 HELP = "Fine-tune transformers efficiently: one grammar for every family, task and PEFT method."
 
-COMMANDS: dict[str, tuple[str, str]] = {
+_CORE: dict[str, tuple[str, str]] = {
     "init": (
         "ftlevel.cli.init:init",
         "Create a commented recipe from five questions.",
@@ -48,10 +47,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "ftlevel.cli.plan:plan",
         "Estimate memory and time of a run before it starts.",
     ),
-    "compare": (
-        "ftlevel.extras.compare.cli:compare",
-        "Compare several methods on the same data and budget.",
-    ),
     "evaluate": (
         "ftlevel.cli.evaluate:evaluate",
         "Evaluate a run, an adapter or a model.",
@@ -63,10 +58,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": (
         "ftlevel.cli.generate:generate",
         "Generate answers to prompts, or chat in the terminal.",
-    ),
-    "report": (
-        "ftlevel.extras.report.cli:report",
-        "Write one HTML page about one or several runs.",
     ),
     "merge": (
         "ftlevel.cli.export:merge",
@@ -80,10 +71,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "ftlevel.cli.export:export",
         "Export a run, an adapter or a model for a server.",
     ),
-    "check-served": (
-        "ftlevel.extras.serving.cli:check_served",
-        "Check that a server returns the trained adapter's outputs.",
-    ),
     "recipes": (
         "ftlevel.cli.recipes:recipes",
         "List, show, copy or convert recipes.",
@@ -96,10 +83,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "ftlevel.cli.list_methods:list_methods",
         "List the methods and what they can be combined with.",
     ),
-    "launch": (
-        "ftlevel.extras.launch.cli:launch",
-        "Write the job file of a cluster run, and optionally submit it.",
-    ),
     "doctor": (
         "ftlevel.cli.doctor:doctor",
         "Check what this machine supports and what to install.",
@@ -108,13 +91,19 @@ COMMANDS: dict[str, tuple[str, str]] = {
 """Command → (function, summary); a test compares the summary with the function's docstring."""
 
 
+def commands() -> dict[str, tuple[str, str]]:
+    """Return name → (function, summary) of the core's commands and those of extensions."""
+    added = added_rows("commands", _CORE)
+    return _CORE | {name: (own.function, own.summary) for name, own in added.items()}
+
+
 def build_app(
-    wanted: Collection[str] = tuple(COMMANDS), flags: Sequence[Flag] | None = None
+    wanted: Collection[str] | None = None, flags: Sequence[Flag] | None = None
 ) -> typer.Typer:
     """Build the Typer application.
 
-    Only `wanted` commands are imported, which keeps `--help` fast. `flags` replaces the table of
-    flags.
+    Only `wanted` commands are imported, which keeps `--help` fast; None imports all. `flags`
+    replaces the table of flags.
     """
     app = typer.Typer(
         name="ftlevel",
@@ -126,21 +115,15 @@ def build_app(
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for name, (place, summary) in COMMANDS.items():
-        if name in wanted:
+    for name, (place, summary) in commands().items():
+        if wanted is None or name in wanted:
             from ftlevel.cli.flags import add_command
             from ftlevel.config.flags import FLAGS
 
-            add_command(app, name, _load(place), FLAGS if flags is None else flags)
+            add_command(app, name, load(place), FLAGS if flags is None else flags)
         else:
             app.command(name=name, help=summary)(_placeholder)
     return app
-
-
-def _load(place: str) -> Callable[..., Any]:
-    module, _, attribute = place.partition(":")
-    function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-    return function
 
 
 def _placeholder() -> None:
@@ -184,10 +167,10 @@ def run(arguments: list[str]) -> int:
         # Libraries draw progress bars through tqdm, which reads this when it is first imported.
         os.environ.setdefault("TQDM_DISABLE", "1")
         with heavy_imports():
-            app = build_app(wanted or completed_command())
+            app = build_app(wanted or _completed_command())
         code = _call(app, arguments)
     except typer.TyperException as error:  # an unknown flag, a missing argument, a bad number
-        known = [name for name in wanted if name in COMMANDS]
+        known = [name for name in wanted if name in commands()]
         message = f"{error.format_message()} See: ftlevel {' '.join([*known, '--help'])}"
         _report(message)
         _report_json(arguments, message, 2)
@@ -226,6 +209,12 @@ def run(arguments: list[str]) -> int:
         _report(message)
         return code
     return code if isinstance(code, int) else 0
+
+
+def _completed_command() -> list[str]:
+    """Return the command being completed by a shell, from Typer's variables, if any."""
+    typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
+    return [word for word in typed.split()[1:] if not word.startswith("-")][:1]
 
 
 def _call(app: typer.Typer, arguments: list[str]) -> Any:

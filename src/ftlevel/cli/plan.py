@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,6 @@ from ftlevel.cli.startup import heavy_imports
 
 if TYPE_CHECKING:
     from ftlevel.commands.plan import RunPlan
-    from ftlevel.extras.cluster.forecast import ClusterForecast
     from ftlevel.training.forecast.fits import Alternative
 
 
@@ -60,25 +60,11 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
     if plan.imagined:
         yield "  rows are imagined, all as long as they may be: name a --dataset for your own"
     if plan.cluster is not None:
-        yield from _cluster_lines(plan.cluster)
+        yield from plan.cluster.lines()
     if not plan.imagined:
         yield f"an epoch: {plan.steps:,} steps, {plan.tokens:,} tokens{_time(plan)}"
     first, kept = plan.checkpoint_bytes
     yield f"disk: {_mib(first)} a checkpoint, {_mib(kept)} for those kept"
-
-
-def _cluster_lines(cluster: ClusterForecast) -> Iterator[str]:
-    network, step = cluster.network, cluster.step
-    yield (
-        f"{network.nodes:,} × {network.cards} cards, of which this is one: a step takes "
-        f"{step.seconds:,.3g} s for {cluster.tokens:,.0f} tokens, {cluster.tokens_per_s:,.0f} "
-        f"tokens/s, {cluster.tokens_per_s / network.ranks:,.0f} a card"
-    )
-    yield (
-        f"  each sends {_mib(round(step.gathered))} of weights and {_mib(round(step.reduced))} of "
-        f"gradients a step: {step.talking:,.3g} s on the wire, {step.hidden:.0%} of them hidden "
-        f"behind {step.computing:,.3g} s of computing"
-    )
 
 
 def _time(plan: RunPlan) -> str:
@@ -129,15 +115,14 @@ def plan(
             from ftlevel.commands.plan import plan as look
 
         own = given.values
-        wishes = PlanOptions(
-            gpu,
-            probe,
-            price_per_hour,
-            alternatives=not brief,
-            nodes=own["nodes"],
-            gpus_per_node=own["gpus_per_node"],
-            interconnect_gbps=own["interconnect_gbps"],
-        )
+        wishes = PlanOptions(gpu, probe, price_per_hour, alternatives=not brief)
+        if "nodes" in own:  # a flag of an extra
+            wishes = replace(
+                wishes,
+                nodes=own["nodes"],
+                gpus_per_node=own["gpus_per_node"],
+                interconnect_gbps=own["interconnect_gbps"],
+            )
         if as_json:
             typer.echo(json_module.dumps(look(config, wishes).to_dict()))
             return

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
-from typing import Any
 
 import typer
 
-from ftlevel._version import __version__
-from ftlevel.cli.flags import CommandInput, add_command, read_config
-from ftlevel.cli.spelling import build_flag_specs, resolve_flag_aliases
 from ftlevel.config import TrainConfig
-from ftlevel.config.flags import FLAGS
 from ftlevel.config.layers import read_yaml
 from ftlevel.errors import ConfigError, did_you_mean, join_names
-from ftlevel.extras.other_tools.other_tools import LLAMA_FACTORY, convert_keys, detect_tool
+from ftlevel.extensions import hooks
 
 _ACTIONS = ("list", "show", "copy", "convert")
-_NO_COUNTERPART = "ftlevel has nothing like it"
 
 
 def recipes(action: str, file: Path | None, target: Path | None, *, as_json: bool) -> None:
@@ -40,7 +33,7 @@ def recipes(action: str, file: Path | None, target: Path | None, *, as_json: boo
     if target is not None and action != "copy":
         raise ConfigError(f"{target} is one too many: only copy writes a file.")
     if action == "convert":
-        convert(file)
+        _convert(file)
         return
     path = _find(file)
     text = path.read_text(encoding="utf-8")
@@ -118,88 +111,14 @@ def _copy(path: Path, text: str, target: Path) -> Path:
     return target
 
 
-def convert(file: Path) -> None:
-    """Print the configuration of another tool as a recipe, with comments on keys left out."""
-    import yaml
-
-    values, _ = read_yaml(file)
-    tool = detect_tool(values)
-    if not tool:
-        raise ConfigError(
-            f"{file} is no configuration of Axolotl, LLaMA-Factory, ms-swift or TRL. If it is a "
-            f"recipe: ftlevel train {file}"
-        )
-    typed, lost = _sort_keys(values)
-    config = _resolve(typed, lost)
-    data = config.data
-    if tool == LLAMA_FACTORY and "/" not in data.dataset and not Path(data.dataset).suffix:
-        lost["dataset"] = (
-            "names of dataset_info.json mean nothing here. Name the files of "
-            f"{', '.join([data.dataset, *data.also])}"
-        )
-    typer.echo(f"# {file.name} of {tool}, converted by ftlevel {__version__}.")
-    for key, reason in lost.items():
-        typer.echo(f"# Not taken over: {key}: {reason}")
-        typer.echo(f"note: not taken over: {key}: {reason}", err=True)
-    own = config.model_dump(mode="json", exclude_unset=True)
-    typer.echo(yaml.safe_dump(own, sort_keys=False, allow_unicode=True), nl=False)
-
-
-def _sort_keys(values: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Return the arguments of each key with a counterpart, and the reason for each other key."""
-    readings = build_flag_specs("train", FLAGS)
-    typed: dict[str, list[str]] = {}
-    lost: dict[str, str] = {}
-    for key, words in convert_keys(values):
-        name = (words or [f"--{key}"])[0].replace("_", "-")
-        if name not in readings:
-            lost[key] = _NO_COUNTERPART
-        elif not words:
-            lost[key] = readings[name].answer or _NO_COUNTERPART
-        else:
-            try:
-                resolve_flag_aliases([*itertools.chain(*typed.values()), *words], readings)
-            except ConfigError as error:
-                lost[key] = _reason(error)
-            else:
-                typed[key] = words
-    return typed, lost
-
-
-def _reason(error: ConfigError) -> str:
-    return error.problems[-1].partition(": ")[2] or error.problems[-1]
-
-
-def _resolve(typed: dict[str, list[str]], lost: dict[str, str]) -> TrainConfig:
-    """Return the configuration of the keys; moves keys that cause errors to `lost` (mutated)."""
-    found: list[TrainConfig] = []
-
-    def command(given: CommandInput) -> None:
-        found.append(read_config(given, notes.append)[0])
-
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    add_command(app, "train", command, FLAGS)
-
-    def problem_of(without: str) -> ConfigError | None:
-        notes.clear()
-        words = (words for key, words in typed.items() if key != without)
-        try:
-            app(args=[*itertools.chain(*words)], standalone_mode=False)
-        except ConfigError as error:
-            return error
-        return None
-
-    notes: list[str] = []
-    while (error := problem_of("")) is not None:
-        fewer = ((key, problem_of(key)) for key in list(typed))
-        key = next(
-            (k for k, left in fewer if left is None or len(left.problems) < len(error.problems)),
-            None,
-        )
-        if key is None:
-            raise error
-        lost[key] = _reason(error)
-        del typed[key]
-    for line in notes:
-        typer.echo(f"note: {line}", err=True)
-    return found[-1]
+def _convert(file: Path) -> None:
+    """Print the configuration of another tool as a recipe, by the first extension that knows it."""
+    tools: list[str] = []
+    for convert in hooks("convert_recipe"):
+        if not (known := convert(file)):
+            return
+        tools += known
+    raise ConfigError(
+        f"{file} is no configuration of {join_names(tools)}. If it is a recipe: "
+        f"ftlevel train {file}"
+    )

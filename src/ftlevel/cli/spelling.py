@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,10 +11,25 @@ from typing import TYPE_CHECKING, Any
 from ftlevel.config.flag import Flag, NoOpValue, ValueAliases
 from ftlevel.config.flags import flags_of
 from ftlevel.errors import ConfigError
-from ftlevel.extras.other_tools.other_tools import OFF, ON, number_hint
 
 if TYPE_CHECKING:
     from ftlevel.config.flag import FieldMetadata, Flag
+
+
+ON, OFF = ("true", "1", "yes", "on", "y", "t"), ("false", "0", "no", "off", "n", "f", "none")
+"""What a switch may be given, in small letters."""
+
+_THOUSANDS = re.compile(r"(\d+(?:\.\d+)?)([km])", re.IGNORECASE)
+_FACTORS = {"k": (1024, 1000), "m": (1024**2, 1000**2)}
+
+
+def number_hint(text: str) -> str:
+    """Return "Did you mean 2048 or 2000?" for `2k`, or "" for any other text."""
+    found = _THOUSANDS.fullmatch(text.strip())
+    if found is None:
+        return ""
+    two, ten = (round(float(found[1]) * factor) for factor in _FACTORS[found[2].lower()])
+    return f"numbers are written out. Did you mean {two} or {ten}?"
 
 
 Setting = tuple[str, str]
@@ -342,12 +356,6 @@ def _spell(flag: str, value: str, readings: Mapping[str, FlagSpec], *, joined: b
 
 _RECIPES = ("*.yaml", "*.yml", "recipes/*.yaml", "recipes/*.yml")
 _RUNS = ("*/.ftlevel.json", "runs/*/.ftlevel.json")  # marker file of a run directory
-
-
-def completed_command() -> list[str]:
-    """Return the command being completed by a shell, from Typer's variables, if any."""
-    typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
-    return [word for word in typed.split()[1:] if not word.startswith("-")][:1]
 
 
 def completer(row: Flag, facts: FieldMetadata | None) -> Callable[[str], list[str]]:

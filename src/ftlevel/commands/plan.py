@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
-from ftlevel.extras.cluster.forecast import ClusterForecast, Network, forecast_cluster
+from ftlevel.extensions import hooks
 from ftlevel.models.loading import silence_loggers
 from ftlevel.models.sources import resolve_source
 from ftlevel.training.forecast.fits import (
@@ -32,7 +32,6 @@ from ftlevel.training.forecast.seconds import (
     parse_gpu,
     steps_per_epoch,
 )
-from ftlevel.training.forecast.shares import describe_shares
 from ftlevel.training.plan.adapter import resolve_adapter
 from ftlevel.training.plan.resolve import infer_task, resolve
 from ftlevel.training.plan.run import Run
@@ -56,6 +55,23 @@ class PlanOptions:
     nodes: int = 1
     gpus_per_node: int = 1
     interconnect_gbps: float = 400.0
+
+
+class ClusterForecast(Protocol):
+    """Estimate for several GPUs, by the hook `forecast_cluster`."""
+
+    @property
+    def steps(self) -> int | None:
+        """Number of steps of an epoch; None with synthetic rows."""
+
+    def time(self) -> TimeForecast | None:
+        """Return the time of an epoch; None with synthetic rows."""
+
+    def lines(self) -> Iterator[str]:
+        """Yield the lines for the screen."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values for `--json`."""
 
 
 @dataclass(frozen=True)
@@ -275,6 +291,5 @@ def _cluster(
 ) -> ClusterForecast | None:
     if card is None or need.device.ranks == 1:
         return None
-    network = Network(wishes.nodes, wishes.gpus_per_node, card.link, wishes.interconnect_gbps)
-    shares = describe_shares(run)
-    return forecast_cluster(run, need, shares, card, network)
+    found = (hook(run, need, card, wishes) for hook in hooks("forecast_cluster"))
+    return next(found, None)

@@ -1,7 +1,7 @@
 """Frozen pydantic configuration sections, built from recipe and flags; never imports torch."""
 
 from ftlevel.config.evaluation import EvaluateConfig, GenerateConfig, PredictConfig
-from ftlevel.config.export import CheckServedConfig, ExportConfig
+from ftlevel.config.export import ExportConfig
 from ftlevel.config.gate import GateConfig
 from ftlevel.config.layers import (
     Layer,
@@ -35,7 +35,6 @@ __all__ = [
     "DEFAULT_MODEL",
     "SPECS",
     "TASKS",
-    "CheckServedConfig",
     "DataConfig",
     "EvaluateConfig",
     "ExportConfig",

@@ -1,4 +1,4 @@
-"""Configuration of `ftlevel export` and `check-served`, and the table of supported servers.
+"""Configuration of `ftlevel export`, and the table of supported servers.
 
 Facts hold for the server version in their row (docs/serving.md). Must not import torch.
 """
@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from ftlevel.config.output import HubSection
 from ftlevel.config.section import check_directory_name
-from ftlevel.config.sections import DeviceName, MovedBase, Positive, Section
+from ftlevel.config.sections import DeviceName, MovedBase, Positive
+from ftlevel.extensions import ExportFormat, added_rows
 
 _RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
@@ -90,37 +91,11 @@ SERVERS: dict[str, Server] = {
 """Supported servers by name."""
 
 
-@dataclass(frozen=True)
-class ExportFormat:
-    """Export format; an empty suffix is a directory.
-
-    Attributes:
-        module: module that writes it.
-        beside: suffixes of additional files.
-        merges: whether an adapter is merged into its base first.
-        several: whether it can hold several adapters of one base.
-    """
-
-    module: str
-    suffix: str
-    beside: tuple[str, ...] = ()
-    merges: bool = True
-    several: bool = False
-
-    @property
-    def is_directory(self) -> bool:
-        """Whether the output is a directory."""
-        return not self.suffix
-
-
 FORMATS: dict[str, ExportFormat] = {
     "gguf": ExportFormat("ftlevel.merging.formats.gguf", ".gguf", (".Modelfile",)),
-    "adapterhub": ExportFormat("ftlevel.extras.adapterhub.export", "", merges=False),
-    "peft": ExportFormat("ftlevel.extras.serving.peft", "", merges=False, several=True),
-    "gguf-lora": ExportFormat("ftlevel.extras.serving.gguf_lora", "", merges=False, several=True),
-    "mlx": ExportFormat("ftlevel.extras.serving.mlx", "", merges=False),
     "merged": ExportFormat("ftlevel.merging.formats.merged", ""),
 }
+FORMATS |= added_rows("export_formats", FORMATS)
 """Export formats by name; add a module and a line here for a new one."""
 
 if TYPE_CHECKING:
@@ -238,56 +213,3 @@ class ExportConfig(HubSection):
         format_ = FORMATS[self.format]
         beside = format_.beside + ((".served.json",) if self.recorded else ())
         return (self.out, *(self.out.with_suffix(suffix) for suffix in beside))
-
-
-class CheckServedConfig(Section):
-    """Configuration of a server check."""
-
-    out: Path = Field(
-        description="Output of ftlevel export; its served.json has the reference answers."
-    )
-    url: str | None = Field(
-        None,
-        description="URL of an OpenAI-compatible server, e.g. http://127.0.0.1:8000. No other "
-        "address is contacted.",
-    )
-    model: str | None = Field(
-        None,
-        min_length=1,
-        description="Model name on the server; default: the adapter's name, if listed.",
-    )
-    inside: Literal["vllm", "llama.cpp", "mlx", "openvino"] | None = Field(
-        None,
-        description="Library to load the model in, instead of a server. vllm, llama.cpp "
-        "(xllamacpp), mlx or openvino (OpenVINO GenAI), in float32 and in a "
-        "separate process.",
-    )
-    python: Path | None = Field(
-        None, description="Python interpreter with the library of --in; default: this one."
-    )
-    timeout: Positive = Field(
-        60, description="Timeout per request in seconds; with --in, ten times that in total."
-    )
-    tolerance: float | None = Field(
-        None,
-        gt=0,
-        description="Maximum logprob difference; default: 0.02 in float32, 0.1 in 16 bits.",
-    )
-
-    @field_validator("url")
-    @classmethod
-    def _is_an_address(cls, value: str | None) -> str | None:
-        if value is not None and not value.startswith(("http://", "https://")):
-            raise ValueError(f"{value} is no address. Expected one such as http://127.0.0.1:8000")
-        return value
-
-    @model_validator(mode="after")
-    def _asks_one(self) -> CheckServedConfig:
-        if (self.url is None) == (self.inside is None):
-            raise ValueError(
-                "--url or --in: give one of them, the address of a running server or the library "
-                "to load it in"
-            )
-        if self.python is not None and self.inside is None:
-            raise ValueError("--python is of --in, and a server at --url has its own. Drop it")
-        return self

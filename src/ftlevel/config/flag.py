@@ -11,10 +11,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ftlevel.config.evaluation import EvaluateConfig, GenerateConfig, PredictConfig
-from ftlevel.config.export import CheckServedConfig, ExportConfig
+from ftlevel.config.export import ExportConfig
 from ftlevel.config.merge import MergeConfig, QuantizeConfig
 from ftlevel.config.section import Section
 from ftlevel.config.train import TrainConfig
+from ftlevel.extensions import added_rows, load
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,6 @@ CONFIGS: dict[str, type[Section]] = {
     "train": TrainConfig,
     "preview": TrainConfig,
     "plan": TrainConfig,
-    "compare": TrainConfig,
-    "launch": TrainConfig,
     "init": TrainConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
@@ -115,9 +114,23 @@ CONFIGS: dict[str, type[Section]] = {
     "merge": MergeConfig,
     "quantize": QuantizeConfig,
     "export": ExportConfig,
-    "check-served": CheckServedConfig,
 }
 """Command → configuration class that its flags set."""
+
+
+def config_of(command: str) -> type[Section] | None:
+    """Return the configuration class that the flags of `command` set, or None."""
+    if command in CONFIGS:
+        return CONFIGS[command]
+    added = added_rows("commands").get(command)
+    found: type[Section] | None = load(added.config) if added and added.config else None
+    return found
+
+
+def command_of(config: type[BaseModel]) -> str:
+    """Return the first command whose flags set `config`; `train` if there is none."""
+    commands = (*CONFIGS, *added_rows("commands"))
+    return next((name for name in commands if config_of(name) is config), "train")
 
 
 DAILY, MODEL, DATA = "Common options", "Model and method", "Data"
@@ -240,11 +253,12 @@ class Flag:
 
     def facts(self, command: str) -> FieldMetadata | None:
         """Return the metadata of the field that it sets, or None."""
-        if not self.path:
+        config = config_of(command) if self.path else None
+        if config is None:
             return None
-        found = describe_field(CONFIGS[command], self.path)
+        found = describe_field(config, self.path)
         for task, path in self.by_task.items():
-            other = describe_field(CONFIGS[command], path)
+            other = describe_field(config, path)
             default = f" (default: {other.default})" if other.default else ""
             found = replace(
                 found,
@@ -264,3 +278,17 @@ class Flag:
 
 def _flag_of(path: str) -> str:
     return "--" + path.rpartition(".")[2].replace("_", "-")
+
+
+def option(names: str, help: str, **others: Any) -> Flag:
+    """Return a flag that sets no field."""
+    return Flag(names=names, help=help, **others)
+
+
+@dataclass(frozen=True)
+class FlagAliases:
+    """Further names and values of a flag of `train`; attributes as in `Flag`."""
+
+    also: Sequence[str | Alias] = ()
+    words: ValueAliases = field(default_factory=dict)
+    read: Callable[[str], str] | None = None

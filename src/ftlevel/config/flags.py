@@ -1,12 +1,14 @@
 """Table of flags, from which signatures, help, aliases and docs are generated; data only.
 
-A flag that sets a field takes help, choices, default and type from it. Unsupported flags of other
-tools are in `config/other_tools.py`.
+A flag that sets a field takes help, choices, default and type from it. Extensions add flags, and
+other names and values of train's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,37 +22,24 @@ from ftlevel.config.flag import (
     MODEL,
     RUN,
     WRITE,
-    Alias,
     Flag,
+    FlagAliases,
 )
 from ftlevel.config.flag import CONFIGS as CONFIGS
-from ftlevel.extras.other_tools.other_tools import (
-    ATTENTION,
-    BF16,
-    BITS,
-    COLUMNS,
-    DO_EVAL,
-    LOSSES,
-    METHODS,
-    NO_LIMIT,
-    OPTIMIZERS,
-    OVERLONG,
-    PRECISIONS,
-    PUSH,
-    SCALES,
-    SHARES,
-    UNSUPPORTED_FLAGS,
-    read_glue,
-    read_lowest_share,
-    read_once_an_epoch,
-    read_pairs,
-    read_percent,
-    read_ratio,
-    read_share,
-    read_template,
-    refuse_checkpoint,
-)
-from ftlevel.config.rl_tools import read_reward_funcs
+from ftlevel.errors import ConfigError
+from ftlevel.extensions import OWN, Command, added_rows, find_extensions, warn_left_out
+
+
+def read_pairs(flag: str, text: str) -> str:
+    """Convert `a=1,b=2`, or JSON as in transformers, to repeated `flag` settings."""
+    if not text.lstrip().startswith("{"):
+        return f" {flag} ".join(pair.strip() for pair in text.split(",") if pair.strip())
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from None
+    return f" {flag} ".join(f"{name}={str(value).strip()}" for name, value in found.items())
+
 
 COMMAND_FLAGS: tuple[Flag, ...] = (
     # preview
@@ -67,66 +56,12 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
          help="Price of the machine per hour, to estimate the cost of the run."),
     Flag(names="--brief", panel=DAILY, on=("plan",), type=bool,
          help="Whether to skip the table of alternatives, which takes most of the time."),
-    Flag(names="--nodes", panel=DAILY, on=("plan",), type=int, default=1, minimum=1, metavar="N",
-         help="Number of machines with GPUs of type --gpu, for --shard."),
-    Flag(names="--gpus-per-node", panel=DAILY, on=("plan",), type=int, default=1, minimum=1,
-         metavar="N", help="Number of GPUs per machine."),
-    Flag(names="--interconnect-gbps", panel=DAILY, on=("plan",), type=float, default=400.0,
-         metavar="N", help="Network bandwidth per GPU between machines, in Gbit/s."),
-    # compare
-    Flag(names="--methods", panel=DAILY, on=("compare",), type=list[str], several=True,
-         metavar="NAME,…",
-         help="Comma-separated methods to compare, e.g. lora,qlora,ia3,full."),
-    Flag(names="--budget-steps", panel=DAILY, on=("compare",), type=int, metavar="N", minimum=1,
-         help="Number of training steps per method; default: the epochs of the run."),
-    Flag(names="--budget-minutes", panel=DAILY, on=("compare",), type=float, metavar="M",
-         help="Training minutes per method, converted to steps by a short probe."),
-    Flag(names="--seeds", panel=DAILY, on=("compare",), type=int, default=1, minimum=1,
-         metavar="K", help="Number of seeds per method, starting at --seed."),
-    Flag(names="--max-memory", panel=DAILY, on=("compare",), type=float, metavar="GIB",
-         help="Memory limit for the best method, in GiB."),
-    Flag(names="--max-minutes", panel=DAILY, on=("compare",), type=float, metavar="M",
-         help="Time limit for a run of the best method, in minutes."),
-    Flag(names="--search", panel=DAILY, on=("compare",), type=list[str], several=True,
-         metavar="NAME,…",
-         help="Settings to tune per method: lr, r, alpha, dropout, weight-decay."),
-    Flag(names="--trials", panel=DAILY, on=("compare",), type=int, metavar="N", minimum=1,
-         help="Number of trials per search; default: 10."),
-    Flag(names="--study", panel=DAILY, on=("compare",), metavar="URL",
-         help="Database URL of the searches, which machines can share; default: a local file."),
-    # launch
-    Flag(names="--on", panel=DAILY, on=("launch",), required=True, metavar="slurm|k8s|ray",
-         help="Scheduler to write the job file for."),
-    Flag(names="--nodes", panel=DAILY, on=("launch",), type=int, default=1, minimum=1, metavar="N",
-         help="Number of machines."),
-    Flag(names="--gpus-per-node", panel=DAILY, on=("launch",), type=int, default=0, minimum=0,
-         metavar="N", help="Number of GPUs per machine; 0 trains on CPUs."),
-    Flag(names="--processes-per-node", panel=DAILY, on=("launch",), type=int, minimum=1,
-         metavar="N", help="Number of processes per machine; default: one per GPU."),
-    Flag(names="--image", panel=DAILY, on=("launch",), metavar="IMAGE",
-         help="Container image with ftlevel installed (k8s)."),
-    Flag(names="--claim", panel=DAILY, on=("launch",), metavar="NAME",
-         help="Persistent volume claim, mounted above --output-dir (k8s)."),
-    Flag(names="--job-option", panel=DAILY, on=("launch",), type=list[str],
-         metavar="NAME[=VALUE]",
-         help="Additional scheduler option, e.g. partition=gpu; repeatable."),
-    Flag(names="--job-file", panel=DAILY, on=("launch",), type=Path, metavar="FILE",
-         help="Path of the job file; default: named after the run, in this directory."),
-    Flag(names="--submit", panel=DAILY, on=("launch",), type=bool,
-         help="Whether to submit the job."),
-    Flag(names="--dry-run", panel=DAILY, on=("launch",), type=bool,
-         help="Whether to only print the job file."),
     # init
     Flag(names="--yes -y", panel=GENERAL, on=("init",), type=bool,
          help="Whether to accept all proposed answers without asking."),
     # doctor
     Flag(names="--quiet -q", panel=GENERAL, on=("doctor",), type=bool,
          help="Whether to print only findings that need action."),
-    # report
-    Flag(names="--out -o", panel=WRITE, on=("report",), type=Path, metavar="FILE",
-         help="Path of the page; default: report.html in the run, if there is one run."),
-    Flag(names="--predictions", panel=DATA, on=("report",), type=list[Path], metavar="FILE",
-         help="Output of ftlevel evaluate --predictions (.jsonl); one file per run."),
     # predict
     Flag("dataset", "--dataset", DATA, ("predict",), metavar="FILE|-", required=True),
     Flag("input_format", "", DATA, ("predict", "evaluate")),
@@ -217,45 +152,36 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
     Flag("verify_tokens", "", COMPARE, ("export",)),
     Flag("eval_text", "", COMPARE, ("evaluate", "quantize")),
     Flag("eval_tokens", "", COMPARE, ("evaluate", "quantize")),
-    # check-served
-    Flag("url", "", INFERENCE, ("check-served",), metavar="URL"),
-    Flag("model", "", INFERENCE, ("check-served",), metavar="NAME"),
-    Flag("inside", "--in", INFERENCE, ("check-served",), dest="inside"),
-    Flag("python", "", INFERENCE, ("check-served",), metavar="PATH"),
-    Flag("timeout", "", INFERENCE, ("check-served",)),
-    Flag("tolerance", "", COMPARE, ("check-served",)),
     Flag("device", "", GENERAL, ("evaluate", "predict", "generate", "merge", "quantize", "export")),
 )  # fmt: skip
 """Flags of all commands but `train`, in the order of `--help`."""
 
 
 _ROWS = ("train", "preview")
-_LIKE_TRAIN = ("train", "preview", "plan", "compare", "launch")
-TRAIN_LIKE_COMMANDS = ("plan", "compare", "launch", "init")
-"""Commands that accept the flags of train."""
-_EVERY = tuple(
-    """
-    train preview plan compare launch report doctor init evaluate predict generate merge
-    quantize export check-served list-targets list-methods recipes
-    """.split()
+_ADDED: Mapping[str, Command] = added_rows("commands")
+_TAKES_RECIPES = ("train", "plan", *(n for n, own in _ADDED.items() if own.accepts))
+_LIKE_TRAIN = ("preview", *_TAKES_RECIPES)
+_EVERY = (
+    *"""
+    train preview plan doctor init evaluate predict generate merge quantize export list-targets
+    list-methods recipes
+    """.split(),
+    *_ADDED,
 )
-_QUIET = ("train", "compare", "merge", "quantize", "export", "check-served")
+_QUIET = ("train", "merge", "quantize", "export", *(n for n, own in _ADDED.items() if own.is_quiet))
 _TRACED = tuple(name for name in _EVERY if name != "preview")
 
-FLAGS: tuple[Flag, ...] = (
+_RUN_FLAGS: tuple[Flag, ...] = (
     # Arguments.
-    Flag(names="[RECIPE]", on=("train", "plan", "compare", "launch"), dest="recipe_file", type=Path,
+    Flag(names="[RECIPE]", on=_TAKES_RECIPES, dest="recipe_file", type=Path,
          help="Recipe file, or config.yaml of a run."),
     Flag(names="[RECIPE|RUN]", on=("preview",), dest="recipe_file", type=Path,
          help="Recipe file, or run directory."),
     Flag("name", "RUN|ADAPTER|MODEL", on=("evaluate", "predict"), required=True),
     Flag("name", "RUN|ADAPTER|MODEL", on=("generate",)),
     Flag("adapters", "RUN|ADAPTER...", on=("merge",), required=True, type=list[str]),
-    Flag(names="RUN...", on=("report",), dest="runs", required=True, type=list[Path],
-         help="Directories of completed runs."),
     Flag("model", "MODEL", on=("quantize",), required=True),
     Flag("model", "RUN|ADAPTER|MODEL", on=("export",), required=True),
-    Flag("out", "OUT", on=("check-served",), required=True),
     Flag(names="ACTION", on=("recipes",), dest="action", required=True,
          help="Action: list, show, copy or convert."),
     Flag(names="[FILE]", on=("recipes",), dest="file", type=Path,
@@ -267,131 +193,73 @@ FLAGS: tuple[Flag, ...] = (
     Flag(names="MODEL|FAMILY", on=("list-targets",), dest="model", required=True,
          help="Directory, .gguf file, Hub id, builtin:NAME, or family such as llama."),
     # Common options of a run.
-    Flag("model.name_or_path", "--model", DAILY, _ROWS,
-         also=("--model-name-or-path", "--model-name", "--base-model", "--base-model-name-or-path",
-               "--pretrained-model-name-or-path", "--model-id")),
-    Flag("data.dataset", "--dataset", DAILY, _ROWS, type=list[str], several=True, rest="data.also",
-         also=("--dataset-name", "--dataset-name-or-path", "--train-file", "--train-dataset",
-               "--data-path", "--data-files", "--local-dataset", "--raw-text-file", "--datasets",
-               Alias("--task-name", read=read_glue))),
-    Flag("task", "--task", DAILY, _ROWS, also=("--task-type", "--lora-task-type")),
-    Flag("method.kind", "--method", DAILY,
-         also=("--peft-method", "--peft-type", "--finetuning-type", "--tuner-type", "--train-type",
-               "--training-type")),
-    Flag("quant.kind", "--quant", DAILY, noun="the quantization",
-         also=("--quantization-type", "--quantization-bit", "--quant-bits",
-               Alias("--bits", values=BITS), Alias("--load-in-4bit", value="4bit"),
-               Alias("--load-in-8bit", value="8bit"),
-               Alias("--use-4bit-quantization", value="4bit"),
-               Alias("--use-8bit-quantization", value="8bit"),
-               Alias("--quantize", value="4bit"))),
-    Flag("method.r", "--lora-r", DAILY, also=("--lora-rank", "--rank", "--r")),
-    Flag("train.num_train_epochs", "", DAILY, _ROWS, also=("--epochs", "--num-epochs")),
-    Flag("train.learning_rate", "", DAILY, also=("--lr",)),
-    Flag("train.per_device_train_batch_size", "", DAILY, _ROWS,
-         also=("--train-batch-size", "--batch-size", "--micro-batch-size",
-               "--per-gpu-train-batch-size")),
-    Flag("output.dir", "--output-dir -o", DAILY, ("train", "compare"),
-         also=("--save-dir", "--out", "--output")),
+    Flag("model.name_or_path", "--model", DAILY, _ROWS),
+    Flag("data.dataset", "--dataset", DAILY, _ROWS, type=list[str], several=True, rest="data.also"),
+    Flag("task", "--task", DAILY, _ROWS),
+    Flag("method.kind", "--method", DAILY),
+    Flag("quant.kind", "--quant", DAILY, noun="the quantization"),
+    Flag("method.r", "--lora-r", DAILY),
+    Flag("train.num_train_epochs", "", DAILY, _ROWS),
+    Flag("train.learning_rate", "", DAILY),
+    Flag("train.per_device_train_batch_size", "", DAILY, _ROWS),
+    Flag("output.dir", "--output-dir -o", DAILY),
     # Model and method.
-    Flag("model.adapter", "--adapter", MODEL, metavar="RUN|ADAPTER", words=METHODS,
-         also=("--adapter-name-or-path", "--adapters", "--lora-model-dir",
-               "--resume-from-adapter")),
-    Flag("model.dtype", "", MODEL, noun="the precision", words=PRECISIONS,
-         also=("--torch-dtype", "--bnb-4bit-compute-dtype", "--mixed-precision",
-               Alias("--bf16", value="bfloat16", values=BF16),
-               Alias("--fp16", value="float16"), Alias("--fp32", value="float32"))),
-    Flag("model.device", "", MODEL, also=("--device-map", Alias("--use-cpu", value="cpu"),
-         Alias("--no-cuda", value="cpu"))),
-    Flag("model.attn_implementation", "", MODEL, words=ATTENTION,
-         also=("--attn-impl", "--flash-attn", Alias("--use-flash-attn", "flash_attention_2"),
-               Alias("--use-flash-attention-2", value="flash_attention_2"),
-               Alias("--flash-attention", value="flash_attention_2"))),
-    Flag("model.revision", "", MODEL, _ROWS, also=("--model-revision",)),
+    Flag("model.adapter", "--adapter", MODEL, metavar="RUN|ADAPTER"),
+    Flag("model.dtype", "", MODEL, noun="the precision"),
+    Flag("model.device", "", MODEL),
+    Flag("model.attn_implementation", "", MODEL),
+    Flag("model.revision", "", MODEL, _ROWS),
     Flag("model.trust_remote_code", "", MODEL, _ROWS),
-    Flag("quant.quant_type", "", MODEL, also=("--bnb-4bit-quant-type",)),
-    Flag("quant.double_quant", "", MODEL,
-         also=("--bnb-4bit-use-double-quant", "--use-double-quant", "--use-nested-quant",
-               "--use-bnb-nested-quant", "--double-quantization")),
-    Flag("method.lora_alpha", "", MODEL, also=("--alpha",)),
+    Flag("quant.quant_type", "", MODEL),
+    Flag("quant.double_quant", "", MODEL),
+    Flag("method.lora_alpha", "", MODEL),
     Flag("method.lora_dropout", "", MODEL),
-    Flag("method.target_modules", "", MODEL, several=True, words={"all": "all-linear"},
-         also=("--lora-target-modules", "--lora-target", "--oft-target",
-               Alias("--lora-target-linear", value="all-linear"))),
-    Flag("method.target_parameters", "", MODEL, several=True, also=("--lora-target-parameters",)),
-    Flag("method.layers_to_transform", "", MODEL, several=True,
-         also=("--lora-layers-to-transform",)),
-    Flag("method.bias", "", MODEL, also=("--lora-bias",)),
-    Flag("method.use_dora", "--dora/--no-dora", MODEL, also=("--use-dora", "--peft-use-dora")),
-    Flag("method.use_rslora", "--rslora/--no-rslora", MODEL,
-         also=("--use-rslora", "--peft-use-rslora")),
-    Flag("method.init_lora_weights", "--init", MODEL, words={"true": "default"},
-         also=("--init-lora-weights", "--init-weights", "--peft-init-lora-weights",
-               Alias("--pissa-init", value="pissa"), Alias("--use-loftq", value="loftq"))),
-    Flag("method.modules_to_save", "", MODEL, several=True,
-         also=("--lora-modules-to-save", "--additional-target", "--peft-modules-to-save")),
-    Flag("method.trainable_token_indices", "", MODEL, several=True,
-         also=("--peft-trainable-token-indices", "--lora-trainable-token-indices")),
-    Flag("method.lora_plus_ratio", "", MODEL, also=("--loraplus-lr-ratio", "--lorap-lr-ratio")),
+    Flag("method.target_modules", "", MODEL, several=True),
+    Flag("method.target_parameters", "", MODEL, several=True),
+    Flag("method.layers_to_transform", "", MODEL, several=True),
+    Flag("method.bias", "", MODEL),
+    Flag("method.use_dora", "--dora/--no-dora", MODEL),
+    Flag("method.use_rslora", "--rslora/--no-rslora", MODEL),
+    Flag("method.init_lora_weights", "--init", MODEL),
+    Flag("method.modules_to_save", "", MODEL, several=True),
+    Flag("method.trainable_token_indices", "", MODEL, several=True),
+    Flag("method.lora_plus_ratio", "", MODEL),
     # Data.
-    Flag("data.validation_file", "", DATA, _ROWS,
-         also=("--eval-dataset", "--val-dataset", "--eval-file", "--test-dataset")),
-    Flag("data.mix", "", DATA, _ROWS, several=True, also=("--interleave-probs",
-         "--interleave-prob")),
+    Flag("data.validation_file", "", DATA, _ROWS),
+    Flag("data.mix", "", DATA, _ROWS, several=True),
     Flag("data.input_format", "", DATA, _ROWS),
-    Flag("data.subset", "", DATA, _ROWS, also=("--dataset-config-name", "--dataset-config")),
-    Flag("data.split", "", DATA, _ROWS,
-         also=("--dataset-train-split", "--train-split-name", "--dataset-split")),
-    Flag("data.format", "", DATA, _ROWS, also=("--format-type",), words={"auto": ""}),
-    Flag("data.columns", "--map", DATA, _ROWS, metavar="NAME=COLUMN", example="summary=abstract",
-         also=COLUMNS),
+    Flag("data.subset", "", DATA, _ROWS),
+    Flag("data.split", "", DATA, _ROWS),
+    Flag("data.format", "", DATA, _ROWS),
+    Flag("data.columns", "--map", DATA, _ROWS, metavar="NAME=COLUMN", example="summary=abstract"),
     Flag("data.ignore_columns", "", DATA, _ROWS, several=True, metavar="COLUMN"),
-    Flag("data.chat_template", "", DATA, _ROWS,
-         also=("--chat-template-path", Alias("--template", read=read_template),
-               Alias("--chat-template-format", read=read_template))),
-    Flag("data.system", "", DATA, _ROWS, metavar="TEXT",
-         also=("--default-system", "--system-prompt", "--system-message")),
-    Flag("data.train_on_inputs", "", DATA, _ROWS, also=("--train-on-prompt",)),
-    Flag("data.max_length", "", DATA, _ROWS,
-         also=("--max-seq-length", "--model-max-length", "--max-seq-len", "--cutoff-len",
-               "--seq-length", "--sequence-len", "--block-size", "--max-source-length",
-               "--chunk-size")),
-    Flag("data.max_target_length", "", DATA, _ROWS, also=("--val-max-target-length",)),
-    Flag("data.overlong", "", DATA, _ROWS,
-         also=(Alias("--truncation-strategy", values=OVERLONG),
-               Alias("--excess-length-strategy", values=OVERLONG))),
+    Flag("data.chat_template", "", DATA, _ROWS),
+    Flag("data.system", "", DATA, _ROWS, metavar="TEXT"),
+    Flag("data.train_on_inputs", "", DATA, _ROWS),
+    Flag("data.max_length", "", DATA, _ROWS),
+    Flag("data.max_target_length", "", DATA, _ROWS),
+    Flag("data.overlong", "", DATA, _ROWS),
     Flag("data.doc_stride", "", DATA, _ROWS),
     Flag("data.mlm_probability", "", DATA, _ROWS),
-    Flag("data.problem_type", "", DATA, _ROWS,
-         also=(Alias("--do-regression", value="regression"),)),
-    Flag("data.source_language", "", DATA, _ROWS, also=("--source-lang",)),
-    Flag("data.target_language", "", DATA, _ROWS, also=("--target-lang",)),
-    Flag("data.validation_split", "", DATA, _ROWS, noun="the validation rows",
-         also=(Alias("--validation-split-percentage", read=read_percent),
-               *(Alias(name, read=read_share) for name in SHARES))),
-    Flag("data.max_samples", "", DATA, _ROWS, also=("--max-train-samples", "--num-train-samples",
-         "--max-train-examples")),
-    Flag("data.max_eval_samples", "", DATA, _ROWS, also=("--max-eval-examples",
-         "--num-eval-samples")),
-    Flag("data.streaming", "", DATA, _ROWS, also=("--dataset-streaming",)),
-    Flag("data.shuffle_buffer", "", DATA, _ROWS, also=("--buffer-size", "--shuffle-buffer-size")),
-    Flag("data.cache", "", DATA, _ROWS,
-         also=("--load-from-cache-file", Alias("--overwrite-cache", value="false"))),
-    Flag("data.num_proc", "", DATA, _ROWS,
-         also=("--preprocessing-num-workers", "--dataset-num-proc", "--dataset-processes")),
+    Flag("data.problem_type", "", DATA, _ROWS),
+    Flag("data.source_language", "", DATA, _ROWS),
+    Flag("data.target_language", "", DATA, _ROWS),
+    Flag("data.validation_split", "", DATA, _ROWS, noun="the validation rows"),
+    Flag("data.max_samples", "", DATA, _ROWS),
+    Flag("data.max_eval_samples", "", DATA, _ROWS),
+    Flag("data.streaming", "", DATA, _ROWS),
+    Flag("data.shuffle_buffer", "", DATA, _ROWS),
+    Flag("data.cache", "", DATA, _ROWS),
+    Flag("data.num_proc", "", DATA, _ROWS),
     Flag("data.on_bad_row", "", DATA, _ROWS),
     # Training.
-    Flag("train.max_steps", "", HOW, _ROWS, also=("--max-train-steps",),
-         words={"-1": NO_LIMIT, "0": NO_LIMIT}),
-    Flag("train.head_learning_rate", "", HOW, also=("--head-lr", "--classifier-learning-rate")),
-    Flag("train.lr_scheduler_type", "", HOW,
-         also=("--lr-scheduler", Alias("--cosine-min-lr-ratio", read=read_lowest_share))),
+    Flag("train.max_steps", "", HOW, _ROWS),
+    Flag("train.head_learning_rate", "", HOW),
+    Flag("train.lr_scheduler_type", "", HOW),
     Flag("train.lr_scheduler_kwargs", "", HOW, metavar="NAME=VALUE", example="num_cycles=3",
          read=partial(read_pairs, "--lr-scheduler-kwargs")),
-    Flag("train.warmup_steps", "", HOW, noun="the warm-up",
-         also=("--num-warmup-steps", "--lr-warmup-steps",
-               Alias("--warmup-ratio", read=read_ratio))),
-    Flag("train.optim", "", HOW, also=("--optimizer", "--optim-type"), words=OPTIMIZERS),
+    Flag("train.warmup_steps", "", HOW, noun="the warm-up"),
+    Flag("train.optim", "", HOW),
     Flag("train.optim_args", "", HOW, metavar="NAME=VALUE", example="momentum=0.9",
          read=partial(read_pairs, "--optim-args")),
     Flag("train.weight_decay", "", HOW),
@@ -401,40 +269,35 @@ FLAGS: tuple[Flag, ...] = (
     Flag("train.max_grad_norm", "", HOW),
     Flag("train.on_nonfinite", "", HOW),
     Flag("train.spike_factor", "", HOW),
-    Flag("train.label_smoothing_factor", "", HOW, also=("--label-smoothing",)),
-    Flag("train.class_weights", "", HOW, metavar="balanced|NAME=W,…", also=("--class-weight",)),
+    Flag("train.label_smoothing_factor", "", HOW),
+    Flag("train.class_weights", "", HOW, metavar="balanced|NAME=W,…"),
     Flag("train.focal_gamma", "", HOW),
     Flag("train.neftune_noise_alpha", "", HOW),
-    Flag("distillation.teacher", "", HOW, also=("--teacher-model", "--teacher-model-name-or-path")),
+    Flag("distillation.teacher", "", HOW),
     Flag("distillation.divergence", "", HOW),
     Flag("distillation.kd_ratio", "", HOW),
     Flag("distillation.kd_temperature", "", HOW),
     Flag("distillation.kd_top_k", "", HOW),
-    Flag("preference.loss", "", HOW, words=LOSSES,
-         by_task={"rl": "rl.loss", "embedding": "embedding.loss", "reranking": "reranking.loss"},
-         also=("--pref-loss", "--loss-type")),
-    Flag("reranking.pos_weight", "", HOW, also=("--positive-weight",)),
-    Flag("preference.beta", "", HOW, by_task={"rl": "rl.beta"},
-         also=("--pref-beta", "--dpo-beta", "--kto-beta")),
-    Flag("preference.reference", "", HOW, metavar="start|none|RUN", also=("--ref-model",)),
+    Flag("preference.loss", "", HOW,
+         by_task={"rl": "rl.loss", "embedding": "embedding.loss", "reranking": "reranking.loss"}),
+    Flag("reranking.pos_weight", "", HOW),
+    Flag("preference.beta", "", HOW, by_task={"rl": "rl.beta"}),
+    Flag("preference.reference", "", HOW, metavar="start|none|RUN"),
     Flag("preference.simpo_gamma", "", HOW),
-    Flag("preference.sft_weight", "", HOW, also=("--rpo-alpha", "--cpo-alpha", "--pref-ftx")),
-    Flag("preference.desirable_weight", "", HOW, also=("--kto-chosen-weight",)),
-    Flag("preference.undesirable_weight", "", HOW, also=("--kto-rejected-weight",)),
-    Flag("rl.reward", "", HOW, _ROWS, type=list[str], metavar="NAME[=W]",
-         also=("--reward-model", "--reward-model-name-or-path",
-               Alias("--reward-funcs", read=read_reward_funcs, several=True))),
+    Flag("preference.sft_weight", "", HOW),
+    Flag("preference.desirable_weight", "", HOW),
+    Flag("preference.undesirable_weight", "", HOW),
+    Flag("rl.reward", "", HOW, _ROWS, type=list[str], metavar="NAME[=W]"),
     Flag("rl.num_generations", "", HOW, _ROWS),
-    Flag("rl.max_completion_length", "", HOW, _ROWS, also=("--response-length",)),
+    Flag("rl.max_completion_length", "", HOW, _ROWS),
     Flag("rl.stop", "", HOW, _ROWS, type=list[str], metavar="TEXT"),
-    Flag("rl.epsilon", "", HOW, also=("--epsilon-low",)),
+    Flag("rl.epsilon", "", HOW),
     Flag("rl.epsilon_high", "", HOW),
     Flag("rl.num_iterations", "", HOW),
-    Flag("rl.scale_rewards", "", HOW, words=SCALES),
+    Flag("rl.scale_rewards", "", HOW),
     Flag("rl.importance_sampling_level", "", HOW),
     Flag("rl.use_bias_correction_kl", "--use-bias-correction-kl/--no-bias-correction-kl", HOW),
-    Flag("rl.mask_truncated_completions", "--mask-truncated-completions/--no-mask-truncated", HOW,
-         also=("--overlong-filter",)),
+    Flag("rl.mask_truncated_completions", "--mask-truncated-completions/--no-mask-truncated", HOW),
     Flag("rl.dynamic_sampling", "", HOW, metavar="N"),
     Flag("rl.check_groups", "", HOW, _ROWS, metavar="N"),
     Flag("rl.rollouts", "", HOW, metavar="URL"),
@@ -444,52 +307,41 @@ FLAGS: tuple[Flag, ...] = (
     Flag("embedding.symmetric", "", HOW),
     Flag("embedding.margin", "", HOW),
     Flag("embedding.guide", "", HOW),
-    Flag("embedding.pooling", "", HOW, also=("--pooling-mode",)),
+    Flag("embedding.pooling", "", HOW),
     Flag("embedding.normalize", "--normalize/--no-normalize", HOW),
-    Flag("embedding.similarity", "", HOW, words={"dot_product": "dot"}),
+    Flag("embedding.similarity", "", HOW),
     Flag("embedding.query_prompt", "", HOW),
     Flag("embedding.document_prompt", "", HOW),
     Flag("embedding.matryoshka_dims", "", HOW, metavar="N,…"),
     Flag("embedding.batch_sampler", "", HOW),
     Flag("train.gradient_accumulation_steps", "", HOW, _ROWS),
-    Flag("train.per_device_eval_batch_size", "", HOW,
-         also=("--eval-batch-size", "--per-gpu-eval-batch-size")),
-    Flag("train.train_sampling_strategy", "", HOW,
-         also=(Alias("--group-by-length", value="group_by_length"),)),
-    Flag("train.num_processes", "", HOW, also=("--nproc-per-node",)),
+    Flag("train.per_device_eval_batch_size", "", HOW),
+    Flag("train.train_sampling_strategy", "", HOW),
+    Flag("train.num_processes", "", HOW),
     Flag("train.shard", "", HOW),
     Flag("train.max_restarts", "", HOW),
-    Flag("train.gradient_checkpointing", "", HOW, words={"unsloth": "true", "auto": "auto"},
-         also=("--use-gradient-checkpointing", "--activation-checkpointing",
-               Alias("--disable-gradient-checkpointing", value="false"))),
+    Flag("train.gradient_checkpointing", "", HOW, words={"auto": "auto"}),
     Flag("train.offload_activations", "", HOW),
     Flag("train.tf32", "", HOW),
     Flag("speed.fast", "", HOW),
-    Flag("speed.tokens_per_micro_batch", "", HOW, metavar="N|auto|memory",
-         also=(Alias("--auto-micro-batch", value="memory"),)),
-    Flag("speed.liger_kernel", "--liger-kernel/--no-liger-kernel", HOW,
-         also=("--use-liger-kernel", "--enable-liger-kernel")),
+    Flag("speed.tokens_per_micro_batch", "", HOW, metavar="N|auto|memory"),
+    Flag("speed.liger_kernel", "--liger-kernel/--no-liger-kernel", HOW),
     Flag("speed.verify", "--verify-fast/--no-verify-fast", HOW),
-    Flag("train.seed", "", HOW, also=("--random-state", "--random-seed")),
+    Flag("train.seed", "", HOW),
     Flag("train.data_seed", "", HOW),
     Flag("train.logging_steps", "", HOW),
-    Flag("train.eval_strategy", "", HOW,
-         also=("--evaluation-strategy", Alias("--do-eval", value="", values=DO_EVAL),
-               Alias("--evals-per-epoch", read=read_once_an_epoch))),
-    Flag("train.eval_steps", "", HOW, also=("--eval-step",)),
+    Flag("train.eval_strategy", "", HOW),
+    Flag("train.eval_steps", "", HOW),
     Flag("train.eval_on_start", "", HOW),
     Flag("train.load_best_model_at_end", "", HOW),
     Flag("train.metric_for_best_model", "", HOW),
     Flag("train.greater_is_better", "", HOW),
-    Flag("train.early_stopping_patience", "", HOW,
-         also=("--early-stopping-steps", "--early-stop-interval")),
+    Flag("train.early_stopping_patience", "", HOW),
     Flag("train.early_stopping_threshold", "", HOW),
     Flag("train.metrics", "", HOW, several=True),
     Flag("train.predict_with_generate", "", HOW),
-    Flag("train.max_new_tokens", "", HOW, also=("--generation-max-length",),
-         by_task={"rl": "rl.max_completion_length"}),
-    Flag("train.num_beams", "", HOW,
-         also=("--eval-num-beams", "--generation-num-beams", "--beam-size")),
+    Flag("train.max_new_tokens", "", HOW, by_task={"rl": "rl.max_completion_length"}),
+    Flag("train.num_beams", "", HOW),
     Flag("train.temperature", "", HOW,
          by_task={"rl": "rl.temperature", "embedding": "embedding.temperature"}),
     Flag("train.top_p", "", HOW, by_task={"rl": "rl.top_p"}),
@@ -498,29 +350,23 @@ FLAGS: tuple[Flag, ...] = (
          help="Recipe file; flags override it."),
     Flag(names="--set", panel=RUN, on=(*_LIKE_TRAIN, "init"), type=list[str], metavar="KEY=VALUE",
          dest="settings", help="Value of any configuration field; repeatable."),
-    Flag("train.save_strategy", "", RUN,
-         also=(Alias("--saves-per-epoch", read=read_once_an_epoch),)),
-    Flag("train.save_steps", "", RUN, also=("--save-step", "--checkpointing-steps")),
+    Flag("train.save_strategy", "", RUN),
+    Flag("train.save_steps", "", RUN),
     Flag("train.save_minutes", "", RUN),
     Flag("train.save_total_limit", "", RUN),
-    Flag("output.overwrite", "", RUN, also=("--overwrite-output-dir",)),
-    Flag("output.resume", "", RUN, ("train", "compare"),
-         also=(Alias("--resume-from-checkpoint", read=refuse_checkpoint), "--auto-resume")),
+    Flag("output.overwrite", "", RUN),
+    Flag("output.resume", "", RUN),
     Flag("output.allow_change", "", RUN, type=list[str], several=True, metavar="FIELD"),
-    Flag("output.run_name", "", RUN,
-         also=("--wandb-name", "--wandb-run-name", "--trackio-run-name")),
-    Flag("output.report_to", "", RUN, several=True,
-         also=(Alias("--enable-wandb", value="wandb"),
-               Alias("--enable-tensorboard", value="tensorboard"))),
-    Flag("output.tracker_project", "", RUN,
-         also=("--wandb-project", "--wandb-project-name", "--project", "--trackio-project-name",
-               "--mlflow-experiment-name")),
-    Flag("output.push_to_hub", "", RUN, metavar="NAME", words=PUSH,
-         also=("--hub-model-id", "--push-model")),
-    Flag("output.hub_private", "", RUN, also=("--hub-private-repo",)),
+    Flag("output.run_name", "", RUN),
+    Flag("output.report_to", "", RUN, several=True),
+    Flag("output.tracker_project", "", RUN),
+    Flag("output.push_to_hub", "", RUN, metavar="NAME"),
+    Flag("output.hub_private", "", RUN),
     Flag(names="--dry-run", panel=RUN, type=bool,
          help="Whether to only resolve and check the configuration."),
-    *COMMAND_FLAGS,
+)  # fmt: skip
+
+_GENERAL_FLAGS: tuple[Flag, ...] = (
     # list-targets and list-methods
     Flag(names="--lora-r", panel=GENERAL, on=("list-targets",), type=int, default=8, minimum=1,
          help="LoRA rank for the parameter counts."),
@@ -544,21 +390,83 @@ FLAGS: tuple[Flag, ...] = (
          help="Whether to print the JSON schema of recipes."),
     Flag(names="--traceback", panel=GENERAL, on=_TRACED, type=bool,
          help="Whether to show the traceback of an error."),
-    *UNSUPPORTED_FLAGS,
 )  # fmt: skip
+
+
+def _extended() -> Iterator[Flag]:
+    """Yield every flag: the core's with the aliases of extensions, and those of extensions.
+
+    Raises:
+        ConfigError: two packages define one flag of a command.
+    """
+    flags, aliases = _tables_of_extensions()
+    names: dict[tuple[str, str], str] = {}
+    for source, rows in ((OWN, (*_RUN_FLAGS, *COMMAND_FLAGS)), *flags, (OWN, _GENERAL_FLAGS)):
+        for row in rows:
+            for key in () if row.answer else ((command, row.shown) for command in row.on):
+                if (other := names.setdefault(key, source)) != source:
+                    raise ConfigError(
+                        f"{key[1]} of ftlevel {key[0]} is defined by {other} and by {source}. "
+                        "Uninstall one of them."
+                    )
+            for more in aliases.get(row.path, ()) if "train" in row.on else ():
+                row = replace(
+                    row,
+                    also=(*row.also, *more.also),
+                    words={**more.words, **row.words},
+                    read=row.read or more.read,
+                )
+            yield row
+
+
+def _tables_of_extensions() -> tuple[
+    list[tuple[str, Sequence[Flag]]], dict[str, list[FlagAliases]]
+]:
+    """Return (package, flags) of each extension, and dotted field → aliases of all."""
+    flags: list[tuple[str, Sequence[Flag]]] = []
+    aliases: dict[str, list[FlagAliases]] = {}
+    for source, extension in find_extensions():
+        try:
+            flags.append((source, extension.flags()))
+            for path, more in extension.aliases().items():
+                aliases.setdefault(path, []).append(more)
+        except Exception as error:
+            if source == OWN:
+                raise
+            warn_left_out(source, error)
+    return flags, aliases
+
+
+FLAGS: tuple[Flag, ...] = tuple(_extended())
+"""Flags of all commands, in the order of `--help`."""
+
+
+def _is_of_the_run(path: str) -> bool:
+    """Return whether the field at `path` is not one of the run's output."""
+    return not path.startswith("output.")
+
+
+_ACCEPTS: dict[str, Callable[[str], bool]] = {
+    "plan": _is_of_the_run,
+    "init": _is_of_the_run,
+    **{name: own.accepts for name, own in _ADDED.items() if own.accepts},
+}
+"""Command → whether it has train's flag for a field."""
+
+TRAIN_LIKE_COMMANDS = tuple(_ACCEPTS)
+"""Commands that accept the flags of train."""
 
 
 def flags_of(command: str, flags: Sequence[Flag] = FLAGS) -> list[Flag]:
     """Return the flags of `command`."""
-    if command in TRAIN_LIKE_COMMANDS:
-        train = [flag for flag in flags if "train" in flag.on and _is_of_the_run(flag)]
-        if command == "launch":  # a job needs the output flags
-            train = [flag for flag in flags if "train" in flag.on and flag.path]
-        if command == "compare":  # which has --methods
-            train = [flag for flag in train if flag.path != "method.kind"]
-        flags = [flag for flag in flags if flag in train or command in flag.on]
-        return [flag for flag in flags if not flag.answer]
-    return [flag for flag in flags if command in flag.on and not flag.answer]
+    accepts = _ACCEPTS.get(command)
+    found = (
+        flag
+        for flag in flags
+        if command in flag.on
+        or (accepts and "train" in flag.on and flag.path and accepts(flag.path))
+    )
+    return [flag for flag in found if not flag.answer]
 
 
 def recipe_hint(name: str, command: str = "train") -> str:
@@ -581,8 +489,3 @@ def recipe_hint(name: str, command: str = "train") -> str:
         value = f": {values[typed]}" if values[typed] else ""
         return f" Did you mean {flag.path + value!r}?"
     return ""
-
-
-def _is_of_the_run(flag: Flag) -> bool:
-    """Return whether `flag` sets a field of the run other than its output."""
-    return bool(flag.path) and not flag.path.startswith("output.")

@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from ftlevel.config.flags import CONFIGS, recipe_hint
+from ftlevel.config.flag import command_of
+from ftlevel.config.flags import recipe_hint
 from ftlevel.config.methods import SPECS
 from ftlevel.config.reading import RENAMED, YamlError, load_yaml, rename_keys, resolve_aliases
 from ftlevel.config.section import Section
 from ftlevel.config.train import SHORTHAND, TrainConfig, expand_shorthand
 from ftlevel.errors import ConfigError, closest_matches, did_you_mean, join_names
-from ftlevel.extras.other_tools.other_tools import detect_tool
+from ftlevel.extensions import hooks
 
 KeyPath = tuple[str, ...]
 S = TypeVar("S", bound=BaseModel)
@@ -39,7 +40,7 @@ class Layer:
 def read_recipe(path: Path) -> Layer:
     """Read a YAML recipe with the line of every key; raises ConfigError like `read_yaml`."""
     values, origins = read_yaml(path)
-    if tool := detect_tool(values):
+    if tool := next(filter(None, (detect(values) for detect in hooks("detect_tool"))), ""):
         raise ConfigError(
             f"{path} is a configuration of {tool}. Write it as a recipe first: "
             f"ftlevel recipes convert {path} > recipe.yaml"
@@ -262,8 +263,7 @@ def _unknown_key(key: KeyPath, kind: str | None, root: type[BaseModel]) -> str:
         siblings: Iterable[str] = SPECS[kind].model_fields
     else:
         siblings = _fields_of(key[:-1], root)
-    command = next((name for name, config in CONFIGS.items() if config is root), "train")
-    if hint := recipe_hint(key[-1], command):
+    if hint := recipe_hint(key[-1], command_of(root)):
         return f"unknown key {dotted!r}.{hint}"
     if kind is None and root is TrainConfig and (elsewhere := _nearest_elsewhere(key)):
         return f"unknown key {dotted!r}. Did you mean {elsewhere!r}?"

@@ -21,7 +21,6 @@ from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, ignore_progress
 from ftlevel.errors import ConfigError, InputError, join_names
 from ftlevel.evaluation.two_models import cut_windows, read_eval_text
-from ftlevel.extras.adapterhub.adapter import is_adapterhub
 from ftlevel.methods.merging import read_peft_config, why_not_mergeable
 from ftlevel.models.hardware import DTYPES, choose_device
 from ftlevel.models.integrity import check_missing
@@ -38,6 +37,7 @@ from ftlevel.models.targets import find_heads
 from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapt import load_adapter
+from ftlevel.trained.adapter_formats import find_reader
 from ftlevel.trained.load import LoadedModel, card_overrides
 from ftlevel.trained.model_ref import (
     ADAPTER_CONFIG,
@@ -124,9 +124,9 @@ def find_adapter(name: str) -> Path:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    """Return the adapter's PEFT config, or a stand-in for an AdapterHub adapter."""
-    if is_adapterhub(directory):
-        return {"peft_type": "BOTTLENECK"}  # the only supported kind
+    """Return the adapter's PEFT config, or a stand-in for one in another format."""
+    if (reader := find_reader(directory)) is not None:
+        return {"peft_type": reader.peft_type}
     return read_peft_config(directory)
 
 

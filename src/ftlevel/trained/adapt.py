@@ -13,11 +13,11 @@ import torch
 
 from ftlevel.config import MethodConfig
 from ftlevel.errors import ConfigError, InputError, did_you_mean, join_names
-from ftlevel.extras.adapterhub.adapter import convert, is_adapterhub, read_hub_adapter
 from ftlevel.methods import METHODS, Base, ensure_registered
 from ftlevel.methods.merging import read_peft_config
 from ftlevel.models.integrity import check_finite
 from ftlevel.models.untrusted import FROM_READERS, check_patterns
+from ftlevel.trained.adapter_formats import find_reader
 from ftlevel.trained.vocabulary import check_new_rows, find_vocabulary_mismatch, resize_vocabulary
 
 
@@ -153,8 +153,8 @@ def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
     from peft import PeftModel, get_peft_model
 
     ensure_registered()
-    if is_adapterhub(directory):
-        config, weights = convert(read_hub_adapter(directory), base)
+    if (reader := find_reader(directory)) is not None:
+        config, weights = reader.read(directory).convert(base)
         adapted = get_peft_model(base, config, adapter_name=name)
         _fill_adapter(adapted, weights, directory, name)
         return _frozen(adapted)
@@ -226,8 +226,8 @@ def add_adapter(adapted: Any, directory: Path, name: str) -> None:
     Raises InputError if it is incomplete or not compatible with the others.
     """
     config: Any = None
-    if is_adapterhub(directory):
-        config, weights = convert(read_hub_adapter(directory), adapted.get_base_model())
+    if (reader := find_reader(directory)) is not None:
+        config, weights = reader.read(directory).convert(adapted.get_base_model())
     else:
         weights = _read_whole(directory)
         check_patterns(directory, read_peft_config(directory), adapted.get_base_model())

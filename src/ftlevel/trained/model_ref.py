@@ -11,7 +11,7 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
-from typing import Any, Literal
+from typing import Any
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
 from ftlevel.artifacts.files import base_digest, base_fingerprint, check_regular
@@ -22,7 +22,6 @@ from ftlevel.config.methods.lora import BASE_MODIFYING_INITS
 from ftlevel.data.encoding.collate import ensure_pad_token
 from ftlevel.data.encoding.encode import PromptFormat, read_format
 from ftlevel.errors import InputError, join_names
-from ftlevel.extras.adapterhub.adapter import hub_task, is_adapterhub, read_hub_adapter, with_head
 from ftlevel.models.hardware import choose_dtype
 from ftlevel.models.kinds import checkpoint_class, max_positions, model_kind
 from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
@@ -35,6 +34,7 @@ from ftlevel.models.quantization import (
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS, BaseTask
+from ftlevel.trained.adapter_formats import AdapterReader, find_reader
 from ftlevel.trained.checkpoint import merge_sharded_checkpoint
 from ftlevel.weights.tensor_files import read_header
 
@@ -43,10 +43,6 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PLAIN = "none"
 """Method name of a model without an adapter."""
 _DEFAULT_TASK = "text-generation"
-
-Kind = Literal[
-    "run", "checkpoint", "adapter", "peft", "adapterhub", "model", "quantized", "hub", "gguf"
-]
 
 
 @dataclass(frozen=True)
@@ -70,13 +66,17 @@ class ModelRef:
     is_ours: bool = True
 
     @property
-    def kind(self) -> Kind:
-        """Kind of the reference; `peft` is an adapter that plain PEFT wrote."""
+    def kind(self) -> str:
+        """Kind: run, checkpoint, adapter, model, quantized, hub or gguf.
+
+        An adapter that another library wrote is `peft` or the kind of its `AdapterReader`.
+        """
         if self.run is not None:
             place = self.directory or Path(self.source.name)
             return "checkpoint" if place.absolute().parent.name == CHECKPOINTS else "run"
         if self.directory is not None and not self.is_ours:
-            return "adapterhub" if is_adapterhub(self.directory) else "peft"
+            reader = find_reader(self.directory)
+            return reader.kind if reader else "peft"
         if self.directory is not None:
             return "adapter"
         if self.source.kind in ("hub", "gguf"):
@@ -200,8 +200,8 @@ def _resolve(name: str, device: str, task: str | None, said: str, base: str | No
             source = resolve_source(str(merge_sharded_checkpoint(directory)), said=str(directory))
             return ModelRef(replace(source, name=str(directory)), None, card, run)
         return ModelRef(find_base(card, directory, base), directory, card, run)
-    if is_adapterhub(path):
-        return _resolve_adapterhub(path, device, task, base)
+    if (reader := find_reader(path)) is not None:
+        return _resolve_foreign(path, reader, device, task, base)
     check_whole_adapter(path)
     if (path / ADAPTER_CONFIG).is_file():
         return _resolve_peft(path, name, device, task, base)
@@ -228,19 +228,17 @@ def _resolve_peft(
     return ModelRef(source, directory, card, None, [note], is_ours=False)
 
 
-def _resolve_adapterhub(
-    directory: Path, device: str, task: str | None, base: str | None
+def _resolve_foreign(
+    directory: Path, reader: AdapterReader, device: str, task: str | None, base: str | None
 ) -> ModelRef:
-    """Return the reference to an AdapterHub adapter."""
-    hub = read_hub_adapter(directory)
-    own = TASKS[hub_task(hub, task)]
-    source = resolve_plain_base(hub.base, directory, None, base)
-    settings = {"peft_type": "BOTTLENECK", "modules_to_save": hub.heads}
+    """Return the reference to an adapter in another library's format."""
+    adapter = reader.read(directory)
+    own = TASKS[adapter.task(task)]
+    source = resolve_plain_base(adapter.base, directory, None, base)
+    settings = {"peft_type": reader.peft_type, "modules_to_save": adapter.heads}
     card = build_default_card(source, load_config(source), own, device, directory, settings)
-    note = (
-        f"{directory} was made by AdapterHub's adapters: its base, {source.name}, is taken on trust"
-    )
-    return ModelRef(source, directory, with_head(card, hub), None, [note], is_ours=False)
+    note = f"{directory} was made by {reader.library}: its base, {source.name}, is taken on trust"
+    return ModelRef(source, directory, adapter.complete(card), None, [note], is_ours=False)
 
 
 def find_directory(name: str) -> Path:

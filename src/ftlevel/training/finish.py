@@ -23,8 +23,7 @@ from ftlevel.errors import RunError
 from ftlevel.evaluation.intervals import interval, select_metrics
 from ftlevel.evaluation.scoring import KEPT, Evaluator, row_lines
 from ftlevel.events import Listener
-from ftlevel.extras.report.facts import RunFacts, summarize_answers
-from ftlevel.extras.report.page import write_page
+from ftlevel.extensions import hooks
 from ftlevel.methods import needs_import
 from ftlevel.models.kinds import write_former_rope
 from ftlevel.models.quantization import stored_quantization
@@ -173,14 +172,10 @@ def write_results(
     summary: Mapping[str, Any],
     lines: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Write the report page, the model cards and, as the mark of a finished run, summary.json."""
+    """Write the predictions, the model cards and, as the mark of a finished run, summary.json."""
     directory.write_answers(lines)
-    answers, records = (
-        summarize_answers(iter(lines)) if lines else None,
-        directory.read_log(summary["steps"]),
-    )
-    facts = RunFacts(directory.path.resolve().name, directory.path, summary, records, answers)
-    write_page([facts], directory.report)
+    for finish_run in hooks("finish_run"):
+        finish_run(directory, summary, lines)
     directory.write_card(write_readme(summary, needs_import(method)))
     shutil.copyfile(directory.path / "README.md", directory.adapter / "README.md")
     directory.write_summary(summary)  # marks the run as finished

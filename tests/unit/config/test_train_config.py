@@ -24,6 +24,7 @@ from ftlevel.config import (
 )
 from ftlevel.config.flag import CONFIGS
 from ftlevel.errors import ConfigError
+from ftlevel.extras.serving.config import CheckServedConfig
 
 RULES = [
     (["method=full", "quant=4bit"],
@@ -121,7 +122,7 @@ def test_a_wrong_argument_of_a_constructor_is_named(
     assert caught.value.problems == [message]
 
 
-@pytest.mark.parametrize("section", [*CONFIGS.values(), *SPECS.values()])
+@pytest.mark.parametrize("section", [*CONFIGS.values(), CheckServedConfig, *SPECS.values()])
 def test_every_constructor_raises_errors_of_ours(section: type[BaseModel]) -> None:
     with pytest.raises(ConfigError, match=rf"{section.__name__}\(zzz\): unknown key 'zzz'"):
         section(zzz=1)

@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from docs_commands import PAGES, ROOT, Block, blocks_of, run_block, shorten, with_output
-from ftlevel.cli.app import COMMANDS, build_app
+from ftlevel.cli.app import build_app, commands
 from ftlevel.errors import ConfigError
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
@@ -22,7 +22,7 @@ def parse(words: list[str]) -> None:
     app = build_app(words[:1])
     group: Any = typer.main.get_command(app)
     if words[:1] and not words[0].startswith("-"):
-        assert words[0] in COMMANDS, f"no such command: {words[0]}"
+        assert words[0] in commands(), f"no such command: {words[0]}"
         group.commands[words[0]].make_context(words[0], words[1:], obj=words)
 
 

@@ -187,6 +187,51 @@ class HubAdapter:
         """Modules that are saved with the adapter in full."""
         return head_modules(self.head, self.head_weights) if self.head else []
 
+    def task(self, wanted: str | None) -> str:
+        """Return the task of the head, else `wanted`; raise InputError if they differ."""
+        own = self.head.task if self.head else ""
+        if own and wanted not in (None, own):
+            raise InputError(
+                f"{self.directory} has a head for {own}, not for {wanted}. Drop --task."
+            )
+        return own or wanted or "text-generation"
+
+    def complete(self, card: AdapterCard) -> AdapterCard:
+        """Return the base's card with labels and options of the adapter's head."""
+        if self.head is None:
+            return card
+        options = {**card.options, **self.head.options}
+        return replace(card, labels=self.head.labels or card.labels, options=options)
+
+    def convert(self, model: Any) -> tuple[Any, dict[str, Any]]:
+        """Return the adapter's PEFT config, and its weights by PEFT's names; reads `model`.
+
+        Raises InputError if it is damaged, of another base, or of an unsupported kind.
+        """
+        from ftlevel.methods.bottleneck.layer import BottleneckConfig
+        from ftlevel.methods.bottleneck.sites import site_pattern, sites_of
+
+        try:
+            fields = read_config(self.settings, model.config)
+            config = BottleneckConfig(**fields, modules_to_save=self.heads or None)
+            sites = sites_of(model.config)
+            pattern = fields["target_modules"] or (sites and site_pattern(sites, config.placement))
+            left_out = fields["exclude_modules"] or "(?!)"
+            names = (
+                name
+                for name, _ in model.named_modules()
+                if re.fullmatch(str(pattern), name) and not re.fullmatch(left_out, name)
+            )
+            holders = holders_of(names, model)
+            weights = _name_weights(_read_weights(self.directory, ADAPTER_FILES), holders, config)
+            if self.head is not None and not self.heads:
+                check_language_head(self.head_weights, model)
+            elif self.head is not None:
+                weights |= name_head_weights(self.head, self.head_weights, model)
+        except (InputError, ValueError) as error:
+            raise InputError(f"{self.directory}: {error}") from None
+        return config, {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+
 
 def is_adapterhub(directory: Path) -> bool:
     """Whether the adapter in `directory` is in AdapterHub's format, not PEFT's."""
@@ -214,6 +259,20 @@ def read_hub_adapter(directory: Path) -> HubAdapter:
     return HubAdapter(directory, settings, head, _read_weights(directory, HEAD_FILES))
 
 
+class _Reader:
+    """Reader of AdapterHub's format; see `AdapterReader`."""
+
+    kind = "adapterhub"
+    name = "AdapterHub"
+    library = "AdapterHub's adapters"
+    peft_type = "BOTTLENECK"  # the only supported kind
+    recognizes = staticmethod(is_adapterhub)
+    read = staticmethod(read_hub_adapter)
+
+
+READER = _Reader()
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -222,52 +281,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise InputError(f"{path} holds no object. Save the adapter again with adapters.")
     return settings
-
-
-def hub_task(hub: HubAdapter, task: str | None) -> str:
-    """Return the task of the head, else `task`; raise InputError if they differ."""
-    own = hub.head.task if hub.head else ""
-    if own and task not in (None, own):
-        raise InputError(f"{hub.directory} has a head for {own}, not for {task}. Drop --task.")
-    return own or task or "text-generation"
-
-
-def with_head(card: AdapterCard, hub: HubAdapter) -> AdapterCard:
-    """Return the base's card with labels and options of the adapter's head."""
-    if hub.head is None:
-        return card
-    options = {**card.options, **hub.head.options}
-    return replace(card, labels=hub.head.labels or card.labels, options=options)
-
-
-def convert(hub: HubAdapter, model: Any) -> tuple[Any, dict[str, Any]]:
-    """Return the adapter's PEFT config, and its weights by PEFT's names; does not change `model`.
-
-    Raises InputError if it is damaged, of another base, or of an unsupported kind.
-    """
-    from ftlevel.methods.bottleneck.layer import BottleneckConfig
-    from ftlevel.methods.bottleneck.sites import site_pattern, sites_of
-
-    try:
-        fields = read_config(hub.settings, model.config)
-        config = BottleneckConfig(**fields, modules_to_save=hub.heads or None)
-        sites = sites_of(model.config)
-        pattern = fields["target_modules"] or (sites and site_pattern(sites, config.placement))
-        left_out = fields["exclude_modules"] or "(?!)"
-        names = (
-            name
-            for name, _ in model.named_modules()
-            if re.fullmatch(str(pattern), name) and not re.fullmatch(left_out, name)
-        )
-        holders = holders_of(names, model)
-        weights = _name_weights(_read_weights(hub.directory, ADAPTER_FILES), holders, config)
-        if hub.head is not None and not hub.heads:
-            check_language_head(hub.head_weights, model)
-        elif hub.head is not None:
-            weights |= name_head_weights(hub.head, hub.head_weights, model)
-    except (InputError, ValueError) as error:
-        raise InputError(f"{hub.directory}: {error}") from None
-    return config, {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
 
 
 def _name_weights(

@@ -19,7 +19,6 @@ from ftlevel.extras.adapterhub.adapter import (
     CONFIG,
     HEAD_CONFIG,
     HEAD_FILES,
-    convert,
     is_adapterhub,
     read_hub_adapter,
 )
@@ -192,7 +191,7 @@ class AdapterHubExport:
         """Read `place` as an AdapterHub adapter; raise RunError if it differs from `expected`."""
         import torch
 
-        config, found = convert(read_hub_adapter(place), self.model)
+        config, found = read_hub_adapter(place).convert(self.model)
         placement = read_peft_config(self.directory)["placement"]
         alike = {placement, {"parallel": "par_bn"}.get(placement, placement)}
         if config.placement not in alike or set(found) != {_PREFIX + name for name in expected}:

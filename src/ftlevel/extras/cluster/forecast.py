@@ -15,13 +15,15 @@ r reduces the gradients of the following one. Overlap is assumed to slow no comp
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ftlevel.commands.plan import PlanOptions
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.training.forecast.fits import MemoryRequirement
 from ftlevel.training.forecast.seconds import PEAK_FRACTION, Gpu, TimeForecast, count_operations
-from ftlevel.training.forecast.shares import ShardedModel
+from ftlevel.training.forecast.shares import ShardedModel, describe_shares
 from ftlevel.training.plan.run import Run
 from ftlevel.training.plan.schedule import count_steps_per_epoch
 
@@ -170,6 +172,20 @@ class ClusterForecast:
         how = f"a roofline and rings on {self.network.ranks:,} cards, not measured"
         return TimeForecast(self.seconds_per_epoch, self.tokens_per_s, how)
 
+    def lines(self) -> Iterator[str]:
+        """Yield the lines for the screen."""
+        network, step = self.network, self.step
+        yield (
+            f"{network.nodes:,} × {network.cards} cards, of which this is one: a step takes "
+            f"{step.seconds:,.3g} s for {self.tokens:,.0f} tokens, {self.tokens_per_s:,.0f} "
+            f"tokens/s, {self.tokens_per_s / network.ranks:,.0f} a card"
+        )
+        yield (
+            f"  each sends {_mib(step.gathered)} of weights and {_mib(step.reduced)} of "
+            f"gradients a step: {step.talking:,.3g} s on the wire, {step.hidden:.0%} of them "
+            f"hidden behind {step.computing:,.3g} s of computing"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the values for `--json`."""
         step, ranks = self.step, self.network.ranks
@@ -196,15 +212,16 @@ class ClusterForecast:
 def forecast_cluster(
     run: Run,
     need: MemoryRequirement,
-    shares: ShardedModel,
     card: Gpu,
-    network: Network,
+    options: PlanOptions,
 ) -> ClusterForecast:
-    """Estimate step time, traffic and throughput of `run` on `network`.
+    """Estimate step time, traffic and throughput of `run` on the machines of `options`.
 
     The memory estimate `need` sets micro-batch size and recomputation. `card` must have a known
     speed.
     """
+    network = Network(options.nodes, options.gpus_per_node, card.link, options.interconnect_gbps)
+    shares = describe_shares(run)
     train, rows = run.config.train, run.data.train
     a_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     tokens = a_step * float(row_lengths(rows).mean())
@@ -237,3 +254,8 @@ def _sent(shares: ShardedModel, ranks: int, way: str) -> dict[str, Any]:
         reduced = shares.blocks.reduced(ranks) / shares.count
         return {**sent, "reduced": reduced, "reduced_root": shares.root.reduced(ranks)}
     return {**sent, "everywhere": shares.trained}
+
+
+def _mib(size: float) -> str:
+    mib = round(size) / 2**20
+    return f"{mib:,.1f} MiB" if mib < 1024 else f"{mib / 1024:,.2f} GiB"

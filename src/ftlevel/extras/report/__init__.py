@@ -1,1 +1,52 @@
 """`report`: HTML page about one or several runs; a training run writes one at its end."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ftlevel.extensions import Command, Extension
+
+if TYPE_CHECKING:
+    from ftlevel.config.flag import Flag
+
+
+def _flags() -> list[Flag]:
+    from ftlevel.config.flag import DATA, WRITE, option
+
+    own = partial(option, on=("report",))
+    return [
+        own(
+            "RUN...",
+            "Directories of completed runs.",
+            dest="runs",
+            required=True,
+            type=list[Path],
+        ),
+        own(
+            "--out -o",
+            "Path of the page; default: report.html in the run, if there is one run.",
+            panel=WRITE,
+            type=Path,
+            metavar="FILE",
+        ),
+        own(
+            "--predictions",
+            "Output of ftlevel evaluate --predictions (.jsonl); one file per run.",
+            panel=DATA,
+            type=list[Path],
+            metavar="FILE",
+        ),
+    ]
+
+
+EXTENSION = Extension(
+    commands={
+        "report": Command(
+            "ftlevel.extras.report.cli:report", "Write one HTML page about one or several runs."
+        )
+    },
+    flags=_flags,
+    hooks={"finish_run": "ftlevel.extras.report.page:write_run_page"},
+)

@@ -16,7 +16,8 @@ from typing import Any
 from ftlevel._version import __version__
 from ftlevel.artifacts.cards import loss_words, memory_words
 from ftlevel.artifacts.files import write_text
-from ftlevel.extras.report.facts import RunFacts
+from ftlevel.artifacts.run_directory import RunDirectory
+from ftlevel.extras.report.facts import RunFacts, summarize_answers
 
 MOST_POINTS = 400  # per curve
 WIDTH, HEIGHT = 640, 220
@@ -270,3 +271,13 @@ def _metric(summary: Mapping[str, Any], name: str) -> str:
 
 def _gib(size: Any) -> str:
     return f"{size / 2**30:,.2f} GiB" if isinstance(size, int | float) else ""
+
+
+def write_run_page(
+    run: RunDirectory, summary: Mapping[str, Any], lines: Sequence[dict[str, Any]]
+) -> None:
+    """Write the page of a run at its end; `lines` are its predictions for validation rows."""
+    answers = summarize_answers(iter(lines)) if lines else None
+    records = run.read_log(summary["steps"])
+    facts = RunFacts(run.path.resolve().name, run.path, summary, records, answers)
+    write_page([facts], run.report)

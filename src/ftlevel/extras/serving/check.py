@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.commands.export import export
-from ftlevel.config import CheckServedConfig, ExportConfig
+from ftlevel.config import ExportConfig
 from ftlevel.config.export import SERVERS
 from ftlevel.errors import InputError, RunError, join_names
 from ftlevel.events import Listener, NullListener
@@ -26,6 +26,7 @@ from ftlevel.extras.serving.client import (
     tolerance_of,
     widen_tolerance,
 )
+from ftlevel.extras.serving.config import CheckServedConfig
 from ftlevel.extras.serving.entry import rank_limit
 from ftlevel.extras.serving.inside.process import run_library
 from ftlevel.extras.serving.recorded import AdapterRecord, ServingRecord, read_served

@@ -7,7 +7,7 @@ import json as json_module
 import typer
 
 from ftlevel.cli.flags import CommandInput
-from ftlevel.config import CheckServedConfig
+from ftlevel.extras.serving.config import CheckServedConfig
 
 
 def check_served(given: CommandInput, *, as_json: bool, quiet: bool) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 from ftlevel.config.export import Server
 from ftlevel.data.encoding.encode import PromptFormat, encode_prompt, read_format
 from ftlevel.errors import ConfigError, InputError, join_names, with_article
-from ftlevel.extras.adapterhub.adapter import is_adapterhub
 from ftlevel.merging.normal_form import BaseWeights, open_base
 from ftlevel.methods.merging import read_peft_config
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import load_config, load_tokenizer
 from ftlevel.tasks import TASKS
+from ftlevel.trained.adapter_formats import find_reader
 from ftlevel.trained.load import card_overrides
 from ftlevel.trained.model_ref import ModelRef, load_own_tokenizer
 
@@ -286,8 +286,8 @@ def open_entry(name: str, found: ModelRef, server: Server | None) -> ServedModel
                 f"{' && '.join(build_model_commands(server, place, place.name))}"
             )
         raise InputError(f"{what}. For one file name --format gguf.")
-    if is_adapterhub(found.directory):
-        raise InputError(f"{name} is a bottleneck adapter, which no server of ours loads.")
+    if (reader := find_reader(found.directory)) is not None:
+        raise InputError(f"{name} is in {reader.name}'s form, which no server of ours loads.")
     return ServedModel(name, found)
 
 

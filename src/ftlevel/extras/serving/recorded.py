@@ -20,7 +20,13 @@ from ftlevel.artifacts.files import write_json
 from ftlevel.config import ExportConfig
 from ftlevel.config.export import SERVERS
 from ftlevel.errors import InputError
-from ftlevel.extras.serving.entry import Prompt, ServedModel, build_model_commands
+from ftlevel.extras.serving.entry import (
+    Prompt,
+    ServedModel,
+    build_model_commands,
+    check_command,
+    serving_lines,
+)
 from ftlevel.models.sources import ModelSource
 from ftlevel.trained.load import load_ref
 from ftlevel.trained.model_ref import ModelRef
@@ -214,10 +220,8 @@ def read_served(out: Path) -> ServingRecord:
 
 
 def start_of(config: ExportConfig) -> list[str]:
-    """Return the commands that serve the whole model of `config`; empty without `--for`."""
-    if config.server is None:
-        return []
-    return build_model_commands(SERVERS[config.server], config.out, config.out.stem)
+    """Return the commands that serve the whole model of `config`, which names a server."""
+    return build_model_commands(SERVERS[str(config.server)], config.out, config.out.stem)
 
 
 def record_whole(
@@ -251,3 +255,12 @@ def record_whole(
         "file_format": config.format, "dtype": dtype,
     }  # fmt: skip
     write_served(path, facts, [recorded])
+
+
+class ServedWhole:
+    """Serving of an exported whole model; see `ServerSupport`."""
+
+    start_commands = staticmethod(start_of)
+    record = staticmethod(record_whole)
+    readme = staticmethod(serving_lines)
+    check_command = staticmethod(check_command)

@@ -11,8 +11,11 @@ from typing import Any, Protocol
 from ftlevel.config import ExportConfig
 from ftlevel.config.export import FORMATS
 from ftlevel.config.section import Choice
+from ftlevel.errors import ConfigError
 from ftlevel.evaluation.two_models import Agreement
 from ftlevel.events import Listener
+from ftlevel.extensions import hooks
+from ftlevel.models.sources import ModelSource
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.weights.gguf.file import QuantizedMatrix
 
@@ -30,6 +33,46 @@ class MergeOutput:
     summary: Mapping[str, Any]
     choose: ChooseCodes | None = None
     beside_run: Callable[[Any], Agreement] | None = None
+
+
+class ServerSupport(Protocol):
+    """What the serving extra adds to the export of a whole model with `--for`."""
+
+    def start_commands(self, config: ExportConfig) -> list[str]:
+        """Return the commands that serve the exported model."""
+
+    def record(
+        self,
+        path: Path,
+        config: ExportConfig,
+        found: ModelRef,
+        source: ModelSource,
+        dtype: str,
+        device: str,
+    ) -> None:
+        """Write reference answers of the exported model at `source` to `path`.
+
+        `dtype` is that of the served weights.
+        """
+
+    def readme(self, summary: Mapping[str, Any]) -> list[str]:
+        """Return Markdown on serving and checking the export that `summary` describes."""
+
+    def check_command(self, summary: Mapping[str, Any]) -> str:
+        """Return the command that checks a server of the export."""
+
+
+def server_support() -> ServerSupport:
+    """Return the support for `--for`; raise ConfigError if no extension has it."""
+    for build in hooks("serve_whole"):
+        found: ServerSupport = build()
+        return found
+    raise ConfigError("--for names a server, and no extension for servers is installed. Drop it.")
+
+
+def start_commands(config: ExportConfig) -> list[str]:
+    """Return the commands that serve the whole model of `config`; empty without `--for`."""
+    return server_support().start_commands(config) if config.server else []
 
 
 MergeAdapter = Callable[[Path], MergeOutput]

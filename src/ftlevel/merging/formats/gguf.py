@@ -28,8 +28,7 @@ from ftlevel.evaluation.two_models import (
     read_eval_text,
 )
 from ftlevel.events import Listener
-from ftlevel.extras.serving.recorded import record_whole, start_of
-from ftlevel.merging.formats.base import MergeAdapter
+from ftlevel.merging.formats.base import MergeAdapter, server_support, start_commands
 from ftlevel.merging.formats.ollama import Prompting, find_prompting, modelfile
 from ftlevel.models.kinds import checkpoint_class, max_positions
 from ftlevel.models.loading import (
@@ -351,7 +350,9 @@ class GgufExport:
             listener.stage("record its answers")
             # Quantized files are recorded from the file itself; `check_file` measured its distance.
             own = _as_source(path) if outtype in CHOSEN else source
-            record_whole(place / config.outputs[2].name, config, self.found, own, outtype, device)
+            server_support().record(
+                place / config.outputs[2].name, config, self.found, own, outtype, device
+            )
         return self._summary(outtype, tensors) | {
             "size_bytes": path.stat().st_size,
             "merged": {key: merged.summary[key] for key in ("onto", "verified", "agreement")}
@@ -379,7 +380,7 @@ class GgufExport:
             },
             "template": self.prompting.kind,
             "stops": self.prompting.stops,
-            "start": start_of(config),
+            "start": start_commands(config),
             "out": str(config.out),
             "modelfile": str(_modelfile(config)),
             "versions": library_versions(),

@@ -14,9 +14,7 @@ from ftlevel.config.export import SERVERS, Server
 from ftlevel.config.section import Choice
 from ftlevel.errors import InputError, with_article
 from ftlevel.events import Listener
-from ftlevel.extras.serving.entry import check_command, serving_lines
-from ftlevel.extras.serving.recorded import FILE, record_whole, start_of
-from ftlevel.merging.formats.base import MergeAdapter
+from ftlevel.merging.formats.base import MergeAdapter, server_support, start_commands
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import load_config
 from ftlevel.models.sources import ModelSource
@@ -80,11 +78,17 @@ class MergedExport:
             listener.stage("record its answers")
             source = ModelSource(str(place), "directory", str(place), local_files_only=True)
             dtype = merged["written"]["dtype"]
-            record_whole(place / FILE, self.config, self.found, source, dtype, device)
+            server_support().record(
+                place / "served.json", self.config, self.found, source, dtype, device
+            )
             summary["recorded"] = True
         if self.config.server:
             card = place / "README.md"
-            text = card.read_text(encoding="utf-8") + "\n" + "\n".join(serving_lines(summary))
+            text = (
+                card.read_text(encoding="utf-8")
+                + "\n"
+                + "\n".join(server_support().readme(summary))
+            )
             card.write_text(text, encoding="utf-8")
         return summary
 
@@ -96,7 +100,7 @@ class MergedExport:
             "server": self.config.server,
             "merged": merged and {key: merged[key] for key in ("onto", "verified", "agreement")},
             "verified": bool(merged and merged["verified"]),
-            "start": start_of(self.config),
+            "start": start_commands(self.config),
             "recorded": False,
             "out": str(self.config.out),
             "versions": library_versions(),
@@ -115,4 +119,4 @@ class MergedExport:
             yield "serve it:"
             yield from (f"  {command}" for command in summary["start"])
             if summary["recorded"]:
-                yield f"then: {check_command(summary)}"
+                yield f"then: {server_support().check_command(summary)}"

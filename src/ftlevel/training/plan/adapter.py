@@ -25,13 +25,13 @@ from ftlevel.config import (
 from ftlevel.config.flags import FLAGS
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
-from ftlevel.extras.adapterhub.adapter import is_adapterhub
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import choose_device
 from ftlevel.models.loading import load_config
 from ftlevel.models.quantization import stored_quantization
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.tasks import TASKS
+from ftlevel.trained.adapter_formats import find_reader
 from ftlevel.trained.model_ref import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -135,11 +135,10 @@ def _take_model(
 
 def _check_kind(name: str, directory: Path, out: Path | None) -> None:
     """Reject directories that are not PEFT adapters, and an output directory that contains it."""
-    if is_adapterhub(directory):
+    if (reader := find_reader(directory)) is not None:
         raise ConfigError(
-            f"--adapter {name} is in AdapterHub's form, which is read and not trained on. Train "
-            f"a new adapter "
-            "with --method adapter."
+            f"--adapter {name} is in {reader.name}'s form, which is read and not trained on. Train "
+            "a new adapter with --method adapter."
         )
     if not (directory / ADAPTER_CONFIG).is_file():
         what = "holds neither an adapter nor a model" if directory.exists() else "does not exist"

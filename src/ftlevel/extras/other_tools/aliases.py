@@ -1,20 +1,19 @@
-"""Flags, values and configuration files of other tools, in terms of ftlevel's command line.
+"""Flags and values of other training tools, in terms of ftlevel's command line.
 
-`ANSWERS` has flags without a counterpart: values that agree with what ftlevel does are accepted.
+`UNSUPPORTED_FLAGS` have no counterpart: values that agree with what ftlevel does are accepted.
 Converters raise ValueError if there is no counterpart.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from ftlevel.config.flag import Alias, Flag, NoOpValue, ValueAliases
+from ftlevel.config.flag import Alias, Flag, FlagAliases, NoOpValue, ValueAliases
 from ftlevel.config.methods import SPECS
 from ftlevel.config.reading import METHOD_ALIASES
 from ftlevel.config.rl import SAMPLED
+from ftlevel.config.rl_tools import read_reward_funcs
 
 _ON = ("train", "preview")
 
@@ -291,21 +290,6 @@ UNSUPPORTED_FLAGS: tuple[Flag, ...] = (
 
 GLUE = ("ax", "cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 
-ON, OFF = ("true", "1", "yes", "on", "y", "t"), ("false", "0", "no", "off", "n", "f", "none")
-"""What a switch may be given, in small letters."""
-
-_THOUSANDS = re.compile(r"(\d+(?:\.\d+)?)([km])", re.IGNORECASE)
-_FACTORS = {"k": (1024, 1000), "m": (1024**2, 1000**2)}
-
-
-def number_hint(text: str) -> str:
-    """Return "Did you mean 2048 or 2000?" for `2k`, or "" for any other text."""
-    found = _THOUSANDS.fullmatch(text.strip())
-    if found is None:
-        return ""
-    two, ten = (round(float(found[1]) * factor) for factor in _FACTORS[found[2].lower()])
-    return f"numbers are written out. Did you mean {two} or {ten}?"
-
 
 def read_percent(text: str) -> str:
     """Convert a percentage to a fraction: `5` is `0.05`."""
@@ -333,17 +317,6 @@ def read_lowest_share(text: str) -> str:
     """Convert Axolotl's `cosine_min_lr_ratio` to a scheduler and its arguments."""
     _number(text)
     return f"cosine_with_min_lr --lr-scheduler-kwargs min_lr_rate={text}"
-
-
-def read_pairs(flag: str, text: str) -> str:
-    """Convert `a=1,b=2`, or JSON as in transformers, to repeated `flag` settings."""
-    if not text.lstrip().startswith("{"):
-        return f" {flag} ".join(pair.strip() for pair in text.split(",") if pair.strip())
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"not JSON ({error})") from None
-    return f" {flag} ".join(f"{name}={str(value).strip()}" for name, value in found.items())
 
 
 def read_once_an_epoch(text: str) -> str:
@@ -478,6 +451,199 @@ COLUMNS = tuple(
 )  # fmt: skip
 
 
+def _also(names: str, *others: Alias, words: ValueAliases | None = None) -> FlagAliases:
+    """Return the aliases `names`, separated by spaces, and `others`."""
+    return FlagAliases((*names.split(), *others), words or {})
+
+
+ALIASES: dict[str, FlagAliases] = {
+    "model.name_or_path": _also(
+        "--model-name-or-path --model-name --base-model --base-model-name-or-path "
+        "--pretrained-model-name-or-path --model-id"
+    ),
+    "data.dataset": _also(
+        "--dataset-name --dataset-name-or-path --train-file --train-dataset --data-path "
+        "--data-files --local-dataset --raw-text-file --datasets",
+        Alias("--task-name", read=read_glue),
+    ),
+    "task": _also("--task-type --lora-task-type"),
+    "method.kind": _also(
+        "--peft-method --peft-type --finetuning-type --tuner-type --train-type --training-type"
+    ),
+    "quant.kind": _also(
+        "--quantization-type --quantization-bit --quant-bits",
+        Alias("--bits", values=BITS),
+        Alias("--load-in-4bit", value="4bit"),
+        Alias("--load-in-8bit", value="8bit"),
+        Alias("--use-4bit-quantization", value="4bit"),
+        Alias("--use-8bit-quantization", value="8bit"),
+        Alias("--quantize", value="4bit"),
+    ),
+    "method.r": _also("--lora-rank --rank --r"),
+    "train.num_train_epochs": _also("--epochs --num-epochs"),
+    "train.learning_rate": _also("--lr"),
+    "train.per_device_train_batch_size": _also(
+        "--train-batch-size --batch-size --micro-batch-size --per-gpu-train-batch-size"
+    ),
+    "output.dir": _also("--save-dir --out --output"),
+    "model.adapter": _also(
+        "--adapter-name-or-path --adapters --lora-model-dir --resume-from-adapter", words=METHODS
+    ),
+    "model.dtype": _also(
+        "--torch-dtype --bnb-4bit-compute-dtype --mixed-precision",
+        Alias("--bf16", value="bfloat16", values=BF16),
+        Alias("--fp16", value="float16"),
+        Alias("--fp32", value="float32"),
+        words=PRECISIONS,
+    ),
+    "model.device": _also(
+        "--device-map", Alias("--use-cpu", value="cpu"), Alias("--no-cuda", value="cpu")
+    ),
+    "model.attn_implementation": _also(
+        "--attn-impl --flash-attn",
+        Alias("--use-flash-attn", "flash_attention_2"),
+        Alias("--use-flash-attention-2", value="flash_attention_2"),
+        Alias("--flash-attention", value="flash_attention_2"),
+        words=ATTENTION,
+    ),
+    "model.revision": _also("--model-revision"),
+    "quant.quant_type": _also("--bnb-4bit-quant-type"),
+    "quant.double_quant": _also(
+        "--bnb-4bit-use-double-quant --use-double-quant --use-nested-quant --use-bnb-nested-quant "
+        "--double-quantization"
+    ),
+    "method.lora_alpha": _also("--alpha"),
+    "method.target_modules": _also(
+        "--lora-target-modules --lora-target --oft-target",
+        Alias("--lora-target-linear", value="all-linear"),
+        words={"all": "all-linear"},
+    ),
+    "method.target_parameters": _also("--lora-target-parameters"),
+    "method.layers_to_transform": _also("--lora-layers-to-transform"),
+    "method.bias": _also("--lora-bias"),
+    "method.use_dora": _also("--use-dora --peft-use-dora"),
+    "method.use_rslora": _also("--use-rslora --peft-use-rslora"),
+    "method.init_lora_weights": _also(
+        "--init-lora-weights --init-weights --peft-init-lora-weights",
+        Alias("--pissa-init", value="pissa"),
+        Alias("--use-loftq", value="loftq"),
+        words={"true": "default"},
+    ),
+    "method.modules_to_save": _also(
+        "--lora-modules-to-save --additional-target --peft-modules-to-save"
+    ),
+    "method.trainable_token_indices": _also(
+        "--peft-trainable-token-indices --lora-trainable-token-indices"
+    ),
+    "method.lora_plus_ratio": _also("--loraplus-lr-ratio --lorap-lr-ratio"),
+    "data.validation_file": _also("--eval-dataset --val-dataset --eval-file --test-dataset"),
+    "data.mix": _also("--interleave-probs --interleave-prob"),
+    "data.subset": _also("--dataset-config-name --dataset-config"),
+    "data.split": _also("--dataset-train-split --train-split-name --dataset-split"),
+    "data.format": _also("--format-type", words={"auto": ""}),
+    "data.columns": _also("", *COLUMNS),
+    "data.chat_template": _also(
+        "--chat-template-path",
+        Alias("--template", read=read_template),
+        Alias("--chat-template-format", read=read_template),
+    ),
+    "data.system": _also("--default-system --system-prompt --system-message"),
+    "data.train_on_inputs": _also("--train-on-prompt"),
+    "data.max_length": _also(
+        "--max-seq-length --model-max-length --max-seq-len --cutoff-len --seq-length "
+        "--sequence-len --block-size --max-source-length --chunk-size"
+    ),
+    "data.max_target_length": _also("--val-max-target-length"),
+    "data.overlong": _also(
+        "",
+        Alias("--truncation-strategy", values=OVERLONG),
+        Alias("--excess-length-strategy", values=OVERLONG),
+    ),
+    "data.problem_type": _also("", Alias("--do-regression", value="regression")),
+    "data.source_language": _also("--source-lang"),
+    "data.target_language": _also("--target-lang"),
+    "data.validation_split": _also(
+        "",
+        Alias("--validation-split-percentage", read=read_percent),
+        *(Alias(name, read=read_share) for name in SHARES),
+    ),
+    "data.max_samples": _also("--max-train-samples --num-train-samples --max-train-examples"),
+    "data.max_eval_samples": _also("--max-eval-examples --num-eval-samples"),
+    "data.streaming": _also("--dataset-streaming"),
+    "data.shuffle_buffer": _also("--buffer-size --shuffle-buffer-size"),
+    "data.cache": _also("--load-from-cache-file", Alias("--overwrite-cache", value="false")),
+    "data.num_proc": _also("--preprocessing-num-workers --dataset-num-proc --dataset-processes"),
+    "train.max_steps": _also("--max-train-steps", words={"-1": NO_LIMIT, "0": NO_LIMIT}),
+    "train.head_learning_rate": _also("--head-lr --classifier-learning-rate"),
+    "train.lr_scheduler_type": _also(
+        "--lr-scheduler", Alias("--cosine-min-lr-ratio", read=read_lowest_share)
+    ),
+    "train.warmup_steps": _also(
+        "--num-warmup-steps --lr-warmup-steps", Alias("--warmup-ratio", read=read_ratio)
+    ),
+    "train.optim": _also("--optimizer --optim-type", words=OPTIMIZERS),
+    "train.label_smoothing_factor": _also("--label-smoothing"),
+    "train.class_weights": _also("--class-weight"),
+    "distillation.teacher": _also("--teacher-model --teacher-model-name-or-path"),
+    "preference.loss": _also("--pref-loss --loss-type", words=LOSSES),
+    "preference.beta": _also("--pref-beta --dpo-beta --kto-beta"),
+    "preference.reference": _also("--ref-model"),
+    "preference.sft_weight": _also("--rpo-alpha --cpo-alpha --pref-ftx"),
+    "preference.desirable_weight": _also("--kto-chosen-weight"),
+    "preference.undesirable_weight": _also("--kto-rejected-weight"),
+    "rl.reward": _also(
+        "--reward-model --reward-model-name-or-path",
+        Alias("--reward-funcs", read=read_reward_funcs, several=True),
+    ),
+    "rl.max_completion_length": _also("--response-length"),
+    "rl.epsilon": _also("--epsilon-low"),
+    "rl.scale_rewards": _also("", words=SCALES),
+    "rl.mask_truncated_completions": _also("--overlong-filter"),
+    "embedding.pooling": _also("--pooling-mode"),
+    "reranking.pos_weight": _also("--positive-weight"),
+    "embedding.similarity": _also("", words={"dot_product": "dot"}),
+    "train.per_device_eval_batch_size": _also("--eval-batch-size --per-gpu-eval-batch-size"),
+    "train.train_sampling_strategy": _also("", Alias("--group-by-length", value="group_by_length")),
+    "train.num_processes": _also("--nproc-per-node"),
+    "train.gradient_checkpointing": _also(
+        "--use-gradient-checkpointing --activation-checkpointing",
+        Alias("--disable-gradient-checkpointing", value="false"),
+        words={"unsloth": "true"},
+    ),
+    "speed.tokens_per_micro_batch": _also("", Alias("--auto-micro-batch", value="memory")),
+    "speed.liger_kernel": _also("--use-liger-kernel --enable-liger-kernel"),
+    "train.seed": _also("--random-state --random-seed"),
+    "train.eval_strategy": _also(
+        "--evaluation-strategy",
+        Alias("--do-eval", value="", values=DO_EVAL),
+        Alias("--evals-per-epoch", read=read_once_an_epoch),
+    ),
+    "train.eval_steps": _also("--eval-step"),
+    "train.early_stopping_patience": _also("--early-stopping-steps --early-stop-interval"),
+    "train.max_new_tokens": _also("--generation-max-length"),
+    "train.num_beams": _also("--eval-num-beams --generation-num-beams --beam-size"),
+    "train.save_strategy": _also("", Alias("--saves-per-epoch", read=read_once_an_epoch)),
+    "train.save_steps": _also("--save-step --checkpointing-steps"),
+    "output.overwrite": _also("--overwrite-output-dir"),
+    "output.resume": _also(
+        "--auto-resume", Alias("--resume-from-checkpoint", read=refuse_checkpoint)
+    ),
+    "output.run_name": _also("--wandb-name --wandb-run-name --trackio-run-name"),
+    "output.report_to": _also(
+        "",
+        Alias("--enable-wandb", value="wandb"),
+        Alias("--enable-tensorboard", value="tensorboard"),
+    ),
+    "output.tracker_project": _also(
+        "--wandb-project --wandb-project-name --project --trackio-project-name "
+        "--mlflow-experiment-name"
+    ),
+    "output.push_to_hub": _also("--hub-model-id --push-model", words=PUSH),
+    "output.hub_private": _also("--hub-private-repo"),
+}
+"""Dotted field of a run → names and values of its flag in other tools."""
+
+
 AXOLOTL, LLAMA_FACTORY, MS_SWIFT, TRL = "Axolotl", "LLaMA-Factory", "ms-swift", "TRL"
 
 _KEYS = {
@@ -488,59 +654,9 @@ _KEYS = {
 }
 """Tool → top-level keys, any of which identifies its files."""
 
-_FORMATS = {"alpaca": "alpaca", "chat_template": "messages", "completion": "text",
-            "sharegpt": "conversations"}  # fmt: skip
-_OF_A_SET = {"split": "--split", "name": "--subset", "field": "--text-column",
-             "field_messages": "--messages-column"}  # fmt: skip
-
 
 def detect_tool(values: Mapping[str, Any]) -> str:
     """Return the tool that has these top-level keys, or "" for an ftlevel recipe."""
     if any(isinstance(values.get(key), Mapping) for key in ("model", "data", "train", "method")):
         return ""
     return next((tool for tool, keys in _KEYS.items() if set(keys) & set(values)), "")
-
-
-def convert_keys(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """Yield each key of another tool's file and its command-line arguments (empty if none)."""
-    for key, value in values.items():
-        if value is None or value in ("", [], {}):
-            continue
-        if key == "datasets" and isinstance(value, list):
-            yield from _data_sets(value)
-        elif key in ("evals_per_epoch", "saves_per_epoch") and _is_often(value):
-            share = 1 / (float(value) * float(values.get("num_epochs") or 1))
-            yield key, [f"--{key[:4]}-steps", f"{share:g}"]
-        elif isinstance(value, Mapping) or _is_nested(value):
-            yield key, []
-        else:
-            yield key, [f"--{key}", *_words(value)]
-
-
-def _data_sets(sets: Sequence[Any]) -> Iterator[tuple[str, list[str]]]:
-    for number, one in enumerate(sets):
-        fields = one if isinstance(one, Mapping) else {"path": one}
-        for key, value in fields.items():
-            shown = f"datasets[{number}].{key}"
-            if key == "path":
-                yield shown, ["--dataset", str(value)]
-            elif key == "type" and str(value) in _FORMATS:
-                yield shown, ["--format", _FORMATS[str(value)]]
-            elif key in _OF_A_SET:
-                yield shown, [_OF_A_SET[key], str(value)]
-            else:
-                yield shown, []
-
-
-def _is_often(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 1
-
-
-def _is_nested(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(part, (list, Mapping)) for part in value)
-
-
-def _words(value: Any) -> list[str]:
-    if isinstance(value, bool):
-        return ["true" if value else "false"]
-    return [",".join(map(str, value))] if isinstance(value, list) else [str(value)]

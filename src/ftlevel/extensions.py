@@ -1,0 +1,221 @@
+"""Extensions: commands, flags, tasks, methods and formats that packages add to ftlevel.
+
+A package registers an `Extension` as an entry point of the group `ftlevel.extras`
+(docs/extend.md). ftlevel's own are the subpackages of `ftlevel.extras`. They are read from the
+package and not from its metadata, because metadata of an editable install is as old as the install.
+
+References are "module:name" and are imported when they are used. A package that cannot be imported
+is left out with a warning.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ftlevel.errors import ConfigError
+from ftlevel.world import prints_errors
+
+GROUP = "ftlevel.extras"
+
+HOOKS = (
+    "convert_recipe",
+    "detect_tool",
+    "finish_run",
+    "forecast_cluster",
+    "serve_whole",
+)
+"""Functions that the core calls where an extension has them; docs/extend.md has the signatures."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """Command of the command line.
+
+    Attributes:
+        function: reference to its function, whose parameters are flags, and `given` for all.
+        summary: one line for `ftlevel --help`.
+        config: reference to the section whose fields its flags set; empty for none.
+        accepts: given the dotted path of a field, whether the command has train's flag for it.
+        is_quiet: whether it has `--quiet`.
+    """
+
+    function: str
+    summary: str
+    config: str = ""
+    accepts: Callable[[str], bool] | None = None
+    is_quiet: bool = False
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """Export format; an empty suffix is a directory.
+
+    Attributes:
+        module: module that writes it, with `plan_export`.
+        beside: suffixes of additional files.
+        merges: whether an adapter is merged into its base first.
+        several: whether it can hold several adapters of one base.
+    """
+
+    module: str
+    suffix: str
+    beside: tuple[str, ...] = ()
+    merges: bool = True
+    several: bool = False
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether the output is a directory."""
+        return not self.suffix
+
+
+@dataclass(frozen=True)
+class Extension:
+    """Tables that a package adds to ftlevel, each by name.
+
+    Attributes:
+        commands: name of a command → `Command`.
+        flags: function that returns rows for the table of flags (`config.flag.Flag`).
+        aliases: function that returns dotted field of a run → `FlagAliases` of its flag.
+        tasks: value of `--task` → module with the task in its `TASKS`.
+        methods: value of `--method` → references to its spec and to its `Method`.
+        formats: suffix of a data file → reference to its `Reader`.
+        export_formats: value of `--format` → `ExportFormat`.
+        adapter_readers: format of an adapter → reference to its `AdapterReader`.
+        hooks: name in `HOOKS` → reference to a function.
+    """
+
+    commands: Mapping[str, Command] = field(default_factory=dict)
+    flags: Callable[[], Sequence[Any]] = tuple
+    aliases: Callable[[], Mapping[str, Any]] = dict
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    methods: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    formats: Mapping[str, str] = field(default_factory=dict)
+    export_formats: Mapping[str, ExportFormat] = field(default_factory=dict)
+    adapter_readers: Mapping[str, str] = field(default_factory=dict)
+    hooks: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.hooks) - set(HOOKS):
+            raise ValueError(f"no such hook: {', '.join(sorted(unknown))}")
+
+
+OWN = "ftlevel"
+_NOUNS = {
+    "commands": "the command", "tasks": "the task", "methods": "the method",
+    "formats": "the data format", "export_formats": "the export format",
+    "adapter_readers": "the adapter format",
+}  # fmt: skip
+
+
+@functools.cache
+def find_extensions() -> tuple[tuple[str, Extension], ...]:
+    """Return the extensions, ftlevel's own first, each with the package that it comes from."""
+    found = []
+    for source, reference in (*_own(), *_installed()):
+        if (extension := try_load(reference, source)) is None:
+            continue
+        if isinstance(extension, Extension):
+            found.append((source, extension))
+        else:
+            warn_left_out(source, f"{reference} is no Extension")
+    return tuple(found)
+
+
+def _own() -> list[tuple[str, str]]:
+    folder = Path(__file__).with_name("extras")
+    names = sorted(path.parent.name for path in folder.glob("*/__init__.py"))
+    return [(OWN, f"{GROUP}.{name}:EXTENSION") for name in names]
+
+
+def _installed() -> Iterator[tuple[str, str]]:
+    """Yield package with version, and entry point, of other distributions on the path."""
+    from importlib.metadata import distributions
+
+    seen = set()
+    for found in distributions():
+        try:
+            text = found.read_text("entry_points.txt") or ""
+            if f"[{GROUP}]" not in text or found.name in seen:  # parsing all takes 15 ms
+                continue
+            points = found.entry_points.select(group=GROUP)
+        except (OSError, ValueError, LookupError) as error:
+            warn_left_out(str(getattr(found, "_path", found)), error)
+            continue
+        seen.add(found.name)
+        for point in points:
+            if not point.value.startswith(f"{GROUP}."):
+                yield f"{found.name} {found.version}", point.value
+
+
+def load(reference: str) -> Any:
+    """Return the object that "module:name" refers to, or the module without a name."""
+    module, _, name = reference.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, name) if name else found
+
+
+def try_load(reference: str, source: str) -> Any:
+    """Return the object of `reference`; warn and return None if `source` cannot be imported."""
+    try:
+        return load(reference)
+    except Exception as error:
+        if source == OWN:
+            raise
+        warn_left_out(source, error)
+        return None
+
+
+def warn_left_out(source: str, reason: object) -> None:
+    """Warn that something of the package `source` is not available."""
+    if not prints_errors():
+        return
+    kind = f"{type(reason).__name__}: " if isinstance(reason, Exception) else ""
+    text = " ".join(f"{kind}{reason}".split())
+    sys.stderr.write(f"ftlevel: warning: {source} cannot be used ({text}).\n")
+
+
+def added(kind: str, core: Collection[str] = ()) -> dict[str, tuple[str, Any]]:
+    """Return name → (package, row) of a table of all extensions; `core` has ftlevel's own names.
+
+    Raises:
+        ConfigError: two packages define one name.
+    """
+    rows: dict[str, tuple[str, Any]] = {}
+    for source, extension in find_extensions():
+        for name, row in getattr(extension, kind).items():
+            if name in core or name in rows:
+                other = rows[name][0] if name in rows else OWN
+                raise ConfigError(
+                    f"{_NOUNS[kind]} {name!r} is defined by {other} and by {source}. Uninstall one "
+                    "of them."
+                )
+            rows[name] = source, row
+    return rows
+
+
+def added_rows(kind: str, core: Collection[str] = ()) -> dict[str, Any]:
+    """Return the rows of `added` without their packages."""
+    return {name: row for name, (_, row) in added(kind, core).items()}
+
+
+def loaded(kind: str, core: Collection[str] = ()) -> dict[str, Any]:
+    """Return the objects of a table of references; those that cannot be imported are left out."""
+    found = {name: try_load(row, source) for name, (source, row) in added(kind, core).items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def hooks(name: str) -> list[Callable[..., Any]]:
+    """Return the functions of all extensions for the hook `name`."""
+    found = [
+        try_load(extension.hooks[name], source)
+        for source, extension in find_extensions()
+        if name in extension.hooks
+    ]
+    return [hook for hook in found if hook is not None]

@@ -1,0 +1,160 @@
+"""Convert configuration files of Axolotl, LLaMA-Factory, ms-swift and TRL to recipes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ftlevel._version import __version__
+from ftlevel.cli.flags import CommandInput, add_command, read_config
+from ftlevel.cli.spelling import build_flag_specs, resolve_flag_aliases
+from ftlevel.config import TrainConfig
+from ftlevel.config.flags import FLAGS
+from ftlevel.config.layers import read_yaml
+from ftlevel.errors import ConfigError
+from ftlevel.extras.other_tools.aliases import AXOLOTL, LLAMA_FACTORY, MS_SWIFT, TRL, detect_tool
+
+_NO_COUNTERPART = "ftlevel has nothing like it"
+
+
+def convert(file: Path) -> list[str]:
+    """Print the configuration of another tool as a recipe, with comments on keys left out.
+
+    Returns the known tools, and prints nothing, if the file is of none of them.
+    """
+    import yaml
+
+    values, _ = read_yaml(file)
+    tool = detect_tool(values)
+    if not tool:
+        return [AXOLOTL, LLAMA_FACTORY, MS_SWIFT, TRL]
+    typed, lost = _sort_keys(values)
+    config = _resolve(typed, lost)
+    data = config.data
+    if tool == LLAMA_FACTORY and "/" not in data.dataset and not Path(data.dataset).suffix:
+        lost["dataset"] = (
+            "names of dataset_info.json mean nothing here. Name the files of "
+            f"{', '.join([data.dataset, *data.also])}"
+        )
+    typer.echo(f"# {file.name} of {tool}, converted by ftlevel {__version__}.")
+    for key, reason in lost.items():
+        typer.echo(f"# Not taken over: {key}: {reason}")
+        typer.echo(f"note: not taken over: {key}: {reason}", err=True)
+    own = config.model_dump(mode="json", exclude_unset=True)
+    typer.echo(yaml.safe_dump(own, sort_keys=False, allow_unicode=True), nl=False)
+    return []
+
+
+def _sort_keys(values: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Return the arguments of each key with a counterpart, and the reason for each other key."""
+    readings = build_flag_specs("train", FLAGS)
+    typed: dict[str, list[str]] = {}
+    lost: dict[str, str] = {}
+    for key, words in convert_keys(values):
+        name = (words or [f"--{key}"])[0].replace("_", "-")
+        if name not in readings:
+            lost[key] = _NO_COUNTERPART
+        elif not words:
+            lost[key] = readings[name].answer or _NO_COUNTERPART
+        else:
+            try:
+                resolve_flag_aliases([*itertools.chain(*typed.values()), *words], readings)
+            except ConfigError as error:
+                lost[key] = _reason(error)
+            else:
+                typed[key] = words
+    return typed, lost
+
+
+def _reason(error: ConfigError) -> str:
+    return error.problems[-1].partition(": ")[2] or error.problems[-1]
+
+
+def _resolve(typed: dict[str, list[str]], lost: dict[str, str]) -> TrainConfig:
+    """Return the configuration of the keys; moves keys that cause errors to `lost` (mutated)."""
+    found: list[TrainConfig] = []
+
+    def command(given: CommandInput) -> None:
+        found.append(read_config(given, notes.append)[0])
+
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    add_command(app, "train", command, FLAGS)
+
+    def problem_of(without: str) -> ConfigError | None:
+        notes.clear()
+        words = (words for key, words in typed.items() if key != without)
+        try:
+            app(args=[*itertools.chain(*words)], standalone_mode=False)
+        except ConfigError as error:
+            return error
+        return None
+
+    notes: list[str] = []
+    while (error := problem_of("")) is not None:
+        fewer = ((key, problem_of(key)) for key in list(typed))
+        key = next(
+            (k for k, left in fewer if left is None or len(left.problems) < len(error.problems)),
+            None,
+        )
+        if key is None:
+            raise error
+        lost[key] = _reason(error)
+        del typed[key]
+    for line in notes:
+        typer.echo(f"note: {line}", err=True)
+    return found[-1]
+
+
+_FORMATS = {"alpaca": "alpaca", "chat_template": "messages", "completion": "text",
+            "sharegpt": "conversations"}  # fmt: skip
+_OF_A_SET = {"split": "--split", "name": "--subset", "field": "--text-column",
+             "field_messages": "--messages-column"}  # fmt: skip
+
+
+def convert_keys(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each key of another tool's file and its command-line arguments (empty if none)."""
+    for key, value in values.items():
+        if value is None or value in ("", [], {}):
+            continue
+        if key == "datasets" and isinstance(value, list):
+            yield from _data_sets(value)
+        elif key in ("evals_per_epoch", "saves_per_epoch") and _is_often(value):
+            share = 1 / (float(value) * float(values.get("num_epochs") or 1))
+            yield key, [f"--{key[:4]}-steps", f"{share:g}"]
+        elif isinstance(value, Mapping) or _is_nested(value):
+            yield key, []
+        else:
+            yield key, [f"--{key}", *_words(value)]
+
+
+def _data_sets(sets: Sequence[Any]) -> Iterator[tuple[str, list[str]]]:
+    for number, one in enumerate(sets):
+        fields = one if isinstance(one, Mapping) else {"path": one}
+        for key, value in fields.items():
+            shown = f"datasets[{number}].{key}"
+            if key == "path":
+                yield shown, ["--dataset", str(value)]
+            elif key == "type" and str(value) in _FORMATS:
+                yield shown, ["--format", _FORMATS[str(value)]]
+            elif key in _OF_A_SET:
+                yield shown, [_OF_A_SET[key], str(value)]
+            else:
+                yield shown, []
+
+
+def _is_often(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 1
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(part, (list, Mapping)) for part in value)
+
+
+def _words(value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return ["true" if value else "false"]
+    return [",".join(map(str, value))] if isinstance(value, list) else [str(value)]

@@ -1,0 +1,63 @@
+"""Configuration of `ftlevel check-served`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ftlevel.config.sections import Positive, Section
+
+
+class CheckServedConfig(Section):
+    """Configuration of a server check."""
+
+    out: Path = Field(
+        description="Output of ftlevel export; its served.json has the reference answers."
+    )
+    url: str | None = Field(
+        None,
+        description="URL of an OpenAI-compatible server, e.g. http://127.0.0.1:8000. No other "
+        "address is contacted.",
+    )
+    model: str | None = Field(
+        None,
+        min_length=1,
+        description="Model name on the server; default: the adapter's name, if listed.",
+    )
+    inside: Literal["vllm", "llama.cpp", "mlx", "openvino"] | None = Field(
+        None,
+        description="Library to load the model in, instead of a server. vllm, llama.cpp "
+        "(xllamacpp), mlx or openvino (OpenVINO GenAI), in float32 and in a "
+        "separate process.",
+    )
+    python: Path | None = Field(
+        None, description="Python interpreter with the library of --in; default: this one."
+    )
+    timeout: Positive = Field(
+        60, description="Timeout per request in seconds; with --in, ten times that in total."
+    )
+    tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="Maximum logprob difference; default: 0.02 in float32, 0.1 in 16 bits.",
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_address(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError(f"{value} is no address. Expected one such as http://127.0.0.1:8000")
+        return value
+
+    @model_validator(mode="after")
+    def _asks_one(self) -> CheckServedConfig:
+        if (self.url is None) == (self.inside is None):
+            raise ValueError(
+                "--url or --in: give one of them, the address of a running server or the library "
+                "to load it in"
+            )
+        if self.python is not None and self.inside is None:
+            raise ValueError("--python is of --in, and a server at --url has its own. Drop it")
+        return self
