@@ -125,7 +125,7 @@ def measure_ours(
 ) -> dict[str, Any]:
     """Prepare `data` as `ftlevel train --task` does; return figures."""
     from ftlevel.config import DataConfig
-    from ftlevel.data.encoding.fit import Bounds
+    from ftlevel.data.encoding.fit import LengthBounds
     from ftlevel.data.gate import gate
     from ftlevel.data.prepare import encoder
     from ftlevel.data.prepare import encoder as encoding
@@ -155,7 +155,7 @@ def measure_ours(
     source = resolve_source(str(MODEL), None, False)
     tokenizer, vocabulary = load_tokenizer(source), load_config(source).vocab_size
     config = DataConfig(dataset=str(data), num_proc=processes, cache=cache, overlong="drop")
-    context = EncodingContext(TASKS[task], "decoder", tokenizer, vocabulary, Bounds(8192), 42)
+    context = EncodingContext(TASKS[task], "decoder", tokenizer, vocabulary, LengthBounds(8192), 42)
     before, used, began = peak_mib(1), cpu_seconds(), time.perf_counter()
     anonymous = anonymous_mib()
     with AnonymousPeak() as peak:

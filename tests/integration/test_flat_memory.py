@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.encoding.fit import Bounds
+from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.gate import duplicates, similarity, wordings
 from ftlevel.data.prepare import encoder
 from ftlevel.data.prepare.dataset import prepare_data
@@ -40,7 +40,7 @@ def peak_bytes(path: Path, tokenizer: Any, rows: int) -> int:
             file.write("\n" if i % 1000 == 3 else "")
     config = DataConfig(dataset=str(path), cache=False)
     task, size = TASKS["text-generation"], len(tokenizer)
-    context = EncodingContext(task, "decoder", tokenizer, size, Bounds(64), 42)
+    context = EncodingContext(task, "decoder", tokenizer, size, LengthBounds(64), 42)
     gc.collect()
     tracemalloc.start()
     try:

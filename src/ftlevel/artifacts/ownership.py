@@ -20,11 +20,11 @@ from ftlevel.artifacts.files import read_plain, write_json
 from ftlevel.errors import ConfigError
 
 MARKER = ".ftlevel.json"
-CONFIG, SUMMARY, METRICS, CARD = "config.yaml", "summary.json", "metrics.jsonl", "README.md"
+CONFIG, SUMMARY, METRICS, README = "config.yaml", "summary.json", "metrics.jsonl", "README.md"
 REPORT, ANSWERS = "report.html", "validation.jsonl"
 ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
 _TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
-_FILES = (CONFIG, SUMMARY, METRICS, CARD, REPORT, ANSWERS, "places.json")
+_FILES = (CONFIG, SUMMARY, METRICS, README, REPORT, ANSWERS, "places.json")
 OWN = (*_FILES, ADAPTER, CHECKPOINTS, "base", *_TRACKERS)
 """Names of everything that a run writes into its directory, except the marker."""
 

@@ -22,9 +22,9 @@ from ftlevel.artifacts.files import check_regular, read_plain, write_json, write
 from ftlevel.artifacts.ownership import (
     ADAPTER,
     ANSWERS,
-    CARD,
     CHECKPOINTS,
     METRICS,
+    README,
     REPORT,
     SUMMARY,
 )
@@ -140,7 +140,7 @@ class RunDirectory:
 
     def write_card(self, text: str) -> None:
         """Write README.md."""
-        write_text(self.path / CARD, text)
+        write_text(self.path / README, text)
 
     def write_changes(self, step: int, changes: Sequence[Mapping[str, Any]]) -> None:
         """Append settings that changed when the run resumed at `step`."""

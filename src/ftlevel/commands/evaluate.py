@@ -14,7 +14,7 @@ from ftlevel.artifacts.places import DATA_PLACES, check_places, read_run
 from ftlevel.artifacts.row_files import row_file_type, write_rows
 from ftlevel.config import EvaluateConfig, InMemoryDataset, QuantConfig, TrainConfig, build_config
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.fit import Bounds
+from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.prepare.encoder import EncodingContext
 from ftlevel.data.prepare.inference import EvaluationRows, load_evaluation_rows
 from ftlevel.data.prepare.loading import read_splits
@@ -283,7 +283,7 @@ def _context(
     elif positions and trained.kind == "decoder" and _generates(config, trained, settings):
         room = config.max_new_tokens or settings.train.max_new_tokens
         positions = max(found.card.max_length, positions - room)
-    bounds, seed = Bounds(positions), settings.train.seed
+    bounds, seed = LengthBounds(positions), settings.train.seed
     return EncodingContext(trained.task, trained.kind, tokenizer, len(tokenizer), bounds, seed)
 
 

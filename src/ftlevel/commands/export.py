@@ -16,7 +16,7 @@ from ftlevel.commands.merge import merge, resolve_rounding, score_trained
 from ftlevel.config import ExportConfig, MergeConfig
 from ftlevel.config.export import FORMATS
 from ftlevel.errors import ConfigError, InputError, join_names
-from ftlevel.evaluation.two_models import Agreement, Probe, compare_rows
+from ftlevel.evaluation.two_models import Agreement, ComparisonProbe, compare_rows
 from ftlevel.events import Listener, NullListener
 from ftlevel.merging.formats.base import MergeOutput, plan_export
 from ftlevel.merging.low_bits import WeightsAsLoaded, choose_gguf_codes
@@ -201,12 +201,14 @@ def _chooses_codes(config: ExportConfig) -> bool:
     return config.outtype in CHOSEN and config.calibration_rows > 0
 
 
-def _probes(config: ExportConfig, inputs: MergeInput) -> tuple[Probe, Probe | None]:
+def _probes(
+    config: ExportConfig, inputs: MergeInput
+) -> tuple[ComparisonProbe, ComparisonProbe | None]:
     """Return the comparison rows, and the calibration rows if codes are chosen on them."""
     chooses = _chooses_codes(config)
     rows = choose_rows(inputs, _ROWS, config.calibration_rows if chooses else 0)
     compared, calibration = (
-        Probe(part, inputs.objective, inputs.tokenizer.pad_token_id or 0, inputs.device)
+        ComparisonProbe(part, inputs.objective, inputs.tokenizer.pad_token_id or 0, inputs.device)
         for part in (rows.compared, rows.calibration)
     )
     return compared, calibration if chooses and rows.calibration else None

@@ -32,7 +32,7 @@ from ftlevel.trained.load import LoadedModel
 
 
 @dataclass(frozen=True)
-class Answer:
+class GeneratedAnswer:
     """Output for one prompt; `base` is None if not queried, `tags` are (word, tag) pairs."""
 
     prompt: str
@@ -46,7 +46,7 @@ class Answer:
 
 def generate(
     name: str | None, prompts: Sequence[str], **settings: Any
-) -> tuple[list[Answer], list[str]]:
+) -> tuple[list[GeneratedAnswer], list[str]]:
     """Generate outputs of the run, adapter or model `name` for `prompts`.
 
     Args:
@@ -55,7 +55,7 @@ def generate(
         settings: fields of `GenerateConfig`.
 
     Returns:
-        An `Answer` per prompt and adapter, in order, and notes for the user.
+        An `GeneratedAnswer` per prompt and adapter, in order, and notes for the user.
 
     Raises:
         InputError: a model or a file cannot be loaded.
@@ -69,7 +69,7 @@ def generate(
 
 def generate_answers(
     config: GenerateConfig, prompts: Sequence[str], file: Path | None = None
-) -> tuple[list[Answer], list[str]]:
+) -> tuple[list[GeneratedAnswer], list[str]]:
     """Generate outputs for `prompts` and those in `file` (lines or rows); see `generate`."""
     with silence_loggers():
         if file is not None and not _has_rows(file):
@@ -170,12 +170,14 @@ def _answers(
     replies: dict[str, list[Prediction]],
     base: list[Prediction] | None,
     dtypes: dict[str, str],
-) -> Iterator[Answer]:
+) -> Iterator[GeneratedAnswer]:
     for index, prompt in enumerate(prompts):
         for name, said in replies.items():
             reply = said[index]
             beside = base[index].text if base else None
-            yield Answer(prompt, reply.text, beside, reply.scores, reply.tags, name, dtypes[name])
+            yield GeneratedAnswer(
+                prompt, reply.text, beside, reply.scores, reply.tags, name, dtypes[name]
+            )
 
 
 class Chat:

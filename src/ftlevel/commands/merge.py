@@ -21,7 +21,7 @@ from ftlevel.artifacts.hub import plan_upload
 from ftlevel.config import MergeConfig, QuantConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
-from ftlevel.evaluation.two_models import Agreement, Probe, RowLogits, compare_rows
+from ftlevel.evaluation.two_models import Agreement, ComparisonProbe, RowLogits, compare_rows
 from ftlevel.events import Listener, NullListener
 from ftlevel.merging.low_bits import compare_quantized, quantize_merged, resolve_quantization
 from ftlevel.merging.merge_input import (
@@ -47,8 +47,8 @@ class _Job:
     inputs: MergeInput
     ways: list[str]
     low: QuantConfig | None
-    probe: Probe | None
-    calibration: Probe | None
+    probe: ComparisonProbe | None
+    calibration: ComparisonProbe | None
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
             rows = choose_rows(inputs, count, calibrated)
             pad_id = inputs.tokenizer.pad_token_id or 0
             probe, calibration = (
-                Probe(part, inputs.objective, pad_id, inputs.device) if part else None
+                ComparisonProbe(part, inputs.objective, pad_id, inputs.device) if part else None
                 for part in (rows.compared, rows.calibration)
             )
             choices += rows.choices
@@ -176,7 +176,7 @@ def _warn_of_low_bits(served: Agreement, effect: Agreement, listener: Listener) 
         )
 
 
-def score_trained(inputs: MergeInput, probe: Probe) -> tuple[RowLogits, Agreement]:
+def score_trained(inputs: MergeInput, probe: ComparisonProbe) -> tuple[RowLogits, Agreement]:
     """Return the outputs of the trained model, and their difference from its base's."""
     model = load_trained_model(inputs, inputs.quant)
     trained = probe.score(model, inputs.dtype)

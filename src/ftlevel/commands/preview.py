@@ -150,7 +150,7 @@ def _lengths(run: Run) -> list[int]:
 
 
 def _show_row(run: Run, row: Encoded) -> ShownRow:
-    speller = Speller(run.model.tokenizer)
+    speller = PieceDecoder(run.model.tokenizer)
     texts = speller.spell(row.input_ids)
     names = run.data.facts["labels"]
     learned = run.task.show_targets(row, names, run.model.kind, speller)
@@ -168,7 +168,7 @@ def _show_row(run: Run, row: Encoded) -> ShownRow:
     return ShownRow(row.row + 1, place, tokens, target, run.task.show_label(row, names))
 
 
-class Speller:
+class PieceDecoder:
     """Decode token ids one by one, each as the text it adds after the preceding tokens.
 
     Single ids would lose leading spaces and multi-byte characters.

@@ -57,7 +57,7 @@ from ftlevel.trained.checkpoint import merge_sharded_checkpoint
 from ftlevel.weights.quantize_shards import (
     COPIED,
     QUANTIZED,
-    Layout,
+    QuantizedLayout,
     build_layout,
     get_skipped_modules,
     packed_bytes,
@@ -83,7 +83,7 @@ class _Plan:
     card: AdapterCard | None
     model_config: Any
     auto_class: str
-    layout: Layout
+    layout: QuantizedLayout
     tokenizer: Any
     text: Text | None
     device: str
@@ -190,7 +190,7 @@ def _kept_dtype(config: QuantizeConfig, model_config: Any) -> tuple[torch.dtype,
     return getattr(torch, own) if isinstance(own, str) else own, "auto: the model's own"
 
 
-def _kept_reason(layout: Layout, experts: int) -> str:
+def _kept_reason(layout: QuantizedLayout, experts: int) -> str:
     reasons = []
     if experts:
         reasons.append(f"and {experts:,} tensors of experts")

@@ -22,7 +22,7 @@ from ftlevel.errors import InputError
 from ftlevel.evaluation.two_models import (
     PREDICTS,
     WINDOW,
-    Probe,
+    ComparisonProbe,
     RowLogits,
     WindowOutputs,
     compare_rows,
@@ -135,7 +135,9 @@ class ComparisonInputs:
     def ask(self, trained: LoadedModel) -> ModelOutputs:
         """Return the outputs of `trained` in its own compute precision."""
         model, tokenizer = trained.model, trained.tokenizer
-        probe = Probe(self.rows, trained.objective, tokenizer.pad_token_id or 0, trained.device)
+        probe = ComparisonProbe(
+            self.rows, trained.objective, tokenizer.pad_token_id or 0, trained.device
+        )
         scores = probe.score(model, trained.dtype)
         with autocast(trained.device, trained.dtype):
             text = [

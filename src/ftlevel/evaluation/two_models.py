@@ -187,7 +187,7 @@ class RowLogits:
 
 
 @dataclass(frozen=True)
-class Probe:
+class ComparisonProbe:
     """Encoded rows and the objective to compare models with."""
 
     rows: Sequence[Encoded]

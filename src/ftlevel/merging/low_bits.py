@@ -19,7 +19,7 @@ from ftlevel.config import MergeConfig, QuantConfig
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.errors import InputError, RunError
 from ftlevel.evaluation.scoring import batches
-from ftlevel.evaluation.two_models import Agreement, Probe, RowLogits, compare_rows
+from ftlevel.evaluation.two_models import Agreement, ComparisonProbe, RowLogits, compare_rows
 from ftlevel.events import Listener
 from ftlevel.merging.merge_input import MergeInput
 from ftlevel.merging.merged_model import open_merger
@@ -31,7 +31,12 @@ from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream.quantizers import dequantized
 from ftlevel.weights.codes import QuantizationGrid, choose_codes
 from ftlevel.weights.gguf.file import GRIDS, QuantizedMatrix
-from ftlevel.weights.quantize_shards import Layout, bitsandbytes_grid, build_layout, write_quantized
+from ftlevel.weights.quantize_shards import (
+    QuantizedLayout,
+    bitsandbytes_grid,
+    build_layout,
+    write_quantized,
+)
 
 MOST_BYTES = 1 << 30
 _BATCH = 4
@@ -46,7 +51,7 @@ class InputMoments:
     """
 
     model: Any
-    probe: Probe
+    probe: ComparisonProbe
     dtype: str
     sizes: Mapping[str, int]
     passes: int = 0
@@ -139,7 +144,7 @@ class QuantizedMerge:
     """
 
     linears: int
-    layout: Layout
+    layout: QuantizedLayout
     sums: dict[str, torch.Tensor]
 
 
@@ -227,7 +232,9 @@ def resolve_quantization(config: MergeConfig, inputs: MergeInput) -> QuantConfig
     return low
 
 
-def _plan_layout(inputs: MergeInput, config: Any, quant: QuantConfig, dtype: torch.dtype) -> Layout:
+def _plan_layout(
+    inputs: MergeInput, config: Any, quant: QuantConfig, dtype: torch.dtype
+) -> QuantizedLayout:
     wish = build_quantization_config(quant, dtype, [])
     layout = build_layout(config, inputs.auto_class, wish, dtype)
     if not layout.linears:
@@ -242,7 +249,7 @@ def quantize_merged(
     merged: Candidate,
     inputs: MergeInput,
     quant: QuantConfig,
-    rows: Probe | None,
+    rows: ComparisonProbe | None,
     listener: Listener,
 ) -> tuple[Candidate, QuantizedMerge]:
     """Quantize the merged model into a new directory, and delete the directory of `merged`.
@@ -295,7 +302,11 @@ def _on_one_grid(one: QuantConfig, other: QuantConfig) -> bool:
 
 
 def compare_quantized(
-    rounded: Candidate, low: QuantizedMerge, inputs: MergeInput, probe: Probe, trained: RowLogits
+    rounded: Candidate,
+    low: QuantizedMerge,
+    inputs: MergeInput,
+    probe: ComparisonProbe,
+    trained: RowLogits,
 ) -> Agreement:
     """Reload the quantized model and compare its logits with those of the model as trained.
 
@@ -358,7 +369,7 @@ class WeightsAsLoaded:
 
 
 def choose_gguf_codes(
-    model: Any, weights: Weights, rows: Probe, dtype: str, outtype: str
+    model: Any, weights: Weights, rows: ComparisonProbe, dtype: str, outtype: str
 ) -> Callable[[str], QuantizedMatrix]:
     """Return a function that chooses the codes of the linear layers of `model` for a .gguf type.
 

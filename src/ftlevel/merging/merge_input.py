@@ -16,7 +16,7 @@ from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.data.encoding.collate import ensure_pad_token
 from ftlevel.data.encoding.encode import PROMPT_VERSION, Encoded, read_format
-from ftlevel.data.encoding.fit import Bounds
+from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, ignore_progress
 from ftlevel.errors import ConfigError, InputError, join_names
@@ -221,7 +221,7 @@ def load_trained_model(inputs: MergeInput, quant: QuantConfig, *, dequantized: b
 
 
 @dataclass(frozen=True)
-class Rows:
+class CheckRows:
     """Rows to compare models on, and calibration rows to choose codes on.
 
     The two are disjoint if there are enough rows. `choices` are lines for the console.
@@ -232,7 +232,7 @@ class Rows:
     choices: list[Choice]
 
 
-def choose_rows(inputs: MergeInput, count: int, calibration: int = 0) -> Rows:
+def choose_rows(inputs: MergeInput, count: int, calibration: int = 0) -> CheckRows:
     """Return at most `count` rows to compare models on, and `calibration` to choose codes on."""
     if inputs.run is None:
         return _made_up(inputs, count, calibration, "there is no run beside the adapter")
@@ -254,7 +254,7 @@ def choose_rows(inputs: MergeInput, count: int, calibration: int = 0) -> Rows:
     choices = [Choice("compared on", f"{len(rows)} {kind} rows", name)] if rows else []
     if chosen:
         choices.append(Choice("codes chosen on", f"{len(chosen)} training rows", name))
-    return Rows(rows, chosen, choices)
+    return CheckRows(rows, chosen, choices)
 
 
 def _without_token_types(rows: Sequence[Encoded]) -> list[Encoded]:
@@ -269,7 +269,7 @@ def _prepare_rows(inputs: MergeInput, config: TrainConfig) -> PreparedData:
     set_chat_template(tokenizer, config.data.chat_template)
     ensure_pad_token(tokenizer)
     vocabulary = inputs.config.get_text_config().vocab_size
-    bounds = Bounds(max_positions(inputs.config))
+    bounds = LengthBounds(max_positions(inputs.config))
     prompt = read_format(inputs.card)
     context = EncodingContext(
         inputs.task,
@@ -283,7 +283,7 @@ def _prepare_rows(inputs: MergeInput, config: TrainConfig) -> PreparedData:
     return prepare_data(config.data, context, ignore_progress)
 
 
-def _made_up(inputs: MergeInput, count: int, calibration: int, reason: str) -> Rows:
+def _made_up(inputs: MergeInput, count: int, calibration: int, reason: str) -> CheckRows:
     """Return rows of random tokens, or windows of text if codes must be chosen.
 
     Random tokens do not show which inputs the layers receive.
@@ -295,14 +295,14 @@ def _made_up(inputs: MergeInput, count: int, calibration: int, reason: str) -> R
         made = _rows_of(inputs, windows)
         part = len(made) * count // max(count + calibration, 1)
         words = f"{part} and {len(made) - part} rows of {text.name}"
-        return Rows(
+        return CheckRows(
             made[:part], made[part:], [Choice("compared, and codes chosen, on", words, reason)]
         )
     rng = random.Random(0)
     size = min(len(inputs.tokenizer), inputs.config.get_text_config().vocab_size)
     drawn = [[rng.randrange(size) for _ in range(_MADE_UP_LENGTH)] for _ in range(count)]
     choice = Choice("compared on", f"{count} rows of random tokens", reason)
-    return Rows(_rows_of(inputs, drawn), [], [choice])
+    return CheckRows(_rows_of(inputs, drawn), [], [choice])
 
 
 def _rows_of(inputs: MergeInput, rows: Sequence[list[int]]) -> list[Encoded]:

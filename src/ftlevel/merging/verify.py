@@ -18,7 +18,7 @@ from ftlevel.artifacts.cards import describe_difference
 from ftlevel.config import QuantConfig
 from ftlevel.errors import RunError
 from ftlevel.evaluation.model_pair import in_float32
-from ftlevel.evaluation.two_models import Agreement, Probe, RowLogits, compare_rows
+from ftlevel.evaluation.two_models import Agreement, ComparisonProbe, RowLogits, compare_rows
 from ftlevel.merging.merge_input import MergeInput, load_trained_model
 from ftlevel.merging.merged_model import MergedFiles, TensorMerger
 from ftlevel.models.hardware import DTYPES
@@ -79,7 +79,7 @@ def load_merged(directory: Path, inputs: MergeInput) -> Any:
 
 
 def measure(
-    candidate: Candidate, inputs: MergeInput, probe: Probe, trained: RowLogits
+    candidate: Candidate, inputs: MergeInput, probe: ComparisonProbe, trained: RowLogits
 ) -> Candidate:
     """Reload `candidate`, and return it with its logits and its distance from the trained model.
 
@@ -91,7 +91,7 @@ def measure(
     return replace(candidate, scores=found, trained=compare_rows(trained, found))
 
 
-def check(candidate: Candidate, inputs: MergeInput, probe: Probe) -> MergeCheck:
+def check(candidate: Candidate, inputs: MergeInput, probe: ComparisonProbe) -> MergeCheck:
     """Compare a merge with base and adapter; raise RunError if they differ beyond `BOUND`."""
     if candidate.scores is None or candidate.trained is None:
         raise ValueError("what is checked was measured before")
@@ -143,7 +143,7 @@ def _load_reference(candidate: Candidate, inputs: MergeInput) -> Any:
 
 
 def _compare_before_rounding(
-    candidate: Candidate, inputs: MergeInput, probe: Probe
+    candidate: Candidate, inputs: MergeInput, probe: ComparisonProbe
 ) -> tuple[Agreement, RowLogits]:
     """Compare the unrounded merge with base and adapter in float32; return its logits too.
 

@@ -53,7 +53,7 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Layout:
+class QuantizedLayout:
     """Quantization of each tensor of a model.
 
     `linears` maps quantized modules to whether they are a Conv1D, whose weight is transposed.
@@ -79,7 +79,9 @@ class Layout:
         return torch.float32 if self.in_float32.intersection(name.split(".")) else self.dtype
 
 
-def build_layout(config: Any, auto_class: str, quantization: Any, dtype: torch.dtype) -> Layout:
+def build_layout(
+    config: Any, auto_class: str, quantization: Any, dtype: torch.dtype
+) -> QuantizedLayout:
     """Return the layout for a model of `config` and transformers class `auto_class`.
 
     `quantization` is a `BitsAndBytesConfig` or `TorchAoConfig`, of which the layout has a copy with
@@ -91,10 +93,12 @@ def build_layout(config: Any, auto_class: str, quantization: Any, dtype: torch.d
     kept = _keeping(quantization, find_skipped_modules(config, auto_class))
     linears = _find_quantized(build_task_model(config, auto_class), kept)
     parameters = {p.name: p for p in _parameters(meta, tree, linears)}
-    return Layout(linears, kept, dtype, modules_in_float32(meta, dtype), parameters, naming)
+    return QuantizedLayout(
+        linears, kept, dtype, modules_in_float32(meta, dtype), parameters, naming
+    )
 
 
-def resolve_layout(layout: Layout, keys: Iterable[str]) -> Layout:
+def resolve_layout(layout: QuantizedLayout, keys: Iterable[str]) -> QuantizedLayout:
     """Return `layout` for a checkpoint with these `keys`.
 
     A linear layer whose weight is assembled from several stored tensors is not quantized, and its
@@ -182,7 +186,7 @@ def _parameters(meta: Any, tree: ModuleTree, linears: dict[str, bool]) -> Iterat
         yield Parameter(name, tuple(tensor.shape), part, tensor.is_floating_point())
 
 
-def predict_bytes(layout: Layout) -> dict[str, tuple[int, int]]:
+def predict_bytes(layout: QuantizedLayout) -> dict[str, tuple[int, int]]:
     """Return part → (bytes before, bytes after), computed from shapes."""
     sizes = {part: [0, 0] for part in PARTS}
     for parameter in layout.parameters.values():
@@ -300,10 +304,10 @@ the nearest codes.
 def write_quantized(
     directory: Path,
     out: Path,
-    layout: Layout,
+    layout: QuantizedLayout,
     step: Callable[[int], None],
     choose: Choose | None = None,
-) -> tuple[Layout, QuantizationSizes]:
+) -> tuple[QuantizedLayout, QuantizationSizes]:
     """Write the model in `directory` quantized to `out`; return the resolved layout and sizes.
 
     Raises:
@@ -326,7 +330,7 @@ def write_quantized(
     return layout, written
 
 
-def _check_whole(shards: Iterable[Path], layout: Layout) -> None:
+def _check_whole(shards: Iterable[Path], layout: QuantizedLayout) -> None:
     there = {layout.naming(key)[0] for shard in shards for key in read_header(shard)[0]}
     wanted = (f"{name}.weight" for name in layout.linears)
     if missing := [name for name in wanted if name not in there]:
@@ -340,7 +344,7 @@ def _check_whole(shards: Iterable[Path], layout: Layout) -> None:
 def quantize_shards(
     shards: list[Path],
     out: Path,
-    layout: Layout,
+    layout: QuantizedLayout,
     progress: Callable[[int, int], None],
     choose: Choose | None = None,
 ) -> QuantizationSizes:
@@ -398,7 +402,7 @@ def _index(weight_map: Mapping[str, str], written: QuantizationSizes) -> dict[st
 
 
 def _convert(
-    key: str, name: str, tensor: torch.Tensor, layout: Layout, choose: Choose | None
+    key: str, name: str, tensor: torch.Tensor, layout: QuantizedLayout, choose: Choose | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return the tensors and metadata to store for one tensor of the checkpoint."""
     noted = is_torchao(layout.config)

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from ftlevel.artifacts.cards import describe_difference
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.evaluation.model_pair import in_float32
-from ftlevel.evaluation.two_models import MOST_TARGETS, Probe, RowLogits, compare_rows
+from ftlevel.evaluation.two_models import MOST_TARGETS, ComparisonProbe, RowLogits, compare_rows
 from ftlevel.tasks.classes import Classes, MultiLabel
 from ftlevel.tasks.losses import Tokens
 from ftlevel.tasks.span import Spans
@@ -55,7 +55,7 @@ def test_targets_are_the_supervised_ones() -> None:
 
 def test_no_more_targets_are_kept_than_fit() -> None:
     rows = [Encoded(list(range(10, 110)), list(range(10, 110)), i) for i in range(8)]
-    probe = Probe(rows, Tokens("x", shifted=True), 0, "cpu")
+    probe = ComparisonProbe(rows, Tokens("x", shifted=True), 0, "cpu")
     scores = probe.score(build("llama"), "float32")
     assert scores.targets == sum(map(len, scores.logits)) == MOST_TARGETS
 

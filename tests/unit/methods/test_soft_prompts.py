@@ -12,7 +12,7 @@ from ftlevel.config.methods.soft_prompt import PromptSpec, PTuningSpec
 from ftlevel.errors import ConfigError
 from ftlevel.methods import METHODS
 from ftlevel.methods.soft_prompt import find_stacks
-from ftlevel.methods.soft_prompt.layer import Layout
+from ftlevel.methods.soft_prompt.layer import PromptPosition
 from tiny_models import FAMILIES, FAMILY_HEADS, HEADS, build, build_batch, compute_logits
 from tiny_tokenizers import build_tokenizer
 from virtual_tokens import (
@@ -129,7 +129,7 @@ def test_an_encoder_keeps_cls_first() -> None:
 
 def test_the_layout_follows_the_padding_on_the_left() -> None:
     mask = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]])
-    layout = Layout.find(mask, mask, 2, 0)
+    layout = PromptPosition.find(mask, mask, 2, 0)
     states = torch.tensor([[1, 2, 3, 0], [0, 0, 1, 2]])
     prompt = torch.tensor([[8, 9], [8, 9]])
     longer = layout.insert(states, prompt)
@@ -142,7 +142,7 @@ def test_the_layout_follows_the_padding_on_the_left() -> None:
 
 def test_the_layout_leaves_tokens_before_the_prompt() -> None:
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]])
-    layout = Layout.find(mask, mask, 2, 1)
+    layout = PromptPosition.find(mask, mask, 2, 1)
     rows = layout.insert(torch.tensor([[1, 2, 3]] * 3), torch.tensor([[8, 9]] * 3))
     assert rows.tolist() == [[1, 8, 9, 2, 3]] * 3
     positions = layout.extend_positions(torch.arange(3)[None])

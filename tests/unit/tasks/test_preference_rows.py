@@ -12,7 +12,7 @@ import pytest
 from ftlevel.config import DataConfig
 from ftlevel.config.preference import PreferenceConfig
 from ftlevel.data.encoding.encode import IGNORED, Encoded, PromptFormat, RowError
-from ftlevel.data.encoding.fit import Bounds, fit_rows
+from ftlevel.data.encoding.fit import LengthBounds, fit_rows
 from ftlevel.data.encoding.store import rows_to_batches, write_store
 from ftlevel.data.formats.convert import convert_rows
 from ftlevel.data.sources.table import Table
@@ -204,16 +204,16 @@ def test_a_pair_that_is_too_long_is_cut_alike_or_dropped() -> None:
     rows = [_row(8, 3, 6), _row(2, 3, 20), _row(2, 1, 1)]
     assert [row.length for row in rows] == [14, 22, 3]
     where = str
-    cut = fit_rows(rows, 10, Bounds(), "truncate-prompt", where)
+    cut = fit_rows(rows, 10, LengthBounds(), "truncate-prompt", where)
     [first, last] = cut.rows
     assert isinstance(first, PairRow)
     good, bad = first.branches
     assert good.input_ids[:4] == bad.input_ids[:4] == [10, 15, 16, 17]
     assert (len(good.input_ids), len(bad.input_ids)) == (7, 10)
     assert (last.length, cut.lost) == (3, (0,))
-    assert len(fit_rows(rows, 10, Bounds(), "drop", where).rows) == 1
+    assert len(fit_rows(rows, 10, LengthBounds(), "drop", where).rows) == 1
     with pytest.raises(InputError, match="longer than 10 tokens"):
-        fit_rows(rows, 10, Bounds(), "error", where)
+        fit_rows(rows, 10, LengthBounds(), "error", where)
 
 
 def test_rows_come_back_from_a_file_as_they_were(tmp_path: Path) -> None:

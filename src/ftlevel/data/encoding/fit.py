@@ -20,7 +20,7 @@ MAX_DROPPED_SHARE = 0.01
 
 
 @dataclass(frozen=True)
-class Bounds:
+class LengthBounds:
     """Upper bounds on the row length in tokens, from model positions and memory."""
 
     positions: int | None = None
@@ -71,7 +71,7 @@ class FittedRows:
 def fit_rows(
     rows: Sequence[Encoded],
     max_length: int | str,
-    bounds: Bounds,
+    bounds: LengthBounds,
     overlong: str,
     where: Callable[[int], str],
 ) -> FittedRows:
@@ -121,7 +121,7 @@ def check_not_empty(fitted: FittedRows, rows: Sequence[Encoded]) -> None:
         )
 
 
-def _resolve_length(wish: int | str, longest: int, bounds: Bounds) -> tuple[int, str]:
+def _resolve_length(wish: int | str, longest: int, bounds: LengthBounds) -> tuple[int, str]:
     """Return the limit in tokens, and the reason if it was chosen automatically."""
     if isinstance(wish, int):
         bounds.check(wish)
@@ -170,7 +170,7 @@ def _too_long(
     limit: int,
     longest: int,
     reason: str,
-    bounds: Bounds,
+    bounds: LengthBounds,
     where: Callable[[int], str],
 ) -> str:
     worst = max(over, key=lambda row: len(row.input_ids))

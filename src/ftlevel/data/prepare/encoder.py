@@ -16,7 +16,13 @@ from ftlevel.config import DataConfig, GateConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import list_special_tokens
 from ftlevel.data.encoding.encode import PROMPT_VERSION, Encoded, PromptFormat, RowError
-from ftlevel.data.encoding.fit import Bounds, FittedRows, check_not_empty, fit_rows, fit_targets
+from ftlevel.data.encoding.fit import (
+    FittedRows,
+    LengthBounds,
+    check_not_empty,
+    fit_rows,
+    fit_targets,
+)
 from ftlevel.data.encoding.store import RowStore, to_batch, write_store
 from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.gate import Finding
@@ -42,7 +48,7 @@ class EncodingContext:
     kind: str
     tokenizer: Any
     vocabulary: int
-    bounds: Bounds
+    bounds: LengthBounds
     seed: int
     lenient: bool = False
     prompt_version: int = PROMPT_VERSION
@@ -203,7 +209,7 @@ class Encoder:
     kind: str
     tokenizer: Any
     config: DataConfig
-    bounds: Bounds
+    bounds: LengthBounds
     prompt_format: PromptFormat | None = None
     labels: LabelSet | None = None
     folder: Path | None = None

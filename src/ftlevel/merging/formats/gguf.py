@@ -21,7 +21,7 @@ from ftlevel.errors import InputError, RunError
 from ftlevel.evaluation.model_pair import in_float32
 from ftlevel.evaluation.two_models import (
     Agreement,
-    Probe,
+    ComparisonProbe,
     RowLogits,
     compare_rows,
     cut_windows,
@@ -157,7 +157,7 @@ def check_file(
     return FileCheck(file, compare_rows(reference, found), run, own_settings, texts, splitting)
 
 
-def _probe(original: Original) -> Probe:
+def _probe(original: Original) -> ComparisonProbe:
     """Return windows of text on which to compare both models."""
     text = read_eval_text(None, original.tokens)
     length = min(_WINDOW, max_positions(original.config) or _WINDOW)
@@ -168,11 +168,11 @@ def _probe(original: Original) -> Probe:
         )
     ]
     objective = TASKS["text-generation"].build_objective("decoder", {})
-    return Probe(rows, objective, original.tokenizer.pad_token_id or 0, original.device)
+    return ComparisonProbe(rows, objective, original.tokenizer.pad_token_id or 0, original.device)
 
 
 def _ask_original(
-    probe: Probe, outtype: str, tensors: Sequence[GGUFTensor], original: Original
+    probe: ComparisonProbe, outtype: str, tensors: Sequence[GGUFTensor], original: Original
 ) -> tuple[RowLogits, RowLogits]:
     """Return the original's logits, and its logits with weights rounded as in the file."""
     # Scaled block values are not representable in 16 bits, so they need float32.

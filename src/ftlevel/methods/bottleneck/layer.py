@@ -107,7 +107,7 @@ READS: dict[str, Reads] = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class AdapterSettings:
     """Non-trainable settings of one adapter: input, activation, dropout and constant scaling."""
 
     reads: Reads
@@ -146,7 +146,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         self.bottleneck_down = nn.ModuleDict()
         self.bottleneck_up = nn.ModuleDict()
         self.bottleneck_scale = nn.ParameterDict()
-        self.settings: dict[str, Settings] = {}
+        self.settings: dict[str, AdapterSettings] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._taps: dict[Listens, Any] = {}
@@ -176,7 +176,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
             down, up = down.to(weight.device), up.to(weight.device)
         self.bottleneck_down[adapter_name] = down
         self.bottleneck_up[adapter_name] = up
-        self.settings[adapter_name] = Settings(
+        self.settings[adapter_name] = AdapterSettings(
             reads=reads,
             activation=ACT2FN[config.non_linearity],
             dropout=config.adapter_dropout,
@@ -238,7 +238,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _source(
-        self, setting: Settings, hidden: torch.Tensor, tapped: dict[Listens, torch.Tensor]
+        self, setting: AdapterSettings, hidden: torch.Tensor, tapped: dict[Listens, torch.Tensor]
     ) -> torch.Tensor:
         """Return the adapter's input, `(..., width_in)`."""
         if setting.listens is None:

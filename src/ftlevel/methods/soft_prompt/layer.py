@@ -26,7 +26,7 @@ from ftlevel.methods.upstream import add_peft_type
 
 
 @dataclass(frozen=True)
-class Layout:
+class PromptPosition:
     """Position of a prompt of `length` in each row; `start` `(batch,)` is the insertion index."""
 
     start: torch.Tensor
@@ -39,7 +39,7 @@ class Layout:
         rows: torch.Tensor,
         length: int,
         tokens_before: int,
-    ) -> Layout:
+    ) -> PromptPosition:
         """Return the layout of a batch, where `tokens_before` tokens precede the prompt.
 
         `attention_mask` is `(batch, seq)`, or None without padding; `rows` gives batch size and
@@ -142,7 +142,7 @@ Role = Literal["whole", "encoder", "decoder"]
 
 
 @dataclass(frozen=True)
-class Settings:
+class PromptSettings:
     """Length and position of one prompt."""
 
     length: int
@@ -168,11 +168,11 @@ class SoftPromptLayer(VirtualTokenLayer):
         self.soft_prompt_in = nn.ModuleDict()
         self.soft_prompt_mid = nn.ModuleDict()
         self.soft_prompt_out = nn.ModuleDict()
-        self.settings: dict[str, Settings] = {}
+        self.settings: dict[str, PromptSettings] = {}
         self.role: Role = "whole"
         self.in_features = self.out_features = stack.get_input_embeddings().weight.shape[1]
         self.arguments = list(inspect.signature(stack.forward).parameters)
-        self._layout: Layout | None = None
+        self._layout: PromptPosition | None = None
         self._stack = [stack]  # in a list, so that the parent is not a submodule
         self._hooks = [
             stack.register_forward_pre_hook(functools.partial(_before, self), with_kwargs=True),
@@ -193,7 +193,9 @@ class SoftPromptLayer(VirtualTokenLayer):
     ) -> None:
         """Add a prompt; a decoder only stores the settings of its encoder's prompt."""
         self.role = role
-        self.settings[adapter_name] = Settings(config.num_virtual_tokens, config.tokens_before)
+        self.settings[adapter_name] = PromptSettings(
+            config.num_virtual_tokens, config.tokens_before
+        )
         if role == "decoder":
             return
         embedding = stack.get_input_embeddings()
@@ -282,16 +284,16 @@ class SoftPromptLayer(VirtualTokenLayer):
 
     def _find_layout(
         self, names: list[str], mask: torch.Tensor | None, rows: torch.Tensor
-    ) -> Layout:
+    ) -> PromptPosition:
         if mask is not None and mask.dim() != 2:
             raise ValueError(
                 f"a soft prompt cannot be put into an attention mask of {mask.dim()} dimensions, "
                 "as static caches and packed rows have; give one of (batch, seq)."
             )
         length = sum(self.settings[name].length for name in names)
-        return Layout.find(mask, rows, length, self.settings[names[0]].tokens_before)
+        return PromptPosition.find(mask, rows, length, self.settings[names[0]].tokens_before)
 
-    def _put_in(self, names: list[str], stack: Any, call: dict[str, Any]) -> Layout:
+    def _put_in(self, names: list[str], stack: Any, call: dict[str, Any]) -> PromptPosition:
         """Insert the prompts into the arguments of a call (mutated)."""
         embedded = call.get("inputs_embeds")
         if embedded is None:
@@ -336,7 +338,7 @@ def _after(layer: SoftPromptLayer, _stack: Any, _args: tuple[Any, ...], output: 
     return layer.after(output)
 
 
-def _take_out(layout: Layout, output: Any) -> Any:
+def _take_out(layout: PromptPosition, output: Any) -> Any:
     """Return the output of a stack without the prompt's positions."""
     if isinstance(output, tuple):
         return (layout.take_out(output[0]), *output[1:])

@@ -14,10 +14,10 @@ from ftlevel.models.families.facts import (
     TWO_FFN,
     BlockLinear,
     Dims,
-    Example,
     ExpertTensor,
     Family,
     Head,
+    ReleasedModel,
     Stack,
 )
 
@@ -64,7 +64,7 @@ _LLAMA = Family(
         *("llama-2", "llama-3", "llama2", "llama3", "codellama", "tinyllama", "vicuna"),
         *("smollm", "smollm2", "yi"),
     ),
-    example=Example("Llama-2-7B", Dims(4096, 11008, 32, 32)),
+    example=ReleasedModel("Llama-2-7B", Dims(4096, 11008, 32, 32)),
 )
 
 
@@ -76,7 +76,7 @@ def _llama_like(
     experts: tuple[ExpertTensor, ...] = (),
     heads: tuple[Head, ...] = _LLAMA.heads,
     aliases: tuple[str, ...] = (),
-    example: Example | None = None,
+    example: ReleasedModel | None = None,
     note: str = "",
 ) -> Family:
     """Build a family that differs from Llama in the arguments."""
@@ -104,53 +104,55 @@ _LLAMA_LIKE = (
     _llama_like(
         "mistral",
         aliases=("mistral-7b", "zephyr"),
-        example=Example("Mistral-7B", Dims(4096, 14336, 32, 32, kv_heads=8)),
+        example=ReleasedModel("Mistral-7B", Dims(4096, 14336, 32, 32, kv_heads=8)),
     ),
     _llama_like(
         "qwen2",
         aliases=("qwen2.5", "qwq"),
-        example=Example("Qwen2.5-0.5B", Dims(896, 4864, 24, 14, kv_heads=2)),
+        example=ReleasedModel("Qwen2.5-0.5B", Dims(896, 4864, 24, 14, kv_heads=2)),
     ),
     _llama_like(
         "qwen3",
         norms=(*_HEAD_NORMS, *_PLAIN),
-        example=Example("Qwen3-0.6B", Dims(1024, 3072, 28, 16, kv_heads=8, head_dim=128)),
+        example=ReleasedModel("Qwen3-0.6B", Dims(1024, 3072, 28, 16, kv_heads=8, head_dim=128)),
     ),
-    _llama_like("smollm3", example=Example("SmolLM3-3B", Dims(2048, 11008, 36, 16, kv_heads=4))),
+    _llama_like(
+        "smollm3", example=ReleasedModel("SmolLM3-3B", Dims(2048, 11008, 36, 16, kv_heads=4))
+    ),
     _llama_like("granite", heads=(_LM,)),
     _llama_like(
         "olmo2",
         norms=(*_HEAD_NORMS, "post_attention_layernorm", "post_feedforward_layernorm"),
         heads=(_LM, _SEQUENCE),
         aliases=("olmo-2",),
-        example=Example("OLMo-2-7B", Dims(4096, 11008, 32, 32)),
+        example=ReleasedModel("OLMo-2-7B", Dims(4096, 11008, 32, 32)),
     ),
     _llama_like(
         "gemma",
         heads=(_LM, _SEQUENCE, _TOKEN_SCORE),
         aliases=("codegemma",),
-        example=Example("Gemma-7B", Dims(3072, 24576, 28, 16, head_dim=256)),
+        example=ReleasedModel("Gemma-7B", Dims(3072, 24576, 28, 16, head_dim=256)),
     ),
     _llama_like(
         "gemma2",
         norms=_FOUR_NORMS,
         heads=(_LM, _SEQUENCE, _TOKEN_SCORE),
         aliases=("gemma-2", "shieldgemma"),
-        example=Example("Gemma-2-2B", Dims(2304, 9216, 26, 8, kv_heads=4, head_dim=256)),
+        example=ReleasedModel("Gemma-2-2B", Dims(2304, 9216, 26, 8, kv_heads=4, head_dim=256)),
     ),
     _llama_like(
         "gemma3_text",
         norms=(*_HEAD_NORMS, *_FOUR_NORMS),
         heads=(_LM, _SEQUENCE),
         aliases=("gemma3", "gemma-3"),
-        example=Example("Gemma-3-1B", Dims(1152, 6912, 26, 4, kv_heads=1, head_dim=256)),
+        example=ReleasedModel("Gemma-3-1B", Dims(1152, 6912, 26, 4, kv_heads=1, head_dim=256)),
         note="The multimodal checkpoints (gemma3) keep these blocks under another path.",
     ),
     _llama_like(
         "mixtral",
         linears=_LLAMA_ATTENTION,
         experts=_EXPERTS,
-        example=Example("Mixtral-8x7B", Dims(4096, 14336, 32, 32, kv_heads=8)),
+        example=ReleasedModel("Mixtral-8x7B", Dims(4096, 14336, 32, 32, kv_heads=8)),
         note=_SPARSE_NOTE,
     ),
     _llama_like(
@@ -158,7 +160,7 @@ _LLAMA_LIKE = (
         linears=(*_LLAMA_ATTENTION, *(replace(part, only=_DENSE_LAYERS) for part in _LLAMA_MLP)),
         norms=(*_HEAD_NORMS, *_PLAIN),
         experts=_EXPERTS,
-        example=Example("Qwen3-30B-A3B", Dims(2048, 768, 48, 32, kv_heads=4, head_dim=128)),
+        example=ReleasedModel("Qwen3-30B-A3B", Dims(2048, 768, 48, 32, kv_heads=4, head_dim=128)),
         note=_SPARSE_NOTE + " ffn is moe_intermediate_size there.",
     ),
     replace(
@@ -172,7 +174,7 @@ _LLAMA_LIKE = (
             ),
             heads=(_LM, _SEQUENCE, _TOKEN_SCORE),
             aliases=("phi-3", "phi-3.5", "phi-4"),
-            example=Example("Phi-3-mini", Dims(3072, 8192, 32, 32)),
+            example=ReleasedModel("Phi-3-mini", Dims(3072, 8192, 32, 32)),
         ),
         attention_only=("qkv_proj", "o_proj"),
     ),
@@ -188,7 +190,7 @@ _LLAMA_LIKE = (
             norms=("input_layernorm",),
             heads=(_LM, _SEQUENCE, _TOKEN_SCORE),
             aliases=("phi-1", "phi-1.5", "phi-2"),
-            example=Example("Phi-1.5", Dims(2048, 8192, 24, 32)),
+            example=ReleasedModel("Phi-1.5", Dims(2048, 8192, 24, 32)),
         ),
         attention_only=("q_proj", "k_proj", "v_proj", "dense"),
         outer_norms=("model.final_layernorm",),
@@ -201,7 +203,7 @@ _LLAMA_LIKE = (
             BlockLinear("mlp.c_proj", FFN, HIDDEN),
         ),
         heads=(_LM, _SEQUENCE, _TOKEN_SCORE),
-        example=Example("StarCoder2-3B", Dims(3072, 12288, 30, 24, kv_heads=2)),
+        example=ReleasedModel("StarCoder2-3B", Dims(3072, 12288, 30, 24, kv_heads=2)),
     ),
 )
 
@@ -216,7 +218,7 @@ def _gpt_like(
     embeddings: tuple[str, ...] = ("transformer.wte", "transformer.wpe"),
     outer_norms: tuple[str, ...] = ("transformer.ln_f",),
     aliases: tuple[str, ...] = (),
-    example: Example | None = None,
+    example: ReleasedModel | None = None,
 ) -> Family:
     """Build a family with GPT-2's module tree, `transformer.h.{i}`."""
     return Family(
@@ -257,13 +259,13 @@ _GPT_LIKE = (
         ),
         ("c_attn", "attn.c_proj"),
         aliases=("distilgpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "dialogpt"),
-        example=Example("GPT-2 (124M)", Dims(768, 3072, 12, 12)),
+        example=ReleasedModel("GPT-2 (124M)", Dims(768, 3072, 12, 12)),
     ),
     _gpt_like(
         "gpt_neo",
         (*_square_attention("attn.attention"), *_GPT_MLP),
         ("q_proj", "k_proj", "v_proj", "out_proj"),
-        example=Example("GPT-Neo-1.3B", Dims(2048, 8192, 24, 16)),
+        example=ReleasedModel("GPT-Neo-1.3B", Dims(2048, 8192, 24, 16)),
     ),
     _gpt_like(
         "gptj",
@@ -277,7 +279,7 @@ _GPT_LIKE = (
         norms=("ln_1",),
         embeddings=("transformer.wte",),
         aliases=("gpt-j", "gpt-j-6b"),
-        example=Example("GPT-J-6B", Dims(4096, 16384, 28, 16)),
+        example=ReleasedModel("GPT-J-6B", Dims(4096, 16384, 28, 16)),
     ),
     _gpt_like(
         "gpt_bigcode",
@@ -302,7 +304,7 @@ _GPT_LIKE = (
         embeddings=("transformer.word_embeddings",),
         outer_norms=("transformer.word_embeddings_layernorm", "transformer.ln_f"),
         aliases=("bloomz",),
-        example=Example("BLOOM-560M", Dims(1024, 4096, 24, 16)),
+        example=ReleasedModel("BLOOM-560M", Dims(1024, 4096, 24, 16)),
     ),
     _gpt_like(
         "falcon",
@@ -314,7 +316,7 @@ _GPT_LIKE = (
         ("query_key_value", "dense"),
         norms=("input_layernorm",),
         embeddings=("transformer.word_embeddings",),
-        example=Example("Falcon-7B", Dims(4544, 18176, 32, 71, kv_heads=1)),
+        example=ReleasedModel("Falcon-7B", Dims(4544, 18176, 32, 71, kv_heads=1)),
     ),
     Family(
         name="gpt_neox",
@@ -335,7 +337,7 @@ _GPT_LIKE = (
         embeddings=("gpt_neox.embed_in",),
         outer_norms=("gpt_neox.final_layer_norm",),
         aliases=("pythia", "dolly"),
-        example=Example("GPT-NeoX-20B", Dims(6144, 24576, 44, 64)),
+        example=ReleasedModel("GPT-NeoX-20B", Dims(6144, 24576, 44, 64)),
     ),
     Family(
         name="opt",
@@ -356,7 +358,7 @@ _GPT_LIKE = (
         embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
         outer_norms=("model.decoder.final_layer_norm",),
         aliases=("galactica",),
-        example=Example("OPT-125M", Dims(768, 3072, 12, 12)),
+        example=ReleasedModel("OPT-125M", Dims(768, 3072, 12, 12)),
     ),
 )
 

@@ -11,9 +11,9 @@ from ftlevel.models.families.facts import (
     TWO_FFN,
     BlockLinear,
     Dims,
-    Example,
     Family,
     Head,
+    ReleasedModel,
     Stack,
 )
 
@@ -64,7 +64,7 @@ def _bert_like(
     norms: tuple[str, ...] = _BERT_NORMS,
     embeddings: tuple[str, ...] = _BERT_EMBEDDINGS,
     aliases: tuple[str, ...] = (),
-    example: Example | None = None,
+    example: ReleasedModel | None = None,
 ) -> Family:
     """Build a family with BERT's module tree, `PREFIX.encoder.layer.{i}`."""
     return Family(
@@ -85,14 +85,14 @@ _BERT = _bert_like(
     "bert",
     _heads(("cls.predictions",)),
     aliases=("bert-base-uncased", "bert-base-cased", "bert-large-uncased", "tinybert", "minilm"),
-    example=Example("BERT-base", _BASE),
+    example=ReleasedModel("BERT-base", _BASE),
 )
 _ROBERTA = _bert_like(
     "roberta",
     "roberta",
     _heads(("lm_head",)),
     aliases=("roberta-base", "roberta-large", "distilroberta", "distilroberta-base", "codebert"),
-    example=Example("RoBERTa-base", _BASE),
+    example=ReleasedModel("RoBERTa-base", _BASE),
 )
 _ALBERT = Family(
     name="albert",
@@ -119,7 +119,7 @@ _ALBERT = Family(
     embeddings=tuple(f"albert.embeddings.{part}" for part in _BERT_EMBEDDINGS),
     outer_norms=("albert.embeddings.LayerNorm",),
     aliases=("albert-base-v2",),
-    example=Example("ALBERT-base-v2", _BASE),
+    example=ReleasedModel("ALBERT-base-v2", _BASE),
     note="All layers share one block, so an adapter is shared by them too.",
 )
 _DISTILBERT = Family(
@@ -152,7 +152,7 @@ _DISTILBERT = Family(
     ),
     outer_norms=("distilbert.embeddings.LayerNorm",),
     aliases=("distilbert-base-uncased", "distilbert-base-cased"),
-    example=Example("DistilBERT-base", Dims(768, 3072, 6, 12)),
+    example=ReleasedModel("DistilBERT-base", Dims(768, 3072, 6, 12)),
 )
 _MODERNBERT = Family(
     name="modernbert",
@@ -179,7 +179,7 @@ _MODERNBERT = Family(
     embeddings=("model.embeddings.tok_embeddings",),
     outer_norms=("model.embeddings.norm", "model.final_norm"),
     aliases=("modernbert-base", "modernbert-large"),
-    example=Example("ModernBERT-base", Dims(768, 1152, 22, 12)),
+    example=ReleasedModel("ModernBERT-base", Dims(768, 1152, 22, 12)),
 )
 _DEBERTA_ATTENTION = "attention.self"
 _DEBERTA = replace(
@@ -207,7 +207,7 @@ _DEBERTA = replace(
             "attention.output.dense",
         ),
         aliases=("deberta-v3", "deberta-v3-base", "mdeberta-v3"),
-        example=Example("DeBERTa-v3-base", _BASE),
+        example=ReleasedModel("DeBERTa-v3-base", _BASE),
     ),
     embeddings=("deberta.embeddings.word_embeddings", "deberta.encoder.rel_embeddings"),
     outer_norms=("deberta.embeddings.LayerNorm", "deberta.encoder.LayerNorm"),
@@ -226,7 +226,7 @@ _MPNET = _bert_like(
     norms=("attention.LayerNorm", "output.LayerNorm"),
     embeddings=("word_embeddings", "position_embeddings"),
     aliases=("all-mpnet-base-v2", "mpnet-base"),
-    example=Example("MPNet-base", _BASE),
+    example=ReleasedModel("MPNet-base", _BASE),
 )
 
 ENCODER_FAMILIES: tuple[Family, ...] = (
@@ -236,13 +236,13 @@ ENCODER_FAMILIES: tuple[Family, ...] = (
         _ROBERTA,
         name="xlm-roberta",
         aliases=("xlm-r", "xlm-roberta-base", "xlm-roberta-large"),
-        example=Example("XLM-RoBERTa-base", _BASE),
+        example=ReleasedModel("XLM-RoBERTa-base", _BASE),
     ),
     replace(
         _ROBERTA,
         name="camembert",
         aliases=("camembert-base",),
-        example=Example("CamemBERT-base", _BASE),
+        example=ReleasedModel("CamemBERT-base", _BASE),
     ),
     _DISTILBERT,
     _bert_like(
@@ -250,7 +250,7 @@ ENCODER_FAMILIES: tuple[Family, ...] = (
         "electra",
         _heads(("generator_predictions", "generator_lm_head")),
         aliases=("electra-small", "electra-base"),
-        example=Example("ELECTRA-small", Dims(256, 1024, 12, 4)),
+        example=ReleasedModel("ELECTRA-small", Dims(256, 1024, 12, 4)),
     ),
     _ALBERT,
     replace(

@@ -113,7 +113,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Example:
+class ReleasedModel:
     """A released model; `variants` are the `BlockLinear.only` values that it has."""
 
     name: str
@@ -140,7 +140,7 @@ class Family:
     embeddings: tuple[str, ...]
     outer_norms: tuple[str, ...]
     aliases: tuple[str, ...] = ()
-    example: Example | None = None
+    example: ReleasedModel | None = None
     note: str = ""
 
     @property

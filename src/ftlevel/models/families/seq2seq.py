@@ -10,9 +10,9 @@ from ftlevel.models.families.facts import (
     Q_WIDTH,
     BlockLinear,
     Dims,
-    Example,
     Family,
     Head,
+    ReleasedModel,
     Stack,
 )
 
@@ -75,7 +75,7 @@ _T5 = Family(
     ),
     outer_norms=("encoder.final_layer_norm", "decoder.final_layer_norm"),
     aliases=("t5-small", "t5-base", "t5-large", "t5-v1.1", "flan-t5", "byt5", "codet5"),
-    example=Example("T5-small", Dims(512, 2048, 6, 8, decoder_layers=6), (_RELU,)),
+    example=ReleasedModel("T5-small", Dims(512, 2048, 6, 8, decoder_layers=6), (_RELU,)),
 )
 _MT5_SMALL = Dims(512, 1024, 8, 6, head_dim=64, decoder_layers=8)
 
@@ -114,7 +114,7 @@ _BART = Family(
     embeddings=_BART_EMBEDDINGS,
     outer_norms=_EMBEDDING_NORMS,
     aliases=("bart-base", "bart-large", "distilbart"),
-    example=Example("BART-large", Dims(1024, 4096, 12, 16, decoder_layers=12)),
+    example=ReleasedModel("BART-large", Dims(1024, 4096, 12, 16, decoder_layers=12)),
 )
 
 
@@ -122,7 +122,7 @@ def _translator(
     name: str,
     outer_norms: tuple[str, ...],
     aliases: tuple[str, ...],
-    example: Example,
+    example: ReleasedModel,
     embeddings: tuple[str, ...] = _BART_EMBEDDINGS,
 ) -> Family:
     """Build a family with BART's blocks and no classification heads."""
@@ -139,39 +139,43 @@ def _translator(
 
 SEQ2SEQ_FAMILIES: tuple[Family, ...] = (
     _T5,
-    replace(_T5, name="mt5", aliases=("mt0",), example=Example("mT5-small", _MT5_SMALL, (_GATED,))),
-    replace(_T5, name="umt5", aliases=(), example=Example("uMT5-small", _MT5_SMALL, (_GATED,))),
+    replace(
+        _T5, name="mt5", aliases=("mt0",), example=ReleasedModel("mT5-small", _MT5_SMALL, (_GATED,))
+    ),
+    replace(
+        _T5, name="umt5", aliases=(), example=ReleasedModel("uMT5-small", _MT5_SMALL, (_GATED,))
+    ),
     _BART,
     replace(
         _BART,
         name="mbart",
         outer_norms=(*_EMBEDDING_NORMS, *_FINAL_NORMS),
         aliases=("mbart50", "mbart-large-50"),
-        example=Example("mBART-large", Dims(1024, 4096, 12, 16, decoder_layers=12)),
+        example=ReleasedModel("mBART-large", Dims(1024, 4096, 12, 16, decoder_layers=12)),
     ),
     _translator(
         "pegasus",
         _FINAL_NORMS,
         ("pegasus-xsum",),
-        Example("PEGASUS-large", Dims(1024, 4096, 16, 16, decoder_layers=16)),
+        ReleasedModel("PEGASUS-large", Dims(1024, 4096, 16, 16, decoder_layers=16)),
     ),
     _translator(
         "marian",
         (),
         ("opus-mt",),
-        Example("OPUS-MT en-de", Dims(512, 2048, 6, 8, decoder_layers=6)),
+        ReleasedModel("OPUS-MT en-de", Dims(512, 2048, 6, 8, decoder_layers=6)),
     ),
     _translator(
         "m2m_100",
         _FINAL_NORMS,
         ("nllb", "nllb-200"),
-        Example("M2M100-418M", Dims(1024, 4096, 12, 16, decoder_layers=12)),
+        ReleasedModel("M2M100-418M", Dims(1024, 4096, 12, 16, decoder_layers=12)),
         ("model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens"),
     ),
     _translator(
         "blenderbot",
         _FINAL_NORMS,
         (),
-        Example("Blenderbot-3B", Dims(2560, 10240, 2, 32, decoder_layers=24)),
+        ReleasedModel("Blenderbot-3B", Dims(2560, 10240, 2, 32, decoder_layers=24)),
     ),
 )

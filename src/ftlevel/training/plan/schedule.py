@@ -13,7 +13,7 @@ from ftlevel.config.rl import RL_TASK
 from ftlevel.config.section import Choice
 from ftlevel.config.trainer import LEARNING_RATE_ADVICE, PLATEAU, TrainerConfig
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.encoding.fit import Bounds
+from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.methods import METHODS
 from ftlevel.methods.rates import RunFacts, choose_head_rate
@@ -271,7 +271,7 @@ def find_bounds(
     model_config: Any,
     device: str,
     dtype: str,
-) -> Bounds:
+) -> LengthBounds:
     """Return the bounds of a row's length in tokens, by positions and by memory.
 
     Raises:
@@ -286,7 +286,7 @@ def find_bounds(
         checkpointing=train.may_recompute(device),
     )
     memory = longest_in_memory(model_config, holding, device_memory(device))
-    return Bounds(text_positions(method, model_config), memory)
+    return LengthBounds(text_positions(method, model_config), memory)
 
 
 def text_positions(spec: MethodConfig, model_config: Any) -> int | None:

@@ -22,7 +22,7 @@ _GEMMA_PATTERN = 6  # every sixth layer has full attention
 
 
 @dataclass(frozen=True)
-class Family:
+class GgufFamily:
     """How one `model_type` of transformers is written.
 
     `rotary` has the supported rope types, none for learned positions. `interleaved` means that
@@ -38,13 +38,13 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
-_LLAMA = Family("llama", rotary=("default", "linear", "llama3"), interleaved=True)
-FAMILIES: dict[str, Family] = {
+_LLAMA = GgufFamily("llama", rotary=("default", "linear", "llama3"), interleaved=True)
+FAMILIES: dict[str, GgufFamily] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "qwen2": Family("qwen2"),
-    "qwen3": Family("qwen3", fixed={"attention_bias": False}),
-    "gemma3_text": Family(
+    "qwen2": GgufFamily("qwen2"),
+    "qwen3": GgufFamily("qwen3", fixed={"attention_bias": False}),
+    "gemma3_text": GgufFamily(
         "gemma3",
         "gelu_pytorch_tanh",
         shifted_norms=True,
@@ -54,8 +54,8 @@ FAMILIES: dict[str, Family] = {
             "use_bidirectional_attention": False,
         },
     ),
-    "phi3": Family("phi3", rotary=("default", "longrope")),
-    "gpt2": Family(
+    "phi3": GgufFamily("phi3", rotary=("default", "longrope")),
+    "gpt2": GgufFamily(
         "gpt2",
         "gelu_new",
         rotary=(),
@@ -175,7 +175,7 @@ def _describe_gpt2(config: Any) -> Metadata:
     }
 
 
-def _describe_rotary_model(config: Any, family: Family) -> Metadata:
+def _describe_rotary_model(config: Any, family: GgufFamily) -> Metadata:
     rope, width = _rope(config), _head_width(config)
     keys = {
         "context_length": context_limit(config)[0],
@@ -234,7 +234,7 @@ def _activation(config: Any) -> str:
     return "none"
 
 
-def _rotary_problems(config: Any, family: Family) -> Iterator[str]:
+def _rotary_problems(config: Any, family: GgufFamily) -> Iterator[str]:
     if not family.rotary:
         return
     rope = _rope(config)

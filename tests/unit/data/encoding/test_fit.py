@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftlevel.data.encoding.encode import IGNORED, Encoded
-from ftlevel.data.encoding.fit import Bounds, FittedRows, check_not_empty, fit_rows, fit_targets
+from ftlevel.data.encoding.fit import (
+    FittedRows,
+    LengthBounds,
+    check_not_empty,
+    fit_rows,
+    fit_targets,
+)
 from ftlevel.data.gate.checks import find_missing_eos
 from ftlevel.data.gate.flat import FlatRows
 from ftlevel.errors import InputError
@@ -31,7 +37,7 @@ def text(length: int, row: int = 0) -> Encoded:
 def fit(
     rows: list[Encoded], length: int | str, overlong: str = "error", **bounds: Any
 ) -> FittedRows:
-    return fit_rows(rows, length, Bounds(**bounds), overlong, lambda i: f"x.jsonl:{i + 1}")
+    return fit_rows(rows, length, LengthBounds(**bounds), overlong, lambda i: f"x.jsonl:{i + 1}")
 
 
 def answer(row: Encoded) -> list[int]:

@@ -18,7 +18,7 @@ import pytest
 from ftlevel.artifacts.row_sinks import to_cell
 from ftlevel.config import DataConfig, InMemoryDataset, TrainConfig
 from ftlevel.data.encoding.chat import set_chat_template
-from ftlevel.data.encoding.fit import Bounds
+from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, ignore_progress
 from ftlevel.data.prepare.inference import InMemoryRows
@@ -194,7 +194,9 @@ def prepare(dataset: Any, format_: str, **options: Any) -> PreparedData:
     tokenizer = build_tokenizer(family)
     if kind == "decoder":
         set_chat_template(tokenizer, "qwen")
-    context = EncodingContext(TASKS[task], kind, tokenizer, len(tokenizer), Bounds(5_000), seed=3)
+    context = EncodingContext(
+        TASKS[task], kind, tokenizer, len(tokenizer), LengthBounds(5_000), seed=3
+    )
     quiet = dict.fromkeys(("exact_duplicates", "near_duplicates"), "ignore")
     config = DataConfig(dataset=dataset, gate=quiet, **options)
     return prepare_data(config, context, ignore_progress)

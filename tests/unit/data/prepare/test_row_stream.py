@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ftlevel.config import DataConfig
-from ftlevel.data.encoding.fit import Bounds
+from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData
 from ftlevel.data.prepare.row_stream import ChunkEncoder, RowStream, StreamSharding
 from ftlevel.data.prepare.streaming import SequentialRowSampler, StreamedRows, prepare_stream
@@ -29,7 +29,7 @@ def prepare(path: Path, rows: list[Any], **options: Any) -> PreparedData:
     config = DataConfig(dataset=str(path), streaming=True, shuffle_buffer=20, **options)
     tokenizer = build_tokenizer("llama", None)
     context = EncodingContext(
-        TASKS["text-generation"], "decoder", tokenizer, len(tokenizer), Bounds(200), seed=3
+        TASKS["text-generation"], "decoder", tokenizer, len(tokenizer), LengthBounds(200), seed=3
     )
     return prepare_stream(config, context)
 
