@@ -108,22 +108,16 @@ class Rewards:
         if problems:
             raise ConfigError(problems)
 
-    def check_rows(
-        self, columns: Mapping[str, Sequence[Any]], where: Callable[[int], str] | None = None
-    ) -> None:
-        """Raise ConfigError for a missing column, or an answer that a built-in reward cannot use.
+    def check_answers(self, answers: Sequence[Any], where: Callable[[int], str]) -> None:
+        """Raise ConfigError for an answer that a built-in reward cannot use.
 
-        `columns` has the values of all rows; `where` returns the place of a row, by its index.
+        `answers` are those of all rows, None without one; `where` returns the place of a row.
         """
-        self.check_columns(columns)
-        if "answer" not in columns:
-            return
-        found = self._ask({"do": "check", "answers": list(columns["answer"])}, START_SECONDS)
+        found = self._ask({"do": "check", "answers": list(answers)}, START_SECONDS)
         if found is None:
             raise ConfigError("the answers could not be checked: the reward process ended.")
         if found["reason"]:
-            row = found["row"]
-            raise ConfigError(f"{where(row) if where else f'row {row + 1}'}: {found['reason']}.")
+            raise ConfigError(f"{where(found['row'])}: {found['reason']}.")
 
     def score(
         self,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -33,6 +34,7 @@ from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.splits import load_splits
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import check_metrics, generates_texts
+from ftlevel.evaluation.reward_model import open_reward_model
 from ftlevel.fast.attention.gpu import fetch_kernel
 from ftlevel.fast.plan import fused_lora_choices, kernel_choices, plan_fast
 from ftlevel.methods.rates import RunFacts
@@ -53,6 +55,7 @@ from ftlevel.task import Objective, PolicyObjective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.tasks.distillation import build_distillation
 from ftlevel.tasks.losses import Tokens
+from ftlevel.tasks.rl.formats import ANSWER
 from ftlevel.tasks.rl.rewards import Rewards
 from ftlevel.training.plan.adapter import StartingAdapter
 from ftlevel.training.plan.best_model import Length, resolve_best_model
@@ -342,10 +345,17 @@ def _resolve_rewards(
     """Return the rewards of reinforcement learning, checked against the rows; else None."""
     if not isinstance(objective, PolicyObjective) or not settings.reward:
         return None
-    first: Any = data.train[0]
-    ends = str(bare.tokenizer.decode(first.input_ids[-_TAIL:])).rstrip()
-    rewards = Rewards.resolve(settings, opens_think=ends.endswith("<think>"))
-    rewards.check_columns(first.columns)
+    rows: Any = data.train
+    ends = str(bare.tokenizer.decode(rows[0].input_ids[-_TAIL:])).rstrip()
+    rewards = Rewards.resolve(
+        settings,
+        partial(open_reward_model, device=bare.device.value),
+        opens_think=ends.endswith("<think>"),
+    )
+    rewards.check_columns(rows[0].columns)
+    rewards.check_answers(
+        [row.columns.get(ANSWER) for row in rows], lambda at: data.table.where(rows[at].row)
+    )
     return rewards
 
 

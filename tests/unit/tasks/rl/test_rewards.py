@@ -105,7 +105,8 @@ def score(rewards: Rewards, prompts: Sequence[Any] = ("p", "q", "r"), **more: An
 def test_functions_are_called_as_by_trl(file: str, resolve: Callable[..., Rewards]) -> None:
     names = ["length", "level_of", "all_arguments", "where_it_applies", "optional", "prints"]
     rewards = resolve(*(f"{file}:{name}" for name in names), "exact=0.5")
-    rewards.check_rows(COLUMNS)
+    rewards.check_columns(COLUMNS)
+    rewards.check_answers(COLUMNS["answer"], str)
     assert score(rewards, step=10) == [
         [1.0, 1.0, 11.0, None, 1.0, 1.0, 1.0],
         [2.0, 2.0, 12.0, 0.5, 1.0, 1.0, 0.0],
@@ -210,9 +211,9 @@ def test_columns(file: str, resolve: Callable[..., Rewards]) -> None:
 
 def test_an_answer_that_cannot_be_compared(resolve: Callable[..., Rewards]) -> None:
     rewards = resolve("number")
-    rewards.check_rows({"answer": ["#### 1", 2, 3.5]})
+    rewards.check_answers(["#### 1", 2, 3.5], str)
     with pytest.raises(ConfigError, match=r"rows.jsonl:2: --reward number: the answer 'b' has no"):
-        rewards.check_rows({"answer": ["1", "b"]}, lambda row: f"rows.jsonl:{row + 1}")
+        rewards.check_answers(["1", "b"], lambda row: f"rows.jsonl:{row + 1}")
 
 
 def test_a_pattern_that_backtracks_scores_0_in_its_time(resolve: Callable[..., Rewards]) -> None:
