@@ -24,6 +24,7 @@ from ftlevel.world import prints_errors
 GROUP = "ftlevel.extras"
 
 HOOKS = (
+    "complete_flags",
     "convert_recipe",
     "detect_tool",
     "finish_run",

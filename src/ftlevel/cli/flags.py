@@ -38,10 +38,9 @@ from ftlevel.config.flag import DAILY, GENERAL, FieldMetadata, Flag
 from ftlevel.config.flags import flags_of
 from ftlevel.config.layers import find_setting
 from ftlevel.config.reading import normalize_task
-from ftlevel.config.rl import RL_TASK
-from ftlevel.config.rl_tools import keep_meaning
 from ftlevel.config.section import Section
 from ftlevel.errors import ConfigError, Interrupted, did_you_mean
+from ftlevel.extensions import hooks
 from ftlevel.world import is_launched
 
 _WIDEST_NAME = 28  # longest flag on the same line as its help
@@ -357,8 +356,8 @@ def read_config(
     tasks = [values["task"], *(layer.values.get("task") for layer in reversed(layers))]
     task = normalize_task(str(next(filter(None, tasks), "")))
     flags = given.layer(task)
-    if task == RL_TASK:
-        for line in keep_meaning(flags.values, given.typed):
+    for complete in hooks("complete_flags"):
+        for line in complete(task, flags.values, given.typed):
             note(line)
     config = build_config([*layers, flags], note)
     if is_run and path is not None:

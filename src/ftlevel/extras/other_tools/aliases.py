@@ -13,7 +13,7 @@ from ftlevel.config.flag import Alias, Flag, FlagAliases, NoOpValue, ValueAliase
 from ftlevel.config.methods import SPECS
 from ftlevel.config.reading import METHOD_ALIASES
 from ftlevel.config.rl import SAMPLED
-from ftlevel.config.rl_tools import read_reward_funcs
+from ftlevel.extras.other_tools.rl import read_reward_funcs
 
 _ON = ("train", "preview")
 

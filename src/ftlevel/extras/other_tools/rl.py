@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ftlevel.config.rl import RL_LOSSES, RlConfig
+from ftlevel.config.rl import RL_LOSSES, RL_TASK, RlConfig
 from ftlevel.errors import ConfigError
 
 _MARKS = {
@@ -43,10 +43,11 @@ def read_reward_funcs(text: str) -> str:
     return " --reward ".join(found)
 
 
-def keep_meaning(values: dict[str, Any], typed: Mapping[str, str]) -> list[str]:
+def complete_flags(task: str, values: dict[str, Any], typed: Mapping[str, str]) -> list[str]:
     """Complete the flags of another tool with its defaults; return a line for each.
 
     Args:
+        task: the run's; only `rl` is completed.
         values: section → fields set by flags; `rl` and `train` are changed.
         typed: flag → name that the user typed.
 
@@ -54,7 +55,7 @@ def keep_meaning(values: dict[str, Any], typed: Mapping[str, str]) -> list[str]:
         ConfigError: the batch does not consist of whole groups.
     """
     tools = {_MARKS[name] for name in typed.values() if name in _MARKS}
-    if not tools:
+    if not tools or task != RL_TASK:
         return []
     tool = "ms-swift" if "ms-swift" in tools else "TRL"
     rl, lines = values.setdefault("rl", {}), list[str]()
