@@ -58,14 +58,20 @@ def init(given: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
     except FileNotFoundError:
         raise ConfigError(f"{file.parent} does not exist. Create the directory first.") from None
     if as_json:
-        typer.echo(json_module.dumps({
-            "recipe": str(file),
-            "config": drafted.config.model_dump(mode="json", exclude_unset=True),
-            "proposed": [{"name": c.name, "value": c.value, "reason": c.reason}
-                         for c in drafted.proposed],
-            "steps": drafted.steps,
-            "command": drafted.command,
-        }))  # fmt: skip
+        typer.echo(
+            json_module.dumps(
+                {
+                    "recipe": str(file),
+                    "config": drafted.config.model_dump(mode="json", exclude_unset=True),
+                    "proposed": [
+                        {"name": c.name, "value": c.value, "reason": c.reason}
+                        for c in drafted.proposed
+                    ],
+                    "steps": drafted.steps,
+                    "command": drafted.command,
+                }
+            )
+        )
         return
     for choice in drafted.proposed if yes else ():
         typer.echo(f"{choice.name}: {choice}")
@@ -74,5 +80,7 @@ def init(given: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
 
 def _check_free(file: Path) -> None:
     if file.exists() or file.is_symlink():
-        raise ConfigError(f"{file} already exists and is not changed. Choose another: "
-                          f"ftlevel init {file.with_stem(file.stem + '-2')}")  # fmt: skip
+        raise ConfigError(
+            f"{file} already exists and is not changed. Choose another: "
+            f"ftlevel init {file.with_stem(file.stem + '-2')}"
+        )

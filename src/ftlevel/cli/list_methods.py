@@ -43,7 +43,11 @@ def print_report(report: MethodReport) -> None:
         lines = [f"{row.trains} ({row.flags})"] if row.works != "no" else []
         for number, line in enumerate([*lines, *row.reasons]):
             text = textwrap.fill(
-                line, width, initial_indent=indent, subsequent_indent=indent,
-                break_on_hyphens=False, break_long_words=False,
-            )  # fmt: skip
+                line,
+                width,
+                initial_indent=indent,
+                subsequent_indent=indent,
+                break_on_hyphens=False,
+                break_long_words=False,
+            )
             typer.echo(text[len(indent) - 2 :] if number == 0 else text)

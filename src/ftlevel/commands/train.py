@@ -265,9 +265,7 @@ def _resolve(
     warnings = find_warnings(config.train, *sizes, new_head=new_head)
     for warning in [*notes, *find_default_model_warnings(config.model, config.data), *warnings]:
         listener.warn(warning)
-    return _Job(
-        taken, run, listener, callbacks, origin, processes, command_line.start, foresight
-    )  # fmt: skip
+    return _Job(taken, run, listener, callbacks, origin, processes, command_line.start, foresight)
 
 
 def _choose_micro_batch(job: _Job) -> _Job:

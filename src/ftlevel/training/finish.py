@@ -203,8 +203,10 @@ def report_results(
         write_results(directory, run.config.method, summary, lines)
     remarks = run.objective.remarks(summary["metrics"], summary["metrics_before"])
     for warning in [
-        *find_nothing_learned(summary, run), *find_worse_than_before(summary), *remarks
-    ]:  # fmt: skip
+        *find_nothing_learned(summary, run),
+        *find_worse_than_before(summary),
+        *remarks,
+    ]:
         listener.warn(warning)
     end_run(run.config.output, directory, summary, listener)
     return summary

@@ -109,10 +109,11 @@ def _check_callbacks(callbacks: Sequence[TrainerCallback]) -> None:
             what = callback.__name__ if isinstance(callback, type) else type(callback).__name__
             raise ConfigError(
                 f"callbacks= has {what}. Expected instances of transformers.TrainerCallback, such "
-                f"as {what}()." if isinstance(callback, type) else
-                f"callbacks= has one of type {what}. Expected instances of "
+                f"as {what}()."
+                if isinstance(callback, type)
+                else f"callbacks= has one of type {what}. Expected instances of "
                 "transformers.TrainerCallback."
-            )  # fmt: skip
+            )
 
 
 def store_base(

@@ -153,8 +153,10 @@ def count_activations(model: Any, blocks: Sequence[nn.Module], run: Run) -> Acti
     sums = [0] * len(blocks)
     for block, size in held.values():
         sums[block] += size
-    return Activations(tuple(size / tokens for size in sums),
-                       tuple(told.states[at] / tokens for at in range(len(blocks))))  # fmt: skip
+    return Activations(
+        tuple(size / tokens for size in sums),
+        tuple(told.states[at] / tokens for at in range(len(blocks))),
+    )
 
 
 def _trial(run: Run) -> dict[str, Any]:

@@ -97,10 +97,13 @@ def digests_of(run: Run) -> tuple[FileDigests, FileDigests]:
     rows = _within(_MOST, run.data.stream.files) if run.data.stream else []
     return (
         FileDigests(BASE, source.words, "base.json", {file.name: file for file in base}),
-        FileDigests(ROWS, "the rows", "rows.json", {
-            f"file {number} of {len(rows)}": file for number, file in enumerate(rows, 1)
-        }),
-    )  # fmt: skip
+        FileDigests(
+            ROWS,
+            "the rows",
+            "rows.json",
+            {f"file {number} of {len(rows)}": file for number, file in enumerate(rows, 1)},
+        ),
+    )
 
 
 def _weights(path: Path) -> list[Path]:
@@ -153,8 +156,12 @@ def describe_tokenizer(tokenizer: Any) -> dict[str, str]:
 
 def _flatten(name: str, value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, Mapping) and value:
-        return [pair for key, inner in value.items() if key not in _SAYS_NOTHING
-                for pair in _flatten(f"{name}.{key}", inner)]  # fmt: skip
+        return [
+            pair
+            for key, inner in value.items()
+            if key not in _SAYS_NOTHING
+            for pair in _flatten(f"{name}.{key}", inner)
+        ]
     return [(name, value)]
 
 

@@ -146,8 +146,9 @@ class Processes:
         problems = []
         for rank, (host, own) in enumerate(said):
             other = [key for key in sorted({**first, **own}) if first.get(key) != own.get(key)]
-            shown = join_names(f"{key} is {own.get(key)!r} and {first.get(key)!r} there"
-                            for key in other)  # fmt: skip
+            shown = join_names(
+                f"{key} is {own.get(key)!r} and {first.get(key)!r} there" for key in other
+            )
             if other:
                 problems.append(
                     f"rank {rank} ({host}) is not of the same run as rank 0 ({where}): {shown}. "

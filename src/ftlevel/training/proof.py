@@ -95,9 +95,12 @@ def prove(
 def describe_proof(found: Found, probe: Probe, gradients: GradientMonitor) -> Proof:
     """Return the proof of a saved run from the comparison and the observed gradients."""
     return Proof(
-        gradients.checked, len(gradients.idle), *found, len(probe.batch["input_ids"]),
+        gradients.checked,
+        len(gradients.idle),
+        *found,
+        len(probe.batch["input_ids"]),
         gradients.skipped,
-    )  # fmt: skip
+    )
 
 
 def build_probe(run: Run) -> Probe:
@@ -245,9 +248,11 @@ def _on_a_fresh_base(
         else:
             before = probe.logits(fresh)
             del fresh
-            reloaded = type(trained).from_pretrained(
-                directory, dtype=torch.float32, use_safetensors=True
-            ).to(probe.device)  # fmt: skip
+            reloaded = (
+                type(trained)
+                .from_pretrained(directory, dtype=torch.float32, use_safetensors=True)
+                .to(probe.device)
+            )
         return before, probe.logits(reloaded)
 
 

@@ -140,12 +140,18 @@ def digest_start(run: Run, adapted: PreparedModel) -> str:
         "method": run.config.method.model_dump(mode="json"),
         "quant": model.quant.model_dump(mode="json"),
         "precision": [model.device, model.dtype, run.config.model.attn_implementation],
-        "path": [fast.enabled, fast.packs, fast.chunked_cross_entropy, fast.prefix_tree,
-                 fast.tokens],
+        "path": [
+            fast.enabled,
+            fast.packs,
+            fast.chunked_cross_entropy,
+            fast.prefix_tree,
+            fast.tokens,
+        ],
         "weighting": [run.config.preference.loss, run.config.preference.ld_alpha]
-        if run.config.preference.loss == "ld-dpo" else [],
+        if run.config.preference.loss == "ld-dpo"
+        else [],
         "versions": torch.__version__,
-    }  # fmt: skip
+    }
     return json.dumps(decides, sort_keys=True, default=str)
 
 
@@ -379,8 +385,9 @@ def load_auxiliary_model(
     forward = plan_forward(
         trained.model, trained.kind, trained.method, run.objective, run.fast.tokens
     )
-    forward = replace(forward, enabled=run.fast.enabled,
-                      prefix_tree=forward.packs and run.fast.prefix_tree)  # fmt: skip
+    forward = replace(
+        forward, enabled=run.fast.enabled, prefix_tree=forward.packs and run.fast.prefix_tree
+    )
     asking = replace(run, fast=forward, model=replace(run.model, dtype=trained.dtype))
     fast = apply_fast_step(trained.model, asking, listener)
     try:

@@ -68,8 +68,13 @@ def shard(
         for module in part.modules:
             carry_quant_states(module, part.inside)
         read = slices.put_aside(part.modules, keep=own) if slices is not None else None
-        fully_shard(part.modules, mesh=mesh, reshard_after_forward=part.gathers_again,
-                    mp_policy=part.precision, ignored_params=own)  # fmt: skip
+        fully_shard(
+            part.modules,
+            mesh=mesh,
+            reshard_after_forward=part.gathers_again,
+            mp_policy=part.precision,
+            ignored_params=own,
+        )
         if read is not None:
             read()
     for buffer in model.buffers():

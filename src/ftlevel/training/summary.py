@@ -191,13 +191,14 @@ def build_summary(run: Run, outcome: Outcome) -> dict[str, Any]:
         "speed": dict(outcome.speed),
         "memory": {"peak_bytes": peak_memory_bytes(run.model.device)},
         "plan": dict(outcome.plan),
-        "choices": [{"name": c.name, "value": str(c.value), "reason": c.reason}
-                    for c in run.choices],
+        "choices": [
+            {"name": c.name, "value": str(c.value), "reason": c.reason} for c in run.choices
+        ],
         "versions": library_versions(),
         "changed_on_resume": list(outcome.changes),
         "left_out": list(outcome.left_out),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }  # fmt: skip
+    }
 
 
 def _class_weights(run: Run) -> dict[str, float]:
@@ -220,8 +221,10 @@ def describe_losses(losses: Sequence[float]) -> dict[str, Any]:
     window = max(math.ceil(len(losses) / 10), min(5, len(losses) // 2), 1)
     ends = {"first": losses[:window], "last": losses[-window:]}
     means = {f"loss_{end}": statistics.fmean(part) for end, part in ends.items()}
-    spreads = {f"loss_{end}_spread": statistics.stdev(part) if window > 1 else None
-               for end, part in ends.items()}  # fmt: skip
+    spreads = {
+        f"loss_{end}_spread": statistics.stdev(part) if window > 1 else None
+        for end, part in ends.items()
+    }
     return {**means, **spreads, "loss_window": window}
 
 

@@ -89,9 +89,15 @@ def precompute_teacher(run: Run, listener: Listener) -> TeacherPredictions | Non
         f"{what} at {begins[-1]:,} positions, {share:.1%} of its probability; {size / 1e6:,.1f} MB"
     )
     listener.choices("teacher", [Choice("teacher", teacher.name, f"{how}: {told}")])
-    facts = {"teacher": teacher.name, "fingerprint": teacher.fingerprint, "cached": was_whole,
-             "tokens_kept": count or dtype["known"].shape[0], "places": begins[-1],
-             "probability_kept": share, "bytes": size}  # fmt: skip
+    facts = {
+        "teacher": teacher.name,
+        "fingerprint": teacher.fingerprint,
+        "cached": was_whole,
+        "tokens_kept": count or dtype["known"].shape[0],
+        "places": begins[-1],
+        "probability_kept": share,
+        "bytes": size,
+    }
     return TeacherPredictions(DistillationRows(rows, kept, begins), facts)
 
 
@@ -128,9 +134,10 @@ def _fill(run: Run, adapted: PreparedModel, begins: Sequence[int], into: np.ndar
                 of_rows = [begins[begin + i + 1] - begins[begin + i] for i in chosen]
                 ends = np.cumsum(of_rows)
                 for i, count, end in zip(chosen, of_rows, ends, strict=True):
-                    place, own = slice(begins[begin + i], begins[begin + i + 1]), slice(
-                        end - count, end
-                    )  # fmt: skip
+                    place, own = (
+                        slice(begins[begin + i], begins[begin + i + 1]),
+                        slice(end - count, end),
+                    )
                     into["ids"][place] = ids[own]
                     into["known"][place, 1:] = known[own, 1:]
                     into["known"][place, 0] = known[own, 0]  # last: marks it as filled

@@ -352,9 +352,12 @@ class FtlevelTrainer(Trainer):
         outputs = None
         if self.fast is not None and self.fast.cross_entropy is not None and not return_outputs:
             total = supervised_loss(
-                self.fast.cross_entropy, model, self.objective, inputs,
+                self.fast.cross_entropy,
+                model,
+                self.objective,
+                inputs,
                 smoothing=self.loss.smoothing,
-            )  # fmt: skip
+            )
         else:
             total, labels, outputs = plain_loss(model, self.objective, inputs, mask, self.loss)
         count = num_items_in_batch

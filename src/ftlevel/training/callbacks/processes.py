@@ -81,9 +81,12 @@ class WatchProcesses(TrainerCallback):
         host = socket.gethostname()
         try:
             store = distributed.TCPStore(  # type: ignore[attr-defined]
-                world.address, world.port, is_master=False, wait_for_workers=False,
+                world.address,
+                world.port,
+                is_master=False,
+                wait_for_workers=False,
                 timeout=timedelta(seconds=PATIENCE),
-            )  # fmt: skip
+            )
         except RuntimeError:  # the launcher has another kind of store
             self._ended.set()
             return

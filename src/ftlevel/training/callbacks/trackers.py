@@ -219,9 +219,10 @@ def _begin_trackio(run: TrackedRun) -> Tracker:
 
     project = run.project_or("TRACKIO_PROJECT")
     found = quietly(
-        lambda: trackio.init(project=project, name=run.name, config=dict(run.config),
-                             resume="allow", embed=False)
-    )  # fmt: skip
+        lambda: trackio.init(
+            project=project, name=run.name, config=dict(run.config), resume="allow", embed=False
+        )
+    )
     return Tracker(
         f"project {project} (`trackio show --project {project}`)",
         lambda metrics, step: found.log(metrics, step=step),

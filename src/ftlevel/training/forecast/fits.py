@@ -147,8 +147,11 @@ def _bytes_of_check(run: Run) -> int:
 
 
 def _bytes_of_proof(step: StepMemory) -> int:
-    held = sum(step.parts.get(part, 0) for part in step.parts if part not in
-               (*_COME_AND_GO, OPTIMIZER, GRADIENTS))  # fmt: skip
+    held = sum(
+        step.parts.get(part, 0)
+        for part in step.parts
+        if part not in (*_COME_AND_GO, OPTIMIZER, GRADIENTS)
+    )
     return held + 4 * 4 * PROBE_SCORES
 
 
@@ -332,8 +335,9 @@ def list_alternatives(limits: AlternativeContext) -> list[Alternative]:
     others = (way for way in _METHODS if way != _alike(own))
     ways = [own, *others]
     rows = config.train.per_device_train_batch_size
-    found = [_try(way, ckpt, rows, None, limits)
-             for way, ckpt in itertools.product(ways, (False, True))]  # fmt: skip
+    found = [
+        _try(way, ckpt, rows, None, limits) for way, ckpt in itertools.product(ways, (False, True))
+    ]
     length = config.data.max_length
     if isinstance(length, int):
         for other in (length // 2, length * 2):
@@ -415,8 +419,15 @@ def _compute(
 
 def _forecast(config: TrainConfig, rows: int, limits: AlternativeContext) -> StepMemory:
     accumulated = max(2, config.train.gradient_accumulation_steps)  # gradients already exist
-    config = _with(config, {"train": {"per_device_train_batch_size": rows,
-                                      "gradient_accumulation_steps": accumulated}})  # fmt: skip
+    config = _with(
+        config,
+        {
+            "train": {
+                "per_device_train_batch_size": rows,
+                "gradient_accumulation_steps": accumulated,
+            }
+        },
+    )
     rows *= accumulated
     imagined = build_synthetic_batch(
         config.data, limits.source, limits.card, rows, limits.tokenizer

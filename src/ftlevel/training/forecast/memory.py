@@ -190,10 +190,12 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
     ]
     there = layers.extend([live.peaks for live in held])[FORWARD]
     free = memory - int(sum(there.values())) if run.model.device == "cuda" else None
-    peaks = layers.extend([
-        _watch(run, live, fake, batch, pruning=pruning, free=free)
-        for fake, live in zip(fakes, held, strict=True)
-    ])  # fmt: skip
+    peaks = layers.extend(
+        [
+            _watch(run, live, fake, batch, pruning=pruning, free=free)
+            for fake, live in zip(fakes, held, strict=True)
+        ]
+    )
     for parts in peaks.values():
         for part in _OF_WORKERS:
             parts[part] = parts.get(part, 0) * batch.at_once

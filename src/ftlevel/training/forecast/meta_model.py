@@ -42,11 +42,25 @@ from ftlevel.trained.adapt import apply_method
 from ftlevel.training.plan.resolve import SyntheticBatch
 from ftlevel.training.plan.run import Run
 
-_DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers",
-           "decoder_layers")  # fmt: skip
-_PER_LAYER = ("layer_types", "mlp_layer_types", "attention_layers", "no_rope_layers",
-              "layers_block_type", "moe_layer_freq", "intermediate_size", "num_attention_heads",
-              "num_key_value_heads", "activation_sparsity_pattern")  # fmt: skip
+_DEPTHS = (
+    "num_hidden_layers",
+    "num_layers",
+    "num_decoder_layers",
+    "encoder_layers",
+    "decoder_layers",
+)
+_PER_LAYER = (
+    "layer_types",
+    "mlp_layer_types",
+    "attention_layers",
+    "no_rope_layers",
+    "layers_block_type",
+    "moe_layer_freq",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "activation_sparsity_pattern",
+)
 """Config fields that may be lists with one entry per layer."""
 
 _LAYER_NUMBERS = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
@@ -157,8 +171,9 @@ def _fill_vectors(model: torch.nn.Module) -> None:
                 if id(tensor) not in made:
                     filled = torch.ones(tensor.shape, dtype=tensor.dtype)
                     made[id(tensor)] = (
-                        tensor, torch.nn.Parameter(filled, requires_grad=tensor.requires_grad)
-                    )  # fmt: skip
+                        tensor,
+                        torch.nn.Parameter(filled, requires_grad=tensor.requires_grad),
+                    )
                 parameters[name] = made[id(tensor)][1]
 
 
@@ -205,15 +220,28 @@ def synthesize_rows(data: DataConfig, count: int) -> Callable[[BaseTask, str, An
         ]
         tokens = count * length
         facts = {
-            "name": "imagined rows", "train_rows": count, "labels": list(task.imagined_labels),
-            "problem_type": None, "overlong": data.overlong, "fingerprint": "",
-            "target_language": None, "tokens": tokens,
-            "supervised": sum(row.supervised for row in rows), **task.imagined_facts,
-        }  # fmt: skip
+            "name": "imagined rows",
+            "train_rows": count,
+            "labels": list(task.imagined_labels),
+            "problem_type": None,
+            "overlong": data.overlong,
+            "fingerprint": "",
+            "target_language": None,
+            "tokens": tokens,
+            "supervised": sum(row.supervised for row in rows),
+            **task.imagined_facts,
+        }
         table = Table(rows=[], lines=[], source="imagined rows", unit="row")
         reason = "no --dataset: all as long as --max-length"
-        return PreparedData(rows, [], None, length, table, facts,
-                        [Choice("rows", f"imagined, {length:,} tokens each", reason)])  # fmt: skip
+        return PreparedData(
+            rows,
+            [],
+            None,
+            length,
+            table,
+            facts,
+            [Choice("rows", f"imagined, {length:,} tokens each", reason)],
+        )
 
     return make
 
@@ -224,9 +252,14 @@ def load_or_stub_tokenizer(source: ModelSource) -> Any:
         return load_tokenizer(source)
     except InputError:
         return SimpleNamespace(
-            pad_token_id=_PAD, pad_token="", eos_token_id=_PAD, eos_token="", bos_token_id=None,
-            chat_template=None, name_or_path=source.name,
-        )  # fmt: skip
+            pad_token_id=_PAD,
+            pad_token="",
+            eos_token_id=_PAD,
+            eos_token="",
+            bos_token_id=None,
+            chat_template=None,
+            name_or_path=source.name,
+        )
 
 
 def build_synthetic_batch(

@@ -107,10 +107,12 @@ class ShardedModel:
     def estimate_rank(self, found: StepMemory, ranks: int, way: str) -> StepMemory:
         """Convert an unsharded estimate to the largest of `ranks`; `way` is `--shard`."""
         return highest(
-            {moment: self._at(moment, parts, ranks, way)
-             for moment, parts in found.moments.items()},
+            {
+                moment: self._at(moment, parts, ranks, way)
+                for moment, parts in found.moments.items()
+            },
             found.tokens,
-        )  # fmt: skip
+        )
 
     def _at(
         self, moment: str, parts: Mapping[str, float], ranks: int, way: str

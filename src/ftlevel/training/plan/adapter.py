@@ -181,9 +181,11 @@ def _read_spec(adapter: StartingAdapter, given: MethodConfig) -> MethodConfig:
     values |= {
         name: value
         for name, value in settings.items()
-        if name in fields and value is not None and not name.startswith("init_")
+        if name in fields
+        and value is not None
+        and not name.startswith("init_")
         and not (name in values and name in _NAMED)
-    }  # fmt: skip
+    }
     if (card is None or run is None) and "modules_to_save" in fields:
         values["modules_to_save"] = _saved_modules(adapter)
     for name in ("lora_plus_ratio", *(name for name in fields if name.endswith("dropout"))):

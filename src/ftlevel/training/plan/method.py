@@ -70,8 +70,11 @@ def find_method_targets(
     widths = {name: (fan_in, fan_out) for name, (_, fan_in, fan_out) in sizes.items()}
     if method.check is not None:
         method.check(spec, widths)
-    widths |= {name: tuple(tree.modules[name].weight.shape) for name in modules
-               if isinstance(tree.modules[name], nn.Embedding)}  # fmt: skip
+    widths |= {
+        name: tuple(tree.modules[name].weight.shape)
+        for name in modules
+        if isinstance(tree.modules[name], nn.Embedding)
+    }
     in_full = _in_full(getattr(spec, "modules_to_save", ()), tree, model_name, quant)
     return MethodTargets(modules, parameters, conv1d, widths, in_full)
 
@@ -100,8 +103,11 @@ def _embeddings(
     if isinstance(wish, str) or method.on_embeddings is None:
         return [], wish
     model: Any = tree.model
-    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings())
-              if layer is not None]  # fmt: skip
+    layers = [
+        layer
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+        if layer is not None
+    ]
     full = [name for name, module in tree.modules.items() if any(module is x for x in layers)]
     named = {name: [f for f in full if f".{f}".endswith(f".{name}")] for name in wish}
     chosen = [found for founds in named.values() for found in founds]

@@ -90,8 +90,10 @@ class AuxiliaryModels:
 
     def fingerprints(self) -> Mapping[tuple[str, str], str]:
         """Return (section, field) → fingerprint of each model."""
-        found = {("preference", "reference"): self.reference,
-                 ("distillation", "teacher"): self.teacher}  # fmt: skip
+        found = {
+            ("preference", "reference"): self.reference,
+            ("distillation", "teacher"): self.teacher,
+        }
         return {field: model.fingerprint for field, model in found.items() if model is not None}
 
 
@@ -174,8 +176,10 @@ def method_choices(
     if quant.kind != "none":
         origin = "quantized in its checkpoint; " if quantized_already else ""
         shown.append(Choice("base", quant.form, f"{origin}heads kept in float"))
-    factors = {"accumulated": train.gradient_accumulation_steps,
-               "processes": train.num_processes or 1}  # fmt: skip
+    factors = {
+        "accumulated": train.gradient_accumulation_steps,
+        "processes": train.num_processes or 1,
+    }
     batch = train.per_device_train_batch_size * math.prod(factors.values())
     parts = [f"{number} {name}" for name, number in factors.items() if number > 1]
     reason = " × ".join([str(train.per_device_train_batch_size), *parts]) if parts else ""

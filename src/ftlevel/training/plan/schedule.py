@@ -207,8 +207,9 @@ def choose_loss(
         weights = _read_weights(wish, names)
         reason = "" if len(wish) == len(names) else "1 where none is given"
     if weights:
-        shown.append(Choice("class weights", _describe(dict(zip(names, weights, strict=True))),
-                            reason))  # fmt: skip
+        shown.append(
+            Choice("class weights", _describe(dict(zip(names, weights, strict=True))), reason)
+        )
     if taught.teacher is not None:
         what = f"{taught.kd_ratio:g} {taught.divergence} of {taught.teacher}"
         if taught.kd_ratio < 1:

@@ -129,8 +129,11 @@ def count_parameters(model: Any) -> tuple[int, int]:
     """
     from peft.utils import ModulesToSaveWrapper
 
-    kept = tuple(f"{name}.original_module." for name, module in model.named_modules()
-                 if isinstance(module, ModulesToSaveWrapper))  # fmt: skip
+    kept = tuple(
+        f"{name}.original_module."
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    )
     named = model.named_parameters(remove_duplicate=False)
     own = {id(p): p for name, p in named if not name.startswith(kept)}.values()
     return sum(p.numel() for p in own if p.requires_grad), sum(_count(p) for p in own)

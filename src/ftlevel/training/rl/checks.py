@@ -74,13 +74,22 @@ def describe(
 ) -> list[Choice]:
     """Return lines with the metrics of sampled groups, and the best and worst completion."""
     lines = [
-        Choice("reward", f"{metrics.get('reward', float('nan')):.3f} on average",
-               f"{len(facts)} prompts"),
-        Choice("groups with signal", f"{metrics['groups_with_signal']:.0%}",
-               "their rewards differ; the others teach nothing"),
-        Choice("length", f"{metrics['completion_length']:.0f} tokens on average",
-               f"{metrics['truncated']:.0%} are cut at the maximum length"),
-    ]  # fmt: skip
+        Choice(
+            "reward",
+            f"{metrics.get('reward', float('nan')):.3f} on average",
+            f"{len(facts)} prompts",
+        ),
+        Choice(
+            "groups with signal",
+            f"{metrics['groups_with_signal']:.0%}",
+            "their rewards differ; the others teach nothing",
+        ),
+        Choice(
+            "length",
+            f"{metrics['completion_length']:.0f} tokens on average",
+            f"{metrics['truncated']:.0%} are cut at the maximum length",
+        ),
+    ]
     scored = [
         (float(reward), text)
         for group in groups

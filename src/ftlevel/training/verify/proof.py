@@ -352,8 +352,11 @@ class _Verifier:
         """Return `sums` with the rounding errors of a step in the run's dtype."""
         steps = self.steps
         for draw, summed in enumerate(sums.plain):
-            plain = (steps.plain_perturbed(rows, self.dtype, draw) if draw
-                     else steps.plain(rows, self.batch_size, self.dtype))  # fmt: skip
+            plain = (
+                steps.plain_perturbed(rows, self.dtype, draw)
+                if draw
+                else steps.plain(rows, self.batch_size, self.dtype)
+            )
             sums.plain[draw] = added(summed, compare_gradients(plain.gradients, exact.gradients))
             sums.add_loss("plain", plain.loss, exact.loss)
         fast = steps.fast(rows, self.dtype)
