@@ -109,10 +109,13 @@ class Extension:
 
 OWN = "ftlevel"
 _NOUNS = {
-    "commands": "the command", "tasks": "the task", "methods": "the method",
-    "formats": "the data format", "export_formats": "the export format",
+    "commands": "the command",
+    "tasks": "the task",
+    "methods": "the method",
+    "formats": "the data format",
+    "export_formats": "the export format",
     "adapter_readers": "the adapter format",
-}  # fmt: skip
+}
 
 
 @functools.cache

@@ -230,9 +230,11 @@ def _find(typed: str, readings: Mapping[str, FlagSpec]) -> tuple[str, FlagSpec |
         positive = readings.get(f"--{name[5:]}")
         if positive is not None and positive.takes_none and "false" in positive.words:
             return name, FlagSpec(
-                positive.flag, words={"true": positive.words["false"]}, takes_none=True,
+                positive.flag,
+                words={"true": positive.words["false"]},
+                takes_none=True,
                 answer=positive.answer,
-            )  # fmt: skip
+            )
     return name, reading
 
 

@@ -229,16 +229,36 @@ def _auto_class(config: TrainConfig, base: Any) -> str:
 
 
 QUESTIONS = (
-    Question("data.dataset", "--dataset", "Rows to learn from: a file, a directory or a Hub id",
-             _propose_dataset, _check_dataset),
+    Question(
+        "data.dataset",
+        "--dataset",
+        "Rows to learn from: a file, a directory or a Hub id",
+        _propose_dataset,
+        _check_dataset,
+    ),
     Question("task", "--task", "What is to be learned", _propose_task, _check_task),
-    Question("model.name_or_path", "--model", "Model: a directory, a .gguf file or a Hub id",
-             _propose_model, _check_model),
-    Question("method.kind", "--method", "Method (ftlevel list-methods)", _propose_method,
-             lambda config: config),
-    Question("train.num_train_epochs", "--num-train-epochs", "Times that the rows are gone through",
-             _propose_epochs, lambda config: config),
-)  # fmt: skip
+    Question(
+        "model.name_or_path",
+        "--model",
+        "Model: a directory, a .gguf file or a Hub id",
+        _propose_model,
+        _check_model,
+    ),
+    Question(
+        "method.kind",
+        "--method",
+        "Method (ftlevel list-methods)",
+        _propose_method,
+        lambda config: config,
+    ),
+    Question(
+        "train.num_train_epochs",
+        "--num-train-epochs",
+        "Times that the rows are gone through",
+        _propose_epochs,
+        lambda config: config,
+    ),
+)
 
 
 def _head(config: TrainConfig, command: str, file: Path) -> Iterator[str]:

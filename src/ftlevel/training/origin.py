@@ -124,9 +124,12 @@ def _within(most: int, files: Sequence[Path]) -> list[Path]:
 CONFIG, TOKENIZER, TEMPLATE = "model.config.", "model.tokenizer", "model.chat_template"
 """Names in the result of `describe_model`: prefix of config fields, tokenizer, chat template."""
 
-_SAYS_NOTHING = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures",
-                 "_attn_implementation", "attn_implementation", "id2label", "label2id",
-                 "quantization_config", "use_cache"}  # fmt: skip
+_SAYS_NOTHING = set(
+    """
+    _name_or_path transformers_version torch_dtype dtype architectures _attn_implementation
+    attn_implementation id2label label2id quantization_config use_cache
+    """.split()
+)
 
 
 def describe_model(model: PlannedModel) -> dict[str, Any]:
@@ -170,11 +173,14 @@ def _digest(value: Any) -> str:
 
 
 # Settings of logging, saving and evaluation, which do not affect the training result.
-_FREE = {"logging_steps", "eval_steps", "save_steps", "save_minutes", "save_total_limit",
-         "eval_on_start", "predict_with_generate", "max_generate_samples", "max_new_tokens",
-         "metrics", "num_beams", "temperature", "top_p",
-         "per_device_eval_batch_size", "eval_strategy", "save_strategy", "on_nonfinite",
-         "spike_factor", "max_restarts"}  # fmt: skip
+_FREE = set(
+    """
+    logging_steps eval_steps save_steps save_minutes save_total_limit eval_on_start
+    predict_with_generate max_generate_samples max_new_tokens metrics num_beams temperature
+    top_p per_device_eval_batch_size eval_strategy save_strategy on_nonfinite spike_factor
+    max_restarts
+    """.split()
+)
 PROMPT = "prompt_version"
 """Field of the origin's data section with the version of plain prompts."""
 _EVALUATION = {"eval_steps", "eval_strategy", "eval_on_start"}

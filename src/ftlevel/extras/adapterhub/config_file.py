@@ -137,8 +137,15 @@ def _placement(config: Mapping[str, Any], sites: Sites) -> str:
             return "seq_bn"
         if not after and residual is False:
             return "adapter_plus"
-    keys = ("mh_adapter", "output_adapter", "cross_adapter", "is_parallel", "original_ln_before",
-            "original_ln_after", "residual_before_ln")  # fmt: skip
+    keys = (
+        "mh_adapter",
+        "output_adapter",
+        "cross_adapter",
+        "is_parallel",
+        "original_ln_before",
+        "original_ln_after",
+        "residual_before_ln",
+    )
     said = join_names([f"{key} {config[key]!r}" for key in keys], most=len(keys))
     raise InputError(
         f"an adapter with {said} has no placement here. Known are AdapterHub's double_seq_bn, "
@@ -226,11 +233,13 @@ def write_config(peft_config: Mapping[str, Any], model_config: Any) -> dict[str,
         "pfeiffer": {},
         "seq_bn": {"original_ln_before": True},
         "adapter_plus": {
-            "original_ln_before": True, "original_ln_after": False, "residual_before_ln": False,
+            "original_ln_before": True,
+            "original_ln_after": False,
+            "residual_before_ln": False,
         },
         "parallel": parallel,
         "par_bn": parallel,
-    }  # fmt: skip
+    }
     scaling = peft_config["scaling"]
     return {
         **_DEFAULTS,

@@ -230,10 +230,13 @@ def forecast_cluster(
     operations = count_operations(run, recomputes=recomputes)
     second = PEAK_FRACTION * card.tflops * 1e12 / (tokens / micro_batches)
     work = Work(
-        micro_batches, shares.count, operations.blocks / shares.count / second,
-        operations.backward / shares.count / second, operations.outside / second,
+        micro_batches,
+        shares.count,
+        operations.blocks / shares.count / second,
+        operations.backward / shares.count / second,
+        operations.outside / second,
         **_sent(shares, network.ranks, train.shard),
-    )  # fmt: skip
+    )
     several = train.model_copy(update={"num_processes": network.ranks})
     imagined = run.data.table.source == "imagined rows"
     steps = None if imagined else count_steps_per_epoch(several, len(rows))

@@ -12,8 +12,18 @@ from rich.console import Console
 from ftlevel.cli.flags import CommandInput, read_config
 from ftlevel.cli.startup import heavy_imports, prepare
 
-_COLUMNS = ("method", "95 % over rows", "± seeds", "to the best", "more than noise", "trained",
-            "adapter", "peak", "tokens/s", "time")  # fmt: skip
+_COLUMNS = (
+    "method",
+    "95 % over rows",
+    "± seeds",
+    "to the best",
+    "more than noise",
+    "trained",
+    "adapter",
+    "peak",
+    "tokens/s",
+    "time",
+)
 
 
 def show(found: Mapping[str, Any], console: Console) -> None:

@@ -59,20 +59,27 @@ def train_and_score(config: TrainConfig, place: Path) -> None:
     )
     answers = place.with_suffix(".jsonl")
     answers.unlink(missing_ok=True)
-    values = {"name": str(result.path), "base": False, "resamples": RESAMPLES,
-              "predictions": answers}  # fmt: skip
+    values = {
+        "name": str(result.path),
+        "base": False,
+        "resamples": RESAMPLES,
+        "predictions": answers,
+    }
     found = evaluate(build_section(EvaluateConfig, values), listener=NullListener())
     metric = ranking_metric(config.train, found.summary["task"], found.summary["headline"])
     if metric not in found.metrics:
         raise ConfigError(f"it cannot be ranked by {metric}; available: {', '.join(found.metrics)}")
     drawn = found.draws.get(metric)
-    write_json(place, {
-        "name": metric,
-        "metric": found.metrics[metric],
-        "metrics": found.metrics,
-        "rows": found.summary["data"],
-        "draws": [] if drawn is None else drawn.tolist(),
-    })  # fmt: skip
+    write_json(
+        place,
+        {
+            "name": metric,
+            "metric": found.metrics[metric],
+            "metrics": found.metrics,
+            "rows": found.summary["data"],
+            "draws": [] if drawn is None else drawn.tolist(),
+        },
+    )
 
 
 def seconds_per_step(config: TrainConfig) -> float:
@@ -130,8 +137,9 @@ def compare(
         raise Interrupted(
             f"interrupted; the runs that are done are kept. Resume with: ftlevel compare "
             f"--output-dir "
-            f"{shlex.quote(str(path))} --resume", code,
-        ) from None  # fmt: skip
+            f"{shlex.quote(str(path))} --resume",
+            code,
+        ) from None
     result = summarize(found, asked)
     write_json(path / RESULT, result)
     write_comparison_report(found)
@@ -147,8 +155,11 @@ def _check(config: TrainConfig, wishes: ComparisonOptions) -> None:
         problems.append("--budget-steps and --budget-minutes are two budgets. Use one of them.")
     if wishes.steps is not None and config.train.max_steps is not None:
         problems.append("--budget-steps and --max-steps say the same. Use one of them.")
-    for flag, value in (("--budget-minutes", wishes.minutes), ("--max-memory", wishes.max_memory),
-                        ("--max-minutes", wishes.max_minutes)):  # fmt: skip
+    for flag, value in (
+        ("--budget-minutes", wishes.minutes),
+        ("--max-memory", wishes.max_memory),
+        ("--max-minutes", wishes.max_minutes),
+    ):
         if value is not None and not 0 < value < math.inf:
             problems.append(f"{flag} {value:g}: expected a number above 0.")
     if wishes.minutes is not None and config.train.max_steps is not None:
@@ -187,8 +198,10 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json", exclude_unset=True, exclude={"output"})
     if "method" in values:
         values["method"]["kind"] = config.method.kind
-    trackers = {"report_to": list(config.output.report_to),
-                "tracker_project": config.output.tracker_project}  # fmt: skip
+    trackers = {
+        "report_to": list(config.output.report_to),
+        "tracker_project": config.output.tracker_project,
+    }
     if config.output.report_to:
         values["output"] = trackers
     return make_paths_absolute(values)
@@ -200,10 +213,17 @@ def _start_or_resume(
     """Return options and request, merged with the stored ones when resuming."""
     budget = {"steps": wishes.steps, "minutes": wishes.minutes}
     now = _plain(config)
-    asked: dict[str, Any] = {"config": now, "budget": budget, "planned_steps": {},
-             "methods": list(dict.fromkeys(wishes.methods)), "seeds": wishes.seeds,
-             "search": list(dict.fromkeys(wishes.search)), "trials": wishes.trials or _TRIALS,
-             "study": wishes.study, "searched": {}}  # fmt: skip
+    asked: dict[str, Any] = {
+        "config": now,
+        "budget": budget,
+        "planned_steps": {},
+        "methods": list(dict.fromkeys(wishes.methods)),
+        "seeds": wishes.seeds,
+        "search": list(dict.fromkeys(wishes.search)),
+        "trials": wishes.trials or _TRIALS,
+        "study": wishes.study,
+        "searched": {},
+    }
     before = path / RESULT
     if not config.output.resume or not before.is_file():
         check_absent("--output-dir", path)
@@ -214,13 +234,14 @@ def _start_or_resume(
         old = json.loads(before.read_text(encoding="utf-8"))["asked"]
         was, kept = old["config"], old["budget"]
         methods, seeds, steps = old["methods"], old["seeds"], old["planned_steps"]
-        searched = {name: old.get(name, asked[name])  # absent in older files
-                    for name in ("search", "trials", "study", "searched")}  # fmt: skip
+        searched = {
+            name: old.get(name, asked[name])  # absent in older files
+            for name in ("search", "trials", "study", "searched")
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--resume: {before} cannot be read ({error!r}).") from None
     if _without_metric(now) != _without_metric(was):
-        differ_in = [key for key in {**was, **now}
-                     if was.get(key) != now.get(key)]  # fmt: skip
+        differ_in = [key for key in {**was, **now} if was.get(key) != now.get(key)]
         raise ConfigError(
             f"--resume {path}: not the same comparison: {join_names(differ_in)} was given "
             "otherwise. "
@@ -242,11 +263,24 @@ def _start_or_resume(
         searched["trials"] = wishes.trials
     for run in path.glob("*-seed*"):
         check_unclaimed(run)
-    asked |= {**searched, "budget": kept, "planned_steps": steps, "seeds": max(wishes.seeds, seeds),
-              "methods": list(dict.fromkeys([*methods, *wishes.methods]))}  # fmt: skip
-    wishes = ComparisonOptions(tuple(asked["methods"]), kept["steps"], kept["minutes"],
-                    asked["seeds"], wishes.max_memory, wishes.max_minutes,
-                    tuple(asked["search"]), asked["trials"], asked["study"])  # fmt: skip
+    asked |= {
+        **searched,
+        "budget": kept,
+        "planned_steps": steps,
+        "seeds": max(wishes.seeds, seeds),
+        "methods": list(dict.fromkeys([*methods, *wishes.methods])),
+    }
+    wishes = ComparisonOptions(
+        tuple(asked["methods"]),
+        kept["steps"],
+        kept["minutes"],
+        asked["seeds"],
+        wishes.max_memory,
+        wishes.max_minutes,
+        tuple(asked["search"]),
+        asked["trials"],
+        asked["study"],
+    )
     return wishes, {"asked": asked}
 
 
@@ -378,8 +412,9 @@ def _train_all(found: Comparison, listener: Listener, prepare: Callable[[], Any]
                 listener.warn(f"{method} is left out: {error}")
                 found.scored.pop(method, None)
                 continue
-        summary, scores = (json.loads(path.read_text(encoding="utf-8"))
-                           for path in (run / SUMMARY, place))  # fmt: skip
+        summary, scores = (
+            json.loads(path.read_text(encoding="utf-8")) for path in (run / SUMMARY, place)
+        )
         found.scored.setdefault(method, []).append(
             {"run": run, "seed": seed, "summary": summary, **scores}
         )

@@ -104,14 +104,16 @@ def summarize(found: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
     rows = []
     for method in order:
         apart = compute_difference(scores[method], scores[order[0]], len(order) - 1)
-        rows.append({
-            **_row(method, found.scored[method], scores[method]),
-            "difference": apart.value,
-            "difference_interval": apart.interval,
-            "difference_error": apart.error,
-            "is_noise": apart.is_noise if method != order[0] else None,
-            "search": found.searched.get(method),
-        })  # fmt: skip
+        rows.append(
+            {
+                **_row(method, found.scored[method], scores[method]),
+                "difference": apart.value,
+                "difference_interval": apart.interval,
+                "difference_error": apart.error,
+                "is_noise": apart.is_noise if method != order[0] else None,
+                "search": found.searched.get(method),
+            }
+        )
     best = next((row for row in rows if _is_within(row, found.wishes)), None)
     return {
         "rows": rows,
@@ -144,9 +146,10 @@ def _row(method: str, runs: list[dict[str, Any]], scores: MetricRuns) -> dict[st
         "seconds": statistics.fmean(time["total_s"] for time in times),
         "steps": summaries[0]["steps"],
         "run": str(runs[0]["run"]),
-        "seeds": [{"seed": run["seed"], "metric": run["metric"], "run": str(run["run"])}
-                  for run in runs],
-    }  # fmt: skip
+        "seeds": [
+            {"seed": run["seed"], "metric": run["metric"], "run": str(run["run"])} for run in runs
+        ],
+    }
 
 
 def _is_within(row: Mapping[str, Any], wishes: ComparisonOptions) -> bool:
@@ -270,11 +273,17 @@ def _history(axes: Axes, found: Comparison, metric: str) -> None:
     """Plot the score of each trial; pruned trials are crosses."""
     for number, (method, searched) in enumerate(found.searched.items()):
         for state, mark in (("complete", "o"), ("pruned", "x")):
-            trials = [t for t in searched["history"]
-                      if t["state"] == state and t["value"] is not None]  # fmt: skip
+            trials = [
+                t for t in searched["history"] if t["state"] == state and t["value"] is not None
+            ]
             label = _plain(method) if state == "complete" else None
-            axes.plot([t["number"] for t in trials], [t["value"] for t in trials], mark,
-                      color=f"C{number}", label=label)  # fmt: skip
+            axes.plot(
+                [t["number"] for t in trials],
+                [t["value"] for t in trials],
+                mark,
+                color=f"C{number}",
+                label=label,
+            )
     axes.set(xlabel="trial (× ended early)", ylabel=metric)
     axes.legend()
 

@@ -176,14 +176,16 @@ class Study:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             storage = optuna.storages.RDBStorage(
-                self.storage, engine_kwargs=waits, heartbeat_interval=_ALIVE,
-                grace_period=_GIVEN_UP,
-            )  # fmt: skip
+                self.storage, engine_kwargs=waits, heartbeat_interval=_ALIVE, grace_period=_GIVEN_UP
+            )
         return optuna.create_study(
-            storage=storage, study_name=self.name, direction=self.direction, load_if_exists=True,
+            storage=storage,
+            study_name=self.name,
+            direction=self.direction,
+            load_if_exists=True,
             sampler=optuna.samplers.TPESampler(),  # with a seed, processes would sample alike
             pruner=optuna.pruners.HyperbandPruner(1, EVALUATIONS, 3),
-        )  # fmt: skip
+        )
 
 
 class _Enough(Exception):
@@ -235,10 +237,13 @@ def plan_study(
         greater = not metric.endswith(LOWER_IS_BETTER)
     return Study(
         f"ftlevel-{word}-{hashlib.sha256(question.encode()).hexdigest()[:12]}",
-        asked["study"] or f"sqlite:///{(path / DATABASE).resolve()}", fields,
-        facts["config"]["train"]["learning_rate"], metric,
-        "maximize" if greater else "minimize", asked["trials"],
-    )  # fmt: skip
+        asked["study"] or f"sqlite:///{(path / DATABASE).resolve()}",
+        fields,
+        facts["config"]["train"]["learning_rate"],
+        metric,
+        "maximize" if greater else "minimize",
+        asked["trials"],
+    )
 
 
 def search(
@@ -281,8 +286,11 @@ def _fail_the_silent(found: optuna.Study) -> None:
 
 def _describe(found: optuna.Study, study: Study) -> dict[str, Any]:
     """Return the best values of a study and its trials, in order."""
-    trials = [t for t in found.get_trials(deepcopy=False)
-              if t.state.is_finished() and _WITHDRAWN not in t.user_attrs]  # fmt: skip
+    trials = [
+        t
+        for t in found.get_trials(deepcopy=False)
+        if t.state.is_finished() and _WITHDRAWN not in t.user_attrs
+    ]
     if not any(t.state.name == "COMPLETE" for t in trials):
         reasons = [t.user_attrs[_REASON] for t in trials if _REASON in t.user_attrs]
         raise RunError(f"no trial of its search came to its end. {' '.join(reasons[-1:])}".strip())
@@ -298,11 +306,15 @@ def _describe(found: optuna.Study, study: Study) -> dict[str, Any]:
         "study": study.storage,
         "name": study.name,
         "history": [
-            {"number": t.number, "value": t.value, "state": t.state.name.lower(),
-             "params": dict(t.params)}
+            {
+                "number": t.number,
+                "value": t.value,
+                "state": t.state.name.lower(),
+                "params": dict(t.params),
+            }
             for t in trials
         ],
-    }  # fmt: skip
+    }
 
 
 def _try_one(study: Study, config: TrainConfig, path: Path) -> None:

@@ -35,8 +35,15 @@ def launch(
     if on not in _SCHEDULERS:
         raise ConfigError(f"--on {on}: expected one of {', '.join(_SCHEDULERS)}.")
     own = given.values
-    cluster = Cluster(on, own["nodes"], own["gpus_per_node"], own["processes_per_node"],
-                      own["image"] or "", own["claim"] or "", own["job_option"] or ())  # fmt: skip
+    cluster = Cluster(
+        on,
+        own["nodes"],
+        own["gpus_per_node"],
+        own["processes_per_node"],
+        own["image"] or "",
+        own["claim"] or "",
+        own["job_option"] or (),
+    )
     job = build_job(config, given.arguments, cluster)
     if dry_run:
         if as_json:

@@ -8,18 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TEMPLATES = {
-    "slurm": "slurm.sh.jinja", "k8s": "pytorchjob.yaml.jinja", "ray": "ray_train.py.jinja",
-}  # fmt: skip
+TEMPLATES = {"slurm": "slurm.sh.jinja", "k8s": "pytorchjob.yaml.jinja", "ray": "ray_train.py.jinja"}
 """Scheduler → template of its job file."""
 
 SUFFIXES = {"slurm": "sbatch", "k8s": "yaml", "ray": "py"}
 """Scheduler → suffix of its job file."""
 
 SUBMIT = {
-    "slurm": ("sbatch",), "k8s": ("kubectl", "create", "-f"),
+    "slurm": ("sbatch",),
+    "k8s": ("kubectl", "create", "-f"),
     "ray": ("ray", "job", "submit", "--no-wait", "--", "python"),
-}  # fmt: skip
+}
 """Scheduler → command that submits the job file."""
 
 

@@ -88,9 +88,18 @@ def build_job(config: TrainConfig, arguments: Sequence[str], cluster: Cluster) -
     words = re.sub(r"[^a-z0-9]+", "-", output.dir.name.lower()).strip("-")
     given = train_arguments(arguments)
     given = given if "--resume" in given else [*given, "--resume"]
-    return Job(cluster.scheduler, cluster.nodes, processes, cluster.gpus, given, output.dir,
-               f"ftlevel-{words}"[:63].rstrip("-"), cluster.image, cluster.claim,
-               options)  # fmt: skip
+    return Job(
+        cluster.scheduler,
+        cluster.nodes,
+        processes,
+        cluster.gpus,
+        given,
+        output.dir,
+        f"ftlevel-{words}"[:63].rstrip("-"),
+        cluster.image,
+        cluster.claim,
+        options,
+    )
 
 
 def _option(text: str, problems: list[str]) -> tuple[str, str]:

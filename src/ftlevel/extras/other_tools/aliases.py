@@ -28,12 +28,16 @@ def _flags(
 _PACKED = NoOpValue(
     "rows of a micro-batch are concatenated, each attending to itself only, where the model's "
     "attention can; the line `step` says so",
-    "speed.fast", (True,), otherwise="Drop --no-fast, or drop it",
-)  # fmt: skip
+    "speed.fast",
+    (True,),
+    otherwise="Drop --no-fast, or drop it",
+)
 _ANSWERS_ONLY = NoOpValue(
-    "the loss is that of answers alone, wherever a row has a prompt", "data.train_on_inputs",
-    (False,), otherwise="Drop --train-on-inputs, or drop it",
-)  # fmt: skip
+    "the loss is that of answers alone, wherever a row has a prompt",
+    "data.train_on_inputs",
+    (False,),
+    otherwise="Drop --train-on-inputs, or drop it",
+)
 _NO_WORKERS = NoOpValue(
     "rows are encoded before the run, and batches are made of them as they are needed"
 )
@@ -66,13 +70,18 @@ _OTHER_METHOD = "this method is not available. ftlevel list-methods shows what t
 
 def _drawn(path: str) -> NoOpValue:
     """Return the condition for `--do-sample true`: a temperature above 0."""
-    return NoOpValue("tokens are drawn at --temperature", path, unless=(0.0, None),
-                  otherwise="Add --temperature 1")  # fmt: skip
+    return NoOpValue(
+        "tokens are drawn at --temperature",
+        path,
+        unless=(0.0, None),
+        otherwise="Add --temperature 1",
+    )
 
 
 def _taken(path: str) -> NoOpValue:
-    return NoOpValue("the likeliest token is taken", path, (0.0, None),
-                  otherwise="Drop --temperature")  # fmt: skip
+    return NoOpValue(
+        "the likeliest token is taken", path, (0.0, None), otherwise="Drop --temperature"
+    )
 
 
 UNSUPPORTED_FLAGS: tuple[Flag, ...] = (
@@ -331,8 +340,14 @@ def read_once_an_epoch(text: str) -> str:
 
 def read_template(text: str) -> str:
     """Convert the name of a LLaMA-Factory or Unsloth template to a chat template."""
-    known = {"llama3": "llama-3", "llama-3": "llama-3", "mistral": "mistral", "gemma": "gemma",
-             "qwen": "qwen", "chatml": "chatml"}  # fmt: skip
+    known = {
+        "llama3": "llama-3",
+        "llama-3": "llama-3",
+        "mistral": "mistral",
+        "gemma": "gemma",
+        "qwen": "qwen",
+        "chatml": "chatml",
+    }
     name = text.strip().lower()
     if name not in known and not name.endswith((".jinja", ".jinja2")):
         raise ValueError(
@@ -375,10 +390,12 @@ PRECISIONS = {
 BF16: ValueAliases = {
     "auto": "auto",
     "false": NoOpValue(
-        "another precision is asked for", "model.dtype", ("float32", "float16"),
+        "another precision is asked for",
+        "model.dtype",
+        ("float32", "float16"),
         otherwise="Add --dtype float32: auto takes bfloat16 where the device has it",
     ),
-}  # fmt: skip
+}
 BITS = {
     "bf16": "none --dtype bfloat16",
     "fp16": "none --dtype float16",
@@ -420,24 +437,36 @@ NO_LIMIT = NoOpValue("there is no limit but the epochs", "train.max_steps", (Non
 DO_EVAL: ValueAliases = {
     "true": NoOpValue(
         "validation rows are scored at the end of each epoch where there are some",
-        "train.eval_strategy", (None, "epoch", "steps"),
+        "train.eval_strategy",
+        (None, "epoch", "steps"),
     ),
     "false": "no",
-}  # fmt: skip
-TO_PUSH = NoOpValue("", "output.push_to_hub", unless=(None,),
-                  otherwise="Name the repository: --push-to-hub NAME")  # fmt: skip
+}
+TO_PUSH = NoOpValue(
+    "", "output.push_to_hub", unless=(None,), otherwise="Name the repository: --push-to-hub NAME"
+)
 PUSH: ValueAliases = {
     "": TO_PUSH,
     "true": TO_PUSH,
     "false": NoOpValue("nothing is uploaded", "output.push_to_hub", (None,)),
 }
-SHARES = ("--val-size", "--val-set-size", "--split-dataset-ratio", "--test-split-size",
-           "--eval-size")  # fmt: skip
+SHARES = (
+    "--val-size",
+    "--val-set-size",
+    "--split-dataset-ratio",
+    "--test-split-size",
+    "--eval-size",
+)
 COLUMNS = tuple(
     Alias(name, read=f"{role}={{}}".format)
     for role, names in {
-        "text": ("--text-column", "--text-column-name", "--text-column-names", "--content-column",
-                 "--dataset-text-field"),
+        "text": (
+            "--text-column",
+            "--text-column-name",
+            "--text-column-names",
+            "--content-column",
+            "--dataset-text-field",
+        ),
         "summary": ("--summary-column",),
         "label": ("--label-column-name", "--label-column"),
         "context": ("--context-column",),
@@ -448,7 +477,7 @@ COLUMNS = tuple(
         "messages": ("--messages-column",),
     }.items()
     for name in names
-)  # fmt: skip
+)
 
 
 def _also(names: str, *others: Alias, words: ValueAliases | None = None) -> FlagAliases:

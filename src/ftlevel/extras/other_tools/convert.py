@@ -109,10 +109,18 @@ def _resolve(typed: dict[str, list[str]], lost: dict[str, str]) -> TrainConfig:
     return found[-1]
 
 
-_FORMATS = {"alpaca": "alpaca", "chat_template": "messages", "completion": "text",
-            "sharegpt": "conversations"}  # fmt: skip
-_OF_A_SET = {"split": "--split", "name": "--subset", "field": "--text-column",
-             "field_messages": "--messages-column"}  # fmt: skip
+_FORMATS = {
+    "alpaca": "alpaca",
+    "chat_template": "messages",
+    "completion": "text",
+    "sharegpt": "conversations",
+}
+_OF_A_SET = {
+    "split": "--split",
+    "name": "--subset",
+    "field": "--text-column",
+    "field_messages": "--messages-column",
+}
 
 
 def convert_keys(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:

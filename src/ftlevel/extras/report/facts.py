@@ -68,11 +68,15 @@ def summarize_answers(rows: Iterator[dict[str, Any]]) -> Answers:
     ordered = sorted(kept, key=lambda row: row["loss"]) if has_loss else kept
     wrong = [row for row in ordered if "true" in row and row.get("predicted") != row["true"]]
     return Answers(
-        classes, counts, [_scores(name, counts, names[name]) for name in classes],
-        next(iter(units)) if classes else "rows", [] if classes else _lengths(by_length),
+        classes,
+        counts,
+        [_scores(name, counts, names[name]) for name in classes],
+        next(iter(units)) if classes else "rows",
+        [] if classes else _lengths(by_length),
         ordered[: -SHOWN - 1 : -1] if has_loss else wrong[:SHOWN],
-        ordered[:SHOWN] if has_loss else [], total,
-    )  # fmt: skip
+        ordered[:SHOWN] if has_loss else [],
+        total,
+    )
 
 
 def _answer(row: Mapping[str, Any]) -> str | None:
@@ -99,8 +103,9 @@ def _lengths(found: list[tuple[int, float]]) -> list[tuple[int, int, int, float]
     found.sort()
     if len({length for length, _ in found}) < _BANDS:
         return []
-    bands = [found[len(found) * at // _BANDS : len(found) * (at + 1) // _BANDS]
-             for at in range(_BANDS)]  # fmt: skip
+    bands = [
+        found[len(found) * at // _BANDS : len(found) * (at + 1) // _BANDS] for at in range(_BANDS)
+    ]
     return [(band[0][0], band[-1][0], len(band), fmean(loss for _, loss in band)) for band in bands]
 
 

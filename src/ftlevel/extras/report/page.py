@@ -75,9 +75,12 @@ class Chart:
 def draw_charts(runs: Sequence[RunFacts]) -> Iterator[Chart]:
     """Yield a chart for each quantity and evaluation metric that some run has."""
     metrics = dict.fromkeys(
-        key for run in runs for record in run.records for key in record
+        key
+        for run in runs
+        for record in run.records
+        for key in record
         if key.startswith("eval_") and key != "eval_loss"
-    )  # fmt: skip
+    )
     own = [(key, key.removeprefix("eval_").replace("_", " "), key) for key in metrics]
     for name, title, key in (*CURVES, *own):
         found = [
@@ -136,11 +139,14 @@ def _chart(name: str, title: str, having: Sequence[tuple[int, RunFacts, list[Poi
 
     lines = [
         Line(
-            run.name, number, " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, points)), points,
+            run.name,
+            number,
+            " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, points)),
+            points,
             points[-1][1],
         )
         for number, run, points in having
-    ]  # fmt: skip
+    ]
     ticks_x = [(place((x, low_y))[0], f"{x:,.0f}") for x in _ticks(low_x, high_x)]
     ticks_y = [(place((low_x, y))[1], f"{y:.6g}") for y in _ticks(low_y, high_y)]
     return Chart(name, title, lines, ticks_x, ticks_y, (low_x, high_x, low_y, high_y))
@@ -187,13 +193,24 @@ def render_page(runs: Sequence[RunFacts]) -> str:
         table=list(_table(runs)),
         charts=[_for_template(chart) for chart in draw_charts(runs)],
         has_answers=any(run.answers for run in runs),
-        width=WIDTH, height=HEIGHT, left=LEFT, right=RIGHT, top=TOP, bottom=BOTTOM,
-    )  # fmt: skip
+        width=WIDTH,
+        height=HEIGHT,
+        left=LEFT,
+        right=RIGHT,
+        top=TOP,
+        bottom=BOTTOM,
+    )
     return page
 
 
-_TEXTS = {"input": "asked", "base_predicted": "before", "predicted": "answer", "true": "true",
-          "chosen": "preferred", "rejected": "rejected"}  # fmt: skip
+_TEXTS = {
+    "input": "asked",
+    "base_predicted": "before",
+    "predicted": "answer",
+    "true": "true",
+    "chosen": "preferred",
+    "rejected": "rejected",
+}
 """Field of an answered row → its heading."""
 
 
@@ -219,16 +236,20 @@ def _words(value: Any) -> str:
 
 def _for_template(chart: Chart) -> dict[str, Any]:
     data = {
-        "lines": [[line.run, [[x, float(f"{y:.6g}")] for x, y in line.points]]
-                  for line in chart.lines],
+        "lines": [
+            [line.run, [[x, float(f"{y:.6g}")] for x, y in line.points]] for line in chart.lines
+        ],
         "span": chart.span,
         "box": [LEFT, WIDTH - RIGHT, WIDTH],
-    }  # fmt: skip
+    }
     return {
-        "title": chart.title, "words": chart.words, "lines": chart.lines,
-        "ticks_x": chart.ticks_x, "ticks_y": chart.ticks_y,
+        "title": chart.title,
+        "words": chart.words,
+        "lines": chart.lines,
+        "ticks_x": chart.ticks_x,
+        "ticks_y": chart.ticks_y,
         "data": json.dumps(data, separators=(",", ":")),
-    }  # fmt: skip
+    }
 
 
 def _table(runs: Sequence[RunFacts]) -> Iterator[tuple[str, list[str]]]:

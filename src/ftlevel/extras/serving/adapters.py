@@ -328,9 +328,11 @@ class AdaptersExport:
             check = self._compare(entry, found, prompts, trained, base, device)
             if check.effect <= BOUND * check.scale:
                 listener.warn(f"{entry.name} changes nothing: its logits are the base's.")
-        place = str(own.relative_to(own.parent) / self.writer.file) if len(self.entries) > 1 else (
-            self.writer.file or "."
-        )  # fmt: skip
+        place = (
+            str(own.relative_to(own.parent) / self.writer.file)
+            if len(self.entries) > 1
+            else (self.writer.file or ".")
+        )
         spoken = {"trained": trained, "base": base}
         return form, check, record(entry.name, place, form.rank, prompts, spoken)
 
@@ -348,9 +350,12 @@ class AdaptersExport:
         if form is None:
             try:
                 form = probe_normal_form(
-                    tuned.cpu(), entry.directory, entry.peft_config, entry.base,
+                    tuned.cpu(),
+                    entry.directory,
+                    entry.peft_config,
+                    entry.base,
                     self.config.max_rank,
-                )  # fmt: skip
+                )
                 form = check_form(form, entry, self.server)
             except InputError as error:
                 raise InputError(_refusal(entry, self.config, str(error))) from None
@@ -362,16 +367,24 @@ class AdaptersExport:
         return base, trained, form
 
     def _compare(
-        self, entry: ServedModel, form: NormalForm, prompts: list[Prompt], trained: ModelOutputs,
-        base: ModelOutputs | None, device: str,
-    ) -> AdapterCheck:  # fmt: skip
+        self,
+        entry: ServedModel,
+        form: NormalForm,
+        prompts: list[Prompt],
+        trained: ModelOutputs,
+        base: ModelOutputs | None,
+        device: str,
+    ) -> AdapterCheck:
         """Load what was read back with PEFT; raise RunError if its logits differ from the run's."""
         from peft import PeftModel
 
         fresh, _ = load_model(
-            entry.found.source, entry.model_config, entry.auto_class,
-            dtype=torch.float32, device=device,
-        )  # fmt: skip
+            entry.found.source,
+            entry.model_config,
+            entry.auto_class,
+            dtype=torch.float32,
+            device=device,
+        )
         with Workspace("normal") as folder:
             write_normal(Path(folder), form, entry)
             plain = PeftModel.from_pretrained(fresh, folder).eval()
@@ -394,35 +407,46 @@ class AdaptersExport:
         return AdapterCheck(difference, scale, effect, quantized)
 
     def _summary(
-        self, forms: Mapping[str, NormalForm | None], checks: Mapping[str, AdapterCheck], *,
+        self,
+        forms: Mapping[str, NormalForm | None],
+        checks: Mapping[str, AdapterCheck],
+        *,
         verified: bool,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         config, several = self.config, len(self.entries) > 1
         adapters, parts = [], []
         for entry in self.entries:
             form, check = forms[entry.name], checks.get(entry.name)
             own = config.out / entry.name if several else config.out
             template = own / TEMPLATE if entry.own_chat_template is not None else None
-            parts.append(Part(entry.name, own / self.writer.file, form.rank if form else 0,
-                              template))  # fmt: skip
-            adapters.append({
-                "name": entry.name,
-                "method": entry.found.card.method,
-                "rank": form and form.rank,
-                "modules": form and len(form.factors),
-                "whole_modules": form and form.whole_modules,
-                "way": form and form.way,
-                "changes": form.said if form else [],
-                "chat_template": template and str(template),
-                "check": check and {
-                    "max_difference": check.difference, "largest_logit": check.scale,
-                    "effect": check.effect, "kl_from_quantized": check.quantized,
-                },
-            })  # fmt: skip
+            parts.append(
+                Part(entry.name, own / self.writer.file, form.rank if form else 0, template)
+            )
+            adapters.append(
+                {
+                    "name": entry.name,
+                    "method": entry.found.card.method,
+                    "rank": form and form.rank,
+                    "modules": form and len(form.factors),
+                    "whole_modules": form and form.whole_modules,
+                    "way": form and form.way,
+                    "changes": form.said if form else [],
+                    "chat_template": template and str(template),
+                    "check": check
+                    and {
+                        "max_difference": check.difference,
+                        "largest_logit": check.scale,
+                        "effect": check.effect,
+                        "kl_from_quantized": check.quantized,
+                    },
+                }
+            )
         known = self.server is not None and all(forms.values())
-        start = build_adapter_commands(self.server, self.entries[0].base_name, parts) if (
-            known and self.server
-        ) else []  # fmt: skip
+        start = (
+            build_adapter_commands(self.server, self.entries[0].base_name, parts)
+            if (known and self.server)
+            else []
+        )
         return {
             "model": config.model,
             "format": config.format,

@@ -218,13 +218,14 @@ def _judge(adapter: AdapterRecord, rows: _Rows, tolerance: float) -> dict[str, A
         **{
             what: {
                 "answers": [verdict.word for verdict in said],
-                "difference": max((v.difference for v in said if v.difference is not None),
-                                  default=None),
+                "difference": max(
+                    (v.difference for v in said if v.difference is not None), default=None
+                ),
                 "tokens": sum(verdict.tokens for verdict in said),
             }
             for what, said in found.items()
         },
-    }  # fmt: skip
+    }
 
 
 def _overall(adapters: list[dict[str, Any]]) -> str:
@@ -248,9 +249,10 @@ def _lines(summary: Mapping[str, Any]) -> list[str]:
             counts = [f"{words.count(w)} {w}" for w in (TRAINED, EITHER, BASE, ELSE) if w in words]
             far = adapter[what]["difference"]
             how = (
-                "no logprobs were given, texts compared" if far is None
+                "no logprobs were given, texts compared"
+                if far is None
                 else f"logprobs within {far:.2g} over {adapter[what]['tokens']} tokens"
-            )  # fmt: skip
+            )
             lines.append(f"{adapter['name']}, {what} by {by}: {', '.join(counts)} ({how})")
     return lines
 

@@ -88,8 +88,15 @@ class Client:
         self, model: str, messages: list[dict[str, str]], more: Mapping[str, Any]
     ) -> ServerAnswer:
         """Return the answer to `messages`; raise Refused if the server has no chat endpoint."""
-        body = {"model": model, "messages": messages, "max_tokens": TOKENS, "temperature": 0,
-                "logprobs": True, "return_token_ids": True, **more}  # fmt: skip
+        body = {
+            "model": model,
+            "messages": messages,
+            "max_tokens": TOKENS,
+            "temperature": 0,
+            "logprobs": True,
+            "return_token_ids": True,
+            **more,
+        }
         return _parse_response(self._ask("/chat/completions", body))
 
     def _ask(self, path: str, body: Mapping[str, Any] | None) -> Any:
@@ -153,8 +160,11 @@ BASE = "the base's answer"
 ELSE = "something else"
 _EXACT, _ROUNDED = 0.02, 0.1
 _COARSEST = 0.5
-_LARGEST_OF = {"float32": _EXACT, "f32": _EXACT,
-               **dict.fromkeys(("q8_0", "q5_0", "q4_0"), _COARSEST)}  # fmt: skip
+_LARGEST_OF = {
+    "float32": _EXACT,
+    "f32": _EXACT,
+    **dict.fromkeys(("q8_0", "q5_0", "q4_0"), _COARSEST),
+}
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,11 @@ def build_adapter_commands(server: Server, base: str, parts: Sequence[Part]) -> 
         command += ["--max-lora-rank", str(rank), "--lora-paths", *named]
         return [join(command + (["--chat-template", str(template)] if template else []))]
     if server.name == "tgi":
-        return [join(["text-generation-launcher", "--model-id", base,
-                      "--lora-adapters", ",".join(named)])]  # fmt: skip
+        return [
+            join(
+                ["text-generation-launcher", "--model-id", base, "--lora-adapters", ",".join(named)]
+            )
+        ]
     if server.name == "mlx":
         return [join(["mlx_lm.server", "--model", base, "--adapter-path", str(parts[0].place)])]
     if server.name == "llama.cpp":
@@ -115,8 +118,17 @@ def _openvino(model: str, place: str, parts: Sequence[Part] = ()) -> list[str]:
             f'pipe = ov.LLMPipeline({place!r}, "CPU", adapters=ov.AdapterConfig(own))',
             f"print([str(pipe.generate({said}, adapters=ov.AdapterConfig(one))) for one in own])",
         ]
-    convert = ["optimum-cli", "export", "openvino", "--model", model,
-               "--task", "text-generation-with-past", "--weight-format", "fp16"]  # fmt: skip
+    convert = [
+        "optimum-cli",
+        "export",
+        "openvino",
+        "--model",
+        model,
+        "--task",
+        "text-generation-with-past",
+        "--weight-format",
+        "fp16",
+    ]
     run = "; ".join(["import openvino_genai as ov", *script])
     return [join([*convert, place]), join(["python", "-c", run])]
 
@@ -385,9 +397,11 @@ def write_card(place: Path, summary: Mapping[str, Any]) -> None:
         "",
     ]
     for adapter in summary["adapters"]:
-        lines += [f"- **{adapter['name']}** ({adapter['method']}): rank {adapter['rank']}, "
-                  f"{adapter['modules']:,} modules", *(f"  - {said}" for said in
-                                                        adapter["changes"])]  # fmt: skip
+        lines += [
+            f"- **{adapter['name']}** ({adapter['method']}): rank {adapter['rank']}, "
+            f"{adapter['modules']:,} modules",
+            *(f"  - {said}" for said in adapter["changes"]),
+        ]
         if (check := adapter["check"]) is not None:
             lines.append(
                 f"  - read back: logits within {check['max_difference']:.2g} of the run's (largest "
@@ -405,6 +419,12 @@ def serving_lines(summary: Mapping[str, Any]) -> list[str]:
         return []
     lines = ["## Serve", "", "```sh", *summary["start"], "```", ""]
     if summary.get("recorded", summary["verified"]):
-        lines += ["What it must answer is in served.json; what serves it is held to that by", "",
-                  "```sh", check_command(summary), "```", ""]  # fmt: skip
+        lines += [
+            "What it must answer is in served.json; what serves it is held to that by",
+            "",
+            "```sh",
+            check_command(summary),
+            "```",
+            "",
+        ]
     return lines

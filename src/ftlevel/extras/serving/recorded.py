@@ -172,16 +172,21 @@ def record(
             if said is not None and said.answers
         }
         if answers:
-            row = {"text": prompt.text, "ids": prompt.ids, "messages": prompt.messages,
-                   "rendered": prompt.rendered}  # fmt: skip
+            row = {
+                "text": prompt.text,
+                "ids": prompt.ids,
+                "messages": prompt.messages,
+                "rendered": prompt.rendered,
+            }
             asked.append(row | answers)
     return AdapterRecord(name, place, rank, asked)
 
 
 def write_served(path: Path, facts: Mapping[str, Any], adapters: Sequence[AdapterRecord]) -> None:
     """Write served.json; `facts` contain the server, the format, the base and the commands."""
-    rows = [{"name": a.name, "place": a.place, "rank": a.rank, "prompts": a.prompts}
-            for a in adapters]  # fmt: skip
+    rows = [
+        {"name": a.name, "place": a.place, "rank": a.rank, "prompts": a.prompts} for a in adapters
+    ]
     write_json(path, {"format": _FORMAT, **facts, "adapters": rows, "versions": library_versions()})
 
 
@@ -248,12 +253,21 @@ def record_whole(
             load_ref(entry.in_float32(with_adapter=False), device).model, entry, prompts
         )
     gc.collect()
-    recorded = record(name, config.out.name if config.out.suffix else ".", None, prompts,
-                      {"trained": trained, "base": base})  # fmt: skip
+    recorded = record(
+        name,
+        config.out.name if config.out.suffix else ".",
+        None,
+        prompts,
+        {"trained": trained, "base": base},
+    )
     facts: Mapping[str, Any] = {
-        "model": config.model, "server": config.server, "base": None, "start": start_of(config),
-        "file_format": config.format, "dtype": dtype,
-    }  # fmt: skip
+        "model": config.model,
+        "server": config.server,
+        "base": None,
+        "start": start_of(config),
+        "file_format": config.format,
+        "dtype": dtype,
+    }
     write_served(path, facts, [recorded])
 
 

@@ -17,11 +17,13 @@ from ftlevel.training.plan.adapter import StartingAdapter
 from ftlevel.training.plan.run import Run
 from ftlevel.weights.tensor_files import read_header
 
-_ELSEWHERE = {
-    "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
-    "task_type", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform",
-    "layers_pattern", "target_parameters", "fan_in_fan_out", "feedforward_modules",
-}  # fmt: skip
+_ELSEWHERE = set(
+    """
+    base_model_name_or_path revision inference_mode auto_mapping peft_version task_type
+    target_modules exclude_modules modules_to_save layers_to_transform layers_pattern
+    target_parameters fan_in_fan_out feedforward_modules
+    """.split()
+)
 """Settings that are names, or that follow from names and shapes of the weights."""
 
 

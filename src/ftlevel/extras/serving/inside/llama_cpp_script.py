@@ -36,8 +36,13 @@ def main() -> None:
 
 
 def _answer(server: Any, ids: list[int], tokens: int) -> dict[str, Any]:
-    body = {"prompt": ids, "max_tokens": tokens, "temperature": 0, "logprobs": 1,
-            "cache_prompt": False}  # fmt: skip
+    body = {
+        "prompt": ids,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "logprobs": 1,
+        "cache_prompt": False,
+    }
     choice = server.handle_completions(body)["choices"][0]
     rows = choice["logprobs"]["content"]
     return {

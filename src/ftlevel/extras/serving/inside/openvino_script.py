@@ -54,9 +54,14 @@ def _write_openvino(model: Path, place: Path) -> Path:
     from optimum.intel import OVConfig
 
     main_export(
-        str(model), place, task="text-generation-with-past", local_files_only=True,
-        ov_config=OVConfig(dtype="fp32"), convert_tokenizer=True, library_name="transformers",
-    )  # fmt: skip
+        str(model),
+        place,
+        task="text-generation-with-past",
+        local_files_only=True,
+        ov_config=OVConfig(dtype="fp32"),
+        convert_tokenizer=True,
+        library_name="transformers",
+    )
     return place
 
 

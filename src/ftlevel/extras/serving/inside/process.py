@@ -51,8 +51,13 @@ def run_library(
     """
     program = str(python or sys.executable)
     script = Path(__file__).with_name(_SCRIPTS[library])
-    asked = {"base": base, "adapters": list(adapters), "tokens": TOKENS, "length": _LENGTH,
-             "threads": int(os.environ.get("OMP_NUM_THREADS") or 2)}  # fmt: skip
+    asked = {
+        "base": base,
+        "adapters": list(adapters),
+        "tokens": TOKENS,
+        "length": _LENGTH,
+        "threads": int(os.environ.get("OMP_NUM_THREADS") or 2),
+    }
     with Workspace("asked") as folder:
         question, answer = Path(folder, "asked.json"), Path(folder, "answered.json")
         question.write_text(json.dumps(asked), encoding="utf-8")

@@ -21,8 +21,13 @@ def main() -> None:
     ranks = [adapter["rank_limit"] for adapter in asked["adapters"] if adapter["place"]]
     if ranks:
         served |= {"enable_lora": True, "max_lora_rank": max(ranks), "max_loras": len(ranks)}
-    model = LLM(dtype="float32", max_model_len=asked["length"], max_num_seqs=8,
-                gpu_memory_utilization=0.85, **served)  # fmt: skip
+    model = LLM(
+        dtype="float32",
+        max_model_len=asked["length"],
+        max_num_seqs=8,
+        gpu_memory_utilization=0.85,
+        **served,
+    )
     greedy = SamplingParams(temperature=0, max_tokens=asked["tokens"], logprobs=1)
     answered: dict[str, Any] = {}
     for number, adapter in enumerate(asked["adapters"], start=1):
@@ -40,11 +45,13 @@ def main() -> None:
             {
                 "text": found.text,
                 "ids": list(found.token_ids),
-                "logprobs": [row[token].logprob
-                             for token, row in zip(found.token_ids, found.logprobs, strict=True)],
+                "logprobs": [
+                    row[token].logprob
+                    for token, row in zip(found.token_ids, found.logprobs, strict=True)
+                ],
             }
             for found in (output.outputs[0] for output in outputs)
-        ]  # fmt: skip
+        ]
     Path(sys.argv[2]).write_text(json.dumps(answered), encoding="utf-8")
 
 
