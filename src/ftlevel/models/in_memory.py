@@ -192,7 +192,9 @@ def _is_as_stored(model: Any, source: ModelSource, quant: QuantConfig | None) ->
     stored = _quantized_tensors(model, source) if quant else _stored_tensors(model, source)
     known: set[int] = set()
     for name, tensor in stored:
-        mine = own.pop(name)
+        mine = own.pop(name, None)
+        if mine is None:  # stored twice
+            return False
         if mine.shape != tensor.shape or not torch.equal(tensor.to(mine.dtype), mine.cpu()):
             return False
         known.add(mine.data_ptr())

@@ -59,9 +59,12 @@ class Evaluations:
         loss = float(scores.get("eval_loss", math.nan))
         before, self.last = self.best, Evaluated(step, value, loss)
         self.count += 1
-        far = before is None or self.plan.is_better(value, before.value, self.plan.threshold)
-        self.waited = 0 if far else self.waited + 1
-        is_best = not math.isnan(value) and (
+        is_number = not math.isnan(value)
+        improves = is_number and (
+            before is None or self.plan.is_better(value, before.value, self.plan.threshold)
+        )
+        self.waited = 0 if improves else self.waited + 1
+        is_best = is_number and (
             before is None
             or self.plan.is_better(value, before.value)
             or (value == before.value and loss < before.loss)

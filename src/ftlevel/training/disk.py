@@ -19,6 +19,8 @@ from ftlevel.errors import ConfigError, RunError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM}
+_STATES = {"ademamix": 3, "adamw": 2, "lion": 1, "rmsprop": 1, "adagrad": 1}
+"""States that an optimizer has per parameter; others have none or factored ones."""
 _NEXT_TO_NOTHING = 1 << 20  # bytes: torch does not report a full disk as such
 _WRITERS = ("inline_container", "PytorchStreamWriter", "iostream error", "while serializing")
 
@@ -61,10 +63,10 @@ def _trained_bytes(model: Any) -> int:
 
 
 def checkpoint_bytes(model: Any, optim: str) -> int:
-    """Return the approximate size of a checkpoint: weights, plus two AdamW states each."""
+    """Return the approximate size of a checkpoint: weights and optimizer states."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    a_state = (1 if "8bit" in optim else 4) if "adamw" in optim else 0
-    return _trained_bytes(model) + 2 * a_state * trained
+    states = next((count for name, count in _STATES.items() if name in optim), 0)
+    return _trained_bytes(model) + states * (1 if "8bit" in optim else 4) * trained
 
 
 def _planned_checkpoints(train: TrainerConfig, steps: int) -> int:
@@ -72,6 +74,8 @@ def _planned_checkpoints(train: TrainerConfig, steps: int) -> int:
         return 0
     if train.save_strategy == "epoch":
         planned = math.ceil(train.num_train_epochs)
+    elif train.save_strategy == "best":
+        planned = train.save_total_limit + 1
     elif every := train.save_steps:
         planned = int(steps / every if every >= 1 else 1 / every)
     else:

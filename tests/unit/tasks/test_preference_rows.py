@@ -139,6 +139,11 @@ BAD = [
     ({"chosen": "a", "rejected": "b"}, "dpo", "no prompt"),
     ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "x"}, "dpo", "a number"),
     ({"prompt": "q", "answers": [{"answer": "a", "rank": 1}]}, "dpo", "no two answers"),
+    (
+        {"prompt": "q", "answers": [{"answer": "a", "rank": "first"}, {"answer": "b", "rank": 2}]},
+        "dpo",
+        "without rank and score",
+    ),
 ]
 
 

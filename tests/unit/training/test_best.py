@@ -71,6 +71,14 @@ def test_patience_counts_evaluations_that_are_not_better_by_the_threshold() -> N
     assert seen.best == Evaluated(5, 0.8), "the best is the best, by however little"
 
 
+def test_patience_ends_a_run_whose_metric_is_never_a_number() -> None:
+    seen = Evaluations(BestModel(**PLAN | {"patience": 2}))
+    for step in (1, 2):
+        seen.add(step, {"eval_accuracy": math.nan})
+    assert seen.is_over
+    assert seen.best is None
+
+
 def test_a_log_gives_the_same_as_the_evaluations() -> None:
     log = [{"step": 0, "eval_loss": 1.0, "eval_accuracy": 0.9}, {"step": 2, "loss": 1.0},
            {"step": 2, "eval_loss": 1.0, "eval_accuracy": 0.5},

@@ -15,7 +15,12 @@ from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import TrainerConfig
 from ftlevel.errors import ConfigError, RunError
-from ftlevel.training.disk import check_disk_space, check_room_to_save, explain_disk_errors
+from ftlevel.training.disk import (
+    check_disk_space,
+    check_room_to_save,
+    checkpoint_bytes,
+    explain_disk_errors,
+)
 
 FULL = Path("/dev/full")
 pytestmark = pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
@@ -89,6 +94,7 @@ def test_other_errors_pass(run: RunDirectory) -> None:
         ({"save_steps": 2}, 3),  # two that are kept, and the one that is written
         ({"save_steps": 9}, 1),
         ({"save_strategy": "epoch", "num_train_epochs": 2, "save_total_limit": 4}, 2),
+        ({"save_strategy": "best"}, 3),
         ({}, 1),  # by the clock
     ],
 )
@@ -106,6 +112,14 @@ def test_a_run_begins_where_its_checkpoints_have_room(
     where.mkdir(parents=True)
     (where / "of the run that is replaced").write_text("x")
     check_disk_space(where, train, model, 9)
+
+
+@pytest.mark.parametrize(
+    ("optim", "states"),
+    [("adamw_torch", 2), ("ademamix", 3), ("lion_32bit", 1), ("adagrad", 1), ("sgd", 0)],
+)
+def test_a_checkpoint_has_the_states_of_its_optimizer(optim: str, states: int) -> None:
+    assert checkpoint_bytes(torch.nn.Linear(99, 10), optim) == 1000 * 4 * (1 + states)
 
 
 def test_a_run_without_checkpoints_needs_no_room_for_any(

@@ -263,8 +263,9 @@ def _best_and_worst(roles: RoleValues) -> tuple[object, object, tuple[float, ...
     for item in value:
         text = next((item[k] for k in ("answer", "response", "text", "content") if k in item), None)
         number = next((item[k] for k in ("score", "overall_score", "rating") if k in item), None)
-        if number is None and "rank" in item:
-            number = -item["rank"]
+        rank = item.get("rank")
+        if number is None and isinstance(rank, int | float):
+            number = -rank
         if text is None or not isinstance(number, int | float) or not math.isfinite(number):
             raise UnusableRowError(
                 f"{column!r} has an answer without a text, or without rank and score"
