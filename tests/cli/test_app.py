@@ -26,6 +26,13 @@ def test_the_summary_of_a_command_is_the_first_line_of_its_help(name: str) -> No
     assert (function.__doc__ or "").strip().splitlines()[0] == summary
 
 
+def test_without_arguments_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("Usage: ftlevel [OPTIONS] COMMAND")
+    assert shown.err == ""
+
+
 @pytest.mark.parametrize("name", commands())
 def test_every_command_has_a_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([name, "--help"]) == 0

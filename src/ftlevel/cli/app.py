@@ -162,6 +162,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; prints every error."""
+    arguments = arguments or ["--help"]
     wanted = [a for a in arguments if not a.startswith("-")][:1]
     try:
         # Libraries draw progress bars through tqdm, which reads this when it is first imported.
