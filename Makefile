@@ -1,4 +1,7 @@
 # make test    everything that must pass before a change is merged, in a virtual environment of its own
+# make test-quick    one cell of each unit and command-line test, for the inner loop (3 minutes)
+# make sweeps  every cell of the tests of which make test runs a sample (an hour)
+# make mutants plant faults in the package and run the tests that must notice them (half an hour)
 # make test-kernels  the Triton kernels alone, in Triton's interpreter; a part of make test on Linux
 # make demo    install ftlevel from this checkout and fine-tune a small real model with it
 # make matrix  train every method on every family, task and base in tiny models (10 minutes)
@@ -19,6 +22,7 @@
 #   make demo DEMO_FLAGS='--max-steps 10'
 #   make matrix MATRIX_FLAGS='--families gpt2,t5 --quants none'
 #   make suite SUITE_FLAGS='prefix prompt'
+#   make mutants MUTANTS_FLAGS='data fast'
 #   make torture TORTURE_FLAGS='--only kill disk --share 0.1 --seed 7 --jobs 2'
 #   make test PIP_FLAGS='--no-cache-dir'
 
@@ -30,6 +34,7 @@ MATRIX_FLAGS ?=
 GPU_SIM_FLAGS ?=
 GPU_KIT_FLAGS ?=
 SUITE_FLAGS ?=
+MUTANTS_FLAGS ?=
 TORTURE_FLAGS ?=
 SERVED_FLAGS ?=
 DOCS_FLAGS ?=
@@ -50,7 +55,7 @@ TEST_BIN := $(TEST_DIR)/venv/bin
 DEMO_BIN := $(DEMO_DIR)/venv/bin
 SOURCES := $(shell find src -name '*.py')
 
-.PHONY: help test test-kernels demo lint docs docs-commands matrix suite torture model-refs distributed gpu-sim gpu-kit servers served \
+.PHONY: help test test-quick test-kernels demo lint docs docs-commands matrix suite sweeps mutants torture distributed gpu-sim gpu-kit servers served \
 	clean
 .DELETE_ON_ERROR:
 
@@ -100,6 +105,18 @@ test: lint docs
 	FTLEVEL_MODELS=$(abspath $(MODELS)) $(TEST_BIN)/python -m pytest $(PYTEST_FLAGS)
 	[ "$$(uname)" != Linux ] || $(MAKE) test-kernels
 
+test-quick: export OMP_NUM_THREADS ?= 1
+test-quick: $(TEST_DIR)/installed
+	$(TEST_BIN)/python -m pytest $(PYTEST_FLAGS) --quick tests/unit tests/cli
+
+sweeps: export OMP_NUM_THREADS ?= 1
+sweeps: $(TEST_DIR)/installed
+	$(TEST_BIN)/python -m pytest $(PYTEST_FLAGS) --sweeps -m sweep
+
+mutants: export OMP_NUM_THREADS ?= 1
+mutants: $(TEST_DIR)/installed
+	FTLEVEL_MODELS=$(abspath $(MODELS)) $(TEST_BIN)/python scripts/mutants.py $(MUTANTS_FLAGS)
+
 test-kernels: export OMP_NUM_THREADS ?= 1
 test-kernels: $(TEST_DIR)/triton
 	PYTHONPATH=$(TEST_DIR)/triton $(TEST_BIN)/python -m pytest --quiet tests/unit/fast/test_kernels.py
@@ -114,10 +131,6 @@ suite: $(TEST_DIR)/installed
 torture: export OMP_NUM_THREADS ?= 1
 torture: $(TEST_DIR)/installed
 	$(TEST_BIN)/python scripts/torture.py $(TORTURE_FLAGS)
-
-model-refs: export OMP_NUM_THREADS ?= 1
-model-refs: $(TEST_DIR)/installed
-	FTLEVEL_ALL_CELLS=1 $(TEST_BIN)/python -m pytest tests/integration/test_model_refs.py
 
 distributed: $(TEST_DIR)/installed
 	$(TEST_BIN)/python benchmarks/distributed.py

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,14 @@ ROOT = Path(__file__).resolve().parents[1]
 NO_NETWORK = 3  # exit code of scripts/fetch_models.py
 USERS_HOME = "FTLEVEL_TESTS_USERS_HOME"  # pip's configuration and cache lie in the user's own home
 HOME = pytest.StashKey[Path]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options that widen and narrow what runs."""
+    parser.addoption("--sweeps", action="store_true", help="run every cell of the sweeps")
+    parser.addoption(
+        "--quick", action="store_true", help="one cell of each test, none that is slow"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,8 +58,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(config.stash[HOME], ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none; mark what uses real weights.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none; mark what uses real weights; select the cells.
 
     FTLEVEL_GPU_TESTS=cpu runs the bodies of tests/gpu on the CPU, to try them.
     """
@@ -61,6 +69,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if {"smollm2", "minilm"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("weights")
+    if not config.getoption("--sweeps"):
+        items[:] = [item for item in items if not item.get_closest_marker("sweep")]
+    if config.getoption("--quick"):
+        quick = [item for item in items if not {"slow", "weights"} & {*_marks(item)}]
+        items[:] = {item.nodeid.partition("[")[0]: item for item in reversed(quick)}.values()
+        items.reverse()
+
+
+def _marks(item: pytest.Item) -> Iterator[str]:
+    return (mark.name for mark in item.iter_markers())
 
 
 def _has_gpu() -> bool:

@@ -1,13 +1,12 @@
 """Every thing that a name can refer to × every task type of PEFT × every command that takes it.
 
 Each cell works as plain PEFT and transformers do, or is refused with a reason that is true. CI runs
-a fixed sample of the cells, and `make model-refs` all of them.
+a fixed sample of the cells, and `make sweeps` all of them.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -40,8 +39,10 @@ def in_sample(thing: str, kind: str, command: str) -> bool:
 
 
 def cells() -> list[Any]:
-    """Return the cells to run: the sample, or all where FTLEVEL_ALL_CELLS is set."""
-    return [cell for cell in CELLS if os.environ.get("FTLEVEL_ALL_CELLS") or in_sample(*cell)]
+    """Return all cells as parameters; those beyond the sample have the marker `sweep`."""
+    return [
+        pytest.param(*cell, marks=[] if in_sample(*cell) else pytest.mark.sweep) for cell in CELLS
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from ftlevel.fast.layers.fused_lora import FusedLinear, register_fused_layers
 from ftlevel.methods import METHODS
 from ftlevel.models.upstream.architectures import attention_of
+from sampling import sample
 from tiny_models import HIDDEN, build, build_batch, build_config, compute_logits
 
 for method in METHODS.values():
@@ -49,9 +51,12 @@ def dtypes_of(model: Any, name: str) -> set[torch.dtype]:
     return {p.dtype for n, p in model.named_parameters() if model.prefix in n and f".{name}" in n}
 
 
-@every_tuner
-@pytest.mark.parametrize("family", ["llama", "bert", "t5", "mixtral"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("tuner", "family", "dtype"),
+    sample(
+        [*product(CONFIGS, ("llama", "bert", "t5", "mixtral"), (torch.bfloat16, torch.float16))]
+    ),
+)
 def test_an_adapter_is_in_the_precision_that_is_asked_for(
     tuner: str, family: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -73,8 +78,10 @@ def test_an_adapter_is_in_the_precision_that_is_asked_for(
                 assert torch.equal(compute_logits(loaded, build_batch(family)), logits)
 
 
-@every_tuner
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "distilbert", "opt", "t5", "bart"])
+@pytest.mark.parametrize(
+    ("tuner", "family"),
+    sample([*product(CONFIGS, ("llama", "gpt2", "bert", "distilbert", "opt", "t5", "bart"))]),
+)
 def test_a_model_without_a_head_is_as_good(tuner: str, family: str, tmp_path: Path) -> None:
     stack = AutoModel.from_config(build_config(family)).eval()
 

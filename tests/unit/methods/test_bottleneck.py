@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ftlevel.models.families import FAMILIES as KNOWN
 from ftlevel.models.targets import find_heads
 from ftlevel.models.upstream.quantizers import keep_trainable_layout
 from ftlevel.trained.adapt import apply_method, load_adapter
+from sampling import sample
 from tiny_models import (
     AUTO_CLASSES,
     FAMILIES,
@@ -132,11 +134,14 @@ def site_count(family: str, placement: str) -> int:
 @pytest.mark.parametrize(
     ("family", "head", "placement"),
     [
-        *(
-            (family, HEADS[family][0], placement)
-            for family in FAMILIES
-            for placement in PLACEMENTS
-            if goes_on(family, placement)
+        *sample(
+            [
+                (family, HEADS[family][0], placement)
+                for family in FAMILIES
+                for placement in PLACEMENTS
+                if goes_on(family, placement)
+            ],
+            times=2,
         ),
         *HEAD_CASES,
     ],
@@ -212,12 +217,14 @@ def check_loading(
 
 @pytest.mark.parametrize(
     ("family", "placement"),
-    [
-        (family, placement)
-        for family in sorted({*KNOWN} - {*FAMILIES})
-        for placement in FEWER
-        if goes_on(family, placement)
-    ],
+    sample(
+        [
+            (family, placement)
+            for family in sorted({*KNOWN} - {*FAMILIES})
+            for placement in FEWER
+            if goes_on(family, placement)
+        ]
+    ),
 )
 def test_a_relative(family: str, placement: str) -> None:
     tasks = ("summarization", "masked-lm", "text-generation")
@@ -248,12 +255,14 @@ def test_a_sparse_model_with_dense_layers_has_an_adapter_on_each() -> None:
 
 @pytest.mark.parametrize(
     ("family", "placement"),
-    [
-        (family, placement)
-        for family in FAMILIES
-        for placement in FEWER
-        if HEADS[family][0] in ("causal", "seq2seq") and goes_on(family, placement)
-    ],
+    sample(
+        [
+            (family, placement)
+            for family in FAMILIES
+            for placement in FEWER
+            if HEADS[family][0] in ("causal", "seq2seq") and goes_on(family, placement)
+        ]
+    ),
 )
 def test_generation_with_a_cache_is_generation_without(family: str, placement: str) -> None:
     head = HEADS[family][0]
@@ -453,8 +462,9 @@ def test_reentrant_checkpointing_recomputes_the_input_too() -> None:
 # Precision and quantized bases.
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "mixtral", "t5"])
-@pytest.mark.parametrize("placement", FEWER)
+@pytest.mark.parametrize(
+    ("family", "placement"), sample([*product(("bert", "gpt2", "mixtral", "t5"), FEWER)])
+)
 def test_a_bfloat16_base_keeps_float32_adapters(family: str, placement: str) -> None:
     head, batch = HEADS[family][0], build_batch(family)
     base = build(family).to(torch.bfloat16)
@@ -466,18 +476,23 @@ def test_a_bfloat16_base_keeps_float32_adapters(family: str, placement: str) -> 
     assert torch.isfinite(compute_logits(model, batch)).all()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
-    ("family", "placement"),
-    [
-        ("bert", "parallel"),
-        ("gpt2", "houlsby"),
-        ("gpt2", "parallel"),
-        ("llama", "parallel"),
-        ("mixtral", "parallel"),
-        ("t5", "houlsby"),
-        ("bart", "pfeiffer"),
-    ],
+    ("family", "placement", "bits"),
+    sample(
+        [
+            (*base, bits)
+            for bits in (4, 8)
+            for base in (
+                ("bert", "parallel"),
+                ("gpt2", "houlsby"),
+                ("gpt2", "parallel"),
+                ("llama", "parallel"),
+                ("mixtral", "parallel"),
+                ("t5", "houlsby"),
+                ("bart", "pfeiffer"),
+            )
+        ]
+    ),
 )
 def test_a_quantized_base(
     family: str, placement: str, bits: int, tiny_model_dir: Callable[..., Path], tmp_path: Path

@@ -13,6 +13,7 @@ from ftlevel.errors import ConfigError
 from ftlevel.methods import METHODS
 from ftlevel.methods.soft_prompt import find_stacks
 from ftlevel.methods.soft_prompt.layer import PromptPosition
+from sampling import sample
 from tiny_models import FAMILIES, FAMILY_HEADS, HEADS, build, build_batch, compute_logits
 from tiny_tokenizers import build_tokenizer
 from virtual_tokens import (
@@ -34,7 +35,7 @@ LSTM = PTuningSpec(
 WRITERS = [family for family in FAMILIES if HEADS[family][0] in ("causal", "seq2seq")]
 
 
-@pytest.mark.parametrize(("family", "head"), FAMILY_HEADS)
+@pytest.mark.parametrize(("family", "head"), sample(FAMILY_HEADS))
 def test_a_prompt_lives_its_whole_life(family: str, head: str, tmp_path: Path) -> None:
     check_whole_life(PROMPT, "soft_prompt_", family, head, tmp_path)
 

@@ -1,0 +1,136 @@
+"""Plant faults in a copy of the package, one at a time, and run the tests that must notice them.
+
+    python scripts/mutants.py                 # all of scripts/mutants.yaml; exit 1 if one survives
+    python scripts/mutants.py data fast       # those of two rooms
+    python scripts/mutants.py --match nucleus # those with this text in their code
+
+A mutant is a text that occurs once in `src`, its replacement, and tests. Modules can move without
+a change to the list. The tests must pass on the unchanged package first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+LIST = ROOT / "scripts/mutants.yaml"
+TIMEOUT = 600
+"""Seconds for the tests of one mutant; an endless loop counts as killed."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A planted fault.
+
+    Attributes:
+        room: package of `ftlevel` that it belongs to.
+        old: text that occurs once in the package.
+        new: replacement.
+        tests: pytest node ids that must fail.
+    """
+
+    room: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def read_mutants(path: Path = LIST) -> list[Mutant]:
+    """Return the mutants of a list: room → entries of `old`, `new` and `tests`."""
+    rooms = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return [
+        Mutant(room, entry["old"], entry["new"], tuple(entry["tests"].split()))
+        for room, entries in rooms.items()
+        for entry in entries
+    ]
+
+
+def find_module(mutant: Mutant, sources: dict[Path, str]) -> Path:
+    """Return the module that has the old text.
+
+    Raises:
+        ValueError: the text occurs nowhere, or more than once.
+    """
+    counts = {path: text.count(mutant.old) for path, text in sources.items()}
+    found = [path for path, count in counts.items() if count]
+    if sum(counts.values()) != 1:
+        places = ", ".join(str(path) for path in found) or "no module"
+        raise ValueError(f"{mutant.old!r} must occur once, but occurs in {places}")
+    return found[0]
+
+
+def read_sources(folder: Path) -> dict[Path, str]:
+    """Return the text of every module below a folder by its path in it."""
+    return {
+        path.relative_to(folder): path.read_text(encoding="utf-8")
+        for path in sorted(folder.rglob("*.py"))
+    }
+
+
+def run_tests(tests: tuple[str, ...], source: Path) -> tuple[bool, str]:
+    """Return whether the tests pass with the package of `source`, and the end of their output."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, timeout=TIMEOUT, check=False,
+            capture_output=True, text=True,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return False, "timeout"
+    if done.returncode not in (0, 1, 2):  # 2: an import failed
+        raise RuntimeError(f"pytest {' '.join(tests)}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.returncode == 0, done.stdout[-2000:]
+
+
+def main() -> int:
+    """Run the mutants that were chosen and return how many survived, at most 1."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rooms", nargs="*", help="rooms to run; all if none is given")
+    parser.add_argument("--match", default="", help="only mutants with this text in `old`")
+    arguments = parser.parse_args()
+    chosen = [
+        mutant
+        for mutant in read_mutants()
+        if (not arguments.rooms or mutant.room in arguments.rooms) and arguments.match in mutant.old
+    ]
+    if not chosen:
+        parser.error("no mutant was chosen")
+    survived = 0
+    with tempfile.TemporaryDirectory(prefix="ftlevel-mutants-") as temporary:
+        source = Path(temporary, "src")
+        shutil.copytree(ROOT / "src", source)
+        sources = read_sources(source)
+        every = tuple(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
+        passed, output = run_tests(every, source)
+        if not passed:
+            print(output, "The tests fail without a mutant.", sep="\n")
+            return 1
+        for mutant in chosen:
+            path = find_module(mutant, sources)
+            started = time.monotonic()
+            (source / path).write_text(sources[path].replace(mutant.old, mutant.new), "utf-8")
+            passed, _ = run_tests(mutant.tests, source)
+            (source / path).write_text(sources[path], "utf-8")
+            survived += passed
+            first = mutant.new.strip().splitlines()[0] if mutant.new.strip() else "(removed)"
+            print(
+                f"{'SURVIVED' if passed else 'killed  '} {time.monotonic() - started:4.0f} s  "
+                f"{path}: {first}", flush=True,
+            )  # fmt: skip
+    print(f"{len(chosen) - survived} of {len(chosen)} mutants killed")
+    return int(survived > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
