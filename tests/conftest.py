@@ -5,6 +5,7 @@ Nothing here imports torch before `pytest_configure` has set the environment tha
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -95,6 +96,26 @@ def one_thread() -> None:
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()  # of the checkpoints that fixtures write
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_disk_flush() -> Iterator[None]:
+    """Leave files to the system: a run flushes fifty, and no test takes the power away."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_imports() -> None:
+    """Keep the garbage collector, which Trainer calls, from going through what was imported."""
+    if len(sys.modules) > _frozen_modules[-1] + 100:
+        gc.collect()
+        gc.freeze()
+        _frozen_modules.append(len(sys.modules))
+
+
+_frozen_modules = [0]
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import platform
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +107,16 @@ def library_versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that affect the results of a run."""
     names = ("ftlevel", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchao")
     versions = {"python": platform.python_version()}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    return versions | {name: found for name in names if (found := _installed_version(name))}
+
+
+@cache
+def _installed_version(name: str) -> str:
+    """Return the version of a library; empty if it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 _PIPELINE_TAGS = {"masked-lm": "fill-mask"}

@@ -100,7 +100,13 @@ def read_docstrings(kind: Kind, split: Split, limit: int | None = None) -> list[
         )
     if limit is not None and limit <= 0:
         return []
-    return list(islice(_rows(kind, split), limit))
+    rows, more = _cached_rows(kind, split, stdlib_root())
+    try:
+        rows += islice(more, None if limit is None else max(limit - len(rows), 0))
+    except BaseException:  # the iterator has ended early
+        _cached_rows.cache_clear()
+        raise
+    return [dict(row) for row in rows[:limit]]
 
 
 def split_of(module_path: str) -> Split:
@@ -212,6 +218,16 @@ def _undocumented_source(node: _Function, lines: list[str]) -> str:
     if any(line.strip() and not line.startswith(indent) for line in (*head, *body)):
         return ""  # a multi-line string is indented less than the function
     return textwrap.dedent("\n".join([*head, *body])).strip()
+
+
+@cache
+def _cached_rows(
+    kind: Kind,
+    split: Split,
+    root: Path,  # noqa: ARG001 - part of the key
+) -> tuple[list[Row], Iterator[Row]]:
+    """Return the rows built so far in this process, and the iterator that builds the others."""
+    return [], _rows(kind, split)
 
 
 def _rows(kind: Kind, split: Split) -> Iterator[Row]:

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -175,18 +176,8 @@ def write_page(runs: Sequence[RunFacts], path: Path) -> None:
 
 def render_page(runs: Sequence[RunFacts]) -> str:
     """Return the HTML report that compares `runs`."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.ChainableUndefined,  # older runs may lack fields
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"words": _words, "texts": _texts, "figures": _figures}
     names = ", ".join(run.name for run in runs)
-    page: str = environment.get_template("page.html.jinja").render(
+    page: str = _load_template().render(
         title=f"{names}: what ftlevel trained",
         version=__version__,
         runs=runs,
@@ -201,6 +192,21 @@ def render_page(runs: Sequence[RunFacts]) -> str:
         bottom=BOTTOM,
     )
     return page
+
+
+@cache
+def _load_template() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.ChainableUndefined,  # older runs may lack fields
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"words": _words, "texts": _texts, "figures": _figures}
+    return environment.get_template("page.html.jinja")
 
 
 _TEXTS = {

@@ -121,8 +121,13 @@ def test_a_prefix_is_spread_over_modules():
     assert len(homes) >= 25
 
 
-def test_a_sample_parses_only_a_part_of_the_library(monkeypatch):
+def forget_what_was_read() -> None:
     docstrings._documented.cache_clear()
+    docstrings._cached_rows.cache_clear()
+
+
+def test_a_sample_parses_only_a_part_of_the_library(monkeypatch):
+    forget_what_was_read()
     parsed = []
 
     def count(file):
@@ -149,10 +154,31 @@ def test_only_statements_that_hold_no_others_are_passed_over():
         assert list(docstrings._scopes(tree)) == plain
 
 
+def test_rows_that_were_read_before_are_the_same_and_nobody_elses():
+    forget_what_was_read()
+    few = read_docstrings("signatures", "test", limit=3)
+    many = read_docstrings("signatures", "test", limit=9)
+    few[0]["prompt"] = "changed"
+    assert read_docstrings("signatures", "test", limit=9) == many
+    forget_what_was_read()
+    assert read_docstrings("signatures", "test", limit=9) == many
+
+
+def test_a_reading_that_was_broken_off_is_begun_anew(monkeypatch):
+    forget_what_was_read()
+    whole = read_docstrings("generation", "test", limit=50)
+    forget_what_was_read()
+    with monkeypatch.context() as patch:
+        patch.setattr(docstrings, "_documented", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            read_docstrings("generation", "test", limit=50)
+    assert read_docstrings("generation", "test", limit=50) == whole
+
+
 def test_rows_do_not_depend_on_what_was_read_before():
-    docstrings._documented.cache_clear()
+    forget_what_was_read()
     alone = read_docstrings("summarization", "test", limit=20)
-    docstrings._documented.cache_clear()
+    forget_what_was_read()
     for split in SPLITS:
         after = read_docstrings("summarization", split, limit=20)
     assert after == alone
