@@ -5,6 +5,7 @@ Tests train with them; `scripts/house.py` counts what each touches.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,7 @@ class Addition:
 
     def apply(self, folder: Path) -> Path:
         """Copy ftlevel into `folder`, add the feature there, and return `folder`."""
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(PACKAGE, folder / "ftlevel", ignore=ignored)
+        shutil.copytree(PACKAGE, folder / "ftlevel")
         for path, text in self.files.items():
             target = folder / "ftlevel" / path
             assert not target.exists(), f"{path} already exists"
@@ -138,6 +139,29 @@ ADDITIONS: dict[str, tuple[str, int, Addition]] = {
 """Feature → how many files it took in 0.1.0, how many it may take, and what it takes."""
 
 
+_SERVE = """
+import contextlib, io, json, os, sys
+from ftlevel.cli.app import run
+answers, sys.stdout = sys.stdout, sys.stderr
+for line in sys.stdin:
+    cwd, arguments = json.loads(line)
+    os.chdir(cwd)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            code = run(arguments)
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), file=answers, flush=True)
+"""
+
+
+@lru_cache(maxsize=1)  # one that is dropped reads the end of its commands
+def _start(tree: Path) -> subprocess.Popen[str]:
+    """Start a process that imports the ftlevel of `tree` once and runs commands."""
+    return subprocess.Popen(
+        [sys.executable, "-c", _SERVE], env={**os.environ, "PYTHONPATH": str(tree)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+
+
 def run(tree: Path, *arguments: Any, cwd: Path, code: int = 0) -> str:
     """Run the ftlevel of `tree` and return what it prints.
 
@@ -147,10 +171,11 @@ def run(tree: Path, *arguments: Any, cwd: Path, code: int = 0) -> str:
         cwd: where it is run.
         code: the exit code that is expected.
     """
-    command = [sys.executable, "-m", "ftlevel", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(tree)}
-    done = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == code, done.stderr or done.stdout
-    return done.stdout if code == 0 else done.stderr
+    process = _start(tree)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps([str(cwd), [*map(str, arguments)]]) + "\n")
+    process.stdin.flush()
+    found, out, err = json.loads(process.stdout.readline())
+    assert found == code, err or out
+    return str(out if code == 0 else err)

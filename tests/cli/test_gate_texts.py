@@ -145,12 +145,12 @@ def test_one_row_of_each_kind_is_named(check: str, title: str, row: Any, say: Sa
 def test_validation_rows_that_are_nearly_training_rows(say: Say) -> None:
     write("set/train.jsonl", GOOD)
     nearly = pair(3, completion=fact(3).replace("before", "until"))
-    write("set/validation.jsonl", [pair(40), nearly, pair(41)])
+    write("set/validation.jsonl", [pair(40), nearly, pair(41), GOOD[5]])  # the last is one of them
     write("set/test.jsonl", [nearly])
     code, out = say("--dataset", "set")
     assert code == 0, out
     assert (
-        "nearly the same as a training row: 1 of 3 validation rows (set/validation.jsonl:2)" in out
+        "nearly the same as a training row: 1 of 4 validation rows (set/validation.jsonl:2)" in out
     )
     assert "nearly the same as a training row: 1 of 1 test rows (set/test.jsonl:1) (kept" in out
     code, out = say("--dataset", "set", "--set", "data.gate.near_leaked=drop")

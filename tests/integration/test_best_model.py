@@ -78,8 +78,15 @@ METHODS = {
 }
 
 
+SAMPLE = ("lora", "full", "p-tuning", "4-bit", "pissa")
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n == "lora" else pytest.mark.slow) for n in METHODS]
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in SAMPLE else pytest.mark.sweep)
+        for n in METHODS
+    ],
 )
 def test_the_adapter_is_that_of_a_run_which_ends_there(chat: list[str], name: str) -> None:
     own = [*chat, *METHODS[name], "--save-strategy", "no"]

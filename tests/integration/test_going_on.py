@@ -72,8 +72,18 @@ METHODS = {
 }  # fmt: skip
 
 
+ALONE = ("lora", "pissa", "ia3", "prefix", "prompt", "adapter", "vera")
+"""Methods whose adapter directory is also used without its run."""
+OF_PEFT = ("boft", "loha", "lokr", "miss", "shira", "hira", "gralora on 4 bits", "c3a")
+"""Methods of which ftlevel has no code that is executed here; others have all there is."""
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n == "lora" else pytest.mark.slow) for n in METHODS]
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.sweep if n in OF_PEFT else pytest.mark.slow)
+        for n in METHODS
+    ],
 )
 def test_it_begins_where_the_adapter_ended(base: Path, name: str) -> None:
     before = train("--model", str(base), *SHORT, *METHODS[name], "--max-steps", "3")
@@ -87,15 +97,10 @@ def test_it_begins_where_the_adapter_ended(base: Path, name: str) -> None:
         assert card["adapter"] == after["adapter"] != {}
         assert yaml.safe_load(Path("on/config.yaml").read_text())["model"]["adapter"] == "run"
         assert "went on from the adapter `run`" in Path("on/README.md").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["lora", "pissa", "ia3", "prefix", "prompt", "adapter", "vera"])
-def test_the_directory_alone_says_all(base: Path, name: str) -> None:
-    before = train("--model", str(base), *SHORT, *METHODS[name], "--max-steps", "3")
-    shutil.copytree("run/adapter", "alone")
-    after = train(*SHORT, "--adapter", "alone", *ON[2:], out="on")
-    assert after["metrics_before"] == before["metrics"]
+    if name in ALONE:
+        shutil.copytree("run/adapter", "alone")
+        alone = train(*SHORT, "--adapter", "alone", *ON[2:], out="on-alone")
+        assert alone["metrics_before"] == before["metrics"]
 
 
 @pytest.mark.slow

@@ -30,11 +30,28 @@ def store_truncation() -> None:
 
 
 @pytest.fixture
-def begun(
-    tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
-    """Return the folder of a run of four steps with a checkpoint at its second and fourth."""
-    monkeypatch.chdir(tmp_path)
+def begun(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder of the run, as it was left, and change into it."""
+    folder = pristine.with_name("begun")
+    shutil.rmtree(folder)
+    shutil.copytree(pristine, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pristine(tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of the folder of a run of four steps that was broken off after the second."""
+    folder = tmp_path_factory.mktemp("same-run") / "begun"
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        _begin(tiny_model_dir)
+    shutil.copytree(folder, folder.with_name("pristine"))
+    return folder.with_name("pristine")
+
+
+def _begin(tiny_model_dir: Callable[..., Path]) -> None:
     shutil.copytree(tiny_model_dir("llama", chat=True), "model")
     store_truncation()
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
@@ -45,7 +62,6 @@ def begun(
     shutil.rmtree("run/checkpoints/checkpoint-4")  # as if it had been killed after the second
     for name in ("run/adapter", "run/summary.json"):
         shutil.rmtree(name) if Path(name).is_dir() else Path(name).unlink()
-    return tmp_path
 
 
 def change_config(**fields: Any) -> None:

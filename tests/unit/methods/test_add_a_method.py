@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from additions.tree import METHOD, PAGE
+from additions.tree import METHOD, PAGE, run
 from ftlevel.config import SPECS
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
-def ftlevel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """Return the command line of a copy of the package that has the page's method."""
-    folder = METHOD.apply(tmp_path_factory.mktemp("method"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of the package that has the page's method."""
     assert len(METHOD.touched) <= 3
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    return METHOD.apply(tmp_path_factory.mktemp("method"))
 
-    def call(*arguments: str, code: int = 0) -> Any:
-        done = subprocess.run(
-            [sys.executable, "-m", "ftlevel", *arguments, "--json"],
-            cwd=folder, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == code, done.stderr
-        return json.loads(done.stdout)
 
-    return call
+@pytest.fixture(scope="module")
+def ftlevel(folder: Path) -> Callable[..., Any]:
+    """Return its command line."""
+    return lambda *arguments: json.loads(run(folder, *arguments, "--json", cwd=folder))
 
 
 def test_the_page_names_files_that_there_are() -> None:
@@ -53,11 +45,14 @@ def test_nobody_asks_which_method_it_has() -> None:
 
 
 @pytest.mark.slow
-def test_the_method_of_the_page_is_listed_and_refused(ftlevel: Callable[..., Any]) -> None:
+def test_the_method_of_the_page_is_listed_and_refused(
+    ftlevel: Callable[..., Any], folder: Path
+) -> None:
     rows = {row["name"]: row for row in ftlevel("list-methods", "--model", "gpt2")["methods"]}
     assert (rows["scale"]["works"], rows["ia3"]["works"]) == ("in part", "yes")
-    error = ftlevel("train", "--method", "scale", "--set", "method.r=4", code=2)["error"]
-    assert error.startswith("--set method.r: 'method.r' belongs to method lora, ")
+    refused = ("train", "--method", "scale", "--set", "method.r=4")
+    error = run(folder, *refused, cwd=folder, code=2)
+    assert error.startswith("ftlevel: --set method.r: 'method.r' belongs to method lora, ")
 
 
 @pytest.mark.slow

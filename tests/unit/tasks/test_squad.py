@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from ftlevel.data.encoding.spans import Window
-from ftlevel.tasks.span import BestSpan, exact_match, f1, normalize_answer, update_span
+from ftlevel.tasks.span import (
+    BestSpan,
+    exact_match,
+    f1,
+    merge_spans,
+    normalize_answer,
+    update_span,
+)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +69,14 @@ def test_best_span_over_windows() -> None:
     found.null = 6.0
     assert found.answer(unanswerable=True) == ""
     assert found.answer(unanswerable=False) == "ef gh"
+
+
+def test_windows_of_a_question_are_merged() -> None:
+    found = BestSpan(score=1.0, text="ab", start=0, end=2, null=-2.0)
+    merge_spans(found, BestSpan(score=3.0, text="cd", start=3, end=5, null=4.0))
+    assert found == BestSpan(score=3.0, text="cd", start=3, end=5, null=-2.0)
+    merge_spans(found, BestSpan(score=2.0, text="ef", start=6, end=8, null=-5.0))
+    assert found == BestSpan(score=3.0, text="cd", start=3, end=5, null=-5.0)
 
 
 def test_spans_are_of_at_most_thirty_tokens() -> None:

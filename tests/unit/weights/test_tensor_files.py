@@ -40,6 +40,13 @@ def test_what_is_written_is_what_safetensors_reads(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("name", ["a" * length for length in range(1, 9)])
+def test_tensors_begin_where_they_can_be_mapped(name: str, tmp_path: Path) -> None:
+    write_file(tmp_path / "a.safetensors", [part(name, torch.ones(2))])
+    (header,) = struct.unpack("<Q", (tmp_path / "a.safetensors").read_bytes()[:8])
+    assert header % 8 == 0
+
+
 def test_what_safetensors_writes_is_read_and_copied(tmp_path: Path) -> None:
     tensors = draw()
     save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
