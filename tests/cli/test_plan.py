@@ -205,20 +205,20 @@ def test_what_fits_is_not_computed_for_nobody(tiny_model_dir: ModelDir) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.sweep)])
 def test_the_whole_process_takes_what_is_planned(
-    minilm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    method: str, minilm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(
         json.dumps({"text": "a row of some words " * 20, "label": "ab"[at % 2]}) + "\n"
         for at in range(32)
     ))  # fmt: skip
-    for method in ("lora", "full"):
-        flags = ("--model", minilm, "--method", method, "--dataset", rows, "--max-steps", 2,
-                 "--output-dir", tmp_path / method)  # fmt: skip
-        command = [sys.executable, "-m", "ftlevel", "train", *map(str, flags)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        told = json.loads((tmp_path / method / "summary.json").read_text())["plan"]
-        assert told["process_bytes"] == pytest.approx(told["measured_process_bytes"], rel=0.1)
+    flags = ("--model", minilm, "--method", method, "--dataset", rows, "--max-steps", 2,
+             "--output-dir", tmp_path / method)  # fmt: skip
+    command = [sys.executable, "-m", "ftlevel", "train", *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / method / "summary.json").read_text())["plan"]
+    assert told["process_bytes"] == pytest.approx(told["measured_process_bytes"], rel=0.1)
     assert "whole process" in plan(capsys, *flags[:-2], "--brief")
