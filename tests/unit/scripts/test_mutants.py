@@ -21,4 +21,4 @@ def test_every_mutant_has_one_place_and_tests() -> None:
             text = Path(mutants.ROOT, path).read_text(encoding="utf-8")
             assert f"def {name.partition('[')[0]}" in text
     assert len(found) >= 60
-    assert {mutant.room for mutant in found} == ROOMS
+    assert {mutant.room for mutant in found} >= ROOMS
