@@ -1,8 +1,10 @@
-"""Task names and their modules; a new task is a module and a line here."""
+"""Task names and their modules; a new task is a module and a line here, or in an extension."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from ftlevel.extensions import added_rows
 
 TASKS: dict[str, str] = {
     "text-generation": "ftlevel.tasks.text",
@@ -18,6 +20,7 @@ TASKS: dict[str, str] = {
     "embedding": "ftlevel.tasks.embedding.task",
     "reranking": "ftlevel.tasks.reranking.task",
 }
+TASKS |= added_rows("tasks", TASKS)
 
 if TYPE_CHECKING:
     TaskName: TypeAlias = str

@@ -14,20 +14,30 @@ from importlib import import_module
 from ftlevel.config import methods as specs
 from ftlevel.config.methods import MethodSpec
 from ftlevel.errors import ConfigError
+from ftlevel.extensions import added, try_load
 from ftlevel.methods.base import Base as Base
 from ftlevel.methods.base import Method as Method
 from ftlevel.methods.facts import Cell, MethodFacts, Rule
 
 
-def _method_of(kind: str, spec: type[specs.MethodSpec]) -> Method:
-    module = import_module(spec.__module__.replace(specs.__name__, __name__))
-    method: Method = module.METHODS[kind]
-    return method
+def _method_of(kind: str, spec: type[specs.MethodSpec]) -> Method | None:
+    """Return the method of `spec`; None if it is of a package that cannot be imported."""
+    found: Method | None
+    if kind in _ADDED:
+        source, (_, method) = _ADDED[kind]
+        found = try_load(method, source)
+    else:
+        module = import_module(spec.__module__.replace(specs.__name__, __name__))
+        found = module.METHODS[kind]
+    return found
 
+
+_ADDED = added("methods")
 
 METHODS: dict[str, Method] = {
-    spec.model_fields["kind"].default: _method_of(spec.model_fields["kind"].default, spec)
+    kind: method
     for spec in specs.BY_TARGETS
+    if (method := _method_of(kind := str(spec.model_fields["kind"].default), spec)) is not None
 }
 """All methods by name, in display order."""
 

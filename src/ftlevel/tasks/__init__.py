@@ -6,9 +6,8 @@ maps task names to modules.
 
 from __future__ import annotations
 
-from ftlevel.config import TASKS as NAMES
-from ftlevel.tasks.base import BaseTask, find_task
+from ftlevel.tasks.base import BaseTask, find_tasks
 
-TASKS: dict[str, BaseTask] = {name: find_task(name) for name in NAMES}
+TASKS: dict[str, BaseTask] = find_tasks()
 
 __all__ = ["TASKS", "BaseTask"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from ftlevel.data.formats.detect import (
 )
 from ftlevel.data.sources.table import Row
 from ftlevel.errors import ConfigError, InputError, join_names, with_article
+from ftlevel.extensions import added, warn_left_out
 from ftlevel.task import Objective, ScoreTexts, Task
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     from ftlevel.config import TrainConfig
-    from ftlevel.models.sources import ModelSource
+from ftlevel.models.sources import ModelSource
 
 T = TypeVar("T")
 Column = Literal["text", "texts", "number", "numbers", "whole", "ranking", "rankings", "embedding"]
@@ -235,7 +237,7 @@ class BaseTask(Task):
                 columns, self.name, self.shapes, FormatOptions(mapping, config.format), rows
             )
         except NoFormatError as error:
-            others = (task for task in map(find_task, NAMES) if task.name != self.name)
+            others = (task for task in find_tasks().values() if task.name != self.name)
             other = next((task.name for task in others if fits(columns, task.shapes)), None)
             if other is None:
                 raise
@@ -346,6 +348,21 @@ def rank(scores: Mapping[str, float], count: int) -> list[dict[str, Any]]:
     """Return the `count` most likely entries of `scores` as a ranking."""
     best = sorted(scores.items(), key=lambda item: -item[1])[:count]
     return [{"answer": name, "probability": score} for name, score in best]
+
+
+@functools.cache
+def find_tasks() -> dict[str, BaseTask]:
+    """Return all tasks by name, without those of packages that cannot be imported."""
+    found: dict[str, BaseTask] = {}
+    packages = added("tasks")
+    for name in NAMES:
+        try:
+            found[name] = find_task(name)
+        except Exception as error:
+            if name not in packages:
+                raise
+            warn_left_out(packages[name][0], error)
+    return found
 
 
 def find_task(name: str) -> BaseTask:

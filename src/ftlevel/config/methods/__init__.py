@@ -1,6 +1,6 @@
 """Method specs: fields named as in the `peft` config, with the defaults of the method's paper.
 
-`ftlevel.methods` has an implementation for each spec in `_REGISTERED`.
+`ftlevel.methods` has an implementation for each spec; extensions add both.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from ftlevel.config.methods.updates import (
     ShiraSpec,
     VeraSpec,
 )
+from ftlevel.extensions import added, try_load
 
-_REGISTERED: tuple[type[MethodSpec], ...] = (
+_CORE: tuple[type[MethodSpec], ...] = (
     LoraSpec,
     QloraSpec,
     AdapterSpec,
@@ -53,10 +54,16 @@ _REGISTERED: tuple[type[MethodSpec], ...] = (
     FullSpec,
 )
 
-SPECS: dict[str, type[MethodSpec]] = {s.model_fields["kind"].default: s for s in _REGISTERED}
+SPECS: dict[str, type[MethodSpec]] = {s.model_fields["kind"].default: s for s in _CORE}
 """Specs by method name, in display order."""
 
-BY_TARGETS: list[type[MethodSpec]] = sorted(_REGISTERED, key=lambda spec: not spec.targets_linears)
+for _name, (_source, (_spec, _)) in added("methods", SPECS).items():
+    if (_found := try_load(_spec, _source)) is not None:
+        SPECS[_name] = _found
+
+BY_TARGETS: list[type[MethodSpec]] = sorted(
+    SPECS.values(), key=lambda spec: not spec.targets_linears
+)
 """Specs with target modules first: the order of tables and of the schema."""
 
 if TYPE_CHECKING:

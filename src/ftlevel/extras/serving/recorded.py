@@ -224,9 +224,9 @@ def read_served(out: Path) -> ServingRecord:
     return ServingRecord(path, facts, adapters)
 
 
-def start_of(config: ExportConfig) -> list[str]:
-    """Return the commands that serve the whole model of `config`, which names a server."""
-    return build_model_commands(SERVERS[str(config.server)], config.out, config.out.stem)
+def start_of(server: str, out: Path) -> list[str]:
+    """Return the commands that serve the whole model at `out`."""
+    return build_model_commands(SERVERS[server], out, out.stem)
 
 
 def record_whole(
@@ -264,7 +264,7 @@ def record_whole(
         "model": config.model,
         "server": config.server,
         "base": None,
-        "start": start_of(config),
+        "start": start_of(str(config.server), config.out),
         "file_format": config.format,
         "dtype": dtype,
     }

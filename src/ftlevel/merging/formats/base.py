@@ -38,8 +38,8 @@ class MergeOutput:
 class ServerSupport(Protocol):
     """What the serving extra adds to the export of a whole model with `--for`."""
 
-    def start_commands(self, config: ExportConfig) -> list[str]:
-        """Return the commands that serve the exported model."""
+    def start_commands(self, server: str, out: Path) -> list[str]:
+        """Return the commands that serve the exported model at `out`."""
 
     def record(
         self,
@@ -70,9 +70,9 @@ def server_support() -> ServerSupport:
     raise ConfigError("--for names a server, and no extension for servers is installed. Drop it.")
 
 
-def start_commands(config: ExportConfig) -> list[str]:
-    """Return the commands that serve the whole model of `config`; empty without `--for`."""
-    return server_support().start_commands(config) if config.server else []
+def start_commands(server: str | None, out: Path) -> list[str]:
+    """Return the commands that serve the whole model at `out`; empty without a server."""
+    return server_support().start_commands(server, out) if server else []
 
 
 MergeAdapter = Callable[[Path], MergeOutput]

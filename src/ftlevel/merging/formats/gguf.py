@@ -380,7 +380,7 @@ class GgufExport:
             },
             "template": self.prompting.kind,
             "stops": self.prompting.stops,
-            "start": start_commands(config),
+            "start": start_commands(config.server, config.out),
             "out": str(config.out),
             "modelfile": str(_modelfile(config)),
             "versions": library_versions(),

@@ -100,7 +100,7 @@ class MergedExport:
             "server": self.config.server,
             "merged": merged and {key: merged[key] for key in ("onto", "verified", "agreement")},
             "verified": bool(merged and merged["verified"]),
-            "start": start_commands(self.config),
+            "start": start_commands(self.config.server, self.config.out),
             "recorded": False,
             "out": str(self.config.out),
             "versions": library_versions(),

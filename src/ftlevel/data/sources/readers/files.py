@@ -30,6 +30,7 @@ from ftlevel.data.sources.readers.text import (
 from ftlevel.data.sources.streams import Reader, wrap_read_errors
 from ftlevel.data.sources.table import OnBadRow, Table, handle_bad_rows
 from ftlevel.errors import InputError, did_you_mean, join_names
+from ftlevel.extensions import loaded
 
 READERS: dict[str, type[Reader]] = {
     ".jsonl": JsonLinesReader,
@@ -47,6 +48,7 @@ READERS: dict[str, type[Reader]] = {
     ".iob": ConllReader,
     ".iob2": ConllReader,
 }
+READERS |= loaded("formats", READERS)
 """Reader class by suffix; a new format needs one line here and a class in this package."""
 
 

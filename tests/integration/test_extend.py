@@ -1,0 +1,104 @@
+"""The package of docs/extend.md is installed, and each thing that it adds is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from additions.tree import METHOD
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/extend.md").read_text(encoding="utf-8")
+ADDITIONS = ROOT / "tests/additions"
+
+SCRIPT = """
+import sys
+from ftlevel.cli.app import run
+for line in sys.argv[1:]:
+    assert run(line.split()) == 0, line
+"""
+"""Runs several commands in one process, which imports torch once."""
+
+
+def _toy_package(folder: Path) -> None:
+    """Write the page's package into `folder`, as pip installs it."""
+    toy, info = folder / "toy", folder / "toy-1.0.dist-info"
+    toy.mkdir()
+    info.mkdir()
+    extension, command = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
+    (toy / "__init__.py").write_text(extension, encoding="utf-8")
+    (toy / "command.py").write_text(command, encoding="utf-8")
+    spec, method = METHOD.files.values()
+    (toy / "spec.py").write_text(spec, encoding="utf-8")
+    method = method.replace("ftlevel.config.methods.scale", "toy.spec")
+    (toy / "method.py").write_text(f"{method}\nMETHOD = METHODS['scale']\n", encoding="utf-8")
+    for name, source in (("task", "rank"), ("key_value", "key_value"), ("names", "names")):
+        (toy / f"{name}.py").write_text((ADDITIONS / f"{source}.py").read_text(encoding="utf-8"))
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
+    point = re.search(r"```toml\n\[project.entry-points\.\"(.*)\"\]\n(.*) = \"(.*)\"\n", PAGE)
+    assert point is not None
+    (info / "entry_points.txt").write_text(f"[{point[1]}]\n{point[2]} = {point[3]}\n")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    _toy_package(folder)
+    rows = (f"first=a {i};second=b {i};better={'first' if i % 2 else 'second'}" for i in range(24))
+    (folder / "rows.kv").write_text("\n".join(rows), encoding="utf-8")
+    return folder
+
+
+def _python(place: Path, *arguments: str) -> str:
+    paths = os.pathsep.join([str(place), str(ROOT / "src")])
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning: toy" not in done.stderr
+    return done.stdout
+
+
+def test_its_command_is_listed_and_runs(place: Path) -> None:
+    listed = _python(place, "-m", "ftlevel", "--help")
+    assert re.search(r"shout +Print a text in capitals\.", listed)
+    said = _python(place, "-m", "ftlevel", "shout", "hi", "--times", "2", "--json")
+    assert json.loads(said) == {"text": "HI HI"}
+
+
+@pytest.mark.slow
+def test_method_task_formats_alias_and_hook_are_used(place: Path) -> None:
+    common = "--task rank --dataset rows.kv"
+    _python(
+        place,
+        "-c",
+        SCRIPT,
+        f"preview {common}",
+        f"train {common} --method scale --max-steps 2 --step-size 0.01 --output-dir run -q",
+        "export run --format names --out run.names -q",
+    )
+    summary = json.loads((place / "run/summary.json").read_text(encoding="utf-8"))
+    assert (summary["task"], summary["method"]) == ("rank", "scale")
+    assert "learning_rate: 0.01" in (place / "run/config.yaml").read_text()
+    assert (place / "run/steps.txt").read_text() == "2"
+    assert (place / "run.names").read_text().count("\n") > 5
+
+
+def test_the_page_names_files_and_hooks_that_exist() -> None:
+    from ftlevel.extensions import HOOKS
+
+    paths = re.findall(r"`((?:src|tests|docs)/[\w./-]+)`", PAGE)
+    assert len(paths) > 8
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    assert set(re.findall(r"^\| `(\w+)` \| (?:at|by|when) ", PAGE, re.M)) == set(HOOKS)

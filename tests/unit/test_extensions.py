@@ -1,0 +1,130 @@
+"""Extensions are found, left out when they are broken, and refused when they share a name."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ftlevel import extensions
+from ftlevel.errors import ConfigError
+from ftlevel.extensions import Extension, added, find_extensions, hooks, loaded
+
+ROOT = Path(__file__).parents[2]
+Install = Callable[..., None]
+HEAD = "from ftlevel.extensions import Command, Extension\n"
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Return a function that installs a package with a module and an entry point."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    find_extensions.cache_clear()
+
+    def put(name: str, text: str, reference: str | None = None) -> None:
+        (tmp_path / f"{name}.py").write_text(HEAD + text, encoding="utf-8")
+        info = tmp_path / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        point = f"[{extensions.GROUP}]\n{name} = {reference or f'{name}:EXTENSION'}\n"
+        (info / "entry_points.txt").write_text(point, encoding="utf-8")
+
+    yield put
+    find_extensions.cache_clear()
+    for name in [name for name in sys.modules if name.startswith("toy")]:
+        del sys.modules[name]
+
+
+def test_ours_are_in_the_metadata_as_in_the_package() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    table = text.split('[project.entry-points."ftlevel.extras"]\n')[1].split("\n\n")[0]
+    listed = re.findall(r'^(\w+) = "([\w.]+):EXTENSION"$', table, re.M)
+    folders = sorted(p.parent.name for p in (ROOT / "src/ftlevel/extras").glob("*/__init__.py"))
+    assert listed == [(name, f"ftlevel.extras.{name}") for name in folders]
+
+
+def test_an_installed_package_is_found(install: Install) -> None:
+    install("toyone", 'EXTENSION = Extension(formats={".toy": "toyone:EXTENSION"})\n')
+    assert added("formats") == {".toy": ("toyone 1.0", "toyone:EXTENSION")}
+    assert isinstance(loaded("formats")[".toy"], Extension)
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "reason"),
+    [
+        ("import nothing_of_the_kind\n", None, "ModuleNotFoundError: No module named 'nothing_"),
+        ("EXTENSION = 3\n", None, "toytwo:EXTENSION is no Extension"),
+        ("", "toytwo:GONE", "AttributeError: module 'toytwo' has no attribute 'GONE'"),
+        ("EXTENSION = Extension(hooks={'gone': 'a:b'})\n", None, "no such hook: gone"),
+        ("EXTENSION = Extension(wrong=1)\n", None, "unexpected keyword argument 'wrong'"),
+        ("raise SystemError('no')\n", None, "SystemError: no"),
+    ],
+)
+def test_a_broken_package_is_left_out_with_one_line(
+    text: str,
+    reference: str | None,
+    reason: str,
+    install: Install,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    install("toytwo", text, reference)
+    own = {source for source, _ in find_extensions()}
+    warning = capsys.readouterr().err
+    assert own == {"ftlevel"}
+    assert warning.startswith("ftlevel: warning: toytwo 1.0 cannot be used (")
+    assert reason in warning
+    assert warning.count("\n") == 1
+
+
+def test_a_broken_part_is_left_out(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    install(
+        "toythree",
+        "EXTENSION = Extension(formats={'.toy': 'toythree:Gone'},"
+        "hooks={'finish_run': 'toythree_gone:run'})\n",
+    )
+    assert loaded("formats") == {}
+    assert [hook.__module__ for hook in hooks("finish_run")] == ["ftlevel.extras.report.page"]
+    assert capsys.readouterr().err.count("toythree 1.0 cannot be used") == 2
+
+
+def test_a_name_that_is_taken_is_refused(install: Install) -> None:
+    install("toyfour", "EXTENSION = Extension(tasks={'rank': 'a'})\n")
+    with pytest.raises(ConfigError, match="the task 'rank' is defined by ftlevel and by toyfour"):
+        added("tasks", ("rank",))
+    install("toyfive", "EXTENSION = Extension(tasks={'rank': 'b'})\n")
+    find_extensions.cache_clear()
+    with pytest.raises(ConfigError, match=r"toyf\w+ 1.0 and by toyf\w+ 1.0\. Uninstall one"):
+        added("tasks")
+
+
+def _help(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ftlevel", "launch", "--help"]
+    paths = {"PYTHONPATH": f"{folder}:{ROOT / 'src'}", "PATH": "/usr/bin:/bin"}
+    return subprocess.run(command, env=paths, capture_output=True, text=True, check=False)
+
+
+def test_the_command_line_names_both_packages_of_a_flag(install: Install, tmp_path: Path) -> None:
+    install(
+        "toysix",
+        "def flags():\n"
+        "    from ftlevel.config.flag import option\n"
+        "    return [option('--nodes', 'Nodes.', on=('launch',))]\n"
+        "EXTENSION = Extension(flags=flags)\n",
+    )
+    done = _help(tmp_path)
+    assert done.returncode == 2
+    told = "ftlevel: --nodes of ftlevel launch is defined by ftlevel and by toysix 1.0."
+    assert done.stderr.startswith(told)
+
+
+def test_the_command_line_works_beside_a_broken_package(install: Install, tmp_path: Path) -> None:
+    install("toyseven", "1 / 0\n")
+    done = _help(tmp_path)
+    assert done.returncode == 0
+    assert "--gpus-per-node" in done.stdout
+    assert done.stderr.startswith("ftlevel: warning: toyseven 1.0 cannot be used (ZeroDivision")
+    assert done.stderr.count("\n") == 1
