@@ -35,6 +35,8 @@ from ftlevel.evaluation.model_pair import (
     choose_leader,
     resolve_pair,
 )
+from ftlevel.evaluation.rewards import RewardEvaluator, open_rewards
+from ftlevel.evaluation.rollouts import Rollouts
 from ftlevel.evaluation.scoring import (
     Evaluator,
     GenerationOptions,
@@ -48,6 +50,7 @@ from ftlevel.models.hardware import choose_device
 from ftlevel.models.loading import silence_loggers
 from ftlevel.models.quantization import quantization_form
 from ftlevel.tasks import TASKS
+from ftlevel.tasks.rl.objective import PolicyGradient
 from ftlevel.trained.load import LoadedModel, load_ref
 from ftlevel.trained.model_ref import ModelRef, describe_dtype
 from ftlevel.training.build_trainer import eval_batch_size
@@ -297,7 +300,12 @@ def _evaluator(
         metrics, task, trained.objective, generates=generates, how="--max-generate-samples N"
     )
     rows = config.max_generate_samples or train.max_generate_samples
-    return Evaluator(
+    kind: type[Evaluator] = Evaluator
+    more: dict[str, Any] = {}
+    if isinstance(trained.objective, PolicyGradient):
+        kind, more = RewardEvaluator, {"rollouts": _rollouts(trained, held_out, settings)}
+    return kind(
+        **more,
         rows=held_out.rows,
         tokenizer=trained.tokenizer,
         kind=trained.kind,
@@ -306,6 +314,8 @@ def _evaluator(
         dtype=trained.dtype,
         batch_size=config.batch_size or eval_batch_size(train),
         generated_rows=min(rows, len(held_out.rows))
+        if more
+        else min(rows, len(held_out.rows))
         if generates and uses_text_metrics(metrics, task)
         else 0,
         writing=GenerationOptions(
@@ -317,6 +327,26 @@ def _evaluator(
         language=held_out.language,
         chunked_cross_entropy=speed.fast and speed.chunked_cross_entropy,
         metrics=metrics,
+    )
+
+
+def _rollouts(trained: LoadedModel, held_out: EvaluationRows, settings: TrainConfig) -> Rollouts:
+    """Return the rollouts of a model of reinforcement learning, with the seed of training."""
+    objective = trained.objective
+    if not isinstance(objective, PolicyGradient):
+        raise TypeError("only a policy has rewards")
+    rl = objective.settings
+    return Rollouts(
+        trained.model,
+        trained.tokenizer,
+        rl,
+        open_rewards(rl, trained.device, trained.tokenizer, held_out.rows, held_out.table.where),
+        settings.train.order_seed,
+        kind=trained.kind,
+        method=trained.method,
+        device=trained.device,
+        dtype=trained.dtype,
+        where=held_out.table.where,
     )
 
 

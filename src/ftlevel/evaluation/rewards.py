@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from ftlevel.config.rl import RlConfig
 from ftlevel.evaluation.intervals import select_metrics
+from ftlevel.evaluation.reward_model import open_reward_model
 from ftlevel.evaluation.rollouts import Group, Rollouts
 from ftlevel.evaluation.scoring import EvaluationRecord, Evaluator
 from ftlevel.task import PolicyObjective
+from ftlevel.tasks.rl.formats import ANSWER
+from ftlevel.tasks.rl.rewards import Rewards
 
 HELD_OUT = 1 << 40
 """Step of the random numbers of evaluations, which are the same before and after training."""
+
+
+_TAIL = 8  # tokens
+
+
+def open_rewards(
+    settings: RlConfig,
+    device: str,
+    tokenizer: Any,
+    rows: Sequence[Any],
+    where: Callable[[int], str],
+) -> Rewards:
+    """Return the rewards of `settings` for the prompts `rows`; loads no weights.
+
+    `where` returns the place of a row of the table.
+
+    Raises:
+        ConfigError: a reward does not exist, or the rows lack a column or an answer for it.
+    """
+    end = str(tokenizer.decode(rows[0].input_ids[-_TAIL:])).rstrip()
+    rewards = Rewards.resolve(
+        settings, partial(open_reward_model, device=device), opens_think=end.endswith("<think>")
+    )
+    rewards.check_columns(rows[0].columns)
+    answers = [row.columns.get(ANSWER) for row in rows]
+    rewards.check_answers(answers, lambda at: where(rows[at].row))
+    return rewards
 
 
 @dataclass(frozen=True)

@@ -185,9 +185,14 @@ class RewardMeter:
 
 
 def reward_names(settings: RlConfig) -> list[str]:
-    """Return the names of the rewards, as `Rewards.names`."""
+    """Return the names of the rewards in metrics; of a function without its file."""
     return [
-        f"{spec.name}:{spec.argument}" if spec.argument else spec.name for spec in settings.rewards
+        spec.argument
+        if spec.kind == "function"
+        else f"{spec.name}:{spec.argument}"
+        if spec.argument
+        else spec.name
+        for spec in settings.rewards
     ]
 
 

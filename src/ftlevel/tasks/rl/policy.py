@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.config import DataConfig
-from ftlevel.config.rl import RlConfig
+from ftlevel.config.rl import RewardSpec, RlConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.formats.detect import Format
@@ -55,7 +56,8 @@ class RlTask(TextTask):
 
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings, which held-out prompts are sampled and scored with."""
-        return {"rl": self.settings.model_dump(mode="json")}
+        places = [_absolute(spec) for spec in self.settings.rewards]
+        return {"rl": {**self.settings.model_dump(mode="json"), "reward": places}}
 
     def imagine_row(self, ids: list[int], row: int) -> Encoded:
         """Return a synthetic prompt that leaves room for a completion."""
@@ -99,6 +101,13 @@ class RlTask(TextTask):
             Choice("loss", settings.loss, ", ".join(parts)),
             Choice("rollouts", sampled, f"temperature {settings.temperature:g}"),
         ]
+
+
+def _absolute(spec: RewardSpec) -> str:
+    """Return a reward as given, with the absolute path of its file."""
+    if spec.kind != "function":
+        return spec.text
+    return f"{Path(spec.name).resolve()}:{spec.argument}={spec.weight:g}"
 
 
 _TEXT = next(task for task in TEXT_TASKS if task.name == "text-generation")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -34,7 +33,7 @@ from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.splits import load_splits
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import check_metrics, generates_texts
-from ftlevel.evaluation.reward_model import open_reward_model
+from ftlevel.evaluation.rewards import open_rewards
 from ftlevel.fast.attention.gpu import fetch_kernel
 from ftlevel.fast.plan import fused_lora_choices, kernel_choices, plan_fast
 from ftlevel.methods.rates import RunFacts
@@ -55,7 +54,6 @@ from ftlevel.task import Objective, PolicyObjective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.tasks.distillation import build_distillation
 from ftlevel.tasks.losses import Tokens
-from ftlevel.tasks.rl.formats import ANSWER
 from ftlevel.tasks.rl.rewards import Rewards
 from ftlevel.training.plan.adapter import StartingAdapter
 from ftlevel.training.plan.best_model import Length, resolve_best_model
@@ -345,21 +343,7 @@ def _resolve_rewards(
     """Return the rewards of reinforcement learning, checked against the rows; else None."""
     if not isinstance(objective, PolicyObjective) or not settings.reward:
         return None
-    rows: Any = data.train
-    ends = str(bare.tokenizer.decode(rows[0].input_ids[-_TAIL:])).rstrip()
-    rewards = Rewards.resolve(
-        settings,
-        partial(open_reward_model, device=bare.device.value),
-        opens_think=ends.endswith("<think>"),
-    )
-    rewards.check_columns(rows[0].columns)
-    rewards.check_answers(
-        [row.columns.get(ANSWER) for row in rows], lambda at: data.table.where(rows[at].row)
-    )
-    return rewards
-
-
-_TAIL = 8  # tokens
+    return open_rewards(settings, bare.device.value, bare.tokenizer, data.train, data.table.where)
 
 
 def _run_facts(model: PlannedModel, meta: Any, objective: Objective, steps: int) -> RunFacts:

@@ -11,6 +11,7 @@ from ftlevel.config.section import Choice
 from ftlevel.errors import RunError
 from ftlevel.evaluation.rollouts import Group
 from ftlevel.events import Listener
+from ftlevel.tasks.rl.objective import reward_names
 from ftlevel.training.rl.step import GroupFacts, describe_group, has_signal, measure, rows_of
 from ftlevel.training.rl.trainer import RlTrainer, check_sampler
 
@@ -43,7 +44,7 @@ def check_before(trainer: RlTrainer, prompts: Sequence[Any], listener: Listener)
     if trainer.rollouts.why_generate:
         why = f"the decoder cannot serve this model: {trainer.rollouts.why_generate}"
         listener.choices("rollouts", [Choice("sampler", "transformers' generate", why)])
-    metrics = measure(facts, trainer.rollouts.rewards.names)
+    metrics = measure(facts, reward_names(settings))
     difference = _compare(trainer, groups)
     differences = processes.exchange(difference)
     mean = max(part[0] for part in differences)

@@ -25,7 +25,7 @@ from ftlevel.fast.head.likelihoods import compute_token_likelihoods
 from ftlevel.fast.packing import using_layout
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.tasks.rl.losses import PolicyLoss
-from ftlevel.tasks.rl.objective import PolicyGradient
+from ftlevel.tasks.rl.objective import PolicyGradient, reward_names
 from ftlevel.tasks.rl.rows import CompletionRow, build_completion_row, stand_in_completions
 from ftlevel.training.rl.step import (
     GroupFacts,
@@ -158,7 +158,7 @@ class RlTrainer(FtlevelTrainer):
     def roll_out(self, step: int, prompts: Sequence[Any]) -> Rollout:
         """Return the rollout of `prompts`, those of this process, with the current weights."""
         began = time.perf_counter()
-        settings, names = self.settings, self.rollouts.rewards.names
+        settings, names = self.settings, reward_names(self.settings)
         groups = self._sample(step, prompts)
         sampled = self._exchange(groups)
         used, everyone = groups, sampled
