@@ -21,10 +21,10 @@ from ftlevel.errors import ConfigError
 
 MARKER = ".ftlevel.json"
 CONFIG, SUMMARY, METRICS, README = "config.yaml", "summary.json", "metrics.jsonl", "README.md"
-REPORT, ANSWERS = "report.html", "validation.jsonl"
+REPORT, ANSWERS, ROLLOUTS = "report.html", "validation.jsonl", "rollouts.jsonl"
 ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
 _TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
-_FILES = (CONFIG, SUMMARY, METRICS, README, REPORT, ANSWERS, "places.json")
+_FILES = (CONFIG, SUMMARY, METRICS, README, REPORT, ANSWERS, ROLLOUTS, "places.json")
 OWN = (*_FILES, ADAPTER, CHECKPOINTS, "base", *_TRACKERS)
 """Names of everything that a run writes into its directory, except the marker."""
 

@@ -26,6 +26,7 @@ from ftlevel.artifacts.ownership import (
     METRICS,
     README,
     REPORT,
+    ROLLOUTS,
     SUMMARY,
 )
 from ftlevel.artifacts.ownership import CONFIG as CONFIG
@@ -286,6 +287,7 @@ def open_run(
             run.checkpoints.mkdir(exist_ok=resume)
             for left in (
                 path / METRICS,
+                path / ROLLOUTS,
                 run.checkpoints / _CHANGES,
                 run.checkpoints / _NOTES,
             ):  # left by a killed run

@@ -47,6 +47,7 @@ _HELD = (
     ("metrics.jsonl", "training log"),
     ("summary.json", "all results"),
     ("validation.jsonl", "predictions for validation rows"),
+    ("rollouts.jsonl", "sampled completions with rewards"),
     ("README.md", "model card"),
     ("report.html", "HTML report"),
 )

@@ -141,7 +141,7 @@ def resolve_merge_input(config: MergeConfig) -> MergeInput:
     ref = resolve_model(config.adapters[0], base=config.base_model, device=device)
     card, source = ref.card, ref.source
     check_cached_base(source, card, directory)
-    task = TASKS[card.task]
+    task = TASKS[card.task].configured(card.options)
     model_config = load_config(source, **card_overrides(card))
     if not ref.is_ours:
         own_dtype = str(model_config.dtype or "float32").removeprefix("torch.")

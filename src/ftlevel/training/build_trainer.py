@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.checkpoints import step_of
+from ftlevel.artifacts.ownership import ROLLOUTS
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import MethodConfig
 from ftlevel.config.trainer import TrainerConfig
@@ -44,7 +45,7 @@ from ftlevel.training.plan.run import Run
 from ftlevel.training.plan.schedule import count_steps_per_epoch, rows_per_epoch
 from ftlevel.training.processes import Processes
 from ftlevel.training.resume import ResumeState
-from ftlevel.training.rl.records import ROLLOUTS, RolloutFile
+from ftlevel.training.rl.records import RolloutFile
 from ftlevel.training.rl.step import bound_of
 from ftlevel.training.rl.trainer import RepeatedSteps, RlTrainer
 from ftlevel.training.sharding import ShardedTrainer

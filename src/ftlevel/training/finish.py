@@ -34,6 +34,7 @@ from ftlevel.training.disk import explain_disk_errors
 from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import Run
 from ftlevel.training.resume import has_evaluation
+from ftlevel.training.rl.checks import find_rollout_warnings
 from ftlevel.training.summary import (
     Outcome,
     build_card,
@@ -202,6 +203,7 @@ def report_results(
     with explain_disk_errors(directory):
         write_results(directory, run.config.method, summary, lines)
     remarks = run.objective.remarks(summary["metrics"], summary["metrics_before"])
+    remarks += find_rollout_warnings(outcome.records)
     for warning in [
         *find_nothing_learned(summary, run),
         *find_worse_than_before(summary),

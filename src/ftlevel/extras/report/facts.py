@@ -11,7 +11,8 @@ from statistics import fmean
 from typing import Any
 
 from ftlevel.artifacts.files import read_plain
-from ftlevel.artifacts.ownership import ANSWERS, METRICS, SUMMARY
+from ftlevel.artifacts.ownership import ANSWERS, METRICS, ROLLOUTS, SUMMARY
+from ftlevel.artifacts.rollouts import RolloutFacts, summarize_rollouts
 from ftlevel.errors import InputError
 
 MOST_CLASSES = 30  # in a confusion matrix
@@ -131,13 +132,17 @@ def _scores(
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Files of a run for the report; `answers` is None without scored rows."""
+    """Files of a run for the report; `answers` is None without scored rows.
+
+    `rollouts` is None unless the run sampled completions.
+    """
 
     name: str
     path: Path
     summary: Mapping[str, Any]
     records: Sequence[Mapping[str, Any]]
     answers: Answers | None = None
+    rollouts: RolloutFacts | None = None
 
 
 def read_run_facts(path: Path, predictions: Path | None = None) -> RunFacts:
@@ -156,7 +161,8 @@ def read_run_facts(path: Path, predictions: Path | None = None) -> RunFacts:
     if predictions is None and (path / ANSWERS).is_file():
         predictions = path / ANSWERS
     answers = None if predictions is None else summarize_answers(_lines(predictions))
-    return RunFacts(path.resolve().name, path, summary, records, answers)
+    rollouts = summarize_rollouts(path / ROLLOUTS)
+    return RunFacts(path.resolve().name, path, summary, records, answers, rollouts)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from typing import Any
 from ftlevel._version import __version__
 from ftlevel.artifacts.cards import loss_words, memory_words
 from ftlevel.artifacts.files import write_text
+from ftlevel.artifacts.ownership import ROLLOUTS
+from ftlevel.artifacts.rollouts import summarize_rollouts
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.extras.report.facts import RunFacts, summarize_answers
 
@@ -27,6 +29,13 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 8, 10, 28
 Point = tuple[float, float]
 
 CURVES = (
+    ("reward", "Reward of sampled completions", "reward"),
+    ("signal", "Groups with different rewards, share", "groups_with_signal"),
+    ("length", "Tokens of a completion", "completion_length"),
+    ("truncated", "Truncated completions, share", "truncated"),
+    ("entropy", "Entropy of a token, nats", "entropy"),
+    ("kl", "KL divergence from the initial model", "kl"),
+    ("clipped", "Tokens at which the loss is clipped, share", "clipped"),
     ("loss", "Training loss", "loss"),
     ("eval_loss", "Validation loss", "eval_loss"),
     ("learning_rate", "Learning rate", "learning_rate"),
@@ -306,5 +315,6 @@ def write_run_page(
     """Write the page of a run at its end; `lines` are its predictions for validation rows."""
     answers = summarize_answers(iter(lines)) if lines else None
     records = run.read_log(summary["steps"])
-    facts = RunFacts(run.path.resolve().name, run.path, summary, records, answers)
+    rollouts = summarize_rollouts(run.path / ROLLOUTS)
+    facts = RunFacts(run.path.resolve().name, run.path, summary, records, answers, rollouts)
     write_page([facts], run.report)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -123,3 +124,45 @@ def find_problem(metrics: dict[str, float], facts: Sequence[GroupFacts], length:
             "reward with steps between 0 and 1. --check-groups 0 skips this check."
         )
     return ""
+
+
+_WINDOW = 0.2
+"""Share of the steps at each end of a run whose means are compared."""
+
+RAN_LONGER, COLLAPSED = 0.2, 0.1
+"""Increase of the truncated share, and share of the initial entropy, that are warned about."""
+
+
+def find_rollout_warnings(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return warnings about a reward that rises with length, and about lost entropy.
+
+    `records` are those of the log; other tasks have no rollouts in them.
+    """
+    sampled = [record for record in records if "completion_length" in record]
+    count = max(1, int(_WINDOW * len(sampled)))
+    if len(sampled) < 2 * count:
+        return []
+
+    def ends(name: str) -> tuple[float, float]:
+        parts = (sampled[:count], sampled[-count:])
+        first, last = ([r[name] for r in part if name in r] for part in parts)
+        return (fmean(first), fmean(last)) if first and last else (0.0, 0.0)
+
+    reward, length, cut, entropy = map(
+        ends, ("reward", "completion_length", "truncated", "entropy")
+    )
+    found = []
+    if reward[1] > reward[0] and cut[1] > max(cut[0] + RAN_LONGER, 0.5):
+        found.append(
+            f"the reward rose ({reward[0]:.2f} to {reward[1]:.2f}) while completions ran to the "
+            f"maximum length ({cut[0]:.0%} to {cut[1]:.0%} are cut, mean length {length[0]:.0f} to "
+            f"{length[1]:.0f} tokens): the model may be paid for length. Look at rollouts.jsonl; "
+            "add --reward length:MIN-MAX, or --mask-truncated-completions."
+        )
+    if entropy[0] and entropy[1] < COLLAPSED * entropy[0]:
+        found.append(
+            f"the entropy of a token fell from {entropy[0]:.2f} to {entropy[1]:.2f} nats: the "
+            "completions of a prompt are almost the same, and little more can be learned. Use a "
+            "lower --learning-rate, --beta, or fewer steps."
+        )
+    return found

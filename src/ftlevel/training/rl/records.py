@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ftlevel.artifacts.files import write_text
+from ftlevel.artifacts.rollouts import read_rollouts
 from ftlevel.evaluation.rollouts import Group
 from ftlevel.training.processes import Processes
 
-ROLLOUTS = "rollouts.jsonl"
 MOST_BYTES = 64_000_000
 """Bytes of rollouts.jsonl up to which all completions of a step are written."""
 LONGEST = 4_000
@@ -47,17 +46,3 @@ class RolloutFile:
             kept = [line for line in read_rollouts(self._path) if line["step"] <= step]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
             write_text(self._path, text)
-
-
-def read_rollouts(path: Path) -> list[dict[str, Any]]:
-    """Return the complete lines of a rollouts.jsonl; empty if there is none."""
-    found = []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict) and isinstance(value.get("step"), int):
-            found.append(value)
-    return found
