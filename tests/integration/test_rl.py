@@ -88,7 +88,7 @@ def settings(
     }
     tr = {"per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 2e-3, **(tr or {})}
     model = {"dtype": "float32", **more.pop("model", {})}
-    own = {"dataset": str(data / "rows.jsonl"), **more.pop("data", {})}
+    own = {"dataset": str(data / "rows.jsonl"), **more.pop("rows", {})}
     told = {"dir": out, **more.pop("output", {})}
     return TrainConfig(task="rl", model=model, data=own, rl=rl, train=tr, output=told, **more)
 
@@ -123,7 +123,7 @@ def learned(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
             "eval_strategy": "no",
             "eval_on_start": False,
         },
-        data={"validation_file": str(data / "held-out.jsonl")},
+        rows={"validation_file": str(data / "held-out.jsonl")},
     )
     return out, dict(train(config).summary)
 
@@ -134,11 +134,9 @@ def test_a_run_learns_from_its_reward(learned: tuple[Path, dict[str, Any]]) -> N
     assert len(rewards) == 20
     assert np.mean(rewards[:3]) < 0.3
     assert np.mean(rewards[-3:]) > 0.8
-    differences = [
-        record["sampler_difference"] for record in log(run) if record["groups_with_signal"]
-    ]
-    assert max(differences) < 1e-4
-    assert {"completion_length", "truncated", "entropy", "clipped"} <= log(run)[-1].keys()
+    trained = [record for record in log(run) if record["groups_with_signal"]]
+    assert max(record["sampler_difference"] for record in trained) < 1e-4
+    assert {"completion_length", "truncated", "entropy", "clipped"} <= trained[-1].keys()
 
 
 def test_rollouts_are_kept_with_their_rewards(learned: tuple[Path, dict[str, Any]]) -> None:
@@ -308,7 +306,7 @@ def test_a_planted_fault_stops_the_run(data: Path, tmp_path: Path, fault: str, g
 @pytest.mark.parametrize(
     ("rl", "advice"),
     [
-        ({"reward": ["REWARDS:same"]}, "reward with steps between 0 and 1"),
+        ({"max_completion_length": 48}, "reward with steps between 0 and 1"),
         ({"max_completion_length": 2}, "Raise --max-completion-length"),
     ],
     ids=["no-signal", "all-cut"],
@@ -316,9 +314,7 @@ def test_a_planted_fault_stops_the_run(data: Path, tmp_path: Path, fault: str, g
 def test_a_run_that_cannot_learn_stops_before_its_first_step(
     data: Path, tmp_path: Path, rl: dict[str, Any], advice: str
 ) -> None:
-    rl = {"check_groups": 4, **rl}
-    if "reward" in rl:
-        rl["reward"] = [f"{data}/rewards.py:same"]
+    rl = {"check_groups": 4, "reward": [f"{data}/rewards.py:same"], **rl}
     with pytest.raises(RunError, match=advice):
         train(settings(data, tmp_path / "run", rl))
 
