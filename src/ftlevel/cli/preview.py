@@ -150,6 +150,8 @@ def show(preview: Preview, console: Console, *, whole: bool) -> None:
     console.print()
     for line in summary_lines(preview):
         console.print(Text(line), highlight=False)
+    for choice in preview.rollouts:
+        console.print(Text(f"{choice.name}: {choice}"), highlight=False)
 
 
 def summary_lines(preview: Preview) -> Iterator[str]:
@@ -232,8 +234,10 @@ def preview(
 ) -> None:
     """Show encoded rows and problems in the data.
 
-    Reads the data exactly as train does, with the same flags, but loads no weights. Supervised
-    tokens are green in a terminal and in [brackets] in a pipe. Statistics and data checks follow.
+    Reads the data exactly as train does, with the same flags, but loads no weights, except for
+    --task rl, where it samples and scores completions as train does before its first step.
+    Supervised tokens are green in a terminal and in [brackets] in a pipe. Statistics and data
+    checks follow.
     """
     config, _ = read_config(given)
     from ftlevel.cli.screen import open_screen

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,16 @@ from ftlevel.data.encoding.store import row_lengths
 from ftlevel.data.gate import Finding
 from ftlevel.data.gate.flat import flat_batches
 from ftlevel.errors import ConfigError, join_names
+from ftlevel.evaluation.rewards import open_rewards
+from ftlevel.events import NullListener
 from ftlevel.models.loading import silence_loggers
+from ftlevel.task import PolicyObjective
+from ftlevel.training.build_trainer import build_rollouts
+from ftlevel.training.model import load_adapted
 from ftlevel.training.plan.adapter import resolve_adapter
 from ftlevel.training.plan.resolve import infer_task, resolve
 from ftlevel.training.plan.run import Run
+from ftlevel.training.rl.checks import preview_rollouts
 
 _BARS = 10  # of the histogram
 
@@ -64,7 +70,10 @@ class Bar:
 
 @dataclass(frozen=True)
 class Preview:
-    """Output of `preview`; `tokens` and `supervised` are per epoch, `lengths` is a histogram."""
+    """Output of `preview`; `tokens` and `supervised` are per epoch, `lengths` is a histogram.
+
+    `rollouts` has lines about sampled completions, in reinforcement learning.
+    """
 
     rows: list[ShownRow]
     lengths: list[Bar]
@@ -74,6 +83,7 @@ class Preview:
     steps: int
     facts: dict[str, Any]
     choices: list[Choice]
+    rollouts: list[Choice] = field(default_factory=list)
 
     @property
     def extent(self) -> str:
@@ -94,6 +104,7 @@ class Preview:
             "supervised": self.supervised,
             "steps": self.steps,
             "findings": [finding.to_dict() for finding in self.findings],
+            "rollouts": {choice.name: str(choice) for choice in self.rollouts},
         }
 
 
@@ -110,6 +121,7 @@ def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
         config, why = infer_task(config)
         run = resolve(config, lenient=True, why_task=why, adapter=adapter)
         shown = [_show_row(run, row) for row in _pick(run, numbers)]
+        rollouts = _sample(run)
     facts = run.data.facts
     return Preview(
         shown,
@@ -120,7 +132,23 @@ def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
         run.schedule.steps,
         facts,
         run.data.choices,
+        rollouts,
     )
+
+
+def _sample(run: Run) -> list[Choice]:
+    """Return lines about completions sampled with the initial weights, and their rewards.
+
+    Only in reinforcement learning; no other preview loads weights.
+    """
+    settings, model = run.config.rl, run.model
+    if not isinstance(run.objective, PolicyObjective) or not settings.check_groups:
+        return []
+    rows, where = run.data.train, run.data.table.where
+    rewards = open_rewards(settings, model.device, model.tokenizer, rows, where)
+    loaded = load_adapted(run, NullListener())
+    rollouts = build_rollouts(replace(run, rewards=rewards), loaded.model)
+    return preview_rollouts(rollouts, rows)
 
 
 def _pick(run: Run, numbers: Sequence[int]) -> list[Encoded]:

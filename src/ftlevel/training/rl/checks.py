@@ -10,7 +10,7 @@ import numpy as np
 
 from ftlevel.config.section import Choice
 from ftlevel.errors import RunError
-from ftlevel.evaluation.rollouts import Group
+from ftlevel.evaluation.rollouts import Group, Rollouts
 from ftlevel.events import Listener
 from ftlevel.tasks.rl.objective import reward_names
 from ftlevel.training.rl.step import GroupFacts, describe_group, has_signal, measure, rows_of
@@ -37,8 +37,7 @@ def check_before(trainer: RlTrainer, prompts: Sequence[Any], listener: Listener)
     if not count:
         return {}
     listener.stage("sample before training")
-    chosen = [prompts[at * len(prompts) // count] for at in range(count)]
-    own = chosen[processes.world.rank :: processes.count]
+    own = spread(prompts, count)[processes.world.rank :: processes.count]
     groups = processes.in_all(lambda: trainer.rollouts(BEFORE, own))
     parts = processes.exchange([describe_group(group, settings) for group in groups])
     facts = [group for part in parts for group in part]
@@ -54,6 +53,23 @@ def check_before(trainer: RlTrainer, prompts: Sequence[Any], listener: Listener)
     if problem := find_problem(metrics, facts, settings.max_completion_length):
         raise RunError(problem)
     return {**metrics, "groups": len(facts), "sampler_difference": mean}
+
+
+def spread(prompts: Sequence[Any], count: int) -> list[Any]:
+    """Return `count` of `prompts`, from all parts of the data."""
+    count = min(count, len(prompts))
+    return [prompts[at * len(prompts) // count] for at in range(count)]
+
+
+def preview_rollouts(rollouts: Rollouts, prompts: Sequence[Any]) -> list[Choice]:
+    """Return lines about groups sampled for some of `prompts`, as `check_before` shows them."""
+    settings = rollouts.settings
+    groups = rollouts(BEFORE, spread(prompts, settings.check_groups))
+    facts = [describe_group(group, settings) for group in groups]
+    metrics = measure(facts, reward_names(settings))
+    lines = describe(metrics, facts, groups)
+    problem = find_problem(metrics, facts, settings.max_completion_length)
+    return [*lines, *([Choice("would stop the run", problem)] if problem else [])]
 
 
 def _compare(trainer: RlTrainer, groups: Sequence[Group]) -> tuple[float, float]:
