@@ -1,0 +1,172 @@
+"""What `train --task rl` refuses before weights load: one line, exit code 2."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftlevel.cli.app import run
+from ftlevel.errors import ConfigError
+from ftlevel.tasks import TASKS
+
+Say = Callable[..., tuple[int, str]]
+
+ROWS = [
+    {"question": f"What is {i} + 2?", "answer": f"{i} + 2 is #### {i + 2}", "level": i}
+    for i in range(8)
+]
+REWARDS = """
+def of_level(completions, level, **kwargs):
+    return [0.0] * len(completions)
+
+def of_grade(completions, grade, **kwargs):
+    return [0.0] * len(completions)
+"""
+
+
+@pytest.fixture
+def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Say:
+    """Return what runs `ftlevel train --task rl --dry-run`: its exit code and its output."""
+    monkeypatch.chdir(tmp_path)
+    Path("rewards.py").write_text(REWARDS, encoding="utf-8")
+
+    def call(*arguments: str, rows: list[Any] = ROWS) -> tuple[int, str]:
+        lines = "\n".join(json.dumps(row) for row in rows)
+        Path("rows.jsonl").write_text(lines, encoding="utf-8")
+        command = ["train", "--task", "rl", "--dataset", "rows.jsonl", "--dry-run"]
+        code = run([*command, *arguments])
+        told = capfd.readouterr()
+        return code, told.out + told.err
+
+    return call
+
+
+def refused(out: str) -> list[str]:
+    """Return the lines of an error."""
+    return [line for line in out.splitlines() if line.startswith("ftlevel: ")]
+
+
+SETTINGS = [
+    ([], "--task rl has no reward. Add --reward exact, or another built-in one (contains, number"),
+    (["--num-generations", "1"], "--num-generations 1: a completion is compared with the others"),
+    (["--num-generations", "0"], "--num-generations: 0 is out of range"),
+    (["--temperature", "0"], "--temperature: 0.0 is out of range"),
+    (["--top-p", "0.9"], "--top-p 0.9 would sample from another distribution"),
+    (["--top-k", "50"], "it would sample from another distribution"),
+    (["--lora-dropout", "0.1"], "--lora-dropout 0.1: the model that samples and the model that"),
+    (["--neftune-noise-alpha", "5"], "--neftune-noise-alpha 5: the model that samples"),
+    (["--label-smoothing", "0.1"], "--label-smoothing-factor: --task rl has no target tokens"),
+    (["--train-on-inputs"], "--train-on-inputs: --task rl trains on sampled completions only"),
+    (["--streaming", "--max-steps", "2"], "--streaming cannot be used with --task rl. Drop it."),
+    (["--loss", "dappo"], "Did you mean 'dapo'"),
+    (["--loss", "dpo"], "'dpo' is not known. Expected one of dapo, grpo, dr_grpo, bnpo, rloo"),
+    (["--loss", "cispo", "--epsilon", "0.1"], "--epsilon: --loss cispo does not use it"),
+    (["--loss", "rloo", "--scale-rewards", "batch"], "--scale-rewards: --loss rloo does not use"),
+    (["--loss", "reinforce++", "--scale-rewards", "group"], "--loss reinforce++ does not use it"),
+    (["--use-bias-correction-kl"], "--use-bias-correction-kl is of --beta, which is 0. Drop it."),
+    (["--loss", "dapo", "--importance-sampling-level", "sequence"], "is --loss gspo"),
+    (["--reward-weights", "1"], "a weight follows its reward. Write --reward NAME=WEIGHT"),
+    (["--rollouts", "localhost:8000"], "--rollouts"),
+    (["--rollouts", "http://localhost:8000", "--dora"], "vLLM loads plain LoRA adapters only, and"),
+    (["--rollouts", "http://localhost:8000", "--method", "ia3"], "and --method ia3 is given"),
+    (["--reward", "length:9"], "length:9: expected a range of tokens, as in length:20-80"),
+    (["--reward", "regex:("], "regex:(: expected a regular expression; missing )"),
+    (["--reward", "rewards.py"], "'rewards.py' names no function. Write rewards.py:FUNCTION"),
+    (["--sft-weight", "2"], "--sft-weight: of --task preference, and --task is rl"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), SETTINGS)
+def test_settings(arguments: list[str], words: str, say: Say) -> None:
+    is_about_reward = not arguments or arguments[0] == "--reward"
+    reward = [] if is_about_reward else ["--reward", "exact"]
+    code, out = say(*reward, *arguments)
+    assert code == 2
+    assert words in out
+    assert len(refused(out)) == 1
+
+
+def test_settings_of_another_task(say: Say) -> None:
+    code, out = say("--task", "text-generation", "--num-generations", "4", "--reward", "exact")
+    assert code == 2
+    assert "--reward, --num-generations: of --task rl, and --task is text-generation." in out
+
+
+def without(name: str) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != name} for row in ROWS]
+
+
+REWARD_FILES = [
+    (["rewards.py:nothing"], ROWS, "rewards.py has no function 'nothing'. It has of_level"),
+    (["none.py:f"], ROWS, "--reward none.py:f: none.py does not exist"),
+    (
+        ["rewards.py:of_grade"],
+        ROWS,
+        "needs a column 'grade', and the rows have question, answer, level",
+    ),
+    (["exact"], without("answer"), "--reward exact needs a column 'answer'"),
+    (["exactly"], ROWS, "no built-in reward and no run or model of that name. Did you mean"),
+    (["runs/none"], ROWS, "--reward runs/none does not exist"),
+    (["builtin:tiny-llama"], ROWS, "was trained for text-generation, and a reward model has one"),
+    (["json:none.json"], ROWS, "none.json cannot be read"),
+    (
+        ["number"],
+        [*ROWS, {"question": "And?", "answer": "#### six", "level": 1}],
+        "rows.jsonl:9: --reward number: the answer '#### six' has no number.",
+    ),
+    (
+        ["choice"],
+        ROWS,
+        "rows.jsonl:1: --reward choice: the answer '0 + 2 is #### 2' is not one of A, B",
+    ),
+    (["exact"], [*ROWS, {"question": "  ", "answer": "1", "level": 1}], "rows.jsonl:9"),
+    (["exact"], [{"text": "a b c"}] * 4, "the columns do not say what to learn"),
+]
+
+
+@pytest.mark.parametrize(("reward", "rows", "words"), REWARD_FILES)
+def test_rewards_and_rows(reward: list[str], rows: list[Any], words: str, say: Say) -> None:
+    code, out = say("--reward", *reward, rows=rows)
+    assert code == 2
+    assert words in out
+    assert len(refused(out)) == 1
+
+
+def test_models_that_are_no_decoders() -> None:
+    with pytest.raises(ConfigError, match="Its source and its completions have no common sequence"):
+        TASKS["rl"].auto_class("encoder-decoder", "t5")
+    with pytest.raises(ConfigError, match=r"Use a decoder such as Llama\."):
+        TASKS["rl"].auto_class("encoder", "bert")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--reward", "exact"], "loss: dapo (clip -0.2 +0.28"),
+        (["--reward", "exact=2", "--loss", "cispo"], "loss: cispo (ratio at most 5"),
+        (["--task", "grpo", "--reward", "number"], "loss: grpo (clip -0.2 +0.2"),
+        (["--task", "rloo", "--reward", "number"], "loss: rloo (clip -0.2 +0.2"),
+        (["--reward", "rewards.py:of_level", "--loss", "gspo"], "loss: gspo (clip -0.0003 +0.0004"),
+        (["--reward", "regex:\\d", "--temperature", "0.7"], "temperature 0.7"),
+        (["--reward", "exact", "--max-new-tokens", "32"], "8 completions of at most 32 tokens"),
+    ],
+)
+def test_accepted(arguments: list[str], line: str, say: Say) -> None:
+    code, out = say(*arguments)
+    assert code == 0, out
+    assert line in out
+    assert "0.1 times the supervised rate" in out
+
+
+def test_a_batch_of_trl_counts_completions(say: Say) -> None:
+    trl = ("--reward_funcs", "rewards.py:of_level", "--loss_type", "grpo", "--num_generations", "4")
+    code, out = say(*trl, "--per_device_train_batch_size", "6")
+    assert code == 2
+    assert "TRL counts completions, and a batch of 6 × 1 is no multiple of it" in out
+    code, out = say(*trl, "--per_device_train_batch_size", "8")
+    assert code == 0
+    assert "batch of 2 prompts with 4 completions each: TRL counts 8 completions" in out
