@@ -17,7 +17,7 @@
 | PEFT config, PEFT model, evaluation, resume, processes | tests/integration/test_rl.py |
 | test_rewards.py: accuracy, think format, repetition | test_builtin_rewards.py there |
 
-Left out: vision, Liger, environments, tools, rollout_func, chat_template_kwargs, dataloader workers,
+Left out: vision, Liger, environments, tools, rollout_func, chat_template_kwargs, workers,
 pad_to_multiple_of and iterable datasets (there are none here); delta, entropy bonus and filter,
 off-policy masks, sync_ref_model, normalize_then_sum, reward clipping, cosine and overlong rewards
 (not offered); generation kwargs and top-k (refused, tests/cli/test_rl.py); vLLM and continuous
