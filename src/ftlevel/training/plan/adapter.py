@@ -23,6 +23,7 @@ from ftlevel.config import (
     read_recipe,
 )
 from ftlevel.config.flags import FLAGS
+from ftlevel.config.rl import RL_TASK
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
 from ftlevel.methods import METHODS
@@ -257,7 +258,7 @@ def _differences(
             yield flags.get(f"method.{name}", f"method.{name}"), wish, shown
     if card is None:
         return
-    prefers = config.task == "preference" and TASKS[card.task].writes_text  # same language head
+    prefers = config.task in ("preference", RL_TASK) and TASKS[card.task].writes_text  # same head
     if "task" in config.model_fields_set and config.task != card.task and not prefers:
         yield "--task", config.task, f"the task {card.task}"
     if config.data.labels and list(config.data.labels) != card.labels:
