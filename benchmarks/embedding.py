@@ -15,11 +15,13 @@ import argparse
 import json
 import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,15 @@ def _rows(loss: str) -> tuple[list[dict[str, Any]], list[str], Any]:
     return rows, ["anchor", "positive", "negative"], teacher
 
 
+def _without_dropout(model: str, folder: Path) -> str:
+    """Return a copy of the model in `folder` that draws nothing at random."""
+    copy = shutil.copytree(model, folder / "model")
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    config |= {name: 0.0 for name in config if "dropout" in name}
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return str(copy)
+
+
 def _sentence_transformer(model: str) -> Any:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules
@@ -97,7 +108,6 @@ def _st_step(model: str, name: str) -> tuple[float, dict[str, Any]]:
     }[loss]()
     if dims := SETTINGS[name].get("matryoshka_dims"):
         made = losses.MatryoshkaLoss(st, made, matryoshka_dims=list(dims))
-    st.eval()  # without dropout
     features = [st.preprocess([row[column] for row in rows]) for column in columns]
     value = made(features, torch.tensor(labels))
     value.backward()
@@ -133,7 +143,7 @@ def _own_step(model: str, name: str, folder: Path) -> tuple[float, dict[str, Any
             data={"dataset": str(data)},
             train={"max_steps": 1, "per_device_train_batch_size": ROWS, "max_grad_norm": 0},
             embedding={"loss": loss, **SETTINGS[name], **more},
-            speed={"tokens_per_micro_batch": 128},
+            speed={"tokens_per_micro_batch": 128, "verify": False},
             output={"dir": folder / name.replace(" ", "")},
         ),
         callbacks=[Look()],
@@ -141,18 +151,22 @@ def _own_step(model: str, name: str, folder: Path) -> tuple[float, dict[str, Any
     return summary["loss_first"], found
 
 
-def equal(model: str) -> None:
-    """Print the relative differences of loss and gradients for every loss."""
+def equal(model: str, names: list[str]) -> None:
+    """Print the relative differences of loss and gradients for the losses `names`."""
     import torch
 
     print(f"{'loss':20} {'value':>10} {'difference':>10} {'gradients':>10}")
     with tempfile.TemporaryDirectory() as folder:
-        for name in SETTINGS:
+        model = _without_dropout(model, Path(folder))
+        for name in names:
             theirs, expected = _st_step(model, name)
             own, found = _own_step(model, name, Path(folder))
             apart = torch.stack([(found[n] - g).norm() for n, g in expected.items()]).norm()
             size = torch.stack([g.norm() for g in expected.values()]).norm()
-            print(f"{name:20} {own:10.6f} {abs(own - theirs) / theirs:10.1e} {apart / size:10.1e}")
+            print(
+                f"{name:20} {own:10.6f} {abs(own - theirs) / theirs:10.1e} {apart / size:10.1e}",
+                flush=True,
+            )
 
 
 class _Clock:
@@ -185,7 +199,7 @@ def _child_own(a: argparse.Namespace, folder: Path) -> list[float]:
         task="embedding",
         model={"name_or_path": a.model, "dtype": a.dtype, "device": "cpu"},
         method={"kind": a.method},
-        data={"dataset": str(a.pairs), "max_length": a.length, "overlong": "truncate-prompt"},
+        data={"dataset": str(a.pairs), "max_length": a.length, "overlong": "truncate"},
         train={"max_steps": a.steps, "per_device_train_batch_size": a.batch},
         embedding={"grad_cache": a.grad_cache},
         speed={"verify": False},
@@ -270,6 +284,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("equal", "speed"))
     parser.add_argument("--model", required=True)
+    parser.add_argument("--losses", help="of `equal`, with semicolons between; default: all")
     parser.add_argument("--pairs", type=Path)
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -284,11 +299,11 @@ def main() -> None:
     if a.child:
         with tempfile.TemporaryDirectory() as folder:
             marks = (_child_own if a.child == "ftlevel" else _child_st)(a, Path(folder))
-        each = [after - before for before, after in zip(marks[1:], marks[2:], strict=False)]
+        each = [after - before for before, after in pairwise(marks[1:])]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         print(json.dumps([statistics.fmean(each), peak]))
     elif a.what == "equal":
-        equal(a.model)
+        equal(a.model, a.losses.split(";") if a.losses else list(SETTINGS))
     else:
         speed(a)
 

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from ftlevel.cli.app import run
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.commands.merge import merge
+from ftlevel.commands.preview import preview
 from ftlevel.commands.train import train
 from ftlevel.config import EvaluateConfig, MergeConfig, TrainConfig
-from ftlevel.errors import ConfigError
+from ftlevel.errors import ConfigError, FtlevelError
 
 ModelDir = Callable[..., Path]
 _NAMES = ("cat", "dog", "house", "tree", "river", "stone", "bird", "fish")
@@ -70,6 +71,7 @@ CELLS = [
     ("bert", "mlm", "prompt-tuning"),
     ("llama", None, "prefix-tuning"),
     ("llama", None, "ia3"),
+    ("llama", None, "qlora"),
 ]
 
 
@@ -245,3 +247,63 @@ def test_a_decoder_without_eos_cannot_pool_its_last_token(
     tokenizer.save_pretrained(model)
     with pytest.raises(ConfigError, match="has no EOS token"):
         train(_config(model, pairs, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def triplets(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 16 rows with a negative."""
+    rows = [json.loads(line) for line in (pairs / "train.jsonl").open(encoding="utf-8")]
+    found = [
+        {**row, "negative": rows[(i + 5) % len(rows)]["positive"]}
+        for i, row in enumerate(rows[:16])
+    ]
+    return _write(tmp_path_factory.mktemp("triplets") / "rows.jsonl", found)
+
+
+def test_a_guide_and_a_teacher_may_have_another_tokenizer(
+    triplets: Path, tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    """GIST asks the guide about every text; kl learns the teacher's distribution."""
+    model, other = tiny_model_dir("bert", "mlm", **_NO_DROPOUT), tiny_model_dir("roberta", "mlm")
+    guided = {"loss": "gist", "guide": str(other)}
+    first = train(_config(model, triplets, tmp_path / "gist", embedding=guided)).summary
+    assert first["loss_first"] > 0
+    taught = {"distillation": {"teacher": str(other)}, "embedding": {"loss": "kl"}}
+    apart = train(_config(model, triplets, tmp_path / "other", **taught)).summary
+    own = {"distillation": {"teacher": str(model)}, "embedding": {"loss": "kl"}}
+    same = train(_config(model, triplets, tmp_path / "same", **own)).summary
+    assert same["loss_first"] == pytest.approx(0, abs=1e-6)  # the model is its own teacher
+    assert apart["loss_first"] > 1e-6
+
+
+def test_matryoshka_reports_every_dimension(
+    pairs: Path, tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    settings = {"matryoshka_dims": [64, 16]}
+    config = _config(tiny_model_dir("bert", "mlm"), pairs, tmp_path / "run", embedding=settings)
+    metrics = train(config).summary["metrics"]
+    assert metrics["ndcg@10_dim_64"] == metrics["ndcg@10"]
+    assert "ndcg@10_dim_16" in metrics
+
+
+def test_long_texts_are_refused_or_cut(
+    pairs: Path, tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    config = _config(tiny_model_dir("bert", "mlm"), pairs, tmp_path / "run")
+    short = config.data.model_copy(update={"max_length": 12})
+    with pytest.raises(FtlevelError, match="longer than 12 tokens"):
+        train(config.with_sections(data=short))
+    cut = short.model_copy(update={"overlong": "truncate"})
+    summary = train(config.with_sections(data=cut)).summary
+    assert summary["data"]["shortened"] > 0
+
+
+def test_preview_shows_texts_side_by_side(
+    pairs: Path, tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    settings = {"query_prompt": "query: "}
+    config = _config(tiny_model_dir("bert", "mlm"), pairs, tmp_path / "run", embedding=settings)
+    (row,) = preview(config, [1]).rows
+    assert "query: tokens 1-" in row.label
+    assert "document, label 1: tokens" in row.label
+    assert [token.label for token in row.tokens if token.label] == ["query, prompt", "document 1"]

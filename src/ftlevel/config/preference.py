@@ -359,7 +359,7 @@ def find_distillation_problems(
             "Add --teacher MODEL, or drop it."
             for name in names
         ]
-    if task not in TAUGHT_TASKS:
+    if task not in (*TAUGHT_TASKS, "embedding"):
         problems.append(
             f"--teacher is of tasks that write text ({', '.join(TAUGHT_TASKS)}), and --task is "
             f"{task}. Drop it, or change the task."

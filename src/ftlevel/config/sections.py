@@ -234,9 +234,10 @@ class DataConfig(Section):
     max_target_length: Positive = Field(
         256, description="Maximum target length in tokens, for encoder-decoder models."
     )
-    overlong: Literal["error", "drop", "truncate-prompt", "split"] = Field(
+    overlong: Literal["error", "drop", "truncate", "truncate-prompt", "split"] = Field(
         "error",
-        description="Action for rows longer than max_length. Answers are never truncated silently.",
+        description="Action for rows longer than max_length. truncate cuts the end of texts to "
+        "embed, truncate-prompt the beginning of prompts. Answers are never truncated silently.",
     )
     problem_type: Literal[
         "auto", "single_label_classification", "multi_label_classification", "regression"

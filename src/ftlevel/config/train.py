@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
-from ftlevel.config.embedding import EmbeddingConfig, find_embedding_problems
+from ftlevel.config.embedding import EMBEDDING_TASKS, EmbeddingConfig, find_embedding_problems
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
 from ftlevel.config.output import OutputConfig
 from ftlevel.config.preference import (
@@ -374,6 +374,14 @@ def _task_problems(config: TrainConfig) -> list[str]:
             f"--overlong truncate-prompt cannot be used with --task {task}, whose rows have no "
             "prompt. Use --overlong drop."
         )
+    is_cut = task in EMBEDDING_TASKS
+    if data.overlong in ("truncate", "truncate-prompt") and is_cut != (data.overlong == "truncate"):
+        other = "truncate" if is_cut else "drop"
+        if task not in _NO_PROMPT or data.overlong == "truncate":
+            problems.append(
+                f"--overlong {data.overlong} cannot be used with --task {task}. Use --overlong "
+                f"{other}."
+            )
     for flag, given in (("--system", data.system), ("--train-on-inputs", data.train_on_inputs)):
         if given and task not in (*_WRITES, RL_TASK):
             problems.append(

@@ -45,6 +45,7 @@ from ftlevel.training.reference import (
     open_or_fill,
     precompute_reference,
 )
+from ftlevel.training.text_models import find_text_models, with_text_models
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def precompute_and_load(
 
     Returns the run with rows that have these outputs, the model and the outputs.
     """
-    run, reference = precompute_reference(run, listener)
+    run, reference = precompute_reference(with_text_models(run, listener), listener)
     expected = precompute_teacher(run, listener)
     listener.stage("load the model")
     adapted = load_adapted(run, listener)
@@ -241,9 +242,10 @@ def find_auxiliary_models(run: Run) -> AuxiliaryModels:
 
     Raises ConfigError if the run would overwrite one, InputError if one is missing or unsuitable.
     """
+    texts = find_text_models(run)  # of other tokenizers, too
     return AuxiliaryModels(
         reference=_find(run, "--reference", run.config.preference.other_reference),
-        teacher=_find(run, "--teacher", run.config.distillation.teacher),
+        teacher=None if texts else _find(run, "--teacher", run.config.distillation.teacher),
     )
 
 

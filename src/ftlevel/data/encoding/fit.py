@@ -173,12 +173,13 @@ def _too_long(
     bounds: LengthBounds,
     where: Callable[[int], str],
 ) -> str:
-    worst = max(over, key=lambda row: len(row.input_ids))
+    worst = max(over, key=lambda row: row.length)
     raise_it = bounds.positions is None or longest <= bounds.positions
     fix = f"Raise --max-length to {longest:,} to keep all of them, or pass" if raise_it else "Pass"
     if reason.endswith("memory"):
         fix = "Use --gradient-checkpointing or a smaller model, or pass"
     other = "split" if prompt_length(worst) == 0 else "truncate-prompt"
+    other = "truncate" if worst.truncated(limit) is not None else other
     limited = f" ({reason.removeprefix('auto: ')})" if reason else ""
     return (
         f"{len(over):,} of {total:,} rows are longer than {limit:,} tokens{limited}; the longest "

@@ -240,9 +240,10 @@ class Encoder:
     def for_held_out(self, split: str) -> Encoder:
         """Return an encoder for a held-out `split`, with labels for answers only.
 
-        Long rows are dropped, or split if configured.
+        Long rows are dropped, or split or truncated if configured.
         """
-        overlong = "split" if self.config.overlong == "split" else "drop"
+        keeps = self.config.overlong in ("split", "truncate")
+        overlong = self.config.overlong if keeps else "drop"
         config = self.config.model_copy(update={"overlong": overlong, "train_on_inputs": False})
         return replace(self, config=config, split=split)
 

@@ -50,13 +50,14 @@ _FORM = ("pooling", "normalize", "similarity", "query_prompt", "document_prompt"
 class EmbeddingTask(BaseTask):
     """Task of a model with one vector per text.
 
-    `form` is that of the model; `settings` are those of the run.
+    `form` is that of the model; `settings` and `teacher` are those of the run.
     """
 
     settings: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     form: EmbeddingFormat = field(default_factory=EmbeddingFormat)
     end: int | None = None
     step_rows: int = EVALUATED_ROWS
+    teacher: str | None = None
 
     checks: ClassVar[Checks] = Checks()
     imagined_facts: ClassVar[Mapping[str, Any]] = {}
@@ -71,8 +72,11 @@ class EmbeddingTask(BaseTask):
         form = EmbeddingFormat(**known.pop("form")) if "form" in known else self.form
         step_rows, end = known.pop("step_rows", self.step_rows), known.pop("end", self.end)
         known.pop("kind", None)
+        teacher = known.pop("teacher", self.teacher)
         settings = EmbeddingConfig(**known)
-        return replace(self, settings=settings, form=form, end=end, step_rows=step_rows)
+        return replace(
+            self, settings=settings, form=form, end=end, step_rows=step_rows, teacher=teacher
+        )
 
     def for_model(
         self, source: ModelSource, kind: str, width: int, tokenizer: Any, config: TrainConfig
@@ -163,13 +167,15 @@ class EmbeddingTask(BaseTask):
 
     @property
     def _with_words(self) -> bool:
-        return self.settings.guide is not None
+        return self.settings.guide is not None or self.teacher is not None
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
         """Return the encoded texts of each row; raises `InputError` for unusable rows."""
         if encoder.split == "train":
             kind = _check_examples(examples)
-            _check_loss(self.settings.loss or _default_loss(kind), kind, examples, table)
+            loss = self.settings.loss or _default_loss(kind)
+            # Scores of a teacher model are computed after the rows are encoded.
+            _check_loss(loss, kind, examples, table, needs_scores=self.teacher is None)
         encode = TextEncoder(
             encoder.tokenizer,
             self.form.query_prompt,
@@ -186,7 +192,7 @@ class EmbeddingTask(BaseTask):
     def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
         """Return the loss, its settings and the embedding format."""
         kind = _kind_of(loaded.train)
-        settings = self.settings.model_dump(mode="json")
+        settings = {**self.settings.model_dump(mode="json"), "teacher": self.teacher}
         settings["loss"] = self.settings.loss or _default_loss(kind)
         return {
             "embedding": settings
@@ -368,7 +374,14 @@ def _check_examples(examples: Sequence[EmbeddingRow]) -> LabelKind:
     return kind
 
 
-def _check_loss(loss: str, kind: LabelKind, examples: Sequence[EmbeddingRow], table: Table) -> None:
+def _check_loss(
+    loss: str,
+    kind: LabelKind,
+    examples: Sequence[EmbeddingRow],
+    table: Table,
+    *,
+    needs_scores: bool,
+) -> None:
     """Raise `InputError` if `loss` cannot be computed from the rows."""
     facts = LOSSES[loss]
     wants = "pairs" if kind == "ranking" else "scores"
@@ -384,11 +397,11 @@ def _check_loss(loss: str, kind: LabelKind, examples: Sequence[EmbeddingRow], ta
                 f"{table.where(example.row)}: --loss {loss} needs a negative in every row. Add a "
                 "column negative, with ftlevel mine for one, or use --loss mnrl."
             )
-    for example in examples if facts.needs_teacher else ():
+    for example in examples if facts.needs_teacher and needs_scores else ():
         if not example.teacher:
             raise InputError(
                 f"{table.where(example.row)}: --loss {loss} needs a teacher's score of every "
-                "document. Add a column label with a list of them."
+                "document. Add a column label with a list of them, or --teacher MODEL."
             )
 
 

@@ -259,7 +259,10 @@ def task_options(config: TrainConfig) -> dict[str, Any]:
     smoothing = config.train.label_smoothing_factor
     return {
         "preference": {**config.preference.model_dump(), "smoothing": smoothing},
-        "embedding": config.embedding.model_dump(mode="json"),
+        "embedding": {
+            **config.embedding.model_dump(mode="json"),
+            "teacher": config.distillation.teacher,
+        },
         "rl": config.rl.model_dump(),
         "reranking": config.reranking.model_dump(),
     }
