@@ -1,9 +1,12 @@
-"""How near the plan of memory is to what a run holds: 16 settings on two real models.
+"""Compare planned with measured memory: 16 settings on two real models.
 
     python benchmarks/plan.py --models .models [--only N] [--out FILE]
+    python benchmarks/plan.py --models .models --process
 
-Each setting is planned and trained for two steps in a process of its own, with one thread, so
-that micro-batches come one at a time. Measured are
+With `--process`, `ftlevel plan` and three steps of `ftlevel train` on rows of data/ run as whole
+processes, and the peak resident memory is VmHWM of Linux. Otherwise, each setting is planned and
+trained for two steps in a process of its own, with one thread, so that micro-batches come one at
+a time. Measured are
 
 - live: the peak of the bytes that torch's CPU allocator has given out, as torch.profiler records
   every allocation, from the model in memory on, and the model's own bytes;
@@ -21,6 +24,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,29 +150,72 @@ def _packed(model: Any) -> Iterator[Any]:
             state = state.state2
 
 
+def process_settings(models: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield name and flags of each setting of `--process`."""
+    smol, mini = str(models / SMOL), str(models / MINI)
+    senses = ["--model", mini, "--dataset", "data/wordnet-supersense"]
+    summaries = ["--dataset", "data/docstring-summary", "--task", "summarization"]
+    for name, flags in (
+        ("built-in", []),
+        ("MiniLM", senses),
+        ("SmolLM2", ["--model", smol, *summaries]),
+        ("SmolLM2.gguf", ["--model", f"{smol}.gguf", *summaries]),
+    ):
+        for method in ("lora", "qlora", "adapter", "prefix", "full"):
+            yield f"{name} {method}", [*flags, "--method", method]
+
+
+def compare_processes(models: Path) -> None:
+    """Print planned and measured memory of whole processes."""
+    print("| setting | planned MiB | measured MiB | off |\n|---|--:|--:|--:|")
+    for name, flags in process_settings(models):
+        command = [sys.executable, "-m", "ftlevel"]
+        flags = [*flags, "--max-steps", "3", "--json"]
+        done = subprocess.run([*command, "plan", *flags], capture_output=True, check=True)
+        planned = json.loads(done.stdout)["process_bytes"]
+        with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
+            run = [*command, "train", *flags, "--output-dir", f"{folder}/run"]
+            process = subprocess.Popen(run, stdout=nowhere, stderr=nowhere)
+            status, peak = Path(f"/proc/{process.pid}/status"), 0
+            while process.poll() is None:
+                lines = status.read_text().splitlines()
+                sizes = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
+                peak = max(peak, *sizes, 0)
+                time.sleep(0.05)
+        measured = peak * 1024
+        off = planned / measured - 1
+        print(f"| {name} | {planned / 2**20:,.0f} | {measured / 2**20:,.0f} | {off:+.1%} |")
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=Path, default=Path(".models"))
     parser.add_argument("--only", type=int, action="append")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--process", action="store_true", help="compare whole processes")
     parser.add_argument("--part", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.process:
+        compare_processes(arguments.models)
+        return
     every = list(settings())
-    if asked.part:
-        which, number = asked.part.split(":")
+    if arguments.part:
+        which, number = arguments.part.split(":")
         _, model, wish = every[int(number)]
         with tempfile.TemporaryDirectory() as folder:
-            config = build_config(asked.models, model, wish, Path(folder))
+            config = build_config(arguments.models, model, wish, Path(folder))
             print(json.dumps({"planned": planned, "measured": measured}[which](config)))
         return
     rows = []
     print("| setting | planned MiB | live MiB | off | rss MiB | peak comes |")
     print("|---|--:|--:|--:|--:|---|")
     for number, (name, _, _) in enumerate(every):
-        if asked.only and number not in asked.only:
+        if arguments.only and number not in arguments.only:
             continue
-        plan, real = (_ask(f"{which}:{number}", asked.models) for which in ("planned", "measured"))
+        plan, real = (
+            _ask(f"{which}:{number}", arguments.models) for which in ("planned", "measured")
+        )
         off = plan["peak"] / real["peak"] - 1
         rows.append({"setting": name, "planned": plan, "measured": real, "off": off})
         mib = [f"{value / 2**20:,.0f}" for value in (plan["peak"], real["peak"], real["rss"])]
@@ -177,8 +224,8 @@ def main() -> None:
         )
     worst = max(rows, key=lambda row: abs(row["off"]))
     print(f"\nworst: {worst['off']:+.1%} ({worst['setting']}), {len(rows)} settings")
-    if asked.out:
-        asked.out.write_text(json.dumps(rows, indent=1))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(rows, indent=1))
 
 
 def _ask(part: str, models: Path) -> dict[str, Any]:
