@@ -188,6 +188,15 @@ def test_a_gradient_of_few_errors_is_measured_by_several_draws() -> None:
         Rounding([short, long], bias(0.1, 0.0)).check()
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_gradients_are_compared_in_parts(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ftlevel.training.verify.bounds._COMPARED_AT_ONCE", at_once)
+    found, like = torch.arange(10.0).reshape(2, 5), torch.full((2, 5), 2.0)
+    apart = compare_gradients({"w": found, "missing": torch.ones(4)}, {"w": like})
+    assert apart["w"] == GradientDifference(145.0, 40.0, 90.0)  # Σ (n − 2)², Σ 4, Σ 2n
+    assert apart["missing"] == GradientDifference(4.0, 0.0, 0.0)
+
+
 def test_distance_and_length() -> None:
     reference = {"w": torch.tensor([3.0, 4.0]), "v": torch.zeros(2)}
     found = compare_gradients({"w": torch.tensor([3.3, 4.4])}, reference)
