@@ -31,7 +31,7 @@ what is done anyhow, which is said with the reason and refused where it contradi
 answered, with exit
 code 2. [cli.md](cli.md) has every second name beside its flag.
 
-A configuration file of Axolotl, LLaMA-Factory, ms-swift or TRL becomes a recipe by
+A configuration file of Axolotl, LLaMA-Factory, ms-swift, TRL or verl becomes a recipe by
 
 <!-- not run: tests/cli/test_recipes.py converts files of each tool -->
 

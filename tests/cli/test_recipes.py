@@ -55,6 +55,24 @@ bf16: true
 resume_from_checkpoint: null
 """
 
+TRL_GRPO = """
+model_name_or_path: some/model
+dataset_name: some/prompts
+reward_funcs: [accuracy_reward, think_format_reward]
+loss_type: dr_grpo
+per_device_train_batch_size: 16
+num_generations: 8
+use_peft: true
+"""
+VERL = """
+actor_rollout_ref:
+  model: {path: some/model, lora_rank: 16}
+  actor: {clip_ratio: 0.2, clip_ratio_high: 0.28, use_kl_loss: true, kl_loss_coef: 0.001}
+  rollout: {n: 4, temperature: 0.8}
+algorithm: {adv_estimator: grpo, norm_adv_by_std_in_grpo: false}
+data: {train_files: [a.parquet], train_batch_size: 64, max_response_length: 256}
+"""
+
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -110,6 +128,20 @@ def test_it_is_refused_until_it_is_converted(
         f"ftlevel: theirs.yml is a configuration of {tool}. Write it as a recipe first: "
         "ftlevel recipes convert theirs.yml > recipe.yaml\n"
     )
+
+
+def test_reinforcement_learning(capsys: pytest.CaptureFixture[str]) -> None:
+    config, lost = convert(TRL_GRPO, capsys)
+    assert (config.task, config.rl.reward) == ("rl", ("math", "format:think"))
+    assert (config.rl.loss, config.rl.scale) == ("dr_grpo", "group")
+    assert config.train.per_device_train_batch_size == 2  # prompts, of 16 completions
+    assert not lost
+    config, lost = convert(VERL, capsys)
+    assert (config.task, config.rl.reward, config.rl.loss) == ("rl", ("number",), "dapo")
+    assert (config.rl.clip, config.rl.scale, config.rl.beta) == ((0.2, 0.28), "none", 0.001)
+    assert (config.rl.num_generations, config.rl.temperature) == (4, 0.8)
+    assert config.train.per_device_train_batch_size == 64
+    assert "verl chooses a function by data_source" in lost["reward_model"]
 
 
 def test_list_show_and_copy(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,8 +19,8 @@ def recipes(action: str, file: Path | None, target: Path | None, *, as_json: boo
     """List, show, copy or convert recipes.
 
     `list` shows recipes of this directory and those shipped with ftlevel; `copy NAME [TO]` never
-    overwrites. `convert FILE` prints a configuration of Axolotl, LLaMA-Factory, ms-swift or TRL as
-    a recipe, and names the keys without a counterpart.
+    overwrites. `convert FILE` prints a configuration of Axolotl, LLaMA-Factory, ms-swift, TRL or
+    verl as a recipe, and names the keys without a counterpart.
     """
     if action == "list":
         _list(as_json)

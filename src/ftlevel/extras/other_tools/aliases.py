@@ -673,6 +673,7 @@ ALIASES: dict[str, FlagAliases] = {
 """Dotted field of a run → names and values of its flag in other tools."""
 
 
+VERL = "verl"
 AXOLOTL, LLAMA_FACTORY, MS_SWIFT, TRL = "Axolotl", "LLaMA-Factory", "ms-swift", "TRL"
 
 _KEYS = {
@@ -686,6 +687,8 @@ _KEYS = {
 
 def detect_tool(values: Mapping[str, Any]) -> str:
     """Return the tool that has these top-level keys, or "" for an ftlevel recipe."""
+    if "actor_rollout_ref" in values:
+        return VERL
     if any(isinstance(values.get(key), Mapping) for key in ("model", "data", "train", "method")):
         return ""
     return next((tool for tool, keys in _KEYS.items() if set(keys) & set(values)), "")

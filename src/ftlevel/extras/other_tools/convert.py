@@ -16,7 +16,15 @@ from ftlevel.config import TrainConfig
 from ftlevel.config.flags import FLAGS
 from ftlevel.config.layers import read_yaml
 from ftlevel.errors import ConfigError
-from ftlevel.extras.other_tools.aliases import AXOLOTL, LLAMA_FACTORY, MS_SWIFT, TRL, detect_tool
+from ftlevel.extras.other_tools.aliases import (
+    AXOLOTL,
+    LLAMA_FACTORY,
+    MS_SWIFT,
+    TRL,
+    VERL,
+    detect_tool,
+)
+from ftlevel.extras.other_tools.rl import convert_verl
 
 _NO_COUNTERPART = "ftlevel has nothing like it"
 
@@ -31,8 +39,10 @@ def convert(file: Path) -> list[str]:
     values, _ = read_yaml(file)
     tool = detect_tool(values)
     if not tool:
-        return [AXOLOTL, LLAMA_FACTORY, MS_SWIFT, TRL]
+        return [AXOLOTL, LLAMA_FACTORY, MS_SWIFT, TRL, VERL]
     typed, lost = _sort_keys(values)
+    if tool == VERL:
+        lost["reward_model"] = "verl chooses a function by data_source; number is used: check it"
     config = _resolve(typed, lost)
     data = config.data
     if tool == LLAMA_FACTORY and "/" not in data.dataset and not Path(data.dataset).suffix:
@@ -125,6 +135,11 @@ _OF_A_SET = {
 
 def convert_keys(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """Yield each key of another tool's file and its command-line arguments (empty if none)."""
+    if "actor_rollout_ref" in values:
+        yield from convert_verl(values)
+        return
+    if "reward_funcs" in values and "rlhf_type" not in values:
+        yield "task", ["--task", "rl"]
     for key, value in values.items():
         if value is None or value in ("", [], {}):
             continue

@@ -1,11 +1,11 @@
-"""Command lines of TRL, Unsloth and ms-swift for reinforcement learning, with their meaning kept.
+"""Reinforcement learning by TRL, Unsloth, ms-swift and verl, with their meaning kept.
 
 Their defaults of a loss differ from its paper's, and their batch counts completions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ftlevel.config.rl import RL_LOSSES, RL_TASK, RlConfig
@@ -41,6 +41,71 @@ def read_reward_funcs(text: str) -> str:
             )
         found.append(reward)
     return " --reward ".join(found)
+
+
+_ACTOR, _ROLLOUT = "actor_rollout_ref.actor.", "actor_rollout_ref.rollout."
+_VERL = {
+    "actor_rollout_ref.model.path": "model",
+    "actor_rollout_ref.model.lora_rank": "lora-r",
+    "actor_rollout_ref.model.lora_alpha": "lora-alpha",
+    "data.train_files": "dataset",
+    "data.val_files": "validation-file",
+    "data.max_prompt_length": "max-length",
+    "data.max_response_length": "max-completion-length",
+    "data.train_batch_size": "batch-size",
+    f"{_ROLLOUT}n": "num-generations",
+    f"{_ROLLOUT}temperature": "temperature",
+    f"{_ROLLOUT}top_p": "top-p",
+    f"{_ACTOR}optim.lr": "learning-rate",
+    f"{_ACTOR}clip_ratio_low": "epsilon",
+    f"{_ACTOR}clip_ratio_high": "epsilon-high",
+    f"{_ACTOR}ppo_epochs": "num-iterations",
+    "trainer.total_epochs": "num-train-epochs",
+    "trainer.total_training_steps": "max-steps",
+}
+"""Key of verl → flag of the same meaning; verl's batch counts prompts too."""
+_VERL_LOSSES = {
+    "token-mean": "dapo",
+    "seq-mean-token-mean": "grpo",
+    "seq-mean-token-sum-norm": "dr_grpo",
+    "rloo": "rloo",
+    "reinforce_plus_plus": "reinforce++",
+    "gspo": "gspo",
+}
+"""Estimator, mode of the loss or of its average → loss."""
+
+
+def convert_verl(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the keys of a verl configuration and their arguments (empty without counterpart)."""
+    known = dict(_flatten(values, ""))
+    yield "task", ["--task", "rl"]
+    yield "reward_model", ["--reward", "number"]
+    mode = known.get(f"{_ACTOR}loss_agg_mode", "token-mean")
+    loss = _VERL_LOSSES.get(str(known.get(f"{_ACTOR}policy_loss.loss_mode")))
+    loss = loss or _VERL_LOSSES.get(str(known.get("algorithm.adv_estimator")))
+    yield f"{_ACTOR}loss_agg_mode", ["--loss", loss or _VERL_LOSSES.get(str(mode), "dapo")]
+    if loss is None:
+        scaled = known.get("algorithm.norm_adv_by_std_in_grpo", True)
+        scale = ["--scale-rewards", "group" if scaled else "none"]
+        yield "algorithm.norm_adv_by_std_in_grpo", scale
+    if known.get(f"{_ACTOR}use_kl_loss"):
+        yield f"{_ACTOR}kl_loss_coef", ["--beta", str(known.get(f"{_ACTOR}kl_loss_coef", 0.001))]
+    low = known.get(f"{_ACTOR}clip_ratio", 0.2)
+    known.setdefault(f"{_ACTOR}clip_ratio_low", low)
+    known.setdefault(f"{_ACTOR}clip_ratio_high", low)
+    for key, flag in _VERL.items():
+        value = known.get(key)
+        if value not in (None, 0, []):
+            texts = map(str, value) if isinstance(value, list) else [str(value)]
+            yield key, [f"--{flag}", ",".join(texts)]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def complete_flags(task: str, values: dict[str, Any], typed: Mapping[str, str]) -> list[str]:
