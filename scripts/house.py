@@ -147,11 +147,11 @@ def sizes() -> list[Figure]:
         for path in (ROOT / folder).rglob("*.py")
     )
     return [
-        Figure("Python files", "607", 380, len(texts)),
-        Figure("code lines", "44,650", 53_200, sum(code for code, _ in counted)),
-        Figure("docstring lines", "13,954", 9_900, sum(lines for _, lines in counted)),
+        Figure("Python files", "607", 384, len(texts)),
+        Figure("code lines", "44,650", 53_900, sum(code for code, _ in counted)),
+        Figure("docstring lines", "13,954", 9_950, sum(lines for _, lines in counted)),
         Figure("`# fmt: skip`", "344", 20, sum(t.count("# fmt: skip") for t in texts.values())),
-        Figure("lines of benchmarks and scripts", "17,516", 12_950, laboratory),
+        Figure("lines of benchmarks and scripts", "17,516", 13_450, laboratory),
         Figure(
             "functions that take a Run and a whole configuration", "74", 0,
             sum(takes(text, _RUN_AND_CONFIG) for text in texts.values()),
