@@ -300,7 +300,6 @@ _RUN_FLAGS: tuple[Flag, ...] = (
     Flag("rl.mask_truncated_completions", "--mask-truncated-completions/--no-mask-truncated", HOW),
     Flag("rl.dynamic_sampling", "", HOW, metavar="N"),
     Flag("rl.check_groups", "", HOW, _ROWS, metavar="N"),
-    Flag("rl.rollouts", "", HOW, metavar="URL"),
     Flag("rl.reward_timeout", "", HOW, _ROWS, metavar="SECONDS"),
     Flag("rl.on_reward_error", "", HOW, _ROWS),
     Flag("embedding.scale", "", HOW),

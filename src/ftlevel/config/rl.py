@@ -1,4 +1,4 @@
-"""Reinforcement-learning settings: loss, rewards and rollouts of `--task rl`."""
+"""Reinforcement-learning settings: loss, rewards and sampling of `--task rl`."""
 
 from __future__ import annotations
 
@@ -227,9 +227,6 @@ class RlConfig(Section):
     check_groups: Annotated[int, Field(ge=0, le=10_000)] = Field(
         8, description="Number of groups sampled before training to check the reward; 0: none."
     )
-    rollouts: Annotated[str, Field(pattern=r"^https?://[^\s/]+(/\S*)?$")] | None = Field(
-        None, description="URL of a vLLM server that samples; default: sampled here."
-    )
     reward_timeout: Annotated[float, Field(gt=0, le=86_400)] = Field(
         60.0, description="Maximum seconds for a reward to score one batch of completions."
     )
@@ -321,7 +318,7 @@ def find_rl_problems(config: Any) -> list[str]:
             )
     if settings.use_bias_correction_kl and not settings.beta:
         problems.append("--use-bias-correction-kl is of --beta, which is 0. Drop it.")
-    return [*problems, *_sampling_problems(config), *_server_problems(config)]
+    return [*problems, *_sampling_problems(config)]
 
 
 def _sampling_problems(config: Any) -> list[str]:
@@ -345,25 +342,6 @@ def _sampling_problems(config: Any) -> list[str]:
     if data.streaming:
         problems.append("--streaming cannot be used with --task rl. Drop it.")
     return problems
-
-
-def _server_problems(config: Any) -> list[str]:
-    """Return messages for adapters that a vLLM server cannot load at run time."""
-    if config.rl.rollouts is None:
-        return []
-    method = config.method
-    reasons = {
-        f"--method {method.kind}": method.kind not in ("lora", "qlora"),
-        "--dora": getattr(method, "use_dora", False),
-        "--modules-to-save": bool(getattr(method, "modules_to_save", None)),
-        "--bias": getattr(method, "bias", "none") != "none",
-    }
-    return [
-        f"--rollouts: vLLM loads plain LoRA adapters only, and {name} is given. Drop it, or drop "
-        "--rollouts."
-        for name, is_given in reasons.items()
-        if is_given
-    ]
 
 
 def _flag(name: str) -> str:

@@ -282,8 +282,8 @@ UNSUPPORTED_FLAGS: tuple[Flag, ...] = (
     *_flags("--freeze-vision-tower --freeze-vit --image-max-pixels --video-max-pixels",
             "models of text are trained alone. Drop it."),
     *_flags("--use-vllm --vllm-mode --vllm-gpu-memory-utilization",
-            "--task rl --rollouts http://HOST:PORT samples from a vLLM server; ftlevel export RUN "
-            "writes what other programs serve. Drop it.",
+            "--task rl samples with ftlevel's own decoder; ftlevel export RUN writes what other "
+            "programs serve. Drop it.",
             {"false": NoOpValue("the model is sampled here")}),
     *_flags("--use-hf", "models and data come from the Hugging Face Hub. Drop it."),
     *_flags("--config", "ftlevel train FILE reads a recipe, and ftlevel recipes convert FILE one "
