@@ -111,13 +111,13 @@ def main() -> int:
         source = Path(temporary, "src")
         shutil.copytree(ROOT / "src", source)
         sources = read_sources(source)
+        places = {mutant: find_module(mutant, sources) for mutant in chosen}
         every = tuple(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
         passed, output = run_tests(every, source)
         if not passed:
             print(output, "The tests fail without a mutant.", sep="\n")
             return 1
-        for mutant in chosen:
-            path = find_module(mutant, sources)
+        for mutant, path in places.items():
             started = time.monotonic()
             (source / path).write_text(sources[path].replace(mutant.old, mutant.new), "utf-8")
             passed, _ = run_tests(mutant.tests, source)
