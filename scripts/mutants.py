@@ -94,7 +94,7 @@ def run_tests(tests: tuple[str, ...], source: Path) -> tuple[bool, str]:
 
 
 def main() -> int:
-    """Run the mutants that were chosen and return how many survived, at most 1."""
+    """Run the chosen mutants; return 1 if one survived or has no place any more, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rooms", nargs="*", help="rooms to run; all if none is given")
     parser.add_argument("--match", default="", help="only mutants with this text in `old`")
@@ -106,13 +106,18 @@ def main() -> int:
     ]
     if not chosen:
         parser.error("no mutant was chosen")
-    survived = 0
+    killed = 0
     with tempfile.TemporaryDirectory(prefix="ftlevel-mutants-") as temporary:
         source = Path(temporary, "src")
         shutil.copytree(ROOT / "src", source)
         sources = read_sources(source)
-        places = {mutant: find_module(mutant, sources) for mutant in chosen}
-        every = tuple(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
+        places = {}
+        for mutant in chosen:
+            try:
+                places[mutant] = find_module(mutant, sources)
+            except ValueError as error:
+                print(f"STALE: {error}")
+        every = tuple(dict.fromkeys(test for mutant in places for test in mutant.tests))
         passed, output = run_tests(every, source)
         if not passed:
             print(output, "The tests fail without a mutant.", sep="\n")
@@ -122,14 +127,14 @@ def main() -> int:
             (source / path).write_text(sources[path].replace(mutant.old, mutant.new), "utf-8")
             passed, _ = run_tests(mutant.tests, source)
             (source / path).write_text(sources[path], "utf-8")
-            survived += passed
+            killed += not passed
             first = mutant.new.strip().splitlines()[0] if mutant.new.strip() else "(removed)"
             print(
                 f"{'SURVIVED' if passed else 'killed  '} {time.monotonic() - started:4.0f} s  "
                 f"{path}: {first}", flush=True,
             )  # fmt: skip
-    print(f"{len(chosen) - survived} of {len(chosen)} mutants killed")
-    return int(survived > 0)
+    print(f"{killed} of {len(chosen)} mutants killed")
+    return int(killed < len(chosen))
 
 
 if __name__ == "__main__":
