@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.formats.detect import Format
     from ftlevel.data.formats.labels import LabelSet
-    from ftlevel.data.gate.flat import Mask
+    from ftlevel.data.gate.checks import Mask
     from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData
     from ftlevel.data.prepare.loading import LoadedExamples
     from ftlevel.data.sources.table import BadRow, Row, Table

@@ -467,7 +467,7 @@ def write(folder: Path, room: int | None, aside: bool = False) -> None:
 
     from ftlevel.artifacts.run_directory import RunDirectory
     from ftlevel.models.upstream.shards import PartsWriter, write_parts
-    from ftlevel.training.disk import explain_disk_errors
+    from ftlevel.training.callbacks.saving import explain_disk_errors
 
     tensors = part_of_each()
     if room is not None:

@@ -14,7 +14,7 @@ from ftlevel.data.encoding.collate import MaskedRows
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.data.gate import Finding
-from ftlevel.data.gate.flat import flat_batches
+from ftlevel.data.gate.checks import flat_batches
 from ftlevel.errors import ConfigError, join_names
 from ftlevel.evaluation.rewards import open_rewards
 from ftlevel.events import NullListener

@@ -53,7 +53,7 @@ from ftlevel.models.quantization import (
 )
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source, snapshot
 from ftlevel.models.upstream.architectures import packable_experts
-from ftlevel.trained.checkpoint import merge_sharded_checkpoint
+from ftlevel.weights.checkpoint import merge_sharded_checkpoint
 from ftlevel.weights.quantize_shards import (
     COPIED,
     QUANTIZED,

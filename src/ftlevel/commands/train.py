@@ -32,9 +32,8 @@ from ftlevel.training.build_trainer import (
 )
 from ftlevel.training.callbacks.gradients import select_skipped_steps
 from ftlevel.training.callbacks.processes import WatchProcesses
-from ftlevel.training.callbacks.saving import WaitForBytes
+from ftlevel.training.callbacks.saving import WaitForBytes, check_disk_space, explain_disk_errors
 from ftlevel.training.callbacks.trackers import describe_run, tracking
-from ftlevel.training.disk import check_disk_space, explain_disk_errors
 from ftlevel.training.finish import (
     Start,
     end_training,

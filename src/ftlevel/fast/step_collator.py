@@ -12,6 +12,7 @@ import torch
 
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.texts import distinct_texts
 from ftlevel.fast.packing import (
     MicroBatches,
     PackedLayout,
@@ -210,3 +211,15 @@ def _first_needed(row: Encoded) -> int:
         return 0
     places = range(1, len(labels))
     return next((at - 1 for at in places if labels[at] != IGNORED), len(labels) - 1)
+
+
+class TextCollator(StepCollator):
+    """Collates rows whose texts are embedded one by one; each distinct text is there once."""
+
+    def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
+        """Return what `StepCollator` returns for the distinct texts, with `texts` and `parts`.
+
+        `texts` are the rows as `StepTexts`; `parts` the indices of the texts of each micro-batch.
+        """
+        texts, step = distinct_texts(rows)
+        return {**super().__call__(texts), "rows": rows, "texts": step}

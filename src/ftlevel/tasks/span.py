@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import torch
 
     from ftlevel.data.encoding.fit import FittedRows
-    from ftlevel.data.gate.flat import Mask
+    from ftlevel.data.gate.checks import Mask
     from ftlevel.data.prepare.encoder import Encoder
     from ftlevel.data.prepare.loading import LoadedExamples
 

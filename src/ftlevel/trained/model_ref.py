@@ -35,7 +35,7 @@ from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapter_formats import AdapterReader, find_reader
-from ftlevel.trained.checkpoint import merge_sharded_checkpoint
+from ftlevel.weights.checkpoint import merge_sharded_checkpoint
 from ftlevel.weights.tensor_files import read_header
 
 ADAPTER_CONFIG = "adapter_config.json"

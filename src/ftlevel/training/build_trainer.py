@@ -21,8 +21,7 @@ from ftlevel.evaluation.rollouts import Rollouts
 from ftlevel.evaluation.scoring import Evaluator, GenerationOptions
 from ftlevel.events import Listener
 from ftlevel.fast.plan import kernel_arguments
-from ftlevel.fast.step_collator import StepCollator
-from ftlevel.fast.text_collator import TextCollator
+from ftlevel.fast.step_collator import StepCollator, TextCollator
 from ftlevel.methods import METHODS
 from ftlevel.methods.base import HasState
 from ftlevel.methods.rates import HeadRate
@@ -38,8 +37,8 @@ from ftlevel.training.callbacks.saving import (
     SaveRollout,
     SaveStreamState,
     WriteManifest,
+    checkpoint_bytes,
 )
-from ftlevel.training.disk import checkpoint_bytes
 from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import Run
 from ftlevel.training.plan.schedule import count_steps_per_epoch, rows_per_epoch

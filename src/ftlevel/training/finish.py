@@ -30,7 +30,7 @@ from ftlevel.models.quantization import stored_quantization
 from ftlevel.trained.adapt import finish_method, save_adapter
 from ftlevel.training.best import BestModelCallback, PredictionRecorder, SelectedModel
 from ftlevel.training.callbacks.progress import Report
-from ftlevel.training.disk import explain_disk_errors
+from ftlevel.training.callbacks.saving import explain_disk_errors
 from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import Run
 from ftlevel.training.resume import has_evaluation

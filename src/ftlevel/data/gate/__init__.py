@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ftlevel.config.gate import CHECKS, Action, GateConfig
-from ftlevel.data.gate.flat import FlatRows
+from ftlevel.data.gate.checks import FlatRows
 from ftlevel.errors import join_names
 
 MOST_SHOWN = 3

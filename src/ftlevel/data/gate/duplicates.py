@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.store import RowStore, row_lengths
-from ftlevel.data.gate.flat import Integers, Mask, Ragged, flat_batches
+from ftlevel.data.gate.checks import Integers, Mask, Ragged, flat_batches
 from ftlevel.data.gate.similarity import GRAM, Digests, Hashes, find_similar, hash_grams, mix
 from ftlevel.data.gate.wordings import WordIndex
 

@@ -16,8 +16,8 @@ from ftlevel.data.encoding.fit import FittedRows
 from ftlevel.data.encoding.store import select_rows
 from ftlevel.data.gate import Finding, build_finding, checks, duplicates, wordings
 from ftlevel.data.gate import similarity as digests_
-from ftlevel.data.gate.checks import TEXT_CHECKS
-from ftlevel.data.gate.flat import (
+from ftlevel.data.gate.checks import (
+    TEXT_CHECKS,
     Integers,
     Mask,
     examples_in,

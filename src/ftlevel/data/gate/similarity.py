@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.formats.examples import Example, get_example_parts
-from ftlevel.data.gate.checks import TEXT_CHECKS, TextCheckContext
-from ftlevel.data.gate.flat import Integers, Mask, Ragged, gather
+from ftlevel.data.gate.checks import TEXT_CHECKS, Integers, Mask, Ragged, TextCheckContext, gather
 
 MOST_COMPARED = 250_000
 """Maximum number of examples whose words are compared, at up to 150 bytes each."""

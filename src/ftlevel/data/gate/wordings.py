@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ftlevel.data.gate.flat import Integers, Mask
+from ftlevel.data.gate.checks import Integers, Mask
 from ftlevel.data.gate.similarity import MOST_WORDS, ONE_CLASS, Digests, Words, mix
 
 _SLIP, _OTHER = 1, 2  # half words

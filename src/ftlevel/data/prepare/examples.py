@@ -16,7 +16,7 @@ from ftlevel.data.encoding.encode import Encoded, PromptFormat
 from ftlevel.data.encoding.fit import FittedRows
 from ftlevel.data.formats.convert import convert_rows
 from ftlevel.data.gate import Finding, explain_stop
-from ftlevel.data.gate.flat import flat_batches
+from ftlevel.data.gate.checks import flat_batches
 from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData, Progress
 from ftlevel.data.prepare.loading import LoadedExamples
 from ftlevel.data.sources.lines import STDIN

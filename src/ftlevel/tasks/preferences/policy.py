@@ -32,7 +32,7 @@ from ftlevel.tasks.text import TextTask
 
 if TYPE_CHECKING:
     from ftlevel.data.encoding.fit import FittedRows
-    from ftlevel.data.gate.flat import Mask
+    from ftlevel.data.gate.checks import Mask
     from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData
     from ftlevel.data.prepare.loading import LoadedExamples
 

@@ -26,7 +26,7 @@ from ftlevel.data.sources.lines import LazySequence
 from ftlevel.tasks.preferences.formats import LabeledAnswer, PairExample, join_turns
 
 if TYPE_CHECKING:
-    from ftlevel.data.gate.flat import Mask
+    from ftlevel.data.gate.checks import Mask
 
 
 Verdict = tuple[float, float, float]

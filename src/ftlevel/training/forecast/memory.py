@@ -29,8 +29,7 @@ from ftlevel.fast.head.likelihoods import NeededTokens, base_model
 from ftlevel.fast.packing import PackedBlocks
 from ftlevel.fast.plan import set_packed_attention
 from ftlevel.fast.step import FastStep
-from ftlevel.fast.step_collator import StepCollator
-from ftlevel.fast.text_collator import TextCollator
+from ftlevel.fast.step_collator import StepCollator, TextCollator
 from ftlevel.methods import METHODS
 from ftlevel.models.loading import build_task_model
 from ftlevel.models.module_tree import ModuleTree, find_blocks

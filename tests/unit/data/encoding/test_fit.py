@@ -17,8 +17,7 @@ from ftlevel.data.encoding.fit import (
     fit_rows,
     fit_targets,
 )
-from ftlevel.data.gate.checks import find_missing_eos
-from ftlevel.data.gate.flat import FlatRows
+from ftlevel.data.gate.checks import FlatRows, find_missing_eos
 from ftlevel.errors import InputError
 
 EOS = 2
