@@ -5,11 +5,14 @@
     PYTHONPATH=src VENV/bin/python scripts/against_sentence_transformers.py metrics
     PYTHONPATH=src VENV/bin/python scripts/against_sentence_transformers.py losses
     PYTHONPATH=src VENV/bin/python scripts/against_sentence_transformers.py files RUN ROWS
+    PYTHONPATH=src VENV/bin/python scripts/against_sentence_transformers.py mining MODEL PAIRS
 
 `metrics`: random vectors of 60 queries and 400 documents, by our `score_retrieval` and by the
 others. `losses`: one batch of a tiny BERT, loss and gradient of each loss. `files`: a run, adapter
 or merged model is loaded by its library, and its scores or vectors of the file ROWS are compared
-with those of `ftlevel predict`. Prints one line per comparison; fails if one is over its bound.
+with those of `ftlevel predict`. `mining`: the negatives that `ftlevel mine` finds for pairs of
+anchor and positive, 5 of ranks 1-100 with a relative margin of 0.05. Prints one line per
+comparison; fails if one is over its bound.
 """
 
 from __future__ import annotations
@@ -239,6 +242,7 @@ def compare_files(run: Path, rows: Path) -> Iterator[Line]:
         out = Path(place) / "predicted.jsonl"
         command = [sys.executable, "-m", "ftlevel", "predict", str(run), "--dataset", str(rows)]
         command += ["--output", str(out), "--dtype", "float32", "--json"]
+        command += ["--overlong", "truncate-prompt"]
         subprocess.run(command, check=True, capture_output=True)
         found = [json.loads(line) for line in out.read_text().splitlines()]
     settings = json.loads((directory / "config_sentence_transformers.json").read_text())
@@ -261,6 +265,36 @@ def compare_files(run: Path, rows: Path) -> Iterator[Line]:
     yield f"{directory}, {len(found)} rows", float(difference), 1e-6
 
 
+# ---- mining
+
+
+def compare_mining(run: Path, rows: Path) -> Iterator[Line]:
+    """Yield the share of rows whose negatives differ."""
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.util import mine_hard_negatives
+
+    pairs = [json.loads(line) for line in rows.read_text().splitlines()]
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "mined.jsonl"
+        command = [sys.executable, "-m", "ftlevel", "mine", str(run), "--dataset", str(rows)]
+        command += ["--out", str(out), "--dtype", "float32"]
+        subprocess.run(command, check=True, capture_output=True)
+        ours = [json.loads(line) for line in out.read_text().splitlines()]
+    found = mine_hard_negatives(
+        Dataset.from_list(pairs).select_columns(["anchor", "positive"]),
+        SentenceTransformer(str(run), device="cpu"),
+        relative_margin=0.05,
+        num_negatives=5,
+        range_max=100,
+        output_format="n-tuple",
+        verbose=False,
+    )
+    theirs = {row["anchor"]: [row[f"negative_{n}"] for n in range(1, 6)] for row in found}
+    same = [row["neg"] == theirs[row["query"]] for row in ours if row["query"] in theirs]
+    yield f"rows with other negatives, of {len(same)}", 1 - sum(same) / len(same), 0.0
+
+
 def _documents(row: dict[str, Any]) -> list[str]:
     return _listed(row["documents"] if "documents" in row else row["document"])
 
@@ -272,12 +306,13 @@ def _listed(value: Any) -> list[Any]:
 def main() -> int:
     """Print the comparisons; return 1 if one is over its bound."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["metrics", "losses", "files"])
+    parser.add_argument("what", choices=["metrics", "losses", "files", "mining"])
     parser.add_argument("run", type=Path, nargs="?")
     parser.add_argument("rows", type=Path, nargs="?")
     asked = parser.parse_args()
-    if asked.what == "files":
-        lines = compare_files(asked.run, asked.rows)
+    if asked.what in ("files", "mining"):
+        compare = compare_files if asked.what == "files" else compare_mining
+        lines = compare(asked.run, asked.rows)
     else:
         lines = compare_metrics() if asked.what == "metrics" else compare_losses()
     over = 0

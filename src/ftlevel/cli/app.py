@@ -55,6 +55,10 @@ _CORE: dict[str, tuple[str, str]] = {
         "ftlevel.cli.evaluate:predict",
         "Add predictions to the rows of a file.",
     ),
+    "mine": (
+        "ftlevel.cli.mine:mine",
+        "Add hard negatives to queries with positives.",
+    ),
     "generate": (
         "ftlevel.cli.generate:generate",
         "Generate answers to prompts, or chat in the terminal.",

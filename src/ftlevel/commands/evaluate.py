@@ -35,6 +35,7 @@ from ftlevel.evaluation.model_pair import (
     choose_leader,
     resolve_pair,
 )
+from ftlevel.evaluation.retrieval import evaluate_retrieval
 from ftlevel.evaluation.rewards import RewardEvaluator, open_rewards
 from ftlevel.evaluation.rollouts import Rollouts
 from ftlevel.evaluation.scoring import (
@@ -50,6 +51,7 @@ from ftlevel.models.hardware import choose_device
 from ftlevel.models.loading import silence_loggers
 from ftlevel.models.quantization import quantization_form
 from ftlevel.tasks import TASKS
+from ftlevel.tasks.embedding.beir import read_retrieval_set
 from ftlevel.tasks.rl.objective import PolicyGradient
 from ftlevel.trained.load import LoadedModel, load_ref
 from ftlevel.trained.model_ref import ModelRef, describe_dtype
@@ -80,6 +82,8 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         InputError: the model or the rows cannot be read.
     """
     listener = listener or NullListener()
+    if config.qrels is not None:
+        return _evaluate_on_judgments(config, config.qrels, listener)
     if config.predictions is not None:
         row_file_type("--predictions", config.predictions)
         check_absent("--predictions", config.predictions)
@@ -160,6 +164,83 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         lines = row_lines(record, labels, where, base=base_record, evaluator=evaluator)
         write_rows(config.predictions, list(lines))
     return Evaluation(metrics, base, summary, draws)
+
+
+def _evaluate_on_judgments(config: EvaluateConfig, qrels: Path, listener: Listener) -> Evaluation:
+    """Search the corpus of a retrieval set for its queries, and score what is found."""
+    for flag, given in (
+        ("--dataset", config.dataset),
+        ("--against", config.against),
+        ("--predictions", config.predictions),
+    ):
+        if given is not None:
+            raise ConfigError(f"{flag} cannot be used with --qrels. Drop one of them.")
+    with silence_loggers():
+        device = choose_device(config.device)
+        listener.stage("read the retrieval set")
+        data = read_retrieval_set(qrels, config.corpus)
+        found, _ = resolve_pair(config, device.value)
+        found = _requantized(found, config)
+        if found.card.task != "embedding":
+            raise ConfigError(
+                f"--qrels: {config.name} is of --task {found.card.task}, and a search needs an "
+                "embedding model. Name one, or add --task embedding."
+            )
+        sizes = f"{len(data.queries):,} queries, {len(data.documents):,} documents"
+        listener.choices(
+            "evaluate",
+            [
+                Choice("task", found.card.task),
+                Choice("base", found.source.name),
+                Choice("retrieval set", str(qrels), sizes),
+                Choice("dtype", found.card.dtype, describe_dtype(found, config.dtype)),
+                device,
+            ],
+        )
+        if data.merged:
+            listener.warn(f"{data.merged:,} documents repeat the text of another and count as it.")
+        if data.unjudged:
+            listener.warn(f"{data.unjudged:,} queries without a relevant document are left out.")
+        listener.stage("load the model")
+        trained = load_ref(found, device.value)
+        listener.stage("embed and search")
+        own, cut = evaluate_retrieval(trained, data, config.batch_size, listener.answered)
+        if cut:
+            listener.warn(f"{cut:,} texts are longer than the model takes and are cut.")
+        base = None
+        if config.base and trained.has_adapter:
+            listener.stage("score the base")
+            with trained.model.disable_adapter():
+                base, _ = evaluate_retrieval(trained, data, config.batch_size, listener.answered)
+    draws = own.resample(config.resamples, config.seed) if config.resamples else {}
+    intervals: dict[str, Any] = {}
+    if draws:
+        intervals["intervals"] = {name: interval(values) for name, values in draws.items()}
+    if draws and base is not None:
+        other = base.resample(config.resamples, config.seed)
+        intervals["base_intervals"] = {name: interval(values) for name, values in other.items()}
+        intervals["difference_intervals"] = {
+            name: interval(np.subtract(draws[name], other[name])) for name in draws
+        }
+    summary = {
+        "name": config.name,
+        "task": found.card.task,
+        "headline": "ndcg@10",
+        "data": {
+            "name": str(qrels),
+            "split": f"{len(data.documents):,} documents",
+            "examples": len(data.queries),
+            "merged": data.merged,
+            "unjudged": data.unjudged,
+        },
+        "base_model": found.source.name,
+        "dtype": trained.dtype,
+        "metrics": own.means,
+        "base": base.means if base is not None else {},
+        "resamples": config.resamples,
+        **intervals,
+    }
+    return Evaluation(own.means, summary["base"], summary, draws)
 
 
 def _compare_with_reference(

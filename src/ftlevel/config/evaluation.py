@@ -36,6 +36,14 @@ class EvaluateConfig(DecodingAsInTraining):
         description="Data to evaluate on; default: the run's own data. A file, directory, glob "
         "pattern, Hub id, or - for stdin.",
     )
+    qrels: Path | None = Field(
+        None,
+        description="Relevance judgments (.tsv) of a retrieval set in BEIR's layout, in place of "
+        "--dataset. Queries and corpus are read from its directory.",
+    )
+    corpus: Path | None = Field(
+        None, description="Documents of --qrels; default: corpus.jsonl of its directory."
+    )
     input_format: str | None = Field(None, min_length=1, description=INPUT_FORMAT)
     subset: str | None = Field(
         None, description="Configuration (subset) of a Hub dataset, or sheet of a workbook."
@@ -98,6 +106,10 @@ class EvaluateConfig(DecodingAsInTraining):
             raise ValueError(
                 f"--eval-text {self.eval_text} is what two models are compared on, and there is no "
                 "--against. Name the other model, or give the rows to score with --dataset."
+            )
+        if self.corpus is not None and self.qrels is None:
+            raise ValueError(
+                f"--corpus {self.corpus} holds the documents of --qrels, and there is none. Add it."
             )
         return self
 

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from ftlevel.config.evaluation import EvaluateConfig, GenerateConfig, PredictConfig
 from ftlevel.config.export import ExportConfig
 from ftlevel.config.merge import MergeConfig, QuantizeConfig
+from ftlevel.config.mining import MineConfig
 from ftlevel.config.section import Section
 from ftlevel.config.train import TrainConfig
 from ftlevel.extensions import added_rows, load
@@ -110,6 +111,7 @@ CONFIGS: dict[str, type[Section]] = {
     "init": TrainConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
+    "mine": MineConfig,
     "generate": GenerateConfig,
     "merge": MergeConfig,
     "quantize": QuantizeConfig,

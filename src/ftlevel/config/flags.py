@@ -77,6 +77,18 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
     Flag("dims", "", WRITE, ("predict",)),
     Flag("resume", "--resume", WRITE, ("predict",)),
     Flag("overwrite", "--overwrite", WRITE, ("predict",)),
+    # mine
+    Flag("dataset", "--dataset", DATA, ("mine",), metavar="FILE", required=True),
+    Flag("corpus", "", DATA, ("evaluate", "mine"), metavar="FILE"),
+    Flag("input_format", "", DATA, ("mine",)),
+    Flag("format", "", DATA, ("mine",)),
+    Flag("output", "--out -o", WRITE, ("mine",), metavar="FILE", required=True),
+    Flag("overwrite", "--overwrite", WRITE, ("mine",)),
+    Flag("negatives", "", WRITE, ("mine",), also=("--num-negatives", "--negative-number")),
+    Flag("relative_margin", "", WRITE, ("mine",)),
+    Flag("ranks", "", WRITE, ("mine",), metavar="FIRST-LAST", also=("--range-for-sampling",)),
+    Flag("sampling", "", WRITE, ("mine",), also=("--sampling-strategy",)),
+    Flag("scores", "--scores", WRITE, ("mine",), also=("--output-scores",)),
     # generate
     Flag(names="--prompt -p", panel=INFERENCE, on=("generate",), type=list[str],
          help="Prompt; repeatable."),
@@ -93,18 +105,20 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
     Flag("compare_base", "--compare-base", MODEL, ("generate",)),
     # evaluate, and flags shared with it
     Flag("dataset", "", DATA, ("evaluate",)),
+    Flag("qrels", "", DATA, ("evaluate",), metavar="FILE"),
     Flag("split", "", DATA, ("evaluate",)),
     Flag("subset", "", DATA, ("evaluate", "predict")),
-    Flag("columns", "--map", DATA, ("evaluate", "predict", "generate"), metavar="NAME=COLUMN",
-         example="summary=abstract"),
-    Flag("ignore_columns", "", DATA, ("evaluate", "predict", "generate"), several=True,
+    Flag("columns", "--map", DATA, ("evaluate", "predict", "mine", "generate"),
+         metavar="NAME=COLUMN", example="summary=abstract"),
+    Flag("ignore_columns", "", DATA, ("evaluate", "predict", "mine", "generate"), several=True,
          metavar="COLUMN"),
     Flag("max_eval_samples", "", DATA, ("evaluate",)),
-    Flag("base_model", "--model", MODEL, ("evaluate", "predict", "generate", "merge", "export"),
-         dest="base_model", also=("--base",)),
+    Flag("base_model", "--model", MODEL,
+         ("evaluate", "predict", "mine", "generate", "merge", "export"), dest="base_model",
+         also=("--base",)),
     Flag("task", "", MODEL, ("evaluate", "predict", "generate")),
     Flag("quant", "", MODEL, ("evaluate",)),
-    Flag("dtype", "", MODEL, ("evaluate", "predict", "generate")),
+    Flag("dtype", "", MODEL, ("evaluate", "predict", "mine", "generate")),
     Flag("base", "", COMPARE, ("evaluate",)),
     Flag("against", "", COMPARE, ("evaluate",)),
     Flag("metrics", "", INFERENCE, ("evaluate",), several=True),
@@ -114,8 +128,8 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
     Flag("temperature", "", INFERENCE, ("evaluate", "predict", "generate")),
     Flag("top_p", "", INFERENCE, ("evaluate", "predict", "generate")),
     Flag("resamples", "", COMPARE, ("evaluate",)),
-    Flag("seed", "", INFERENCE, ("evaluate", "generate")),
-    Flag("batch_size", "", INFERENCE, ("evaluate", "predict", "generate")),
+    Flag("seed", "", INFERENCE, ("evaluate", "mine", "generate")),
+    Flag("batch_size", "", INFERENCE, ("evaluate", "predict", "mine", "generate")),
     Flag("predictions", "", WRITE, ("evaluate",)),
     # merge
     Flag("output_dir", "--out -o", WRITE, ("merge",), metavar="DIR", required=True,
@@ -152,7 +166,8 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
     Flag("verify_tokens", "", COMPARE, ("export",)),
     Flag("eval_text", "", COMPARE, ("evaluate", "quantize")),
     Flag("eval_tokens", "", COMPARE, ("evaluate", "quantize")),
-    Flag("device", "", GENERAL, ("evaluate", "predict", "generate", "merge", "quantize", "export")),
+    Flag("device", "", GENERAL,
+         ("evaluate", "predict", "mine", "generate", "merge", "quantize", "export")),
 )  # fmt: skip
 """Flags of all commands but `train`, in the order of `--help`."""
 
@@ -163,12 +178,19 @@ _TAKES_RECIPES = ("train", "plan", *(n for n, own in _ADDED.items() if own.accep
 _LIKE_TRAIN = ("preview", *_TAKES_RECIPES)
 _EVERY = (
     *"""
-    train preview plan doctor init evaluate predict generate merge quantize export list-targets
-    list-methods recipes
+    train preview plan doctor init evaluate predict mine generate merge quantize export
+    list-targets list-methods recipes
     """.split(),
     *_ADDED,
 )
-_QUIET = ("train", "merge", "quantize", "export", *(n for n, own in _ADDED.items() if own.is_quiet))
+_QUIET = (
+    "train",
+    "mine",
+    "merge",
+    "quantize",
+    "export",
+    *(n for n, own in _ADDED.items() if own.is_quiet),
+)
 _TRACED = tuple(name for name in _EVERY if name != "preview")
 
 _RUN_FLAGS: tuple[Flag, ...] = (
@@ -177,7 +199,7 @@ _RUN_FLAGS: tuple[Flag, ...] = (
          help="Recipe file, or config.yaml of a run."),
     Flag(names="[RECIPE|RUN]", on=("preview",), dest="recipe_file", type=Path,
          help="Recipe file, or run directory."),
-    Flag("name", "RUN|ADAPTER|MODEL", on=("evaluate", "predict"), required=True),
+    Flag("name", "RUN|ADAPTER|MODEL", on=("evaluate", "predict", "mine"), required=True),
     Flag("name", "RUN|ADAPTER|MODEL", on=("generate",)),
     Flag("adapters", "RUN|ADAPTER...", on=("merge",), required=True, type=list[str]),
     Flag("model", "MODEL", on=("quantize",), required=True),

@@ -51,9 +51,9 @@ class MineConfig(Section):
         description="Distance of a negative from the lowest positive, as a share of its score. "
         "Documents that score higher are likely to be relevant and are skipped.",
     )
-    ranks: Ranks = Field(
-        (1, 100),
-        description="Range of ranks, FIRST-LAST, among the documents that are not skipped.",
+    ranks: Ranks | None = Field(
+        None,
+        description="Range of ranks among the documents that are not skipped; default: 1-100.",
     )
     sampling: Literal["top", "random"] = Field(
         "top", description="Selection of negatives in the range: the first ones, or at random."
@@ -79,9 +79,14 @@ class MineConfig(Section):
     dtype: ComputePrecision = "auto"
     device: RunDevice = "auto"
 
+    @property
+    def rank_range(self) -> tuple[int, int]:
+        """First and last rank, from 1."""
+        return self.ranks or (1, 100)
+
     @model_validator(mode="after")
     def _enough_ranks(self) -> MineConfig:
-        first, last = self.ranks
+        first, last = self.rank_range
         if last - first + 1 < self.negatives:
             raise ValueError(
                 f"--ranks {first}-{last} has {max(last - first + 1, 0)} ranks, and --negatives is "

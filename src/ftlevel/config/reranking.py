@@ -79,12 +79,10 @@ def find_reranking_problems(task: str, settings: RerankingConfig) -> Sequence[st
     plain = RerankingConfig()
     given = [n for n in RerankingConfig.model_fields if getattr(settings, n) != getattr(plain, n)]
     if task not in RERANKING_TASKS:
-        names = join_names(f"reranking.{name}" for name in given)
+        names = join_names(f"--{name.replace('_', '-')}" for name in given)
         return [f"{names}: of --task reranking, and --task is {task}. Drop it."] if given else []
     if settings.pos_weight is not None and settings.loss not in (None, "bce"):
-        return [
-            f"reranking.pos_weight: --loss {settings.loss} does not read it; bce does. Drop it."
-        ]
+        return [f"--pos-weight: --loss {settings.loss} does not read it; bce does. Drop it."]
     return []
 
 

@@ -254,7 +254,8 @@ class InferenceModel:
         self._batch_size, self._cuts = batch_size, cuts
         self._scorer = RowScorer(trained, batch_size)
         self._decoder: RowDecoder | Literal[False] | None = None  # False: unsupported
-        self._positions = max_positions(trained.model.config)
+        limits = (max_positions(trained.model.config), trained.task.max_tokens)
+        self._positions = min((limit for limit in limits if limit is not None), default=None)
         self.shortened = 0
         self.task = trained.task
         self.tokenizer = trained.tokenizer

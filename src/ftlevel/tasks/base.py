@@ -179,6 +179,11 @@ class BaseTask(Task):
             f"it needs {with_article(wanted)}. {self.refusals.get(kind, '')}".strip()
         )
 
+    @property
+    def max_tokens(self) -> int | None:
+        """Maximum tokens of a sequence, if lower than the model's positions."""
+        return None
+
     def prepare_tokenizer(self, tokenizer: Any, kind: str) -> Choice | None:
         """Adapt `tokenizer` (mutated) to models of `kind`, and return the log line, if any."""
         return None

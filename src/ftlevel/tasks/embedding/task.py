@@ -113,6 +113,11 @@ class EmbeddingTask(BaseTask):
         task = replace(self, form=form, end=end, step_rows=rows)
         return task, _describe_form(form, reason, given)
 
+    @property
+    def max_tokens(self) -> int | None:
+        """Maximum length of the model's embedding format."""
+        return self.form.max_length
+
     def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
         """Return the embedding format of a model that ftlevel did not train."""
         place = Path(str(getattr(model_config, "name_or_path", "")))
@@ -249,7 +254,9 @@ class EmbeddingTask(BaseTask):
             form = replace(form, normalize=wanted.normalize)
         encode = TextEncoder(model.tokenizer, "", "", known.end)
         texts = [
-            form.document_prompt + q.documents[0] if q.documents else form.query_prompt + q.query
+            form.document_prompt + q.documents[0]
+            if q.documents
+            else (q.prompt or form.query_prompt) + q.query
             for q in questions
         ]
         rows = [Encoded(ids, 0, at) for at, ids in enumerate(encode.ids(texts))]

@@ -1,0 +1,185 @@
+"""`mine`: add hard negatives to queries with positives, found by an embedding model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ftlevel.artifacts.row_files import check_row_file, row_file_type
+from ftlevel.artifacts.row_sinks import RowColumns
+from ftlevel.config.mining import MineConfig
+from ftlevel.config.section import Choice
+from ftlevel.data.formats.convert import to_examples
+from ftlevel.data.formats.detect import FormatOptions, detect_format
+from ftlevel.data.sources.readers.files import ReadOptions, read_table
+from ftlevel.errors import InputError
+from ftlevel.evaluation.answers import InferenceModel, inference_context
+from ftlevel.evaluation.retrieval import as_document, embed_rows
+from ftlevel.evaluation.scoring import GenerationOptions, batches
+from ftlevel.events import Listener, NullListener
+from ftlevel.models.hardware import choose_device, choose_threads
+from ftlevel.models.loading import silence_loggers
+from ftlevel.tasks.embedding.formats import QUERY_SHAPES, RANKING_SHAPES, EmbeddingRow
+from ftlevel.tasks.embedding.mining import Corpus, MinedRow, MiningOptions
+from ftlevel.tasks.embedding.mining import mine as search
+from ftlevel.trained.load import load_ref
+from ftlevel.trained.model_ref import describe_dtype, resolve_model
+
+TASK = "embedding"
+WINDOW = 2_048
+"""Rows that are read to find their columns, and rows written at once."""
+
+
+@dataclass
+class _Counts:
+    """Counts of the rows so far."""
+
+    written: int = 0
+    without: int = 0
+    negatives: int = 0
+    skipped: int = 0
+
+
+def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str, Any]:
+    """Write each query with its positives and its hard negatives, and return the counts.
+
+    Rows without any negative in the range are left out.
+
+    Raises:
+        ConfigError: the output exists, or an option does not fit.
+        InputError: the rows have no positives, or the model is no embedding model.
+    """
+    listener = listener or NullListener()
+    check_row_file("--out", config.output, resume=False, overwrite=config.overwrite)
+    with silence_loggers():
+        listener.stage("read the rows")
+        rows, described = _read_rows(config)
+        corpus = Corpus(rows, _read_corpus(config))
+        device = choose_device(config.device)
+        found = resolve_model(
+            config.name, TASK, config.base_model, device=device.value, dtype=config.dtype
+        )
+        first, last = config.rank_range
+        listener.choices(
+            "mine",
+            [
+                Choice("model", config.name, f"base {found.source.name}"),
+                Choice("rows", config.dataset, f"{len(rows):,} rows"),
+                Choice("columns", described, "by --map" if config.columns else ""),
+                Choice("corpus", f"{len(corpus.texts):,} distinct documents"),
+                Choice("negatives", config.negatives, f"{config.sampling} of ranks {first}-{last}"),
+                Choice("relative margin", f"{config.relative_margin:g}"),
+                Choice("dtype", found.card.dtype, describe_dtype(found, config.dtype)),
+                device,
+                choose_threads(),
+            ],
+        )
+        listener.stage("load the model")
+        began = time.perf_counter()
+        trained = load_ref(found, device.value)
+        model = InferenceModel(trained, GenerationOptions(1), config.batch_size, cuts=True)
+        listener.stage("embed")
+        documents = map(as_document, corpus.texts)
+        with inference_context(model, trained):
+            queries = [EmbeddingRow(row.query, 0, prompt=row.prompt) for row in rows]
+            vectors = embed_rows(model, [*queries, *documents], listener.answered)
+        if model.shortened:
+            listener.warn(
+                f"{model.shortened:,} texts are longer than the model takes and are cut at their "
+                "end."
+            )
+        listener.stage("search")
+        options = MiningOptions(
+            config.negatives,
+            config.relative_margin,
+            config.rank_range,
+            config.sampling == "random",
+            config.seed,
+        )
+        similarity = trained.task.form.similarity  # type: ignore[attr-defined]  # of EmbeddingTask
+        mined = search(
+            rows, corpus, vectors[: len(rows)], vectors[len(rows) :], options,
+            similarity=similarity,
+        )  # fmt: skip
+        counts = _write(config, corpus, zip(rows, mined, strict=True))
+    if not counts.written:
+        raise InputError(
+            f"no row has a negative at ranks {first}-{last} with --relative-margin "
+            f"{config.relative_margin:g}. Lower them, or add documents by --corpus."
+        )
+    return {
+        "name": config.name,
+        "dataset": config.dataset,
+        "output": str(config.output),
+        "documents": len(corpus.texts),
+        "rows": counts.written,
+        "left_out": counts.without,
+        "negatives": counts.negatives,
+        "skipped": counts.skipped,
+        "shortened": model.shortened,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def _read_rows(config: MineConfig) -> tuple[list[EmbeddingRow], str]:
+    """Return the rows with positives, and a description of their columns."""
+    table = read_table(
+        config.dataset, how=ReadOptions(config.input_format, ignored=config.ignore_columns)
+    )
+    wish = FormatOptions(config.columns, config.format, aim="mine")
+    found = detect_format(table.columns, TASK, RANKING_SHAPES, wish, table.rows[:WINDOW])
+    rows: list[EmbeddingRow] = list(to_examples(table, found))  # type: ignore[arg-type]
+    for row in rows:
+        if not row.positives:
+            raise InputError(
+                f"{table.where(row.row)}: has no positive, from which negatives have to differ. "
+                "Leave out such rows."
+            )
+    return rows, found.description
+
+
+def _read_corpus(config: MineConfig) -> list[str]:
+    """Return the texts of `--corpus`."""
+    if config.corpus is None:
+        return []
+    table = read_table(config.corpus)
+    shapes = [shape for shape in QUERY_SHAPES if shape.name == "text"]
+    found = detect_format(table.columns, TASK, shapes, rows=table.rows[:WINDOW])
+    return [row.documents[0] for row in to_examples(table, found)]  # type: ignore[attr-defined]
+
+
+def _write(
+    config: MineConfig, corpus: Corpus, rows: Iterator[tuple[EmbeddingRow, MinedRow]]
+) -> _Counts:
+    """Write the rows that have a negative, and return the counts."""
+    names = ["query", "pos", "neg", *(["pos_scores", "neg_scores"] if config.scores else [])]
+    file = row_file_type("--out", config.output)(config.output, RowColumns(names))
+    if config.overwrite:
+        config.output.unlink(missing_ok=True)
+    file.open(0)
+    counts, lines = _Counts(), []
+    for row, mined in rows:
+        counts.skipped += mined.skipped
+        if not mined.negatives:
+            counts.without += 1
+            continue
+        counts.written += 1
+        counts.negatives += len(mined.negatives)
+        line: dict[str, Any] = {
+            "query": row.query,
+            "pos": list(row.positives),
+            "neg": [corpus.texts[at] for at in mined.negatives],
+        }
+        if config.scores:
+            line["pos_scores"] = list(mined.positive_scores)
+            line["neg_scores"] = list(mined.negative_scores)
+        lines.append(line)
+    if not counts.written:
+        file.discard()
+        return counts
+    for part in batches(lines, WINDOW):
+        file.write(part)
+    file.finish()
+    return counts

@@ -1,0 +1,70 @@
+"""Embed texts with a loaded model, and evaluate it on a retrieval set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ftlevel.evaluation.answers import InferenceModel, inference_context
+from ftlevel.evaluation.scoring import GenerationOptions
+from ftlevel.tasks.base import OutputOptions
+from ftlevel.tasks.embedding.beir import RetrievalSet
+from ftlevel.tasks.embedding.formats import EmbeddingRow
+from ftlevel.tasks.embedding.retrieval import METRICS, RetrievalScores, score_retrieval
+from ftlevel.tasks.embedding.task import EmbeddingTask
+from ftlevel.trained.load import LoadedModel
+
+WINDOW = 2_048
+"""Texts sorted by length together."""
+
+Report = Callable[[int, float | None], None]
+"""Receives the number of embedded texts, and their share."""
+
+
+def embed_rows(
+    model: InferenceModel, texts: Sequence[EmbeddingRow], report: Report
+) -> torch.Tensor:
+    """Return the embeddings of queries and documents, `(texts, dims)` in float32, in order."""
+    found: list[np.ndarray] = []
+    for start in range(0, len(texts), WINDOW):
+        window = [replace(row, row=at) for at, row in enumerate(texts[start : start + WINDOW])]
+        answers = model.task.answer_rows(model, window, OutputOptions())
+        found += [answer.columns[""] for answer in answers]
+        report(len(found), len(found) / len(texts))
+    return torch.from_numpy(np.stack(found))
+
+
+def as_document(text: str) -> EmbeddingRow:
+    """Return a row whose text gets the document prompt."""
+    return EmbeddingRow("", 0, (text,), (0.0,))
+
+
+def evaluate_retrieval(
+    trained: LoadedModel, data: RetrievalSet, batch_size: int | None, report: Report
+) -> tuple[RetrievalScores, int]:
+    """Return the metrics of each query, and the number of texts that were cut.
+
+    The headline is also computed for each number of Matryoshka dimensions.
+    """
+    task = trained.task
+    if not isinstance(task, EmbeddingTask):
+        raise TypeError("only embedding models search")
+    model = InferenceModel(trained, GenerationOptions(1), batch_size, cuts=True)
+    queries = [EmbeddingRow(query, 0) for query in data.queries]
+    with inference_context(model, trained):
+        vectors = embed_rows(model, [*queries, *map(as_document, data.documents)], report)
+    found: dict[str, np.ndarray] = {}
+    for dims in (None, *task.settings.matryoshka_dims):
+        scores = score_retrieval(
+            vectors[: len(queries), :dims],
+            vectors[len(queries) :, :dims],
+            data.relevant,
+            similarity=task.form.similarity,
+        )
+        names = METRICS if dims is None else METRICS[:1]
+        suffix = "" if dims is None else f"_dim_{dims}"
+        found |= {f"{name}{suffix}": scores.values[name] for name in names}
+    return RetrievalScores(found), model.shortened

@@ -1,0 +1,105 @@
+"""Retrieval sets in BEIR's layout: queries.jsonl, corpus.jsonl and qrels/NAME.tsv.
+
+Documents of equal text are one document, whatever their ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftlevel.data.sources.readers.files import read_table
+from ftlevel.errors import InputError, join_names
+
+_IDS = ("_id", "id", "docid", "query-id", "query_id")
+_QUERIES = ("query-id", "query_id", "qid")
+_DOCUMENTS = ("corpus-id", "corpus_id", "docid", "doc_id", "pid")
+_SCORES = ("score", "relevance", "label")
+
+
+@dataclass(frozen=True)
+class RetrievalSet:
+    """Queries, distinct documents, and the positions of the documents relevant to each query.
+
+    `merged` is the number of documents whose text another one has, `unjudged` the number of
+    queries that are left out because no document is relevant to them.
+    """
+
+    queries: Sequence[str]
+    documents: Sequence[str]
+    relevant: Sequence[Sequence[int]]
+    merged: int = 0
+    unjudged: int = 0
+
+
+def read_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
+    """Return the retrieval set of a file of relevance judgments.
+
+    Queries are in queries.jsonl of its directory, or of the directory above `qrels/`; so is the
+    corpus, unless `corpus` names another file.
+
+    Raises:
+        InputError: a file is missing, or a judgment names an unknown query or document.
+    """
+    place = qrels.parent.parent if qrels.parent.name == "qrels" else qrels.parent
+    queries = _read_texts(place / "queries.jsonl")
+    corpus = corpus or place / "corpus.jsonl"
+    documents = _read_texts(corpus)
+    texts = list(dict.fromkeys(documents.values()))
+    positions = {text: at for at, text in enumerate(texts)}
+    relevant: dict[str, set[int]] = {}
+    lost: list[str] = []
+    table = read_table(qrels)
+    names = [_column(table.columns, known, qrels) for known in (_QUERIES, _DOCUMENTS, _SCORES)]
+    for at, row in enumerate(table.rows):
+        query, document, score = (row[name] for name in names)
+        if str(query) not in queries:
+            lost.append(f"{table.where(at)}: query {query!r}")
+        elif str(document) not in documents:
+            lost.append(f"{table.where(at)}: document {document!r}")
+        elif float(score) > 0:
+            relevant.setdefault(str(query), set()).add(positions[documents[str(document)]])
+    if lost:
+        raise InputError(
+            f"{len(lost):,} judgments name a query or document that is not there: "
+            f"{join_names(lost, 2)}. Queries are of {place / 'queries.jsonl'}, documents of "
+            f"{corpus}. Name another corpus with --corpus."
+        )
+    if not relevant:
+        raise InputError(f"{qrels}: no score is above 0. Give relevant documents a score of 1.")
+    known = [query for query in queries if query in relevant]
+    return RetrievalSet(
+        [queries[query] for query in known],
+        texts,
+        [sorted(relevant[query]) for query in known],
+        len(documents) - len(texts),
+        len(queries) - len(known),
+    )
+
+
+def _read_texts(path: Path) -> dict[str, str]:
+    """Return the text of each id; a title precedes its text."""
+    table = read_table(path)
+    name = _column(table.columns, _IDS, path)
+    if "text" not in table.columns:
+        raise InputError(
+            f"{path}: has no column 'text'. Columns: {join_names(map(repr, table.columns))}."
+        )
+    return {str(row[name]): _text(row) for row in table.rows}
+
+
+def _text(row: Mapping[str, Any]) -> str:
+    title, text = row.get("title") or "", row["text"] or ""
+    return f"{title} {text}" if title else str(text)
+
+
+def _column(columns: Sequence[str], known: Sequence[str], path: Path) -> str:
+    found = next((name for name in known if name in columns), None)
+    if found is None:
+        raise InputError(
+            f"{path}: has none of the columns {join_names(known)}. Columns: "
+            f"{join_names(map(repr, columns))}."
+        )
+    return found

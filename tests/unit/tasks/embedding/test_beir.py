@@ -1,0 +1,51 @@
+"""Retrieval sets in BEIR's layout."""
+
+import json
+
+import pytest
+
+from ftlevel.errors import InputError
+from ftlevel.tasks.embedding.beir import RetrievalSet, read_retrieval_set
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def layout(tmp_path):
+    write(tmp_path / "queries.jsonl", [{"_id": f"q{n}", "text": f"query {n}"} for n in range(3)])
+    documents = [("d1", "T", "one"), ("d2", "", "two"), ("d3", "", "two"), ("d4", "", "four")]
+    write(
+        tmp_path / "corpus.jsonl",
+        [{"_id": name, "title": title, "text": text} for name, title, text in documents],
+    )
+    (tmp_path / "qrels").mkdir()
+    qrels = tmp_path / "qrels" / "test.tsv"
+    qrels.write_text("query-id\tcorpus-id\tscore\nq0\td1\t1\nq0\td3\t2\nq2\td4\t1\nq1\td4\t0\n")
+    return qrels
+
+
+def test_equal_documents_are_one_and_unjudged_queries_are_left_out(layout):
+    assert read_retrieval_set(layout) == RetrievalSet(
+        ["query 0", "query 2"], ["T one", "two", "four"], [[0, 1], [2]], merged=1, unjudged=1
+    )
+
+
+def test_another_corpus_has_to_hold_the_relevant_documents(layout, tmp_path):
+    other = tmp_path / "other.jsonl"
+    write(other, [{"_id": "d1", "title": "", "text": "one"}])
+    with pytest.raises(InputError, match=r"3 judgments name a query or document.*--corpus"):
+        read_retrieval_set(layout, other)
+
+
+def test_judgments_need_their_columns(layout):
+    layout.write_text("a\tb\tc\nq0\td1\t1\n")
+    with pytest.raises(InputError, match="none of the columns query-id"):
+        read_retrieval_set(layout)
+
+
+def test_judgments_need_a_relevant_document(layout):
+    layout.write_text("query-id\tcorpus-id\tscore\nq0\td1\t0\n")
+    with pytest.raises(InputError, match="no score is above 0"):
+        read_retrieval_set(layout)
