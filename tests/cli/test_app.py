@@ -199,7 +199,7 @@ def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_ctrl_c_is_said_wherever_it_comes(
     as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import ftlevel.commands.train as engine
+    import ftlevel.training.job as engine
 
     def press(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -221,7 +221,7 @@ def test_a_run_that_was_over_is_not_trained_further(
            "1"]  # fmt: skip
     train(*own, out="whole")
     with monkeypatch.context() as patch:
-        patch.setattr("ftlevel.commands.train.save", lambda *_: 1 / 0)
+        patch.setattr("ftlevel.training.session.save", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(["train", "--quiet", *own, "--output-dir", "cut", "--traceback"])
     summary = train("--resume", out="cut")

@@ -34,11 +34,11 @@ def train(given: CommandInput, *, dry_run: bool, as_json: bool, quiet: bool, sch
     with open_screen(as_json=as_json, quiet=quiet or follows) as screen:
         share_heaps()
         with heavy_imports():
-            from ftlevel.commands.train import CommandLine
             from ftlevel.commands.train import train as run
-            from ftlevel.training.finish import Start
+            from ftlevel.training.finish import StartTime
+            from ftlevel.training.job import CommandLine
 
-        asked = CommandLine(origin, Start.of_process())
+        asked = CommandLine(origin, StartTime.of_process())
         result = run(config, listener=screen, dry_run=dry_run, command_line=asked)
     if as_json and not follows:
         typer.echo(json_module.dumps(result.summary, default=str))

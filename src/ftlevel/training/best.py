@@ -172,7 +172,7 @@ class BestModelCallback(TrainerCallback):
         self._has_ended = False
         self._is_owed = False
 
-    def go_on(self, step: int, past: Sequence[Mapping[str, Any]], *, has_new_length: bool) -> None:
+    def resume(self, step: int, past: Sequence[Mapping[str, Any]], *, has_new_length: bool) -> None:
         """Restore the state at the checkpoint of `step` from the log records `past`.
 
         Best models of later steps are deleted. With `has_new_length`, a run that had stopped early

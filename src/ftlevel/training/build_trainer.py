@@ -209,17 +209,17 @@ def build_trainer(
     run: Run,
     adapted: PreparedModel,
     directory: RunDirectory,
-    going_on: ResumeState,
+    resumed: ResumeState,
     processes: Processes,
 ) -> FtlevelTrainer:
     """Return the Trainer of the run, without transformers' printing callbacks."""
     from transformers import PrinterCallback, ProgressCallback
 
     arguments = build_arguments(run, directory.checkpoints)
-    checkpoint = going_on.checkpoint
+    checkpoint = resumed.checkpoint
     # On resume, evaluate first only if the run was interrupted in an evaluation.
     arguments.eval_on_start &= checkpoint is None
-    arguments.eval_on_start |= _owes_evaluation(going_on, run, arguments)
+    arguments.eval_on_start |= _owes_evaluation(resumed, run, arguments)
     rows, order = rows_and_order(run, arguments, processes)
     fast, pad_id = adapted.fast, run.model.pad_id
     collator = TextCollator if isinstance(run.objective, StepObjective) else StepCollator
@@ -263,10 +263,10 @@ def build_trainer(
     return trainer
 
 
-def _owes_evaluation(going_on: ResumeState, run: Run, arguments: Any) -> bool:
+def _owes_evaluation(resumed: ResumeState, run: Run, arguments: Any) -> bool:
     steps, rows = run.schedule.steps, rows_per_epoch(run.config, len(run.data.train))
     an_epoch = steps if run.data.stream else count_steps_per_epoch(run.config.train, rows)
-    return going_on.missed_evaluation(arguments.eval_strategy, an_epoch, steps)
+    return resumed.missed_evaluation(arguments.eval_strategy, an_epoch, steps)
 
 
 def build_optimizer(method: MethodConfig, model: Any, arguments: Any) -> Any:
@@ -314,19 +314,19 @@ def restore_progress(
     trainer: FtlevelTrainer,
     watch: RunCallbacks,
     directory: RunDirectory,
-    going_on: ResumeState,
+    resumed: ResumeState,
     processes: Processes,
 ) -> None:
     """Restore `trainer` and `watch` (mutated) to the checkpoint, and drop later log records."""
-    if going_on.checkpoint is None:
+    if resumed.checkpoint is None:
         return
-    step = step_of(going_on.checkpoint)
+    step = step_of(resumed.checkpoint)
     if processes.is_first:
         watch.report.records += directory.rewind_log(step)
         directory.rewind_notes(step)
-    trainer.smaller.go_on([note for note in directory.read_notes() if note["step"] <= step])
+    trainer.smaller.resume([note for note in directory.read_notes() if note["step"] <= step])
     if watch.best is not None:
-        watch.best.go_on(step, going_on.past, has_new_length=going_on.has_new_length)
+        watch.best.resume(step, resumed.past, has_new_length=resumed.has_new_length)
 
 
 def add_callbacks(

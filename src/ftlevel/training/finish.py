@@ -238,19 +238,19 @@ def end_run(
 
 
 @dataclass(frozen=True)
-class Start:
+class StartTime:
     """Time and CPU seconds of the process, over all threads, when the user started the run."""
 
     at: float
     cpu_s: float
 
     @classmethod
-    def now(cls) -> Start:
+    def now(cls) -> StartTime:
         """Return the current time, for a call from Python."""
         return cls(time.perf_counter(), time.process_time())
 
     @classmethod
-    def of_process(cls) -> Start:
+    def of_process(cls) -> StartTime:
         """Return the creation time of the process, for a command line."""
         import psutil
 
@@ -258,7 +258,9 @@ class Start:
         return cls(time.perf_counter() - ago, 0.0)
 
 
-def measure_times(report: Report, start: Start, trained_at: float, tokens: int) -> dict[str, float]:
+def measure_times(
+    report: Report, start: StartTime, trained_at: float, tokens: int
+) -> dict[str, float]:
     """Return seconds to the first step, of training and in total, and tokens per second."""
     first = report.first_step_at or trained_at
     return {

@@ -257,7 +257,7 @@ class StepReducer:
             )
         return trainer.on_device(trainer.data_collator(rows))
 
-    def go_on(self, notes: Sequence[Mapping[str, Any]]) -> None:
+    def resume(self, notes: Sequence[Mapping[str, Any]]) -> None:
         """Repeat the reductions in `notes` when a run resumes."""
         for note in notes:
             if "tokens_per_micro_batch" in note:

@@ -9,7 +9,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -30,8 +30,8 @@ from ftlevel.events import Listener
 from ftlevel.methods import METHODS
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.models.sources import resolve_source
-from ftlevel.training.given import BASE as WRITTEN_BASE
-from ftlevel.training.given import BoundInputs
+from ftlevel.training.inputs import BASE as WRITTEN_BASE
+from ftlevel.training.inputs import base_facts
 from ftlevel.training.origin import (
     BASE,
     PROMPT,
@@ -40,6 +40,8 @@ from ftlevel.training.origin import (
     check_same_run,
     describe_tokenizer,
     digests_of,
+    everything_of,
+    origin_of,
     read_origin,
     read_origin_file,
 )
@@ -143,6 +145,7 @@ class ResumeState:
         past: log records up to the checkpoint.
         has_new_length: whether the planned number of steps has changed.
         finished: summary.json of a run with nothing left to train.
+        origin: all that must stay the same when the run resumes; see `origin_of`.
     """
 
     checkpoint: Path | None = None
@@ -150,6 +153,7 @@ class ResumeState:
     has_new_length: bool = False
     finished: Mapping[str, Any] | None = None
     changes: list[dict[str, Any]] = field(default_factory=list)
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     def missed_evaluation(self, strategy: str, an_epoch: int, steps: int) -> bool:
         """Whether the run was interrupted between a checkpoint and the evaluation of its epoch."""
@@ -168,8 +172,20 @@ def has_evaluation(records: Sequence[Mapping[str, Any]], step: int) -> bool:
     )
 
 
-def resolve_resume(run: Run, origin: Mapping[str, Any], listener: Listener) -> ResumeState:
+def resolve_resume(run: Run, processes: Processes, listener: Listener) -> ResumeState:
     """Return the state that the run resumes from, before weights load; empty for a new run.
+
+    Raises ConfigError if the processes or their run differ; see `_resolve_resume`.
+    """
+    origin = origin_of(run, base_facts(run))
+    processes.check_same(everything_of(run, origin))
+    return processes.from_first(
+        lambda: replace(_resolve_resume(run, origin, listener), origin=origin)
+    )
+
+
+def _resolve_resume(run: Run, origin: Mapping[str, Any], listener: Listener) -> ResumeState:
+    """Return the state that the run resumes from, in the first process.
 
     Raises ConfigError if the origin differs, the run is longer than its new length, or is finished
     without a checkpoint.
@@ -233,26 +249,20 @@ def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
         )
 
 
-def open_or_resume(
-    taken: BoundInputs,
-    run: Run,
-    origin: Mapping[str, Any],
-    going_on: ResumeState,
-    listener: Listener,
-) -> RunDirectory:
+def open_or_resume(run: Run, resumed: ResumeState, listener: Listener) -> RunDirectory:
     """Return the run directory, new or resumed, with configuration and origin rewritten."""
     output = run.config.output
-    if going_on.checkpoint is not None and output.dir is not None:
+    if resumed.checkpoint is not None and output.dir is not None:
         directory = RunDirectory(output.dir)
         mark_resumed(directory.path)
-        checkpoints.set_aside_newer(directory.checkpoints, going_on.checkpoint)
-        for change in going_on.changes:
+        checkpoints.set_aside_newer(directory.checkpoints, resumed.checkpoint)
+        for change in resumed.changes:
             listener.warn(
                 f"{change['field']} is {change['is']!r} from here on, was {change['was']!r}"
             )
-        directory.write_changes(step_of(going_on.checkpoint), going_on.changes)
+        directory.write_changes(step_of(resumed.checkpoint), resumed.changes)
         for digests in digests_of(run):
-            if any(change["field"].startswith(digests.field) for change in going_on.changes):
+            if any(change["field"].startswith(digests.field) for change in resumed.changes):
                 digests.forget(directory.checkpoints)
     else:
         directory, kept = open_run(
@@ -265,12 +275,12 @@ def open_or_resume(
                 f"--overwrite {directory.path}: {line}; it is not of the run that is replaced"
             )
     named = run
-    if taken.base is not None:
+    if run.written_base is not None:
         place = str(directory.path.absolute() / WRITTEN_BASE)
         named = run.with_settings("model", name_or_path=place)
     directory.write_config(dump_config(named))
     write_places(directory, resolved_config(named))
-    write_json(directory.checkpoints / ORIGIN, origin)
+    write_json(directory.checkpoints / ORIGIN, resumed.origin)
     return directory
 
 
@@ -366,7 +376,7 @@ def describe_stop(directory: RunDirectory, state: Any) -> str:
     return (
         f"interrupted after step {state.global_step:,} of {state.max_steps:,}; "
         f"{directory.checkpoints / f'checkpoint-{state.global_step}'} is kept, and {adapter}. "
-        f"{_go_on(directory)}"
+        f"{_resume_command(directory)}"
     )
 
 
@@ -400,9 +410,13 @@ def explain_interrupt(directory: RunDirectory) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         whole, _ = checkpoints.find_newest_intact(directory.checkpoints)
-        kept = f"{whole} is kept. {_go_on(directory)}" if whole else "there was no checkpoint yet."
+        kept = (
+            f"{whole} is kept. {_resume_command(directory)}"
+            if whole
+            else "there was no checkpoint yet."
+        )
         raise Interrupted(f"interrupted at once; {kept}") from None
 
 
-def _go_on(directory: RunDirectory) -> str:
+def _resume_command(directory: RunDirectory) -> str:
     return f"Resume with: ftlevel train --output-dir {quote(str(directory.path))} --resume"

@@ -16,7 +16,7 @@ from ftlevel.artifacts.places import make_paths_absolute
 from ftlevel.artifacts.run_directory import check_unclaimed
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.commands.plan import PlanOptions, plan
-from ftlevel.commands.train import CommandLine, train
+from ftlevel.commands.train import train
 from ftlevel.config import EvaluateConfig, Layer, TrainConfig, build_config, build_section
 from ftlevel.config.methods import SPECS
 from ftlevel.config.reading import METHOD_ALIASES, resolve_aliases
@@ -39,7 +39,8 @@ from ftlevel.extras.compare.search import (
     search,
     with_values,
 )
-from ftlevel.training.finish import Start
+from ftlevel.training.finish import StartTime
+from ftlevel.training.job import CommandLine
 
 RESAMPLES = 1000
 """Bootstrap resamples of the rows; equal for all runs scored on equally many rows."""
@@ -53,7 +54,7 @@ def train_and_score(config: TrainConfig, place: Path) -> None:
     Raises:
         FtlevelError: as `train` and `evaluate` do.
     """
-    begun = CommandLine(None, Start.now())
+    begun = CommandLine(None, StartTime.now())
     result = train(
         config, callbacks=[StopWithParent()], listener=NullListener(), command_line=begun
     )

@@ -101,6 +101,7 @@ class AuxiliaryModels:
 class Run:
     """A configuration with everything that is decided from it before weights load.
 
+    `written_base` is the directory of a base that was passed as an object and has no other files.
     `config.quant` is what the user configured; `model.quant` also has the quantization of the
     checkpoint. `best` is None if no best model is selected, `adapter` is None for a new adapter,
     and `beside` is filled in when the run starts.
@@ -119,6 +120,7 @@ class Run:
     adapter: StartingAdapter | None
     choices: list[Choice]
     beside: AuxiliaryModels = field(default_factory=AuxiliaryModels)
+    written_base: Path | None = None
     rewards: Any = None
 
     def with_settings(self, section: str, **values: Any) -> Run:

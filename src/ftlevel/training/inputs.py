@@ -42,36 +42,38 @@ class TrainInputs:
 class BoundInputs:
     """The configuration with a name or path for every passed object, and lines for the screen.
 
-    `base` is the directory that the model was written to; None if it was not.
+    `written_base` is the directory that the model was written to; None if it was not.
     """
 
     config: TrainConfig
-    base: Path | None = None
+    callbacks: Sequence[TrainerCallback] = ()
+    written_base: Path | None = None
     choices: tuple[Choice, ...] = ()
 
 
-def bind_inputs(config: TrainConfig, given: TrainInputs, held: ExitStack) -> BoundInputs:
-    """Return `config` with the objects bound; a written model exists until `held` closes.
+def bind_inputs(config: TrainConfig, inputs: TrainInputs, stack: ExitStack) -> BoundInputs:
+    """Return `config` with the objects bound; a written model exists until `stack` closes.
 
     Raises ConfigError if an object has the wrong type, or is also set in the configuration.
     """
-    _check_callbacks(given.callbacks)
-    rows = {"dataset": given.dataset, "validation_file": given.eval_dataset}
+    _check_callbacks(inputs.callbacks)
+    rows = {"dataset": inputs.dataset, "validation_file": inputs.eval_dataset}
     names = {
         key: _name(key, value, config.data) for key, value in rows.items() if value is not None
     }
     if names:
         config = config.with_sections(data=config.data.model_copy(update=names))
-    if given.model is None and given.tokenizer is None:
-        return BoundInputs(config)
-    folder = held.enter_context(Workspace("model"))
-    placed = place_model(given.model, given.tokenizer, config.model, Path(folder))
+    if inputs.model is None and inputs.tokenizer is None:
+        return BoundInputs(config, inputs.callbacks)
+    folder = stack.enter_context(Workspace("model"))
+    placed = place_model(inputs.model, inputs.tokenizer, config.model, Path(folder))
     sections: dict[str, Any] = {
         "model": config.model.model_copy(update={"name_or_path": placed.name})
     }
     if placed.quant is not None:
         sections["quant"] = _own_quant(config.quant, placed.quant)
-    return BoundInputs(config.with_sections(**sections), placed.directory, (placed.choice,))
+    config = config.with_sections(**sections)
+    return BoundInputs(config, inputs.callbacks, placed.directory, (placed.choice,))
 
 
 def _own_quant(wish: QuantConfig, own: QuantConfig) -> QuantConfig:
@@ -116,20 +118,20 @@ def _check_callbacks(callbacks: Sequence[TrainerCallback]) -> None:
             )
 
 
-def store_base(
-    run: Run, taken: BoundInputs, directory: RunDirectory, *, is_first: bool
-) -> tuple[Run, dict[str, Any]]:
-    """Move a model written for this run into its directory; return the run and base facts."""
-    if taken.base is not None:
+def store_base(run: Run, directory: RunDirectory, *, is_first: bool) -> tuple[Run, dict[str, Any]]:
+    """Move a base that was written for the run into its directory; return run and base facts."""
+    if run.written_base is not None:
         place = directory.path.resolve() / BASE
         if is_first and not place.exists():
-            shutil.move(taken.base, place)
+            shutil.move(run.written_base, place)
         source = replace(run.model.source, name=str(place), location=str(place))
         run = replace(run, model=replace(run.model, source=source))
-    return run, describe_taken(run, taken)
+    return run, base_facts(run)
 
 
-def describe_taken(run: Run, taken: BoundInputs) -> dict[str, Any]:
+def base_facts(run: Run) -> dict[str, Any]:
     """Return the facts of the base, with a digest of all bytes if it was written for the run."""
-    base, path = describe_base(run.model.source), run.model.source.path
-    return base if taken.base is None or path is None else {**base, "digest": base_digest(path)}
+    facts, path = describe_base(run.model.source), run.model.source.path
+    if run.written_base is None or path is None:
+        return facts
+    return {**facts, "digest": base_digest(path)}
