@@ -157,7 +157,7 @@ def sizes() -> list[Figure]:
             sum(takes(text, _RUN_AND_CONFIG) for text in texts.values()),
         ),
         Figure(
-            "functions below commands that take a whole configuration", "175", 49,
+            "functions below commands that take a whole configuration", "175", 35,
             sum(takes(text, _WHOLE_CONFIG) for text in below),
         ),
         Figure(

@@ -131,7 +131,9 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         against = None
         if reference is not None:
             listener.stage(f"ask {config.name} and {config.against} the same")
-            questions = build_comparison_inputs(config, trained, evaluator.rows)
+            questions = build_comparison_inputs(
+                config.eval_text, config.eval_tokens, trained, evaluator.rows
+            )
             told = questions.ask(trained)
             trained = replace(trained, model=None)  # frees memory for the other model
             against = _compare_with_reference(config, reference, questions, told, evaluator)

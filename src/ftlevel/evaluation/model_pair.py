@@ -61,6 +61,7 @@ def resolve_pair(config: EvaluateConfig, device: str) -> tuple[ModelRef, ModelRe
     cards = [card_directory(Path(name).expanduser()) for name in names]
     known = [read_card(card).task for card in cards if card is not None]
     task = config.task or (known[0] if known else None)
+    places = _places(config.base_model, cards)
     said = (config.name, f"--against {config.against}")
     found, reference = (
         resolve_model(
@@ -71,38 +72,38 @@ def resolve_pair(config: EvaluateConfig, device: str) -> tuple[ModelRef, ModelRe
             dtype=config.dtype,
             said=words,
         )
-        for name, card, words, place in zip(names, cards, said, _places(config, cards), strict=True)
+        for name, card, words, place in zip(names, cards, said, places, strict=True)
     )
     if found.card.task != reference.card.task:
         raise InputError(
             f"--against {config.against} is for {reference.card.task}, and {config.name} for "
             f"{found.card.task}: there is no prompt both. Name one for the same task."
         )
-    _check_same_answers(found, reference, config)
+    _check_same_answers(found, reference, *names)
     return found, reference
 
 
-def _places(config: EvaluateConfig, cards: Sequence[Path | None]) -> list[str | None]:
+def _places(place: str | None, cards: Sequence[Path | None]) -> list[str | None]:
     """Return the base model's path for each of the two; both get it only if they share a base."""
-    place, (own, other) = config.base_model, cards
+    own, other = cards
     if own is None and other is not None:
         return [None, place]
     bases = [read_card(card).base.get("fingerprint") for card in cards if card is not None]
     return [place, place if len(bases) == 2 and bases[0] == bases[1] else None]
 
 
-def _check_same_answers(found: ModelRef, reference: ModelRef, config: EvaluateConfig) -> None:
+def _check_same_answers(found: ModelRef, reference: ModelRef, name: str, against: str) -> None:
     """Raise InputError if the two differ in vocabulary or labels."""
     one, other = (load_own_tokenizer(f.source, f.directory).get_vocab() for f in (found, reference))
     if one != other:
         raise InputError(
-            f"--against {config.against}: its tokenizer differs from that of {config.name}, "
+            f"--against {against}: its tokenizer differs from that of {name}, "
             "so their predictions cannot be compared token by token. Name a relative of it."
         )
     if found.card.labels != reference.card.labels:
         raise InputError(
-            f"--against {config.against}: its labels are {', '.join(reference.card.labels)}, and "
-            f"those of {config.name} are {', '.join(found.card.labels)}. Name one with the same."
+            f"--against {against}: its labels are {', '.join(reference.card.labels)}, and "
+            f"those of {name} are {', '.join(found.card.labels)}. Name one with the same."
         )
 
 
@@ -158,7 +159,7 @@ class ComparisonInputs:
 
 
 def build_comparison_inputs(
-    config: EvaluateConfig, trained: LoadedModel, rows: Sequence[Encoded]
+    eval_text: Path | None, eval_tokens: int, trained: LoadedModel, rows: Sequence[Encoded]
 ) -> ComparisonInputs:
     """Return the inputs for comparing `trained` with its reference.
 
@@ -169,9 +170,9 @@ def build_comparison_inputs(
     auto_class = trained.task.auto_class(trained.kind, model_config.model_type)
     if auto_class not in PREDICTS:
         return ComparisonInputs(rows, [], auto_class, "")
-    text = read_eval_text(config.eval_text, config.eval_tokens)
+    text = read_eval_text(eval_text, eval_tokens)
     length = min(WINDOW, trained.max_length or WINDOW, max_positions(model_config) or WINDOW)
-    windows = cut_windows(trained.tokenizer, text.content, config.eval_tokens, length)
+    windows = cut_windows(trained.tokenizer, text.content, eval_tokens, length)
     if not windows:
         raise InputError(f"--eval-text {text.name} has less than two tokens. Name a longer text.")
     return ComparisonInputs(rows, windows, auto_class, text.name)

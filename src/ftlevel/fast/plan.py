@@ -42,20 +42,24 @@ class WorkerPlan:
     reason: str = ""
 
 
-def plan_workers(config: TrainConfig, meta: Any, device: str, packs: bool) -> WorkerPlan:
-    """Return how many micro-batches the model `meta` (on the meta device) computes at once."""
-    asked, threads = config.speed.parallel_workers, torch.get_num_threads()
+def plan_workers(
+    method: MethodConfig, asked: int | str, meta: Any, device: str, is_ordered: bool
+) -> WorkerPlan:
+    """Return how many micro-batches the model `meta` (on the meta device) computes at once.
+
+    With `is_ordered`, random numbers come from the process's generator, in order.
+    """
+    threads = torch.get_num_threads()
     if device != "cpu" or threads == 1 or asked == 1:
         return WorkerPlan()
     if has_peers():
         return WorkerPlan(reason="each process has its own")
-    random = find_randomness(config.method, meta, with_head=True)
-    is_ordered = not packs or config.train.recomputes
-    if reason := _writes_to_itself(config.method, meta) or _uses_global_generator(
+    random = find_randomness(method, meta, with_head=True)
+    if reason := _writes_to_itself(method, meta) or _uses_global_generator(
         meta, random, is_ordered
     ):
         return WorkerPlan(reason=reason)
-    return WorkerPlan(min(threads, MAX_WORKERS if asked == "auto" else asked), random)
+    return WorkerPlan(min(threads, asked if isinstance(asked, int) else MAX_WORKERS), random)
 
 
 def _uses_global_generator(meta: Any, random: str, is_ordered: bool) -> str:
@@ -199,14 +203,20 @@ def plan_fast(
     if config.train.neftune_noise_alpha is not None:
         why = "NEFTune's noise is scaled by the length of a padded row"
         return replace(whole, choices=[Choice("step", "plain", why)])
-    why_padded = _why_padded(config, meta, kind)
+    why_padded = (
+        _why_padded(config.method, config.model.attn_implementation, meta, kind)
+        if speed.pack
+        else "speed.pack is off"
+    )
     chunked = speed.chunked_cross_entropy and has_language_head(meta, objective)
     layout = "packed, no padding" if not why_padded else f"padded by length ({why_padded})"
     parts = [layout] + (["cross-entropy on supervised tokens only"] if chunked else [])
-    workers = plan_workers(config, meta, device, packs=not why_padded)
+    is_ordered = bool(why_padded) or config.train.recomputes
+    workers = plan_workers(config.method, speed.parallel_workers, meta, device, is_ordered)
     shares, more = False, list[Choice]()
     if not why_padded and kind == "decoder" and speed.share_prefixes != "never":
-        shares, more = _plan_sharing(config, meta, rows)
+        is_wanted = speed.share_prefixes == "always"
+        shares, more = _plan_sharing(config.method, config.train, meta, rows, is_wanted)
     if shares and not isinstance(speed.tokens_per_micro_batch, int):
         tokens += tokens // SHARED_MORE
     at_once = (
@@ -260,15 +270,15 @@ def adds_virtual_tokens(model: Any, method: str) -> bool:
 
 
 def _plan_sharing(
-    config: TrainConfig, meta: Any, rows: Sequence[Encoded]
+    method: MethodConfig, train: TrainerConfig, meta: Any, rows: Sequence[Encoded], is_wanted: bool
 ) -> tuple[bool, list[Choice]]:
     """Return whether prefixes are shared, and the lines for display."""
     if any(row.extras for row in rows[:1]):
         return False, []
-    saved, is_wanted = _estimate_shared(config.train, rows), config.speed.share_prefixes == "always"
+    saved = _estimate_shared(train, rows)
     if saved < WORTH_SHARING and not is_wanted:
         return False, []
-    drops = find_randomness(config.method, meta)
+    drops = find_randomness(method, meta)
     if drops and not is_wanted:
         why = (
             f"{saved:.0%} of tokens could be computed once, but their {drops} would be the same "
@@ -300,14 +310,12 @@ def _tokens_per_micro_batch(
     return min(tokens, max(MOST_CPU_TOKENS, max_length)) if device == "cpu" else tokens
 
 
-def _why_padded(config: TrainConfig, meta: Any, kind: str) -> str:
+def _why_padded(method: MethodConfig, attention: str, meta: Any, kind: str) -> str:
     """Return why rows cannot be packed; empty if they can."""
     family = meta.config.model_type
-    if not config.speed.pack:
-        return "speed.pack is off"
-    if config.model.attn_implementation not in ("auto", "sdpa"):
-        return f"attention is {config.model.attn_implementation}"
-    if reason := METHODS[config.method.kind].step.packing(config.method):
+    if attention not in ("auto", "sdpa"):
+        return f"attention is {attention}"
+    if reason := METHODS[method.kind].step.packing(method):
         return reason
     if getattr(meta.config, "layerdrop", 0):
         return f"{family} skips layers at random"

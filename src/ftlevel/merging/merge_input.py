@@ -11,7 +11,7 @@ from typing import Any
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
 from ftlevel.artifacts.places import DATA_PLACES, check_places, read_run
-from ftlevel.config import MergeConfig, QuantConfig, TrainConfig, build_config
+from ftlevel.config import DataConfig, MergeConfig, QuantConfig, build_config
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.data.encoding.collate import ensure_pad_token
@@ -239,7 +239,7 @@ def choose_rows(inputs: MergeInput, count: int, calibration: int = 0) -> CheckRo
     try:
         own = build_config([read_run(inputs.run)])
         check_places(inputs.run, own.model_dump(mode="json"), DATA_PLACES)
-        data = _prepare_rows(inputs, own)
+        data = _prepare_rows(inputs, own.data, own.train.seed)
     except ConfigError as error:
         reason = str(error).split("\n")[0]
         return _made_up(inputs, count, calibration, f"the run's data cannot be read: {reason}")
@@ -264,9 +264,9 @@ def _without_token_types(rows: Sequence[Encoded]) -> list[Encoded]:
     ]
 
 
-def _prepare_rows(inputs: MergeInput, config: TrainConfig) -> PreparedData:
+def _prepare_rows(inputs: MergeInput, data: DataConfig, seed: int) -> PreparedData:
     tokenizer = inputs.tokenizer
-    set_chat_template(tokenizer, config.data.chat_template)
+    set_chat_template(tokenizer, data.chat_template)
     ensure_pad_token(tokenizer)
     vocabulary = inputs.config.get_text_config().vocab_size
     bounds = LengthBounds(max_positions(inputs.config))
@@ -277,10 +277,10 @@ def _prepare_rows(inputs: MergeInput, config: TrainConfig) -> PreparedData:
         tokenizer,
         vocabulary,
         bounds,
-        config.train.seed,
+        seed,
         prompt_version=prompt.version if prompt else PROMPT_VERSION,
     )
-    return prepare_data(config.data, context, ignore_progress)
+    return prepare_data(data, context, ignore_progress)
 
 
 def _made_up(inputs: MergeInput, count: int, calibration: int, reason: str) -> CheckRows:

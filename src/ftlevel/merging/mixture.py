@@ -167,7 +167,7 @@ def mix(
     if config.strategy == "cat":
         concatenate_adapters(directories, weights, mixture)
     else:
-        _mix_with_peft(config, inputs, directories, weights, mixture)
+        _mix_with_peft(inputs, directories, weights, mixture, config.strategy, config.density)
     shown = ", ".join(f"{w:g} × {n}" for w, n in zip(weights, config.adapters, strict=True))
     exact = "the weighted sum, exactly" if config.strategy == "cat" else "not the weighted sum"
     return replace(inputs, directory=mixture), [
@@ -176,18 +176,19 @@ def mix(
 
 
 def _mix_with_peft(
-    config: MergeConfig,
     inputs: MergeInput,
     directories: list[Path],
     weights: list[float],
     mixture: Path,
+    strategy: str,
+    density: float | None,
 ) -> None:
     model = build_task_model(inputs.config, inputs.auto_class).to_empty(device="cpu")
     try:
-        mix_with_peft(model, directories, weights, mixture, config.strategy, config.density)
+        mix_with_peft(model, directories, weights, mixture, strategy, density)
     except ValueError as error:
         raise ConfigError(
-            f"--strategy {config.strategy}: {str(error).splitlines()[0].rstrip('.')}. "
+            f"--strategy {strategy}: {str(error).splitlines()[0].rstrip('.')}. "
             "Use --strategy cat, which takes every rank."
         ) from None
 

@@ -336,7 +336,7 @@ class GgufExport:
         listener.stage(f"write {len(tensors):,} tensors")
         listener.begin(len(tensors))
         path = place / config.out.name
-        metadata = _metadata(config, model_config, vocabulary, outtype)
+        metadata = _metadata(config.out.stem, model_config, vocabulary, outtype)
         write_gguf(path, metadata, tensors, listener.step)
         checked = None
         if config.verify:
@@ -345,7 +345,7 @@ class GgufExport:
             original = Original(source, model_config, self.tokenizer, device, tokens)
             checked = check_file(path, outtype, tensors, vocabulary, original, merged.beside_run)
         text = modelfile(config.out.name, self.prompting)
-        (place / _modelfile(config).name).write_text(text, encoding="utf-8")
+        (place / config.outputs[1].name).write_text(text, encoding="utf-8")
         if config.recorded:
             listener.stage("record its answers")
             # Quantized files are recorded from the file itself; `check_file` measured its distance.
@@ -382,7 +382,7 @@ class GgufExport:
             "stops": self.prompting.stops,
             "start": start_commands(config.server, config.out),
             "out": str(config.out),
-            "modelfile": str(_modelfile(config)),
+            "modelfile": str(config.outputs[1]),
             "versions": library_versions(),
         }
 
@@ -416,10 +416,6 @@ def _as_source(path: Path) -> ModelSource:
     return ModelSource(str(path), "gguf", str(path.parent), path.name, local_files_only=True)
 
 
-def _modelfile(config: ExportConfig) -> Path:
-    return config.outputs[1]
-
-
 def _check_model(name: str, model_config: Any, *, has_adapter: bool) -> None:
     if (stored := stored_quantization(model_config)) is not None and not has_adapter:
         raise InputError(
@@ -443,11 +439,9 @@ def _open(source: ModelSource, model_config: Any) -> Any:
     return open_checkpoint(source, model, rename_prefix(model_config, _CLASS))
 
 
-def _metadata(
-    config: ExportConfig, model_config: Any, vocabulary: Vocabulary, outtype: str
-) -> dict[str, Any]:
+def _metadata(stem: str, model_config: Any, vocabulary: Vocabulary, outtype: str) -> dict[str, Any]:
     # transformers maps the name "mistral" to an architecture that GGUF does not have.
-    name = "Mistral" if config.out.stem == "mistral" else config.out.stem
+    name = "Mistral" if stem == "mistral" else stem
     general = {
         "general.architecture": FAMILIES[model_config.model_type].architecture,
         "general.name": name,

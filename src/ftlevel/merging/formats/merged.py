@@ -29,18 +29,18 @@ def plan_export(config: ExportConfig, found: ModelRef) -> MergedExport:
             f"{config.model} is a whole model already, and is served as it is. Drop the export."
         )
     if config.server is not None:
-        _check(config, found, SERVERS[config.server])
+        _check(config.model, found, SERVERS[config.server])
     return MergedExport(config, found)
 
 
-def _check(config: ExportConfig, found: ModelRef, server: Server) -> None:
+def _check(name: str, found: ModelRef, server: Server) -> None:
     kind = model_kind(load_config(found.source))
     needs = kind if TASKS[found.card.task].writes_text else "classifiers"
     if needs not in ("decoder", *server.merged):
         raise InputError(
-            f"{config.model} was trained for {found.card.task} on {with_article(kind)}, and "
+            f"{name} was trained for {found.card.task} on {with_article(kind)}, and "
             f"{server.title} serves decoders that write text. Keep it with transformers: "
-            f"ftlevel merge {quote(config.model)} --out DIR."
+            f"ftlevel merge {quote(name)} --out DIR."
         )
 
 
