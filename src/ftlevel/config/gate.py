@@ -186,6 +186,20 @@ class GateConfig(Section):
     one_verdict: Annotated[
         _Whole, Check("all answers have one verdict", "Add answers of the other kind")
     ] = Field("stop", description="Judged answers that are all desirable, or all undesirable.")
+    contradicting_labels: Annotated[
+        _Whole,
+        Check("documents that are relevant and irrelevant to one query", "Keep the right label"),
+    ] = Field(
+        "warn",
+        description="Document that is relevant to its query in one row and irrelevant in another.",
+    )
+    document_variants: Annotated[
+        _Whole, Check("documents that differ by case or white space", "Write them alike")
+    ] = Field(
+        "warn",
+        description="Documents equal up to case and whitespace; one is a false negative of the "
+        "other.",
+    )
     exact_duplicates: Annotated[_Any, Check("the same as an earlier row", "Remove them")] = Field(
         "warn", description="Training row equal to an earlier one, up to case and whitespace."
     )

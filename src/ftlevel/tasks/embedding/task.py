@@ -28,6 +28,7 @@ from ftlevel.tasks.base import (
     Speller,
     check_options,
 )
+from ftlevel.tasks.embedding.checks import check_documents
 from ftlevel.tasks.embedding.formats import EMBEDDING_SHAPES, QUERY_SHAPES, EmbeddingRow
 from ftlevel.tasks.embedding.objective import EVALUATED_ROWS, METRICS, Embeddings, LabelKind
 from ftlevel.tasks.embedding.rows import TextEncoder
@@ -272,6 +273,10 @@ class EmbeddingTask(BaseTask):
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
         """Return a dummy label."""
         return 0
+
+    def judge_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+        """Return findings about the documents of the whole set."""
+        return check_documents(examples)
 
     def imagine_row(self, ids: list[int], row: int) -> Encoded:
         """Return a synthetic pair: a query of an eighth of `ids`, and all as document."""

@@ -24,6 +24,7 @@ from ftlevel.tasks.base import (
     PromptedModel,
     check_options,
 )
+from ftlevel.tasks.embedding.checks import check_documents
 from ftlevel.tasks.embedding.formats import CANDIDATE_SHAPES, RANKING_SHAPES, EmbeddingRow
 from ftlevel.tasks.reranking.objective import Ranking, options_of
 from ftlevel.tasks.reranking.rows import PairEncoder, RankedRow, prepare_tokenizer
@@ -141,6 +142,10 @@ class RerankingTask(BaseTask):
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
         """Return queries with their documents."""
         return encoder.fit(encoder.collect(PairEncoder(encoder.tokenizer), examples), table)
+
+    def judge_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+        """Return findings about the documents of the whole set."""
+        return check_documents(examples)
 
     def imagine_row(self, ids: list[int], row: int) -> Encoded:
         """Return a synthetic row: a quarter of `ids` as query, the rest as two documents."""

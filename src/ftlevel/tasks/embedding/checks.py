@@ -1,0 +1,51 @@
+"""Data checks of queries and documents: contradicting labels, and documents that differ by case."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ftlevel.tasks.embedding.formats import EmbeddingRow
+
+
+def check_documents(rows: Sequence[EmbeddingRow]) -> list[tuple[str, int, str]]:
+    """Return (check name, number of documents, description) for the whole set.
+
+    A document that is relevant to its query in one row and irrelevant in another teaches both. Of
+    documents that differ only by case and white space, one is a false negative of the other.
+    """
+    found = []
+    if (contradictions := _find_contradictions(rows))[0]:
+        found.append(("contradicting_labels", *contradictions))
+    if (variants := _find_variants(rows))[0]:
+        found.append(("document_variants", *variants))
+    return found
+
+
+def _find_contradictions(rows: Sequence[EmbeddingRow]) -> tuple[int, str]:
+    """Return the number of contradicting pairs of a query and a document, and the first row."""
+    known: dict[tuple[str, str], tuple[bool, int]] = {}
+    pairs: set[tuple[str, str]] = set()
+    first = ""
+    for row in rows:
+        if row.kind == "class":
+            return 0, ""
+        for text, label in zip(row.documents, row.labels, strict=True):
+            is_good, before = known.setdefault((row.query, text), (label > 0, row.row))
+            if is_good != (label > 0):
+                first = first or f"rows {before + 1} and {row.row + 1}"
+                pairs.add((row.query, text))
+    return len(pairs), first
+
+
+def _find_variants(rows: Sequence[EmbeddingRow]) -> tuple[int, str]:
+    """Return the number of documents that equal another up to case and white space."""
+    known: dict[str, tuple[str, int]] = {}
+    variants: set[str] = set()
+    first = ""
+    for row in rows:
+        for text in row.documents:
+            other, before = known.setdefault(" ".join(text.lower().split()), (text, row.row))
+            if other != text and text not in variants:
+                first = first or f"rows {before + 1} and {row.row + 1}"
+                variants.add(text)
+    return len(variants), first
