@@ -150,7 +150,7 @@ def _installed() -> Iterator[tuple[str, str]]:
                 continue
             points = found.entry_points.select(group=GROUP)
         except (OSError, ValueError, LookupError) as error:
-            warn_left_out(str(getattr(found, "_path", found)), error)
+            warn_left_out(f"{found}", error)
             continue
         seen.add(found.name)
         for point in points:
