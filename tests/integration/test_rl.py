@@ -265,8 +265,8 @@ def fault(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     """Let completions be sampled at another temperature, from other weights or other prompts."""
     plain_draw, plain_sample = sampling.draw, Rollouts._sample
 
-    def colder(scores: torch.Tensor, temperature: float, uniform: np.ndarray) -> Any:
-        return plain_draw(scores, 0.7 * temperature, uniform)
+    def colder(scores: torch.Tensor, temperature: float, keys: torch.Tensor) -> Any:
+        return plain_draw(scores, 0.7 * temperature, keys)
 
     def stale(self: Rollouts, step: int, rows: Any) -> Any:
         moved = [p for n, p in self._model.named_parameters() if "lora_B" in n]
