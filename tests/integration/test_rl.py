@@ -41,8 +41,11 @@ HELD_OUT = [
 ]
 REWARDS = '''
 def begins(completions, **_):
-    """1 for a docstring that begins with Return."""
-    return [float(text.strip().startswith("Return")) for text in completions]
+    """1 for a docstring that begins with Return, 0.2 for one that has it elsewhere."""
+    return [
+        1.0 if text.strip().startswith("Return") else 0.2 * ("eturn" in text)
+        for text in completions
+    ]
 
 
 def vowels(completions, **_):
@@ -145,7 +148,10 @@ def test_rollouts_are_kept_with_their_rewards(learned: tuple[Path, dict[str, Any
     assert len(lines) == 20 * len(NAMES)
     for line in lines[:16]:
         for completion in line["completions"]:
-            assert completion["reward"] == completion["text"].strip().startswith("Return")
+            begins = completion["text"].strip().startswith("Return")
+            assert completion["reward"] == (
+                1.0 if begins else 0.2 * ("eturn" in completion["text"])
+            )
     by_step = {record["step"]: record["reward"] for record in log(run)}
     first = [c["reward"] for line in lines if line["step"] == 1 for c in line["completions"]]
     assert np.mean(first) == pytest.approx(by_step[1], abs=1e-9)
