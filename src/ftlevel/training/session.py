@@ -50,7 +50,6 @@ from ftlevel.training.resume import (
     open_or_resume,
 )
 from ftlevel.training.rl.checks import check_before
-from ftlevel.training.rl.trainer import RlTrainer
 from ftlevel.training.sharding import probe_untrained, prove_sharded, save_sharded
 from ftlevel.training.summary import Outcome, resolved_config
 from ftlevel.training.teacher import AuxiliaryOutputs, precompute_and_load
@@ -100,7 +99,7 @@ class TrainingSession:
         with self.callbacks.interrupt, explain_disk_errors(self.directory), matmul_context(run):
             if checkpoint is None and not run.data.stream:
                 trainer.smaller.try_longest(run.data.train, run.model.dtype)
-            if checkpoint is None and isinstance(trainer, RlTrainer):
+            if checkpoint is None:
                 check_before(trainer, run.data.train, self.job.listener)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         interrupt = self.callbacks.interrupt

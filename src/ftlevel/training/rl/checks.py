@@ -15,6 +15,7 @@ from ftlevel.events import Listener
 from ftlevel.tasks.rl.objective import reward_names
 from ftlevel.training.rl.step import GroupFacts, describe_group, has_signal, measure, rows_of
 from ftlevel.training.rl.trainer import RlTrainer, check_sampler
+from ftlevel.training.trainer import FtlevelTrainer
 
 BEFORE = (1 << 40) - 1
 """Step of the random numbers of the check before training."""
@@ -25,19 +26,18 @@ MOST_TRUNCATED = 0.9
 _SHOWN = 160  # characters of an example
 
 
-def check_before(trainer: RlTrainer, prompts: Sequence[Any], listener: Listener) -> dict[str, Any]:
-    """Sample groups of `prompts` with the initial weights, show them, and return the facts.
+def check_before(trainer: FtlevelTrainer, prompts: Sequence[Any], listener: Listener) -> None:
+    """Sample groups of `prompts` with the initial weights and show them; only for an `RlTrainer`.
 
     Raises:
         RunError: no group has a signal, almost all completions are truncated, or sampler and
             trainer have other log-probabilities.
     """
+    if not isinstance(trainer, RlTrainer) or not trainer.settings.check_groups:
+        return
     settings, processes = trainer.settings, trainer.processes
-    count = min(settings.check_groups, len(prompts))
-    if not count:
-        return {}
     listener.stage("sample before training")
-    own = spread(prompts, count)[processes.world.rank :: processes.count]
+    own = spread(prompts, settings.check_groups)[processes.world.rank :: processes.count]
     groups = processes.in_all(lambda: trainer.rollouts(BEFORE, own))
     parts = processes.exchange([describe_group(group, settings) for group in groups])
     facts = [group for part in parts for group in part]
@@ -52,7 +52,6 @@ def check_before(trainer: RlTrainer, prompts: Sequence[Any], listener: Listener)
     check_sampler(mean, max(part[1] for part in differences), trainer.bound, "before training")
     if problem := find_problem(metrics, facts, settings.max_completion_length):
         raise RunError(problem)
-    return {**metrics, "groups": len(facts), "sampler_difference": mean}
 
 
 def spread(prompts: Sequence[Any], count: int) -> list[Any]:
