@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+import ranks
 from ftlevel.cli.app import run
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.commands.merge import merge
@@ -134,6 +135,21 @@ def test_a_step_may_be_cut_in_any_way(
         more = {**cut, "train": {**plain, **cut.get("train", {})}}
         train(_config(model, data, tmp_path / name, **more))
         assert _difference(tmp_path / "whole", tmp_path / name) < 1e-6, name
+
+
+def _train_rank(model: Path, data: Path, out: Path) -> None:
+    settings = {"optim": "sgd", "learning_rate": 0.5, "per_device_train_batch_size": 4}
+    more = {"tokens_per_micro_batch": 48}
+    train(_config(model, data, out, train=settings, speed=more))
+
+
+def test_two_processes_see_one_step(pairs: Path, tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+    """Two processes of 4 rows each take the steps of one process with 8."""
+    model = tiny_model_dir("bert", "mlm", **_NO_DROPOUT)
+    train(_config(model, pairs, tmp_path / "one", train={"optim": "sgd", "learning_rate": 0.5}))
+    both = ranks.start(_train_rank, [(model, pairs, tmp_path / "two")] * 2)
+    assert ranks.end(both) == [0, 0]
+    assert _difference(tmp_path / "one", tmp_path / "two") < 1e-6
 
 
 def test_dropout_is_replayed(pairs: Path, tiny_model_dir: ModelDir, tmp_path: Path) -> None:

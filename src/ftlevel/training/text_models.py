@@ -50,7 +50,13 @@ def find_text_models(run: Run) -> dict[str, ModelRef]:
         return {}
     names = {"--guide": run.config.embedding.guide, "--teacher": run.config.distillation.teacher}
     return {
-        flag: resolve_model(name, "embedding", device=run.model.device, said=f"{flag} {name}")
+        flag: resolve_model(
+            name,
+            "embedding",
+            device=run.model.device,
+            dtype=run.model.dtype,
+            said=f"{flag} {name}",
+        )
         for flag, name in names.items()
         if name is not None
     }

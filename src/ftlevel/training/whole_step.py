@@ -92,7 +92,7 @@ class WholeStep:
         if count == 1:
             return True
         # DDP takes one forward pass before a backward pass.
-        if self._grad_cache == "always" or trainer.args.world_size > 1:
+        if self._grad_cache == "always" or trainer.processes.count > 1:
             return False
         if self._grad_cache == "never":
             return True
@@ -134,7 +134,7 @@ class WholeStep:
         loss = trainer.step_objective.step_loss(everywhere, whole)
         (gradient,) = torch.autograd.grad(loss, [leaf])
         # Gradients are averaged over processes, and each has its own vectors' share only.
-        gradient = gradient * trainer.args.world_size
+        gradient = gradient * trainer.processes.count
         return loss.detach(), [gradient[torch.tensor(part, device=leaf.device)] for part in parts]
 
     def _gather(self, leaf: torch.Tensor, step: StepTexts) -> tuple[torch.Tensor, StepTexts]:
