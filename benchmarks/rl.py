@@ -1,0 +1,250 @@
+"""GRPO steps of ftlevel beside TRL's, on the same model, prompts, precision and batch, by turns.
+
+    python benchmarks/rl.py --model .models/SmolLM2-135M-Instruct --data data/docstring-summary \
+        --peer FOLDER --prompt-tokens 300 --new-tokens 64
+
+Each side runs in a process of its own: ftlevel; TRL in the same precision without checkpointing
+(its best); and TRL as shipped (bfloat16 autocast, checkpointing). TRL is in `--peer`, a folder that
+`pip install --no-deps --target FOLDER trl==1.16.0` made. LoRA r 8 on all linear layers, no dropout,
+beta 0. A step is `--prompts` × 8 completions of exactly `--new-tokens` tokens (EOS does not end
+them). Processor seconds of all threads, without the first step; peak memory with the libraries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SIDES = ("ftlevel", "trl", "trl-shipped")
+GROUP = 8
+
+
+def main() -> None:
+    """Run all sides by turns and print a table, or one side and print its figures as JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True, help="folder with train.jsonl")
+    parser.add_argument("--peer", default="", help="folder in which TRL is")
+    parser.add_argument("--prompt-tokens", type=int, default=300)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    told = parser.parse_args()
+    if told.side:
+        print(json.dumps((_ftlevel if told.side == "ftlevel" else _trl)(told)))
+        return
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in told.sides.split(",")}
+    for _ in range(told.rounds):
+        for side, runs in found.items():
+            runs.append(_run(side, told.peer))
+            print(f"{side} {runs[-1]}", flush=True)
+    _print(found, told)
+
+
+def _run(side: str, peer: str) -> dict[str, float]:
+    environment = dict(os.environ)
+    if side != "ftlevel":
+        environment["PYTHONPATH"] = os.pathsep.join((peer, environment.get("PYTHONPATH", "")))
+    done = subprocess.run(
+        [sys.executable, __file__, *sys.argv[1:], "--side", side],
+        env=environment,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def _print(found: dict[str, list[dict[str, float]]], told: argparse.Namespace) -> None:
+    import torch
+
+    print(
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"{told.dtype}, {told.prompts} prompts of {told.prompt_tokens} tokens × {GROUP} "
+        f"completions of {told.new_tokens}, {told.steps - 1} steps, {told.rounds} rounds"
+    )
+    names = ("step_s", "sampling_s", "update_s", "peak_gib")
+    middle = {
+        side: {name: statistics.median(run[name] for run in runs) for name in names}
+        for side, runs in found.items()
+    }
+    ours = middle.get("ftlevel")
+    print("| | " + " | ".join(names) + " |\n|---|" + "--:|" * len(names))
+    for side, figures in middle.items():
+        cells = [
+            f"{figures[name]:.1f}"
+            + (f" ({figures[name] / ours[name]:.2f} ×)" if ours and side != "ftlevel" else "")
+            for name in names
+        ]
+        print(f"| {side} | " + " | ".join(cells) + " |")
+
+
+class _Clock:
+    """Seconds of the processor of each step, and of what samples in it."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.sampling: list[float] = []
+        self._began = self._sampled = 0.0
+
+    def wrap(self, owner: Any, name: str) -> None:
+        """Count the seconds of a method of `owner` as sampling."""
+        inner: Callable[..., Any] = getattr(owner, name)
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            begin = time.process_time()
+            try:
+                return inner(*arguments, **named)
+            finally:
+                self._sampled += time.process_time() - begin
+
+        setattr(owner, name, timed)
+
+    def callback(self) -> Any:
+        from transformers import TrainerCallback
+
+        clock = self
+
+        class Watch(TrainerCallback):
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                clock._began, clock._sampled = time.process_time(), 0.0
+
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                clock.steps.append(time.process_time() - clock._began)
+                clock.sampling.append(clock._sampled)
+
+        return Watch()
+
+    def figures(self) -> dict[str, float]:
+        step, sampling = (statistics.median(values[1:]) for values in (self.steps, self.sampling))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return {
+            "step_s": step,
+            "sampling_s": sampling,
+            "update_s": step - sampling,
+            "peak_gib": peak,
+        }
+
+
+def _rows(told: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
+    """Return prompts of about `prompt_tokens` tokens, of as many documents as that takes."""
+    lines = (Path(told.data) / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    room = told.prompt_tokens - 35  # the chat template and the instruction
+    rows, ids = list[dict[str, Any]](), list[int]()
+    for row in map(json.loads, lines):
+        ids += tokenizer(row["document"] + "\n", add_special_tokens=False)["input_ids"]
+        if len(ids) < room:
+            continue
+        text = "Summarize in one line:\n" + tokenizer.decode(ids[:room])
+        rows.append({"prompt": [{"role": "user", "content": text}], "answer": row["summary"]})
+        ids = []
+        if len(rows) == told.prompts * told.steps:
+            break
+    return rows
+
+
+def _steps(told: argparse.Namespace) -> dict[str, Any]:
+    common = {"learning_rate": 1e-4, "logging_steps": 1, "save_strategy": "no"}
+    return {"max_steps": told.steps, **common}
+
+
+def _ftlevel(told: argparse.Namespace) -> dict[str, float]:
+    from dataclasses import replace
+
+    from transformers import AutoTokenizer
+
+    from ftlevel.commands.train import train
+    from ftlevel.config import TrainConfig
+    from ftlevel.evaluation.rollouts import Rollouts
+
+    clock, plain = _Clock(), Rollouts.__init__
+
+    def without_end(self: Any, *arguments: Any, **named: Any) -> None:
+        plain(self, *arguments, **named)
+        self._options = replace(self._options, stops=())
+
+    Rollouts.__init__ = without_end  # type: ignore[method-assign]
+    clock.wrap(Rollouts, "_sample")
+    rows = _rows(told, AutoTokenizer.from_pretrained(told.model))
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainConfig.model_validate(
+            {
+                "task": "rl",
+                "rl": {
+                    "reward": "rouge:rouge1",
+                    "loss": "dapo",
+                    "num_generations": GROUP,
+                    "max_completion_length": told.new_tokens,
+                    "check_groups": 0,
+                },
+                "model": {"name_or_path": told.model, "dtype": told.dtype, "device": "cpu"},
+                "data": {"cache": False},
+                "speed": {"verify": False},
+                "train": {**_steps(told), "per_device_train_batch_size": told.prompts},
+                "output": {"dir": f"{folder}/run"},
+            }
+        )
+        train(config, rows, callbacks=[clock.callback()])
+    return clock.figures()
+
+
+def _trl(told: argparse.Namespace) -> dict[str, float]:
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    clock, shipped = _Clock(), told.side == "trl-shipped"
+    tokenizer = AutoTokenizer.from_pretrained(told.model)
+
+    def words(completions: Any, answer: Any, **_: Any) -> list[float]:
+        said = [set(completion[0]["content"].lower().split()) for completion in completions]
+        wanted = [set(text.lower().split()) for text in answer]
+        return [len(a & b) / max(len(a | b), 1) for a, b in zip(said, wanted, strict=True)]
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(told.model, dtype=torch.float32),
+            reward_funcs=words,
+            args=GRPOConfig(
+                output_dir=folder,
+                use_cpu=True,
+                bf16=shipped or told.dtype == "bfloat16",
+                gradient_checkpointing=shipped,
+                per_device_train_batch_size=GROUP,
+                gradient_accumulation_steps=told.prompts,
+                num_generations=GROUP,
+                max_completion_length=told.new_tokens,
+                generation_kwargs={"min_new_tokens": told.new_tokens},
+                report_to="none",
+                disable_tqdm=True,
+                **_steps(told),
+            ),
+            train_dataset=Dataset.from_list(_rows(told, tokenizer)),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
+            callbacks=[clock.callback()],
+        )
+        clock.wrap(trainer, "_generate_single_turn")
+        trainer.train()
+    return clock.figures()
+
+
+if __name__ == "__main__":
+    main()
