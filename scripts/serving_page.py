@@ -30,7 +30,7 @@ ftlevel export adapters/ --for vllm --out all             # every adapter in a d
 ## Plain LoRA
 
 Servers interpret adapter configurations differently: some support only `lora_alpha / r`, some no
-patterns, no rsLoRA or no scale, and none PiSSA or OLoRA. They then usually serve another model
+patterns, no rsLoRA or no scale, and none PiSSA or OLoRA. They then usually serve the wrong model
 without an error. `export` therefore writes plain LoRA on the unmodified base: scales are folded
 into B, alpha equals the rank, ranks are padded to one value, module names are complete, float32.
 

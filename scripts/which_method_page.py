@@ -17,7 +17,7 @@ _HEAD = """\
 # Which method
 
 Written by `python scripts/write_docs.py which-method` from what `ftlevel compare` gave (`docs/compared`), and from what others
-published. The short answer: **LoRA**, at the rate that ftlevel takes by itself. The others by need:
+published. The short answer: **LoRA**, at ftlevel's default learning rate. The others by need:
 
 | you have, or want | take |
 |---|---|

@@ -38,10 +38,10 @@ _HIDDEN = {"kind", "target_modules"}
 FROM_PYTHON = """\
 ## From Python
 
-After `import ftlevel.adapters`, PEFT knows `BottleneckConfig`, `PrefixKvConfig` and
-`SoftPromptConfig` (`ftlevel.methods.bottleneck.layer`, `prefix.config`, `soft_prompt.config`), and
-`get_peft_model`, `add_adapter`, `from_pretrained`, `inject_adapter_in_model` and the rest do with
-them what they do with PEFT's own. What differs:
+After `import ftlevel.adapters`, PEFT's functions (`get_peft_model`, `add_adapter`,
+`from_pretrained`, `inject_adapter_in_model` and so on) accept `BottleneckConfig`, `PrefixKvConfig`
+and `SoftPromptConfig` like PEFT's own configs. They are in `ftlevel.methods.bottleneck.layer`,
+`prefix.config` and `soft_prompt.config`. Differences:
 
 - None of them can be merged: `merge_and_unload` raises NotImplementedError and says so.
 - A prefix or a prompt changes the output from the start; a bottleneck begins as the identity.

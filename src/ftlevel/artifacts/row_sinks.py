@@ -140,7 +140,7 @@ class RowFile(ABC):
 
     @abstractmethod
     def read_back(self) -> Iterator[Any]:
-        """Yield each complete existing row as `as_written`; raise InputError for other columns."""
+        """Yield each complete row already in the file; raise InputError if its columns differ."""
 
     @abstractmethod
     def as_written(self, row: Row) -> Any:

@@ -106,7 +106,7 @@ class Command(TyperCommand):
 
 
 def _name_value(error: Any, done: RewrittenArguments) -> None:
-    """Raise a ConfigError with the value of the invalid flag, which Typer leaves out."""
+    """Raise a ConfigError that quotes the invalid value of a flag; Typer's message omits it."""
     names = getattr(getattr(error, "param", None), "opts", None) or []
     words = [part for word in done.arguments for part in word.split("=", 1)]
     places = [at for at, word in enumerate(words[:-1]) if word in names]
@@ -145,7 +145,7 @@ def _entry(name: str, text: str, column: int, width: int) -> str:
 
 
 def check_recipe(path: Path, command: str) -> Path:
-    """Return the path of a recipe or of a run's config.yaml, or raise ConfigError."""
+    """Return `path` if it is a recipe, or a run's config.yaml; else raise ConfigError."""
     if path.suffix in (".yaml", ".yml"):
         return path
     own = path / "config.yaml"

@@ -105,7 +105,7 @@ _MOST_VALUES = 100_000
 
 
 class YamlError(ValueError):
-    """Invalid YAML or a value that is not plain; `line` counts from 1 and is None if unknown."""
+    """Invalid YAML, or a value of an unsupported type; `line` is 1-based, None if unknown."""
 
     def __init__(self, problem: str, line: int | None = None) -> None:
         super().__init__(problem)

@@ -198,7 +198,7 @@ class RlConfig(Section):
     epsilon_high: Epsilon | None = Field(
         None,
         description="Upper clipping range of the ratio. Default: epsilon if given, else 0.2 (dapo: "
-        "0.28; gspo: 4e-4); cispo caps the ratio itself at it, at 5.",
+        "0.28; gspo: 4e-4). For cispo, the maximum ratio itself; default 5.",
     )
     num_iterations: Annotated[int, Field(ge=1, le=100)] = Field(
         1, description="Number of optimizer steps per batch of completions."

@@ -379,8 +379,8 @@ class TrainerConfig(Decoding):
     save_strategy: Literal["no", "steps", "epoch", "best"] | None = Field(
         None,
         description="Checkpoint schedule: steps, epoch, best or no. Default: steps if "
-        "save_steps is given; else by save_minutes, and at the end if small (512 "
-        "MB).",
+        "save_steps is given; else every save_minutes, plus one at the end if it takes "
+        "at most 512 MB.",
     )
     save_steps: Steps | None = Field(
         None,

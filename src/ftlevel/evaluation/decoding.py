@@ -270,7 +270,7 @@ class _RoomyLayer(DynamicLayer):
         self.fill(made[0], made[1], common)
 
     def close_gaps(self, known: _RoomyLayer, gaps: Sequence[int]) -> None:
-        """Move the shared prefix by `gaps` positions, next to each row's own tokens."""
+        """Shift the shared prefix of each row by its gap, up to the row's own tokens."""
         common = known.get_seq_length()
         for row, gap in enumerate(gaps):
             if gap:

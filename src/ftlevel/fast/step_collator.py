@@ -198,7 +198,7 @@ def _count_tokens(row: Encoded, *, packs: bool) -> int:
 
 
 def _count_shared(row: Encoded) -> int:
-    """Return the tokens that a tree of the branches of `row` saves."""
+    """Return how many tokens the shared prefixes of the branches of `row` save."""
     branches = row.branches
     common = [count_common(a.input_ids, b.input_ids) for a, b in pairwise(branches)]
     return sum(shared for shared in common if shared >= MIN_PREFIX)

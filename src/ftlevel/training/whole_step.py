@@ -138,7 +138,7 @@ class WholeStep:
         return loss.detach(), [gradient[torch.tensor(part, device=leaf.device)] for part in parts]
 
     def _gather(self, leaf: torch.Tensor, step: StepTexts) -> tuple[torch.Tensor, StepTexts]:
-        """Return the vectors and rows of all processes; other processes' have no gradient."""
+        """Return vectors and rows of all processes; those of others have no gradient."""
         processes = self._trainer.processes
         if processes.count == 1:
             return leaf, step

@@ -78,7 +78,7 @@ class Comparison:
 
 
 def ranking_metric(train: TrainerConfig, task: str, headline: str) -> str:
-    """Return the requested metric, the task's headline, or the loss if that is not scored."""
+    """Return the requested metric, else the task's main metric, or the loss if it is undefined."""
     if train.metric_for_best_model is not None:
         return train.metric_for_best_model.removeprefix("eval_")
     generates = generates_texts(train.predict_with_generate, TASKS[task])

@@ -119,7 +119,7 @@ class LabeledAnswerRow(Encoded):
 
     @property
     def contrasts(self) -> Sequence[Encoded]:
-        """The prompt with the contrast answer."""
+        """The prompt with a mismatched answer, for the KL term of kto."""
         if not self.other:
             return ()
         half = len(self.other) // 2
