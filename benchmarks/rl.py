@@ -95,7 +95,7 @@ def _print(found: dict[str, list[dict[str, float]]], told: argparse.Namespace) -
 
 
 class _Clock:
-    """Seconds of the processor of each step, and of what samples in it."""
+    """Seconds of the processor from the end of a step to the next, and of sampling in them."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -121,12 +121,14 @@ class _Clock:
         clock = self
 
         class Watch(TrainerCallback):
-            def on_step_begin(self, *_: Any, **__: Any) -> None:
-                clock._began, clock._sampled = time.process_time(), 0.0
+            def on_train_begin(self, *_: Any, **__: Any) -> None:
+                clock._began = time.process_time()
 
             def on_step_end(self, *_: Any, **__: Any) -> None:
-                clock.steps.append(time.process_time() - clock._began)
+                now = time.process_time()
+                clock.steps.append(now - clock._began)
                 clock.sampling.append(clock._sampled)
+                clock._began, clock._sampled = now, 0.0
 
         return Watch()
 
