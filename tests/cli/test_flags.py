@@ -151,7 +151,7 @@ def test_two_spellings_of_one_field() -> None:
         ConfigError, match=r"--few and --validation-rows both set data.validation_rows"
     ):
         layer_of(["--few", "--validation-rows", "9"], (*FLAGS, TOY))
-    with pytest.raises(ConfigError, match=r"--fp16 and --bf16 both set the precision\. Give"):
+    with pytest.raises(ConfigError, match=r"--fp16 and --bf16 both set the precision\. Use"):
         layer_of(["--fp16", "--bf16"])
 
 

@@ -68,7 +68,7 @@ class WholeStep:
         trainer = self._trainer
         model.train()
         parts: list[MicroBatch] = [
-            (part.pop("layout", None), dict(trainer._prepare_inputs(part)))
+            (part.pop("layout", None), dict(trainer.on_device(part)))
             for part in inputs.get("micro_batches", [inputs])
         ]
         for layout, part in parts:

@@ -123,6 +123,6 @@ def test_a_schedule_that_the_run_cannot_follow(train: Any, rows: int, told: str)
 
 def test_rates_that_were_not_measured() -> None:
     (told,) = find_warnings(TrainerConfig(optim="paged_lion_8bit"), 10, 0)
-    assert "measured with AdamW, and Lion wants a third to a tenth" in told
+    assert "measured with AdamW, and Lion needs a third to a tenth" in told
     assert not find_warnings(TrainerConfig(optim="paged_lion_8bit", learning_rate=0.1), 10, 0)
     assert not find_warnings(TrainerConfig(optim="paged_adamw_8bit"), 10, 0)
