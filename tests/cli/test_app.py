@@ -144,8 +144,9 @@ def test_every_field_has_a_consumer() -> None:
     idle = [
         f"{model.__name__}.{name}"
         for model in models
-        for name in model.model_fields
+        for name, info in model.model_fields.items()
         if name != "kind"
+        and info.annotation is not type(None)  # a validator translates it into other fields
         and (model, name) not in passed
         and f".{name}" not in text
         and f'"{name}"' not in text

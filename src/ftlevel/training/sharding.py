@@ -36,7 +36,7 @@ from ftlevel.models.upstream.shards import (
     whole,
     write_parts,
 )
-from ftlevel.task import LikelihoodObjective
+from ftlevel.task import LikelihoodObjective, PolicyObjective, StepObjective
 from ftlevel.trained.adapt import finish_method, load_initial_weights
 from ftlevel.training.callbacks.gradients import GradientMonitor
 from ftlevel.training.model import PreparedModel
@@ -337,6 +337,11 @@ def check_can_shard(run: Run, count: int) -> None:
         problems.append(
             f"{asked} cannot be used with --task preference yet: a reference that one process has "
             "kept and another has not would leave them waiting for one another. Use --shard none."
+        )
+    if isinstance(run.objective, PolicyObjective | StepObjective):
+        problems.append(
+            f"{asked} cannot be used with --task {run.task.name} yet, which was never tried on a "
+            "sharded model. Use --shard none."
         )
     if run.config.distillation.teacher is not None:
         problems.append(
