@@ -98,7 +98,7 @@ SPELLINGS: list[Spelled] = [
             {"data.problem_type": "regression"}, beside="--task text-classification"),
     *_agrees(
         TRANSFORMERS, "run_classification.py",
-        ("--ignore_mismatched_sizes", "a head that does not fit is made anew"),
+        ("--ignore_mismatched_sizes", "a head that does not fit is newly initialized"),
         ("--use_fast_tokenizer true", "the fast tokenizer is used"),
         ("--pad_to_max_length false", "rows are not padded to the longest length"),
     ),

@@ -261,7 +261,7 @@ def test_the_help_of_train_is_the_flags_of_every_day(capsys: pytest.CaptureFixtu
     "line",
     [
         "--quant none|4bit|8bit ",  # choices that are short stand for the value
-        "[error, drop, truncate-prompt, split; default:",  # others in brackets
+        "[error, drop, truncate, truncate-prompt, split; default:",  # others in brackets
         "[default: 3]",
         "[default: 8 with lora]",
         "[default: builtin:tiny-llama]",

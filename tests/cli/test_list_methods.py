@@ -74,7 +74,7 @@ def test_the_table_for_people(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert run(["list-methods", "--model", "gpt2", "--quant", "none"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("gpt2, --quant none\n\nlora          yes      two thin matrices")
+    assert out.startswith("gpt2, --quant none\n\nlora          yes      two low-rank matrices")
     assert "oft           no       --method oft cannot be used with gpt2:" in out
     assert max(map(len, out.splitlines())) <= 80
 

@@ -101,7 +101,7 @@ class Checkpoint:
         group = self.groups.get(self.ties.get(name, name))
         if group is None:
             raise InputError(
-                f"the weights have no {name}, which the model needs. Was a copy cut short, or is "
+                f"the weights have no {name}, which the model needs. Is a copy incomplete, or is "
                 "its config.json of another model?"
             )
         return group

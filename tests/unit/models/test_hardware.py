@@ -118,6 +118,7 @@ def test_the_arguments_of_a_run_are_for_one_gpu(
         schedule=SimpleNamespace(learning_rate=1e-4, steps=100),
         data=SimpleNamespace(validation=[]),
         model=SimpleNamespace(dtype="float32", device="cpu", family="llama"),
+        objective=None,
     )
     arguments = build_arguments(run, tmp_path)
     assert told == [arguments]

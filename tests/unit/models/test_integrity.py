@@ -189,7 +189,7 @@ def test_weights_that_are_cut_short(copied: Callable[..., Path], kind: str, head
 def test_a_gguf_that_is_cut_short(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "cut.gguf"
     path.write_bytes(content)
-    with pytest.raises(InputError, match="cut short"):
+    with pytest.raises(InputError, match="download incomplete"):
         load_config(resolve_source(str(path)))
 
 

@@ -60,5 +60,5 @@ def test_a_file_that_was_cut_short_is_named(size: int, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write(path)
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(InputError, match="Was a copy cut short"):
+    with pytest.raises(InputError, match="Is the copy incomplete"):
         read_header(path)

@@ -12,12 +12,13 @@ import numpy as np
 from ftlevel.config.rl import RlConfig
 from ftlevel.task import Meter, PolicyObjective, TokenObjective, TrainingLoss
 from ftlevel.tasks.losses import Tokens
-from ftlevel.tasks.rl.losses import PolicyLoss, PolicyLossParameters, policy_loss
 
 if TYPE_CHECKING:
     import torch
 
-Watch = Callable[[PolicyLoss, Any, Any], None]
+    from ftlevel.tasks.rl.losses import PolicyLoss, PolicyLossParameters
+
+Watch = Callable[["PolicyLoss", Any, Any], None]
 """Receives the loss of a micro-batch, its detached log-probabilities and its signals."""
 
 CORRECT = 1.0
@@ -30,6 +31,8 @@ def ignore(loss: PolicyLoss, each: torch.Tensor, signals: torch.Tensor) -> None:
 
 def loss_parameters(settings: RlConfig) -> PolicyLossParameters:
     """Return the parameters of the loss of `settings`."""
+    from ftlevel.tasks.rl.losses import PolicyLossParameters
+
     epsilon, high = settings.clip
     return PolicyLossParameters(
         settings.loss,
@@ -80,6 +83,8 @@ class PolicyGradient(PolicyObjective):
     ) -> torch.Tensor:
         """Return the loss of `signals` (targets, 5), as in `rows.Signal`."""
         import torch
+
+        from ftlevel.tasks.rl.losses import policy_loss
 
         advantage, weight, old, reference, _ = signals.unbind(1)
         zeros = torch.zeros(count, device=each.device)

@@ -104,6 +104,6 @@ def test_a_class_that_training_never_sees() -> None:
     with pytest.raises(InputError) as caught:
         check_labels(labels, *make(["a", "c", "d", "c"]))
     assert str(caught.value) == (
-        "x.csv:2: label 'c' (2 rows), 'd' (1 rows) are no class of the training rows (a, b). "
+        "x.csv:2: label 'c' (2 rows), 'd' (1 rows) are not a class of the training rows (a, b). "
         "Remove these rows, or correct them."
     )
