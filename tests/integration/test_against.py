@@ -151,7 +151,7 @@ def test_soft_prompts_see_the_text_too(tiny_model_dir: ModelDir, tmp_path: Path)
     ("arguments", "complaint"),
     [
         (["--against", "{classifier}"], "is for text-classification, and"),
-        (["--against", "{gpt2}"], "its tokenizer is another one"),
+        (["--against", "{gpt2}"], "its tokenizer differs"),
         (["--against", "nothing"], "nothing"),
         (["--eval-text", "x.txt"], "--eval-text x.txt is what two models are compared on"),
         (["--against", "{run}", "--task", "masked-lm"], "was trained for summarization"),

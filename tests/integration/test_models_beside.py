@@ -142,7 +142,7 @@ def test_what_cannot_be_asked_is_refused(tiny_model_dir: ModelDir, tmp_path: Pat
     data, model = write(tmp_path / "data"), tiny_model_dir("llama")
     for name, words in (
         (tmp_path / "nowhere", "--reference .*nowhere"),
-        (tiny_model_dir("qwen2"), "its tokenizer is another one"),
+        (tiny_model_dir("qwen2"), "its tokenizer differs"),
         (tiny_model_dir("t5"), "is an encoder-decoder, and the model that is trained is a decoder"),
     ):
         with pytest.raises((ConfigError, InputError), match=words):

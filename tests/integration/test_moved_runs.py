@@ -89,7 +89,7 @@ def test_the_place_of_the_base(
     other = str(tiny_model_dir("llama", chat=True, seed=1))
     assert run([*command, "--model", other]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert ("begun on base" if command[0] == "train" else f"trained on {project}/base") in line
+    assert ("started on base" if command[0] == "train" else f"trained on {project}/base") in line
     assert f"--model {other} has other weights" in line
     assert run([*command, "--model", "moved"]) == 0
     if command[0] == "train":  # it is where it was named from now on
