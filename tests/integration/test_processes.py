@@ -248,8 +248,8 @@ def test_a_process_that_stands_still_is_named_while_the_others_wait(
         while f"rank {rank} (" not in says.read_text():
             assert time.monotonic() - began < 30, says.read_text()
             time.sleep(0.1)
-        (line,) = [line for line in says.read_text().splitlines() if "no sign" in line]
-        assert line.startswith(f"warning: rank {rank} ({socket.gethostname()}) has given no sign")
+        (line,) = [line for line in says.read_text().splitlines() if "has not responded" in line]
+        assert line.startswith(f"warning: rank {rank} ({socket.gethostname()}) has not responded")
         one.resume()
         before = len(losses(tmp_path / "run"))
         while len(losses(tmp_path / "run")) < before + 3:
@@ -259,7 +259,7 @@ def test_a_process_that_stands_still_is_named_while_the_others_wait(
         one.resume()
         launcher.send_signal(signal.SIGINT)
         launcher.wait(60)
-    assert says.read_text().count("no sign") == 1
+    assert says.read_text().count("has not responded") == 1
 
 
 @pytest.mark.parametrize(("what", "code", "said"), [
