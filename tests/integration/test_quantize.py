@@ -198,7 +198,7 @@ def test_measures_what_the_model_can_say(
         assert scores["perplexity"] == pytest.approx(scores["perplexity_source"], rel=0.5)
         assert math.isfinite(scores["kl_standard_error"])
     assert json.loads((tmp_path / "out/quantization.json").read_text()) == summary
-    assert f"over {scores['positions']} positions" in (tmp_path / "out/README.md").read_text()
+    assert f"on {scores['positions']} positions" in (tmp_path / "out/README.md").read_text()
 
 
 def test_eight_bits_are_nearer_than_four(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
