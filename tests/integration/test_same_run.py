@@ -135,6 +135,17 @@ def test_a_run_goes_on_with_what_may_change(
     assert change["is"] == 1e-3
 
 
+def test_a_run_of_a_version_without_some_settings_goes_on(begun: Path) -> None:
+    path = begun / "run/checkpoints/origin.json"
+    origin = json.loads(path.read_text())
+    del origin["data.gate"]["label_typo"]
+    later = ("rl.", "embedding.", "reranking.")
+    path.write_text(json.dumps({k: v for k, v in origin.items() if not k.startswith(later)}))
+    wish = ["train", "--quiet", "--output-dir", "run", "--resume"]
+    assert run([*wish, "--set", "data.gate.label_typo=stop"]) == 2, "it was the default"
+    assert run(wish) == 0
+
+
 def test_a_run_goes_on_with_bytes_of_the_base_that_may_change(
     begun: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

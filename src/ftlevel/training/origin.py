@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.files import file_fingerprint, read_plain, write_json
@@ -245,8 +246,12 @@ def read_origin(directory: RunDirectory, origin: Mapping[str, Any]) -> dict[str,
     knows_model = TOKENIZER in before
     for key, value in origin.items():  # fields added later, at their default
         of_model = key.startswith((TOKENIZER, TEMPLATE, CONFIG)) and not knows_model
-        if of_model or value == _default_of(key):
+        default = _default_of(key)
+        if of_model or value == default:
             before.setdefault(key, value)
+        if isinstance(value, dict) and isinstance(default, dict) and key in before:
+            added = {name: v for name, v in value.items() if v == default.get(name, value)}
+            before[key] = {**added, **before[key]}
     if f"data.{PROMPT}" in origin:  # not stored for version 1
         before.setdefault(f"data.{PROMPT}", 1)
     before.setdefault("data.validation_fingerprint", origin.get("data.validation_fingerprint"))
@@ -294,4 +299,6 @@ def _default_of(key: str) -> Any:
     fields = getattr(TrainConfig.model_fields.get(section), "annotation", None)
     field = getattr(fields, "model_fields", {}).get(name)
     default = None if field is None else field.get_default(call_default_factory=True)
+    if isinstance(default, BaseModel):
+        default = default.model_dump(mode="json")
     return json.loads(json.dumps(default, default=str))  # as stored in the file
