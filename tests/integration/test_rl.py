@@ -142,6 +142,14 @@ def test_a_run_learns_from_its_reward(learned: tuple[Path, dict[str, Any]]) -> N
     assert {"completion_length", "truncated", "entropy", "clipped"} <= trained[-1].keys()
 
 
+def test_there_may_be_more_held_out_prompts_than_prompts(data: Path, tmp_path: Path) -> None:
+    few = write_prompts(tmp_path / "few.jsonl", NAMES[:2])
+    rows = {"dataset": str(few), "validation_file": str(data / "held-out.jsonl")}
+    tr = {"per_device_train_batch_size": 2, "max_steps": 1}
+    summary = train(settings(data, tmp_path / "run", tr=tr, rows=rows)).summary
+    assert 0 <= summary["metrics"]["reward"] <= 1
+
+
 def test_rollouts_are_kept_with_their_rewards(learned: tuple[Path, dict[str, Any]]) -> None:
     run, _ = learned
     lines = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]

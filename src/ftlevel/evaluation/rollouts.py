@@ -38,12 +38,6 @@ class Group:
     scores: np.ndarray
     rewards: np.ndarray
 
-    @property
-    def has_signal(self) -> bool:
-        """Whether rewards differ."""
-        known = self.rewards[~np.isnan(self.rewards)]
-        return len(known) > 1 and bool(known.max() > known.min())
-
     def to_json(self) -> dict[str, Any]:
         """Return a description for rollouts.jsonl."""
         return {

@@ -147,9 +147,12 @@ def writing_of(train: TrainerConfig) -> GenerationOptions:
     )
 
 
-def build_rollouts(run: Run, model: Any) -> Rollouts:
-    """Return the rollouts of a run of reinforcement learning, with the weights of `model`."""
-    planned, table = run.model, run.data.table
+def build_rollouts(run: Run, model: Any, where: Callable[[int], str] | None = None) -> Rollouts:
+    """Return the rollouts of a run of reinforcement learning, with the weights of `model`.
+
+    `where` returns the place of a row for messages; by default, of a training row.
+    """
+    planned = run.model
     return Rollouts(
         model,
         planned.tokenizer,
@@ -160,7 +163,7 @@ def build_rollouts(run: Run, model: Any) -> Rollouts:
         method=run.config.method.kind,
         device=planned.device,
         dtype=planned.dtype,
-        where=table.where,
+        where=where or run.data.table.where,
     )
 
 
@@ -182,7 +185,7 @@ def build_evaluator(run: Run, model: Any = None) -> Evaluator | None:
             batch_size=eval_batch_size(run.config.train),
             generated_rows=min(run.config.train.max_generate_samples, len(run.data.validation)),
             metrics=run.config.train.metrics,
-            rollouts=build_rollouts(run, model),
+            rollouts=build_rollouts(run, model, lambda row: f"validation row {row + 1}"),
         )
     generates = generates_texts(
         run.config.train.predict_with_generate, run.task
