@@ -202,6 +202,7 @@ def run_step(
     """
     run = SimpleNamespace(
         config=config,
+        objective=objective,
         fast=fast.plan,
         schedule=SimpleNamespace(learning_rate=1e-4, steps=100),
         data=SimpleNamespace(validation=[]),
