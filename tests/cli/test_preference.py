@@ -92,7 +92,7 @@ def test_a_set_without_preferences_is_refused(
     code, out = say(*arguments, rows=rows)
     assert code == 2
     assert words in out
-    assert "load the model" not in out
+    assert "loading the model" not in out
 
 
 GATE = [

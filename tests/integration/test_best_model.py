@@ -202,7 +202,7 @@ def test_early_stopping_and_a_finished_run(
     assert run(["train", "--output-dir", "run", "--resume"]) == 0
     shown = capsys.readouterr().out
     assert "run is finished: 6 of 20 steps (it stopped early), and nothing is left" in shown
-    assert "load the model" not in shown
+    assert "loading the model" not in shown
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == files
     assert run(["train", "--output-dir", "run", "--resume", "--early-stopping-patience", "3"]) == 0
     shown = " ".join(capsys.readouterr().out.split())

@@ -97,7 +97,7 @@ def test_what_cannot_be_made_longer(own: list[str], capsys: pytest.CaptureFixtur
         assert run(["train", "--output-dir", "run", "--resume", *more]) == 2
         captured = capsys.readouterr()
         assert complaint in captured.err
-        assert "load the model" not in captured.out
+        assert "loading the model" not in captured.out
     ranks = ["--method", "adalora", "--set", "method.init_r=4", "--set", "method.target_r=2"]
     plain = [a for a in own if a not in ("--lora-dropout", "0.1")]
     train(*plain, *ranks, "--max-steps", "6", out="ada")

@@ -93,9 +93,9 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         found = _requantized(found, config)
         leader = choose_leader(found, reference)
         settings, is_own = _settings(config, leader)
-        listener.stage("load the model")
+        listener.stage("loading the model")
         trained = load_ref(found, device.value)
-        listener.stage("read the rows")
+        listener.stage("reading the data")
         held_out = load_evaluation_rows(
             settings.data,
             leader.card,
@@ -115,22 +115,22 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
             listener.warn(f"{lost} too long and not scored; the numbers are of the other {left:,}.")
         evaluator = _evaluator(config, trained, held_out, settings)
         if needs_reference(evaluator):
-            listener.stage("ask the reference")
+            listener.stage("running the reference model")
             evaluator = with_reference(evaluator, trained, found)
-        listener.stage("score")
+        listener.stage("evaluating")
         record = ExampleRecord(trained.objective)
         metrics = evaluator(trained.model, record)
         for remark in trained.objective.remarks(metrics):
             listener.warn(remark)
         base, base_record = {}, None
         if config.base and _has_comparable_base(found, trained):
-            listener.stage("score the base")
+            listener.stage("evaluating the base model")
             base_record = ExampleRecord(trained.objective)
             with trained.model.disable_adapter():
                 base = evaluator(trained.model, base_record)
         against = None
         if reference is not None:
-            listener.stage(f"ask {config.name} and {config.against} the same")
+            listener.stage(f"evaluating {config.name} and {config.against} on the same rows")
             questions = build_comparison_inputs(
                 config.eval_text, config.eval_tokens, trained, evaluator.rows
             )
@@ -138,7 +138,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
             trained = replace(trained, model=None)  # frees memory for the other model
             against = _compare_with_reference(config, reference, questions, told, evaluator)
         if config.resamples:
-            listener.stage("resample the rows")
+            listener.stage("computing confidence intervals")
         draws, intervals = _intervals(config, evaluator, record, base_record)
     summary = {
         "name": config.name,
@@ -179,7 +179,7 @@ def _evaluate_on_judgments(config: EvaluateConfig, qrels: Path, listener: Listen
             raise ConfigError(f"{flag} cannot be used with --qrels. Drop one of them.")
     with silence_loggers():
         device = choose_device(config.device)
-        listener.stage("read the retrieval set")
+        listener.stage("reading the retrieval dataset")
         data = read_retrieval_set(qrels, config.corpus)
         found, _ = resolve_pair(config, device.value)
         found = _requantized(found, config)
@@ -203,15 +203,15 @@ def _evaluate_on_judgments(config: EvaluateConfig, qrels: Path, listener: Listen
             listener.warn(f"{data.merged:,} documents repeat the text of another and count as it.")
         if data.unjudged:
             listener.warn(f"{data.unjudged:,} queries without a relevant document are left out.")
-        listener.stage("load the model")
+        listener.stage("loading the model")
         trained = load_ref(found, device.value)
-        listener.stage("embed and search")
+        listener.stage("embedding and searching")
         own, cut = evaluate_retrieval(trained, data, config.batch_size, listener.answered)
         if cut:
             listener.warn(f"{cut:,} texts are longer than the model takes and are cut.")
         base = None
         if config.base and trained.has_adapter:
-            listener.stage("score the base")
+            listener.stage("evaluating the base model")
             with trained.model.disable_adapter():
                 base, _ = evaluate_retrieval(trained, data, config.batch_size, listener.answered)
     draws = own.resample(config.resamples, config.seed) if config.resamples else {}

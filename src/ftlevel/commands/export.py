@@ -71,7 +71,7 @@ def export(
         check_file_free(flag, path, overwrite=config.overwrite)
     upload = plan_upload(config)
     with silence_loggers():
-        listener.stage("find the model")
+        listener.stage("resolving the model")
         device = choose_device(config.device)
         named = _find_several(config, device.value)
         found = next(iter(named.values())) if named else _find(config, device.value)

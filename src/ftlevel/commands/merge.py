@@ -73,7 +73,7 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
     check_absent("--out", config.output_dir)
     upload = plan_upload(config)
     with silence_loggers(), contextlib.ExitStack() as stack:
-        listener.stage("find the adapter and its base")
+        listener.stage("resolving the adapter and its base")
         inputs = resolve_merge_input(config)
         if config.dtype == "float32":  # compare with the run in float32
             inputs = replace(inputs, dtype="float32")
@@ -105,11 +105,11 @@ def _merge(job: _Job, place: Path, listener: Listener) -> dict[str, Any]:
     config, inputs, probe = job.config, job.inputs, job.probe
     trained = effect = None
     if probe is not None:
-        listener.stage("ask the model as trained")
+        listener.stage("running the trained model")
         trained, effect = score_trained(inputs, probe)
     candidates = []
     for onto in job.ways:
-        listener.stage(f"merge onto the {onto} weights")
+        listener.stage(f"merging into the {onto} weights")
         candidate = write_onto(config, inputs, onto, place / f".{onto}")
         if probe is not None and trained is not None:
             candidate = measure(candidate, inputs, probe, trained)
@@ -117,7 +117,7 @@ def _merge(job: _Job, place: Path, listener: Listener) -> dict[str, Any]:
     chosen, reason = _choose(candidates)
     checked = None
     if probe is not None:
-        listener.stage("check it against the weights that it was merged into")
+        listener.stage("comparing the merged model with the trained one")
         checked = check(chosen, inputs, probe)
     if checked and effect:
         _warn_of_loss(checked.agreement, effect, chosen.written.dtype, listener)
@@ -126,10 +126,10 @@ def _merge(job: _Job, place: Path, listener: Listener) -> dict[str, Any]:
             shutil.rmtree(candidate.directory)
     served = None
     if job.low is not None:
-        listener.stage(f"choose the codes of {job.low.form}")
+        listener.stage(f"choosing {job.low.form} codes")
         chosen, written = quantize_merged(chosen, inputs, job.low, job.calibration, listener)
         if probe is not None and trained is not None:
-            listener.stage("read it back and measure")
+            listener.stage("reloading and measuring")
             served = compare_quantized(chosen, written, inputs, probe, trained)
     if served and effect:
         _warn_of_low_bits(served, effect, listener)

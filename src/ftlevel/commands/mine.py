@@ -54,7 +54,7 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
     listener = listener or NullListener()
     check_row_file("--out", config.output, resume=False, overwrite=config.overwrite)
     with silence_loggers():
-        listener.stage("read the rows")
+        listener.stage("reading the data")
         rows, described = _read_rows(config)
         corpus = Corpus(rows, _read_corpus(config))
         device = choose_device(config.device)
@@ -76,11 +76,11 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
                 choose_threads(),
             ],
         )
-        listener.stage("load the model")
+        listener.stage("loading the model")
         began = time.perf_counter()
         trained = load_ref(found, device.value)
         model = InferenceModel(trained, GenerationOptions(1), config.batch_size, cuts=True)
-        listener.stage("embed")
+        listener.stage("embedding")
         documents = map(as_document, corpus.texts)
         with inference_context(model, trained):
             queries = [EmbeddingRow(row.query, 0, prompt=row.prompt) for row in rows]
@@ -90,7 +90,7 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
                 f"{model.shortened:,} texts are longer than the model takes and are cut at their "
                 "end."
             )
-        listener.stage("search")
+        listener.stage("searching")
         options = MiningOptions(
             config.negatives,
             config.relative_margin,

@@ -89,7 +89,7 @@ def predict(
     _check(config, rows)
     with contextlib.ExitStack() as held:
         held.enter_context(silence_loggers())
-        listener.stage("open the rows")
+        listener.stage("opening the data")
         job = _prepare(config, rows, stream, held)
         listener.choices("predict", job.choices)
         try:
@@ -325,14 +325,14 @@ def _answer_all(config: PredictConfig, job: _Job, listener: Listener) -> None:
     first = next(waiting, None)
     if first is None:
         return
-    listener.stage("load the model")
+    listener.stage("loading the model")
     trained = load_ref(job.found, job.device)
     for note in trained.notes:
         listener.warn(note)
     own = job.own.train
     writing = GenerationOptions(config.max_new_tokens or own.max_new_tokens, **config.decoding(own))
     model = InferenceModel(trained, writing, config.batch_size, cuts=_cuts(config, job.own))
-    listener.stage("answer")
+    listener.stage("predicting")
     listener.answered(tally.kept, None)
     began = time.perf_counter()
     with inference_context(model, trained):

@@ -117,7 +117,7 @@ def quantize(
             return QuantizeResult(summary, None)
         with atomic_directory(config.out) as partial:
             with _source_files(plan) as directory:
-                listener.stage("quantize")
+                listener.stage("quantizing")
                 listener.begin(0)
                 layout, written = write_quantized(directory, partial, plan.layout, listener.step)
                 parts = {name: list(sizes) for name, sizes in written.parts.items()}
@@ -128,7 +128,7 @@ def quantize(
                 if plan.source.kind == "hub":
                     summary["source"]["revision"] = directory.name  # the snapshot's commit
                 if plan.text is not None:
-                    listener.stage("reload and measure")
+                    listener.stage("reloading and measuring")
                     summary["fidelity"] = _measure(config, plan, directory, partial, plan.text)
             write_json(partial / SUMMARY, summary)
             _write_cards(partial, config, plan, summary)

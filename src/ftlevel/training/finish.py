@@ -224,7 +224,7 @@ def end_run(
     """
     failed: RunError | None = None
     if output.push_to_hub is not None:
-        listener.stage("upload")
+        listener.stage("uploading")
         try:
             url = push(directory.adapter, output.push_to_hub, private=output.hub_private)
         except RunError as error:

@@ -111,7 +111,7 @@ def _resolve(
         named = {"push_to_hub": find_repository(output.push_to_hub)}
         config = config.model_copy(update={"output": output.model_copy(update=named)})
     check_base_stays(config.model, output, config.data.chat_template)
-    listener.stage("read the data and the model's shape")
+    listener.stage("reading data and model configuration")
     config, adapter, notes = resolve_adapter(config)
     config, why = infer_task(config)
     run = resolve(

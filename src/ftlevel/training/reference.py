@@ -180,7 +180,7 @@ def compute_initial_reference(
     """
     if not needs_reference(run):
         return run, None
-    listener.stage("compute the reference")
+    listener.stage("computing reference log-probabilities")
     key, name = digest_start(run, adapted), "initial model"
     run, facts = fill_rows(run, name, key, lambda: (run, adapted), listener)
     return run, Reference(facts, _keep_start(run, adapted))
@@ -349,7 +349,7 @@ def precompute_reference(run: Run, listener: Listener) -> tuple[Run, Reference |
     another = run.beside.reference
     if another is None or not needs_reference(run):
         return run, None
-    listener.stage("ask the reference")
+    listener.stage("running the reference model")
     preference = run.config.preference
     weighting = preference.ld_alpha if preference.loss == "ld-dpo" else None
     cut = [run.fast.prefix_tree, run.fast.tokens]  # same rounding as the policy's rows

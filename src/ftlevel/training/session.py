@@ -95,7 +95,7 @@ class TrainingSession:
     def train(self) -> None:
         """Train, and keep the best model; raise Interrupted after a signal."""
         run, trainer, checkpoint = self.run, self.trainer, self.resumed.checkpoint
-        self.job.listener.stage("train")
+        self.job.listener.stage("training")
         with self.callbacks.interrupt, explain_disk_errors(self.directory), matmul_context(run):
             if checkpoint is None and not run.data.stream:
                 trainer.smaller.try_longest(run.data.train, run.model.dtype)
@@ -119,7 +119,7 @@ class TrainingSession:
 
     def save(self) -> None:
         """Write the adapter or the full model with its tokenizer and card."""
-        self.job.listener.stage("save and check")
+        self.job.listener.stage("saving and verifying")
 
         def write(weights: Mapping[str, Any] | None = None) -> None:
             start = self.auxiliary.start

@@ -68,7 +68,7 @@ def precompute_teacher(run: Run, listener: Listener) -> TeacherPredictions | Non
     teacher, settings = run.beside.teacher, run.config.distillation
     if teacher is None or not isinstance(run.objective, TokenObjective):
         return None
-    listener.stage("ask the teacher")
+    listener.stage("running the teacher")
     objective, rows = run.objective, run.data.train
     other = load_config(teacher.found.source).get_text_config().vocab_size
     dtype = outcome_dtype(settings, min(run.model.vocabulary, other))
@@ -229,7 +229,7 @@ def precompute_and_load(
     """
     run, reference = precompute_reference(with_text_models(run, listener), listener)
     expected = precompute_teacher(run, listener)
-    listener.stage("load the model")
+    listener.stage("loading the model")
     adapted = load_adapted(run, listener)
     if reference is None:
         run, reference = compute_initial_reference(run, adapted, listener)

@@ -65,7 +65,7 @@ def find_text_models(run: Run) -> dict[str, ModelRef]:
 def with_text_models(run: Run, listener: Listener) -> Run:
     """Return the run with training rows that have the guide's vectors or the teacher's scores."""
     for flag, found in find_text_models(run).items():
-        listener.stage(f"embed the texts by {flag.removeprefix('--')}")
+        listener.stage(f"embedding the texts with the {flag.removeprefix('--')}")
         rows = _Rows(run.data.train, load_ref(found, run.model.device), flag == "--guide")
         listener.choices("train", [Choice(flag[2:], found.base, f"{rows.texts:,} texts embedded")])
         run = replace(run, data=replace(run.data, train=rows))

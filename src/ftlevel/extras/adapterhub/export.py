@@ -151,7 +151,7 @@ class AdapterHubExport:
         """Write the directory `place` and read it back; return the summary."""
         import torch
 
-        listener.stage("write the adapter")
+        listener.stage("writing the adapter")
         weights, head = _read(self.directory)
         start = self.model.base_model_prefix + "."
         named = {}
@@ -173,7 +173,7 @@ class AdapterHubExport:
                 place / HEAD_CONFIG, {**self._about(), "name": None, "config": None, **of_labels}
             )
         if self.config.verify:
-            listener.stage("read it back")
+            listener.stage("reloading the adapter")
             self._check(place, {**weights, **head})
         return self._summary() | {"verified": self.config.verify}
 

@@ -124,7 +124,7 @@ def compare(
     path = config.output.dir or _first_free()
     wishes, asked = _start_or_resume(config, wishes, path)
     found = Comparison(path, wishes)
-    listener.stage("check the methods and read the rows")
+    listener.stage("checking methods and reading data")
     _check_methods(config, found, listener)
     (path / SCORES).mkdir(parents=True, exist_ok=True)
     write_json(path / RESULT, asked)
@@ -356,7 +356,7 @@ def _set_budget(
         return
     for method, config in list(found.configs.items()):
         if method not in steps:
-            listener.stage(f"time a step of {method}")
+            listener.stage(f"timing a step of {method}")
             try:
                 seconds = run_in_subprocess(prepare, seconds_per_step, config)
             except RunError as error:
@@ -379,7 +379,9 @@ def _search_all(
             study = plan_study(method, config, asked["asked"], found.dry[method], found.path)
             if study is None:
                 continue
-            listener.stage(f"search {join_names(study.fields)} of {method}: {study.trials} trials")
+            listener.stage(
+                f"searching {join_names(study.fields)} of {method}: {study.trials} trials"
+            )
             try:
                 done[method] = search(study, config, found.path, prepare)
             except RunError as error:

@@ -315,15 +315,15 @@ class AdaptersExport:
         base: ModelOutputs | None = None
         trained: ModelOutputs | None = None
         if form is None or self.config.verify:
-            listener.stage(f"ask {entry.name} as trained")
+            listener.stage(f"computing reference outputs of {entry.name}")
             base, trained, form = self._ask_trained(entry, prompts, form, device)
-        listener.stage(f"write {entry.name}")
+        listener.stage(f"writing {entry.name}")
         self.writer.write(own, form, entry)
         if (template := entry.own_chat_template) is not None:
             (own / TEMPLATE).write_text(template, encoding="utf-8")
         check = None
         if self.config.verify and trained is not None:
-            listener.stage(f"read {entry.name} back and compare")
+            listener.stage(f"reloading and comparing {entry.name}")
             found = self.writer.read(own, form, entry)
             check = self._compare(entry, found, prompts, trained, base, device)
             if check.effect <= BOUND * check.scale:

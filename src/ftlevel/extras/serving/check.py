@@ -64,7 +64,7 @@ def check_served(
     # A base loaded in this process is float32; a GGUF file has its own dtype.
     is_float = config.inside and served.facts.get("file_format") != "gguf"
     dtype = "float32" if is_float else str(served.facts.get("dtype"))
-    listener.stage(f"ask {config.inside or config.url}")
+    listener.stage(f"querying {config.inside or config.url}")
     rows = _query_library(config, served) if config.inside else _ask_url(config, served)
     alone = {} if config.tolerance else _query_base(config, served)
     adapters = []

@@ -324,7 +324,7 @@ class GgufExport:
         config, source, model_config = self.config, self.found.source, self.model_config
         vocabulary, directory = self.vocabulary, place / "merged"
         if self.found.directory is not None:
-            listener.stage("merge the adapter")
+            listener.stage("merging the adapter")
         merged = merge(directory)
         if self.found.directory is not None:
             source = ModelSource(str(directory), "directory", str(directory), local_files_only=True)
@@ -333,21 +333,21 @@ class GgufExport:
         checkpoint = _open(source, model_config)
         outtype = own_outtype(checkpoint) if config.outtype == "auto" else config.outtype
         tensors = plan_tensors(checkpoint, model_config, outtype, merged.choose)
-        listener.stage(f"write {len(tensors):,} tensors")
+        listener.stage(f"writing {len(tensors):,} tensors")
         listener.begin(len(tensors))
         path = place / config.out.name
         metadata = _metadata(config.out.stem, model_config, vocabulary, outtype)
         write_gguf(path, metadata, tensors, listener.step)
         checked = None
         if config.verify:
-            listener.stage("read the file back and compare")
+            listener.stage("reloading the file and comparing")
             tokens = config.verify_tokens
             original = Original(source, model_config, self.tokenizer, device, tokens)
             checked = check_file(path, outtype, tensors, vocabulary, original, merged.beside_run)
         text = modelfile(config.out.name, self.prompting)
         (place / config.outputs[1].name).write_text(text, encoding="utf-8")
         if config.recorded:
-            listener.stage("record its answers")
+            listener.stage("recording reference outputs")
             # Quantized files are recorded from the file itself; `check_file` measured its distance.
             own = _as_source(path) if outtype in CHOSEN else source
             server_support().record(

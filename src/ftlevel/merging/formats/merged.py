@@ -67,7 +67,7 @@ class MergedExport:
         self, place: Path, device: str, listener: Listener, merge: MergeAdapter
     ) -> dict[str, Any]:
         """Write the merged model into `place`; return the summary."""
-        listener.stage("merge the adapter")
+        listener.stage("merging the adapter")
         inside = place / "merged"
         merged = merge(inside).summary
         for path in sorted(inside.iterdir()):
@@ -75,7 +75,7 @@ class MergedExport:
         inside.rmdir()
         summary = self._summary(merged)
         if self.config.server and self.config.verify and TASKS[self.found.card.task].writes_text:
-            listener.stage("record its answers")
+            listener.stage("recording reference outputs")
             source = ModelSource(str(place), "directory", str(place), local_files_only=True)
             dtype = merged["written"]["dtype"]
             server_support().record(

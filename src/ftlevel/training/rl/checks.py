@@ -36,7 +36,7 @@ def check_before(trainer: FtlevelTrainer, prompts: Sequence[Any], listener: List
     if not isinstance(trainer, RlTrainer) or not trainer.settings.check_groups:
         return
     settings, processes = trainer.settings, trainer.processes
-    listener.stage("sample before training")
+    listener.stage("sampling before training")
     own = spread(prompts, settings.check_groups)[processes.world.rank :: processes.count]
     groups = processes.in_all(lambda: trainer.rollouts(BEFORE, own))
     parts = processes.exchange([describe_group(group, settings) for group in groups])

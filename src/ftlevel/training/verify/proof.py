@@ -221,7 +221,7 @@ def verify_step(run: Run, adapted: PreparedModel, listener: Listener) -> StepCom
     if not asked and not few:
         return None
     if asked:
-        listener.stage("compute the first steps the plain way and the fast way")
+        listener.stage("running the first steps with and without the fast step")
     with tempfile.TemporaryDirectory() as nowhere:
         nobody = RunDirectory(Path(nowhere))
         trainer = build_trainer(run, adapted, nobody, ResumeState(), Processes())
