@@ -46,7 +46,7 @@ from ftlevel.world import is_launched
 _WIDEST_NAME = 28  # longest flag on the same line as its help
 
 
-class Command(TyperCommand):
+class FtlevelCommand(TyperCommand):
     """Typer command that accepts aliases of flags and groups its help in panels."""
 
     readings: ClassVar[Mapping[str, FlagSpec]] = {}
@@ -190,7 +190,7 @@ def add_command(
     """
     rows = flags_of(name, flags)
 
-    class Own(Command):
+    class Own(FtlevelCommand):
         readings: ClassVar[Mapping[str, FlagSpec]] = build_flag_specs(name, flags)
 
     def call(ctx: typer.Context, **values: Any) -> None:

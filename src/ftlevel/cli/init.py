@@ -15,7 +15,7 @@ from ftlevel.config import read_settings
 from ftlevel.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ftlevel.commands.init import Question
+    from ftlevel.commands.init import SetupQuestion
     from ftlevel.config.section import Choice
 
 
@@ -36,7 +36,7 @@ def init(given: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
     with heavy_imports():
         from ftlevel.commands.init import check_answer, draft
 
-    def ask(question: Question, proposal: Choice) -> str:
+    def ask(question: SetupQuestion, proposal: Choice) -> str:
         if yes or as_json:
             return str(proposal.value)
         typer.echo(f"{proposal.value}: {proposal.reason}")

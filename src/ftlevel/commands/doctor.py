@@ -20,7 +20,7 @@ _LITTLE_MEMORY, _LITTLE_DISK = 4 * 2**30, 5 * 2**30  # bytes free
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """Result of a check; `note` marks what runs can do without, `bad` what prevents some."""
 
     name: str
@@ -29,9 +29,9 @@ class Finding:
     advice: str = ""
 
 
-def doctor() -> list[Finding]:
+def doctor() -> list[CheckResult]:
     """Run all checks, in the order in which a run would depend on them."""
-    found: list[Finding] = []
+    found: list[CheckResult] = []
     for look in (
         _program,
         _versions,
@@ -48,7 +48,7 @@ def doctor() -> list[Finding]:
     return found
 
 
-def to_dict(found: list[Finding]) -> dict[str, Any]:
+def to_dict(found: list[CheckResult]) -> dict[str, Any]:
     """Return the output of `--json`."""
     return {
         "ftlevel": __version__,
@@ -57,7 +57,7 @@ def to_dict(found: list[Finding]) -> dict[str, Any]:
     }
 
 
-def _judged(look: Callable[[], Iterator[Finding]]) -> list[Finding]:
+def _judged(look: Callable[[], Iterator[CheckResult]]) -> list[CheckResult]:
     """Return the findings of `look`; a failing import becomes a finding too."""
     try:
         return list(look())
@@ -65,15 +65,15 @@ def _judged(look: Callable[[], Iterator[Finding]]) -> list[Finding]:
         reason = " ".join(str(error).split())[:200]
         name = look.__name__.strip("_").replace("_", " ")
         advice = "Reinstall ftlevel in a virtual environment of its own."
-        return [Finding(name, "bad", f"{type(error).__name__}: {reason}", advice)]
+        return [CheckResult(name, "bad", f"{type(error).__name__}: {reason}", advice)]
 
 
-def _program() -> Iterator[Finding]:
+def _program() -> Iterator[CheckResult]:
     python = f"Python {platform.python_version()} ({platform.system()} {platform.machine()})"
-    yield Finding("ftlevel", "good", f"{__version__}, {python}")
+    yield CheckResult("ftlevel", "good", f"{__version__}, {python}")
 
 
-def _versions() -> Iterator[Finding]:
+def _versions() -> Iterator[CheckResult]:
     """Yield unmet requirements of ftlevel, or one finding if all are met."""
     from packaging.requirements import Requirement
 
@@ -89,16 +89,16 @@ def _versions() -> Iterator[Finding]:
             wrong += 1
             advice = f"pip install '{requirement.name}{requirement.specifier}'"
             shown = version or "not installed"
-            yield Finding(
+            yield CheckResult(
                 requirement.name, "bad", f"{shown}; needs {requirement.specifier}", advice
             )
     if not wrong:
         names = ("torch", "transformers", "peft", "bitsandbytes", "datasets")
         shown = ", ".join(f"{name} {metadata.version(name)}" for name in names)
-        yield Finding("versions", "good", f"all {len(core)} requirements are met: {shown}")
+        yield CheckResult("versions", "good", f"all {len(core)} requirements are met: {shown}")
 
 
-def _device() -> Iterator[Finding]:
+def _device() -> Iterator[CheckResult]:
     import torch
 
     if torch.cuda.is_available():
@@ -106,32 +106,32 @@ def _device() -> Iterator[Finding]:
             facts = torch.cuda.get_device_properties(at)
             free, _ = torch.cuda.mem_get_info(at)
             size = f"{free / 2**30:.1f} of {facts.total_memory / 2**30:.1f} GiB free"
-            yield Finding(f"GPU {at}", "good", f"{facts.name}, {size}")
+            yield CheckResult(f"GPU {at}", "good", f"{facts.name}, {size}")
         return
     if torch.backends.mps.is_available():
-        yield Finding("GPU", "good", "Apple GPU")
+        yield CheckResult("GPU", "good", "Apple GPU")
         return
     if shutil.which("nvidia-smi") is None:
-        yield Finding("GPU", "note", "none; runs use the CPU")
+        yield CheckResult("GPU", "note", "none; runs use the CPU")
         return
     built = torch.version.cuda
     why = f"torch {torch.__version__} " + (
         f"is built for CUDA {built}, which the driver does not serve" if built else "is a CPU build"
     )
     advice = "Install the torch that pytorch.org names for this driver."
-    yield Finding("GPU", "bad", f"nvidia-smi is here and torch sees no GPU: {why}", advice)
+    yield CheckResult("GPU", "bad", f"nvidia-smi is here and torch sees no GPU: {why}", advice)
 
 
-def _precision() -> Iterator[Finding]:
+def _precision() -> Iterator[CheckResult]:
     from ftlevel.models.hardware import choose_device, choose_dtype
 
     choice = choose_dtype("auto", str(choose_device("auto").value), "lora", "llama")
     advice = "" if choice.value == "bfloat16" else "bfloat16 would take half the memory."
     verdict: Verdict = "good" if choice.value == "bfloat16" else "note"
-    yield Finding("precision", verdict, f"{choice.value} ({choice.reason})", advice)
+    yield CheckResult("precision", verdict, f"{choice.value} ({choice.reason})", advice)
 
 
-def _four_bit() -> Iterator[Finding]:
+def _four_bit() -> Iterator[CheckResult]:
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -143,22 +143,22 @@ def _four_bit() -> Iterator[Finding]:
     version = metadata.version("bitsandbytes")
     advice = "" if fine else "--quant 4bit would train on garbage: pip install -U bitsandbytes"
     said = f"bitsandbytes {version} on {device}: mean error {error:.3f} of a standard deviation"
-    yield Finding("4 bits", "good" if fine else "bad", said, advice)
+    yield CheckResult("4 bits", "good" if fine else "bad", said, advice)
 
 
-def _attention() -> Iterator[Finding]:
+def _attention() -> Iterator[CheckResult]:
     import torch
 
     if not torch.cuda.is_available():
-        yield Finding("attention", "good", "packed rows by blocks and SDPA, on the CPU")
+        yield CheckResult("attention", "good", "packed rows by blocks and SDPA, on the CPU")
         return
     there = [name for name in ("flash_attn", "liger_kernel") if find_spec(name)]
     advice = "" if "liger_kernel" in there else "pip install 'ftlevel[gpu]' for fused kernels."
     said = f"SDPA; extra kernels: {', '.join(there) or 'none'}"
-    yield Finding("attention", "good" if there else "note", said, advice)
+    yield CheckResult("attention", "good" if there else "note", said, advice)
 
 
-def _threads() -> Iterator[Finding]:
+def _threads() -> Iterator[CheckResult]:
     import torch
 
     cores, used = os.cpu_count() or 1, torch.get_num_threads()
@@ -168,20 +168,20 @@ def _threads() -> Iterator[Finding]:
     advice = (
         "" if fine else f"More threads than cores wait for one another: OMP_NUM_THREADS={usable}"
     )
-    yield Finding("threads", "good" if fine else "note", said, advice)
+    yield CheckResult("threads", "good" if fine else "note", said, advice)
 
 
-def _memory() -> Iterator[Finding]:
+def _memory() -> Iterator[CheckResult]:
     from ftlevel.models.hardware import device_memory, free_memory_bytes
 
     free, whole = free_memory_bytes("cpu"), device_memory("cpu")
     said = f"{free / 2**30:.1f} GiB free of the {whole / 2**30:.1f} that may be used"
     low = min(free, whole) < _LITTLE_MEMORY
     advice = "See what fits: ftlevel plan" if low else ""
-    yield Finding("memory", "note" if low else "good", said, advice)
+    yield CheckResult("memory", "note" if low else "good", said, advice)
 
 
-def _disk() -> Iterator[Finding]:
+def _disk() -> Iterator[CheckResult]:
     from huggingface_hub import constants
 
     for name, place in (
@@ -193,20 +193,20 @@ def _disk() -> Iterator[Finding]:
         low = free < _LITTLE_DISK
         advice = "Free some, or set HF_HOME to another disk." if low else ""
         said = f"{free / 2**30:.1f} GiB free at {place}"
-        yield Finding(name, "bad" if low else "good", said, advice)
+        yield CheckResult(name, "bad" if low else "good", said, advice)
 
 
-def _hub() -> Iterator[Finding]:
+def _hub() -> Iterator[CheckResult]:
     from huggingface_hub import constants
 
     from ftlevel.models.sources import is_reachable
 
     if constants.HF_HUB_OFFLINE:
-        yield Finding(
+        yield CheckResult(
             "Hub", "note", "HF_HUB_OFFLINE is set", "Local models and the cache are used."
         )
     elif is_reachable(constants.ENDPOINT):
-        yield Finding("Hub", "good", f"{constants.ENDPOINT} answers")
+        yield CheckResult("Hub", "good", f"{constants.ENDPOINT} answers")
     else:
         advice = "Local directories, .gguf files and builtin:tiny-llama work without it."
-        yield Finding("Hub", "note", f"{constants.ENDPOINT} does not answer", advice)
+        yield CheckResult("Hub", "note", f"{constants.ENDPOINT} does not answer", advice)

@@ -42,7 +42,7 @@ _HALF = 0.5  # most memory for weights; a step needs the rest
 
 
 @dataclass(frozen=True)
-class Question:
+class SetupQuestion:
     """A question that fills the field `path`; `check` raises ConfigError for an invalid answer."""
 
     path: str
@@ -63,7 +63,7 @@ class Draft:
     command: str
 
 
-def draft(layers: list[Layer], file: Path, answer: Callable[[Question, Choice], str]) -> Draft:
+def draft(layers: list[Layer], file: Path, answer: Callable[[SetupQuestion, Choice], str]) -> Draft:
     """Return the recipe for the given layers and answers; nothing is written.
 
     Args:
@@ -93,7 +93,7 @@ def draft(layers: list[Layer], file: Path, answer: Callable[[Question, Choice], 
     return Draft(text, config, proposed, run.schedule.steps, command)
 
 
-def check_answer(layers: list[Layer], question: Question, value: str) -> None:
+def check_answer(layers: list[Layer], question: SetupQuestion, value: str) -> None:
     """Raise ConfigError if `value` is not a valid answer given `layers`."""
     with silence_loggers():
         question.check(build_config([*layers, _layer(question.path, value, question.flag)]))
@@ -229,29 +229,29 @@ def _auto_class(config: TrainConfig, base: Any) -> str:
 
 
 QUESTIONS = (
-    Question(
+    SetupQuestion(
         "data.dataset",
         "--dataset",
         "Rows to learn from: a file, a directory or a Hub id",
         _propose_dataset,
         _check_dataset,
     ),
-    Question("task", "--task", "What is to be learned", _propose_task, _check_task),
-    Question(
+    SetupQuestion("task", "--task", "What is to be learned", _propose_task, _check_task),
+    SetupQuestion(
         "model.name_or_path",
         "--model",
         "Model: a directory, a .gguf file or a Hub id",
         _propose_model,
         _check_model,
     ),
-    Question(
+    SetupQuestion(
         "method.kind",
         "--method",
         "Method (ftlevel list-methods)",
         _propose_method,
         lambda config: config,
     ),
-    Question(
+    SetupQuestion(
         "train.num_train_epochs",
         "--num-train-epochs",
         "Times that the rows are gone through",

@@ -40,7 +40,7 @@ from ftlevel.tasks import TASKS
 
 
 @dataclass(frozen=True)
-class _Job:
+class _MergeJob:
     """Resolved merge; `low` is the output quantization, `calibration` has rows to choose codes."""
 
     config: MergeConfig
@@ -91,7 +91,7 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
                 for part in (rows.compared, rows.calibration)
             )
             choices += rows.choices
-        job = _Job(config, inputs, ways, low, probe, calibration)
+        job = _MergeJob(config, inputs, ways, low, probe, calibration)
         listener.choices("merge", [*_describe(job), *choices])
         place = stack.enter_context(atomic_directory(config.output_dir))
         summary = _merge(job, place, listener)
@@ -100,7 +100,7 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
     return MergeResult(summary, config.output_dir)
 
 
-def _merge(job: _Job, place: Path, listener: Listener) -> dict[str, Any]:
+def _merge(job: _MergeJob, place: Path, listener: Listener) -> dict[str, Any]:
     """Write, verify and document the merged model in `place`."""
     config, inputs, probe = job.config, job.inputs, job.probe
     trained = effect = None
@@ -245,7 +245,7 @@ def _choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
     return first, reason
 
 
-def _describe(job: _Job) -> Iterator[Choice]:
+def _describe(job: _MergeJob) -> Iterator[Choice]:
     config, inputs, ways = job.config, job.inputs, job.ways
     yield Choice("adapter", str(inputs.directory), f"{inputs.card.method}, {inputs.task.name}")
     fingerprint = inputs.card.base.get("fingerprint")

@@ -57,7 +57,7 @@ class PlanOptions:
     interconnect_gbps: float = 400.0
 
 
-class ClusterForecast(Protocol):
+class ClusterEstimate(Protocol):
     """Estimate for several GPUs, by the hook `forecast_cluster`."""
 
     @property
@@ -103,7 +103,7 @@ class RunPlan:
     cost: float | None
     fits: list[Alternative]
     cheapest: Alternative | None
-    cluster: ClusterForecast | None
+    cluster: ClusterEstimate | None
     choices: list[Choice] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -288,7 +288,7 @@ def _cluster(
     need: MemoryRequirement,
     card: Gpu | None,
     wishes: PlanOptions,
-) -> ClusterForecast | None:
+) -> ClusterEstimate | None:
     if card is None or need.device.ranks == 1:
         return None
     found = (hook(run, need, card, wishes) for hook in hooks("forecast_cluster"))

@@ -104,7 +104,7 @@ def predict(
 
 
 @dataclass(frozen=True)
-class _Job:
+class _PredictJob:
     """A prediction before weights are read; `questions` yields the remaining rows."""
 
     found: ModelRef
@@ -134,7 +134,7 @@ def _prepare(
     rows: Any,
     stream: IO[str] | None,
     held: contextlib.ExitStack,
-) -> _Job:
+) -> _PredictJob:
     """Resolve the model, open and check the rows, and skip rows already written."""
     device = choose_device(config.device)
     found = resolve_model(
@@ -162,7 +162,7 @@ def _prepare(
     )
     columns = Choice("columns", shape.description, reason)
     choices = _choices(config, found, own, columns, answers, file)
-    return _Job(
+    return _PredictJob(
         found,
         device.value,
         own,
@@ -317,7 +317,7 @@ def _cuts(config: PredictConfig, own: TrainConfig) -> bool:
     return (config.overlong or own.data.overlong) == "truncate-prompt"
 
 
-def _answer_all(config: PredictConfig, job: _Job, listener: Listener) -> None:
+def _answer_all(config: PredictConfig, job: _PredictJob, listener: Listener) -> None:
     """Answer the remaining rows; weights are loaded only if there are any."""
     tally, task = job.tally, TASKS[job.found.card.task]
     size = TEXT_BATCHES * (config.batch_size or PROMPTS) if task.writes_text else WINDOW
@@ -371,7 +371,7 @@ def _answer(
     return found
 
 
-def _join(row: QueryRow, answer: Mapping[str, Any], job: _Job) -> dict[str, Any]:
+def _join(row: QueryRow, answer: Mapping[str, Any], job: _PredictJob) -> dict[str, Any]:
     """Return a row with its answer columns, null without an answer."""
     twice = [repr(name) for name in job.answers if name in row.row]
     if twice:  # later JSON Lines rows may have new columns
@@ -381,7 +381,7 @@ def _join(row: QueryRow, answer: Mapping[str, Any], job: _Job) -> dict[str, Any]
     return {**row.row, **{name: answer.get(end) for name, end in job.answers.items()}}
 
 
-def _summarize(config: PredictConfig, job: _Job) -> dict[str, Any]:
+def _summarize(config: PredictConfig, job: _PredictJob) -> dict[str, Any]:
     tally = job.tally
     return {
         "name": config.name,

@@ -66,13 +66,13 @@ def with_text_models(run: Run, listener: Listener) -> Run:
     """Return the run with training rows that have the guide's vectors or the teacher's scores."""
     for flag, found in find_text_models(run).items():
         listener.stage(f"embedding the texts with the {flag.removeprefix('--')}")
-        rows = _Rows(run.data.train, load_ref(found, run.model.device), flag == "--guide")
+        rows = EmbeddedRows(run.data.train, load_ref(found, run.model.device), flag == "--guide")
         listener.choices("train", [Choice(flag[2:], found.base, f"{rows.texts:,} texts embedded")])
         run = replace(run, data=replace(run.data, train=rows))
     return run
 
 
-class _Rows(LazySequence[Encoded]):
+class EmbeddedRows(LazySequence[Encoded]):
     """Rows with the vectors of `model`, or with scores of their documents from these."""
 
     def __init__(self, rows: Sequence[Encoded], model: LoadedModel, guides: bool) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from ftlevel.cli.app import run
 from ftlevel.errors import InputError
-from ftlevel.extras.report.facts import RunFacts, read_run_facts, summarize_answers
+from ftlevel.extras.report.facts import ReportedRun, read_run_facts, summarize_answers
 from ftlevel.extras.report.page import MOST_POINTS, draw_charts, render_page, thin
 
 EVIL = "</script><script>alert('x')</script><img src=x onerror=alert(1)>"
@@ -45,8 +45,8 @@ def records(count: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def facts(name: str = "run", count: int = 40, answers: Any = None) -> RunFacts:
-    return RunFacts(name, Path("runs") / name, SUMMARY, records(count), answers)
+def facts(name: str = "run", count: int = 40, answers: Any = None) -> ReportedRun:
+    return ReportedRun(name, Path("runs") / name, SUMMARY, records(count), answers)
 
 
 ROWS = [

@@ -21,7 +21,7 @@ from ftlevel.fast.step_collator import StepCollator
 from ftlevel.task import TrainingLoss
 from ftlevel.tasks.preferences.losses import log_odds
 from ftlevel.tasks.preferences.objective import Preferences, build_preferences
-from ftlevel.tasks.preferences.reward import Rewards
+from ftlevel.tasks.preferences.reward import RewardObjective
 from ftlevel.tasks.preferences.rows import ContrastedRows, ReferencedRows
 from preference_figures import (
     BASELINE,
@@ -154,7 +154,7 @@ def test_scores_and_their_loss_are_those_of_plain_torch_and_of_trl(
     center, has_margins, expected = REWARDS[name]
     model = build_model(scores=True)
     settings = PreferenceConfig(loss="reward", center=center)
-    objective, rows = Rewards("accuracy", settings=settings), pair_rows(
+    objective, rows = RewardObjective("accuracy", settings=settings), pair_rows(
         scored=True, margins=has_margins)  # fmt: skip
     fast = FastStep(model, replace(plan, chunked_cross_entropy=False)) if plan else None
     parts = StepCollator(PAD, fast.plan)(rows)["micro_batches"] if fast else [Collator(PAD)(rows)]

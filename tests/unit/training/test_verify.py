@@ -22,7 +22,12 @@ from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.plan.run import Run
 from ftlevel.training.trainer import FtlevelTrainer
 from ftlevel.training.verify import proof
-from ftlevel.training.verify.bounds import GradientDifference, Rounding, compare_gradients, kind_of
+from ftlevel.training.verify.bounds import (
+    GradientDifference,
+    RoundingErrors,
+    compare_gradients,
+    kind_of,
+)
 from ftlevel.training.verify.proof import (
     FEW_TOKENS,
     cast_to_float32,
@@ -167,9 +172,9 @@ def test_a_tensor_without_a_gradient_is_rounded_like_its_neighbours() -> None:
     queries = {f"layers.{i}.q_proj.lora_A.default.weight": apart(4e-3, 1.0) for i in range(8)}
     key = "layers.0.k_proj.lora_A.default.weight"
     plain = {**queries, key: apart(4e-6, 1e-8)}
-    Rounding([plain], {**queries, key: apart(1.7e-5, 1e-8)}).check()
+    RoundingErrors([plain], {**queries, key: apart(1.7e-5, 1e-8)}).check()
     with pytest.raises(RunError, match="k_proj"):
-        Rounding([plain], {**queries, key: apart(1e-3, 1e-8)}).check()
+        RoundingErrors([plain], {**queries, key: apart(1e-3, 1e-8)}).check()
 
 
 def test_a_gradient_of_few_errors_is_measured_by_several_draws() -> None:
@@ -180,12 +185,12 @@ def test_a_gradient_of_few_errors_is_measured_by_several_draws() -> None:
 
     short, long, right = bias(0.04, -0.03), bias(0.06, 0.025), bias(0.08, 0.04)
     with pytest.raises(RunError, match="bias"):
-        Rounding([short], right).check()
-    assert Rounding([short, long], right).check() == {"down.bias": (0.06, 0.08)}
+        RoundingErrors([short], right).check()
+    assert RoundingErrors([short, long], right).check() == {"down.bias": (0.06, 0.08)}
     with pytest.raises(RunError, match="bias"):
-        Rounding([short, long], bias(0.08, 0.05)).check()
+        RoundingErrors([short, long], bias(0.08, 0.05)).check()
     with pytest.raises(RunError, match="bias"):
-        Rounding([short, long], bias(0.1, 0.0)).check()
+        RoundingErrors([short, long], bias(0.1, 0.0)).check()
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 100])

@@ -131,7 +131,7 @@ def _scores(
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class ReportedRun:
     """Files of a run for the report; `answers` is None without scored rows.
 
     `rollouts` is None unless the run sampled completions.
@@ -145,7 +145,7 @@ class RunFacts:
     rollouts: RolloutFacts | None = None
 
 
-def read_run_facts(path: Path, predictions: Path | None = None) -> RunFacts:
+def read_run_facts(path: Path, predictions: Path | None = None) -> ReportedRun:
     """Read the finished run in `path`; raise InputError if it is not one or a file is unreadable.
 
     `predictions` is a file of `ftlevel evaluate --predictions`; None uses the validation rows.
@@ -162,7 +162,7 @@ def read_run_facts(path: Path, predictions: Path | None = None) -> RunFacts:
         predictions = path / ANSWERS
     answers = None if predictions is None else summarize_answers(_lines(predictions))
     rollouts = summarize_rollouts(path / ROLLOUTS)
-    return RunFacts(path.resolve().name, path, summary, records, answers, rollouts)
+    return ReportedRun(path.resolve().name, path, summary, records, answers, rollouts)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ftlevel.artifacts.files import write_text
 from ftlevel.artifacts.ownership import ROLLOUTS
 from ftlevel.artifacts.rollouts import summarize_rollouts
 from ftlevel.artifacts.run_directory import RunDirectory
-from ftlevel.extras.report.facts import RunFacts, summarize_answers
+from ftlevel.extras.report.facts import ReportedRun, summarize_answers
 
 MOST_POINTS = 400  # per curve
 WIDTH, HEIGHT = 640, 220
@@ -82,7 +82,7 @@ class Chart:
         return f"{self.title} by step. {'; '.join(said)}."
 
 
-def draw_charts(runs: Sequence[RunFacts]) -> Iterator[Chart]:
+def draw_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
     """Yield a chart for each quantity and evaluation metric that some run has."""
     metrics = dict.fromkeys(
         key
@@ -137,7 +137,7 @@ def thin(points: list[Point]) -> list[Point]:
     return kept if kept[-1] == points[-1] else [*kept, points[-1]]
 
 
-def _chart(name: str, title: str, having: Sequence[tuple[int, RunFacts, list[Point]]]) -> Chart:
+def _chart(name: str, title: str, having: Sequence[tuple[int, ReportedRun, list[Point]]]) -> Chart:
     every = [point for _, _, points in having for point in points]
     low_x, high_x = _span([x for x, _ in every])
     low_y, high_y = _span([y for _, y in every])
@@ -178,12 +178,12 @@ def _ticks(low: float, high: float) -> list[float]:
 _LONGEST = 2_000  # characters shown of an answer
 
 
-def write_page(runs: Sequence[RunFacts], path: Path) -> None:
+def write_page(runs: Sequence[ReportedRun], path: Path) -> None:
     """Write the report on `runs` to `path`, atomically."""
     write_text(path, render_page(runs))
 
 
-def render_page(runs: Sequence[RunFacts]) -> str:
+def render_page(runs: Sequence[ReportedRun]) -> str:
     """Return the HTML report that compares `runs`."""
     names = ", ".join(run.name for run in runs)
     page: str = _load_template().render(
@@ -267,7 +267,7 @@ def _for_template(chart: Chart) -> dict[str, Any]:
     }
 
 
-def _table(runs: Sequence[RunFacts]) -> Iterator[tuple[str, list[str]]]:
+def _table(runs: Sequence[ReportedRun]) -> Iterator[tuple[str, list[str]]]:
     """Yield the rows of the results table: a name, and a value for each run."""
     summaries = [run.summary for run in runs]
 
@@ -316,5 +316,5 @@ def write_run_page(
     answers = summarize_answers(iter(lines)) if lines else None
     records = run.read_log(summary["steps"])
     rollouts = summarize_rollouts(run.path / ROLLOUTS)
-    facts = RunFacts(run.path.resolve().name, run.path, summary, records, answers, rollouts)
+    facts = ReportedRun(run.path.resolve().name, run.path, summary, records, answers, rollouts)
     write_page([facts], run.report)

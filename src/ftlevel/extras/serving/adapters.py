@@ -24,8 +24,8 @@ from ftlevel.errors import ConfigError, InputError, RunError, join_names
 from ftlevel.events import Listener
 from ftlevel.extras.serving import recorded as answers
 from ftlevel.extras.serving.entry import (
-    Part,
     Prompt,
+    ServedAdapter,
     ServedModel,
     adapter_name,
     build_adapter_commands,
@@ -41,7 +41,7 @@ from ftlevel.extras.serving.recorded import (
     BOUND,
     FILE,
     AdapterRecord,
-    ModelOutputs,
+    PromptOutputs,
     record,
     run_prompts,
     write_served,
@@ -312,8 +312,8 @@ class AdaptersExport:
         self, entry: ServedModel, own: Path, device: str, listener: Listener
     ) -> tuple[NormalForm, AdapterCheck | None, AdapterRecord]:
         form, prompts = self.forms[entry.name], entry.prompts()
-        base: ModelOutputs | None = None
-        trained: ModelOutputs | None = None
+        base: PromptOutputs | None = None
+        trained: PromptOutputs | None = None
         if form is None or self.config.verify:
             listener.stage(f"computing reference outputs of {entry.name}")
             base, trained, form = self._ask_trained(entry, prompts, form, device)
@@ -338,7 +338,7 @@ class AdaptersExport:
 
     def _ask_trained(
         self, entry: ServedModel, prompts: list[Prompt], form: NormalForm | None, device: str
-    ) -> tuple[ModelOutputs | None, ModelOutputs, NormalForm]:
+    ) -> tuple[PromptOutputs | None, PromptOutputs, NormalForm]:
         """Return outputs of base and run, and the normal form, probed if `form` is None."""
         base = None
         if entry.answers:
@@ -371,8 +371,8 @@ class AdaptersExport:
         entry: ServedModel,
         form: NormalForm,
         prompts: list[Prompt],
-        trained: ModelOutputs,
-        base: ModelOutputs | None,
+        trained: PromptOutputs,
+        base: PromptOutputs | None,
         device: str,
     ) -> AdapterCheck:
         """Load what was read back with PEFT; raise RunError if its logits differ from the run's."""
@@ -420,7 +420,9 @@ class AdaptersExport:
             own = config.out / entry.name if several else config.out
             template = own / TEMPLATE if entry.own_chat_template is not None else None
             parts.append(
-                Part(entry.name, own / self.writer.file, form.rank if form else 0, template)
+                ServedAdapter(
+                    entry.name, own / self.writer.file, form.rank if form else 0, template
+                )
             )
             adapters.append(
                 {

@@ -24,7 +24,7 @@ from ftlevel.trained.model_ref import ModelRef, load_own_tokenizer
 
 
 @dataclass(frozen=True)
-class Part:
+class ServedAdapter:
     """One of the served adapters; `template` is its chat template file if it has its own."""
 
     name: str
@@ -38,7 +38,7 @@ def rank_limit(server: Server, rank: int) -> int:
     return next((limit for limit in server.ranks if limit >= rank), rank)
 
 
-def build_adapter_commands(server: Server, base: str, parts: Sequence[Part]) -> list[str]:
+def build_adapter_commands(server: Server, base: str, parts: Sequence[ServedAdapter]) -> list[str]:
     """Return the commands, in order, that serve `parts` on `base`."""
     rank = rank_limit(server, max(part.rank for part in parts))
     named = [_pair(server, part) for part in parts]
@@ -83,7 +83,7 @@ def check_signs(server: Server, names: Sequence[str], out: Path) -> None:
             )
 
 
-def _pair(server: Server, part: Part) -> str:
+def _pair(server: Server, part: ServedAdapter) -> str:
     """Return NAME=PATH, or JSON if one of them contains a separator."""
     pair = f"{part.name}={part.place}"
     if (pair.count("=") == 1 and "," not in pair) or server.name not in ("vllm", "sglang"):
@@ -92,7 +92,7 @@ def _pair(server: Server, part: Part) -> str:
     return json.dumps(dict(zip(keys, (part.name, str(part.place)), strict=True)))
 
 
-def _llama(base: str, parts: Sequence[Part], template: Path | None) -> list[str]:
+def _llama(base: str, parts: Sequence[ServedAdapter], template: Path | None) -> list[str]:
     file = base if base.endswith(".gguf") else f"{Path(base).name}.gguf"
     first = [] if base.endswith(".gguf") else [join(["ftlevel", "export", base, "--out", file])]
     command = ["llama-server", "-m", file]
@@ -107,7 +107,7 @@ def _llama(base: str, parts: Sequence[Part], template: Path | None) -> list[str]
     return [*first, join(command)]
 
 
-def _openvino(model: str, place: str, parts: Sequence[Part] = ()) -> list[str]:
+def _openvino(model: str, place: str, parts: Sequence[ServedAdapter] = ()) -> list[str]:
     """Return commands that convert `model` for OpenVINO and run it, with each of `parts`."""
     files = [str(part.place / "adapter_model.safetensors") for part in parts]
     said = '"Hello", max_new_tokens=8'

@@ -63,14 +63,14 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class ModelOutputs:
+class PromptOutputs:
     """Outputs of one model for all prompts: logits of the head's shape, and greedy answers."""
 
     logits: list[torch.Tensor]
     answers: list[Answer]
 
 
-def run_prompts(model: Any, entry: ServedModel, prompts: Sequence[Prompt]) -> ModelOutputs:
+def run_prompts(model: Any, entry: ServedModel, prompts: Sequence[Prompt]) -> PromptOutputs:
     """Run `model`, in eval mode, on all prompts."""
     device = next(model.parameters()).device
     logits, answers = [], []
@@ -83,7 +83,7 @@ def run_prompts(model: Any, entry: ServedModel, prompts: Sequence[Prompt]) -> Mo
             else:
                 found = _logits(model, ids, seq2seq="Seq2Seq" in entry.auto_class)
             logits.append(found.float().cpu())
-    return ModelOutputs(logits, answers)
+    return PromptOutputs(logits, answers)
 
 
 def _logits(model: Any, ids: torch.Tensor, *, seq2seq: bool) -> torch.Tensor:
@@ -119,18 +119,18 @@ def _continue(model: Any, ids: torch.Tensor, tokenizer: Any) -> tuple[torch.Tens
     return of_prompt, Answer(tokens, logprobs, margins, text)
 
 
-def largest_difference(one: ModelOutputs, other: ModelOutputs) -> float:
+def largest_difference(one: PromptOutputs, other: PromptOutputs) -> float:
     """Return the largest difference between the logits of two models."""
     pairs = zip(one.logits, other.logits, strict=True)
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
-def scale(spoken: ModelOutputs) -> float:
+def scale(spoken: PromptOutputs) -> float:
     """Return the largest absolute logit."""
     return max(float(found.abs().max()) for found in spoken.logits)
 
 
-def divergence(one: ModelOutputs, other: ModelOutputs) -> float:
+def divergence(one: PromptOutputs, other: PromptOutputs) -> float:
     """Return the mean KL divergence of `other` from `one` over the prompts' tokens, in nats."""
     found = [
         (a.log_softmax(-1).exp() * (a.log_softmax(-1) - b.log_softmax(-1))).sum(-1).flatten()
@@ -161,7 +161,7 @@ def record(
     place: str,
     rank: int | None,
     prompts: Sequence[Prompt],
-    spoken: Mapping[str, ModelOutputs | None],
+    spoken: Mapping[str, PromptOutputs | None],
 ) -> AdapterRecord:
     """Return the prompts with the answers in `spoken`, keyed by `trained` and maybe `base`."""
     asked = []

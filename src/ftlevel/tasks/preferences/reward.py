@@ -46,7 +46,7 @@ class RewardTask(AnswerTask):
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
         """Return the logistic loss of the score difference of a pair."""
-        return Rewards("accuracy", settings=self._told(facts))
+        return RewardObjective("accuracy", settings=self._told(facts))
 
     def _told(self, facts: Mapping[str, Any]) -> PreferenceConfig:
         return self.configured(facts).settings if "preference" in facts else self.settings
@@ -132,7 +132,7 @@ class RewardTask(AnswerTask):
 
 
 @dataclass(frozen=True)
-class Rewards(Objective):
+class RewardObjective(Objective):
     """Logistic loss of score differences: logits `(2 · pairs, 1)`, preferred answer first.
 
     Labels are verdicts `(2 · pairs, 3)`, whose last column is the margin. `settings.center` is the
@@ -169,11 +169,11 @@ class Rewards(Objective):
         return ("accuracy", "margin", "score_chosen", "score_rejected", "ece", "length_correlation")
 
     def meter(self) -> Meter:
-        """Return a `RewardMeter`."""
-        return RewardMeter()
+        """Return a `ScoreMeter`."""
+        return ScoreMeter()
 
 
-class RewardMeter:
+class ScoreMeter:
     """Accuracy, margin and calibration of scores, and their correlation with length."""
 
     def __init__(self) -> None:
@@ -185,9 +185,9 @@ class RewardMeter:
         lengths = [[len(branch.input_ids) for branch in row.branches] for row in rows]
         self._seen.append(np.concatenate([scores, np.array(lengths, dtype=float)], axis=1))
 
-    def pool(self, meters: Sequence[RewardMeter]) -> RewardMeter:
+    def pool(self, meters: Sequence[ScoreMeter]) -> ScoreMeter:
         """Return a meter of the pairs of all `meters`."""
-        pooled = RewardMeter()
+        pooled = ScoreMeter()
         pooled._seen = [part for meter in meters for part in meter._seen]
         return pooled
 

@@ -59,7 +59,7 @@ class Ranking(Objective):
 
 
 @dataclass
-class Candidates:
+class CandidateGroup:
     """Scores and labels of the documents of one query."""
 
     scores: list[float] = field(default_factory=list)
@@ -74,7 +74,7 @@ class RankingMeter:
     """
 
     def __init__(self) -> None:
-        self._groups: dict[Any, Candidates] = {}
+        self._groups: dict[Any, CandidateGroup] = {}
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
         """Add the documents of `rows`: `(documents, 1)` logits, `(documents, 3)` labels."""
@@ -82,7 +82,7 @@ class RankingMeter:
         own = labels[:, 0].cpu().tolist()
         at = 0
         for row in rows:
-            group = self._groups.setdefault(row.cluster, Candidates())
+            group = self._groups.setdefault(row.cluster, CandidateGroup())
             end = at + len(row.sizes)
             group.scores += scores[at:end]
             group.labels += own[at:end]
@@ -123,7 +123,7 @@ class RankingMeter:
         return {"scores": scores, "labels": group.labels, **_score(group)}
 
 
-def _score(group: Candidates) -> dict[str, float]:
+def _score(group: CandidateGroup) -> dict[str, float]:
     """Return the metrics of a query; empty without a relevant and an irrelevant document."""
     labels = np.array(group.labels)
     relevant = np.flatnonzero(labels > 0)

@@ -48,7 +48,7 @@ def count_steps(config: TrainerConfig, rows: int) -> int:
 
 
 @dataclass(frozen=True)
-class Rates:
+class LearningRates:
     """Peak learning rates: `base` for everything but new heads, `default` if the user sets none."""
 
     base: Choice
@@ -77,7 +77,7 @@ def choose_rates(
     known: RunFacts,
     share: float = 1,
     papers: str = "",
-) -> Rates:
+) -> LearningRates:
     """Return the peak learning rates: the user's, or the method's defaults for the run.
 
     A `--learning-rate` also applies to new heads, unless `--head-learning-rate` is set. `share` is
@@ -97,7 +97,7 @@ def choose_rates(
         default = replace(default, value=float(f"{default.value * share:.0e}"), reason=reason)
     base = base or default
     head = head or (base if rates.is_heads else choose_head_rate(known))
-    return Rates(base, default.value, head if known.new_head else None)
+    return LearningRates(base, default.value, head if known.new_head else None)
 
 
 def find_default_model_warnings(model: ModelConfig, data: DataConfig) -> list[str]:

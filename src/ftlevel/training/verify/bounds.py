@@ -221,7 +221,7 @@ class Bounds:
 
 
 @dataclass
-class Rounding:
+class RoundingErrors:
     """Effect of the run's dtype on gradients and losses, as differences from float32.
 
     `plain` has one item per draw; `losses` maps "plain" and "fast" to relative differences.

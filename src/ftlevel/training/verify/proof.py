@@ -38,7 +38,7 @@ from ftlevel.training.verify.bounds import (
     KINK,
     Bounds,
     GradientDifference,
-    Rounding,
+    RoundingErrors,
     StepComparison,
     added,
     compare_gradients,
@@ -269,7 +269,7 @@ class _Verifier:
         device = self.steps.trainer.args.device.type
         wide = self.dtype == "float32" or fits_in_float32(model, device)
         verified = StepComparison(dtype="float32" if wide else self.dtype)
-        rounding = Rounding()
+        rounding = RoundingErrors()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate)
         try:
             with perturb_weights(model):
@@ -348,7 +348,9 @@ class _Verifier:
         except RuntimeError:  # a kernel without float64 support
             return None
 
-    def _round(self, rows: Sequence[Encoded], exact: StepResult, sums: Rounding) -> Rounding:
+    def _round(
+        self, rows: Sequence[Encoded], exact: StepResult, sums: RoundingErrors
+    ) -> RoundingErrors:
         """Return `sums` with the rounding errors of a step in the run's dtype."""
         steps = self.steps
         for draw, summed in enumerate(sums.plain):
