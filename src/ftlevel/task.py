@@ -1,8 +1,8 @@
-"""Interfaces of tasks, objectives and meters for the packages that read, encode and train.
+"""Interfaces of objectives and meters for the packages that read, encode and train.
 
-The tasks themselves are in `ftlevel.tasks`. Imports nothing heavy. A loss is a sum over targets and
-comes with their count, so the loss of an optimizer step is the mean over the targets of all its
-micro-batches.
+Their implementations and the tasks are in `ftlevel.tasks`. Imports nothing heavy. A loss is a sum
+over targets and comes with their count, so the loss of an optimizer step is the mean over the
+targets of all its micro-batches.
 """
 
 from __future__ import annotations
@@ -12,20 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from ftlevel.config.section import Choice
-
 if TYPE_CHECKING:
     import torch
-
-    from ftlevel.config import DataConfig
-    from ftlevel.data.encoding.encode import Encoded, PromptFormat
-    from ftlevel.data.encoding.fit import FittedRows
-    from ftlevel.data.formats.detect import Format
-    from ftlevel.data.formats.labels import LabelSet
-    from ftlevel.data.gate.checks import Mask
-    from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData
-    from ftlevel.data.prepare.loading import LoadedExamples
-    from ftlevel.data.sources.table import BadRow, Row, Table
 
 IGNORED = -100
 """Label of a token without loss."""
@@ -63,89 +51,8 @@ class TrainingLoss:
         return not (self.smoothing or self.weighs)
 
 
-class Task(ABC):
-    """Conversion of table rows to training rows; subclasses override what differs.
-
-    Attributes:
-        name: value of `--task`.
-        instruction: text before the source text in prompts; empty for none.
-        answer_cue: end of the prompt for models without a chat template.
-        builtin_subset: subset of `builtin:docstrings` to read; empty for all.
-        needs_offsets: whether encoding needs the character offsets of tokens.
-        checks: data checks that apply to the rows.
-        split_words: log text for examples that were split into several rows.
-    """
-
-    name: str
-    instruction: str
-    answer_cue: str
-    builtin_subset: str
-    needs_offsets: ClassVar[bool] = False
-    checks: ClassVar[Checks] = Checks()
-    split_words: ClassVar[str] = "split into several"
-
-    @property
-    def decides(self) -> Mapping[str, Any]:
-        """Options outside the data section that change the encoded rows."""
-        return {}
-
-    @abstractmethod
-    def find_format(
-        self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
-    ) -> Format:
-        """Return the format of `columns`; raises `InputError` if none matches."""
-
-    def read_columns(
-        self, format_: Format, table: Table, config: DataConfig
-    ) -> tuple[Format, list[Choice]]:
-        """Return the format completed from the column values, and log lines about it."""
-        return format_, []
-
-    def label_role(self, format_: Format) -> str | None:
-        """Return the role whose values are class labels, or None."""
-        return None
-
-    def find_faults(self, examples: Sequence[Any], labels: LabelSet, table: Table) -> list[BadRow]:
-        """Return the rows with inconsistent class labels."""
-        return []
-
-    def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
-        """Return the prompt format for models of `kind`, or None for tasks without prompts."""
-        return None
-
-    @abstractmethod
-    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Return encoded rows of `examples`; raises `InputError` if one does not fit."""
-
-    def look(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-        """Return task-specific data checks: check name -> mask of the failing rows."""
-        return {}
-
-    def judge_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Return (check name, example count, description) for checks of the whole training set."""
-        return ()
-
-    def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
-        """Return task-specific entries of summary.json about the data."""
-        return {}
-
-    def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
-        """Return log lines with the number of training targets."""
-        tokens, supervised = facts["tokens"], facts["supervised"]
-        share = f"{supervised:,} supervised, {supervised / tokens:.0%}"
-        return [Choice("tokens", f"{tokens:,} an epoch", share)]
-
-    def finish(
-        self, prepared: PreparedData, config: DataConfig, context: EncodingContext
-    ) -> PreparedData:
-        """Return `prepared` with rows that are completed at access time, such as masked tokens."""
-        return prepared
-
-    def fix(
-        self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
-    ) -> Sequence[Encoded]:
-        """Return evaluation rows, identical at each access."""
-        return rows
+Task = Any
+"""A `tasks.base.BaseTask`. Its methods take and return types of `data`, which cannot import it."""
 
 
 class Meter(Protocol):
@@ -241,7 +148,7 @@ class Objective(ABC):
         """Return the divisor of the summed training loss (a scalar tensor)."""
         return self.count(labels)
 
-    def balance(self, rows: Sequence[Encoded], classes: int) -> tuple[float, ...]:
+    def balance(self, rows: Sequence[Any], classes: int) -> tuple[float, ...]:
         """Return class weights that balance `rows`; empty for objectives without classes."""
         return ()
 
@@ -260,7 +167,7 @@ class Objective(ABC):
         """Return warnings about misleading metrics; `before` has those before step 1."""
         return []
 
-    def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
+    def guess_loss(self, rows: Sequence[Any]) -> float | None:
         """Return the loss of a constant predictor with the label frequencies of `rows`, or None."""
         return None
 

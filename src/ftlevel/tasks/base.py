@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,18 +22,21 @@ from ftlevel.data.formats.detect import (
     detect_format,
     fits,
 )
-from ftlevel.data.sources.table import Row
+from ftlevel.data.sources.table import BadRow, Row, Table
 from ftlevel.errors import ConfigError, InputError, join_names, with_article
 from ftlevel.extensions import added, warn_left_out
-from ftlevel.task import Objective, ScoreTexts, Task
+from ftlevel.models.sources import ModelSource
+from ftlevel.task import Checks, Objective, ScoreTexts
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
     from ftlevel.config import TrainConfig
-from ftlevel.models.sources import ModelSource
+    from ftlevel.data.encoding.fit import FittedRows
+    from ftlevel.data.formats.labels import LabelSet
+    from ftlevel.data.gate.checks import Mask
+    from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData
+    from ftlevel.data.prepare.loading import LoadedExamples
 
 T = TypeVar("T")
 Column = Literal["text", "texts", "number", "numbers", "whole", "ranking", "rankings", "embedding"]
@@ -102,7 +105,7 @@ class Speller(Protocol):
 
 
 @dataclass(frozen=True)
-class BaseTask(Task):
+class BaseTask(ABC):
     """Base class of tasks; subclasses override what differs.
 
     Attributes:
@@ -128,6 +131,9 @@ class BaseTask(Task):
         drops_out: whether training may use dropout.
         imagined_facts: data facts assumed for synthetic batches.
         imagined_labels: class or tag names assumed for synthetic batches.
+        needs_offsets: whether encoding needs the character offsets of tokens.
+        checks: data checks that apply to the rows.
+        split_words: log text for examples that were split into several rows.
     """
 
     name: str
@@ -153,6 +159,9 @@ class BaseTask(Task):
     drops_out: ClassVar[bool] = True
     imagined_labels: ClassVar[tuple[str, ...]] = ()
     imagined_facts: ClassVar[Mapping[str, Any]] = {}
+    needs_offsets: ClassVar[bool] = False
+    checks: ClassVar[Checks] = Checks()
+    split_words: ClassVar[str] = "split into several"
 
     def configured(self, options: Mapping[str, Any]) -> BaseTask:
         """Return the task with the `options` of a configuration or model card."""
@@ -215,7 +224,9 @@ class BaseTask(Task):
         """Return task options that inference needs."""
         return {}
 
-    def write_files(self, directory: Path, model_config: Any, options: Mapping[str, Any]) -> None:
+    def write_files(  # noqa: B027 - most tasks write none
+        self, directory: Path, model_config: Any, options: Mapping[str, Any]
+    ) -> None:
         """Write files of other libraries beside an adapter or model; `options` are its card's."""
 
     def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
@@ -231,6 +242,11 @@ class BaseTask(Task):
         return f"{self.name} of {', '.join(labels)}" if labels else self.name
 
     # ---- from columns to encoded rows
+
+    @property
+    def decides(self) -> Mapping[str, Any]:
+        """Options outside the data section that change the encoded rows."""
+        return {}
 
     def find_format(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
@@ -253,6 +269,58 @@ class BaseTask(Task):
     ) -> Mapping[str, str]:
         """Return role -> column from settings other than `--map`."""
         return {}
+
+    def read_columns(
+        self, format_: Format, table: Table, config: DataConfig
+    ) -> tuple[Format, list[Choice]]:
+        """Return the format completed from the column values, and log lines about it."""
+        return format_, []
+
+    def label_role(self, format_: Format) -> str | None:
+        """Return the role whose values are class labels, or None."""
+        return None
+
+    def find_faults(self, examples: Sequence[Any], labels: LabelSet, table: Table) -> list[BadRow]:
+        """Return the rows with inconsistent class labels."""
+        return []
+
+    def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
+        """Return the prompt format for models of `kind`, or None for tasks without prompts."""
+        return None
+
+    @abstractmethod
+    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
+        """Return encoded rows of `examples`; raises `InputError` if one does not fit."""
+
+    def look(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
+        """Return task-specific data checks: check name -> mask of the failing rows."""
+        return {}
+
+    def judge_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+        """Return (check name, example count, description) for checks of the whole training set."""
+        return ()
+
+    def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
+        """Return task-specific entries of summary.json about the data."""
+        return {}
+
+    def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
+        """Return log lines with the number of training targets."""
+        tokens, supervised = facts["tokens"], facts["supervised"]
+        share = f"{supervised:,} supervised, {supervised / tokens:.0%}"
+        return [Choice("tokens", f"{tokens:,} an epoch", share)]
+
+    def finish(
+        self, prepared: PreparedData, config: DataConfig, context: EncodingContext
+    ) -> PreparedData:
+        """Return `prepared` with rows that are completed at access time, such as masked tokens."""
+        return prepared
+
+    def fix(
+        self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
+    ) -> Sequence[Encoded]:
+        """Return evaluation rows, identical at each access."""
+        return rows
 
     # ---- inference and display
 

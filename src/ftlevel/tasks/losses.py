@@ -152,10 +152,6 @@ def mean_entropy(columns: Iterable[Iterable[Hashable]]) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-if TYPE_CHECKING:
-    import torch
-
-
 @dataclass(frozen=True)
 class Tokens(TokenObjective):
     """Cross entropy over tokens: logits `(batch, seq, vocabulary)`, labels `(batch, seq)`.
