@@ -34,8 +34,7 @@ from ftlevel.training.forecast.seconds import (
 )
 from ftlevel.training.plan.adapter import resolve_adapter
 from ftlevel.training.plan.resolve import infer_task, resolve
-from ftlevel.training.plan.run import Run
-from ftlevel.training.plan.trainable import count_trainable
+from ftlevel.training.plan.run import Run, count_trainable
 
 _IMAGINED_STEPS = 2
 

@@ -15,8 +15,7 @@ from ftlevel.events import Listener
 from ftlevel.models.loading import silence_loggers
 from ftlevel.notebook import default_listener
 from ftlevel.training.finish import StartTime
-from ftlevel.training.inputs import TrainInputs, bind_inputs
-from ftlevel.training.job import CommandLine, TrainingJob, resolve_job
+from ftlevel.training.job import CommandLine, TrainingJob, TrainInputs, bind_inputs, resolve_job
 from ftlevel.training.memory import explain_out_of_memory
 from ftlevel.training.resume import resolve_resume
 from ftlevel.training.session import end_finished, open_session

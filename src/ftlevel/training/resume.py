@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from typing import Any
 
 from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.checkpoints import delete_best_after, step_of
-from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.files import base_digest, write_json
 from ftlevel.artifacts.ownership import mark_resumed
 from ftlevel.artifacts.places import write_places
 from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory, open_run
@@ -30,8 +31,6 @@ from ftlevel.events import Listener
 from ftlevel.methods import METHODS
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.models.sources import resolve_source
-from ftlevel.training.inputs import BASE as WRITTEN_BASE
-from ftlevel.training.inputs import base_facts
 from ftlevel.training.origin import (
     BASE,
     PROMPT,
@@ -49,6 +48,28 @@ from ftlevel.training.plan.run import Run
 from ftlevel.training.plan.schedule import count_steps, rows_per_epoch
 from ftlevel.training.processes import Processes
 from ftlevel.training.summary import describe_base, dump_config, resolved_config
+
+WRITTEN_BASE = "base"
+"""Subdirectory of a run with a model that was passed as an object and has no other file."""
+
+
+def store_base(run: Run, directory: RunDirectory, *, is_first: bool) -> tuple[Run, dict[str, Any]]:
+    """Move a base that was written for the run into its directory; return run and base facts."""
+    if run.written_base is not None:
+        place = directory.path.resolve() / WRITTEN_BASE
+        if is_first and not place.exists():
+            shutil.move(run.written_base, place)
+        source = replace(run.model.source, name=str(place), location=str(place))
+        run = replace(run, model=replace(run.model, source=source))
+    return run, base_facts(run)
+
+
+def base_facts(run: Run) -> dict[str, Any]:
+    """Return the facts of the base, with a digest of all bytes if it was written for the run."""
+    facts, path = describe_base(run.model.source), run.model.source.path
+    if run.written_base is None or path is None:
+        return facts
+    return {**facts, "digest": base_digest(path)}
 
 
 def check_base_stays(model: ModelConfig, output: OutputConfig, chat_template: str | None) -> None:

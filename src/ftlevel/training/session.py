@@ -24,7 +24,6 @@ from ftlevel.training.build_trainer import (
     restore_progress,
 )
 from ftlevel.training.callbacks.gradients import select_skipped_steps
-from ftlevel.training.callbacks.processes import WatchProcesses
 from ftlevel.training.callbacks.saving import WaitForBytes, check_disk_space, explain_disk_errors
 from ftlevel.training.callbacks.trackers import describe_run, tracking
 from ftlevel.training.finish import (
@@ -35,11 +34,11 @@ from ftlevel.training.finish import (
     save,
     write_tokenizer_and_card,
 )
-from ftlevel.training.inputs import store_base
 from ftlevel.training.job import TrainingJob
 from ftlevel.training.model import PreparedModel, describe_speed
 from ftlevel.training.origin import FileDigests, digests_of
 from ftlevel.training.plan.run import Run
+from ftlevel.training.processes import WatchProcesses
 from ftlevel.training.proof import Proof, prove
 from ftlevel.training.resume import (
     ResumeState,
@@ -48,6 +47,7 @@ from ftlevel.training.resume import (
     describe_stop,
     explain_interrupt,
     open_or_resume,
+    store_base,
 )
 from ftlevel.training.rl.checks import check_before
 from ftlevel.training.sharding import probe_untrained, prove_sharded, save_sharded

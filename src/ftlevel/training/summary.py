@@ -23,8 +23,7 @@ from ftlevel.models.quantization import quantization_facts, stored_quantization
 from ftlevel.models.sources import ModelSource
 from ftlevel.task import PolicyObjective
 from ftlevel.training.best import PredictionRecorder, SelectedModel
-from ftlevel.training.plan.run import Run
-from ftlevel.training.plan.trainable import count_parameters
+from ftlevel.training.plan.run import Run, count_parameters
 from ftlevel.training.proof import Proof
 
 _ROWS = 10_000  # training rows used for label frequencies

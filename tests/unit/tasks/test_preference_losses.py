@@ -19,8 +19,7 @@ from ftlevel.fast.plan import FastPlan
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.task import TrainingLoss
-from ftlevel.tasks.preferences.losses import log_odds
-from ftlevel.tasks.preferences.objective import Preferences, build_preferences
+from ftlevel.tasks.preferences.objective import Preferences, build_preferences, log_odds
 from ftlevel.tasks.preferences.reward import RewardObjective
 from ftlevel.tasks.preferences.rows import ContrastedRows, ReferencedRows
 from preference_figures import (

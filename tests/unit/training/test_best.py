@@ -13,8 +13,14 @@ from ftlevel.artifacts.checkpoints import best_of, delete_best_after, rotate_bes
 from ftlevel.config import TrainConfig
 from ftlevel.errors import ConfigError
 from ftlevel.tasks import TASKS
-from ftlevel.training.best import Evaluated, Evaluations, SelectedModel
-from ftlevel.training.plan.best_model import BestModel, Length, resolve_best_model
+from ftlevel.training.best import (
+    BestModel,
+    Evaluated,
+    Evaluations,
+    Length,
+    SelectedModel,
+    resolve_best_model,
+)
 
 PLAN: dict[str, Any] = {
     "metric": "eval_accuracy", "greater_is_better": True, "reason": "", "loads": True,

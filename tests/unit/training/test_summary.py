@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from ftlevel.artifacts.files import base_fingerprint
 from ftlevel.models.sources import ModelSource
-from ftlevel.training.plan.trainable import count_parameters
+from ftlevel.training.plan.run import count_parameters
 from ftlevel.training.summary import describe_base, describe_losses
 
 OLD, NEW = "0123456789abcdef" * 2 + "01234567", "fedcba9876543210" * 2 + "fedcba98"

@@ -24,7 +24,7 @@ from ftlevel.evaluation.intervals import (
 )
 from ftlevel.extras.report.report import report
 from ftlevel.tasks import TASKS
-from ftlevel.training.plan.best_model import LOWER_IS_BETTER
+from ftlevel.training.best import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

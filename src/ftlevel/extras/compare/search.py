@@ -39,7 +39,7 @@ from ftlevel.errors import (
 )
 from ftlevel.events import NullListener
 from ftlevel.extras.compare.comparison import ranking_metric
-from ftlevel.training.plan.best_model import LOWER_IS_BETTER
+from ftlevel.training.best import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     import optuna

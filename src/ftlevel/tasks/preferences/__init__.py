@@ -1,5 +1,5 @@
 """Preference training and reward models.
 
-`formats` reads rows, `rows` encodes them, `losses` has the formulas, `objective` applies them to a
-batch, and `policy` and `reward` define the two tasks.
+`formats` reads rows, `rows` encodes them, `objective` has the losses, and `policy` and `reward`
+define the two tasks.
 """

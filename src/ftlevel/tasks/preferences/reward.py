@@ -17,7 +17,7 @@ from ftlevel.errors import InputError
 from ftlevel.task import Checks, Meter, Objective
 from ftlevel.tasks.base import Column, OutputOptions, Prediction, PromptedModel, check_options
 from ftlevel.tasks.preferences.formats import JUDGED_SHAPES, PAIR_SHAPES, build_scored
-from ftlevel.tasks.preferences.losses import bradley_terry
+from ftlevel.tasks.preferences.objective import bradley_terry
 from ftlevel.tasks.preferences.policy import AnswerTask
 from ftlevel.tasks.preferences.rows import PreferenceEncoder
 

@@ -1,12 +1,13 @@
 """Configuration of a run that continues an adapter: base, method, quantization, task and labels.
 
-Contradicting flags are rejected before weights load.
+Contradicting flags are rejected before weights load, as are adapters that the run would not build.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,14 @@ from ftlevel.config import (
 )
 from ftlevel.config.flags import FLAGS
 from ftlevel.config.rl import RL_TASK
-from ftlevel.config.section import Choice
-from ftlevel.errors import ConfigError
+from ftlevel.errors import ConfigError, join_names
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import choose_device
-from ftlevel.models.loading import load_config
+from ftlevel.models.loading import build_task_model, load_config
 from ftlevel.models.quantization import stored_quantization
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.tasks import TASKS
+from ftlevel.trained.adapt import apply_method, compact_targets, describe_state
 from ftlevel.trained.adapter_formats import find_reader
 from ftlevel.trained.model_ref import (
     ADAPTER_CONFIG,
@@ -42,31 +43,11 @@ from ftlevel.trained.model_ref import (
     is_model,
     read_plain_adapter,
 )
+from ftlevel.training.plan.run import Run, StartingAdapter
 from ftlevel.weights.tensor_files import read_header
 
 _NAMED = ("target_modules", "target_parameters", "layers_to_transform", "modules_to_save")
 """Settings taken from the run's recipe: adapter_config.json has expanded module names."""
-
-
-@dataclass(frozen=True)
-class StartingAdapter:
-    """A trained adapter; `card` is None if plain PEFT wrote it, `fingerprint` is a SHA-256."""
-
-    name: str
-    directory: Path
-    settings: Mapping[str, Any]
-    card: AdapterCard | None
-    fingerprint: str
-
-    @property
-    def choice(self) -> Choice:
-        """Line shown at the start of the run."""
-        of = "by plain PEFT" if self.card is None else f"for {self.card.task}"
-        return Choice("adapter", self.name, f"trained {of}; base and method are its own")
-
-    def describe(self) -> dict[str, Any]:
-        """Return the entry for summary.json."""
-        return {"name": self.name, "fingerprint": self.fingerprint}
 
 
 def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter | None, list[str]]:
@@ -266,3 +247,81 @@ def _differences(
     own = card.quantization.get("kind", "none")
     if config.quant.kind not in ("none", own):
         yield "--quant", config.quant.kind, f"a base of --quant {own}"
+
+
+_ELSEWHERE = set(
+    """
+    base_model_name_or_path revision inference_mode auto_mapping peft_version task_type
+    target_modules exclude_modules modules_to_save layers_to_transform layers_pattern
+    target_parameters fan_in_fan_out feedforward_modules
+    """.split()
+)
+"""Settings that are names, or that follow from names and shapes of the weights."""
+
+
+def check_adapter_matches(adapter: StartingAdapter, run: Run) -> None:
+    """Raise ConfigError if settings or tensors of an adapter differ from those the run builds."""
+    own, spec = METHODS[run.config.method.kind], run.config.method
+    meta = build_task_model(run.model.config, run.model.auto_class)
+    if own.build is None:
+        raise TypeError("a whole model has no adapter")
+    problem, known = run.data.facts["problem_type"], adapter.card and adapter.card.options
+    if known and known.get("problem_type", problem) != problem:
+        raise ConfigError(
+            f"--adapter {adapter.name} was trained for {known['problem_type']}, and these rows are "
+            f"{problem}. Use other rows, or train a new adapter."
+        )
+    compact = replace(run.base, targets=compact_targets(meta, run.base.targets))
+    built = json.loads(json.dumps(own.build(spec, compact).to_dict(), default=_plain))
+    for name, value in adapter.settings.items():
+        if _is_other(name, value, built):
+            now = json.dumps(built.get(name))
+            raise ConfigError(
+                f"--adapter {adapter.name}: its {name} is {json.dumps(value)}, and in training it "
+                f"would be {now}. It cannot be continued."
+            )
+    needed, wanted = describe_state(apply_method(meta, spec, run.base))
+    stored, _ = read_header(adapter.directory / ADAPTER_WEIGHTS)
+    found = {name: tensor.spec.shape for name, tensor in stored.items()}
+    other = {name for name, shape in found.items() if wanted.get(name) != shape}
+    if odd := sorted(other | (needed - found.keys())):
+        first = odd[0]
+        raise ConfigError(
+            f"--adapter {adapter.name}: {len(odd):,} of its tensors are not those that would be "
+            f"trained, such as {first}: {_shape(found.get(first))} in its file, and "
+            f"{_shape(wanted.get(first))} here. It cannot be continued."
+        )
+
+
+def find_adapter_warnings(adapter: StartingAdapter, run: Run) -> list[str]:
+    """Return warnings about unnamed classes and prompts that differ from the adapter's."""
+    labels = run.data.facts["labels"]
+    if adapter.card is None and labels and not run.config.data.labels:
+        return [
+            f"--adapter {adapter.name} keeps no names of its classes: its head's are taken for "
+            f"{join_names(labels)}, in this order. --set 'data.labels=[…]' says otherwise."
+        ]
+    own, now = adapter.card and adapter.card.prompt, run.data.prompt_format
+    if not own or now is None or own == json.loads(json.dumps(now.to_dict())):
+        return []
+    return [
+        f"--adapter {adapter.name} has learned prompts that are laid out otherwise than those of "
+        "these rows, and so will the new adapter have: it is asked as these rows are. ftlevel "
+        "preview shows them."
+    ]
+
+
+def _is_other(name: str, value: Any, built: Mapping[str, Any]) -> bool:
+    """Return whether an adapter setting differs from what would be built."""
+    of_start = "init" in name or name.endswith("_config")
+    if name in _ELSEWHERE or of_start or name.endswith("dropout"):
+        return False
+    return bool((value or built.get(name)) and value != built.get(name))
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else "×".join(map(str, shape)) or "a number"

@@ -55,8 +55,8 @@ from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.tasks.distillation import build_distillation
 from ftlevel.tasks.losses import Tokens
 from ftlevel.tasks.rl.rewards import Rewards
-from ftlevel.training.plan.adapter import StartingAdapter
-from ftlevel.training.plan.best_model import Length, resolve_best_model
+from ftlevel.training.best import Length, resolve_best_model
+from ftlevel.training.plan.adapter import check_adapter_matches
 from ftlevel.training.plan.method import (
     check_method,
     choose_precision,
@@ -67,6 +67,7 @@ from ftlevel.training.plan.method import (
 from ftlevel.training.plan.run import (
     PlannedModel,
     Run,
+    StartingAdapter,
     head_choices,
     method_choices,
     model_choice,
@@ -80,7 +81,6 @@ from ftlevel.training.plan.schedule import (
     find_bounds,
     rows_per_epoch,
 )
-from ftlevel.training.plan.trainable import check_adapter_matches
 
 
 @dataclass(frozen=True)

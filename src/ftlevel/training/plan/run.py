@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.config import (
     DEFAULT_MODEL,
     MethodConfig,
@@ -22,12 +23,13 @@ from ftlevel.data.sources.lines import STDIN, is_pipe
 from ftlevel.data.sources.readers.files import is_pattern
 from ftlevel.fast.plan import FastPlan
 from ftlevel.methods import METHODS, Base
+from ftlevel.models.loading import build_task_model
 from ftlevel.models.sources import ModelSource
 from ftlevel.task import Objective, TrainingLoss
 from ftlevel.tasks import BaseTask
+from ftlevel.trained.adapt import apply_method
 from ftlevel.trained.load import ReferenceModel
-from ftlevel.training.plan.adapter import StartingAdapter
-from ftlevel.training.plan.best_model import BestModel
+from ftlevel.training.best import BestModel
 from ftlevel.training.plan.method import MethodTargets
 
 
@@ -95,6 +97,27 @@ class AuxiliaryModels:
             ("distillation", "teacher"): self.teacher,
         }
         return {field: model.fingerprint for field, model in found.items() if model is not None}
+
+
+@dataclass(frozen=True)
+class StartingAdapter:
+    """A trained adapter; `card` is None if plain PEFT wrote it, `fingerprint` is a SHA-256."""
+
+    name: str
+    directory: Path
+    settings: Mapping[str, Any]
+    card: AdapterCard | None
+    fingerprint: str
+
+    @property
+    def choice(self) -> Choice:
+        """Line shown at the start of the run."""
+        of = "by plain PEFT" if self.card is None else f"for {self.card.task}"
+        return Choice("adapter", self.name, f"trained {of}; base and method are its own")
+
+    def describe(self) -> dict[str, Any]:
+        """Return the entry for summary.json."""
+        return {"name": self.name, "fingerprint": self.fingerprint}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,3 +224,55 @@ def _describe(method: MethodConfig) -> str:
 def head_choices(task: BaseTask, heads: list[str]) -> list[Choice]:
     """Return the line that shows modules trained in full, if any."""
     return [Choice("heads", ", ".join(heads), task.why_heads)] if heads else []
+
+
+def size_choices(run: Run, *, try_method: bool) -> list[Choice]:
+    """Return the lines that show trainable parameters and steps; see `count_trainable`."""
+    epochs = f"{run.config.train.num_train_epochs:g} epochs"
+    reason = "" if run.config.train.max_steps else f"{epochs} of {len(run.data.train):,} rows"
+    trainable, total = count_trainable(run, try_method=try_method)
+    return [
+        Choice("trainable", f"{trainable:,} of {total:,}", f"{trainable / total:.2%}"),
+        Choice("steps", f"{run.schedule.steps:,}", reason),
+    ]
+
+
+def count_trainable(run: Run, *, try_method: bool = False) -> tuple[int, int]:
+    """Return the number of trainable and of all parameters, without weights.
+
+    The method's own formula is used where it exists, since building every adapter module on the
+    meta model takes as long as on the real one. `try_method` builds the modules in any case, for a
+    dry run.
+    """
+    method, total = run.config.method, run.model.total_parameters
+    own = METHODS[method.kind]
+    if own.count and not (try_method or run.base.heads or run.targets.parameters):
+        added = own.count(method, run.targets.sizes)
+        if added is not None:
+            return added, total + added
+    meta = build_task_model(run.model.config, run.model.auto_class)
+    adapted = apply_method(meta, own.start.default(method) if own.start else method, run.base)
+    return count_parameters(adapted)
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """Return the number of trainable and of all parameters of `model`, each counted once.
+
+    The frozen original that PEFT's `ModulesToSaveWrapper` keeps next to its copy is not counted.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    kept = tuple(
+        f"{name}.original_module."
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    )
+    named = model.named_parameters(remove_duplicate=False)
+    own = {id(p): p for name, p in named if not name.startswith(kept)}.values()
+    return sum(p.numel() for p in own if p.requires_grad), sum(_count(p) for p in own)
+
+
+def _count(parameter: Any) -> int:
+    """Return the number of values in `parameter`; 4-bit weights store two per byte."""
+    packed = type(parameter).__name__ == "Params4bit" or hasattr(parameter, "quant_state")
+    return parameter.numel() * (2 if packed else 1)

@@ -10,7 +10,7 @@ from ftlevel.config import TrainConfig
 from ftlevel.errors import ConfigError
 from ftlevel.tasks import TASKS
 from ftlevel.tasks.classes import Classes
-from ftlevel.training.plan.best_model import Length, resolve_best_model
+from ftlevel.training.best import Length, resolve_best_model
 
 
 def _resolve(config: TrainConfig, task: Any) -> Any:
