@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import LengthBounds
-from ftlevel.data.gate import duplicates, similarity, wordings
+from ftlevel.data.gate import duplicates, gate, similarity, wordings
 from ftlevel.data.prepare import encoder
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext
@@ -61,7 +61,7 @@ def test_memory_does_not_grow_with_the_rows(
     monkeypatch.setattr(duplicates, "_PART", 1_024)
     monkeypatch.setattr(duplicates, "_MOST_PARTS", 10**6)
     monkeypatch.setattr(similarity, "_TOKENS", 4_096)
-    monkeypatch.setattr(similarity, "MOST_COMPARED", 1_000)
+    monkeypatch.setattr(gate, "MOST_COMPARED", 1_000)
     monkeypatch.setattr(similarity, "_KNOWN_WORDS", 100)
     monkeypatch.setattr(wordings, "_SOME", 4_096)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir("qwen2"))

@@ -126,7 +126,7 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
 def _read_rows(config: MineConfig) -> tuple[list[EmbeddingRow], str]:
     """Return the rows with positives, and a description of their columns."""
     table = read_table(
-        config.dataset, how=ReadOptions(config.input_format, ignored=config.ignore_columns)
+        config.dataset, options=ReadOptions(config.input_format, ignored=config.ignore_columns)
     )
     wish = FormatOptions(config.columns, config.format, aim="mine")
     found = detect_format(table.columns, TASK, RANKING_SHAPES, wish, table.rows[:WINDOW])

@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ftlevel.config.gate import CHECKS, Action, GateConfig
-from ftlevel.data.gate.checks import FlatRows
 from ftlevel.errors import join_names
 
 MOST_SHOWN = 3
-_OF_ALL_ROWS = ("one_class", "one_answer", "length_bias", "one_verdict")
+_WHOLE_SET = ("one_class", "one_answer", "length_bias", "one_verdict")
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,10 @@ class Finding:
 
     def __str__(self) -> str:
         """Return one line without a final period."""
-        shown, more = join_names(self.places), self.count - len(self.places)
-        if more and self.name not in _OF_ALL_ROWS:
-            shown += f" and {more:,} more"
-        places = f" ({shown})" if self.places else ""
+        places, more = join_names(self.places), self.count - len(self.places)
+        if more and self.name not in _WHOLE_SET:
+            places += f" and {more:,} more"
+        places = f" ({places})" if self.places else ""
         return f"{self.title}: {self.count:,} of {self.total:,} {self.split} rows{places}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,11 +64,7 @@ def build_finding(
 
 def explain_stop(finding: Finding) -> str:
     """Return the error message for a finding whose action is stop."""
-    allowed = GateConfig.model_fields[finding.name].annotation
-    others = [a for a in getattr(allowed, "__args__", ()) if a not in ("stop", "ignore")]
-    ways = " or ".join(others)
+    allowed = getattr(GateConfig.model_fields[finding.name].annotation, "__args__", ())
+    others = " or ".join(action for action in allowed if action not in ("stop", "ignore"))
     remedy = CHECKS[finding.name].remedy or "Fix them"
-    return f"{finding}. {remedy}, or pass --set data.gate.{finding.name}={ways}."
-
-
-__all__ = ["Finding", "FlatRows", "build_finding", "explain_stop"]
+    return f"{finding}. {remedy}, or pass --set data.gate.{finding.name}={others}."

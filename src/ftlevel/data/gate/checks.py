@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -48,10 +49,9 @@ class Ragged:
 
 def lay_out(rows: Iterable[Sequence[int]]) -> Ragged:
     """Concatenate `rows`."""
-    kept = list(rows)
-    starts = np.zeros(len(kept) + 1, dtype=np.int64)
-    np.cumsum([len(row) for row in kept], out=starts[1:])
-    values = np.fromiter(chain.from_iterable(kept), dtype=np.int32, count=int(starts[-1]))
+    rows = list(rows)
+    starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    values = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(starts[-1]))
     return Ragged(values, starts)
 
 
@@ -69,27 +69,24 @@ def examples_of(rows: Sequence[Encoded], at: Integers) -> Integers:
 
 def rows_of_examples(rows: Sequence[Encoded], examples: Integers) -> Mask:
     """Return a mask of the rows that belong to `examples`."""
-    found = np.zeros(len(rows), dtype=bool)
-    begin = 0
-    for flat in flat_batches(rows) if len(examples) else ():
-        end = begin + len(flat.example)
-        found[begin:end] = np.isin(flat.example, examples)
-        begin = end
-    return found
+    if not len(examples):
+        return np.zeros(len(rows), dtype=bool)
+    masks = [np.isin(flat.example, examples) for flat in flat_batches(rows)]
+    return np.concatenate(masks) if masks else np.zeros(0, dtype=bool)
 
 
 def examples_in(rows: Sequence[Encoded], keep: Mask, total: int) -> Mask:
     """Return a mask of `total` examples that have a row in `keep`."""
-    found = np.zeros(total, dtype=bool)
+    mask = np.zeros(total, dtype=bool)
     if not isinstance(rows, RowStore):
-        found[examples_of(rows, np.flatnonzero(keep))] = True
-        return found
+        mask[examples_of(rows, np.flatnonzero(keep))] = True
+        return mask
     begin = 0
     for batch in rows.batches():
         examples = batch.column("row").to_numpy()
-        found[examples[keep[begin : begin + len(examples)]]] = True
+        mask[examples[keep[begin : begin + len(examples)]]] = True
         begin += len(examples)
-    return found
+    return mask
 
 
 def _ragged(array: Any) -> Ragged:
@@ -162,14 +159,14 @@ class TokenCheckContext:
     """Model and task properties for the token checks.
 
     Attributes:
-        wanted: checks that apply to the task.
+        checks: checks that apply to the task.
         bos: id of BOS, or None.
         ends: ids at which generation stops.
         vocabulary: number of rows of the embedding.
         empty_thinks: token ids of an empty <think></think> in several spellings.
     """
 
-    wanted: Checks
+    checks: Checks
     bos: int | None
     ends: frozenset[int]
     vocabulary: int
@@ -189,35 +186,34 @@ def find_missing_eos(flat: FlatRows, ends: Collection[int]) -> Mask:
     if flat.labels is None:
         return np.zeros(len(flat.ids), dtype=bool)
     labels, starts = flat.labels.values, flat.labels.starts
-    learned = labels != IGNORED
-    run_ends = learned.copy()
-    run_ends[:-1] &= ~learned[1:]
+    supervised = labels != IGNORED
+    answer_ends = supervised.copy()
+    answer_ends[:-1] &= ~supervised[1:]
     row_ends = starts[1:][flat.labels.lengths > 0] - 1
-    run_ends[row_ends] = learned[row_ends]
-    bad = flat.labels.any(run_ends & ~np.isin(labels, list(ends)))
-    bad[:-1] &= flat.example[:-1] != flat.example[1:]
-    return bad
+    answer_ends[row_ends] = supervised[row_ends]
+    missing = flat.labels.any(answer_ends & ~np.isin(labels, list(ends)))
+    missing[:-1] &= flat.example[:-1] != flat.example[1:]
+    return missing
 
 
 def find_double_bos(flat: FlatRows, bos: int | None) -> Mask:
     """Flag rows that begin with `bos` twice."""
-    found = np.zeros(len(flat.ids), dtype=bool)
+    mask = np.zeros(len(flat.ids), dtype=bool)
     if bos is not None:
-        long = np.flatnonzero(flat.ids.lengths > 1)
-        first = flat.ids.starts[long]
-        found[long] = (flat.ids.values[first] == bos) & (flat.ids.values[first + 1] == bos)
-    return found
+        pairs = np.flatnonzero(flat.ids.lengths > 1)
+        first = flat.ids.starts[pairs]
+        mask[pairs] = (flat.ids.values[first] == bos) & (flat.ids.values[first + 1] == bos)
+    return mask
 
 
 def find_out_of_range(flat: FlatRows, vocabulary: int, *, token_labels: bool) -> Mask:
     """Flag rows with a token id outside the embedding; `token_labels` includes the labels."""
     ids = flat.ids.values
-    found = flat.ids.any((ids >= vocabulary) | (ids < 0))
+    mask = flat.ids.any((ids >= vocabulary) | (ids < 0))
     if token_labels and flat.labels is not None:
         labels = flat.labels.values
-        wrong = (labels >= vocabulary) | ((labels < 0) & (labels != IGNORED))
-        found |= flat.labels.any(wrong)
-    return found
+        mask |= flat.labels.any((labels >= vocabulary) | ((labels < 0) & (labels != IGNORED)))
+    return mask
 
 
 def find_empty_thinks(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
@@ -235,39 +231,36 @@ def find_empty_think(flat: FlatRows, spellings: Iterable[tuple[int, ...]]) -> Ma
     if flat.labels is None:
         return np.zeros(len(flat.ids), dtype=bool)
     labels = flat.labels.values
-    found = np.zeros(len(labels), dtype=bool)
+    mask = np.zeros(len(labels), dtype=bool)
     for spelling in spellings:
         if spelling and len(spelling) <= len(labels):
-            here = labels[: len(labels) - len(spelling) + 1] == spelling[0]
-            for k, token in enumerate(spelling[1:], 1):
-                here &= labels[k : len(labels) - len(spelling) + 1 + k] == token
-            found[: len(here)] |= here
-    return flat.labels.any(found)
+            windows = np.lib.stride_tricks.sliding_window_view(labels, len(spelling))
+            mask[: len(windows)] |= (windows == spelling).all(axis=1)
+    return flat.labels.any(mask)
 
 
 def find_majority_class(labels: Iterable[object]) -> tuple[object, int] | None:
     """Return the class with at least `ONE_CLASS_SHARE` of `labels` and its count, or None."""
-    counts: dict[object, int] = {}
-    for label in labels:
-        counts[label] = counts.get(label, 0) + 1
-    label, count = max(counts.items(), key=lambda item: item[1], default=(None, 0))
-    total = sum(counts.values())
-    return (label, count) if total and count >= ONE_CLASS_SHARE * total else None
+    counts = Counter(labels)
+    for label, count in counts.most_common(1):
+        if count >= ONE_CLASS_SHARE * counts.total():
+            return label, count
+    return None
 
 
 TOKEN_CHECKS: dict[str, Callable[[FlatRows, TokenCheckContext], Mask | None]] = {
-    "double_bos": lambda flat, known: find_double_bos(flat, known.bos),
-    "token_range": lambda flat, known: find_out_of_range(
-        flat, known.vocabulary, token_labels=known.wanted.token_labels
+    "double_bos": lambda flat, context: find_double_bos(flat, context.bos),
+    "token_range": lambda flat, context: find_out_of_range(
+        flat, context.vocabulary, token_labels=context.checks.token_labels
     ),
-    "unsupervised": lambda flat, known: (
-        find_unsupervised(flat) if known.wanted.supervised else None
+    "unsupervised": lambda flat, context: (
+        find_unsupervised(flat) if context.checks.supervised else None
     ),
-    "missing_eos": lambda flat, known: (
-        find_missing_eos(flat, known.ends) if known.wanted.ends and known.ends else None
+    "missing_eos": lambda flat, context: (
+        find_missing_eos(flat, context.ends) if context.checks.ends and context.ends else None
     ),
-    "empty_think": lambda flat, known: (
-        find_empty_think(flat, known.empty_thinks) if known.wanted.ends else None
+    "empty_think": lambda flat, context: (
+        find_empty_think(flat, context.empty_thinks) if context.checks.ends else None
     ),
 }
 """Field of `config.gate` → check that returns a mask of rows; None if it does not apply."""
@@ -304,27 +297,24 @@ def has_invalid_turn_order(parts: ExampleParts, _: TextCheckContext) -> bool:
 
 def has_lost_characters(parts: ExampleParts, _: TextCheckContext) -> bool:
     """Return whether a text contains NUL or U+FFFD, the replacement character."""
-    asked, answered = parts.asked, parts.answered
-    return "\ufffd" in answered or "\0" in answered or "\ufffd" in asked or "\0" in asked
+    return any("\ufffd" in text or "\0" in text for text in (parts.answered, parts.asked))
 
 
 def has_html(parts: ExampleParts, _: TextCheckContext) -> bool:
     """Return whether a text contains HTML tags or entities outside of code spans."""
-    for text in (parts.asked, parts.answered):
-        if ("<" in text or "&" in text) and _TAG.search(text) and _TAG.search(_CODE.sub("", text)):
-            return True
-    return False
+    return any(
+        ("<" in text or "&" in text) and _TAG.search(text) and _TAG.search(_CODE.sub("", text))
+        for text in (parts.asked, parts.answered)
+    )
 
 
-def has_special_token(parts: ExampleParts, known: TextCheckContext) -> bool:
+def has_special_token(parts: ExampleParts, context: TextCheckContext) -> bool:
     """Return whether a text contains a special token, which the tokenizer would encode as such."""
-    if not parts.written:
-        return False
-    for text in (parts.asked, parts.answered):
-        for start in known.starts:
-            if start in text and any(token in text for token in known.special):
-                return True
-    return False
+    return parts.written and any(
+        any(start in text for start in context.starts)
+        and any(token in text for token in context.special)
+        for text in (parts.asked, parts.answered)
+    )
 
 
 def answer_repeats_prompt(parts: ExampleParts, _: TextCheckContext) -> bool:

@@ -22,7 +22,16 @@ from numpy.typing import NDArray
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.store import RowStore, row_lengths
 from ftlevel.data.gate.checks import Integers, Mask, Ragged, flat_batches
-from ftlevel.data.gate.similarity import GRAM, Digests, Hashes, find_similar, hash_grams, mix
+from ftlevel.data.gate.similarity import (
+    GRAM,
+    Digests,
+    Hashes,
+    distinct,
+    find_similar,
+    hash_grams,
+    mix,
+    partition_keys,
+)
 from ftlevel.data.gate.wordings import WordIndex
 
 _BANDS, _DEPTH = 6, 4
@@ -31,40 +40,33 @@ _MOST_PARTS = 64  # limit: each part scans all keys
 _NONE = np.zeros(0, dtype=np.int64)
 
 
-def find_repeated(keys: NDArray[Any]) -> tuple[Integers, Integers]:
-    """Return the indices of repeated keys, and the index of the first occurrence of each."""
-    parts = list(_repeated(keys, None))
+def find_repeated(keys: NDArray[Any], selected: Mask | None = None) -> tuple[Integers, Integers]:
+    """Return the indices of repeated keys, and the index of the first occurrence of each.
+
+    `selected` masks the keys to compare; None compares all.
+    """
+    parts = list(_repeated(keys, selected))
     again, first = (np.concatenate(side) for side in zip((_NONE, _NONE), *parts, strict=True))
     order = np.argsort(again)
     return again[order], first[order]
 
 
-def find_members(keys: NDArray[Any], known: NDArray[Any]) -> Integers:
-    """Return the indices of `keys` that occur in `known`, which may be on disk."""
-    found = np.zeros(len(keys), dtype=bool)
-    for begin in range(0, len(known), _PART):
-        found |= np.isin(keys, known[begin : begin + _PART])
-    return np.flatnonzero(found)
+def find_members(keys: NDArray[Any], others: NDArray[Any]) -> Integers:
+    """Return the indices of `keys` that occur in `others`, which may be on disk."""
+    mask = np.zeros(len(keys), dtype=bool)
+    for begin in range(0, len(others), _PART):
+        mask |= np.isin(keys, others[begin : begin + _PART])
+    return np.flatnonzero(mask)
 
 
-def _repeated(keys: NDArray[Any], wanted: Mask | None) -> Iterator[tuple[Integers, Integers]]:
-    """Yield the result of `find_repeated` in parts; `wanted` selects the keys, None all.
-
-    All keys of a part have one remainder, so memory does not grow with the number of keys.
-    """
+def _repeated(keys: NDArray[Any], selected: Mask | None) -> Iterator[tuple[Integers, Integers]]:
+    """Yield the result of `find_repeated` in parts."""
     count = -(-len(keys) // max(_PART, len(keys) // _MOST_PARTS))
-    for remainder in range(count):
-        members = []
-        for begin in range(0, len(keys), _PART):
-            mask = keys[begin : begin + _PART] % count == remainder
-            if wanted is not None:
-                mask &= wanted[begin : begin + _PART]
-            members.append(begin + np.flatnonzero(mask))
-        chosen = np.concatenate(members)
-        _, first, group = np.unique(keys[chosen], return_index=True, return_inverse=True)
+    for part in partition_keys(keys, selected, _PART, count):
+        _, first, group = np.unique(keys[part], return_index=True, return_inverse=True)
         original = first[group]
-        again = np.flatnonzero(original != np.arange(len(chosen)))
-        yield chosen[again], chosen[original[again]]
+        again = np.flatnonzero(original != np.arange(len(part)))
+        yield part[again], part[original[again]]
 
 
 def find_near_duplicates(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers, Integers]:
@@ -73,28 +75,26 @@ def find_near_duplicates(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers,
     A prefix common to all rows, such as a system prompt, is ignored. `skip` marks known duplicates.
     """
     prefix, lengths = _common_prefix(rows), row_lengths(rows)
-    left = ~skip  # rows not yet matched
-    found, originals = [_NONE], [_NONE]
+    selected = ~skip
+    duplicates, originals = [_NONE], [_NONE]
     with _array_on_disk(rows, (_BANDS, len(rows))) as keys:
         begin = 0
         for flat in flat_batches(rows):
-            chosen = flat.ids.lengths - prefix >= GRAM
-            chosen &= left[begin : begin + len(chosen)]
-            left[begin : begin + len(chosen)] = chosen
-            keys[:, begin + np.flatnonzero(chosen)] = _band_keys(flat.ids, prefix, chosen).T
-            begin += len(chosen)
-        wanted = left.copy()
+            mask = selected[begin : begin + len(flat.ids)]
+            mask &= flat.ids.lengths - prefix >= GRAM
+            keys[:, begin + np.flatnonzero(mask)] = _band_keys(flat.ids, prefix, mask).T
+            begin += len(mask)
+        unmatched = selected.copy()
         for band in keys:
-            for again, first in _repeated(band, wanted):
-                open_ = left[again]
-                again, first = again[open_], first[open_]
+            for again, first in _repeated(band, selected):
+                again, first = again[unmatched[again]], first[unmatched[again]]
                 near = find_similar(rows, lengths, again, first, prefix)
-                left[again[near]] = False
-                found.append(again[near])
+                unmatched[again[near]] = False
+                duplicates.append(again[near])
                 originals.append(first[near])
-    all_found = np.concatenate(found)
-    order = np.argsort(all_found)
-    return all_found[order], np.concatenate(originals)[order]
+    again = np.concatenate(duplicates)
+    order = np.argsort(again)
+    return again[order], np.concatenate(originals)[order]
 
 
 @contextmanager
@@ -125,12 +125,12 @@ def _common_prefix(rows: Sequence[Encoded]) -> int:
     return prefix
 
 
-def _band_keys(ids: Ragged, prefix: int, wanted: Mask) -> Hashes:
-    """Return MinHash band keys `(rows, bands)` of the rows in `wanted`."""
+def _band_keys(ids: Ragged, prefix: int, selected: Mask) -> Hashes:
+    """Return MinHash band keys `(rows, bands)` of the `selected` rows."""
     generator = np.random.default_rng(0)
     factors = generator.integers(2**31, 2**32, _BANDS * _DEPTH, dtype=np.uint32) | np.uint32(1)
     offsets = generator.integers(0, 2**32, _BANDS * _DEPTH, dtype=np.uint32)
-    grams, starts, _ = hash_grams(ids, prefix, wanted)
+    grams, starts, _ = hash_grams(ids, prefix, selected)
     keys = np.zeros((len(starts), _BANDS), dtype=np.uint32)
     for number, (factor, offset) in enumerate(zip(factors, offsets, strict=True)):
         if len(starts):
@@ -150,15 +150,10 @@ _BEYOND = 0.2
 
 def find_conflicts(digests: Digests) -> tuple[Integers, Integers]:
     """Return examples that repeat a prompt with another answer, and the earlier examples."""
-    records = digests.records
-    if records["before"].all():
-        again, first = find_repeated(records["before"])
-    else:
-        asking = np.flatnonzero(records["before"])
-        again, first = find_repeated(records["before"][asking])
-        again, first = asking[again], asking[first]
-    other = records["last"][again] != records["last"][first]
-    return again[other], first[other]
+    prompts, answers = digests.records["before"], digests.records["last"]
+    again, first = find_repeated(prompts, prompts != 0)
+    conflict = answers[again] != answers[first]
+    return again[conflict], first[conflict]
 
 
 def find_one_answer(digests: Digests) -> Integers:
@@ -166,10 +161,10 @@ def find_one_answer(digests: Digests) -> Integers:
     records = digests.records
     answers = records["last"]
     if len(answers) < _FEW_ROWS or not records["before"].all():
-        return np.zeros(0, dtype=np.int64)
+        return _NONE
     values, counts = np.unique(answers[:: -(-len(answers) // _SAMPLE)], return_counts=True)
-    hit = np.flatnonzero(answers == values[np.argmax(counts)])
-    return hit if len(hit) >= ONE_ANSWER_SHARE * len(answers) else hit[:0]
+    same = np.flatnonzero(answers == values[np.argmax(counts)])
+    return same if len(same) >= ONE_ANSWER_SHARE * len(answers) else same[:0]
 
 
 def find_swapped(digests: Digests) -> Integers:
@@ -192,11 +187,9 @@ def find_swapped(digests: Digests) -> Integers:
         for_asked = np.log(asked + 0.5) - np.log(answered + 0.5)
         weight = np.where(asked + answered > 0, np.where(side == 0, for_asked, -for_asked), 0)
         score[begin:end] = np.bincount(row, weight, minlength=end - begin)
-    usual = float(np.median(score)) if len(score) else 0.0
-    written = digests.records["before"] != 0
-    if len(score) < _FEW_ROWS or usual < _CLEAR:
-        return np.zeros(0, dtype=np.int64)
-    return np.flatnonzero((score < -_BEYOND * usual) & written)
+    if len(score) < _FEW_ROWS or (median := float(np.median(score))) < _CLEAR:
+        return _NONE
+    return np.flatnonzero((score < -_BEYOND * median) & (digests.records["before"] != 0))
 
 
 def _sides(index: WordIndex, begin: int, end: int) -> tuple[Integers, NDArray[np.int64], Integers]:
@@ -207,9 +200,8 @@ def _sides(index: WordIndex, begin: int, end: int) -> tuple[Integers, NDArray[np
     at = np.arange(len(row)) - np.repeat(starts[:-1] - starts[0], lengths)
     asked = np.repeat(index.digests.records["asked"][begin:end].astype(np.int64), lengths)
     side = (at >= asked).astype(np.int64)
-    near = at - side * asked < _WORDS
-    words = mix(np.asarray(index.digests.words[starts[0] : starts[-1]])[near])
+    examined = at - side * asked < _WORDS
+    words = mix(np.asarray(index.digests.words[starts[0] : starts[-1]])[examined])
     bucket = (words & np.uint32(_BUCKETS - 1)).astype(np.int64)
-    packed = np.sort((row[near] * 2 + side[near]) * _BUCKETS + bucket)
-    packed = packed[np.diff(packed, prepend=-1) != 0]
+    packed = distinct((row[examined] * 2 + side[examined]) * _BUCKETS + bucket)
     return packed % _BUCKETS, packed // _BUCKETS % 2, packed // (2 * _BUCKETS)

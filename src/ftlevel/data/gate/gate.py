@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from ftlevel.config import DataConfig, GateConfig
 from ftlevel.config.gate import Action
-from ftlevel.data import gate as findings_
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import FittedRows
 from ftlevel.data.encoding.store import select_rows
-from ftlevel.data.gate import Finding, build_finding, checks, duplicates, wordings
-from ftlevel.data.gate import similarity as digests_
+from ftlevel.data.gate import MOST_SHOWN, Finding, build_finding, duplicates, wordings
 from ftlevel.data.gate.checks import (
     TEXT_CHECKS,
+    TOKEN_CHECKS,
     Integers,
     Mask,
+    TokenCheckContext,
     examples_in,
     examples_of,
     flat_batches,
@@ -30,16 +30,61 @@ from ftlevel.data.sources.table import BadRow, Table, handle_bad_rows
 from ftlevel.errors import InputError
 from ftlevel.task import Task
 
+MOST_COMPARED = 250_000
+"""Maximum number of examples whose words are compared, at up to 150 bytes each."""
+
 _NO_ROWS = np.zeros(0, dtype=np.int64)
+
+
+@dataclass
+class SplitReport:
+    """Result of the checks of a split: a mask of the rows to keep, and the findings."""
+
+    name: str
+    rows: Sequence[Encoded]
+    table: Table
+    total: int  # examples
+    policy: GateConfig
+    findings: list[Finding] = field(default_factory=list)
+    keep: Mask = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.keep = np.ones(len(self.rows), dtype=bool)
+
+    def present(self) -> Mask:
+        """Return a mask of the examples that have a row to keep."""
+        return examples_in(self.rows, self.keep, self.total)
+
+    def add(self, check: str, count: int, places: Sequence[str]) -> Finding | None:
+        """Add the finding of `check` on `count` examples."""
+        finding = build_finding(check, self.name, count, self.total, places, self.policy)
+        self.findings += [finding] if finding else []
+        return finding
+
+    def report(
+        self, check: str, examples: Integers, originals: Integers | None = None
+    ) -> Finding | None:
+        """Add the finding of `check` on `examples`, which repeat `originals`; drop no row."""
+        places = [self.table.where(int(i)) for i in examples[:MOST_SHOWN]]
+        if originals is not None:
+            firsts = (self.table.where(int(i)) for i in originals[:MOST_SHOWN])
+            places = [f"{a} as {b}" for a, b in zip(places, firsts, strict=True)]
+        return self.add(check, len(examples), places)
+
+    def flag(self, check: str, examples: Integers, originals: Integers | None = None) -> None:
+        """Add a finding as `report` does, and drop the rows if that is its action."""
+        finding = self.report(check, examples, originals)
+        if finding and finding.action == "drop":
+            self.keep &= ~rows_of_examples(self.rows, examples)
 
 
 @dataclass(frozen=True)
 class Gate:
-    """The data checks: `policy` has the action of each, `task` and `known` select them."""
+    """The data checks: `policy` has the action of each, `task` and `context` select them."""
 
     policy: GateConfig
     task: Task
-    known: checks.TokenCheckContext
+    context: TokenCheckContext
 
     def check_split(
         self, name: str, fitted: FittedRows, examples: Sequence[Any], table: Table
@@ -52,50 +97,40 @@ class Gate:
         Raises:
             InputError: no row remains.
         """
-        rows, total = fitted.rows, len(examples)
-        keep, findings = self.check_rows(name, fitted, total, table)
+        split = self.check_rows(name, fitted, len(examples), table)
         if name == "train":
-            for look in (self._check_duplicates, self._look_at_sides):
-                keep &= look(rows, keep, fitted.digests, table, findings)
-            judged = [
-                build_finding(check, name, count, total, [what], self.policy)
-                for check, count, what in self.task.judge_examples(examples)
-            ]
-            findings += filter(None, judged)
-        kept = rows if keep.all() else select_rows(rows, np.flatnonzero(keep))
-        if not len(kept):
-            raise InputError([f"no {name} row is left: {finding}." for finding in findings])
-        return kept, findings
-
-    def check_rows(
-        self, name: str, fitted: FittedRows, total: int, table: Table
-    ) -> tuple[Mask, list[Finding]]:
-        """Run the checks of single rows; return a mask of rows to keep, and the findings."""
+            self._check_duplicates(split, fitted.digests)
+            self._check_answers(split, fitted.digests)
+            for check, count, description in self.task.judge_examples(examples):
+                split.add(check, count, [description])
         rows = fitted.rows
-        keep = np.ones(len(rows), dtype=bool)
-        present = examples_in(rows, keep, total)
-        findings: list[Finding] = []
-        for check, lost in (("long_prompt", fitted.long_prompts), ("answer_cut", fitted.lost)):
-            at = np.array(lost, dtype=np.int64)
-            there = self._judge(check, name, at[present[at]], total, table)
-            gone = self._judge(check, name, at[~present[at]], total, table)
-            if gone is not None and gone.action == "warn":
-                gone = replace(gone, action="drop")
-            findings += filter(None, (there, gone))
-        for check, (hit, examples) in self._look(rows).items():
-            found = self._judge(check, name, examples, total, table)
-            findings += [found] if found else []
-            if found and found.action == "drop":
-                keep[hit] = False
+        rows = rows if split.keep.all() else select_rows(rows, np.flatnonzero(split.keep))
+        if not len(rows):
+            raise InputError([f"no {name} row is left: {finding}." for finding in split.findings])
+        return rows, split.findings
+
+    def check_rows(self, name: str, fitted: FittedRows, total: int, table: Table) -> SplitReport:
+        """Run the checks of single rows of a split with `total` examples."""
+        split = SplitReport(name, fitted.rows, table, total, self.policy)
+        present = split.present()
+        for check, rows in (("long_prompt", fitted.long_prompts), ("answer_cut", fitted.lost)):
+            examples = np.array(rows, dtype=np.int64)
+            split.report(check, examples[present[examples]])
+            finding = split.report(check, examples[~present[examples]])
+            if finding is not None and finding.action == "warn":
+                split.findings[-1] = replace(finding, action="drop")
+        for check, (flagged, examples) in self._check_tokens(fitted.rows).items():
+            finding = split.report(check, examples)
+            if finding and finding.action == "drop":
+                split.keep[flagged] = False
         if self.policy.long_prompt == "drop":
-            keep &= ~rows_of_examples(rows, np.array(fitted.long_prompts, dtype=np.int64))
-        present = examples_in(rows, keep, total)
+            long_prompts = np.array(fitted.long_prompts, dtype=np.int64)
+            split.keep &= ~rows_of_examples(fitted.rows, long_prompts)
+        present = split.present()
         for check in TEXT_CHECKS:
             marked = fitted.digests.marked(check)
-            marked = marked[present[marked]]
-            found = self._judge(check, name, marked, total, table)
-            keep &= self._add(found, findings, rows, marked)
-        return keep, findings
+            split.flag(check, marked[present[marked]])
+        return split
 
     def check_held_out(
         self,
@@ -103,174 +138,120 @@ class Gate:
         fitted: FittedRows,
         examples: Sequence[Any],
         table: Table,
-        known: Digests,
+        training: Digests,
     ) -> tuple[Sequence[Encoded], list[Finding]]:
         """Apply `find_leaks` and then `check_split` to a held-out split.
 
-        `known` are the digests of the training examples.
+        `training` are the digests of the training examples.
         """
-        gone, findings = self.find_leaks(name, fitted.digests, known, table)
-        if len(gone):
-            stay = np.flatnonzero(~rows_of_examples(fitted.rows, gone))
-            fitted = replace(fitted, rows=select_rows(fitted.rows, stay))
+        leaked, findings = self.find_leaks(name, fitted.digests, training, table)
+        if len(leaked):
+            keep = np.flatnonzero(~rows_of_examples(fitted.rows, leaked))
+            fitted = replace(fitted, rows=select_rows(fitted.rows, keep))
         if not len(fitted.rows):
             return [], findings
-        kept, found = self.check_split(name, fitted, examples, table)
-        return kept, [*findings, *found]
+        rows, others = self.check_split(name, fitted, examples, table)
+        return rows, [*findings, *others]
 
-    def _look(self, rows: Sequence[Encoded]) -> dict[str, tuple[Integers, Integers]]:
+    def _check_tokens(self, rows: Sequence[Encoded]) -> dict[str, tuple[Integers, Integers]]:
         """Run the token checks; return the flagged rows of each, and their examples."""
-        found: dict[str, list[tuple[Integers, Integers]]] = {}
+        flagged: dict[str, list[tuple[Integers, Integers]]] = {}
         begin = 0
         for flat in flat_batches(rows):
-            for check, find in checks.TOKEN_CHECKS.items():
-                mask = find(flat, self.known)
-                if mask is None:
-                    continue
-                hit = np.flatnonzero(mask)
-                found.setdefault(check, []).append((begin + hit, flat.example[hit]))
+            for check, find in TOKEN_CHECKS.items():
+                mask = find(flat, self.context)
+                if mask is not None:
+                    at = np.flatnonzero(mask)
+                    flagged.setdefault(check, []).append((begin + at, flat.example[at]))
             begin += len(flat.example)
         for check, mask in self.task.look(rows).items():
-            hit = np.flatnonzero(mask)
-            found[check] = [(hit, examples_of(rows, hit))]
+            at = np.flatnonzero(mask)
+            flagged[check] = [(at, examples_of(rows, at))]
         joined = {
-            check: map(np.concatenate, zip(*hits, strict=True)) for check, hits in found.items()
+            check: map(np.concatenate, zip(*parts, strict=True)) for check, parts in flagged.items()
         }
-        return {check: (hit, np.unique(examples)) for check, (hit, examples) in joined.items()}
+        return {check: (at, np.unique(examples)) for check, (at, examples) in joined.items()}
 
-    def _check_duplicates(
-        self,
-        rows: Sequence[Encoded],
-        kept: Mask,
-        digests: Digests,
-        table: Table,
-        findings: list[Finding],
-    ) -> Mask:
-        """Append duplicates in `kept` to `findings` (mutated); return a mask of rows to keep."""
-        keep = np.ones(len(rows), dtype=bool)
-        policy, again = self.policy, _NO_ROWS
-        present = examples_in(rows, kept, len(digests))
+    def _check_duplicates(self, split: SplitReport, digests: Digests) -> None:
+        """Flag exact and near duplicates among the rows to keep."""
+        policy, repeated = self.policy, _NO_ROWS
+        present = split.present()
         if not (policy.exact_duplicates == policy.near_duplicates == "ignore"):
-            again, first = _of(present, *duplicates.find_repeated(digests.keys))
-            pairs = _pairs(again, first, table)
-            found = build_finding(
-                "exact_duplicates", "train", len(again), len(digests), pairs, policy
-            )
-            keep &= self._add(found, findings, rows, again)
+            repeated, first = _select(present, *duplicates.find_repeated(digests.keys))
+            split.flag("exact_duplicates", repeated, first)
         if self.task.checks.near_duplicates and policy.near_duplicates != "ignore":
-            near, others = _of(present, *self._find_near(rows, digests, again))
-            pairs = _pairs(near, others, table)
-            found = build_finding(
-                "near_duplicates", "train", len(near), len(digests), pairs, policy
-            )
-            keep &= self._add(found, findings, rows, near)
-        return keep
+            near = _find_near(split.rows, digests, repeated)
+            split.flag("near_duplicates", *_select(present, *near))
 
-    @staticmethod
-    def _find_near(
-        rows: Sequence[Encoded], digests: Digests, known: Integers
-    ) -> tuple[Integers, Integers]:
-        """Return near duplicates by tokens or words, except `known`, and the earlier examples."""
-        near_rows, others = duplicates.find_near_duplicates(rows, rows_of_examples(rows, known))
-        skip = np.zeros(len(digests), dtype=bool)
-        skip[known] = True
-        some = digests.first(digests_.MOST_COMPARED)
-        by_words = wordings.find_near_texts(some, skip[: len(some)])
-        near = np.concatenate((examples_of(rows, near_rows), by_words[0]))
-        first = np.concatenate((examples_of(rows, others), by_words[1]))
-        near, index = np.unique(near, return_index=True)
-        return near, first[index]
-
-    def _look_at_sides(
-        self,
-        rows: Sequence[Encoded],
-        kept: Mask,
-        digests: Digests,
-        table: Table,
-        findings: list[Finding],
-    ) -> Mask:
-        """Check prompts against answers; arguments as in `_check_duplicates`."""
-        keep = np.ones(len(rows), dtype=bool)
-        total, policy = len(digests), self.policy
-        present = examples_in(rows, kept, total)
+    def _check_answers(self, split: SplitReport, digests: Digests) -> None:
+        """Compare prompts with answers: conflicts, swapped roles, and one answer to all."""
+        policy, present = self.policy, split.present()
         if policy.conflicting_answers != "ignore":
-            again, first = _of(present, *duplicates.find_conflicts(digests))
-            pairs = _pairs(again, first, table)
-            found = build_finding("conflicting_answers", "train", len(again), total, pairs, policy)
-            keep &= self._add(found, findings, rows, again)
-        if self.task.checks.ends and policy.swapped_roles != "ignore":
-            hit = duplicates.find_swapped(digests.first(digests_.MOST_COMPARED))
-            hit = hit[present[hit]]
-            found = self._judge("swapped_roles", "train", hit, total, table)
-            keep &= self._add(found, findings, rows, hit)
-        if self.task.checks.ends:
-            hit = duplicates.find_one_answer(digests)
-            places = [f"that of {table.where(int(i))}" for i in hit[:1]]
-            found = build_finding("one_answer", "train", len(hit), total, places, policy)
-            findings += [found] if found else []
-        return keep
+            conflicts = _select(present, *duplicates.find_conflicts(digests))
+            split.flag("conflicting_answers", *conflicts)
+        if not self.task.checks.ends:
+            return
+        if policy.swapped_roles != "ignore":
+            swapped = duplicates.find_swapped(digests.first(MOST_COMPARED))
+            split.flag("swapped_roles", swapped[present[swapped]])
+        same = duplicates.find_one_answer(digests)
+        split.add(
+            "one_answer", len(same), [f"that of {split.table.where(int(i))}" for i in same[:1]]
+        )
 
     def find_leaks(
-        self, name: str, digests: Digests, known: Digests, table: Table
+        self, name: str, digests: Digests, training: Digests, table: Table
     ) -> tuple[Integers, list[Finding]]:
         """Return examples of another split to drop because training has them, and the findings.
 
         Findings of the test split only warn, as training does not read it.
         """
-        policy, findings = self.policy, []
-        leaked = gone = _NO_ROWS
+        policy = self.policy
+        split = SplitReport(name, [], table, len(digests), policy)
+        leaked = dropped = _NO_ROWS
         if not (policy.leaked == policy.near_leaked == "ignore"):
-            leaked = duplicates.find_members(digests.keys, known.keys)
-            findings.append(self._judge("leaked", name, leaked, len(digests), table))
+            leaked = duplicates.find_members(digests.keys, training.keys)
+            split.report("leaked", leaked)
         if self.task.checks.near_duplicates and policy.near_leaked != "ignore":
-            most = digests_.MOST_COMPARED
-            near, _ = wordings.find_near_leaks(digests.first(most), known.first(most))
+            near, _ = wordings.find_near_leaks(
+                digests.first(MOST_COMPARED), training.first(MOST_COMPARED)
+            )
             near = near[~np.isin(near, leaked)]
-            findings.append(self._judge("near_leaked", name, near, len(digests), table))
-            gone = near if policy.near_leaked == "drop" else gone
-        gone = np.union1d(gone, leaked) if policy.leaked == "drop" else gone
-        found = [finding for finding in findings if finding is not None]
+            split.report("near_leaked", near)
+            dropped = near if policy.near_leaked == "drop" else dropped
+        dropped = np.union1d(dropped, leaked) if policy.leaked == "drop" else dropped
         if name == "test":  # training does not read it, so nothing is dropped
-            found = [replace(f, action="warn") if f.action == "drop" else f for f in found]
-        return gone, found
-
-    def _judge(
-        self, check: str, split: str, hit: Sequence[int] | Integers, total: int, table: Table
-    ) -> Finding | None:
-        places = [table.where(int(i)) for i in hit[: findings_.MOST_SHOWN]]
-        return build_finding(check, split, len(hit), total, places, self.policy)
-
-    @staticmethod
-    def _add(
-        found: Finding | None, into: list[Finding], rows: Sequence[Encoded], hit: Integers
-    ) -> Any:
-        if found is None:
-            return True
-        into.append(found)
-        return ~rows_of_examples(rows, hit) if found.action == "drop" else True
+            return dropped, [
+                replace(f, action="warn") if f.action == "drop" else f for f in split.findings
+            ]
+        return dropped, split.findings
 
 
-def _of(present: Mask, again: Integers, first: Integers) -> tuple[Integers, Integers]:
-    there = present[again]
-    return again[there], first[there]
+def _find_near(
+    rows: Sequence[Encoded], digests: Digests, repeated: Integers
+) -> tuple[Integers, Integers]:
+    """Return near duplicates by tokens or words, except `repeated`, and the earlier examples."""
+    near, first = duplicates.find_near_duplicates(rows, rows_of_examples(rows, repeated))
+    compared = digests.first(MOST_COMPARED)
+    skip = np.zeros(len(digests), dtype=bool)
+    skip[repeated] = True
+    by_words = wordings.find_near_texts(compared, skip[: len(compared)])
+    near = np.concatenate((examples_of(rows, near), by_words[0]))
+    first = np.concatenate((examples_of(rows, first), by_words[1]))
+    near, index = np.unique(near, return_index=True)
+    return near, first[index]
 
 
-def _pairs(again: Integers, first: Integers, table: Table) -> list[str]:
-    most = findings_.MOST_SHOWN
-    return [
-        f"{table.where(int(a))} as {table.where(int(b))}"
-        for a, b in zip(again[:most], first[:most], strict=True)
-    ]
+def _select(present: Mask, repeated: Integers, first: Integers) -> tuple[Integers, Integers]:
+    selected = present[repeated]
+    return repeated[selected], first[selected]
 
 
 def special_token_ids(tokenizer: Any) -> frozenset[int]:
     """Return the ids of EOS and all special tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {i for i, token in added.items() if token.special}
-    eos = tokenizer.eos_token_id
-    return frozenset(
-        special | set(tokenizer.all_special_ids) | ({eos} if eos is not None else set())
-    )
+    return frozenset((special | {*tokenizer.all_special_ids, tokenizer.eos_token_id}) - {None})
 
 
 def handle_unusable_rows(
@@ -283,20 +264,13 @@ def handle_unusable_rows(
     Raises:
         InputError: the configuration requires a row to stop the run.
     """
-    if not bad:
-        return table, []
     findings: list[Finding] = []
-    grouped: dict[str, list[BadRow]] = {}
-    for row in bad:
-        grouped.setdefault(row.finding, []).append(row)
-    for name, rows in grouped.items():
-        if name:
-            places = [f"{table.place(row.line)}: {row.reason}" for row in rows[:3]]
-            action: Action = "drop" if config.on_bad_row == "skip" else getattr(config.gate, name)
-            lines = {row.line for row in rows}
-            findings.append(Finding(name, split, len(lines), len(table), tuple(places), action))
-    drops = {f.name for f in findings if f.action == "drop" or lenient}
-    rest = [row for row in bad if row.finding not in drops]
-    if rest:
-        handle_bad_rows(table, rest, config.on_bad_row)
+    for name in dict.fromkeys(row.finding for row in bad if row.finding):
+        rows = [row for row in bad if row.finding == name]
+        places = tuple(f"{table.place(row.line)}: {row.reason}" for row in rows[:MOST_SHOWN])
+        action: Action = "drop" if config.on_bad_row == "skip" else getattr(config.gate, name)
+        lines = {row.line for row in rows}
+        findings.append(Finding(name, split, len(lines), len(table), places, action))
+    dropped = {f.name for f in findings if f.action == "drop" or lenient}
+    handle_bad_rows(table, [row for row in bad if row.finding not in dropped], config.on_bad_row)
     return handle_bad_rows(table, bad, "skip"), findings

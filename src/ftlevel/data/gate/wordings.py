@@ -20,7 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftlevel.data.gate.checks import Integers, Mask
-from ftlevel.data.gate.similarity import MOST_WORDS, ONE_CLASS, Digests, Words, mix
+from ftlevel.data.gate.similarity import (
+    MOST_WORDS,
+    ONE_CLASS,
+    Digests,
+    Words,
+    distinct,
+    mix,
+    partition_keys,
+    split_by_size,
+)
 
 _SLIP, _OTHER = 1, 2  # half words
 FEWEST = 4
@@ -56,8 +65,8 @@ Sides = tuple[TextBatch, TextBatch]
 
 def compute_max_distance(words: Any) -> Any:
     """Return the maximum distance in half words for texts of `words` words (an array)."""
-    many = np.minimum(words * _OTHER // _SHARE, _MOST)
-    return np.where(words >= _FEW, many, np.where(words >= FEWEST, _SLIP, 0))
+    share = np.minimum(words * _OTHER // _SHARE, _MOST)
+    return np.where(words >= _FEW, share, np.where(words >= FEWEST, _SLIP, 0))
 
 
 def compute_distances(one: Sides, other: Sides) -> NDArray[np.int64]:
@@ -70,11 +79,11 @@ def compute_distances(one: Sides, other: Sides) -> NDArray[np.int64]:
     answered = np.full(len(asked), _MUCH, dtype=np.int64)
     near = np.flatnonzero(asked <= _MOST)
     answered[near] = compute_edit_distances(one[1].take(near), other[1].take(near))
-    of_asked, of_answered = (np.minimum(a.sizes, b.sizes) for a, b in zip(one, other, strict=True))
-    another = (one[0].sizes > 0) & (answered > _SLIP) & (of_answered < FEWEST)
+    prompt_sizes, sizes = (np.minimum(a.sizes, b.sizes) for a, b in zip(one, other, strict=True))
+    other_answer = (one[0].sizes > 0) & (answered > _SLIP) & (sizes < FEWEST)
     both = (asked > 0) & (answered > 0) & (asked + answered > 2 * _SLIP)
-    many = (_EACH * asked > _OTHER * of_asked) | (_EACH * answered > _OTHER * of_answered)
-    return np.where(another | (both & many), _MUCH, asked + answered)
+    large = (_EACH * asked > _OTHER * prompt_sizes) | (_EACH * answered > _OTHER * sizes)
+    return np.where(other_answer | (both & large), _MUCH, asked + answered)
 
 
 def compute_edit_distances(one: TextBatch, other: TextBatch) -> NDArray[np.int64]:
@@ -139,11 +148,11 @@ def _next_row(
 
 def is_typo(word: Any, other: Any) -> Any:
     """Return whether two words (32-bit hashes) differ by a typo: similar letters and no digit."""
-    longest = np.maximum(_BITS[word & _LETTERS], _BITS[other & _LETTERS])
-    lengths = ((word >> 13) - (other >> 13)) & 3  # letters, modulo 4
-    apart = _BITS[(word ^ other) & _LETTERS]
+    letters = np.maximum(_BITS[word & _LETTERS], _BITS[other & _LETTERS])
+    lengths = ((word >> 13) - (other >> 13)) & 3  # difference modulo 4
+    differing = _BITS[(word ^ other) & _LETTERS]
     no_digit = (word | other) & 0x8000 == 0
-    return no_digit & (longest >= FEWEST) & (lengths != 2) & (apart <= 1 + (lengths == 0))
+    return no_digit & (letters >= FEWEST) & (lengths != 2) & (differing <= 1 + (lengths == 0))
 
 
 _RAREST = 4
@@ -155,7 +164,7 @@ _BOILERPLATE, _MANY = 0.98, 20
 _LAST = 2  # earlier candidates to compare, in addition to the first
 _MANY_WORDS = 30
 Keys = NDArray[np.uint32]
-_NOTHING = np.zeros(0, dtype=np.int64)
+_NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -166,29 +175,29 @@ class WordIndex:
         digests: digests of the examples.
         starts: `(examples + 1,)` offsets of the words of each example.
         counts: word frequencies, by 20 bits of the hash.
-        usual: frequency above which a word occurs in nearly every row and is ignored.
+        limit: frequency from which a word occurs in nearly every row and is ignored.
     """
 
     digests: Digests
     starts: Integers
     counts: Integers
-    usual: float
+    limit: float
 
     @classmethod
-    def of(cls, digests: Digests, like: WordIndex | None = None) -> WordIndex:
-        """Build the index of `digests`, with the frequencies of `like` if it is given."""
+    def of(cls, digests: Digests, training: WordIndex | None = None) -> WordIndex:
+        """Build the index of `digests`, with the frequencies of `training` if given."""
         records = digests.records
         starts = np.zeros(len(digests) + 1, dtype=np.int64)
         np.cumsum(records["asked"].astype(np.int64) + records["answered"], out=starts[1:])
-        if like is not None:
-            return cls(digests, starts, like.counts, like.usual)
+        if training is not None:
+            return cls(digests, starts, training.counts, training.limit)
         counts = np.zeros(_BUCKETS, dtype=np.int64)
-        total = int(starts[-1])
-        for begin in range(0, total, _AT_ONCE):
-            some = digests.words[begin : min(begin + _AT_ONCE, total)]
-            counts += np.bincount(_bucket(some), minlength=_BUCKETS)
-        usual = _BOILERPLATE * len(digests) if len(digests) >= _MANY else np.inf
-        return cls(digests, starts, counts, usual)
+        words = digests.words[: starts[-1]]
+        for begin in range(0, len(words), _AT_ONCE):
+            buckets = _bucket(words[begin : begin + _AT_ONCE])
+            counts += np.bincount(buckets, minlength=_BUCKETS)
+        limit = _BOILERPLATE * len(digests) if len(digests) >= _MANY else np.inf
+        return cls(digests, starts, counts, limit)
 
     def __len__(self) -> int:
         return len(self.digests)
@@ -211,21 +220,20 @@ class WordIndex:
         """Return the words of prompts and answers of the examples at `at`."""
         asked = self.digests.records["asked"][at].astype(np.int64)
         begins = self.starts[at]
-        return (
-            self._texts(begins, asked),
-            self._texts(begins + asked, self.lengths[at] - asked),
-        )
+        answered = self.lengths[at] - asked
+        return self._texts(begins, asked), self._texts(begins + asked, answered)
 
     def _texts(self, begins: Integers, sizes: Integers) -> TextBatch:
-        places = begins + np.arange(np.max(sizes, initial=0))[:, None]
-        return TextBatch(self.digests.words[np.minimum(places, len(self.digests.words) - 1)], sizes)
+        offsets = begins + np.arange(np.max(sizes, initial=0))[:, None]
+        words = self.digests.words
+        return TextBatch(words[np.minimum(offsets, len(words) - 1)], sizes)
 
     def gather(self, at: Integers) -> tuple[Words, Integers]:
         """Return the concatenated words of the examples at `at`, and the number of each."""
         lengths = self.lengths[at]
         before = np.cumsum(lengths) - lengths
-        places = np.repeat(self.starts[at] - before, lengths) + np.arange(lengths.sum())
-        return self.digests.words[places], lengths
+        offsets = np.repeat(self.starts[at] - before, lengths) + np.arange(lengths.sum())
+        return self.digests.words[offsets], lengths
 
 
 def find_near_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
@@ -234,100 +242,68 @@ def find_near_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
     `skip` marks known duplicates.
     """
     index = WordIndex.of(digests)
-    keys, telling = _all_keys(index, ~skip)
+    keys, informative = _all_keys(index, ~skip)
     owners = np.repeat(np.arange(len(index), dtype=np.int32), len(_PAIRS))
-    pairs = _Pairs(len(index))
-    flat = keys.reshape(-1)
-    for chosen in _parts(flat):
-        chosen = chosen[np.argsort(flat[chosen], kind="stable")]
-        key, owner = flat[chosen], owners[chosen]
+    flat, pairs = keys.reshape(-1), [_NO_ROWS]
+    for part in partition_keys(flat, flat != 0, _AT_ONCE, -(-len(flat) // _AT_ONCE)):
+        part = part[np.argsort(flat[part], kind="stable")]
+        key, owner = flat[part], owners[part]
         begins = np.flatnonzero(np.diff(key, prepend=key[:1] ^ np.uint32(1)))
         first = np.repeat(owner[begins], np.diff(begins, append=len(key)))
-        pairs.add(owner, first)
+        pairs.append(_pack_pairs(owner, first, len(index)))
         for lag in range(1, _LAST + 1):
             same = key[lag:] == key[:-lag]
-            pairs.add(owner[lag:][same], owner[:-lag][same])
-    return _find_first(index, index, pairs.sorted(), telling, telling)
+            pairs.append(_pack_pairs(owner[lag:][same], owner[:-lag][same], len(index)))
+    packed = distinct(np.concatenate(pairs))
+    return _find_first(index, index, packed, informative, informative)
 
 
-def find_near_leaks(digests: Digests, known: Digests) -> tuple[Integers, Integers]:
-    """Return examples of `digests` that nearly repeat one of `known`, and which one."""
-    if not (len(digests) and len(known)):
-        return _NOTHING, _NOTHING
-    there = WordIndex.of(known)
-    index = WordIndex.of(digests, there)
-    keys, telling = _all_keys(index, np.ones(len(index), dtype=bool))
-    wanted, slot = np.unique(keys.reshape(-1), return_inverse=True)
-    held = np.full((len(wanted), _LAST + 1), -1, dtype=np.int64)
-    count = np.zeros(len(wanted), dtype=np.int64)
-    of_known = np.zeros(len(there), dtype=np.int32)
-    for begin, end in there.spans():
-        some, of_known[begin:end] = _pair_keys(there, begin, end)
-        flat = some.reshape(-1)
-        at = np.minimum(np.searchsorted(wanted, flat), len(wanted) - 1)
-        hit = np.flatnonzero((wanted[at] == flat) & (flat != 0))
-        at, row = at[hit], begin + hit // len(_PAIRS)
-        for _ in range(_LAST + 1):
-            open_ = count[at] <= _LAST
-            at, row = at[open_], row[open_]
-            found, once = np.unique(at, return_index=True)
-            held[found, count[found]] = row[once]
-            count[found] += 1
-            rest = np.ones(len(at), dtype=bool)
-            rest[once] = False
-            at, row = at[rest], row[rest]
-    owner = np.repeat(np.arange(len(index)), len(_PAIRS))
-    these = np.repeat(owner, _LAST + 1)
-    those = held[slot.reshape(-1)].reshape(-1)
-    packed = np.unique(these[those >= 0] * len(there) + those[those >= 0])
-    return _find_first(index, there, packed, telling, of_known)
+def find_near_leaks(digests: Digests, training: Digests) -> tuple[Integers, Integers]:
+    """Return examples of `digests` that nearly repeat one of `training`, and which one."""
+    if not (len(digests) and len(training)):
+        return _NO_ROWS, _NO_ROWS
+    trained = WordIndex.of(training)
+    index = WordIndex.of(digests, trained)
+    all_keys, informative = _all_keys(index, np.ones(len(index), dtype=bool))
+    keys, slots = np.unique(all_keys.reshape(-1), return_inverse=True)
+    candidates = np.full((len(keys), _LAST + 1), -1, dtype=np.int64)
+    counts = np.zeros(len(keys), dtype=np.int64)
+    informative_trained = np.zeros(len(trained), dtype=np.int32)
+    for begin, end in trained.spans():
+        span_keys, informative_trained[begin:end] = _pair_keys(trained, begin, end)
+        flat = span_keys.reshape(-1)
+        slot = np.minimum(np.searchsorted(keys, flat), len(keys) - 1)
+        matches = np.flatnonzero((keys[slot] == flat) & (flat != 0))
+        matches = matches[np.argsort(slot[matches], kind="stable")]
+        slot, example = slot[matches], begin + matches // len(_PAIRS)
+        rank = counts[slot] + np.arange(len(slot)) - np.searchsorted(slot, slot)
+        free = rank <= _LAST
+        candidates[slot[free], rank[free]] = example[free]
+        counts += np.bincount(slot, minlength=len(keys))
+    later = np.repeat(np.arange(len(index)), len(_PAIRS) * (_LAST + 1))
+    earlier = candidates[slots.reshape(-1)].reshape(-1)
+    packed = distinct((later * len(trained) + earlier)[earlier >= 0])
+    return _find_first(index, trained, packed, informative, informative_trained)
 
 
-class _Pairs:
-    """Distinct pairs of a row and an earlier row."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._packed = [np.zeros(0, dtype=np.int64)]
-
-    def add(self, one: NDArray[np.int32], other: NDArray[np.int32]) -> None:
-        later, earlier = np.maximum(one, other).astype(np.int64), np.minimum(one, other)
-        packed = (later * self._count + earlier)[later != earlier]
-        self._packed.append(_distinct(packed))
-
-    def sorted(self) -> Integers:
-        """Return the distinct pairs as later × rows + earlier."""
-        return _distinct(np.concatenate(self._packed))
-
-
-def _distinct(numbers: Integers) -> Integers:
-    numbers = np.sort(numbers)
-    return numbers[np.diff(numbers, prepend=-1) != 0]
-
-
-def _parts(keys: Keys) -> Iterator[Integers]:
-    """Yield positions of nonzero keys, grouped by remainder."""
-    count = -(-len(keys) // _AT_ONCE)
-    for remainder in range(count):
-        places = []
-        for begin in range(0, len(keys), _AT_ONCE):
-            some = keys[begin : begin + _AT_ONCE]
-            places.append(begin + np.flatnonzero((some % count == remainder) & (some != 0)))
-        yield np.concatenate(places)
+def _pack_pairs(one: NDArray[np.int32], other: NDArray[np.int32], count: int) -> Integers:
+    """Return the distinct pairs of two examples as later × `count` + earlier."""
+    later, earlier = np.maximum(one, other).astype(np.int64), np.minimum(one, other)
+    return distinct((later * count + earlier)[later != earlier])
 
 
 def _bucket(words: Words) -> Integers:
     return (mix(np.asarray(words)) & np.uint32(_BUCKETS - 1)).astype(np.int64)
 
 
-def _all_keys(index: WordIndex, wanted: Mask) -> tuple[Keys, NDArray[np.int32]]:
+def _all_keys(index: WordIndex, selected: Mask) -> tuple[Keys, NDArray[np.int32]]:
     """Return pair keys `(examples, 6)`, 0 for none, and the informative words of each example."""
     keys = np.zeros((len(index), len(_PAIRS)), dtype=np.uint32)
-    telling = np.zeros(len(index), dtype=np.int32)
+    informative = np.zeros(len(index), dtype=np.int32)
     for begin, end in index.spans():
-        some, telling[begin:end] = _pair_keys(index, begin, end)
-        keys[begin:end] = some * wanted[begin:end, None]
-    return keys, telling
+        span_keys, informative[begin:end] = _pair_keys(index, begin, end)
+        keys[begin:end] = span_keys * selected[begin:end, None]
+    return keys, informative
 
 
 def _pair_keys(index: WordIndex, begin: int, end: int) -> tuple[Keys, Integers]:
@@ -336,108 +312,106 @@ def _pair_keys(index: WordIndex, begin: int, end: int) -> tuple[Keys, Integers]:
     words = np.asarray(index.digests.words[starts[0] : starts[-1]])
     counts = index.counts[_bucket(words)]
     row = np.repeat(np.arange(end - begin), np.diff(starts))
-    telling = np.bincount(row[counts < index.usual], minlength=end - begin)
+    informative = np.bincount(row[counts < index.limit], minlength=end - begin)
     # One sort orders the words of each row by frequency.
     packed = row.astype(np.uint64) << np.uint64(48)
     packed |= np.minimum(counts, 0xFFFF).astype(np.uint64) << np.uint64(32)
     packed |= words.astype(np.uint64)
-    packed.sort()
-    packed = packed[np.diff(packed, prepend=packed[:1] ^ np.uint64(1)) != 0]
+    packed = distinct(packed)
     row = (packed >> np.uint64(48)).astype(np.int64)
     first = np.searchsorted(row, np.arange(end - begin))
-    distinct = np.diff(first, append=len(row))
-    distinct[(records["asked"] == MOST_WORDS) | (records["answered"] == MOST_WORDS)] = 0  # cut
+    sizes = np.diff(first, append=len(row))
+    sizes[(records["asked"] == MOST_WORDS) | (records["answered"] == MOST_WORDS)] = 0  # cut
     rarest = np.zeros((end - begin, _RAREST), dtype=np.uint32)
     for k in range(_RAREST):
-        there = distinct > k
-        rarest[there, k] = mix(packed[first[there] + k].astype(np.uint32))
+        mask = sizes > k
+        rarest[mask, k] = mix(packed[first[mask] + k].astype(np.uint32))
     keys = np.zeros((end - begin, len(_PAIRS)), dtype=np.uint32)
     for column, (i, k) in enumerate(_PAIRS):
-        there = distinct > k
-        one, other = rarest[there, i], rarest[there, k]
+        mask = sizes > k
+        one, other = rarest[mask, i], rarest[mask, k]
         low, high = np.minimum(one, other), np.maximum(one, other)
-        keys[there, column] = mix(low * np.uint32(31) + high)
-    return keys, telling
+        keys[mask, column] = mix(low * np.uint32(31) + high)
+    return keys, informative
 
 
 def _find_first(
-    one: WordIndex,
-    other: WordIndex,
+    index: WordIndex,
+    earlier: WordIndex,
     packed: Integers,
-    telling: NDArray[np.int32],
-    known: NDArray[np.int32],
+    informative: NDArray[np.int32],
+    informative_earlier: NDArray[np.int32],
 ) -> tuple[Integers, Integers]:
-    """Return examples of `one` that nearly repeat one of `other`, and the first match of each.
+    """Return examples of `index` that nearly repeat one of `earlier`, and the first match of each.
 
-    `packed` has sorted candidates: example of `one` × size of `other` + example of `other`.
-    `telling` and `known` count informative words per example.
+    `packed` has sorted candidates: example of `index` × size of `earlier` + example of `earlier`.
+    The last two arguments count informative words per example.
     """
-    found = [(_NOTHING, _NOTHING)]
+    found = [(_NO_ROWS, _NO_ROWS)]
     begin = 0
     while begin < len(packed):
         last = packed[min(begin + _SOME, len(packed)) - 1]
-        end = int(np.searchsorted(packed, (last // len(other) + 1) * len(other)))  # whole rows
-        these, those = np.divmod(packed[begin:end], len(other))
+        end = int(np.searchsorted(packed, (last // len(earlier) + 1) * len(earlier)))  # all pairs
+        a, b = np.divmod(packed[begin:end], len(earlier))
         begin = end
-        allowed = compute_max_distance(np.minimum(telling[these], known[those]))
-        while len(these):  # compare each row until the first match
-            heads = np.diff(these, prepend=-1) != 0
-            near = _are_near(one, these[heads], other, those[heads], allowed[heads])
-            found.append((these[heads][near], those[heads][near]))
-            rest = ~heads & ~np.isin(these, these[heads][near])
-            these, those, allowed = these[rest], those[rest], allowed[rest]
+        limits = compute_max_distance(np.minimum(informative[a], informative_earlier[b]))
+        while len(a):  # compare each example until the first match
+            heads = np.diff(a, prepend=-1) != 0
+            near = _are_near(index, a[heads], earlier, b[heads], limits[heads])
+            found.append((a[heads][near], b[heads][near]))
+            rest = ~heads & ~np.isin(a, a[heads][near])
+            a, b, limits = a[rest], b[rest], limits[rest]
     again, first = map(np.concatenate, zip(*found, strict=True))
     order = np.argsort(again)
     return again[order], first[order]
 
 
 def _are_near(
-    one: WordIndex, these: Integers, other: WordIndex, those: Integers, allowed: Integers
+    index: WordIndex, a: Integers, earlier: WordIndex, b: Integers, limits: Integers
 ) -> Mask:
-    """Return for each pair whether it differs by at most `allowed` half words."""
-    found = _may_be_near(one, these, other, those, allowed)
-    records, others = one.digests.records[these], other.digests.records[those]
-    found &= ~((records["marks"] & ONE_CLASS != 0) & (records["last"] != others["last"]))
-    possible = np.flatnonzero(found)
-    possible = possible[np.argsort(one.lengths[these[possible]], kind="stable")]
-    until = np.cumsum(one.lengths[these[possible]])
-    for some in np.split(possible, np.flatnonzero(np.diff(until // _SOME)) + 1):
-        halves = compute_distances(one.sides(these[some]), other.sides(those[some]))
-        found[some] = halves <= allowed[some]
-    return found
+    """Return for each pair of examples whether it differs by at most `limits` half words."""
+    near = _may_be_near(index, a, earlier, b, limits)
+    records, others = index.digests.records[a], earlier.digests.records[b]
+    near &= ~((records["marks"] & ONE_CLASS != 0) & (records["last"] != others["last"]))
+    pairs = np.flatnonzero(near)
+    lengths = index.lengths[a[pairs]]
+    order = np.argsort(lengths, kind="stable")
+    for group in split_by_size(pairs[order], lengths[order], _SOME):
+        distances = compute_distances(index.sides(a[group]), earlier.sides(b[group]))
+        near[group] = distances <= limits[group]
+    return near
 
 
 def _may_be_near(
-    one: WordIndex, these: Integers, other: WordIndex, those: Integers, allowed: Integers
+    index: WordIndex, a: Integers, earlier: WordIndex, b: Integers, limits: Integers
 ) -> Mask:
     """Return for each pair whether enough words, or word bigrams of long texts, are shared.
 
     One half word of difference removes at most one common word or two common bigrams.
     """
-    sizes = one.lengths[these], other.lengths[those]
-    found = (np.abs(sizes[0] - sizes[1]) <= allowed) & (allowed > 0)
+    sizes = index.lengths[a], earlier.lengths[b]
+    near = (np.abs(sizes[0] - sizes[1]) <= limits) & (limits > 0)
     longer = np.maximum(*sizes)
-    for neighbours in (False, True):
-        possible = np.flatnonzero(found & ((longer >= _MANY_WORDS) == neighbours))
-        until = np.cumsum((sizes[0] + sizes[1])[possible])
-        least = longer - (2 * allowed + 1 if neighbours else allowed)
-        for some in np.split(possible, np.flatnonzero(np.diff(until // _SOME)) + 1):
-            common = _count_common(one, these[some], other, those[some], neighbours=neighbours)
-            found[some] = common >= least[some]
-    return found
+    for bigrams in (False, True):
+        pairs = np.flatnonzero(near & ((longer >= _MANY_WORDS) == bigrams))
+        least = longer - (2 * limits + 1 if bigrams else limits)
+        for group in split_by_size(pairs, (sizes[0] + sizes[1])[pairs], _SOME):
+            common = _count_common(index, a[group], earlier, b[group], bigrams=bigrams)
+            near[group] = common >= least[group]
+    return near
 
 
 def _count_common(
-    one: WordIndex, these: Integers, other: WordIndex, those: Integers, *, neighbours: bool
+    index: WordIndex, a: Integers, earlier: WordIndex, b: Integers, *, bigrams: bool
 ) -> Integers:
     """Return the number of common words, or of common bigrams, of each pair."""
     parts = []
-    for side, (index, at) in enumerate(((one, these), (other, those))):
-        words, lengths = index.gather(at)
-        pair = np.repeat(np.arange(len(at)), lengths)
-        if neighbours:
-            inside = np.flatnonzero(pair[1:] == pair[:-1])
-            pair, words = pair[inside], mix(mix(words[inside]) * np.uint32(31) + words[inside + 1])
+    for side, (source, examples) in enumerate(((index, a), (earlier, b))):
+        words, lengths = source.gather(examples)
+        pair = np.repeat(np.arange(len(examples)), lengths)
+        if bigrams:
+            first = np.flatnonzero(pair[1:] == pair[:-1])
+            pair, words = pair[first], mix(mix(words[first]) * np.uint32(31) + words[first + 1])
         parts.append(pair << 33 | words.astype(np.int64) << 1 | side)
     both = np.sort(np.concatenate(parts))
     word = both >> 1
@@ -445,4 +419,4 @@ def _count_common(
     second = np.add.reduceat(both & 1, begins) if len(begins) else begins
     total = np.diff(begins, append=len(both))
     least = np.minimum(second, total - second)
-    return np.bincount(word[begins] >> 32, least, minlength=len(these)).astype(np.int64)
+    return np.bincount(word[begins] >> 32, least, minlength=len(a)).astype(np.int64)

@@ -56,14 +56,14 @@ class EncodingContext:
     def gate(self, policy: GateConfig) -> Gate:
         """Return the data checks with the actions of `policy`."""
         tokenizer = self.tokenizer
-        known = TokenCheckContext(
+        checks = TokenCheckContext(
             self.task.checks,
             tokenizer.bos_token_id,
             special_token_ids(tokenizer),
             self.vocabulary,
             find_empty_thinks(tokenizer),
         )
-        return Gate(policy, self.task, known)
+        return Gate(policy, self.task, checks)
 
 
 @dataclass(frozen=True)

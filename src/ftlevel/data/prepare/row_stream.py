@@ -108,15 +108,15 @@ class ChunkEncoder:
         counts["dropped"] += fitted.dropped
         if not len(fitted.rows):
             return []
-        keep, findings = self.gate.check_rows("train", fitted, len(examples), table)
-        stops = [explain_stop(finding) for finding in findings if finding.action == "stop"]
+        split = self.gate.check_rows("train", fitted, len(examples), table)
+        stops = [explain_stop(finding) for finding in split.findings if finding.action == "stop"]
         if stops:
             raise InputError(stops)
-        for finding in findings:
+        for finding in split.findings:
             counts[f"gate.{finding.name}"] += finding.count
-        counts["dropped"] += int((~keep).sum())
-        kept = [fitted.rows[i] for i in np.flatnonzero(keep).tolist()]
-        return [replace(row, row=table.lines[row.row]) for row in kept]
+        counts["dropped"] += int((~split.keep).sum())
+        rows = [fitted.rows[i] for i in np.flatnonzero(split.keep).tolist()]
+        return [replace(row, row=table.lines[row.row]) for row in rows]
 
     def _without(self, table: Table, bad: list[BadRow], counts: Counter[str]) -> Table:
         """Return `table` without the rows in `bad`, or raise, as configured."""

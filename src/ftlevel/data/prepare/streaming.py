@@ -26,8 +26,8 @@ from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData,
 from ftlevel.data.prepare.examples import prepare_examples
 from ftlevel.data.prepare.loading import convert_splits
 from ftlevel.data.prepare.row_stream import ChunkEncoder, RowStream, StreamState
-from ftlevel.data.sources.splits import DatasetSplits
-from ftlevel.data.sources.stream_sources import StreamSource, open_source
+from ftlevel.data.sources.readers.files import ReadOptions
+from ftlevel.data.sources.splits import DatasetSplits, StreamSource, open_source
 from ftlevel.data.sources.streams import Chunk, describe_null_keys
 from ftlevel.data.sources.table import (
     BadRow,
@@ -56,14 +56,14 @@ WHOLE_SET = (
 
 def prepare_stream(config: DataConfig, context: EncodingContext) -> PreparedData:
     """Return the first rows of a stream, encoded and checked, and the stream itself."""
-    source = open_source(
-        config.dataset,
-        split=config.split,
-        subset=config.subset,
-        on_bad_row=config.on_bad_row,
-        validation_rows=config.max_eval_samples,
-        input_format=config.input_format,
+    options = ReadOptions(
+        config.input_format,
+        config.subset,
         ignored=config.ignore_columns,
+        limit=config.max_eval_samples,
+    )
+    source = open_source(
+        config.dataset, split=config.split, on_bad_row=config.on_bad_row, options=options
     )
     splits, form = _read_head(source, config)
     loaded = convert_splits(splits, config, context.task, lenient=context.lenient)

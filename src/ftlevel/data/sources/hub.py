@@ -22,6 +22,7 @@ from ftlevel.data.sources.readers.arrow import (
     clean_value,
     drop_null_keys,
 )
+from ftlevel.data.sources.readers.files import ReadOptions
 from ftlevel.data.sources.streams import Chunk, Cursor, describe_null_keys
 from ftlevel.data.sources.table import OnBadRow, Row, Table, find_inconsistent_rows, handle_bad_rows
 from ftlevel.errors import InputError, did_you_mean, join_names
@@ -31,13 +32,12 @@ PROBE_SECONDS = 5.0
 
 
 def load_hub_tables(
-    name: str, subset: str | None, only: str | None, most: int | None, ignored: Sequence[str] = ()
+    name: str, split: str | None, options: ReadOptions
 ) -> tuple[dict[str, Table], list[str]]:
     """Load the splits of a Hub dataset as tables by name, and notes to print.
 
-    If the Hub is unreachable, the cached copy is used. `subset` is the configuration. `only` is one
-    split in the syntax of `datasets` ("train[:10%]"); None loads all. At most `most` rows per split
-    are kept, without the columns `ignored`.
+    If the Hub is unreachable, the cached copy is used. `split` is one split in the syntax of
+    `datasets` ("train[:10%]"); None loads all.
 
     Raises:
         InputError: unknown dataset, subset or split; no access; or offline without a cached copy.
@@ -48,7 +48,7 @@ def load_hub_tables(
     notes = []
     try:
         with datasets_offline(bool(reason)):
-            found = datasets.load_dataset(name, subset, split=only)
+            data = datasets.load_dataset(name, options.subset, split=split)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         if reason:
             raise InputError(_describe_offline(name, reason)) from None
@@ -56,10 +56,8 @@ def load_hub_tables(
         raise InputError(f"--dataset {name}: {_first_line(error)}") from error
     if reason:
         notes.append(f"{name}: the Hub was not reached ({reason}); used the copy in the cache")
-    splits = found if isinstance(found, Mapping) else {only or "train": found}
-    return {
-        key: dataset_table(data, f"{name} ({key})", most, ignored) for key, data in splits.items()
-    }, notes
+    splits = data if isinstance(data, Mapping) else {split or "train": data}
+    return _tables_of(splits, name, options), notes
 
 
 def open_hub_streams(name: str, subset: str | None) -> dict[str, Any]:
@@ -119,28 +117,22 @@ class IterableStream:
         return Table(rows, range(1, len(rows) + 1), self.source, "row", notes=notes)
 
 
-def load_saved_tables(
-    directory: Path, most: int | None, ignored: Sequence[str] = ()
-) -> dict[str, Table]:
+def load_saved_tables(directory: Path, options: ReadOptions) -> dict[str, Table]:
     """Load a `save_to_disk` directory; a single `Dataset` becomes the split "train"."""
-    found = _load_saved(directory)
-    return {
-        key: dataset_table(data, f"{directory} ({key})", most, ignored)
-        for key, data in found.items()
-    }
+    return _tables_of(_load_saved(directory), str(directory), options)
 
 
 def _load_saved(directory: Path) -> dict[str, Any]:
     import datasets
 
     try:
-        found = datasets.load_from_disk(str(directory))
+        data = datasets.load_from_disk(str(directory))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"{directory}: not a readable save_to_disk directory ({_first_line(error)}) "
             "Write it again."
         ) from error
-    return dict(found) if isinstance(found, Mapping) else {"train": found}
+    return dict(data) if isinstance(data, Mapping) else {"train": data}
 
 
 def is_saved_directory(directory: Path) -> bool:
@@ -149,18 +141,18 @@ def is_saved_directory(directory: Path) -> bool:
     return any((directory / name).is_file() for name in names)
 
 
-def pick_split(splits: Mapping[str, Any], wish: str | None, source: str) -> str:
+def pick_split(splits: Mapping[str, Any], requested: str | None, source: str) -> str:
     """Return the name of the training split; raise `InputError` if it is missing or ambiguous."""
     if not splits:
         raise InputError(f"{source}: has no splits. Expected at least one with rows.")
-    name = wish or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
+    name = requested or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
     if name in splits:
         return name
-    there = f"Splits: {join_names(splits)}."
-    if wish is None:
-        raise InputError(f"{source}: has no split 'train'. {there} Pick one with --split.")
+    listing = f"Splits: {join_names(splits)}."
+    if requested is None:
+        raise InputError(f"{source}: has no split 'train'. {listing} Pick one with --split.")
     raise InputError(
-        f"--split {wish}: no such split of {source}.{did_you_mean(wish, splits)} {there}"
+        f"--split {name}: no such split of {source}.{did_you_mean(name, splits)} {listing}"
     )
 
 
@@ -171,11 +163,9 @@ def _probe(name: str) -> str:
 
     try:
         HfApi().dataset_info(name, timeout=PROBE_SECONDS)
-    except HFValidationError:
-        return ""
     except OfflineModeIsEnabled:
         return "offline mode: HF_HUB_OFFLINE is set"
-    except HfHubHTTPError:
+    except (HFValidationError, HfHubHTTPError):
         return ""
     # The base class of HfHubHTTPError is the base error of the HTTP library in use, which differs
     # between releases of huggingface_hub.
@@ -198,13 +188,15 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def dataset_table(data: Any, source: str, most: int | None, ignored: Sequence[str] = ()) -> Table:
-    """Return the first `most` rows of a `datasets.Dataset` as a table; drops columns `ignored`."""
-    data, left_out = remove_columns(data, ignored)
-    chosen = data if most is None or most >= len(data) else data.select(range(most))
+def _tables_of(splits: Mapping[str, Any], name: str, options: ReadOptions) -> dict[str, Table]:
+    return {key: _dataset_table(data, f"{name} ({key})", options) for key, data in splits.items()}
+
+
+def _dataset_table(data: Any, source: str, options: ReadOptions) -> Table:
+    """Return the rows of a `datasets.Dataset` as a table."""
+    data, left_out = remove_columns(data, options.ignored)
     # The Arrow format applies the index mapping of select, filter and shuffle.
-    content = chosen.with_format("arrow")[:]
-    table = build_arrow_table(content, source)
+    table = build_arrow_table(data.with_format("arrow")[: options.limit], source)
     names = {
         column: tuple(feature.names)
         for column, feature in data.features.items()
@@ -215,35 +207,35 @@ def dataset_table(data: Any, source: str, most: int | None, ignored: Sequence[st
 
 def remove_columns(data: Any, names: Sequence[str]) -> tuple[Any, tuple[str, ...]]:
     """Return `data` without the columns `names`, and the names that were present."""
-    there = tuple(name for name in names if name in (data.column_names or ()))
-    return (data.remove_columns(list(there)) if there else data), there
+    present = tuple(name for name in names if name in (data.column_names or ()))
+    return (data.remove_columns(list(present)) if present else data), present
 
 
-_KINDS = "a DataFrame, a datasets.Dataset or DatasetDict, or a list of dicts"
+_TYPES = "a DataFrame, a datasets.Dataset or DatasetDict, or a list of dicts"
 
 
 def load_memory_tables(
-    given: InMemoryDataset, on_bad_row: OnBadRow, most: int | None, ignored: Sequence[str] = ()
+    data: InMemoryDataset, on_bad_row: OnBadRow, options: ReadOptions
 ) -> dict[str, Table]:
     """Return rows passed from Python as tables by split; rows without splits become "train".
 
-    An iterator in `given.rows` is replaced by a list of its first `most` rows (mutated).
+    An iterator in `data.rows` is replaced by a list of its first `options.limit` rows (mutated).
 
     Raises:
         InputError: the object has no rows, is of an unsupported type, or has bad rows.
     """
-    if isinstance(given.rows, Iterator):
-        given.rows = list(islice(given.rows, most))
-    rows = given.rows
+    if isinstance(data.rows, Iterator):
+        data.rows = list(islice(data.rows, options.limit))
+    rows = data.rows
     if not isinstance(rows, Mapping):
-        return {"train": _to_table(rows, given.said, on_bad_row, (most, ignored))}
+        return {"train": _to_table(rows, data.said, on_bad_row, options)}
     if not all(_is_split(part) for part in rows.values()):
         raise InputError(
             "the rows in memory are a dict of columns. Expected rows: "
-            f"{_KINDS}; datasets.Dataset.from_dict(…) makes one of columns."
+            f"{_TYPES}; datasets.Dataset.from_dict(…) makes one of columns."
         )
     return {
-        str(name): _to_table(part, f"{given.said} ({name})", on_bad_row, (most, ignored))
+        str(name): _to_table(part, f"{data.said} ({name})", on_bad_row, options)
         for name, part in rows.items()
     }
 
@@ -255,21 +247,18 @@ def _is_split(part: Any) -> bool:
     return hasattr(part, "columns") or hasattr(part, "features")
 
 
-def _to_table(
-    rows: Any, source: str, on_bad_row: OnBadRow, rest: tuple[int | None, Sequence[str]]
-) -> Table:
-    most, ignored = rest
+def _to_table(rows: Any, source: str, on_bad_row: OnBadRow, options: ReadOptions) -> Table:
     if hasattr(rows, "features") and hasattr(rows, "with_format") and hasattr(rows, "__len__"):
-        table = dataset_table(rows, source, most, ignored)
+        table = _dataset_table(rows, source, options)
     else:
         null_keys: Counter[str] = Counter()
-        plain = list(islice(iterate_rows(rows, source, null_keys), most))
-        there = tuple(name for name in ignored if plain and name in plain[0])
-        if there:
-            plain = [{k: v for k, v in row.items() if k not in there} for row in plain]
-        numbers = list(range(1, len(plain) + 1))
+        values = list(islice(iterate_rows(rows, source, null_keys), options.limit))
+        present = tuple(name for name in options.ignored if values and name in values[0])
+        if present:
+            values = [{k: v for k, v in row.items() if k not in present} for row in values]
         notes = tuple(describe_null_keys(null_keys, source))
-        table = Table(plain, numbers, source, unit="row", notes=notes, ignored=there)
+        numbers = range(1, len(values) + 1)
+        table = Table(values, numbers, source, unit="row", notes=notes, ignored=present)
     if not len(table):
         raise InputError(f"{source}: has 0 rows. Give some.")
     return handle_bad_rows(table, find_inconsistent_rows(table.rows, table.lines), on_bad_row)
@@ -291,8 +280,8 @@ def iterate_rows(rows: Any, source: str, null_keys: Counter[str] | None = None) 
         schema = getattr(getattr(rows, "features", None), "arrow_schema", None)
         is_arrow = hasattr(rows, "features")
         for row in _check_rows(rows, source):
-            plain = {str(key): _plain(value) for key, value in row.items()}
-            yield drop_null_keys([plain], schema, null_keys)[0] if is_arrow else plain
+            values = {str(key): _to_json(value) for key, value in row.items()}
+            yield drop_null_keys([values], schema, null_keys)[0] if is_arrow else values
 
 
 def _frame_rows(frame: Any, source: str, null_keys: Counter[str]) -> Iterator[Row]:
@@ -309,46 +298,45 @@ def _frame_rows(frame: Any, source: str, null_keys: Counter[str]) -> Iterator[Ro
             columns.append([row[names[number]] for row in arrow_rows(table, null_keys)])
             continue
         cells = zip(column.astype(object), column.isna(), strict=True)
-        values = [None if gone else value for value, gone in cells]
-        plain = list(map(_plain, values))
+        values = [None if is_null else value for value, is_null in cells]
+        converted = list(map(_to_json, values))
         if column.dtype == object and any(map(_has_array, values)):
-            plain = [
-                clean_value(value, names[number], null_keys) for value in _with_integers(plain)
+            converted = [
+                clean_value(value, names[number], null_keys)
+                for value in _restore_integers(converted)
             ]
-        columns.append(plain)
+        columns.append(converted)
     for row in zip(*columns, strict=True):
         yield dict(zip(names, row, strict=True))
 
 
-def _with_integers(values: list[Any]) -> list[Any]:
+def _restore_integers(values: list[Any]) -> list[Any]:
     """Return a column's cells with integers restored that pandas made floats because of nulls."""
     nulls: set[str] = set()
     others: set[str] = set()
 
-    def look(value: Any, path: str) -> None:
+    def apply(function: Callable[[Any, str], Any], value: Any, path: str = "") -> Any:
         if isinstance(value, dict):
-            for key, item in value.items():
-                look(item, f"{path}.{key}")
-        elif isinstance(value, list):
-            for item in value:
-                look(item, path)
-        elif value is None or value != value:
+            return {key: apply(function, item, f"{path}.{key}") for key, item in value.items()}
+        if isinstance(value, list):
+            return [apply(function, item, path) for item in value]
+        return function(value, path)
+
+    def inspect(value: Any, path: str) -> None:
+        if value is None or value != value:
             nulls.add(path)
         elif not isinstance(value, float) or not value.is_integer():
             others.add(path)
 
     def restore(value: Any, path: str) -> Any:
-        if isinstance(value, dict):
-            return {key: restore(item, f"{path}.{key}") for key, item in value.items()}
-        if isinstance(value, list):
-            return [restore(item, path) for item in value]
-        if isinstance(value, float) and value != value:
-            return None
-        return int(value) if isinstance(value, float) and path in whole else value
+        if isinstance(value, float) and (value != value or path in integers):
+            return None if value != value else int(value)
+        return value
 
-    look(values, "")
-    whole = nulls - others
-    return [restore(value, "") for value in values]
+    apply(inspect, values)
+    integers = nulls - others
+    restored: list[Any] = apply(restore, values)
+    return restored
 
 
 def _has_array(value: Any) -> bool:
@@ -363,31 +351,28 @@ def _check_rows(rows: Any, source: str) -> Iterator[Mapping[str, Any]]:
     if isinstance(rows, Mapping):
         raise InputError(
             f"{source}: the rows in memory are a dict of {join_names(map(repr, rows))}. "
-            "Expected the "
-            "rows of one split, such as rows['test']."
+            "Expected the rows of one split, such as rows['test']."
         )
     if not isinstance(rows, Iterable):
-        raise InputError(f"the rows in memory are {_a(rows)}. Expected {_KINDS}.")
+        raise InputError(
+            f"the rows in memory are of type {type(rows).__name__}. Expected {_TYPES}."
+        )
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise InputError(
-                f"{source} row {number} is {_a(row)}. Expected a dict from column to value, such "
-                "as {'text': …, 'label': …}."
+                f"{source} row {number} is of type {type(row).__name__}. Expected a dict from "
+                "column to value, such as {'text': …, 'label': …}."
             )
         yield row
 
 
-def _a(value: Any) -> str:
-    return f"of type {type(value).__name__}"
-
-
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     """Return `value` as a JSON value, with numpy scalars, arrays and tuples converted."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_to_json(item) for item in value]
     if type(value).__module__ == "numpy":
-        plain = value.tolist()
-        return _plain(plain) if isinstance(plain, list) else plain
+        python = value.tolist()
+        return _to_json(python) if isinstance(python, list) else python
     return value

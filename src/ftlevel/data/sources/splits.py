@@ -1,7 +1,6 @@
-"""Load the splits of a dataset: built-in, local, in memory or from the Hub; join and split tables.
+"""Find a dataset (built-in, local, in memory or on the Hub) and open it as tables or as a stream.
 
-`join_tables` and `mix_tables` combine datasets without repeating a row. Rows are interleaved
-evenly, so the first N rows are a fair sample. `formats` interprets the columns.
+`formats` interprets the columns.
 """
 
 from __future__ import annotations
@@ -10,135 +9,57 @@ import math
 import random
 import re
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 
 from ftlevel.config import IN_MEMORY, InMemoryDataset
+from ftlevel.data.sources.docstrings import Split, read_docstrings
 from ftlevel.data.sources.hub import (
+    IterableStream,
     is_saved_directory,
     load_hub_tables,
     load_memory_tables,
     load_saved_tables,
+    open_hub_streams,
+    open_saved_streams,
     pick_split,
+    remove_columns,
 )
 from ftlevel.data.sources.lines import STDIN
+from ftlevel.data.sources.readers.arrow import refuse_media
 from ftlevel.data.sources.readers.files import (
+    DEFAULT_READ_OPTIONS,
     ReadOptions,
     data_files,
     is_data_file_name,
     is_pattern,
     match_files,
+    open_stream,
     read_table,
     stem_of,
 )
 from ftlevel.data.sources.readers.refused import describe_missing
-from ftlevel.data.sources.table import BadRow, OnBadRow, Part, Table, describe_dropped
-from ftlevel.errors import InputError, closest_matches, did_you_mean, join_names, quote
-
-
-def join_tables(tables: Sequence[Table]) -> Table:
-    """Return one table with the interleaved rows of `tables`; their columns must be the same."""
-    if len(tables) == 1:
-        return tables[0]
-    first = tables[0]
-    for other in tables[1:]:
-        if set(other.columns) != set(first.columns):
-            raise InputError(
-                f"{other.source}: has the columns {_quoted(other)}, and {first.source} has "
-                f"{_quoted(first)}. Data sets that are trained on together need the same columns."
-            )
-        for column in first.label_names.keys() & other.label_names.keys():
-            own, expected = other.label_names[column], first.label_names[column]
-            if own != expected:
-                raise InputError(
-                    f"{other.source}: the classes of {column!r} are {join_names(own)}, and those "
-                    f"of {first.source} are {join_names(expected)}. Their numbers mean different "
-                    "classes. Write class names instead of numbers, or give both the same order."
-                )
-    parts, base = [], 0
-    dropped: list[BadRow] = []
-    lines: list[list[int]] = []
-    for table in tables:
-        parts.append(Part(base, table))
-        lines.append([base + line for line in table.lines])
-        dropped += [replace(row, line=base + row.line) for row in table.dropped]
-        base += max([*table.lines, *(row.line for row in table.dropped)], default=0)
-    order = _interleave([len(table) for table in tables])
-    return Table(
-        [tables[which].rows[index] for which, index in order],
-        [lines[which][index] for which, index in order],
-        " + ".join(table.source for table in tables),
-        first.unit,
-        tuple(dropped),
-        first.label_names,
-        tuple(parts),
-        tuple(note for table in tables for note in table.notes),
-        text_cells=all(table.text_cells for table in tables),
-        ignored=tuple(dict.fromkeys(name for table in tables for name in table.ignored)),
-    )
-
-
-def mix_tables(
-    tables: Sequence[Table], shares: Sequence[float], seed: int
-) -> tuple[list[Table], list[str]]:
-    """Return a sample of each table, sized in proportion to `shares`, and a note with the counts.
-
-    No row is repeated: the table that is shortest for its share is used completely. Raises
-    `InputError` if a table would contribute no row.
-    """
-    total = sum(shares)
-    whole = min(len(table) * total / share for table, share in zip(tables, shares, strict=True))
-    counts = [int(whole * share / total + 1e-9) for share in shares]
-    taken = []
-    for table, count, share in zip(tables, counts, shares, strict=True):
-        if count < 1:
-            raise InputError(
-                f"--mix {','.join(f'{s:g}' for s in shares)}: a share of {share:g} leaves no row "
-                f"of {table.source} beside {min(map(len, tables)):,} rows. Give it more."
-            )
-        chosen = sorted(random.Random(seed).sample(range(len(table)), count))
-        taken.append(replace(table.take(chosen), dropped=table.dropped))
-    kept = join_names(
-        f"{count:,} of {len(table):,} rows of {table.source}"
-        for count, table in zip(counts, tables, strict=True)
-    )
-    return taken, [f"mixed {' : '.join(f'{share:g}' for share in shares)}: {kept}"]
-
-
-def _quoted(table: Table) -> str:
-    return join_names(map(quote, table.columns))
-
-
-def _interleave(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Return (table, row) indices that spread the rows of each table evenly."""
-    places = (
-        ((index + 0.5) / length, which, index)
-        for which, length in enumerate(lengths)
-        for index in range(length)
-    )
-    return [(which, index) for _, which, index in sorted(places)]
-
+from ftlevel.data.sources.streams import ChainedStream, Stream
+from ftlevel.data.sources.table import OnBadRow, Table, describe_dropped, join_tables, mix_tables
+from ftlevel.errors import InputError, closest_matches, did_you_mean, join_names
 
 BUILTIN = ("docstrings",)
-_BUILTIN_SPLITS: tuple[Literal["train", "validation", "test"], ...] = (
-    "train",
-    "validation",
-    "test",
-)
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
-_SPLIT_NAMES = {"train": ("train",), "validation": VALIDATION_NAMES, "test": ("test",)}
-
-_GIVEN = "the data set in memory"
+_SPLIT_OF = {"train": "train", **dict.fromkeys(VALIDATION_NAMES, "validation"), "test": "test"}
+"""Name of a file or split in lower case → split."""
 
 HUB_PREFIX = "hf://datasets/"
 
 # A Hub id: NAME or ORGANIZATION/NAME.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+REMOTE_ROWS = 1_000
+"""Default number of validation rows streamed from a Hub dataset or `save_to_disk` directory."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +71,27 @@ class DatasetSplits:
     test: Table | None
     name: str
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def tables(self) -> dict[str, Table]:
+        """The existing tables by split."""
+        tables = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: table for name, table in tables.items() if table is not None}
+
+
+@dataclass(frozen=True)
+class StreamSource:
+    """A streamed dataset with its validation rows in memory.
+
+    `files` is empty for a Hub dataset. `notes` are sentences to print. `ignored` are the columns
+    that are present but not read.
+    """
+
+    train: Stream
+    validation: Table | None = None
+    files: tuple[Path, ...] = ()
+    notes: list[str] = field(default_factory=list)
+    ignored: tuple[str, ...] = ()
 
 
 def load_splits(
@@ -177,33 +119,103 @@ def load_splits(
     Raises:
         InputError: the dataset cannot be loaded; the message has `path:line` where possible.
     """
-    how = ReadOptions(input_format, subset, ignored=ignored)
+    options = ReadOptions(input_format, subset, ignored=ignored, limit=max_samples)
+    name, path = dataset, Path(dataset).expanduser()
+    notes: list[str] = []
     if dataset == IN_MEMORY:
-        tables = load_memory_tables(_check_given(dataset), on_bad_row, max_samples, ignored)
-        splits = _assemble(tables, pick_split(tables, split, _GIVEN), IN_MEMORY, [])
+        name = IN_MEMORY
+        tables = load_memory_tables(_check_in_memory(dataset), on_bad_row, options)
+        train = pick_split(tables, split, "the data set in memory")
     elif dataset.startswith("builtin:"):
-        splits = _load_builtin(dataset, split, subset, max_samples)
-    elif dataset.startswith(HUB_PREFIX):
-        splits = _load_hub(dataset.removeprefix(HUB_PREFIX), split, (subset, max_samples, ignored))
+        tables, train = _load_builtin(dataset, split, options), split or "train"
+    elif (source := _source_type(dataset, path)) == "hub":
+        name = dataset.removeprefix(HUB_PREFIX)
+        tables, train, notes = _load_hub(name, split, options)
+    elif source == "saved":
+        tables = load_saved_tables(path, options)
+        train = pick_split(tables, split, dataset)
+    elif source == "directory":
+        groups, train, notes = _choose_files(path, dataset, split)
+        read = _read_files(
+            [file for files in groups.values() for file in files], on_bad_row, options
+        )
+        shards = len(groups[train]) > 1
+        tables = {train: join_tables(read)} if shards else dict(zip(groups, read, strict=True))
     else:
-        path = Path(dataset).expanduser()
-        if path.is_dir():
-            splits = _load_directory(path, dataset, split, (on_bad_row, max_samples, how))
-        elif is_pattern(dataset):
-            splits = _load_pattern(dataset, split, on_bad_row, how)
-        elif dataset == STDIN or path.exists() or path.is_symlink():
-            check_one_file(dataset, split)
-            splits = DatasetSplits(read_table(dataset, on_bad_row, how), None, None, dataset)
-        else:
-            check_hub_id(dataset, path)
-            splits = _load_hub(dataset, split, (subset, max_samples, ignored))
-    notes = [
-        note
-        for table in (splits.train, splits.validation, splits.test)
-        if table is not None
-        for note in (*table.notes, *describe_dropped(table))
-    ]
-    return limit_rows(replace(splits, notes=[*splits.notes, *notes]), max_samples)
+        files = _match_training_files(dataset, source, split, options)
+        tables, train = {"train": join_tables(_read_files(files, on_bad_row, options))}, "train"
+        if source == "pattern":
+            notes = [f"{dataset}: reads {len(files):,} files: {join_names(map(str, files), 4)}"]
+    splits = _assemble(tables, train, name, notes)
+    for table in splits.tables.values():
+        splits.notes.extend((*table.notes, *describe_dropped(table)))
+    return limit_rows(splits, max_samples)
+
+
+def open_source(
+    dataset: str,
+    *,
+    split: str | None = None,
+    on_bad_row: OnBadRow = "error",
+    options: ReadOptions = DEFAULT_READ_OPTIONS,
+) -> StreamSource:
+    """Open a dataset for streaming; only its validation rows are read, at most `options.limit`.
+
+    The arguments are those of `load_splits`; `on_bad_row` applies to validation rows. Raises
+    `InputError` if the dataset does not exist or cannot be streamed.
+    """
+    if dataset.startswith("builtin:") or dataset == IN_MEMORY:
+        shown = dataset if dataset != IN_MEMORY else "the data set"
+        raise InputError(f"--streaming: {shown} is in memory already. Drop --streaming.")
+    path = Path(dataset).expanduser()
+    source = _source_type(dataset, path)
+    if source == "hub":
+        name = dataset.removeprefix(HUB_PREFIX)
+        return _open_remote(lambda: open_hub_streams(name, options.subset), split, name, options)
+    if source == "saved":
+        saved = _open_remote(lambda: open_saved_streams(path), split, dataset, options)
+        return replace(saved, files=tuple(sorted(path.rglob("*.arrow"))))
+    validation: Table | None = None
+    notes: list[str] = []
+    if source == "directory":
+        groups, train, notes = _choose_files(path, dataset, split)
+        files: Sequence[str | Path] = groups[train]
+        if train != "validation" and "validation" in groups:
+            validation = read_table(groups["validation"][0], on_bad_row, options)
+            validation = validation if options.limit is None else validation.head(options.limit)
+    else:
+        files = _match_training_files(dataset, source, split, options)
+    readers = [open_stream(file, options) for file in files]
+    return StreamSource(
+        readers[0] if len(readers) == 1 else ChainedStream(readers),
+        validation,
+        (readers[0].path,) if source == "file" else tuple(map(Path, files)),
+        [*notes, *(note for reader in readers for note in reader.notes)],
+        readers[0].ignored,
+    )
+
+
+def _open_remote(
+    open_splits: Callable[[], Mapping[str, Any]],
+    split: str | None,
+    name: str,
+    options: ReadOptions,
+) -> StreamSource:
+    """Return the training stream and validation table of the splits that `open_splits` returns."""
+    splits, ignored = open_splits(), options.ignored
+    train = pick_split(splits, split, name)
+    rows, left_out = remove_columns(splits[train], ignored)
+    if rows.features is not None:
+        refuse_media(rows.features.arrow_schema, f"{name} ({train})")
+    held_out = next((key for key in VALIDATION_NAMES if key in splits and key != train), None)
+    validation = None
+    if held_out is not None:
+        first = remove_columns(splits[held_out], ignored)[0].take(options.limit or REMOTE_ROWS)
+        validation = IterableStream(lambda: first, f"{name} ({held_out})").collect()
+    stream = IterableStream(
+        lambda: remove_columns(open_splits()[train], ignored)[0], f"{name} ({train})"
+    )
+    return StreamSource(stream, validation, ignored=left_out)
 
 
 def join_splits(
@@ -233,18 +245,8 @@ def limit_rows(splits: DatasetSplits, max_samples: int | None) -> DatasetSplits:
     """Return the first `max_samples` rows of each split; None keeps all."""
     if max_samples is None:
         return splits
-
-    def cut(table: Table) -> Table:
-        if len(table) <= max_samples:
-            return table
-        return replace(table.take(range(max_samples)), dropped=table.dropped)
-
-    return replace(
-        splits,
-        train=cut(splits.train),
-        validation=None if splits.validation is None else cut(splits.validation),
-        test=None if splits.test is None else cut(splits.test),
-    )
+    cut: dict[str, Any] = {name: t.head(max_samples) for name, t in splits.tables.items()}
+    return replace(splits, **cut)
 
 
 def hold_out(splits: DatasetSplits, validation_split: float, seed: int) -> DatasetSplits:
@@ -269,59 +271,48 @@ def hold_out(splits: DatasetSplits, validation_split: float, seed: int) -> Datas
         )
     order = array("q", range(total))
     random.Random(seed).shuffle(order)
-    held, kept = np.sort(order[:count]), np.sort(order[count:])
+    validation, train = np.sort(order[:count]), np.sort(order[count:])
     note = f"validation: {count:,} of {total:,} rows held out of train (seed {seed})"
     return replace(
         splits,
-        train=replace(splits.train.take(kept), dropped=splits.train.dropped),
-        validation=splits.train.take(held),
+        train=replace(splits.train.take(train), dropped=splits.train.dropped),
+        validation=splits.train.take(validation),
         notes=[*splits.notes, note],
     )
 
 
 def _assemble(
-    tables: Mapping[str, Table], train: str, name: str, notes: list[str]
+    tables: Mapping[str, Table], train: str, name: str, notes: Sequence[str]
 ) -> DatasetSplits:
     """Assign tables to train, validation and test; add a note if `train` is not "train"."""
-    if train != "train":
-        notes = [*notes, f"{name}: trains on split {train!r} of {join_names(tables)}"]
-    validation = next((key for key in VALIDATION_NAMES if key in tables and key != train), None)
-    return DatasetSplits(
-        train=tables[train],
-        validation=tables[validation] if validation else None,
-        test=tables["test"] if "test" in tables and train != "test" else None,
-        name=name,
-        notes=notes,
-    )
+    other = [f"{name}: trains on split {train!r} of {join_names(tables)}"] * (train != "train")
+    validation = next((key for key in VALIDATION_NAMES if key in tables and key != train), "")
+    test = None if train == "test" else tables.get("test")
+    return DatasetSplits(tables[train], tables.get(validation), test, name, [*notes, *other])
 
 
-def _load_builtin(
-    dataset: str, split: str | None, subset: str | None, max_samples: int | None
-) -> DatasetSplits:
-    """Load a built-in dataset; `subset` is the kind of rows."""
+def _load_builtin(dataset: str, split: str | None, options: ReadOptions) -> dict[str, Table]:
+    """Load a built-in dataset; `options.subset` is the kind of rows."""
     name = dataset.removeprefix("builtin:")
     if name not in BUILTIN:
         raise InputError(
             f"--dataset {dataset}: no such built-in set.{did_you_mean(name, BUILTIN)} "
             f"There is: {join_names(f'builtin:{each}' for each in BUILTIN)}."
         )
-    if split is not None and split not in _BUILTIN_SPLITS:
+    if split is not None and split not in get_args(Split):
         raise InputError(
             f"--split {split}: no such split of {dataset}."
-            f"{did_you_mean(split, _BUILTIN_SPLITS)} Splits: {join_names(_BUILTIN_SPLITS)}."
+            f"{did_you_mean(split, get_args(Split))} Splits: {join_names(get_args(Split))}."
         )
-    from ftlevel.data.sources.docstrings import read_docstrings
-
-    kind: Any = subset or "generation"  # checked there
-    tables: dict[str, Table] = {}
-    for part in _BUILTIN_SPLITS:
-        rows = read_docstrings(kind, part, limit=max_samples)
-        numbers = list(range(1, len(rows) + 1))
-        tables[part] = Table(list(rows), numbers, f"{dataset} ({part})", unit="row")
-    return _assemble(tables, split or "train", dataset, [])
+    kind: Any = options.subset or "generation"  # checked by `read_docstrings`
+    tables = {}
+    for part in get_args(Split):
+        rows = read_docstrings(kind, part, limit=options.limit)
+        tables[part] = Table(rows, range(1, len(rows) + 1), f"{dataset} ({part})", unit="row")
+    return tables
 
 
-def _check_given(dataset: str) -> InMemoryDataset:
+def _check_in_memory(dataset: str) -> InMemoryDataset:
     """Return the rows in memory; raise `InputError` if only their name is left."""
     if isinstance(dataset, InMemoryDataset):
         return dataset
@@ -332,77 +323,65 @@ def _check_given(dataset: str) -> InMemoryDataset:
     )
 
 
-def check_one_file(dataset: str, split: str | None) -> None:
-    """Raise `InputError` if a split other than "train" is requested of a file or pattern."""
+def _source_type(dataset: str, path: Path) -> str:
+    """Return what a name refers to: hub, saved, directory, pattern or file."""
+    if dataset.startswith(HUB_PREFIX):
+        return "hub"
+    if path.is_dir():
+        return "saved" if is_saved_directory(path) else "directory"
+    if is_pattern(dataset):
+        return "pattern"
+    if dataset == STDIN or path.exists() or path.is_symlink():
+        return "file"
+    _check_hub_id(dataset, path)
+    return "hub"
+
+
+def _match_training_files(
+    dataset: str, source: str, split: str | None, options: ReadOptions
+) -> Sequence[str | Path]:
+    """Return a file, or the files that match a pattern, all of them training files.
+
+    Raises `InputError` if `split` is given, no file matches, or some but not all are named like
+    validation or test data.
+    """
     if split not in (None, "train"):
-        what = "a pattern of files" if is_pattern(dataset) else "one file"
+        description = "a pattern of files" if source == "pattern" else "one file"
         raise InputError(
-            f"--split {split}: {dataset} is {what}, without splits. Drop --split, or name a "
+            f"--split {split}: {dataset} is {description}, without splits. Drop --split, or name a "
             "directory that holds train and validation files."
         )
-
-
-def match_training_files(pattern: str, split: str | None, format_: str | None) -> list[Path]:
-    """Return the files that match a pattern, all of them training files.
-
-    Raises `InputError` if no file matches, or some but not all are named like validation or test
-    data.
-    """
-    check_one_file(pattern, split)
-    files = match_files(pattern, format_)
-    held = {name for names in (VALIDATION_NAMES, ("test",)) for name in names}
-    others = [str(file) for file in files if stem_of(file.name).lower() in held]
+    if source == "file":
+        return [dataset]
+    files = match_files(dataset, options.format)
+    others = [
+        str(file) for file in files if _SPLIT_OF.get(stem_of(file.name).lower(), "train") != "train"
+    ]
     if others and len(others) < len(files):
         raise InputError(
-            f"{pattern}: matches {join_names(others, 4)}, named like rows that are not for "
-            "training, "
-            f"beside {len(files) - len(others):,} other files. Name the directory, whose files are "
-            "used by their names, or a pattern that leaves them out."
+            f"{dataset}: matches {join_names(others, 4)}, named like rows that are not for "
+            f"training, beside {len(files) - len(others):,} other files. Name the directory, whose "
+            "files are used by their names, or a pattern that leaves them out."
         )
     return files
 
 
-def _load_pattern(
-    dataset: str, split: str | None, on_bad_row: OnBadRow, how: ReadOptions
-) -> DatasetSplits:
-    """Load all files that match a pattern as training rows."""
-    files = match_training_files(dataset, split, how.format)
+def _read_files(
+    files: Sequence[str | Path], on_bad_row: OnBadRow, options: ReadOptions
+) -> list[Table]:
+    """Read several files; raise one `InputError` with the problems of all."""
     tables, problems = [], []
     for file in files:
         try:
-            tables.append(read_table(file, on_bad_row, how))
+            tables.append(read_table(file, on_bad_row, options))
         except InputError as error:
             problems += error.problems
     if problems:
         raise InputError(problems)
-    note = f"{dataset}: reads {len(files):,} files: {join_names(map(str, files), 4)}"
-    return DatasetSplits(join_tables(tables), None, None, dataset, [note])
+    return tables
 
 
-def _load_directory(
-    path: Path, dataset: str, split: str | None, rest: tuple[OnBadRow, int | None, ReadOptions]
-) -> DatasetSplits:
-    """Load a directory: one file per split, shards of "train", or `save_to_disk` output."""
-    on_bad_row, max_samples, how = rest
-    if is_saved_directory(path):
-        tables = load_saved_tables(path, max_samples, how.ignored)
-        return _assemble(tables, pick_split(tables, split, dataset), dataset, [])
-    files, train, notes = choose_files(path, dataset, split)
-    if len(files[train]) > 1:
-        shards = join_tables([read_table(file, on_bad_row, how) for file in files[train]])
-        return DatasetSplits(shards, None, None, dataset, notes)
-    tables, problems = {}, []
-    for use, [file] in files.items():
-        try:
-            tables[use] = read_table(file, on_bad_row, how)
-        except InputError as error:
-            problems += error.problems
-    if problems:
-        raise InputError(problems)
-    return _assemble(tables, train, dataset, [])
-
-
-def choose_files(
+def _choose_files(
     path: Path, dataset: str, split: str | None
 ) -> tuple[dict[str, list[Path]], str, list[str]]:
     """Return the files of a directory by split, the name of the training split, and notes.
@@ -413,35 +392,35 @@ def choose_files(
     if split is None and _are_shards(names):
         note = f"{dataset}: reads all of {join_names(names)} as training rows"
         return {"train": [path / name for name in names]}, "train", [note]
-    stems: dict[str, str] = {}
+    files: dict[str, str] = {}
     for name in names:
         stem = stem_of(name).lower()
-        use = next((use for use, stems_ in _SPLIT_NAMES.items() if stem in stems_), stem)
-        if use in stems and (use in _SPLIT_NAMES or use == split):
+        use = _SPLIT_OF.get(stem, stem)
+        if use in files and (use in _SPLIT_OF or use == split):
             raise InputError(
-                f"{path}: {stems[use]!r} and {name!r} are both its {use} split. Remove one."
+                f"{path}: {files[use]!r} and {name!r} are both its {use} split. Remove one."
             )
-        stems[use] = name
+        files[use] = name
     train = (split or "train").lower()
-    train = next((use for use, stems_ in _SPLIT_NAMES.items() if train in stems_), train)
-    if train not in stems:
-        there = f"Files in it: {join_names(names)}." if names else "It holds no data file."
+    train = _SPLIT_OF.get(train, train)
+    if train not in files:
+        listing = f"Files in it: {join_names(names)}." if names else "It holds no data file."
         raise InputError(
-            f"{path}: has no {train} file.{did_you_mean(train, stems)} {there} "
+            f"{path}: has no {train} file.{did_you_mean(train, files)} {listing} "
             f"Add {train}.jsonl, or name one file: --dataset {path / (names or ['FILE'])[0]}"
         )
-    uses = dict.fromkeys([train, *(use for use in _SPLIT_NAMES if use in stems)])
-    return {use: [path / stems[use]] for use in uses}, train, []
+    uses = dict.fromkeys([train, *(use for use in get_args(Split) if use in files)])
+    return {use: [path / files[use]] for use in uses}, train, []
 
 
 def _are_shards(names: list[str]) -> bool:
     """Return whether there are several files and none is named like a split."""
     stems = [stem_of(name).lower() for name in names]
-    known = {stem for stems_ in _SPLIT_NAMES.values() for stem in stems_}
-    return len(names) > 1 and known.isdisjoint(stems) and not closest_matches("train", stems)
+    is_named = not _SPLIT_OF.keys().isdisjoint(stems) or closest_matches("train", stems)
+    return len(names) > 1 and not is_named
 
 
-def check_hub_id(dataset: str, path: Path) -> None:
+def _check_hub_id(dataset: str, path: Path) -> None:
     """Raise `InputError` if `dataset` looks like a missing local path rather than a Hub id."""
     looks_local = (
         dataset.startswith((".", "/", "~"))
@@ -459,17 +438,13 @@ def check_hub_id(dataset: str, path: Path) -> None:
 
 
 def _load_hub(
-    dataset: str, split: str | None, rest: tuple[str | None, int | None, Sequence[str]]
-) -> DatasetSplits:
-    """Load a Hub dataset; a sliced `split` is loaded alone."""
-    subset, max_samples, ignored = rest
-    sliced = split is not None and not split.isidentifier()
+    dataset: str, split: str | None, options: ReadOptions
+) -> tuple[dict[str, Table], str, list[str]]:
+    """Load a Hub dataset: tables, training split and notes; a sliced `split` is loaded alone."""
+    sliced = split if split is not None and not split.isidentifier() else None
     try:
-        tables, notes = load_hub_tables(
-            dataset, subset, split if sliced else None, max_samples, ignored
-        )
+        tables, notes = load_hub_tables(dataset, sliced, options)
     except InputError as error:
-        here = did_you_mean(dataset, (entry.name for entry in Path().iterdir()))
-        raise InputError(f"{error}{here}") from error
-    train = split if sliced and split else pick_split(tables, split, dataset)
-    return _assemble(tables, train, dataset, notes)
+        hint = did_you_mean(dataset, (entry.name for entry in Path().iterdir()))
+        raise InputError(f"{error}{hint}") from error
+    return tables, sliced or pick_split(tables, split, dataset), notes

@@ -1,10 +1,13 @@
-"""Tables: rows in memory with the line each came from, and the handling of bad rows.
+"""Tables: rows in memory with the line each came from; joining tables, and handling bad rows.
 
 Other modules identify a row by `Table.where`. This module must not read files or know tasks.
+`join_tables` and `mix_tables` repeat no row and interleave rows evenly, so that the first N rows
+are a fair sample.
 """
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -102,9 +105,89 @@ class Table:
         if isinstance(self.rows, LineRows):
             rows = self.rows.take(indices)
             return replace(self, rows=rows, lines=rows.lines, dropped=())
-        chosen = list(indices)
-        lines = [self.lines[index] for index in chosen]
-        return replace(self, rows=[self.rows[i] for i in chosen], lines=lines, dropped=())
+        indices = list(indices)
+        lines = [self.lines[index] for index in indices]
+        return replace(self, rows=[self.rows[i] for i in indices], lines=lines, dropped=())
+
+    def head(self, count: int) -> Table:
+        """Return a table of the first `count` rows."""
+        if len(self) <= count:
+            return self
+        return replace(self.take(range(count)), dropped=self.dropped)
+
+
+def join_tables(tables: Sequence[Table]) -> Table:
+    """Return one table with the interleaved rows of `tables`; their columns must be the same."""
+    first, *others = tables
+    if not others:
+        return first
+    for other in others:
+        if set(other.columns) != set(first.columns):
+            raise InputError(
+                f"{other.source}: has the columns {join_names(map(quote, other.columns))}, and "
+                f"{first.source} has {join_names(map(quote, first.columns))}. Data sets that are "
+                "trained on together need the same columns."
+            )
+        for column in first.label_names.keys() & other.label_names.keys():
+            names, expected = other.label_names[column], first.label_names[column]
+            if names != expected:
+                raise InputError(
+                    f"{other.source}: the classes of {column!r} are {join_names(names)}, and those "
+                    f"of {first.source} are {join_names(expected)}. Their numbers mean different "
+                    "classes. Write class names instead of numbers, or give both the same order."
+                )
+    parts, base = [], 0
+    dropped: list[BadRow] = []
+    rows: list[tuple[float, int, int, int]] = []  # relative position, table, row, line
+    for number, table in enumerate(tables):
+        parts.append(Part(base, table))
+        positions = ((index + 0.5) / len(table) for index in range(len(table)))
+        rows += (
+            (position, number, index, base + line)
+            for index, (position, line) in enumerate(zip(positions, table.lines, strict=True))
+        )
+        dropped += [replace(row, line=base + row.line) for row in table.dropped]
+        base += max([*table.lines, *(row.line for row in table.dropped)], default=0)
+    rows.sort()
+    return Table(
+        [tables[number].rows[index] for _, number, index, _ in rows],
+        [line for *_, line in rows],
+        " + ".join(table.source for table in tables),
+        first.unit,
+        tuple(dropped),
+        first.label_names,
+        tuple(parts),
+        tuple(note for table in tables for note in table.notes),
+        text_cells=all(table.text_cells for table in tables),
+        ignored=tuple(dict.fromkeys(name for table in tables for name in table.ignored)),
+    )
+
+
+def mix_tables(
+    tables: Sequence[Table], shares: Sequence[float], seed: int
+) -> tuple[list[Table], list[str]]:
+    """Return a sample of each table, sized in proportion to `shares`, and a note with the counts.
+
+    The table that is shortest for its share is used completely. Raises `InputError` if a table
+    would contribute no row.
+    """
+    total = sum(shares)
+    size = min(len(table) * total / share for table, share in zip(tables, shares, strict=True))
+    counts = [int(size * share / total + 1e-9) for share in shares]
+    samples = []
+    for table, count, share in zip(tables, counts, shares, strict=True):
+        if count < 1:
+            raise InputError(
+                f"--mix {','.join(f'{s:g}' for s in shares)}: a share of {share:g} leaves no row "
+                f"of {table.source} beside {min(map(len, tables)):,} rows. Give it more."
+            )
+        indices = sorted(random.Random(seed).sample(range(len(table)), count))
+        samples.append(replace(table.take(indices), dropped=table.dropped))
+    used = join_names(
+        f"{count:,} of {len(table):,} rows of {table.source}"
+        for count, table in zip(counts, tables, strict=True)
+    )
+    return samples, [f"mixed {' : '.join(f'{share:g}' for share in shares)}: {used}"]
 
 
 def handle_bad_rows(table: Table, bad: Sequence[BadRow], on_bad_row: OnBadRow) -> Table:

@@ -10,8 +10,8 @@ import pytest
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.spans import Window
 from ftlevel.data.encoding.store import rows_to_batches, write_store
-from ftlevel.data.gate import FlatRows, checks
-from ftlevel.data.gate.checks import examples_in
+from ftlevel.data.gate import checks
+from ftlevel.data.gate.checks import FlatRows, examples_in
 from ftlevel.tasks import TASKS
 
 _ = IGNORED

@@ -13,8 +13,7 @@ from additions.tree import DATA_FORMAT
 from additions.tree import run as run_in
 from ftlevel.cli.app import run
 from ftlevel.data.sources.readers.files import READERS
-from ftlevel.data.sources.splits import load_splits
-from ftlevel.data.sources.stream_sources import open_source
+from ftlevel.data.sources.splits import load_splits, open_source
 from ftlevel.errors import InputError
 
 ROOT = Path(__file__).parents[4]
@@ -48,7 +47,7 @@ def test_it_is_one_of_the_files_of_a_directory() -> None:
 
 
 def test_it_is_read_as_a_stream() -> None:
-    source = open_source("x.kv", split=None, subset=None, on_bad_row="error", validation_rows=None)
+    source = open_source("x.kv")
     chunks = list(source.train.chunks())
     assert [len(chunk.rows) for chunk in chunks] == [64, 64, 22]
     later = source.train.chunks(json.loads(json.dumps(chunks[0].cursor)))

@@ -11,8 +11,7 @@ import pandas as pd
 import pytest
 
 from ftlevel.config import InMemoryDataset, TrainConfig
-from ftlevel.data.sources.splits import DatasetSplits, load_splits
-from ftlevel.data.sources.stream_sources import open_source
+from ftlevel.data.sources.splits import DatasetSplits, load_splits, open_source
 from ftlevel.errors import ConfigError, InputError
 
 ROWS = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
@@ -105,8 +104,7 @@ def test_the_name_alone_has_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(InputError, match="were handed over in Python, and are not kept"):
         load_splits("in memory")
     with pytest.raises(InputError, match=r"is in memory already\. Drop --streaming"):
-        open_source(InMemoryDataset(ROWS), split=None, subset=None, on_bad_row="error",
-                    validation_rows=None)  # fmt: skip
+        open_source(InMemoryDataset(ROWS))
 
 
 def test_a_configuration_shows_the_name_alone() -> None:

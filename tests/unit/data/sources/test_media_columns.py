@@ -12,9 +12,9 @@ import pytest
 
 from ftlevel.config import DataConfig, InMemoryDataset
 from ftlevel.data.prepare.loading import load_examples
+from ftlevel.data.sources.readers.files import ReadOptions
 from ftlevel.data.sources.readers.refused import refuse_media_columns
-from ftlevel.data.sources.splits import load_splits
-from ftlevel.data.sources.stream_sources import open_source
+from ftlevel.data.sources.splits import load_splits, open_source
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
 
@@ -128,12 +128,10 @@ def test_features_of_datasets_are_refused_in_memory_on_disk_and_as_a_stream(
         table = load_splits(name, ignored=("photo", "sound", "none")).train
         assert table.columns == ["text"]
         assert table.ignored == ("photo", "sound")
-    how: dict[str, Any] = {"split": None, "subset": None, "on_bad_row": "error"}
     with pytest.raises(InputError, match=both):
-        open_source(str(tmp_path / "saved"), validation_rows=None, **how)
-    source = open_source(
-        str(tmp_path / "saved"), validation_rows=None, ignored=("photo", "sound"), **how
-    )
+        open_source(str(tmp_path / "saved"))
+    options = ReadOptions(ignored=("photo", "sound"))
+    source = open_source(str(tmp_path / "saved"), options=options)
     assert next(source.train.chunks()).rows == [{"text": "a"}, {"text": "b"}, {"text": "c"}]
 
 

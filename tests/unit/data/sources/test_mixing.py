@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftlevel.data.sources.splits import join_splits, join_tables, load_splits, mix_tables
-from ftlevel.data.sources.table import BadRow, Table
+from ftlevel.data.sources.splits import join_splits, load_splits
+from ftlevel.data.sources.table import BadRow, Table, join_tables, mix_tables
 from ftlevel.errors import InputError
 
 

@@ -13,7 +13,6 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.feather
@@ -24,8 +23,7 @@ from ftlevel.data.prepare.dataset import resolve_files
 from ftlevel.data.prepare.inference import FileRows
 from ftlevel.data.sources.readers.files import ReadOptions, open_reader, open_stream, read_table
 from ftlevel.data.sources.readers.text import detect_file_format
-from ftlevel.data.sources.splits import load_splits
-from ftlevel.data.sources.stream_sources import open_source
+from ftlevel.data.sources.splits import load_splits, open_source
 from ftlevel.errors import InputError
 
 ROWS = [{"id": str(i), "text": f"ä, {i}"} for i in range(150)]
@@ -244,9 +242,7 @@ def test_links_and_devices_are_refused_at_once(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=words):
             load_splits(str(path))
         with pytest.raises(InputError, match=words):
-            open_source(
-                str(path), split=None, subset=None, on_bad_row="error", validation_rows=None
-            )
+            open_source(str(path))
 
 
 def _write_later(path: Path, content: bytes, wait: float = 0.0) -> threading.Thread:
@@ -312,8 +308,7 @@ def test_a_pattern_reads_all_files_that_match(
         assert sorted(map(str, splits.train.rows)) == sorted(map(str, ROWS))
         assert splits.train.where(0).startswith(name.partition("par")[0] + "parts/a.")
         assert "files: " in splits.notes[0]
-        how: Any = {"split": None, "subset": None, "on_bad_row": "error", "validation_rows": None}
-        source = open_source(name, **how)
+        source = open_source(name)
         assert [row for chunk in source.train.chunks() for row in chunk.rows] == ROWS
         assert resolve_files(name) == list(source.files)
 

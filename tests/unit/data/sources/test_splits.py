@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import datasets
@@ -165,9 +163,7 @@ def test_builtin_sets_are_read_by_kind_and_split(monkeypatch: pytest.MonkeyPatch
         calls.append((kind, split, limit))
         return [{"text": f"{split} {n}"} for n in range(3)][:limit]
 
-    module = ModuleType("ftlevel.data.sources.docstrings")
-    module.read_docstrings = read_docstrings  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "ftlevel.data.sources.docstrings", module)
+    monkeypatch.setattr("ftlevel.data.sources.splits.read_docstrings", read_docstrings)
     splits = load_splits("builtin:docstrings", subset="summarization", max_samples=2)
     assert calls == [("summarization", split, 2) for split in ("train", "validation", "test")]
     assert texts_of(splits.train) == ["train 0", "train 1"]

@@ -12,9 +12,9 @@ import pytest
 
 from ftlevel.data.sources.hub import IterableStream
 from ftlevel.data.sources.readers.arrow import ParquetReader
-from ftlevel.data.sources.readers.files import open_stream, read_table
+from ftlevel.data.sources.readers.files import ReadOptions, open_stream, read_table
 from ftlevel.data.sources.readers.json import JsonLinesReader
-from ftlevel.data.sources.stream_sources import open_source
+from ftlevel.data.sources.splits import open_source
 from ftlevel.data.sources.streams import Chunk, Stream
 from ftlevel.errors import InputError
 
@@ -141,9 +141,7 @@ def test_of_parquet_only_the_row_group_of_the_cursor_is_read(
 def test_files_follow_one_another(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(100)])
-    source = open_source(
-        str(tmp_path), split=None, subset=None, on_bad_row="error", validation_rows=None
-    )
+    source = open_source(str(tmp_path))
     assert [row["text"] for _, row in flat(list(source.train.chunks()))] == [
         f"{name} {i}" for name in "abc" for i in range(100)
     ]
@@ -179,9 +177,7 @@ def test_a_saved_directory(tmp_path: Path) -> None:
     splits = {"train": datasets.Dataset.from_list(ROWS), "validation": ROWS[:5]}
     splits["validation"] = datasets.Dataset.from_list(ROWS[:5])
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
-    source = open_source(
-        str(tmp_path / "saved"), split=None, subset=None, on_bad_row="error", validation_rows=3
-    )
+    source = open_source(str(tmp_path / "saved"), options=ReadOptions(limit=3))
     assert source.validation is not None
     assert list(source.validation.rows) == ROWS[:3]
     assert flat(list(source.train.chunks())) == list(enumerate(ROWS, 1))

@@ -58,11 +58,11 @@ def test_the_sheet_is_the_first_or_the_one_named(tmp_path: Path) -> None:
     table = read_table(path)
     assert table.rows == [{"text": "a"}]
     assert "sheet 'Data', the first of Data, Other; --subset another" in table.notes[0]
-    assert read_table(path, how=ReadOptions(sheet="Other")).rows == [
+    assert read_table(path, options=ReadOptions(subset="Other")).rows == [
         {"note": "of the second sheet"}
     ]
     with pytest.raises(InputError, match=r"--subset Othr: .* Did you mean 'Other'\? Sheets: Data"):
-        read_table(path, how=ReadOptions(sheet="Othr"))
+        read_table(path, options=ReadOptions(subset="Othr"))
 
 
 def test_faults_are_named_by_row(tmp_path: Path) -> None:

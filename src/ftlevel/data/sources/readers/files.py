@@ -56,21 +56,26 @@ READERS |= loaded("formats", READERS)
 class ReadOptions:
     """Options for reading a file.
 
-    `format` is a suffix without its dot; None detects it. `sheet` defaults to the first one.
-    `columns` are names that identify the header of a table on stdin.
+    Attributes:
+        format: a suffix without its dot; None detects it.
+        subset: sheet of a workbook (None: the first) or configuration of a Hub dataset.
+        columns: names that identify the header of a table on stdin.
+        ignored: columns that are not read.
+        limit: number of rows to keep where rows can be read one by one; None for all.
     """
 
     format: str | None = None
-    sheet: str | None = None
+    subset: str | None = None
     columns: Collection[str] = ()
     ignored: Sequence[str] = ()
+    limit: int | None = None
 
 
 DEFAULT_READ_OPTIONS = ReadOptions()
 
 
 def read_table(
-    name: str | Path, on_bad_row: OnBadRow = "error", how: ReadOptions = DEFAULT_READ_OPTIONS
+    name: str | Path, on_bad_row: OnBadRow = "error", options: ReadOptions = DEFAULT_READ_OPTIONS
 ) -> Table:
     """Read the rows of a file, which may be compressed, or of stdin ("-").
 
@@ -80,56 +85,56 @@ def read_table(
     Raises:
         InputError: the file is missing, unsupported, damaged or empty, or has bad rows.
     """
-    reader = open_reader(name, how)
+    reader = open_reader(name, options)
     with wrap_read_errors(reader.path, reader.shown):
         table, bad = reader.collect()
     if not table.rows and not bad:
         raise InputError(f"{reader.shown}: has 0 rows. Give a file with rows.")
-    return handle_bad_rows(table, bad, on_bad_row).without_columns(how.ignored)
+    return handle_bad_rows(table, bad, on_bad_row).without_columns(options.ignored)
 
 
-def open_reader(name: str | Path, how: ReadOptions = DEFAULT_READ_OPTIONS) -> Reader:
+def open_reader(name: str | Path, options: ReadOptions = DEFAULT_READ_OPTIONS) -> Reader:
     """Return the reader of a file; raise `InputError` if it is missing, unsupported or empty."""
-    if how.format is not None and f".{how.format}" not in READERS:
+    if options.format is not None and f".{options.format}" not in READERS:
         names = [suffix[1:] for suffix in READERS]
         raise InputError(
-            f"--input-format {how.format}: no such format.{did_you_mean(how.format, names)} "
+            f"--input-format {options.format}: no such format."
+            f"{did_you_mean(options.format, names)} "
             f"Formats: {join_names(names, 20)}."
         )
     path = Path(name).expanduser()
     piped = str(name) == STDIN or is_pipe(path)
     shown = "stdin" if str(name) == STDIN else str(name)
     with wrap_read_errors(path):
-        if not piped:
-            check_is_file(path, data_files)
-            suffix = Path(plain_name(path.name)).suffix.lower()
-            if how.format is None and suffix not in READERS:
-                raise refuse_unknown(path, suffix, list(READERS))
         if piped:
             copy = cache_stdin() if shown == "stdin" else cache_pipe(path)
         else:
+            check_is_file(path, data_files)
+            suffix = Path(plain_name(path.name)).suffix.lower()
+            if options.format is None and suffix not in READERS:
+                raise refuse_unknown(path, suffix, list(READERS))
             copy = decompress(path) if is_compressed(path) else path
         if copy.stat().st_size == 0:
             raise InputError(f"{shown}: has 0 rows (0 bytes). Give a file with rows.")
-        format_, note = _format_of(copy, shown, how)
+        format_, note = _detect_format(copy, shown, options)
     with wrap_read_errors(copy, shown):
-        reader = ExcelReader(copy, how.sheet) if format_ is ExcelReader else format_(copy)
+        reader = ExcelReader(copy, options.subset) if format_ is ExcelReader else format_(copy)
     reader.shown = shown
     if reader.schema is not None:
-        reader.ignored = tuple(name for name in how.ignored if name in reader.schema.names)
+        reader.ignored = tuple(name for name in options.ignored if name in reader.schema.names)
         for name in reader.ignored:
             reader.schema = reader.schema.remove(reader.schema.get_field_index(name))
         refuse_media(reader.schema, shown)
-    said = [f"read as {note}"] if note else []
-    if how.sheet is not None and format_ is not ExcelReader:
-        said.append(f"--subset {how.sheet} is not used: it is one table, without sheets")
-    reader.notes[:] = [f"{shown}: {each}" for each in [*said, *reader.notes]]
+    notes = [f"read as {note}"] if note else []
+    if options.subset is not None and format_ is not ExcelReader:
+        notes.append(f"--subset {options.subset} is not used: it is one table, without sheets")
+    reader.notes[:] = [f"{shown}: {each}" for each in [*notes, *reader.notes]]
     return reader
 
 
-def open_stream(name: str | Path, how: ReadOptions = DEFAULT_READ_OPTIONS) -> Reader:
+def open_stream(name: str | Path, options: ReadOptions = DEFAULT_READ_OPTIONS) -> Reader:
     """Return the reader of a file; raise `InputError` if the format cannot be streamed."""
-    reader = open_reader(name, how)
+    reader = open_reader(name, options)
     if not reader.in_parts:
         streamed = [suffix for suffix, each in READERS.items() if each.in_parts]
         raise InputError(
@@ -144,14 +149,14 @@ def match_files(pattern: str, format_: str | None = None) -> list[Path]:
 
     Unless `format_` is set, files with unsupported suffixes are skipped.
     """
-    wish = str(Path(pattern).expanduser())
-    found = map(Path, glob(wish, recursive=True))  # noqa: PTH207 - Path.glob rejects absolute ones
-    files = sorted(path for path in found if not path.is_dir())
+    expanded = str(Path(pattern).expanduser())
+    paths = map(Path, glob(expanded, recursive=True))  # noqa: PTH207 - Path.glob: relative only
+    files = sorted(path for path in paths if not path.is_dir())
     matched = [path for path in files if format_ or is_data_file_name(path.name)]
     if not matched:
-        what = f"none of {join_names(map(str, files), 4)} can be read" if files else "no file"
+        matches = f"none of {join_names(map(str, files), 4)} can be read" if files else "no file"
         raise InputError(
-            f"{pattern}: this pattern matches {what}. Check the directory and the ending; those "
+            f"{pattern}: this pattern matches {matches}. Check the directory and the ending; those "
             f"that are read: {join_names(READERS, 20)}."
         )
     return matched
@@ -178,20 +183,21 @@ def stem_of(name: str) -> str:
     return Path(plain_name(name)).stem
 
 
-def _format_of(path: Path, shown: str, how: ReadOptions) -> tuple[type[Reader], str]:
+def _detect_format(path: Path, shown: str, options: ReadOptions) -> tuple[type[Reader], str]:
     """Return the reader class of a decompressed file, and a note if its content determined it."""
-    if how.format is not None:
-        return READERS[f".{how.format}"], ""
+    if options.format is not None:
+        return READERS[f".{options.format}"], ""
     suffix = path.suffix.lower()
     if suffix not in READERS:  # stdin or a pipe
-        found = detect_file_format(path, how.columns)
-        if found is None:
+        detected = detect_file_format(path, options.columns)
+        if detected is None:
             first = next((line for line in head_lines(path) if line.strip()), "")
             raise InputError(
                 f"{shown}: its first line, {first[:40]!r}, does not say what format it is. Pass "
                 f"--input-format, one of {join_names((each[1:] for each in READERS), 20)}."
             )
-        return READERS[found[0]], f"{found[0][1:]}: {found[1]}"
+        format_, reason = detected
+        return READERS[format_], f"{format_[1:]}: {reason}"
     if suffix in (".txt", ".tsv") and looks_like_conll(head_lines(path)):
         return READERS[".conll"], f"conll: every line is a word and its tag, not {suffix[1:]}"
     return READERS[suffix], ""
