@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from ftlevel.cli.app import commands
-from ftlevel.config.flag import Alias, Flag, NoOpValue, ValueAliases
+from ftlevel.config.flag import Alias, Flag, NoOpValue, UnsupportedFlag, ValueAliases
 from ftlevel.config.flags import FLAGS, flags_of
 
 MANY = 30
@@ -63,7 +63,7 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
         yield "| flag | field | choices | default | second names | |"
         yield "|---|---|---|---|---|---|"
         yield from (_line(row, name, flags) for row in rows if row.panel == panel)
-    answers = [row for row in flags if row.answer and name in row.on]
+    answers = [row for row in flags if isinstance(row, UnsupportedFlag) and name in row.on]
     if name != "train" and len(answers) > MANY:
         yield from (
             "",
@@ -77,39 +77,33 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
         yield from (f"- {', '.join(names)}: {text}" for text, names in groups.items())
 
 
-def _answer(row: Flag) -> str:
+def _answer(row: UnsupportedFlag) -> str:
     """Return what `ftlevel` answers to a flag that is not available, by value."""
     words = [
         f"{_code(word)}: {meant.reason if isinstance(meant, NoOpValue) else _code(meant)}"
-        for word, meant in row.words.items()
+        for word, meant in row.aliases.values.items()
     ]
-    return "; ".join([*words, row.answer])
+    return "; ".join([*words, row.message])
 
 
 def _line(row: Flag, command: str, flags: Sequence[Flag]) -> str:
-    facts = row.facts(command)
-    is_switch = (facts.type if facts else row.type) is bool
-    if facts is None:
-        help_text, choices, default = row.help, "", "" if row.default is None else str(row.default)
-    else:
-        help_text, choices = facts.description, ", ".join(facts.choices)
-        default = "required" if facts.required else facts.default
-    default = "required" if row.required else default
+    metadata = row.metadata(command)
+    is_required = row.required or metadata.required
     cells = [
-        ", ".join(_code(name) for name in row.typer_names(is_switch)),
+        ", ".join(_code(name) for name in row.typer_names(metadata.type is bool)),
         ", ".join(_code(path) for path in (row.path, *row.by_task.values())),
-        choices,
-        default,
+        ", ".join(metadata.choices),
+        "required" if is_required else "" if metadata.default is None else str(metadata.default),
         ", ".join(_second(row, flags)),
-        help_text,
+        metadata.description,
     ]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _second(row: Flag, flags: Sequence[Flag]) -> Iterator[str]:
-    if row.words:
-        yield f"{_code(row.shown)} ({_words(row.words)})"
-    seconds = [other for each in flags if each.shown == row.shown for other in each.spellings]
+    if row.aliases.values:
+        yield f"{_code(row.shown)} ({_words(row.aliases.values)})"
+    seconds = [other for each in flags if each.shown == row.shown for other in each.alias_names]
     yield from dict.fromkeys(map(_with_values, seconds))
 
 

@@ -168,7 +168,7 @@ def test_every_field_has_a_consumer() -> None:
         (["train", "--method", "lorra"], "Did you mean 'lora'?"),
         (["train", "--task", "sumarization"], "Did you mean 'summarization'?"),
         (["train", "--quant", "4bit", "--method", "full"], "Use --method qlora"),
-        (["train", "--bf16", "--dtype", "float32"], "--bf16 and --dtype both set the precision"),
+        (["train", "--bf16", "--dtype", "float32"], "--bf16 and --dtype both set model.dtype"),
         (["train", "a.yaml", "--recipe", "b.yaml"], "two recipes are given"),
         (["train", "--map", "summary"], "expected NAME=COLUMN"),
         (["train", "--set", "seed"], "expected section.key=value"),

@@ -21,7 +21,7 @@ from ftlevel.cli.app import build_app, commands, run
 from ftlevel.cli.flags import CommandInput, add_command
 from ftlevel.cli.spelling import FlagSpec, build_flag_specs, resolve_flag_aliases
 from ftlevel.config import EvaluateConfig, Layer, TrainConfig
-from ftlevel.config.flag import Alias, config_of, describe_field
+from ftlevel.config.flag import Alias, FlagAliases, UnsupportedFlag, config_of, describe_field
 from ftlevel.config.flags import (
     DAILY,
     DATA,
@@ -38,9 +38,9 @@ from ftlevel.errors import ConfigError, FtlevelError
 TOY = Flag(
     "data.validation_rows",
     panel=HOW,
-    also=("--vr", Alias("--how-many", values={"some": "5"}), Alias("--few", "3")),
+    aliases=FlagAliases(("--vr", Alias("--how-many", values={"some": "5"}), Alias("--few", "3"))),
 )
-ANSWERED = Flag(names="--wrapping", answer="rows are packed by default. Drop it.")
+ANSWERED = UnsupportedFlag(names="--wrapping", message="rows are packed by default. Drop it.")
 
 
 def function_of(name: str) -> Callable[..., None]:
@@ -151,7 +151,7 @@ def test_two_spellings_of_one_field() -> None:
         ConfigError, match=r"--few and --validation-rows both set data.validation_rows"
     ):
         layer_of(["--few", "--validation-rows", "9"], (*FLAGS, TOY))
-    with pytest.raises(ConfigError, match=r"--fp16 and --bf16 both set the precision\. Use"):
+    with pytest.raises(ConfigError, match=r"--fp16 and --bf16 both set model.dtype\. Use"):
         layer_of(["--fp16", "--bf16"])
 
 
@@ -204,10 +204,10 @@ def test_second_spellings(typed: list[str], read: list[str]) -> None:
 
 
 def test_words_are_translated_for_their_flag_alone() -> None:
-    readings = {"--lora-target": FlagSpec("--target-modules", words={"all": "all-linear"})}
+    specs = {"--lora-target": FlagSpec("--target-modules", values={"all": "all-linear"})}
     typed = ["--lora-target", "all", "all", "--lora-target", "--x", "all"]
     read = ["--target-modules", "all-linear", "all", "--target-modules", "--x", "all"]
-    assert resolve_flag_aliases(typed, readings).arguments == read
+    assert resolve_flag_aliases(typed, specs).arguments == read
 
 
 @pytest.mark.parametrize(
@@ -299,12 +299,12 @@ def test_every_flag_reaches_a_field_that_is_described(name: str) -> None:
     rows = flags_of(name)
     assert len(rows) >= 3
     for row in rows:
-        facts = row.facts(name)
-        assert facts.description if facts else row.help, row
+        metadata, config = row.metadata(name), config_of(name)
+        assert metadata.description, row
         if row.rest:
-            assert describe_field(config_of(name) or TrainConfig, row.rest).description
-        if facts and facts.type == list[str]:
-            assert row.example, row
+            assert describe_field(config or TrainConfig, row.rest).description
+        if config and row.path and describe_field(config, row.path).type == list[str]:
+            assert metadata.example, row
             assert row.metavar, row
 
 
@@ -334,8 +334,8 @@ def test_names_are_given_once(name: str) -> None:
     parameters = [row.parameter for row in rows]
     assert [name for name, count in Counter(names).items() if count > 1] == []
     assert len(parameters) == len(set(parameters))
-    seconds = [other.name for row in FLAGS if row.shown in names for other in row.spellings] + [
-        row.shown for row in FLAGS if row.answer and name in row.on
+    seconds = [other.name for row in FLAGS if row.shown in names for other in row.alias_names] + [
+        row.shown for row in FLAGS if isinstance(row, UnsupportedFlag) and name in row.on
     ]
     assert [second for second, count in Counter(seconds).items() if count > 1] == []
     assert set(seconds) & set(names) <= {"--adapter", "--base"}  # flags of generate, of evaluate
@@ -346,10 +346,10 @@ def test_rows_name_commands_and_flags_that_exist() -> None:
     assert {name for row in FLAGS for name in row.on} == set(commands())
     assert {"--model", "--lora-r", "--quant"} <= shown
     with pytest.raises(KeyError, match="gone"):
-        Flag("train.gone").facts("train")
+        Flag("train.gone").metadata("train")
 
 
-def test_facts_of_a_field() -> None:
+def test_metadata_of_a_field() -> None:
     mapping = describe_field(EvaluateConfig, "columns")
     assert (mapping.type, mapping.default, mapping.required) == (list[str], "", False)
     kind = describe_field(TrainConfig, "method.kind")

@@ -127,7 +127,7 @@ def test_a_recipe_after_a_list_is_no_value(tmp_path: Path) -> None:
         ("--lora_rnk 8", "No such option: --lora-rnk. Did you mean '--lora-rank'?"),
         ("--max-generate-samples 5", "a field: --set train.max_generate_samples=VALUE."),
         ("--streaming perhaps.yaml2 --fast=perhaps", "'perhaps' is neither true nor false"),
-        ("--load_in_4bit --load_in_8bit", "--load-in-4bit and --load-in-8bit both set the quant"),
+        ("--load_in_4bit --load_in_8bit", "--load-in-4bit and --load-in-8bit both set quant.kind"),
         ("--bf16 false", "Add --dtype float32: auto takes bfloat16 where the device has it."),
         ("--load_in_4bit false --quant 4bit", "--load-in-4bit false contradicts quant.kind"),
         ("--packing --no-fast", "--packing contradicts speed.fast, which is False. Drop --no-fast"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -44,20 +44,21 @@ from ftlevel.extensions import hooks
 from ftlevel.world import is_launched
 
 _WIDEST_NAME = 28  # longest flag on the same line as its help
+_ALSO_IN_HELP = ("--help-all", "-h", "--recipe", "--set", "--dry-run")
 
 
 class FtlevelCommand(TyperCommand):
     """Typer command that accepts aliases of flags and groups its help in panels."""
 
-    readings: ClassVar[Mapping[str, FlagSpec]] = {}
+    specs: ClassVar[Mapping[str, FlagSpec]] = {}
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Replace aliases with canonical flags, then parse."""
-        if "--help-all" in args and "--help-all" in self.readings:
+        if "--help-all" in args and "--help-all" in self.specs:
             ctx.meta["ftlevel.shows_all"] = True
             typer.echo(self.get_help(ctx))
             raise typer.Exit
-        done = resolve_flag_aliases(args, self.readings)
+        done = resolve_flag_aliases(args, self.specs)
         ctx.meta["ftlevel.typed"], ctx.meta["ftlevel.claims"] = done.typed, done.claims
         try:
             return super().parse_args(ctx, list(done.arguments))  # the parser empties its argument
@@ -72,13 +73,13 @@ class FtlevelCommand(TyperCommand):
         field = find_setting(name.lstrip("-").replace("-", "_")) if self.has_settings else ""
         if field:
             raise ConfigError(f"{name} is no flag, but a field: --set {field}=VALUE.") from None
-        error.message = f"{error.message}.{did_you_mean(name, self.readings)}"
+        error.message = f"{error.message}.{did_you_mean(name, self.specs)}"
         error.possibilities = None
 
     @property
     def has_settings(self) -> bool:
         """Whether the command has `--set`."""
-        return "--set" in self.readings
+        return "--set" in self.specs
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write one section per panel, without importing rich, which is slow."""
@@ -122,16 +123,11 @@ def _name_value(error: Any, done: RewrittenArguments) -> None:
 def _common_panels(panels: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """Return the panels of `--help`: arguments, common options, and a pointer to the others."""
     shown = {title: panels[title] for title in ("Arguments", DAILY) if title in panels}
-    others = [title for title in panels if title not in shown and title != GENERAL]
-    ways = ("--help-all", "-h", "--recipe", "--set", "--dry-run")
-    few = [
-        record
-        for records in panels.values()
-        for record in records
-        if record[0].split()[0].rstrip(",") in ways
-    ]
-    hidden = sum(len(records) for title, records in panels.items() if title not in shown) - len(few)
-    return {**shown, f"{hidden} more options: {', '.join(others)}": few}
+    hidden = {title: records for title, records in panels.items() if title not in shown}
+    others = [record for records in hidden.values() for record in records]
+    few = [record for record in others if record[0].split()[0].rstrip(",") in _ALSO_IN_HELP]
+    titles = ", ".join(title for title in hidden if title != GENERAL)
+    return {**shown, f"{len(others) - len(few)} more options: {titles}": few}
 
 
 def _entry(name: str, text: str, column: int, width: int) -> str:
@@ -191,7 +187,7 @@ def add_command(
     rows = flags_of(name, flags)
 
     class Own(FtlevelCommand):
-        readings: ClassVar[Mapping[str, FlagSpec]] = build_flag_specs(name, flags)
+        specs: ClassVar[Mapping[str, FlagSpec]] = build_flag_specs(name, flags)
 
     def call(ctx: typer.Context, **values: Any) -> None:
         typed, claims = ctx.meta.get("ftlevel.typed", {}), ctx.meta.get("ftlevel.claims", [])
@@ -207,53 +203,54 @@ def add_command(
 def _signature_of(command: str, rows: Sequence[Flag]) -> inspect.Signature:
     """Return the signature from which Typer reads the flags of `command`."""
     context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    return inspect.Signature([context, *(p for row in rows for p in _parameters_of(command, row))])
+    return inspect.Signature([context, *(_parameter(command, row) for row in rows)])
 
 
-def _parameters_of(command: str, row: Flag) -> Iterator[inspect.Parameter]:
-    facts = row.facts(command)
-    kind = row.type if facts is None or facts.type is str else facts.type
-    short = _short_choices(facts)
-    shown: dict[str, Any] = {
-        "help": row.help if facts is None else _help_of(facts, row),
-        "metavar": row.names if row.is_argument else row.metavar or short or None,
-        "min": row.minimum,
+def _parameter(command: str, row: Flag) -> inspect.Parameter:
+    metadata = row.metadata(command)
+    default = metadata.default if row.value is not None else None
+    if metadata.type is bool and row.value is not None:
+        default = False
+    settings: dict[str, Any] = {
+        "help": _help_of(metadata, row),
+        "metavar": row.names if row.is_argument else row.metavar or _short_choices(metadata),
+        "min": metadata.minimum,
         "rich_help_panel": row.panel or None,
-        "show_default": row.default is not None,
-        "autocompletion": completer(row, facts),
+        "show_default": bool(default is not None and default is not False),
+        "autocompletion": completer(row, metadata),
     }
-    if row.is_argument:
-        yield _parameter(row, kind, typer.Argument(**shown))
-        return
-    yield _parameter(row, kind, typer.Option(*row.typer_names(kind is bool), **shown))
-
-
-def _parameter(row: Flag, kind: Any, info: Any) -> inspect.Parameter:
-    default = False if kind is bool and not row.path else row.default
+    info = (
+        typer.Argument(**settings)
+        if row.is_argument
+        else typer.Option(*row.typer_names(metadata.type is bool), **settings)
+    )
+    is_given = row.required or default is not None
     return inspect.Parameter(
         row.parameter,
         inspect.Parameter.KEYWORD_ONLY,
-        annotation=Annotated[kind if row.required or default is not None else kind | None, info],
+        annotation=Annotated[metadata.type if is_given else metadata.type | None, info],
         default=inspect.Parameter.empty if row.required else default,
     )
 
 
-def _short_choices(facts: FieldMetadata | None) -> str:
+def _short_choices(metadata: FieldMetadata) -> str | None:
     """Return the choices of a field if they are short enough for a metavar."""
-    choices = "|".join(facts.choices) if facts else ""
-    return choices if len(choices) <= _WIDEST_CHOICES else ""
+    choices = "|".join(metadata.choices)
+    return choices if choices and len(choices) <= _WIDEST_CHOICES else None
 
 
-def _help_of(facts: FieldMetadata, row: Flag) -> str:
+def _help_of(metadata: FieldMetadata, row: Flag) -> str:
     """Return the help of a flag: description, choices and default if not mentioned in it."""
-    told = _short_choices(facts) or all(word in facts.description for word in facts.choices)
+    if row.value is not None:
+        return metadata.description
+    is_shown = _short_choices(metadata) or all(c in metadata.description for c in metadata.choices)
     notes = [
-        "" if told else ", ".join(facts.choices),
-        f"default: {facts.default}" if facts.default else "",
-        "required" if facts.required and not row.required else "",  # otherwise Typer shows it
+        "" if is_shown else ", ".join(metadata.choices),
+        f"default: {metadata.default}" if metadata.default else "",
+        "required" if metadata.required and not row.required else "",  # otherwise Typer shows it
     ]
-    extra = "; ".join(note for note in notes if note)
-    return f"{facts.description}  [{extra}]" if extra else facts.description
+    extra = "; ".join(filter(None, notes))
+    return f"{metadata.description}  [{extra}]" if extra else metadata.description
 
 
 @dataclass(frozen=True)
@@ -281,7 +278,8 @@ class CommandInput:
             value = self.values[row.parameter]
             if row.path and value is not None:
                 path = row.by_task.get(task, row.path)
-                _put(layer, row, path, self.typed.get(row.shown, row.shown), value)
+                example = row.metadata(self.command).example
+                _put(layer, row, path, self.typed.get(row.shown, row.shown), value, example)
         return layer
 
     def section(self, section: type[S], **others: Any) -> S:
@@ -293,14 +291,14 @@ class CommandInput:
         return config
 
 
-def _put(layer: Layer, row: Flag, path: str, shown: str, value: Any) -> None:
-    """Set the field at `path` in `layer` (mutated) as `row` specifies."""
+def _put(layer: Layer, row: Flag, path: str, shown: str, value: Any, example: str) -> None:
+    """Set the field at `path` in `layer` (mutated); a mapping has an example of its pairs."""
     key = tuple(path.split("."))
-    if row.example:
+    if example:
         for pair in (part for given in value for part in _NEXT_PAIR.split(given)):
             name, equals, column = pair.partition("=")
             if not (name and equals and column):
-                raise ConfigError(f"{shown} {pair}: expected {row.metavar}, as in {row.example}.")
+                raise ConfigError(f"{shown} {pair}: expected {row.metavar}, as in {example}.")
             put(layer, (*key, name), column, f"{shown} {name}")
         return
     if row.rest:

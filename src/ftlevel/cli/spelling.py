@@ -6,15 +6,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ftlevel.config.flag import Flag, NoOpValue, ValueAliases
+from ftlevel.config.flag import FieldMetadata, Flag, NoOpValue, UnsupportedFlag, ValueAliases
 from ftlevel.config.flags import flags_of
 from ftlevel.errors import ConfigError
-
-if TYPE_CHECKING:
-    from ftlevel.config.flag import FieldMetadata, Flag
-
 
 ON, OFF = ("true", "1", "yes", "on", "y", "t"), ("false", "0", "no", "off", "n", "f", "none")
 """What a switch may be given, in small letters."""
@@ -25,10 +21,10 @@ _FACTORS = {"k": (1024, 1000), "m": (1024**2, 1000**2)}
 
 def number_hint(text: str) -> str:
     """Return "Did you mean 2048 or 2000?" for `2k`, or "" for any other text."""
-    found = _THOUSANDS.fullmatch(text.strip())
-    if found is None:
+    match = _THOUSANDS.fullmatch(text.strip())
+    if match is None:
         return ""
-    two, ten = (round(float(found[1]) * factor) for factor in _FACTORS[found[2].lower()])
+    two, ten = (round(float(match[1]) * factor) for factor in _FACTORS[match[2].lower()])
     return f"numbers are written out. Did you mean {two} or {ten}?"
 
 
@@ -44,18 +40,17 @@ class FlagSpec:
     """Interpretation of a flag name and its value.
 
     Attributes:
-        flag: canonical flag; empty if unsupported and only `words` are accepted.
+        flag: canonical flag; empty if unsupported and only `values` are accepted.
         path: field that it sets.
         off: flag that disables a switch.
         is_switch: whether the canonical flag takes no value.
         value: value that this name stands for.
-        takes_none: whether the value may be omitted.
-        words: aliases of values, in lower case.
-        read: conversion of other values; for a switch, raises why there is none.
+        is_value_optional: whether the value may be omitted.
+        values: aliases of values, in lower case.
+        convert: conversion of other values; for a switch, raises why there is none.
         several: whether several values may follow.
         is_list: whether the canonical flag is repeated for several values.
-        noun: name of the setting, for errors about two aliases.
-        answer: error for an unsupported flag.
+        message: error for an unsupported flag.
     """
 
     flag: str
@@ -63,14 +58,13 @@ class FlagSpec:
     off: str = ""
     is_switch: bool = False
     value: str | None = None
-    takes_none: bool = False
-    words: ValueAliases = field(default_factory=dict)
-    read: Any = None
+    is_value_optional: bool = False
+    values: ValueAliases = field(default_factory=dict)
+    convert: Callable[[str], str] | None = None
     several: bool = False
     is_list: bool = False
     is_number: bool = False
-    noun: str = ""
-    answer: str = ""
+    message: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,72 +89,65 @@ class RewrittenArguments:
 
 def build_flag_specs(command: str, flags: Sequence[Flag]) -> dict[str, FlagSpec]:
     """Return every flag name that `command` accepts, with its interpretation."""
-    found: dict[str, FlagSpec] = {}
+    specs: dict[str, FlagSpec] = {}
     for row in flags_of(command, flags):
         if row.is_argument:
             continue
-        own = _own_reading(row, command)
-        for name in row.typer_names(own.is_switch):
-            found |= dict.fromkeys([part for part in name.split("/") if part != own.off], own)
-        if own.off:
-            found[own.off] = replace(own, value="false", words={}, read=None)
+        spec = _canonical_spec(row, command)
+        for name in row.typer_names(spec.is_switch):
+            specs |= dict.fromkeys([part for part in name.split("/") if part != spec.off], spec)
+        if spec.off:
+            specs[spec.off] = replace(spec, value="false", values={}, convert=None)
     for row in flags:
-        own_or_none = found.get(row.shown)
-        if row.answer:
+        if isinstance(row, UnsupportedFlag):
             if command in row.on:
-                on_off = not set(row.words) - {"true", "false"} and bool(row.words)
-                found[row.shown] = FlagSpec(
-                    "", takes_none=on_off, words=row.words, answer=row.answer
+                values = row.aliases.values
+                is_switch = bool(values) and set(values) <= {"true", "false"}
+                specs[row.shown] = FlagSpec(
+                    "", is_value_optional=is_switch, values=values, message=row.message
                 )
-        elif own_or_none is not None:
-            found = {**_second_readings(row, own_or_none), **found}
-    return found
+        elif (canonical := specs.get(row.shown)) is not None:
+            specs = {**_alias_specs(row, canonical), **specs}
+    return specs
 
 
-def _own_reading(row: Flag, command: str) -> FlagSpec:
-    facts = row.facts(command)
-    kind = row.type if facts is None or facts.type is str else facts.type
-    is_switch = kind is bool
+def _canonical_spec(row: Flag, command: str) -> FlagSpec:
+    metadata = row.metadata(command)
+    is_switch = metadata.type is bool
     on, _, off = row.typer_names(is_switch)[0].partition("/")
     return FlagSpec(
         flag=on,
         path=row.path,
         off=off,
         is_switch=is_switch,
-        takes_none=is_switch,
-        words=row.words,
-        read=row.read,
+        is_value_optional=is_switch,
+        values=row.aliases.values,
+        convert=row.aliases.convert,
         several=row.several,
-        is_list=list[str] in (row.type, kind),
-        is_number=kind in (int, float) or (facts is not None and facts.takes_number),
-        noun=row.noun,
+        is_list=metadata.type == list[str],
+        is_number=metadata.type in (int, float) or metadata.takes_number,
     )
 
 
-def _second_readings(row: Flag, own: FlagSpec) -> dict[str, FlagSpec]:
-    """Return the aliases of `row`, whose canonical interpretation is `own`."""
-    found = {}
-    for other in row.spellings:
-        is_value = other.value is not None
-        found[other.name] = FlagSpec(
-            flag=own.flag,
-            path=own.path,
-            off=own.off,
-            is_switch=own.is_switch,
-            value=other.value,
-            takes_none=is_value or own.is_switch,
-            words={**own.words, **other.values} if not is_value else other.values,
-            read=other.read or (None if is_value else own.read),
-            several=(own.several or other.several) and not is_value,
-            is_list=own.is_list,
-            is_number=own.is_number and other.read is None and not is_value,
-            noun=own.noun or own.path,
+def _alias_specs(row: Flag, canonical: FlagSpec) -> dict[str, FlagSpec]:
+    """Return alias → specification, given that of the canonical name of `row`."""
+    specs = {}
+    for alias in row.alias_names:
+        has_value = alias.value is not None
+        specs[alias.name] = replace(
+            canonical,
+            value=alias.value,
+            is_value_optional=has_value or canonical.is_switch,
+            values=alias.values if has_value else {**canonical.values, **alias.values},
+            convert=alias.convert or (None if has_value else canonical.convert),
+            several=(canonical.several or alias.several) and not has_value,
+            is_number=canonical.is_number and alias.convert is None and not has_value,
         )
-    return found
+    return specs
 
 
 def resolve_flag_aliases(
-    arguments: Sequence[str], readings: Mapping[str, FlagSpec]
+    arguments: Sequence[str], specs: Mapping[str, FlagSpec]
 ) -> RewrittenArguments:
     """Replace aliases in `arguments`: `--load_in_4bit true` becomes `--quant 4bit`.
 
@@ -180,21 +167,21 @@ def resolve_flag_aliases(
             done.arguments.append(argument)
             continue
         typed, equals, text = argument.partition("=")
-        name, reading = _find(typed, readings)
-        if reading is None:
+        name, spec = _find(typed, specs)
+        if spec is None:
             done.arguments.append(name + equals + text)
             continue
-        values = [text] if equals else _take(queue, reading)
+        values = [text] if equals else _take(queue, spec)
         if values is None:
-            done.arguments.append(reading.flag or name)
+            done.arguments.append(spec.flag or name)
             continue
         shown = f"{name} {','.join(values)}".strip()
         try:
-            meant = _meaning(name, shown, values, reading)
+            meant = _meaning(name, shown, values, spec)
             for flag, value in () if isinstance(meant, NoOpValue) else meant:
-                _check_given_once(given, flag, value, name, reading)
+                _check_given_once(given, flag, value, name, spec)
                 done.typed.setdefault(flag, name)
-                done.arguments += _spell(flag, value, readings, joined=bool(equals))
+                done.arguments += _spell(flag, value, specs, joined=bool(equals))
         except ConfigError as error:
             problems += error.problems
             continue
@@ -222,37 +209,37 @@ def check_claims(claims: Sequence[NoOpClaim], config: Any) -> list[str]:
     return lines
 
 
-def _find(typed: str, readings: Mapping[str, FlagSpec]) -> tuple[str, FlagSpec | None]:
+def _find(typed: str, specs: Mapping[str, FlagSpec]) -> tuple[str, FlagSpec | None]:
     """Return the name with dashes and its interpretation; `--no_x` is `--x false`."""
     name = typed.replace("_", "-")
-    reading = readings.get(name)
-    if reading is None and name.startswith("--no-"):
-        positive = readings.get(f"--{name[5:]}")
-        if positive is not None and positive.takes_none and "false" in positive.words:
+    spec = specs.get(name)
+    if spec is None and name.startswith("--no-"):
+        positive = specs.get(f"--{name[5:]}")
+        if positive is not None and positive.is_value_optional and "false" in positive.values:
             return name, FlagSpec(
                 positive.flag,
-                words={"true": positive.words["false"]},
-                takes_none=True,
-                answer=positive.answer,
+                values={"true": positive.values["false"]},
+                is_value_optional=True,
+                message=positive.message,
             )
-    return name, reading
+    return name, spec
 
 
-def _take(queue: list[str], reading: FlagSpec) -> list[str] | None:
+def _take(queue: list[str], spec: FlagSpec) -> list[str] | None:
     """Remove and return the values of a flag from `queue` (mutated); None if one is missing."""
-    if reading.takes_none:
+    if spec.is_value_optional:
         follows = queue[0] if queue and _is_word(queue[0]) else ""
-        is_own = follows.lower() in (*ON, *OFF, *reading.words)
-        if follows and (is_own or (reading.read is not None and not _is_recipe(follows))):
+        is_own = follows.lower() in (*ON, *OFF, *spec.values)
+        if follows and (is_own or (spec.convert is not None and not _is_recipe(follows))):
             return [queue.pop(0)]
         return []
-    may_be_bare = bool(reading.answer) or "" in reading.words
+    may_be_bare = bool(spec.message) or "" in spec.values
     if not queue:
         return [] if may_be_bare else None
     if may_be_bare and queue[0].startswith("--"):
         return []
     values = [queue.pop(0)]
-    while reading.several and queue and _is_word(queue[0]) and not _is_recipe(queue[0]):
+    while spec.several and queue and _is_word(queue[0]) and not _is_recipe(queue[0]):
         values.append(queue.pop(0))
     return values
 
@@ -266,45 +253,45 @@ def _is_recipe(text: str) -> bool:
 
 
 def _meaning(
-    name: str, shown: str, values: Sequence[str], reading: FlagSpec
+    name: str, shown: str, values: Sequence[str], spec: FlagSpec
 ) -> list[Setting] | NoOpValue:
     """Return the settings that `values` stand for, or the condition that they require."""
     text = ",".join(values)
-    word = _truth(text) if reading.takes_none else text.lower()
-    found = reading.words.get(word)
-    if found is None and reading.takes_none:
-        found = reading.words.get(text.lower())
+    word = _truth(text) if spec.is_value_optional else text.lower()
+    found = spec.values.get(word)
+    if found is None and spec.is_value_optional:
+        found = spec.values.get(text.lower())
     if isinstance(found, NoOpValue):
         return found
     if found is not None:
-        return list(_pieces(reading.flag, found))
-    if reading.answer:
-        if _truth(text) == "false" and "true" not in reading.words:
+        return list(_pieces(spec.flag, found))
+    if spec.message:
+        if _truth(text) == "false" and "true" not in spec.values:
             return _NOT_ASKED
-        raise ConfigError(f"{shown}: {reading.answer}")
-    if reading.takes_none and (reading.read is None or word in ("true", "false")):
-        return _switched(reading, _checked_truth(name, text, word))
-    if reading.is_number and (hint := number_hint(text)):
+        raise ConfigError(f"{shown}: {spec.message}")
+    if spec.is_value_optional and (spec.convert is None or word in ("true", "false")):
+        return _switched(spec, _checked_truth(name, text, word))
+    if spec.is_number and (hint := number_hint(text)):
         raise ConfigError(f"{shown}: {hint}")
-    if reading.read is not None:
+    if spec.convert is not None:
         try:
-            return list(_pieces(reading.flag, reading.read(text)))
+            return list(_pieces(spec.flag, spec.convert(text)))
         except ValueError as error:
             raise ConfigError(f"{shown}: {error}.") from None
-    parts = values if reading.is_list else [text]
-    if reading.is_list and reading.several:
+    parts = values if spec.is_list else [text]
+    if spec.is_list and spec.several:
         parts = [part for value in values for part in _parts(value)]
-    return [(reading.flag, part) for part in parts]
+    return [(spec.flag, part) for part in parts]
 
 
-def _switched(reading: FlagSpec, word: str) -> list[Setting] | NoOpValue:
+def _switched(spec: FlagSpec, word: str) -> list[Setting] | NoOpValue:
     """Return the setting of a switch, or a condition if it disables a specific value."""
-    if reading.value is None:
-        return [(reading.flag, word)]
+    if spec.value is None:
+        return [(spec.flag, word)]
     if word == "true":
-        return [(reading.flag, reading.value)]
-    denied: Any = {"true": True, "false": False}.get(reading.value, reading.value)
-    return NoOpValue("", reading.path, unless=(denied,))
+        return [(spec.flag, spec.value)]
+    denied: Any = {"true": True, "false": False}.get(spec.value, spec.value)
+    return NoOpValue("", spec.path, unless=(denied,))
 
 
 def _truth(text: str) -> str:
@@ -334,22 +321,22 @@ def _pieces(flag: str, text: str) -> Iterator[Setting]:
 
 
 def _check_given_once(
-    given: dict[str, tuple[str, str]], flag: str, value: str, name: str, reading: FlagSpec
+    given: dict[str, tuple[str, str]], flag: str, value: str, name: str, spec: FlagSpec
 ) -> None:
     """Raise ConfigError if two aliases set one field differently; repeats override."""
-    if reading.is_list or flag == "--set":
+    if spec.is_list or flag == "--set":
         return
     before, earlier = given.setdefault(flag, (name, value))
-    is_edit = {before, name} <= {flag, reading.off} or before == name
+    is_edit = {before, name} <= {flag, spec.off} or before == name
     if not is_edit and earlier != value:
-        what = reading.noun or reading.path or flag
+        what = spec.path or flag
         raise ConfigError(f"{before} and {name} both set {what}. Use one of them.")
     given[flag] = (name, value)
 
 
-def _spell(flag: str, value: str, readings: Mapping[str, FlagSpec], *, joined: bool) -> list[str]:
+def _spell(flag: str, value: str, specs: Mapping[str, FlagSpec], *, joined: bool) -> list[str]:
     """Return a setting as arguments for Typer."""
-    own = readings.get(flag)
+    own = specs.get(flag)
     if own is not None and own.is_switch:
         wanted = flag if value == "true" else own.off
         return [wanted] if wanted else []
@@ -360,27 +347,28 @@ _RECIPES = ("*.yaml", "*.yml", "recipes/*.yaml", "recipes/*.yml")
 _RUNS = ("*/.ftlevel.json", "runs/*/.ftlevel.json")  # marker file of a run directory
 
 
-def completer(row: Flag, facts: FieldMetadata | None) -> Callable[[str], list[str]]:
+def completer(row: Flag, metadata: FieldMetadata) -> Callable[[str], list[str]]:
     """Return a function that completes the values of `row`; nothing for free-form values."""
 
     def complete(incomplete: str) -> list[str]:
-        return sorted(value for value in _values(row, facts) if value.startswith(incomplete))
+        return sorted(v for v in _completions(row, metadata) if v.startswith(incomplete))
 
     return complete
 
 
-def _values(row: Flag, facts: FieldMetadata | None) -> list[str]:
-    if facts is not None and facts.choices:
-        return list(facts.choices)
-    if row.dest == "recipe_file" or row.shown == "--recipe":
-        return [str(path) for pattern in _RECIPES for path in Path().glob(pattern)]
+def _completions(row: Flag, metadata: FieldMetadata) -> list[str]:
+    if metadata.choices:
+        return list(metadata.choices)
     if row.shown == "--task":
         from ftlevel.config.tasks import TASKS
 
         return list(TASKS)
-    if "RUN" in (row.metavar or row.names).split(".")[0].split("|"):
+    metavars = (row.metavar or row.names).strip("[].").split("|")
+    if "RECIPE" in metavars or row.shown == "--recipe":
+        return [str(path) for pattern in _RECIPES for path in Path().glob(pattern)]
+    if "RUN" in metavars:
         return [str(path.parent) for pattern in _RUNS for path in Path().glob(pattern)]
-    if "FAMILY" in row.shown or "FAMILY" in (row.metavar or ""):
+    if "FAMILY" in metavars:
         from ftlevel.models.families import FAMILIES
 
         return list(FAMILIES)

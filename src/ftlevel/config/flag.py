@@ -21,20 +21,24 @@ from ftlevel.extensions import added_rows, load
 
 @dataclass(frozen=True)
 class FieldMetadata:
-    """Metadata of a configuration field for help and docs.
+    """Metadata of a configuration field, or of a flag without one.
 
     Attributes:
-        type: type on the command line: int, float, bool, list[str] for pairs, else str.
+        type: type on the command line: int, float, bool, Path, list[str], else str.
         choices: allowed values; empty if not enumerable.
         default: default as shown; empty if off or part of the description.
+        example: example of a NAME=VALUE pair, for a field that is a mapping.
+        minimum: smallest value, if the type does not say it.
     """
 
     description: str
-    type: Any
-    choices: tuple[str, ...]
-    default: str
-    required: bool
-    takes_number: bool
+    type: Any = str
+    choices: tuple[str, ...] = ()
+    default: Any = ""
+    required: bool = False
+    takes_number: bool = False
+    example: str = ""
+    minimum: int | None = None
 
 
 def describe_field(config: type[BaseModel], path: str) -> FieldMetadata:
@@ -53,16 +57,23 @@ def describe_field(config: type[BaseModel], path: str) -> FieldMetadata:
     if not infos:
         raise KeyError(path)
     first = next(iter(infos.values()))
-    kinds = [kind for info in infos.values() for kind in _alternatives(info.annotation)]
-    closed = all(get_origin(kind) is Literal for kind in kinds)
+    types = [type_ for info in infos.values() for type_ in _alternatives(info.annotation)]
+    is_closed = all(get_origin(type_) is Literal for type_ in types)
+    choices = dict.fromkeys(str(v) for t in types for v in get_args(t)) if is_closed else ()
     return FieldMetadata(
         description=first.description or above,
-        type=_value_type(kinds),
-        choices=tuple(dict.fromkeys(str(v) for k in kinds for v in get_args(k))) if closed else (),
+        type=_value_type(types),
+        choices=tuple(choices),
         default=_default_of(infos),
         required=first.is_required(),
-        takes_number=bool({int, float} & set(kinds)),
+        takes_number=bool({int, float} & set(types)),
+        example=_format_example(first),
     )
+
+
+def _format_example(info: FieldInfo) -> str:
+    """Return the first example of a mapping as NAME=VALUE."""
+    return " ".join(f"{name}={value}" for name, value in (info.examples or [{}])[0].items())
 
 
 def _is_section(annotation: Any) -> bool:
@@ -74,28 +85,28 @@ def _alternatives(annotation: Any) -> list[Any]:
     if get_origin(annotation) is Annotated:
         return _alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
-        return [kind for part in get_args(annotation) for kind in _alternatives(part)]
+        return [type_ for part in get_args(annotation) for type_ in _alternatives(part)]
     return [] if annotation is NoneType else [annotation]
 
 
-def _value_type(kinds: list[Any]) -> Any:
-    found = {get_origin(kind) or kind for kind in kinds}
-    if found == {dict}:
+def _value_type(types: list[Any]) -> Any:
+    origins = {get_origin(type_) or type_ for type_ in types}
+    if origins == {dict}:
         return list[str]
-    only = found.pop() if len(found) == 1 else str
+    only = origins.pop() if len(origins) == 1 else str
     return only if only in (int, float, bool) else str
 
 
 def _default_of(infos: dict[type[BaseModel], FieldInfo]) -> str:
     """Return the default as shown; that of the first section if they differ."""
-    shown = [_shown(info) for info in infos.values()]
+    defaults = [_format_default(info) for info in infos.values()]
     owner = next(iter(infos)).model_fields.get("kind")
-    if len(set(shown)) == 1 or owner is None or owner in infos.values():
-        return shown[0]
-    return f"{shown[0]} with {owner.default}" if shown[0] else ""
+    if len(set(defaults)) == 1 or owner is None or owner in infos.values():
+        return defaults[0]
+    return f"{defaults[0]} with {owner.default}" if defaults[0] else ""
 
 
-def _shown(info: FieldInfo) -> str:
+def _format_default(info: FieldInfo) -> str:
     value = None if info.is_required() else info.get_default(call_default_factory=True)
     if value is True:
         return "on"
@@ -125,8 +136,8 @@ def config_of(command: str) -> type[Section] | None:
     if command in CONFIGS:
         return CONFIGS[command]
     added = added_rows("commands").get(command)
-    found: type[Section] | None = load(added.config) if added and added.config else None
-    return found
+    config: type[Section] | None = load(added.config) if added and added.config else None
+    return config
 
 
 def command_of(config: type[BaseModel]) -> str:
@@ -176,15 +187,38 @@ class Alias:
     Attributes:
         value: value set by this switch.
         values: aliases of values; other values are passed unchanged.
-        read: conversion of other values; raises ValueError if there is no counterpart.
+        convert: conversion of other values; raises ValueError if there is no counterpart.
         several: whether it takes several values although the flag takes one.
     """
 
     name: str
     value: str | None = None
     values: ValueAliases = field(default_factory=dict)
-    read: Callable[[str], str] | None = None
+    convert: Callable[[str], str] | None = None
     several: bool = False
+
+
+@dataclass(frozen=True)
+class FlagAliases:
+    """Further names and values of a flag, mostly those of other tools.
+
+    Attributes:
+        names: other names.
+        values: aliases of values, under all names.
+        convert: conversion of other values, as in `Alias`.
+    """
+
+    names: Sequence[str | Alias] = ()
+    values: ValueAliases = field(default_factory=dict)
+    convert: Callable[[str], str] | None = None
+
+    def __or__(self, other: FlagAliases) -> FlagAliases:
+        """Return both; values and conversion of `self` take precedence."""
+        return FlagAliases(
+            (*self.names, *other.names),
+            {**other.values, **self.values},
+            self.convert or other.convert,
+        )
 
 
 @dataclass(frozen=True)
@@ -193,46 +227,35 @@ class Flag:
 
     Attributes:
         path: dotted path of its field; `method.NAME` is a field of any method. Empty if none.
-        by_task: task → path of the field that it sets for this task instead.
         names: names as in Typer; an argument's metavar. Default: the field's name.
         panel: heading in `--help` and docs/cli.md.
         on: commands that have it.
-        also: aliases from other tools.
-        words: aliases of its values.
-        read: conversion of other values, as in `Alias`.
         several: whether it takes several values, separated by commas or spaces.
+        is_repeatable: whether it may be given several times.
         rest: path of the field for values after the first.
-        example: example of a NAME=VALUE pair, for errors.
-        noun: name of the setting, for errors about two aliases.
-        help, type, default, minimum: for a flag that sets no field.
-        answer: error for an unsupported flag, unless the value is in `words`.
+        dest: parameter name in the command's function, if not that of the flag.
+        by_task: task → path of the field that it sets for this task instead.
+        value: metadata of a flag that sets no field; its `default` is the parameter's.
     """
 
     path: str = ""
     names: str = ""
     panel: str = ""
     on: Sequence[str] = ("train",)
-    also: Sequence[str | Alias] = ()
-    words: ValueAliases = field(default_factory=dict)
-    read: Callable[[str], str] | None = None
+    aliases: FlagAliases = field(default_factory=FlagAliases)
     metavar: str | None = None
     required: bool = False
     several: bool = False
+    is_repeatable: bool = False
     rest: str = ""
-    example: str = ""
-    noun: str = ""
     dest: str = ""
-    help: str = ""
-    type: Any = str
-    default: Any = None
-    minimum: int | None = None
-    answer: str = ""
     by_task: Mapping[str, str] = field(default_factory=dict)
+    value: FieldMetadata | None = None
 
     @property
-    def spellings(self) -> list[Alias]:
+    def alias_names(self) -> list[Alias]:
         """Aliases of the flag."""
-        return [Alias(name) if isinstance(name, str) else name for name in self.also]
+        return [Alias(n) if isinstance(n, str) else n for n in self.aliases.names]
 
     @property
     def is_argument(self) -> bool:
@@ -253,22 +276,24 @@ class Flag:
             return self.dest or self.shown.lstrip("-").replace("-", "_")
         return self.path.replace(".", "_")
 
-    def facts(self, command: str) -> FieldMetadata | None:
-        """Return the metadata of the field that it sets, or None."""
-        config = config_of(command) if self.path else None
+    def metadata(self, command: str) -> FieldMetadata:
+        """Return the metadata of the field that it sets, or its own."""
+        if self.value is not None:
+            return self.value
+        config = config_of(command)
         if config is None:
-            return None
-        found = describe_field(config, self.path)
+            raise ValueError(f"{self.shown}: the command {command} has no configuration")
+        metadata = describe_field(config, self.path)
         for task, path in self.by_task.items():
             other = describe_field(config, path)
             default = f" (default: {other.default})" if other.default else ""
-            found = replace(
-                found,
-                description=f"{found.description} With --task {task}{default}: "
+            metadata = replace(
+                metadata,
+                description=f"{metadata.description} With --task {task}{default}: "
                 f"{other.description[:1].lower()}{other.description[1:]}",
-                choices=tuple(dict.fromkeys((*found.choices, *other.choices))),
+                choices=tuple(dict.fromkeys((*metadata.choices, *other.choices))),
             )
-        return found
+        return replace(metadata, type=list[str]) if self.is_repeatable else metadata
 
     def typer_names(self, is_switch: bool) -> list[str]:
         """Return the names for Typer."""
@@ -282,15 +307,25 @@ def _flag_of(path: str) -> str:
     return "--" + path.rpartition(".")[2].replace("_", "-")
 
 
-def option(names: str, help: str, **others: Any) -> Flag:
-    """Return a flag that sets no field."""
-    return Flag(names=names, help=help, **others)
+def option(
+    names: str,
+    help: str,
+    *,
+    type: Any = str,
+    default: Any = None,
+    minimum: int | None = None,
+    **others: Any,
+) -> Flag:
+    """Return a flag or argument that sets no field."""
+    value = FieldMetadata(help, type, default=default, minimum=minimum)
+    return Flag(names=names, value=value, **others)
 
 
 @dataclass(frozen=True)
-class FlagAliases:
-    """Further names and values of a flag of `train`; attributes as in `Flag`."""
+class UnsupportedFlag(Flag):
+    """Flag of another tool without a counterpart.
 
-    also: Sequence[str | Alias] = ()
-    words: ValueAliases = field(default_factory=dict)
-    read: Callable[[str], str] | None = None
+    Values in `aliases` are accepted; `message` is the error for others.
+    """
+
+    message: str = ""

@@ -24,6 +24,8 @@ from ftlevel.config.flag import (
     WRITE,
     Flag,
     FlagAliases,
+    UnsupportedFlag,
+    option,
 )
 from ftlevel.config.flag import CONFIGS as CONFIGS
 from ftlevel.errors import ConfigError
@@ -35,33 +37,33 @@ def read_pairs(flag: str, text: str) -> str:
     if not text.lstrip().startswith("{"):
         return f" {flag} ".join(pair.strip() for pair in text.split(",") if pair.strip())
     try:
-        found = json.loads(text)
+        pairs = json.loads(text)
     except ValueError as error:
         raise ValueError(f"not JSON ({error})") from None
-    return f" {flag} ".join(f"{name}={str(value).strip()}" for name, value in found.items())
+    return f" {flag} ".join(f"{name}={str(value).strip()}" for name, value in pairs.items())
 
 
 COMMAND_FLAGS: tuple[Flag, ...] = (
     # preview
-    Flag(names="--row", panel=WRITE, on=("preview",), type=list[int], metavar="N", minimum=1,
-         help="Row number to show, from 1; repeatable."),
-    Flag(names="--html", panel=WRITE, on=("preview",), type=Path, metavar="FILE",
-         help="Self-contained page; no network needed."),
+    option("--row", "Row number to show, from 1; repeatable.",
+           panel=WRITE, on=("preview",), type=list[int], metavar="N", minimum=1),
+    option("--html", "Self-contained page; no network needed.",
+           panel=WRITE, on=("preview",), type=Path, metavar="FILE"),
     # plan
-    Flag(names="--gpu", panel=DAILY, on=("plan",), metavar="NAME|SIZE",
-         help="Target GPU (h100, a100, l4, rtx4090, …) or its memory, e.g. 24GB."),
-    Flag(names="--probe", panel=DAILY, on=("plan",), type=bool,
-         help="Whether to load the model and time a few real steps."),
-    Flag(names="--price-per-hour", panel=DAILY, on=("plan",), type=float, metavar="N",
-         help="Price of the machine per hour, to estimate the cost of the run."),
-    Flag(names="--brief", panel=DAILY, on=("plan",), type=bool,
-         help="Whether to skip the table of alternatives, which takes most of the time."),
+    option("--gpu", "Target GPU (h100, a100, l4, rtx4090, …) or its memory, e.g. 24GB.",
+           panel=DAILY, on=("plan",), metavar="NAME|SIZE"),
+    option("--probe", "Whether to load the model and time a few real steps.",
+           panel=DAILY, on=("plan",), type=bool),
+    option("--price-per-hour", "Price of the machine per hour, to estimate the cost of the run.",
+           panel=DAILY, on=("plan",), type=float, metavar="N"),
+    option("--brief", "Whether to skip the table of alternatives, which takes most of the time.",
+           panel=DAILY, on=("plan",), type=bool),
     # init
-    Flag(names="--yes -y", panel=GENERAL, on=("init",), type=bool,
-         help="Whether to accept all proposed answers without asking."),
+    option("--yes -y", "Whether to accept all proposed answers without asking.",
+           panel=GENERAL, on=("init",), type=bool),
     # doctor
-    Flag(names="--quiet -q", panel=GENERAL, on=("doctor",), type=bool,
-         help="Whether to print only findings that need action."),
+    option("--quiet -q", "Whether to print only findings that need action.",
+           panel=GENERAL, on=("doctor",), type=bool),
     # predict
     Flag("dataset", "--dataset", DATA, ("predict",), metavar="FILE|-", required=True),
     Flag("input_format", "", DATA, ("predict", "evaluate")),
@@ -69,7 +71,7 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
     Flag("limit", "", DATA, ("predict",)),
     Flag("on_bad_row", "", DATA, ("predict",)),
     Flag("overlong", "", DATA, ("predict",)),
-    Flag("output", "--output -o", WRITE, ("predict",), metavar="FILE", also=("--out",)),
+    Flag("output", "--output -o", WRITE, ("predict",), FlagAliases(("--out",)), "FILE"),
     Flag("column", "", WRITE, ("predict",)),
     Flag("probabilities", "--probabilities", WRITE, ("predict",)),
     Flag("top_k", "", WRITE, ("predict",)),
@@ -84,23 +86,22 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
     Flag("format", "", DATA, ("mine",)),
     Flag("output", "--out -o", WRITE, ("mine",), metavar="FILE", required=True),
     Flag("overwrite", "--overwrite", WRITE, ("mine",)),
-    Flag("negatives", "", WRITE, ("mine",), also=("--num-negatives", "--negative-number")),
+    Flag("negatives", "", WRITE, ("mine",), FlagAliases(("--num-negatives", "--negative-number"))),
     Flag("relative_margin", "", WRITE, ("mine",)),
-    Flag("ranks", "", WRITE, ("mine",), metavar="FIRST-LAST", also=("--range-for-sampling",)),
-    Flag("sampling", "", WRITE, ("mine",), also=("--sampling-strategy",)),
-    Flag("scores", "--scores", WRITE, ("mine",), also=("--output-scores",)),
+    Flag("ranks", "", WRITE, ("mine",), FlagAliases(("--range-for-sampling",)), "FIRST-LAST"),
+    Flag("sampling", "", WRITE, ("mine",), FlagAliases(("--sampling-strategy",))),
+    Flag("scores", "--scores", WRITE, ("mine",), FlagAliases(("--output-scores",))),
     # generate
-    Flag(names="--prompt -p", panel=INFERENCE, on=("generate",), type=list[str],
-         help="Prompt; repeatable."),
-    Flag(names="--prompts", panel=INFERENCE, on=("generate",), type=Path,
-         help="File of prompts: one per line, or rows with columns (CSV, JSONL, …)."),
-    Flag(names="--chat", panel=INFERENCE, on=("generate",), type=bool,
-         help="Interactive chat in the terminal; /help lists its commands."),
+    option("--prompt -p", "Prompt; repeatable.", panel=INFERENCE, on=("generate",), type=list[str]),
+    option("--prompts", "File of prompts: one per line, or rows with columns (CSV, JSONL, …).",
+           panel=INFERENCE, on=("generate",), type=Path),
+    option("--chat", "Interactive chat in the terminal; /help lists its commands.",
+           panel=INFERENCE, on=("generate",), type=bool),
     Flag("context", "", INFERENCE, ("generate",)),
-    Flag(names="--out -o", panel=INFERENCE, on=("generate",), type=Path, metavar="FILE",
-         help="JSONL file to write the answers to; must not exist."),
-    Flag(names="--adapter", panel=MODEL, on=("generate",), type=list[str], metavar="NAME[=DIR]",
-         help="Adapter of the same base, or name from --adapters-dir; repeatable."),
+    option("--out -o", "JSONL file to write the answers to; must not exist.",
+           panel=INFERENCE, on=("generate",), type=Path, metavar="FILE"),
+    option("--adapter", "Adapter of the same base, or name from --adapters-dir; repeatable.",
+           panel=MODEL, on=("generate",), type=list[str], metavar="NAME[=DIR]"),
     Flag("adapters_dir", "", MODEL, ("generate",)),
     Flag("compare_base", "--compare-base", MODEL, ("generate",)),
     # evaluate, and flags shared with it
@@ -109,13 +110,13 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
     Flag("split", "", DATA, ("evaluate",)),
     Flag("subset", "", DATA, ("evaluate", "predict")),
     Flag("columns", "--map", DATA, ("evaluate", "predict", "mine", "generate"),
-         metavar="NAME=COLUMN", example="summary=abstract"),
+         metavar="NAME=COLUMN"),
     Flag("ignore_columns", "", DATA, ("evaluate", "predict", "mine", "generate"), several=True,
          metavar="COLUMN"),
     Flag("max_eval_samples", "", DATA, ("evaluate",)),
     Flag("base_model", "--model", MODEL,
          ("evaluate", "predict", "mine", "generate", "merge", "export"), dest="base_model",
-         also=("--base",)),
+         aliases=FlagAliases(("--base",))),
     Flag("task", "", MODEL, ("evaluate", "predict", "generate")),
     Flag("quant", "", MODEL, ("evaluate",)),
     Flag("dtype", "", MODEL, ("evaluate", "predict", "mine", "generate")),
@@ -133,7 +134,7 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
     Flag("predictions", "", WRITE, ("evaluate",)),
     # merge
     Flag("output_dir", "--out -o", WRITE, ("merge",), metavar="DIR", required=True,
-         also=("--output", "--output-dir")),
+         aliases=FlagAliases(("--output", "--output-dir"))),
     Flag("onto", "", WRITE, ("merge",)),
     Flag("quant", "", WRITE, ("merge",)),
     Flag("quant_type", "", WRITE, ("merge",)),
@@ -156,10 +157,10 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
     Flag("revision", "", WRITE, ("quantize", "export")),
     Flag("push_to_hub", "", WRITE, ("merge", "quantize", "export"), metavar="NAME"),
     Flag("hub_private", "", WRITE, ("merge", "quantize", "export")),
-    Flag(names="--dry-run", panel=WRITE, on=("quantize",), type=bool,
-         help="Whether to only show the sizes, computed from the config."),
-    Flag(names="--dry-run", panel=WRITE, on=("export",), type=bool,
-         help="Whether to only check and show, without writing."),
+    option("--dry-run", "Whether to only show the sizes, computed from the config.",
+           panel=WRITE, on=("quantize",), type=bool),
+    option("--dry-run", "Whether to only check and show, without writing.",
+           panel=WRITE, on=("export",), type=bool),
     Flag("measure", "", COMPARE, ("quantize",)),
     Flag("verify", "", COMPARE, ("merge", "export")),
     Flag("rows", "", COMPARE, ("merge",)),
@@ -191,35 +192,35 @@ _QUIET = (
     "export",
     *(n for n, own in _ADDED.items() if own.is_quiet),
 )
-_TRACED = tuple(name for name in _EVERY if name != "preview")
 
 _RUN_FLAGS: tuple[Flag, ...] = (
     # Arguments.
-    Flag(names="[RECIPE]", on=_TAKES_RECIPES, dest="recipe_file", type=Path,
-         help="Recipe file, or config.yaml of a run."),
-    Flag(names="[RECIPE|RUN]", on=("preview",), dest="recipe_file", type=Path,
-         help="Recipe file, or run directory."),
+    option("[RECIPE]", "Recipe file, or config.yaml of a run.",
+           on=_TAKES_RECIPES, dest="recipe_file", type=Path),
+    option("[RECIPE|RUN]", "Recipe file, or run directory.",
+           on=("preview",), dest="recipe_file", type=Path),
     Flag("name", "RUN|ADAPTER|MODEL", on=("evaluate", "predict", "mine"), required=True),
     Flag("name", "RUN|ADAPTER|MODEL", on=("generate",)),
-    Flag("adapters", "RUN|ADAPTER...", on=("merge",), required=True, type=list[str]),
+    Flag("adapters", "RUN|ADAPTER...", on=("merge",), required=True, is_repeatable=True),
     Flag("model", "MODEL", on=("quantize",), required=True),
     Flag("model", "RUN|ADAPTER|MODEL", on=("export",), required=True),
-    Flag(names="ACTION", on=("recipes",), dest="action", required=True,
-         help="Action: list, show, copy or convert."),
-    Flag(names="[FILE]", on=("recipes",), dest="file", type=Path,
-         help="Recipe name or path; for convert, the file of another tool."),
-    Flag(names="[TO]", on=("recipes",), dest="target", type=Path,
-         help="Destination of copy; default: the recipe's name, in this directory."),
-    Flag(names="[FILE]", on=("init",), dest="file", type=Path, default=Path("recipe.yaml"),
-         help="Path of the new recipe; must not exist."),
-    Flag(names="MODEL|FAMILY", on=("list-targets",), dest="model", required=True,
-         help="Directory, .gguf file, Hub id, builtin:NAME, or family such as llama."),
+    option("ACTION", "Action: list, show, copy or convert.",
+           on=("recipes",), dest="action", required=True),
+    option("[FILE]", "Recipe name or path; for convert, the file of another tool.",
+           on=("recipes",), dest="file", type=Path),
+    option("[TO]", "Destination of copy; default: the recipe's name, in this directory.",
+           on=("recipes",), dest="target", type=Path),
+    option("[FILE]", "Path of the new recipe; must not exist.",
+           on=("init",), dest="file", type=Path, default=Path("recipe.yaml")),
+    option("MODEL|FAMILY", "Directory, .gguf file, Hub id, builtin:NAME, or family such as llama.",
+           on=("list-targets",), dest="model", required=True),
     # Common options of a run.
     Flag("model.name_or_path", "--model", DAILY, _ROWS),
-    Flag("data.dataset", "--dataset", DAILY, _ROWS, type=list[str], several=True, rest="data.also"),
+    Flag("data.dataset", "--dataset", DAILY, _ROWS, is_repeatable=True, several=True,
+         rest="data.also"),
     Flag("task", "--task", DAILY, _ROWS),
     Flag("method.kind", "--method", DAILY),
-    Flag("quant.kind", "--quant", DAILY, noun="the quantization"),
+    Flag("quant.kind", "--quant", DAILY),
     Flag("method.r", "--lora-r", DAILY),
     Flag("train.num_train_epochs", "", DAILY, _ROWS),
     Flag("train.learning_rate", "", DAILY),
@@ -227,7 +228,7 @@ _RUN_FLAGS: tuple[Flag, ...] = (
     Flag("output.dir", "--output-dir -o", DAILY),
     # Model and method.
     Flag("model.adapter", "--adapter", MODEL, metavar="RUN|ADAPTER"),
-    Flag("model.dtype", "", MODEL, noun="the precision"),
+    Flag("model.dtype", "", MODEL),
     Flag("model.device", "", MODEL),
     Flag("model.attn_implementation", "", MODEL),
     Flag("model.revision", "", MODEL, _ROWS),
@@ -253,7 +254,7 @@ _RUN_FLAGS: tuple[Flag, ...] = (
     Flag("data.subset", "", DATA, _ROWS),
     Flag("data.split", "", DATA, _ROWS),
     Flag("data.format", "", DATA, _ROWS),
-    Flag("data.columns", "--map", DATA, _ROWS, metavar="NAME=COLUMN", example="summary=abstract"),
+    Flag("data.columns", "--map", DATA, _ROWS, metavar="NAME=COLUMN"),
     Flag("data.ignore_columns", "", DATA, _ROWS, several=True, metavar="COLUMN"),
     Flag("data.chat_template", "", DATA, _ROWS),
     Flag("data.system", "", DATA, _ROWS, metavar="TEXT"),
@@ -266,7 +267,7 @@ _RUN_FLAGS: tuple[Flag, ...] = (
     Flag("data.problem_type", "", DATA, _ROWS),
     Flag("data.source_language", "", DATA, _ROWS),
     Flag("data.target_language", "", DATA, _ROWS),
-    Flag("data.validation_split", "", DATA, _ROWS, noun="the validation rows"),
+    Flag("data.validation_split", "", DATA, _ROWS),
     Flag("data.max_samples", "", DATA, _ROWS),
     Flag("data.max_eval_samples", "", DATA, _ROWS),
     Flag("data.streaming", "", DATA, _ROWS),
@@ -278,12 +279,12 @@ _RUN_FLAGS: tuple[Flag, ...] = (
     Flag("train.max_steps", "", HOW, _ROWS),
     Flag("train.head_learning_rate", "", HOW),
     Flag("train.lr_scheduler_type", "", HOW),
-    Flag("train.lr_scheduler_kwargs", "", HOW, metavar="NAME=VALUE", example="num_cycles=3",
-         read=partial(read_pairs, "--lr-scheduler-kwargs")),
-    Flag("train.warmup_steps", "", HOW, noun="the warm-up"),
+    Flag("train.lr_scheduler_kwargs", "", HOW, metavar="NAME=VALUE",
+         aliases=FlagAliases(convert=partial(read_pairs, "--lr-scheduler-kwargs"))),
+    Flag("train.warmup_steps", "", HOW),
     Flag("train.optim", "", HOW),
-    Flag("train.optim_args", "", HOW, metavar="NAME=VALUE", example="momentum=0.9",
-         read=partial(read_pairs, "--optim-args")),
+    Flag("train.optim_args", "", HOW, metavar="NAME=VALUE",
+         aliases=FlagAliases(convert=partial(read_pairs, "--optim-args"))),
     Flag("train.weight_decay", "", HOW),
     Flag("train.adam_beta1", "", HOW),
     Flag("train.adam_beta2", "", HOW),
@@ -309,10 +310,10 @@ _RUN_FLAGS: tuple[Flag, ...] = (
     Flag("preference.sft_weight", "", HOW),
     Flag("preference.desirable_weight", "", HOW),
     Flag("preference.undesirable_weight", "", HOW),
-    Flag("rl.reward", "", HOW, _ROWS, type=list[str], metavar="NAME[=W]"),
+    Flag("rl.reward", "", HOW, _ROWS, is_repeatable=True, metavar="NAME[=W]"),
     Flag("rl.num_generations", "", HOW, _ROWS),
     Flag("rl.max_completion_length", "", HOW, _ROWS),
-    Flag("rl.stop", "", HOW, _ROWS, type=list[str], metavar="TEXT"),
+    Flag("rl.stop", "", HOW, _ROWS, is_repeatable=True, metavar="TEXT"),
     Flag("rl.epsilon", "", HOW),
     Flag("rl.epsilon_high", "", HOW),
     Flag("rl.num_iterations", "", HOW),
@@ -341,7 +342,7 @@ _RUN_FLAGS: tuple[Flag, ...] = (
     Flag("train.num_processes", "", HOW),
     Flag("train.shard", "", HOW),
     Flag("train.max_restarts", "", HOW),
-    Flag("train.gradient_checkpointing", "", HOW, words={"auto": "auto"}),
+    Flag("train.gradient_checkpointing", "", HOW, aliases=FlagAliases(values={"auto": "auto"})),
     Flag("train.offload_activations", "", HOW),
     Flag("train.tf32", "", HOW),
     Flag("speed.fast", "", HOW),
@@ -367,50 +368,47 @@ _RUN_FLAGS: tuple[Flag, ...] = (
          by_task={"rl": "rl.temperature", "embedding": "embedding.temperature"}),
     Flag("train.top_p", "", HOW, by_task={"rl": "rl.top_p"}),
     # Run.
-    Flag(names="--recipe", panel=RUN, on=_LIKE_TRAIN, type=Path,
-         help="Recipe file; flags override it."),
-    Flag(names="--set", panel=RUN, on=(*_LIKE_TRAIN, "init"), type=list[str], metavar="KEY=VALUE",
-         dest="settings", help="Value of any configuration field; repeatable."),
+    option("--recipe", "Recipe file; flags override it.", panel=RUN, on=_LIKE_TRAIN, type=Path),
+    option("--set", "Value of any configuration field; repeatable.",
+           panel=RUN, on=(*_LIKE_TRAIN, "init"), type=list[str], metavar="KEY=VALUE",
+           dest="settings"),
     Flag("train.save_strategy", "", RUN),
     Flag("train.save_steps", "", RUN),
     Flag("train.save_minutes", "", RUN),
     Flag("train.save_total_limit", "", RUN),
     Flag("output.overwrite", "", RUN),
     Flag("output.resume", "", RUN),
-    Flag("output.allow_change", "", RUN, type=list[str], several=True, metavar="FIELD"),
+    Flag("output.allow_change", "", RUN, is_repeatable=True, several=True, metavar="FIELD"),
     Flag("output.run_name", "", RUN),
     Flag("output.report_to", "", RUN, several=True),
     Flag("output.tracker_project", "", RUN),
     Flag("output.push_to_hub", "", RUN, metavar="NAME"),
     Flag("output.hub_private", "", RUN),
-    Flag(names="--dry-run", panel=RUN, type=bool,
-         help="Whether to only resolve and check the configuration."),
+    option("--dry-run", "Whether to only resolve and check the configuration.",
+           panel=RUN, type=bool),
 )  # fmt: skip
 
 _GENERAL_FLAGS: tuple[Flag, ...] = (
     # list-targets and list-methods
-    Flag(names="--lora-r", panel=GENERAL, on=("list-targets",), type=int, default=8, minimum=1,
-         help="LoRA rank for the parameter counts."),
-    Flag(names="--model", panel=GENERAL, on=("list-methods",), metavar="MODEL|FAMILY",
-         help="Model or family to filter by."),
-    Flag(names="--task", panel=GENERAL, on=("list-methods",), help="Task to filter by."),
-    Flag(names="--quant", panel=GENERAL, on=("list-methods",),
-         help="Quantization to filter by: none, 4bit or 8bit."),
+    option("--lora-r", "LoRA rank for the parameter counts.",
+           panel=GENERAL, on=("list-targets",), type=int, default=8, minimum=1),
+    option("--model", "Model or family to filter by.",
+           panel=GENERAL, on=("list-methods",), metavar="MODEL|FAMILY"),
+    option("--task", "Task to filter by.", panel=GENERAL, on=("list-methods",)),
+    option("--quant", "Quantization to filter by: none, 4bit or 8bit.",
+           panel=GENERAL, on=("list-methods",)),
     # Output and verbosity.
-    Flag(names="--json", panel=GENERAL, on=_EVERY, type=bool, dest="as_json",
-         help="Whether to print a single JSON object and nothing else."),
-    Flag(names="--quiet -q", panel=GENERAL, on=_QUIET, type=bool,
-         help="Whether to print errors only."),
-    Flag(names="--quiet -q", panel=GENERAL, on=("evaluate",), type=bool,
-         help="Whether to print metrics only."),
-    Flag(names="--help-all", panel=GENERAL, on=(*_LIKE_TRAIN, "init"), type=bool,
-         help="Show all options."),
-    Flag(names="--quiet -q", panel=GENERAL, on=("predict",), type=bool,
-         help="Whether to print warnings and errors only."),
-    Flag(names="--schema", panel=GENERAL, type=bool,
-         help="Whether to print the JSON schema of recipes."),
-    Flag(names="--traceback", panel=GENERAL, on=_TRACED, type=bool,
-         help="Whether to show the traceback of an error."),
+    option("--json", "Whether to print a single JSON object and nothing else.",
+           panel=GENERAL, on=_EVERY, type=bool, dest="as_json"),
+    option("--quiet -q", "Whether to print errors only.", panel=GENERAL, on=_QUIET, type=bool),
+    option("--quiet -q", "Whether to print metrics only.",
+           panel=GENERAL, on=("evaluate",), type=bool),
+    option("--help-all", "Show all options.", panel=GENERAL, on=(*_LIKE_TRAIN, "init"), type=bool),
+    option("--quiet -q", "Whether to print warnings and errors only.",
+           panel=GENERAL, on=("predict",), type=bool),
+    option("--schema", "Whether to print the JSON schema of recipes.", panel=GENERAL, type=bool),
+    option("--traceback", "Whether to show the traceback of an error.",
+           panel=GENERAL, on=_EVERY, type=bool),
 )  # fmt: skip
 
 
@@ -424,19 +422,15 @@ def _extended() -> Iterator[Flag]:
     names: dict[tuple[str, str], str] = {}
     for source, rows in ((OWN, (*_RUN_FLAGS, *COMMAND_FLAGS)), *flags, (OWN, _GENERAL_FLAGS)):
         for row in rows:
-            for key in () if row.answer else ((command, row.shown) for command in row.on):
+            is_unsupported = isinstance(row, UnsupportedFlag)
+            for key in () if is_unsupported else ((command, row.shown) for command in row.on):
                 if (other := names.setdefault(key, source)) != source:
                     raise ConfigError(
                         f"{key[1]} of ftlevel {key[0]} is defined by {other} and by {source}. "
                         "Uninstall one of them."
                     )
             for more in aliases.get(row.path, ()) if "train" in row.on else ():
-                row = replace(
-                    row,
-                    also=(*row.also, *more.also),
-                    words={**more.words, **row.words},
-                    read=row.read or more.read,
-                )
+                row = replace(row, aliases=row.aliases | more)
             yield row
 
 
@@ -481,13 +475,15 @@ TRAIN_LIKE_COMMANDS = tuple(_ACCEPTS)
 def flags_of(command: str, flags: Sequence[Flag] = FLAGS) -> list[Flag]:
     """Return the flags of `command`."""
     accepts = _ACCEPTS.get(command)
-    found = (
+    return [
         flag
         for flag in flags
-        if command in flag.on
-        or (accepts and "train" in flag.on and flag.path and accepts(flag.path))
-    )
-    return [flag for flag in found if not flag.answer]
+        if not isinstance(flag, UnsupportedFlag)
+        and (
+            command in flag.on
+            or (accepts and "train" in flag.on and flag.path and accepts(flag.path))
+        )
+    ]
 
 
 def recipe_hint(name: str, command: str = "train") -> str:
@@ -502,7 +498,7 @@ def recipe_hint(name: str, command: str = "train") -> str:
         values = {
             part: "" for given in flag.typer_names(is_switch=False) for part in given.split("/")
         }
-        values |= {other.name: other.value or "" for other in flag.spellings}
+        values |= {other.name: other.value or "" for other in flag.alias_names}
         if typed not in values:
             continue
         if not flag.path:

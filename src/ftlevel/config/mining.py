@@ -66,6 +66,7 @@ class MineConfig(Section):
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="Column mapping, FTLEVEL_NAME=YOUR_COLUMN, e.g. positive=answer.",
+        examples=[{"positive": "answer"}],
     )
     ignore_columns: IgnoredColumns = ()
     format: str | None = Field(None, description="Format of the rows, if several formats match.")

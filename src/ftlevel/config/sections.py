@@ -150,7 +150,10 @@ IgnoredColumns = Annotated[
 ]
 ColumnMap = Annotated[
     dict[str, str],
-    Field(description="Column mapping, FTLEVEL_NAME=YOUR_COLUMN, e.g. summary=abstract."),
+    Field(
+        description="Column mapping, FTLEVEL_NAME=YOUR_COLUMN, e.g. summary=abstract.",
+        examples=[{"summary": "abstract"}],
+    ),
 ]
 
 

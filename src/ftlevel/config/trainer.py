@@ -240,6 +240,7 @@ class TrainerConfig(Decoding):
     lr_scheduler_kwargs: Scalars = Field(
         default_factory=dict,
         description="Scheduler arguments, e.g. num_cycles=3 or min_lr_rate=0.1.",
+        examples=[{"num_cycles": 3}],
     )
     warmup_steps: float = Field(
         0.0, ge=0, description="Number of warm-up steps, or, below 1, fraction of all steps."
@@ -286,6 +287,7 @@ class TrainerConfig(Decoding):
     optim_args: Scalars = Field(
         default_factory=dict,
         description="Optimizer arguments, e.g. momentum=0.9.",
+        examples=[{"momentum": 0.9}],
     )
     per_device_train_batch_size: Positive = Field(8, description="Micro-batch size per device.")
     per_device_eval_batch_size: Positive | None = Field(

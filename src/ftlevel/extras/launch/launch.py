@@ -14,7 +14,9 @@ from ftlevel.config.flags import FLAGS
 from ftlevel.errors import ConfigError, RunError
 from ftlevel.extras.launch.jobs import SUBMIT, Job, render
 
-_OURS = {row.shown: row.type is not bool for row in FLAGS if row.on == ("launch",)}
+_OURS = {
+    row.shown: row.metadata("launch").type is not bool for row in FLAGS if row.on == ("launch",)
+}
 _AMOUNT = re.compile(r"\d+(\.\d+)?")
 _OURS["--json"] = False
 """Flags of `launch` that `train` does not have → whether a value follows."""

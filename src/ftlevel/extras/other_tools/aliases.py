@@ -6,10 +6,10 @@ Converters raise ValueError if there is no counterpart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftlevel.config.flag import Alias, Flag, FlagAliases, NoOpValue, ValueAliases
+from ftlevel.config.flag import Alias, FlagAliases, NoOpValue, UnsupportedFlag, ValueAliases
 from ftlevel.config.methods import SPECS
 from ftlevel.config.reading import METHOD_ALIASES
 from ftlevel.config.rl import SAMPLED
@@ -19,10 +19,16 @@ _ON = ("train", "preview")
 
 
 def _flags(
-    names: str, answer: str, words: Mapping[str, str | NoOpValue] | None = None
-) -> list[Flag]:
-    """Return an unsupported flag for each of `names`, all with the same answer."""
-    return [Flag(names=n, on=_ON, answer=answer, words=words or {}) for n in names.split()]
+    names: str,
+    message: str,
+    values: Mapping[str, str | NoOpValue] | None = None,
+    on: Sequence[str] = _ON,
+) -> list[UnsupportedFlag]:
+    """Return an unsupported flag for each of `names`, all with the same message."""
+    aliases = FlagAliases(values=values or {})
+    return [
+        UnsupportedFlag(names=n, on=on, aliases=aliases, message=message) for n in names.split()
+    ]
 
 
 _PACKED = NoOpValue(
@@ -84,7 +90,7 @@ def _taken(path: str) -> NoOpValue:
     )
 
 
-UNSUPPORTED_FLAGS: tuple[Flag, ...] = (
+UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
     # Flags that agree with what ftlevel does.
     *_flags("--do-train", "ftlevel evaluate scores without training.",
             {"true": NoOpValue("ftlevel train trains")}),
@@ -98,9 +104,9 @@ UNSUPPORTED_FLAGS: tuple[Flag, ...] = (
              "false": "--set method.kind=full"}),
     *_flags("--do-sample", "expected true or false.",
             {"true": _drawn("train.temperature"), "false": _taken("train.temperature")}),
-    Flag(names="--do-sample", on=("generate", "evaluate", "predict"),
-         answer="expected true or false.",
-         words={"true": _drawn("temperature"), "false": _taken("temperature")}),
+    *_flags("--do-sample", "expected true or false.",
+            {"true": _drawn("temperature"), "false": _taken("temperature")},
+            on=("generate", "evaluate", "predict")),
     *_flags("--stage --rlhf-type", _NO_REWARDS,
             {**_STAGES,
              "sft": NoOpValue("that is what ftlevel train does"),
@@ -458,7 +464,7 @@ SHARES = (
     "--eval-size",
 )
 COLUMNS = tuple(
-    Alias(name, read=f"{role}={{}}".format)
+    Alias(name, convert=f"{role}={{}}".format)
     for role, names in {
         "text": (
             "--text-column",
@@ -480,9 +486,9 @@ COLUMNS = tuple(
 )
 
 
-def _also(names: str, *others: Alias, words: ValueAliases | None = None) -> FlagAliases:
+def _also(names: str, *others: Alias, values: ValueAliases | None = None) -> FlagAliases:
     """Return the aliases `names`, separated by spaces, and `others`."""
-    return FlagAliases((*names.split(), *others), words or {})
+    return FlagAliases((*names.split(), *others), values or {})
 
 
 ALIASES: dict[str, FlagAliases] = {
@@ -493,7 +499,7 @@ ALIASES: dict[str, FlagAliases] = {
     "data.dataset": _also(
         "--dataset-name --dataset-name-or-path --train-file --train-dataset --data-path "
         "--data-files --local-dataset --raw-text-file --datasets",
-        Alias("--task-name", read=read_glue),
+        Alias("--task-name", convert=read_glue),
     ),
     "task": _also("--task-type --lora-task-type"),
     "method.kind": _also(
@@ -516,14 +522,14 @@ ALIASES: dict[str, FlagAliases] = {
     ),
     "output.dir": _also("--save-dir --out --output"),
     "model.adapter": _also(
-        "--adapter-name-or-path --adapters --lora-model-dir --resume-from-adapter", words=METHODS
+        "--adapter-name-or-path --adapters --lora-model-dir --resume-from-adapter", values=METHODS
     ),
     "model.dtype": _also(
         "--torch-dtype --bnb-4bit-compute-dtype --mixed-precision",
         Alias("--bf16", value="bfloat16", values=BF16),
         Alias("--fp16", value="float16"),
         Alias("--fp32", value="float32"),
-        words=PRECISIONS,
+        values=PRECISIONS,
     ),
     "model.device": _also(
         "--device-map", Alias("--use-cpu", value="cpu"), Alias("--no-cuda", value="cpu")
@@ -533,7 +539,7 @@ ALIASES: dict[str, FlagAliases] = {
         Alias("--use-flash-attn", "flash_attention_2"),
         Alias("--use-flash-attention-2", value="flash_attention_2"),
         Alias("--flash-attention", value="flash_attention_2"),
-        words=ATTENTION,
+        values=ATTENTION,
     ),
     "model.revision": _also("--model-revision"),
     "quant.quant_type": _also("--bnb-4bit-quant-type"),
@@ -545,7 +551,7 @@ ALIASES: dict[str, FlagAliases] = {
     "method.target_modules": _also(
         "--lora-target-modules --lora-target --oft-target",
         Alias("--lora-target-linear", value="all-linear"),
-        words={"all": "all-linear"},
+        values={"all": "all-linear"},
     ),
     "method.target_parameters": _also("--lora-target-parameters"),
     "method.layers_to_transform": _also("--lora-layers-to-transform"),
@@ -556,7 +562,7 @@ ALIASES: dict[str, FlagAliases] = {
         "--init-lora-weights --init-weights --peft-init-lora-weights",
         Alias("--pissa-init", value="pissa"),
         Alias("--use-loftq", value="loftq"),
-        words={"true": "default"},
+        values={"true": "default"},
     ),
     "method.modules_to_save": _also(
         "--lora-modules-to-save --additional-target --peft-modules-to-save"
@@ -569,12 +575,12 @@ ALIASES: dict[str, FlagAliases] = {
     "data.mix": _also("--interleave-probs --interleave-prob"),
     "data.subset": _also("--dataset-config-name --dataset-config"),
     "data.split": _also("--dataset-train-split --train-split-name --dataset-split"),
-    "data.format": _also("--format-type", words={"auto": ""}),
+    "data.format": _also("--format-type", values={"auto": ""}),
     "data.columns": _also("", *COLUMNS),
     "data.chat_template": _also(
         "--chat-template-path",
-        Alias("--template", read=read_template),
-        Alias("--chat-template-format", read=read_template),
+        Alias("--template", convert=read_template),
+        Alias("--chat-template-format", convert=read_template),
     ),
     "data.system": _also("--default-system --system-prompt --system-message"),
     "data.train_on_inputs": _also("--train-on-prompt"),
@@ -593,8 +599,8 @@ ALIASES: dict[str, FlagAliases] = {
     "data.target_language": _also("--target-lang"),
     "data.validation_split": _also(
         "",
-        Alias("--validation-split-percentage", read=read_percent),
-        *(Alias(name, read=read_share) for name in SHARES),
+        Alias("--validation-split-percentage", convert=read_percent),
+        *(Alias(name, convert=read_share) for name in SHARES),
     ),
     "data.max_samples": _also("--max-train-samples --num-train-samples --max-train-examples"),
     "data.max_eval_samples": _also("--max-eval-examples --num-eval-samples"),
@@ -602,19 +608,19 @@ ALIASES: dict[str, FlagAliases] = {
     "data.shuffle_buffer": _also("--buffer-size --shuffle-buffer-size"),
     "data.cache": _also("--load-from-cache-file", Alias("--overwrite-cache", value="false")),
     "data.num_proc": _also("--preprocessing-num-workers --dataset-num-proc --dataset-processes"),
-    "train.max_steps": _also("--max-train-steps", words={"-1": NO_LIMIT, "0": NO_LIMIT}),
+    "train.max_steps": _also("--max-train-steps", values={"-1": NO_LIMIT, "0": NO_LIMIT}),
     "train.head_learning_rate": _also("--head-lr --classifier-learning-rate"),
     "train.lr_scheduler_type": _also(
-        "--lr-scheduler", Alias("--cosine-min-lr-ratio", read=read_lowest_share)
+        "--lr-scheduler", Alias("--cosine-min-lr-ratio", convert=read_lowest_share)
     ),
     "train.warmup_steps": _also(
-        "--num-warmup-steps --lr-warmup-steps", Alias("--warmup-ratio", read=read_ratio)
+        "--num-warmup-steps --lr-warmup-steps", Alias("--warmup-ratio", convert=read_ratio)
     ),
-    "train.optim": _also("--optimizer --optim-type", words=OPTIMIZERS),
+    "train.optim": _also("--optimizer --optim-type", values=OPTIMIZERS),
     "train.label_smoothing_factor": _also("--label-smoothing"),
     "train.class_weights": _also("--class-weight"),
     "distillation.teacher": _also("--teacher-model --teacher-model-name-or-path"),
-    "preference.loss": _also("--pref-loss --loss-type", words=LOSSES),
+    "preference.loss": _also("--pref-loss --loss-type", values=LOSSES),
     "preference.beta": _also("--pref-beta --dpo-beta --kto-beta"),
     "preference.reference": _also("--ref-model"),
     "preference.sft_weight": _also("--rpo-alpha --cpo-alpha --pref-ftx"),
@@ -622,22 +628,22 @@ ALIASES: dict[str, FlagAliases] = {
     "preference.undesirable_weight": _also("--kto-rejected-weight"),
     "rl.reward": _also(
         "--reward-model --reward-model-name-or-path",
-        Alias("--reward-funcs", read=read_reward_funcs, several=True),
+        Alias("--reward-funcs", convert=read_reward_funcs, several=True),
     ),
     "rl.max_completion_length": _also("--response-length"),
     "rl.epsilon": _also("--epsilon-low"),
-    "rl.scale_rewards": _also("", words=SCALES),
+    "rl.scale_rewards": _also("", values=SCALES),
     "rl.mask_truncated_completions": _also("--overlong-filter"),
     "embedding.pooling": _also("--pooling-mode"),
     "reranking.pos_weight": _also("--positive-weight"),
-    "embedding.similarity": _also("", words={"dot_product": "dot"}),
+    "embedding.similarity": _also("", values={"dot_product": "dot"}),
     "train.per_device_eval_batch_size": _also("--eval-batch-size --per-gpu-eval-batch-size"),
     "train.train_sampling_strategy": _also("", Alias("--group-by-length", value="group_by_length")),
     "train.num_processes": _also("--nproc-per-node"),
     "train.gradient_checkpointing": _also(
         "--use-gradient-checkpointing --activation-checkpointing",
         Alias("--disable-gradient-checkpointing", value="false"),
-        words={"unsloth": "true"},
+        values={"unsloth": "true"},
     ),
     "speed.tokens_per_micro_batch": _also("", Alias("--auto-micro-batch", value="memory")),
     "speed.liger_kernel": _also("--use-liger-kernel --enable-liger-kernel"),
@@ -645,17 +651,17 @@ ALIASES: dict[str, FlagAliases] = {
     "train.eval_strategy": _also(
         "--evaluation-strategy",
         Alias("--do-eval", value="", values=DO_EVAL),
-        Alias("--evals-per-epoch", read=read_once_an_epoch),
+        Alias("--evals-per-epoch", convert=read_once_an_epoch),
     ),
     "train.eval_steps": _also("--eval-step"),
     "train.early_stopping_patience": _also("--early-stopping-steps --early-stop-interval"),
     "train.max_new_tokens": _also("--generation-max-length"),
     "train.num_beams": _also("--eval-num-beams --generation-num-beams --beam-size"),
-    "train.save_strategy": _also("", Alias("--saves-per-epoch", read=read_once_an_epoch)),
+    "train.save_strategy": _also("", Alias("--saves-per-epoch", convert=read_once_an_epoch)),
     "train.save_steps": _also("--save-step --checkpointing-steps"),
     "output.overwrite": _also("--overwrite-output-dir"),
     "output.resume": _also(
-        "--auto-resume", Alias("--resume-from-checkpoint", read=refuse_checkpoint)
+        "--auto-resume", Alias("--resume-from-checkpoint", convert=refuse_checkpoint)
     ),
     "output.run_name": _also("--wandb-name --wandb-run-name --trackio-run-name"),
     "output.report_to": _also(
@@ -667,7 +673,7 @@ ALIASES: dict[str, FlagAliases] = {
         "--wandb-project --wandb-project-name --project --trackio-project-name "
         "--mlflow-experiment-name"
     ),
-    "output.push_to_hub": _also("--hub-model-id --push-model", words=PUSH),
+    "output.push_to_hub": _also("--hub-model-id --push-model", values=PUSH),
     "output.hub_private": _also("--hub-private-repo"),
 }
 """Dotted field of a run → names and values of its flag in other tools."""

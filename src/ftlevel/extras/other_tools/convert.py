@@ -61,18 +61,18 @@ def convert(file: Path) -> list[str]:
 
 def _sort_keys(values: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Return the arguments of each key with a counterpart, and the reason for each other key."""
-    readings = build_flag_specs("train", FLAGS)
+    specs = build_flag_specs("train", FLAGS)
     typed: dict[str, list[str]] = {}
     lost: dict[str, str] = {}
     for key, words in convert_keys(values):
         name = (words or [f"--{key}"])[0].replace("_", "-")
-        if name not in readings:
+        if name not in specs:
             lost[key] = _NO_COUNTERPART
         elif not words:
-            lost[key] = readings[name].answer or _NO_COUNTERPART
+            lost[key] = specs[name].message or _NO_COUNTERPART
         else:
             try:
-                resolve_flag_aliases([*itertools.chain(*typed.values()), *words], readings)
+                resolve_flag_aliases([*itertools.chain(*typed.values()), *words], specs)
             except ConfigError as error:
                 lost[key] = _reason(error)
             else:
