@@ -84,7 +84,7 @@ class Ended:
     @property
     def is_unforeseen(self) -> bool:
         """Whether it ended in the line for errors that nobody foresaw."""
-        return "is a fault of ftlevel" in self.err
+        return "is a bug in ftlevel" in self.err
 
 
 class Child:

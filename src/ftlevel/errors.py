@@ -5,8 +5,9 @@ A message states the fact with the value, what was expected, and the fix.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 
 class FtlevelError(Exception):
@@ -56,6 +57,18 @@ class Interrupted(FtlevelError):
         self.exit_code = exit_code
 
 
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Add a note with `name` to unexpected errors in the block, for the message of the CLI."""
+    try:
+        yield
+    except FtlevelError:
+        raise
+    except Exception as error:
+        error.add_note(f"while reading {name}")
+        raise
+
+
 _OUT_OF_MEMORY = (
     "out of memory",  # CUDA, MPS, bitsandbytes
     "DefaultCPUAllocator",
@@ -72,10 +85,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     text = str(error)
-    return isinstance(error, (RuntimeError, OSError)) and any(w in text for w in _OUT_OF_MEMORY)
+    return isinstance(error, (RuntimeError, OSError)) and any(t in text for t in _OUT_OF_MEMORY)
 
 
-_BEGINNING = 4  # minimum length of a prefix match
+_MIN_PREFIX = 4  # characters
 
 
 def closest_matches(name: str, options: Iterable[str], count: int = 1) -> list[str]:
@@ -83,18 +96,17 @@ def closest_matches(name: str, options: Iterable[str], count: int = 1) -> list[s
 
     Options that start with `name` come first: `adamw` matches `adamw_torch`.
     """
-    names = list(dict.fromkeys(options))
-    folded = {option.lower().replace("_", "-"): option for option in names}
-    wish = name.lower().replace("_", "-")
-    begun = [key for key in folded if len(wish) >= _BEGINNING and key.startswith(wish)]
-    close = difflib.get_close_matches(wish, list(folded), n=count, cutoff=0.6)
-    return [folded[match] for match in dict.fromkeys([*begun, *close])][:count]
+    folded = {option.lower().replace("_", "-"): option for option in options}
+    query = name.lower().replace("_", "-")
+    prefixed = [o for o in folded if len(query) >= _MIN_PREFIX and o.startswith(query)]
+    close = difflib.get_close_matches(query, list(folded), n=count, cutoff=0.6)
+    return [folded[match] for match in dict.fromkeys([*prefixed, *close])][:count]
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the option most similar to `name`, or ""."""
-    found = closest_matches(name, options)
-    return f" Did you mean {found[0]!r}?" if found else ""
+    matches = closest_matches(name, options)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
 def with_article(noun: str) -> str:
@@ -102,22 +114,22 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-_LONGEST_NAME = 40
+_MAX_NAME = 40
 
 
 def quote(name: object) -> str:
     """Return `repr(name)`, shortened to 40 characters."""
     text = repr(name)
-    return text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 3]}…{text[-1]}"
+    return text if len(text) <= _MAX_NAME else f"{text[: _MAX_NAME - 3]}…{text[-1]}"
 
 
 def is_long(name: str) -> bool:
     """Return whether `quote` shortens `name`."""
-    return len(repr(name)) > _LONGEST_NAME
+    return len(repr(name)) > _MAX_NAME
 
 
-def join_names(names: Iterable[str], most: int = 12) -> str:
-    """Join `names` with commas; after `most` names, append the number of the others."""
+def join_names(names: Iterable[str], maximum: int = 12) -> str:
+    """Join `names` with commas; after `maximum` names, append the number of the others."""
     items = list(names)
-    shown = ", ".join(items[:most])
-    return shown if len(items) <= most else f"{shown} and {len(items) - most:,} more"
+    text = ", ".join(items[:maximum])
+    return text if len(items) <= maximum else f"{text} and {len(items) - maximum:,} more"

@@ -229,3 +229,17 @@ def test_ctrl_c_while_the_program_is_imported(
         main()
     assert ended.value.code == 130
     assert capsys.readouterr().err == "ftlevel: interrupted; nothing was saved.\n"
+
+
+def test_an_unexpected_error_names_the_file_being_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise IndexError("pop from empty list")
+
+    monkeypatch.setattr("ftlevel.trained.model_ref._resolve", fail)
+    assert run(["evaluate", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == (
+        f"ftlevel: IndexError: pop from empty list (while reading {tmp_path}). Unless that file is "
+        "damaged, this is a bug in ftlevel: please report it with the output of --traceback.\n"
+    )

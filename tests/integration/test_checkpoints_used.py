@@ -156,7 +156,7 @@ def test_a_checkpoint_that_is_damaged_is_one_line(
         assert run([command[0], str(checkpoint), *command[1:]]) == 2
         said = capsys.readouterr().err
         assert "adapter_config.json" in said
-        assert "is a fault of ftlevel" not in said
+        assert "is a bug in ftlevel" not in said
 
 
 def test_a_run_goes_on_from_a_checkpoint_that_has_them_and_from_one_that_has_not(

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -149,7 +148,7 @@ def _root(
     pass
 
 
-_LONGEST_REASON = 300  # characters
+_MAX_REASON = 300  # characters
 
 _CTRL_C = 130
 _PEER_IS_GONE = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
@@ -246,28 +245,14 @@ def _describe_unexpected(error: Exception) -> tuple[str, int]:
         return f"out of memory: {reason}. Give it fewer rows at once, or a smaller model.", 1
     if is_launched() and any(word in str(error) for word in _PEER_IS_GONE):
         return "another process of the run has ended, so this one ends too.", 1
-    reason = " ".join(str(error).split())[:_LONGEST_REASON]
-    path = _being_read(error)
-    where = f"{path}: " if path else ""
-    advice = f"If {path} is whole, this" if path else "This"
+    reason = " ".join(str(error).split())[:_MAX_REASON]
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    advice = "Unless that file is damaged, this" if notes else "This"
     return (
-        f"{where}{type(error).__name__}: {reason}. {advice} is a fault of ftlevel: please report "
-        "it with what --traceback shows.",
+        f"{type(error).__name__}: {reason}{notes}. {advice} is a bug in ftlevel: please report it "
+        "with the output of --traceback.",
         1,
     )
-
-
-def _being_read(error: Exception) -> Path | None:
-    """Return the last existing path among local variables of ftlevel's frames in `error`."""
-    found, frame = None, error.__traceback__
-    while frame is not None:
-        if "ftlevel" in frame.tb_frame.f_code.co_filename:
-            held = list(frame.tb_frame.f_locals.values())
-            held += [part for value in held for part in getattr(value, "__dict__", {}).values()]
-            paths = (value for value in held if isinstance(value, Path))
-            found = next((path for path in paths if path.exists()), found)
-        frame = frame.tb_next
-    return found
 
 
 def _is_from_ctrl_c(error: BaseException | None) -> bool:

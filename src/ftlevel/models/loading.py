@@ -20,7 +20,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from ftlevel.errors import InputError
+from ftlevel.errors import InputError, reading
 from ftlevel.models.integrity import (
     check_finite,
     check_shapes,
@@ -47,7 +47,8 @@ _UNREADABLE = (OSError, json.JSONDecodeError, struct.error, SafetensorError)
 def _naming_damage(source: ModelSource) -> Iterator[None]:
     """Convert exceptions for damaged files in the block to `InputError` with the model's name."""
     try:
-        yield
+        with reading(source.words):
+            yield
     except _UNREADABLE as error:
         raise InputError(
             f"{source.words}: its weights cannot be read ({_first_line(error)}). "

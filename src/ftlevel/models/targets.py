@@ -330,7 +330,7 @@ class _Picker:
                 "Leave it out; --modules-to-save trains it in full."
             )
         return (
-            f"is a task head of {self.model_name} ({join_names(heads, most=3)}): heads are "
+            f"is a task head of {self.model_name} ({join_names(heads, maximum=3)}): heads are "
             "trained in "
             "full and saved beside the adapter. Leave it out."
         )

@@ -21,7 +21,7 @@ from ftlevel.artifacts.run_directory import CONFIG, find_run
 from ftlevel.config.methods.lora import BASE_MODIFYING_INITS
 from ftlevel.data.encoding.collate import ensure_pad_token
 from ftlevel.data.encoding.encode import PromptFormat, read_format
-from ftlevel.errors import InputError, join_names
+from ftlevel.errors import InputError, join_names, reading
 from ftlevel.models.hardware import choose_dtype
 from ftlevel.models.kinds import checkpoint_class, max_positions, model_kind
 from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
@@ -139,7 +139,8 @@ def resolve_model(
         InputError: It does not exist, its base has other weights, or it was trained for another
             task.
     """
-    ref = _resolve(name, device, task, said or name, base)
+    with reading(name):
+        ref = _resolve(name, device, task, said or name, base)
     if base is not None and ref.directory is None:
         raise InputError(
             f"--model {base}: it names the base of an adapter, and {name} is a whole model. Drop "

@@ -25,7 +25,7 @@ from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.readers.refused import refuse_media_columns
 from ftlevel.data.sources.splits import DatasetSplits, hold_out, join_splits, load_splits
 from ftlevel.data.sources.table import BadRow, Table, handle_bad_rows
-from ftlevel.errors import InputError, did_you_mean, join_names, quote
+from ftlevel.errors import InputError, did_you_mean, join_names, quote, reading
 from ftlevel.task import Task
 
 BUILTIN_ROWS = 192
@@ -215,12 +215,13 @@ def read_splits(config: DataConfig, task: Task, seed: int) -> DatasetSplits:
 
 def _read_one(name: str, config: DataConfig, task: Task, split: str | None) -> DatasetSplits:
     builtin = name.startswith("builtin:")
-    return load_splits(
-        name,
-        split=split,
-        subset=config.subset or (task.builtin_subset or None if builtin else None),
-        on_bad_row=config.on_bad_row,
-        max_samples=BUILTIN_ROWS if builtin and config.max_samples is None else None,
-        input_format=config.input_format,
-        ignored=config.ignore_columns,
-    )
+    with reading(name):
+        return load_splits(
+            name,
+            split=split,
+            subset=config.subset or (task.builtin_subset or None if builtin else None),
+            on_bad_row=config.on_bad_row,
+            max_samples=BUILTIN_ROWS if builtin and config.max_samples is None else None,
+            input_format=config.input_format,
+            ignored=config.ignore_columns,
+        )

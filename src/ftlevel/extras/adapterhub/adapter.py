@@ -113,7 +113,7 @@ def _layers(family: str, kind: str, config: Mapping[str, Any]) -> dict[str, str]
         if count == 1 and family in _OF_LAST_TOKEN and config.get("bias") is False:
             return {"1": "score"}
     keys = ("layers", "activation_function", "use_pooler", "bias")
-    said = join_names([f"{key} {config[key]!r}" for key in keys if key in config], most=len(keys))
+    said = ", ".join(f"{key} {config[key]!r}" for key in keys if key in config)
     raise InputError(
         f"a head of type {kind} with {said} is not what transformers' {family} computes. Use it "
         "with adapters itself."

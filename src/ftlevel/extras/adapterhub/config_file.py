@@ -96,7 +96,7 @@ def _known_sites(model_config: Any) -> Sites:
     if sites is None or model_config.model_type not in HOLDERS:
         raise InputError(
             f"the places of AdapterHub's adapters in {model_config.model_type} are not known. "
-            f"Families: {join_names(HOLDERS, most=len(HOLDERS))}."
+            f"Families: {', '.join(HOLDERS)}."
         )
     return sites
 
@@ -146,7 +146,7 @@ def _placement(config: Mapping[str, Any], sites: Sites) -> str:
         "original_ln_after",
         "residual_before_ln",
     )
-    said = join_names([f"{key} {config[key]!r}" for key in keys], most=len(keys))
+    said = ", ".join(f"{key} {config[key]!r}" for key in keys)
     raise InputError(
         f"an adapter with {said} has no placement here. Known are AdapterHub's double_seq_bn, "
         "seq_bn, par_bn and AdapterPlusConfig. Use it with adapters itself."

@@ -16,7 +16,7 @@ from ftlevel.config.methods.bottleneck import (
     AdapterSpec,
     default_scaling,
 )
-from ftlevel.errors import InputError, join_names
+from ftlevel.errors import InputError
 from ftlevel.methods.base import Base, Merging, Method, StepSupport
 from ftlevel.methods.bottleneck.sites import SITES, site_pattern, sites_of, why_no_residual
 from ftlevel.methods.facts import method_facts
@@ -90,7 +90,7 @@ def find_targets(spec: AdapterSpec, model: Any) -> list[str]:
     if sites is None:
         raise InputError(
             f"--method adapter: no positions are known for {model.config.model_type!r}. Families: "
-            f"{join_names(SITES, most=len(SITES))}. Name the last linears of its sub-layers with "
+            f"{', '.join(SITES)}. Name the last linears of its sub-layers with "
             "--target-modules, or use --method lora."
         )
     pattern = re.compile(site_pattern(sites, spec.placement))

@@ -5,7 +5,7 @@ Needs neither torch nor transformers. A test compares each entry with transforme
 
 from __future__ import annotations
 
-from ftlevel.errors import InputError, closest_matches, join_names
+from ftlevel.errors import InputError, closest_matches
 from ftlevel.models.families.decoder import DECODER_FAMILIES
 from ftlevel.models.families.encoder import ENCODER_FAMILIES
 from ftlevel.models.families.facts import Family
@@ -41,6 +41,6 @@ def find_family(name: str) -> Family:
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise InputError(
         f"{name!r} is neither a family that ftlevel knows nor a model.{hint} "
-        f"Families: {join_names(FAMILIES, most=len(FAMILIES))}. "
+        f"Families: {', '.join(FAMILIES)}. "
         "For a model, give its directory or its full id: ftlevel list-targets OWNER/NAME"
     )
