@@ -31,26 +31,18 @@ if TYPE_CHECKING:
     )
     from ftlevel.pipeline import FineTunePipeLine
 
-_PLACES = {
-    "MergeConfig": "ftlevel.config",
-    "MergeResult": "ftlevel.commands.merge",
-    "EvaluateConfig": "ftlevel.config",
-    "Evaluation": "ftlevel.commands.evaluate",
-    "PredictConfig": "ftlevel.config",
-    "Predictions": "ftlevel.commands.predict",
-    "QuantizeConfig": "ftlevel.config",
-    "QuantizeResult": "ftlevel.commands.quantize",
-    "TrainConfig": "ftlevel.config",
-    "TrainResult": "ftlevel.commands.train",
-    "train": "ftlevel.commands.train",
-    "quantize": "ftlevel.commands.quantize",
-    "evaluate": "ftlevel.commands.evaluate",
-    "generate": "ftlevel.commands.generate",
-    "list_targets": "ftlevel.commands.list_targets",
-    "merge": "ftlevel.commands.merge",
-    "predict": "ftlevel.commands.predict",
-    "FineTunePipeLine": "ftlevel.pipeline",
+_MODULES = {
+    "ftlevel.config": "EvaluateConfig MergeConfig PredictConfig QuantizeConfig TrainConfig",
+    "ftlevel.commands.evaluate": "Evaluation evaluate",
+    "ftlevel.commands.generate": "generate",
+    "ftlevel.commands.list_targets": "list_targets",
+    "ftlevel.commands.merge": "MergeResult merge",
+    "ftlevel.commands.predict": "Predictions predict",
+    "ftlevel.commands.quantize": "QuantizeResult quantize",
+    "ftlevel.commands.train": "TrainResult train",
+    "ftlevel.pipeline": "FineTunePipeLine",
 }
+"""Module → public names that are imported from it."""
 
 __all__ = [
     "EvaluateConfig",
@@ -78,6 +70,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name from its module on first access."""
     if name == "adapters":
         return importlib.import_module("ftlevel.adapters")
-    if name not in _PLACES:
-        raise AttributeError(f"module 'ftlevel' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PLACES[name]), name)
+    for module, names in _MODULES.items():
+        if name in names.split():
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'ftlevel' has no attribute {name!r}")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from ftlevel.config.section import Choice
+from ftlevel.extensions import resolve_renamed
 
 
 class Listener(Protocol):
@@ -68,3 +69,6 @@ class NullListener:
 
     def end(self, summary: Mapping[str, Any]) -> None:
         """Do nothing."""
+
+
+__getattr__ = resolve_renamed(__name__, {"Silence": "ftlevel.events:NullListener"})

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,6 +164,26 @@ def load(reference: str) -> Any:
     module, _, name = reference.partition(":")
     found = importlib.import_module(module)
     return getattr(found, name) if name else found
+
+
+def resolve_renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return the `__getattr__` of `module` for old `names`, each with its new reference.
+
+    An old name works with a DeprecationWarning for one release.
+    """
+
+    def get(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(
+            f"{module}.{name} is now {names[name].replace(':', '.')}; the old name will be removed "
+            "in the next release.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return load(names[name])
+
+    return get
 
 
 def try_load(reference: str, source: str) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -76,6 +77,15 @@ class MergeConfig(HubSection):
         None,
         description="Fraction of entries kept by ties, dare and magnitude-prune; default: 0.5.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_old_name(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or "base" not in raw or "base_model" in raw:
+            return raw
+        message = "MergeConfig(base) is now base_model; the old name will be removed."
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return {"base_model" if name == "base" else name: raw[name] for name in raw}
 
     @field_validator("onto", mode="before")
     @classmethod
