@@ -65,7 +65,8 @@ def reading(name: str) -> Iterator[None]:
     except FtlevelError:
         raise
     except Exception as error:
-        error.add_note(f"while reading {name}")
+        # As add_note of Python 3.11 does.
+        error.__dict__.setdefault("__notes__", []).append(f"while reading {name}")
         raise
 
 
