@@ -187,9 +187,7 @@ def _plan(config: TrainConfig, wishes: PlanOptions) -> tuple[RunPlan, Alternativ
     source = resolve_source(
         wish.name_or_path, wish.revision, wish.trust_remote_code, needs_weights=wishes.probe
     )
-    train = config.train
-    a_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    rows = a_step * _IMAGINED_STEPS if is_imagined else 0
+    rows = config.train.rows_per_device_step * _IMAGINED_STEPS if is_imagined else 0
     imagined = build_synthetic_batch(config.data, source, card.name if card else None, rows)
     run = resolve(config, why_task=why, adapter=adapter, imagined=imagined)
     ranks = wishes.nodes * wishes.gpus_per_node

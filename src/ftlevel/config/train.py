@@ -82,6 +82,22 @@ class TrainConfig(Section):
         default_factory=OutputConfig, description="Run directory, trackers and Hub upload."
     )
 
+    @property
+    def task_options(self) -> dict[str, Any]:
+        """Options of `BaseTask.configured`, by section."""
+        smoothing, teacher = self.train.label_smoothing_factor, self.distillation.teacher
+        return {
+            "preference": {**self.preference.model_dump(), "smoothing": smoothing},
+            "embedding": {**self.embedding.model_dump(mode="json"), "teacher": teacher},
+            "rl": self.rl.model_dump(),
+            "reranking": self.reranking.model_dump(),
+        }
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Number of optimizer steps on the same rows; 1 without reinforcement learning."""
+        return self.rl.num_iterations if self.task == RL_TASK else 1
+
     def with_sections(self, **sections: Any) -> TrainConfig:
         """Return a validated copy with other `sections`; may raise ConfigError."""
         given = {name: getattr(self, name) for name in self.model_fields_set}
@@ -187,12 +203,10 @@ def _other_problems(config: TrainConfig) -> list[str]:
         streaming=config.data.streaming,
     )
     problems += find_rl_problems(config)
-    train = config.train
-    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
     problems += find_embedding_problems(
         config.task,
         config.embedding,
-        rows * (train.num_processes or 1),
+        config.train.rows_per_step,
         config.distillation.teacher,
     )
     problems += find_reranking_problems(config.task, config.reranking)

@@ -414,6 +414,16 @@ class TrainerConfig(Decoding):
         return self.seed if self.data_seed is None else self.data_seed
 
     @property
+    def rows_per_device_step(self) -> int:
+        """Rows of an optimizer step in one process."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step in all processes."""
+        return self.rows_per_device_step * (self.num_processes or 1)
+
+    @property
     def recomputes(self) -> bool:
         """Whether activations of all blocks are always recomputed."""
         return self.gradient_checkpointing is True or self.offload_activations

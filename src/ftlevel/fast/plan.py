@@ -291,7 +291,7 @@ def _plan_sharing(
 
 def _estimate_shared(train: TrainerConfig, rows: Sequence[Encoded]) -> float:
     """Return the share of a step's tokens that need not be computed, from sampled steps."""
-    size = min(train.per_device_train_batch_size * train.gradient_accumulation_steps, len(rows))
+    size = min(train.rows_per_device_step, len(rows))
     draw = random.Random(train.seed)
     steps = [draw.sample(range(len(rows)), size) for _ in range(SAMPLED_STEPS)]
     shares = [

@@ -31,7 +31,6 @@ from ftlevel.task import Checks, Objective, ScoreTexts
 if TYPE_CHECKING:
     import torch
 
-    from ftlevel.config import TrainConfig
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.formats.labels import LabelSet
     from ftlevel.data.gate.checks import Mask
@@ -170,11 +169,12 @@ class BaseTask(ABC):
     # ---- the model
 
     def for_model(
-        self, source: ModelSource, kind: str, width: int, tokenizer: Any, config: TrainConfig
+        self, source: ModelSource, kind: str, width: int, tokenizer: Any, step_rows: int
     ) -> tuple[BaseTask, list[Choice]]:
         """Return the task with settings of the model, and the lines that show them.
 
-        `width` is the hidden size. Raises `ConfigError` for settings that do not fit the model.
+        `width` is the hidden size, `step_rows` the rows of an optimizer step. Raises `ConfigError`
+        for settings that do not fit the model.
         """
         return self, []
 

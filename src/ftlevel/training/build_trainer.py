@@ -267,9 +267,10 @@ def build_trainer(
 
 
 def _owes_evaluation(resumed: ResumeState, run: Run, arguments: Any) -> bool:
-    steps, rows = run.schedule.steps, rows_per_epoch(run.config, len(run.data.train))
-    an_epoch = steps if run.data.stream else count_steps_per_epoch(run.config.train, rows)
-    return resumed.missed_evaluation(arguments.eval_strategy, an_epoch, steps)
+    config, steps = run.config, run.schedule.steps
+    rows = rows_per_epoch(config.train, config.steps_per_rollout, len(run.data.train))
+    steps_per_epoch = steps if run.data.stream else count_steps_per_epoch(config.train, rows)
+    return resumed.missed_evaluation(arguments.eval_strategy, steps_per_epoch, steps)
 
 
 def build_optimizer(method: MethodConfig, model: Any, arguments: Any) -> Any:

@@ -166,17 +166,17 @@ def resolve_job(
     """
     processes = started_processes()
     train = resolve_processes(inputs.config.train, processes, rows_only=dry_run)
-    config = inputs.config.model_copy(update={"train": train})
+    inputs = replace(inputs, config=inputs.config.model_copy(update={"train": train}))
     if dry_run:  # one process is enough
         processes = Processes()
     processes.join()
 
     def resolve_here() -> tuple[Run, MemoryEstimate]:
-        found = _resolve(config, inputs, listener, processes.count, try_method=dry_run)
-        processes.take_device(found[0].model.device)
+        run, memory = _resolve(inputs, listener, processes.count, try_method=dry_run)
+        processes.take_device(run.model.device)
         if not dry_run:
-            check_can_shard(found[0], processes.count)
-        return found
+            check_can_shard(run, processes.count)
+        return run, memory
 
     run, memory = processes.in_all(resolve_here)
     if run.config.speed.tokens_per_micro_batch == "memory":
@@ -191,15 +191,10 @@ def resolve_job(
 
 
 def _resolve(
-    config: TrainConfig,
-    inputs: BoundInputs,
-    listener: Listener,
-    processes: int,
-    *,
-    try_method: bool,
+    inputs: BoundInputs, listener: Listener, processes: int, *, try_method: bool
 ) -> tuple[Run, MemoryEstimate]:
-    """Resolve `config`, check it, and show what was chosen with all warnings."""
-    output = config.output
+    """Resolve the configuration, check it, and show the choices and all warnings."""
+    config, output = inputs.config, inputs.config.output
     check_output(output.dir, overwrite=output.overwrite, resume=output.resume)
     check_packages(config.model, config.speed, output)
     if output.push_to_hub is not None:

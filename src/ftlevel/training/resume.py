@@ -251,7 +251,8 @@ def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
     """Raise ConfigError if the new length has no effect, is too short, or is unsupported."""
     where, train, steps = f"--resume {run.config.output.dir}", run.config.train, run.schedule.steps
     old = {key.rpartition(".")[2]: value for key, value in before.items()}
-    was = count_steps(train.model_copy(update=old), rows_per_epoch(run.config, len(run.data.train)))
+    rows = rows_per_epoch(train, run.config.steps_per_rollout, len(run.data.train))
+    was = count_steps(train.model_copy(update=old), rows)
     if was == steps and "num_train_epochs" in old:
         raise ConfigError(
             f"--num-train-epochs {train.num_train_epochs:g} changes nothing: --max-steps "

@@ -69,21 +69,15 @@ def rows_and_order(
 
 def row_order(run: Run) -> Sampler[int] | None:
     """Return the sampler of the rows, shared by all processes; None for Trainer's random one."""
-    train = run.config.train
-    step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    step *= train.num_processes or 1
+    train, rows, seed = run.config.train, run.data.train, run.config.train.order_seed
     is_whole = isinstance(run.objective, StepObjective)
     if is_whole and run.config.embedding.batch_sampler == "no_duplicates":
-        return DistinctTextSampler(run.data.train, step, train.order_seed)
+        return DistinctTextSampler(rows, train.rows_per_step, seed)
     if train.train_sampling_strategy == "random":
         if not train.num_processes and not isinstance(run.objective, PolicyObjective):
             return None
-        return shared_order()(
-            run.data.train, generator=torch.Generator(), data_seed=train.order_seed
-        )
-    return LengthGroupedSampler(
-        [len(row.input_ids) for row in run.data.train], step, train.order_seed
-    )
+        return shared_order()(rows, generator=torch.Generator(), data_seed=seed)
+    return LengthGroupedSampler([len(row.input_ids) for row in rows], train.rows_per_step, seed)
 
 
 def shared_loader(

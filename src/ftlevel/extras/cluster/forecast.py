@@ -223,8 +223,7 @@ def forecast_cluster(
     network = Network(options.nodes, options.gpus_per_node, card.link, options.interconnect_gbps)
     shares = describe_shares(run)
     train, rows = run.config.train, run.data.train
-    a_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    tokens = a_step * float(row_lengths(rows).mean())
+    tokens = train.rows_per_device_step * float(row_lengths(rows).mean())
     micro_batches = max(math.ceil(tokens / need.tokens), 1)
     recomputes = train.recomputes or need.recomputed_peak is not None
     operations = count_operations(run, recomputes=recomputes)

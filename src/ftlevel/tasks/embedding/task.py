@@ -36,7 +36,7 @@ from ftlevel.tasks.embedding.rows import TextEncoder
 if TYPE_CHECKING:
     import torch
 
-    from ftlevel.config import DataConfig, TrainConfig
+    from ftlevel.config import DataConfig
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.formats.detect import Format
     from ftlevel.data.prepare.encoder import Encoder
@@ -80,7 +80,7 @@ class EmbeddingTask(BaseTask):
         )
 
     def for_model(
-        self, source: ModelSource, kind: str, width: int, tokenizer: Any, config: TrainConfig
+        self, source: ModelSource, kind: str, width: int, tokenizer: Any, step_rows: int
     ) -> tuple[BaseTask, list[Choice]]:
         """Return the task with the embedding format of the model, and the lines that show it.
 
@@ -108,10 +108,7 @@ class EmbeddingTask(BaseTask):
                 f"--matryoshka-dims {max(dims)}: embeddings of {source.name} have "
                 f"{form.dims or width} dimensions. Use at most that many."
             )
-        train = config.train
-        rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
-        rows *= train.num_processes or 1
-        task = replace(self, form=form, end=end, step_rows=rows)
+        task = replace(self, form=form, end=end, step_rows=step_rows)
         return task, _describe_form(form, reason, given)
 
     @property

@@ -23,7 +23,7 @@ three models are within 10 % (docs/plan.md). Nothing shows that these are the ca
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -399,11 +399,15 @@ def _compute(
     length: int | None,
     limits: AlternativeContext,
 ) -> Alternative | None:
-    changed = _changed(way, checkpointing, length, limits)
-    if changed is None:
+    accumulated = max(2, limits.config.train.gradient_accumulation_steps)  # gradients exist
+    config = _changed(way, checkpointing, rows, accumulated, length, limits.config)
+    if config is None:
         return None
+    imagined = build_synthetic_batch(
+        config.data, limits.source, limits.card, rows * accumulated, limits.tokenizer
+    )
     try:
-        forecast = _forecast(changed, rows, limits)
+        forecast = limits.device.forecast(resolve(config, imagined=imagined))
     except FtlevelError:  # method and model do not match, or the row is too long
         return None
     memory, most = limits.device.memory, None
@@ -416,47 +420,36 @@ def _compute(
     return Alternative(flags, forecast.peak, forecast.peak <= memory, most, least)
 
 
-def _forecast(config: TrainConfig, rows: int, limits: AlternativeContext) -> StepMemory:
-    accumulated = max(2, config.train.gradient_accumulation_steps)  # gradients already exist
-    config = _with(
-        config,
-        {
-            "train": {
-                "per_device_train_batch_size": rows,
-                "gradient_accumulation_steps": accumulated,
-            }
-        },
-    )
-    rows *= accumulated
-    imagined = build_synthetic_batch(
-        config.data, limits.source, limits.card, rows, limits.tokenizer
-    )
-    return limits.device.forecast(resolve(config, imagined=imagined))
-
-
 def _changed(
-    way: tuple[str, str], checkpointing: bool, length: int | None, limits: AlternativeContext
+    way: tuple[str, str],
+    checkpointing: bool,
+    rows: int,
+    accumulated: int,
+    length: int | None,
+    config: TrainConfig,
 ) -> TrainConfig | None:
-    config, (method, quant) = limits.config, way
-    values: dict[str, Any] = {"train": {"gradient_checkpointing": checkpointing}}
+    """Return the configuration of an alternative; None if it is invalid."""
+    method, quant = way
+    changes: dict[str, dict[str, Any]] = {
+        "train": {
+            "gradient_checkpointing": checkpointing,
+            "per_device_train_batch_size": rows,
+            "gradient_accumulation_steps": accumulated,
+        }
+    }
     if length is not None:
-        values["data"] = {"max_length": length}
+        changes["data"] = {"max_length": length}
+    values: dict[str, Any] = config.model_dump(exclude_unset=True)
     if way != (config.method.kind, config.quant.kind):
-        values["quant"] = {"kind": quant}
-        values["method"] = {"kind": method} if method != config.method.kind else {}
+        changes["quant"] = {"kind": quant}
+        if method != config.method.kind:
+            values["method"] = {"kind": method}
+    for section, fields in changes.items():
+        values[section] = {**values.get(section, {}), **fields}
     try:
-        return _with(config, values)
+        return TrainConfig.model_validate(values)
     except (ConfigError, ValueError):
         return None
-
-
-def _with(config: TrainConfig, values: Mapping[str, Mapping[str, Any]]) -> TrainConfig:
-    """Return `config` with `values` replaced and validated."""
-    given: dict[str, Any] = config.model_dump(exclude_unset=True)
-    for section, own in values.items():
-        kept = {} if section == "method" and "kind" in own else given.get(section, {})
-        given[section] = {**kept, **own}
-    return TrainConfig.model_validate(given)
 
 
 def _flags(

@@ -420,7 +420,7 @@ def _fullest(run: Run, pruning: Pruning) -> _Batch:
     kind = TextCollator if isinstance(run.objective, StepObjective) else StepCollator
     collate = kind(run.model.pad_id, replace(fast, shared_prefix=False, needed_tokens=needed))
     found: list[_Batch] = []
-    for step in _steps(rows, size * train.gradient_accumulation_steps, train.seed):
+    for step in _steps(rows, train.rows_per_device_step, train.seed):
         batch = collate(step)
         at_once = fast.workers if batch["in_parallel"] else 1
         parts = batch["micro_batches"]

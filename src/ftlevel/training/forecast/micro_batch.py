@@ -140,9 +140,7 @@ def _most_tokens(run: Run) -> int:
     """Return the largest size to try: the default on a CPU, a whole step elsewhere."""
     if run.model.device == "cpu":
         return run.fast.tokens
-    train = run.config.train
-    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    return max(run.fast.tokens, rows * run.data.max_length)
+    return max(run.fast.tokens, run.config.train.rows_per_device_step * run.data.max_length)
 
 
 def _too_large(run: Run, peak: int, memory: int) -> str:

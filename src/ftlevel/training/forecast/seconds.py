@@ -174,8 +174,7 @@ def measure_time(run: Run) -> TimeForecast:
     with tempfile.TemporaryDirectory() as nowhere:
         directory = RunDirectory(Path(nowhere))
         trainer = build_trainer(run, adapted, directory, ResumeState(), Processes())
-    train = run.config.train
-    size = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    size = run.config.train.rows_per_device_step
     optimizer: Any = trainer.create_optimizer()
     trained = [weight for group in optimizer.param_groups for weight in group["params"]]
     adapted.model.train()

@@ -6,7 +6,7 @@ Contradicting flags are rejected before weights load, as are adapters that the r
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,10 +65,15 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
     directory = find_directory(name)
     card = read_card(directory) if (directory / CARD).is_file() else None
     if is_model(name):
-        return (
-            *_take_model(config, name, directory),
-            [f"--adapter {name} is a whole model: it is trained on as --model is"],
-        )
+        if "name_or_path" in config.model.model_fields_set:
+            raise ConfigError(
+                f"--adapter {name} is a whole model, and --model {config.model.name_or_path} names "
+                "another. Use one of them."
+            )
+        values = config.model_dump(exclude_unset=True)
+        values["model"] |= {"name_or_path": str(directory), "adapter": None}
+        note = f"--adapter {name} is a whole model: it is trained on as --model is"
+        return build_config([Layer(values)]), None, [note]
     _check_kind(name, directory, config.output.dir)
     base = _base_of(config.model, card, directory)
     source, settings = read_plain_adapter(directory, base_source=base)
@@ -98,21 +103,6 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
         if config.model.dtype == "auto" and not in_half:
             values["model"]["dtype"] = card.dtype
     return build_config([Layer(values)]), adapter, []
-
-
-def _take_model(
-    config: TrainConfig, name: str, directory: Path
-) -> tuple[TrainConfig, StartingAdapter | None]:
-    """Return `config` with the model in `directory` as its base."""
-    if "name_or_path" in config.model.model_fields_set:
-        raise ConfigError(
-            f"--adapter {name} is a whole model, and --model {config.model.name_or_path} names "
-            "another. Use one of them."
-        )
-    update = {"name_or_path": str(directory), "adapter": None}
-    values = config.model_dump(exclude_unset=True)
-    values["model"] = {**values["model"], **update}
-    return build_config([Layer(values)]), None
 
 
 def _check_kind(name: str, directory: Path, out: Path | None) -> None:
@@ -205,48 +195,45 @@ def _check_flags(config: TrainConfig, adapter: StartingAdapter, spec: MethodConf
             f"continued: "
             f"{reason}. ftlevel merge makes a model of it to train on."
         )
-    problems = [
-        f"{flag} {wish}: --adapter {adapter.name} has {own}. Drop {flag}, or train a new adapter."
-        for flag, wish, own in _differences(config, adapter, spec)
-    ]
+    requested, card, problems = config.method, adapter.card, list[str]()
+
+    def add(flag: str, value: Any, other: Any) -> None:
+        problems.append(
+            f"{flag} {value}: --adapter {adapter.name} has {other}. Drop {flag}, or train a new "
+            "adapter."
+        )
+
+    flags = {row.path: row.shown for row in FLAGS if row.path}
+    names = requested.model_fields_set - {"kind"}
+    is_lora = {requested.kind, spec.kind} <= {"lora", "qlora"}
+    is_same = is_lora or requested.kind in (spec.kind, card.method if card else "")
+    # `kind` defaults to lora if only other method fields are given.
+    is_default = requested.kind == "lora" and names
+    if "method" in config.model_fields_set and not (is_same or is_default):
+        add("--method", requested.kind, spec.kind)
+    for name in sorted(names):
+        value, other = getattr(requested, name), getattr(spec, name, None)
+        if name.startswith("init_") and value == "default":
+            continue
+        if _sorted(value) != _sorted(other):
+            shown = other if hasattr(spec, name) else "no such thing"
+            add(flags.get(f"method.{name}", f"method.{name}"), value, shown)
+    if card is not None:
+        # Preferences and reinforcement learning train the same head.
+        same_head = config.task in ("preference", RL_TASK) and TASKS[card.task].writes_text
+        if "task" in config.model_fields_set and config.task != card.task and not same_head:
+            add("--task", config.task, f"the task {card.task}")
+        if config.data.labels and list(config.data.labels) != card.labels:
+            add("data.labels", ", ".join(config.data.labels), ", ".join(card.labels))
+        quant = card.quantization.get("kind", "none")
+        if config.quant.kind not in ("none", quant):
+            add("--quant", config.quant.kind, f"a base of --quant {quant}")
     if problems:
         raise ConfigError(problems)
 
 
 def _sorted(value: Any) -> Any:
     return sorted(value, key=str) if isinstance(value, list) else value
-
-
-def _differences(
-    config: TrainConfig, adapter: StartingAdapter, spec: MethodConfig
-) -> Iterator[tuple[str, Any, Any]]:
-    """Yield each flag that contradicts the adapter, its value, and the adapter's value."""
-    given, card = config.method, adapter.card
-    flags = {row.path: row.shown for row in FLAGS if row.path}
-    names = given.model_fields_set - {"kind"}
-    is_lora = {given.kind, spec.kind} <= {"lora", "qlora"}
-    # `kind` defaults to lora if only other method fields are given.
-    is_own = is_lora or given.kind in (spec.kind, card.method if card else "")
-    is_filled_in = given.kind == "lora" and names
-    if "method" in config.model_fields_set and not (is_own or is_filled_in):
-        yield "--method", given.kind, spec.kind
-    for name in sorted(names):
-        wish, own = getattr(given, name), getattr(spec, name, None)
-        if name.startswith("init_") and wish == "default":
-            continue
-        if _sorted(wish) != _sorted(own):
-            shown = own if hasattr(spec, name) else "no such thing"
-            yield flags.get(f"method.{name}", f"method.{name}"), wish, shown
-    if card is None:
-        return
-    prefers = config.task in ("preference", RL_TASK) and TASKS[card.task].writes_text  # same head
-    if "task" in config.model_fields_set and config.task != card.task and not prefers:
-        yield "--task", config.task, f"the task {card.task}"
-    if config.data.labels and list(config.data.labels) != card.labels:
-        yield "data.labels", ", ".join(config.data.labels), ", ".join(card.labels)
-    own = card.quantization.get("kind", "none")
-    if config.quant.kind not in ("none", own):
-        yield "--quant", config.quant.kind, f"a base of --quant {own}"
 
 
 _ELSEWHERE = set(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ftlevel.config import MethodConfig, QuantConfig, TrainConfig
+from ftlevel.config import MethodConfig, QuantConfig, TrainerConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.methods import METHODS, Method, check_supported
@@ -17,7 +17,6 @@ from ftlevel.methods.base import QuantizedCheckpoint
 from ftlevel.methods.facts import Cell
 from ftlevel.models.families import lookup_family
 from ftlevel.models.hardware import choose_dtype
-from ftlevel.models.kinds import model_kind
 from ftlevel.models.module_tree import ModuleTree, linear_size
 from ftlevel.models.quantization import match_quantization, quantization_name, stored_quantization
 from ftlevel.models.sources import ModelSource
@@ -174,15 +173,15 @@ def _parameters(wish: str | Sequence[str], tree: ModuleTree, model_name: str) ->
 
 
 def resolve_quantization(
-    config: TrainConfig, bare: Any, source: ModelSource, device: str
+    quant: QuantConfig, method: MethodConfig, model_config: Any, source: ModelSource, device: str
 ) -> QuantConfig:
-    """Return the quantization of the base, requested or stored in the checkpoint.
+    """Return the quantization of the base: `quant`, or that of its checkpoint.
 
     Raises:
         ConfigError: the quantization does not match the method, `--quant` or the device.
     """
-    stored = stored_quantization(bare)
-    form = config.quant.kind if stored is None else quantization_name(stored)
+    stored = stored_quantization(model_config)
+    form = quant.kind if stored is None else quantization_name(stored)
     if device == "mps" and form != "none":
         raise ConfigError(
             f"--device mps: a base in {form} is not trained on Apple's GPU: its kernels were never "
@@ -190,17 +189,11 @@ def resolve_quantization(
             "--device cpu, or a model in floating point without --quant."
         )
     if stored is None:
-        return config.quant
-    quant = match_quantization(stored, config.quant, source.words, device)
-    method = config.method
+        return quant
+    quant = match_quantization(stored, quant, source.words, device)
     base = QuantizedCheckpoint(source.name, form, quant.kind)
     if reason := METHODS[method.kind].refuse_quantized(method, base):
         raise ConfigError(reason)
-    try:
-        check_method(config, quant, bare, model_kind(bare))
-    except ConfigError as error:
-        already = f"--model {source.name} is quantized already ({form})."
-        raise ConfigError([f"{already} {problem}" for problem in error.problems]) from None
     return quant
 
 
@@ -232,20 +225,25 @@ def resolve_experts(
     return quant.model_copy(update={"experts": not why}), why
 
 
-def check_method(config: TrainConfig, quant: QuantConfig, model_config: Any, kind: str) -> None:
+def check_method(
+    spec: MethodConfig,
+    train: TrainerConfig,
+    task: str,
+    quant: QuantConfig,
+    model_config: Any,
+    kind: str,
+) -> None:
     """Raise ConfigError if the method does not support model, task or quantization."""
-    family = lookup_family(model_config.model_type)
+    family, method = lookup_family(model_config.model_type), METHODS[spec.kind]
     experts = bool(family.target_parameters) if family else None
-    base = Cell("", model_config.model_type, kind, config.task, quant.kind, experts)
-    check_supported(config.method, base)
-    refuse = METHODS[config.method.kind].refuse
-    reason = refuse(config.method, model_config, kind, config.task, quant.kind) if refuse else None
+    check_supported(spec, Cell("", model_config.model_type, kind, task, quant.kind, experts))
+    reason = method.refuse and method.refuse(spec, model_config, kind, task, quant.kind)
     if reason is not None:
-        raise ConfigError(f"--method {config.method.kind}: {reason}")
-    goes_back = config.train.on_nonfinite == "rollback" or config.train.spike_factor is not None
-    if goes_back and METHODS[config.method.kind].callbacks is not None:
+        raise ConfigError(f"--method {spec.kind}: {reason}")
+    rolls_back = train.on_nonfinite == "rollback" or train.spike_factor is not None
+    if rolls_back and method.callbacks is not None:
         raise ConfigError(
-            f"--method {config.method.kind} changes its shape in the course of a run, so that it "
+            f"--method {spec.kind} changes its shape in the course of a run, so that it "
             "cannot go back to a checkpoint: use --on-nonfinite skip, and no --spike-factor."
         )
 

@@ -47,7 +47,7 @@ from ftlevel.models.loading import (
     load_tokenizer,
 )
 from ftlevel.models.module_tree import ModuleTree
-from ftlevel.models.quantization import stored_quantization
+from ftlevel.models.quantization import quantization_name, stored_quantization
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.models.upstream.libraries import find_old_libraries
 from ftlevel.task import Objective, PolicyObjective
@@ -138,10 +138,12 @@ def resolve(
     Raises:
         ConfigError: the first problem found; nothing was loaded or written.
     """
-    task = TASKS[config.task].configured(task_options(config))
+    task = TASKS[config.task].configured(config.task_options)
     bare = _read_model(config, task, imagined or SyntheticBatch())
     width = width_of(bare.config)
-    task, of_task = task.for_model(bare.source, bare.kind, width, bare.tokenizer, config)
+    task, of_task = task.for_model(
+        bare.source, bare.kind, width, bare.tokenizer, config.train.rows_per_step
+    )
     if imagined is not None and imagined.rows is not None:
         data = imagined.rows(task, bare.kind, bare.config)
     else:
@@ -186,7 +188,7 @@ def resolve(
         data.facts["labels"],
         data.train,
     )
-    epoch_rows = rows_per_epoch(config, len(data.train))
+    epoch_rows = rows_per_epoch(config.train, config.steps_per_rollout, len(data.train))
     steps = count_steps(config.train, epoch_rows)
     share, papers = 1.0, ""
     if config.task in PREFERENCE_TASKS:
@@ -254,20 +256,6 @@ def resolve(
     return run
 
 
-def task_options(config: TrainConfig) -> dict[str, Any]:
-    """Return the options for `BaseTask.configured`."""
-    smoothing = config.train.label_smoothing_factor
-    return {
-        "preference": {**config.preference.model_dump(), "smoothing": smoothing},
-        "embedding": {
-            **config.embedding.model_dump(mode="json"),
-            "teacher": config.distillation.teacher,
-        },
-        "rl": config.rl.model_dump(),
-        "reranking": config.reranking.model_dump(),
-    }
-
-
 def _read_model(config: TrainConfig, task: BaseTask, imagined: SyntheticBatch) -> _Bare:
     """Read the base's config and tokenizer, and resolve its device, dtype and quantization."""
     wish = config.model
@@ -278,11 +266,18 @@ def _read_model(config: TrainConfig, task: BaseTask, imagined: SyntheticBatch) -
     bare = load_config(source)
     kind = model_kind(bare)
     device = imagined.device or choose_device(wish.device)
-    quant = resolve_quantization(config, bare, source, device.value)
-    check_method(config, quant, bare, kind)
+    method, train = config.method, config.train
+    quant = resolve_quantization(config.quant, method, bare, source, device.value)
+    try:
+        check_method(method, train, task.name, quant, bare, kind)
+    except ConfigError as error:
+        if (stored := stored_quantization(bare)) is None:
+            raise
+        already = f"--model {source.name} is quantized already ({quantization_name(stored)})."
+        raise ConfigError([f"{already} {problem}" for problem in error.problems]) from None
     auto_class = task.auto_class(kind, bare.model_type)
-    quant, experts = _resolve_experts(quant, config.method, bare, auto_class)
-    dtype = choose_precision(config.method, config.model.dtype, device.value, bare.model_type)
+    quant, experts = _resolve_experts(quant, method, bare, auto_class)
+    dtype = choose_precision(method, wish.dtype, device.value, bare.model_type)
     tokenizer = imagined.tokenizer or load_tokenizer(source)
     template = set_chat_template(tokenizer, config.data.chat_template)
     padding = ensure_pad_token(tokenizer)

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ftlevel.config import DEFAULT_MODEL, DataConfig, MethodConfig, ModelConfig, TrainConfig
+from ftlevel.config import DEFAULT_MODEL, DataConfig, MethodConfig, ModelConfig
 from ftlevel.config.preference import PREFERENCE_TASKS, DistillationConfig
-from ftlevel.config.rl import RL_TASK
 from ftlevel.config.section import Choice
 from ftlevel.config.trainer import LEARNING_RATE_ADVICE, PLATEAU, TrainerConfig
 from ftlevel.data.encoding.encode import Encoded
@@ -29,15 +28,12 @@ def count_steps_per_epoch(config: TrainerConfig, rows: int) -> int:
     return max(math.ceil(micro_steps / config.gradient_accumulation_steps), 1)
 
 
-def rows_per_epoch(config: TrainConfig, rows: int) -> int:
+def rows_per_epoch(config: TrainerConfig, steps_per_rollout: int, rows: int) -> int:
     """Return how many rows an epoch trains on, with rollouts that serve several steps."""
-    times = config.rl.num_iterations if config.task == RL_TASK else 1
-    if times == 1:
+    if steps_per_rollout == 1:
         return rows
-    train = config.train
-    step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    step *= train.num_processes or 1
-    return math.ceil(rows / step) * step * times  # the last step is filled
+    step = config.rows_per_step
+    return math.ceil(rows / step) * step * steps_per_rollout  # the last step is filled
 
 
 def count_steps(config: TrainerConfig, rows: int) -> int:

@@ -216,7 +216,7 @@ def verify_step(run: Run, adapted: PreparedModel, listener: Listener) -> StepCom
         listener.choices("verify-fast", [Choice("fast step", "not compared with the plain", why)])
         return None
     a_batch = run.config.train.per_device_train_batch_size
-    a_step = a_batch * run.config.train.gradient_accumulation_steps
+    a_step = run.config.train.rows_per_device_step
     few = [] if asked else choose_probe_rows(rows)
     if not asked and not few:
         return None
