@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
 IGNORED = -100
 """Label of a token without loss."""
@@ -58,7 +58,7 @@ Task = Any
 class Meter(Protocol):
     """Metrics accumulated batch by batch, without storing logits and without the loss."""
 
-    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
+    def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
         """Add a batch of encoded `rows`; logits and labels come from `Objective.targets`."""
 
     def compute(self, loss: float) -> dict[str, float]:
@@ -98,7 +98,7 @@ class Objective(ABC):
         """Names of the metrics that the meter computes; undefined ones are omitted at run time."""
         return (self.headline,)
 
-    def split(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Any]:
+    def split(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
         """Return the model inputs and the labels of a batch."""
         inputs = dict(batch)
         for name in ("verdicts", "known", "ids", "signals"):
@@ -106,36 +106,30 @@ class Objective(ABC):
         labels = inputs["labels"] if self.feeds_labels else inputs.pop("labels")
         return inputs, labels
 
-    def logits(self, outputs: Any) -> torch.Tensor:
+    def logits(self, outputs: Any) -> Tensor:
         """Return the logits of the model outputs in the shape that the other methods expect."""
-        scores: torch.Tensor = outputs.logits
+        scores: Tensor = outputs.logits
         return scores
 
-    def targets(
-        self, logits: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def targets(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits and labels of the supervised targets only."""
         return logits, labels
 
-    def choices(
-        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def choices(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Return the logits of the supervised targets as `(targets, choices)`."""
         return self.targets(logits, labels)[0]
 
-    def count(self, labels: torch.Tensor) -> torch.Tensor:
+    def count(self, labels: Tensor) -> Tensor:
         """Return the number of targets (a scalar tensor)."""
         return labels.ne(IGNORED).sum()
 
     @abstractmethod
-    def loss_sum(
-        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Return the float32 loss summed over targets; `mask` `(batch, seq)` is for attention."""
 
     def training_sum(
-        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, loss: TrainingLoss
-    ) -> torch.Tensor:
+        self, logits: Tensor, labels: Tensor, mask: Tensor, loss: TrainingLoss
+    ) -> Tensor:
         """Return (1 - ε) L + ε Σ mean(-log softmax), as in transformers' `LabelSmoother`."""
         total, smoothing = self.loss_sum(logits, labels, mask), loss.smoothing
         if not smoothing:
@@ -144,7 +138,7 @@ class Objective(ABC):
         uniform = -scores.log_softmax(-1).mean(-1).sum()
         return (1 - smoothing) * total + smoothing * uniform
 
-    def training_count(self, labels: torch.Tensor, loss: TrainingLoss) -> torch.Tensor:
+    def training_count(self, labels: Tensor, loss: TrainingLoss) -> Tensor:
         """Return the divisor of the summed training loss (a scalar tensor)."""
         return self.count(labels)
 
@@ -178,7 +172,7 @@ class TokenObjective(Objective):
     one_of_many: ClassVar[bool] = True
 
     @abstractmethod
-    def locate(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return where targets are predicted in the flattened `(batch, seq)`, and the targets."""
 
     @property
@@ -234,22 +228,20 @@ class StepObjective(Objective):
 
     has_choice: ClassVar[bool] = False
 
-    def logits(self, outputs: Any) -> torch.Tensor:
+    def logits(self, outputs: Any) -> Tensor:
         """Return the states of the last layer, `(texts, seq, width)`."""
-        states: torch.Tensor = outputs.last_hidden_state
+        states: Tensor = outputs.last_hidden_state
         return states
 
     @abstractmethod
-    def embed(self, outputs: Any, mask: torch.Tensor) -> torch.Tensor:
+    def embed(self, outputs: Any, mask: Tensor) -> Tensor:
         """Return float32 vectors `(texts, dims)`; `mask` `(texts, seq)` is 1 for a token."""
 
     @abstractmethod
-    def step_loss(self, vectors: torch.Tensor, step: StepTexts) -> torch.Tensor:
+    def step_loss(self, vectors: Tensor, step: StepTexts) -> Tensor:
         """Return the mean loss of the rows of a step (a scalar); `vectors` `(texts, dims)`."""
 
-    def loss_sum(
-        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Raise `TypeError`: a batch has no loss of its own."""
         raise TypeError("the loss needs all rows of a step")
 
@@ -266,13 +258,7 @@ class DistillationObjective(TokenObjective):
     """
 
     @abstractmethod
-    def taught_sum(
-        self,
-        scores: torch.Tensor,
-        targets: torch.Tensor,
-        known: torch.Tensor,
-        ids: torch.Tensor,
-    ) -> torch.Tensor:
+    def taught_sum(self, scores: Tensor, targets: Tensor, known: Tensor, ids: Tensor) -> Tensor:
         """Return the loss summed over targets (a scalar).
 
         Args:
@@ -300,7 +286,7 @@ class LikelihoodObjective(TokenObjective):
     needs_baseline: bool = False
 
     @abstractmethod
-    def answers(self, each: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def answers(self, each: Tensor, labels: Tensor) -> Tensor:
         """Return `(answers, 2)`: log-likelihood and number of tokens of each answer.
 
         `each` are `(targets,)` float32 log-likelihoods in the order of `locate`; `labels`
@@ -308,9 +294,7 @@ class LikelihoodObjective(TokenObjective):
         """
 
     @abstractmethod
-    def judge(
-        self, answers: torch.Tensor, verdicts: torch.Tensor, *, training: bool
-    ) -> torch.Tensor:
+    def judge(self, answers: Tensor, verdicts: Tensor, *, training: bool) -> Tensor:
         """Return the summed loss, with one value per divisor of `training_count` if `training`.
 
         `answers` is the result of `answers`; `verdicts` are `(answers, 3)`.
@@ -331,9 +315,7 @@ class PolicyObjective(TokenObjective):
     temperature: float = 1.0
 
     @abstractmethod
-    def policy_sum(
-        self, each: torch.Tensor, owners: torch.Tensor, count: int, signals: torch.Tensor
-    ) -> torch.Tensor:
+    def policy_sum(self, each: Tensor, owners: Tensor, count: int, signals: Tensor) -> Tensor:
         """Return the weighted sum of the loss (a scalar).
 
         `each` are `(targets,)` float32 log-probabilities in the order of `locate`, and `owners`

@@ -29,7 +29,7 @@ from ftlevel.models.sources import ModelSource
 from ftlevel.task import Checks, Objective, ScoreTexts
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.formats.labels import LabelSet
@@ -85,7 +85,7 @@ class PromptedModel(Protocol):
     def write(self, prompts: Sequence[list[int]]) -> list[str]:
         """Return the text generated for each prompt; raises `UnansweredError` without room."""
 
-    def score(self, rows: Sequence[Encoded], read: Callable[[Encoded, torch.Tensor], T]) -> list[T]:
+    def score(self, rows: Sequence[Encoded], read: Callable[[Encoded, Tensor], T]) -> list[T]:
         """Return `read(row, logits)` for each row, in order.
 
         The logits are `(...)` per row or `(seq, ...)` per token; for language heads they are

@@ -44,7 +44,7 @@ from ftlevel.tasks.losses import (
 )
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.prepare.encoder import Encoder
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 class ClassMeter(PredictionMeter):
     """Accuracy, macro F1 and Matthews correlation of single-label classification."""
 
-    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
+    def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
         """Add a batch: logits `(batch, classes)`, labels `(batch,)`."""
         self.predicted += logits.argmax(-1).tolist()
         self.true += labels.tolist()
@@ -79,7 +79,7 @@ class ClassMeter(PredictionMeter):
 class MultiLabelMeter(PredictionMeter):
     """F1 and subset accuracy of multi-label classification at threshold 0.5."""
 
-    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
+    def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
         """Add a batch: logits and labels (0.0 or 1.0) `(batch, classes)`."""
         self.predicted += (logits > 0).int().tolist()
         self.true += labels.int().tolist()
@@ -103,7 +103,7 @@ class MultiLabelMeter(PredictionMeter):
 class RegressionMeter(PredictionMeter):
     """Root mean squared error, Pearson and Spearman correlation."""
 
-    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
+    def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
         """Add a batch: logits `(batch, 1)`, labels `(batch,)`."""
         self.predicted += logits.float().squeeze(-1).tolist()
         self.true += labels.tolist()
@@ -169,10 +169,7 @@ class ClassTask(BaseTask):
         """Return the class names and problem type of the model config."""
         labels = read_labels(model_config)
         usual = _QUANTITY if len(labels) == 1 else _SINGLE
-        return {
-            "labels": labels,
-            "options": {"problem_type": model_config.problem_type or usual},
-        }
+        return {"labels": labels, "options": {"problem_type": model_config.problem_type or usual}}
 
     def find_format(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
@@ -304,7 +301,7 @@ def build_text(roles: RoleValues) -> LabeledText:
     return LabeledText(roles.text("text"), pair, 0, roles.index)
 
 
-def _read_label(model: PromptedModel, logits: torch.Tensor, wanted: OutputOptions) -> Prediction:
+def _read_label(model: PromptedModel, logits: Tensor, wanted: OutputOptions) -> Prediction:
     problem = model.options.get("problem_type")
     if problem == _QUANTITY:
         quantity = float(logits[0])
@@ -332,9 +329,7 @@ class Classes(ClassObjective):
 
     per_row: ClassVar[bool] = True
 
-    def loss_sum(
-        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Return the sum of the negative log-likelihoods, in nats."""
         from torch.nn import functional
 
@@ -361,32 +356,28 @@ class MultiLabel(Objective):
     per_row: ClassVar[bool] = True
     has_classes: ClassVar[bool] = True
 
-    def choices(
-        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def choices(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Return `(batch * classes, 2)` logits: a binary logit z is a choice between 0 and z."""
         import torch
 
         flat = logits.reshape(-1, 1)
         return torch.cat([torch.zeros_like(flat), flat], dim=1)
 
-    def count(self, labels: torch.Tensor) -> torch.Tensor:
+    def count(self, labels: Tensor) -> Tensor:
         """Return rows times classes."""
         import torch
 
         return torch.tensor(labels.numel())
 
-    def loss_sum(
-        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Return the sum over all classes of all rows, in nats."""
         from torch.nn import functional
 
         return functional.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum")
 
     def training_sum(
-        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, loss: TrainingLoss
-    ) -> torch.Tensor:
+        self, logits: Tensor, labels: Tensor, mask: Tensor, loss: TrainingLoss
+    ) -> Tensor:
         """Return the sum over all classes of all rows, with weighted positive terms."""
         return weigh_yes_and_no(logits.float(), labels, loss)
 
@@ -416,15 +407,13 @@ class Regression(Objective):
     per_row: ClassVar[bool] = True
     has_choice: ClassVar[bool] = False
 
-    def count(self, labels: torch.Tensor) -> torch.Tensor:
+    def count(self, labels: Tensor) -> Tensor:
         """Return the number of rows; a label of -100.0 is not ignored."""
         import torch
 
         return torch.tensor(labels.numel())
 
-    def loss_sum(
-        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Return the sum of the squared errors."""
         from torch.nn import functional
 
@@ -460,11 +449,7 @@ TASKS = (
                 )
                 for first, second in _PAIRS
             ),
-            FormatSpec(
-                "text + label",
-                build_labeled_text,
-                {"text": _TEXT, "label": _LABEL},
-            ),
+            FormatSpec("text + label", build_labeled_text, {"text": _TEXT, "label": _LABEL}),
         ),
         questions=(
             *(

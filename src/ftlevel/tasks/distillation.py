@@ -26,7 +26,7 @@ from ftlevel.tasks.losses import Tokens
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
+    from torch import Tensor
 
 
 MIN_LOG_PROBABILITY = -1e4
@@ -39,13 +39,7 @@ class DistillationTokens(Tokens, DistillationObjective):
 
     settings: DistillationConfig = field(default_factory=DistillationConfig)
 
-    def taught_sum(
-        self,
-        scores: torch.Tensor,
-        targets: torch.Tensor,
-        known: torch.Tensor,
-        ids: torch.Tensor,
-    ) -> torch.Tensor:
+    def taught_sum(self, scores: Tensor, targets: Tensor, known: Tensor, ids: Tensor) -> Tensor:
         """Return the loss summed over targets (a scalar)."""
         from torch.nn import functional
 
@@ -58,7 +52,7 @@ class DistillationTokens(Tokens, DistillationObjective):
         return (1 - settings.kd_ratio) * entropy + settings.kd_ratio * total
 
 
-def log_outcomes(scores: torch.Tensor, ids: torch.Tensor, outcomes: int) -> torch.Tensor:
+def log_outcomes(scores: Tensor, ids: Tensor, outcomes: int) -> Tensor:
     """Return log-probabilities of the tokens `ids`, and of all other tokens as a last outcome.
 
     Args:
@@ -75,9 +69,7 @@ def log_outcomes(scores: torch.Tensor, ids: torch.Tensor, outcomes: int) -> torc
     return torch.cat([scores.gather(-1, ids), others], dim=-1) - whole
 
 
-def divergence(
-    known: torch.Tensor, own: torch.Tensor, settings: DistillationConfig
-) -> torch.Tensor:
+def divergence(known: Tensor, own: Tensor, settings: DistillationConfig) -> Tensor:
     """Return the divergence `(targets,)` of `(targets, outcomes)` log-probabilities.
 
     `known` are the teacher's, `own` the student's.
@@ -110,9 +102,7 @@ def outcome_dtype(settings: DistillationConfig, vocabulary: int) -> Any:
     return np.dtype([("known", np.float32, (wish + 1,)), ("ids", np.int32, (wish,))])
 
 
-def select_top_k(
-    scores: torch.Tensor, settings: DistillationConfig, dtype: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+def select_top_k(scores: Tensor, settings: DistillationConfig, dtype: Any) -> tuple[Tensor, Tensor]:
     """Return the `known` and `ids` to store of teacher logits `(targets, vocabulary)`."""
     tempered = scores.float() / settings.kd_temperature
     count, outcomes = dtype["ids"].shape[0], dtype["known"].shape[0]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from ftlevel.task import IGNORED, Meter, Objective, TokenObjective, TrainingLoss
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
     from ftlevel.data.encoding.encode import Encoded
 
@@ -29,8 +29,8 @@ class ClassObjective(Objective):
     has_classes: ClassVar[bool] = True
 
     def training_sum(
-        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, loss: TrainingLoss
-    ) -> torch.Tensor:
+        self, logits: Tensor, labels: Tensor, mask: Tensor, loss: TrainingLoss
+    ) -> Tensor:
         """Return the loss summed over the targets, weighted by class."""
         from torch.nn import functional
 
@@ -46,7 +46,7 @@ class ClassObjective(Objective):
         lost = focus(surprise, loss.focal_gamma) * surprise
         return (lost if weights is None else lost * weights[wanted]).sum()
 
-    def training_count(self, labels: torch.Tensor, loss: TrainingLoss) -> torch.Tensor:
+    def training_count(self, labels: Tensor, loss: TrainingLoss) -> Tensor:
         """Return the sum of the targets' weights."""
         weights = _tensor_of(loss.class_weights, labels)
         return self.count(labels) if weights is None else weights[labels[labels != IGNORED]].sum()
@@ -58,14 +58,12 @@ class ClassObjective(Objective):
         return tuple(total / (kinds * counts[c]) if counts[c] else 1.0 for c in range(classes))
 
 
-def focus(surprise: torch.Tensor, gamma: float) -> torch.Tensor:
+def focus(surprise: Tensor, gamma: float) -> Tensor:
     """Return (1 - p)^γ for `surprise` = -log p, clamped because roots have infinite slope at 0."""
     return (-(-surprise).expm1()).clamp(min=1e-7) ** gamma
 
 
-def weigh_yes_and_no(
-    logits: torch.Tensor, labels: torch.Tensor, loss: TrainingLoss
-) -> torch.Tensor:
+def weigh_yes_and_no(logits: Tensor, labels: Tensor, loss: TrainingLoss) -> Tensor:
     """Return the summed binary cross entropy of `(rows, classes)`, with positive-term weights."""
     from torch.nn import functional
 
@@ -88,7 +86,7 @@ def balance_yes_and_no(answers: Iterable[Sequence[float]]) -> tuple[float, ...]:
     )
 
 
-def _tensor_of(weights: Sequence[float], like: torch.Tensor) -> torch.Tensor | None:
+def _tensor_of(weights: Sequence[float], like: Tensor) -> Tensor | None:
     import torch
 
     return torch.tensor(weights, dtype=torch.float32, device=like.device) if weights else None
@@ -164,16 +162,14 @@ class Tokens(TokenObjective):
     perplexity: str = "perplexity"
     accuracy: str = "token_accuracy"
 
-    def targets(
-        self, logits: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def targets(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return `(tokens, vocabulary)` logits and `(tokens,)` labels of the supervised tokens."""
         if self.shifted:
             logits, labels = logits[:, :-1], labels[:, 1:]
         supervised = labels != IGNORED
         return logits[supervised], labels[supervised]
 
-    def locate(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return where targets are predicted in the flattened `(batch, seq)`, and the targets."""
         from torch.nn import functional
 
@@ -183,13 +179,11 @@ class Tokens(TokenObjective):
         at = (flat != IGNORED).nonzero()[:, 0]
         return at, flat[at]
 
-    def count(self, labels: torch.Tensor) -> torch.Tensor:
+    def count(self, labels: Tensor) -> Tensor:
         """Return the number of supervised tokens."""
         return super().count(labels[:, 1:] if self.shifted else labels)
 
-    def loss_sum(
-        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Return the sum of the negative log-likelihoods, in nats."""
         from torch.nn import functional
 
@@ -215,7 +209,7 @@ class TokenMeter:
         self.tokens = 0
         self.right = 0
 
-    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
+    def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
         """Add a batch's supervised tokens: logits `(tokens, vocabulary)`, labels `(tokens,)`."""
         self.right += int((logits.argmax(-1) == labels).sum())
         self.tokens += labels.numel()

@@ -27,7 +27,7 @@ from ftlevel.tasks.base import (
 from ftlevel.tasks.losses import Tokens
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
     from ftlevel.data.encoding.collate import MaskedRows
     from ftlevel.data.encoding.fit import FittedRows
@@ -142,7 +142,7 @@ class MaskTask(BaseTask):
             for i, ids in enumerate(tokenizer(texts)["input_ids"])
         ]
 
-        def read(row: Encoded, logits: torch.Tensor) -> Prediction:
+        def read(row: Encoded, logits: Tensor) -> Prediction:
             # The embedding may be larger than the vocabulary.
             shares = logits[:, : len(tokenizer)].float().softmax(-1)
             text, words = texts[row.row], []
@@ -173,7 +173,7 @@ class MaskTask(BaseTask):
         ]
 
 
-def _likeliest(tokenizer: Any, shares: torch.Tensor, count: int) -> dict[str, float]:
+def _likeliest(tokenizer: Any, shares: Tensor, count: int) -> dict[str, float]:
     """Return the `count` most likely words with their probabilities."""
     top = shares.topk(min(count, len(shares)))
     words = tokenizer.convert_ids_to_tokens(top.indices.tolist())

@@ -35,7 +35,7 @@ from ftlevel.tasks.base import (
 )
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.gate.checks import Mask
@@ -65,7 +65,7 @@ class BestSpan:
         return "" if unanswerable and self.null > self.score else self.text
 
 
-def update_span(found: BestSpan, scores: torch.Tensor, window: Any) -> None:
+def update_span(found: BestSpan, scores: Tensor, window: Any) -> None:
     """Update `found` (mutated) with a window and its start and end logits `(seq, 2)`."""
     begin = window.context_start
     count = len(window.offsets)
@@ -220,7 +220,7 @@ class SpanTask(BaseTask):
         windows = _encode_windows(model, questions)
         found = [BestSpan() for _ in questions]
 
-        def read(window: Encoded, logits: torch.Tensor) -> BestSpan:
+        def read(window: Encoded, logits: Tensor) -> BestSpan:
             best = BestSpan()
             update_span(best, logits.cpu(), window)
             return best
@@ -298,22 +298,18 @@ class Spans(Objective):
         """Exact match and F1."""
         return "exact_match", "f1"
 
-    def logits(self, outputs: Any) -> torch.Tensor:
+    def logits(self, outputs: Any) -> Tensor:
         """Return start and end logits, stacked in the last dimension."""
         import torch
 
         return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
 
-    def choices(
-        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def choices(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Return start and end logits `(2 · batch, seq)` with padding masked."""
         scores = logits.masked_fill(mask[..., None] == 0, -1e4)
         return scores.transpose(1, 2).flatten(0, 1)
 
-    def loss_sum(
-        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Return the sum of the negative log-likelihoods of starts and ends, in nats."""
         import torch
         from torch.nn import functional
@@ -338,7 +334,7 @@ class SpanMeter:
         self.found: defaultdict[int, BestSpan] = defaultdict(BestSpan)
         self.answers: dict[int, list[str]] = {}
 
-    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
+    def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
         """Add a batch of `Window`: start and end logits `(batch, seq, 2)`."""
         for scores, window in zip(logits.cpu(), rows, strict=True):
             update_span(self.found[window.row], scores, window)

@@ -33,7 +33,7 @@ from ftlevel.tasks.classes import read_labels
 from ftlevel.tasks.losses import ClassObjective, PredictionMeter, entropy
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.prepare.encoder import Encoder
@@ -210,7 +210,7 @@ class TagTask(BaseTask):
             for i, (tokens, more) in enumerate(zip(ids, extras, strict=True))
         ]
 
-        def read(row: Encoded, logits: torch.Tensor) -> Prediction:
+        def read(row: Encoded, logits: Tensor) -> Prediction:
             words, first = questions[row.row].tokens, positions[row.row]
             best = logits.argmax(-1).tolist()
             tags = ["O" if at is None else model.labels[best[at]] for at in first]
@@ -266,15 +266,11 @@ class Tags(ClassObjective):
     per_token: ClassVar[bool] = True
     names: tuple[str, ...] = ()
 
-    def choices(
-        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def choices(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Return the logits of the words, `(words, tags)`."""
         return logits[labels != IGNORED]
 
-    def loss_sum(
-        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Return the sum of the negative log-likelihoods of the words' tags, in nats."""
         from torch.nn import functional
 
@@ -305,7 +301,7 @@ class TagMeter(PredictionMeter):
         super().__init__()
         self.names = names
 
-    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
+    def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
         """Add a batch of `TaggedRow`: logits `(batch, seq, tags)`."""
         best = logits.argmax(-1).tolist()
         for tags, row in zip(best, rows, strict=True):
@@ -338,10 +334,7 @@ TASKS = (
             FormatSpec(
                 "tokens + tags",
                 build_tagged,
-                {
-                    "tokens": ("tokens", "words"),
-                    "tags": ("tags", "ner_tags", "pos_tags", "labels"),
-                },
+                {"tokens": ("tokens", "words"), "tags": ("tags", "ner_tags", "pos_tags", "labels")},
             ),
             FormatSpec(
                 "text + spans",

@@ -373,10 +373,7 @@ TASKS = (
             FormatSpec(
                 "document + summary",
                 build_pair,
-                {
-                    "document": _DOCUMENT,
-                    "summary": ("summary", "highlights"),
-                },
+                {"document": _DOCUMENT, "summary": ("summary", "highlights")},
             ),
             *_dialogue_shapes(build_pair),
         ),

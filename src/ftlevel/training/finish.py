@@ -104,11 +104,7 @@ def save(
 
 
 def write_tokenizer_and_card(
-    directory: Path,
-    run: Run,
-    base: Mapping[str, Any],
-    start: Any = None,
-    place: Path | None = None,
+    directory: Path, run: Run, base: Mapping[str, Any], start: Any = None, place: Path | None = None
 ) -> None:
     """Write tokenizer, card and reference files into the adapter or model in `directory`.
 

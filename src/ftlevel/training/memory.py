@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from packaging.version import Version
-from torch import nn
+from torch import Tensor, nn
 
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import Collator
@@ -135,7 +135,7 @@ def count_activations(model: Any, blocks: Sequence[nn.Module], run: Run) -> Acti
     try:
         with _track_blocks(blocks) as told:
 
-            def keep(tensor: torch.Tensor) -> torch.Tensor:
+            def keep(tensor: Tensor) -> Tensor:
                 storage = storage_of(tensor)
                 if told.at is not None and storage not in weights and tensor.numel() >= told.least:
                     held.setdefault(storage, (told.at, tensor.untyped_storage().nbytes()))

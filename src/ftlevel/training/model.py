@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ftlevel.config import QuantConfig
 from ftlevel.config.section import Choice
@@ -100,7 +101,7 @@ class Digest:
     value: int
 
 
-def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Mapping[str, Digest]:
+def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Mapping[str, Digest]:
     """Return the digest of each tensor by name, with one device synchronization.
 
     A sharded tensor is digested in this process's part only.
@@ -122,12 +123,12 @@ def base_name(name: str) -> str:
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
-def digest(tensor: torch.Tensor) -> Digest:
+def digest(tensor: Tensor) -> Digest:
     """Return the digest of one tensor."""
     return digest_tensors([("", tensor)])[""]
 
 
-def _sum(tensor: torch.Tensor) -> torch.Tensor:
+def _sum(tensor: Tensor) -> Tensor:
     """Return D (a scalar, int64) on the tensor's device."""
     if parts := inner_tensors(tensor):  # torchao's: several tensors under one name
         return _sum(torch.stack([_sum(part).cpu() for part in parts]))
@@ -139,7 +140,7 @@ def _sum(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _sum_piece(piece: torch.Tensor, first: int) -> torch.Tensor:
+def _sum_piece(piece: Tensor, first: int) -> Tensor:
     """Return Σ m over the words of `piece` (bytes), the first of which is word `first`."""
     if len(piece) % 8:
         piece = torch.cat([piece, piece.new_zeros(8 - len(piece) % 8)])
@@ -157,7 +158,7 @@ def _sum_piece(piece: torch.Tensor, first: int) -> torch.Tensor:
 
 
 @lru_cache(maxsize=4)
-def _keys(count: int, device: torch.device) -> torch.Tensor:
+def _keys(count: int, device: torch.device) -> Tensor:
     """Return (i + 1) · φ for the first `count` words."""
     return torch.arange(1, count + 1, device=device).mul_(_PHI)
 
@@ -349,7 +350,7 @@ class ShuffledBatches:
     def __len__(self) -> int:
         return math.ceil(len(self.rows) / self.size)
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for start in range(0, len(self.rows), self.size):
             batch = self.collate(self.rows[start : start + self.size])
             batch = {name: value.to(self.device) for name, value in batch.items()}
@@ -359,13 +360,13 @@ class ShuffledBatches:
             yield {**batch, "supervised": mask}
 
 
-def float_weights(run: Run) -> Callable[[str], torch.Tensor]:
+def float_weights(run: Run) -> Callable[[str], Tensor]:
     """Return a function from a linear layer's name to its unquantized weight (out, in)."""
     base = load_base(replace(run, model=replace(run.model, device="cpu", quant=QuantConfig())))
 
-    def weight_of(name: str) -> torch.Tensor:
+    def weight_of(name: str) -> Tensor:
         linear = base.get_submodule(name)
-        weight: torch.Tensor = linear.weight
+        weight: Tensor = linear.weight
         return weight if isinstance(linear, torch.nn.Linear) else weight.T  # GPT-2's Conv1D
 
     return weight_of

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.data.encoding.collate import Collator
@@ -71,10 +72,7 @@ class Origin:
 
 
 def prove(
-    adapted: PreparedModel,
-    run: Run,
-    directory: RunDirectory,
-    gradients: GradientMonitor,
+    adapted: PreparedModel, run: Run, directory: RunDirectory, gradients: GradientMonitor
 ) -> Proof:
     """Compare the files saved in `run` with the trained model.
 
@@ -112,7 +110,7 @@ def build_probe(run: Run) -> Probe:
 
 def probe_batch(
     rows: Sequence[Encoded], pad_id: int, device: str, objective: Objective, vocabulary: int
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     """Return a batch of rows of medium length, to compare logits on.
 
     For token objectives rows are truncated, so that the logits (`vocabulary` per position) stay
@@ -141,12 +139,12 @@ def _shorten(row: Encoded, most: int, objective: TokenObjective) -> Encoded:
 class Probe:
     """The batch, objective, device and compute dtype that two models are compared with."""
 
-    batch: dict[str, torch.Tensor]
+    batch: dict[str, Tensor]
     objective: Objective
     device: str
     dtype: str
 
-    def logits(self, model: Any) -> torch.Tensor:
+    def logits(self, model: Any) -> Tensor:
         """Return `model`'s logits in eval mode, in float32 on the CPU."""
         inputs, _ = self.objective.split(self.batch)
         training = model.training
@@ -186,7 +184,7 @@ def check_saved(
     return frozen, difference, effect
 
 
-def bound_of(logits: torch.Tensor, probe: Probe) -> float:
+def bound_of(logits: Tensor, probe: Probe) -> float:
     """Return the maximal allowed difference between the logits of saved and trained model."""
     return logits.abs().max().item() * (1e-5 if probe.dtype == "float32" else 1e-2)
 
@@ -210,7 +208,7 @@ def check_differences(directory: Path, difference: float, effect: float, bound: 
         )
 
 
-Compared = tuple[torch.Tensor, torch.Tensor]
+Compared = tuple[Tensor, Tensor]
 """Logits of the base without the trained tensors, and with the saved ones."""
 
 _SAVED = "saved"
@@ -295,7 +293,7 @@ def compare_frozen(trained: Any, expected: Mapping[str, Digest], *, rewritten: b
     return len(known)
 
 
-def _is_only_cast(tensor: torch.Tensor, expected: Digest) -> bool:
+def _is_only_cast(tensor: Tensor, expected: Digest) -> bool:
     """Whether only the dtype differs; Switch Transformers casts its router in the forward pass."""
     if tensor.dtype == expected.dtype or not tensor.is_floating_point():
         return False

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ftlevel.artifacts.files import base_digest
 from ftlevel.config import DataConfig
@@ -193,11 +194,7 @@ def needs_reference(run: Run) -> bool:
 
 
 def fill_rows(
-    run: Run,
-    name: str,
-    key: str,
-    ask: Callable[[], tuple[Run, PreparedModel]],
-    listener: Listener,
+    run: Run, name: str, key: str, ask: Callable[[], tuple[Run, PreparedModel]], listener: Listener
 ) -> tuple[Run, dict[str, Any]]:
     """Return `run` with reference log-probabilities in its rows, and facts for summary.json.
 
@@ -316,7 +313,7 @@ def _measure(run: Run, adapted: PreparedModel, rows: Sequence[Encoded]) -> np.nd
 
 def _score(
     run: Run, adapted: PreparedModel, rows: Sequence[Encoded]
-) -> Iterator[tuple[list[int], torch.Tensor]]:
+) -> Iterator[tuple[list[int], Tensor]]:
     """Yield row indices and their answers' log-probabilities, computed as in a training step."""
     objective, device = run.objective, run.model.device
     if not rows or not isinstance(objective, LikelihoodObjective):

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from ftlevel.artifacts.ownership import mark_end_once, replace_run
 from ftlevel.artifacts.run_directory import RunDirectory, lock_directory
@@ -82,7 +82,7 @@ class TrainingSession:
     trainer: FtlevelTrainer
     callbacks: RunCallbacks
     comparison: StepComparison | None
-    initial_logits: torch.Tensor | None
+    initial_logits: Tensor | None
     resident: int
     selected: SelectedModel | None = None
     trained_at: float = 0.0

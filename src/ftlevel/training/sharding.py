@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import distributed
+from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
 from ftlevel.artifacts.run_directory import RunDirectory
@@ -79,11 +79,8 @@ class ShardedTrainer(FtlevelTrainer):
         return self.processes.most(own)
 
     def training_step(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """Return the loss of the batch; average gradients after the last batch of a step."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
@@ -100,14 +97,14 @@ class ShardedTrainer(FtlevelTrainer):
         """Reduce gradients in every micro-step; an unreduced gradient is as large as the model."""
         return contextlib.nullcontext()
 
-    def _clip_grad_norm(self, model: Any) -> torch.Tensor | None:
+    def _clip_grad_norm(self, model: Any) -> Tensor | None:
         """Clip the gradient and return its total norm."""
         norm = super()._clip_grad_norm(model)
         return norm if norm is None else whole(norm)
 
     def _get_grad_norm(self, model: Any, **known: Any) -> Any:
         norm = super()._get_grad_norm(model, **known)
-        return whole(norm) if isinstance(norm, torch.Tensor) else norm
+        return whole(norm) if isinstance(norm, Tensor) else norm
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write trainable tensors: whole ones by the first process, else parts by each."""
@@ -138,19 +135,19 @@ class ShardedTrainer(FtlevelTrainer):
             torch.save(state, directory / f"{_OPTIMIZER}.pt")
             torch.save(self.lr_scheduler.state_dict(), directory / _SCHEDULER)
 
-    def _has_room(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+    def _has_room(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether half of the free host memory fits copies of all data that its processes write."""
         own = sum(own_part(tensor).nbytes for tensor in tensors.values())
         own += sum(
             own_part(value).nbytes
             for state in self.optimizer.state.values()
             for value in state.values()
-            if isinstance(value, torch.Tensor)
+            if isinstance(value, Tensor)
         )
         together = own * self.processes.world.local_size
         return not self.processes.any(2 * together > free_memory_bytes("cpu"))
 
-    def _write_parts(self, tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
+    def _write_parts(self, tensors: Mapping[str, Tensor], directory: Path) -> None:
         if self._writes_aside:
             self._writer.copy(tensors, directory)
         else:
@@ -193,7 +190,7 @@ def save_sharded(
     adapted: PreparedModel,
     method: MethodConfig,
     processes: Processes,
-    save: Callable[[Mapping[str, torch.Tensor] | None], None],
+    save: Callable[[Mapping[str, Tensor] | None], None],
 ) -> None:
     """Save in the first process; without an adapter, all processes gather the weights first.
 
@@ -229,7 +226,7 @@ def average(parameters: Sequence[torch.nn.Parameter], count: int) -> None:
         start = end
 
 
-def probe_untrained(adapted: PreparedModel, run: Run) -> torch.Tensor | None:
+def probe_untrained(adapted: PreparedModel, run: Run) -> Tensor | None:
     """Return the logits before training with `--method full`; None for an adapter.
 
     All processes must call it together.
@@ -245,7 +242,7 @@ def prove_sharded(
     directory: RunDirectory,
     gradients: GradientMonitor,
     processes: Processes,
-    untrained: torch.Tensor | None,
+    untrained: Tensor | None,
 ) -> Proof:
     """Compare the files saved in `run` with the trained model, in all processes together.
 
@@ -268,7 +265,7 @@ def prove_sharded(
     return describe_proof((frozen, difference, effect), probe, gradients)
 
 
-def _reloaded(model: Any, directory: Path, probe: Probe, processes: Processes) -> torch.Tensor:
+def _reloaded(model: Any, directory: Path, probe: Probe, processes: Processes) -> Tensor:
     """Return the logits of `model` with the saved adapter in place of the trained one.
 
     A second adapter would be created from a base that is not whole.

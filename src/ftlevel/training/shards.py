@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -160,12 +160,12 @@ def trainable_parameters(model: Any) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def gather(model: Any, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
+def gather(model: Any, keep: bool) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of the sharded `model` by name, whole and on the CPU.
 
     All processes must iterate together; those without `keep` only take part in gathering.
     """
-    seen: dict[int, torch.Tensor] = {}  # preserves tied tensors
+    seen: dict[int, Tensor] = {}  # preserves tied tensors
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             all_of_it = whole(tensor.detach())

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from ftlevel.config.preference import DistillationConfig
@@ -155,17 +156,14 @@ def _fill(run: Run, adapted: PreparedModel, begins: Sequence[int], into: np.ndar
 
 
 def _expect(
-    run: Run,
-    adapted: PreparedModel,
-    rows: Sequence[Encoded],
-    dtype: np.dtype,
+    run: Run, adapted: PreparedModel, rows: Sequence[Encoded], dtype: np.dtype
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """Yield row indices and the teacher's predictions at their targets, as fields of `dtype`."""
     objective, device, settings = run.objective, run.model.device, run.config.distillation
     if not isinstance(objective, TokenObjective):
         return
     for chosen, batch in micro_batches(adapted.fast, rows, run.model.pad_id):
-        parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        parts: list[tuple[Tensor, Tensor]] = []
         keep = partial(_keep, parts, run.model.vocabulary, settings, dtype)
         layout = batch.pop("layout", None)
         moved = {name: value.to(device) for name, value in batch.items()}
@@ -176,22 +174,19 @@ def _expect(
 
 
 def _keep(
-    parts: list[tuple[torch.Tensor, torch.Tensor]],
+    parts: list[tuple[Tensor, Tensor]],
     vocabulary: int,
     settings: DistillationConfig,
     dtype: Any,
-    scores: torch.Tensor,
-    _: torch.Tensor,
+    scores: Tensor,
+    _: Tensor,
 ) -> None:
     known, ids = select_top_k(scores[:, :vocabulary], settings, dtype)
     parts.append((known.cpu(), ids.cpu()))
 
 
 def _show_scores(
-    adapted: PreparedModel,
-    objective: TokenObjective,
-    batch: Mapping[str, torch.Tensor],
-    show: Observe,
+    adapted: PreparedModel, objective: TokenObjective, batch: Mapping[str, Tensor], show: Observe
 ) -> None:
     """Call `show` with the logits at the targets of `batch`, in chunks (targets, vocabulary)."""
     inputs, labels = prepare_inputs(adapted.model, objective, batch)
@@ -294,11 +289,7 @@ def find_text_models(run: Run) -> dict[str, ModelRef]:
     names = {"--guide": run.config.embedding.guide, "--teacher": run.config.distillation.teacher}
     return {
         flag: resolve_model(
-            name,
-            "embedding",
-            device=run.model.device,
-            dtype=run.model.dtype,
-            said=f"{flag} {name}",
+            name, "embedding", device=run.model.device, dtype=run.model.dtype, said=f"{flag} {name}"
         )
         for flag, name in names.items()
         if name is not None
@@ -349,9 +340,7 @@ class EmbeddedRows(LazySequence[Encoded]):
         return replace(row, teacher_scores=tuple((vectors[1:] @ vectors[0]).tolist()))
 
 
-def _embed(
-    model: LoadedModel, objective: Embeddings, texts: Sequence[tuple[str, bool]]
-) -> torch.Tensor:
+def _embed(model: LoadedModel, objective: Embeddings, texts: Sequence[tuple[str, bool]]) -> Tensor:
     """Return the vectors `(texts, dims)` of queries (True) and documents (False)."""
     form, end = objective.form, model.options["embedding"].get("end")
     encode = TextEncoder(model.tokenizer, form.query_prompt, form.document_prompt, end)

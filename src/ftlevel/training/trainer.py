@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
@@ -121,7 +122,7 @@ class FtlevelTrainer(Trainer):
         replaces_nonfinite: log the previous step's loss in place of one that is not finite.
     """
 
-    _baseline: torch.Tensor | None = None  # KTO's z for the optimizer step
+    _baseline: Tensor | None = None  # KTO's z for the optimizer step
 
     def __init__(
         self,
@@ -129,7 +130,7 @@ class FtlevelTrainer(Trainer):
         objective: Objective,
         loss: TrainingLoss | None = None,
         evaluator: Any = None,
-        penalty: Callable[[Any], torch.Tensor] | None = None,
+        penalty: Callable[[Any], Tensor] | None = None,
         fast: FastStep | None = None,
         order: Sampler[int] | None = None,
         head_rate: HeadRate | None = None,
@@ -156,9 +157,9 @@ class FtlevelTrainer(Trainer):
         self.replaces_nonfinite = False
         self._is_padding = False
         self._last_loss = 0.0
-        self._step_loss: torch.Tensor | None = None
+        self._step_loss: Tensor | None = None
         # Cached, because iterating over a model's modules takes longer than some of its layers.
-        self._trained: list[torch.Tensor] = []
+        self._trained: list[Tensor] = []
         self._operations_per_token = 0
         self._in_training = False
         self._compute_dtype = ""  # empty: autocast as prepared by accelerate
@@ -204,11 +205,8 @@ class FtlevelTrainer(Trainer):
             super()._run_epoch(*arguments, **settings)
 
     def training_step(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """Return the loss of the batch, and accumulate the gradients of its micro-batches."""
         if self._step_loss is None:
             self.step_rows = []
@@ -231,7 +229,7 @@ class FtlevelTrainer(Trainer):
             return torch.full_like(loss, self._last_loss)
         return loss
 
-    def take_step_loss(self) -> torch.Tensor:
+    def take_step_loss(self) -> Tensor:
         """Return the loss of the optimizer step so far (a scalar), and reset it."""
         loss, self._step_loss = self._step_loss, None
         if loss is None:
@@ -257,11 +255,8 @@ class FtlevelTrainer(Trainer):
             group["lr"] = rate
 
     def compute_batch(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """Return the loss of a batch and accumulate its gradients, without counting tokens seen."""
         self._is_padding = bool(inputs.pop("is_nothing", False))
         if isinstance(self.objective, StepObjective):
@@ -299,20 +294,18 @@ class FtlevelTrainer(Trainer):
         self,
         workers: ParallelWorkers,
         model: Any,
-        micro_batches: list[tuple[PackedLayout | None, dict[str, torch.Tensor]]],
+        micro_batches: list[tuple[PackedLayout | None, dict[str, Tensor]]],
         beginning: dict[str, Any] | None,
-        num_items_in_batch: torch.Tensor | int | None,
-    ) -> torch.Tensor:
+        num_items_in_batch: Tensor | int | None,
+    ) -> Tensor:
         """Return the loss of micro-batches computed in parallel on a CPU, without loss scaling."""
         if not self._in_training:  # model.training does not reflect submodules
             model.train()
             self._in_training = True
 
-        def compute(part: dict[str, torch.Tensor]) -> torch.Tensor:
+        def compute(part: dict[str, Tensor]) -> Tensor:
             with self.compute_loss_context_manager():
-                loss: torch.Tensor = self.compute_loss(
-                    model, part, num_items_in_batch=num_items_in_batch
-                )
+                loss: Tensor = self.compute_loss(model, part, num_items_in_batch=num_items_in_batch)
                 return loss
 
         self._trained = self._trained or [p for p in model.parameters() if p.requires_grad]
@@ -322,9 +315,7 @@ class FtlevelTrainer(Trainer):
         losses = workers.backward(compute, micro_batches, self._trained, seed, prefix)
         return torch.stack(losses).sum()
 
-    def _shared_prefix(
-        self, model: Any, layout: PackedLayout, **batch: torch.Tensor
-    ) -> SharedPrefix:
+    def _shared_prefix(self, model: Any, layout: PackedLayout, **batch: Tensor) -> SharedPrefix:
         """Return the computed prefix that all rows of a step share."""
         if self.fast is None or self.fast.cross_entropy is None:
             raise TypeError("a shared prefix needs the chunked cross-entropy of a language head")
@@ -335,9 +326,9 @@ class FtlevelTrainer(Trainer):
     def compute_loss(
         self,
         model: Any,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the micro-batch's share of the optimizer step's mean loss (a scalar)."""
         mask, labels = inputs["attention_mask"], inputs["labels"]
@@ -399,7 +390,7 @@ class FtlevelTrainer(Trainer):
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Any]], device: torch.device
-    ) -> torch.Tensor | int | None:
+    ) -> Tensor | int | None:
         """Return the number of targets of an optimizer step, over all processes.
 
         Trainer counts labels other than -100, which is wrong for spans, regression and multi-label
@@ -413,8 +404,8 @@ class FtlevelTrainer(Trainer):
         shared = self.args.world_size > 1 and self.args.average_tokens_across_devices
         return self._sum_over_processes(total) if shared else total
 
-    def _sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
-        gathered: torch.Tensor = self.accelerator.gather(value.reshape(1, -1))
+    def _sum_over_processes(self, value: Tensor) -> Tensor:
+        gathered: Tensor = self.accelerator.gather(value.reshape(1, -1))
         return gathered.sum(0).reshape(value.shape)
 
     def prepare_step(self, batches: list[dict[str, Any]], device: torch.device) -> None:
@@ -440,7 +431,7 @@ class FtlevelTrainer(Trainer):
         self._baseline = (total[0] / total[1]).clamp(min=0)
         self._in_training = False
 
-    def count_targets(self, batches: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
+    def count_targets(self, batches: list[dict[str, Any]], device: torch.device) -> Tensor:
         """Return the number of targets of `batches` in this process, or their weight (a scalar)."""
         parts = [part for batch in batches for part in batch.get("micro_batches", [batch])]
         counts = [self.objective.training_count(part["labels"], self.loss) for part in parts]

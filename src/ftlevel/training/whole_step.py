@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ftlevel.fast.layers.recompute import using_generator
 from ftlevel.fast.packing import PackedLayout, using_layout
@@ -26,15 +27,15 @@ from ftlevel.task import StepTexts
 GRAPHS_SHARE = 0.5
 """Share of the free memory that the activations of a step may take."""
 
-MicroBatch = tuple[PackedLayout | None, dict[str, torch.Tensor]]
+MicroBatch = tuple[PackedLayout | None, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class RandomState:
     """State of the random generators of the CPU and of the current GPU."""
 
-    cpu: torch.Tensor
-    gpu: torch.Tensor | None
+    cpu: Tensor
+    gpu: Tensor | None
 
     @classmethod
     def now(cls, device: torch.device) -> RandomState:
@@ -60,7 +61,7 @@ class WholeStep:
         self._grad_cache = grad_cache
         self._bytes_per_token = 0.0
 
-    def __call__(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    def __call__(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Return the mean loss of a step, and accumulate its gradients.
 
         Without `texts`, as in a trial of its memory, the loss is the sum of all vectors.
@@ -110,7 +111,7 @@ class WholeStep:
         held: dict[Any, int] = {}
         weights = {storage_of(p) for p in self._trainer.model.parameters()}
 
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
+        def keep(tensor: Tensor) -> Tensor:
             storage = storage_of(tensor)
             if storage not in weights:
                 held[storage] = tensor.untyped_storage().nbytes()
@@ -121,8 +122,8 @@ class WholeStep:
         self._bytes_per_token = max(sum(held.values()) / tokens, 1.0)
 
     def _loss(
-        self, own: Sequence[torch.Tensor], parts: Sequence[Sequence[int]], step: StepTexts
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        self, own: Sequence[Tensor], parts: Sequence[Sequence[int]], step: StepTexts
+    ) -> tuple[Tensor, list[Tensor]]:
         """Return the loss, and its gradient by the vectors of each own micro-batch."""
         trainer = self._trainer
         order = [index for part in parts for index in part]
@@ -137,7 +138,7 @@ class WholeStep:
         gradient = gradient * trainer.processes.count
         return loss.detach(), [gradient[torch.tensor(part, device=leaf.device)] for part in parts]
 
-    def _gather(self, leaf: torch.Tensor, step: StepTexts) -> tuple[torch.Tensor, StepTexts]:
+    def _gather(self, leaf: Tensor, step: StepTexts) -> tuple[Tensor, StepTexts]:
         """Return vectors and rows of all processes; those of others have no gradient."""
         processes = self._trainer.processes
         if processes.count == 1:
@@ -165,11 +166,11 @@ class _Forward:
             layout.tokens if layout else part["input_ids"].numel() for layout, part in parts
         ]
         self._calls = self._trainer.calls_of(len(parts))
-        self._kept: list[torch.Tensor] = []
+        self._kept: list[Tensor] = []
         self._states: list[RandomState] = []
         self._seed: int | None = None
 
-    def embed(self) -> list[torch.Tensor]:
+    def embed(self) -> list[Tensor]:
         """Return the vectors of each micro-batch, with their graphs if these are kept."""
         owner = self._owner
         measures = len(self._parts) > 1 and not owner.is_measured
@@ -198,13 +199,13 @@ class _Forward:
         self._kept = found if keeps else []
         return found[: len(self._parts)]
 
-    def backward(self, gradients: Sequence[torch.Tensor]) -> None:
+    def backward(self, gradients: Sequence[Tensor]) -> None:
         """Accumulate the gradients of the parameters, given those of the vectors."""
         trainer = self._trainer
         if self._workers is not None:
             trained = [p for p in self._model.parameters() if p.requires_grad]
 
-            def compute(number: int) -> torch.Tensor:
+            def compute(number: int) -> Tensor:
                 return self._share(number, gradients)
 
             parts = [(layout, number) for number, (layout, _) in enumerate(self._parts)]
@@ -224,14 +225,14 @@ class _Forward:
                 trainer.accelerator.backward(share)
         after.restore(trainer.args.device)
 
-    def _share(self, number: int, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _share(self, number: int, gradients: Sequence[Tensor]) -> Tensor:
         """Return the scalar whose gradients are those of the loss through a micro-batch."""
         vectors = self._kept[number] if self._kept else self._embed(number, keeps=True)
         if number >= len(self._parts):  # it equalizes the number of passes in all processes
             return vectors.sum() * 0
         return (vectors * gradients[number]).sum()
 
-    def _embed(self, number: int, *, keeps: bool) -> torch.Tensor:
+    def _embed(self, number: int, *, keeps: bool) -> Tensor:
         layout, part = self._parts[number % len(self._parts)]
         trainer = self._trainer
         is_own = self._workers is not None

@@ -37,7 +37,7 @@ from ftlevel.task import IGNORED, LikelihoodObjective, Meter, TokenObjective, Tr
 from ftlevel.tasks.losses import Tokens
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class AnswerLikelihoods:
     `sums` are log-likelihoods, `counts` tokens, `reference` those of the reference (0 without one).
     """
 
-    sums: torch.Tensor
-    counts: torch.Tensor
-    reference: torch.Tensor
+    sums: Tensor
+    counts: Tensor
+    reference: Tensor
 
     @property
-    def ratios(self) -> torch.Tensor:
+    def ratios(self) -> Tensor:
         """Log-likelihood ratios of policy and reference."""
         return self.sums - self.reference
 
@@ -62,7 +62,7 @@ class AnswerLikelihoods:
         return AnswerLikelihoods(self.sums[own], self.counts[own], self.reference[own])
 
     @property
-    def means(self) -> torch.Tensor:
+    def means(self) -> Tensor:
         """Mean log-likelihood per token."""
         return self.sums / self.counts
 
@@ -83,70 +83,60 @@ class PairLossParameters:
         return cls(settings.effective_beta, smoothing, settings.margin, sums)
 
 
-PairLoss = Callable[[AnswerLikelihoods, AnswerLikelihoods, PairLossParameters], "torch.Tensor"]
+PairLoss = Callable[[AnswerLikelihoods, AnswerLikelihoods, PairLossParameters], "Tensor"]
 """(preferred answers, rejected answers, hyperparameters) -> loss of each pair."""
 
 
-def log_sigmoid(value: torch.Tensor) -> torch.Tensor:
+def log_sigmoid(value: Tensor) -> Tensor:
     """Return log σ."""
     from torch.nn import functional
 
     return functional.logsigmoid(value)
 
 
-def _dpo(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> torch.Tensor:
+def _dpo(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> Tensor:
     return -log_sigmoid(told.beta * (good.ratios - bad.ratios))
 
 
-def _cdpo(
-    good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters
-) -> torch.Tensor:
+def _cdpo(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> Tensor:
     reward = told.beta * (good.ratios - bad.ratios)
     swapped = told.smoothing * log_sigmoid(-reward)
     return -(1 - told.smoothing) * log_sigmoid(reward) - swapped
 
 
-def _robust(
-    good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters
-) -> torch.Tensor:
+def _robust(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> Tensor:
     reward = told.beta * (good.ratios - bad.ratios)
     swapped = told.smoothing * log_sigmoid(-reward)
     return (swapped - (1 - told.smoothing) * log_sigmoid(reward)) / (1 - 2 * told.smoothing)
 
 
-def _hinge(
-    good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters
-) -> torch.Tensor:
+def _hinge(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> Tensor:
     return (1 - told.beta * (good.ratios - bad.ratios)).relu()
 
 
-def _mean_difference(good: AnswerLikelihoods, bad: AnswerLikelihoods) -> torch.Tensor:
+def _mean_difference(good: AnswerLikelihoods, bad: AnswerLikelihoods) -> Tensor:
     return good.ratios / good.counts - bad.ratios / bad.counts
 
 
-def _ipo(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> torch.Tensor:
+def _ipo(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> Tensor:
     summed = good.ratios - bad.ratios
     difference = summed if told.ipo_sums else _mean_difference(good, bad)
     return (difference - 1 / (2 * told.beta)).square()
 
 
-def _dpo_norm(
-    good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters
-) -> torch.Tensor:
+def _dpo_norm(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> Tensor:
     return -log_sigmoid(told.beta * _mean_difference(good, bad))
 
 
-def _simpo(
-    good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters
-) -> torch.Tensor:
+def _simpo(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> Tensor:
     return -log_sigmoid(told.beta * (good.means - bad.means) - told.gamma)
 
 
-def _cpo(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> torch.Tensor:
+def _cpo(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> Tensor:
     return -log_sigmoid(told.beta * (good.sums - bad.sums))
 
 
-def log_odds(mean: torch.Tensor) -> torch.Tensor:
+def log_odds(mean: Tensor) -> Tensor:
     """Return log p/(1 - p) of p = exp(mean), finite up to p = 1.
 
     log(1 - exp x) is log(-expm1 x) for x near 0 and log1p(-exp x) elsewhere (Mächler, 2012).
@@ -159,9 +149,7 @@ def log_odds(mean: torch.Tensor) -> torch.Tensor:
     return mean - torch.where(below > -math.log(2), near, far)
 
 
-def _orpo(
-    good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters
-) -> torch.Tensor:
+def _orpo(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> Tensor:
     return -told.beta * log_sigmoid(log_odds(good.means) - log_odds(bad.means))
 
 
@@ -182,11 +170,11 @@ PAIR_LOSSES: dict[str, PairLoss] = {
 
 def kto(
     answered: AnswerLikelihoods,
-    good: torch.Tensor,
-    baseline: torch.Tensor,
+    good: Tensor,
+    baseline: Tensor,
     beta: float,
     weights: tuple[float, float],
-) -> torch.Tensor:
+) -> Tensor:
     """Return the KTO loss of each answer.
 
     `good` and the detached `baseline` z are `(answers,)`; `weights` are λ of desirable and other
@@ -197,15 +185,11 @@ def kto(
     above = beta * (answered.ratios - baseline)
     desirable, undesirable = weights
     return torch.where(
-        good,
-        desirable * (1 - torch.sigmoid(above)),
-        undesirable * (1 - torch.sigmoid(-above)),
+        good, desirable * (1 - torch.sigmoid(above)), undesirable * (1 - torch.sigmoid(-above))
     )
 
 
-def bradley_terry(
-    good: torch.Tensor, bad: torch.Tensor, margins: torch.Tensor, center: float
-) -> torch.Tensor:
+def bradley_terry(good: Tensor, bad: Tensor, margins: Tensor, center: float) -> Tensor:
     """Return the reward loss of each pair, `(pairs,)`."""
     return center * (good + bad).square() - log_sigmoid(good - bad - margins)
 
@@ -233,7 +217,7 @@ class PreferenceMeter:
         self._objective = objective
         self._seen: list[np.ndarray] = []
 
-    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
+    def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
         """Add answers: `logits` `(n, 2)` from `Preferences.answers`, `labels` verdicts `(n, 3)`."""
         import torch
 
@@ -315,11 +299,11 @@ class Preferences(LikelihoodObjective):
         """Cross entropy of the answers' tokens."""
         return Tokens("perplexity", self.feeds_labels, self.shifted)
 
-    def locate(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return where targets are predicted in the flattened `(batch, seq)`, and the targets."""
         return self.of_tokens.locate(labels)
 
-    def answers(self, each: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def answers(self, each: Tensor, labels: Tensor) -> Tensor:
         """Return `(answers, 2)`: log-likelihood (weighted in ld-dpo) and number of tokens."""
         import torch
 
@@ -334,9 +318,7 @@ class Preferences(LikelihoodObjective):
             each = torch.where(place < shorter[owners], each, self.settings.ld_alpha * each)
         return torch.stack([zeros.index_add(0, owners, each), counts], dim=1)
 
-    def judge(
-        self, answers: torch.Tensor, verdicts: torch.Tensor, *, training: bool
-    ) -> torch.Tensor:
+    def judge(self, answers: Tensor, verdicts: Tensor, *, training: bool) -> Tensor:
         """Return the loss summed over pairs or answers (a scalar).
 
         In training with `nll_mean: token` it is `(2,)`: the pair loss and the token loss of the
@@ -360,14 +342,14 @@ class Preferences(LikelihoodObjective):
             return torch.stack([of_pairs, -weight * preferred.sums.sum()])
         return of_pairs - weight * preferred.means.sum()
 
-    def count(self, labels: torch.Tensor) -> torch.Tensor:
+    def count(self, labels: Tensor) -> Tensor:
         """Return the number of pairs or single answers (a scalar)."""
         import torch
 
         rows = labels.shape[0] // 2 if self.is_paired else labels.shape[0]
         return torch.tensor(rows, device=labels.device)
 
-    def training_count(self, labels: torch.Tensor, loss: TrainingLoss) -> torch.Tensor:
+    def training_count(self, labels: Tensor, loss: TrainingLoss) -> Tensor:
         """Return the number of pairs; with `nll_mean: token` `(2,)`, also of preferred tokens."""
         import torch
 
@@ -377,15 +359,11 @@ class Preferences(LikelihoodObjective):
         preferred = labels[::2, 1:] if self.shifted else labels[::2]
         return torch.stack([count, preferred.ne(IGNORED).sum()])
 
-    def targets(
-        self, logits: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def targets(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits and labels of the answers' tokens."""
         return self.of_tokens.targets(logits, labels)
 
-    def loss_sum(
-        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Return the summed negative log-likelihood, used for batches without verdicts."""
         return self.of_tokens.loss_sum(logits, labels, mask)
 
@@ -443,7 +421,7 @@ class Preferences(LikelihoodObjective):
         """Return a `PreferenceMeter`."""
         return PreferenceMeter(self)
 
-    def rewards(self, answers: torch.Tensor, verdicts: torch.Tensor) -> torch.Tensor:
+    def rewards(self, answers: Tensor, verdicts: Tensor) -> Tensor:
         """Return the implicit reward of each answer, `(answers,)`."""
         answered = AnswerLikelihoods(answers[:, 0], answers[:, 1], verdicts[:, 1])
         by_token = self.settings.loss in ("simpo", "orpo", "dpo-norm") or (

@@ -22,7 +22,7 @@ from ftlevel.tasks.preferences.policy import AnswerTask
 from ftlevel.tasks.preferences.rows import PreferenceEncoder
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.prepare.encoder import Encoder
@@ -109,7 +109,7 @@ class RewardTask(AnswerTask):
             for row in encode.answers([question])
         ]
 
-        def read(_: Encoded, logits: torch.Tensor) -> Prediction:
+        def read(_: Encoded, logits: Tensor) -> Prediction:
             score = float(logits.float().reshape(-1)[0])
             return Prediction(f"{score:.4g}", {"score": score}, columns={"": score})
 
@@ -144,20 +144,18 @@ class RewardObjective(Objective):
     per_row: ClassVar[bool] = True
     has_choice: ClassVar[bool] = False
 
-    def split(self, batch: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Any]:
+    def split(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
         """Return the model inputs, and the verdicts if present."""
         inputs, labels = super().split(batch)
         return inputs, batch.get("verdicts", labels)
 
-    def count(self, labels: torch.Tensor) -> torch.Tensor:
+    def count(self, labels: Tensor) -> Tensor:
         """Return the number of pairs (a scalar)."""
         import torch
 
         return torch.tensor(labels.shape[0] // 2, device=labels.device)
 
-    def loss_sum(
-        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Return the summed loss of the pairs."""
         scores = logits.float().flatten()
         margins = labels[::2, 2].float()
@@ -179,7 +177,7 @@ class ScoreMeter:
     def __init__(self) -> None:
         self._seen: list[np.ndarray] = []
 
-    def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
+    def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
         """Add the scores `(2 · pairs, 1)` of the pairs `rows`."""
         scores = logits.cpu().double().flatten().numpy().reshape(-1, 2)
         lengths = [[len(branch.input_ids) for branch in row.branches] for row in rows]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ftlevel.artifacts import checkpoints
@@ -148,11 +149,7 @@ class Recovery(TrainerCallback):
         return f"{newest} is whole." if newest else "There is no checkpoint yet."
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Write the recent losses into the checkpoint, before its manifest."""
         if self._factor is not None and self._processes.is_first:
@@ -188,7 +185,7 @@ class GradientMonitor(TrainerCallback):
     def __init__(
         self,
         listener: Listener,
-        step_loss: Callable[[], torch.Tensor],
+        step_loss: Callable[[], Tensor],
         recovery: Recovery,
         *,
         scales: bool = False,
@@ -202,7 +199,7 @@ class GradientMonitor(TrainerCallback):
         self.skipped = 0
         self._in_a_row = 0
         self._scales, self._defers = scales, defers and not scales
-        self._unread: list[tuple[int, str, torch.Tensor]] = []
+        self._unread: list[tuple[int, str, Tensor]] = []
         self._trainable: list[tuple[str, Any]] = []
         self._zero_first: set[str] | None = None
         self._has_moved = False
@@ -259,11 +256,7 @@ class GradientMonitor(TrainerCallback):
             self._look_for_idle(zero, len(trainable), optimizer)
 
     def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Check all trainable tensors after the optimizer step."""
         if self._is_checked and self._defers:
@@ -283,11 +276,7 @@ class GradientMonitor(TrainerCallback):
             )
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Read deferred checks before logging, evaluation and saving, or every `LATEST` steps."""
         waits = control.should_log or control.should_evaluate or control.should_save
@@ -295,16 +284,12 @@ class GradientMonitor(TrainerCallback):
             self._read(state)
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Read deferred checks before the checkpoint gets its manifest."""
         self._read(state)
 
-    def _note(self, state: TrainerState, what: str, value: torch.Tensor) -> None:
+    def _note(self, state: TrainerState, what: str, value: Tensor) -> None:
         self._unread.append((state.global_step + 1, what, value.detach().float()))
 
     def _read(self, state: TrainerState) -> None:
@@ -374,17 +359,17 @@ class GradientMonitor(TrainerCallback):
         self.checked = len(trainable)
 
 
-def are_finite(tensors: Iterable[torch.Tensor | None]) -> bool:
+def are_finite(tensors: Iterable[Tensor | None]) -> bool:
     """Whether the total norm of `tensors` is finite, with one operation per group of tensors."""
     there = [tensor.detach() for tensor in tensors if tensor is not None]
     return bool(torch.isfinite(whole(torch.nn.utils.get_total_norm(there))))
 
 
-def _largest(tensors: Iterable[torch.Tensor | None]) -> torch.Tensor:
+def _largest(tensors: Iterable[Tensor | None]) -> Tensor:
     """Return the largest absolute value (a scalar); not finite if any value is not."""
     there = [tensor.detach() for tensor in tensors if tensor is not None]
     return whole(torch.nn.utils.get_total_norm(there, norm_type=math.inf))
 
 
-def _absolute_sum(gradient: torch.Tensor | None) -> torch.Tensor:
+def _absolute_sum(gradient: Tensor | None) -> Tensor:
     return torch.zeros(()) if gradient is None else whole(gradient.detach().abs().sum()).float()

@@ -46,21 +46,13 @@ class Report(TrainerCallback):
         self._seen_at: float | None = None  # None in a pause
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Report the number of steps."""
         self.listener.begin(state.max_steps)
 
     def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Record the start time of the step."""
         if self._seen_at is None:
@@ -70,11 +62,7 @@ class Report(TrainerCallback):
             self.first_step_cpu_s = time.process_time()
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Add the step's time, and report the step."""
         self._count()
@@ -112,11 +100,7 @@ class Report(TrainerCallback):
         self.listener.log(record)
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Exclude the evaluation, or the saving of a checkpoint, from the training time."""
         self._seen_at = None
@@ -180,11 +164,7 @@ class Interrupt(TrainerCallback):
         self.received, self.exit_code, self._wish = name, 128 + number, self._STOP
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         """Save, and stop, if any process received a signal before the last step."""
         # Use the agreed value, not later signals, so that all stop after the same step.
@@ -238,11 +218,7 @@ class SetEpoch(TrainerCallback):
         self.order = order
 
     def on_epoch_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Set the epoch before Trainer reads its first row."""
         if isinstance(self.rows, MaskedRows):

@@ -152,11 +152,7 @@ class WriteManifest(TrainerCallback):
         self._when_written = when_written
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **told: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any
     ) -> None:
         """Check that the disk has space for the next checkpoint."""
         if control.should_save and self._processes.is_first:
@@ -165,11 +161,7 @@ class WriteManifest(TrainerCallback):
     on_epoch_end = on_evaluate = on_step_end
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Write the manifest once the checkpoint is complete."""
         self._processes.wait()  # every process writes its random state
@@ -208,21 +200,13 @@ class SaveByClock(TrainerCallback):
         self._saves_end = last
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Start the clock."""
         self._since = time.monotonic()
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Save if the time is up, or at the end if it was up before."""
         is_time = self._processes.is_first and time.monotonic() - self._since >= self._seconds
@@ -232,22 +216,14 @@ class SaveByClock(TrainerCallback):
         control.should_save |= is_time or (is_end and self._saves_end)
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Save at the end of a run that stops early."""
         is_early = control.should_training_stop and state.global_step < state.max_steps
         control.should_save |= is_early and self._saves_end
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Restart the clock."""
         self._since = time.monotonic()
@@ -261,11 +237,7 @@ class SaveStreamState(TrainerCallback):
         self.directory = directory
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Write the position from the first process, for all."""
         if not state.is_world_process_zero:  # it is the same in each
@@ -281,11 +253,7 @@ class SaveRollout(TrainerCallback):
         self._directory = directory
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Write the rollout of this process."""
         self._save(self._directory / f"checkpoint-{state.global_step}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import QuantConfig
@@ -372,11 +373,11 @@ def _follow(live: LiveMemoryTracker, trainer: Any) -> list[Any]:
         backward(*args, **kwargs)
 
     def near_end(_: Any, __: Any, output: Any) -> None:
-        states = output if isinstance(output, torch.Tensor) else output[0]
+        states = output if isinstance(output, Tensor) else output[0]
         if live.moment == FORWARD and states.requires_grad:
             states.register_hook(lambda _: setattr(live, "moment", FIRST_BLOCK))
 
-    def hold(parameter: torch.Tensor) -> None:
+    def hold(parameter: Tensor) -> None:
         if parameter.grad is not None:
             live.hold(parameter.grad, GRADIENTS)
 

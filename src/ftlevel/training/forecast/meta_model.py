@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
@@ -314,11 +315,11 @@ class LiveMemoryTracker(OperationWatch):
         """Bytes that are live now."""
         return self._total
 
-    def knows(self, tensor: torch.Tensor) -> bool:
+    def knows(self, tensor: Tensor) -> bool:
         """Return whether the storage of `tensor` is counted."""
         return storage_of(tensor) in self._held
 
-    def hold(self, tensor: torch.Tensor, part: str) -> None:
+    def hold(self, tensor: Tensor, part: str) -> None:
         """Count the storage of `tensor` under `part`; a known storage moves to `part`."""
         storage = storage_of(tensor)
         size, held = storage.nbytes(), self._held.get(storage)
@@ -341,18 +342,18 @@ class LiveMemoryTracker(OperationWatch):
             self._highest[self.moment] = self._total
             self.peaks[self.moment] = Counter({k: v for k, v in self._alive.items() if v})
 
-    def made(self, tensor: torch.Tensor) -> None:
+    def made(self, tensor: Tensor) -> None:
         """Count `tensor` if its storage is new."""
         if not self.knows(tensor):
             self.hold(tensor, self._part_of(tensor))
 
-    def cast(self, tensor: torch.Tensor, result: torch.Tensor) -> None:
+    def cast(self, tensor: Tensor, result: Tensor) -> None:
         """Count `result` as a cast if `tensor` is a weight."""
         held = self._held.get(storage_of(tensor))
         if held == [WEIGHTS] and not self.knows(result):
             self.hold(result, CASTS)
 
-    def _part_of(self, tensor: torch.Tensor) -> str:
+    def _part_of(self, tensor: Tensor) -> str:
         is_scores = tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary
         if is_scores and tensor.is_floating_point() and self.moment != UPDATE:
             return LOGITS

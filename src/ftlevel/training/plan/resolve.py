@@ -154,14 +154,7 @@ def resolve(
         )
         vocabulary = bare.config.get_text_config().vocab_size
         context = EncodingContext(
-            task,
-            bare.kind,
-            bare.tokenizer,
-            vocabulary,
-            bounds,
-            config.train.seed,
-            lenient,
-            version,
+            task, bare.kind, bare.tokenizer, vocabulary, bounds, config.train.seed, lenient, version
         )
         data = prepare_data(config.data, context, progress)
     model_config = _task_config(bare.source, data.facts, bare.tokenizer, task)
@@ -181,12 +174,7 @@ def resolve(
         config.train.metrics, task, objective, generates=generates, how="--predict-with-generate"
     )
     loss, of_loss = choose_loss(
-        config.train,
-        config.distillation,
-        config.task,
-        objective,
-        data.facts["labels"],
-        data.train,
+        config.train, config.distillation, config.task, objective, data.facts["labels"], data.train
     )
     epoch_rows = rows_per_epoch(config.train, config.steps_per_rollout, len(data.train))
     steps = count_steps(config.train, epoch_rows)
@@ -312,11 +300,7 @@ def _objective(
 
 
 def _plan_model(
-    bare: _Bare,
-    model_config: Any,
-    meta: Any,
-    heads: list[str],
-    new_modules: list[str],
+    bare: _Bare, model_config: Any, meta: Any, heads: list[str], new_modules: list[str]
 ) -> PlannedModel:
     """Return the planned model: config for the task, heads and size."""
     return PlannedModel(

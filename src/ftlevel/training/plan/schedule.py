@@ -68,11 +68,7 @@ class LearningRates:
 
 
 def choose_rates(
-    spec: MethodConfig,
-    given: TrainerConfig,
-    known: RunFacts,
-    share: float = 1,
-    papers: str = "",
+    spec: MethodConfig, given: TrainerConfig, known: RunFacts, share: float = 1, papers: str = ""
 ) -> LearningRates:
     """Return the peak learning rates: the user's, or the method's defaults for the run.
 

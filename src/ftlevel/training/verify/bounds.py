@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from ftlevel.errors import RunError
 
-Gradients = Mapping[str, torch.Tensor]
+Gradients = Mapping[str, Tensor]
 
 _COMPARED_AT_ONCE = 2**20
 """Elements that are compared in float64 at once; a whole embedding would take more memory than the
@@ -70,7 +71,7 @@ def compare_gradients(gradients: Gradients, reference: Gradients) -> dict[str, G
     return found
 
 
-def _compare(gradient: torch.Tensor, reference: torch.Tensor) -> GradientDifference:
+def _compare(gradient: Tensor, reference: Tensor) -> GradientDifference:
     """Return the sums over two CPU tensors in float64, which MPS does not support."""
     g, r = gradient.double(), reference.double()
     return GradientDifference(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config.section import Choice
@@ -83,7 +84,7 @@ def cast_to_float64(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _held_in(dtype: torch.dtype, tensors: list[torch.Tensor]) -> Iterator[None]:
+def _held_in(dtype: torch.dtype, tensors: list[Tensor]) -> Iterator[None]:
     """Convert `tensors` to `dtype` inside the block, and restore their values after it."""
     held = [(tensor, tensor.data) for tensor in tensors]
     try:
@@ -117,18 +118,16 @@ def fits_in_float64(model: torch.nn.Module, device: str) -> bool:
     return _fits(model, torch.float64, wide, device)
 
 
-def _fits(
-    model: torch.nn.Module, dtype: torch.dtype, tensors: list[torch.Tensor], device: str
-) -> bool:
+def _fits(model: torch.nn.Module, dtype: torch.dtype, tensors: list[Tensor], device: str) -> bool:
     """Whether memory allows `tensors` of `model` in `dtype`, and a comparison of gradients."""
     wide = sum(tensor.numel() for tensor in tensors)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return dtype.itemsize * (wide + COPIES * trained) < free_memory_bytes(device) // 2
 
 
-def _tensors_of(model: torch.nn.Module, dtypes: tuple[torch.dtype, ...]) -> list[torch.Tensor]:
+def _tensors_of(model: torch.nn.Module, dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
     """Return the parameters and buffers of `dtypes`, without duplicates and quantized ones."""
-    found: dict[int, torch.Tensor] = {}
+    found: dict[int, Tensor] = {}
     for module in model.modules():
         for own in own_tensors(module):
             for tensor in own.values():

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from ftlevel.data.encoding.collate import Collator
@@ -29,7 +30,7 @@ class StepResult:
     """Mean loss of a step over its targets, in nats, and the gradients by tensor name."""
 
     loss: float
-    gradients: dict[str, torch.Tensor]
+    gradients: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,7 @@ class Steps:
         torch.autograd.backward(loss)
         return StepResult(loss.item(), self._take_gradients())
 
-    def _baseline(
-        self, rows: Sequence[Encoded], batch_size: int, dtype: str
-    ) -> torch.Tensor | None:
+    def _baseline(self, rows: Sequence[Encoded], batch_size: int, dtype: str) -> Tensor | None:
         """Return the KTO baseline of a step's rewards (a scalar), or None."""
         objective, device = self.trainer.objective, self.trainer.args.device
         contrasts = [other for row in rows for other in row.contrasts]
@@ -154,7 +153,7 @@ class Steps:
         scale = trainer.loss_scale
         return StepResult(float(loss), {n: g / scale for n, g in self._take_gradients().items()})
 
-    def _take_gradients(self) -> dict[str, torch.Tensor]:
+    def _take_gradients(self) -> dict[str, Tensor]:
         """Return the gradients, and clear them."""
         found = {
             name: parameter.grad
@@ -176,7 +175,7 @@ class _OneByOne:
         """Delegate to the model."""
         return getattr(self._model, name)
 
-    def __call__(self, attention_mask: torch.Tensor, **batch: torch.Tensor) -> Any:
+    def __call__(self, attention_mask: Tensor, **batch: Tensor) -> Any:
         """Return outputs with the logits of all rows."""
         width, found = attention_mask.shape[1], []
         for index, mask in enumerate(attention_mask):
