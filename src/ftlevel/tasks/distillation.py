@@ -44,8 +44,8 @@ class DistillationTokens(Tokens, DistillationObjective):
         from torch.nn import functional
 
         settings, temperature = self.settings, self.settings.kd_temperature
-        own = log_outcomes(scores.float() / temperature, ids, known.shape[-1])
-        total = temperature**2 * divergence(known, own, settings).sum()
+        student = log_outcomes(scores.float() / temperature, ids, known.shape[-1])
+        total = temperature**2 * divergence(known, student, settings).sum()
         if settings.kd_ratio == 1:
             return total
         entropy = functional.cross_entropy(scores.float(), targets, reduction="sum")
@@ -62,44 +62,41 @@ def log_outcomes(scores: Tensor, ids: Tensor, outcomes: int) -> Tensor:
     """
     if not ids.shape[-1]:
         return scores[:, :outcomes].log_softmax(-1)
-    whole = scores.logsumexp(-1, keepdim=True)
+    total = scores.logsumexp(-1, keepdim=True)
     others = scores.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
     import torch
 
-    return torch.cat([scores.gather(-1, ids), others], dim=-1) - whole
+    return torch.cat([scores.gather(-1, ids), others], dim=-1) - total
 
 
-def divergence(known: Tensor, own: Tensor, settings: DistillationConfig) -> Tensor:
-    """Return the divergence `(targets,)` of `(targets, outcomes)` log-probabilities.
-
-    `known` are the teacher's, `own` the student's.
-    """
+def divergence(teacher: Tensor, student: Tensor, settings: DistillationConfig) -> Tensor:
+    """Return the divergence `(targets,)` of `(targets, outcomes)` log-probabilities."""
     import torch
 
     if settings.divergence == "forward-kl":
-        return (known.exp() * (known - own)).sum(-1)
+        return (teacher.exp() * (teacher - student)).sum(-1)
     if settings.divergence == "reverse-kl":
-        return (own.exp() * (own - known)).sum(-1)
+        return (student.exp() * (student - teacher)).sum(-1)
     beta = settings.jsd_beta
-    mixed = torch.logaddexp(known + math.log(beta), own + math.log1p(-beta))
-    of_teacher = (known.exp() * (known - mixed)).sum(-1)
-    return beta * of_teacher + (1 - beta) * (own.exp() * (own - mixed)).sum(-1)
+    mixed = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    of_teacher = (teacher.exp() * (teacher - mixed)).sum(-1)
+    return beta * of_teacher + (1 - beta) * (student.exp() * (student - mixed)).sum(-1)
 
 
 def build_distillation(objective: Tokens, settings: DistillationConfig) -> DistillationTokens:
     """Return `objective` with a distillation loss."""
-    known = {f.name: getattr(objective, f.name) for f in fields(objective)}
-    return DistillationTokens(**known, settings=settings)
+    values = {f.name: getattr(objective, f.name) for f in fields(objective)}
+    return DistillationTokens(**values, settings=settings)
 
 
 def outcome_dtype(settings: DistillationConfig, vocabulary: int) -> Any:
     """Return the numpy dtype of the teacher's values for a shared `vocabulary` size."""
     import numpy as np
 
-    wish = settings.kd_top_k
-    if wish == "all" or wish >= vocabulary - 1:
+    count = settings.kd_top_k
+    if count == "all" or count >= vocabulary - 1:
         return np.dtype([("known", np.float32, (vocabulary,)), ("ids", np.int32, (0,))])
-    return np.dtype([("known", np.float32, (wish + 1,)), ("ids", np.int32, (wish,))])
+    return np.dtype([("known", np.float32, (count + 1,)), ("ids", np.int32, (count,))])
 
 
 def select_top_k(scores: Tensor, settings: DistillationConfig, dtype: Any) -> tuple[Tensor, Tensor]:
@@ -133,15 +130,15 @@ class DistillationRow(Encoded):
 class DistillationRows(LazySequence[Encoded]):
     """Rows with their teacher values.
 
-    `kept` `(targets,)` has `outcome_dtype`; row i has `kept[begins[i]:begins[i + 1]]`.
+    `values` `(targets,)` has `outcome_dtype`; row i has `values[starts[i]:starts[i + 1]]`.
     """
 
-    def __init__(self, rows: Sequence[Encoded], kept: np.ndarray, begins: Sequence[int]) -> None:
-        self.rows, self._kept, self._begins = rows, kept, begins
+    def __init__(self, rows: Sequence[Encoded], values: np.ndarray, starts: Sequence[int]) -> None:
+        self.rows, self._values, self._starts = rows, values, starts
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def _item(self, at: int) -> Encoded:
-        row, own = self.rows[at], slice(self._begins[at], self._begins[at + 1])
-        return DistillationRow(row.input_ids, row.labels, row.row, row.extras, self._kept[own])
+        row, values = self.rows[at], self._values[self._starts[at] : self._starts[at + 1]]
+        return DistillationRow(row.input_ids, row.labels, row.row, row.extras, values)

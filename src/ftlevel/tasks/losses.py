@@ -36,15 +36,15 @@ class ClassObjective(Objective):
 
         if not loss.weighs:
             return super().training_sum(logits, labels, mask, loss)
-        scores, wanted = self.choices(logits, labels, mask).float(), labels[labels != IGNORED]
+        scores, targets = self.choices(logits, labels, mask).float(), labels[labels != IGNORED]
         weights = _tensor_of(loss.class_weights, scores)
         if not loss.focal_gamma:
             return functional.cross_entropy(
-                scores, wanted, weight=weights, label_smoothing=loss.smoothing, reduction="sum"
+                scores, targets, weight=weights, label_smoothing=loss.smoothing, reduction="sum"
             )
-        surprise = functional.cross_entropy(scores, wanted, reduction="none")
-        lost = focus(surprise, loss.focal_gamma) * surprise
-        return (lost if weights is None else lost * weights[wanted]).sum()
+        surprise = functional.cross_entropy(scores, targets, reduction="none")
+        focal = focus(surprise, loss.focal_gamma) * surprise
+        return (focal if weights is None else focal * weights[targets]).sum()
 
     def training_count(self, labels: Tensor, loss: TrainingLoss) -> Tensor:
         """Return the sum of the targets' weights."""
@@ -54,8 +54,8 @@ class ClassObjective(Objective):
     def balance(self, rows: Sequence[Encoded], classes: int) -> tuple[float, ...]:
         """Return balanced weights as in scikit-learn: targets / (classes · class targets)."""
         counts = Counter(_targets_of(rows))
-        total, kinds = counts.total(), len(counts)
-        return tuple(total / (kinds * counts[c]) if counts[c] else 1.0 for c in range(classes))
+        total, seen = counts.total(), len(counts)
+        return tuple(total / (seen * counts[c]) if counts[c] else 1.0 for c in range(classes))
 
 
 def focus(surprise: Tensor, gamma: float) -> Tensor:
@@ -73,8 +73,8 @@ def weigh_yes_and_no(logits: Tensor, labels: Tensor, loss: TrainingLoss) -> Tens
             logits, labels, pos_weight=weights, reduction="sum"
         )
     surprise = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    lost = focus(surprise, loss.focal_gamma) * surprise
-    return (lost if weights is None else lost * (1 + (weights - 1) * labels)).sum()
+    focal = focus(surprise, loss.focal_gamma) * surprise
+    return (focal if weights is None else focal * (1 + (weights - 1) * labels)).sum()
 
 
 def balance_yes_and_no(answers: Iterable[Sequence[float]]) -> tuple[float, ...]:
@@ -122,12 +122,12 @@ class PredictionMeter:
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
         """Return prediction and target of the only example seen, with names from `names`."""
         return {
-            "predicted": _in_words(self.predicted[0], names),
-            "true": _in_words(self.true[0], names),
+            "predicted": _name_values(self.predicted[0], names),
+            "true": _name_values(self.true[0], names),
         }
 
 
-def _in_words(value: Any, names: Sequence[str]) -> Any:
+def _name_values(value: Any, names: Sequence[str]) -> Any:
     if isinstance(value, int) and names:
         return names[value]
     if isinstance(value, list) and value and isinstance(value[0], int):
@@ -146,8 +146,8 @@ def entropy(answers: Iterable[Hashable]) -> float | None:
 
 def mean_entropy(columns: Iterable[Iterable[Hashable]]) -> float | None:
     """Return the mean entropy of the columns; None if all are empty."""
-    found = [value for column in columns if (value := entropy(column)) is not None]
-    return sum(found) / len(found) if found else None
+    values = [value for column in columns if (value := entropy(column)) is not None]
+    return sum(values) / len(values) if values else None
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,8 @@ class AnswerLikelihoods:
 
     def every_other(self, first: int) -> AnswerLikelihoods:
         """Return every second answer, starting at index `first`."""
-        own = slice(first, None, 2)
-        return AnswerLikelihoods(self.sums[own], self.counts[own], self.reference[own])
+        part = slice(first, None, 2)
+        return AnswerLikelihoods(self.sums[part], self.counts[part], self.reference[part])
 
     @property
     def means(self) -> Tensor:
@@ -94,46 +94,31 @@ def log_sigmoid(value: Tensor) -> Tensor:
     return functional.logsigmoid(value)
 
 
-def _dpo(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> Tensor:
-    return -log_sigmoid(told.beta * (good.ratios - bad.ratios))
-
-
-def _cdpo(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> Tensor:
-    reward = told.beta * (good.ratios - bad.ratios)
-    swapped = told.smoothing * log_sigmoid(-reward)
-    return -(1 - told.smoothing) * log_sigmoid(reward) - swapped
-
-
-def _robust(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> Tensor:
-    reward = told.beta * (good.ratios - bad.ratios)
-    swapped = told.smoothing * log_sigmoid(-reward)
-    return (swapped - (1 - told.smoothing) * log_sigmoid(reward)) / (1 - 2 * told.smoothing)
-
-
-def _hinge(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> Tensor:
-    return (1 - told.beta * (good.ratios - bad.ratios)).relu()
+def _reward(good: AnswerLikelihoods, bad: AnswerLikelihoods, p: PairLossParameters) -> Tensor:
+    """Return βh."""
+    return p.beta * (good.ratios - bad.ratios)
 
 
 def _mean_difference(good: AnswerLikelihoods, bad: AnswerLikelihoods) -> Tensor:
+    """Return h̄."""
     return good.ratios / good.counts - bad.ratios / bad.counts
 
 
-def _ipo(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> Tensor:
-    summed = good.ratios - bad.ratios
-    difference = summed if told.ipo_sums else _mean_difference(good, bad)
-    return (difference - 1 / (2 * told.beta)).square()
+def _cdpo(good: AnswerLikelihoods, bad: AnswerLikelihoods, p: PairLossParameters) -> Tensor:
+    reward = _reward(good, bad, p)
+    swapped = p.smoothing * log_sigmoid(-reward)
+    return -(1 - p.smoothing) * log_sigmoid(reward) - swapped
 
 
-def _dpo_norm(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> Tensor:
-    return -log_sigmoid(told.beta * _mean_difference(good, bad))
+def _robust(good: AnswerLikelihoods, bad: AnswerLikelihoods, p: PairLossParameters) -> Tensor:
+    reward = _reward(good, bad, p)
+    swapped = p.smoothing * log_sigmoid(-reward)
+    return (swapped - (1 - p.smoothing) * log_sigmoid(reward)) / (1 - 2 * p.smoothing)
 
 
-def _simpo(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> Tensor:
-    return -log_sigmoid(told.beta * (good.means - bad.means) - told.gamma)
-
-
-def _cpo(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> Tensor:
-    return -log_sigmoid(told.beta * (good.sums - bad.sums))
+def _ipo(good: AnswerLikelihoods, bad: AnswerLikelihoods, p: PairLossParameters) -> Tensor:
+    difference = good.ratios - bad.ratios if p.ipo_sums else _mean_difference(good, bad)
+    return (difference - 1 / (2 * p.beta)).square()
 
 
 def log_odds(mean: Tensor) -> Tensor:
@@ -149,23 +134,19 @@ def log_odds(mean: Tensor) -> Tensor:
     return mean - torch.where(below > -math.log(2), near, far)
 
 
-def _orpo(good: AnswerLikelihoods, bad: AnswerLikelihoods, told: PairLossParameters) -> Tensor:
-    return -told.beta * log_sigmoid(log_odds(good.means) - log_odds(bad.means))
-
-
 PAIR_LOSSES: dict[str, PairLoss] = {
-    "dpo": _dpo,
+    "dpo": lambda good, bad, p: -log_sigmoid(_reward(good, bad, p)),
     "cdpo": _cdpo,
     "robust": _robust,
-    "hinge": _hinge,
+    "hinge": lambda good, bad, p: (1 - _reward(good, bad, p)).relu(),
     "ipo": _ipo,
-    "dpo-norm": _dpo_norm,
-    "ld-dpo": _dpo,  # with length-weighted sums
-    "rpo": _dpo,  # plus the preferred answer's negative log-likelihood
-    "simpo": _simpo,
-    "cpo": _cpo,
-    "orpo": _orpo,
+    "dpo-norm": lambda good, bad, p: -log_sigmoid(p.beta * _mean_difference(good, bad)),
+    "simpo": lambda good, bad, p: -log_sigmoid(p.beta * (good.means - bad.means) - p.gamma),
+    "cpo": lambda good, bad, p: -log_sigmoid(p.beta * (good.sums - bad.sums)),
+    "orpo": lambda good, bad, p: -p.beta * log_sigmoid(log_odds(good.means) - log_odds(bad.means)),
 }
+PAIR_LOSSES["ld-dpo"] = PAIR_LOSSES["dpo"]  # with length-weighted sums
+PAIR_LOSSES["rpo"] = PAIR_LOSSES["dpo"]  # plus the preferred answer's negative log-likelihood
 
 
 def kto(
@@ -237,33 +218,33 @@ class PreferenceMeter:
         good = seen[:, 0] > 0
         names = _PAIR if self._objective.is_paired else _JUDGED
         groups = dict(zip(names, (seen[good], seen[~good]), strict=True))
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name, group in groups.items():
-            found[f"logp_{name}"] = _mean(group[:, 1])
-            found[f"length_{name}"] = _mean(group[:, 2])
+            metrics[f"logp_{name}"] = _mean(group[:, 1])
+            metrics[f"length_{name}"] = _mean(group[:, 2])
             if self._objective.needs_reference:
-                found[f"reward_{name}"] = _mean(group[:, 4])
-                found[f"ref_logp_{name}"] = _mean(group[:, 3])
+                metrics[f"reward_{name}"] = _mean(group[:, 4])
+                metrics[f"ref_logp_{name}"] = _mean(group[:, 3])
         if self._objective.is_paired:
-            found |= self._compare(*groups.values())
+            metrics |= self._compare(*groups.values())
         elif self._objective.needs_reference:
             first, second = (_mean(group[:, 4]) for group in groups.values())
-            found["reward_margin"] = first - second
-            found["kl"] = _mean(seen[:, 5])
-        return {name: value for name, value in found.items() if not math.isnan(value)}
+            metrics["reward_margin"] = first - second
+            metrics["kl"] = _mean(seen[:, 5])
+        return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
     def _compare(self, good: np.ndarray, bad: np.ndarray) -> dict[str, float]:
         """Return the metrics of pairs."""
         length = (good[:, 2] > bad[:, 2]) + 0.5 * (good[:, 2] == bad[:, 2])
-        found = {
+        metrics = {
             "logp_accuracy": _mean(good[:, 1] > bad[:, 1]),
             "logp_mean_accuracy": _mean(good[:, 1] / good[:, 2] > bad[:, 1] / bad[:, 2]),
             "length_accuracy": _mean(length),
         }
         if self._objective.needs_reference:
-            found["reward_accuracy"] = _mean(good[:, 4] > bad[:, 4])
-            found["reward_margin"] = _mean(good[:, 4] - bad[:, 4])
-        return found
+            metrics["reward_accuracy"] = _mean(good[:, 4] > bad[:, 4])
+            metrics["reward_margin"] = _mean(good[:, 4] - bad[:, 4])
+        return metrics
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
         """Return the rewards and log-likelihoods of the answers of an example."""
@@ -313,9 +294,9 @@ class Preferences(LikelihoodObjective):
         counts = zeros.index_add(0, owners, torch.ones_like(each))
         if self.settings.loss == "ld-dpo" and len(labels) > 1:
             starts = counts.cumsum(0) - counts
-            place = torch.arange(len(owners), device=each.device) - starts[owners]
+            position = torch.arange(len(owners), device=each.device) - starts[owners]
             shorter = counts.view(-1, 2).amin(1).repeat_interleave(2)
-            each = torch.where(place < shorter[owners], each, self.settings.ld_alpha * each)
+            each = torch.where(position < shorter[owners], each, self.settings.ld_alpha * each)
         return torch.stack([zeros.index_add(0, owners, each), counts], dim=1)
 
     def judge(self, answers: Tensor, verdicts: Tensor, *, training: bool) -> Tensor:
@@ -377,45 +358,45 @@ class Preferences(LikelihoodObjective):
         """Loss of a policy equal to the reference, where h = 0."""
         if not self.needs_reference or self.settings.other_reference is not None:
             return None
-        known = {
+        losses = {
             "hinge": 1.0,
             "ipo": 1 / (4 * self.settings.effective_beta**2),
             **dict.fromkeys(("dpo", "cdpo", "robust", "dpo-norm", "ld-dpo"), math.log(2)),
         }
-        return known.get(self.settings.loss or "dpo")
+        return losses.get(self.settings.loss or "dpo")
 
     def remarks(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
     ) -> list[str]:
         """Return warnings about length bias, and about answers that became less likely."""
-        found = []
-        names = ("chosen", "rejected") if self.is_paired else ("desirable", "undesirable")
-        known, prefix = (metrics, "ref_logp") if self.needs_reference else (before or {}, "logp")
-        fell = [
-            metrics[f"logp_{name}"] - known[f"{prefix}_{name}"]
-            if f"logp_{name}" in metrics and f"{prefix}_{name}" in known
+        warnings = []
+        names = _PAIR if self.is_paired else _JUDGED
+        start, prefix = (metrics, "ref_logp") if self.needs_reference else (before or {}, "logp")
+        changes = [
+            metrics[f"logp_{name}"] - start[f"{prefix}_{name}"]
+            if f"logp_{name}" in metrics and f"{prefix}_{name}" in start
             else 0.0
             for name in names
         ]
-        if fell[0] < 0:
-            both = "both kinds of answers" if fell[1] < 0 else f"the {names[0]} answers"
+        if changes[0] < 0:
+            both = "both kinds of answers" if changes[1] < 0 else f"the {names[0]} answers"
             # Without a reference, beta does not limit the change of log-probabilities.
             advice = (
                 "a lower rate, a higher --beta or" if self.needs_reference else "a lower rate or"
             )
             than = "with the reference" if self.settings.other_reference else "before training"
-            found.append(
-                f"{both} are less likely than {than} ({names[0]} {fell[0]:+.2f} nats, "
-                f"{names[1]} {fell[1]:+.2f}): what the model writes may be neither (likelihood "
+            warnings.append(
+                f"{both} are less likely than {than} ({names[0]} {changes[0]:+.2f} nats, "
+                f"{names[1]} {changes[1]:+.2f}): what the model writes may be neither (likelihood "
                 f"displacement). Look at samples; {advice} --loss rpo holds it back."
             )
         right, length = metrics.get("reward_accuracy"), metrics.get("length_accuracy", 0.0)
         if right is not None and 0.5 < right <= length:
-            found.append(
+            warnings.append(
                 f"reward_accuracy {right:.2f} is no better than preferring the longer answer "
                 f"({length:.2f})."
             )
-        return found
+        return warnings
 
     def meter(self) -> Meter:
         """Return a `PreferenceMeter`."""
