@@ -219,8 +219,8 @@ class StepTexts:
 
     def after(self, count: int) -> StepTexts:
         """Return the rows for distinct texts that `count` others precede."""
-        moved = tuple(tuple(index + count for index in own) for own in self.texts)
-        return replace(self, texts=moved)
+        shifted = tuple(tuple(index + count for index in indices) for indices in self.texts)
+        return replace(self, texts=shifted)
 
 
 class StepObjective(Objective):

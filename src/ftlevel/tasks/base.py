@@ -182,10 +182,10 @@ class BaseTask(ABC):
         """Return the transformers auto class for `kind`; raises `ConfigError` if unsupported."""
         if kind in self.auto_classes:
             return self.auto_classes[kind]
-        wanted = join_names(self.auto_classes)
+        supported = join_names(self.auto_classes)
         raise ConfigError(
             f"--task {self.name} cannot be used with {model_type}, which is {with_article(kind)}; "
-            f"it needs {with_article(wanted)}. {self.refusals.get(kind, '')}".strip()
+            f"it needs {with_article(supported)}. {self.refusals.get(kind, '')}".strip()
         )
 
     @property
@@ -343,22 +343,22 @@ class BaseTask(ABC):
             raise ConfigError(
                 f"--task {self.name} answers no rows. Ask it by ftlevel generate --prompt."
             )
-        wish = FormatOptions(mapping, name, aim="ask")
-        return detect_format(columns, self.name, self.questions, wish, rows)
+        format_options = FormatOptions(mapping, name, aim="ask")
+        return detect_format(columns, self.name, self.questions, format_options, rows)
 
     def answer_columns(
         self,
         format_: Format,
         labels: Sequence[str],
         options: Mapping[str, Any],
-        wanted: OutputOptions,
+        requested: OutputOptions,
     ) -> dict[str, Column]:
         """Return prediction columns: name suffix -> type; "" is the answer itself.
 
         Raises:
             ConfigError: the task does not support an optional output.
         """
-        check_options(wanted, f"--task {self.name}", "")
+        check_options(requested, f"--task {self.name}", "")
         return {"": "text"}
 
     @abstractmethod
@@ -367,7 +367,7 @@ class BaseTask(ABC):
 
     @abstractmethod
     def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], wanted: OutputOptions
+        self, model: PromptedModel, questions: Sequence[Any], requested: OutputOptions
     ) -> list[Prediction]:
         """Return one prediction per question, with `questions[i].row` = i.
 
@@ -408,10 +408,10 @@ class BaseTask(ABC):
         return ""
 
 
-def check_options(wanted: OutputOptions, whose: str, instead: str) -> None:
-    """Raise `ConfigError` for optional outputs in `wanted`; `whose` begins the message."""
-    for flag, wish in (("--probabilities", wanted.probabilities), ("--top-k", wanted.top_k)):
-        if wish:
+def check_options(requested: OutputOptions, whose: str, instead: str) -> None:
+    """Raise `ConfigError` for optional outputs in `requested`; `whose` begins the message."""
+    for flag, value in (("--probabilities", requested.probabilities), ("--top-k", requested.top_k)):
+        if value:
             raise ConfigError(
                 f"{flag}: {whose} has no probabilities to give. {instead or f'Drop {flag}.'}"
             )
@@ -426,16 +426,16 @@ def rank(scores: Mapping[str, float], count: int) -> list[dict[str, Any]]:
 @functools.cache
 def find_tasks() -> dict[str, BaseTask]:
     """Return all tasks by name, without those of packages that cannot be imported."""
-    found: dict[str, BaseTask] = {}
+    tasks: dict[str, BaseTask] = {}
     packages = added("tasks")
     for name in NAMES:
         try:
-            found[name] = find_task(name)
+            tasks[name] = find_task(name)
         except Exception as error:
             if name not in packages:
                 raise
             warn_left_out(packages[name][0], error)
-    return found
+    return tasks
 
 
 def find_task(name: str) -> BaseTask:

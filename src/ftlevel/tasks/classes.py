@@ -65,14 +65,14 @@ class ClassMeter(PredictionMeter):
         count, size = len(true), int(max(true.max(), predicted.max())) + 1
         of_true, of_predicted = (np.bincount(side, minlength=size) for side in (true, predicted))
         hits = np.bincount(true[true == predicted], minlength=size)
-        there = of_true + of_predicted > 0
-        right, own = int(hits.sum()), count**2 - int(of_true @ of_true)
-        both = own * (count**2 - int(of_predicted @ of_predicted))
+        occurs = of_true + of_predicted > 0
+        right, true_pairs = int(hits.sum()), count**2 - int(of_true @ of_true)
+        product = true_pairs * (count**2 - int(of_predicted @ of_predicted))
         agreed = right * count - int(of_true @ of_predicted)
         return {
             "accuracy": right / count,
-            "f1": float(np.mean(2 * hits[there] / (of_true + of_predicted)[there])),
-            "mcc": agreed / math.sqrt(both) if both else 0.0,
+            "f1": float(np.mean(2 * hits[occurs] / (of_true + of_predicted)[occurs])),
+            "mcc": agreed / math.sqrt(product) if product else 0.0,
         }
 
 
@@ -175,8 +175,8 @@ class ClassTask(BaseTask):
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
         """Return the format of `columns`; raise for labels that are character spans."""
-        found = super().find_format(columns, config, rows)
-        column = found.columns["label"]
+        format_ = super().find_format(columns, config, rows)
+        column = format_.columns["label"]
         values = [row.get(column) for row in rows]
         spans = next((value for value in values if isinstance(value, list) and value), [None])
         if isinstance(spans[0], (list, dict)):
@@ -185,15 +185,15 @@ class ClassTask(BaseTask):
                 f"and --task {self.name} does not. Change the task, or name a column: --map "
                 "label=COLUMN."
             )
-        return found
+        return format_
 
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
         """Return the format with the problem type, which determines the example builder."""
         problem, reason = choose_problem_type(table, format_.columns["label"], config.problem_type)
-        known = replace(format_, build=_BUILDERS[problem], options={"problem_type": problem})
-        return known, [Choice("problem", problem, reason)]
+        completed = replace(format_, build=_BUILDERS[problem], options={"problem_type": problem})
+        return completed, [Choice("problem", problem, reason)]
 
     def label_role(self, format_: Format) -> str | None:
         """Return `label`, or None for regression."""
@@ -230,17 +230,17 @@ class ClassTask(BaseTask):
         format_: Format,
         labels: Sequence[str],
         options: Mapping[str, Any],
-        wanted: OutputOptions,
+        requested: OutputOptions,
     ) -> dict[str, Column]:
         """Return the answer column, one column per class with probabilities, and `top`."""
         problem = options.get("problem_type")
         if problem == _QUANTITY:
-            check_options(wanted, "a regression", "")
+            check_options(requested, "a regression", "")
             return {"": "number"}
         columns: dict[str, Column] = {"": "texts" if problem == _SEVERAL else "text"}
-        if wanted.probabilities:
+        if requested.probabilities:
             columns |= {_probability(label): "number" for label in labels}
-        if wanted.top_k:
+        if requested.top_k:
             columns["top"] = "ranking"
         return columns
 
@@ -249,11 +249,11 @@ class ClassTask(BaseTask):
         return LabeledText(prompt, None, 0, number)
 
     def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], wanted: OutputOptions
+        self, model: PromptedModel, questions: Sequence[Any], requested: OutputOptions
     ) -> list[Prediction]:
         """Return the predicted class, classes or number of each text."""
         rows = encode_labeled(model.tokenizer, questions, lambda _: 0)
-        return model.score(rows, lambda _, logits: _read_label(model, logits.float(), wanted))
+        return model.score(rows, lambda _, logits: _read_label(model, logits.float(), requested))
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
         """Return class 0, no class, or 0.0, by problem type."""
@@ -301,7 +301,7 @@ def build_text(roles: RoleValues) -> LabeledText:
     return LabeledText(roles.text("text"), pair, 0, roles.index)
 
 
-def _read_label(model: PromptedModel, logits: Tensor, wanted: OutputOptions) -> Prediction:
+def _read_label(model: PromptedModel, logits: Tensor, requested: OutputOptions) -> Prediction:
     problem = model.options.get("problem_type")
     if problem == _QUANTITY:
         quantity = float(logits[0])
@@ -309,14 +309,14 @@ def _read_label(model: PromptedModel, logits: Tensor, wanted: OutputOptions) -> 
     several = problem == _SEVERAL
     shares = logits.sigmoid() if several else logits.softmax(-1)
     scores = dict(zip(model.labels, shares.tolist(), strict=True))
-    more: dict[str, Any] = {"top": rank(scores, wanted.top_k)} if wanted.top_k else {}
-    if wanted.probabilities:
-        more |= {_probability(label): score for label, score in scores.items()}
+    columns: dict[str, Any] = {"top": rank(scores, requested.top_k)} if requested.top_k else {}
+    if requested.probabilities:
+        columns |= {_probability(label): score for label, score in scores.items()}
     if several:
         above = [label for label, share in scores.items() if share > 0.5]
-        return Prediction(", ".join(above) or NO_LABEL, scores, columns={"": above, **more})
+        return Prediction(", ".join(above) or NO_LABEL, scores, columns={"": above, **columns})
     best = max(scores, key=lambda label: scores[label])
-    return Prediction(best, scores, columns={"": best, **more})
+    return Prediction(best, scores, columns={"": best, **columns})
 
 
 def _probability(label: str) -> str:

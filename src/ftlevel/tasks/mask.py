@@ -72,16 +72,16 @@ class MaskTask(BaseTask):
         rows = encode_masked(encoder.tokenizer, examples, limit)
         if not rows:
             raise InputError(f"{table.source}: no text has a token to hide.")
-        longest = max(len(row.input_ids) for row in rows)
+        max_tokens = max(len(row.input_ids) for row in rows)
         pieces: dict[int, int] = {}
         for row in rows:
             pieces[row.row] = pieces.get(row.row, 0) + 1
         split = sum(count > 1 for count in pieces.values())
         reason = f"auto: {encoder.bounds.tightest[1]}" if split else "auto: the longest row"
-        given = isinstance(encoder.config.max_length, int)
-        length = limit if given and limit else longest
+        is_set = isinstance(encoder.config.max_length, int)
+        length = limit if is_set and limit else max_tokens
         overlong = encoder.config.overlong
-        return FittedRows(rows, length, "" if given else reason, split=split, overlong=overlong)
+        return FittedRows(rows, length, "" if is_set else reason, split=split, overlong=overlong)
 
     def finish(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
@@ -107,24 +107,24 @@ class MaskTask(BaseTask):
         format_: Format,
         labels: Sequence[str],
         options: Mapping[str, Any],
-        wanted: OutputOptions,
+        requested: OutputOptions,
     ) -> dict[str, Column]:
         """Return the filled text, the predicted words, and `top`."""
-        if wanted.probabilities:
+        if requested.probabilities:
             check_options(
                 OutputOptions(probabilities=True),
                 f"all words of --task {self.name}",
                 "Use --top-k.",
             )
         columns: dict[str, Column] = {"": "text", "words": "texts"}
-        return columns | ({"top": "rankings"} if wanted.top_k else {})
+        return columns | ({"top": "rankings"} if requested.top_k else {})
 
     def pose(self, prompt: str, context: str | None, number: int) -> Any:
         """Return a text that should contain a mask."""
         return PlainText(prompt, number)
 
     def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], wanted: OutputOptions
+        self, model: PromptedModel, questions: Sequence[Any], requested: OutputOptions
     ) -> list[Prediction]:
         """Return texts with masks filled; raises `UnansweredError` for texts without a mask."""
         tokenizer = model.tokenizer
@@ -149,12 +149,12 @@ class MaskTask(BaseTask):
             for best in shares.argmax(-1).tolist():
                 words.append(tokenizer.decode([best]).strip())
                 text = text.replace(tokenizer.mask_token, words[-1], 1)
-            shown = _likeliest(tokenizer, shares[0], 5)
-            more: dict[str, Any] = {}
-            if wanted.top_k:
-                tops = [_likeliest(tokenizer, share, wanted.top_k) for share in shares]
-                more["top"] = [rank(top, wanted.top_k) for top in tops]
-            return Prediction(text, shown, columns={"": text, "words": words, **more})
+            top_words = _likeliest(tokenizer, shares[0], 5)
+            columns: dict[str, Any] = {}
+            if requested.top_k:
+                tops = [_likeliest(tokenizer, share, requested.top_k) for share in shares]
+                columns["top"] = [rank(top, requested.top_k) for top in tops]
+            return Prediction(text, top_words, columns={"": text, "words": words, **columns})
 
         return model.score(rows, read)
 

@@ -65,34 +65,34 @@ class BestSpan:
         return "" if unanswerable and self.null > self.score else self.text
 
 
-def update_span(found: BestSpan, scores: Tensor, window: Any) -> None:
-    """Update `found` (mutated) with a window and its start and end logits `(seq, 2)`."""
-    begin = window.context_start
+def update_span(best_span: BestSpan, scores: Tensor, window: Any) -> None:
+    """Update `best_span` (mutated) with a window and its start and end logits `(seq, 2)`."""
+    offset = window.context_start
     count = len(window.offsets)
-    start = scores[begin : begin + count, 0].float()
-    end = scores[begin : begin + count, 1].float()
+    start = scores[offset : offset + count, 0].float()
+    end = scores[offset : offset + count, 1].float()
     spans = start[:, None] + end[None, :]
     allowed = spans.new_ones(spans.shape).triu().tril(MAX_ANSWER_TOKENS - 1).bool()
     spans = spans.masked_fill(~allowed, -math.inf)
     best = int(spans.argmax())
     first, last = divmod(best, count)
     score = float(spans[first, last])
-    if score > found.score:
-        found.score = score
-        begin, end = window.offsets[first][0], window.offsets[last][1]
-        text = window.context[begin:end]
-        found.text = text.strip()
-        found.start = begin + len(text) - len(text.lstrip())
-        found.end = found.start + len(found.text)
-    found.null = min(found.null, float(scores[0].float().sum()))
+    if score > best_span.score:
+        best_span.score = score
+        offset, end = window.offsets[first][0], window.offsets[last][1]
+        text = window.context[offset:end]
+        best_span.text = text.strip()
+        best_span.start = offset + len(text) - len(text.lstrip())
+        best_span.end = best_span.start + len(best_span.text)
+    best_span.null = min(best_span.null, float(scores[0].float().sum()))
 
 
-def merge_spans(found: BestSpan, other: BestSpan) -> None:
-    """Merge `other` into `found` (mutated)."""
-    if other.score > found.score:
-        found.score, found.text = other.score, other.text
-        found.start, found.end = other.start, other.end
-    found.null = min(found.null, other.null)
+def merge_spans(best_span: BestSpan, other: BestSpan) -> None:
+    """Merge `other` into `best_span` (mutated)."""
+    if other.score > best_span.score:
+        best_span.score, best_span.text = other.score, other.text
+        best_span.start, best_span.end = other.start, other.end
+    best_span.null = min(best_span.null, other.null)
 
 
 def normalize_answer(text: str) -> str:
@@ -112,13 +112,13 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
 
 
 def _f1(prediction: str, answer: str) -> float:
-    given, expected = normalize_answer(prediction).split(), normalize_answer(answer).split()
-    if not given or not expected:
-        return float(given == expected)
-    shared = sum((Counter(given) & Counter(expected)).values())
+    predicted, expected = normalize_answer(prediction).split(), normalize_answer(answer).split()
+    if not predicted or not expected:
+        return float(predicted == expected)
+    shared = sum((Counter(predicted) & Counter(expected)).values())
     if not shared:
         return 0.0
-    precision, recall = shared / len(given), shared / len(expected)
+    precision, recall = shared / len(predicted), shared / len(expected)
     return 2 * precision * recall / (precision + recall)
 
 
@@ -167,14 +167,14 @@ class SpanTask(BaseTask):
             where=table.where,
             drop=encoder.lenient or config.overlong == "drop",
         )
-        asked = len({window.row for window in windows})
-        given = isinstance(config.max_length, int)
+        questions = len({window.row for window in windows})
+        is_set = isinstance(config.max_length, int)
         return FittedRows(
             windows,
             length,
-            "" if given else "auto: windows as in SQuAD's baselines, within the model's positions",
+            "" if is_set else "auto: windows as in SQuAD's baselines, within the model's positions",
             dropped=dropped,
-            split=len(windows) - asked,
+            split=len(windows) - questions,
             overlong=config.overlong,
         )
 
@@ -182,9 +182,10 @@ class SpanTask(BaseTask):
         """Return the windows of questions whose answer is not fully inside any window."""
         import numpy as np
 
-        whole = {row.row for row in rows if row.labels != (0, 0)}
+        answered = {row.row for row in rows if row.labels != (0, 0)}
         cut = (
-            isinstance(row, Window) and bool(row.answers) and row.row not in whole for row in rows
+            isinstance(row, Window) and bool(row.answers) and row.row not in answered
+            for row in rows
         )
         return {"answer_cut": np.fromiter(cut, dtype=bool, count=len(rows))}
 
@@ -195,18 +196,18 @@ class SpanTask(BaseTask):
     def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
         """Return the number of questions, and of those without an answer."""
         none = sum(not question.answers for question in loaded.train)
-        aside = f"{none:,} without an answer" if none else "each has an answer"
-        return [Choice("questions", f"{len(loaded.train):,}", aside)]
+        note = f"{none:,} without an answer" if none else "each has an answer"
+        return [Choice("questions", f"{len(loaded.train):,}", note)]
 
     def answer_columns(
         self,
         format_: Format,
         labels: Sequence[str],
         options: Mapping[str, Any],
-        wanted: OutputOptions,
+        requested: OutputOptions,
     ) -> dict[str, Column]:
         """Return the span, its character range and its score."""
-        check_options(wanted, f"--task {self.name}", "Every span comes with a score.")
+        check_options(requested, f"--task {self.name}", "Every span comes with a score.")
         return {"": "text", "start": "whole", "end": "whole", "score": "number"}
 
     def pose(self, prompt: str, context: str | None, number: int) -> Any:
@@ -214,11 +215,11 @@ class SpanTask(BaseTask):
         return Question(context or "", prompt, (), number)
 
     def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], wanted: OutputOptions
+        self, model: PromptedModel, questions: Sequence[Any], requested: OutputOptions
     ) -> list[Prediction]:
         """Return the best span for each question, "" for no answer."""
         windows = _encode_windows(model, questions)
-        found = [BestSpan() for _ in questions]
+        spans = [BestSpan() for _ in questions]
 
         def read(window: Encoded, logits: Tensor) -> BestSpan:
             best = BestSpan()
@@ -226,8 +227,8 @@ class SpanTask(BaseTask):
             return best
 
         for window, best in zip(windows, model.score(windows, read), strict=True):
-            merge_spans(found[window.row], best)
-        return [_read_span(best, unanswerable=model.options["unanswerable"]) for best in found]
+            merge_spans(spans[window.row], best)
+        return [_read_span(best, unanswerable=model.options["unanswerable"]) for best in spans]
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
         """Return a span of two tokens."""
@@ -258,11 +259,11 @@ def _encode_windows(model: PromptedModel, questions: Sequence[Question]) -> list
     except InputError:  # no question fits
         windows, dropped = [], len(questions)
     if dropped:
-        asked = {window.row for window in windows}
+        encoded = {window.row for window in windows}
         reason = (
             f"the question leaves no room for its context in windows of {model.max_length:,} tokens"
         )
-        raise UnansweredError({q.row: reason for q in questions if q.row not in asked})
+        raise UnansweredError({q.row: reason for q in questions if q.row not in encoded})
     return windows
 
 
@@ -342,28 +343,29 @@ class SpanMeter:
 
     def compute(self, loss: float) -> dict[str, float]:
         """Return exact match and F1, averaged over questions."""
-        given = {
-            row: found.answer(unanswerable=self.unanswerable) for row, found in self.found.items()
+        predictions = {
+            row: span.answer(unanswerable=self.unanswerable) for row, span in self.found.items()
         }
-        count = len(given)
+        count = len(predictions)
         return {
-            "exact_match": sum(exact_match(t, self.answers[r]) for r, t in given.items()) / count,
-            "f1": sum(f1(t, self.answers[r]) for r, t in given.items()) / count,
+            "exact_match": sum(exact_match(t, self.answers[r]) for r, t in predictions.items())
+            / count,
+            "f1": sum(f1(t, self.answers[r]) for r, t in predictions.items()) / count,
         }
 
     def pool(self, meters: Sequence[SpanMeter]) -> SpanMeter:
         """Return a meter of all questions; duplicates count twice."""
         pooled = SpanMeter(self.unanswerable)
         for meter in meters:
-            for row, found in meter.found.items():
+            for row, span in meter.found.items():
                 pooled.answers[len(pooled.found)] = meter.answers[row]
-                pooled.found[len(pooled.found)] = found
+                pooled.found[len(pooled.found)] = span
         return pooled
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
         """Return the predicted span of the only question seen, and its answers."""
-        ((row, found),) = self.found.items()
-        predicted = found.answer(unanswerable=self.unanswerable)
+        ((row, span),) = self.found.items()
+        predicted = span.answer(unanswerable=self.unanswerable)
         return {"predicted": predicted, "true": self.answers[row]}
 
 

@@ -62,11 +62,11 @@ def name_scheme(sentences: Iterable[Sequence[str]]) -> str:
     letters: set[str] = set()
     opens_anew = False  # B- where IOB1 has I-
     for tags in sentences:
-        before = "O"
+        previous = "O"
         for tag in tags:
             letters.add(tag[0])
-            opens_anew = opens_anew or (tag[0] == "B" and before[2:] != tag[2:])
-            before = tag
+            opens_anew = opens_anew or (tag[0] == "B" and previous[2:] != tag[2:])
+            previous = tag
     if letters & {"L", "U"}:
         return "BILOU"
     if letters & {"E", "S"}:
@@ -78,35 +78,35 @@ def name_scheme(sentences: Iterable[Sequence[str]]) -> str:
 
 def find_entities(tags: Sequence[str]) -> list[Entity]:
     """Return the entities of a sentence; I- without an open entity starts one, as in conlleval."""
-    found: list[Entity] = []
-    begin, before, type_before = 0, "O", ""
+    entities: list[Entity] = []
+    start, previous, previous_type = 0, "O", ""
     for index, name in enumerate([*tags, "O"]):
         tag, _, type_ = name.partition("-")
-        changed = type_ != type_before
-        open_before = before != "O"
-        if open_before and (before in _ENDS or tag in _BEGINS or tag == "O" or changed):
-            found.append((type_before, begin, index - 1))
-            open_before = False
-        if tag != "O" and not open_before:
-            begin = index
-        before, type_before = tag, type_
-    return found
+        changed = type_ != previous_type
+        is_open = previous != "O"
+        if is_open and (previous in _ENDS or tag in _BEGINS or tag == "O" or changed):
+            entities.append((previous_type, start, index - 1))
+            is_open = False
+        if tag != "O" and not is_open:
+            start = index
+        previous, previous_type = tag, type_
+    return entities
 
 
 def score_entities(
     true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
 ) -> dict[str, float]:
     """Return micro-averaged precision, recall and F1 over entities, between 0 and 1."""
-    right = expected = given = 0
+    right = expected = predicted_count = 0
     for tags, guesses in zip(true, predicted, strict=True):
         entities, guessed = set(find_entities(tags)), set(find_entities(guesses))
         right += len(entities & guessed)
         expected += len(entities)
-        given += len(guessed)
-    precision = right / given if given else 0.0
+        predicted_count += len(guessed)
+    precision = right / predicted_count if predicted_count else 0.0
     recall = right / expected if expected else 0.0
-    both = precision + recall
-    f1 = 2 * precision * recall / both if both else 0.0
+    total = precision + recall
+    f1 = 2 * precision * recall / total if total else 0.0
     return {"precision": precision, "recall": recall, "f1": f1}
 
 
@@ -137,15 +137,15 @@ class TagTask(BaseTask):
     def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
         """Return the number of targets and the tagging scheme."""
         names = loaded.labels.names if loaded.labels else ()
-        told = super().describe_rows(loaded, facts)
+        choices = super().describe_rows(loaded, facts)
         if not are_entity_tags(names):
-            return told
+            return choices
         scheme = name_scheme(
             [names[tag] if isinstance(tag, int) else tag for tag in example.tags]
             for example in loaded.train
         )
-        why = "made of the spans" if "spans" in loaded.format.columns else "as in the data"
-        return [*told, Choice("tags", scheme, why)]
+        reason = "made of the spans" if "spans" in loaded.format.columns else "as in the data"
+        return [*choices, Choice("tags", scheme, reason)]
 
     def find_faults(self, examples: Sequence[Any], labels: LabelSet, table: Table) -> list[BadRow]:
         """Return the rows with invalid BIO tags."""
@@ -180,19 +180,19 @@ class TagTask(BaseTask):
         format_: Format,
         labels: Sequence[str],
         options: Mapping[str, Any],
-        wanted: OutputOptions,
+        requested: OutputOptions,
     ) -> dict[str, Column]:
         """Return the tags, the words for text rows, and optional probabilities."""
-        if wanted.top_k:
+        if requested.top_k:
             check_options(
-                OutputOptions(top_k=wanted.top_k),
+                OutputOptions(top_k=requested.top_k),
                 f"a word of --task {self.name}",
                 "Use --probabilities, which gives that of each word's tag.",
             )
         columns: dict[str, Column] = {"": "texts"}
         if "text" in format_.columns:
             columns["words"] = "texts"
-        if wanted.probabilities:
+        if requested.probabilities:
             columns["probability"] = "numbers"
         return columns
 
@@ -201,29 +201,29 @@ class TagTask(BaseTask):
         return _split(prompt, number)
 
     def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], wanted: OutputOptions
+        self, model: PromptedModel, questions: Sequence[Any], requested: OutputOptions
     ) -> list[Prediction]:
         """Return the tagged words of each sentence."""
         ids, extras, positions = encode_words(model.tokenizer, [q.tokens for q in questions])
         rows = [
-            Encoded(tokens, [IGNORED] * len(tokens), i, more)
-            for i, (tokens, more) in enumerate(zip(ids, extras, strict=True))
+            Encoded(tokens, [IGNORED] * len(tokens), i, extra)
+            for i, (tokens, extra) in enumerate(zip(ids, extras, strict=True))
         ]
 
         def read(row: Encoded, logits: Tensor) -> Prediction:
             words, first = questions[row.row].tokens, positions[row.row]
             best = logits.argmax(-1).tolist()
             tags = ["O" if at is None else model.labels[best[at]] for at in first]
-            shown = [w if tag == "O" else f"{w}/{tag}" for w, tag in zip(words, tags, strict=True)]
-            more: dict[str, Any] = {}
-            if wanted.probabilities:
+            tagged = [w if tag == "O" else f"{w}/{tag}" for w, tag in zip(words, tags, strict=True)]
+            columns: dict[str, Any] = {}
+            if requested.probabilities:
                 shares = logits.float().softmax(-1).amax(-1).tolist()
-                more["probability"] = [None if at is None else shares[at] for at in first]
+                columns["probability"] = [None if at is None else shares[at] for at in first]
             return Prediction(
-                " ".join(shown),
+                " ".join(tagged),
                 {},
                 list(zip(words, tags, strict=True)),
-                {"": tags, "words": list(words), **more},
+                {"": tags, "words": list(words), **columns},
             )
 
         return model.score(rows, read)
@@ -236,9 +236,9 @@ class TagTask(BaseTask):
         self, row: Encoded, names: Sequence[str], kind: str, speller: Speller
     ) -> list[str | None]:
         """Return the tag at the first token of each word."""
-        shown = super().show_targets(row, names, kind, speller)
+        targets = super().show_targets(row, names, kind, speller)
         labels = row.labels if isinstance(row.labels, list) else []
-        return [None if at is None else names[tag] for at, tag in zip(shown, labels, strict=True)]
+        return [None if at is None else names[tag] for at, tag in zip(targets, labels, strict=True)]
 
 
 def build_words(roles: RoleValues) -> TaggedTokens:
@@ -281,8 +281,8 @@ class Tags(ClassObjective):
     @property
     def metrics(self) -> tuple[str, ...]:
         """F1 and accuracy; also precision and recall for entity tags."""
-        parts = ("precision", "recall") if are_entity_tags(self.names) else ()
-        return (*parts, "f1", "accuracy")
+        entity_metrics = ("precision", "recall") if are_entity_tags(self.names) else ()
+        return (*entity_metrics, "f1", "accuracy")
 
     def meter(self) -> Meter:
         """Return a `TagMeter`."""

@@ -164,8 +164,8 @@ class TextTask(BaseTask):
     ) -> Format:
         """Return the format of `columns`; raise for preference data."""
         names = {column.lower(): column for column in columns}
-        told = config.columns or config.format
-        if not told and {"chosen", "rejected"} <= names.keys():
+        is_mapped = config.columns or config.format
+        if not is_mapped and {"chosen", "rejected"} <= names.keys():
             chosen = names["chosen"]
             flags = format_map_flags(chosen_roles(names, rows[0].get(chosen) if rows else None))
             raise InputError(
@@ -183,10 +183,11 @@ class TextTask(BaseTask):
         if column is None or config.format or not format_.columns.keys() & _ANSWERS:
             return super().read_columns(format_, table, config)
         verdicts = [str(row[column]).strip().lower() for row in table.rows]
-        bad = [i for i, verdict in enumerate(verdicts) if verdict in ("false", "0")]
-        if bad and set(verdicts) <= {"true", "false", "1", "0"}:
+        negatives = [i for i, verdict in enumerate(verdicts) if verdict in ("false", "0")]
+        if negatives and set(verdicts) <= {"true", "false", "1", "0"}:
             raise InputError(
-                f"{table.where(bad[0])}: {column!r} is false in {len(bad):,} of {len(table):,} "
+                f"{table.where(negatives[0])}: {column!r} is false in {len(negatives):,} of "
+                f"{len(table):,} "
                 f"rows: bad answers, as for --task preference --loss kto, which --task {self.name} "
                 f"would learn as good ones. Remove these rows, or pass --format "
                 f"{format_.name.replace(' + ', '-')} if {column!r} says something else."
@@ -232,17 +233,17 @@ class TextTask(BaseTask):
         return SourceTarget(prompt, "", number)
 
     def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], wanted: OutputOptions
+        self, model: PromptedModel, questions: Sequence[Any], requested: OutputOptions
     ) -> list[Prediction]:
         """Return the text generated for each prompt."""
         prompts: list[list[int]] = []
         refused: dict[int, str] = {}
         for question in questions:
             try:
-                form = model.prompt_format
-                if form is None:
+                prompt_format = model.prompt_format
+                if prompt_format is None:
                     raise TypeError("a model that writes text has a prompt format")
-                prompts.append(encode_query(model.tokenizer, form, question))
+                prompts.append(encode_query(model.tokenizer, prompt_format, question))
             except InputError as error:
                 refused[question.row] = str(error).rstrip(".")
         if refused:
@@ -287,12 +288,12 @@ class TranslationTask(TextTask):
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
         """Return the format with the languages, if known from columns or options."""
-        format_, told = super().read_columns(format_, table, config)
+        format_, choices = super().read_columns(format_, table, config)
         source = find_language("source", format_.columns, config.source_language)
         target = find_language("target", format_.columns, config.target_language)
         if not (source and target):
             return format_, [
-                *told,
+                *choices,
                 Choice(
                     "languages",
                     "not named in the prompt",
@@ -300,9 +301,9 @@ class TranslationTask(TextTask):
                     "--set data.target_language=…",
                 ),
             ]
-        known = {"languages": (source, target), "target_language": target.code}
-        named = Choice("languages", f"{source.name} to {target.name}")
-        return replace(format_, options=known), [*told, named]
+        options = {"languages": (source, target), "target_language": target.code}
+        choice = Choice("languages", f"{source.name} to {target.name}")
+        return replace(format_, options=options), [*choices, choice]
 
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
         """Return the prompt format; rows with their own prompts get no instruction."""
@@ -320,21 +321,21 @@ class TranslationTask(TextTask):
 
 
 def encode_query(
-    tokenizer: Any, form: PromptFormat, question: SourceTarget | Conversation
+    tokenizer: Any, prompt_format: PromptFormat, question: SourceTarget | Conversation
 ) -> list[int]:
     """Return the prompt token ids; raises `InputError` if the chat template fails or is missing."""
     if isinstance(question, SourceTarget):
-        return encode_prompt(tokenizer, form, question.source)
+        return encode_prompt(tokenizer, prompt_format, question.source)
     turns = [message.to_dict() for message in question.messages]
-    if form.kind == "chat-template":
-        return encode_chat_prompt(tokenizer, form.with_system(turns), question.tools)
+    if prompt_format.kind == "chat-template":
+        return encode_chat_prompt(tokenizer, prompt_format.with_system(turns), question.tools)
     if [turn["role"] for turn in turns if turn["role"] != "system"] != ["user"]:
         raise InputError(
             f"a conversation of {len(turns)} messages, and the model has no chat template to tell "
             "its turns apart"
         )
     text = "\n\n".join(turn["content"] for turn in turns)
-    return encode_prompt(tokenizer, form, text, has_system=turns[0]["role"] == "system")
+    return encode_prompt(tokenizer, prompt_format, text, has_system=turns[0]["role"] == "system")
 
 
 def name_languages(kind: str, source: str, target: str) -> str:

@@ -72,8 +72,10 @@ class BestModel:
     def choice(self) -> Choice:
         """Line shown at the start of the run."""
         order = "highest" if self.greater_is_better else "lowest"
-        kept = "checkpoint with the" if self.loads else "last checkpoint, not the one with the"
-        return Choice("best model", f"keeping the {kept} {order} {self.metric}", self.reason)
+        checkpoint = (
+            "checkpoint with the" if self.loads else "last checkpoint, not the one with the"
+        )
+        return Choice("best model", f"keeping the {checkpoint} {order} {self.metric}", self.reason)
 
 
 def resolve_best_model(
@@ -92,15 +94,17 @@ def resolve_best_model(
         ConfigError: a flag requires evaluation but there are no rows, or the metric does not exist.
     """
     _check_rows(train, rows)
-    wish, saves = train.load_best_model_at_end, train.save_strategy == "best"
+    load_best, saves = train.load_best_model_at_end, train.save_strategy == "best"
     metric, reason = _choose_metric(train, task, objective)
-    compares = wish if wish is not None else bool(rows) and _evaluations(train, length) > 1
+    compares = (
+        load_best if load_best is not None else bool(rows) and _evaluations(train, length) > 1
+    )
     needs_metric = saves or train.early_stopping_patience is not None
     if not rows or not (compares or needs_metric):
         return None
     loads = compares
-    asks = wish or (train.metric_for_best_model is not None and not needs_metric)
-    if compares and is_trained_sharded(method, train) and not asks:
+    is_requested = load_best or (train.metric_for_best_model is not None and not needs_metric)
+    if compares and is_trained_sharded(method, train) and not is_requested:
         loads, reason = False, f"--shard {train.shard} shards the trained weights"
     greater = train.greater_is_better
     if greater is None:
@@ -123,13 +127,13 @@ def is_trained_sharded(method: MethodConfig, train: TrainerConfig) -> bool:
 
 def _check_rows(train: TrainerConfig, rows: int) -> None:
     """Reject flags that require evaluation if there are no validation rows."""
-    asked = {
+    flags = {
         f"--early-stopping-patience {train.early_stopping_patience}": train.early_stopping_patience,
         "--load-best-model-at-end": train.load_best_model_at_end,
         "--save-strategy best": train.save_strategy == "best",
         f"--metric-for-best-model {train.metric_for_best_model}": train.metric_for_best_model,
     }
-    names = [name for name, is_asked in asked.items() if is_asked]
+    names = [name for name, is_set in flags.items() if is_set]
     if names and not rows:
         raise ConfigError(
             f"{names[0]} needs validation rows to evaluate, and the data has none. Name some by "
@@ -143,38 +147,38 @@ def _choose_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -
     The default is the loss, but tasks that score every row or token use their own first metric: it
     can improve while the loss rises. ROUGE covers few rows, and perplexity follows the loss.
     """
-    wish, given = train.metric_for_best_model, train.metrics
+    requested, selected = train.metric_for_best_model, train.metrics
     generates = generates_texts(train.predict_with_generate, task) and uses_text_metrics(
-        given, task
+        selected, task
     )
-    every = ("loss", *objective.metrics, *(task.text_metrics if generates else ()))
-    known = tuple(select_metrics(dict.fromkeys(every), given))
-    if wish is not None:
-        name = wish.removeprefix("eval_")
-        if name not in known:
-            hint = did_you_mean(name, known)
-            if name in every:
-                hint = f" --metrics leaves it out: --metrics {','.join([*given, name])}."
+    computed = ("loss", *objective.metrics, *(task.text_metrics if generates else ()))
+    available = tuple(select_metrics(dict.fromkeys(computed), selected))
+    if requested is not None:
+        name = requested.removeprefix("eval_")
+        if name not in available:
+            hint = did_you_mean(name, available)
+            if name in computed:
+                hint = f" --metrics leaves it out: --metrics {','.join([*selected, name])}."
             elif name in task.text_metrics:
                 hint = " It is scored with --predict-with-generate."
             raise ConfigError(
-                f"--metric-for-best-model {wish}: --task {task.name} has no such metric here."
-                f"{hint} There are: {join_names(known, 20)}."
+                f"--metric-for-best-model {requested}: --task {task.name} has no such metric here."
+                f"{hint} There are: {join_names(available, 20)}."
             )
         return f"eval_{name}", "as asked"
-    first, of_all_rows = objective.headline, [m for m in objective.metrics if m in known]
-    if first not in known and of_all_rows:
-        first = of_all_rows[0]  # limited to --metrics
-    if first in of_all_rows and not first.endswith("perplexity"):
+    first, per_row = objective.headline, [m for m in objective.metrics if m in available]
+    if first not in available and per_row:
+        first = per_row[0]  # limited to --metrics
+    if first in per_row and not first.endswith("perplexity"):
         return f"eval_{first}", "the task's first metric, scored on all validation rows"
-    if given and first not in known:
+    if selected and first not in available:
         return "eval_loss", "no other metric is given"
-    why = (
+    reason = (
         f"{first} increases with the loss"
-        if first in of_all_rows
+        if first in per_row
         else f"{first} is scored on the first {train.max_generate_samples:,} rows alone"
     )
-    return "eval_loss", why
+    return "eval_loss", reason
 
 
 def _evaluations(train: TrainerConfig, length: Length) -> int:
@@ -182,8 +186,8 @@ def _evaluations(train: TrainerConfig, length: Length) -> int:
     if train.eval_strategy == "no":
         return 1
     if train.eval_strategy != "epoch" and train.eval_steps:
-        every = train.eval_steps
-        return math.ceil(1 / every if every < 1 else length.steps / every)
+        interval = train.eval_steps
+        return math.ceil(1 / interval if interval < 1 else length.steps / interval)
     return math.ceil(length.epochs)
 
 
@@ -220,17 +224,17 @@ class Evaluations:
         """
         value = float(scores.get(self.plan.metric, math.nan))
         loss = float(scores.get("eval_loss", math.nan))
-        before, self.last = self.best, Evaluated(step, value, loss)
+        best, self.last = self.best, Evaluated(step, value, loss)
         self.count += 1
         is_number = not math.isnan(value)
         improves = is_number and (
-            before is None or self.plan.is_better(value, before.value, self.plan.threshold)
+            best is None or self.plan.is_better(value, best.value, self.plan.threshold)
         )
         self.waited = 0 if improves else self.waited + 1
         is_best = is_number and (
-            before is None
-            or self.plan.is_better(value, before.value)
-            or (value == before.value and loss < before.loss)
+            best is None
+            or self.plan.is_better(value, best.value)
+            or (value == best.value and loss < best.loss)
         )
         if is_best:
             self.best = self.last
@@ -302,8 +306,8 @@ def read_trained(model: Any, directory: Path) -> None:
     stored, _ = read_header(directory / _WEIGHTS)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if stored.keys() != trained.keys():
-        odd = sorted(stored.keys() ^ trained.keys())[0]
-        raise ValueError(f"{directory} holds other tensors than are trained, such as {odd}")
+        mismatch = sorted(stored.keys() ^ trained.keys())[0]
+        raise ValueError(f"{directory} holds other tensors than are trained, such as {mismatch}")
     with torch.no_grad():
         for name, tensor in trained.items():
             tensor.copy_(stored[name].read())
@@ -403,28 +407,28 @@ class BestModelCallback(TrainerCallback):
         `step` is the last step made, `max_steps` the planned number. Returns None without a best
         evaluation.
         """
-        seen, kept = self.evaluations, step
-        if seen.best is None or seen.last is None:
+        evaluations, selected = self.evaluations, step
+        if evaluations.best is None or evaluations.last is None:
             return None
-        if self.plan.loads and seen.best.step != step:
-            directory = best_of(self.directory, seen.best.step)
+        if self.plan.loads and evaluations.best.step != step:
+            directory = best_of(self.directory, evaluations.best.step)
             if damage := find_damage(directory):
                 self._listener.warn(f"{directory.name}: {damage}; the last model is kept instead")
             else:
                 read_trained(model, directory)
                 for state in self._states:
                     state.take_up(directory, model)
-                kept = seen.best.step
+                selected = evaluations.best.step
         return SelectedModel(
             metric=self.plan.metric,
             greater_is_better=self.plan.greater_is_better,
-            evaluations=seen.count,
-            best=seen.best,
-            last=seen.last,
-            step=kept,
-            stopped_early=seen.is_over and step < max_steps,
+            evaluations=evaluations.count,
+            best=evaluations.best,
+            last=evaluations.last,
+            step=selected,
+            stopped_early=evaluations.is_over and step < max_steps,
             patience=self.plan.patience,
-            waited=seen.waited,
+            waited=evaluations.waited,
         )
 
 
@@ -458,10 +462,10 @@ class PredictionRecorder(TrainerCallback):
     ) -> None:
         """Store the record, and drop all but those of step 0, the best and the current step."""
         best = self._best.evaluations.best if self._best else None
-        wanted = {0, state.global_step, best.step if best else None}
+        steps = {0, state.global_step, best.step if best else None}
         if self._now is not None:
             self._kept[state.global_step] = self._now
-        self._kept = {step: record for step, record in self._kept.items() if step in wanted}
+        self._kept = {step: record for step, record in self._kept.items() if step in steps}
 
     def of(self, step: int) -> ExampleRecord | None:
         """Return the record of the evaluation at `step`; None if this process has none."""

@@ -226,20 +226,20 @@ def build_trainer(
     rows, order = rows_and_order(run, arguments, processes)
     fast, pad_id = adapted.fast, run.model.pad_id
     collator = TextCollator if isinstance(run.objective, StepObjective) else StepCollator
-    whole_steps = collator(pad_id, fast.plan, run.objective) if fast else None
-    kind: Any = FtlevelTrainer
-    more: dict[str, Any] = {}
+    step_collator = collator(pad_id, fast.plan, run.objective) if fast else None
+    trainer_class: Any = FtlevelTrainer
+    options: dict[str, Any] = {}
     if is_sharded(adapted.model) and processes.count > 1:
-        kind = ShardedTrainer
+        trainer_class = ShardedTrainer
     elif is_rl(run):
         bound = bound_of(run.model.dtype, run.model.quant.kind)
         rollouts = build_rollouts(run, adapted.model)
-        kind, more = RlTrainer, {"rollouts": rollouts, "prompts": rows, "bound": bound}
+        trainer_class, options = RlTrainer, {"rollouts": rollouts, "prompts": rows, "bound": bound}
         if order is not None and run.config.rl.num_iterations > 1:
             step = arguments.train_batch_size * arguments.gradient_accumulation_steps
             step *= arguments.world_size
             order = RepeatedSteps(order, step, run.config.rl.num_iterations)
-    trainer: FtlevelTrainer = kind(
+    trainer: FtlevelTrainer = trainer_class(
         objective=run.objective,
         loss=run.loss,
         evaluator=build_evaluator(run, adapted.model),
@@ -249,13 +249,13 @@ def build_trainer(
         penalty=METHODS[run.config.method.kind].penalty,
         train_dataset=rows,
         eval_dataset=run.data.validation or None,
-        data_collator=whole_steps or CollatorWithRows(pad_id),
+        data_collator=step_collator or CollatorWithRows(pad_id),
         fast=fast,
         order=order,
         head_rate=resolve_head_rate(run),
         processes=processes,
         grad_cache=run.config.embedding.grad_cache,
-        **more,
+        **options,
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
@@ -340,7 +340,7 @@ def add_callbacks(
     listener: Listener,
     processes: Processes,
     checkpoint: Path | None,
-    write_beside: Callable[[Path], None] | None,
+    write_files: Callable[[Path], None] | None,
 ) -> RunCallbacks:
     """Add all callbacks to `trainer` (mutated) and return those that are read after training.
 
@@ -358,8 +358,8 @@ def add_callbacks(
         lambda: held_memory_bytes(run.model.device),
     )
     build = METHODS[run.config.method.kind].callbacks
-    own = build(run.config.method, directory.checkpoints, is_first) if build else []
-    states = [callback for callback in own if isinstance(callback, HasState)]
+    method_callbacks = build(run.config.method, directory.checkpoints, is_first) if build else []
+    states = [callback for callback in method_callbacks if isinstance(callback, HasState)]
     best = None
     if run.best is not None:
         best = BestModelCallback(run.best, directory.checkpoints, processes, states, listener)
@@ -391,14 +391,14 @@ def add_callbacks(
         watch.interrupt,
         FollowSettings(),
         SetEpoch(run.data.train, getattr(trainer.order, "base", trainer.order)),
-        *own,
+        *method_callbacks,
         *([best] if best else []),
         answers,
         *([SaveByClock(minutes, processes, last=saves_end)] if minutes else []),
         *([SaveStreamState(rows, directory.checkpoints)] if streamed else []),
         *rollout_callbacks(trainer, directory, processes, checkpoint),
         WriteManifest(  # last: it lists all files of the checkpoint
-            directory, run.config.train.save_total_limit, write_beside, processes, when_written
+            directory, run.config.train.save_total_limit, write_files, processes, when_written
         ),
     ):
         trainer.add_callback(callback)

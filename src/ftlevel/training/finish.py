@@ -104,17 +104,21 @@ def save(
 
 
 def write_tokenizer_and_card(
-    directory: Path, run: Run, base: Mapping[str, Any], start: Any = None, place: Path | None = None
+    directory: Path,
+    run: Run,
+    base: Mapping[str, Any],
+    start: Any = None,
+    final_directory: Path | None = None,
 ) -> None:
     """Write tokenizer, card and reference files into the adapter or model in `directory`.
 
-    A local base path is stored relative to `place`, the final location of the directory.
+    A local base path is stored relative to `final_directory`, the final location of the directory.
     """
     if start is not None:
         shutil.copytree(start.name, directory / KEPT, dirs_exist_ok=True)
     run.model.tokenizer.save_pretrained(str(directory))
     is_local = base["kind"] in ("directory", "gguf")
-    path = relative_place(Path(base["name"]), place or directory) if is_local else ""
+    path = relative_place(Path(base["name"]), final_directory or directory) if is_local else ""
     card = build_card(run, {**base, "path": path} if path else base)
     card.write(directory)
     run.task.write_files(directory, run.model.config, card.options)
@@ -123,15 +127,15 @@ def write_tokenizer_and_card(
 def next_commands(run: Run, directory: RunDirectory) -> list[str]:
     """Return up to three ftlevel commands to run next in the current directory."""
     path, data = quote(str(directory.path)), str(run.data.facts["name"])
-    asked = generate_command(str(directory.path), run.task.name)
-    found = [asked if data == IN_MEMORY else f"ftlevel evaluate {path}"]
-    answers = f"ftlevel predict {path} --dataset"
-    found.append(
-        f"{answers} {quote(data)} --limit 5" if Path(data).is_file() else f"{answers} FILE"
+    generate = generate_command(str(directory.path), run.task.name)
+    commands = [generate if data == IN_MEMORY else f"ftlevel evaluate {path}"]
+    predict = f"ftlevel predict {path} --dataset"
+    commands.append(
+        f"{predict} {quote(data)} --limit 5" if Path(data).is_file() else f"{predict} FILE"
     )
     if _is_mergeable(run, directory):
-        return [*found, f"ftlevel merge {path} --out {quote(str(directory.path) + '-merged')}"]
-    return found if asked in found else [*found, asked]
+        return [*commands, f"ftlevel merge {path} --out {quote(str(directory.path) + '-merged')}"]
+    return commands if generate in commands else [*commands, generate]
 
 
 def _is_mergeable(run: Run, directory: RunDirectory) -> bool:
@@ -153,14 +157,14 @@ def describe_answers(
     record = answers.of(step)
     if record is None or evaluator is None:
         return [], {}
-    before = answers.of(0) if step else None
+    initial = answers.of(0) if step else None
     labels = run.data.facts["labels"] or ()
     lines = row_lines(
-        record, labels, lambda row: f"row {row + 1:,}", base=before, evaluator=evaluator
+        record, labels, lambda row: f"row {row + 1:,}", base=initial, evaluator=evaluator
     )
     draws = record.resample(_DRAWS, 0, None, "") if len(record.units) > 1 else {}
-    wanted = select_metrics(draws, evaluator.metrics)
-    return list(lines), {name: interval(wanted[name]) for name in sorted(wanted)}
+    selected = select_metrics(draws, evaluator.metrics)
+    return list(lines), {name: interval(selected[name]) for name in sorted(selected)}
 
 
 def write_results(
@@ -184,7 +188,7 @@ def report_results(
     outcome: Outcome,
     directory: RunDirectory,
     listener: Listener,
-    of_others: Mapping[str, Any],
+    auxiliary_facts: Mapping[str, Any],
 ) -> Mapping[str, Any]:
     """Write and report the results of a run, upload it if configured, and return the summary."""
     summary = build_summary(run, outcome)
@@ -193,7 +197,7 @@ def report_results(
     summary = {
         **summary,
         "intervals": intervals,
-        **of_others,
+        **auxiliary_facts,
         "next": next_commands(run, directory),
     }
     with explain_disk_errors(directory):

@@ -87,14 +87,17 @@ def bind_inputs(config: TrainConfig, inputs: TrainInputs, stack: ExitStack) -> B
     return BoundInputs(config, inputs.callbacks, placed.directory, (placed.choice,))
 
 
-def _own_quant(wish: QuantConfig, own: QuantConfig) -> QuantConfig:
+def _own_quant(requested: QuantConfig, quant: QuantConfig) -> QuantConfig:
     """Return the quantization of a passed model; the configuration may only repeat it."""
-    if wish.kind not in ("none", own.kind) or (wish.kind == own.kind and wish != own):
+    if requested.kind not in ("none", quant.kind) or (
+        requested.kind == quant.kind and requested != quant
+    ):
         raise ConfigError(
-            f"quant is {wish.form}, and model= is quantized already: {own.form}. Drop quant, or "
+            f"quant is {requested.form}, and model= is quantized already: {quant.form}. Drop "
+            f"quant, or "
             "give the model in floating point."
         )
-    return own
+    return quant
 
 
 def _name(key: str, value: Any, data: DataConfig) -> str:
@@ -103,15 +106,15 @@ def _name(key: str, value: Any, data: DataConfig) -> str:
         raise ConfigError(
             f"{argument}= is given, and the configuration has data.{key} too. Use one of them."
         )
-    named = wrap_rows(value)
-    if not isinstance(named, str):
+    name = wrap_rows(value)
+    if not isinstance(name, str):
         raise ConfigError(
             f"{argument}= is of type {type(value).__name__}. Expected a DataFrame, a "
             "datasets.Dataset or DatasetDict, a list of dicts, or a file's name."
         )
-    if isinstance(named, InMemoryDataset):
-        named.said = argument
-    return named
+    if isinstance(name, InMemoryDataset):
+        name.said = argument
+    return name
 
 
 def _check_callbacks(callbacks: Sequence[TrainerCallback]) -> None:
@@ -119,12 +122,12 @@ def _check_callbacks(callbacks: Sequence[TrainerCallback]) -> None:
 
     for callback in callbacks:
         if not isinstance(callback, TrainerCallback):
-            what = callback.__name__ if isinstance(callback, type) else type(callback).__name__
+            name = callback.__name__ if isinstance(callback, type) else type(callback).__name__
             raise ConfigError(
-                f"callbacks= has {what}. Expected instances of transformers.TrainerCallback, such "
-                f"as {what}()."
+                f"callbacks= has {name}. Expected instances of transformers.TrainerCallback, such "
+                f"as {name}()."
                 if isinstance(callback, type)
-                else f"callbacks= has one of type {what}. Expected instances of "
+                else f"callbacks= has one of type {name}. Expected instances of "
                 "transformers.TrainerCallback."
             )
 
@@ -198,16 +201,16 @@ def _resolve(
     check_output(output.dir, overwrite=output.overwrite, resume=output.resume)
     check_packages(config.model, config.speed, output)
     if output.push_to_hub is not None:
-        named = {"push_to_hub": find_repository(output.push_to_hub)}
-        config = config.model_copy(update={"output": output.model_copy(update=named)})
+        repository = {"push_to_hub": find_repository(output.push_to_hub)}
+        config = config.model_copy(update={"output": output.model_copy(update=repository)})
     check_base_stays(config.model, output, config.data.chat_template)
     listener.stage("reading data and model configuration")
     config, adapter, notes = resolve_adapter(config)
-    config, why = infer_task(config)
+    config, task_reason = infer_task(config)
     run = resolve(
         config,
         progress=listener.progress,
-        why_task=why,
+        why_task=task_reason,
         adapter=adapter,
         prompt_version=stored_prompt_version(output),
     )

@@ -64,8 +64,8 @@ class Activations:
     def count_recomputed(self, tokens: int, memory: int) -> int:
         """Return how many blocks to recompute so that `tokens` fit into `memory` bytes."""
         saved = [held - states for held, states in zip(self.held, self.states, strict=True)]
-        left = accumulate(saved, lambda rest, more: rest - more, initial=sum(self.held))
-        fits = (count for count, rest in enumerate(left) if tokens * rest <= memory)
+        remaining = accumulate(saved, lambda rest, more: rest - more, initial=sum(self.held))
+        fits = (count for count, rest in enumerate(remaining) if tokens * rest <= memory)
         return next(fits, len(self.held))
 
 
@@ -78,26 +78,26 @@ def set_checkpointing(model: Any, run: Run) -> list[Choice]:
     train, base = run.config.train, base_model(model)
     if train.recomputes:
         recompute_blocks(base, offload=train.offload_activations)
-        where = "; what they begin with is in the host's memory" * train.offload_activations
-        return [Choice("recomputed blocks", "all", f"as asked{where}")]
+        note = "; what they begin with is in the host's memory" * train.offload_activations
+        return [Choice("recomputed blocks", "all", f"as asked{note}")]
     blocks = list(chain(*find_stacks(base)))
     if not train.may_recompute(run.model.device) or not _has_single_switches(base, blocks):
         return []
-    found = count_activations(model, blocks, run)
+    activations = count_activations(model, blocks, run)
     tokens = run.fast.tokens
     if not run.fast.enabled:
         tokens = train.per_device_train_batch_size * run.data.max_length
     memory = int(FREE_SHARE * free_memory_bytes(run.model.device))
-    count = found.count_recomputed(tokens, memory)
+    count = activations.count_recomputed(tokens, memory)
     if not count:
         return []
     recompute_blocks(base)
     recompute_first(blocks, count)
-    why = (
-        f"auto: {tokens:,} tokens hold {tokens * sum(found.held) / 1e9:.1f} GB, and "
+    reason = (
+        f"auto: {tokens:,} tokens hold {tokens * sum(activations.held) / 1e9:.1f} GB, and "
         f"{memory / 1e9:.1f} GB are free for them"
     )
-    return [Choice("recomputed blocks", f"{count} of {len(blocks)}", why)]
+    return [Choice("recomputed blocks", f"{count} of {len(blocks)}", reason)]
 
 
 def recompute_blocks(base: Any, *, offload: bool = False) -> None:
@@ -133,12 +133,16 @@ def count_activations(model: Any, blocks: Sequence[nn.Module], run: Run) -> Acti
     training = model.training
     model.train()
     try:
-        with _track_blocks(blocks) as told:
+        with _track_blocks(blocks) as tracker:
 
             def keep(tensor: Tensor) -> Tensor:
                 storage = storage_of(tensor)
-                if told.at is not None and storage not in weights and tensor.numel() >= told.least:
-                    held.setdefault(storage, (told.at, tensor.untyped_storage().nbytes()))
+                if (
+                    tracker.at is not None
+                    and storage not in weights
+                    and tensor.numel() >= tracker.least
+                ):
+                    held.setdefault(storage, (tracker.at, tensor.untyped_storage().nbytes()))
                 return tensor
 
             with (
@@ -155,7 +159,7 @@ def count_activations(model: Any, blocks: Sequence[nn.Module], run: Run) -> Acti
         sums[block] += size
     return Activations(
         tuple(size / tokens for size in sums),
-        tuple(told.states[at] / tokens for at in range(len(blocks))),
+        tuple(tracker.states[at] / tokens for at in range(len(blocks))),
     )
 
 
@@ -194,21 +198,21 @@ class _BlockTracker:
 @contextlib.contextmanager
 def _track_blocks(blocks: Sequence[nn.Module]) -> Iterator[_BlockTracker]:
     """Yield an object that tracks which of `blocks` is being computed."""
-    told = _BlockTracker()
-    places = {block: at for at, block in enumerate(blocks)}
+    tracker = _BlockTracker()
+    indices = {block: at for at, block in enumerate(blocks)}
 
     def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
         states = args[0] if args else kwargs["hidden_states"]
-        told.at, told.least = places[block], states.shape[:-1].numel()
-        told.states[places[block]] = states.nbytes
+        tracker.at, tracker.least = indices[block], states.shape[:-1].numel()
+        tracker.states[indices[block]] = states.nbytes
 
     def leave(block: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 - a hook
-        told.at = None
+        tracker.at = None
 
     hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
     hooks += [block.register_forward_hook(leave) for block in blocks]
     try:
-        yield told
+        yield tracker
     finally:
         for hook in hooks:
             hook.remove()
@@ -286,11 +290,11 @@ class StepReducer:
             inputs = trainer.on_device(trainer.data_collator(longest))
             while True:
                 parts = sorted(inputs["micro_batches"], key=lambda p: -p["input_ids"].numel())
-                some = {**inputs, "micro_batches": [dict(part) for part in parts[:workers]]}
-                some.pop("rows")
-                some.pop("texts", None)
+                batch = {**inputs, "micro_batches": [dict(part) for part in parts[:workers]]}
+                batch.pop("rows")
+                batch.pop("texts", None)
                 try:
-                    trainer.compute_batch(model, some)
+                    trainer.compute_batch(model, batch)
                     break
                 except Exception as error:
                     if not (is_out_of_memory(error) and self.can(inputs)):
@@ -356,23 +360,24 @@ def explain_out_of_memory(run: Run) -> Iterator[None]:
 def _advice(run: Run) -> str:
     """Return the unused options that reduce memory, least intrusive first."""
     train, rows = run.config.train, run.config.train.per_device_train_batch_size
-    ways = []
+    options = []
     if rows > 1:
-        more = train.gradient_accumulation_steps * 2
-        ways.append(
-            f"--per-device-train-batch-size {rows // 2} --gradient-accumulation-steps {more} "
+        accumulation = train.gradient_accumulation_steps * 2
+        options.append(
+            f"--per-device-train-batch-size {rows // 2} --gradient-accumulation-steps "
+            f"{accumulation} "
             "(the same steps)"
         )
     if not train.recomputes:
-        ways.append("--gradient-checkpointing")
+        options.append("--gradient-checkpointing")
     if run.config.quant.kind == "none" and not run.config.method.quant_problems(
         run.config.quant.model_copy(update={"kind": "4bit"})
     ):
-        ways.append("--quant 4bit")
+        options.append("--quant 4bit")
     if run.data.max_length:
-        ways.append(f"a --max-length below {run.data.max_length:,}")
-    ways.append("a smaller --model")
-    return f"What takes less: {'; '.join(ways)}."
+        options.append(f"a --max-length below {run.data.max_length:,}")
+    options.append("a smaller --model")
+    return f"What takes less: {'; '.join(options)}."
 
 
 SETTING = "expandable_segments:True"

@@ -106,8 +106,8 @@ def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Mapping[str, Digest
 
     A sharded tensor is digested in this process's part only.
     """
-    held = [(name, own_part(tensor.detach())) for name, tensor in tensors]
-    parts = [(name, tensor, _sum(tensor)) for name, tensor in held]
+    local = [(name, own_part(tensor.detach())) for name, tensor in tensors]
+    parts = [(name, tensor, _sum(tensor)) for name, tensor in local]
     if not parts:
         return {}
     values = torch.stack([value.cpu() for _, _, value in parts]).tolist()
@@ -192,15 +192,17 @@ def load_adapted(run: Run, listener: Listener) -> PreparedModel:
     """Load the base, apply the method and the fast step, and set up activation recomputation."""
     use_expandable_segments(run.model.device)
     shards = run.config.train.shard != "none"
-    is_whole = METHODS[run.config.method.kind].build is None  # the base's own weights are trained
+    trains_base = (
+        METHODS[run.config.method.kind].build is None
+    )  # the base's own weights are trained
     if shards:
         model = load_sharded(run, listener)
     else:
         base = load_base(run)
-        digests = {} if is_whole else digest_tensors(base.named_parameters())
+        digests = {} if trains_base else digest_tensors(base.named_parameters())
         model = put_method_on(base, run)
         initialize_adapter(model, run)
-    if is_whole or shards:  # of this process's part
+    if trains_base or shards:  # of this process's part
         digests = digest_tensors(
             (base_name(n), p) for n, p in model.named_parameters() if not p.requires_grad
         )
@@ -230,17 +232,17 @@ def load_sharded(run: Run, listener: Listener) -> Any:
 
     A damaged part raises InputError in all processes.
     """
-    why_whole = explain_full_read(run)
-    slices = None if why_whole else UnreadWeights()
-    here = replace(run, model=held_by_host(run.model, slices))
-    model = put_method_on(load_base(here, slices), run)
-    if slices is not None and (made := made_of_unread(model, slices)):
-        why_whole = f"{made} is made of weights that the checkpoint has in another type"
+    reason = explain_full_read(run)
+    slices = None if reason else UnreadWeights()
+    local_run = replace(run, model=held_by_host(run.model, slices))
+    model = put_method_on(load_base(local_run, slices), run)
+    if slices is not None and (computed := made_of_unread(model, slices)):
+        reason = f"{computed} is made of weights that the checkpoint has in another type"
         del model
         slices = None
-        here = replace(run, model=held_by_host(run.model, slices))
-        model = put_method_on(load_base(here), run)
-    initialize_adapter(model, here)
+        local_run = replace(run, model=held_by_host(run.model, slices))
+        model = put_method_on(load_base(local_run), run)
+    initialize_adapter(model, local_run)
     dtype, holds = DTYPES[run.model.dtype], run.config.train.shard == "grads"
     shard(model, run.model.device, holds=holds, dtype=dtype, slices=slices)
     if slices is not None:
@@ -249,9 +251,9 @@ def load_sharded(run: Run, listener: Listener) -> Any:
             parts += [(base_name(f"{name}.weight"), scales) for scales in scales_of(linear)]
         started_processes().in_all(lambda: check_finite(parts, run.model.source.words))
         if slices.converted:
-            why_whole = f"but {slices.converted[0]} and its like: made of several tensors of it"
+            reason = f"but {slices.converted[0]} and its like: made of several tensors of it"
     read = "whole by each process" if slices is None else "its own rows by each process"
-    listener.choices("train", [Choice("base read", read, why_whole)])
+    listener.choices("train", [Choice("base read", read, reason)])
     return model
 
 
@@ -262,8 +264,8 @@ def made_of_unread(model: Any, slices: UnreadWeights) -> str:
     """
     if not hasattr(model, "peft_config"):
         return ""
-    lost = slices.fill(model, lambda name: base_name(name).replace(_TRAINED_COPY, "."))
-    return next(iter(lost), "")
+    unread = slices.fill(model, lambda name: base_name(name).replace(_TRAINED_COPY, "."))
+    return next(iter(unread), "")
 
 
 def explain_full_read(run: Run) -> str:
@@ -299,13 +301,13 @@ def load_base(run: Run, slices: UnreadWeights | None = None) -> Any:
     from transformers import set_seed
 
     set_seed(run.config.train.seed)
-    planned, whole = run.model, METHODS[run.config.method.kind].build is None
+    planned, trains_base = run.model, METHODS[run.config.method.kind].build is None
     compute = DTYPES[planned.dtype]
     model, missing = load_model(
         planned.source,
         planned.config,
         planned.auto_class,
-        dtype=DTYPES["float32"] if whole else compute,
+        dtype=DTYPES["float32"] if trains_base else compute,
         device=planned.device,
         quantization=build_quantization_config(planned.quant, compute, planned.heads),
         attn_implementation=run.config.model.attn_implementation,

@@ -42,8 +42,8 @@ class FileDigests:
     `field` is the origin's field with samples of these files; `words` is their name in messages.
     """
 
-    def __init__(self, field: str, words: str, kept: str, files: Mapping[str, Path]) -> None:
-        self.field, self.words, self.kept = field, words, kept
+    def __init__(self, field: str, description: str, kept: str, files: Mapping[str, Path]) -> None:
+        self.field, self.words, self.kept = field, description, kept
         self._files = files
         self._thread: threading.Thread | None = None
 
@@ -54,9 +54,9 @@ class FileDigests:
 
         def read_and_write() -> None:
             with contextlib.suppress(MemoryError, OSError):  # reported by the run itself
-                found = self._read()
+                digests = self._read()
                 if checkpoints.is_dir():
-                    write_json(checkpoints / self.kept, found)
+                    write_json(checkpoints / self.kept, digests)
 
         self._thread = threading.Thread(target=read_and_write, daemon=True)
         self._thread.start()
@@ -74,14 +74,16 @@ class FileDigests:
         if not self._files:
             return {}
         try:
-            before = json.loads(read_plain(checkpoints / self.kept))
-            if not isinstance(before, dict):
+            stored = json.loads(read_plain(checkpoints / self.kept))
+            if not isinstance(stored, dict):
                 raise TypeError
         except (OSError, ValueError, TypeError, RecursionError):
             return None
-        found = self._read()
-        both = {name: (before.get(name), found.get(name)) for name in sorted({*before, *found})}
-        return {name: (was, now) for name, (was, now) in both.items() if was != now}
+        digests = self._read()
+        pairs = {
+            name: (stored.get(name), digests.get(name)) for name in sorted({*stored, *digests})
+        }
+        return {name: (was, now) for name, (was, now) in pairs.items() if was != now}
 
     def forget(self, checkpoints: Path) -> None:
         """Delete the stored digests, so that a resumed run writes new ones."""
@@ -111,15 +113,15 @@ def _weights(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
 
 
-def _within(most: int, files: Sequence[Path]) -> list[Path]:
-    """Return the first of `files` with at most `most` bytes in total."""
-    chosen = []
+def _within(max_bytes: int, files: Sequence[Path]) -> list[Path]:
+    """Return the first of `files` with at most `max_bytes` bytes in total."""
+    selected = []
     for file in files:
-        most -= file.stat().st_size
-        if most < 0:
+        max_bytes -= file.stat().st_size
+        if max_bytes < 0:
             break
-        chosen.append(file)
-    return chosen
+        selected.append(file)
+    return selected
 
 
 CONFIG, TOKENIZER, TEMPLATE = "model.config.", "model.tokenizer", "model.chat_template"
@@ -219,8 +221,8 @@ def origin_of(run: Run, base: Mapping[str, Any]) -> dict[str, Any]:
     if run.model.device == "cpu":  # the thread count changes the order of sums
         flat["threads"] = torch.get_num_threads()
     flat |= {f"{section}.{k}": v for section, part in values.items() for k, v in part.items()}
-    plain: dict[str, Any] = json.loads(json.dumps(flat, default=str))  # as read from the file
-    return plain
+    origin: dict[str, Any] = json.loads(json.dumps(flat, default=str))  # as read from the file
+    return origin
 
 
 def everything_of(run: Run, origin: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,13 +268,13 @@ def check_same_run(
     """Raise ConfigError with all fields that differ between the origins `before` and `origin`."""
     changed = [key for key in {**before, **origin} if before.get(key) != origin.get(key)]
     if changed:
-        shown = join_names(
+        differences = join_names(
             f"{key} was {before.get(key)!r} and is {origin.get(key)!r}" for key in sorted(changed)
         )
-        how = f" (OMP_NUM_THREADS={before.get('threads')})" if "threads" in changed else ""
+        note = f" (OMP_NUM_THREADS={before.get('threads')})" if "threads" in changed else ""
         raise ConfigError(
-            f"--resume {directory.path}: not the same run: {shown}. "
-            f"Give it as it was{how}, start a new run in another --output-dir, or let it change: "
+            f"--resume {directory.path}: not the same run: {differences}. "
+            f"Give it as it was{note}, start a new run in another --output-dir, or let it change: "
             f"--allow-change {shlex.quote(sorted(changed)[0])}"
         )
 
@@ -285,12 +287,12 @@ def read_origin_file(directory: RunDirectory) -> dict[str, Any]:
     """
     path = directory.checkpoints / ORIGIN
     try:
-        found: Any = json.loads(read_plain(path))
-        if not isinstance(found, dict):
+        origin: Any = json.loads(read_plain(path))
+        if not isinstance(origin, dict):
             raise TypeError("it is no object")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"--resume: {path} cannot be read ({error}).") from None
-    return {RENAMED.get(key) or key: value for key, value in found.items()}
+    return {RENAMED.get(key) or key: value for key, value in origin.items()}
 
 
 def _default_of(key: str) -> Any:

@@ -54,7 +54,7 @@ class Processes:
         if self.count == 1 or distributed.is_initialized():
             return
         self.world.publish()
-        where = f"{self.world.address}:{self.world.port}"
+        address = f"{self.world.address}:{self.world.port}"
         try:
             distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -63,7 +63,8 @@ class Processes:
             reason = " ".join(str(error).split("\n")[0].split())
             raise RunError(
                 f"rank {self.world.rank} of {self.count} ({socket.gethostname()}) did not meet the "
-                f"others at {where}: {reason}. Look at what they say, and whether MASTER_ADDR and "
+                f"others at {address}: {reason}. Look at what they say, and whether MASTER_ADDR "
+                f"and "
                 "MASTER_PORT are the same for all."
             ) from None
 
@@ -75,15 +76,18 @@ class Processes:
         """
         if self.count == 1:
             return
-        how = f"{self.count} processes of {self.world.launcher}"
+        launched = f"{self.count} processes of {self.world.launcher}"
         if device == "mps":
-            raise ConfigError(f"{how}: Apple's GPU serves one process. Use --device cpu, or one.")
+            raise ConfigError(
+                f"{launched}: Apple's GPU serves one process. Use --device cpu, or one."
+            )
         if device == "cuda":
-            there, local = torch.cuda.device_count(), self.world.local_rank
-            if local >= there:
+            gpus, local = torch.cuda.device_count(), self.world.local_rank
+            if local >= gpus:
                 raise ConfigError(
-                    f"{how}: local rank {local} needs a GPU of its own, and {socket.gethostname()} "
-                    f"has {there}. Start {there} processes on this machine."
+                    f"{launched}: local rank {local} needs a GPU of its own, and "
+                    f"{socket.gethostname()} "
+                    f"has {gpus}. Start {gpus} processes on this machine."
                 )
             torch.cuda.set_device(local)
 
@@ -96,49 +100,53 @@ class Processes:
         """Call `make` in the first process and return its result, or raise its error, in all."""
         if self.count == 1:
             return make()
-        box: list[Any] = [None, None]
+        shared: list[Any] = [None, None]
         if self.is_first:
             try:
-                box[0] = make()
+                shared[0] = make()
             except FtlevelError as error:
-                box[1] = error
-        distributed.broadcast_object_list(box, src=0)
-        if box[1] is not None:
-            box[1].is_reported = not self.is_first
-            raise box[1]
-        made: T = box[0]
-        return made
+                shared[1] = error
+        distributed.broadcast_object_list(shared, src=0)
+        if shared[1] is not None:
+            shared[1].is_reported = not self.is_first
+            raise shared[1]
+        result: T = shared[0]
+        return result
 
     def in_all(self, make: Callable[[], T]) -> T:
         """Call `make` in every process and return its result; an error in one is raised in all."""
         if self.count == 1:
             return make()
-        made, own = None, None
+        result, local_error = None, None
         try:
-            made = make()
+            result = make()
         except FtlevelError as error:
-            own = error
-        said: list[Any] = [None] * self.count
-        told = None if own is None else (socket.gethostname(), str(own), own.exit_code)
-        distributed.all_gather_object(said, told)
-        if own is not None and self.is_first:
-            raise own
-        for rank, other in enumerate(said):
+            local_error = error
+        errors: list[Any] = [None] * self.count
+        report = (
+            None
+            if local_error is None
+            else (socket.gethostname(), str(local_error), local_error.exit_code)
+        )
+        distributed.all_gather_object(errors, report)
+        if local_error is not None and self.is_first:
+            raise local_error
+        for rank, other in enumerate(errors):
             if other is not None:
                 host, message, code = other
-                kind = ConfigError if code == ConfigError.exit_code else RunError
-                shared = kind(message if said[0] else f"rank {rank} ({host}): {message}")
+                error_class = ConfigError if code == ConfigError.exit_code else RunError
+                shared = error_class(message if errors[0] else f"rank {rank} ({host}): {message}")
                 shared.is_reported = not self.is_first
                 raise shared
-        return cast("T", made)  # set if no process raised
+        return cast("T", result)  # set if no process raised
 
-    def exchange(self, own: T) -> list[T]:
+    def exchange(self, value: T) -> list[T]:
         """Return the values of all processes, in rank order."""
         if self.count == 1:
-            return [own]
-        said: list[Any] = [None] * self.count
-        distributed.all_gather_object(said, own)
-        return said
+            return [value]
+        values: list[Any] = [None] * self.count
+        distributed.all_gather_object(values, value)
+        return values
 
     def check_same(self, values: Mapping[str, Any]) -> None:
         """Raise ConfigError in all processes if `values` differ from the first process's.
@@ -148,18 +156,21 @@ class Processes:
         """
         if self.count == 1:
             return
-        said: list[Any] = [None] * self.count
-        distributed.all_gather_object(said, (socket.gethostname(), dict(values)))
-        where, first = said[0]
+        gathered: list[Any] = [None] * self.count
+        distributed.all_gather_object(gathered, (socket.gethostname(), dict(values)))
+        first_host, first = gathered[0]
         problems = []
-        for rank, (host, own) in enumerate(said):
-            other = [key for key in sorted({**first, **own}) if first.get(key) != own.get(key)]
-            shown = join_names(
-                f"{key} is {own.get(key)!r} and {first.get(key)!r} there" for key in other
+        for rank, (host, others) in enumerate(gathered):
+            differing = [
+                key for key in sorted({**first, **others}) if first.get(key) != others.get(key)
+            ]
+            differences = join_names(
+                f"{key} is {others.get(key)!r} and {first.get(key)!r} there" for key in differing
             )
-            if other:
+            if differing:
                 problems.append(
-                    f"rank {rank} ({host}) is not of the same run as rank 0 ({where}): {shown}. "
+                    f"rank {rank} ({host}) is not of the same run as rank 0 ({first_host}): "
+                    f"{differences}. "
                     "Nothing was trained. Give all processes the same flags, files and versions."
                 )
         if problems:
@@ -179,11 +190,11 @@ class Processes:
         distributed.all_reduce(box)
         return float(box) / self.count
 
-    def most(self, wish: int) -> int:
-        """Return the maximum of `wish` over all processes."""
+    def most(self, value: int) -> int:
+        """Return the maximum of `value` over all processes."""
         if self.count == 1:
-            return wish
-        box = torch.tensor(wish)
+            return value
+        box = torch.tensor(value)
         distributed.all_reduce(box, distributed.ReduceOp.MAX)
         return int(box)
 
@@ -202,15 +213,16 @@ def resolve_processes(train: TrainerConfig, processes: Processes, rows_only: boo
 
     With `rows_only` nothing is trained, and one process may stand for any configured number.
     """
-    wish, count = train.num_processes, processes.count
+    requested, count = train.num_processes, processes.count
     by = f" by {processes.world.launcher}" if processes.world.launcher else ""
-    if wish is not None and wish != count and not (rows_only and count == 1):
+    if requested is not None and requested != count and not (rows_only and count == 1):
         raise ConfigError(
-            f"--num-processes {wish}: {count} {'process was' if count == 1 else 'processes were'} "
+            f"--num-processes {requested}: {count} "
+            f"{'process was' if count == 1 else 'processes were'} "
             f"started{by}. Run it by the ftlevel program, which starts them, or by torchrun "
-            f"--nproc-per-node {wish} -m ftlevel train …"
+            f"--nproc-per-node {requested} -m ftlevel train …"
         )
-    number = wish if rows_only else count
+    number = requested if rows_only else count
     number = None if number == 1 else number
     return train.model_copy(update={"num_processes": number})
 
@@ -288,37 +300,37 @@ class WatchProcesses(TrainerCallback):
         except RuntimeError:  # the launcher has another kind of store
             self._ended.set()
             return
-        before: dict[int, str] = {}
+        last_signs: dict[int, str] = {}
         while not self._ended.wait(_EVERY):
             number += 1
             try:
                 store.set(_KEY.format(rank=world.rank), json.dumps([number, host, self._step]))
                 keys = {rank: _KEY.format(rank=rank) for rank in self._watched}
-                known = {rank: key for rank, key in keys.items() if store.check([key])}
-                said = store.multi_get(list(known.values())) if known else []
+                present = {rank: key for rank, key in keys.items() if store.check([key])}
+                received = store.multi_get(list(present.values())) if present else []
             except RuntimeError:  # the store or its host process is gone
                 continue
             self._heard = time.monotonic()
-            for rank, sign in zip(known, (sign.decode() for sign in said), strict=True):
-                if before.get(rank) != sign:
-                    before[rank] = sign
+            for rank, sign in zip(present, (sign.decode() for sign in received), strict=True):
+                if last_signs.get(rank) != sign:
+                    last_signs[rank] = sign
                     self._signs[rank] = (self._heard, json.loads(sign))
 
     def _watch(self) -> None:
         """Report each missing process once, until it recovers."""
-        named: set[int] = set()
+        reported: set[int] = set()
         last = time.monotonic()
         while not self._ended.wait(_EVERY):
             now = time.monotonic()
             if now - last > PATIENCE:  # this process itself was suspended
                 self._heard = now
-                self._signs = {rank: (now, said) for rank, (_, said) in self._signs.items()}
+                self._signs = {rank: (now, sign) for rank, (_, sign) in self._signs.items()}
             last = now
             missed = dict(self._missed(now))
             for rank, message in missed.items():
-                if rank not in named:
+                if rank not in reported:
                     self._warn(message)
-            named = set(missed)
+            reported = set(missed)
 
     def _missed(self, now: float) -> Iterator[tuple[int, str]]:
         """Yield the ranks that delay the others, with a message."""

@@ -80,22 +80,22 @@ def prove(
         RunError: they differ, or training changed nothing.
     """
     probe = build_probe(run)
-    found = check_saved(
+    comparison = check_saved(
         adapted.model,
         directory.adapter,
         Origin(adapted.digests, lambda: load_base(run)),
         probe,
         rewritten=METHODS[run.config.method.kind].rewrites_base(run.config.method),
     )
-    return describe_proof(found, probe, gradients)
+    return describe_proof(comparison, probe, gradients)
 
 
-def describe_proof(found: Found, probe: Probe, gradients: GradientMonitor) -> Proof:
+def describe_proof(comparison: Found, probe: Probe, gradients: GradientMonitor) -> Proof:
     """Return the proof of a saved run from the comparison and the observed gradients."""
     return Proof(
         gradients.checked,
         len(gradients.idle),
-        *found,
+        *comparison,
         len(probe.batch["input_ids"]),
         gradients.skipped,
     )
@@ -117,22 +117,22 @@ def probe_batch(
     below `PROBE_SCORES`.
     """
     branches = (branch for row in rows for branch in row.branches)
-    chosen = sorted(branches, key=lambda branch: len(branch.input_ids))
-    middle = len(chosen) // 2
-    picked = chosen[max(0, middle - PROBE_ROWS // 2) :][:PROBE_ROWS]
+    by_length = sorted(branches, key=lambda branch: len(branch.input_ids))
+    middle = len(by_length) // 2
+    selected = by_length[max(0, middle - PROBE_ROWS // 2) :][:PROBE_ROWS]
     if isinstance(objective, TokenObjective):
-        most = max(1, PROBE_SCORES // (vocabulary * len(picked)))
-        picked = [_shorten(row, most, objective) for row in picked]
-    return {name: value.to(device) for name, value in Collator(pad_id)(picked).items()}
+        max_positions = max(1, PROBE_SCORES // (vocabulary * len(selected)))
+        selected = [_shorten(row, max_positions, objective) for row in selected]
+    return {name: value.to(device) for name, value in Collator(pad_id)(selected).items()}
 
 
-def _shorten(row: Encoded, most: int, objective: TokenObjective) -> Encoded:
-    """Return the beginning of `row` with at most `most` positions that have logits."""
-    labels = row.labels[:most] if isinstance(row.labels, list) else row.labels
+def _shorten(row: Encoded, max_positions: int, objective: TokenObjective) -> Encoded:
+    """Return the beginning of `row` with at most `max_positions` positions that have logits."""
+    labels = row.labels[:max_positions] if isinstance(row.labels, list) else row.labels
     if objective.feeds_labels:  # the decoder has one position per label
         return replace(row, labels=labels)
-    extras = {name: values[:most] for name, values in row.extras.items()}
-    return replace(row, input_ids=row.input_ids[:most], labels=labels, extras=extras)
+    extras = {name: values[:max_positions] for name, values in row.extras.items()}
+    return replace(row, input_ids=row.input_ids[:max_positions], labels=labels, extras=extras)
 
 
 @dataclass(frozen=True)
@@ -172,12 +172,12 @@ def check_saved(
     """
     frozen = compare_frozen(trained, origin.digests, rewritten=rewritten)
     after = probe.logits(trained)
-    found = None
+    logits = None
     if hasattr(trained, "peft_config") and not rewritten:
-        found = _on_the_same_base(trained, directory, probe)
-    if found is None:
-        found = _on_a_fresh_base(trained, directory, origin.load, probe)
-    before, again = found
+        logits = _on_the_same_base(trained, directory, probe)
+    if logits is None:
+        logits = _on_a_fresh_base(trained, directory, origin.load, probe)
+    before, again = logits
     difference = (again - after).abs().max().item()
     effect = (after - before).abs().max().item()
     check_differences(directory, difference, effect, bound_of(after, probe))
@@ -257,14 +257,14 @@ def _on_a_fresh_base(
 @contextlib.contextmanager
 def _on_the_cpu(model: Any, device: str) -> Iterator[None]:
     """Move `model` (mutated) to host memory inside the block."""
-    place = next(model.parameters()).device
+    original_device = next(model.parameters()).device
     if device != "cpu":
         model.to("cpu")
     try:
         yield
     finally:
         if device != "cpu":
-            model.to(place)
+            model.to(original_device)
 
 
 def compare_frozen(trained: Any, expected: Mapping[str, Digest], *, rewritten: bool = False) -> int:
@@ -274,12 +274,12 @@ def compare_frozen(trained: Any, expected: Mapping[str, Digest], *, rewritten: b
         RunError: a tensor changed.
     """
     frozen = [(base_name(name), p) for name, p in trained.named_parameters() if not p.requires_grad]
-    known = [(name, tensor) for name, tensor in frozen if name in expected]
-    found = digest_tensors(known)
+    base_tensors = [(name, tensor) for name, tensor in frozen if name in expected]
+    digests = digest_tensors(base_tensors)
     changed = [
         name
-        for name, tensor in known
-        if found[name] != expected[name] and not _is_only_cast(tensor, expected[name])
+        for name, tensor in base_tensors
+        if digests[name] != expected[name] and not _is_only_cast(tensor, expected[name])
     ]
     # PEFT never uses a head's frozen original, which is random if the checkpoint has no head.
     changed = [name for name in changed if not _is_replaced(trained, name)]
@@ -290,7 +290,7 @@ def compare_frozen(trained: Any, expected: Mapping[str, Digest], *, rewritten: b
             f"{len(changed):,} frozen tensors changed while training: {join_names(changed, 3)}. "
             "The run cannot be trusted; please report it with the command."
         )
-    return len(known)
+    return len(base_tensors)
 
 
 def _is_only_cast(tensor: Tensor, expected: Digest) -> bool:

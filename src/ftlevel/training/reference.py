@@ -56,8 +56,8 @@ def read_or_fill(
     A partly filled file is completed. A file lock ensures that one process computes at a time.
     """
     path = cache_path(data, "reference", start, rows)
-    array, was_whole = open_or_fill(path, (len(rows), 2), np.dtype(np.float32), fill)
-    return np.array(array), was_whole
+    array, was_cached = open_or_fill(path, (len(rows), 2), np.dtype(np.float32), fill)
+    return np.array(array), was_cached
 
 
 def open_or_fill(
@@ -71,17 +71,17 @@ def open_or_fill(
     from filelock import FileLock
 
     if path is None:
-        into = np.empty(shape, dtype=dtype)
-        numbers_of(into)[:] = np.nan
-        fill(into)
-        return into, False
+        array = np.empty(shape, dtype=dtype)
+        numbers_of(array)[:] = np.nan
+        fill(array)
+        return array, False
     with FileLock(path.with_suffix(".lock")):
-        into = _open(path, shape, dtype)
-        missing = bool(is_missing(into).any())
+        array = _open(path, shape, dtype)
+        missing = bool(is_missing(array).any())
         if missing:
-            fill(into)
-            into.flush()
-        return into, not missing
+            fill(array)
+            array.flush()
+        return array, not missing
 
 
 def numbers_of(array: np.ndarray) -> np.ndarray:
@@ -98,7 +98,7 @@ def is_missing(array: np.ndarray) -> np.ndarray:
     return found
 
 
-def cache_path(data: DataConfig, kind: str, start: str, rows: Sequence[Encoded]) -> Path | None:
+def cache_path(data: DataConfig, prefix: str, start: str, rows: Sequence[Encoded]) -> Path | None:
     """Return the path of the cache file for `rows` and the key `start`; None if caching is off."""
     if not data.cache or not is_writable():
         return None
@@ -107,17 +107,17 @@ def cache_path(data: DataConfig, kind: str, start: str, rows: Sequence[Encoded])
         for part in (*row.branches, *row.contrasts):
             digest.update(np.array(part.input_ids, np.int32).tobytes() + b"|")
             digest.update(np.array(part.labels, np.int32).tobytes() + b";")
-    return cache_root() / f"{kind}-{digest.hexdigest()[:40]}.npy"
+    return cache_root() / f"{prefix}-{digest.hexdigest()[:40]}.npy"
 
 
 def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
     """Memory-map the file at `path`, or a new one filled with NaN."""
     if path.exists():
         with contextlib.suppress(ValueError, OSError):
-            known = np.lib.format.open_memmap(path, mode="r+")
-            if known.shape == shape and known.dtype == dtype:
+            array = np.lib.format.open_memmap(path, mode="r+")
+            if array.shape == shape and array.dtype == dtype:
                 path.touch()
-                return known
+                return array
     fresh = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     numbers_of(fresh)[:] = np.nan
     fresh.flush()
@@ -127,15 +127,15 @@ def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
 def digest_start(run: Run, adapted: PreparedModel) -> str:
     """Return a JSON string of all that determines the initial model's log-probabilities."""
     model, fast = run.model, adapted.fast.plan if adapted.fast is not None else run.fast
-    place = model.source.path
+    path = model.source.path
     digest = hashlib.sha256()
     for name, tensor in sorted(adapted.model.named_parameters()):
-        if tensor.requires_grad or place is None:
+        if tensor.requires_grad or path is None:
             digest.update(name.encode())
             for part in inner_tensors(tensor) or (tensor,):
                 digest.update(part.detach().float().cpu().numpy().tobytes())
     decides = {
-        "base": place and (base_digest(place) if place.is_dir() else file_digest(place)),
+        "base": path and (base_digest(path) if path.is_dir() else file_digest(path)),
         "name": [model.source.name, model.auto_class],
         "start": digest.hexdigest(),
         "method": run.config.method.model_dump(mode="json"),
@@ -215,11 +215,11 @@ def fill_rows(
             into[:] = compute_likelihoods(evaluator, ask()[1].model)
 
         padded = f"{key} padded by {evaluator.batch_size}"
-        held_out, _ = read_or_fill(run.config.data, padded, run.data.validation, score)
-        data = replace(data, validation=task.with_reference(run.data.validation, held_out))
-    how = "log-probabilities cached" if cached else "log-probabilities precomputed"
+        validation, _ = read_or_fill(run.config.data, padded, run.data.validation, score)
+        data = replace(data, validation=task.with_reference(run.data.validation, validation))
+    status = "log-probabilities cached" if cached else "log-probabilities precomputed"
     rows = len(run.data.train) + len(run.data.validation)
-    listener.choices("reference", [Choice("reference", name, f"{how} for {rows:,} rows")])
+    listener.choices("reference", [Choice("reference", name, f"{status} for {rows:,} rows")])
     return replace(run, data=data), {"is": name, "rows": rows, "cached": cached}
 
 
@@ -239,12 +239,12 @@ def describe_first_loss(
     if abs(first - expected) <= FIRST_LOSS * expected:
         return facts, []
     dropped = getattr(run.config.method, "lora_dropout", 0.0)
-    why = (
+    reason = (
         f"dropout of {dropped:g} is on in the policy and off in the reference"
         if dropped
         else f"in {run.model.dtype} the same rows, packed otherwise, are rounded otherwise"
     )
-    return facts, [f"the first loss is {first:.7f}, and {expected:.7f} at the reference: {why}."]
+    return facts, [f"the first loss is {first:.7f}, and {expected:.7f} at the reference: {reason}."]
 
 
 def _keep_start(run: Run, adapted: PreparedModel) -> Any:
@@ -260,9 +260,9 @@ def _keep_start(run: Run, adapted: PreparedModel) -> Any:
     on, off = (_switched(run, adapted, off=off) for off in (False, True))
     if run.adapter is None and np.array_equal(on, off):
         return None
-    kept = Workspace("start")
-    save_adapter(model, run.config.method, Path(kept.name), adapted.start)
-    return kept
+    workspace = Workspace("start")
+    save_adapter(model, run.config.method, Path(workspace.name), adapted.start)
+    return workspace
 
 
 def _switched(run: Run, adapted: PreparedModel, *, off: bool) -> np.ndarray:
@@ -281,34 +281,34 @@ def _switched(run: Run, adapted: PreparedModel, *, off: bool) -> np.ndarray:
         model.train(training)
 
 
-def _fill(run: Run, adapted: PreparedModel, into: np.ndarray) -> None:
-    """Write the missing values of `into` (rows, 2; mutated), `AT_ONCE` rows at a time."""
+def _fill(run: Run, adapted: PreparedModel, array: np.ndarray) -> None:
+    """Write the missing values of `array` (rows, 2; mutated), `AT_ONCE` rows at a time."""
     rows, model = run.data.train, adapted.model
     training = model.training
     model.eval()
     try:
         with torch.no_grad(), autocast(run.model.device, run.model.dtype):
-            for begin in range(0, len(rows), AT_ONCE):
-                part = slice(begin, begin + AT_ONCE)
-                if not np.isnan(into[part]).any():
+            for start in range(0, len(rows), AT_ONCE):
+                part = slice(start, start + AT_ONCE)
+                if not np.isnan(array[part]).any():
                     continue
-                own = [rows[i] for i in range(*part.indices(len(rows)))]
-                into[part] = _measure(run, adapted, own)
-                if isinstance(into, np.memmap):
-                    into.flush()
+                batch = [rows[i] for i in range(*part.indices(len(rows)))]
+                array[part] = _measure(run, adapted, batch)
+                if isinstance(array, np.memmap):
+                    array.flush()
     finally:
         model.train(training)
 
 
 def _measure(run: Run, adapted: PreparedModel, rows: Sequence[Encoded]) -> np.ndarray:
     """Return log-probabilities (rows, 2): both answers of a pair, or an answer and its contrast."""
-    found = np.full((len(rows), 2), np.nan, dtype=np.float32)
+    values = np.full((len(rows), 2), np.nan, dtype=np.float32)
     contrasts = [other for row in rows for other in row.contrasts]
-    for column, some in ((0, rows), (1, contrasts)):
-        for chosen, answers in _score(run, adapted, some):
-            sums = answers[:, 0].float().cpu().numpy().reshape(len(chosen), -1)
-            found[chosen, column : column + sums.shape[1]] = sums
-    return found
+    for column, sequences in ((0, rows), (1, contrasts)):
+        for indices, answers in _score(run, adapted, sequences):
+            sums = answers[:, 0].float().cpu().numpy().reshape(len(indices), -1)
+            values[indices, column : column + sums.shape[1]] = sums
+    return values
 
 
 def _score(
@@ -319,11 +319,11 @@ def _score(
     if not rows or not isinstance(objective, LikelihoodObjective):
         return
     head = adapted.fast.cross_entropy if adapted.fast is not None else None
-    for chosen, batch in micro_batches(adapted.fast, rows, run.model.pad_id):
+    for indices, batch in micro_batches(adapted.fast, rows, run.model.pad_id):
         layout = batch.pop("layout", None)
-        moved = {name: value.to(device) for name, value in batch.items()}
+        inputs = {name: value.to(device) for name, value in batch.items()}
         with using_layout(layout.to(device) if layout is not None else None):
-            yield chosen, compute_answer_likelihoods(head, adapted.model, objective, moved)
+            yield indices, compute_answer_likelihoods(head, adapted.model, objective, inputs)
 
 
 def micro_batches(
@@ -343,30 +343,30 @@ def precompute_reference(run: Run, listener: Listener) -> tuple[Run, Reference |
 
     The reference is None if no model is named or the objective needs none.
     """
-    another = run.beside.reference
-    if another is None or not needs_reference(run):
+    reference = run.beside.reference
+    if reference is None or not needs_reference(run):
         return run, None
     listener.stage("running the reference model")
     preference = run.config.preference
     weighting = preference.ld_alpha if preference.loss == "ld-dpo" else None
     cut = [run.fast.prefix_tree, run.fast.tokens]  # same rounding as the policy's rows
-    key = json.dumps([describe_cache_key(another, run), cut, weighting])
-    with contextlib.ExitStack() as held:
+    key = json.dumps([describe_cache_key(reference, run), cut, weighting])
+    with contextlib.ExitStack() as stack:
         ask = functools.cache(
-            lambda: held.enter_context(load_auxiliary_model(another, run, listener))
+            lambda: stack.enter_context(load_auxiliary_model(reference, run, listener))
         )
-        run, facts = fill_rows(run, another.name, key, ask, listener)
-    kept = Workspace("reference")
-    beside = (run.config.output.dir or Path("runs/run")) / "adapter"
-    another.write(Path(kept.name), beside)
-    return run, Reference({**facts, "fingerprint": another.fingerprint}, kept)
+        run, facts = fill_rows(run, reference.name, key, ask, listener)
+    workspace = Workspace("reference")
+    adapter_path = (run.config.output.dir or Path("runs/run")) / "adapter"
+    reference.write(Path(workspace.name), adapter_path)
+    return run, Reference({**facts, "fingerprint": reference.fingerprint}, workspace)
 
 
-def describe_cache_key(another: ReferenceModel, run: Run) -> dict[str, object]:
-    """Return all that determines the outputs of `another` for a row."""
+def describe_cache_key(model: ReferenceModel, run: Run) -> dict[str, object]:
+    """Return all that determines the outputs of `model` for a row."""
     fast = run.fast
     return {
-        "model": another.fingerprint,
+        "model": model.fingerprint,
         "precision": [run.model.device, run.model.dtype],
         "packs": fast.enabled and fast.packs,
         "versions": torch.__version__,
@@ -375,10 +375,10 @@ def describe_cache_key(another: ReferenceModel, run: Run) -> dict[str, object]:
 
 @contextlib.contextmanager
 def load_auxiliary_model(
-    another: ReferenceModel, run: Run, listener: Listener
+    reference: ReferenceModel, run: Run, listener: Listener
 ) -> Iterator[tuple[Run, PreparedModel]]:
-    """Load `another` inside the block; yield the run it computes with, and the model."""
-    trained = load_ref(another.found, run.model.device)
+    """Load `reference` inside the block; yield the run it computes with, and the model."""
+    trained = load_ref(reference.found, run.model.device)
     forward = plan_forward(
         trained.model, trained.kind, trained.method, run.objective, run.fast.tokens
     )

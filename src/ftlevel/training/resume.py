@@ -56,10 +56,10 @@ WRITTEN_BASE = "base"
 def store_base(run: Run, directory: RunDirectory, *, is_first: bool) -> tuple[Run, dict[str, Any]]:
     """Move a base that was written for the run into its directory; return run and base facts."""
     if run.written_base is not None:
-        place = directory.path.resolve() / WRITTEN_BASE
-        if is_first and not place.exists():
-            shutil.move(run.written_base, place)
-        source = replace(run.model.source, name=str(place), location=str(place))
+        path = directory.path.resolve() / WRITTEN_BASE
+        if is_first and not path.exists():
+            shutil.move(run.written_base, path)
+        source = replace(run.model.source, name=str(path), location=str(path))
         run = replace(run, model=replace(run.model, source=source))
     return run, base_facts(run)
 
@@ -77,38 +77,39 @@ def check_base_stays(model: ModelConfig, output: OutputConfig, chat_template: st
 
     Runs before rows are encoded, because a different tokenizer might fail on them.
     """
-    before = _stored_origin(output)
-    if before is None or output.dir is None:
+    origin = _stored_origin(output)
+    if origin is None or output.dir is None:
         return
     source = resolve_source(model.name_or_path, model.revision, model.trust_remote_code)
-    expected, found = before.get(BASE), describe_base(source)["fingerprint"]
+    expected, fingerprint = origin.get(BASE), describe_base(source)["fingerprint"]
     is_free = BASE in output.allow_change
-    if expected is not None and found is not None and found != expected and not is_free:
+    if expected is not None and fingerprint is not None and fingerprint != expected and not is_free:
         raise ConfigError(
-            f"--resume {output.dir}: it was started on {before.get('model.name_or_path')} with "
-            f"weights {expected[:12]}…, and {source.words} has other weights ({found[:12]}…). "
+            f"--resume {output.dir}: it was started on {origin.get('model.name_or_path')} with "
+            f"weights {expected[:12]}…, and {source.words} has other weights "
+            f"({fingerprint[:12]}…). "
             "Name the base that it was started on, or start a new run in another --output-dir."
         )
-    if "model.adapter_fingerprint" not in before:  # an adapter has its own tokenizer
+    if "model.adapter_fingerprint" not in origin:  # an adapter has its own tokenizer
         tokenizer = load_tokenizer(source)
         set_chat_template(tokenizer, chat_template)
         ensure_pad_token(tokenizer)
-        now = describe_tokenizer(tokenizer)
-        known = {key: before[key] for key in now if key in before}
-        now = {key: now[key] for key in known if key not in output.allow_change}
-        check_same_run(RunDirectory(output.dir), {key: known[key] for key in now}, now)
+        current = describe_tokenizer(tokenizer)
+        stored = {key: origin[key] for key in current if key in origin}
+        current = {key: current[key] for key in stored if key not in output.allow_change}
+        check_same_run(RunDirectory(output.dir), {key: stored[key] for key in current}, current)
 
 
 def stored_micro_batch_tokens(output: OutputConfig) -> int | None:
     """Return the tokens per micro-batch of the resumed run; None if there are none."""
-    known = (_stored_origin(output) or {}).get("speed.tokens_per_micro_batch")
-    return known if isinstance(known, int) else None
+    tokens = (_stored_origin(output) or {}).get("speed.tokens_per_micro_batch")
+    return tokens if isinstance(tokens, int) else None
 
 
 def stored_prompt_version(output: OutputConfig) -> int | None:
     """Return the plain-prompt version of the resumed run; None for a new run."""
-    before = _stored_origin(output)
-    return None if before is None else int(before.get(f"data.{PROMPT}", 1))
+    origin = _stored_origin(output)
+    return None if origin is None else int(origin.get(f"data.{PROMPT}", 1))
 
 
 def _stored_origin(output: OutputConfig) -> dict[str, Any] | None:
@@ -242,14 +243,14 @@ def _resolve_resume(run: Run, origin: Mapping[str, Any], listener: Listener) -> 
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     past = directory.read_log(step_of(checkpoint))
     has_new_length = state["max_steps"] != steps
-    where = Choice("checkpoint", checkpoint, f"step {step_of(checkpoint):,} of {steps:,}")
-    listener.choices("resume", [where])
+    choice = Choice("checkpoint", checkpoint, f"step {step_of(checkpoint):,} of {steps:,}")
+    listener.choices("resume", [choice])
     return ResumeState(checkpoint, past, has_new_length, changes=changes)
 
 
 def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
     """Raise ConfigError if the new length has no effect, is too short, or is unsupported."""
-    where, train, steps = f"--resume {run.config.output.dir}", run.config.train, run.schedule.steps
+    flag, train, steps = f"--resume {run.config.output.dir}", run.config.train, run.schedule.steps
     old = {key.rpartition(".")[2]: value for key, value in before.items()}
     rows = rows_per_epoch(train, run.config.steps_per_rollout, len(run.data.train))
     was = count_steps(train.model_copy(update=old), rows)
@@ -260,13 +261,13 @@ def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
         )
     if steps < trained:
         raise ConfigError(
-            f"{where}: {steps:,} steps are fewer than the {trained:,} that are trained. Give more, "
+            f"{flag}: {steps:,} steps are fewer than the {trained:,} that are trained. Give more, "
             "or start a new run in another --output-dir."
         )
     reason = METHODS[run.config.method.kind].why_not_continued
     if reason and was != steps:
         raise ConfigError(
-            f"{where}: --method {run.config.method.kind} cannot train {steps:,} steps in place of "
+            f"{flag}: --method {run.config.method.kind} cannot train {steps:,} steps in place of "
             f"{was:,}: {reason}. Start anew in another --output-dir."
         )
 
@@ -287,21 +288,21 @@ def open_or_resume(run: Run, resumed: ResumeState, listener: Listener) -> RunDir
             if any(change["field"].startswith(digests.field) for change in resumed.changes):
                 digests.forget(directory.checkpoints)
     else:
-        directory, kept = open_run(
+        directory, leftovers = open_run(
             output.dir, run.name, overwrite=output.overwrite, resume=output.resume
         )
         checkpoints.set_aside_newer(directory.checkpoints, None)
         delete_best_after(directory.checkpoints, 0)
-        for line in kept:
+        for line in leftovers:
             listener.warn(
                 f"--overwrite {directory.path}: {line}; it is not of the run that is replaced"
             )
-    named = run
+    stored_run = run
     if run.written_base is not None:
-        place = str(directory.path.absolute() / WRITTEN_BASE)
-        named = run.with_settings("model", name_or_path=place)
-    directory.write_config(dump_config(named))
-    write_places(directory, resolved_config(named))
+        path = str(directory.path.absolute() / WRITTEN_BASE)
+        stored_run = run.with_settings("model", name_or_path=path)
+    directory.write_config(dump_config(stored_run))
+    write_places(directory, resolved_config(stored_run))
     write_json(directory.checkpoints / ORIGIN, resumed.origin)
     return directory
 
@@ -311,11 +312,11 @@ def _allowed_changes(
 ) -> list[dict[str, Any]]:
     """Return the differing fields that `--allow-change` permits; ConfigError for unknown names."""
     allowed = output.allow_change
-    known = {**before, **origin}
-    unknown = [name for name in allowed if name not in known]
+    fields = {**before, **origin}
+    unknown = [name for name in allowed if name not in fields]
     if unknown:
         raise ConfigError(
-            f"--allow-change {unknown[0]}: no such field.{did_you_mean(unknown[0], known)} "
+            f"--allow-change {unknown[0]}: no such field.{did_you_mean(unknown[0], fields)} "
             "--resume names the fields that differ."
         )
     return [
@@ -413,7 +414,7 @@ def describe_end(directory: RunDirectory, train: TrainerConfig, summary: Mapping
     )
     early = " (it stopped early)" if best.get("stopped_early") else ""
     newest, _ = checkpoints.find_newest_intact(directory.checkpoints)
-    more = (
+    advice = (
         f"A longer run continues from there: --resume {length}."
         if newest
         else f"To train on from its adapter: --adapter {quote(str(directory.path))}, and another "
@@ -421,7 +422,7 @@ def describe_end(directory: RunDirectory, train: TrainerConfig, summary: Mapping
     )
     return (
         f"{directory.path} is finished: {steps:,} of {planned:,} steps{early}, and nothing is "
-        f"left to train. {more}"
+        f"left to train. {advice}"
     )
 
 
@@ -431,13 +432,13 @@ def explain_interrupt(directory: RunDirectory) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        whole, _ = checkpoints.find_newest_intact(directory.checkpoints)
-        kept = (
-            f"{whole} is kept. {_resume_command(directory)}"
-            if whole
+        checkpoint, _ = checkpoints.find_newest_intact(directory.checkpoints)
+        message = (
+            f"{checkpoint} is kept. {_resume_command(directory)}"
+            if checkpoint
             else "there was no checkpoint yet."
         )
-        raise Interrupted(f"interrupted at once; {kept}") from None
+        raise Interrupted(f"interrupted at once; {message}") from None
 
 
 def _resume_command(directory: RunDirectory) -> str:

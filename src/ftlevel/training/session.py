@@ -187,7 +187,7 @@ def open_session(job: TrainingJob, resumed: ResumeState, stack: ExitStack) -> Tr
     is_sharded = config.train.shard != "none"
     initial_logits = probe_untrained(adapted, run) if is_sharded else None
     trainer = build_trainer(run, adapted, directory, resumed, processes)
-    write_beside = partial(write_tokenizer_and_card, run=run, base=base, start=auxiliary.start)
+    write_files = partial(write_tokenizer_and_card, run=run, base=base, start=auxiliary.start)
     callbacks = add_callbacks(
         trainer,
         run,
@@ -195,7 +195,7 @@ def open_session(job: TrainingJob, resumed: ResumeState, stack: ExitStack) -> Tr
         listener,
         processes,
         resumed.checkpoint,
-        None if adapted.start else write_beside,
+        None if adapted.start else write_files,
     )
     restore_progress(trainer, callbacks, directory, resumed, processes)
     watch = stack.enter_context(WatchProcesses(processes, listener.warn))

@@ -74,9 +74,9 @@ class ShardedTrainer(FtlevelTrainer):
         self._writes_aside = False
         self._whole = [p for p in trainable_parameters(self.model) if not isinstance(p, DTensor)]
 
-    def calls_of(self, own: int) -> int:
+    def calls_of(self, count: int) -> int:
         """Return the largest number of micro-batches of any process."""
-        return self.processes.most(own)
+        return self.processes.most(count)
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -137,14 +137,14 @@ class ShardedTrainer(FtlevelTrainer):
 
     def _has_room(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether half of the free host memory fits copies of all data that its processes write."""
-        own = sum(own_part(tensor).nbytes for tensor in tensors.values())
-        own += sum(
+        local_bytes = sum(own_part(tensor).nbytes for tensor in tensors.values())
+        local_bytes += sum(
             own_part(value).nbytes
             for state in self.optimizer.state.values()
             for value in state.values()
             if isinstance(value, Tensor)
         )
-        together = own * self.processes.world.local_size
+        together = local_bytes * self.processes.world.local_size
         return not self.processes.any(2 * together > free_memory_bytes("cpu"))
 
     def _write_parts(self, tensors: Mapping[str, Tensor], directory: Path) -> None:
@@ -162,9 +162,9 @@ class ShardedTrainer(FtlevelTrainer):
 
     def train(self, *arguments: Any, **named: Any) -> Any:
         """Train as Trainer does, and wait for background writes."""
-        found = super().train(*arguments, **named)
+        result = super().train(*arguments, **named)
         self._writer.end()
-        return found
+        return result
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load this process's part of a checkpoint's weights."""
@@ -289,16 +289,18 @@ def compare_weights(model: Any, directory: Path) -> float:
 
     A tensor that the saved model lacks raises RunError.
     """
-    own = model.state_dict(keep_vars=True)
+    tensors = model.state_dict(keep_vars=True)
     difference, seen = 0.0, set()
     for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, "pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 - it is no dict
-                part = part_of(stored.get_tensor(name), own[name])
-                apart = (own_part(own[name]).detach().cpu() - part).abs()
-                difference = max(difference, float(apart.max()) if apart.numel() else 0.0)
-                seen.add(id(own[name]))
-    missing = [name for name, tensor in own.items() if id(tensor) not in seen]
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                part = part_of(file.get_tensor(name), tensors[name])
+                differences = (own_part(tensors[name]).detach().cpu() - part).abs()
+                difference = max(
+                    difference, float(differences.max()) if differences.numel() else 0.0
+                )
+                seen.add(id(tensors[name]))
+    missing = [name for name, tensor in tensors.items() if id(tensor) not in seen]
     if missing:
         raise RunError(f"{directory} lacks {missing[0]}, which was trained.")
     return difference
@@ -308,55 +310,55 @@ def check_can_shard(run: Run, count: int) -> None:
     """Raise ConfigError with all reasons why the run does not support `--shard`."""
     if run.config.train.shard == "none":
         return
-    asked, method, problems = f"--shard {run.config.train.shard}", run.config.method, []
-    kind = METHODS[method.kind]
+    flag, method, problems = f"--shard {run.config.train.shard}", run.config.method, []
+    method_info = METHODS[method.kind]
     if count == 1:
         problems.append(
-            f"{asked}: one process has the whole model. Start several: --num-processes N, or a "
+            f"{flag}: one process has the whole model. Start several: --num-processes N, or a "
             "launcher such as torchrun."
         )
-    if kind.start is not None and kind.start.rewrites_base(method):
+    if method_info.start is not None and method_info.start.rewrites_base(method):
         problems.append(
-            f"{asked} cannot be used with a start that is taken out of the base's weights, which "
+            f"{flag} cannot be used with a start that is taken out of the base's weights, which "
             "no process has whole when the adapter is saved. Use the default initialization."
         )
-    if kind.why_not_continued:
+    if method_info.why_not_continued:
         problems.append(
-            f"{asked} cannot be used with --method {method.kind} yet: what it saves has other "
+            f"{flag} cannot be used with --method {method.kind} yet: what it saves has other "
             "shapes than what it trains, and is proven on a whole base. Use --method lora."
         )
     if run.model.quant.kind not in ("none", "4bit"):
         problems.append(
-            f"{asked} cannot be used with --quant {run.model.quant.kind}, whose weights cannot be "
+            f"{flag} cannot be used with --quant {run.model.quant.kind}, whose weights cannot be "
             "cut by rows alone. Use --quant 4bit, or none."
         )
     if isinstance(run.objective, LikelihoodObjective):
         problems.append(
-            f"{asked} cannot be used with --task preference yet: a reference that one process has "
+            f"{flag} cannot be used with --task preference yet: a reference that one process has "
             "kept and another has not would leave them waiting for one another. Use --shard none."
         )
     if isinstance(run.objective, PolicyObjective | StepObjective):
         problems.append(
-            f"{asked} cannot be used with --task {run.task.name} yet, which was never tried on a "
+            f"{flag} cannot be used with --task {run.task.name} yet, which was never tried on a "
             "sharded model. Use --shard none."
         )
     if run.config.distillation.teacher is not None:
         problems.append(
-            f"{asked} cannot be used with --teacher yet, which every process would hold whole. Use "
+            f"{flag} cannot be used with --teacher yet, which every process would hold whole. Use "
             "--shard none."
         )
-    if kind.build is None:
-        problems += _problems_of_full(run, asked)
+    if method_info.build is None:
+        problems += _problems_of_full(run, flag)
     if problems:
         raise ConfigError(problems)
 
 
-def _problems_of_full(run: Run, asked: str) -> list[str]:
+def _problems_of_full(run: Run, flag: str) -> list[str]:
     """Return the reasons why `--method full` cannot be sharded."""
     problems = []
     if run.model.dtype == "float16":
         problems.append(
-            f"{asked} cannot be used with --method full and --dtype float16: a scale would be "
+            f"{flag} cannot be used with --method full and --dtype float16: a scale would be "
             "halved where one process overflows, and not in the others. Use --dtype bfloat16."
         )
     if run.best is not None and run.best.loads:
@@ -364,17 +366,17 @@ def _problems_of_full(run: Run, asked: str) -> list[str]:
         if not run.config.train.load_best_model_at_end:
             best = f"--metric-for-best-model {run.config.train.metric_for_best_model}"
         problems.append(
-            f"{asked} cannot be used with --method full and {best}: each process holds a part of "
+            f"{flag} cannot be used with --method full and {best}: each process holds a part of "
             f"the trained weights, and only the last model is kept. Drop {best}, or use --shard "
             "none."
         )
     if run.config.speed.verify:
         problems.append(
-            f"{asked} cannot compare the fast step of --method full with the plain one, whose "
+            f"{flag} cannot compare the fast step of --method full with the plain one, whose "
             "gradients no process has whole. Drop --verify-fast, or use --shard none."
         )
     if run.config.train.on_nonfinite == "rollback":
         problems.append(
-            f"{asked} cannot be used with --method full and --on-nonfinite rollback. Use skip."
+            f"{flag} cannot be used with --method full and --on-nonfinite rollback. Use skip."
         )
     return problems

@@ -52,14 +52,14 @@ def shard(
     `slices` are weights to be read here in part; None if all are loaded.
     """
     mesh = init_device_mesh(device, (distributed.get_world_size(),))
-    own = replicated_parameters(model)
-    for parameter in own:
+    replicated = replicated_parameters(model)
+    for parameter in replicated:
         parameter.data = parameter.data.to(mesh.device_type)
     blocks = blocks_of(model)
     narrow = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     shared = list[FsdpUnit]()
     for block in blocks:
-        linears = cast_linears(block, dtype, own)
+        linears = cast_linears(block, dtype, replicated)
         if linears:
             shared.append(FsdpUnit(linears, (), not holds, narrow))
         shared.append(FsdpUnit([block], linears, not holds))
@@ -67,13 +67,13 @@ def shard(
     for part in [*shared, FsdpUnit([model], blocks, False)]:
         for module in part.modules:
             carry_quant_states(module, part.inside)
-        read = slices.put_aside(part.modules, keep=own) if slices is not None else None
+        read = slices.put_aside(part.modules, keep=replicated) if slices is not None else None
         fully_shard(
             part.modules,
             mesh=mesh,
             reshard_after_forward=part.gathers_again,
             mp_policy=part.precision,
-            ignored_params=own,
+            ignored_params=replicated,
         )
         if read is not None:
             read()
@@ -133,7 +133,7 @@ def blocks_of(model: Any) -> list[torch.nn.Module]:
 
 
 def cast_linears(
-    block: torch.nn.Module, dtype: torch.dtype, own: set[torch.nn.Parameter]
+    block: torch.nn.Module, dtype: torch.dtype, replicated: set[torch.nn.Parameter]
 ) -> list[Any]:
     """Return the linear layers of `block` with sharded trainable weights wider than `dtype`.
 
@@ -145,7 +145,7 @@ def cast_linears(
         for part in block.modules()
         if isinstance(part, torch.nn.Linear | Conv1D)
         and part.weight.requires_grad
-        and part.weight not in own
+        and part.weight not in replicated
         and part.weight.dtype.itemsize > dtype.itemsize
     ]
 
@@ -168,7 +168,7 @@ def gather(model: Any, keep: bool) -> Iterator[tuple[str, Tensor]]:
     seen: dict[int, Tensor] = {}  # preserves tied tensors
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
-            all_of_it = whole(tensor.detach())
-            seen[id(tensor)] = all_of_it.cpu() if keep else all_of_it[:0]
+            gathered = whole(tensor.detach())
+            seen[id(tensor)] = gathered.cpu() if keep else gathered[:0]
         if keep:
             yield name, seen[id(tensor)]

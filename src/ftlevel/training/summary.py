@@ -56,8 +56,8 @@ def resolved_config(run: Run) -> dict[str, Any]:
         values["data"]["overlong"] = run.data.facts["overlong"]  # auto may have dropped rows
     values["train"]["learning_rate"] = run.schedule.learning_rate
     head = run.schedule.head_learning_rate
-    apart = head != run.schedule.learning_rate
-    values["train"]["head_learning_rate"] = head if apart else None
+    differs = head != run.schedule.learning_rate
+    values["train"]["head_learning_rate"] = head if differs else None
     if run.config.quant.kind != "4bit":
         values["quant"] = {"kind": run.config.quant.kind}
     return values
@@ -82,9 +82,9 @@ def _cached_snapshot(source: ModelSource) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     for name in ("model.safetensors", "model.safetensors.index.json"):
-        found = try_to_load_from_cache(source.location, name, revision=source.revision or "main")
-        if isinstance(found, str):
-            return Path(found).parent
+        path = try_to_load_from_cache(source.location, name, revision=source.revision or "main")
+        if isinstance(path, str):
+            return Path(path).parent
     return None
 
 
@@ -164,8 +164,8 @@ def build_summary(run: Run, outcome: Outcome) -> dict[str, Any]:
     first = scores[0] if scores and scores[0]["step"] == 0 else {}
     last = scores[-1] if scores and scores[-1]["step"] > 0 else {}
     generated = outcome.evaluator.generated_rows if outcome.evaluator else 0
-    kept = outcome.kept
-    own = last if kept is None else next(r for r in reversed(scores) if r["step"] == kept.step)
+    best = outcome.kept
+    selected = last if best is None else next(r for r in reversed(scores) if r["step"] == best.step)
     return {
         "run": str(outcome.run),
         "recipe": outcome.recipe,
@@ -182,9 +182,9 @@ def build_summary(run: Run, outcome: Outcome) -> dict[str, Any]:
         "planned_steps": run.schedule.steps,
         **describe_losses([record["loss"] for record in records if "loss" in record]),
         "metrics_before": _scores(first),
-        "metrics": _scores(own),
+        "metrics": _scores(selected),
         "metrics_last": _scores(last),
-        "best": None if kept is None else kept.describe(),
+        "best": None if best is None else best.describe(),
         "proof": asdict(outcome.proof),
         "timings": dict(outcome.timings),
         "speed": dict(outcome.speed),
@@ -229,15 +229,15 @@ def describe_losses(losses: Sequence[float]) -> dict[str, Any]:
 
 def find_worse_than_before(summary: Mapping[str, Any]) -> list[str]:
     """Return a warning if no evaluation improved on the untrained model's, where that is known."""
-    best, before = summary["best"], summary["metrics_before"]
+    best, initial = summary["best"], summary["metrics_before"]
     name = best["metric"].removeprefix("eval_") if best else ""
-    if not best or name not in before:
+    if not best or name not in initial:
         return []
-    gain = best["best"] - before[name]
+    gain = best["best"] - initial[name]
     if (gain if best["greater_is_better"] else -gain) >= 0:
         return []
     return [
-        f"before the first step {best['metric']} was {before[name]:.4f}, and no evaluation after "
+        f"before the first step {best['metric']} was {initial[name]:.4f}, and no evaluation after "
         f"it was as good: the best had {best['best']:.4f}. Try a lower --learning-rate, or other "
         "rows."
     ]

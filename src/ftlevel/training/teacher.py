@@ -79,36 +79,35 @@ def precompute_teacher(run: Run, listener: Listener) -> TeacherPredictions | Non
         return None
     listener.stage("running the teacher")
     objective, rows = run.objective, run.data.train
-    other = load_config(teacher.found.source).get_text_config().vocab_size
-    dtype = outcome_dtype(settings, min(run.model.vocabulary, other))
-    begins = np.cumsum([0, *(_count(objective, row) for row in rows)]).tolist()
+    teacher_vocabulary = load_config(teacher.found.source).get_text_config().vocab_size
+    dtype = outcome_dtype(settings, min(run.model.vocabulary, teacher_vocabulary))
+    starts = np.cumsum([0, *(_count(objective, row) for row in rows)]).tolist()
     key = json.dumps([describe_cache_key(teacher, run), settings.kd_temperature, str(dtype)])
-    place, size = cache_path(run.config.data, "teacher", key, rows), begins[-1] * dtype.itemsize
-    _check_room(place, size)
+    path, size = cache_path(run.config.data, "teacher", key, rows), starts[-1] * dtype.itemsize
+    _check_room(path, size)
 
     def fill(into: np.ndarray) -> None:
         with load_auxiliary_model(teacher, run, listener) as (asking, adapted):
-            _fill(asking, adapted, begins, into)
+            _fill(asking, adapted, starts, into)
 
-    kept, was_whole = open_or_fill(place, (begins[-1],), dtype, fill)
-    how = "asked before and kept" if was_whole else "asked before step 1"
+    predictions, was_cached = open_or_fill(path, (starts[-1],), dtype, fill)
+    status = "asked before and kept" if was_cached else "asked before step 1"
     count = dtype["ids"].shape[0]
-    share = float(1 - np.exp(kept["known"][:, -1]).mean()) if count else 1.0
-    what = f"the top {count} tokens" if count else "all tokens"
-    told = (
-        f"{what} at {begins[-1]:,} positions, {share:.1%} of its probability; {size / 1e6:,.1f} MB"
-    )
-    listener.choices("teacher", [Choice("teacher", teacher.name, f"{how}: {told}")])
+    share = float(1 - np.exp(predictions["known"][:, -1]).mean()) if count else 1.0
+    tokens = f"the top {count} tokens" if count else "all tokens"
+    details = f"{tokens} at {starts[-1]:,} positions, {share:.1%} of its probability; "
+    details += f"{size / 1e6:,.1f} MB"
+    listener.choices("teacher", [Choice("teacher", teacher.name, f"{status}: {details}")])
     facts = {
         "teacher": teacher.name,
         "fingerprint": teacher.fingerprint,
-        "cached": was_whole,
+        "cached": was_cached,
         "tokens_kept": count or dtype["known"].shape[0],
-        "places": begins[-1],
+        "places": starts[-1],
         "probability_kept": share,
         "bytes": size,
     }
-    return TeacherPredictions(DistillationRows(rows, kept, begins), facts)
+    return TeacherPredictions(DistillationRows(rows, predictions, starts), facts)
 
 
 def _count(objective: TokenObjective, row: Encoded) -> int:
@@ -116,43 +115,45 @@ def _count(objective: TokenObjective, row: Encoded) -> int:
     return int(objective.count(torch.tensor([row.labels])))
 
 
-def _check_room(place: Path | None, size: int) -> None:
-    """Raise InputError if `place` does not exist and `size` bytes exceed the free disk space."""
-    if place is None or place.exists():
+def _check_room(path: Path | None, size: int) -> None:
+    """Raise InputError if `path` does not exist and `size` bytes exceed the free disk space."""
+    if path is None or path.exists():
         return
-    place.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(place.parent).free
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
     if size > free:
         raise InputError(
-            f"--teacher: its predictions take {size / 1e9:,.1f} GB, and {place.parent} has "
+            f"--teacher: its predictions take {size / 1e9:,.1f} GB, and {path.parent} has "
             f"{free / 1e9:,.1f} GB free. Lower --kd-top-k, or put the cache elsewhere with "
             "XDG_CACHE_HOME."
         )
 
 
-def _fill(run: Run, adapted: PreparedModel, begins: Sequence[int], into: np.ndarray) -> None:
-    """Write the missing items of `into` (targets,; mutated), a few rows at a time."""
+def _fill(run: Run, adapted: PreparedModel, starts: Sequence[int], array: np.ndarray) -> None:
+    """Write the missing items of `array` (targets,; mutated), a few rows at a time."""
     rows, model = run.data.train, adapted.model
     model.eval()
     with torch.no_grad(), autocast(run.model.device, run.model.dtype):
-        for begin in range(0, len(rows), AT_ONCE):
-            part = range(begin, min(begin + AT_ONCE, len(rows)))
-            if not is_missing(into[begins[part.start] : begins[part.stop]]).any():
+        for start in range(0, len(rows), AT_ONCE):
+            part = range(start, min(start + AT_ONCE, len(rows)))
+            if not is_missing(array[starts[part.start] : starts[part.stop]]).any():
                 continue
-            some = [rows[i] for i in part]
-            for chosen, known, ids in _expect(run, adapted, some, into.dtype):
-                of_rows = [begins[begin + i + 1] - begins[begin + i] for i in chosen]
-                ends = np.cumsum(of_rows)
-                for i, count, end in zip(chosen, of_rows, ends, strict=True):
-                    place, own = (
-                        slice(begins[begin + i], begins[begin + i + 1]),
+            batch_rows = [rows[i] for i in part]
+            for indices, log_probabilities, ids in _expect(run, adapted, batch_rows, array.dtype):
+                counts = [starts[start + i + 1] - starts[start + i] for i in indices]
+                ends = np.cumsum(counts)
+                for i, count, end in zip(indices, counts, ends, strict=True):
+                    target, source = (
+                        slice(starts[start + i], starts[start + i + 1]),
                         slice(end - count, end),
                     )
-                    into["ids"][place] = ids[own]
-                    into["known"][place, 1:] = known[own, 1:]
-                    into["known"][place, 0] = known[own, 0]  # last: marks it as filled
-            if isinstance(into, np.memmap):
-                into.flush()
+                    array["ids"][target] = ids[source]
+                    array["known"][target, 1:] = log_probabilities[source, 1:]
+                    array["known"][target, 0] = log_probabilities[
+                        source, 0
+                    ]  # last: marks it as filled
+            if isinstance(array, np.memmap):
+                array.flush()
 
 
 def _expect(
@@ -162,15 +163,15 @@ def _expect(
     objective, device, settings = run.objective, run.model.device, run.config.distillation
     if not isinstance(objective, TokenObjective):
         return
-    for chosen, batch in micro_batches(adapted.fast, rows, run.model.pad_id):
+    for indices, batch in micro_batches(adapted.fast, rows, run.model.pad_id):
         parts: list[tuple[Tensor, Tensor]] = []
         keep = partial(_keep, parts, run.model.vocabulary, settings, dtype)
         layout = batch.pop("layout", None)
-        moved = {name: value.to(device) for name, value in batch.items()}
+        inputs = {name: value.to(device) for name, value in batch.items()}
         with using_layout(layout.to(device) if layout is not None else None):
-            _show_scores(adapted, objective, moved, keep)
-        known, ids = (torch.cat([part[i] for part in parts]).numpy() for i in (0, 1))
-        yield chosen, known, ids
+            _show_scores(adapted, objective, inputs, keep)
+        log_probabilities, ids = (torch.cat([part[i] for part in parts]).numpy() for i in (0, 1))
+        yield indices, log_probabilities, ids
 
 
 def _keep(
@@ -181,8 +182,8 @@ def _keep(
     scores: Tensor,
     _: Tensor,
 ) -> None:
-    known, ids = select_top_k(scores[:, :vocabulary], settings, dtype)
-    parts.append((known.cpu(), ids.cpu()))
+    log_probabilities, ids = select_top_k(scores[:, :vocabulary], settings, dtype)
+    parts.append((log_probabilities.cpu(), ids.cpu()))
 
 
 def _show_scores(
@@ -255,15 +256,19 @@ def find_auxiliary_models(run: Run) -> AuxiliaryModels:
 def _find(run: Run, flag: str, name: str | None) -> ReferenceModel | None:
     if name is None:
         return None
-    path, out = Path(name).expanduser(), run.config.output.dir
-    if out is not None and path.exists() and path.resolve().is_relative_to(out.resolve()):
+    path, output_dir = Path(name).expanduser(), run.config.output.dir
+    if (
+        output_dir is not None
+        and path.exists()
+        and path.resolve().is_relative_to(output_dir.resolve())
+    ):
         raise ConfigError(
-            f"--output-dir {out} holds {flag} {name}, which is not changed. Choose another "
+            f"--output-dir {output_dir} holds {flag} {name}, which is not changed. Choose another "
             f"directory."
         )
     model = run.model
-    found = resolve_reference(flag, name, model.kind, model.tokenizer, model.device)
-    return found.in_precision(model.dtype)
+    model_ref = resolve_reference(flag, name, model.kind, model.tokenizer, model.device)
+    return model_ref.in_precision(model.dtype)
 
 
 @dataclass(frozen=True)
@@ -298,10 +303,14 @@ def find_text_models(run: Run) -> dict[str, ModelRef]:
 
 def with_text_models(run: Run, listener: Listener) -> Run:
     """Return the run with training rows that have the guide's vectors or the teacher's scores."""
-    for flag, found in find_text_models(run).items():
+    for flag, model_ref in find_text_models(run).items():
         listener.stage(f"embedding the texts with the {flag.removeprefix('--')}")
-        rows = EmbeddedRows(run.data.train, load_ref(found, run.model.device), flag == "--guide")
-        listener.choices("train", [Choice(flag[2:], found.base, f"{rows.texts:,} texts embedded")])
+        rows = EmbeddedRows(
+            run.data.train, load_ref(model_ref, run.model.device), flag == "--guide"
+        )
+        listener.choices(
+            "train", [Choice(flag[2:], model_ref.base, f"{rows.texts:,} texts embedded")]
+        )
         run = replace(run, data=replace(run.data, train=rows))
     return run
 
@@ -315,15 +324,15 @@ class EmbeddedRows(LazySequence[Encoded]):
         if not isinstance(objective, Embeddings):
             raise InputError(f"{model.task.name} is not the task of an embedding model.")
         self._is_cosine = objective.form.similarity == "cosine"
-        known: dict[tuple[str, bool], int] = {}
+        indices: dict[tuple[str, bool], int] = {}
         self._places: list[list[int]] = []
         for row in rows:
-            words = row.words if isinstance(row, EncodedTexts) else ()
+            texts = row.words if isinstance(row, EncodedTexts) else ()
             self._places.append(
-                [known.setdefault((text, not at), len(known)) for at, text in enumerate(words)]
+                [indices.setdefault((text, not at), len(indices)) for at, text in enumerate(texts)]
             )
-        self.texts = len(known)
-        self._vectors = _embed(model, objective, list(known))
+        self.texts = len(indices)
+        self._vectors = _embed(model, objective, list(indices))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -342,14 +351,16 @@ class EmbeddedRows(LazySequence[Encoded]):
 
 def _embed(model: LoadedModel, objective: Embeddings, texts: Sequence[tuple[str, bool]]) -> Tensor:
     """Return the vectors `(texts, dims)` of queries (True) and documents (False)."""
-    form, end = objective.form, model.options["embedding"].get("end")
-    encode = TextEncoder(model.tokenizer, form.query_prompt, form.document_prompt, end)
-    most = form.max_length or model.max_length
+    embedding_format, end = objective.form, model.options["embedding"].get("end")
+    encode = TextEncoder(
+        model.tokenizer, embedding_format.query_prompt, embedding_format.document_prompt, end
+    )
+    max_length = embedding_format.max_length or model.max_length
     rows: list[Encoded] = []
     for text, is_query in texts:
         example = EmbeddingRow(text, 0) if is_query else EmbeddingRow("", 0, (text,), (0.0,))
         (row,) = encode([example])
-        short = row.truncated(most) if most else row
+        short = row.truncated(max_length) if max_length else row
         rows.append((short or row).branches[-1])
     with torch.no_grad(), autocast(model.device, model.dtype):
         return embed_texts(

@@ -71,8 +71,8 @@ def rows_and_order(
 def row_order(run: Run) -> Sampler[int] | None:
     """Return the sampler of the rows, shared by all processes; None for Trainer's random one."""
     train, rows, seed = run.config.train, run.data.train, run.config.train.order_seed
-    is_whole = isinstance(run.objective, StepObjective)
-    if is_whole and run.config.embedding.batch_sampler == "no_duplicates":
+    uses_whole_step = isinstance(run.objective, StepObjective)
+    if uses_whole_step and run.config.embedding.batch_sampler == "no_duplicates":
         return DistinctTextSampler(rows, train.rows_per_step, seed)
     if train.train_sampling_strategy == "random":
         if not train.num_processes and not isinstance(run.objective, PolicyObjective):
@@ -223,8 +223,8 @@ class FtlevelTrainer(Trainer):
             if not self._is_padding:
                 self.tokens_seen += part["attention_mask"].sum().to(self.args.device)
         self.step_rows += [row.row for row in rows if row.row >= 0]
-        before = self._step_loss
-        self._step_loss = loss.detach() if before is None else before + loss.detach()
+        previous = self._step_loss
+        self._step_loss = loss.detach() if previous is None else previous + loss.detach()
         if self.replaces_nonfinite and not bool(torch.isfinite(loss)):
             return torch.full_like(loss, self._last_loss)
         return loss
@@ -283,12 +283,12 @@ class FtlevelTrainer(Trainer):
                 losses.append(super().training_step(model, dict(part), num_items_in_batch))
         return torch.stack(losses).sum()
 
-    def calls_of(self, own: int) -> int:
-        """Return the number of forward passes for a step of `own` micro-batches.
+    def calls_of(self, count: int) -> int:
+        """Return the number of forward passes for a step of `count` micro-batches.
 
         Additional micro-batches have zero loss; they make the number equal in all processes.
         """
-        return own
+        return count
 
     def _in_parallel(
         self,
@@ -444,8 +444,8 @@ class FtlevelTrainer(Trainer):
         """Return Trainer's FLOP estimate, summed over the micro-batches."""
         parts = inputs.get("micro_batches", [inputs])
         if not self._operations_per_token:
-            whole = int(super().floating_point_ops(parts[0]))
-            self._operations_per_token = whole // parts[0]["input_ids"].numel()
+            operations = int(super().floating_point_ops(parts[0]))
+            self._operations_per_token = operations // parts[0]["input_ids"].numel()
         return self._operations_per_token * sum(part["input_ids"].numel() for part in parts)
 
     def evaluate(
@@ -457,8 +457,8 @@ class FtlevelTrainer(Trainer):
         """Return the evaluator's metrics and log them, as Trainer does."""
         self._in_training = False
         # All processes use the same metrics, so that best model and early stopping agree.
-        own = self.evaluator(self.model)
-        scores = self.processes.from_first(lambda: own)
+        local_scores = self.evaluator(self.model)
+        scores = self.processes.from_first(lambda: local_scores)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(dict(metrics))
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -78,12 +78,12 @@ class WholeStep:
             trainer.tokens_computed += tokens
         in_parallel = bool(inputs.get("in_parallel"))
         forward = _Forward(self, model, parts, in_parallel=in_parallel)
-        own = forward.embed()
+        vectors = forward.embed()
         if (step := inputs.get("texts")) is None:
-            gradients = [torch.ones_like(part) for part in own]
-            loss = torch.stack([part.sum() for part in own]).sum().detach()
+            gradients = [torch.ones_like(part) for part in vectors]
+            loss = torch.stack([part.sum() for part in vectors]).sum().detach()
         else:
-            loss, gradients = self._loss(own, inputs["parts"], step)
+            loss, gradients = self._loss(vectors, inputs["parts"], step)
         forward.backward(gradients)
         return loss
 
@@ -108,31 +108,31 @@ class WholeStep:
     @contextlib.contextmanager
     def measure(self, tokens: int) -> Iterator[None]:
         """Measure the activations that a forward pass of `tokens` saves, inside the block."""
-        held: dict[Any, int] = {}
+        sizes: dict[Any, int] = {}
         weights = {storage_of(p) for p in self._trainer.model.parameters()}
 
         def keep(tensor: Tensor) -> Tensor:
             storage = storage_of(tensor)
             if storage not in weights:
-                held[storage] = tensor.untyped_storage().nbytes()
+                sizes[storage] = tensor.untyped_storage().nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             yield
-        self._bytes_per_token = max(sum(held.values()) / tokens, 1.0)
+        self._bytes_per_token = max(sum(sizes.values()) / tokens, 1.0)
 
     def _loss(
-        self, own: Sequence[Tensor], parts: Sequence[Sequence[int]], step: StepTexts
+        self, local_vectors: Sequence[Tensor], parts: Sequence[Sequence[int]], step: StepTexts
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the loss, and its gradient by the vectors of each own micro-batch."""
         trainer = self._trainer
         order = [index for part in parts for index in part]
-        vectors = torch.cat([part.detach().float() for part in own])
+        vectors = torch.cat([part.detach().float() for part in local_vectors])
         back = torch.empty(len(order), dtype=torch.long)
         back[torch.tensor(order)] = torch.arange(len(order))
         leaf = vectors[back.to(vectors.device)].requires_grad_()
-        everywhere, whole = self._gather(leaf, step)
-        loss = trainer.step_objective.step_loss(everywhere, whole)
+        everywhere, all_rows = self._gather(leaf, step)
+        loss = trainer.step_objective.step_loss(everywhere, all_rows)
         (gradient,) = torch.autograd.grad(loss, [leaf])
         # Gradients are averaged over processes, and each has its own vectors' share only.
         gradient = gradient * trainer.processes.count
@@ -143,13 +143,13 @@ class WholeStep:
         processes = self._trainer.processes
         if processes.count == 1:
             return leaf, step
-        said = processes.exchange((leaf.detach().cpu(), step))
-        rank, count, before = processes.world.rank, 0, list[StepTexts]()
-        for vectors, rows in said:
-            before.append(rows.after(count))
+        gathered = processes.exchange((leaf.detach().cpu(), step))
+        rank, count, all_rows = processes.world.rank, 0, list[StepTexts]()
+        for vectors, rows in gathered:
+            all_rows.append(rows.after(count))
             count += len(vectors)
-        vectors = [leaf if at == rank else v.to(leaf.device) for at, (v, _) in enumerate(said)]
-        return torch.cat(vectors), StepTexts.join(before)
+        vectors = [leaf if at == rank else v.to(leaf.device) for at, (v, _) in enumerate(gathered)]
+        return torch.cat(vectors), StepTexts.join(all_rows)
 
 
 class _Forward:
@@ -181,23 +181,23 @@ class _Forward:
                 with owner.measure(self._tokens[0]), using_generator(self._seed):
                     self._embed(0, keeps=True)
                 keeps = owner.keeps_graphs(self._calls, sum(self._tokens))
-            found = self._workers.forward(
+            vectors = self._workers.forward(
                 lambda number: self._embed(number, keeps=keeps), len(self._parts), self._seed
             )
-            self._kept = found if keeps else []
-            return found
-        found = []
+            self._kept = vectors if keeps else []
+            return vectors
+        vectors = []
         for number in range(self._calls):
             self._states.append(RandomState.now(self._trainer.args.device))
             if measures and not number:
                 with owner.measure(self._tokens[0]):
-                    found.append(self._embed(0, keeps=True))
+                    vectors.append(self._embed(0, keeps=True))
                 keeps = owner.keeps_graphs(self._calls, sum(self._tokens))
-                found = found if keeps else [found[0].detach()]
+                vectors = vectors if keeps else [vectors[0].detach()]
                 continue
-            found.append(self._embed(number, keeps=keeps))
-        self._kept = found if keeps else []
-        return found[: len(self._parts)]
+            vectors.append(self._embed(number, keeps=keeps))
+        self._kept = vectors if keeps else []
+        return vectors[: len(self._parts)]
 
     def backward(self, gradients: Sequence[Tensor]) -> None:
         """Accumulate the gradients of the parameters, given those of the vectors."""

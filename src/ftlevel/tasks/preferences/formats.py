@@ -51,12 +51,12 @@ class PairExample:
     @property
     def parts(self) -> ExampleParts:
         """Question and preferred answer for duplicate checks, which compare both answers."""
-        asked = "\n".join(t.content for t in self.prompt if t.role in ("user", "tool"))
-        before = "\0".join(
+        question = "\n".join(t.content for t in self.prompt if t.role in ("user", "tool"))
+        context = "\0".join(
             (join_turns(self.prompt), join_turns(self.rejected), str(self.tools or ""))
         )
         good = join_turns(self.chosen)
-        return ExampleParts(asked, good, before, good, written=True)
+        return ExampleParts(question, good, context, good, written=True)
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class LabeledAnswer:
     @property
     def parts(self) -> ExampleParts:
         """Question with answer, and label, for duplicate checks."""
-        asked = "\n".join(t.content for t in self.prompt if t.role in ("user", "tool"))
-        before = "\0".join(
+        question = "\n".join(t.content for t in self.prompt if t.role in ("user", "tool"))
+        context = "\0".join(
             (join_turns(self.prompt), join_turns(self.answer), str(self.tools or ""))
         )
         return ExampleParts(
-            asked, join_turns(self.answer), before, str(self.desirable), written=True
+            question, join_turns(self.answer), context, str(self.desirable), written=True
         )
 
 
@@ -96,11 +96,11 @@ def join_turns(turns: Sequence[Message]) -> str:
 def build_pair(roles: RoleValues) -> PairExample:
     """Return two answers to a prompt, from any of the layouts."""
     if "ranked" in roles:
-        good, bad, scores = _best_and_worst(roles)
+        better, worse, scores = _best_and_worst(roles)
     elif "output" in roles:
-        (good, bad), scores = _two(roles), ()
+        (better, worse), scores = _two(roles), ()
     else:
-        good, bad = roles.get("chosen"), roles.get("rejected")
+        better, worse = roles.get("chosen"), roles.get("rejected")
         scores = tuple(
             _number(roles, role) for role in ("score_chosen", "score_rejected") if role in roles
         )
@@ -109,15 +109,15 @@ def build_pair(roles: RoleValues) -> PairExample:
         if not prompt or prompt[-1].role != "assistant":
             raise UnusableRowError("does not end with an answer of the assistant", "unsupervised")
         prompt, chosen = prompt[:-1], prompt[-1:]
-        return _pair(roles, prompt, chosen, _answer(roles, "rejected", bad), scores)
-    chosen, rejected = _answer(roles, "chosen", good), _answer(roles, "rejected", bad)
+        return _pair(roles, prompt, chosen, _answer(roles, "rejected", worse), scores)
+    chosen, rejected = _answer(roles, "chosen", better), _answer(roles, "rejected", worse)
     common = 0
     while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
         common += 1
     if common:
-        own = tuple(chosen[:common])
-        repeats = own[-len(prompt) :] == prompt or _same(own, prompt)
-        prompt = max(prompt, own, key=len) if repeats else (*prompt, *own)
+        shared = tuple(chosen[:common])
+        repeats = shared[-len(prompt) :] == prompt or _same(shared, prompt)
+        prompt = max(prompt, shared, key=len) if repeats else (*prompt, *shared)
     chosen, rejected = chosen[common:], rejected[common:]
     return _pair(roles, prompt, chosen, rejected, scores)
 
@@ -163,11 +163,11 @@ def _judged(roles: RoleValues, desirable: bool) -> LabeledAnswer:
 
 
 def _verdict(value: object, column: str) -> bool:
-    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-    found = known.get(str(value).strip().lower())
-    if found is None:
+    verdicts = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    verdict = verdicts.get(str(value).strip().lower())
+    if verdict is None:
         raise UnusableRowError(f"{column!r} is {value!r}, where true or false is expected")
-    return found
+    return verdict
 
 
 def _number(roles: RoleValues, role: str) -> float:
@@ -200,8 +200,8 @@ def _prompt(roles: RoleValues) -> Turns:
             text = check_text(value, repr(roles.columns[role]))
             return tuple(_hh_turns(text)) or (Message("user", text),)
     if "instruction" in roles:
-        ask, more = roles.text("instruction"), roles.text_or_empty("input")
-        return (Message("user", f"{ask}\n\n{more}" if more else ask),)
+        ask, extra = roles.text("instruction"), roles.text_or_empty("input")
+        return (Message("user", f"{ask}\n\n{extra}" if extra else ask),)
     return ()
 
 
@@ -226,8 +226,8 @@ def _hh_turns(text: str) -> list[Message]:
     pieces = _HH.split(text)[1:]
     names = {"Human": "user", "Assistant": "assistant"}
     turns = [
-        Message(names[who], said.strip())
-        for who, said in zip(pieces[::2], pieces[1::2], strict=True)
+        Message(names[speaker], content.strip())
+        for speaker, content in zip(pieces[::2], pieces[1::2], strict=True)
     ]
     if turns[-1].role == "assistant" and not turns[-1].content:  # a trailing "\n\nAssistant:"
         turns.pop()
@@ -238,8 +238,8 @@ def _hh_turns(text: str) -> list[Message]:
 
 def _same(one: Turns, other: Turns) -> bool:
     """Return whether two prompts are equal apart from a system turn."""
-    plain = [[t.content for t in turns if t.role != "system"] for turns in (one, other)]
-    return plain[0] == plain[1]
+    contents = [[t.content for t in turns if t.role != "system"] for turns in (one, other)]
+    return contents[0] == contents[1]
 
 
 def _two(roles: RoleValues) -> tuple[object, object]:

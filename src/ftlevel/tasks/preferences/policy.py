@@ -52,9 +52,9 @@ class AnswerTask(BaseTask):
 
     def configured(self, options: Mapping[str, Any]) -> AnswerTask:
         """Return the task with the loss of a configuration or model card."""
-        known = dict(options.get("preference", {}))
-        smoothing = known.pop("smoothing", 0.0)
-        settings = PreferenceConfig(**known)
+        values = dict(options.get("preference", {}))
+        smoothing = values.pop("smoothing", 0.0)
+        settings = PreferenceConfig(**values)
         if settings.facts.smoothed and not smoothing:
             smoothing = SMOOTHING
         return replace(self, settings=settings, smoothing=smoothing)
@@ -68,8 +68,8 @@ class AnswerTask(BaseTask):
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
         """Return the format of `columns`; suggest `--loss kto` for single labeled answers."""
-        loss, told = self.settings.loss, config.columns or config.format
-        if self.settings.facts.paired and not told and not fits(columns, PAIR_SHAPES):
+        loss, is_mapped = self.settings.loss, config.columns or config.format
+        if self.settings.facts.paired and not is_mapped and not fits(columns, PAIR_SHAPES):
             if fits(columns, JUDGED_SHAPES):
                 raise InputError(
                     f"--loss {loss} learns from pairs of answers, and these rows have one answer "
@@ -77,9 +77,9 @@ class AnswerTask(BaseTask):
                 )
             half = {"chosen", "rejected"} & {column.lower() for column in columns}
             if len(half) == 1:
-                there, missing = half.copy().pop(), ({"chosen", "rejected"} - half).pop()
+                present, missing = half.copy().pop(), ({"chosen", "rejected"} - half).pop()
                 raise InputError(
-                    f"there is a column {there!r}, and no {missing!r}: --task {self.name} learns "
+                    f"there is a column {present!r}, and no {missing!r}: --task {self.name} learns "
                     f"from pairs of answers. Name it: --map {missing}=COLUMN."
                 )
         task = (
@@ -131,16 +131,16 @@ class AnswerTask(BaseTask):
 
     def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
         """Return the number of targets, and the loss."""
-        told = {name: value for name, value in self.options.items() if name not in _UNTOLD}
-        if "beta" in told:
-            told["beta"] = self.settings.effective_beta
-        if "simpo_gamma" in told:
-            told["simpo_gamma"] = self.settings.margin
+        values = {name: value for name, value in self.options.items() if name not in _UNTOLD}
+        if "beta" in values:
+            values["beta"] = self.settings.effective_beta
+        if "simpo_gamma" in values:
+            values["simpo_gamma"] = self.settings.margin
         shown = ", ".join(
             f"{name.replace('_', ' ')} {value:g}"
             if isinstance(value, float | int)
             else f"{name.replace('_', ' ')} {value}"
-            for name, value in told.items()
+            for name, value in values.items()
         )
         return [Choice("loss", self.settings.loss, shown), *super().describe_rows(loaded, facts)]
 
@@ -148,8 +148,8 @@ class AnswerTask(BaseTask):
     def options(self) -> dict[str, Any]:
         """Loss and its hyperparameters, as in a model card."""
         read = ("loss", *LOSSES[self.settings.loss or "dpo"].reads)
-        told = {name: getattr(self.settings, name) for name in read}
-        return told | ({"smoothing": self.smoothing} if self.settings.facts.smoothed else {})
+        values = {name: getattr(self.settings, name) for name in read}
+        return values | ({"smoothing": self.smoothing} if self.settings.facts.smoothed else {})
 
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Return the loss and its hyperparameters."""
@@ -158,11 +158,11 @@ class AnswerTask(BaseTask):
     def imagine_row(self, ids: list[int], row: int) -> Encoded:
         """Return a synthetic row: three quarters of `ids` as prompt, the rest as answers."""
         prompt, reference = len(ids) - max(1, len(ids) // 4), () if self.scored else (0.0, 0.0)
-        own, other = ([IGNORED] * prompt + ids[prompt:]), ids[: len(ids) - prompt]
+        labels, answer = ([IGNORED] * prompt + ids[prompt:]), ids[: len(ids) - prompt]
         if not self.settings.facts.paired:
-            return LabeledAnswerRow(ids, own, row, {}, prompt, row % 2, reference)
-        one = Encoded(ids, own, row)
-        two = Encoded(ids[:prompt] + other, own[:prompt] + other, row)
+            return LabeledAnswerRow(ids, labels, row, {}, prompt, row % 2, reference)
+        one = Encoded(ids, labels, row)
+        two = Encoded(ids[:prompt] + answer, labels[:prompt] + answer, row)
         pair = build_pair_row(one, two, prompt, 0.0, scored=self.scored)
         return replace(pair, reference=reference)
 
@@ -205,11 +205,11 @@ class PreferenceTask(AnswerTask, TextTask):
         """Return `prepared` with contrast answers, if the loss is kto."""
         if self.settings.loss != "kto":
             return prepared
-        most, held_out = prepared.max_length, prepared.validation
+        max_length, held_out = prepared.max_length, prepared.validation
         return replace(
             prepared,
-            train=ContrastedRows(prepared.train, most),
-            validation=ContrastedRows(held_out, most) if len(held_out) else held_out,
+            train=ContrastedRows(prepared.train, max_length),
+            validation=ContrastedRows(held_out, max_length) if len(held_out) else held_out,
         )
 
     def fix(
@@ -228,14 +228,14 @@ class PreferenceTask(AnswerTask, TextTask):
         self, row: Encoded, names: Sequence[str], kind: str, speller: Speller
     ) -> list[str | None]:
         """Return the target at each token; the first token of each answer shows its label."""
-        shown = super().show_targets(row, names, kind, speller)
+        targets = super().show_targets(row, names, kind, speller)
         if not isinstance(row, PairRow) or row.is_apart:
-            return shown
-        for begin, name in ((row.prompt, "preferred"), (row.prompt + row.chosen, "rejected")):
-            first = next((at for at in range(begin, len(shown)) if shown[at] is not None), None)
+            return targets
+        for start, name in ((row.prompt, "preferred"), (row.prompt + row.chosen, "rejected")):
+            first = next((at for at in range(start, len(targets)) if targets[at] is not None), None)
             if first is not None:
-                shown[first] = name
-        return shown
+                targets[first] = name
+        return targets
 
 
 _TEXT = next(task for task in TEXT_TASKS if task.name == "text-generation")

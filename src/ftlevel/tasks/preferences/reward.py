@@ -70,9 +70,9 @@ class RewardTask(AnswerTask):
                 f"a reward model has one score, and this one has {model_config.num_labels} "
                 "classes. Choose another, or --task text-classification."
             )
-        form = self.prompt_format(Format(self.name, "", build_scored, {}), kind, tokenizer)
+        prompt_format = self.prompt_format(Format(self.name, "", build_scored, {}), kind, tokenizer)
         return {
-            "prompt": form.to_dict() if form else {},
+            "prompt": prompt_format.to_dict() if prompt_format else {},
             "options": {"problem_type": "regression", "preference": {"loss": "reward"}},
         }
 
@@ -88,14 +88,14 @@ class RewardTask(AnswerTask):
         format_: Format,
         labels: Sequence[str],
         options: Mapping[str, Any],
-        wanted: OutputOptions,
+        requested: OutputOptions,
     ) -> dict[str, Column]:
         """Return one score column."""
-        check_options(wanted, "a reward model", "")
+        check_options(requested, "a reward model", "")
         return {"": "number"}
 
     def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], wanted: OutputOptions
+        self, model: PromptedModel, questions: Sequence[Any], requested: OutputOptions
     ) -> list[Prediction]:
         """Return the score of each answer."""
         if model.prompt_format is None:
@@ -192,17 +192,17 @@ class ScoreMeter:
     def compute(self, loss: float) -> dict[str, float]:
         """Return the metrics; a tie counts as wrong."""
         good, bad, good_length, bad_length = np.concatenate(self._seen).T
-        apart, longer = good - bad, good_length - bad_length
-        found = {
-            "accuracy": float((apart > 0).mean()),
-            "margin": float(apart.mean()),
+        margins, longer = good - bad, good_length - bad_length
+        metrics = {
+            "accuracy": float((margins > 0).mean()),
+            "margin": float(margins.mean()),
             "score_chosen": float(good.mean()),
             "score_rejected": float(bad.mean()),
-            "ece": calibration_error(apart),
+            "ece": calibration_error(margins),
         }
-        if len(apart) > 1 and apart.std() > 0 and longer.std() > 0:
-            found["length_correlation"] = float(np.corrcoef(apart, longer)[0, 1])
-        return found
+        if len(margins) > 1 and margins.std() > 0 and longer.std() > 0:
+            metrics["length_correlation"] = float(np.corrcoef(margins, longer)[0, 1])
+        return metrics
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
         """Return the scores of the only pair seen."""
@@ -210,16 +210,18 @@ class ScoreMeter:
         return {"score_chosen": round(float(good), 4), "score_rejected": round(float(bad), 4)}
 
 
-def calibration_error(apart: np.ndarray) -> float:
+def calibration_error(margins: np.ndarray) -> float:
     """Return the expected calibration error over ten bins (Guo et al., 2017)."""
-    sure = 1 / (1 + np.exp(-np.abs(np.clip(apart, -500, 500))))
-    bins = np.minimum(((sure - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    confidence = 1 / (1 + np.exp(-np.abs(np.clip(margins, -500, 500))))
+    bins = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
     total = 0.0
     for number in range(BINS):
-        here = bins == number
-        if here.any():
-            total += here.sum() * abs((apart[here] > 0).mean() - sure[here].mean())
-    return float(total / len(apart)) if len(apart) else math.nan
+        selected = bins == number
+        if selected.any():
+            total += selected.sum() * abs(
+                (margins[selected] > 0).mean() - confidence[selected].mean()
+            )
+    return float(total / len(margins)) if len(margins) else math.nan
 
 
 def _scored_shape(shape: FormatSpec) -> FormatSpec:

@@ -164,9 +164,9 @@ class ContrastedRows(LazySequence[Encoded]):
     per row.
     """
 
-    def __init__(self, rows: Sequence[Encoded], most: int) -> None:
+    def __init__(self, rows: Sequence[Encoded], max_length: int) -> None:
         self.rows = rows
-        self._most = most
+        self._most = max_length
         prompts = [_prompt(row) for row in rows]
         self._partner = np.zeros(len(rows), dtype=np.int64)
         for index in range(len(rows)):
@@ -199,8 +199,8 @@ class ReferencedRows(LazySequence[Encoded]):
 
     def _item(self, at: int) -> Encoded:
         row: Any = self.rows[at]
-        known = () if self.reference is None else tuple(self.reference[at].tolist())
-        return replace(row, reference=known)
+        reference = () if self.reference is None else tuple(self.reference[at].tolist())
+        return replace(row, reference=reference)
 
 
 def _prompt(row: Encoded) -> tuple[int, ...]:
@@ -219,12 +219,12 @@ def build_pair_row(
     first: Encoded, second: Encoded, prompt: int, margin: float, *, scored: bool
 ) -> PairRow:
     """Return the row of two encoded answers with a common prompt of `prompt` tokens."""
-    kind = ScoredPairRow if scored else PairRow
+    row_class = ScoredPairRow if scored else PairRow
     one, two = _labels(first), _labels(second)
     if not prompt:
-        return kind(first.input_ids, one + two, first.row, {}, 0, len(one), margin)
+        return row_class(first.input_ids, one + two, first.row, {}, 0, len(one), margin)
     masked = [IGNORED] * prompt
-    return kind(
+    return row_class(
         first.input_ids + second.input_ids[prompt:],
         masked + one[prompt:] + two[prompt:],
         first.row,
@@ -266,9 +266,9 @@ class PreferenceEncoder:
         rows: list[Encoded] = []
         for one, two, example in zip(good, bad, examples, strict=True):
             if self.judged:
-                both = [self._judge(one, example, True), self._judge(two, example, False)]
+                pair = [self._judge(one, example, True), self._judge(two, example, False)]
                 # Alternate, so that answers contrast equally often with good and bad ones.
-                rows += both if example.row % 2 else both[::-1]
+                rows += pair if example.row % 2 else pair[::-1]
             else:
                 rows.append(self._pair(one, two, example))
         return rows
@@ -321,8 +321,8 @@ class PreferenceEncoder:
 
 def _as_one_text(tokenizer: Any, talk: Conversation) -> Encoded:
     """Return the earlier turns and the last turn, each ended by SEP."""
-    *before, last = talk.messages
-    start = list(tokenizer("\n\n".join(turn.content for turn in before))["input_ids"])
+    *earlier, last = talk.messages
+    start = list(tokenizer("\n\n".join(turn.content for turn in earlier))["input_ids"])
     end = list(tokenizer(last.content, add_special_tokens=False)["input_ids"])
     end.append(tokenizer.sep_token_id)
     return Encoded(start + end, [IGNORED] * len(start) + end, talk.row)
@@ -346,21 +346,21 @@ def find_answer(row: Encoded, prompt: Sequence[Message], *, encoder: bool = Fals
     labels = row.labels if isinstance(row.labels, list) else []
     if encoder:
         return next(at for at, label in enumerate(labels) if label != IGNORED)
-    before = sum(turn.role == "assistant" for turn in prompt)
+    earlier = sum(turn.role == "assistant" for turn in prompt)
     starts = [
         at
         for at, label in enumerate(labels)
         if label != IGNORED and (not at or labels[at - 1] == IGNORED)
     ]
-    if len(starts) <= before:
+    if len(starts) <= earlier:
         raise RowError(row.row, "has an answer without a token of its own.")
-    return starts[before]
+    return starts[earlier]
 
 
-def count_common(one: Encoded, two: Encoded, most: int) -> int:
-    """Return the length of the common prefix of both rows, at most `most` tokens."""
-    pairs = zip(one.input_ids[:most], two.input_ids[:most], strict=False)
-    return next((at for at, (a, b) in enumerate(pairs) if a != b), most)
+def count_common(one: Encoded, two: Encoded, limit: int) -> int:
+    """Return the length of the common prefix of both rows, at most `limit` tokens."""
+    pairs = zip(one.input_ids[:limit], two.input_ids[:limit], strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), limit)
 
 
 def _answer_alone(row: Encoded, start: int) -> Encoded:
@@ -404,24 +404,28 @@ def _whole(row: PairRow) -> Sequence[Encoded]:
 def check_answers(examples: Sequence[Any], loss: str) -> Sequence[tuple[str, int, str]]:
     """Return (check name, number of examples, description) for the whole set."""
     pairs = [example for example in examples if isinstance(example, PairExample)]
-    found: list[tuple[str, int, str]] = []
+    findings: list[tuple[str, int, str]] = []
     if pairs:
-        found += _length_bias(pairs)
+        findings += _length_bias(pairs)
         scored = [pair for pair in pairs if len(pair.scores) > 1]
         worse = [pair for pair in scored if pair.scores[0] <= pair.scores[1]]
         if worse:
-            told = f"row {worse[0].row + 1}: {worse[0].scores[0]:g} against {worse[0].scores[1]:g}"
-            found.append(("scores_disagree", len(worse), told))
+            description = (
+                f"row {worse[0].row + 1}: {worse[0].scores[0]:g} against {worse[0].scores[1]:g}"
+            )
+            findings.append(("scores_disagree", len(worse), description))
         leaks = [pair for pair in pairs if _repeats(pair)]
         if leaks:
-            found.append(("prompt_in_answer", len(leaks), f"row {leaks[0].row + 1}"))
-        return found
+            findings.append(("prompt_in_answer", len(leaks), f"row {leaks[0].row + 1}"))
+        return findings
     judged = [example for example in examples if isinstance(example, LabeledAnswer)]
     good = sum(example.desirable for example in judged)
     if judged and good in (0, len(judged)):
         word = "desirable" if good else "undesirable"
-        found.append(("one_verdict", len(judged), f"all are {word}, and --loss {loss} needs both"))
-    return found
+        findings.append(
+            ("one_verdict", len(judged), f"all are {word}, and --loss {loss} needs both")
+        )
+    return findings
 
 
 def _length_bias(pairs: Sequence[PairExample]) -> list[tuple[str, int, str]]:
@@ -431,17 +435,16 @@ def _length_bias(pairs: Sequence[PairExample]) -> list[tuple[str, int, str]]:
     share = (longer + sum(a == b for a, b in sizes) / 2) / len(pairs)
     if len(pairs) < FEWEST or 1 - BIASED < share < BIASED:
         return []
-    way = "longer" if share >= BIASED else "shorter"
+    direction = "longer" if share >= BIASED else "shorter"
     count = longer if share >= BIASED else len(pairs) - longer
-    told = (
-        f"a judge of length alone, for the {way} one, would be right in {max(share, 1 - share):.0%}"
-    )
-    return [("length_bias", count, told)]
+    accuracy = f"{max(share, 1 - share):.0%}"
+    description = f"a judge of length alone, for the {direction} one, would be right in {accuracy}"
+    return [("length_bias", count, description)]
 
 
 def _repeats(pair: PairExample) -> bool:
     """Return whether an answer starts with the whole last turn of the prompt (over two words)."""
-    asked = pair.prompt[-1].content.strip()
-    return len(asked.split()) > 2 and any(
-        join_turns(answer).strip().startswith(asked) for answer in (pair.chosen, pair.rejected)
+    question = pair.prompt[-1].content.strip()
+    return len(question.split()) > 2 and any(
+        join_turns(answer).strip().startswith(question) for answer in (pair.chosen, pair.rejected)
     )

@@ -56,10 +56,10 @@ class Recovery(TrainerCallback):
         self._listener = listener
         self._losses: deque[float] = deque(maxlen=_MEMORY)
         self._in_a_row, self._last = 0, 0
-        known = checkpoint / _LOSSES if checkpoint is not None else None
+        stored = checkpoint / _LOSSES if checkpoint is not None else None
         # Absent if the run started without spike_factor; the median then starts here.
-        if self._factor is not None and known is not None and known.exists():
-            self._losses.extend(json.loads(known.read_text(encoding="utf-8")))
+        if self._factor is not None and stored is not None and stored.exists():
+            self._losses.extend(json.loads(stored.read_text(encoding="utf-8")))
 
     @property
     def stops(self) -> bool:
@@ -75,19 +75,19 @@ class Recovery(TrainerCallback):
         """Return whether the step failed in any process."""
         return self._processes.any(is_wrong)
 
-    def decide(self, step: int, what: str, advice: str, *, in_weights: bool = False) -> None:
+    def decide(self, step: int, problem: str, advice: str, *, in_weights: bool = False) -> None:
         """Skip the step, roll back to a checkpoint, or raise RunError, as configured.
 
-        `what` and `advice` are sentences of the message. `in_weights` means that the optimizer step
-        was already made, so it cannot be skipped.
+        `problem` and `advice` are sentences of the message. `in_weights` means that the optimizer
+        step was already made, so it cannot be skipped.
         """
-        how = self._how
-        if how == "stop" or (how == "skip" and in_weights):
-            raise RunError(f"{what}.{self._rows()} {advice} {self._kept()}")
-        if how == "rollback":
-            self._go_back(step, what)
+        action = self._how
+        if action == "stop" or (action == "skip" and in_weights):
+            raise RunError(f"{problem}.{self._rows()} {advice} {self._kept()}")
+        if action == "rollback":
+            self._go_back(step, problem)
         else:
-            self._leave_out(step, what, "skipped")
+            self._leave_out(step, problem, "skipped")
 
     def look_for_spike(self, step: int, loss: float) -> None:
         """Skip or roll back a step whose `loss` exceeds `spike_factor` times the recent median.
@@ -97,42 +97,42 @@ class Recovery(TrainerCallback):
         if self._factor is None:
             return
         loss = self._processes.mean(loss)
-        usual = statistics.median(self._losses) if len(self._losses) >= _KNOWN else None
-        if usual is None or loss <= self._factor * usual:
+        median = statistics.median(self._losses) if len(self._losses) >= _KNOWN else None
+        if median is None or loss <= self._factor * median:
             self._losses.append(loss)
             return
-        what = (
+        problem = (
             f"the loss is {loss:.4g} at step {step}, more than {self._factor:g} times the usual "
-            f"{usual:.4g}"
+            f"{median:.4g}"
         )
         if self._newest() is None:
-            self._leave_out(step, what, "skipped")
+            self._leave_out(step, problem, "skipped")
         else:
-            self._go_back(step, what)
+            self._go_back(step, problem)
 
-    def _go_back(self, step: int, what: str) -> None:
+    def _go_back(self, step: int, problem: str) -> None:
         checkpoint = self._newest()
         if checkpoint is None:
             raise RunError(
-                f"{what}.{self._rows()} --on-nonfinite rollback has no checkpoint to go back to "
+                f"{problem}.{self._rows()} --on-nonfinite rollback has no checkpoint to go back to "
                 "yet. Save more often (--save-steps), or use --on-nonfinite skip."
             )
         self._trainer.restore(checkpoint)
-        self._leave_out(step, what, f"rolled back to {checkpoint.name}")
+        self._leave_out(step, problem, f"rolled back to {checkpoint.name}")
 
-    def _leave_out(self, step: int, what: str, how: str) -> None:
+    def _leave_out(self, step: int, problem: str, action: str) -> None:
         self._in_a_row = self._in_a_row + 1 if step == self._last + 1 else 1
         self._last = step
         if self._in_a_row > _PATIENCE:
             raise RunError(
-                f"{what}, and so it was in the {_PATIENCE} steps before, which were left out. "
+                f"{problem}, and so it was in the {_PATIENCE} steps before, which were left out. "
                 f"Lower --learning-rate, or use --dtype float32. {self._kept()}"
             )
         self._trainer.drop_gradient()
-        note = {"step": step, "what": what, "how": how, "rows": self._trainer.step_rows}
+        note = {"step": step, "what": problem, "how": action, "rows": self._trainer.step_rows}
         if self._processes.is_first:
             self._directory.note(note)
-        self._listener.warn(f"{what}: {how}.{self._rows()}")
+        self._listener.warn(f"{problem}: {action}.{self._rows()}")
 
     def _newest(self) -> Path | None:
         return self._processes.from_first(
@@ -241,11 +241,14 @@ class GradientMonitor(TrainerCallback):
             if self._scales:
                 self._skip(state.global_step + 1)
                 return
-            bad = [n for (n, _), s in zip(trainable, sums, strict=True) if not torch.isfinite(s)]
+            nonfinite = [
+                n for (n, _), s in zip(trainable, sums, strict=True) if not torch.isfinite(s)
+            ]
             self.recovery.decide(
                 step,
-                f"the gradient is not finite at step {step} ({len(bad):,} of {len(trainable):,} "
-                f"tensors, such as {bad[0]})",
+                f"the gradient is not finite at step {step} ({len(nonfinite):,} of "
+                f"{len(trainable):,} "
+                f"tensors, such as {nonfinite[0]})",
                 f"{_STOPPED} Lower --learning-rate, or use --dtype float32.",
             )
             return
@@ -264,13 +267,16 @@ class GradientMonitor(TrainerCallback):
             return
         if are_finite(p for _, p in self._trainable):
             return
-        bad = [name for name, p in self._trainable if not bool(torch.isfinite(whole(p)).all())]
-        if bad:  # the norm of finite weights may overflow
+        nonfinite = [
+            name for name, p in self._trainable if not bool(torch.isfinite(whole(p)).all())
+        ]
+        if nonfinite:  # the norm of finite weights may overflow
             step = state.global_step + 1
             self.recovery.decide(
                 step,
-                f"{len(bad):,} of {len(self._trainable):,} trained tensors are not finite after "
-                f"step {step}, such as {bad[0]}",
+                f"{len(nonfinite):,} of {len(self._trainable):,} trained tensors are not finite "
+                f"after "
+                f"step {step}, such as {nonfinite[0]}",
                 "They are not saved. Lower --learning-rate, or use another --optim.",
                 in_weights=True,
             )
@@ -289,23 +295,23 @@ class GradientMonitor(TrainerCallback):
         """Read deferred checks before the checkpoint gets its manifest."""
         self._read(state)
 
-    def _note(self, state: TrainerState, what: str, value: Tensor) -> None:
-        self._unread.append((state.global_step + 1, what, value.detach().float()))
+    def _note(self, state: TrainerState, name: str, value: Tensor) -> None:
+        self._unread.append((state.global_step + 1, name, value.detach().float()))
 
     def _read(self, state: TrainerState) -> None:
         """Synchronize with the device, and raise RunError if a value is not finite."""
         if not self._unread:
             return
         finite = torch.isfinite(torch.stack([value for _, _, value in self._unread])).tolist()
-        bad = [
+        nonfinite = [
             noted for noted, is_finite in zip(self._unread, finite, strict=True) if not is_finite
         ]
         self._unread = []
-        if bad:
-            step, what, _ = bad[0]
-            verb = "are" if what == "weights" else "is"
+        if nonfinite:
+            step, name, _ = nonfinite[0]
+            verb = "are" if name == "weights" else "is"
             raise RunError(
-                f"the {what} {verb} not finite at step {step}, which a GPU is asked for every "
+                f"the {name} {verb} not finite at step {step}, which a GPU is asked for every "
                 f"{LATEST} steps: this is step {state.global_step}. Nothing since is saved. Lower "
                 "--learning-rate, or use --dtype float32."
             )
@@ -361,14 +367,14 @@ class GradientMonitor(TrainerCallback):
 
 def are_finite(tensors: Iterable[Tensor | None]) -> bool:
     """Whether the total norm of `tensors` is finite, with one operation per group of tensors."""
-    there = [tensor.detach() for tensor in tensors if tensor is not None]
-    return bool(torch.isfinite(whole(torch.nn.utils.get_total_norm(there))))
+    present = [tensor.detach() for tensor in tensors if tensor is not None]
+    return bool(torch.isfinite(whole(torch.nn.utils.get_total_norm(present))))
 
 
 def _largest(tensors: Iterable[Tensor | None]) -> Tensor:
     """Return the largest absolute value (a scalar); not finite if any value is not."""
-    there = [tensor.detach() for tensor in tensors if tensor is not None]
-    return whole(torch.nn.utils.get_total_norm(there, norm_type=math.inf))
+    present = [tensor.detach() for tensor in tensors if tensor is not None]
+    return whole(torch.nn.utils.get_total_norm(present, norm_type=math.inf))
 
 
 def _absolute_sum(gradient: Tensor | None) -> Tensor:

@@ -85,12 +85,12 @@ class Report(TrainerCallback):
             return
         if not any(name.startswith("eval_") for name in logs):
             self._count()  # reading the loss synchronized the GPU
-        began = self.first_step_at or time.perf_counter()
+        start = self.first_step_at or time.perf_counter()
         record = {
             "step": state.global_step,
             **logs,
             "tokens": self.tokens_seen(),
-            "elapsed_s": round(time.perf_counter() - began, 3),
+            "elapsed_s": round(time.perf_counter() - start, 3),
             "train_s": round(self.train_s, 3),
             "memory_bytes": self.memory(),
         }
@@ -157,9 +157,9 @@ class Interrupt(TrainerCallback):
             self._wish = max(self._wish, self._SAVE)
             return
         if self.received and self._processes.count == 1:
-            before = self._before.get(number)
-            if callable(before):
-                before(number, frame)
+            handler = self._before.get(number)
+            if callable(handler):
+                handler(number, frame)
             raise KeyboardInterrupt
         self.received, self.exit_code, self._wish = name, 128 + number, self._STOP
 
@@ -168,11 +168,11 @@ class Interrupt(TrainerCallback):
     ) -> TrainerControl:
         """Save, and stop, if any process received a signal before the last step."""
         # Use the agreed value, not later signals, so that all stop after the same step.
-        wish = self._processes.most(self._wish)
-        if wish and state.global_step < state.max_steps:
+        action = self._processes.most(self._wish)
+        if action and state.global_step < state.max_steps:
             control.should_save = True
             self._wish = 0
-        if wish == self._STOP and state.global_step < state.max_steps:
+        if action == self._STOP and state.global_step < state.max_steps:
             self.received = self.received or "of another process"
             self.has_stopped = True
             control.should_training_stop = True

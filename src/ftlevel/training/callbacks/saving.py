@@ -40,13 +40,15 @@ def check_disk_space(directory: Path | None, train: TrainerConfig, model: Any, s
     count as free space, because they are replaced or are among these checkpoints.
     """
     one, count = checkpoint_bytes(model, train.optim), _planned_checkpoints(train, steps)
-    where = directory or Path("runs")
-    place = next(path for path in (where, *where.absolute().parents) if path.exists())
-    held = sum(p.stat().st_size for p in where.rglob("*") if p.is_file()) if directory else 0
-    free = shutil.disk_usage(place).free
-    if one * count > free + held:
+    output_dir = directory or Path("runs")
+    mount = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    existing = (
+        sum(p.stat().st_size for p in output_dir.rglob("*") if p.is_file()) if directory else 0
+    )
+    free = shutil.disk_usage(mount).free
+    if one * count > free + existing:
         raise ConfigError(
-            f"--output-dir {where}: its disk has {free / 1e9:,.2f} GB free, and the run needs "
+            f"--output-dir {output_dir}: its disk has {free / 1e9:,.2f} GB free, and the run needs "
             f"about {one * count / 1e9:,.2f} GB there: {count} x {one / 1e9:,.2f} GB of "
             f"checkpoints (--save-total-limit {train.save_total_limit}, and the one that is being "
             "written). Free some, keep fewer, or name a directory on another disk."
@@ -56,8 +58,8 @@ def check_disk_space(directory: Path | None, train: TrainerConfig, model: Any, s
 def check_room_to_save(directory: RunDirectory, model: Any, optimizer: Any) -> None:
     """Raise RunError if the next checkpoint would fill the disk of `run`."""
     states = getattr(optimizer, "state", {}).values()
-    held = [part for state in states for part in state.values() if hasattr(part, "nbytes")]
-    needed = _trained_bytes(model) + sum(part.nbytes for part in held)
+    tensors = [part for state in states for part in state.values() if hasattr(part, "nbytes")]
+    needed = _trained_bytes(model) + sum(part.nbytes for part in tensors)
     free = shutil.disk_usage(directory.path).free
     if needed > free:
         raise RunError(
@@ -84,8 +86,8 @@ def _planned_checkpoints(train: TrainerConfig, steps: int) -> int:
         planned = math.ceil(train.num_train_epochs)
     elif train.save_strategy == "best":
         planned = train.save_total_limit + 1
-    elif every := train.save_steps:
-        planned = int(steps / every if every >= 1 else 1 / every)
+    elif interval := train.save_steps:
+        planned = int(steps / interval if interval >= 1 else 1 / interval)
     else:
         planned = 1
     return max(1, min(planned, train.save_total_limit + 1))
@@ -100,30 +102,32 @@ def explain_disk_errors(directory: RunDirectory) -> Iterator[None]:
         reason = _reason(error, directory)
         if reason is None:
             raise
-        told = RunError(f"{directory.path} cannot be written: {reason}. {_what_is_kept(directory)}")
-        told.is_reported = getattr(error, "is_reported", False)
-        raise told from error
+        run_error = RunError(
+            f"{directory.path} cannot be written: {reason}. {_what_is_kept(directory)}"
+        )
+        run_error.is_reported = getattr(error, "is_reported", False)
+        raise run_error from error
 
 
 def _reason(error: Exception, directory: RunDirectory) -> str | None:
     number = error.errno if isinstance(error, OSError) else None
     text = str(error)
-    of_writer = any(word in text for word in _WRITERS)
-    if number not in _FULL | _REFUSED and not of_writer:
+    is_writer_error = any(word in text for word in _WRITERS)
+    if number not in _FULL | _REFUSED and not is_writer_error:
         return None
     free = shutil.disk_usage(directory.path).free
-    if number in _FULL or "os error 28" in text or (of_writer and free < _NEXT_TO_NOTHING):
+    if number in _FULL or "os error 28" in text or (is_writer_error and free < _NEXT_TO_NOTHING):
         return f"its disk is full ({free / 1e6:,.1f} MB free)"
     return os.strerror(number) if number else text.split("\n")[0]
 
 
 def _what_is_kept(directory: RunDirectory) -> str:
     # On resume, newer incomplete checkpoints are renamed with a warning.
-    whole, _ = checkpoints.find_newest_intact(directory.checkpoints)
-    if whole is None:
+    checkpoint, _ = checkpoints.find_newest_intact(directory.checkpoints)
+    if checkpoint is None:
         return "There is no valid checkpoint: fix that, and start again with --overwrite."
     return (
-        f"{whole} is whole. Fix that, and go on with: ftlevel train --output-dir "
+        f"{checkpoint} is whole. Fix that, and go on with: ftlevel train --output-dir "
         f"{quote(str(directory.path))} --resume"
     )
 
@@ -140,13 +144,13 @@ class WriteManifest(TrainerCallback):
         self,
         directory: RunDirectory,
         keep: int,
-        write_beside: Callable[[Path], None] | None,
+        write_files: Callable[[Path], None] | None,
         processes: Processes,
         when_written: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
         self.directory = directory.checkpoints
         self.keep = keep
-        self._write_beside = write_beside
+        self._write_beside = write_files
         self._directory = directory
         self._processes = processes
         self._when_written = when_written

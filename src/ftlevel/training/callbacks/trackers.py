@@ -77,22 +77,22 @@ def tracking(
 
     Raises RunError if a tracker cannot be started.
     """
-    before = dict(os.environ)
-    begun: dict[str, Tracker] = {}
+    environment = dict(os.environ)
+    trackers: dict[str, Tracker] = {}
     try:
         for name in names:
             try:
-                begun[name] = _BEGIN[name](run)
+                trackers[name] = _BEGIN[name](run)
             except Exception as error:
                 raise RunError(f"--report-to {name} cannot be started: {error}") from error
-        if begun:
-            listener.choices("trackers", [Choice(n, t.where) for n, t in begun.items()])
-        yield [_write_to(name, tracker, listener) for name, tracker in begun.items()]
+        if trackers:
+            listener.choices("trackers", [Choice(n, t.where) for n, t in trackers.items()])
+        yield [_write_to(name, tracker, listener) for name, tracker in trackers.items()]
     finally:
-        for name, tracker in begun.items():
+        for name, tracker in trackers.items():
             with _or_warn(name, listener):
                 tracker.close()
-        for variable in os.environ.keys() - before.keys():  # set by wandb for its helper
+        for variable in os.environ.keys() - environment.keys():  # set by wandb for its helper
             del os.environ[variable]
 
 
@@ -148,23 +148,23 @@ def _begin_tensorboard(run: TrackedRun) -> Tracker:
 def _begin_wandb(run: TrackedRun) -> Tracker:
     import wandb
 
-    chosen = os.environ.get("WANDB_MODE")
-    is_known = bool(chosen) or wandb.login(prompt=False, verify=False)
-    found = wandb.init(
+    mode = os.environ.get("WANDB_MODE")
+    is_online = bool(mode) or wandb.login(prompt=False, verify=False)
+    wandb_run = wandb.init(
         project=run.project_or("WANDB_PROJECT"),
         name=run.name,
         dir=str(run.path),
-        mode=None if is_known else "offline",
+        mode=None if is_online else "offline",
         config=dict(run.config),
         settings=wandb.Settings(silent=True, console="off"),
     )
-    if found.offline:
-        why = "" if chosen else "not logged in: "
-        kept = Path(found.dir).parent
-        where = f"{kept} ({why}`wandb sync {kept}` sends it)"
+    if wandb_run.offline:
+        reason = "" if mode else "not logged in: "
+        directory = Path(wandb_run.dir).parent
+        where = f"{directory} ({reason}`wandb sync {directory}` sends it)"
     else:
-        where = str(found.url)
-    return Tracker(where, lambda metrics, step: found.log(metrics, step=step), found.finish)
+        where = str(wandb_run.url)
+    return Tracker(where, lambda metrics, step: wandb_run.log(metrics, step=step), wandb_run.finish)
 
 
 def _begin_mlflow(run: TrackedRun) -> Tracker:
@@ -176,24 +176,24 @@ def _begin_mlflow(run: TrackedRun) -> Tracker:
     address = os.environ.get("MLFLOW_TRACKING_URI")
     if not address and mlflow.is_tracking_uri_set():
         address = mlflow.get_tracking_uri()
-    own = run.path / "mlflow"
+    local = run.path / "mlflow"
     if not address:
-        own.mkdir(exist_ok=True)
-        address = f"sqlite:///{own.resolve() / 'mlflow.db'}"
+        local.mkdir(exist_ok=True)
+        address = f"sqlite:///{local.resolve() / 'mlflow.db'}"
     client = mlflow.MlflowClient(tracking_uri=address)
     project = run.project_or("MLFLOW_EXPERIMENT_NAME")
     experiment = client.get_experiment_by_name(project)
     number = experiment.experiment_id if experiment else client.create_experiment(project)
-    found = client.create_run(number, run_name=run.name).info.run_id
+    run_id = client.create_run(number, run_name=run.name).info.run_id
     parameters = [Param(k, str(v)[:500]) for k, v in _flat(run.config)]
-    for begin in range(0, len(parameters), 100):  # MLflow's limit
-        client.log_batch(found, params=parameters[begin : begin + 100])
+    for start in range(0, len(parameters), 100):  # MLflow's limit
+        client.log_batch(run_id, params=parameters[start : start + 100])
 
     def log(metrics: dict[str, float], step: int) -> None:
         now = round(time.time() * 1000)
-        client.log_batch(found, [Metric(k, v, now, step) for k, v in metrics.items()])
+        client.log_batch(run_id, [Metric(k, v, now, step) for k, v in metrics.items()])
 
-    return Tracker(address, log, lambda: client.set_terminated(found))
+    return Tracker(address, log, lambda: client.set_terminated(run_id))
 
 
 def _switch_telemetry_off() -> None:
@@ -218,14 +218,14 @@ def _begin_trackio(run: TrackedRun) -> Tracker:
             return do()
 
     project = run.project_or("TRACKIO_PROJECT")
-    found = quietly(
+    trackio_run = quietly(
         lambda: trackio.init(
             project=project, name=run.name, config=dict(run.config), resume="allow", embed=False
         )
     )
     return Tracker(
         f"project {project} (`trackio show --project {project}`)",
-        lambda metrics, step: found.log(metrics, step=step),
+        lambda metrics, step: trackio_run.log(metrics, step=step),
         lambda: quietly(trackio.finish),  # its exit handler then prints nothing
     )
 

@@ -104,41 +104,41 @@ def _bytes_of_head_copies(run: Run) -> int:
 
 
 def _with_holes(parts: dict[str, int]) -> int:
-    moving = sum(parts.get(part, 0) for part in _COME_AND_GO)
-    return sum(parts.values()) + min(MAX_FREE_HEAP_BYTES, int(HOLES * moving))
+    temporary = sum(parts.get(part, 0) for part in _COME_AND_GO)
+    return sum(parts.values()) + min(MAX_FREE_HEAP_BYTES, int(HOLES * temporary))
 
 
 def _bytes_of_loading(run: Run, step: StepMemory) -> int:
-    path, held = run.model.source.path, step.parts.get(WEIGHTS, 0)
+    path, weights = run.model.source.path, step.parts.get(WEIGHTS, 0)
     if path is None:
-        return held
+        return weights
     files = [path] if path.is_file() else path.glob("*.safetensors")
-    return held + sum(file.stat().st_size for file in files)
+    return weights + sum(file.stat().st_size for file in files)
 
 
 def _bytes_of_check(run: Run) -> int:
     """Return the bytes of verifying the fast step; 0 if it is not verified."""
-    few = choose_probe_rows(run.data.train) if run.fast.enabled else []
-    if run.config.speed.verify is False or not few:
+    rows = choose_probe_rows(run.data.train) if run.fast.enabled else []
+    if run.config.speed.verify is False or not rows:
         return 0
-    plain = run.with_settings(
-        "train", per_device_train_batch_size=len(few), gradient_accumulation_steps=1
+    plain_run = run.with_settings(
+        "train", per_device_train_batch_size=len(rows), gradient_accumulation_steps=1
     )
     wide: Any = replace(
-        plain,
+        plain_run,
         model=replace(run.model, dtype="float32"),
         fast=replace(run.fast, enabled=False),
-        data=replace(run.data, train=few),
+        data=replace(run.data, train=rows),
     )
-    found = estimate_step_memory(wide, 0)
-    moments = [dict(parts) for moment, parts in found.moments.items() if moment != UPDATE]
-    for each in moments:
-        each.pop(OPTIMIZER, None)
-    parts = max(moments, key=lambda each: sum(each.values()))
+    estimate = estimate_step_memory(wide, 0)
+    moments = [dict(parts) for moment, parts in estimate.moments.items() if moment != UPDATE]
+    for moment_parts in moments:
+        moment_parts.pop(OPTIMIZER, None)
+    parts = max(moments, key=lambda moment_parts: sum(moment_parts.values()))
     weights, trained = parts.get(WEIGHTS, 0), parts.get(ADAPTER, 0)
-    is_whole = METHODS[run.config.method.kind].build is None  # full: weights are always float32
-    narrow = 0 if is_whole else weights * _NARROW.get(run.model.dtype, 0) // 4
-    gradients = max(parts.get(GRADIENTS, 0), weights if is_whole else trained)
+    trains_base = METHODS[run.config.method.kind].build is None  # full: weights are always float32
+    narrow = 0 if trains_base else weights * _NARROW.get(run.model.dtype, 0) // 4
+    gradients = max(parts.get(GRADIENTS, 0), weights if trains_base else trained)
     parts[GRADIENTS] = gradients  # fast and plain step, and the initial values
     return _with_holes({part: int(size) for part, size in parts.items()}) + int(
         narrow + 2 * gradients
@@ -146,12 +146,12 @@ def _bytes_of_check(run: Run) -> int:
 
 
 def _bytes_of_proof(step: StepMemory) -> int:
-    held = sum(
+    persistent = sum(
         step.parts.get(part, 0)
         for part in step.parts
         if part not in (*_COME_AND_GO, OPTIMIZER, GRADIENTS)
     )
-    return held + 4 * 4 * PROBE_SCORES
+    return persistent + 4 * 4 * PROBE_SCORES
 
 
 ALLOCATOR = "allocator and context"
@@ -190,7 +190,7 @@ class Device:
         """
         context = CONTEXT_BYTES if self.kind == "cuda" else 0
         try:
-            found = self._tensors(run, self.memory - context)
+            memory = self._tensors(run, self.memory - context)
         except FtlevelError:
             raise
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
@@ -201,17 +201,17 @@ class Device:
                 "--max-steps 2: summary.json has the peak."
             ) from error
         if context:
-            moving = sum(found.parts.get(part, 0) for part in TEMPORARY_PARTS)
-            found.parts[ALLOCATOR] = context + int(SLACK * moving)
-        return found
+            moving = sum(memory.parts.get(part, 0) for part in TEMPORARY_PARTS)
+            memory.parts[ALLOCATOR] = context + int(SLACK * moving)
+        return memory
 
     def _tensors(self, run: Run, memory: int) -> StepMemory:
         if self.ranks == 1:
             return estimate_step_memory(run, memory)
-        way = run.config.train.shard
+        shard = run.config.train.shard
         shares = describe_shares(run)
-        saved = 0 if way == "none" else int(sum(shares.saved(self.ranks).values()))
-        return shares.estimate_rank(estimate_step_memory(run, memory + saved), self.ranks, way)
+        saved = 0 if shard == "none" else int(sum(shares.saved(self.ranks).values()))
+        return shares.estimate_rank(estimate_step_memory(run, memory + saved), self.ranks, shard)
 
 
 @dataclass(frozen=True)
@@ -243,18 +243,18 @@ class MemoryRequirement:
     @property
     def does_fit(self) -> bool:
         """Whether the run fits, with recomputed blocks where the run enables that itself."""
-        most = self.process or self.peak
-        return min(most, self.recomputed_peak or most) <= self.device.memory
+        peak = self.process or self.peak
+        return min(peak, self.recomputed_peak or peak) <= self.device.memory
 
     def verdict(self) -> str:
         """Return a one-line summary."""
         peak, memory = (f"{size / 2**30:,.2f} GiB" for size in (self.peak, self.device.memory))
         word = "fits" if self.does_fit else "does not fit"
         if self.recomputed_peak is not None:
-            least = f"{self.recomputed_peak / 2**30:,.2f} GiB"
-            word += f" with blocks recomputed, as auto does ({least} with all of them)"
-        whole = "" if self.process is None else f", {self.process / 2**30:,.2f} GiB the process"
-        return f"peak {peak}{whole} of {memory} ({self.device.name}), at the {self.at}: {word}"
+            recomputed = f"{self.recomputed_peak / 2**30:,.2f} GiB"
+            word += f" with blocks recomputed, as auto does ({recomputed} with all of them)"
+        process = "" if self.process is None else f", {self.process / 2**30:,.2f} GiB the process"
+        return f"peak {peak}{process} of {memory} ({self.device.name}), at the {self.at}: {word}"
 
 
 def estimate_requirement(run: Run, device: Device) -> MemoryRequirement:
@@ -265,15 +265,15 @@ def estimate_requirement(run: Run, device: Device) -> MemoryRequirement:
             bitsandbytes.
     """
     _check_quantization(run)
-    found = device.forecast(run)
+    memory = device.forecast(run)
     shares_memory = device.kind == "cpu" and device.ranks == 1
-    process = estimate_process(run, found) if shares_memory else None
-    need = MemoryRequirement(found.parts, found.at, device, found.tokens, process=process)
+    process = estimate_process(run, memory) if shares_memory else None
+    need = MemoryRequirement(memory.parts, memory.at, device, memory.tokens, process=process)
     chooses = run.config.train.gradient_checkpointing is None and device.kind == "cuda"
     if need.does_fit or not chooses:
         return need
-    least = device.forecast(run.with_settings("train", gradient_checkpointing=True)).peak
-    return replace(need, recomputed_peak=least if least < need.peak else None)
+    recomputed = device.forecast(run.with_settings("train", gradient_checkpointing=True)).peak
+    return replace(need, recomputed_peak=recomputed if recomputed < need.peak else None)
 
 
 def _check_quantization(run: Run) -> None:
@@ -330,18 +330,19 @@ class AlternativeContext:
 def list_alternatives(limits: AlternativeContext) -> list[Alternative]:
     """Return alternatives: the run's method and the usual ones, with and without checkpointing."""
     config = limits.config
-    own = config.method.kind, config.quant.kind
-    others = (way for way in _METHODS if way != _alike(own))
-    ways = [own, *others]
+    current = config.method.kind, config.quant.kind
+    others = (way for way in _METHODS if way != _alike(current))
+    methods = [current, *others]
     rows = config.train.per_device_train_batch_size
-    found = [
-        _try(way, ckpt, rows, None, limits) for way, ckpt in itertools.product(ways, (False, True))
+    alternatives = [
+        _try(way, ckpt, rows, None, limits)
+        for way, ckpt in itertools.product(methods, (False, True))
     ]
     length = config.data.max_length
     if isinstance(length, int):
         for other in (length // 2, length * 2):
-            found.append(_try(own, config.train.recomputes, rows, other, limits))
-    return [fit for fit in found if fit is not None]
+            alternatives.append(_try(current, config.train.recomputes, rows, other, limits))
+    return [fit for fit in alternatives if fit is not None]
 
 
 def _alike(way: tuple[str, str]) -> tuple[str, str]:
@@ -356,20 +357,25 @@ def find_cheapest(limits: AlternativeContext) -> Alternative | None:
     speed), 4-bit weights (precision), shorter rows (data).
     """
     config = limits.config
-    train, own = config.train, (config.method.kind, config.quant.kind)
+    train, current = config.train, (config.method.kind, config.quant.kind)
     rows, ckpt = train.per_device_train_batch_size, train.recomputes
-    four = own if own[1] == "4bit" else _alike((own[0], "4bit"))
+    four = current if current[1] == "4bit" else _alike((current[0], "4bit"))
     length = config.data.max_length
-    ways: list[tuple[tuple[str, str], bool, int, int | None]] = []
-    for quant, checkpointing in ((own, ckpt), (own, True), (four, ckpt), (four, True)):
-        ways += [(quant, checkpointing, some, None) for some in (rows, max(1, rows // 2), 1)]
+    candidates: list[tuple[tuple[str, str], bool, int, int | None]] = []
+    for quant, checkpointing in ((current, ckpt), (current, True), (four, ckpt), (four, True)):
+        candidates += [
+            (quant, checkpointing, micro_batch, None)
+            for micro_batch in (rows, max(1, rows // 2), 1)
+        ]
     if isinstance(length, int):
-        ways += [(four, True, 1, length // part) for part in (2, 4, 8) if length // part >= 64]
+        candidates += [
+            (four, True, 1, length // part) for part in (2, 4, 8) if length // part >= 64
+        ]
     too_large = set()
-    for way, checkpointing, some, other in dict.fromkeys(ways):
+    for way, checkpointing, micro_batch, max_length in dict.fromkeys(candidates):
         if way in too_large:
             continue
-        fit = _try(way, checkpointing, some, other, limits)
+        fit = _try(way, checkpointing, micro_batch, max_length, limits)
         if fit is not None and fit.fits:
             return fit
         if fit is not None and fit.least > limits.device.memory:
@@ -410,14 +416,14 @@ def _compute(
         forecast = limits.device.forecast(resolve(config, imagined=imagined))
     except FtlevelError:  # method and model do not match, or the row is too long
         return None
-    memory, most = limits.device.memory, None
-    moving = sum(forecast.parts.get(part, 0) for part in (ACTIVATIONS, WORKSPACE))
+    memory, max_rows = limits.device.memory, None
+    per_batch = sum(forecast.parts.get(part, 0) for part in (ACTIVATIONS, WORKSPACE))
     if limits.device.kind != "cpu":  # a CPU computes micro-batches of fixed size in turn
         free = memory - forecast.peak
-        most = min(max(0, rows + int(free // (moving / rows))), _MOST_ROWS)
-    least = sum(forecast.parts.get(part, 0) for part in (WEIGHTS, QUANTIZED, ADAPTER, OPTIMIZER))
+        max_rows = min(max(0, rows + int(free // (per_batch / rows))), _MOST_ROWS)
+    minimum = sum(forecast.parts.get(part, 0) for part in (WEIGHTS, QUANTIZED, ADAPTER, OPTIMIZER))
     flags = " ".join(_flags(limits.config.train, way, checkpointing, rows, length))
-    return Alternative(flags, forecast.peak, forecast.peak <= memory, most, least)
+    return Alternative(flags, forecast.peak, forecast.peak <= memory, max_rows, minimum)
 
 
 def _changed(
@@ -460,10 +466,10 @@ def _flags(
     if quant != "none" and method != "qlora":
         yield f"--quant {quant}"
     yield "--gradient-checkpointing" if checkpointing else "--no-gradient-checkpointing"
-    before = train.per_device_train_batch_size
+    configured = train.per_device_train_batch_size
     yield f"--per-device-train-batch-size {rows}"
-    if rows < before:
-        accumulated = train.gradient_accumulation_steps * -(-before // rows)
+    if rows < configured:
+        accumulated = train.gradient_accumulation_steps * -(-configured // rows)
         yield f"--gradient-accumulation-steps {accumulated}"
     if length is not None:
         yield f"--max-length {length}"
@@ -494,19 +500,19 @@ class MemoryEstimate:
     def choice(self) -> Choice:
         """Return the line shown at the start of the run."""
         if self.need is None:
-            known = f"not estimated{'' if self.reason else '; run `ftlevel plan`'}"
-            return Choice("memory", known, self.reason)
+            value = f"not estimated{'' if self.reason else '; run `ftlevel plan`'}"
+            return Choice("memory", value, self.reason)
         return Choice("memory", self.need.verdict(), "the plan; its parts: ftlevel plan")
 
     def compare(self, before: int) -> dict[str, Any]:
         """Return estimated and measured bytes; `before` is resident memory before loading."""
         if self.need is None:
             return {"peak_bytes": None, "reason": self.reason}
-        need, kind = self.need, self.need.device.kind
-        if kind == "cuda":
+        need, device = self.need, self.need.device.kind
+        if device == "cuda":
             planned, measured = need.peak - CONTEXT_BYTES, reserved_memory_bytes()
         else:
-            planned, measured = need.peak, peak_memory_bytes(kind) - before
+            planned, measured = need.peak, peak_memory_bytes(device) - before
         return {
             "peak_bytes": planned,
             "process_bytes": need.process,
@@ -516,10 +522,10 @@ class MemoryEstimate:
             "fits_in_memory": need.does_fit,
             "verdict": need.verdict(),
             "measured_bytes": measured,
-            "measured_process_bytes": None if need.process is None else peak_memory_bytes(kind),
-            "measured": _HOW.get(kind, _HOW["mps"]),
+            "measured_process_bytes": None if need.process is None else peak_memory_bytes(device),
+            "measured": _HOW.get(device, _HOW["mps"]),
             "off": planned / max(1, measured) - 1
-            if kind == "cuda"
+            if device == "cuda"
             else None,  # elsewhere the measurement covers more than the estimate
         }
 

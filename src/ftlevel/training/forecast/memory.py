@@ -94,13 +94,13 @@ def find_pruning(run: Run) -> Pruning:
     model = build_task_model(small, run.model.auto_class)
     if sum(parameter.numel() for parameter in model.parameters()) > MOST_PARAMETERS:
         return Pruning()
-    own = METHODS[run.config.method.kind]
+    method = METHODS[run.config.method.kind]
     base = replace(
         run, model=replace(run.model, config=small, quant=QuantConfig())
     ).base  # quantization does not change which tokens reach the loss
     base = replace(base, targets=targets_in(model, base.targets, [last]))
     model = apply_method(
-        model, own.start.default(run.config.method) if own.start else run.config.method, base
+        model, method.start.default(run.config.method) if method.start else run.config.method, base
     )
     model = _with_numbers(model)
     blocks = find_blocks(base_model(model))
@@ -184,16 +184,17 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
     pruning = find_pruning(run)
     batch = _fullest(run, pruning)
     fakes = [build_fake_model(run, some) for some in layers.tried]
-    whole = METHODS[run.config.method.kind].build is None
-    held = [
-        _hold_weights(LiveMemoryTracker(run.model.vocabulary), fake, whole=whole) for fake in fakes
+    trains_base = METHODS[run.config.method.kind].build is None
+    trackers = [
+        _hold_weights(LiveMemoryTracker(run.model.vocabulary), fake, trains_base=trains_base)
+        for fake in fakes
     ]
-    there = layers.extend([live.peaks for live in held])[FORWARD]
-    free = memory - int(sum(there.values())) if run.model.device == "cuda" else None
+    weights = layers.extend([live.peaks for live in trackers])[FORWARD]
+    free = memory - int(sum(weights.values())) if run.model.device == "cuda" else None
     peaks = layers.extend(
         [
             _watch(run, live, fake, batch, pruning=pruning, free=free)
-            for fake, live in zip(fakes, held, strict=True)
+            for fake, live in zip(fakes, trackers, strict=True)
         ]
     )
     for parts in peaks.values():
@@ -213,7 +214,7 @@ def highest(peaks: Peaks, tokens: int) -> StepMemory:
 def count_computed_layers(run: Run) -> int:
     """Return the number of layers computed to estimate the memory of `run`."""
     layers = LayerSample.of(run)
-    return sum(layers.count if some is None else len(some) for some in layers.tried)
+    return sum(layers.count if sample is None else len(sample) for sample in layers.tried)
 
 
 @dataclass(frozen=True)
@@ -243,12 +244,12 @@ class LayerSample:
         first = self.tried[0]
         if first is None:
             return None
-        found = dict.fromkeys(first, 1)
+        counts = dict.fromkeys(first, 1)
         for some, times in zip(self.tried[1:], self.times, strict=True):
-            more = [at for at in some or () if at not in first]
-            total = round(times * len(more))
-            found |= {at: len(range(turn, total, len(more))) for turn, at in enumerate(more)}
-        return dict(sorted(found.items()))
+            added = [at for at in some or () if at not in first]
+            total = round(times * len(added))
+            counts |= {at: len(range(turn, total, len(added))) for turn, at in enumerate(added)}
+        return dict(sorted(counts.items()))
 
     def extend(self, computed: Sequence[Peaks]) -> dict[str, dict[str, float]]:
         """Return the peaks of the whole model from the `computed` peaks of the small ones."""
@@ -261,7 +262,7 @@ class LayerSample:
                     times * (other[moment].get(part, 0) - first[moment].get(part, 0))
                     for times, other in zip(self.times, others, strict=True)
                 )
-                for part in dict.fromkeys(p for each in computed for p in each[moment])
+                for part in dict.fromkeys(p for peaks in computed for p in peaks[moment])
             }
             for moment in shared
         }
@@ -326,7 +327,7 @@ def _watch(
     free: int | None,
 ) -> Peaks:
     """Return the peaks of a step of `fake`, whose weights are registered in `live`."""
-    here = replace(run, model=replace(run.model, device="cpu"))
+    cpu_run = replace(run, model=replace(run.model, device="cpu"))
     if fake.fast is not None:
         pruning.apply_to(fake.fast, fake.model)
         if fake.fast.cross_entropy is not None:
@@ -334,12 +335,12 @@ def _watch(
     with tempfile.TemporaryDirectory() as nowhere:
         adapted = PreparedModel(fake.model, {}, fake.fast, {})
         directory = RunDirectory(Path(nowhere))
-        trainer = build_trainer(here, adapted, directory, ResumeState(), Processes())
+        trainer = build_trainer(cpu_run, adapted, directory, ResumeState(), Processes())
     split_queries.cache_clear()  # tensors cached for another depth would not be counted
     batch_sequences.cache_clear()
     hooks = _follow(live, trainer)
     fake.model.train()
-    set_checkpointing(fake.model, here)  # auto checkpointing is decided later
+    set_checkpointing(fake.model, cpu_run)  # auto checkpointing is decided later
     try:
         with trainer.standalone_steps(run.model.dtype), live:
             _make_states(live, trainer, has_gradients=batch.several)
@@ -353,14 +354,16 @@ def _watch(
     return live.peaks
 
 
-def _hold_weights(live: LiveMemoryTracker, fake: FakeModel, *, whole: bool) -> LiveMemoryTracker:
+def _hold_weights(
+    live: LiveMemoryTracker, fake: FakeModel, *, trains_base: bool
+) -> LiveMemoryTracker:
     """Count the weights of `fake` in `live`, and return `live`."""
     for module in (fake.model.get_submodule(name) for name in fake.packed):
         for tensor in packed_tensors(module):
             live.hold(tensor, QUANTIZED)
     for tensor in (*fake.model.parameters(), *fake.model.buffers()):
         if not live.knows(tensor):
-            live.hold(tensor, ADAPTER if tensor.requires_grad and not whole else WEIGHTS)
+            live.hold(tensor, ADAPTER if tensor.requires_grad and not trains_base else WEIGHTS)
     return live
 
 
@@ -418,18 +421,20 @@ def _fullest(run: Run, pruning: Pruning) -> _Batch:
         several = train.gradient_accumulation_steps > 1
         return _Batch(inputs, inputs["input_ids"].numel(), several, 1)
     needed = pruning.needed if pruning.linears else None
-    kind = TextCollator if isinstance(run.objective, StepObjective) else StepCollator
-    collate = kind(run.model.pad_id, replace(fast, shared_prefix=False, needed_tokens=needed))
-    found: list[_Batch] = []
+    collator_class = TextCollator if isinstance(run.objective, StepObjective) else StepCollator
+    collate = collator_class(
+        run.model.pad_id, replace(fast, shared_prefix=False, needed_tokens=needed)
+    )
+    candidates: list[_Batch] = []
     for step in _steps(rows, train.rows_per_device_step, train.seed):
         batch = collate(step)
         at_once = fast.workers if batch["in_parallel"] else 1
         parts = batch["micro_batches"]
         costs = [_places(part) for part in parts]
         fullest = parts[costs.index(max(costs))]
-        one = {"rows": step, "micro_batches": [fullest], "in_parallel": False}
-        found.append(_Batch(one, max(costs), len(parts) > at_once, at_once))
-    return max(found, key=lambda batch: (batch.tokens * batch.at_once, batch.several))
+        micro_batch = {"rows": step, "micro_batches": [fullest], "in_parallel": False}
+        candidates.append(_Batch(micro_batch, max(costs), len(parts) > at_once, at_once))
+    return max(candidates, key=lambda batch: (batch.tokens * batch.at_once, batch.several))
 
 
 def _places(part: Mapping[str, Any]) -> int:
@@ -440,10 +445,10 @@ def _places(part: Mapping[str, Any]) -> int:
 def _steps(rows: Sequence[Encoded], size: int, seed: int) -> list[list[Encoded]]:
     """Return the rows of the step with the longest rows and of randomly drawn steps."""
     size = min(size, len(rows))
-    draw, some = random.Random(seed), _some(rows)
-    some.sort(key=lambda row: -len(row.input_ids))
-    longest = some[:size]
-    if len(longest[0].input_ids) == len(some[-1].input_ids):
+    draw, sample = random.Random(seed), _some(rows)
+    sample.sort(key=lambda row: -len(row.input_ids))
+    longest = sample[:size]
+    if len(longest[0].input_ids) == len(sample[-1].input_ids):
         return [longest]
     drawn = (draw.sample(range(len(rows)), size) for _ in range(_SAMPLED_STEPS))
     return [longest, *([rows[at] for at in step] for step in drawn)]
@@ -453,5 +458,5 @@ def _some(rows: Sequence[Encoded]) -> list[Encoded]:
     """Return all rows, or an evenly spaced sample of a large dataset."""
     if len(rows) <= _MOST_ROWS:
         return list(rows)
-    apart = len(rows) / _MOST_ROWS
-    return [rows[int(at * apart)] for at in range(_MOST_ROWS)]
+    spacing = len(rows) / _MOST_ROWS
+    return [rows[int(at * spacing)] for at in range(_MOST_ROWS)]

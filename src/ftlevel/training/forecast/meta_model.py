@@ -109,16 +109,16 @@ def targets_in(
 ) -> list[str]:
     """Map `targets` of the whole model to their names in `model`, which has only `layers`."""
     tree = ModuleTree(model)
-    found = []
+    names = []
     for name in targets:
         stack = next((stack for stack in tree.blocks if name.startswith(f"{stack}.")), None)
         if stack is None or layers is None:
-            found.append(name)
+            names.append(name)
             continue
         number, _, rest = name.removeprefix(f"{stack}.").partition(".")
         if int(number) in layers:
-            found.append(f"{stack}.{layers.index(int(number))}.{rest}")
-    return [name for name in found if name in tree.modules]
+            names.append(f"{stack}.{layers.index(int(number))}.{rest}")
+    return [name for name in names if name in tree.modules]
 
 
 def _pack(model: Any, compute: Any, quantization: Any) -> set[str]:
@@ -164,18 +164,18 @@ def _set(config: Any, name: str, value: Any) -> None:
 
 def _fill_vectors(model: torch.nn.Module) -> None:
     """Fill vectors and scalars of `model` with ones (mutated): the fast step runs its norms."""
-    made: dict[int, tuple[Any, Any]] = {}
+    filled_by_id: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
         parameters, _ = own_tensors(module)
         for name, tensor in parameters.items():
             if tensor is not None and tensor.dim() < 2:
-                if id(tensor) not in made:
+                if id(tensor) not in filled_by_id:
                     filled = torch.ones(tensor.shape, dtype=tensor.dtype)
-                    made[id(tensor)] = (
+                    filled_by_id[id(tensor)] = (
                         tensor,
                         torch.nn.Parameter(filled, requires_grad=tensor.requires_grad),
                     )
-                parameters[name] = made[id(tensor)][1]
+                parameters[name] = filled_by_id[id(tensor)][1]
 
 
 def describe_blocks(run: Run, layers: Sequence[int] | None = None) -> list[list[Any]]:
@@ -212,11 +212,11 @@ def synthesize_rows(data: DataConfig, count: int) -> Callable[[BaseTask, str, An
 
     def make(task: BaseTask, kind: str, model_config: Any) -> PreparedData:  # noqa: ARG001
         positions = max_positions(model_config) or LONGEST
-        asked = data.max_length
-        length = asked if isinstance(asked, int) else min(LONGEST, positions)
-        words, draw = model_config.get_text_config().vocab_size, random.Random(0)
+        max_length = data.max_length
+        length = max_length if isinstance(max_length, int) else min(LONGEST, positions)
+        vocabulary, draw = model_config.get_text_config().vocab_size, random.Random(0)
         rows = [
-            task.imagine_row([draw.randrange(3, words) for _ in range(length)], row)
+            task.imagine_row([draw.randrange(3, vocabulary) for _ in range(length)], row)
             for row in range(count)
         ]
         tokens = count * length

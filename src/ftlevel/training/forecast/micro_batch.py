@@ -38,17 +38,17 @@ _SLACK = 0.98
 _ATTEMPTS = 6
 
 
-def choose_micro_batch(run: Run, processes: Processes, begun_with: int | None) -> Run:
+def choose_micro_batch(run: Run, processes: Processes, resumed_tokens: int | None) -> Run:
     """Return the run with the largest micro-batch that fits, as the first process computes it.
 
-    `begun_with` is the micro-batch size in tokens of a resumed run, which is kept.
+    `resumed_tokens` is the micro-batch size in tokens of a resumed run, which is kept.
 
     Raises:
         ConfigError: the run has no micro-batches to size, or a single row does not fit.
     """
-    if begun_with is not None:
-        said = Choice("micro-batch", f"{begun_with:,} tokens", "as the run was begun")
-        return _with_tokens(run, begun_with, 0, said)
+    if resumed_tokens is not None:
+        choice = Choice("micro-batch", f"{resumed_tokens:,} tokens", "as the run was begun")
+        return _with_tokens(run, resumed_tokens, 0, choice)
 
     def choose() -> tuple[int, int, Choice]:
         fitted = fit_micro_batch(run, find_memory(run.config.speed, run.model.device, processes))
@@ -60,12 +60,12 @@ def choose_micro_batch(run: Run, processes: Processes, begun_with: int | None) -
 
 def find_memory(speed: SpeedConfig, device: str, processes: Processes) -> int:
     """Return the bytes a process may allocate for tensors in addition to its current ones."""
-    wish = speed.memory_gib
+    limit = speed.memory_gib
     free = free_memory_bytes(device)
     if device != "cpu":
-        return free if wish is None else min(free, int(wish * 2**30))
-    if wish is not None:
-        free = min(free, int(wish * 2**30) - psutil.Process().memory_info().rss)
+        return free if limit is None else min(free, int(limit * 2**30))
+    if limit is not None:
+        free = min(free, int(limit * 2**30) - psutil.Process().memory_info().rss)
     else:
         free //= processes.world.local_size
     return free - CPU_OVERHEAD_BYTES
@@ -92,18 +92,18 @@ def fit_micro_batch(run: Run, memory: int) -> Run:
             "its rows are padded together. Drop it, or what makes the step plain (--no-fast, "
             "--neftune-noise-alpha)."
         )
-    found, least = _find(run, memory), run.fast.tokens
-    is_small = found.tokens < min(FEWEST_TOKENS, least)
+    best, default_tokens = _find(run, memory), run.fast.tokens
+    is_small = best.tokens < min(FEWEST_TOKENS, default_tokens)
     train, device = run.config.train, run.model.device
     if is_small and not train.recomputes and train.may_recompute(device):
         again = _find(run.with_settings("train", gradient_checkpointing=True), memory)
-        found = again if again.tokens > found.tokens else found
-    if not found.tokens:
-        raise ConfigError(_too_large(run, found.peak, memory))
-    peak, there = (f"{size / 2**30:.2f} GiB" for size in (found.peak, memory))
-    why = f"--auto-micro-batch: {peak} at the peak of a step, of {there}"
-    said = Choice("micro-batch", f"{found.tokens:,} tokens", why)
-    return _with_tokens(run, found.tokens, memory, said)
+        best = again if again.tokens > best.tokens else best
+    if not best.tokens:
+        raise ConfigError(_too_large(run, best.peak, memory))
+    peak, available = (f"{size / 2**30:.2f} GiB" for size in (best.peak, memory))
+    reason = f"--auto-micro-batch: {peak} at the peak of a step, of {available}"
+    choice = Choice("micro-batch", f"{best.tokens:,} tokens", reason)
+    return _with_tokens(run, best.tokens, memory, choice)
 
 
 class _Found(NamedTuple):
@@ -114,14 +114,14 @@ class _Found(NamedTuple):
 
 
 def _find(run: Run, memory: int) -> _Found:
-    tokens, longest = _most_tokens(run), int(row_lengths(run.data.train).max())
+    tokens, max_row_tokens = _most_tokens(run), int(row_lengths(run.data.train).max())
     device = Device(run.model.device, run.model.device, memory)
     for _ in range(_ATTEMPTS):
         forecast = device.forecast(_with_tokens(run, tokens, memory))
         peak = forecast.peak
         if peak <= memory:
             return _Found(tokens, peak)
-        if forecast.tokens <= longest:  # a row alone
+        if forecast.tokens <= max_row_tokens:  # a row alone
             break
         tokens = _fewer(forecast, min(tokens, forecast.tokens * run.fast.workers), peak, memory)
         if tokens < 1:
@@ -131,9 +131,9 @@ def _find(run: Run, memory: int) -> _Found:
 
 def _fewer(forecast: StepMemory, tokens: int, peak: int, memory: int) -> int:
     """Apply the formula; return 0 if the fixed bytes alone exceed the memory."""
-    moving = sum(forecast.parts.get(part, 0) for part in _GROWS)
-    left = memory - (peak - moving)
-    return min(tokens - 1, int(_SLACK * tokens * left / moving)) if left > 0 and moving else 0
+    growing = sum(forecast.parts.get(part, 0) for part in _GROWS)
+    free = memory - (peak - growing)
+    return min(tokens - 1, int(_SLACK * tokens * free / growing)) if free > 0 and growing else 0
 
 
 def _most_tokens(run: Run) -> int:
@@ -144,19 +144,19 @@ def _most_tokens(run: Run) -> int:
 
 
 def _too_large(run: Run, peak: int, memory: int) -> str:
-    ways = [] if run.config.train.recomputes else ["--gradient-checkpointing"]
-    ways += ["a smaller --max-length", "--set speed.parallel_workers=1"][: run.fast.workers]
-    ways += [] if run.config.quant.kind != "none" else ["--quant 4bit"]
+    options = [] if run.config.train.recomputes else ["--gradient-checkpointing"]
+    options += ["a smaller --max-length", "--set speed.parallel_workers=1"][: run.fast.workers]
+    options += [] if run.config.quant.kind != "none" else ["--quant 4bit"]
     return (
         f"--auto-micro-batch: micro-batches of one row need {peak / 2**30:.2f} GiB, and "
         f"{max(0, memory) / 2**30:.2f} GiB of the device {run.model.device} are left for tensors. "
-        f"Try {', '.join(ways)}; ftlevel plan says what fits."
+        f"Try {', '.join(options)}; ftlevel plan says what fits."
     )
 
 
-def _with_tokens(run: Run, tokens: int, memory: int, said: Choice | None = None) -> Run:
+def _with_tokens(run: Run, tokens: int, memory: int, choice: Choice | None = None) -> Run:
     """Return the run with `tokens` per micro-batch, also set in its configuration."""
     sized = run.with_settings("speed", tokens_per_micro_batch=tokens, memory_gib=None)
-    more = [] if said is None else [said]
-    fast = replace(run.fast, tokens=tokens, memory=memory, choices=[*run.fast.choices, *more])
-    return replace(sized, fast=fast, choices=[*run.choices, *more])
+    choices = [] if choice is None else [choice]
+    fast = replace(run.fast, tokens=tokens, memory=memory, choices=[*run.fast.choices, *choices])
+    return replace(sized, fast=fast, choices=[*run.choices, *choices])

@@ -64,15 +64,15 @@ GPUS = {
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gb|gib|g)")
 
 
-def parse_gpu(wish: str) -> Gpu:
+def parse_gpu(text: str) -> Gpu:
     """Parse a GPU name such as `h100` or a size such as `24GB`; raise ConfigError otherwise."""
-    name = wish.strip().lower().replace(" ", "-").replace("_", "-")
+    name = text.strip().lower().replace(" ", "-").replace("_", "-")
     if name in GPUS:
         return GPUS[name]
     if size := _SIZE.fullmatch(name):
         return Gpu(f"a GPU of {size[1]} GiB", int(float(size[1]) * GIB))
     raise ConfigError(
-        f"--gpu {wish}: unknown GPU.{did_you_mean(name, GPUS)} Known: "
+        f"--gpu {text}: unknown GPU.{did_you_mean(name, GPUS)} Known: "
         f"{join_names(GPUS)}. Or give its memory: --gpu 24GB."
     )
 
@@ -139,8 +139,8 @@ def count_operations(run: Run, *, recomputes: bool) -> Operations:
     per_row = run.objective.per_row
     head = 0.0 if per_row else 2 * vocabulary * share
     # Embeddings need no products; an untied head is counted separately.
-    apart = vocabulary * (1 if per_row or getattr(text, "tie_word_embeddings", True) else 2)
-    products = 2 * max(run.model.total_parameters - apart, 0)
+    embeddings = vocabulary * (1 if per_row or getattr(text, "tie_word_embeddings", True) else 2)
+    products = 2 * max(run.model.total_parameters - embeddings, 0)
     trains = METHODS[run.config.method.kind].trains_base(run.config.method)
     return Operations(products + attention, attention, head, trains, recomputes)
 
@@ -178,11 +178,11 @@ def measure_time(run: Run) -> TimeForecast:
     optimizer: Any = trainer.create_optimizer()
     trained = [weight for group in optimizer.param_groups for weight in group["params"]]
     adapted.model.train()
-    spent, computed, tokens = 0.0, 0.0, 0
+    elapsed, computed, tokens = 0.0, 0.0, 0
     with trainer.standalone_steps(run.model.dtype):
         for step in range(PROBED):
             rows = _rows_of(run, step, size)
-            begun, busy = time.perf_counter(), time.process_time()
+            start, cpu_start = time.perf_counter(), time.process_time()
             batch = trainer.data_collator(rows)
             count = trainer.count_targets([batch], trainer.args.device)
             trainer.training_step(adapted.model, batch, count)
@@ -193,22 +193,22 @@ def measure_time(run: Run) -> TimeForecast:
             are_finite(trained)
             optimizer.zero_grad()
             if step:
-                spent += time.perf_counter() - begun
-                computed += time.process_time() - busy
+                elapsed += time.perf_counter() - start
+                computed += time.process_time() - cpu_start
                 tokens += sum(len(row.input_ids) for row in rows)
-    speed = tokens / spent
+    speed = tokens / elapsed
     if run.data.stream is None:
         seconds = run.data.facts["tokens"] / speed
     else:
-        seconds = spent / (PROBED - 1) * run.schedule.steps
+        seconds = elapsed / (PROBED - 1) * run.schedule.steps
     return TimeForecast(seconds, speed, f"{PROBED - 1} steps here", tokens / max(computed, 1e-9))
 
 
 def _rows_of(run: Run, step: int, size: int) -> list[Any]:
     """Return the rows of a probe step, spread over the dataset."""
     rows = run.data.train
-    apart = max(1, len(rows) // (PROBED * size))
-    return [rows[(step + PROBED * at) * apart % len(rows)] for at in range(min(size, len(rows)))]
+    spacing = max(1, len(rows) // (PROBED * size))
+    return [rows[(step + PROBED * at) * spacing % len(rows)] for at in range(min(size, len(rows)))]
 
 
 def steps_per_epoch(run: Run) -> int:

@@ -66,16 +66,16 @@ class ShardGroup:
 
     def held(self, ranks: int) -> dict[str, float]:
         """Return part → bytes stored by the largest of `ranks`."""
-        found: dict[str, float] = {}
-        for one in self.tensors:
-            share = -(-one.rows // ranks) / one.rows
-            found[one.part] = found.get(one.part, 0) + one.times * one.size * share
-        return found
+        sizes: dict[str, float] = {}
+        for tensor in self.tensors:
+            share = -(-tensor.rows // ranks) / tensor.rows
+            sizes[tensor.part] = sizes.get(tensor.part, 0) + tensor.times * tensor.size * share
+        return sizes
 
     def gathered(self, ranks: int) -> float:
         """Return the bytes of the gathered tensors, including padding."""
-        rows = ((one, ranks * -(-one.rows // ranks)) for one in self.tensors)
-        return sum(one.times * one.sent * count / one.rows for one, count in rows)
+        rows = ((tensor, ranks * -(-tensor.rows // ranks)) for tensor in self.tensors)
+        return sum(tensor.times * tensor.sent * count / tensor.rows for tensor, count in rows)
 
     def reduced(self, ranks: int) -> float:
         """Return the bytes of the unreduced gradients, including padding."""
@@ -104,36 +104,36 @@ class ShardedModel:
     trained: int
     trains_base: bool
 
-    def estimate_rank(self, found: StepMemory, ranks: int, way: str) -> StepMemory:
-        """Convert an unsharded estimate to the largest of `ranks`; `way` is `--shard`."""
+    def estimate_rank(self, memory: StepMemory, ranks: int, shard: str) -> StepMemory:
+        """Convert an unsharded estimate to the largest of `ranks`; `shard` is `--shard`."""
         return highest(
             {
-                moment: self._at(moment, parts, ranks, way)
-                for moment, parts in found.moments.items()
+                moment: self._at(moment, parts, ranks, shard)
+                for moment, parts in memory.moments.items()
             },
-            found.tokens,
+            memory.tokens,
         )
 
     def _at(
-        self, moment: str, parts: Mapping[str, float], ranks: int, way: str
+        self, moment: str, parts: Mapping[str, float], ranks: int, shard: str
     ) -> dict[str, float]:
         parts = dict(parts)
-        if way == "none":  # DDP's buckets are a second copy of the gradients
+        if shard == "none":  # DDP's buckets are a second copy of the gradients
             parts[REDUCED] = parts.get(GRADIENTS, 0) or parts.get(ADAPTER, 0)
             return parts
         for part, saved in self.saved(ranks).items():
-            left = 1 - saved / parts[part] if parts.get(part) else 1.0
+            share = 1 - saved / parts[part] if parts.get(part) else 1.0
             parts[part] = parts.get(part, 0) - saved
             if part == WEIGHTS and self.trains_base:
                 for other in (GRADIENTS, OPTIMIZER):
-                    parts[other] = parts.get(other, 0) * left
+                    parts[other] = parts.get(other, 0) * share
         if CASTS in parts:
             parts[CASTS] = min(parts[CASTS], self.root_casts)
         ends = moment == UPDATE
         if not ends:
             root, block = self.root.gathered(ranks), self.block.gathered(ranks)
-            held = self.blocks.gathered(ranks) + block if way == "grads" else 3 * block
-            parts[GATHERED] = root + held
+            gathered = self.blocks.gathered(ranks) + block if shard == "grads" else 3 * block
+            parts[GATHERED] = root + gathered
             if self.trains_base and moment in (BACKWARD, FIRST_BLOCK):
                 parts[REDUCED] = self.root.reduced(ranks) + 2 * self.block.reduced(ranks)
         elif not self.trains_base:
@@ -142,40 +142,42 @@ class ShardedModel:
 
     def saved(self, ranks: int) -> dict[str, float]:
         """Return part → bytes that a rank does not store."""
-        found: dict[str, float] = {}
-        for cut in (self.blocks, self.root):
-            whole, held = cut.held(1), cut.held(ranks)
-            for part, size in whole.items():
-                found[part] = found.get(part, 0) + size - held[part]
-        return found
+        sizes: dict[str, float] = {}
+        for group in (self.blocks, self.root):
+            total, stored = group.held(1), group.held(ranks)
+            for part, size in total.items():
+                sizes[part] = sizes.get(part, 0) + size - stored[part]
+        return sizes
 
 
 def describe_shares(run: Run) -> ShardedModel:
     """Return how the planned model is sharded, computed on fake tensors."""
     sample = LayerSample.of(run).sample
     model = build_fake_model(run, None if sample is None else list(sample)).model
-    whole, blocks = replicated_parameters(model), blocks_of(model)
+    replicated, blocks = replicated_parameters(model), blocks_of(model)
     dtype = DTYPES[run.model.dtype]
-    narrow = {linear.weight for block in blocks for linear in cast_linears(block, dtype, whole)}
-    cuts = [_cut(block.parameters(), whole, narrow, dtype) for block in blocks]
+    narrow = {
+        linear.weight for block in blocks for linear in cast_linears(block, dtype, replicated)
+    }
+    groups = [_cut(block.parameters(), replicated, narrow, dtype) for block in blocks]
     inside = {parameter for block in blocks for parameter in block.parameters()}
-    every = [tensor for cut in cuts for tensor in cut.tensors]
-    count, trained = len(cuts), _count_trained(model)
+    tensors = [tensor for cut in groups for tensor in cut.tensors]
+    count, trained = len(groups), _count_trained(model)
     if sample is not None:  # each sampled layer represents similar ones
         for at, times in zip(range(len(blocks)), itertools.cycle(sample.values()), strict=False):
-            if more := round(times) - 1:
-                every += [replace(tensor, times=more) for tensor in cuts[at].tensors]
-                trained += more * _count_trained(blocks[at])
-                count += more
+            if extra := round(times) - 1:
+                tensors += [replace(tensor, times=extra) for tensor in groups[at].tensors]
+                trained += extra * _count_trained(blocks[at])
+                count += extra
     return ShardedModel(
-        block=max(cuts, key=lambda cut: cut.gathered(1)),
-        blocks=ShardGroup(tuple(every)),
+        block=max(groups, key=lambda cut: cut.gathered(1)),
+        blocks=ShardGroup(tuple(tensors)),
         count=count,
-        root=_cut((p for p in model.parameters() if p not in inside), whole, set(), dtype),
+        root=_cut((p for p in model.parameters() if p not in inside), replicated, set(), dtype),
         root_casts=dtype.itemsize
         * sum(
             linear.weight.numel()
-            for linear in cast_linears(model, dtype, whole)
+            for linear in cast_linears(model, dtype, replicated)
             if linear.weight not in narrow
         ),
         trained=_FLOAT * trained,
@@ -189,11 +191,11 @@ def _count_trained(module: torch.nn.Module) -> int:
 
 def _cut(
     parameters: Iterable[torch.nn.Parameter],
-    whole: set[torch.nn.Parameter],
+    replicated: set[torch.nn.Parameter],
     narrow: set[torch.nn.Parameter],
     dtype: torch.dtype,
 ) -> ShardGroup:
-    """Return the `parameters` not in `whole`; those in `narrow` are gathered in `dtype`."""
+    """Return the `parameters` not in `replicated`; those in `narrow` are gathered in `dtype`."""
     return ShardGroup(
         tuple(
             ShardedTensor(
@@ -204,6 +206,6 @@ def _cut(
                 p.numel() * dtype.itemsize if p in narrow else p.nbytes,
             )
             for p in parameters
-            if p not in whole
+            if p not in replicated
         )
     )

@@ -105,7 +105,7 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
     return build_config([Layer(values)]), adapter, []
 
 
-def _check_kind(name: str, directory: Path, out: Path | None) -> None:
+def _check_kind(name: str, directory: Path, output_dir: Path | None) -> None:
     """Reject directories that are not PEFT adapters, and an output directory that contains it."""
     if (reader := find_reader(directory)) is not None:
         raise ConfigError(
@@ -113,14 +113,16 @@ def _check_kind(name: str, directory: Path, out: Path | None) -> None:
             "a new adapter with --method adapter."
         )
     if not (directory / ADAPTER_CONFIG).is_file():
-        what = "holds neither an adapter nor a model" if directory.exists() else "does not exist"
+        problem = "holds neither an adapter nor a model" if directory.exists() else "does not exist"
         raise ConfigError(
-            f"--adapter {name} {what}. Name a run of ftlevel, its adapter directory, an adapter of "
+            f"--adapter {name} {problem}. Name a run of ftlevel, its adapter directory, an "
+            f"adapter of "
             f"PEFT's with its {ADAPTER_CONFIG}, or a method."
         )
-    if out is not None and directory.resolve().is_relative_to(out.resolve()):
+    if output_dir is not None and directory.resolve().is_relative_to(output_dir.resolve()):
         raise ConfigError(
-            f"--output-dir {out} holds --adapter {name}, which is not changed. Choose another "
+            f"--output-dir {output_dir} holds --adapter {name}, which is not changed. Choose "
+            f"another "
             "directory; --resume continues in the same."
         )
 
@@ -136,16 +138,16 @@ def _base_of(model: ModelConfig, card: AdapterCard | None, directory: Path) -> M
     return replace(source, trust_remote_code=model.trust_remote_code)
 
 
-def _read_spec(adapter: StartingAdapter, given: MethodConfig) -> MethodConfig:
+def _read_spec(adapter: StartingAdapter, requested: MethodConfig) -> MethodConfig:
     """Return the method section that rebuilds the adapter, from its recipe and PEFT config."""
     settings, card = adapter.settings, adapter.card
     kind = card.method if card else _kind_of(adapter)
     run = find_run(adapter.directory)
     values: dict[str, Any] = {}
     if card is not None and run is not None:
-        own = read_recipe(run / CONFIG).values.get("method") or {}
-        values = dict(own) if isinstance(own, Mapping) else {}
-    if card is None and kind == "lora" and given.kind == "qlora":
+        recipe = read_recipe(run / CONFIG).values.get("method") or {}
+        values = dict(recipe) if isinstance(recipe, Mapping) else {}
+    if card is None and kind == "lora" and requested.kind == "qlora":
         kind = "qlora"
     kind = METHODS[kind].continued_as or kind
     fields = SPECS[kind].model_fields
@@ -161,8 +163,8 @@ def _read_spec(adapter: StartingAdapter, given: MethodConfig) -> MethodConfig:
     if (card is None or run is None) and "modules_to_save" in fields:
         values["modules_to_save"] = _saved_modules(adapter)
     for name in ("lora_plus_ratio", *(name for name in fields if name.endswith("dropout"))):
-        if name in given.model_fields_set and hasattr(given, name):
-            values[name] = getattr(given, name)  # training settings, not part of the adapter
+        if name in requested.model_fields_set and hasattr(requested, name):
+            values[name] = getattr(requested, name)  # training settings, not part of the adapter
     spec = build_config([Layer({"method": {**values, "kind": kind}})]).method
     start = METHODS[kind].start
     return start.default(spec) if start else spec
@@ -170,21 +172,21 @@ def _read_spec(adapter: StartingAdapter, given: MethodConfig) -> MethodConfig:
 
 def _kind_of(adapter: StartingAdapter) -> str:
     """Return the method for an adapter written by plain PEFT, or raise ConfigError."""
-    wanted = str(adapter.settings.get("peft_type"))
+    peft_type = str(adapter.settings.get("peft_type"))
     for kind, method in METHODS.items():
-        if method.merging.peft_types[:1] == (wanted,) and not method.register:
+        if method.merging.peft_types[:1] == (peft_type,) and not method.register:
             return kind
     raise ConfigError(
-        f"--adapter {adapter.name} is of type {wanted}, which PEFT wrote and no --method here "
+        f"--adapter {adapter.name} is of type {peft_type}, which PEFT wrote and no --method here "
         "trains on. ftlevel list-methods shows those there are."
     )
 
 
 def _saved_modules(adapter: StartingAdapter) -> list[str]:
     """Return the `modules_to_save` stored in the weights, without names PEFT adds itself."""
-    stored, _ = read_header(adapter.directory / ADAPTER_WEIGHTS)
+    tensors, _ = read_header(adapter.directory / ADAPTER_WEIGHTS)
     names = adapter.settings.get("modules_to_save") or []
-    return [name for name in names if any(f".{name}." in key for key in stored)]
+    return [name for name in names if any(f".{name}." in key for key in tensors)]
 
 
 def _check_flags(config: TrainConfig, adapter: StartingAdapter, spec: MethodConfig) -> None:
@@ -248,35 +250,37 @@ _ELSEWHERE = set(
 
 def check_adapter_matches(adapter: StartingAdapter, run: Run) -> None:
     """Raise ConfigError if settings or tensors of an adapter differ from those the run builds."""
-    own, spec = METHODS[run.config.method.kind], run.config.method
+    method, spec = METHODS[run.config.method.kind], run.config.method
     meta = build_task_model(run.model.config, run.model.auto_class)
-    if own.build is None:
+    if method.build is None:
         raise TypeError("a whole model has no adapter")
-    problem, known = run.data.facts["problem_type"], adapter.card and adapter.card.options
-    if known and known.get("problem_type", problem) != problem:
+    problem, options = run.data.facts["problem_type"], adapter.card and adapter.card.options
+    if options and options.get("problem_type", problem) != problem:
         raise ConfigError(
-            f"--adapter {adapter.name} was trained for {known['problem_type']}, and these rows are "
+            f"--adapter {adapter.name} was trained for {options['problem_type']}, and these rows "
+            f"are "
             f"{problem}. Use other rows, or train a new adapter."
         )
     compact = replace(run.base, targets=compact_targets(meta, run.base.targets))
-    built = json.loads(json.dumps(own.build(spec, compact).to_dict(), default=_plain))
+    built = json.loads(json.dumps(method.build(spec, compact).to_dict(), default=_plain))
     for name, value in adapter.settings.items():
         if _is_other(name, value, built):
-            now = json.dumps(built.get(name))
+            expected = json.dumps(built.get(name))
             raise ConfigError(
                 f"--adapter {adapter.name}: its {name} is {json.dumps(value)}, and in training it "
-                f"would be {now}. It cannot be continued."
+                f"would be {expected}. It cannot be continued."
             )
-    needed, wanted = describe_state(apply_method(meta, spec, run.base))
+    needed, shapes = describe_state(apply_method(meta, spec, run.base))
     stored, _ = read_header(adapter.directory / ADAPTER_WEIGHTS)
-    found = {name: tensor.spec.shape for name, tensor in stored.items()}
-    other = {name for name, shape in found.items() if wanted.get(name) != shape}
-    if odd := sorted(other | (needed - found.keys())):
-        first = odd[0]
+    stored_shapes = {name: tensor.spec.shape for name, tensor in stored.items()}
+    other = {name for name, shape in stored_shapes.items() if shapes.get(name) != shape}
+    if mismatched := sorted(other | (needed - stored_shapes.keys())):
+        first = mismatched[0]
         raise ConfigError(
-            f"--adapter {adapter.name}: {len(odd):,} of its tensors are not those that would be "
-            f"trained, such as {first}: {_shape(found.get(first))} in its file, and "
-            f"{_shape(wanted.get(first))} here. It cannot be continued."
+            f"--adapter {adapter.name}: {len(mismatched):,} of its tensors are not those that "
+            f"would be "
+            f"trained, such as {first}: {_shape(stored_shapes.get(first))} in its file, and "
+            f"{_shape(shapes.get(first))} here. It cannot be continued."
         )
 
 
@@ -288,8 +292,8 @@ def find_adapter_warnings(adapter: StartingAdapter, run: Run) -> list[str]:
             f"--adapter {adapter.name} keeps no names of its classes: its head's are taken for "
             f"{join_names(labels)}, in this order. --set 'data.labels=[…]' says otherwise."
         ]
-    own, now = adapter.card and adapter.card.prompt, run.data.prompt_format
-    if not own or now is None or own == json.loads(json.dumps(now.to_dict())):
+    prompt, current = adapter.card and adapter.card.prompt, run.data.prompt_format
+    if not prompt or current is None or prompt == json.loads(json.dumps(current.to_dict())):
         return []
     return [
         f"--adapter {adapter.name} has learned prompts that are laid out otherwise than those of "
@@ -300,8 +304,8 @@ def find_adapter_warnings(adapter: StartingAdapter, run: Run) -> list[str]:
 
 def _is_other(name: str, value: Any, built: Mapping[str, Any]) -> bool:
     """Return whether an adapter setting differs from what would be built."""
-    of_start = "init" in name or name.endswith("_config")
-    if name in _ELSEWHERE or of_start or name.endswith("dropout"):
+    is_initialization = "init" in name or name.endswith("_config")
+    if name in _ELSEWHERE or is_initialization or name.endswith("dropout"):
         return False
     return bool((value or built.get(name)) and value != built.get(name))
 

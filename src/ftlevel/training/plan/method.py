@@ -39,17 +39,17 @@ class MethodTargets:
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     full_modules: list[str] = field(default_factory=list)
 
-    def choices(self, wish: Any) -> list[Choice]:
-        """Return the lines shown at the start of the run; `wish` is `target_modules`."""
+    def choices(self, target_modules: Any) -> list[Choice]:
+        """Return the lines shown at the start of the run; `target_modules` is `target_modules`."""
         if not self.modules:
             return []
         names = dict.fromkeys(re.sub(r"^\d+$", "norm", n.rpartition(".")[2]) for n in self.modules)
         shown = f"{', '.join(names)}: {len(self.modules)} modules"
-        reason = "all-linear: every linear of the blocks" if wish == "all-linear" else ""
-        more = [Choice("target tensors", ", ".join(self.parameters))] if self.parameters else []
+        reason = "all-linear: every linear of the blocks" if target_modules == "all-linear" else ""
+        choices = [Choice("target tensors", ", ".join(self.parameters))] if self.parameters else []
         if self.full_modules:
-            more.append(Choice("in full", ", ".join(self.full_modules), "--modules-to-save"))
-        return [Choice("targets", shown, reason), *more]
+            choices.append(Choice("in full", ", ".join(self.full_modules), "--modules-to-save"))
+        return [Choice("targets", shown, reason), *choices]
 
 
 def find_method_targets(
@@ -64,8 +64,8 @@ def find_method_targets(
     sizes = {name: size for name in modules if (size := linear_size(tree.modules[name]))}
     # Quantization replaces Conv1D by linear layers with `(out, in)` weights.
     conv1d = quant == "none" and {kind for kind, _, _ in sizes.values()} == {"Conv1D"}
-    wish = getattr(spec, "target_parameters", None)
-    parameters = _parameters(wish, tree, model_name) if wish else []
+    target_parameters = getattr(spec, "target_parameters", None)
+    parameters = _parameters(target_parameters, tree, model_name) if target_parameters else []
     widths = {name: (fan_in, fan_out) for name, (_, fan_in, fan_out) in sizes.items()}
     if method.check is not None:
         method.check(spec, widths)
@@ -79,48 +79,55 @@ def find_method_targets(
 
 
 def _modules(spec: MethodConfig, method: Method, tree: ModuleTree, model_name: str) -> list[str]:
-    wish = getattr(spec, "target_modules", None)
-    if wish:
-        embeddings, rest = _embeddings(spec, method, tree, wish)
-        found = resolve_targets(tree.model, rest, model_name=model_name) if rest else []
-        return sorted({*embeddings, *found})
+    requested = getattr(spec, "target_modules", None)
+    if requested:
+        embeddings, rest = _embeddings(spec, method, tree, requested)
+        names = resolve_targets(tree.model, rest, model_name=model_name) if rest else []
+        return sorted({*embeddings, *names})
     if method.find_targets is None:
         return []
-    found = method.find_targets(spec, tree.model)
-    if not found and spec.targets_linears:
+    names = method.find_targets(spec, tree.model)
+    if not names and spec.targets_linears:
         raise ConfigError(
             f"--method {spec.kind} finds nothing to adapt by name in {model_name}. "
             f"Name the modules with --target-modules. Try: ftlevel list-targets {model_name}"
         )
-    return found
+    return names
 
 
 def _embeddings(
-    spec: MethodConfig, method: Method, tree: ModuleTree, wish: str | list[str]
+    spec: MethodConfig, method: Method, tree: ModuleTree, requested: str | list[str]
 ) -> tuple[list[str], str | list[str]]:
-    """Split `wish` into embedding or output layers, which the method must support, and the rest."""
-    if isinstance(wish, str) or method.on_embeddings is None:
-        return [], wish
+    """Split `requested` into embedding or output layers and the rest.
+
+    Raises ConfigError if the method does not support these layers.
+    """
+    if isinstance(requested, str) or method.on_embeddings is None:
+        return [], requested
     model: Any = tree.model
     layers = [
         layer
         for layer in (model.get_input_embeddings(), model.get_output_embeddings())
         if layer is not None
     ]
-    full = [name for name, module in tree.modules.items() if any(module is x for x in layers)]
-    named = {name: [f for f in full if f".{f}".endswith(f".{name}")] for name in wish}
-    chosen = [found for founds in named.values() for found in founds]
-    if chosen and (reason := method.on_embeddings(spec)):
-        raise ConfigError(f"--target-modules: {chosen[0]} is no linear of a block, and {reason}.")
-    return chosen, [name for name in wish if not named[name]]
+    embedding_names = [
+        name for name, module in tree.modules.items() if any(module is x for x in layers)
+    ]
+    matches = {
+        name: [f for f in embedding_names if f".{f}".endswith(f".{name}")] for name in requested
+    }
+    selected = [found for founds in matches.values() for found in founds]
+    if selected and (reason := method.on_embeddings(spec)):
+        raise ConfigError(f"--target-modules: {selected[0]} is no linear of a block, and {reason}.")
+    return selected, [name for name in requested if not matches[name]]
 
 
 def _in_layers(modules: Sequence[str], tree: ModuleTree, layers: Sequence[int]) -> list[str]:
     """Return the modules in the given `layers`; raise ConfigError for missing layers."""
-    there = {tree.layer(name) for name in modules} - {None}
-    missing = [layer for layer in layers if layer not in there]
+    available = {tree.layer(name) for name in modules} - {None}
+    missing = [layer for layer in layers if layer not in available]
     if missing:
-        last = max(layer for layer in there if layer is not None) if there else 0
+        last = max(layer for layer in available if layer is not None) if available else 0
         raise ConfigError(
             f"method.layers_to_transform: there is no layer {join_names(map(str, missing))} with "
             f"adapted modules. Layers here are 0 to {last}."
@@ -130,30 +137,33 @@ def _in_layers(modules: Sequence[str], tree: ModuleTree, layers: Sequence[int]) 
 
 def _in_full(names: Sequence[str], tree: ModuleTree, model_name: str, quant: str) -> list[str]:
     """Resolve `modules_to_save` to names that PEFT matches to these modules only."""
-    chosen: list[str] = []
+    resolved: list[str] = []
     for name in names:
-        found = [full for full in tree.modules if f".{full}".endswith(f".{name}")]
-        if not found:
+        matches = [full for full in tree.modules if f".{full}".endswith(f".{name}")]
+        if not matches:
             ends = sorted({full.rpartition(".")[2] for full in tree.modules if full})
             raise ConfigError(
                 f"--modules-to-save: {name!r} is no module of {model_name}."
                 f"{did_you_mean(name, ends)}"
             )
-        packed = [full for full in found if linear_size(tree.modules[full])]
-        if quant != "none" and (lost := [full for full in packed if not tree.in_heads(full)]):
+        packed = [full for full in matches if linear_size(tree.modules[full])]
+        if quant != "none" and (
+            quantized_matches := [full for full in packed if not tree.in_heads(full)]
+        ):
             raise ConfigError(
-                f"--modules-to-save: {lost[0]} is quantized, and its integers cannot be "
+                f"--modules-to-save: {quantized_matches[0]} is quantized, and its integers "
+                f"cannot be "
                 "trained. Drop it, or drop --quant."
             )
         read_as = [full for full in tree.modules if full.endswith(name)]  # as PEFT matches: no dot
-        chosen += [name] if read_as == found else found
-    return chosen
+        resolved += [name] if read_as == matches else matches
+    return resolved
 
 
-def _parameters(wish: str | Sequence[str], tree: ModuleTree, model_name: str) -> list[str]:
+def _parameters(requested: str | Sequence[str], tree: ModuleTree, model_name: str) -> list[str]:
     """Resolve `target_parameters` to tensor name suffixes; raise ConfigError for unknown ones."""
     experts = list(dict.fromkeys(part.pattern.rpartition("}.")[2] for part in tree.experts()))
-    if wish == "experts":
+    if requested == "experts":
         if not experts:
             raise ConfigError(
                 f"method.target_parameters: {model_name} has no experts in one tensor. "
@@ -161,7 +171,7 @@ def _parameters(wish: str | Sequence[str], tree: ModuleTree, model_name: str) ->
             )
         return experts
     tensors = [name for name, _ in tree.model.named_parameters()]
-    for name in wish:
+    for name in requested:
         if not any(f".{tensor}".endswith(f".{name}") for tensor in tensors):
             available = f" Expert tensors here: {join_names(experts)}." if experts else ""
             ends = {".".join(tensor.split(".")[-3:]) for tensor in tensors}
@@ -169,7 +179,7 @@ def _parameters(wish: str | Sequence[str], tree: ModuleTree, model_name: str) ->
                 f"method.target_parameters: {name!r} is no tensor of {model_name}."
                 f"{did_you_mean(name, sorted(ends))}{available}"
             )
-    return list(wish)
+    return list(requested)
 
 
 def resolve_quantization(
@@ -207,22 +217,22 @@ def resolve_experts(
     Raises:
         ConfigError: `--set quant.experts=true`, but the experts cannot be quantized.
     """
-    why = ""
+    reason = ""
     if not next(ModuleTree(meta).experts(), None):
-        why = "the model has no experts in one tensor"
+        reason = "the model has no experts in one tensor"
     elif quant.kind != "4bit":
-        why = "bitsandbytes has 8 bits for linears alone"
+        reason = "bitsandbytes has 8 bits for linears alone"
     elif stored:
-        why = "they are what the checkpoint holds"
+        reason = "they are what the checkpoint holds"
     elif getattr(method, "target_parameters", None):
-        why = "adapters go on them, which PEFT puts onto floating point"
+        reason = "adapters go on them, which PEFT puts onto floating point"
     elif not next(packable_experts(meta), None):
-        why = "they have biases, or lie otherwise than can be packed"
+        reason = "they have biases, or lie otherwise than can be packed"
     elif quant.experts is False:
-        why = "--set quant.experts=false"
-    if quant.experts and why:
-        raise ConfigError(f"quant.experts: experts cannot be quantized here: {why}. Drop it.")
-    return quant.model_copy(update={"experts": not why}), why
+        reason = "--set quant.experts=false"
+    if quant.experts and reason:
+        raise ConfigError(f"quant.experts: experts cannot be quantized here: {reason}. Drop it.")
+    return quant.model_copy(update={"experts": not reason}), reason
 
 
 def check_method(

@@ -141,16 +141,21 @@ def resolve(
     task = TASKS[config.task].configured(config.task_options)
     bare = _read_model(config, task, imagined or SyntheticBatch())
     width = width_of(bare.config)
-    task, of_task = task.for_model(
+    task, task_choices = task.for_model(
         bare.source, bare.kind, width, bare.tokenizer, config.train.rows_per_step
     )
     if imagined is not None and imagined.rows is not None:
         data = imagined.rows(task, bare.kind, bare.config)
     else:
-        here = "cpu" if imagined is not None and imagined.device else bare.device.value
+        memory_device = "cpu" if imagined is not None and imagined.device else bare.device.value
         version = prompt_version or _prompt_version(adapter)
         bounds = find_bounds(
-            config.method, bare.quant.kind, config.train, bare.config, here, bare.dtype.value
+            config.method,
+            bare.quant.kind,
+            config.train,
+            bare.config,
+            memory_device,
+            bare.dtype.value,
         )
         vocabulary = bare.config.get_text_config().vocab_size
         context = EncodingContext(
@@ -173,7 +178,7 @@ def resolve(
     check_metrics(
         config.train.metrics, task, objective, generates=generates, how="--predict-with-generate"
     )
-    loss, of_loss = choose_loss(
+    loss, loss_choices = choose_loss(
         config.train, config.distillation, config.task, objective, data.facts["labels"], data.train
     )
     epoch_rows = rows_per_epoch(config.train, config.steps_per_rollout, len(data.train))
@@ -183,8 +188,8 @@ def resolve(
         share, papers = config.preference.facts.rate, "DPO"
     elif config.task == RL_TASK:
         share, papers = RL_RATE, "GRPO"
-    known = _run_facts(model, meta, objective, steps)
-    rates = choose_rates(config.method, config.train, known, share, papers)
+    run_facts = _run_facts(model, meta, objective, steps)
+    rates = choose_rates(config.method, config.train, run_facts, share, papers)
     check_schedule(config.train, rates.base.value, steps, len(data.validation))
     an_epoch = steps if data.stream else count_steps_per_epoch(config.train, epoch_rows)
     best = resolve_best_model(
@@ -195,9 +200,9 @@ def resolve(
         len(data.validation),
         Length(steps, steps / an_epoch),
     )
-    device, most = bare.device.value, data.max_length
+    device, max_length = bare.device.value, data.max_length
     threads = [choose_threads()] if device == "cpu" else []
-    fast = plan_fast(config, meta, bare.kind, objective, device, data.train, most)
+    fast = plan_fast(config, meta, bare.kind, objective, device, data.train, max_length)
     run = Run(
         config=config,
         task=task,
@@ -214,7 +219,7 @@ def resolve(
         choices=[
             model_choice(config.model, model.family, model.total_parameters, bare.source),
             Choice("task", task.name, why_task),
-            *of_task,
+            *task_choices,
             *([adapter.choice] if adapter else []),
             *data.choices,
             bare.device,
@@ -233,7 +238,7 @@ def resolve(
             *head_choices(task, model.heads),
             *bare.spelling,
             *layers,
-            *of_loss,
+            *loss_choices,
             *rates.choices,
             *([best.choice] if best else []),
             *fast.choices,
@@ -246,14 +251,14 @@ def resolve(
 
 def _read_model(config: TrainConfig, task: BaseTask, imagined: SyntheticBatch) -> _Bare:
     """Read the base's config and tokenizer, and resolve its device, dtype and quantization."""
-    wish = config.model
+    requested = config.model
     source = imagined.source or resolve_source(
-        wish.name_or_path, wish.revision, wish.trust_remote_code
+        requested.name_or_path, requested.revision, requested.trust_remote_code
     )
-    check_revision(source, wish.revision)
+    check_revision(source, requested.revision)
     bare = load_config(source)
     kind = model_kind(bare)
-    device = imagined.device or choose_device(wish.device)
+    device = imagined.device or choose_device(requested.device)
     method, train = config.method, config.train
     quant = resolve_quantization(config.quant, method, bare, source, device.value)
     try:
@@ -265,7 +270,7 @@ def _read_model(config: TrainConfig, task: BaseTask, imagined: SyntheticBatch) -
         raise ConfigError([f"{already} {problem}" for problem in error.problems]) from None
     auto_class = task.auto_class(kind, bare.model_type)
     quant, experts = _resolve_experts(quant, method, bare, auto_class)
-    dtype = choose_precision(method, wish.dtype, device.value, bare.model_type)
+    dtype = choose_precision(method, requested.dtype, device.value, bare.model_type)
     tokenizer = imagined.tokenizer or load_tokenizer(source)
     template = set_chat_template(tokenizer, config.data.chat_template)
     padding = ensure_pad_token(tokenizer)
@@ -282,11 +287,11 @@ def _resolve_experts(
     if quant.kind == "none" and not quant.experts:
         return quant, None
     meta = build_task_model(bare, auto_class)
-    quant, why = resolve_experts(quant, method, meta, stored_quantization(bare) is not None)
+    quant, reason = resolve_experts(quant, method, meta, stored_quantization(bare) is not None)
     if not quant.experts and next(ModuleTree(meta).experts(), None) is None:
         return quant, None
-    form = "4 bits, as the linears" if quant.experts else "in floating point"
-    return quant, Choice("experts", form, why)
+    precision = "4 bits, as the linears" if quant.experts else "in floating point"
+    return quant, Choice("experts", precision, reason)
 
 
 def _objective(
@@ -418,10 +423,10 @@ def infer_task(config: TrainConfig) -> tuple[TrainConfig, str]:
         ConfigError: the task does not match the rest of the configuration.
         InputError: the columns match no task.
     """
-    wish, data = config.model, config.data
+    model, data = config.model, config.data
     if "task" in config.model_fields_set or data.dataset.startswith("builtin:"):
         return config, ""
-    source = resolve_source(wish.name_or_path, wish.revision, wish.trust_remote_code)
+    source = resolve_source(model.name_or_path, model.revision, model.trust_remote_code)
     if model_kind(load_config(source)) != "encoder":
         return config, ""
     table = load_splits(
@@ -436,17 +441,19 @@ def infer_task(config: TrainConfig) -> tuple[TrainConfig, str]:
     refusals: dict[str, InputError] = {}
     for name, section in ((n, s) for s in (by_name, data) for n in _OF_ENCODERS):
         try:
-            found = TASKS[name].find_format(table.columns, section, table.rows[:CHUNK_ROWS])
+            format_ = TASKS[name].find_format(table.columns, section, table.rows[:CHUNK_ROWS])
         except InputError as error:
             refusals[name] = error
             continue
-        why = f"the model is an encoder, and the columns are {found.name}; --task names another"
-        return config.with_sections(task=name), why
+        reason = (
+            f"the model is an encoder, and the columns are {format_.name}; --task names another"
+        )
+        return config.with_sections(task=name), reason
     try:
         TASKS[config.task].find_format(table.columns, data, table.rows[:CHUNK_ROWS])
     except InputError:
         raise InputError(
-            f"--model {wish.name_or_path} is an encoder, and the columns match none of its "
+            f"--model {model.name_or_path} is an encoder, and the columns match none of its "
             f"tasks. {refusals[_OF_ENCODERS[0]]}"
         ) from None
     return config, ""
@@ -460,11 +467,11 @@ def check_packages(model: ModelConfig, speed: SpeedConfig, output: OutputConfig)
         InputError: as `fetch_kernel` does.
     """
     problems = find_old_libraries()
-    for wish in output.report_to:
-        if not find_spec(wish):
+    for tracker in output.report_to:
+        if not find_spec(tracker):
             problems.append(
-                f"--report-to {wish} needs the package {wish}, which is not installed. "
-                f'pip install "ftlevel[{wish}]", or drop it.'
+                f"--report-to {tracker} needs the package {tracker}, which is not installed. "
+                f'pip install "ftlevel[{tracker}]", or drop it.'
             )
     if model.attn_implementation == "flash_attention_2":
         from transformers.utils import is_flash_attn_2_available
@@ -474,12 +481,12 @@ def check_packages(model: ModelConfig, speed: SpeedConfig, output: OutputConfig)
                 "model.attn_implementation flash_attention_2 needs a CUDA device and the package "
                 "flash-attn, and not both are here. Use sdpa, or leave it at auto."
             )
-    if named := speed.attention_kernel:
+    if kernel := speed.attention_kernel:
         if torch.cuda.is_available():
-            fetch_kernel(named)
+            fetch_kernel(kernel)
         else:
             problems.append(
-                f"speed.attention_kernel {named} is for an NVIDIA GPU, and none is here. Drop it: "
+                f"speed.attention_kernel {kernel} is for an NVIDIA GPU, and none is here. Drop it: "
                 "a CPU attends by an attention of its own."
             )
     if problems:

@@ -92,11 +92,11 @@ class AuxiliaryModels:
 
     def fingerprints(self) -> Mapping[tuple[str, str], str]:
         """Return (section, field) → fingerprint of each model."""
-        found = {
+        models = {
             ("preference", "reference"): self.reference,
             ("distillation", "teacher"): self.teacher,
         }
-        return {field: model.fingerprint for field, model in found.items() if model is not None}
+        return {field: model.fingerprint for field, model in models.items() if model is not None}
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class StartingAdapter:
     @property
     def choice(self) -> Choice:
         """Line shown at the start of the run."""
-        of = "by plain PEFT" if self.card is None else f"for {self.card.task}"
-        return Choice("adapter", self.name, f"trained {of}; base and method are its own")
+        origin = "by plain PEFT" if self.card is None else f"for {self.card.task}"
+        return Choice("adapter", self.name, f"trained {origin}; base and method are its own")
 
     def describe(self) -> dict[str, Any]:
         """Return the entry for summary.json."""
@@ -196,11 +196,11 @@ def method_choices(
     method: MethodConfig, quant: QuantConfig, train: TrainerConfig, quantized_already: bool
 ) -> list[Choice]:
     """Return the lines that show method, quantized base and batch size."""
-    shown = []
-    shown.append(Choice("method", method.kind, _describe(method)))
+    choices = []
+    choices.append(Choice("method", method.kind, _describe(method)))
     if quant.kind != "none":
         origin = "quantized in its checkpoint; " if quantized_already else ""
-        shown.append(Choice("base", quant.form, f"{origin}heads kept in float"))
+        choices.append(Choice("base", quant.form, f"{origin}heads kept in float"))
     factors = {
         "accumulated": train.gradient_accumulation_steps,
         "processes": train.num_processes or 1,
@@ -208,15 +208,15 @@ def method_choices(
     batch = train.per_device_train_batch_size * math.prod(factors.values())
     parts = [f"{number} {name}" for name, number in factors.items() if number > 1]
     reason = " × ".join([str(train.per_device_train_batch_size), *parts]) if parts else ""
-    shown.append(Choice("batch", f"{batch} rows a step", reason))
-    return shown
+    choices.append(Choice("batch", f"{batch} rows a step", reason))
+    return choices
 
 
 def _describe(method: MethodConfig) -> str:
     """Summarize the settings of a method."""
-    own = METHODS[method.kind].describe
-    if own is not None:
-        return own(method)
+    describe = METHODS[method.kind].describe
+    if describe is not None:
+        return describe(method)
     fields = method.model_dump(exclude={"kind", "target_modules"})
     return ", ".join(f"{name} {value}" for name, value in fields.items() if value is not None)
 
@@ -245,13 +245,15 @@ def count_trainable(run: Run, *, try_method: bool = False) -> tuple[int, int]:
     dry run.
     """
     method, total = run.config.method, run.model.total_parameters
-    own = METHODS[method.kind]
-    if own.count and not (try_method or run.base.heads or run.targets.parameters):
-        added = own.count(method, run.targets.sizes)
+    method_info = METHODS[method.kind]
+    if method_info.count and not (try_method or run.base.heads or run.targets.parameters):
+        added = method_info.count(method, run.targets.sizes)
         if added is not None:
             return added, total + added
     meta = build_task_model(run.model.config, run.model.auto_class)
-    adapted = apply_method(meta, own.start.default(method) if own.start else method, run.base)
+    adapted = apply_method(
+        meta, method_info.start.default(method) if method_info.start else method, run.base
+    )
     return count_parameters(adapted)
 
 
@@ -262,14 +264,14 @@ def count_parameters(model: Any) -> tuple[int, int]:
     """
     from peft.utils import ModulesToSaveWrapper
 
-    kept = tuple(
+    frozen_copies = tuple(
         f"{name}.original_module."
         for name, module in model.named_modules()
         if isinstance(module, ModulesToSaveWrapper)
     )
     named = model.named_parameters(remove_duplicate=False)
-    own = {id(p): p for name, p in named if not name.startswith(kept)}.values()
-    return sum(p.numel() for p in own if p.requires_grad), sum(_count(p) for p in own)
+    parameters = {id(p): p for name, p in named if not name.startswith(frozen_copies)}.values()
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(_count(p) for p in parameters)
 
 
 def _count(parameter: Any) -> int:

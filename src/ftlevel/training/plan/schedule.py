@@ -54,8 +54,8 @@ class LearningRates:
     @property
     def choices(self) -> list[Choice]:
         """Lines shown at the start; the head has one only if its rate differs."""
-        apart = self.head is not None and self.head.value != self.base.value
-        return [self.base, self.head] if apart and self.head else [self.base]
+        differs = self.head is not None and self.head.value != self.base.value
+        return [self.base, self.head] if differs and self.head else [self.base]
 
     def schedule(self, steps: int) -> Schedule:
         """Return the schedule of a run of `steps` optimizer steps."""
@@ -68,7 +68,7 @@ class LearningRates:
 
 
 def choose_rates(
-    spec: MethodConfig, given: TrainerConfig, known: RunFacts, share: float = 1, papers: str = ""
+    spec: MethodConfig, train: TrainerConfig, facts: RunFacts, share: float = 1, papers: str = ""
 ) -> LearningRates:
     """Return the peak learning rates: the user's, or the method's defaults for the run.
 
@@ -76,26 +76,26 @@ def choose_rates(
     the rate of the task as a multiple of the supervised rate, after `papers`.
     """
     base = head = None
-    if given.learning_rate is not None:
-        base = Choice("learning rate", given.learning_rate)
-    if given.head_learning_rate is not None:
-        head = Choice("head learning rate", given.head_learning_rate)
+    if train.learning_rate is not None:
+        base = Choice("learning rate", train.learning_rate)
+    if train.head_learning_rate is not None:
+        head = Choice("head learning rate", train.head_learning_rate)
     elif base is not None:
         head = Choice("head learning rate", base.value)
     rates = METHODS[spec.kind].rates(spec)
-    default = rates.choose(spec.kind, known)
+    default = rates.choose(spec.kind, facts)
     if share != 1:
         reason = f"{share:g} times the supervised rate, as in the {papers} papers: {default.reason}"
         default = replace(default, value=float(f"{default.value * share:.0e}"), reason=reason)
     base = base or default
-    head = head or (base if rates.is_heads else choose_head_rate(known))
-    return LearningRates(base, default.value, head if known.new_head else None)
+    head = head or (base if rates.is_heads else choose_head_rate(facts))
+    return LearningRates(base, default.value, head if facts.new_head else None)
 
 
 def find_default_model_warnings(model: ModelConfig, data: DataConfig) -> list[str]:
     """Return a warning if the user's own data trains the default built-in model."""
-    is_own = not data.dataset.startswith("builtin:")
-    if not is_own or "name_or_path" in model.model_fields_set:
+    is_user_data = not data.dataset.startswith("builtin:")
+    if not is_user_data or "name_or_path" in model.model_fields_set:
         return []
     return [
         f"no model is named, so the built-in one of 2.6 M parameters ({DEFAULT_MODEL}) learns from "
@@ -106,10 +106,10 @@ def find_default_model_warnings(model: ModelConfig, data: DataConfig) -> list[st
 
 def check_schedule(config: TrainerConfig, rate: float, steps: int, validation_rows: int) -> None:
     """Raise ConfigError for a schedule this run cannot follow; `rate` is the peak."""
-    name, given, problems = config.lr_scheduler_type, config.lr_scheduler_kwargs, []
+    name, options, problems = config.lr_scheduler_type, config.lr_scheduler_kwargs, []
     flag = "--lr-scheduler-kwargs"
     for floor in ("min_lr", "lr_end"):
-        if (low := given.get(floor)) is not None and not 0 <= float(low) < rate:
+        if (low := options.get(floor)) is not None and not 0 <= float(low) < rate:
             problems.append(
                 f"{flag} {floor}={low}: the rate would fall from {rate:g} to it. Give less than "
                 f"{rate:g}, or a higher --learning-rate."
@@ -119,7 +119,7 @@ def check_schedule(config: TrainerConfig, rate: float, steps: int, validation_ro
             f"--lr-scheduler-type {name} uses the loss on validation rows, and nothing is "
             "evaluated. Add --validation-split 0.05, or use another."
         )
-    if (decay := given.get("num_decay_steps")) is not None:
+    if (decay := options.get("num_decay_steps")) is not None:
         warmup = config.warmup_steps * (steps if config.warmup_steps < 1 else 1)
         if float(decay) + warmup > steps:
             problems.append(
@@ -134,37 +134,37 @@ def find_warnings(
     config: TrainerConfig, rows: int, validation_rows: int, *, new_head: bool = True
 ) -> list[str]:
     """Return warnings about settings that have no effect in a run of this length and head."""
-    steps, found = count_steps(config, rows), []
+    steps, warnings = count_steps(config, rows), []
     if config.warmup_steps > max(steps, 1):
         reached = (steps - 1) / int(config.warmup_steps)
-        found.append(
+        warnings.append(
             f"--warmup-steps {config.warmup_steps:,g} is longer than the run of {steps:,} steps: "
             f"the learning rate ends at {reached:.0%} of its peak."
         )
     if config.learning_rate is None and (
         advice := LEARNING_RATE_ADVICE.get(config.optim.removeprefix("paged_").split("_")[0])
     ):
-        found.append(
+        warnings.append(
             f"--optim {config.optim}: the learning rate was measured with AdamW, and {advice}. "
             "Give one by --learning-rate."
         )
     if config.head_learning_rate is not None and not new_head:
-        found.append(
+        warnings.append(
             "--head-learning-rate: the model gets no new head, so nothing learns at this rate; "
             "--learning-rate is that of all that is trained."
         )
-    asked = {
+    flags = {
         "--eval-steps": config.eval_steps,
         "--eval-strategy": config.eval_strategy in ("steps", "epoch"),
         "train.eval_on_start": config.eval_on_start,
     }
-    if not validation_rows and any(asked.values()):
-        name = next(name for name, value in asked.items() if value)
-        found.append(
+    if not validation_rows and any(flags.values()):
+        name = next(name for name, value in flags.items() if value)
+        warnings.append(
             f"{name}: there are no validation rows, so nothing is evaluated; "
             "--validation-split 0.05 holds some back."
         )
-    return found
+    return warnings
 
 
 _SHOWN = 8  # most class weights on a line
@@ -172,7 +172,7 @@ _SHOWN = 8  # most class weights on a line
 
 def choose_loss(
     train: TrainerConfig,
-    taught: DistillationConfig,
+    distillation: DistillationConfig,
     task: str,
     objective: Objective,
     names: Sequence[str],
@@ -186,29 +186,31 @@ def choose_loss(
         ConfigError: the loss is not available for this objective.
     """
     _check(train, task, objective)
-    wish, shown = train.class_weights, list[Choice]()
+    class_weights, choices = train.class_weights, list[Choice]()
     weights: tuple[float, ...] = ()
-    if wish == "balanced":
+    if class_weights == "balanced":
         weights = objective.balance(rows, len(names))
         reason = (
             "balanced: targets / (classes × targets of the class)"
             if objective.one_of_many
             else "balanced: rows without a class / rows with it, for its yes"
         )
-    elif wish:
-        weights = _read_weights(wish, names)
-        reason = "" if len(wish) == len(names) else "1 where none is given"
+    elif class_weights:
+        weights = _read_weights(class_weights, names)
+        reason = "" if len(class_weights) == len(names) else "1 where none is given"
     if weights:
-        shown.append(
+        choices.append(
             Choice("class weights", _describe(dict(zip(names, weights, strict=True))), reason)
         )
-    if taught.teacher is not None:
-        what = f"{taught.kd_ratio:g} {taught.divergence} of {taught.teacher}"
-        if taught.kd_ratio < 1:
-            what = f"{1 - taught.kd_ratio:g} cross entropy + {what}"
-        shown.append(Choice("loss", what, f"temperature {taught.kd_temperature:g}"))
+    if distillation.teacher is not None:
+        description = (
+            f"{distillation.kd_ratio:g} {distillation.divergence} of {distillation.teacher}"
+        )
+        if distillation.kd_ratio < 1:
+            description = f"{1 - distillation.kd_ratio:g} cross entropy + {description}"
+        choices.append(Choice("loss", description, f"temperature {distillation.kd_temperature:g}"))
     smoothing = 0.0 if task in PREFERENCE_TASKS else train.label_smoothing_factor
-    return TrainingLoss(smoothing, weights, train.focal_gamma), shown
+    return TrainingLoss(smoothing, weights, train.focal_gamma), choices
 
 
 def _check(train: TrainerConfig, task: str, objective: Objective) -> None:
@@ -221,11 +223,11 @@ def _check(train: TrainerConfig, task: str, objective: Objective) -> None:
             "over tokens, tags or classes, of which one is right, and here the labels are of "
             "another kind. Drop it."
         )
-    for flag, given in (
+    for flag, is_set in (
         ("--class-weights", train.class_weights is not None),
         (f"--focal-gamma {train.focal_gamma:g}", train.focal_gamma > 0),
     ):
-        if given and not objective.has_classes:
+        if is_set and not objective.has_classes:
             problems.append(
                 f"{flag} is for classes and tags, and --task {task} learns none here. Drop it."
             )
@@ -233,15 +235,15 @@ def _check(train: TrainerConfig, task: str, objective: Objective) -> None:
         raise ConfigError(problems)
 
 
-def _read_weights(wish: Mapping[str, float], names: Sequence[str]) -> tuple[float, ...]:
+def _read_weights(requested: Mapping[str, float], names: Sequence[str]) -> tuple[float, ...]:
     """Return the weights of `names`, 1 by default; raise ConfigError for unknown names."""
-    unknown = [name for name in wish if name not in names]
+    unknown = [name for name in requested if name not in names]
     if unknown:
         raise ConfigError(
             f"--class-weights: no class is called {join_names(map(repr, unknown))}."
             f"{did_you_mean(unknown[0], names)} Classes here: {join_names(names, 20)}."
         )
-    return tuple(wish.get(name, 1.0) for name in names)
+    return tuple(requested.get(name, 1.0) for name in names)
 
 
 def _describe(weights: Mapping[str, float]) -> str:
@@ -272,13 +274,13 @@ def find_bounds(
     """
     value = DTYPES[dtype].itemsize
     trained = METHODS[method.kind].trains_base(method)
-    holding = MemorySettings(
+    memory_settings = MemorySettings(
         weight=4.0 if trained else _STORED.get(quant, float(value)),
         value=value,
         trained=trained,
         checkpointing=train.may_recompute(device),
     )
-    memory = longest_in_memory(model_config, holding, device_memory(device))
+    memory = longest_in_memory(model_config, memory_settings, device_memory(device))
     return LengthBounds(text_positions(method, model_config), memory)
 
 

@@ -59,7 +59,7 @@ class GradientDifference:
 
 def compare_gradients(gradients: Gradients, reference: Gradients) -> dict[str, GradientDifference]:
     """Return the difference of each tensor's gradient from its reference; a missing one is zero."""
-    found = {}
+    differences = {}
     for name in gradients.keys() | reference.keys():
         like = reference.get(name, gradients.get(name))
         if like is None:
@@ -67,8 +67,8 @@ def compare_gradients(gradients: Gradients, reference: Gradients) -> dict[str, G
         zeros = torch.zeros((), dtype=like.dtype).expand_as(like)
         pair = [of.get(name, zeros).cpu().flatten() for of in (gradients, reference)]
         parts = zip(*(torch.split(tensor, _COMPARED_AT_ONCE) for tensor in pair), strict=True)
-        found[name] = total(_compare(*part) for part in parts)
-    return found
+        differences[name] = total(_compare(*part) for part in parts)
+    return differences
 
 
 def _compare(gradient: Tensor, reference: Tensor) -> GradientDifference:
@@ -101,19 +101,19 @@ def kind_of(name: str) -> str:
 
 def by_kind(tensors: Mapping[str, GradientDifference]) -> dict[str, GradientDifference]:
     """Return the sums over the tensors of each kind."""
-    kinds: dict[str, GradientDifference] = defaultdict(GradientDifference)
-    for name, apart in tensors.items():
-        kinds[kind_of(name)] += apart
-    return dict(kinds)
+    sums: dict[str, GradientDifference] = defaultdict(GradientDifference)
+    for name, difference in tensors.items():
+        sums[kind_of(name)] += difference
+    return dict(sums)
 
 
 def added(
-    sums: Mapping[str, GradientDifference], more: Mapping[str, GradientDifference]
+    sums: Mapping[str, GradientDifference], other: Mapping[str, GradientDifference]
 ) -> dict[str, GradientDifference]:
     """Return the sums over both mappings, by name."""
     return {
-        name: sums.get(name, GradientDifference()) + more.get(name, GradientDifference())
-        for name in {**sums, **more}
+        name: sums.get(name, GradientDifference()) + other.get(name, GradientDifference())
+        for name in {**sums, **other}
     }
 
 
@@ -182,43 +182,43 @@ class Bounds:
         Raises:
             RunError: it exceeds the bound.
         """
-        apart, least = abs(loss - expected), LEAST.get(self.dtype, LEAST_NARROW)[0]
-        bound = least * abs(expected) + ORDER * self.noise_of_loss
-        if not apart <= bound:
+        difference, tolerance = abs(loss - expected), LEAST.get(self.dtype, LEAST_NARROW)[0]
+        bound = tolerance * abs(expected) + ORDER * self.noise_of_loss
+        if not difference <= bound:
             raise build_mismatch_error(
-                f"losses differ by {apart:.2g} of {expected:.4g}, and rounding explains "
+                f"losses differ by {difference:.2g} of {expected:.4g}, and rounding explains "
                 f"{bound:.2g}",
                 self.dtype,
             )
-        return apart / max(abs(expected), 1e-12)
+        return difference / max(abs(expected), 1e-12)
 
     def check_gradients(
-        self, found: Mapping[str, GradientDifference], what: str = "gradients"
+        self, differences: Mapping[str, GradientDifference], what: str = "gradients"
     ) -> float:
         """Check each tensor and all together, and return the distance of all.
 
         Raises:
             RunError: a distance exceeds its bound.
         """
-        least = LEAST.get(self.dtype, LEAST_NARROW)[1]
-        whole, norms = total(found.values()), norms_of(found)
-        for name, apart in sorted(found.items(), key=lambda item: -item[1].difference):
-            own = norms[name]
-            bound = least * own + ORDER * self.noise[name].difference ** 0.5
-            if not apart.difference**0.5 <= bound:
+        tolerance = LEAST.get(self.dtype, LEAST_NARROW)[1]
+        overall, norms = total(differences.values()), norms_of(differences)
+        for name, difference in sorted(differences.items(), key=lambda item: -item[1].difference):
+            norm = norms[name]
+            bound = tolerance * norm + ORDER * self.noise[name].difference ** 0.5
+            if not difference.difference**0.5 <= bound:
                 raise build_mismatch_error(
-                    f"{what} of {name} differ by {apart.distance:.2g}, their length by "
-                    f"{apart.length:+.2%}, and rounding explains {bound / own:.2g}",
+                    f"{what} of {name} differ by {difference.distance:.2g}, their length by "
+                    f"{difference.length:+.2%}, and rounding explains {bound / norm:.2g}",
                     self.dtype,
                 )
         order = total(self.noise.values())
-        bound = least / 2 + ORDER * order.distance
-        if not whole.distance <= bound:
+        bound = tolerance / 2 + ORDER * order.distance
+        if not overall.distance <= bound:
             raise build_mismatch_error(
-                f"{what} differ by {whole.distance:.2g}, and rounding explains {bound:.2g}",
+                f"{what} differ by {overall.distance:.2g}, and rounding explains {bound:.2g}",
                 self.dtype,
             )
-        return whole.distance
+        return overall.distance
 
 
 @dataclass
@@ -234,9 +234,9 @@ class RoundingErrors:
     fast: dict[str, GradientDifference] = field(default_factory=dict)
     losses: dict[str, list[float]] = field(default_factory=dict)
 
-    def add_loss(self, way: str, loss: float, exact: float) -> None:
+    def add_loss(self, step: str, loss: float, exact: float) -> None:
         """Record the relative difference of a step's loss from float32."""
-        self.losses.setdefault(way, []).append(abs(loss / exact - 1))
+        self.losses.setdefault(step, []).append(abs(loss / exact - 1))
 
     def check(self) -> dict[str, tuple[float, float]]:
         """Return kind of tensor → distances of the plain and the fast step from float32.
@@ -245,32 +245,32 @@ class RoundingErrors:
         """
         draws, fast = [by_kind(tensors) for tensors in self.plain], by_kind(self.fast)
         plain = {kind: max(draw[kind].distance for draw in draws) for kind in fast}
-        for kind, apart in fast.items():
-            least, rounding = LEAST_NARROW[1] / 10, plain[kind]
+        for kind, difference in fast.items():
+            tolerance, rounding = LEAST_NARROW[1] / 10, plain[kind]
             lengths = [draw[kind].length for draw in draws]
-            nearest = min(max(apart.length, min(lengths)), max(lengths))
-            longer = apart.length - nearest
+            nearest = min(max(difference.length, min(lengths)), max(lengths))
+            longer = difference.length - nearest
             if not (
-                apart.distance <= least + ROUNDING * rounding
-                and abs(longer) <= least + LENGTH * rounding
+                difference.distance <= tolerance + ROUNDING * rounding
+                and abs(longer) <= tolerance + LENGTH * rounding
             ):
                 raise build_mismatch_error(
-                    f"gradients of {kind} are {apart.distance:.2g} from float32 and "
+                    f"gradients of {kind} are {difference.distance:.2g} from float32 and "
                     f"{longer:+.2%} longer, the plain step's {rounding:.2g}",
                     "the run's precision",
                 )
         norms = norms_of(self.fast)
-        for name, apart in self.fast.items():
-            alike = plain[kind_of(name)] * apart.reference**0.5
+        for name, difference in self.fast.items():
+            alike = plain[kind_of(name)] * difference.reference**0.5
             alone = max(draw[name].difference for draw in self.plain) ** 0.5
             bound = LEAST_NARROW[1] * norms[name] + ROUNDING_OF_ONE * max(alone, alike)
-            if not apart.difference**0.5 <= bound:
+            if not difference.difference**0.5 <= bound:
                 raise build_mismatch_error(
-                    f"gradients of {name} are {apart.distance:.2g} from float32, the plain "
+                    f"gradients of {name} are {difference.distance:.2g} from float32, the plain "
                     f"step's {alone / norms[name]:.2g}",
                     "the run's precision",
                 )
-        worst = {way: max(losses) for way, losses in self.losses.items()}
+        worst = {step: max(losses) for step, losses in self.losses.items()}
         if worst and not worst["fast"] <= LEAST_NARROW[0] + ROUNDING_OF_ONE * worst["plain"]:
             raise build_mismatch_error(
                 f"losses are {worst['fast']:.2g} from float32, the plain step's "
@@ -280,26 +280,31 @@ class RoundingErrors:
         return {kind: (plain[kind], fast[kind].distance) for kind in fast}
 
 
-def norms_of(found: Mapping[str, GradientDifference]) -> dict[str, float]:
+def norms_of(differences: Mapping[str, GradientDifference]) -> dict[str, float]:
     """Return the norm of each tensor's reference, at least 1 % of its kind's mean and of the total.
 
     Rounding errors of tensors with almost no gradient, such as the bias of span logits or the keys
     of saturated attention, are as large as those of other tensors.
     """
     counts: dict[str, int] = {}
-    for name in found:
+    for name in differences:
         counts[kind_of(name)] = counts.get(kind_of(name), 0) + 1
-    kinds, whole = by_kind(found), total(found.values()).reference
+    kinds, total_reference = by_kind(differences), total(differences.values()).reference
     return {
-        name: max(apart.reference, 1e-4 * kinds[kind].reference / counts[kind], 1e-4 * whole) ** 0.5
-        for name, apart in found.items()
+        name: max(
+            difference.reference,
+            1e-4 * kinds[kind].reference / counts[kind],
+            1e-4 * total_reference,
+        )
+        ** 0.5
+        for name, difference in differences.items()
         for kind in (kind_of(name),)
     }
 
 
-def build_mismatch_error(what: str, dtype: str) -> RunError:
+def build_mismatch_error(problem: str, dtype: str) -> RunError:
     """Return the error that stops a run whose fast step differs from the plain step."""
     return RunError(
-        f"--verify-fast: the fast step is not the plain one: in {dtype} {what}. "
+        f"--verify-fast: the fast step is not the plain one: in {dtype} {problem}. "
         "Train with --no-fast, and please report it with the command."
     )

@@ -61,7 +61,7 @@ def cast_to_float32(model: torch.nn.Module) -> Iterator[None]:
     backward passes, threads, and functions that read weights of modules they do not call. Quantized
     weights are unchanged, but dequantize to float32.
     """
-    dtypes = [(*what, getattr(*what)) for what in _dtypes_of_4_bits(model)]
+    dtypes = [(*attribute, getattr(*attribute)) for attribute in _dtypes_of_4_bits(model)]
     for owner, name, _ in dtypes:
         setattr(owner, name, torch.float32)
     try:
@@ -86,13 +86,13 @@ def cast_to_float64(model: torch.nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _held_in(dtype: torch.dtype, tensors: list[Tensor]) -> Iterator[None]:
     """Convert `tensors` to `dtype` inside the block, and restore their values after it."""
-    held = [(tensor, tensor.data) for tensor in tensors]
+    originals = [(tensor, tensor.data) for tensor in tensors]
     try:
-        for tensor, data in held:
+        for tensor, data in originals:
             tensor.data = data.to(dtype)
         yield
     finally:
-        for tensor, data in held:
+        for tensor, data in originals:
             tensor.data = data
 
 
@@ -112,8 +112,8 @@ def fits_in_float64(model: torch.nn.Module, device: str) -> bool:
     False with quantized weights, which cannot be dequantized to float64.
     """
     wide = _tensors_of(model, (torch.float32,))
-    others = {id(tensor) for tensor in model.parameters()} - {id(tensor) for tensor in wide}
-    if others or device == "mps":
+    other_tensors = {id(tensor) for tensor in model.parameters()} - {id(tensor) for tensor in wide}
+    if other_tensors or device == "mps":
         return False
     return _fits(model, torch.float64, wide, device)
 
@@ -127,24 +127,24 @@ def _fits(model: torch.nn.Module, dtype: torch.dtype, tensors: list[Tensor], dev
 
 def _tensors_of(model: torch.nn.Module, dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
     """Return the parameters and buffers of `dtypes`, without duplicates and quantized ones."""
-    found: dict[int, Tensor] = {}
+    tensors: dict[int, Tensor] = {}
     for module in model.modules():
         for own in own_tensors(module):
             for tensor in own.values():
                 if tensor is not None and tensor.dtype in dtypes and not inner_tensors(tensor):
-                    found[id(tensor)] = tensor
-    return list(found.values())
+                    tensors[id(tensor)] = tensor
+    return list(tensors.values())
 
 
 def _dtypes_of_4_bits(model: torch.nn.Module) -> list[tuple[Any, str]]:
     """Return (object, attribute) pairs of the dtypes that 4-bit modules compute in."""
-    found: list[tuple[Any, str]] = []
+    attributes: list[tuple[Any, str]] = []
     for module in model.modules():
         for tensor in own_tensors(module)[0].values():
             if (state := getattr(tensor, "quant_state", None)) is not None:
-                found.append((state, "dtype"))
-                found += [(module, "compute_dtype")] * hasattr(module, "compute_dtype")
-    return found
+                attributes.append((state, "dtype"))
+                attributes += [(module, "compute_dtype")] * hasattr(module, "compute_dtype")
+    return attributes
 
 
 FEW_TOKENS = 256
@@ -158,14 +158,14 @@ LONGEST = 1_024
 def choose_probe_rows(rows: Sequence[Encoded]) -> list[Encoded]:
     """Return the shortest of the first rows, truncated if possible; empty if all are long."""
     first = [short for row in rows[:LOOKED_AT] if (short := shorten(row, FEW_TOKENS // 2))]
-    chosen: list[Encoded] = []
+    selected: list[Encoded] = []
     tokens = 0
     for row in sorted(first, key=lambda row: len(row.input_ids)):
         tokens += len(row.input_ids)
-        if len(chosen) >= 2 and (tokens > FEW_TOKENS or len(chosen) == FEW_ROWS):
+        if len(selected) >= 2 and (tokens > FEW_TOKENS or len(selected) == FEW_ROWS):
             break
-        chosen.append(row)
-    return chosen
+        selected.append(row)
+    return selected
 
 
 def shorten(row: Encoded, size: int) -> Encoded | None:
@@ -183,14 +183,14 @@ def shorten(row: Encoded, size: int) -> Encoded | None:
         return row.without(surplus) if surplus > 0 and length - surplus <= LONGEST else None
     if isinstance(labels, list) and len(labels) == length:
         end = max((at + 1 for at, label in enumerate(labels) if label != IGNORED), default=length)
-        kept = slice(max(0, end - size), max(end, size))
-        labels = labels[kept]
+        window = slice(max(0, end - size), max(end, size))
+        labels = labels[window]
     elif isinstance(labels, int | float):
-        kept = slice(0, size)
+        window = slice(0, size)
     else:
         return row if length <= LONGEST else None
-    extras = {name: values[kept] for name, values in row.extras.items()}
-    return replace(row, input_ids=row.input_ids[kept], labels=labels, extras=extras)
+    extras = {name: values[window] for name, values in row.extras.items()}
+    return replace(row, input_ids=row.input_ids[window], labels=labels, extras=extras)
 
 
 class _NotFiniteError(Exception):
@@ -207,43 +207,53 @@ def verify_step(run: Run, adapted: PreparedModel, listener: Listener) -> StepCom
     `speed.verify` selects whole steps (True), nothing (False) or a few rows (None). Raises RunError
     if the difference exceeds what rounding explains.
     """
-    asked, rows = run.config.speed.verify, run.data.train
-    if adapted.fast is None or asked is False:
+    whole_steps, rows = run.config.speed.verify, run.data.train
+    if adapted.fast is None or whole_steps is False:
         return None
     if is_sharded(adapted.model) and METHODS[run.config.method.kind].build is None:
-        why = "the trained weights are shared out over the processes"
-        listener.choices("verify-fast", [Choice("fast step", "not compared with the plain", why)])
+        reason = "the trained weights are shared out over the processes"
+        listener.choices(
+            "verify-fast", [Choice("fast step", "not compared with the plain", reason)]
+        )
         return None
     a_batch = run.config.train.per_device_train_batch_size
     a_step = run.config.train.rows_per_device_step
-    few = [] if asked else choose_probe_rows(rows)
-    if not asked and not few:
+    probe_rows = [] if whole_steps else choose_probe_rows(rows)
+    if not whole_steps and not probe_rows:
         return None
-    if asked:
+    if whole_steps:
         listener.stage("running the first steps with and without the fast step")
     with tempfile.TemporaryDirectory() as nowhere:
         nobody = RunDirectory(Path(nowhere))
         trainer = build_trainer(run, adapted, nobody, ResumeState(), Processes())
         steps = Steps(trainer, run.model.pad_id)
-        dropout = bool(asked and find_randomness(run.config.method, adapted.model, with_head=True))
-        verifier = _Verifier(steps, a_batch if asked else len(few), run.model.dtype, dropout)
-        wanted = list(batches(rows[: STEPS * a_step], a_step)) if asked else [few]
+        dropout = bool(
+            whole_steps and find_randomness(run.config.method, adapted.model, with_head=True)
+        )
+        verifier = _Verifier(
+            steps, a_batch if whole_steps else len(probe_rows), run.model.dtype, dropout
+        )
+        step_rows = list(batches(rows[: STEPS * a_step], a_step)) if whole_steps else [probe_rows]
         # GPU kernels for half precision differ from those for float32.
-        rounded = bool(asked) or run.model.device != "cpu"
+        rounded = bool(whole_steps) or run.model.device != "cpu"
         try:
-            verified = verifier.compare(wanted, rounded=rounded, rate=run.schedule.learning_rate)
+            verified = verifier.compare(step_rows, rounded=rounded, rate=run.schedule.learning_rate)
         except _NotFiniteError:  # GradientProof reports it at the first step
             return None
-    what = (
+    title = (
         f"fast step verified on {verified.steps} steps"
-        if asked
+        if whole_steps
         else f"fast step verified on {verified.rows} rows"
     )
-    apart = f"loss differs by {verified.loss:.1e}, gradients by {verified.gradient:.1e}, relative"
+    differences = (
+        f"loss differs by {verified.loss:.1e}, gradients by {verified.gradient:.1e}, relative"
+    )
     if verified.exact is not None:
-        apart += f", to the plain step in float64, from which its own are {verified.exact:.1e}"
-        apart += "; both in float64, since rounding moves one over a kink" * verified.kinks
-    listener.choices("verify-fast", [Choice(what, f"in {verified.dtype}, {apart}")])
+        differences += (
+            f", to the plain step in float64, from which its own are {verified.exact:.1e}"
+        )
+        differences += "; both in float64, since rounding moves one over a kink" * verified.kinks
+    listener.choices("verify-fast", [Choice(title, f"in {verified.dtype}, {differences}")])
     return verified
 
 
@@ -257,9 +267,9 @@ class _Verifier:
     dropout: bool
 
     def compare(
-        self, wanted: Sequence[Sequence[Encoded]], *, rounded: bool, rate: float
+        self, steps_rows: Sequence[Sequence[Encoded]], *, rounded: bool, rate: float
     ) -> StepComparison:
-        """Return the differences over the steps with rows `wanted`.
+        """Return the differences over the steps with rows `steps_rows`.
 
         Between two steps the model takes the plain step with learning rate `rate`. With `rounded`,
         steps in the run's dtype are compared too.
@@ -272,7 +282,7 @@ class _Verifier:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate)
         try:
             with perturb_weights(model):
-                for rows in wanted:
+                for rows in steps_rows:
                     with cast_to_float32(model) if wide else contextlib.nullcontext():
                         plain = self._compare(rows, verified)
                     if rounded and wide and self.dtype != "float32":
@@ -280,7 +290,7 @@ class _Verifier:
                     verified = replace(
                         verified, steps=verified.steps + 1, rows=verified.rows + len(rows)
                     )
-                    if rows is not wanted[-1]:
+                    if rows is not steps_rows[-1]:
                         _take(optimizer, model, plain)
         finally:
             model.train(training)
@@ -298,35 +308,37 @@ class _Verifier:
         del other
         fast = steps.fast(rows, dtype)
         try:
-            apart = _check(bounds, fast, plain)
+            difference = _check(bounds, fast, plain)
         except RunError:
             # If rows share a prefix and its error, a different order underestimates the error.
             if (exact := self._in_float64(rows, dtype, self._plain)) is None:
                 raise
             try:
-                apart = _check(bounds, fast, exact)
+                difference = _check(bounds, fast, exact)
             except RunError:
                 # Rounding may move an activation over a kink, such as ReLU's at 0, which changes
                 # its derivative but not its value. float64 avoids this.
                 bounds.check_loss(fast.loss, exact.loss)
-                far = total(compare_gradients(fast.gradients, exact.gradients).values()).distance
-                if not far <= KINK or steps.trainer.args.device.type != "cpu":
+                gradient_distance = total(
+                    compare_gradients(fast.gradients, exact.gradients).values()
+                ).distance
+                if not gradient_distance <= KINK or steps.trainer.args.device.type != "cpu":
                     raise  # GPU kernels may differ in float64
                 if (wide := self._in_float64(rows, dtype, steps.fast)) is None:
                     raise
-                apart = _check(
+                difference = _check(
                     Bounds(dtype, dict.fromkeys(noise, GradientDifference()), 0.0), wide, exact
                 )
                 verified.kinks = True
             rounded = compare_gradients(plain.gradients, exact.gradients)
             bounds = replace(bounds, noise=added(noise, rounded))
             verified.exact = max(verified.exact or 0.0, total(rounded.values()).distance)
-        verified.loss, verified.gradient = map(max, apart, (verified.loss, verified.gradient))
+        verified.loss, verified.gradient = map(max, difference, (verified.loss, verified.gradient))
         if self.dropout:
             expected = steps.with_dropout(rows, dtype, fused=False)
             dropped = steps.with_dropout(rows, dtype, fused=True)
-            found = compare_gradients(dropped.gradients, expected.gradients)
-            distance = bounds.check_gradients(found, "gradients with dropout")
+            differences = compare_gradients(dropped.gradients, expected.gradients)
+            distance = bounds.check_gradients(differences, "gradients with dropout")
             verified.dropout = max(verified.dropout or 0.0, distance)
         return plain
 

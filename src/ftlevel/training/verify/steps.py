@@ -155,13 +155,13 @@ class Steps:
 
     def _take_gradients(self) -> dict[str, Tensor]:
         """Return the gradients, and clear them."""
-        found = {
+        gradients = {
             name: parameter.grad
             for name, parameter in self.model.named_parameters()
             if parameter.requires_grad and parameter.grad is not None
         }
         self.model.zero_grad()
-        return found
+        return gradients
 
 
 class _OneByOne:
@@ -177,18 +177,18 @@ class _OneByOne:
 
     def __call__(self, attention_mask: Tensor, **batch: Tensor) -> Any:
         """Return outputs with the logits of all rows."""
-        width, found = attention_mask.shape[1], []
+        width, logits = attention_mask.shape[1], []
         for index, mask in enumerate(attention_mask):
             length = int(mask.sum())
-            own = {
+            row_batch = {
                 name: value[index : index + 1, : None if name.startswith("decoder") else length]
                 for name, value in batch.items()
             }
-            scores = self._model(attention_mask=mask[None, :length], **own).logits
+            scores = self._model(attention_mask=mask[None, :length], **row_batch).logits
             if scores.dim() > 2 and scores.shape[1] == length:
                 scores = functional.pad(scores, (0, 0, 0, width - length))
-            found.append(scores)
-        return SimpleNamespace(logits=torch.cat(found))
+            logits.append(scores)
+        return SimpleNamespace(logits=torch.cat(logits))
 
 
 @contextlib.contextmanager
@@ -200,8 +200,12 @@ def _rounding_errors(model: Any, draw: int) -> Iterator[None]:
         states = args[0] if args else kwargs["hidden_states"]
         errors = 2 * torch.rand(states.shape, generator=generator) - 1
         errors *= torch.finfo(states.dtype).eps
-        moved = states + states.detach() * errors.to(states)
-        return ((moved, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": moved})
+        perturbed = states + states.detach() * errors.to(states)
+        return (
+            ((perturbed, *args[1:]), kwargs)
+            if args
+            else (args, {**kwargs, "hidden_states": perturbed})
+        )
 
     blocks = chain(*find_stacks(base_model(model)))
     hooks = [block.register_forward_pre_hook(move, with_kwargs=True) for block in blocks]
