@@ -88,16 +88,14 @@ class MultiLabelMeter(PredictionMeter):
         """Return micro and macro F1, and the share of rows with all labels correct."""
         from sklearn.metrics import f1_score
 
-        rows = list(zip(self.true, self.predicted, strict=True))
-        return {
-            "micro_f1": float(
-                f1_score(self.true, self.predicted, average="micro", zero_division=0)
-            ),
-            "macro_f1": float(
-                f1_score(self.true, self.predicted, average="macro", zero_division=0)
-            ),
-            "subset_accuracy": sum(t == p for t, p in rows) / len(rows),
+        pairs = list(zip(self.true, self.predicted, strict=True))
+        scores = {
+            f"{average}_f1": float(
+                f1_score(self.true, self.predicted, average=average, zero_division=0)
+            )
+            for average in ("micro", "macro")
         }
+        return {**scores, "subset_accuracy": sum(t == p for t, p in pairs) / len(pairs)}
 
 
 class RegressionMeter(PredictionMeter):

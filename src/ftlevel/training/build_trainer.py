@@ -84,7 +84,10 @@ def build_arguments(run: Run, checkpoints: Path) -> Any:
         seed=train.seed,
         data_seed=train.order_seed,
         **_watching(train, run),
-        save_strategy=_save_strategy(train),
+        # Callbacks implement `best` and saving by time.
+        save_strategy="no"
+        if train.save_strategy == "best"
+        else train.save_strategy or ("steps" if train.save_steps else "no"),
         save_steps=train.save_steps or 500,
         save_total_limit=None,  # WriteManifest rotates checkpoints
         bf16=run.model.dtype == "bfloat16",
@@ -104,13 +107,6 @@ def build_arguments(run: Run, checkpoints: Path) -> Any:
     )
     use_one_gpu(arguments)
     return arguments
-
-
-def _save_strategy(train: TrainerConfig) -> str:
-    """Return Trainer's save strategy; callbacks implement `best` and saving by time."""
-    if train.save_strategy == "best":
-        return "no"
-    return train.save_strategy or ("steps" if train.save_steps else "no")
 
 
 def _watching(train: TrainerConfig, run: Run) -> dict[str, Any]:
@@ -140,13 +136,6 @@ def eval_batch_size(train: TrainerConfig) -> int:
     return train.per_device_eval_batch_size or train.per_device_train_batch_size
 
 
-def writing_of(train: TrainerConfig) -> GenerationOptions:
-    """Return the generation settings of evaluation."""
-    return GenerationOptions(
-        train.max_new_tokens, train.num_beams, train.temperature, train.top_p, train.seed
-    )
-
-
 def build_rollouts(run: Run, model: Any, where: Callable[[int], str] | None = None) -> Rollouts:
     """Return the rollouts of a run of reinforcement learning, with the weights of `model`.
 
@@ -174,37 +163,31 @@ def build_evaluator(run: Run, model: Any = None) -> Evaluator | None:
     """
     if not run.data.validation:
         return None
+    train = run.config.train
+    generated = min(train.max_generate_samples, len(run.data.validation))
+    shared: dict[str, Any] = {
+        "rows": run.data.validation,
+        "tokenizer": run.model.tokenizer,
+        "kind": run.model.kind,
+        "objective": run.objective,
+        "device": run.model.device,
+        "dtype": run.model.dtype,
+        "batch_size": eval_batch_size(train),
+        "metrics": train.metrics,
+    }
     if is_rl(run):
-        return RewardEvaluator(
-            rows=run.data.validation,
-            tokenizer=run.model.tokenizer,
-            kind=run.model.kind,
-            objective=run.objective,
-            device=run.model.device,
-            dtype=run.model.dtype,
-            batch_size=eval_batch_size(run.config.train),
-            generated_rows=min(run.config.train.max_generate_samples, len(run.data.validation)),
-            metrics=run.config.train.metrics,
-            rollouts=build_rollouts(run, model, lambda row: f"validation row {row + 1}"),
-        )
-    generates = generates_texts(
-        run.config.train.predict_with_generate, run.task
-    ) and uses_text_metrics(run.config.train.metrics, run.task)
-    rows = min(run.config.train.max_generate_samples, len(run.data.validation))
+        rollouts = build_rollouts(run, model, lambda row: f"validation row {row + 1}")
+        return RewardEvaluator(**shared, generated_rows=generated, rollouts=rollouts)
+    generates = generates_texts(train.predict_with_generate, run.task)
     return Evaluator(
-        rows=run.data.validation,
-        tokenizer=run.model.tokenizer,
-        kind=run.model.kind,
-        objective=run.objective,
-        device=run.model.device,
-        dtype=run.model.dtype,
-        batch_size=eval_batch_size(run.config.train),
-        generated_rows=rows if generates else 0,
-        writing=writing_of(run.config.train),
+        **shared,
+        generated_rows=generated if generates and uses_text_metrics(train.metrics, run.task) else 0,
+        writing=GenerationOptions(
+            train.max_new_tokens, train.num_beams, train.temperature, train.top_p, train.seed
+        ),
         score_texts=run.task.score_texts,
         language=run.data.facts["target_language"],
         chunked_cross_entropy=run.fast.chunked_cross_entropy,
-        metrics=run.config.train.metrics,
     )
 
 
@@ -225,6 +208,9 @@ def build_trainer(
     arguments.eval_on_start |= _owes_evaluation(resumed, run, arguments)
     rows, order = rows_and_order(run, arguments, processes)
     fast, pad_id = adapted.fast, run.model.pad_id
+    rate, head_rate = run.schedule.head_learning_rate, None
+    if rate is not None and rate != run.schedule.learning_rate:
+        head_rate = HeadRate(run.model.new_heads, rate)
     collator = TextCollator if isinstance(run.objective, StepObjective) else StepCollator
     step_collator = collator(pad_id, fast.plan, run.objective) if fast else None
     trainer_class: Any = FtlevelTrainer
@@ -252,7 +238,7 @@ def build_trainer(
         data_collator=step_collator or CollatorWithRows(pad_id),
         fast=fast,
         order=order,
-        head_rate=resolve_head_rate(run),
+        head_rate=head_rate,
         processes=processes,
         grad_cache=run.config.embedding.grad_cache,
         **options,
@@ -282,14 +268,6 @@ def build_optimizer(method: MethodConfig, model: Any, arguments: Any) -> Any:
 def matmul_context(run: Run) -> AbstractContextManager[None]:
     """Return a context that enables TF32 matrix products if configured and supported."""
     return using_tf32(uses_tf32(run.config.train.tf32, run.model.device, run.model.dtype))
-
-
-def resolve_head_rate(run: Run) -> HeadRate | None:
-    """Return the learning rate of new heads if it differs from the main rate, else None."""
-    rate = run.schedule.head_learning_rate
-    if rate is None or rate == run.schedule.learning_rate:
-        return None
-    return HeadRate(run.model.new_heads, rate)
 
 
 @dataclass(frozen=True)

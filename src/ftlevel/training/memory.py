@@ -18,7 +18,7 @@ import contextlib
 import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 from typing import Any
 
@@ -180,6 +180,7 @@ def _trial(run: Run) -> dict[str, Any]:
     return batch
 
 
+@dataclass
 class _BlockTracker:
     """State of a forward pass.
 
@@ -189,10 +190,9 @@ class _BlockTracker:
         states: block index → bytes of its input.
     """
 
-    def __init__(self) -> None:
-        self.at: int | None = None
-        self.least = 0
-        self.states: dict[int, int] = {}
+    at: int | None = None
+    least: int = 0
+    states: dict[int, int] = field(default_factory=dict)
 
 
 @contextlib.contextmanager

@@ -122,13 +122,12 @@ class Processes:
             result = make()
         except FtlevelError as error:
             local_error = error
-        errors: list[Any] = [None] * self.count
         report = (
             None
             if local_error is None
             else (socket.gethostname(), str(local_error), local_error.exit_code)
         )
-        distributed.all_gather_object(errors, report)
+        errors = self.exchange(report)
         if local_error is not None and self.is_first:
             raise local_error
         for rank, other in enumerate(errors):
@@ -156,8 +155,7 @@ class Processes:
         """
         if self.count == 1:
             return
-        gathered: list[Any] = [None] * self.count
-        distributed.all_gather_object(gathered, (socket.gethostname(), dict(values)))
+        gathered = self.exchange((socket.gethostname(), dict(values)))
         first_host, first = gathered[0]
         problems = []
         for rank, (host, others) in enumerate(gathered):

@@ -6,7 +6,7 @@ Every error that can be detected without weights is raised here.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,8 +21,8 @@ from ftlevel.config import (
     TrainConfig,
     TrainerConfig,
 )
-from ftlevel.config.preference import PREFERENCE_TASKS, DistillationConfig
-from ftlevel.config.rl import RL_RATE, RL_TASK, RlConfig
+from ftlevel.config.preference import PREFERENCE_TASKS
+from ftlevel.config.rl import RL_RATE, RL_TASK
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.data.encoding.collate import ensure_pad_token, separate_pad_from_eos
@@ -54,7 +54,6 @@ from ftlevel.task import Objective, PolicyObjective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.tasks.distillation import build_distillation
 from ftlevel.tasks.losses import Tokens
-from ftlevel.tasks.rl.rewards import Rewards
 from ftlevel.training.best import Length, resolve_best_model
 from ftlevel.training.plan.adapter import check_adapter_matches
 from ftlevel.training.plan.method import (
@@ -148,7 +147,8 @@ def resolve(
         data = imagined.rows(task, bare.kind, bare.config)
     else:
         memory_device = "cpu" if imagined is not None and imagined.device else bare.device.value
-        version = prompt_version or _prompt_version(adapter)
+        prompt = read_format(adapter.card) if adapter and adapter.card else None
+        version = prompt_version or (prompt.version if prompt else PROMPT_VERSION)
         bounds = find_bounds(
             config.method,
             bare.quant.kind,
@@ -168,12 +168,26 @@ def resolve(
         layers += _disable_dropout(model_config)
     meta = build_task_model(model_config, bare.auto_class)
     _check_checkpointing(config.train, meta, bare.device.value)
-    model = _plan_model(bare, model_config, meta, *task.find_heads(meta, bare.source))
-    model = replace(model, unused=task.find_unused(meta))
-    if adapter is not None:
-        model = replace(model, new_heads=[])  # the adapter has them
+    heads, new_modules = task.find_heads(meta, bare.source)
+    model = PlannedModel(
+        source=bare.source,
+        kind=bare.kind,
+        auto_class=bare.auto_class,
+        config=model_config,
+        tokenizer=bare.tokenizer,
+        device=bare.device.value,
+        dtype=bare.dtype.value,
+        quant=bare.quant,
+        heads=heads,
+        new_modules=new_modules,
+        new_heads=[] if adapter else find_new_heads(meta, bare.source, heads),
+        total_parameters=sum(p.numel() for p in meta.parameters()),
+        unused=task.find_unused(meta),
+    )
     targets = find_method_targets(config.method, meta, bare.source.name, bare.quant.kind)
-    objective = _objective(config.distillation, task, bare.kind, data)
+    objective = task.build_objective(bare.kind, data.facts)
+    if config.distillation.teacher is not None and isinstance(objective, Tokens):
+        objective = build_distillation(objective, config.distillation)
     generates = generates_texts(config.train.predict_with_generate, task)
     check_metrics(
         config.train.metrics, task, objective, generates=generates, how="--predict-with-generate"
@@ -203,6 +217,9 @@ def resolve(
     device, max_length = bare.device.value, data.max_length
     threads = [choose_threads()] if device == "cpu" else []
     fast = plan_fast(config, meta, bare.kind, objective, device, data.train, max_length)
+    rewards = None
+    if not (lenient or imagined) and isinstance(objective, PolicyObjective) and config.rl.reward:
+        rewards = open_rewards(config.rl, device, bare.tokenizer, data.train, data.table.where)
     run = Run(
         config=config,
         task=task,
@@ -215,7 +232,7 @@ def resolve(
         fast=fast,
         best=best,
         adapter=adapter,
-        rewards=None if lenient or imagined else _resolve_rewards(config.rl, objective, data, bare),
+        rewards=rewards,
         choices=[
             model_choice(config.model, model.family, model.total_parameters, bare.source),
             Choice("task", task.name, why_task),
@@ -294,45 +311,6 @@ def _resolve_experts(
     return quant, Choice("experts", precision, reason)
 
 
-def _objective(
-    distillation: DistillationConfig, task: BaseTask, kind: str, data: PreparedData
-) -> Objective:
-    """Return the training objective, for distillation if there is a teacher."""
-    objective = task.build_objective(kind, data.facts)
-    if distillation.teacher is None or not isinstance(objective, Tokens):
-        return objective
-    return build_distillation(objective, distillation)
-
-
-def _plan_model(
-    bare: _Bare, model_config: Any, meta: Any, heads: list[str], new_modules: list[str]
-) -> PlannedModel:
-    """Return the planned model: config for the task, heads and size."""
-    return PlannedModel(
-        source=bare.source,
-        kind=bare.kind,
-        auto_class=bare.auto_class,
-        config=model_config,
-        tokenizer=bare.tokenizer,
-        device=bare.device.value,
-        dtype=bare.dtype.value,
-        quant=bare.quant,
-        heads=heads,
-        new_modules=new_modules,
-        new_heads=find_new_heads(meta, bare.source, heads),
-        total_parameters=sum(p.numel() for p in meta.parameters()),
-    )
-
-
-def _resolve_rewards(
-    settings: RlConfig, objective: Objective, data: PreparedData, bare: _Bare
-) -> Rewards | None:
-    """Return the rewards of reinforcement learning, checked against the rows; else None."""
-    if not isinstance(objective, PolicyObjective) or not settings.reward:
-        return None
-    return open_rewards(settings, bare.device.value, bare.tokenizer, data.train, data.table.where)
-
-
 def _run_facts(model: PlannedModel, meta: Any, objective: Objective, steps: int) -> RunFacts:
     """Return the facts that determine default learning rates."""
     parameters = [p for head in model.new_heads for p in meta.get_submodule(head).parameters()]
@@ -347,34 +325,27 @@ def _run_facts(model: PlannedModel, meta: Any, objective: Objective, steps: int)
     )
 
 
-def _prompt_version(adapter: StartingAdapter | None) -> int:
-    """Return the plain prompt version of `adapter`, or the latest."""
-    prompt = read_format(adapter.card) if adapter and adapter.card else None
-    return PROMPT_VERSION if prompt is None else prompt.version
-
-
 def _disable_layerdrop(model_config: Any) -> list[Choice]:
     """Disable LayerDrop in `model_config` (mutated): skipped layers give adapters no gradient."""
     names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
-    shares = {name: share for name in names if (share := getattr(model_config, name, 0.0))}
-    for name in shares:
-        setattr(model_config, name, 0.0)
-    was = ", ".join(f"{name} {share:g}" for name, share in shares.items())
-    return [Choice("layers", "none is skipped", f"the model has {was}")] if shares else []
+    values = {name: getattr(model_config, name, 0.0) for name in names}
+    return _set_to_zero(model_config, values, "layers", "none is skipped")
 
 
 def _disable_dropout(model_config: Any) -> list[Choice]:
     """Disable all dropout in `model_config` (mutated), for models that sample what they learn."""
     config = model_config.get_text_config()
-    shares = {
-        name: value
-        for name, value in config.to_dict().items()
-        if isinstance(value, float) and value > 0 and ("drop" in name or "pdrop" in name)
-    }
-    for name in shares:
-        setattr(config, name, 0.0)
-    was = ", ".join(f"{name} {share:g}" for name, share in shares.items())
-    return [Choice("dropout", "off", f"the model has {was}")] if shares else []
+    values = {n: v for n, v in config.to_dict().items() if isinstance(v, float) and "drop" in n}
+    return _set_to_zero(config, values, "dropout", "off")
+
+
+def _set_to_zero(config: Any, values: Mapping[str, float], name: str, shown: str) -> list[Choice]:
+    """Set the positive `values` of `config` (mutated) to 0, and return the line that shows it."""
+    positive = {field: value for field, value in values.items() if value and value > 0}
+    for field in positive:
+        setattr(config, field, 0.0)
+    was = ", ".join(f"{field} {value:g}" for field, value in positive.items())
+    return [Choice(name, shown, f"the model has {was}")] if positive else []
 
 
 def _check_checkpointing(train: TrainerConfig, model: Any, device: str) -> None:
