@@ -83,6 +83,7 @@ class Objective(ABC):
         has_choice: whether targets are categorical, so that KL and top-1 are defined.
         one_of_many: whether a target is one of several classes, so that labels can be smoothed.
         has_classes: whether targets are classes, which can be weighted.
+        metric_names: see `metrics`; empty for the headline alone.
     """
 
     headline: str
@@ -92,11 +93,12 @@ class Objective(ABC):
     has_choice: ClassVar[bool] = True
     one_of_many: ClassVar[bool] = False
     has_classes: ClassVar[bool] = False
+    metric_names: ClassVar[tuple[str, ...]] = ()
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics that the meter computes; undefined ones are omitted at run time."""
-        return (self.headline,)
+        return self.metric_names or (self.headline,)
 
     def split(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
         """Return the model inputs and the labels of a batch."""

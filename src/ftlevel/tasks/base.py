@@ -430,15 +430,10 @@ def find_tasks() -> dict[str, BaseTask]:
     packages = added("tasks")
     for name in NAMES:
         try:
-            tasks[name] = find_task(name)
+            module = importlib.import_module(NAMES[name])
+            tasks[name] = next(task for task in module.TASKS if task.name == name)
         except Exception as error:
             if name not in packages:
                 raise
             warn_left_out(packages[name][0], error)
     return tasks
-
-
-def find_task(name: str) -> BaseTask:
-    """Return the task `name` from its module's `TASKS`."""
-    tasks: tuple[BaseTask, ...] = importlib.import_module(NAMES[name]).TASKS
-    return next(task for task in tasks if task.name == name)

@@ -326,17 +326,13 @@ class Classes(ClassObjective):
     """Cross entropy over rows: logits `(batch, classes)`, labels `(batch,)`."""
 
     per_row: ClassVar[bool] = True
+    metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "mcc")
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Return the sum of the negative log-likelihoods, in nats."""
         from torch.nn import functional
 
         return functional.cross_entropy(logits.float(), labels, reduction="sum")
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Accuracy, F1 and MCC."""
-        return "accuracy", "f1", "mcc"
 
     def meter(self) -> Meter:
         """Return a `ClassMeter`."""
@@ -353,6 +349,7 @@ class MultiLabel(Objective):
 
     per_row: ClassVar[bool] = True
     has_classes: ClassVar[bool] = True
+    metric_names: ClassVar[tuple[str, ...]] = ("micro_f1", "macro_f1", "subset_accuracy")
 
     def choices(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Return `(batch * classes, 2)` logits: a binary logit z is a choice between 0 and z."""
@@ -383,11 +380,6 @@ class MultiLabel(Objective):
         """Return negative / positive rows per class."""
         return balance_yes_and_no(row.labels for row in rows if isinstance(row.labels, tuple))
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Micro and macro F1, and subset accuracy."""
-        return "micro_f1", "macro_f1", "subset_accuracy"
-
     def meter(self) -> Meter:
         """Return a `MultiLabelMeter`."""
         return MultiLabelMeter()
@@ -404,6 +396,7 @@ class Regression(Objective):
 
     per_row: ClassVar[bool] = True
     has_choice: ClassVar[bool] = False
+    metric_names: ClassVar[tuple[str, ...]] = ("rmse", "pearson", "spearman")
 
     def count(self, labels: Tensor) -> Tensor:
         """Return the number of rows; a label of -100.0 is not ignored."""
@@ -416,11 +409,6 @@ class Regression(Objective):
         from torch.nn import functional
 
         return functional.mse_loss(logits.float().squeeze(-1), labels, reduction="sum")
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """RMSE and two correlations."""
-        return "rmse", "pearson", "spearman"
 
     def meter(self) -> Meter:
         """Return a `RegressionMeter`."""

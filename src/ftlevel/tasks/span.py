@@ -293,11 +293,7 @@ class Spans(Objective):
     """
 
     unanswerable: bool = False
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Exact match and F1."""
-        return "exact_match", "f1"
+    metric_names: ClassVar[tuple[str, ...]] = ("exact_match", "f1")
 
     def logits(self, outputs: Any) -> Tensor:
         """Return start and end logits, stacked in the last dimension."""

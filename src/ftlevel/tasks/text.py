@@ -107,45 +107,22 @@ _MESSAGES = ("messages", "turns", "dialog", "conversation")
 _TURNS = ("role", "content", "user", "assistant")
 
 
-def _dialogue_shapes(build: ExampleBuilder) -> tuple[FormatSpec, ...]:
-    """Return the column layouts of prompts with answers."""
+def _dialogues(build: ExampleBuilder, *, answered: bool) -> tuple[FormatSpec, ...]:
+    """Return the column layouts of prompts, `answered` or not."""
+    prompt = {"prompt": ("prompt", "question", "query")}
+    instruction, extra = {"instruction": ("instruction",)}, {"input": ("input", "context")}
+    pair, output = "prompt", "instruction"
+    if answered:
+        pair, output = "prompt + completion", "instruction + output"
+        prompt["completion"] = ("completion", "response", "answer")
+        instruction["output"] = ("output", "response", "completion")
     return (
         FormatSpec("messages", build, {"messages": _MESSAGES}, _TALK, False, _TURNS),
         FormatSpec(
             "conversations", build, {"conversations": ("conversations",)}, _TALK, False, _TURNS
         ),
-        FormatSpec(
-            "prompt + completion",
-            build,
-            {
-                "prompt": ("prompt", "question", "query"),
-                "completion": ("completion", "response", "answer"),
-            },
-            _SYSTEM,
-        ),
-        FormatSpec(
-            "instruction + output",
-            build,
-            {"instruction": ("instruction",), "output": ("output", "response", "completion")},
-            {"input": ("input", "context"), **_SYSTEM},
-        ),
-    )
-
-
-def _dialogue_questions(build: ExampleBuilder) -> tuple[FormatSpec, ...]:
-    """Return the column layouts of prompts without answers."""
-    return (
-        FormatSpec("messages", build, {"messages": _MESSAGES}, _TALK, False, _TURNS),
-        FormatSpec(
-            "conversations", build, {"conversations": ("conversations",)}, _TALK, False, _TURNS
-        ),
-        FormatSpec("prompt", build, {"prompt": ("prompt", "question", "query")}, _SYSTEM),
-        FormatSpec(
-            "instruction",
-            build,
-            {"instruction": ("instruction",)},
-            {"input": ("input", "context"), **_SYSTEM},
-        ),
+        FormatSpec(pair, build, prompt, _SYSTEM),
+        FormatSpec(output, build, instruction, {**extra, **_SYSTEM}),
     )
 
 
@@ -352,9 +329,9 @@ _NO_ENCODERS = {"encoder": "Use a decoder such as Llama, or T5 or BART."}
 TASKS = (
     TextTask(
         name="text-generation",
-        shapes=(*_dialogue_shapes(build_conversation), PLAIN_TEXT),
+        shapes=(*_dialogues(build_conversation, answered=True), PLAIN_TEXT),
         questions=(
-            *_dialogue_questions(build_query_turns),
+            *_dialogues(build_query_turns, answered=False),
             FormatSpec("text", build_query_turns, {"text": ("text", "content")}),
         ),
         auto_classes=_AUTO,
@@ -376,11 +353,11 @@ TASKS = (
                 build_pair,
                 {"document": _DOCUMENT, "summary": ("summary", "highlights")},
             ),
-            *_dialogue_shapes(build_pair),
+            *_dialogues(build_pair, answered=True),
         ),
         questions=(
             FormatSpec("document", build_source, {"document": _DOCUMENT}),
-            *_dialogue_questions(build_source),
+            *_dialogues(build_source, answered=False),
         ),
         auto_classes=_AUTO,
         peft_types=_PEFT,
@@ -399,11 +376,11 @@ TASKS = (
             FormatSpec(
                 "source + target", build_pair, {"source": ("source",), "target": ("target",)}
             ),
-            *_dialogue_shapes(build_pair),
+            *_dialogues(build_pair, answered=True),
         ),
         questions=(
             FormatSpec("source", build_source, {"source": ("source",)}),
-            *_dialogue_questions(build_source),
+            *_dialogues(build_source, answered=False),
         ),
         auto_classes=_AUTO,
         peft_types=_PEFT,

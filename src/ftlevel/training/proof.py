@@ -217,7 +217,7 @@ _SAVED = "saved"
 def _on_the_same_base(trained: Any, directory: Path, probe: Probe) -> Compared | None:
     """Add the saved adapter next to the trained one; None if PEFT cannot combine them."""
     name, flags = trained.active_adapter, [p.requires_grad for p in trained.parameters()]
-    with disabled_adapter(trained):
+    with trained.disable_adapter():
         before = probe.logits(trained)
     try:
         add_adapter(trained, directory, _SAVED)
@@ -241,7 +241,7 @@ def _on_a_fresh_base(
         fresh = load_base()
         if hasattr(trained, "peft_config"):
             reloaded = load_adapter(fresh, directory)
-            with disabled_adapter(reloaded):
+            with reloaded.disable_adapter():
                 before = probe.logits(reloaded)
         else:
             before = probe.logits(fresh)
@@ -311,10 +311,3 @@ def _is_replaced(trained: Any, name: str) -> bool:
 def _is_adapted(trained: Any, name: str) -> bool:
     module = trained.get_base_model().get_submodule(name.rpartition(".")[0])
     return hasattr(module, "base_layer")
-
-
-@contextlib.contextmanager
-def disabled_adapter(model: Any) -> Any:
-    """Disable a PEFT model's adapter inside the block."""
-    with model.disable_adapter():
-        yield

@@ -14,7 +14,7 @@ import functools
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -315,27 +315,29 @@ def _score(
     run: Run, adapted: PreparedModel, rows: Sequence[Encoded]
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield row indices and their answers' log-probabilities, computed as in a training step."""
-    objective, device = run.objective, run.model.device
+    objective = run.objective
     if not rows or not isinstance(objective, LikelihoodObjective):
         return
     head = adapted.fast.cross_entropy if adapted.fast is not None else None
-    for indices, batch in micro_batches(adapted.fast, rows, run.model.pad_id):
-        layout = batch.pop("layout", None)
-        inputs = {name: value.to(device) for name, value in batch.items()}
-        with using_layout(layout.to(device) if layout is not None else None):
-            yield indices, compute_answer_likelihoods(head, adapted.model, objective, inputs)
+    for indices, inputs in micro_batches(run, adapted.fast, rows):
+        yield indices, compute_answer_likelihoods(head, adapted.model, objective, inputs)
 
 
 def micro_batches(
-    fast: FastStep | None, rows: Sequence[Encoded], pad_id: int
+    run: Run, fast: FastStep | None, rows: Sequence[Encoded]
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """Yield row indices and their batch, split as in a training step."""
-    if fast is not None:
-        yield from StepCollator(pad_id, fast.plan).split(rows)
-        return
+    """Yield row indices and their inputs, split as in a training step, in their packed layout."""
+    pad_id, device = run.model.pad_id, run.model.device
     collate = Collator(pad_id)
-    for index, row in enumerate(rows):
-        yield [index], collate([row])
+    batches: Iterable[tuple[list[int], dict[str, Any]]] = (
+        StepCollator(pad_id, fast.plan).split(rows)
+        if fast is not None
+        else (([index], collate([row])) for index, row in enumerate(rows))
+    )
+    for indices, batch in batches:
+        layout = batch.pop("layout", None)
+        with using_layout(layout.to(device) if layout is not None else None):
+            yield indices, {name: value.to(device) for name, value in batch.items()}
 
 
 def precompute_reference(run: Run, listener: Listener) -> tuple[Run, Reference | None]:

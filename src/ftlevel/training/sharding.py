@@ -50,7 +50,6 @@ from ftlevel.training.proof import (
     check_differences,
     compare_frozen,
     describe_proof,
-    disabled_adapter,
 )
 from ftlevel.training.shards import gather, trainable_parameters
 from ftlevel.training.trainer import FtlevelTrainer
@@ -252,7 +251,7 @@ def prove_sharded(
     frozen = processes.in_all(lambda: compare_frozen(model, adapted.digests))
     after = probe.logits(model)
     if untrained is None:
-        with disabled_adapter(model):
+        with model.disable_adapter():
             untrained = probe.logits(model)
         difference = float(
             (_reloaded(model, directory.adapter, probe, processes) - after).abs().max()

@@ -11,7 +11,6 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ftlevel.config.preference import DistillationConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.texts import EncodedTexts
@@ -30,7 +28,6 @@ from ftlevel.evaluation.embeddings import embed_texts
 from ftlevel.events import Listener
 from ftlevel.fast.head.cross_entropy import Observe
 from ftlevel.fast.head.likelihoods import prepare_inputs
-from ftlevel.fast.packing import using_layout
 from ftlevel.models.hardware import autocast
 from ftlevel.models.loading import load_config
 from ftlevel.task import TokenObjective
@@ -160,30 +157,20 @@ def _expect(
     run: Run, adapted: PreparedModel, rows: Sequence[Encoded], dtype: np.dtype
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """Yield row indices and the teacher's predictions at their targets, as fields of `dtype`."""
-    objective, device, settings = run.objective, run.model.device, run.config.distillation
+    objective, settings, vocabulary = run.objective, run.config.distillation, run.model.vocabulary
     if not isinstance(objective, TokenObjective):
         return
-    for indices, batch in micro_batches(adapted.fast, rows, run.model.pad_id):
-        parts: list[tuple[Tensor, Tensor]] = []
-        keep = partial(_keep, parts, run.model.vocabulary, settings, dtype)
-        layout = batch.pop("layout", None)
-        inputs = {name: value.to(device) for name, value in batch.items()}
-        with using_layout(layout.to(device) if layout is not None else None):
-            _show_scores(adapted, objective, inputs, keep)
+    parts: list[tuple[Tensor, Tensor]] = []
+
+    def keep(scores: Tensor, _: Tensor) -> None:
+        values, ids = select_top_k(scores[:, :vocabulary], settings, dtype)
+        parts.append((values.cpu(), ids.cpu()))
+
+    for indices, inputs in micro_batches(run, adapted.fast, rows):
+        parts.clear()
+        _show_scores(adapted, objective, inputs, keep)
         log_probabilities, ids = (torch.cat([part[i] for part in parts]).numpy() for i in (0, 1))
         yield indices, log_probabilities, ids
-
-
-def _keep(
-    parts: list[tuple[Tensor, Tensor]],
-    vocabulary: int,
-    settings: DistillationConfig,
-    dtype: Any,
-    scores: Tensor,
-    _: Tensor,
-) -> None:
-    log_probabilities, ids = select_top_k(scores[:, :vocabulary], settings, dtype)
-    parts.append((log_probabilities.cpu(), ids.cpu()))
 
 
 def _show_scores(

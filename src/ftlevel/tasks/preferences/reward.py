@@ -143,6 +143,14 @@ class RewardObjective(Objective):
 
     per_row: ClassVar[bool] = True
     has_choice: ClassVar[bool] = False
+    metric_names: ClassVar[tuple[str, ...]] = (
+        "accuracy",
+        "margin",
+        "score_chosen",
+        "score_rejected",
+        "ece",
+        "length_correlation",
+    )
 
     def split(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
         """Return the model inputs, and the verdicts if present."""
@@ -160,11 +168,6 @@ class RewardObjective(Objective):
         scores = logits.float().flatten()
         margins = labels[::2, 2].float()
         return bradley_terry(scores[::2], scores[1::2], margins, self.settings.center).sum()
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics that the meter computes."""
-        return ("accuracy", "margin", "score_chosen", "score_rejected", "ece", "length_correlation")
 
     def meter(self) -> Meter:
         """Return a `ScoreMeter`."""

@@ -168,7 +168,9 @@ def _begin_wandb(run: TrackedRun) -> Tracker:
 
 
 def _begin_mlflow(run: TrackedRun) -> Tracker:
-    _switch_telemetry_off()
+    # Disable telemetry, unless the user has configured it.
+    if not any(name in os.environ for name in _TELEMETRY):
+        os.environ[_TELEMETRY[0]] = "true"
     import mlflow
     from mlflow.entities import Metric, Param
 
@@ -194,12 +196,6 @@ def _begin_mlflow(run: TrackedRun) -> Tracker:
         client.log_batch(run_id, [Metric(k, v, now, step) for k, v in metrics.items()])
 
     return Tracker(address, log, lambda: client.set_terminated(run_id))
-
-
-def _switch_telemetry_off() -> None:
-    """Disable MLflow's telemetry, unless the user has configured it."""
-    if not any(name in os.environ for name in _TELEMETRY):
-        os.environ[_TELEMETRY[0]] = "true"
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
