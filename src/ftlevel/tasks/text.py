@@ -109,8 +109,9 @@ _TURNS = ("role", "content", "user", "assistant")
 
 def _dialogues(build: ExampleBuilder, *, answered: bool) -> tuple[FormatSpec, ...]:
     """Return the column layouts of prompts, `answered` or not."""
-    prompt = {"prompt": ("prompt", "question", "query")}
-    instruction, extra = {"instruction": ("instruction",)}, {"input": ("input", "context")}
+    prompt: dict[str, tuple[str, ...]] = {"prompt": ("prompt", "question", "query")}
+    instruction: dict[str, tuple[str, ...]] = {"instruction": ("instruction",)}
+    extra = {"input": ("input", "context")}
     pair, output = "prompt", "instruction"
     if answered:
         pair, output = "prompt + completion", "instruction + output"
