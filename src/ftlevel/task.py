@@ -41,14 +41,14 @@ class TrainingLoss:
     focal_gamma: float = 0.0
 
     @property
-    def weighs(self) -> bool:
+    def is_weighted(self) -> bool:
         """Whether targets have different weights."""
         return bool(self.class_weights or self.focal_gamma)
 
     @property
     def is_plain(self) -> bool:
         """Whether the training loss equals the evaluation loss."""
-        return not (self.smoothing or self.weighs)
+        return not (self.smoothing or self.is_weighted)
 
 
 Task = Any
@@ -157,7 +157,7 @@ class Objective(ABC):
         """Expected loss of the first step; None if unknown."""
         return None
 
-    def remarks(
+    def find_warnings(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
     ) -> list[str]:
         """Return warnings about misleading metrics; `before` has those before step 1."""
@@ -260,7 +260,9 @@ class DistillationObjective(TokenObjective):
     """
 
     @abstractmethod
-    def taught_sum(self, scores: Tensor, targets: Tensor, known: Tensor, ids: Tensor) -> Tensor:
+    def distillation_sum(
+        self, scores: Tensor, targets: Tensor, known: Tensor, ids: Tensor
+    ) -> Tensor:
         """Return the loss summed over targets (a scalar).
 
         Args:
@@ -296,7 +298,7 @@ class LikelihoodObjective(TokenObjective):
         """
 
     @abstractmethod
-    def judge(self, answers: Tensor, verdicts: Tensor, *, training: bool) -> Tensor:
+    def preference_sum(self, answers: Tensor, verdicts: Tensor, *, training: bool) -> Tensor:
         """Return the summed loss, with one value per divisor of `training_count` if `training`.
 
         `answers` is the result of `answers`; `verdicts` are `(answers, 3)`.

@@ -93,7 +93,7 @@ class RankTask(BaseTask):
 
         return encoder.fit(encoder.collect(encode, examples), table)
 
-    def pose(self, prompt: str, context: str | None, number: int) -> Any:
+    def build_query(self, prompt: str, context: str | None, number: int) -> Any:
         """Return two texts, which a prompt holds with ||| between them."""
         first, _, second = prompt.partition(_SEPARATOR)
         return Ranked(first, second, "", number)

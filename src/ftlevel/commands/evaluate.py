@@ -120,7 +120,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         listener.stage("evaluating")
         record = ExampleRecord(trained.objective)
         metrics = evaluator(trained.model, record)
-        for remark in trained.objective.remarks(metrics):
+        for remark in trained.objective.find_warnings(metrics):
             listener.warn(remark)
         base, base_record = {}, None
         if config.base and _has_comparable_base(found, trained):
@@ -437,7 +437,7 @@ def _generates(config: EvaluateConfig, trained: LoadedModel, settings: TrainConf
     """Return whether generated text is scored."""
     task = trained.task
     generates = generates_texts(settings.train.predict_with_generate, task)
-    return generates or (task.writes_text and config.max_generate_samples is not None)
+    return generates or (task.generates_text and config.max_generate_samples is not None)
 
 
 def _has_comparable_base(found: ModelRef, trained: LoadedModel) -> bool:

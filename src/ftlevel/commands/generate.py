@@ -196,7 +196,7 @@ class Chat:
         self.messages: list[Turn] = []
         self.forgotten = 0
         for trained in self.adapters.voices.values():
-            if not trained.task.writes_text:
+            if not trained.task.generates_text:
                 raise ConfigError(
                     f"--chat is for models that write text, and this one does {trained.task.name}. "
                     "Use --prompt."

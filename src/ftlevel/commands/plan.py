@@ -188,8 +188,8 @@ def _plan(config: TrainConfig, wishes: PlanOptions) -> tuple[RunPlan, Alternativ
         wish.name_or_path, wish.revision, wish.trust_remote_code, needs_weights=wishes.probe
     )
     rows = config.train.rows_per_device_step * _IMAGINED_STEPS if is_imagined else 0
-    imagined = build_synthetic_batch(config.data, source, card.name if card else None, rows)
-    run = resolve(config, why_task=why, adapter=adapter, imagined=imagined)
+    synthetic = build_synthetic_batch(config.data, source, card.name if card else None, rows)
+    run = resolve(config, why_task=why, adapter=adapter, synthetic=synthetic)
     ranks = wishes.nodes * wishes.gpus_per_node
     device = Device.of(run.model.device, card, ranks)
     if config.speed.memory_gib is not None:

@@ -208,7 +208,7 @@ def _mapping(
         return config.columns
     roles = {role for shape in task.questions for role in shape.roles}
     inner = {role for shape in task.questions for role in shape.inner}
-    told = {**task.own_mapping(source.leading, own.data, source.first), **own.data.columns}
+    told = {**task.column_mapping(source.leading, own.data, source.first), **own.data.columns}
     return {
         role: column
         for role, column in told.items()
@@ -305,7 +305,7 @@ def _choices(
         Choice("answers", join_names(answers, 6)),
         Choice("dtype", found.card.dtype, describe_dtype(found, config.dtype)),
     ]
-    if task.writes_text and config.max_new_tokens is None:
+    if task.generates_text and config.max_new_tokens is None:
         why = "as in training" if found.run else "default"
         choices.append(Choice("max new tokens", own.train.max_new_tokens, why))
     if _cuts(config, own) and config.overlong is None:
@@ -320,7 +320,7 @@ def _cuts(config: PredictConfig, own: TrainConfig) -> bool:
 def _answer_all(config: PredictConfig, job: _PredictJob, listener: Listener) -> None:
     """Answer the remaining rows; weights are loaded only if there are any."""
     tally, task = job.tally, TASKS[job.found.card.task]
-    size = TEXT_BATCHES * (config.batch_size or PROMPTS) if task.writes_text else WINDOW
+    size = TEXT_BATCHES * (config.batch_size or PROMPTS) if task.generates_text else WINDOW
     waiting = windows(job.questions, size)
     first = next(waiting, None)
     if first is None:

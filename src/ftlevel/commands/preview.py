@@ -178,11 +178,11 @@ def _lengths(run: Run) -> list[int]:
 
 
 def _show_row(run: Run, row: Encoded) -> ShownRow:
-    speller = PieceDecoder(run.model.tokenizer)
-    texts = speller.spell(row.input_ids)
+    decoder = PieceDecoder(run.model.tokenizer)
+    texts = decoder.decode_tokens(row.input_ids)
     names = run.data.facts["labels"]
-    learned = run.task.show_targets(row, names, run.model.kind, speller)
-    special = speller.special
+    learned = run.task.show_targets(row, names, run.model.kind, decoder)
+    special = decoder.special
     tokens = tuple(
         Token(id_, text, label is not None, id_ in special, label or "")
         for id_, text, label in zip(row.input_ids, texts, learned, strict=True)
@@ -190,7 +190,7 @@ def _show_row(run: Run, row: Encoded) -> ShownRow:
     ids = run.task.show_answer(row, run.model.kind)
     target = tuple(
         Token(id_, text, True, id_ in special)
-        for id_, text in zip(ids, speller.spell(ids), strict=True)
+        for id_, text in zip(ids, decoder.decode_tokens(ids), strict=True)
     )
     place = run.data.table.where(row.row)
     return ShownRow(row.row + 1, place, tokens, target, run.task.show_label(row, names))
@@ -209,7 +209,7 @@ class PieceDecoder:
         self.special |= set(tokenizer.all_special_ids)
         self._anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
 
-    def spell(self, ids: Sequence[int]) -> list[str]:
+    def decode_tokens(self, ids: Sequence[int]) -> list[str]:
         """Return the text of each id; a multi-byte character is assigned to its last byte."""
         before = self._decode(self._anchor)
         texts, open_ = [], []

@@ -187,9 +187,9 @@ def predict_replies(trained: LoadedModel, ask: AnswerRequest) -> list[Prediction
         InputError: a prompt or row cannot be answered, e.g. it has no mask token or is too long.
     """
     task = trained.task
-    if ask.prompts and task.wants_context and ask.context is None:
+    if ask.prompts and task.needs_context and ask.context is None:
         raise ConfigError(f"{task.name} looks for an answer in a text. Add --context TEXT.")
-    if ask.context is not None and not task.wants_context:
+    if ask.context is not None and not task.needs_context:
         raise ConfigError(f"--context belongs to question answering, and this is {task.name}.")
     model = InferenceModel(trained, ask.writing, ask.batch_size)
     try:

@@ -106,7 +106,9 @@ class ExampleRecord:
         for index, row in enumerate(rows):
             own = slice(index * width, (index + 1) * width)
             unit = self.units.setdefault(row.row, ExampleStats(objective.meter()))
-            unit.loss += objective.judge(answers[own], verdicts[own], training=False).item()
+            unit.loss += objective.preference_sum(
+                answers[own], verdicts[own], training=False
+            ).item()
             unit.targets += 1
             unit.meter.update(answers[own], verdicts[own], [row])
 
@@ -265,7 +267,7 @@ def uses_text_metrics(wish: Sequence[str], task: BaseTask) -> bool:
 
 def generates_texts(wish: bool | None, task: BaseTask) -> bool:
     """Return whether texts are generated: by `wish`, or if None by the task's default."""
-    return task.generates if wish is None else wish and task.writes_text
+    return task.generates if wish is None else wish and task.generates_text
 
 
 def select_metrics(found: Mapping[str, V], wish: Sequence[str]) -> dict[str, V]:

@@ -74,7 +74,7 @@ def score_answers(
             if baseline is not None:
                 verdicts = with_baseline(verdicts, baseline.to(verdicts.device))
             own = [rows[i] for i in chosen]
-            total += objective.judge(answers, verdicts, training=False).item()
+            total += objective.preference_sum(answers, verdicts, training=False).item()
             count += int(objective.count(batch["labels"]))
             meter.update(answers, verdicts, own)
             if record is not None:

@@ -157,7 +157,7 @@ def resolve_merge_input(config: MergeConfig) -> MergeInput:
     own = (directory / "tokenizer_config.json").is_file()
     tokens = ModelSource(str(directory), "directory", str(directory)) if own else source
     has_none = getattr(model_config, "pad_token_id", None) is None
-    if task.pads_apart or (has_none and task.finds_ends_by_padding):
+    if task.separates_padding or (has_none and task.finds_ends_by_padding):
         model_config.pad_token_id = load_tokenizer(tokens).pad_token_id
     kind = model_kind(model_config)
     objective = task.build_objective(kind, {"labels": card.labels, **card.options})

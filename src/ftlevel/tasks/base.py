@@ -96,10 +96,10 @@ class PromptedModel(Protocol):
         """
 
 
-class Speller(Protocol):
+class TokenDecoder(Protocol):
     """Decoder of single tokens."""
 
-    def spell(self, ids: Sequence[int]) -> list[str]:
+    def decode_tokens(self, ids: Sequence[int]) -> list[str]:
         """Return the text of each token id."""
 
 
@@ -122,17 +122,17 @@ class BaseTask(ABC):
         refusals: kind of model -> hint in the error for an unsupported model.
         builtin_subset: subset of `builtin:docstrings` to read; empty for all.
         has_new_head: whether the head is newly initialized and fully trained.
-        writes_text: whether the model generates text.
+        generates_text: whether the model generates text.
         finds_ends_by_padding: whether the model locates the last token by its padding token.
         head_like: task with the same head, if the head is not specific to this task.
-        pads_apart: whether the padding token must differ from EOS.
-        wants_context: whether a prompt needs a context text.
-        drops_out: whether training may use dropout.
-        imagined_facts: data facts assumed for synthetic batches.
-        imagined_labels: class or tag names assumed for synthetic batches.
+        separates_padding: whether the padding token must differ from EOS.
+        needs_context: whether a prompt needs a context text.
+        uses_dropout: whether training may use dropout.
+        synthetic_facts: data facts assumed for synthetic batches.
+        synthetic_labels: class or tag names assumed for synthetic batches.
         needs_offsets: whether encoding needs the character offsets of tokens.
         checks: data checks that apply to the rows.
-        split_words: log text for examples that were split into several rows.
+        split_text: log text for examples that were split into several rows.
     """
 
     name: str
@@ -150,17 +150,17 @@ class BaseTask(ABC):
     questions: tuple[FormatSpec, ...] = ()
 
     has_new_head: ClassVar[bool] = False
-    writes_text: ClassVar[bool] = False
+    generates_text: ClassVar[bool] = False
     finds_ends_by_padding: ClassVar[bool] = False
     head_like: ClassVar[str] = ""
-    pads_apart: ClassVar[bool] = False
-    wants_context: ClassVar[bool] = False
-    drops_out: ClassVar[bool] = True
-    imagined_labels: ClassVar[tuple[str, ...]] = ()
-    imagined_facts: ClassVar[Mapping[str, Any]] = {}
+    separates_padding: ClassVar[bool] = False
+    needs_context: ClassVar[bool] = False
+    uses_dropout: ClassVar[bool] = True
+    synthetic_labels: ClassVar[tuple[str, ...]] = ()
+    synthetic_facts: ClassVar[Mapping[str, Any]] = {}
     needs_offsets: ClassVar[bool] = False
     checks: ClassVar[Checks] = Checks()
-    split_words: ClassVar[str] = "split into several"
+    split_text: ClassVar[str] = "split into several"
 
     def configured(self, options: Mapping[str, Any]) -> BaseTask:
         """Return the task with the `options` of a configuration or model card."""
@@ -212,7 +212,7 @@ class BaseTask(ABC):
         return []
 
     @property
-    def why_heads(self) -> str:
+    def heads_reason(self) -> str:
         """Log text explaining why the modules of `find_heads` are fully trained."""
         return "trained in full and saved"
 
@@ -229,11 +229,11 @@ class BaseTask(ABC):
     ) -> None:
         """Write files of other libraries beside an adapter or model; `options` are its card's."""
 
-    def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+    def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
         """Return `prompt`, `labels` and `options` for a model without a model card."""
         return {}
 
-    def imagine_row(self, ids: list[int], row: int) -> Encoded:
+    def synthetic_row(self, ids: list[int], row: int) -> Encoded:
         """Return a synthetic row of tokens `ids` with many targets, for memory estimation."""
         return Encoded(ids, list(ids), row)
 
@@ -244,7 +244,7 @@ class BaseTask(ABC):
     # ---- from columns to encoded rows
 
     @property
-    def decides(self) -> Mapping[str, Any]:
+    def encoding_options(self) -> Mapping[str, Any]:
         """Options outside the data section that change the encoded rows."""
         return {}
 
@@ -252,7 +252,7 @@ class BaseTask(ABC):
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
         """Return the format of `columns`; if none matches, suggest a task that they fit."""
-        mapping = {**self.own_mapping(columns, config, rows), **config.columns}
+        mapping = {**self.column_mapping(columns, config, rows), **config.columns}
         try:
             return detect_format(
                 columns, self.name, self.shapes, FormatOptions(mapping, config.format), rows
@@ -264,7 +264,7 @@ class BaseTask(ABC):
                 raise
             raise InputError(f"{error} These columns fit --task {other}.") from None
 
-    def own_mapping(
+    def column_mapping(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row]
     ) -> Mapping[str, str]:
         """Return role -> column from settings other than `--map`."""
@@ -280,7 +280,9 @@ class BaseTask(ABC):
         """Return the role whose values are class labels, or None."""
         return None
 
-    def find_faults(self, examples: Sequence[Any], labels: LabelSet, table: Table) -> list[BadRow]:
+    def find_inconsistent_labels(
+        self, examples: Sequence[Any], labels: LabelSet, table: Table
+    ) -> list[BadRow]:
         """Return the rows with inconsistent class labels."""
         return []
 
@@ -292,11 +294,11 @@ class BaseTask(ABC):
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
         """Return encoded rows of `examples`; raises `InputError` if one does not fit."""
 
-    def look(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
+    def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
         """Return task-specific data checks: check name -> mask of the failing rows."""
         return {}
 
-    def judge_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+    def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
         """Return (check name, example count, description) for checks of the whole training set."""
         return ()
 
@@ -310,13 +312,13 @@ class BaseTask(ABC):
         share = f"{supervised:,} supervised, {supervised / tokens:.0%}"
         return [Choice("tokens", f"{tokens:,} an epoch", share)]
 
-    def finish(
+    def finish_data(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
     ) -> PreparedData:
         """Return `prepared` with rows that are completed at access time, such as masked tokens."""
         return prepared
 
-    def fix(
+    def evaluation_rows(
         self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
     ) -> Sequence[Encoded]:
         """Return evaluation rows, identical at each access."""
@@ -362,8 +364,8 @@ class BaseTask(ABC):
         return {"": "text"}
 
     @abstractmethod
-    def pose(self, prompt: str, context: str | None, number: int) -> Any:
-        """Return an example built from `prompt` (and `context`, if `wants_context`)."""
+    def build_query(self, prompt: str, context: str | None, number: int) -> Any:
+        """Return an example built from `prompt` (and `context`, if `needs_context`)."""
 
     @abstractmethod
     def answer_rows(
@@ -378,12 +380,12 @@ class BaseTask(ABC):
     def answer(
         self, model: PromptedModel, prompts: Sequence[str], context: str | None
     ) -> list[Prediction]:
-        """Return one prediction per prompt; `context` is passed only if `wants_context`.
+        """Return one prediction per prompt; `context` is passed only if `needs_context`.
 
         Raises:
             UnansweredError: some prompts cannot be answered.
         """
-        questions = [self.pose(prompt, context, i) for i, prompt in enumerate(prompts)]
+        questions = [self.build_query(prompt, context, i) for i, prompt in enumerate(prompts)]
         return self.answer_rows(model, questions, OutputOptions())
 
     @abstractmethod
@@ -391,7 +393,7 @@ class BaseTask(ABC):
         """Return labels for a row of random tokens, in the format of training rows."""
 
     def show_targets(
-        self, row: Encoded, names: Sequence[str], kind: str, speller: Speller
+        self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
         """Return the target text per token; "" for the token itself, None for no target."""
         labels, count = row.labels, len(row.input_ids)

@@ -145,12 +145,12 @@ class ClassTask(BaseTask):
     """Task with one target per row: a class, several classes or a number."""
 
     has_new_head: ClassVar[bool] = True
-    imagined_labels: ClassVar[tuple[str, ...]] = ("0", "1")
+    synthetic_labels: ClassVar[tuple[str, ...]] = ("0", "1")
     finds_ends_by_padding: ClassVar[bool] = True
 
-    def imagine_row(self, ids: list[int], row: int) -> Encoded:
+    def synthetic_row(self, ids: list[int], row: int) -> Encoded:
         """Return a synthetic row of tokens `ids`."""
-        return Encoded(ids, row % len(self.imagined_labels), row)
+        return Encoded(ids, row % len(self.synthetic_labels), row)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
         """Return the objective of the problem type."""
@@ -163,7 +163,7 @@ class ClassTask(BaseTask):
         """Return the problem type, as named in transformers."""
         return {"problem_type": facts["problem_type"]}
 
-    def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+    def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
         """Return the class names and problem type of the model config."""
         labels = read_labels(model_config)
         usual = _QUANTITY if len(labels) == 1 else _SINGLE
@@ -206,7 +206,7 @@ class ClassTask(BaseTask):
 
         return encoder.fit(encoder.collect(encode, examples), table)
 
-    def judge_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+    def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
         """Return a finding if nearly all examples have the same class."""
         from ftlevel.data.gate.checks import find_majority_class
 
@@ -242,7 +242,7 @@ class ClassTask(BaseTask):
             columns["top"] = "ranking"
         return columns
 
-    def pose(self, prompt: str, context: str | None, number: int) -> Any:
+    def build_query(self, prompt: str, context: str | None, number: int) -> Any:
         """Return a text without a label."""
         return LabeledText(prompt, None, 0, number)
 

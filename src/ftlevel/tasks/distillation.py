@@ -39,7 +39,9 @@ class DistillationTokens(Tokens, DistillationObjective):
 
     settings: DistillationConfig = field(default_factory=DistillationConfig)
 
-    def taught_sum(self, scores: Tensor, targets: Tensor, known: Tensor, ids: Tensor) -> Tensor:
+    def distillation_sum(
+        self, scores: Tensor, targets: Tensor, known: Tensor, ids: Tensor
+    ) -> Tensor:
         """Return the loss summed over targets (a scalar)."""
         from torch.nn import functional
 

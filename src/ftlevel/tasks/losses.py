@@ -34,7 +34,7 @@ class ClassObjective(Objective):
         """Return the loss summed over the targets, weighted by class."""
         from torch.nn import functional
 
-        if not loss.weighs:
+        if not loss.is_weighted:
             return super().training_sum(logits, labels, mask, loss)
         scores, targets = self.choices(logits, labels, mask).float(), labels[labels != IGNORED]
         weights = _tensor_of(loss.class_weights, scores)

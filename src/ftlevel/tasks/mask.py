@@ -20,7 +20,7 @@ from ftlevel.tasks.base import (
     OutputOptions,
     Prediction,
     PromptedModel,
-    Speller,
+    TokenDecoder,
     check_options,
     rank,
 )
@@ -43,7 +43,7 @@ class MaskTask(BaseTask):
     needs_offsets: ClassVar[bool] = True
     checks: ClassVar[Checks] = Checks(supervised=False)  # tokens are masked later
 
-    def imagine_row(self, ids: list[int], row: int) -> Encoded:
+    def synthetic_row(self, ids: list[int], row: int) -> Encoded:
         """Return a synthetic row of tokens `ids` with every sixth token masked."""
         labels = [token if at % 6 == 0 else IGNORED for at, token in enumerate(ids)]
         return Encoded(ids, labels, row)
@@ -59,9 +59,9 @@ class MaskTask(BaseTask):
         return find_new_language_head(meta)
 
     @property
-    def why_heads(self) -> str:
+    def heads_reason(self) -> str:
         """Log text explaining why the language head is fully trained."""
-        return f"the checkpoint has no masked language head: new, {super().why_heads}"
+        return f"the checkpoint has no masked language head: new, {super().heads_reason}"
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
         """Return the texts in blocks, without masked tokens yet."""
@@ -83,24 +83,24 @@ class MaskTask(BaseTask):
         overlong = encoder.config.overlong
         return FittedRows(rows, length, "" if is_set else reason, split=split, overlong=overlong)
 
-    def finish(
+    def finish_data(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
     ) -> PreparedData:
         """Return training rows whose tokens are masked at access time, anew each epoch."""
-        train = _hide(prepared.train, config, context)
+        train = _mask_rows(prepared.train, config, context)
         facts = {**prepared.facts, "supervised": train.count_hidden()}
         share = f"{facts['supervised']:,} supervised, drawn anew each epoch"
         choices = [
             Choice(c.name, c.value, share) if c.name == "tokens" else c for c in prepared.choices
         ]
-        validation = self.fix(prepared.validation, config, context)
+        validation = self.evaluation_rows(prepared.validation, config, context)
         return replace(prepared, train=train, validation=validation, facts=facts, choices=choices)
 
-    def fix(
+    def evaluation_rows(
         self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
     ) -> Sequence[Encoded]:
         """Return rows with the same masked tokens at each access."""
-        return _hide(rows, config, context).fixed()
+        return _mask_rows(rows, config, context).fixed()
 
     def answer_columns(
         self,
@@ -119,7 +119,7 @@ class MaskTask(BaseTask):
         columns: dict[str, Column] = {"": "text", "words": "texts"}
         return columns | ({"top": "rankings"} if requested.top_k else {})
 
-    def pose(self, prompt: str, context: str | None, number: int) -> Any:
+    def build_query(self, prompt: str, context: str | None, number: int) -> Any:
         """Return a text that should contain a mask."""
         return PlainText(prompt, number)
 
@@ -149,10 +149,10 @@ class MaskTask(BaseTask):
             for best in shares.argmax(-1).tolist():
                 words.append(tokenizer.decode([best]).strip())
                 text = text.replace(tokenizer.mask_token, words[-1], 1)
-            top_words = _likeliest(tokenizer, shares[0], 5)
+            top_words = _top_words(tokenizer, shares[0], 5)
             columns: dict[str, Any] = {}
             if requested.top_k:
-                tops = [_likeliest(tokenizer, share, requested.top_k) for share in shares]
+                tops = [_top_words(tokenizer, share, requested.top_k) for share in shares]
                 columns["top"] = [rank(top, requested.top_k) for top in tops]
             return Prediction(text, top_words, columns={"": text, "words": words, **columns})
 
@@ -163,24 +163,24 @@ class MaskTask(BaseTask):
         return list(ids)
 
     def show_targets(
-        self, row: Encoded, names: Sequence[str], kind: str, speller: Speller
+        self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
         """Return the original token at each masked position."""
         labels = row.labels if isinstance(row.labels, list) else []
-        spelled = speller.spell([max(label, 0) for label in labels])
+        spelled = decoder.decode_tokens([max(label, 0) for label in labels])
         return [
             None if label == IGNORED else text for label, text in zip(labels, spelled, strict=True)
         ]
 
 
-def _likeliest(tokenizer: Any, shares: Tensor, count: int) -> dict[str, float]:
+def _top_words(tokenizer: Any, shares: Tensor, count: int) -> dict[str, float]:
     """Return the `count` most likely words with their probabilities."""
     top = shares.topk(min(count, len(shares)))
     words = tokenizer.convert_ids_to_tokens(top.indices.tolist())
     return dict(zip(words, top.values.tolist(), strict=True))
 
 
-def _hide(rows: Sequence[Encoded], config: DataConfig, context: EncodingContext) -> MaskedRows:
+def _mask_rows(rows: Sequence[Encoded], config: DataConfig, context: EncodingContext) -> MaskedRows:
     from ftlevel.data.encoding.collate import MaskedRows
 
     return MaskedRows(rows, context.tokenizer, share=config.mlm_probability, seed=context.seed)

@@ -30,7 +30,7 @@ from ftlevel.tasks.base import (
     OutputOptions,
     Prediction,
     PromptedModel,
-    Speller,
+    TokenDecoder,
     check_options,
 )
 
@@ -131,12 +131,12 @@ class SpanTask(BaseTask):
 
     has_new_head: ClassVar[bool] = True
     needs_offsets: ClassVar[bool] = True
-    wants_context: ClassVar[bool] = True
+    needs_context: ClassVar[bool] = True
     # Questions on the same context legitimately share most tokens.
     checks: ClassVar[Checks] = Checks(near_duplicates=False)
-    split_words: ClassVar[str] = "more windows than questions"
+    split_text: ClassVar[str] = "more windows than questions"
 
-    def imagine_row(self, ids: list[int], row: int) -> Encoded:
+    def synthetic_row(self, ids: list[int], row: int) -> Encoded:
         """Return a synthetic row of tokens `ids`."""
         return Encoded(ids, (0, min(1, len(ids) - 1)), row)
 
@@ -148,7 +148,7 @@ class SpanTask(BaseTask):
         """Return the stride of the windows, and whether questions may have no answer."""
         return {"doc_stride": config.doc_stride, "unanswerable": facts["unanswerable"]}
 
-    def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+    def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
         """Return default window options."""
         return {"options": {"doc_stride": 128, "unanswerable": False}}
 
@@ -178,7 +178,7 @@ class SpanTask(BaseTask):
             overlong=config.overlong,
         )
 
-    def look(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
+    def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
         """Return the windows of questions whose answer is not fully inside any window."""
         import numpy as np
 
@@ -210,7 +210,7 @@ class SpanTask(BaseTask):
         check_options(requested, f"--task {self.name}", "Every span comes with a score.")
         return {"": "text", "start": "whole", "end": "whole", "score": "number"}
 
-    def pose(self, prompt: str, context: str | None, number: int) -> Any:
+    def build_query(self, prompt: str, context: str | None, number: int) -> Any:
         """Return a question about `context`."""
         return Question(context or "", prompt, (), number)
 
@@ -235,7 +235,7 @@ class SpanTask(BaseTask):
         return (1, 2)
 
     def show_targets(
-        self, row: Encoded, names: Sequence[str], kind: str, speller: Speller
+        self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
         """Return the tokens of the answer."""
         first, last = row.labels if isinstance(row.labels, tuple) else (0, 0)

@@ -26,7 +26,7 @@ from ftlevel.tasks.base import (
     OutputOptions,
     Prediction,
     PromptedModel,
-    Speller,
+    TokenDecoder,
     check_options,
 )
 from ftlevel.tasks.classes import read_labels
@@ -115,10 +115,10 @@ class TagTask(BaseTask):
     """Task with one tag per word."""
 
     has_new_head: ClassVar[bool] = True
-    imagined_labels: ClassVar[tuple[str, ...]] = ("O", "B-X", "I-X")
+    synthetic_labels: ClassVar[tuple[str, ...]] = ("O", "B-X", "I-X")
     needs_offsets: ClassVar[bool] = True
 
-    def imagine_row(self, ids: list[int], row: int) -> Encoded:
+    def synthetic_row(self, ids: list[int], row: int) -> Encoded:
         """Return a synthetic row of tokens `ids`."""
         return Encoded(ids, [0] * len(ids), row)
 
@@ -126,7 +126,7 @@ class TagTask(BaseTask):
         """Return the cross entropy of the words' tags."""
         return Tags(self.headline, names=tuple(facts.get("labels", ())))
 
-    def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+    def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
         """Return the tag names of the model config."""
         return {"labels": read_labels(model_config)}
 
@@ -147,7 +147,9 @@ class TagTask(BaseTask):
         reason = "made of the spans" if "spans" in loaded.format.columns else "as in the data"
         return [*choices, Choice("tags", scheme, reason)]
 
-    def find_faults(self, examples: Sequence[Any], labels: LabelSet, table: Table) -> list[BadRow]:
+    def find_inconsistent_labels(
+        self, examples: Sequence[Any], labels: LabelSet, table: Table
+    ) -> list[BadRow]:
         """Return the rows with invalid BIO tags."""
         return find_invalid_bio_tags(examples, labels.names, table)
 
@@ -196,7 +198,7 @@ class TagTask(BaseTask):
             columns["probability"] = "numbers"
         return columns
 
-    def pose(self, prompt: str, context: str | None, number: int) -> Any:
+    def build_query(self, prompt: str, context: str | None, number: int) -> Any:
         """Return the words of a text."""
         return _split(prompt, number)
 
@@ -233,10 +235,10 @@ class TagTask(BaseTask):
         return [0] * len(ids)
 
     def show_targets(
-        self, row: Encoded, names: Sequence[str], kind: str, speller: Speller
+        self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
         """Return the tag at the first token of each word."""
-        targets = super().show_targets(row, names, kind, speller)
+        targets = super().show_targets(row, names, kind, decoder)
         labels = row.labels if isinstance(row.labels, list) else []
         return [None if at is None else names[tag] for at, tag in zip(targets, labels, strict=True)]
 

@@ -43,7 +43,7 @@ from ftlevel.data.formats.examples import (
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import ConfigError, InputError, UnansweredError
 from ftlevel.task import Checks, Objective
-from ftlevel.tasks.base import BaseTask, OutputOptions, Prediction, PromptedModel, Speller
+from ftlevel.tasks.base import BaseTask, OutputOptions, Prediction, PromptedModel, TokenDecoder
 from ftlevel.tasks.losses import Tokens
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ _DOCUMENT = ("document", "article", "dialogue", "text")
 class TextTask(BaseTask):
     """Task whose target is a text."""
 
-    writes_text: ClassVar[bool] = True
+    generates_text: ClassVar[bool] = True
     checks: ClassVar[Checks] = Checks(token_labels=True, ends=True)
 
     def find_format(
@@ -176,7 +176,7 @@ class TextTask(BaseTask):
         """Return the cross entropy of the target's tokens."""
         return Tokens(self.headline, kind == "encoder-decoder", kind == "decoder")
 
-    def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+    def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
         """Return the default prompt format of `train`."""
         prompt = choose_format(tokenizer, kind, self.instruction, self.answer_cue)
         return {"prompt": prompt.to_dict()}
@@ -206,7 +206,7 @@ class TextTask(BaseTask):
         fitted = encoder.fit(encoder.collect(encode_some, examples), table)
         return encoder.fit_targets(fitted, table) if seq2seq else fitted
 
-    def pose(self, prompt: str, context: str | None, number: int) -> Any:
+    def build_query(self, prompt: str, context: str | None, number: int) -> Any:
         """Return a source without a target."""
         return SourceTarget(prompt, "", number)
 
@@ -233,12 +233,12 @@ class TextTask(BaseTask):
         return list(ids)
 
     def show_targets(
-        self, row: Encoded, names: Sequence[str], kind: str, speller: Speller
+        self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
         """Return None per token for an encoder-decoder, else the targets as in `BaseTask`."""
         if kind == "encoder-decoder":
             return [None] * len(row.input_ids)
-        return super().show_targets(row, names, kind, speller)
+        return super().show_targets(row, names, kind, decoder)
 
     def show_answer(self, row: Encoded, kind: str) -> list[int]:
         """Return the target ids of an encoder-decoder."""
@@ -251,7 +251,7 @@ class TextTask(BaseTask):
 class TranslationTask(TextTask):
     """Translation; the instruction names the languages if they are known."""
 
-    def own_mapping(
+    def column_mapping(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row]
     ) -> Mapping[str, str]:
         """Return the columns of both languages if columns are named by language."""

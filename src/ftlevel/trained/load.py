@@ -73,7 +73,7 @@ def resolve_reference(
     """
     said = f"{flag} {name}"
     found = resolve_model(name, device=device, said=said)
-    if not TASKS[found.card.task].writes_text:
+    if not TASKS[found.card.task].generates_text:
         raise InputError(
             f"{said} was trained for {found.card.task}: it writes no text. Name one that does."
         )
@@ -163,10 +163,10 @@ def load_ref(found: ModelRef, device: str, name: str = "default") -> LoadedModel
         check_loadable(stored, source.words, device)
     tokenizer = load_own_tokenizer(source, directory)
     ensure_pad_token(tokenizer)
-    if task.pads_apart:
+    if task.separates_padding:
         separate_pad_from_eos(tokenizer)
     if (
-        task.pads_apart or getattr(config, "pad_token_id", None) is None
+        task.separates_padding or getattr(config, "pad_token_id", None) is None
     ):  # CodeGen's config lacks the field
         config.pad_token_id = tokenizer.pad_token_id
     kind = model_kind(config)

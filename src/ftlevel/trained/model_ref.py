@@ -403,7 +403,7 @@ def build_default_card(
     task.auto_class(kind, config.model_type)  # raises if the model does not support the task
     tokenizer = load_own_tokenizer(source, directory)
     ensure_pad_token(tokenizer)
-    known = task.stand_in(config, tokenizer, kind)
+    known = task.card_defaults(config, tokenizer, kind)
     return AdapterCard(
         method=str(settings["peft_type"]).lower().replace("_", "-") if settings else PLAIN,
         task=task.name,

@@ -41,7 +41,7 @@ from ftlevel.training.summary import (
     build_summary,
     find_nothing_learned,
     find_worse_than_before,
-    with_what_was_read,
+    with_stream_counts,
 )
 from ftlevel.training.trainer import FtlevelTrainer
 
@@ -58,7 +58,7 @@ def end_training(trainer: FtlevelTrainer, run: Run, records: Sequence[Mapping[st
         trainer.fast.remove()
     trainer.forget_optimizer()
     if isinstance(trainer.train_dataset, StreamedRows):
-        run = with_what_was_read(run, trainer.train_dataset)
+        run = with_stream_counts(run, trainer.train_dataset)
     last = trainer.state.global_step
     if trainer.evaluator and not has_evaluation(records, last):
         trainer.evaluate()
@@ -202,12 +202,12 @@ def report_results(
     }
     with explain_disk_errors(directory):
         write_results(directory, run.config.method, summary, lines)
-    remarks = run.objective.remarks(summary["metrics"], summary["metrics_before"])
-    remarks += find_rollout_warnings(outcome.records)
+    warnings = run.objective.find_warnings(summary["metrics"], summary["metrics_before"])
+    warnings += find_rollout_warnings(outcome.records)
     for warning in [
         *find_nothing_learned(summary, run),
         *find_worse_than_before(summary),
-        *remarks,
+        *warnings,
     ]:
         listener.warn(warning)
     end_run(run.config.output, directory, summary, listener)

@@ -25,8 +25,8 @@ from ftlevel.training.plan.run import Run, size_choices
 from ftlevel.training.plan.schedule import find_default_model_warnings, find_warnings
 from ftlevel.training.processes import Processes, resolve_processes, started_processes
 from ftlevel.training.resume import (
-    check_base_outlives,
-    check_base_stays,
+    check_base_not_overwritten,
+    check_same_base,
     stored_micro_batch_tokens,
     stored_prompt_version,
 )
@@ -203,7 +203,7 @@ def _resolve(
     if output.push_to_hub is not None:
         repository = {"push_to_hub": find_repository(output.push_to_hub)}
         config = config.model_copy(update={"output": output.model_copy(update=repository)})
-    check_base_stays(config.model, output, config.data.chat_template)
+    check_same_base(config.model, output, config.data.chat_template)
     listener.stage("reading data and model configuration")
     config, adapter, notes = resolve_adapter(config)
     config, task_reason = infer_task(config)
@@ -216,7 +216,7 @@ def _resolve(
     )
     choices = [*inputs.choices, *run.choices]
     run = replace(run, choices=choices, written_base=inputs.written_base)
-    check_base_outlives(run)
+    check_base_not_overwritten(run)
     run = replace(run, beside=find_auxiliary_models(run))
     sizes = size_choices(run, try_method=try_method)
     memory = estimate_memory(run, processes)

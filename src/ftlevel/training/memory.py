@@ -235,7 +235,7 @@ class StepReducer:
         trainer = self._trainer
         if trainer.args.world_size > 1 or trainer.fast is None:
             return False
-        return _has_parts(inputs) or self._can_checkpoint()
+        return _has_several_rows(inputs) or self._can_checkpoint()
 
     def make(self, model: Any, rows: Sequence[Encoded], inputs: Mapping[str, Any]) -> Any:
         """Clear `model`'s gradients and return the inputs of a failed step in smaller parts."""
@@ -245,7 +245,7 @@ class StepReducer:
             torch.cuda.empty_cache()
         trainer, step = self._trainer, self._step()
         where = f"at step {step}" if step else "before the first step"
-        if _has_parts(inputs):
+        if _has_several_rows(inputs):
             tokens = self._halve()
             self._note({"step": step, "tokens_per_micro_batch": tokens})
             trainer.warn(
@@ -340,7 +340,7 @@ class StepReducer:
         recompute_blocks(base_model(trainer.model))
 
 
-def _has_parts(inputs: Mapping[str, Any]) -> bool:
+def _has_several_rows(inputs: Mapping[str, Any]) -> bool:
     """Whether a micro-batch of the step has several rows."""
     return bool(inputs.get("has_parts"))
 

@@ -200,7 +200,7 @@ def load_adapted(run: Run, listener: Listener) -> PreparedModel:
     else:
         base = load_base(run)
         digests = {} if trains_base else digest_tensors(base.named_parameters())
-        model = put_method_on(base, run)
+        model = apply_run_method(base, run)
         initialize_adapter(model, run)
     if trains_base or shards:  # of this process's part
         digests = digest_tensors(
@@ -212,7 +212,7 @@ def load_adapted(run: Run, listener: Listener) -> PreparedModel:
     return PreparedModel(model, copy_start(model, run.config.method), fast, digests)
 
 
-def put_method_on(base: Any, run: Run) -> Any:
+def apply_run_method(base: Any, run: Run) -> Any:
     """Apply the run's method to `base` (mutated) and return the result."""
     config, model = run.config, run.model
     fused = uses_fused_layers(config.method, config.speed, model.quant.kind, model.device)
@@ -234,14 +234,14 @@ def load_sharded(run: Run, listener: Listener) -> Any:
     """
     reason = explain_full_read(run)
     slices = None if reason else UnreadWeights()
-    local_run = replace(run, model=held_by_host(run.model, slices))
-    model = put_method_on(load_base(local_run, slices), run)
-    if slices is not None and (computed := made_of_unread(model, slices)):
+    local_run = replace(run, model=place_on_host(run.model, slices))
+    model = apply_run_method(load_base(local_run, slices), run)
+    if slices is not None and (computed := find_computed_tensor(model, slices)):
         reason = f"{computed} is made of weights that the checkpoint has in another type"
         del model
         slices = None
-        local_run = replace(run, model=held_by_host(run.model, slices))
-        model = put_method_on(load_base(local_run), run)
+        local_run = replace(run, model=place_on_host(run.model, slices))
+        model = apply_run_method(load_base(local_run), run)
     initialize_adapter(model, local_run)
     dtype, holds = DTYPES[run.model.dtype], run.config.train.shard == "grads"
     shard(model, run.model.device, holds=holds, dtype=dtype, slices=slices)
@@ -257,7 +257,7 @@ def load_sharded(run: Run, listener: Listener) -> Any:
     return model
 
 
-def made_of_unread(model: Any, slices: UnreadWeights) -> str:
+def find_computed_tensor(model: Any, slices: UnreadWeights) -> str:
     """Return the name of a tensor computed from weights that are not read yet; empty for none.
 
     Reads the weights of which the method trains copies (`model` is mutated).
@@ -286,7 +286,7 @@ def explain_full_read(run: Run) -> str:
     return ""
 
 
-def held_by_host(planned: PlannedModel, slices: UnreadWeights | None) -> PlannedModel:
+def place_on_host(planned: PlannedModel, slices: UnreadWeights | None) -> PlannedModel:
     """Return `planned` with the CPU as device, unless the base is quantized whole on its device."""
     on_device = planned.quant.kind != "none" and slices is None
     return planned if on_device else replace(planned, device="cpu")

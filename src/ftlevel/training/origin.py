@@ -97,7 +97,7 @@ def digests_of(run: Run) -> tuple[FileDigests, FileDigests]:
     """Return the digests of the base's files and of a stream's files."""
     source = run.model.source
     base = [] if source.path is None else _weights(source.path)
-    rows = _within(_MOST, run.data.stream.files) if run.data.stream else []
+    rows = _limit_files(_MOST, run.data.stream.files) if run.data.stream else []
     return (
         FileDigests(BASE, source.words, "base.json", {file.name: file for file in base}),
         FileDigests(
@@ -113,7 +113,7 @@ def _weights(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
 
 
-def _within(max_bytes: int, files: Sequence[Path]) -> list[Path]:
+def _limit_files(max_bytes: int, files: Sequence[Path]) -> list[Path]:
     """Return the first of `files` with at most `max_bytes` bytes in total."""
     selected = []
     for file in files:
@@ -127,7 +127,7 @@ def _within(max_bytes: int, files: Sequence[Path]) -> list[Path]:
 CONFIG, TOKENIZER, TEMPLATE = "model.config.", "model.tokenizer", "model.chat_template"
 """Names in the result of `describe_model`: prefix of config fields, tokenizer, chat template."""
 
-_SAYS_NOTHING = set(
+_IGNORED_FIELDS = set(
     """
     _name_or_path transformers_version torch_dtype dtype architectures _attn_implementation
     attn_implementation id2label label2id quantization_config use_cache
@@ -165,7 +165,7 @@ def _flatten(name: str, value: Any) -> list[tuple[str, Any]]:
         return [
             pair
             for key, inner in value.items()
-            if key not in _SAYS_NOTHING
+            if key not in _IGNORED_FIELDS
             for pair in _flatten(f"{name}.{key}", inner)
         ]
     return [(name, value)]
@@ -176,7 +176,7 @@ def _digest(value: Any) -> str:
 
 
 # Settings of logging, saving and evaluation, which do not affect the training result.
-_FREE = set(
+_FREE_FIELDS = set(
     """
     logging_steps eval_steps save_steps save_minutes save_total_limit eval_on_start
     predict_with_generate max_generate_samples max_new_tokens metrics num_beams temperature
@@ -193,7 +193,11 @@ _EVALUATION = {"eval_steps", "eval_strategy", "eval_on_start"}
 def origin_of(run: Run, base: Mapping[str, Any]) -> dict[str, Any]:
     """Return all values that must be the same when the run resumes, by dotted name."""
     values: dict[str, Any] = run.config.model_dump(mode="json", exclude={"output"})
-    free = _FREE if run.config.train.lr_scheduler_type != PLATEAU else _FREE - _EVALUATION
+    free = (
+        _FREE_FIELDS
+        if run.config.train.lr_scheduler_type != PLATEAU
+        else _FREE_FIELDS - _EVALUATION
+    )
     values["train"] = {k: v for k, v in values["train"].items() if k not in free}
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("num_proc", "cache")}
     values["speed"].pop("verify")
@@ -225,7 +229,7 @@ def origin_of(run: Run, base: Mapping[str, Any]) -> dict[str, Any]:
     return origin
 
 
-def everything_of(run: Run, origin: Mapping[str, Any]) -> dict[str, Any]:
+def describe_all_settings(run: Run, origin: Mapping[str, Any]) -> dict[str, Any]:
     """Return all values that must be the same in all processes of a run, by dotted name.
 
     Extends `origin` with settings such as save intervals, but drops the thread count, which may

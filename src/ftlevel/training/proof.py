@@ -174,9 +174,9 @@ def check_saved(
     after = probe.logits(trained)
     logits = None
     if hasattr(trained, "peft_config") and not rewritten:
-        logits = _on_the_same_base(trained, directory, probe)
+        logits = _compare_on_same_base(trained, directory, probe)
     if logits is None:
-        logits = _on_a_fresh_base(trained, directory, origin.load, probe)
+        logits = _compare_on_fresh_base(trained, directory, origin.load, probe)
     before, again = logits
     difference = (again - after).abs().max().item()
     effect = (after - before).abs().max().item()
@@ -195,7 +195,7 @@ def check_differences(directory: Path, difference: float, effect: float, bound: 
     Both are largest absolute differences of logits: saved and trained model, before and after
     training.
     """
-    if not difference <= bound:
+    if not difference <= bound:  # also NaN
         raise RunError(
             f"the adapter saved in {directory} is not the one that was trained: its logits differ "
             f"by {difference:.3g} (bound {bound:.3g}). It is kept for inspection and must not be "
@@ -214,7 +214,7 @@ Compared = tuple[Tensor, Tensor]
 _SAVED = "saved"
 
 
-def _on_the_same_base(trained: Any, directory: Path, probe: Probe) -> Compared | None:
+def _compare_on_same_base(trained: Any, directory: Path, probe: Probe) -> Compared | None:
     """Add the saved adapter next to the trained one; None if PEFT cannot combine them."""
     name, flags = trained.active_adapter, [p.requires_grad for p in trained.parameters()]
     with trained.disable_adapter():
@@ -233,11 +233,11 @@ def _on_the_same_base(trained: Any, directory: Path, probe: Probe) -> Compared |
             parameter.requires_grad_(flag)
 
 
-def _on_a_fresh_base(
+def _compare_on_fresh_base(
     trained: Any, directory: Path, load_base: Callable[[], Any], probe: Probe
 ) -> Compared:
     """Load the base again, with `trained` moved off the device meanwhile."""
-    with _on_the_cpu(trained, probe.device):
+    with _moved_to_cpu(trained, probe.device):
         fresh = load_base()
         if hasattr(trained, "peft_config"):
             reloaded = load_adapter(fresh, directory)
@@ -255,7 +255,7 @@ def _on_a_fresh_base(
 
 
 @contextlib.contextmanager
-def _on_the_cpu(model: Any, device: str) -> Iterator[None]:
+def _moved_to_cpu(model: Any, device: str) -> Iterator[None]:
     """Move `model` (mutated) to host memory inside the block."""
     original_device = next(model.parameters()).device
     if device != "cpu":

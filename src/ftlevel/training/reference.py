@@ -72,7 +72,7 @@ def open_or_fill(
 
     if path is None:
         array = np.empty(shape, dtype=dtype)
-        numbers_of(array)[:] = np.nan
+        unfilled_values(array)[:] = np.nan
         fill(array)
         return array, False
     with FileLock(path.with_suffix(".lock")):
@@ -84,7 +84,7 @@ def open_or_fill(
         return array, not missing
 
 
-def numbers_of(array: np.ndarray) -> np.ndarray:
+def unfilled_values(array: np.ndarray) -> np.ndarray:
     """Return the part of `array` that is NaN until it is filled."""
     names = array.dtype.names
     found: np.ndarray = array[names[0]] if names else array
@@ -93,7 +93,7 @@ def numbers_of(array: np.ndarray) -> np.ndarray:
 
 def is_missing(array: np.ndarray) -> np.ndarray:
     """Return a mask of the items of `array` that are not filled yet."""
-    numbers = numbers_of(array)
+    numbers = unfilled_values(array)
     found: np.ndarray = np.isnan(numbers if array.dtype.names is None else numbers[..., 0])
     return found
 
@@ -119,7 +119,7 @@ def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
                 path.touch()
                 return array
     fresh = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    numbers_of(fresh)[:] = np.nan
+    unfilled_values(fresh)[:] = np.nan
     fresh.flush()
     return fresh
 
@@ -134,7 +134,7 @@ def digest_start(run: Run, adapted: PreparedModel) -> str:
             digest.update(name.encode())
             for part in inner_tensors(tensor) or (tensor,):
                 digest.update(part.detach().float().cpu().numpy().tobytes())
-    decides = {
+    key_values = {
         "base": path and (base_digest(path) if path.is_dir() else file_digest(path)),
         "name": [model.source.name, model.auto_class],
         "start": digest.hexdigest(),
@@ -153,7 +153,7 @@ def digest_start(run: Run, adapted: PreparedModel) -> str:
         else [],
         "versions": torch.__version__,
     }
-    return json.dumps(decides, sort_keys=True, default=str)
+    return json.dumps(key_values, sort_keys=True, default=str)
 
 
 AT_ONCE = 64
@@ -184,7 +184,7 @@ def compute_initial_reference(
     listener.stage("computing reference log-probabilities")
     key, name = digest_start(run, adapted), "initial model"
     run, facts = fill_rows(run, name, key, lambda: (run, adapted), listener)
-    return run, Reference(facts, _keep_start(run, adapted))
+    return run, Reference(facts, _save_initial_adapter(run, adapted))
 
 
 def needs_reference(run: Run) -> bool:
@@ -247,7 +247,7 @@ def describe_first_loss(
     return facts, [f"the first loss is {first:.7f}, and {expected:.7f} at the reference: {reason}."]
 
 
-def _keep_start(run: Run, adapted: PreparedModel) -> Any:
+def _save_initial_adapter(run: Run, adapted: PreparedModel) -> Any:
     """Return a temporary directory with the initial adapter; None if it has no effect.
 
     An adapter that rewrites the base is saved for the original base, where its start has no effect
@@ -257,7 +257,7 @@ def _keep_start(run: Run, adapted: PreparedModel) -> Any:
     rewrites = METHODS[run.config.method.kind].rewrites_base(run.config.method)
     if not hasattr(model, "peft_config") or (run.adapter is None and rewrites):
         return None
-    on, off = (_switched(run, adapted, off=off) for off in (False, True))
+    on, off = (_measure_first_row(run, adapted, off=off) for off in (False, True))
     if run.adapter is None and np.array_equal(on, off):
         return None
     workspace = Workspace("start")
@@ -265,7 +265,7 @@ def _keep_start(run: Run, adapted: PreparedModel) -> Any:
     return workspace
 
 
-def _switched(run: Run, adapted: PreparedModel, *, off: bool) -> np.ndarray:
+def _measure_first_row(run: Run, adapted: PreparedModel, *, off: bool) -> np.ndarray:
     """Return the first row's log-probabilities (1, 2), with the adapter enabled or `off`."""
     row, model = run.data.train[0], adapted.model
     training = model.training

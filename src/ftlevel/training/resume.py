@@ -37,9 +37,9 @@ from ftlevel.training.origin import (
     ROWS,
     FileDigests,
     check_same_run,
+    describe_all_settings,
     describe_tokenizer,
     digests_of,
-    everything_of,
     origin_of,
     read_origin,
     read_origin_file,
@@ -72,7 +72,7 @@ def base_facts(run: Run) -> dict[str, Any]:
     return {**facts, "digest": base_digest(path)}
 
 
-def check_base_stays(model: ModelConfig, output: OutputConfig, chat_template: str | None) -> None:
+def check_same_base(model: ModelConfig, output: OutputConfig, chat_template: str | None) -> None:
     """Raise ConfigError if a resumed run has a different base model or tokenizer.
 
     Runs before rows are encoded, because a different tokenizer might fail on them.
@@ -142,7 +142,7 @@ def check_shared(directory: RunDirectory, processes: Processes) -> None:
         (directory.checkpoints / name).unlink()
 
 
-def check_base_outlives(run: Run) -> None:
+def check_base_not_overwritten(run: Run) -> None:
     """Raise ConfigError if `--overwrite` would delete the base model."""
     output, base = run.config.output, run.model.source.path
     if not output.overwrite or output.dir is None or base is None:
@@ -154,7 +154,7 @@ def check_base_outlives(run: Run) -> None:
         )
 
 
-_LENGTH = ("train.num_train_epochs", "train.max_steps", "train.early_stopping_patience")
+_LENGTH_FIELDS = ("train.num_train_epochs", "train.max_steps", "train.early_stopping_patience")
 """Fields that may differ on resume, because a run can be made longer."""
 
 
@@ -200,7 +200,7 @@ def resolve_resume(run: Run, processes: Processes, listener: Listener) -> Resume
     Raises ConfigError if the processes or their run differ; see `_resolve_resume`.
     """
     origin = origin_of(run, base_facts(run))
-    processes.check_same(everything_of(run, origin))
+    processes.check_same(describe_all_settings(run, origin))
     return processes.from_first(
         lambda: replace(_resolve_resume(run, origin, listener), origin=origin)
     )
@@ -222,9 +222,9 @@ def _resolve_resume(run: Run, origin: Mapping[str, Any], listener: Listener) -> 
         )
         return ResumeState()
     before = read_origin(directory, origin)
-    lengths = {key: before.get(key) for key in _LENGTH if before.get(key) != origin[key]}
+    lengths = {key: before.get(key) for key in _LENGTH_FIELDS if before.get(key) != origin[key]}
     accepted = {key: origin[key] for key in lengths}
-    accepted |= {key: origin[key] for key in _CONTENT if _is_known_by_content(key, before, origin)}
+    accepted |= {key: origin[key] for key in _CONTENT if _has_same_content(key, before, origin)}
     changes = _allowed_changes(run.config.output, before, origin)
     accepted |= {change["field"]: change["is"] for change in changes}
     check_same_run(directory, {**before, **accepted}, origin)
@@ -362,7 +362,7 @@ _CONTENT = {
 """Fields whose value may change, and the fingerprint that must stay the same."""
 
 
-def _is_known_by_content(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+def _has_same_content(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether the content that `key` refers to has the same fingerprint in both origins."""
     content = _CONTENT.get(key, "")
     return now.get(content) is not None and before.get(content) == now[content]

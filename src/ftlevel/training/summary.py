@@ -88,7 +88,7 @@ def _cached_snapshot(source: ModelSource) -> Path | None:
     return None
 
 
-def with_what_was_read(run: Run, rows: StreamedRows) -> Run:
+def with_stream_counts(run: Run, rows: StreamedRows) -> Run:
     """Return `run` with the final row counts of a stream in place of the initial estimates."""
     counts = rows.counts
     facts = {
@@ -254,7 +254,7 @@ def find_nothing_learned(summary: Mapping[str, Any], run: Run) -> list[str]:
         return []
     first, last = summary["loss_first"], summary["loss_last"]
     rows = itertools.islice(run.data.train, _ROWS)
-    guess = run.objective.guess_loss(list(rows)) if not run.loss.weighs else None
+    guess = run.objective.guess_loss(list(rows)) if not run.loss.is_weighted else None
     if last < (first if guess is None else guess * (1 - _MARGIN)):
         return []
     ended = f"the loss ended at {last:.3f} (mean of the last {window} that were logged)"

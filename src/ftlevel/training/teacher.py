@@ -136,7 +136,7 @@ def _fill(run: Run, adapted: PreparedModel, starts: Sequence[int], array: np.nda
             if not is_missing(array[starts[part.start] : starts[part.stop]]).any():
                 continue
             batch_rows = [rows[i] for i in part]
-            for indices, log_probabilities, ids in _expect(run, adapted, batch_rows, array.dtype):
+            for indices, log_probabilities, ids in _predict(run, adapted, batch_rows, array.dtype):
                 counts = [starts[start + i + 1] - starts[start + i] for i in indices]
                 ends = np.cumsum(counts)
                 for i, count, end in zip(indices, counts, ends, strict=True):
@@ -153,7 +153,7 @@ def _fill(run: Run, adapted: PreparedModel, starts: Sequence[int], array: np.nda
                 array.flush()
 
 
-def _expect(
+def _predict(
     run: Run, adapted: PreparedModel, rows: Sequence[Encoded], dtype: np.dtype
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """Yield row indices and the teacher's predictions at their targets, as fields of `dtype`."""
@@ -168,12 +168,12 @@ def _expect(
 
     for indices, inputs in micro_batches(run, adapted.fast, rows):
         parts.clear()
-        _show_scores(adapted, objective, inputs, keep)
+        _observe_logits(adapted, objective, inputs, keep)
         log_probabilities, ids = (torch.cat([part[i] for part in parts]).numpy() for i in (0, 1))
         yield indices, log_probabilities, ids
 
 
-def _show_scores(
+def _observe_logits(
     adapted: PreparedModel, objective: TokenObjective, batch: Mapping[str, Tensor], show: Observe
 ) -> None:
     """Call `show` with the logits at the targets of `batch`, in chunks (targets, vocabulary)."""
@@ -312,10 +312,10 @@ class EmbeddedRows(LazySequence[Encoded]):
             raise InputError(f"{model.task.name} is not the task of an embedding model.")
         self._is_cosine = objective.form.similarity == "cosine"
         indices: dict[tuple[str, bool], int] = {}
-        self._places: list[list[int]] = []
+        self._indices: list[list[int]] = []
         for row in rows:
             texts = row.words if isinstance(row, EncodedTexts) else ()
-            self._places.append(
+            self._indices.append(
                 [indices.setdefault((text, not at), len(indices)) for at, text in enumerate(texts)]
             )
         self.texts = len(indices)
@@ -325,7 +325,7 @@ class EmbeddedRows(LazySequence[Encoded]):
         return len(self.rows)
 
     def _item(self, at: int) -> Encoded:
-        row, vectors = self.rows[at], self._vectors[self._places[at]]
+        row, vectors = self.rows[at], self._vectors[self._indices[at]]
         if not isinstance(row, EncodedTexts):
             raise TypeError("a guide embeds texts")
         if self._guides:

@@ -116,7 +116,9 @@ def _step(
                 own["verdicts"] = with_baseline(own["verdicts"], baseline)
             with using_layout(layout):
                 answers = compute_answer_likelihoods(head, model, objective, own)
-                share = (objective.judge(answers, own["verdicts"], training=True) / count).sum()
+                share = (
+                    objective.preference_sum(answers, own["verdicts"], training=True) / count
+                ).sum()
                 share.backward()
             found += share.item()
     finally:
@@ -224,7 +226,7 @@ def test_a_tie_is_no_success_and_is_ln_2() -> None:
     meter = objective.meter()
     meter.update(answers, verdicts, [])
     assert meter.compute(0.0)["reward_accuracy"] == 0
-    loss = objective.judge(answers, verdicts, training=True) / len(PAIRS)
+    loss = objective.preference_sum(answers, verdicts, training=True) / len(PAIRS)
     assert loss.item() == pytest.approx(objective.first_loss or 0, abs=1e-7)
 
 
@@ -233,19 +235,19 @@ def test_displacement_and_a_judge_of_length_are_said() -> None:
     fell = {"logp_chosen": -12.0, "ref_logp_chosen": -10.0, "logp_rejected": -40.0,
             "ref_logp_rejected": -11.0, "reward_accuracy": 0.7,
             "length_accuracy": 0.75}  # fmt: skip
-    said = objective.remarks(fell)
+    said = objective.find_warnings(fell)
     assert "both kinds of answers are less likely" in said[0]
     assert "no better than preferring the longer answer" in said[1]
-    assert objective.remarks({**fell, "logp_chosen": -9.0, "reward_accuracy": 0.9}) == []
+    assert objective.find_warnings({**fell, "logp_chosen": -9.0, "reward_accuracy": 0.9}) == []
 
 
 @pytest.mark.parametrize("loss", ["orpo", "simpo", "cpo", "dpo"])
 def test_without_a_reference_displacement_is_a_fall_since_the_first_evaluation(loss: str) -> None:
     objective = _objective(loss, 0.1, **({"reference": "none"} if loss == "dpo" else {}))
     metrics = {"logp_chosen": -12.0, "logp_rejected": -40.0}
-    assert objective.remarks(metrics) == []
-    assert objective.remarks(metrics, {"logp_chosen": -13.0, "logp_rejected": -11.0}) == []
-    [warning] = objective.remarks(metrics, {"logp_chosen": -10.0, "logp_rejected": -41.0})
+    assert objective.find_warnings(metrics) == []
+    assert objective.find_warnings(metrics, {"logp_chosen": -13.0, "logp_rejected": -11.0}) == []
+    [warning] = objective.find_warnings(metrics, {"logp_chosen": -10.0, "logp_rejected": -41.0})
     assert "the chosen answers are less likely than before training" in warning
     assert "chosen -2.00 nats, rejected +1.00" in warning
 
@@ -254,7 +256,7 @@ def test_displacement_against_another_reference_names_the_reference() -> None:
     objective = _objective("dpo", 0.1, reference="runs/first")
     metrics = {"logp_chosen": -12.0, "ref_logp_chosen": -10.0, "logp_rejected": -40.0,
                "ref_logp_rejected": -11.0}  # fmt: skip
-    [warning] = objective.remarks(metrics, {"logp_chosen": -20.0, "logp_rejected": -50.0})
+    [warning] = objective.find_warnings(metrics, {"logp_chosen": -20.0, "logp_rejected": -50.0})
     assert "less likely than with the reference" in warning
 
 

@@ -41,4 +41,4 @@ def test_instructions_name_the_languages() -> None:
 def test_every_task_can_be_had_by_a_kind_of_model() -> None:
     for task in TASKS.values():
         assert set(task.peft_types) <= set(task.auto_classes)
-        assert (task.score_texts is not None) == task.writes_text
+        assert (task.score_texts is not None) == task.generates_text

@@ -15,7 +15,7 @@ from ftlevel.models.loading import load_config, load_model
 from ftlevel.models.sources import resolve_source
 from ftlevel.models.upstream.shards import UnreadWeights
 from ftlevel.trained.adapt import apply_method
-from ftlevel.training.model import made_of_unread
+from ftlevel.training.model import find_computed_tensor
 from tiny_models import AUTO_CLASSES
 
 Make = Callable[..., Path]
@@ -45,7 +45,7 @@ def test_heads_are_read_and_what_cannot_be_computed_is_named(
     spec = LoraSpec(use_dora=use_dora)
     expected = adapted(directory, spec, dtype, None)
     model = adapted(directory, spec, dtype, slices)
-    made = made_of_unread(model, slices)
+    made = find_computed_tensor(model, slices)
     assert ("magnitude" in made) == (use_dora and dtype == torch.bfloat16)
     for (name, one), (_, other) in zip(
         expected.named_parameters(), model.named_parameters(), strict=True

@@ -101,7 +101,7 @@ class Gate:
         if name == "train":
             self._check_duplicates(split, fitted.digests)
             self._check_answers(split, fitted.digests)
-            for check, count, description in self.task.judge_examples(examples):
+            for check, count, description in self.task.check_examples(examples):
                 split.add(check, count, [description])
         rows = fitted.rows
         rows = rows if split.keep.all() else select_rows(rows, np.flatnonzero(split.keep))
@@ -164,7 +164,7 @@ class Gate:
                     at = np.flatnonzero(mask)
                     flagged.setdefault(check, []).append((begin + at, flat.example[at]))
             begin += len(flat.example)
-        for check, mask in self.task.look(rows).items():
+        for check, mask in self.task.check_rows(rows).items():
             at = np.flatnonzero(mask)
             flagged[check] = [(at, examples_of(rows, at))]
         joined = {

@@ -151,18 +151,18 @@ def prepare_data(config: DataConfig, context: EncodingContext, progress: Progres
         if key is not None:
             why = f"{cache_root()} cannot be written"
             prepared.choices.append(Choice("rows", "not kept for the next run", why))
-        return context.task.finish(replace(prepared, workspace=workspace), config, context)
+        return context.task.finish_data(replace(prepared, workspace=workspace), config, context)
     with open_cache_folder(key) as folder:
         if folder.keep is None:
-            return context.task.finish(_load(folder.path, "prepared before"), config, context)
+            return context.task.finish_data(_load(folder.path, "prepared before"), config, context)
         prepared = _prepare(config, context, folder.path, progress)
         if len(prepared.train) < MIN_CACHED_ROWS:
-            return context.task.finish(_in_memory(prepared), config, context)
+            return context.task.finish_data(_in_memory(prepared), config, context)
         _save(prepared, folder.path)
         kept = folder.keep()
     note = "prepared anew" if folder.damage else "kept for the next run"
     why = f"what was kept was damaged: {folder.damage}; " if folder.damage else ""
-    return context.task.finish(_load(kept, note, why), config, context)
+    return context.task.finish_data(_load(kept, note, why), config, context)
 
 
 def _prepare(
@@ -188,14 +188,14 @@ def _key(config: DataConfig, context: EncodingContext) -> str | None:
     bounds = context.bounds
     if config.max_length != "auto":  # memory matters only for "auto"
         bounds = replace(bounds, memory=None)
-    decides = {
+    key_values = {
         "data": config.model_dump(mode="json", exclude=set(_LIGHT)),
         "files": [[str(file), file_digest(file)] for file in files],
         "task": [
             context.task.name,
             context.task.instruction,
             context.task.answer_cue,
-            context.task.decides,
+            context.task.encoding_options,
             context.prompt_version,
         ],
         "model": [context.kind, context.vocabulary, asdict(bounds)],
@@ -205,7 +205,7 @@ def _key(config: DataConfig, context: EncodingContext) -> str | None:
         "template": [template, _probe(context.tokenizer) if template else ""],
         "versions": library_versions(),
     }
-    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(key_values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _tokenizer_text(tokenizer: Any) -> str:

@@ -194,8 +194,8 @@ def _changes(task: Task, fitted: FittedRows, facts: Mapping[str, Any]) -> list[C
     counts = {
         "dropped": facts["dropped"],
         "of validation dropped, beyond the max length": facts["validation_dropped"],
-        f"of validation {task.split_words}": facts["validation_split"],
+        f"of validation {task.split_text}": facts["validation_split"],
         f"shortened at {fitted.shortened_at}": fitted.shortened,
-        task.split_words: fitted.split,
+        task.split_text: fitted.split,
     }
     return [Choice("rows changed", f"{count:,} {what}") for what, count in counts.items() if count]

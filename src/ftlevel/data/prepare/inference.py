@@ -285,7 +285,7 @@ def load_evaluation_rows(
                 f"no {name} row of {splits.name} is left to score: {'; '.join(map(str, found))}. "
                 "Name other rows with --dataset, or --split train."
             )
-    rows = task.fix(rows, config, context)
+    rows = task.evaluation_rows(rows, config, context)
     language = convert.shape.options.get("target_language", "")
     used = convert.shape.description
     return EvaluationRows(table, rows, name, fitted.dropped, language, splits.name, note, used)

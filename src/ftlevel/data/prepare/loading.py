@@ -183,7 +183,7 @@ class Converter:
         self, table: Table, examples: Sequence[Any], labels: LabelSet
     ) -> tuple[Table, Sequence[Any]]:
         """Raise on rows with inconsistent classes, or drop them if configured."""
-        faults = self.task.find_faults(examples, labels, table)
+        faults = self.task.find_inconsistent_labels(examples, labels, table)
         if not faults:
             return table, examples
         table = handle_bad_rows(table, faults, self.config.on_bad_row)

@@ -216,7 +216,7 @@ class ServedModel:
     @property
     def answers(self) -> bool:
         """Whether the model continues a prompt, as servers require."""
-        return self.kind == "decoder" and self.task.writes_text
+        return self.kind == "decoder" and self.task.generates_text
 
     @property
     def base_name(self) -> str:

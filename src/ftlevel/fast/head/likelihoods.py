@@ -88,14 +88,14 @@ def plain_loss(
     """
     if isinstance(objective, LikelihoodObjective):
         answers = compute_answer_likelihoods(None, model, objective, batch)
-        total = objective.judge(answers, batch["verdicts"], training=True)
+        total = objective.preference_sum(answers, batch["verdicts"], training=True)
         return total, batch["labels"], None
     if isinstance(objective, PolicyObjective) and "signals" in batch:
         return compute_policy_loss(None, model, objective, batch), batch["labels"], None
     fed, labels = objective.split(batch)
     if isinstance(objective, DistillationObjective) and "known" in batch:
         scores, targets = objective.targets(objective.logits(model(**fed)), labels)
-        total = objective.taught_sum(scores, targets, batch["known"], batch["ids"])
+        total = objective.distillation_sum(scores, targets, batch["known"], batch["ids"])
         return total, labels, None
     outputs = model(**fed)
     return objective.training_sum(objective.logits(outputs), labels, mask, loss), labels, outputs
@@ -157,7 +157,7 @@ def supervised_loss(
     """Return the summed loss of a batch, with the head computed on its targets only."""
     if isinstance(objective, LikelihoodObjective):
         answers = compute_answer_likelihoods(head, model, objective, batch)
-        return objective.judge(answers, batch["verdicts"], training=True)
+        return objective.preference_sum(answers, batch["verdicts"], training=True)
     if isinstance(objective, PolicyObjective) and "signals" in batch:
         return compute_policy_loss(head, model, objective, batch)
     if not isinstance(objective, TokenObjective):
@@ -165,7 +165,7 @@ def supervised_loss(
     inputs, labels = prepare_inputs(model, objective, batch)
     at, targets = batch.get("located") or objective.locate(labels)
     if isinstance(objective, DistillationObjective) and "known" in batch:
-        known, ids, sum_of = batch["known"], batch["ids"], objective.taught_sum
+        known, ids, sum_of = batch["known"], batch["ids"], objective.distillation_sum
 
         def compute(scores: torch.Tensor, own: slice) -> torch.Tensor:
             return sum_of(scores, targets[own], known[own], ids[own])

@@ -249,7 +249,7 @@ def plan_export(config: ExportConfig, found: ModelRef) -> GgufExport:
         raise InputError(
             f"{config.model} is a .gguf file already. llama.cpp's llama-quantize changes its type."
         )
-    if not TASKS[found.card.task].writes_text:
+    if not TASKS[found.card.task].generates_text:
         raise InputError(
             f"{config.model} was trained for {found.card.task}, and a .gguf file is for programs "
             "that write text. Keep it with transformers."

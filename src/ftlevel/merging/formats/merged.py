@@ -35,7 +35,7 @@ def plan_export(config: ExportConfig, found: ModelRef) -> MergedExport:
 
 def _check(name: str, found: ModelRef, server: Server) -> None:
     kind = model_kind(load_config(found.source))
-    needs = kind if TASKS[found.card.task].writes_text else "classifiers"
+    needs = kind if TASKS[found.card.task].generates_text else "classifiers"
     if needs not in ("decoder", *server.merged):
         raise InputError(
             f"{name} was trained for {found.card.task} on {with_article(kind)}, and "
@@ -74,7 +74,7 @@ class MergedExport:
             path.rename(place / path.name)
         inside.rmdir()
         summary = self._summary(merged)
-        if self.config.server and self.config.verify and TASKS[self.found.card.task].writes_text:
+        if self.config.server and self.config.verify and TASKS[self.found.card.task].generates_text:
             listener.stage("recording reference outputs")
             source = ModelSource(str(place), "directory", str(place), local_files_only=True)
             dtype = merged["written"]["dtype"]

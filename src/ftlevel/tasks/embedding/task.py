@@ -25,7 +25,7 @@ from ftlevel.tasks.base import (
     OutputOptions,
     Prediction,
     PromptedModel,
-    Speller,
+    TokenDecoder,
     check_options,
 )
 from ftlevel.tasks.embedding.checks import check_documents
@@ -61,7 +61,7 @@ class EmbeddingTask(BaseTask):
     teacher: str | None = None
 
     checks: ClassVar[Checks] = Checks()
-    imagined_facts: ClassVar[Mapping[str, Any]] = {}
+    synthetic_facts: ClassVar[Mapping[str, Any]] = {}
 
     # ---- the model
 
@@ -116,7 +116,7 @@ class EmbeddingTask(BaseTask):
         """Maximum length of the model's embedding format."""
         return self.form.max_length
 
-    def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+    def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
         """Return the embedding format of a model that ftlevel did not train."""
         place = Path(str(getattr(model_config, "name_or_path", "")))
         form = read_embedding_format(place) if place.is_dir() else None
@@ -159,7 +159,7 @@ class EmbeddingTask(BaseTask):
     # ---- from columns to encoded rows
 
     @property
-    def decides(self) -> Mapping[str, Any]:
+    def encoding_options(self) -> Mapping[str, Any]:
         """Options outside the data section that change the encoded rows."""
         return {
             "form": asdict(self.form),
@@ -227,7 +227,7 @@ class EmbeddingTask(BaseTask):
 
     # ---- inference and display
 
-    def pose(self, prompt: str, context: str | None, number: int) -> Any:
+    def build_query(self, prompt: str, context: str | None, number: int) -> Any:
         """Return a text to embed."""
         return EmbeddingRow(prompt, number)
 
@@ -271,17 +271,17 @@ class EmbeddingTask(BaseTask):
         """Return a dummy label."""
         return 0
 
-    def judge_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+    def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
         """Return findings about the documents of the whole set."""
         return check_documents(examples)
 
-    def imagine_row(self, ids: list[int], row: int) -> Encoded:
+    def synthetic_row(self, ids: list[int], row: int) -> Encoded:
         """Return a synthetic pair: a query of an eighth of `ids`, and all as document."""
         query = ids[: max(1, len(ids) // 8)]
         return EncodedTexts(query + ids, (1.0,), row, {}, (len(query), len(ids)), (), (0, 0))
 
     def show_targets(
-        self, row: Encoded, names: Sequence[str], kind: str, speller: Speller
+        self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
         """Return "" for tokens that are pooled; the first token of each text names it."""
         if not isinstance(row, EncodedTexts):

@@ -299,7 +299,7 @@ class Preferences(LikelihoodObjective):
             each = torch.where(position < shorter[owners], each, self.settings.ld_alpha * each)
         return torch.stack([zeros.index_add(0, owners, each), counts], dim=1)
 
-    def judge(self, answers: Tensor, verdicts: Tensor, *, training: bool) -> Tensor:
+    def preference_sum(self, answers: Tensor, verdicts: Tensor, *, training: bool) -> Tensor:
         """Return the loss summed over pairs or answers (a scalar).
 
         In training with `nll_mean: token` it is `(2,)`: the pair loss and the token loss of the
@@ -365,7 +365,7 @@ class Preferences(LikelihoodObjective):
         }
         return losses.get(self.settings.loss or "dpo")
 
-    def remarks(
+    def find_warnings(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
     ) -> list[str]:
         """Return warnings about length bias, and about answers that became less likely."""

@@ -14,7 +14,7 @@ from ftlevel.data.formats.detect import Format, fits
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError
 from ftlevel.task import Objective
-from ftlevel.tasks.base import BaseTask, Speller
+from ftlevel.tasks.base import BaseTask, TokenDecoder
 from ftlevel.tasks.preferences.formats import JUDGED_SHAPES, PAIR_SHAPES
 from ftlevel.tasks.preferences.objective import build_preferences
 from ftlevel.tasks.preferences.rows import (
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ftlevel.data.prepare.loading import LoadedExamples
 
 
-_UNTOLD = ("loss", "reference")
+_HIDDEN_OPTIONS = ("loss", "reference")
 """Options that the log line of the loss omits."""
 
 
@@ -60,7 +60,7 @@ class AnswerTask(BaseTask):
         return replace(self, settings=settings, smoothing=smoothing)
 
     @property
-    def decides(self) -> Mapping[str, Any]:
+    def encoding_options(self) -> Mapping[str, Any]:
         """Options outside the data section that change the encoded rows."""
         return {"loss": self.settings.loss, "referenced": self.settings.is_referenced}
 
@@ -117,11 +117,11 @@ class AnswerTask(BaseTask):
         fitted = encoder.fit(encoder.collect(encode, examples), table)
         return encoder.fit_targets(fitted, table) if seq2seq else fitted
 
-    def look(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
+    def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
         """Return pairs with equal answers, and pairs that contradict an earlier one."""
         return check_pairs(rows)
 
-    def judge_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+    def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
         """Return findings about the labels of the whole set."""
         return check_answers(examples, self.settings.loss or "dpo")
 
@@ -131,7 +131,9 @@ class AnswerTask(BaseTask):
 
     def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
         """Return the number of targets, and the loss."""
-        values = {name: value for name, value in self.options.items() if name not in _UNTOLD}
+        values = {
+            name: value for name, value in self.options.items() if name not in _HIDDEN_OPTIONS
+        }
         if "beta" in values:
             values["beta"] = self.settings.effective_beta
         if "simpo_gamma" in values:
@@ -155,7 +157,7 @@ class AnswerTask(BaseTask):
         """Return the loss and its hyperparameters."""
         return {"preference": facts["preference"]}
 
-    def imagine_row(self, ids: list[int], row: int) -> Encoded:
+    def synthetic_row(self, ids: list[int], row: int) -> Encoded:
         """Return a synthetic row: three quarters of `ids` as prompt, the rest as answers."""
         prompt, reference = len(ids) - max(1, len(ids) // 4), () if self.scored else (0.0, 0.0)
         labels, answer = ([IGNORED] * prompt + ids[prompt:]), ids[: len(ids) - prompt]
@@ -185,10 +187,10 @@ class AnswerTask(BaseTask):
 class PreferenceTask(AnswerTask, TextTask):
     """Task of a policy model, which generates text."""
 
-    def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+    def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
         """Return the default prompt format of `train`, and a loss without reference."""
         alone = {"preference": {"loss": "dpo", "reference": "none"}}
-        return {**super().stand_in(model_config, tokenizer, kind), "options": alone}
+        return {**super().card_defaults(model_config, tokenizer, kind), "options": alone}
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
         """Return the objective of the loss in `facts`."""
@@ -199,7 +201,7 @@ class PreferenceTask(AnswerTask, TextTask):
         """Return prompts with two answers, or with one labeled answer."""
         return self.encode_as(encoder, examples, table, scored=False)
 
-    def finish(
+    def finish_data(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
     ) -> PreparedData:
         """Return `prepared` with contrast answers, if the loss is kto."""
@@ -212,7 +214,7 @@ class PreferenceTask(AnswerTask, TextTask):
             validation=ContrastedRows(held_out, max_length) if len(held_out) else held_out,
         )
 
-    def fix(
+    def evaluation_rows(
         self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
     ) -> Sequence[Encoded]:
         """Return rows with contrast answers, if the loss is kto."""
@@ -225,10 +227,10 @@ class PreferenceTask(AnswerTask, TextTask):
         return ReferencedRows(rows, reference)
 
     def show_targets(
-        self, row: Encoded, names: Sequence[str], kind: str, speller: Speller
+        self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
         """Return the target at each token; the first token of each answer shows its label."""
-        targets = super().show_targets(row, names, kind, speller)
+        targets = super().show_targets(row, names, kind, decoder)
         if not isinstance(row, PairRow) or row.is_apart:
             return targets
         for start, name in ((row.prompt, "preferred"), (row.prompt + row.chosen, "rejected")):

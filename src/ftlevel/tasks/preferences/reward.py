@@ -39,9 +39,9 @@ class RewardTask(AnswerTask):
     has_new_head: ClassVar[bool] = True
     finds_ends_by_padding: ClassVar[bool] = True
     scored: ClassVar[bool] = True
-    imagined_facts: ClassVar[Mapping[str, Any]] = {"problem_type": "regression"}
+    synthetic_facts: ClassVar[Mapping[str, Any]] = {"problem_type": "regression"}
     head_like: ClassVar[str] = "text-classification"
-    pads_apart: ClassVar[bool] = True
+    separates_padding: ClassVar[bool] = True
     checks: ClassVar[Checks] = Checks(ends=True)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
@@ -63,7 +63,7 @@ class RewardTask(AnswerTask):
         """Return the loss, and `regression` as problem type."""
         return {**super().card_options(config, facts), "problem_type": "regression"}
 
-    def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+    def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
         """Return regression options; raises `InputError` if the model has more than one label."""
         if model_config.num_labels != 1:
             raise InputError(
@@ -76,7 +76,7 @@ class RewardTask(AnswerTask):
             "options": {"problem_type": "regression", "preference": {"loss": "reward"}},
         }
 
-    def pose(self, prompt: str, context: str | None, number: int) -> Any:
+    def build_query(self, prompt: str, context: str | None, number: int) -> Any:
         """Raise `InputError`: a prompt without an answer has no score."""
         raise InputError(
             "a reward model scores answers to prompts. Ask it by ftlevel predict, with columns "
@@ -120,7 +120,7 @@ class RewardTask(AnswerTask):
         return 0
 
     def show_targets(
-        self, row: Encoded, names: Sequence[str], kind: str, speller: Any
+        self, row: Encoded, names: Sequence[str], kind: str, decoder: Any
     ) -> list[str | None]:
         """Mark the answers' tokens, which are scored as a whole."""
         labels = row.labels if isinstance(row.labels, list) else []

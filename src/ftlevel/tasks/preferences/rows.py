@@ -256,13 +256,13 @@ class PreferenceEncoder:
 
     def __call__(self, examples: Sequence[Any]) -> list[Encoded]:
         """Return one row per pair or answer; raises `RowError` if the prompts of a pair differ."""
-        good = self._encode([_answered(example) for example in examples])
+        good = self._encode([_chosen_conversation(example) for example in examples])
         if not isinstance(examples[0], PairExample):
             return [
                 self._judge(row, example, example.desirable)
                 for row, example in zip(good, examples, strict=True)
             ]
-        bad = self._encode([_rejecting(example) for example in examples])
+        bad = self._encode([_rejected_conversation(example) for example in examples])
         rows: list[Encoded] = []
         for one, two, example in zip(good, bad, examples, strict=True):
             if self.judged:
@@ -275,7 +275,7 @@ class PreferenceEncoder:
 
     def answers(self, examples: Sequence[LabeledAnswer]) -> list[Encoded]:
         """Return each prompt with its answer, for scoring."""
-        return self._encode([_answered(example) for example in examples])
+        return self._encode([_chosen_conversation(example) for example in examples])
 
     @property
     def seq2seq(self) -> bool:
@@ -284,7 +284,7 @@ class PreferenceEncoder:
 
     def _encode(self, talks: Sequence[Conversation]) -> list[Encoded]:
         if self.kind == "encoder":
-            return [_as_one_text(self.tokenizer, talk) for talk in talks]
+            return [_encode_sentence_pair(self.tokenizer, talk) for talk in talks]
         encode = encode_seq2seq if self.seq2seq else encode_causal
         return encode(self.tokenizer, talks, self.prompt_format)
 
@@ -305,7 +305,9 @@ class PreferenceEncoder:
                     f"template of {self.tokenizer.name_or_path} writes it by what follows. Use "
                     "another one: --chat-template.",
                 )
-            one, two = (_answer_alone(row, at) for row, at in zip((one, two), starts, strict=True))
+            one, two = (
+                _mask_earlier_answers(row, at) for row, at in zip((one, two), starts, strict=True)
+            )
         row = build_pair_row(one, two, prompt, example.margin, scored=self.scored)
         return replace(row, reference=self._reference)
 
@@ -313,13 +315,13 @@ class PreferenceEncoder:
         prompt = 0
         if not self.seq2seq:
             prompt = find_answer(row, example.prompt)
-            row = _answer_alone(row, prompt)
+            row = _mask_earlier_answers(row, prompt)
         return LabeledAnswerRow(
             row.input_ids, row.labels, row.row, {}, prompt, int(desirable), self._reference
         )
 
 
-def _as_one_text(tokenizer: Any, talk: Conversation) -> Encoded:
+def _encode_sentence_pair(tokenizer: Any, talk: Conversation) -> Encoded:
     """Return the earlier turns and the last turn, each ended by SEP."""
     *earlier, last = talk.messages
     start = list(tokenizer("\n\n".join(turn.content for turn in earlier))["input_ids"])
@@ -328,12 +330,12 @@ def _as_one_text(tokenizer: Any, talk: Conversation) -> Encoded:
     return Encoded(start + end, [IGNORED] * len(start) + end, talk.row)
 
 
-def _answered(example: PairExample | LabeledAnswer) -> Conversation:
+def _chosen_conversation(example: PairExample | LabeledAnswer) -> Conversation:
     answer = example.chosen if isinstance(example, PairExample) else example.answer
     return Conversation((*example.prompt, *answer), example.row, example.tools)
 
 
-def _rejecting(example: PairExample) -> Conversation:
+def _rejected_conversation(example: PairExample) -> Conversation:
     return Conversation((*example.prompt, *example.rejected), example.row, example.tools)
 
 
@@ -363,7 +365,7 @@ def count_common(one: Encoded, two: Encoded, limit: int) -> int:
     return next((at for at, (a, b) in enumerate(pairs) if a != b), limit)
 
 
-def _answer_alone(row: Encoded, start: int) -> Encoded:
+def _mask_earlier_answers(row: Encoded, start: int) -> Encoded:
     """Return `row` without the labels of earlier answers."""
     labels = row.labels if isinstance(row.labels, list) else []
     return replace(row, labels=[IGNORED] * start + labels[start:])
@@ -406,7 +408,7 @@ def check_answers(examples: Sequence[Any], loss: str) -> Sequence[tuple[str, int
     pairs = [example for example in examples if isinstance(example, PairExample)]
     findings: list[tuple[str, int, str]] = []
     if pairs:
-        findings += _length_bias(pairs)
+        findings += _find_length_bias(pairs)
         scored = [pair for pair in pairs if len(pair.scores) > 1]
         worse = [pair for pair in scored if pair.scores[0] <= pair.scores[1]]
         if worse:
@@ -414,7 +416,7 @@ def check_answers(examples: Sequence[Any], loss: str) -> Sequence[tuple[str, int
                 f"row {worse[0].row + 1}: {worse[0].scores[0]:g} against {worse[0].scores[1]:g}"
             )
             findings.append(("scores_disagree", len(worse), description))
-        leaks = [pair for pair in pairs if _repeats(pair)]
+        leaks = [pair for pair in pairs if _repeats_prompt(pair)]
         if leaks:
             findings.append(("prompt_in_answer", len(leaks), f"row {leaks[0].row + 1}"))
         return findings
@@ -428,7 +430,7 @@ def check_answers(examples: Sequence[Any], loss: str) -> Sequence[tuple[str, int
     return findings
 
 
-def _length_bias(pairs: Sequence[PairExample]) -> list[tuple[str, int, str]]:
+def _find_length_bias(pairs: Sequence[PairExample]) -> list[tuple[str, int, str]]:
     """Return a finding if answer length alone predicts the preference."""
     sizes = [(len(join_turns(pair.chosen)), len(join_turns(pair.rejected))) for pair in pairs]
     longer = sum(a > b for a, b in sizes)
@@ -442,7 +444,7 @@ def _length_bias(pairs: Sequence[PairExample]) -> list[tuple[str, int, str]]:
     return [("length_bias", count, description)]
 
 
-def _repeats(pair: PairExample) -> bool:
+def _repeats_prompt(pair: PairExample) -> bool:
     """Return whether an answer starts with the whole last turn of the prompt (over two words)."""
     question = pair.prompt[-1].content.strip()
     return len(question.split()) > 2 and any(

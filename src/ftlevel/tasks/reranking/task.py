@@ -49,8 +49,8 @@ class RerankingTask(BaseTask):
     has_new_head: ClassVar[bool] = True
     finds_ends_by_padding: ClassVar[bool] = True
     head_like: ClassVar[str] = "text-classification"
-    pads_apart: ClassVar[bool] = True
-    imagined_facts: ClassVar[Mapping[str, Any]] = {
+    separates_padding: ClassVar[bool] = True
+    synthetic_facts: ClassVar[Mapping[str, Any]] = {
         "problem_type": "regression",
         "reranking": {"loss": "lce", "pos_weight": 1.0, "headline": "ndcg@10"},
     }
@@ -62,7 +62,7 @@ class RerankingTask(BaseTask):
         return replace(self, settings=RerankingConfig(**fields))
 
     @property
-    def decides(self) -> Mapping[str, Any]:
+    def encoding_options(self) -> Mapping[str, Any]:
         """Options outside the data section that change the facts of the rows."""
         return {"reranking": self.settings.model_dump()}
 
@@ -107,7 +107,7 @@ class RerankingTask(BaseTask):
         """Return the loss and its settings, and `regression` as problem type."""
         return {"problem_type": "regression", "reranking": dict(facts["reranking"])}
 
-    def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+    def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
         """Return options for a CrossEncoder; raises `InputError` for more than one label."""
         if model_config.num_labels != 1:
             raise InputError(
@@ -143,11 +143,11 @@ class RerankingTask(BaseTask):
         """Return queries with their documents."""
         return encoder.fit(encoder.collect(PairEncoder(encoder.tokenizer), examples), table)
 
-    def judge_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+    def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
         """Return findings about the documents of the whole set."""
         return check_documents(examples)
 
-    def imagine_row(self, ids: list[int], row: int) -> Encoded:
+    def synthetic_row(self, ids: list[int], row: int) -> Encoded:
         """Return a synthetic row: a quarter of `ids` as query, the rest as two documents."""
         query = len(ids) // 4
         size = len(ids) - query
@@ -173,7 +173,7 @@ class RerankingTask(BaseTask):
 
     # ---- inference
 
-    def pose(self, prompt: str, context: str | None, number: int) -> Any:
+    def build_query(self, prompt: str, context: str | None, number: int) -> Any:
         """Raise `InputError`: a query without a document has no score."""
         raise InputError(
             "a reranker scores documents for a query. Use ftlevel predict, with columns query and "

@@ -111,7 +111,7 @@ class PolicyGradient(PolicyObjective):
         """Return a `RewardMeter`."""
         return RewardMeter(self.settings)
 
-    def remarks(
+    def find_warnings(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
     ) -> list[str]:
         """Return a warning if completions are mostly truncated."""

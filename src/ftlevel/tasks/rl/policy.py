@@ -34,14 +34,14 @@ class RlTask(TextTask):
     settings: RlConfig = field(default_factory=RlConfig)
 
     checks: ClassVar[Checks] = Checks(supervised=False)
-    drops_out: ClassVar[bool] = False
+    uses_dropout: ClassVar[bool] = False
 
     def configured(self, options: Mapping[str, Any]) -> RlTask:
         """Return the task with the settings of a configuration or model card."""
         return replace(self, settings=RlConfig(**options.get("rl", {})))
 
     @property
-    def decides(self) -> Mapping[str, Any]:
+    def encoding_options(self) -> Mapping[str, Any]:
         """Options outside the data section that change the encoded rows."""
         return {"most": self.settings.max_completion_length}
 
@@ -50,16 +50,16 @@ class RlTask(TextTask):
         settings = self.settings
         return PolicyGradient(self.headline, temperature=settings.temperature, settings=settings)
 
-    def stand_in(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+    def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
         """Return the default prompt format of `train`, and the settings without a reward."""
-        return {**super().stand_in(model_config, tokenizer, kind), "options": {"rl": {}}}
+        return {**super().card_defaults(model_config, tokenizer, kind), "options": {"rl": {}}}
 
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings, which held-out prompts are sampled and scored with."""
         places = [_absolute(spec) for spec in self.settings.rewards]
         return {"rl": {**self.settings.model_dump(mode="json"), "reward": places}}
 
-    def imagine_row(self, ids: list[int], row: int) -> Encoded:
+    def synthetic_row(self, ids: list[int], row: int) -> Encoded:
         """Return a synthetic prompt that leaves room for a completion."""
         room = max(1, len(ids) - self.settings.max_completion_length)
         text = json.dumps({"prompt": "", "columns": {}})

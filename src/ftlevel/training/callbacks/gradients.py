@@ -55,7 +55,7 @@ class Recovery(TrainerCallback):
         self._processes = processes
         self._listener = listener
         self._losses: deque[float] = deque(maxlen=_MEMORY)
-        self._in_a_row, self._last = 0, 0
+        self._consecutive, self._last = 0, 0
         stored = checkpoint / _LOSSES if checkpoint is not None else None
         # Absent if the run started without spike_factor; the median then starts here.
         if self._factor is not None and stored is not None and stored.exists():
@@ -85,9 +85,9 @@ class Recovery(TrainerCallback):
         if action == "stop" or (action == "skip" and in_weights):
             raise RunError(f"{problem}.{self._rows()} {advice} {self._kept()}")
         if action == "rollback":
-            self._go_back(step, problem)
+            self._roll_back(step, problem)
         else:
-            self._leave_out(step, problem, "skipped")
+            self._skip_step(step, problem, "skipped")
 
     def look_for_spike(self, step: int, loss: float) -> None:
         """Skip or roll back a step whose `loss` exceeds `spike_factor` times the recent median.
@@ -106,11 +106,11 @@ class Recovery(TrainerCallback):
             f"{median:.4g}"
         )
         if self._newest() is None:
-            self._leave_out(step, problem, "skipped")
+            self._skip_step(step, problem, "skipped")
         else:
-            self._go_back(step, problem)
+            self._roll_back(step, problem)
 
-    def _go_back(self, step: int, problem: str) -> None:
+    def _roll_back(self, step: int, problem: str) -> None:
         checkpoint = self._newest()
         if checkpoint is None:
             raise RunError(
@@ -118,12 +118,12 @@ class Recovery(TrainerCallback):
                 "yet. Save more often (--save-steps), or use --on-nonfinite skip."
             )
         self._trainer.restore(checkpoint)
-        self._leave_out(step, problem, f"rolled back to {checkpoint.name}")
+        self._skip_step(step, problem, f"rolled back to {checkpoint.name}")
 
-    def _leave_out(self, step: int, problem: str, action: str) -> None:
-        self._in_a_row = self._in_a_row + 1 if step == self._last + 1 else 1
+    def _skip_step(self, step: int, problem: str, action: str) -> None:
+        self._consecutive = self._consecutive + 1 if step == self._last + 1 else 1
         self._last = step
-        if self._in_a_row > _PATIENCE:
+        if self._consecutive > _PATIENCE:
             raise RunError(
                 f"{problem}, and so it was in the {_PATIENCE} steps before, which were left out. "
                 f"Lower --learning-rate, or use --dtype float32. {self._kept()}"
@@ -197,7 +197,7 @@ class GradientMonitor(TrainerCallback):
         self.checked = 0
         self.idle: list[str] = []
         self.skipped = 0
-        self._in_a_row = 0
+        self._consecutive = 0
         self._scales, self._defers = scales, defers and not scales
         self._unread: list[tuple[int, str, Tensor]] = []
         self._trainable: list[tuple[str, Any]] = []
@@ -233,7 +233,7 @@ class GradientMonitor(TrainerCallback):
             )
             return
         if self._is_checked and are_finite(p.grad for _, p in trainable):
-            self._in_a_row = 0
+            self._consecutive = 0
             self.recovery.look_for_spike(step, loss)
             return
         sums = torch.stack([_absolute_sum(p.grad) for _, p in trainable])
@@ -241,18 +241,16 @@ class GradientMonitor(TrainerCallback):
             if self._scales:
                 self._skip(state.global_step + 1)
                 return
-            nonfinite = [
-                n for (n, _), s in zip(trainable, sums, strict=True) if not torch.isfinite(s)
-            ]
+            wrong = [n for (n, _), s in zip(trainable, sums, strict=True) if not torch.isfinite(s)]
             self.recovery.decide(
                 step,
-                f"the gradient is not finite at step {step} ({len(nonfinite):,} of "
+                f"the gradient is not finite at step {step} ({len(wrong):,} of "
                 f"{len(trainable):,} "
-                f"tensors, such as {nonfinite[0]})",
+                f"tensors, such as {wrong[0]})",
                 f"{_STOPPED} Lower --learning-rate, or use --dtype float32.",
             )
             return
-        self._in_a_row = 0
+        self._consecutive = 0
         self.recovery.look_for_spike(step, loss)
         if not self._is_checked:
             zero = {n for (n, _), s in zip(trainable, sums, strict=True) if s == 0}
@@ -267,16 +265,14 @@ class GradientMonitor(TrainerCallback):
             return
         if are_finite(p for _, p in self._trainable):
             return
-        nonfinite = [
-            name for name, p in self._trainable if not bool(torch.isfinite(whole(p)).all())
-        ]
-        if nonfinite:  # the norm of finite weights may overflow
+        wrong = [name for name, p in self._trainable if not bool(torch.isfinite(whole(p)).all())]
+        if wrong:  # the norm of finite weights may overflow
             step = state.global_step + 1
             self.recovery.decide(
                 step,
-                f"{len(nonfinite):,} of {len(self._trainable):,} trained tensors are not finite "
+                f"{len(wrong):,} of {len(self._trainable):,} trained tensors are not finite "
                 f"after "
-                f"step {step}, such as {nonfinite[0]}",
+                f"step {step}, such as {wrong[0]}",
                 "They are not saved. Lower --learning-rate, or use another --optim.",
                 in_weights=True,
             )
@@ -303,12 +299,12 @@ class GradientMonitor(TrainerCallback):
         if not self._unread:
             return
         finite = torch.isfinite(torch.stack([value for _, _, value in self._unread])).tolist()
-        nonfinite = [
+        wrong = [
             noted for noted, is_finite in zip(self._unread, finite, strict=True) if not is_finite
         ]
         self._unread = []
-        if nonfinite:
-            step, name, _ = nonfinite[0]
+        if wrong:
+            step, name, _ = wrong[0]
             verb = "are" if name == "weights" else "is"
             raise RunError(
                 f"the {name} {verb} not finite at step {step}, which a GPU is asked for every "
@@ -319,8 +315,8 @@ class GradientMonitor(TrainerCallback):
     def _skip(self, step: int) -> None:
         """Count a step that the scaler skips, and stop after too many in a row."""
         self.skipped += 1
-        self._in_a_row += 1
-        if self._in_a_row >= MOST_SKIPPED:
+        self._consecutive += 1
+        if self._consecutive >= MOST_SKIPPED:
             raise RunError(
                 f"float16 overflows: the last {MOST_SKIPPED} steps up to step {step} were skipped, "
                 "each with half the scale of the one before. Lower --learning-rate, or use --dtype "

@@ -29,7 +29,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM}
 _STATES = {"ademamix": 3, "adamw": 2, "lion": 1, "rmsprop": 1, "adagrad": 1}
 """States that an optimizer has per parameter; others have none or factored ones."""
-_NEXT_TO_NOTHING = 1 << 20  # bytes: torch does not report a full disk as such
+_ALMOST_FULL = 1 << 20  # bytes: torch does not report a full disk as such
 _WRITERS = ("inline_container", "PytorchStreamWriter", "iostream error", "while serializing")
 
 
@@ -64,7 +64,7 @@ def check_room_to_save(directory: RunDirectory, model: Any, optimizer: Any) -> N
     if needed > free:
         raise RunError(
             f"{directory.path} cannot be written: a checkpoint needs about {needed / 1e6:,.1f} MB, "
-            f"and its disk has {free / 1e6:,.1f} MB free. {_what_is_kept(directory)}"
+            f"and its disk has {free / 1e6:,.1f} MB free. {_describe_checkpoint(directory)}"
         )
 
 
@@ -103,7 +103,7 @@ def explain_disk_errors(directory: RunDirectory) -> Iterator[None]:
         if reason is None:
             raise
         run_error = RunError(
-            f"{directory.path} cannot be written: {reason}. {_what_is_kept(directory)}"
+            f"{directory.path} cannot be written: {reason}. {_describe_checkpoint(directory)}"
         )
         run_error.is_reported = getattr(error, "is_reported", False)
         raise run_error from error
@@ -116,12 +116,12 @@ def _reason(error: Exception, directory: RunDirectory) -> str | None:
     if number not in _FULL | _REFUSED and not is_writer_error:
         return None
     free = shutil.disk_usage(directory.path).free
-    if number in _FULL or "os error 28" in text or (is_writer_error and free < _NEXT_TO_NOTHING):
+    if number in _FULL or "os error 28" in text or (is_writer_error and free < _ALMOST_FULL):
         return f"its disk is full ({free / 1e6:,.1f} MB free)"
     return os.strerror(number) if number else text.split("\n")[0]
 
 
-def _what_is_kept(directory: RunDirectory) -> str:
+def _describe_checkpoint(directory: RunDirectory) -> str:
     # On resume, newer incomplete checkpoints are renamed with a warning.
     checkpoint, _ = checkpoints.find_newest_intact(directory.checkpoints)
     if checkpoint is None:

@@ -72,7 +72,7 @@ MAX_FREE_HEAP_BYTES = 128 * 2**20
 """Assumed cap of free heap blocks: `KEPT_FREE` of cli/startup.py, above which glibc trims the heap.
 It fits the settings of docs/plan.md and is not proven."""
 
-_COME_AND_GO = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS)
+_TEMPORARY = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS)
 _NARROW = {"bfloat16": 2, "float16": 2}
 
 
@@ -81,10 +81,10 @@ def estimate_process(run: Run, step: StepMemory) -> int:
     libraries = resident_bytes() + LAZY_IMPORT_BYTES
     mapped = _mapped_bytes(run, step)
     return libraries + max(
-        _bytes_of_loading(run, step),
-        mapped + _bytes_of_check(run),
-        mapped + _with_holes(step.parts) + _bytes_of_head_copies(run),
-        mapped + _bytes_of_proof(step),
+        _loading_bytes(run, step),
+        mapped + _check_bytes(run),
+        mapped + _add_fragmentation(step.parts) + _head_copy_bytes(run),
+        mapped + _proof_bytes(step),
     )
 
 
@@ -98,17 +98,17 @@ def _mapped_bytes(run: Run, step: StepMemory) -> int:
     return max(0, planned.total_parameters * dtype.itemsize - step.parts.get(WEIGHTS, 0))
 
 
-def _bytes_of_head_copies(run: Run) -> int:
+def _head_copy_bytes(run: Run) -> int:
     hidden = getattr(run.model.config.get_text_config(), "hidden_size", 0)
     return 2 * DTYPES[run.model.dtype].itemsize * run.model.vocabulary * hidden
 
 
-def _with_holes(parts: dict[str, int]) -> int:
-    temporary = sum(parts.get(part, 0) for part in _COME_AND_GO)
+def _add_fragmentation(parts: dict[str, int]) -> int:
+    temporary = sum(parts.get(part, 0) for part in _TEMPORARY)
     return sum(parts.values()) + min(MAX_FREE_HEAP_BYTES, int(HOLES * temporary))
 
 
-def _bytes_of_loading(run: Run, step: StepMemory) -> int:
+def _loading_bytes(run: Run, step: StepMemory) -> int:
     path, weights = run.model.source.path, step.parts.get(WEIGHTS, 0)
     if path is None:
         return weights
@@ -116,7 +116,7 @@ def _bytes_of_loading(run: Run, step: StepMemory) -> int:
     return weights + sum(file.stat().st_size for file in files)
 
 
-def _bytes_of_check(run: Run) -> int:
+def _check_bytes(run: Run) -> int:
     """Return the bytes of verifying the fast step; 0 if it is not verified."""
     rows = choose_probe_rows(run.data.train) if run.fast.enabled else []
     if run.config.speed.verify is False or not rows:
@@ -140,16 +140,16 @@ def _bytes_of_check(run: Run) -> int:
     narrow = 0 if trains_base else weights * _NARROW.get(run.model.dtype, 0) // 4
     gradients = max(parts.get(GRADIENTS, 0), weights if trains_base else trained)
     parts[GRADIENTS] = gradients  # fast and plain step, and the initial values
-    return _with_holes({part: int(size) for part, size in parts.items()}) + int(
+    return _add_fragmentation({part: int(size) for part, size in parts.items()}) + int(
         narrow + 2 * gradients
     )
 
 
-def _bytes_of_proof(step: StepMemory) -> int:
+def _proof_bytes(step: StepMemory) -> int:
     persistent = sum(
         step.parts.get(part, 0)
         for part in step.parts
-        if part not in (*_COME_AND_GO, OPTIMIZER, GRADIENTS)
+        if part not in (*_TEMPORARY, OPTIMIZER, GRADIENTS)
     )
     return persistent + 4 * 4 * PROBE_SCORES
 
@@ -409,11 +409,11 @@ def _compute(
     config = _changed(way, checkpointing, rows, accumulated, length, limits.config)
     if config is None:
         return None
-    imagined = build_synthetic_batch(
+    synthetic = build_synthetic_batch(
         config.data, limits.source, limits.card, rows * accumulated, limits.tokenizer
     )
     try:
-        forecast = limits.device.forecast(resolve(config, imagined=imagined))
+        forecast = limits.device.forecast(resolve(config, synthetic=synthetic))
     except FtlevelError:  # method and model do not match, or the row is too long
         return None
     memory, max_rows = limits.device.memory, None

@@ -102,12 +102,12 @@ def find_pruning(run: Run) -> Pruning:
     model = apply_method(
         model, method.start.default(run.config.method) if method.start else run.config.method, base
     )
-    model = _with_numbers(model)
+    model = _with_random_weights(model)
     blocks = find_blocks(base_model(model))
     if not blocks or not set_packed_attention(base_model(model)):
         return Pruning()
     packed = PackedBlocks(blocks)
-    rows = [_with_few_words(row) for row in run.data.train[:64]]
+    rows = [_with_small_vocabulary(row) for row in run.data.train[:64]]
     try:
         check = PruningCheck(model, blocks[-1], rows, 0, "cpu", run.model.dtype)
         needed, linears = check(run.objective)
@@ -125,7 +125,7 @@ def _shrink(config: Any, layer: int) -> Any:
     return config
 
 
-def _with_numbers(model: Any) -> Any:
+def _with_random_weights(model: Any) -> Any:
     """Return `model` on the CPU with small, nonzero random weights."""
     generator = torch.Generator().manual_seed(0)
     model = model.to_empty(device="cpu").float()
@@ -142,11 +142,11 @@ def _with_numbers(model: Any) -> Any:
     return model
 
 
-def _with_few_words(row: Encoded) -> Encoded:
+def _with_small_vocabulary(row: Encoded) -> Encoded:
     return replace(row, input_ids=[3 + token % (_WORDS - 3) for token in row.input_ids])
 
 
-_OF_WORKERS = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS)
+_PER_WORKER = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS)
 """Parts that each parallel worker allocates for itself."""
 
 _SAMPLED_STEPS = 16
@@ -182,11 +182,11 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
     """
     layers = LayerSample.of(run)
     pruning = find_pruning(run)
-    batch = _fullest(run, pruning)
+    batch = _largest_micro_batch(run, pruning)
     fakes = [build_fake_model(run, some) for some in layers.tried]
     trains_base = METHODS[run.config.method.kind].build is None
     trackers = [
-        _hold_weights(LiveMemoryTracker(run.model.vocabulary), fake, trains_base=trains_base)
+        _track_weights(LiveMemoryTracker(run.model.vocabulary), fake, trains_base=trains_base)
         for fake in fakes
     ]
     weights = layers.extend([live.peaks for live in trackers])[FORWARD]
@@ -198,7 +198,7 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
         ]
     )
     for parts in peaks.values():
-        for part in _OF_WORKERS:
+        for part in _PER_WORKER:
             parts[part] = parts.get(part, 0) * batch.at_once
     return highest(peaks, batch.tokens)
 
@@ -343,7 +343,7 @@ def _watch(
     set_checkpointing(fake.model, cpu_run)  # auto checkpointing is decided later
     try:
         with trainer.standalone_steps(run.model.dtype), live:
-            _make_states(live, trainer, has_gradients=batch.several)
+            _create_optimizer_states(live, trainer, has_gradients=batch.several)
             live.moment = FORWARD
             trainer.training_step(fake.model, batch.fresh(), 1)  # any number of targets
             live.moment = UPDATE
@@ -354,7 +354,7 @@ def _watch(
     return live.peaks
 
 
-def _hold_weights(
+def _track_weights(
     live: LiveMemoryTracker, fake: FakeModel, *, trains_base: bool
 ) -> LiveMemoryTracker:
     """Count the weights of `fake` in `live`, and return `live`."""
@@ -397,7 +397,7 @@ def _follow(live: LiveMemoryTracker, trainer: Any) -> list[Any]:
     ]
 
 
-def _make_states(live: LiveMemoryTracker, trainer: Any, *, has_gradients: bool) -> None:
+def _create_optimizer_states(live: LiveMemoryTracker, trainer: Any, *, has_gradients: bool) -> None:
     """Create optimizer states, which exist from the second step on, without counting peaks."""
     live.begun, live.moment = False, UPDATE
     optimizer = trainer.create_optimizer()
@@ -411,7 +411,7 @@ def _make_states(live: LiveMemoryTracker, trainer: Any, *, has_gradients: bool) 
     live.begun = True
 
 
-def _fullest(run: Run, pruning: Pruning) -> _Batch:
+def _largest_micro_batch(run: Run, pruning: Pruning) -> _Batch:
     """Return the micro-batch with the most tokens, of the longest rows and of random steps."""
     train, fast = run.config.train, run.fast
     rows, size = run.data.train, train.per_device_train_batch_size
@@ -430,14 +430,14 @@ def _fullest(run: Run, pruning: Pruning) -> _Batch:
         batch = collate(step)
         at_once = fast.workers if batch["in_parallel"] else 1
         parts = batch["micro_batches"]
-        costs = [_places(part) for part in parts]
+        costs = [_count_positions(part) for part in parts]
         fullest = parts[costs.index(max(costs))]
         micro_batch = {"rows": step, "micro_batches": [fullest], "in_parallel": False}
         candidates.append(_Batch(micro_batch, max(costs), len(parts) > at_once, at_once))
     return max(candidates, key=lambda batch: (batch.tokens * batch.at_once, batch.several))
 
 
-def _places(part: Mapping[str, Any]) -> int:
+def _count_positions(part: Mapping[str, Any]) -> int:
     layout = part.get("layout")
     return int(layout.tokens if layout else part["input_ids"].numel())
 

@@ -216,21 +216,21 @@ def synthesize_rows(data: DataConfig, count: int) -> Callable[[BaseTask, str, An
         length = max_length if isinstance(max_length, int) else min(LONGEST, positions)
         vocabulary, draw = model_config.get_text_config().vocab_size, random.Random(0)
         rows = [
-            task.imagine_row([draw.randrange(3, vocabulary) for _ in range(length)], row)
+            task.synthetic_row([draw.randrange(3, vocabulary) for _ in range(length)], row)
             for row in range(count)
         ]
         tokens = count * length
         facts = {
             "name": "imagined rows",
             "train_rows": count,
-            "labels": list(task.imagined_labels),
+            "labels": list(task.synthetic_labels),
             "problem_type": None,
             "overlong": data.overlong,
             "fingerprint": "",
             "target_language": None,
             "tokens": tokens,
             "supervised": sum(row.supervised for row in rows),
-            **task.imagined_facts,
+            **task.synthetic_facts,
         }
         table = Table(rows=[], lines=[], source="imagined rows", unit="row")
         reason = "no --dataset: all as long as --max-length"
@@ -325,15 +325,15 @@ class LiveMemoryTracker(OperationWatch):
         size, held = storage.nbytes(), self._held.get(storage)
         if held is None:
             held = self._held[storage] = [part]
-            weakref.finalize(storage, self._let_go, held, size)
+            weakref.finalize(storage, self._release, held, size)
         else:
-            self._let_go(held, size)
+            self._release(held, size)
             held[0] = part
         self._alive[part] += size
         self._total += size
         self._look()
 
-    def _let_go(self, held: list[str], size: int) -> None:
+    def _release(self, held: list[str], size: int) -> None:
         self._alive[held[0]] -= size
         self._total -= size
 

@@ -99,7 +99,7 @@ def fit_micro_batch(run: Run, memory: int) -> Run:
         again = _find(run.with_settings("train", gradient_checkpointing=True), memory)
         best = again if again.tokens > best.tokens else best
     if not best.tokens:
-        raise ConfigError(_too_large(run, best.peak, memory))
+        raise ConfigError(_explain_too_large(run, best.peak, memory))
     peak, available = (f"{size / 2**30:.2f} GiB" for size in (best.peak, memory))
     reason = f"--auto-micro-batch: {peak} at the peak of a step, of {available}"
     choice = Choice("micro-batch", f"{best.tokens:,} tokens", reason)
@@ -114,7 +114,7 @@ class _Found(NamedTuple):
 
 
 def _find(run: Run, memory: int) -> _Found:
-    tokens, max_row_tokens = _most_tokens(run), int(row_lengths(run.data.train).max())
+    tokens, max_row_tokens = _max_tokens_to_try(run), int(row_lengths(run.data.train).max())
     device = Device(run.model.device, run.model.device, memory)
     for _ in range(_ATTEMPTS):
         forecast = device.forecast(_with_tokens(run, tokens, memory))
@@ -123,27 +123,29 @@ def _find(run: Run, memory: int) -> _Found:
             return _Found(tokens, peak)
         if forecast.tokens <= max_row_tokens:  # a row alone
             break
-        tokens = _fewer(forecast, min(tokens, forecast.tokens * run.fast.workers), peak, memory)
+        tokens = _reduce_tokens(
+            forecast, min(tokens, forecast.tokens * run.fast.workers), peak, memory
+        )
         if tokens < 1:
             break
     return _Found(0, peak)
 
 
-def _fewer(forecast: StepMemory, tokens: int, peak: int, memory: int) -> int:
+def _reduce_tokens(forecast: StepMemory, tokens: int, peak: int, memory: int) -> int:
     """Apply the formula; return 0 if the fixed bytes alone exceed the memory."""
     growing = sum(forecast.parts.get(part, 0) for part in _GROWS)
     free = memory - (peak - growing)
     return min(tokens - 1, int(_SLACK * tokens * free / growing)) if free > 0 and growing else 0
 
 
-def _most_tokens(run: Run) -> int:
+def _max_tokens_to_try(run: Run) -> int:
     """Return the largest size to try: the default on a CPU, a whole step elsewhere."""
     if run.model.device == "cpu":
         return run.fast.tokens
     return max(run.fast.tokens, run.config.train.rows_per_device_step * run.data.max_length)
 
 
-def _too_large(run: Run, peak: int, memory: int) -> str:
+def _explain_too_large(run: Run, peak: int, memory: int) -> str:
     options = [] if run.config.train.recomputes else ["--gradient-checkpointing"]
     options += ["a smaller --max-length", "--set speed.parallel_workers=1"][: run.fast.workers]
     options += [] if run.config.quant.kind != "none" else ["--quant 4bit"]

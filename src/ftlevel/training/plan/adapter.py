@@ -222,7 +222,7 @@ def _check_flags(config: TrainConfig, adapter: StartingAdapter, spec: MethodConf
             add(flags.get(f"method.{name}", f"method.{name}"), value, shown)
     if card is not None:
         # Preferences and reinforcement learning train the same head.
-        same_head = config.task in ("preference", RL_TASK) and TASKS[card.task].writes_text
+        same_head = config.task in ("preference", RL_TASK) and TASKS[card.task].generates_text
         if "task" in config.model_fields_set and config.task != card.task and not same_head:
             add("--task", config.task, f"the task {card.task}")
         if config.data.labels and list(config.data.labels) != card.labels:
@@ -238,7 +238,7 @@ def _sorted(value: Any) -> Any:
     return sorted(value, key=str) if isinstance(value, list) else value
 
 
-_ELSEWHERE = set(
+_UNCOMPARED_SETTINGS = set(
     """
     base_model_name_or_path revision inference_mode auto_mapping peft_version task_type
     target_modules exclude_modules modules_to_save layers_to_transform layers_pattern
@@ -305,7 +305,7 @@ def find_adapter_warnings(adapter: StartingAdapter, run: Run) -> list[str]:
 def _is_other(name: str, value: Any, built: Mapping[str, Any]) -> bool:
     """Return whether an adapter setting differs from what would be built."""
     is_initialization = "init" in name or name.endswith("_config")
-    if name in _ELSEWHERE or is_initialization or name.endswith("dropout"):
+    if name in _UNCOMPARED_SETTINGS or is_initialization or name.endswith("dropout"):
         return False
     return bool((value or built.get(name)) and value != built.get(name))
 

@@ -83,7 +83,7 @@ from ftlevel.training.plan.schedule import (
 
 
 @dataclass(frozen=True)
-class _Bare:
+class _BaseModel:
     """Base model before rows are read; `spelling` has the choices for tokenizer and experts."""
 
     source: ModelSource
@@ -119,7 +119,7 @@ def resolve(
     progress: Progress = ignore_progress,
     why_task: str = "",
     adapter: StartingAdapter | None = None,
-    imagined: SyntheticBatch | None = None,
+    synthetic: SyntheticBatch | None = None,
     prompt_version: int | None = None,
 ) -> Run:
     """Resolve `config` into a run.
@@ -130,7 +130,7 @@ def resolve(
         progress: callback with the number of encoded examples.
         why_task: reason for an inferred task.
         adapter: adapter to continue from, already applied to `config`.
-        imagined: substitutes used by an estimate.
+        synthetic: substitutes used by an estimate.
         prompt_version: version of the plain prompt format in a resumed run; None uses that of
             `adapter` or the latest.
 
@@ -138,15 +138,15 @@ def resolve(
         ConfigError: the first problem found; nothing was loaded or written.
     """
     task = TASKS[config.task].configured(config.task_options)
-    bare = _read_model(config, task, imagined or SyntheticBatch())
+    bare = _read_model(config, task, synthetic or SyntheticBatch())
     width = width_of(bare.config)
     task, task_choices = task.for_model(
         bare.source, bare.kind, width, bare.tokenizer, config.train.rows_per_step
     )
-    if imagined is not None and imagined.rows is not None:
-        data = imagined.rows(task, bare.kind, bare.config)
+    if synthetic is not None and synthetic.rows is not None:
+        data = synthetic.rows(task, bare.kind, bare.config)
     else:
-        memory_device = "cpu" if imagined is not None and imagined.device else bare.device.value
+        memory_device = "cpu" if synthetic is not None and synthetic.device else bare.device.value
         prompt = read_format(adapter.card) if adapter and adapter.card else None
         version = prompt_version or (prompt.version if prompt else PROMPT_VERSION)
         bounds = find_bounds(
@@ -164,7 +164,7 @@ def resolve(
         data = prepare_data(config.data, context, progress)
     model_config = _task_config(bare.source, data.facts, bare.tokenizer, task)
     layers = _disable_layerdrop(model_config)
-    if not task.drops_out:
+    if not task.uses_dropout:
         layers += _disable_dropout(model_config)
     meta = build_task_model(model_config, bare.auto_class)
     _check_checkpointing(config.train, meta, bare.device.value)
@@ -218,7 +218,7 @@ def resolve(
     threads = [choose_threads()] if device == "cpu" else []
     fast = plan_fast(config, meta, bare.kind, objective, device, data.train, max_length)
     rewards = None
-    if not (lenient or imagined) and isinstance(objective, PolicyObjective) and config.rl.reward:
+    if not (lenient or synthetic) and isinstance(objective, PolicyObjective) and config.rl.reward:
         rewards = open_rewards(config.rl, device, bare.tokenizer, data.train, data.table.where)
     run = Run(
         config=config,
@@ -266,16 +266,16 @@ def resolve(
     return run
 
 
-def _read_model(config: TrainConfig, task: BaseTask, imagined: SyntheticBatch) -> _Bare:
+def _read_model(config: TrainConfig, task: BaseTask, synthetic: SyntheticBatch) -> _BaseModel:
     """Read the base's config and tokenizer, and resolve its device, dtype and quantization."""
     requested = config.model
-    source = imagined.source or resolve_source(
+    source = synthetic.source or resolve_source(
         requested.name_or_path, requested.revision, requested.trust_remote_code
     )
     check_revision(source, requested.revision)
     bare = load_config(source)
     kind = model_kind(bare)
-    device = imagined.device or choose_device(requested.device)
+    device = synthetic.device or choose_device(requested.device)
     method, train = config.method, config.train
     quant = resolve_quantization(config.quant, method, bare, source, device.value)
     try:
@@ -288,13 +288,13 @@ def _read_model(config: TrainConfig, task: BaseTask, imagined: SyntheticBatch) -
     auto_class = task.auto_class(kind, bare.model_type)
     quant, experts = _resolve_experts(quant, method, bare, auto_class)
     dtype = choose_precision(method, requested.dtype, device.value, bare.model_type)
-    tokenizer = imagined.tokenizer or load_tokenizer(source)
+    tokenizer = synthetic.tokenizer or load_tokenizer(source)
     template = set_chat_template(tokenizer, config.data.chat_template)
     padding = ensure_pad_token(tokenizer)
-    padding = (separate_pad_from_eos(tokenizer) if task.pads_apart else None) or padding
+    padding = (separate_pad_from_eos(tokenizer) if task.separates_padding else None) or padding
     pairs = task.prepare_tokenizer(tokenizer, kind)
     spelling = [choice for choice in (experts, template, padding, pairs) if choice]
-    return _Bare(source, bare, kind, auto_class, device, dtype, quant, tokenizer, spelling)
+    return _BaseModel(source, bare, kind, auto_class, device, dtype, quant, tokenizer, spelling)
 
 
 def _resolve_experts(
@@ -373,13 +373,13 @@ def _task_config(
         overrides |= label_overrides(facts["labels"])
     config = load_config(source, **overrides)
     if (
-        task.pads_apart or getattr(config, "pad_token_id", None) is None
+        task.separates_padding or getattr(config, "pad_token_id", None) is None
     ):  # CodeGen's config has no pad_token_id
         config.pad_token_id = tokenizer.pad_token_id
     return config
 
 
-_OF_ENCODERS = ("text-classification", "token-classification", "question-answering", "masked-lm")
+_ENCODER_TASKS = ("text-classification", "token-classification", "question-answering", "masked-lm")
 """Encoder tasks, those with the most required columns first. Plain column names are tried before
 the user's `--map`, which may rename columns for any task."""
 
@@ -410,7 +410,7 @@ def infer_task(config: TrainConfig) -> tuple[TrainConfig, str]:
     ).train
     by_name = data.model_copy(update={"columns": {}})
     refusals: dict[str, InputError] = {}
-    for name, section in ((n, s) for s in (by_name, data) for n in _OF_ENCODERS):
+    for name, section in ((n, s) for s in (by_name, data) for n in _ENCODER_TASKS):
         try:
             format_ = TASKS[name].find_format(table.columns, section, table.rows[:CHUNK_ROWS])
         except InputError as error:
@@ -425,7 +425,7 @@ def infer_task(config: TrainConfig) -> tuple[TrainConfig, str]:
     except InputError:
         raise InputError(
             f"--model {model.name_or_path} is an encoder, and the columns match none of its "
-            f"tasks. {refusals[_OF_ENCODERS[0]]}"
+            f"tasks. {refusals[_ENCODER_TASKS[0]]}"
         ) from None
     return config, ""
 

@@ -223,7 +223,7 @@ def _describe(method: MethodConfig) -> str:
 
 def head_choices(task: BaseTask, heads: list[str]) -> list[Choice]:
     """Return the line that shows modules trained in full, if any."""
-    return [Choice("heads", ", ".join(heads), task.why_heads)] if heads else []
+    return [Choice("heads", ", ".join(heads), task.heads_reason)] if heads else []
 
 
 def size_choices(run: Run, *, try_method: bool) -> list[Choice]:

@@ -54,7 +54,7 @@ class Steps:
         """
         alone = len(rows[0].branches) > 1 and not isinstance(self.trainer.objective, StepObjective)
         model = _OneByOne(self.model) if alone else self.model
-        with _rounding_errors(self.model, draw):
+        with _perturbed_inputs(self.model, draw):
             return self._plain(model, rows[::-1], 1, dtype)
 
     def plain(self, rows: Sequence[Encoded], batch_size: int, dtype: str) -> StepResult:
@@ -87,7 +87,7 @@ class Steps:
             share = (summed / count).sum()
             torch.autograd.backward(share)
             loss += share.item()
-        return StepResult(loss, self._take_gradients())
+        return StepResult(loss, self._pop_gradients())
 
     def _plain_whole(
         self, objective: StepObjective, rows: Sequence[Encoded], batch_size: int, dtype: str
@@ -106,7 +106,7 @@ class Steps:
                 vectors.append(objective.embed(outputs, batch["attention_mask"]))
         loss = objective.step_loss(torch.cat(vectors), step)
         torch.autograd.backward(loss)
-        return StepResult(loss.item(), self._take_gradients())
+        return StepResult(loss.item(), self._pop_gradients())
 
     def _baseline(self, rows: Sequence[Encoded], batch_size: int, dtype: str) -> Tensor | None:
         """Return the KTO baseline of a step's rewards (a scalar), or None."""
@@ -133,7 +133,7 @@ class Steps:
         Both use the same dropout masks.
         """
         torch.manual_seed(0)
-        return self._by_trainer(rows, dtype, _nothing if fused else _unfused)
+        return self._by_trainer(rows, dtype, _keep_mode if fused else _use_plain_layers)
 
     def _by_trainer(
         self, rows: Sequence[Encoded], dtype: str, mode: Callable[[Any], None]
@@ -151,9 +151,9 @@ class Steps:
         finally:
             hook.remove()
         scale = trainer.loss_scale
-        return StepResult(float(loss), {n: g / scale for n, g in self._take_gradients().items()})
+        return StepResult(float(loss), {n: g / scale for n, g in self._pop_gradients().items()})
 
-    def _take_gradients(self) -> dict[str, Tensor]:
+    def _pop_gradients(self) -> dict[str, Tensor]:
         """Return the gradients, and clear them."""
         gradients = {
             name: parameter.grad
@@ -192,7 +192,7 @@ class _OneByOne:
 
 
 @contextlib.contextmanager
-def _rounding_errors(model: Any, draw: int) -> Iterator[None]:
+def _perturbed_inputs(model: Any, draw: int) -> Iterator[None]:
     """Perturb the input of each block of `model` by up to one unit in the last place."""
     generator = torch.Generator().manual_seed(draw)
 
@@ -237,7 +237,7 @@ def _evaluate(model: torch.nn.Module) -> None:
             module.training = True
 
 
-def _nothing(model: torch.nn.Module) -> None:
+def _keep_mode(model: torch.nn.Module) -> None:
     """Leave the model in training mode."""
 
 
@@ -248,7 +248,7 @@ def _without_dropout(model: torch.nn.Module) -> None:
         module.training = True
 
 
-def _unfused(model: torch.nn.Module) -> None:
+def _use_plain_layers(model: torch.nn.Module) -> None:
     """Make fused modules of `model` (mutated) compute as the modules that they replace."""
     for module in _fused_modules(model):
         module.training = False

@@ -97,7 +97,7 @@ def test_an_answer_that_lies_in_no_window() -> None:
         Window([1], (0, 0), 1, {}, "", answers),
         Window([1], (0, 0), 2, {}, "", ()),
     ]
-    assert hits(TASKS["question-answering"].look(windows)["answer_cut"]) == [2, 3]
+    assert hits(TASKS["question-answering"].check_rows(windows)["answer_cut"]) == [2, 3]
 
 
 def test_one_class() -> None:
