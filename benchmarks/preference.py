@@ -152,7 +152,7 @@ def _ftlevel(told: argparse.Namespace) -> dict[str, float]:
     class Stages(NullListener):
         def stage(self, name: str) -> None:
             marks.setdefault("end" if "reference" in marks else name, time.process_time())
-            if name == "compute the reference":
+            if name == "computing reference log-probabilities":
                 marks["reference"] = time.process_time()
 
         def choices(self, title: str, choices: Any) -> None:  # noqa: ARG002
