@@ -215,9 +215,9 @@ def _rendezvous(
         port = _number(environment, "MASTER_PORT", launcher, least=1)
     if not address:
         raise ConfigError(
-            f"{launcher.size}={size}, and MASTER_ADDR is missing: the processes cannot meet. Set "
-            "MASTER_ADDR to the first machine's name and MASTER_PORT to a free port there, the "
-            "same for all."
+            f"{launcher.size}={size}, and MASTER_ADDR is missing: the processes cannot connect. "
+            f"Set MASTER_ADDR to the first machine's name and MASTER_PORT to a free port there, "
+            f"equal for all."
         )
     return address, port
 

@@ -120,7 +120,7 @@ SPELLINGS: list[Spelled] = [
     *_answers(TRANSFORMERS, "run_ner_no_trainer.py", ("--task_name ner", "--task ner")),
     *_sets(TRANSFORMERS, "run_qa.py", ("--doc_stride 64", "data.doc_stride", 64)),
     *_agrees(TRANSFORMERS, "run_qa.py",
-             ("--version_2_with_negative", "questions without an answer are learned as such")),
+             ("--version_2_with_negative", "unanswerable questions are supported")),
     *_sets(
         TRANSFORMERS, "run_seq2seq_qa.py",
         ("--context_column passage", "data.columns", {"context": "passage"}),
@@ -494,16 +494,16 @@ SPELLINGS: list[Spelled] = [
         TRANSFORMERS, "TrainingArguments",
         ("--dataloader_num_workers 4", "rows are encoded before the run"),
         ("--dataloader_pin_memory false", "rows are encoded before the run"),
-        ("--dataloader_drop_last false", "the last rows of an epoch are learned too"),
+        ("--dataloader_drop_last false", "the last incomplete batch is used too"),
         ("--disable_tqdm true", "in a terminal alone"),
         ("--log_level info", "progress and warnings are shown"),
         ("--include_num_input_tokens_seen", "summary.json counts"),
         ("""--gradient_checkpointing_kwargs '{"use_reentrant": false}'""", "without reentrant"),
-        ("--do_sample false", "the likeliest token is taken"),
+        ("--do_sample false", "decoding is greedy"),
     ),
     *_answers(
         TRANSFORMERS, "TrainingArguments",
-        ("--dataloader_drop_last", "the last rows of an epoch are learned too"),
+        ("--dataloader_drop_last", "the last incomplete batch is used too"),
         ("--do_sample", "Add --temperature 1"),
     ),
     *_sets(

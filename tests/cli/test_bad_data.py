@@ -34,7 +34,7 @@ def labelled(*labels: Any) -> bytes:
 
 
 BAD: dict[str, tuple[bytes, list[str], list[str]]] = {
-    "empty file": (b"", [], ["rows.jsonl: has 0 rows (0 bytes). Give a file with rows."]),
+    "empty file": (b"", [], ["rows.jsonl: has 0 rows (0 bytes). Use a file with rows."]),
     "all rows filtered by length": (
         jsonl(*pairs(3)), ["--max-length", "5", "--overlong", "drop"],
         ["no row is left within --max-length 5: the shortest has 20 tokens. Raise --max-length."]),

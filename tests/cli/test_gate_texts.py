@@ -169,7 +169,7 @@ def test_an_empty_think_that_the_template_adds(
     model = ["--model", str(tiny_model_dir("qwen2")), "--chat-template"]
     code, out = say(*model, "qwen3.jinja", rows=GOOD)
     assert code == 0, out
-    assert "an empty <think></think> that is learned: 12 of 12 train rows (rows.jsonl:1" in out
+    assert "a supervised empty <think></think>: 12 of 12 train rows (rows.jsonl:1" in out
     _, out = say(*model, "qwen", rows=GOOD)
     assert "<think>" not in out
     thought = [pair(i, completion=f"<think>\nhm\n</think>\n\n{fact(i)}") for i in range(12)]

@@ -80,7 +80,7 @@ def test_every_family_fits_80_columns(family: str, capsys: pytest.CaptureFixture
         (["llama", "--lora_r=16"], 0, "39,976,960 trainable", ""),
         (["t5"], 0, "wi_0  Linear  hidden -> ffn             yes (2)", ""),
         (["mixtral"], 0, "target_parameters: mlp.experts.gate_up_proj", ""),
-        (["lama"], 2, "", "'lama' is neither a family that ftlevel knows nor a model."),
+        (["lama"], 2, "", "'lama' is neither a supported family nor a model."),
         (["lama"], 2, "", "Did you mean 'llama'"),
         (["llama", "--lora-r", "0"], 2, "", "--lora-r"),
         ([], 2, "", "Missing argument"),

@@ -54,7 +54,7 @@ def test_a_conversation_in_a_pipe(
     assert "<|im_start|>system⏎\nBe brief.<|im_end|>⏎\n" in body
     assert learned(body) == "the [file]<|im_end|>an object<|im_end|>"
     assert "the run: 3 steps" in out
-    assert "data check: nothing found" in out
+    assert "data check: no problems found" in out
 
 
 @pytest.mark.parametrize(

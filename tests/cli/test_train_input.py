@@ -49,8 +49,8 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--model", "no/such/model/here"],
          "--model no/such/model/here does not exist."),
         (["--model", "./gone"], "--model ./gone does not exist."),
-        (["--model", "owner/name"], "--model owner/name: no such directory here, not in the local "
-         "cache, and HF_HUB_OFFLINE is set."),
+        (["--model", "owner/name"], "--model owner/name: no such directory, not in the local "
+                                    "cache, and HF_HUB_OFFLINE is set."),
         (["--model", "builtin:tiny-lama"], "tiny-lama"),
         (["--set", "model.revision=main"], "revision main was asked for, and --model "
          "builtin:tiny-llama lies on this disk"),

@@ -242,7 +242,7 @@ def test_checkpoints_of_the_best_evaluations(chat: list[str]) -> None:
     ("arguments", "complaint"),
     [
         (["--metric-for-best-model", "acuracy"],
-         "--metric-for-best-model acuracy: --task text-classification has no such metric here. "
+         "--metric-for-best-model acuracy: --task text-classification does not report this metric. "
          "Did you mean 'accuracy'? There are: loss, accuracy, f1, mcc."),
         (["--early-stopping-patience", "2", "--max-samples", "8", "--dataset", "data/train.jsonl"],
          "--early-stopping-patience 2 needs validation rows to evaluate, and the data has none. "

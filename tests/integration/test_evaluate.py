@@ -150,7 +150,7 @@ def test_training_rows_are_called_so(
 ) -> None:
     data = task_data.write(tmp_path / "data", "class") / "train.jsonl"
     train(configure(tiny_model_dir("bert", "mlm"), data, tmp_path / "run", "text-classification"))
-    words = "the training rows: no validation split was held back"
+    words = "the training rows: no validation split was held out"
     asked = ["evaluate", str(tmp_path / "run"), "--resamples", "0", "--device", "cpu"]
     assert run([*asked, "--quiet", "--predictions", str(tmp_path / "p.csv")]) == 0
     shown = capsys.readouterr()

@@ -188,7 +188,7 @@ def test_what_is_no_adapter_is_named(base: Path, capsys: pytest.CaptureFixture[s
     make_adapter(base, Path("all", "one"), CASES["lora"].settings)
     save_tiny(Path("all/whole"), "llama")
     assert run(["export", "all", "--for", "vllm", "--out", "out", "--dry-run"]) == 0
-    assert "all/whole holds no adapter, and is left out." in capsys.readouterr().err
+    assert "all/whole contains no adapter and is skipped." in capsys.readouterr().err
     assert run(["export", "all/whole", "--for", "vllm", "--out", "out"]) == 2
     assert "vLLM loads it as it is: vllm serve" in capsys.readouterr().err
 

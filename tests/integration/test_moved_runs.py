@@ -136,7 +136,7 @@ def test_a_base_inside_of_what_is_replaced_stays(
     Path("base").rename("run/base")
     command = ["train", "--model", "run/base", "--dataset", "rows.jsonl", "--max-steps", "1"]
     assert run([*command, "--output-dir", "run", "--overwrite", "--quiet"]) == 2
-    assert "the base model is in it" in capsys.readouterr().err
+    assert "it contains the base model" in capsys.readouterr().err
     assert Path("run/base/config.json").is_file()
 
 

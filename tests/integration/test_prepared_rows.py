@@ -218,7 +218,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
     assert len(plan.data.train) == ROWS
     said = [f"{c.value} ({c.reason})" for c in plan.data.choices if c.name == "rows"]
     root = tmp_path / "file/ftlevel/rows"
-    assert said == [f"not kept for the next run ({root} cannot be written)"]
+    assert said == [f"not cached ({root} cannot be written)"]
 
 
 @pytest.mark.parametrize("how", ["one bit", "half", "emptied", "deleted"])
@@ -238,5 +238,5 @@ def test_rows_that_were_damaged_are_prepared_anew(
         path.write_bytes({"one bit": flipped, "half": content[:half], "emptied": b""}[how])
     plan = plan_of(model, data)
     assert list(plan.data.train) == whole
-    assert "what was kept was damaged" in str(plan.choices)
+    assert "the cache was damaged" in str(plan.choices)
     assert "what was kept" not in str(plan_of(model, data).choices)

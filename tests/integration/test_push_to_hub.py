@@ -110,7 +110,7 @@ def test_other_commands_ask_the_hub_before_they_work(
     [
         ("a b", ME, "is no name of a repository"),
         ("mine", LocalTokenNotFoundError("x"), "nobody is logged in. hf auth login"),
-        ("mine", ConnectionError("no network"), "the Hub does not answer (no network). Nothing"),
+        ("mine", ConnectionError("no network"), "the Hub is not reachable (no network). Nothing"),
         ("them/mine", ME, "me cannot write to them. Owners here: me, us."),
         ("mine", {**ME, "auth": {"accessToken": {"role": "read"}}}, "the token may only read."),
     ],

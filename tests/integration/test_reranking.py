@@ -200,7 +200,7 @@ BAD = {
     "graded": (
         [{**row, "label": 3 * row["label"]} for row in _pairs(_rows(4))],
         [],
-        "--loss bce needs labels from 0 to 1, and there is 3",
+        "--loss bce needs labels from 0 to 1, found 3",
     ),
     "single": (_pairs(_rows(4)), ["--loss", "ranknet"], "no two of different relevance"),
     "untaught": (_rows(4), ["--loss", "margin-mse"], "learns a teacher's scores"),

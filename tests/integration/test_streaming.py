@@ -63,7 +63,7 @@ def test_a_row_between_the_samples_is_not_another_one(
     again = ["train", "--quiet", "--output-dir", "run", "--resume", "--max-steps", "6"]
     assert run(again) == 2
     said = capsys.readouterr().err
-    assert "not the same run: the bytes of the rows are others than when it began: file 1" in said
+    assert "not the same run: the bytes of the rows have changed since it started: file 1" in said
     assert "--allow-change data.fingerprint" in said
     assert run([*again, "--allow-change", "data.fingerprint"]) == 0
     assert "data.fingerprint of file 1" in capsys.readouterr().err
@@ -137,8 +137,7 @@ def test_what_is_known_of_the_first_rows_only_is_said(capsys: pytest.CaptureFixt
     assert " in the first 1,000 rows (" in out
     assert (
         "data check: each row as it comes (exact_duplicates, near_duplicates, conflicting_answers, "
-        "swapped_roles, one_answer, leaked, near_leaked among the first rows only: they take the "
-        "whole set)"
+        "swapped_roles, one_answer, leaked, near_leaked checked in the first rows only)"
     ) in out
     assert run(["preview", *STREAM[:1], "--dataset", data, "--max-steps", "3"]) == 0
     assert "row 1" in capsys.readouterr().out

@@ -74,9 +74,7 @@ def read_card(directory: Path) -> AdapterCard:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}). Is the copy incomplete?") from None
     if not isinstance(fields, dict):
-        raise InputError(
-            f"{path} is not the card of an adapter. Was it written by another program?"
-        )
+        raise InputError(f"{path} is not a model card of an adapter written by ftlevel.")
     if fields.pop("format", None) != 1:
         raise InputError(f"{path} was written by a later ftlevel. Install that version.")
     try:
@@ -225,7 +223,7 @@ def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
         tokens = summary["speed"]["tokens_per_micro_batch"]
         lines += [f"Micro-batches of up to {tokens:,} tokens, for {memory / 2**30:.2f} GiB.", ""]
     if left_out := summary.get("left_out"):
-        lines += [f"Steps left out, because the loss was not finite or leapt: {len(left_out):,}."]
+        lines += [f"Skipped steps (loss not finite, or a spike): {len(left_out):,}."]
         lines += [""]
     if memory := memory_words(summary):
         lines += [f"Memory: {memory}.", ""]
@@ -260,11 +258,16 @@ def _named_labels(summary: Mapping[str, Any], needs_import: str) -> list[str]:
     """Return Python code that loads the adapter with its labels, which PEFT does not save."""
     loader = _PEFT_CLASSES[summary["task"]]
     return [
-        "PEFT keeps no names of labels with an adapter: without them its base is loaded with two, "
-        "called `LABEL_0` and `LABEL_1`. A program that uses PEFT alone names them:",
+        "PEFT does not save label names with an adapter. Without them, the base is loaded with "
+        "two labels, `LABEL_0` and `LABEL_1`. Pass the label names when you load it with PEFT "
+        "alone:",
         "",
         "```python",
-        *([f"import {needs_import}  # makes PEFT know the type"] if needs_import else []),
+        *(
+            [f"import {needs_import}  # registers the adapter type with PEFT"]
+            if needs_import
+            else []
+        ),
         f"from peft import {loader}",
         "",
         f"names = {list(summary['data']['labels'])!r}",
@@ -278,11 +281,11 @@ def _named_labels(summary: Mapping[str, Any], needs_import: str) -> list[str]:
 
 def _python_use(module: str) -> list[str]:
     return [
-        "PEFT does not have this type of adapter by itself. `ftlevel` commands need nothing more; "
-        "a program of your own needs one import:",
+        "PEFT does not include this adapter type. `ftlevel` commands load it as usual; your own "
+        "code needs one import:",
         "",
         "```python",
-        f"import {module}  # makes PEFT know the type",
+        f"import {module}  # registers the adapter type with PEFT",
         "from peft import PeftModel",
         "",
         'model = PeftModel.from_pretrained(base_model, "adapter")  # the folder beside config.yaml',
@@ -372,8 +375,8 @@ def write_merge_readme(summary: Mapping[str, Any], task: str) -> str:
     ]
     if summary["onto"] == "dequantized":
         lines += [
-            "The adapter was trained on a quantized base; it is merged into the weights that "
-            "quantizing and dequantizing gives, which are those that it was trained on.",
+            "The adapter was trained on a quantized base; it is merged into the dequantized "
+            "weights, on which it was trained.",
             "",
         ]
     if summary.get("quantization"):

@@ -94,9 +94,7 @@ def check_absent(flag: str, path: Path) -> None:
                 f"{flag} {path} exists and is not empty. Choose another directory, or delete it."
             )
     elif path.exists() or path.is_symlink():
-        raise ConfigError(
-            f"{flag} {path} exists, and nothing of yours is overwritten. Choose another."
-        )
+        raise ConfigError(f"{flag} {path} already exists and is not overwritten. Choose another.")
     existing = next(p for p in path.absolute().parents if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"{flag} {path}: {existing} cannot be written. Choose another.")

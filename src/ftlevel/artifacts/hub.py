@@ -31,7 +31,7 @@ def find_repository(name: str) -> str:
     except HFValidationError as error:
         raise ConfigError(f"{flag} is no name of a repository: {error}") from None
     except LocalTokenNotFoundError:
-        raise ConfigError(f"{flag}: nobody is logged in. hf auth login, or set HF_TOKEN.") from None
+        raise ConfigError(f"{flag}: not logged in. Run hf auth login, or set HF_TOKEN.") from None
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code == 401:
             raise ConfigError(f"{flag}: the Hub does not know the token. hf auth login.") from None
@@ -39,8 +39,8 @@ def find_repository(name: str) -> str:
     # The base class comes from the HTTP library, which differs between huggingface_hub releases.
     except (OSError, *HfHubHTTPError.__bases__) as error:  # type: ignore[misc]
         raise ConfigError(
-            f"{flag}: the Hub does not answer ({_first_line(error)}). Nothing was done. Drop it, "
-            "and upload the result afterwards with hf upload."
+            f"{flag}: the Hub is not reachable ({_first_line(error)}). Nothing was done. Drop "
+            f"the flag and upload the result later with hf upload."
         ) from None
     return _with_owner(name, user, flag)
 
@@ -48,7 +48,9 @@ def find_repository(name: str) -> str:
 def _with_owner(name: str, user: dict[str, Any], flag: str) -> str:
     token = (user.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
-        raise ConfigError(f"{flag}: the token may only read. Make one that writes: hf auth login.")
+        raise ConfigError(
+            f"{flag}: the token is read-only. Log in with a write token: hf auth login."
+        )
     owner, slash, _ = name.partition("/")
     if not slash:
         return f"{user['name']}/{name}"
@@ -103,8 +105,8 @@ def push(folder: Path, name: str, *, private: bool, files: Sequence[str] = ()) -
         )
     except (OSError, *HfHubHTTPError.__bases__) as error:  # type: ignore[misc]
         raise RunError(
-            f"--push-to-hub {name}: the upload failed ({_first_line(error)}). What was made is "
-            f"whole on this disk. Upload it: hf upload {name} {folder}{include}"
+            f"--push-to-hub {name}: the upload failed ({_first_line(error)}). The result is "
+            f"complete on this disk. Upload it with: hf upload {name} {folder}{include}"
         ) from None
     return str(made)
 

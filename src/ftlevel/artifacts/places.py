@@ -97,8 +97,8 @@ def check_places(directory: Path, values: Mapping[str, Any], fields: Sequence[st
             return place
         if place == IN_MEMORY:
             problems.append(
-                f"{directory} was trained on rows in memory, which are not kept. Give rows with "
-                "--dataset FILE, or in Python the same rows again."
+                f"{directory} was trained on rows in memory, which are not saved. Pass --dataset "
+                f"FILE, or the same rows in Python."
             )
         elif place in relative and not _is_there(Path(place)):
             tried = [str(path) for path in _candidates(place, relative, directory)]

@@ -353,10 +353,7 @@ class NumpyFile(RowFile):
     def __init__(self, path: Path, columns: RowColumns) -> None:
         super().__init__(path, columns)
         if list(columns.answers.values()) != ["embedding"]:
-            raise ConfigError(
-                f"{path}: .npy holds embeddings, and these are other predictions. Write .jsonl or "
-                ".parquet."
-            )
+            raise ConfigError(f"{path}: .npy files hold embeddings only. Use .jsonl or .parquet.")
         self._file: IO[bytes] | None = None
         self._width, self._rows, self._skipped = 0, 0, 0
 
@@ -464,9 +461,8 @@ def check_row_file(flag: str, path: Path, *, resume: bool, overwrite: bool) -> N
     partial = partial_of(path)
     if partial.exists() and not (resume or overwrite):
         raise ConfigError(
-            f"{flag} {path}: {partial.name} holds rows of a command that was stopped. Resume it "
-            f"with "
-            "--resume, or delete it."
+            f"{flag} {path}: {partial.name} has rows of an interrupted command. Resume it with "
+            f"--resume, or delete it."
         )
 
 

@@ -184,6 +184,6 @@ def describe_columns(path: Path, found: Sequence[str], expected: Sequence[str] =
         return f"--resume: {path} has rows without {join_names(found)}. Choose another --output."
     return (
         f"--resume: {path} has the columns {join_names(found)}, and there would be "
-        f"{join_names(expected)}. Give the flags that it was started with, or choose another "
+        f"{join_names(expected)}. Use the flags of the interrupted command, or choose another "
         f"--output."
     )

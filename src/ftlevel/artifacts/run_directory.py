@@ -53,8 +53,8 @@ def lock_directory(directory: Path, *, shared: bool = False) -> Iterator[None]:
                 fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(
-                    f"--output-dir {directory}: another run is writing into it"
-                    f"{_holder(descriptor)}. Wait for its end, or choose another directory."
+                    f"--output-dir {directory}: another run is writing to it"
+                    f"{_holder(descriptor)}. Wait until it ends, or choose another directory."
                 ) from None
             except OSError:  # no locks on this file system
                 pass
@@ -258,8 +258,7 @@ def _check_kind(directory: Path, overwrite: bool, resume: bool) -> None:
         )
     elif not ownership.is_run(directory) and not (directory / CONFIG).is_file():
         raise ConfigError(
-            f"--output-dir {directory} is not a run: it has no {CONFIG}. There is nothing "
-            "to resume; drop --resume."
+            f"--output-dir {directory} is not a run: it contains no {CONFIG}. Drop --resume."
         )
 
 
@@ -294,8 +293,7 @@ def open_run(
                 left.unlink(missing_ok=True)
     except FileExistsError:
         raise ConfigError(
-            f"--output-dir {directory}: another run has begun in it since this one started. Choose "
-            "another directory."
+            f"--output-dir {directory}: another run has started in it. Choose another directory."
         ) from None
     except OSError as error:
         raise ConfigError(

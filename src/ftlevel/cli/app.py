@@ -242,9 +242,9 @@ def _describe_unexpected(error: Exception) -> tuple[str, int]:
         return describe_interrupt(), exit_code()
     if is_out_of_memory(error):
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        return f"out of memory: {reason}. Give it fewer rows at once, or a smaller model.", 1
+        return f"out of memory: {reason}. Use a smaller batch or a smaller model.", 1
     if is_launched() and any(word in str(error) for word in _PEER_IS_GONE):
-        return "another process of the run has ended, so this one ends too.", 1
+        return "another process of the run has exited.", 1
     reason = " ".join(str(error).split())[:_MAX_REASON]
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     advice = "Unless that file is damaged, this" if notes else "This"

@@ -103,8 +103,8 @@ def predict(given: CommandInput, *, task: str | None, as_json: bool, quiet: bool
     config = given.section(PredictConfig, task=normalize_task(task) if task else None)
     if as_json and config.output is None:
         raise ConfigError(
-            "--json prints what was done on stdout, and without --output the rows go there. Name "
-            "a file by --output, or drop --json."
+            "--json prints what was done on stdout, and without --output the rows go there. Pass "
+            "--output FILE, or drop --json."
         )
     from ftlevel.cli.screen import open_screen
 

@@ -43,7 +43,7 @@ def generate(
         talk(config)
         return
     if not (prompt or prompts):
-        raise ConfigError("there is no prompt. Add --prompt TEXT, --prompts FILE or --chat.")
+        raise ConfigError("no prompt. Add --prompt TEXT, --prompts FILE or --chat.")
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=True) as screen:

@@ -34,7 +34,7 @@ def show(plan: RunPlan, console: Console) -> None:
 def show_fits(plan: RunPlan, console: Console) -> None:
     """Print the table of alternatives, if there is one."""
     if plan.fits:
-        told = f"what fits (all rows of {plan.longest:,} tokens, all of them learned):"
+        told = f"what fits (rows of {plan.longest:,} tokens, all supervised):"
         console.print(told, markup=False, highlight=False)
         console.print(_table(plan.fits), highlight=False)
 
@@ -43,9 +43,9 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
     """Yield the lines of the plan without the table."""
     yield plan.need.verdict()
     if plan.cheapest is not None:
-        yield f"to make it fit, the mildest change: {plan.cheapest.flags}"
+        yield f"smallest change that makes it fit: {plan.cheapest.flags}"
     elif not plan.need.does_fit:
-        yield "no change of rows, checkpointing or quantization makes it fit: a smaller --model."
+        yield "no batch size, checkpointing or quantization makes it fit. Use a smaller --model."
     width = max(map(len, [*plan.need.parts, _PROCESS]))
     for part, size in plan.need.parts.items():
         if size < _LEAST:

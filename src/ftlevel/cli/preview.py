@@ -166,7 +166,7 @@ def summary_lines(preview: Preview) -> Iterator[str]:
     if stops := preview.facts.get("stops"):
         yield f"data check: would stop the run: {stops}"
     elif not preview.findings:
-        yield "data check: nothing found"
+        yield "data check: no problems found"
     done = {"stop": "would stop the run", "drop": "dropped", "warn": "kept", "fold": "made one"}
     for found in preview.findings:
         yield f"data check: {found}: {done[found.action]}; --set data.gate.{found.name}=…"

@@ -249,7 +249,7 @@ class SafeStream(io.TextIOBase):
             discard(stream)
             if stream is not sys.stderr and sys.stderr is not None:
                 reason = error.strerror or type(error).__name__
-                sys.stderr.write(f"ftlevel: nothing more is shown ({reason}); the work goes on.\n")
+                sys.stderr.write(f"ftlevel: output is closed ({reason}); the command continues.\n")
 
 
 def discard(stream: TextIO) -> None:

@@ -119,14 +119,16 @@ def _device() -> Iterator[CheckResult]:
         f"is built for CUDA {built}, which the driver does not serve" if built else "is a CPU build"
     )
     advice = "Install the torch that pytorch.org names for this driver."
-    yield CheckResult("GPU", "bad", f"nvidia-smi is here and torch sees no GPU: {why}", advice)
+    yield CheckResult(
+        "GPU", "bad", f"nvidia-smi is installed, but torch sees no GPU: {why}", advice
+    )
 
 
 def _precision() -> Iterator[CheckResult]:
     from ftlevel.models.hardware import choose_device, choose_dtype
 
     choice = choose_dtype("auto", str(choose_device("auto").value), "lora", "llama")
-    advice = "" if choice.value == "bfloat16" else "bfloat16 would take half the memory."
+    advice = "" if choice.value == "bfloat16" else "bfloat16 would need half the memory."
     verdict: Verdict = "good" if choice.value == "bfloat16" else "note"
     yield CheckResult("precision", verdict, f"{choice.value} ({choice.reason})", advice)
 
@@ -166,7 +168,7 @@ def _threads() -> Iterator[CheckResult]:
     fine = used <= usable
     said = f"{used} of torch, {usable} cores may be used of {cores}"
     advice = (
-        "" if fine else f"More threads than cores wait for one another: OMP_NUM_THREADS={usable}"
+        "" if fine else f"More threads than cores slow each other down: OMP_NUM_THREADS={usable}"
     )
     yield CheckResult("threads", "good" if fine else "note", said, advice)
 
@@ -191,7 +193,7 @@ def _disk() -> Iterator[CheckResult]:
         there = next(p for p in (place, *place.parents) if p.exists())
         free = shutil.disk_usage(there).free
         low = free < _LITTLE_DISK
-        advice = "Free some, or set HF_HOME to another disk." if low else ""
+        advice = "Free space, or set HF_HOME to another disk." if low else ""
         said = f"{free / 2**30:.1f} GiB free at {place}"
         yield CheckResult(name, "bad" if low else "good", said, advice)
 

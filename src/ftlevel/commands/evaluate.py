@@ -200,15 +200,18 @@ def _evaluate_on_judgments(config: EvaluateConfig, qrels: Path, listener: Listen
             ],
         )
         if data.merged:
-            listener.warn(f"{data.merged:,} documents repeat the text of another and count as it.")
+            listener.warn(
+                f"{data.merged:,} documents repeat the text of another document and are counted "
+                f"once."
+            )
         if data.unjudged:
-            listener.warn(f"{data.unjudged:,} queries without a relevant document are left out.")
+            listener.warn(f"{data.unjudged:,} queries without a relevant document are skipped.")
         listener.stage("loading the model")
         trained = load_ref(found, device.value)
         listener.stage("embedding and searching")
         own, cut = evaluate_retrieval(trained, data, config.batch_size, listener.answered)
         if cut:
-            listener.warn(f"{cut:,} texts are longer than the model takes and are cut.")
+            listener.warn(f"{cut:,} texts exceed the maximum length and are truncated.")
         base = None
         if config.base and trained.has_adapter:
             listener.stage("evaluating the base model")
@@ -294,9 +297,7 @@ def _settings(config: EvaluateConfig, found: ModelRef) -> tuple[TrainConfig, boo
     if found.run is None and config.dataset is None:
         name = found.card.data.get("name")
         if name is None:
-            raise ConfigError(
-                f"{config.name} does not say what it was trained on. Add --dataset FILE."
-            )
+            raise ConfigError(f"{config.name} does not record its dataset. Add --dataset FILE.")
         data = data.model_copy(update={"dataset": name})
     if config.dataset is None and STDIN in (data.dataset, *data.also):
         raise ConfigError(

@@ -76,7 +76,7 @@ def export(
         named = _find_several(config, device.value)
         found = next(iter(named.values())) if named else _find(config, device.value)
         for place in _left_out(config, named):
-            listener.warn(f"{place} holds no adapter, and is left out.")
+            listener.warn(f"{place} contains no adapter and is skipped.")
         planned = plan_export(config, named or found)
         listener.choices("export", list(planned.choices(device)))
         for note in planned.notes:

@@ -152,9 +152,8 @@ def _propose_task(config: TrainConfig) -> Choice:
     names = [column_for_flag(column, table.columns) for column in table.columns]
     raise InputError(
         f"{data.dataset}: the columns {join_names(map(quote, table.columns))} do not determine a "
-        f"task. Say "
-        "what "
-        f"they are, as in: ftlevel init --dataset {data.dataset} --task text-generation "
+        f"task. Name the task, for example: ftlevel init --dataset {data.dataset} --task "
+        f"text-generation "
         f"{format_map_flags({'prompt': names[0], 'completion': names[-1]})}"
     )
 

@@ -199,8 +199,8 @@ def _ways(config: MergeConfig, inputs: MergeInput) -> list[str]:
         return ["dequantized"]
     if not config.verify:
         raise ConfigError(
-            "--onto auto measures both ways on a quantized run, and --no-verify leaves measuring "
-            "out. Say --onto dequantized (the model as trained) or --onto original."
+            "--onto auto measures both options on a quantized run, and --no-verify skips "
+            "measuring. Use --onto dequantized (the model as trained) or --onto original."
         )
     return ["dequantized", "original"]
 

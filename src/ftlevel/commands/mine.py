@@ -86,10 +86,7 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
             queries = [EmbeddingRow(row.query, 0, prompt=row.prompt) for row in rows]
             vectors = embed_rows(model, [*queries, *documents], listener.answered)
         if model.shortened:
-            listener.warn(
-                f"{model.shortened:,} texts are longer than the model takes and are cut at their "
-                "end."
-            )
+            listener.warn(f"{model.shortened:,} texts exceed the maximum length and are truncated.")
         listener.stage("searching")
         options = MiningOptions(
             config.negatives,

@@ -174,7 +174,9 @@ def plan(
 def _plan(config: TrainConfig, wishes: PlanOptions) -> tuple[RunPlan, AlternativeContext]:
     card = parse_gpu(wishes.gpu) if wishes.gpu else None
     if card and wishes.probe:
-        raise ConfigError("--probe runs steps here, and --gpu plans for another card. Drop one.")
+        raise ConfigError(
+            "--probe runs steps on this machine, and --gpu plans for another GPU. Use one of them."
+        )
     _check_cards(config, wishes, card)
     config, adapter, _ = resolve_adapter(config)
     is_imagined = _names_no_data(config)
@@ -266,8 +268,8 @@ def _check_cards(config: TrainConfig, wishes: PlanOptions, card: Gpu | None) -> 
     ranks, way = wishes.nodes * wishes.gpus_per_node, config.train.shard
     if ranks == 1 and way != "none":
         raise ConfigError(
-            f"--shard {way} shards a model across GPUs. Say how many: --nodes N and "
-            "--gpus-per-node N, with --gpu NAME."
+            f"--shard {way} shards a model across GPUs. Add --nodes N and --gpus-per-node N, "
+            f"with --gpu NAME."
         )
     if ranks > 1 and (card is None or not card.tflops):
         raise ConfigError(

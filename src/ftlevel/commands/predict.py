@@ -121,9 +121,9 @@ class _PredictJob:
 def _check(config: PredictConfig, rows: Any) -> None:
     if (rows is None) == (config.dataset is None):
         raise ConfigError(
-            "there are no rows to answer. Give --dataset FILE, or - for stdin."
+            "no rows to predict. Add --dataset FILE, or - for stdin."
             if rows is None
-            else f"rows are given, and --dataset {config.dataset} too. Use one of them."
+            else f"both rows and --dataset {config.dataset} are given. Use one of them."
         )
     if config.output is not None:
         check_row_file("--output", config.output, resume=config.resume, overwrite=config.overwrite)
@@ -224,9 +224,8 @@ def _check_new(
     if taken:
         whose = "the rows have" if file is None else f"{file.shown} has"
         raise ConfigError(
-            f"--column {config.column}: {whose} {join_names(taken)} already, and nothing of "
-            "yours is "
-            "overwritten. Choose another by --column."
+            f"--column {config.column}: {whose} {join_names(taken)} already, and columns are not "
+            f"overwritten. Choose another with --column."
         )
 
 
@@ -276,8 +275,8 @@ def _skip_written(questions: Iterator[QueryRow], sink: RowSink, config: PredictC
             )
         if sink.as_written(row.row) != there:
             raise InputError(
-                f"--resume: row {count + 1:,} of {sink.existing} is not {row.place}. Give the rows "
-                "that it was started with, or choose another --output."
+                f"--resume: row {count + 1:,} of {sink.existing} is not {row.place}. Use the "
+                f"same rows as before, or choose another --output."
             )
         count += 1
     sink.open(count)
@@ -376,7 +375,7 @@ def _join(row: QueryRow, answer: Mapping[str, Any], job: _PredictJob) -> dict[st
     twice = [repr(name) for name in job.answers if name in row.row]
     if twice:  # later JSON Lines rows may have new columns
         raise InputError(
-            f"{row.place}: has {join_names(twice)} already. Choose another column by --column."
+            f"{row.place}: has {join_names(twice)} already. Choose another column with --column."
         )
     return {**row.row, **{name: answer.get(end) for name, end in job.answers.items()}}
 

@@ -144,8 +144,8 @@ def _resolve(config: QuantizeConfig) -> _Plan:
     model_config = load_config(source)
     if (stored := stored_quantization(model_config)) is not None:
         raise ConfigError(
-            f"{config.model} is quantized already ({quantization_name(stored)}). Quantizing it "
-            "again would add a second error to the first. Give the original model."
+            f"{config.model} is already quantized ({quantization_name(stored)}). Quantizing it "
+            f"again would add a second error. Use the original model."
         )
     auto_class = checkpoint_class(model_config)
     dtype, why = _kept_dtype(config, model_config)
@@ -160,7 +160,7 @@ def _resolve(config: QuantizeConfig) -> _Plan:
         library = "bitsandbytes" if section is not None else "torchao"
         raise ConfigError(
             f"{config.model} ({model_config.model_type}) has no linear layer that {library} can "
-            "quantize. Nothing would be saved."
+            f"quantize."
         )
     tokenizer = load_tokenizer(source) if config.measure else None
     text = read_eval_text(config.eval_text, config.eval_tokens) if config.measure else None
@@ -290,8 +290,8 @@ def _measure(
     scores = compare_text(first, second, auto_class)
     if not math.isfinite(scores.get("kl", scores.get("cosine", math.nan))):
         raise RunError(
-            "the quantized model predicts values that are not finite. It is not kept. "
-            "Try --dtype float32, or --quant 8bit."
+            "the quantized model produces values that are not finite and was not saved. Try "
+            "--dtype float32, or --quant 8bit."
         )
     return {
         "text": text.name,

@@ -217,7 +217,9 @@ def _loss_problems(
 def _matryoshka_problems(settings: EmbeddingConfig) -> list[str]:
     dims, weights = settings.matryoshka_dims, settings.matryoshka_weights
     if len(set(dims)) < len(dims):
-        return [f"--matryoshka-dims {','.join(map(str, dims))}: a number is there twice. Drop one."]
+        return [
+            f"--matryoshka-dims {','.join(map(str, dims))}: a dimension is listed twice. Drop one."
+        ]
     if weights and len(weights) != len(dims):
         return [
             f"embedding.matryoshka_weights has {len(weights)} values for {len(dims)} "

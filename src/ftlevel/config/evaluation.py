@@ -104,13 +104,11 @@ class EvaluateConfig(DecodingAsInTraining):
     def _text_is_for_comparing(self) -> EvaluateConfig:
         if self.eval_text is not None and self.against is None:
             raise ValueError(
-                f"--eval-text {self.eval_text} is what two models are compared on, and there is no "
-                "--against. Name the other model, or give the rows to score with --dataset."
+                f"--eval-text {self.eval_text} is for comparing two models. Add --against MODEL, "
+                f"or use --dataset for rows to evaluate."
             )
         if self.corpus is not None and self.qrels is None:
-            raise ValueError(
-                f"--corpus {self.corpus} holds the documents of --qrels, and there is none. Add it."
-            )
+            raise ValueError(f"--corpus {self.corpus} needs --qrels. Add it.")
         return self
 
 
@@ -209,5 +207,5 @@ class PredictConfig(DecodingAsInTraining):
             raise ValueError("--resume continues and --overwrite starts again. Use one of them.")
         for flag, wish in (("--resume", self.resume), ("--overwrite", self.overwrite)):
             if wish and self.output is None:
-                raise ValueError(f"{flag} is for a file, and there is no --output. Name one.")
+                raise ValueError(f"{flag} needs --output FILE. Add it.")
         return self

@@ -65,7 +65,7 @@ class GateConfig(Section):
         _Any,
         Check(
             "two BOS tokens at the beginning",
-            "Take the BOS out of the texts or of the chat template",
+            "Remove the BOS token from the texts or from the chat template",
         ),
     ] = Field("stop", description="Row that begins with two BOS tokens.")
     token_range: Annotated[
@@ -80,9 +80,9 @@ class GateConfig(Section):
     empty_think: Annotated[
         _Any,
         Check(
-            "an empty <think></think> that is learned",
-            "The model would learn not to think: write the reasoning there, or use a "
-            "--chat-template that adds none (qwen)",
+            "a supervised empty <think></think>",
+            "The model would learn not to reason: add the reasoning, or use a --chat-template "
+            "without it (qwen)",
         ),
     ] = Field(
         "warn",
@@ -106,14 +106,14 @@ class GateConfig(Section):
     lost_characters: Annotated[
         _Any, Check("NUL or U+FFFD in a text", "Read the source in its own encoding")
     ] = Field("warn", description="NUL or U+FFFD (replacement character) in a text.")
-    html: Annotated[_Any, Check("HTML in a text", "Take the tags and entities out")] = Field(
+    html: Annotated[_Any, Check("HTML in a text", "Remove the HTML tags and entities")] = Field(
         "warn", description="HTML tags or entities outside of code in backticks."
     )
     special_token_text: Annotated[
         _Any,
         Check(
             "the text of a special token in a prompt or an answer",
-            "It becomes that token, here and wherever the model is served: take it out",
+            "It is encoded as a special token, in training and in serving: remove it",
         ),
     ] = Field(
         "warn",
@@ -156,7 +156,8 @@ class GateConfig(Section):
         Field("warn", description="One class in 95 % of the rows or more.")
     )
     equal_answers: Annotated[
-        _Any, Check("a pair of equal answers", "There is nothing to prefer: remove them")
+        _Any,
+        Check("a pair of equal answers", "Pairs without a difference teach nothing: remove them"),
     ] = Field("drop", description="Pair whose chosen and rejected answers are equal.")
     contradicting_pairs: Annotated[
         _Any, Check("an earlier pair with the answers swapped", "Keep the right one")
@@ -173,8 +174,8 @@ class GateConfig(Section):
     length_bias: Annotated[
         _Whole,
         Check(
-            "the preferred answer can be told by its length",
-            "What is learned may be length: balance the pairs, or use --loss simpo or dpo-norm",
+            "length alone predicts the preferred answer",
+            "The model may learn length: balance the pairs, or use --loss simpo or dpo-norm",
         ),
     ] = Field(
         "warn",

@@ -70,11 +70,11 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     except YamlError as error:
         where = path if error.line is None else f"{path}:{error.line}"
         raise ConfigError(
-            f"{where}: not valid YAML ({error}). A recipe holds plain values: text, numbers, lists "
-            "and mappings."
+            f"{where}: not valid YAML ({error}). A recipe contains plain values: text, numbers, "
+            f"lists and mappings."
         ) from None
     if node is None:
-        raise ConfigError(f"recipe {path} is empty. Give it at least a section, such as method.")
+        raise ConfigError(f"recipe {path} is empty. Add at least one section, such as method.")
     if not isinstance(values, dict):
         raise ConfigError(f"{path}:1: a recipe is a mapping of sections, such as method: lora.")
     origins: dict[KeyPath, str] = {}
@@ -189,8 +189,8 @@ def _check_sections(values: Mapping[str, Any], layer: Layer) -> None:
         fields = _fields_of((name,))
         if fields and not isinstance(value, Mapping):
             raise ConfigError(
-                f"{layer.origins.get((name,), name)}: {name} is a section, and {value!r} is given "
-                f"for it. Set its fields, such as {name}.{fields[0]}."
+                f"{layer.origins.get((name,), name)}: {name} is a section and got {value!r}. Set "
+                f"its fields, such as {name}.{fields[0]}."
             )
 
 
@@ -353,8 +353,8 @@ def _bad_value(key: KeyPath, detail: ErrorDetails, root: type[BaseModel]) -> str
             return f"it is missing: {field.description if field else 'give a value'}"
         case "model_type" | "model_attributes_type" if fields := _fields_of(key, root):
             return (
-                f"{'.'.join(key)} is a section, and {_shown(value)} is given for it. Set its "
-                f"fields, such as {'.'.join((*key, fields[0]))}."
+                f"{'.'.join(key)} is a section and got {_shown(value)}. Set its fields, such as "
+                f"{'.'.join((*key, fields[0]))}."
             )
         case "value_error" if isinstance(value, Mapping):  # inconsistent fields of a section
             return f"{context['error']}."

@@ -115,7 +115,7 @@ class MergeConfig(HubSection):
             problems.append("--weights has a 0: leave that adapter out.")
         if count == 1 and self.strategy != "cat":
             problems.append(
-                f"--strategy {self.strategy} mixes adapters, and there is one. Drop it."
+                f"--strategy {self.strategy} needs several adapters and got one. Drop it."
             )
         given = {"--quant-type": self.quant_type, "--double-quant": self.double_quant}
         low = [flag for flag, value in given.items() if value is not None]
@@ -125,8 +125,8 @@ class MergeConfig(HubSection):
             )
         if self.quant != "none" and self.onto == "original":
             problems.append(
-                f"--onto original is another model than the one trained, and --quant {self.quant} "
-                "comes as near to that as it can. Drop --onto."
+                f"--onto original cannot be used with --quant {self.quant}, which approximates "
+                f"the trained model. Drop --onto."
             )
         if self.density is not None and self.strategy not in _PRUNING:
             problems.append(

@@ -70,13 +70,11 @@ def check_decoding(num_beams: int, temperature: float, top_p: float) -> None:
     """Raise ValueError for beam search with sampling, or top-p without sampling."""
     if num_beams > 1 and temperature > 0:
         raise ValueError(
-            f"--num-beams {num_beams} looks for the likeliest text, and --temperature "
-            f"{temperature:g} draws one. Use one of them."
+            f"--num-beams {num_beams} searches for the most likely text, and --temperature "
+            f"{temperature:g} samples. Use one of them."
         )
     if top_p < 1 and not temperature:
-        raise ValueError(
-            f"--top-p {top_p:g} is of draws, and nothing is drawn. Add --temperature 1, or drop it."
-        )
+        raise ValueError(f"--top-p {top_p:g} needs sampling. Add --temperature 1, or drop it.")
 
 
 def _split_trackers(value: Any) -> Any:

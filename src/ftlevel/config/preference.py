@@ -355,8 +355,8 @@ def find_distillation_problems(
     if settings.teacher is None:
         names = filter(is_given, DistillationConfig.model_fields)
         return [
-            f"{_FLAGS_OF.get(name, f'distillation.{name}')} is of a --teacher, and there is none. "
-            "Add --teacher MODEL, or drop it."
+            f"{_FLAGS_OF.get(name, f'distillation.{name}')} needs --teacher MODEL. Add it, or "
+            f"drop the flag."
             for name in names
         ]
     if task not in (*TAUGHT_TASKS, "embedding"):
@@ -371,12 +371,11 @@ def find_distillation_problems(
         )
     if smoothing:
         problems.append(
-            f"--label-smoothing-factor {smoothing:g} spreads a target over all tokens alike, and "
-            "--teacher says how. Drop one of them."
+            f"--label-smoothing-factor {smoothing:g} cannot be used with --teacher, which "
+            f"defines the target distribution. Drop one of them."
         )
     if streaming:
         problems.append(
-            "--streaming: a --teacher is asked about all rows before the first step. Drop one of "
-            "them."
+            "--streaming: a --teacher needs all rows before the first step. Drop one of them."
         )
     return problems

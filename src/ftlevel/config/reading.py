@@ -76,7 +76,7 @@ def resolve_aliases(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     if isinstance(task := read.get("task"), str):
         read["task"] = normalize_task(task)
         if read["task"] != _folded(task):
-            lines.append(f"task {read['task']} ({task!r} is another word for it)")
+            lines.append(f"task {read['task']} ({task!r} an alias)")
         section = read.get("rl") or {}
         if (loss := _folded(task)) in _RL_LOSSES and isinstance(section, Mapping):
             read["rl"] = {"loss": loss, **section}
@@ -90,7 +90,7 @@ def resolve_aliases(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
         if meant is not None:
             read[section] = {**meant, **{k: v for k, v in fields.items() if k != "kind"}}
             said = ", ".join(f"{section}.{key}={value}" for key, value in meant.items())
-            lines.append(f"{said} ({kind!r} is another word for it)")
+            lines.append(f"{said} ({kind!r} an alias)")
         elif isinstance(kind, str):
             own = _folded(kind)
             read[section] = {**fields, "kind": own} if isinstance(given, Mapping) else own
@@ -141,7 +141,7 @@ def load_yaml(text: str) -> tuple[Any, Any]:
     except yaml.YAMLError as error:  # an invalid character
         raise YamlError(str(error).splitlines()[0]) from None
     except RecursionError:
-        raise YamlError("its values lie too deep in one another") from None
+        raise YamlError("its values are nested too deeply") from None
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise YamlError(f"a value does not fit its tag ({error})") from None
 
@@ -197,7 +197,7 @@ def rename_keys(
         prefix = f"{origin}: " if origin else ""
         if new_key in own:
             raise ValueError(
-                f"{prefix}{old!r} is the old name of {new!r}, and both are given. Give {new} alone."
+                f"{prefix}{old!r} is the old name of {new!r}, and both are given. Use {new} only."
             )
         renamed[section] = {new_key if name == key else name: own[name] for name in own}
         lines.append(f"{prefix}{old} is now called {new}; the old name is still accepted.")

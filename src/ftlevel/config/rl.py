@@ -117,7 +117,7 @@ def _check_argument(name: str, argument: str, *, given: bool) -> None:
     if (given and not argument) or (not given and form and not form.startswith("[")):
         raise ValueError(f"{name} has no argument. Write {name}:{form.strip('[]')}")
     if given and not form:
-        raise ValueError(f"{name} takes no argument, and {argument!r} is given. Write {name}")
+        raise ValueError(f"{name} takes no argument, got {argument!r}. Write {name}")
     problem = ""
     if name == "number" and argument and (_number(argument) is None or float(argument) < 0):
         problem = "a tolerance of 0 or more, as in number:0.01"
@@ -351,6 +351,6 @@ def _flag(name: str) -> str:
 def unknown_reward(name: str) -> str:
     """Return the message for a reward that is neither built in nor a file or run."""
     return (
-        f"--reward {name}: there is no built-in reward and no run or model of that name."
+        f"--reward {name}: no built-in reward, run or model has that name."
         f"{did_you_mean(name, REWARDS)} Built in: {join_names(REWARDS, 20)}; or FILE.py:FUNCTION."
     )

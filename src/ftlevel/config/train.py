@@ -188,13 +188,13 @@ def _other_problems(config: TrainConfig) -> list[str]:
     if config.speed.memory_gib is not None and config.speed.tokens_per_micro_batch != "memory":
         problems.append(
             f"speed.memory_gib={config.speed.memory_gib:g} is what --auto-micro-batch fits a "
-            "micro-batch into, which is not asked for. Add it, or drop speed.memory_gib."
+            "micro-batch into, which is not set. Add it, or drop speed.memory_gib."
         )
     problems += find_problems(config.train)
     if config.train.focal_gamma and config.train.label_smoothing_factor:
         problems.append(
-            f"--focal-gamma {config.train.focal_gamma:g} weighs a target by the probability of its "
-            "class, and --label-smoothing-factor gives it none of its own. Use one of them."
+            f"--focal-gamma {config.train.focal_gamma:g} and --label-smoothing-factor cannot be "
+            f"combined. Use one of them."
         )
     problems += find_preference_problems(
         config.task,
@@ -241,19 +241,19 @@ def _timing_problems(config: TrainConfig) -> list[str]:
     if output.run_name is not None and output.dir is not None and not output.report_to:
         problems.append(
             f"--run-name {output.run_name} names the directory under runs/ and the run in a "
-            "tracker; --output-dir and --report-to none leave nothing to name. Drop it."
+            "tracker; --output-dir and --report-to none leave it unused. Drop it."
         )
     if output.tracker_project is not None and not output.report_to:
         problems.append(
-            f"--tracker-project {output.tracker_project} is of a tracker, and there is none. Add "
-            "--report-to wandb, or another, or drop it."
+            f"--tracker-project {output.tracker_project} needs a tracker. Add --report-to wandb "
+            f"(or another), or drop it."
         )
     if output.hub_private and output.push_to_hub is None:
         problems.append("--hub-private is of --push-to-hub. Add --push-to-hub NAME, or drop it.")
     if config.data.validation_file is not None and config.data.validation_split:
         problems.append(
-            "--validation-file and --validation-split both say what the validation rows are. "
-            "Use one of them."
+            "--validation-file and --validation-split both define the validation rows. Use one "
+            "of them."
         )
     return problems + _best_problems(train)
 
@@ -269,13 +269,13 @@ def _best_problems(train: TrainerConfig) -> list[str]:
     names = [name for name, is_asked in asked.items() if is_asked]
     if names and train.eval_strategy == "no":
         problems.append(
-            f"{names[0]} looks for the best evaluation, and --eval-strategy no makes none but the "
-            "last. Use --eval-strategy epoch or steps."
+            f"{names[0]} needs evaluations during training, and --eval-strategy no turns them "
+            f"off. Use --eval-strategy epoch or steps."
         )
     if train.early_stopping_threshold and train.early_stopping_patience is None:
         problems.append(
-            f"--early-stopping-threshold {train.early_stopping_threshold:g} stops nothing by "
-            "itself. Add --early-stopping-patience N."
+            f"--early-stopping-threshold {train.early_stopping_threshold:g} needs "
+            f"--early-stopping-patience N. Add it."
         )
     if train.load_best_model_at_end is False and not names:
         for name, value in (
@@ -284,8 +284,8 @@ def _best_problems(train: TrainerConfig) -> list[str]:
         ):
             if value is not None:
                 problems.append(
-                    f"--{name} {str(value).lower()} chooses nothing: with "
-                    "--no-load-best-model-at-end the last model is kept. Drop one of them."
+                    f"--{name} {str(value).lower()} has no effect with "
+                    f"--no-load-best-model-at-end. Drop one of them."
                 )
     return problems
 
@@ -308,16 +308,15 @@ def _stream_problems(config: TrainConfig) -> list[str]:
         )
     if config.task not in (*_WRITES, RL_TASK):  # which has its own message
         problems.append(
-            f"--streaming cannot be used with --task {config.task}, whose labels, windows or masks "
-            "take all rows to know. Drop --streaming: rows are mapped from a file, not held in "
-            "memory."
+            f"--streaming cannot be used with --task {config.task}, which needs all rows for its "
+            f"labels, windows or masks. Drop --streaming: rows are memory-mapped in any case."
         )
     if train.data_seed is not None:
         problems.append(
             "--data-seed: the rows of a stream are drawn by --seed as they come. Drop it."
         )
     if data.also or data.mix:
-        problems.append("--streaming reads one data set. Give one --dataset, or drop --streaming.")
+        problems.append("--streaming reads one dataset. Use one --dataset, or drop --streaming.")
     if data.validation_split:
         problems.append(
             "--validation-split is a share of rows that --streaming cannot count. Use --set "
@@ -330,8 +329,8 @@ def _stream_problems(config: TrainConfig) -> list[str]:
         )
     if data.max_samples:
         problems.append(
-            "--max-samples cannot be used with --streaming, which reads no more than --max-steps "
-            "asks for. Drop one of them."
+            "--max-samples cannot be used with --streaming, which reads only the rows of "
+            "--max-steps. Drop one of them."
         )
     if train.train_sampling_strategy != "random":
         problems.append(
@@ -404,7 +403,7 @@ def _task_problems(config: TrainConfig) -> list[str]:
             )
     if data.train_on_inputs and data.overlong == "truncate-prompt":
         problems.append(
-            "--overlong truncate-prompt cuts prompts, which --train-on-inputs learns. Use "
+            "--overlong truncate-prompt cuts prompts, and --train-on-inputs supervises them. Use "
             "--overlong drop, or drop one of them."
         )
     for name, owner, given in (

@@ -136,7 +136,7 @@ class PackingCheck:
             states = self._states(batch, build_prefix_tree(ids, 1, PREFIX_LENGTH).to(self.device))
         kept[:, :PREFIX_LENGTH] = False
         if not _differ(states[kept], self._padded.flip(0)[kept]) < self._noise():
-            return "rows give other numbers after a prefix of an earlier micro-batch"
+            return "outputs change after a shared prefix of an earlier micro-batch"
         return ""
 
     def _leak(self) -> float:
@@ -330,7 +330,7 @@ def find_cross_entropy_error(
     if found.shape != expected.shape or not _head_difference(found, expected) < NOISE.get(
         dtype, COARSE
     ):
-        return "it does more to the scores than its config says"
+        return "its logits are changed beyond what its config describes"
     return ""
 
 

@@ -323,8 +323,8 @@ def _check_read_back(model: Any, low: QuantizedMerge) -> None:
         found = weight @ _signs(weight.shape[1])
         if not (found - expected).abs().max() <= _TOLERANCE * expected.abs().max():
             raise RunError(
-                f"the files are not what was chosen: {name}, loaded afresh, has other weights. "
-                "Nothing was saved. Please report this with the command."
+                f"the files are not what was chosen: {name}, reloaded, has different weights. "
+                f"Nothing was saved. Please report this with the command."
             )
 
 

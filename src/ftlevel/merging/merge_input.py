@@ -235,7 +235,7 @@ class CheckRows:
 def choose_rows(inputs: MergeInput, count: int, calibration: int = 0) -> CheckRows:
     """Return at most `count` rows to compare models on, and `calibration` to choose codes on."""
     if inputs.run is None:
-        return _made_up(inputs, count, calibration, "there is no run beside the adapter")
+        return _made_up(inputs, count, calibration, "the adapter has no run")
     try:
         own = build_config([read_run(inputs.run)])
         check_places(inputs.run, own.model_dump(mode="json"), DATA_PLACES)

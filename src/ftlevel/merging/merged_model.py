@@ -109,8 +109,8 @@ class TensorMerger:
         if grown and not torch.isfinite(value).all():
             raise InputError(
                 f"{name}: the adapter was trained with more tokens than its base has, and its file "
-                "does not hold all of their rows here. They would be random. Train it again with "
-                "this layer in modules_to_save, by which PEFT saves it."
+                "does not hold all of their rows here. They would be random. Train again with "
+                "this layer in modules_to_save."
             )
         return value
 

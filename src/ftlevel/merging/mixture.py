@@ -201,6 +201,6 @@ def _check_same_base(inputs: MergeInput, name: str, directory: Path) -> None:
     if own.get("fingerprint") != first.get("fingerprint"):
         raise InputError(
             f"{name} was trained on {own.get('name')} and {inputs.directory} on "
-            f"{first.get('name')}, whose weights are others. Their updates have no meaning for "
-            "each other's base."
+            f"{first.get('name')}, whose weights differ. Adapters of different bases cannot be "
+            f"combined."
         )

@@ -118,8 +118,8 @@ def _check_files(model: Any, merger: TensorMerger) -> None:
             merged = merger.value(name).to(weight.dtype)
             if not torch.equal(weight.cpu(), merged):
                 raise RunError(
-                    f"the files are not what was merged: {name}, loaded afresh, is another tensor. "
-                    "Nothing was saved. Please report this with the command."
+                    f"the files are not what was merged: {name}, reloaded, is a different "
+                    f"tensor. Nothing was saved. Please report this with the command."
                 )
 
 

@@ -134,8 +134,8 @@ def refuse_other_forms(_spec: Any, base: QuantizedCheckpoint) -> str | None:
     if base.kind != "none":
         return None
     return (
-        f"--model {base.name} is quantized by {base.form}, and on such weights PEFT has --method "
-        "lora alone. Use --method lora, or give the original model with --quant 4bit."
+        f"--model {base.name} is quantized by {base.form}, for which PEFT supports --method lora "
+        f"only. Use --method lora, or the original model with --quant 4bit."
     )
 
 

@@ -73,7 +73,7 @@ _FULL = Method(
         ),
         Rule(
             rows("linear-probe"),
-            "its head is the pretrained one, so nothing would be new to train",
+            "its head is the pretrained one, so there is no new head to train",
             "Drop method.freeze_base, or use --method lora.",
             tasks=_PRETRAINED_HEAD,
         ),

@@ -149,7 +149,7 @@ def _load(adapted: Any, tensors: dict[str, Any], directory: Path) -> None:
         raise InputError(
             f"{directory}: {len(missing):,} weights of the adapter are missing and "
             f"{len(unknown):,} fit nothing in the base model, such as "
-            f"{min(missing | unknown)}. It does not belong to this base model."
+            f"{min(missing | unknown)}. The adapter does not belong to this base model."
         )
     for name, place in promised.items():
         tensor = tensors[name]

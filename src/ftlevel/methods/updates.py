@@ -377,8 +377,8 @@ def check_shira(spec: ShiraSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
     small = [name for name, most in room.items() if most < spec.r]
     if small:
         raise ConfigError(
-            f"method.r {spec.r} asks for more weights than {len(small):,} of {len(sizes):,} "
-            f"linears have, such as {small[0]}. Set method.r to {min(room.values())} or less."
+            f"method.r {spec.r} is larger than {len(small):,} of {len(sizes):,} linear layers "
+            f"allow, such as {small[0]}. Set method.r to {min(room.values())} or less."
         )
 
 

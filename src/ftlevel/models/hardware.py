@@ -194,9 +194,9 @@ def choose_device(wish: str) -> Choice:
     """Return the device type for auto, cpu, cuda or mps; raises `ConfigError` if unavailable."""
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if wish == "cuda" and not has_cuda:
-        raise ConfigError("--device cuda: torch finds no CUDA device here. Use --device cpu.")
+        raise ConfigError("--device cuda: torch finds no CUDA device. Use --device cpu.")
     if wish == "mps" and not has_mps:
-        raise ConfigError("--device mps: torch finds no MPS device here. Use --device cpu.")
+        raise ConfigError("--device mps: torch finds no MPS device. Use --device cpu.")
     if wish != "auto":
         return Choice("device", wish, "" if wish == "cpu" else describe_device(wish))
     found = "cuda" if has_cuda else "mps" if has_mps else "cpu"

@@ -70,8 +70,8 @@ def place_model(model: Any, tokenizer: Any, wish: ModelConfig, folder: Path) -> 
         return replace(_with_tokenizer(known, tokenizer, folder), quant=quant)
     if tokenizer is None and known is None:
         raise ConfigError(
-            f"model= comes from no files (name {model.name_or_path!r}), so its tokenizer is not "
-            "known. Give it: tokenizer=…"
+            f"model= was not loaded from files (name {model.name_or_path!r}), so its tokenizer "
+            f"is unknown. Pass tokenizer=…"
         )
     place = folder / _short_name(known.name if known else type(model).__name__)
     model.save_pretrained(place)
@@ -100,8 +100,8 @@ def _check_model(model: Any, wish: ModelConfig) -> None:
         and any(isinstance(module, BaseTunerLayer) for module in model.modules())
     ):
         raise ConfigError(
-            "model= has an adapter already, and a run puts its own onto a plain model. Give the "
-            "model without it, or merged with it: model.merge_and_unload()."
+            "model= already has an adapter. Pass the model without it, or merged: "
+            "model.merge_and_unload()."
         )
     if not isinstance(model, transformers.PreTrainedModel):
         raise ConfigError(
@@ -112,7 +112,7 @@ def _check_model(model: Any, wish: ModelConfig) -> None:
         raise ConfigError("model= has weights on the meta device, which hold no numbers. Load it.")
     if "name_or_path" in wish.model_fields_set:
         raise ConfigError(
-            f"model= is given, and the configuration names {wish.name_or_path}. Use one of them."
+            f"model= and {wish.name_or_path} in the configuration are both given. Use one of them."
         )
 
 
@@ -152,8 +152,8 @@ def _with_tokenizer(source: ModelSource, tokenizer: Any, folder: Path) -> Placed
         )
     if source.kind == "gguf":
         raise ConfigError(
-            f"tokenizer= is another than that of {source.name}, and a .gguf file has its own. "
-            "Drop it, or give a model directory."
+            f"tokenizer= differs from that of {source.name}, and a .gguf file has its own. Drop "
+            f"it, or use a model directory."
         )
     place = folder / _short_name(source.name)
     shutil.copytree(snapshot(source), place)

@@ -106,8 +106,8 @@ def check_stored_dtypes(stored: Mapping[str, str], words: str) -> None:
         name, dtype = next(iter(packed.items()))
         raise InputError(
             f"{words} stores {len(packed):,} of its weights as {dtype}, such as {name}, and its "
-            "config.json has no quantization_config that says what they stand for. Fetch the "
-            "config.json that belongs to them, or the model in floating point."
+            "config.json has no quantization_config that describes them. Download the matching "
+            "config.json, or the model in floating point."
         )
 
 
@@ -127,13 +127,14 @@ def check_finite(tensors: Iterable[tuple[str, Any]], words: str) -> None:
         raise InputError(
             f"{words} has NaN or infinity in {len(broken):,} of its tensors: "
             f"{join_names(broken, 3)}. "
-            "Nothing can be computed with it. Download or create it again."
+            "Download or create it again."
         )
     absurd = [f"{name} ({value:.2g})" for name, value in largest.items() if value > _LARGEST]
     if absurd:
         raise InputError(
             f"{words} has numbers of more than {_LARGEST:.0e} in {len(absurd):,} of its tensors, "
-            f"as no training leaves them: {join_names(absurd, 3)}. Download or create it again."
+            f"which is not plausible for trained weights: {join_names(absurd, 3)}. Download or "
+            f"create it again."
         )
 
 

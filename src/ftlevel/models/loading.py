@@ -115,8 +115,8 @@ def _why_not(error: Exception) -> str:
     """Return why transformers cannot build the config, with a fix if known."""
     if "trust_remote_code" in str(error):
         return (
-            "it needs Python code of its own (auto_map in its config.json), which is not run "
-            "unless you say so. If you have read it and trust it: --set "
+            "it needs custom Python code (auto_map in its config.json), which is not run by "
+            "default. If you trust it: --set "
             "model.trust_remote_code=true."
         )
     if "cannot reshape array" in str(error):  # truncated .gguf tensors

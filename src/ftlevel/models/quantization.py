@@ -204,12 +204,12 @@ def check_loadable(stored: dict[str, Any], words: str, device: str) -> None:
             reason = f"torchao is not installed ({INSTALL})."
         raise InputError(
             f"{words} is quantized by {method}, which cannot be loaded here: {reason} "
-            "Install what it names, or give the original model with --quant 4bit."
+            "Install the package it names, or use the original model with --quant 4bit."
         ) from None
     except (TypeError, AttributeError, LookupError) as error:  # malformed config.json
         raise InputError(
             f"{words}: quantization_config in its config.json is not one of {method} ({error}). "
-            "Restore the file, or give the original model with --quant 4bit."
+            "Restore the file, or use the original model with --quant 4bit."
         ) from None
 
 
@@ -229,7 +229,7 @@ def match_quantization(
     own, method = as_quant_config(stored), quantization_name(stored)
     if wish.kind != "none" and (own is None or own.kind != wish.kind):
         raise InputError(
-            f"{words} is quantized already ({method}), and cannot be brought to "
-            f"{wish.kind} by --quant. Drop --quant, or give the original model."
+            f"{words} is already quantized ({method}), and --quant {wish.kind} cannot be "
+            f"applied. Drop --quant, or use the original model."
         )
     return own or wish

@@ -118,8 +118,8 @@ def check_revision(source: ModelSource, revision: str | None) -> None:
     """Raise `InputError` if a `revision` is requested of a source that is not on the Hub."""
     if revision and source.kind != "hub":
         raise InputError(
-            f"revision {revision} was asked for, and {source.words} lies on this disk, where it "
-            "has none. Drop the revision, or name a Hub id that no directory here has."
+            f"revision {revision} cannot be used with the local directory {source.words}. Drop "
+            f"the revision, or use a Hub id."
         )
 
 
@@ -143,8 +143,8 @@ def _check_directory(path: Path, words: str, needs_weights: bool) -> None:
         held = join_names(sorted(p.name for p in path.iterdir()), 6) or "nothing"
         if any((path / part / "adapter_config.json").is_file() for part in ("", "adapter")):
             raise InputError(
-                f"{words} is an adapter, and a model is expected here. Name the model it was "
-                f"trained on, or make one of both: ftlevel merge {quote(str(path))} --out NEW"
+                f"{words} is an adapter, expected a model. Use the model it was trained on, or "
+                f"merge both: ftlevel merge {quote(str(path))} --out NEW"
             )
         raise InputError(
             f"{words} has no config.json (it holds {held}). "
@@ -191,9 +191,9 @@ def _check_reachable(name: str, revision: str | None, words: str) -> bool:
     if cached:
         return True
     raise InputError(
-        f"{words}: no such directory here, not in the local cache, and {why}. "
-        f"Give a local directory or .gguf file, fetch it where there is a network "
-        f"(hf download {name}), or use {'--model ' * words.startswith('--model')}"
+        f"{words}: no such directory, not in the local cache, and {why}. Use a local directory "
+        f"or .gguf file, download it on a machine with a network (hf download {name}), or use "
+        f"{'--model ' * words.startswith('--model')}"
         "builtin:tiny-llama."
     )
 

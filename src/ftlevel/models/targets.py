@@ -272,8 +272,8 @@ class _Picker:
                 found = [full for full in self.tree.modules if compiled.fullmatch(full)]
         except TimeoutError as error:
             raise InputError(
-                f"--target-modules: {regex!r} goes back and forth without end ({error}). Write it "
-                "without one repetition inside another."
+                f"--target-modules: {regex!r} takes too long to match ({error}). Avoid nested "
+                f"repetitions."
             ) from None
         picked = [
             full
@@ -299,8 +299,8 @@ class _Picker:
             return f"{what} {self._head_reason(heads)} {self._available()}"
         if any(full in self.linears and self.linears[full].place == "kernel" for full in found):
             what += (
-                f" is read by the scan of {self.model_name} past its module, so that an update "
-                "beside it would do nothing. Leave it out."
+                f" is used by the scan of {self.model_name} without calling the module, so an "
+                f"adapter on it would have no effect. Drop it."
             )
             return f"{what} {self._available()}"
         if found:
@@ -326,13 +326,12 @@ class _Picker:
         parts = [part for head in self.tree.heads for part in self.tree.modules[head].modules()]
         if output is not None and any(part is output for part in parts):
             return (
-                f"is the output head of {self.model_name}: adapters go on the blocks. "
-                "Leave it out; --modules-to-save trains it in full."
+                f"is the output head of {self.model_name}: adapters are added to the blocks. "
+                f"Drop it; --modules-to-save trains it in full."
             )
         return (
             f"is a task head of {self.model_name} ({join_names(heads, maximum=3)}): heads are "
-            "trained in "
-            "full and saved beside the adapter. Leave it out."
+            f"trained in full and saved with the adapter. Drop it."
         )
 
     def _names(self) -> list[str]:

@@ -105,7 +105,7 @@ def check_sizes(config: Mapping[str, Any], words: str) -> None:
         elif isinstance(value, (int, float)) and value > _MOST.get(name, value):
             raise InputError(
                 f"{words}: {name} in its config is {value:,}; no model has more than "
-                f"{_MOST[name]:,}. The file is damaged, or made to do harm."
+                f"{_MOST[name]:,}. The file is damaged or malicious."
             )
         elif name in _AT_LEAST_ONE and isinstance(value, (int, float)) and value < 1:
             raise InputError(f"{words}: {name} in its config is {value:,}; the least is 1.")
@@ -125,7 +125,7 @@ def _check_index(index: Path, words: str) -> None:
         ):
             raise InputError(
                 f"{words}: {index.name} names {name!r}, which is not a file in the model's "
-                "directory. Nothing outside it is read."
+                "directory. Files outside it are not read."
             )
 
 

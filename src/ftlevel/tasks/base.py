@@ -343,7 +343,7 @@ class BaseTask(ABC):
         """
         if not self.questions:
             raise ConfigError(
-                f"--task {self.name} answers no rows. Ask it by ftlevel generate --prompt."
+                f"--task {self.name} does not support predict. Use ftlevel generate --prompt."
             )
         format_options = FormatOptions(mapping, name, aim="ask")
         return detect_format(columns, self.name, self.questions, format_options, rows)
@@ -414,9 +414,7 @@ def check_options(requested: OutputOptions, whose: str, instead: str) -> None:
     """Raise `ConfigError` for optional outputs in `requested`; `whose` begins the message."""
     for flag, value in (("--probabilities", requested.probabilities), ("--top-k", requested.top_k)):
         if value:
-            raise ConfigError(
-                f"{flag}: {whose} has no probabilities to give. {instead or f'Drop {flag}.'}"
-            )
+            raise ConfigError(f"{flag}: {whose} has no probabilities. {instead or f'Drop {flag}.'}")
 
 
 def rank(scores: Mapping[str, float], count: int) -> list[dict[str, Any]]:

@@ -179,9 +179,9 @@ class ClassTask(BaseTask):
         spans = next((value for value in values if isinstance(value, list) and value), [None])
         if isinstance(spans[0], (list, dict)):
             raise InputError(
-                f"{column!r} holds spans of characters, which --task token-classification learns, "
-                f"and --task {self.name} does not. Change the task, or name a column: --map "
-                "label=COLUMN."
+                f"{column!r} holds spans of characters, which are for --task "
+                f"token-classification, not --task {self.name}. Change the task, or use --map "
+                f"label=COLUMN."
             )
         return format_
 

@@ -89,7 +89,7 @@ class MaskTask(BaseTask):
         """Return training rows whose tokens are masked at access time, anew each epoch."""
         train = _mask_rows(prepared.train, config, context)
         facts = {**prepared.facts, "supervised": train.count_hidden()}
-        share = f"{facts['supervised']:,} supervised, drawn anew each epoch"
+        share = f"{facts['supervised']:,} supervised, resampled each epoch"
         choices = [
             Choice(c.name, c.value, share) if c.name == "tokens" else c for c in prepared.choices
         ]
@@ -130,7 +130,7 @@ class MaskTask(BaseTask):
         tokenizer = model.tokenizer
         texts = [question.text.replace(_MASK, tokenizer.mask_token) for question in questions]
         missing = {
-            i: f"has nothing to fill in: no {_MASK} stands in {question.text[:40]!r}"
+            i: f"has nothing to predict: no {_MASK} in {question.text[:40]!r}"
             for i, (text, question) in enumerate(zip(texts, questions, strict=True))
             if tokenizer.mask_token not in text
         }

@@ -303,8 +303,8 @@ def _fill_adapter(adapted: Any, weights: dict[str, Any], directory: Path, name: 
         odd = sorted(missing | unknown)
         raise InputError(
             f"{directory}: {len(missing):,} weights of the adapter are missing and "
-            f"{len(unknown):,} are unknown, such as {odd[0]}. It does not belong to this "
-            "base model."
+            f"{len(unknown):,} are unknown, such as {odd[0]}. The adapter does not belong to "
+            f"this base model."
         )
 
 

@@ -162,7 +162,8 @@ def _choose_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -
             elif name in task.text_metrics:
                 hint = " It is scored with --predict-with-generate."
             raise ConfigError(
-                f"--metric-for-best-model {requested}: --task {task.name} has no such metric here."
+                f"--metric-for-best-model {requested}: --task {task.name} does not report this "
+                f"metric."
                 f"{hint} There are: {join_names(available, 20)}."
             )
         return f"eval_{name}", "as asked"

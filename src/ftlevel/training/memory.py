@@ -256,8 +256,8 @@ class StepReducer:
             self._checkpoint()
             self._note({"step": step, "gradient_checkpointing": True})
             trainer.warn(
-                f"out of memory {where}, with a single row: activations are recomputed from now on "
-                "(--gradient-checkpointing), which takes longer; what is learned is the same."
+                f"out of memory {where}, with a single row: activations are recomputed from now "
+                f"on (--gradient-checkpointing): slower, with the same result."
             )
         return trainer.on_device(trainer.data_collator(rows))
 
@@ -333,7 +333,7 @@ class StepReducer:
     def _checkpoint(self) -> None:
         trainer = self._trainer
         if trainer.fast is None or not isinstance(trainer.data_collator, StepCollator):
-            raise TypeError("only a fast step is made smaller")
+            raise TypeError("only the fast step can use smaller micro-batches")
         # The prefix's layout is not available during recomputation (see `plan_fast`).
         trainer.fast.plan = replace(trainer.fast.plan, shared_prefix=False)
         trainer.data_collator.disable_shared_prefix()

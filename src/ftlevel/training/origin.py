@@ -278,8 +278,8 @@ def check_same_run(
         note = f" (OMP_NUM_THREADS={before.get('threads')})" if "threads" in changed else ""
         raise ConfigError(
             f"--resume {directory.path}: not the same run: {differences}. "
-            f"Give it as it was{note}, start a new run in another --output-dir, or let it change: "
-            f"--allow-change {shlex.quote(sorted(changed)[0])}"
+            f"Restore it{note}, start a new run in another --output-dir, or pass --allow-change "
+            f"{shlex.quote(sorted(changed)[0])}"
         )
 
 

@@ -62,10 +62,9 @@ class Processes:
         except (distributed.DistError, RuntimeError) as error:
             reason = " ".join(str(error).split("\n")[0].split())
             raise RunError(
-                f"rank {self.world.rank} of {self.count} ({socket.gethostname()}) did not meet the "
-                f"others at {address}: {reason}. Look at what they say, and whether MASTER_ADDR "
-                f"and "
-                "MASTER_PORT are the same for all."
+                f"rank {self.world.rank} of {self.count} ({socket.gethostname()}) could not "
+                f"connect to the others at {address}: {reason}. Check their output, and that "
+                f"MASTER_ADDR and MASTER_PORT are equal for all."
             ) from None
 
     def take_device(self, device: str) -> None:
@@ -169,7 +168,7 @@ class Processes:
                 problems.append(
                     f"rank {rank} ({host}) is not of the same run as rank 0 ({first_host}): "
                     f"{differences}. "
-                    "Nothing was trained. Give all processes the same flags, files and versions."
+                    "Nothing was trained. Use the same flags, files and versions for all processes."
                 )
         if problems:
             error = ConfigError(problems)
@@ -346,7 +345,7 @@ class WatchProcesses(TrainerCallback):
             elif is_long and step < mine and now - came < 3 * _EVERY:  # with a heartbeat
                 message = (
                     f"{who} has not begun step {mine} for {PATIENCE:.0f} s, and the others wait "
-                    "for it: it reads rows, writes or scores for longer than they do."
+                    f"for it (reading, writing or evaluating)."
                 )
                 yield rank, message
 

@@ -197,14 +197,14 @@ def check_differences(directory: Path, difference: float, effect: float, bound: 
     """
     if not difference <= bound:  # also NaN
         raise RunError(
-            f"the adapter saved in {directory} is not the one that was trained: its logits differ "
-            f"by {difference:.3g} (bound {bound:.3g}). It is kept for inspection and must not be "
-            "used. Please report this with the command."
+            f"the adapter saved in {directory} differs from the trained one: its logits differ "
+            f"by {difference:.3g} (bound {bound:.3g}). It is kept for inspection; do not use it. "
+            f"Please report this with the command."
         )
     if effect == 0:
         raise RunError(
-            f"training changed nothing: with and without what was trained the logits are equal. "
-            f"{directory} is of no use. Train longer, or raise --learning-rate."
+            f"training had no effect: logits with and without the trained weights are equal. Do "
+            f"not use {directory}. Train longer, or raise --learning-rate."
         )
 
 

@@ -88,7 +88,7 @@ def check_same_base(model: ModelConfig, output: OutputConfig, chat_template: str
             f"--resume {output.dir}: it was started on {origin.get('model.name_or_path')} with "
             f"weights {expected[:12]}…, and {source.words} has other weights "
             f"({fingerprint[:12]}…). "
-            "Name the base that it was started on, or start a new run in another --output-dir."
+            "Use the base it was started on, or start a new run in another --output-dir."
         )
     if "model.adapter_fingerprint" not in origin:  # an adapter has its own tokenizer
         tokenizer = load_tokenizer(source)
@@ -132,8 +132,8 @@ def check_shared(directory: RunDirectory, processes: Processes) -> None:
     def look() -> None:
         if not (directory.checkpoints / name).exists():
             raise ConfigError(
-                f"--output-dir {directory.path}: what rank 0 writes there is not to be seen here. "
-                "Name a directory that all machines of the run share."
+                f"--output-dir {directory.path}: files of rank 0 are not visible here. Choose a "
+                f"directory that all machines share."
             )
 
     name = processes.from_first(mark)
@@ -149,8 +149,8 @@ def check_base_not_overwritten(run: Run) -> None:
         return
     if output.dir.resolve() in (base.resolve(), *base.resolve().parents):
         raise ConfigError(
-            f"--overwrite {output.dir}: the base model is in it ({base}), and would be deleted "
-            "with it. Choose another --output-dir."
+            f"--overwrite {output.dir}: it contains the base model ({base}), which would be "
+            f"deleted. Choose another --output-dir."
         )
 
 
@@ -257,18 +257,18 @@ def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
     if was == steps and "num_train_epochs" in old:
         raise ConfigError(
             f"--num-train-epochs {train.num_train_epochs:g} changes nothing: --max-steps "
-            f"{train.max_steps:,} says how long the run is. Give a larger --max-steps."
+            f"{train.max_steps:,} sets the length of the run. Use a larger --max-steps."
         )
     if steps < trained:
         raise ConfigError(
-            f"{flag}: {steps:,} steps are fewer than the {trained:,} that are trained. Give more, "
-            "or start a new run in another --output-dir."
+            f"{flag}: {steps:,} steps are fewer than the {trained:,} already trained. Use more, "
+            f"or start a new run in another --output-dir."
         )
     reason = METHODS[run.config.method.kind].why_not_continued
     if reason and was != steps:
         raise ConfigError(
             f"{flag}: --method {run.config.method.kind} cannot train {steps:,} steps in place of "
-            f"{was:,}: {reason}. Start anew in another --output-dir."
+            f"{was:,}: {reason}. Start a new run in another --output-dir."
         )
 
 
@@ -344,8 +344,8 @@ def _changes_of_files(
         shown = join_names(f"{n} was {was} and is {now}" for n, (was, now) in changed.items())
         raise ConfigError(
             f"--resume {directory.path}: not the same run: the bytes of {digests.words} "
-            f"are others than when it began: {shown} (SHA-256). Restore them, start a new run in "
-            f"another --output-dir, or let them change: --allow-change {digests.field}"
+            f"have changed since it started: {shown} (SHA-256). Restore them, start a new run in "
+            f"another --output-dir, or pass --allow-change {digests.field}"
         )
     return [
         {"field": f"{digests.field} of {name}", "was": was, "is": now}
@@ -415,14 +415,16 @@ def describe_end(directory: RunDirectory, train: TrainerConfig, summary: Mapping
     early = " (it stopped early)" if best.get("stopped_early") else ""
     newest, _ = checkpoints.find_newest_intact(directory.checkpoints)
     advice = (
-        f"A longer run continues from there: --resume {length}."
+        f"For a longer run: --resume {length}."
         if newest
-        else f"To train on from its adapter: --adapter {quote(str(directory.path))}, and another "
-        "--output-dir."
+        else (
+            f"To continue from its adapter: --adapter {quote(str(directory.path))} with another "
+            f"--output-dir."
+        )
     )
     return (
-        f"{directory.path} is finished: {steps:,} of {planned:,} steps{early}, and nothing is "
-        f"left to train. {advice}"
+        f"{directory.path} is finished: {steps:,} of {planned:,} steps{early}, so no steps "
+        f"remain. {advice}"
     )
 
 

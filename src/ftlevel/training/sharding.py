@@ -319,7 +319,7 @@ def check_can_shard(run: Run, count: int) -> None:
     if method_info.start is not None and method_info.start.rewrites_base(method):
         problems.append(
             f"{flag} cannot be used with a start that is taken out of the base's weights, which "
-            "no process has whole when the adapter is saved. Use the default initialization."
+            f"are sharded when the adapter is saved. Use the default initialization."
         )
     if method_info.why_not_continued:
         problems.append(
@@ -329,12 +329,12 @@ def check_can_shard(run: Run, count: int) -> None:
     if run.model.quant.kind not in ("none", "4bit"):
         problems.append(
             f"{flag} cannot be used with --quant {run.model.quant.kind}, whose weights cannot be "
-            "cut by rows alone. Use --quant 4bit, or none."
+            f"sharded by rows. Use --quant 4bit, or none."
         )
     if isinstance(run.objective, LikelihoodObjective):
         problems.append(
-            f"{flag} cannot be used with --task preference yet: a reference that one process has "
-            "kept and another has not would leave them waiting for one another. Use --shard none."
+            f"{flag} cannot be used with --task preference yet: the reference cache is per "
+            f"process. Use --shard none."
         )
     if isinstance(run.objective, PolicyObjective | StepObjective):
         problems.append(
@@ -365,14 +365,14 @@ def _problems_of_full(run: Run, flag: str) -> list[str]:
         if not run.config.train.load_best_model_at_end:
             best = f"--metric-for-best-model {run.config.train.metric_for_best_model}"
         problems.append(
-            f"{flag} cannot be used with --method full and {best}: each process holds a part of "
-            f"the trained weights, and only the last model is kept. Drop {best}, or use --shard "
+            f"{flag} cannot be used with --method full and {best}: the trained weights are "
+            f"sharded, and only the last model is kept. Drop {best}, or use --shard "
             "none."
         )
     if run.config.speed.verify:
         problems.append(
             f"{flag} cannot compare the fast step of --method full with the plain one, whose "
-            "gradients no process has whole. Drop --verify-fast, or use --shard none."
+            f"gradients are sharded. Drop --verify-fast, or use --shard none."
         )
     if run.config.train.on_nonfinite == "rollback":
         problems.append(

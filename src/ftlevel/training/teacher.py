@@ -121,8 +121,7 @@ def _check_room(path: Path | None, size: int) -> None:
     if size > free:
         raise InputError(
             f"--teacher: its predictions take {size / 1e9:,.1f} GB, and {path.parent} has "
-            f"{free / 1e9:,.1f} GB free. Lower --kd-top-k, or put the cache elsewhere with "
-            "XDG_CACHE_HOME."
+            f"{free / 1e9:,.1f} GB free. Lower --kd-top-k, or move the cache with XDG_CACHE_HOME."
         )
 
 

@@ -232,7 +232,7 @@ def _together(directory: Path) -> Workspace:
 
     damage = find_damage(directory)
     if damage is not None:
-        raise InputError(f"{directory} cannot be put together: {damage}. Take another checkpoint.")
+        raise InputError(f"{directory} cannot be assembled: {damage}. Use another checkpoint.")
     held = Workspace("checkpoint")
     merge_shards(directory, Path(held.name))
     for path in directory.iterdir():

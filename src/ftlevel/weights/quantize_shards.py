@@ -411,7 +411,8 @@ def _convert(
         return kept, {key: PLAIN_NOTE} if noted else {}
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise InputError(
-            f"{key} is stored as {tensor.dtype}: the model is quantized already. Give its original."
+            f"{key} is stored as {tensor.dtype}: the model is already quantized. Use the "
+            f"original model."
         )
     weight = tensor.to(layout.dtype)
     linear = name.removesuffix(".weight")

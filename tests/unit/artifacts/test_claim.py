@@ -29,14 +29,14 @@ def test_a_directory_is_held_until_its_process_is_killed(tmp_path: Path) -> None
         [sys.executable, "-c", HOLD, run.path], stdout=subprocess.PIPE, text=True
     )
     who = f" (process {process.pid})" if sys.platform == "linux" else ""
-    words = re.escape(f"another run is writing into it{who}. Wait")
+    words = re.escape(f"another run is writing to it{who}. Wait")
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         for overwrite, resume in ((True, False), (False, True)):
             with pytest.raises(ConfigError, match=words):
                 check_output(run.path, overwrite=overwrite, resume=resume)
-        with pytest.raises(ConfigError, match="another run is writing into it"):
+        with pytest.raises(ConfigError, match="another run is writing to it"):
             open_run(run.path, "x", overwrite=True)
         assert (run.path / "config.yaml").is_file()
     finally:

@@ -91,17 +91,17 @@ def test_a_recipe_error_names_file_line_and_the_nearest_right_name(
     ("text", "message"),
     [
         ("a: [1\n", "{path}:2: not valid YAML (expected ',' or ']', but got '<stream end>'). A "
-         "recipe holds plain values: text, numbers, lists and mappings."),
+                    "recipe contains plain values: text, numbers, lists and mappings."),
         ("- 1\n", "{path}:1: a recipe is a mapping of sections, such as method: lora."),
-        ("", "recipe {path} is empty. Give it at least a section, such as method."),
+        ("", "recipe {path} is empty. Add at least one section, such as method."),
         ("train:\n  seed: 1\n  seed: 2\n",
          "{path}:3: key 'train.seed' is given twice, first at {path}:2."),
         ("task: x\ntrain: !!python/object:os.system {}\n",
          "{path}:2: not valid YAML (could not determine a constructor for the tag "
-         "'tag:yaml.org,2002:python/object:os.system'). A recipe holds plain values: text, "
+         "'tag:yaml.org,2002:python/object:os.system'). A recipe contains plain values: text, "
          "numbers, lists and mappings."),
         ("\x01\n", "{path}: not valid YAML (unacceptable character #x0001: special characters "
-         "are not allowed). A recipe holds plain values: text, numbers, lists and mappings."),
+         "are not allowed). A recipe contains plain values: text, numbers, lists and mappings."),
     ],
 )  # fmt: skip
 def test_what_is_no_recipe(tmp_path: Path, text: str, message: str) -> None:

@@ -137,7 +137,7 @@ def targets(family: str, kind: str, task: str = "", variant: int = 0, **fields: 
         ("lora", {"rank_pattern": {"q_porj": 4}},
          "method.rank_pattern: 'q_porj' matches none of the 14 adapted modules (down_proj, "
          "gate_proj, up_proj, k_proj, o_proj, q_proj, v_proj) and would be ignored. "
-         "Give the end of a module's name or a regular expression."),
+         "Expected the end of a module name, or a regular expression."),
         ("lora", {"layers_to_transform": [1, 7]},
          "method.layers_to_transform: there is no layer 7 with adapted modules. Layers here are 0 "
          "to 1."),

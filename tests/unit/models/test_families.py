@@ -251,9 +251,7 @@ def test_unknown_family_names_the_nearest_and_the_list() -> None:
     with pytest.raises(InputError) as caught:
         find_family("lama")
     text = str(caught.value)
-    assert text.startswith(
-        "'lama' is neither a family that ftlevel knows nor a model. Did you mean 'llama'"
-    )
+    assert text.startswith("'lama' is neither a supported family nor a model. Did you mean 'llama'")
     for name in FAMILIES:
         assert name in text
     assert caught.value.exit_code == 2

@@ -57,7 +57,7 @@ def test_a_whole_directory_is_read(model: Path) -> None:
 def test_an_index_does_not_leave_its_directory(model: Path, name: Any) -> None:
     index = {"weight_map": {"a": "model.safetensors", "b": name}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match="Nothing outside it is read"):
+    with pytest.raises(InputError, match="Files outside it are not read"):
         resolve_source(str(model))
 
 

@@ -141,8 +141,8 @@ def _find_turn(
             return (len(before) if follows and len(before) <= start else start), end
     raise InputError(
         f"the chat template of {tokenizer.name_or_path} changes earlier turns when a later one is "
-        f"added (message {index + 1}), so that the answers cannot be told apart. Use another one: "
-        "--chat-template."
+        f"added (message {index + 1}), so the answers cannot be located. Choose another with "
+        f"--chat-template."
     )
 
 
@@ -185,7 +185,7 @@ def _check_complete(
         if json.dumps(content)[1:-1] not in text:
             raise InputError(
                 f"the chat template of {tokenizer.name_or_path} leaves out message {number}, of "
-                f"role {turn['role']!r}. Use a template that shows it: --chat-template."
+                f"role {turn['role']!r}. Choose another with --chat-template."
             )
     if tools and render(tokenizer, turns) == text:
         raise InputError(
@@ -231,8 +231,8 @@ def _read_named(tokenizer: Any, name: str) -> str:
         fitting = [other for other, lacking in missing.items() if not lacking]
         raise InputError(
             f"--chat-template {name}: the tokenizer of {tokenizer.name_or_path} has no token for "
-            f"{join_names(missing[name])}, so that the model could not learn to stop there. "
-            f"Its tokens fit: {join_names(fitting)}."
+            f"{join_names(missing[name])}, so the model could not learn to stop. Templates that "
+            f"fit its tokens: {join_names(fitting)}."
         )
     return (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
 

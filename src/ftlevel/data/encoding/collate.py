@@ -110,7 +110,7 @@ def ensure_pad_token(tokenizer: Any) -> Choice | None:
             return Choice("pad token", token, "the tokenizer has none")
     tokenizer.pad_token = tokenizer.eos_token
     return Choice(
-        "pad token", tokenizer.eos_token, "the tokenizer has none; EOS is still learned as a label"
+        "pad token", tokenizer.eos_token, "the tokenizer has none; EOS labels are still supervised"
     )
 
 

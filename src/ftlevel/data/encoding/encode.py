@@ -294,8 +294,8 @@ def encode_causal(
         if isinstance(chunk[0], PlainText):
             if prompt_format.system:
                 raise InputError(
-                    "--system is the first turn of a conversation, and these rows are plain text. "
-                    "Drop it, or give the data a prompt and a completion column."
+                    "--system needs conversations, and these rows are plain text. Drop it, or "
+                    "use data with a prompt and a completion column."
                 )
             rows += _encode_texts(tokenizer, chunk)
         elif prompt_format.kind == "chat-template":
@@ -473,11 +473,10 @@ def _as_pair(example: Any) -> SourceTarget:
             return SourceTarget("\n\n".join(m.content for m in before), last.content, example.row)
         raise RowError(
             example.row,
-            f"is a conversation of {len(roles)} messages, and the model has no chat template to "
-            "tell its turns apart. Give it one (--chat-template chatml), or use a model that has "
-            "one (an -Instruct model).",
+            f"is a conversation of {len(roles)} messages, and the model has no chat template. "
+            f"Add --chat-template chatml, or use a model with a template (an -Instruct model).",
         )
     raise InputError(
-        "an encoder-decoder learns from a source and a target, and these rows are plain text. "
-        "Give the data a prompt and a completion column."
+        "an encoder–decoder needs a source and a target, and these rows are plain text. Use data "
+        "with a prompt and a completion column."
     )

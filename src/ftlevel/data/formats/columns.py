@@ -210,8 +210,8 @@ def select_language_columns(
     if open_roles and len(found) > 1:
         first, second = (column.rpartition(".")[2] for column in list(found.values())[:2])
         raise InputError(
-            f"--task translation: the columns are languages ({_listed(found)}), and nothing says "
-            f"which is the source. Add --source-language {first} --target-language {second}, or "
+            f"--task translation: the columns are languages ({_listed(found)}), and the source "
+            f"language is not given. Add --source-language {first} --target-language {second}, or "
             "another pair."
         )
     if open_roles and target is not None and source is None and len(found) == 1 and not chosen:

@@ -65,7 +65,7 @@ def convert_rows(table: Table, format_: Format) -> tuple[Sequence[Example], list
     if lacking:
         raise InputError(
             f"{table.source}: has no column {join_names(lacking)}. Columns: "
-            f"{join_names(map(quote, table.columns))}. Give every split the same columns."
+            f"{join_names(map(quote, table.columns))}. Use the same columns in every split."
         )
     build = format_.build
     roles = RoleValues(format_, table)

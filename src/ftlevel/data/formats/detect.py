@@ -283,7 +283,7 @@ class _FormatSuggestion:
         flags = min(offers, key=lambda offer: offer[0])[1]
         media = [quote(name) for name in self.columns if is_media_column(name)]
         if media and "=COLUMN" in flags:
-            there = f"{there} {join_names(media)} holds no text, from which ftlevel trains."
+            there = f"{there} {join_names(media)} contains no text."
         return (
             f"--task {self.task}: the columns do not say what to {aim}. {there} "
             f"Expected one of: {wants}. Map the columns: {flags}."

@@ -344,9 +344,7 @@ def build_pair(roles: RoleValues) -> SourceTarget:
     asked = [turn.content for turn in turns if turn.role != "assistant"]
     order = [turn.role for turn in turns if turn.role != "system"]
     if order != ["user", "assistant"]:
-        raise UnusableRowError(
-            f"has {len(order)} turns, where one question and one answer make a source and a target"
-        )
+        raise UnusableRowError(f"has {len(order)} turns, expected one question and one answer")
     return SourceTarget("\n\n".join(asked), turns[-1].content, roles.index)
 
 
@@ -401,8 +399,8 @@ def _classes(roles: RoleValues) -> tuple[str | int, ...]:
     names = tuple(_name(name, f"label {i} of {column}") for i, name in enumerate(labels, 1))
     if len(set(names)) < len(names):
         raise UnusableRowError(
-            f"{column} names a label twice ({join_names(map(repr, names), 4)}); it holds the names "
-            "of the labels that are true, not a 0 or 1 for each"
+            f"{column} lists a label twice ({join_names(map(repr, names), 4)}); expected the "
+            f"names of the labels that apply, not a 0 or 1 for each"
         )
     return names
 
@@ -485,7 +483,7 @@ def build_query_turns(roles: RoleValues) -> Conversation:
     else:
         turns = [Message("user", _query_text(roles))]
     if not turns:
-        raise UnusableRowError("holds no turn that could be answered")
+        raise UnusableRowError("contains no turn to answer")
     if (system := roles.text_or_empty("system")) and turns[0].role != "system":
         turns.insert(0, Message("system", system))
     tools = parse_tools(roles.get("tools"), roles.columns["tools"]) if "tools" in roles else ()

@@ -148,7 +148,7 @@ def _check_known(
     hint = _UNLABELLED if counts.keys() <= {-1, -100} else "Remove these rows, or correct them."
     folded = {name.casefold() for name in labels.names}
     if all(str(label).strip().casefold() in folded for label in counts):
-        hint = "They differ by case only: --set data.gate.label_case=fold makes them one."
+        hint = "They differ by case only: --set data.gate.label_case=fold merges them."
     raise InputError(
         f"{table.where(strange[0].row)}: label {shown} {verb} ({join_names(labels.names)}). {hint}"
     )
@@ -161,9 +161,9 @@ def _check_two(counts: Counter[str | int], table: Table, column: str) -> None:
     if len(counts) < 2:
         only = next(iter(counts), None)
         raise InputError(
-            f"{table.source}: {column!r} is {only!r} in all {counts.total():,} rows; to classify "
-            "takes two classes. If the file is sorted by label, raise --max-samples; if it is "
-            "another column: --map label=COLUMN."
+            f"{table.source}: {column!r} is {only!r} in all {counts.total():,} rows; "
+            f"classification needs at least two classes. If the file is sorted by label, raise "
+            f"--max-samples; for another column, use --map label=COLUMN."
         )
 
 

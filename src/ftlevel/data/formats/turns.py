@@ -153,7 +153,7 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
                 f"{what} has no {key!r} (keys: {join_names(item)}{way})", finding
             )
     if item.get("weight") == 0:
-        raise UnusableRowError(f"{what} has weight 0; turns can't be left out one by one yet")
+        raise UnusableRowError(f"{what} has weight 0; per-turn weights are not supported")
     name, text = item[role_key], item.get(text_key)
     role = _find_role(name, names)
     if role is None:

@@ -150,7 +150,7 @@ def prepare_data(config: DataConfig, context: EncodingContext, progress: Progres
         prepared = _prepare(config, context, Path(workspace.name), progress)
         if key is not None:
             why = f"{cache_root()} cannot be written"
-            prepared.choices.append(Choice("rows", "not kept for the next run", why))
+            prepared.choices.append(Choice("rows", "not cached", why))
         return context.task.finish_data(replace(prepared, workspace=workspace), config, context)
     with open_cache_folder(key) as folder:
         if folder.keep is None:
@@ -161,7 +161,7 @@ def prepare_data(config: DataConfig, context: EncodingContext, progress: Progres
         _save(prepared, folder.path)
         kept = folder.keep()
     note = "prepared anew" if folder.damage else "kept for the next run"
-    why = f"what was kept was damaged: {folder.damage}; " if folder.damage else ""
+    why = f"the cache was damaged: {folder.damage}; " if folder.damage else ""
     return context.task.finish_data(_load(kept, note, why), config, context)
 
 

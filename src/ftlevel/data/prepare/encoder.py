@@ -227,9 +227,8 @@ class Encoder:
         """
         if not self.tokenizer.is_fast and self.task.needs_offsets:
             raise InputError(
-                f"the tokenizer of {self.tokenizer.name_or_path} does not tell which characters "
-                f"a token covers, which --task {self.task.name} needs. Use a model with a "
-                "tokenizer.json."
+                f"the tokenizer of {self.tokenizer.name_or_path} does not provide character "
+                f"offsets, which --task {self.task.name} needs. Use a model with a tokenizer.json."
             )
         try:
             fitted = self.task.encode(self, examples, table)

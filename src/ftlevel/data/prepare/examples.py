@@ -110,10 +110,7 @@ def _with_system(prompt_format: PromptFormat | None, system: str | None) -> Prom
     if not system:
         return prompt_format
     if prompt_format is None or prompt_format.kind == "seq2seq":
-        raise ConfigError(
-            "--system is the first turn of a conversation with a model that writes answers, and "
-            "this one takes no turns. Drop it."
-        )
+        raise ConfigError("--system needs a model that generates answers. Drop it.")
     return replace(prompt_format, system=system)
 
 

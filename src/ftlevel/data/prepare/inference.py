@@ -79,7 +79,7 @@ class FileRows:
         self.columns: Sequence[str] = self.schema.names if self.schema is not None else []
         chunk = next(self._reader.chunks(), None)
         if chunk is None or not (chunk.rows or chunk.bad):
-            raise InputError(f"{reader.shown}: has 0 rows. Give a file with rows.")
+            raise InputError(f"{reader.shown}: has 0 rows. Use a file with rows.")
         if not chunk.rows:
             first = chunk.bad[0]
             raise InputError(f"{self._place(chunk, first.line)}: {first.reason}. Fix the file.")
@@ -198,7 +198,7 @@ def windows(rows: Iterator[QueryRow], size: int) -> Iterator[list[QueryRow]]:
 
 
 _DEFAULT_SPLIT = "validation"
-TRAINING_ROWS = "the training rows: no validation split was held back"
+TRAINING_ROWS = "the training rows: no validation split was held out"
 """Name of the training rows if there are no other rows to evaluate."""
 
 

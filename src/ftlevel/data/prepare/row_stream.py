@@ -141,7 +141,7 @@ class ChunkEncoder:
             raise InputError(
                 f"{lost:,} of the {read:,} rows read so far are longer than "
                 f"{self.encoder.config.max_length:,} tokens, which was enough for the first ones. "
-                "Give the length by --max-length, or pass --overlong drop or truncate-prompt."
+                "Set --max-length, or pass --overlong drop or truncate-prompt."
             )
 
 

@@ -128,7 +128,7 @@ def _read_head(source: StreamSource, config: DataConfig) -> tuple[DatasetSplits,
         lines += chunk.lines
         bad += chunk.bad
     if chunk is None or not (rows or bad):
-        raise InputError(f"{config.dataset}: has 0 rows. Give a set with rows.")
+        raise InputError(f"{config.dataset}: has 0 rows. Use a dataset with rows.")
     if held and len(rows) <= held:
         raise InputError(
             f"data.validation_rows={held:,} leaves none of the {len(rows):,} rows of "
@@ -215,7 +215,7 @@ def _unchecked(gate: GateConfig) -> Choice:
     return Choice(
         "data check",
         "each row as it comes",
-        f"{', '.join(wanted)} among the first rows only: they take the whole set" if wanted else "",
+        f"{', '.join(wanted)} checked in the first rows only" if wanted else "",
     )
 
 

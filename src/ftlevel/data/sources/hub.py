@@ -111,7 +111,7 @@ class IterableStream:
         """Return all rows as a table; raise `InputError` if there are none."""
         chunks = list(self.chunks())
         if not chunks:
-            raise InputError(f"{self.source}: has 0 rows. Give a set with rows.")
+            raise InputError(f"{self.source}: has 0 rows. Use a dataset with rows.")
         rows = [row for chunk in chunks for row in chunk.rows]
         notes = tuple(describe_null_keys(self.null_keys, self.source))
         return Table(rows, range(1, len(rows) + 1), self.source, "row", notes=notes)

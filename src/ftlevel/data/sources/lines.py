@@ -202,8 +202,8 @@ def _write_copy(open_source: Callable[[], Any], copy: Path, shown: str) -> None:
             full = isinstance(error, OSError) and error.errno == 28
             copy.unlink()
             raise InputError(
-                f"{shown}: no room to unpack it in {copy.parent.parent.parent}. Make room there, "
-                "or name a larger place: TMPDIR=…"
+                f"{shown}: not enough space to unpack it in {copy.parent.parent.parent}. Free "
+                f"some, or set TMPDIR to another directory."
                 if full
                 else f"{shown}: cannot be unpacked ({str(error).rstrip('.')}). "
                 "Was the download or copy cut short?"

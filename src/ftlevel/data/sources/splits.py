@@ -267,7 +267,7 @@ def hold_out(splits: DatasetSplits, validation_split: float, seed: int) -> Datas
         way = f"a share between {least:g} and {1 - least:g}, or " if total > 1 else ""
         raise InputError(
             f"--validation-split {validation_split:g}: holds {count:,} of {total:,} rows out of "
-            f"{splits.train.source}; both parts need a row. Give {way}a validation file."
+            f"{splits.train.source}; both parts need a row. Add {way}a validation file."
         )
     order = array("q", range(total))
     random.Random(seed).shuffle(order)
@@ -296,7 +296,7 @@ def _load_builtin(dataset: str, split: str | None, options: ReadOptions) -> dict
     name = dataset.removeprefix("builtin:")
     if name not in BUILTIN:
         raise InputError(
-            f"--dataset {dataset}: no such built-in set.{did_you_mean(name, BUILTIN)} "
+            f"--dataset {dataset}: no such built-in dataset.{did_you_mean(name, BUILTIN)} "
             f"There is: {join_names(f'builtin:{each}' for each in BUILTIN)}."
         )
     if split is not None and split not in get_args(Split):

@@ -133,8 +133,9 @@ def join_tables(tables: Sequence[Table]) -> Table:
             if names != expected:
                 raise InputError(
                     f"{other.source}: the classes of {column!r} are {join_names(names)}, and those "
-                    f"of {first.source} are {join_names(expected)}. Their numbers mean different "
-                    "classes. Write class names instead of numbers, or give both the same order."
+                    f"of {first.source} are {join_names(expected)}. The same number would be a "
+                    f"different class. Use class names instead of numbers, or the same order in "
+                    f"both."
                 )
     parts, base = [], 0
     dropped: list[BadRow] = []
@@ -179,7 +180,7 @@ def mix_tables(
         if count < 1:
             raise InputError(
                 f"--mix {','.join(f'{s:g}' for s in shares)}: a share of {share:g} leaves no row "
-                f"of {table.source} beside {min(map(len, tables)):,} rows. Give it more."
+                f"of {table.source} next to {min(map(len, tables)):,} rows. Raise it."
             )
         indices = sorted(random.Random(seed).sample(range(len(table)), count))
         samples.append(replace(table.take(indices), dropped=table.dropped))

@@ -136,7 +136,7 @@ def compare(
     except (KeyboardInterrupt, Interrupted) as error:
         code = error.exit_code if isinstance(error, Interrupted) else _CTRL_C
         raise Interrupted(
-            f"interrupted; the runs that are done are kept. Resume with: ftlevel compare "
+            f"interrupted; finished runs are kept. Resume with: ftlevel compare "
             f"--output-dir "
             f"{shlex.quote(str(path))} --resume",
             code,

@@ -176,7 +176,7 @@ def _notes(found: Comparison) -> list[str]:
     """Return notes for interpreting the table."""
     notes, runs = [], next(iter(found.scored.values()))
     if len(runs) == 1:
-        notes.append("one seed: how far another would move these is not known (--seeds 3)")
+        notes.append("one seed: the variation between seeds is not known (--seeds 3)")
     elif len({run["summary"]["data"]["validation_fingerprint"] for run in runs}) > 1:
         notes.append(
             "each seed holds out rows of its own, the same for all methods; a --validation-file is "

@@ -105,7 +105,7 @@ def run_in_subprocess(prepare: Callable[[], Any], work: Callable[..., Any], *arg
 def _describe_end(code: int | None) -> str:
     if code == -getattr(signal, "SIGKILL", 9):
         return "its process was killed, as the kernel does when memory runs out."
-    return f"its process ended with code {code} and said nothing."
+    return f"its process exited with code {code} and no message."
 
 
 def _child(

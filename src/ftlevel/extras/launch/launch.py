@@ -52,8 +52,8 @@ def build_job(config: TrainConfig, arguments: Sequence[str], cluster: Cluster) -
         )
     if output.overwrite:
         problems.append(
-            "--overwrite cannot be used with ftlevel launch: a job that is requeued would delete "
-            "what it has trained. Remove the old run, or choose another --output-dir."
+            "--overwrite cannot be used with ftlevel launch: a requeued job would delete its own "
+            "run. Remove the old run, or choose another --output-dir."
         )
     if config.train.num_processes is not None:
         problems.append(
@@ -62,13 +62,13 @@ def build_job(config: TrainConfig, arguments: Sequence[str], cluster: Cluster) -
         )
     if cluster.scheduler == "k8s" and not (cluster.image and cluster.claim):
         problems.append(
-            "--on k8s needs --image IMAGE with ftlevel in it, and --claim NAME of the persistent "
-            "volume claim that holds --output-dir."
+            "--on k8s needs --image IMAGE that contains ftlevel, and --claim NAME of the "
+            "persistent volume claim for --output-dir."
         )
     elsewhere = cluster.scheduler in ("k8s", "ray")
     if elsewhere and output.dir is not None and not output.dir.is_absolute():
         problems.append(
-            f"--output-dir {output.dir}: --on {cluster.scheduler} needs a path that begins with /."
+            f"--output-dir {output.dir}: --on {cluster.scheduler} needs an absolute path."
         )
     elif (
         cluster.scheduler == "k8s"
@@ -80,7 +80,8 @@ def build_job(config: TrainConfig, arguments: Sequence[str], cluster: Cluster) -
         )
     options = dict(_option(text, problems) for text in cluster.options)
     problems += [
-        f"--job-option {name}={value}: Ray is asked for numbers of what a worker needs, as CPU=4."
+        f"--job-option {name}={value}: expected a number for each resource of a worker, such as "
+        f"CPU=4."
         for name, value in options.items()
         if cluster.scheduler == "ray" and not _AMOUNT.fullmatch(value)
     ]

@@ -39,7 +39,7 @@ _PACKED = NoOpValue(
     otherwise="Drop --no-fast, or drop it",
 )
 _ANSWERS_ONLY = NoOpValue(
-    "the loss is that of answers alone, wherever a row has a prompt",
+    "the loss covers answers only, if a row has a prompt",
     "data.train_on_inputs",
     (False,),
     otherwise="Drop --train-on-inputs, or drop it",
@@ -47,7 +47,7 @@ _ANSWERS_ONLY = NoOpValue(
 _NO_WORKERS = NoOpValue(
     "rows are encoded before the run, and batches are made of them as they are needed"
 )
-_NO_REWARDS = "ftlevel learns from judgments by --task preference, reward and rl. Drop it."
+_NO_REWARDS = "use --task preference, reward or rl. Drop it."
 _SAMPLED = f"it {SAMPLED}. Drop it."
 _STAGES = {
     stage: f"--task preference --loss {loss}"
@@ -63,15 +63,15 @@ _HUB = (
 )
 _TOKEN = "the token is the one of `hf auth login`. Log in, and drop the flag."
 _LAUNCH = (
-    "several GPUs train together by --num-processes N, each on rows of its own; a model that none "
-    "of them holds is sharded by --shard full. Drop it."
+    "use --num-processes N for several GPUs, and --shard full for a model that does not fit on "
+    "one. Drop it."
 )
 _LONG_ROWS = (
     "each row is computed by one device: torch's context parallel attention takes no packed rows. "
     "Long rows fit with --gradient-checkpointing, --offload-activations and --shard full. Drop it."
 )
 _TOKENIZER = "the tokenizer and its tokens are the model's own, and stay so. Drop it."
-_OTHER_METHOD = "this method is not available. ftlevel list-methods shows what there is. Drop it."
+_OTHER_METHOD = "this method is not available; see ftlevel list-methods. Drop it."
 
 
 def _drawn(path: str) -> NoOpValue:
@@ -85,9 +85,7 @@ def _drawn(path: str) -> NoOpValue:
 
 
 def _taken(path: str) -> NoOpValue:
-    return NoOpValue(
-        "the likeliest token is taken", path, (0.0, None), otherwise="Drop --temperature"
-    )
+    return NoOpValue("decoding is greedy", path, (0.0, None), otherwise="Drop --temperature")
 
 
 UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
@@ -110,7 +108,7 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
     *_flags("--stage --rlhf-type", _NO_REWARDS,
             {**_STAGES,
              "sft": NoOpValue("that is what ftlevel train does"),
-             "pt": NoOpValue("rows with a text alone are learned as a whole", "task",
+             "pt": NoOpValue("rows of plain text are fully supervised", "task",
                           ("text-generation",))}),
     *_flags("--packing --sample-packing --neat-packing --padding-free", "expected true or false.",
             {"true": _PACKED, "false": "--set speed.pack=false"}),
@@ -122,16 +120,16 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
     *_flags("--completion-only-loss --assistant-only-loss --train-on-completions --mask-prompt "
             "--train-on-responses-only", "expected true or false.",
             {"true": _ANSWERS_ONLY, "false": "--train-on-inputs true"}),
-    *_flags("--mask-history", "each answer of a conversation is learned. Drop it.",
-            {"false": NoOpValue("each answer of a conversation is learned")}),
+    *_flags("--mask-history", "all answers of a conversation are supervised. Drop it.",
+            {"false": NoOpValue("all answers of a conversation are supervised")}),
     *_flags("--use-chat-template", "a row of turns is written by the model's chat template.",
             {"true": NoOpValue("rows of turns are written by the model's chat template")}),
     *_flags("--use-fast-tokenizer", "only tokenizers that know the place of a token can be used.",
-            {"true": NoOpValue("the fast tokenizer is used where there is one")}),
+            {"true": NoOpValue("the fast tokenizer is used if available")}),
     *_flags("--line-by-line", "--overlong split cuts long texts. Drop it.",
             {"true": NoOpValue("each row is a text of its own"), "false": "--overlong split"}),
     *_flags("--version-2-with-negative", "questions without an answer are seen in the data.",
-            {"true": NoOpValue("questions without an answer are learned as such")}),
+            {"true": NoOpValue("unanswerable questions are supported")}),
     *_flags("--ignore-mismatched-sizes", "a head that does not fit is newly initialized and named.",
             {"true": NoOpValue("a head that does not fit is newly initialized and named")}),
     *_flags("--pad-to-max-length --pad-to-sequence-len",
@@ -146,9 +144,9 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
             "activations are recomputed without reentrant autograd, which is exact. Drop it.",
             {"false": NoOpValue("activations are recomputed without reentrant autograd")}),
     *_flags("--save-only-model",
-            "a checkpoint holds all that resuming needs; --save-strategy no writes none.",
-            {"false": NoOpValue("a checkpoint holds all that resuming needs")}),
-    *_flags("--save-safetensors", "weights are written as safetensors alone. Drop it.",
+            "checkpoints are complete; use --save-strategy no to write none.",
+            {"false": NoOpValue("checkpoints contain everything needed to resume")}),
+    *_flags("--save-safetensors", "weights are saved as safetensors only. Drop it.",
             {"true": NoOpValue("weights are written as safetensors")}),
     *_flags("--logging-strategy", "--logging-steps says how often the loss is logged. Use that.",
             {"steps": NoOpValue("the loss is logged every --logging-steps")}),
@@ -164,10 +162,11 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
             "special tokens are those of the chat template or the tokenizer. Drop it.",
             {"false": NoOpValue("no token is added to those of the template or the tokenizer")}),
     *_flags("--compute-accuracy", "a task is scored by its own metrics.",
-            {"true": NoOpValue("accuracy is among the metrics wherever there is one")}),
+            {"true": NoOpValue("accuracy is reported for every task that has it")}),
     *_flags("--plot-loss", "the losses are in metrics.jsonl of the run. Drop it.",
             {"true": NoOpValue("the losses are in metrics.jsonl of the run, and on its screen")}),
-    *_flags("--create-new-adapter", "--adapter goes on from one; a new one begins without it.",
+    *_flags("--create-new-adapter", "--adapter continues from an adapter; without it a new one is "
+                                    "created.",
             {"true": NoOpValue("an adapter begins anew", "model.adapter", (None,))}),
     *_flags("--low-cpu-mem-usage", "weights are read tensor by tensor. Drop it.",
             {"true": NoOpValue("weights are read tensor by tensor")}),
@@ -184,7 +183,7 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
     *_flags("--splits", "--split names the split to train on; the validation rows are the split "
             "called validation, valid, val or dev."),
     *_flags("--liger-rms-norm --liger-glu-activation --liger-layer-norm --liger-rope",
-            "--liger-kernel takes all of them on a CUDA GPU. Use that."),
+            "--liger-kernel uses all of them on a CUDA GPU. Use that."),
     *_flags("--loss-watchdog-threshold --loss-watchdog-patience",
             "a run stops at a gradient that is NaN or infinite, and at no other loss. Drop it."),
     *_flags("--plugins --strict --tuner-backend", "ftlevel loads no code of others. Drop it."),
@@ -204,17 +203,17 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
             {str(number): _NO_WORKERS for number in range(129)}),
     *_flags("--dataloader-pin-memory --dataloader-persistent-workers", "expected true or false.",
             dict.fromkeys(("true", "false"), _NO_WORKERS)),
-    *_flags("--dataloader-drop-last", "the last rows of an epoch are learned too. Drop it.",
-            {"false": NoOpValue("the last rows of an epoch are learned too")}),
+    *_flags("--dataloader-drop-last", "the last incomplete batch is used too. Drop it.",
+            {"false": NoOpValue("the last incomplete batch is used too")}),
     *_flags("--tokenizer-name --tokenizer-type --config-name --resize-vocab --add-tokens "
             "--special-tokens --eos-token --pad-token --split-special-tokens --eot-tokens "
             "--processor-type --tokenizer-use-mistral-common", _TOKENIZER),
-    *_flags("--model-type", "the model's own config says what it is. Drop it."),
+    *_flags("--model-type", "it is read from the model's config. Drop it."),
     *_flags("--config-overrides --model-init-kwargs --rope-scaling",
-            "a model is trained as its config says. Change its config.json, and drop the flag."),
+            "it is read from the model's config.json. Edit that file, and drop the flag."),
     *_flags("--cache-dir", "set the environment variable HF_HOME, and drop the flag."),
     *_flags("--dataset-dir --dataset-prepared-path --tokenized-path",
-            "name the file itself: --dataset FILE. Encoded rows are kept by themselves."),
+            "name the file itself: --dataset FILE. Encoded rows are cached automatically."),
     *_flags("--dataset-test-split --validation-split-name",
             "the validation rows are the split called validation, valid, val or dev; "
             "--validation-file names others."),
@@ -233,11 +232,11 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
     *_flags("--pissa-convert --convert-pissa-to-lora",
             "an adapter is always saved for the untouched base. Drop it."),
     *_flags("--loraplus-lr-embedding", "embeddings are not adapted. Drop it."),
-    *_flags("--rank-dropout --module-dropout", "--lora-dropout is the dropout there is. Use that."),
+    *_flags("--rank-dropout --module-dropout", "use --lora-dropout instead."),
     *_flags("--use-galore --use-apollo --use-badam --use-adam-mini --use-muon --use-llama-pro "
             "--freeze-trainable-layers --lisa-activated-layers --lorafa --unfrozen-parameters",
             _OTHER_METHOD),
-    *_flags("--optim-target-modules", "it is of GaLore and APOLLO, which are not here. Drop it."),
+    *_flags("--optim-target-modules", "GaLore and APOLLO are not supported. Drop it."),
     *_flags("--gradient-checkpointing-kwargs",
             "activations are recomputed without reentrant autograd. Drop it.",
             dict.fromkeys(('{"use_reentrant": false}', '{"use_reentrant":false}',
@@ -246,14 +245,15 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
     *_flags("--torch-compile --torch-compile-backend --torch-compile-mode",
             "compiled steps are not offered; the fast step is on. Drop it."),
     *_flags("--auto-find-batch-size",
-            "it begins anew with fewer rows a step. --auto-micro-batch keeps them. Use that."),
+            "it would change the batch size. --auto-micro-batch keeps it. Use that."),
     *_flags("--full-determinism", "the same --seed gives the same adapter on a CPU. Drop it."),
     *_flags("--log-level --verbosity", "--quiet prints errors only. Use that.",
             {**dict.fromkeys(("passive", "info", "warning"),
                              NoOpValue("progress and warnings are shown")),
              **dict.fromkeys(("error", "critical"), "--quiet true")}),
     *_flags("--disable-tqdm", "expected true or false.",
-            {"true": NoOpValue("a bar is drawn in a terminal alone; --quiet prints errors only"),
+            {"true": NoOpValue("a progress bar is shown in terminals only; --quiet prints errors "
+                               "only"),
              "false": NoOpValue("progress is shown")}),
     *_flags("--bnb-4bit-quant-storage --bnb-4bit-quant-storage-dtype",
             "it serves to split a model over GPUs, which is not done. Drop it.",
@@ -280,13 +280,13 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
     *_flags("--log-completions", "completions are in rollouts.jsonl of the run. Drop it.",
             {"true": NoOpValue("completions are in rollouts.jsonl of the run")}),
     *_flags("--truncation-mode --truncation-side",
-            "--overlong says what becomes of a row that is too long. Use that."),
-    *_flags("--mix-strategy", "--mix gives the share of each data set. Use that."),
-    *_flags("--model-author", "a run makes no rows about itself. Drop it."),
+            "--overlong sets the action for rows that are too long. Use that."),
+    *_flags("--mix-strategy", "--mix sets the share of each dataset. Use that."),
+    *_flags("--model-author", "not supported. Drop it."),
     *_flags("--save-gguf --save-method --quantization --save-path",
             "ftlevel export RUN writes a .gguf and ftlevel merge RUN a model, when it is done."),
     *_flags("--freeze-vision-tower --freeze-vit --image-max-pixels --video-max-pixels",
-            "models of text are trained alone. Drop it."),
+            "only text models are supported. Drop it."),
     *_flags("--use-vllm --vllm-mode --vllm-gpu-memory-utilization",
             "--task rl samples with ftlevel's own decoder; ftlevel export RUN writes what other "
             "programs serve. Drop it.",
@@ -357,8 +357,8 @@ def read_template(text: str) -> str:
     name = text.strip().lower()
     if name not in known and not name.endswith((".jinja", ".jinja2")):
         raise ValueError(
-            "the chat template is the model's own. Drop it, or give one by --chat-template, which "
-            f"takes {', '.join(dict.fromkeys(known.values()))}, or a Jinja file"
+            f"the model's chat template is used. Drop it, or use --chat-template with "
+            f"{', '.join(dict.fromkeys(known.values()))}, or a Jinja file"
         )
     return known.get(name, text)
 
@@ -399,7 +399,7 @@ BF16: ValueAliases = {
         "another precision is asked for",
         "model.dtype",
         ("float32", "float16"),
-        otherwise="Add --dtype float32: auto takes bfloat16 where the device has it",
+        otherwise="Add --dtype float32: auto selects bfloat16 if the device supports it",
     ),
 }
 BITS = {
@@ -442,7 +442,7 @@ METHODS: ValueAliases = {
 NO_LIMIT = NoOpValue("there is no limit but the epochs", "train.max_steps", (None,))
 DO_EVAL: ValueAliases = {
     "true": NoOpValue(
-        "validation rows are scored at the end of each epoch where there are some",
+        "validation rows are evaluated at the end of each epoch",
         "train.eval_strategy",
         (None, "epoch", "steps"),
     ),

@@ -26,7 +26,7 @@ from ftlevel.extras.other_tools.aliases import (
 )
 from ftlevel.extras.other_tools.rl import convert_verl
 
-_NO_COUNTERPART = "ftlevel has nothing like it"
+_NO_COUNTERPART = "no equivalent in ftlevel"
 
 
 def convert(file: Path) -> list[str]:
@@ -53,7 +53,7 @@ def convert(file: Path) -> list[str]:
     typer.echo(f"# {file.name} of {tool}, converted by ftlevel {__version__}.")
     for key, reason in lost.items():
         typer.echo(f"# Not taken over: {key}: {reason}")
-        typer.echo(f"note: not taken over: {key}: {reason}", err=True)
+        typer.echo(f"note: not converted: {key}: {reason}", err=True)
     own = config.model_dump(mode="json", exclude_unset=True)
     typer.echo(yaml.safe_dump(own, sort_keys=False, allow_unicode=True), nl=False)
     return []

@@ -151,7 +151,7 @@ def read_run_facts(path: Path, predictions: Path | None = None) -> ReportedRun:
     `predictions` is a file of `ftlevel evaluate --predictions`; None uses the validation rows.
     """
     if not (path / SUMMARY).is_file():
-        here = "there is no such directory" if not path.is_dir() else f"it has no {SUMMARY}"
+        here = "no such directory" if not path.is_dir() else f"it has no {SUMMARY}"
         raise InputError(
             f"{path} is not a run that is done: {here}. Expected the directory that ftlevel train "
             "wrote, as runs/NAME."

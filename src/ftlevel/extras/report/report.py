@@ -30,9 +30,7 @@ def report(
             "their order."
         )
     if out is None and len(runs) > 1:
-        raise ConfigError(
-            f"{len(runs)} runs share no directory. Say where the page goes: --out report.html"
-        )
+        raise ConfigError(f"{len(runs)} runs have no common directory. Add --out report.html")
     if out is not None:
         check_absent("--out", out)
     answers: list[Path | None] = [*predictions] or [None for _ in runs]

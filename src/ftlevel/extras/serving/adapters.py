@@ -235,8 +235,8 @@ def _check_together(entries: Sequence[ServedModel], server: Server | None) -> No
         return
     if server is not None and not server.several:
         raise ConfigError(
-            f"--for {server.name} serves one adapter, and here are {len(entries)}: "
-            f"{join_names(entry.name for entry in entries)}. Name one of them."
+            f"--for {server.name} serves one adapter, and {len(entries)} are given: "
+            f"{join_names(entry.name for entry in entries)}. Choose one."
         )
     first = entries[0]
     for entry in entries[1:]:
@@ -244,8 +244,8 @@ def _check_together(entries: Sequence[ServedModel], server: Server | None) -> No
         marks = [card.get("fingerprint") for card in cards]
         if entry.base_name != first.base_name or (all(marks) and marks[0] != marks[1]):
             raise InputError(
-                f"{first.name} and {entry.name} have not the same base ({first.base_name} and "
-                f"{entry.base_name}), and a server holds one. Export them one by one."
+                f"{first.name} and {entry.name} have different bases ({first.base_name} and "
+                f"{entry.base_name}), and a server loads one. Export them separately."
             )
     templates = {entry.own_chat_template for entry in entries}
     if server is not None and len(templates) > 1:
@@ -327,7 +327,7 @@ class AdaptersExport:
             found = self.writer.read(own, form, entry)
             check = self._compare(entry, found, prompts, trained, base, device)
             if check.effect <= BOUND * check.scale:
-                listener.warn(f"{entry.name} changes nothing: its logits are the base's.")
+                listener.warn(f"{entry.name} has no effect: its logits equal the base's.")
         place = (
             str(own.relative_to(own.parent) / self.writer.file)
             if len(self.entries) > 1
@@ -396,7 +396,7 @@ class AdaptersExport:
             raise RunError(
                 f"what was written is not {entry.name}: read back and put onto its base by PEFT, "
                 f"its logits differ by up to {difference:.3g} (the largest is {scale:.3g}). "
-                "Nothing is saved. Merge it: --format merged. Please report this with the command."
+                "Nothing was saved. Use --format merged. Please report this with the command."
             )
         effect = answers.largest_difference(trained, base) if base is not None else 0.0
         kind = entry.found.card.quantization.get("kind", "none")
@@ -475,10 +475,10 @@ class AdaptersExport:
             if (check := adapter["check"]) is not None:
                 yield from _check_lines(check)
         if summary.get("dry_run"):
-            yield "dry run: everything but the numbers was checked, nothing was written."
+            yield "dry run: settings were checked, nothing was written."
         else:
             if not summary["verified"]:
-                yield "not verified (--no-verify); there are no answers for ftlevel check-served"
+                yield "not verified (--no-verify); no reference outputs for ftlevel check-served"
             yield f"saved {summary['out']}  ({summary['seconds']:.1f} s)"
         if summary["start"]:
             yield "serve it:"

@@ -261,14 +261,14 @@ def _advice(summary: Mapping[str, Any], served: ServingRecord) -> str:
     verdict, place = summary["verdict"], summary["asked"]
     if verdict == BASE:
         return (
-            f"{place} answers as the base: the adapter is not applied. Ask it by the adapter's "
-            "name (--model), and start it as export said: "
+            f"{place} returns the base model's outputs: the adapter is not applied. Select the "
+            f"adapter with --model, and start the server as export printed: "
             + " && ".join(served.facts.get("start") or ["see its README.md"])
         )
     if verdict == EITHER:
         return (
-            "the adapter answers these prompts as its base does, so it cannot be told whether it "
-            "is applied. Use prompts of the task that it was trained for."
+            "the adapter and its base give the same outputs on these prompts, so the check "
+            "cannot tell whether the adapter is applied. Use prompts of its training task."
         )
     return (
         f"{place} answers neither as trained nor as the base. Is its base the same model, its "

@@ -55,8 +55,8 @@ class CheckServedConfig(Section):
     def _asks_one(self) -> CheckServedConfig:
         if (self.url is None) == (self.inside is None):
             raise ValueError(
-                "--url or --in: give one of them, the address of a running server or the library "
-                "to load it in"
+                "--url or --in: give exactly one of them: the address of a running server, or "
+                "the library to load the model in"
             )
         if self.python is not None and self.inside is None:
             raise ValueError("--python is of --in, and a server at --url has its own. Drop it")

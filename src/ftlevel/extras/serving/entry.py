@@ -289,7 +289,7 @@ def _named(entry: ServedModel) -> str:
 def open_entry(name: str, found: ModelRef, server: Server | None) -> ServedModel:
     """Return the entry of `found`; raise InputError if it is not an adapter that PEFT can load."""
     if found.directory is None:
-        what = f"{name} is a whole model, and there is no adapter to write"
+        what = f"{name} is a full model without an adapter"
         if server is not None and "merged" in server.formats and found.source.kind != "gguf":
             hub = found.source.kind == "hub"
             place = Path(found.source.name if hub else found.source.location)
@@ -316,8 +316,8 @@ def check_for(entry: ServedModel, server: Server | None) -> list[str]:
     if kind != "none" and not stored:
         notes.append(
             f"{entry.name} was trained on a base in {kind}; a server that loads "
-            f"{entry.base_name} in 16 or 32 bits gives the adapter another base than the one it "
-            "was trained on. ftlevel merge onto the dequantized weights is what was trained"
+            f"{entry.base_name} in 16 or 32 bits uses other base weights than training did. To "
+            f"serve exactly what was trained, run ftlevel merge --onto dequantized"
         )
     if server is None:
         return notes
@@ -363,7 +363,7 @@ def check_form(form: Any, entry: ServedModel, server: Server | None) -> Any:
         return form
     if form.whole_modules:
         raise InputError(
-            f"{server.title} does not load modules that were trained as a whole, here "
+            f"{server.title} does not load fully trained modules, here "
             f"{join_names(form.whole_modules, 2)}. Merge it"
         )
     if not server.vocabulary and (words := form.in_vocabulary):

@@ -220,7 +220,7 @@ def read_served(out: Path) -> ServingRecord:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not as export writes it ({error!r}). Export again.") from None
     if not any(adapter.prompts for adapter in adapters):
-        raise InputError(f"{path} holds no answers: its model does not go on writing after a text.")
+        raise InputError(f"{path} has no reference outputs: its model does not generate text.")
     return ServingRecord(path, facts, adapters)
 
 

@@ -445,8 +445,7 @@ def fetch_kernel(named: str) -> HubKernel:
     function = getattr(module, FUNCTION, None)
     if function is None:
         raise InputError(
-            f"{named} has no {FUNCTION}, so it cannot attend to rows of sequences. Choose "
-            f"another in "
+            f"{named} has no {FUNCTION}, so it does not support packed rows. Choose another in "
             "speed.attention_kernel (kernels-community/flash-attn3@1), or drop it."
         )
     return HubKernel.read(function)

@@ -150,7 +150,7 @@ def check_file(
         raise RunError(
             f"the file is not the model: read back by transformers, its logits differ by up to "
             f"{file.max_difference:.3g} from those of the model in {outtype} (KL {file.kl:.3g}, "
-            f"top-1 {file.top1:.1%}). Nothing is saved. Please report this with the command."
+            f"top-1 {file.top1:.1%}). Nothing was saved. Please report this with the command."
         )
     splitting = vocabulary.pre in READ_BY_TRANSFORMERS
     run = beside_run(model) if beside_run else None
@@ -237,7 +237,7 @@ def check_tokens(found: Any, own: Any, vocabulary: Vocabulary) -> int:
         if wanted != got:
             raise RunError(
                 f"the file's tokenizer is not the model's: {text!r} gives {got}, and should give "
-                f"{wanted}. Nothing is saved. Please report this with the command."
+                f"{wanted}. Nothing was saved. Please report this with the command."
             )
     return len(texts)
 

@@ -137,8 +137,7 @@ def _of_chat(
             None,
             stops,
             [
-                "The model's chat template is not fixed texts around turns, so no TEMPLATE is "
-                "given:",
+                "The model's chat template cannot be written as a TEMPLATE:",
                 "Ollama looks at the one in the file, and where it does not know it, at none.",
             ],
         )
@@ -151,7 +150,7 @@ def _of_chat(
     template = chat_template(layout.around, layout.opening, generation, start)
     comments = []
     if "system" not in layout.around:
-        comments = ["The model's chat template has no turn for a system text: SYSTEM is left out."]
+        comments = ["The model's chat template has no system turn: SYSTEM is omitted."]
     reason = "its turns, checked against Jinja"
     return Prompting("chat template", reason, template, stops, comments)
 

@@ -366,8 +366,8 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
                 return getattr(module, fan_in), getattr(module, fan_out)
         if not hasattr(self.model, "config"):
             raise ValueError(
-                f"{type(module).__name__} does not say how wide its input and output are, and the "
-                "model has no config. Name linears in target_modules."
+                f"{type(module).__name__} does not expose its input and output size, and the "
+                f"model has no config. Name linear layers in target_modules."
             )
         hidden = self.model.config.get_text_config().hidden_size
         return hidden, hidden

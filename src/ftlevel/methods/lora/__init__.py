@@ -349,8 +349,8 @@ def check(spec: LoraSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
         ) from None
     problems = [
         f"method.{field}: {pattern!r} matches none of the {len(sizes):,} adapted modules "
-        f"({names}) and would be ignored. Give the end of a module's name or a "
-        "regular expression."
+        f"({names}) and would be ignored. Expected the end of a module name, or a regular "
+        f"expression."
         for field, pattern in ignored
     ]
     if problems:
@@ -384,8 +384,8 @@ def refuse_quantized(spec: LoraSpec, base: QuantizedCheckpoint) -> str | None:
     if spec.init_lora_weights == "loftq":
         return (
             f"--init loftq starts from the quantization error, and --model "
-            f"{base.name} is quantized already ({base.form}). Give the original model with --quant "
-            "4bit, or use --init default."
+            f"{base.name} is quantized already ({base.form}). Use the original model with "
+            f"--quant 4bit, or --init default."
         )
     return None
 

@@ -168,8 +168,8 @@ def kv_shape(attention: nn.Module) -> tuple[int, int]:
     )
     if not heads or not width:
         raise ValueError(
-            f"{type(attention).__name__} does not say how many heads it has and how wide they are, "
-            "so there is no place for a prefix. Name attentions in target_modules, or leave it out."
+            f"{type(attention).__name__} does not expose its number of heads and their size, so "
+            f"a prefix cannot be added. Name attention modules in target_modules, or drop it."
         )
     return heads // (_first(attention, ("num_key_value_groups",)) or 1), width
 

@@ -40,7 +40,7 @@ def find_family(name: str) -> Family:
     close = closest_matches(_fold(name), _INDEX, count=3)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise InputError(
-        f"{name!r} is neither a family that ftlevel knows nor a model.{hint} "
+        f"{name!r} is neither a supported family nor a model.{hint} "
         f"Families: {', '.join(FAMILIES)}. "
-        "For a model, give its directory or its full id: ftlevel list-targets OWNER/NAME"
+        "For a model, use its directory or full id: ftlevel list-targets OWNER/NAME"
     )

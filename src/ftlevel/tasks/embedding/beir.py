@@ -63,9 +63,9 @@ def read_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
             relevant.setdefault(str(query), set()).add(positions[documents[str(document)]])
     if lost:
         raise InputError(
-            f"{len(lost):,} judgments name a query or document that is not there: "
-            f"{join_names(lost, 2)}. Queries are of {place / 'queries.jsonl'}, documents of "
-            f"{corpus}. Name another corpus with --corpus."
+            f"{len(lost):,} judgments refer to a missing query or document: "
+            f"{join_names(lost, 2)}. Queries are read from {place / 'queries.jsonl'}, documents "
+            f"from {corpus}. Choose another corpus with --corpus."
         )
     if not relevant:
         raise InputError(f"{qrels}: no score is above 0. Give relevant documents a score of 1.")

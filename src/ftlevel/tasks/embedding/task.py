@@ -98,8 +98,8 @@ class EmbeddingTask(BaseTask):
         form = replace(form, **given)
         if not form.include_prompt:
             raise ConfigError(
-                f"{source.words} leaves its prompts out of the pooling (include_prompt), which "
-                "ftlevel does not. Choose another model."
+                f"{source.words} excludes its prompts from pooling (include_prompt: false), "
+                f"which is not supported. Choose another model."
             )
         end = _end_of(tokenizer, source.name) if form.pooling == "last" else None
         dims = self.settings.matryoshka_dims
@@ -359,26 +359,26 @@ def _check_examples(examples: Sequence[EmbeddingRow]) -> LabelKind:
     """Return what the labels mean; raise `InputError` for rows that nothing can be learned from."""
     kind = _kind_of(examples)
     if any(e.kind != examples[0].kind for e in examples):
-        raise InputError("some rows have a score and others have none. Give all rows one layout.")
+        raise InputError("some rows have a score and others do not. Use one layout for all rows.")
     if kind in ("score", "label"):
         if (
             len(labels := {label for e in examples for label in e.labels}) == 1
             and len(examples) > 1
         ):
             raise InputError(
-                f"the label of all {len(examples):,} rows is {labels.pop():g}, so nothing can be "
-                "learned from it. Give different labels, or drop the column for --loss mnrl."
+                f"the label of all {len(examples):,} rows is {labels.pop():g}, which teaches "
+                f"nothing. Use different labels, or drop the column for --loss mnrl."
             )
     elif kind == "class":
         if len({e.group for e in examples}) == 1:
             raise InputError(
-                f"the class of all {len(examples):,} rows is {examples[0].group!r}, so nothing can "
-                "be learned from it. Give rows of several classes."
+                f"the class of all {len(examples):,} rows is {examples[0].group!r}, which "
+                f"teaches nothing. Use rows of several classes."
             )
     elif all(set(e.positives) == {e.query} for e in examples):
         raise InputError(
-            "the positive of every row equals its query, so there is nothing to learn. Name the "
-            "column of the documents: --map positive=COLUMN."
+            "the positive of every row equals its query, which teaches nothing. Set the column "
+            "of the documents: --map positive=COLUMN."
         )
     return kind
 
@@ -397,7 +397,7 @@ def _check_loss(
     if facts.columns != wants:
         usable = [name for name, other in LOSSES.items() if other.columns == wants]
         raise InputError(
-            f"--loss {loss} learns from {facts.columns}, and these rows have {_WORDS[kind]}. Use "
+            f"--loss {loss} needs {facts.columns}, and these rows have {_WORDS[kind]}. Use "
             f"--loss {join_names(usable, 9)}."
         )
     for example in examples if facts.needs_negatives else ():

@@ -272,7 +272,7 @@ def _best_and_worst(roles: RoleValues) -> tuple[object, object, tuple[float, ...
             )
         graded.append((float(number), text))
     if len({number for number, _ in graded}) < 2:
-        raise UnusableRowError(f"{column!r} has no two answers of which one is better")
+        raise UnusableRowError(f"{column!r} has no pair of answers with a preference")
     best, worst = max(graded, key=lambda g: g[0]), min(graded, key=lambda g: g[0])
     return best[1], worst[1], (best[0], worst[0])
 

@@ -387,8 +387,8 @@ class Preferences(LikelihoodObjective):
             than = "with the reference" if self.settings.other_reference else "before training"
             warnings.append(
                 f"{both} are less likely than {than} ({names[0]} {changes[0]:+.2f} nats, "
-                f"{names[1]} {changes[1]:+.2f}): what the model writes may be neither (likelihood "
-                f"displacement). Look at samples; {advice} --loss rpo holds it back."
+                f"{names[1]} {changes[1]:+.2f}): the model may generate neither (likelihood "
+                f"displacement). Inspect samples; {advice} --loss rpo limits it."
             )
         right, length = metrics.get("reward_accuracy"), metrics.get("length_accuracy", 0.0)
         if right is not None and 0.5 < right <= length:

@@ -72,15 +72,15 @@ class AnswerTask(BaseTask):
         if self.settings.facts.paired and not is_mapped and not fits(columns, PAIR_SHAPES):
             if fits(columns, JUDGED_SHAPES):
                 raise InputError(
-                    f"--loss {loss} learns from pairs of answers, and these rows have one answer "
-                    "each, good or bad. Use --loss kto."
+                    f"--loss {loss} needs pairs of answers, and these rows have one rated answer "
+                    f"each. Use --loss kto."
                 )
             half = {"chosen", "rejected"} & {column.lower() for column in columns}
             if len(half) == 1:
                 present, missing = half.copy().pop(), ({"chosen", "rejected"} - half).pop()
                 raise InputError(
-                    f"there is a column {present!r}, and no {missing!r}: --task {self.name} learns "
-                    f"from pairs of answers. Name it: --map {missing}=COLUMN."
+                    f"there is a column {present!r}, and no {missing!r}: --task {self.name} "
+                    f"needs pairs of answers. Use --map {missing}=COLUMN."
                 )
         task = (
             self

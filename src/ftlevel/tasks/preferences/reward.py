@@ -79,8 +79,8 @@ class RewardTask(AnswerTask):
     def build_query(self, prompt: str, context: str | None, number: int) -> Any:
         """Raise `InputError`: a prompt without an answer has no score."""
         raise InputError(
-            "a reward model scores answers to prompts. Ask it by ftlevel predict, with columns "
-            "prompt and completion."
+            "a reward model scores answers to prompts. Use ftlevel predict with columns prompt "
+            "and completion."
         )
 
     def answer_columns(

@@ -301,9 +301,9 @@ class PreferenceEncoder:
             if prompt < min(starts) - _JOINED:
                 raise RowError(
                     example.row,
-                    f"has another prompt before each answer, from token {prompt + 1} on: the chat "
-                    f"template of {self.tokenizer.name_or_path} writes it by what follows. Use "
-                    "another one: --chat-template.",
+                    f"encodes the prompt differently for each answer, from token {prompt + 1} "
+                    f"on: the chat template of {self.tokenizer.name_or_path} depends on what "
+                    f"follows. Choose another with --chat-template.",
                 )
             one, two = (
                 _mask_earlier_answers(row, at) for row, at in zip((one, two), starts, strict=True)

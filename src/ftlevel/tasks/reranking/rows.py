@@ -123,8 +123,8 @@ def prepare_tokenizer(tokenizer: Any, kind: str) -> Choice | None:
         )
     if not tokenizer.is_fast:
         raise InputError(
-            f"the tokenizer of {tokenizer.name_or_path} is not a fast one, and cannot mark where a "
-            "document begins. Convert it to tokenizer.json."
+            f"the tokenizer of {tokenizer.name_or_path} is not a fast tokenizer and cannot mark "
+            f"where a document begins. Convert it to tokenizer.json."
         )
     before = tokenizer("")["input_ids"]
     bos = before[:1] == [tokenizer.bos_token_id]

@@ -228,8 +228,8 @@ def resolve_loss(settings: RerankingConfig, examples: Sequence[EmbeddingRow]) ->
     labels = Counter(label for example in examples for label in example.labels)
     if len(labels) == 1:
         raise InputError(
-            f"all documents have label {next(iter(labels)):g}, and a reranker learns from relevant "
-            "and irrelevant ones. Add negatives: ftlevel mine."
+            f"all documents have label {next(iter(labels)):g}, and a reranker needs relevant and "
+            f"irrelevant documents. Add negatives with ftlevel mine."
         )
     contrasts = sum(len(set(example.labels)) > 1 for example in examples)
     loss = settings.loss or ("lce" if contrasts else "bce")
@@ -237,19 +237,19 @@ def resolve_loss(settings: RerankingConfig, examples: Sequence[EmbeddingRow]) ->
     if facts.listed and contrasts < len(examples):
         raise InputError(
             f"--loss {loss} compares the documents of a query, and "
-            f"{len(examples) - contrasts:,} of {len(examples):,} rows have no two of different "
-            "relevance. Use --loss bce, or give each query a relevant and an irrelevant document."
+            f"{len(examples) - contrasts:,} of {len(examples):,} rows have no documents of "
+            f"different relevance. Use --loss bce, or add a relevant and an irrelevant document "
+            f"to each query."
         )
     if facts.bounded and not all(0 <= label <= 1 for label in labels):
         worst = max(labels, key=lambda label: abs(label - 0.5))
         raise InputError(
-            f"--loss {loss} needs labels from 0 to 1, and there is {worst:g}. Use --loss lambda or "
-            "mse."
+            f"--loss {loss} needs labels from 0 to 1, found {worst:g}. Use --loss lambda or mse."
         )
     if facts.taught and not all(example.teacher for example in examples):
         raise InputError(
-            f"--loss {loss} learns a teacher's scores, and the rows have none. Add a column label "
-            "with a score for each document, or use --loss lce."
+            f"--loss {loss} needs teacher scores, and the rows have none. Add a column label "
+            f"with a score for each document, or use --loss lce."
         )
     good = sum(count * label for label, count in labels.items() if 0 <= label <= 1)
     balance = (labels.total() - good) / good if good else 1.0

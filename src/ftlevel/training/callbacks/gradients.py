@@ -125,7 +125,7 @@ class Recovery(TrainerCallback):
         self._last = step
         if self._consecutive > _PATIENCE:
             raise RunError(
-                f"{problem}, and so it was in the {_PATIENCE} steps before, which were left out. "
+                f"{problem}, as in the {_PATIENCE} steps before, which were skipped. "
                 f"Lower --learning-rate, or use --dtype float32. {self._kept()}"
             )
         self._trainer.drop_gradient()
@@ -273,7 +273,7 @@ class GradientMonitor(TrainerCallback):
                 f"{len(wrong):,} of {len(self._trainable):,} trained tensors are not finite "
                 f"after "
                 f"step {step}, such as {wrong[0]}",
-                "They are not saved. Lower --learning-rate, or use another --optim.",
+                "Nothing was saved. Lower --learning-rate, or use another --optim.",
                 in_weights=True,
             )
 
@@ -307,8 +307,8 @@ class GradientMonitor(TrainerCallback):
             step, name, _ = wrong[0]
             verb = "are" if name == "weights" else "is"
             raise RunError(
-                f"the {name} {verb} not finite at step {step}, which a GPU is asked for every "
-                f"{LATEST} steps: this is step {state.global_step}. Nothing since is saved. Lower "
+                f"the {name} {verb} not finite at step {step}, checked every {LATEST} steps on a "
+                f"GPU: this is step {state.global_step}. Nothing since then is saved. Lower "
                 "--learning-rate, or use --dtype float32."
             )
 

@@ -51,7 +51,7 @@ def check_disk_space(directory: Path | None, train: TrainerConfig, model: Any, s
             f"--output-dir {output_dir}: its disk has {free / 1e9:,.2f} GB free, and the run needs "
             f"about {one * count / 1e9:,.2f} GB there: {count} x {one / 1e9:,.2f} GB of "
             f"checkpoints (--save-total-limit {train.save_total_limit}, and the one that is being "
-            "written). Free some, keep fewer, or name a directory on another disk."
+            "written). Free space, keep fewer, or choose a directory on another disk."
         )
 
 
@@ -125,9 +125,9 @@ def _describe_checkpoint(directory: RunDirectory) -> str:
     # On resume, newer incomplete checkpoints are renamed with a warning.
     checkpoint, _ = checkpoints.find_newest_intact(directory.checkpoints)
     if checkpoint is None:
-        return "There is no valid checkpoint: fix that, and start again with --overwrite."
+        return "There is no valid checkpoint: Fix that, and start again with --overwrite."
     return (
-        f"{checkpoint} is whole. Fix that, and go on with: ftlevel train --output-dir "
+        f"{checkpoint} is complete. Fix that, and resume with: ftlevel train --output-dir "
         f"{quote(str(directory.path))} --resume"
     )
 

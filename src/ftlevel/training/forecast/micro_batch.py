@@ -83,14 +83,13 @@ def fit_micro_batch(run: Run, memory: int) -> Run:
     """
     if run.config.train.shard != "none":
         raise ConfigError(
-            "--auto-micro-batch fits a micro-batch beside the whole base, and --shard parts it. "
-            "Drop one of them, or name the tokens: --tokens-per-micro-batch N."
+            "--auto-micro-batch does not support --shard. Drop one of them, or set "
+            "--tokens-per-micro-batch N."
         )
     if not run.fast.enabled:
         raise ConfigError(
-            "--auto-micro-batch chooses the tokens of a micro-batch, and the plain step has none: "
-            "its rows are padded together. Drop it, or what makes the step plain (--no-fast, "
-            "--neftune-noise-alpha)."
+            "--auto-micro-batch needs the fast step. Drop it, or the flag that disables the fast "
+            "step (--no-fast, --neftune-noise-alpha)."
         )
     best, default_tokens = _find(run, memory), run.fast.tokens
     is_small = best.tokens < min(FEWEST_TOKENS, default_tokens)

@@ -67,8 +67,8 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
     if is_model(name):
         if "name_or_path" in config.model.model_fields_set:
             raise ConfigError(
-                f"--adapter {name} is a whole model, and --model {config.model.name_or_path} names "
-                "another. Use one of them."
+                f"--adapter {name} is a full model, and --model {config.model.name_or_path} is "
+                f"given too. Use one of them."
             )
         values = config.model_dump(exclude_unset=True)
         values["model"] |= {"name_or_path": str(directory), "adapter": None}
@@ -113,7 +113,9 @@ def _check_kind(name: str, directory: Path, output_dir: Path | None) -> None:
             "a new adapter with --method adapter."
         )
     if not (directory / ADAPTER_CONFIG).is_file():
-        problem = "holds neither an adapter nor a model" if directory.exists() else "does not exist"
+        problem = (
+            "contains neither an adapter nor a model" if directory.exists() else "does not exist"
+        )
         raise ConfigError(
             f"--adapter {name} {problem}. Name a run of ftlevel, its adapter directory, an "
             f"adapter of "
@@ -177,8 +179,8 @@ def _kind_of(adapter: StartingAdapter) -> str:
         if method.merging.peft_types[:1] == (peft_type,) and not method.register:
             return kind
     raise ConfigError(
-        f"--adapter {adapter.name} is of type {peft_type}, which PEFT wrote and no --method here "
-        "trains on. ftlevel list-methods shows those there are."
+        f"--adapter {adapter.name} is of type {peft_type}, which no --method can continue. See "
+        f"ftlevel list-methods."
     )
 
 
@@ -195,7 +197,7 @@ def _check_flags(config: TrainConfig, adapter: StartingAdapter, spec: MethodConf
         raise ConfigError(
             f"--adapter {adapter.name} was trained by --method {spec.kind}, which cannot be "
             f"continued: "
-            f"{reason}. ftlevel merge makes a model of it to train on."
+            f"{reason}. Merge it with ftlevel merge and train on the result."
         )
     requested, card, problems = config.method, adapter.card, list[str]()
 

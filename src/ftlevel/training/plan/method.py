@@ -89,8 +89,8 @@ def _modules(spec: MethodConfig, method: Method, tree: ModuleTree, model_name: s
     names = method.find_targets(spec, tree.model)
     if not names and spec.targets_linears:
         raise ConfigError(
-            f"--method {spec.kind} finds nothing to adapt by name in {model_name}. "
-            f"Name the modules with --target-modules. Try: ftlevel list-targets {model_name}"
+            f"--method {spec.kind} matches no module of {model_name}. Set --target-modules. Try: "
+            f"ftlevel list-targets {model_name}"
         )
     return names
 
@@ -194,9 +194,9 @@ def resolve_quantization(
     form = quant.kind if stored is None else quantization_name(stored)
     if device == "mps" and form != "none":
         raise ConfigError(
-            f"--device mps: a base in {form} is not trained on Apple's GPU: its kernels were never "
-            "tried with ftlevel there, and on macOS 26 bitsandbytes fetches them from the Hub. Use "
-            "--device cpu, or a model in floating point without --quant."
+            f"--device mps: a base in {form} is not trained on Apple's GPU: ftlevel has not been "
+            f"tested with its kernels there. Use --device cpu, or a model in floating point "
+            f"without --quant."
         )
     if stored is None:
         return quant
@@ -221,7 +221,7 @@ def resolve_experts(
     if not next(ModuleTree(meta).experts(), None):
         reason = "the model has no experts in one tensor"
     elif quant.kind != "4bit":
-        reason = "bitsandbytes has 8 bits for linears alone"
+        reason = "bitsandbytes supports 8 bits for linear layers only"
     elif stored:
         reason = "they are what the checkpoint holds"
     elif getattr(method, "target_parameters", None):
@@ -253,8 +253,8 @@ def check_method(
     rolls_back = train.on_nonfinite == "rollback" or train.spike_factor is not None
     if rolls_back and method.callbacks is not None:
         raise ConfigError(
-            f"--method {spec.kind} changes its shape in the course of a run, so that it "
-            "cannot go back to a checkpoint: use --on-nonfinite skip, and no --spike-factor."
+            f"--method {spec.kind} changes its shape during a run and cannot roll back to a "
+            f"checkpoint. Use --on-nonfinite skip, without --spike-factor."
         )
 
 

@@ -352,8 +352,8 @@ def _check_checkpointing(train: TrainerConfig, model: Any, device: str) -> None:
     """Reject checkpointing or activation offloading that model or device does not support."""
     if train.offload_activations and device != "cuda":
         raise ConfigError(
-            f"--offload-activations holds a GPU's activations in the host's memory, and the device "
-            f"is {device}. Use --gradient-checkpointing."
+            f"--offload-activations needs a GPU, and the device is {device}. Use "
+            f"--gradient-checkpointing."
         )
     if train.recomputes and not model.supports_gradient_checkpointing:
         raise ConfigError(
@@ -450,15 +450,15 @@ def check_packages(model: ModelConfig, speed: SpeedConfig, output: OutputConfig)
         if not is_flash_attn_2_available():
             problems.append(
                 "model.attn_implementation flash_attention_2 needs a CUDA device and the package "
-                "flash-attn, and not both are here. Use sdpa, or leave it at auto."
+                "flash-attn. Use sdpa or auto."
             )
     if kernel := speed.attention_kernel:
         if torch.cuda.is_available():
             fetch_kernel(kernel)
         else:
             problems.append(
-                f"speed.attention_kernel {kernel} is for an NVIDIA GPU, and none is here. Drop it: "
-                "a CPU attends by an attention of its own."
+                f"speed.attention_kernel {kernel} needs an NVIDIA GPU. Drop it; the CPU has its "
+                f"own attention."
             )
     if problems:
         raise ConfigError(problems)

@@ -98,9 +98,9 @@ def find_default_model_warnings(model: ModelConfig, data: DataConfig) -> list[st
     if not is_user_data or "name_or_path" in model.model_fields_set:
         return []
     return [
-        f"no model is named, so the built-in one of 2.6 M parameters ({DEFAULT_MODEL}) learns from "
-        f"{data.dataset}. It is for trying things out. Name one of use: --model "
-        "HuggingFaceTB/SmolLM2-135M-Instruct, for one."
+        f"no --model given: the built-in model with 2.6 M parameters ({DEFAULT_MODEL}) is "
+        f"trained on {data.dataset}, as a demo. For real use, add for example --model "
+        f"HuggingFaceTB/SmolLM2-135M-Instruct."
     ]
 
 
@@ -111,20 +111,20 @@ def check_schedule(config: TrainerConfig, rate: float, steps: int, validation_ro
     for floor in ("min_lr", "lr_end"):
         if (low := options.get(floor)) is not None and not 0 <= float(low) < rate:
             problems.append(
-                f"{flag} {floor}={low}: the rate would fall from {rate:g} to it. Give less than "
-                f"{rate:g}, or a higher --learning-rate."
+                f"{flag} {floor}={low}: it must be below the learning rate {rate:g}. Use less "
+                f"than {rate:g}, or a higher --learning-rate."
             )
     if name == PLATEAU and (not validation_rows or config.eval_strategy == "no"):
         problems.append(
-            f"--lr-scheduler-type {name} uses the loss on validation rows, and nothing is "
-            "evaluated. Add --validation-split 0.05, or use another."
+            f"--lr-scheduler-type {name} needs validation rows. Add --validation-split 0.05, or "
+            f"use another."
         )
     if (decay := options.get("num_decay_steps")) is not None:
         warmup = config.warmup_steps * (steps if config.warmup_steps < 1 else 1)
         if float(decay) + warmup > steps:
             problems.append(
                 f"{flag} num_decay_steps={decay}: the run has {steps:,} steps, of which "
-                f"{warmup:,.0f} are warm-up. Give no more than {steps - warmup:.0f}."
+                f"{warmup:,.0f} are warm-up. Use at most {steps - warmup:.0f}."
             )
     if problems:
         raise ConfigError(problems)
@@ -145,14 +145,11 @@ def find_warnings(
         advice := LEARNING_RATE_ADVICE.get(config.optim.removeprefix("paged_").split("_")[0])
     ):
         warnings.append(
-            f"--optim {config.optim}: the learning rate was measured with AdamW, and {advice}. "
-            "Give one by --learning-rate."
+            f"--optim {config.optim}: the default learning rate was measured with AdamW, and "
+            f"{advice}. Set --learning-rate."
         )
     if config.head_learning_rate is not None and not new_head:
-        warnings.append(
-            "--head-learning-rate: the model gets no new head, so nothing learns at this rate; "
-            "--learning-rate is that of all that is trained."
-        )
+        warnings.append("--head-learning-rate: the model has no new head. Use --learning-rate.")
     flags = {
         "--eval-steps": config.eval_steps,
         "--eval-strategy": config.eval_strategy in ("steps", "epoch"),
@@ -161,8 +158,7 @@ def find_warnings(
     if not validation_rows and any(flags.values()):
         name = next(name for name, value in flags.items() if value)
         warnings.append(
-            f"{name}: there are no validation rows, so nothing is evaluated; "
-            "--validation-split 0.05 holds some back."
+            f"{name}: there are no validation rows to evaluate. Add --validation-split 0.05."
         )
     return warnings
 
@@ -219,18 +215,15 @@ def _check(train: TrainerConfig, task: str, objective: Objective) -> None:
     is_judged = task in PREFERENCE_TASKS  # preference losses have their own smoothing
     if train.label_smoothing_factor and not (objective.one_of_many or is_judged):
         problems.append(
-            f"--label-smoothing-factor {train.label_smoothing_factor:g} spreads a target "
-            "over tokens, tags or classes, of which one is right, and here the labels are of "
-            "another kind. Drop it."
+            f"--label-smoothing-factor {train.label_smoothing_factor:g} needs labels of a single "
+            f"token, tag or class. Drop it."
         )
     for flag, is_set in (
         ("--class-weights", train.class_weights is not None),
         (f"--focal-gamma {train.focal_gamma:g}", train.focal_gamma > 0),
     ):
         if is_set and not objective.has_classes:
-            problems.append(
-                f"{flag} is for classes and tags, and --task {task} learns none here. Drop it."
-            )
+            problems.append(f"{flag} needs classes or tags, and --task {task} has none. Drop it.")
     if problems:
         raise ConfigError(problems)
 
@@ -240,7 +233,7 @@ def _read_weights(requested: Mapping[str, float], names: Sequence[str]) -> tuple
     unknown = [name for name in requested if name not in names]
     if unknown:
         raise ConfigError(
-            f"--class-weights: no class is called {join_names(map(repr, unknown))}."
+            f"--class-weights: there is no class {join_names(map(repr, unknown))}."
             f"{did_you_mean(unknown[0], names)} Classes here: {join_names(names, 20)}."
         )
     return tuple(requested.get(name, 1.0) for name in names)
@@ -297,7 +290,7 @@ def text_positions(spec: MethodConfig, model_config: Any) -> int | None:
     taken = method.positions(spec)
     if taken >= positions:
         raise ConfigError(
-            f"--method {spec.kind} with num_virtual_tokens {taken:,} leaves no room for "
-            f"text in the {positions:,} positions of {model_config.model_type}. Use fewer."
+            f"--method {spec.kind} with num_virtual_tokens {taken:,} leaves no positions for "
+            f"text ({positions:,} in {model_config.model_type}). Use fewer."
         )
     return positions - taken

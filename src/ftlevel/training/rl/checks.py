@@ -99,7 +99,7 @@ def describe(
         Choice(
             "groups with signal",
             f"{metrics['groups_with_signal']:.0%}",
-            "their rewards differ; the others teach nothing",
+            "their rewards differ; other groups have no gradient",
         ),
         Choice(
             "length",
@@ -126,7 +126,7 @@ def find_problem(metrics: dict[str, float], facts: Sequence[GroupFacts], length:
     if metrics["truncated"] > MOST_TRUNCATED:
         return (
             f"{metrics['truncated']:.0%} of the completions are cut at {length:,} tokens before "
-            "they end, so that what is rewarded is not what the model says. Raise "
+            "they end, so the rewards do not apply to complete answers. Raise "
             "--max-completion-length, end completions by --stop TEXT, or train on such answers "
             "first (--task text-generation). --check-groups 0 skips this check."
         )
@@ -134,8 +134,9 @@ def find_problem(metrics: dict[str, float], facts: Sequence[GroupFacts], length:
         reward = metrics.get("reward", 0.0)
         same = f"all completions of a prompt have the same reward (mean {reward:.3f})"
         return (
-            f"in all {len(facts)} sampled groups {same}: there is nothing to learn from. Use "
-            "easier prompts, more --num-generations, a supervised run first (--adapter RUN), or a "
+            f"in all {len(facts)} sampled groups {same}: these groups have no learning signal. "
+            f"Use easier prompts, more --num-generations, a supervised run first (--adapter RUN), "
+            f"or a "
             "reward with steps between 0 and 1. --check-groups 0 skips this check."
         )
     return ""

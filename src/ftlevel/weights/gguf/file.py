@@ -337,8 +337,8 @@ def _pack(tensor: GGUFTensor) -> Any:
         narrow = value.to(torch.float16).contiguous()
         if not torch.isfinite(narrow).all():
             raise RunError(
-                f"{tensor.source} has numbers beyond float16, which ends at 65,504. Nothing was "
-                "written. Use --outtype bf16 or f32."
+                f"{tensor.source} has values above float16's maximum of 65,504. Nothing was "
+                f"written. Use --outtype bf16 or f32."
             )
         return narrow.numpy()
     return quantize(value.float().contiguous().numpy(), OUTTYPES[tensor.outtype][0])

@@ -294,7 +294,7 @@ THREADS = [{"thread": [{"who": "a", "said": "b"}], "ref": 7}]
         ("summarization", TICKETS, "--map 'document=What happened' --map 'summary=Head line'."),
         ("text-generation", THREADS, "--map messages=thread."),
         ("text-classification", [{"image": "a.png", "label": 1}],
-         "Columns: 'image', 'label'. 'image' holds no text, from which ftlevel trains."),
+         "Columns: 'image', 'label'. 'image' contains no text."),
         ("token-classification", [{"note": "Ada", "marks": [{"start": 0}]}],
          "--map text=note --map spans=marks."),
     ],

@@ -177,7 +177,7 @@ MESSAGES_BAD: list[tuple[Any, str]] = [
     ),
     (
         [ASK, {**ANSWER, "weight": 0}],
-        "turn 2 of 'messages' has weight 0; turns can't be left out one by one yet",
+        "turn 2 of 'messages' has weight 0; per-turn weights are not supported",
     ),
 ]
 
@@ -203,7 +203,7 @@ MESSAGES_BAD: list[tuple[Any, str]] = [
         (
             SUM,
             {"messages": [ASK, ANSWER, ASK, ANSWER]},
-            "has 4 turns, where one question and one answer make a source and a target",
+            "has 4 turns, expected one question and one answer",
         ),
         (CLS, {"text": "t", "label": None}, "'label' is null"),
         (CLS, {"text": "t", "label": ""}, "'label' is empty"),
@@ -280,5 +280,5 @@ def test_a_split_that_lacks_a_column() -> None:
         to_examples(table_of({"text": "t", "class": 1}), found)
     assert str(caught.value) == (
         "x.jsonl: has no column 'label'. Columns: 'text', 'class'. "
-        "Give every split the same columns."
+        "Use the same columns in every split."
     )

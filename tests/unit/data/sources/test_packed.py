@@ -179,7 +179,7 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("shutil.copyfileobj", fill)
-    with pytest.raises(InputError, match=r"no room to unpack it in .*TMPDIR="):
+    with pytest.raises(InputError, match=r"not enough space to unpack it in .*TMPDIR="):
         read_table(packed)
 
 

@@ -24,17 +24,17 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
 # (file name, content, message after the folder; a list where there are several lines)
 BAD: list[tuple[str, str | bytes, str | list[str]]] = [
     # -- the file
-    ("e.jsonl", "", "e.jsonl: has 0 rows (0 bytes). Give a file with rows."),
-    ("e.jsonl", "\n \n", "e.jsonl: has 0 rows. Give a file with rows."),
-    ("e.json", "[]", "e.json: has 0 rows. Give a file with rows."),
-    ("e.csv", "text,n\n", "e.csv: has 0 rows. Give a file with rows."),
-    ("e.txt", "\n\n", "e.txt: has 0 rows. Give a file with rows."),
+    ("e.jsonl", "", "e.jsonl: has 0 rows (0 bytes). Use a file with rows."),
+    ("e.jsonl", "\n \n", "e.jsonl: has 0 rows. Use a file with rows."),
+    ("e.json", "[]", "e.json: has 0 rows. Use a file with rows."),
+    ("e.csv", "text,n\n", "e.csv: has 0 rows. Use a file with rows."),
+    ("e.txt", "\n\n", "e.txt: has 0 rows. Use a file with rows."),
     (
         "x.yaml",
         "a: 1",
         "x.yaml: cannot read '.yaml'. Formats: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, "
-        ".arrow, .feather, .txt, .xlsx, .conll, .bio, .iob, .iob2. Convert it, or say what it is "
-        "with --input-format.",
+        ".arrow, .feather, .txt, .xlsx, .conll, .bio, .iob, .iob2. Convert it, or add "
+        "--input-format.",
     ),
     (
         "x.jsonl.gz",
@@ -221,7 +221,7 @@ BAD: list[tuple[str, str | bytes, str | list[str]]] = [
     (
         "x.csv",
         "text,text,n\na,b,1\n",
-        "x.csv:1: the header has 'text' twice. Give every column its own name.",
+        "x.csv:1: the header has 'text' twice. Rename one of them.",
     ),
     (
         "x.csv",

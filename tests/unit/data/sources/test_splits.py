@@ -171,7 +171,7 @@ def test_builtin_sets_are_read_by_kind_and_split(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(InputError) as caught:
         load_splits("builtin:docstring")
     assert str(caught.value) == (
-        "--dataset builtin:docstring: no such built-in set. Did you mean 'docstrings'? "
+        "--dataset builtin:docstring: no such built-in dataset. Did you mean 'docstrings'? "
         "There is: builtin:docstrings."
     )
     with pytest.raises(InputError, match=r"^--split vaidation: .* Did you mean 'validation'\?"):

@@ -218,7 +218,7 @@ def test_a_quote_that_is_never_closed(tmp_path: Path) -> None:
 
 GZIP = b"\x1f\x8b\x08abc"
 MAC = b"text,n\ra,1\r" + b"b,2\r\n" * 70 + b'"c\rd",3\re,4'
-EMPTY = "has 0 rows. Give a file with rows."
+EMPTY = "has 0 rows. Use a file with rows."
 # (file name, content, the last row with its line, or the message behind the path)
 SAME: dict[str, tuple[str, bytes, tuple[int, dict[str, str]] | str]] = {
     "a carriage return ends a line of CSV": ("x.csv", MAC, (75, {"text": "e", "n": "4"})),
@@ -230,8 +230,8 @@ SAME: dict[str, tuple[str, bytes, tuple[int, dict[str, str]] | str]] = {
     "a header without rows": ("x.csv", b"text,n\n", f": {EMPTY}"),
     "a header twice": (
         "x.csv", b"text,text\na,b\n",
-        ":1: the header has 'text' twice. Give every column its own name."),
-    "no bytes": ("x.parquet", b"", ": has 0 rows (0 bytes). Give a file with rows."),
+        ":1: the header has 'text' twice. Rename one of them."),
+    "no bytes": ("x.parquet", b"", ": has 0 rows (0 bytes). Use a file with rows."),
     "no Parquet": (
         "x.parquet", b"PAR1 and no more",
         ": not a readable Parquet file (Parquet magic bytes not found in footer. Either the file "
@@ -274,7 +274,7 @@ def stream_of(path: Path) -> Any:
         found = flat(list(open_stream(path).chunks()))
     except InputError as error:
         return error.problems
-    return found or [f"{path}: has 0 rows. Give a file with rows."]
+    return found or [f"{path}: has 0 rows. Use a file with rows."]
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -294,7 +294,7 @@ def test_a_stream_refuses_the_parquet_that_a_table_refuses(tmp_path: Path) -> No
     pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
     assert stream_of(path) == [f"{path}: has the column 'text' twice. Rename one."]
     pq.write_table(pa.table({}), path)
-    assert stream_of(path) == table_of(path) == [f"{path}: has 0 rows. Give a file with rows."]
+    assert stream_of(path) == table_of(path) == [f"{path}: has 0 rows. Use a file with rows."]
     content = parquet(path).read_bytes()
     path.write_bytes(content[:4] + b"\xff" * 200 + content[204:])  # the pages, not the footer
     [message] = stream_of(path)

@@ -89,7 +89,7 @@ def build_arrow_table(table: Any, source: str) -> Table:
     names = table.schema.names
     check_columns(names, source)
     if table.num_rows == 0 or not names:
-        raise InputError(f"{source}: has 0 rows. Give a file with rows.")
+        raise InputError(f"{source}: has 0 rows. Use a file with rows.")
     refuse_media(table.schema, source)
     null_keys: Counter[str] = Counter()
     rows = arrow_rows(table, null_keys)

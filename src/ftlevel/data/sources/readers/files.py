@@ -89,7 +89,7 @@ def read_table(
     with wrap_read_errors(reader.path, reader.shown):
         table, bad = reader.collect()
     if not table.rows and not bad:
-        raise InputError(f"{reader.shown}: has 0 rows. Give a file with rows.")
+        raise InputError(f"{reader.shown}: has 0 rows. Use a file with rows.")
     return handle_bad_rows(table, bad, on_bad_row).without_columns(options.ignored)
 
 
@@ -115,7 +115,7 @@ def open_reader(name: str | Path, options: ReadOptions = DEFAULT_READ_OPTIONS) -
                 raise refuse_unknown(path, suffix, list(READERS))
             copy = decompress(path) if is_compressed(path) else path
         if copy.stat().st_size == 0:
-            raise InputError(f"{shown}: has 0 rows (0 bytes). Give a file with rows.")
+            raise InputError(f"{shown}: has 0 rows (0 bytes). Use a file with rows.")
         format_, note = _detect_format(copy, shown, options)
     with wrap_read_errors(copy, shown):
         reader = ExcelReader(copy, options.subset) if format_ is ExcelReader else format_(copy)
@@ -193,7 +193,7 @@ def _detect_format(path: Path, shown: str, options: ReadOptions) -> tuple[type[R
         if detected is None:
             first = next((line for line in head_lines(path) if line.strip()), "")
             raise InputError(
-                f"{shown}: its first line, {first[:40]!r}, does not say what format it is. Pass "
+                f"{shown}: its first line, {first[:40]!r}, does not identify its format. Add "
                 f"--input-format, one of {join_names((each[1:] for each in READERS), 20)}."
             )
         format_, reason = detected

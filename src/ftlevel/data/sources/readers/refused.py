@@ -45,7 +45,7 @@ def refuse_unknown(path: Path, suffix: str, readable: list[str]) -> InputError:
             text = (
                 "Extract its text first, as .txt or .jsonl."
                 if kind == "a document"
-                else "Give its text, such as captions or transcripts, as .jsonl or .csv."
+                else "Use its text, such as captions or transcripts, as .jsonl or .csv."
             )
             return InputError(f"{path}: is {kind}, and ftlevel trains on text. {text}")
     if suffix in _ARCHIVES:
@@ -56,7 +56,7 @@ def refuse_unknown(path: Path, suffix: str, readable: list[str]) -> InputError:
     way = (
         "Save the sheet as .xlsx or .csv."
         if suffix == ".xls"
-        else "Convert it, or say what it is with --input-format."
+        else "Convert it, or add --input-format."
     )
     return InputError(
         f"{path}: cannot read {suffix or 'a file without extension'!r}. "
@@ -149,7 +149,7 @@ def check_is_file(path: Path, data_files: Callable[[Path], list[str]]) -> None:
     if not stat.S_ISREG(mode):
         raise InputError(f"{path}: is a device or a socket, not a file of rows. Name a file.")
     if path.stat().st_size == 0:
-        raise InputError(f"{path}: has 0 rows (0 bytes). Give a file with rows.")
+        raise InputError(f"{path}: has 0 rows (0 bytes). Use a file with rows.")
 
 
 def _describe_link(path: Path) -> str:
@@ -169,8 +169,8 @@ def describe_missing(path: Path) -> str:
         return f"{path}: {_describe_link(path)}"
     if str(folder) in ("/dev/fd", "/proc/self/fd"):
         return (
-            f"{path}: was a pipe of the shell, as of <(…), and its rows are no longer available. "
-            "Give them again: --dataset <(…), or a file with the same rows."
+            f"{path}: was a shell pipe such as <(…), whose rows are no longer available. Pass it "
+            f"again with --dataset <(…), or use a file with the same rows."
         )
     if not folder.is_dir():
         return f"{path}: no such file, and no directory {folder}. Check the path."

@@ -140,8 +140,7 @@ def check_header(header: list[str], place: str) -> None:
     twice = sorted({name for name in header if header.count(name) > 1 and name})
     if twice:
         raise InputError(
-            f"{place}: the header has {join_names(map(quote, twice))} twice. "
-            "Give every column its own name."
+            f"{place}: the header has {join_names(map(quote, twice))} twice. Rename one of them."
         )
     if "" in header:
         number = header.index("") + 1

@@ -90,7 +90,7 @@ def _run(command: list[str], seconds: float, library: str) -> tuple[int, str]:
         said, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         raise InputError(
-            f"--in {library} did not answer in {seconds:.0f} s. Give it more by --timeout."
+            f"--in {library} did not answer within {seconds:.0f} s. Raise --timeout."
         ) from None
     finally:
         if process.poll() is None:
