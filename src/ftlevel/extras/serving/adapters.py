@@ -180,42 +180,45 @@ class AdapterCheck:
 
 
 def plan_adapters(
-    config: ExportConfig, found: ModelRef | Mapping[str, ModelRef], writer: Writer
+    writer: Writer,
+    config: ExportConfig,
+    found: ModelRef | Mapping[str, ModelRef],
+    server: str | None = None,
 ) -> AdaptersExport:
-    """Plan the export of one adapter, or of several by name.
+    """Plan the export of one adapter, or of several by name; `server` replaces that of `config`.
 
     Raises:
         InputError: An adapter cannot become plain LoRA or be served as trained, or they do not
             share a base.
     """
-    server = SERVERS.get(config.server or "")
+    config = config.model_copy(update={"server": server}) if server else config
+    target = SERVERS.get(config.server or "")
     named = found if isinstance(found, Mapping) else {adapter_name(found): found}
-    entries = [open_entry(name, one, server) for name, one in named.items()]
-    if server is not None:
-        check_signs(server, [entry.name for entry in entries], config.out)
+    entries = [open_entry(name, one, target) for name, one in named.items()]
+    if target is not None:
+        check_signs(target, [entry.name for entry in entries], config.out)
     notes: list[str] = []
     forms: dict[str, NormalForm | None] = {}
     for entry in entries:
         try:
             plain_form_of(entry.peft_config)
-            notes += check_for(entry, server)
+            notes += check_for(entry, target)
             writer.check(entry)
             form = compute_normal_form(
                 entry.directory, entry.peft_config, entry.base, config.max_rank
             )
-            form = form and check_form(form, entry, server)
+            form = form and check_form(form, entry, target)
         except InputError as error:
-            raise InputError(_refusal(entry, config, str(error))) from None
+            raise InputError(_refusal(entry, target, config.format, str(error))) from None
         forms[entry.name] = form
-    _check_together(entries, server)
-    return AdaptersExport(config, server, entries, forms, list(dict.fromkeys(notes)), writer)
+    _check_together(entries, target)
+    return AdaptersExport(config, target, entries, forms, list(dict.fromkeys(notes)), writer)
 
 
-def _refusal(entry: ServedModel, config: ExportConfig, reason: str) -> str:
+def _refusal(entry: ServedModel, server: Server | None, format_: str, reason: str) -> str:
     """Return an error message that names the adapter, and how to merge it if it can be merged."""
     peft_config = entry.peft_config
-    server = SERVERS.get(config.server or "")
-    what = f"for {server.title}" if server else f"as {config.format}"
+    what = f"for {server.title}" if server else f"as {format_}"
     reason = f"{entry.name} cannot be written {what}: {reason.rstrip('.')}"
     if reason.endswith(_MERGE):
         reason = reason.removesuffix(_MERGE)

@@ -7,7 +7,7 @@ Llama's queries and keys, so are the rows of B (convert_lora_to_gguf.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,15 @@ import numpy as np
 import torch
 from gguf import GGUFReader, GGUFWriter
 
-from ftlevel.config import ExportConfig
 from ftlevel.errors import InputError, join_names
-from ftlevel.extras.serving.adapters import AdaptersExport, plan_adapters
+from ftlevel.extras.serving.adapters import plan_adapters
 from ftlevel.extras.serving.entry import ServedModel
 from ftlevel.merging.normal_form import NormalForm
 from ftlevel.methods.plain_form import Factors
-from ftlevel.trained.model_ref import ModelRef
 from ftlevel.weights.gguf.families import FAMILIES, convert, find_problems
 from ftlevel.weights.gguf.file import name_map
 
 _FILE = "adapter.gguf"
-
-
-def plan_export(config: ExportConfig, found: ModelRef | Mapping[str, ModelRef]) -> AdaptersExport:
-    """Plan the export of one or several adapters; see `plan_adapters` for the errors."""
-    return plan_adapters(config.model_copy(update={"server": "llama.cpp"}), found, GgufWriter())
 
 
 class GgufWriter:
@@ -99,3 +92,7 @@ def _in_order(config: Any, name: str, b: torch.Tensor) -> torch.Tensor:
 
 def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     return tensor.float().contiguous().numpy()
+
+
+plan_export = functools.partial(plan_adapters, GgufWriter(), server="llama.cpp")
+"""Plan the export of one or several adapters."""

@@ -7,28 +7,21 @@ of modules that the file lacks, so every layer gets the same modules.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from ftlevel.artifacts.files import write_json
-from ftlevel.config import ExportConfig
 from ftlevel.config.export import SERVERS
 from ftlevel.errors import InputError, join_names
-from ftlevel.extras.serving.adapters import AdaptersExport, plan_adapters
+from ftlevel.extras.serving.adapters import plan_adapters
 from ftlevel.extras.serving.entry import ServedModel
 from ftlevel.merging.normal_form import NormalForm
 from ftlevel.methods.plain_form import Factors
-from ftlevel.trained.model_ref import ModelRef
 
 _LAYER = re.compile(r"model\.layers\.\d+\.(.+)")
 _WEIGHTS = "adapters.safetensors"
-
-
-def plan_export(config: ExportConfig, found: ModelRef | Mapping[str, ModelRef]) -> AdaptersExport:
-    """Plan the export of one or several adapters; see `plan_adapters` for the errors."""
-    return plan_adapters(config.model_copy(update={"server": "mlx"}), found, MlxWriter())
 
 
 class MlxWriter:
@@ -80,3 +73,7 @@ class MlxWriter:
             if name.endswith(".lora_a")
         }
         return replace(form, factors=factors)
+
+
+plan_export = functools.partial(plan_adapters, MlxWriter(), server="mlx")
+"""Plan the export of one or several adapters."""

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
-from ftlevel.config import ExportConfig
-from ftlevel.extras.serving.adapters import AdaptersExport, plan_adapters
+from ftlevel.extras.serving.adapters import plan_adapters
 from ftlevel.extras.serving.entry import ServedModel
 from ftlevel.merging.normal_form import NormalForm, read_normal, write_normal
-from ftlevel.trained.model_ref import ModelRef
 from ftlevel.weights.checkpoint import TOKENIZER_FILES
-
-
-def plan_export(config: ExportConfig, found: ModelRef | Mapping[str, ModelRef]) -> AdaptersExport:
-    """Plan the export of one or several adapters; see `plan_adapters` for the errors."""
-    return plan_adapters(config, found, PeftWriter())
 
 
 class PeftWriter:
@@ -38,3 +31,7 @@ class PeftWriter:
     def read(self, place: Path, form: NormalForm, _entry: ServedModel) -> NormalForm:
         """Read the files back."""
         return read_normal(place, form)
+
+
+plan_export = functools.partial(plan_adapters, PeftWriter())
+"""Plan the export of one or several adapters."""

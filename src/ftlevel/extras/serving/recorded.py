@@ -17,7 +17,6 @@ import torch
 
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.files import write_json
-from ftlevel.config import ExportConfig
 from ftlevel.config.export import SERVERS
 from ftlevel.errors import InputError
 from ftlevel.extras.serving.entry import (
@@ -231,17 +230,17 @@ def start_of(server: str, out: Path) -> list[str]:
 
 def record_whole(
     path: Path,
-    config: ExportConfig,
+    out: Path,
+    facts: Mapping[str, Any],
     found: ModelRef,
     source: ModelSource,
-    dtype: str,
     device: str,
 ) -> None:
     """Write served.json at `path` with the answers of the exported model at `source`, in float32.
 
-    The base's answers are added if `found` is an adapter. `dtype` is that of the served weights.
+    The base's answers are added if `found` is an adapter.
     """
-    name = config.out.stem
+    name = out.stem
     card = replace(found.card, quantization={"kind": "none"}, dtype="float32")
     whole = ServedModel(name, replace(found, source=source, directory=None, card=card))
     prompts = whole.prompts()
@@ -255,20 +254,14 @@ def record_whole(
     gc.collect()
     recorded = record(
         name,
-        config.out.name if config.out.suffix else ".",
+        out.name if out.suffix else ".",
         None,
         prompts,
         {"trained": trained, "base": base},
     )
-    facts: Mapping[str, Any] = {
-        "model": config.model,
-        "server": config.server,
-        "base": None,
-        "start": start_of(str(config.server), config.out),
-        "file_format": config.format,
-        "dtype": dtype,
-    }
-    write_served(path, facts, [recorded])
+    start = start_of(facts["server"], out)
+    head = {"model": facts["model"], "server": facts["server"], "base": None, "start": start}
+    write_served(path, {**head, **facts}, [recorded])
 
 
 class ServedWhole:

@@ -44,15 +44,15 @@ class ServerSupport(Protocol):
     def record(
         self,
         path: Path,
-        config: ExportConfig,
+        out: Path,
+        facts: Mapping[str, Any],
         found: ModelRef,
         source: ModelSource,
-        dtype: str,
         device: str,
     ) -> None:
         """Write reference answers of the exported model at `source` to `path`.
 
-        `dtype` is that of the served weights.
+        `out` is the path of the export; `facts` are its model, server, file_format and dtype.
         """
 
     def readme(self, summary: Mapping[str, Any]) -> list[str]:

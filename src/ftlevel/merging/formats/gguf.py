@@ -350,8 +350,14 @@ class GgufExport:
             listener.stage("recording reference outputs")
             # Quantized files are recorded from the file itself; `check_file` measured its distance.
             own = _as_source(path) if outtype in CHOSEN else source
+            facts = {
+                "model": config.model,
+                "server": config.server,
+                "file_format": config.format,
+                "dtype": outtype,
+            }
             server_support().record(
-                place / config.outputs[2].name, config, self.found, own, outtype, device
+                place / config.outputs[2].name, config.out, facts, self.found, own, device
             )
         return self._summary(outtype, tensors) | {
             "size_bytes": path.stat().st_size,

@@ -77,9 +77,14 @@ class MergedExport:
         if self.config.server and self.config.verify and TASKS[self.found.card.task].generates_text:
             listener.stage("recording reference outputs")
             source = ModelSource(str(place), "directory", str(place), local_files_only=True)
-            dtype = merged["written"]["dtype"]
+            facts = {
+                "model": self.config.model,
+                "server": self.config.server,
+                "file_format": self.config.format,
+                "dtype": merged["written"]["dtype"],
+            }
             server_support().record(
-                place / "served.json", self.config, self.found, source, dtype, device
+                place / "served.json", self.config.out, facts, self.found, source, device
             )
             summary["recorded"] = True
         if self.config.server:
