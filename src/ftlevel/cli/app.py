@@ -33,63 +33,32 @@ if TYPE_CHECKING:
 HELP = "Fine-tune transformers efficiently: one grammar for every family, task and PEFT method."
 
 _CORE: dict[str, tuple[str, str]] = {
-    "init": (
-        "ftlevel.cli.init:init",
-        "Create a commented recipe from five questions.",
-    ),
-    "train": ("ftlevel.cli.train:train", "Fine-tune a model on a dataset."),
-    "preview": (
-        "ftlevel.cli.preview:preview",
-        "Show encoded rows and problems in the data.",
-    ),
-    "plan": (
-        "ftlevel.cli.plan:plan",
-        "Estimate memory and time of a run before it starts.",
-    ),
-    "evaluate": (
-        "ftlevel.cli.evaluate:evaluate",
-        "Evaluate a run, an adapter or a model.",
-    ),
-    "predict": (
-        "ftlevel.cli.evaluate:predict",
-        "Add predictions to the rows of a file.",
-    ),
-    "mine": (
-        "ftlevel.cli.mine:mine",
-        "Add hard negatives to queries with positives.",
-    ),
-    "generate": (
-        "ftlevel.cli.generate:generate",
-        "Generate answers to prompts, or chat in the terminal.",
-    ),
-    "merge": (
-        "ftlevel.cli.export:merge",
-        "Merge an adapter into its base model and write a full model.",
-    ),
-    "quantize": (
-        "ftlevel.cli.export:quantize",
-        "Quantize a model to 4 or 8 bits and measure its quality.",
-    ),
-    "export": (
-        "ftlevel.cli.export:export",
-        "Export a run, an adapter or a model for a server.",
-    ),
-    "recipes": (
-        "ftlevel.cli.recipes:recipes",
-        "List, show, copy or convert recipes.",
-    ),
-    "list-targets": (
-        "ftlevel.cli.list_targets:list_targets",
-        "List the modules of a model or a family that can be adapted.",
-    ),
-    "list-methods": (
-        "ftlevel.cli.list_methods:list_methods",
-        "List the methods and what they can be combined with.",
-    ),
-    "doctor": (
-        "ftlevel.cli.doctor:doctor",
-        "Check what this machine supports and what to install.",
-    ),
+    name: (f"ftlevel.cli.{function}", summary)
+    for name, function, summary in (
+        ("init", "init:init", "Create a commented recipe from five questions."),
+        ("train", "train:train", "Fine-tune a model on a dataset."),
+        ("preview", "preview:preview", "Show encoded rows and problems in the data."),
+        ("plan", "plan:plan", "Estimate memory and time of a run before it starts."),
+        ("evaluate", "evaluate:evaluate", "Evaluate a run, an adapter or a model."),
+        ("predict", "evaluate:predict", "Add predictions to the rows of a file."),
+        ("mine", "mine:mine", "Add hard negatives to queries with positives."),
+        ("generate", "generate:generate", "Generate answers to prompts, or chat in the terminal."),
+        ("merge", "export:merge", "Merge an adapter into its base model and write a full model."),
+        ("quantize", "export:quantize", "Quantize a model to 4 or 8 bits and measure its quality."),
+        ("export", "export:export", "Export a run, an adapter or a model for a server."),
+        ("recipes", "recipes:recipes", "List, show, copy or convert recipes."),
+        (
+            "list-targets",
+            "list_targets:list_targets",
+            "List the modules of a model or a family that can be adapted.",
+        ),
+        (
+            "list-methods",
+            "list_methods:list_methods",
+            "List the methods and what they can be combined with.",
+        ),
+        ("doctor", "doctor:doctor", "Check what this machine supports and what to install."),
+    )
 }
 """Command → (function, summary); a test compares the summary with the function's docstring."""
 
@@ -97,15 +66,15 @@ _CORE: dict[str, tuple[str, str]] = {
 def commands() -> dict[str, tuple[str, str]]:
     """Return name → (function, summary) of the core's commands and those of extensions."""
     added = added_rows("commands", _CORE)
-    return _CORE | {name: (own.function, own.summary) for name, own in added.items()}
+    return _CORE | {name: (command.function, command.summary) for name, command in added.items()}
 
 
 def build_app(
-    wanted: Collection[str] | None = None, flags: Sequence[Flag] | None = None
+    names: Collection[str] | None = None, flags: Sequence[Flag] | None = None
 ) -> typer.Typer:
     """Build the Typer application.
 
-    Only `wanted` commands are imported, which keeps `--help` fast; None imports all. `flags`
+    Only the commands `names` are imported, which keeps `--help` fast; None imports all. `flags`
     replaces the table of flags.
     """
     app = typer.Typer(
@@ -118,12 +87,12 @@ def build_app(
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for name, (place, summary) in commands().items():
-        if wanted is None or name in wanted:
+    for name, (function, summary) in commands().items():
+        if names is None or name in names:
             from ftlevel.cli.flags import add_command
             from ftlevel.config.flags import FLAGS
 
-            add_command(app, name, load(place), FLAGS if flags is None else flags)
+            add_command(app, name, load(function), FLAGS if flags is None else flags)
         else:
             app.command(name=name, help=summary)(_placeholder)
     return app
@@ -149,7 +118,6 @@ def _root(
 
 
 _MAX_REASON = 300  # characters
-
 _CTRL_C = 130
 _PEER_IS_GONE = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
@@ -166,52 +134,44 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; prints every error."""
     arguments = arguments or ["--help"]
-    wanted = [a for a in arguments if not a.startswith("-")][:1]
+    names = [a for a in arguments if not a.startswith("-")][:1]
+    shows_traceback = "--traceback" in arguments
     try:
         # Libraries draw progress bars through tqdm, which reads this when it is first imported.
         os.environ.setdefault("TQDM_DISABLE", "1")
         with heavy_imports():
-            app = build_app(wanted or _completed_command())
+            app = build_app(names or _completed_command())
         code = _call(app, arguments)
     except typer.TyperException as error:  # an unknown flag, a missing argument, a bad number
-        known = [name for name in wanted if name in commands()]
-        message = f"{error.format_message()} See: ftlevel {' '.join([*known, '--help'])}"
-        _report(message)
-        _report_json(arguments, message, 2)
-        return 2
-    except typer.Abort:
+        command = [name for name in names if name in commands()]
+        help_command = " ".join(["ftlevel", *command, "--help"])
+        return _end(arguments, f"{error.format_message()} See: {help_command}", 2)
+    except (typer.Abort, KeyboardInterrupt):
         return _end_interrupted(arguments)
     except FtlevelError as error:
-        if "--traceback" in arguments and not isinstance(error, Interrupted):
+        if shows_traceback and not isinstance(error, Interrupted):
             raise
         code = exit_code() if error.exit_code == _CTRL_C else error.exit_code
         # All processes of a machine see a usage error; one prints it.
         if not error.is_reported and (error.exit_code == 1 or prints_errors()):
-            _report(str(error))
-            _report_json(arguments, str(error), code)
+            _end(arguments, str(error), code)
         return code
-    except KeyboardInterrupt:
-        return _end_interrupted(arguments)
     except OSError as error:  # full disk, closed pipe, removed file
-        if "--traceback" in arguments or error.strerror is None:
+        if shows_traceback or error.strerror is None:
             raise
-        where = f"{error.filename}: " if error.filename else ""
+        prefix = f"{error.filename}: " if error.filename else ""
         is_mistake = error.errno == errno.ENAMETOOLONG  # a path from the user is too long
         advice = "Name a shorter path" if is_mistake else "Add --traceback to see where it happened"
-        message = f"{where}{error.strerror}. {advice}."
-        code = 2 if is_mistake else 1
-        _report(message)
-        _report_json(arguments, message, code)
+        _end(arguments, f"{prefix}{error.strerror}. {advice}.", code := 2 if is_mistake else 1)
         if error.filename is None and sys.stdout is not None:
             discard(sys.stdout)
         return code
     except Exception as error:  # a malformed file, or a bug
         message, code = _describe_unexpected(error)
-        _report_json(arguments, message, code)
-        if "--traceback" in arguments:
+        if shows_traceback:
+            _report_json(arguments, message, code)
             raise
-        _report(message)
-        return code
+        return _end(arguments, message, code)
     return code if isinstance(code, int) else 0
 
 
@@ -230,10 +190,21 @@ def _call(app: typer.Typer, arguments: list[str]) -> Any:
 
 
 def _end_interrupted(arguments: list[str]) -> int:
-    code, message = exit_code(), describe_interrupt()
-    _report(message)
+    return _end(arguments, describe_interrupt(), exit_code())
+
+
+def _end(arguments: list[str], message: str, code: int) -> int:
+    """Print an error to stderr, and to stdout with `--json`; return its exit code."""
+    for line in message.split("\n"):
+        typer.echo(f"ftlevel: {line}", err=True)
     _report_json(arguments, message, code)
     return code
+
+
+def _report_json(arguments: list[str], message: str, code: int) -> None:
+    if "--json" in arguments:
+        with contextlib.suppress(OSError):  # closed pipe
+            typer.echo(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False))
 
 
 def _describe_unexpected(error: Exception) -> tuple[str, int]:
@@ -243,9 +214,9 @@ def _describe_unexpected(error: Exception) -> tuple[str, int]:
     if is_out_of_memory(error):
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         return f"out of memory: {reason}. Use a smaller batch or a smaller model.", 1
-    if is_launched() and any(word in str(error) for word in _PEER_IS_GONE):
+    if is_launched() and any(name in str(error) for name in _PEER_IS_GONE):
         return "another process of the run has exited.", 1
-    reason = " ".join(str(error).split())[:_MAX_REASON]
+    reason = " ".join(str(error).split())[:_MAX_REASON].rstrip(".")
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     advice = "Unless that file is damaged, this" if notes else "This"
     return (
@@ -262,15 +233,3 @@ def _is_from_ctrl_c(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _report_json(arguments: list[str], message: str, code: int) -> None:
-    if "--json" not in arguments:
-        return
-    with contextlib.suppress(OSError):  # closed pipe
-        typer.echo(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False))
-
-
-def _report(message: str) -> None:
-    for line in message.split("\n"):
-        typer.echo(f"ftlevel: {line}", err=True)
