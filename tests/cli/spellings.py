@@ -80,7 +80,7 @@ SPELLINGS: list[Spelled] = [
     *_agrees(
         TRANSFORMERS, "run_glue.py",
         ("--do_train", "ftlevel train trains"),
-        ("--do_eval", "validation rows are scored at the end of each epoch"),
+        ("--do_eval", "validation rows are evaluated at the end of each epoch"),
     ),
     *_answers(TRANSFORMERS, "run_glue.py", ("--do_predict", "ftlevel evaluate RUN --dataset TEST")),
     *_sets(
@@ -141,8 +141,9 @@ SPELLINGS: list[Spelled] = [
             beside="--max_steps 5"),
     *_answers(
         TRANSFORMERS, "run_clm.py",
-        ("--config_overrides n_embd=1024", "trained as its config says"),
-        ("--model_type gpt2", "the model's own config"),
+        ("--config_overrides n_embd=1024", "it is read from the model's config.json. Edit that "
+                                           "file, and drop the flag."),
+        ("--model_type gpt2", "it is read from the model's config. Drop it."),
     ),
     Spelled(TRANSFORMERS, "run_mlm.py", "--mlm_probability 0.2", {"data.mlm_probability": 0.2}),
     *_agrees(TRANSFORMERS, "run_mlm.py", ("--line_by_line", "each row is a text of its own")),
@@ -307,8 +308,8 @@ SPELLINGS: list[Spelled] = [
         ("--use_peft", "an adapter is trained"),
         ("--packing", "each attending to itself only"),
         ("--no_remove_unused_columns", "columns that are not used are only named"),
-        ("--assistant_only_loss true", "the loss is that of answers alone"),
-        ("--completion_only_loss true", "the loss is that of answers alone"),
+        ("--assistant_only_loss true", "the loss covers answers only, if a row has a prompt"),
+        ("--completion_only_loss true", "the loss covers answers only, if a row has a prompt"),
         ("--padding_free", "each attending to itself only"),
     ),
     *_answers(
@@ -403,7 +404,8 @@ SPELLINGS: list[Spelled] = [
         LLAMA_FACTORY, "train_lora/qwen3_lora_sft.sh",
         ("--stage sft", "that is what ftlevel train does"),
         ("--do_train", "ftlevel train trains"),
-        ("--save_only_model false", "all that resuming needs"),
+        ("--save_only_model false", "checkpoints are complete; use --save-strategy no to write "
+                                    "none."),
         ("--plot_loss", "metrics.jsonl"),
     ),
     *_sets(
@@ -427,8 +429,9 @@ SPELLINGS: list[Spelled] = [
     ),
     *_answers(
         LLAMA_FACTORY, "train_lora",
-        ("--template qwen3_nothink", "the chat template is the model's own"),
-        ("--stage ppo", "--task preference, reward and rl"),
+        ("--template qwen3_nothink", "the model's chat template is used. Drop it, or use "
+                                     "--chat-template with"),
+        ("--stage ppo", "use --task preference, reward or rl. Drop it."),
         ("--ddp_timeout 180000000", "--num-processes N"),
         ("--use_galore", "ftlevel list-methods"),
         ("--dataset_dir data", "--dataset FILE"),
@@ -466,7 +469,7 @@ SPELLINGS: list[Spelled] = [
     ),
     *_answers(
         MS_SWIFT, "README, tuners and seq_cls",
-        ("--model_author swift", "a run makes no rows about itself"),
+        ("--model_author swift", "not supported. Drop it."),
         ("--num_labels 2", "the classes are counted in the data"),
         ("--init_weights lora-ga", "'lora-ga' is not known"),
     ),
@@ -582,7 +585,7 @@ SPELLINGS: list[Spelled] = [
     *_agrees(
         UNSLOTH, "unsloth-cli.py",
         ("--save_model", "the adapter is saved"),
-        ("--train-on-completions", "the loss is that of answers alone"),
+        ("--train-on-completions", "the loss covers answers only, if a row has a prompt"),
     ),
     *_answers(
         UNSLOTH, "unsloth-cli.py",

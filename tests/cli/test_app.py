@@ -173,7 +173,10 @@ def test_every_field_has_a_consumer() -> None:
         (["train", "--map", "summary"], "expected NAME=COLUMN"),
         (["train", "--set", "seed"], "expected section.key=value"),
         (["list-targets", "lama"], "Did you mean 'llama'"),
-        (["generate", "builtin:tiny-llama"], "there is no prompt. Add --prompt"),
+        (
+            ["generate", "builtin:tiny-llama"],
+            "no prompt. Add --prompt TEXT, --prompts FILE or --chat.",
+        ),
         (
             ["generate", "nothing/here", "--prompt", "x", "--max-new-tokens", "0"],
             "max_new_tokens must be ≥ 1",

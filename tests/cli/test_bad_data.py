@@ -107,9 +107,8 @@ BAD: dict[str, tuple[bytes, list[str], list[str]]] = {
          "(rows.jsonl:1). Pass --overlong drop or split."]),
     "no chat template": (
         jsonl({"messages": TALK * 2}), ["--model", "gpt2"],
-        ["rows.jsonl:1: is a conversation of 4 messages, and the model has no chat template to "
-         "tell its turns apart. Give it one (--chat-template chatml), or use a model that has one "
-         "(an -Instruct model)."]),
+        ["rows.jsonl:1: is a conversation of 4 messages, and the model has no chat template. Add "
+         "--chat-template chatml, or use a model with a template (an -Instruct model)."]),
     "an unknown role": (
         jsonl({"messages": TALK}, {"messages": [{**TALK[0], "role": "userr"}, TALK[1]]}), [],
         ["rows.jsonl:2: turn 1 of 'messages' has the unknown role 'userr' (did you mean 'user'?; "

@@ -7,7 +7,7 @@ import pytest
 from ftlevel.cli.app import run
 
 REFUSED = [
-    (["--kd-ratio", "0.2"], "--kd-ratio is of a --teacher, and there is none."),
+    (["--kd-ratio", "0.2"], "--kd-ratio needs --teacher MODEL. Add it, or drop the flag."),
     (["--teacher", "x", "--kd-ratio", "0"], "--kd-ratio: 0.0 is out of range"),
     (["--teacher", "x", "--kd-top-k", "0"], "--kd-top-k"),
     (["--teacher", "x", "--task", "masked-lm"], "--teacher is of tasks that write text"),

@@ -267,7 +267,7 @@ def test_labels_of_validation_rows_have_the_names_of_the_training_rows(
     write("set/validation.jsonl", [*held, {"text": fact(60), "label": "Good"}])
     code, out = say(*bert, "--dataset", "set")
     assert code == 2
-    assert "--set data.gate.label_case=fold makes them one" in out
+    assert "They differ by case only: --set data.gate.label_case=fold merges them." in out
     code, out = say(*bert, "--dataset", "set", "--set", "data.gate.label_case=fold")
     assert (code, "20 rows; 3 for validation" in out) == (0, True)
 

@@ -107,7 +107,8 @@ def test_it_is_read_and_said(
         ("text.jsonl", jsonl([{"text": "a" * (MOST_CHARACTERS + 1)}]), [],
          "text.jsonl:1: 'text' has 8,388,609 characters in one text"),
         ("marks.jsonl", jsonl(SPANS), CLASSES,
-         "'label' holds spans of characters, which --task token-classification learns"),
+         "'label' holds spans of characters, which are for --task token-classification, not "
+         "--task"),
         ("page.pdf", "%PDF-1.7", [], "page.pdf: is a document, and ftlevel trains on text."),
         ("rows.jsonl.zst", "no archive", [],
          "rows.jsonl.zst: is named .zst and does not begin like one."),

@@ -176,9 +176,15 @@ def test_real_models(
     ("arguments", "text"),
     [
         (("--gpu", "h1000"), "--gpu h1000: unknown GPU. Did you mean 'h100'?"),
-        (("--gpu", "h100", "--probe"), "--probe runs steps here, and --gpu plans for another"),
+        (
+            ("--gpu", "h100", "--probe"),
+            "--probe runs steps on this machine, and --gpu plans for another GPU. Use one of them.",
+        ),
         (("--model", "builtin:tiny-llama", "--probe"), "--probe runs steps on real rows."),
-        (("--shard", "full", "--gpu", "h100"), "Say how many: --nodes N and --gpus-per-node N"),
+        (
+            ("--shard", "full", "--gpu", "h100"),
+            "shards a model across GPUs. Add --nodes N and --gpus-per-node N, with --gpu NAME.",
+        ),
         (("--nodes", "2", "--gpu", "80GB"), "the speed of their cards is not known"),
         (("--nodes", "2", "--gpu", "h100", "--interconnect-gbps", "0"), "expected more than 0"),
     ],

@@ -80,7 +80,12 @@ ROWS = [
     ([{"text": "a b c"}] * 4, [], "--task preference: the columns do not say what to learn"),
     ([{**row, "rejected": row["chosen"]} for row in PAIRS], [], "a pair of equal answers: 24 of"),
     ([{**row, "rejected": " "} for row in PAIRS], [], "is empty"),
-    (JUDGED, [], "--loss dpo learns from pairs of answers"),
+    (
+        JUDGED,
+        [],
+        "--loss dpo needs pairs of answers, and these rows have one rated answer each. Use --loss "
+        "kto.",
+    ),
     ([{**row, "label": True} for row in JUDGED], ["--loss", "kto"], "all answers have one verdict"),
 ]
 

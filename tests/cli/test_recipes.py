@@ -88,7 +88,7 @@ def convert(text: str, capsys: pytest.CaptureFixture[str]) -> tuple[TrainConfig,
     Path("ours.yaml").write_text(shown.out)
     lost = [line.removeprefix("# Not taken over: ") for line in shown.out.splitlines()
             if line.startswith("# Not taken over: ")]  # fmt: skip
-    assert all(f"note: not taken over: {line}" in shown.err.splitlines() for line in lost)
+    assert all(f"note: not converted: {line}" in shown.err.splitlines() for line in lost)
     pairs = (line.partition(": ") for line in lost)
     return build_config([read_recipe(Path("ours.yaml"))]), {key: why for key, _, why in pairs}
 

@@ -106,7 +106,7 @@ REWARD_FILES = [
         "needs a column 'grade', and the rows have question, answer, level",
     ),
     (["exact"], without("answer"), "--reward exact needs a column 'answer'"),
-    (["exactly"], ROWS, "no built-in reward and no run or model of that name. Did you mean"),
+    (["exactly"], ROWS, "no built-in reward, run or model has that name. Did you mean"),
     (["runs/none"], ROWS, "--reward runs/none does not exist"),
     (["builtin:tiny-llama"], ROWS, "was trained for text-generation, and a reward model has one"),
     (["json:none.json"], ROWS, "none.json cannot be read"),

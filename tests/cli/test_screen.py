@@ -32,7 +32,7 @@ def test_a_reader_who_goes_away_ends_nothing(capsys: pytest.CaptureFixture[str])
     console = Console(file=SafeStream(Gone()))
     console.print("one")
     console.print("two")
-    said = "ftlevel: nothing more is shown (Broken pipe); the work goes on.\n"
+    said = "ftlevel: output is closed (Broken pipe); the command continues.\n"
     assert capsys.readouterr().err == said
     Console(file=SafeStream(None)).print("three")
 
@@ -105,7 +105,7 @@ def test_a_run_ends_well_though_nothing_can_be_shown(
     with Path("/dev/full").open("w") as full:
         process = train(tiny_model_dir("llama"), data, stdout=full)
         _, err = process.communicate(timeout=120)
-    said = "nothing more is shown (No space left on device); the work goes on."
+    said = "output is closed (No space left on device); the command continues."
     assert (process.returncode, err.strip()) == (0, f"ftlevel: {said}")
     assert (tmp_path / "run" / "summary.json").is_file()
 

@@ -52,8 +52,9 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--model", "owner/name"], "--model owner/name: no such directory, not in the local "
                                     "cache, and HF_HUB_OFFLINE is set."),
         (["--model", "builtin:tiny-lama"], "tiny-lama"),
-        (["--set", "model.revision=main"], "revision main was asked for, and --model "
-         "builtin:tiny-llama lies on this disk"),
+        (["--set", "model.revision=main"], "revision main cannot be used with --model "
+                                           "builtin:tiny-llama, which is a local model. Drop the "
+                                           "revision, or use a Hub id."),
         (["--model", "rows.jsonl"], "--model rows.jsonl is a file."),
         (["--model", "gone.gguf"], "--model gone.gguf does not exist."),
         (["--dataset", "row.jsonl"], "Did you mean 'rows.jsonl'"),

@@ -153,7 +153,11 @@ def test_soft_prompts_see_the_text_too(tiny_model_dir: ModelDir, tmp_path: Path)
         (["--against", "{classifier}"], "is for text-classification, and"),
         (["--against", "{gpt2}"], "its tokenizer differs"),
         (["--against", "nothing"], "nothing"),
-        (["--eval-text", "x.txt"], "--eval-text x.txt is what two models are compared on"),
+        (
+            ["--eval-text", "x.txt"],
+            "--eval-text x.txt is for comparing two models. Add --against MODEL, or use --dataset "
+            "for rows to evaluate.",
+        ),
         (["--against", "{run}", "--task", "masked-lm"], "was trained for summarization"),
         (["--against", "{run}", "--eval-text", "nothing.txt"], "--eval-text nothing.txt cannot"),
     ],

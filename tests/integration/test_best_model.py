@@ -201,7 +201,7 @@ def test_early_stopping_and_a_finished_run(
     capsys.readouterr()
     assert run(["train", "--output-dir", "run", "--resume"]) == 0
     shown = capsys.readouterr().out
-    assert "run is finished: 6 of 20 steps (it stopped early), and nothing is left" in shown
+    assert "run is finished: 6 of 20 steps (it stopped early), so no steps remain." in shown
     assert "loading the model" not in shown
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == files
     assert run(["train", "--output-dir", "run", "--resume", "--early-stopping-patience", "3"]) == 0
@@ -248,14 +248,13 @@ def test_checkpoints_of_the_best_evaluations(chat: list[str]) -> None:
          "--early-stopping-patience 2 needs validation rows to evaluate, and the data has none. "
          "Name some by --validation-file, or hold some back: --validation-split 0.05."),
         (["--early-stopping-patience", "2", "--eval-strategy", "no"],
-         "--early-stopping-patience looks for the best evaluation, and --eval-strategy no makes "
-         "none but the last. Use --eval-strategy epoch or steps."),
+         "--early-stopping-patience needs evaluations during training, and --eval-strategy no "
+         "turns them off. Use --eval-strategy epoch or steps."),
         (["--early-stopping-threshold", "0.1"],
-         "--early-stopping-threshold 0.1 stops nothing by itself. Add --early-stopping-patience "
-         "N."),
+         "--early-stopping-threshold 0.1 needs --early-stopping-patience N. Add it."),
         (["--metric-for-best-model", "f1", "--no-load-best-model-at-end"],
-         "--metric-for-best-model f1 chooses nothing: with --no-load-best-model-at-end the last "
-         "model is kept. Drop one of them."),
+         "--metric-for-best-model f1 has no effect with --no-load-best-model-at-end. Drop one of "
+         "them."),
     ],
 )  # fmt: skip
 def test_what_cannot_be_had_is_refused_before_weights_load(

@@ -32,8 +32,8 @@ def test_the_template_is_saved_and_asked_with(
     model = ["--model", str(tiny_model_dir("llama", chat=False)), "--dataset", str(data)]
     assert run(["train", "--dry-run", *model]) == 2
     assert (
-        f"{data}:1: is a conversation of 5 messages, and the model has no chat template to tell "
-        "its turns apart. Give it one (--chat-template chatml), or"
+        f"{data}:1: is a conversation of 5 messages, and the model has no chat template. "
+        "Add --chat-template chatml, or"
     ) in capsys.readouterr().err
     out = tmp_path / "run"
     arguments = [*model, "--chat-template", "mistral", "--max-steps", "2", "--learning-rate",

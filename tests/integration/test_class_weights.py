@@ -70,7 +70,7 @@ def test_what_the_run_says_and_how_it_is_evaluated() -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--class-weights", "rae=3"], "no class is called 'rae'. Did you mean 'rare'? Classes"),
+        (["--class-weights", "rae=3"], "there is no class 'rae'. Did you mean 'rare'? Classes"),
         (["--class-weights", "rare"], "--class-weights: 'rare': expected balanced, or"),
         (
             ["--class-weights", "rare=0"],
@@ -95,4 +95,4 @@ def test_what_is_refused(
 
 def test_text_has_no_classes(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "--class-weights", "balanced", "--dry-run", "--max-samples", "4"]) == 2
-    assert "--task text-generation learns none here. Drop it." in capsys.readouterr().err
+    assert "--task text-generation has none. Drop it." in capsys.readouterr().err

@@ -100,7 +100,10 @@ def test_one_way_at_a_time() -> None:
     ("line", "told"),
     [
         ("generate x --prompt y --num-beams 2 --temperature 1", "Use one of them."),
-        ("generate x --prompt y --top-p 0.5", "--top-p 0.5 is of draws, and nothing is drawn."),
+        (
+            "generate x --prompt y --top-p 0.5",
+            "--top-p 0.5 needs sampling. Add --temperature 1, or drop it.",
+        ),
         ("generate x --prompt y --do-sample", "Add --temperature 1."),
         ("train --dry-run --do_sample true", "Add --temperature 1."),
         ("train --dry-run --num-beams 0", "--num-beams"),

@@ -262,7 +262,7 @@ def test_a_plain_model(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     )
     assert result.metrics["pseudo_perplexity"] > 1
     assert not result.base
-    with pytest.raises(ConfigError, match=r"does not say what it was trained on. Add --dataset"):
+    with pytest.raises(ConfigError, match=r"does not record its dataset\. Add --dataset FILE\."):
         score(tiny_model_dir("bert", "mlm"), task="masked-lm")
 
 

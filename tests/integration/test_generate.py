@@ -254,12 +254,12 @@ def test_files_of_prompts_and_answers(
         assert [line["text"] for line in lines] == expected
         assert [line["prompt"] for line in lines] == PROMPTS
     assert run(["generate", name, "--prompt", "a", "--out", str(out)]) == 2
-    assert "nothing of yours is overwritten" in capsys.readouterr().err
+    assert "already exists and is not overwritten. Choose another." in capsys.readouterr().err
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}')
     assert run(["generate", name, "--prompts", str(tmp_path / "bad.jsonl")]) == 2
     assert "bad.jsonl:2: has no 'prompt'." in capsys.readouterr().err
     assert run(["generate", name]) == 2
-    assert "there is no prompt. Add --prompt" in capsys.readouterr().err
+    assert "no prompt. Add --prompt TEXT, --prompts FILE or --chat." in capsys.readouterr().err
     assert run(["generate", name, "--chat", "--prompt", "a"]) == 2
     assert "--chat reads from the terminal" in capsys.readouterr().err
 

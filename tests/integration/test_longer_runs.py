@@ -107,7 +107,7 @@ def test_what_cannot_be_made_longer(own: list[str], capsys: pytest.CaptureFixtur
     assert run(["train", "--output-dir", "bare", "--resume", "--max-steps", "9"]) == 2
     assert "Train on from its adapter: --adapter bare" in capsys.readouterr().err
     assert run(["train", "--output-dir", "bare", "--resume"]) == 0
-    assert "nothing is left to train. To continue from its adapter: --adapter bare" in (
+    assert "so no steps remain. To continue from its adapter: --adapter bare" in (
         capsys.readouterr().out
     )
 

@@ -187,7 +187,10 @@ def test_files_that_are_not_what_was_merged_are_refused(
 
     monkeypatch.setattr(merged_model, "write_files", forget_a_row)
     assert run(["merge", str(source), "--out", "merged"]) == 1
-    assert "model.norm.weight, loaded afresh, is another tensor" in capsys.readouterr().err
+    assert (
+        "model.norm.weight, reloaded, is a different tensor. Nothing was saved."
+        in capsys.readouterr().err
+    )
     assert list(Path().iterdir()) == []
 
 
@@ -219,7 +222,10 @@ def test_a_quantized_run_is_merged_onto_what_it_was_trained_on(
     assert other["agreement"]["max_difference"] <= 1e-4 * other["agreement"]["scale"]
     capsys.readouterr()
     assert run(["merge", str(source), "--out", "third", "--no-verify"]) == 2
-    assert "Say --onto dequantized" in capsys.readouterr().err
+    assert (
+        "measures both options on a quantized run, and --no-verify skips measuring. Use --onto "
+        "dequantized (the model as trained) or --onto original." in capsys.readouterr().err
+    )
 
 
 WEIGHTS = {"a/adapter_model.safetensors": ""}
@@ -259,7 +265,8 @@ def peft_config(kind: str, **settings: Any) -> str:
         ({}, ["a", "--onto", "origin"], "Did you mean 'original'?"),
         ({}, ["a", "b", "--weights", "1"], "--weights gives 1 numbers for 2 adapters"),
         ({}, ["a", "b", "--weights", "1,x"], "--weights"),
-        ({}, ["a", "--strategy", "ties"], "--strategy ties mixes adapters, and there is one"),
+        ({}, ["a", "--strategy", "ties"], "--strategy ties needs several adapters and got one. "
+                                          "Drop it."),
         ({}, ["a", "b", "--density", "0.3"], "--density belongs to --strategy ties"),
         ({"a/adapter_config.json": peft_config("LORA"), **WEIGHTS,
           "b/adapter_config.json": peft_config("LORA", use_dora=True)}, ["a", "b"],

@@ -68,7 +68,8 @@ def test_trained_resumed_merged_and_evaluated(
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        (["--quant", "8bit"], "experts: in floating point (bitsandbytes has 8 bits for linears"),
+        (["--quant", "8bit"], "experts: in floating point (bitsandbytes supports 8 bits for "
+                              "linear"),
         (["--quant", "4bit", "--target-parameters", "experts"],
          "experts: in floating point (adapters go on them"),
         (["--quant", "4bit", "--set", "quant.experts=false"],

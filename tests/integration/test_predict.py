@@ -280,7 +280,7 @@ def test_a_table_keeps_its_cells_and_stdout_is_json_lines(
     assert ask(classifier, "--column", "note", "--output", "new.csv") == 2
     assert "rows.csv has 'note' already" in capsys.readouterr().err
     assert ask(classifier, "--json") == 2
-    assert "Name a file by --output" in capsys.readouterr().err
+    assert "Pass --output FILE, or drop --json." in capsys.readouterr().err
 
 
 def test_it_goes_on_after_the_last_whole_row(
@@ -306,7 +306,10 @@ def test_it_goes_on_after_the_last_whole_row(
     assert ask(classifier, *flags, "whole.csv", "--resume") == 0
     assert Path("whole.csv").read_bytes() == whole
     assert ask(classifier, "--output", "whole.csv", "--resume") == 2
-    assert "Give the flags that it was started with" in capsys.readouterr().err
+    assert (
+        "Use the flags of the interrupted command, or choose another --output."
+        in capsys.readouterr().err
+    )
     Path("rows.csv").write_bytes(Path("rows.csv").read_bytes().replace(b"03,", b"3,"))
     assert ask(classifier, *flags, "whole.csv", "--resume") == 2
     assert "row 4 of whole.csv is not rows.csv:" in capsys.readouterr().err
@@ -346,7 +349,7 @@ def test_bad_rows_stop_it_or_have_no_answer(
     [
         (["--top-k", "0"], "top_k must be ≥ 1"),
         (["--output", "p.xml"], "cannot write '.xml'"),
-        (["--resume"], "--resume is for a file, and there is no --output"),
+        (["--resume"], "--resume needs --output FILE. Add it."),
         (["--map", "text=nothing"], "no column 'nothing'"),
         (["--task", "summarization"], "was trained for text-classification"),
     ],

@@ -127,10 +127,14 @@ def test_the_card_says_so_only_where_there_is_one() -> None:
     [
         (["--system", "x", "--task", "token-classification"], "--system is for tasks that write"),
         (["--train-on-inputs", "--task", "masked-lm"], "--train-on-inputs is for tasks that"),
-        (["--train-on-inputs", "--overlong", "truncate-prompt"], "cuts prompts, which"),
+        (
+            ["--train-on-inputs", "--overlong", "truncate-prompt"],
+            "cuts prompts, and --train-on-inputs supervises them. Use --overlong drop, or drop "
+            "one of them.",
+        ),
         (["--train-on-inputs", "--mask-prompt"], "contradicts data.train_on_inputs"),
         (["--system", "x", "--map", "text=prompt", "--format", "text"], "rows are plain text"),
-        (["--model", "./t5", "--system", "x"], "this one takes no turns. Drop it."),
+        (["--model", "./t5", "--system", "x"], "needs a model that generates answers. Drop it."),
         (["--model", "./t5", "--train-on-inputs"], "writes its target alone"),
     ],
 )

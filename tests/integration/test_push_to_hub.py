@@ -70,7 +70,10 @@ def test_an_upload_that_fails_leaves_the_run_whole(
     answer(monkeypatch, "upload_folder", OSError("no route to host\nmore"), heard)
     assert run(["train", *SHORT, "--push-to-hub", "us/mine"]) == 1
     said = capsys.readouterr().err
-    assert "the upload failed (no route to host). What was made is whole on this disk." in said
+    assert (
+        "the upload failed (no route to host). The result is complete on this disk. Upload it with:"
+        in said
+    )
     assert "Upload it: hf upload us/mine run/adapter" in said
     summary = json.loads(Path("run/summary.json").read_text())
     assert summary["proof"]["reload_difference"] == 0.0
@@ -109,10 +112,18 @@ def test_other_commands_ask_the_hub_before_they_work(
     ("name", "said", "told"),
     [
         ("a b", ME, "is no name of a repository"),
-        ("mine", LocalTokenNotFoundError("x"), "nobody is logged in. hf auth login"),
+        (
+            "mine",
+            LocalTokenNotFoundError("x"),
+            "not logged in. Run hf auth login, or set HF_TOKEN.",
+        ),
         ("mine", ConnectionError("no network"), "the Hub is not reachable (no network). Nothing"),
         ("them/mine", ME, "me cannot write to them. Owners here: me, us."),
-        ("mine", {**ME, "auth": {"accessToken": {"role": "read"}}}, "the token may only read."),
+        (
+            "mine",
+            {**ME, "auth": {"accessToken": {"role": "read"}}},
+            "the token is read-only. Log in with a write token: hf auth login.",
+        ),
     ],
 )
 def test_what_is_refused_before_weights_are_read(

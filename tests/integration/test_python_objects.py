@@ -73,8 +73,8 @@ def test_such_a_run_says_that_its_rows_are_gone(
     for command in (["evaluate", "run"], ["train", "run/config.yaml"], ["preview", "run"]):
         assert run(command) == 2
         assert capsys.readouterr().err == (
-            "ftlevel: run was trained on rows in memory, which are not kept. Give rows with "
-            "--dataset FILE, or in Python the same rows again.\n"
+            "ftlevel: run was trained on rows in memory, which are not saved. Pass --dataset "
+            "FILE, or the same rows in Python.\n"
         )
     found = evaluate(EvaluateConfig(name="run", dataset=pd.DataFrame(HELD), resamples=0))
     assert found.metrics["loss"] == pytest.approx(result.summary["metrics"]["loss"])
@@ -204,7 +204,7 @@ def wrapped(base: Path) -> Any:
         (lambda base: {"eval_dataset": b"SECRET"}, "eval_dataset= is of type bytes"),
         (lambda base: {"dataset": ROWS, "config": {"data": "x.csv"}}, "has data.dataset too"),
         (lambda base: {"model": AutoModelForCausalLM.from_pretrained(base),
-                       "config": {"model": "x"}}, "the configuration names x"),
+                       "config": {"model": "x"}}, "and x in the configuration are both given"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_named(

@@ -115,7 +115,7 @@ def test_one_stored_in_float32_computes_in_bfloat16(
     [
         (
             {"quant": {"kind": "8bit"}},
-            "is quantized already \\(4bit nf4\\), and cannot be brought to 8bit by --quant",
+            r"is already quantized \(4bit nf4\), and --quant 8bit cannot be applied",
         ),
         ({"method": {"kind": "full"}}, "is quantized already \\(4bit nf4\\). --method full"),
         (

@@ -202,7 +202,12 @@ BAD = {
         [],
         "--loss bce needs labels from 0 to 1, found 3",
     ),
-    "single": (_pairs(_rows(4)), ["--loss", "ranknet"], "no two of different relevance"),
+    "single": (
+        _pairs(_rows(4)),
+        ["--loss", "ranknet"],
+        "have no documents of different relevance. Use --loss bce, or add a relevant and an "
+        "irrelevant document to each query.",
+    ),
     "untaught": (_rows(4), ["--loss", "margin-mse"], "learns a teacher's scores"),
     "column": ([{"text": "a b"}], [], "do not say what to learn"),
     "weight": (_rows(4), ["--loss", "lce", "--pos-weight", "2"], "--pos-weight"),

@@ -160,7 +160,11 @@ def _shuffle(b: Any) -> Any:
     ("change", "message"),
     [
         (lambda b: 2 * b, "answers neither as trained nor as the base"),
-        (lambda b: 0 * b, "answers as the base: the adapter is not applied"),
+        (
+            lambda b: 0 * b,
+            "returns the base model's outputs: the adapter is not applied. Select the adapter "
+            "with --model, and start the server as export printed:",
+        ),
         (_shuffle, r"answers neither as trained nor as the base|answers as the base"),
     ],
     ids=["scaled by 2", "not applied", "of another run"],
@@ -206,7 +210,13 @@ def test_an_adapter_that_is_not_applied_or_at_another_scale_is_found(
     export(ExportConfig(model=str(folder / "adapters" / "rslora"), out=out, server="llama.cpp"))
     with (
         llama_server(folder / "base.gguf", []) as url,
-        pytest.raises(RunError, match="answers as the base: the adapter is not applied"),
+        pytest.raises(
+            RunError,
+            match=(
+                r"returns the base model's outputs: the adapter is not applied\. Select the "
+                r"adapter with --model, and start the server as export printed:"
+            ),
+        ),
     ):
         check_served(CheckServedConfig(out=out, url=url))
     # 2 / 5.66: what alpha / r makes of rsLoRA's alpha / √r.

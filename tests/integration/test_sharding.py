@@ -121,7 +121,7 @@ def test_two_processes_with_half_a_model_each_are_one_with_the_whole(
     broken = prepared / "broken"
     shutil.copytree(parts, broken)
     next(broken.glob("shard-00002*")).unlink()
-    with pytest.raises(InputError, match=r"cannot be put together: shard-00002.* is missing"):
+    with pytest.raises(InputError, match=r"cannot be assembled: shard-00002.* is missing"):
         resolve_model(str(broken), device="cpu")
 
 

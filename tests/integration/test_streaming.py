@@ -192,7 +192,7 @@ def test_longer_rows_than_the_first_ones(capsys: pytest.CaptureFixture[str]) -> 
                 write_jsonl(many)]) == 2  # fmt: skip
     complaint = capsys.readouterr().err
     assert "rows read so far are longer than" in complaint
-    assert "Give the length by --max-length, or pass --overlong drop" in complaint
+    assert "Set --max-length, or pass --overlong drop or truncate-prompt." in complaint
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,8 @@ def test_longer_rows_than_the_first_ones(capsys: pytest.CaptureFixture[str]) -> 
          "--streaming cannot be used with --task text-classification"),
         (["--max-steps", "2", "--validation-split", "0.1"], "Use --set data.validation_rows=N"),
         (["--max-steps", "2", "--max-samples", "5"], "--max-samples cannot be used with"),
-        (["--max-steps", "2", "--dataset", "other.jsonl"], "--streaming reads one data set."),
+        (["--max-steps", "2", "--dataset", "other.jsonl"], "--streaming reads one dataset. Use "
+                                                           "one --dataset, or drop --streaming."),
         (["--max-steps", "2", "--set", "data.validation_rows=240"],
          "leaves none of the 240 rows of rows.jsonl to train on"),
         (["--max-steps", "2", "--split", "test"], "rows.jsonl is one file, without splits."),

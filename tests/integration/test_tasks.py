@@ -286,7 +286,7 @@ def test_languages_come_from_columns_or_from_the_user(
     assert run([*dry, *t5, *mapped, "--set", "data.target_language=Swiss German"]) == 0
     assert "prompt: seq2seq (translate English to Swiss German:)" in capsys.readouterr().out
     assert run([*dry, *llama]) == 2
-    assert "nothing says which is the source" in capsys.readouterr().err
+    assert "), and the source language is not given. Add" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

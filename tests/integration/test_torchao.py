@@ -138,7 +138,7 @@ def test_lora_trains_on_it_and_merging_is_refused(
     assert f"is stored quantized ({kind})" in said
     assert not (tmp_path / "merged").exists()
     for more, complaint in (
-        ({"method": {"kind": "full"}}, f"is quantized by {kind}, and on such weights PEFT has"),
+        ({"method": {"kind": "full"}}, f"is quantized by {kind}, for which PEFT supports"),
         ({"method": {"kind": "vera"}}, "Use --method lora"),
         ({"quant": {"kind": "4bit"}}, f"is quantized already \\({kind}\\)"),
     ):

@@ -133,7 +133,10 @@ def test_a_tracker_that_fails_is_told_no_more(
     [
         (["--report-to", "all"], "all is whatever is installed. Name the trackers"),
         (["--report-to", "tensorboard,comet"], "'comet' is not known. Expected one of"),
-        (["--tracker-project", "x"], "--tracker-project x is of a tracker, and there is none."),
+        (
+            ["--tracker-project", "x"],
+            "--tracker-project x needs a tracker. Add --report-to wandb (or another), or drop it.",
+        ),
         (["--report-to", "wandb"], 'pip install "ftlevel[wandb]", or drop it.'),
     ],
 )

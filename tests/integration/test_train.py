@@ -279,9 +279,8 @@ def test_resuming_with_another_setting_is_refused(capsys: pytest.CaptureFixture[
     assert code == 2
     complaint = capsys.readouterr().err
     assert complaint == (  # a recipe is the run's own; the flag differs
-        "ftlevel: --resume run: not the same run: method.r was 8 and is 4. "
-        "Give it as it was, start a new run in another --output-dir, or pass --allow-change "
-        "method.r\n"
+        "ftlevel: --resume run: not the same run: method.r was 8 and is 4. Restore it, start a "
+        "new run in another --output-dir, or pass --allow-change method.r\n"
     )
 
 
@@ -298,8 +297,8 @@ def test_resuming_with_another_number_of_threads_is_refused(
         torch.set_num_threads(own)
     assert code == 2
     assert capsys.readouterr().err == (
-        f"ftlevel: --resume run: not the same run: threads was {own} and is {own + 1}. Give it as "
-        f"it was (OMP_NUM_THREADS={own}), start a new run in another --output-dir, or pass "
+        f"ftlevel: --resume run: not the same run: threads was {own} and is {own + 1}. Restore it "
+        f"(OMP_NUM_THREADS={own}), start a new run in another --output-dir, or pass "
         f"--allow-change threads\n"
     )
 

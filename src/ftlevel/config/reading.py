@@ -76,7 +76,7 @@ def resolve_aliases(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     if isinstance(task := read.get("task"), str):
         read["task"] = normalize_task(task)
         if read["task"] != _folded(task):
-            lines.append(f"task {read['task']} ({task!r} an alias)")
+            lines.append(f"task {read['task']} ({task!r} is an alias)")
         section = read.get("rl") or {}
         if (loss := _folded(task)) in _RL_LOSSES and isinstance(section, Mapping):
             read["rl"] = {"loss": loss, **section}
@@ -90,7 +90,7 @@ def resolve_aliases(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
         if meant is not None:
             read[section] = {**meant, **{k: v for k, v in fields.items() if k != "kind"}}
             said = ", ".join(f"{section}.{key}={value}" for key, value in meant.items())
-            lines.append(f"{said} ({kind!r} an alias)")
+            lines.append(f"{said} ({kind!r} is an alias)")
         elif isinstance(kind, str):
             own = _folded(kind)
             read[section] = {**fields, "kind": own} if isinstance(given, Mapping) else own

@@ -118,7 +118,7 @@ def check_revision(source: ModelSource, revision: str | None) -> None:
     """Raise `InputError` if a `revision` is requested of a source that is not on the Hub."""
     if revision and source.kind != "hub":
         raise InputError(
-            f"revision {revision} cannot be used with the local directory {source.words}. Drop "
+            f"revision {revision} cannot be used with {source.words}, which is a local model. Drop "
             f"the revision, or use a Hub id."
         )
 

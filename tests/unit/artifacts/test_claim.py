@@ -54,7 +54,9 @@ def test_a_directory_is_held_until_its_process_is_killed(tmp_path: Path) -> None
 def test_a_run_that_began_first_keeps_the_directory(tmp_path: Path) -> None:
     check_output(tmp_path / "run", overwrite=False, resume=False)
     open_run(tmp_path / "run", "x", overwrite=False)
-    with pytest.raises(ConfigError, match="another run has begun in it"):
+    with pytest.raises(
+        ConfigError, match=r"another run has started in it\. Choose another directory\."
+    ):
         open_run(tmp_path / "run", "x", overwrite=False)
 
 

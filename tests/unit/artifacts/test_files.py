@@ -53,7 +53,10 @@ def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "full" / "mine").write_text("x")
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
-    for name, said in (("full", "is not empty"), ("file", "nothing of yours is overwritten")):
+    for name, said in (
+        ("full", "is not empty"),
+        ("file", "already exists and is not overwritten. Choose another."),
+    ):
         with pytest.raises(ConfigError, match=f"--out .*{name} exists,? and {said}"):
             check_absent("--out", tmp_path / name)
     with pytest.raises(ConfigError, match="cannot be written"):

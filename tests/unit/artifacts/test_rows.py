@@ -163,7 +163,10 @@ def test_nothing_of_yours_is_overwritten(tmp_path: Path) -> None:
         check_row_file("--output", tmp_path / "p.xlsx", resume=False, overwrite=False)
     check_row_file("--output", path, resume=False, overwrite=False)
     partial_of(path).write_text("x")
-    with pytest.raises(ConfigError, match="holds rows of a command that was stopped"):
+    with pytest.raises(
+        ConfigError,
+        match=r"has rows of an interrupted command\. Resume it with --resume, or delete it\.",
+    ):
         check_row_file("--output", path, resume=False, overwrite=False)
     check_row_file("--output", path, resume=True, overwrite=False)
     path.write_text("x")

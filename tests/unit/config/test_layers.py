@@ -216,7 +216,7 @@ def test_every_flag_that_sets_a_key_is_known_in_a_recipe() -> None:
 
 def test_a_value_for_a_whole_section_is_not_replaced_by_a_flag() -> None:
     flags = read_settings(["train.max_steps=3"])
-    with pytest.raises(ConfigError, match="--set train: train is a section, and 4 is given for it"):
+    with pytest.raises(ConfigError, match=r"--set train: train is a section and got 4"):
         build_config([read_settings(["train=4"]), flags])
 
 

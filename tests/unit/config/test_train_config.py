@@ -97,11 +97,11 @@ def test_a_config_cannot_be_written_to() -> None:
         (TrainConfig, {"train": {"max_steps": 0}},
          "TrainConfig(train.max_steps): 0 is out of range: train.max_steps must be ≥ 1."),
         (TrainConfig, {"train": 3},
-         "TrainConfig(train): train is a section, and 3 is given for it. Set its fields, such as "
+         "TrainConfig(train): train is a section and got 3. Set its fields, such as "
          "train.num_beams."),
         (TrainConfig, {"speed": [{"text": "a secret row"}]},
-         "TrainConfig(speed): speed is a section, and a list is given for it. Set its fields, "
-         "such as speed.fast."),
+         "TrainConfig(speed): speed is a section and got a list. Set its fields, such as "
+         "speed.fast."),
         (TrainerConfig, {"lr": 1}, "TrainerConfig(lr): unknown key 'lr'. "
          "Did you mean 'train.learning_rate'?"),
         (PredictConfig, {"name": "run", "datset": "x"},

@@ -170,7 +170,9 @@ class Feedforward(nn.Module):
 
 def test_a_prefix_is_refused_where_a_linear_is_named() -> None:
     config = PrefixKvConfig(task_type="CAUSAL_LM", target_modules=["down_proj"])
-    with pytest.raises(ValueError, match=r"Linear does not say how many heads.*Name attentions in"):
+    with pytest.raises(
+        ValueError, match=r"Linear does not expose its number of heads.*Name attention modules in"
+    ):
         get_peft_model(build("llama"), config)
 
 
@@ -275,5 +277,11 @@ def test_a_layer_says_how_wide_its_module_is(tuner: str, family: str) -> None:
 
 def test_a_bottleneck_is_refused_where_no_width_is_known() -> None:
     config = BottleneckConfig(target_modules=["0"])
-    with pytest.raises(ValueError, match="Embedding does not say how wide"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"Embedding does not expose its input and output size, and the model has no "
+            r"config\. Name linear layers in target_modules\."
+        ),
+    ):
         get_peft_model(nn.Sequential(nn.Embedding(4, 6)), config)

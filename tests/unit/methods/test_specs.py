@@ -124,7 +124,7 @@ def targets(family: str, kind: str, task: str = "", variant: int = 0, **fields: 
          "method.r 100 is more than the inputs of 12 of 14 linears, such as "
          "model.layers.0.mlp.gate_proj (64 wide). Set method.r to 64 or less."),
         ("shira", {},
-         "method.r 32 asks for more weights than 4 of 14 linears have, such as "
+         "method.r 32 is larger than 4 of 14 linear layers allow, such as "
          "model.layers.0.self_attn.k_proj. Set method.r to 21 or less."),
         ("gralora", {"r": 9, "gralora_k": 3},
          "method.gralora_k 3 does not divide the inputs or outputs of 14 of 14 linears, such as "

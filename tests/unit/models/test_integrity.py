@@ -151,7 +151,7 @@ def test_a_head_for_another_number_of_classes_is_new(
     [({"num_attention_heads": 7}, "not a multiple of the number of attention heads"),
      ({"hidden_size": "64"}, "'hidden_size' expected int, got str"),
      ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}},
-      "it needs Python code of its own .* --set model.trust_remote_code=true")],
+      "it needs custom Python code .* --set model.trust_remote_code=true")],
 )  # fmt: skip
 def test_a_config_that_is_none_of_a_model(
     copied: Callable[..., Path], change: dict[str, Any], message: str
@@ -205,5 +205,11 @@ def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     for place in (tmp_path, tmp_path / "adapter"):
-        with pytest.raises(InputError, match="is an adapter, and a model is expected here"):
+        with pytest.raises(
+            InputError,
+            match=(
+                r"is an adapter, expected a model\. Use the model it was trained on, or merge "
+                r"both: ftlevel merge"
+            ),
+        ):
             resolve_source(str(place))

@@ -227,10 +227,9 @@ def test_wishes(family: str, task: str, wish: Any, count: int, one: str) -> None
             "text-generation",
             ["lm_head"],
             [
-                "--target-modules: 'lm_head' is the output head of gpt2: adapters go on the "
-                "blocks. Leave it out; --modules-to-save trains it in full. Linear modules "
-                "here: c_attn, c_fc, "
-                "c_proj. Try: ftlevel list-targets gpt2"
+                "--target-modules: 'lm_head' is the output head of gpt2: adapters are added to "
+                "the blocks. Drop it; --modules-to-save trains it in full. Linear modules here: "
+                "c_attn, c_fc, c_proj. Try: ftlevel list-targets gpt2"
             ],
         ),
         (
@@ -239,8 +238,8 @@ def test_wishes(family: str, task: str, wish: Any, count: int, one: str) -> None
             ["c_attn", "score"],
             [
                 "--target-modules: 'score' is a task head of gpt2 (score): heads are trained in "
-                "full and saved beside the adapter. Leave it out. Linear modules here: c_attn, "
-                "c_fc, c_proj. Try: ftlevel list-targets gpt2"
+                "full and saved with the adapter. Drop it. Linear modules here: c_attn, c_fc, "
+                "c_proj. Try: ftlevel list-targets gpt2"
             ],
         ),
         (

@@ -138,7 +138,11 @@ BAD = [
     ({"prompt": "q", "chosen": [_user("a")], "rejected": "b"}, "dpo", "no assistant turn"),
     ({"chosen": "a", "rejected": "b"}, "dpo", "no prompt"),
     ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "x"}, "dpo", "a number"),
-    ({"prompt": "q", "answers": [{"answer": "a", "rank": 1}]}, "dpo", "no two answers"),
+    (
+        {"prompt": "q", "answers": [{"answer": "a", "rank": 1}]},
+        "dpo",
+        "has no pair of answers with a preference",
+    ),
     (
         {"prompt": "q", "answers": [{"answer": "a", "rank": "first"}, {"answer": "b", "rank": 2}]},
         "dpo",
@@ -194,7 +198,7 @@ def test_a_template_that_writes_the_prompt_by_the_answer_is_refused(
         "first letter. {% endif %}{{ m['role'] }}: {{ m['content'] }}"
         "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     )
-    with pytest.raises((RowError, InputError), match=r"prompt|answers cannot be told apart"):
+    with pytest.raises((RowError, InputError), match=r"prompt|answers cannot be located"):
         encoder([_read(SHAPES["explicit"])])
 
 

@@ -114,7 +114,7 @@ def test_a_gpu_recomputes_before_micro_batches_become_slow(tried: list[int]) -> 
 
 
 def test_a_plain_step_has_no_micro_batches() -> None:
-    with pytest.raises(ConfigError, match=r"the plain step has none.*--no-fast"):
+    with pytest.raises(ConfigError, match=r"needs the fast step.*--no-fast"):
         fit_micro_batch(run_of(enabled=False), 10**9)
 
 

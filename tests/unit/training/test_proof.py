@@ -105,7 +105,7 @@ def test_another_adapter_than_the_one_that_was_trained_is_seen(tmp_path: Path) -
     trained, digests = saved(tmp_path)
     with torch.no_grad():
         next(p for n, p in trained.named_parameters() if "lora_B" in n).add_(1.0)
-    with pytest.raises(RunError, match="is not the one that was trained"):
+    with pytest.raises(RunError, match="differs from the trained one: its logits differ by"):
         check_saved(trained, tmp_path, Origin(digests, load_no_base), probe())
 
 

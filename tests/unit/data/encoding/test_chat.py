@@ -220,7 +220,9 @@ def test_a_template_whose_tokens_the_model_lacks_is_refused() -> None:
     with pytest.raises(InputError) as caught:
         set_chat_template(tokenizer, "chatml")
     assert "has no token for <|im_start|>, <|im_end|>, so that" in str(caught.value)
-    assert str(caught.value).endswith("Its tokens fit: mistral.")
+    assert str(caught.value).endswith(
+        "so the model could not learn to stop. Templates that fit its tokens: mistral."
+    )
 
 
 def test_a_template_from_a_file(tmp_path: Any) -> None:

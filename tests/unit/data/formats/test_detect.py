@@ -367,9 +367,10 @@ def test_languages_are_columns(
 @pytest.mark.parametrize(
     ("columns", "given", "message"),
     [
-        (["en", "es"], {}, "nothing says which is the source. Add --source-language en "
-         "--target-language es, or another pair."),
-        (["de", "en", "fr"], {"source_language": "fr"}, "nothing says which is the source"),
+        (["en", "es"], {}, "), and the source language is not given. Add --source-language en "
+                           "--target-language es, or another pair."),
+        (["de", "en", "fr"], {"source_language": "fr"}, "), and the source language is not given. "
+                                                        "Add"),
         (["en", "es"], {"target_language": "fr"}, "--target-language fr: no column is called so"),
     ],
 )  # fmt: skip

@@ -56,9 +56,9 @@ def test_ids() -> None:
         (
             ["pos"] * 1200,
             (),
-            "x.csv: 'label' is 'pos' in all 1,200 rows; to classify takes two classes. If the "
-            "file is sorted by label, raise --max-samples; if it is another column: "
-            "--map label=COLUMN.",
+            "x.csv: 'label' is 'pos' in all 1,200 rows; classification needs at least two "
+            "classes. If the file is sorted by label, raise --max-samples; for another column, "
+            "use --map label=COLUMN.",
         ),
         (
             [1, 2, 4],

@@ -72,7 +72,7 @@ def test_several_labels() -> None:
     assert convert(SEVERAL, ["b", "a"], [], ["c"]) == [("b", "a"), (), ("c",)]
     for strange, reason in (
         ("a", "'label' is a string, not a list of labels"),
-        ([0, 1, 0], "'label' names a label twice"),
+        ([0, 1, 0], "'label' lists a label twice"),
         (["a", None], "label 2 of 'label' is null"),
     ):
         with pytest.raises(InputError, match=f"x.jsonl:1: {reason}"):

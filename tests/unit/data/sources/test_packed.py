@@ -112,7 +112,9 @@ def test_errors_name_what_the_user_named(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(InputError, match="no such file"):
         rows_of(str(tmp_path / "none.csv.gz"))
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"Dear all, hello\n")))
-    with pytest.raises(InputError, match=r"does not say what format it is. Pass --input-format"):
+    with pytest.raises(
+        InputError, match=r"does not identify its format\. Add --input-format, one of"
+    ):
         rows_of("-")
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"Dear all, hello\n")))
     assert rows_of("-", "txt") == [{"text": "Dear all, hello"}]
@@ -286,7 +288,7 @@ def test_a_pipe_without_a_writer_or_without_rows_is_an_error(
     with pytest.raises(InputError, match=r"rows: its first line, 'Dear all, hello', does not say"):
         load_splits(str(pipe))
     thread.join()
-    with pytest.raises(InputError, match=r"/dev/fd/987: was a pipe of the shell.*Give them again"):
+    with pytest.raises(InputError, match=r"/dev/fd/987: was a shell pipe.*Pass it again"):
         load_splits("/dev/fd/987")
 
 

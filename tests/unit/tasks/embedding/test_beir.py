@@ -35,7 +35,9 @@ def test_equal_documents_are_one_and_unjudged_queries_are_left_out(layout):
 def test_another_corpus_has_to_hold_the_relevant_documents(layout, tmp_path):
     other = tmp_path / "other.jsonl"
     write(other, [{"_id": "d1", "title": "", "text": "one"}])
-    with pytest.raises(InputError, match=r"3 judgments name a query or document.*--corpus"):
+    with pytest.raises(
+        InputError, match=r"3 judgments refer to a missing query or document.*--corpus"
+    ):
         read_retrieval_set(layout, other)
 
 

@@ -24,11 +24,10 @@ from ftlevel.training.plan.schedule import check_schedule, choose_rates, find_wa
          ["--warmup-steps 50 is longer than the run of 5 steps: the learning rate ends at 8% of "
           "its peak."]),
         ({"eval_steps": 2}, 0,
-         ["--eval-steps: there are no validation rows, so nothing is evaluated; --validation-split "
-          "0.05 holds some back."]),
+         ["--eval-steps: there are no validation rows to evaluate. Add --validation-split 0.05."]),
         ({"eval_on_start": True}, 0,
-         ["train.eval_on_start: there are no validation rows, so nothing is evaluated; "
-          "--validation-split 0.05 holds some back."]),
+         ["train.eval_on_start: there are no validation rows to evaluate. Add --validation-split "
+          "0.05."]),
     ],
 )  # fmt: skip
 def test_what_will_not_come_to_pass_is_said(
@@ -41,7 +40,7 @@ def test_a_rate_for_a_head_that_is_not_new_is_said_to_be_idle() -> None:
     config = TrainerConfig(head_learning_rate=0.1)
     assert find_warnings(config, 64, 4) == []
     (warning,) = find_warnings(config, 64, 4, new_head=False)
-    assert warning.startswith("--head-learning-rate: the model gets no new head, so nothing ")
+    assert warning.startswith("--head-learning-rate: the model has no new head. ")
 
 
 def test_the_share_of_the_peak_is_the_schedules_own() -> None:
@@ -107,12 +106,12 @@ def test_the_reason_says_what_the_rate_is_for() -> None:
     ("train", "rows", "told"),
     [
         ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": "lr_end=0.1"}, 0,
-         "lr_end=0.1: the rate would fall from 0.01 to it. Give less than 0.01"),
+         "lr_end=0.1: it must be below the learning rate 0.01. Use less than 0.01"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, 0, "nothing is evaluated"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "no"}, 5,
          "nothing is evaluated"),
         ({"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 0.5,
-          "lr_scheduler_kwargs": "num_decay_steps=51"}, 0, "Give no more than 50."),
+          "lr_scheduler_kwargs": "num_decay_steps=51"}, 0, "are warm-up. Use at most 50."),
     ],
 )  # fmt: skip
 def test_a_schedule_that_the_run_cannot_follow(train: Any, rows: int, told: str) -> None:

@@ -98,5 +98,5 @@ def test_scales_that_fit_leave_less_error_of_what_counts(outtype: str) -> None:
 
 def test_a_number_beyond_float16_is_refused(tmp_path: Path) -> None:
     tensor = planned(torch.tensor([[1e5, 0.0]]), "f16")
-    with pytest.raises(RunError, match=r"up has numbers beyond float16.*--outtype bf16"):
+    with pytest.raises(RunError, match=r"up has values above float16.*--outtype bf16"):
         write_gguf(tmp_path / "x.gguf", {"general.architecture": "llama"}, [tensor], print)
