@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.formats.detect import Format, FormatSpec
-from ftlevel.data.formats.examples import RoleValues
+from ftlevel.data.formats.detect import Format, FormatSpec, RoleValues
 from ftlevel.data.sources.table import Table
 from ftlevel.task import Meter, Objective
 from ftlevel.tasks.base import BaseTask, Column, OutputOptions, Prediction, PromptedModel

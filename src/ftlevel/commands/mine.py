@@ -11,8 +11,8 @@ from ftlevel.artifacts.row_files import check_row_file, row_file_type
 from ftlevel.artifacts.row_sinks import RowColumns
 from ftlevel.config.mining import MineConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.formats.convert import to_examples
 from ftlevel.data.formats.detect import FormatOptions, detect_format
+from ftlevel.data.formats.examples import to_examples
 from ftlevel.data.sources.readers.files import ReadOptions, read_table
 from ftlevel.errors import InputError
 from ftlevel.evaluation.answers import InferenceModel, inference_context

@@ -17,10 +17,10 @@ from ftlevel.config.section import Choice
 from ftlevel.data.formats.columns import resolve_column
 from ftlevel.data.formats.detect import explain_columns
 from ftlevel.data.prepare.inference import (
-    InMemoryRows,
     Prompts,
     QueryRow,
     RowSource,
+    in_memory_rows,
     open_rows,
     windows,
 )
@@ -191,7 +191,7 @@ def _open(
     """Return the rows, with the first ones already read, and their file."""
     ignored = config.ignore_columns or own.data.ignore_columns
     if config.dataset is None:
-        return InMemoryRows(rows, ignored), None
+        return in_memory_rows(rows, ignored), None
     roles = [names for shape in task.questions for names in shape.roles.values()]
     known = {name for names in roles for name in names}
     known |= {*config.columns.values(), *own.data.columns.values()}

@@ -13,10 +13,9 @@ import numpy as np
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded, encode_labeled
-from ftlevel.data.formats.detect import Format, FormatSpec
+from ftlevel.data.formats.detect import Format, FormatSpec, RoleValues
 from ftlevel.data.formats.examples import (
     LabeledText,
-    RoleValues,
     build_labeled_text,
     build_multi_label_text,
     build_regression_text,

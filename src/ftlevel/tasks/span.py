@@ -19,8 +19,8 @@ from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.spans import DEFAULT_WINDOW_LENGTH, Window, encode_questions
-from ftlevel.data.formats.detect import Format, FormatSpec
-from ftlevel.data.formats.examples import Question, RoleValues, build_question
+from ftlevel.data.formats.detect import Format, FormatSpec, RoleValues
+from ftlevel.data.formats.examples import Question, build_question
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError, UnansweredError
 from ftlevel.task import Checks, Meter, Objective

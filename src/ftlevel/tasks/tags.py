@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.spans import encode_tagged, encode_words, find_invalid_bio_tags
-from ftlevel.data.formats.detect import Format, FormatSpec
-from ftlevel.data.formats.examples import RoleValues, TaggedTokens, build_tagged
+from ftlevel.data.formats.detect import Format, FormatSpec, RoleValues
+from ftlevel.data.formats.examples import TaggedTokens, build_tagged
 from ftlevel.data.formats.labels import LabelSet, build_spans, split_words
 from ftlevel.data.formats.turns import UnusableRowError, check_text
 from ftlevel.data.sources.table import BadRow, Row, Table

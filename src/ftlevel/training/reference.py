@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftlevel.artifacts.files import base_digest
+from ftlevel.artifacts.files import base_digest, file_fingerprint
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.prepare.dataset import cache_root, file_digest, is_writable
+from ftlevel.data.prepare.dataset import cache_root, is_writable
 from ftlevel.evaluation.likelihoods import compute_likelihoods
 from ftlevel.events import Listener
 from ftlevel.fast.head.likelihoods import compute_answer_likelihoods
@@ -135,7 +135,7 @@ def digest_start(run: Run, adapted: PreparedModel) -> str:
             for part in inner_tensors(tensor) or (tensor,):
                 digest.update(part.detach().float().cpu().numpy().tobytes())
     key_values = {
-        "base": path and (base_digest(path) if path.is_dir() else file_digest(path)),
+        "base": path and (base_digest(path) if path.is_dir() else file_fingerprint(path)),
         "name": [model.source.name, model.auto_class],
         "start": digest.hexdigest(),
         "method": run.config.method.model_dump(mode="json"),

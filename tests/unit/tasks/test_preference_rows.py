@@ -14,7 +14,7 @@ from ftlevel.config.preference import PreferenceConfig
 from ftlevel.data.encoding.encode import IGNORED, Encoded, PromptFormat, RowError
 from ftlevel.data.encoding.fit import LengthBounds, fit_rows
 from ftlevel.data.encoding.store import rows_to_batches, write_store
-from ftlevel.data.formats.convert import convert_rows
+from ftlevel.data.formats.examples import convert_rows
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS

@@ -23,7 +23,7 @@ from ftlevel.models.upstream.libraries import apply_template, check_template
 
 Turn = dict[str, Any]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_OF_PYTHON = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
+_PYTHON_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
 _MARK = "\u2042mark\u2042"
 
 
@@ -33,6 +33,12 @@ class RenderedChat:
 
     text: str
     spans: tuple[tuple[int, int], ...]
+
+    def is_answer(self, start: int, end: int) -> bool:
+        """Return whether a token lies in a span, ignoring a space before its word ("▁the")."""
+        return any(
+            begin < end <= stop and not self.text[start:begin].strip() for begin, stop in self.spans
+        )
 
 
 def render(
@@ -58,13 +64,11 @@ def render_chat(
     ends = list_special_tokens(tokenizer)
     marked = bool(_GENERATION.search(tokenizer.get_chat_template(None, list(tools) or None)))
     text, spans = _render(tokenizer, turns, tools, marks=marked)
+    chat = _Chat(tokenizer, turns, tools)
     if not marked:
-        spans = [
-            _find_turn(tokenizer, turns, tools, index, text)
-            for index, turn in enumerate(turns)
-            if turn["role"] == "assistant"
-        ]
-    _check_complete(tokenizer, turns, tools, text)
+        answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+        spans = [chat.find_turn(index, text) for index in answers]
+    chat.check_complete(text)
     return RenderedChat(text, tuple(_with_end(text, span, ends) for span in spans))
 
 
@@ -77,8 +81,8 @@ def list_special_tokens(tokenizer: Any) -> tuple[str, ...]:
 
 def find_end_of_turn_id(tokenizer: Any) -> int | None:
     """Return the id of the token that ends an assistant turn, or None."""
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rendered = render_chat(tokenizer, talk)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rendered = render_chat(tokenizer, turns)
     answer = rendered.text[slice(*rendered.spans[-1])] if rendered.spans else ""
     end = next((t for t in list_special_tokens(tokenizer) if answer.endswith(t)), None)
     return tokenizer.convert_tokens_to_ids(end) if end else None
@@ -94,104 +98,95 @@ def _render(
 ) -> tuple[str, list[tuple[int, int]]]:
     from jinja2 import TemplateError
 
-    given = list(tools) or None
+    tool_list = list(tools) or None
     try:
         return apply_template(
             turns,
-            tokenizer.get_chat_template(None, given),
-            tools=given,
+            tokenizer.get_chat_template(None, tool_list),
+            tools=tool_list,
             return_assistant_tokens_mask=marks,
             add_generation_prompt=generation_prompt,
             **tokenizer.special_tokens_map,
         )
-    except (TemplateError, TimeoutError, MemoryError, RecursionError, *_OF_PYTHON) as error:
+    except (TemplateError, TimeoutError, MemoryError, RecursionError, *_PYTHON_ERRORS) as error:
         reason = str(error) or type(error).__name__
         raise InputError(f"the chat template refuses these messages: {reason}.") from None
 
 
-def _find_turn(
-    tokenizer: Any,
-    turns: Sequence[Turn],
-    tools: Sequence[dict[str, Any]],
-    index: int,
-    full: str,
-) -> tuple[int, int]:
-    """Return the span in `full` of the turn at `index`, including its end-of-turn token.
+@dataclass(frozen=True)
+class _Chat:
+    """A conversation with the tokenizer whose template renders it."""
 
-    The span starts after the generation prompt. It includes a space before the answer.
-    """
-    before = render(tokenizer, turns[:index], tools, generation_prompt=True) if index else ""
-    before = before.removesuffix(" ")
-    upto = render(tokenizer, turns[: index + 1], tools)
-    follows = bool(before) and full.startswith(before)
-    if follows and full.startswith(upto) and len(before) < len(upto):
-        return len(before), len(upto.rstrip())
-    content = str(turns[index]["content"])
-    if turns[index].get("tool_calls"):
-        closing = next(
-            (t for t in list_special_tokens(tokenizer) if upto.rstrip().endswith(t)), None
+    tokenizer: Any
+    turns: Sequence[Turn]
+    tools: Sequence[dict[str, Any]]
+
+    def find_turn(self, index: int, text: str) -> tuple[int, int]:
+        """Return the span in the rendered `text` of a turn, including its end-of-turn token.
+
+        The span starts after the generation prompt. It includes a space before the answer.
+        """
+        tokenizer, turns, tools = self.tokenizer, self.turns, self.tools
+        before = render(tokenizer, turns[:index], tools, generation_prompt=True) if index else ""
+        before = before.removesuffix(" ")
+        upto = render(tokenizer, turns[: index + 1], tools)
+        follows = bool(before) and text.startswith(before)
+        if follows and text.startswith(upto) and len(before) < len(upto):
+            return len(before), len(upto.rstrip())
+        if turns[index].get("tool_calls") and follows:
+            special = list_special_tokens(tokenizer)
+            closing = next((t for t in special if upto.rstrip().endswith(t)), "")
+            end = text.find(closing, len(before))
+            if closing and end >= 0:
+                return len(before), end + len(closing)
+        for content in (str(turns[index]["content"]), str(turns[index]["content"]).strip()):
+            start = self._find_marker(index, _MARK + content, text)
+            end = self._find_marker(index, content + _MARK, text)
+            if content and 0 <= start < end:
+                return (len(before) if follows and len(before) <= start else start), end
+        raise InputError(
+            f"the chat template of {tokenizer.name_or_path} changes earlier turns when a later one "
+            f"is added (message {index + 1}), so the answers cannot be located. Choose another "
+            "with --chat-template."
         )
-        end = full.find(closing, len(before)) if follows and closing else -1
-        if closing and end >= 0:
-            return len(before), end + len(closing)
-    for own in (content, content.strip()):
-        start = _find_mark(tokenizer, turns, tools, index, _MARK + own, full)
-        end = _find_mark(tokenizer, turns, tools, index, own + _MARK, full)
-        if own and 0 <= start < end:
-            return (len(before) if follows and len(before) <= start else start), end
-    raise InputError(
-        f"the chat template of {tokenizer.name_or_path} changes earlier turns when a later one is "
-        f"added (message {index + 1}), so the answers cannot be located. Choose another with "
-        f"--chat-template."
-    )
 
+    def _find_marker(self, index: int, content: str, text: str) -> int:
+        """Return the position of the marker in `text`; -1 if the marker changes other text."""
+        turn = {**self.turns[index], "content": content}
+        turns = [*self.turns[:index], turn, *self.turns[index + 1 :]]
+        before, mark, after = render(self.tokenizer, turns, self.tools).partition(_MARK)
+        return len(before) if mark and before + after == text else -1
 
-def _find_mark(
-    tokenizer: Any,
-    turns: Sequence[Turn],
-    tools: Sequence[dict[str, Any]],
-    index: int,
-    content: str,
-    full: str,
-) -> int:
-    """Return the marker position in the rendered text; -1 if the marker changes other text."""
-    changed = [*turns[:index], {**turns[index], "content": content}, *turns[index + 1 :]]
-    text = render(tokenizer, changed, tools)
-    at = text.find(_MARK)
-    return at if at >= 0 and text[:at] + text[at + len(_MARK) :] == full else -1
+    def check_complete(self, text: str) -> None:
+        """Raise `InputError` if the template omits a user or system turn, or the tools."""
+        name = self.tokenizer.name_or_path
+        for number, turn in enumerate(self.turns, 1):
+            content = str(turn["content"]).strip()
+            if turn["role"] == "assistant" or content in text:
+                continue
+            if json.dumps(content)[1:-1] not in text:
+                raise InputError(
+                    f"the chat template of {name} leaves out message {number}, of role "
+                    f"{turn['role']!r}. Choose another with --chat-template."
+                )
+        if self.tools and render(self.tokenizer, self.turns) == text:
+            raise InputError(
+                f"the chat template of {name} does not show tools to the model. Use one that "
+                "does: --chat-template qwen."
+            )
 
 
 def _with_end(text: str, span: tuple[int, int], ends: Sequence[str]) -> tuple[int, int]:
     """Strip trailing white space from `span` and include the special token that ends it."""
     start, end = span
     stripped = start + len(text[start:end].rstrip())
-    if any(text[start:stripped].endswith(token) for token in ends):
+    if text[start:stripped].endswith(tuple(ends)):
         return start, stripped
     for after in (end, end + (text[end : end + 1] == " ")):  # the answer may end in white space
         closing = next((token for token in ends if text.startswith(token, after)), None)
         if closing:
             return start, after + len(closing)
     return span
-
-
-def _check_complete(
-    tokenizer: Any, turns: Sequence[Turn], tools: Sequence[dict[str, Any]], text: str
-) -> None:
-    """Raise `InputError` if the template omits a user or system turn, or the tools."""
-    for number, turn in enumerate(turns, 1):
-        content = str(turn["content"]).strip()
-        if turn["role"] == "assistant" or content in text:
-            continue
-        if json.dumps(content)[1:-1] not in text:
-            raise InputError(
-                f"the chat template of {tokenizer.name_or_path} leaves out message {number}, of "
-                f"role {turn['role']!r}. Choose another with --chat-template."
-            )
-    if tools and render(tokenizer, turns) == text:
-        raise InputError(
-            f"the chat template of {tokenizer.name_or_path} does not show tools to the model. "
-            "Use one that does: --chat-template qwen."
-        )
 
 
 MARKERS: Mapping[str, tuple[str, ...]] = {
@@ -206,7 +201,7 @@ MARKERS: Mapping[str, tuple[str, ...]] = {
 _FOLDER = Path(__file__).parent / "templates"
 
 
-def set_chat_template(tokenizer: Any, wish: str | None) -> Choice | None:
+def set_chat_template(tokenizer: Any, name: str | None) -> Choice | None:
     """Set the chat template of `tokenizer` (mutated) to a built-in template or a Jinja file.
 
     The template is saved with the adapter, so training, evaluation and generation share it.
@@ -215,38 +210,38 @@ def set_chat_template(tokenizer: Any, wish: str | None) -> Choice | None:
         InputError: no such name or file, the template does not compile, or its special tokens are
             not in the vocabulary.
     """
-    if wish is None:
+    if name is None:
         return None
-    had = bool(getattr(tokenizer, "chat_template", None))
-    template = _read_named(tokenizer, wish) if wish in MARKERS else _read_file(wish)
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    template = _read_builtin(tokenizer, name) if name in MARKERS else _read_file(name)
     tokenizer.chat_template = template
-    reason = "in place of the model's own" if had else "the model has none"
-    return Choice("chat template", wish, reason)
+    reason = "in place of the model's own" if has_template else "the model has none"
+    return Choice("chat template", name, reason)
 
 
-def _read_named(tokenizer: Any, name: str) -> str:
+def _read_builtin(tokenizer: Any, name: str) -> str:
     vocabulary = tokenizer.get_vocab()
     missing = {n: [m for m in markers if m not in vocabulary] for n, markers in MARKERS.items()}
     if missing[name]:
-        fitting = [other for other, lacking in missing.items() if not lacking]
+        usable = [other for other, tokens in missing.items() if not tokens]
         raise InputError(
             f"--chat-template {name}: the tokenizer of {tokenizer.name_or_path} has no token for "
             f"{join_names(missing[name])}, so the model could not learn to stop. Templates that "
-            f"fit its tokens: {join_names(fitting)}."
+            f"fit its tokens: {join_names(usable)}."
         )
     return (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def _read_file(wish: str) -> str:
+def _read_file(name: str) -> str:
     from jinja2 import TemplateSyntaxError
 
-    path = Path(wish).expanduser()
+    path = Path(name).expanduser()
     try:
         template = read_plain(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"--chat-template {wish}: neither a name nor a readable file."
-            f"{did_you_mean(wish, MARKERS)} Names: {join_names(MARKERS)}."
+            f"--chat-template {name}: neither a name nor a readable file."
+            f"{did_you_mean(name, MARKERS)} Names: {join_names(MARKERS)}."
         ) from error
     try:
         check_template(template)
@@ -305,7 +300,7 @@ def find_turn_layout(tokenizer: Any) -> TurnLayout | None:
     Return None unless the layout reproduces the template exactly on other conversations.
     """
     try:
-        layout = _guess(tokenizer)
+        layout = _infer_layout(tokenizer)
         if layout is None:
             return None
         for trial in _TRIALS:
@@ -319,57 +314,46 @@ def find_turn_layout(tokenizer: Any) -> TurnLayout | None:
     return layout
 
 
-def _guess(tokenizer: Any) -> TurnLayout | None:
-    alone = _pieces(tokenizer, USER)
-    talk = _pieces(tokenizer, USER, ASSISTANT, USER)
-    if alone is None or talk is None:
+def _infer_layout(tokenizer: Any) -> TurnLayout | None:
+    single = _split_at_contents(tokenizer, USER)
+    several = _split_at_contents(tokenizer, USER, ASSISTANT, USER)
+    if single is None or several is None:
         return None
-    first, tail = alone
-    _, to_assistant, to_user, _ = talk
-    user_end = _shared(render(tokenizer, _marked(USER)).rpartition(_MARKS[USER])[2], to_assistant)
+    first, tail = single
+    _, to_assistant, to_user, _ = several
+    after_user = render(tokenizer, _placeholder_turns(USER)).rpartition(_MARKS[USER])[2]
+    # without the beginning of a special token
+    user_end = re.sub(r"(<\|?|\[/?)$", "", _common_prefix(after_user, to_assistant))
     assistant_begin = to_assistant.removeprefix(user_end)
     if not tail.startswith(user_end):
         return None
     if to_user.startswith(user_end) and first.endswith(to_user.removeprefix(user_end)):
         user_begin, assistant_end = to_user.removeprefix(user_end), user_end
     else:
-        shared = _common_start(first[::-1], to_user[::-1])[::-1]
+        shared = _common_prefix(first[::-1], to_user[::-1])[::-1]
         user_begin = re.sub(r"^[^<\[]*[>\]]", "", shared)  # drop the tail of a special token
         assistant_end = to_user.removesuffix(user_begin)
     around = {USER: (user_begin, user_end), ASSISTANT: (assistant_begin, assistant_end)}
-    system = _system(tokenizer, user_begin)
-    if system is not None:
-        around[SYSTEM] = system
+    try:
+        system = _split_at_contents(tokenizer, SYSTEM, USER)
+    except InputError:  # the template rejects system turns
+        system = None
+    if system is not None and system[1].endswith(user_begin):
+        around[SYSTEM] = system[0], system[1].removesuffix(user_begin)
     return TurnLayout(around, first.removesuffix(user_begin), tail.removeprefix(user_end))
 
 
-def _system(tokenizer: Any, user_begin: str) -> tuple[str, str] | None:
-    """Return the text before and after a system turn; None if it has no turn of its own."""
-    try:
-        pieces = _pieces(tokenizer, SYSTEM, USER)
-    except InputError:
-        return None
-    if pieces is None or not pieces[1].endswith(user_begin):
-        return None
-    return pieces[0], pieces[1].removesuffix(user_begin)
-
-
-def _shared(first: str, second: str) -> str:
-    return re.sub(r"(<\|?|\[/?)$", "", _common_start(first, second))
-
-
-def _common_start(first: str, second: str) -> str:
+def _common_prefix(first: str, second: str) -> str:
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
     return "".join(one for one, _ in pairs)
 
 
-def _marked(*roles: str) -> list[Turn]:
+def _placeholder_turns(*roles: str) -> list[Turn]:
     return [{"role": role, "content": _MARKS[role]} for role in roles]
 
 
-def _pieces(tokenizer: Any, *roles: str) -> list[str] | None:
+def _split_at_contents(tokenizer: Any, *roles: str) -> list[str] | None:
     """Return the texts between the contents of `roles`; None if a content is missing or moved."""
-    text = render(tokenizer, _marked(*roles), generation_prompt=True)
-    pieces = re.split("|".join(map(re.escape, _MARKS.values())), text)
-    found = re.findall("|".join(map(re.escape, _MARKS.values())), text)
-    return pieces if found == [_MARKS[role] for role in roles] else None
+    text = render(tokenizer, _placeholder_turns(*roles), generation_prompt=True)
+    texts = re.split(f"({'|'.join(map(re.escape, _MARKS.values()))})", text)
+    return texts[::2] if texts[1::2] == [_MARKS[role] for role in roles] else None

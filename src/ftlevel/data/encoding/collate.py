@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.encode import IGNORED, Encoded, extra_inputs, split_batches
 from ftlevel.data.formats.examples import PlainText
 from ftlevel.data.sources.lines import LazySequence
 from ftlevel.errors import InputError
@@ -31,28 +31,25 @@ class Collator:
         concatenated over all targets.
         """
         verdicts = [verdict for row in rows for verdict in row.verdicts]
-        taught = [row.teacher for row in rows if row.teacher is not None]
+        teachers = [row.teacher for row in rows if row.teacher is not None]
         signals = [row.signals for row in rows if row.signals is not None]
         rows = [branch for row in rows for branch in row.branches]
+        labels: list[Any] = [r.labels for r in rows]
         batch = {
             "input_ids": pad([r.input_ids for r in rows], self.pad_id),
             "attention_mask": pad([[1] * len(r.input_ids) for r in rows], 0),
+            **{name: pad([r.extras[name] for r in rows], 0) for name in rows[0].extras},
+            "labels": (
+                pad(labels, IGNORED) if isinstance(labels[0], list) else torch.tensor(labels)
+            ),
         }
-        for name in rows[0].extras:
-            batch[name] = pad([r.extras[name] for r in rows], 0)
-        labels: list[Any] = [r.labels for r in rows]
-        if isinstance(labels[0], list):
-            batch["labels"] = pad(labels, IGNORED)
-        else:
-            batch["labels"] = torch.tensor(labels)
         if verdicts:
             batch["verdicts"] = torch.tensor(verdicts)
         if signals:
-            batch["signals"] = torch.cat([torch.tensor(own, dtype=torch.float) for own in signals])
-        if taught:
-            for name, kind in (("known", torch.float32), ("ids", torch.long)):
-                parts = [torch.tensor(expected[name], dtype=kind) for expected in taught]
-                batch[name] = torch.cat(parts)
+            batch["signals"] = torch.cat([torch.tensor(s, dtype=torch.float) for s in signals])
+        for name, dtype in (("known", torch.float32), ("ids", torch.long)) if teachers else ():
+            parts = [torch.tensor(teacher[name], dtype=dtype) for teacher in teachers]
+            batch[name] = torch.cat(parts)
         return batch
 
 
@@ -89,8 +86,9 @@ def separate_pad_from_eos(tokenizer: Any) -> Choice | None:
     if tokenizer.pad_token_id != tokenizer.eos_token_id:
         return None
     vocabulary = tokenizer.get_vocab()
-    known = (*_RESERVED, tokenizer.bos_token, *sorted(vocabulary, key=vocabulary.__getitem__)[:2])
-    tokenizer.pad_token = next(t for t in known if t in vocabulary and t != tokenizer.eos_token)
+    first = sorted(vocabulary, key=vocabulary.__getitem__)[:2]
+    tokens = (*_RESERVED, tokenizer.bos_token, *first)
+    tokenizer.pad_token = next(t for t in tokens if t in vocabulary and t != tokenizer.eos_token)
     return Choice("pad token", tokenizer.pad_token, "EOS is read as the end of an answer")
 
 
@@ -102,19 +100,13 @@ def ensure_pad_token(tokenizer: Any) -> Choice | None:
     """
     if tokenizer.pad_token_id is not None:
         return None
-    vocabulary = tokenizer.get_vocab()
-    taken = {tokenizer.eos_token, tokenizer.bos_token}
-    for token in _RESERVED:
-        if token in vocabulary and token not in taken:
-            tokenizer.pad_token = token
-            return Choice("pad token", token, "the tokenizer has none")
-    tokenizer.pad_token = tokenizer.eos_token
-    return Choice(
-        "pad token", tokenizer.eos_token, "the tokenizer has none; EOS labels are still supervised"
-    )
+    usable = tokenizer.get_vocab().keys() - {tokenizer.eos_token, tokenizer.bos_token}
+    reserved = next((token for token in _RESERVED if token in usable), None)
+    tokenizer.pad_token = reserved or tokenizer.eos_token
+    reason = "the tokenizer has none" + ("" if reserved else "; EOS labels are still supervised")
+    return Choice("pad token", tokenizer.pad_token, reason)
 
 
-_BATCH = 1_000
 _MASKED, _RANDOM = 0.8, 0.1
 _FIXED = 0  # epoch number of the validation rows; training epochs count from 1
 
@@ -159,14 +151,14 @@ class MaskedRows(LazySequence[Encoded]):
         ids = np.array(row.input_ids)
         candidates = np.flatnonzero(~np.isin(ids, self._special))
         count = self._count(len(candidates))
-        chosen = generator.choice(candidates, count, replace=False)
+        positions = generator.choice(candidates, count, replace=False)
         labels = np.full_like(ids, IGNORED)
-        labels[chosen] = ids[chosen]
-        lot = generator.random(count)
-        words = generator.choice(self._vocabulary, count)
-        masked, random = lot < _MASKED, lot >= 1 - _RANDOM
-        ids[chosen[masked]] = self._mask
-        ids[chosen[random]] = words[random]
+        labels[positions] = ids[positions]
+        draws = generator.random(count)
+        tokens = generator.choice(self._vocabulary, count)
+        masked, random = draws < _MASKED, draws >= 1 - _RANDOM
+        ids[positions[masked]] = self._mask
+        ids[positions[random]] = tokens[random]
         return replace(row, input_ids=ids.tolist(), labels=labels.tolist())
 
 
@@ -181,16 +173,12 @@ def encode_masked(
         )
     special = set(tokenizer.all_special_ids)
     rows = []
-    for start in range(0, len(examples), _BATCH):
-        chunk = examples[start : start + _BATCH]
-        cut = {"truncation": True, "max_length": length} if length else {}
-        encoding = tokenizer([e.text for e in chunk], return_overflowing_tokens=True, **cut)
-        skipped = ("input_ids", "attention_mask", "overflow_to_sample_mapping")
-        further = [name for name in encoding if name not in skipped]
+    truncation = {"truncation": True, "max_length": length} if length else {}
+    for chunk in split_batches(examples):
+        encoding = tokenizer([e.text for e in chunk], return_overflowing_tokens=True, **truncation)
         for index, ids in enumerate(encoding["input_ids"]):
-            if special.issuperset(ids):
-                continue
-            example = chunk[encoding["overflow_to_sample_mapping"][index]]
-            extras = {name: encoding[name][index] for name in further}
-            rows.append(Encoded(ids, [IGNORED] * len(ids), example.row, extras))
+            if not special.issuperset(ids):
+                example = chunk[encoding["overflow_to_sample_mapping"][index]]
+                extras = extra_inputs(encoding, index)
+                rows.append(Encoded(ids, [IGNORED] * len(ids), example.row, extras))
     return rows

@@ -9,13 +9,14 @@ answer belongs to the answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.data.encoding.chat import RenderedChat, Turn, render, render_chat
 from ftlevel.data.formats.examples import Conversation, LabeledText, PlainText, SourceTarget
+from ftlevel.data.formats.turns import Message
 from ftlevel.errors import InputError
 from ftlevel.task import IGNORED as IGNORED
 
@@ -125,8 +126,8 @@ def read_format(card: AdapterCard) -> PromptFormat | None:
     """
     if not card.prompt:
         return None
-    known = {field.name for field in fields(PromptFormat)}
-    if not card.prompt.keys() <= known or card.prompt.get("version", 1) not in (1, PROMPT_VERSION):
+    names = {field.name for field in fields(PromptFormat)}
+    if not card.prompt.keys() <= names or card.prompt.get("version", 1) not in (1, PROMPT_VERSION):
         raise InputError(
             f"its ftlevel.json has prompts as {dict(card.prompt)}, which a later ftlevel lays out. "
             "Install that version."
@@ -290,7 +291,7 @@ def encode_causal(
             "learn where to stop. Set eos_token in its tokenizer_config.json."
         )
     rows: list[Encoded] = []
-    for chunk in _chunks(examples):
+    for chunk in split_batches(examples):
         if isinstance(chunk[0], PlainText):
             if prompt_format.system:
                 raise InputError(
@@ -317,7 +318,7 @@ def encode_seq2seq(
 ) -> list[Encoded]:
     """Encode pairs and single-turn conversations for an encoder-decoder."""
     rows: list[Encoded] = []
-    for chunk in _chunks(examples):
+    for chunk in split_batches(examples):
         pairs = [_as_pair(example) for example in chunk]
         sources = tokenizer([prompt_format.user_text(p.source) for p in pairs])["input_ids"]
         targets = tokenizer(text_target=[p.target for p in pairs])["input_ids"]
@@ -335,26 +336,28 @@ def encode_labeled(
 ) -> list[Encoded]:
     """Encode texts or text pairs, with the label that `target_of` returns."""
     rows: list[Encoded] = []
-    for chunk in _chunks(examples):
+    for chunk in split_batches(examples):
         pairs = [e.text_pair for e in chunk]
-        second = pairs if pairs[0] is not None else None
-        encoding = tokenizer([e.text for e in chunk], second)
-        extra_names = [n for n in encoding if n not in ("input_ids", "attention_mask")]
+        encoding = tokenizer([e.text for e in chunk], pairs if pairs[0] is not None else None)
         rows += [
-            Encoded(
-                encoding["input_ids"][i],
-                target_of(example),
-                example.row,
-                {name: encoding[name][i] for name in extra_names},
-            )
-            for i, example in enumerate(chunk)
+            Encoded(encoding["input_ids"][i], target_of(e), e.row, extra_inputs(encoding, i))
+            for i, e in enumerate(chunk)
         ]
     return rows
 
 
-def _chunks(examples: Sequence[Any]) -> Iterable[Sequence[Any]]:
+def split_batches(examples: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Yield `examples` in batches for the tokenizer."""
     for start in range(0, len(examples), _BATCH):
         yield examples[start : start + _BATCH]
+
+
+def extra_inputs(encoding: Any, index: int) -> dict[str, list[int]]:
+    """Return the model inputs of row `index` besides its tokens, such as `token_type_ids`."""
+    return {name: encoding[name][index] for name in encoding if name not in _NO_EXTRAS}
+
+
+_NO_EXTRAS = ("input_ids", "attention_mask", "offset_mapping", "overflow_to_sample_mapping")
 
 
 def _ended(ids: list[int], tokenizer: Any) -> list[int]:
@@ -380,25 +383,29 @@ def _encode_chats(
         [r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True
     )
     rows = []
-    for i, (shown, example) in enumerate(zip(rendered, examples, strict=True)):
-        ids = encoding["input_ids"][i]
-        labels = [IGNORED] * len(ids)
-        for position, (start, end) in enumerate(encoding["offset_mapping"][i]):
-            if start < end and any(_lies_in(shown, start, end, span) for span in shown.spans):
-                labels[position] = ids[position]
+    columns = (encoding["input_ids"], encoding["offset_mapping"])
+    for chat, example, ids, offsets in zip(rendered, examples, *columns, strict=True):
+        labels = [
+            token if start < end and chat.is_answer(start, end) else IGNORED
+            for token, (start, end) in zip(ids, offsets, strict=True)
+        ]
         rows.append(Encoded(ids, labels, example.row))
     return rows
 
 
-def _lies_in(shown: RenderedChat, start: int, end: int, span: tuple[int, int]) -> bool:
-    """Return whether a token lies in `span`, ignoring a space before its word ("▁the")."""
-    return span[0] < end <= span[1] and not shown.text[start : span[0]].strip()
-
-
 def _render_example(tokenizer: Any, example: Any, prompt_format: PromptFormat) -> RenderedChat:
     tools = example.tools if isinstance(example, Conversation) else ()
+    if isinstance(example, SourceTarget):
+        source = prompt_format.user_text(example.source)
+        messages: Sequence[Message] = (
+            Message("user", source),
+            Message("assistant", example.target),
+        )
+    else:
+        messages = example.messages
+    turns = prompt_format.with_system([message.to_dict() for message in messages])
     try:
-        return render_chat(tokenizer, _as_turns(example, prompt_format), tools)
+        return render_chat(tokenizer, turns, tools)
     except InputError as error:
         raise RowError(example.row, str(error)) from error
 
@@ -408,10 +415,10 @@ def _encode_completions(
 ) -> list[Encoded]:
     """Tokenize prompts as generation does, and answers as the rest of the full text."""
     pairs = [_as_pair(example) for example in examples]
-    texts = [
-        prompt_format.plain_parts(pair.source, pair.target, has_system=_has_system(example))
-        for pair, example in zip(pairs, examples, strict=True)
-    ]
+    texts = []
+    for pair, example in zip(pairs, examples, strict=True):
+        has_system = isinstance(example, Conversation) and example.messages[0].role == "system"
+        texts.append(prompt_format.plain_parts(pair.source, pair.target, has_system=has_system))
     encoded = tokenizer([prompt for prompt, _ in texts])["input_ids"]
     prompts = [strip_bos_eos(ids, tokenizer) for ids in encoded]
     if prompt_format.version == 1:
@@ -430,9 +437,9 @@ def _encode_answers(
 ) -> list[list[int]]:
     """Return the token ids of the answers in `(prompt, answer)` texts."""
     answers = []
-    wholes = tokenizer(["".join(text) for text in texts])["input_ids"]
-    for whole, prompt, (_, answer) in zip(wholes, prompts, texts, strict=True):
-        ids = strip_bos_eos(whole, tokenizer)
+    encoded = tokenizer(["".join(text) for text in texts])["input_ids"]
+    for ids, prompt, (_, answer) in zip(encoded, prompts, texts, strict=True):
+        ids = strip_bos_eos(ids, tokenizer)
         is_prefix = ids[: len(prompt)] == prompt
         answers.append(ids[len(prompt) :] if is_prefix else _encode_inside(tokenizer, answer))
     return answers
@@ -445,21 +452,6 @@ def _encode_inside(tokenizer: Any, text: str) -> list[int]:
     if ids[: len(head)] == head:
         return ids[len(head) :]
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _has_system(example: Any) -> bool:
-    return isinstance(example, Conversation) and example.messages[0].role == "system"
-
-
-def _as_turns(example: Any, prompt_format: PromptFormat) -> list[Turn]:
-    if isinstance(example, SourceTarget):
-        return prompt_format.with_system(
-            [
-                {"role": "user", "content": prompt_format.user_text(example.source)},
-                {"role": "assistant", "content": example.target},
-            ]
-        )
-    return prompt_format.with_system([message.to_dict() for message in example.messages])
 
 
 def _as_pair(example: Any) -> SourceTarget:

@@ -91,25 +91,20 @@ def fit_rows(
     lengths = row_lengths(rows)
     longest = int(lengths.max())
     limit, reason = _resolve_length(max_length, longest, bounds)
-    over = np.flatnonzero(lengths > limit)
-    if not len(over):
+    over = [rows[i] for i in np.flatnonzero(lengths > limit).tolist()]
+    if not over:
         return FittedRows(rows, limit, reason, overlong=overlong)
-    beyond = [rows[i] for i in over.tolist()]
     if overlong == "error":
         if max_length != "auto" or len(over) > MAX_DROPPED_SHARE * len(rows):
-            raise InputError(_too_long(beyond, len(rows), limit, longest, reason, bounds, where))
+            raise InputError(_too_long(over, len(rows), limit, longest, reason, bounds, where))
         overlong = "drop"
         lost = "1 row is" if len(over) == 1 else f"{len(over):,} of {len(rows):,} rows are"
         reason += f"; {lost} longer, up to {longest:,}, and dropped"
-    long_prompts = tuple(row.row for row in beyond if (prompt_length(row) or 0) > limit)
-    if overlong == "drop":
-        fitting = select_rows(rows, np.flatnonzero(lengths <= limit))
-        fitted = FittedRows(
-            fitting, limit, reason, len(over), long_prompts=long_prompts, overlong="drop"
-        )
-    else:
-        fitted = _changed(rows, limit, reason, overlong, long_prompts)
-    return fitted
+    long_prompts = tuple(row.row for row in over if (prompt_length(row) or 0) > limit)
+    if overlong != "drop":
+        return _change_rows(rows, limit, reason, overlong, long_prompts)
+    fitting = select_rows(rows, np.flatnonzero(lengths <= limit))
+    return FittedRows(fitting, limit, reason, len(over), long_prompts=long_prompts, overlong="drop")
 
 
 def check_not_empty(fitted: FittedRows, rows: Sequence[Encoded]) -> None:
@@ -121,24 +116,24 @@ def check_not_empty(fitted: FittedRows, rows: Sequence[Encoded]) -> None:
         )
 
 
-def _resolve_length(wish: int | str, longest: int, bounds: LengthBounds) -> tuple[int, str]:
+def _resolve_length(max_length: int | str, longest: int, bounds: LengthBounds) -> tuple[int, str]:
     """Return the limit in tokens, and the reason if it was chosen automatically."""
-    if isinstance(wish, int):
-        bounds.check(wish)
-        return wish, ""
+    if isinstance(max_length, int):
+        bounds.check(max_length)
+        return max_length, ""
     bound, name = bounds.tightest
     if bound is None or longest <= bound:
         return longest, "auto: the longest row"
     return bound, f"auto: {name}"
 
 
-def _changed(
+def _change_rows(
     rows: Sequence[Encoded], limit: int, reason: str, overlong: str, long_prompts: tuple[int, ...]
 ) -> FittedRows:
-    cut = split_text if overlong == "split" else _cut_prompt
+    is_split = overlong == "split"
+    cut = split_text if is_split else _cut_prompt
     lost: list[int] = []
     changed = 0
-    has_prompt = prompt_length(rows[0]) is not None
 
     def change(row: Encoded) -> list[Encoded]:
         nonlocal changed
@@ -149,14 +144,14 @@ def _changed(
         changed += bool(pieces)
         return pieces
 
-    result = map_rows(rows, change)
+    has_prompt = prompt_length(rows[0]) is not None
     return FittedRows(
-        result,
+        map_rows(rows, change),
         limit,
         reason,
         dropped=len(lost),
-        shortened=0 if overlong == "split" else changed,
-        split=changed if overlong == "split" else 0,
+        shortened=0 if is_split else changed,
+        split=changed if is_split else 0,
         long_prompts=long_prompts,
         lost=tuple(lost),
         overlong=overlong,
@@ -174,10 +169,11 @@ def _too_long(
     where: Callable[[int], str],
 ) -> str:
     worst = max(over, key=lambda row: row.length)
-    raise_it = bounds.positions is None or longest <= bounds.positions
-    fix = f"Raise --max-length to {longest:,} to keep all of them, or pass" if raise_it else "Pass"
+    fix = "Pass"
     if reason.endswith("memory"):
         fix = "Use --gradient-checkpointing or a smaller model, or pass"
+    elif bounds.positions is None or longest <= bounds.positions:
+        fix = f"Raise --max-length to {longest:,} to keep all of them, or pass"
     other = "split" if prompt_length(worst) == 0 else "truncate-prompt"
     other = "truncate" if worst.truncated(limit) is not None else other
     limited = f" ({reason.removeprefix('auto: ')})" if reason else ""
@@ -193,8 +189,8 @@ def _cut_prompt(row: Encoded, limit: int) -> list[Encoded]:
     The first token is retained, as it may be BOS, but not duplicated. Rows without a prompt lose
     tokens before the last one, which may be SEP or EOS.
     """
-    if (own := row.truncated(limit)) is not None:
-        return [own]
+    if (truncated := row.truncated(limit)) is not None:
+        return [truncated]
     surplus = row.length - limit
     prompt = prompt_length(row)
     if prompt is None or not isinstance(row.labels, list):
@@ -224,11 +220,8 @@ def split_text(row: Encoded, limit: int) -> list[Encoded]:
     if not isinstance(row.labels, list) or IGNORED in row.labels or limit == 1:
         return []
     ids = row.input_ids
-    starts = range(0, len(ids), limit)
-    pieces = [
-        replace(row, input_ids=part, labels=list(part))
-        for part in (ids[start : start + limit] for start in starts)
-    ]
+    parts = (ids[start : start + limit] for start in range(0, len(ids), limit))
+    pieces = [replace(row, input_ids=part, labels=list(part)) for part in parts]
     if len(pieces[-1].input_ids) == 1:
         pieces[-1] = replace(row, input_ids=ids[-2:], labels=[IGNORED, ids[-1]])
     return pieces

@@ -13,9 +13,10 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
-from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.encode import IGNORED, Encoded, extra_inputs, split_batches
 from ftlevel.data.formats.examples import Question, TaggedTokens
 from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.sources.table import BadRow, Table
@@ -23,7 +24,6 @@ from ftlevel.errors import InputError
 
 DEFAULT_WINDOW_LENGTH = 384
 """Default window length in tokens, as in SQuAD's baselines (Devlin et al., 2019)."""
-_BATCH = 1_000
 Offsets = tuple[tuple[int, int], ...]
 
 
@@ -69,8 +69,7 @@ def encode_questions(
     """
     fitting = list(_with_room(tokenizer, examples, length, stride, separator, where, drop))
     windows: list[Encoded] = []
-    for start in range(0, len(fitting), _BATCH):
-        chunk = fitting[start : start + _BATCH]
+    for chunk in split_batches(fitting):
         encoding = tokenizer(
             [example.question + separator for example in chunk],
             [example.context for example in chunk],
@@ -80,31 +79,26 @@ def encode_questions(
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
-        skipped = ("input_ids", "attention_mask", "offset_mapping", "overflow_to_sample_mapping")
-        further = [name for name in encoding if name not in skipped]
         for index, sample in enumerate(encoding["overflow_to_sample_mapping"]):
-            extras = {name: encoding[name][index] for name in further}
-            windows.append(_build_window(encoding, index, chunk[sample], extras))
+            windows.append(_build_window(encoding, index, chunk[sample]))
     return windows, len(examples) - len(fitting)
 
 
-def _build_window(
-    encoding: Any, index: int, example: Question, extras: dict[str, list[int]]
-) -> Window:
-    parts = encoding.sequence_ids(index)
-    first = parts.index(1)
-    last = len(parts) - 1 - parts[::-1].index(1)
+def _build_window(encoding: Any, index: int, example: Question) -> Window:
+    sequences = encoding.sequence_ids(index)
+    first = sequences.index(1)
+    last = len(sequences) - 1 - sequences[::-1].index(1)
     offsets = tuple((a, b) for a, b in encoding["offset_mapping"][index][first : last + 1])
     span = (0, 0)
     if example.answers:
         text, start = example.answers[0]
-        found = find_span(offsets, start, start + len(text))
-        span = (first + found[0], first + found[1]) if found else span
+        if tokens := find_span(offsets, start, start + len(text)):
+            span = (first + tokens[0], first + tokens[1])
     return Window(
         encoding["input_ids"][index],
         span,
         example.row,
-        extras,
+        extra_inputs(encoding, index),
         example.context,
         example.answers,
         first,
@@ -118,8 +112,8 @@ def find_span(offsets: Offsets, begin: int, end: int) -> tuple[int, int] | None:
     last = next((i for i in range(len(offsets) - 1, -1, -1) if offsets[i][0] < end), None)
     if first is None or last is None or first > last:
         return None
-    whole = offsets[first][0] <= begin and offsets[last][1] >= end
-    return (first, last) if whole else None
+    is_complete = offsets[first][0] <= begin and offsets[last][1] >= end
+    return (first, last) if is_complete else None
 
 
 def _with_room(
@@ -133,18 +127,17 @@ def _with_room(
 ) -> list[Question]:
     """Return the questions that leave room for more context than the window overlap."""
     special = tokenizer.num_special_tokens_to_add(pair=True)
-    asked = [example.question + separator for example in examples]
-    sizes = [len(ids) for ids in tokenizer(asked, add_special_tokens=False)["input_ids"]]
-    most = length - special - stride - 1
-    over = [i for i, size in enumerate(sizes) if size > most]
+    questions = [example.question + separator for example in examples]
+    sizes = [len(ids) for ids in tokenizer(questions, add_special_tokens=False)["input_ids"]]
+    limit = length - special - stride - 1
+    over = [i for i, size in enumerate(sizes) if size > limit]
     if not over or (drop and len(over) < len(examples)):
-        crowded = set(over)
-        return [example for i, example in enumerate(examples) if i not in crowded]
-    worst = max(over, key=lambda i: sizes[i])
+        return [example for example, size in zip(examples, sizes, strict=True) if size <= limit]
+    worst = max(over, key=sizes.__getitem__)
     raise InputError(
         f"{len(over):,} of {len(examples):,} questions leave no room for their context in windows "
         f"of {length:,} tokens that overlap by {stride:,}; the longest has {sizes[worst]:,} tokens "
-        f"({where(examples[worst].row)}). Raise --max-length to {length + sizes[worst] - most:,}, "
+        f"({where(examples[worst].row)}). Raise --max-length to {length + sizes[worst] - limit:,}, "
         "lower --set data.doc_stride, or pass --overlong drop."
     )
 
@@ -161,7 +154,7 @@ class TaggedRow(Encoded):
     """
 
     tags: tuple[int, ...] = field(default=(), metadata={"column": "ints"})
-    positions: tuple[int | None, ...] = field(default=(), metadata={"column": "places"})
+    positions: tuple[int | None, ...] = field(default=(), metadata={"column": "positions"})
 
 
 def find_invalid_bio_tags(
@@ -170,26 +163,23 @@ def find_invalid_bio_tags(
     """Return rows with an I- tag that continues no entity; IOB1 and non-BIO schemes pass."""
     if not all(_BIO.fullmatch(name) for name in names):
         return []
-    orphans: list[BadRow] = []
-    begins = False
+    invalid: list[BadRow] = []
+    is_bio = False
     for example in examples:
-        before, reported = "O", False
+        before, reason = "O", ""
         for index, tag in enumerate(example.tags):
             name = tag if isinstance(tag, str) else names[tag]
             follows = before != "O" and before[2:] == name[2:]
-            begins = begins or (name.startswith("B-") and not follows)
-            if name.startswith("I-") and not follows and not reported:
-                line, reported = table.lines[example.row], True
+            is_bio = is_bio or (name.startswith("B-") and not follows)
+            if name.startswith("I-") and not follows and not reason:
                 place = f"follows {before!r}" if index else "begins the row"
-                orphans.append(
-                    BadRow(
-                        line,
-                        f"tag {index + 1}, {name!r}, {place}; in BIO an entity begins with "
-                        f"'B-{name[2:]}'",
-                    )
+                reason = (
+                    f"tag {index + 1}, {name!r}, {place}; in BIO an entity begins with "
+                    f"'B-{name[2:]}'"
                 )
+                invalid.append(BadRow(table.lines[example.row], reason))
             before = name
-    return orphans if begins else []
+    return invalid if is_bio else []
 
 
 def encode_tagged(
@@ -198,8 +188,7 @@ def encode_tagged(
     """Encode sentences of tagged words."""
     rows: list[Encoded] = []
     numbers = {name: number for number, name in enumerate(labels.names)}
-    for start in range(0, len(examples), _BATCH):
-        chunk = examples[start : start + _BATCH]
+    for chunk in split_batches(examples):
         encoding = encode_words(tokenizer, [example.tokens for example in chunk])
         for ids, extras, positions, example in zip(*encoding, chunk, strict=True):
             tags = tuple(numbers[t] if isinstance(t, str) else t for t in example.tags)
@@ -220,8 +209,7 @@ def encode_words(
         Per sentence: token ids, inputs such as `token_type_ids`, and the first token of each word.
     """
     encoding = tokenizer([" ".join(words) for words in sentences], return_offsets_mapping=True)
-    further = [n for n in encoding if n not in ("input_ids", "attention_mask", "offset_mapping")]
-    extras = [{n: encoding[n][i] for n in further} for i in range(len(sentences))]
+    extras = [extra_inputs(encoding, i) for i in range(len(sentences))]
     positions = [
         first_tokens(words, offsets)
         for words, offsets in zip(sentences, encoding["offset_mapping"], strict=True)
@@ -233,15 +221,13 @@ def first_tokens(
     words: Sequence[str], offsets: Sequence[tuple[int, int]]
 ) -> tuple[int | None, ...]:
     """Return the index of each word's first token; `offsets` are empty for special tokens."""
-    starts = [0]
-    for text in words[:-1]:
-        starts.append(starts[-1] + len(text) + 1)
+    starts = list(accumulate((len(word) + 1 for word in words[:-1]), initial=0))
     first: list[int | None] = [None] * len(words)
     for index, (begin, end) in enumerate(offsets):
         if begin == end:
             continue
         word = bisect_right(starts, end - 1) - 1
-        within = end - 1 < starts[word] + len(words[word])  # else a following space
-        if within and first[word] is None:
+        is_space = end - 1 >= starts[word] + len(words[word])
+        if not is_space and first[word] is None:
             first[word] = index
     return tuple(first)

@@ -9,6 +9,8 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ _INTS = pa.list_(pa.int32())
 _NONE = -1  # encodes None in a list of positions
 
 
-def _kind_of(labels: Any) -> str:
+def _label_type(labels: Any) -> str:
     if isinstance(labels, list):
         return "tokens"
     if isinstance(labels, tuple):
@@ -56,35 +58,35 @@ def _frozen(value: Any) -> Any:
 
 COLUMNS: dict[str, ColumnCodec] = {
     "ints": ColumnCodec(_INTS, list, tuple),
-    "places": ColumnCodec(
+    "positions": ColumnCodec(
         _INTS,
-        lambda places: [_NONE if place is None else place for place in places],
-        lambda held: tuple(None if place == _NONE else place for place in held),
+        lambda positions: [_NONE if at is None else at for at in positions],
+        lambda values: tuple(None if at == _NONE else at for at in values),
     ),
     "pairs": ColumnCodec(
         _INTS,
         lambda pairs: [at for pair in pairs for at in pair],
-        lambda held: tuple(zip(held[::2], held[1::2], strict=True)),
+        lambda values: tuple(zip(values[::2], values[1::2], strict=True)),
     ),
     "int": ColumnCodec(pa.int32(), int, int),
-    "text": ColumnCodec(pa.string(), str, lambda held: held.as_py()),
-    "json": ColumnCodec(pa.string(), json.dumps, lambda held: _frozen(json.loads(held.as_py()))),
+    "text": ColumnCodec(pa.string(), str, lambda value: value.as_py()),
+    "json": ColumnCodec(pa.string(), json.dumps, lambda value: _frozen(json.loads(value.as_py()))),
 }
 """Value of `column` in the field metadata → its storage."""
 
 
-def _extra_columns(kind: type[Encoded]) -> list[tuple[str, ColumnCodec]]:
-    own = fields(kind)[len(fields(Encoded)) :]
-    return [(field.name, COLUMNS[field.metadata["column"]]) for field in own]
+def _extra_columns(row_type: type[Encoded]) -> list[tuple[str, ColumnCodec]]:
+    added = fields(row_type)[len(fields(Encoded)) :]
+    return [(field.name, COLUMNS[field.metadata["column"]]) for field in added]
 
 
 def to_batch(rows: Sequence[Encoded]) -> pa.RecordBatch:
     """Convert rows of one type to an Arrow record batch."""
     first = rows[0]
-    kind = _kind_of(first.labels)
+    label_type = _label_type(first.labels)
     arrays = {
         "input_ids": pa.array([r.input_ids for r in rows], _INTS),
-        "labels": pa.array([r.labels for r in rows], _LABEL_TYPES[kind]),
+        "labels": pa.array([r.labels for r in rows], _LABEL_TYPES[label_type]),
         "row": pa.array([r.row for r in rows], pa.int64()),
     }
     for name in first.extras:
@@ -93,7 +95,7 @@ def to_batch(rows: Sequence[Encoded]) -> pa.RecordBatch:
         arrays[name] = pa.array([column.store(getattr(r, name)) for r in rows], column.type)
     schema = pa.schema(
         [(name, array.type) for name, array in arrays.items()],
-        metadata={"labels": kind, "type": type(first).__name__},
+        metadata={"labels": label_type, "type": type(first).__name__},
     )
     return pa.record_batch(list(arrays.values()), schema=schema)
 
@@ -116,20 +118,20 @@ def write_store(path: Path, batches: Iterable[pa.RecordBatch]) -> RowStore:
 
 def rows_to_batches(rows: Iterable[Encoded]) -> Iterator[pa.RecordBatch]:
     """Yield `rows` in batches; rows of one example stay in one batch."""
-    pending: list[Encoded] = []
+    batch: list[Encoded] = []
     for row in rows:
-        if len(pending) >= _BATCH and row.row != pending[-1].row:
-            yield to_batch(pending)
-            pending = []
-        pending.append(row)
-    if pending:
-        yield to_batch(pending)
+        if len(batch) >= _BATCH and row.row != batch[-1].row:
+            yield to_batch(batch)
+            batch = []
+        batch.append(row)
+    if batch:
+        yield to_batch(batch)
 
 
 class RowStore(LazySequence[Encoded]):
     """Rows in a file written by `write_store`, which must stay in place.
 
-    `indices` selects rows; None selects all. `batches` requires ascending indices.
+    `indices` selects rows; None selects all.
     """
 
     def __init__(self, path: Path, indices: Any = None) -> None:
@@ -137,12 +139,12 @@ class RowStore(LazySequence[Encoded]):
         self._bytes = pa.memory_map(str(path)).read_buffer()
         self._file = pa.ipc.open_file(self._bytes)
         metadata = self._file.schema.metadata
-        self._kind, self._type = metadata[b"labels"].decode(), metadata[b"type"].decode()
+        self._label_type = metadata[b"labels"].decode()
+        self._row_type = ROW_TYPES[metadata[b"type"].decode()]
         self._batches = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
         self.indices = indices
         self._views: dict[int, dict[str, Any]] = {}
-        self._places: tuple[Any, Any, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.indices) if self.indices is not None else int(self._starts[-1])
@@ -152,67 +154,66 @@ class RowStore(LazySequence[Encoded]):
 
     def take(self, indices: Any) -> RowStore:
         """Return a store with the rows at `indices` (an array)."""
-        chosen = np.asarray(indices, dtype=np.int64)
-        return RowStore(self.path, chosen if self.indices is None else self.indices[chosen])
+        indices = np.asarray(indices, dtype=np.int64)
+        return RowStore(self.path, indices if self.indices is None else self.indices[indices])
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Yield the selected rows as record batches."""
         if self.indices is None:
             yield from self._batches
             return
-        ends = np.searchsorted(self.indices, self._starts)  # indices are ascending
-        for batch, first, begin, end in zip(
-            self._batches, self._starts, ends, ends[1:], strict=False
-        ):
-            if begin < end:
-                yield batch.take(pa.array(self.indices[begin:end] - first))
+        batch = np.searchsorted(self._starts, self.indices, side="right") - 1
+        begins = np.flatnonzero(np.diff(batch, prepend=-1))
+        for begin, end in pairwise([*begins, len(batch)]):
+            number = batch[begin]
+            rows = pa.array(self.indices[begin:end] - self._starts[number])
+            yield self._batches[number].take(rows)
 
     @property
     def has_token_labels(self) -> bool:
         """Whether labels are lists of tokens."""
-        return self._kind == "tokens"
+        return self._label_type == "tokens"
 
     def lengths(self) -> Any:
         """Return `Encoded.length` of each row as a NumPy array."""
-        if ROW_TYPES[self._type].length is not Encoded.length:
+        if self._row_type.length is not Encoded.length:
             return _count_lengths(self)
-        every = np.empty(int(self._starts[-1]), dtype=np.int32)
-        for begin, batch in zip(self._starts, self._batches, strict=False):
-            lengths = np.diff(batch.column("input_ids").offsets.to_numpy())
-            every[begin : begin + len(lengths)] = lengths
-        return every if self.indices is None else every[self.indices]
+        offsets = (batch.column("input_ids").offsets.to_numpy() for batch in self._batches)
+        lengths = np.concatenate([np.diff(values) for values in offsets])
+        return lengths if self.indices is None else lengths[self.indices]
 
     def gather(self, at: Any) -> tuple[Any, Any]:
         """Return the concatenated `input_ids` of the rows at `at` (an array), and their offsets.
 
         The mapped file is read as int32 values, without building rows.
         """
-        if self._places is None:
-            columns = [batch.column("input_ids") for batch in self._batches]
-            base = self._bytes.address
-            self._places = (
-                np.frombuffer(self._bytes, np.int32, self._bytes.size // 4),
-                np.array([(c.values.buffers()[1].address - base) // 4 for c in columns]),
-                np.array([(c.buffers()[1].address - base) // 4 for c in columns]),
-            )
-        whole, values, offsets = self._places
-        chosen = np.asarray(at) if self.indices is None else self.indices[at]
-        batch = np.searchsorted(self._starts, chosen, side="right") - 1
-        place = offsets[batch] + chosen - self._starts[batch]
-        begins = whole[place].astype(np.int64)
-        lengths = whole[place + 1] - begins
-        starts = np.zeros(len(chosen) + 1, dtype=np.int64)
+        content, values, offsets = self._input_ids
+        rows = np.asarray(at) if self.indices is None else self.indices[at]
+        batch = np.searchsorted(self._starts, rows, side="right") - 1
+        offset = offsets[batch] + rows - self._starts[batch]
+        begins = content[offset].astype(np.int64)
+        lengths = content[offset + 1] - begins
+        starts = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum(lengths, out=starts[1:])
-        places = np.repeat(values[batch] + begins - starts[:-1], lengths)
-        places += np.arange(starts[-1])
-        return whole[places], starts
+        positions = np.repeat(values[batch] + begins - starts[:-1], lengths)
+        positions += np.arange(starts[-1])
+        return content[positions], starts
+
+    @cached_property
+    def _input_ids(self) -> tuple[Any, Any, Any]:
+        """The file as int32, and per batch the index of its `input_ids` and of their offsets."""
+        columns = [batch.column("input_ids") for batch in self._batches]
+        buffers = ((c.values.buffers()[1], c.buffers()[1]) for c in columns)
+        base = self._bytes.address
+        indices = np.array([[(b.address - base) // 4 for b in pair] for pair in buffers])
+        content = np.frombuffer(self._bytes, np.int32, self._bytes.size // 4)
+        return content, indices[:, 0], indices[:, 1]
 
     def _view(self, batch: int) -> dict[str, Any]:
         if batch not in self._views:
             columns = self._batches[batch]
-            self._views[batch] = {
-                name: _as_numpy(columns.column(name)) for name in columns.schema.names
-            }
+            names = columns.schema.names
+            self._views[batch] = {name: _as_numpy(columns.column(name)) for name in names}
         return self._views[batch]
 
     def _build(self, at: int) -> Encoded:
@@ -224,19 +225,17 @@ class RowStore(LazySequence[Encoded]):
             return flat[starts[i] : starts[i + 1]].tolist()
 
         labels: Any
-        if self._kind in ("tokens", "span", "floats"):
-            labels = values("labels")
-            labels = labels if self._kind == "tokens" else tuple(labels)
-        else:
+        if self._label_type in ("int", "float"):
             labels = view["labels"][i].item()
+        else:
+            labels = values("labels") if self.has_token_labels else tuple(values("labels"))
         extras = {n.removeprefix("extra:"): values(n) for n in view if n.startswith("extra:")}
-        ids, row = values("input_ids"), int(view["row"][i])
-        kind = ROW_TYPES[self._type]
-        more = {
+        added = {
             name: column.restore(values(name) if column.type == _INTS else view[name][i])
-            for name, column in _extra_columns(kind)
+            for name, column in _extra_columns(self._row_type)
         }
-        return kind(ids, labels, row, extras, **more)
+        ids, row = values("input_ids"), int(view["row"][i])
+        return self._row_type(ids, labels, row, extras, **added)
 
 
 def _as_numpy(array: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 from ftlevel.data.encoding.encode import Encoded
@@ -36,11 +37,8 @@ class EncodedTexts(Encoded):
     @property
     def branches(self) -> Sequence[Encoded]:
         """One sequence per text, with a dummy label."""
-        found, begin = [], 0
-        for size in self.sizes:
-            found.append(Encoded(self.input_ids[begin : begin + size], 0, self.row))
-            begin += size
-        return found
+        ends = accumulate(self.sizes, initial=0)
+        return [Encoded(self.input_ids[a:b], 0, self.row) for a, b in pairwise(ends)]
 
     @property
     def length(self) -> int:
@@ -51,8 +49,8 @@ class EncodedTexts(Encoded):
         """Return the row with texts of at most `limit` tokens; the last token, an end, is kept."""
         ids: list[int] = []
         for branch in self.branches:
-            own = branch.input_ids
-            ids += own if len(own) <= limit else [*own[: limit - 1], own[-1]]
+            text = branch.input_ids
+            ids += text if len(text) <= limit else [*text[: limit - 1], text[-1]]
         return replace(self, input_ids=ids, sizes=tuple(min(size, limit) for size in self.sizes))
 
 
@@ -62,25 +60,21 @@ def distinct_texts(rows: Sequence[Any]) -> tuple[list[Encoded], StepTexts]:
     Rows with a negative `row` only fill up a batch and are left out.
     """
     texts: list[Encoded] = []
-    known: dict[tuple[int, ...], int] = {}
+    index_of: dict[tuple[int, ...], int] = {}
     indices: list[tuple[int, ...]] = []
     guide: list[Any] = []
     real = [row for row in rows if row.row >= 0]
     for row in real:
-        own = []
-        for at, branch in enumerate(row.branches):
-            key = tuple(branch.input_ids)
-            if key not in known:
-                known[key] = len(texts)
+        branches = row.branches
+        keys = [tuple(branch.input_ids) for branch in branches]
+        for at, (key, branch) in enumerate(zip(keys, branches, strict=True)):
+            if key not in index_of:
+                index_of[key] = len(texts)
                 texts.append(branch)
                 if (vectors := row.guide) is not None:
                     guide.append(vectors[at])
-            own.append(known[key])
-        indices.append(tuple(own))
-    step = StepTexts(
-        tuple(indices),
-        tuple(tuple(row.labels) for row in real),
-        tuple(row.teacher_scores for row in real),
-        guide or None,
-    )
+        indices.append(tuple(map(index_of.__getitem__, keys)))
+    labels = tuple(tuple(row.labels) for row in real)
+    scores = tuple(row.teacher_scores for row in real)
+    step = StepTexts(tuple(indices), labels, scores, guide or None)
     return texts or list(rows[0].branches[:1]), step

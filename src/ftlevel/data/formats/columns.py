@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,33 +29,33 @@ JSON_ROLES = (NON_TEXT_ROLES | {"ranked"}) - {"label", "id"}
 """Roles whose value is a list or an object; a string value is parsed as JSON."""
 
 
-def resolve_column(wish: str, columns: Sequence[str]) -> str | None:
-    """Return the column that `wish` refers to, or None.
+def resolve_column(name: str, columns: Sequence[str]) -> str | None:
+    """Return the column that `name` refers to, or None.
 
     An existing name takes precedence. Otherwise `answers.text` is a nested key, `2` the second
     column, `Title+Body` two joined columns, and case is ignored.
     """
-    if wish in columns or wish.partition(".")[0] in columns:
-        return wish
-    if wish.isdecimal() and 0 < int(wish) <= len(columns):
-        return columns[int(wish) - 1]
-    if "+" in wish:
-        parts = [resolve_column(part.strip(), columns) for part in wish.split("+")]
+    if name in columns or name.partition(".")[0] in columns:
+        return name
+    if name.isdecimal() and 0 < int(name) <= len(columns):
+        return columns[int(name) - 1]
+    if "+" in name:
+        parts = [resolve_column(part.strip(), columns) for part in name.split("+")]
         return "+".join(part for part in parts if part) if all(parts) else None
-    return next((column for column in columns if column.lower() == wish.lower()), None)
+    return next((column for column in columns if column.lower() == name.lower()), None)
 
 
 def column_for_flag(column: str, columns: Sequence[str]) -> str:
     """Return a column as written in a flag: its name, or its number if the name is long."""
-    is_known = column in columns and is_long(column)
-    return str(columns.index(column) + 1) if is_known else column
+    use_number = column in columns and is_long(column)
+    return str(columns.index(column) + 1) if use_number else column
 
 
 def source_columns(column: str, columns: Sequence[str]) -> list[str]:
     """Return the columns read for `column`, an expression returned by `resolve_column`."""
     if column in columns:
         return [column]
-    parts = column.split("+") if "+" in column else [column]
+    parts = column.split("+")
     return [part if part in columns else part.partition(".")[0] for part in parts]
 
 
@@ -83,32 +83,29 @@ def is_media_column(column: str) -> bool:
 
 def rank_columns(columns: Sequence[str], role: str, rows: Sequence[Row]) -> list[str]:
     """Return the `columns` whose values are possible for `role`, the most likely first."""
-    able = [c for c in columns if not is_id(c) and not is_media_column(c)]
+    usable = [c for c in columns if not is_id(c) and not is_media_column(c)]
     if not rows:
-        return able
-    values = {c: [row[c] for row in rows if row.get(c) is not None] for c in able}
-    able = [c for c in able if values[c] and all(map(_holder(role), values[c]))]
+        return usable
+    values = {c: [row[c] for row in rows if row.get(c) is not None] for c in usable}
+    usable = [c for c in usable if values[c] and all(_is_possible(role, v) for v in values[c])]
     if role == "label":
-        kinds = {c: len({str(value) for value in values[c]}) for c in able}
-        return sorted(able, key=lambda c: (kinds[c] < 2, kinds[c]))
+        counts = {c: len(set(map(str, values[c]))) for c in usable}
+        return sorted(usable, key=lambda c: (counts[c] < 2, counts[c]))
     if role in NON_TEXT_ROLES:
-        return able
-    words = {c: sum(len(value.split()) for value in values[c]) / len(values[c]) for c in able}
-    texts = [c for c in able if words[c] > 1.5] or able
+        return usable
+    words = {c: sum(len(value.split()) for value in values[c]) / len(values[c]) for c in usable}
+    texts = [c for c in usable if words[c] > 1.5] or usable
     return sorted(texts, key=lambda c: -words[c])
 
 
-def _holder(role: str) -> Callable[[Any], bool]:
-    """Return a predicate that is true for possible values of `role`."""
+def _is_possible(role: str, value: Any) -> bool:
+    """Return whether `value` has a type of the role."""
     if role in ("messages", "conversations", "spans"):
-        return lambda value: isinstance(value, list) and (not value or isinstance(value[0], dict))
-    if role in ("tokens", "tags", "tools"):
-        return lambda value: isinstance(value, list)
-    if role == "answers":
-        return lambda value: isinstance(value, dict)
+        return isinstance(value, list) and (not value or isinstance(value[0], dict))
     if role == "label":
-        return lambda value: not isinstance(value, dict)
-    return lambda value: isinstance(value, str)
+        return not isinstance(value, dict)
+    types = {"tokens": list, "tags": list, "tools": list, "answers": dict}
+    return isinstance(value, types.get(role, str))
 
 
 def format_map_flags(pairs: Mapping[str, str]) -> str:
@@ -154,10 +151,10 @@ class Language:
     code: str
 
 
-def find_language(role: str, columns: Mapping[str, str], given: str | None) -> Language | None:
-    """Return the language of a role, from `given` (code or name) or the name of its column."""
-    if given is not None:
-        return parse_language(given)
+def find_language(role: str, columns: Mapping[str, str], name: str | None) -> Language | None:
+    """Return the language of a role, from its code or `name`, or from the name of its column."""
+    if name is not None:
+        return parse_language(name)
     key = columns.get(role, "").rpartition(".")[2]
     return _by_code(key) or _by_name(key)
 
@@ -167,60 +164,57 @@ def language_columns(columns: Sequence[str], rows: Sequence[Row]) -> dict[str, s
 
     `rows` are a sample, used to list the keys and to distinguish the column `id` from Indonesian.
     """
-    inside = next((c for c in columns if c.lower() == "translation"), None)
-    value = rows[0].get(inside) if inside is not None and rows else None
+    paths = {column: column for column in columns}
+    nested = next((c for c in columns if c.lower() == "translation"), None)
+    value = rows[0].get(nested) if nested is not None and rows else None
     if isinstance(value, dict):
-        paths = {key: f"{inside}.{key}" for key in value}
-    else:
-        paths = {column: column for column in columns}
-    found: dict[str, str] = {}
+        paths = {key: f"{nested}.{key}" for key in value}
+    languages: dict[str, str] = {}
     for key, path in paths.items():
         language = _by_code(key) or _by_name(key)
         is_id = key.lower() == "id" and (len(paths) > 2 or (rows and type(rows[0].get(key)) is int))
         if language is not None and not is_id:
-            found.setdefault(language.name, path)
-    return found
+            languages.setdefault(language.name, path)
+    return languages
 
 
 def select_language_columns(
-    found: Mapping[str, str], source: str | None, target: str | None, told: Mapping[str, str]
+    languages: Mapping[str, str], source: str | None, target: str | None, mapping: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return the columns of the roles source and target, selected from `found` by language.
+    """Return the columns of the roles source and target, selected by language.
 
-    `source` and `target` are languages given by the user. `told` maps roles to columns and takes
-    precedence. Raises `InputError` if the direction is ambiguous or a language is missing.
+    `languages` maps languages to columns; `source` and `target` are languages given by the user.
+    `mapping` maps roles to columns and takes precedence. Raises `InputError` if the direction is
+    ambiguous or a language is missing.
     """
-    if not found or {"source", "target"} <= told.keys():
+    if not languages or {"source", "target"} <= mapping.keys():
         return {}
-    wishes = {"source": source, "target": target}
-    chosen = {role: told[role] for role in wishes if role in told}
-    for role, wish in wishes.items():
-        column = found.get(parse_language(wish).name) if wish else None
+    requested = {"source": source, "target": target}
+    selected = {role: mapping[role] for role in requested if role in mapping}
+    listing = join_names(map(repr, languages.values()))
+    for role, language in requested.items():
+        column = languages.get(parse_language(language).name) if language else None
         if column is not None:
-            chosen.setdefault(role, column)
-        elif wish and len(found) > 1 and role not in told:
+            selected.setdefault(role, column)
+        elif language and len(languages) > 1 and role not in mapping:
             raise InputError(
-                f"--{role}-language {wish}: no column is called so. Languages: {_listed(found)}. "
+                f"--{role}-language {language}: no column is called so. Languages: {listing}. "
                 f"Name one of them, or the column: --map {role}=COLUMN."
             )
-    rest = [column for column in found.values() if column not in chosen.values()]
-    open_roles = [role for role in wishes if role not in chosen]
-    if len(open_roles) == 1 and len(rest) == 1 and chosen:
-        return {**chosen, open_roles[0]: rest[0]}
-    if open_roles and len(found) > 1:
-        first, second = (column.rpartition(".")[2] for column in list(found.values())[:2])
+    rest = [column for column in languages.values() if column not in selected.values()]
+    missing = [role for role in requested if role not in selected]
+    if len(missing) == 1 and len(rest) == 1 and selected:
+        return {**selected, missing[0]: rest[0]}
+    if missing and len(languages) > 1:
+        first, second = (column.rpartition(".")[2] for column in list(languages.values())[:2])
         raise InputError(
-            f"--task translation: the columns are languages ({_listed(found)}), and the source "
+            f"--task translation: the columns are languages ({listing}), and the source "
             f"language is not given. Add --source-language {first} --target-language {second}, or "
             "another pair."
         )
-    if open_roles and target is not None and source is None and len(found) == 1 and not chosen:
+    if missing == ["source", "target"] and target is not None and source is None:
         return {"source": rest[0]}  # rows to translate have no target
-    return chosen
-
-
-def _listed(found: Mapping[str, str]) -> str:
-    return join_names(repr(column) for column in found.values())
+    return selected
 
 
 def parse_language(text: str) -> Language:

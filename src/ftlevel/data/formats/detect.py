@@ -1,4 +1,4 @@
-"""Find the format of a table: which column has which role in a task.
+"""Find the format of a table, which column has which role in a task, and read values by role.
 
 A task declares shapes, sets of roles such as "document" and "summary". A format assigns a column to
 each role, by names common in published datasets or by `--map`. `examples` converts the rows.
@@ -11,6 +11,8 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, TypeAlias
 
 from ftlevel.data.formats.columns import (
+    JOINER,
+    JSON_ROLES,
     NON_TEXT_ROLES,
     column_for_flag,
     format_map_flags,
@@ -19,7 +21,8 @@ from ftlevel.data.formats.columns import (
     resolve_column,
     source_columns,
 )
-from ftlevel.data.sources.table import Row
+from ftlevel.data.formats.turns import UnusableRowError, check_text, parse_json, parse_turn_list
+from ftlevel.data.sources.table import Row, Table, json_type_name
 from ftlevel.errors import InputError, closest_matches, did_you_mean, join_names, quote
 
 Names: TypeAlias = Mapping[str, tuple[str, ...]]
@@ -55,8 +58,90 @@ class Format:
             for role, column in self.columns.items()
         )
         used += "".join(f", {role} is {name!r}" for role, name in self.inner.items())
-        idle = f"; not used: {join_names(map(quote, self.unused))}" if self.unused else ""
-        return f"{self.name}: {used}{idle}"
+        unused = f"; not used: {join_names(map(quote, self.unused))}" if self.unused else ""
+        return f"{self.name}: {used}{unused}"
+
+
+_TURNS = ("prompt", "completion", "chosen", "rejected")
+"""Roles whose value is a string or a list of turns."""
+
+
+class RoleValues:
+    """The values of the current row by role; `set_row` sets the row."""
+
+    def __init__(self, format_: Format, table: Table) -> None:
+        self.columns = format_.columns
+        self.inner = format_.inner
+        self.table = table
+        self.row: Row = {}
+        self.index = 0
+
+    def set_row(self, row: Row, index: int) -> None:
+        """Set the current row, which has position `index` in the table."""
+        self.row, self.index = row, index
+
+    def __contains__(self, role: str) -> bool:
+        return role in self.columns
+
+    def get(self, role: str) -> Any:
+        """Return the value of `role`; None if the format has no column for it.
+
+        JSON text is parsed for roles of lists or objects and, in CSV cells, for roles that may hold
+        turns.
+        """
+        column = self.columns.get(role)
+        if column is None:
+            return None
+        is_joined = "+" in column and column not in self.row
+        value = self._join(column) if is_joined else self._lookup(column)
+        if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+            return value
+        if role in JSON_ROLES:
+            try:
+                return parse_json(value, repr(column))
+            except UnusableRowError as error:
+                raise UnusableRowError(
+                    f"{error}. Write lists and objects as JSON, with json.dumps"
+                ) from None
+        is_cell = role in _TURNS and self.table.has_text_cells(self.index)
+        return parse_turn_list(value) if is_cell else value
+
+    def _join(self, column: str) -> str:
+        """Return the texts of columns joined by a plus, without those that are null or blank."""
+        texts = []
+        for name in column.split("+"):
+            value = self._lookup(name)
+            if value is not None and not isinstance(value, str):
+                raise UnusableRowError(
+                    f"{name!r} is {json_type_name(value)}, and only texts can be joined"
+                )
+            if value and value.strip():
+                texts.append(value)
+        return JOINER.join(texts)
+
+    def _lookup(self, column: str) -> Any:
+        """Return the value of a column, or of a nested key such as `answers.text`."""
+        if column in self.row:
+            return self.row[column]
+        value: Any = self.row
+        for part in column.split("."):
+            if value is self.row and part not in value:
+                raise UnusableRowError(f"has no {part!r}")
+            if not isinstance(value, dict) or part not in value:
+                raise UnusableRowError(f"{column!r} is not there ({part!r} is missing)")
+            value = value[part]
+        return value
+
+    def text(self, role: str) -> str:
+        """Return the text of `role`; raise `UnusableRowError` if it is empty."""
+        return check_text(self.get(role), repr(self.columns[role]))
+
+    def text_or_empty(self, role: str) -> str:
+        """Return the text of `role`; "" if it is null or blank, or has no column."""
+        value = self.get(role)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return ""
+        return check_text(value, repr(self.columns[role]))
 
 
 def explain_columns(
@@ -65,7 +150,7 @@ def explain_columns(
     """Return why `columns` are used: the flags that chose them, or their names if these differ."""
     if mapping or name:
         flags = (("--map", mapping), ("--format", name))
-        return "by " + " and ".join(flag for flag, given in flags if given)
+        return "by " + " and ".join(flag for flag, value in flags if value)
     return "" if all(role == column for role, column in columns.items()) else "by their names"
 
 
@@ -142,37 +227,40 @@ def detect_format(
     columns: Sequence[str],
     task: str,
     shapes: Sequence[FormatSpec],
-    wish: FormatOptions | None = None,
+    options: FormatOptions | None = None,
     rows: Sequence[Row] = (),
 ) -> Format:
     """Return the format of `columns` for a task: the first of `shapes` that fits.
 
-    `wish` restricts the shapes. `rows` are a sample of the table, used to suggest flags in errors.
+    `options` restrict the shapes. `rows` are a sample, used to suggest flags in errors.
 
     Raises:
         NoFormatError: no shape fits, and the user chose none.
         InputError: the user's choice does not fit, or names a missing column.
     """
-    wish = wish or FormatOptions()
-    known = shapes
-    if wish.name is not None:
-        shapes = _pick_shapes(shapes, wish.name, task)
-    inner = {role for shape in shapes for role in shape.inner}
-    inside = {role: name for role, name in wish.mapping.items() if role in inner}
-    told = {role: name for role, name in wish.mapping.items() if role not in inner}
-    told = _resolve_mapping(columns, task, shapes, told)
-    wanted = {_role(role, shapes): column for role, column in told.items()}
-    as_meant = ((s, {_role(role, [s]): c for role, c in told.items()}) for s in shapes)
-    for shape, mapping in (*((shape, wanted) for shape in shapes), *as_meant):
-        found = _match(shape, columns, mapping) if inside.keys() <= set(shape.inner) else None
-        if found is not None and all(role in found for role in shape.required):
-            used = {part for column in found.values() for part in source_columns(column, columns)}
-            unused = tuple(name for name in columns if name not in used)
-            return Format(task, shape.name, shape.build, found, unused, inner=inside)
-    named = len(shapes) < len(known)
-    error = InputError if wanted or named else NoFormatError
-    advice = _FormatSuggestion(columns, task, shapes, wanted, rows, named=named)
-    raise error(advice.describe(wish.aim))
+    options = options or FormatOptions()
+    selected = shapes if options.name is None else _select_shapes(shapes, options.name, task)
+    inner_roles = {role for shape in selected for role in shape.inner}
+    inner = {role: name for role, name in options.mapping.items() if role in inner_roles}
+    outer = {role: name for role, name in options.mapping.items() if role not in inner_roles}
+    outer = _resolve_mapping(columns, task, selected, outer)
+    mapping = {_role(role, selected): column for role, column in outer.items()}
+    by_shape = ((s, {_role(role, [s]): c for role, c in outer.items()}) for s in selected)
+    for shape, shape_mapping in (*((shape, mapping) for shape in selected), *by_shape):
+        if inner.keys() <= set(shape.inner):
+            matched = _match(shape, columns, shape_mapping)
+            if matched is not None and matched.keys() >= shape.required.keys():
+                unused = _unused(columns, matched)
+                return Format(task, shape.name, shape.build, matched, unused, inner=inner)
+    named = len(selected) < len(shapes)
+    error = InputError if mapping or named else NoFormatError
+    suggestion = _FormatSuggestion(columns, task, selected, mapping, rows, named=named)
+    raise error(suggestion.describe(options.aim))
+
+
+def _unused(columns: Sequence[str], matched: Mapping[str, str]) -> tuple[str, ...]:
+    used = {name for column in matched.values() for name in source_columns(column, columns)}
+    return tuple(name for name in columns if name not in used)
 
 
 def _role(name: str, shapes: Sequence[FormatSpec]) -> str:
@@ -188,18 +276,18 @@ def fits(columns: Sequence[str], shapes: Sequence[FormatSpec]) -> bool:
     return any((_match(shape, columns, {}) or {}).keys() >= set(shape.required) for shape in shapes)
 
 
-def _pick_shapes(shapes: Sequence[FormatSpec], name: str, task: str) -> tuple[FormatSpec, ...]:
+def _select_shapes(shapes: Sequence[FormatSpec], name: str, task: str) -> tuple[FormatSpec, ...]:
     """Return the shapes of the format called `name`, such as prompt-completion or squad."""
-    wish = name.strip().lower().replace("_", "-")
-    wish = _OTHER_NAMES.get(wish, wish)
-    found = tuple(shape for shape in shapes if shape.slug == wish)
-    if not found:
+    slug = name.strip().lower().replace("_", "-")
+    slug = _OTHER_NAMES.get(slug, slug)
+    selected = tuple(shape for shape in shapes if shape.slug == slug)
+    if not selected:
         names = list(dict.fromkeys(shape.slug for shape in shapes))
         raise InputError(
-            f"--format {name}: --task {task} has no such format.{did_you_mean(wish, names)} "
+            f"--format {name}: --task {task} has no such format.{did_you_mean(slug, names)} "
             f"It has: {join_names(names)}."
         )
-    return found
+    return selected
 
 
 def _resolve_mapping(
@@ -208,32 +296,30 @@ def _resolve_mapping(
     """Return `mapping` with resolved columns; raise for an unknown role or a missing column."""
     roles = list(dict.fromkeys(role for shape in shapes for role in shape.roles))
     problems = []
-    found = {}
-    for role, wish in mapping.items():
-        column = resolve_column(wish, columns)
+    resolved = {}
+    for role, name in mapping.items():
+        column, flag = resolve_column(name, columns), f"--map {role}={name}"
         if _role(role, shapes) not in roles:
             problems.append(
-                f"--map {role}={wish}: --task {task} has no {role!r}."
-                f"{did_you_mean(role, roles)} It has: {join_names(roles)}."
+                f"{flag}: --task {task} has no {role!r}.{did_you_mean(role, roles)} "
+                f"It has: {join_names(roles)}."
             )
         if column is None:
-            lost = [part for part in wish.split("+") if resolve_column(part, columns) is None]
-            name = lost[0].strip() if lost else wish
-            meant = wish.replace(",", "+")
-            hint = did_you_mean(name, columns)
-            if meant != wish and resolve_column(meant, columns) is not None:
-                hint = f" Columns are joined by a plus: --map {role}={meant}."
+            absent = (part for part in name.split("+") if resolve_column(part, columns) is None)
+            part, joined = next(absent, name).strip(), name.replace(",", "+")
+            hint = did_you_mean(part, columns)
+            if joined != name and resolve_column(joined, columns) is not None:
+                hint = f" Columns are joined by a plus: --map {role}={joined}."
             problems.append(
-                f"--map {role}={wish}: no column {name!r}.{hint} "
-                f"Columns: {join_names(map(quote, columns))}."
+                f"{flag}: no column {part!r}.{hint} Columns: {join_names(map(quote, columns))}."
             )
         elif role in NON_TEXT_ROLES and len(source_columns(column, columns)) > 1:
-            problems.append(f"--map {role}={wish}: only texts can be joined. Name one column.")
+            problems.append(f"{flag}: only texts can be joined. Name one column.")
         else:
-            found[role] = column
+            resolved[role] = column
     if problems:
         raise InputError(problems)
-    return found
+    return resolved
 
 
 def _match(
@@ -242,22 +328,17 @@ def _match(
     """Return the column of each role found; None if `shape` lacks a role in `mapping`."""
     if not mapping.keys() <= shape.roles.keys():
         return None
-    folded = {column.lower(): column for column in reversed(columns)}
-    found: dict[str, str] = {}
-    taken = set(mapping.values())
+    by_name = {column.lower(): column for column in reversed(columns)}
+    by_name |= {column: column for column in columns}
+    matched: dict[str, str] = {}
+    used = set(mapping.values())
     for role, names in shape.roles.items():
-        column = mapping.get(role) or next(
-            (
-                hit
-                for name in names
-                if (hit := name if name in columns else folded.get(name)) and hit not in taken
-            ),
-            None,
-        )
+        candidates = (by_name[name] for name in names if name in by_name)
+        column = mapping.get(role) or next((c for c in candidates if c not in used), None)
         if column:
-            found[role] = column
-            taken.add(column)
-    return found
+            matched[role] = column
+            used.add(column)
+    return matched
 
 
 @dataclass(frozen=True)
@@ -274,54 +355,51 @@ class _FormatSuggestion:
 
     def describe(self, aim: str) -> str:
         """Return the message, with the `--map` flags for the closest shape."""
-        there = f"Columns: {join_names(map(quote, self.columns))}."
-        wants = join_names(dict.fromkeys(shape.name for shape in self.shapes))
-        offers = [offer for shape in self.shapes if (offer := self._offer(shape)) is not None]
-        if not offers:
-            pairs = format_map_flags(self.mapping)
-            return f"{pairs}: no format of --task {self.task} has all of these. Formats: {wants}."
-        flags = min(offers, key=lambda offer: offer[0])[1]
+        listing = f"Columns: {join_names(map(quote, self.columns))}."
+        formats = join_names(dict.fromkeys(shape.name for shape in self.shapes))
+        suggestions = list(filter(None, map(self._suggest, self.shapes)))
+        if not suggestions:
+            flags = format_map_flags(self.mapping)
+            return f"{flags}: no format of --task {self.task} has all of these. Formats: {formats}."
+        flags = min(suggestions, key=lambda suggestion: suggestion[0])[1]
         media = [quote(name) for name in self.columns if is_media_column(name)]
         if media and "=COLUMN" in flags:
-            there = f"{there} {join_names(media)} contains no text."
+            listing = f"{listing} {join_names(media)} contains no text."
         return (
-            f"--task {self.task}: the columns do not say what to {aim}. {there} "
-            f"Expected one of: {wants}. Map the columns: {flags}."
+            f"--task {self.task}: the columns do not say what to {aim}. {listing} "
+            f"Expected one of: {formats}. Map the columns: {flags}."
         )
 
-    def _offer(self, shape: FormatSpec) -> tuple[tuple[int, int, int], str] | None:
+    def _suggest(self, shape: FormatSpec) -> tuple[tuple[int, int, int], str] | None:
         """Return a sort key (lower is closer) and the flags that would make `shape` fit.
 
         None if no column matches, unless the user chose the shape or it is guessable.
         """
-        found = _match(shape, self.columns, self.mapping)
-        if found is None:
+        matched = _match(shape, self.columns, self.mapping)
+        if matched is None:
             return None
-        used = {part for column in found.values() for part in source_columns(column, self.columns)}
-        free = [name for name in self.columns if name not in used]
-        missing = [role for role in shape.required if role not in found]
+        free = list(_unused(self.columns, matched))
+        missing = [role for role in shape.required if role not in matched]
         guesses: dict[str, str] = {}
         for role in missing:
-            able = rank_columns(free, role, self.rows)
-            close = [hit for name in shape.required[role] for hit in closest_matches(name, able)]
-            if close:
-                guesses[role] = close[0]
-                free.remove(close[0])
-        evidence = len(found) + len(guesses)
+            usable = rank_columns(free, role, self.rows)
+            similar = (c for name in shape.required[role] for c in closest_matches(name, usable))
+            if column := next(similar, None):
+                guesses[role] = column
+                free.remove(column)
+        evidence = len(matched) + len(guesses)
         if not evidence and not shape.guessable and not self.named and not self._is_turns(shape):
             return None
-        pairs = dict(self.mapping)
-        lacking = 0
+        mapping, lacking = dict(self.mapping), 0
         for role in sorted(missing, key=lambda role: role not in _FIRST):
-            able = rank_columns(free, role, self.rows)
-            column = guesses.get(role) or next(iter(able), None)
+            column = guesses.get(role) or next(iter(rank_columns(free, role, self.rows)), None)
             if column in free:
                 free.remove(column)
             lacking += column is None
-            pairs[role] = column or "COLUMN"
-        order = [*self.mapping, *(role for role in shape.required if role in pairs)]
+            mapping[role] = column or "COLUMN"
+        order = [*self.mapping, *(role for role in shape.required if role in mapping)]
         flags = format_map_flags(
-            {role: column_for_flag(pairs[role], self.columns) for role in order}
+            {role: column_for_flag(mapping[role], self.columns) for role in order}
         )
         return (lacking, -evidence, len(missing) if evidence else 0), flags
 

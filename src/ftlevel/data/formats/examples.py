@@ -1,4 +1,4 @@
-"""Example types, and the builders that convert a row to each of them.
+"""Example types, the builders that convert a row to each of them, and conversion of tables.
 
 Text is never trimmed. A row without a usable text, answer or role raises `UnusableRowError`.
 """
@@ -6,23 +6,23 @@ Text is never trimmed. A row without a usable text, answer or role raises `Unusa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
-from ftlevel.data.formats.columns import JOINER, JSON_ROLES
-from ftlevel.data.formats.detect import Format, FormatSpec
+from ftlevel.data.formats.columns import columns_exist
+from ftlevel.data.formats.detect import Format, FormatSpec, RoleValues
 from ftlevel.data.formats.turns import (
     Message,
     UnusableRowError,
     check_text,
     parse_json,
     parse_tools,
-    parse_turn_list,
     parse_turns,
 )
-from ftlevel.data.sources.table import Row, Table, json_type_name
-from ftlevel.errors import InputError, join_names
+from ftlevel.data.sources.lines import LazySequence, LineRows
+from ftlevel.data.sources.table import BadRow, Row, Table, describe_bad_rows, json_type_name
+from ftlevel.errors import InputError, join_names, quote
 
 
 @dataclass(frozen=True)
@@ -53,91 +53,6 @@ def get_example_parts(example: Any) -> ExampleParts:
     return parts if isinstance(parts, ExampleParts) else ExampleParts("", example.key_text, "", "")
 
 
-_TURNS = ("prompt", "completion", "chosen", "rejected")
-"""Roles whose value is a string or a list of turns."""
-
-
-class RoleValues:
-    """The values of the current row by role; `set_row` sets the row."""
-
-    def __init__(self, format_: Format, table: Table) -> None:
-        self.columns = format_.columns
-        self.inner: Mapping[str, str] = format_.inner
-        self.table = table
-        self.row: Row = {}
-        self.index = 0
-
-    def set_row(self, row: Row, index: int) -> None:
-        """Set the current row, which has position `index` in the table."""
-        self.row, self.index = row, index
-
-    def __contains__(self, role: str) -> bool:
-        return role in self.columns
-
-    def get(self, role: str) -> Any:
-        """Return the value of `role`; None if the format has no column for it.
-
-        JSON text is parsed for roles of lists or objects and, in CSV cells, for roles that may hold
-        turns.
-        """
-        column = self.columns.get(role)
-        if column is None:
-            return None
-        value = self._find(column)
-        if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
-            return value
-        if role in JSON_ROLES:
-            try:
-                return parse_json(value, repr(column))
-            except UnusableRowError as error:
-                raise UnusableRowError(
-                    f"{error}. Write lists and objects as JSON, with json.dumps"
-                ) from None
-        is_cell = role in _TURNS and self.table.has_text_cells(self.index)
-        return parse_turn_list(value) if is_cell else value
-
-    def _find(self, column: str) -> Any:
-        """Return the value of a column, of several joined columns, or of a nested key."""
-        if column in self.row:
-            return self.row[column]
-        if "+" in column:
-            return JOINER.join(filter(None, map(self._joined, column.split("+"))))
-        return self._reach(column)
-
-    def _joined(self, column: str) -> str:
-        """Return the text of one of several joined columns; "" if it is null or blank."""
-        value = self.row[column] if column in self.row else self._reach(column)
-        if value is None or (isinstance(value, str) and not value.strip()):
-            return ""
-        if not isinstance(value, str):
-            raise UnusableRowError(
-                f"{column!r} is {json_type_name(value)}, and only texts can be joined"
-            )
-        return value
-
-    def _reach(self, column: str) -> Any:
-        """Return the value of a nested key such as `answers.text`."""
-        value: Any = self.row
-        for part in column.split("."):
-            if value is self.row and part not in value:
-                raise UnusableRowError(f"has no {part!r}")
-            if not isinstance(value, dict) or part not in value:
-                raise UnusableRowError(f"{column!r} is not there ({part!r} is missing)")
-            value = value[part]
-        return value
-
-    def text(self, role: str) -> str:
-        """Return the text of `role`; raise `UnusableRowError` if it is empty."""
-        return check_text(self.get(role), repr(self.columns[role]))
-
-    def text_or_empty(self, role: str) -> str:
-        """Return the text of `role`; "" if it is null or blank, or has no column."""
-        value = self.get(role)
-        if value is None or (isinstance(value, str) and not value.strip()):
-            return ""
-        return check_text(value, repr(self.columns[role]))
-
-
 @dataclass(frozen=True)
 class Conversation:
     """Turns of a conversation and the tools that the assistant can call; `row` is a table index."""
@@ -154,19 +69,17 @@ class Conversation:
     @property
     def parts(self) -> ExampleParts:
         """The user's and the assistant's texts."""
-        turns = self.messages
-        asked = [m.content for m in turns if m.content and m.role in ("user", "tool")]
-        answered = [m.content for m in turns if m.content and m.role == "assistant"]
-        at = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
-        before = [f"{m.role}\0{m.content}\0{m.extra or ''}" for m in turns[:at]]
-        asks = any(turn.role != "system" for turn in turns[:at])
+        turns, roles = self.messages, tuple(turn.role for turn in self.messages)
+        last = len(roles) - 1 - roles[::-1].index("assistant")
+        before = [f"{m.role}\0{m.content}\0{m.extra or ''}" for m in turns[:last]]
+        has_prompt = not {"system"}.issuperset(roles[:last])
         return ExampleParts(
-            "\n".join(asked),
-            "\n".join(answered),
-            "\0".join([*before, str(self.tools or "")]) if asks else "",
-            f"{turns[at].content}{turns[at].extra or ''}",
+            "\n".join(m.content for m in turns if m.content and m.role in ("user", "tool")),
+            "\n".join(m.content for m in turns if m.content and m.role == "assistant"),
+            "\0".join([*before, str(self.tools or "")]) if has_prompt else "",
+            f"{turns[last].content}{turns[last].extra or ''}",
             written=True,
-            roles=tuple(turn.role for turn in turns),
+            roles=roles,
         )
 
 
@@ -302,37 +215,34 @@ class ClassExample(Example, Protocol):
 def build_conversation(roles: RoleValues) -> Conversation:
     """Return the conversation of a row."""
     tools = parse_tools(roles.get("tools"), roles.columns["tools"]) if "tools" in roles else ()
-    return Conversation(tuple(_turns(roles)), roles.index, tools)
+    return Conversation(tuple(_with_system(_turns(roles), roles)), roles.index, tools)
+
+
+def _with_system(turns: list[Message], roles: RoleValues) -> list[Message]:
+    """Return `turns`, preceded by the row's system prompt unless they begin with one."""
+    system = roles.text_or_empty("system")
+    return [Message("system", system), *turns] if system and turns[0].role != "system" else turns
 
 
 def _turns(roles: RoleValues) -> list[Message]:
-    """Return the turns of a row in any conversation format."""
+    """Return the turns of a row in any conversation format, without its system column."""
     for role in ("messages", "conversations"):
         if role in roles:
-            turns = parse_turns(roles.get(role), roles.columns[role], names=roles.inner)
-            break
-    else:
-        turns = _parse_prompt(roles)
-    if (system := roles.text_or_empty("system")) and turns[0].role != "system":
-        turns.insert(0, Message("system", system))
-    return turns
-
-
-def _parse_prompt(roles: RoleValues) -> list[Message]:
-    """Return the turns of a prompt, or of an instruction with its input, and of the answer."""
-    if "instruction" in roles:
-        ask = roles.text("instruction")
-        if more := roles.text_or_empty("input"):
-            ask = f"{ask}\n\n{more}"
-        return [Message("user", ask), Message("assistant", roles.text("output"))]
+            return parse_turns(roles.get(role), roles.columns[role], names=roles.inner)
     prompt, completion = roles.get("prompt"), roles.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         name = f"{roles.columns['prompt']} + {roles.columns['completion']}"
         return parse_turns([*prompt, *completion], name)
-    return [
-        Message("user", roles.text("prompt")),
-        Message("assistant", roles.text("completion")),
-    ]
+    answer = "output" if "instruction" in roles else "completion"
+    return [Message("user", _prompt_text(roles)), Message("assistant", roles.text(answer))]
+
+
+def _prompt_text(roles: RoleValues) -> str:
+    """Return the text of a prompt, or of an instruction with its input."""
+    if "instruction" not in roles:
+        return roles.text("prompt" if "prompt" in roles else "text")
+    texts = (roles.text("instruction"), roles.text_or_empty("input"))
+    return "\n\n".join(filter(None, texts))
 
 
 def build_pair(roles: RoleValues) -> SourceTarget:
@@ -340,12 +250,12 @@ def build_pair(roles: RoleValues) -> SourceTarget:
     for source, target in (("document", "summary"), ("source", "target")):
         if source in roles:
             return SourceTarget(roles.text(source), roles.text(target), roles.index)
-    turns = _turns(roles)
-    asked = [turn.content for turn in turns if turn.role != "assistant"]
+    turns = _with_system(_turns(roles), roles)
     order = [turn.role for turn in turns if turn.role != "system"]
     if order != ["user", "assistant"]:
         raise UnusableRowError(f"has {len(order)} turns, expected one question and one answer")
-    return SourceTarget("\n\n".join(asked), turns[-1].content, roles.index)
+    source = "\n\n".join(turn.content for turn in turns[:-1])
+    return SourceTarget(source, turns[-1].content, roles.index)
 
 
 def build_plain(roles: RoleValues) -> PlainText:
@@ -355,38 +265,35 @@ def build_plain(roles: RoleValues) -> PlainText:
 
 def build_labeled_text(roles: RoleValues) -> LabeledText:
     """Return a text with one class."""
-    return _labelled(roles, _class(roles))
+    return _labeled(roles, _class(roles))
 
 
 def build_multi_label_text(roles: RoleValues) -> LabeledText:
     """Return a text with its classes."""
-    return _labelled(roles, _classes(roles))
+    return _labeled(roles, _classes(roles))
 
 
 def build_regression_text(roles: RoleValues) -> LabeledText:
     """Return a text with a quantity."""
-    return _labelled(roles, _quantity(roles))
+    return _labeled(roles, _quantity(roles))
 
 
-def _labelled(roles: RoleValues, label: str | int | float | tuple[str | int, ...]) -> LabeledText:
+def _labeled(roles: RoleValues, label: str | int | float | tuple[str | int, ...]) -> LabeledText:
     pair = roles.text("text_pair") if "text_pair" in roles else None
     return LabeledText(roles.text("text"), pair, label, roles.index)
 
 
 def _class(roles: RoleValues) -> str | int:
     label, column = roles.get("label"), repr(roles.columns["label"])
-    if type(label) is float:
-        _refuse_labels(
-            roles,
-            f"{column} is a fraction ({label}). Classes are names or whole numbers. To learn a "
-            "quantity: --set data.problem_type=regression",
+    if type(label) in (float, list):  # in all rows, so that dropping the row does not help
+        reason = (
+            f"is a fraction ({label}). Classes are names or whole numbers. To learn a quantity: "
+            "--set data.problem_type=regression."
+            if type(label) is float
+            else "is a list, and with problem_type single_label_classification each row has one "
+            "class. For several: --set data.problem_type=multi_label_classification."
         )
-    if type(label) is list:
-        _refuse_labels(
-            roles,
-            f"{column} is a list, and with problem_type single_label_classification each row has "
-            "one class. For several: --set data.problem_type=multi_label_classification",
-        )
+        raise InputError(f"{roles.table.where(roles.index)}: {column} {reason}")
     return _name(label, column)
 
 
@@ -400,7 +307,7 @@ def _classes(roles: RoleValues) -> tuple[str | int, ...]:
     if len(set(names)) < len(names):
         raise UnusableRowError(
             f"{column} lists a label twice ({join_names(map(repr, names), 4)}); expected the "
-            f"names of the labels that apply, not a 0 or 1 for each"
+            "names of the labels that apply, not a 0 or 1 for each"
         )
     return names
 
@@ -427,19 +334,13 @@ def _name(label: object, what: str) -> str | int:
     return check_text(label, what)
 
 
-def _refuse_labels(roles: RoleValues, reason: str) -> NoReturn:
-    """Raise `InputError` for the whole table, as all of its rows have the same problem."""
-    raise InputError(f"{roles.table.where(roles.index)}: {reason}.")
-
-
 def build_tagged(roles: RoleValues) -> TaggedTokens:
     """Return words with their tags."""
     tokens, tags = roles.get("tokens"), roles.get("tags")
     for role, value in (("tokens", tokens), ("tags", tags)):
         if type(value) is not list:
-            raise UnusableRowError(
-                f"{roles.columns[role]!r} is {json_type_name(value)}, not a list"
-            )
+            column = roles.columns[role]
+            raise UnusableRowError(f"{column!r} is {json_type_name(value)}, not a list")
     if len(tokens) != len(tags):
         raise UnusableRowError(f"has {len(tokens)} tokens, but {len(tags)} tags")
     if not tokens:
@@ -453,12 +354,17 @@ def build_tagged(roles: RoleValues) -> TaggedTokens:
 
 def build_question(roles: RoleValues) -> Question:
     """Return a question with its context and answers."""
-    context, question, found = roles.text("context"), roles.text("question"), roles.get("answers")
-    if type(found) is not dict or not {"text", "answer_start"} <= found.keys():
-        raise UnusableRowError(f"{roles.columns['answers']!r} lacks 'text' and 'answer_start'")
-    texts, starts = found["text"], found["answer_start"]
+    context, question, answers = (
+        roles.text("context"),
+        roles.text("question"),
+        roles.get("answers"),
+    )
+    column = roles.columns["answers"]
+    if type(answers) is not dict or not {"text", "answer_start"} <= answers.keys():
+        raise UnusableRowError(f"{column!r} lacks 'text' and 'answer_start'")
+    texts, starts = answers["text"], answers["answer_start"]
     if type(texts) is not list or type(starts) is not list or len(texts) != len(starts):
-        raise UnusableRowError(f"{roles.columns['answers']!r} needs two lists of one length")
+        raise UnusableRowError(f"{column!r} needs two lists of one length")
     for text, start in zip(texts, starts, strict=True):
         check_text(text, "an answer")
         if type(start) is not int or context[start : start + len(text)] != text:
@@ -474,28 +380,17 @@ def build_query_turns(roles: RoleValues) -> Conversation:
     """Return the conversation to answer, without assistant turns at its end."""
     for role in ("messages", "conversations", "prompt"):
         if role in roles and (role != "prompt" or isinstance(roles.get(role), list)):
-            turns = parse_turns(
-                roles.get(role), roles.columns[role], answered=False, names=roles.inner
-            )
+            column = roles.columns[role]
+            turns = parse_turns(roles.get(role), column, answered=False, names=roles.inner)
             while turns and turns[-1].role == "assistant":
                 turns.pop()
             break
     else:
-        turns = [Message("user", _query_text(roles))]
+        turns = [Message("user", _prompt_text(roles))]
     if not turns:
         raise UnusableRowError("contains no turn to answer")
-    if (system := roles.text_or_empty("system")) and turns[0].role != "system":
-        turns.insert(0, Message("system", system))
     tools = parse_tools(roles.get("tools"), roles.columns["tools"]) if "tools" in roles else ()
-    return Conversation(tuple(turns), roles.index, tools)
-
-
-def _query_text(roles: RoleValues) -> str:
-    if "instruction" in roles:
-        ask = roles.text("instruction")
-        more = roles.text_or_empty("input")
-        return f"{ask}\n\n{more}" if more else ask
-    return roles.text("prompt" if "prompt" in roles else "text")
+    return Conversation(tuple(_with_system(turns, roles)), roles.index, tools)
 
 
 def build_source(roles: RoleValues) -> SourceTarget:
@@ -507,3 +402,63 @@ def build_source(roles: RoleValues) -> SourceTarget:
     if [turn.role for turn in turns if turn.role != "system"] != ["user"]:
         raise UnusableRowError(f"has {len(turns)} turns, where one question is expected")
     return SourceTarget("\n\n".join(turn.content for turn in turns), "", roles.index)
+
+
+class LazyExamples(LazySequence[Example]):
+    """Examples of a large table, built on access; all rows of `table` must be convertible."""
+
+    def __init__(self, table: Table, format_: Format) -> None:
+        self._table = table
+        self._roles = RoleValues(format_, table)
+        self._build = format_.build
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __iter__(self) -> Iterator[Example]:
+        """Yield the examples in order."""
+        return map(self._convert, self._table.rows, range(len(self)))
+
+    def _item(self, at: int) -> Example:
+        return self._convert(self._table.rows[at], at)
+
+    def _convert(self, row: Row, index: int) -> Example:
+        self._roles.set_row(row, index)
+        example: Example = self._build(self._roles)
+        return example
+
+
+def to_examples(table: Table, format_: Format) -> Sequence[Example]:
+    """Return the examples of `table`; raise `InputError` for a bad row or a missing column."""
+    examples, bad = convert_rows(table, format_)
+    if bad:
+        raise InputError(describe_bad_rows(table, bad))
+    return examples
+
+
+def convert_rows(table: Table, format_: Format) -> tuple[Sequence[Example], list[BadRow]]:
+    """Return the examples of `table`, and the bad rows; raise `InputError` for a missing column."""
+    lacking = [
+        quote(column)
+        for column in format_.columns.values()
+        if not columns_exist(column, table.columns)
+    ]
+    if lacking:
+        raise InputError(
+            f"{table.source}: has no column {join_names(lacking)}. Columns: "
+            f"{join_names(map(quote, table.columns))}. Use the same columns in every split."
+        )
+    roles = RoleValues(format_, table)
+    examples: list[Example] = []
+    bad: list[BadRow] = []
+    is_lazy = isinstance(table.rows, LineRows)
+    for index, row in enumerate(table.rows):
+        roles.set_row(row, index)
+        try:
+            example = format_.build(roles)
+        except UnusableRowError as error:
+            bad.append(BadRow(table.lines[index], str(error), error.finding))
+        else:
+            if not is_lazy:
+                examples.append(example)
+    return (LazyExamples(table, format_) if is_lazy and not bad else examples), bad

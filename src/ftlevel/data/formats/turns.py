@@ -119,7 +119,7 @@ def parse_tools(value: object, column: str) -> tuple[dict[str, Any], ...]:
     return tuple(value)
 
 
-def _keys(item: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, str]:
+def _find_keys(item: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, str]:
     """Return the keys of a turn's role and text, from `names` or the usual ones."""
     role = next((key for key in _ROLE_KEYS if key in item), "role")
     text = next((key for key in _TEXT_KEYS if key in item), _TEXT_KEYS[role == "from"])
@@ -130,8 +130,8 @@ def _find_role(name: object, names: Mapping[str, str]) -> str | None:
     """Return the normalized role called `name`; None if unknown."""
     if not isinstance(name, str):
         return None
-    own = next((role for role in ("user", "assistant") if names.get(role) == name), None)
-    return own or _ROLES.get(name) or _ROLES.get(name.lower())
+    renamed = next((role for role in ("user", "assistant") if names.get(role) == name), None)
+    return renamed or _ROLES.get(name) or _ROLES.get(name.lower())
 
 
 def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | None:
@@ -140,17 +140,18 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
         raise UnusableRowError(
             f"{what} is {json_type_name(item)}, not an object with role and content"
         )
-    role_key, text_key = _keys(item, names)
+    role_key, text_key = _find_keys(item, names)
     calls = item.get("tool_calls")
     for key, part in ((role_key, "role"), (text_key, "content")):
         if key not in item and not (calls and key == text_key):
-            used = _keys(item, names)
-            others = [k for k, v in item.items() if isinstance(v, str) and k not in used]
-            guess = {part: others[0 if part == "role" else -1]} if others else {}
-            way = f"; say what it is called: {format_map_flags(guess)}" if guess else ""
-            finding = "null_content" if part == "content" and not others else ""
+            keys = (role_key, text_key)
+            others = [k for k, v in item.items() if isinstance(v, str) and k not in keys]
+            hint, finding = "", "null_content" if part == "content" else ""
+            if others:
+                guess = format_map_flags({part: others[0 if part == "role" else -1]})
+                hint, finding = f"; say what it is called: {guess}", ""
             raise UnusableRowError(
-                f"{what} has no {key!r} (keys: {join_names(item)}{way})", finding
+                f"{what} has no {key!r} (keys: {join_names(item)}{hint})", finding
             )
     if item.get("weight") == 0:
         raise UnusableRowError(f"{what} has weight 0; per-turn weights are not supported")
@@ -158,11 +159,11 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
     role = _find_role(name, names)
     if role is None:
         hint = did_you_mean(str(name), _ROLES).strip().lower()
-        who = format_map_flags({"user": str(name)})
-        known = "known: system, user, assistant, tool, human, gpt"
+        hint = hint or "known: system, user, assistant, tool, human, gpt"
+        flag = format_map_flags({"user": str(name)})
         raise UnusableRowError(
-            f"{what} has the unknown role {name!r} "
-            f"({hint or known}; or say who it is: {who}, or assistant=…)",
+            f"{what} has the unknown role {name!r} ({hint}; or say who it is: {flag}, or "
+            "assistant=…)",
             "unknown_role",
         )
     if role == "system" and isinstance(text, str) and not text.strip():
@@ -174,17 +175,17 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
         calls, text = parse_json(check_text(text, content), content), ""
         calls = calls if isinstance(calls, list) else [calls]
     extra: dict[str, Any] = {k: item[k] for k in ("name", "tool_call_id") if item.get(k)}
-    if calls or item.get("function_call"):
-        calls = calls or [item["function_call"]]
+    if not calls and (call := item.get("function_call")):
+        calls = [call]
+    if calls:
         extra["tool_calls"] = [_parse_call(call, what) for call in calls]
-        return Message(role, check_text(text, content) if text else "", extra)
-    return Message(role, check_text(text, content), extra)
+    return Message(role, check_text(text, content) if text or not calls else "", extra)
 
 
 def _refuse_parts(parts: Sequence[Any], what: str) -> NoReturn:
     """Raise `UnusableRowError` for a content that is a list of parts, as in multimodal data."""
-    kinds = [part.get("type", next(iter(part), "")) for part in parts if isinstance(part, dict)]
-    other = next((kind for kind in kinds if kind != "text"), None)
+    types = [part.get("type", next(iter(part), "")) for part in parts if isinstance(part, dict)]
+    other = next((type_ for type_ in types if type_ != "text"), None)
     if other is None:
         raise UnusableRowError(f"{what} is a list of parts, not a string; join their texts")
     raise UnusableRowError(f"{what} has a part of type {other!r}, and ftlevel trains on text only")
@@ -198,12 +199,8 @@ def _parse_call(call: object, what: str) -> dict[str, Any]:
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         arguments = parse_json(arguments, f"'arguments' of {what}")
-    own = {"id": call["id"]} if isinstance(call, dict) and call.get("id") else {}
-    return {
-        **own,
-        "type": "function",
-        "function": {"name": function["name"], "arguments": arguments},
-    }
+    parsed = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    return {"id": call["id"], **parsed} if isinstance(call, dict) and call.get("id") else parsed
 
 
 def parse_json(text: str, what: str) -> Any:
@@ -221,6 +218,7 @@ def parse_turn_list(text: str) -> Any:
     except ValueError:
         return text
     is_turns = isinstance(turns, list) and all(
-        isinstance(turn, dict) and _find_role(turn.get(_keys(turn, {})[0]), {}) for turn in turns
+        isinstance(turn, dict) and _find_role(turn.get(_find_keys(turn, {})[0]), {})
+        for turn in turns
     )
     return turns if is_turns and turns else text

@@ -20,14 +20,15 @@ import numpy as np
 
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.checkpoints import certify, find_damage
+from ftlevel.artifacts.files import file_fingerprint
 from ftlevel.config import IN_MEMORY, DataConfig
 from ftlevel.config.section import Choice
+from ftlevel.data.encoding.chat import render
 from ftlevel.data.encoding.encode import Encoded, PromptFormat
 from ftlevel.data.encoding.store import RowStore, rows_to_batches, write_store
 from ftlevel.data.gate import Finding
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, Progress
-from ftlevel.data.prepare.examples import prepare_examples
-from ftlevel.data.prepare.loading import load_examples
+from ftlevel.data.prepare.loading import load_examples, prepare_examples
 from ftlevel.data.prepare.streaming import prepare_stream
 from ftlevel.data.sources.readers.files import is_pattern, match_files
 from ftlevel.data.sources.table import Part, Table
@@ -65,27 +66,18 @@ def resolve_files(name: str) -> list[Path] | None:
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else None
 
 
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 @dataclass(frozen=True)
 class CacheFolder:
     """Cache folder of a key.
 
     Attributes:
         path: folder to read from or to write to.
-        keep: moves a written folder into the cache; None if the cache has the rows.
+        publish: moves a written folder into the cache; None if the cache has the rows.
         damage: description of damaged cached rows; empty for none.
     """
 
     path: Path
-    keep: Callable[[], Path] | None = None
+    publish: Callable[[], Path] | None = None
     damage: str = ""
 
 
@@ -105,16 +97,16 @@ def open_cache_folder(key: str) -> Iterator[CacheFolder]:
             os.utime(final)
             yield CacheFolder(final)
             return
-        for old in (final, partial):
-            shutil.rmtree(old, ignore_errors=True)
+        for unusable in (final, partial):
+            shutil.rmtree(unusable, ignore_errors=True)
         partial.mkdir()
 
-        def keep() -> Path:
+        def publish() -> Path:
             certify(partial)
             return partial.replace(final)
 
         try:
-            yield CacheFolder(partial, keep, damage)
+            yield CacheFolder(partial, publish, damage)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             remove_unused(root)
@@ -132,8 +124,8 @@ MIN_CACHED_ROWS = 1_000
 """Minimum number of rows to store on disk and cache."""
 SMALL_BYTES = 200_000
 """Datasets with fewer bytes are not cached: preparing them takes no longer than a lookup."""
-_SOME = 1 << 16  # lines written at once
-_LIGHT = ("num_proc", "cache")  # config fields that do not affect rows
+_LINES = 1 << 16  # written at once
+_UNRELATED = ("num_proc", "cache")  # config fields that do not affect rows
 
 
 def prepare_data(config: DataConfig, context: EncodingContext, progress: Progress) -> PreparedData:
@@ -145,52 +137,57 @@ def prepare_data(config: DataConfig, context: EncodingContext, progress: Progres
     if config.streaming:
         return prepare_stream(config, context)
     key = _key(config, context) if config.cache else None
-    if key is None or not is_writable():
-        workspace = Workspace("rows")
-        prepared = _prepare(config, context, Path(workspace.name), progress)
-        if key is not None:
-            why = f"{cache_root()} cannot be written"
-            prepared.choices.append(Choice("rows", "not cached", why))
-        return context.task.finish_data(replace(prepared, workspace=workspace), config, context)
-    with open_cache_folder(key) as folder:
-        if folder.keep is None:
-            return context.task.finish_data(_load(folder.path, "prepared before"), config, context)
-        prepared = _prepare(config, context, folder.path, progress)
-        if len(prepared.train) < MIN_CACHED_ROWS:
-            return context.task.finish_data(_in_memory(prepared), config, context)
-        _save(prepared, folder.path)
-        kept = folder.keep()
-    note = "prepared anew" if folder.damage else "kept for the next run"
-    why = f"the cache was damaged: {folder.damage}; " if folder.damage else ""
-    return context.task.finish_data(_load(kept, note, why), config, context)
+    return context.task.finish_data(_prepare(config, context, key, progress), config, context)
 
 
 def _prepare(
-    config: DataConfig, context: EncodingContext, folder: Path, progress: Progress
+    config: DataConfig, context: EncodingContext, key: str | None, progress: Progress
 ) -> PreparedData:
-    loaded = load_examples(config, context.task, context.seed, lenient=context.lenient)
-    large = len(loaded.train) >= MIN_CACHED_ROWS
-    return prepare_examples(loaded, config, context, folder if large else None, progress)
+    """Return the rows from the cache folder of `key`, or prepare them there; None: no cache."""
+
+    def prepare(folder: Path) -> PreparedData:
+        loaded = load_examples(config, context.task, context.seed, lenient=context.lenient)
+        large = len(loaded.train) >= MIN_CACHED_ROWS
+        return prepare_examples(loaded, config, context, folder if large else None, progress)
+
+    if key is None or not is_writable():
+        workspace = Workspace("rows")
+        prepared = prepare(Path(workspace.name))
+        if key is not None:
+            reason = f"{cache_root()} cannot be written"
+            prepared.choices.append(Choice("rows", "not cached", reason))
+        return replace(prepared, workspace=workspace)
+    with open_cache_folder(key) as folder:
+        if folder.publish is None:
+            return _load(folder.path, "prepared before")
+        prepared = prepare(folder.path)
+        if len(prepared.train) < MIN_CACHED_ROWS:
+            train, validation = list(prepared.train), list(prepared.validation)
+            return replace(prepared, train=train, validation=validation)
+        _save(prepared, folder.path)
+        path = folder.publish()
+    if folder.damage:
+        return _load(path, "prepared anew", f"the cache was damaged: {folder.damage}; ")
+    return _load(path, "kept for the next run")
 
 
 def _key(config: DataConfig, context: EncodingContext) -> str | None:
     """Return a digest of everything that affects the rows; None if they are not cached."""
     files: list[Path] = []
-    names = (config.dataset, *config.also, config.validation_file)
-    for name in filter(None, names):
-        found = resolve_files(name)
-        if found is None:
+    for name in filter(None, (config.dataset, *config.also, config.validation_file)):
+        paths = resolve_files(name)
+        if paths is None:
             return None
-        files += found
+        files += paths
     if sum(file.stat().st_size for file in files) < SMALL_BYTES:
         return None
     template = getattr(context.tokenizer, "chat_template", None)
     bounds = context.bounds
     if config.max_length != "auto":  # memory matters only for "auto"
         bounds = replace(bounds, memory=None)
-    key_values = {
-        "data": config.model_dump(mode="json", exclude=set(_LIGHT)),
-        "files": [[str(file), file_digest(file)] for file in files],
+    content = {
+        "data": config.model_dump(mode="json", exclude=set(_UNRELATED)),
+        "files": [[str(file), file_fingerprint(file)] for file in files],
         "task": [
             context.task.name,
             context.task.instruction,
@@ -201,40 +198,32 @@ def _key(config: DataConfig, context: EncodingContext) -> str | None:
         "model": [context.kind, context.vocabulary, asdict(bounds)],
         "seed": context.seed,
         "lenient": context.lenient,
-        "tokenizer": _tokenizer_text(context.tokenizer),
-        "template": [template, _probe(context.tokenizer) if template else ""],
+        "tokenizer": _tokenizer_digest(context.tokenizer),
+        "template": [template, _render_question(context.tokenizer) if template else ""],
         "versions": library_versions(),
     }
-    return hashlib.sha256(json.dumps(key_values, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _tokenizer_text(tokenizer: Any) -> str:
-    own = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
-    text = json.dumps([own, tokenizer.special_tokens_map, tokenizer.padding_side], default=str)
+def _tokenizer_digest(tokenizer: Any) -> str:
+    model = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+    text = json.dumps([model, tokenizer.special_tokens_map, tokenizer.padding_side], default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _probe(tokenizer: Any) -> str:
+def _render_question(tokenizer: Any) -> str:
     """Return a rendered question, as some templates include the current date."""
-    from ftlevel.data.encoding.chat import render
-
     try:
         return render(tokenizer, [{"role": "user", "content": "?"}], generation_prompt=True)
     except InputError as error:
         return str(error)
 
 
-def _in_memory(prepared: PreparedData) -> PreparedData:
-    return replace(prepared, train=list(prepared.train), validation=list(prepared.validation))
-
-
 def _save(prepared: PreparedData, folder: Path) -> None:
-    table = prepared.table
+    table, prompt = prepared.table, prepared.prompt_format
     _save_lines(table.lines, folder / "lines.npy")
-    for pattern in ("*.digests", "*.words"):
-        for digests in folder.glob(pattern):
-            digests.unlink()
-    prompt = prepared.prompt_format
+    for digests in (*folder.glob("*.digests"), *folder.glob("*.words")):
+        digests.unlink()
     content = {
         "train": _save_rows(prepared.train, folder, "train"),
         "validation": _save_rows(prepared.validation, folder, "validation"),
@@ -254,8 +243,8 @@ def _save_lines(lines: Sequence[int], path: Path) -> None:
     header = {"descr": "<i8", "fortran_order": False, "shape": (len(lines),)}
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for begin in range(0, len(lines), _SOME):
-            file.write(np.array(lines[begin : begin + _SOME], dtype="<i8").tobytes())
+        for begin in range(0, len(lines), _LINES):
+            file.write(np.array(lines[begin : begin + _LINES], dtype="<i8").tobytes())
 
 
 def _save_rows(rows: Sequence[Encoded], folder: Path, name: str) -> Mapping[str, Any] | None:
@@ -269,12 +258,12 @@ def _save_rows(rows: Sequence[Encoded], folder: Path, name: str) -> Mapping[str,
     return {"file": rows.path.name, "chosen": rows.indices is not None}
 
 
-def _load(folder: Path, note: str, why: str = "") -> PreparedData:
+def _load(folder: Path, note: str, reason: str = "") -> PreparedData:
     content = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
     lines = np.load(folder / "lines.npy", mmap_mode="r")
     parts = tuple(Part(base, Table([], [], name, unit)) for base, name, unit in content["parts"])
     source, unit = content["source"]
-    kept = Choice("rows", note, f"{why}{folder}; --no-cache prepares them again")
+    choice = Choice("rows", note, f"{reason}{folder}; --no-cache prepares them again")
     return PreparedData(
         _load_rows(folder, "train", content),
         _load_rows(folder, "validation", content),
@@ -282,7 +271,7 @@ def _load(folder: Path, note: str, why: str = "") -> PreparedData:
         content["max_length"],
         Table([], lines, source, unit, parts=parts),
         content["facts"],
-        [*(Choice(**choice) for choice in content["choices"]), kept],
+        [*(Choice(**fields) for fields in content["choices"]), choice],
         tuple(Finding(**{**f, "places": tuple(f["places"])}) for f in content["findings"]),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -95,21 +96,20 @@ BATCH = 1_000  # examples
 Encode = Callable[[Sequence[Any]], list[Encoded]]
 Progress = Callable[[int, int], None]
 """Callback with the number of finished examples and their total."""
-_Part = tuple[pa.RecordBatch | None, tuple[bytes, bytes]]  # rows, and digests of the examples
 
 
 def ignore_progress(done: int, total: int) -> None:
     """Ignore progress."""
 
 
-_work: tuple[Encode, Sequence[Any], TextCheckContext] | None = None  # inherited by forked processes
+_job: tuple[Encode, Sequence[Any], TextCheckContext] | None = None  # inherited by forked processes
 
 
 def encode_to_store(
     path: Path,
     encode: Encode,
     examples: Sequence[Any],
-    known: TextCheckContext,
+    context: TextCheckContext,
     processes: int,
     progress: Progress,
 ) -> RowStore:
@@ -121,18 +121,32 @@ def encode_to_store(
     Raises:
         ValueError: no example produced a row.
     """
-    beside = digests_path(path)
-    with beside.open("wb") as records, words_path(beside).open("wb") as words:
+    global _job
+    starts = range(0, len(examples), BATCH)
+    digests = digests_path(path)
+    _job = (encode, examples, context)
+    try:
+        with ExitStack() as stack:
+            files = [stack.enter_context(p.open("wb")) for p in (digests, words_path(digests))]
+            parts: Iterator[tuple[pa.RecordBatch | None, tuple[bytes, bytes]]]
+            if processes > 1 and "fork" in multiprocessing.get_all_start_methods():
+                fork = multiprocessing.get_context("fork")
+                pool = stack.enter_context(fork.Pool(processes, _disable_tokenizer_threads))
+                parts = pool.imap(_encode_batch, starts)
+            else:
+                parts = map(_encode_batch, starts)
 
-        def keep_digests() -> Iterator[pa.RecordBatch]:
-            work = (encode, examples, known)
-            for batch, digests in _batches(work, processes, progress):
-                records.write(digests[0])
-                words.write(digests[1])
-                if batch is not None:
-                    yield batch
+            def batches() -> Iterator[pa.RecordBatch]:
+                for start, (batch, contents) in zip(starts, parts, strict=True):
+                    progress(min(start + BATCH, len(examples)), len(examples))
+                    for file, content in zip(files, contents, strict=True):
+                        file.write(content)
+                    if batch is not None:
+                        yield batch
 
-        return write_store(path, keep_digests())
+            return write_store(path, batches())
+    finally:
+        _job = None
 
 
 def digests_path(path: Path) -> Path:
@@ -140,54 +154,19 @@ def digests_path(path: Path) -> Path:
     return path.with_suffix(".digests")
 
 
-def _batches(
-    work: tuple[Encode, Sequence[Any], TextCheckContext], processes: int, progress: Progress
-) -> Iterator[_Part]:
-    global _work
-    examples = work[1]
-    starts = range(0, len(examples), BATCH)
-    _work = work
-    try:
-        if processes == 1 or "fork" not in multiprocessing.get_all_start_methods():
-            yield from _reported(map(_encode_from, starts), len(examples), progress)
-            return
-        with multiprocessing.get_context("fork").Pool(processes, _begin) as pool:
-            yield from _reported(pool.imap(_encode_bytes, starts), len(examples), progress)
-    finally:
-        _work = None
-
-
-def _reported(parts: Any, total: int, progress: Progress) -> Iterator[_Part]:
-    for number, (batch, digests) in enumerate(parts, 1):
-        progress(min(number * BATCH, total), total)
-        if isinstance(batch, bytes):
-            batch = pa.ipc.open_stream(batch).read_next_batch() if batch else None
-        yield batch, digests
-
-
-def _begin() -> None:
+def _disable_tokenizer_threads() -> None:
     """Disable parallelism of the tokenizer, whose threads do not survive a fork."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _encode_from(start: int) -> _Part:
-    if _work is None:
-        raise RuntimeError("there is no work")
-    encode, examples, known = _work
-    some = examples[start : start + BATCH]
-    rows = encode(some)
-    return to_batch(rows) if rows else None, Digests.of(some, known).to_bytes()
-
-
-def _encode_bytes(start: int) -> tuple[bytes, tuple[bytes, bytes]]:
-    """Return a serialized batch, which passes between processes without pickling its arrays."""
-    batch, digests = _encode_from(start)
-    if batch is None:
-        return b"", digests
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    return bytes(sink.getvalue().to_pybytes()), digests
+def _encode_batch(start: int) -> tuple[pa.RecordBatch | None, tuple[bytes, bytes]]:
+    """Return the rows of the batch at `start`, None without any, and its digests."""
+    if _job is None:
+        raise RuntimeError("there is no job")
+    encode, examples, context = _job
+    batch = examples[start : start + BATCH]
+    rows = encode(batch)
+    return to_batch(rows) if rows else None, Digests.of(batch, context).to_bytes()
 
 
 _LONG = 1_000_000  # characters that take seconds to encode
@@ -241,33 +220,32 @@ class Encoder:
 
         Long rows are dropped, or split or truncated if configured.
         """
-        keeps = self.config.overlong in ("split", "truncate")
-        overlong = self.config.overlong if keeps else "drop"
+        overlong = self.config.overlong
+        overlong = overlong if overlong in ("split", "truncate") else "drop"
         config = self.config.model_copy(update={"overlong": overlong, "train_on_inputs": False})
         return replace(self, config=config, split=split)
 
     def digest(self, examples: Sequence[Any]) -> Digests:
         """Return the digests of `examples`."""
-        return Digests.of(examples, self._texts_known)
+        return Digests.of(examples, self._text_context)
 
     @property
-    def _texts_known(self) -> TextCheckContext:
+    def _text_context(self) -> TextCheckContext:
         bos = self.tokenizer.bos_token
         return TextCheckContext((*list_special_tokens(self.tokenizer), *([bos] if bos else [])))
 
     def collect(self, encode: Encode, examples: Sequence[Any]) -> Sequence[Encoded]:
         """Encode all examples with `encode`, into a store if `folder` is set."""
         if self.folder is None:
-            long = any(len(example.key_text) > _LONG for example in examples)
-            if long:  # encoding shows no other progress for seconds
-                self.progress(0, len(examples))
+            slow = any(len(example.key_text) > _LONG for example in examples)
+            progress = self.progress if slow else ignore_progress
+            progress(0, len(examples))
             rows = encode(examples)
-            if long:
-                self.progress(len(examples), len(examples))
+            progress(len(examples), len(examples))
             return rows
         path = self.folder / f"{self.split}.arrow"
         return encode_to_store(
-            path, encode, examples, self._texts_known, self.config.num_proc, self.progress
+            path, encode, examples, self._text_context, self.config.num_proc, self.progress
         )
 
     def _digests(self, examples: Sequence[Any]) -> Digests:
@@ -294,20 +272,20 @@ class Encoder:
         longest = self.config.max_target_length
         fit, stops = partial(fit_targets, fitted.rows, longest), fitted.stops
         try:
-            kept, dropped = fit(self.config.overlong, table.where)
+            rows, dropped = fit(self.config.overlong, table.where)
         except InputError as error:
             if not self.lenient:
                 raise
             stops = stops or str(error)
-            kept, dropped = fit("drop", table.where)
-        if not len(kept) and not self.partly:
+            rows, dropped = fit("drop", table.where)
+        if not len(rows) and not self.partly:
             raise InputError(f"no target is within {longest:,} tokens.")
-        return replace(fitted, rows=kept, dropped=fitted.dropped + dropped, stops=stops)
+        return replace(fitted, rows=rows, dropped=fitted.dropped + dropped, stops=stops)
 
-    def limit(self, usual: int | None) -> int | None:
-        """Return the maximum row length in tokens from user or model; `usual` is the default."""
-        if isinstance(wish := self.config.max_length, int):
-            self.bounds.check(wish)
-            return wish
-        known = [length for length in (usual, self.bounds.tightest[0]) if length is not None]
-        return min(known, default=None)
+    def limit(self, default: int | None) -> int | None:
+        """Return the maximum row length in tokens from user, model or `default`."""
+        if isinstance(max_length := self.config.max_length, int):
+            self.bounds.check(max_length)
+            return max_length
+        bounds = (default, self.bounds.tightest[0])
+        return min((length for length in bounds if length is not None), default=None)

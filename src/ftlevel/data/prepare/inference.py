@@ -6,17 +6,16 @@ Evaluation rows are encoded like the validation rows of training.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any, Protocol
+from itertools import chain, islice
+from typing import Any, TypeAlias
 
 from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.encode import Encoded, read_format
 from ftlevel.data.formats.columns import columns_exist
-from ftlevel.data.formats.detect import Format
-from ftlevel.data.formats.examples import RoleValues
+from ftlevel.data.formats.detect import Format, RoleValues
 from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.formats.turns import UnusableRowError
 from ftlevel.data.prepare.encoder import Encoder, EncodingContext
@@ -29,8 +28,6 @@ from ftlevel.data.sources.streams import Chunk, Reader
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError, join_names, quote
 from ftlevel.task import Task
-
-_FIRST = 64  # rows used to detect the columns
 
 
 @dataclass(frozen=True)
@@ -52,110 +49,103 @@ class QueryRow:
     share: float | None = None
 
 
-class RowSource(Protocol):
+Item: TypeAlias = tuple[Row | None, str, str, float | None]
+"""A row (None if unreadable), its `file:line`, an error message, and the share read so far."""
+
+
+@dataclass(frozen=True)
+class RowSource:
     """Source of rows.
 
     Attributes:
         columns: column names, from the schema or the first rows.
         leading: columns of the first row, from which the format is detected.
+        read: yields the rows from the beginning.
         schema: Arrow schema if the source declares types, else None.
     """
 
     columns: Sequence[str]
     leading: Sequence[str]
     first: Sequence[Row]
-    schema: Any
-
-    def read(self) -> Iterator[tuple[Row | None, str, str, float | None]]:
-        """Yield each row (None if unreadable), its location, error message and progress."""
+    read: Callable[[], Iterator[Item]]
+    schema: Any = None
 
 
-class FileRows:
-    """Rows of a file; creation reads the first rows and raises `InputError` if it cannot."""
+def open_rows(name: str, options: ReadOptions) -> tuple[RowSource, Reader]:
+    """Return the rows of a file or of all files matching a pattern, and the first reader.
 
-    def __init__(self, reader: Reader, ignored: Sequence[str] = ()) -> None:
-        self._reader = reader
-        self.schema = reader.schema
-        self.columns: Sequence[str] = self.schema.names if self.schema is not None else []
-        chunk = next(self._reader.chunks(), None)
-        if chunk is None or not (chunk.rows or chunk.bad):
-            raise InputError(f"{reader.shown}: has 0 rows. Use a file with rows.")
-        if not chunk.rows:
-            first = chunk.bad[0]
-            raise InputError(f"{self._place(chunk, first.line)}: {first.reason}. Fix the file.")
-        if not self.columns:
-            self.columns = list(dict.fromkeys(name for row in chunk.rows for name in row))
-        self.leading: Sequence[str] = [name for name in chunk.rows[0] if name not in ignored]
-        self.first: Sequence[Row] = chunk.rows
+    Raises:
+        InputError: a file cannot be read, or the columns of two files differ.
+    """
+    names = match_files(name, options.format) if is_pattern(name) else [name]
+    readers = [open_reader(each, options) for each in names]
+    sources = [file_rows(reader, options.ignored) for reader in readers]
+    first = sources[0]
+    if len(sources) == 1:
+        return first, readers[0]
+    for reader, source in zip(readers, sources, strict=True):
+        if set(source.columns) != set(first.columns):
+            raise InputError(
+                f"{reader.shown}: has the columns {join_names(map(quote, source.columns))}, and "
+                f"{readers[0].shown} has {join_names(map(quote, first.columns))}. Files that are "
+                "read together need the same columns."
+            )
 
-    def read(self) -> Iterator[tuple[Row | None, str, str, float | None]]:
-        """Yield rows and unreadable locations in file order."""
-        for chunk in self._reader.chunks():
-            share = self._reader.share(chunk)
-            found: list[tuple[int, Row | None, str]] = [
+    def read() -> Iterator[Item]:
+        for number, source in enumerate(sources):
+            for row, place, fault, share in source.read():
+                done = None if share is None else (number + share) / len(sources)
+                yield row, place, fault, done
+
+    schema = first.schema if all(source.schema is not None for source in sources) else None
+    return replace(first, read=read, schema=schema), readers[0]
+
+
+def file_rows(reader: Reader, ignored: Sequence[str] = ()) -> RowSource:
+    """Return the rows of a file; raise `InputError` if the first ones cannot be read."""
+
+    def place(chunk: Chunk, line: int) -> str:
+        return Table([], [], reader.shown, chunk.unit).place(line)
+
+    def read() -> Iterator[Item]:
+        for chunk in reader.chunks():
+            share = reader.share(chunk)
+            items: list[tuple[int, Row | None, str]] = [
                 *((line, row, "") for line, row in zip(chunk.lines, chunk.rows, strict=True)),
                 *((bad.line, None, bad.reason) for bad in chunk.bad),
             ]
-            for line, row, fault in sorted(found, key=lambda item: item[0]):
-                yield row, self._place(chunk, line), fault, share
+            for line, row, fault in sorted(items, key=lambda item: item[0]):
+                yield row, place(chunk, line), fault, share
 
-    def _place(self, chunk: Chunk, line: int) -> str:
-        return Table([], [], self._reader.shown, chunk.unit).place(line)
-
-
-class ChainedRows:
-    """Rows of several files in sequence; raises `InputError` if their columns differ."""
-
-    def __init__(self, files: Sequence[FileRows], names: Sequence[str]) -> None:
-        self._files, first = files, files[0]
-        self.columns, self.leading, self.first = first.columns, first.leading, first.first
-        self.schema = first.schema if all(file.schema is not None for file in files) else None
-        for file, name in zip(files, names, strict=True):
-            if set(file.columns) != set(first.columns):
-                raise InputError(
-                    f"{name}: has the columns {join_names(map(quote, file.columns))}, and "
-                    f"{names[0]} "
-                    f"has {join_names(map(quote, first.columns))}. Files that are read together "
-                    "need "
-                    "the same columns."
-                )
-
-    def read(self) -> Iterator[tuple[Row | None, str, str, float | None]]:
-        """Yield the rows in the order of the files."""
-        for number, file in enumerate(self._files):
-            for row, place, fault, share in file.read():
-                done = None if share is None else (number + share) / len(self._files)
-                yield row, place, fault, done
+    chunk = next(reader.chunks(), None)
+    if chunk is None or not (chunk.rows or chunk.bad):
+        raise InputError(f"{reader.shown}: has 0 rows. Use a file with rows.")
+    if not chunk.rows:
+        bad = chunk.bad[0]
+        raise InputError(f"{place(chunk, bad.line)}: {bad.reason}. Fix the file.")
+    declared = reader.schema.names if reader.schema is not None else []
+    columns = declared or list(dict.fromkeys(name for row in chunk.rows for name in row))
+    leading = [name for name in chunk.rows[0] if name not in ignored]
+    return RowSource(columns, leading, chunk.rows, read, reader.schema)
 
 
-def open_rows(name: str, how: ReadOptions) -> tuple[RowSource, Reader]:
-    """Return the rows of a file or of all files matching a pattern, and the first reader."""
-    names = match_files(name, how.format) if is_pattern(name) else [name]
-    readers = [open_reader(each, how) for each in names]
-    files = [FileRows(reader, how.ignored) for reader in readers]
-    shown = [reader.shown for reader in readers]
-    return (files[0] if len(files) == 1 else ChainedRows(files, shown)), readers[0]
+def in_memory_rows(rows: Any, ignored: Sequence[str] = ()) -> RowSource:
+    """Return rows in memory, of any type that `iterate_rows` accepts; `read` works once.
 
+    Raises:
+        InputError: there are no rows, or they are of another type.
+    """
+    rest = iterate_rows(rows, "predict")
+    first = list(islice(rest, CHUNK_ROWS))
+    if not first:
+        raise InputError("there are 0 rows to predict. Give some.")
 
-class InMemoryRows:
-    """Rows in memory, of any type that `iterate_rows` accepts; raises `InputError` if empty."""
-
-    schema = None
-
-    def __init__(self, rows: Any, ignored: Sequence[str] = ()) -> None:
-        self._rows = iterate_rows(rows, "predict")
-        self.first: Sequence[Row] = list(islice(self._rows, _FIRST))
-        if not self.first:
-            raise InputError("there are 0 rows to predict. Give some.")
-        self.columns: Sequence[str] = list(dict.fromkeys(n for row in self.first for n in row))
-        self.leading: Sequence[str] = [name for name in self.first[0] if name not in ignored]
-
-    def read(self) -> Iterator[tuple[Row | None, str, str, float | None]]:
-        """Yield the rows; a second call yields only the first ones."""
-        for number, row in enumerate(self.first, 1):
+    def read() -> Iterator[Item]:
+        for number, row in enumerate(chain(first, rest), 1):
             yield row, f"row {number}", "", None
-        for number, row in enumerate(self._rows, len(self.first) + 1):
-            yield row, f"row {number}", "", None
+
+    columns = list(dict.fromkeys(name for row in first for name in row))
+    return RowSource(columns, [name for name in first[0] if name not in ignored], first, read)
 
 
 @dataclass(frozen=True)
@@ -171,24 +161,22 @@ class Prompts:
     limit: int | None = None
 
     def __iter__(self) -> Iterator[QueryRow]:
-        known = frozenset(self.source.columns)
+        columns = dict.fromkeys(self.source.columns)
         roles = RoleValues(self.shape, Table([], [], ""))
         for row, place, fault, share in islice(self.source.read(), self.limit):
-            yield replace(self._ask(row, place, fault, roles, known), share=share)
-
-    def _ask(
-        self, row: Row | None, place: str, fault: str, roles: RoleValues, known: frozenset[str]
-    ) -> QueryRow:
-        if row is None:
-            return QueryRow(dict.fromkeys(self.source.columns), place, None, fault)
-        if self.fixed and not row.keys() <= known:
-            more = join_names(quote(name) for name in row if name not in known)
-            return QueryRow(row, place, None, f"has {more}, which the first rows lack")
-        roles.set_row(row, 0)
-        try:
-            return QueryRow(row, place, self.shape.build(roles))
-        except UnusableRowError as error:
-            return QueryRow(row, place, None, str(error))
+            question = None
+            if row is None:
+                row = dict(columns)
+            elif self.fixed and not row.keys() <= columns.keys():
+                more = join_names(quote(name) for name in row if name not in columns)
+                fault = f"has {more}, which the first rows lack"
+            else:
+                roles.set_row(row, 0)
+                try:
+                    question = self.shape.build(roles)
+                except UnusableRowError as error:
+                    fault = str(error)
+            yield QueryRow(row, place, question, fault, share)
 
 
 def windows(rows: Iterator[QueryRow], size: int) -> Iterator[list[QueryRow]]:
@@ -197,7 +185,6 @@ def windows(rows: Iterator[QueryRow], size: int) -> Iterator[list[QueryRow]]:
         yield window
 
 
-_DEFAULT_SPLIT = "validation"
 TRAINING_ROWS = "the training rows: no validation split was held out"
 """Name of the training rows if there are no other rows to evaluate."""
 
@@ -252,13 +239,12 @@ def load_evaluation_rows(
         InputError: there are no such rows, or they do not fit the task.
     """
     task = context.task
-    fields = DataConfig.model_fields
-    known = {name: value for name, value in card.options.items() if name in fields}
-    config = config.model_copy(update=known)  # options resolved by training
+    options = {k: v for k, v in card.options.items() if k in DataConfig.model_fields}
+    config = config.model_copy(update=options)  # resolved by training
     splits = read_splits(config, task, context.seed)
     table, name = _choose(splits, split, is_own=is_own)
     if config.max_eval_samples is not None:
-        table = table.take(range(min(len(table), config.max_eval_samples)))
+        table = table.head(config.max_eval_samples)
     note = ""
     if not (is_own or is_typed):
         config, note = _without_absent(config, table, task)
@@ -276,14 +262,15 @@ def load_evaluation_rows(
     fitted = encoder(examples, table)
     rows: Sequence[Encoded] = fitted.rows
     if name == "validation":  # same checks as in training
-        _, learned = convert("train", splits.train, labels)
-        rows, found = context.gate(config.gate).check_held_out(
-            name, fitted, examples, table, encoder.digest(learned)
+        _, training = convert("train", splits.train, labels)
+        rows, findings = context.gate(config.gate).check_held_out(
+            name, fitted, examples, table, encoder.digest(training)
         )
         if not len(rows):
             raise InputError(
-                f"no {name} row of {splits.name} is left to score: {'; '.join(map(str, found))}. "
-                "Name other rows with --dataset, or --split train."
+                f"no {name} row of {splits.name} is left to score: "
+                f"{'; '.join(map(str, findings))}. Name other rows with --dataset, or --split "
+                "train."
             )
     rows = task.evaluation_rows(rows, config, context)
     language = convert.shape.options.get("target_language", "")
@@ -293,41 +280,32 @@ def load_evaluation_rows(
 
 def _without_absent(config: DataConfig, table: Table, task: Task) -> tuple[DataConfig, str]:
     """Drop the column mapping and format of training if they do not fit `table`; return a note."""
-    there = {
+    present = {
         role: column
         for role, column in config.columns.items()
         if columns_exist(column, table.columns)
     }
-    for columns, form in (
-        (config.columns, config.format),
-        (there, config.format),
-        (there, None),
-        ({}, None),
-    ):
-        fewer = config.model_copy(update={"columns": columns, "format": form})
+    choices = ((config.columns, config.format), (present, config.format), (present, None))
+    for columns, format_ in (*choices, ({}, None)):
+        reduced = config.model_copy(update={"columns": columns, "format": format_})
         try:
-            found = task.find_format(table.columns, fewer, table.rows[:CHUNK_ROWS])
+            detected = task.find_format(table.columns, reduced, table.rows[:CHUNK_ROWS])
         except InputError:
             continue
-        if fewer == config:
-            break
-        return fewer, f"{found.description}; the training's own --map and --format do not fit these"
-    else:
-        return fewer, ""  # errors then refer to the actual columns
-    return config, ""
+        note = f"{detected.description}; the training's own --map and --format do not fit these"
+        return reduced, "" if reduced == config else note
+    return reduced, ""  # errors then refer to the actual columns
 
 
 def _choose(splits: DatasetSplits, split: str | None, *, is_own: bool) -> tuple[Table, str]:
     """Return the table of `split`, and its name."""
-    tables = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    there = [name for name, table in tables.items() if table is not None]
-    if split is None and there == ["train"]:
+    tables = splits.tables
+    if split is None and list(tables) == ["train"]:
         return splits.train, TRAINING_ROWS if is_own else "all rows"
-    name = split or _DEFAULT_SPLIT
-    table = tables[name]
-    if table is None:
+    name = split or "validation"
+    if name not in tables:
         raise InputError(
-            f"--split {name}: {splits.name} has none. Splits here: {', '.join(there)}. Choose "
+            f"--split {name}: {splits.name} has none. Splits here: {', '.join(tables)}. Choose "
             "another, or other rows with --dataset."
         )
-    return table, name
+    return tables[name], name

@@ -1,15 +1,21 @@
-"""Load the splits of a dataset and convert their rows to examples, without a tokenizer."""
+"""Load the splits of a dataset, convert their rows to examples, then encode and check them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ftlevel.artifacts.files import rows_fingerprint
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.formats.convert import convert_rows, to_examples
+from ftlevel.data.encoding.encode import Encoded, PromptFormat
+from ftlevel.data.encoding.fit import FittedRows
 from ftlevel.data.formats.detect import Format, explain_columns
+from ftlevel.data.formats.examples import convert_rows, to_examples
 from ftlevel.data.formats.labels import (
     LABEL_NORMALIZERS,
     LabelNormalizer,
@@ -19,13 +25,15 @@ from ftlevel.data.formats.labels import (
     find_invalid_labels,
     find_variants,
 )
-from ftlevel.data.gate import Finding, build_finding
+from ftlevel.data.gate import Finding, build_finding, explain_stop
+from ftlevel.data.gate.checks import flat_batches
 from ftlevel.data.gate.gate import handle_unusable_rows
-from ftlevel.data.sources.lines import CHUNK_ROWS
+from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData, Progress
+from ftlevel.data.sources.lines import CHUNK_ROWS, STDIN
 from ftlevel.data.sources.readers.refused import refuse_media_columns
 from ftlevel.data.sources.splits import DatasetSplits, hold_out, join_splits, load_splits
-from ftlevel.data.sources.table import BadRow, Table, handle_bad_rows
-from ftlevel.errors import InputError, did_you_mean, join_names, quote, reading
+from ftlevel.data.sources.table import Table, handle_bad_rows
+from ftlevel.errors import ConfigError, InputError, did_you_mean, join_names, quote, reading
 from ftlevel.task import Task
 
 BUILTIN_ROWS = 192
@@ -72,8 +80,8 @@ def convert_splits(
 ) -> LoadedExamples:
     """Convert the rows of `splits` to examples; arguments as in `load_examples`."""
     _check_ignored(splits, config)
-    convert, told = open_converter(splits.train, config, task, lenient=lenient)
-    choices = [*(Choice("note", note) for note in splits.notes), *told]
+    convert, choices = open_converter(splits.train, config, task, lenient=lenient)
+    choices = [*(Choice("note", note) for note in splits.notes), *choices]
     train, examples = convert("train", splits.train, None)
     labels = None
     if convert.label_column is not None:
@@ -83,18 +91,17 @@ def convert_splits(
     validation, held_out = splits.validation, None
     if validation is not None:
         validation, held_out = convert.known("validation", validation, labels)
-    kept = DatasetSplits(train, validation, splits.test, splits.name, splits.notes)
+    splits = replace(splits, train=train, validation=validation)
     reason = explain_columns(convert.shape.columns, config.columns, config.format)
     return LoadedExamples(
-        kept, convert.shape, examples, held_out, labels, choices, convert.findings, reason
+        splits, convert.shape, examples, held_out, labels, choices, convert.findings, reason
     )
 
 
 def _check_ignored(splits: DatasetSplits, config: DataConfig) -> None:
     """Raise `InputError` if no split has a column of `--ignore-columns`."""
-    tables = [table for table in (splits.train, splits.validation, splits.test) if table]
-    known = {name for table in tables for name in table.ignored}
-    if unknown := [name for name in config.ignore_columns if name not in known]:
+    present = {name for table in splits.tables.values() for name in table.ignored}
+    if unknown := [name for name in config.ignore_columns if name not in present]:
         columns = splits.train.columns
         raise InputError(
             f"--ignore-columns {unknown[0]}: no such column.{did_you_mean(unknown[0], columns)} "
@@ -106,9 +113,9 @@ def open_converter(
     table: Table, config: DataConfig, task: Task, *, lenient: bool = False
 ) -> tuple[Converter, list[Choice]]:
     """Return a converter for rows like those of `table`, and log lines."""
-    found = task.find_format(table.columns, config, table.rows[:CHUNK_ROWS])
-    refuse_media_columns(found.unused, table.rows, table.source)
-    shape, choices = task.read_columns(found, table, config)
+    shape = task.find_format(table.columns, config, table.rows[:CHUNK_ROWS])
+    refuse_media_columns(shape.unused, table.rows, table.source)
+    shape, choices = task.read_columns(shape, table, config)
     return Converter(config, task, shape, shape, lenient), choices
 
 
@@ -140,7 +147,9 @@ class Converter:
             bad += find_invalid_labels(labels, examples, table, column)
         if not bad:
             return table, examples
-        return self._without(split, table, bad)
+        table, findings = handle_unusable_rows(table, bad, self.config, split, lenient=self.lenient)
+        self.findings += findings
+        return table, to_examples(table, self.shape)
 
     def known(
         self, split: str, table: Table, labels: LabelSet | None
@@ -166,16 +175,15 @@ class Converter:
         for check, same in LABEL_NORMALIZERS.items():
             variants = find_variants(examples, check, names)
             rows = sorted({row for variant in variants for row in variant.rows})
-            told = [f"{table.where(v.rows[0])}: {v.label!r} is {v.name!r}" for v in variants]
-            found = build_finding(check, split, len(rows), len(table), told, self.config.gate)
-            if found is None:
+            places = [f"{table.where(v.rows[0])}: {v.label!r} is {v.name!r}" for v in variants]
+            finding = build_finding(check, split, len(rows), len(table), places, self.config.gate)
+            if finding is None:
                 continue
-            self.findings.append(found)
-            if found.action == "fold":
-                known = {same(name): v.name for v in variants for name in (v.label, v.name)}
-                self.shape = replace(
-                    self.shape, build=LabelNormalizer(self.shape.build, same, known)
-                )
+            self.findings.append(finding)
+            if finding.action == "fold":
+                names_by_key = {same(name): v.name for v in variants for name in (v.label, v.name)}
+                build = LabelNormalizer(self.shape.build, same, names_by_key)
+                self.shape = replace(self.shape, build=build)
                 examples = convert_rows(table, self.shape)[0]
         return examples
 
@@ -187,11 +195,6 @@ class Converter:
         if not faults:
             return table, examples
         table = handle_bad_rows(table, faults, self.config.on_bad_row)
-        return table, to_examples(table, self.shape)
-
-    def _without(self, split: str, table: Table, bad: list[BadRow]) -> tuple[Table, Sequence[Any]]:
-        table, found = handle_unusable_rows(table, bad, self.config, split, lenient=self.lenient)
-        self.findings += found
         return table, to_examples(table, self.shape)
 
 
@@ -206,11 +209,11 @@ def read_splits(config: DataConfig, task: Task, seed: int) -> DatasetSplits:
     if config.validation_split:
         splits = hold_out(splits, config.validation_split, seed)
     train, validation = splits.train, splits.validation
-    if config.max_samples and config.max_samples < len(train):
-        train = replace(train.take(range(config.max_samples)), dropped=train.dropped)
+    if config.max_samples:
+        train = train.head(config.max_samples)
     if validation is not None and config.max_eval_samples:
-        validation = validation.take(range(min(len(validation), config.max_eval_samples)))
-    return DatasetSplits(train, validation, splits.test, splits.name, splits.notes)
+        validation = validation.head(config.max_eval_samples)
+    return replace(splits, train=train, validation=validation)
 
 
 def _read_one(name: str, config: DataConfig, task: Task, split: str | None) -> DatasetSplits:
@@ -225,3 +228,168 @@ def _read_one(name: str, config: DataConfig, task: Task, split: str | None) -> D
             input_format=config.input_format,
             ignored=config.ignore_columns,
         )
+
+
+def prepare_examples(
+    loaded: LoadedExamples,
+    config: DataConfig,
+    context: EncodingContext,
+    folder: Path | None,
+    progress: Progress,
+) -> PreparedData:
+    """Encode the examples, apply the length limit, and run the data checks.
+
+    Rows are written to `folder`; None stores them in memory. Raises `InputError` if a check stops
+    the run.
+    """
+    task, tokenizer, lenient = context.task, context.tokenizer, context.lenient
+    prompt_format = _with_system(
+        task.prompt_format(loaded.format, context.kind, tokenizer), config.system
+    )
+    if prompt_format is not None:
+        prompt_format = prompt_format.resolve_separator(loaded.train, context.prompt_version)
+    encoder = Encoder(
+        task,
+        context.kind,
+        tokenizer,
+        config,
+        context.bounds,
+        prompt_format,
+        loaded.labels,
+        folder,
+        progress,
+        lenient=lenient,
+    )
+    gate, splits = context.gate(config.gate), loaded.splits
+    fitted = encoder(loaded.train, splits.train)
+    train, findings = gate.check_split("train", fitted, loaded.train, splits.train)
+    findings = [*loaded.findings, *findings]
+    validation: Sequence[Encoded] = []
+    dropped = split = 0
+    if loaded.validation and splits.validation:
+        held_out = encoder.for_held_out("validation")(loaded.validation, splits.validation)
+        dropped, split = held_out.dropped, held_out.split
+        validation, more = gate.check_held_out(
+            "validation", held_out, loaded.validation, splits.validation, fitted.digests
+        )
+        findings += more
+        fitted = replace(fitted, max_length=max(fitted.max_length, held_out.max_length))
+    if splits.test is not None:
+        digests = encoder.digest(convert_rows(splits.test, loaded.format)[0])
+        findings += gate.find_leaks("test", digests, fitted.digests, splits.test)[1]
+    stops = [explain_stop(finding) for finding in findings if finding.action == "stop"]
+    if stops and not lenient:
+        raise InputError(stops)
+    facts = _facts(loaded, task, fitted, train, validation) | {
+        "validation_dropped": dropped,
+        "validation_split": split,
+        "gate": [finding.to_dict() for finding in findings],
+    }
+    if fitted.stops:  # a preview continues
+        facts["stops"] = fitted.stops
+    choices = _choices(loaded, task, fitted, validation, facts)
+    if prompt_format is not None:
+        choices.append(Choice("prompt", prompt_format.kind, prompt_format.instruction))
+        if prompt_format.system:
+            choices.append(
+                Choice("system", prompt_format.system, "where a row has none of its own")
+            )
+    counts = {
+        "dropped": facts["dropped"],
+        "of validation dropped, beyond the max length": dropped,
+        f"of validation {task.split_text}": split,
+        f"shortened at {fitted.shortened_at}": fitted.shortened,
+        task.split_text: fitted.split,
+    }
+    choices += [
+        Choice("rows changed", f"{count:,} {name}") for name, count in counts.items() if count
+    ]
+    for finding in findings:
+        reason = f"{_RESULTS[finding.action]}; --set data.gate.{finding.name}=…"
+        choices.append(Choice("data check", str(finding), reason))
+    return PreparedData(
+        train,
+        validation,
+        prompt_format,
+        fitted.max_length,
+        splits.train,
+        facts,
+        choices,
+        tuple(findings),
+    )
+
+
+def _with_system(prompt_format: PromptFormat | None, system: str | None) -> PromptFormat | None:
+    """Set the system prompt; raise `ConfigError` if the format has no turns."""
+    if not system:
+        return prompt_format
+    if prompt_format is None or prompt_format.kind == "seq2seq":
+        raise ConfigError("--system needs a model that generates answers. Drop it.")
+    return replace(prompt_format, system=system)
+
+
+_RESULTS = {"drop": "dropped", "warn": "kept", "stop": "stops the run", "fold": "made one"}
+
+_TASK_FACTS = {"problem_type": None, "unanswerable": False, "target_language": ""}
+"""Default values of facts that only some tasks provide."""
+
+
+def _facts(
+    loaded: LoadedExamples,
+    task: Task,
+    fitted: FittedRows,
+    train: Sequence[Encoded],
+    validation: Sequence[Encoded],
+) -> dict[str, Any]:
+    removed = len(fitted.rows) - len(train)
+    sizes = [
+        (flat.ids.lengths.sum(), flat.supervised().sum(), np.max(flat.ids.lengths))
+        for flat in flat_batches(train)
+    ]
+    tokens, supervised, longest = zip(*sizes, strict=True)
+    held_out = loaded.splits.validation
+    return {
+        "name": loaded.splits.name,
+        "format": loaded.format.description,
+        "train_rows": len(train),
+        "validation_rows": len(validation),
+        "tokens": int(sum(tokens)),
+        "supervised": int(sum(supervised)),
+        "longest": int(max(longest)),
+        "max_length": fitted.max_length,
+        "overlong": fitted.overlong,
+        "dropped": fitted.dropped + removed + len(loaded.splits.train.dropped),
+        "shortened": fitted.shortened,
+        "split": fitted.split,
+        "fingerprint": rows_fingerprint(loaded.splits.train.rows),
+        "validation_fingerprint": (
+            rows_fingerprint(held_out.rows) if held_out is not None else None
+        ),
+        "labels": list(loaded.labels.names) if loaded.labels else [],
+        **_TASK_FACTS,
+        **task.facts(loaded),
+    }
+
+
+def _choices(
+    loaded: LoadedExamples,
+    task: Task,
+    fitted: FittedRows,
+    validation: Sequence[Encoded],
+    facts: Mapping[str, Any],
+) -> list[Choice]:
+    held_out = (
+        f"{len(validation):,} for validation"
+        if validation
+        else "no validation rows: --validation-split 0.05 would hold some out"
+    )
+    name = "stdin" if loaded.splits.name == STDIN else loaded.splits.name
+    choices = [
+        Choice("data", name, f"{facts['train_rows']:,} rows; {held_out}"),
+        Choice("columns", loaded.format.description, loaded.why),
+        *loaded.choices,
+        Choice("max length", f"{fitted.max_length:,} tokens", fitted.reason),
+    ]
+    if loaded.labels is not None:
+        choices.append(Choice("labels", f"{len(loaded.labels)}", ", ".join(facts["labels"][:8])))
+    return [*choices, *task.describe_rows(loaded, facts)]

@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import MAX_DROPPED_SHARE
-from ftlevel.data.formats.convert import convert_rows
 from ftlevel.data.formats.detect import Format
+from ftlevel.data.formats.examples import convert_rows
 from ftlevel.data.gate import explain_stop
 from ftlevel.data.gate.gate import Gate
 from ftlevel.data.prepare.encoder import Encoder
@@ -72,8 +72,8 @@ class ShuffleBuffer(Generic[T]):
         self._random.setstate((version, tuple(numbers), gauss))
 
 
-_SURE = 1_000  # minimum rows for a reliable share
-_AT_ONCE = 32  # maximum chunks; further processes take later ones
+_MIN_ROWS = 1_000  # for a reliable share
+_MOST_AHEAD = 32  # chunks encoded ahead; further processes take later ones
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class ChunkEncoder:
 
     config: DataConfig
     shape: Format
-    form: RowSchema
+    schema: RowSchema
     encoder: Encoder
     gate: Gate
     may_lose: bool
@@ -95,14 +95,13 @@ class ChunkEncoder:
         """
         table = chunk.table
         counts["read"] += len(chunk.rows) + len(chunk.bad)
-        bad = [*chunk.bad, *self.form.find_odd(chunk.rows, chunk.lines)]
+        bad = [*chunk.bad, *self.schema.find_inconsistent(chunk.rows, chunk.lines)]
         table = self._without(table, bad, counts)
+        if table.rows:
+            table = self._without(table, convert_rows(table, self.shape)[1], counts)
         if not table.rows:
             return []
-        table = self._without(table, convert_rows(table, self.shape)[1], counts)
-        examples = convert_rows(table, self.shape)[0] if table.rows else []
-        if not examples:
-            return []
+        examples = convert_rows(table, self.shape)[0]
         fitted = self.encoder(examples, table)
         counts.update(too_long=fitted.dropped, shortened=fitted.shortened, split=fitted.split)
         counts["dropped"] += fitted.dropped
@@ -137,7 +136,7 @@ class ChunkEncoder:
     def check_loss(self, counts: Mapping[str, int]) -> None:
         """Raise `InputError` if over 1 % of the rows exceed a length chosen from the first rows."""
         lost, read = counts.get("too_long", 0), counts.get("read", 0)
-        if self.may_lose and read >= _SURE and lost > MAX_DROPPED_SHARE * read:
+        if self.may_lose and read >= _MIN_ROWS and lost > MAX_DROPPED_SHARE * read:
             raise InputError(
                 f"{lost:,} of the {read:,} rows read so far are longer than "
                 f"{self.encoder.config.max_length:,} tokens, which was enough for the first ones. "
@@ -177,12 +176,8 @@ class EncodedChunk(NamedTuple):
     error: InputError | None = None
 
 
-class _Ready(NamedTuple):
-    """An encoded chunk, the cursor after it, and the held-out rows after the cursor."""
-
-    chunk: EncodedChunk
-    cursor: Cursor | None
-    skip: int
+_Ready: TypeAlias = tuple[EncodedChunk, Cursor | None, int]
+"""An encoded chunk, the cursor after it, and the number of held-out rows after the cursor."""
 
 
 @dataclass(frozen=True)
@@ -199,12 +194,7 @@ class StreamSharding:
 
     count: int = 1
     rank: int = 0
-    exchange: Callable[[list[EncodedChunk]], list[list[EncodedChunk]]] = lambda own: [own]
-
-    @property
-    def at_once(self) -> int:
-        """Number of chunks encoded ahead."""
-        return min(self.count, _AT_ONCE)
+    exchange: Callable[[list[EncodedChunk]], list[list[EncodedChunk]]] = lambda chunks: [chunks]
 
 
 class RowStream:
@@ -226,12 +216,12 @@ class RowStream:
         self._source, self._encode, self._held_out = source, encode, held_out
         self._size, self._seed = buffer, seed
         self._counts: Counter[str] = Counter()
-        self._division, self._turn = StreamSharding(), 0
+        self.divide(StreamSharding())
         self._begin_pass()
 
-    def divide(self, division: StreamSharding) -> None:
+    def divide(self, sharding: StreamSharding) -> None:
         """Encode only the chunks of this process from now on."""
-        self._division, self._turn = division, 0
+        self._sharding, self._next_rank = sharding, 0
 
     @property
     def counts(self) -> dict[str, int]:
@@ -277,8 +267,7 @@ class RowStream:
         """Return the next row; raise `InputError` if a row stops the run or a pass has none."""
         while True:
             while self._waiting:
-                row = self._buffer.push(self._waiting.popleft())
-                if row is not None:
+                if (row := self._buffer.push(self._waiting.popleft())) is not None:
                     return row
             if self._read():
                 continue
@@ -305,33 +294,30 @@ class RowStream:
 
     def _encode_ahead(self) -> None:
         """Encode the next chunks, at most one per process."""
-        division, chunks, error = self._division, [], None
-        places: list[tuple[Cursor | None, int]] = []
+        sharding, error = self._sharding, None
+        encoded: list[EncodedChunk] = []  # of this process
+        cursors: list[tuple[int, Cursor, int]] = []  # rank, cursor, held-out rows after it
         try:
-            for chunk in islice(self._chunks, division.at_once):
-                skipped, after = self._skip_ahead, max(0, self._skip_ahead - len(chunk.rows))
-                self._skip_ahead = after
-                places.append((chunk.cursor, after))
-                chunks.append(
-                    replace(chunk, rows=chunk.rows[skipped:], lines=chunk.lines[skipped:])
-                )
+            for chunk in islice(self._chunks, min(sharding.count, _MOST_AHEAD)):
+                skip = self._skip_ahead
+                self._skip_ahead = max(0, skip - len(chunk.rows))
+                rank = self._next_rank
+                self._next_rank = (rank + 1) % sharding.count
+                cursors.append((rank, chunk.cursor, self._skip_ahead))
+                if rank == sharding.rank:
+                    chunk = replace(chunk, rows=chunk.rows[skip:], lines=chunk.lines[skip:])
+                    encoded.append(self._encode_chunk(chunk))
         except InputError as unreadable:
             error = unreadable  # raised after the preceding chunks
-        ranks = [(self._turn + at) % division.count for at in range(len(chunks))]
-        self._turn = (self._turn + len(chunks)) % division.count
-        own = [
-            self._encode_one(c) for c, r in zip(chunks, ranks, strict=True) if r == division.rank
-        ]
-        found = [deque(some) for some in division.exchange(own)] if chunks else []
+        by_rank = [deque(chunks) for chunks in sharding.exchange(encoded)] if cursors else []
         self._ready.extend(
-            _Ready(found[rank].popleft(), *place) for rank, place in zip(ranks, places, strict=True)
+            (by_rank[rank].popleft(), cursor, skip) for rank, cursor, skip in cursors
         )
         if error is not None:
-            self._ready.append(
-                _Ready(EncodedChunk([], Counter(), error), self._cursor, self._skip_ahead)
-            )
+            failed = EncodedChunk([], Counter(), error)
+            self._ready.append((failed, self._cursor, self._skip_ahead))
 
-    def _encode_one(self, chunk: Chunk) -> EncodedChunk:
+    def _encode_chunk(self, chunk: Chunk) -> EncodedChunk:
         counts: Counter[str] = Counter()
         try:
             return EncodedChunk(self._encode(chunk, counts), counts)

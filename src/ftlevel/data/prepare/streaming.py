@@ -9,31 +9,28 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Sampler
 
 from ftlevel.artifacts.files import rows_fingerprint, sampled_fingerprint
-from ftlevel.config import DataConfig, GateConfig
+from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.store import RowStore, rows_to_batches, write_store
 from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData, ignore_progress
-from ftlevel.data.prepare.examples import prepare_examples
-from ftlevel.data.prepare.loading import convert_splits
+from ftlevel.data.prepare.loading import convert_splits, prepare_examples
 from ftlevel.data.prepare.row_stream import ChunkEncoder, RowStream, StreamState
 from ftlevel.data.sources.readers.files import ReadOptions
 from ftlevel.data.sources.splits import DatasetSplits, StreamSource, open_source
-from ftlevel.data.sources.streams import Chunk, describe_null_keys
+from ftlevel.data.sources.streams import describe_null_keys
 from ftlevel.data.sources.table import (
     BadRow,
     Row,
     RowSchema,
-    Table,
     find_inconsistent_rows,
     handle_bad_rows,
 )
@@ -65,7 +62,7 @@ def prepare_stream(config: DataConfig, context: EncodingContext) -> PreparedData
     source = open_source(
         config.dataset, split=config.split, on_bad_row=config.on_bad_row, options=options
     )
-    splits, form = _read_head(source, config)
+    splits, schema = _read_head(source, config)
     loaded = convert_splits(splits, config, context.task, lenient=context.lenient)
     prepared = prepare_examples(loaded, config, context, None, ignore_progress)
     length, overlong = prepared.max_length, prepared.facts["overlong"]
@@ -85,7 +82,7 @@ def prepare_stream(config: DataConfig, context: EncodingContext) -> PreparedData
         partly=True,
     )
     encode = ChunkEncoder(
-        resolved, loaded.format, form, encoder, context.gate(config.gate), may_lose
+        resolved, loaded.format, schema, encoder, context.gate(config.gate), may_lose
     )
     stream = RowStream(
         source.train,
@@ -102,7 +99,10 @@ def prepare_stream(config: DataConfig, context: EncodingContext) -> PreparedData
         "max_length": length,
         "fingerprint": _fingerprint(source, splits.train.rows),
     }
-    choices = [*_choices(prepared, config, length), _unchecked(config.gate)]
+    partial = [name for name in WHOLE_SET if getattr(config.gate, name) != "ignore"]
+    reason = f"{', '.join(partial)} checked in the first rows only"
+    checks = Choice("data check", "each row as it comes", reason if partial else "")
+    choices = [*_choices(prepared, config, length), checks]
     return replace(prepared, stream=stream, max_length=length, facts=facts, choices=choices)
 
 
@@ -114,60 +114,48 @@ def _with_room(longest: int, bound: int | None) -> int:
 
 def _read_head(source: StreamSource, config: DataConfig) -> tuple[DatasetSplits, RowSchema]:
     """Return the held-out rows, the first training rows, and their keys and types."""
-    held, wanted = config.validation_rows or 0, SAMPLE + (config.validation_rows or 0)
-    if held and source.validation is not None:
+    count = config.validation_rows or 0
+    if count and source.validation is not None:
         raise InputError(
-            f"data.validation_rows={held:,}: {config.dataset} has its own validation rows. Drop it."
+            f"data.validation_rows={count:,}: {config.dataset} has its own validation rows. Drop "
+            "it."
         )
     rows: list[Row] = []
     lines: list[int] = []
     bad: list[BadRow] = []
-    chunk: Chunk | None = None
-    for chunk in _until(source.train.chunks(), wanted):
+    total = SAMPLE + count
+    chunk = None
+    for chunk in source.train.chunks():
         rows += chunk.rows
         lines += chunk.lines
         bad += chunk.bad
+        if len(rows) >= total:
+            bad = [row for row in bad if row.line <= lines[total - 1]]
+            break
     if chunk is None or not (rows or bad):
         raise InputError(f"{config.dataset}: has 0 rows. Use a dataset with rows.")
-    if held and len(rows) <= held:
+    if count and len(rows) <= count:
         raise InputError(
-            f"data.validation_rows={held:,} leaves none of the {len(rows):,} rows of "
+            f"data.validation_rows={count:,} leaves none of the {len(rows):,} rows of "
             f"{config.dataset} to train on. Hold out fewer."
         )
     table = replace(
-        chunk.table, rows=rows[:wanted], lines=lines[:wanted], ignored=source.ignored
+        chunk.table, rows=rows[:total], lines=lines[:total], ignored=source.ignored
     ).without_columns(config.ignore_columns)
-    bad = [row for row in bad if row.line <= table.lines[-1]] if len(rows) >= wanted else bad
-    odd = find_inconsistent_rows(table.rows, table.lines)
-    form = RowSchema.of(table.rows, table.lines)
-    train, validation = table, source.validation
-    if held:
-        validation = handle_bad_rows(
-            table.take(range(held)), _within(odd, table, 0, held), config.on_bad_row
-        )
-        train = table.take(range(held, len(table)))
-    train = handle_bad_rows(
-        train, [*bad, *_within(odd, table, held, len(table))], config.on_bad_row
-    )
+    inconsistent = find_inconsistent_rows(table.rows, table.lines)
+    schema = RowSchema.of(table.rows, table.lines)
+    validation = source.validation
+    if count:
+        validation = table.take(range(count))
+        odd = [row for row in inconsistent if row.line in set(validation.lines)]
+        validation = handle_bad_rows(validation, odd, config.on_bad_row)
+    train = table.take(range(count, len(table))) if count else table
+    bad += [row for row in inconsistent if row.line in set(train.lines)]
+    train = handle_bad_rows(train, bad, config.on_bad_row)
     notes = [*source.notes, *describe_null_keys(source.train.null_keys, chunk.source)]
-    if held:
-        notes.append(f"validation: the first {held:,} rows, which are not trained on")
-    return DatasetSplits(train, validation, None, config.dataset, notes), form
-
-
-def _until(chunks: Iterator[Chunk], rows: int) -> Iterator[Chunk]:
-    """Yield chunks until they contain `rows` rows."""
-    seen = 0
-    for chunk in chunks:
-        yield chunk
-        seen += len(chunk.rows)
-        if seen >= rows:
-            return
-
-
-def _within(odd: list[BadRow], table: Table, begin: int, end: int) -> list[BadRow]:
-    lines = set(islice(table.lines, begin, end))
-    return [row for row in odd if row.line in lines]
+    if count:
+        notes.append(f"validation: the first {count:,} rows, which are not trained on")
+    return DatasetSplits(train, validation, None, config.dataset, notes), schema
 
 
 def _fingerprint(source: StreamSource, rows: Any) -> str:
@@ -181,7 +169,7 @@ def _fingerprint(source: StreamSource, rows: Any) -> str:
 def _choices(prepared: PreparedData, config: DataConfig, length: int) -> list[Choice]:
     """Return the log lines, reworded because only the first rows are known."""
     first = f"the first {prepared.facts['train_rows']:,} rows"
-    held = (
+    validation = (
         f"{len(prepared.validation):,} for validation"
         if prepared.validation
         else "no validation rows: --set data.validation_rows=N would hold some out"
@@ -194,33 +182,25 @@ def _choices(prepared: PreparedData, config: DataConfig, length: int) -> list[Ch
     lines = []
     for choice in prepared.choices:
         if choice.name == "data":
-            lines.append(Choice("data", f"{choice.value}, read as it comes", f"{shuffle}; {held}"))
+            lines.append(
+                Choice("data", f"{choice.value}, read as it comes", f"{shuffle}; {validation}")
+            )
         elif choice.name == "tokens":
             lines.append(
                 Choice("tokens", f"{prepared.facts['tokens']:,} in {first}", choice.reason)
             )
         elif choice.name == "max length" and config.max_length == "auto":
-            why = f"auto: a quarter more than the longest of {first}, {prepared.max_length:,}"
+            reason = f"auto: a quarter more than the longest of {first}, {prepared.max_length:,}"
             if config.overlong == "error":
-                why += "; a longer one is dropped, up to 1 % of the rows"
-            lines.append(Choice(choice.name, f"{length:,} tokens", why))
+                reason += "; a longer one is dropped, up to 1 % of the rows"
+            lines.append(Choice(choice.name, f"{length:,} tokens", reason))
         else:
             lines.append(choice)
     return lines
 
 
-def _unchecked(gate: GateConfig) -> Choice:
-    """Return the log line for checks that cover the first rows only."""
-    wanted = [name for name in WHOLE_SET if getattr(gate, name) != "ignore"]
-    return Choice(
-        "data check",
-        "each row as it comes",
-        f"{', '.join(wanted)} checked in the first rows only" if wanted else "",
-    )
-
-
 _STATE, _ROWS = "stream.json", "stream.arrow"
-_KEPT = 8  # recent steps: the data loader reads a batch or two ahead
+_RECENT = 8  # steps: the data loader reads a batch or two ahead
 
 
 class StreamedRows:
@@ -231,7 +211,7 @@ class StreamedRows:
 
     def __init__(self, stream: RowStream, step: int, steps: int, together: int = 1) -> None:
         self._stream, self._step, self._steps = stream, step, steps
-        self._together, self._taken = together, deque[Encoded](maxlen=together)
+        self._together, self._latest = together, deque[Encoded](maxlen=together)
         self._next = 0
         self._states: OrderedDict[int, StreamState] = OrderedDict()
 
@@ -245,15 +225,15 @@ class StreamedRows:
         while index >= self._next:
             for _ in range(self._together):
                 self._take()
-        return self._taken[index - self._next]
+        return self._latest[index - self._next]
 
     def _take(self) -> None:
         """Read the next row, and record the stream state at the start of a step."""
         if self._next % self._step == 0:
             self._states[self._next // self._step] = self._stream.state()
-            while len(self._states) > _KEPT:
+            if len(self._states) > _RECENT:
                 self._states.popitem(last=False)
-        self._taken.append(next(self._stream))
+        self._latest.append(next(self._stream))
         self._next += 1
 
     @property
@@ -271,16 +251,8 @@ class StreamedRows:
         rows = [*state.waiting, *state.buffered]
         if rows:
             write_store(folder / _ROWS, rows_to_batches(rows))
-        content = {
-            "step": step,
-            "passes": state.passes,
-            "cursor": state.cursor,
-            "skip": state.skip,
-            "kept": state.kept,
-            "waiting": len(state.waiting),
-            "draws": state.draws,
-            "counts": state.counts,
-        }
+        content = {"step": step, **vars(state), "waiting": len(state.waiting)}
+        del content["buffered"]
         (folder / _STATE).write_text(json.dumps(content), encoding="utf-8")
 
     def restore(self, folder: Path) -> None:
@@ -291,23 +263,11 @@ class StreamedRows:
                 "again with --overwrite."
             )
         content: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        rows: Sequence[Encoded] = []
-        if (folder / _ROWS).is_file():
-            rows = list(RowStore(folder / _ROWS))
-        waiting = content["waiting"]
-        self._stream.set_state(
-            StreamState(
-                content["passes"],
-                content["cursor"],
-                content["skip"],
-                content["kept"],
-                tuple(rows[:waiting]),
-                tuple(rows[waiting:]),
-                content["draws"],
-                content["counts"],
-            )
-        )
-        self._next = content["step"] * self._step
+        path, waiting = folder / _ROWS, content["waiting"]
+        rows = tuple(RowStore(path)) if path.is_file() else ()
+        self._next = content.pop("step") * self._step
+        buffers = {"waiting": rows[:waiting], "buffered": rows[waiting:]}
+        self._stream.set_state(StreamState(**{**content, **buffers}))
 
 
 class SequentialRowSampler(Sampler[int]):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ftlevel.errors import InputError, join_names
 
@@ -89,20 +89,16 @@ def read_docstrings(kind: Kind, split: Split, limit: int | None = None) -> list[
     Raises:
         InputError: `kind` or `split` is unknown, or this Python has no source files.
     """
-    if kind not in get_args(Kind):
-        raise InputError(
-            f"builtin:docstrings: unknown kind {kind!r}. Available: {join_names(get_args(Kind))}."
-        )
-    if split not in get_args(Split):
-        raise InputError(
-            f"builtin:docstrings: unknown split {split!r}. Available: "
-            f"{join_names(get_args(Split))}."
-        )
+    for name, value, choices in (("kind", kind, get_args(Kind)), ("split", split, get_args(Split))):
+        if value not in choices:
+            raise InputError(
+                f"builtin:docstrings: unknown {name} {value!r}. Available: {join_names(choices)}."
+            )
     if limit is not None and limit <= 0:
         return []
-    rows, more = _cached_rows(kind, split, stdlib_root())
+    rows, remaining = _cached_rows(kind, split, stdlib_root())
     try:
-        rows += islice(more, None if limit is None else max(limit - len(rows), 0))
+        rows += islice(remaining, None if limit is None else max(limit - len(rows), 0))
     except BaseException:  # the iterator has ended early
         _cached_rows.cache_clear()
         raise
@@ -122,7 +118,7 @@ def split_of(module_path: str) -> Split:
 def stdlib_modules(split: Split | None = None) -> list[tuple[str, Path]]:
     """Return (relative path, file) of the modules in `split` (all if None), ordered by hash."""
     root = stdlib_root()
-    return [(path, root / path) for path, own in _sorted_paths(root) if split in (None, own)]
+    return [(path, root / path) for path, part in _sorted_paths(root) if split in (None, part)]
 
 
 @lru_cache(maxsize=1)
@@ -155,18 +151,18 @@ def read_module(file: Path) -> list[Documented]:
     except (OSError, SyntaxError, ValueError):  # ValueError: not UTF-8, or null bytes
         return []
     lines = text.split("\n")  # unlike splitlines, ast does not split at a form feed
-    found = []
+    documented = []
     for node in _scopes(tree):
         docstring = (ast.get_docstring(node) or "").strip()
         if not docstring:
             continue
-        if isinstance(node, ast.Module):
-            found.append(Documented("module", "", docstring))
-        elif isinstance(node, ast.ClassDef):
-            found.append(Documented("class", "", docstring))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            source = _undocumented_source(node, lines)
+            documented.append(Documented("function", source, docstring))
         else:
-            found.append(Documented("function", _undocumented_source(node, lines), docstring))
-    return found
+            kind: Any = "module" if isinstance(node, ast.Module) else "class"
+            documented.append(Documented(kind, "", docstring))
+    return documented
 
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -177,11 +173,8 @@ _SIMPLE = (ast.Expr, ast.Assign, ast.Return, ast.AugAssign, ast.Raise, ast.Impor
 
 def _python_files(root: Path) -> Iterator[Path]:
     for directory, names, files in os.walk(root):
-        names[:] = [
-            name
-            for name in names
-            if name not in _SKIPPED_DIRECTORIES and not name.startswith(_SKIPPED_PREFIXES)
-        ]
+        names[:] = set(names) - _SKIPPED_DIRECTORIES
+        names[:] = (name for name in names if not name.startswith(_SKIPPED_PREFIXES))
         for name in files:
             if name.endswith(".py") and not name.startswith(_SKIPPED_PREFIXES):
                 yield Path(directory, name)
@@ -203,14 +196,12 @@ def _scopes(tree: ast.Module) -> Iterator[_Scope]:
 
 def _undocumented_source(node: _Function, lines: list[str]) -> str:
     """Return a function's dedented source without its docstring, or "" if they share a line."""
-    docstring = node.body[0]
-    if len(node.body) < 2 or node.end_lineno is None or docstring.end_lineno is None:
+    docstring, end = node.body[0], node.body[0].end_lineno
+    if len(node.body) < 2 or end is None or end >= node.body[1].lineno:
         return ""
-    shares_a_line = docstring.end_lineno >= node.body[1].lineno
     first = min([node.lineno, *(item.lineno for item in node.decorator_list)])
-    head = lines[first - 1 : docstring.lineno - 1]
-    body = lines[docstring.end_lineno : node.end_lineno]
-    if shares_a_line or not head or not head[-1].strip():
+    head, body = lines[first - 1 : docstring.lineno - 1], lines[end : node.end_lineno]
+    if not head or not head[-1].strip():
         return ""
     while body and not body[0].strip():
         del body[0]
@@ -240,24 +231,17 @@ def _rows(kind: Kind, split: Split) -> Iterator[Row]:
     seen = {
         key_of(item)
         for earlier in _PRECEDENCE[: _PRECEDENCE.index(split)]
-        for items in _modules_of(earlier)
-        for item in items
+        for _, file in stdlib_modules(earlier)
+        for item in _documented(file)
     }
-    for items in _modules_of(split):
-        rows = []
-        for item in items:
+    for _, file in stdlib_modules(split):
+        rows: dict[str, Row] = {}
+        for item in _documented(file):
             key = key_of(item)
-            row = None if key in seen else build(item)
-            if row is not None:
+            if key not in seen and (row := build(item)) is not None:
                 seen.add(key)
-                rows.append((key, row))
-        rows.sort(key=lambda keyed: keyed[0])
-        yield from (row for _, row in rows[:MAX_ROWS_PER_MODULE])
-
-
-def _modules_of(split: Split) -> Iterator[tuple[Documented, ...]]:
-    """Yield the documented objects of each module of `split`, parsing lazily."""
-    return (_documented(file) for _, file in stdlib_modules(split))
+                rows[key] = row
+        yield from (rows[key] for key in sorted(rows)[:MAX_ROWS_PER_MODULE])
 
 
 @cache  # parsing 390 files takes half the time of a tiny run
@@ -326,19 +310,19 @@ def _summarization_row(item: Documented) -> Row | None:
 
 def _prose(text: str) -> str:
     """Return the leading prose of `text` up to the row limit, without code, tables and lists."""
-    kept: list[str] = []
+    paragraphs: list[str] = []
     room = MAX_ROW_CHARACTERS - SUMMARY_CHARACTERS[1]
     for paragraph in text.split("\n\n"):
         lines = paragraph.strip("\n").splitlines()
         if not lines or any(_NOT_PROSE.match(line) for line in lines):
             continue
-        words = " ".join(" ".join(lines).split())
-        room -= len(words) + 1
+        prose = " ".join(" ".join(lines).split())
+        room -= len(prose) + 1
         if room < 0:
             break
-        if words:
-            kept.append(words)
-    return "\n".join(kept)
+        if prose:
+            paragraphs.append(prose)
+    return "\n".join(paragraphs)
 
 
 _NOT_PROSE = re.compile(r"\s+\S|>>>|[-=+*|:#.@~]|\w+\s+--?\s|\w+:\s*$|\w+\(")

@@ -55,13 +55,11 @@ def decompress(path: Path) -> Path:
     Raises `InputError` if the content is truncated or does not match the suffix, or the disk is
     full.
     """
-    facts = path.stat()
-    wish = (path, path.suffix.lower(), (facts.st_mtime_ns, facts.st_size))
-    copy = _unpack(*wish)
-    if not copy.exists():  # the temporary directory was cleaned
+    stat = path.stat()
+    key = (path, path.suffix.lower(), (stat.st_mtime_ns, stat.st_size))
+    if not _unpack(*key).exists():  # the temporary directory was cleaned
         _unpack.cache_clear()
-        copy = _unpack(*wish)
-    return copy
+    return _unpack(*key)
 
 
 @functools.cache
@@ -72,12 +70,12 @@ def _unpack(path: Path, suffix: str, _state: tuple[int, int]) -> Path:
                 f"{path}: is named {suffix} and does not begin like one. Was it unpacked already, "
                 "or the download an error page?"
             )
-    copy = _new_folder() / plain_name(path.name)
+    copy = _create_directory() / plain_name(path.name)
     _write_copy(lambda: _openers()[suffix](path), copy, str(path))
     return copy
 
 
-_kept: list[tuple[object, Path]] = []  # the stdin object and its copy
+_stdin: tuple[object, Path] | None = None  # the stdin object and its copy
 
 
 def cache_stdin() -> Path:
@@ -85,18 +83,12 @@ def cache_stdin() -> Path:
 
     Raises `InputError` if stdin is a terminal, empty or truncated.
     """
-    for stream, copy in _kept:
-        if stream is sys.stdin:
-            return copy
-    copy = _copy_stdin()
-    _kept[:] = [(sys.stdin, copy)]
-    return copy
-
-
-def _copy_stdin() -> Path:
-    if sys.stdin is None or getattr(sys.stdin, "isatty", bool)():
-        raise InputError("stdin is a terminal, where rows are expected. Pipe a file into it.")
-    return _keep(lambda: sys.stdin.buffer, "stdin", "stdin")
+    global _stdin
+    if _stdin is None or _stdin[0] is not sys.stdin:
+        if sys.stdin is None or getattr(sys.stdin, "isatty", bool)():
+            raise InputError("stdin is a terminal, where rows are expected. Pipe a file into it.")
+        _stdin = sys.stdin, _copy_rows(lambda: sys.stdin.buffer, "stdin", "stdin")
+    return _stdin[1]
 
 
 def is_pipe(path: Path) -> bool:
@@ -113,19 +105,19 @@ def cache_pipe(path: Path) -> Path:
     Raises `InputError` if no program writes to the pipe, or the data is truncated.
     """
     state, copy = _pipes.get(path, (None, path))
-    if state != _state_of(path):
-        copy = _keep(lambda: _PipeBytes(path), plain_name(path.name), str(path))
-        _pipes[path] = (_state_of(path), copy)
+    if state != _pipe_state(path):
+        copy = _copy_rows(lambda: _PipeBytes(path), plain_name(path.name), str(path))
+        _pipes[path] = (_pipe_state(path), copy)
     return copy
 
 
 _pipes: dict[Path, tuple[object, Path]] = {}  # state after reading, and the copy
 
 
-def _state_of(path: Path) -> tuple[int, int, int]:
+def _pipe_state(path: Path) -> tuple[int, int, int]:
     """Return device, inode and modification time, which identify a pipe."""
-    facts = path.stat()
-    return facts.st_dev, facts.st_ino, facts.st_mtime_ns
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns
 
 
 class _PipeBytes:
@@ -148,16 +140,15 @@ class _PipeBytes:
 
     def read(self, size: int) -> bytes:
         """Return the next bytes; empty at the end."""
-        first, self._first = self._first, b""
-        found = first or os.read(self._file, size)
-        if not found:
+        content, self._first = self._first or os.read(self._file, size), b""
+        if not content:
             os.close(self._file)
-        return found
+        return content
 
 
-def _keep(open_source: Callable[[], Any], name: str, shown: str) -> Path:
+def _copy_rows(open_source: Callable[[], Any], name: str, shown: str) -> Path:
     """Copy a source to a new file called `name`, decompressed if its first bytes match a format."""
-    raw = _new_folder() / name
+    raw = _create_directory() / name
     _write_copy(open_source, raw, shown)
     with raw.open("rb") as file:
         head = file.read(8)
@@ -166,10 +157,10 @@ def _keep(open_source: Callable[[], Any], name: str, shown: str) -> Path:
     suffix = next((suffix for suffix, magic in _MAGIC.items() if head.startswith(magic)), None)
     if suffix is None:
         return raw
-    plain = _new_folder() / name
-    _write_copy(lambda: _openers()[suffix](raw), plain, shown)
+    copy = _create_directory() / name
+    _write_copy(lambda: _openers()[suffix](raw), copy, shown)
     raw.unlink()
-    return plain
+    return copy
 
 
 def _openers() -> dict[str, Callable[[Path], Any]]:
@@ -182,14 +173,14 @@ def _openers() -> dict[str, Callable[[Path], Any]]:
     return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zst}
 
 
-def _new_folder() -> Path:
-    if not Path(_root().name).is_dir():
-        _root.cache_clear()
-    return Path(tempfile.mkdtemp(dir=_root().name))
+def _create_directory() -> Path:
+    if not Path(_workspace().name).is_dir():
+        _workspace.cache_clear()
+    return Path(tempfile.mkdtemp(dir=_workspace().name))
 
 
 @functools.cache
-def _root() -> Workspace:
+def _workspace() -> Workspace:
     return Workspace("rows")
 
 
@@ -226,8 +217,8 @@ class LazySequence(Sequence[T]):
     def __getitem__(self, index: slice) -> list[T]: ...
     def __getitem__(self, index: int | slice) -> T | list[T]:
         """Return one item, or a list for a slice."""
-        chosen = range(len(self))[index]
-        return self._item(chosen) if isinstance(chosen, int) else [self._item(i) for i in chosen]
+        at = range(len(self))[index]
+        return self._item(at) if isinstance(at, int) else [self._item(i) for i in at]
 
 
 Row = dict[str, Any]
@@ -242,9 +233,9 @@ _raw_decode = json.JSONDecoder().raw_decode
 def as_row(value: Any) -> Any:
     """Return a pair such as spaCy's `["text", {"entities": […]}]` as a dict, other values as is."""
     if type(value) is list and len(value) == 2:
-        text, more = value
-        if type(text) is str and type(more) is dict and "text" not in more:
-            return {"text": text, **more}
+        text, columns = value
+        if type(text) is str and type(columns) is dict and "text" not in columns:
+            return {"text": text, **columns}
     return value
 
 
@@ -279,13 +270,13 @@ class LineNumbers(LazySequence[int]):
 class LineRows(LazySequence[Row]):
     """Rows of a JSON Lines file, decoded on access; the file must not change meanwhile.
 
-    `lines` are the 1-based lines of the rows, which must be valid. `places` are the byte offsets of
-    lines 1, 65, 129 and so on.
+    `lines` are the 1-based lines of the rows, which must be valid. `offsets` are the byte offsets
+    of lines 1, 65, 129 and so on.
     """
 
-    def __init__(self, path: Path, lines: Sequence[int], places: Sequence[int]) -> None:
-        self.path, self.lines, self.places = path, lines, places
-        self._next = (1, places[0]) if places else (1, 0)  # next line and its byte offset
+    def __init__(self, path: Path, lines: Sequence[int], offsets: Sequence[int]) -> None:
+        self.path, self.lines, self.offsets = path, lines, offsets
+        self._next = (1, offsets[0]) if offsets else (1, 0)  # next line and its byte offset
         self._block, self._at = b"", 0  # the bytes read last, and their offset
         # No mmap: if the file is truncated meanwhile, access raises SIGBUS.
         self._file = os.open(path, os.O_RDONLY)
@@ -304,7 +295,7 @@ class LineRows(LazySequence[Row]):
     def _read(self, line: int) -> Row:
         at, begin = self._next
         if not 0 <= line - at < CHUNK_ROWS:
-            at, begin = line - (line - 1) % CHUNK_ROWS, self.places[(line - 1) // CHUNK_ROWS]
+            at, begin = line - (line - 1) % CHUNK_ROWS, self.offsets[(line - 1) // CHUNK_ROWS]
         while at < line:
             begin = self._end(begin) + 1
             at += 1
@@ -321,16 +312,16 @@ class LineRows(LazySequence[Row]):
 
     def _end(self, begin: int) -> int:
         """Load the line that starts at byte `begin` into the block; return its end offset."""
-        found = self._block.find(b"\n", begin - self._at) if begin >= self._at else -1
+        end = self._block.find(b"\n", begin - self._at) if begin >= self._at else -1
         size = _BLOCK
-        while found < 0:
+        while end < 0:
             self._block, self._at = os.pread(self._file, size, begin), begin
-            found = self._block.find(b"\n")
-            if found < 0 and len(self._block) < size:  # the last line may lack a newline
-                found = len(self._block)
+            end = self._block.find(b"\n")
+            if end < 0 and len(self._block) < size:  # the last line may lack a newline
+                end = len(self._block)
             size *= 2
-        return self._at + found
+        return self._at + end
 
     def take(self, indices: Iterable[int]) -> LineRows:
         """Return the rows at `indices`; each takes eight bytes of memory."""
-        return LineRows(self.path, array("q", (self.lines[i] for i in indices)), self.places)
+        return LineRows(self.path, array("q", (self.lines[i] for i in indices)), self.offsets)

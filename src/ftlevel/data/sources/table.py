@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -77,8 +77,8 @@ class Table:
 
     def without_columns(self, names: Iterable[str]) -> Table:
         """Return the table with the existing columns among `names` ignored."""
-        found = [name for name in names if name in self.columns]
-        return replace(self, ignored=(*self.ignored, *found)) if found else self
+        present = [name for name in names if name in self.columns]
+        return replace(self, ignored=(*self.ignored, *present)) if present else self
 
     def where(self, index: int) -> str:
         """Return `path:line` (or `name row N`) of the row at `index`."""
@@ -202,15 +202,15 @@ def handle_bad_rows(table: Table, bad: Sequence[BadRow], on_bad_row: OnBadRow) -
     if on_bad_row == "error":
         raise InputError(describe_bad_rows(table, bad))
     lines = {row.line for row in bad}
-    kept = table.take(i for i, line in enumerate(table.lines) if line not in lines)
+    valid = table.take(i for i, line in enumerate(table.lines) if line not in lines)
     dropped = tuple(sorted((*table.dropped, *bad), key=lambda row: row.line))
-    if not kept.rows:
+    if not valid.rows:
         first = dropped[0]
         raise InputError(
             f"{table.place(first.line)}: {first.reason}. No row is left: --on-bad-row skip would "
             f"drop all {len(lines):,} rows of {table.source}. Fix the file."
         )
-    return replace(kept, dropped=dropped)
+    return replace(valid, dropped=dropped)
 
 
 def describe_bad_rows(table: Table, bad: Sequence[BadRow]) -> list[str]:
@@ -224,11 +224,10 @@ def describe_bad_rows(table: Table, bad: Sequence[BadRow]) -> list[str]:
         ]
     total = len({*table.lines, *(row.line for row in [*bad, *table.dropped])})
     count = len({row.line for row in bad})
-    shown = [f"{table.place(row.line)}: {row.reason}." for row in ordered[:MOST_SHOWN]]
-    more = f" (the first {MOST_SHOWN} are above)" if len(ordered) > MOST_SHOWN else ""
+    rest = f" (the first {MOST_SHOWN} are above)" if len(ordered) > MOST_SHOWN else ""
     return [
-        *shown,
-        f"{table.source}: {count:,} of {total:,} rows are bad{more}. "
+        *(f"{table.place(row.line)}: {row.reason}." for row in ordered[:MOST_SHOWN]),
+        f"{table.source}: {count:,} of {total:,} rows are bad{rest}. "
         "Fix them, or drop bad rows with --on-bad-row skip.",
     ]
 
@@ -239,16 +238,16 @@ def describe_dropped(table: Table) -> list[str]:
         return []
     count = len({row.line for row in table.dropped})
     total = count + len(table)
-    shown = "; ".join(
+    reasons = "; ".join(
         f"{table.place(row.line) if table.parts else f'{table.unit} {row.line}'}: {row.reason}"
         for row in table.dropped[:MOST_SHOWN]
     )
-    more = "; …" if len(table.dropped) > MOST_SHOWN else ""
-    return [f"{table.source}: dropped {count:,} of {total:,} rows ({shown}{more})"]
+    rest = "; …" if len(table.dropped) > MOST_SHOWN else ""
+    return [f"{table.source}: dropped {count:,} of {total:,} rows ({reasons}{rest})"]
 
 
-# int and float are the same kind. null has no kind and is allowed in any column.
-_KINDS: dict[type, str] = {
+# int and float are the same type. null has no type and is allowed in any column.
+_JSON_TYPES: dict[type, str] = {
     str: "a string",
     int: "a number",
     float: "a number",
@@ -262,7 +261,7 @@ _Shape = tuple[tuple[str, ...], tuple[type, ...]]
 
 def json_type_name(value: object) -> str:
     """Return the name of a JSON type for messages, such as "a string" or "a number"."""
-    return "null" if value is None else _KINDS.get(type(value), type(value).__name__)
+    return "null" if value is None else _JSON_TYPES.get(type(value), type(value).__name__)
 
 
 class RowShapeCounter:
@@ -274,43 +273,34 @@ class RowShapeCounter:
 
     def add(self, row: Row) -> None:
         """Count a row."""
-        shape = _shape_of(row)
-        group = self._groups.get(shape)
-        if group is None:
-            self._groups[shape] = [1, self._count]
-        else:
-            group[0] += 1
+        self._groups.setdefault(_shape_of(row), [0, self._count])[0] += 1
         self._count += 1
 
-    def find_odd(self, rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
+    def find_inconsistent(self, rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
         """Return the counted rows whose keys or types differ from most, in order of line."""
         if len(self._groups) <= 1:
             return []
         sizes: Counter[frozenset[str]] = Counter()
         for shape, (size, _) in self._groups.items():
             sizes[frozenset(shape[0])] += size
-        usual = sizes.most_common(1)[0][0]  # ties: the first one counted
-        regular = {s: g for s, g in self._groups.items() if usual == frozenset(s[0])}
+        [(keys, count)] = sizes.most_common(1)  # ties: the first one counted
+        regular = {s: g for s, g in self._groups.items() if keys == frozenset(s[0])}
         columns = next(iter(regular))[0]
-        kinds, since = _usual_kinds(regular)
-        odd = {
-            shape
+        types = _most_common_types(regular)
+        differing = {
+            shape: _differing_columns(shape, types) if shape in regular else []
             for shape in self._groups
-            if shape not in regular or any(True for _ in _odd_columns(shape, kinds))
         }
-        found: list[BadRow] = []
-        for index, row in enumerate(rows if odd else ()):
+        bad: list[BadRow] = []
+        for index, row in enumerate(rows if any(differing.values()) or len(sizes) > 1 else ()):
             shape = _shape_of(row)
-            if shape not in odd:
-                continue
-            line = lines[index]
             if shape not in regular:
-                found.append(BadRow(line, _describe_keys(shape[0], columns, sizes[usual])))
-                continue
-            for key in _odd_columns(shape, kinds):
-                reason = _describe_kind(key, row[key], kinds[key], lines[since[key]])
-                found.append(BadRow(line, reason))
-        return sorted(found, key=lambda row: row.line)
+                bad.append(BadRow(lines[index], _describe_keys(shape[0], columns, count)))
+            for key in differing[shape]:
+                type_, first = types[key]
+                reason = _describe_type(key, row[key], type_, lines[first])
+                bad.append(BadRow(lines[index], reason))
+        return sorted(bad, key=lambda row: row.line)
 
 
 def find_inconsistent_rows(rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
@@ -318,73 +308,71 @@ def find_inconsistent_rows(rows: Sequence[Row], lines: Sequence[int]) -> list[Ba
     shapes = RowShapeCounter()
     for row in rows:
         shapes.add(row)
-    return shapes.find_odd(rows, lines)
+    return shapes.find_inconsistent(rows, lines)
 
 
 def _shape_of(row: Row) -> _Shape:
     return tuple(row), tuple(map(type, row.values()))
 
 
-def _usual_kinds(shapes: Mapping[_Shape, Sequence[int]]) -> tuple[dict[str, str], dict[str, int]]:
+def _most_common_types(shapes: Mapping[_Shape, Sequence[int]]) -> dict[str, tuple[str, int]]:
     """Return the most frequent type of each column, and the first row that has it."""
     counts: dict[str, Counter[str]] = {}
     first: dict[tuple[str, str], int] = {}
     for (keys, types), (size, begin) in shapes.items():
         for key, type_ in zip(keys, types, strict=True):
-            if kind := _KINDS.get(type_):
-                counts.setdefault(key, Counter())[kind] += size
-                first[key, kind] = min(first.get((key, kind), begin), begin)
-    usual = {key: found.most_common(1)[0][0] for key, found in counts.items()}
-    return usual, {key: first[key, kind] for key, kind in usual.items()}
+            if name := _JSON_TYPES.get(type_):
+                counts.setdefault(key, Counter())[name] += size
+                first[key, name] = min(first.get((key, name), begin), begin)
+    common = {key: count.most_common(1)[0][0] for key, count in counts.items()}
+    return {key: (name, first[key, name]) for key, name in common.items()}
 
 
-def _odd_columns(shape: _Shape, usual: Mapping[str, str]) -> Iterator[str]:
-    """Yield the columns whose type differs from `usual`."""
-    for key, type_ in zip(*shape, strict=True):
-        kind = _KINDS.get(type_)
-        if kind is not None and kind != usual[key]:
-            yield key
+def _differing_columns(shape: _Shape, types: Mapping[str, tuple[str, int]]) -> list[str]:
+    """Return the columns whose type differs from `types`."""
+    names = ((key, _JSON_TYPES.get(type_)) for key, type_ in zip(*shape, strict=True))
+    return [key for key, name in names if name is not None and name != types[key][0]]
 
 
 @dataclass(frozen=True)
 class RowSchema:
-    """The usual keys and types of the first `count` rows of a stream.
+    """The most common keys and types of the first rows of a stream, in `count` rows.
 
-    `kinds` maps each column with a value to its type and the line of an example.
+    `types` maps each column with a value to its type and the line of an example.
     """
 
     columns: tuple[str, ...]
-    kinds: dict[str, tuple[str, int]]
+    types: dict[str, tuple[str, int]]
     count: int
 
     @classmethod
     def of(cls, rows: Sequence[Row], lines: Sequence[int]) -> RowSchema:
-        """Return the form of most of `rows`."""
-        odd = {row.line for row in find_inconsistent_rows(rows, lines)}
-        kinds: dict[str, tuple[str, int]] = {}
+        """Return the schema of most of `rows`."""
+        bad = {row.line for row in find_inconsistent_rows(rows, lines)}
+        types: dict[str, tuple[str, int]] = {}
         columns: tuple[str, ...] = ()
         for row, line in zip(rows, lines, strict=True):
-            if line in odd:
+            if line in bad:
                 continue
             columns = columns or tuple(row)
             for key, value in row.items():
                 if value is not None:
-                    kinds.setdefault(key, (json_type_name(value), line))
-        return cls(columns, kinds, len(rows) - len(odd))
+                    types.setdefault(key, (json_type_name(value), line))
+        return cls(columns, types, len(rows) - len(bad))
 
-    def find_odd(self, rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
-        """Return the rows whose keys or types differ from the form."""
-        odd = []
+    def find_inconsistent(self, rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
+        """Return the rows whose keys or types differ from the schema."""
+        bad = []
         for row, line in zip(rows, lines, strict=True):
             if row.keys() != set(self.columns):
-                odd.append(BadRow(line, _describe_keys(tuple(row), self.columns, self.count)))
+                bad.append(BadRow(line, _describe_keys(tuple(row), self.columns, self.count)))
                 continue
             for key, value in row.items():
-                usual, since = self.kinds.get(key, (json_type_name(value), line))
-                if value is not None and json_type_name(value) != usual:
-                    odd.append(BadRow(line, _describe_kind(key, value, usual, since)))
+                type_, first = self.types.get(key, (json_type_name(value), line))
+                if value is not None and json_type_name(value) != type_:
+                    bad.append(BadRow(line, _describe_type(key, value, type_, first)))
                     break
-        return odd
+        return bad
 
 
 def _describe_keys(keys: tuple[str, ...], columns: tuple[str, ...], count: int) -> str:
@@ -403,8 +391,8 @@ def _describe_keys(keys: tuple[str, ...], columns: tuple[str, ...], count: int) 
     return f"has {has}, which {others} {'lack' if count > 1 else 'lacks'}"
 
 
-def _describe_kind(key: str, value: object, usual: str, since: int) -> str:
+def _describe_type(key: str, value: object, type_: str, line: int) -> str:
     return (
-        f"{key!r} is {json_type_name(value)} ({quote(value)}), but {usual} in most rows "
-        f"(line {since} for one)"
+        f"{key!r} is {json_type_name(value)} ({quote(value)}), but {type_} in most rows "
+        f"(line {line} for one)"
     )

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ftlevel.data.formats.detect import FormatSpec
-from ftlevel.data.formats.examples import ExampleParts, RoleValues
+from ftlevel.data.formats.detect import FormatSpec, RoleValues
+from ftlevel.data.formats.examples import ExampleParts
 from ftlevel.data.formats.turns import UnusableRowError, check_text, parse_json, parse_turns
 from ftlevel.data.sources.table import json_type_name
 

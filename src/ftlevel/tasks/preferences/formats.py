@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ftlevel.data.formats.detect import FormatSpec
-from ftlevel.data.formats.examples import ExampleParts, RoleValues
+from ftlevel.data.formats.detect import FormatSpec, RoleValues
+from ftlevel.data.formats.examples import ExampleParts
 from ftlevel.data.formats.turns import (
     Message,
     UnusableRowError,

@@ -11,13 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftlevel.data.encoding.encode import IGNORED, Encoded, PromptFormat, RowError
-from ftlevel.data.formats.detect import FormatSpec
-from ftlevel.data.formats.examples import (
-    Conversation,
-    ExampleParts,
-    RoleValues,
-    build_query_turns,
-)
+from ftlevel.data.formats.detect import FormatSpec, RoleValues
+from ftlevel.data.formats.examples import Conversation, ExampleParts, build_query_turns
 from ftlevel.errors import InputError
 from ftlevel.tasks.rl.rows import stand_in_completions
 from ftlevel.tasks.text import encode_query

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from ftlevel.config import DataConfig
-from ftlevel.data.formats.convert import convert_rows, to_examples
 from ftlevel.data.formats.examples import (
     Conversation,
     Example,
@@ -17,6 +16,8 @@ from ftlevel.data.formats.examples import (
     Question,
     SourceTarget,
     TaggedTokens,
+    convert_rows,
+    to_examples,
 )
 from ftlevel.data.sources.table import Table, handle_bad_rows
 from ftlevel.errors import InputError

@@ -5,9 +5,8 @@ from typing import Any
 import pytest
 
 from ftlevel.config import DataConfig
-from ftlevel.data.formats.convert import to_examples
 from ftlevel.data.formats.detect import Format
-from ftlevel.data.formats.examples import LabeledText, build_labeled_text
+from ftlevel.data.formats.examples import LabeledText, build_labeled_text, to_examples
 from ftlevel.data.formats.labels import build_label_set, check_labels, choose_problem_type
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ftlevel.config import DataConfig
-from ftlevel.data.formats.convert import to_examples
+from ftlevel.data.formats.examples import to_examples
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS

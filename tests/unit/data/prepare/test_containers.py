@@ -21,7 +21,7 @@ from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, ignore_progress
-from ftlevel.data.prepare.inference import InMemoryRows
+from ftlevel.data.prepare.inference import in_memory_rows
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.tasks import TASKS
 from tiny_tokenizers import build_tokenizer
@@ -361,12 +361,12 @@ def test_text_that_only_looks_like_json_stays_text(tmp_path: Path) -> None:
 def test_rows_to_predict_are_the_same_from_every_container(container: str, tmp_path: Path) -> None:
     rows = rows_of("messages")
     given = HELD[container](rows, tmp_path)
-    assert [row for row, *_ in InMemoryRows(given).read()] == rows
+    assert [row for row, *_ in in_memory_rows(given).read()] == rows
 
 
 def test_what_holds_several_splits_is_refused_where_rows_are_expected() -> None:
     rows = datasets.DatasetDict(test=datasets.Dataset.from_list(rows_of("tags")))
     with pytest.raises(InputError, match=r"a dict of 'test'.*rows\['test'\]"):
-        InMemoryRows(rows)
+        in_memory_rows(rows)
     with pytest.raises(InputError, match="there are 0 rows to predict"):
-        InMemoryRows(pd.DataFrame({"text": []}))
+        in_memory_rows(pd.DataFrame({"text": []}))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftlevel.config import DataConfig
-from ftlevel.data.formats.convert import LazyExamples, convert_rows
+from ftlevel.data.formats.examples import LazyExamples, convert_rows
 from ftlevel.data.sources import lines
 from ftlevel.data.sources.lines import LineNumbers, LineRows
 from ftlevel.data.sources.readers.files import read_table

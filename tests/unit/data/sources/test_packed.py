@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ftlevel.data.prepare.dataset import resolve_files
-from ftlevel.data.prepare.inference import FileRows
+from ftlevel.data.prepare.inference import file_rows
 from ftlevel.data.sources.readers.files import ReadOptions, open_reader, open_stream, read_table
 from ftlevel.data.sources.readers.text import detect_file_format
 from ftlevel.data.sources.splits import load_splits, open_source
@@ -61,7 +61,9 @@ FORMATS = ("csv", "tsv", "jsonl", "json", "parquet", "arrow", "feather")
 
 
 def rows_of(name: str, wish: str | None = None) -> list[dict]:
-    return [row for row, *_ in FileRows(open_reader(name, ReadOptions(wish, columns=KNOWN))).read()]
+    return [
+        row for row, *_ in file_rows(open_reader(name, ReadOptions(wish, columns=KNOWN))).read()
+    ]
 
 
 @pytest.mark.parametrize("suffix", FORMATS)

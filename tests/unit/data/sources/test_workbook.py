@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ftlevel.data.sources.readers.files import ReadOptions, open_reader, read_table
-from ftlevel.data.sources.readers.tables import show_value
+from ftlevel.data.sources.readers.tables import format_value
 from ftlevel.errors import InputError
 
 openpyxl = pytest.importorskip("openpyxl")
@@ -42,7 +42,7 @@ SHOWN = [
 
 @pytest.mark.parametrize(("value", "form", "text"), SHOWN)
 def test_a_value_is_shown(value: Any, form: str, text: str) -> None:
-    assert show_value(value, form) == text
+    assert format_value(value, form) == text
 
 
 def test_rows_have_the_numbers_of_the_sheet(tmp_path: Path) -> None:

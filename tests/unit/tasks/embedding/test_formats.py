@@ -2,8 +2,8 @@
 
 import pytest
 
-from ftlevel.data.formats.convert import convert_rows
 from ftlevel.data.formats.detect import NoFormatError, detect_format
+from ftlevel.data.formats.examples import convert_rows
 from ftlevel.data.sources.table import Table
 from ftlevel.tasks.embedding.formats import (
     CANDIDATE_SHAPES,

@@ -1,17 +1,16 @@
-"""Readers of Parquet (by row group) and Arrow IPC files and streams (by record batch).
-
-Also converts Arrow tables, such as those of `datasets`, to rows.
-"""
+"""Readers of Parquet and Arrow IPC; conversion of Arrow tables, as of `datasets`, to rows."""
 
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.readers.refused import describe_media, media_of_name
@@ -22,52 +21,109 @@ from ftlevel.errors import InputError, join_names
 _BATCH = 1 << 10  # rows per Arrow batch
 
 
-class ParquetReader(Reader):
-    """Reader of Parquet files; the schema makes rows uniform and declares class names."""
+class _BatchReader(Reader):
+    """Base of the readers of typed files; the schema makes rows uniform and declares class names.
+
+    A cursor has the index of a record batch or row group, the row in it, and the row number.
+    """
 
     unit = "row"
     uniform = True
+    format_name: ClassVar[str]
+    group_key: ClassVar[str]
 
     def __init__(self, path: Path) -> None:
-        import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
         super().__init__(path)
-        with refuse_damaged(path, "Parquet"):
-            # pq.read_table fails on duplicate column names, before they can be checked.
-            self._file = pq.ParquetFile(path)
-        schema = self._file.schema_arrow
-        check_columns(schema.names, str(path))
-        self._groups = self._file.num_row_groups if schema.names else 0
-        self.schema = schema
-        self.label_names = class_names(schema.metadata)
+        with refuse_damaged(path, self.format_name):
+            self.schema = self.read_schema()
+        check_columns(self.schema.names, str(path))
+        self.label_names = class_names(self.schema.metadata)
+
+    @abstractmethod
+    def read_schema(self) -> Any:
+        """Return the Arrow schema of the file."""
+
+    @abstractmethod
+    def groups(self, first: int) -> Iterator[Iterable[Any]]:
+        """Yield the record batches of each group, from group `first`."""
 
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
         """Yield the chunks after `cursor`."""
-        at = cursor or {"group": 0, "row": 0, "number": 0}
-        skip, number = int(at["row"]), int(at["number"])
-        groups = range(int(at["group"]), self._groups)
-        with refuse_damaged(self.path, "Parquet"):
-            for group in groups:
+        at = cursor or {self.group_key: 0, "row": 0, "number": 0}
+        first, skip, number = (int(at[key]) for key in (self.group_key, "row", "number"))
+        with refuse_damaged(self.path, self.format_name):
+            for group, batches in enumerate(self.groups(first), first):
                 row = 0
-                for batch in self._file.iter_batches(
-                    _BATCH, row_groups=[group], columns=self.schema.names if self.ignored else None
-                ):
+                for batch in batches:
                     for begin in range(max(0, skip - row), batch.num_rows, CHUNK_ROWS):
                         rows = arrow_rows(batch.slice(begin, CHUNK_ROWS), self.null_keys)
                         numbers = list(range(number + 1, number + 1 + len(rows)))
                         number += len(rows)
-                        after = {"group": group, "row": row + begin + len(rows), "number": number}
-                        yield self.chunk(rows, numbers, [], after)
+                        position = {"row": row + begin + len(rows), "number": number}
+                        yield self.chunk(rows, numbers, [], {self.group_key: group, **position})
                     row += batch.num_rows
                 skip = 0
+
+
+class ParquetReader(_BatchReader):
+    """Reader of Parquet files, by row group."""
+
+    format_name, group_key = "Parquet", "group"
+
+    def read_schema(self) -> Any:
+        """Return the Arrow schema of the file."""
+        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+        # pq.read_table fails on duplicate column names, before they can be checked.
+        self._file = pq.ParquetFile(self.path)
+        schema = self._file.schema_arrow
+        self._count = self._file.num_row_groups if schema.names else 0
+        return schema
+
+    def groups(self, first: int) -> Iterator[Iterable[Any]]:
+        """Yield the record batches of each row group."""
+        columns = self.schema.names if self.ignored else None
+        for group in range(first, self._count):
+            yield self._file.iter_batches(_BATCH, row_groups=[group], columns=columns)
 
     def share(self, chunk: Chunk) -> float | None:
         """Return the fraction of rows read up to the end of `chunk`."""
         return chunk.cursor["number"] / max(1, self._file.metadata.num_rows)
 
 
+class ArrowReader(_BatchReader):
+    """Reader of Arrow IPC files and streams, by record batch."""
+
+    format_name, group_key = "Arrow", "batch"
+
+    def read_schema(self) -> Any:
+        """Return the Arrow schema of the file."""
+        return self._open().schema
+
+    def groups(self, first: int) -> Iterator[Iterable[Any]]:
+        """Yield each record batch."""
+        reader = self._open()
+        batches = (
+            (reader.get_batch(i) for i in range(first, reader.num_record_batches))
+            if hasattr(reader, "num_record_batches")
+            else islice(reader, first, None)
+        )
+        for batch in batches:
+            yield [batch.select(self.schema.names)]
+
+    def _open(self) -> Any:
+        """Return a `pyarrow` reader of the IPC file, or of the stream, which has no batch index."""
+        import pyarrow as pa
+
+        source = pa.memory_map(str(self.path))
+        if source.read(6) == b"ARROW1":
+            return pa.ipc.open_file(source)
+        source.seek(0)
+        return pa.ipc.open_stream(source)
+
+
 @contextmanager
-def refuse_damaged(path: Path, what: str) -> Iterator[None]:
+def refuse_damaged(path: Path, format_name: str) -> Iterator[None]:
     """Convert Arrow exceptions to `InputError`."""
     import pyarrow as pa
 
@@ -76,7 +132,7 @@ def refuse_damaged(path: Path, what: str) -> Iterator[None]:
     except pa.ArrowException as error:
         first = str(error).splitlines()[0].rstrip(".")
         raise InputError(
-            f"{path}: not a readable {what} file ({first}). "
+            f"{path}: not a readable {format_name} file ({first}). "
             "Was the download or copy cut short? Fetch it again."
         ) from None
 
@@ -142,15 +198,16 @@ class _Cleaner:
             return [self.clean(item, inner, path, in_list=True) for item in value]
         if not isinstance(value, dict):
             return value
-        kept = {}
-        is_struct = not hasattr(type_, "item_type")  # maps do not share keys between rows
+        cleaned = {}
+        is_map = hasattr(type_, "item_type")  # maps do not share keys between rows
         for key, item in value.items():
-            if item is None and in_list and is_struct:
+            if item is None and in_list and not is_map:
                 self.null_keys[f"{path}.{key}"] += 1
             else:
-                inner = _type_of_key(type_, key)
-                kept[key] = self.clean(item, inner, f"{path}.{key}", in_list=in_list)
-        return kept
+                types = None if type_ is None or is_map else type_.field(key).type
+                inner = type_.item_type if is_map else types
+                cleaned[key] = self.clean(item, inner, f"{path}.{key}", in_list=in_list)
+        return cleaned
 
 
 def clean_value(value: Any, path: str, null_keys: Counter[str]) -> Any:
@@ -168,44 +225,37 @@ def _is_json(type_: Any) -> bool:
     return getattr(type_, "extension_name", "") == "arrow.json"
 
 
-def _type_of_key(type_: Any, key: str) -> Any:
-    """Return the Arrow type of an object's key; None if unknown."""
-    if hasattr(type_, "item_type"):
-        return type_.item_type
-    return None if type_ is None else type_.field(key).type
-
-
 def check_columns(names: list[str], source: str) -> None:
     """Raise `InputError` if two columns have the same name."""
     if len(set(names)) < len(names):
-        twice = sorted({repr(name) for name in names if names.count(name) > 1})
-        raise InputError(f"{source}: has the column {join_names(twice)} twice. Rename one.")
+        repeated = sorted({repr(name) for name in names if names.count(name) > 1})
+        raise InputError(f"{source}: has the column {join_names(repeated)} twice. Rename one.")
 
 
 def refuse_media(schema: Any, source: str) -> None:
     """Raise `InputError` if the schema has columns of images, audio, video or binary files."""
     import pyarrow as pa
 
-    features, found = _features(schema.metadata), []
+    features, media = _features(schema.metadata), []
     for field in schema:
         feature, type_ = features.get(field.name, {}), field.type
         while pa.types.is_list(type_) or pa.types.is_large_list(type_):
             feature, type_ = feature.get("feature", {}), type_.value_type
-        kind = str(feature.get("_type", ""))
-        parts = [part.type for part in type_] if pa.types.is_struct(type_) else []
-        bytes_ = any(pa.types.is_binary(t) or pa.types.is_large_binary(t) for t in parts)
-        if kind in ("Image", "Audio", "Video", "Pdf") or bytes_:
-            what = {"Image": "images", "Audio": "audio", "Video": "videos"}.get(kind)
-            found.append((field.name, what or media_of_name(field.name) or "files"))
-    if found:
-        raise InputError(describe_media(source, found))
+        feature_type = str(feature.get("_type", ""))
+        members = [member.type for member in type_] if pa.types.is_struct(type_) else []
+        has_bytes = any(pa.types.is_binary(t) or pa.types.is_large_binary(t) for t in members)
+        if feature_type in ("Image", "Audio", "Video", "Pdf") or has_bytes:
+            media_type = {"Image": "images", "Audio": "audio", "Video": "videos"}.get(feature_type)
+            media.append((field.name, media_type or media_of_name(field.name) or "files"))
+    if media:
+        raise InputError(describe_media(source, media))
 
 
 def _features(metadata: dict[bytes, bytes] | None) -> Mapping[str, Any]:
     """Return the `datasets` features stored in the schema metadata."""
     try:
-        found = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        return {name: each for name, each in found.items() if isinstance(each, dict)}
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: each for name, each in features.items() if isinstance(each, dict)}
     except (KeyError, ValueError, TypeError, AttributeError):
         return {}
 
@@ -217,50 +267,3 @@ def class_names(metadata: dict[bytes, bytes] | None) -> Mapping[str, tuple[str, 
         for column, feature in _features(metadata).items()
         if feature.get("_type") == "ClassLabel"
     }
-
-
-class ArrowReader(Reader):
-    """Reader of Arrow IPC files and streams; the schema makes rows uniform and names classes."""
-
-    unit = "row"
-    uniform = True
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        with refuse_damaged(path, "Arrow"):
-            self.schema = self._open().schema
-        check_columns(self.schema.names, str(path))
-        self.label_names = class_names(self.schema.metadata)
-
-    def _open(self) -> Any:
-        """Return a `pyarrow` reader of the IPC file, or of the stream, which has no batch index."""
-        import pyarrow as pa
-
-        source = pa.memory_map(str(self.path))
-        if source.read(6) == b"ARROW1":
-            return pa.ipc.open_file(source)
-        source.seek(0)
-        return pa.ipc.open_stream(source)
-
-    def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yield the chunks after `cursor`."""
-        at = cursor or {"batch": 0, "row": 0, "number": 0}
-        skip, number = int(at["row"]), int(at["number"])
-        with refuse_damaged(self.path, "Arrow"):
-            for index, batch in enumerate(self._batches()):
-                if index < int(at["batch"]):
-                    continue
-                for begin in range(skip, batch.num_rows, CHUNK_ROWS):
-                    part = batch.select(self.schema.names).slice(begin, CHUNK_ROWS)
-                    rows = arrow_rows(part, self.null_keys)
-                    numbers = list(range(number + 1, number + 1 + len(rows)))
-                    number += len(rows)
-                    after = {"batch": index, "row": begin + len(rows), "number": number}
-                    yield self.chunk(rows, numbers, [], after)
-                skip = 0
-
-    def _batches(self) -> Iterator[Any]:
-        opened = self._open()
-        if hasattr(opened, "num_record_batches"):
-            return (opened.get_batch(i) for i in range(opened.num_record_batches))
-        return iter(opened)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from io import StringIO
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 from ftlevel.data.sources import lines
 from ftlevel.data.sources.lines import CHUNK_ROWS, LineNumbers, LineRows, as_row
@@ -23,8 +23,6 @@ from ftlevel.data.sources.readers.text import TextLines, check_head, read_text
 from ftlevel.data.sources.streams import Chunk, Cursor, Reader
 from ftlevel.data.sources.table import BadRow, Row, RowShapeCounter, Table, json_type_name
 from ftlevel.errors import InputError, join_names
-
-Found: TypeAlias = tuple[list[Row], list[int], list[BadRow]]  # rows, their lines, bad rows
 
 # An escaped high surrogate not followed by a low one, or a low one not preceded by a high one.
 _LONE_ESCAPE = re.compile(
@@ -52,26 +50,26 @@ class JsonLinesReader(Reader):
         """Yield the chunks after `cursor`."""
         at = cursor or self._begin
         text = TextLines(self.path, **at)
-        taken, before = iter(text), int(at["line"])
-        while some := list(islice(taken, CHUNK_ROWS)):
-            found = read_json_lines(some, before)
-            before += len(some)
-            yield self.chunk(*found, text.cursor(before))
+        remaining, before = iter(text), int(at["line"])
+        while block := list(islice(remaining, CHUNK_ROWS)):
+            rows = read_json_lines(block, before)
+            before += len(block)
+            yield self.chunk(*rows, text.cursor(before))
 
     def collect(self) -> tuple[Table, list[BadRow]]:
         """Return all rows as a table, and the bad rows; `LineRows` if the file is large."""
         if self.path.stat().st_size < lines.LARGE_BYTES:
             return super().collect()
-        numbers, places, shapes = LineNumbers(), array("q", [self._begin["at"]]), RowShapeCounter()
+        numbers, offsets, shapes = LineNumbers(), array("q", [self._begin["at"]]), RowShapeCounter()
         bad: list[BadRow] = []
         for chunk in self.chunks():
-            places.append(chunk.cursor["at"])
+            offsets.append(chunk.cursor["at"])
             bad += chunk.bad
             for row, line in zip(chunk.rows, chunk.lines, strict=True):
                 shapes.add(row)
                 numbers.append(line)
-        rows = LineRows(self.path, numbers, places)
-        return self.table(rows, numbers), [*bad, *shapes.find_odd(rows, numbers)]
+        rows = LineRows(self.path, numbers, offsets)
+        return self.table(rows, numbers), [*bad, *shapes.find_inconsistent(rows, numbers)]
 
 
 class _NotStrict(ValueError):
@@ -82,8 +80,8 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) != len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for index, name in enumerate(names) if name in names[:index])
-        raise _NotStrict(f"the key {twice!r} occurs twice in one object")
+        repeated = next(name for index, name in enumerate(names) if name in names[:index])
+        raise _NotStrict(f"the key {repeated!r} occurs twice in one object")
     return row
 
 
@@ -95,7 +93,7 @@ def _constant(name: str) -> NoReturn:
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
-def complaint(error: ValueError | RecursionError) -> str:
+def _describe_error(error: ValueError | RecursionError) -> str:
     """Return the reason why a text could not be decoded."""
     if isinstance(error, json.JSONDecodeError):
         return f"not valid JSON ({error.msg}, column {error.colno})"
@@ -118,7 +116,7 @@ def _has_lone_surrogate(text: str, value: object) -> bool:
     return False
 
 
-def fault_of(text: str, value: object) -> str:
+def _find_fault(text: str, value: object) -> str:
     """Return what is wrong with a decoded row, or ""."""
     if type(value) is not dict:
         return f"{json_type_name(value)}, where one object with named columns is expected"
@@ -132,26 +130,26 @@ def fault_of(text: str, value: object) -> str:
     return ""
 
 
-def read_json_lines(some: Iterable[str], before: int = 0) -> Found:
+def read_json_lines(
+    text: Iterable[str], before: int = 0
+) -> tuple[list[Row], list[int], list[BadRow]]:
     """Return the rows, their lines and the bad rows of JSON Lines; blank lines are skipped.
 
-    `some` must be split at line feeds only, since strings may contain other line separators.
-    `before` is the number of lines that precede them.
+    `text` must be split at line feeds only, since strings may contain other line separators.
+    `before` is the number of lines that precede it.
     """
     rows: list[Row] = []
     lines: list[int] = []
     bad: list[BadRow] = []
-    decode = DECODER.decode
-    for number, line in enumerate(some, before + 1):
+    for number, line in enumerate(text, before + 1):
         if line.isspace():
             continue
         try:
-            row = as_row(decode(line))
+            row = as_row(DECODER.decode(line))
+            fault = _find_fault(line, row)
         except (ValueError, RecursionError) as error:
-            cut = "" if line.endswith("\n") else _CUT
-            bad.append(BadRow(number, complaint(error) + cut))
-            continue
-        if fault := fault_of(line, row):
+            fault = _describe_error(error) + ("" if line.endswith("\n") else _CUT)
+        if fault:
             bad.append(BadRow(number, fault))
         else:
             rows.append(row)
@@ -159,7 +157,16 @@ def read_json_lines(some: Iterable[str], before: int = 0) -> Found:
     return rows, lines, bad
 
 
-_IN_A_ROW = {"messages", "conversations", "tools", "entities", "spans", "tokens", "words", "turns"}
+_LIST_COLUMNS = {
+    "messages",
+    "conversations",
+    "tools",
+    "entities",
+    "spans",
+    "tokens",
+    "words",
+    "turns",
+}
 """Columns that hold lists: an object with one of them may be a row."""
 
 
@@ -189,11 +196,11 @@ def open_object(text: str) -> OneObject | None:
     if text[end:].strip():
         return None
     one_line = "\n" not in text.strip()
-    if found := _articles(value) or _by_column(value, one_line=one_line):
-        return found
+    if rows := _read_squad(value) or _read_columns(value, one_line=one_line):
+        return rows
     lists = [key for key, each in value.items() if _is_rows(each)]
     others = [each for key, each in value.items() if key not in lists]
-    if len(lists) == 1 and lists[0] not in _IN_A_ROW and not any(map(_is_rows, others)):
+    if len(lists) == 1 and lists[0] not in _LIST_COLUMNS and not any(map(_is_rows, others)):
         at = re.search(rf'"{re.escape(lists[0])}"\s*:\s*(?=\[)', text)
         if at is not None and DECODER.raw_decode(text, at.end())[0] == value[lists[0]]:
             return OneObject(list_at=at.end(), note=f"the rows are the list under {lists[0]!r}")
@@ -208,7 +215,7 @@ def _is_rows(value: object) -> bool:
     return isinstance(value, list) and bool(value) and type(value[0]) is dict
 
 
-def _by_column(value: Mapping[str, Any], *, one_line: bool) -> OneObject | None:
+def _read_columns(value: Mapping[str, Any], *, one_line: bool) -> OneObject | None:
     """Return the rows of a columnar object: lists, objects by index, or columns and data."""
     note = "a column a key, as pandas writes them; a row is what has one place in all"
     columns = list(value.values())
@@ -227,44 +234,44 @@ def _by_column(value: Mapping[str, Any], *, one_line: bool) -> OneObject | None:
             return OneObject(rows, note=note)
     if len(columns) > 1 and all(type(column) is list for column in columns):
         counts = {len(column) for column in columns}
-        may_be_a_row = one_line and bool(_IN_A_ROW & value.keys())
+        may_be_a_row = one_line and bool(_LIST_COLUMNS & value.keys())
         if len(counts) == 1 and counts != {0} and not may_be_a_row:
             cells = zip(*columns, strict=True)
             return OneObject([dict(zip(value, row, strict=True)) for row in cells], note=note)
     return None
 
 
-def _articles(value: Mapping[str, Any]) -> OneObject | None:
+def _read_squad(value: Mapping[str, Any]) -> OneObject | None:
     """Return one row per question of a file in SQuAD's format."""
-    data = value.get("data")
-    if not _is_rows(data) or not all(
-        type(article) is dict and type(article.get("paragraphs")) is list for article in data or ()
+    articles: Any = value.get("data")
+    if not _is_rows(articles) or not all(
+        type(article) is dict and type(article.get("paragraphs")) is list for article in articles
     ):
         return None
+    questions = (
+        (article, paragraph, question)
+        for article in articles
+        for paragraph in article["paragraphs"]
+        for question in (paragraph.get("qas", ()) if isinstance(paragraph, dict) else ())
+    )
     rows: list[Row] = []
     bad: list[BadRow] = []
-    number = 0
-    for article in data or ():
-        for paragraph in article["paragraphs"]:
-            for asked in paragraph.get("qas", ()) if isinstance(paragraph, dict) else ():
-                number += 1
-                try:
-                    found = asked["answers"] if not asked.get("is_impossible") else []
-                    answers = {
-                        "text": [answer["text"] for answer in found],
-                        "answer_start": [answer["answer_start"] for answer in found],
-                    }
-                    row = {
-                        "id": asked.get("id"),
-                        "title": article.get("title"),
-                        "context": paragraph["context"],
-                        "question": asked["question"],
-                        "answers": answers,
-                    }
-                except (KeyError, TypeError, AttributeError) as error:
-                    bad.append(BadRow(number, f"question {number} lacks {error}"))
-                else:
-                    rows.append(row)
+    for number, (article, paragraph, question) in enumerate(questions, 1):
+        try:
+            answers = [] if question.get("is_impossible") else question["answers"]
+            row = {
+                "id": question.get("id"),
+                "title": article.get("title"),
+                "context": paragraph["context"],
+                "question": question["question"],
+                "answers": {
+                    key: [answer[key] for answer in answers] for key in ("text", "answer_start")
+                },
+            }
+        except (KeyError, TypeError, AttributeError) as error:
+            bad.append(BadRow(number, f"question {number} lacks {error}"))
+        else:
+            rows.append(row)
     return OneObject(rows, bad=tuple(bad), note="SQuAD's articles; a row is a question")
 
 
@@ -310,9 +317,9 @@ class JsonReader(Reader):
             self.notes.append(note)
         if one.rows is None:
             return read_json_array(text, str(self.path), one.list_at)
-        taken = {row.line for row in one.bad}
-        numbers = (n for n in range(1, len(one.rows) + len(taken) + 1) if n not in taken)
-        return Elements(one.rows, list(numbers), list(one.bad), numbered=True)
+        bad = {row.line for row in one.bad}
+        numbers = [n for n in range(1, len(one.rows) + len(bad) + 1) if n not in bad]
+        return Elements(one.rows, numbers, list(one.bad), numbered=True)
 
 
 @dataclass
@@ -339,28 +346,30 @@ def read_json_array(text: str, source: str, begin: int = 0) -> Elements:
         line, counted = line + text.count("\n", counted, at), at
         value, end = _decode_element(text, at, line, source)
         value = as_row(value)
-        values.append((value, fault_of(text[at:end], value)))
+        values.append((value, _find_fault(text[at:end], value)))
         lines.append(line)
         at = _past_space(text, end)
-        mark = text[at : at + 1]
-        if mark not in (",", "]") or not mark:
-            here = line + text.count("\n", counted, at)
-            _refuse_array(text, source, here, "not valid JSON (expecting ',' or ']')")
-        more = mark == ","
+        separator = text[at : at + 1]
+        if separator not in (",", "]"):
+            end_line = line + text.count("\n", counted, at)
+            _refuse_array(text, source, end_line, "not valid JSON (expecting ',' or ']')")
+        more = separator == ","
         at = _past_space(text, at + 1) if more else at
     end = _past_space(text, at + 1)
     if end < len(text) and not begin:
-        here = 1 + text.count("\n", 0, end)
-        _refuse_array(text, source, here, "not valid JSON (more text after the end of the array)")
-    numbered = len(set(lines)) < len(lines)
-    found = Elements(numbered=numbered)
-    for place, (value, fault) in zip(count(1) if numbered else lines, values, strict=False):
+        end_line = 1 + text.count("\n", 0, end)
+        _refuse_array(
+            text, source, end_line, "not valid JSON (more text after the end of the array)"
+        )
+    elements = Elements(numbered=len(set(lines)) < len(lines))
+    for number, line, (value, fault) in zip(count(1), lines, values, strict=False):
+        position = number if elements.numbered else line
         if fault:
-            found.bad.append(BadRow(place, fault))
+            elements.bad.append(BadRow(position, fault))
         else:
-            found.rows.append(value)
-            found.lines.append(place)
-    return found
+            elements.rows.append(value)
+            elements.lines.append(position)
+    return elements
 
 
 def _past_space(text: str, at: int) -> int:
@@ -373,8 +382,8 @@ def _decode_element(text: str, at: int, line: int, source: str) -> tuple[Any, in
     try:
         return DECODER.raw_decode(text, at)
     except (ValueError, RecursionError) as error:
-        place = error.lineno if isinstance(error, json.JSONDecodeError) else line
-        _refuse_array(text, source, place, complaint(error))
+        line = error.lineno if isinstance(error, json.JSONDecodeError) else line
+        _refuse_array(text, source, line, _describe_error(error))
 
 
 def _refuse_array(text: str, source: str, line: int, reason: str) -> NoReturn:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import stat
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from ftlevel.data.sources.lines import CHUNK_ROWS, Row
 from ftlevel.errors import InputError, did_you_mean, join_names
 
-_KINDS = {
+_SUFFIXES = {
     "an image": (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".svg"),
     "audio": (".wav", ".mp3", ".flac", ".ogg", ".m4a", ".opus"),
     "a video": (".mp4", ".avi", ".mov", ".mkv", ".webm"),
@@ -21,8 +20,8 @@ _KINDS = {
 }
 _MEDIA = {"images": "an image", "audio": "audio", "videos": "a video"}
 _MEDIA_NAMES = {
-    kind: re.compile(rf"({names})s?(_?(bytes|data|file|file_?name|path|uri|url)s?)?", re.I)
-    for kind, names in {
+    media_type: re.compile(rf"({names})s?(_?(bytes|data|file|file_?name|path|uri|url)s?)?", re.I)
+    for media_type, names in {
         "images": "image|img|picture|photo|pixel_value",
         "audio": "audio|speech|waveform|input_feature|input_value",
         "videos": "video",
@@ -40,27 +39,23 @@ _ARCHIVES = {".zip": "unzip", ".tar": "tar xf", ".tgz": "tar xzf", ".7z": "7z x"
 
 def refuse_unknown(path: Path, suffix: str, readable: list[str]) -> InputError:
     """Return the error for a file whose suffix is not in `readable`."""
-    for kind, suffixes in _KINDS.items():
+    for name, suffixes in _SUFFIXES.items():
         if suffix in suffixes:
-            text = (
-                "Extract its text first, as .txt or .jsonl."
-                if kind == "a document"
-                else "Use its text, such as captions or transcripts, as .jsonl or .csv."
-            )
-            return InputError(f"{path}: is {kind}, and ftlevel trains on text. {text}")
+            remedy = "Use its text, such as captions or transcripts, as .jsonl or .csv."
+            if name == "a document":
+                remedy = "Extract its text first, as .txt or .jsonl."
+            return InputError(f"{path}: is {name}, and ftlevel trains on text. {remedy}")
     if suffix in _ARCHIVES:
         return InputError(
             f"{path}: is an archive of files. Unpack it and name the directory: "
             f"{_ARCHIVES[suffix]} {shlex.quote(path.name)}"
         )
-    way = (
-        "Save the sheet as .xlsx or .csv."
-        if suffix == ".xls"
-        else "Convert it, or add --input-format."
-    )
+    remedy = "Convert it, or add --input-format."
+    if suffix == ".xls":
+        remedy = "Save the sheet as .xlsx or .csv."
     return InputError(
         f"{path}: cannot read {suffix or 'a file without extension'!r}. "
-        f"Formats: {join_names(readable, 20)}. {way}"
+        f"Formats: {join_names(readable, 20)}. {remedy}"
     )
 
 
@@ -75,57 +70,55 @@ def refuse_media_columns(columns: Sequence[str], rows: Sequence[Row], source: st
     Either all of the first values are media (file names, URLs or content), or the column is named
     like media and one of its values may be media.
     """
-    found = []
+    media = []
     for column in columns:
-        kind = media_of_name(column)
-        values = (row.get(column) for row in (rows if kind else rows[:CHUNK_ROWS]))
-        some = list(
-            islice((value for value in values if value not in (None, "", [], {})), CHUNK_ROWS)
-        )
-        kinds = [_media_of_value(value) for value in some]
-        if some and all(kinds):
-            found.append((column, kind or str(kinds[0])))
-        elif kind and any(map(_may_be_media, some)):
-            found.append((column, kind))
-    if found:
-        raise InputError(describe_media(source, found))
+        named = media_of_name(column)
+        values = (row.get(column) for row in (rows if named else rows[:CHUNK_ROWS]))
+        first = list(islice((v for v in values if v not in (None, "", [], {})), CHUNK_ROWS))
+        types = [_media_of_value(value) for value in first]
+        if first and all(types):
+            media.append((column, named or str(types[0])))
+        elif named and any(map(_may_be_media, first)):
+            media.append((column, named))
+    if media:
+        raise InputError(describe_media(source, media))
 
 
 def describe_media(source: str, columns: Sequence[tuple[str, str]]) -> str:
-    """Return the error message for media columns, given as (column, kind)."""
-    what = " and ".join(f"column {column!r} holds {kind}" for column, kind in columns)
+    """Return the error message for media columns, as (column, media type)."""
+    held = " and ".join(f"column {column!r} holds {type_}" for column, type_ in columns)
     names = " ".join(shlex.quote(column) for column, _ in columns)
     return (
-        f"{source}: {what}, and ftlevel trains on text only. To leave "
+        f"{source}: {held}, and ftlevel trains on text only. To leave "
         f"{'them' if len(columns) > 1 else 'it'} out and use the other columns: "
         f"--ignore-columns {names}."
     )
 
 
 def _media_of_value(value: Any) -> str | None:
-    """Return the kind of media of a value: file name, bytes, dict, list or image; else None."""
+    """Return the media type of a value: file name, bytes, dict, list or image; else None."""
     if isinstance(value, str):
         return _media_of_text(value)
     if isinstance(value, bytes):
-        return next((k for k, marks in _MAGIC.items() if value.startswith(marks)), None)
+        return next((k for k, magic in _MAGIC.items() if value.startswith(magic)), None)
     if isinstance(value, dict):
-        parts = [_media_of_value(part) for part in value.values() if isinstance(part, str | bytes)]
-        named = next((part for part in parts if part), None)
-        return named or ("files" if any(isinstance(v, bytes) for v in value.values()) else None)
+        items = [item for item in value.values() if isinstance(item, str | bytes)]
+        types = filter(None, map(_media_of_value, items))
+        return next(types, "files" if any(isinstance(v, bytes) for v in items) else None)
     if isinstance(value, list | tuple):
-        kinds = [_media_of_value(part) for part in value if part is not None]
-        return kinds[0] if kinds and all(kinds) else None
+        item_types = [_media_of_value(item) for item in value if item is not None]
+        return item_types[0] if item_types and all(item_types) else None
     return {"PIL": "images", "torchcodec": "videos"}.get(type(value).__module__.partition(".")[0])
 
 
 def _media_of_text(text: str) -> str | None:
-    """Return the kind of media of a path, URL or data URI; None for other text."""
+    """Return the media type of a path, URL or data URI; None for other text."""
     if text.startswith("data:"):
         return next((k for k in _MEDIA if text[5:].startswith(k.removesuffix("s") + "/")), None)
     if len(text) > _LONGEST_PATH or "\n" in text:
         return None
     suffix = Path(re.split(r"[?#]", text, maxsplit=1)[0]).suffix.lower()
-    return next((k for k, noun in _MEDIA.items() if suffix in _KINDS[noun]), None)
+    return next((k for k, noun in _MEDIA.items() if suffix in _SUFFIXES[noun]), None)
 
 
 def _may_be_media(value: Any) -> bool:
@@ -139,14 +132,11 @@ def check_is_file(path: Path, data_files: Callable[[Path], list[str]]) -> None:
     """Raise `InputError` unless `path` is a regular file that is not empty."""
     if path.is_dir():
         names = data_files(path)
-        there = f"Files in it: {join_names(names)}." if names else "It holds no data file."
-        raise InputError(f"{path}: is a directory, not a file. {there} Name one file.")
-    if path.is_symlink() and not path.exists():
-        raise InputError(f"{path}: {_describe_link(path)}")
+        listing = f"Files in it: {join_names(names)}." if names else "It holds no data file."
+        raise InputError(f"{path}: is a directory, not a file. {listing} Name one file.")
     if not path.exists():
         raise InputError(describe_missing(path))
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
+    if not path.is_file():
         raise InputError(f"{path}: is a device or a socket, not a file of rows. Name a file.")
     if path.stat().st_size == 0:
         raise InputError(f"{path}: has 0 rows (0 bytes). Use a file with rows.")
@@ -170,11 +160,11 @@ def describe_missing(path: Path) -> str:
     if str(folder) in ("/dev/fd", "/proc/self/fd"):
         return (
             f"{path}: was a shell pipe such as <(…), whose rows are no longer available. Pass it "
-            f"again with --dataset <(…), or use a file with the same rows."
+            "again with --dataset <(…), or use a file with the same rows."
         )
     if not folder.is_dir():
         return f"{path}: no such file, and no directory {folder}. Check the path."
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-    place = "the current directory" if str(folder) == "." else str(folder)
-    there = f"In {place}: {join_names(names, 8)}." if names else f"{place} is empty."
-    return f"{path}: no such file.{did_you_mean(path.name, names)} {there}"
+    directory = "the current directory" if str(folder) == "." else str(folder)
+    listing = f"In {directory}: {join_names(names, 8)}." if names else f"{directory} is empty."
+    return f"{path}: no such file.{did_you_mean(path.name, names)} {listing}"

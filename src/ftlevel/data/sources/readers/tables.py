@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import date, datetime, time, timedelta
+from datetime import date, datetime, time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,20 +41,19 @@ class CsvReader(Reader):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         check_head(path)
-        self._header, line, after = self._read_header()
+        self._header, line, self._begin = self._read_header()
         if other := self._other_separator():
             self.separator = other
             self.notes.append(f"its header is separated by {other!r}, and so are its rows")
-            self._header, line, after = self._read_header()
-        if why := find_no_header(self._header, self._sample(self.separator)):
+            self._header, line, self._begin = self._read_header()
+        if reason := find_no_header(self._header, self._sample(self.separator)):
+            self._header = [str(number) for number in range(1, len(self._header) + 1)]
+            self._begin = TextLines(path).cursor(0)
             self.notes.append(
-                f"no header: {why}; the columns are called {columns_by_number(len(self._header))}. "
+                f"no header: {reason}; the columns are called {join_names(self._header, 3)}. "
                 "If it is one, give its columns other names"
             )
-            self._header = [str(number) for number in range(1, len(self._header) + 1)]
-            after = TextLines(path).cursor(0)
         check_header(self._header, f"{path}:{line}")
-        self._begin = after
 
     def _read_header(self) -> tuple[list[str], int, Cursor]:
         """Return the cells of the header, its line number, and the cursor of the first row."""
@@ -70,17 +69,16 @@ class CsvReader(Reader):
     def _other_separator(self) -> str:
         """Return the separator if it differs from the format's own; else ""."""
         header, rows = self._header, self._sample(self.separator)
-        marks = [mark for mark in ";\t,|" if mark != self.separator]
+        others = [separator for separator in ";\t,|" if separator != self.separator]
         if len(header) == 1:
-            return next((mark for mark in marks if mark in header[0]), "")
-        if all(len(row) == len(header) for row in rows if row):
+            return next((separator for separator in others if separator in header[0]), "")
+        if all(len(row) == len(header) for row in rows):
             return ""
-        first = self.separator.join(header)
-        for mark in marks:
-            width = first.count(mark) + 1
-            others = self._sample(mark)
-            if width > 1 and others and all(len(row) == width for row in others if row):
-                return mark
+        line = self.separator.join(header)
+        for separator in others:
+            widths = {len(row) for row in self._sample(separator)}
+            if separator in line and widths == {line.count(separator) + 1}:
+                return separator
         return ""
 
     def _sample(self, separator: str) -> list[list[str]]:
@@ -137,10 +135,10 @@ def _describe(error: csv.Error, path: Path, line: int) -> str:
 
 def check_header(header: list[str], place: str) -> None:
     """Raise `InputError` if the header has empty or duplicate names."""
-    twice = sorted({name for name in header if header.count(name) > 1 and name})
-    if twice:
+    repeated = sorted({name for name in header if header.count(name) > 1 and name})
+    if repeated:
         raise InputError(
-            f"{place}: the header has {join_names(map(quote, twice))} twice. Rename one of them."
+            f"{place}: the header has {join_names(map(quote, repeated))} twice. Rename one of them."
         )
     if "" in header:
         number = header.index("") + 1
@@ -153,8 +151,8 @@ def check_header(header: list[str], place: str) -> None:
 def find_no_header(header: list[str], rows: list[list[str]]) -> str:
     """Return why the first line looks like a row rather than a header, or ""."""
     rows = [row for row in rows if len(row) == len(header)]
-    counted = [str(number) for number in range(len(header))]  # the default column names of pandas
-    if not rows or len(header) < 2 or header in rows or header == counted:
+    pandas_names = [str(number) for number in range(len(header))]
+    if not rows or len(header) < 2 or header in rows or header == pandas_names:
         return ""
     for number, cell in enumerate(header):
         below = [row[number] for row in rows]
@@ -170,11 +168,6 @@ def _is_number(cell: str) -> bool:
         return math.isfinite(float(cell))
     except ValueError:
         return False
-
-
-def columns_by_number(count: int) -> str:
-    """Return the names of unnamed columns, for a message."""
-    return join_names([str(number) for number in range(1, count + 1)], 3)
 
 
 @contextlib.contextmanager
@@ -227,12 +220,8 @@ class ExcelReader(Reader):
     def __init__(self, path: Path, sheet: str | None = None) -> None:
         super().__init__(path)
         self._sheet = sheet
-        self._header: list[str] = []
-        self._begin = 0
-        for number, cells in self._rows(1):
-            self._header = [text for text, _ in cells]
-            self._begin = number + 1
-            break
+        number, cells = next(self._rows(1), (-1, []))
+        self._header, self._begin = [text for text, _ in cells], number + 1
         check_header(self._header, f"{path} row {self._begin - 1}")
 
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
@@ -243,20 +232,15 @@ class ExcelReader(Reader):
         width = len(self._header)
         number = begin = int(cursor["row"]) if cursor else self._begin
         for number, cells in self._rows(begin):
-            fault = next(
-                (
-                    f"column {i} is the error {text}"
-                    for i, (text, is_error) in enumerate(cells, 1)
-                    if is_error
-                ),
-                "",
-            )
+            texts = [text for text, _ in cells] + [""] * (width - len(cells))
+            errors = [i for i, (_, is_error) in enumerate(cells) if is_error]
             if len(cells) > width:
-                fault = f"has {len(cells)} cells, but the header has {width}"
-            if fault:
-                bad.append(BadRow(number, fault))
+                reason = f"has {len(cells)} cells, but the header has {width}"
+                bad.append(BadRow(number, reason))
+            elif errors:
+                reason = f"column {errors[0] + 1} is the error {texts[errors[0]]}"
+                bad.append(BadRow(number, reason))
             else:
-                texts = [text for text, _ in cells] + [""] * (width - len(cells))
                 rows.append(dict(zip(self._header, texts, strict=True)))
                 numbers.append(number)
             if len(rows) + len(bad) >= CHUNK_ROWS:
@@ -268,16 +252,16 @@ class ExcelReader(Reader):
     def _rows(self, begin: int) -> Iterator[tuple[int, list[tuple[str, bool]]]]:
         """Yield the number of each non-empty row, with (text, is_error) of each cell."""
         with _opened(self.path) as book:
-            sheet = self._choose(book)
+            sheet = self._select_sheet(book)
             sheet.reset_dimensions()
             for number, cells in enumerate(sheet.iter_rows(min_row=begin), begin):
-                shown = [_show(cell) for cell in cells]
-                while shown and not shown[-1][0]:
-                    shown.pop()
-                if shown:
-                    yield number, shown
+                texts = [_format_cell(cell) for cell in cells]
+                while texts and not texts[-1][0]:
+                    texts.pop()
+                if texts:
+                    yield number, texts
 
-    def _choose(self, book: Any) -> Any:
+    def _select_sheet(self, book: Any) -> Any:
         names = [sheet.title for sheet in book.worksheets]
         if not names:
             raise InputError(f"{self.path}: has no sheet with cells. Give one with rows.")
@@ -306,10 +290,8 @@ def _opened(path: Path) -> Iterator[Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about styles, which do not affect the text
             book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-        try:
+        with contextlib.closing(book):
             yield book
-        finally:
-            book.close()
     except _DAMAGE as error:
         first = str(error).partition("\n")[0].rstrip(".")
         raise InputError(
@@ -318,43 +300,35 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from None
 
 
-def _show(cell: Any) -> tuple[str, bool]:
+def _format_cell(cell: Any) -> tuple[str, bool]:
     """Return the text of a cell, and whether it is an error such as #N/A."""
     value = cell.value
     if value is None:
         return "", False
-    form = (getattr(cell, "number_format", None) or "General").partition(";")[0]
-    return show_value(value, form), getattr(cell, "data_type", "") == "e"
+    number_format = (getattr(cell, "number_format", None) or "General").partition(";")[0]
+    return format_value(value, number_format), getattr(cell, "data_type", "") == "e"
 
 
-def show_value(value: Any, form: str) -> str:
-    """Return the text of a cell value in the number format `form`."""
+def format_value(value: Any, number_format: str) -> str:
+    """Return the text of a cell value in its number format."""
     if isinstance(value, bool):
         return "TRUE" if value else "FALSE"
     if isinstance(value, (datetime, date, time)):
-        return _show_date(value, form)
-    if isinstance(value, timedelta):
-        return str(value)
-    if isinstance(value, (int, float)):
-        return _show_number(value, form)
-    return str(value)
-
-
-def _show_number(value: int | float, form: str) -> str:
-    found = _NUMBER.fullmatch(form)
-    if found:
-        decimals, comma = len(found["decimals"] or ""), "," if found["grouped"] else ""
-        scaled = value * 100 if found["percent"] else value
-        return f"{scaled:{comma}.{decimals}f}{found['percent'] or ''}"
+        return _format_date(value, number_format)
+    match = _NUMBER.fullmatch(number_format)
+    if isinstance(value, (int, float)) and match:
+        decimals, comma = len(match["decimals"] or ""), "," if match["grouped"] else ""
+        scaled = value * 100 if match["percent"] else value
+        return f"{scaled:{comma}.{decimals}f}{match['percent'] or ''}"
     return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
-def _show_date(value: date | time, form: str) -> str:
+def _format_date(value: date | time, number_format: str) -> str:
     """Return a date in its cell's format; ISO unless the format has only days, months and years."""
-    parts = _DATE_PART.findall(form)
+    parts = _DATE_PART.findall(number_format)
     codes = [_CODES.get(part.lower(), part) for part in parts]
-    plain = "".join(parts) == form and form != "mm-dd-yy" and isinstance(value, date)
-    if plain and not any(re.fullmatch("[hsy]+|AM/PM", code, re.IGNORECASE) for code in codes):
+    is_simple = "".join(parts) == number_format != "mm-dd-yy" and isinstance(value, date)
+    if is_simple and not any(re.fullmatch("[hsy]+|AM/PM", code, re.IGNORECASE) for code in codes):
         return value.strftime("".join(codes)).format(value)
     if isinstance(value, datetime):
         midnight = value.time() == time()

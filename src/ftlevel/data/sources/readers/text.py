@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import re
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterator
 from itertools import chain
@@ -38,8 +39,8 @@ class TextLines:
 
     def cursor(self, line: int) -> Cursor:
         """Return the arguments to resume after `line`, which must be the last line read."""
-        passed = self._block[: line - self._line]
-        return {"at": self._at + sum(map(len, passed)), "line": line}
+        size = sum(map(len, self._block[: line - self._line]))
+        return {"at": self._at + size, "line": line}
 
     def __iter__(self) -> Iterator[str]:
         """Yield the lines with their endings; raise `InputError` if one is not UTF-8."""
@@ -56,7 +57,7 @@ class TextLines:
                 if self._universal and b"\r" in content:
                     block = content.splitlines(keepends=True)
                 self._block = block
-                # Lazy decoding: lines that are not kept cause no memory fragmentation.
+                # Lazy decoding: lines that are not stored cause no memory fragmentation.
                 yield map(bytes.decode, block)
                 self._at += len(content)
                 self._line += len(block)
@@ -110,7 +111,7 @@ def _looks_like_utf16(head: bytes) -> bool:
 HEAD = 1 << 16
 """Number of bytes read to detect a format."""
 
-_MARKS = ((b"PAR1", ".parquet"), (b"ARROW1", ".arrow"), (b"\xff" * 4, ".arrow"))
+_MAGIC = ((b"PAR1", ".parquet"), (b"ARROW1", ".arrow"), (b"\xff" * 4, ".arrow"))
 _ENTITY = re.compile(r"[BIESLU]-\S+")
 _NAME = re.compile(r"[^\W\d][\w .()/-]{0,39}")
 
@@ -131,26 +132,26 @@ def detect_file_format(path: Path, columns: Collection[str]) -> tuple[str, str] 
     """
     with path.open("rb") as file:
         start = file.read(8)
-    for mark, suffix in _MARKS:
-        if start.startswith(mark):
+    for magic, suffix in _MAGIC:
+        if start.startswith(magic):
             return suffix, "by its first bytes"
     lines = head_lines(path)
     text = next((line.strip() for line in lines if line.strip()), "")
-    if text[:1] == "{" and _is_whole(text):
-        return ".jsonl", "its first line is an object"
     if text[:1] == "{":
+        if _is_complete(text):
+            return ".jsonl", "its first line is an object"
         return ".json", "it begins with an object over several lines"
     if text[:1] == "[":
         return ".json", "it begins with a list"
     if looks_like_conll(lines):
         return ".conll", "its lines are words with tags"
     for separator, suffix in (("\t", ".tsv"), (",", ".csv")):
-        if why := _table_sign(lines, separator, columns):
-            return suffix, why
+        if reason := _find_table_evidence(lines, separator, columns):
+            return suffix, reason
     return None
 
 
-def _is_whole(line: str) -> bool:
+def _is_complete(line: str) -> bool:
     """Return whether a line is valid JSON, or so long that it may be cut."""
     try:
         json.loads(line)
@@ -159,14 +160,14 @@ def _is_whole(line: str) -> bool:
     return True
 
 
-def _table_sign(lines: list[str], separator: str, columns: Collection[str]) -> str:
+def _find_table_evidence(lines: list[str], separator: str, columns: Collection[str]) -> str:
     """Return the evidence for a table with this separator, or ""."""
     rows = [row for row in csv.reader(lines, delimiter=separator) if row]
     header = rows[0] if rows else []
     if any(cell in columns or cell.lower() in columns for cell in header):
         return "its first line has names of columns"
-    names = all(_NAME.fullmatch(cell) for cell in header)
-    if len(header) > 1 and names and len(rows) > 1 and {len(row) for row in rows} == {len(header)}:
+    is_regular = len(rows) > 1 and {len(row) for row in rows} == {len(header)}
+    if len(header) > 1 and is_regular and all(map(_NAME.fullmatch, header)):
         return f"all of its first lines have {len(header)} cells"
     return ""
 
@@ -186,68 +187,81 @@ def looks_like_conll(lines: list[str]) -> bool:
 _TAG = re.compile(r"O|[BIESLU]-\S+")
 
 
-class ConllReader(Reader):
-    """Reader of CoNLL files; a row is `{"tokens": […], "2": […], …, "tags": […]}`.
-
-    Tags keep the file's scheme. `-DOCSTART-` lines, and comments (`# …`), are skipped.
-    """
+class _BlockReader(Reader):
+    """Base of the readers of text with one row per block of lines, between blank lines."""
 
     uniform = True
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         check_head(path)
-        skipped = ("#", "-DOCSTART-")
-        lines = [each for each in head_lines(path) if each.strip() and not each.startswith(skipped)]
-        self._tabs = bool(lines) and all("\t" in line for line in lines)
-        widths = Counter(len(self._cells(line)) for line in lines)
-        self._width = widths.most_common(1)[0][0] if widths else 0
-        if self._width < 1:
-            raise InputError(f"{path}: has 0 sentences. Give a file with words, one a line.")
-        between = [str(number) for number in range(2, self._width)]
-        self._names = ["tokens", *between, "tags"] if self._width > 1 else ["tokens"]
+
+    @abstractmethod
+    def parse(self, first: int, lines: list[str]) -> list[tuple[int, Row] | BadRow]:
+        """Return the rows of a block, each with its line; the block begins at line `first`."""
 
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
         """Yield the chunks after `cursor`."""
         at = cursor or {"at": 0, "line": 0}
         text = TextLines(self.path, **at)
-        rows: list[Row] = []
-        lines: list[int] = []
-        bad: list[BadRow] = []
-        words: list[list[str]] = []
-        fault: BadRow | None = None
-        number = begin = int(at["line"])
+        block: list[str] = []
+        parsed: list[tuple[int, Row] | BadRow] = []
+        before = number = int(at["line"])
 
-        def end_sentence() -> None:
-            nonlocal fault
-            if fault is not None:
-                bad.append(fault)
-            elif words:
-                columns = (list(column) for column in zip(*words, strict=True))
-                rows.append(dict(zip(self._names, columns, strict=True)))
-                lines.append(begin)
-            words.clear()
-            fault = None
+        def chunk() -> Chunk:
+            rows = [row for row in parsed if not isinstance(row, BadRow)]
+            bad = [row for row in parsed if isinstance(row, BadRow)]
+            lines = [line for line, _ in rows]
+            return self.chunk([row for _, row in rows], lines, bad, text.cursor(number))
 
-        for number, line in enumerate(text, int(at["line"]) + 1):
-            if line.isspace():
-                end_sentence()
-                if len(rows) + len(bad) >= CHUNK_ROWS:
-                    yield self.chunk(rows, lines, bad, text.cursor(number))
-                    rows, lines, bad = [], [], []
+        for number, line in enumerate(text, before + 1):
+            if not line.isspace():
+                block.append(line)
                 continue
+            if block:
+                parsed += self.parse(number - len(block), block)
+                block = []
+            if len(parsed) >= CHUNK_ROWS:
+                yield chunk()
+                parsed = []
+        if block:
+            parsed += self.parse(number + 1 - len(block), block)
+        if parsed:
+            yield chunk()
+
+
+class ConllReader(_BlockReader):
+    """Reader of CoNLL files; a row is `{"tokens": […], "2": […], …, "tags": […]}`.
+
+    Tags keep the file's scheme. `-DOCSTART-` lines, and comments (`# …`), are skipped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        skipped = ("#", "-DOCSTART-")
+        lines = [line for line in head_lines(path) if line.strip() and not line.startswith(skipped)]
+        self._tabs = bool(lines) and all("\t" in line for line in lines)
+        widths = Counter(len(self._cells(line)) for line in lines)
+        self._width = widths.most_common(1)[0][0] if widths else 0
+        if self._width < 1:
+            raise InputError(f"{path}: has 0 sentences. Give a file with words, one a line.")
+        self._names = ["tokens", *map(str, range(2, self._width)), "tags"][: self._width]
+
+    def parse(self, first: int, lines: list[str]) -> list[tuple[int, Row] | BadRow]:
+        """Return the sentence as a row, or what is wrong with it."""
+        begin, words = first, list[list[str]]()
+        for number, line in enumerate(lines, first):
             cells = self._cells(line)
             if cells[0] == "-DOCSTART-" or self._is_comment(cells, not words):
                 continue
-            if not words and fault is None:
-                begin = number
-            if fault is None:
-                fault = self._fault(cells, number)
-            if fault is None:
-                words.append(cells)
-        end_sentence()
-        if rows or bad:
-            yield self.chunk(rows, lines, bad, text.cursor(number))
+            if fault := self._find_fault(cells):
+                return [BadRow(number, fault)]
+            begin = begin if words else number
+            words.append(cells)
+        if not words:
+            return []
+        columns = (list(column) for column in zip(*words, strict=True))
+        return [(begin, dict(zip(self._names, columns, strict=True)))]
 
     def _cells(self, line: str) -> list[str]:
         return [cell.strip() for cell in line.split("\t")] if self._tabs else line.split()
@@ -259,47 +273,16 @@ class ConllReader(Reader):
         is_row = len(cells) == self._width
         return not is_row or (at_start and self._width > 1 and not _TAG.fullmatch(cells[-1]))
 
-    def _fault(self, cells: list[str], number: int) -> BadRow | None:
+    def _find_fault(self, cells: list[str]) -> str:
         if len(cells) != self._width:
             count = f"{len(cells)} column{'s' * (len(cells) != 1)}"
-            return BadRow(number, f"has {count}, where most lines have {self._width}")
-        if not all(cells):
-            return BadRow(number, f"column {cells.index('') + 1} is empty")
-        return None
+            return f"has {count}, where most lines have {self._width}"
+        return "" if all(cells) else f"column {cells.index('') + 1} is empty"
 
 
-class ParagraphReader(Reader):
+class ParagraphReader(_BlockReader):
     """Reader of plain text; line breaks within a paragraph are kept."""
 
-    uniform = True
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        check_head(path)
-
-    def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yield the chunks after `cursor`."""
-        at = cursor or {"at": 0, "line": 0}
-        text = TextLines(self.path, **at)
-        rows: list[Row] = []
-        lines: list[int] = []
-        run: list[str] = []
-        number = before = int(at["line"])
-
-        def end_run(after: int) -> None:
-            if run:
-                rows.append({"text": "\n".join(run)})
-                lines.append(after - len(run))
-                run.clear()
-
-        for number, line in enumerate(text, before + 1):
-            if not line.isspace():
-                run.append(line.rstrip("\r\n"))
-                continue
-            end_run(number)
-            if len(rows) >= CHUNK_ROWS:
-                yield self.chunk(rows, lines, [], text.cursor(number))
-                rows, lines = [], []
-        end_run(number + 1)
-        if rows:
-            yield self.chunk(rows, lines, [], text.cursor(number))
+    def parse(self, first: int, lines: list[str]) -> list[tuple[int, Row] | BadRow]:
+        """Return the paragraph as a row."""
+        return [(first, {"text": "\n".join(line.rstrip("\r\n") for line in lines)})]
