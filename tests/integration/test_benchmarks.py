@@ -68,7 +68,7 @@ def test_the_table_compares_with_the_best_peer_and_names_who_did_other_work() ->
     assert "- trl had" not in text
 
 
-@pytest.mark.slow
+@pytest.mark.sweep  # seven processes, each of which imports and trains
 def test_ftlevel_and_the_plain_script_do_the_same_work(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     done = subprocess.run(

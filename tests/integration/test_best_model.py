@@ -154,8 +154,15 @@ def test_the_last_model_is_kept_on_request(chat: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("saves", ["1", "3"])
-@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+@pytest.mark.parametrize(
+    ("first", "saves"),
+    [
+        pytest.param(True, "1", id="first-1"),
+        pytest.param(True, "3", id="first-3", marks=pytest.mark.sweep),
+        pytest.param(False, "1", id="last-1", marks=pytest.mark.sweep),
+        pytest.param(False, "3", id="last-3"),
+    ],
+)
 def test_a_run_that_goes_on_keeps_the_same(
     chat: list[str], monkeypatch: pytest.MonkeyPatch, saves: str, first: bool
 ) -> None:

@@ -55,11 +55,20 @@ def ask(capsys: pytest.CaptureFixture[str], *command: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("flags", [
-    [], ["--method", "full"], ["--method", "qlora", "--quant", "4bit"],
-    ["--method", "prefix", "--set", "method.prefix_projection=true"], ["--method", "p-tuning"],
-    ["--method", "adalora"], ["--method", "adapter"],
-], ids=lambda flags: flags[1] if flags else "lora")  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--method", "qlora", "--quant", "4bit"],
+        ["--method", "prefix", "--set", "method.prefix_projection=true"],
+        ["--method", "adalora"],
+        *(
+            pytest.param(["--method", name], marks=pytest.mark.sweep)
+            for name in ("full", "p-tuning", "adapter")
+        ),
+    ],
+    ids=lambda flags: flags[1] if flags else "lora",
+)
 def test_the_last_checkpoint_scores_as_the_run(
     flags: list[str], trained: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -212,7 +212,7 @@ STEPS: tuple[Callable[[Day], None], ...] = (
     ("write", "model"),
     [
         (tickets, "minilm"),
-        (names, "minilm"),
+        pytest.param(names, "minilm", marks=pytest.mark.sweep),
         (replies, "smollm2"),
     ],
     ids=["classes", "tags in CoNLL", "texts"],

@@ -91,7 +91,14 @@ def test_a_new_head_stays_in_float(
     assert result.summary["proof"]["adapter_effect"] > 1e-3
 
 
-@pytest.mark.parametrize(("family", "quant"), [("bert", "4bit"), ("bert", "8bit"), ("t5", "4bit")])
+@pytest.mark.parametrize(
+    ("family", "quant"),
+    [
+        pytest.param("bert", "4bit", marks=pytest.mark.sweep),
+        ("bert", "8bit"),
+        ("t5", "4bit"),
+    ],
+)
 def test_one_stored_in_float32_computes_in_bfloat16(
     family: str, quant: str, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:

@@ -39,6 +39,7 @@ def kill_one(name: str) -> bool:
     return False
 
 
+@pytest.mark.sweep  # Ray alone takes half a minute to start and stop
 def test_a_run_by_ray_ends_as_one_process_though_a_worker_was_lost(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model", "llama")
     rows = tmp_path / "rows.jsonl"
