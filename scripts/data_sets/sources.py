@@ -56,6 +56,31 @@ class Sources:
                 put_in_place(Path(temporary), folder)
         return folder
 
+    def descriptions(self) -> Path:
+        """Return the file of the descriptions of Debian's packages, `Translation-en`.
+
+        Raises:
+            FetchError: on a system that is not Debian's.
+        """
+        if not shutil.which("apt-get"):
+            raise FetchError("There is no apt-get here. Run the script on Debian (a container).")
+        self._update_apt("descriptions", "en", "descriptions")
+        found = (self.work / "descriptions" / "lists").glob("*_main_i18n_Translation-en")
+        return max(found, key=lambda path: path.stat().st_size)
+
+    def _update_apt(self, folder: str, languages: str, name: str) -> list[str]:
+        """Download the package lists into `folder`, once; return the apt-get command for them."""
+        state = self.work / folder
+        for part in ("lists/partial", "cache/archives/partial"):
+            (state / part).mkdir(parents=True, exist_ok=True)
+        apt = ["apt-get", "-qq", "-o", f"Dir::State::lists={state / 'lists'}"]
+        apt += ["-o", f"Dir::Cache={state / 'cache'}", "-o", f"Acquire::Languages={languages}"]
+        apt += ["-o", "Acquire::GzipIndexes=false"]
+        apt += ["-o", "APT::Sandbox::User=root", "-o", "APT::Update::Error-Mode=any"]
+        if not any((state / "lists").glob("*Packages*")):
+            _run([*apt, "update"], name)
+        return apt
+
     def deb_version(self, name: str) -> str:
         """Return the version of a Debian package that was fetched."""
         return self._find_deb(name)[0].name.split("_")[1]
@@ -73,14 +98,7 @@ class Sources:
         if not shutil.which("apt-get"):
             raise FetchError(_not_debian("apt-get", name, debs))
         print(f"  fetching {name} with apt-get", flush=True)
-        state = self.work / "apt"
-        for part in ("lists/partial", "cache/archives/partial"):
-            (state / part).mkdir(parents=True, exist_ok=True)
-        apt = ["apt-get", "-qq", "-o", f"Dir::State::lists={state / 'lists'}"]
-        apt += ["-o", f"Dir::Cache={state / 'cache'}", "-o", "Acquire::Languages=none"]
-        apt += ["-o", "APT::Sandbox::User=root", "-o", "APT::Update::Error-Mode=any"]
-        if not any((state / "lists").glob("*Packages*")):
-            _run([*apt, "update"], name)
+        apt = self._update_apt("apt", "none", name)
         with tempfile.TemporaryDirectory(dir=debs, prefix=".download-") as temporary:
             _run([*apt, "download", name], name, cwd=Path(temporary))
             archive = next(Path(temporary).glob("*.deb"))

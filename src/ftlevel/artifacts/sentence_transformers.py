@@ -258,6 +258,14 @@ def read_cross_encoder_format(directory: Path) -> CrossEncoderFormat | None:
     return CrossEncoderFormat(activation or default, _read_length(directory))
 
 
+def find_task(directory: Path) -> str | None:
+    """Return the task of a directory of sentence-transformers; None for another one."""
+    if not (directory / MODULES).is_file():
+        return None
+    is_reranker = _read_json(directory / SETTINGS).get("model_type") == "CrossEncoder"
+    return "reranking" if is_reranker else "embedding"
+
+
 def _modules(entries: list[tuple[str, str]]) -> list[dict[str, Any]]:
     return [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}

@@ -32,6 +32,7 @@ from ftlevel.merging.verify import load_merged
 from ftlevel.models.hardware import choose_device
 from ftlevel.models.loading import silence_loggers
 from ftlevel.models.sources import check_revision, resolve_source
+from ftlevel.tasks import TASKS
 from ftlevel.trained.adapter_set import find_adapters
 from ftlevel.trained.load import load_ref
 from ftlevel.trained.model_ref import ModelRef, resolve_model
@@ -62,19 +63,21 @@ def export(
     """
     listener = listener or NullListener()
     began = time.perf_counter()
-    is_directory = FORMATS[config.format].is_directory
-    if is_directory:
-        check_absent("--out", config.out)
-    for path in () if is_directory else config.outputs:
-        kind = path.suffix.removeprefix(".")
-        flag = "--out" if path == config.out else f"--out, for its {kind}:"
-        check_file_free(flag, path, overwrite=config.overwrite)
+    _check_outputs(config)
     upload = plan_upload(config)
     with silence_loggers():
         listener.stage("resolving the model")
         device = choose_device(config.device)
         named = _find_several(config, device.value)
-        found = next(iter(named.values())) if named else _find(config, device.value)
+        if named:
+            found = next(iter(named.values()))
+        else:
+            found = resolve_model(config.model, base=config.base_model, device=device.value)
+            if TASKS[found.card.task].served_as != "classifiers":
+                config = config.for_embeddings()
+                _check_outputs(config)
+            found = _check_mergeable(config, found)
+        is_directory = FORMATS[config.format].is_directory
         for place in _left_out(config, named):
             listener.warn(f"{place} contains no adapter and is skipped.")
         planned = plan_export(config, named or found)
@@ -95,6 +98,17 @@ def export(
     summary["seconds"] = round(time.perf_counter() - began, 2)
     upload.send(config.outputs, summary)
     return ExportResult(summary, config.out, tuple(planned.describe(summary)))
+
+
+def _check_outputs(config: ExportConfig) -> None:
+    """Raise ConfigError if an output exists that must not be replaced."""
+    if FORMATS[config.format].is_directory:
+        check_absent("--out", config.out)
+        return
+    for path in config.outputs:
+        kind = path.suffix.removeprefix(".")
+        flag = "--out" if path == config.out else f"--out, for its {kind}:"
+        check_file_free(flag, path, overwrite=config.overwrite)
 
 
 def _find_several(config: ExportConfig, device: str) -> dict[str, ModelRef]:
@@ -127,9 +141,8 @@ def _left_out(config: ExportConfig, named: Mapping[str, ModelRef]) -> list[Path]
     return [p for p in folders if p.name not in named and any((p / m).exists() for m in marks)]
 
 
-def _find(config: ExportConfig, device: str) -> ModelRef:
-    """Resolve the model to export; raise InputError for an adapter that cannot be merged."""
-    found = resolve_model(config.model, base=config.base_model, device=device)
+def _check_mergeable(config: ExportConfig, found: ModelRef) -> ModelRef:
+    """Return the model at its `--revision`; raise InputError if its adapter cannot be merged."""
     if found.directory is not None:
         if FORMATS[config.format].merges:
             find_adapter(config.model)  # raises if it cannot be merged

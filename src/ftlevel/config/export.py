@@ -9,15 +9,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ftlevel.config.output import HubSection
 from ftlevel.config.section import check_directory_name
 from ftlevel.config.sections import DeviceName, MovedBase, Positive
+from ftlevel.errors import ConfigError
 from ftlevel.extensions import ExportFormat, added_rows
 
 _RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
+
+
+@dataclass(frozen=True)
+class EmbeddingSupport:
+    """How a server computes embeddings.
+
+    Attributes:
+        format: format of an embedding model.
+        prompts: whether it applies the prompts of the model, or of its start command.
+        normalizes: whether embeddings have length 1 even if the model does not normalize.
+        pooling: supported pooling modes.
+    """
+
+    format: str = "merged"
+    prompts: bool = False
+    normalizes: bool = False
+    pooling: tuple[str, ...] = ("mean", "cls", "last")
 
 
 @dataclass(frozen=True)
@@ -33,7 +51,8 @@ class Server:
         every_layer: whether a linear layer must be adapted in all blocks or in none.
         families: model families that work; empty for any.
         several: whether it serves several adapters at once.
-        merged: kinds of models it serves merged, besides decoders that generate text.
+        merged: what it serves merged: kinds of models that generate text, classifiers, rerankers.
+        embeddings: how it serves embedding models; None if it does not.
         own_template: whether it uses the base model's chat template by default.
     """
 
@@ -47,7 +66,8 @@ class Server:
     every_layer: bool = False
     families: tuple[str, ...] = ()
     several: bool = True
-    merged: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ("decoder",)
+    embeddings: EmbeddingSupport | None = None
     own_template: bool = True
     note: str = ""
 
@@ -57,19 +77,26 @@ SERVERS: dict[str, Server] = {
     for row in (
         Server(
             "vllm", "vLLM", ("peft", "merged"), "0.32.0", "run, and PEFTHelper read",
-            ranks=_RANKS_OF_VLLM, vocabulary=True, merged=("classifiers",),
+            ranks=_RANKS_OF_VLLM, vocabulary=True, merged=("decoder", "classifiers", "rerankers"),
+            embeddings=EmbeddingSupport(),
         ),
         Server(
             "sglang", "SGLang", ("peft", "merged"), "November 2026", "read; not run",
-            every_layer=True, merged=("classifiers",),
+            every_layer=True, merged=("decoder", "classifiers"),
         ),
         Server(
             "tgi", "Text Generation Inference", ("peft", "merged"), "November 2026",
-            "read; not run", every_layer=True, merged=("encoder-decoder",),
+            "read; not run", every_layer=True, merged=("decoder", "encoder-decoder"),
+        ),
+        Server(
+            "tei", "text-embeddings-inference", ("merged",), "0d124dc", "read; not run",
+            merged=("classifiers", "rerankers"), several=False,
+            embeddings=EmbeddingSupport(prompts=True, normalizes=True),
         ),
         Server(
             "llama.cpp", "llama.cpp", ("gguf-lora", "gguf"), "xllamacpp 2026.10.11549",
             "run, and convert_lora_to_gguf.py read",
+            embeddings=EmbeddingSupport("gguf", normalizes=True),
             note="llama.cpp loads the base as a .gguf file of the same model, quantized in any way",
         ),
         Server(
@@ -84,6 +111,7 @@ SERVERS: dict[str, Server] = {
         Server(
             "openvino", "OpenVINO GenAI", ("peft", "merged"), "2026.4.1",
             "run; it applies no scale", every_layer=True, families=_LLAMA_LIKE,
+            embeddings=EmbeddingSupport(prompts=True),
             note="OpenVINO GenAI needs the base in its own format, which optimum-intel writes",
         ),
     )
@@ -122,9 +150,9 @@ class ExportConfig(HubSection):
     format: FormatName = Field(
         "auto",
         validate_default=True,
-        description="Output format; auto: the format that --for needs, else gguf. peft, "
-        "gguf-lora and mlx keep the adapter separate, as plain LoRA; merged is a "
-        "full model; gguf is one file for llama.cpp, Ollama and LM Studio; "
+        description="Output format; auto: the format that --for needs (gguf for an --out that ends "
+        "in .gguf), else gguf. peft, gguf-lora and mlx keep the adapter separate, as plain LoRA; "
+        "merged is a full model; gguf is one file for llama.cpp, Ollama and LM Studio; "
         "adapterhub is a bottleneck adapter for AdapterHub.",
     )
     outtype: Literal["auto", "f32", "f16", "bf16", "q8_0", "q5_0", "q4_0"] = Field(
@@ -141,6 +169,11 @@ class ExportConfig(HubSection):
     out: Path = Field(
         description="Output file FILE.gguf (with FILE.Modelfile), or a new directory."
     )
+    client_prompts: bool = Field(
+        False,
+        description="Whether clients put the prompts of an embedding model before texts, for "
+        "servers that apply none.",
+    )
     max_rank: Positive = Field(
         64, description="Maximum rank of plain LoRA; above it, merging is suggested."
     )
@@ -153,6 +186,16 @@ class ExportConfig(HubSection):
     verify_tokens: Positive = Field(512, description="Number of text tokens to compare.")
     base_model: MovedBase = None
     device: DeviceName = Field("auto", description="Device for the comparison.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _format_of_file(cls, raw: Any) -> Any:
+        """Select gguf if `out` is named FILE.gguf and the server loads such a file."""
+        server = SERVERS.get(str(raw.get("server")))
+        is_file = Path(str(raw.get("out", ""))).suffix == FORMATS["gguf"].suffix
+        if server and "gguf" in server.formats and is_file and raw.get("format") in (None, "auto"):
+            return {**raw, "format": "gguf"}
+        return raw
 
     @field_validator("server", "format", mode="before")
     @classmethod
@@ -201,6 +244,22 @@ class ExportConfig(HubSection):
                 f"Name it {value.with_suffix(format_.suffix)}"
             )
         return value
+
+    def for_embeddings(self) -> ExportConfig:
+        """Return the configuration for an embedding model or reranker.
+
+        Without `--format`, it has the format in which the server loads these.
+        """
+        server = SERVERS.get(self.server or "")
+        if server is None or "format" in self.model_fields_set:
+            return self
+        format_ = server.embeddings.format if server.embeddings else "merged"
+        if (suffix := FORMATS[format_].suffix) != self.out.suffix and suffix:
+            raise ConfigError(
+                f"--out {self.out} does not end in {suffix}: {server.title} loads embedding models "
+                f"as {format_}. Name it {self.out.with_suffix(suffix)}."
+            )
+        return ExportConfig(**{**self.model_dump(exclude_unset=True), "format": format_})
 
     @property
     def recorded(self) -> bool:

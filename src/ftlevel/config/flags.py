@@ -144,7 +144,7 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
     *_fields(WRITE, ("quantize",), "quant quant_type"),
     Flag("double_quant", "--double-quant", WRITE, ("quantize",)),
     Flag("server", "--for", WRITE, ("export",), dest="server"),
-    *_fields(WRITE, ("export",), "format max_rank outtype"),
+    *_fields(WRITE, ("export",), "format max_rank client_prompts outtype"),
     Flag("out", "--out -o", WRITE, ("quantize", "export"), metavar="PATH"),
     Flag("overwrite", "--overwrite", WRITE, ("export",)),
     Flag("dtype", "", WRITE, ("merge", "quantize")),

@@ -31,6 +31,7 @@ from ftlevel.task import Checks, Objective, ScoreTexts
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.formats.labels import LabelSet
     from ftlevel.data.gate.checks import Mask
@@ -123,6 +124,7 @@ class BaseTask(ABC):
         builtin_subset: subset of `builtin:docstrings` to read; empty for all.
         has_new_head: whether the head is newly initialized and fully trained.
         generates_text: whether the model generates text.
+        served_as: what servers call a model that generates no text.
         finds_ends_by_padding: whether the model locates the last token by its padding token.
         head_like: task with the same head, if the head is not specific to this task.
         separates_padding: whether the padding token must differ from EOS.
@@ -151,6 +153,7 @@ class BaseTask(ABC):
 
     has_new_head: ClassVar[bool] = False
     generates_text: ClassVar[bool] = False
+    served_as: ClassVar[str] = "classifiers"
     finds_ends_by_padding: ClassVar[bool] = False
     head_like: ClassVar[str] = ""
     separates_padding: ClassVar[bool] = False
@@ -223,6 +226,10 @@ class BaseTask(ABC):
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Return task options that inference needs."""
         return {}
+
+    def embedding_format(self, options: Mapping[str, Any]) -> EmbeddingFormat | None:
+        """Return how a model with the `options` of its card pools; None for other models."""
+        return None
 
     def write_files(  # noqa: B027 - most tasks write none
         self, directory: Path, model_config: Any, options: Mapping[str, Any]

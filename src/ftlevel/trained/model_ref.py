@@ -18,6 +18,7 @@ from ftlevel.artifacts.files import base_digest, base_fingerprint, check_regular
 from ftlevel.artifacts.ownership import CHECKPOINTS
 from ftlevel.artifacts.places import resolve_relative
 from ftlevel.artifacts.run_directory import CONFIG, find_run
+from ftlevel.artifacts.sentence_transformers import find_task
 from ftlevel.config.methods.lora import BASE_MODIFYING_INITS
 from ftlevel.data.encoding.collate import ensure_pad_token
 from ftlevel.data.encoding.encode import PromptFormat, read_format
@@ -208,7 +209,7 @@ def _resolve(name: str, device: str, task: str | None, said: str, base: str | No
         return _resolve_peft(path, name, device, task, base)
     source = resolve_source(name, said=said)
     config = load_config(source)
-    own = TASKS[task or _task_of_model(config, said)]
+    own = TASKS[task or find_task(path) or _task_of_model(config, said)]
     return ModelRef(source, None, build_default_card(source, config, own, device), is_ours=False)
 
 

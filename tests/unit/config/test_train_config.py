@@ -194,7 +194,7 @@ def test_a_text_for_the_model_may_have_any_character() -> None:
         (ExportConfig, {"model": "run", "format": "gguf-lora", "out": "x.gguf"},
          "ExportConfig(out): 'x.gguf': a directory is written, and x.gguf is the name of a file. "
          "Name it x."),
-        (ExportConfig, {"model": "run", "server": "llama.cpp", "out": "x.gguf"},
+        (ExportConfig, {"model": "run", "server": "vllm", "out": "x.gguf"},
          "ExportConfig(out): 'x.gguf': a directory is written, and x.gguf is the name of a file. "
          "Name it x."),
         (MergeConfig, {"adapters": ["run"], "output_dir": "x.safetensors"},

@@ -9,7 +9,7 @@ import zipfile
 import pytest
 
 import build_data
-from data_sets import bible, chat, cldr, docstrings, factbook, wordnet
+from data_sets import bible, chat, cldr, docstrings, factbook, search, wordnet
 from data_sets.sources import Sources
 from data_sets.splits import Splits, balance, split_rows, write_splits
 from wheels import FetchError, Package
@@ -333,3 +333,32 @@ def test_the_list_names_every_set_with_its_licence(tmp_path, capsys):
         assert data_set.name in listed
         assert data_set.licence in listed
         assert len(data_set.reference) == 64
+
+
+def test_search_sets_pair_a_query_with_its_document():
+    (row,) = search.sense_rows([
+        {"instruction": 'Define the noun "bank" as it is used in the sentence.',
+         "input": "He sat on the bank", "output": "sloping land"},
+    ])  # fmt: skip
+    assert row == {"anchor": "bank: He sat on the bank", "positive": "sloping land"}
+    body = "    total = sum(values)\n    count = len(values)\n    if not count:\n"
+    body += "        return 0.0\n    return total / count\n"
+    code = f'def mean(values):\n    """Return the mean of the values.\n\n    More.\n    """\n{body}'
+    (row,) = search.code_rows("lib/a.py", code + "\ndef bare():\n    return 1\n")
+    assert row["anchor"] == "Return the mean of the values."
+    assert row["positive"].startswith("total = sum(values)\ncount")
+    text = (
+        "Package: python3-thing\nDescription-md5: 1\nDescription-en: a library of useful things\n"
+        " The first paragraph says at some length what the package has in it, and goes on\n"
+        " in another line.\n .\n The second is left out.\n\n"
+        "Package: short\nDescription-md5: 2\nDescription-en: too short\n Nothing.\n"
+    )
+    (row,) = search.package_rows(text)
+    assert (row["anchor"], row["package"]) == ("a library of useful things", "python3")
+    assert row["positive"].endswith("and goes on in another line.")
+
+
+def test_a_text_that_occurs_twice_is_in_no_search_set():
+    rows = [{"anchor": "a", "positive": "x"}, {"anchor": "b", "positive": "X"},
+            {"anchor": "c", "positive": "z"}]  # fmt: skip
+    assert search.distinct(rows) == rows[2:]

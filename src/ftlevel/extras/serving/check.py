@@ -30,6 +30,7 @@ from ftlevel.extras.serving.config import CheckServedConfig
 from ftlevel.extras.serving.entry import rank_limit
 from ftlevel.extras.serving.inside.process import run_library
 from ftlevel.extras.serving.recorded import AdapterRecord, ServingRecord, read_served
+from ftlevel.extras.serving.vectors import check_vectors, read_vectors
 from ftlevel.workspace import Workspace
 
 _FORMATS = {
@@ -60,6 +61,8 @@ def check_served(
     """
     listener = listener or NullListener()
     began = time.perf_counter()
+    if (record := read_vectors(config.out)) is not None:
+        return _check_embeddings(config, record, listener, began)
     served = read_served(config.out)
     # A base loaded in this process is float32; a GGUF file has its own dtype.
     is_float = config.inside and served.facts.get("file_format") != "gguf"
@@ -87,6 +90,17 @@ def check_served(
     if summary["verdict"] != TRAINED:
         raise RunError("\n".join([*lines, _advice(summary, served)]))
     return CheckServedResult(summary, lines)
+
+
+def _check_embeddings(
+    config: CheckServedConfig, record: dict[str, Any], listener: Listener, began: float
+) -> CheckServedResult:
+    listener.stage(f"ask {config.url}")
+    found = check_vectors(config, record)
+    summary = {"out": str(config.out), "asked": config.url, "verdict": TRAINED, **found}
+    summary["seconds"] = round(time.perf_counter() - began, 2)
+    line = f"{TRAINED}: {found['texts']} embeddings, cosine {found['min_cosine']:.6f} or more"
+    return CheckServedResult(summary, (line,))
 
 
 @dataclass(frozen=True)

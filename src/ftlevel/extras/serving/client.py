@@ -99,6 +99,15 @@ class Client:
         }
         return _parse_response(self._ask("/chat/completions", body))
 
+    def embed(self, model: str, texts: list[str]) -> list[list[float]]:
+        """Return the embedding of each text; raise Refused if the server returns none."""
+        found = self._ask("/embeddings", {"model": model, "input": texts})
+        try:
+            rows = sorted(found["data"], key=lambda row: int(row["index"]))
+            return [[float(value) for value in row["embedding"]] for row in rows]
+        except (KeyError, TypeError, ValueError) as error:
+            raise RequestRefusedError(f"embeddings in another form ({error!r})") from None
+
     def _ask(self, path: str, body: Mapping[str, Any] | None) -> Any:
         base = self.url.rstrip("/")
         base = base if base.endswith("/v1") else base + "/v1"

@@ -41,7 +41,8 @@ class CheckServedConfig(Section):
     tolerance: float | None = Field(
         None,
         gt=0,
-        description="Maximum logprob difference; default: 0.02 in float32, 0.1 in 16 bits.",
+        description="Maximum logprob difference; default: 0.02 in float32, 0.1 in 16 bits. Of an "
+        "embedding model, maximum 1 - cosine; default: 0.001.",
     )
 
     @field_validator("url")

@@ -10,6 +10,7 @@ from pathlib import Path
 from shlex import join, quote
 from typing import Any
 
+from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.config.export import Server
 from ftlevel.data.encoding.encode import PromptFormat, encode_prompt, read_format
 from ftlevel.errors import ConfigError, InputError, join_names, with_article
@@ -133,6 +134,39 @@ def _openvino(model: str, place: str, parts: Sequence[ServedAdapter] = ()) -> li
     return [join([*convert, place]), join(["python", "-c", run])]
 
 
+def build_embedding_commands(
+    server: Server, place: Path, name: str, form: EmbeddingFormat
+) -> list[str]:
+    """Return the commands that serve the embedding model at `place`."""
+    path = str(place)
+    if server.name == "vllm":
+        return [join(["vllm", "serve", path, "--runner", "pooling"])]
+    if server.name == "tei":
+        prompt = ["--default-prompt-name", "query"] if form.query_prompt else []
+        return [join(["text-embeddings-router", "--model-id", path, *prompt])]
+    if server.name == "llama.cpp":
+        batch = ["-ub", str(form.max_length)] if (form.max_length or 0) > _UBATCH else []
+        return [join(["llama-server", "-m", path, "--embeddings", *batch])]
+    converted = f"{name}-openvino"
+    pooling = {"mean": "MEAN", "cls": "CLS", "last": "LAST_TOKEN"}[form.pooling]
+    settings: dict[str, Any] = {"normalize": form.normalize, "max_length": form.max_length}
+    settings |= {"query_instruction": form.query_prompt, "embed_instruction": form.document_prompt}
+    arguments = [f"{key}={value!r}" for key, value in settings.items() if value not in (None, "")]
+    kind = f"pooling_type=ov.TextEmbeddingPipeline.PoolingType.{pooling}"
+    script = [
+        "import openvino_genai as ov",
+        f"pipe = ov.TextEmbeddingPipeline({converted!r}, 'CPU', {', '.join([kind, *arguments])})",
+        "print(pipe.embed_query('Hello'))",
+    ]
+    task = ["--task", "feature-extraction"]
+    convert = ["optimum-cli", "export", "openvino", "--model", path, *task, converted]
+    return [join(convert), join(["python", "-c", "; ".join(script)])]
+
+
+_UBATCH = 512
+"""llama.cpp's default of -ub; a text that is pooled has to fit into it."""
+
+
 def build_model_commands(server: Server, place: Path, name: str) -> list[str]:
     """Return the commands that serve the whole model at `place`."""
     path = str(place)
@@ -142,6 +176,7 @@ def build_model_commands(server: Server, place: Path, name: str) -> list[str]:
         "vllm": ["vllm", "serve", path],
         "sglang": ["python", "-m", "sglang.launch_server", "--model-path", path],
         "tgi": ["text-generation-launcher", "--model-id", path],
+        "tei": ["text-embeddings-router", "--model-id", path],
         "llama.cpp": ["llama-server", "-m", path],
         "ollama": ["ollama", "create", name, "-f", str(place.with_suffix(".Modelfile"))],
         "mlx": ["mlx_lm.server", "--model", path],

@@ -17,11 +17,13 @@ import torch
 
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.config.export import SERVERS
 from ftlevel.errors import InputError
 from ftlevel.extras.serving.entry import (
     Prompt,
     ServedModel,
+    build_embedding_commands,
     build_model_commands,
     check_command,
     serving_lines,
@@ -198,9 +200,14 @@ class ServingRecord:
     adapters: list[AdapterRecord]
 
 
+def served_path(out: Path) -> Path:
+    """Return the path of the reference answers of the export at `out`."""
+    return out / FILE if out.is_dir() else out.with_suffix(".served.json")
+
+
 def read_served(out: Path) -> ServingRecord:
     """Read the served.json of the export at `out`; raise InputError if it has no valid answers."""
-    path = out / FILE if out.is_dir() else out.with_suffix(".served.json")
+    path = served_path(out)
     if not path.is_file():
         raise InputError(
             f"{out} has no {path.name}. Expected what ftlevel export --for SERVER --out wrote, "
@@ -223,8 +230,10 @@ def read_served(out: Path) -> ServingRecord:
     return ServingRecord(path, facts, adapters)
 
 
-def start_of(server: str, out: Path) -> list[str]:
-    """Return the commands that serve the whole model at `out`."""
+def start_of(server: str, out: Path, form: EmbeddingFormat | None = None) -> list[str]:
+    """Return the commands that serve the whole model at `out`, an embedding model if `form`."""
+    if form is not None:
+        return build_embedding_commands(SERVERS[server], out, out.stem, form)
     return build_model_commands(SERVERS[server], out, out.stem)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.config import ExportConfig
 from ftlevel.config.export import FORMATS
 from ftlevel.config.section import Choice
@@ -38,8 +39,11 @@ class MergeOutput:
 class ServerSupport(Protocol):
     """What the serving extra adds to the export of a whole model with `--for`."""
 
-    def start_commands(self, server: str, out: Path) -> list[str]:
-        """Return the commands that serve the exported model at `out`."""
+    def start_commands(self, server: str, out: Path, form: EmbeddingFormat | None) -> list[str]:
+        """Return the commands that serve the exported model at `out`.
+
+        `form` is that of an embedding model, else None.
+        """
 
     def record(
         self,
@@ -70,9 +74,9 @@ def server_support() -> ServerSupport:
     raise ConfigError("--for names a server, and no extension for servers is installed. Drop it.")
 
 
-def start_commands(server: str | None, out: Path) -> list[str]:
+def start_commands(server: str | None, out: Path, form: EmbeddingFormat | None = None) -> list[str]:
     """Return the commands that serve the whole model at `out`; empty without a server."""
-    return server_support().start_commands(server, out) if server else []
+    return server_support().start_commands(server, out, form) if server else []
 
 
 MergeAdapter = Callable[[Path], MergeOutput]

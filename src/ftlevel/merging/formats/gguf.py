@@ -28,7 +28,8 @@ from ftlevel.evaluation.two_models import (
     read_eval_text,
 )
 from ftlevel.events import Listener
-from ftlevel.merging.formats.base import MergeAdapter, server_support, start_commands
+from ftlevel.merging.formats import gguf_embedding
+from ftlevel.merging.formats.base import Export, MergeAdapter, server_support, start_commands
 from ftlevel.merging.formats.ollama import Prompting, find_prompting, modelfile
 from ftlevel.models.kinds import checkpoint_class, max_positions
 from ftlevel.models.loading import (
@@ -242,13 +243,15 @@ def check_tokens(found: Any, own: Any, vocabulary: Vocabulary) -> int:
     return len(texts)
 
 
-def plan_export(config: ExportConfig, found: ModelRef) -> GgufExport:
+def plan_export(config: ExportConfig, found: ModelRef) -> Export:
     """Plan the export; raise InputError if the model cannot be written as GGUF."""
     source = found.source
     if source.kind == "gguf" and found.directory is None:
         raise InputError(
             f"{config.model} is a .gguf file already. llama.cpp's llama-quantize changes its type."
         )
+    if (form := TASKS[found.card.task].embedding_format(found.card.options)) is not None:
+        return gguf_embedding.plan_export(config, found, form)
     if not TASKS[found.card.task].generates_text:
         raise InputError(
             f"{config.model} was trained for {found.card.task}, and a .gguf file is for programs "

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from ftlevel.artifacts.cards import library_versions
+from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.config import ExportConfig
 from ftlevel.config.export import SERVERS, Server
 from ftlevel.config.section import Choice
-from ftlevel.errors import InputError, with_article
+from ftlevel.errors import InputError, join_names, with_article
 from ftlevel.events import Listener
 from ftlevel.merging.formats.base import MergeAdapter, server_support, start_commands
+from ftlevel.merging.formats.embedding import check_server, embed, write_vectors
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import load_config
 from ftlevel.models.sources import ModelSource
 from ftlevel.tasks import TASKS
+from ftlevel.trained.load import load_ref
 from ftlevel.trained.model_ref import ModelRef
 
 
@@ -28,20 +31,34 @@ def plan_export(config: ExportConfig, found: ModelRef) -> MergedExport:
         raise InputError(
             f"{config.model} is a whole model already, and is served as it is. Drop the export."
         )
-    if config.server is not None:
-        _check(config.model, found, SERVERS[config.server])
-    return MergedExport(config, found)
+    notes = [] if config.server is None else _check(config, found, SERVERS[config.server])
+    return MergedExport(config, found, tuple(notes))
 
 
-def _check(name: str, found: ModelRef, server: Server) -> None:
+def _check(config: ExportConfig, found: ModelRef, server: Server) -> list[str]:
+    """Return notes; raise InputError if `server` does not serve the merged model."""
+    task = TASKS[found.card.task]
+    if (form := task.embedding_format(found.card.options)) is not None:
+        return check_server(config, form, server)
     kind = model_kind(load_config(found.source))
-    needs = kind if TASKS[found.card.task].generates_text else "classifiers"
-    if needs not in ("decoder", *server.merged):
+    if (kind if task.generates_text else task.served_as) not in server.merged:
         raise InputError(
-            f"{name} was trained for {found.card.task} on {with_article(kind)}, and "
-            f"{server.title} serves decoders that write text. Keep it with transformers: "
-            f"ftlevel merge {quote(name)} --out DIR."
+            f"{config.model} was trained for {task.name} on {with_article(kind)}, and "
+            f"{server.title} serves {_served(server)}. Keep it with transformers: "
+            f"ftlevel merge {quote(config.model)} --out DIR."
         )
+    return []
+
+
+def _served(server: Server) -> str:
+    names = [_TEXT.get(name, name) for name in server.merged]
+    return join_names([*names, *["embedding models"] * (server.embeddings is not None)])
+
+
+_TEXT = {
+    "decoder": "decoders that write text",
+    "encoder-decoder": "encoder-decoders that write text",
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +68,11 @@ class MergedExport:
     config: ExportConfig
     found: ModelRef
     notes: tuple[str, ...] = ()
+
+    @property
+    def _form(self) -> EmbeddingFormat | None:
+        card = self.found.card
+        return TASKS[card.task].embedding_format(card.options)
 
     def choices(self, device: Choice) -> Iterator[Choice]:
         """Yield the lines for the console."""
@@ -87,6 +109,10 @@ class MergedExport:
                 place / "served.json", self.config.out, facts, self.found, source, device
             )
             summary["recorded"] = True
+        if self.config.server and self.config.verify and self._form is not None:
+            listener.stage("record its embeddings")
+            self._record(place, device)
+            summary["recorded"] = True
         if self.config.server:
             card = place / "README.md"
             text = (
@@ -97,6 +123,18 @@ class MergedExport:
             card.write_text(text, encoding="utf-8")
         return summary
 
+    def _record(self, place: Path, device: str) -> None:
+        """Write the embeddings of the merged model at `place`, computed in float32."""
+        card = replace(
+            self.found.card, method="full", quantization={"kind": "none"}, dtype="float32"
+        )
+        source = ModelSource(str(place), "directory", str(place), local_files_only=True)
+        whole = load_ref(replace(self.found, source=source, directory=None, card=card), device)
+        form = self._form or EmbeddingFormat()
+        end = card.options["embedding"]["end"]
+        vectors = embed(whole.model, form, whole.tokenizer, end, device)
+        write_vectors(place / "served.json", self.config, vectors, self.found.card.dtype)
+
     def _summary(self, merged: Mapping[str, Any] | None) -> dict[str, Any]:
         return {
             "model": self.config.model,
@@ -105,7 +143,7 @@ class MergedExport:
             "server": self.config.server,
             "merged": merged and {key: merged[key] for key in ("onto", "verified", "agreement")},
             "verified": bool(merged and merged["verified"]),
-            "start": start_commands(self.config.server, self.config.out),
+            "start": start_commands(self.config.server, self.config.out, self._form),
             "recorded": False,
             "out": str(self.config.out),
             "versions": library_versions(),

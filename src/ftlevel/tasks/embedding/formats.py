@@ -7,6 +7,8 @@ texts with a class.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -221,7 +223,11 @@ def _texts(roles: RoleValues, role: str) -> list[str]:
     """Return the texts of a role, which holds a text, passages with titles, or a list of them."""
     if not _has(roles, role):
         return []
-    value, name = _parsed(roles, role), repr(roles.columns[role])
+    value, name = roles.get(role), repr(roles.columns[role])
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):  # a text, such as "[1] a reference"
+            parsed = json.loads(value)
+            value = parsed if all(isinstance(each, str | dict) for each in parsed) else value
     if isinstance(value, str) and not value.strip() and role.startswith("negative"):
         return []  # fewer negatives than columns, in a file of cells
     if not isinstance(value, list):

@@ -86,6 +86,27 @@ class TextEncoder:
         return len(ids)
 
 
+def append_end(tokenizer: Any, end: int) -> None:
+    """Make a fast `tokenizer` append the token `end` to each text (mutated).
+
+    Other libraries load it from the model's directory, and pool that token as well. A tokenizer
+    that already adds a special token at the end is left unchanged.
+    """
+    around = tokenizer("a")["input_ids"]
+    if not tokenizer.is_fast or around[-1] in set(tokenizer.all_special_ids):
+        return
+    from tokenizers.processors import TemplateProcessing
+
+    start = around[: len(around) - len(tokenizer("a", add_special_tokens=False)["input_ids"])]
+    names = {f"start{at}": token for at, token in enumerate(start)} | {"end": end}
+    before = "".join(f"start{at}:0 " for at in range(len(start)))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{before}$A:0 end:0",
+        pair=f"{before}$A:0 end:0 $B:1 end:1",
+        special_tokens=list(names.items()),
+    )
+
+
 def hash_group(group: str) -> int:
     """Return a number below 2⁵² for a class, the same in every process."""
     return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=6).digest()[:6], "big") >> 4

@@ -31,7 +31,7 @@ from ftlevel.tasks.base import (
 from ftlevel.tasks.embedding.checks import check_documents
 from ftlevel.tasks.embedding.formats import EMBEDDING_SHAPES, QUERY_SHAPES, EmbeddingRow
 from ftlevel.tasks.embedding.objective import EVALUATED_ROWS, METRICS, Embeddings, LabelKind
-from ftlevel.tasks.embedding.rows import TextEncoder
+from ftlevel.tasks.embedding.rows import TextEncoder, append_end
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +60,7 @@ class EmbeddingTask(BaseTask):
     step_rows: int = EVALUATED_ROWS
     teacher: str | None = None
 
+    served_as: ClassVar[str] = "embedding models"
     checks: ClassVar[Checks] = Checks()
     synthetic_facts: ClassVar[Mapping[str, Any]] = {}
 
@@ -102,6 +103,8 @@ class EmbeddingTask(BaseTask):
                 f"which is not supported. Choose another model."
             )
         end = _end_of(tokenizer, source.name) if form.pooling == "last" else None
+        if end is not None:
+            append_end(tokenizer, end)
         dims = self.settings.matryoshka_dims
         if dims and max(dims) > (form.dims or width):
             raise ConfigError(
@@ -110,6 +113,12 @@ class EmbeddingTask(BaseTask):
             )
         task = replace(self, form=form, end=end, step_rows=step_rows)
         return task, _describe_form(form, reason, given)
+
+    def prepare_tokenizer(self, tokenizer: Any, kind: str) -> Choice | None:
+        """Append EOS to every text of a model that pools its last token."""
+        if self.end is not None:
+            append_end(tokenizer, self.end)
+        return None
 
     @property
     def max_tokens(self) -> int | None:
@@ -125,11 +134,15 @@ class EmbeddingTask(BaseTask):
         known = {"form": asdict(form), "end": end, "loss": DEFAULT_LOSSES["pairs"]}
         return {"options": {"embedding": known}}
 
+    def embedding_format(self, options: Mapping[str, Any]) -> EmbeddingFormat | None:
+        """Return the embedding format of a card with `options`."""
+        return EmbeddingFormat(**options["embedding"]["form"])
+
     def write_files(self, directory: Path, model_config: Any, options: Mapping[str, Any]) -> None:
         """Write the files that make the directory a SentenceTransformer."""
         from ftlevel.models.kinds import max_positions, width_of
 
-        form = EmbeddingFormat(**options["embedding"]["form"])
+        form = self.embedding_format(options) or EmbeddingFormat()
         longest = form.max_length or max_positions(model_config)
         write_embedding_format(directory, replace(form, max_length=longest), width_of(model_config))
 

@@ -47,6 +47,7 @@ class RerankingTask(BaseTask):
     settings: RerankingConfig = field(default_factory=RerankingConfig)
 
     has_new_head: ClassVar[bool] = True
+    served_as: ClassVar[str] = "rerankers"
     finds_ends_by_padding: ClassVar[bool] = True
     head_like: ClassVar[str] = "text-classification"
     separates_padding: ClassVar[bool] = True

@@ -1,9 +1,9 @@
 """Map transformers models to llama.cpp's architectures: metadata keys and tensor layouts.
 
 llama.cpp assumes a value for each setting without a GGUF key; a model with another value is
-refused. Four tensor layouts differ from transformers: Llama's rotary halves of queries and keys are
-interleaved, Gemma's norms are 1 + weight, GPT-2's Conv1D weights are transposed, and scaled rotary
-frequencies are a tensor of divisors.
+refused. BERT is written as an embedding model only. Four tensor layouts differ from transformers:
+Llama's rotary halves of queries and keys are interleaved, Gemma's norms are 1 + weight, GPT-2's
+Conv1D weights are transposed, and scaled rotary frequencies are a tensor of divisors.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ FAMILIES: dict[str, GgufFamily] = {
             "add_cross_attention": False,
         },
     ),
+    "bert": GgufFamily("bert", "gelu", rotary=(), fixed={"is_decoder": False}),
 }
 
 
@@ -103,6 +104,8 @@ def build_metadata(config: Any) -> Metadata:
     family = FAMILIES[config.model_type]
     if family.architecture == "gpt2":
         keys = _describe_gpt2(config)
+    elif family.architecture == "bert":
+        keys = _describe_bert(config)
     else:
         keys = _describe_rotary_model(config, family)
     return {f"{family.architecture}.{key}": value for key, value in keys.items()}
@@ -117,6 +120,8 @@ def context_limit(config: Any) -> tuple[int, int | None]:
     if config.model_type == "gpt2":
         return config.n_positions, None
     positions = config.max_position_embeddings
+    if not FAMILIES[config.model_type].rotary:
+        return positions, None
     window = getattr(config, "sliding_window", None)
     used = getattr(config, "use_sliding_window", True) and config.model_type != "gemma3_text"
     if used and window is not None and window < positions:
@@ -126,7 +131,7 @@ def context_limit(config: Any) -> tuple[int, int | None]:
 
 def extra_tensors(config: Any) -> dict[str, torch.Tensor]:
     """Return the divisors of scaled rotary frequencies, (rotary width / 2,) in float32."""
-    if config.model_type == "gpt2":
+    if not FAMILIES[config.model_type].rotary:
         return {}
     rope = _rope(config)
     if rope["rope_type"] == "longrope":
@@ -172,6 +177,18 @@ def _describe_gpt2(config: Any) -> Metadata:
         "feed_forward_length": config.n_inner or 4 * config.n_embd,
         "attention.head_count": config.n_head,
         "attention.layer_norm_epsilon": float(config.layer_norm_epsilon),
+    }
+
+
+def _describe_bert(config: Any) -> Metadata:
+    return {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.layer_norm_epsilon": float(config.layer_norm_eps),
+        "attention.causal": False,
     }
 
 

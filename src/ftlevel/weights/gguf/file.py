@@ -167,10 +167,12 @@ def plan_tensors(
     config: Any,
     outtype: str,
     choose: Callable[[str], QuantizedMatrix] | None = None,
+    unused: Sequence[str] = (),
 ) -> list[GGUFTensor]:
     """Return the tensors of the file in order, without reading them.
 
-    `choose` maps the name of a weight to its codes (out, in); None rounds.
+    `choose` maps the name of a weight to its codes (out, in); None rounds. Modules in `unused` are
+    left out.
 
     Raises:
         InputError: the architecture has no place for a tensor, or the checkpoint lacks one.
@@ -178,7 +180,7 @@ def plan_tensors(
     names = name_map(config)
     planned, lost, missing = [], [], []
     for source in dict.fromkeys(name for name, _ in checkpoint.model.named_parameters()):
-        if source in checkpoint.ties:
+        if source in checkpoint.ties or source.startswith(tuple(f"{name}." for name in unused)):
             continue
         if not checkpoint.holds(source):
             missing.append(source)
@@ -188,9 +190,9 @@ def plan_tensors(
             lost.append(source)
             continue
         tensor = _plan(checkpoint, config, source, name, outtype)
+        tensor = replace(tensor, arrange=partial(convert, config, name, is_conv1d=False))
         if choose is not None and tensor.outtype == outtype:
-            arrange = partial(convert, config, name, is_conv1d=False)
-            tensor = replace(tensor, codes=partial(choose, source), arrange=arrange)
+            tensor = replace(tensor, codes=partial(choose, source))
         planned.append(tensor)
     if lost:
         raise InputError(
@@ -212,7 +214,11 @@ def _plan(checkpoint: Checkpoint, config: Any, source: str, name: str, outtype: 
     transposed = type(module).__name__ == "Conv1D" and source.endswith(".weight")
     shape = checkpoint.spec(source).shape
     shape = shape[::-1] if transposed else shape
-    if len(shape) == 1 or name.startswith(("position_embd", "rope_")) or "_norm" in name:
+    if (
+        len(shape) == 1
+        or name.startswith(("position_embd", "token_types", "rope_"))
+        or "_norm" in name
+    ):
         outtype = "f32"
     elif outtype in GRIDS and shape[-1] % BLOCK:
         outtype = "f16"

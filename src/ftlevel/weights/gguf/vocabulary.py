@@ -62,9 +62,9 @@ PRE_TOKENIZERS = {
 class Vocabulary:
     """Tokenizer metadata of a .gguf file.
 
-    `model` is `gpt2` for byte-level BPE or `llama` for SentencePiece. Tokens with higher `scores`
-    are merged first. `special` maps `bos`, `eos`, `unknown` and `padding` to ids. `notes` are
-    differences of llama.cpp that the file cannot express.
+    `model` is `gpt2` for byte-level BPE, `llama` for SentencePiece or `bert` for WordPiece. Tokens
+    with higher `scores` are merged first. `special` maps `bos`, `eos`, `unknown` and `padding` to
+    ids. `notes` are differences of llama.cpp that the file cannot express.
     """
 
     model: str
@@ -97,8 +97,10 @@ class Vocabulary:
         return keys
 
 
-def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
+def read_vocabulary(tokenizer: Any, size: int, end: int | None = None) -> Vocabulary:
     """Return the metadata of `tokenizer` for a model with `size` embeddings.
+
+    `end` is the token that it adds to each text; None for EOS.
 
     Raises:
         InputError: llama.cpp does not support the tokenizer, or it has more tokens than the model.
@@ -111,15 +113,17 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
         )
     described: dict[str, Any] = json.loads(backend.to_str())
     model = described["model"]
+    if model["type"] == "WordPiece":
+        return _read_wordpiece(tokenizer, described, size)
     if model["type"] != "BPE":
         raise InputError(
-            f"its tokenizer is of the kind {model['type']}, and llama.cpp takes these families "
-            "with BPE."
+            f"its tokenizer is of type {model['type']}, and ftlevel writes BPE and WordPiece."
         )
     added = {token["id"]: token for token in described["added_tokens"]}
     tokens, types = _tokens(tokenizer, model, added, size)
     notes = _notes(added)
-    flags = _flags(tokenizer)
+    special = _special(tokenizer) | ({} if end is None else {"eos": end})
+    flags = _flags(tokenizer, special)
     merges: list[str] | None = None
     scores: list[float] | None = None
     if model["byte_fallback"]:
@@ -134,9 +138,66 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
-    return Vocabulary(
-        kind, pre, tokens, types, merges, scores, _special(tokenizer), flags, template, notes
-    )
+    return Vocabulary(kind, pre, tokens, types, merges, scores, special, flags, template, notes)
+
+
+def _read_wordpiece(tokenizer: Any, described: Mapping[str, Any], size: int) -> Vocabulary:
+    """Return the metadata of a WordPiece tokenizer; raises InputError for one that is not BERT's.
+
+    llama.cpp marks the begin of a word where WordPiece marks its continuation.
+    """
+    model, normalizer = described["model"], described["normalizer"] or {}
+    lowercase = bool(normalizer.get("lowercase"))
+    strips = normalizer.get("strip_accents")
+    strips = lowercase if strips is None else strips
+    ids = tokenizer("a")["input_ids"]
+    if (
+        normalizer.get("type") != "BertNormalizer"
+        or not normalizer["handle_chinese_chars"]
+        or _steps(described["pre_tokenizer"]) != [{"type": "BertPreTokenizer"}]
+        or model["continuing_subword_prefix"] != "##"
+        or (ids[0], ids[-1]) != (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    ):
+        raise InputError(
+            "its tokenizer is WordPiece, but not with BERT's steps ([CLS] text [SEP], split at "
+            "punctuation), which llama.cpp implements. Keep it with transformers."
+        )
+    added = {token["id"]: token for token in described["added_tokens"]}
+    texts = {index: text for text, index in model["vocab"].items()}
+    texts |= {index: token["content"] for index, token in added.items()}
+    _check_size(texts, size)
+    tokens, types = [], []
+    for index in range(size):
+        text = texts.get(index)
+        if text is None:
+            tokens.append(f"[PAD{index}]")
+        elif index in added or (text.startswith("[") and text.endswith("]")):
+            tokens.append(text)
+        else:
+            tokens.append(text[2:] if text.startswith("##") else SPACE + text)
+        is_special = index in added and added[index]["special"]
+        types.append(UNUSED if text is None else CONTROL if is_special else NORMAL)
+    special = {
+        "bos": tokenizer.cls_token_id,
+        "cls": tokenizer.cls_token_id,
+        "seperator": tokenizer.sep_token_id,
+        "unknown": tokenizer.unk_token_id,
+        "padding": tokenizer.pad_token_id,
+        "mask": tokenizer.mask_token_id,
+    }
+    flags = {"normalizer.lowercase": lowercase, "normalizer.strip_accents": strips}
+    known = {name: index for name, index in special.items() if index is not None}
+    cased = "versions of llama.cpp before normalizer.lowercase turn all texts into lower case"
+    notes = [] if lowercase else [cased]
+    return Vocabulary("bert", "default", tokens, types, None, None, known, flags, None, notes)
+
+
+def _check_size(texts: Mapping[int, str], size: int) -> None:
+    if (largest := max(texts)) >= size:
+        raise InputError(
+            f"its tokenizer has a token of id {largest:,}, and the model's embedding has {size:,} "
+            "rows. Is it the model's own tokenizer?"
+        )
 
 
 def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -151,11 +212,7 @@ def _tokens(
     """Return text and type of every token, up to the model's `size`."""
     texts = {index: text for text, index in model["vocab"].items()}
     texts |= {index: token["content"] for index, token in added.items()}
-    if (most := max(texts)) >= size:
-        raise InputError(
-            f"its tokenizer has a token of id {most:,}, and the model's embedding has {size:,} "
-            "rows. Is it the model's own tokenizer?"
-        )
+    _check_size(texts, size)
     tokens, types = [], []
     for index in range(size):
         text = texts.get(index)
@@ -184,11 +241,11 @@ def _special(tokenizer: Any) -> dict[str, int]:
     return {name: index for name, index in found.items() if index is not None}
 
 
-def _flags(tokenizer: Any) -> dict[str, bool]:
+def _flags(tokenizer: Any, special: Mapping[str, int]) -> dict[str, bool]:
     """Return whether the tokenizer adds BOS and EOS, by encoding a text."""
     ids = tokenizer("a")["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    bos, eos = special.get("bos"), special.get("eos")
     added = {
         "add_bos_token": bos is not None and ids[:1] == [bos] and plain[:1] != [bos],
         "add_eos_token": eos is not None and ids[-1:] == [eos] and plain[-1:] != [eos],

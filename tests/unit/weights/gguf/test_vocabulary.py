@@ -56,6 +56,27 @@ def test_a_splitting_is_known_by_its_steps(tokenizer: Any, name: str) -> None:
     assert len(keys["tokenizer.ggml.tokens"]) == len(keys["tokenizer.ggml.token_type"]) == SIZE
 
 
+def test_wordpiece_marks_the_begin_of_words() -> None:
+    tokenizer = build_tokenizer("bert")
+    written = read_vocabulary(tokenizer, SIZE)
+    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    for piece, token in zip(pieces, written.tokens, strict=False):
+        if piece.startswith("##"):
+            assert token == piece[2:]
+        else:
+            assert token == (piece if piece[0] + piece[-1] == "[]" else "\u2581" + piece)
+    keys = written.metadata()
+    assert keys["tokenizer.ggml.bos_token_id"] == tokenizer.cls_token_id
+    assert keys["tokenizer.ggml.seperator_token_id"] == tokenizer.sep_token_id  # as ggml spells it
+    assert (
+        keys["tokenizer.ggml.normalizer.lowercase"]
+        == keys["tokenizer.ggml.normalizer.strip_accents"]
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(InputError, match="but not with BERT's steps"):
+        read_vocabulary(tokenizer, SIZE)
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
     [
@@ -63,8 +84,7 @@ def test_a_splitting_is_known_by_its_steps(tokenizer: Any, name: str) -> None:
         (splitting(pre_tokenizers.Split(Regex(r"\p{N}{1,2}"), "isolated"), BYTES_ONLY), "{1,2}"),
         (splitting(BYTES, DIGITS), "not known here"),
         (splitting(pre_tokenizers.Split(Regex(LLAMA_3), "isolated"), BYTES_ONLY), "ignore_merges"),
-        (build_tokenizer("t5"), "of the kind Unigram"),
-        (build_tokenizer("bert"), "of the kind WordPiece"),
+        (build_tokenizer("t5"), "of type Unigram"),
         (build_tokenizer("llama"), "not those of a SentencePiece model"),
     ],
 )

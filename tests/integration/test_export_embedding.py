@@ -1,0 +1,156 @@
+"""`export` of embedding models: servers return their vectors, or the export is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import xllamacpp
+from torch.nn import functional
+
+from export_cases import exportable
+from ftlevel.artifacts.sentence_transformers import EmbeddingFormat, write_embedding_format
+from ftlevel.cli.app import run
+from ftlevel.commands.export import export
+from ftlevel.config import ExportConfig
+from ftlevel.errors import FtlevelError, RunError
+from ftlevel.extras.serving.check import check_served
+from ftlevel.extras.serving.config import CheckServedConfig
+
+ModelDir = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def embedding_model(source: Path, **form: Any) -> Path:
+    """Return a copy of a tiny model as a SentenceTransformer directory."""
+    copy = shutil.copytree(source, Path("model").absolute())
+    write_embedding_format(copy, EmbeddingFormat(**{"normalize": True, **form}), 64)
+    return copy
+
+
+def train_run(model: Path) -> None:
+    """Train `model` for two steps into `run`."""
+    rows = [{"anchor": f"a cat {i}", "positive": f"an animal {i}"} for i in range(8)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["train", "--task", "embedding", "--model", str(model), "--dataset", "rows.jsonl"]
+    more = ["--max-steps", "2", "--output-dir", "run", "--quiet", "--device", "cpu"]
+    assert run([*arguments, *more]) == 0
+
+
+@contextmanager
+def llama_server(path: Path) -> Iterator[str]:
+    params = xllamacpp.CommonParams()
+    params.model.path, params.port, params.embedding = str(path), 0, True
+    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 256, 1, False, 0
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    server = xllamacpp.Server(params)
+    yield server.listening_address
+    del server
+
+
+def reference(model: Path, texts: list[str], pooling: str, end: int | None) -> torch.Tensor:
+    """Return normalized embeddings by transformers alone, one text at a time."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    network = transformers.AutoModel.from_pretrained(model, dtype=torch.float32).eval()
+    rows = []
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        ids = ids if end is None or ids[-1] == end else [*ids, end]
+        with torch.no_grad():
+            states = network(torch.tensor([ids])).last_hidden_state[0]
+        rows.append({"mean": states.mean(0), "cls": states[0], "last": states[-1]}[pooling])
+    return functional.normalize(torch.stack(rows), dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "pooling"),
+    [("bert", "mlm", "mean"), ("bert", "mlm", "cls"), ("llama", None, "last"),
+     ("qwen3", None, "last")],
+)  # fmt: skip
+def test_llama_cpp_returns_the_embeddings_of_the_model(
+    family: str, head: str | None, pooling: str, tiny_model_dir: ModelDir
+) -> None:
+    settings = {"head_dim": 16} if family == "qwen3" else {}
+    source = (
+        exportable(tiny_model_dir, Path.cwd() / "base", family)
+        if family == "llama"
+        else tiny_model_dir(family, head, **settings)
+    )
+    model = embedding_model(source, pooling=pooling)
+    result = export(ExportConfig(model=str(model), out=Path("x.gguf"), server="llama.cpp"))
+    assert result.summary["check"]["min_cosine"] > 1 - 1e-6
+    record = json.loads(Path("x.served.json").read_text())
+    end = transformers.AutoTokenizer.from_pretrained(model).eos_token_id
+    texts = [row["text"] for row in record["texts"]]
+    expected = reference(model, texts, pooling, end if pooling == "last" else None)
+    recorded = torch.tensor([row["vector"] for row in record["texts"]])
+    torch.testing.assert_close(recorded, expected, rtol=0, atol=1e-5)
+    with llama_server(Path("x.gguf")) as url:
+        found = check_served(CheckServedConfig(out=Path("x.gguf"), url=url)).summary
+        assert found["min_cosine"] > 1 - 1e-5
+        record["texts"][0]["vector"] = [-value for value in record["texts"][0]["vector"]]
+        Path("x.served.json").write_text(json.dumps(record))
+        with pytest.raises(RunError, match="not those of training"):
+            check_served(CheckServedConfig(out=Path("x.gguf"), url=url))
+
+
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    ({"pooling": "max"}, "llama.cpp", "has max pooling, and llama.cpp has mean, cls, last"),
+    ({"query_prompt": "query: "}, "vllm", "was trained with prompts (query 'query: ')"),
+    ({"normalize": False, "similarity": "dot"}, "tei", "by dot product"),
+    ({"dims": 32}, "tei", "keeps 32 dimensions"),
+    ({}, "mlx", "mlx-lm serves none"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "server", "message"), REFUSED)
+def test_what_a_server_computes_otherwise_is_refused(
+    form: dict[str, Any], server: str, message: str, tiny_model_dir: ModelDir
+) -> None:
+    model = embedding_model(tiny_model_dir("bert", "mlm"), **form)
+    train_run(model)
+    out = Path("x.gguf" if server == "llama.cpp" else "out")
+    with pytest.raises(FtlevelError) as raised:
+        export(ExportConfig(model="run", out=out, server=server))
+    assert message in str(raised.value)
+    assert not out.exists()
+
+
+def test_a_run_is_merged_for_servers_of_embeddings(
+    tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = embedding_model(tiny_model_dir("bert", "mlm"), query_prompt="query: ")
+    train_run(model)
+    capsys.readouterr()
+    for server, command in (
+        ("tei", "text-embeddings-router --model-id tei --default-prompt-name query"),
+        ("openvino", "optimum-cli export openvino --model openvino --task feature-extraction"),
+    ):
+        assert run(["export", "run", "--for", server, "--out", server, "--json"]) == 0
+        summary = json.loads(capsys.readouterr().out)
+        assert summary["format"] == "merged"
+        assert summary["start"][0].startswith(command)
+        assert (Path(server) / "1_Pooling" / "config.json").is_file()
+    compile(summary["start"][1].partition(" -c ")[2], "start", "exec")
+    record = json.loads(Path("tei/served.json").read_text())
+    texts = [row["text"] for row in record["texts"]]
+    expected = reference(Path("tei"), texts, "mean", None)
+    recorded = torch.tensor([row["vector"] for row in record["texts"]])
+    torch.testing.assert_close(recorded, expected, rtol=0, atol=1e-5)
+    arguments = ["export", "run", "--for", "llama.cpp", "--out", "run.gguf", "--client-prompts"]
+    assert run([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompts"] == {"query": "query: "}
+    with llama_server(Path("run.gguf")) as url:
+        assert run(["check-served", "run.gguf", "--url", url]) == 0
