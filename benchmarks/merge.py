@@ -27,9 +27,8 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from startup import MODEL, describe_machine
+from measuring import MODEL, describe_machine, markdown, private_bytes
 
 LIMIT_BYTES = 1536 << 20
 LARGE = {
@@ -42,14 +41,6 @@ LARGE = {
     "max_position_embeddings": 2048,
 }
 SHARDS = 10
-
-
-def private_bytes() -> int:
-    """Return the private memory of this process that is in RAM."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) << 10
-    raise OSError("/proc/self/status has no RssAnon")
 
 
 class Peak:
@@ -243,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         work(tool, base, adapter, out, arguments.limit)
         return 0
     head = ["", "private MB", "PEFT's", "ratio", "wall s", "PEFT's", "ratio", "equal tensors"]
-    rows: list[list[Any]] = [head, ["---", *["--:"] * 7]]
+    rows: list[list[str]] = []
     notes = []
     with tempfile.TemporaryDirectory(prefix="ftlevel-merge-") as temporary:
         folder = Path(temporary)
@@ -255,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(compare("Llama of 3 GB, 10 shards", base, folder, 1))
             notes.append(under_limit(base, folder))
     print(f"{describe_machine()}.\n")
-    print("\n".join("| " + " | ".join(row) + " |" for row in rows))
+    print(markdown(head, rows))
     print("\n" + "\n".join(notes))
     return 0
 

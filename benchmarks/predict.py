@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from startup import describe_machine
+from measuring import describe_machine
 from training.workloads import MINILM, SMOLLM2
 
 from ftlevel import TrainConfig, train

@@ -38,7 +38,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from startup import describe_machine
+from measuring import describe_machine
 from training import tools, workloads
 from training.runs import FailedRunError, Reading, run_metered
 from training.tables import summarize, workload_table

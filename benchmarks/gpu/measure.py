@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from startup import describe_machine
+from measuring import describe_machine
 from train import measure_peak
 from training import tools
 from training.runs import FailedRunError, Reading, run_metered

@@ -361,7 +361,8 @@ class AdaptersExport:
                 )
                 form = check_form(form, entry, self.server)
             except InputError as error:
-                raise InputError(_refusal(entry, self.config, str(error))) from None
+                refusal = _refusal(entry, self.server, self.config.format, str(error))
+                raise InputError(refusal) from None
         if base is None:
             with tuned.disable_adapter():
                 base = run_prompts(tuned, entry, prompts)

@@ -1,0 +1,126 @@
+"""What the benchmarks share: a line about the machine, measured processes, Markdown tables."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TypeVar
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / ".models" / "SmolLM2-135M-Instruct"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Resources of a process: seconds of wall clock and CPU, and peak private memory in bytes.
+
+    Private memory is RssAnon of /proc (Linux), polled every 5 ms. Mapped file pages, which the
+    kernel can drop, do not count.
+    """
+
+    wall: float
+    cpu: float
+    peak: int
+
+
+def run(command: Sequence[str], limit: int | None = None) -> tuple[int, Usage, str]:
+    """Run `command` offline, and return its exit code, its usage and its output.
+
+    `limit` is RLIMIT_DATA in bytes, which includes imports and needs no privileges.
+    """
+
+    def lower_limit() -> None:
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package has its bytecode
+    before, began, peak = cpu_seconds(), time.perf_counter(), 0
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment, preexec_fn=lower_limit
+        )
+        while process.poll() is None:
+            peak = max(peak, private_bytes(process.pid))
+            time.sleep(0.005)
+        usage = Usage(time.perf_counter() - began, cpu_seconds() - before, peak)
+        output.seek(0)
+        return process.returncode, usage, output.read().decode(errors="replace").strip()
+
+
+def run_checked(command: Sequence[str]) -> tuple[Usage, str]:
+    """Run `command` as `run` does, and exit with its last line if it fails."""
+    code, usage, output = run(command)
+    if code:
+        sys.exit(f"error: {' '.join(command)} exited with {code}: {output.splitlines()[-1:]}")
+    return usage, output
+
+
+def cpu_seconds() -> float:
+    """Return the CPU seconds of all child processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def private_bytes(pid: int | str = "self") -> int:
+    """Return the private memory of a process in bytes; 0 if it has ended, or outside Linux."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return 0
+    sizes = [line.split()[1] for line in lines.splitlines() if line.startswith("RssAnon:")]
+    return int(sizes[0]) << 10 if sizes else 0
+
+
+def alternate(
+    cases: Mapping[str, Callable[[], T]], runs: int, warm_ups: int = 1
+) -> dict[str, list[T]]:
+    """Measure each case `runs` times, in turns, after `warm_ups` that do not count."""
+    results: dict[str, list[T]] = {name: [] for name in cases}
+    for number in range(warm_ups + runs):
+        print(f"round {number + 1} of {warm_ups + runs}", file=sys.stderr, flush=True)
+        for name, measure in cases.items():
+            result = measure()
+            if number >= warm_ups:
+                results[name].append(result)
+    return results
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table whose columns after the first are numbers."""
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def describe_machine() -> str:
+    """Return one line with the CPU, the memory, the load and the versions in use."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    facts = [
+        names[0] if names else platform.processor() or platform.machine(),
+        f"{os.cpu_count()} CPUs",
+    ]
+    if "SC_PHYS_PAGES" in os.sysconf_names:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        facts.append(f"{size / 2**30:.0f} GiB")
+    facts.append(f"Python {platform.python_version()}")
+    for package in ("torch", "transformers", "peft"):
+        try:
+            facts.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            facts.append(f"no {package}")
+    facts.append(f"load {os.getloadavg()[0]:.1f}")
+    facts.append(f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}")
+    return ", ".join(facts)
