@@ -84,7 +84,7 @@ from ftlevel.training.plan.schedule import (
 
 @dataclass(frozen=True)
 class _BaseModel:
-    """Base model before rows are read; `spelling` has the choices for tokenizer and experts."""
+    """Base model before rows are read; `choices` are those for tokenizer and experts."""
 
     source: ModelSource
     config: Any
@@ -94,7 +94,7 @@ class _BaseModel:
     dtype: Choice
     quant: QuantConfig
     tokenizer: Any
-    spelling: list[Choice]
+    choices: list[Choice]
 
 
 @dataclass(frozen=True)
@@ -137,89 +137,61 @@ def resolve(
     Raises:
         ConfigError: the first problem found; nothing was loaded or written.
     """
+    method, train, is_estimate = config.method, config.train, synthetic is not None
+    synthetic = synthetic or SyntheticBatch()
     task = TASKS[config.task].configured(config.task_options)
-    bare = _read_model(config, task, synthetic or SyntheticBatch())
-    width = width_of(bare.config)
+    base = _read_model(config, task, synthetic)
+    device, dtype, quant = base.device.value, base.dtype.value, base.quant.kind
     task, task_choices = task.for_model(
-        bare.source, bare.kind, width, bare.tokenizer, config.train.rows_per_step
+        base.source, base.kind, width_of(base.config), base.tokenizer, train.rows_per_step
     )
-    if synthetic is not None and synthetic.rows is not None:
-        data = synthetic.rows(task, bare.kind, bare.config)
+    if synthetic.rows is not None:
+        data = synthetic.rows(task, base.kind, base.config)
     else:
-        memory_device = "cpu" if synthetic is not None and synthetic.device else bare.device.value
         prompt = read_format(adapter.card) if adapter and adapter.card else None
         version = prompt_version or (prompt.version if prompt else PROMPT_VERSION)
-        bounds = find_bounds(
-            config.method,
-            bare.quant.kind,
-            config.train,
-            bare.config,
-            memory_device,
-            bare.dtype.value,
-        )
-        vocabulary = bare.config.get_text_config().vocab_size
+        memory_device = "cpu" if synthetic.device else device
+        bounds = find_bounds(method, quant, train, base.config, memory_device, dtype)
+        vocabulary = base.config.get_text_config().vocab_size
         context = EncodingContext(
-            task, bare.kind, bare.tokenizer, vocabulary, bounds, config.train.seed, lenient, version
+            task, base.kind, base.tokenizer, vocabulary, bounds, train.seed, lenient, version
         )
         data = prepare_data(config.data, context, progress)
-    model_config = _task_config(bare.source, data.facts, bare.tokenizer, task)
+    model_config = _task_config(base.source, data.facts, base.tokenizer, task)
     layers = _disable_layerdrop(model_config)
     if not task.uses_dropout:
         layers += _disable_dropout(model_config)
-    meta = build_task_model(model_config, bare.auto_class)
-    _check_checkpointing(config.train, meta, bare.device.value)
-    heads, new_modules = task.find_heads(meta, bare.source)
-    model = PlannedModel(
-        source=bare.source,
-        kind=bare.kind,
-        auto_class=bare.auto_class,
-        config=model_config,
-        tokenizer=bare.tokenizer,
-        device=bare.device.value,
-        dtype=bare.dtype.value,
-        quant=bare.quant,
-        heads=heads,
-        new_modules=new_modules,
-        new_heads=[] if adapter else find_new_heads(meta, bare.source, heads),
-        total_parameters=sum(p.numel() for p in meta.parameters()),
-        unused=task.find_unused(meta),
-    )
-    targets = find_method_targets(config.method, meta, bare.source.name, bare.quant.kind)
-    objective = task.build_objective(bare.kind, data.facts)
+    meta = build_task_model(model_config, base.auto_class)
+    _check_checkpointing(train, meta, device)
+    model = _plan_model(base, model_config, meta, task, continues=adapter is not None)
+    targets = find_method_targets(method, meta, base.source.name, quant)
+    objective = task.build_objective(base.kind, data.facts)
     if config.distillation.teacher is not None and isinstance(objective, Tokens):
         objective = build_distillation(objective, config.distillation)
-    generates = generates_texts(config.train.predict_with_generate, task)
+    generates = generates_texts(train.predict_with_generate, task)
     check_metrics(
-        config.train.metrics, task, objective, generates=generates, how="--predict-with-generate"
+        train.metrics, task, objective, generates=generates, how="--predict-with-generate"
     )
     loss, loss_choices = choose_loss(
-        config.train, config.distillation, config.task, objective, data.facts["labels"], data.train
+        train, config.distillation, config.task, objective, data.facts["labels"], data.train
     )
-    epoch_rows = rows_per_epoch(config.train, config.steps_per_rollout, len(data.train))
-    steps = count_steps(config.train, epoch_rows)
+    epoch_rows = rows_per_epoch(train, config.steps_per_rollout, len(data.train))
+    steps = count_steps(train, epoch_rows)
     share, papers = 1.0, ""
     if config.task in PREFERENCE_TASKS:
         share, papers = config.preference.facts.rate, "DPO"
     elif config.task == RL_TASK:
         share, papers = RL_RATE, "GRPO"
-    run_facts = _run_facts(model, meta, objective, steps)
-    rates = choose_rates(config.method, config.train, run_facts, share, papers)
-    check_schedule(config.train, rates.base.value, steps, len(data.validation))
-    an_epoch = steps if data.stream else count_steps_per_epoch(config.train, epoch_rows)
-    best = resolve_best_model(
-        config.method,
-        config.train,
-        task,
-        objective,
-        len(data.validation),
-        Length(steps, steps / an_epoch),
-    )
-    device, max_length = bare.device.value, data.max_length
-    threads = [choose_threads()] if device == "cpu" else []
-    fast = plan_fast(config, meta, bare.kind, objective, device, data.train, max_length)
+    rates = choose_rates(method, train, _run_facts(model, meta, objective, steps), share, papers)
+    check_schedule(train, rates.base.value, steps, len(data.validation))
+    steps_per_epoch = steps if data.stream else count_steps_per_epoch(train, epoch_rows)
+    length = Length(steps, steps / steps_per_epoch)
+    best = resolve_best_model(method, train, task, objective, len(data.validation), length)
+    fast = plan_fast(config, meta, base.kind, objective, device, data.train, data.max_length)
     rewards = None
-    if not (lenient or synthetic) and isinstance(objective, PolicyObjective) and config.rl.reward:
-        rewards = open_rewards(config.rl, device, bare.tokenizer, data.train, data.table.where)
+    if not (lenient or is_estimate) and isinstance(objective, PolicyObjective) and config.rl.reward:
+        rewards = open_rewards(config.rl, device, base.tokenizer, data.train, data.table.where)
+    is_quantized = stored_quantization(base.config) is not None
     run = Run(
         config=config,
         task=task,
@@ -234,26 +206,21 @@ def resolve(
         adapter=adapter,
         rewards=rewards,
         choices=[
-            model_choice(config.model, model.family, model.total_parameters, bare.source),
+            model_choice(config.model, model.family, model.total_parameters, base.source),
             Choice("task", task.name, why_task),
             *task_choices,
             *([adapter.choice] if adapter else []),
             *data.choices,
-            bare.device,
-            *threads,
-            bare.dtype,
-            *choose_tf32(config.train.tf32, device, bare.dtype.value),
-            *method_choices(
-                config.method,
-                bare.quant,
-                config.train,
-                stored_quantization(bare.config) is not None,
-            ),
-            *fused_lora_choices(config.method, config.speed, bare.quant.kind, device),
-            *kernel_choices(config.speed, device, bare.config.model_type),
-            *targets.choices(getattr(config.method, "target_modules", None)),
+            base.device,
+            *([choose_threads()] if device == "cpu" else []),
+            base.dtype,
+            *choose_tf32(train.tf32, device, dtype),
+            *method_choices(method, base.quant, train, is_quantized),
+            *fused_lora_choices(method, config.speed, quant, device),
+            *kernel_choices(config.speed, device, base.config.model_type),
+            *targets.choices(getattr(method, "target_modules", None)),
             *head_choices(task, model.heads),
-            *bare.spelling,
+            *base.choices,
             *layers,
             *loss_choices,
             *rates.choices,
@@ -273,42 +240,68 @@ def _read_model(config: TrainConfig, task: BaseTask, synthetic: SyntheticBatch) 
         requested.name_or_path, requested.revision, requested.trust_remote_code
     )
     check_revision(source, requested.revision)
-    bare = load_config(source)
-    kind = model_kind(bare)
+    model_config = load_config(source)
+    kind = model_kind(model_config)
     device = synthetic.device or choose_device(requested.device)
     method, train = config.method, config.train
-    quant = resolve_quantization(config.quant, method, bare, source, device.value)
+    quant = resolve_quantization(config.quant, method, model_config, source, device.value)
     try:
-        check_method(method, train, task.name, quant, bare, kind)
+        check_method(method, train, task.name, quant, model_config, kind)
     except ConfigError as error:
-        if (stored := stored_quantization(bare)) is None:
+        if (stored := stored_quantization(model_config)) is None:
             raise
         already = f"--model {source.name} is quantized already ({quantization_name(stored)})."
         raise ConfigError([f"{already} {problem}" for problem in error.problems]) from None
-    auto_class = task.auto_class(kind, bare.model_type)
-    quant, experts = _resolve_experts(quant, method, bare, auto_class)
-    dtype = choose_precision(method, requested.dtype, device.value, bare.model_type)
+    auto_class = task.auto_class(kind, model_config.model_type)
+    quant, experts = _resolve_experts(quant, method, model_config, auto_class)
+    dtype = choose_precision(method, requested.dtype, device.value, model_config.model_type)
     tokenizer = synthetic.tokenizer or load_tokenizer(source)
     template = set_chat_template(tokenizer, config.data.chat_template)
     padding = ensure_pad_token(tokenizer)
     padding = (separate_pad_from_eos(tokenizer) if task.separates_padding else None) or padding
-    pairs = task.prepare_tokenizer(tokenizer, kind)
-    spelling = [choice for choice in (experts, template, padding, pairs) if choice]
-    return _BaseModel(source, bare, kind, auto_class, device, dtype, quant, tokenizer, spelling)
+    tokenizer_choice = task.prepare_tokenizer(tokenizer, kind)
+    choices = [choice for choice in (experts, template, padding, tokenizer_choice) if choice]
+    return _BaseModel(
+        source, model_config, kind, auto_class, device, dtype, quant, tokenizer, choices
+    )
 
 
 def _resolve_experts(
-    quant: QuantConfig, method: MethodConfig, bare: Any, auto_class: str
+    quant: QuantConfig, method: MethodConfig, model_config: Any, auto_class: str
 ) -> tuple[QuantConfig, Choice | None]:
     """Resolve expert quantization; return `quant` and the line that shows it, if any."""
     if quant.kind == "none" and not quant.experts:
         return quant, None
-    meta = build_task_model(bare, auto_class)
-    quant, reason = resolve_experts(quant, method, meta, stored_quantization(bare) is not None)
+    meta = build_task_model(model_config, auto_class)
+    quant, reason = resolve_experts(
+        quant, method, meta, stored_quantization(model_config) is not None
+    )
     if not quant.experts and next(ModuleTree(meta).experts(), None) is None:
         return quant, None
     precision = "4 bits, as the linears" if quant.experts else "in floating point"
     return quant, Choice("experts", precision, reason)
+
+
+def _plan_model(
+    base: _BaseModel, model_config: Any, meta: Any, task: BaseTask, *, continues: bool
+) -> PlannedModel:
+    """Return the planned model; a run that `continues` an adapter has its heads."""
+    heads, new_modules = task.find_heads(meta, base.source)
+    return PlannedModel(
+        source=base.source,
+        kind=base.kind,
+        auto_class=base.auto_class,
+        config=model_config,
+        tokenizer=base.tokenizer,
+        device=base.device.value,
+        dtype=base.dtype.value,
+        quant=base.quant,
+        heads=heads,
+        new_modules=new_modules,
+        new_heads=[] if continues else find_new_heads(meta, base.source, heads),
+        total_parameters=sum(p.numel() for p in meta.parameters()),
+        unused=task.find_unused(meta),
+    )
 
 
 def _run_facts(model: PlannedModel, meta: Any, objective: Objective, steps: int) -> RunFacts:
