@@ -328,19 +328,19 @@ class SpanMeter:
 
     def __init__(self, unanswerable: bool) -> None:
         self.unanswerable = unanswerable
-        self.found: defaultdict[int, BestSpan] = defaultdict(BestSpan)
+        self.spans: defaultdict[int, BestSpan] = defaultdict(BestSpan)
         self.answers: dict[int, list[str]] = {}
 
     def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
         """Add a batch of `Window`: start and end logits `(batch, seq, 2)`."""
         for scores, window in zip(logits.cpu(), rows, strict=True):
-            update_span(self.found[window.row], scores, window)
+            update_span(self.spans[window.row], scores, window)
             self.answers[window.row] = [text for text, _ in window.answers]
 
     def compute(self, loss: float) -> dict[str, float]:
         """Return exact match and F1, averaged over questions."""
         predictions = {
-            row: span.answer(unanswerable=self.unanswerable) for row, span in self.found.items()
+            row: span.answer(unanswerable=self.unanswerable) for row, span in self.spans.items()
         }
         count = len(predictions)
         return {
@@ -353,14 +353,14 @@ class SpanMeter:
         """Return a meter of all questions; duplicates count twice."""
         pooled = SpanMeter(self.unanswerable)
         for meter in meters:
-            for row, span in meter.found.items():
-                pooled.answers[len(pooled.found)] = meter.answers[row]
-                pooled.found[len(pooled.found)] = span
+            for row, span in meter.spans.items():
+                pooled.answers[len(pooled.spans)] = meter.answers[row]
+                pooled.spans[len(pooled.spans)] = span
         return pooled
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
         """Return the predicted span of the only question seen, and its answers."""
-        ((row, span),) = self.found.items()
+        ((row, span),) = self.spans.items()
         predicted = span.answer(unanswerable=self.unanswerable)
         return {"predicted": predicted, "true": self.answers[row]}
 

@@ -338,7 +338,7 @@ class BestModelCallback(TrainerCallback):
         self._states = states
         self._listener = listener
         self._has_ended = False
-        self._is_owed = False
+        self._must_rewrite = False
 
     def resume(self, step: int, past: Sequence[Mapping[str, Any]], *, has_new_length: bool) -> None:
         """Restore the state at the checkpoint of `step` from the log records `past`.
@@ -356,7 +356,7 @@ class BestModelCallback(TrainerCallback):
             return
         damage = find_damage(best_of(self.directory, best.step))
         if damage and best.step == step:  # the checkpoint has the same weights
-            self._is_owed = True
+            self._must_rewrite = True
         elif damage:
             self._listener.warn(
                 f"best-{best.step}: {damage}; the model that was the best before is forgotten, and "
@@ -373,7 +373,7 @@ class BestModelCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Rewrite a damaged best model, and stop a run that had already stopped early."""
-        if self._is_owed and self._is_first:
+        if self._must_rewrite and self._is_first:
             write_best(self.directory, state.global_step, lambda to: self._write(model, to))
         control.should_training_stop |= self._has_ended
 
@@ -445,13 +445,13 @@ class PredictionRecorder(TrainerCallback):
     def __init__(self, objective: Objective, best: BestModelCallback | None) -> None:
         self._objective = objective
         self._best = best
-        self._now: ExampleRecord | None = None
-        self._kept: dict[int, ExampleRecord] = {}
+        self._current: ExampleRecord | None = None
+        self._records: dict[int, ExampleRecord] = {}
 
     def begin(self) -> ExampleRecord:
         """Return a new record for the next evaluation."""
-        self._now = ExampleRecord(self._objective)
-        return self._now
+        self._current = ExampleRecord(self._objective)
+        return self._current
 
     def on_evaluate(
         self,
@@ -464,10 +464,10 @@ class PredictionRecorder(TrainerCallback):
         """Store the record, and drop all but those of step 0, the best and the current step."""
         best = self._best.evaluations.best if self._best else None
         steps = {0, state.global_step, best.step if best else None}
-        if self._now is not None:
-            self._kept[state.global_step] = self._now
-        self._kept = {step: record for step, record in self._kept.items() if step in steps}
+        if self._current is not None:
+            self._records[state.global_step] = self._current
+        self._records = {step: record for step, record in self._records.items() if step in steps}
 
     def of(self, step: int) -> ExampleRecord | None:
         """Return the record of the evaluation at `step`; None if this process has none."""
-        return self._kept.get(step)
+        return self._records.get(step)

@@ -192,7 +192,7 @@ def report_results(
 ) -> Mapping[str, Any]:
     """Write and report the results of a run, upload it if configured, and return the summary."""
     summary = build_summary(run, outcome)
-    step = outcome.kept.step if outcome.kept else summary["steps"]
+    step = outcome.selected.step if outcome.selected else summary["steps"]
     lines, intervals = describe_answers(run, outcome.evaluator, outcome.answers, step)
     summary = {
         **summary,

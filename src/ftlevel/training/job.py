@@ -217,7 +217,7 @@ def _resolve(
     choices = [*inputs.choices, *run.choices]
     run = replace(run, choices=choices, written_base=inputs.written_base)
     check_base_not_overwritten(run)
-    run = replace(run, beside=find_auxiliary_models(run))
+    run = replace(run, auxiliary=find_auxiliary_models(run))
     sizes = size_choices(run, try_method=try_method)
     memory = estimate_memory(run, processes)
     listener.choices("train", [memory.choice(), *run.choices, *sizes])

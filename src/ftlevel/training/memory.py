@@ -58,15 +58,15 @@ class Activations:
     `states` are the bytes of each block's input, stored even if the block is recomputed.
     """
 
-    held: tuple[float, ...]
+    stored: tuple[float, ...]
     states: tuple[float, ...]
 
     def count_recomputed(self, tokens: int, memory: int) -> int:
         """Return how many blocks to recompute so that `tokens` fit into `memory` bytes."""
-        saved = [held - states for held, states in zip(self.held, self.states, strict=True)]
-        remaining = accumulate(saved, lambda rest, more: rest - more, initial=sum(self.held))
+        saved = [total - states for total, states in zip(self.stored, self.states, strict=True)]
+        remaining = accumulate(saved, lambda rest, more: rest - more, initial=sum(self.stored))
         fits = (count for count, rest in enumerate(remaining) if tokens * rest <= memory)
-        return next(fits, len(self.held))
+        return next(fits, len(self.stored))
 
 
 def set_checkpointing(model: Any, run: Run) -> list[Choice]:
@@ -94,7 +94,7 @@ def set_checkpointing(model: Any, run: Run) -> list[Choice]:
     recompute_blocks(base)
     recompute_first(blocks, count)
     reason = (
-        f"auto: {tokens:,} tokens hold {tokens * sum(activations.held) / 1e9:.1f} GB, and "
+        f"auto: {tokens:,} tokens hold {tokens * sum(activations.stored) / 1e9:.1f} GB, and "
         f"{memory / 1e9:.1f} GB are free for them"
     )
     return [Choice("recomputed blocks", f"{count} of {len(blocks)}", reason)]
@@ -230,14 +230,14 @@ class StepReducer:
         self._trainer = trainer
         self.done: list[dict[str, Any]] = []
 
-    def can(self, inputs: Mapping[str, Any]) -> bool:
+    def can_reduce(self, inputs: Mapping[str, Any]) -> bool:
         """Whether a further reduction is possible; never with several processes."""
         trainer = self._trainer
         if trainer.args.world_size > 1 or trainer.fast is None:
             return False
         return _has_several_rows(inputs) or self._can_checkpoint()
 
-    def make(self, model: Any, rows: Sequence[Encoded], inputs: Mapping[str, Any]) -> Any:
+    def reduce(self, model: Any, rows: Sequence[Encoded], inputs: Mapping[str, Any]) -> Any:
         """Clear `model`'s gradients and return the inputs of a failed step in smaller parts."""
         model.zero_grad()
         gc.collect()
@@ -297,9 +297,9 @@ class StepReducer:
                     trainer.compute_batch(model, batch)
                     break
                 except Exception as error:
-                    if not (is_out_of_memory(error) and self.can(inputs)):
+                    if not (is_out_of_memory(error) and self.can_reduce(inputs)):
                         raise
-                inputs = self.make(model, longest, inputs)
+                inputs = self.reduce(model, longest, inputs)
         model.zero_grad()
         trainer.take_step_loss()
 

@@ -37,26 +37,29 @@ disk is as fast."""
 
 
 class FileDigests:
-    """SHA-256 of whole files, computed in a background thread and stored in the file `kept`.
+    """SHA-256 of whole files, computed in a background thread and stored in `file_name`.
 
-    `field` is the origin's field with samples of these files; `words` is their name in messages.
+    `field` is the origin's field with samples of these files; `description` is their name in
+    messages.
     """
 
-    def __init__(self, field: str, description: str, kept: str, files: Mapping[str, Path]) -> None:
-        self.field, self.words, self.kept = field, description, kept
+    def __init__(
+        self, field: str, description: str, file_name: str, files: Mapping[str, Path]
+    ) -> None:
+        self.field, self.description, self.file_name = field, description, file_name
         self._files = files
         self._thread: threading.Thread | None = None
 
     def keep(self, checkpoints: Path) -> None:
         """Start to hash in the background and write into `checkpoints`, unless already written."""
-        if not self._files or (checkpoints / self.kept).exists():
+        if not self._files or (checkpoints / self.file_name).exists():
             return
 
         def read_and_write() -> None:
             with contextlib.suppress(MemoryError, OSError):  # reported by the run itself
                 digests = self._read()
                 if checkpoints.is_dir():
-                    write_json(checkpoints / self.kept, digests)
+                    write_json(checkpoints / self.file_name, digests)
 
         self._thread = threading.Thread(target=read_and_write, daemon=True)
         self._thread.start()
@@ -74,7 +77,7 @@ class FileDigests:
         if not self._files:
             return {}
         try:
-            stored = json.loads(read_plain(checkpoints / self.kept))
+            stored = json.loads(read_plain(checkpoints / self.file_name))
             if not isinstance(stored, dict):
                 raise TypeError
         except (OSError, ValueError, TypeError, RecursionError):
@@ -87,7 +90,7 @@ class FileDigests:
 
     def forget(self, checkpoints: Path) -> None:
         """Delete the stored digests, so that a resumed run writes new ones."""
-        (checkpoints / self.kept).unlink(missing_ok=True)
+        (checkpoints / self.file_name).unlink(missing_ok=True)
 
     def _read(self) -> dict[str, str]:
         return {name: file_fingerprint(path) for name, path in self._files.items()}
@@ -212,7 +215,7 @@ def origin_of(run: Run, base: Mapping[str, Any]) -> dict[str, Any]:
     values["model"]["fingerprint"] = base["fingerprint"]
     if run.adapter is not None:
         values["model"]["adapter_fingerprint"] = run.adapter.fingerprint
-    for (section, name), fingerprint in run.beside.fingerprints().items():
+    for (section, name), fingerprint in run.auxiliary.fingerprints().items():
         values[section][name] = fingerprint  # independent of its path
     if run.rewards is not None:
         values["rl"]["fingerprint"] = run.rewards.fingerprint

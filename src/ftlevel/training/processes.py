@@ -243,16 +243,16 @@ class WatchProcesses(TrainerCallback):
         self._world = processes.world
         rank, count = processes.world.rank, processes.count
         self._watched = {0: range(1, count), 1: range(1)}.get(rank, range(0))
-        self._warn = warn if rank == 0 else self._say
+        self._warn = warn if rank == 0 else self._write
         self._step = 0
         self._ended = threading.Event()
-        self._heard = time.monotonic()
-        self._signs: dict[int, tuple[float, Any]] = {}  # time received, and content
+        self._last_exchange = time.monotonic()
+        self._heartbeats: dict[int, tuple[float, Any]] = {}  # time received, and content
         self._steps: list[float] = []
-        self._began = 0.0
+        self._step_start = 0.0
 
     @staticmethod
-    def _say(message: str) -> None:
+    def _write(message: str) -> None:
         sys.stderr.write(f"warning: {message}\n")
         sys.stderr.flush()
 
@@ -272,9 +272,9 @@ class WatchProcesses(TrainerCallback):
     ) -> None:
         """Record the start of a step, whose rows are read."""
         now = time.monotonic()
-        if self._began:
-            self._steps = [*self._steps[-9:], now - self._began]
-        self._began, self._step = now, state.global_step + 1
+        if self._step_start:
+            self._steps = [*self._steps[-9:], now - self._step_start]
+        self._step_start, self._step = now, state.global_step + 1
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -297,7 +297,7 @@ class WatchProcesses(TrainerCallback):
         except RuntimeError:  # the launcher has another kind of store
             self._ended.set()
             return
-        last_signs: dict[int, str] = {}
+        last_heartbeats: dict[int, str] = {}
         while not self._ended.wait(_EVERY):
             number += 1
             try:
@@ -307,11 +307,11 @@ class WatchProcesses(TrainerCallback):
                 received = store.multi_get(list(present.values())) if present else []
             except RuntimeError:  # the store or its host process is gone
                 continue
-            self._heard = time.monotonic()
+            self._last_exchange = time.monotonic()
             for rank, sign in zip(present, (sign.decode() for sign in received), strict=True):
-                if last_signs.get(rank) != sign:
-                    last_signs[rank] = sign
-                    self._signs[rank] = (self._heard, json.loads(sign))
+                if last_heartbeats.get(rank) != sign:
+                    last_heartbeats[rank] = sign
+                    self._heartbeats[rank] = (self._last_exchange, json.loads(sign))
 
     def _watch(self) -> None:
         """Report each missing process once, until it recovers."""
@@ -320,21 +320,25 @@ class WatchProcesses(TrainerCallback):
         while not self._ended.wait(_EVERY):
             now = time.monotonic()
             if now - last > PATIENCE:  # this process itself was suspended
-                self._heard = now
-                self._signs = {rank: (now, sign) for rank, (_, sign) in self._signs.items()}
+                self._last_exchange = now
+                self._heartbeats = {
+                    rank: (now, sign) for rank, (_, sign) in self._heartbeats.items()
+                }
             last = now
-            missed = dict(self._missed(now))
+            missed = dict(self._find_missing(now))
             for rank, message in missed.items():
                 if rank not in reported:
                     self._warn(message)
             reported = set(missed)
 
-    def _missed(self, now: float) -> Iterator[tuple[int, str]]:
+    def _find_missing(self, now: float) -> Iterator[tuple[int, str]]:
         """Yield the ranks that delay the others, with a message."""
         mine = self._step
-        is_alone = self._world.rank > 0 and now - self._heard > PATIENCE  # rank 0 hosts the store
-        is_long = now - self._began > max(PATIENCE, self._usual())
-        for rank, (came, (_, host, step)) in self._signs.items():
+        is_alone = (
+            self._world.rank > 0 and now - self._last_exchange > PATIENCE
+        )  # rank 0 hosts the store
+        is_long = now - self._step_start > max(PATIENCE, self._max_step_seconds())
+        for rank, (came, (_, host, step)) in self._heartbeats.items():
             who = f"rank {rank} ({host})"
             if is_alone or now - came > PATIENCE:
                 message = (
@@ -349,5 +353,5 @@ class WatchProcesses(TrainerCallback):
                 )
                 yield rank, message
 
-    def _usual(self) -> float:
+    def _max_step_seconds(self) -> float:
         return _LONGER * statistics.median(self._steps) if self._steps else float("inf")

@@ -345,7 +345,7 @@ def precompute_reference(run: Run, listener: Listener) -> tuple[Run, Reference |
 
     The reference is None if no model is named or the objective needs none.
     """
-    reference = run.beside.reference
+    reference = run.auxiliary.reference
     if reference is None or not needs_reference(run):
         return run, None
     listener.stage("running the reference model")

@@ -337,13 +337,14 @@ def _changes_of_files(
     changed = digests.changes(directory.checkpoints)
     if changed is None:
         listener.warn(
-            f"--resume {directory.path}: what bytes {digests.words} had when it began is not known "
-            f"any more (checkpoints/{digests.kept}), so only samples of them are compared"
+            f"--resume {directory.path}: what bytes {digests.description} had when it began is not "
+            f"known any more (checkpoints/{digests.file_name}), so only samples of them are "
+            "compared"
         )
     elif changed and digests.field not in output.allow_change:
         shown = join_names(f"{n} was {was} and is {now}" for n, (was, now) in changed.items())
         raise ConfigError(
-            f"--resume {directory.path}: not the same run: the bytes of {digests.words} "
+            f"--resume {directory.path}: not the same run: the bytes of {digests.description} "
             f"have changed since it started: {shown} (SHA-256). Restore them, start a new run in "
             f"another --output-dir, or pass --allow-change {digests.field}"
         )

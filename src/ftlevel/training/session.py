@@ -157,9 +157,9 @@ class TrainingSession:
             evaluator=trainer.evaluator,
             answers=callbacks.answers,
             speed=describe_speed(trainer, comparison),
-            kept=self.selected,
+            selected=self.selected,
             changes=self.directory.read_changes(),
-            left_out=select_skipped_steps(self.directory.read_notes()),
+            skipped_steps=select_skipped_steps(self.directory.read_notes()),
             plan=job.memory.compare(self.resident),
         )
         facts, notes = self.auxiliary.describe(self.run, records)

@@ -134,9 +134,9 @@ class Outcome:
         recipe: source of the settings and the git state there.
         timings: in seconds.
         evaluator: None without validation rows.
-        kept: the selected model; None if evaluations were not compared.
+        selected: the selected model; None if evaluations were not compared.
         changes: settings that changed when the run resumed.
-        left_out: skipped steps.
+        skipped_steps: skipped steps.
         plan: memory estimate.
     """
 
@@ -150,9 +150,9 @@ class Outcome:
     evaluator: Evaluator | None
     answers: PredictionRecorder
     speed: Mapping[str, Any]
-    kept: SelectedModel | None
+    selected: SelectedModel | None
     changes: Sequence[Mapping[str, Any]]
-    left_out: Sequence[Mapping[str, Any]] = ()
+    skipped_steps: Sequence[Mapping[str, Any]] = ()
     plan: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -164,7 +164,7 @@ def build_summary(run: Run, outcome: Outcome) -> dict[str, Any]:
     first = scores[0] if scores and scores[0]["step"] == 0 else {}
     last = scores[-1] if scores and scores[-1]["step"] > 0 else {}
     generated = outcome.evaluator.generated_rows if outcome.evaluator else 0
-    best = outcome.kept
+    best = outcome.selected
     selected = last if best is None else next(r for r in reversed(scores) if r["step"] == best.step)
     return {
         "run": str(outcome.run),
@@ -195,7 +195,7 @@ def build_summary(run: Run, outcome: Outcome) -> dict[str, Any]:
         ],
         "versions": library_versions(),
         "changed_on_resume": list(outcome.changes),
-        "left_out": list(outcome.left_out),
+        "left_out": list(outcome.skipped_steps),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

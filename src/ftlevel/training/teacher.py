@@ -71,7 +71,7 @@ def precompute_teacher(run: Run, listener: Listener) -> TeacherPredictions | Non
 
     Raises InputError if the disk lacks space for them.
     """
-    teacher, settings = run.beside.teacher, run.config.distillation
+    teacher, settings = run.auxiliary.teacher, run.config.distillation
     if teacher is None or not isinstance(run.objective, TokenObjective):
         return None
     listener.stage("running the teacher")

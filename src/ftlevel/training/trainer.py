@@ -216,9 +216,9 @@ class FtlevelTrainer(Trainer):
                 loss = self.compute_batch(model, inputs, num_items_in_batch)
                 break
             except Exception as error:
-                if not (is_out_of_memory(error) and self.smaller.can(inputs)):
+                if not (is_out_of_memory(error) and self.smaller.can_reduce(inputs)):
                     raise
-            inputs = self.smaller.make(model, rows, inputs)
+            inputs = self.smaller.reduce(model, rows, inputs)
         for part in inputs.get("micro_batches", [inputs]):
             if not self._is_padding:
                 self.tokens_seen += part["attention_mask"].sum().to(self.args.device)

@@ -60,9 +60,9 @@ def test_what_is_counted_is_what_is_held() -> None:
     model = adapted()
     found = count_activations(model, find_blocks(model.get_base_model()), run_of(64))
     more = (held_by(model, 256) - held_by(model, 128)) / 128  # per token, embeddings and norm too
-    assert len(found.held) == BLOCKS
+    assert len(found.stored) == BLOCKS
     assert found.states == (model.config.hidden_size * 4,) * BLOCKS
-    assert sum(found.held) == pytest.approx(more, rel=0.1)
+    assert sum(found.stored) == pytest.approx(more, rel=0.1)
 
 
 @pytest.mark.parametrize(("share", "expected"), [(1.1, 0), (0.8, 2), (0.2, BLOCKS)])
@@ -72,7 +72,7 @@ def test_blocks_are_recomputed_until_the_rest_fits(
     model, run = adapted(), run_of(256)
     blocks = find_blocks(model.get_base_model())
     found = count_activations(model, blocks, run)
-    memory = int(share * 256 * sum(found.held))
+    memory = int(share * 256 * sum(found.stored))
     monkeypatch.setattr(
         checkpointing, "free_memory_bytes", lambda _: memory / checkpointing.FREE_SHARE
     )
@@ -127,12 +127,12 @@ def test_offloading_recomputes_all_blocks(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_formula() -> None:
-    found = Activations(held=(100.0,) * 8, states=(10.0,) * 8)
+    found = Activations(stored=(100.0,) * 8, states=(10.0,) * 8)
     assert found.count_recomputed(10, 8000) == 0
     assert found.count_recomputed(10, 7999) == 1
     assert found.count_recomputed(10, 8000 - 900 * 3) == 3
     assert found.count_recomputed(10, 0) == 8
-    uneven = Activations(held=(100.0, 100.0, 20.0), states=(10.0, 10.0, 2.0))
+    uneven = Activations(stored=(100.0, 100.0, 20.0), states=(10.0, 10.0, 2.0))
     assert [uneven.count_recomputed(1, memory) for memory in (220, 219, 130, 129)] == [0, 1, 1, 2]
 
 
@@ -169,8 +169,8 @@ def test_both_stacks_of_an_encoder_decoder_are_counted(family: str) -> None:
     # norm make of a token, dropped and not; and its ids and masks.
     scores = model.config.vocab_size * 4 * 32 / 64
     ends = 4 * (64 + 32) / 64 * model.config.hidden_size * 4
-    assert more - 2 * scores - ends - 32 < sum(found.held) < more
-    assert all(part > 0 for part in found.held)
+    assert more - 2 * scores - ends - 32 < sum(found.stored) < more
+    assert all(part > 0 for part in found.stored)
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
@@ -180,7 +180,7 @@ def test_auto_recomputes_blocks_of_an_encoder_decoder(
     model, run = answered(family)
     blocks = [block for stack in find_stacks(model.get_base_model()) for block in stack]
     found = count_activations(model, blocks, run)
-    free = 0.5 * run.fast.tokens * sum(found.held)
+    free = 0.5 * run.fast.tokens * sum(found.stored)
 
     def gradients() -> list[torch.Tensor]:
         model.zero_grad()

@@ -46,9 +46,9 @@ class RewardTask(AnswerTask):
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
         """Return the logistic loss of the score difference of a pair."""
-        return RewardObjective("accuracy", settings=self._told(facts))
+        return RewardObjective("accuracy", settings=self._settings(facts))
 
-    def _told(self, facts: Mapping[str, Any]) -> PreferenceConfig:
+    def _settings(self, facts: Mapping[str, Any]) -> PreferenceConfig:
         return self.configured(facts).settings if "preference" in facts else self.settings
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:

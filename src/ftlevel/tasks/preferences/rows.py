@@ -166,7 +166,7 @@ class ContrastedRows(LazySequence[Encoded]):
 
     def __init__(self, rows: Sequence[Encoded], max_length: int) -> None:
         self.rows = rows
-        self._most = max_length
+        self._max_length = max_length
         prompts = [_prompt(row) for row in rows]
         self._partner = np.zeros(len(rows), dtype=np.int64)
         for index in range(len(rows)):
@@ -182,7 +182,7 @@ class ContrastedRows(LazySequence[Encoded]):
         row, partner = self.rows[at], self.rows[int(self._partner[at])]
         if not isinstance(row, LabeledAnswerRow) or not isinstance(partner, LabeledAnswerRow):
             raise TypeError("judged answers contrast with judged answers")
-        room = max(1, self._most - row.prompt) if row.prompt else None
+        room = max(1, self._max_length - row.prompt) if row.prompt else None
         ids, labels = (part[:room] for part in partner.answer)
         return replace(row, other=(*ids, *labels))
 

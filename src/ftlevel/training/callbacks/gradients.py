@@ -49,7 +49,7 @@ class Recovery(TrainerCallback):
         checkpoint: Path | None,
     ) -> None:
         self._trainer = trainer
-        self._how = train.on_nonfinite
+        self._action = train.on_nonfinite
         self._factor = train.spike_factor
         self._directory = directory
         self._processes = processes
@@ -64,7 +64,7 @@ class Recovery(TrainerCallback):
     @property
     def stops(self) -> bool:
         """Whether a non-finite step ends the run."""
-        return self._how == "stop"
+        return self._action == "stop"
 
     @property
     def only_stops(self) -> bool:
@@ -81,9 +81,9 @@ class Recovery(TrainerCallback):
         `problem` and `advice` are sentences of the message. `in_weights` means that the optimizer
         step was already made, so it cannot be skipped.
         """
-        action = self._how
+        action = self._action
         if action == "stop" or (action == "skip" and in_weights):
-            raise RunError(f"{problem}.{self._rows()} {advice} {self._kept()}")
+            raise RunError(f"{problem}.{self._rows()} {advice} {self._describe_newest()}")
         if action == "rollback":
             self._roll_back(step, problem)
         else:
@@ -126,7 +126,7 @@ class Recovery(TrainerCallback):
         if self._consecutive > _PATIENCE:
             raise RunError(
                 f"{problem}, as in the {_PATIENCE} steps before, which were skipped. "
-                f"Lower --learning-rate, or use --dtype float32. {self._kept()}"
+                f"Lower --learning-rate, or use --dtype float32. {self._describe_newest()}"
             )
         self._trainer.drop_gradient()
         note = {"step": step, "what": problem, "how": action, "rows": self._trainer.step_rows}
@@ -144,7 +144,7 @@ class Recovery(TrainerCallback):
         numbers = sorted(row + 1 for row in self._trainer.step_rows)
         return f" It had the rows {join_names(map(str, numbers), _SHOWN)}." if numbers else ""
 
-    def _kept(self) -> str:
+    def _describe_newest(self) -> str:
         newest = self._newest()
         return f"{newest} is whole." if newest else "There is no checkpoint yet."
 
@@ -199,7 +199,7 @@ class GradientMonitor(TrainerCallback):
         self.skipped = 0
         self._consecutive = 0
         self._scales, self._defers = scales, defers and not scales
-        self._unread: list[tuple[int, str, Tensor]] = []
+        self._deferred: list[tuple[int, str, Tensor]] = []
         self._trainable: list[tuple[str, Any]] = []
         self._zero_first: set[str] | None = None
         self._has_moved = False
@@ -220,8 +220,8 @@ class GradientMonitor(TrainerCallback):
             self._check_all_have_one(self._trainable)
         trainable, step = self._trainable, state.global_step + 1
         if self._is_checked and self._defers:
-            self._note(state, "loss", self.step_loss())
-            self._note(state, "gradient", _largest(p.grad for _, p in trainable))
+            self._defer(state, "loss", self.step_loss())
+            self._defer(state, "gradient", _largest(p.grad for _, p in trainable))
             return
         loss = float(self.step_loss())
         is_wrong = not math.isfinite(loss)
@@ -261,7 +261,7 @@ class GradientMonitor(TrainerCallback):
     ) -> None:
         """Check all trainable tensors after the optimizer step."""
         if self._is_checked and self._defers:
-            self._note(state, "weights", _largest(p for _, p in self._trainable))
+            self._defer(state, "weights", _largest(p for _, p in self._trainable))
             return
         if are_finite(p for _, p in self._trainable):
             return
@@ -283,26 +283,26 @@ class GradientMonitor(TrainerCallback):
         """Read deferred checks before logging, evaluation and saving, or every `LATEST` steps."""
         waits = control.should_log or control.should_evaluate or control.should_save
         if waits or control.should_training_stop or state.global_step % LATEST == 0:
-            self._read(state)
+            self._check_deferred(state)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Read deferred checks before the checkpoint gets its manifest."""
-        self._read(state)
+        self._check_deferred(state)
 
-    def _note(self, state: TrainerState, name: str, value: Tensor) -> None:
-        self._unread.append((state.global_step + 1, name, value.detach().float()))
+    def _defer(self, state: TrainerState, name: str, value: Tensor) -> None:
+        self._deferred.append((state.global_step + 1, name, value.detach().float()))
 
-    def _read(self, state: TrainerState) -> None:
+    def _check_deferred(self, state: TrainerState) -> None:
         """Synchronize with the device, and raise RunError if a value is not finite."""
-        if not self._unread:
+        if not self._deferred:
             return
-        finite = torch.isfinite(torch.stack([value for _, _, value in self._unread])).tolist()
+        finite = torch.isfinite(torch.stack([value for _, _, value in self._deferred])).tolist()
         wrong = [
-            noted for noted, is_finite in zip(self._unread, finite, strict=True) if not is_finite
+            noted for noted, is_finite in zip(self._deferred, finite, strict=True) if not is_finite
         ]
-        self._unread = []
+        self._deferred = []
         if wrong:
             step, name, _ = wrong[0]
             verb = "are" if name == "weights" else "is"

@@ -129,10 +129,10 @@ class Interrupt(TrainerCallback):
     def __init__(self, processes: Processes) -> None:
         self.received = ""
         self.exit_code = 128 + signal.SIGINT
-        self._wish = 0
+        self._action = 0
         self.has_stopped = False
         self._processes = processes
-        self._before: dict[int, Any] = {}
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
@@ -142,36 +142,36 @@ class Interrupt(TrainerCallback):
             ):
                 continue
             try:
-                self._before[number] = signal.signal(number, self._receive)
+                self._handlers[number] = signal.signal(number, self._receive)
             except ValueError:  # not in the main thread: the caller's handlers stay
                 break
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if name == "SIGUSR1":
-            self._wish = max(self._wish, self._SAVE)
+            self._action = max(self._action, self._SAVE)
             return
         if self.received and self._processes.count == 1:
-            handler = self._before.get(number)
+            handler = self._handlers.get(number)
             if callable(handler):
                 handler(number, frame)
             raise KeyboardInterrupt
-        self.received, self.exit_code, self._wish = name, 128 + number, self._STOP
+        self.received, self.exit_code, self._action = name, 128 + number, self._STOP
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         """Save, and stop, if any process received a signal before the last step."""
         # Use the agreed value, not later signals, so that all stop after the same step.
-        action = self._processes.most(self._wish)
+        action = self._processes.most(self._action)
         if action and state.global_step < state.max_steps:
             control.should_save = True
-            self._wish = 0
+            self._action = 0
         if action == self._STOP and state.global_step < state.max_steps:
             self.received = self.received or "of another process"
             self.has_stopped = True

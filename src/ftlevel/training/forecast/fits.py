@@ -331,12 +331,12 @@ def list_alternatives(limits: AlternativeContext) -> list[Alternative]:
     """Return alternatives: the run's method and the usual ones, with and without checkpointing."""
     config = limits.config
     current = config.method.kind, config.quant.kind
-    others = (way for way in _METHODS if way != _alike(current))
+    others = (setup for setup in _METHODS if setup != _name_setup(current))
     methods = [current, *others]
     rows = config.train.per_device_train_batch_size
     alternatives = [
-        _try(way, ckpt, rows, None, limits)
-        for way, ckpt in itertools.product(methods, (False, True))
+        _try(setup, ckpt, rows, None, limits)
+        for setup, ckpt in itertools.product(methods, (False, True))
     ]
     length = config.data.max_length
     if isinstance(length, int):
@@ -345,9 +345,9 @@ def list_alternatives(limits: AlternativeContext) -> list[Alternative]:
     return [fit for fit in alternatives if fit is not None]
 
 
-def _alike(way: tuple[str, str]) -> tuple[str, str]:
+def _name_setup(setup: tuple[str, str]) -> tuple[str, str]:
     """Map LoRA on 4 bits to QLoRA, its name in the table."""
-    return ("qlora", "4bit") if way == ("lora", "4bit") else way
+    return ("qlora", "4bit") if setup == ("lora", "4bit") else setup
 
 
 def find_cheapest(limits: AlternativeContext) -> Alternative | None:
@@ -359,7 +359,7 @@ def find_cheapest(limits: AlternativeContext) -> Alternative | None:
     config = limits.config
     train, current = config.train, (config.method.kind, config.quant.kind)
     rows, ckpt = train.per_device_train_batch_size, train.recomputes
-    four = current if current[1] == "4bit" else _alike((current[0], "4bit"))
+    four = current if current[1] == "4bit" else _name_setup((current[0], "4bit"))
     length = config.data.max_length
     candidates: list[tuple[tuple[str, str], bool, int, int | None]] = []
     for quant, checkpointing in ((current, ckpt), (current, True), (four, ckpt), (four, True)):
@@ -372,41 +372,41 @@ def find_cheapest(limits: AlternativeContext) -> Alternative | None:
             (four, True, 1, length // part) for part in (2, 4, 8) if length // part >= 64
         ]
     too_large = set()
-    for way, checkpointing, micro_batch, max_length in dict.fromkeys(candidates):
-        if way in too_large:
+    for setup, checkpointing, micro_batch, max_length in dict.fromkeys(candidates):
+        if setup in too_large:
             continue
-        fit = _try(way, checkpointing, micro_batch, max_length, limits)
+        fit = _try(setup, checkpointing, micro_batch, max_length, limits)
         if fit is not None and fit.fits:
             return fit
         if fit is not None and fit.least > limits.device.memory:
-            too_large.add(way)
+            too_large.add(setup)
     return None
 
 
 def _try(
-    way: tuple[str, str],
+    setup: tuple[str, str],
     checkpointing: bool,
     rows: int,
     length: int | None,
     limits: AlternativeContext,
 ) -> Alternative | None:
     """Return a cached or new alternative; None if it cannot be configured or is rejected."""
-    key = (way, checkpointing, rows, length)
+    key = (setup, checkpointing, rows, length)
     limits.check()
     if key not in limits.known:
-        limits.known[key] = _compute(way, checkpointing, rows, length, limits)
+        limits.known[key] = _compute(setup, checkpointing, rows, length, limits)
     return limits.known[key]
 
 
 def _compute(
-    way: tuple[str, str],
+    setup: tuple[str, str],
     checkpointing: bool,
     rows: int,
     length: int | None,
     limits: AlternativeContext,
 ) -> Alternative | None:
     accumulated = max(2, limits.config.train.gradient_accumulation_steps)  # gradients exist
-    config = _changed(way, checkpointing, rows, accumulated, length, limits.config)
+    config = _changed(setup, checkpointing, rows, accumulated, length, limits.config)
     if config is None:
         return None
     synthetic = build_synthetic_batch(
@@ -422,12 +422,12 @@ def _compute(
         free = memory - forecast.peak
         max_rows = min(max(0, rows + int(free // (per_batch / rows))), _MOST_ROWS)
     minimum = sum(forecast.parts.get(part, 0) for part in (WEIGHTS, QUANTIZED, ADAPTER, OPTIMIZER))
-    flags = " ".join(_flags(limits.config.train, way, checkpointing, rows, length))
+    flags = " ".join(_flags(limits.config.train, setup, checkpointing, rows, length))
     return Alternative(flags, forecast.peak, forecast.peak <= memory, max_rows, minimum)
 
 
 def _changed(
-    way: tuple[str, str],
+    setup: tuple[str, str],
     checkpointing: bool,
     rows: int,
     accumulated: int,
@@ -435,7 +435,7 @@ def _changed(
     config: TrainConfig,
 ) -> TrainConfig | None:
     """Return the configuration of an alternative; None if it is invalid."""
-    method, quant = way
+    method, quant = setup
     changes: dict[str, dict[str, Any]] = {
         "train": {
             "gradient_checkpointing": checkpointing,
@@ -446,7 +446,7 @@ def _changed(
     if length is not None:
         changes["data"] = {"max_length": length}
     values: dict[str, Any] = config.model_dump(exclude_unset=True)
-    if way != (config.method.kind, config.quant.kind):
+    if setup != (config.method.kind, config.quant.kind):
         changes["quant"] = {"kind": quant}
         if method != config.method.kind:
             values["method"] = {"kind": method}
@@ -459,9 +459,9 @@ def _changed(
 
 
 def _flags(
-    train: TrainerConfig, way: tuple[str, str], checkpointing: bool, rows: int, length: int | None
+    train: TrainerConfig, setup: tuple[str, str], checkpointing: bool, rows: int, length: int | None
 ) -> Iterator[str]:
-    method, quant = way
+    method, quant = setup
     yield f"--method {method}"
     if quant != "none" and method != "qlora":
         yield f"--quant {quant}"

@@ -399,7 +399,7 @@ def _follow(live: LiveMemoryTracker, trainer: Any) -> list[Any]:
 
 def _create_optimizer_states(live: LiveMemoryTracker, trainer: Any, *, has_gradients: bool) -> None:
     """Create optimizer states, which exist from the second step on, without counting peaks."""
-    live.begun, live.moment = False, UPDATE
+    live.is_counting, live.moment = False, UPDATE
     optimizer = trainer.create_optimizer()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -408,7 +408,7 @@ def _create_optimizer_states(live: LiveMemoryTracker, trainer: Any, *, has_gradi
     optimizer.step()
     if not has_gradients:
         optimizer.zero_grad()
-    live.begun = True
+    live.is_counting = True
 
 
 def _largest_micro_batch(run: Run, pruning: Pruning) -> _Batch:

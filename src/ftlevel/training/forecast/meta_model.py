@@ -295,17 +295,17 @@ class LiveMemoryTracker(OperationWatch):
 
     `vocabulary` is the last dimension of tensors counted as logits (0: none). A new storage belongs
     to the part of the current `moment`. `peaks` maps each moment to bytes by part at its peak; it
-    is updated only while `begun` is true.
+    is updated only while `is_counting` is true.
     """
 
     def __init__(self, vocabulary: int = 0) -> None:
         super().__init__()
         self.moment = FORWARD
         self.peaks: dict[str, Counter[str]] = {}
-        self.begun = True
+        self.is_counting = True
         self._vocabulary = vocabulary
         # Lists of one: the finalizer reads the part after the storage is freed.
-        self._held: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
+        self._parts: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
         self._alive: Counter[str] = Counter()
         self._total = 0
         self._highest: Counter[str] = Counter()
@@ -317,28 +317,28 @@ class LiveMemoryTracker(OperationWatch):
 
     def knows(self, tensor: Tensor) -> bool:
         """Return whether the storage of `tensor` is counted."""
-        return storage_of(tensor) in self._held
+        return storage_of(tensor) in self._parts
 
     def hold(self, tensor: Tensor, part: str) -> None:
         """Count the storage of `tensor` under `part`; a known storage moves to `part`."""
         storage = storage_of(tensor)
-        size, held = storage.nbytes(), self._held.get(storage)
+        size, held = storage.nbytes(), self._parts.get(storage)
         if held is None:
-            held = self._held[storage] = [part]
+            held = self._parts[storage] = [part]
             weakref.finalize(storage, self._release, held, size)
         else:
             self._release(held, size)
             held[0] = part
         self._alive[part] += size
         self._total += size
-        self._look()
+        self._update_peak()
 
     def _release(self, held: list[str], size: int) -> None:
         self._alive[held[0]] -= size
         self._total -= size
 
-    def _look(self) -> None:
-        if self.begun and self._total > self._highest[self.moment]:
+    def _update_peak(self) -> None:
+        if self.is_counting and self._total > self._highest[self.moment]:
             self._highest[self.moment] = self._total
             self.peaks[self.moment] = Counter({k: v for k, v in self._alive.items() if v})
 
@@ -349,7 +349,7 @@ class LiveMemoryTracker(OperationWatch):
 
     def cast(self, tensor: Tensor, result: Tensor) -> None:
         """Count `result` as a cast if `tensor` is a weight."""
-        held = self._held.get(storage_of(tensor))
+        held = self._parts.get(storage_of(tensor))
         if held == [WEIGHTS] and not self.knows(result):
             self.hold(result, CASTS)
 

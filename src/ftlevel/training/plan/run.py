@@ -127,7 +127,7 @@ class Run:
     `written_base` is the directory of a base that was passed as an object and has no other files.
     `config.quant` is what the user configured; `model.quant` also has the quantization of the
     checkpoint. `best` is None if no best model is selected, `adapter` is None for a new adapter,
-    and `beside` is filled in when the run starts.
+    and `auxiliary` is filled in when the run starts.
     """
 
     config: TrainConfig
@@ -142,7 +142,7 @@ class Run:
     best: BestModel | None
     adapter: StartingAdapter | None
     choices: list[Choice]
-    beside: AuxiliaryModels = field(default_factory=AuxiliaryModels)
+    auxiliary: AuxiliaryModels = field(default_factory=AuxiliaryModels)
     written_base: Path | None = None
     rewards: Any = None
 
