@@ -322,7 +322,7 @@ def add_callbacks(
 ) -> RunCallbacks:
     """Add all callbacks to `trainer` (mutated) and return those that are read after training.
 
-    `checkpoint` is the one to resume from; `write_tokenizer_and_card` is passed to `WriteManifest`.
+    `checkpoint` is the one to resume from; `write_files` is passed to `WriteManifest`.
     """
 
     def tell_nobody(_: Mapping[str, Any]) -> None:

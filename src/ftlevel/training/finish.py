@@ -28,7 +28,7 @@ from ftlevel.methods import needs_import
 from ftlevel.models.kinds import write_former_rope
 from ftlevel.models.quantization import stored_quantization
 from ftlevel.trained.adapt import finish_method, save_adapter
-from ftlevel.training.best import BestModelCallback, PredictionRecorder, SelectedModel
+from ftlevel.training.best import PredictionRecorder
 from ftlevel.training.callbacks.progress import Report
 from ftlevel.training.callbacks.saving import explain_disk_errors
 from ftlevel.training.model import PreparedModel
@@ -63,13 +63,6 @@ def end_training(trainer: FtlevelTrainer, run: Run, records: Sequence[Mapping[st
     if trainer.evaluator and not has_evaluation(records, last):
         trainer.evaluate()
     return run
-
-
-def keep_best(trainer: FtlevelTrainer, best: BestModelCallback | None) -> SelectedModel | None:
-    """Load the best model into `trainer` (mutated) if configured, and return which it is."""
-    if best is None:
-        return None
-    return best.finish(trainer.model, trainer.state.global_step, trainer.state.max_steps)
 
 
 def save(

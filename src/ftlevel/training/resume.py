@@ -370,7 +370,7 @@ def _has_same_content(key: str, before: Mapping[str, Any], now: Mapping[str, Any
 
 
 def find_checkpoint(directory: RunDirectory, listener: Listener) -> Path | None:
-    """Return the newest complete checkpoint of `run`, or None; warn of damaged newer ones.
+    """Return the newest complete checkpoint in `directory`, or None; warn of damaged newer ones.
 
     Raises:
         ConfigError: there is none, and the run is finished.

@@ -28,7 +28,6 @@ from ftlevel.training.callbacks.saving import WaitForBytes, check_disk_space, ex
 from ftlevel.training.callbacks.trackers import describe_run, tracking
 from ftlevel.training.finish import (
     end_training,
-    keep_best,
     measure_times,
     report_results,
     save,
@@ -105,7 +104,11 @@ class TrainingSession:
         interrupt = self.callbacks.interrupt
         if interrupt.has_stopped:
             raise Interrupted(describe_stop(self.directory, trainer.state), interrupt.exit_code)
-        self.selected = keep_best(trainer, self.callbacks.best)
+        if self.callbacks.best is not None:
+            state = trainer.state
+            self.selected = self.callbacks.best.finish(
+                trainer.model, state.global_step, state.max_steps
+            )
         self.trained_at = time.perf_counter()
 
     def evaluate(self) -> None:

@@ -61,10 +61,6 @@ class TeacherPredictions:
     rows: Sequence[Encoded]
     facts: Mapping[str, Any]
 
-    def put_into(self, run: Run) -> Run:
-        """Return `run` with these rows."""
-        return replace(run, data=replace(run.data, train=self.rows))
-
 
 def precompute_teacher(run: Run, listener: Listener) -> TeacherPredictions | None:
     """Return the teacher's predictions for the training rows; None without a teacher.
@@ -223,7 +219,8 @@ def precompute_and_load(
     adapted = load_adapted(run, listener)
     if reference is None:
         run, reference = compute_initial_reference(run, adapted, listener)
-    run = expected.put_into(run) if expected is not None else run
+    if expected is not None:
+        run = replace(run, data=replace(run.data, train=expected.rows))
     return run, adapted, AuxiliaryOutputs(reference, expected)
 
 

@@ -86,7 +86,7 @@ def shared_loader(
 ) -> DataLoader[Any]:
     """Return the batches of one of several processes, the same number in each.
 
-    A batch without rows, which only equalizes the number, has `is_nothing` set.
+    A batch without rows, which only equalizes the number, has `is_padding` set.
     """
     share = StepShardSampler(
         order, arguments.train_batch_size, arguments.world_size, arguments.process_index
@@ -94,7 +94,7 @@ def shared_loader(
 
     def collate_or_nothing(some: list[Any]) -> dict[str, Any]:
         batch = collate(some)
-        return {**batch, "is_nothing": True} if some[0].row < 0 else batch
+        return {**batch, "is_padding": True} if some[0].row < 0 else batch
 
     return DataLoader(RowsWithPadding(rows), batch_sampler=share, collate_fn=collate_or_nothing)
 
@@ -258,7 +258,7 @@ class FtlevelTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Return the loss of a batch and accumulate its gradients, without counting tokens seen."""
-        self._is_padding = bool(inputs.pop("is_nothing", False))
+        self._is_padding = bool(inputs.pop("is_padding", False))
         if isinstance(self.objective, StepObjective):
             return self._whole_step(model, inputs)
         if "micro_batches" not in inputs:
@@ -399,7 +399,7 @@ class FtlevelTrainer(Trainer):
         if not batch_samples:
             return None
         self.prepare_step(batch_samples, device)
-        counted = [batch for batch in batch_samples if not batch.get("is_nothing")]
+        counted = [batch for batch in batch_samples if not batch.get("is_padding")]
         total = self.count_targets(counted, device)
         shared = self.args.world_size > 1 and self.args.average_tokens_across_devices
         return self._sum_over_processes(total) if shared else total
@@ -420,7 +420,7 @@ class FtlevelTrainer(Trainer):
             send_to_device(part, device)
             for batch in batches
             for part in batch.pop("contrasts")
-            if not batch.get("is_nothing")
+            if not batch.get("is_padding")
         ]
         head = self.fast.cross_entropy if self.fast is not None else None
         with self.compute_loss_context_manager():

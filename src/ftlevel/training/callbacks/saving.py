@@ -56,7 +56,7 @@ def check_disk_space(directory: Path | None, train: TrainerConfig, model: Any, s
 
 
 def check_room_to_save(directory: RunDirectory, model: Any, optimizer: Any) -> None:
-    """Raise RunError if the next checkpoint would fill the disk of `run`."""
+    """Raise RunError if the next checkpoint would fill the disk of `directory`."""
     states = getattr(optimizer, "state", {}).values()
     tensors = [part for state in states for part in state.values() if hasattr(part, "nbytes")]
     needed = _trained_bytes(model) + sum(part.nbytes for part in tensors)
@@ -95,7 +95,7 @@ def _planned_checkpoints(train: TrainerConfig, steps: int) -> int:
 
 @contextlib.contextmanager
 def explain_disk_errors(directory: RunDirectory) -> Iterator[None]:
-    """Convert write errors of torch, safetensors and the OS for files of `run` into RunError."""
+    """Convert write errors of torch, safetensors and the OS in `directory` into RunError."""
     try:
         yield
     except Exception as error:
@@ -135,7 +135,7 @@ def _describe_checkpoint(directory: RunDirectory) -> str:
 class WriteManifest(TrainerCallback):
     """Write a manifest for each checkpoint, then delete old checkpoints and a replaced run.
 
-    `keep` is the number of checkpoints. `write_tokenizer_and_card` adds the files needed to use a
+    `keep` is the number of checkpoints. `write_files` adds the files needed to use a
     checkpoint; None if unsupported. `when_written` calls its argument once all of a checkpoint is
     written; None means at once.
     """
