@@ -34,12 +34,12 @@ from ftlevel.data.encoding.encode import encode_prompt
 from ftlevel.data.formats.examples import LabeledText
 from ftlevel.data.sources.docstrings import read_docstrings
 from ftlevel.evaluation import decoding
-from ftlevel.evaluation.answers import InferenceModel, inference_context, predict_rows
+from ftlevel.evaluation.answers import InferenceModel, predict_rows
 from ftlevel.evaluation.decoding import open_decoder
-from ftlevel.evaluation.scoring import GenerationOptions, generate_texts
 from ftlevel.tasks.base import OutputOptions
-from ftlevel.trained.load import LoadedModel, load_ref
-from ftlevel.trained.model_ref import resolve_model
+from ftlevel.trained.generation import GenerationOptions, generate_texts
+from ftlevel.trained.model_ref import LoadedModel
+from ftlevel.trained.resolve import resolve_model
 
 BATCH = 32  # of the pipeline
 Side = Callable[[], Sequence[Any]]
@@ -87,7 +87,7 @@ def class_sides(trained: LoadedModel, texts: Sequence[str]) -> tuple[Side, Side]
     def ours() -> Sequence[Any]:
         model = InferenceModel(trained, GenerationOptions(1), None)
         rows = [LabeledText(text, None, 0, i) for i, text in enumerate(texts)]
-        with inference_context(model, trained):
+        with model.inference():
             replies = predict_rows(model, rows, OutputOptions()).replies
         return [(r.text, r.scores[r.text]) for r in replies if r is not None]
 
@@ -190,16 +190,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             run = train_classifier(folder, arguments.model)
         if "classes" in what:
             texts = mixed_texts(arguments.rows or 2_000)
-            trained = load_ref(resolve_model(str(run), device="cpu"), device="cpu")
+            trained = resolve_model(str(run), device="cpu").load("cpu")
             compare("classes", class_sides(trained, texts), arguments.rounds, len(texts))
         if "memory" in what:
             measure_memory(run, folder, arguments.rows or 100_000)
         if "texts" in what:
             name = arguments.model or str(SMOLLM2)
-            trained = load_ref(resolve_model(name, "summarization", device="cpu"), device="cpu")
+            trained = resolve_model(name, "summarization", device="cpu").load("cpu")
             trained.model.float()
             rows = read_docstrings("summarization", "test", arguments.rows or 64)
-            form = trained.prompt_format
+            form = trained.ref.prompt_format
             if form is None:
                 raise TypeError("a model that writes text has a prompt format")
             prompts = [

@@ -58,8 +58,7 @@ from ftlevel.extras.serving.entry import (  # noqa: E402
 from ftlevel.extras.serving.inside.process import run_library  # noqa: E402
 from ftlevel.extras.serving.recorded import Answer, run_prompts  # noqa: E402
 from ftlevel.models.kinds import write_former_rope  # noqa: E402
-from ftlevel.trained.load import load_ref  # noqa: E402
-from ftlevel.trained.model_ref import resolve_model  # noqa: E402
+from ftlevel.trained.resolve import resolve_model  # noqa: E402
 from served_cases import CASES, make_adapter  # noqa: E402
 
 CSV = ROOT / "docs" / "served.csv"
@@ -128,9 +127,9 @@ def expected(adapter: Path, base: Path, spoken: dict[str, list[Answer]]) -> Know
     prompts = entry.prompts()
     key = str([prompt.ids for prompt in prompts])
     if key not in spoken:
-        alone = load_ref(entry.in_float32(with_adapter=False), "cpu").model
+        alone = entry.in_float32(with_adapter=False).load("cpu").model
         spoken[key] = run_prompts(alone, entry, prompts).answers
-    trained = run_prompts(load_ref(entry.in_float32(), "cpu").model, entry, prompts).answers
+    trained = run_prompts(entry.in_float32().load("cpu").model, entry, prompts).answers
     return Known(prompts, trained, spoken[key])
 
 

@@ -20,7 +20,7 @@ from ftlevel.methods.merging import read_peft_config
 from ftlevel.models.loading import load_config, load_tokenizer
 from ftlevel.models.sources import resolve_source
 from ftlevel.tasks import TASKS
-from ftlevel.trained.model_ref import read_plain_adapter
+from ftlevel.trained.resolve import read_plain_adapter
 from ftlevel.training.origin import read_origin
 from ftlevel.weights.tensor_files import read_header
 from torture_rows.lab import Lab
@@ -49,8 +49,8 @@ class Reader:
         self.newest = max(self.run.glob("checkpoints/checkpoint-*"))
         self.folder = lab.root / "fuzzed"
         self.folder.mkdir()
-        self.base = resolve_source(str(lab.base))
-        self.tokenizer = load_tokenizer(self.base)
+        base = resolve_source(str(lab.base))
+        self.tokenizer = load_tokenizer(base)
         self.origin = self.json("checkpoints/origin.json")
         self.adapter = (self.run / "adapter/adapter_model.safetensors").read_bytes()
         self.write("tokenizer.json", (lab.base / "tokenizer.json").read_bytes())
@@ -88,7 +88,7 @@ class Reader:
     def adapter_config(self, value: Any) -> object:
         """Read adapter_config.json as of plain PEFT, and as merge reads it."""
         self.write("adapter_config.json", as_json(value))
-        read_plain_adapter(self.folder, base_source=self.base)
+        read_plain_adapter(self.folder)
         return read_peft_config(self.folder)
 
     def card(self, value: Any) -> object:

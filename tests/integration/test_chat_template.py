@@ -10,8 +10,7 @@ import pytest
 
 from ftlevel.cli.app import run
 from ftlevel.data.encoding.encode import encode_prompt
-from ftlevel.trained.load import load_ref
-from ftlevel.trained.model_ref import resolve_model
+from ftlevel.trained.resolve import resolve_model
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -41,8 +40,8 @@ def test_the_template_is_saved_and_asked_with(
     assert run(["train", *arguments]) == 0
     assert "chat template: mistral (the model has none)" in capsys.readouterr().out
     assert "[INST]" in (out / "adapter/chat_template.jinja").read_text(encoding="utf-8")
-    trained = load_ref(resolve_model(str(out), device="cpu"), device="cpu")
-    assert trained.prompt_format is not None
-    ids = encode_prompt(trained.tokenizer, trained.prompt_format, "the value")
+    trained = resolve_model(str(out), device="cpu").load("cpu")
+    assert trained.ref.prompt_format is not None
+    ids = encode_prompt(trained.tokenizer, trained.ref.prompt_format, "the value")
     assert trained.tokenizer.decode(ids) == "<s>[INST] the value [/INST]"
     assert run(["generate", str(out), "--prompt", "the value", "--device", "cpu"]) == 0

@@ -23,10 +23,9 @@ from ftlevel.commands.train import train
 from ftlevel.config import GenerateConfig, PredictConfig, TrainConfig
 from ftlevel.data.encoding.encode import encode_prompt
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.evaluation.scoring import GenerationOptions, generate_texts
 from ftlevel.extras.serving.entry import ServedModel
-from ftlevel.trained.load import load_ref
-from ftlevel.trained.model_ref import resolve_model
+from ftlevel.trained.generation import GenerationOptions, generate_texts
+from ftlevel.trained.resolve import resolve_model
 
 ModelDir = Callable[..., Path]
 
@@ -89,9 +88,9 @@ def test_a_batch_says_what_each_prompt_says_alone(
 ) -> None:
     data = task_data.write(tmp_path / "data", "pair")
     name = fit(tiny_model_dir(family), data, tmp_path / "run", "summarization", **method)
-    trained = load_ref(resolve_model(str(name), device="cpu"), device="cpu")
-    assert trained.prompt_format is not None
-    ids = [encode_prompt(trained.tokenizer, trained.prompt_format, text) for text in PROMPTS]
+    trained = resolve_model(str(name), device="cpu").load("cpu")
+    assert trained.ref.prompt_format is not None
+    ids = [encode_prompt(trained.tokenizer, trained.ref.prompt_format, text) for text in PROMPTS]
     numbers, seen = Numbers(trained.tokenizer.pad_token_id), []
     original = trained.model.generate
 
@@ -220,9 +219,9 @@ def test_a_plain_text_is_continued_as_typed(
     assert [row["prediction"] for row in predicted.rows or ()] == expected
     entry = ServedModel("a", resolve_model(str(name), device="cpu"))
     seen = [(prompt.ids, tokenizer(prompt.text)["input_ids"]) for prompt in entry.prompts()]
-    plain = load_ref(resolve_model(str(base), device="cpu"), "cpu")
-    assert plain.prompt_format is not None
-    seen += [(encode_prompt(plain.tokenizer, plain.prompt_format, t), tokenizer(t)["input_ids"])
+    plain = resolve_model(str(base), device="cpu").load("cpu")
+    assert plain.ref.prompt_format is not None
+    seen += [(encode_prompt(plain.tokenizer, plain.ref.prompt_format, t), tokenizer(t)["input_ids"])
              for t in asked]  # fmt: skip
     assert [ids for ids, _ in seen] == [ids for _, ids in seen]
 
@@ -342,7 +341,7 @@ def test_a_chat_is_the_template_over_all_that_was_said(talker: Path) -> None:
     assert "".join(pieces).strip() == first == texts(talker, ["what is 3"], max_new_tokens=6)[0]
     assert chat.remembers
     second = chat.say("what is 4", pieces.append)
-    trained = load_ref(resolve_model(str(talker), device="cpu"), device="cpu")
+    trained = resolve_model(str(talker), device="cpu").load("cpu")
     messages = [
         {"role": "user", "content": "what is 3"},
         {"role": "assistant", "content": first},

@@ -17,8 +17,7 @@ import torch
 import transformers
 
 from ftlevel.cli.app import run
-from ftlevel.trained.load import load_ref
-from ftlevel.trained.model_ref import resolve_model
+from ftlevel.trained.resolve import resolve_model
 from tiny_models import save_tiny
 from trained_things import LABELS, THINGS, TYPES, load_peft, make_things
 
@@ -128,13 +127,14 @@ def test_a_plain_peft_adapter_is_the_model_that_plain_peft_loads(kind: str, thin
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if kind == "SEQ_2_SEQ_LM":
         inputs["decoder_input_ids"] = inputs["input_ids"][:, :5]
-    ours, plain = load_ref(ref, "cpu").model, load_peft(kind, made["peft"], made["base"])
+    loaded, plain = ref.load("cpu"), load_peft(kind, made["peft"], made["base"])
+    ours = loaded.model
     names = ("start_logits", "end_logits") if kind == "QUESTION_ANS" else ("logits",)
     with torch.no_grad():
         found, expected = ours(**inputs), plain(**inputs)
         for name in names:
             torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
-        with ours.disable_adapter():
+        with loaded.without_adapter():
             assert not torch.equal(ours(**inputs)[names[0]], expected[names[0]])
 
 

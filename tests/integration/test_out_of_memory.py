@@ -156,7 +156,7 @@ def test_any_command_that_runs_out_of_memory_says_so(
     def full(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("ftlevel.commands.evaluate.load_ref", full)
+    monkeypatch.setattr("ftlevel.trained.model_ref.ModelRef.load", full)
     assert run(["evaluate", "builtin:tiny-llama", "--task", "text-generation", "--quiet",
                 "--dataset", "builtin:docstrings"]) == 1  # fmt: skip
     assert capsys.readouterr().err.startswith("ftlevel: out of memory: ")

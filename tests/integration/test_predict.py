@@ -24,6 +24,7 @@ from ftlevel.config import PredictConfig, TrainConfig
 from ftlevel.data.prepare import inference
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation import answers as row_scores
+from ftlevel.trained.model_ref import ModelRef
 
 ModelDir = Callable[..., Path]
 
@@ -302,7 +303,7 @@ def test_it_goes_on_after_the_last_whole_row(
         assert {k: v for k, v in one.items() if "prob" not in k} == {
             k: v for k, v in other.items() if "prob" not in k
         }
-    monkeypatch.setattr(command, "load_ref", None)  # no weight is read where nothing is left
+    monkeypatch.setattr(ModelRef, "load", None)  # no weight is read where nothing is left
     assert ask(classifier, *flags, "whole.csv", "--resume") == 0
     assert Path("whole.csv").read_bytes() == whole
     assert ask(classifier, "--output", "whole.csv", "--resume") == 2
@@ -358,7 +359,7 @@ def test_mistakes_are_said_before_weights_load(
     arguments: list[str], message: str, classifier: Path, here: Path,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(command, "load_ref", None)
+    monkeypatch.setattr(ModelRef, "load", None)
     assert ask(classifier, *arguments) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in here.iterdir()] == ["rows.csv"]

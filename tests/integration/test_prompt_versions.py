@@ -13,8 +13,7 @@ import task_data
 from ftlevel.artifacts.cards import read_card
 from ftlevel.cli.app import run
 from ftlevel.data.encoding.encode import encode_prompt, read_format
-from ftlevel.trained.load import load_ref
-from ftlevel.trained.model_ref import resolve_model
+from ftlevel.trained.resolve import resolve_model
 from ftlevel.training.plan import resolve
 
 ModelDir = Callable[..., Path]
@@ -61,9 +60,9 @@ def version(folder: str) -> int:
 def test_an_old_run_keeps_its_prompts(
     old_run: dict[str, Any], tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trained = load_ref(resolve_model("run", device="cpu"), "cpu")
-    assert trained.prompt_format is not None
-    ids = encode_prompt(trained.tokenizer, trained.prompt_format, "the name")
+    trained = resolve_model("run", device="cpu").load("cpu")
+    assert trained.ref.prompt_format is not None
+    ids = encode_prompt(trained.tokenizer, trained.ref.prompt_format, "the name")
     assert trained.tokenizer.decode(ids).endswith("\n\nSummary: ")
     capsys.readouterr()
     assert run(["evaluate", "run", "--json", "--resamples", "0", "--device", "cpu"]) == 0

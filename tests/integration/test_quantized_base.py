@@ -18,8 +18,7 @@ from ftlevel.commands.quantize import quantize
 from ftlevel.commands.train import train
 from ftlevel.config import MergeConfig, QuantConfig, QuantizeConfig, TrainConfig
 from ftlevel.errors import ConfigError
-from ftlevel.trained.load import load_ref
-from ftlevel.trained.model_ref import resolve_model
+from ftlevel.trained.resolve import resolve_model
 
 ModelDir = Callable[..., Path]
 
@@ -216,10 +215,10 @@ def test_a_trained_model_keeps_its_task_in_quantized_form(
     readme = (packed / "README.md").read_text()
     assert f"pipeline_tag: {task}" in readme
     assert "ftlevel generate packed --prompt" in readme
-    loaded = load_ref(resolve_model(str(packed), device="cpu"), device="cpu")
-    reference = load_ref(resolve_model(str(whole), device="cpu"), device="cpu")
-    assert loaded.prompt_format == reference.prompt_format
-    assert (loaded.task, loaded.labels) == (reference.task, reference.labels)
+    loaded = resolve_model(str(packed), device="cpu").load("cpu")
+    reference = resolve_model(str(whole), device="cpu").load("cpu")
+    assert loaded.ref.prompt_format == reference.ref.prompt_format
+    assert (loaded.task, loaded.ref.labels) == (reference.task, reference.ref.labels)
     rows = ["--dataset", str(data), "--split", "validation", "--resamples", "0", "--json"]
     rows += ["--map", "document=en", "--map", "summary=de"] if columns else []
     capsys.readouterr()

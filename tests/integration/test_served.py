@@ -193,6 +193,24 @@ def test_a_base_that_is_another_model_widens_nothing() -> None:
     assert widen_tolerance(0.1, [near], [replace(known, logprobs=[-1.11, -2.0])]) == 0.1
 
 
+@pytest.mark.parametrize(
+    ("ids", "logprobs", "word"),
+    [
+        ([1, 2, 3, 4, 5], [-1.0, -1.0, -1.0, -1.0, -1.0], "as trained"),  # lists every token
+        ([1, 3, 5], [-1.0, -1.0, -1.0], "as trained"),  # 2 and 4 end inside a character
+        ([1, 3, 6], [-1.0, -1.0, -1.01], "as trained"),  # the last two tokens are equally likely
+        ([1, 3, 6], [-1.0, -1.0, -3.0], "something else"),
+        ([1, 6, 5], [-1.0, -1.0, -1.0], "something else"),
+        ([1, 5], [-1.0, -1.0], "something else"),
+    ],
+)
+def test_tokens_that_end_inside_a_character_may_be_left_out(
+    ids: list[int], logprobs: list[float], word: str
+) -> None:
+    known = Answer([1, 2, 3, 4, 5], [-1.0] * 5, [3.0, 3.0, 3.0, 3.0, 0.001], "a \u65e5b", [1, 3])
+    assert judge_answer(ServerAnswer("", ids, logprobs), known, None, 0.02).word == word
+
+
 def test_what_the_server_keeps_of_a_prompt_it_gives_to_other_adapters(folder: Path) -> None:
     """The canary of `--cache-ram 0`: where this passes no more, the start command may drop it."""
     out = folder / "out"

@@ -22,8 +22,7 @@ from ftlevel.config import QuantConfig, QuantizeConfig
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.models.upstream.shards import own_part, part_of
 from ftlevel.models.upstream.shards import whole as full_tensor
-from ftlevel.trained.load import load_ref
-from ftlevel.trained.model_ref import resolve_model
+from ftlevel.trained.resolve import resolve_model
 from tiny_models import save_tiny
 
 pytestmark = pytest.mark.slow
@@ -114,7 +113,7 @@ def test_two_processes_with_half_a_model_each_are_one_with_the_whole(
     model = AutoModelForSequenceClassification.from_pretrained(parts)
     last = load_file(two / "encoder/full/adapter/model.safetensors")
     assert all(tensor.equal(last[key]) for key, tensor in model.named_parameters())
-    found = load_ref(resolve_model(str(parts), device="cpu"), device="cpu")
+    found = resolve_model(str(parts), device="cpu").load("cpu")
     assert found.task.name == "text-classification"
     assert all(tensor.equal(last[key]) for key, tensor in found.model.named_parameters())
     check_in_plain_peft(prepared)
@@ -434,7 +433,7 @@ def test_a_shared_run_whose_process_was_killed_goes_on_as_if_it_had_not(
     assert all(saved[0][key].equal(saved[1][key]) for key in saved[0])
     # Its last checkpoint, whose embeddings are tied, is the model, put together by one process.
     parts = run / "checkpoints/checkpoint-16"
-    last = load_ref(resolve_model(str(parts), device="cpu"), device="cpu")
+    last = resolve_model(str(parts), device="cpu").load("cpu")
     trained = dict(last.model.named_parameters())
     assert all(trained[name].equal(saved[0][name]) for name in trained)
     packed = []

@@ -179,6 +179,6 @@ def _obey(chat: Chat, command: str) -> None:
         else:
             _greet(chat)
     elif word == "/adapter":
-        typer.echo(", ".join(chat.adapters.voices))
+        typer.echo(", ".join(chat.adapters.models))
     else:
         typer.echo(HELP)

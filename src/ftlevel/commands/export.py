@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.commands.merge import merge, resolve_rounding, score_trained
 from ftlevel.config import ExportConfig, MergeConfig
 from ftlevel.config.export import FORMATS
-from ftlevel.errors import ConfigError, InputError, join_names
+from ftlevel.errors import ConfigError, join_names
 from ftlevel.evaluation.two_models import Agreement, ComparisonProbe, compare_rows
 from ftlevel.events import Listener, NullListener
 from ftlevel.merging.formats.base import MergeOutput, plan_export
@@ -25,17 +25,14 @@ from ftlevel.merging.merge_input import (
     choose_rows,
     find_adapter,
     resolve_merge_input,
-    whole_model_input,
 )
 from ftlevel.merging.merged_model import open_merger
 from ftlevel.merging.verify import load_merged
 from ftlevel.models.hardware import choose_device
 from ftlevel.models.loading import silence_loggers
-from ftlevel.models.sources import check_revision, resolve_source
-from ftlevel.tasks import TASKS
 from ftlevel.trained.adapter_set import find_adapters
-from ftlevel.trained.load import load_ref
-from ftlevel.trained.model_ref import ModelRef, resolve_model
+from ftlevel.trained.model_ref import ModelRef
+from ftlevel.trained.resolve import resolve_model
 from ftlevel.weights.gguf.file import CHOSEN, GRIDS
 
 _ROWS: int = MergeConfig.model_fields["rows"].default
@@ -68,36 +65,42 @@ def export(
     with silence_loggers():
         listener.stage("resolving the model")
         device = choose_device(config.device)
-        named = _find_several(config, device.value)
-        if named:
-            found = next(iter(named.values()))
+        refs = _find_several(config, device.value)
+        if refs:
+            ref = next(iter(refs.values()))
         else:
-            found = resolve_model(config.model, base=config.base_model, device=device.value)
-            if TASKS[found.card.task].served_as != "classifiers":
+            ref = resolve_model(
+                config.model,
+                base=config.base_model,
+                device=device.value,
+                revision=config.revision,
+            )
+            if ref.configured_task.served_as != "classifiers":
                 config = config.for_embeddings()
                 _check_outputs(config)
-            found = _check_mergeable(config, found)
+            if ref.directory is not None and FORMATS[config.format].merges:
+                find_adapter(config.model)  # raises if it cannot be merged
         is_directory = FORMATS[config.format].is_directory
-        for place in _left_out(config, named):
-            listener.warn(f"{place} contains no adapter and is skipped.")
-        planned = plan_export(config, named or found)
-        listener.choices("export", list(planned.choices(device)))
-        for note in planned.notes:
+        for output in _left_out(config, refs):
+            listener.warn(f"{output} contains no adapter and is skipped.")
+        plan = plan_export(config, refs or ref)
+        listener.choices("export", list(plan.choices(device)))
+        for note in plan.notes:
             listener.warn(note + ".")
         if dry_run:
-            summary = planned.dry_run() | {"dry_run": True}
-            return ExportResult(summary, None, tuple(planned.describe(summary)))
-        placed = atomic_directory if is_directory else atomic_files
-        with placed(*config.outputs) as place:
+            summary = plan.dry_run() | {"dry_run": True}
+            return ExportResult(summary, None, tuple(plan.describe(summary)))
+        open_output = atomic_directory if is_directory else atomic_files
+        with open_output(*config.outputs) as output:
             merge_adapter = (
-                partial(_merge, config, found)
-                if found.directory is not None
-                else partial(_as_it_is, config, found, device.value)
+                partial(_merge, config, ref)
+                if ref.directory is not None
+                else partial(_as_it_is, config, ref, device.value)
             )
-            summary = planned.write(place, device.value, listener, merge_adapter)
+            summary = plan.write(output, device.value, listener, merge_adapter)
     summary["seconds"] = round(time.perf_counter() - began, 2)
     upload.send(config.outputs, summary)
-    return ExportResult(summary, config.out, tuple(planned.describe(summary)))
+    return ExportResult(summary, config.out, tuple(plan.describe(summary)))
 
 
 def _check_outputs(config: ExportConfig) -> None:
@@ -118,50 +121,34 @@ def _find_several(config: ExportConfig, device: str) -> dict[str, ModelRef]:
         (path / name).exists() for name in ("config.json", "adapter_config.json", "adapter", CONFIG)
     ):
         return {}
-    places = find_adapters(path)
-    if places and not FORMATS[config.format].several:
+    directories = find_adapters(path)
+    if directories and not FORMATS[config.format].several:
         several = join_names(name for name, one in FORMATS.items() if one.several)
         raise ConfigError(
-            f"{config.model} is a directory of {len(places)} adapters "
-            f"({join_names(places, 4)}), and "
+            f"{config.model} is a directory of {len(directories)} adapters "
+            f"({join_names(directories, 4)}), and "
             f"--format {config.format} is of one. Name one of them, or use {several}."
         )
     return {
-        name: resolve_model(str(place), base=config.base_model, device=device)
-        for name, place in places.items()
+        name: resolve_model(str(directory), base=config.base_model, device=device)
+        for name, directory in directories.items()
     }
 
 
-def _left_out(config: ExportConfig, named: Mapping[str, ModelRef]) -> list[Path]:
+def _left_out(config: ExportConfig, refs: Mapping[str, ModelRef]) -> list[Path]:
     """Return runs and models in a directory of adapters that are not adapters."""
-    if not named:
+    if not refs:
         return []
     folders = [p for p in sorted(Path(config.model).expanduser().iterdir()) if p.is_dir()]
-    marks = (CONFIG, "config.json")
-    return [p for p in folders if p.name not in named and any((p / m).exists() for m in marks)]
+    files = (CONFIG, "config.json")
+    return [p for p in folders if p.name not in refs and any((p / m).exists() for m in files)]
 
 
-def _check_mergeable(config: ExportConfig, found: ModelRef) -> ModelRef:
-    """Return the model at its `--revision`; raise InputError if its adapter cannot be merged."""
-    if found.directory is not None:
-        if FORMATS[config.format].merges:
-            find_adapter(config.model)  # raises if it cannot be merged
-        if config.revision is not None:
-            raise InputError(
-                f"--revision {config.revision}: {config.model} is an adapter, and its base is the "
-                "one that it was trained on. Drop it."
-            )
-    elif config.revision is not None:
-        check_revision(found.source, config.revision)
-        found = replace(found, source=resolve_source(config.model, config.revision))
-    return found
-
-
-def _merge(config: ExportConfig, found: ModelRef, directory: Path) -> MergeOutput:
+def _merge(config: ExportConfig, ref: ModelRef, directory: Path) -> MergeOutput:
     """Merge the adapter into `directory`; unverified, onto the weights it was trained on."""
-    kind = found.card.quantization.get("kind", "none")
+    quantization = ref.quantization.get("kind", "none")
     rounds = config.outtype in GRIDS
-    onto = "auto" if kind == "none" or (config.verify and not rounds) else "dequantized"
+    onto = "auto" if quantization == "none" or (config.verify and not rounds) else "dequantized"
     merging = MergeConfig(
         adapters=[config.model],
         output_dir=directory,
@@ -175,7 +162,7 @@ def _merge(config: ExportConfig, found: ModelRef, directory: Path) -> MergeOutpu
         return MergeOutput(summary)
     inputs = resolve_merge_input(merging)
     compared, calibration = _probes(config, inputs)
-    beside = None
+    compare_with_run = None
     if config.verify:
         trained, _ = score_trained(inputs, compared)
 
@@ -183,19 +170,19 @@ def _merge(config: ExportConfig, found: ModelRef, directory: Path) -> MergeOutpu
             return compare_rows(trained, compared.score(model, inputs.dtype))
 
     if calibration is None:
-        return MergeOutput(summary, beside_run=beside)
+        return MergeOutput(summary, beside_run=compare_with_run)
     weights = open_merger(inputs, *resolve_rounding(merging, inputs, summary["onto"]))
     model = load_merged(directory, inputs)
     choose = choose_gguf_codes(model, weights, calibration, inputs.dtype, config.outtype)
-    return MergeOutput(summary, choose, beside)
+    return MergeOutput(summary, choose, compare_with_run)
 
 
-def _as_it_is(config: ExportConfig, found: ModelRef, device: str, _: Path) -> MergeOutput:
+def _as_it_is(config: ExportConfig, ref: ModelRef, device: str, _: Path) -> MergeOutput:
     """Return the code selection and comparison of a model that needs no merging."""
     if not _chooses_codes(config):
         return MergeOutput({})
-    model = load_ref(found, device)
-    inputs = whole_model_input(found, model)
+    model = ref.load(device)
+    inputs = MergeInput(ref, model.dtype, device)
     compared, calibration = _probes(config, inputs)
     if calibration is None:
         return MergeOutput({})
@@ -220,8 +207,5 @@ def _probes(
     """Return the comparison rows, and the calibration rows if codes are chosen on them."""
     chooses = _chooses_codes(config)
     rows = choose_rows(inputs, _ROWS, config.calibration_rows if chooses else 0)
-    compared, calibration = (
-        ComparisonProbe(part, inputs.objective, inputs.tokenizer.pad_token_id or 0, inputs.device)
-        for part in (rows.compared, rows.calibration)
-    )
-    return compared, calibration if chooses and rows.calibration else None
+    calibration = inputs.probe(rows.calibration) if rows.calibration else None
+    return inputs.probe(rows.compared), calibration

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,12 @@ from ftlevel.data.sources.readers.refused import refuse_media_columns
 from ftlevel.data.sources.readers.text import detect_file_format
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.answers import MOST_SHOWN, AnswerRequest, predict_replies
-from ftlevel.evaluation.scoring import GenerationOptions
-from ftlevel.models.hardware import autocast
 from ftlevel.models.kinds import max_positions
 from ftlevel.models.loading import silence_loggers
 from ftlevel.tasks.base import BaseTask, Prediction
 from ftlevel.trained.adapter_set import BASE, AdapterSet, load_adapter_set
-from ftlevel.trained.load import LoadedModel
+from ftlevel.trained.generation import GenerationOptions
+from ftlevel.trained.model_ref import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -74,27 +73,38 @@ def generate_answers(
     with silence_loggers():
         if file is not None and not _has_rows(file):
             files = match_files(str(file), "txt") if is_pattern(str(file)) else [file]
-            prompts, file = (
-                [*prompts, *(line for each in files for line in _read_lines(each))],
-                None,
-            )
+            prompts = [*prompts, *(line for each in files for line in _read_lines(each))]
+            file = None
         adapters = load_adapter_set(config)
         if config.compare_base and not adapters.has_base:
             raise ConfigError(
                 f"--compare-base: {config.name} has no adapter that could be disabled. "
                 "Use the base model itself: ftlevel generate MODEL --prompt …"
             )
-        ask = AnswerRequest(
+        request = AnswerRequest(
             prompts, config.context, build_generation_settings(config), config.batch_size
         )
         if file is not None:
-            first = next(iter(adapters.voices.values()))
-            ask, shown = _with_rows(ask, file, first.task, config)
-            prompts = [*prompts, *shown]
-        replies = {name: generate_replies(adapters, name, ask) for name in adapters.voices}
-        base = generate_replies(adapters, BASE, ask) if config.compare_base else None
-    dtypes = {name: trained.dtype for name, trained in adapters.voices.items()}
-    return list(_answers(prompts, replies, base, dtypes)), adapters.notes
+            first = next(iter(adapters.models.values()))
+            request, texts = _with_rows(request, file, first.task, config)
+            prompts = [*prompts, *texts]
+        replies = {name: generate_replies(adapters, name, request) for name in adapters.models}
+        base = generate_replies(adapters, BASE, request) if config.compare_base else None
+    answers = [
+        GeneratedAnswer(
+            prompt,
+            reply.text,
+            base[index].text if base else None,
+            reply.scores,
+            reply.tags,
+            name,
+            adapters.models[name].dtype,
+        )
+        for index, prompt in enumerate(prompts)
+        for name, predictions in replies.items()
+        for reply in (predictions[index],)
+    ]
+    return answers, adapters.notes
 
 
 def _has_rows(path: Path) -> bool:
@@ -109,18 +119,18 @@ def _has_rows(path: Path) -> bool:
 def _read_lines(path: Path) -> list[str]:
     """Return the nonblank lines of a text file; raise InputError if it cannot be read."""
     try:
-        plain = decompress(path) if is_compressed(path) else path
-        plain = cache_pipe(path) if is_pipe(path) else plain
-        lines = plain.read_text(encoding="utf-8").splitlines()
+        file = decompress(path) if is_compressed(path) else path
+        file = cache_pipe(path) if is_pipe(path) else file
+        lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts {path} cannot be read: {error}.") from None
     return [line for line in lines if line.strip()]
 
 
 def _with_rows(
-    ask: AnswerRequest, path: Path, task: BaseTask, config: GenerateConfig
+    request: AnswerRequest, path: Path, task: BaseTask, config: GenerateConfig
 ) -> tuple[AnswerRequest, list[str]]:
-    """Return `ask` with the rows of a file, and the text shown for each."""
+    """Return `request` with the rows of a file, and the text shown for each."""
     ignored = config.ignore_columns
     source, _ = open_rows(str(path), ReadOptions(ignored=ignored))
     try:
@@ -133,15 +143,15 @@ def _with_rows(
         )
     refuse_media_columns(shape.unused, source.first, str(path))
     rows = list(Prompts(source, shape))
-    if bad := [f"{row.place}: {row.fault}. Fix the row." for row in rows if row.fault]:
-        raise InputError(bad[:MOST_SHOWN])
+    if faults := [f"{row.place}: {row.fault}. Fix the row." for row in rows if row.fault]:
+        raise InputError(faults[:MOST_SHOWN])
     role = next((role for role in _SHOWN if role in shape.columns), next(iter(shape.columns)))
-    shown = [to_cell(row.row.get(shape.columns[role])) for row in rows]
+    texts = [to_cell(row.row.get(shape.columns[role])) for row in rows]
     if shape.name == "prompt" and isinstance(rows[0].question, str):
-        return replace(ask, prompts=[*ask.prompts, *shown]), shown
+        return replace(request, prompts=[*request.prompts, *texts]), texts
     return replace(
-        ask, questions=[row.question for row in rows], places=[row.place for row in rows]
-    ), shown
+        request, questions=[row.question for row in rows], places=[row.place for row in rows]
+    ), texts
 
 
 _SHOWN = ("question", "prompt", "instruction", "messages", "conversations")
@@ -155,29 +165,10 @@ def build_generation_settings(config: GenerateConfig) -> GenerationOptions:
     )
 
 
-def generate_replies(adapters: AdapterSet, name: str, ask: AnswerRequest) -> list[Prediction]:
+def generate_replies(adapters: AdapterSet, name: str, request: AnswerRequest) -> list[Prediction]:
     """Return the outputs of the adapter `name`, or of the base, for each prompt."""
-    with (
-        adapters.active_adapter(name) as trained,
-        torch.no_grad(),
-        autocast(trained.device, trained.dtype),
-    ):
-        return predict_replies(trained, ask)
-
-
-def _answers(
-    prompts: Sequence[str],
-    replies: dict[str, list[Prediction]],
-    base: list[Prediction] | None,
-    dtypes: dict[str, str],
-) -> Iterator[GeneratedAnswer]:
-    for index, prompt in enumerate(prompts):
-        for name, said in replies.items():
-            reply = said[index]
-            beside = base[index].text if base else None
-            yield GeneratedAnswer(
-                prompt, reply.text, beside, reply.scores, reply.tags, name, dtypes[name]
-            )
+    with adapters.active_adapter(name) as trained, trained.inference():
+        return predict_replies(trained, request)
 
 
 class Chat:
@@ -192,10 +183,10 @@ class Chat:
         with silence_loggers():
             self.adapters: AdapterSet = load_adapter_set(config)
         self.writing = build_generation_settings(config)
-        self.active_adapter = next(iter(self.adapters.voices))
+        self.active_adapter = next(iter(self.adapters.models))
         self.messages: list[Turn] = []
         self.forgotten = 0
-        for trained in self.adapters.voices.values():
+        for trained in self.adapters.models.values():
             if not trained.task.generates_text:
                 raise ConfigError(
                     f"--chat is for models that write text, and this one does {trained.task.name}. "
@@ -217,29 +208,28 @@ class Chat:
         with self.adapters.active_adapter(self.active_adapter) as trained:
             return _remembers(trained)
 
-    def say(self, text: str, hear: Callable[[str], None]) -> str:
-        """Generate and return the reply to `text`; `hear` receives it in pieces."""
+    def say(self, text: str, on_text: Callable[[str], None]) -> str:
+        """Generate and return the reply to `text`; `on_text` receives it in pieces."""
         self.messages.append({"role": "user", "content": text})
         try:
-            said = self._answer(text, hear)
+            reply = self._answer(text, on_text)
         except BaseException:  # an interrupted reply leaves no message behind
             self.messages.pop()
             raise
-        self.messages.append({"role": "assistant", "content": said})
-        return said
+        self.messages.append({"role": "assistant", "content": reply})
+        return reply
 
-    def _answer(self, text: str, hear: Callable[[str], None]) -> str:
+    def _answer(self, text: str, on_text: Callable[[str], None]) -> str:
         with (
             silence_loggers(),
             self.adapters.active_adapter(self.active_adapter) as trained,
-            torch.no_grad(),
-            autocast(trained.device, trained.dtype),
+            trained.inference(),
         ):
             ids = torch.tensor([self._prompt(trained, text)], device=trained.device)
             written = trained.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                streamer=_Pieces(trained.tokenizer, hear, is_decoder=trained.kind == "decoder"),
+                streamer=_Pieces(trained.tokenizer, on_text, is_decoder=trained.kind == "decoder"),
                 **self.writing.arguments(trained.tokenizer),
             )[0]
         answer = written if trained.kind == "encoder-decoder" else written[ids.shape[1] :]
@@ -247,14 +237,14 @@ class Chat:
 
     def _prompt(self, trained: LoadedModel, text: str) -> list[int]:
         """Return the prompt token ids; the oldest messages are dropped if they do not fit."""
-        if trained.prompt_format is None:
+        if trained.ref.prompt_format is None:
             raise TypeError("a model that writes text has a prompt format")
         if not _remembers(trained):
-            return encode_prompt(trained.tokenizer, trained.prompt_format, text)
+            return encode_prompt(trained.tokenizer, trained.ref.prompt_format, text)
         positions = max_positions(trained.model.config)
         room = None if positions is None else positions - self.writing.max_new_tokens
         while True:
-            turns = trained.prompt_format.with_system(self.messages)
+            turns = trained.ref.prompt_format.with_system(self.messages)
             ids = encode_chat_prompt(trained.tokenizer, turns)
             if room is None or len(ids) <= room or len(self.messages) == 1:
                 return ids
@@ -263,16 +253,16 @@ class Chat:
 
 
 def _remembers(trained: LoadedModel) -> bool:
-    form = trained.prompt_format
+    form = trained.ref.prompt_format
     return form is not None and form.kind == "chat-template" and not form.instruction
 
 
 class _Pieces(TextStreamer):
     """Streamer that passes text to a callback."""
 
-    def __init__(self, tokenizer: Any, hear: Callable[[str], None], *, is_decoder: bool) -> None:
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], *, is_decoder: bool) -> None:
         super().__init__(tokenizer, skip_prompt=is_decoder, skip_special_tokens=True)
-        self._hear = hear
+        self._hear = on_text
         self._began = False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002

@@ -27,7 +27,6 @@ from ftlevel.merging.low_bits import compare_quantized, quantize_merged, resolve
 from ftlevel.merging.merge_input import (
     MergeInput,
     choose_rows,
-    load_trained_model,
     resolve_merge_input,
 )
 from ftlevel.merging.merged_model import write_merged
@@ -77,7 +76,7 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
         inputs = resolve_merge_input(config)
         if config.dtype == "float32":  # compare with the run in float32
             inputs = replace(inputs, dtype="float32")
-        ways = _ways(config, inputs)
+        onto = _ways(config, inputs)
         inputs, choices = mix(config, inputs, stack)
         low = resolve_quantization(config, inputs)
         count = config.rows if config.verify else 0
@@ -85,23 +84,20 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
         probe = calibration = None
         if count or calibrated:
             rows = choose_rows(inputs, count, calibrated)
-            pad_id = inputs.tokenizer.pad_token_id or 0
-            probe, calibration = (
-                ComparisonProbe(part, inputs.objective, pad_id, inputs.device) if part else None
-                for part in (rows.compared, rows.calibration)
-            )
+            probe = inputs.probe(rows.compared) if rows.compared else None
+            calibration = inputs.probe(rows.calibration) if rows.calibration else None
             choices += rows.choices
-        job = _MergeJob(config, inputs, ways, low, probe, calibration)
+        job = _MergeJob(config, inputs, onto, low, probe, calibration)
         listener.choices("merge", [*_describe(job), *choices])
-        place = stack.enter_context(atomic_directory(config.output_dir))
-        summary = _merge(job, place, listener)
+        output = stack.enter_context(atomic_directory(config.output_dir))
+        summary = _merge(job, output, listener)
     summary["seconds"] = round(time.perf_counter() - began, 2)
     upload.send([config.output_dir], summary)
     return MergeResult(summary, config.output_dir)
 
 
-def _merge(job: _MergeJob, place: Path, listener: Listener) -> dict[str, Any]:
-    """Write, verify and document the merged model in `place`."""
+def _merge(job: _MergeJob, output: Path, listener: Listener) -> dict[str, Any]:
+    """Write, verify and document the merged model in `output`."""
     config, inputs, probe = job.config, job.inputs, job.probe
     trained = effect = None
     if probe is not None:
@@ -110,7 +106,7 @@ def _merge(job: _MergeJob, place: Path, listener: Listener) -> dict[str, Any]:
     candidates = []
     for onto in job.ways:
         listener.stage(f"merging into the {onto} weights")
-        candidate = write_onto(config, inputs, onto, place / f".{onto}")
+        candidate = write_onto(config, inputs, onto, output / f".{onto}")
         if probe is not None and trained is not None:
             candidate = measure(candidate, inputs, probe, trained)
         candidates.append(candidate)
@@ -134,7 +130,7 @@ def _merge(job: _MergeJob, place: Path, listener: Listener) -> dict[str, Any]:
     if served and effect:
         _warn_of_low_bits(served, effect, listener)
     for path in sorted(chosen.directory.iterdir()):
-        path.rename(place / path.name)
+        path.rename(output / path.name)
     chosen.directory.rmdir()
     summary = {
         "adapters": config.adapters,
@@ -152,24 +148,24 @@ def _merge(job: _MergeJob, place: Path, listener: Listener) -> dict[str, Any]:
         "candidates": {c.onto: c.trained and asdict(c.trained) for c in candidates},
         "versions": library_versions(),
     }
-    _write_cards(place, config, inputs, summary, chosen.written.dtype)
+    _write_cards(output, config, inputs, summary, chosen.written.dtype)
     return summary
 
 
-def _warn_of_loss(found: Agreement, effect: Agreement, dtype: str, listener: Listener) -> None:
-    if found.mean_difference > effect.mean_difference / 2:
+def _warn_of_loss(agreement: Agreement, effect: Agreement, dtype: str, listener: Listener) -> None:
+    if agreement.mean_difference > effect.mean_difference / 2:
         listener.warn(
             f"what was trained moves the logits by {effect.mean_difference:.2g} on average, and "
-            f"merging into {dtype} by {found.mean_difference:.2g}: much of it is "
+            f"merging into {dtype} by {agreement.mean_difference:.2g}: much of it is "
             "lost in rounding. --dtype float32 keeps it."
         )
 
 
 def _warn_of_low_bits(served: Agreement, effect: Agreement, listener: Listener) -> None:
     if served.distance > effect.distance / 2:
-        what = "KL" if served.kl is not None else "a mean difference of scores of"
+        measure = "KL" if served.kl is not None else "a mean difference of scores of"
         listener.warn(
-            f"training moved the model by {what} {effect.distance:.2g}, and these bits by "
+            f"training moved the model by {measure} {effect.distance:.2g}, and these bits by "
             f"{served.distance:.2g}: much of what was trained is lost in them. Serve the adapter "
             f"on its "
             "base, or merge without --quant."
@@ -178,10 +174,10 @@ def _warn_of_low_bits(served: Agreement, effect: Agreement, listener: Listener) 
 
 def score_trained(inputs: MergeInput, probe: ComparisonProbe) -> tuple[RowLogits, Agreement]:
     """Return the outputs of the trained model, and their difference from its base's."""
-    model = load_trained_model(inputs, inputs.quant)
-    trained = probe.score(model, inputs.dtype)
-    with model.disable_adapter():
-        return trained, compare_rows(trained, probe.score(model, inputs.dtype))
+    loaded = inputs.ref.load(inputs.device, inputs.dtype)
+    trained = probe.score(loaded.model, inputs.dtype)
+    with loaded.without_adapter():
+        return trained, compare_rows(trained, probe.score(loaded.model, inputs.dtype))
 
 
 def _ways(config: MergeConfig, inputs: MergeInput) -> list[str]:
@@ -224,7 +220,7 @@ def resolve_rounding(
         return dtype, None
     compute = DTYPES[inputs.dtype]
     quantization = build_quantization_config(inputs.quant, compute, inputs.card.heads)
-    kept = keep_heads(quantization, inputs.config, inputs.auto_class)
+    kept = keep_heads(quantization, inputs.ref.model_config, inputs.ref.auto_class)
     return dtype or inputs.dtype, lambda model: build_rounding(model, kept, compute)
 
 
@@ -246,14 +242,14 @@ def _choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
 
 
 def _describe(job: _MergeJob) -> Iterator[Choice]:
-    config, inputs, ways = job.config, job.inputs, job.ways
-    yield Choice("adapter", str(inputs.directory), f"{inputs.card.method}, {inputs.task.name}")
+    config, inputs, onto = job.config, job.inputs, job.ways
+    yield Choice("adapter", str(inputs.ref.directory), f"{inputs.card.method}, {inputs.ref.task}")
     fingerprint = inputs.card.base.get("fingerprint")
     proof = "the weights it was trained on" if fingerprint else "no fingerprint to check it by"
     yield Choice("base", inputs.source.name, proof)
     if inputs.quant.kind != "none":
-        reason = "auto: both are measured" if len(ways) > 1 else f"--onto {config.onto}"
-        yield Choice("onto", " and ".join(ways), reason)
+        reason = "auto: both are measured" if len(onto) > 1 else f"--onto {config.onto}"
+        yield Choice("onto", " and ".join(onto), reason)
     if job.low is not None:
         rows = job.calibration
         by = f"by what layers give on {len(rows.rows)} rows" if rows else "the nearest"
@@ -268,7 +264,7 @@ def _describe(job: _MergeJob) -> Iterator[Choice]:
 
 
 def _write_cards(
-    place: Path, config: MergeConfig, inputs: MergeInput, summary: dict[str, Any], dtype: str
+    directory: Path, config: MergeConfig, inputs: MergeInput, summary: dict[str, Any], dtype: str
 ) -> None:
     """Write README.md and ftlevel.json, which records task and prompt format."""
     facts = {key: summary[key] for key in ("adapters", "onto", "reason", "verified", "agreement")}
@@ -286,7 +282,7 @@ def _write_cards(
         merge=facts,
         base={key: value for key, value in inputs.card.base.items() if key != "path"},
     )
-    card.write(place)
-    TASKS[card.task].write_files(place, load_config(inputs.source), card.options)
+    card.write(directory)
+    TASKS[card.task].write_files(directory, load_config(inputs.source), card.options)
     text = write_merge_readme(summary, inputs.card.task)
-    (place / "README.md").write_text(text, encoding="utf-8")
+    (directory / "README.md").write_text(text, encoding="utf-8")

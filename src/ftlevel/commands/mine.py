@@ -15,17 +15,16 @@ from ftlevel.data.formats.detect import FormatOptions, detect_format
 from ftlevel.data.formats.examples import to_examples
 from ftlevel.data.sources.readers.files import ReadOptions, read_table
 from ftlevel.errors import InputError
-from ftlevel.evaluation.answers import InferenceModel, inference_context
+from ftlevel.evaluation.answers import InferenceModel
 from ftlevel.evaluation.retrieval import as_document, embed_rows
-from ftlevel.evaluation.scoring import GenerationOptions, batches
 from ftlevel.events import Listener, NullListener
 from ftlevel.models.hardware import choose_device, choose_threads
 from ftlevel.models.loading import silence_loggers
 from ftlevel.tasks.embedding.formats import QUERY_SHAPES, RANKING_SHAPES, EmbeddingRow
 from ftlevel.tasks.embedding.mining import Corpus, MinedRow, MiningOptions
 from ftlevel.tasks.embedding.mining import mine as search
-from ftlevel.trained.load import load_ref
-from ftlevel.trained.model_ref import describe_dtype, resolve_model
+from ftlevel.trained.generation import GenerationOptions, batches
+from ftlevel.trained.resolve import describe_dtype, resolve_model
 
 TASK = "embedding"
 WINDOW = 2_048
@@ -58,31 +57,31 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
         rows, described = _read_rows(config)
         corpus = Corpus(rows, _read_corpus(config))
         device = choose_device(config.device)
-        found = resolve_model(
+        ref = resolve_model(
             config.name, TASK, config.base_model, device=device.value, dtype=config.dtype
         )
         first, last = config.rank_range
         listener.choices(
             "mine",
             [
-                Choice("model", config.name, f"base {found.source.name}"),
+                Choice("model", config.name, f"base {ref.source.name}"),
                 Choice("rows", config.dataset, f"{len(rows):,} rows"),
                 Choice("columns", described, "by --map" if config.columns else ""),
                 Choice("corpus", f"{len(corpus.texts):,} distinct documents"),
                 Choice("negatives", config.negatives, f"{config.sampling} of ranks {first}-{last}"),
                 Choice("relative margin", f"{config.relative_margin:g}"),
-                Choice("dtype", found.card.dtype, describe_dtype(found, config.dtype)),
+                Choice("dtype", ref.card.dtype, describe_dtype(ref, config.dtype)),
                 device,
                 choose_threads(),
             ],
         )
         listener.stage("loading the model")
         began = time.perf_counter()
-        trained = load_ref(found, device.value)
+        trained = ref.load(device.value)
         model = InferenceModel(trained, GenerationOptions(1), config.batch_size, cuts=True)
         listener.stage("embedding")
         documents = map(as_document, corpus.texts)
-        with inference_context(model, trained):
+        with model.inference():
             queries = [EmbeddingRow(row.query, 0, prompt=row.prompt) for row in rows]
             vectors = embed_rows(model, [*queries, *documents], listener.answered)
         if model.shortened:
@@ -125,16 +124,16 @@ def _read_rows(config: MineConfig) -> tuple[list[EmbeddingRow], str]:
     table = read_table(
         config.dataset, options=ReadOptions(config.input_format, ignored=config.ignore_columns)
     )
-    wish = FormatOptions(config.columns, config.format, aim="mine")
-    found = detect_format(table.columns, TASK, RANKING_SHAPES, wish, table.rows[:WINDOW])
-    rows: list[EmbeddingRow] = list(to_examples(table, found))  # type: ignore[arg-type]
+    options = FormatOptions(config.columns, config.format, aim="mine")
+    format_ = detect_format(table.columns, TASK, RANKING_SHAPES, options, table.rows[:WINDOW])
+    rows: list[EmbeddingRow] = list(to_examples(table, format_))  # type: ignore[arg-type]
     for row in rows:
         if not row.positives:
             raise InputError(
                 f"{table.where(row.row)}: has no positive, from which negatives have to differ. "
                 "Leave out such rows."
             )
-    return rows, found.description
+    return rows, format_.description
 
 
 def _read_corpus(config: MineConfig) -> list[str]:
@@ -143,8 +142,8 @@ def _read_corpus(config: MineConfig) -> list[str]:
         return []
     table = read_table(config.corpus)
     shapes = [shape for shape in QUERY_SHAPES if shape.name == "text"]
-    found = detect_format(table.columns, TASK, shapes, rows=table.rows[:WINDOW])
-    return [row.documents[0] for row in to_examples(table, found)]  # type: ignore[attr-defined]
+    format_ = detect_format(table.columns, TASK, shapes, rows=table.rows[:WINDOW])
+    return [row.documents[0] for row in to_examples(table, format_)]  # type: ignore[attr-defined]
 
 
 def _write(

@@ -32,10 +32,8 @@ from ftlevel.evaluation.answers import (
     PROMPTS,
     InferenceModel,
     RowCounts,
-    inference_context,
     predict_rows,
 )
-from ftlevel.evaluation.scoring import GenerationOptions
 from ftlevel.events import Listener, NullListener
 from ftlevel.models.hardware import choose_device, choose_threads
 from ftlevel.models.kinds import width_of
@@ -43,8 +41,9 @@ from ftlevel.models.loading import load_config, silence_loggers
 from ftlevel.models.quantization import quantization_form
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.tasks.base import OutputOptions
-from ftlevel.trained.load import load_ref
-from ftlevel.trained.model_ref import ModelRef, compute_dtype, describe_dtype, resolve_model
+from ftlevel.trained.generation import GenerationOptions
+from ftlevel.trained.model_ref import ModelRef
+from ftlevel.trained.resolve import describe_dtype, resolve_model
 
 WINDOW = 2_048
 """Rows sorted by length together, for tasks that score."""
@@ -87,10 +86,10 @@ def predict(
     """
     listener = listener or NullListener()
     _check(config, rows)
-    with contextlib.ExitStack() as held:
-        held.enter_context(silence_loggers())
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(silence_loggers())
         listener.stage("opening the data")
-        job = _prepare(config, rows, stream, held)
+        job = _prepare(config, rows, stream, stack)
         listener.choices("predict", job.choices)
         try:
             _answer_all(config, job, listener)
@@ -107,7 +106,7 @@ def predict(
 class _PredictJob:
     """A prediction before weights are read; `questions` yields the remaining rows."""
 
-    found: ModelRef
+    ref: ModelRef
     device: str
     own: TrainConfig
     wanted: OutputOptions
@@ -133,40 +132,42 @@ def _prepare(
     config: PredictConfig,
     rows: Any,
     stream: IO[str] | None,
-    held: contextlib.ExitStack,
+    stack: contextlib.ExitStack,
 ) -> _PredictJob:
     """Resolve the model, open and check the rows, and skip rows already written."""
     device = choose_device(config.device)
-    found = resolve_model(
+    ref = resolve_model(
         config.name, config.task, config.base_model, device=device.value, dtype=config.dtype
     )
-    task, own = TASKS[found.card.task], _settings(found)
-    source, file = _open(config, rows, task, own)
-    mapping = _mapping(config, own, task, source)
+    task, settings = TASKS[ref.card.task], _settings(ref)
+    source, file = _open(config, rows, task, settings)
+    mapping = _mapping(config, settings, task, source)
     shape = task.find_questions(source.leading, mapping, config.format, source.first)
     refuse_media_columns(shape.unused, source.first, file.shown if file else "the rows")
-    wanted = OutputOptions(config.probabilities, config.top_k or 0, config.normalize, config.dims)
-    kinds = task.answer_columns(shape, found.card.labels, found.card.options, wanted)
-    _check_embedding_options(config, task, kinds.values(), found)
-    answers = {f"{config.column}_{end}" if end else config.column: end for end in kinds}
+    output_options = OutputOptions(
+        config.probabilities, config.top_k or 0, config.normalize, config.dims
+    )
+    types = task.answer_columns(shape, ref.card.labels, ref.card.options, output_options)
+    _check_embedding_options(config, task, types.values(), ref)
+    answers = {f"{config.column}_{end}" if end else config.column: end for end in types}
     _check_new(config, answers, source, file)
-    added = {name: kinds[end] for name, end in answers.items()}
+    added = {name: types[end] for name, end in answers.items()}
     sink = _open_sink(config, RowColumns(source.columns, added, source.schema), stream)
     questions = iter(Prompts(source, shape, sink.is_table, config.limit))
     tally = RowCounts(config.output, kept=_skip_written(questions, sink, config))
-    held.callback(_let_go, sink, tally)
+    stack.callback(_let_go, sink, tally)
     reason = (
         "as in training"
         if mapping and not config.columns
         else explain_columns(shape.columns, config.columns, config.format)
     )
     columns = Choice("columns", shape.description, reason)
-    choices = _choices(config, found, own, columns, answers, file)
+    choices = _choices(config, ref, settings, columns, answers, file)
     return _PredictJob(
-        found,
+        ref,
         device.value,
-        own,
-        wanted,
+        settings,
+        output_options,
         answers,
         questions,
         sink,
@@ -175,43 +176,46 @@ def _prepare(
     )
 
 
-def _settings(found: ModelRef) -> TrainConfig:
+def _settings(ref: ModelRef) -> TrainConfig:
     """Return the run's configuration; without a run, the card's column mapping."""
-    if found.run is not None:
-        return build_config([read_run(found.run)])
-    return TrainConfig(data={"columns": found.card.data.get("columns", {})})
+    if ref.run is not None:
+        return build_config([read_run(ref.run)])
+    return TrainConfig(data={"columns": ref.card.data.get("columns", {})})
 
 
 def _open(
     config: PredictConfig,
     rows: Any,
     task: BaseTask,
-    own: TrainConfig,
+    settings: TrainConfig,
 ) -> tuple[RowSource, Reader | None]:
     """Return the rows, with the first ones already read, and their file."""
-    ignored = config.ignore_columns or own.data.ignore_columns
+    ignored = config.ignore_columns or settings.data.ignore_columns
     if config.dataset is None:
         return in_memory_rows(rows, ignored), None
     roles = [names for shape in task.questions for names in shape.roles.values()]
-    known = {name for names in roles for name in names}
-    known |= {*config.columns.values(), *own.data.columns.values()}
+    columns = {name for names in roles for name in names}
+    columns |= {*config.columns.values(), *settings.data.columns.values()}
     return open_rows(
-        config.dataset, ReadOptions(config.input_format, config.subset, known, ignored)
+        config.dataset, ReadOptions(config.input_format, config.subset, columns, ignored)
     )
 
 
 def _mapping(
-    config: PredictConfig, own: TrainConfig, task: BaseTask, source: RowSource
+    config: PredictConfig, settings: TrainConfig, task: BaseTask, source: RowSource
 ) -> Mapping[str, str]:
     """Return the user's `--map`, or those training columns these rows also have."""
     if config.columns:
         return config.columns
     roles = {role for shape in task.questions for role in shape.roles}
     inner = {role for shape in task.questions for role in shape.inner}
-    told = {**task.column_mapping(source.leading, own.data, source.first), **own.data.columns}
+    columns = {
+        **task.column_mapping(source.leading, settings.data, source.first),
+        **settings.data.columns,
+    }
     return {
         role: column
-        for role, column in told.items()
+        for role, column in columns.items()
         if role in inner or (role in roles and resolve_column(column, source.leading) is not None)
     }
 
@@ -220,27 +224,27 @@ def _check_new(
     config: PredictConfig, answers: Answers, source: RowSource, file: Reader | None
 ) -> None:
     """Reject answer columns that exist in the rows."""
-    taken = [repr(name) for name in answers if name in source.columns]
-    if taken:
+    existing = [repr(name) for name in answers if name in source.columns]
+    if existing:
         whose = "the rows have" if file is None else f"{file.shown} has"
         raise ConfigError(
-            f"--column {config.column}: {whose} {join_names(taken)} already, and columns are not "
-            f"overwritten. Choose another with --column."
+            f"--column {config.column}: {whose} {join_names(existing)} already, and columns are "
+            "not overwritten. Choose another with --column."
         )
 
 
 def _check_embedding_options(
-    config: PredictConfig, task: BaseTask, kinds: Iterable[str], found: ModelRef
+    config: PredictConfig, task: BaseTask, types: Iterable[str], ref: ModelRef
 ) -> None:
     """Raise `ConfigError` for options of embeddings that do not apply, or too many dimensions."""
-    if "embedding" not in kinds:
-        for flag, given in (
+    if "embedding" not in types:
+        for flag, is_given in (
             ("--normalize", config.normalize is not None),
             ("--dims", config.dims is not None),
         ):
-            if given:
+            if is_given:
                 raise ConfigError(f"{flag}: --task {task.name} gives no embeddings. Drop it.")
-    elif config.dims is not None and config.dims > (width := width_of(load_config(found.source))):
+    elif config.dims is not None and config.dims > (width := width_of(load_config(ref.source))):
         raise ConfigError(
             f"--dims {config.dims}: the embeddings of {config.name} have {width} dimensions. Use "
             "at most that many."
@@ -266,14 +270,14 @@ def _skip_written(questions: Iterator[QueryRow], sink: RowSink, config: PredictC
     if not isinstance(sink, RowFile):
         return 0
     count = 0
-    for there in sink.read_back() if config.resume else ():
+    for written in sink.read_back() if config.resume else ():
         row = next(questions, None)
         if row is None:
             raise InputError(
                 f"--resume: {sink.existing} has more rows than the {count:,} of --dataset "
                 f"{config.dataset}. Choose another --output."
             )
-        if sink.as_written(row.row) != there:
+        if sink.as_written(row.row) != written:
             raise InputError(
                 f"--resume: row {count + 1:,} of {sink.existing} is not {row.place}. Use the "
                 f"same rows as before, or choose another --output."
@@ -285,60 +289,62 @@ def _skip_written(questions: Iterator[QueryRow], sink: RowSink, config: PredictC
 
 def _choices(
     config: PredictConfig,
-    found: ModelRef,
-    own: TrainConfig,
+    ref: ModelRef,
+    settings: TrainConfig,
     columns: Choice,
     answers: Answers,
     file: Reader | None,
 ) -> list[Choice]:
-    task, quant = TASKS[found.card.task], found.card.quantization
+    task, quant = TASKS[ref.task], ref.quantization
     data = "given" if file is None else file.shown
     if config.dataset is not None and is_pattern(config.dataset):
         data = config.dataset
     choices = [
         Choice("task", task.name),
-        Choice("base", found.source.name),
+        Choice("base", ref.base),
         *([Choice("quantization", quantization_form(quant))] if quant["kind"] != "none" else []),
         Choice("rows", data, "; ".join(file.notes) if file else ""),
         columns,
         Choice("answers", join_names(answers, 6)),
-        Choice("dtype", found.card.dtype, describe_dtype(found, config.dtype)),
+        Choice("dtype", ref.card.dtype, describe_dtype(ref, config.dtype)),
     ]
     if task.generates_text and config.max_new_tokens is None:
-        why = "as in training" if found.run else "default"
-        choices.append(Choice("max new tokens", own.train.max_new_tokens, why))
-    if _cuts(config, own) and config.overlong is None:
+        reason = "as in training" if ref.run else "default"
+        choices.append(Choice("max new tokens", settings.train.max_new_tokens, reason))
+    if _cuts(config, settings) and config.overlong is None:
         choices.append(Choice("overlong", "truncate-prompt", "as in training"))
     return choices
 
 
-def _cuts(config: PredictConfig, own: TrainConfig) -> bool:
-    return (config.overlong or own.data.overlong) == "truncate-prompt"
+def _cuts(config: PredictConfig, settings: TrainConfig) -> bool:
+    return (config.overlong or settings.data.overlong) == "truncate-prompt"
 
 
 def _answer_all(config: PredictConfig, job: _PredictJob, listener: Listener) -> None:
     """Answer the remaining rows; weights are loaded only if there are any."""
-    tally, task = job.tally, TASKS[job.found.card.task]
+    tally, task = job.tally, TASKS[job.ref.task]
     size = TEXT_BATCHES * (config.batch_size or PROMPTS) if task.generates_text else WINDOW
-    waiting = windows(job.questions, size)
-    first = next(waiting, None)
+    batches = windows(job.questions, size)
+    first = next(batches, None)
     if first is None:
         return
     listener.stage("loading the model")
-    trained = load_ref(job.found, job.device)
+    trained = job.ref.load(job.device)
     for note in trained.notes:
         listener.warn(note)
-    own = job.own.train
-    writing = GenerationOptions(config.max_new_tokens or own.max_new_tokens, **config.decoding(own))
+    train = job.own.train
+    writing = GenerationOptions(
+        config.max_new_tokens or train.max_new_tokens, **config.decoding(train)
+    )
     model = InferenceModel(trained, writing, config.batch_size, cuts=_cuts(config, job.own))
     listener.stage("predicting")
     listener.answered(tally.kept, None)
     began = time.perf_counter()
-    with inference_context(model, trained):
-        for window in chain([first], waiting):
-            found = _answer(model, window, job.wanted, config, tally)
+    with model.inference():
+        for window in chain([first], batches):
+            answers = _answer(model, window, job.wanted, config, tally)
             job.sink.write(
-                [_join(row, answer, job) for row, answer in zip(window, found, strict=True)]
+                [_join(row, answer, job) for row, answer in zip(window, answers, strict=True)]
             )
             tally.answered += len(window)
             tally.shortened = model.shortened
@@ -349,33 +355,33 @@ def _answer_all(config: PredictConfig, job: _PredictJob, listener: Listener) -> 
 def _answer(
     model: InferenceModel,
     window: Sequence[QueryRow],
-    wanted: OutputOptions,
+    output_options: OutputOptions,
     config: PredictConfig,
     tally: RowCounts,
 ) -> list[Mapping[str, Any]]:
     """Return the answer columns per row, empty if skipped; raise InputError for a bad row."""
-    asked = [i for i, row in enumerate(window) if not row.fault]
+    answerable = [i for i, row in enumerate(window) if not row.fault]
     faults = {i: row.fault for i, row in enumerate(window) if row.fault}
     if faults and config.on_bad_row == "error":
         raise InputError(tally.describe_bad(window, faults))
-    answers = predict_rows(model, [window[i].question for i in asked], wanted)
-    faults |= {asked[number]: reason for number, reason in answers.refused.items()}
+    answers = predict_rows(model, [window[i].question for i in answerable], output_options)
+    faults |= {answerable[number]: reason for number, reason in answers.refused.items()}
     if faults and config.on_bad_row == "error":
         raise InputError(tally.describe_bad(window, faults))
     tally.skip(window, faults)
-    found: list[Mapping[str, Any]] = [{} for _ in window]
-    for number, reply in zip(asked, answers.replies, strict=True):
+    columns: list[Mapping[str, Any]] = [{} for _ in window]
+    for number, reply in zip(answerable, answers.replies, strict=True):
         if reply is not None:
-            found[number] = reply.columns
-    return found
+            columns[number] = reply.columns
+    return columns
 
 
 def _join(row: QueryRow, answer: Mapping[str, Any], job: _PredictJob) -> dict[str, Any]:
     """Return a row with its answer columns, null without an answer."""
-    twice = [repr(name) for name in job.answers if name in row.row]
-    if twice:  # later JSON Lines rows may have new columns
+    existing = [repr(name) for name in job.answers if name in row.row]
+    if existing:  # later JSON Lines rows may have new columns
         raise InputError(
-            f"{row.place}: has {join_names(twice)} already. Choose another column with --column."
+            f"{row.place}: has {join_names(existing)} already. Choose another column with --column."
         )
     return {**row.row, **{name: answer.get(end) for name, end in job.answers.items()}}
 
@@ -384,8 +390,8 @@ def _summarize(config: PredictConfig, job: _PredictJob) -> dict[str, Any]:
     tally = job.tally
     return {
         "name": config.name,
-        "task": job.found.card.task,
-        "dtype": compute_dtype(job.found.card, job.device),
+        "task": job.ref.task,
+        "dtype": job.ref.compute_dtype(job.device),
         "dataset": config.dataset,
         "output": None if config.output is None else str(config.output),
         "columns": list(job.answers),

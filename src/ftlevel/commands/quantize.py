@@ -7,17 +7,15 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
 
 from ftlevel.artifacts.cards import (
-    CARD,
-    AdapterCard,
     library_versions,
-    read_card,
     write_quantized_readme,
 )
 from ftlevel.artifacts.files import atomic_directory, base_fingerprint, check_absent, write_json
@@ -41,7 +39,6 @@ from ftlevel.models.loading import (
     build_task_model,
     load_config,
     load_model,
-    load_tokenizer,
     silence_loggers,
 )
 from ftlevel.models.quantization import (
@@ -51,8 +48,10 @@ from ftlevel.models.quantization import (
     quantization_name,
     stored_quantization,
 )
-from ftlevel.models.sources import ModelSource, check_revision, resolve_source, snapshot
+from ftlevel.models.sources import ModelSource, snapshot
 from ftlevel.models.upstream.architectures import packable_experts
+from ftlevel.trained.model_ref import ModelRef
+from ftlevel.trained.resolve import resolve_model
 from ftlevel.weights.checkpoint import merge_sharded_checkpoint
 from ftlevel.weights.quantize_shards import (
     COPIED,
@@ -79,12 +78,10 @@ class QuantizeResult:
 
 @dataclass(frozen=True)
 class _Plan:
-    source: ModelSource
-    card: AdapterCard | None
+    ref: ModelRef
     model_config: Any
     auto_class: str
     layout: QuantizedLayout
-    tokenizer: Any
     text: Text | None
     device: str
     choices: list[Choice]
@@ -125,81 +122,77 @@ def quantize(
                 summary["bytes_on_disk"] = written.bytes
                 summary["kept_modules"] = get_skipped_modules(layout.config)
                 summary["source"]["fingerprint"] = base_fingerprint(directory)
-                if plan.source.kind == "hub":
+                if plan.ref.source.kind == "hub":
                     summary["source"]["revision"] = directory.name  # the snapshot's commit
                 if plan.text is not None:
                     listener.stage("reloading and measuring")
                     summary["fidelity"] = _measure(config, plan, directory, partial, plan.text)
             write_json(partial / SUMMARY, summary)
-            _write_cards(partial, config, plan, summary)
+            _write_cards(partial, config, plan.ref, summary)
     upload.send([config.out], summary)
     return QuantizeResult(summary, config.out)
 
 
 def _resolve(config: QuantizeConfig) -> _Plan:
-    source = resolve_source(config.model, config.revision, said=config.model)
-    check_revision(source, config.revision)
-    known = source.kind == "directory" and (Path(source.location) / CARD).is_file()
-    card = read_card(Path(source.location)) if known else None
-    model_config = load_config(source)
+    device = choose_device(config.device)
+    ref = resolve_model(config.model, device=device.value, revision=config.revision)
+    if ref.directory is not None:
+        raise InputError(
+            f"{config.model} is an adapter, and only whole models are quantized. Use ftlevel merge "
+            f"{quote(config.model)} --quant 4bit --out DIR."
+        )
+    model_config = load_config(ref.source)
     if (stored := stored_quantization(model_config)) is not None:
         raise ConfigError(
             f"{config.model} is already quantized ({quantization_name(stored)}). Quantizing it "
             f"again would add a second error. Use the original model."
         )
     auto_class = checkpoint_class(model_config)
-    dtype, why = _kept_dtype(config, model_config)
+    dtype, reason = _unquantized_dtype(config, model_config)
     section = config.section
-    wish = (
+    quantization = (
         build_torchao_config(config.quant)
         if section is None
         else build_quantization_config(section, dtype, [])
     )
-    layout = build_layout(model_config, auto_class, wish, dtype)
+    layout = build_layout(model_config, auto_class, quantization, dtype)
     if not layout.linears:
         library = "bitsandbytes" if section is not None else "torchao"
         raise ConfigError(
             f"{config.model} ({model_config.model_type}) has no linear layer that {library} can "
             f"quantize."
         )
-    tokenizer = load_tokenizer(source) if config.measure else None
     text = read_eval_text(config.eval_text, config.eval_tokens) if config.measure else None
-    device = choose_device(config.device)
-    names = {p.name for p in layout.parameters.values() if p.part == "experts"}
     choices = [
-        Choice("model", source.name, f"{model_config.model_type}, as {auto_class}"),
+        Choice("model", ref.base, f"{model_config.model_type}, as {auto_class}"),
         Choice("form", config.form, f"{len(layout.linears):,} linears"),
-        Choice("kept in", str(dtype).removeprefix("torch."), why),
-        Choice("kept", "embeddings, norms, heads", _kept_reason(layout, len(names))),
+        Choice("kept in", str(dtype).removeprefix("torch."), reason),
+        Choice("kept", "embeddings, norms, heads", _describe_unquantized(layout)),
     ]
     if text is not None:
         choices.append(Choice("measured on", text.name, f"{config.eval_tokens:,} tokens at most"))
         choices.append(device)
-    return _Plan(
-        source, card, model_config, auto_class, layout, tokenizer, text, device.value, choices
-    )
+    return _Plan(ref, model_config, auto_class, layout, text, device.value, choices)
 
 
-def _kept_dtype(config: QuantizeConfig, model_config: Any) -> tuple[torch.dtype, str]:
-    """Return the dtype of unquantized weights and of computation, and the reason."""
+def _unquantized_dtype(config: QuantizeConfig, model_config: Any) -> tuple[torch.dtype, str]:
+    """Returns the dtype of unquantized weights and of computation, and the reason."""
     if config.dtype != "auto":
         return DTYPES[config.dtype], ""
-    own = getattr(model_config, "dtype", None)
-    if own is None:
+    stored = getattr(model_config, "dtype", None)
+    if stored is None:
         return torch.float32, "auto: config.json names none"
-    return getattr(torch, own) if isinstance(own, str) else own, "auto: the model's own"
+    return getattr(torch, stored) if isinstance(stored, str) else stored, "auto: the model's own"
 
 
-def _kept_reason(layout: QuantizedLayout, experts: int) -> str:
-    reasons = []
-    if experts:
-        reasons.append(f"and {experts:,} tensors of experts")
-    own = sorted(
-        {p.name.split(".")[-2] for p in layout.parameters.values() if p.part == "other linears"}
-    )
-    if own:
-        reasons.append(f"and {', '.join(own)}: the architecture asks for it")
-    return "; ".join(reasons)
+def _describe_unquantized(layout: QuantizedLayout) -> str:
+    """Returns the unquantized matrices besides embeddings, norms and heads."""
+    parameters, names = layout.parameters.values(), []
+    if experts := {p.name for p in parameters if p.part == "experts"}:
+        names.append(f"and {len(experts):,} tensors of experts")
+    if linears := {p.name.split(".")[-2] for p in parameters if p.part == "other linears"}:
+        names.append(f"and {', '.join(sorted(linears))}: the architecture asks for it")
+    return "; ".join(names)
 
 
 def _experts_note(config: QuantizeConfig, plan: _Plan) -> str:
@@ -207,10 +200,10 @@ def _experts_note(config: QuantizeConfig, plan: _Plan) -> str:
     sizes = predict_bytes(plan.layout)
     if "experts" not in sizes:
         return ""
-    whole, stay = sum(after for _, after in sizes.values()), sizes["experts"][1]
+    total, stay = sum(after for _, after in sizes.values()), sizes["experts"][1]
     dtype = str(plan.layout.dtype).removeprefix("torch.")
     note = (
-        f"{stay / 1e6:,.1f} MB of the {whole / 1e6:,.1f} MB are experts, which stay in {dtype}: "
+        f"{stay / 1e6:,.1f} MB of the {total / 1e6:,.1f} MB are experts, which stay in {dtype}: "
         "transformers packs linears alone, and reads no packed experts."
     )
     if config.quant != "4bit":
@@ -230,40 +223,36 @@ def _experts_note(config: QuantizeConfig, plan: _Plan) -> str:
 @contextlib.contextmanager
 def _source_files(plan: _Plan) -> Iterator[Path]:
     """Yield the directory with .safetensors files; a .gguf is converted temporarily."""
-    if plan.source.kind != "gguf":
-        yield merge_sharded_checkpoint(
-            snapshot(plan.source, COPIED)
-        )  # also of a sharded checkpoint
+    source = plan.ref.source
+    if source.kind != "gguf":
+        yield merge_sharded_checkpoint(snapshot(source, COPIED))
         return
     with Workspace("gguf") as temporary:
         model, _ = load_model(
-            plan.source, plan.model_config, plan.auto_class, dtype=plan.layout.dtype, device="cpu"
+            source, plan.model_config, plan.auto_class, dtype=plan.layout.dtype, device="cpu"
         )
         model.save_pretrained(temporary, max_shard_size="2GB")
-        load_tokenizer(plan.source).save_pretrained(temporary)
+        plan.ref.load_tokenizer().save_pretrained(temporary)
         del model
         yield Path(temporary)
 
 
 def _write_cards(
-    place: Path, config: QuantizeConfig, plan: _Plan, summary: Mapping[str, Any]
+    directory: Path, config: QuantizeConfig, ref: ModelRef, summary: Mapping[str, Any]
 ) -> None:
     """Write README.md, and ftlevel.json if the source has one."""
-    task = plan.card.task if plan.card else None
-    readme = write_quantized_readme(config.out.name, summary, task)
-    (place / "README.md").write_text(readme, encoding="utf-8")
-    if plan.card is None:
+    readme = write_quantized_readme(config.out.name, summary, ref.task if ref.is_ours else None)
+    (directory / "README.md").write_text(readme, encoding="utf-8")
+    if not ref.is_ours:
         return
-    stored = json.loads((place / "config.json").read_text(encoding="utf-8"))
-    dtype = plan.card.dtype if config.dtype == "auto" else config.dtype
+    stored = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     facts = {key: summary[key] for key in ("source", "fidelity", "ratio") if key in summary}
-    replace(
-        plan.card,
+    ref.with_card(
         quantization=quantization_facts(stored["quantization_config"]),
-        dtype=dtype,
+        dtype=ref.card.dtype if config.dtype == "auto" else config.dtype,
         versions=library_versions(),
         quantized=facts | {"form": config.form},
-    ).write(place)
+    ).card.write(directory)
 
 
 def _measure(
@@ -275,18 +264,19 @@ def _measure(
     if dtype == torch.float16 and plan.device == "cpu":
         dtype = torch.float32
     models = []
-    for place in (directory, out):
-        source = ModelSource(str(place), "directory", str(place), local_files_only=True)
+    for path in (directory, out):
+        source = ModelSource(str(path), "directory", str(path), local_files_only=True)
         model, _ = load_model(
             source, load_config(source), auto_class, dtype=dtype, device=plan.device
         )
         models.append(model.eval())
     length = min(WINDOW, max_positions(plan.model_config) or WINDOW)
-    windows = cut_windows(plan.tokenizer, text.content, config.eval_tokens, length)
+    tokenizer = plan.ref.load_tokenizer()
+    windows = cut_windows(tokenizer, text.content, config.eval_tokens, length)
     if not windows:
         raise InputError(f"--eval-text {text.name} has less than two tokens. Name a longer text.")
     began = time.perf_counter()
-    first, second = (compute_window_outputs(m, windows, auto_class, plan.tokenizer) for m in models)
+    first, second = (compute_window_outputs(m, windows, auto_class, tokenizer) for m in models)
     scores = compare_text(first, second, auto_class)
     if not math.isfinite(scores.get("kl", scores.get("cosine", math.nan))):
         raise RunError(
@@ -308,9 +298,9 @@ def _summary(
     after = sum(sizes[1] for sizes in parts.values())
     return {
         "source": {
-            "name": plan.source.name,
-            "kind": plan.source.kind,
-            "revision": plan.source.revision,
+            "name": plan.ref.base,
+            "kind": plan.ref.source.kind,
+            "revision": plan.ref.source.revision,
             "type": plan.model_config.model_type,
         },
         "quantization": {

@@ -21,16 +21,15 @@ from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.prepare.inference import QueryRow
 from ftlevel.errors import ConfigError, InputError, UnansweredError
 from ftlevel.evaluation.decoding import RowDecoder, open_decoder
-from ftlevel.evaluation.scoring import GenerationOptions, generate_texts
 from ftlevel.fast.head.likelihoods import supervised_loss
 from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.plan import plan_forward
 from ftlevel.fast.step import FastStep
-from ftlevel.models.hardware import autocast
 from ftlevel.models.kinds import max_positions
 from ftlevel.task import TokenObjective
 from ftlevel.tasks.base import OutputOptions, Prediction
-from ftlevel.trained.load import LoadedModel
+from ftlevel.trained.generation import GenerationOptions
+from ftlevel.trained.model_ref import LoadedModel
 
 T = TypeVar("T")
 Read = Callable[[Encoded, torch.Tensor], T]
@@ -65,17 +64,19 @@ class RowScorer:
         """Apply `read` to each row and its logits, in order; call it under `torch.no_grad`."""
         if self._fast is None and len(rows) >= WORTH_ASKING:
             self._fast = self._speed_up(rows)
-        found: list[Any] = [None] * len(rows)
+        results: list[Any] = [None] * len(rows)
         for part in self._split([len(row.input_ids) for row in rows]):
             chosen = [rows[i] for i in part]
             for i, row, logits in zip(part, chosen, self._forward(chosen), strict=True):
-                found[i] = read(row, logits)
-        return found
+                results[i] = read(row, logits)
+        return results
 
     def _speed_up(self, rows: Sequence[Encoded]) -> FastStep:
         trained = self._trained
         budget = CPU_TOKENS if trained.device == "cpu" else GPU_TOKENS
-        plan = plan_forward(trained.model, trained.kind, trained.method, trained.objective, budget)
+        plan = plan_forward(
+            trained.model, trained.kind, trained.ref.card.method, trained.objective, budget
+        )
         fast = FastStep(trained.model, plan)
         tried = (rows, self._pad_id, trained.device, trained.dtype)
         fast.check(*tried)
@@ -90,12 +91,12 @@ class RowScorer:
     def _split(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Yield the row indices of each forward pass, longest rows first."""
         on_cpu = self._trained.device == "cpu"
-        most = (CPU_TOKENS if self._packs else PADDED_TOKENS) if on_cpu else GPU_TOKENS
+        limit = (CPU_TOKENS if self._packs else PADDED_TOKENS) if on_cpu else GPU_TOKENS
         part: list[int] = []
         tokens = 0
         for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             size = lengths[row] if self._packs or not part else lengths[part[0]]
-            if part and (tokens + size > most or len(part) == self._batch_size):
+            if part and (tokens + size > limit or len(part) == self._batch_size):
                 yield part
                 part, tokens, size = [], 0, lengths[row]
             part.append(row)
@@ -118,8 +119,7 @@ class RowScorer:
             if isinstance(objective, TokenObjective):
                 yield from self._token_scores(batch, rows)
                 return
-            inputs, _ = objective.split(batch)
-            logits = objective.logits(trained.model(**inputs))
+            logits = trained.logits(batch)
         if objective.per_row:
             yield from logits
             return
@@ -139,10 +139,8 @@ class RowScorer:
                 head, self._trained.model, objective, batch, lambda scores, _: seen.append(scores)
             )
         else:
-            inputs, labels = objective.split(batch)
-            seen.append(
-                objective.targets(objective.logits(self._trained.model(**inputs)), labels)[0]
-            )
+            _, labels = objective.split(batch)
+            seen.append(objective.targets(self._trained.logits(batch), labels)[0])
         counts = [sum(label != IGNORED for label in _labels(row)) for row in rows]
         yield from torch.cat(seen).split(counts)  # type: ignore[no-untyped-call]
 
@@ -193,11 +191,11 @@ def predict_replies(trained: LoadedModel, ask: AnswerRequest) -> list[Prediction
         raise ConfigError(f"--context belongs to question answering, and this is {task.name}.")
     model = InferenceModel(trained, ask.writing, ask.batch_size)
     try:
-        said = task.answer(model, ask.prompts, ask.context) if ask.prompts else []
+        replies = task.answer(model, ask.prompts, ask.context) if ask.prompts else []
         rows = predict_rows(model, ask.questions, OutputOptions())
         if rows.refused:
             raise InputError([f"{ask.places[i]}: {why}." for i, why in rows.refused.items()])
-        return [*said, *(reply for reply in rows.replies if reply is not None)]
+        return [*replies, *(reply for reply in rows.replies if reply is not None)]
     except UnansweredError as error:
         raise InputError(
             [f"--prompt {i + 1}: {reason}." for i, reason in error.reasons.items()]
@@ -215,21 +213,21 @@ class ReplyBatch:
 
 
 def predict_rows(
-    model: InferenceModel, questions: Sequence[Any], wanted: OutputOptions
+    model: InferenceModel, questions: Sequence[Any], output_options: OutputOptions
 ) -> ReplyBatch:
     """Answer `questions`; a question that fails does not affect the others."""
     replies: list[Prediction | None] = [None] * len(questions)
     refused: dict[int, str] = {}
-    left = list(range(len(questions)))
-    while left:
-        asked = [replace(questions[i], row=number) for number, i in enumerate(left)]
+    remaining = list(range(len(questions)))
+    while remaining:
+        batch = [replace(questions[i], row=number) for number, i in enumerate(remaining)]
         try:
-            found = model.task.answer_rows(model, asked, wanted)
+            answers = model.task.answer_rows(model, batch, output_options)
         except UnansweredError as error:
-            refused |= {left[number]: reason for number, reason in error.reasons.items()}
-            left = [i for i in left if i not in refused]
+            refused |= {remaining[number]: reason for number, reason in error.reasons.items()}
+            remaining = [i for i in remaining if i not in refused]
             continue
-        for i, reply in zip(left, found, strict=True):
+        for i, reply in zip(remaining, answers, strict=True):
             replies[i] = reply
         break
     return ReplyBatch(replies, refused)
@@ -260,10 +258,19 @@ class InferenceModel:
         self.task = trained.task
         self.tokenizer = trained.tokenizer
         self.kind = trained.kind
-        self.labels: Sequence[str] = trained.labels
-        self.options = trained.options
-        self.max_length = trained.max_length
-        self.prompt_format = trained.prompt_format
+        self.labels: Sequence[str] = trained.ref.labels
+        self.options = trained.ref.options
+        self.max_length = trained.ref.card.max_length
+        self.prompt_format = trained.ref.prompt_format
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """Compute without gradients inside the block; then restore the model."""
+        try:
+            with self._trained.inference():
+                yield
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Remove the fast step and the decoder from the model."""
@@ -279,12 +286,10 @@ class InferenceModel:
         if self._decoder is None and len(prompts) > size and self._writing.is_greedy:
             self._decoder = open_decoder(trained, prompts)
         if not self._decoder:
-            return generate_texts(
-                trained.model, trained.tokenizer, prompts, trained.device, size, self._writing
-            )
+            return trained.generate(prompts, self._writing, size)
         texts = self._decoder(prompts, self._writing.max_new_tokens, size)
-        said = trained.tokenizer.batch_decode(texts, skip_special_tokens=True)
-        return [str(text).strip() for text in said]
+        decoded = trained.tokenizer.batch_decode(texts, skip_special_tokens=True)
+        return [str(text).strip() for text in decoded]
 
     def _fit_prompts(self, prompts: Sequence[list[int]]) -> list[list[int]]:
         """Return `prompts`; those that are too long lose tokens after their first one."""
@@ -324,16 +329,6 @@ class InferenceModel:
         return self._scorer(rows, read)
 
 
-@contextlib.contextmanager
-def inference_context(model: InferenceModel, trained: LoadedModel) -> Iterator[None]:
-    """Disable gradients and use the training precision inside the block; then close `model`."""
-    try:
-        with torch.no_grad(), autocast(trained.device, trained.dtype):
-            yield
-    finally:
-        model.close()
-
-
 MOST_SHOWN = 5
 """Maximum number of unanswered rows listed in a message; the others are counted."""
 
@@ -363,13 +358,13 @@ class RowCounts:
     def describe_bad(self, window: Sequence[QueryRow], faults: Mapping[int, str]) -> list[str]:
         """Return error messages for the first unanswered rows, with the options to fix them."""
         lines = [f"{window[i].place}: {faults[i]}." for i in sorted(faults)]
-        more = f" and {len(lines) - MOST_SHOWN:,} more" if len(lines) > MOST_SHOWN else ""
-        rows = "It" if len(lines) == 1 else f"These{more}"
-        done = self._describe_done()
+        others = f" and {len(lines) - MOST_SHOWN:,} more" if len(lines) > MOST_SHOWN else ""
+        rows = "It" if len(lines) == 1 else f"These{others}"
+        saved = self._describe_done()
         lines = lines[:MOST_SHOWN]
         lines[-1] += (
             f" {rows} cannot be answered. Fix what is wrong, or leave the answer empty by "
-            f"--on-bad-row skip.{' ' if done else ''}{done}"
+            f"--on-bad-row skip.{' ' if saved else ''}{saved}"
         )
         return lines
 
@@ -378,10 +373,10 @@ class RowCounts:
         return f"interrupted; {self._describe_done() or 'nothing was saved.'}"
 
     def _describe_done(self) -> str:
-        done = self.kept + self.answered
-        if self.output is None or not done:
+        count = self.kept + self.answered
+        if self.output is None or not count:
             return ""
-        return f"{done:,} rows are in {partial_of(self.output)}: --resume continues with them."
+        return f"{count:,} rows are in {partial_of(self.output)}: --resume continues with them."
 
     def warnings(self) -> Iterator[str]:
         """Yield the warnings for the end of the command."""

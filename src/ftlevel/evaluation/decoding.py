@@ -28,12 +28,12 @@ from transformers.masking_utils import sdpa_mask
 
 from ftlevel.data.encoding.collate import pad
 from ftlevel.errors import join_names
-from ftlevel.evaluation.scoring import stop_ids
 from ftlevel.fast.attention import packed
 from ftlevel.fast.head.likelihoods import base_model
 from ftlevel.fast.plan import adds_virtual_tokens, find_packing_obstacle
 from ftlevel.models.upstream.architectures import attention_of
-from ftlevel.trained.load import LoadedModel
+from ftlevel.trained.generation import stop_ids
+from ftlevel.trained.model_ref import LoadedModel
 
 NAME = "ftlevel_one_token"
 """Name of the attention for `set_attn_implementation`."""
@@ -131,25 +131,27 @@ class RowDecoder:
         """Restore the model's attention."""
         self._base.set_attn_implementation(self._attention_before)
 
-    def __call__(self, prompts: Sequence[list[int]], most: int, batch_size: int) -> list[list[int]]:
-        """Return the generated ids of each prompt, at most `most`, including the stop id."""
-        texts = _Texts(len(prompts), most, self._stops)
+    def __call__(
+        self, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int
+    ) -> list[list[int]]:
+        """Returns at most `max_new_tokens` generated ids of each prompt, including the stop id."""
+        texts = _Texts(len(prompts), max_new_tokens, self._stops)
         waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
         common = common_beginning(prompts)
         is_shared = len(common) >= SHARED and len(prompts) > 1
         shared = self.begin([0], [common]) if is_shared else None
         rows = Rows([], [], [], [])
         while True:
-            alive = texts.unended(rows)
-            free = batch_size - len(alive)
-            if waiting and (not alive or free * REFILL >= batch_size):
+            active = texts.unended(rows)
+            free = batch_size - len(active)
+            if waiting and (not active or free * REFILL >= batch_size):
                 chosen = [waiting.popleft() for _ in range(min(free, len(waiting)))]
                 begun = self.begin(chosen, [prompts[i] for i in chosen], shared)
                 texts.take(begun)
-                rows = join([(rows, alive), (begun, texts.unended(begun))])
-            elif alive:
-                if (len(rows.numbers) - len(alive)) * REFILL >= len(rows.numbers):
-                    rows = join([(rows, alive)])
+                rows = join([(rows, active), (begun, texts.unended(begun))])
+            elif active:
+                if (len(rows.numbers) - len(active)) * REFILL >= len(rows.numbers):
+                    rows = join([(rows, active)])
                 self.step(rows)
                 texts.take(rows)
             else:
@@ -164,19 +166,19 @@ class RowDecoder:
         prefix, which every prompt must extend by at least one token.
         """
         common = shared.lengths[0] if shared else 0
-        own = [ids[common:] for ids in prompts]
-        new = max(len(ids) for ids in own)
+        suffixes = [ids[common:] for ids in prompts]
+        new = max(len(ids) for ids in suffixes)
         count = self._base.config.get_text_config().num_hidden_layers
         layers = [_RoomyLayer() for _ in range(count)]
         if shared:
-            for layer, known in zip(layers, shared.layers, strict=True):
-                layer.repeat(known, len(own), common + new)
+            for layer, shared_layer in zip(layers, shared.layers, strict=True):
+                layer.repeat(shared_layer, len(suffixes), common + new)
         rows = Rows(list(numbers), [len(ids) for ids in prompts], [], layers)
-        ids = pad(own, self._pad_id, left=True).to(self._device)
+        ids = pad(suffixes, self._pad_id, left=True).to(self._device)
         self._forward(rows, ids, common + new, common)
         if shared:
-            for layer, known in zip(layers, shared.layers, strict=True):
-                layer.close_gaps(known, [new - len(ids) for ids in own])
+            for layer, shared_layer in zip(layers, shared.layers, strict=True):
+                layer.close_gaps(shared_layer, [new - len(ids) for ids in suffixes])
         return rows
 
     def step(self, rows: Rows) -> None:
@@ -192,11 +194,11 @@ class RowDecoder:
         right.
         """
         begins = seq + shared - torch.tensor(rows.lengths, device=self._device)[:, None]
-        places = torch.arange(seq, device=self._device)[None]
+        positions = torch.arange(seq, device=self._device)[None]
         outputs = self._model(
             input_ids=ids,
-            attention_mask=((places >= begins) | (places < shared)).long(),
-            position_ids=(places - begins + shared).clamp(min=0)[:, -ids.shape[1] :],
+            attention_mask=((positions >= begins) | (positions < shared)).long(),
+            position_ids=(positions - begins + shared).clamp(min=0)[:, -ids.shape[1] :],
             use_cache=True,
             logits_to_keep=1,
             **{self._cache: Cache(layers=rows.layers)},
@@ -259,23 +261,23 @@ class _RoomyLayer(DynamicLayer):
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self.keys, self.values = keys[:, :, :length], values[:, :, :length]
 
-    def repeat(self, known: _RoomyLayer, rows: int, length: int) -> None:
-        """Copy the single row of `known` to each of `rows`, with room for `length` positions."""
-        common = known.get_seq_length()
-        made = []
-        for states in (known.keys, known.values):
-            whole = states.new_zeros(rows, states.shape[1], length + ROOM, states.shape[3])
-            whole[:, :, :common] = states
-            made.append(whole)
-        self.fill(made[0], made[1], common)
+    def repeat(self, layer: _RoomyLayer, rows: int, length: int) -> None:
+        """Copy the single row of `layer` to each of `rows`, with room for `length` positions."""
+        common = layer.get_seq_length()
+        copies = []
+        for states in (layer.keys, layer.values):
+            copy = states.new_zeros(rows, states.shape[1], length + ROOM, states.shape[3])
+            copy[:, :, :common] = states
+            copies.append(copy)
+        self.fill(copies[0], copies[1], common)
 
-    def close_gaps(self, known: _RoomyLayer, gaps: Sequence[int]) -> None:
+    def close_gaps(self, layer: _RoomyLayer, gaps: Sequence[int]) -> None:
         """Shift the shared prefix of each row by its gap, up to the row's own tokens."""
-        common = known.get_seq_length()
+        common = layer.get_seq_length()
         for row, gap in enumerate(gaps):
             if gap:
-                self.keys[row, :, gap : gap + common] = known.keys[0]
-                self.values[row, :, gap : gap + common] = known.values[0]
+                self.keys[row, :, gap : gap + common] = layer.keys[0]
+                self.values[row, :, gap : gap + common] = layer.values[0]
 
     def update(
         self,
@@ -296,13 +298,13 @@ class _RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def _roomy(like: torch.Tensor, length: int, old: torch.Tensor | None) -> torch.Tensor:
-    """Return zeros shaped like `like` with room beyond `length`, and `old` at the start."""
-    rows, heads, _, width = like.shape
-    made = like.new_zeros(rows, heads, length + ROOM, width)
+def _roomy(states: torch.Tensor, length: int, old: torch.Tensor | None) -> torch.Tensor:
+    """Return zeros shaped like `states` with room beyond `length`, and `old` at the start."""
+    rows, heads, _, width = states.shape
+    padded = states.new_zeros(rows, heads, length + ROOM, width)
     if old is not None:
-        made[:, :, : old.shape[2]] = old
-    return made
+        padded[:, :, : old.shape[2]] = old
+    return padded
 
 
 def common_beginning(prompts: Sequence[list[int]]) -> list[int]:
@@ -324,21 +326,21 @@ def join(parts: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
     seq = max(lengths)
     layers: list[_RoomyLayer] = []
     for at in range(len(parts[0][0].layers)):
-        whole = []
+        both = []
         for name in ("keys", "values"):
             states = [getattr(rows.layers[at], name) for rows, _ in parts]
             first = states[0]
-            made = first.new_zeros(len(lengths), first.shape[1], seq + ROOM, first.shape[3])
-            begin = 0
+            joined = first.new_zeros(len(lengths), first.shape[1], seq + ROOM, first.shape[3])
+            start = 0
             for part, (rows, chosen) in zip(states, parts, strict=True):
                 width = max(rows.lengths[i] for i in chosen)
                 index = torch.tensor(chosen, device=part.device)
-                target = made[begin : begin + len(chosen), :, seq - width : seq]
+                target = joined[start : start + len(chosen), :, seq - width : seq]
                 target.copy_(part[:, :, part.shape[2] - width :].index_select(0, index))
-                begin += len(chosen)
-            whole.append(made)
+                start += len(chosen)
+            both.append(joined)
         layers.append(_RoomyLayer())
-        layers[-1].fill(whole[0], whole[1], seq)
+        layers[-1].fill(both[0], both[1], seq)
     return Rows(
         [rows.numbers[i] for rows, chosen in parts for i in chosen],
         lengths,
@@ -350,7 +352,7 @@ def join(parts: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
 def open_decoder(trained: LoadedModel, prompts: Sequence[list[int]]) -> RowDecoder | Literal[False]:
     """Return a decoder that is checked on `prompts`, or False if `generate` must be used."""
     model, tokenizer = trained.model, trained.tokenizer
-    if find_decoder_obstacle(model, trained.kind, trained.method):
+    if find_decoder_obstacle(model, trained.kind, trained.ref.card.method):
         return False
     decoder = RowDecoder(model, stop_ids(tokenizer), tokenizer.pad_token_id or 0)
     noise = 1e-4 if trained.dtype == "float32" else 1e-1
@@ -365,8 +367,8 @@ def find_decoder_obstacle(model: Any, kind: str, method: str) -> str:
     if reason := find_cache_obstacle(model, kind, method):
         return reason
     settings = base_model(model).generation_config.to_diff_dict()
-    told = {name for name, value in settings.items() if value not in _NEUTRAL} - _HARMLESS
-    return f"its generation_config has {join_names(sorted(told))}" if told else ""
+    settings_used = {name for name, value in settings.items() if value not in _NEUTRAL} - _HARMLESS
+    return f"its generation_config has {join_names(sorted(settings_used))}" if settings_used else ""
 
 
 def find_cache_obstacle(model: Any, kind: str, method: str) -> str:
@@ -396,14 +398,14 @@ def find_decoding_error(
     short = long[: _PROMPT // 2]
     try:
         rows = decoder.begin([0, 1], [long, short], decoder.begin([0], [short[:-2]]))
-        said = [rows.last[1]]
+        token = [rows.last[1]]
         rows = join([(decoder.begin([2], [long[1:]]), [0]), (rows, [1])])
         decoder.step(rows)
-        whole = torch.tensor([[*short, *said]], device=rows.scores.device)
-        expected = model(input_ids=whole).logits[0, -1].float()
+        ids = torch.tensor([[*short, *token]], device=rows.scores.device)
+        expected = model(input_ids=ids).logits[0, -1].float()
     except (TypeError, NotImplementedError) as error:
         return str(error)
-    found = rows.scores[1].float()
-    if not (found - expected).norm() < noise * expected.norm():
+    logits = rows.scores[1].float()
+    if not (logits - expected).norm() < noise * expected.norm():
         return "rows that come and go give other scores than rows alone"
     return ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,19 +19,13 @@ from ftlevel.config.embedding import LOSSES
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.texts import distinct_texts
-from ftlevel.task import Meter, StepTexts
+from ftlevel.evaluation.intervals import ExampleRecord
+from ftlevel.task import StepTexts
 from ftlevel.tasks.embedding.objective import METRICS, Embeddings, LabelKind
 from ftlevel.tasks.embedding.retrieval import average_precision, score_retrieval, spearman
 
 TOKENS_AT_ONCE = 4_096
 """Positions of a forward pass, unless a text is longer."""
-
-
-class RowRecord(Protocol):
-    """Receives the results of every row."""
-
-    def add_row(self, row: int, loss: float, targets: int, meter: Meter) -> None:
-        """Record an example with its summed loss, its number of targets and its own metrics."""
 
 
 def embed_texts(
@@ -41,27 +35,30 @@ def embed_texts(
     collate = Collator(pad_id)
     order = sorted(range(len(texts)), key=lambda at: -len(texts[at].input_ids))
     found: list[torch.Tensor | None] = [None] * len(texts)
-    begin = 0
-    while begin < len(order):
-        longest = len(texts[order[begin]].input_ids)
-        part = order[begin : begin + max(1, TOKENS_AT_ONCE // longest)]
+    start = 0
+    while start < len(order):
+        longest = len(texts[order[start]].input_ids)
+        part = order[start : start + max(1, TOKENS_AT_ONCE // longest)]
         batch = {n: v.to(device) for n, v in collate([texts[at] for at in part]).items()}
         del batch["labels"]
         vectors = objective.embed(model(**batch), batch["attention_mask"]).float().cpu()
         for at, vector in zip(part, vectors, strict=True):
             found[at] = vector
-        begin += len(part)
+        start += len(part)
     return torch.stack([vector for vector in found if vector is not None])
 
 
 def score_embeddings(
-    context: Any, objective: Embeddings, model: Any, record: RowRecord | None
+    rows: Sequence[Encoded],
+    objective: Embeddings,
+    model: Any,
+    record: ExampleRecord | None,
+    pad_id: int,
+    device: str,
 ) -> dict[str, float]:
-    """Return the loss and the metrics of the rows of `context`."""
-    rows = context.rows
+    """Returns the loss and the metrics of `rows`."""
     texts, step = distinct_texts(rows)
-    pad_id = context.tokenizer.pad_token_id or 0
-    vectors = embed_texts(model, objective, texts, pad_id, context.device)
+    vectors = embed_texts(model, objective, texts, pad_id, device)
     losses = step_losses(objective, vectors, step)
     dims = (None, *objective.settings.matryoshka_dims)
     with torch.autocast("cpu", enabled=False):
@@ -78,15 +75,15 @@ def step_losses(objective: Embeddings, vectors: torch.Tensor, step: StepTexts) -
 
     A last step of one row belongs to the one before, if its loss compares rows.
     """
-    size, found = objective.step_rows, list[float]()
+    size, losses = objective.step_rows, list[float]()
     starts = list(range(0, len(step), size))
     contrasts = LOSSES[objective.settings.loss or ""].contrasts
     if contrasts and len(starts) > 1 and len(step) - starts[-1] == 1:
         starts.pop()
-    for begin, end in zip(starts, [*starts[1:], len(step)], strict=True):
-        loss = objective.step_loss(vectors, step.select(slice(begin, end)))
-        found += [float(loss)] * (end - begin)
-    return found
+    for start, end in zip(starts, [*starts[1:], len(step)], strict=True):
+        loss = objective.step_loss(vectors, step.select(slice(start, end)))
+        losses += [float(loss)] * (end - start)
+    return losses
 
 
 @dataclass
@@ -105,9 +102,9 @@ class QueryMeter:
 
     def compute(self, _: float) -> dict[str, float]:
         """Return the means."""
-        known = [value for value in self.values if value]
-        names = known[0] if known else ()
-        return {name: float(np.mean([value[name] for value in known])) for name in names}
+        scored = [value for value in self.values if value]
+        names = scored[0] if scored else ()
+        return {name: float(np.mean([value[name] for value in scored])) for name in names}
 
     def describe(self, _: Sequence[str]) -> dict[str, Any]:
         """Return the metrics of the only query."""
@@ -133,12 +130,12 @@ class PairMeter:
         """Return the metric by number of dimensions; one of equal values is left out."""
         labels = [label for label, _ in self.pairs]
         compute = spearman if self.kind == "score" else average_precision
-        found = {}
+        metrics = {}
         for suffix in self.pairs[0][1] if self.pairs else ():
             scores = [scores[suffix] for _, scores in self.pairs]
             if len(set(labels)) > 1 and len(set(scores)) > 1:
-                found[f"{METRICS[self.kind][0]}{suffix}"] = compute(scores, labels)
-        return found
+                metrics[f"{METRICS[self.kind][0]}{suffix}"] = compute(scores, labels)
+        return metrics
 
     def describe(self, _: Sequence[str]) -> dict[str, Any]:
         """Return the similarity and the label of the only pair."""
@@ -162,44 +159,44 @@ def build_meters(
         PairMeter(
             objective.kind,
             [
-                (label, {name: float(v[own[0]] @ v[other]) for name, v in spaces.items()})
-                for other, label in zip(own[1:], labels, strict=True)
+                (label, {name: float(v[row_vectors[0]] @ v[other]) for name, v in spaces.items()})
+                for other, label in zip(row_vectors[1:], labels, strict=True)
             ],
         )
-        for own, labels in zip(step.texts, step.labels, strict=True)
+        for row_vectors, labels in zip(step.texts, step.labels, strict=True)
     ]
 
 
 def _class_meters(spaces: Mapping[str, torch.Tensor], step: StepTexts) -> list[PairMeter]:
     """Return meters of the pairs of each text with all later ones."""
-    found = [PairMeter("class") for _ in range(len(step))]
+    meters = [PairMeter("class") for _ in range(len(step))]
     for (i, one), (j, other) in combinations(enumerate(step.texts), 2):
         same = float(step.labels[i] == step.labels[j])
         scores = {name: float(v[one[0]] @ v[other[0]]) for name, v in spaces.items()}
-        found[i].pairs.append((same, scores))
-    return found
+        meters[i].pairs.append((same, scores))
+    return meters
 
 
 def _query_meters(
     similarity: str, spaces: Mapping[str, torch.Tensor], step: StepTexts
 ) -> list[QueryMeter]:
     """Return the metrics of each row's query; rows of one query have the same."""
-    documents = sorted({document for own in step.texts for document in own[1:]})
-    place = {document: at for at, document in enumerate(documents)}
+    documents = sorted({document for row_vectors in step.texts for document in row_vectors[1:]})
+    position = {document: at for at, document in enumerate(documents)}
     good: dict[int, set[int]] = {}
-    for (query, *own), labels in zip(step.texts, step.labels, strict=True):
-        relevant = {place[d] for d, label in zip(own, labels, strict=True) if label > 0}
+    for (query, *row_vectors), labels in zip(step.texts, step.labels, strict=True):
+        relevant = {position[d] for d, label in zip(row_vectors, labels, strict=True) if label > 0}
         good.setdefault(query, set()).update(relevant)
     queries = [query for query, relevant in good.items() if relevant]
     values: dict[int, dict[str, float]] = {query: {} for query in good}
     headline = METRICS["ranking"][0]
     for suffix, space in spaces.items():
         relevant_of = [sorted(good[query]) for query in queries]
-        found = score_retrieval(
+        meters = score_retrieval(
             space[queries], space[documents], relevant_of, similarity=similarity
         )
-        for name, scores in found.values.items():
+        for name, scores in meters.values.items():
             if not suffix or name == headline:
                 for query, value in zip(queries, scores.tolist(), strict=True):
                     values[query][f"{name}{suffix}"] = value
-    return [QueryMeter([values[own[0]]]) for own in step.texts]
+    return [QueryMeter([values[row_vectors[0]]]) for row_vectors in step.texts]

@@ -47,7 +47,7 @@ class GeneratedText:
 
 
 class ExampleRecord:
-    """A `EvaluationRecord` with one unit per example, by the example's index in its table."""
+    """Statistics per example, by its index in its table."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
@@ -65,13 +65,17 @@ class ExampleRecord:
         """Add every row of a batch to its unit."""
         objective, start = self.objective, 0
         for row in rows:
-            own = slice(start, start := start + len(row.branches))
-            loss = objective.loss_sum(logits[own], labels[own], mask[own]).item()
-            count = int(objective.count(labels[own]))
+            rows_of_example = slice(start, start := start + len(row.branches))
+            loss = objective.loss_sum(
+                logits[rows_of_example], labels[rows_of_example], mask[rows_of_example]
+            ).item()
+            count = int(objective.count(labels[rows_of_example]))
             for unit in self._units_of(row):
                 unit.loss += loss
                 unit.targets += count
-                unit.meter.update(*objective.targets(logits[own], labels[own]), [row])
+                unit.meter.update(
+                    *objective.targets(logits[rows_of_example], labels[rows_of_example]), [row]
+                )
 
     def _units_of(self, row: Encoded) -> list[ExampleStats]:
         """Return the example of `row`, and its cluster of several examples if it has one."""
@@ -90,11 +94,11 @@ class ExampleRecord:
         """Add logits (tokens, vocabulary) to the units of the rows in `owners`."""
         losses = functional.cross_entropy(scores.float(), targets, reduction="none")
         for index in sorted(set(owners.tolist())):
-            own, row = owners == index, rows[index]
+            is_of_row, row = owners == index, rows[index]
             unit = self.units.setdefault(row.row, ExampleStats(self.objective.meter()))
-            unit.loss += losses[own].sum().item()
-            unit.targets += int(own.sum())
-            unit.meter.update(scores[own], targets[own], [row])
+            unit.loss += losses[is_of_row].sum().item()
+            unit.targets += int(is_of_row.sum())
+            unit.meter.update(scores[is_of_row], targets[is_of_row], [row])
 
     def add_answers(
         self, rows: Sequence[Encoded], answers: torch.Tensor, verdicts: torch.Tensor
@@ -104,13 +108,13 @@ class ExampleRecord:
         if not isinstance(objective, LikelihoodObjective):
             raise TypeError("only answers have a log-likelihood")
         for index, row in enumerate(rows):
-            own = slice(index * width, (index + 1) * width)
+            of_row = slice(index * width, (index + 1) * width)
             unit = self.units.setdefault(row.row, ExampleStats(objective.meter()))
             unit.loss += objective.preference_sum(
-                answers[own], verdicts[own], training=False
+                answers[of_row], verdicts[of_row], training=False
             ).item()
             unit.targets += 1
-            unit.meter.update(answers[own], verdicts[own], [row])
+            unit.meter.update(answers[of_row], verdicts[of_row], [row])
 
     def add_row(self, row: int, loss: float, targets: int, meter: Meter) -> None:
         """Add an example with its summed loss, its number of targets and its own metrics."""
@@ -221,16 +225,16 @@ class Difference:
     is_noise: bool | None
 
 
-def compute_difference(found: MetricRuns, best: MetricRuns, comparisons: int) -> Difference:
-    """Return the difference of `found` from `best`; `comparisons` is the total (Bonferroni)."""
-    value = found.mean - best.mean
-    if found.draws.shape != best.draws.shape or not found.draws.size:
+def compute_difference(runs: MetricRuns, best: MetricRuns, comparisons: int) -> Difference:
+    """Return the difference of `runs` from `best`; `comparisons` is the total (Bonferroni)."""
+    value = runs.mean - best.mean
+    if runs.draws.shape != best.draws.shape or not runs.draws.size:
         return Difference(value, None, None, None)
-    drawn = (found.draws - best.draws).mean(0)
+    drawn = (runs.draws - best.draws).mean(0)
     variance = float(drawn.var(ddof=1))
-    if len(found.values) > 1:
-        apart = [one - two for one, two in zip(found.values, best.values, strict=True)]
-        variance += statistics.variance(apart) / len(apart)
+    if len(runs.values) > 1:
+        differences = [one - two for one, two in zip(runs.values, best.values, strict=True)]
+        variance += statistics.variance(differences) / len(differences)
     error = math.sqrt(variance)
     z = statistics.NormalDist().inv_cdf(1 - LEVEL / 2 / max(comparisons, 1))
     return Difference(value, interval(drawn), error, abs(value) <= z * error)
@@ -240,36 +244,40 @@ V = TypeVar("V")
 
 
 def check_metrics(
-    wish: Sequence[str], task: BaseTask, objective: Objective, *, generates: bool, how: str
+    names: Sequence[str], task: BaseTask, objective: Objective, *, generates: bool, how: str
 ) -> None:
-    """Check the metric names in `wish`; `how` is the flag that enables text generation.
+    """Check the metric names in `names`; `how` is the flag that enables text generation.
 
     Raises:
         ConfigError: a name is unknown, or belongs to generated texts; the message lists valid
             names.
     """
-    known = ("loss", *objective.metrics, *(task.text_metrics if generates else ()))
-    for name in wish:
-        if name in known:
+    valid = ("loss", *objective.metrics, *(task.text_metrics if generates else ()))
+    for name in names:
+        if name in valid:
             continue
         if name in task.text_metrics:
             raise ConfigError(f"--metrics {name} is of generated texts. Add {how}.")
         raise ConfigError(
             f"--metrics: no metric of --task {task.name} is called {name!r}."
-            f"{did_you_mean(name, known)} Metrics here: {join_names(known, 20)}."
+            f"{did_you_mean(name, valid)} Metrics here: {join_names(valid, 20)}."
         )
 
 
-def uses_text_metrics(wish: Sequence[str], task: BaseTask) -> bool:
-    """Return whether `wish` names a metric of generated texts; an empty `wish` names all."""
-    return not wish or bool(set(wish) & set(task.text_metrics))
+def uses_text_metrics(names: Sequence[str], task: BaseTask) -> bool:
+    """Return whether `names` names a metric of generated texts; an empty `names` names all."""
+    return not names or bool(set(names) & set(task.text_metrics))
 
 
-def generates_texts(wish: bool | None, task: BaseTask) -> bool:
-    """Return whether texts are generated: by `wish`, or if None by the task's default."""
-    return task.generates if wish is None else wish and task.generates_text
+def generates_texts(predict_with_generate: bool | None, task: BaseTask) -> bool:
+    """Returns whether texts are generated; None is the task's default."""
+    return (
+        task.generates
+        if predict_with_generate is None
+        else predict_with_generate and task.generates_text
+    )
 
 
-def select_metrics(found: Mapping[str, V], wish: Sequence[str]) -> dict[str, V]:
-    """Return the loss and the metrics named in `wish`; an empty `wish` names all."""
-    return {name: found[name] for name in found if not wish or name == "loss" or name in wish}
+def select_metrics(metrics: Mapping[str, V], names: Sequence[str]) -> dict[str, V]:
+    """Return the loss and the metrics named in `names`; an empty `names` names all."""
+    return {name: metrics[name] for name in metrics if not names or name == "loss" or name in names}

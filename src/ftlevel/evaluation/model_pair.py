@@ -16,7 +16,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ftlevel.artifacts.cards import read_card
-from ftlevel.config import EvaluateConfig
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import InputError
 from ftlevel.evaluation.two_models import (
@@ -31,89 +30,67 @@ from ftlevel.evaluation.two_models import (
     cut_windows,
     read_eval_text,
 )
-from ftlevel.models.hardware import autocast
 from ftlevel.models.kinds import max_positions
 from ftlevel.models.upstream.tensors import own_tensors
-from ftlevel.trained.load import LoadedModel
-from ftlevel.trained.model_ref import (
-    PLAIN,
-    ModelRef,
-    card_directory,
-    load_own_tokenizer,
-    resolve_model,
-)
+from ftlevel.trained.model_ref import PLAIN, LoadedModel, ModelRef
+from ftlevel.trained.resolve import card_directory, resolve_model
 
 
-def resolve_pair(config: EvaluateConfig, device: str) -> tuple[ModelRef, ModelRef | None]:
-    """Resolve the model to evaluate and the one named by `--against`, or None.
+def resolve_pair(
+    name: str, against: str, task: str | None, base: str | None, *, device: str, dtype: str
+) -> tuple[ModelRef, ModelRef]:
+    """Resolve the model to evaluate and the one to compare it with.
 
     A plain model has no task, so it gets the task of the other one.
 
     Raises:
         InputError: a model is missing, or the two cannot be compared.
     """
-    if config.against is None:
-        found = resolve_model(
-            config.name, config.task, config.base_model, device=device, dtype=config.dtype
-        )
-        return found, None
-    names = (config.name, config.against)
-    cards = [card_directory(Path(name).expanduser()) for name in names]
-    known = [read_card(card).task for card in cards if card is not None]
-    task = config.task or (known[0] if known else None)
-    places = _places(config.base_model, cards)
-    said = (config.name, f"--against {config.against}")
-    found, reference = (
-        resolve_model(
-            name,
-            config.task if card else task,
-            place,
-            device=device,
-            dtype=config.dtype,
-            said=words,
-        )
-        for name, card, words, place in zip(names, cards, said, places, strict=True)
+    directories = [card_directory(Path(each).expanduser()) for each in (name, against)]
+    card, other_card = (read_card(path) if path is not None else None for path in directories)
+    both = [each for each in (card, other_card) if each is not None]
+    plain_task = task or (both[0].task if both else None)
+    # A new location of the base is that of both only if they share it.
+    shares = len(both) == 2 and len({each.base.get("fingerprint") for each in both}) == 1
+    is_of_other = card is None and other_card is not None
+    ref = resolve_model(
+        name,
+        task if card else plain_task,
+        None if is_of_other else base,
+        device=device,
+        dtype=dtype,
     )
-    if found.card.task != reference.card.task:
+    other = resolve_model(
+        against,
+        task if other_card else plain_task,
+        base if is_of_other or shares else None,
+        device=device,
+        dtype=dtype,
+        said=f"--against {against}",
+    )
+    if ref.task != other.task:
         raise InputError(
-            f"--against {config.against} is for {reference.card.task}, and {config.name} for "
-            f"{found.card.task}: there is no prompt both. Name one for the same task."
+            f"--against {against} is for {other.task}, and {name} for "
+            f"{ref.task}: there is no prompt both. Name one for the same task."
         )
-    _check_same_answers(found, reference, *names)
-    return found, reference
-
-
-def _places(place: str | None, cards: Sequence[Path | None]) -> list[str | None]:
-    """Return the base model's path for each of the two; both get it only if they share a base."""
-    own, other = cards
-    if own is None and other is not None:
-        return [None, place]
-    bases = [read_card(card).base.get("fingerprint") for card in cards if card is not None]
-    return [place, place if len(bases) == 2 and bases[0] == bases[1] else None]
-
-
-def _check_same_answers(found: ModelRef, reference: ModelRef, name: str, against: str) -> None:
-    """Raise InputError if the two differ in vocabulary or labels."""
-    one, other = (load_own_tokenizer(f.source, f.directory).get_vocab() for f in (found, reference))
-    if one != other:
+    if ref.load_tokenizer().get_vocab() != other.load_tokenizer().get_vocab():
         raise InputError(
             f"--against {against}: its tokenizer differs from that of {name}, "
             "so their predictions cannot be compared token by token. Name a relative of it."
         )
-    if found.card.labels != reference.card.labels:
+    if ref.labels != other.labels:
         raise InputError(
-            f"--against {against}: its labels are {', '.join(reference.card.labels)}, and "
-            f"those of {name} are {', '.join(found.card.labels)}. Name one with the same."
+            f"--against {against}: its labels are {', '.join(other.labels)}, and "
+            f"those of {name} are {', '.join(ref.labels)}. Name one with the same."
         )
+    return ref, other
 
 
-def choose_leader(found: ModelRef, reference: ModelRef | None) -> ModelRef:
-    """Return the model that defines the evaluation rows: a run, or else one with a model card."""
-    both = [found] if reference is None else [found, reference]
-    for says in (lambda f: f.run is not None, lambda f: f.card.method != PLAIN):
-        if leaders := [f for f in both if says(f)]:
-            return leaders[0]
-    return found
+def choose_leader(ref: ModelRef, other: ModelRef | None) -> ModelRef:
+    """Returns the model that defines the evaluation rows: a run, or else one with a model card."""
+    both = [ref] if other is None else [ref, other]
+    runs = [each for each in both if each.run is not None]
+    return [*runs, *(each for each in both if each.card.method != PLAIN), ref][0]
 
 
 @dataclass(frozen=True)
@@ -133,28 +110,25 @@ class ComparisonInputs:
     auto_class: str
     text: str
 
-    def ask(self, trained: LoadedModel) -> ModelOutputs:
+    def outputs_of(self, trained: LoadedModel) -> ModelOutputs:
         """Return the outputs of `trained` in its own compute precision."""
-        model, tokenizer = trained.model, trained.tokenizer
+        tokenizer = trained.tokenizer
         probe = ComparisonProbe(
             self.rows, trained.objective, tokenizer.pad_token_id or 0, trained.device
         )
-        scores = probe.score(model, trained.dtype)
-        with autocast(trained.device, trained.dtype):
-            text = [
-                WindowOutputs(answer.values.cpu(), answer.labels.cpu())
-                for answer in compute_window_outputs(
-                    model, self.windows, self.auto_class, tokenizer
-                )
-            ]
-        return ModelOutputs(scores, text)
+        with trained.inference():
+            outputs = compute_window_outputs(
+                trained.model, self.windows, self.auto_class, tokenizer
+            )
+            text = [WindowOutputs(output.values.cpu(), output.labels.cpu()) for output in outputs]
+        return ModelOutputs(probe.score(trained.model, trained.dtype), text)
 
-    def compare(self, reference: ModelOutputs, found: ModelOutputs) -> dict[str, Any]:
-        """Return the differences between `found` and `reference`."""
-        rows = asdict(compare_rows(reference.scores, found.scores))
+    def compare(self, reference: ModelOutputs, outputs: ModelOutputs) -> dict[str, Any]:
+        """Return the differences between `outputs` and `reference`."""
+        rows = asdict(compare_rows(reference.scores, outputs.scores))
         if not self.windows:
             return {"rows": rows}
-        text = compare_text(reference.text, found.text, self.auto_class)
+        text = compare_text(reference.text, outputs.text, self.auto_class)
         return {"rows": rows, "text": {"name": self.text, **text}}
 
 
@@ -166,12 +140,13 @@ def build_comparison_inputs(
     Raises:
         InputError: the text cannot be read, or has fewer than two tokens.
     """
-    model_config = trained.model.config
-    auto_class = trained.task.auto_class(trained.kind, model_config.model_type)
+    auto_class = trained.ref.auto_class
     if auto_class not in PREDICTS:
         return ComparisonInputs(rows, [], auto_class, "")
     text = read_eval_text(eval_text, eval_tokens)
-    length = min(WINDOW, trained.max_length or WINDOW, max_positions(model_config) or WINDOW)
+    length = min(
+        WINDOW, trained.ref.card.max_length or WINDOW, max_positions(trained.model.config) or WINDOW
+    )
     windows = cut_windows(trained.tokenizer, text.content, eval_tokens, length)
     if not windows:
         raise InputError(f"--eval-text {text.name} has less than two tokens. Name a longer text.")
@@ -190,23 +165,25 @@ def in_float32(
     The weights of each module are cast only while it runs, so memory grows by one module.
     `unrounded` maps a parameter name to a replacement tensor, or None.
     """
-    narrow: dict[torch.nn.Module, list[dict[str, Any]]] = defaultdict(list)
+    stored: dict[torch.nn.Module, list[dict[str, Any]]] = defaultdict(list)
     paths = {module: path for path, module in model.named_modules()}
 
     def widen(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         for part in _read_by(module):
-            own, _ = own_tensors(part)
-            narrow[part].append(dict(own))
-            for name, weight in narrow[part][-1].items():
+            tensors, _ = own_tensors(part)
+            stored[part].append(dict(tensors))
+            for name, weight in stored[part][-1].items():
                 if weight is not None and weight.is_floating_point():
-                    better = unrounded(f"{paths[part]}.{name}".lstrip("."))
-                    wide = (weight if better is None else better).to(weight.device, torch.float32)
-                    own[name] = torch.nn.Parameter(wide, requires_grad=False)
+                    replacement = unrounded(f"{paths[part]}.{name}".lstrip("."))
+                    widened = (weight if replacement is None else replacement).to(
+                        weight.device, torch.float32
+                    )
+                    tensors[name] = torch.nn.Parameter(widened, requires_grad=False)
         return tuple(_widened(value) for value in inputs)  # T5 casts the input of wo
 
     def restore(module: torch.nn.Module, _: Any, __: Any) -> None:
         for part in _read_by(module):
-            own_tensors(part)[0].update(narrow[part].pop())
+            own_tensors(part)[0].update(stored[part].pop())
 
     hooks = []
     for module in model.modules():

@@ -8,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ftlevel.evaluation.answers import InferenceModel, inference_context
-from ftlevel.evaluation.scoring import GenerationOptions
+from ftlevel.evaluation.answers import InferenceModel
 from ftlevel.tasks.base import OutputOptions
 from ftlevel.tasks.embedding.beir import RetrievalSet
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 from ftlevel.tasks.embedding.retrieval import METRICS, RetrievalScores, score_retrieval
 from ftlevel.tasks.embedding.task import EmbeddingTask
-from ftlevel.trained.load import LoadedModel
+from ftlevel.trained.generation import GenerationOptions
+from ftlevel.trained.model_ref import LoadedModel
 
 WINDOW = 2_048
 """Texts sorted by length together."""
@@ -54,7 +54,7 @@ def evaluate_retrieval(
         raise TypeError("only embedding models search")
     model = InferenceModel(trained, GenerationOptions(1), batch_size, cuts=True)
     queries = [EmbeddingRow(query, 0) for query in data.queries]
-    with inference_context(model, trained):
+    with model.inference():
         vectors = embed_rows(model, [*queries, *map(as_document, data.documents)], report)
     found: dict[str, np.ndarray] = {}
     for dims in (None, *task.settings.matryoshka_dims):

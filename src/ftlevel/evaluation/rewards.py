@@ -1,22 +1,31 @@
-"""Evaluate a model by the rewards of completions that it samples for held-out prompts."""
+"""Rewards of completions: reward models, and evaluation by sampled completions."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ftlevel.config.rl import RlConfig
-from ftlevel.evaluation.intervals import select_metrics
-from ftlevel.evaluation.reward_model import open_reward_model
+from ftlevel.config.rl import RlConfig, unknown_reward
+from ftlevel.data.formats.turns import Message
+from ftlevel.errors import InputError
+from ftlevel.evaluation.answers import InferenceModel, predict_rows
+from ftlevel.evaluation.intervals import ExampleRecord, select_metrics
 from ftlevel.evaluation.rollouts import Group, Rollouts
-from ftlevel.evaluation.scoring import EvaluationRecord, Evaluator
+from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.task import PolicyObjective
+from ftlevel.tasks.base import OutputOptions
+from ftlevel.tasks.preferences.formats import LabeledAnswer
 from ftlevel.tasks.rl.formats import ANSWER
-from ftlevel.tasks.rl.rewards import Rewards
+from ftlevel.tasks.rl.rewards import Prompt, Rewards
+from ftlevel.trained.generation import GenerationOptions
+from ftlevel.trained.model_ref import PLAIN, LoadedModel, ModelRef
+from ftlevel.trained.reference import compute_fingerprint
+from ftlevel.trained.resolve import resolve_model
 
 HELD_OUT = 1 << 40
 """Step of the random numbers of evaluations, which are the same before and after training."""
@@ -62,7 +71,7 @@ class RewardEvaluator(Evaluator):
     def __call__(
         self,
         model: Any,  # noqa: ARG002 - the rollouts have it
-        record: EvaluationRecord | None = None,
+        record: ExampleRecord | None = None,
     ) -> dict[str, float]:
         """Return the metrics of the rollouts' model."""
         record = record or self.begin_record()
@@ -85,3 +94,67 @@ def values_of(group: Group) -> np.ndarray:
     lengths = [len(completion.ids) for completion in group.completions]
     ended = [completion.ended for completion in group.completions]
     return np.column_stack([group.rewards, lengths, ended, group.scores])
+
+
+REWARD_TASK = "reward"
+
+
+@dataclass
+class TrainedRewardModel:
+    """A run, adapter or model that scores answers; weights load on the first call.
+
+    Attributes:
+        fingerprint: hash of all weights.
+    """
+
+    ref: ModelRef
+    device: str
+    fingerprint: str
+    _loaded: LoadedModel | None = field(default=None, repr=False)
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+        """Return the score of each completion; NaN for one that the model cannot read."""
+        if self._loaded is None:
+            self._loaded = self.ref.load(self.device)
+        questions = [
+            LabeledAnswer(_turns(prompt), (Message("assistant", text),), True, row)
+            for row, (prompt, text) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        model = InferenceModel(self._loaded, GenerationOptions(0), None, cuts=True)
+        with model.inference():
+            replies = predict_rows(model, questions, OutputOptions()).replies
+        return [math.nan if reply is None else float(reply.columns[""]) for reply in replies]
+
+
+def open_reward_model(name: str, device: str) -> TrainedRewardModel:
+    """Resolve the reward model `name` without loading weights.
+
+    Raises:
+        InputError: it does not exist, or was trained for another task.
+    """
+    said = f"--reward {name}"
+    try:
+        ref = resolve_model(name, device=device, said=said)
+    except InputError as error:
+        if "/" in name or "no such directory" not in str(error):
+            raise
+        raise InputError(unknown_reward(name)) from None
+    if ref.card.method == PLAIN and ref.card.task == "text-classification":
+        ref = resolve_model(name, REWARD_TASK, device=device, said=said)
+    if ref.card.task != REWARD_TASK:
+        raise InputError(
+            f"{said} was trained for {ref.card.task}, and a reward model has one score. Name a "
+            "run of --task reward."
+        )
+    return TrainedRewardModel(ref, device, compute_fingerprint(ref))
+
+
+def _turns(prompt: Prompt) -> tuple[Message, ...]:
+    if isinstance(prompt, str):
+        return (Message("user", prompt),)
+    return tuple(_message(turn) for turn in prompt)
+
+
+def _message(turn: dict[str, Any]) -> Message:
+    extra = {name: value for name, value in turn.items() if name not in ("role", "content")}
+    return Message(turn["role"], turn["content"], extra)

@@ -18,10 +18,10 @@ from ftlevel.evaluation.sampling import (
     SamplingOptions,
     choose_sampler,
 )
-from ftlevel.evaluation.scoring import stop_ids
 from ftlevel.fast.head.likelihoods import base_model
 from ftlevel.models.hardware import autocast
 from ftlevel.tasks.rl.losses import combine_rewards
+from ftlevel.trained.generation import stop_ids
 
 
 @dataclass

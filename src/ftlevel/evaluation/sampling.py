@@ -34,7 +34,7 @@ from ftlevel.evaluation.decoding import (
     find_decoding_error,
     join,
 )
-from ftlevel.evaluation.scoring import batches, stop_ids
+from ftlevel.trained.generation import batches, stop_ids
 
 _PHI, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = 2**64 - 1
@@ -71,12 +71,12 @@ class Noise:
         return state
 
 
-def exponentials(keys: torch.Tensor, count: int, begin: int = 0) -> torch.Tensor:
+def exponentials(keys: torch.Tensor, count: int, start: int = 0) -> torch.Tensor:
     """Return `count` exponential random numbers for each of `keys` (n,), (n, count) in float32.
 
-    `begin` is the number of the first one.
+    `start` is the number of the first one.
     """
-    counters = torch.arange(begin + 1, begin + count + 1, device=keys.device) * _signed(_PHI)
+    counters = torch.arange(start + 1, start + count + 1, device=keys.device) * _signed(_PHI)
     bits = _mix(keys[:, None] + counters)
     uniform = ((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
     return uniform.float().neg_().log1p_().neg_().clamp_(min=torch.finfo(torch.float32).tiny)
@@ -121,8 +121,8 @@ def draw(scores: torch.Tensor, temperature: float, keys: torch.Tensor) -> Drawn:
     blocks = functional.pad(probabilities, (0, -vocabulary % size)).view(rows, -1, size)
     count = blocks.shape[1]
     block = (blocks.sum(-1).log() - exponentials(keys, count).log()).argmax(-1)
-    own = blocks[torch.arange(rows, device=block.device), block]
-    tokens = block * size + (own.log() - exponentials(keys, size, count).log()).argmax(-1)
+    block_values = blocks[torch.arange(rows, device=block.device), block]
+    tokens = block * size + (block_values.log() - exponentials(keys, size, count).log()).argmax(-1)
     entropies = -(probabilities * logps.clamp(min=-1e3)).sum(-1)  # 0 · -inf is NaN
     return tokens.tolist(), logps.gather(-1, tokens[:, None])[:, 0].tolist(), entropies.tolist()
 
@@ -137,20 +137,20 @@ class _Group:
         self._rows, self._options = rows, options
         self._noise, self._tokenizer = noise, tokenizer
         self._stops = frozenset(options.stops)
-        longest = max((len(text.encode()) for text in options.stop_texts), default=0)
-        self._tail = longest + 4  # a token has at least one byte
+        max_bytes = max((len(text.encode()) for text in options.stop_texts), default=0)
+        self._tail = max_bytes + 4  # a token has at least one byte
 
     def draw(self, numbers: Sequence[int], scores: torch.Tensor) -> list[int]:
         """Draw the next token of each completion in `numbers` from `scores`, and record it."""
         count = self._options.count
-        own = [self.made[number] for number in numbers]
+        completions = [self.made[number] for number in numbers]
         keys = self._noise(
             [self._rows[number // count] for number in numbers],
             [number % count for number in numbers],
-            [len(completion.ids) for completion in own],
+            [len(completion.ids) for completion in completions],
         )
         drawn = draw(scores, self._options.temperature, keys)
-        for completion, token, logp, entropy in zip(own, *drawn, strict=True):
+        for completion, token, logp, entropy in zip(completions, *drawn, strict=True):
             if self.is_over(completion):
                 continue
             completion.ids.append(token)
@@ -206,17 +206,17 @@ class GroupSampler(RowDecoder):
         live = Rows([], [], [], [])
         size = max(options.most_rows, options.count)
         while True:
-            alive = group.unended(live.numbers)
-            free = size - len(alive)
-            if waiting and (not alive or (free >= options.count and free * REFILL >= size)):
-                chosen = [
+            active = group.unended(live.numbers)
+            free = size - len(active)
+            if waiting and (not active or (free >= options.count and free * REFILL >= size)):
+                indices = [
                     waiting.popleft() for _ in range(min(free // options.count, len(waiting)))
                 ]
-                begun = self._begin_groups(chosen, prompts, group, options.count, shared)
-                live = join([(live, alive), (begun, group.unended(begun.numbers))])
-            elif alive:
-                if (len(live.numbers) - len(alive)) * REFILL >= len(live.numbers):
-                    live = join([(live, alive)])
+                begun = self._begin_groups(indices, prompts, group, options.count, shared)
+                live = join([(live, active), (begun, group.unended(begun.numbers))])
+            elif active:
+                if (len(live.numbers) - len(active)) * REFILL >= len(live.numbers):
+                    live = join([(live, active)])
                 self.step(live)
                 live.last = group.draw(live.numbers, live.scores)
             else:
@@ -224,17 +224,17 @@ class GroupSampler(RowDecoder):
 
     def _begin_groups(
         self,
-        chosen: Sequence[int],
+        indices: Sequence[int],
         prompts: Sequence[list[int]],
         group: _Group,
         count: int,
         shared: Rows | None,
     ) -> Rows:
         """Prefill prompts once, and return `count` rows of each with their first tokens."""
-        begun = self.begin(chosen, [prompts[i] for i in chosen], shared)
-        index = [i for i in range(len(chosen)) for _ in range(count)]
+        begun = self.begin(indices, [prompts[i] for i in indices], shared)
+        index = [i for i in range(len(indices)) for _ in range(count)]
         repeated = join([(begun, index)])
-        repeated.numbers = [prompt * count + i for prompt in chosen for i in range(count)]
+        repeated.numbers = [prompt * count + i for prompt in indices for i in range(count)]
         scores = begun.scores.index_select(0, torch.tensor(index, device=begun.scores.device))
         repeated.last = group.draw(repeated.numbers, scores)
         return repeated
@@ -275,12 +275,12 @@ class GenerateSampler:
         device = next(self._model.parameters()).device
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         count = options.count
-        for chosen in batches(order, max(1, options.most_rows // count)):
-            own = [prompts[i] for i in chosen for _ in range(count)]
-            numbers = [i * count + at for i in chosen for at in range(count)]
+        for indices in batches(order, max(1, options.most_rows // count)):
+            batch = [prompts[i] for i in indices for _ in range(count)]
+            numbers = [i * count + at for i in indices for at in range(count)]
             self._model.generate(
-                input_ids=pad(own, pad_id, left=True).to(device),
-                attention_mask=pad([[1] * len(ids) for ids in own], 0, left=True).to(device),
+                input_ids=pad(batch, pad_id, left=True).to(device),
+                attention_mask=pad([[1] * len(ids) for ids in batch], 0, left=True).to(device),
                 max_new_tokens=options.max_new_tokens,
                 use_cache=True,
                 do_sample=False,

@@ -6,93 +6,30 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
 
-from ftlevel.data.encoding.chat import find_end_of_turn_id
-from ftlevel.data.encoding.collate import Collator, pad
+from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.evaluation.embeddings import score_embeddings
 from ftlevel.evaluation.intervals import ExampleRecord, select_metrics
-from ftlevel.evaluation.likelihoods import compute_likelihoods, score_answers
-from ftlevel.fast.head.cross_entropy import Observe
-from ftlevel.fast.head.likelihoods import supervised_loss
+from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy, Observe
+from ftlevel.fast.head.likelihoods import (
+    compute_answer_likelihoods,
+    sum_of_ratios,
+    supervised_loss,
+    with_baseline,
+)
 from ftlevel.fast.step import chunked_cross_entropy
 from ftlevel.models.hardware import autocast
 from ftlevel.task import LikelihoodObjective, Meter, Objective, ScoreTexts, TokenObjective
 from ftlevel.tasks.embedding.objective import Embeddings
-from ftlevel.trained.load import NAMED, LoadedModel, load_ref, resolve_recorded_reference
-from ftlevel.trained.model_ref import ModelRef, card_directory, find_base
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """Settings of text generation; a `temperature` of 0 does not sample."""
-
-    max_new_tokens: int
-    num_beams: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether decoding is greedy."""
-        return self.num_beams == 1 and not self.temperature
-
-    def arguments(self, tokenizer: Any) -> dict[str, Any]:
-        """Return the arguments of `generate`; sampling sets torch's global seed."""
-        common = {
-            "max_new_tokens": self.max_new_tokens,
-            "use_cache": True,
-            "pad_token_id": tokenizer.pad_token_id or 0,
-            "eos_token_id": stop_ids(tokenizer),
-        }
-        if not self.temperature:
-            return common | {"do_sample": False, "num_beams": self.num_beams}
-        torch.manual_seed(self.seed)
-        # transformers' default of 50 for top_k is switched off.
-        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        return common | {"do_sample": True} | drawn
-
-
-class EvaluationRecord(Protocol):
-    """Receives every row that an evaluator scores."""
-
-    def add(
-        self,
-        rows: Sequence[Encoded],
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        mask: torch.Tensor,
-    ) -> None:
-        """Record a scored batch."""
-
-    def add_targets(
-        self,
-        rows: Sequence[Encoded],
-        owners: torch.Tensor,
-        scores: torch.Tensor,
-        targets: torch.Tensor,
-    ) -> None:
-        """Record scored tokens of a batch; `owners` are their indices in `rows`."""
-
-    def add_answers(
-        self, rows: Sequence[Encoded], answers: torch.Tensor, verdicts: torch.Tensor
-    ) -> None:
-        """Record whole answers, with the arguments of `LikelihoodObjective.judge`."""
-
-    def add_row(self, row: int, loss: float, targets: int, meter: Meter) -> None:
-        """Record an example with its summed loss, its number of targets and its own metrics."""
-
-    def add_texts(
-        self, rows: Sequence[Encoded], texts: Sequence[str], references: Sequence[str]
-    ) -> None:
-        """Record the texts generated for `rows`."""
-
-    def add_samples(self, row: Encoded, values: Any, texts: Sequence[str]) -> None:
-        """Record the rewards of a prompt's completions, as `RewardMeter.update` takes them."""
+from ftlevel.trained.generation import GenerationOptions, batches, generate_texts
+from ftlevel.trained.model_ref import LoadedModel
+from ftlevel.trained.reference import NAMED, resolve_recorded_reference
+from ftlevel.trained.resolve import card_directory, find_base
 
 
 @dataclass(frozen=True)
@@ -119,9 +56,9 @@ class Evaluator:
     language: str = ""
     chunked_cross_entropy: bool = True
     metrics: Sequence[str] = ()
-    begin_record: Callable[[], EvaluationRecord | None] = lambda: None
+    begin_record: Callable[[], ExampleRecord | None] = lambda: None
 
-    def __call__(self, model: Any, record: EvaluationRecord | None = None) -> dict[str, float]:
+    def __call__(self, model: Any, record: ExampleRecord | None = None) -> dict[str, float]:
         """Return the metrics of `model`, whose training mode is restored."""
         training, record = model.training, record or self.begin_record()
         model.eval()
@@ -138,19 +75,20 @@ class Evaluator:
             model.train(training)
         return select_metrics(metrics, self.metrics)
 
-    def _score(self, model: Any, record: EvaluationRecord | None) -> dict[str, float]:
+    def _score(self, model: Any, record: ExampleRecord | None) -> dict[str, float]:
         objective = self.objective
         if isinstance(objective, LikelihoodObjective):
             return score_answers(self, model, record)
         if isinstance(objective, Embeddings):
-            return score_embeddings(self, objective, model, record)
+            pad_id = self.tokenizer.pad_token_id or 0
+            return score_embeddings(self.rows, objective, model, record, pad_id, self.device)
         meter, total, count = objective.meter(), 0.0, 0
         pad_id = self.tokenizer.pad_token_id or 0
         collate = Collator(pad_id)
         by_length = sorted(self.rows, key=lambda row: len(row.input_ids), reverse=True)
-        wanted = objective if self.chunked_cross_entropy else None
+        chunked = objective if self.chunked_cross_entropy else None
         with chunked_cross_entropy(
-            model, wanted, by_length, pad_id, self.device, self.dtype
+            model, chunked, by_length, pad_id, self.device, self.dtype
         ) as head:
             for rows in batches(by_length, self.batch_size):
                 batch = {k: v.to(self.device) for k, v in collate(rows).items()}
@@ -171,7 +109,7 @@ class Evaluator:
     def _observer(
         self,
         meter: Meter,
-        record: EvaluationRecord | None,
+        record: ExampleRecord | None,
         rows: Sequence[Encoded],
         labels: torch.Tensor,
     ) -> Observe:
@@ -212,13 +150,13 @@ class Evaluator:
 
     def prompt_text(self, row: Encoded) -> str:
         """Return the decoded text before the last answer of `row`."""
-        return self._in_words(self._prompt(row))
+        return self._decode(self._prompt(row))
 
     def text(self, row: Encoded) -> str:
         """Return the decoded input of `row`."""
-        return self._in_words(row.input_ids)
+        return self._decode(row.input_ids)
 
-    def _in_words(self, ids: Sequence[int]) -> str:
+    def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def answer_text(self, row: Encoded) -> str:
@@ -227,7 +165,7 @@ class Evaluator:
         if self.kind != "encoder-decoder":
             labels = labels[self._answer_start(labels) :]
         ids = [label for label in labels if label != IGNORED]
-        return self._in_words(ids)
+        return self._decode(ids)
 
     @staticmethod
     def _answer_start(labels: list[int]) -> int:
@@ -241,50 +179,107 @@ class Evaluator:
         return start
 
 
-def batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Yield slices of `rows` of at most `size` items."""
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+Measured = tuple[list[int], dict[str, torch.Tensor], torch.Tensor]
+"""Row indices, their batch, and the log-likelihoods of its answers."""
 
 
-def generate_texts(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[list[int]],
-    device: str,
-    batch_size: int,
-    writing: GenerationOptions,
-) -> list[str]:
-    """Return the generated text for each prompt, in order and without special tokens.
+def score_answers(
+    evaluator: Evaluator, model: Any, record: ExampleRecord | None
+) -> dict[str, float]:
+    """Return the loss and metrics of `model` on the evaluator's rows."""
+    objective = _objective_of(evaluator)
+    meter, total, count, rows = objective.meter(), 0.0, 0, evaluator.rows
+    with _head(evaluator, model) as head:
+        baseline = _measure_baseline(evaluator, model, head)
+        for indices, batch, answers in _measure(evaluator, model, rows, head):
+            verdicts = batch["verdicts"]
+            if baseline is not None:
+                verdicts = with_baseline(verdicts, baseline.to(verdicts.device))
+            batch_rows = [rows[i] for i in indices]
+            total += objective.preference_sum(answers, verdicts, training=False).item()
+            count += int(objective.count(batch["labels"]))
+            meter.update(answers, verdicts, batch_rows)
+            if record is not None:
+                record.add_answers(batch_rows, answers, verdicts)
+    loss = total / count
+    return {"loss": loss, **meter.compute(loss)}
 
-    Prompts are batched by length. Decoders are padded on the left. Encoder-decoders are padded on
-    the right, because padding on the left would shift the positions of models such as BART.
+
+def compute_likelihoods(evaluator: Evaluator, model: Any) -> np.ndarray:
+    """Return the log-likelihoods of the two sequences of each row, (rows, 2) in float32.
+
+    Batches are those of `score_answers`, so an unchanged model gives the same values, bit for bit.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    texts = [""] * len(prompts)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    encoder_decoder = model.config.is_encoder_decoder
-    left = not encoder_decoder
-    for indices in batches(order, batch_size):
-        ids = pad([prompts[i] for i in indices], pad_id, left=left).to(device)
-        mask = pad([[1] * len(prompts[i]) for i in indices], 0, left=left).to(device)
-        written = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            **writing.arguments(tokenizer),
-        )
-        answers = written if encoder_decoder else written[:, ids.shape[1] :]
-        for i, answer in zip(indices, answers, strict=True):
-            texts[i] = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
-    return texts
+    rows, training = evaluator.rows, model.training
+    likelihoods = np.zeros((len(rows), 2), dtype=np.float32)
+    model.eval()
+    try:
+        with (
+            torch.no_grad(),
+            autocast(evaluator.device, evaluator.dtype),
+            _head(evaluator, model) as head,
+        ):
+            for indices, _, answers in _measure(evaluator, model, rows, head):
+                sums = answers[:, 0].float().cpu().numpy().reshape(len(indices), -1)
+                likelihoods[indices, : sums.shape[1]] = sums
+            contrasts = _contrasts(rows)
+            for indices, _, answers in _measure(evaluator, model, contrasts, head):
+                likelihoods[indices, 1] = answers[:, 0].float().cpu().numpy()
+    finally:
+        model.train(training)
+    return likelihoods
 
 
-def stop_ids(tokenizer: Any) -> list[int]:
-    """Return the ids that end a text: EOS, and the end of a turn in the chat template."""
-    ends = [tokenizer.eos_token_id]
-    if getattr(tokenizer, "chat_template", None):
-        ends.append(find_end_of_turn_id(tokenizer))
-    return list(dict.fromkeys(i for i in ends if i is not None))
+def _objective_of(evaluator: Evaluator) -> LikelihoodObjective:
+    if not isinstance(evaluator.objective, LikelihoodObjective):
+        raise TypeError("only answers have a log-likelihood")
+    return evaluator.objective
+
+
+def _head(evaluator: Evaluator, model: Any) -> Any:
+    objective = evaluator.objective if evaluator.chunked_cross_entropy else None
+    pad_id = evaluator.tokenizer.pad_token_id or 0
+    long_rows = sorted(evaluator.rows, key=lambda row: -row.length)[:2]
+    return chunked_cross_entropy(
+        model, objective, long_rows, pad_id, evaluator.device, evaluator.dtype
+    )
+
+
+def _contrasts(rows: Sequence[Encoded]) -> list[Encoded]:
+    return [other for row in rows for other in row.contrasts]
+
+
+def _measure_baseline(
+    evaluator: Evaluator, model: Any, head: ChunkedCrossEntropy | None
+) -> torch.Tensor | None:
+    """Return the mean reward of all contrasts (a scalar, at least 0); None if not needed."""
+    objective = _objective_of(evaluator)
+    if not objective.needs_baseline:
+        return None
+    contrasts = _contrasts(evaluator.rows)
+    batches = (batch for _, batch in _batches(evaluator, contrasts))
+    total = sum_of_ratios(head, model, objective, list(batches))
+    return (total[0] / total[1]).clamp(min=0)
+
+
+def _measure(
+    evaluator: Evaluator, model: Any, rows: Sequence[Encoded], head: ChunkedCrossEntropy | None
+) -> Iterator[Measured]:
+    objective = _objective_of(evaluator)
+    for indices, batch in _batches(evaluator, rows):
+        yield indices, batch, compute_answer_likelihoods(head, model, objective, batch)
+
+
+def _batches(
+    evaluator: Evaluator, rows: Sequence[Encoded]
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """Yield row indices and padded batches of rows of similar length, longest first."""
+    collate = Collator(evaluator.tokenizer.pad_token_id or 0)
+    order = sorted(range(len(rows)), key=lambda i: rows[i].length, reverse=True)
+    for start in range(0, len(order), evaluator.batch_size):
+        indices = order[start : start + evaluator.batch_size]
+        batch = collate([rows[i] for i in indices])
+        yield indices, {name: value.to(evaluator.device) for name, value in batch.items()}
 
 
 _LONGEST = 2_000  # characters of a text
@@ -293,22 +288,22 @@ _LONGEST = 2_000  # characters of a text
 def row_lines(
     record: ExampleRecord,
     labels: Sequence[str],
-    where: Callable[[int], str],
+    location_of: Callable[[int], str],
     *,
     base: ExampleRecord | None = None,
     evaluator: Evaluator | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the results of each example as a dictionary, in row order.
 
-    `where` returns the source of a row by its index. `base` adds the results of another model on
-    the same rows, and `evaluator` the texts of the rows.
+    `location_of` returns the source of a row by its index. `base` adds the results of another
+    model on the same rows, and `evaluator` the texts of the rows.
     """
     texts = {} if evaluator is None else texts_of(evaluator)
     written = {item.row: item for item in record.written}
     base_written = {item.row: item for item in base.written} if base else {}
     for row in sorted(record.units):
         unit = record.units[row]
-        line: dict[str, Any] = {"row": row, "where": where(row)}
+        line: dict[str, Any] = {"row": row, "where": location_of(row)}
         line["loss"] = unit.loss / unit.targets if unit.targets else None
         line |= {**texts.get(row, {}), **unit.meter.describe(labels)}
         if row in written:
@@ -316,8 +311,8 @@ def row_lines(
         if base is not None and row in base.units:
             other = base.units[row]
             line["base_loss"] = other.loss / other.targets if other.targets else None
-            said = other.meter.describe(labels)
-            line |= {f"base_{key}": value for key, value in said.items() if key != "true"}
+            described = other.meter.describe(labels)
+            line |= {f"base_{key}": value for key, value in described.items() if key != "true"}
             if row in base_written:
                 line["base_predicted"] = base_written[row].text
         yield line
@@ -326,9 +321,9 @@ def row_lines(
 def texts_of(evaluator: Evaluator) -> dict[int, dict[str, str]]:
     """Return row index → input and reference texts, truncated to `_LONGEST` characters."""
     writes = isinstance(evaluator.objective, TokenObjective) and evaluator.kind != "encoder"
-    found: dict[int, dict[str, str]] = {}
+    texts_by_row: dict[int, dict[str, str]] = {}
     for row in evaluator.rows:
-        if row.row in found:  # another window or piece of the same row
+        if row.row in texts_by_row:  # another window or piece of the same row
             continue
         first, *others = row.branches
         answered = evaluator.answer_text(first) if writes or others else ""
@@ -340,8 +335,8 @@ def texts_of(evaluator: Evaluator) -> dict[int, dict[str, str]]:
             )
         elif answered:
             texts["true"] = answered
-        found[row.row] = {name: text[:_LONGEST] for name, text in texts.items()}
-    return found
+        texts_by_row[row.row] = {name: text[:_LONGEST] for name, text in texts.items()}
+    return texts_by_row
 
 
 KEPT = "reference"
@@ -354,28 +349,25 @@ def needs_reference(evaluator: Evaluator) -> bool:
     return isinstance(objective, LikelihoodObjective) and objective.needs_reference
 
 
-def with_reference(evaluator: Evaluator, trained: LoadedModel, found: ModelRef) -> Evaluator:
-    """Return `evaluator` with reference log-probabilities in its rows, if these are needed."""
+def with_reference(evaluator: Evaluator, trained: LoadedModel) -> Evaluator:
+    """Returns `evaluator` with reference log-probabilities in its rows, if these are needed."""
     if not needs_reference(evaluator):
         return evaluator
     task: Any = trained.task
-    reference = _measure(evaluator, trained, found)
-    return replace(evaluator, rows=task.with_reference(evaluator.rows, reference))
+    likelihoods = _reference_likelihoods(evaluator, trained)
+    return replace(evaluator, rows=task.with_reference(evaluator.rows, likelihoods))
 
 
-def _measure(evaluator: Evaluator, trained: LoadedModel, found: ModelRef) -> Any:
-    directory = found.directory or Path(found.source.location)
+def _reference_likelihoods(evaluator: Evaluator, trained: LoadedModel) -> np.ndarray:
+    ref = trained.ref
+    directory = ref.directory or Path(ref.source.location)
     if (directory / KEPT / NAMED).is_file():
-        other = resolve_recorded_reference(directory / KEPT, directory, evaluator.device)
-        return _of_another(evaluator, other.in_precision(evaluator.dtype).found)
-    if found.directory is not None and (directory / KEPT).is_dir():
-        return _of_another(evaluator, replace(found, directory=directory / KEPT))
-    if trained.has_adapter:
-        with trained.model.disable_adapter():
+        ref = resolve_recorded_reference(directory / KEPT, directory, evaluator.device).ref
+    elif ref.directory is not None and (directory / KEPT).is_dir():
+        ref = replace(ref, directory=directory / KEPT)
+    elif trained.has_adapter:
+        with trained.without_adapter():
             return compute_likelihoods(evaluator, trained.model)
-    directory = card_directory(directory) or directory
-    return _of_another(evaluator, replace(found, source=find_base(found.card, directory)))
-
-
-def _of_another(evaluator: Evaluator, found: ModelRef) -> Any:
-    return compute_likelihoods(evaluator, load_ref(found, evaluator.device).model)
+    else:
+        ref = replace(ref, source=find_base(ref.card, card_directory(directory) or directory))
+    return compute_likelihoods(evaluator, ref.load(evaluator.device, evaluator.dtype).model)

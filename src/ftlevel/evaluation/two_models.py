@@ -21,9 +21,9 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.texts import distinct_texts
 from ftlevel.data.sources.docstrings import read_module, stdlib_modules
 from ftlevel.errors import InputError
-from ftlevel.evaluation.scoring import batches
 from ftlevel.models.hardware import autocast
 from ftlevel.task import Objective, StepObjective, TokenObjective
+from ftlevel.trained.generation import batches
 
 WINDOW = 256  # maximum context in tokens
 _MASKED_SHARE = 0.15
@@ -103,63 +103,37 @@ def compute_window_outputs(
 ) -> Iterator[WindowOutputs]:
     """Yield the outputs of `model`, in eval mode, for each window."""
     device = next(model.parameters()).device
-    ask = _INPUT_BUILDERS.get(auto_class, _build_hidden_state_inputs)
+    name = "logits" if auto_class in PREDICTS else "last_hidden_state"
     for number, window in enumerate(windows):
-        question = ask(torch.tensor([window], device=device), tokenizer, number)
+        ids = torch.tensor([window], device=device)
+        inputs, positions, labels = _build_inputs(ids, auto_class, tokenizer, number)
+        if auto_class not in PREDICTS and model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = ids
         with torch.no_grad():
-            values = question.answers(model)
-        yield WindowOutputs(values, question.labels)
+            output = model(**inputs)
+        yield WindowOutputs(output[name][0][positions].float(), labels)
 
 
-@dataclass(frozen=True)
-class _WindowInputs:
-    """Inputs of a window, the output positions to compare, and the true tokens there."""
-
-    inputs: dict[str, torch.Tensor]
-    places: torch.Tensor | slice
-    labels: torch.Tensor
-    output: str = "logits"
-
-    def answers(self, model: Any) -> torch.Tensor:
-        """Return the compared outputs, (positions, size) in float32."""
-        inputs = dict(self.inputs)
-        if self.output == "last_hidden_state" and model.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = inputs["input_ids"]
-        output = model(**inputs)
-        return output[self.output][0][self.places].float()
-
-
-def _build_next_token_inputs(ids: torch.Tensor, tokenizer: Any, number: int) -> _WindowInputs:  # noqa: ARG001
-    return _WindowInputs({"input_ids": ids}, slice(0, -1), ids[0, 1:])
-
-
-def _build_masked_inputs(ids: torch.Tensor, tokenizer: Any, number: int) -> _WindowInputs:
+def _build_inputs(
+    ids: torch.Tensor, auto_class: str, tokenizer: Any, number: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | slice, torch.Tensor]:
+    """Returns inputs of a window, the output positions to compare, and the true tokens there."""
+    if auto_class == "AutoModelForCausalLM":
+        return {"input_ids": ids}, slice(0, -1), ids[0, 1:]
+    if auto_class == "AutoModelForSeq2SeqLM":
+        middle = ids.shape[1] // 2
+        source, target = ids[:, :middle], ids[:, middle:]
+        return {"input_ids": source, "labels": target}, slice(None), target[0]
+    if auto_class != "AutoModelForMaskedLM":
+        return {"input_ids": ids}, slice(None), ids[0]
     special = torch.tensor(tokenizer.all_special_ids, device=ids.device)
-    plain = (~torch.isin(ids[0], special)).nonzero().flatten()
-    count = max(1, round(len(plain) * _MASKED_SHARE))
-    order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(number))
-    places = plain[order[:count].to(ids.device)].sort().values
-    hidden = ids.clone()
-    hidden[0, places] = tokenizer.mask_token_id
-    return _WindowInputs({"input_ids": hidden}, places, ids[0, places])
-
-
-def _build_seq2seq_inputs(ids: torch.Tensor, tokenizer: Any, number: int) -> _WindowInputs:  # noqa: ARG001
-    middle = ids.shape[1] // 2
-    inputs = {"input_ids": ids[:, :middle], "labels": ids[:, middle:]}
-    return _WindowInputs(inputs, slice(None), ids[0, middle:])
-
-
-def _build_hidden_state_inputs(ids: torch.Tensor, tokenizer: Any, number: int) -> _WindowInputs:  # noqa: ARG001
-    inputs = {"input_ids": ids}
-    return _WindowInputs(inputs, slice(None), ids[0], "last_hidden_state")
-
-
-_INPUT_BUILDERS = {
-    "AutoModelForCausalLM": _build_next_token_inputs,
-    "AutoModelForMaskedLM": _build_masked_inputs,
-    "AutoModelForSeq2SeqLM": _build_seq2seq_inputs,
-}
+    candidates = (~torch.isin(ids[0], special)).nonzero().flatten()
+    count = max(1, round(len(candidates) * _MASKED_SHARE))
+    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(number))
+    positions = candidates[order[:count].to(ids.device)].sort().values
+    masked = ids.clone()
+    masked[0, positions] = tokenizer.mask_token_id
+    return {"input_ids": masked}, positions, ids[0, positions]
 
 
 MOST_TARGETS = 512
@@ -182,8 +156,8 @@ class RowLogits:
 
     def first(self, batches: int) -> RowLogits:
         """Return the logits of the first batches only; the loss stays the same."""
-        kept = self.logits[:batches]
-        return replace(self, logits=kept, targets=sum(map(len, kept)))
+        logits = self.logits[:batches]
+        return replace(self, logits=logits, targets=sum(map(len, logits)))
 
 
 @dataclass(frozen=True)
@@ -197,7 +171,7 @@ class ComparisonProbe:
 
     def score(self, model: Any, dtype: str) -> RowLogits:
         """Return the logits of `model`, in eval mode, computed in `dtype`."""
-        kept, count, loss, total = [], 0, 0.0, 0
+        all_scores, count, loss, total = [], 0, 0.0, 0
         collate, objective = Collator(self.pad_id), self.objective
         if isinstance(objective, TokenObjective):  # logits that need no reference
             objective = objective.of_tokens
@@ -219,10 +193,10 @@ class ComparisonProbe:
                     scores = objective.choices(logits, labels, mask)
                 scores = scores[: MOST_TARGETS - count].float().cpu()
                 count += len(scores)
-                kept.append(scores)
+                all_scores.append(scores)
                 if count == MOST_TARGETS:
                     break
-        return RowLogits(kept, loss / max(total, 1), count, self.objective.has_choice)
+        return RowLogits(all_scores, loss / max(total, 1), count, self.objective.has_choice)
 
 
 @dataclass(frozen=True)
@@ -249,11 +223,11 @@ class Agreement:
         return self.mean_difference if self.kl is None else self.kl
 
 
-def compare_rows(reference: RowLogits, found: RowLogits) -> Agreement:
-    """Return the differences between `found` and `reference` on the same rows."""
+def compare_rows(reference: RowLogits, outputs: RowLogits) -> Agreement:
+    """Return the differences between `outputs` and `reference` on the same rows."""
     largest = total = scale = divergence = 0.0
     same = numbers = 0
-    for first, second in zip(reference.logits, found.logits, strict=True):
+    for first, second in zip(reference.logits, outputs.logits, strict=True):
         difference = (second - first).abs()
         largest = max(largest, difference.max().item() if difference.numel() else 0.0)
         scale = max(scale, first.abs().max().item() if first.numel() else 0.0)
@@ -269,7 +243,7 @@ def compare_rows(reference: RowLogits, found: RowLogits) -> Agreement:
         scale,
         divergence / targets if reference.has_choice else None,
         same / targets if reference.has_choice else None,
-        found.loss,
+        outputs.loss,
         reference.loss,
         reference.targets,
     )

@@ -18,7 +18,6 @@ import torch
 from ftlevel.config import MergeConfig, QuantConfig
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.errors import InputError, RunError
-from ftlevel.evaluation.scoring import batches
 from ftlevel.evaluation.two_models import Agreement, ComparisonProbe, RowLogits, compare_rows
 from ftlevel.events import Listener
 from ftlevel.merging.merge_input import MergeInput
@@ -29,6 +28,7 @@ from ftlevel.models.loading import load_config
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream.quantizers import dequantized
+from ftlevel.trained.generation import batches
 from ftlevel.weights.codes import QuantizationGrid, choose_codes
 from ftlevel.weights.gguf.file import GRIDS, QuantizedMatrix
 from ftlevel.weights.quantize_shards import (
@@ -107,8 +107,8 @@ class _Sums:
         """Return a forward pre-hook that adds the inputs of the linear layer `name`."""
 
         def see(_: Any, inputs: tuple[Any, ...]) -> None:
-            given, slot = self._last
-            if inputs[0] is given:
+            last_inputs, slot = self._last
+            if inputs[0] is last_inputs:
                 self.slots[name] = slot
                 return
             self._last = (inputs[0], name)
@@ -117,10 +117,10 @@ class _Sums:
 
         return see
 
-    def _add(self, name: str, given: torch.Tensor) -> None:
+    def _add(self, name: str, inputs: torch.Tensor) -> None:
         mask = self.mask
-        fits = mask is not None and given.shape[:2] == mask.shape
-        rows = (given[mask] if fits else given.reshape(-1, given.shape[-1])).float()
+        fits = mask is not None and inputs.shape[:2] == mask.shape
+        rows = (inputs[mask] if fits else inputs.reshape(-1, inputs.shape[-1])).float()
         with torch.autocast(rows.device.type, enabled=False):  # autocast would round the sums
             total = (rows.T @ rows).cpu()
         self.means[name] = self.means[name].add_(total) if name in self.means else total
@@ -200,13 +200,13 @@ class CodeChooser:
             scales = self.grid.fitted_scales(origin, moment)
         else:
             scales = self.grid.scales_of(origin)
-        stored = self.grid.stored(scales)
+        stored_scales = self.grid.stored(scales)
         codes = self.grid.nearest(origin, scales)
         if moment is not None:
             weight = self._turn(self.target.unrounded(f"{linear}.weight"), linear)
             change = weight - self._turn(self.target.base(f"{linear}.weight"), linear)
-            codes = choose_codes(weight, change, codes, stored, moment, self.grid)
-        self.sums[linear] = self.grid.value(codes, stored) @ _signs(codes.shape[1])
+            codes = choose_codes(weight, change, codes, stored_scales, moment, self.grid)
+        self.sums[linear] = self.grid.value(codes, stored_scales) @ _signs(codes.shape[1])
         return codes, scales
 
     def _turn(self, weight: torch.Tensor | None, linear: str) -> torch.Tensor:
@@ -222,21 +222,21 @@ def resolve_quantization(config: MergeConfig, inputs: MergeInput) -> QuantConfig
     """
     if config.quant == "none":
         return None
-    own = inputs.quant if inputs.quant.kind == config.quant else QuantConfig(kind=config.quant)
-    given = {"quant_type": config.quant_type, "double_quant": config.double_quant}
-    told = {name: value for name, value in given.items() if value is not None}
-    low = own.model_copy(
-        update={**told, "experts": None}
+    base = inputs.quant if inputs.quant.kind == config.quant else QuantConfig(kind=config.quant)
+    options = {"quant_type": config.quant_type, "double_quant": config.double_quant}
+    given = {name: value for name, value in options.items() if value is not None}
+    quant = base.model_copy(
+        update={**given, "experts": None}
     )  # saved checkpoints cannot contain packed experts
-    _plan_layout(inputs, inputs.config, low, DTYPES[inputs.dtype])
-    return low
+    _plan_layout(inputs, inputs.ref.model_config, quant, DTYPES[inputs.dtype])
+    return quant
 
 
 def _plan_layout(
     inputs: MergeInput, config: Any, quant: QuantConfig, dtype: torch.dtype
 ) -> QuantizedLayout:
-    wish = build_quantization_config(quant, dtype, [])
-    layout = build_layout(config, inputs.auto_class, wish, dtype)
+    quantization = build_quantization_config(quant, dtype, [])
+    layout = build_layout(config, inputs.ref.auto_class, quantization, dtype)
     if not layout.linears:
         raise InputError(
             f"--quant {quant.kind}: {config.model_type} has no linear layer that bitsandbytes can "
@@ -303,7 +303,7 @@ def _on_one_grid(one: QuantConfig, other: QuantConfig) -> bool:
 
 def compare_quantized(
     rounded: Candidate,
-    low: QuantizedMerge,
+    merge: QuantizedMerge,
     inputs: MergeInput,
     probe: ComparisonProbe,
     trained: RowLogits,
@@ -313,15 +313,15 @@ def compare_quantized(
     Raises RunError if bitsandbytes dequantizes to weights other than the chosen ones.
     """
     model = load_merged(rounded.directory, inputs)
-    _check_read_back(model, low)
+    _check_read_back(model, merge)
     return compare_rows(trained, probe.score(model, inputs.dtype))
 
 
-def _check_read_back(model: Any, low: QuantizedMerge) -> None:
-    for name, expected in low.sums.items():
+def _check_read_back(model: Any, merge: QuantizedMerge) -> None:
+    for name, expected in merge.sums.items():
         weight = dequantized(model.get_submodule(name)).cpu()
-        found = weight @ _signs(weight.shape[1])
-        if not (found - expected).abs().max() <= _TOLERANCE * expected.abs().max():
+        sums = weight @ _signs(weight.shape[1])
+        if not (sums - expected).abs().max() <= _TOLERANCE * expected.abs().max():
             raise RunError(
                 f"the files are not what was chosen: {name}, reloaded, has different weights. "
                 f"Nothing was saved. Please report this with the command."

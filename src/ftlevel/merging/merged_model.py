@@ -105,8 +105,10 @@ class TensorMerger:
 
     def _merged(self, name: str) -> torch.Tensor:
         value = self._find_merged(name)
-        grown = self.checkpoint.holds(name) and self.checkpoint.spec(name).shape != value.shape
-        if grown and not torch.isfinite(value).all():
+        has_new_rows = (
+            self.checkpoint.holds(name) and self.checkpoint.spec(name).shape != value.shape
+        )
+        if has_new_rows and not torch.isfinite(value).all():
             raise InputError(
                 f"{name}: the adapter was trained with more tokens than its base has, and its file "
                 "does not hold all of their rows here. They would be random. Train again with "
@@ -116,8 +118,8 @@ class TensorMerger:
 
     def _find_merged(self, name: str) -> torch.Tensor:
         if name in self.skeleton.supplied:
-            supplied: torch.Tensor = self.skeleton.supplied[name]
-            return supplied
+            tensor: torch.Tensor = self.skeleton.supplied[name]
+            return tensor
         unit = self.skeleton.unit_of(name)
         if unit is None:
             return self._read(name)
@@ -145,19 +147,18 @@ class TensorMerger:
 
         A missing bias of a new head in `heads` is allowed: it is zero.
         """
-        lost = [
+        missing = [
             name
             for name in self.shapes
             if not self.checkpoint.holds(name)
             and not self.adapts(name)
             and not (name.endswith(".bias") and name.startswith(tuple(f"{h}." for h in heads)))
         ]
-        if lost:
+        if missing:
             raise InputError(
-                f"--base {base} lacks {len(lost):,} weights of the model that was trained, and the "
-                f"adapter does not have them: {join_names(lost, 3)}. They would be random. "
-                "Check that "
-                "it is the model that the adapter was trained on."
+                f"--base {base} lacks {len(missing):,} weights of the model that was trained, and "
+                f"the adapter does not have them: {join_names(missing, 3)}. They would be random. "
+                "Check that it is the model that the adapter was trained on."
             )
 
     def copied(self, name: str) -> bool:
@@ -189,8 +190,8 @@ class TensorMerger:
         return merged
 
     def _dtype_of(self, name: str) -> torch.dtype:
-        held = self.checkpoint.holds(name)
-        stored = self.checkpoint.spec(name).dtype if held else self.main_dtype
+        is_stored = self.checkpoint.holds(name)
+        stored = self.checkpoint.spec(name).dtype if is_stored else self.main_dtype
         if self.dtype is not None and stored.is_floating_point:
             return self.dtype
         return stored
@@ -212,19 +213,20 @@ def open_merger(
     inputs: MergeInput, dtype: str | None, rounding: Callable[[Any], Rounding] | None
 ) -> TensorMerger:
     """Return the merger of `inputs`; raise InputError if a tensor does not belong to the model."""
-    model = build_task_model(inputs.config, inputs.auto_class)
-    resize_vocabulary(model, inputs.directory)
-    rounds = rounding(build_task_model(inputs.config, inputs.auto_class)) if rounding else None
+    ref = inputs.ref
+    model = build_task_model(ref.model_config, ref.auto_class)
+    resize_vocabulary(model, ref.adapter_directory)
+    rounds = rounding(build_task_model(ref.model_config, ref.auto_class)) if rounding else None
     checkpoint = _open(inputs, model)
     ties = tied_names(model)
     ignored = set(unsaved_names(model) or ()) - set(ties)
-    unused = tuple(f"{module}." for module in inputs.task.find_unused(model))
+    unused = tuple(f"{module}." for module in inputs.ref.configured_task.find_unused(model))
     ignored |= {n for n in model.state_dict() if n.startswith(unused) and not checkpoint.holds(n)}
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in ignored}
     heads = find_heads(model) if inputs.card.heads else []
-    skeleton = build_skeleton(model, inputs.directory)
-    wished = DTYPES[dtype] if dtype else None
-    merger = TensorMerger(checkpoint, skeleton, shapes, ties, wished, rounds)
+    skeleton = build_skeleton(model, inputs.ref.adapter_directory)
+    requested = DTYPES[dtype] if dtype else None
+    merger = TensorMerger(checkpoint, skeleton, shapes, ties, requested, rounds)
     merger.check_whole(heads, inputs.source.name)
     return merger
 
@@ -255,8 +257,8 @@ def write_merged(
     merged = sum(merger.adapts(name) for name in names)
     if len(merger.unchanged) == merged or merged == 0:
         raise RunError(
-            f"the merge changed nothing: the update of {inputs.directory} is below the rounding "
-            f"of {str(merger.main_dtype).removeprefix('torch.')} in every tensor. Use --dtype "
+            f"the merge changed nothing: the update of {inputs.ref.directory} is below rounding "
+            f"in {str(merger.main_dtype).removeprefix('torch.')} in every tensor. Use --dtype "
             "float32, or train longer."
         )
     _write_config(directory, inputs, model, merger.main_dtype, untied=untied)
@@ -277,13 +279,13 @@ def _open(inputs: MergeInput, model: Any) -> Checkpoint:
     if inputs.source.kind == "gguf":
         loaded, _ = load_model(
             inputs.source,
-            inputs.config,
-            inputs.auto_class,
+            inputs.ref.model_config,
+            inputs.ref.auto_class,
             dtype=torch.float32,
             device="cpu",
         )
         return checkpoint_in_memory(model, loaded)
-    mapping = rename_prefix(inputs.config, inputs.auto_class)
+    mapping = rename_prefix(inputs.ref.model_config, inputs.ref.auto_class)
     return open_checkpoint(inputs.source, model, mapping)
 
 
@@ -347,13 +349,13 @@ def _write_config(
         config.get_text_config().tie_word_embeddings = False
     config.save_pretrained(directory)
     write_former_rope(directory)
-    _write_tokenizer(directory, inputs.tokens)
+    write_tokenizer(directory, inputs.ref.tokenizer_source)
     if inputs.ignores_token_types:
         _leave_out_token_types(directory, inputs.tokenizer.model_input_names)
     gguf = inputs.source.kind == "gguf"
-    own = None if gguf else local_directory(inputs.source) / "generation_config.json"
-    if own is not None and own.is_file():
-        shutil.copyfile(own, directory / own.name)
+    generation_config = None if gguf else local_directory(inputs.source) / "generation_config.json"
+    if generation_config is not None and generation_config.is_file():
+        shutil.copyfile(generation_config, directory / generation_config.name)
     elif model.can_generate():
         model.generation_config.save_pretrained(directory)
 
@@ -366,7 +368,7 @@ def _leave_out_token_types(directory: Path, names: Sequence[str]) -> None:
         write_json(path, settings)
 
 
-def _write_tokenizer(directory: Path, tokens: ModelSource) -> None:
+def write_tokenizer(directory: Path, tokens: ModelSource) -> None:
     """Copy the tokenizer's files; for a .gguf base, save its tokenizer."""
     if tokens.kind == "gguf":
         load_tokenizer(tokens).save_pretrained(directory)

@@ -21,6 +21,7 @@ from ftlevel.config import MergeConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.merging.merge_input import MergeInput, find_adapter
+from ftlevel.merging.merged_model import write_tokenizer
 from ftlevel.methods.merging import WEIGHTS, read_peft_config
 from ftlevel.methods.upstream import pattern_of
 from ftlevel.models.loading import build_task_model
@@ -39,13 +40,13 @@ def find_mixing_problem(config: dict[str, Any]) -> str | None:
             "it is DoRA, whose magnitudes are no sum of updates, and PEFT would drop them silently"
             "; merge it alone"
         )
-    for key, what in (
+    for key, description in (
         ("modules_to_save", "heads or layers that were trained in full"),
         ("trainable_token_indices", "tokens that were trained in full"),
         ("target_parameters", "updates of experts, which PEFT cannot mix"),
     ):
         if config.get(key):
-            return f"it has {what} ({key}), and two of them have no sum"
+            return f"it has {description} ({key}), and two of them have no sum"
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         return "it has biases of its own, and two of them have no sum"
     return None
@@ -78,14 +79,16 @@ def concatenate_adapters(directories: Sequence[Path], weights: Sequence[float], 
         for name, t in mixed.items()
         if ".lora_A." in name or name.endswith(".lora_embedding_A")
     }
-    most = max(ranks.values())
-    own = {f"^{name}$".replace(".", r"\."): rank for name, rank in ranks.items() if rank != most}
+    max_rank = max(ranks.values())
+    rank_pattern = {
+        f"^{name}$".replace(".", r"\."): rank for name, rank in ranks.items() if rank != max_rank
+    }
     first = read_peft_config(directories[0])
     first |= {
-        "r": most,
-        "lora_alpha": most,
-        "rank_pattern": own,
-        "alpha_pattern": dict(own),
+        "r": max_rank,
+        "lora_alpha": max_rank,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": dict(rank_pattern),
         "use_rslora": False,
         "target_modules": sorted(ranks),
         "layers_to_transform": None,
@@ -127,16 +130,18 @@ def mix_with_peft(
     names = [f"adapter_{index}" for index in range(len(directories))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted = PeftModel.from_pretrained(model, str(directories[0]), adapter_name=names[0])
+        peft_model = PeftModel.from_pretrained(model, str(directories[0]), adapter_name=names[0])
         for name, directory in zip(names[1:], directories[1:], strict=True):
-            adapted.load_adapter(str(directory), adapter_name=name)
-        more: dict[str, Any] = {}
+            peft_model.load_adapter(str(directory), adapter_name=name)
+        options: dict[str, Any] = {}
         if strategy not in ("svd", "linear"):
-            more["density"] = 0.5 if density is None else density
-        adapted.add_weighted_adapter(
-            names, list(weights), _MIXTURE, strategy.replace("-", "_"), **more
+            options["density"] = 0.5 if density is None else density
+        peft_model.add_weighted_adapter(
+            names, list(weights), _MIXTURE, strategy.replace("-", "_"), **options
         )
-        adapted.save_pretrained(str(out), selected_adapters=[_MIXTURE], save_embedding_layers=False)
+        peft_model.save_pretrained(
+            str(out), selected_adapters=[_MIXTURE], save_embedding_layers=False
+        )
     for path in (out / _MIXTURE).iterdir():
         path.rename(out / path.name)
 
@@ -158,20 +163,21 @@ def mix(
         if reason is not None:
             raise InputError(f"{name} cannot be mixed: {reason}.")
         _check_same_base(inputs, name, directory)
-    base = build_task_model(inputs.config, inputs.auto_class)
+    base = build_task_model(inputs.ref.model_config, inputs.ref.auto_class)
     for name, directory in zip(config.adapters, directories, strict=True):
-        other = find_vocabulary_mismatch(base, directory)
-        if other is not None:
-            raise InputError(f"{name} cannot be mixed: {other}. Merge it alone.")
+        mismatch = find_vocabulary_mismatch(base, directory)
+        if mismatch is not None:
+            raise InputError(f"{name} cannot be mixed: {mismatch}. Merge it alone.")
     mixture = Path(stack.enter_context(Workspace("mixture")))
     if config.strategy == "cat":
         concatenate_adapters(directories, weights, mixture)
     else:
         _mix_with_peft(inputs, directories, weights, mixture, config.strategy, config.density)
-    shown = ", ".join(f"{w:g} × {n}" for w, n in zip(weights, config.adapters, strict=True))
-    exact = "the weighted sum, exactly" if config.strategy == "cat" else "not the weighted sum"
-    return replace(inputs, directory=mixture), [
-        Choice("mixture", shown, f"--strategy {config.strategy}: {exact}")
+    terms = ", ".join(f"{w:g} × {n}" for w, n in zip(weights, config.adapters, strict=True))
+    exactness = "the weighted sum, exactly" if config.strategy == "cat" else "not the weighted sum"
+    write_tokenizer(mixture, inputs.ref.tokenizer_source)
+    return replace(inputs, ref=replace(inputs.ref, directory=mixture)), [
+        Choice("mixture", terms, f"--strategy {config.strategy}: {exactness}")
     ]
 
 
@@ -183,7 +189,7 @@ def _mix_with_peft(
     strategy: str,
     density: float | None,
 ) -> None:
-    model = build_task_model(inputs.config, inputs.auto_class).to_empty(device="cpu")
+    model = build_task_model(inputs.ref.model_config, inputs.ref.auto_class).to_empty(device="cpu")
     try:
         mix_with_peft(model, directories, weights, mixture, strategy, density)
     except ValueError as error:
@@ -197,10 +203,10 @@ def _check_same_base(inputs: MergeInput, name: str, directory: Path) -> None:
     """Refuse an adapter that was trained on other weights than the first one."""
     if not (directory / CARD).is_file():
         return
-    own, first = read_card(directory).base, inputs.card.base
-    if own.get("fingerprint") != first.get("fingerprint"):
+    base, first_base = read_card(directory).base, inputs.card.base
+    if base.get("fingerprint") != first_base.get("fingerprint"):
         raise InputError(
-            f"{name} was trained on {own.get('name')} and {inputs.directory} on "
-            f"{first.get('name')}, whose weights differ. Adapters of different bases cannot be "
-            f"combined."
+            f"{name} was trained on {base.get('name')} and {inputs.ref.adapter_directory} on "
+            f"{first_base.get('name')}, whose weights differ. Adapters of different bases cannot "
+            "be combined."
         )

@@ -111,32 +111,34 @@ class NormalForm:
         """Adapted embeddings and output layers."""
         return sorted(
             name
-            for name, own in self.factors.items()
-            if own.is_embedding or name.endswith(OUTPUT_LAYERS)
+            for name, update in self.factors.items()
+            if update.is_embedding or name.endswith(OUTPUT_LAYERS)
         )
 
     def on_every_layer(self, model: Any) -> NormalForm:
         """Return a copy with zero updates for layers of `model` named like an adapted one."""
         import torch
 
-        ends = {name.rpartition(".")[2] for name, own in self.factors.items()}
-        more: dict[str, Factors] = {}
+        suffixes = {name.rpartition(".")[2] for name in self.factors}
+        zeros: dict[str, Factors] = {}
         for name, module in model.named_modules():
-            if name.rpartition(".")[2] in ends and name not in self.factors:
+            if name.rpartition(".")[2] in suffixes and name not in self.factors:
                 weight = getattr(module, "weight", None)
                 if weight is None or weight.dim() != 2:
                     continue
                 rows, columns = weight.shape
                 if type(module).__name__ == "Conv1D":
                     rows, columns = columns, rows
-                more[name] = Factors(
+                zeros[name] = Factors(
                     torch.zeros(self.rank, columns, dtype=torch.float64),
                     torch.zeros(rows, self.rank, dtype=torch.float64),
                 )
-        if not more:
+        if not zeros:
             return self
-        said = f"zeros written for {len(more):,} modules that were not adapted, such as {min(more)}"
-        return replace(self, factors=self.factors | more, said=[*self.said, said])
+        note = (
+            f"zeros written for {len(zeros):,} modules that were not adapted, such as {min(zeros)}"
+        )
+        return replace(self, factors=self.factors | zeros, said=[*self.said, note])
 
 
 @dataclass(frozen=True)
@@ -149,10 +151,10 @@ class BaseWeights:
     @property
     def tied(self) -> dict[str, list[str]]:
         """Embedding → output layers that share its weight."""
-        found: dict[str, list[str]] = {}
+        tied: dict[str, list[str]] = {}
         for target, source in tied_names(self.model).items():
-            found.setdefault(source.rpartition(".")[0], []).append(target.rpartition(".")[0])
-        return found
+            tied.setdefault(source.rpartition(".")[0], []).append(target.rpartition(".")[0])
+        return tied
 
 
 def open_base(source: ModelSource, config: Any, auto_class: str) -> BaseWeights:
@@ -169,10 +171,10 @@ def open_base(source: ModelSource, config: Any, auto_class: str) -> BaseWeights:
 
 def plain_form_of(config: Mapping[str, Any]) -> PlainForm:
     """Return how an adapter with this config becomes plain LoRA; raise InputError if it cannot."""
-    kind = str(config.get("peft_type"))
-    form = PLAIN_FORMS.get(kind, PlainForm())
+    peft_type = str(config.get("peft_type"))
+    form = PLAIN_FORMS.get(peft_type, PlainForm())
     if form.never:
-        raise InputError(f"{kind} {form.never}")
+        raise InputError(f"{peft_type} {form.never}")
     return form
 
 
@@ -199,20 +201,22 @@ def read_file(directory: Path, config: Mapping[str, Any], base: BaseWeights) -> 
     from safetensors.torch import load_file
 
     embedding = base.model.get_input_embeddings() if trained_on_text(base.model) else None
-    had = None if embedding is None else int(embedding.weight.shape[0])
-    rows = read_vocabulary_size(base.model, directory) if had else None
-    if rows not in (None, had):
+    base_rows = None if embedding is None else int(embedding.weight.shape[0])
+    rows = read_vocabulary_size(base.model, directory) if base_rows else None
+    if rows not in (None, base_rows):
         raise InputError(
-            f"it was trained with {rows:,} tokens and its base has {had:,}, and no server adds "
-            "rows to a base. Merge it"
+            f"it was trained with {rows:,} tokens and its base has {base_rows:,}, and no server "
+            "adds rows to a base. Merge it"
         )
     tensors = {
         key.removeprefix(PREFIX): tensor
         for key, tensor in load_file(str(directory / WEIGHTS)).items()
     }
     for name in [name for name in tensors if _BASE in f".{name}"]:
-        own = base.checkpoint.read(name.replace(_BASE, "."))
-        if own.shape != tensors[name].shape or not own.float().equal(tensors.pop(name).float()):
+        weight = base.checkpoint.read(name.replace(_BASE, "."))
+        if weight.shape != tensors[name].shape or not weight.float().equal(
+            tensors.pop(name).float()
+        ):
             raise InputError(f"its file holds another {name.replace(_BASE, '.')}. Merge it")
     return AdapterFile(config, tensors, base.checkpoint.read, base.tied)
 
@@ -241,12 +245,14 @@ def build_normal_form(
         InputError: A remaining tensor has no place in plain LoRA, there is no update, or a rank
             is above `limit`.
     """
-    odd = [name for name in file.tensors if not is_whole(name, file.config)]
-    if odd:
-        raise InputError(f"its file holds {join_names(odd, 2)}, which plain LoRA has no place for")
+    unsupported = [name for name in file.tensors if not is_whole(name, file.config)]
+    if unsupported:
+        raise InputError(
+            f"its file holds {join_names(unsupported, 2)}, which plain LoRA has no place for"
+        )
     if not factors:
         raise InputError("it changes no linear and no embedding")
-    ranks = {name: own.rank for name, own in factors.items()}
+    ranks = {name: update.rank for name, update in factors.items()}
     rank = max(ranks.values())
     if rank > limit:
         name = max(ranks, key=lambda key: ranks[key])
@@ -254,13 +260,13 @@ def build_normal_form(
             f"the update of {name} needs rank {rank:,}, above --max-rank {limit}, which may "
             "be as high as the server goes. Merge it"
         )
-    said = list(file.said)
+    notes = list(file.said)
     if len(set(ranks.values())) > 1:
-        said.append(f"ranks {join_names(map(str, sorted(set(ranks.values()))), 6)} → {rank}")
+        notes.append(f"ranks {join_names(map(str, sorted(set(ranks.values()))), 6)} → {rank}")
     return NormalForm(
-        {name: own.padded(rank) for name, own in sorted(factors.items())},
+        {name: update.padded(rank) for name, update in sorted(factors.items())},
         dict(file.tensors),
-        said,
+        notes,
         way,
     )
 
@@ -277,17 +283,20 @@ class Named(Protocol):
         """Hub id or path of the base."""
 
 
-def write_normal(place: Path, form: NormalForm, entry: Named) -> None:
-    """Write `form` into the directory `place` in PEFT's format, in float32."""
+def write_normal(directory: Path, form: NormalForm, entry: Named) -> None:
+    """Write `form` into the directory `directory` in PEFT's format, in float32."""
     from safetensors.torch import save_file
 
     tensors = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in form.kept.items()}
-    for name, own in form.factors.items():
-        first, second = _keys(name, own)
-        tensors[first], tensors[second] = own.a.float().contiguous(), own.b.float().contiguous()
-    save_file(tensors, str(place / WEIGHTS), {"format": "pt"})
-    old = entry.peft_config
-    config = {key: old.get(key) for key in ("task_type", "revision")} | {
+    for name, update in form.factors.items():
+        first, second = _keys(name, update)
+        tensors[first], tensors[second] = (
+            update.a.float().contiguous(),
+            update.b.float().contiguous(),
+        )
+    save_file(tensors, str(directory / WEIGHTS), {"format": "pt"})
+    peft_config = entry.peft_config
+    config = {key: peft_config.get(key) for key in ("task_type", "revision")} | {
         "peft_type": "LORA",
         "base_model_name_or_path": entry.base_name,
         "r": form.rank,
@@ -295,30 +304,30 @@ def write_normal(place: Path, form: NormalForm, entry: Named) -> None:
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted(form.factors),
-        "modules_to_save": old.get("modules_to_save") if form.kept else None,
-        "fan_in_fan_out": bool(old.get("fan_in_fan_out")),
+        "modules_to_save": peft_config.get("modules_to_save") if form.kept else None,
+        "fan_in_fan_out": bool(peft_config.get("fan_in_fan_out")),
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
         "inference_mode": True,
     }
-    write_json(place / "adapter_config.json", config)
+    write_json(directory / "adapter_config.json", config)
 
 
-def read_normal(place: Path, form: NormalForm) -> NormalForm:
-    """Read the files in `place`; the modules are those of `form`."""
+def read_normal(directory: Path, form: NormalForm) -> NormalForm:
+    """Read the files in `directory`; the modules are those of `form`."""
     from safetensors.torch import load_file
 
-    tensors = load_file(str(place / WEIGHTS))
+    tensors = load_file(str(directory / WEIGHTS))
     factors = {}
-    for name, own in form.factors.items():
-        first, second = _keys(name, own)
-        factors[name] = Factors(tensors.pop(first), tensors.pop(second), own.is_embedding)
+    for name, update in form.factors.items():
+        first, second = _keys(name, update)
+        factors[name] = Factors(tensors.pop(first), tensors.pop(second), update.is_embedding)
     kept = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     return replace(form, factors=factors, kept=kept)
 
 
-def _keys(name: str, own: Factors) -> tuple[str, str]:
-    middle, end = ("embedding_", "") if own.is_embedding else ("", ".weight")
-    first, second = (f"{PREFIX}{name}.lora_{middle}{x}{end}" for x in "AB")
+def _keys(name: str, update: Factors) -> tuple[str, str]:
+    middle, suffix = ("embedding_", "") if update.is_embedding else ("", ".weight")
+    first, second = (f"{PREFIX}{name}.lora_{middle}{x}{suffix}" for x in "AB")
     return first, second

@@ -15,17 +15,15 @@ from typing import Any
 import torch
 
 from ftlevel.artifacts.cards import describe_difference
-from ftlevel.config import QuantConfig
 from ftlevel.errors import RunError
 from ftlevel.evaluation.model_pair import in_float32
 from ftlevel.evaluation.two_models import Agreement, ComparisonProbe, RowLogits, compare_rows
-from ftlevel.merging.merge_input import MergeInput, load_trained_model
+from ftlevel.merging.merge_input import MergeInput
 from ftlevel.merging.merged_model import MergedFiles, TensorMerger
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import load_config, load_model
 from ftlevel.models.sources import ModelSource
 
-FLOAT = QuantConfig(kind="none")
 BOUND = 1e-5
 """Allowed mean difference of logits in float32, as a share of the largest logit."""
 _ROWS = 8
@@ -67,11 +65,11 @@ def load_merged(directory: Path, inputs: MergeInput) -> Any:
     model, missing = load_model(
         source,
         load_config(source),
-        inputs.auto_class,
+        inputs.ref.auto_class,
         dtype=DTYPES[inputs.dtype],
         device=inputs.device,
     )
-    unused = tuple(f"{module}." for module in inputs.task.find_unused(model))
+    unused = tuple(f"{module}." for module in inputs.ref.configured_task.find_unused(model))
     missing = [name for name in missing if not name.startswith(unused)]
     if missing:
         raise RunError(f"the merged model lacks {len(missing):,} tensors, such as {missing[0]}.")
@@ -87,8 +85,8 @@ def measure(
     """
     model = load_merged(candidate.directory, inputs)
     _check_files(model, candidate.merger)
-    found = probe.score(model, inputs.dtype)
-    return replace(candidate, scores=found, trained=compare_rows(trained, found))
+    outputs = probe.score(model, inputs.dtype)
+    return replace(candidate, scores=outputs, trained=compare_rows(trained, outputs))
 
 
 def check(candidate: Candidate, inputs: MergeInput, probe: ComparisonProbe) -> MergeCheck:
@@ -101,11 +99,11 @@ def check(candidate: Candidate, inputs: MergeInput, probe: ComparisonProbe) -> M
     if inputs.dtype == candidate.written.dtype == "float32":  # nothing was rounded
         _refuse_other_than(agreement)
         return MergeCheck(agreement, agreement, None)
-    few = replace(probe, rows=probe.rows[:_ROWS])
-    exact, unrounded = _compare_before_rounding(candidate, inputs, few)
+    few_rows = replace(probe, rows=probe.rows[:_ROWS])
+    exact, unrounded = _compare_before_rounding(candidate, inputs, few_rows)
     if not _is_right(exact) and inputs.dtype != "float32":
-        wide = replace(inputs, dtype="float32")  # a layer may cast its inputs down too
-        exact, unrounded = _compare_before_rounding(candidate, wide, few)
+        in_float32 = replace(inputs, dtype="float32")  # a layer may cast its inputs down too
+        exact, unrounded = _compare_before_rounding(candidate, in_float32, few_rows)
     _refuse_other_than(exact)
     rounding = compare_rows(unrounded, candidate.scores.first(len(unrounded.logits)))
     return MergeCheck(agreement, exact, rounding)
@@ -137,9 +135,9 @@ def _other_reference(candidate: Candidate, inputs: MergeInput) -> Callable[[], A
 
 
 def _load_reference(candidate: Candidate, inputs: MergeInput) -> Any:
-    if candidate.onto == "original":
-        return load_trained_model(inputs, FLOAT)
-    return load_trained_model(inputs, inputs.quant, dequantized=True)
+    is_original = candidate.onto == "original"
+    ref = inputs.ref.with_card(quantization={"kind": "none"}) if is_original else inputs.ref
+    return ref.load(inputs.device, inputs.dtype, dequantize=not is_original).model
 
 
 def _compare_before_rounding(
@@ -159,8 +157,8 @@ def _compare_before_rounding(
     del reference
     model = load_merged(candidate.directory, inputs)
     with in_float32(model, merger.unrounded):
-        found = probe.score(model, "float32")
-    return compare_rows(expected, found), found
+        outputs = probe.score(model, "float32")
+    return compare_rows(expected, outputs), outputs
 
 
 def _is_right(exact: Agreement) -> bool:

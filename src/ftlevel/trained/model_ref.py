@@ -1,54 +1,52 @@
-"""Resolve a name to a run, checkpoint, adapter or model, with task, base, labels and prompt format.
+"""The two nouns of every command after training.
 
-`resolve_model` is the single entry point. It must not load weights.
+`ModelRef` is what a name refers to, before weights load (`trained.resolve` finds it). `LoadedModel`
+is the same with its weights.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from copy import copy
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
-from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
-from ftlevel.artifacts.files import base_digest, base_fingerprint, check_regular
+import torch
+
+from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.artifacts.ownership import CHECKPOINTS
-from ftlevel.artifacts.places import resolve_relative
-from ftlevel.artifacts.run_directory import CONFIG, find_run
-from ftlevel.artifacts.sentence_transformers import find_task
-from ftlevel.config.methods.lora import BASE_MODIFYING_INITS
-from ftlevel.data.encoding.collate import ensure_pad_token
+from ftlevel.config.preference import NO_REFERENCE
+from ftlevel.data.encoding.collate import ensure_pad_token, separate_pad_from_eos
 from ftlevel.data.encoding.encode import PromptFormat, read_format
-from ftlevel.errors import InputError, join_names, reading
-from ftlevel.models.hardware import choose_dtype
-from ftlevel.models.kinds import checkpoint_class, max_positions, model_kind
-from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
+from ftlevel.errors import InputError
+from ftlevel.models.hardware import DTYPES, autocast
+from ftlevel.models.integrity import check_missing
+from ftlevel.models.kinds import model_kind
+from ftlevel.models.loading import label_overrides, load_config, load_model, load_tokenizer
 from ftlevel.models.quantization import (
-    as_quant_config,
-    quantization_facts,
-    quantization_name,
+    build_quantization_config,
+    check_loadable,
+    read_quantization,
     stored_quantization,
 )
-from ftlevel.models.sources import ModelSource, resolve_source
+from ftlevel.models.sources import ModelSource
 from ftlevel.models.targets import find_heads
+from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.trained.adapter_formats import AdapterReader, find_reader
-from ftlevel.weights.checkpoint import merge_sharded_checkpoint
-from ftlevel.weights.tensor_files import read_header
+from ftlevel.trained.adapt import load_adapter
+from ftlevel.trained.adapter_formats import find_reader
+from ftlevel.trained.generation import GenerationOptions, generate_texts
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PLAIN = "none"
 """Method name of a model without an adapter."""
-_DEFAULT_TASK = "text-generation"
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A reference to a run, checkpoint, adapter or model, before weights are loaded.
+    """A run, checkpoint, adapter or model, before weights are loaded.
 
     Attributes:
         source: the base model of an adapter, or the model itself.
@@ -73,8 +71,8 @@ class ModelRef:
         An adapter that another library wrote is `peft` or the kind of its `AdapterReader`.
         """
         if self.run is not None:
-            place = self.directory or Path(self.source.name)
-            return "checkpoint" if place.absolute().parent.name == CHECKPOINTS else "run"
+            path = self.directory or Path(self.source.name)
+            return "checkpoint" if path.absolute().parent.name == CHECKPOINTS else "run"
         if self.directory is not None and not self.is_ours:
             reader = find_reader(self.directory)
             return reader.kind if reader else "peft"
@@ -95,11 +93,6 @@ class ModelRef:
         return self.source.name
 
     @property
-    def revision(self) -> str | None:
-        """Revision of a base on the Hub."""
-        return self.source.revision
-
-    @property
     def quantization(self) -> Mapping[str, Any]:
         """Quantization of the loaded weights: `kind` and its settings."""
         return self.card.quantization
@@ -114,317 +107,150 @@ class ModelRef:
         """Format of the prompts; None without prompts."""
         return read_format(self.card)
 
+    @property
+    def adapter_directory(self) -> Path:
+        """Directory of the adapter; raises TypeError for a model without one."""
+        if self.directory is None:
+            raise TypeError("an adapter has a directory")
+        return self.directory
 
-def resolve_model(
-    name: str,
-    task: str | None = None,
-    base: str | None = None,
-    *,
-    device: str,
-    dtype: str = "auto",
-    said: str = "",
-) -> ModelRef:
-    """Resolve `name` to a `ModelRef`.
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Options of the task; a model merged with its reference has no reference."""
+        preference = self.card.options.get("preference")
+        if not self._lost_reference or preference is None:
+            return self.card.options
+        return {**self.card.options, "preference": {**preference, "reference": NO_REFERENCE}}
 
-    Args:
-        name: a run, checkpoint, adapter or model directory, a `.gguf` file, a Hub id, or
-            builtin:NAME.
-        task: value of `--task`; None uses the card, adapter_config.json or the model's
-            architecture.
-        base: new location of an adapter's base model, if it has moved.
-        device: torch device type.
-        dtype: value of `--dtype`; auto uses that of training.
-        said: name of the model in messages; defaults to `name`.
+    @property
+    def _lost_reference(self) -> bool:
+        preference = self.card.options.get("preference") or {}
+        return bool(self.card.merge) and preference.get("reference", NO_REFERENCE) != NO_REFERENCE
 
-    Raises:
-        InputError: It does not exist, its base has other weights, or it was trained for another
-            task.
-    """
-    with reading(name):
-        ref = _resolve(name, device, task, said or name, base)
-    if base is not None and ref.directory is None:
-        raise InputError(
-            f"--model {base}: it names the base of an adapter, and {name} is a whole model. Drop "
-            "it."
+    @cached_property
+    def configured_task(self) -> BaseTask:
+        """The task with its options."""
+        return TASKS[self.task].configured(self.options)
+
+    @cached_property
+    def model_config(self) -> Any:
+        """Config of the base, with the head and the padding token of training."""
+        overrides = label_overrides(self.labels) if self.labels else {}
+        if problem := self.card.options.get("problem_type"):
+            overrides["problem_type"] = problem
+            overrides.setdefault("num_labels", 1)
+        config = load_config(self.source, **overrides)
+        task = self.configured_task
+        has_none = getattr(config, "pad_token_id", None) is None  # CodeGen's lacks the field
+        if task.separates_padding or (has_none and task.finds_ends_by_padding):
+            config.pad_token_id = self.load_tokenizer().pad_token_id
+        return config
+
+    @property
+    def model_kind(self) -> str:
+        """`encoder`, `decoder` or `encoder-decoder`."""
+        return model_kind(self.model_config)
+
+    @property
+    def auto_class(self) -> str:
+        """Name of the transformers class for the task."""
+        return self.configured_task.auto_class(self.model_kind, self.model_config.model_type)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """Training objective of the task."""
+        labels = {"labels": self.labels, **self.options}
+        return self.configured_task.build_objective(self.model_kind, labels)
+
+    @property
+    def tokenizer_source(self) -> ModelSource:
+        """Location of the tokenizer."""
+        return find_tokenizer(self.source, self.directory)
+
+    def load_tokenizer(self) -> Any:
+        """Load the tokenizer as saved."""
+        return load_tokenizer(self.tokenizer_source)
+
+    def compute_dtype(self, device: str) -> str:
+        """Returns the compute precision of training, with float32 for float16 on the CPU."""
+        return "float32" if self.card.dtype == "float16" and device == "cpu" else self.card.dtype
+
+    def with_card(self, **changes: Any) -> ModelRef:
+        """Returns a copy with other settings in its card."""
+        return replace(self, card=replace(self.card, **changes))
+
+    def load(
+        self,
+        device: str,
+        dtype: str | None = None,
+        *,
+        adapter_name: str = "default",
+        dequantize: bool = False,
+    ) -> LoadedModel:
+        """Load weights, adapter and tokenizer.
+
+        Args:
+            device: torch device type.
+            dtype: compute precision; None uses that of training.
+            adapter_name: PEFT's name of the adapter.
+            dequantize: dequantize the base, so that matrix products run in floating point.
+
+        Raises:
+            InputError: Files are damaged or do not belong together, or there is no trained head
+                for the task.
+        """
+        card, task, source = self.card, self.configured_task, self.source
+        config, notes = copy.deepcopy(self.model_config), list(self.notes)
+        if self._lost_reference:
+            notes.append(
+                "what it was merged from is its reference no more: rewards are not scored, and "
+                "the loss compares with nothing"
+            )
+        if (stored := stored_quantization(config)) is not None:
+            check_loadable(stored, source.words, device)
+        tokenizer = self.load_tokenizer()
+        ensure_pad_token(tokenizer)
+        if task.separates_padding:
+            separate_pad_from_eos(tokenizer)
+        if task.separates_padding or getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = tokenizer.pad_token_id
+        task.prepare_tokenizer(tokenizer, self.model_kind)
+        if dtype is None:
+            dtype = self.compute_dtype(device)
+            if dtype != card.dtype:
+                notes.append("trained in float16; the CPU computes it in float32")
+        is_quantized = card.quantization.get("kind", "none") != "none"
+        is_full = card.method == "full" and not card.merge and not is_quantized
+        model, missing = load_model(
+            source,
+            config,
+            self.auto_class,
+            dtype=DTYPES["float32" if is_full else dtype],
+            device=device,
+            quantization=build_quantization_config(
+                read_quantization(card.quantization), DTYPES[dtype], card.heads
+            ),
         )
-    return with_dtype(resolve_stored(ref), dtype, device)
+        if card.method == PLAIN and task.has_new_head:
+            _check_trained_head(missing, find_heads(model), source.name, task.name)
+        # A new language head has an untrained bias, which stays zero.
+        new = [*card.heads, *find_heads(model)] if card.heads and self.directory else []
+        check_missing(missing, [*new, *task.find_unused(model)], source.words)
+        if dequantize:
+            model = model.dequantize()
+        if self.directory is not None:
+            model = load_adapter(model, self.directory, adapter_name)
+        return LoadedModel(self, model.eval(), tokenizer, device, dtype, notes, adapter_name)
 
 
-def resolve_stored(ref: ModelRef) -> ModelRef:
-    """Return `ref` with the quantization of the stored weights in its card."""
-    stored = None if ref.source.kind == "gguf" else stored_quantization(load_config(ref.source))
-    if stored is None:
-        return replace(ref, is_stored_quantized=False)
-    card = replace(ref.card, quantization=quantization_facts(stored))
-    return replace(ref, card=card, is_stored_quantized=True)
-
-
-def with_dtype(ref: ModelRef, dtype: str, device: str) -> ModelRef:
-    """Return `ref` with the compute precision `dtype`; auto changes nothing.
-
-    Raises ConfigError if the device or model type does not support it, InputError if a stored
-    quantization fixes the compute dtype.
-    """
-    if dtype in ("auto", ref.card.dtype):
-        return ref
-    config = load_config(ref.source)
-    stored = stored_quantization(config)
-    if stored is not None and as_quant_config(stored) is None:
-        raise InputError(
-            f"--dtype {dtype}: {ref.source.words} is stored quantized "
-            f"({quantization_name(stored)}), and its kernels compute in the type that it was saved "
-            f"with ({config.dtype}). Drop --dtype, or name the original model."
-        )
-    chosen = choose_dtype(dtype, device, ref.card.method, config.model_type).value
-    return replace(ref, card=replace(ref.card, dtype=chosen))
-
-
-def compute_dtype(card: AdapterCard, device: str) -> str:
-    """Return the card's compute precision, with float32 in place of float16 on the CPU."""
-    return "float32" if card.dtype == "float16" and device == "cpu" else card.dtype
-
-
-def describe_dtype(ref: ModelRef, dtype: str) -> str:
-    """Return the source of the compute precision, given the value of `--dtype`."""
-    if dtype != "auto":
-        return "--dtype"
-    return "as in training" if ref.is_ours else "auto"
-
-
-def _resolve(name: str, device: str, task: str | None, said: str, base: str | None) -> ModelRef:
-    path = find_directory(name)
-    if (path / CARD).is_file():
-        directory, card = path, read_card(path)
-        if task not in (None, card.task):
-            raise InputError(f"{name} was trained for {card.task}, not for {task}. Drop --task.")
-        run = find_run(directory)
-        if card.method == "full":
-            source = resolve_source(str(merge_sharded_checkpoint(directory)), said=str(directory))
-            return ModelRef(replace(source, name=str(directory)), None, card, run)
-        return ModelRef(find_base(card, directory, base), directory, card, run)
-    if (reader := find_reader(path)) is not None:
-        return _resolve_foreign(path, reader, device, task, base)
-    check_whole_adapter(path)
-    if (path / ADAPTER_CONFIG).is_file():
-        return _resolve_peft(path, name, device, task, base)
-    source = resolve_source(name, said=said)
-    config = load_config(source)
-    own = TASKS[task or find_task(path) or _task_of_model(config, said)]
-    return ModelRef(source, None, build_default_card(source, config, own, device), is_ours=False)
-
-
-def _resolve_peft(
-    directory: Path, name: str, device: str, task: str | None, base: str | None
-) -> ModelRef:
-    """Return the reference to an adapter that plain PEFT wrote."""
-    source, settings = read_plain_adapter(directory, base)
-    config = load_config(source)
-    own = TASKS[adapter_task(directory, settings, config, task)]
-    if own.has_new_head:
-        auto_class = own.auto_class(model_kind(config), config.model_type)
-        outputs = count_outputs(directory, build_task_model(config, auto_class))
-        if outputs not in (0, config.num_labels):
-            config = load_config(source, num_labels=outputs)
-    card = build_default_card(source, config, own, device, directory, settings)
-    note = f"{name} was not made by ftlevel: its base, {source.name}, is taken on trust"
-    return ModelRef(source, directory, card, None, [note], is_ours=False)
-
-
-def _resolve_foreign(
-    directory: Path, reader: AdapterReader, device: str, task: str | None, base: str | None
-) -> ModelRef:
-    """Return the reference to an adapter in another library's format."""
-    adapter = reader.read(directory)
-    own = TASKS[adapter.task(task)]
-    source = resolve_plain_base(adapter.base, directory, None, base)
-    settings = {"peft_type": reader.peft_type, "modules_to_save": adapter.heads}
-    card = build_default_card(source, load_config(source), own, device, directory, settings)
-    note = f"{directory} was made by {reader.library}: its base, {source.name}, is taken on trust"
-    return ModelRef(source, directory, adapter.complete(card), None, [note], is_ours=False)
-
-
-def find_directory(name: str) -> Path:
-    """Return the directory with the files of `name`, which may not exist; for a run, `adapter`.
-
-    Raises InputError if the run has not finished.
-    """
-    path = Path(name).expanduser()
-    inner = path / "adapter"
-    if not (path / ADAPTER_CONFIG).is_file() and (inner / ADAPTER_CONFIG).is_file():
-        path = inner if card_directory(path) is None else path
-    return card_directory(path) or path
-
-
-def is_model(name: str) -> bool:
-    """Whether `name` is a local or builtin model, not an adapter or a run with one."""
-    place = find_directory(name)
-    if (place / ADAPTER_CONFIG).is_file():
-        return False
-    is_gguf = place.suffix == ".gguf" and place.is_file()
-    return is_gguf or name.startswith("builtin:") or (place / "config.json").is_file()
-
-
-def card_directory(path: Path) -> Path | None:
-    """Return the directory with ftlevel.json for `path`; None for a plain model.
-
-    Raises InputError if the run has not finished.
-    """
-    if (path / CARD).is_file():
-        return path
-    if (path / "adapter" / CARD).is_file():
-        return path / "adapter"
-    if (path / CONFIG).is_file():
-        raise InputError(
-            f"{path} is a run that has no adapter yet: it did not come to its end. "
-            f"Go on with it: ftlevel train --output-dir {quote(str(path))} --resume"
-        )
-    return None
-
-
-def _task_of_model(config: Any, said: str) -> str:
-    """Return the task of a model that ftlevel did not train, from its saved architecture."""
-    fits = _tasks_of_class(checkpoint_class(config))
-    if fits:
-        return fits[0]
-    if model_kind(config) in TASKS[_DEFAULT_TASK].auto_classes:
-        return _DEFAULT_TASK
-    architecture = join_names(config.architectures or ()) or config.model_type
-    raise InputError(
-        f"{said} does not say what it was trained for: its config.json names {architecture}, a "
-        "model without a head. Name the task: --task NAME."
-    )
-
-
-def _tasks_of_class(auto_class: str) -> list[str]:
-    return [name for name, task in TASKS.items() if auto_class in task.auto_classes.values()]
-
-
-def adapter_task(
-    directory: Path, settings: Mapping[str, Any], base_config: Any, task: str | None = None
-) -> str:
-    """Return the task of an adapter that plain PEFT wrote.
-
-    PEFT has no task type for masked language models and saves the model's class instead.
-    `base_config` decides if `settings`, the adapter_config.json, name neither. Raises InputError if
-    ftlevel has no such task, or `task` differs.
-    """
-    peft_type = settings.get("task_type")
-    named = (settings.get("auto_mapping") or {}).get("base_model_class")
-    if peft_type is not None:
-        what = f"task_type {peft_type}"
-        fits = [name for name, own in TASKS.items() if peft_type in own.peft_types.values()]
-    elif named is not None:
-        what, config = f"auto_mapping {named}", copy(base_config)
-        config.architectures = [named]
-        fits = _tasks_of_class(checkpoint_class(config))
-    else:
-        return task or _task_of_model(base_config, str(directory))
-    if not fits:
-        raise InputError(
-            f"{directory / ADAPTER_CONFIG} has {what}, for which ftlevel has no task. Expected a "
-            f"task_type of {join_names(_peft_types())}, or a masked language model."
-        )
-    if task not in (None, *fits):
-        raise InputError(
-            f"{directory} was trained for {fits[0]} ({what} in its {ADAPTER_CONFIG}), not for "
-            f"{task}. Drop --task."
-        )
-    return task or fits[0]
-
-
-def _peft_types() -> list[str]:
-    return list(dict.fromkeys(kind for task in TASKS.values() for kind in task.peft_types.values()))
-
-
-def count_outputs(directory: Path, meta: Any) -> int:
-    """Return the number of outputs of the head saved with an adapter; 0 if it has none."""
-    tensors, _ = read_header(directory / ADAPTER_WEIGHTS)
-    shapes = {f".{name}": tensor.spec.shape for name, tensor in tensors.items()}
-    outputs = 0
-    for head in find_heads(meta):
-        for name, _ in meta.get_submodule(head).named_parameters(prefix=head):
-            found = [shape for stored, shape in shapes.items() if stored.endswith(f".{name}")]
-            if found and name.endswith("weight"):
-                outputs = found[0][0]  # rows of the last layer
-    return outputs
-
-
-def read_plain_adapter(
-    directory: Path, place: str | None = None, base_source: ModelSource | None = None
-) -> tuple[ModelSource, dict[str, Any]]:
-    """Return the base of the PEFT adapter in `directory`, and its adapter_config.json.
-
-    `place` is the user's location of the base; `base_source` the base itself, if known. Raises
-    InputError if the configuration is invalid or there is no base.
-    """
-    path = directory / ADAPTER_CONFIG
-    check_regular(directory.iterdir(), str(directory))
-    try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}). Is the copy incomplete?") from None
-    if not isinstance(settings, dict):
-        raise InputError(f"{path} is no configuration of an adapter. Expected an object.")
-    base = settings.get("base_model_name_or_path")
-    if base_source is None and not (base and isinstance(base, str)):
-        raise InputError(f"{path} names no base model. Write it as base_model_name_or_path.")
-    if not (directory / ADAPTER_WEIGHTS).is_file():
-        raise InputError(
-            f"{directory} holds no {ADAPTER_WEIGHTS}. Save the adapter again with PEFT's "
-            "save_pretrained."
-        )
-    if base_source is not None:
-        return base_source, settings
-    return resolve_plain_base(str(base), directory, settings.get("revision"), place), settings
-
-
-def resolve_plain_base(
-    base: str, directory: Path, revision: str | None = None, place: str | None = None
-) -> ModelSource:
-    """Return the base that the adapter names, or the user's `place` if given."""
-    if place is not None:
-        return resolve_source(place, said=f"--model {place}")
-    return resolve_source(base, revision, said=describe_base(str(directory), base))
-
-
-def build_default_card(
-    source: ModelSource,
-    config: Any,
-    task: BaseTask,
-    device: str,
-    directory: Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-) -> AdapterCard:
-    """Return a card for a model, or for an adapter on it, that ftlevel did not train.
-
-    Prompts are formatted as `train` would. `config` must have as many labels as the head;
-    `settings` is the adapter_config.json, None for a model.
-    """
-    kind = model_kind(config)
-    task.auto_class(kind, config.model_type)  # raises if the model does not support the task
-    tokenizer = load_own_tokenizer(source, directory)
-    ensure_pad_token(tokenizer)
-    known = task.card_defaults(config, tokenizer, kind)
-    return AdapterCard(
-        method=str(settings["peft_type"]).lower().replace("_", "-") if settings else PLAIN,
-        task=task.name,
-        base={"name": source.name, "kind": source.kind, "revision": source.revision},
-        quantization={"kind": "none"},
-        dtype=choose_dtype("auto", device, "lora", config.model_type).value,
-        max_length=max_positions(config) or 0,
-        **known,
-        heads=list((settings or {}).get("modules_to_save") or ()),
-    )
-
-
-def load_own_tokenizer(source: ModelSource, directory: Path | None) -> Any:
-    """Load the tokenizer saved with the adapter, or the base's if there is none."""
+def find_tokenizer(source: ModelSource, directory: Path | None) -> ModelSource:
+    """Returns the adapter's directory if it has a tokenizer, else the base."""
     if directory is None or not (directory / "tokenizer_config.json").is_file():
-        return load_tokenizer(source)
-    return load_tokenizer(ModelSource(str(directory), "directory", str(directory)))
+        return source
+    return ModelSource(str(directory), "directory", str(directory))
 
 
-def check_trained_head(missing: Sequence[str], heads: Sequence[str], name: str, task: str) -> None:
+def _check_trained_head(missing: Sequence[str], heads: Sequence[str], name: str, task: str) -> None:
     """Raise InputError if a head for `task` would be randomly initialized."""
     lost = [key for key in missing if any(key.startswith(f"{head}.") for head in heads)]
     if lost:
@@ -434,88 +260,60 @@ def check_trained_head(missing: Sequence[str], heads: Sequence[str], name: str, 
         )
 
 
-def check_whole_adapter(directory: Path) -> None:
-    """Raise InputError for a checkpoint whose adapter does not apply to the unchanged base."""
-    run = find_run(directory) if directory.absolute().parent.name == CHECKPOINTS else None
-    if run is None or (directory / CARD).is_file() or not (directory / ADAPTER_CONFIG).is_file():
-        return
-    from ftlevel.methods.merging import read_peft_config  # imports PEFT's tuners
+@dataclass(frozen=True)
+class LoadedModel:
+    """A `ModelRef` with its weights in eval mode and its tokenizer, which pads.
 
-    init = read_peft_config(directory).get("init_lora_weights")
-    if init in BASE_MODIFYING_INITS:
-        raise InputError(
-            f"{directory} is a checkpoint of a run that began with init_lora_weights={init!r}, "
-            "inside the base's weights: its adapter is made one of the untouched base at the end. "
-            f"Go on with it: ftlevel train --output-dir {quote(str(run))} --resume"
-        )
-
-
-_LOCAL = ("directory", "gguf")
-_WAY_OUT = "If it is elsewhere now, name its place: --model PATH."
-
-
-def find_base(card: AdapterCard, directory: Path, place: str | None = None) -> ModelSource:
-    """Find the base of the adapter in `directory`, and check its weights.
-
-    `place` overrides the location. A local base is looked up relative to the adapter first, so that
-    both may be moved together. Raises InputError if it is missing or has other weights.
+    `model` is a PeftModel if there is an adapter, whose name in PEFT is `adapter_name`.
     """
-    name, revision = card.base["name"], card.base.get("revision")
-    if place is not None:
-        source = resolve_source(place, said=f"--model {place}")
-    elif card.base.get("kind") in _LOCAL:
-        source = _find_local(card, directory)
-    else:
-        words = describe_base(str(directory), name)
-        try:
-            source = resolve_source(name, revision, said=words)
-        except InputError as error:
-            raise InputError(f"{error} {_WAY_OUT}") from None
-    check_base(source, card, directory)
-    return source
 
+    ref: ModelRef
+    model: Any
+    tokenizer: Any
+    device: str
+    dtype: str
+    notes: list[str]
+    adapter_name: str = "default"
 
-def _find_local(card: AdapterCard, directory: Path) -> ModelSource:
-    name, relative = card.base["name"], card.base.get("path")
-    tried = [resolve_relative(relative, directory)] if relative else []
-    tried = list(dict.fromkeys([*tried, Path(name)]))
-    there = [path for path in tried if path.exists()]
-    if not there:
-        raise InputError(
-            f"the base model of {directory} is not there (looked for at "
-            f"{join_names(map(str, tried))}). Name its place: --model PATH."
-        )
-    expected = card.base.get("fingerprint")
-    same = [path for path in there if len(there) == 1 or base_fingerprint(path) == expected]
-    path = str((same or there)[0])
-    return resolve_source(path, said=describe_base(str(directory), path))
+    @property
+    def task(self) -> BaseTask:
+        """The task with its options."""
+        return self.ref.configured_task
 
+    @property
+    def kind(self) -> str:
+        """`encoder`, `decoder` or `encoder-decoder`."""
+        return self.ref.model_kind
 
-def check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
-    """Raise InputError if `source` has other weights than the base of training."""
-    expected = card.base.get("fingerprint")
-    if source.path is None or expected is None:
-        return
-    found = base_fingerprint(source.path)
-    if found == expected and (whole := card.base.get("digest")) and source.path.is_dir():
-        expected, found = whole, base_digest(source.path)
-    if found != expected:
-        raise InputError(
-            f"{directory} was trained on {card.base['name']} with weights {expected[:12]}…, and "
-            f"{source.words} has other weights ({found[:12]}…). On them the adapter would be wrong "
-            "silently. Name the base that it was trained on: --model PATH, or train again."
-        )
+    @property
+    def objective(self) -> Objective:
+        """Training objective of the task."""
+        return self.ref.objective
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the base can be used by disabling the adapter."""
+        return hasattr(self.model, "peft_config")
 
-def check_cached_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
-    """Raise InputError if a base on the Hub has other weights; downloads it if it is not cached."""
-    if source.kind == "hub" and card.base.get("fingerprint") is not None:
-        from ftlevel.weights.checkpoint import local_directory
+    @contextlib.contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Disable the adapter inside the block, so that the model is its base."""
+        with self.model.disable_adapter():
+            yield
 
-        local = local_directory(source)
-        check_base(replace(source, kind="directory", location=str(local)), card, directory)
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """Disable gradients and use the compute precision inside the block."""
+        with torch.no_grad(), autocast(self.device, self.dtype):
+            yield
 
+    def logits(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Returns the objective's logits of a padded batch on `device`; call it in `inference`."""
+        inputs, _ = self.objective.split(batch)
+        return self.objective.logits(self.model(**inputs))
 
-def describe_base(adapter: str, base: str) -> str:
-    """Return the name of an adapter's base in messages."""
-    return f"{base} (the base of {adapter})"
+    def generate(
+        self, prompts: Sequence[list[int]], options: GenerationOptions, batch_size: int
+    ) -> list[str]:
+        """Returns the generated text for each prompt; call it in `inference`."""
+        return generate_texts(self.model, self.tokenizer, prompts, self.device, batch_size, options)

@@ -22,89 +22,92 @@ def resize_vocabulary(model: Any, directory: Path) -> int | None:
 
     New rows are NaN until `check_new_rows`. Returns the former number of rows; None if unchanged.
     """
-    had = _rows(model)
-    wanted = read_vocabulary_size(model, directory) if had else None
-    if had is None or wanted is None or wanted == had:
+    former_rows = _rows(model)
+    requested = read_vocabulary_size(model, directory) if former_rows else None
+    if former_rows is None or requested is None or requested == former_rows:
         return None
-    model.resize_token_embeddings(wanted, mean_resizing=False)
+    model.resize_token_embeddings(requested, mean_resizing=False)
     for layer in _embeddings(model):
-        layer.weight.data[had:] = float("nan")
+        layer.weight.data[former_rows:] = float("nan")
         if getattr(layer, "bias", None) is not None:
-            layer.bias.data[had:] = 0.0
-    return had
+            layer.bias.data[former_rows:] = 0.0
+    return former_rows
 
 
-def check_new_rows(model: Any, had: int | None, directory: Path) -> None:
-    """Raise InputError if new embedding rows would be random; `had` is the former number of rows.
+def check_new_rows(model: Any, former_rows: int | None, directory: Path) -> None:
+    """Raise InputError if embedding rows after the first `former_rows` would be random.
 
     NaN rows of the base that the adapter replaces become the mean of the former rows (mutated).
     """
     import torch
 
     rows = _rows(model)
-    if had is None or rows is None or rows <= had:
+    if former_rows is None or rows is None or rows <= former_rows:
         return
     inputs, output = model.get_input_embeddings(), model.get_output_embeddings()
     with torch.no_grad():
-        found = {"embedding": inputs(torch.arange(had, rows, device=inputs.weight.device))}
+        outputs = {
+            "embedding": inputs(torch.arange(former_rows, rows, device=inputs.weight.device))
+        }
         if output is not None:
             width = output.weight.shape[-1]
             ones = torch.ones(1, width, dtype=output.weight.dtype, device=output.weight.device)
-            found["output layer"] = output(ones)[:, had:]
-        for what, values in found.items():
+            outputs["output layer"] = output(ones)[:, former_rows:]
+        for layer_name, values in outputs.items():
             if not torch.isfinite(values).all():
-                raise InputError(_lost(directory, rows - had, what))
+                raise InputError(
+                    f"{directory} was trained with {rows - former_rows:,} more tokens than its "
+                    f"base has, and holds no rows of the {layer_name} for them. They would be "
+                    "random. Train it again with that layer in modules_to_save, by which PEFT "
+                    "saves it."
+                )
         for layer in _embeddings(model):
             weight = _plain(layer).weight
-            new = weight.data[had:]
-            lost = torch.isnan(new).any(-1)
-            new[lost] = weight.data[:had].float().mean(0).to(weight.dtype)
+            new = weight.data[former_rows:]
+            is_unset = torch.isnan(new).any(-1)
+            new[is_unset] = weight.data[:former_rows].float().mean(0).to(weight.dtype)
 
 
 def find_vocabulary_mismatch(model: Any, directory: Path) -> str | None:
     """Return why the adapter cannot share `model` with others; None if vocabulary sizes match."""
-    rows, wanted = _rows(model), read_vocabulary_size(model, directory)
-    if rows is None or wanted in (None, rows):
+    rows, requested = _rows(model), read_vocabulary_size(model, directory)
+    if rows is None or requested in (None, rows):
         return None
-    return f"it was trained with {wanted:,} tokens, and here are {rows:,}"
+    return f"it was trained with {requested:,} tokens, and here are {rows:,}"
 
 
 def read_vocabulary_size(model: Any, directory: Path) -> int | None:
     """Return the vocabulary size in training; None if the adapter's files do not contain it."""
-    shapes = _shapes(directory / WEIGHTS)
     names = {id(module): name for name, module in model.named_modules()}
-    places = [f"{names[id(layer)]}." for layer in _embeddings(model) if id(layer) in names]
-    whole = {
+    prefixes = tuple(f"{names[id(layer)]}." for layer in _embeddings(model) if id(layer) in names)
+    sizes = [
         rows
-        for name, shape in shapes.items()
-        for place in places
-        if name.removeprefix(_PREFIX).startswith(place)
+        for name, shape in _shapes(directory / WEIGHTS).items()
+        if name.removeprefix(_PREFIX).startswith(prefixes)
         and (rows := _rows_of(name, shape)) is not None
-    }
-    if whole:
-        return max(whole)
+    ]
+    if sizes:
+        return max(sizes)
     highest = max(_trained_indices(directory), default=-1) + 1
-    had = _rows(model) or 0
-    return highest if highest > had else None
+    base_rows = _rows(model) or 0
+    return highest if highest > base_rows else None
 
 
 def _rows_of(name: str, shape: list[int]) -> int | None:
     """Return the number of rows of a full matrix or of the matrix that a LoRA factor updates."""
-    end = name.rpartition(".")[2]
-    if end == "lora_embedding_A":
+    suffix = name.rpartition(".")[2]
+    if suffix == "lora_embedding_A":
         return shape[1]
-    if end != "weight" or len(shape) != 2:
+    if suffix != "weight" or len(shape) != 2 or (".lora_" in name and ".lora_B." not in name):
         return None
-    if ".lora_" in name:
-        return shape[0] if ".lora_B." in name else None
     return shape[0]
 
 
 def _trained_indices(directory: Path) -> Iterator[int]:
     config = read_peft_config(directory)
     for key in ("trainable_token_indices", "token_indices"):
-        found = config.get(key) or []
-        for indices in found.values() if isinstance(found, Mapping) else [found]:
+        value = config.get(key) or []
+        for indices in value.values() if isinstance(value, Mapping) else [value]:
             yield from indices
 
 
@@ -134,11 +137,3 @@ def _plain(layer: Any) -> Any:
         if inner is not None:
             return _plain(inner)
     return layer
-
-
-def _lost(directory: Path, count: int, what: str) -> str:
-    return (
-        f"{directory} was trained with {count:,} more tokens than its base has, and holds no rows "
-        f"of the {what} for them. They would be random. Train it again with that layer in "
-        "modules_to_save, by which PEFT saves it."
-    )

@@ -18,7 +18,7 @@ from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.evaluation.intervals import generates_texts, uses_text_metrics
 from ftlevel.evaluation.rewards import RewardEvaluator
 from ftlevel.evaluation.rollouts import Rollouts
-from ftlevel.evaluation.scoring import Evaluator, GenerationOptions
+from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.events import Listener
 from ftlevel.fast.plan import kernel_arguments
 from ftlevel.fast.step_collator import StepCollator, TextCollator
@@ -28,6 +28,7 @@ from ftlevel.methods.rates import HeadRate
 from ftlevel.models.hardware import held_memory_bytes, uses_tf32, using_tf32
 from ftlevel.models.upstream.libraries import use_one_gpu
 from ftlevel.task import PolicyObjective, StepObjective
+from ftlevel.trained.generation import GenerationOptions
 from ftlevel.training.best import MOST_ROWS, BestModelCallback, PredictionRecorder
 from ftlevel.training.callbacks.gradients import GradientMonitor, Recovery
 from ftlevel.training.callbacks.progress import FollowSettings, Interrupt, Report, SetEpoch

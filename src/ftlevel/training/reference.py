@@ -29,7 +29,7 @@ from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.prepare.dataset import cache_root, is_writable
-from ftlevel.evaluation.likelihoods import compute_likelihoods
+from ftlevel.evaluation.scoring import compute_likelihoods
 from ftlevel.events import Listener
 from ftlevel.fast.head.likelihoods import compute_answer_likelihoods
 from ftlevel.fast.packing import using_layout
@@ -41,7 +41,7 @@ from ftlevel.models.hardware import autocast
 from ftlevel.models.upstream.tensors import inner_tensors
 from ftlevel.task import LikelihoodObjective
 from ftlevel.trained.adapt import save_adapter
-from ftlevel.trained.load import ReferenceModel, load_ref
+from ftlevel.trained.reference import ReferenceModel
 from ftlevel.training.build_trainer import build_evaluator
 from ftlevel.training.model import PreparedModel, apply_fast_step
 from ftlevel.training.plan.run import Run
@@ -380,9 +380,9 @@ def load_auxiliary_model(
     reference: ReferenceModel, run: Run, listener: Listener
 ) -> Iterator[tuple[Run, PreparedModel]]:
     """Load `reference` inside the block; yield the run it computes with, and the model."""
-    trained = load_ref(reference.found, run.model.device)
+    trained = reference.ref.load(run.model.device, run.model.dtype)
     forward = plan_forward(
-        trained.model, trained.kind, trained.method, run.objective, run.fast.tokens
+        trained.model, trained.kind, trained.ref.card.method, run.objective, run.fast.tokens
     )
     forward = replace(
         forward, enabled=run.fast.enabled, prefix_tree=forward.packs and run.fast.prefix_tree

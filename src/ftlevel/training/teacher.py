@@ -35,8 +35,9 @@ from ftlevel.tasks.distillation import DistillationRows, outcome_dtype, select_t
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.tasks.embedding.rows import TextEncoder
-from ftlevel.trained.load import LoadedModel, ReferenceModel, load_ref, resolve_reference
-from ftlevel.trained.model_ref import ModelRef, resolve_model
+from ftlevel.trained.model_ref import LoadedModel, ModelRef
+from ftlevel.trained.reference import ReferenceModel, resolve_reference
+from ftlevel.trained.resolve import resolve_model
 from ftlevel.training.model import PreparedModel, load_adapted
 from ftlevel.training.plan.run import AuxiliaryModels, Run
 from ftlevel.training.reference import (
@@ -72,7 +73,7 @@ def precompute_teacher(run: Run, listener: Listener) -> TeacherPredictions | Non
         return None
     listener.stage("running the teacher")
     objective, rows = run.objective, run.data.train
-    teacher_vocabulary = load_config(teacher.found.source).get_text_config().vocab_size
+    teacher_vocabulary = load_config(teacher.ref.source).get_text_config().vocab_size
     dtype = outcome_dtype(settings, min(run.model.vocabulary, teacher_vocabulary))
     starts = np.cumsum([0, *(_count(objective, row) for row in rows)]).tolist()
     key = json.dumps([describe_cache_key(teacher, run), settings.kd_temperature, str(dtype)])
@@ -250,8 +251,7 @@ def _find(run: Run, flag: str, name: str | None) -> ReferenceModel | None:
             f"directory."
         )
     model = run.model
-    model_ref = resolve_reference(flag, name, model.kind, model.tokenizer, model.device)
-    return model_ref.in_precision(model.dtype)
+    return resolve_reference(flag, name, model.kind, model.tokenizer, model.device)
 
 
 @dataclass(frozen=True)
@@ -288,9 +288,7 @@ def with_text_models(run: Run, listener: Listener) -> Run:
     """Return the run with training rows that have the guide's vectors or the teacher's scores."""
     for flag, model_ref in find_text_models(run).items():
         listener.stage(f"embedding the texts with the {flag.removeprefix('--')}")
-        rows = EmbeddedRows(
-            run.data.train, load_ref(model_ref, run.model.device), flag == "--guide"
-        )
+        rows = EmbeddedRows(run.data.train, model_ref.load(run.model.device), flag == "--guide")
         listener.choices(
             "train", [Choice(flag[2:], model_ref.base, f"{rows.texts:,} texts embedded")]
         )
@@ -334,18 +332,18 @@ class EmbeddedRows(LazySequence[Encoded]):
 
 def _embed(model: LoadedModel, objective: Embeddings, texts: Sequence[tuple[str, bool]]) -> Tensor:
     """Return the vectors `(texts, dims)` of queries (True) and documents (False)."""
-    embedding_format, end = objective.form, model.options["embedding"].get("end")
+    embedding_format, end = objective.form, model.ref.options["embedding"].get("end")
     encode = TextEncoder(
         model.tokenizer, embedding_format.query_prompt, embedding_format.document_prompt, end
     )
-    max_length = embedding_format.max_length or model.max_length
+    max_length = embedding_format.max_length or model.ref.card.max_length
     rows: list[Encoded] = []
     for text, is_query in texts:
         example = EmbeddingRow(text, 0) if is_query else EmbeddingRow("", 0, (text,), (0.0,))
         (row,) = encode([example])
         short = row.truncated(max_length) if max_length else row
         rows.append((short or row).branches[-1])
-    with torch.no_grad(), autocast(model.device, model.dtype):
+    with model.inference():
         return embed_texts(
             model.model, objective, rows, model.tokenizer.pad_token_id or 0, model.device
         )

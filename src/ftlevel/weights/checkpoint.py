@@ -88,13 +88,13 @@ class Checkpoint:
     def plain(self, name: str) -> StoredTensor | None:
         """Return the stored tensor of `name` if it is used unchanged, else None."""
         group = self._group(name)
-        found = self.stored[group.keys[0]]
-        return found if group.converter is None and isinstance(found, StoredTensor) else None
+        tensor = self.stored[group.keys[0]]
+        return tensor if group.converter is None and isinstance(tensor, StoredTensor) else None
 
     def file(self, name: str) -> str | None:
         """Return the name of the file with the first stored tensor of `name`; None in memory."""
-        found = self.stored[self._group(name).keys[0]]
-        return found.path.name if isinstance(found, StoredTensor) else None
+        tensor = self.stored[self._group(name).keys[0]]
+        return tensor.path.name if isinstance(tensor, StoredTensor) else None
 
     def _group(self, name: str) -> TensorGroup:
         """Return the stored tensors of `name`, or raise InputError if there are none."""
@@ -107,12 +107,12 @@ class Checkpoint:
         return group
 
     def _tensor(self, key: str) -> torch.Tensor:
-        found = self.stored[key]
-        return found.read() if isinstance(found, StoredTensor) else found.clone()
+        tensor = self.stored[key]
+        return tensor.read() if isinstance(tensor, StoredTensor) else tensor.clone()
 
     def _spec(self, key: str) -> TensorSpec:
-        found = self.stored[key]
-        return found.spec if isinstance(found, StoredTensor) else spec_of(found)
+        tensor = self.stored[key]
+        return tensor.spec if isinstance(tensor, StoredTensor) else spec_of(tensor)
 
     def _convert(
         self, name: str, group: TensorGroup, tensors: Mapping[str, torch.Tensor]
@@ -233,9 +233,9 @@ def _together(directory: Path) -> Workspace:
     damage = find_damage(directory)
     if damage is not None:
         raise InputError(f"{directory} cannot be assembled: {damage}. Use another checkpoint.")
-    held = Workspace("checkpoint")
-    merge_shards(directory, Path(held.name))
+    workspace = Workspace("checkpoint")
+    merge_shards(directory, Path(workspace.name))
     for path in directory.iterdir():
         if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt"):
-            shutil.copyfile(path, Path(held.name) / path.name)
-    return held
+            shutil.copyfile(path, Path(workspace.name) / path.name)
+    return workspace

@@ -57,13 +57,13 @@ class QuantizationGrid:
 
     def fitted_scales(self, weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
         """Return the scale of each block with the least error, weighted by the diagonal of H."""
-        whole, counts = self.scales_of(weight), moment.diagonal()
-        best, least = whole, torch.full_like(whole, torch.inf)
+        largest, counts = self.scales_of(weight), moment.diagonal()
+        best, least = largest, torch.full_like(largest, torch.inf)
         for factor in _FACTORS:
-            scales = self.stored(whole * factor)
+            scales = self.stored(largest * factor)
             missing = weight - self.value(self.nearest(weight, scales), scales)
             error = self._blocks(missing.square() * counts).sum(-1)
-            best = torch.where(error < least, whole * factor, best)
+            best = torch.where(error < least, largest * factor, best)
             least = torch.minimum(error, least)
         return best
 
@@ -119,12 +119,12 @@ def choose_codes(
 def find_directions(change: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     """Return the output directions (out, k) that `change` affects most, by subspace iteration."""
     count = min(DIRECTIONS, *change.shape)
-    found = torch.randn(len(change), count, generator=torch.Generator().manual_seed(0))
+    directions = torch.randn(len(change), count, generator=torch.Generator().manual_seed(0))
     if not change.any():
-        return torch.zeros_like(found)
+        return torch.zeros_like(directions)
     for _ in range(3):
-        found = torch.linalg.qr(change @ (moment @ (change.T @ found))).Q
-    return found
+        directions = torch.linalg.qr(change @ (moment @ (change.T @ directions))).Q
+    return directions
 
 
 def improve_codes(
@@ -139,17 +139,17 @@ def improve_codes(
     values, codes = grid.values[codes] * spread, codes.clone()
     moment = damped(moment)
     pull = (weight - values) @ moment
-    for begin in range(0, weight.shape[1], _COLUMNS):
-        here = slice(begin, begin + _COLUMNS)
-        own, near = pull[:, here].T.contiguous(), moment[here, here]
-        value, scale = values[:, here].T.contiguous(), spread[:, here].T.contiguous()
+    for start in range(0, weight.shape[1], _COLUMNS):
+        columns = slice(start, start + _COLUMNS)
+        pulls, block = pull[:, columns].T.contiguous(), moment[columns, columns]
+        value, scale = values[:, columns].T.contiguous(), spread[:, columns].T.contiguous()
         moved = torch.zeros_like(value)
         for j in range(len(value)):
-            chosen = grid.choose(value[j] + own[j] / near[j, j], scale[j])
+            chosen = grid.choose(value[j] + pulls[j] / block[j, j], scale[j])
             moved[j] = value[j] - grid.values[chosen] * scale[j]
-            codes[:, begin + j] = chosen
-            own[j + 1 :].addr_(near[j, j + 1 :], moved[j])
-        pull.addmm_(moved.T, moment[here])
+            codes[:, start + j] = chosen
+            pulls[j + 1 :].addr_(block[j, j + 1 :], moved[j])
+        pull.addmm_(moved.T, moment[columns])
     return codes
 
 
@@ -216,8 +216,8 @@ def pack_4bit(
     the dequantized weight.
     """
     code = four_bit_values(quant_type)
-    own = code.argsort()[codes.reshape(-1)].to(torch.uint8)
-    packed = (own[::2] << 4) | own[1::2]
+    ordered = code.argsort()[codes.reshape(-1)].to(torch.uint8)
+    packed = (ordered[::2] << 4) | ordered[1::2]
     return packed.unsqueeze(1), _state(scales, like, code, quant_type, double_quant)
 
 
@@ -230,10 +230,10 @@ def _state(
 ) -> Any:
     import bitsandbytes.functional as bnb
 
-    more = {}
+    nested = {}
     if double_quant:
-        more["offset"] = scales.mean()
-        scales, more["state2"] = bnb.quantize_blockwise(scales - more["offset"], blocksize=256)
+        nested["offset"] = scales.mean()
+        scales, nested["state2"] = bnb.quantize_blockwise(scales - nested["offset"], blocksize=256)
     return bnb.QuantState(
         absmax=scales,
         shape=like.shape,
@@ -241,7 +241,7 @@ def _state(
         blocksize=BLOCK,
         code=code,
         quant_type=quant_type,
-        **more,
+        **nested,
     )
 
 
@@ -254,8 +254,8 @@ def _pack(weight: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch
     packed = torch.empty(weight.numel() // 2, dtype=torch.uint8)
     scales = torch.empty(weight.numel() // BLOCK)
     buffer = torch.empty(min(_PIECE, weight.numel()), dtype=torch.bool)
-    for begin in range(0, weight.numel(), _PIECE):
-        piece = weight[begin : begin + _PIECE].float().view(-1, BLOCK)
+    for start in range(0, weight.numel(), _PIECE):
+        piece = weight[start : start + _PIECE].float().view(-1, BLOCK)
         largest = piece.abs().amax(dim=-1)
         scaled = (piece * (1.0 / largest.clamp(min=1e-38)).unsqueeze(1)).clamp_(-1, 1).view(-1)
         index, above = torch.zeros(len(scaled), dtype=torch.uint8), buffer[: len(scaled)]
@@ -264,6 +264,6 @@ def _pack(weight: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch
             index.add_(above.view(torch.uint8))
         if not is_sorted:
             index = order[index.int()].to(torch.uint8)
-        scales[begin // BLOCK : begin // BLOCK + len(largest)] = largest
-        packed[begin // 2 : (begin + len(index)) // 2] = (index[::2] << 4) | index[1::2]
+        scales[start // BLOCK : start // BLOCK + len(largest)] = largest
+        packed[start // 2 : (start + len(index)) // 2] = (index[::2] << 4) | index[1::2]
     return packed, scales

@@ -30,7 +30,13 @@ from ftlevel.models.upstream.architectures import model_classes, modules_in_floa
 from ftlevel.models.upstream.conversions import Naming
 from ftlevel.models.upstream.quantizers import pack_torchao, replaced_linears, torchao_linears
 from ftlevel.weights.codes import QuantizationGrid, four_bit_grid, pack_4bit, quantize_4bit
-from ftlevel.weights.tensor_files import NAMES, StoredTensor, read_header, weight_files
+from ftlevel.weights.tensor_files import (
+    NAMES,
+    StoredTensor,
+    read_header,
+    weight_files,
+    write_index,
+)
 
 BLOCK = 64  # weights per 4-bit scale, as in bitsandbytes
 NESTED_BLOCK = 256  # scales per second-level scale, with double quantization
@@ -104,18 +110,18 @@ def resolve_layout(layout: QuantizedLayout, keys: Iterable[str]) -> QuantizedLay
     A linear layer whose weight is assembled from several stored tensors is not quantized, and its
     name is added to the config.
     """
-    named = [layout.naming(key) for key in keys]
-    whole = {name for name, pattern in named if pattern is None}
-    lost = [name for name in layout.linears if f"{name}.weight" not in whole]
-    if not lost:
+    listed = [layout.naming(key) for key in keys]
+    whole = {name for name, pattern in listed if pattern is None}
+    missing = [name for name in layout.linears if f"{name}.weight" not in whole]
+    if not missing:
         return layout
-    config = _keeping(layout.config, sorted({*get_skipped_modules(layout.config), *lost}))
-    weights = {f"{name}.weight" for name in lost}
+    config = _keeping(layout.config, sorted({*get_skipped_modules(layout.config), *missing}))
+    weights = {f"{name}.weight" for name in missing}
     parameters = {
         name: replace(parameter, part="other linears") if name in weights else parameter
         for name, parameter in layout.parameters.items()
     }
-    linears = {name: flip for name, flip in layout.linears.items() if name not in set(lost)}
+    linears = {name: flip for name, flip in layout.linears.items() if name not in set(missing)}
     return replace(layout, config=config, linears=linears, parameters=parameters)
 
 
@@ -275,7 +281,6 @@ def header_bound(tensors: Mapping[str, int]) -> int:
     return 64 + sum(count * (len(json.dumps(name)) + 200) for name, count in tensors.items())
 
 
-INDEX = "model.safetensors.index.json"
 COPIED = tuple(
     """
     generation_config.json tokenizer* special_tokens_map.json added_tokens.json chat_template*
@@ -310,13 +315,16 @@ def write_quantized(
 ) -> tuple[QuantizedLayout, QuantizationSizes]:
     """Write the model in `directory` quantized to `out`; return the resolved layout and sizes.
 
+    `choose` applies to bitsandbytes only.
+
     Raises:
-        InputError: a weight to quantize is missing.
+        InputError: a weight to quantize is missing, or a file is damaged.
     """
-    shards = weight_files(directory)
-    _check_whole(shards, layout)
-    layout = resolve_layout(layout, (key for shard in shards for key in read_header(shard)[0]))
-    written = quantize_shards(shards, out, layout, lambda done, _: step(done), choose)
+    shards = {shard: read_header(shard)[0] for shard in weight_files(directory)}
+    keys = [key for entries in shards.values() for key in entries]
+    _check_whole(keys, layout)
+    layout = resolve_layout(layout, keys)
+    written = _quantize_shards(shards, out, layout, step, choose)
     stored = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     stored["quantization_config"] = layout.config.to_dict()
     stored["dtype"] = str(layout.dtype).removeprefix("torch.")
@@ -330,75 +338,61 @@ def write_quantized(
     return layout, written
 
 
-def _check_whole(shards: Iterable[Path], layout: QuantizedLayout) -> None:
-    there = {layout.naming(key)[0] for shard in shards for key in read_header(shard)[0]}
-    wanted = (f"{name}.weight" for name in layout.linears)
-    if missing := [name for name in wanted if name not in there]:
+def _check_whole(keys: Iterable[str], layout: QuantizedLayout) -> None:
+    stored = {layout.naming(key)[0] for key in keys}
+    if missing := [name for name in layout.linears if f"{name}.weight" not in stored]:
+        names = join_names([f"{name}.weight" for name in missing], 3)
         raise InputError(
-            f"the checkpoint lacks {len(missing):,} weights of its model: "
-            f"{join_names(missing, 3)}. "
-            "Is it whole?"
+            f"the checkpoint lacks {len(missing):,} weights of its model: {names}. Is it whole?"
         )
 
 
-def quantize_shards(
-    shards: list[Path],
+def _quantize_shards(
+    shards: Mapping[Path, Mapping[str, StoredTensor]],
     out: Path,
     layout: QuantizedLayout,
-    progress: Callable[[int, int], None],
-    choose: Choose | None = None,
+    step: Callable[[int], None],
+    choose: Choose | None,
 ) -> QuantizationSizes:
     """Write quantized shards to the directory `out`, under their own names.
-
-    `layout` is resolved for this checkpoint. `progress` is called with the number of tensors done
-    and of all. `choose` applies to bitsandbytes only.
 
     Raises:
         InputError: a file is damaged, or a weight has a dtype that cannot be quantized.
     """
-    files = {shard: read_header(shard)[0] for shard in shards}
-    total, done, written = sum(map(len, files.values())), 0, QuantizationSizes()
+    done, written = 0, QuantizationSizes()
     weight_map: dict[str, str] = {}
-    noted = is_torchao(layout.config)
+    has_metadata = is_torchao(layout.config)
     # transformers reads one list of names, from any of the files.
-    all_names = json.dumps([key for entries in files.values() for key in entries])
-    for shard, entries in files.items():
-        names = {key: layout.naming(key)[0] for key in entries}
+    all_names = json.dumps([key for entries in shards.values() for key in entries])
+    for shard, entries in shards.items():
+        parts = {key: layout.part_of(layout.naming(key)[0]) for key in entries}
         pieces = {
-            key: _MOST_PIECES if layout.part_of(name) == QUANTIZED else 1 + 2 * noted
-            for key, name in names.items()
+            key: _MOST_PIECES if part == QUANTIZED else 1 + 2 * has_metadata
+            for key, part in parts.items()
         }
-        writer = ShardWriter(out / shard.name, header_bound(pieces) + 2 * noted * len(all_names))
-        said: dict[str, str] = {}
+        size = header_bound(pieces) + 2 * has_metadata * len(all_names)
+        writer = ShardWriter(out / shard.name, size)
+        metadata: dict[str, str] = {}
         for key, stored in sorted(entries.items(), key=lambda item: item[1].offset):
-            tensors, notes = _convert(key, names[key], stored.read(), layout, choose)
-            said |= notes
+            name, sizes = layout.naming(key)[0], written.parts[parts[key]]
+            tensors, notes = _convert(key, name, stored.read(), layout, choose)
+            metadata |= notes
             for piece, value in tensors.items():
                 writer.add(piece, value)
                 weight_map[piece] = shard.name
-                written.parts[layout.part_of(names[key])][1] += value.nbytes
-            _count(written, layout.part_of(names[key]), stored)
+                sizes[1] += value.nbytes
+            sizes[0] += stored.spec.nbytes
+            written.quantized += parts[key] == QUANTIZED
             done += 1
-            progress(done, total)
-        if noted:
-            said["tensor_names"] = all_names
-        for key, text in said.items():
+            step(done)
+        if has_metadata:
+            metadata["tensor_names"] = all_names
+        for key, text in metadata.items():
             writer.note(key, text)
         written.bytes += writer.close()
     if len(shards) > 1:
-        text = json.dumps(_index(weight_map, written), indent=2) + "\n"
-        (out / INDEX).write_text(text, encoding="utf-8")
+        write_index(out, weight_map, sum(after for _, after in written.parts.values()))
     return written
-
-
-def _count(written: QuantizationSizes, part: str, stored: StoredTensor) -> None:
-    written.parts[part][0] += stored.spec.nbytes
-    written.quantized += part == QUANTIZED
-
-
-def _index(weight_map: Mapping[str, str], written: QuantizationSizes) -> dict[str, Any]:
-    size = sum(after for _, after in written.parts.values())
-    return {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def _convert(

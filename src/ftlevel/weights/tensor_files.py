@@ -86,15 +86,15 @@ class StoredTensor:
 
     def copy_to(self, out: BinaryIO) -> None:
         """Append the tensor's bytes to `out`."""
-        left = self.spec.nbytes
+        remaining = self.spec.nbytes
         with self.path.open("rb") as file:
             file.seek(self.offset)
-            while left:
-                block = file.read(min(_BLOCK, left))
+            while remaining:
+                block = file.read(min(_BLOCK, remaining))
                 if not block:
                     raise InputError(f"{self.path} ends before its header says. Is it incomplete?")
                 out.write(block)
-                left -= len(block)
+                remaining -= len(block)
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -141,9 +141,9 @@ def _entries(header: Any) -> dict[str, Any]:
             and isinstance(entry.get("dtype"), str)
             and isinstance(shape := entry.get("shape"), list)
             and all(map(is_size, shape))
-            and isinstance(place := entry.get("data_offsets"), list)
-            and all(map(is_size, place))
-            and len(place) == 2
+            and isinstance(offsets := entry.get("data_offsets"), list)
+            and all(map(is_size, offsets))
+            and len(offsets) == 2
         )
 
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
@@ -170,15 +170,15 @@ def write_file(path: Path, parts: Sequence[TensorPart]) -> None:
     """Write `parts` as one safetensors file and flush it to disk."""
     specs = [(name, spec) for part in parts for name, spec in part.specs.items()]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    begin = 0
+    start = 0
     for name, spec in specs:
-        end = begin + spec.nbytes
+        end = start + spec.nbytes
         header[name] = {
             "dtype": NAMES[spec.dtype],
             "shape": list(spec.shape),
-            "data_offsets": [begin, end],
+            "data_offsets": [start, end],
         }
-        begin = end
+        start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     with path.open("wb") as file:
@@ -211,10 +211,15 @@ def write_files(directory: Path, shards: Mapping[str, Sequence[TensorPart]]) -> 
             where.update(dict.fromkeys(part.specs, name))
             total += sum(spec.nbytes for spec in part.specs.values())
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        path = directory / "model.safetensors.index.json"
-        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_index(directory, where, total)
     return total
+
+
+def write_index(directory: Path, weight_map: Mapping[str, str], size: int) -> None:
+    """Write the index of several shards: tensor → file, and the total size in bytes."""
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    path = directory / "model.safetensors.index.json"
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def weight_files(directory: Path) -> list[Path]:

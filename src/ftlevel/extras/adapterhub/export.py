@@ -26,18 +26,15 @@ from ftlevel.extras.adapterhub.config_file import VERSION, WEIGHTS, holders_of, 
 from ftlevel.merging.formats.base import MergeAdapter
 from ftlevel.methods.bottleneck.sites import site_pattern, sites_of
 from ftlevel.methods.merging import read_peft_config
-from ftlevel.models.kinds import model_kind
-from ftlevel.models.loading import build_task_model, load_config
-from ftlevel.tasks import TASKS
-from ftlevel.trained.load import card_overrides
+from ftlevel.models.loading import build_task_model
 from ftlevel.trained.model_ref import ModelRef
 
 _PREFIX = "base_model.model."
 
 
-def plan_export(config: ExportConfig, found: ModelRef) -> AdapterHubExport:
+def plan_export(config: ExportConfig, ref: ModelRef) -> AdapterHubExport:
     """Plan the export; raise InputError if AdapterHub cannot represent the adapter."""
-    directory = found.directory
+    directory = ref.directory
     if directory is None:
         raise InputError(
             f"{config.model} is a whole model, and --format adapterhub is for an adapter. "
@@ -48,20 +45,16 @@ def plan_export(config: ExportConfig, found: ModelRef) -> AdapterHubExport:
     peft_config = read_peft_config(directory)
     if peft_config.get("peft_type") != "BOTTLENECK":
         raise InputError(
-            f"{config.model} was trained by --method {found.card.method}, and --format adapterhub "
+            f"{config.model} was trained by --method {ref.card.method}, and --format adapterhub "
             "is for --method adapter."
         )
-    model_config = load_config(found.source, **card_overrides(found.card))
-    auto_class = TASKS[found.card.task].auto_class(
-        model_kind(model_config), model_config.model_type
-    )
-    model = build_task_model(model_config, auto_class)
+    model = build_task_model(ref.model_config, ref.auto_class)
     try:
-        hub_config = write_config(peft_config, model_config)
+        hub_config = write_config(peft_config, ref.model_config)
         holders = _whole_holders(directory, peft_config["placement"], model)
     except InputError as error:
         raise InputError(f"{config.model} cannot be written for AdapterHub: {error}") from None
-    return AdapterHubExport(config, found.card, directory, model, hub_config, holders)
+    return AdapterHubExport(config, ref.card, directory, model, hub_config, holders)
 
 
 def _whole_holders(directory: Path, placement: str, model: Any) -> dict[str, str]:
@@ -143,12 +136,12 @@ class AdapterHubExport:
 
     def write(
         self,
-        place: Path,
+        output: Path,
         device: str,  # noqa: ARG002 - a format's signature
         listener: Listener,
         merge: MergeAdapter,  # noqa: ARG002 - nothing is merged
     ) -> dict[str, Any]:
-        """Write the directory `place` and read it back; return the summary."""
+        """Write the directory `output` and read it back; return the summary."""
         import torch
 
         listener.stage("writing the adapter")
@@ -160,21 +153,21 @@ class AdapterHubExport:
             site = key.removesuffix(f".{ours}")
             before = start if site.startswith(start) else ""
             named[f"{before}{self.holders[site]}.adapters.{self.name}.{WEIGHTS[ours]}"] = tensor
-        torch.save(named, place / ADAPTER_FILES[1])
-        write_json(place / CONFIG, {**self._about(), "name": self.name, "config": self.hub_config})
+        torch.save(named, output / ADAPTER_FILES[1])
+        write_json(output / CONFIG, {**self._about(), "name": self.name, "config": self.hub_config})
         if head:
-            torch.save(head, place / HEAD_FILES[1])
+            torch.save(head, output / HEAD_FILES[1])
             labels = self.card.labels
             of_labels = {
                 "num_labels": self.model.config.num_labels,
                 "label2id": {label: index for index, label in enumerate(labels)} or None,
             }
             write_json(
-                place / HEAD_CONFIG, {**self._about(), "name": None, "config": None, **of_labels}
+                output / HEAD_CONFIG, {**self._about(), "name": None, "config": None, **of_labels}
             )
         if self.config.verify:
             listener.stage("reloading the adapter")
-            self._check(place, {**weights, **head})
+            self._check(output, {**weights, **head})
         return self._summary() | {"verified": self.config.verify}
 
     def _about(self) -> dict[str, Any]:
@@ -187,18 +180,18 @@ class AdapterHubExport:
             "version": VERSION,
         }
 
-    def _check(self, place: Path, expected: Mapping[str, Any]) -> None:
-        """Read `place` as an AdapterHub adapter; raise RunError if it differs from `expected`."""
+    def _check(self, output: Path, expected: Mapping[str, Any]) -> None:
+        """Read `output` as an AdapterHub adapter; raise RunError if it differs from `expected`."""
         import torch
 
-        config, found = read_hub_adapter(place).convert(self.model)
+        config, found = read_hub_adapter(output).convert(self.model)
         placement = read_peft_config(self.directory)["placement"]
         alike = {placement, {"parallel": "par_bn"}.get(placement, placement)}
         if config.placement not in alike or set(found) != {_PREFIX + name for name in expected}:
-            raise RunError(f"{place} was written wrongly; this is a bug. Please report it.")
+            raise RunError(f"{output} was written wrongly; this is a bug. Please report it.")
         for name, tensor in expected.items():
             if not torch.equal(found[_PREFIX + name], tensor):
-                raise RunError(f"{place}: {name} was written wrongly; this is a bug.")
+                raise RunError(f"{output}: {name} was written wrongly; this is a bug.")
 
     def _summary(self) -> dict[str, Any]:
         return {

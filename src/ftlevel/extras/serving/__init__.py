@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 def _flags() -> list[Flag]:
     from ftlevel.config.flag import COMPARE, INFERENCE, Flag
 
-    own = partial(Flag, on=("check-served",), panel=INFERENCE)
+    flags = partial(Flag, on=("check-served",), panel=INFERENCE)
     return [
         Flag("out", "OUT", on=("check-served",), required=True),
-        own("url", metavar="URL"),
-        own("model", metavar="NAME"),
-        own("inside", "--in", dest="inside"),
-        own("python", metavar="PATH"),
-        own("timeout"),
-        own("tolerance", panel=COMPARE),
+        flags("url", metavar="URL"),
+        flags("model", metavar="NAME"),
+        flags("inside", "--in", dest="inside"),
+        flags("python", metavar="PATH"),
+        flags("timeout"),
+        flags("tolerance", panel=COMPARE),
     ]
 
 

@@ -59,7 +59,6 @@ from ftlevel.merging.normal_form import (
 from ftlevel.methods.merging import BY_PEFT_TYPE, why_not_mergeable
 from ftlevel.methods.plain_form import Factors
 from ftlevel.models.loading import load_model
-from ftlevel.trained.load import load_ref
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.workspace import Workspace
 
@@ -92,55 +91,56 @@ def probe_normal_form(
 def _layers(tuned: Any) -> list[tuple[str, Any]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found: list[tuple[str, Any]] = []
+    layers: list[tuple[str, Any]] = []
     for name, module in tuned.get_base_model().named_modules():
-        inside = found and name.startswith(found[-1][0] + ".")
+        inside = layers and name.startswith(layers[-1][0] + ".")
         if isinstance(module, BaseTunerLayer) and not inside:
-            found.append((name, module))
-    return found
+            layers.append((name, module))
+    return layers
 
 
 def _change(layer: Any, name: str, base: BaseWeights) -> tuple[torch.Tensor, float]:
     """Return the adapter's update of the weight, (out, in), and the weight's norm."""
-    plain = layer.get_base_layer()
-    if not isinstance(plain, torch.nn.Linear) and type(plain).__name__ != "Conv1D":
-        raise InputError(f"{name} is no linear but a {type(plain).__name__}. Merge it")
+    base_layer = layer.get_base_layer()
+    if not isinstance(base_layer, torch.nn.Linear) and type(base_layer).__name__ != "Conv1D":
+        raise InputError(f"{name} is no linear but a {type(base_layer).__name__}. Merge it")
     weight = base.checkpoint.read(f"{name}.weight").double()
-    weight = weight if isinstance(plain, torch.nn.Linear) else weight.T
-    held = getattr(plain, "bias", None) is not None
-    bias = base.checkpoint.read(f"{name}.bias").double() if held else 0.0
-    alone = copy.deepcopy(layer).double()
+    weight = weight if isinstance(base_layer, torch.nn.Linear) else weight.T
+    has_bias = getattr(base_layer, "bias", None) is not None
+    bias = base.checkpoint.read(f"{name}.bias").double() if has_bias else 0.0
+    layer64 = copy.deepcopy(layer).double()
     generator = torch.Generator().manual_seed(0)
-    some = torch.randn(_ROWS, weight.shape[1], generator=generator, dtype=torch.float64)
-    one_each = torch.eye(weight.shape[1], dtype=torch.float64)
+    samples = torch.randn(_ROWS, weight.shape[1], generator=generator, dtype=torch.float64)
+    identity = torch.eye(weight.shape[1], dtype=torch.float64)
     try:
         with torch.no_grad():
-            zero, whole, given = (
-                alone(rows) - (rows @ weight.T + bias) for rows in (some[:1] * 0, one_each, some)
+            zero, change, outputs = (
+                layer64(rows) - (rows @ weight.T + bias)
+                for rows in (samples[:1] * 0, identity, samples)
             )
     except _NOT_ALONE as error:  # float32 tensors, or needs sequences
         raise InputError(
             f"{name} cannot be evaluated alone ({' '.join(str(error).split())[:80]}). Merge it"
         ) from None
-    apart = (given - some @ whole).norm()
-    if zero.abs().max() > _AT_ZERO or apart > _LINEAR * max(float(given.norm()), 1e-12):
+    apart = (outputs - samples @ change).norm()
+    if zero.abs().max() > _AT_ZERO or apart > _LINEAR * max(float(outputs.norm()), 1e-12):
         raise InputError(
             f"{name} changes its bias, or does more than multiply its input by a matrix, which no "
             "plain LoRA does"
         )
-    return whole.T, float(weight.norm())
+    return change.T, float(weight.norm())
 
 
 def _factor(change: torch.Tensor, name: str, limit: int, norm: float) -> Factors:
     left, values, right = torch.linalg.svd(change, full_matrices=False)
-    need = int((values > max(_NOISE * norm, float(values[0]) * _SMALLEST)).sum())
-    if need > limit:
+    rank = int((values > max(_NOISE * norm, float(values[0]) * _SMALLEST)).sum())
+    if rank > limit:
         raise InputError(
-            f"the update of {name} has rank {need:,} of {min(change.shape):,}, above --max-rank "
+            f"the update of {name} has rank {rank:,} of {min(change.shape):,}, above --max-rank "
             f"{limit}. Merge it"
         )
-    need = max(need, 1)
-    return Factors(right[:need].clone(), left[:, :need] * values[:need])
+    rank = max(rank, 1)
+    return Factors(right[:rank].clone(), left[:, :rank] * values[:rank])
 
 
 _MERGE = "Merge it"
@@ -155,10 +155,10 @@ class Writer(Protocol):
     def check(self, entry: ServedModel) -> None:
         """Refuse an adapter that the format cannot represent, by the base's config alone."""
 
-    def write(self, place: Path, form: NormalForm, entry: ServedModel) -> None:
-        """Write the adapter into the directory `place`."""
+    def write(self, output: Path, form: NormalForm, entry: ServedModel) -> None:
+        """Write the adapter into the directory `output`."""
 
-    def read(self, place: Path, form: NormalForm, _entry: ServedModel) -> NormalForm:
+    def read(self, output: Path, form: NormalForm, _entry: ServedModel) -> NormalForm:
         """Read the written file back; use `form` only for what the file cannot represent."""
 
 
@@ -182,7 +182,7 @@ class AdapterCheck:
 def plan_adapters(
     writer: Writer,
     config: ExportConfig,
-    found: ModelRef | Mapping[str, ModelRef],
+    ref: ModelRef | Mapping[str, ModelRef],
     server: str | None = None,
 ) -> AdaptersExport:
     """Plan the export of one adapter, or of several by name; `server` replaces that of `config`.
@@ -193,8 +193,8 @@ def plan_adapters(
     """
     config = config.model_copy(update={"server": server}) if server else config
     target = SERVERS.get(config.server or "")
-    named = found if isinstance(found, Mapping) else {adapter_name(found): found}
-    entries = [open_entry(name, one, target) for name, one in named.items()]
+    refs = ref if isinstance(ref, Mapping) else {adapter_name(ref): ref}
+    entries = [open_entry(name, one, target) for name, one in refs.items()]
     if target is not None:
         check_signs(target, [entry.name for entry in entries], config.out)
     notes: list[str] = []
@@ -205,7 +205,7 @@ def plan_adapters(
             notes += check_for(entry, target)
             writer.check(entry)
             form = compute_normal_form(
-                entry.directory, entry.peft_config, entry.base, config.max_rank
+                entry.ref.adapter_directory, entry.peft_config, entry.base, config.max_rank
             )
             form = form and check_form(form, entry, target)
         except InputError as error:
@@ -218,14 +218,14 @@ def plan_adapters(
 def _refusal(entry: ServedModel, server: Server | None, format_: str, reason: str) -> str:
     """Return an error message that names the adapter, and how to merge it if it can be merged."""
     peft_config = entry.peft_config
-    what = f"for {server.title}" if server else f"as {format_}"
-    reason = f"{entry.name} cannot be written {what}: {reason.rstrip('.')}"
+    purpose = f"for {server.title}" if server else f"as {format_}"
+    reason = f"{entry.name} cannot be written {purpose}: {reason.rstrip('.')}"
     if reason.endswith(_MERGE):
         reason = reason.removesuffix(_MERGE)
-        kind = str(peft_config.get("peft_type"))
+        peft_type = str(peft_config.get("peft_type"))
         if why_not_mergeable(peft_config) is None:
             reason += f"Merge it: --format {whole_format(server)}"
-        elif kind in BY_PEFT_TYPE:
+        elif peft_type in BY_PEFT_TYPE:
             reason += "It cannot be merged either: keep it with PEFT or ftlevel"
         else:
             reason += "Merge it by merge_and_unload of PEFT, and serve the model"
@@ -243,7 +243,7 @@ def _check_together(entries: Sequence[ServedModel], server: Server | None) -> No
         )
     first = entries[0]
     for entry in entries[1:]:
-        cards = (first.found.card.base, entry.found.card.base)
+        cards = (first.ref.card.base, entry.ref.card.base)
         marks = [card.get("fingerprint") for card in cards]
         if entry.base_name != first.base_name or (all(marks) and marks[0] != marks[1]):
             raise InputError(
@@ -278,7 +278,7 @@ class AdaptersExport:
         for entry in self.entries:
             form = self.forms[entry.name]
             reason = "known when its layers are computed" if form is None else f"rank {form.rank}"
-            yield Choice(entry.name, entry.found.card.method, reason)
+            yield Choice(entry.name, entry.ref.card.method, reason)
         yield Choice("base", self.entries[0].base_name)
         why = f"what {self.server.title} loads" if self.server else "--format"
         yield Choice("format", self.config.format, why)
@@ -290,15 +290,15 @@ class AdaptersExport:
         """Return the summary of the planned export."""
         return self._summary(self.forms, {}, verified=False)
 
-    def write(self, place: Path, device: str, listener: Listener, merge: Any) -> dict[str, Any]:  # noqa: ARG002 - nothing is merged
-        """Write every adapter into `place` and compare; return the summary."""
+    def write(self, output: Path, device: str, listener: Listener, merge: Any) -> dict[str, Any]:  # noqa: ARG002 - nothing is merged
+        """Write every adapter into `output` and compare; return the summary."""
         forms: dict[str, NormalForm | None] = {}
         checks: dict[str, AdapterCheck] = {}
         records: list[AdapterRecord] = []
         for entry in self.entries:
-            own = place if len(self.entries) == 1 else place / entry.name
-            own.mkdir(exist_ok=True)
-            form, check, recorded = self._write_one(entry, own, device, listener)
+            directory = output if len(self.entries) == 1 else output / entry.name
+            directory.mkdir(exist_ok=True)
+            form, check, recorded = self._write_one(entry, directory, device, listener)
             forms[entry.name] = form
             if check is not None:
                 checks[entry.name] = check
@@ -307,12 +307,12 @@ class AdaptersExport:
         if records:
             facts = {key: summary[key] for key in ("model", "server", "base", "start")}
             facts |= {"file_format": self.config.format, "dtype": _stored_dtype(self.entries[0])}
-            write_served(place / FILE, facts, records)
-        write_card(place, summary)
+            write_served(output / FILE, facts, records)
+        write_card(output, summary)
         return summary
 
     def _write_one(
-        self, entry: ServedModel, own: Path, device: str, listener: Listener
+        self, entry: ServedModel, directory: Path, device: str, listener: Listener
     ) -> tuple[NormalForm, AdapterCheck | None, AdapterRecord]:
         form, prompts = self.forms[entry.name], entry.prompts()
         base: PromptOutputs | None = None
@@ -321,23 +321,23 @@ class AdaptersExport:
             listener.stage(f"computing reference outputs of {entry.name}")
             base, trained, form = self._ask_trained(entry, prompts, form, device)
         listener.stage(f"writing {entry.name}")
-        self.writer.write(own, form, entry)
+        self.writer.write(directory, form, entry)
         if (template := entry.own_chat_template) is not None:
-            (own / TEMPLATE).write_text(template, encoding="utf-8")
+            (directory / TEMPLATE).write_text(template, encoding="utf-8")
         check = None
         if self.config.verify and trained is not None:
             listener.stage(f"reloading and comparing {entry.name}")
-            found = self.writer.read(own, form, entry)
-            check = self._compare(entry, found, prompts, trained, base, device)
+            form_read = self.writer.read(directory, form, entry)
+            check = self._compare(entry, form_read, prompts, trained, base, device)
             if check.effect <= BOUND * check.scale:
                 listener.warn(f"{entry.name} has no effect: its logits equal the base's.")
-        place = (
-            str(own.relative_to(own.parent) / self.writer.file)
+        output = (
+            str(directory.relative_to(directory.parent) / self.writer.file)
             if len(self.entries) > 1
             else (self.writer.file or ".")
         )
         spoken = {"trained": trained, "base": base}
-        return form, check, record(entry.name, place, form.rank, prompts, spoken)
+        return form, check, record(entry.name, output, form.rank, prompts, spoken)
 
     def _ask_trained(
         self, entry: ServedModel, prompts: list[Prompt], form: NormalForm | None, device: str
@@ -345,16 +345,17 @@ class AdaptersExport:
         """Return outputs of base and run, and the normal form, probed if `form` is None."""
         base = None
         if entry.answers:
-            alone = load_ref(entry.in_float32(with_adapter=False), device).model
-            base = run_prompts(alone, entry, prompts)
-            del alone
-        tuned = load_ref(entry.in_float32(), device).model
+            base_model = entry.in_float32(with_adapter=False).load(device).model
+            base = run_prompts(base_model, entry, prompts)
+            del base_model
+        loaded = entry.in_float32().load(device)
+        tuned = loaded.model
         trained = run_prompts(tuned, entry, prompts)
         if form is None:
             try:
                 form = probe_normal_form(
                     tuned.cpu(),
-                    entry.directory,
+                    entry.ref.adapter_directory,
                     entry.peft_config,
                     entry.base,
                     self.config.max_rank,
@@ -364,9 +365,9 @@ class AdaptersExport:
                 refusal = _refusal(entry, self.server, self.config.format, str(error))
                 raise InputError(refusal) from None
         if base is None:
-            with tuned.disable_adapter():
+            with loaded.without_adapter():
                 base = run_prompts(tuned, entry, prompts)
-        del tuned
+        del tuned, loaded
         gc.collect()
         return base, trained, form
 
@@ -382,20 +383,20 @@ class AdaptersExport:
         """Load what was read back with PEFT; raise RunError if its logits differ from the run's."""
         from peft import PeftModel
 
-        fresh, _ = load_model(
-            entry.found.source,
-            entry.model_config,
-            entry.auto_class,
+        base_model, _ = load_model(
+            entry.ref.source,
+            entry.ref.model_config,
+            entry.ref.auto_class,
             dtype=torch.float32,
             device=device,
         )
         with Workspace("normal") as folder:
             write_normal(Path(folder), form, entry)
-            plain = PeftModel.from_pretrained(fresh, folder).eval()
-        found = run_prompts(plain, entry, prompts)
-        del plain, fresh
+            peft_model = PeftModel.from_pretrained(base_model, folder).eval()
+        outputs = run_prompts(peft_model, entry, prompts)
+        del peft_model, base_model
         gc.collect()
-        difference, scale = answers.largest_difference(trained, found), answers.scale(trained)
+        difference, scale = answers.largest_difference(trained, outputs), answers.scale(trained)
         if not difference <= BOUND * scale:
             raise RunError(
                 f"what was written is not {entry.name}: read back and put onto its base by PEFT, "
@@ -403,11 +404,11 @@ class AdaptersExport:
                 "Nothing was saved. Use --format merged. Please report this with the command."
             )
         effect = answers.largest_difference(trained, base) if base is not None else 0.0
-        kind = entry.found.card.quantization.get("kind", "none")
+        quantization = entry.ref.quantization.get("kind", "none")
         quantized = None
-        if kind != "none" and not entry.found.is_stored_quantized:
-            as_trained = load_ref(entry.found, device).model
-            quantized = answers.divergence(run_prompts(as_trained, entry, prompts), found)
+        if quantization != "none" and not entry.ref.is_stored_quantized:
+            as_trained = entry.ref.load(device).model
+            quantized = answers.divergence(run_prompts(as_trained, entry, prompts), outputs)
         return AdapterCheck(difference, scale, effect, quantized)
 
     def _summary(
@@ -421,17 +422,17 @@ class AdaptersExport:
         adapters, parts = [], []
         for entry in self.entries:
             form, check = forms[entry.name], checks.get(entry.name)
-            own = config.out / entry.name if several else config.out
-            template = own / TEMPLATE if entry.own_chat_template is not None else None
+            directory = config.out / entry.name if several else config.out
+            template = directory / TEMPLATE if entry.own_chat_template is not None else None
             parts.append(
                 ServedAdapter(
-                    entry.name, own / self.writer.file, form.rank if form else 0, template
+                    entry.name, directory / self.writer.file, form.rank if form else 0, template
                 )
             )
             adapters.append(
                 {
                     "name": entry.name,
-                    "method": entry.found.card.method,
+                    "method": entry.ref.card.method,
                     "rank": form and form.rank,
                     "modules": form and len(form.factors),
                     "whole_modules": form and form.whole_modules,
@@ -505,4 +506,4 @@ def _check_lines(check: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _stored_dtype(entry: ServedModel) -> str:
-    return str(getattr(entry.model_config, "dtype", None) or "float32").removeprefix("torch.")
+    return str(getattr(entry.ref.model_config, "dtype", None) or "float32").removeprefix("torch.")

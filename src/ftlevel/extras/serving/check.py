@@ -69,14 +69,14 @@ def check_served(
     dtype = "float32" if is_float else str(served.facts.get("dtype"))
     listener.stage(f"querying {config.inside or config.url}")
     rows = _query_library(config, served) if config.inside else _ask_url(config, served)
-    alone = {} if config.tolerance else _query_base(config, served)
+    base_answers = {} if config.tolerance else _query_base(config, served)
     adapters = []
     for adapter in served.adapters:
         if adapter.prompts:
             tolerance = config.tolerance or tolerance_of(dtype)
-            if adapter.name in alone:
-                known = [prompt["base"] for prompt in adapter.prompts]
-                tolerance = widen_tolerance(tolerance, alone[adapter.name], known)
+            if adapter.name in base_answers:
+                recorded = [prompt["base"] for prompt in adapter.prompts]
+                tolerance = widen_tolerance(tolerance, base_answers[adapter.name], recorded)
             adapters.append(_judge(adapter, rows[adapter.name], tolerance))
     summary = {
         "out": str(config.out),
@@ -116,13 +116,13 @@ class _Rows:
 def _ask_url(config: CheckServedConfig, served: ServingRecord) -> dict[str, _Rows]:
     client = Client(config.url or "", float(config.timeout))
     listed = client.models()
-    found = {}
+    rows = {}
     for number, adapter in enumerate(served.adapters):
         name = config.model or _name_of(adapter, served, listed)
         several = served.facts.get("server") == "llama.cpp" and len(served.adapters) > 1
-        more = {"lora": [{"id": number, "scale": 1.0}]} if several else {}
-        found[adapter.name] = _ask_one(client, name, adapter, more, listed)
-    return found
+        extra = {"lora": [{"id": number, "scale": 1.0}]} if several else {}
+        rows[adapter.name] = _ask_one(client, name, adapter, extra, listed)
+    return rows
 
 
 def _name_of(adapter: AdapterRecord, served: ServingRecord, listed: list[str]) -> str:
@@ -134,13 +134,13 @@ def _name_of(adapter: AdapterRecord, served: ServingRecord, listed: list[str]) -
 
 
 def _ask_one(
-    client: Client, name: str, adapter: AdapterRecord, more: Mapping[str, Any], listed: list[str]
+    client: Client, name: str, adapter: AdapterRecord, extra: Mapping[str, Any], listed: list[str]
 ) -> _Rows:
     try:
-        plain = [client.complete(name, prompt, more) for prompt in adapter.prompts]
+        completions = [client.complete(name, prompt, extra) for prompt in adapter.prompts]
     except RequestRefusedError as refused:
-        known = f" It lists {join_names(listed, 4)}: name one by --model." if listed else ""
-        raise InputError(f"--url {client.url}: {refused}.{known}") from None
+        models = f" It lists {join_names(listed, 4)}: name one by --model." if listed else ""
+        raise InputError(f"--url {client.url}: {refused}.{models}") from None
     chat: list[ServerAnswer | None] = []
     reason = ""
     for prompt in adapter.prompts:
@@ -148,11 +148,11 @@ def _ask_one(
             reason = "it was trained without a chat template"
         try:
             asks = prompt["messages"] and not reason
-            chat.append(client.chat(name, prompt["messages"], more) if asks else None)
+            chat.append(client.chat(name, prompt["messages"], extra) if asks else None)
         except RequestRefusedError as refused:
             reason = str(refused)
             chat.append(None)
-    return _Rows(plain, chat, "text" if client.by_text else "token ids", reason)
+    return _Rows(completions, chat, "text" if client.by_text else "token ids", reason)
 
 
 def _query_library(config: CheckServedConfig, served: ServingRecord) -> dict[str, _Rows]:
@@ -163,12 +163,12 @@ def _query_library(config: CheckServedConfig, served: ServingRecord) -> dict[str
             f"--in {library}: {config.out} is written as {format_}, and {library} loads "
             f"{' or '.join(_FORMATS[library])}. Export it --for {library}."
         )
-    place = config.out if config.out.is_dir() else config.out.parent
+    directory = config.out if config.out.is_dir() else config.out.parent
     server = SERVERS[library]
     adapters = [
         {
             "name": adapter.name,
-            "place": str((place / adapter.place).resolve()) if adapter.rank else "",
+            "place": str((directory / adapter.place).resolve()) if adapter.rank else "",
             "rank_limit": rank_limit(server, adapter.rank or 0),
             "prompts": [prompt["ids"] for prompt in adapter.prompts],
         }
@@ -181,13 +181,13 @@ def _query_library(config: CheckServedConfig, served: ServingRecord) -> dict[str
             export(ExportConfig(model=base, out=file, outtype="f32", verify=False))
             base = str(file)
         seconds = float(config.timeout * _SLOWER)
-        found = run_library(library, config.python, base, adapters, seconds)
+        outputs = run_library(library, config.python, base, adapters, seconds)
     nothing = "chat is of servers; this is the library"
     rows = {}
-    for name, heard in found.items():
-        if isinstance(heard, str):
-            raise InputError(f"--in {library} does not load {name}: {' '.join(heard.split())}")
-        rows[name] = _Rows(heard, [None] * len(heard), "token ids", nothing)
+    for name, answers in outputs.items():
+        if isinstance(answers, str):
+            raise InputError(f"--in {library} does not load {name}: {' '.join(answers.split())}")
+        rows[name] = _Rows(answers, [None] * len(answers), "token ids", nothing)
     return rows
 
 
@@ -201,81 +201,84 @@ def _query_base(config: CheckServedConfig, served: ServingRecord) -> dict[str, l
     adapters = [a for a in served.adapters if a.prompts and "base" in a.prompts[0]]
     if served.facts.get("server") != "llama.cpp" or not base.endswith(".gguf") or not adapters:
         return {}
-    asked = [
+    requests = [
         {"name": a.name, "place": "", "rank_limit": 0, "prompts": [row["ids"] for row in a.prompts]}
         for a in adapters
     ]
     seconds = float(config.timeout * _SLOWER)
     try:
-        found = run_library("llama.cpp", config.python, base, asked, seconds)
+        outputs = run_library("llama.cpp", config.python, base, requests, seconds)
     except InputError:
         if config.inside:
             raise
         return {}
-    return {name: heard for name, heard in found.items() if not isinstance(heard, str)}
+    return {name: answers for name, answers in outputs.items() if not isinstance(answers, str)}
 
 
 def _judge(adapter: AdapterRecord, rows: _Rows, tolerance: float) -> dict[str, Any]:
-    def verdicts(heard: list[ServerAnswer | None]) -> list[Verdict]:
+    def verdicts(answers: list[ServerAnswer | None]) -> list[Verdict]:
         return [
-            judge_answer(one, prompt["trained"], prompt.get("base"), tolerance)
-            for one, prompt in zip(heard, adapter.prompts, strict=True)
-            if one is not None
+            judge_answer(answer, prompt["trained"], prompt.get("base"), tolerance)
+            for answer, prompt in zip(answers, adapter.prompts, strict=True)
+            if answer is not None
         ]
 
-    found = {"weights": verdicts(list(rows.plain)), "chat": verdicts(rows.chat)}
+    verdicts_by_api = {"weights": verdicts(list(rows.plain)), "chat": verdicts(rows.chat)}
     return {
         "name": adapter.name,
         "by": rows.how,
         "no_chat": rows.no_chat,
         "tolerance": round(tolerance, 4),
         **{
-            what: {
-                "answers": [verdict.word for verdict in said],
+            api: {
+                "answers": [verdict.word for verdict in verdicts_of_api],
                 "difference": max(
-                    (v.difference for v in said if v.difference is not None), default=None
+                    (v.difference for v in verdicts_of_api if v.difference is not None),
+                    default=None,
                 ),
-                "tokens": sum(verdict.tokens for verdict in said),
+                "tokens": sum(verdict.tokens for verdict in verdicts_of_api),
             }
-            for what, said in found.items()
+            for api, verdicts_of_api in verdicts_by_api.items()
         },
     }
 
 
 def _overall(adapters: list[dict[str, Any]]) -> str:
     """Return the worst verdict; TRAINED only if every adapter differs from its base."""
-    words = [word for a in adapters for what in ("weights", "chat") for word in a[what]["answers"]]
-    for bad in (ELSE, BASE):
-        if bad in words:
-            return bad
-    told = all(TRAINED in adapter["weights"]["answers"] for adapter in adapters)
-    return TRAINED if told else EITHER
+    verdicts = [word for a in adapters for api in ("weights", "chat") for word in a[api]["answers"]]
+    for verdict in (ELSE, BASE):
+        if verdict in verdicts:
+            return verdict
+    is_applied = all(TRAINED in adapter["weights"]["answers"] for adapter in adapters)
+    return TRAINED if is_applied else EITHER
 
 
 def _lines(summary: Mapping[str, Any]) -> list[str]:
     lines = []
     for adapter in summary["adapters"]:
-        for what, by in (("weights", adapter["by"]), ("chat", "messages")):
-            words = adapter[what]["answers"]
-            if not words:
+        for api, by in (("weights", adapter["by"]), ("chat", "messages")):
+            verdicts = adapter[api]["answers"]
+            if not verdicts:
                 lines.append(f"{adapter['name']}, chat: not asked ({adapter['no_chat']})")
                 continue
-            counts = [f"{words.count(w)} {w}" for w in (TRAINED, EITHER, BASE, ELSE) if w in words]
-            far = adapter[what]["difference"]
-            how = (
+            counts = [
+                f"{verdicts.count(w)} {w}" for w in (TRAINED, EITHER, BASE, ELSE) if w in verdicts
+            ]
+            difference = adapter[api]["difference"]
+            measure = (
                 "no logprobs were given, texts compared"
-                if far is None
-                else f"logprobs within {far:.2g} over {adapter[what]['tokens']} tokens"
+                if difference is None
+                else f"logprobs within {difference:.2g} over {adapter[api]['tokens']} tokens"
             )
-            lines.append(f"{adapter['name']}, {what} by {by}: {', '.join(counts)} ({how})")
+            lines.append(f"{adapter['name']}, {api} by {by}: {', '.join(counts)} ({measure})")
     return lines
 
 
 def _advice(summary: Mapping[str, Any], served: ServingRecord) -> str:
-    verdict, place = summary["verdict"], summary["asked"]
+    verdict, server = summary["verdict"], summary["asked"]
     if verdict == BASE:
         return (
-            f"{place} returns the base model's outputs: the adapter is not applied. Select the "
+            f"{server} returns the base model's outputs: the adapter is not applied. Select the "
             f"adapter with --model, and start the server as export printed: "
             + " && ".join(served.facts.get("start") or ["see its README.md"])
         )
@@ -285,6 +288,6 @@ def _advice(summary: Mapping[str, Any], served: ServingRecord) -> str:
             "cannot tell whether the adapter is applied. Use prompts of its training task."
         )
     return (
-        f"{place} answers neither as trained nor as the base. Is its base the same model, its "
+        f"{server} answers neither as trained nor as the base. Is its base the same model, its "
         f"precision within {summary['tolerance']:g} (--tolerance), and does it set no sampling?"
     )

@@ -9,7 +9,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftlevel.errors import InputError
@@ -60,23 +60,29 @@ class Client:
             return []  # some servers fail here but still answer
 
     def complete(
-        self, model: str, prompt: Mapping[str, Any], more: Mapping[str, Any]
+        self, model: str, prompt: Mapping[str, Any], extra: Mapping[str, Any]
     ) -> ServerAnswer:
         """Return the completion of `prompt`, sent as token ids or, if necessary, as text.
 
         Raises Refused if the server accepts no form of the request.
         """
-        ways = list(_ways(prompt))
+        forms = list(_ways(prompt))
         reason = ""
-        for number in range(self.how, len(ways)):
-            body = {"model": model, "max_tokens": TOKENS, "temperature": 0, **ways[number], **more}
+        for number in range(self.how, len(forms)):
+            body = {
+                "model": model,
+                "max_tokens": TOKENS,
+                "temperature": 0,
+                **forms[number],
+                **extra,
+            }
             try:
-                heard = _parse_response(self._ask("/completions", body))
+                answer = _parse_response(self._ask("/completions", body))
             except RequestRefusedError as refused:
                 reason = str(refused)
                 continue
             self.how = number
-            return heard
+            return answer
         raise RequestRefusedError(reason)
 
     @property
@@ -85,7 +91,7 @@ class Client:
         return self.how >= _FIRST_TEXT
 
     def chat(
-        self, model: str, messages: list[dict[str, str]], more: Mapping[str, Any]
+        self, model: str, messages: list[dict[str, str]], extra: Mapping[str, Any]
     ) -> ServerAnswer:
         """Return the answer to `messages`; raise Refused if the server has no chat endpoint."""
         body = {
@@ -95,7 +101,7 @@ class Client:
             "temperature": 0,
             "logprobs": True,
             "return_token_ids": True,
-            **more,
+            **extra,
         }
         return _parse_response(self._ask("/chat/completions", body))
 
@@ -119,9 +125,9 @@ class Client:
             with self._opener.open(request, timeout=self.timeout) as answer:
                 return json.loads(answer.read(_LARGEST))
         except urllib.error.HTTPError as error:
-            said = " ".join(error.read(_LARGEST).decode(errors="replace").split())[:_REASON]
+            text = " ".join(error.read(_LARGEST).decode(errors="replace").split())[:_REASON]
             raise RequestRefusedError(
-                f"{path} gave {error.code} ({said or error.reason})"
+                f"{path} gave {error.code} ({text or error.reason})"
             ) from None
         except ValueError as error:
             raise RequestRefusedError(f"{path} gave no JSON ({error})") from None
@@ -145,15 +151,15 @@ def _ways(prompt: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"prompt": prompt["rendered"]}
 
 
-def _parse_response(answer: Any) -> ServerAnswer:
+def _parse_response(response: Any) -> ServerAnswer:
     """Parse a response of any of the servers; raise Refused if its form is unknown."""
     try:
-        choice = answer["choices"][0]
+        choice = response["choices"][0]
         text = choice["text"] if "text" in choice else choice["message"]["content"]
-        said = choice.get("logprobs") or {}
-        rows = said.get("content")
+        logprobs_field = choice.get("logprobs") or {}
+        rows = logprobs_field.get("content")
         ids: list[int] | None = None
-        logprobs: list[float] | None = said.get("token_logprobs")
+        logprobs: list[float] | None = logprobs_field.get("token_logprobs")
         if rows is not None:  # llama.cpp, mlx-lm
             ids = [row["id"] for row in rows] if all("id" in row for row in rows) else None
             logprobs = [float(row["logprob"]) for row in rows]
@@ -195,98 +201,100 @@ def tolerance_of(dtype: str) -> float:
 
 
 def widen_tolerance(
-    tolerance: float, heard: Sequence[ServerAnswer], base: Sequence[Answer]
+    tolerance: float, answers: Sequence[ServerAnswer], base: Sequence[Answer]
 ) -> float:
     """Return the allowed difference of log-probabilities: at least twice the server's base error.
 
     A quantized base rounds activations equally with and without an adapter, so the answers without
-    it (`heard`, recorded as `base`) show the effect. An error above that of the coarsest type means
-    another model, and `tolerance` is returned unchanged.
+    it (`answers`, recorded as `base`) show the effect. An error above that of the coarsest type
+    means another model, and `tolerance` is returned unchanged.
     """
-    difference = max(_distance(one, known) for one, known in zip(heard, base, strict=True))
+    difference = max(_distance(one, recorded) for one, recorded in zip(answers, base, strict=True))
     return max(tolerance, 2 * difference) if difference <= _COARSEST else tolerance
 
 
-def _distance(heard: ServerAnswer, known: Answer) -> float:
-    """Return the largest difference of a log-probability between `heard` and `known`.
+def _distance(answer: ServerAnswer, recorded: Answer) -> float:
+    """Return the largest difference of a log-probability between `answer` and `recorded`.
 
     At the first different token, rounding has moved two log-probabilities by the margin between
     them.
     """
-    if heard.ids is None or heard.logprobs is None:
+    if answer.ids is None or answer.logprobs is None:
         return 0.0
-    pairs, is_whole = _aligned(heard, known)
-    moved = [abs(heard.logprobs[one] - known.logprobs[other]) for one, other in pairs]
-    common = len(pairs)
-    if not is_whole and common < min(len(heard.ids), len(known.ids)):
-        moved.append(known.margins[common] / 2)
+    recorded, common = _align(answer.ids, recorded)
+    pairs = zip(answer.logprobs[:common], recorded.logprobs, strict=False)
+    moved = [abs(one - other) for one, other in pairs]
+    if common < min(len(answer.ids), len(recorded.ids)):
+        moved.append(recorded.margins[common] / 2)
     return max(moved, default=0.0)
 
 
 def judge_answer(
-    heard: ServerAnswer, trained: Answer, base: Answer | None, tolerance: float
+    answer: ServerAnswer, trained: Answer, base: Answer | None, tolerance: float
 ) -> Verdict:
     """Return which recorded answer matches: the trained model's, the base's, both or neither."""
-    fits, difference, tokens = _compare_answer(heard, trained, tolerance)
-    fits_base = base is not None and _compare_answer(heard, base, tolerance)[0]
-    word = (EITHER if fits_base else TRAINED) if fits else (BASE if fits_base else ELSE)
-    return Verdict(word, difference, tokens)
+    fits, difference, tokens = _compare_answer(answer, trained, tolerance)
+    fits_base = base is not None and _compare_answer(answer, base, tolerance)[0]
+    verdict = (EITHER if fits_base else TRAINED) if fits else (BASE if fits_base else ELSE)
+    return Verdict(verdict, difference, tokens)
 
 
 def _compare_answer(
-    heard: ServerAnswer, known: Answer, tolerance: float
+    answer: ServerAnswer, recorded: Answer, tolerance: float
 ) -> tuple[bool, float | None, int]:
-    """Return whether `heard` matches `known`, the largest difference, and the number of tokens.
+    """Return whether `answer` matches `recorded`, the largest difference, and the number of tokens.
 
     Correct answers may diverge where the margin to the second token is below twice the tolerance.
     """
-    if heard.ids is None:
+    if answer.ids is None:
         # Without token ids, equal text means that the logprobs belong to equal tokens.
-        same = _plain(heard.text) == _plain(known.text)
-        rows = list(zip(heard.logprobs or (), known.logprobs, strict=False)) if same else []
-        far = max((abs(one - other) for one, other in rows), default=None)
-        return same and (far is None or far <= tolerance), far, len(rows)
-    pairs, whole = _aligned(heard, known)
-    fits = whole or _part_rightly(heard, known, len(pairs), tolerance)
-    logprobs = heard.logprobs
-    if logprobs is None or not pairs:
+        same = _plain(answer.text) == _plain(recorded.text)
+        rows = list(zip(answer.logprobs or (), recorded.logprobs, strict=False)) if same else []
+        difference = max((abs(one - other) for one, other in rows), default=None)
+        return same and (difference is None or difference <= tolerance), difference, len(rows)
+    recorded, common = _align(answer.ids, recorded)
+    fits = _part_rightly(answer, recorded, common, tolerance)
+    if answer.logprobs is None or not common:
         return fits, None, 0
-    far = max(abs(logprobs[one] - known.logprobs[other]) for one, other in pairs)
-    return fits and far <= tolerance, far, len(pairs)
+    pairs = zip(answer.logprobs[:common], recorded.logprobs, strict=False)
+    difference = max(abs(one - other) for one, other in pairs)
+    return fits and difference <= tolerance, difference, common
 
 
-def _part_rightly(heard: ServerAnswer, known: Answer, common: int, tolerance: float) -> bool:
+def _part_rightly(answer: ServerAnswer, recorded: Answer, common: int, tolerance: float) -> bool:
     """Whether the answers match after `common` tokens, up to the effects of rounding."""
-    if common == len(known.ids):
+    if common == len(recorded.ids):
         return True
-    if common == len(heard.ids or ()):  # servers omit the end-of-sequence token
-        return common == len(known.ids) - 1
-    if known.margins[common] >= 2 * tolerance:
+    if common == len(answer.ids or ()):  # servers omit the end-of-sequence token
+        return common == len(recorded.ids) - 1
+    if recorded.margins[common] >= 2 * tolerance:
         return False
-    if heard.logprobs is None:
+    if answer.logprobs is None:
         return common > 0
-    second = known.logprobs[common] - known.margins[common]
-    return abs(heard.logprobs[common] - second) <= tolerance
+    second = recorded.logprobs[common] - recorded.margins[common]
+    return abs(answer.logprobs[common] - second) <= tolerance
 
 
-def _aligned(heard: ServerAnswer, known: Answer) -> tuple[list[tuple[int, int]], bool]:
-    """Return pairs of indices of equal tokens, and whether `heard` contains the whole answer.
+def _align(ids: list[int], recorded: Answer) -> tuple[Answer, int]:
+    """Return `recorded` as the server lists it, and the number of equal tokens from the start.
 
-    llama.cpp omits tokens that end inside a character from its list; the text then lacks only that
-    character.
+    llama.cpp omits tokens that end inside a character from its list.
     """
-    ids = heard.ids or []
-    pairs, at = [], 0
-    for other, token in enumerate(known.ids):
-        if at < len(ids) and ids[at] == token:
-            pairs.append((at, other))
-            at += 1
-    if at == len(ids) < len(known.ids) and _plain(heard.text) == _plain(known.text):
-        return pairs, True
-    common = 0
-    while common < min(len(ids), len(known.ids)) and ids[common] == known.ids[common]:
-        common += 1
-    return [(index, index) for index in range(common)], False
+    listed = [index for index in range(len(recorded.ids)) if index not in recorded.partial]
+    without = replace(
+        recorded,
+        ids=[recorded.ids[index] for index in listed],
+        logprobs=[recorded.logprobs[index] for index in listed],
+        margins=[recorded.margins[index] for index in listed],
+    )
+
+    def count_equal(answer: Answer) -> int:
+        pairs = enumerate(zip(ids, answer.ids, strict=False))
+        unequal = (index for index, (one, other) in pairs if one != other)
+        return next(unequal, min(len(ids), len(answer.ids)))
+
+    answer = max((recorded, without), key=count_equal)
+    return answer, count_equal(answer)
 
 
 def _plain(text: str) -> str:

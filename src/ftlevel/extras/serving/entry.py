@@ -16,12 +16,9 @@ from ftlevel.data.encoding.encode import PromptFormat, encode_prompt, read_forma
 from ftlevel.errors import ConfigError, InputError, join_names, with_article
 from ftlevel.merging.normal_form import BaseWeights, open_base
 from ftlevel.methods.merging import read_peft_config
-from ftlevel.models.kinds import model_kind
-from ftlevel.models.loading import load_config, load_tokenizer
-from ftlevel.tasks import TASKS
+from ftlevel.models.loading import load_tokenizer
 from ftlevel.trained.adapter_formats import find_reader
-from ftlevel.trained.load import card_overrides
-from ftlevel.trained.model_ref import ModelRef, load_own_tokenizer
+from ftlevel.trained.model_ref import ModelRef
 
 
 @dataclass(frozen=True)
@@ -42,21 +39,21 @@ def rank_limit(server: Server, rank: int) -> int:
 def build_adapter_commands(server: Server, base: str, parts: Sequence[ServedAdapter]) -> list[str]:
     """Return the commands, in order, that serve `parts` on `base`."""
     rank = rank_limit(server, max(part.rank for part in parts))
-    named = [_pair(server, part) for part in parts]
+    pairs = [_pair(server, part) for part in parts]
     template = next((part.template for part in parts if part.template is not None), None)
     several = len(parts) > 1
     if server.name == "vllm":
         command = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank)]
-        command += ["--max-loras", str(len(parts))] * several + ["--lora-modules", *named]
+        command += ["--max-loras", str(len(parts))] * several + ["--lora-modules", *pairs]
         return [join(command + (["--chat-template", str(template)] if template else []))]
     if server.name == "sglang":
         command = ["python", "-m", "sglang.launch_server", "--model-path", base, "--enable-lora"]
-        command += ["--max-lora-rank", str(rank), "--lora-paths", *named]
+        command += ["--max-lora-rank", str(rank), "--lora-paths", *pairs]
         return [join(command + (["--chat-template", str(template)] if template else []))]
     if server.name == "tgi":
         return [
             join(
-                ["text-generation-launcher", "--model-id", base, "--lora-adapters", ",".join(named)]
+                ["text-generation-launcher", "--model-id", base, "--lora-adapters", ",".join(pairs)]
             )
         ]
     if server.name == "mlx":
@@ -75,12 +72,12 @@ def check_command(summary: Mapping[str, Any]) -> str:
 
 def check_signs(server: Server, names: Sequence[str], out: Path) -> None:
     """Raise ConfigError if a name or `out` contains a separator of the server's command line."""
-    signs = {"tgi": "=,", "llama.cpp": ","}.get(server.name, "")
-    for what, text in (*(("the name", name) for name in names), ("--out", str(out))):
-        if found := [sign for sign in signs if sign in text]:
+    forbidden = {"tgi": "=,", "llama.cpp": ","}.get(server.name, "")
+    for option, text in (*(("the name", name) for name in names), ("--out", str(out))):
+        if separators := [sign for sign in forbidden if sign in text]:
             raise ConfigError(
-                f"{what} {text} has a {found[0]!r}, at which {server.title} takes its command line "
-                "apart. Choose another."
+                f"{option} {text} has a {separators[0]!r}, at which {server.title} takes its "
+                "command line apart. Choose another."
             )
 
 
@@ -108,16 +105,17 @@ def _llama(base: str, parts: Sequence[ServedAdapter], template: Path | None) -> 
     return [*first, join(command)]
 
 
-def _openvino(model: str, place: str, parts: Sequence[ServedAdapter] = ()) -> list[str]:
+def _openvino(model: str, directory: str, parts: Sequence[ServedAdapter] = ()) -> list[str]:
     """Return commands that convert `model` for OpenVINO and run it, with each of `parts`."""
     files = [str(part.place / "adapter_model.safetensors") for part in parts]
-    said = '"Hello", max_new_tokens=8'
-    script = [f'pipe = ov.LLMPipeline({place!r}, "CPU")', f"print(pipe.generate({said}))"]
+    arguments = '"Hello", max_new_tokens=8'
+    script = [f'pipe = ov.LLMPipeline({directory!r}, "CPU")', f"print(pipe.generate({arguments}))"]
     if files:
         script = [
             f"own = [ov.Adapter(file) for file in {files!r}]",
-            f'pipe = ov.LLMPipeline({place!r}, "CPU", adapters=ov.AdapterConfig(own))',
-            f"print([str(pipe.generate({said}, adapters=ov.AdapterConfig(one))) for one in own])",
+            f'pipe = ov.LLMPipeline({directory!r}, "CPU", adapters=ov.AdapterConfig(own))',
+            f"print([str(pipe.generate({arguments}, adapters=ov.AdapterConfig(one))) "
+            "for one in own])",
         ]
     convert = [
         "optimum-cli",
@@ -131,7 +129,7 @@ def _openvino(model: str, place: str, parts: Sequence[ServedAdapter] = ()) -> li
         "fp16",
     ]
     run = "; ".join(["import openvino_genai as ov", *script])
-    return [join([*convert, place]), join(["python", "-c", run])]
+    return [join([*convert, directory]), join(["python", "-c", run])]
 
 
 def build_embedding_commands(
@@ -167,9 +165,9 @@ _UBATCH = 512
 """llama.cpp's default of -ub; a text that is pooled has to fit into it."""
 
 
-def build_model_commands(server: Server, place: Path, name: str) -> list[str]:
-    """Return the commands that serve the whole model at `place`."""
-    path = str(place)
+def build_model_commands(server: Server, directory: Path, name: str) -> list[str]:
+    """Return the commands that serve the whole model at `directory`."""
+    path = str(directory)
     if server.name == "openvino":
         return _openvino(path, f"{name}-openvino")
     commands = {
@@ -178,11 +176,11 @@ def build_model_commands(server: Server, place: Path, name: str) -> list[str]:
         "tgi": ["text-generation-launcher", "--model-id", path],
         "tei": ["text-embeddings-router", "--model-id", path],
         "llama.cpp": ["llama-server", "-m", path],
-        "ollama": ["ollama", "create", name, "-f", str(place.with_suffix(".Modelfile"))],
+        "ollama": ["ollama", "create", name, "-f", str(directory.with_suffix(".Modelfile"))],
         "mlx": ["mlx_lm.server", "--model", path],
     }
-    more = [["ollama", "run", name]] if server.name == "ollama" else []
-    return [join(command) for command in [commands[server.name], *more]]
+    ollama_run = [["ollama", "run", name]] if server.name == "ollama" else []
+    return [join(command) for command in [commands[server.name], *ollama_run]]
 
 
 TEXTS = (
@@ -214,68 +212,41 @@ class ServedModel:
     """An adapter, or a whole model, to be served under `name`."""
 
     name: str
-    found: ModelRef
-
-    @property
-    def directory(self) -> Path:
-        """Directory of the adapter."""
-        if self.found.directory is None:
-            raise TypeError("an adapter has a directory")
-        return self.found.directory
+    ref: ModelRef
 
     @cached_property
     def peft_config(self) -> dict[str, Any]:
         """The adapter's adapter_config.json."""
-        return read_peft_config(self.directory)
-
-    @cached_property
-    def model_config(self) -> Any:
-        """Config of the base, with the trained head."""
-        return load_config(self.found.source, **card_overrides(self.found.card))
-
-    @property
-    def task(self) -> Any:
-        """Task that the adapter was trained for."""
-        return TASKS[self.found.card.task]
-
-    @property
-    def kind(self) -> str:
-        """Kind of the model, such as decoder."""
-        return model_kind(self.model_config)
-
-    @property
-    def auto_class(self) -> str:
-        """Name of the transformers class for the task."""
-        return self.task.auto_class(self.kind, self.model_config.model_type)
+        return read_peft_config(self.ref.adapter_directory)
 
     @property
     def answers(self) -> bool:
         """Whether the model continues a prompt, as servers require."""
-        return self.kind == "decoder" and self.task.generates_text
+        return self.ref.model_kind == "decoder" and self.ref.configured_task.generates_text
 
     @property
     def base_name(self) -> str:
         """Hub id of the base, or its absolute path."""
-        source = self.found.source
+        source = self.ref.source
         if source.kind == "hub":
             return source.name
-        place = Path(source.location, source.gguf_file or "")
-        return str(place.resolve())
+        path = Path(source.location, source.gguf_file or "")
+        return str(path.resolve())
 
     @cached_property
     def base(self) -> BaseWeights:
         """Weights of the base."""
-        return open_base(self.found.source, self.model_config, self.auto_class)
+        return open_base(self.ref.source, self.ref.model_config, self.ref.auto_class)
 
     @cached_property
     def tokenizer(self) -> Any:
         """Tokenizer that the adapter was trained with."""
-        return load_own_tokenizer(self.found.source, self.found.directory)
+        return self.ref.load_tokenizer()
 
     @cached_property
     def base_tokenizer(self) -> Any:
         """Tokenizer of the base, which servers use."""
-        return load_tokenizer(self.found.source)
+        return load_tokenizer(self.ref.source)
 
     @property
     def added_tokens(self) -> list[str]:
@@ -285,57 +256,57 @@ class ServedModel:
     @property
     def own_chat_template(self) -> str | None:
         """Chat template of training, if it differs from the base's; else None."""
-        own = getattr(self.tokenizer, "chat_template", None)
+        template = getattr(self.tokenizer, "chat_template", None)
         other = getattr(self.base_tokenizer, "chat_template", None)
-        return own if isinstance(own, str) and own != other else None
+        return template if isinstance(template, str) and template != other else None
 
     def prompts(self) -> list[Prompt]:
         """Return the prompts, formatted as in training."""
-        format_ = read_format(self.found.card) or PromptFormat("plain")
+        format_ = read_format(self.ref.card) or PromptFormat("plain")
         chats = format_.kind == "chat-template"
-        found = []
+        prompts = []
         for text in TEXTS:
-            said = {"role": "user", "content": format_.user_text(text)}
-            messages = format_.with_system([said]) if chats else []
+            turn = {"role": "user", "content": format_.user_text(text)}
+            messages = format_.with_system([turn]) if chats else []
             ids = encode_prompt(self.tokenizer, format_, text)
             rendered = self.tokenizer.decode(ids)
             same = self.tokenizer(rendered)["input_ids"] == ids
-            found.append(Prompt(text, ids, messages, rendered if same else ""))
-        return found
+            prompts.append(Prompt(text, ids, messages, rendered if same else ""))
+        return prompts
 
     def in_float32(self, *, with_adapter: bool = True) -> ModelRef:
-        """Return the reference with float32 weights, on a base that is not quantized on loading."""
-        card = replace(self.found.card, dtype="float32")
-        if not self.found.is_stored_quantized:
-            card = replace(card, quantization={"kind": "none"})
-        return replace(self.found, card=card, directory=self.directory if with_adapter else None)
+        """Returns the reference in float32, on a base that is not quantized on loading."""
+        ref = self.ref.with_card(dtype="float32")
+        if not ref.is_stored_quantized:
+            ref = ref.with_card(quantization={"kind": "none"})
+        return ref if with_adapter else replace(ref, directory=None)
 
 
-def adapter_name(found: ModelRef) -> str:
+def adapter_name(ref: ModelRef) -> str:
     """Return the default name of an adapter: that of its run or directory."""
-    place = found.run or found.directory
-    return place.resolve().name if place is not None else found.source.name
+    directory = ref.run or ref.directory
+    return directory.resolve().name if directory is not None else ref.base
 
 
 def _named(entry: ServedModel) -> str:
-    return str(entry.found.run or entry.directory)
+    return str(entry.ref.run or entry.ref.adapter_directory)
 
 
-def open_entry(name: str, found: ModelRef, server: Server | None) -> ServedModel:
-    """Return the entry of `found`; raise InputError if it is not an adapter that PEFT can load."""
-    if found.directory is None:
-        what = f"{name} is a full model without an adapter"
-        if server is not None and "merged" in server.formats and found.source.kind != "gguf":
-            hub = found.source.kind == "hub"
-            place = Path(found.source.name if hub else found.source.location)
+def open_entry(name: str, ref: ModelRef, server: Server | None) -> ServedModel:
+    """Return the entry of `ref`; raise InputError if it is not an adapter that PEFT can load."""
+    if ref.directory is None:
+        fact = f"{name} is a full model without an adapter"
+        if server is not None and "merged" in server.formats and ref.source.kind != "gguf":
+            hub = ref.source.kind == "hub"
+            path = Path(ref.base if hub else ref.source.location)
             raise InputError(
-                f"{what}. {server.title} loads it as it is: "
-                f"{' && '.join(build_model_commands(server, place, place.name))}"
+                f"{fact}. {server.title} loads it as it is: "
+                f"{' && '.join(build_model_commands(server, path, path.name))}"
             )
-        raise InputError(f"{what}. For one file name --format gguf.")
-    if (reader := find_reader(found.directory)) is not None:
+        raise InputError(f"{fact}. For one file name --format gguf.")
+    if (reader := find_reader(ref.directory)) is not None:
         raise InputError(f"{name} is in {reader.name}'s form, which no server of ours loads.")
-    return ServedModel(name, found)
+    return ServedModel(name, ref)
 
 
 def check_for(entry: ServedModel, server: Server | None) -> list[str]:
@@ -344,13 +315,13 @@ def check_for(entry: ServedModel, server: Server | None) -> list[str]:
     Only the card and the base's config are checked. The error states the alternative.
     """
     notes = []
-    kind, stored = (
-        entry.found.card.quantization.get("kind", "none"),
-        entry.found.is_stored_quantized,
+    quantization, is_stored = (
+        entry.ref.quantization.get("kind", "none"),
+        entry.ref.is_stored_quantized,
     )
-    if kind != "none" and not stored:
+    if quantization != "none" and not is_stored:
         notes.append(
-            f"{entry.name} was trained on a base in {kind}; a server that loads "
+            f"{entry.name} was trained on a base in {quantization}; a server that loads "
             f"{entry.base_name} in 16 or 32 bits uses other base weights than training did. To "
             f"serve exactly what was trained, run ftlevel merge --onto dequantized"
         )
@@ -358,17 +329,17 @@ def check_for(entry: ServedModel, server: Server | None) -> list[str]:
         return notes
     if not entry.answers:
         raise InputError(
-            f"it was trained for {entry.found.card.task} on {with_article(entry.kind)}, and "
+            f"it was trained for {entry.ref.task} on {with_article(entry.ref.model_kind)}, and "
             f"adapters of {server.title} write text by a decoder here. Write it with --format peft "
             f"alone, or merge it: ftlevel merge {quote(_named(entry))} --out DIR"
         )
-    family = entry.model_config.model_type
+    family = entry.ref.model_config.model_type
     if server.families and family not in server.families:
         raise InputError(
             f"{server.title} is not known to name the modules of {family} as transformers "
             f"does (known: {join_names(server.families)}). Merge it"
         )
-    if entry.found.source.kind == "gguf" and "gguf" not in server.formats:
+    if entry.ref.source.kind == "gguf" and "gguf" not in server.formats:
         raise InputError(
             f"its base is the file {entry.base_name}, and {server.title} serves adapters beside a "
             "base of transformers' files. Merge it"
@@ -401,9 +372,9 @@ def check_form(form: Any, entry: ServedModel, server: Server | None) -> Any:
             f"{server.title} does not load fully trained modules, here "
             f"{join_names(form.whole_modules, 2)}. Merge it"
         )
-    if not server.vocabulary and (words := form.in_vocabulary):
+    if not server.vocabulary and (modules := form.in_vocabulary):
         raise InputError(
-            f"{server.title} does not serve LoRA on {join_names(words, 3)} as it was trained. "
+            f"{server.title} does not serve LoRA on {join_names(modules, 3)} as it was trained. "
             "Merge it"
         )
     if server.ranks and form.rank > server.ranks[-1]:
@@ -413,8 +384,8 @@ def check_form(form: Any, entry: ServedModel, server: Server | None) -> Any:
     return form.on_every_layer(entry.base.model) if server.every_layer else form
 
 
-def write_card(place: Path, summary: Mapping[str, Any]) -> None:
-    """Write README.md of the exported adapters into `place`."""
+def write_card(directory: Path, summary: Mapping[str, Any]) -> None:
+    """Write README.md of the exported adapters into `directory`."""
     names = [adapter["name"] for adapter in summary["adapters"]]
     lines = [
         "---",
@@ -445,7 +416,7 @@ def write_card(place: Path, summary: Mapping[str, Any]) -> None:
     lines.append("")
     lines += [f"{note}.\n" for note in summary["notes"]]
     lines += serving_lines(summary)
-    (place / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    (directory / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def serving_lines(summary: Mapping[str, Any]) -> list[str]:

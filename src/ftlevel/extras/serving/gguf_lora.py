@@ -34,39 +34,43 @@ class GgufWriter:
 
     def check(self, entry: ServedModel) -> None:
         """Refuse a base that llama.cpp computes differently from transformers."""
-        if problems := find_problems(entry.model_config):
+        if problems := find_problems(entry.ref.model_config):
             raise InputError(f"for llama.cpp, {problems[0]}")
 
-    def write(self, place: Path, form: NormalForm, entry: ServedModel) -> None:
-        """Write the adapter into the directory `place`."""
-        config = entry.model_config
+    def write(self, directory: Path, form: NormalForm, entry: ServedModel) -> None:
+        """Write the adapter into the directory `directory`."""
+        config = entry.ref.model_config
         names = _names(form, config)
-        writer = GGUFWriter(str(place / _FILE), FAMILIES[config.model_type].architecture)
+        writer = GGUFWriter(str(directory / _FILE), FAMILIES[config.model_type].architecture)
         writer.add_string("general.type", "adapter")
         writer.add_string("general.name", entry.name)
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", float(form.rank))
-        for name, own in form.factors.items():
+        for name, update in form.factors.items():
             # Rows of B must have the order of the base's rows in its file.
-            b = convert(config, names[name], own.b, is_conv1d=False)
-            writer.add_tensor(f"{names[name]}.lora_a", _array(own.a))
+            b = convert(config, names[name], update.b, is_conv1d=False)
+            writer.add_tensor(f"{names[name]}.lora_a", _array(update.a))
             writer.add_tensor(f"{names[name]}.lora_b", _array(b))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
 
-    def read(self, place: Path, form: NormalForm, entry: ServedModel) -> NormalForm:
+    def read(self, directory: Path, form: NormalForm, entry: ServedModel) -> NormalForm:
         """Read the file back with llama.cpp's scale and row order."""
-        reader = GGUFReader(str(place / _FILE))
+        reader = GGUFReader(str(directory / _FILE))
         tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
         alpha = reader.get_field("adapter.lora.alpha").contents()
-        own_names = {wanted: name for name, wanted in _names(form, entry.model_config).items()}
+        own_names = {
+            expected: name for name, expected in _names(form, entry.ref.model_config).items()
+        }
         factors = {}
         for key in [key for key in tensors if key.endswith(".lora_a")]:
-            wanted = key.removesuffix(".lora_a")
-            a, b = tensors[key], tensors[f"{wanted}.lora_b"] * (alpha / len(tensors[key]))
-            factors[own_names[wanted]] = Factors(a, _in_order(entry.model_config, wanted, b))
+            expected = key.removesuffix(".lora_a")
+            a, b = tensors[key], tensors[f"{expected}.lora_b"] * (alpha / len(tensors[key]))
+            factors[own_names[expected]] = Factors(
+                a, _in_order(entry.ref.model_config, expected, b)
+            )
         return replace(form, factors=factors)
 
 
@@ -76,9 +80,9 @@ def _names(form: NormalForm, config: Any) -> dict[str, str]:
     found = {
         name: names.get_name(f"{name}.weight", try_suffixes=(".weight",)) for name in form.factors
     }
-    if lost := [name for name, wanted in found.items() if wanted is None]:
-        raise InputError(f"llama.cpp has no place for {join_names(lost, 3)}. Merge it")
-    return {name: str(wanted) for name, wanted in found.items()}
+    if unsupported := [name for name, modules in found.items() if modules is None]:
+        raise InputError(f"llama.cpp has no place for {join_names(unsupported, 3)}. Merge it")
+    return {name: str(modules) for name, modules in found.items()}
 
 
 def _in_order(config: Any, name: str, b: torch.Tensor) -> torch.Tensor:

@@ -31,28 +31,28 @@ class MlxWriter:
 
     def check(self, entry: ServedModel) -> None:
         """Refuse a model family whose module names in mlx-lm are unknown."""
-        known, family = SERVERS["mlx"].families, entry.model_config.model_type
-        if family not in known:
+        supported, family = SERVERS["mlx"].families, entry.ref.model_config.model_type
+        if family not in supported:
             raise InputError(
                 f"mlx-lm is not known to name the modules of {family} as transformers does "
-                f"(known: {join_names(known)}). Merge it"
+                f"(known: {join_names(supported)}). Merge it"
             )
 
-    def write(self, place: Path, form: NormalForm, entry: ServedModel) -> None:
-        """Write the adapter into the directory `place`."""
+    def write(self, directory: Path, form: NormalForm, entry: ServedModel) -> None:
+        """Write the adapter into the directory `directory`."""
         from safetensors.torch import save_file
 
         form = form.on_every_layer(entry.base.model)
         tensors = {}
-        for name, own in form.factors.items():
-            tensors[f"{name}.lora_a"] = own.a.T.float().contiguous()
-            tensors[f"{name}.lora_b"] = own.b.T.float().contiguous()
-        save_file(tensors, str(place / _WEIGHTS), {"format": "mlx"})
+        for name, update in form.factors.items():
+            tensors[f"{name}.lora_a"] = update.a.T.float().contiguous()
+            tensors[f"{name}.lora_b"] = update.b.T.float().contiguous()
+        save_file(tensors, str(directory / _WEIGHTS), {"format": "mlx"})
         inside = (match[1] for name in form.factors if (match := _LAYER.fullmatch(name)))
         config = {
             "fine_tune_type": "lora",
             "model": entry.base_name,
-            "num_layers": entry.model_config.num_hidden_layers,
+            "num_layers": entry.ref.model_config.num_hidden_layers,
             "lora_parameters": {
                 "rank": form.rank,
                 "scale": 1.0,
@@ -60,13 +60,13 @@ class MlxWriter:
                 "keys": sorted(set(inside)),
             },
         }
-        write_json(place / "adapter_config.json", config)
+        write_json(directory / "adapter_config.json", config)
 
-    def read(self, place: Path, form: NormalForm, _entry: ServedModel) -> NormalForm:
+    def read(self, directory: Path, form: NormalForm, _entry: ServedModel) -> NormalForm:
         """Read the file back."""
         from safetensors.torch import load_file
 
-        tensors = load_file(str(place / _WEIGHTS))
+        tensors = load_file(str(directory / _WEIGHTS))
         factors = {
             name.removesuffix(".lora_a"): Factors(tensor.T, tensors[name.removesuffix("a") + "b"].T)
             for name, tensor in tensors.items()

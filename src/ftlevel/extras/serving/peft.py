@@ -20,17 +20,19 @@ class PeftWriter:
     def check(self, entry: ServedModel) -> None:
         """Accept any base: PEFT applies LoRA to any model."""
 
-    def write(self, place: Path, form: NormalForm, entry: ServedModel) -> None:
-        """Write the adapter into the directory `place`."""
-        write_normal(place, form, entry)
+    def write(self, directory: Path, form: NormalForm, entry: ServedModel) -> None:
+        """Write the adapter into the directory `directory`."""
+        write_normal(directory, form, entry)
         for pattern in TOKENIZER_FILES:
-            for path in sorted(entry.directory.glob(pattern)):
-                (place / path.relative_to(entry.directory)).parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, place / path.relative_to(entry.directory))
+            for path in sorted(entry.ref.adapter_directory.glob(pattern)):
+                (directory / path.relative_to(entry.ref.adapter_directory)).parent.mkdir(
+                    exist_ok=True
+                )
+                shutil.copyfile(path, directory / path.relative_to(entry.ref.adapter_directory))
 
-    def read(self, place: Path, form: NormalForm, _entry: ServedModel) -> NormalForm:
+    def read(self, directory: Path, form: NormalForm, _entry: ServedModel) -> NormalForm:
         """Read the files back."""
-        return read_normal(place, form)
+        return read_normal(directory, form)
 
 
 plan_export = functools.partial(plan_adapters, PeftWriter())

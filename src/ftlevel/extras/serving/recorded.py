@@ -29,7 +29,6 @@ from ftlevel.extras.serving.entry import (
     serving_lines,
 )
 from ftlevel.models.sources import ModelSource
-from ftlevel.trained.load import load_ref
 from ftlevel.trained.model_ref import ModelRef
 
 TOKENS = 12
@@ -48,19 +47,21 @@ class Answer:
         margins: difference in log-probability between each token and the second most likely
             one.
         text: decoded tokens without special tokens.
+        partial: indices of tokens that end inside a character, which llama.cpp does not list.
     """
 
     ids: list[int]
     logprobs: list[float]
     margins: list[float]
     text: str
+    partial: list[int] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for served.json, rounded to the precision of float32."""
-        facts = asdict(self)
+        fields = asdict(self)
         for key in ("logprobs", "margins"):
-            facts[key] = [round(value, 6) for value in facts[key]]
-        return facts
+            fields[key] = [round(value, 6) for value in fields[key]]
+        return fields
 
 
 @dataclass(frozen=True)
@@ -79,17 +80,17 @@ def run_prompts(model: Any, entry: ServedModel, prompts: Sequence[Prompt]) -> Pr
         for prompt in prompts:
             ids = torch.tensor([prompt.ids], device=device)
             if entry.answers:
-                found, answer = _continue(model, ids, entry.tokenizer)
+                prompt_logits, answer = _continue(model, ids, entry.tokenizer)
                 answers.append(answer)
             else:
-                found = _logits(model, ids, seq2seq="Seq2Seq" in entry.auto_class)
-            logits.append(found.float().cpu())
+                prompt_logits = _logits(model, ids, seq2seq="Seq2Seq" in entry.ref.auto_class)
+            logits.append(prompt_logits.float().cpu())
     return PromptOutputs(logits, answers)
 
 
 def _logits(model: Any, ids: torch.Tensor, *, seq2seq: bool) -> torch.Tensor:
-    more = {"decoder_input_ids": ids[:, :8]} if seq2seq else {}
-    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **more)
+    extra = {"decoder_input_ids": ids[:, :8]} if seq2seq else {}
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra)
     if hasattr(output, "start_logits"):
         return torch.cat([output.start_logits, output.end_logits], -1)[0]
     return output.logits[0]
@@ -117,7 +118,9 @@ def _continue(model: Any, ids: torch.Tensor, tokenizer: Any) -> tuple[torch.Tens
         )
         row = output.logits[0, -1]
     text = tokenizer.decode(tokens, skip_special_tokens=True)
-    return of_prompt, Answer(tokens, logprobs, margins, text)
+    ends = (tokenizer.decode(tokens[: index + 1]) for index in range(len(tokens)))
+    partial = [index for index, end in enumerate(ends) if end.endswith("\ufffd")]
+    return of_prompt, Answer(tokens, logprobs, margins, text, partial)
 
 
 def largest_difference(one: PromptOutputs, other: PromptOutputs) -> float:
@@ -126,18 +129,18 @@ def largest_difference(one: PromptOutputs, other: PromptOutputs) -> float:
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
-def scale(spoken: PromptOutputs) -> float:
+def scale(outputs: PromptOutputs) -> float:
     """Return the largest absolute logit."""
-    return max(float(found.abs().max()) for found in spoken.logits)
+    return max(float(logits.abs().max()) for logits in outputs.logits)
 
 
 def divergence(one: PromptOutputs, other: PromptOutputs) -> float:
     """Return the mean KL divergence of `other` from `one` over the prompts' tokens, in nats."""
-    found = [
+    divergences = [
         (a.log_softmax(-1).exp() * (a.log_softmax(-1) - b.log_softmax(-1))).sum(-1).flatten()
         for a, b in zip(one.logits, other.logits, strict=True)
     ]
-    return float(torch.cat(found).mean())
+    return float(torch.cat(divergences).mean())
 
 
 FILE = "served.json"
@@ -162,15 +165,15 @@ def record(
     place: str,
     rank: int | None,
     prompts: Sequence[Prompt],
-    spoken: Mapping[str, PromptOutputs | None],
+    outputs_of: Mapping[str, PromptOutputs | None],
 ) -> AdapterRecord:
-    """Return the prompts with the answers in `spoken`, keyed by `trained` and maybe `base`."""
-    asked = []
+    """Return the prompts with the answers in `outputs_of`, keyed by `trained` and maybe `base`."""
+    rows = []
     for index, prompt in enumerate(prompts):
         answers = {
-            who: said.answers[index].to_dict()
-            for who, said in spoken.items()
-            if said is not None and said.answers
+            who: outputs.answers[index].to_dict()
+            for who, outputs in outputs_of.items()
+            if outputs is not None and outputs.answers
         }
         if answers:
             row = {
@@ -179,8 +182,8 @@ def record(
                 "messages": prompt.messages,
                 "rendered": prompt.rendered,
             }
-            asked.append(row | answers)
-    return AdapterRecord(name, place, rank, asked)
+            rows.append(row | answers)
+    return AdapterRecord(name, place, rank, rows)
 
 
 def write_served(path: Path, facts: Mapping[str, Any], adapters: Sequence[AdapterRecord]) -> None:
@@ -241,27 +244,25 @@ def record_whole(
     path: Path,
     out: Path,
     facts: Mapping[str, Any],
-    found: ModelRef,
+    ref: ModelRef,
     source: ModelSource,
     device: str,
 ) -> None:
     """Write served.json at `path` with the answers of the exported model at `source`, in float32.
 
-    The base's answers are added if `found` is an adapter.
+    The base's answers are added if `ref` is an adapter.
     """
     name = out.stem
-    card = replace(found.card, quantization={"kind": "none"}, dtype="float32")
-    whole = ServedModel(name, replace(found, source=source, directory=None, card=card))
-    prompts = whole.prompts()
-    trained = run_prompts(load_ref(whole.found, device).model, whole, prompts)
+    card = replace(ref.card, quantization={"kind": "none"}, dtype="float32")
+    served = ServedModel(name, replace(ref, source=source, directory=None, card=card))
+    prompts = served.prompts()
+    trained = run_prompts(served.ref.load(device).model, served, prompts)
     base = None
-    if found.directory is not None and whole.answers:
-        entry = ServedModel(name, found)
-        base = run_prompts(
-            load_ref(entry.in_float32(with_adapter=False), device).model, entry, prompts
-        )
+    if ref.directory is not None and served.answers:
+        entry = ServedModel(name, ref)
+        base = run_prompts(entry.in_float32(with_adapter=False).load(device).model, entry, prompts)
     gc.collect()
-    recorded = record(
+    record_ = record(
         name,
         out.name if out.suffix else ".",
         None,
@@ -270,7 +271,7 @@ def record_whole(
     )
     start = start_of(facts["server"], out)
     head = {"model": facts["model"], "server": facts["server"], "base": None, "start": start}
-    write_served(path, {**head, **facts}, [recorded])
+    write_served(path, {**head, **facts}, [record_])
 
 
 class ServedWhole:

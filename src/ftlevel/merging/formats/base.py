@@ -50,7 +50,7 @@ class ServerSupport(Protocol):
         path: Path,
         out: Path,
         facts: Mapping[str, Any],
-        found: ModelRef,
+        ref: ModelRef,
         source: ModelSource,
         device: str,
     ) -> None:
@@ -69,8 +69,8 @@ class ServerSupport(Protocol):
 def server_support() -> ServerSupport:
     """Return the support for `--for`; raise ConfigError if no extension has it."""
     for build in hooks("serve_whole"):
-        found: ServerSupport = build()
-        return found
+        support: ServerSupport = build()
+        return support
     raise ConfigError("--for names a server, and no extension for servers is installed. Drop it.")
 
 
@@ -99,9 +99,9 @@ class Export(Protocol):
         """Return the summary of the planned export."""
 
     def write(
-        self, place: Path, device: str, listener: Listener, merge: MergeAdapter
+        self, output: Path, device: str, listener: Listener, merge: MergeAdapter
     ) -> dict[str, Any]:
-        """Write the files of `ExportConfig.outputs` into `place`; return the summary.
+        """Write the files of `ExportConfig.outputs` into `output`; return the summary.
 
         Raises RunError if the files differ from the model.
         """
@@ -110,11 +110,11 @@ class Export(Protocol):
         """Return the lines of the result."""
 
 
-def plan_export(config: ExportConfig, found: ModelRef | Mapping[str, ModelRef]) -> Export:
+def plan_export(config: ExportConfig, ref: ModelRef | Mapping[str, ModelRef]) -> Export:
     """Plan the export; raise InputError if the format of `config` cannot represent the model.
 
-    `found` is a run, adapter or model, or adapters by name for a format with `several`.
+    `ref` is a run, adapter or model, or adapters by name for a format with `several`.
     """
     module = importlib.import_module(FORMATS[config.format].module)
-    planned: Export = module.plan_export(config, found)
-    return planned
+    plan: Export = module.plan_export(config, ref)
+    return plan

@@ -133,7 +133,7 @@ def check_file(
     """
     source = ModelSource(str(path), "gguf", str(path.parent), path.name, local_files_only=True)
     texts = check_tokens(load_tokenizer(source), original.tokenizer, vocabulary)
-    config, own_settings = readable_config(load_config(source), original.config)
+    config, copied_settings = readable_config(load_config(source), original.config)
     probe = _probe(original)
     reference, expected = _ask_original(probe, outtype, tensors, original)
     # The file stores vectors in a wider dtype than matrices, unless the model itself is narrow.
@@ -145,8 +145,8 @@ def check_file(
             f"the file lacks {missing[0]} and {len(missing) - 1} more. Nothing is saved."
         )
     with in_float32(model):
-        found = probe.score(model, "float32")
-    file = compare_rows(expected, found)
+        outputs = probe.score(model, "float32")
+    file = compare_rows(expected, outputs)
     if not file.max_difference <= BOUND * file.scale:
         raise RunError(
             f"the file is not the model: read back by transformers, its logits differ by up to "
@@ -155,7 +155,7 @@ def check_file(
         )
     splitting = vocabulary.pre in READ_BY_TRANSFORMERS
     run = beside_run(model) if beside_run else None
-    return FileCheck(file, compare_rows(reference, found), run, own_settings, texts, splitting)
+    return FileCheck(file, compare_rows(reference, outputs), run, copied_settings, texts, splitting)
 
 
 def _probe(original: Original) -> ComparisonProbe:
@@ -193,22 +193,22 @@ def _ask_original(
     return reference, expected
 
 
-def readable_config(found: Any, own: Any) -> tuple[Any, list[str]]:
-    """Return the config for reading the file, and the settings copied from `own`.
+def readable_config(config: Any, original: Any) -> tuple[Any, list[str]]:
+    """Return the config for reading the file, and the settings copied from `original`.
 
     transformers' .gguf reader skips some that llama.cpp reads, such as RoPE scaling and Qwen3's
     head width.
     """
-    have, want = found.to_dict(), own.to_dict()
+    have, expected = config.to_dict(), original.to_dict()
     differing = {
         key: value
-        for key, value in want.items()
+        for key, value in expected.items()
         if key in have and key not in _INERT and not _same(have[key], value)
     }
     if not differing:
-        return found, []
+        return config, []
     values = {key: value for key, value in have.items() if key not in ("model_type",)}
-    return type(found)(**{**values, **differing}), sorted(differing)
+    return type(config)(**{**values, **differing}), sorted(differing)
 
 
 def _same(first: Any, second: Any) -> bool:
@@ -220,56 +220,54 @@ def _same(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-def check_tokens(found: Any, own: Any, vocabulary: Vocabulary) -> int:
+def check_tokens(tokenizer: Any, original: Any, vocabulary: Vocabulary) -> int:
     """Compare both tokenizers on `PROBES` and special tokens; return the number of texts.
 
-    If transformers cannot read the file's pre-tokenizer, `found` gets that of `own` (mutated).
-    Raises RunError if a text has different tokens.
+    If transformers cannot read the file's pre-tokenizer, `tokenizer` gets the original one
+    (mutated). Raises RunError if a text has different tokens.
     """
-    backend, reference = found.backend_tokenizer, own.backend_tokenizer
+    backend, reference = tokenizer.backend_tokenizer, original.backend_tokenizer
     if vocabulary.pre not in READ_BY_TRANSFORMERS:
         backend.pre_tokenizer = reference.pre_tokenizer
     if reference.normalizer is not None or backend.normalizer is not None:
         backend.normalizer = reference.normalizer
-    special = [token.content for token in own.added_tokens_decoder.values()]
+    special = [token.content for token in original.added_tokens_decoder.values()]
     texts = [*PROBES, *(f"a{token}b{token}" for token in special)]
     for text in texts:
-        wanted, got = own(text)["input_ids"], found(text)["input_ids"]
-        if wanted != got:
+        expected, actual = original(text)["input_ids"], tokenizer(text)["input_ids"]
+        if expected != actual:
             raise RunError(
-                f"the file's tokenizer is not the model's: {text!r} gives {got}, and should give "
-                f"{wanted}. Nothing was saved. Please report this with the command."
+                f"the file's tokenizer is not the model's: {text!r} gives {actual}, and should "
+                f"give {expected}. Nothing was saved. Please report this with the command."
             )
     return len(texts)
 
 
-def plan_export(config: ExportConfig, found: ModelRef) -> Export:
+def plan_export(config: ExportConfig, ref: ModelRef) -> Export:
     """Plan the export; raise InputError if the model cannot be written as GGUF."""
-    source = found.source
-    if source.kind == "gguf" and found.directory is None:
+    source = ref.source
+    if source.kind == "gguf" and ref.directory is None:
         raise InputError(
             f"{config.model} is a .gguf file already. llama.cpp's llama-quantize changes its type."
         )
-    if (form := TASKS[found.card.task].embedding_format(found.card.options)) is not None:
-        return gguf_embedding.plan_export(config, found, form)
-    if not TASKS[found.card.task].generates_text:
+    if (form := TASKS[ref.task].embedding_format(ref.card.options)) is not None:
+        return gguf_embedding.plan_export(config, ref, form)
+    if not TASKS[ref.task].generates_text:
         raise InputError(
-            f"{config.model} was trained for {found.card.task}, and a .gguf file is for programs "
+            f"{config.model} was trained for {ref.task}, and a .gguf file is for programs "
             "that write text. Keep it with transformers."
         )
     model_config = load_config(source)
-    _check_model(config.model, model_config, has_adapter=found.directory is not None)
-    own = found.directory is not None and (found.directory / "tokenizer_config.json").is_file()
-    tokens = ModelSource(str(found.directory), "directory", str(found.directory)) if own else source
-    tokenizer = load_tokenizer(tokens)
+    _check_model(config.model, model_config, has_adapter=ref.directory is not None)
+    tokenizer = ref.load_tokenizer()
     try:
         # Merging may add tokens of the adapter's tokenizer; `write` reads the final size.
-        size = max(model_config.vocab_size, len(tokenizer) if found.directory else 0)
+        size = max(model_config.vocab_size, len(tokenizer) if ref.directory else 0)
         vocabulary = read_vocabulary(tokenizer, size)
     except InputError as error:
         raise InputError(f"{config.model} cannot be written as GGUF: {error}") from None
-    prompting = find_prompting(tokenizer, found.card, vocabulary)
-    return GgufExport(config, found, model_config, tokenizer, vocabulary, prompting)
+    prompting = find_prompting(tokenizer, ref.card, vocabulary)
+    return GgufExport(config, ref, model_config, tokenizer, vocabulary, prompting)
 
 
 @dataclass(frozen=True)
@@ -277,7 +275,7 @@ class GgufExport:
     """Planned .gguf export, before any weights are read."""
 
     config: ExportConfig
-    found: ModelRef
+    ref: ModelRef
     model_config: Any
     tokenizer: Any
     vocabulary: Vocabulary
@@ -290,20 +288,20 @@ class GgufExport:
 
     def choices(self, device: Choice) -> Iterator[Choice]:
         """Yield the lines for the console."""
-        config, found = self.config, self.found
+        config, ref = self.config, self.ref
         architecture = FAMILIES[self.model_config.model_type].architecture
-        merges = found.directory is not None
+        merges = ref.directory is not None
         yield Choice(
-            "model", config.model, f"{found.card.method}, merged first" if merges else "as it is"
+            "model", config.model, f"{ref.card.method}, merged first" if merges else "as it is"
         )
         yield Choice(
             "architecture", architecture, f"{self.model_config.model_type} in transformers"
         )
-        own = "the model's own" if config.outtype == "auto" else ""
-        yield Choice("outtype", config.outtype, own)
+        reason = "the model's own" if config.outtype == "auto" else ""
+        yield Choice("outtype", config.outtype, reason)
         positions, window = context_limit(self.model_config)
-        why = f"its sliding window; llama.cpp has none for {architecture}" if window else ""
-        yield Choice("context", f"{positions:,} tokens", why)
+        limit = f"its sliding window; llama.cpp has none for {architecture}" if window else ""
+        yield Choice("context", f"{positions:,} tokens", limit)
         yield Choice("tokenizer", self.vocabulary.model, f"splits text like {self.vocabulary.pre}")
         yield Choice("template", self.prompting.kind, self.prompting.reason)
         yield Choice("out", config.out)
@@ -314,22 +312,22 @@ class GgufExport:
         """Return the summary of the planned export; sizes are computed from the base's shapes."""
         outtype: str = self.config.outtype
         tensors: list[GGUFTensor] = []
-        if self.found.source.kind != "gguf":  # a .gguf base has no shapes before it is loaded
-            checkpoint = _open(self.found.source, self.model_config)
+        if self.ref.source.kind != "gguf":  # a .gguf base has no shapes before it is loaded
+            checkpoint = _open(self.ref.source, self.model_config)
             outtype = own_outtype(checkpoint) if outtype == "auto" else outtype
             tensors = plan_tensors(checkpoint, self.model_config, outtype)
         return self._summary(outtype, tensors)
 
     def write(
-        self, place: Path, device: str, listener: Listener, merge: MergeAdapter
+        self, output: Path, device: str, listener: Listener, merge: MergeAdapter
     ) -> dict[str, Any]:
-        """Write both files into `place` and compare; return the summary."""
-        config, source, model_config = self.config, self.found.source, self.model_config
-        vocabulary, directory = self.vocabulary, place / "merged"
-        if self.found.directory is not None:
+        """Write both files into `output` and compare; return the summary."""
+        config, source, model_config = self.config, self.ref.source, self.model_config
+        vocabulary, directory = self.vocabulary, output / "merged"
+        if self.ref.directory is not None:
             listener.stage("merging the adapter")
         merged = merge(directory)
-        if self.found.directory is not None:
+        if self.ref.directory is not None:
             source = ModelSource(str(directory), "directory", str(directory), local_files_only=True)
             model_config = load_config(source)
             vocabulary = read_vocabulary(self.tokenizer, model_config.vocab_size)
@@ -338,21 +336,21 @@ class GgufExport:
         tensors = plan_tensors(checkpoint, model_config, outtype, merged.choose)
         listener.stage(f"writing {len(tensors):,} tensors")
         listener.begin(len(tensors))
-        path = place / config.out.name
+        path = output / config.out.name
         metadata = _metadata(config.out.stem, model_config, vocabulary, outtype)
         write_gguf(path, metadata, tensors, listener.step)
-        checked = None
+        check = None
         if config.verify:
             listener.stage("reloading the file and comparing")
             tokens = config.verify_tokens
             original = Original(source, model_config, self.tokenizer, device, tokens)
-            checked = check_file(path, outtype, tensors, vocabulary, original, merged.beside_run)
+            check = check_file(path, outtype, tensors, vocabulary, original, merged.beside_run)
         text = modelfile(config.out.name, self.prompting)
-        (place / config.outputs[1].name).write_text(text, encoding="utf-8")
+        (output / config.outputs[1].name).write_text(text, encoding="utf-8")
         if config.recorded:
             listener.stage("recording reference outputs")
             # Quantized files are recorded from the file itself; `check_file` measured its distance.
-            own = _as_source(path) if outtype in CHOSEN else source
+            recorded_source = _as_source(path) if outtype in CHOSEN else source
             facts = {
                 "model": config.model,
                 "server": config.server,
@@ -360,22 +358,27 @@ class GgufExport:
                 "dtype": outtype,
             }
             server_support().record(
-                place / config.outputs[2].name, config.out, facts, self.found, own, device
+                output / config.outputs[2].name,
+                config.out,
+                facts,
+                self.ref,
+                recorded_source,
+                device,
             )
         return self._summary(outtype, tensors) | {
             "size_bytes": path.stat().st_size,
             "merged": {key: merged.summary[key] for key in ("onto", "verified", "agreement")}
             if merged.summary
             else None,
-            "verified": checked is not None,
-            "check": checked and _facts(checked),
+            "verified": check is not None,
+            "check": check and _facts(check),
         }
 
     def _summary(self, outtype: str, tensors: list[GGUFTensor]) -> dict[str, Any]:
         config, vocabulary = self.config, self.vocabulary
         return {
             "model": config.model,
-            "method": self.found.card.method,
+            "method": self.ref.card.method,
             "format": config.format,
             "architecture": FAMILIES[self.model_config.model_type].architecture,
             "outtype": outtype,
@@ -458,14 +461,14 @@ def _metadata(stem: str, model_config: Any, vocabulary: Vocabulary, outtype: str
     return general | file_keys(outtype) | build_metadata(model_config) | vocabulary.metadata()
 
 
-def _facts(checked: FileCheck) -> dict[str, Any]:
+def _facts(check: FileCheck) -> dict[str, Any]:
     return {
-        "beside_rounded": asdict(checked.file),
-        "beside_model": asdict(checked.model),
-        "beside_run": checked.run and asdict(checked.run),
-        "settings_of_the_model": checked.own_settings,
-        "texts": checked.texts,
-        "splitting_read": checked.splitting,
+        "beside_rounded": asdict(check.file),
+        "beside_model": asdict(check.model),
+        "beside_run": check.run and asdict(check.run),
+        "settings_of_the_model": check.own_settings,
+        "texts": check.texts,
+        "splitting_read": check.splitting,
     }
 
 
@@ -484,12 +487,12 @@ def _check_lines(check: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterat
             f"compared with the run, on rows that no code was chosen on: {describe_difference(run)}"
         )
     if check["settings_of_the_model"]:
-        own_settings = ", ".join(check["settings_of_the_model"])
-        yield f"transformers does not read {own_settings} from a .gguf; the model's own was used"
-    how = (
+        names = ", ".join(check["settings_of_the_model"])
+        yield f"transformers does not read {names} from a .gguf; the model's own was used"
+    splitting = (
         ""
         if check["splitting_read"]
         else f" (how it splits text is named, {summary['tokenizer']['pre']}; transformers does not "
         "read that)"
     )
-    yield f"the same tokens for {check['texts']} texts{how}"
+    yield f"the same tokens for {check['texts']} texts{splitting}"

@@ -26,11 +26,10 @@ from ftlevel.errors import InputError, RunError
 from ftlevel.events import Listener
 from ftlevel.merging.formats.base import MergeAdapter, start_commands
 from ftlevel.merging.formats.embedding import check_server, embed, write_vectors
-from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import build_task_model, load_config, load_model, rename_prefix
 from ftlevel.models.sources import ModelSource
 from ftlevel.tasks import TASKS
-from ftlevel.trained.model_ref import ModelRef, load_own_tokenizer
+from ftlevel.trained.model_ref import ModelRef
 from ftlevel.weights.checkpoint import open_checkpoint
 from ftlevel.weights.gguf.families import FAMILIES, build_metadata, find_problems
 from ftlevel.weights.gguf.file import (
@@ -48,26 +47,22 @@ POOLING_TYPES = {"mean": 1, "cls": 2, "last": 3}
 _CLASS = "AutoModel"
 
 
-def plan_export(
-    config: ExportConfig, found: ModelRef, form: EmbeddingFormat
-) -> GgufEmbeddingExport:
+def plan_export(config: ExportConfig, ref: ModelRef, form: EmbeddingFormat) -> GgufEmbeddingExport:
     """Plan the export; raise InputError if llama.cpp would compute other embeddings."""
     notes = check_server(config, form, SERVERS[config.server or "llama.cpp"])
-    model_config = load_config(found.source)
+    model_config = load_config(ref.source)
     if problems := find_problems(model_config):
         raise InputError([f"{config.model} cannot be written as GGUF: {one}" for one in problems])
-    tokenizer = load_own_tokenizer(found.source, found.directory)
-    TASKS[found.card.task].configured(found.card.options).prepare_tokenizer(
-        tokenizer, model_kind(model_config)
-    )
+    tokenizer = ref.load_tokenizer()
+    ref.configured_task.prepare_tokenizer(tokenizer, ref.model_kind)
     end = tokenizer("a")["input_ids"][-1] if form.pooling == "last" else None
     try:
-        size = max(model_config.vocab_size, len(tokenizer) if found.directory else 0)
+        size = max(model_config.vocab_size, len(tokenizer) if ref.directory else 0)
         vocabulary = read_vocabulary(tokenizer, size, end)
     except InputError as error:
         raise InputError(f"{config.model} cannot be written as GGUF: {error}") from None
     notes += vocabulary.notes
-    return GgufEmbeddingExport(config, found, form, model_config, tokenizer, vocabulary, end, notes)
+    return GgufEmbeddingExport(config, ref, form, model_config, tokenizer, vocabulary, end, notes)
 
 
 @dataclass(frozen=True)
@@ -75,7 +70,7 @@ class GgufEmbeddingExport:
     """Planned .gguf export of an embedding model; `end` is the token it appends to texts."""
 
     config: ExportConfig
-    found: ModelRef
+    ref: ModelRef
     form: EmbeddingFormat
     model_config: Any
     tokenizer: Any
@@ -86,8 +81,8 @@ class GgufEmbeddingExport:
     def choices(self, device: Choice) -> Iterator[Choice]:
         """Yield the lines for the console."""
         config, form = self.config, self.form
-        merges = self.found.directory is not None
-        method = self.found.card.method
+        merges = self.ref.directory is not None
+        method = self.ref.card.method
         yield Choice("model", config.model, f"{method}, merged first" if merges else "as it is")
         architecture = FAMILIES[self.model_config.model_type].architecture
         yield Choice("architecture", architecture, "an embedding model")
@@ -100,7 +95,7 @@ class GgufEmbeddingExport:
 
     def dry_run(self) -> dict[str, Any]:
         """Return the summary of the planned export."""
-        checkpoint, unused = self._open(self.found.source, self.model_config)
+        checkpoint, unused = self._open(self.ref.source, self.model_config)
         outtype = own_outtype(checkpoint) if self.config.outtype == "auto" else self.config.outtype
         tensors = plan_tensors(checkpoint, self.model_config, outtype, unused=unused)
         return self._summary(outtype, tensors)
@@ -109,12 +104,12 @@ class GgufEmbeddingExport:
         self, place: Path, device: str, listener: Listener, merge: MergeAdapter
     ) -> dict[str, Any]:
         """Write the file and its Modelfile into `place`, and compare; return the summary."""
-        config, source, model_config = self.config, self.found.source, self.model_config
+        config, source, model_config = self.config, self.ref.source, self.model_config
         vocabulary, directory = self.vocabulary, place / "merged"
-        if self.found.directory is not None:
+        if self.ref.directory is not None:
             listener.stage("merge the adapter")
         merged = merge(directory)
-        if self.found.directory is not None:
+        if self.ref.directory is not None:
             source = ModelSource(str(directory), "directory", str(directory), local_files_only=True)
             model_config = load_config(source)
             vocabulary = read_vocabulary(self.tokenizer, model_config.vocab_size, self.end)
@@ -154,7 +149,7 @@ class GgufEmbeddingExport:
     def _open(self, source: ModelSource, model_config: Any) -> tuple[Any, list[str]]:
         """Return the checkpoint, and the modules that embeddings do not depend on."""
         model = build_task_model(model_config, _CLASS)
-        unused = TASKS[self.found.card.task].find_unused(model)
+        unused = TASKS[self.ref.task].find_unused(model)
         return open_checkpoint(source, model, rename_prefix(model_config, _CLASS)), unused
 
     def _metadata(self, model_config: Any, vocabulary: Vocabulary, outtype: str) -> dict[str, Any]:
@@ -173,7 +168,7 @@ class GgufEmbeddingExport:
         config = self.config
         return {
             "model": config.model,
-            "method": self.found.card.method,
+            "method": self.ref.card.method,
             "format": config.format,
             "architecture": FAMILIES[self.model_config.model_type].architecture,
             "outtype": outtype,

@@ -21,26 +21,25 @@ from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import load_config
 from ftlevel.models.sources import ModelSource
 from ftlevel.tasks import TASKS
-from ftlevel.trained.load import load_ref
 from ftlevel.trained.model_ref import ModelRef
 
 
-def plan_export(config: ExportConfig, found: ModelRef) -> MergedExport:
+def plan_export(config: ExportConfig, ref: ModelRef) -> MergedExport:
     """Plan the export; raise InputError without an adapter or for a model that is not served."""
-    if found.directory is None:
+    if ref.directory is None:
         raise InputError(
             f"{config.model} is a whole model already, and is served as it is. Drop the export."
         )
-    notes = [] if config.server is None else _check(config, found, SERVERS[config.server])
-    return MergedExport(config, found, tuple(notes))
+    notes = [] if config.server is None else _check(config, ref, SERVERS[config.server])
+    return MergedExport(config, ref, tuple(notes))
 
 
-def _check(config: ExportConfig, found: ModelRef, server: Server) -> list[str]:
+def _check(config: ExportConfig, ref: ModelRef, server: Server) -> list[str]:
     """Return notes; raise InputError if `server` does not serve the merged model."""
-    task = TASKS[found.card.task]
-    if (form := task.embedding_format(found.card.options)) is not None:
+    task = TASKS[ref.task]
+    if (form := task.embedding_format(ref.card.options)) is not None:
         return check_server(config, form, server)
-    kind = model_kind(load_config(found.source))
+    kind = model_kind(load_config(ref.source))
     if (kind if task.generates_text else task.served_as) not in server.merged:
         raise InputError(
             f"{config.model} was trained for {task.name} on {with_article(kind)}, and "
@@ -66,18 +65,17 @@ class MergedExport:
     """Planned export of a merged model, before any weights are read."""
 
     config: ExportConfig
-    found: ModelRef
+    ref: ModelRef
     notes: tuple[str, ...] = ()
 
     @property
     def _form(self) -> EmbeddingFormat | None:
-        card = self.found.card
-        return TASKS[card.task].embedding_format(card.options)
+        return TASKS[self.ref.task].embedding_format(self.ref.card.options)
 
     def choices(self, device: Choice) -> Iterator[Choice]:
         """Yield the lines for the console."""
-        yield Choice("adapter", self.config.model, f"{self.found.card.method}, merged")
-        yield Choice("base", self.found.source.name)
+        yield Choice("adapter", self.config.model, f"{self.ref.card.method}, merged")
+        yield Choice("base", self.ref.base)
         yield Choice("out", self.config.out)
         yield device
 
@@ -86,19 +84,19 @@ class MergedExport:
         return self._summary(None)
 
     def write(
-        self, place: Path, device: str, listener: Listener, merge: MergeAdapter
+        self, output: Path, device: str, listener: Listener, merge: MergeAdapter
     ) -> dict[str, Any]:
-        """Write the merged model into `place`; return the summary."""
+        """Write the merged model into `output`; return the summary."""
         listener.stage("merging the adapter")
-        inside = place / "merged"
-        merged = merge(inside).summary
-        for path in sorted(inside.iterdir()):
-            path.rename(place / path.name)
-        inside.rmdir()
+        directory = output / "merged"
+        merged = merge(directory).summary
+        for path in sorted(directory.iterdir()):
+            path.rename(output / path.name)
+        directory.rmdir()
         summary = self._summary(merged)
-        if self.config.server and self.config.verify and TASKS[self.found.card.task].generates_text:
+        if self.config.server and self.config.verify and TASKS[self.ref.task].generates_text:
             listener.stage("recording reference outputs")
-            source = ModelSource(str(place), "directory", str(place), local_files_only=True)
+            source = ModelSource(str(output), "directory", str(output), local_files_only=True)
             facts = {
                 "model": self.config.model,
                 "server": self.config.server,
@@ -106,15 +104,15 @@ class MergedExport:
                 "dtype": merged["written"]["dtype"],
             }
             server_support().record(
-                place / "served.json", self.config.out, facts, self.found, source, device
+                output / "served.json", self.config.out, facts, self.ref, source, device
             )
             summary["recorded"] = True
         if self.config.server and self.config.verify and self._form is not None:
             listener.stage("record its embeddings")
-            self._record(place, device)
+            self._record(output, device)
             summary["recorded"] = True
         if self.config.server:
-            card = place / "README.md"
+            card = output / "README.md"
             text = (
                 card.read_text(encoding="utf-8")
                 + "\n"
@@ -123,22 +121,20 @@ class MergedExport:
             card.write_text(text, encoding="utf-8")
         return summary
 
-    def _record(self, place: Path, device: str) -> None:
-        """Write the embeddings of the merged model at `place`, computed in float32."""
-        card = replace(
-            self.found.card, method="full", quantization={"kind": "none"}, dtype="float32"
-        )
-        source = ModelSource(str(place), "directory", str(place), local_files_only=True)
-        whole = load_ref(replace(self.found, source=source, directory=None, card=card), device)
+    def _record(self, output: Path, device: str) -> None:
+        """Write the embeddings of the merged model at `output`, computed in float32."""
+        source = ModelSource(str(output), "directory", str(output), local_files_only=True)
+        ref = self.ref.with_card(method="full", quantization={"kind": "none"}, dtype="float32")
+        merged = replace(ref, source=source, directory=None).load(device)
         form = self._form or EmbeddingFormat()
-        end = card.options["embedding"]["end"]
-        vectors = embed(whole.model, form, whole.tokenizer, end, device)
-        write_vectors(place / "served.json", self.config, vectors, self.found.card.dtype)
+        end = ref.card.options["embedding"]["end"]
+        vectors = embed(merged.model, form, merged.tokenizer, end, device)
+        write_vectors(output / "served.json", self.config, vectors, self.ref.card.dtype)
 
     def _summary(self, merged: Mapping[str, Any] | None) -> dict[str, Any]:
         return {
             "model": self.config.model,
-            "method": self.found.card.method,
+            "method": self.ref.card.method,
             "format": self.config.format,
             "server": self.config.server,
             "merged": merged and {key: merged[key] for key in ("onto", "verified", "agreement")},
@@ -155,8 +151,8 @@ class MergedExport:
         if summary.get("dry_run"):
             yield "dry run: everything was checked, nothing was written."
         else:
-            how = "checked as ftlevel merge does" if summary["verified"] else "not checked"
-            yield f"merged onto the {summary['merged']['onto']} weights, {how}"
+            check = "checked as ftlevel merge does" if summary["verified"] else "not checked"
+            yield f"merged onto the {summary['merged']['onto']} weights, {check}"
             yield f"saved {summary['out']}  ({summary['seconds']:.1f} s)"
         if summary["start"]:
             yield "serve it:"

@@ -20,26 +20,26 @@ _ROLES = ("system", "user", "assistant")
 
 
 def chat_template(
-    around: Mapping[str, tuple[str, str]], opening: str, generation: str, start: str = ""
+    turns: Mapping[str, tuple[str, str]], opening: str, generation: str, start: str = ""
 ) -> str:
     """Return a Go template for turns that are wrapped in fixed texts.
 
-    `around` maps roles to the texts before and after their content; `opening` precedes a first turn
+    `turns` maps roles to the texts before and after their content; `opening` precedes a first turn
     that is not the system's; `generation` follows the last turn. `start` is text that the tokenizer
     prepends (BOS), which the first turn must omit.
     """
     cases = []
     for role in _ROLES:
-        if role not in around:
+        if role not in turns:
             continue
-        before, after = around[role]
+        before, after = turns[role]
         head = _but_first(before, start) if not opening or role == "system" else literal(before)
         tail = literal(after)
         if role == "assistant":  # a last answer is continued
             tail = f"{{{{ if not $last }}}}{tail}{{{{ end }}}}"
         cases.append(f'if eq $turn.Role "{role}" }}}}{head}{{{{ $turn.Content }}}}{tail}')
     opening = literal(opening.removeprefix(start))
-    if "system" in around and opening:
+    if "system" in turns and opening:
         opening = f'{{{{ if ne $turn.Role "system" }}}}{opening}{{{{ end }}}}'
     first = f"{{{{ if eq $index 0 }}}}{opening}{{{{ end }}}}" if opening else ""
     return (
@@ -58,8 +58,8 @@ def _but_first(text: str, start: str) -> str:
     """Return the literal `text`, without `start` in the first turn."""
     if not start or not text.startswith(start):
         return literal(text)
-    rest = literal(text.removeprefix(start))
-    return f"{{{{ if gt $index 0 }}}}{literal(start)}{{{{ end }}}}{rest}"
+    remainder = literal(text.removeprefix(start))
+    return f"{{{{ if gt $index 0 }}}}{literal(start)}{{{{ end }}}}{remainder}"
 
 
 def literal(text: str) -> str:

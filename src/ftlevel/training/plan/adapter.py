@@ -11,14 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
+from ftlevel.artifacts.cards import CARD
 from ftlevel.artifacts.files import file_fingerprint
 from ftlevel.artifacts.run_directory import CONFIG, find_run
 from ftlevel.config import (
     SPECS,
     Layer,
     MethodConfig,
-    ModelConfig,
     TrainConfig,
     build_config,
     read_recipe,
@@ -28,20 +27,18 @@ from ftlevel.config.rl import RL_TASK
 from ftlevel.errors import ConfigError, join_names
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import choose_device
-from ftlevel.models.loading import build_task_model, load_config
-from ftlevel.models.quantization import stored_quantization
-from ftlevel.models.sources import ModelSource, resolve_source
+from ftlevel.models.loading import build_task_model
+from ftlevel.models.sources import resolve_source
 from ftlevel.tasks import TASKS
 from ftlevel.trained.adapt import apply_method, compact_targets, describe_state
 from ftlevel.trained.adapter_formats import find_reader
-from ftlevel.trained.model_ref import (
+from ftlevel.trained.resolve import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    adapter_task,
-    find_base,
     find_directory,
     is_model,
     read_plain_adapter,
+    resolve_model,
 )
 from ftlevel.training.plan.run import Run, StartingAdapter
 from ftlevel.weights.tensor_files import read_header
@@ -61,9 +58,8 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
     """
     if config.model.adapter is None:
         return config, None, []
-    name = config.model.adapter
+    name, model = config.model.adapter, config.model
     directory = find_directory(name)
-    card = read_card(directory) if (directory / CARD).is_file() else None
     if is_model(name):
         if "name_or_path" in config.model.model_fields_set:
             raise ConfigError(
@@ -75,33 +71,45 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
         note = f"--adapter {name} is a whole model: it is trained on as --model is"
         return build_config([Layer(values)]), None, [note]
     _check_kind(name, directory, config.output.dir)
-    base = _base_of(config.model, card, directory)
-    source, settings = read_plain_adapter(directory, base_source=base)
+    values = config.model_dump(exclude_unset=True)
+    is_named = "name_or_path" in model.model_fields_set
+    ref = resolve_model(
+        name,
+        None if (directory / CARD).is_file() else values.get("task"),
+        resolve_source(model.name_or_path, model.revision) if is_named else None,
+        device=choose_device(model.device).value,
+        said=f"--adapter {name}",
+        trust_remote_code=model.trust_remote_code,
+    )
+    card = ref.card if ref.is_ours else None
     adapter = StartingAdapter(
-        name, directory, settings, card, file_fingerprint(directory / ADAPTER_WEIGHTS)
+        name,
+        directory,
+        read_plain_adapter(directory),
+        card,
+        file_fingerprint(directory / ADAPTER_WEIGHTS),
     )
     spec = _read_spec(adapter, config.method)
     _check_flags(config, adapter, spec)
-    values = config.model_dump(exclude_unset=True)
     values["method"] = spec.model_dump()
-    values["model"] = {**values.get("model", {}), "name_or_path": source.name}
-    if source.revision:
-        values["model"]["revision"] = source.revision
-    if card is not None:
-        values.setdefault("task", card.task)
-    elif settings.get("task_type") != "SEQ_2_SEQ_LM" or "task" in values:  # else by columns
-        task = values.get("task")
-        values["task"] = adapter_task(directory, settings, load_config(source), task)
-    if card is not None:
-        if card.labels:
-            values["data"] = {**values.get("data", {}), "labels": card.labels}
-        if stored_quantization(load_config(source)) is None:
-            values["quant"] = dict(card.quantization)
-            if card.quantization.get("kind") == "4bit":  # packed only if the card says so
-                values["quant"].setdefault("experts", False)
-        in_half = card.dtype == "float16" and choose_device(config.model.device).value == "cpu"
-        if config.model.dtype == "auto" and not in_half:
-            values["model"]["dtype"] = card.dtype
+    values["model"] = {**values.get("model", {}), "name_or_path": ref.base}
+    if ref.source.revision:
+        values["model"]["revision"] = ref.source.revision
+    if card is None:
+        # The columns decide between the tasks of an encoder-decoder.
+        if adapter.settings.get("task_type") != "SEQ_2_SEQ_LM" or "task" in values:
+            values["task"] = ref.task
+        return build_config([Layer(values)]), adapter, []
+    values.setdefault("task", ref.task)
+    if ref.labels:
+        values["data"] = {**values.get("data", {}), "labels": ref.labels}
+    if not ref.is_stored_quantized:
+        values["quant"] = dict(ref.quantization)
+        if ref.quantization.get("kind") == "4bit":  # packed only if the card says so
+            values["quant"].setdefault("experts", False)
+    in_half = card.dtype == "float16" and choose_device(model.device).value == "cpu"
+    if model.dtype == "auto" and not in_half:
+        values["model"]["dtype"] = card.dtype
     return build_config([Layer(values)]), adapter, []
 
 
@@ -127,17 +135,6 @@ def _check_kind(name: str, directory: Path, output_dir: Path | None) -> None:
             f"another "
             "directory; --resume continues in the same."
         )
-
-
-def _base_of(model: ModelConfig, card: AdapterCard | None, directory: Path) -> ModelSource | None:
-    """Return the base named by the user or the card; None defers to adapter_config.json."""
-    is_named = "name_or_path" in model.model_fields_set
-    if card is None:
-        if not is_named:
-            return None
-        return resolve_source(model.name_or_path, model.revision, model.trust_remote_code)
-    source = find_base(card, directory, model.name_or_path if is_named else None)
-    return replace(source, trust_remote_code=model.trust_remote_code)
 
 
 def _read_spec(adapter: StartingAdapter, requested: MethodConfig) -> MethodConfig:

@@ -23,12 +23,12 @@ from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.fit import prompt_length
 from ftlevel.errors import RunError
-from ftlevel.evaluation.scoring import batches
 from ftlevel.events import Listener
 from ftlevel.fast.plan import find_randomness
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.models.upstream.tensors import inner_tensors, own_tensors
+from ftlevel.trained.generation import batches
 from ftlevel.training.build_trainer import build_trainer
 from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import Run

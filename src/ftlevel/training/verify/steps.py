@@ -16,12 +16,12 @@ from torch.nn import functional
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.texts import distinct_texts
-from ftlevel.evaluation.scoring import batches
 from ftlevel.fast.head.likelihoods import base_model, plain_loss, sum_of_ratios, with_baseline
 from ftlevel.fast.layers.norm_glu import FusedGlu, FusedNorm
 from ftlevel.models.hardware import autocast
 from ftlevel.models.module_tree import find_stacks
 from ftlevel.task import LikelihoodObjective, StepObjective
+from ftlevel.trained.generation import batches
 from ftlevel.training.trainer import FtlevelTrainer
 
 

@@ -178,7 +178,7 @@ def plan_tensors(
         InputError: the architecture has no place for a tensor, or the checkpoint lacks one.
     """
     names = name_map(config)
-    planned, lost, missing = [], [], []
+    planned, unsupported, missing = [], [], []
     for source in dict.fromkeys(name for name, _ in checkpoint.model.named_parameters()):
         if source in checkpoint.ties or source.startswith(tuple(f"{name}." for name in unused)):
             continue
@@ -187,17 +187,17 @@ def plan_tensors(
             continue
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
         if name is None:
-            lost.append(source)
+            unsupported.append(source)
             continue
         tensor = _plan(checkpoint, config, source, name, outtype)
         tensor = replace(tensor, arrange=partial(convert, config, name, is_conv1d=False))
         if choose is not None and tensor.outtype == outtype:
             tensor = replace(tensor, codes=partial(choose, source))
         planned.append(tensor)
-    if lost:
+    if unsupported:
         raise InputError(
-            f"{join_names(lost, 3)}: llama.cpp's {FAMILIES[config.model_type].architecture} has no "
-            "place for it. The model would not be the same without it."
+            f"{join_names(unsupported, 3)}: llama.cpp's {FAMILIES[config.model_type].architecture}"
+            " has no place for it. The model would not be the same without it."
         )
     if missing:
         raise InputError(f"the checkpoint lacks {join_names(missing, 3)}. Is it whole?")
@@ -247,24 +247,29 @@ def write_gguf(
     tensors: Sequence[GGUFTensor],
     step: Callable[[int], None],
 ) -> None:
-    """Write the file; `step` is called with the number of tensors written.
+    """Write the file, or none; `step` is called with the number of tensors written.
 
     Raises:
         RunError: a value is too large for float16.
     """
     writer = GGUFWriter(path, metadata["general.architecture"])
-    for key, value in metadata.items():
-        if key != "general.architecture":
-            _add(writer, key, value)
-    for tensor in tensors:
-        _announce(writer, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for done, tensor in enumerate(tensors, 1):
-        writer.write_tensor_data(_pack(tensor))
-        step(done)
-    writer.close()
+    try:
+        for key, value in metadata.items():
+            if key != "general.architecture":
+                _add(writer, key, value)
+        for tensor in tensors:
+            _announce(writer, tensor)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for done, tensor in enumerate(tensors, 1):
+            writer.write_tensor_data(_pack(tensor))
+            step(done)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        writer.close()
 
 
 def file_keys(outtype: str) -> dict[str, Any]:
@@ -318,21 +323,21 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
 
 
 def _announce(writer: GGUFWriter, tensor: GGUFTensor) -> None:
-    kind = OUTTYPES[tensor.outtype][0]
+    type_ = OUTTYPES[tensor.outtype][0]
     if tensor.outtype in ("f32", "f16"):
         dtype = np.dtype(np.float32 if tensor.outtype == "f32" else np.float16)
         writer.add_tensor_info(tensor.name, tensor.shape, dtype, tensor.nbytes)
         return
-    per_block, size = GGML_QUANT_SIZES[kind]
+    per_block, size = GGML_QUANT_SIZES[type_]
     packed = (*tensor.shape[:-1], tensor.shape[-1] // per_block * size)
-    writer.add_tensor_info(tensor.name, packed, np.dtype(np.uint8), tensor.nbytes, raw_dtype=kind)
+    writer.add_tensor_info(tensor.name, packed, np.dtype(np.uint8), tensor.nbytes, raw_dtype=type_)
 
 
 def _pack(tensor: GGUFTensor) -> Any:
     """Return the bytes of a tensor as a numpy array, (rows, …)."""
     if tensor.codes is not None:
-        chosen = tensor.codes()
-        both = (tensor.arrange(part) for part in (chosen.codes, chosen.scales))
+        matrix = tensor.codes()
+        both = (tensor.arrange(part) for part in (matrix.codes, matrix.scales))
         return QuantizedMatrix(*both).pack(tensor.outtype)
     value = tensor.read().detach()
     if tensor.outtype == "f32":

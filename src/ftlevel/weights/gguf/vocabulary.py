@@ -128,8 +128,8 @@ def read_vocabulary(tokenizer: Any, size: int, end: int | None = None) -> Vocabu
     scores: list[float] | None = None
     if model["byte_fallback"]:
         kind, pre = "llama", "default"
-        prefix, more = _space_prefix(described)
-        flags["add_space_prefix"], notes = prefix, [*notes, *more]
+        prefix, extra = _space_prefix(described)
+        flags["add_space_prefix"], notes = prefix, [*notes, *extra]
         scores = _scores(model, tokens, types)
     else:
         kind, pre = "gpt2", _find_splitting(described)
@@ -232,13 +232,13 @@ def _tokens(
 
 
 def _special(tokenizer: Any) -> dict[str, int]:
-    found = {
+    ids = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
         "unknown": tokenizer.unk_token_id,
         "padding": tokenizer.pad_token_id,
     }
-    return {name: index for name, index in found.items() if index is not None}
+    return {name: index for name, index in ids.items() if index is not None}
 
 
 def _flags(tokenizer: Any, special: Mapping[str, int]) -> dict[str, bool]:
@@ -263,13 +263,14 @@ def _find_splitting(described: Mapping[str, Any]) -> str:
     """Return llama.cpp's name of the pre-tokenizer, or raise InputError if there is none."""
     model, steps = described["model"], _steps(described["pre_tokenizer"])
     normalizer = described["normalizer"] and described["normalizer"]["type"]
-    for name, known in PRE_TOKENIZERS.items():
-        if steps == list(known.steps):
-            if model["ignore_merges"] != known.whole_words or normalizer not in known.normalizers:
+    for name, splittings in PRE_TOKENIZERS.items():
+        if steps == list(splittings.steps):
+            normalizers = splittings.normalizers
+            if model["ignore_merges"] != splittings.whole_words or normalizer not in normalizers:
                 raise InputError(
                     f"its tokenizer splits text like {name}, but ignore_merges is "
                     f"{model['ignore_merges']} and its normalizer {normalizer}; llama.cpp's "
-                    f"{name} has {known.whole_words} and {join_names(map(str, known.normalizers))}."
+                    f"{name} has {splittings.whole_words} and {join_names(map(str, normalizers))}."
                 )
             return name
     raise InputError(

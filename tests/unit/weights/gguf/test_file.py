@@ -100,3 +100,4 @@ def test_a_number_beyond_float16_is_refused(tmp_path: Path) -> None:
     tensor = planned(torch.tensor([[1e5, 0.0]]), "f16")
     with pytest.raises(RunError, match=r"up has values above float16.*--outtype bf16"):
         write_gguf(tmp_path / "x.gguf", {"general.architecture": "llama"}, [tensor], print)
+    assert not (tmp_path / "x.gguf").exists()

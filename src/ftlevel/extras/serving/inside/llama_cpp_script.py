@@ -15,21 +15,21 @@ def main() -> None:
     """Answer every prompt with every adapter; the KV cache is float32, as the base may be."""
     import xllamacpp
 
-    asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     answered = {}
-    for adapter in asked["adapters"]:
+    for adapter in request["adapters"]:
         params = xllamacpp.CommonParams()
-        params.model.path = asked["base"]
-        params.n_ctx, params.n_parallel, params.warmup = asked["length"], 1, False
+        params.model.path = request["base"]
+        params.n_ctx, params.n_parallel, params.warmup = request["length"], 1, False
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = asked["threads"]
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = request["threads"]
         if adapter["place"]:
-            own = xllamacpp.CommonAdapterLoraInfo()
-            own.path, own.scale = adapter["place"], 1.0
-            params.lora_adapters = [own]
+            lora = xllamacpp.CommonAdapterLoraInfo()
+            lora.path, lora.scale = adapter["place"], 1.0
+            params.lora_adapters = [lora]
         server = xllamacpp.Server(params)
         answered[adapter["name"]] = [
-            _answer(server, ids, asked["tokens"]) for ids in adapter["prompts"]
+            _answer(server, ids, request["tokens"]) for ids in adapter["prompts"]
         ]
         del server
     Path(sys.argv[2]).write_text(json.dumps(answered), encoding="utf-8")

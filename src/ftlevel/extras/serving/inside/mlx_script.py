@@ -13,17 +13,17 @@ def main() -> None:
     import mlx.core as mx
     from mlx_lm import load
 
-    asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     answered: dict[str, Any] = {}
-    for adapter in asked["adapters"]:
+    for adapter in request["adapters"]:
         try:
-            model, tokenizer = load(asked["base"], adapter_path=adapter["place"] or None)
+            model, tokenizer = load(request["base"], adapter_path=adapter["place"] or None)
         except Exception as error:  # noqa: BLE001 - any error while loading an adapter
             answered[adapter["name"]] = f"{type(error).__name__}: {error}"
             continue
         model.set_dtype(mx.float32)
         answered[adapter["name"]] = [
-            _answer(model, tokenizer, ids, asked["tokens"]) for ids in adapter["prompts"]
+            _answer(model, tokenizer, ids, request["tokens"]) for ids in adapter["prompts"]
         ]
     Path(sys.argv[2]).write_text(json.dumps(answered), encoding="utf-8")
 

@@ -20,13 +20,13 @@ def main() -> None:
     """
     import openvino_genai as genai
 
-    asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    base = Path(asked["base"])
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    base = Path(request["base"])
     if not (base / "openvino_model.xml").is_file():
         base = _write_openvino(base, Path(sys.argv[2]).with_name("openvino"))
     answered: dict[str, Any] = {}
     every, adapters = genai.AdapterConfig(), {}
-    for adapter in asked["adapters"]:
+    for adapter in request["adapters"]:
         if adapter["place"]:
             try:
                 file = str(Path(adapter["place"], "adapter_model.safetensors"))
@@ -38,31 +38,36 @@ def main() -> None:
     scheduler = genai.SchedulerConfig()
     scheduler.cache_size, scheduler.enable_prefix_caching = 1, False
     # The pipeline silently ignores adapters that it was not constructed with.
-    told = {"adapters": every} if adapters else {}
+    answers = {"adapters": every} if adapters else {}
     pipeline = genai.ContinuousBatchingPipeline(
-        str(base), scheduler, "CPU", {**_FLOAT32, "INFERENCE_NUM_THREADS": asked["threads"], **told}
+        str(base),
+        scheduler,
+        "CPU",
+        {**_FLOAT32, "INFERENCE_NUM_THREADS": request["threads"], **answers},
     )
-    for adapter in asked["adapters"]:
+    for adapter in request["adapters"]:
         if adapter["name"] not in answered:
             own = adapters.get(adapter["name"])
-            answered[adapter["name"]] = _answers(pipeline, own, adapter["prompts"], asked["tokens"])
+            answered[adapter["name"]] = _answers(
+                pipeline, own, adapter["prompts"], request["tokens"]
+            )
     Path(sys.argv[2]).write_text(json.dumps(answered), encoding="utf-8")
 
 
-def _write_openvino(model: Path, place: Path) -> Path:
+def _write_openvino(model: Path, directory: Path) -> Path:
     from optimum.exporters.openvino import main_export
     from optimum.intel import OVConfig
 
     main_export(
         str(model),
-        place,
+        directory,
         task="text-generation-with-past",
         local_files_only=True,
         ov_config=OVConfig(dtype="fp32"),
         convert_tokenizer=True,
         library_name="transformers",
     )
-    return place
+    return directory
 
 
 def _answers(pipeline: Any, own: Any, prompts: list[list[int]], count: int) -> list[dict[str, Any]]:
@@ -74,9 +79,9 @@ def _answers(pipeline: Any, own: Any, prompts: list[list[int]], count: int) -> l
     """
     answers = _generate(pipeline, own, prompts, count)
     before = [
-        [*ids, *answer[:place]]
+        [*ids, *answer[:directory]]
         for ids, (answer, _) in zip(prompts, answers, strict=True)
-        for place in range(len(answer))
+        for directory in range(len(answer))
     ]
     scores = iter(_generate(pipeline, own, before, 1) if before else [])
     tokenizer = pipeline.get_tokenizer()
@@ -98,13 +103,13 @@ def _generate(
     import openvino
     import openvino_genai as genai
 
-    wanted = pipeline.get_config()
-    wanted.max_new_tokens, wanted.do_sample, wanted.logprobs = count, False, 1
-    wanted.apply_chat_template = False
-    wanted.adapters = genai.AdapterConfig() if own is None else genai.AdapterConfig(own, 1.0)
-    asked = [openvino.Tensor(numpy.array([ids], dtype=numpy.int64)) for ids in prompts]
-    found = pipeline.generate(asked, [wanted] * len(asked))
-    return [(list(one.m_generation_ids[0]), float(one.m_scores[0])) for one in found]
+    expected = pipeline.get_config()
+    expected.max_new_tokens, expected.do_sample, expected.logprobs = count, False, 1
+    expected.apply_chat_template = False
+    expected.adapters = genai.AdapterConfig() if own is None else genai.AdapterConfig(own, 1.0)
+    request = [openvino.Tensor(numpy.array([ids], dtype=numpy.int64)) for ids in prompts]
+    outputs = pipeline.generate(request, [expected] * len(request))
+    return [(list(one.m_generation_ids[0]), float(one.m_scores[0])) for one in outputs]
 
 
 if __name__ == "__main__":

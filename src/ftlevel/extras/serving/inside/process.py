@@ -51,7 +51,7 @@ def run_library(
     """
     program = str(python or sys.executable)
     script = Path(__file__).with_name(_SCRIPTS[library])
-    asked = {
+    request = {
         "base": base,
         "adapters": list(adapters),
         "tokens": TOKENS,
@@ -60,14 +60,14 @@ def run_library(
     }
     with Workspace("asked") as folder:
         question, answer = Path(folder, "asked.json"), Path(folder, "answered.json")
-        question.write_text(json.dumps(asked), encoding="utf-8")
-        code, said = _run([program, str(script), str(question), str(answer)], seconds, library)
+        question.write_text(json.dumps(request), encoding="utf-8")
+        code, reason = _run([program, str(script), str(question), str(answer)], seconds, library)
         if code != 0 or not answer.is_file():
-            raise InputError(_why(library, program, code, said))
-        found = json.loads(answer.read_text(encoding="utf-8"))
+            raise InputError(_why(library, program, code, reason))
+        outputs = json.loads(answer.read_text(encoding="utf-8"))
     return {
         name: rows if isinstance(rows, str) else [ServerAnswer(**row) for row in rows]
-        for name, rows in found.items()
+        for name, rows in outputs.items()
     }
 
 
@@ -87,7 +87,7 @@ def _run(command: list[str], seconds: float, library: str) -> tuple[int, str]:
     except OSError as error:
         raise InputError(f"--python {command[0]} cannot be run ({error.strerror}).") from None
     try:
-        said, _ = process.communicate(timeout=seconds)
+        message, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         raise InputError(
             f"--in {library} did not answer within {seconds:.0f} s. Raise --timeout."
@@ -96,11 +96,11 @@ def _run(command: list[str], seconds: float, library: str) -> tuple[int, str]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    return process.returncode, said
+    return process.returncode, message
 
 
-def _why(library: str, program: str, code: int, said: str) -> str:
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+def _why(library: str, program: str, code: int, stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     for module in _MODULES[library]:
         if any(f"No module named '{module}" in line for line in lines):
             return (
@@ -109,5 +109,5 @@ def _why(library: str, program: str, code: int, said: str) -> str:
             )
     errors = [n for n, line in enumerate(lines) if "Error" in line or "error" in line]
     # C++ errors end the first line with a colon and continue on the next.
-    said = " ".join(lines[errors[-1] if errors else -1 :]) if lines else "it said nothing"
-    return f"--in {library} ended with code {code}: {said[:_SHOWN]}"
+    stderr = " ".join(lines[errors[-1] if errors else -1 :]) if lines else "it said nothing"
+    return f"--in {library} ended with code {code}: {stderr[:_SHOWN]}"

@@ -1,0 +1,89 @@
+"""Text generation with transformers' `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ftlevel.data.encoding.chat import find_end_of_turn_id
+from ftlevel.data.encoding.collate import pad
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """Settings of text generation; a `temperature` of 0 does not sample."""
+
+    max_new_tokens: int
+    num_beams: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether decoding is greedy."""
+        return self.num_beams == 1 and not self.temperature
+
+    def arguments(self, tokenizer: Any) -> dict[str, Any]:
+        """Return the arguments of `generate`; sampling sets torch's global seed."""
+        common = {
+            "max_new_tokens": self.max_new_tokens,
+            "use_cache": True,
+            "pad_token_id": tokenizer.pad_token_id or 0,
+            "eos_token_id": stop_ids(tokenizer),
+        }
+        if not self.temperature:
+            return common | {"do_sample": False, "num_beams": self.num_beams}
+        torch.manual_seed(self.seed)
+        # transformers' default of 50 for top_k is switched off.
+        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return common | {"do_sample": True} | drawn
+
+
+def batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Yield slices of `rows` of at most `size` items."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def generate_texts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    device: str,
+    batch_size: int,
+    writing: GenerationOptions,
+) -> list[str]:
+    """Return the generated text for each prompt, in order and without special tokens.
+
+    Prompts are batched by length. Decoders are padded on the left. Encoder-decoders are padded on
+    the right, because padding on the left would shift the positions of models such as BART.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts = [""] * len(prompts)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    encoder_decoder = model.config.is_encoder_decoder
+    left = not encoder_decoder
+    for indices in batches(order, batch_size):
+        ids = pad([prompts[i] for i in indices], pad_id, left=left).to(device)
+        mask = pad([[1] * len(prompts[i]) for i in indices], 0, left=left).to(device)
+        written = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            **writing.arguments(tokenizer),
+        )
+        answers = written if encoder_decoder else written[:, ids.shape[1] :]
+        for i, answer in zip(indices, answers, strict=True):
+            texts[i] = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
+    return texts
+
+
+def stop_ids(tokenizer: Any) -> list[int]:
+    """Return the ids that end a text: EOS, and the end of a turn in the chat template."""
+    ends = [tokenizer.eos_token_id]
+    if getattr(tokenizer, "chat_template", None):
+        ends.append(find_end_of_turn_id(tokenizer))
+    return list(dict.fromkeys(i for i in ends if i is not None))

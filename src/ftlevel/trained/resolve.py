@@ -1,0 +1,439 @@
+"""Resolve a name to a `ModelRef`: a run, checkpoint, adapter or model. It must not load weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
+from ftlevel.artifacts.files import base_digest, base_fingerprint, check_regular
+from ftlevel.artifacts.ownership import CHECKPOINTS
+from ftlevel.artifacts.places import resolve_relative
+from ftlevel.artifacts.run_directory import CONFIG, find_run
+from ftlevel.artifacts.sentence_transformers import find_task
+from ftlevel.config.methods.lora import BASE_MODIFYING_INITS
+from ftlevel.data.encoding.collate import ensure_pad_token
+from ftlevel.errors import InputError, join_names, reading
+from ftlevel.models.hardware import choose_dtype
+from ftlevel.models.kinds import checkpoint_class, max_positions, model_kind
+from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
+from ftlevel.models.quantization import (
+    as_quant_config,
+    quantization_facts,
+    quantization_name,
+    stored_quantization,
+)
+from ftlevel.models.sources import ModelSource, check_revision, resolve_source
+from ftlevel.models.targets import find_heads
+from ftlevel.tasks import TASKS, BaseTask
+from ftlevel.trained.adapter_formats import AdapterReader, find_reader
+from ftlevel.trained.model_ref import PLAIN, ModelRef, find_tokenizer
+from ftlevel.weights.checkpoint import local_directory, merge_sharded_checkpoint
+from ftlevel.weights.tensor_files import read_header
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_DEFAULT_TASK = "text-generation"
+
+
+def resolve_model(
+    name: str,
+    task: str | None = None,
+    base: str | ModelSource | None = None,
+    *,
+    device: str,
+    dtype: str = "auto",
+    said: str = "",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> ModelRef:
+    """Resolve `name` to a `ModelRef`.
+
+    Args:
+        name: a run, checkpoint, adapter or model directory, a `.gguf` file, a Hub id, or
+            builtin:NAME.
+        task: value of `--task`; None uses the card, adapter_config.json or the model's
+            architecture.
+        base: new location of an adapter's base model, if it has moved.
+        device: torch device type.
+        dtype: value of `--dtype`; auto uses that of training.
+        said: name of the model in messages; defaults to `name`.
+        revision: revision of a model on the Hub.
+        trust_remote_code: whether an adapter's base may run its own code.
+
+    Raises:
+        ConfigError: The device or model type does not support `dtype`.
+        InputError: It does not exist, its base has other weights, it was trained for another task,
+            or an argument does not apply to it.
+    """
+    if isinstance(base, str):
+        base = resolve_source(base, said=f"--model {base}")
+    with reading(name):
+        path = find_directory(name)
+        reader = find_reader(path)
+        if (path / CARD).is_file():
+            ref = _resolve_ours(path, said or name, task, base)
+        elif reader is not None:
+            ref = _resolve_foreign(path, reader, device, task, base)
+        else:
+            check_whole_adapter(path)
+            if (path / ADAPTER_CONFIG).is_file():
+                ref = _resolve_peft(path, device, task, base, trust_remote_code)
+            else:
+                ref = _resolve_model(name, device, task, said or name, revision)
+    if base is not None and ref.directory is None:
+        raise InputError(
+            f"--model {base.name}: it names the base of an adapter, and {said or name} is a whole "
+            "model. Drop it."
+        )
+    if revision is not None and ref.directory is not None:
+        raise InputError(
+            f"--revision {revision}: {said or name} is an adapter, and its base is the one that it "
+            "was trained on. Drop it."
+        )
+    if trust_remote_code:
+        ref = replace(ref, source=replace(ref.source, trust_remote_code=True))
+    return _with_dtype(resolve_stored(ref), dtype, device)
+
+
+def resolve_stored(ref: ModelRef) -> ModelRef:
+    """Returns `ref` with the quantization of the stored weights in its card."""
+    stored = None if ref.source.kind == "gguf" else stored_quantization(load_config(ref.source))
+    if stored is None:
+        return replace(ref, is_stored_quantized=False)
+    ref = ref.with_card(quantization=quantization_facts(stored))
+    return replace(ref, is_stored_quantized=True)
+
+
+def _with_dtype(ref: ModelRef, dtype: str, device: str) -> ModelRef:
+    if dtype in ("auto", ref.card.dtype):
+        return ref
+    config = load_config(ref.source)
+    stored = stored_quantization(config)
+    if stored is not None and as_quant_config(stored) is None:
+        raise InputError(
+            f"--dtype {dtype}: {ref.source.words} is stored quantized "
+            f"({quantization_name(stored)}), and its kernels compute in the type that it was saved "
+            f"with ({config.dtype}). Drop --dtype, or name the original model."
+        )
+    chosen = choose_dtype(dtype, device, ref.card.method, config.model_type).value
+    return ref.with_card(dtype=chosen)
+
+
+def describe_dtype(ref: ModelRef, dtype: str) -> str:
+    """Return the source of the compute precision, given the value of `--dtype`."""
+    if dtype != "auto":
+        return "--dtype"
+    return "as in training" if ref.is_ours else "auto"
+
+
+def _resolve_ours(
+    directory: Path, said: str, task: str | None, base: ModelSource | None
+) -> ModelRef:
+    """Returns the reference to a run, checkpoint, adapter or model with a card."""
+    card, run = read_card(directory), find_run(directory)
+    if task not in (None, card.task):
+        raise InputError(f"{said} was trained for {card.task}, not for {task}. Drop --task.")
+    if card.method == "full":
+        source = resolve_source(str(merge_sharded_checkpoint(directory)), said=str(directory))
+        return ModelRef(replace(source, name=str(directory)), None, card, run)
+    return ModelRef(find_base(card, directory, base), directory, card, run)
+
+
+def _resolve_model(
+    name: str, device: str, task: str | None, said: str, revision: str | None
+) -> ModelRef:
+    """Returns the reference to a model without a card."""
+    source = resolve_source(name, revision, said=said)
+    check_revision(source, revision)
+    config = load_config(source)
+    named = TASKS[task or find_task(find_directory(name)) or _task_of_model(config, said)]
+    return ModelRef(source, None, build_default_card(source, config, named, device), is_ours=False)
+
+
+def _resolve_peft(
+    directory: Path, device: str, task: str | None, base: ModelSource | None, trusts: bool
+) -> ModelRef:
+    """Returns the reference to an adapter that plain PEFT wrote."""
+    settings = read_plain_adapter(directory)
+    name = settings.get("base_model_name_or_path")
+    if base is None and not (name and isinstance(name, str)):
+        raise InputError(
+            f"{directory / ADAPTER_CONFIG} names no base model. Write it as "
+            "base_model_name_or_path."
+        )
+    source = base or _resolve_base(str(name), directory, settings.get("revision"))
+    source = replace(source, trust_remote_code=trusts or source.trust_remote_code)
+    config = load_config(source)
+    definition = TASKS[_adapter_task(directory, settings, config, task)]
+    if definition.has_new_head:
+        auto_class = definition.auto_class(model_kind(config), config.model_type)
+        outputs = _count_outputs(directory, build_task_model(config, auto_class))
+        if outputs not in (0, config.num_labels):
+            config = load_config(source, num_labels=outputs)
+    card = build_default_card(source, config, definition, device, directory, settings)
+    note = f"{directory} was not made by ftlevel: its base, {source.name}, is taken on trust"
+    return ModelRef(source, directory, card, None, [note], is_ours=False)
+
+
+def _resolve_foreign(
+    directory: Path,
+    reader: AdapterReader,
+    device: str,
+    task: str | None,
+    base: ModelSource | None,
+) -> ModelRef:
+    """Returns the reference to an adapter in another library's format."""
+    adapter = reader.read(directory)
+    definition = TASKS[adapter.task(task)]
+    source = base or _resolve_base(adapter.base, directory)
+    settings = {"peft_type": reader.peft_type, "modules_to_save": adapter.heads}
+    card = build_default_card(source, load_config(source), definition, device, directory, settings)
+    note = f"{directory} was made by {reader.library}: its base, {source.name}, is taken on trust"
+    return ModelRef(source, directory, adapter.complete(card), None, [note], is_ours=False)
+
+
+def find_directory(name: str) -> Path:
+    """Return the directory with the files of `name`, which may not exist; for a run, `adapter`.
+
+    Raises InputError if the run has not finished.
+    """
+    path = Path(name).expanduser()
+    inner = path / "adapter"
+    if not (path / ADAPTER_CONFIG).is_file() and (inner / ADAPTER_CONFIG).is_file():
+        path = inner if card_directory(path) is None else path
+    return card_directory(path) or path
+
+
+def is_model(name: str) -> bool:
+    """Whether `name` is a local or builtin model, not an adapter or a run with one."""
+    path = find_directory(name)
+    if (path / ADAPTER_CONFIG).is_file():
+        return False
+    is_gguf = path.suffix == ".gguf" and path.is_file()
+    return is_gguf or name.startswith("builtin:") or (path / "config.json").is_file()
+
+
+def card_directory(path: Path) -> Path | None:
+    """Return the directory with ftlevel.json for `path`; None for a plain model.
+
+    Raises InputError if the run has not finished.
+    """
+    if (path / CARD).is_file():
+        return path
+    if (path / "adapter" / CARD).is_file():
+        return path / "adapter"
+    if (path / CONFIG).is_file():
+        raise InputError(
+            f"{path} is a run that has no adapter yet: it did not come to its end. "
+            f"Go on with it: ftlevel train --output-dir {quote(str(path))} --resume"
+        )
+    return None
+
+
+def _task_of_model(config: Any, said: str) -> str:
+    """Return the task of a model that ftlevel did not train, from its saved architecture."""
+    tasks = _tasks_of_class(checkpoint_class(config))
+    if tasks:
+        return tasks[0]
+    if model_kind(config) in TASKS[_DEFAULT_TASK].auto_classes:
+        return _DEFAULT_TASK
+    architecture = join_names(config.architectures or ()) or config.model_type
+    raise InputError(
+        f"{said} does not say what it was trained for: its config.json names {architecture}, a "
+        "model without a head. Name the task: --task NAME."
+    )
+
+
+def _tasks_of_class(auto_class: str) -> list[str]:
+    return [name for name, task in TASKS.items() if auto_class in task.auto_classes.values()]
+
+
+def _adapter_task(
+    directory: Path, settings: Mapping[str, Any], base_config: Any, task: str | None = None
+) -> str:
+    """Return the task of an adapter that plain PEFT wrote.
+
+    PEFT has no task type for masked language models and saves the model's class instead.
+    `base_config` decides if `settings`, the adapter_config.json, name neither. Raises InputError if
+    ftlevel has no such task, or `task` differs.
+    """
+    peft_type = settings.get("task_type")
+    class_name = (settings.get("auto_mapping") or {}).get("base_model_class")
+    if peft_type is not None:
+        description = f"task_type {peft_type}"
+        tasks = [name for name in TASKS if peft_type in TASKS[name].peft_types.values()]
+    elif class_name is not None:
+        description, config = f"auto_mapping {class_name}", copy(base_config)
+        config.architectures = [class_name]
+        tasks = _tasks_of_class(checkpoint_class(config))
+    else:
+        return task or _task_of_model(base_config, str(directory))
+    if not tasks:
+        raise InputError(
+            f"{directory / ADAPTER_CONFIG} has {description}, for which ftlevel has no task. "
+            f"Expected a task_type of {join_names(_peft_types())}, or a masked language model."
+        )
+    if task not in (None, *tasks):
+        raise InputError(
+            f"{directory} was trained for {tasks[0]} ({description} in its {ADAPTER_CONFIG}), not "
+            f"for {task}. Drop --task."
+        )
+    return task or tasks[0]
+
+
+def _peft_types() -> list[str]:
+    return list(dict.fromkeys(kind for task in TASKS.values() for kind in task.peft_types.values()))
+
+
+def _count_outputs(directory: Path, meta: Any) -> int:
+    """Return the number of outputs of the head saved with an adapter; 0 if it has none."""
+    tensors, _ = read_header(directory / ADAPTER_WEIGHTS)
+    shapes = {f".{name}": tensor.spec.shape for name, tensor in tensors.items()}
+    outputs = 0
+    for head in find_heads(meta):
+        for name, _ in meta.get_submodule(head).named_parameters(prefix=head):
+            matches = [shape for stored, shape in shapes.items() if stored.endswith(f".{name}")]
+            if matches and name.endswith("weight"):
+                outputs = matches[0][0]  # rows of the last layer
+    return outputs
+
+
+def read_plain_adapter(directory: Path) -> dict[str, Any]:
+    """Returns the adapter_config.json of an adapter that PEFT wrote.
+
+    Raises InputError if it is invalid, or the weights are missing.
+    """
+    path = directory / ADAPTER_CONFIG
+    check_regular(directory.iterdir(), str(directory))
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}). Is the copy incomplete?") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} is no configuration of an adapter. Expected an object.")
+    if not (directory / ADAPTER_WEIGHTS).is_file():
+        raise InputError(
+            f"{directory} holds no {ADAPTER_WEIGHTS}. Save the adapter again with PEFT's "
+            "save_pretrained."
+        )
+    return settings
+
+
+def _resolve_base(name: str, directory: Path, revision: str | None = None) -> ModelSource:
+    """Returns the base that the adapter in `directory` names."""
+    return resolve_source(name, revision, said=f"{name} (the base of {directory})")
+
+
+def build_default_card(
+    source: ModelSource,
+    config: Any,
+    task: BaseTask,
+    device: str,
+    directory: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> AdapterCard:
+    """Return a card for a model, or for an adapter on it, that ftlevel did not train.
+
+    Prompts are formatted as `train` would. `config` must have as many labels as the head;
+    `settings` is the adapter_config.json, None for a model.
+    """
+    kind = model_kind(config)
+    task.auto_class(kind, config.model_type)  # raises if the model does not support the task
+    tokenizer = load_tokenizer(find_tokenizer(source, directory))
+    ensure_pad_token(tokenizer)
+    known = task.card_defaults(config, tokenizer, kind)
+    return AdapterCard(
+        method=str(settings["peft_type"]).lower().replace("_", "-") if settings else PLAIN,
+        task=task.name,
+        base={"name": source.name, "kind": source.kind, "revision": source.revision},
+        quantization={"kind": "none"},
+        dtype=choose_dtype("auto", device, "lora", config.model_type).value,
+        max_length=max_positions(config) or 0,
+        **known,
+        heads=list((settings or {}).get("modules_to_save") or ()),
+    )
+
+
+def check_whole_adapter(directory: Path) -> None:
+    """Raise InputError for a checkpoint whose adapter does not apply to the unchanged base."""
+    run = find_run(directory) if directory.absolute().parent.name == CHECKPOINTS else None
+    if run is None or (directory / CARD).is_file() or not (directory / ADAPTER_CONFIG).is_file():
+        return
+    from ftlevel.methods.merging import read_peft_config  # imports PEFT's tuners
+
+    init = read_peft_config(directory).get("init_lora_weights")
+    if init in BASE_MODIFYING_INITS:
+        raise InputError(
+            f"{directory} is a checkpoint of a run that began with init_lora_weights={init!r}, "
+            "inside the base's weights: its adapter is made one of the untouched base at the end. "
+            f"Go on with it: ftlevel train --output-dir {quote(str(run))} --resume"
+        )
+
+
+_LOCAL = ("directory", "gguf")
+_WAY_OUT = "If it is elsewhere now, name its place: --model PATH."
+
+
+def find_base(card: AdapterCard, directory: Path, base: ModelSource | None = None) -> ModelSource:
+    """Find the base of the adapter in `directory`, and check its weights.
+
+    `base` is the user's. A local base is looked up relative to the adapter first, so that both may
+    be moved together. Raises InputError if it is missing or has other weights.
+    """
+    if base is not None:
+        source = base
+    elif card.base.get("kind") in _LOCAL:
+        source = _find_local(card, directory)
+    else:
+        try:
+            source = _resolve_base(card.base["name"], directory, card.base.get("revision"))
+        except InputError as error:
+            raise InputError(f"{error} {_WAY_OUT}") from None
+    check_base(source, card, directory)
+    return source
+
+
+def _find_local(card: AdapterCard, directory: Path) -> ModelSource:
+    name, relative = card.base["name"], card.base.get("path")
+    tried = [resolve_relative(relative, directory)] if relative else []
+    tried = list(dict.fromkeys([*tried, Path(name)]))
+    existing = [path for path in tried if path.exists()]
+    if not existing:
+        raise InputError(
+            f"the base model of {directory} is not there (looked for at "
+            f"{join_names(map(str, tried))}). Name its place: --model PATH."
+        )
+    expected = card.base.get("fingerprint")
+    if len(existing) > 1:
+        existing = [p for p in existing if base_fingerprint(p) == expected] or existing
+    return _resolve_base(str(existing[0]), directory)
+
+
+def check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
+    """Raise InputError if `source` has other weights than the base of training."""
+    expected = card.base.get("fingerprint")
+    if source.path is None or expected is None:
+        return
+    actual = base_fingerprint(source.path)
+    if actual == expected and (digest := card.base.get("digest")) and source.path.is_dir():
+        expected, actual = digest, base_digest(source.path)
+    if actual != expected:
+        raise InputError(
+            f"{directory} was trained on {card.base['name']} with weights {expected[:12]}…, and "
+            f"{source.words} has other weights ({actual[:12]}…). On them the adapter would be "
+            "wrong silently. Name the base that it was trained on: --model PATH, or train again."
+        )
+
+
+def check_cached_base(ref: ModelRef) -> None:
+    """Raise InputError if a base on the Hub has other weights; downloads it if it is not cached."""
+    if ref.source.kind == "hub" and ref.card.base.get("fingerprint") is not None:
+        local = local_directory(ref.source)
+        source = replace(ref.source, kind="directory", location=str(local))
+        check_base(source, ref.card, ref.adapter_directory)
