@@ -128,7 +128,7 @@ def test_what_is_known_of_the_first_rows_only_is_said(capsys: pytest.CaptureFixt
     assert code == 0
     assert (
         "data: rows.jsonl, read as it comes (shuffled within 30 rows; no validation rows: --set "
-        "data.validation_rows=N would hold some out)"
+        "data.validation_rows=N holds some out)"
     ) in out
     assert (
         "max length: 46 tokens (auto: a quarter more than the longest of the first 1,000 rows, 37; "

@@ -73,7 +73,7 @@ def _merge_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     if written["untied"]:
         yield "the output layer no longer shares the embedding's weights: the adapter changed one"
     if written["unused"]:
-        yield f"left out: {join_names(written['unused'], 3)}, which the model does not use"
+        yield f"skipped: {join_names(written['unused'], 3)}, not used by the model"
     if (found := summary["agreement"]) is None:
         yield "not verified (--no-verify)"
     else:
@@ -83,7 +83,7 @@ def _merge_lines(summary: Mapping[str, Any]) -> Iterator[str]:
             f"{found['loss']:.4f} "
             f"(before {found['loss_reference']:.4f})"
         )
-        yield f"training had moved it: {describe_difference(summary['effect'])}"
+        yield f"change by training: {describe_difference(summary['effect'])}"
     if (served := summary["served"]) is not None:
         yield (
             f"in {QuantConfig(**summary['quantization']).form}, compared with the run: "

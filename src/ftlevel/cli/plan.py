@@ -64,7 +64,7 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
     if not plan.imagined:
         yield f"an epoch: {plan.steps:,} steps, {plan.tokens:,} tokens{_time(plan)}"
     first, kept = plan.checkpoint_bytes
-    yield f"disk: {_mib(first)} a checkpoint, {_mib(kept)} for those kept"
+    yield f"disk: {_mib(first)} a checkpoint, {_mib(kept)} for all that are kept"
 
 
 def _time(plan: RunPlan) -> str:

@@ -65,7 +65,7 @@ def render_page(preview: Preview) -> str:
         f"<p>{preview.extent}: {preview.tokens:,} tokens, "
         f"{preview.supervised:,} targets ({share:.0%}); "
         f"{preview.steps:,} steps.</p>",
-        '<p><span class="l">What is learned</span> is green; '
+        '<p><span class="l">Supervised tokens</span> are green; '
         '<span class="s">special tokens</span> are coloured; a line begins each token.</p>',
         *(_row(row) for row in preview.rows),
         f"<p><small>ftlevel {__version__}</small></p>",
@@ -181,7 +181,10 @@ def _row_parts(row: ShownRow, *, whole: bool, colour: bool) -> Iterator[Text]:
     targets = row.target or row.tokens
     learned = sum(token.supervised for token in targets)
     size = f"{len(row.tokens):,} tokens"
-    size += f" → {len(row.target):,}" if row.target else f", {learned:,} learned"
+    if row.target:
+        size += f" → {len(row.target):,}"
+    elif learned or not row.label:
+        size += f", {learned:,} supervised"
     label = f", label: {row.label}" if row.label else ""
     yield Text(f"row {row.number} ({row.place}): {size}{label}", style="bold cyan")
     for tokens in filter(None, (row.tokens, row.target)):

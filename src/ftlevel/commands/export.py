@@ -145,7 +145,7 @@ def _left_out(config: ExportConfig, refs: Mapping[str, ModelRef]) -> list[Path]:
 
 
 def _merge(config: ExportConfig, ref: ModelRef, directory: Path) -> MergeOutput:
-    """Merge the adapter into `directory`; unverified, onto the weights it was trained on."""
+    """Merge the adapter into `directory`; unverified, onto same weights as in training."""
     quantization = ref.quantization.get("kind", "none")
     rounds = config.outtype in GRIDS
     onto = "auto" if quantization == "none" or (config.verify and not rounds) else "dequantized"

@@ -245,7 +245,7 @@ def _describe(job: _MergeJob) -> Iterator[Choice]:
     config, inputs, onto = job.config, job.inputs, job.ways
     yield Choice("adapter", str(inputs.ref.directory), f"{inputs.card.method}, {inputs.ref.task}")
     fingerprint = inputs.card.base.get("fingerprint")
-    proof = "the weights it was trained on" if fingerprint else "no fingerprint to check it by"
+    proof = "same weights as in training" if fingerprint else "no fingerprint to compare"
     yield Choice("base", inputs.source.name, proof)
     if inputs.quant.kind != "none":
         reason = "auto: both are measured" if len(onto) > 1 else f"--onto {config.onto}"

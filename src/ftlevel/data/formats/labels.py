@@ -327,7 +327,7 @@ def choose_problem_type(
         return "multi_label_classification", f"auto: {column!r} holds lists as JSON text"
     if column not in table.label_names and _has_quantities(values):
         return "regression", f"auto: {column!r} holds numbers with a fraction"
-    return "single_label_classification", "auto: one name or whole number a row"
+    return "single_label_classification", "auto: one class per row"
 
 
 def _value(row: Row, column: str) -> Any:

@@ -412,7 +412,7 @@ def _train_all(found: Comparison, listener: Listener, prepare: Callable[[], Any]
                 run_in_subprocess(prepare, train_and_score, job, place)
             except RunError as error:
                 found.left_out[method] = f"seed {seed}: {error}"
-                listener.warn(f"{method} is left out: {error}")
+                listener.warn(f"{method} is skipped: {error}")
                 found.scored.pop(method, None)
                 continue
         summary, scores = (

@@ -177,7 +177,7 @@ class Device:
         """Return `card` as a device, or the device of torch type `kind` on this machine."""
         if card is not None:
             return cls(kind, card.name, card.memory, ranks)
-        name = "the memory of this machine" if kind == "cpu" else describe_device(kind)
+        name = "memory of this machine" if kind == "cpu" else describe_device(kind)
         return cls(kind, name, device_memory(kind))
 
     def forecast(self, run: Run) -> StepMemory:
@@ -483,8 +483,7 @@ LEAST_PARAMETERS = 4_000_000
 optimizer states are less than a tenth of Python with its libraries."""
 
 _HOW = {
-    "cpu": "resident, above what the process held before the model: with copies that reading and "
-    "products make",
+    "cpu": "resident memory above the level before the model was loaded",
     "cuda": "reserved by torch's allocator",
     "mps": "resident in this process",
 }

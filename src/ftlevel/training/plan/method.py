@@ -45,7 +45,8 @@ class MethodTargets:
             return []
         names = dict.fromkeys(re.sub(r"^\d+$", "norm", n.rpartition(".")[2]) for n in self.modules)
         shown = f"{', '.join(names)}: {len(self.modules)} modules"
-        reason = "all-linear: every linear of the blocks" if target_modules == "all-linear" else ""
+        is_default = target_modules == "all-linear"
+        reason = "all-linear: every linear layer of the blocks" if is_default else ""
         choices = [Choice("target tensors", ", ".join(self.parameters))] if self.parameters else []
         if self.full_modules:
             choices.append(Choice("in full", ", ".join(self.full_modules), "--modules-to-save"))
