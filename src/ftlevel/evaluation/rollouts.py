@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ftlevel.evaluation.sampling import (
     choose_sampler,
 )
 from ftlevel.fast.head.likelihoods import base_model
-from ftlevel.models.hardware import autocast
+from ftlevel.models.hardware import evaluating
 from ftlevel.tasks.rl.losses import combine_rewards
 from ftlevel.trained.generation import stop_ids
 
@@ -118,27 +119,19 @@ class Rollouts:
         if not rows:
             return []
         prompts = [row.input_ids for row in rows]
-        training = self._model.training
-        self._model.eval()
-        try:
-            with torch.no_grad(), autocast(self._device, self._dtype):
-                if self._open is None:
-                    self._open, self.why_generate = choose_sampler(
-                        self._model,
-                        self._tokenizer,
-                        self._kind,
-                        self._method,
-                        self._dtype,
-                        max(prompts, key=len),
-                    )
-                sampler = self._open()
-                try:
-                    noise = Noise(self._seed, step)
-                    return sampler.sample(prompts, [row.row for row in rows], self._options, noise)
-                finally:
-                    sampler.close()
-        finally:
-            self._model.train(training)
+        with evaluating(self._model, self._device, self._dtype):
+            if self._open is None:
+                self._open, self.why_generate = choose_sampler(
+                    self._model,
+                    self._tokenizer,
+                    self._kind,
+                    self._method,
+                    self._dtype,
+                    max(prompts, key=len),
+                )
+            with contextlib.closing(self._open()) as sampler:
+                noise = Noise(self._seed, step)
+                return sampler.sample(prompts, [row.row for row in rows], self._options, noise)
 
     def _score(
         self, step: int, rows: Sequence[Any], sampled: Sequence[Sequence[Completion]]

@@ -23,7 +23,7 @@ from ftlevel.fast.head.likelihoods import (
     with_baseline,
 )
 from ftlevel.fast.step import chunked_cross_entropy
-from ftlevel.models.hardware import autocast
+from ftlevel.models.hardware import evaluating
 from ftlevel.task import LikelihoodObjective, Meter, Objective, ScoreTexts, TokenObjective
 from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.trained.generation import GenerationOptions, batches, generate_texts
@@ -60,19 +60,15 @@ class Evaluator:
 
     def __call__(self, model: Any, record: ExampleRecord | None = None) -> dict[str, float]:
         """Return the metrics of `model`, whose training mode is restored."""
-        training, record = model.training, record or self.begin_record()
-        model.eval()
-        try:
-            with torch.no_grad(), autocast(self.device, self.dtype):
-                metrics = self._score(model, record)
-                if self.generated_rows and self.score_texts is not None:
-                    texts = self.generate(model)
-                    references = [self.answer_text(row) for row in self._generated()]
-                    metrics |= self.score_texts(texts, references, self.language)
-                    if record is not None:
-                        record.add_texts(self._generated(), texts, references)
-        finally:
-            model.train(training)
+        record = record or self.begin_record()
+        with evaluating(model, self.device, self.dtype):
+            metrics = self._score(model, record)
+            if self.generated_rows and self.score_texts is not None:
+                texts = self.generate(model)
+                references = [self.answer_text(row) for row in self._generated()]
+                metrics |= self.score_texts(texts, references, self.language)
+                if record is not None:
+                    record.add_texts(self._generated(), texts, references)
         return select_metrics(metrics, self.metrics)
 
     def _score(self, model: Any, record: ExampleRecord | None) -> dict[str, float]:
@@ -210,23 +206,17 @@ def compute_likelihoods(evaluator: Evaluator, model: Any) -> np.ndarray:
 
     Batches are those of `score_answers`, so an unchanged model gives the same values, bit for bit.
     """
-    rows, training = evaluator.rows, model.training
+    rows = evaluator.rows
     likelihoods = np.zeros((len(rows), 2), dtype=np.float32)
-    model.eval()
-    try:
-        with (
-            torch.no_grad(),
-            autocast(evaluator.device, evaluator.dtype),
-            _head(evaluator, model) as head,
-        ):
-            for indices, _, answers in _measure(evaluator, model, rows, head):
-                sums = answers[:, 0].float().cpu().numpy().reshape(len(indices), -1)
-                likelihoods[indices, : sums.shape[1]] = sums
-            contrasts = _contrasts(rows)
-            for indices, _, answers in _measure(evaluator, model, contrasts, head):
-                likelihoods[indices, 1] = answers[:, 0].float().cpu().numpy()
-    finally:
-        model.train(training)
+    with (
+        evaluating(model, evaluator.device, evaluator.dtype),
+        _head(evaluator, model) as head,
+    ):
+        for indices, _, answers in _measure(evaluator, model, rows, head):
+            sums = answers[:, 0].float().cpu().numpy().reshape(len(indices), -1)
+            likelihoods[indices, : sums.shape[1]] = sums
+        for indices, _, answers in _measure(evaluator, model, _contrasts(rows), head):
+            likelihoods[indices, 1] = answers[:, 0].float().cpu().numpy()
     return likelihoods
 
 

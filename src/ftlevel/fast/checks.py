@@ -31,7 +31,7 @@ from ftlevel.fast.head.pruning import find_prunable_linears
 from ftlevel.fast.layers.recompute import using_generator
 from ftlevel.fast.packing import PackedLayout, UnsupportedModelError, using_layout
 from ftlevel.fast.prefixes import SharedPrefix, build_prefix_tree, using_prefix
-from ftlevel.models.hardware import autocast
+from ftlevel.models.hardware import autocast, evaluating
 from ftlevel.models.module_tree import linear_size
 from ftlevel.task import Objective, TokenObjective
 
@@ -90,10 +90,8 @@ class PackingCheck:
             self.model.train(training)
 
     def _try(self, compare: Callable[[], str]) -> str:
-        training = self.model.training
-        self.model.eval()
         try:
-            with torch.no_grad(), autocast(self.device, self.dtype):
+            with evaluating(self.model, self.device, self.dtype):
                 return compare()
         except NotImplementedError as error:
             return str(error)
@@ -101,8 +99,6 @@ class PackingCheck:
             if is_out_of_memory(error):
                 raise
             return f"its packed attention does not run here ({str(error).strip().splitlines()[0]})"
-        finally:
-            self.model.train(training)
 
     def _compare_packed(self, pair: Sequence[Encoded], beside: Sequence[Encoded]) -> str:
         batch, other = self._batch(pair), self._batch(beside)

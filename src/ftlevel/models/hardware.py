@@ -279,6 +279,18 @@ def autocast(device: str, dtype: str) -> torch.autocast:
     return torch.autocast(device, dtype=DTYPES[dtype], enabled=dtype != "float32")
 
 
+@contextlib.contextmanager
+def evaluating(model: Any, device: str, dtype: str) -> Iterator[None]:
+    """Compute in eval mode, without gradients and in autocast; then restore the training mode."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), autocast(device, dtype):
+            yield
+    finally:
+        model.train(training)
+
+
 def uses_tf32(wish: bool | None, device: str, dtype: str) -> bool:
     """Return whether float32 matrix products use TF32 (8-bit exponent, 10-bit mantissa)."""
     if wish is False or dtype != "float32" or device != "cuda":

@@ -13,7 +13,7 @@ import numpy as np
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded, encode_labeled
-from ftlevel.data.formats.detect import Format, FormatSpec, RoleValues
+from ftlevel.data.formats.detect import ExampleBuilder, Format, FormatSpec, RoleValues
 from ftlevel.data.formats.examples import (
     LabeledText,
     build_labeled_text,
@@ -419,35 +419,28 @@ class Regression(Objective):
         return statistics.pvariance(values) if values else None
 
 
+def _layouts(build: ExampleBuilder, label: Mapping[str, tuple[str, ...]]) -> tuple[FormatSpec, ...]:
+    """Return the column layouts of text pairs and of texts, with the columns of `label`."""
+    name = " + ".join(("", *label))
+    pairs = (
+        FormatSpec(
+            f"text + text_pair{name}",
+            build,
+            {"text": (first,), "text_pair": (second,), **label},
+            guessable=False,
+        )
+        for first, second in _PAIRS
+    )
+    return (*pairs, FormatSpec(f"text{name}", build, {"text": _TEXT, **label}))
+
+
 _CLASS = "AutoModelForSequenceClassification"
 
 TASKS = (
     ClassTask(
         name="text-classification",
-        shapes=(
-            *(
-                FormatSpec(
-                    "text + text_pair + label",
-                    build_labeled_text,
-                    {"text": (first,), "text_pair": (second,), "label": _LABEL},
-                    guessable=False,
-                )
-                for first, second in _PAIRS
-            ),
-            FormatSpec("text + label", build_labeled_text, {"text": _TEXT, "label": _LABEL}),
-        ),
-        questions=(
-            *(
-                FormatSpec(
-                    "text + text_pair",
-                    build_text,
-                    {"text": (first,), "text_pair": (second,)},
-                    guessable=False,
-                )
-                for first, second in _PAIRS
-            ),
-            FormatSpec("text", build_text, {"text": _TEXT}),
-        ),
+        shapes=_layouts(build_labeled_text, {"label": _LABEL}),
+        questions=_layouts(build_text, {}),
         auto_classes={"encoder": _CLASS, "decoder": _CLASS, "encoder-decoder": _CLASS},
         peft_types={"encoder": "SEQ_CLS", "decoder": "SEQ_CLS", "encoder-decoder": "SEQ_CLS"},
         headline="accuracy",

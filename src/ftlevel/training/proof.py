@@ -22,7 +22,7 @@ from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import InputError, RunError, join_names
 from ftlevel.methods import METHODS
-from ftlevel.models.hardware import autocast
+from ftlevel.models.hardware import evaluating
 from ftlevel.models.upstream.shards import own_part
 from ftlevel.task import Objective, TokenObjective
 from ftlevel.trained.adapt import add_adapter, load_adapter
@@ -147,13 +147,8 @@ class Probe:
     def logits(self, model: Any) -> Tensor:
         """Return `model`'s logits in eval mode, in float32 on the CPU."""
         inputs, _ = self.objective.split(self.batch)
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad(), autocast(self.device, self.dtype):
-                return self.objective.logits(model(**inputs)).float().cpu()
-        finally:
-            model.train(training)
+        with evaluating(model, self.device, self.dtype):
+            return self.objective.logits(model(**inputs)).float().cpu()
 
 
 Found = tuple[int, float, float]

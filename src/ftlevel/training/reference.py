@@ -37,7 +37,7 @@ from ftlevel.fast.plan import plan_forward
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods import METHODS
-from ftlevel.models.hardware import autocast
+from ftlevel.models.hardware import evaluating
 from ftlevel.models.upstream.tensors import inner_tensors
 from ftlevel.task import LikelihoodObjective
 from ftlevel.trained.adapt import save_adapter
@@ -268,36 +268,25 @@ def _save_initial_adapter(run: Run, adapted: PreparedModel) -> Any:
 def _measure_first_row(run: Run, adapted: PreparedModel, *, off: bool) -> np.ndarray:
     """Return the first row's log-probabilities (1, 2), with the adapter enabled or `off`."""
     row, model = run.data.train[0], adapted.model
-    training = model.training
-    model.eval()
-    try:
-        with (
-            torch.no_grad(),
-            autocast(run.model.device, run.model.dtype),
-            model.disable_adapter() if off else contextlib.nullcontext(),
-        ):
-            return _measure(run, adapted, [row])
-    finally:
-        model.train(training)
+    with (
+        evaluating(model, run.model.device, run.model.dtype),
+        model.disable_adapter() if off else contextlib.nullcontext(),
+    ):
+        return _measure(run, adapted, [row])
 
 
 def _fill(run: Run, adapted: PreparedModel, array: np.ndarray) -> None:
     """Write the missing values of `array` (rows, 2; mutated), `AT_ONCE` rows at a time."""
     rows, model = run.data.train, adapted.model
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), autocast(run.model.device, run.model.dtype):
-            for start in range(0, len(rows), AT_ONCE):
-                part = slice(start, start + AT_ONCE)
-                if not np.isnan(array[part]).any():
-                    continue
-                batch = [rows[i] for i in range(*part.indices(len(rows)))]
-                array[part] = _measure(run, adapted, batch)
-                if isinstance(array, np.memmap):
-                    array.flush()
-    finally:
-        model.train(training)
+    with evaluating(model, run.model.device, run.model.dtype):
+        for start in range(0, len(rows), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            if not np.isnan(array[part]).any():
+                continue
+            batch = [rows[i] for i in range(*part.indices(len(rows)))]
+            array[part] = _measure(run, adapted, batch)
+            if isinstance(array, np.memmap):
+                array.flush()
 
 
 def _measure(run: Run, adapted: PreparedModel, rows: Sequence[Encoded]) -> np.ndarray:

@@ -70,12 +70,8 @@ class Steps:
         options = self.trainer.loss
         _evaluate(self.model)
         self.model.zero_grad()
-        collate, loss = Collator(self.pad_id), 0.0
-        baseline = self._baseline(rows, batch_size, dtype)
-        parts = [
-            {name: value.to(device) for name, value in collate(part).items()}
-            for part in batches(rows, batch_size)
-        ]
+        loss, baseline = 0.0, self._baseline(rows, batch_size, dtype)
+        parts = self._batches(rows, batch_size)
         counts = [objective.training_count(batch["labels"], options) for batch in parts]
         count = torch.stack(counts).sum(0)
         for batch in parts:
@@ -98,8 +94,7 @@ class Steps:
         self.model.zero_grad()
         texts, step = distinct_texts(rows)
         vectors = []
-        for part in batches(texts, batch_size):
-            batch = {n: v.to(device) for n, v in Collator(self.pad_id)(part).items()}
+        for batch in self._batches(texts, batch_size):
             del batch["labels"]
             with autocast(device.type, dtype):
                 outputs = self.model(**batch)
@@ -114,14 +109,15 @@ class Steps:
         contrasts = [other for row in rows for other in row.contrasts]
         if not (isinstance(objective, LikelihoodObjective) and contrasts):
             return None
-        collate = Collator(self.pad_id)
-        parts = [
-            {name: value.to(device) for name, value in collate(part).items()}
-            for part in batches(contrasts, batch_size)
-        ]
         with autocast(device.type, dtype):
+            parts = self._batches(contrasts, batch_size)
             total = sum_of_ratios(None, self.model, objective, parts)
         return (total[0] / total[1]).clamp(min=0)
+
+    def _batches(self, rows: Sequence[Encoded], batch_size: int) -> list[dict[str, Tensor]]:
+        """Return padded batches of `rows` on the device."""
+        collate = Collator(self.pad_id)
+        return [self.trainer.on_device(collate(part)) for part in batches(rows, batch_size)]
 
     def fast(self, rows: Sequence[Encoded], dtype: str) -> StepResult:
         """Return the step as the Trainer computes it, with fused layers and without dropout."""
