@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How fast rows become tokens, how much memory that takes, and what the gate costs of it.
+"""Measure speed and memory of data preparation, and the cost of the data checks.
 
     python benchmarks/data.py
     python benchmarks/data.py --rows 10000 100000 1000000 --trl-python ~/venvs/trl/bin/python

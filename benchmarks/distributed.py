@@ -1,4 +1,4 @@
-"""Show that a run is the same run however it is started, and however its model is shared out.
+"""Compare runs by every launcher and with sharding to the same run in one process.
 
     make distributed
 

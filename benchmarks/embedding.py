@@ -1,4 +1,4 @@
-"""`--task embedding` beside sentence-transformers' trainer: equal losses and gradients, and speed.
+"""Compare `--task embedding` with sentence-transformers: loss, gradients and speed.
 
     python benchmarks/embedding.py equal --model all-MiniLM-L6-v2
     python benchmarks/embedding.py speed --model all-MiniLM-L6-v2 --pairs pairs.jsonl --batch 64

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a line about the machine, measured processes, Markdown tables."""
+"""Shared by the benchmarks: machine description, measured processes, Markdown tables."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What merging costs: `ftlevel merge` beside PEFT's merge_and_unload and save_pretrained.
+"""Compare `ftlevel merge` with PEFT's merge_and_unload and save_pretrained.
 
     python benchmarks/merge.py
     python benchmarks/merge.py --runs 5 --model .models/SmolLM2-135M-Instruct

@@ -1,4 +1,4 @@
-"""Train each method on real weights and real data, and print one table a task.
+"""Train each method on real weights and real data, and print one table per task.
 
     python scripts/fetch_models.py
     python scripts/build_data.py wordnet-supersense factbook-ner factbook-qa docstring-summary

@@ -1,4 +1,4 @@
-"""How near the plan of many cards comes to runs that others have published.
+"""Compare the planned speed of many GPUs with published runs.
 
     python benchmarks/plan_cluster.py
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Rows answered a second beside transformers: classes and its pipeline, texts and generate.
+"""Compare predictions per second with transformers: its pipeline, and generate.
 
     python benchmarks/predict.py                          both, 2,000 and 64 rows, 3 rounds
     python benchmarks/predict.py classes --rows 400

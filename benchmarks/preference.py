@@ -1,4 +1,4 @@
-"""DPO steps of ftlevel beside TRL's, on the same model, pairs, precision and batch, by turns.
+"""Compare DPO steps with TRL on the same model, pairs, precision and batch.
 
     python benchmarks/preference.py --model .models/SmolLM2-135M-Instruct \
         --data data/docstring-pairs --peer FOLDER

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What `ftlevel quantize` takes beside transformers' load and save: time, processor, memory.
+"""Compare `ftlevel quantize` with transformers' load and save: time, CPU and memory.
 
     python benchmarks/quantize.py
     python benchmarks/quantize.py --runs 5 --no-large

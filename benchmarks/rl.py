@@ -1,4 +1,4 @@
-"""GRPO steps of ftlevel beside TRL's, on the same model, prompts, precision and batch, by turns.
+"""Compare GRPO steps with TRL on the same model, prompts, precision and batch.
 
     python benchmarks/rl.py --model .models/SmolLM2-135M-Instruct --data data/docstring-summary \
         --peer FOLDER --prompt-tokens 300 --new-tokens 64

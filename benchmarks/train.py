@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""`ftlevel train` beside a plain Trainer + PEFT script and other tools, on four workloads.
+"""Compare `ftlevel train` with a plain Trainer + PEFT script and other tools.
 
     python benchmarks/train.py --venvs ~/venvs              all workloads, 20 steps, 3 rounds
     python benchmarks/train.py --workloads a b --steps 40 --peer trl=~/venvs/trl/bin/python

@@ -1,4 +1,4 @@
-"""Hold TRL's own trainers to tests/preference_figures.json, with the same weights and rows.
+"""Compare TRL's trainers with tests/preference_figures.json, on the same weights and rows.
 
     pip install --no-deps --target FOLDER trl==1.16.0
     PYTHONPATH=FOLDER python scripts/against_trl.py

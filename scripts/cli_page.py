@@ -1,4 +1,4 @@
-"""docs/cli.md and docs/commands: every command and every flag, from the table of flags."""
+"""Generate docs/cli.md and docs/commands from the table of flags."""
 
 from __future__ import annotations
 

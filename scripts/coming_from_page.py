@@ -1,4 +1,4 @@
-"""docs/coming-from.md: what other tools' spellings are here, from the table that tests hold."""
+"""Generate docs/coming-from.md: equivalents of other tools' flags."""
 
 from __future__ import annotations
 

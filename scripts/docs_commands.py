@@ -1,4 +1,4 @@
-"""Run the commands that stand on the pages of docs/, and put their output there.
+"""Run the commands on the pages of docs/, and write their output there.
 
     python scripts/docs_commands.py                     # run every block that is marked so
     python scripts/docs_commands.py docs/tutorials/classes.md --write

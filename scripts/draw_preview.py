@@ -1,4 +1,4 @@
-"""Draw docs/preview.svg and docs/preview.txt: what `ftlevel preview` shows of the demo's data.
+"""Draw docs/preview.svg and docs/preview.txt: the output of `ftlevel preview`.
 
 python scripts/draw_preview.py
 """

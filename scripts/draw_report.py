@@ -1,4 +1,4 @@
-"""Take the picture of a run's page that README shows, in headless Chromium.
+"""Take the screenshot of a report page for the README, in headless Chromium.
 
 python scripts/draw_report.py RUN         writes docs/report.png
 

@@ -1,4 +1,4 @@
-"""Write down what ftlevel does, so that a refactoring can be shown to have changed nothing.
+"""Record what ftlevel computes, so that a refactoring can be compared before and after.
 
     python scripts/freeze.py record DIR               run every item and write DIR/ITEM.txt
     python scripts/freeze.py record DIR --data SETS   also every row of the sets, a folder each

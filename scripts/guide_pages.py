@@ -1,4 +1,4 @@
-"""docs/guide/METHOD.md: one page a method, of its table's facts and of `method_guides.GUIDES`."""
+"""Generate docs/guide/METHOD.md from the table of methods and `method_guides.GUIDES`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train every cell of what works with what in tiny models, and print the table.
+"""Train every supported combination of family, task, method and base in tiny models.
 
     python scripts/run_matrix.py                     everything
     python scripts/run_matrix.py --families gpt2,t5 --rows lora,oft --quants none

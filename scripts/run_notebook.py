@@ -1,4 +1,4 @@
-"""Run examples/quickstart.ipynb and keep what its cells show: `python scripts/run_notebook.py`.
+"""Run examples/quickstart.ipynb and save the outputs of its cells.
 
 What libraries say on stderr while they are imported differs from machine to machine and is dropped.
 """

@@ -1,4 +1,4 @@
-"""Hold real servers to what was trained, and write docs/served.csv: method × server × form.
+"""Check adapters in real servers, and write docs/served.csv: method × server × format.
 
     python scripts/served.py                                  (make served; make servers installs)
     python scripts/served.py --servers llama.cpp --methods rslora,vera

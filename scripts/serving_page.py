@@ -1,4 +1,4 @@
-"""docs/serving.md: the table of servers, and what was measured of methods and in real servers."""
+"""Generate the tables of docs/serving.md: servers, methods and measured differences."""
 
 from __future__ import annotations
 

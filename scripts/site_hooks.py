@@ -1,4 +1,4 @@
-"""What mkdocs does beside its plugins: folders in the navigation, and links that leave docs/.
+"""Hooks of mkdocs: folders in the navigation, and links out of docs/.
 
 Pages that are written by a script come and go with what they are about, so the navigation names
 their folder. The pages of docs/ link to sources and recipes beside it. On the site these are no

@@ -1,4 +1,4 @@
-"""Do to ftlevel what power cuts, full disks, strangers and fuzzers do, and print one table.
+"""Stress ftlevel with kills, full disks, hostile files and fuzzing, and print one table.
 
     make torture                                  every row at its full count
     python scripts/torture.py --only kill disk    some rows

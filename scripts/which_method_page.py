@@ -1,4 +1,4 @@
-"""docs/which-method.md: of what `ftlevel compare` wrote (docs/compared), and what others measured.
+"""Generate docs/which-method.md from results of `ftlevel compare` and published results.
 
 A file of docs/compared is the `compare.json` of a comparison, with `title`, `about` and `command`
 beside what compare put there.

@@ -1,4 +1,4 @@
-"""Write the pages of docs/ that come from the program itself.
+"""Generate the pages of docs/ that describe commands, flags, methods and servers.
 
 python scripts/write_docs.py methods          write docs/methods.md
 python scripts/write_docs.py cli              write docs/cli.md and docs/commands

@@ -1,4 +1,4 @@
-"""Bases, adapters and heads with the inputs that adapterhub_figures.json has logits of.
+"""Bases, adapters and heads, with the inputs of adapterhub_figures.json.
 
 `scripts/against_adapterhub.py` of commit a06cb43b recorded the figures with AdapterHub's package.
 """

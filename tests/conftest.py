@@ -1,4 +1,4 @@
-"""Fixtures that every room of the tests shares: tiny models on disk, small real ones, a quiet home.
+"""Shared fixtures: tiny models on disk, small real models, an isolated home directory.
 
 Nothing here imports torch before `pytest_configure` has set the environment that it reads.
 """

@@ -1,4 +1,4 @@
-"""Models that `export` writes, and how they are compared; for the tests of it and of llama.cpp."""
+"""Models for the tests of `export` and llama.cpp, and how they are compared."""
 
 from __future__ import annotations
 

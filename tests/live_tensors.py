@@ -1,4 +1,4 @@
-"""Count the tensors that are alive: what autograd saves, and what anything else holds beside it."""
+"""Count live tensors: those saved by autograd, and all others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compute tests/preference_figures.json anew: losses of preferences by a plain script, in float64.
+"""Compute tests/preference_figures.json: preference losses by a plain float64 script.
 
     python tests/make_preference_figures.py > tests/preference_figures.json
 

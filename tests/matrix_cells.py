@@ -1,4 +1,4 @@
-"""Every cell of what works with what, in tiny models: trained, saved, loaded anew and compared.
+"""Cells of the support matrix, each trained, saved, reloaded and compared in tiny models.
 
 A cell is a row of `ftlevel.methods`, a family, a head and a quantization. Tasks that put the
 same head on a family are one cell. Used by scripts/run_matrix.py and by a sample in the tests.

@@ -1,4 +1,4 @@
-"""Write adapters on embeddings and heads by plain PEFT, in a process that never imports ftlevel.
+"""Train adapters with plain PEFT, in a process that never imports ftlevel.
 
     python tests/plain_peft.py BASE-UNTIED BASE-TIED FOLDER
 

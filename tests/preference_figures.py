@@ -1,4 +1,4 @@
-"""Figures of preference losses on a tiny Llama with fixed weights, and that Llama.
+"""Expected preference losses on a tiny Llama with fixed weights.
 
 The figures lie in preference_figures.json, which `tests/make_preference_figures.py` makes: plain
 torch and PEFT without any of this project's code, each answer alone through the model, formulas as

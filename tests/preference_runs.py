@@ -1,4 +1,4 @@
-"""Runs of preferences on rows that are made by rule, and what they logged."""
+"""Preference runs on synthetic rows, and their logs."""
 
 from __future__ import annotations
 

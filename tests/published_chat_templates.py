@@ -1,4 +1,4 @@
-"""Five chat templates, written by hand from the published formats of their families.
+"""Five chat templates, written from the published formats of their families.
 
 They differ where supervision goes wrong: Llama 3 trims and has a header token, Qwen3 puts an empty
 block of reasoning into the last answer only, Gemma 3 has no system role and calls the assistant

@@ -1,4 +1,4 @@
-"""Processes of a run without their launcher: forked from one that has imported everything."""
+"""Processes of a distributed run without a launcher, forked from one that has all imports."""
 
 from __future__ import annotations
 

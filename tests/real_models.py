@@ -1,4 +1,4 @@
-"""Real pretrained weights, cut to their first blocks: for what needs real ones and not all."""
+"""Real pretrained weights, reduced to their first blocks."""
 
 from __future__ import annotations
 

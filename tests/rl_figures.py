@@ -1,4 +1,4 @@
-"""Policy losses of fixed completions of a tiny Llama, written plainly.
+"""Expected policy losses for fixed completions of a tiny Llama, computed plainly.
 
 Each completion goes through the model alone, unpadded and in float64; formulas are those of the
 papers, in loops. `scripts/against_trl_rl.py` compares TRL's trainers with the same figures.

@@ -1,4 +1,4 @@
-"""Adapters by plain PEFT, and what becomes of each when it is exported."""
+"""Adapters trained with plain PEFT, and the expected result of their export."""
 
 from __future__ import annotations
 

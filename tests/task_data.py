@@ -1,4 +1,4 @@
-"""A small data set for every task, made by code, for tests that train."""
+"""A small synthetic dataset for every task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever can be named on the command line, of every task type of PEFT, made of tiny models."""
+"""Every kind of model reference × every PEFT task type, in tiny models."""
 
 from __future__ import annotations
 

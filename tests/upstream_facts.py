@@ -1,4 +1,4 @@
-"""What every fact about another library is held to, whatever its canary looks at."""
+"""Checks that every fact about another library must pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every method with virtual tokens must do, on a tiny model of any family and head."""
+"""Shared tests of methods with virtual tokens, for any family and head."""
 
 from __future__ import annotations
 

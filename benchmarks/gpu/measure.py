@@ -1,4 +1,4 @@
-"""Measure ftlevel beside a plain Trainer + PEFT script and TRL on a random Llama-3-8B, on a GPU.
+"""Compare ftlevel with a plain Trainer + PEFT script and TRL on a random Llama-3-8B, on a GPU.
 
     python -m gpu.measure lora|qlora --out FOLDER --until TIME     (by run.py of the kit)
 

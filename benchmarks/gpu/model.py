@@ -1,4 +1,4 @@
-"""A random Llama-3-8B, written where it is needed: no weights are carried.
+"""Create a random Llama-3-8B on the GPU machine, so that no weights are copied there.
 
 Speed and memory do not depend on the values of weights. The tokenizer is that of ftlevel's built-in
 model, which makes 1.4 times as many tokens of a docstring as SmolLM2's.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Pack the folder that is carried to a machine with a GPU and no network: `make gpu-kit`.
+"""Pack the folder for a GPU machine without a network: `make gpu-kit`.
 
     python benchmarks/gpu/pack.py FOLDER [--python 3.12] [--cuda 130]
 

@@ -1,4 +1,4 @@
-"""Run the tests that need a GPU; what passed is written down as it comes, and not run again.
+"""Run the tests that need a GPU; record each that passes, and skip it in a later run.
 
     python -m gpu.prove tests --out FOLDER --until TIME     (by run.py of the kit)
 

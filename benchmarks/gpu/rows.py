@@ -1,4 +1,4 @@
-"""Rows of three shapes: of any length, filled to one length, and under one system prompt."""
+"""Rows of three kinds: any length, packed to one length, and under one system prompt."""
 
 from __future__ import annotations
 

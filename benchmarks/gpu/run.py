@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""On the machine with the GPU: install what was carried beside this file, and run one of its lines.
+"""Install the kit on the GPU machine, and run one of its commands.
 
     python3 run.py tests            what only a card can prove: tests/gpu
     python3 run.py lora             tokens/s, MFU and peak memory of LoRA in bfloat16; a trace

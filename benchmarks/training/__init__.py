@@ -1,1 +1,1 @@
-"""What `benchmarks/train.py` runs: workloads, the commands of the tools, and the meter."""
+"""Workloads, commands of the tools, and the meter of `benchmarks/train.py`."""

@@ -1,4 +1,4 @@
-"""Run one command that trains in a process of its own, and read what the meter saw in it."""
+"""Run one training command in a process of its own, and read its metered steps."""
 
 from __future__ import annotations
 

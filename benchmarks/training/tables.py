@@ -1,4 +1,4 @@
-"""From the readings of the tools to medians, ratios and Markdown.
+"""Compute medians and ratios of the measured tools, as Markdown.
 
 Peers are all tools that are not ftlevel, the plain script included. The best one is the one with
 the most tokens a second.

@@ -1,4 +1,4 @@
-"""How each tool is told to do a workload: by its own public command line or Python API.
+"""Commands of each tool for a workload, through its public CLI or Python API.
 
 `ftlevel` and `plain` run in the environment of the benchmark; every other tool in one of its own
 (`--peer NAME=PYTHON`, or `--venvs FOLDER` for those in FOLDER/NAME). `docs/performance.md` says how

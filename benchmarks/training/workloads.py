@@ -1,4 +1,4 @@
-"""The four workloads: which rows, which model, which settings.
+"""The four workloads: rows, model and settings.
 
 Rows come from the standard library of the Python that runs (`builtin:docstrings`) and, for
 classification, from `data/wordnet-supersense`. A workload has as many rows as its steps take, and a

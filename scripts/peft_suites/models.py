@@ -1,4 +1,4 @@
-"""Tiny models under the names that PEFT's tests ask the Hub for, in a cache as the Hub's own.
+"""Create tiny models in the Hub cache under the names that PEFT's tests load.
 
 A cache folder is the Hub's documented layout, so transformers and PEFT find them offline, by name,
 without a line changed. The weights are random, as those on the Hub are.

@@ -1,4 +1,4 @@
-"""A pytest plugin: PEFT's tests with rows of ours in their tables, or on fused LoRA layers.
+"""pytest plugin that adds our tuners to PEFT's test tables, or fuses its LoRA layers.
 
 Nothing of PEFT's tests is copied, or changed on disk. A table stands in a mark `parametrize`, and
 the plugin puts another mark in its place; tests without a table of configurations are left out.

@@ -1,4 +1,4 @@
-"""Rows for the tables of PEFT's tests: our tuners, and what a test asks that one cannot be."""
+"""Rows for PEFT's test tables: our tuners, and the tests that do not apply to one."""
 
 from __future__ import annotations
 

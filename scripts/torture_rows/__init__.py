@@ -1,1 +1,1 @@
-"""The rows of `scripts/torture.py`: each does something to ftlevel many times, and judges it."""
+"""Rows of `scripts/torture.py`; each repeats one kind of stress and judges the results."""

@@ -1,4 +1,4 @@
-"""Something is another than it was when a run goes on: refused with its name and both values."""
+"""Inputs that change before `--resume`: refused with the name and both values."""
 
 from __future__ import annotations
 

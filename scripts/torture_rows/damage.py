@@ -1,4 +1,4 @@
-"""Files that are deleted, emptied, cut short or changed in a bit: seen, named, and done without."""
+"""Files that are deleted, emptied, truncated or have a flipped bit: detected and named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A disk that is full at any byte: one line, the earlier checkpoints whole, the same run after."""
+"""A disk that is full at any byte: one message, intact checkpoints, and a resumable run."""
 
 from __future__ import annotations
 

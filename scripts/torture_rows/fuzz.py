@@ -1,4 +1,4 @@
-"""Settings and files by hypothesis: whatever they are, they are read, or refused by our errors.
+"""Settings and files from hypothesis: each is read, or refused with one of our errors.
 
 To draw one takes hypothesis longer than we take to read it, so each that it draws is read as it is
 and in some variants, which are made by a seed that it draws too.

@@ -1,4 +1,4 @@
-"""How each thing that is fuzzed is read: by the function that reads it in a run."""
+"""Readers of fuzzed files: the functions that a run uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that a stranger made: to run code, to leave their directory, to hang, to fill memory."""
+"""Malicious files that try to run code, leave their directory, hang or fill memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kill -9 at any moment, once or twice, and `--resume`: the run is the one that was not broken."""
+"""kill -9 at any moment, once or twice, then `--resume`: the result is that of one run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A place to torture ftlevel in: processes forked from one that has imported everything.
+"""Processes for stress tests, forked from one that has imported everything.
 
 A forked process begins in milliseconds instead of seconds, so that hundreds of runs are broken off
 in minutes. What is done to it before it begins, such as a limit or an error to come, is a function

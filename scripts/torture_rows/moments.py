@@ -1,4 +1,4 @@
-"""Moments of a run told by what it does with files, so that a seed names the same one anywhere."""
+"""Moments of a run, counted by file operations, so that a seed selects the same one."""
 
 from __future__ import annotations
 

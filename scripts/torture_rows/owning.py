@@ -1,4 +1,4 @@
-"""What is deleted, and who may write: files of others, two runs at once, tokens."""
+"""Files of others, two runs in one directory, and tokens in the environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A signal at any moment of any command: a line, the right exit code, and nothing half."""
+"""A signal at any moment of any command: one message, the exit code, no partial output."""
 
 from __future__ import annotations
 

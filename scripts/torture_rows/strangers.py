@@ -1,4 +1,4 @@
-"""What a stranger may write into a file: headers, configurations, templates, recipes."""
+"""Malicious contents: headers, configurations, templates and recipes."""
 
 from __future__ import annotations
 

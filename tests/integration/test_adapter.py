@@ -1,4 +1,4 @@
-"""Whole runs with bottleneck adapters, and their use by a program without ftlevel's commands."""
+"""Bottleneck adapters: whole runs, and loading without ftlevel's commands."""
 
 from __future__ import annotations
 

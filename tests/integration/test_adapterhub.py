@@ -1,4 +1,4 @@
-"""A run becomes an adapter of AdapterHub's, which is evaluated and asked as the run is."""
+"""Conversion of a run to AdapterHub's format, evaluated and used like the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A check of the gate is a field that says what follows from it, and a function that finds it."""
+"""Adding a data check: a configuration field and a function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A family is a line of a table: StableLM is added so, listed by name, and trained for a step."""
+"""Adding a model family: one table row, tested with StableLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A kind of target is one file and one line: `rank` is added so, and used by every command."""
+"""Adding a task: one file and one line, tested with `rank` in every command."""
 
 from __future__ import annotations
 

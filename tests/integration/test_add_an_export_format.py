@@ -1,4 +1,4 @@
-"""An export format is a module and a line: `names` is added so, and written."""
+"""Adding an export format: a module and one line, tested with `names`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`evaluate --against`: two models asked the same; what the figures are, and what is refused."""
+"""`evaluate --against`: metrics of two models on the same rows, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of training runs, and measures the same work on both sides."""
+"""benchmarks/train.py: its meter, its table, and equal work on both sides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model that is kept is the best one, whatever the method and however the run was broken off.
+"""The best model is kept, for every method and after interruptions.
 
 A rate that is low makes the loss fall evaluation by evaluation, so that with `--greater-is-better`
 the best is the first; a constant rate makes it the last of a shorter run, bit for bit.

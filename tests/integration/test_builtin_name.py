@@ -1,4 +1,4 @@
-"""Messages call the built-in model by its name, not by its place in the installation."""
+"""Messages show the built-in model's name instead of its path."""
 
 from __future__ import annotations
 

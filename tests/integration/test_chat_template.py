@@ -1,4 +1,4 @@
-"""A chat template that is given to a model travels with the adapter, into generation too."""
+"""A chat template given for training is saved with the adapter and used in generation."""
 
 from __future__ import annotations
 

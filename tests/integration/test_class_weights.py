@@ -1,4 +1,4 @@
-"""Classes with weights in whole runs: the fast step, the plain one, and what is refused."""
+"""Class weights in whole runs, with the fast and the plain step, and refusals."""
 
 from __future__ import annotations
 

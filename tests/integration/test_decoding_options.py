@@ -1,4 +1,4 @@
-"""Beams and draws wherever text is written, held against transformers' own `generate`."""
+"""Beam search and sampling, compared with transformers' `generate`."""
 
 from __future__ import annotations
 

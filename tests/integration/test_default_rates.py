@@ -1,4 +1,4 @@
-"""A method learns at its default rate what it learns at its best one, on real weights."""
+"""Default learning rates are close to the best rate, on real weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learning from a teacher: runs against plain scripts of torch and transformers."""
+"""Distillation, compared with plain scripts of torch and transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embedding models train, are saved, evaluated and merged; a step may be cut in any way."""
+"""Embedding models: training, saving, evaluation, merging, and any micro-batch split."""
 
 from __future__ import annotations
 

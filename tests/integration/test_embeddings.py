@@ -1,4 +1,4 @@
-"""Runs whose LoRA has modules in full or rows of single tokens beside it, and what they become."""
+"""LoRA runs that also train embeddings or single tokens, and their results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`evaluate`: training's own numbers on its rows, the base beside them, intervals, predictions."""
+"""`evaluate`: metrics equal to training's, base metrics, intervals and predictions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One file of every format trains, and is named on the screen."""
+"""Training from one file of every format."""
 
 from __future__ import annotations
 

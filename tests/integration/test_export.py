@@ -1,4 +1,4 @@
-"""`export`: a file that transformers and llama.cpp read as the model it was made of, or none."""
+"""`export`: files that transformers and llama.cpp load as the original model."""
 
 from __future__ import annotations
 

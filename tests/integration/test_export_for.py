@@ -1,4 +1,4 @@
-"""`export --for`: the format of a server, the commands that start it, what it would not serve."""
+"""`export --for`: server formats, start commands and refusals."""
 
 from __future__ import annotations
 

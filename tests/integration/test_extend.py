@@ -1,4 +1,4 @@
-"""The package of docs/extend.md is installed, and each thing that it adds is used."""
+"""The example package of docs/extend.md: installed, and each of its parts used."""
 
 from __future__ import annotations
 

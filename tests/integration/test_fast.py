@@ -1,4 +1,4 @@
-"""`--fast` and `--no-fast` give one loss curve, and `--verify-fast` says so."""
+"""`--fast` and `--no-fast` have equal losses, and `--verify-fast` reports it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preparing takes no more memory for many rows than for few: a bound in bytes a row."""
+"""Memory of data preparation does not grow with the number of rows."""
 
 from __future__ import annotations
 

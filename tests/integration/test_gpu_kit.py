@@ -1,4 +1,4 @@
-"""The kit for a borrowed GPU: what was done is not done again, and only what is needed is carried.
+"""The kit for a GPU machine: resumable, and minimal.
 
 All of it runs on a CPU, in minutes: `make gpu-kit`, and then each of its lines with `--tiny`.
 """

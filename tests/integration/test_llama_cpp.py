@@ -1,4 +1,4 @@
-"""llama.cpp computes and tokenizes an exported file as transformers does its original.
+"""llama.cpp computes and tokenizes an exported file like transformers.
 
 Skipped where its Python binding is not installed: pip install llama-cpp-python builds it.
 """

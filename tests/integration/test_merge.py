@@ -1,4 +1,4 @@
-"""`ftlevel merge` of whole runs: verified, refused, mixed, killed, and onto quantized bases."""
+"""`ftlevel merge`: verified, refused, mixed, interrupted, and on quantized bases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`merge --quant`: a merged model in the bits that are served, read by transformers alone."""
+"""`merge --quant`: a quantized merged model that transformers loads."""
 
 from __future__ import annotations
 

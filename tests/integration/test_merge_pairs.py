@@ -1,4 +1,4 @@
-"""Every base × what a merged run becomes, in one precision of two; `make sweeps` has both."""
+"""Every base × every use of the merged model; `make sweeps` has both precisions."""
 
 from __future__ import annotations
 

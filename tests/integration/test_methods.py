@@ -1,4 +1,4 @@
-"""Whole runs of methods that do more than take gradient steps, broken off and gone on with."""
+"""Methods with additional state: whole runs, interrupted and resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics that are named are those that an evaluation gives, in training and afterwards."""
+"""`--metrics` selects the reported metrics, in training and evaluation."""
 
 from __future__ import annotations
 

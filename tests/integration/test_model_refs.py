@@ -1,4 +1,4 @@
-"""Every thing that a name can refer to × every task type of PEFT × every command that takes it.
+"""Every kind of model reference × every PEFT task type × every command.
 
 Each cell works as plain PEFT and transformers do, or is refused with a reason that is true. CI runs
 a fixed sample of the cells, and `make sweeps` all of them.

@@ -1,4 +1,4 @@
-"""A run that is moved, whose base or data is moved, and commands from other directories."""
+"""Runs, bases and data that were moved, and commands from other directories."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""examples/quickstart.ipynb runs as it stands, cell by cell."""
+"""examples/quickstart.ipynb runs cell by cell."""
 
 from __future__ import annotations
 

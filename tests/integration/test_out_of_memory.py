@@ -1,4 +1,4 @@
-"""A run whose memory is too small goes on in smaller parts, or ends in a line."""
+"""Out of memory: smaller micro-batches, or one error message."""
 
 from __future__ import annotations
 

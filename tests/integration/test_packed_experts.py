@@ -1,4 +1,4 @@
-"""A run on a mixture whose experts are packed: said, proven, resumed, merged, and none silently."""
+"""Mixture-of-experts models with packed experts: training, resume, merge and refusals."""
 
 from __future__ import annotations
 

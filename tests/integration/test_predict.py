@@ -1,4 +1,4 @@
-"""`predict`: rows in, the same rows with an answer out, each that of a plain PEFT loop."""
+"""`predict`: predictions of every row, compared with a plain PEFT loop."""
 
 from __future__ import annotations
 

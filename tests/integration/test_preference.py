@@ -1,4 +1,4 @@
-"""Preference training from the files to the numbers: runs on tiny models of every kind."""
+"""Preference training: whole runs on tiny models of every kind."""
 
 from __future__ import annotations
 

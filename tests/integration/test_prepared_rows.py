@@ -1,4 +1,4 @@
-"""Large sets: rows in a file are those of a list, by one process or two, and are found again."""
+"""Prepared rows in files equal those in memory, for one and two processes, and are cached."""
 
 from __future__ import annotations
 

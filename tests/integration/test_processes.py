@@ -1,4 +1,4 @@
-"""Two processes make the steps that one makes with twice the accumulation."""
+"""Two processes take the same steps as one with twice the accumulation."""
 
 from __future__ import annotations
 

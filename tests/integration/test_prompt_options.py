@@ -1,4 +1,4 @@
-"""A system turn for rows that have none, and prompts that are learned as well as answers."""
+"""`--system` and `--train-on-inputs`."""
 
 from __future__ import annotations
 

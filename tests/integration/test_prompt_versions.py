@@ -1,4 +1,4 @@
-"""Runs from before prompts had versions keep their layout: scored, asked, resumed, merged."""
+"""Runs from before prompt versions keep their prompt layout."""
 
 from __future__ import annotations
 

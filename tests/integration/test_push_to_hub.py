@@ -1,4 +1,4 @@
-"""A run on the Hub: refused before it trains, uploaded after its proof; the network is mocked."""
+"""`--push-to-hub`: refused before training, uploaded after verification; network mocked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`train` with rows, a model, a tokenizer and callbacks that a program hands over."""
+"""`train` with rows, a model, a tokenizer and callbacks in memory."""
 
 from __future__ import annotations
 

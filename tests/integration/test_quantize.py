@@ -1,4 +1,4 @@
-"""`quantize`: what transformers would have saved, tensor for tensor; measured; absent or whole."""
+"""`quantize`: equal to transformers tensor for tensor, measured, and never partial."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A quantized directory as a base: LoRA on top, a new head, generation, and what is refused."""
+"""Quantized directories as bases: LoRA, new heads, generation and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that Ray Train starts ends, and goes on where a worker was lost."""
+"""A run started by Ray Train finishes after a worker was lost."""
 
 from __future__ import annotations
 

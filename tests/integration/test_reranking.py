@@ -1,4 +1,4 @@
-"""--task reranking: encoders and decoders train, and files give the same scores elsewhere."""
+"""--task reranking: encoders and decoders train, and the files give equal scores elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embedding models search: evaluate on a retrieval set, predict embeddings, mine negatives."""
+"""Embedding models: retrieval evaluation, predicted embeddings, mined negatives."""
 
 from __future__ import annotations
 

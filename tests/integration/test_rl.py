@@ -1,4 +1,4 @@
-"""Reinforcement learning: whole runs that learn, resume, split, and notice planted faults."""
+"""Reinforcement learning: runs that learn, resume, split, and detect planted faults."""
 
 from __future__ import annotations
 

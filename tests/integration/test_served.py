@@ -1,4 +1,4 @@
-"""What export writes is served as trained: by llama.cpp itself, asked over HTTP by check-served."""
+"""Exported adapters served by llama.cpp, checked over HTTP with check-served."""
 
 from __future__ import annotations
 

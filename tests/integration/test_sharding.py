@@ -1,4 +1,4 @@
-"""A model that two processes share learns what it learns in one, and is saved and resumed whole."""
+"""Sharded training equals training in one process, and is saved and resumed."""
 
 from __future__ import annotations
 

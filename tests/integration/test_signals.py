@@ -1,4 +1,4 @@
-"""A signal ends a command in a line, with the exit code that shells and clusters know."""
+"""Signals end a command with one message and the conventional exit code."""
 
 from __future__ import annotations
 

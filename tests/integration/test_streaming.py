@@ -1,4 +1,4 @@
-"""`--streaming`: rows as they come, resumed at the right row without what was before."""
+"""`--streaming`: rows are read as they come, and resumed at the right row."""
 
 from __future__ import annotations
 

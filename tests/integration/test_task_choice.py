@@ -1,4 +1,4 @@
-"""An encoder without `--task` learns what the columns are for, and that is said."""
+"""The task of an encoder is inferred from the columns and shown."""
 
 from __future__ import annotations
 

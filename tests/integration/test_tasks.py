@@ -1,4 +1,4 @@
-"""Every task trains on tiny models, is saved, reloaded and compared, and answers.
+"""Every task trains on tiny models, is saved, reloaded, compared and used.
 
 `train` itself proves what was saved: it loads the adapter into a fresh base and raises unless the
 logits are equal and training moved them.

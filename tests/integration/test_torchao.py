@@ -1,4 +1,4 @@
-"""torchao's forms: what transformers would have saved; a base for LoRA; named where missing."""
+"""torchao quantization: equal to transformers, trainable, and named where missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A fixed sample of `make torture`: a little of each row that no other test does."""
+"""A fixed sample of `make torture`."""
 
 from __future__ import annotations
 

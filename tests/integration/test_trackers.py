@@ -1,4 +1,4 @@
-"""Experiment trackers are told of a run, offline, by the packages themselves where they are."""
+"""Experiment trackers log a run offline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options that are transformers' own: what they do in a run, with the fast step and without."""
+"""Options of transformers' Trainer, with the fast and the plain step."""
 
 from __future__ import annotations
 

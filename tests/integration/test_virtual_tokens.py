@@ -1,4 +1,4 @@
-"""Whole runs with prefixes and prompts: trained, proved, asked, resumed, refused."""
+"""Prefix and prompt methods: whole runs, verified, used, resumed and refused."""
 
 from __future__ import annotations
 

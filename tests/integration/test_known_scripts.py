@@ -1,4 +1,4 @@
-"""The usual scripts' command lines, as typed, where a directory stands for each Hub name."""
+"""Command lines of well-known scripts, with local directories in place of Hub names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`from ftlevel import …`: the same runs from Python."""
+"""The Python API: the same runs as on the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run leaves and says: its card, its curves, the next commands; and what is made of it."""
+"""Outputs of a run: model card, curves, next commands."""
 
 from __future__ import annotations
 

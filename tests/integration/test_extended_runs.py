@@ -1,4 +1,4 @@
-"""Checkpoints by the clock, and runs that are made longer: as if they had been so from the start.
+"""Checkpoints by time, and runs that are extended.
 
 A constant rate makes a longer run the same as one that was as long from the beginning.
 """

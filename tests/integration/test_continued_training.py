@@ -1,4 +1,4 @@
-"""A run that goes on from a trained adapter begins where that ended, whatever the method."""
+"""Continued training (`--adapter`) starts from the adapter's weights, for every method."""
 
 from __future__ import annotations
 

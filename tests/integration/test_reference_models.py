@@ -1,4 +1,4 @@
-"""Models that a run asks and does not train: the reference of preferences, against plain PEFT."""
+"""Reference models of preference training, compared with plain PEFT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step whose numbers are not finite, or whose loss leaps, ends the run or is left out."""
+"""Steps with non-finite values or loss spikes: stop, skip or roll back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint of a run is used as what the run gives: its task, base, rows and tokenizer."""
+"""A checkpoint can be used like its run: task, base, rows and tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run goes on with what it was started with, to the byte, or with what the user lets change."""
+"""`--resume` compares the inputs of a run byte for byte; `--allow-change` accepts changes."""
 
 from __future__ import annotations
 

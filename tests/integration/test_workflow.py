@@ -1,4 +1,4 @@
-"""A user's day: own rows, a look at them, a run, its scores, new rows, a move, a plain model.
+"""A user's workflow: own rows, preview, training, evaluation, prediction, move, merge.
 
 Each step is a function, in the order of `STEPS`; the real small models answer.
 """
