@@ -43,6 +43,6 @@ def test_its_lines_end_in_a_verdict(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = command.Finding("peft", "bad", "0.1", "pip install peft")
-    monkeypatch.setattr(command, "doctor", lambda: [bad])
+    monkeypatch.setattr(command, "run_checks", lambda: [bad])
     assert run(["doctor"]) == 1
     assert capsys.readouterr().out == "!! peft  0.1\n         → pip install peft\n"

@@ -49,15 +49,15 @@ _CORE: dict[str, tuple[str, str]] = {
         ("recipes", "recipes:recipes", "List, show, copy or convert recipes."),
         (
             "list-targets",
-            "list_targets:list_targets",
+            "describe:list_targets",
             "List the modules of a model or a family that can be adapted.",
         ),
         (
             "list-methods",
-            "list_methods:list_methods",
+            "describe:list_methods",
             "List the methods and what they can be combined with.",
         ),
-        ("doctor", "doctor:doctor", "Check what this machine supports and what to install."),
+        ("doctor", "describe:doctor", "Check what this machine supports and what to install."),
     )
 }
 """Command → (function, summary); a test compares the summary with the function's docstring."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json as json_module
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -33,7 +33,7 @@ def evaluate(
 
         result = run(config, listener=screen)
     if as_json:
-        typer.echo(json_module.dumps(result.summary, default=str))
+        typer.echo(json.dumps(result.summary, default=str))
         return
     for line in table_lines(result.summary):
         typer.echo(line)
@@ -114,7 +114,7 @@ def predict(given: CommandInput, *, task: str | None, as_json: bool, quiet: bool
 
         result = run(config, stream=sys.stdout, listener=screen)
     if as_json:
-        typer.echo(json_module.dumps(result.summary, default=str))
+        typer.echo(json.dumps(result.summary, default=str))
         return
     if not quiet:
         for line in _result_lines(result.summary):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json as json_module
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,7 +32,7 @@ def export(
 
         result = run(config, listener=screen, dry_run=dry_run)
     if as_json:
-        typer.echo(json_module.dumps(result.summary, default=str))
+        typer.echo(json.dumps(result.summary, default=str))
     elif not quiet:
         for line in result.lines:
             typer.echo(f"  {line}")
@@ -58,7 +58,7 @@ def merge(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
         for line in _merge_lines(result.summary):
             typer.echo(f"  {line}")
     if as_json:
-        typer.echo(json_module.dumps(result.summary, default=str))
+        typer.echo(json.dumps(result.summary, default=str))
 
 
 def _merge_lines(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -113,7 +113,7 @@ def quantize(
 
         result = run(config, listener=screen, dry_run=dry_run)
     if as_json:
-        typer.echo(json_module.dumps(result.summary, default=str))
+        typer.echo(json.dumps(result.summary, default=str))
     elif not quiet:
         for line in _quantize_lines(result.summary):
             typer.echo(f"  {line}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json as json_module
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,11 +60,11 @@ def generate(
     lines = [vars(answer) for answer in answers]
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json_module.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         with atomic_files(out) as folder:
             (folder / out.name).write_text(text, encoding="utf-8")
     if as_json:
-        typer.echo(json_module.dumps({"answers": lines}))
+        typer.echo(json.dumps({"answers": lines}))
     elif out is not None:
         typer.echo(f"{len(lines):,} answers in {out}")
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json as json_module
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +59,7 @@ def init(given: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
         raise ConfigError(f"{file.parent} does not exist. Create the directory first.") from None
     if as_json:
         typer.echo(
-            json_module.dumps(
+            json.dumps(
                 {
                     "recipe": str(file),
                     "config": drafted.config.model_dump(mode="json", exclude_unset=True),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json as json_module
+import json
 
 import typer
 
@@ -27,7 +27,7 @@ def mine(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
 
         summary = run(config, listener=screen)
     if as_json:
-        typer.echo(json_module.dumps(summary, default=str))
+        typer.echo(json.dumps(summary, default=str))
         return
     mean = summary["negatives"] / summary["rows"]
     typer.echo(f"  {summary['rows']:,} rows with {mean:.1f} negatives each")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json as json_module
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -124,7 +124,7 @@ def plan(
                 interconnect_gbps=own["interconnect_gbps"],
             )
         if as_json:
-            typer.echo(json_module.dumps(look(config, wishes).to_dict()))
+            typer.echo(json.dumps(look(config, wishes).to_dict()))
             return
 
         found = look(

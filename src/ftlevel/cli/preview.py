@@ -5,7 +5,7 @@ The output is colored in a terminal, bracketed in a pipe, or one self-contained 
 
 from __future__ import annotations
 
-import json as json_module
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -253,7 +253,7 @@ def preview(
         if html is not None:
             write_page(found, html)
         if as_json:
-            typer.echo(json_module.dumps(found.to_dict()))
+            typer.echo(json.dumps(found.to_dict()))
             return
 
         show(found, screen.console, whole=bool(row))

@@ -1,16 +1,142 @@
-"""`ftlevel train`: build the configuration from recipe and flags, and train."""
+"""`ftlevel train`: build the configuration from recipe and flags, and train.
+
+With --num-processes, it starts one process per rank and stops them together. Rendezvous uses
+torchrun's environment variables. docs/reliability.md compares it with torchrun. `accelerate launch
+--cpu` starts only one process.
+"""
 
 from __future__ import annotations
 
-import json as json_module
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
 
 import typer
 
 from ftlevel.cli.flags import CommandInput, read_config
-from ftlevel.cli.processes import end_with_parent, launch
 from ftlevel.cli.startup import heavy_imports, share_heaps
 from ftlevel.config import TrainConfig
 from ftlevel.world import has_agent, is_follower, is_launched
+
+_POLL_SECONDS = 0.1
+_GRACE_SECONDS = 5.0
+_PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # not all exist on Windows
+_PR_SET_PDEATHSIG = 1
+_FAILED = 1
+_RESUME, _REPLACES = "--resume", ("--overwrite", "--overwrite-output-dir")
+
+
+def launch(arguments: Sequence[str], count: int, restarts: int = 0) -> int:
+    """Run `ftlevel arguments` in `count` processes; return the exit code of the first that failed.
+
+    The others are then stopped; all end with this process (on Linux). A run that fails with exit
+    code 1 restarts up to `restarts` times with `--resume`; bad input (2) and signals do not restart
+    it.
+    """
+    told: list[int] = []
+    while True:
+        code = _launch_once(arguments, count, told)
+        is_told = set(told) - {getattr(signal, "SIGUSR1", None)}  # does not end a run
+        if code != _FAILED or is_told or not restarts:
+            return code
+        restarts -= 1
+        arguments = _resume_arguments(arguments)
+        sys.stderr.write(
+            f"ftlevel: it is started again with --resume; {restarts:,} restarts are left.\n"
+        )
+
+
+def _resume_arguments(arguments: Sequence[str]) -> list[str]:
+    """Return the command line that resumes the run of `arguments`."""
+    kept = [a for a in arguments if a.replace("_", "-") not in _REPLACES]
+    return kept if _RESUME in kept else [*kept, _RESUME]
+
+
+def _launch_once(arguments: Sequence[str], count: int, told: list[int]) -> int:
+    """Run the processes to their end; appends forwarded signals to `told`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    shared = {
+        "OMP_NUM_THREADS": str(max(1, (cores or 1) // count)),
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+    }
+    command = [sys.executable, "-m", "ftlevel", *arguments]
+    running = [
+        subprocess.Popen(
+            command,
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            preexec_fn=end_with_parent if sys.platform == "linux" else None,
+        )
+        for rank in range(count)
+    ]
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        told.append(number)
+        for process in running:
+            process.send_signal(number)
+
+    numbers = [n for n in (getattr(signal, name, None) for name in _PASSED_ON) if n is not None]
+    before = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        return _wait(running)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(running: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Return the exit code of all processes; stop the others when one fails."""
+    while any(process.poll() is None for process in running):
+        failed = {rank: code for rank, process in enumerate(running) if (code := process.poll())}
+        if failed:
+            _stop(running)
+            rank, code = next(iter(failed.items()))
+            if code == -signal.SIGKILL:
+                sys.stderr.write(
+                    f"ftlevel: the process of rank {rank} was killed, as by a system without "
+                    "memory; the others are stopped. --resume continues from the newest valid "
+                    "checkpoint.\n"
+                )
+                return _FAILED
+            first = running[0].returncode
+            return _exit_code(first if first and first > 0 else code)
+        time.sleep(_POLL_SECONDS)
+    codes = [process.returncode for process in running if process.returncode]
+    return _exit_code(codes[0]) if codes else 0
+
+
+def _exit_code(code: int) -> int:
+    """Return a process's exit code as shells do: 143 after SIGTERM."""
+    return code if code >= 0 else 128 - code
+
+
+def end_with_parent() -> None:
+    """Send SIGTERM to this process when its parent dies (Linux, prctl(2))."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _stop(running: Sequence[subprocess.Popen[bytes]]) -> None:
+    deadline = time.monotonic() + _GRACE_SECONDS
+    for process in running:
+        try:
+            process.wait(max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            process.kill()  # it may be waiting for a dead process
+            process.wait()
 
 
 def train(given: CommandInput, *, dry_run: bool, as_json: bool, quiet: bool, schema: bool) -> None:
@@ -20,7 +146,7 @@ def train(given: CommandInput, *, dry_run: bool, as_json: bool, quiet: bool, sch
     section.key=value sets any other field; --schema lists all fields.
     """
     if schema:
-        typer.echo(json_module.dumps(TrainConfig.model_json_schema(), indent=2))
+        typer.echo(json.dumps(TrainConfig.model_json_schema(), indent=2))
         return
     config, origin = read_config(given)
     processes = config.train.num_processes or 1
@@ -41,4 +167,4 @@ def train(given: CommandInput, *, dry_run: bool, as_json: bool, quiet: bool, sch
         asked = CommandLine(origin, StartTime.of_process())
         result = run(config, listener=screen, dry_run=dry_run, command_line=asked)
     if as_json and not follows:
-        typer.echo(json_module.dumps(result.summary, default=str))
+        typer.echo(json.dumps(result.summary, default=str))

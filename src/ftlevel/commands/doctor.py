@@ -16,7 +16,7 @@ from ftlevel._version import __version__
 
 Verdict = Literal["good", "note", "bad"]
 
-_LITTLE_MEMORY, _LITTLE_DISK = 4 * 2**30, 5 * 2**30  # bytes free
+_MIN_MEMORY, _MIN_DISK = 4 * 2**30, 5 * 2**30  # bytes free
 
 
 @dataclass(frozen=True)
@@ -29,41 +29,28 @@ class CheckResult:
     advice: str = ""
 
 
-def doctor() -> list[CheckResult]:
+def run_checks() -> list[CheckResult]:
     """Run all checks, in the order in which a run would depend on them."""
-    found: list[CheckResult] = []
-    for look in (
-        _program,
-        _versions,
-        _device,
-        _precision,
-        _four_bit,
-        _attention,
-        _threads,
-        _memory,
-        _disk,
-        _hub,
-    ):
-        found += _judged(look)
-    return found
+    checks = (_program, _versions, _device, _precision, _four_bit, _attention, _threads, _memory)
+    return [result for check in (*checks, _disk, _hub) for result in _run(check)]
 
 
-def to_dict(found: list[CheckResult]) -> dict[str, Any]:
+def to_dict(results: list[CheckResult]) -> dict[str, Any]:
     """Return the output of `--json`."""
     return {
         "ftlevel": __version__,
-        "ok": all(finding.verdict != "bad" for finding in found),
-        "findings": [asdict(finding) for finding in found],
+        "ok": all(result.verdict != "bad" for result in results),
+        "findings": [asdict(result) for result in results],
     }
 
 
-def _judged(look: Callable[[], Iterator[CheckResult]]) -> list[CheckResult]:
-    """Return the findings of `look`; a failing import becomes a finding too."""
+def _run(check: Callable[[], Iterator[CheckResult]]) -> list[CheckResult]:
+    """Return the results of `check`; a failing import becomes a result too."""
     try:
-        return list(look())
+        return list(check())
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        name = look.__name__.strip("_").replace("_", " ")
+        name = check.__name__.strip("_").replace("_", " ")
         advice = "Reinstall ftlevel in a virtual environment of its own."
         return [CheckResult(name, "bad", f"{type(error).__name__}: {reason}", advice)]
 
@@ -77,36 +64,34 @@ def _versions() -> Iterator[CheckResult]:
     """Yield unmet requirements of ftlevel, or one finding if all are met."""
     from packaging.requirements import Requirement
 
-    needed = [Requirement(line) for line in metadata.requires("ftlevel") or ()]
-    core = [r for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
-    wrong = 0
+    requirements = [Requirement(line) for line in metadata.requires("ftlevel") or ()]
+    core = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    all_met = True
     for requirement in core:
+        name, specifier = requirement.name, requirement.specifier
         try:
-            version = metadata.version(requirement.name)
+            version = metadata.version(name)
         except metadata.PackageNotFoundError:
             version = ""
-        if not version or not requirement.specifier.contains(version, prereleases=True):
-            wrong += 1
-            advice = f"pip install '{requirement.name}{requirement.specifier}'"
-            shown = version or "not installed"
-            yield CheckResult(
-                requirement.name, "bad", f"{shown}; needs {requirement.specifier}", advice
-            )
-    if not wrong:
+        if not version or not specifier.contains(version, prereleases=True):
+            all_met = False
+            value = f"{version or 'not installed'}; needs {specifier}"
+            yield CheckResult(name, "bad", value, f"pip install '{name}{specifier}'")
+    if all_met:
         names = ("torch", "transformers", "peft", "bitsandbytes", "datasets")
-        shown = ", ".join(f"{name} {metadata.version(name)}" for name in names)
-        yield CheckResult("versions", "good", f"all {len(core)} requirements are met: {shown}")
+        versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+        yield CheckResult("versions", "good", f"all {len(core)} requirements are met: {versions}")
 
 
 def _device() -> Iterator[CheckResult]:
     import torch
 
     if torch.cuda.is_available():
-        for at in range(torch.cuda.device_count()):
-            facts = torch.cuda.get_device_properties(at)
-            free, _ = torch.cuda.mem_get_info(at)
-            size = f"{free / 2**30:.1f} of {facts.total_memory / 2**30:.1f} GiB free"
-            yield CheckResult(f"GPU {at}", "good", f"{facts.name}, {size}")
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            free, _ = torch.cuda.mem_get_info(index)
+            size = f"{free / 2**30:.1f} of {gpu.total_memory / 2**30:.1f} GiB free"
+            yield CheckResult(f"GPU {index}", "good", f"{gpu.name}, {size}")
         return
     if torch.backends.mps.is_available():
         yield CheckResult("GPU", "good", "Apple GPU")
@@ -141,11 +126,11 @@ def _four_bit() -> Iterator[CheckResult]:
     weight = torch.randn(64, 64, device=device)
     codes, state = quantize_4bit(weight, quant_type="nf4")
     error = float((dequantize_4bit(codes, state) - weight).abs().mean())
-    fine = error < 0.2  # NF4: 0.07 standard deviations
+    is_ok = error < 0.2  # NF4: 0.07 standard deviations
     version = metadata.version("bitsandbytes")
-    advice = "" if fine else "--quant 4bit would train on garbage: pip install -U bitsandbytes"
-    said = f"bitsandbytes {version} on {device}: mean error {error:.3f} of a standard deviation"
-    yield CheckResult("4 bits", "good" if fine else "bad", said, advice)
+    advice = "" if is_ok else "--quant 4bit would train on garbage: pip install -U bitsandbytes"
+    value = f"bitsandbytes {version} on {device}: mean error {error:.3f} of a standard deviation"
+    yield CheckResult("4 bits", "good" if is_ok else "bad", value, advice)
 
 
 def _attention() -> Iterator[CheckResult]:
@@ -154,10 +139,10 @@ def _attention() -> Iterator[CheckResult]:
     if not torch.cuda.is_available():
         yield CheckResult("attention", "good", "packed rows by blocks and SDPA, on the CPU")
         return
-    there = [name for name in ("flash_attn", "liger_kernel") if find_spec(name)]
-    advice = "" if "liger_kernel" in there else "pip install 'ftlevel[gpu]' for fused kernels."
-    said = f"SDPA; extra kernels: {', '.join(there) or 'none'}"
-    yield CheckResult("attention", "good" if there else "note", said, advice)
+    installed = [name for name in ("flash_attn", "liger_kernel") if find_spec(name)]
+    advice = "" if "liger_kernel" in installed else "pip install 'ftlevel[gpu]' for fused kernels."
+    value = f"SDPA; extra kernels: {', '.join(installed) or 'none'}"
+    yield CheckResult("attention", "good" if installed else "note", value, advice)
 
 
 def _threads() -> Iterator[CheckResult]:
@@ -165,37 +150,37 @@ def _threads() -> Iterator[CheckResult]:
 
     cores, used = os.cpu_count() or 1, torch.get_num_threads()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    fine = used <= usable
-    said = f"{used} of torch, {usable} cores may be used of {cores}"
+    is_ok = used <= usable
+    value = f"{used} of torch, {usable} cores may be used of {cores}"
     advice = (
-        "" if fine else f"More threads than cores slow each other down: OMP_NUM_THREADS={usable}"
+        "" if is_ok else f"More threads than cores slow each other down: OMP_NUM_THREADS={usable}"
     )
-    yield CheckResult("threads", "good" if fine else "note", said, advice)
+    yield CheckResult("threads", "good" if is_ok else "note", value, advice)
 
 
 def _memory() -> Iterator[CheckResult]:
     from ftlevel.models.hardware import device_memory, free_memory_bytes
 
-    free, whole = free_memory_bytes("cpu"), device_memory("cpu")
-    said = f"{free / 2**30:.1f} GiB free of the {whole / 2**30:.1f} that may be used"
-    low = min(free, whole) < _LITTLE_MEMORY
+    free, total = free_memory_bytes("cpu"), device_memory("cpu")
+    value = f"{free / 2**30:.1f} GiB free of the {total / 2**30:.1f} that may be used"
+    low = min(free, total) < _MIN_MEMORY
     advice = "See what fits: ftlevel plan" if low else ""
-    yield CheckResult("memory", "note" if low else "good", said, advice)
+    yield CheckResult("memory", "note" if low else "good", value, advice)
 
 
 def _disk() -> Iterator[CheckResult]:
     from huggingface_hub import constants
 
-    for name, place in (
+    for name, path in (
         ("disk here", Path.cwd()),
         ("disk of the Hub's cache", Path(constants.HF_HUB_CACHE)),
     ):
-        there = next(p for p in (place, *place.parents) if p.exists())
-        free = shutil.disk_usage(there).free
-        low = free < _LITTLE_DISK
+        existing = next(p for p in (path, *path.parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        low = free < _MIN_DISK
         advice = "Free space, or set HF_HOME to another disk." if low else ""
-        said = f"{free / 2**30:.1f} GiB free at {place}"
-        yield CheckResult(name, "bad" if low else "good", said, advice)
+        value = f"{free / 2**30:.1f} GiB free at {path}"
+        yield CheckResult(name, "bad" if low else "good", value, advice)
 
 
 def _hub() -> Iterator[CheckResult]:

@@ -1,17 +1,21 @@
-"""`ftlevel list-targets`: modules of a model or a family that can be adapted."""
+"""`ftlevel list-targets`, `list-methods` and `doctor`: describe models, methods and the machine."""
 
 from __future__ import annotations
 
-import json as json_module
+import json
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import typer
 
-from ftlevel.commands.list_targets import LoraSize, TargetReport, TargetRow, split_pattern
-from ftlevel.commands.list_targets import list_targets as describe
+from ftlevel.cli.startup import heavy_imports
+
+if TYPE_CHECKING:
+    from ftlevel.commands.list_methods import MethodReport
+    from ftlevel.commands.list_targets import LoraSize, TargetReport, TargetRow
 
 _NARROWEST = 80
 _GAP = "  "
@@ -23,14 +27,16 @@ def list_targets(model: str, lora_r: int, as_json: bool) -> None:
     For a model, it reads the config without the weights and shows shapes, counts and LoRA
     parameters.
     """
-    report = describe(model, lora_r)
+    from ftlevel.commands.list_targets import list_targets as describe_targets
+
+    report = describe_targets(model, lora_r)
     if as_json:
-        typer.echo(json_module.dumps(asdict(report), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(asdict(report), indent=2, ensure_ascii=False))
     else:
-        print_report(report)
+        _print_targets(report)
 
 
-def print_report(report: TargetReport) -> None:
+def _print_targets(report: TargetReport) -> None:
     """Print table and facts without rich, whose import takes a third of the time."""
     width = max(_NARROWEST, shutil.get_terminal_size().columns)
     typer.secho(_headline(report), bold=True)
@@ -143,6 +149,8 @@ def _facts(report: TargetReport) -> list[tuple[str, str]]:
 
 def _by_holder(patterns: Sequence[str]) -> str:
     """Return one line of names per block: `model.layers.{i}: input_layernorm, ...`."""
+    from ftlevel.commands.list_targets import split_pattern
+
     lines: dict[str, list[str]] = {}
     for pattern in patterns:
         block, inside = split_pattern(pattern)
@@ -163,3 +171,74 @@ def _lora_text(lora: LoraSize) -> str:
 
 def _size(count: int) -> str:
     return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
+
+
+_COLORS = {"yes": "green", "in part": "yellow", "no": "red"}
+
+
+def list_methods(model: str | None, task: str | None, quant: str | None, as_json: bool) -> None:
+    """List the methods and what they can be combined with.
+
+    "in part" lists the combinations that ftlevel train rejects. --model, --task and --quant filter.
+    """
+    from ftlevel.commands.list_methods import list_methods as describe_methods
+
+    report = describe_methods(model, task, quant)
+    if as_json:
+        typer.echo(json.dumps(asdict(report), indent=2, ensure_ascii=False))
+    else:
+        _print_methods(report)
+
+
+def _print_methods(report: MethodReport) -> None:
+    """Print a block per method: whether it works, what it trains, and restrictions."""
+    width = max(_NARROWEST, shutil.get_terminal_size().columns)
+    asked = [report.family, report.task, f"--quant {report.quant}" if report.quant else None]
+    typer.secho(", ".join(filter(None, asked)) or "every model, task and base", bold=True)
+    typer.echo()
+    names = max(len(row.name) for row in report.methods)
+    answers = max(len(row.works) for row in report.methods)
+    indent = " " * (names + answers + 4)
+    for row in report.methods:
+        typer.secho(row.name.ljust(names), bold=True, nl=False)
+        typer.secho(f"  {row.works.ljust(answers)}", fg=_COLORS[row.works], nl=False)
+        lines = [f"{row.trains} ({row.flags})"] if row.works != "no" else []
+        for number, line in enumerate([*lines, *row.reasons]):
+            text = textwrap.fill(
+                line,
+                width,
+                initial_indent=indent,
+                subsequent_indent=indent,
+                break_on_hyphens=False,
+                break_long_words=False,
+            )
+            typer.echo(text[len(indent) - 2 :] if number == 0 else text)
+
+
+_SIGNS = {"good": "ok", "note": "--", "bad": "!!"}
+
+
+def doctor(*, as_json: bool, quiet: bool) -> None:
+    """Check what this machine supports and what to install.
+
+    Exits with 1 if a problem would stop a run. Include the output in bug reports.
+    """
+    with heavy_imports():
+        from ftlevel.commands.doctor import run_checks, to_dict
+        from ftlevel.models.loading import silence_loggers
+
+    with silence_loggers():
+        results = run_checks()
+    report = to_dict(results)
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        width = max(len(result.name) for result in results)
+        for result in results:
+            if quiet and result.verdict == "good":
+                continue
+            typer.echo(f"{_SIGNS[result.verdict]} {result.name.ljust(width)}  {result.value}")
+            if result.advice:
+                typer.echo(f"   {' ' * width}  → {result.advice}")
+    if not report["ok"]:
+        raise typer.Exit(1)
