@@ -34,7 +34,7 @@ def test_a_broken_library_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise ImportError("libcuda.so is missing")
 
-    (finding,) = command._judged(fail)  # type: ignore[arg-type]
+    (finding,) = command._run(fail)  # type: ignore[arg-type]
     assert finding.verdict == "bad"
     assert "libcuda.so" in finding.value
 
@@ -42,7 +42,7 @@ def test_a_broken_library_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_its_lines_end_in_a_verdict(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bad = command.Finding("peft", "bad", "0.1", "pip install peft")
+    bad = command.CheckResult("peft", "bad", "0.1", "pip install peft")
     monkeypatch.setattr(command, "run_checks", lambda: [bad])
     assert run(["doctor"]) == 1
     assert capsys.readouterr().out == "!! peft  0.1\n         → pip install peft\n"
