@@ -59,23 +59,17 @@ def list_methods(
         ConfigError: the task or quantization is unknown.
         InputError: the model or family is unknown.
     """
-    task = _known("--task", task.replace("_", "-") if task else None, tuple(TASK_NAMES))
-    quant = _known("--quant", quant, QUANTS)
+    task = _check_name("--task", task.replace("_", "-") if task else None, tuple(TASK_NAMES))
+    quant = _check_name("--quant", quant, QUANTS)
     family = find_family(family_name(model)) if model else None
     rows = tuple(
         _row(facts, family, task, quant) for facts in FACTS.values() if facts.kind in SPECS
     )
-    return MethodReport(
-        model,
-        family.name if family else None,
-        family.kind if family else None,
-        task,
-        quant,
-        rows,
-    )
+    name, kind = (family.name, family.kind) if family else (None, None)
+    return MethodReport(model, name, kind, task, quant, rows)
 
 
-def _known(flag: str, value: str | None, names: tuple[str, ...]) -> str | None:
+def _check_name(flag: str, value: str | None, names: tuple[str, ...]) -> str | None:
     if value is None or value in names:
         return value
     raise ConfigError(
@@ -115,14 +109,10 @@ def task_refusal(family: Family, task: str) -> str | None:
 def _row(
     facts: MethodFacts, family: Family | None, task: str | None, quant: str | None
 ) -> MethodRow:
-    cell = Cell(
-        facts.name,
-        family.name if family else None,
-        family.kind if family else None,
-        task,
-        quant,
-        bool(family.target_parameters) if family else None,
-    )
+    name, kind, experts = None, None, None
+    if family:
+        name, kind, experts = family.name, family.kind, bool(family.target_parameters)
+    cell = Cell(facts.name, name, kind, task, quant, experts)
     works: Answer = "yes"
     reasons: tuple[str, ...] = ()
     lacks = task_refusal(family, task) if family and task else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,9 +50,9 @@ class TargetRow:
     block: str
     type: str
     shape: str
-    attention: bool
-    all_linear: bool
-    default: bool
+    attention: bool = False
+    all_linear: bool = False
+    default: bool = False
     in_features: int | None = None
     out_features: int | None = None
     count: int | None = None
@@ -156,7 +156,7 @@ def describe_model(name: str, r: int = 8) -> TargetReport:
     """Describe a directory, a .gguf file, a Hub id or `builtin:NAME`; no weights are read.
 
     Raises:
-        InputError: the model is not found, or transformers has no class for it.
+        InputError: the model is not targets, or transformers has no class for it.
     """
     _check_rank(r)
     from huggingface_hub.errors import StrictDataclassError
@@ -167,31 +167,33 @@ def describe_model(name: str, r: int = 8) -> TargetReport:
 
     config = _load_config(name)
     try:
-        found = inspect_model(build_meta_model(config))
+        targets = inspect_model(build_meta_model(config))
     except (*FROM_READERS, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"{name}: transformers cannot build a model from its configuration: {reason} "
             "Expected the config.json of a transformers model."
         ) from error
-    family = lookup_family(found.model_type)
-    picked = [kind for kind in found.linears if kind.all_linear]
+    family = lookup_family(targets.model_type)
+    selected = [kind for kind in targets.linears if kind.all_linear]
     return TargetReport(
         source="model",
         name=name,
-        family=found.model_type,
+        family=targets.model_type,
         kind=model_kind(config),
-        linears=tuple(_model_row(kind, r) for kind in found.linears),
-        experts=tuple(_model_expert(kind, r) for kind in found.experts),
-        heads={found.class_name: found.heads},
-        norms=tuple(norm.pattern for norm in found.norms),
-        embeddings=tuple(part.pattern for part in found.embeddings),
-        all_linear=tuple(dict.fromkeys(kind.name for kind in picked)),
+        linears=tuple(_model_linear(kind, r) for kind in targets.linears),
+        experts=tuple(
+            _model_row(kind, r, "experts", f"{kind.experts} of ") for kind in targets.experts
+        ),
+        heads={targets.class_name: targets.heads},
+        norms=tuple(norm.pattern for norm in targets.norms),
+        embeddings=tuple(part.pattern for part in targets.embeddings),
+        all_linear=tuple(dict.fromkeys(kind.name for kind in selected)),
         attention_only=family.attention_only if family else (),
-        target_parameters=tuple(split_pattern(kind.pattern)[1] for kind in found.experts),
-        lora=_model_size(name, found, r),
+        target_parameters=tuple(split_pattern(kind.pattern)[1] for kind in targets.experts),
+        lora=_model_size(name, targets, r),
         aliases=family.aliases if family else (),
-        total_parameters=found.total_parameters,
+        total_parameters=targets.total_parameters,
     )
 
 
@@ -223,11 +225,11 @@ def split_pattern(pattern: str) -> tuple[str, str]:
 
 def _family_row(stack: Stack, linear: BlockLinear) -> TargetRow:
     return TargetRow(
-        name=linear.name,
-        pattern=f"{stack.path}.{linear.path}",
-        block=stack.path,
-        type=linear.type,
-        shape=f"{linear.fan_in} -> {linear.fan_out}",
+        linear.name,
+        f"{stack.path}.{linear.path}",
+        stack.path,
+        linear.type,
+        f"{linear.fan_in} -> {linear.fan_out}",
         attention=linear.attention,
         all_linear=True,
         default=True,
@@ -236,28 +238,17 @@ def _family_row(stack: Stack, linear: BlockLinear) -> TargetRow:
 
 
 def _family_expert(stack: Stack, expert: ExpertTensor) -> TargetRow:
-    return TargetRow(
-        name=expert.path.rpartition(".")[2],
-        pattern=f"{stack.path}.{expert.path}",
-        block=stack.path,
-        type="experts",
-        shape=f"experts of {expert.fan_in} -> {expert.fan_out}",
-        attention=False,
-        all_linear=False,
-        default=False,
-    )
+    name, shape = expert.path.rpartition(".")[2], f"experts of {expert.fan_in} -> {expert.fan_out}"
+    return TargetRow(name, f"{stack.path}.{expert.path}", stack.path, "experts", shape)
 
 
-def _model_row(kind: LinearKind, r: int) -> TargetRow:
+def _model_row(kind: LinearKind | ExpertKind, r: int, type_: str, count: str = "") -> TargetRow:
     return TargetRow(
-        name=kind.name,
-        pattern=kind.pattern,
-        block=split_pattern(kind.pattern)[0],
-        type=kind.type,
-        shape=f"{kind.in_features} -> {kind.out_features}",
-        attention=bool(kind.all_linear and _ATTENTION.search(split_pattern(kind.pattern)[1])),
-        all_linear=kind.all_linear,
-        default=kind.default,
+        kind.name,
+        kind.pattern,
+        split_pattern(kind.pattern)[0],
+        type_,
+        f"{count}{kind.in_features} -> {kind.out_features}",
         in_features=kind.in_features,
         out_features=kind.out_features,
         count=kind.count,
@@ -265,21 +256,10 @@ def _model_row(kind: LinearKind, r: int) -> TargetRow:
     )
 
 
-def _model_expert(kind: ExpertKind, r: int) -> TargetRow:
-    return TargetRow(
-        name=kind.name,
-        pattern=kind.pattern,
-        block=split_pattern(kind.pattern)[0],
-        type="experts",
-        shape=f"{kind.experts} of {kind.in_features} -> {kind.out_features}",
-        attention=False,
-        all_linear=False,
-        default=False,
-        in_features=kind.in_features,
-        out_features=kind.out_features,
-        count=kind.count,
-        lora_parameters=kind.lora_parameters(r),
-    )
+def _model_linear(kind: LinearKind, r: int) -> TargetRow:
+    row, inside = _model_row(kind, r, kind.type), split_pattern(kind.pattern)[1]
+    is_attention = bool(kind.all_linear and _ATTENTION.search(inside))
+    return replace(row, attention=is_attention, all_linear=kind.all_linear, default=kind.default)
 
 
 def _example_size(family: Family, r: int) -> LoraSize | None:
@@ -289,7 +269,7 @@ def _example_size(family: Family, r: int) -> LoraSize | None:
     return LoraSize(r, family.example.name, parameters, parameters * FLOAT32_BYTES)
 
 
-def _model_size(name: str, found: ModelTargets, r: int) -> LoraSize:
-    parameters = found.lora_parameters(r)
-    share = parameters / found.total_parameters
+def _model_size(name: str, targets: ModelTargets, r: int) -> LoraSize:
+    parameters = targets.lora_parameters(r)
+    share = parameters / targets.total_parameters
     return LoraSize(r, name, parameters, parameters * FLOAT32_BYTES, share)

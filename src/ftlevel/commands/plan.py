@@ -120,13 +120,8 @@ class RunPlan:
             "device": need.device.name,
             "imagined_rows": self.imagined,
             "fits": [
-                {
-                    "flags": fit.flags,
-                    "peak_bytes": fit.peak,
-                    "fits": fit.fits,
-                    "most_rows": fit.most_rows,
-                }
-                for fit in self.fits
+                {"flags": f.flags, "peak_bytes": f.peak, "fits": f.fits, "most_rows": f.most_rows}
+                for f in self.fits
             ],
             "cheapest_change": self.cheapest.flags if self.cheapest else None,
             "cluster": self.cluster.to_dict() if self.cluster else None,
@@ -149,7 +144,7 @@ def _ignore(*_: Any) -> None:
 
 def plan(
     config: TrainConfig,
-    wishes: PlanOptions = PlanOptions(),
+    options: PlanOptions = PlanOptions(),
     show: Callable[[RunPlan], None] = _ignore,
     check: Callable[[], object] = _ignore,
 ) -> RunPlan:
@@ -164,51 +159,59 @@ def plan(
             tensors.
     """
     with silence_loggers():
-        found, limits = _plan(config, wishes)
-        show(found)
-        if not wishes.alternatives:
-            return found
-        return replace(found, fits=list_alternatives(replace(limits, check=check)))
+        result, limits = _plan(config, options)
+        show(result)
+        if not options.alternatives:
+            return result
+        return replace(result, fits=list_alternatives(replace(limits, check=check)))
 
 
-def _plan(config: TrainConfig, wishes: PlanOptions) -> tuple[RunPlan, AlternativeContext]:
-    card = parse_gpu(wishes.gpu) if wishes.gpu else None
-    if card and wishes.probe:
+def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, AlternativeContext]:
+    card = parse_gpu(options.gpu) if options.gpu else None
+    if card and options.probe:
         raise ConfigError(
             "--probe runs steps on this machine, and --gpu plans for another GPU. Use one of them."
         )
-    _check_cards(config, wishes, card)
+    _check_cards(config, options, card)
     config, adapter, _ = resolve_adapter(config)
     is_imagined = _names_no_data(config)
-    if is_imagined and wishes.probe:
+    if is_imagined and options.probe:
         raise ConfigError("--probe runs steps on real rows. Name them: --dataset FILE.")
     config, why = (config, "") if is_imagined else infer_task(config)
     if card and config.model.dtype == "auto":
-        config = _with_dtype(config, "float16" if card.name == "T4" else "bfloat16")
-    wish = config.model
+        config = _replace(config, "model", dtype="float16" if card.name == "T4" else "bfloat16")
+    model = config.model
     source = resolve_source(
-        wish.name_or_path, wish.revision, wish.trust_remote_code, needs_weights=wishes.probe
+        model.name_or_path, model.revision, model.trust_remote_code, needs_weights=options.probe
     )
     rows = config.train.rows_per_device_step * _IMAGINED_STEPS if is_imagined else 0
     synthetic = build_synthetic_batch(config.data, source, card.name if card else None, rows)
     run = resolve(config, why_task=why, adapter=adapter, synthetic=synthetic)
-    ranks = wishes.nodes * wishes.gpus_per_node
+    ranks = options.nodes * options.gpus_per_node
     device = Device.of(run.model.device, card, ranks)
     if config.speed.memory_gib is not None:
-        least = min(device.memory, int(config.speed.memory_gib * 2**30))
-        device = replace(device, memory=least)
+        memory = min(device.memory, int(config.speed.memory_gib * 2**30))
+        device = replace(device, memory=memory)
     if config.speed.tokens_per_micro_batch == "memory":
         run = fit_micro_batch(run, device.memory)
     need = estimate_requirement(run, device)
-    as_long = config if is_imagined else _with_length(config, run.data.max_length)
+    length = run.data.max_length
+    as_long = config if is_imagined else _replace(config, "data", max_length=length)
     limits = AlternativeContext(
         as_long, need.device, card.name if card else None, source, run.model.tokenizer
     )
-    cluster = _cluster(run, need, card, wishes)
-    time = _time(run, card, wishes.probe, is_imagined)
+    cluster = None
+    if card is not None and need.device.ranks > 1:
+        forecasts = (hook(run, need, card, options) for hook in hooks("forecast_cluster"))
+        cluster = next(forecasts, None)
+    time: TimeForecast | None = None
     if cluster is not None:
         time = cluster.time()
-    found = RunPlan(
+    elif options.probe:
+        time = measure_time(run)
+    elif card and not is_imagined:
+        time = estimate_time(run, card)
+    result = RunPlan(
         need=need,
         steps=cluster.steps or 0 if cluster else steps_per_epoch(run),
         tokens=0 if is_imagined else int(run.data.facts["tokens"]),
@@ -216,13 +219,13 @@ def _plan(config: TrainConfig, wishes: PlanOptions) -> tuple[RunPlan, Alternativ
         longest=run.data.max_length,
         checkpoint_bytes=_checkpoints(run, need.parts),
         time=time,
-        cost=_cost(config, time, wishes),
+        cost=_cost(config, time, options),
         fits=[],
         cheapest=find_cheapest(limits) if not need.does_fit else None,
         cluster=cluster,
         choices=run.choices,
     )
-    return found, limits
+    return result, limits
 
 
 def _names_no_data(config: TrainConfig) -> bool:
@@ -231,27 +234,17 @@ def _names_no_data(config: TrainConfig) -> bool:
     return names_model and "dataset" not in config.data.model_fields_set
 
 
-def _with_length(config: TrainConfig, length: int) -> TrainConfig:
-    data = config.data.model_copy(update={"max_length": length})
-    return config.model_copy(update={"data": data})
+def _replace(config: TrainConfig, section: str, **fields: Any) -> TrainConfig:
+    """Return a copy with other `fields` of `section`, which are not validated."""
+    values = getattr(config, section).model_copy(update=fields)
+    return config.model_copy(update={section: values})
 
 
-def _with_dtype(config: TrainConfig, dtype: str) -> TrainConfig:
-    model = config.model.model_copy(update={"dtype": dtype})
-    return config.model_copy(update={"model": model})
-
-
-def _time(run: Run, card: Gpu | None, probe: bool, is_imagined: bool) -> TimeForecast | None:
-    if probe:
-        return measure_time(run)
-    return estimate_time(run, card) if card and not is_imagined else None
-
-
-def _cost(config: TrainConfig, time: TimeForecast | None, wishes: PlanOptions) -> float | None:
-    if wishes.price_per_hour is None or time is None:
+def _cost(config: TrainConfig, time: TimeForecast | None, options: PlanOptions) -> float | None:
+    if options.price_per_hour is None or time is None:
         return None
     hours = time.seconds_per_epoch * config.train.num_train_epochs / 3600
-    return hours * wishes.price_per_hour * wishes.nodes
+    return hours * options.price_per_hour * options.nodes
 
 
 def _checkpoints(run: Run, parts: Mapping[str, int]) -> tuple[int, int]:
@@ -263,9 +256,9 @@ def _checkpoints(run: Run, parts: Mapping[str, int]) -> tuple[int, int]:
     return one, one * (limit if run.config.train.save_strategy else min(limit, epochs))
 
 
-def _check_cards(config: TrainConfig, wishes: PlanOptions, card: Gpu | None) -> None:
+def _check_cards(config: TrainConfig, options: PlanOptions, card: Gpu | None) -> None:
     """Reject several GPUs of unknown speed, and sharding on a single one."""
-    ranks, way = wishes.nodes * wishes.gpus_per_node, config.train.shard
+    ranks, way = options.nodes * options.gpus_per_node, config.train.shard
     if ranks == 1 and way != "none":
         raise ConfigError(
             f"--shard {way} shards a model across GPUs. Add --nodes N and --gpus-per-node N, "
@@ -273,22 +266,10 @@ def _check_cards(config: TrainConfig, wishes: PlanOptions, card: Gpu | None) -> 
         )
     if ranks > 1 and (card is None or not card.tflops):
         raise ConfigError(
-            f"--nodes {wishes.nodes} --gpus-per-node {wishes.gpus_per_node}: the speed of their "
+            f"--nodes {options.nodes} --gpus-per-node {options.gpus_per_node}: the speed of their "
             "cards is not known. Name one: --gpu h100."
         )
-    if wishes.interconnect_gbps <= 0:
+    if options.interconnect_gbps <= 0:
         raise ConfigError(
-            f"--interconnect-gbps {wishes.interconnect_gbps:g}: expected more than 0, as 400."
+            f"--interconnect-gbps {options.interconnect_gbps:g}: expected more than 0, as 400."
         )
-
-
-def _cluster(
-    run: Run,
-    need: MemoryRequirement,
-    card: Gpu | None,
-    wishes: PlanOptions,
-) -> ClusterEstimate | None:
-    if card is None or need.device.ranks == 1:
-        return None
-    found = (hook(run, need, card, wishes) for hook in hooks("forecast_cluster"))
-    return next(found, None)

@@ -88,11 +88,8 @@ class Preview:
     @property
     def extent(self) -> str:
         """What lengths and tokens cover: an epoch, or the first rows of a stream."""
-        return (
-            f"the first {self.facts['first_rows']:,} rows"
-            if "streamed" in self.facts
-            else "an epoch"
-        )
+        is_streamed = "streamed" in self.facts
+        return f"the first {self.facts['first_rows']:,} rows" if is_streamed else "an epoch"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the output of `--json`."""
@@ -222,21 +219,16 @@ class PieceDecoder:
         return texts
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(
-            self._tokenizer.decode(
-                ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-        )
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return str(self._tokenizer.decode(ids, **options))
 
 
 def build_histogram(lengths: Sequence[int]) -> list[Bar]:
     """Return at most ten bars of equal width over `lengths`."""
     if not lengths:
         return []
-    least, most = min(lengths), max(lengths)
-    width = max(1, -(-(most - least + 1) // _BARS))
-    counts = [0] * (-(-(most - least + 1) // width))
-    for length in lengths:
-        counts[(length - least) // width] += 1
-    starts = [least + i * width for i in range(len(counts))]
-    return [Bar(s, min(s + width - 1, most), c) for s, c in zip(starts, counts, strict=True)]
+    shortest, longest = min(lengths), max(lengths)
+    width = max(1, -(-(longest - shortest + 1) // _BARS))
+    counts = np.bincount([(length - shortest) // width for length in lengths]).tolist()
+    starts = range(shortest, longest + 1, width)
+    return [Bar(s, min(s + width - 1, longest), c) for s, c in zip(starts, counts, strict=True)]
