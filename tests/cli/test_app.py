@@ -159,8 +159,8 @@ def test_every_field_has_a_consumer() -> None:
     [
         (["trian"], "No such command 'trian'. Did you mean 'train'? See: ftlevel --help"),
         (["train", "--lora-rr", "8"], "No such option: --lora-rr"),
-        (["train", "--lora_r", "x"], "--lora-r: 'x' cannot be used: input should be a valid int"),
-        (["train", "--lr=1e-4x"], "--lr: '1e-4x' cannot be used: input should be a valid number"),
+        (["train", "--lora_r", "x"], "--lora-r: 'x' cannot be used: expected an integer."),
+        (["train", "--lr=1e-4x"], "--lr: '1e-4x' cannot be used: expected a number."),
         (["compare", "--budget-steps", "3x"], "--budget-steps: '3x' cannot be used: "),
         (["list-targets", "llama", "--lora-r", "0"], "--lora-r: '0' cannot be used: input should "),
         (["evaluate", "runs/nope"], "runs/nope does not exist. Expected the directory of a run"),

@@ -108,13 +108,17 @@ class FtlevelCommand(TyperCommand):
 
 def _name_value(error: Any, done: RewrittenArguments) -> None:
     """Raise a ConfigError that quotes the invalid value of a flag; Typer's message omits it."""
-    names = getattr(getattr(error, "param", None), "opts", None) or []
-    words = [part for word in done.arguments for part in word.split("=", 1)]
-    places = [at for at, word in enumerate(words[:-1]) if word in names]
-    if not places:
+    parameter = getattr(error, "param", None)
+    names = getattr(parameter, "opts", None) or []
+    parts = [part for argument in done.arguments for part in argument.split("=", 1)]
+    positions = [i for i, part in enumerate(parts[:-1]) if part in names]
+    if not positions:
         return
-    name, value = words[places[-1]], words[places[-1] + 1]
+    name, value = parts[positions[-1]], parts[positions[-1] + 1]
     reason = str(error.message).rstrip(".")
+    if "unable to parse" in reason:
+        expected = "an integer" if "integer" in reason else "a number"
+        reason = f"expected {expected}"
     raise ConfigError(
         f"{done.typed.get(name, name)}: {value!r} cannot be used: {reason[:1].lower()}{reason[1:]}."
     ) from None

@@ -149,15 +149,15 @@ def _normalize_layer(layer: Layer, note: Callable[[str], None] | None) -> Layer:
         values, lines = rename_keys(layer.values, layer.origins)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    values, said = resolve_aliases(values)
-    lines += said
+    values, notes = resolve_aliases(values)
+    lines += notes
     if not lines and values == layer.values:
         return layer
     if note is not None:
         for line in lines:
             note(line)
-    new = {tuple(old.split(".")): tuple(new.split(".")) for old, new in RENAMED.items()}
-    return Layer(values, {new.get(key, key): origin for key, origin in layer.origins.items()})
+    renamed = {tuple(old.split(".")): tuple(new.split(".")) for old, new in RENAMED.items()}
+    return Layer(values, {renamed.get(key, key): origin for key, origin in layer.origins.items()})
 
 
 def build_section(
@@ -268,8 +268,8 @@ def _unknown_key(key: KeyPath, kind: str | None, root: type[BaseModel]) -> str:
     if kind is None and root is TrainConfig and (elsewhere := _nearest_elsewhere(key)):
         return f"unknown key {dotted!r}. Did you mean {elsewhere!r}?"
     if not siblings:  # the section is not known either
-        return f"unknown key {dotted!r}. Sections: {join_names(TrainConfig.model_fields)}."
-    near = [name for name in siblings if _names_alike(key[-1], name)] or closest_matches(
+        return f"unknown key {dotted!r}. Sections: {join_names(TrainConfig.model_fields, 20)}."
+    near = [name for name in siblings if _SYNONYMS.get(key[-1]) == name] or closest_matches(
         key[-1], siblings
     )
     hint = f" Did you mean {'.'.join((*key[:-1], near[0]))!r}?" if near else ""
@@ -309,10 +309,6 @@ def find_setting(name: str) -> str:
     return f"method.{name}" if any(name in spec.model_fields for spec in SPECS.values()) else ""
 
 
-def _names_alike(wrong: str, right: str) -> bool:
-    return _SYNONYMS.get(wrong) == right
-
-
 def _fields_of(section: KeyPath, root: type[BaseModel] = TrainConfig) -> list[str]:
     model = root
     for part in section:
@@ -324,6 +320,15 @@ def _fields_of(section: KeyPath, root: type[BaseModel] = TrainConfig) -> list[st
     return list(model.model_fields)
 
 
+_SIGNS = {"greater_than": ">", "greater_than_equal": "≥", "less_than": "<", "less_than_equal": "≤"}
+_EXPECTED = {
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "an integer"),
+    **dict.fromkeys(("float_parsing", "float_type"), "a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "true or false"),
+}
+"""Type of a pydantic error → expected value."""
+
+
 def _bad_value(key: KeyPath, detail: ErrorDetails, root: type[BaseModel]) -> str:
     value, context = detail["input"], detail.get("ctx", {})
     match detail["type"]:
@@ -331,23 +336,19 @@ def _bad_value(key: KeyPath, detail: ErrorDetails, root: type[BaseModel]) -> str
             if detail["type"] == "union_tag_invalid":
                 value, expected = context["tag"], list(SPECS)
             else:
-                expected = [
-                    word.strip("' ")
-                    for word in context["expected"].replace(" or ", ", ").split(",")
-                ]
+                parts = context["expected"].replace(" or ", ", ").split(",")
+                expected = [part.strip("' ") for part in parts]
             hint = did_you_mean(str(value), expected)
             return (
                 f"{_shown(value)} is not known. Expected one of {join_names(expected, 30)}.{hint}"
             )
-        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
-            sign = {
-                "greater_than": ">",
-                "greater_than_equal": "≥",
-                "less_than": "<",
-                "less_than_equal": "≤",
-            }[detail["type"]]
-            bound = next(iter(context.values()))
+        case kind if kind in _SIGNS:
+            sign, bound = _SIGNS[kind], next(iter(context.values()))
             return f"{_shown(value)} is out of range: {'.'.join(key)} must be {sign} {bound}."
+        case kind if kind in _EXPECTED:
+            return (
+                f"{_shown(value)} cannot be used for {'.'.join(key)}. Expected {_EXPECTED[kind]}."
+            )
         case "missing":
             field = root.model_fields.get(key[-1])
             return f"it is missing: {field.description if field else 'give a value'}"

@@ -28,12 +28,10 @@ _RL_LOSSES = ("grpo", "rloo")
 """Task aliases that are losses of `rl`."""
 
 METHOD_ALIASES: dict[str, dict[str, Any]] = {
+    **{name: {"kind": "lora", "init_lora_weights": name} for name in ("pissa", "olora", "eva")},
     "dora": {"kind": "lora", "use_dora": True},
     "qdora": {"kind": "qlora", "use_dora": True},
     "rslora": {"kind": "lora", "use_rslora": True},
-    "pissa": {"kind": "lora", "init_lora_weights": "pissa"},
-    "olora": {"kind": "lora", "init_lora_weights": "olora"},
-    "eva": {"kind": "lora", "init_lora_weights": "eva"},
     "loftq": {"kind": "qlora", "init_lora_weights": "loftq"},
     "prefix-tuning": {"kind": "prefix"},
     "prompt-tuning": {"kind": "prompt"},
@@ -44,21 +42,15 @@ METHOD_ALIASES: dict[str, dict[str, Any]] = {
 }
 """Method alias → fields of the method section."""
 
-QUANT_WORDS: dict[str, dict[str, Any]] = {
-    "4": {"kind": "4bit"},
-    "8": {"kind": "8bit"},
-    "4-bit": {"kind": "4bit"},
-    "8-bit": {"kind": "8bit"},
-    "int4": {"kind": "4bit"},
-    "int8": {"kind": "8bit"},
-    "nf4": {"kind": "4bit", "quant_type": "nf4"},
-    "fp4": {"kind": "4bit", "quant_type": "fp4"},
-    "no": {"kind": "none"},
-    "16": {"kind": "none"},
+QUANT_ALIASES: dict[str, dict[str, Any]] = {
+    **{alias: {"kind": "4bit"} for alias in ("4", "4-bit", "int4")},
+    **{alias: {"kind": "8bit"} for alias in ("8", "8-bit", "int8")},
+    **{alias: {"kind": "4bit", "quant_type": alias} for alias in ("nf4", "fp4")},
+    **{alias: {"kind": "none"} for alias in ("no", "16")},
 }
 """Quantization alias → fields of the quant section."""
 
-_SECTIONS = {"method": METHOD_ALIASES, "quant": QUANT_WORDS}
+_SECTIONS = {"method": METHOD_ALIASES, "quant": QUANT_ALIASES}
 
 
 def normalize_task(name: str) -> str:
@@ -72,36 +64,36 @@ def resolve_aliases(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
 
     Explicit fields override those that an alias sets.
     """
-    read, lines = dict(values), []
-    if isinstance(task := read.get("task"), str):
-        read["task"] = normalize_task(task)
-        if read["task"] != _folded(task):
-            lines.append(f"task {read['task']} ({task!r} is an alias)")
-        section = read.get("rl") or {}
+    resolved, lines = dict(values), []
+    if isinstance(task := resolved.get("task"), str):
+        resolved["task"] = normalize_task(task)
+        if resolved["task"] != _folded(task):
+            lines.append(f"task {resolved['task']} ({task!r} is an alias)")
+        section = resolved.get("rl") or {}
         if (loss := _folded(task)) in _RL_LOSSES and isinstance(section, Mapping):
-            read["rl"] = {"loss": loss, **section}
-    for section, words in _SECTIONS.items():
-        given = read.get(section)
-        fields = dict(given) if isinstance(given, Mapping) else {"kind": given}
+            resolved["rl"] = {"loss": loss, **section}
+    for section, aliases in _SECTIONS.items():
+        value = resolved.get(section)
+        fields = dict(value) if isinstance(value, Mapping) else {"kind": value}
         kind = fields.get("kind")
         if kind is None or isinstance(kind, bool) or not isinstance(kind, (str, int)):
             continue
-        meant = words.get(_folded(str(kind)))
-        if meant is not None:
-            read[section] = {**meant, **{k: v for k, v in fields.items() if k != "kind"}}
-            said = ", ".join(f"{section}.{key}={value}" for key, value in meant.items())
-            lines.append(f"{said} ({kind!r} is an alias)")
+        canonical = aliases.get(_folded(str(kind)))
+        if canonical is not None:
+            resolved[section] = {**canonical, **{k: v for k, v in fields.items() if k != "kind"}}
+            settings = ", ".join(f"{section}.{name}={v}" for name, v in canonical.items())
+            lines.append(f"{settings} ({kind!r} is an alias)")
         elif isinstance(kind, str):
-            own = _folded(kind)
-            read[section] = {**fields, "kind": own} if isinstance(given, Mapping) else own
-    return read, lines
+            name = _folded(kind)
+            resolved[section] = {**fields, "kind": name} if isinstance(value, Mapping) else name
+    return resolved, lines
 
 
 def _folded(word: str) -> str:
     return word.strip().lower().replace("_", "-")
 
 
-_MOST_VALUES = 100_000
+_MAX_VALUES = 100_000
 
 
 class YamlError(ValueError):
@@ -163,8 +155,8 @@ def _count(node: Any, counted: dict[int, int], inside: set[int]) -> int:
         for inner in (part if isinstance(part, tuple) else (part,))
     )
     inside.discard(id(node))
-    if total > _MOST_VALUES:
-        raise YamlError(f"its aliases stand for more than {_MOST_VALUES:,} values", line)
+    if total > _MAX_VALUES:
+        raise YamlError(f"its aliases stand for more than {_MAX_VALUES:,} values", line)
     counted[id(node)] = total
     return total
 

@@ -69,11 +69,9 @@ def test_qlora_means_four_bits_unless_told_otherwise() -> None:
         ("method:\n  kind: full\n  r: 8\n",
          "{path}:3: 'method.r' belongs to method {owners}, and the method is full."),
         ("train:\n  max_steps: 1.5\n",
-         "{path}:2: 1.5 cannot be used for train.max_steps: input should be a valid integer, got "
-         "a number with a fractional part."),
+         "{path}:2: 1.5 cannot be used for train.max_steps. Expected an integer."),
         ("data:\n  max_length: long\n",
-         "{path}:2: 'long' cannot be used for data.max_length: input should be a valid integer, "
-         "unable to parse string as an integer."),
+         "{path}:2: 'long' cannot be used for data.max_length. Expected an integer."),
     ],
 )  # fmt: skip
 def test_a_recipe_error_names_file_line_and_the_nearest_right_name(
