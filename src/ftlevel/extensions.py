@@ -122,15 +122,15 @@ _NOUNS = {
 @functools.cache
 def find_extensions() -> tuple[tuple[str, Extension], ...]:
     """Return the extensions, ftlevel's own first, each with the package that it comes from."""
-    found = []
+    extensions = []
     for source, reference in (*_own(), *_installed()):
         if (extension := try_load(reference, source)) is None:
             continue
         if isinstance(extension, Extension):
-            found.append((source, extension))
+            extensions.append((source, extension))
         else:
             warn_left_out(source, f"{reference} is no Extension")
-    return tuple(found)
+    return tuple(extensions)
 
 
 def _own() -> list[tuple[str, str]]:
@@ -144,26 +144,26 @@ def _installed() -> Iterator[tuple[str, str]]:
     from importlib.metadata import distributions
 
     seen = set()
-    for found in distributions():
+    for distribution in distributions():
         try:
-            text = found.read_text("entry_points.txt") or ""
-            if f"[{GROUP}]" not in text or found.name in seen:  # parsing all takes 15 ms
+            text = distribution.read_text("entry_points.txt") or ""
+            if f"[{GROUP}]" not in text or distribution.name in seen:  # parsing all takes 15 ms
                 continue
-            points = found.entry_points.select(group=GROUP)
+            points = distribution.entry_points.select(group=GROUP)
         except (OSError, ValueError, LookupError) as error:
-            warn_left_out(f"{found}", error)
+            warn_left_out(f"{distribution}", error)
             continue
-        seen.add(found.name)
+        seen.add(distribution.name)
         for point in points:
             if not point.value.startswith(f"{GROUP}."):
-                yield f"{found.name} {found.version}", point.value
+                yield f"{distribution.name} {distribution.version}", point.value
 
 
 def load(reference: str) -> Any:
     """Return the object that "module:name" refers to, or the module without a name."""
     module, _, name = reference.partition(":")
-    found = importlib.import_module(module)
-    return getattr(found, name) if name else found
+    loaded_module = importlib.import_module(module)
+    return getattr(loaded_module, name) if name else loaded_module
 
 
 def resolve_renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
@@ -206,7 +206,7 @@ def warn_left_out(source: str, reason: object) -> None:
     sys.stderr.write(f"ftlevel: warning: {source} cannot be used ({text}).\n")
 
 
-def added(kind: str, core: Collection[str] = ()) -> dict[str, tuple[str, Any]]:
+def added(table: str, core: Collection[str] = ()) -> dict[str, tuple[str, Any]]:
     """Return name → (package, row) of a table of all extensions; `core` has ftlevel's own names.
 
     Raises:
@@ -214,33 +214,33 @@ def added(kind: str, core: Collection[str] = ()) -> dict[str, tuple[str, Any]]:
     """
     rows: dict[str, tuple[str, Any]] = {}
     for source, extension in find_extensions():
-        for name, row in getattr(extension, kind).items():
+        for name, row in getattr(extension, table).items():
             if name in core or name in rows:
                 other = rows[name][0] if name in rows else OWN
                 raise ConfigError(
-                    f"{_NOUNS[kind]} {name!r} is defined by {other} and by {source}. Uninstall one "
+                    f"{_NOUNS[table]} {name!r} is defined by {other} and by {source}. Uninstall one "
                     "of them."
                 )
             rows[name] = source, row
     return rows
 
 
-def added_rows(kind: str, core: Collection[str] = ()) -> dict[str, Any]:
+def added_rows(table: str, core: Collection[str] = ()) -> dict[str, Any]:
     """Return the rows of `added` without their packages."""
-    return {name: row for name, (_, row) in added(kind, core).items()}
+    return {name: row for name, (_, row) in added(table, core).items()}
 
 
-def loaded(kind: str, core: Collection[str] = ()) -> dict[str, Any]:
+def loaded(table: str, core: Collection[str] = ()) -> dict[str, Any]:
     """Return the objects of a table of references; those that cannot be imported are left out."""
-    found = {name: try_load(row, source) for name, (source, row) in added(kind, core).items()}
-    return {name: value for name, value in found.items() if value is not None}
+    objects = {name: try_load(row, source) for name, (source, row) in added(table, core).items()}
+    return {name: value for name, value in objects.items() if value is not None}
 
 
 def hooks(name: str) -> list[Callable[..., Any]]:
     """Return the functions of all extensions for the hook `name`."""
-    found = [
+    functions = [
         try_load(extension.hooks[name], source)
         for source, extension in find_extensions()
         if name in extension.hooks
     ]
-    return [hook for hook in found if hook is not None]
+    return [hook for hook in functions if hook is not None]

@@ -19,7 +19,7 @@ _PREFIX = "ftlevel-"
 _MARKER = ".ftlevel-workspace"
 """Subdirectory locked with flock while the process lives; a directory without it is not ours."""
 
-_OLD = 24 * 3600
+_MAX_AGE = 24 * 3600
 """Seconds without a change after which an unlocked directory counts as abandoned."""
 
 
@@ -33,8 +33,10 @@ class Workspace:
         self._outer = tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{name}-")
         outer = Path(self._outer.name)
         (outer / _MARKER).mkdir()
-        held = _lock(outer)
-        self._let_go = weakref.finalize(self, os.close, held) if held is not None else None
+        descriptor = _lock(outer)
+        self._unlock = (
+            weakref.finalize(self, os.close, descriptor) if descriptor is not None else None
+        )
         self.name = str(outer / name)
         Path(self.name).mkdir()
         sweep(outer.parent)
@@ -48,8 +50,8 @@ class Workspace:
     def cleanup(self) -> None:
         """Delete the directory."""
         self._outer.cleanup()
-        if self._let_go is not None:
-            self._let_go()
+        if self._unlock is not None:
+            self._unlock()
 
 
 def sweep(parent: Path) -> None:
@@ -59,13 +61,13 @@ def sweep(parent: Path) -> None:
     for folder in parent.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
             marker = (folder / _MARKER).lstat()
-            is_old = time.time() - marker.st_mtime > _OLD
+            is_old = time.time() - marker.st_mtime > _MAX_AGE
             if not is_old or marker.st_uid != os.getuid() or folder.is_symlink():
                 continue
-            held = _lock(folder)
-            if held is not None:
+            descriptor = _lock(folder)
+            if descriptor is not None:
                 shutil.rmtree(folder, ignore_errors=True)
-                os.close(held)
+                os.close(descriptor)
 
 
 def _lock(folder: Path) -> int | None:

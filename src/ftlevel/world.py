@@ -173,9 +173,9 @@ def _number(
     text = environment.get(name)
     if text is not None and text.strip().isdecimal() and int(text) >= least:
         return int(text)
-    found = "is missing" if text is None else f"is {text!r}, and no number from {least} on"
+    state = "is missing" if text is None else f"is {text!r}, and no number from {least} on"
     raise ConfigError(
-        f"{name} {found}, beside other variables of {launcher.name}. Start ftlevel by it again, or "
+        f"{name} {state}, beside other variables of {launcher.name}. Start ftlevel by it again, or "
         f"unset {launcher.rank} and {launcher.size} to run one process."
     )
 
@@ -193,8 +193,8 @@ def _local_size(
 
 def _tasks_per_node(text: str) -> list[int]:
     """Return SLURM's tasks per machine: `2(x3),1` is [2, 2, 2, 1]."""
-    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
-    return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
+    groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, times in groups for _ in range(int(times or 1))]
 
 
 def _rendezvous(
@@ -224,8 +224,8 @@ def _rendezvous(
 
 def first_node(nodes: str) -> str:
     """Return the first host of a SLURM node list: `node[07-12,15],big` is node07."""
-    first = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", nodes.strip())
-    return "".join(part or "" for part in first.groups()) if first else ""
+    match = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", nodes.strip())
+    return "".join(part or "" for part in match.groups()) if match else ""
 
 
 def _check_accelerate(environment: Mapping[str, str]) -> None:

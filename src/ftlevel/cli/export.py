@@ -23,8 +23,8 @@ def export(
     --for SERVER selects the format and rejects what that server would load incorrectly. The files
     are read back and compared with the model before they are moved into place.
     """
-    nowhere = {"out": "model.gguf", "overwrite": True} if dry_run and out is None else {}
-    config = given.section(ExportConfig, **nowhere)
+    placeholder = {"out": "model.gguf", "overwrite": True} if dry_run and out is None else {}
+    config = given.section(ExportConfig, **placeholder)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
@@ -74,14 +74,14 @@ def _merge_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         yield "the output layer no longer shares the embedding's weights: the adapter changed one"
     if written["unused"]:
         yield f"skipped: {join_names(written['unused'], 3)}, not used by the model"
-    if (found := summary["agreement"]) is None:
+    if (agreement := summary["agreement"]) is None:
         yield "not verified (--no-verify)"
     else:
         yield (
-            f"verified on {found['targets']:,} targets: logits differ by "
-            f"{found['max_difference']:.3g} at most, {describe_difference(found)}, loss "
-            f"{found['loss']:.4f} "
-            f"(before {found['loss_reference']:.4f})"
+            f"verified on {agreement['targets']:,} targets: logits differ by "
+            f"{agreement['max_difference']:.3g} at most, {describe_difference(agreement)}, loss "
+            f"{agreement['loss']:.4f} "
+            f"(before {agreement['loss_reference']:.4f})"
         )
         yield f"change by training: {describe_difference(summary['effect'])}"
     if (served := summary["served"]) is not None:
@@ -103,8 +103,8 @@ def quantize(
     train (LoRA), generate and evaluate. Tensors are processed one at a time, so the model may
     exceed memory.
     """
-    nowhere = {"out": "quantized"} if dry_run and out is None else {}
-    config = given.section(QuantizeConfig, **nowhere)
+    placeholder = {"out": "quantized"} if dry_run and out is None else {}
+    config = given.section(QuantizeConfig, **placeholder)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:

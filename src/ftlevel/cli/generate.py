@@ -73,41 +73,41 @@ def generate(
 
 def _read_config(given: CommandInput) -> GenerateConfig:
     """Build the configuration; each `--adapter` is NAME or NAME=DIR."""
-    adapters, chosen = {}, []
-    for wish in given.values["adapter"] or []:
-        label, equals, place = wish.partition("=")
-        if not label or (equals and not place):
-            raise ConfigError(f"--adapter {wish}: expected NAME, or NAME=DIR.")
+    adapters, selected = {}, []
+    for pair in given.values["adapter"] or []:
+        label, equals, path = pair.partition("=")
+        if not label or (equals and not path):
+            raise ConfigError(f"--adapter {pair}: expected NAME, or NAME=DIR.")
         if label in adapters:
             raise ConfigError(f"two adapters are called {label!r}. Name one otherwise.")
         if equals:
-            adapters[label] = place
-        chosen.append(label)
-    if adapters and len(adapters) == len(chosen):
-        chosen = []  # every given adapter generates
+            adapters[label] = path
+        selected.append(label)
+    if adapters and len(adapters) == len(selected):
+        selected = []  # every given adapter generates
     task = given.values["task"]
     return given.section(
         GenerateConfig,
         task=normalize_task(task) if task else None,
         adapters=adapters,
-        chosen=chosen,
+        chosen=selected,
     )
 
 
 def _show(answers: Sequence[Any]) -> None:
-    several = len({answer.adapter for answer in answers}) > 1
-    asked = len({answer.prompt for answer in answers}) > 1
+    several_adapters = len({answer.adapter for answer in answers}) > 1
+    several_prompts = len({answer.prompt for answer in answers}) > 1
     before = None
     for answer in answers:
         is_new = answer.prompt != before
         before = answer.prompt
-        if asked and is_new:
+        if several_prompts and is_new:
             typer.secho(f"» {answer.prompt}", dim=True)
         if answer.base is not None and is_new:
             typer.secho("base:  ", fg="yellow", nl=False)
             typer.echo(answer.base)
-        if several or answer.base is not None:
-            label = f"{answer.adapter}: " if several else "tuned: "
+        if several_adapters or answer.base is not None:
+            label = f"{answer.adapter}: " if several_adapters else "tuned: "
             typer.secho(label, fg="green", nl=False)
         typer.echo(answer.text)
         top = sorted(answer.scores.items(), key=lambda item: -item[1])[:3]

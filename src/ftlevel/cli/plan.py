@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _BAR = 30  # characters
 _PROCESS = "whole process"
-_LEAST = 2**16  # bytes; smaller parts are not shown
+_MIN_SHOWN = 2**16  # bytes; smaller parts are not shown
 
 
 def show(plan: RunPlan, console: Console) -> None:
@@ -34,8 +34,8 @@ def show(plan: RunPlan, console: Console) -> None:
 def show_fits(plan: RunPlan, console: Console) -> None:
     """Print the table of alternatives, if there is one."""
     if plan.fits:
-        told = f"what fits (rows of {plan.longest:,} tokens, all supervised):"
-        console.print(told, markup=False, highlight=False)
+        title = f"what fits (rows of {plan.longest:,} tokens, all supervised):"
+        console.print(title, markup=False, highlight=False)
         console.print(_table(plan.fits), highlight=False)
 
 
@@ -48,7 +48,7 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
         yield "no batch size, checkpointing or quantization makes it fit. Use a smaller --model."
     width = max(map(len, [*plan.need.parts, _PROCESS]))
     for part, size in plan.need.parts.items():
-        if size < _LEAST:
+        if size < _MIN_SHOWN:
             continue
         bar = "█" * round(_BAR * size / plan.need.peak)
         yield f"  {part.ljust(width)} {_mib(size):>12}  {bar}"
@@ -63,8 +63,8 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
         yield from plan.cluster.lines()
     if not plan.imagined:
         yield f"an epoch: {plan.steps:,} steps, {plan.tokens:,} tokens{_time(plan)}"
-    first, kept = plan.checkpoint_bytes
-    yield f"disk: {_mib(first)} a checkpoint, {_mib(kept)} for all that are kept"
+    one, total = plan.checkpoint_bytes
+    yield f"disk: {_mib(one)} a checkpoint, {_mib(total)} for all that are kept"
 
 
 def _time(plan: RunPlan) -> str:
@@ -112,22 +112,22 @@ def plan(
     with open_screen(as_json=as_json, quiet=True) as screen:
         with heavy_imports():
             from ftlevel.commands.plan import PlanOptions
-            from ftlevel.commands.plan import plan as look
+            from ftlevel.commands.plan import plan as estimate
 
-        own = given.values
-        wishes = PlanOptions(gpu, probe, price_per_hour, alternatives=not brief)
-        if "nodes" in own:  # a flag of an extra
-            wishes = replace(
-                wishes,
-                nodes=own["nodes"],
-                gpus_per_node=own["gpus_per_node"],
-                interconnect_gbps=own["interconnect_gbps"],
+        values = given.values
+        options = PlanOptions(gpu, probe, price_per_hour, alternatives=not brief)
+        if "nodes" in values:  # a flag of an extra
+            options = replace(
+                options,
+                nodes=values["nodes"],
+                gpus_per_node=values["gpus_per_node"],
+                interconnect_gbps=values["interconnect_gbps"],
             )
         if as_json:
-            typer.echo(json.dumps(look(config, wishes).to_dict()))
+            typer.echo(json.dumps(estimate(config, options).to_dict()))
             return
 
-        found = look(
-            config, wishes, partial(show, console=screen.console), screen.stop_without_reader
+        result = estimate(
+            config, options, partial(show, console=screen.console), screen.stop_without_reader
         )
-        show_fits(found, screen.console)
+        show_fits(result, screen.console)

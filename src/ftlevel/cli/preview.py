@@ -66,7 +66,7 @@ def render_page(preview: Preview) -> str:
         f"{preview.supervised:,} targets ({share:.0%}); "
         f"{preview.steps:,} steps.</p>",
         '<p><span class="l">Supervised tokens</span> are green; '
-        '<span class="s">special tokens</span> are coloured; a line begins each token.</p>',
+        '<span class="s">special tokens</span> are colored; a line begins each token.</p>',
         *(_row(row) for row in preview.rows),
         f"<p><small>ftlevel {__version__}</small></p>",
     ]
@@ -99,10 +99,10 @@ def _findings(preview: Preview) -> str:
 
 
 def _lengths(preview: Preview) -> str:
-    most = max((bar.count for bar in preview.lengths), default=1)
+    highest = max((bar.count for bar in preview.lengths), default=1)
     rows = (
         f"<tr><td>{bar.begin:,}–{bar.end:,}</td><td style='width:60%'>"
-        f'<meter max="{most}" value="{bar.count}">{bar.count}</meter></td>'
+        f'<meter max="{highest}" value="{bar.count}">{bar.count}</meter></td>'
         f"<td>{bar.count:,}</td></tr>"
         for bar in preview.lengths
     )
@@ -123,29 +123,29 @@ def _row(row: ShownRow) -> str:
 
 
 def _token(token: Token) -> str:
-    kinds = "t" + " l" * token.supervised + " s" * token.special
+    classes = "t" + " l" * token.supervised + " s" * token.special
     text = escape(token.text).replace("\n", '<span class="n">⏎</span>\n')
     label = f"<i>={escape(token.label.strip())}</i>" if token.label else ""
-    return f'<span class="{kinds}" title="{token.id}">{text}{label}</span>'
+    return f'<span class="{classes}" title="{token.id}">{text}{label}</span>'
 
 
-_MOST = 240  # tokens shown per row, unless --row is given
+_MAX_TOKENS = 240  # tokens shown per row, unless --row is given
 _BAR = 40
 _BREAK = "⏎\n"
 _LEARNED = ("black on green3", "black on pale_green3")  # alternate, to show token boundaries
-_GIVEN = ("", "on grey19")
+_CONTEXT = ("", "on grey19")
 _SPECIAL = "bold magenta"
 
 
 def show(preview: Preview, console: Console, *, whole: bool) -> None:
     """Print the preview; long rows are shortened unless `whole`."""
-    colour = console.is_terminal or console.record
+    color = console.is_terminal or console.record
     for choice in preview.choices:
         if choice.name != "data check":
             console.print(Text(f"{choice.name}: {choice}"), highlight=False)
     for row in preview.rows:
         console.print()
-        for part in _row_parts(row, whole=whole, colour=colour):
+        for part in _row_parts(row, whole=whole, color=color):
             console.print(part, highlight=False)
     console.print()
     for line in summary_lines(preview):
@@ -157,8 +157,8 @@ def show(preview: Preview, console: Console, *, whole: bool) -> None:
 def summary_lines(preview: Preview) -> Iterator[str]:
     """Yield the lines after the rows: lengths, supervised share, steps and data problems."""
     yield "length in tokens"
-    most = max((bar.count for bar in preview.lengths), default=1)
-    yield from (_bar_line(bar, most) for bar in preview.lengths)
+    highest = max((bar.count for bar in preview.lengths), default=1)
+    yield from (_bar_line(bar, highest) for bar in preview.lengths)
     share = preview.supervised / preview.tokens if preview.tokens else 0
     tokens, targets = f"{preview.tokens:,} tokens", f"{preview.supervised:,} targets"
     yield f"{preview.extent}: {tokens}, {targets} ({share:.0%})"
@@ -168,16 +168,17 @@ def summary_lines(preview: Preview) -> Iterator[str]:
     elif not preview.findings:
         yield "data check: no problems found"
     done = {"stop": "would stop the run", "drop": "dropped", "warn": "kept", "fold": "made one"}
-    for found in preview.findings:
-        yield f"data check: {found}: {done[found.action]}; --set data.gate.{found.name}=…"
+    for finding in preview.findings:
+        action, name = done[finding.action], finding.name
+        yield f"data check: {finding}: {action}; --set data.gate.{name}=…"
 
 
-def _bar_line(bar: Bar, most: int) -> str:
-    filled = "█" * max(round(_BAR * bar.count / most), int(bar.count > 0))
+def _bar_line(bar: Bar, highest: int) -> str:
+    filled = "█" * max(round(_BAR * bar.count / highest), int(bar.count > 0))
     return f"  {bar.begin:>6,}–{bar.end:<6,} {filled} {bar.count:,}"
 
 
-def _row_parts(row: ShownRow, *, whole: bool, colour: bool) -> Iterator[Text]:
+def _row_parts(row: ShownRow, *, whole: bool, color: bool) -> Iterator[Text]:
     targets = row.target or row.tokens
     learned = sum(token.supervised for token in targets)
     size = f"{len(row.tokens):,} tokens"
@@ -188,25 +189,25 @@ def _row_parts(row: ShownRow, *, whole: bool, colour: bool) -> Iterator[Text]:
     label = f", label: {row.label}" if row.label else ""
     yield Text(f"row {row.number} ({row.place}): {size}{label}", style="bold cyan")
     for tokens in filter(None, (row.tokens, row.target)):
-        yield _coloured(tokens, whole=whole) if colour else _bracketed(tokens, whole=whole)
+        yield _colored(tokens, whole=whole) if color else _bracketed(tokens, whole=whole)
 
 
 def _cut(tokens: Sequence[Token], *, whole: bool) -> Iterable[Token | int]:
     """Return the tokens to show; an int is the number of tokens left out at its position."""
-    surplus = len(tokens) - _MOST
+    surplus = len(tokens) - _MAX_TOKENS
     if whole or surplus <= 0:
         return tokens
-    half = _MOST // 2
+    half = _MAX_TOKENS // 2
     return [*tokens[:half], surplus, *tokens[-half:]]
 
 
-def _coloured(tokens: Sequence[Token], *, whole: bool) -> Text:
+def _colored(tokens: Sequence[Token], *, whole: bool) -> Text:
     text = Text()
     for index, token in enumerate(_cut(tokens, whole=whole)):
         if isinstance(token, int):
             text.append(f" … {token:,} tokens … ", style="italic dim")
             continue
-        style = (_LEARNED if token.supervised else _GIVEN)[index % 2]
+        style = (_LEARNED if token.supervised else _CONTEXT)[index % 2]
         if token.special:  # magenta is unreadable on green
             style = f"{style} bold" if token.supervised else f"{style} {_SPECIAL}".strip()
         text.append(_visible(token), style=style)
@@ -247,15 +248,15 @@ def preview(
 
     with open_screen(as_json=as_json, quiet=True) as screen:
         with heavy_imports():
-            from ftlevel.commands.preview import preview as look
+            from ftlevel.commands.preview import preview as build
 
-        found = look(config, row or ())
+        result = build(config, row or ())
         if html is not None:
-            write_page(found, html)
+            write_page(result, html)
         if as_json:
-            typer.echo(json.dumps(found.to_dict()))
+            typer.echo(json.dumps(result.to_dict()))
             return
 
-        show(found, screen.console, whole=bool(row))
+        show(result, screen.console, whole=bool(row))
         if html is not None:
             typer.echo(f"page: {html}")

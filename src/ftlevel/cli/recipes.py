@@ -39,8 +39,10 @@ def recipes(action: str, file: Path | None, target: Path | None, *, as_json: boo
     text = path.read_text(encoding="utf-8")
     if action == "copy":
         target = _copy(path, text, target or Path(path.name))
-        said = {"recipe": str(path), "copied_to": str(target)}
-        typer.echo(json.dumps(said) if as_json else f"wrote {target}. Then: ftlevel train {target}")
+        report = {"recipe": str(path), "copied_to": str(target)}
+        typer.echo(
+            json.dumps(report) if as_json else f"wrote {target}. Then: ftlevel train {target}"
+        )
     elif as_json:
         typer.echo(json.dumps({"recipe": str(path), "text": text}))
     else:
@@ -50,20 +52,21 @@ def recipes(action: str, file: Path | None, target: Path | None, *, as_json: boo
 def shipped() -> list[Path]:
     """Return the recipes that come with ftlevel: in the package, or beside src in a checkout."""
     package = Path(__file__).resolve().parents[1]
-    places = (package / "recipes", package.parents[1] / "recipes")
-    return sorted(next((p for p in places if p.is_dir()), package).glob("*.yaml"))
+    folders = (package / "recipes", package.parents[1] / "recipes")
+    return sorted(next((p for p in folders if p.is_dir()), package).glob("*.yaml"))
 
 
 def _list(as_json: bool) -> None:
-    own = {path.resolve(): path for path in _known()}
-    theirs = [path for path in shipped() if path.resolve() not in own]
-    found = [(str(path), path) for path in own.values()] + [(path.stem, path) for path in theirs]
+    local = {path.resolve(): path for path in _local_recipes()}
+    others = [path for path in shipped() if path.resolve() not in local]
+    entries = [(str(path), path) for path in local.values()]
+    entries += [(path.stem, path) for path in others]
     if as_json:
-        rows = [{"name": name, "path": str(path), "about": _about(path)} for name, path in found]
+        rows = [{"name": name, "path": str(path), "about": _about(path)} for name, path in entries]
         typer.echo(json.dumps({"recipes": rows}))
         return
-    width = max((len(name) for name, _ in found), default=0)
-    for name, path in found:
+    width = max((len(name) for name, _ in entries), default=0)
+    for name, path in entries:
         typer.echo(f"{name.ljust(width)}  {_about(path)}".rstrip())
 
 
@@ -72,7 +75,7 @@ def _about(path: Path) -> str:
     return first[1:].strip() if first.startswith("#") else ""
 
 
-def _known() -> list[Path]:
+def _local_recipes() -> list[Path]:
     files = [path for where in (".", "recipes") for path in Path(where).glob("*.y*ml")]
     return sorted(filter(_is_recipe, files))
 
@@ -87,12 +90,12 @@ def _is_recipe(path: Path) -> bool:
 
 def _find(file: Path) -> Path:
     """Return the path of a recipe given by path or name; raise ConfigError if there is none."""
-    known = [*_known(), *shipped()]
-    found = [path for path in known if file in (path, Path(path.name), Path(path.stem))]
-    if not file.is_file() and not found:
-        near = did_you_mean(str(file), [path.stem for path in known])
-        raise ConfigError(f"there is no recipe {file}.{near} See: ftlevel recipes list")
-    read_yaml(path := file if file.is_file() else found[0])
+    recipes = [*_local_recipes(), *shipped()]
+    matches = [path for path in recipes if file in (path, Path(path.name), Path(path.stem))]
+    if not file.is_file() and not matches:
+        hint = did_you_mean(str(file), [path.stem for path in recipes])
+        raise ConfigError(f"there is no recipe {file}.{hint} See: ftlevel recipes list")
+    read_yaml(path := file if file.is_file() else matches[0])
     return path
 
 
@@ -115,9 +118,9 @@ def _convert(file: Path) -> None:
     """Print the configuration of another tool as a recipe, by the first extension that knows it."""
     tools: list[str] = []
     for convert in hooks("convert_recipe"):
-        if not (known := convert(file)):
+        if not (supported := convert(file)):
             return
-        tools += known
+        tools += supported
     raise ConfigError(
         f"{file} is no configuration of {join_names(tools)}. If it is a recipe: "
         f"ftlevel train {file}"

@@ -38,7 +38,7 @@ _FIGURES = {
 }
 
 
-_HELD = (
+_CONTENTS = (
     ("adapter", "adapter and tokenizer"),
     ("base", "its base model"),
     ("checkpoints", "for --resume"),
@@ -254,9 +254,11 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         else ""
     )
     gradients = f"{proof['gradient_tensors']:,} of {proof['gradient_tensors']:,} trainable tensors"
-    had = f"{gradients} had gradients; " if proof["gradient_tensors"] else ""  # none: no step left
+    with_gradients = (
+        f"{gradients} had gradients; " if proof["gradient_tensors"] else ""
+    )  # none: no step left
     yield (
-        f"  [bold]proof[/bold] {had}{frozen}reloaded and compared: logits differ by "
+        f"  [bold]proof[/bold] {with_gradients}{frozen}reloaded and compared: logits differ by "
         f"{proof['reload_difference']:.2g}, training moved them by {proof['adapter_effect']:.3g}"
     )
     yield (
@@ -267,15 +269,15 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     if memory := memory_words(summary):
         yield f"  [bold]plan[/bold] {memory}"
     run = Path(summary["run"])
-    held = [f"{name} ({what})" for name, what in _HELD if _is_held(run / name)]
-    yield f"  [bold]saved[/bold] {_plain(summary['run'])}: {_plain(', '.join(held))}"
+    contents = [f"{name} ({what})" for name, what in _CONTENTS if _has_content(run / name)]
+    yield f"  [bold]saved[/bold] {_plain(summary['run'])}: {_plain(', '.join(contents))}"
     if "hub" in summary:
         yield f"  [bold]uploaded[/bold] {_plain(summary['hub'])}"
     for number, command in enumerate(summary["next"]):
         yield f"  {'    ' if number else '[bold]next[/bold]'} {_plain(command)}"
 
 
-def _is_held(path: Path) -> bool:
+def _has_content(path: Path) -> bool:
     """Return whether `path` has content; checkpoints/ always contains the run's origin."""
     return path.exists() and (path.name != "checkpoints" or any(path.glob("checkpoint-*")))
 

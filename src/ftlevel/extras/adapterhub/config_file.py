@@ -7,6 +7,7 @@ with figures of that package.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,10 @@ _MUST_BE = {
     "inv_adapter": (None, "an invertible adapter after the embeddings"),
     "phm_layer": (False, "Compacter's sums of Kronecker products"),
 }
+_OF_PLACEMENT = (
+    "mh_adapter", "output_adapter", "cross_adapter", "is_parallel", "original_ln_before",
+    "original_ln_after", "residual_before_ln",
+)  # fmt: skip
 _FORMERLY = ("invertible_adapter", "attention_type", "new_attention_norm")
 _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 """Activation names of adapter-transformers, whose files have no version."""
@@ -137,18 +142,9 @@ def _placement(config: Mapping[str, Any], sites: Sites) -> str:
             return "seq_bn"
         if not after and residual is False:
             return "adapter_plus"
-    keys = (
-        "mh_adapter",
-        "output_adapter",
-        "cross_adapter",
-        "is_parallel",
-        "original_ln_before",
-        "original_ln_after",
-        "residual_before_ln",
-    )
-    said = ", ".join(f"{key} {config[key]!r}" for key in keys)
+    settings = ", ".join(f"{key} {config[key]!r}" for key in _OF_PLACEMENT)
     raise InputError(
-        f"an adapter with {said} has no placement here. Known are AdapterHub's double_seq_bn, "
+        f"an adapter with {settings} has no placement here. Known are AdapterHub's double_seq_bn, "
         "seq_bn, par_bn and AdapterPlusConfig. Use it with adapters itself."
     )
 
@@ -158,15 +154,12 @@ def _targets(
 ) -> tuple[str | None, str | None]:
     """Return regular expressions of adapted and excluded modules; None for all or none."""
     self_attention, *cross = sites.attention
-    wanted = [self_attention] * bool(config["mh_adapter"]) + cross * bool(config["cross_adapter"])
-    wanted += [sites.feed_forward] * bool(config["output_adapter"])
-    is_whole = placement != "houlsby" or len(wanted) == len(sites.attention) + 1
-    targets = None if is_whole else rf"(?:.*\.)?\d+\.(?:{_any_of(wanted)})"
+    modules = [self_attention] * bool(config["mh_adapter"]) + cross * bool(config["cross_adapter"])
+    modules += [sites.feed_forward] * bool(config["output_adapter"])
+    is_whole = placement != "houlsby" or len(modules) == len(sites.attention) + 1
+    paths = "|".join(map(re.escape, modules))
+    targets = None if is_whole else rf"(?:.*\.)?\d+\.(?:{paths})"
     return targets, _left_out(config["leave_out"] or [], model_config)
-
-
-def _any_of(paths: list[str]) -> str:
-    return "|".join(path.replace(".", r"\.") for path in paths)
 
 
 def _left_out(layers: list[int], model_config: Any) -> str | None:

@@ -184,7 +184,7 @@ def _option(text: str, problems: list[str]) -> tuple[str, str]:
 
 def train_arguments(arguments: Sequence[str]) -> list[str]:
     """Return the `ftlevel train` command line for that of `ftlevel launch`."""
-    kept: list[str] = []
+    train: list[str] = []
     is_value = False
     for argument in arguments:
         name, has_value, _ = argument.partition("=")
@@ -194,31 +194,31 @@ def train_arguments(arguments: Sequence[str]) -> list[str]:
         elif name in _OURS:
             is_value = _OURS[name] and not has_value
         else:
-            kept.append(argument)
-    return ["train", *kept[1:]]
+            train.append(argument)
+    return ["train", *train[1:]]
 
 
-def write_job(job: Job, place: Path) -> str:
-    """Write the file of `job` to `place` and return its text; raise ConfigError if it exists."""
+def write_job(job: Job, path: Path) -> str:
+    """Write the file of `job` to `path` and return its text; raise ConfigError if it exists."""
     text = render(job)
     try:
-        with place.open("x", encoding="utf-8") as file:
+        with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
         raise ConfigError(
-            f"--job-file {place} already exists. Remove it, or choose another file."
+            f"--job-file {path} already exists. Remove it, or choose another file."
         ) from None
     return text
 
 
-def submit_job(job: Job, place: Path) -> str:
-    """Submit the file at `place` to the scheduler of `job`, and return its output.
+def submit_job(job: Job, path: Path) -> str:
+    """Submit the file at `path` to the scheduler of `job`, and return its output.
 
     Raises:
         ConfigError: the scheduler's program is not installed.
         RunError: submission fails.
     """
-    command = [*SUBMIT[job.scheduler], str(place.resolve() if job.scheduler == "ray" else place)]
+    command = [*SUBMIT[job.scheduler], str(path.resolve() if job.scheduler == "ray" else path)]
     if shutil.which(command[0]) is None:
         raise ConfigError(
             f"--submit: there is no {command[0]} here. Run {' '.join(command)} where there is."
@@ -246,15 +246,15 @@ def launch(
     config, _ = read_config(given)
     if on not in SUBMIT:
         raise ConfigError(f"--on {on}: expected one of {', '.join(SUBMIT)}.")
-    own = given.values
+    values = given.values
     cluster = Cluster(
         on,
-        own["nodes"],
-        own["gpus_per_node"],
-        own["processes_per_node"],
-        own["image"] or "",
-        own["claim"] or "",
-        own["job_option"] or (),
+        values["nodes"],
+        values["gpus_per_node"],
+        values["processes_per_node"],
+        values["image"] or "",
+        values["claim"] or "",
+        values["job_option"] or (),
     )
     job = build_job(config, given.arguments, cluster)
     if dry_run:
@@ -263,12 +263,12 @@ def launch(
         else:
             typer.echo(render(job), nl=False)
         return
-    place = job_file or Path(f"{job.name}.{SUFFIXES[on]}")
-    write_job(job, place)
-    command = f"{' '.join(SUBMIT[on])} {place}"
-    said = submit_job(job, place) if submit else ""
+    path = job_file or Path(f"{job.name}.{SUFFIXES[on]}")
+    write_job(job, path)
+    command = f"{' '.join(SUBMIT[on])} {path}"
+    output = submit_job(job, path) if submit else ""
     if as_json:
-        typer.echo(json.dumps({"file": str(place), "command": command, "submitted": said}))
+        typer.echo(json.dumps({"file": str(path), "command": command, "submitted": output}))
     else:
-        typer.echo(f"job: {place}")
-        typer.echo(said or f"submit it: {command}")
+        typer.echo(f"job: {path}")
+        typer.echo(output or f"submit it: {command}")

@@ -54,8 +54,8 @@ def convert(file: Path) -> list[str]:
     for key, reason in lost.items():
         typer.echo(f"# Not taken over: {key}: {reason}")
         typer.echo(f"note: not converted: {key}: {reason}", err=True)
-    own = config.model_dump(mode="json", exclude_unset=True)
-    typer.echo(yaml.safe_dump(own, sort_keys=False, allow_unicode=True), nl=False)
+    recipe = config.model_dump(mode="json", exclude_unset=True)
+    typer.echo(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), nl=False)
     return []
 
 
@@ -86,10 +86,10 @@ def _reason(error: ConfigError) -> str:
 
 def _resolve(typed: dict[str, list[str]], lost: dict[str, str]) -> TrainConfig:
     """Return the configuration of the keys; moves keys that cause errors to `lost` (mutated)."""
-    found: list[TrainConfig] = []
+    configs: list[TrainConfig] = []
 
     def command(given: CommandInput) -> None:
-        found.append(read_config(given, notes.append)[0])
+        configs.append(read_config(given, notes.append)[0])
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     add_command(app, "train", command, FLAGS)
@@ -116,7 +116,7 @@ def _resolve(typed: dict[str, list[str]], lost: dict[str, str]) -> TrainConfig:
         del typed[key]
     for line in notes:
         typer.echo(f"note: {line}", err=True)
-    return found[-1]
+    return configs[-1]
 
 
 _FORMATS = {

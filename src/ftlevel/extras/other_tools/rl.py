@@ -77,24 +77,24 @@ _VERL_LOSSES = {
 
 def convert_verl(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """Yield the keys of a verl configuration and their arguments (empty without counterpart)."""
-    known = dict(_flatten(values, ""))
+    keys = dict(_flatten(values, ""))
     yield "task", ["--task", "rl"]
     yield "reward_model", ["--reward", "number"]
-    mode = known.get(f"{_ACTOR}loss_agg_mode", "token-mean")
-    loss = _VERL_LOSSES.get(str(known.get(f"{_ACTOR}policy_loss.loss_mode")))
-    loss = loss or _VERL_LOSSES.get(str(known.get("algorithm.adv_estimator")))
+    mode = keys.get(f"{_ACTOR}loss_agg_mode", "token-mean")
+    loss = _VERL_LOSSES.get(str(keys.get(f"{_ACTOR}policy_loss.loss_mode")))
+    loss = loss or _VERL_LOSSES.get(str(keys.get("algorithm.adv_estimator")))
     yield f"{_ACTOR}loss_agg_mode", ["--loss", loss or _VERL_LOSSES.get(str(mode), "dapo")]
     if loss is None:
-        scaled = known.get("algorithm.norm_adv_by_std_in_grpo", True)
+        scaled = keys.get("algorithm.norm_adv_by_std_in_grpo", True)
         scale = ["--scale-rewards", "group" if scaled else "none"]
         yield "algorithm.norm_adv_by_std_in_grpo", scale
-    if known.get(f"{_ACTOR}use_kl_loss"):
-        yield f"{_ACTOR}kl_loss_coef", ["--beta", str(known.get(f"{_ACTOR}kl_loss_coef", 0.001))]
-    low = known.get(f"{_ACTOR}clip_ratio", 0.2)
-    known.setdefault(f"{_ACTOR}clip_ratio_low", low)
-    known.setdefault(f"{_ACTOR}clip_ratio_high", low)
+    if keys.get(f"{_ACTOR}use_kl_loss"):
+        yield f"{_ACTOR}kl_loss_coef", ["--beta", str(keys.get(f"{_ACTOR}kl_loss_coef", 0.001))]
+    low = keys.get(f"{_ACTOR}clip_ratio", 0.2)
+    keys.setdefault(f"{_ACTOR}clip_ratio_low", low)
+    keys.setdefault(f"{_ACTOR}clip_ratio_high", low)
     for key, flag in _VERL.items():
-        value = known.get(key)
+        value = keys.get(key)
         if value not in (None, 0, []):
             texts = map(str, value) if isinstance(value, list) else [str(value)]
             yield key, [f"--{flag}", ",".join(texts)]
