@@ -218,8 +218,8 @@ def added(table: str, core: Collection[str] = ()) -> dict[str, tuple[str, Any]]:
             if name in core or name in rows:
                 other = rows[name][0] if name in rows else OWN
                 raise ConfigError(
-                    f"{_NOUNS[table]} {name!r} is defined by {other} and by {source}. Uninstall one "
-                    "of them."
+                    f"{_NOUNS[table]} {name!r} is defined by {other} and by {source}. Uninstall "
+                    "one of them."
                 )
             rows[name] = source, row
     return rows

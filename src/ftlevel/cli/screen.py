@@ -254,11 +254,10 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         else ""
     )
     gradients = f"{proof['gradient_tensors']:,} of {proof['gradient_tensors']:,} trainable tensors"
-    with_gradients = (
-        f"{gradients} had gradients; " if proof["gradient_tensors"] else ""
-    )  # none: no step left
+    # Without gradient tensors, no step was left.
+    gradients = f"{gradients} had gradients; " if proof["gradient_tensors"] else ""
     yield (
-        f"  [bold]proof[/bold] {with_gradients}{frozen}reloaded and compared: logits differ by "
+        f"  [bold]proof[/bold] {gradients}{frozen}reloaded and compared: logits differ by "
         f"{proof['reload_difference']:.2g}, training moved them by {proof['adapter_effect']:.3g}"
     )
     yield (

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field
 from ftlevel.config.section import Positive, Section
 from ftlevel.errors import join_names
 
+_WITHOUT_FLAG = ("nll_mean", "ld_alpha", "ipo_ratios", "center", "jsd_beta")
 LossName = Literal[
     "dpo",
     "cdpo",
@@ -144,27 +145,17 @@ class PreferenceConfig(Section):
         return self.effective_beta / 2 if self.simpo_gamma is None else self.simpo_gamma
 
 
-_FLAGS = {
-    "loss": "--loss",
-    "beta": "--beta",
-    "simpo_gamma": "--simpo-gamma",
-    "sft_weight": "--sft-weight",
-    "desirable_weight": "--desirable-weight",
-    "undesirable_weight": "--undesirable-weight",
-    "reference": "--reference",
-}
-
-
 def find_preference_problems(
     task: str, settings: PreferenceConfig, smoothing: float, *, streaming: bool
 ) -> list[str]:
     """Return a message for each preference setting that has no effect."""
-    plain = PreferenceConfig()
-    given = [n for n in PreferenceConfig.model_fields if getattr(settings, n) != getattr(plain, n)]
+    defaults = PreferenceConfig()
+    fields = PreferenceConfig.model_fields
+    given = [name for name in fields if getattr(settings, name) != getattr(defaults, name)]
     if task not in PREFERENCE_TASKS:
         if not given:
             return []
-        names = join_names(map(_flag, given))
+        names = join_names(_flag("preference", name) for name in given)
         return [
             f"{names}: of --task preference, and --task is {task}. Drop it, or change the task."
         ]
@@ -174,8 +165,8 @@ def find_preference_problems(
             readers = _readers(name)
             do = "does" if len(readers) == 1 else "do"
             problems.append(
-                f"{_flag(name)}: --loss {loss} does not read it; {join_names(readers)} {do}. "
-                "Drop it."
+                f"{_flag('preference', name)}: --loss {loss} does not read it; "
+                f"{join_names(readers)} {do}. Drop it."
             )
     if smoothing and not settings.facts.smoothed:
         problems.append(
@@ -195,8 +186,9 @@ def find_preference_problems(
     return problems
 
 
-def _flag(name: str) -> str:
-    return _FLAGS.get(name, f"preference.{name}")
+def _flag(section: str, name: str) -> str:
+    """Return the flag of a field, or its dotted key if it has none."""
+    return f"{section}.{name}" if name in _WITHOUT_FLAG else f"--{name.replace('_', '-')}"
 
 
 def _readers(name: str) -> Sequence[str]:
@@ -219,13 +211,13 @@ def split_pairs(value: Any) -> Any:
     """Parse `a=1,b=2` as a mapping; return a text without `=` unchanged."""
     if not isinstance(value, str) or "=" not in value:
         return value
-    found: dict[str, str] = {}
+    pairs: dict[str, str] = {}
     for pair in filter(None, map(str.strip, value.split(","))):
         name, _, text = (part.strip() for part in pair.rpartition("="))
         if not (name and text):
             raise ValueError(f"{pair!r} is not NAME=VALUE; separate several by commas")
-        found[name] = text
-    return found
+        pairs[name] = text
+    return pairs
 
 
 Scalar = bool | int | float | str
@@ -334,14 +326,6 @@ class DistillationConfig(Section):
     )
 
 
-_FLAGS_OF = {
-    "divergence": "--divergence",
-    "kd_ratio": "--kd-ratio",
-    "kd_temperature": "--kd-temperature",
-    "kd_top_k": "--kd-top-k",
-}
-
-
 def find_distillation_problems(
     task: str, settings: DistillationConfig, smoothing: float, *, streaming: bool
 ) -> Sequence[str]:
@@ -355,8 +339,7 @@ def find_distillation_problems(
     if settings.teacher is None:
         names = filter(is_given, DistillationConfig.model_fields)
         return [
-            f"{_FLAGS_OF.get(name, f'distillation.{name}')} needs --teacher MODEL. Add it, or "
-            f"drop the flag."
+            f"{_flag('distillation', name)} needs --teacher MODEL. Add it, or drop the flag."
             for name in names
         ]
     if task not in (*TAUGHT_TASKS, "embedding"):
