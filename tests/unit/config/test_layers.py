@@ -169,7 +169,7 @@ def test_a_switch_is_no_number(setting: str) -> None:
         ("train.max_length=4", "unknown key 'train.max_length'. Did you mean 'data.max_length'?"),
         ("train.r=4", "unknown key 'train.r'. Did you mean 'method.r'?"),
         ("foo.bar=4", "unknown key 'foo.bar'. Sections: task, model, quant, method, data, train, "
-         "preference, rl, embedding, reranking, distillation, speed and 1 more."),
+         "preference, rl, embedding, reranking, distillation, speed, output."),
         ("train.optim=adamw", "'adamw' is not known. Expected one of adamw_torch, "
          "adamw_torch_fused, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit, adafactor, ademamix, "
          "ademamix_8bit, paged_ademamix_8bit, paged_ademamix_32bit, lion_8bit, lion_32bit, "
@@ -255,7 +255,7 @@ def test_a_key_by_both_of_its_names_is_refused() -> None:
     said = "'speed.low_rank' is the old name of 'speed.fused_lora', and both are given. "
     both = ["speed.fused_lora=true", "speed.low_rank=false"]
     assert problems(read_settings(both)) == [
-        f"--set speed.low_rank: {said}Give speed.fused_lora alone."
+        f"--set speed.low_rank: {said}Use speed.fused_lora only."
     ]
     with pytest.raises(ConfigError, match="is the old name of"):
         TrainConfig(speed={"low_rank": False, "fused_lora": True})
