@@ -164,8 +164,7 @@ def _lora_text(lora: LoraSize) -> str:
     share = f", {lora.share:.2%} of the model" if lora.share is not None else ""
     return (
         f"r * (in + out) parameters for each linear. {lora.of}, all-linear: "
-        f"{lora.trainable_parameters:,} trainable{share}; "
-        f"{_size(lora.adapter_bytes)} in float32."
+        f"{lora.trainable_parameters:,} trainable{share}; {_size(lora.adapter_bytes)} in float32."
     )
 
 

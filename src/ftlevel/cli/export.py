@@ -80,8 +80,7 @@ def _merge_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"verified on {agreement['targets']:,} targets: logits differ by "
             f"{agreement['max_difference']:.3g} at most, {describe_difference(agreement)}, loss "
-            f"{agreement['loss']:.4f} "
-            f"(before {agreement['loss_reference']:.4f})"
+            f"{agreement['loss']:.4f} (before {agreement['loss_reference']:.4f})"
         )
         yield f"change by training: {describe_difference(summary['effect'])}"
     if (served := summary["served"]) is not None:

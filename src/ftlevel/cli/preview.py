@@ -62,9 +62,8 @@ def render_page(preview: Preview) -> str:
         _findings(preview),
         "<h2>Lengths in tokens</h2>",
         _lengths(preview),
-        f"<p>{preview.extent}: {preview.tokens:,} tokens, "
-        f"{preview.supervised:,} targets ({share:.0%}); "
-        f"{preview.steps:,} steps.</p>",
+        f"<p>{preview.extent}: {preview.tokens:,} tokens, {preview.supervised:,} targets "
+        f"({share:.0%}); {preview.steps:,} steps.</p>",
         '<p><span class="l">Supervised tokens</span> are green; '
         '<span class="s">special tokens</span> are colored; a line begins each token.</p>',
         *(_row(row) for row in preview.rows),

@@ -153,8 +153,7 @@ def _propose_task(config: TrainConfig) -> Choice:
     raise InputError(
         f"{data.dataset}: the columns {join_names(map(quote, table.columns))} do not determine a "
         f"task. Name the task, for example: ftlevel init --dataset {data.dataset} --task "
-        f"text-generation "
-        f"{format_map_flags({'prompt': names[0], 'completion': names[-1]})}"
+        f"text-generation {format_map_flags({'prompt': names[0], 'completion': names[-1]})}"
     )
 
 

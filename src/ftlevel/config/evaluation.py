@@ -67,8 +67,7 @@ class EvaluateConfig(DecodingAsInTraining):
         " the same rows and on general text.",
     )
     eval_text: Path | None = Field(
-        None,
-        description="Text file for --against; default: Python library documentation.",
+        None, description="Text file for --against; default: Python library documentation."
     )
     eval_tokens: Positive = Field(1024, description="Number of tokens to read from the text.")
     max_eval_samples: Positive | None = Field(
@@ -82,8 +81,7 @@ class EvaluateConfig(DecodingAsInTraining):
         None, description="Maximum number of generated tokens; default: as in training."
     )
     metrics: FewNames = Field(
-        (),
-        description="Comma-separated metrics besides the loss; default: as in training.",
+        (), description="Comma-separated metrics besides the loss; default: as in training."
     )
     resamples: int = Field(
         1000, ge=0, description="Number of bootstrap resamples for 95 % intervals; 0 disables them."

@@ -144,8 +144,7 @@ class ExportConfig(HubSection):
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
     server: ServerName | None = Field(
-        None,
-        description="Target server; selects the format and checks compatibility.",
+        None, description="Target server; selects the format and checks compatibility."
     )
     format: FormatName = Field(
         "auto",

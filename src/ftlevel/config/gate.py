@@ -47,8 +47,7 @@ class GateConfig(Section):
         Field("drop", description="Row without a supervised token, for example after truncation.")
     )
     answer_cut: Annotated[
-        _Any,
-        Check("an answer that does not fit whole", "Raise --max-length (or data.doc_stride)"),
+        _Any, Check("an answer that does not fit whole", "Raise --max-length (or data.doc_stride)")
     ] = Field("drop", description="Answer that is longer than the maximum length.")
     long_prompt: Annotated[
         _Any, Check("a prompt that alone is beyond the max length", "Raise --max-length")
@@ -85,8 +84,7 @@ class GateConfig(Section):
             "without it (qwen)",
         ),
     ] = Field(
-        "warn",
-        description="Empty <think></think> among the labels, as from some chat templates.",
+        "warn", description="Empty <think></think> among the labels, as from some chat templates."
     )
     turn_order: Annotated[
         _Any,
@@ -95,8 +93,7 @@ class GateConfig(Section):
             "See whether the roles are swapped",
         ),
     ] = Field(
-        "warn",
-        description="Conversation that begins with the assistant, or does not end with it.",
+        "warn", description="Conversation that begins with the assistant, or does not end with it."
     )
     swapped_roles: Annotated[
         _Any, Check("prompt and answer look swapped", "See whether they are")
@@ -148,9 +145,8 @@ class GateConfig(Section):
         _Spelling, Check("a rare label that looks like a frequent one misspelled", "Correct it")
     ] = Field(
         "warn",
-        description="Rare label that looks like a misspelled frequent one; fold merges "
-        "them. They differ by one letter, or by the separators between "
-        "words.",
+        description="Rare label that looks like a misspelled frequent one; fold merges them. They "
+        "differ by one letter, or by the separators between words.",
     )
     one_class: Annotated[_Whole, Check("one class has nearly all rows", "Balance the rows")] = (
         Field("warn", description="One class in 95 % of the rows or more.")
@@ -212,8 +208,7 @@ class GateConfig(Section):
         )
     )
     near_leaked: Annotated[_Any, Check("nearly the same as a training row", "Remove them")] = Field(
-        "warn",
-        description="Validation or test row equal to a training row, but for a few words.",
+        "warn", description="Validation or test row equal to a training row, but for a few words."
     )
     leaked: Annotated[_Any, Check("also a training row", "Remove them")] = Field(
         "drop", description="Validation or test row that is also a training row."

@@ -38,9 +38,8 @@ class MergeConfig(HubSection):
     )
     quant: Literal["none", "4bit", "8bit"] = Field(
         "none",
-        description="Quantization of the merged model: none, 4bit or 8bit. Codes are calibrated"
-        " to preserve the trained layer outputs; rounding to nearest would erase "
-        "the update.",
+        description="Quantization of the merged model: none, 4bit or 8bit. Codes are calibrated to "
+        "preserve the trained layer outputs; rounding to nearest would erase the update.",
     )
     quant_type: Literal["nf4", "fp4"] | None = Field(
         None, description="4-bit data type; default: that of the run, else nf4."
@@ -49,8 +48,7 @@ class MergeConfig(HubSection):
         None, description="Whether to quantize the 4-bit scales too; default: as in the run."
     )
     calibration_rows: Annotated[int, Field(ge=0)] = Field(
-        128,
-        description="Number of training rows for calibration; 0 rounds to nearest.",
+        128, description="Number of training rows for calibration; 0 rounds to nearest."
     )
     device: DeviceName = Field(
         "auto", description="Device for the comparison; merging itself runs on the CPU."
@@ -66,12 +64,11 @@ class MergeConfig(HubSection):
     )
     strategy: Strategy = Field(
         "cat",
-        description="Method that combines several adapters. cat: exact weighted sum of the "
-        "updates (ranks add up); svd: that sum truncated to the largest rank; "
-        "linear: A and B averaged separately, which is not the sum of the updates; "
-        "ties, dare-linear, dare-ties, magnitude-prune: linear after pruning small "
-        "(ties, magnitude) or random (dare) entries; ties also drops entries of "
-        "opposite sign.",
+        description="Method that combines several adapters. cat: exact weighted sum of the updates "
+        "(ranks add up); svd: that sum truncated to the largest rank; linear: A and B averaged "
+        "separately, which is not the sum of the updates; ties, dare-linear, dare-ties, "
+        "magnitude-prune: linear after pruning small (ties, magnitude) or random (dare) entries; "
+        "ties also drops entries of opposite sign.",
     )
     density: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None,
@@ -164,8 +161,7 @@ class QuantizeConfig(HubSection):
         True, description="Whether to compare the result with the source on text."
     )
     eval_text: Path | None = Field(
-        None,
-        description="Text file for the comparison; default: Python library documentation.",
+        None, description="Text file for the comparison; default: Python library documentation."
     )
     eval_tokens: Positive = Field(2048, description="Number of tokens to read from the text.")
     device: DeviceName = Field(

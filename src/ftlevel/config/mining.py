@@ -52,8 +52,7 @@ class MineConfig(Section):
         "Documents that score higher are likely to be relevant and are skipped.",
     )
     ranks: Ranks | None = Field(
-        None,
-        description="Range of ranks among the documents that are not skipped; default: 1-100.",
+        None, description="Range of ranks among the documents that are not skipped; default: 1-100."
     )
     sampling: Literal["top", "random"] = Field(
         "top", description="Selection of negatives in the range: the first ones, or at random."

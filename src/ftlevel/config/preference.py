@@ -80,8 +80,7 @@ class PreferenceConfig(Section):
     """Preference loss and its settings."""
 
     loss: LossName | None = Field(
-        None,
-        description="Preference loss; default: dpo. reward trains a reward model.",
+        None, description="Preference loss; default: dpo. reward trains a reward model."
     )
     beta: Weight | None = Field(
         None,
@@ -286,7 +285,7 @@ ClassWeights = Annotated[
     BeforeValidator(_read_weights),
     Field(
         description="Class or tag weights in the training loss: balanced, or NAME=WEIGHT,…. "
-        "Classes that are not named have weight 1.",
+        "Classes that are not named have weight 1."
     ),
 ]
 

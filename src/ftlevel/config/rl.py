@@ -231,8 +231,7 @@ class RlConfig(Section):
         60.0, description="Maximum seconds for a reward to score one batch of completions."
     )
     on_reward_error: Literal["stop", "zero"] = Field(
-        "stop",
-        description="Action if a reward fails: stop, or zero (score 0, counted).",
+        "stop", description="Action if a reward fails: stop, or zero (score 0, counted)."
     )
 
     @model_validator(mode="before")

@@ -219,8 +219,7 @@ class DataConfig(Section):
         "validation rows of the dataset.",
     )
     validation_split: Share | None = Field(
-        None,
-        description="Fraction of training rows held out if there are no validation rows.",
+        None, description="Fraction of training rows held out if there are no validation rows."
     )
     max_samples: Positive | None = Field(
         None, description="Maximum number of training rows; the first N are used."
@@ -245,12 +244,10 @@ class DataConfig(Section):
     problem_type: Literal[
         "auto", "single_label_classification", "multi_label_classification", "regression"
     ] = Field(
-        "auto",
-        description="Type of the classification labels; auto: inferred from the data.",
+        "auto", description="Type of the classification labels; auto: inferred from the data."
     )
     labels: tuple[str, ...] = Field(
-        (),
-        description="Class or tag names in the order of the head; default: from the data.",
+        (), description="Class or tag names in the order of the head; default: from the data."
     )
     source_language: str | None = Field(
         None,
@@ -292,16 +289,14 @@ class SpeedConfig(Section):
     """Parts of the fast step; each changes speed and memory, not the result."""
 
     fast: bool = Field(
-        True,
-        description="Whether to use the fast step; off leaves every part to the libraries.",
+        True, description="Whether to use the fast step; off leaves every part to the libraries."
     )
     pack: bool = Field(
         True,
         description="Whether to pack the rows of a micro-batch, without attention across rows.",
     )
     chunked_cross_entropy: bool = Field(
-        True,
-        description="Whether to compute logits and loss in chunks, at supervised tokens only.",
+        True, description="Whether to compute logits and loss in chunks, at supervised tokens only."
     )
     prune_last_layer: bool = Field(
         True,
@@ -320,9 +315,8 @@ class SpeedConfig(Section):
     )
     triton_kernels: bool = Field(
         True,
-        description="Whether to use Triton kernels on an NVIDIA GPU. They compute fused norms "
-        "and GLUs, rotary embeddings and the loss, where results are equal and "
-        "faster.",
+        description="Whether to use Triton kernels on an NVIDIA GPU. They compute fused norms and "
+        "GLUs, rotary embeddings and the loss, where results are equal and faster.",
     )
     attention_kernel: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+@[\w.-]+$")] | None = Field(
         None,
@@ -343,10 +337,9 @@ class SpeedConfig(Section):
     tokens_per_micro_batch: Positive | Literal["auto", "memory"] = Field(
         "auto",
         description="Maximum number of tokens per micro-batch, which bounds the memory. auto: "
-        "per_device_train_batch_size rows of max_length (on a CPU at most 2,048 "
-        "tokens, an eighth more with shared prefixes); memory: as many as the "
-        "estimate fits into free memory (--auto-micro-batch). The rows of a step do"
-        " not change.",
+        "per_device_train_batch_size rows of max_length (on a CPU at most 2,048 tokens, an eighth "
+        "more with shared prefixes); memory: as many as the estimate fits into free memory "
+        "(--auto-micro-batch). The rows of a step do not change.",
     )
     memory_gib: Annotated[float, Field(gt=0)] | None = Field(
         None,

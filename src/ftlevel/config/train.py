@@ -204,10 +204,7 @@ def _other_problems(config: TrainConfig) -> list[str]:
     )
     problems += find_rl_problems(config)
     problems += find_embedding_problems(
-        config.task,
-        config.embedding,
-        config.train.rows_per_step,
-        config.distillation.teacher,
+        config.task, config.embedding, config.train.rows_per_step, config.distillation.teacher
     )
     problems += find_reranking_problems(config.task, config.reranking)
     problems += find_distillation_problems(

@@ -226,8 +226,7 @@ class TrainerConfig(Decoding):
         None, description="Maximum number of optimizer steps; overrides the epochs."
     )
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None,
-        description="Peak learning rate; default: by method, model kind and size, and steps.",
+        None, description="Peak learning rate; default: by method, model kind and size, and steps."
     )
     head_learning_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None,
@@ -267,8 +266,7 @@ class TrainerConfig(Decoding):
         "is left out. Default: off.",
     )
     label_smoothing_factor: Share = Field(
-        0.0,
-        description="Label smoothing factor, for training only.",
+        0.0, description="Label smoothing factor, for training only."
     )
     class_weights: ClassWeights = None
     focal_gamma: Annotated[float, Field(ge=0, le=10)] = Field(
@@ -309,9 +307,8 @@ class TrainerConfig(Decoding):
     )
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = Field(
         0,
-        description="Maximum number of restarts after a process fails or is killed. Each "
-        "restart resumes from the newest complete checkpoint; needs several "
-        "processes.",
+        description="Maximum number of restarts after a process fails or is killed. Each restart "
+        "resumes from the newest complete checkpoint; needs several processes.",
     )
     train_sampling_strategy: Literal["random", "group_by_length"] = Field(
         "random",
@@ -380,13 +377,11 @@ class TrainerConfig(Decoding):
     )
     save_strategy: Literal["no", "steps", "epoch", "best"] | None = Field(
         None,
-        description="Checkpoint schedule: steps, epoch, best or no. Default: steps if "
-        "save_steps is given; else every save_minutes, plus one at the end if it takes "
-        "at most 512 MB.",
+        description="Checkpoint schedule: steps, epoch, best or no. Default: steps if save_steps "
+        "is given; else every save_minutes, plus one at the end if it takes at most 512 MB.",
     )
     save_steps: Steps | None = Field(
-        None,
-        description="Checkpoint interval in steps, or, below 1, fraction of the run.",
+        None, description="Checkpoint interval in steps, or, below 1, fraction of the run."
     )
     save_minutes: float = Field(
         10.0,
@@ -396,12 +391,10 @@ class TrainerConfig(Decoding):
     )
     save_total_limit: Positive = Field(2, description="Maximum number of checkpoints to keep.")
     metrics: FewNames = Field(
-        (),
-        description="Comma-separated metrics besides the loss; default: all of the task.",
+        (), description="Comma-separated metrics besides the loss; default: all of the task."
     )
     predict_with_generate: bool | None = Field(
-        None,
-        description="Whether to generate text for ROUGE; default: depends on the task.",
+        None, description="Whether to generate text for ROUGE; default: depends on the task."
     )
     max_generate_samples: Positive = Field(
         32, description="Number of validation rows to generate for metrics."

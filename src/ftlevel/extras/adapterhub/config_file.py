@@ -111,8 +111,7 @@ def _check_plain(config: Mapping[str, Any]) -> None:
     if architecture is not None:
         raise InputError(
             f"architecture {architecture!r} is not a bottleneck adapter, and of AdapterHub's "
-            f"methods "
-            "ftlevel reads these only. Train it here by --method, or use it with adapters."
+            "methods ftlevel reads these only. Train it here by --method, or use it with adapters."
         )
     problems = [
         f"{key} {config[key]!r} ({what}) is not known here"

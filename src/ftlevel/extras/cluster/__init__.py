@@ -29,6 +29,5 @@ def _flags() -> list[Flag]:
 
 
 EXTENSION = Extension(
-    flags=_flags,
-    hooks={"forecast_cluster": "ftlevel.extras.cluster.forecast:forecast_cluster"},
+    flags=_flags, hooks={"forecast_cluster": "ftlevel.extras.cluster.forecast:forecast_cluster"}
 )

@@ -210,10 +210,7 @@ class ClusterForecast:
 
 
 def forecast_cluster(
-    run: Run,
-    need: MemoryRequirement,
-    card: Gpu,
-    options: PlanOptions,
+    run: Run, need: MemoryRequirement, card: Gpu, options: PlanOptions
 ) -> ClusterForecast:
     """Estimate step time, traffic and throughput of `run` on the machines of `options`.
 

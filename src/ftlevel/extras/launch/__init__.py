@@ -17,12 +17,7 @@ def _flags() -> list[Flag]:
 
     own = partial(option, on=("launch",), panel=DAILY)
     return [
-        own(
-            "--on",
-            "Scheduler to write the job file for.",
-            required=True,
-            metavar="slurm|k8s|ray",
-        ),
+        own("--on", "Scheduler to write the job file for.", required=True, metavar="slurm|k8s|ray"),
         own("--nodes", "Number of machines.", type=int, default=1, minimum=1, metavar="N"),
         own(
             "--gpus-per-node",
@@ -41,9 +36,7 @@ def _flags() -> list[Flag]:
         ),
         own("--image", "Container image with ftlevel installed (k8s).", metavar="IMAGE"),
         own(
-            "--claim",
-            "Persistent volume claim, mounted above --output-dir (k8s).",
-            metavar="NAME",
+            "--claim", "Persistent volume claim, mounted above --output-dir (k8s).", metavar="NAME"
         ),
         own(
             "--job-option",
