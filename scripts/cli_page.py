@@ -11,6 +11,9 @@ from ftlevel.cli.app import commands
 from ftlevel.config.flag import Alias, Flag, NoOpValue, UnsupportedFlag, ValueAliases
 from ftlevel.config.flags import FLAGS, flags_of
 
+COMMON = ("--json", "--quiet", "--traceback")
+"""Flags that nearly every command has; docs/cli.md describes them."""
+
 MANY = 30
 """Number of flags shared with `train` above which a page refers to it."""
 
@@ -24,6 +27,10 @@ flags, `src/ftlevel/config/flags.py`, by `python scripts/write_docs.py cli`.
 Underscores are read as dashes. Second names are other tools' names of a flag. A field can be set by
 its flag, by `--set field=value` or in a recipe; flags override `--set`, which overrides the recipe.
 `ftlevel train --schema` lists all fields.
+
+`--json` prints one JSON object and nothing else, `--quiet` errors only, and `--traceback` the
+traceback of an error; nearly every command has them. Messages end with a code such as `[rows]`, the
+name of a section of [troubleshooting](troubleshooting.md).
 
 | command | |
 |---|---|"""
@@ -49,7 +56,7 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
     module, _, attribute = COMMANDS[name][0].partition(":")
     function = getattr(importlib.import_module(module), attribute)
     yield from (f"# ftlevel {name}", "", inspect.getdoc(function) or "")
-    rows = flags_of(name, flags)
+    rows = [row for row in flags_of(name, flags) if row.shown not in COMMON]
     of_train = [row for row in rows if row in flags_of("train", flags) and row.path]
     if name != "train" and len(of_train) > MANY:
         rows = [row for row in rows if row not in of_train]
@@ -60,47 +67,46 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
         )
     for panel in dict.fromkeys(row.panel for row in rows):
         yield from ("", f"## {panel or 'Arguments'}", "")
-        yield "| flag | field | choices | default | second names | |"
-        yield "|---|---|---|---|---|---|"
-        yield from (_line(row, name, flags) for row in rows if row.panel == panel)
+        yield from _table([_cells(row, name, flags) for row in rows if row.panel == panel])
     answers = [row for row in flags if isinstance(row, UnsupportedFlag) and name in row.on]
-    if name != "train" and len(answers) > MANY:
-        yield from (
-            "",
-            "[ftlevel train](train.md#not-available) lists flags that are not available.",
-        )
-    elif answers:
+    if answers and name == "train":
         yield from ("", "## Not available", "")
-        groups: dict[str, list[str]] = {}
-        for row in answers:
-            groups.setdefault(_answer(row), []).append(_code(row.shown))
-        yield from (f"- {', '.join(names)}: {text}" for text, names in groups.items())
+        yield "These flags of other tools have no effect here. `ftlevel train` says what to use:"
+        yield from ("", ", ".join(sorted({_code(row.shown) for row in answers})) + ".")
 
 
-def _answer(row: UnsupportedFlag) -> str:
-    """Return what `ftlevel` answers to a flag that is not available, by value."""
-    words = [
-        f"{_code(word)}: {meant.reason if isinstance(meant, NoOpValue) else _code(meant)}"
-        for word, meant in row.aliases.values.items()
-    ]
-    return "; ".join([*words, row.message])
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield the lines of a table without its empty columns."""
+    head = ("flag", "field", "choices", "default", "second names", "meaning")
+    shown = [at for at in range(len(head)) if any(row[at] for row in rows)]
+    yield f"| {' | '.join(head[at] for at in shown)} |"
+    yield "|---" * len(shown) + "|"
+    for row in rows:
+        yield f"| {' | '.join(row[at].replace('|', chr(92) + '|') for at in shown)} |"
 
 
-def _line(row: Flag, command: str, flags: Sequence[Flag]) -> str:
+def _cells(row: Flag, command: str, flags: Sequence[Flag]) -> list[str]:
     metadata = row.metadata(command)
     is_required = row.required or metadata.required
-    cells = [
+    return [
         ", ".join(_code(name) for name in row.typer_names(metadata.type is bool)),
         ", ".join(_code(path) for path in (row.path, *row.by_task.values())),
         ", ".join(metadata.choices),
         "required" if is_required else "" if metadata.default is None else str(metadata.default),
-        ", ".join(_second(row, flags)),
+        ", ".join(_second(row, command, flags)),
         metadata.description,
     ]
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _second(row: Flag, flags: Sequence[Flag]) -> Iterator[str]:
+def _second(row: Flag, command: str, flags: Sequence[Flag]) -> list[str]:
+    """Return other names of a flag; on other pages than train's, those that train lacks."""
+    if command != "train":
+        of_train = {name for each in flags_of("train", flags) for name in _names(each, flags)}
+        return [name for name in _names(row, flags) if name not in of_train]
+    return list(_names(row, flags))
+
+
+def _names(row: Flag, flags: Sequence[Flag]) -> Iterator[str]:
     if row.aliases.values:
         yield f"{_code(row.shown)} ({_words(row.aliases.values)})"
     seconds = [other for each in flags if each.shown == row.shown for other in each.alias_names]
@@ -115,10 +121,14 @@ def _with_values(other: Alias) -> str:
 
 
 def _words(words: ValueAliases) -> str:
-    return ", ".join(
+    """Return values and what they stand for; values that name a method in the same way are one."""
+    alike = [theirs for theirs, ours in words.items() if ours == f"--method {theirs}"]
+    others = [
         f"{theirs}: {'unchanged' if isinstance(ours, NoOpValue) else ours or 'none'}"
         for theirs, ours in words.items()
-    )
+        if theirs not in alike
+    ]
+    return ", ".join([*others, *(["METHOD: --method METHOD"] if alike else [])])
 
 
 def _code(text: str) -> str:

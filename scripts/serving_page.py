@@ -123,7 +123,6 @@ def serving_page() -> str:
     """Return docs/serving.md."""
     forms = (
         "adapter",
-        "PEFT type",
         "computed from",
         "rank",
         "difference",
@@ -142,9 +141,9 @@ def serving_page() -> str:
         _MEASURED,
         *_table(forms, _form_rows()),
         "",
-        "Refused:",
+        "Refused ([normal_forms.csv](normal_forms.csv) has each reason):",
         "",
-        *_table(("adapter", "PEFT's type", "because", "ftlevel merges it"), _refused_rows()),
+        *_refused_lines(),
         "",
         TRAPS.rstrip(),
     ]
@@ -179,13 +178,26 @@ def _read(name: str) -> list[dict[str, str]]:
 
 
 def _form_rows() -> list[list[str]]:
-    names = ("method", "peft_type", "way", "rank", "difference", "largest", "effect", "merges")
+    names = ("method", "way", "rank", "difference", "largest", "effect", "merges")
     return [[row[name] for name in names] for row in _read("normal_forms.csv") if row["rank"]]
 
 
-def _refused_rows() -> list[list[str]]:
-    names = ("method", "peft_type", "why", "merges")
-    return [[row[name] for name in names] for row in _read("normal_forms.csv") if not row["rank"]]
+_KINDS = {
+    "no change of weights": "not a change of weights, so no LoRA",
+    "rank": "the update has a higher rank than `--max-rank`, or full rank",
+    "router": "a router selects matrices by the input",
+}
+"""Part of a reason → the reason without names and figures of one adapter."""
+
+
+def _refused_lines() -> list[str]:
+    """Return the refused adapters by reason."""
+    groups: dict[str, list[str]] = {}
+    for row in _read("normal_forms.csv"):
+        if not row["rank"]:
+            kinds = (text for part, text in _KINDS.items() if part in row["why"])
+            groups.setdefault(next(kinds, "other reasons"), []).append(row["method"])
+    return [f"- {reason}: {', '.join(methods)}" for reason, methods in groups.items()]
 
 
 _HOW = """\
@@ -219,13 +231,7 @@ def _served_lines() -> list[str]:
         _HOW,
         *_table(("adapter", *titles), body),
     ]
-    reasons: dict[str, list[str]] = {}
-    for row in rows:
-        if row["cell"] == "refused":
-            where = f"{row['adapter']} ({SERVERS[row['server']].title}, {row['form']})"
-            reasons.setdefault(row["reason"], []).append(where)
-    lines += ["", "Refused, by the server or by `export`:", ""]
-    lines += [f"- {', '.join(where)}: {reason}" for reason, where in reasons.items()]
+    lines += ["", "[served.csv](served.csv) has the reason of each refusal."]
     return [*lines, ""]
 
 

@@ -1,20 +1,26 @@
-"""Hooks of mkdocs: folders in the navigation, and links out of docs/.
+"""Hooks of mkdocs: folders in the navigation, links out of docs/, and messages by topic.
 
 Pages that are written by a script come and go with what they are about, so the navigation names
 their folder. The pages of docs/ link to sources and recipes beside it. On the site these are no
-pages; a link to one that does not exist fails the build as any other does.
+pages; a link to one that does not exist fails the build as any other does. Each section of
+troubleshooting.md lists its messages on the site, where the search finds them by their text.
 """
 
 from __future__ import annotations
 
+import html
 import logging
 import re
 from pathlib import Path
 from typing import Any
 
+from messages import messages
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 _LINK = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+[^)#\s]*)(?:#[^)\s]*)?\)")
+_SHORTEST = 12  # characters of a message that is listed
+_LIST = '<details markdown="1"><summary>Messages</summary>\n\n{}\n\n</details>\n'
 _log = logging.getLogger("mkdocs.hooks")
 
 
@@ -36,7 +42,9 @@ def _expand(entry: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Return a page's text with links out of docs/ as plain names."""
+    """Return a page's text with links out of docs/ as plain names, and with messages by topic."""
+    if page.file.src_uri == "troubleshooting.md":
+        markdown = with_messages(markdown)
     folder = Path(page.file.abs_src_path).parent
 
     def name(link: re.Match[str]) -> str:
@@ -49,3 +57,18 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return f"{link[1]} (`{path}`)" if str(path) != link[1].strip("`") else f"`{path}`"
 
     return _LINK.sub(name, markdown)
+
+
+def with_messages(markdown: str) -> str:
+    """Return the text of troubleshooting.md with the messages of each section at its end."""
+    texts: dict[str, list[str]] = {}
+    for message in messages():
+        if message.topic and len(message.text.strip("…:. ")) > _SHORTEST:
+            texts.setdefault(message.topic, []).append(f"- {message.text}")
+    head, *sections = re.split(r"^## ", markdown, flags=re.MULTILINE)
+    for number, section in enumerate(sections):
+        lines = sorted(set(texts.get(section.partition("\n")[0].lower(), ())))
+        if lines:
+            listed = html.escape("\n".join(lines), quote=False)
+            sections[number] = f"{section.rstrip()}\n\n{_LIST.format(listed)}\n"
+    return "## ".join([head, *sections])

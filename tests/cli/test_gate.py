@@ -84,7 +84,7 @@ def test_rows_that_nothing_can_be_learned_from(
         bad = {"messages": [{**TALK[0], "role": "userr"}, TALK[1]]}
         rows = [{"messages": [{**TALK[0], "content": f"q{i}"}, TALK[1]]} for i in range(6)] + [bad]
     code, out = dry(capsys, rows=rows)
-    assert (code, out.splitlines()[-1]) == (2, f"ftlevel: rows.jsonl:7: {reason}. {FIX}")
+    assert (code, out.splitlines()[-1]) == (2, f"ftlevel: rows.jsonl:7: {reason}. {FIX}  [rows]")
     code, out = dry(capsys, "--set", f"data.gate.{name}=drop", rows=rows)
     assert code == 0, out
     assert f"1 of 7 train rows (rows.jsonl:7: {reason}) (dropped; --set data.gate.{name}=…)" in out
@@ -112,7 +112,7 @@ def test_duplicates_are_counted_and_dropped_if_asked(capsys: pytest.CaptureFixtu
     assert (code, out.splitlines()[-1]) == (
         2,
         "ftlevel: the same as an earlier row: 1 of 9 train rows (rows.jsonl:7 as rows.jsonl:2). "
-        "Remove them, or pass --set data.gate.exact_duplicates=drop or warn.",
+        "Remove them, or pass --set data.gate.exact_duplicates=drop or warn.  [rows]",
     )
 
 
@@ -166,7 +166,7 @@ def test_rows_without_a_token_to_learn(
         assert (code, out.splitlines()[-1]) == (
             2,
             "ftlevel: no train row is left: no supervised token: 6 of 6 train rows (rows.jsonl:1, "
-            "rows.jsonl:2, rows.jsonl:3 and 3 more).",
+            "rows.jsonl:2, rows.jsonl:3 and 3 more).  [rows]",
         )
         return
     assert code == 0, out
@@ -303,7 +303,8 @@ def test_several_sets_with_shares(capsys: pytest.CaptureFixture[str]) -> None:
     code, out = dry(capsys, *both, "--mix", "1")
     assert (code, out.splitlines()[-1]) == (
         2,
-        "ftlevel: --mix has 1 share for 2 data sets. Give one share for each --dataset.",
+        "ftlevel: --mix has 1 share for 2 data sets. Give one share for each --dataset.  "
+        "[settings]",
     )
     write(Path("b.jsonl"), [pair(60), pair(61, completion=None)])
     code, out = dry(capsys, *both)

@@ -198,7 +198,7 @@ def test_bad_answers_are_not_learned_as_good_ones(
     rows: list[Any], message: str, way: list[str], say: Say
 ) -> None:
     code, out = say(rows=rows)
-    assert (code, out.splitlines()[-1]) == (2, f"ftlevel: {message}")
+    assert (code, out.splitlines()[-1]) == (2, f"ftlevel: {message}  [rows]")
     assert say(*way, rows=rows)[0] == 0
 
 
@@ -228,7 +228,7 @@ def test_labels_that_differ_by_space_or_case(tiny_model_dir: Callable[..., Path]
         2,
         "ftlevel: labels that differ by case: 2 of 22 train rows (rows.jsonl:21: 'Good' is 'good', "
         "rows.jsonl:22: 'BAD ' is 'bad'). Write them alike, or pass --set "
-        "data.gate.label_case=fold or warn.",
+        "data.gate.label_case=fold or warn.  [rows]",
     )
     code, out = say(*bert, "--set", "data.gate.label_case=fold", rows=rows)
     assert (code, "labels: 2 (bad, good)" in out) == (0, True)

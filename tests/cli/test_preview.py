@@ -130,7 +130,8 @@ def test_rows_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[s
     data = write(tmp_path / "x.jsonl", *({"prompt": f"{i}", "completion": "b"} for i in range(2)))
     error = look(capsys, "--dataset", data, "--row", "9", code=2)
     assert error == (
-        "ftlevel: --row 9: no such row. There are 2 training rows, of which 2 are trained on.\n"
+        "ftlevel: --row 9: no such row. There are 2 training rows, of which 2 are trained on.  "
+        "[files]\n"
     )
 
 

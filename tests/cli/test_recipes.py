@@ -126,7 +126,7 @@ def test_it_is_refused_until_it_is_converted(
     assert run(["train", "--recipe", "theirs.yml"]) == 2
     assert capsys.readouterr().err == (
         f"ftlevel: theirs.yml is a configuration of {tool}. Write it as a recipe first: "
-        "ftlevel recipes convert theirs.yml > recipe.yaml\n"
+        "ftlevel recipes convert theirs.yml > recipe.yaml  [settings]\n"
     )
 
 

@@ -96,7 +96,7 @@ def test_it_begins_where_the_adapter_ended(base: Path, name: str) -> None:
         card = json.loads(Path("on/adapter/ftlevel.json").read_text())
         assert card["adapter"] == after["adapter"] != {}
         assert yaml.safe_load(Path("on/config.yaml").read_text())["model"]["adapter"] == "run"
-        assert "went on from the adapter `run`" in Path("on/README.md").read_text()
+        assert "continued from the adapter `run`" in Path("on/README.md").read_text()
     if name in ALONE:
         shutil.copytree("run/adapter", "alone")
         alone = train(*SHORT, "--adapter", "alone", *ON[2:], out="on-alone")

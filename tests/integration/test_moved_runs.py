@@ -123,7 +123,7 @@ def test_the_runs_own_rows_under_another_name(
     assert run(["evaluate", "run"]) == 2
     assert capsys.readouterr().err == (
         f"ftlevel: run: data.dataset is not where it was, and was looked for at "
-        f"{project}/rows.jsonl. Name its place: --dataset PATH.\n"
+        f"{project}/rows.jsonl. Name its place: --dataset PATH.  [adapters]\n"
     )
     found = evaluate(EvaluateConfig(name="run", dataset="moved.jsonl", resamples=0))
     assert found.summary["data"]["split"] == "validation"

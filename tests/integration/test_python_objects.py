@@ -74,7 +74,7 @@ def test_such_a_run_says_that_its_rows_are_gone(
         assert run(command) == 2
         assert capsys.readouterr().err == (
             "ftlevel: run was trained on rows in memory, which are not saved. Pass --dataset "
-            "FILE, or the same rows in Python.\n"
+            "FILE, or the same rows in Python.  [adapters]\n"
         )
     found = evaluate(EvaluateConfig(name="run", dataset=pd.DataFrame(HELD), resamples=0))
     assert found.metrics["loss"] == pytest.approx(result.summary["metrics"]["loss"])

@@ -44,7 +44,7 @@ def test_the_card_says_how_peft_alone_has_the_labels(classifier: Path) -> None:
     from peft import AutoPeftModelForSequenceClassification
 
     text = (classifier / "README.md").read_text()
-    assert "Its 3 labels: `x`, `y`, `z`." in text
+    assert "3 labels: `x`, `y`, `z`." in text
     assert "text metrics" not in text
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     found: dict[str, Any] = {}

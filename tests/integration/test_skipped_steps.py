@@ -105,7 +105,7 @@ def test_a_step_that_is_skipped_changes_nothing(
     assert [(note["step"], note["how"], len(note["rows"])) for note in noted] == [(6, "skipped", 4)]
     assert all(loss == loss for loss in losses())
     card = Path("run/README.md").read_text()
-    assert "Skipped steps (loss not finite, or a spike: 1." in card
+    assert "Skipped steps (loss not finite, or a spike): 1." in card
 
 
 def test_a_run_goes_back_to_its_newest_checkpoint(

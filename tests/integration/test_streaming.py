@@ -174,7 +174,7 @@ def test_a_bad_row_is_named_when_it_comes(
     assert run(["train", "--quiet", "--output-dir", "run", *arguments]) == 2
     assert capsys.readouterr().err == (
         f"ftlevel: rows.jsonl:{LATE}: {message}. Fix the line, or drop bad rows with --on-bad-row "
-        "skip.\n"
+        "skip.  [rows]\n"
     )
     summary = train(*arguments, "--on-bad-row", "skip", out="other")
     assert summary["data"]["dropped"] == summary["data"]["stream"]["dropped"] == 1
@@ -225,7 +225,7 @@ def test_what_is_no_stream(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == (
         "ftlevel: rows.json: --streaming cannot read '.json' part by part. It reads .jsonl, "
         ".ndjson, .csv, .tsv, .parquet, .arrow, .feather, .txt, .xlsx, .conll, .bio, .iob, .iob2. "
-        "Convert the file, or drop --streaming.\n"
+        "Convert the file, or drop --streaming.  [files]\n"
     )
     code = run(["train", "--dry-run", "--streaming", "--max-steps", "1"])
     assert code == 2

@@ -280,7 +280,7 @@ def test_resuming_with_another_setting_is_refused(capsys: pytest.CaptureFixture[
     complaint = capsys.readouterr().err
     assert complaint == (  # a recipe is the run's own; the flag differs
         "ftlevel: --resume run: not the same run: method.r was 8 and is 4. Restore it, start a "
-        "new run in another --output-dir, or pass --allow-change method.r\n"
+        "new run in another --output-dir, or pass --allow-change method.r  [resume]\n"
     )
 
 
@@ -299,7 +299,7 @@ def test_resuming_with_another_number_of_threads_is_refused(
     assert capsys.readouterr().err == (
         f"ftlevel: --resume run: not the same run: threads was {own} and is {own + 1}. Restore it "
         f"(OMP_NUM_THREADS={own}), start a new run in another --output-dir, or pass "
-        f"--allow-change threads\n"
+        "--allow-change threads  [resume]\n"
     )
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ftlevel.artifacts.files import check_regular, write_json
 from ftlevel.artifacts.run_directory import RunDirectory, find_run
@@ -117,7 +120,14 @@ def _installed_version(name: str) -> str:
         return ""
 
 
-_PIPELINE_TAGS = {"masked-lm": "fill-mask"}
+_PIPELINE_TAGS = {
+    "masked-lm": "fill-mask",
+    "preference": "text-generation",
+    "rl": "text-generation",
+    "reward": "text-classification",
+    "embedding": "sentence-similarity",
+    "reranking": "text-ranking",
+}
 _PROMPTS = {
     "question-answering": '--prompt "…?" --context "…"',
     "masked-lm": '--prompt "… [MASK] …"',
@@ -127,6 +137,71 @@ _PROMPTS = {
 def pipeline_tag(task: str) -> str:
     """Return the Hub's pipeline tag for `task`."""
     return _PIPELINE_TAGS.get(task, task)
+
+
+def _front_matter(
+    base: Mapping[str, Any],
+    relation: str,
+    task: str | None,
+    library: str,
+    tags: list[str],
+    **more: Any,
+) -> list[str]:
+    """Return the lines of a model card's metadata.
+
+    A base model that is not on the Hub is left out, since the Hub refuses other names. The license
+    is that of the base model.
+    """
+    metadata = {
+        **({"base_model": base["name"]} if base.get("kind") == "hub" else {}),
+        **({"base_model_relation": relation} if base.get("kind") == "hub" else {}),
+        "library_name": library,
+        **({"pipeline_tag": pipeline_tag(task)} if task else {}),
+        **base_license(base),
+        "tags": ["ftlevel", *tags],
+        **{key: value for key, value in more.items() if value},
+    }
+    text = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    return ["---", *text.splitlines(), "---", ""]
+
+
+def base_license(base: Mapping[str, Any]) -> dict[str, str]:
+    """Return the license fields in the model card of `base`, if the card is on this disk."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.repocard import metadata_load
+
+    name = str(base.get("name"))
+    if base.get("kind") == "hub":
+        path = try_to_load_from_cache(name, "README.md", revision=base.get("revision"))
+    elif base.get("kind") == "builtin":
+        path = str(Path(__file__).parents[1] / "models/builtin" / name.partition(":")[2])
+        path = f"{path}/README.md"
+    else:
+        path = str(Path(name) / "README.md")
+    if not isinstance(path, str) or not Path(path).is_file():
+        return {}
+    try:
+        metadata = metadata_load(path) or {}
+    except (ValueError, yaml.YAMLError):  # not a model card
+        return {}
+    return {key: str(metadata[key]) for key in _LICENSE_FIELDS if key in metadata}
+
+
+_LICENSE_FIELDS = ("license", "license_name", "license_link")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def _evaluation(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `datasets`, `metrics` and `model-index` of a run; the Hub shows them as results."""
+    name, metrics = summary["data"]["name"], summary.get("metrics", {})
+    is_hub = bool(_HUB_NAME.fullmatch(name)) and not Path(name).exists()
+    result = {
+        "task": {"type": pipeline_tag(summary["task"])},
+        "dataset": {"name": name, "type": name if is_hub else "other", "split": "validation"},
+        "metrics": [{"type": key, "value": value} for key, value in metrics.items()],
+    }
+    index = [{"name": Path(summary["run"]).name, "results": [result]}] if metrics else []
+    return {"datasets": [name] * is_hub, "metrics": list(metrics), "model-index": index}
 
 
 def generate_command(run: str, task: str) -> str:
@@ -186,14 +261,16 @@ def describe_kept_model(best: Mapping[str, Any]) -> str:
 def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
     """Return the model card of a run, from summary.json and the module to import for plain PEFT."""
     metrics = summary.get("metrics", {})
+    is_full = summary["method"] == "full"
     lines = [
-        "---",
-        f"base_model: {summary['model']['name']}",
-        "library_name: peft" if summary["method"] != "full" else "library_name: transformers",
-        "tags: [ftlevel, " + summary["method"] + "]",
-        f"pipeline_tag: {pipeline_tag(summary['task'])}",
-        "---",
-        "",
+        *_front_matter(
+            summary["model"],
+            "finetune" if is_full else "adapter",
+            summary["task"],
+            "transformers" if is_full else "peft",
+            [summary["method"]],
+            **_evaluation(summary),
+        ),
         f"# {Path(summary['run']).name}",
         "",
         f"`{summary['method']}` on `{summary['model']['name']}` for {summary['task']}, trained on "
@@ -202,11 +279,11 @@ def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
         "",
     ]
     if summary.get("adapter"):
-        lines += [f"Training went on from the adapter `{summary['adapter']['name']}`.", ""]
+        lines += [f"Training continued from the adapter `{summary['adapter']['name']}`.", ""]
     if reference := summary.get("reference"):
-        lines += [f"Answers were compared with a reference: {reference['is']}.", ""]
+        lines += [f"Reference model: {reference['is']}.", ""]
     if expected := summary.get("distillation"):
-        lines += [f"Its teacher was `{expected['teacher']}`.", ""]
+        lines += [f"Teacher: `{expected['teacher']}`.", ""]
     if metrics:
         lines += _metrics_table(summary)
         rows, generated = (summary["data"][key] for key in ("validation_rows", "generated_rows"))
@@ -216,7 +293,7 @@ def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
     if names:
         more = f" and {len(names) - _SHOWN_LABELS:,} more" if len(names) > _SHOWN_LABELS else ""
         shown = ", ".join(f"`{name}`" for name in names[:_SHOWN_LABELS])
-        lines += [f"Its {len(names):,} labels: {shown}{more}.", ""]
+        lines += [f"{len(names):,} labels: {shown}{more}.", ""]
     if summary["loss_window"]:
         lines += [f"Training loss {loss_words(summary)}.", ""]
     if memory := summary.get("speed", {}).get("chosen_for_bytes"):
@@ -232,7 +309,7 @@ def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
         lines += _named_labels(summary, needs_import)
     elif needs_import:
         lines += _python_use(needs_import)
-    lines += ["The settings are in `config.yaml`, the figures in `summary.json`.", ""]
+    lines += ["`config.yaml` has all settings, `summary.json` all results.", ""]
     return "\n".join(lines)
 
 
@@ -245,7 +322,7 @@ def _metrics_table(summary: Mapping[str, Any]) -> list[str]:
     for name in metrics:
         shown = (f"{c[name]:.4f}" if name in c else "–" for c in columns.values())
         lines.append(f"| {name} | {' | '.join(shown)} |")
-    return [*lines, "", f"Kept is {describe_kept_model(best)}."] if best else lines
+    return [*lines, "", f"Selected model: {describe_kept_model(best)}."] if best else lines
 
 
 _PEFT_CLASSES = {
@@ -302,18 +379,14 @@ def write_quantized_readme(name: str, summary: Mapping[str, Any], task: str | No
     source, form = summary["source"]["name"], summary["quantization"]["form"]
     library = "torchao" if form.startswith("torchao") else "bitsandbytes"
     lines = [
-        "---",
-        *([f"base_model: {source}"] if summary["source"]["kind"] == "hub" else []),
-        "library_name: transformers",
-        f"tags: [ftlevel, {library}, quantized]",
-        *([f"pipeline_tag: {pipeline_tag(task)}"] if task else []),
-        "---",
-        "",
+        *_front_matter(
+            summary["source"], "quantized", task, "transformers", [library, "quantized"]
+        ),
         f"# {name}",
         "",
         f"{source}, quantized to {form} by ftlevel {summary['versions']['ftlevel']}: "
-        f"{summary['quantized_linears']:,} linears are packed; embeddings, norms and heads are in "
-        f"{summary['dtype']}.",
+        f"{summary['quantized_linears']:,} linear layers are quantized; embeddings, norms and "
+        f"heads are in {summary['dtype']}.",
         "",
         "| part | MB before | MB now |",
         "|---|--:|--:|",
@@ -321,7 +394,7 @@ def write_quantized_readme(name: str, summary: Mapping[str, Any], task: str | No
             f"| {part} | {sizes['bytes_before'] / 1e6:,.1f} | {sizes['bytes'] / 1e6:,.1f} |"
             for part, sizes in summary["parts"].items()
         ),
-        f"| whole | {summary['bytes_before'] / 1e6:,.1f} | {summary['bytes'] / 1e6:,.1f} |",
+        f"| total | {summary['bytes_before'] / 1e6:,.1f} | {summary['bytes'] / 1e6:,.1f} |",
         "",
     ]
     if "fidelity" in summary:
@@ -340,13 +413,13 @@ def write_quantized_readme(name: str, summary: Mapping[str, Any], task: str | No
                 f"- perplexity {scores['perplexity_source']:.3f} → {scores['perplexity']:.3f}"
             )
     else:
-        lines.append("How far it is from its source was not measured.")
+        lines.append("The difference from the source model was not measured.")
     if task:
         lines += [
             "",
             "## Use",
             "",
-            f"For {task}, as its source was trained:",
+            f"Trained for {task}:",
             "",
             "```sh",
             generate_command(name, task),
@@ -359,13 +432,7 @@ def write_merge_readme(summary: Mapping[str, Any], task: str) -> str:
     """Return the model card of a merged model, from the summary of `merge`."""
     base = summary["base"]
     lines = [
-        "---",
-        f"base_model: {base['name']}",
-        "library_name: transformers",
-        f"tags: [ftlevel, merged, {summary['method']}]",
-        f"pipeline_tag: {pipeline_tag(task)}",
-        "---",
-        "",
+        *_front_matter(base, "finetune", task, "transformers", ["merged", summary["method"]]),
         f"# {summary['out'].rstrip('/').rpartition('/')[2]}",
         "",
         f"`{base['name']}` with {' and '.join(f'`{name}`' for name in summary['adapters'])} "
@@ -385,11 +452,11 @@ def write_merge_readme(summary: Mapping[str, Any], task: str) -> str:
             "",
         ]
     if summary["reason"]:
-        lines += [f"These weights were taken because they are {summary['reason']}.", ""]
+        lines += [f"Reason for this choice: {summary['reason']}.", ""]
     if summary["written"]["untied"]:
         lines += [
-            "The output layer has weights of its own, which it shared with the embedding "
-            "before: the adapter changed one of them.",
+            "Embedding and output layer no longer share weights, because the adapter changes one "
+            "of them.",
             "",
         ]
     lines += _check_lines(summary.get("agreement"))
@@ -408,14 +475,13 @@ def describe_difference(found: Mapping[str, Any]) -> str:
 
 
 def _low_bits_lines(form: str, served: Mapping[str, Any] | None) -> list[str]:
-    lines = [f"Its linears are stored in {form}, which transformers loads with bitsandbytes."]
+    lines = [f"Linear layers are stored in {form}; transformers loads them with bitsandbytes."]
     if served is not None:
         lines.append(
-            f"Loaded so, it is this near to the model as trained: {describe_difference(served)} "
-            "over "
-            f"{served['targets']:,} targets, loss {served['loss']:.4f} (as trained "
-            f"{served['loss_reference']:.4f}). The table below is of the same weights before they "
-            "were rounded."
+            f"Difference from the trained model: {describe_difference(served)} over "
+            f"{served['targets']:,} targets, loss {served['loss']:.4f} (trained model: "
+            f"{served['loss_reference']:.4f}). The table below is for the weights before "
+            "quantization."
         )
     return lines
 
@@ -423,15 +489,15 @@ def _low_bits_lines(form: str, served: Mapping[str, Any] | None) -> list[str]:
 def _check_lines(agreement: Mapping[str, Any] | None) -> list[str]:
     if agreement is None:
         return [
-            "**Not verified**: it was written with `--no-verify` and has not been compared "
-            "with the base and the adapter.",
+            "**Not verified**: written with `--no-verify`, without a comparison with base model "
+            "and adapter.",
             "",
         ]
     return [
-        f"Loaded afresh and compared with the base and the adapter on {agreement['targets']:,} "
-        "targets:",
+        "Loaded again and compared with base model and adapter on "
+        f"{agreement['targets']:,} targets:",
         "",
-        "| how near | max logit difference | mean | loss | loss before merging |",
+        "| difference | max logit difference | mean | loss | loss before merging |",
         "|---|--:|--:|--:|--:|",
         f"| {describe_difference(agreement)} | "
         f"{agreement['max_difference']:.3g} | {agreement['mean_difference']:.2g} | "

@@ -23,6 +23,7 @@ from ftlevel.cli.startup import (
     received_signal,
     silence_loggers,
 )
+from ftlevel.cli.topics import topic_of_error, with_topic
 from ftlevel.errors import FtlevelError, Interrupted, is_out_of_memory
 from ftlevel.extensions import added_rows, load
 from ftlevel.world import is_launched, prints_errors
@@ -145,7 +146,7 @@ def run(arguments: list[str]) -> int:
     except typer.TyperException as error:  # an unknown flag, a missing argument, a bad number
         command = [name for name in names if name in commands()]
         help_command = " ".join(["ftlevel", *command, "--help"])
-        return _end(arguments, f"{error.format_message()} See: {help_command}", 2)
+        return _end(arguments, f"{error.format_message()} See: {help_command}", 2, "settings")
     except (typer.Abort, KeyboardInterrupt):
         return _end_interrupted(arguments)
     except FtlevelError as error:
@@ -154,7 +155,7 @@ def run(arguments: list[str]) -> int:
         code = exit_code() if error.exit_code == _CTRL_C else error.exit_code
         # All processes of a machine see a usage error; one prints it.
         if not error.is_reported and (error.exit_code == 1 or prints_errors()):
-            _end(arguments, str(error), code)
+            _end(arguments, str(error), code, topic_of_error(error))
         return code
     except OSError as error:  # full disk, closed pipe, removed file
         if shows_traceback or error.strerror is None:
@@ -162,7 +163,8 @@ def run(arguments: list[str]) -> int:
         prefix = f"{error.filename}: " if error.filename else ""
         is_mistake = error.errno == errno.ENAMETOOLONG  # a path from the user is too long
         advice = "Name a shorter path" if is_mistake else "Add --traceback to see where it happened"
-        _end(arguments, f"{prefix}{error.strerror}. {advice}.", code := 2 if is_mistake else 1)
+        code = 2 if is_mistake else 1
+        _end(arguments, f"{prefix}{error.strerror}. {advice}.", code, "output")
         if error.filename is None and sys.stdout is not None:
             discard(sys.stdout)
         return code
@@ -171,7 +173,8 @@ def run(arguments: list[str]) -> int:
         if shows_traceback:
             _report_json(arguments, message, code)
             raise
-        return _end(arguments, message, code)
+        topic = "memory" if is_out_of_memory(error) else None
+        return _end(arguments, message, code, topic)
     return code if isinstance(code, int) else 0
 
 
@@ -193,9 +196,9 @@ def _end_interrupted(arguments: list[str]) -> int:
     return _end(arguments, describe_interrupt(), exit_code())
 
 
-def _end(arguments: list[str], message: str, code: int) -> int:
+def _end(arguments: list[str], message: str, code: int, topic: str | None = None) -> int:
     """Print an error to stderr, and to stdout with `--json`; return its exit code."""
-    for line in message.split("\n"):
+    for line in with_topic(message, topic).split("\n"):
         typer.echo(f"ftlevel: {line}", err=True)
     _report_json(arguments, message, code)
     return code

@@ -20,6 +20,7 @@ from rich.table import Column, Table
 from ftlevel._version import __version__
 from ftlevel.artifacts.cards import describe_kept_model, loss_words, memory_words
 from ftlevel.cli.startup import SafeStream
+from ftlevel.cli.topics import topic_of_module, with_topic
 from ftlevel.config.section import Choice
 
 _FIGURES = {
@@ -149,7 +150,9 @@ class Screen:
 
     def warn(self, message: str) -> None:
         """Show a warning, even if quiet."""
-        self.errors.print(f"[yellow]warning:[/yellow] {_plain(message)}", highlight=False)
+        topic = topic_of_module(sys._getframe(1).f_globals["__name__"])
+        text = _plain(with_topic(message, topic))
+        self.errors.print(f"[yellow]warning:[/yellow] {text}", highlight=False)
 
     def begin(self, total_steps: int) -> None:
         """Start the progress bar (terminal only)."""

@@ -17,6 +17,7 @@ from ftlevel.cli.app import run
 from ftlevel.errors import InputError
 from ftlevel.extras.report.facts import ReportedRun, read_run_facts, summarize_answers
 from ftlevel.extras.report.page import MOST_POINTS, draw_charts, render_page, thin
+from ftlevel.extras.report.sentences import checks, data_findings, headline
 
 EVIL = "</script><script>alert('x')</script><img src=x onerror=alert(1)>"
 SUMMARY: dict[str, Any] = {
@@ -97,9 +98,9 @@ def test_runs_stand_side_by_side() -> None:
     assert [line.run for line in charts[0].lines] == ["one", "two"]
     assert page.count("<polyline") == 2 * len(charts)
     assert "0.5000 → 0.9000 [0.8500, 0.9500]" in page
-    assert "Memory held, GiB" in [chart.title for chart in charts]
+    assert "Memory in use" in [chart.title for chart in charts]
     for chart in charts:  # a text for who does not see it
-        assert f"{chart.title} by step. one: from" in chart.words
+        assert f"{chart.title} ({chart.unit}) by step. one: from" in chart.words
 
 
 def test_a_long_log_makes_a_small_page_with_its_peak() -> None:
@@ -160,7 +161,7 @@ def test_tags_are_counted_word_by_word() -> None:
         assert name == answers.classes[at]
         assert scores == pytest.approx([figures[at] for figures in expected])
     page = render_page([facts(answers=answers)])
-    assert "Words by what is true" in page
+    assert "Words by correct class" in page
     assert '<th scope="col">tag</th>' in page
 
 
@@ -169,9 +170,9 @@ def test_answers_of_other_kinds_are_shown() -> None:
             "rejected": "that", "reward_margin": 1.25}  # fmt: skip
     page = render_page([facts(answers=summarize_answers(iter([pair])))])
     assert "row 1, loss 0.75 → 0.5, reward margin 1.25" in page
-    for text in ("asked", "which?", "preferred", "this", "rejected", "that"):
+    for text in ("input", "which?", "chosen answer", "this", "rejected answer", "that"):
         assert re.search(f">{re.escape(text)}<", page), text
-    assert ">answer<" not in page
+    assert ">prediction<" not in page
 
 
 def test_questions_have_their_loss_by_the_length_of_the_first_answer() -> None:
@@ -188,7 +189,7 @@ def test_texts_have_their_loss_by_length() -> None:
     assert answers.lengths[0] == (1, 5, 100, 2.0)
     assert answers.lengths[-1] == (46, 50, 100, 47.0)
     page = render_page([facts(answers=answers)])
-    assert "Loss by the length of the true answer" in page
+    assert "Loss by length of the correct answer" in page
     assert "<meter" in page
 
 
@@ -216,6 +217,50 @@ def test_many_rows_and_a_long_log_make_a_small_page_that_opens_at_once(tmp_path:
         assert title is not None, done.stderr[-500:]
         taken.append(float(title[1]))
     assert min(taken) < 1_000, taken
+
+
+def sentences(**changes: Any) -> list[str]:
+    return list(headline({**SUMMARY, **changes}))
+
+
+def test_the_result_is_a_sentence() -> None:
+    first, meaning, interval, change = sentences()
+    assert first == "accuracy 0.90 on 3 held-out rows, base 0.50; 95 % interval 0.85 to 0.95"
+    assert meaning == "accuracy: share of rows with the right answer."
+    assert interval == "With many more rows like these, the value would likely lie in the interval."
+    assert change == "The value before training lies outside the interval: a real change is likely."
+    *_, change = sentences(metrics_before={"accuracy": 0.87})
+    assert change.endswith("lies inside the interval: the difference may be chance.")
+    first, _, hint = sentences(metrics_before={}, intervals={"accuracy": [1.0, 1.0]})
+    assert first == "accuracy 0.90 on 3 held-out rows"
+    assert hint == "The model was not evaluated before training; --eval-on-start does that."
+    assert "before this run 0.50" in sentences(adapter={"name": "runs/first"})[0]
+    (only,) = sentences(metrics={}, metrics_before={}, intervals={})
+    assert only == (
+        "Training loss 1.00, at the start 2.00. No held-out rows: the quality on new rows is not "
+        "known."
+    )
+
+
+def test_data_and_checks_are_sentences() -> None:
+    assert list(data_findings(SUMMARY)) == [
+        "HTML in a text: 2 of 9 train rows (rows.csv:4); action: warn"
+    ]
+    assert list(checks(SUMMARY)) == [
+        "Every trained tensor received gradients (3 tensors).",
+        "The 4 frozen tensors of the base model did not change, bit for bit.",
+        "The saved files were loaded again and compared on 4 rows: outputs are equal.",
+        "Training changed the outputs: logits moved by up to 1.5.",
+    ]
+    assert list(checks({})) == list(data_findings({})) == []
+
+
+def test_regions_and_tables_have_names() -> None:
+    answers = summarize_answers(iter(ROWS))
+    found = tags(render_page([facts("one", answers=answers), facts("two", answers=answers)]))
+    names = [attrs["aria-label"] for _, attrs in found if attrs.get("role") == "region"]
+    assert len(names) == len(set(names)) > 4
+    assert all(attrs.get("tabindex") == "0" for _, attrs in found if attrs.get("role") == "region")
 
 
 def test_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

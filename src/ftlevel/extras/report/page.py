@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +21,30 @@ from ftlevel.artifacts.ownership import ROLLOUTS
 from ftlevel.artifacts.rollouts import summarize_rollouts
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.extras.report.facts import ReportedRun, summarize_answers
+from ftlevel.extras.report.sentences import checks, data_findings, headline
 
 MOST_POINTS = 400  # per curve
-WIDTH, HEIGHT = 640, 220
-LEFT, RIGHT, TOP, BOTTOM = 64, 8, 10, 28
+WIDTH, HEIGHT = 640, 240
+LEFT, RIGHT, TOP, BOTTOM = 64, 20, 26, 42
 
 Point = tuple[float, float]
 
 CURVES = (
-    ("reward", "Reward of sampled completions", "reward"),
-    ("signal", "Groups with different rewards, share", "groups_with_signal"),
-    ("length", "Tokens of a completion", "completion_length"),
-    ("truncated", "Truncated completions, share", "truncated"),
-    ("entropy", "Entropy of a token, nats", "entropy"),
-    ("kl", "KL divergence from the initial model", "kl"),
-    ("clipped", "Tokens at which the loss is clipped, share", "clipped"),
-    ("loss", "Training loss", "loss"),
-    ("eval_loss", "Validation loss", "eval_loss"),
-    ("learning_rate", "Learning rate", "learning_rate"),
-    ("grad_norm", "Gradient norm", "grad_norm"),
-    ("tokens_per_s", "Tokens a second", ""),
-    ("memory", "Memory held, GiB", "memory_bytes"),
+    ("reward", "Reward of sampled completions", "reward", "reward"),
+    ("signal", "Groups with different rewards", "groups_with_signal", "share of groups"),
+    ("length", "Length of completions", "completion_length", "tokens"),
+    ("truncated", "Truncated completions", "truncated", "share of completions"),
+    ("entropy", "Entropy of sampled tokens", "entropy", "nats per token"),
+    ("kl", "KL divergence from the initial model", "kl", "nats per token"),
+    ("clipped", "Tokens with a clipped loss", "clipped", "share of tokens"),
+    ("loss", "Training loss", "loss", "loss"),
+    ("eval_loss", "Validation loss", "eval_loss", "loss"),
+    ("learning_rate", "Learning rate", "learning_rate", "learning rate"),
+    ("grad_norm", "Gradient norm", "grad_norm", "L2 norm"),
+    ("tokens_per_s", "Training speed", "", "tokens per second"),
+    ("memory", "Memory in use", "memory_bytes", "GiB"),
 )
-"""Name, heading, and field of a record; an empty field is computed."""
+"""Name, heading, field of a record, and unit; an empty field is computed."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Chart:
 
     name: str
     title: str
+    unit: str
     lines: list[Line]
     ticks_x: list[tuple[float, str]]
     ticks_y: list[tuple[float, str]]
@@ -79,7 +81,7 @@ class Chart:
             f"{line.last:.4g} at step {line.points[-1][0]:,.0f}"
             for line in self.lines
         ]
-        return f"{self.title} by step. {'; '.join(said)}."
+        return f"{self.title} ({self.unit}) by step. {'; '.join(said)}."
 
 
 def draw_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
@@ -91,13 +93,14 @@ def draw_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
         for key in record
         if key.startswith("eval_") and key != "eval_loss"
     )
-    own = [(key, key.removeprefix("eval_").replace("_", " "), key) for key in metrics]
-    for name, title, key in (*CURVES, *own):
+    names = {key: key.removeprefix("eval_").replace("_", " ") for key in metrics}
+    of_metrics = [(key, f"Validation {name}", key, name) for key, name in names.items()]
+    for name, title, key, unit in (*of_metrics, *CURVES):
         found = [
             (number, run, thin(list(_points(run.records, key)))) for number, run in enumerate(runs)
         ]
         if having := [one for one in found if len(one[2]) > 1]:
-            yield _chart(name, title[:1].upper() + title[1:], having)
+            yield _chart(name, title, unit, having)
 
 
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> Iterator[Point]:
@@ -137,7 +140,9 @@ def thin(points: list[Point]) -> list[Point]:
     return kept if kept[-1] == points[-1] else [*kept, points[-1]]
 
 
-def _chart(name: str, title: str, having: Sequence[tuple[int, ReportedRun, list[Point]]]) -> Chart:
+def _chart(
+    name: str, title: str, unit: str, having: Sequence[tuple[int, ReportedRun, list[Point]]]
+) -> Chart:
     every = [point for _, _, points in having for point in points]
     low_x, high_x = _span([x for x, _ in every])
     low_y, high_y = _span([y for _, y in every])
@@ -159,7 +164,7 @@ def _chart(name: str, title: str, having: Sequence[tuple[int, ReportedRun, list[
     ]
     ticks_x = [(place((x, low_y))[0], f"{x:,.0f}") for x in _ticks(low_x, high_x)]
     ticks_y = [(place((low_x, y))[1], f"{y:.6g}") for y in _ticks(low_y, high_y)]
-    return Chart(name, title, lines, ticks_x, ticks_y, (low_x, high_x, low_y, high_y))
+    return Chart(name, title, unit, lines, ticks_x, ticks_y, (low_x, high_x, low_y, high_y))
 
 
 def _span(values: list[float]) -> tuple[float, float]:
@@ -187,10 +192,11 @@ def render_page(runs: Sequence[ReportedRun]) -> str:
     """Return the HTML report that compares `runs`."""
     names = ", ".join(run.name for run in runs)
     page: str = _load_template().render(
-        title=f"{names}: what ftlevel trained",
+        title=f"{names}: training report",
         version=__version__,
         runs=runs,
-        table=list(_table(runs)),
+        results=list(_results(runs)),
+        facts=list(_facts(runs)),
         charts=[_for_template(chart) for chart in draw_charts(runs)],
         has_answers=any(run.answers for run in runs),
         width=WIDTH,
@@ -214,17 +220,24 @@ def _load_template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"words": _words, "texts": _texts, "figures": _figures}
+    environment.filters |= {
+        "words": _words,
+        "texts": _texts,
+        "figures": _figures,
+        "headline": headline,
+        "findings": data_findings,
+        "checks": checks,
+    }
     return environment.get_template("page.html.jinja")
 
 
 _TEXTS = {
-    "input": "asked",
-    "base_predicted": "before",
-    "predicted": "answer",
-    "true": "true",
-    "chosen": "preferred",
-    "rejected": "rejected",
+    "input": "input",
+    "base_predicted": "prediction before training",
+    "predicted": "prediction",
+    "true": "correct answer",
+    "chosen": "chosen answer",
+    "rejected": "rejected answer",
 }
 """Field of an answered row → its heading."""
 
@@ -259,6 +272,7 @@ def _for_template(chart: Chart) -> dict[str, Any]:
     }
     return {
         "title": chart.title,
+        "unit": chart.unit,
         "words": chart.words,
         "lines": chart.lines,
         "ticks_x": chart.ticks_x,
@@ -267,27 +281,37 @@ def _for_template(chart: Chart) -> dict[str, Any]:
     }
 
 
-def _table(runs: Sequence[ReportedRun]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the rows of the results table: a name, and a value for each run."""
-    summaries = [run.summary for run in runs]
+Row = tuple[str, list[str]]
 
-    def row(name: str, of: Any) -> tuple[str, list[str]]:
-        return name, [of(summary) for summary in summaries]
 
-    yield row("task", lambda s: str(s.get("task", "")))
-    yield row("model", lambda s: str(s.get("model", {}).get("name", "")))
-    yield row("method", lambda s: str(s.get("method", "")))
-    yield row("trained parameters", _trained)
-    yield row("steps", lambda s: f"{s.get('steps', 0):,}")
-    yield row("training loss", lambda s: loss_words(s) if s.get("loss_first") is not None else "")
-    for name in dict.fromkeys(key for s in summaries for key in s.get("metrics", {})):
-        yield row(f"validation {name.replace('_', ' ')}", lambda s, key=name: _metric(s, key))
-    yield row("seconds", lambda s: f"{s.get('timings', {}).get('total_s', 0):,.1f}")
-    yield row("tokens a second", lambda s: f"{s.get('timings', {}).get('tokens_per_s', 0):,.0f}")
-    yield row("peak memory", lambda s: _gib(s.get("memory", {}).get("peak_bytes")))
-    if any(map(memory_words, summaries)):
-        yield row("plan of the memory", memory_words)
-    yield row("finished", lambda s: str(s.get("finished", "")))
+def _row(runs: Sequence[ReportedRun], name: str, value: Callable[[Any], str]) -> Row:
+    return name, [value(run.summary) for run in runs]
+
+
+def _results(runs: Sequence[ReportedRun]) -> Iterator[Row]:
+    """Yield metrics, loss, time and memory: a name, and a value for each run."""
+    for name in dict.fromkeys(key for run in runs for key in run.summary.get("metrics", {})):
+        yield _row(runs, f"validation {name.replace('_', ' ')}", partial(_metric, name=name))
+    yield _row(
+        runs, "training loss", lambda s: loss_words(s) if s.get("loss_first") is not None else ""
+    )
+    yield _row(runs, "time", lambda s: f"{s.get('timings', {}).get('total_s', 0):,.1f} s")
+    yield _row(
+        runs, "speed", lambda s: f"{s.get('timings', {}).get('tokens_per_s', 0):,.0f} tokens/s"
+    )
+    yield _row(runs, "peak memory", lambda s: _gib(s.get("memory", {}).get("peak_bytes")))
+    if any(memory_words(run.summary) for run in runs):
+        yield _row(runs, "memory, estimated", memory_words)
+
+
+def _facts(runs: Sequence[ReportedRun]) -> Iterator[Row]:
+    """Yield what was trained, on what."""
+    yield _row(runs, "task", lambda s: str(s.get("task", "")))
+    yield _row(runs, "model", lambda s: str(s.get("model", {}).get("name", "")))
+    yield _row(runs, "method", lambda s: str(s.get("method", "")))
+    yield _row(runs, "trained parameters", _trained)
+    yield _row(runs, "steps", lambda s: f"{s.get('steps', 0):,}")
+    yield _row(runs, "finished", lambda s: str(s.get("finished", "")))
 
 
 def _trained(summary: Mapping[str, Any]) -> str:

@@ -1,0 +1,68 @@
+"""Topics of messages: the section of docs/troubleshooting.md that explains an error or warning.
+
+A message has the topic of the module that raises it, so no message names its own.
+"""
+
+from __future__ import annotations
+
+import traceback
+
+from ftlevel.errors import Interrupted
+
+TOPICS = {
+    "settings": "__init__ cli commands config evaluation.intervals extensions pipeline task "
+    "training",
+    "recipes": "cli.recipes extras.other_tools",
+    "files": "artifacts.row_files commands.preview data",
+    "rows": "data.formats data.gate data.prepare tasks",
+    "columns": "data.formats.columns data.formats.detect",
+    "encoding": "data.encoding",
+    "models": "models trained.load training.model weights.checkpoint weights.tensor_files",
+    "targets": "commands.list_targets models.targets",
+    "methods": "methods training.plan.adapter training.plan.method",
+    "adapters": "artifacts extras.adapterhub evaluation.model_pair evaluation.two_models trained",
+    "output": "artifacts.files artifacts.hub artifacts.ownership "
+    "artifacts.run_directory config.output training.finish",
+    "memory": "commands.plan training.forecast training.memory",
+    "training": "fast training.best training.callbacks training.proof training.session",
+    "resume": "training.origin training.resume",
+    "processes": "extras.launch training.processes training.sharding world",
+    "evaluation": "cli.evaluate cli.generate commands.evaluate commands.generate commands.predict "
+    "evaluation",
+    "embeddings": "artifacts.sentence_transformers commands.mine tasks.embedding tasks.reranking",
+    "preferences": "tasks.preferences training.teacher",
+    "rewards": "rewards tasks.rl training.rl",
+    "merge": "commands.merge merging methods.merging methods.updates",
+    "export": "commands.export commands.quantize extras.serving merging.formats "
+    "merging.normal_form methods.plain_form methods.lora.plain_form weights",
+    "reports": "extras.compare extras.report",
+}
+"""Topic → modules of ftlevel, with those below them; the longest name that matches decides."""
+
+_TOPIC_OF = {module: topic for topic, modules in TOPICS.items() for module in modules.split()}
+
+
+def topic_of_module(name: str) -> str | None:
+    """Returns the topic of a module of ftlevel, or None of another one."""
+    parts = name.split(".")
+    if parts[0] != "ftlevel":
+        return None
+    if len(parts) == 1:
+        return _TOPIC_OF["__init__"]
+    candidates = (".".join(parts[1:end]) for end in range(len(parts), 1, -1))
+    return next((_TOPIC_OF[module] for module in candidates if module in _TOPIC_OF), None)
+
+
+def topic_of_error(error: BaseException) -> str | None:
+    """Returns the topic of the module that raised `error`; None of an interrupt."""
+    if isinstance(error, Interrupted):
+        return None
+    topic = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        topic = topic_of_module(frame.f_globals.get("__name__", "")) or topic
+    return topic
+
+
+def with_topic(message: str, topic: str | None) -> str:
+    """Returns `message` followed by its topic, as mypy prints its codes."""
+    return f"{message}  [{topic}]" if topic else message

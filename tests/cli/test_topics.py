@@ -1,0 +1,70 @@
+"""Topics of errors and warnings, and the sections of docs/troubleshooting.md."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from ftlevel.cli.app import run
+from ftlevel.cli.topics import TOPICS, topic_of_module
+from messages import messages
+
+ROOT = Path(__file__).resolve().parents[2]
+_FEWEST = 600  # messages in the sources; fewer would mean that they are not recognized
+
+
+def test_every_message_has_a_section_and_every_section_has_messages() -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    sections = [title.lower() for title in re.findall(r"^## (.+)$", page, re.MULTILINE)]
+    found = list(messages())
+    assert sections == list(TOPICS)
+    assert [message.where for message in found if message.topic is None] == []
+    assert len(found) > _FEWEST
+    assert set(Counter(message.topic for message in found)) == set(sections)
+
+
+def test_the_longest_name_decides() -> None:
+    assert topic_of_module("ftlevel.data.formats.columns") == "columns"
+    assert topic_of_module("ftlevel.data.formats.turns") == "rows"
+    assert topic_of_module("ftlevel.data.sources.hub") == "files"
+    assert topic_of_module("ftlevel.datasets") is None
+    assert topic_of_module("datasets.load") is None
+
+
+def test_modules_of_topics_exist() -> None:
+    names = [name for modules in TOPICS.values() for name in modules.split()]
+    files = (ROOT / "src/ftlevel" / name.replace(".", "/") for name in names)
+    missing = [file for file in files if not (file.is_dir() or file.with_suffix(".py").is_file())]
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "topic"),
+    [
+        (["train", "--lora-r", "-5"], "settings"),
+        (["train", "--no-such-flag"], "settings"),
+        (["recipes", "show", "nothing"], "recipes"),
+        (["train", "--dataset", "missing.csv"], "files"),
+        (["train", "--dataset", "mail.csv", "--task", "text-classification"], "columns"),
+        (["train", "--model", "missing/model"], "models"),
+        (["train", "--target-modules", "q_projj"], "targets"),
+        (["train", "--method", "full", "--quant", "4bit"], "settings"),
+        (["train", "--modules-to-save", "nothing"], "methods"),
+        (["report", "missing"], "reports"),
+    ],
+)
+def test_an_error_ends_with_its_topic(
+    arguments: list[str],
+    topic: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mail.csv").write_text("subject,queue\nhello,delivery\nhi,payment\n")
+    assert run(arguments) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.endswith(f"  [{topic}]")

@@ -1,0 +1,102 @@
+"""Metadata of model cards, read by huggingface_hub's own class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import EvalResult
+
+from ftlevel.artifacts.cards import write_merge_readme, write_quantized_readme, write_readme
+from ftlevel.tasks import TASKS
+
+# https://github.com/huggingface/huggingface.js/blob/main/packages/tasks/src/pipelines.ts
+PIPELINE_TAGS = {
+    "fill-mask", "question-answering", "sentence-similarity", "summarization",
+    "text-classification", "text-generation", "text-ranking", "token-classification",
+    "translation",
+}  # fmt: skip
+HUB = {"name": "org/base", "kind": "hub", "revision": None}
+
+
+def summary(**changes: Any) -> dict[str, Any]:
+    found = {
+        "run": "runs/first", "task": "text-classification", "method": "lora", "model": HUB,
+        "steps": 3, "metrics": {"accuracy": 0.9, "loss": 0.5}, "metrics_before": {},
+        "data": {"name": "org/rows", "train_rows": 9, "validation_rows": 3, "generated_rows": 0,
+                 "labels": []},
+        "loss_window": 0, "versions": {"ftlevel": "0.2.0"},
+    }  # fmt: skip
+    return {**found, **changes}
+
+
+def test_a_run_on_hub_model_and_data() -> None:
+    card = ModelCard(write_readme(summary()))
+    assert card.data.base_model == "org/base"
+    assert card.data.get("base_model_relation") == "adapter"
+    assert card.data.datasets == ["org/rows"]
+    assert card.data.library_name == "peft"
+    assert card.data.tags == ["ftlevel", "lora"]
+    assert card.data.metrics == ["accuracy", "loss"]
+    assert card.data.model_name == "first"
+    accuracy = EvalResult(
+        task_type="text-classification", dataset_name="org/rows", dataset_type="org/rows",
+        dataset_split="validation", metric_type="accuracy", metric_value=0.9,
+    )  # fmt: skip
+    assert card.data.eval_results is not None
+    assert card.data.eval_results[0] == accuracy
+    assert card.content.count("---\n") == 2
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_a_tag_of_the_hub(task: str) -> None:
+    data = ModelCard(write_readme(summary(task=task))).data
+    assert data.pipeline_tag in PIPELINE_TAGS
+    assert data.eval_results is not None
+    assert data.eval_results[0].task_type == data.pipeline_tag
+
+
+def test_names_that_are_not_on_the_hub_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data/rows").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    local = {"name": str(tmp_path), "kind": "directory"}
+    data = {**summary()["data"], "name": "data/rows"}
+    card = ModelCard(write_readme(summary(model=local, data=data, method="full")))
+    assert card.data.base_model is None
+    assert card.data.datasets is None
+    assert card.data.library_name == "transformers"
+    assert card.data.license == "apache-2.0"
+    for name in ("rows: 'a'.csv", "a.jsonl + b.jsonl"):
+        text = write_readme(summary(data={**data, "name": name}))
+        assert ModelCard(text).data.eval_results[0].dataset_name == name
+
+
+def test_the_license_is_that_of_the_base() -> None:
+    builtin = {"name": "builtin:tiny-llama", "kind": "builtin"}
+    data = ModelCard(write_readme(summary(model=builtin))).data
+    assert (data.license, data.license_name) == ("other", "psf-2.0")
+    assert data.license_link == "https://docs.python.org/3/license.html"
+    assert ModelCard(write_readme(summary())).data.license is None  # its card is not on this disk
+
+
+def test_merged_and_quantized_models() -> None:
+    merged = {
+        "base": HUB, "out": "out/merged", "adapters": ["runs/first"], "method": "lora",
+        "versions": {}, "written": {"dtype": "float32", "untied": False}, "onto": "original",
+        "reason": "",
+    }  # fmt: skip
+    data = ModelCard(write_merge_readme(merged, "rl")).data
+    assert (data.base_model, data.pipeline_tag) == ("org/base", "text-generation")
+    assert data.tags == ["ftlevel", "merged", "lora"]
+    quantized = {
+        "source": HUB, "quantization": {"form": "nf4"}, "quantized_linears": 2, "dtype": "float32",
+        "versions": {"ftlevel": "0.2.0"}, "parts": {}, "bytes": 1, "bytes_before": 2,
+    }  # fmt: skip
+    data = ModelCard(write_quantized_readme("small", quantized)).data
+    assert (data.base_model, data.get("base_model_relation")) == ("org/base", "quantized")
+    assert data.pipeline_tag is None
