@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ftlevel.commands.generate import generate
     from ftlevel.commands.list_targets import list_targets
     from ftlevel.commands.merge import MergeResult, merge
+    from ftlevel.commands.mine import mine
     from ftlevel.commands.predict import Predictions, predict
     from ftlevel.commands.quantize import QuantizeResult, quantize
     from ftlevel.commands.train import TrainResult, train
@@ -29,14 +30,17 @@ if TYPE_CHECKING:
         QuantizeConfig,
         TrainConfig,
     )
+    from ftlevel.config.mining import MineConfig
     from ftlevel.pipeline import FineTunePipeLine
 
 _MODULES = {
     "ftlevel.config": "EvaluateConfig MergeConfig PredictConfig QuantizeConfig TrainConfig",
+    "ftlevel.config.mining": "MineConfig",
     "ftlevel.commands.evaluate": "Evaluation evaluate",
     "ftlevel.commands.generate": "generate",
     "ftlevel.commands.list_targets": "list_targets",
     "ftlevel.commands.merge": "MergeResult merge",
+    "ftlevel.commands.mine": "mine",
     "ftlevel.commands.predict": "Predictions predict",
     "ftlevel.commands.quantize": "QuantizeResult quantize",
     "ftlevel.commands.train": "TrainResult train",
@@ -50,6 +54,7 @@ __all__ = [
     "FineTunePipeLine",
     "MergeConfig",
     "MergeResult",
+    "MineConfig",
     "PredictConfig",
     "Predictions",
     "QuantizeConfig",
@@ -60,6 +65,7 @@ __all__ = [
     "generate",
     "list_targets",
     "merge",
+    "mine",
     "predict",
     "quantize",
     "train",

@@ -16,7 +16,7 @@ from ftlevel.commands.evaluate import evaluate
 from ftlevel.commands.merge import merge
 from ftlevel.commands.preview import preview
 from ftlevel.commands.train import train
-from ftlevel.config import EvaluateConfig, MergeConfig, TrainConfig
+from ftlevel.config import EvaluateConfig, MergeConfig, ModelConfig, TrainConfig
 from ftlevel.errors import ConfigError, FtlevelError
 
 ModelDir = Callable[..., Path]
@@ -323,3 +323,20 @@ def test_preview_shows_texts_side_by_side(
     assert "query: tokens 1-" in row.label
     assert "document, label 1: tokens" in row.label
     assert [token.label for token in row.tokens if token.label] == ["query, prompt", "document 1"]
+
+
+def test_training_continues_an_adapter_with_its_pooling_and_prompts(
+    pairs: Path, tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    settings = {"pooling": "cls", "normalize": False, "query_prompt": "find: "}
+    model = tiny_model_dir("bert", "mlm")
+    train(_config(model, pairs, tmp_path / "first", embedding=settings))
+    adapter = {"adapter": str(tmp_path / "first"), "device": "cpu"}
+    config = _config(model, pairs, tmp_path / "second").with_sections(model=ModelConfig(**adapter))
+    train(config)
+    forms = [
+        json.loads((tmp_path / name / "adapter" / "ftlevel.json").read_text())["options"]
+        for name in ("first", "second")
+    ]
+    assert forms[0]["embedding"]["form"] == forms[1]["embedding"]["form"]
+    assert forms[1]["embedding"]["form"]["query_prompt"] == "find: "

@@ -34,6 +34,8 @@ _OTHER_LENGTHS = tuple(
     f"sentence_{name}_config.json"
     for name in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
+FILES = (MODULES, SETTINGS, "sentence_*_config.json", "*_Pooling/config.json")
+"""Patterns of the files that are read here."""
 _OTHER_POOLING = ("mean_sqrt_len_tokens", "weightedmean_tokens")
 _NEW_POOLING = {"lasttoken": "last"}
 """Pooling modes that version 6 calls otherwise."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -65,6 +65,29 @@ class ModelSource:
         if self.kind == "hub":
             return None
         return Path(self.location) / self.gguf_file if self.gguf_file else Path(self.location)
+
+
+def find_files(source: ModelSource, patterns: Sequence[str]) -> Path | None:
+    """Return a directory with the small files of `source` that match `patterns`.
+
+    Those of a Hub model are downloaded, or taken from the cache offline; None if there are none.
+    """
+    if source.kind != "hub":
+        return source.path if source.path is not None and source.path.is_dir() else None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                source.location,
+                revision=source.revision,
+                allow_patterns=list(patterns),
+                local_files_only=source.local_files_only,
+            )
+        )
+    except LocalEntryNotFoundError:
+        return None
 
 
 def resolve_source(

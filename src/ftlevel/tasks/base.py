@@ -227,6 +227,15 @@ class BaseTask(ABC):
         """Return task options that inference needs."""
         return {}
 
+    def settings_of_adapter(
+        self, directory: Path, options: Mapping[str, Any]
+    ) -> dict[str, dict[str, Any]]:
+        """Return the settings that training from an adapter takes over, by section.
+
+        `options` are those of its card; empty without a card.
+        """
+        return {}
+
     def embedding_format(self, options: Mapping[str, Any]) -> EmbeddingFormat | None:
         """Return how a model with the `options` of its card pools; None for other models."""
         return None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.artifacts.sentence_transformers import (
+    FILES,
     EmbeddingFormat,
     read_embedding_format,
     write_embedding_format,
@@ -18,6 +19,7 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.texts import EncodedTexts
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import ConfigError, InputError, join_names
+from ftlevel.models.sources import ModelSource, find_files
 from ftlevel.task import Checks, Objective
 from ftlevel.tasks.base import (
     BaseTask,
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
     from ftlevel.data.formats.detect import Format
     from ftlevel.data.prepare.encoder import Encoder
     from ftlevel.data.prepare.loading import LoadedExamples
-    from ftlevel.models.sources import ModelSource
 
 _FORM = ("pooling", "normalize", "similarity", "query_prompt", "document_prompt")
 """Settings that replace those of the model's format."""
@@ -88,10 +89,7 @@ class EmbeddingTask(BaseTask):
         Raises:
             ConfigError: the model has no EOS, or fewer dimensions than requested.
         """
-        own = None
-        if source.path is not None and source.path.is_dir():
-            own = read_embedding_format(source.path)
-        form, reason = own, "as in the model's modules.json"
+        form, reason = _read_format(source), "as in the model's modules.json"
         if form is None:
             form = EmbeddingFormat("last" if kind == "decoder" else "mean", normalize=True)
             reason = f"default for {'a decoder' if kind == 'decoder' else 'an encoder'}"
@@ -127,12 +125,24 @@ class EmbeddingTask(BaseTask):
 
     def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
         """Return the embedding format of a model that ftlevel did not train."""
-        place = Path(str(getattr(model_config, "name_or_path", "")))
-        form = read_embedding_format(place) if place.is_dir() else None
+        name = str(getattr(model_config, "name_or_path", ""))
+        revision = getattr(model_config, "_commit_hash", None)  # of a model on the Hub
+        is_local = Path(name).is_dir() or revision is None
+        form = _read_format(
+            ModelSource(name, "directory" if is_local else "hub", name, revision=revision)
+        )
         form = form or EmbeddingFormat("last" if kind == "decoder" else "mean", normalize=True)
-        end = _end_of(tokenizer, str(place)) if form.pooling == "last" else None
+        end = _end_of(tokenizer, name) if form.pooling == "last" else None
         known = {"form": asdict(form), "end": end, "loss": DEFAULT_LOSSES["pairs"]}
         return {"options": {"embedding": known}}
+
+    def settings_of_adapter(
+        self, directory: Path, options: Mapping[str, Any]
+    ) -> dict[str, dict[str, Any]]:
+        """Return pooling, normalization, similarity and prompts of the adapter."""
+        known = options.get("embedding", {}).get("form")
+        form = EmbeddingFormat(**known) if known else read_embedding_format(directory)
+        return {"embedding": {name: getattr(form, name) for name in _FORM}} if form else {}
 
     def embedding_format(self, options: Mapping[str, Any]) -> EmbeddingFormat | None:
         """Return the embedding format of a card with `options`."""
@@ -324,6 +334,12 @@ class EmbeddingTask(BaseTask):
 
 
 _WORDS = {"ranking": "pairs", "score": "scores", "label": "labels", "class": "classes"}
+
+
+def _read_format(source: ModelSource) -> EmbeddingFormat | None:
+    """Return the embedding format of a model; None if it is not a SentenceTransformer."""
+    place = find_files(source, FILES)
+    return None if place is None else read_embedding_format(place)
 
 
 def _end_of(tokenizer: Any, name: str) -> int:

@@ -99,8 +99,10 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
         # The columns decide between the tasks of an encoder-decoder.
         if adapter.settings.get("task_type") != "SEQ_2_SEQ_LM" or "task" in values:
             values["task"] = ref.task
+        values |= _task_settings(values, directory, ref.card.options)
         return build_config([Layer(values)]), adapter, []
     values.setdefault("task", ref.task)
+    values |= _task_settings(values, directory, card.options)
     if ref.labels:
         values["data"] = {**values.get("data", {}), "labels": ref.labels}
     if not ref.is_stored_quantized:
@@ -111,6 +113,16 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
     if model.dtype == "auto" and not in_half:
         values["model"]["dtype"] = card.dtype
     return build_config([Layer(values)]), adapter, []
+
+
+def _task_settings(
+    values: Mapping[str, Any], directory: Path, options: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return the adapter's settings of its task, by section, unless `values` replace them."""
+    if "task" not in values:
+        return {}
+    found = TASKS[values["task"]].settings_of_adapter(directory, options)
+    return {name: {**settings, **values.get(name, {})} for name, settings in found.items()}
 
 
 def _check_kind(name: str, directory: Path, output_dir: Path | None) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.texts import EncodedTexts, distinct_texts
 from ftlevel.data.prepare.sampling import DistinctTextSampler
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 from ftlevel.tasks.embedding.objective import pool
-from ftlevel.tasks.embedding.rows import TextEncoder
-from tiny_tokenizers import bert_tokenizer, llama_tokenizer
+from ftlevel.tasks.embedding.rows import TextEncoder, append_end
+from tiny_tokenizers import bert_tokenizer, build_tokenizer, llama_tokenizer
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -100,3 +103,19 @@ def test_rows_that_cannot_be_apart_come_last() -> None:
     sampler = DistinctTextSampler(rows, 4, 3)
     assert sorted(sampler) == list(range(8))
     assert sampler.repeated > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_a_saved_tokenizer_appends_the_token_that_is_pooled(family: str, tmp_path: Path) -> None:
+    """Other libraries load it from the model's directory."""
+    tokenizer = build_tokenizer(family)
+    before = tokenizer("a cat")["input_ids"]
+    append_end(tokenizer, tokenizer.eos_token_id)
+    append_end(tokenizer, tokenizer.eos_token_id)
+    tokenizer.save_pretrained(tmp_path)
+    read = AutoTokenizer.from_pretrained(tmp_path)
+    assert read("a cat")["input_ids"] == [*before, tokenizer.eos_token_id]
+    assert (
+        read("a cat", add_special_tokens=False)["input_ids"]
+        == tokenizer("a cat", add_special_tokens=False)["input_ids"]
+    )

@@ -1,0 +1,44 @@
+"""The embedding format of a model on the Hub is read like that of a directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from ftlevel.artifacts.sentence_transformers import FILES, EmbeddingFormat, write_embedding_format
+from ftlevel.models.sources import ModelSource
+from ftlevel.tasks.embedding.task import TASKS
+from tiny_tokenizers import build_tokenizer
+
+
+def _format(source: ModelSource) -> EmbeddingFormat:
+    task, _ = TASKS[0].for_model(source, "encoder", 64, build_tokenizer("bert"), 8)
+    return task.form  # type: ignore[attr-defined]
+
+
+def test_the_small_files_of_a_hub_model_are_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_embedding_format(tmp_path, EmbeddingFormat("cls", True, query_prompt="query: "), 64)
+    calls: list[dict[str, Any]] = []
+
+    def download(repo: str, **arguments: Any) -> str:
+        calls.append({"repo": repo, **arguments})
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    form = _format(ModelSource("me/model", "hub", "me/model", revision="abc"))
+    assert (form.pooling, form.query_prompt) == ("cls", "query: ")
+    assert calls[0]["repo"] == "me/model"
+    assert calls[0]["revision"] == "abc"
+    assert calls[0]["allow_patterns"] == list(FILES)  # no weights
+
+    def offline(*_: Any, **__: Any) -> str:
+        raise LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    assert _format(ModelSource("me/model", "hub", "me/model")).pooling == "mean"
