@@ -99,7 +99,7 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
         # The columns decide between the tasks of an encoder-decoder.
         if adapter.settings.get("task_type") != "SEQ_2_SEQ_LM" or "task" in values:
             values["task"] = ref.task
-        values |= _task_settings(values, directory, ref.card.options)
+        values |= _task_settings(values, directory, {})
         return build_config([Layer(values)]), adapter, []
     values.setdefault("task", ref.task)
     values |= _task_settings(values, directory, card.options)
