@@ -267,7 +267,7 @@ def hold_out(splits: DatasetSplits, validation_split: float, seed: int) -> Datas
         way = f"a share between {least:g} and {1 - least:g}, or " if total > 1 else ""
         raise InputError(
             f"--validation-split {validation_split:g}: holds {count:,} of {total:,} rows out of "
-            f"{splits.train.source}; both parts need a row. Add {way}a validation file."
+            f"{splits.train.source}; both parts need a row. Use {way}a validation file."
         )
     order = array("q", range(total))
     random.Random(seed).shuffle(order)

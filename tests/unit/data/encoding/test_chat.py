@@ -219,7 +219,7 @@ def test_a_template_whose_tokens_the_model_lacks_is_refused() -> None:
     tokenizer = published.build("mistral")
     with pytest.raises(InputError) as caught:
         set_chat_template(tokenizer, "chatml")
-    assert "has no token for <|im_start|>, <|im_end|>, so that" in str(caught.value)
+    assert "has no token for <|im_start|>, <|im_end|>, so the" in str(caught.value)
     assert str(caught.value).endswith(
         "so the model could not learn to stop. Templates that fit its tokens: mistral."
     )

@@ -313,7 +313,7 @@ def test_a_share_that_is_named_leaves_both_parts_a_row() -> None:
     splits = load(300)
     with pytest.raises(InputError) as refused:
         hold_out(splits, 0.0005, 1)
-    assert "Give a share between 0.003334 and 0.996666, or a validation file." in str(refused.value)
+    assert "Use a share between 0.003334 and 0.996666, or a validation file." in str(refused.value)
     for share, held in ((0.003334, 1), (0.996666, 299)):
         validation = hold_out(splits, share, 1).validation
         assert validation is not None
