@@ -318,7 +318,7 @@ def test_a_share_that_is_named_leaves_both_parts_a_row() -> None:
         validation = hold_out(splits, share, 1).validation
         assert validation is not None
         assert len(validation) == held
-    with pytest.raises(InputError, match=r"need a row[.] Give a validation file"):
+    with pytest.raises(InputError, match=r"need a row[.] Use a validation file"):
         hold_out(load(1), 0.5, 1)
 
 
