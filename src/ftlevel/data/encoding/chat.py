@@ -115,8 +115,6 @@ def _render(
 
 @dataclass(frozen=True)
 class _Chat:
-    """A conversation with the tokenizer whose template renders it."""
-
     tokenizer: Any
     turns: Sequence[Turn]
     tools: Sequence[dict[str, Any]]
@@ -353,7 +351,6 @@ def _placeholder_turns(*roles: str) -> list[Turn]:
 
 
 def _split_at_contents(tokenizer: Any, *roles: str) -> list[str] | None:
-    """Return the texts between the contents of `roles`; None if a content is missing or moved."""
     text = render(tokenizer, _placeholder_turns(*roles), generation_prompt=True)
     texts = re.split(f"({'|'.join(map(re.escape, _MARKS.values()))})", text)
     return texts[::2] if texts[1::2] == [_MARKS[role] for role in roles] else None

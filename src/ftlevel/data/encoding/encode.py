@@ -435,7 +435,6 @@ def _encode_completions(
 def _encode_answers(
     tokenizer: Any, texts: Sequence[tuple[str, str]], prompts: Sequence[list[int]]
 ) -> list[list[int]]:
-    """Return the token ids of the answers in `(prompt, answer)` texts."""
     answers = []
     encoded = tokenizer(["".join(text) for text in texts])["input_ids"]
     for ids, prompt, (_, answer) in zip(encoded, prompts, texts, strict=True):

@@ -52,7 +52,6 @@ class ColumnCodec:
 
 
 def _frozen(value: Any) -> Any:
-    """Convert lists to tuples recursively."""
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 

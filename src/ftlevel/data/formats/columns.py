@@ -99,7 +99,6 @@ def rank_columns(columns: Sequence[str], role: str, rows: Sequence[Row]) -> list
 
 
 def _is_possible(role: str, value: Any) -> bool:
-    """Return whether `value` has a type of the role."""
     if role in ("messages", "conversations", "spans"):
         return isinstance(value, list) and (not value or isinstance(value[0], dict))
     if role == "label":

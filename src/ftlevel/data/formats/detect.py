@@ -264,7 +264,6 @@ def _unused(columns: Sequence[str], matched: Mapping[str, str]) -> tuple[str, ..
 
 
 def _role(name: str, shapes: Sequence[FormatSpec]) -> str:
-    """Return the role of `shapes` with the name or alias `name`."""
     roles = {role for shape in shapes for role in shape.roles}
     if name in roles:
         return name
@@ -404,7 +403,6 @@ class _FormatSuggestion:
         return (lacking, -evidence, len(missing) if evidence else 0), flags
 
     def _is_turns(self, shape: FormatSpec) -> bool:
-        """Return whether a column holds lists of objects, as conversation shapes need."""
         roles = list(shape.required)
         return bool(self.rows and shape.inner and rank_columns(self.columns, roles[0], self.rows))
 

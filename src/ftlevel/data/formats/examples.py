@@ -238,7 +238,6 @@ def _turns(roles: RoleValues) -> list[Message]:
 
 
 def _prompt_text(roles: RoleValues) -> str:
-    """Return the text of a prompt, or of an instruction with its input."""
     if "instruction" not in roles:
         return roles.text("prompt" if "prompt" in roles else "text")
     texts = (roles.text("instruction"), roles.text_or_empty("input"))

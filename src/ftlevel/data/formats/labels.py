@@ -149,7 +149,6 @@ def _check_two(counts: Counter[str | int], table: Table, column: str) -> None:
 
 
 def _check_numbers(numbers: set[int], rows: Sequence[_Label], table: Table, column: str) -> None:
-    """Raise unless `numbers` are 0, 1, … without a gap."""
     if numbers == set(range(len(numbers))):
         return
     if min(numbers) < 0:
@@ -248,7 +247,6 @@ def find_typos(examples: Sequence[ClassExample], names: Iterable[str] = ()) -> l
 
 
 def _rows_of_labels(examples: Sequence[ClassExample]) -> dict[str, list[int]]:
-    """Return the row indices of each string label."""
     rows: dict[str, list[int]] = {}
     for example in examples:
         for label in example.classes:
@@ -274,7 +272,6 @@ def _is_typo(one: str, other: str) -> bool:
 
 
 def _count_common(one: str, other: str) -> int:
-    """Return the length of the common prefix."""
     shorter = min(len(one), len(other))
     return next((i for i in range(shorter) if one[i] != other[i]), shorter)
 

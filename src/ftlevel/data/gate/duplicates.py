@@ -60,7 +60,6 @@ def find_members(keys: NDArray[Any], others: NDArray[Any]) -> Integers:
 
 
 def _repeated(keys: NDArray[Any], selected: Mask | None) -> Iterator[tuple[Integers, Integers]]:
-    """Yield the result of `find_repeated` in parts."""
     count = -(-len(keys) // max(_PART, len(keys) // _MOST_PARTS))
     for part in partition_keys(keys, selected, _PART, count):
         _, first, group = np.unique(keys[part], return_index=True, return_inverse=True)

@@ -173,7 +173,6 @@ class Gate:
         return {check: (at, np.unique(examples)) for check, (at, examples) in joined.items()}
 
     def _check_duplicates(self, split: SplitReport, digests: Digests) -> None:
-        """Flag exact and near duplicates among the rows to keep."""
         policy, repeated = self.policy, _NO_ROWS
         present = split.present()
         if not (policy.exact_duplicates == policy.near_duplicates == "ignore"):

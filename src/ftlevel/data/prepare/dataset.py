@@ -248,7 +248,6 @@ def _save_lines(lines: Sequence[int], path: Path) -> None:
 
 
 def _save_rows(rows: Sequence[Encoded], folder: Path, name: str) -> Mapping[str, Any] | None:
-    """Return the file entry of `rows` in `folder`; None if there are none."""
     if not len(rows):
         return None
     if not isinstance(rows, RowStore):

@@ -7,9 +7,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa  # type: ignore[import-untyped]
 
@@ -54,6 +53,14 @@ class EncodingContext:
     lenient: bool = False
     prompt_version: int = PROMPT_VERSION
 
+    def encoder(
+        self, config: DataConfig, prompt_format: PromptFormat | None, **options: Any
+    ) -> Encoder:
+        """Return an encoder; `options` are further fields of `Encoder`."""
+        return Encoder(
+            self.task, self.kind, self.tokenizer, config, self.bounds, prompt_format, **options
+        )
+
     def gate(self, policy: GateConfig) -> Gate:
         """Return the data checks with the actions of `policy`."""
         tokenizer = self.tokenizer
@@ -92,6 +99,7 @@ class PreparedData:
     stream: Any = None
 
 
+T = TypeVar("T")
 BATCH = 1_000  # examples
 Encode = Callable[[Sequence[Any]], list[Encoded]]
 Progress = Callable[[int, int], None]
@@ -249,38 +257,38 @@ class Encoder:
         )
 
     def _digests(self, examples: Sequence[Any]) -> Digests:
-        """Return the digests written by `collect`, or compute them."""
         path = self.folder and digests_path(self.folder / f"{self.split}.arrow")
         return Digests.at(path) if path and path.exists() else self.digest(examples)
 
     def fit(self, rows: Sequence[Encoded], table: Table) -> FittedRows:
         """Apply the configured length limit to `rows`."""
-        config = self.config
-        fit = partial(fit_rows, rows, "auto" if self.whole else config.max_length, self.bounds)
+        length = "auto" if self.whole else self.config.max_length
+        fitted, stops = self._relax(
+            lambda overlong: fit_rows(rows, length, self.bounds, overlong, table.where)
+        )
+        if not self.partly:
+            check_not_empty(fitted, rows)
+        return replace(fitted, stops=stops)
+
+    def _relax(self, fit: Callable[[str], T]) -> tuple[T, str]:
+        """Return the result of `fit`, or if lenient, that of dropping rows with the error."""
         try:
-            fitted = fit(config.overlong, table.where)
+            return fit(self.config.overlong), ""
         except InputError as error:
             if not self.lenient:
                 raise
-            fitted = replace(fit("drop", table.where), stops=str(error))
-        if not self.partly:
-            check_not_empty(fitted, rows)
-        return fitted
+            return fit("drop"), str(error)
 
     def fit_targets(self, fitted: FittedRows, table: Table) -> FittedRows:
         """Apply the target length limit of an encoder-decoder."""
-        longest = self.config.max_target_length
-        fit, stops = partial(fit_targets, fitted.rows, longest), fitted.stops
-        try:
-            rows, dropped = fit(self.config.overlong, table.where)
-        except InputError as error:
-            if not self.lenient:
-                raise
-            stops = stops or str(error)
-            rows, dropped = fit("drop", table.where)
+        limit = self.config.max_target_length
+        (rows, dropped), stops = self._relax(
+            lambda overlong: fit_targets(fitted.rows, limit, overlong, table.where)
+        )
         if not len(rows) and not self.partly:
-            raise InputError(f"no target is within {longest:,} tokens.")
-        return replace(fitted, rows=rows, dropped=fitted.dropped + dropped, stops=stops)
+            raise InputError(f"no target is within {limit:,} tokens.")
+        dropped += fitted.dropped
+        return replace(fitted, rows=rows, dropped=dropped, stops=fitted.stops or stops)
 
     def limit(self, default: int | None) -> int | None:
         """Return the maximum row length in tokens from user, model or `default`."""

@@ -18,7 +18,7 @@ from ftlevel.data.formats.columns import columns_exist
 from ftlevel.data.formats.detect import Format, RoleValues
 from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.formats.turns import UnusableRowError
-from ftlevel.data.prepare.encoder import Encoder, EncodingContext
+from ftlevel.data.prepare.encoder import EncodingContext
 from ftlevel.data.prepare.loading import open_converter, read_splits
 from ftlevel.data.sources.hub import iterate_rows
 from ftlevel.data.sources.lines import CHUNK_ROWS
@@ -254,11 +254,9 @@ def load_evaluation_rows(
     prompt = read_format(card)
     if prompt is not None and not card.data:  # not trained by ftlevel: infer the separator
         prompt = prompt.resolve_separator(examples, prompt.version)
-    encoder = Encoder(
-        task, context.kind, context.tokenizer, config, context.bounds, prompt, labels
-    ).for_held_out(name)
     # The length limit of training applies only to its own validation rows.
-    encoder = replace(encoder, whole=name != "validation")
+    whole = name != "validation"
+    encoder = context.encoder(config, prompt, labels=labels, whole=whole).for_held_out(name)
     fitted = encoder(examples, table)
     rows: Sequence[Encoded] = fitted.rows
     if name == "validation":  # same checks as in training
@@ -298,7 +296,6 @@ def _without_absent(config: DataConfig, table: Table, task: Task) -> tuple[DataC
 
 
 def _choose(splits: DatasetSplits, split: str | None, *, is_own: bool) -> tuple[Table, str]:
-    """Return the table of `split`, and its name."""
     tables = splits.tables
     if split is None and list(tables) == ["train"]:
         return splits.train, TRAINING_ROWS if is_own else "all rows"

@@ -28,7 +28,7 @@ from ftlevel.data.formats.labels import (
 from ftlevel.data.gate import Finding, build_finding, explain_stop
 from ftlevel.data.gate.checks import flat_batches
 from ftlevel.data.gate.gate import handle_unusable_rows
-from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData, Progress
+from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, Progress
 from ftlevel.data.sources.lines import CHUNK_ROWS, STDIN
 from ftlevel.data.sources.readers.refused import refuse_media_columns
 from ftlevel.data.sources.splits import DatasetSplits, hold_out, join_splits, load_splits
@@ -242,24 +242,13 @@ def prepare_examples(
     Rows are written to `folder`; None stores them in memory. Raises `InputError` if a check stops
     the run.
     """
-    task, tokenizer, lenient = context.task, context.tokenizer, context.lenient
-    prompt_format = _with_system(
-        task.prompt_format(loaded.format, context.kind, tokenizer), config.system
-    )
+    task, lenient = context.task, context.lenient
+    prompt_format = task.prompt_format(loaded.format, context.kind, context.tokenizer)
+    prompt_format = _with_system(prompt_format, config.system)
     if prompt_format is not None:
         prompt_format = prompt_format.resolve_separator(loaded.train, context.prompt_version)
-    encoder = Encoder(
-        task,
-        context.kind,
-        tokenizer,
-        config,
-        context.bounds,
-        prompt_format,
-        loaded.labels,
-        folder,
-        progress,
-        lenient=lenient,
-    )
+    options = {"labels": loaded.labels, "folder": folder, "progress": progress, "lenient": lenient}
+    encoder = context.encoder(config, prompt_format, **options)
     gate, splits = context.gate(config.gate), loaded.splits
     fitted = encoder(loaded.train, splits.train)
     train, findings = gate.check_split("train", fitted, loaded.train, splits.train)

@@ -21,7 +21,7 @@ from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.store import RowStore, rows_to_batches, write_store
-from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData, ignore_progress
+from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, ignore_progress
 from ftlevel.data.prepare.loading import convert_splits, prepare_examples
 from ftlevel.data.prepare.row_stream import ChunkEncoder, RowStream, StreamState
 from ftlevel.data.sources.readers.files import ReadOptions
@@ -72,15 +72,7 @@ def prepare_stream(config: DataConfig, context: EncodingContext) -> PreparedData
     resolved = config.model_copy(
         update={"max_length": length, "overlong": "drop" if may_lose else overlong}
     )
-    encoder = Encoder(
-        context.task,
-        context.kind,
-        context.tokenizer,
-        resolved,
-        context.bounds,
-        prepared.prompt_format,
-        partly=True,
-    )
+    encoder = context.encoder(resolved, prepared.prompt_format, partly=True)
     encode = ChunkEncoder(
         resolved, loaded.format, schema, encoder, context.gate(config.gate), may_lose
     )
@@ -159,7 +151,6 @@ def _read_head(source: StreamSource, config: DataConfig) -> tuple[DatasetSplits,
 
 
 def _fingerprint(source: StreamSource, rows: Any) -> str:
-    """Return a digest of the first rows, and of samples of local files."""
     digest = hashlib.sha256(rows_fingerprint(rows).encode())
     for file in source.files:
         digest.update(sampled_fingerprint(Path(file)).encode())

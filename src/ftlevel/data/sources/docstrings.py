@@ -250,7 +250,6 @@ def _documented(file: Path) -> tuple[Documented, ...]:
 
 
 def _fingerprint(docstring: str) -> str:
-    """Return a hash of a docstring that ignores case and white space."""
     words = " ".join(docstring.lower().split())
     return hashlib.sha1(words.encode(), usedforsecurity=False).hexdigest()
 

@@ -193,7 +193,6 @@ def _tables_of(splits: Mapping[str, Any], name: str, options: ReadOptions) -> di
 
 
 def _dataset_table(data: Any, source: str, options: ReadOptions) -> Table:
-    """Return the rows of a `datasets.Dataset` as a table."""
     data, left_out = remove_columns(data, options.ignored)
     # The Arrow format applies the index mapping of select, filter and shuffle.
     table = build_arrow_table(data.with_format("arrow")[: options.limit], source)
@@ -241,7 +240,6 @@ def load_memory_tables(
 
 
 def _is_split(part: Any) -> bool:
-    """Return whether a value of a dict is a split rather than a column."""
     if isinstance(part, list | tuple):
         return bool(part) and isinstance(part[0], Mapping)
     return hasattr(part, "columns") or hasattr(part, "features")

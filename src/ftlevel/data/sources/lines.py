@@ -216,7 +216,6 @@ class LazySequence(Sequence[T]):
     @overload
     def __getitem__(self, index: slice) -> list[T]: ...
     def __getitem__(self, index: int | slice) -> T | list[T]:
-        """Return one item, or a list for a slice."""
         at = range(len(self))[index]
         return self._item(at) if isinstance(at, int) else [self._item(i) for i in at]
 
@@ -256,7 +255,6 @@ class LineNumbers(LazySequence[int]):
         return self._last - len(self._gaps)
 
     def __iter__(self) -> Iterator[int]:
-        """Yield the line numbers of all rows."""
         begin = 1
         for before, gap in enumerate(self._gaps):
             yield from range(begin + before, gap + before)
@@ -289,7 +287,6 @@ class LineRows(LazySequence[Row]):
         return self._read(self.lines[at])
 
     def __iter__(self) -> Iterator[Row]:
-        """Yield the rows in order."""
         return map(self._read, self.lines)
 
     def _read(self, line: int) -> Row:

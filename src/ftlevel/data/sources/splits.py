@@ -292,7 +292,6 @@ def _assemble(
 
 
 def _load_builtin(dataset: str, split: str | None, options: ReadOptions) -> dict[str, Table]:
-    """Load a built-in dataset; `options.subset` is the kind of rows."""
     name = dataset.removeprefix("builtin:")
     if name not in BUILTIN:
         raise InputError(

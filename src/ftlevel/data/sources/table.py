@@ -329,7 +329,6 @@ def _most_common_types(shapes: Mapping[_Shape, Sequence[int]]) -> dict[str, tupl
 
 
 def _differing_columns(shape: _Shape, types: Mapping[str, tuple[str, int]]) -> list[str]:
-    """Return the columns whose type differs from `types`."""
     names = ((key, _JSON_TYPES.get(type_)) for key, type_ in zip(*shape, strict=True))
     return [key for key, name in names if name is not None and name != types[key][0]]
 

@@ -112,7 +112,6 @@ class ArrowReader(_BatchReader):
             yield [batch.select(self.schema.names)]
 
     def _open(self) -> Any:
-        """Return a `pyarrow` reader of the IPC file, or of the stream, which has no batch index."""
         import pyarrow as pa
 
         source = pa.memory_map(str(self.path))
@@ -252,7 +251,6 @@ def refuse_media(schema: Any, source: str) -> None:
 
 
 def _features(metadata: dict[bytes, bytes] | None) -> Mapping[str, Any]:
-    """Return the `datasets` features stored in the schema metadata."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return {name: each for name, each in features.items() if isinstance(each, dict)}

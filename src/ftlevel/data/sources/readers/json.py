@@ -94,7 +94,6 @@ DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
 def _describe_error(error: ValueError | RecursionError) -> str:
-    """Return the reason why a text could not be decoded."""
     if isinstance(error, json.JSONDecodeError):
         return f"not valid JSON ({error.msg}, column {error.colno})"
     if isinstance(error, RecursionError):
@@ -242,7 +241,6 @@ def _read_columns(value: Mapping[str, Any], *, one_line: bool) -> OneObject | No
 
 
 def _read_squad(value: Mapping[str, Any]) -> OneObject | None:
-    """Return one row per question of a file in SQuAD's format."""
     articles: Any = value.get("data")
     if not _is_rows(articles) or not all(
         type(article) is dict and type(article.get("paragraphs")) is list for article in articles
@@ -311,7 +309,6 @@ class JsonReader(Reader):
         )
 
     def _read_object(self, text: str, one: OneObject) -> Elements:
-        """Return the rows of a file that is one object."""
         note = f"{self.shown}: {one.note}"
         if note not in self.notes:
             self.notes.append(note)

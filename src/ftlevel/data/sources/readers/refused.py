@@ -143,7 +143,6 @@ def check_is_file(path: Path, data_files: Callable[[Path], list[str]]) -> None:
 
 
 def _describe_link(path: Path) -> str:
-    """Return what is wrong with a broken symbolic link."""
     try:
         path.resolve(strict=True)
     except (OSError, RuntimeError) as error:
