@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from ftlevel.cli.app import run
-from ftlevel.data.formats.turns import MOST_CHARACTERS
+from ftlevel.data.formats.turns import MAX_CHARACTERS
 
 ModelDir = Callable[..., Path]
 KINDS = ("billing", "technical", "delivery")
@@ -104,7 +104,7 @@ def test_it_is_read_and_said(
          "Add --source-language en --target-language es, or another pair."),
         ("names.jsonl", jsonl([{"text": "Ada sleeps", "entities": [[0, 2, "PER"]]}]), TAGS,
          "names.jsonl:1: 'PER' at 0 to 2 cuts the word 'Ada' ('Ad')."),
-        ("text.jsonl", jsonl([{"text": "a" * (MOST_CHARACTERS + 1)}]), [],
+        ("text.jsonl", jsonl([{"text": "a" * (MAX_CHARACTERS + 1)}]), [],
          "text.jsonl:1: 'text' has 8,388,609 characters in one text"),
         ("marks.jsonl", jsonl(SPANS), CLASSES,
          "'label' holds spans of characters, which are for --task token-classification, not "

@@ -58,12 +58,12 @@ def test_memory_does_not_grow_with_the_rows(
     # What does not grow is made small, so that few rows show what does.
     monkeypatch.setattr(encoder, "BATCH", 500)
     monkeypatch.setattr(lines, "_BLOCK", 4_096)
-    monkeypatch.setattr(duplicates, "_PART", 1_024)
-    monkeypatch.setattr(duplicates, "_MOST_PARTS", 10**6)
+    monkeypatch.setattr(duplicates, "_PART_KEYS", 1_024)
+    monkeypatch.setattr(duplicates, "_MAX_PARTS", 10**6)
     monkeypatch.setattr(similarity, "_TOKENS", 4_096)
-    monkeypatch.setattr(gate, "MOST_COMPARED", 1_000)
+    monkeypatch.setattr(gate, "MAX_COMPARED", 1_000)
     monkeypatch.setattr(similarity, "_KNOWN_WORDS", 100)
-    monkeypatch.setattr(wordings, "_SOME", 4_096)
+    monkeypatch.setattr(wordings, "_GROUP_WORDS", 4_096)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir("qwen2"))
     peak_bytes(tmp_path / "warm.jsonl", tokenizer, 1_000)  # what is imported and cached once
     few = peak_bytes(tmp_path / "few.jsonl", tokenizer, FEW)

@@ -28,7 +28,7 @@ class Spec(Protocol):
 
 Reward = Callable[[str, Sequence[int], Any], float]
 """(completion, its token ids, value of the answer column or None) → score."""
-MOST_CHARACTERS = 200_000
+MAX_CHARACTERS = 200_000
 """Maximum length of a completion that is scored; longer ones score 0."""
 
 

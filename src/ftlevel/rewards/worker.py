@@ -21,7 +21,7 @@ from types import FrameType, SimpleNamespace
 from typing import Any, TextIO
 
 from ftlevel.rewards.builtin import (
-    MOST_CHARACTERS,
+    MAX_CHARACTERS,
     build_reward,
     check_answer,
     read_answer,
@@ -145,7 +145,7 @@ class Worker:
     def _built_in(self, reward: Any, batch: Mapping[str, Any], seconds: float) -> list[float]:
         scores = []
         for at, (text, ids) in enumerate(zip(batch["texts"], batch["completion_ids"], strict=True)):
-            if len(text) > MOST_CHARACTERS:
+            if len(text) > MAX_CHARACTERS:
                 scores.append(0.0)
                 continue
             _start_timer(seconds)

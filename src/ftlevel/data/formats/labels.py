@@ -215,8 +215,8 @@ def find_variants(
     return variants
 
 
-_RARE = 5  # the correct label has at least this many times the rows of the typo
-_LETTERS = 5  # minimum word length; in shorter words, one letter makes another word
+_TYPO_RATIO = 5  # the correct label has at least this many times the rows of the typo
+_MIN_LETTERS = 5  # minimum word length; in shorter words, one letter makes another word
 
 
 def find_typos(examples: Sequence[ClassExample], names: Iterable[str] = ()) -> list[LabelVariant]:
@@ -239,7 +239,7 @@ def find_typos(examples: Sequence[ClassExample], names: Iterable[str] = ()) -> l
         if label in names or label not in rows or not _is_typo(label.casefold(), name.casefold()):
             continue
         count = len(rows.get(name, ()))
-        is_rare = name in names or len(rows[label]) * _RARE <= count
+        is_rare = name in names or len(rows[label]) * _TYPO_RATIO <= count
         best = corrected.get(label)
         if is_rare and (best is None or count > len(rows.get(best, ()))):
             corrected[label] = name
@@ -268,7 +268,7 @@ def _is_typo(one: str, other: str) -> bool:
     is_series = len(difference) == len(replaced) == 1 and not after  # such as type_a, type_b
     is_number = any(map(str.isdecimal, difference + replaced))
     letters = before + min(len(difference), len(replaced)) + after
-    return before > 0 and letters >= _LETTERS and not (is_series or is_number)
+    return before > 0 and letters >= _MIN_LETTERS and not (is_series or is_number)
 
 
 def _count_common(one: str, other: str) -> int:

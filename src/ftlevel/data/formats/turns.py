@@ -15,7 +15,7 @@ from ftlevel.data.formats.columns import format_map_flags
 from ftlevel.data.sources.table import json_type_name
 from ftlevel.errors import did_you_mean, join_names
 
-MOST_CHARACTERS = 1 << 23
+MAX_CHARACTERS = 1 << 23
 """Maximum length of a text; tokenizers need about 150 bytes of memory per character."""
 
 _ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
@@ -72,9 +72,9 @@ def check_text(value: object, what: str) -> str:
         raise UnusableRowError(f"{what} is {json_type_name(value)}, not a string")
     if not value.strip():
         raise UnusableRowError(f"{what} is empty", "empty_text")
-    if len(value) > MOST_CHARACTERS:
+    if len(value) > MAX_CHARACTERS:
         raise UnusableRowError(
-            f"{what} has {len(value):,} characters in one text, and at most {MOST_CHARACTERS:,} "
+            f"{what} has {len(value):,} characters in one text, and at most {MAX_CHARACTERS:,} "
             "are encoded at once: break it into paragraphs or rows"
         )
     return value

@@ -13,7 +13,7 @@ from typing import Any
 from ftlevel.config.gate import CHECKS, Action, GateConfig
 from ftlevel.errors import join_names
 
-MOST_SHOWN = 3
+MAX_SHOWN = 3
 _WHOLE_SET = ("one_class", "one_answer", "length_bias", "one_verdict")
 
 
@@ -59,7 +59,7 @@ def build_finding(
     action: Action = getattr(policy, name)
     if not count or action == "ignore":
         return None
-    return Finding(name, split, count, total, tuple(places[:MOST_SHOWN]), action)
+    return Finding(name, split, count, total, tuple(places[:MAX_SHOWN]), action)
 
 
 def explain_stop(finding: Finding) -> str:

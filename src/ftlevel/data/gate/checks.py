@@ -275,7 +275,7 @@ _TAG = re.compile(
     re.IGNORECASE,
 )
 _CODE = re.compile(r"(`+).*?\1", re.DOTALL)
-_FEW_WORDS = 3
+_MIN_WORDS = 3
 
 
 @dataclass(frozen=True)
@@ -322,13 +322,13 @@ def answer_repeats_prompt(parts: ExampleParts, _: TextCheckContext) -> bool:
     if not parts.written:
         return False
     asked, answered = parts.asked, parts.answered
-    if abs(len(asked) - len(answered)) > _SPACES:
+    if abs(len(asked) - len(answered)) > _MAX_WHITE_SPACE:
         return False
     words = answered.casefold().split()
-    return len(words) >= _FEW_WORDS and words == asked.casefold().split()
+    return len(words) >= _MIN_WORDS and words == asked.casefold().split()
 
 
-_SPACES = 16
+_MAX_WHITE_SPACE = 16
 
 TEXT_CHECKS: dict[str, Callable[[ExampleParts, TextCheckContext], bool]] = {
     "turn_order": has_invalid_turn_order,

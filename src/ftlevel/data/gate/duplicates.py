@@ -35,8 +35,8 @@ from ftlevel.data.gate.similarity import (
 from ftlevel.data.gate.wordings import WordIndex
 
 _BANDS, _DEPTH = 6, 4
-_PART = 1 << 17  # keys sorted together
-_MOST_PARTS = 64  # limit: each part scans all keys
+_PART_KEYS = 1 << 17  # keys sorted together
+_MAX_PARTS = 64  # limit: each part scans all keys
 _NONE = np.zeros(0, dtype=np.int64)
 
 
@@ -54,14 +54,14 @@ def find_repeated(keys: NDArray[Any], selected: Mask | None = None) -> tuple[Int
 def find_members(keys: NDArray[Any], others: NDArray[Any]) -> Integers:
     """Return the indices of `keys` that occur in `others`, which may be on disk."""
     mask = np.zeros(len(keys), dtype=bool)
-    for begin in range(0, len(others), _PART):
-        mask |= np.isin(keys, others[begin : begin + _PART])
+    for begin in range(0, len(others), _PART_KEYS):
+        mask |= np.isin(keys, others[begin : begin + _PART_KEYS])
     return np.flatnonzero(mask)
 
 
 def _repeated(keys: NDArray[Any], selected: Mask | None) -> Iterator[tuple[Integers, Integers]]:
-    count = -(-len(keys) // max(_PART, len(keys) // _MOST_PARTS))
-    for part in partition_keys(keys, selected, _PART, count):
+    count = -(-len(keys) // max(_PART_KEYS, len(keys) // _MAX_PARTS))
+    for part in partition_keys(keys, selected, _PART_KEYS, count):
         _, first, group = np.unique(keys[part], return_index=True, return_inverse=True)
         original = first[group]
         again = np.flatnonzero(original != np.arange(len(part)))
@@ -139,12 +139,12 @@ def _band_keys(ids: Ragged, prefix: int, selected: Mask) -> Hashes:
 
 
 ONE_ANSWER_SHARE = 0.95
-_FEW_ROWS = 10
+_MIN_ROWS = 10
 _SAMPLE = 1_000
 _BUCKETS = 1 << 16
 _WORDS = 200  # examined per side
-_CLEAR = 10.0  # nats
-_BEYOND = 0.2
+_MIN_MEDIAN = 10.0  # nats
+_SWAPPED_SHARE = 0.2
 
 
 def find_conflicts(digests: Digests) -> tuple[Integers, Integers]:
@@ -159,7 +159,7 @@ def find_one_answer(digests: Digests) -> Integers:
     """Return examples with the most frequent answer, if at least 95 % share it."""
     records = digests.records
     answers = records["last"]
-    if len(answers) < _FEW_ROWS or not records["before"].all():
+    if len(answers) < _MIN_ROWS or not records["before"].all():
         return _NONE
     values, counts = np.unique(answers[:: -(-len(answers) // _SAMPLE)], return_counts=True)
     same = np.flatnonzero(answers == values[np.argmax(counts)])
@@ -186,9 +186,9 @@ def find_swapped(digests: Digests) -> Integers:
         for_asked = np.log(asked + 0.5) - np.log(answered + 0.5)
         weight = np.where(asked + answered > 0, np.where(side == 0, for_asked, -for_asked), 0)
         score[begin:end] = np.bincount(row, weight, minlength=end - begin)
-    if len(score) < _FEW_ROWS or (median := float(np.median(score))) < _CLEAR:
+    if len(score) < _MIN_ROWS or (median := float(np.median(score))) < _MIN_MEDIAN:
         return _NONE
-    return np.flatnonzero((score < -_BEYOND * median) & (digests.records["before"] != 0))
+    return np.flatnonzero((score < -_SWAPPED_SHARE * median) & (digests.records["before"] != 0))
 
 
 def _sides(index: WordIndex, begin: int, end: int) -> tuple[Integers, NDArray[np.int64], Integers]:

@@ -13,7 +13,7 @@ from ftlevel.config.gate import Action
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import FittedRows
 from ftlevel.data.encoding.store import select_rows
-from ftlevel.data.gate import MOST_SHOWN, Finding, build_finding, duplicates, wordings
+from ftlevel.data.gate import MAX_SHOWN, Finding, build_finding, duplicates, wordings
 from ftlevel.data.gate.checks import (
     TEXT_CHECKS,
     TOKEN_CHECKS,
@@ -30,7 +30,7 @@ from ftlevel.data.sources.table import BadRow, Table, handle_bad_rows
 from ftlevel.errors import InputError
 from ftlevel.task import Task
 
-MOST_COMPARED = 250_000
+MAX_COMPARED = 250_000
 """Maximum number of examples whose words are compared, at up to 150 bytes each."""
 
 _NO_ROWS = np.zeros(0, dtype=np.int64)
@@ -65,9 +65,9 @@ class SplitReport:
         self, check: str, examples: Integers, originals: Integers | None = None
     ) -> Finding | None:
         """Add the finding of `check` on `examples`, which repeat `originals`; drop no row."""
-        places = [self.table.where(int(i)) for i in examples[:MOST_SHOWN]]
+        places = [self.table.where(int(i)) for i in examples[:MAX_SHOWN]]
         if originals is not None:
-            firsts = (self.table.where(int(i)) for i in originals[:MOST_SHOWN])
+            firsts = (self.table.where(int(i)) for i in originals[:MAX_SHOWN])
             places = [f"{a} as {b}" for a, b in zip(places, firsts, strict=True)]
         return self.add(check, len(examples), places)
 
@@ -191,7 +191,7 @@ class Gate:
         if not self.task.checks.ends:
             return
         if policy.swapped_roles != "ignore":
-            swapped = duplicates.find_swapped(digests.first(MOST_COMPARED))
+            swapped = duplicates.find_swapped(digests.first(MAX_COMPARED))
             split.flag("swapped_roles", swapped[present[swapped]])
         same = duplicates.find_one_answer(digests)
         split.add(
@@ -213,7 +213,7 @@ class Gate:
             split.report("leaked", leaked)
         if self.task.checks.near_duplicates and policy.near_leaked != "ignore":
             near, _ = wordings.find_near_leaks(
-                digests.first(MOST_COMPARED), training.first(MOST_COMPARED)
+                digests.first(MAX_COMPARED), training.first(MAX_COMPARED)
             )
             near = near[~np.isin(near, leaked)]
             split.report("near_leaked", near)
@@ -231,7 +231,7 @@ def _find_near(
 ) -> tuple[Integers, Integers]:
     """Return near duplicates by tokens or words, except `repeated`, and the earlier examples."""
     near, first = duplicates.find_near_duplicates(rows, rows_of_examples(rows, repeated))
-    compared = digests.first(MOST_COMPARED)
+    compared = digests.first(MAX_COMPARED)
     skip = np.zeros(len(digests), dtype=bool)
     skip[repeated] = True
     by_words = wordings.find_near_texts(compared, skip[: len(compared)])
@@ -266,7 +266,7 @@ def handle_unusable_rows(
     findings: list[Finding] = []
     for name in dict.fromkeys(row.finding for row in bad if row.finding):
         rows = [row for row in bad if row.finding == name]
-        places = tuple(f"{table.place(row.line)}: {row.reason}" for row in rows[:MOST_SHOWN])
+        places = tuple(f"{table.place(row.line)}: {row.reason}" for row in rows[:MAX_SHOWN])
         action: Action = "drop" if config.on_bad_row == "skip" else getattr(config.gate, name)
         lines = {row.line for row in rows}
         findings.append(Finding(name, split, len(lines), len(table), places, action))

@@ -22,7 +22,7 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.formats.examples import Example, get_example_parts
 from ftlevel.data.gate.checks import TEXT_CHECKS, Integers, Mask, Ragged, TextCheckContext, gather
 
-MOST_WORDS = 4_000
+MAX_WORDS = 4_000
 """Maximum number of words stored per prompt and per answer."""
 
 _RECORD = np.dtype(
@@ -38,7 +38,7 @@ _RECORD = np.dtype(
 # Chinese and Japanese have no spaces: each character is a word.
 _WORD = re.compile(r"[^\W\u3040-\u30ff\u3400-\u9fff]+|[\u3040-\u30ff\u3400-\u9fff]")
 _TO_SPACES = {code: " " for code in range(128) if not _WORD.match(chr(code))}
-_LONGEST = 16 * MOST_WORDS  # characters searched for words
+_MAX_CHARACTERS = 16 * MAX_WORDS  # characters searched for words
 _KNOWN_WORDS = 50_000
 _HAS_DIGIT = 1 << 15
 ONE_CLASS = np.uint32(1 << 31)
@@ -148,9 +148,9 @@ def words_path(path: Path) -> Path:
 
 
 def _words(folded: str) -> list[int]:
-    text = folded[:_LONGEST]
+    text = folded[:_MAX_CHARACTERS]
     words = text.translate(_TO_SPACES).split() if text.isascii() else _WORD.findall(text)
-    return list(map(_hashes.__getitem__, words[:MOST_WORDS]))
+    return list(map(_hashes.__getitem__, words[:MAX_WORDS]))
 
 
 def _key(folded: str) -> int:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ftlevel.data.gate.checks import Integers, Mask
 from ftlevel.data.gate.similarity import (
-    MOST_WORDS,
+    MAX_WORDS,
     ONE_CLASS,
     Digests,
     Words,
@@ -31,18 +31,19 @@ from ftlevel.data.gate.similarity import (
     split_by_size,
 )
 
-_SLIP, _OTHER = 1, 2  # half words
-FEWEST = 4
+_TYPO, _WORD = 1, 2  # half words
+MIN_WORDS = 4
 """Minimum number of words for one typo to be allowed."""
-_FEW = 8
-_SHARE = 5  # one word in five may differ
-_MOST = 6  # half words
-_EACH = 10  # one word in ten of each side, if both differ
-_MUCH = 1 << 20
-_BAND = _MOST // _OTHER  # maximum number of missing words
+_MIN_WORDS_TO_DIFFER = 8
+_MIN_LETTERS = 4  # of a word with a typo
+_WORDS_PER_CHANGE = 5  # one word in five may differ
+_MAX_DISTANCE = 6  # half words
+_WORDS_PER_SIDE = 10  # one word in ten of each side, if both differ
+_TOO_FAR = 1 << 20
+_BAND = _MAX_DISTANCE // _WORD  # maximum number of missing words
 _OFFSETS = np.arange(-_BAND, _BAND + 1)[:, None]
-_LETTERS = 0x1FFF
-_BITS = np.array([n.bit_count() for n in range(_LETTERS + 1)], dtype=np.uint8)
+_LETTER_BITS = 0x1FFF
+_BITS = np.array([n.bit_count() for n in range(_LETTER_BITS + 1)], dtype=np.uint8)
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ Sides = tuple[TextBatch, TextBatch]
 
 def compute_max_distance(words: Any) -> Any:
     """Return the maximum distance in half words for texts of `words` words (an array)."""
-    share = np.minimum(words * _OTHER // _SHARE, _MOST)
-    return np.where(words >= _FEW, share, np.where(words >= FEWEST, _SLIP, 0))
+    share = np.minimum(words * _WORD // _WORDS_PER_CHANGE, _MAX_DISTANCE)
+    return np.where(words >= _MIN_WORDS_TO_DIFFER, share, np.where(words >= MIN_WORDS, _TYPO, 0))
 
 
 def compute_distances(one: Sides, other: Sides) -> NDArray[np.int64]:
@@ -76,22 +77,24 @@ def compute_distances(one: Sides, other: Sides) -> NDArray[np.int64]:
     whose answer of fewer than four words differs by more than a typo.
     """
     asked = compute_edit_distances(one[0], other[0])
-    answered = np.full(len(asked), _MUCH, dtype=np.int64)
-    near = np.flatnonzero(asked <= _MOST)
+    answered = np.full(len(asked), _TOO_FAR, dtype=np.int64)
+    near = np.flatnonzero(asked <= _MAX_DISTANCE)
     answered[near] = compute_edit_distances(one[1].take(near), other[1].take(near))
     prompt_sizes, sizes = (np.minimum(a.sizes, b.sizes) for a, b in zip(one, other, strict=True))
-    other_answer = (one[0].sizes > 0) & (answered > _SLIP) & (sizes < FEWEST)
-    both = (asked > 0) & (answered > 0) & (asked + answered > 2 * _SLIP)
-    large = (_EACH * asked > _OTHER * prompt_sizes) | (_EACH * answered > _OTHER * sizes)
-    return np.where(other_answer | (both & large), _MUCH, asked + answered)
+    other_answer = (one[0].sizes > 0) & (answered > _TYPO) & (sizes < MIN_WORDS)
+    both = (asked > 0) & (answered > 0) & (asked + answered > 2 * _TYPO)
+    large = (_WORDS_PER_SIDE * asked > _WORD * prompt_sizes) | (
+        _WORDS_PER_SIDE * answered > _WORD * sizes
+    )
+    return np.where(other_answer | (both & large), _TOO_FAR, asked + answered)
 
 
 def compute_edit_distances(one: TextBatch, other: TextBatch) -> NDArray[np.int64]:
-    """Return the edit distance of each pair in half words, or `_MUCH` above `_MOST`.
+    """Return the edit distance of each pair in half words, or `_TOO_FAR` above `_MAX_DISTANCE`.
 
     It is the Damerau-Levenshtein distance (optimal string alignment) over words, in a band.
     """
-    result = np.full(len(one.sizes), _MUCH, dtype=np.int64)
+    result = np.full(len(one.sizes), _TOO_FAR, dtype=np.int64)
     open_ = np.flatnonzero(np.abs(one.sizes - other.sizes) <= _BAND)
     # Row k of `b` is word k - _BAND, so rows i - 1 to i + 5 are in the band of word i.
     a, b = one.words, np.pad(other.words, ((_BAND, 0), (0, 0)))
@@ -105,13 +108,13 @@ def compute_edit_distances(one: TextBatch, other: TextBatch) -> NDArray[np.int64
             row = _next_row(i, a, b, before, earlier, ends)
         at = np.flatnonzero(sizes == i)
         result[open_[at]] = row[ends[at] - i + _BAND, at]
-        going = (sizes > i) & (row.min(axis=0) <= _MOST)
+        going = (sizes > i) & (row.min(axis=0) <= _MAX_DISTANCE)
         if not going.any():
             break
         if 2 * np.count_nonzero(going) < len(going):
             a, b, row, before = a[:, going], b[:, going], row[:, going], before[:, going]
             open_, sizes, ends = open_[going], sizes[going], ends[going]
-    result[result > _MOST] = _MUCH
+    result[result > _MAX_DISTANCE] = _TOO_FAR
     return result
 
 
@@ -119,7 +122,7 @@ def _edge(i: int, ends: NDArray[np.int64]) -> NDArray[np.int32]:
     """Return row i of the distance matrix `(band, pairs)` without matched words."""
     j = i + _OFFSETS
     known = (j >= 0) & (j <= ends) if i == 0 else np.broadcast_to(j == 0, (len(j), len(ends)))
-    return np.where(known, (i + j) * _OTHER, _MUCH).astype(np.int32)
+    return np.where(known, (i + j) * _WORD, _TOO_FAR).astype(np.int32)
 
 
 def _next_row(
@@ -132,37 +135,37 @@ def _next_row(
 ) -> NDArray[np.int32]:
     """Compute row i of the distance matrix from the two previous rows."""
     word, others = a[i - 1], b[i - 1 : i + 2 * _BAND]
-    step = np.where(word == others, 0, np.where(is_typo(word, others), _SLIP, _OTHER))
+    step = np.where(word == others, 0, np.where(is_typo(word, others), _TYPO, _WORD))
     row = before + step.astype(np.int32)
-    np.minimum(row[:-1], before[1:] + _OTHER, out=row[:-1])
+    np.minimum(row[:-1], before[1:] + _WORD, out=row[:-1])
     if i > 1:
         swapped = (word == b[i - 2 : i + 2 * _BAND - 1]) & (a[i - 2] == others)
         swapped &= i + _OFFSETS > 1
-        row = np.where(swapped, np.minimum(row, earlier + _OTHER), row)
+        row = np.where(swapped, np.minimum(row, earlier + _WORD), row)
     j = i + _OFFSETS
     row = np.where((j >= 1) & (j <= ends), row, _edge(i, ends))
-    each = (_OTHER * np.arange(len(row), dtype=np.int32))[:, None]  # insertions
+    each = (_WORD * np.arange(len(row), dtype=np.int32))[:, None]  # insertions
     row = np.minimum.accumulate(row - each, axis=0) + each
-    return np.where(j <= ends, row, np.int32(_MUCH))
+    return np.where(j <= ends, row, np.int32(_TOO_FAR))
 
 
 def is_typo(word: Any, other: Any) -> Any:
     """Return whether two words (32-bit hashes) differ by a typo: similar letters and no digit."""
-    letters = np.maximum(_BITS[word & _LETTERS], _BITS[other & _LETTERS])
+    letters = np.maximum(_BITS[word & _LETTER_BITS], _BITS[other & _LETTER_BITS])
     lengths = ((word >> 13) - (other >> 13)) & 3  # difference modulo 4
-    differing = _BITS[(word ^ other) & _LETTERS]
+    differing = _BITS[(word ^ other) & _LETTER_BITS]
     no_digit = (word | other) & 0x8000 == 0
-    return no_digit & (letters >= FEWEST) & (lengths != 2) & (differing <= 1 + (lengths == 0))
+    return no_digit & (letters >= _MIN_LETTERS) & (lengths != 2) & (differing <= 1 + (lengths == 0))
 
 
 _RAREST = 4
 _PAIRS = tuple(combinations(range(_RAREST), 2))
 _BUCKETS = 1 << 20
-_AT_ONCE = 1 << 20
-_SOME = 1 << 16  # words processed together
-_BOILERPLATE, _MANY = 0.98, 20
-_LAST = 2  # earlier candidates to compare, in addition to the first
-_MANY_WORDS = 30
+_CHUNK_WORDS = 1 << 20
+_GROUP_WORDS = 1 << 16  # words processed together
+_BOILERPLATE, _MIN_EXAMPLES = 0.98, 20
+_RECENT = 2  # earlier candidates to compare, in addition to the first
+_LONG_TEXT = 30
 Keys = NDArray[np.uint32]
 _NO_ROWS = np.zeros(0, dtype=np.int64)
 
@@ -193,10 +196,10 @@ class WordIndex:
             return cls(digests, starts, training.counts, training.limit)
         counts = np.zeros(_BUCKETS, dtype=np.int64)
         words = digests.words[: starts[-1]]
-        for begin in range(0, len(words), _AT_ONCE):
-            buckets = _bucket(words[begin : begin + _AT_ONCE])
+        for begin in range(0, len(words), _CHUNK_WORDS):
+            buckets = _bucket(words[begin : begin + _CHUNK_WORDS])
             counts += np.bincount(buckets, minlength=_BUCKETS)
-        limit = _BOILERPLATE * len(digests) if len(digests) >= _MANY else np.inf
+        limit = _BOILERPLATE * len(digests) if len(digests) >= _MIN_EXAMPLES else np.inf
         return cls(digests, starts, counts, limit)
 
     def __len__(self) -> int:
@@ -208,10 +211,10 @@ class WordIndex:
         return np.diff(self.starts)
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """Yield ranges of examples with about `_SOME` words in total."""
+        """Yield ranges of examples with about `_GROUP_WORDS` words in total."""
         begin = 0
         while begin < len(self):
-            end = int(np.searchsorted(self.starts, self.starts[begin] + _SOME, "right")) - 1
+            end = int(np.searchsorted(self.starts, self.starts[begin] + _GROUP_WORDS, "right")) - 1
             end = min(max(end, begin + 1), len(self))
             yield begin, end
             begin = end
@@ -245,13 +248,13 @@ def find_near_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
     keys, informative = _all_keys(index, ~skip)
     owners = np.repeat(np.arange(len(index), dtype=np.int32), len(_PAIRS))
     flat, pairs = keys.reshape(-1), [_NO_ROWS]
-    for part in partition_keys(flat, flat != 0, _AT_ONCE, -(-len(flat) // _AT_ONCE)):
+    for part in partition_keys(flat, flat != 0, _CHUNK_WORDS, -(-len(flat) // _CHUNK_WORDS)):
         part = part[np.argsort(flat[part], kind="stable")]
         key, owner = flat[part], owners[part]
         begins = np.flatnonzero(np.diff(key, prepend=key[:1] ^ np.uint32(1)))
         first = np.repeat(owner[begins], np.diff(begins, append=len(key)))
         pairs.append(_pack_pairs(owner, first, len(index)))
-        for lag in range(1, _LAST + 1):
+        for lag in range(1, _RECENT + 1):
             same = key[lag:] == key[:-lag]
             pairs.append(_pack_pairs(owner[lag:][same], owner[:-lag][same], len(index)))
     packed = distinct(np.concatenate(pairs))
@@ -266,7 +269,7 @@ def find_near_leaks(digests: Digests, training: Digests) -> tuple[Integers, Inte
     index = WordIndex.of(digests, trained)
     all_keys, informative = _all_keys(index, np.ones(len(index), dtype=bool))
     keys, slots = np.unique(all_keys.reshape(-1), return_inverse=True)
-    candidates = np.full((len(keys), _LAST + 1), -1, dtype=np.int64)
+    candidates = np.full((len(keys), _RECENT + 1), -1, dtype=np.int64)
     counts = np.zeros(len(keys), dtype=np.int64)
     informative_trained = np.zeros(len(trained), dtype=np.int32)
     for begin, end in trained.spans():
@@ -277,10 +280,10 @@ def find_near_leaks(digests: Digests, training: Digests) -> tuple[Integers, Inte
         matches = matches[np.argsort(slot[matches], kind="stable")]
         slot, example = slot[matches], begin + matches // len(_PAIRS)
         rank = counts[slot] + np.arange(len(slot)) - np.searchsorted(slot, slot)
-        free = rank <= _LAST
+        free = rank <= _RECENT
         candidates[slot[free], rank[free]] = example[free]
         counts += np.bincount(slot, minlength=len(keys))
-    later = np.repeat(np.arange(len(index)), len(_PAIRS) * (_LAST + 1))
+    later = np.repeat(np.arange(len(index)), len(_PAIRS) * (_RECENT + 1))
     earlier = candidates[slots.reshape(-1)].reshape(-1)
     packed = distinct((later * len(trained) + earlier)[earlier >= 0])
     return _find_first(index, trained, packed, informative, informative_trained)
@@ -321,7 +324,7 @@ def _pair_keys(index: WordIndex, begin: int, end: int) -> tuple[Keys, Integers]:
     row = (packed >> np.uint64(48)).astype(np.int64)
     first = np.searchsorted(row, np.arange(end - begin))
     sizes = np.diff(first, append=len(row))
-    sizes[(records["asked"] == MOST_WORDS) | (records["answered"] == MOST_WORDS)] = 0  # cut
+    sizes[(records["asked"] == MAX_WORDS) | (records["answered"] == MAX_WORDS)] = 0  # cut
     rarest = np.zeros((end - begin, _RAREST), dtype=np.uint32)
     for k in range(_RAREST):
         mask = sizes > k
@@ -350,7 +353,7 @@ def _find_first(
     found = [(_NO_ROWS, _NO_ROWS)]
     begin = 0
     while begin < len(packed):
-        last = packed[min(begin + _SOME, len(packed)) - 1]
+        last = packed[min(begin + _GROUP_WORDS, len(packed)) - 1]
         end = int(np.searchsorted(packed, (last // len(earlier) + 1) * len(earlier)))  # all pairs
         a, b = np.divmod(packed[begin:end], len(earlier))
         begin = end
@@ -376,7 +379,7 @@ def _are_near(
     pairs = np.flatnonzero(near)
     lengths = index.lengths[a[pairs]]
     order = np.argsort(lengths, kind="stable")
-    for group in split_by_size(pairs[order], lengths[order], _SOME):
+    for group in split_by_size(pairs[order], lengths[order], _GROUP_WORDS):
         distances = compute_distances(index.sides(a[group]), earlier.sides(b[group]))
         near[group] = distances <= limits[group]
     return near
@@ -393,9 +396,9 @@ def _may_be_near(
     near = (np.abs(sizes[0] - sizes[1]) <= limits) & (limits > 0)
     longer = np.maximum(*sizes)
     for bigrams in (False, True):
-        pairs = np.flatnonzero(near & ((longer >= _MANY_WORDS) == bigrams))
+        pairs = np.flatnonzero(near & ((longer >= _LONG_TEXT) == bigrams))
         least = longer - (2 * limits + 1 if bigrams else limits)
-        for group in split_by_size(pairs, (sizes[0] + sizes[1])[pairs], _SOME):
+        for group in split_by_size(pairs, (sizes[0] + sizes[1])[pairs], _GROUP_WORDS):
             common = _count_common(index, a[group], earlier, b[group], bigrams=bigrams)
             near[group] = common >= least[group]
     return near

@@ -177,7 +177,7 @@ def _encode_batch(start: int) -> tuple[pa.RecordBatch | None, tuple[bytes, bytes
     return to_batch(rows) if rows else None, Digests.of(batch, context).to_bytes()
 
 
-_LONG = 1_000_000  # characters that take seconds to encode
+_SLOW_CHARACTERS = 1_000_000  # characters that take seconds to encode
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ class Encoder:
     def collect(self, encode: Encode, examples: Sequence[Any]) -> Sequence[Encoded]:
         """Encode all examples with `encode`, into a store if `folder` is set."""
         if self.folder is None:
-            slow = any(len(example.key_text) > _LONG for example in examples)
+            slow = any(len(example.key_text) > _SLOW_CHARACTERS for example in examples)
             progress = self.progress if slow else ignore_progress
             progress(0, len(examples))
             rows = encode(examples)

@@ -19,7 +19,7 @@ from ftlevel.errors import InputError, did_you_mean, join_names, quote
 OnBadRow: TypeAlias = Literal["error", "skip"]
 Row: TypeAlias = dict[str, Any]
 
-MOST_SHOWN = 5  # maximum number of bad rows listed in a message
+MAX_SHOWN = 5  # maximum number of bad rows listed in a message
 
 
 @dataclass(frozen=True)
@@ -224,9 +224,9 @@ def describe_bad_rows(table: Table, bad: Sequence[BadRow]) -> list[str]:
         ]
     total = len({*table.lines, *(row.line for row in [*bad, *table.dropped])})
     count = len({row.line for row in bad})
-    rest = f" (the first {MOST_SHOWN} are above)" if len(ordered) > MOST_SHOWN else ""
+    rest = f" (the first {MAX_SHOWN} are above)" if len(ordered) > MAX_SHOWN else ""
     return [
-        *(f"{table.place(row.line)}: {row.reason}." for row in ordered[:MOST_SHOWN]),
+        *(f"{table.place(row.line)}: {row.reason}." for row in ordered[:MAX_SHOWN]),
         f"{table.source}: {count:,} of {total:,} rows are bad{rest}. "
         "Fix them, or drop bad rows with --on-bad-row skip.",
     ]
@@ -240,9 +240,9 @@ def describe_dropped(table: Table) -> list[str]:
     total = count + len(table)
     reasons = "; ".join(
         f"{table.place(row.line) if table.parts else f'{table.unit} {row.line}'}: {row.reason}"
-        for row in table.dropped[:MOST_SHOWN]
+        for row in table.dropped[:MAX_SHOWN]
     )
-    rest = "; …" if len(table.dropped) > MOST_SHOWN else ""
+    rest = "; …" if len(table.dropped) > MAX_SHOWN else ""
     return [f"{table.source}: dropped {count:,} of {total:,} rows ({reasons}{rest})"]
 
 

@@ -155,7 +155,7 @@ def test_parts_on_disk_find_what_is_found_at_once(
     keys = np.random.default_rng(1).integers(0, 2_000, 5_000).astype(np.uint64)
     repeated = [side.tolist() for side in find_repeated(keys)]
     known = np.arange(0, 2_000, 3, dtype=np.uint64)
-    monkeypatch.setattr(duplicates, "_PART", 100)
+    monkeypatch.setattr(duplicates, "_PART_KEYS", 100)
     monkeypatch.setattr(similarity, "_TOKENS", 1_000)
     assert [side.tolist() for side in find_repeated(keys)] == repeated
     assert find_members(keys, known).tolist() == np.flatnonzero(keys % 3 == 0).tolist()

@@ -171,8 +171,8 @@ def test_parts_and_files_give_what_memory_gives(
     path = tmp_path / "train.digests"
     path.write_bytes(digests.to_bytes()[0])
     words_path(path).write_bytes(digests.to_bytes()[1])
-    monkeypatch.setattr(wordings, "_SOME", 100)
-    monkeypatch.setattr(wordings, "_AT_ONCE", 300)
+    monkeypatch.setattr(wordings, "_GROUP_WORDS", 100)
+    monkeypatch.setattr(wordings, "_CHUNK_WORDS", 300)
     assert [side.tolist() for side in find_near_texts(Digests.at(path), skip)] == whole
 
 

@@ -15,7 +15,7 @@ from ftlevel.data.prepare.encoder import Encoder
 def test_a_long_row_shows_progress_before_it_is_encoded(
     size: int, told: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_LONG", 10)
+    monkeypatch.setattr(module, "_SLOW_CHARACTERS", 10)
     calls: list[Any] = []
     seen: list[int] = []
     parts: Any = SimpleNamespace()

@@ -287,7 +287,9 @@ def test_a_pipe_without_a_writer_or_without_rows_is_an_error(
     with pytest.raises(InputError, match=r"no program has written in 0\.2 seconds\. Start the"):
         load_splits(str(pipe))
     thread = _write_later(pipe, b"Dear all, hello\n")
-    with pytest.raises(InputError, match=r"rows: its first line, 'Dear all, hello', does not identify"):
+    with pytest.raises(
+        InputError, match=r"rows: its first line, 'Dear all, hello', does not identify"
+    ):
         load_splits(str(pipe))
     thread.join()
     with pytest.raises(InputError, match=r"/dev/fd/987: was a shell pipe.*Pass it again"):

@@ -28,7 +28,7 @@ from ftlevel.data.sources.table import BadRow, Row
 from ftlevel.errors import InputError, did_you_mean, join_names, quote
 
 # The csv module's default limit of 128 KiB per cell is too low for documents.
-_LONGEST = min(sys.maxsize, 2**31 - 1)
+_MAX_CELL = min(sys.maxsize, 2**31 - 1)
 
 
 class CsvReader(Reader):
@@ -173,7 +173,7 @@ def _is_number(cell: str) -> bool:
 @contextlib.contextmanager
 def _long_cells() -> Iterator[None]:
     """Increase the csv module's global limit on cell length within the context."""
-    limit = csv.field_size_limit(_LONGEST)
+    limit = csv.field_size_limit(_MAX_CELL)
     try:
         yield
     finally:
