@@ -117,17 +117,6 @@ class FlatRows:
             np.fromiter((row.row for row in rows), dtype=np.int64, count=len(rows)),
         )
 
-    @classmethod
-    def of_batch(cls, batch: Any, *, token_labels: bool) -> FlatRows:
-        """Convert a record batch of a `RowStore` without building rows."""
-        labels = _ragged(batch.column("labels")) if token_labels else None
-        return cls(_ragged(batch.column("input_ids")), labels, batch.column("row").to_numpy())
-
-    @property
-    def aligned(self) -> bool:
-        """Whether `ids` and `labels` have equal lengths in each row."""
-        return self.labels is not None and np.array_equal(self.labels.starts, self.ids.starts)
-
     def supervised(self) -> Integers:
         """Return the number of supervised tokens per row; 1 if labels are per row."""
         if self.labels is None:
@@ -139,7 +128,9 @@ def flat_batches(rows: Sequence[Encoded]) -> Iterator[FlatRows]:
     """Yield rows in batches of a few thousand; rows of one example stay together."""
     if isinstance(rows, RowStore):
         for batch in rows.batches():
-            yield FlatRows.of_batch(batch, token_labels=rows.has_token_labels)
+            labels = _ragged(batch.column("labels")) if rows.has_token_labels else None
+            ids, example = _ragged(batch.column("input_ids")), batch.column("row").to_numpy()
+            yield FlatRows(ids, labels, example)
         return
     begin = 0
     while begin < len(rows):
@@ -171,11 +162,6 @@ class TokenCheckContext:
     ends: frozenset[int]
     vocabulary: int
     empty_thinks: tuple[tuple[int, ...], ...] = ()
-
-
-def find_unsupervised(flat: FlatRows) -> Mask:
-    """Flag rows without supervised tokens."""
-    return flat.supervised() == 0
 
 
 def find_missing_eos(flat: FlatRows, ends: Collection[int]) -> Mask:
@@ -254,7 +240,7 @@ TOKEN_CHECKS: dict[str, Callable[[FlatRows, TokenCheckContext], Mask | None]] = 
         flat, context.vocabulary, token_labels=context.checks.token_labels
     ),
     "unsupervised": lambda flat, context: (
-        find_unsupervised(flat) if context.checks.supervised else None
+        flat.supervised() == 0 if context.checks.supervised else None
     ),
     "missing_eos": lambda flat, context: (
         find_missing_eos(flat, context.ends) if context.checks.ends and context.ends else None

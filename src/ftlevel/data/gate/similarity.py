@@ -139,7 +139,6 @@ class Digests:
 
 
 _NO_WORDS = np.zeros(0, dtype=np.uint32)
-NO_DIGESTS = Digests(np.zeros(0, dtype=_RECORD), _NO_WORDS)
 
 
 def words_path(path: Path) -> Path:

@@ -42,33 +42,30 @@ def load_hub_tables(
     Raises:
         InputError: unknown dataset, subset or split; no access; or offline without a cached copy.
     """
-    import datasets
-
     reason = _probe(name)
-    notes = []
-    try:
-        with datasets_offline(bool(reason)):
-            data = datasets.load_dataset(name, options.subset, split=split)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        if reason:
-            raise InputError(_describe_offline(name, reason)) from None
-        # `datasets` raises RuntimeError for loading scripts, which are no longer supported.
-        raise InputError(f"--dataset {name}: {_first_line(error)}") from error
-    if reason:
-        notes.append(f"{name}: the Hub was not reached ({reason}); used the copy in the cache")
+    data = _load_dataset(name, reason, options.subset, split=split)
+    note = f"{name}: the Hub was not reached ({reason}); used the copy in the cache"
     splits = data if isinstance(data, Mapping) else {split or "train": data}
-    return _tables_of(splits, name, options), notes
+    return _tables_of(splits, name, options), [note] if reason else []
 
 
 def open_hub_streams(name: str, subset: str | None) -> dict[str, Any]:
     """Return the splits of a Hub dataset as `datasets.IterableDataset`; requires a connection."""
-    import datasets
-
     if reason := _probe(name):
         raise InputError(_describe_offline(name, reason))
+    return dict(_load_dataset(name, "", subset, streaming=True))
+
+
+def _load_dataset(name: str, offline_reason: str, subset: str | None, **options: Any) -> Any:
+    import datasets
+
     try:
-        return dict(datasets.load_dataset(name, subset, streaming=True))
+        with datasets_offline(bool(offline_reason)):
+            return datasets.load_dataset(name, subset, **options)
+    # `datasets` raises RuntimeError for loading scripts, which are no longer supported.
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        if offline_reason:
+            raise InputError(_describe_offline(name, offline_reason)) from None
         raise InputError(f"--dataset {name}: {_first_line(error)}") from error
 
 

@@ -31,7 +31,6 @@ def test_rows_are_laid_out_end_to_end() -> None:
     assert flat.ids.values.tolist() == [5, 6, 7]
     assert flat.ids.starts.tolist() == [0, 2, 2, 3]
     assert flat.supervised().tolist() == [1, 0, 1]
-    assert flat.aligned
 
 
 def test_examples_of_the_rows_that_are_kept_in_memory_and_in_a_store(tmp_path: Path) -> None:
@@ -49,7 +48,7 @@ def test_examples_of_the_rows_that_are_kept_in_memory_and_in_a_store(tmp_path: P
 
 def test_unsupervised_rows() -> None:
     flat = flat_of(([5, 6], [_, 6]), ([5, 6], [_, _]), ([], []))
-    assert hits(checks.find_unsupervised(flat)) == [1, 2]
+    assert hits(flat.supervised() == 0) == [1, 2]
 
 
 @pytest.mark.parametrize(
