@@ -96,7 +96,7 @@ CASES: dict[str, Case] = {
     "c3a": Case(_of("C3AConfig", block_size=16), refused="full rank"),
     "lily": Case(_of("LilyConfig"), refused="router that looks at the input"),
     "prompt": Case(
-        {"cls": "PromptTuningConfig", "num_virtual_tokens": 4}, refused="no change of weights"
+        {"cls": "PromptTuningConfig", "num_virtual_tokens": 4}, refused="does not change weights"
     ),
 }  # fmt: skip
 

@@ -175,7 +175,7 @@ def _number(
         return int(text)
     state = "is missing" if text is None else f"is {text!r}, and no number from {least} on"
     raise ConfigError(
-        f"{name} {state}, beside other variables of {launcher.name}. Start ftlevel by it again, or "
+        f"{name} {state}, and other variables of {launcher.name}. Start ftlevel with it again, or "
         f"unset {launcher.rank} and {launcher.size} to run one process."
     )
 

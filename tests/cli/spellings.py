@@ -158,7 +158,9 @@ SPELLINGS: list[Spelled] = [
     ),
     *_answers(
         TRANSFORMERS, "run_summarization.py",
-        ('--source_prefix "summarize: "', "a task has its own instruction"),
+        ('--source_prefix "summarize: "', "each task has its own instruction, also used by "
+                                          "generate. Drop it; add text for every source to the "
+                                          "data."),
     ),
     *(Spelled(TRANSFORMERS, "run_translation.py", typed, sets, beside="--task translation")
       for typed, sets in (("--source_lang en", {"data.source_language": "en"}),

@@ -189,8 +189,8 @@ DPO = [{"prompt": f"q{i}", "chosen": fact(i), "rejected": fact(i + 50)} for i in
          "these rows, or pass --format prompt-completion if 'label' says something else.",
          ["--format", "prompt-completion"]),
         (DPO, "columns 'chosen' and 'rejected' are for preference training, which --task "
-         "text-generation does not do: --task preference does. To learn from the chosen answers "
-         "alone, as if there were no others: --map prompt=prompt --map completion=chosen.",
+              "text-generation does not support. Use --task preference, or train on the chosen "
+              "answers only: --map prompt=prompt --map completion=chosen.",
          ["--map", "prompt=prompt", "--map", "completion=chosen"]),
     ],
 )  # fmt: skip

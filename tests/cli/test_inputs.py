@@ -62,7 +62,7 @@ def jsonl(rows: list[Any]) -> str:
          "text from 'Subject+Body', label from 'Category'; not used: 'Ticket ID' (by --map)"),
         ("tickets.csv", TICKETS.replace(",", ";"), CLASSES, "its header is separated by ';'"),
         ("tickets.csv", TICKETS.partition("\n")[2], [*CLASSES, "--map", "text=3", "--map",
-         "label=4"], "no header: 'billing' of line 1 stands in 3 of the rows below too"),
+         "label=4"], "no header: 'billing' of line 1 also occurs in 3 of the rows below"),
         ("talks.json", json.dumps(TALKS), WHO, "user is 'Anna', assistant is 'Shop'"),
         ("talks.json", json.dumps({"data": TALKS}), WHO, "the rows are the list under 'data'"),
         ("names.conll", CONLL, TAGS, "tags: IO (as in the data)"),

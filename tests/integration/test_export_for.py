@@ -168,7 +168,7 @@ def test_signs_that_a_server_takes_apart(base: Path, capsys: pytest.CaptureFixtu
     assert json.loads(shlex.split(told["start"][0])[-1])["path"] == "o,t"  # type: ignore[index]
     for server, out in (("tgi", "out"), ("llama.cpp", "out,1")):
         assert run(["export", str(place), "--for", server, "--out", out, "--dry-run"]) == 2
-        assert "takes its command line apart. Choose another." in capsys.readouterr().err
+        assert "uses as a separator on its command line. Choose another." in capsys.readouterr().err
 
 
 def test_a_classifier_goes_to_no_server_of_text(capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,9 +228,8 @@ def test_beside_a_gguf_file_only_llama_cpp_serves_an_adapter(
         f"llama-server -m {tmp_path / 'x.gguf'} --lora out/adapter.gguf"
     ]
     assert run(["export", *wish, "--for", "mlx", "--dry-run"]) == 2
-    assert (
-        "x.gguf, and mlx-lm serves adapters beside a base of transformers' files. Merge it: "
-        in (capsys.readouterr().err)
+    assert "x.gguf, and mlx-lm serves adapters only on bases in transformers format. Merge it " in (
+        capsys.readouterr().err
     )
 
 
@@ -249,7 +248,10 @@ def test_a_start_inside_the_base_is_merged_by_its_plain_form(
 ) -> None:
     name = adapter(base, "pissa")
     assert run(["merge", name, "--out", "merged"]) == 2
-    assert "its initialization was taken out of the base's weights" in capsys.readouterr().err
+    assert (
+        "its initialization changed the base weights and is not in the file. Export it as "
+        "plain LoRA first, and merge that:"
+    ) in capsys.readouterr().err
     assert run(["export", name, "--format", "peft", "--out", "plain", "-q"]) == 0
     assert run(["merge", "plain", "--out", "merged", "-q"]) == 0
 

@@ -90,8 +90,8 @@ def test_what_cannot_be_made_longer(own: list[str], capsys: pytest.CaptureFixtur
     train(*own, "--max-steps", "3")
     capsys.readouterr()
     for more, complaint in (
-        (["--max-steps", "2"], "2 steps are fewer than the 3 that are trained"),
-        (["--num-train-epochs", "9"], "--num-train-epochs 9 changes nothing: --max-steps 3 says"),
+        (["--max-steps", "2"], "2 steps are fewer than the 3 already trained"),
+        (["--num-train-epochs", "9"], "--num-train-epochs 9 has no effect: --max-steps 3 sets"),
         (["--max-steps", "9", "--lora-r", "2"], "not the same run: method.r was 8 and is 2"),
     ):
         assert run(["train", "--output-dir", "run", "--resume", *more]) == 2
@@ -105,7 +105,9 @@ def test_what_cannot_be_made_longer(own: list[str], capsys: pytest.CaptureFixtur
     assert "its ranks are pruned by a schedule over all steps" in capsys.readouterr().err
     train(*own, "--max-steps", "2", "--save-strategy", "no", out="bare")
     assert run(["train", "--output-dir", "bare", "--resume", "--max-steps", "9"]) == 2
-    assert "Train on from its adapter: --adapter bare" in capsys.readouterr().err
+    assert (
+        "it is finished and has no valid checkpoint. Continue from its adapter: --adapter bare"
+    ) in capsys.readouterr().err
     assert run(["train", "--output-dir", "bare", "--resume"]) == 0
     assert "so no steps remain. To continue from its adapter: --adapter bare" in (
         capsys.readouterr().out

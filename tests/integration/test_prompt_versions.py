@@ -71,7 +71,10 @@ def test_an_old_run_keeps_its_prompts(
     assert version("merged") == 1
     assert train("--output-dir", "on", "--adapter", "run") == 0
     assert version("on/adapter") == 1
-    assert "laid out otherwise" not in capsys.readouterr().err
+    assert (
+        "was trained with another prompt layout than these rows have. The new adapter will "
+        "expect the layout of these rows; see ftlevel preview."
+    ) not in capsys.readouterr().err
     assert train("--output-dir", "run", "--resume", model=tiny_model_dir("gpt2"), epochs=2) == 0
     assert version("run/adapter") == 1
     assert train("--output-dir", "new", model=tiny_model_dir("gpt2")) == 0

@@ -625,7 +625,7 @@ def test_a_process_that_comes_late_to_a_step_is_named_once(prepared: Path, tmp_p
     (line,) = [
         line for line in (tmp_path / "warnings").read_text().splitlines() if "rank 1" in line
     ]
-    assert "has not begun step 3 for 3 s, and the others wait for it" in line
+    assert "has not started step 3 for 3 s, and the others wait for it" in line
 
 
 def fail_in_the_first() -> None:

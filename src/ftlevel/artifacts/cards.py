@@ -350,7 +350,7 @@ def _named_labels(summary: Mapping[str, Any], needs_import: str) -> list[str]:
         f"names = {list(summary['data']['labels'])!r}",
         f"model = {loader}.from_pretrained(",
         '    "adapter", num_labels=len(names), id2label=dict(enumerate(names))',
-        ")  # the folder beside config.yaml",
+        ")  # next to config.yaml",
         "```",
         "",
     ]
@@ -365,7 +365,7 @@ def _python_use(module: str) -> list[str]:
         f"import {module}  # registers the adapter type with PEFT",
         "from peft import PeftModel",
         "",
-        'model = PeftModel.from_pretrained(base_model, "adapter")  # the folder beside config.yaml',
+        'model = PeftModel.from_pretrained(base_model, "adapter")  # next to config.yaml',
         "```",
         "",
     ]

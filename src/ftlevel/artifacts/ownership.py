@@ -93,8 +93,7 @@ def check_replaceable(directory: Path) -> None:
         reason = f"it is not a run of ftlevel (no {MARKER})"
     if reason is not None:
         raise ConfigError(
-            f"--overwrite {directory}: {reason}, so nothing in it is deleted. Choose another "
-            "directory."
+            f"--overwrite {directory}: {reason}, so it is not deleted. Choose another directory."
         )
 
 

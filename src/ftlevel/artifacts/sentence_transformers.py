@@ -107,7 +107,7 @@ def read_embedding_format(directory: Path) -> EmbeddingFormat | None:
             if path not in ("", "."):
                 raise InputError(
                     f"{directory}: {MODULES} has its transformer in {path}. Load it with "
-                    "sentence-transformers 6 and save it again, which writes it beside the others."
+                    f"sentence-transformers 6 and save it again."
                 )
         elif name == "Pooling":
             pooling, include_prompt = _read_pooling(directory / path / "config.json")

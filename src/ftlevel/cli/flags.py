@@ -325,8 +325,8 @@ def _own_config(run: Path, given: CommandInput) -> Path | None:
         return own
     if given.values.get("dataset") is None and given.values.get("model") is None:
         raise ConfigError(
-            f"--output-dir {run} is not a run: it contains no config.yaml, so --resume has nothing "
-            "to resume. Choose another directory, or give all flags of a run that is to begin."
+            f"--output-dir {run} is not a run: it contains no config.yaml. Choose another "
+            f"directory, or drop --resume to start a new run."
         )
     return None
 

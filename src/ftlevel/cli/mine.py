@@ -32,5 +32,5 @@ def mine(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
     mean = summary["negatives"] / summary["rows"]
     typer.echo(f"  {summary['rows']:,} rows with {mean:.1f} negatives each")
     if summary["left_out"]:
-        typer.echo(f"  {summary['left_out']:,} rows without a negative are left out")
+        typer.echo(f"  {summary['left_out']:,} rows without a negative are skipped")
     typer.echo(f"  saved {summary['output']}")

@@ -292,7 +292,7 @@ def _chosen(run: Run) -> Mapping[str, list[tuple[str, Any, str]]]:
     train, schedule = run.config.train, run.schedule
     rates = [("learning_rate", schedule.learning_rate, reasons.get("learning rate", ""))]
     if schedule.head_learning_rate is not None:
-        why = "beside a learning_rate of yours the head has the same without it"
+        why = "defaults to learning_rate if that is set"
         rates.append(("head_learning_rate", schedule.head_learning_rate, why))
     found = {
         "method": [

@@ -191,7 +191,7 @@ def _describe_unquantized(layout: QuantizedLayout) -> str:
     if experts := {p.name for p in parameters if p.part == "experts"}:
         names.append(f"and {len(experts):,} tensors of experts")
     if linears := {p.name.split(".")[-2] for p in parameters if p.part == "other linears"}:
-        names.append(f"and {', '.join(sorted(linears))}: the architecture asks for it")
+        names.append(f"and {', '.join(sorted(linears))}: required by the architecture")
     return "; ".join(names)
 
 

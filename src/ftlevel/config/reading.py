@@ -156,7 +156,7 @@ def _count(node: Any, counted: dict[int, int], inside: set[int]) -> int:
     )
     inside.discard(id(node))
     if total > _MAX_VALUES:
-        raise YamlError(f"its aliases stand for more than {_MAX_VALUES:,} values", line)
+        raise YamlError(f"its aliases expand to more than {_MAX_VALUES:,} values", line)
     counted[id(node)] = total
     return total
 

@@ -279,8 +279,8 @@ class RlConfig(Section):
 
 _READ_BY_SOME = (*_CLIPPED, "scale_rewards")
 _DROPOUT = (
-    "the model that samples and the model that is trained would differ by it, so that "
-    "log-probabilities and ratios would be noise"
+    "the model that samples and the model that is trained would differ, and log-probabilities and "
+    "ratios would be noise"
 )
 SAMPLED = "would sample from another distribution than the one that is trained"
 

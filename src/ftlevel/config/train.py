@@ -175,8 +175,8 @@ def _other_problems(config: TrainConfig) -> list[str]:
         problems.append("--resume needs the run to resume. Add --output-dir RUN.")
     if config.train.max_restarts and (config.train.num_processes or 1) == 1:
         problems.append(
-            "--max-restarts is for several processes (--num-processes N). Of one, the command that "
-            "it prints when it ends goes on: --resume."
+            "--max-restarts needs several processes (--num-processes N). To continue a single "
+            "process, use --resume."
         )
     elif config.train.max_restarts and config.output.dir is None:
         problems.append("--max-restarts needs the run to resume. Add --output-dir RUN.")

@@ -138,7 +138,7 @@ LEARNING_RATE_ADVICE = {
     "lion": "Lion needs a third to a tenth of that (Chen et al., 2023, section 5)",
     "sgd": "SGD needs a far higher one",
     "adagrad": "Adagrad needs a higher one",
-    "rmsprop": "RMSprop, whose first steps are larger, needs a lower one",
+    "rmsprop": "RMSprop takes larger first steps and needs a lower one",
 }
 """Optimizers whose best learning rate differs from the measured defaults (AdamW)."""
 
@@ -262,8 +262,8 @@ class TrainerConfig(Decoding):
     spike_factor: Annotated[float, Field(gt=1)] | None = Field(
         None,
         description="Loss spike threshold; restores the newest checkpoint's weights. A spike is"
-        " a loss above this multiple of the median of the last 20 steps; the step "
-        "is left out. Default: off.",
+        " a loss above this multiple of the median of the last 20 steps; the step is skipped. "
+        "Default: off.",
     )
     label_smoothing_factor: Share = Field(
         0.0, description="Label smoothing factor, for training only."

@@ -108,7 +108,8 @@ def find_adapter(name: str) -> Path:
     if not (directory / ADAPTER_CONFIG).is_file():
         files = sorted(p.name for p in path.iterdir()) if path.is_dir() else ["a file"]
         raise InputError(
-            f"{name} is neither a run nor an adapter (it holds {join_names(files, 6) or 'nothing'})"
+            f"{name} is neither a run nor an adapter "
+            f"(it contains {join_names(files, 6) or 'nothing'})"
             f". Expected a directory with {ADAPTER_CONFIG}."
         )
     check_whole_adapter(directory)

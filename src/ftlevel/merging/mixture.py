@@ -36,10 +36,7 @@ def find_mixing_problem(config: dict[str, Any]) -> str | None:
     if config.get("peft_type") != "LORA":
         return f"only LoRA adapters can be mixed, and it is {config.get('peft_type')}"
     if config.get("use_dora"):
-        return (
-            "it is DoRA, whose magnitudes are no sum of updates, and PEFT would drop them silently"
-            "; merge it alone"
-        )
+        return "DoRA magnitudes cannot be added, and PEFT would drop them silently; merge it alone"
     for key, description in (
         ("modules_to_save", "heads or layers that were trained in full"),
         ("trainable_token_indices", "tokens that were trained in full"),

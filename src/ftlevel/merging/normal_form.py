@@ -32,8 +32,8 @@ from ftlevel.trained.vocabulary import read_vocabulary_size
 from ftlevel.weights.checkpoint import Checkpoint, checkpoint_in_memory, open_checkpoint
 
 NO_WEIGHTS = (
-    "is no change of weights: what it adds is computed beside them, by the library that trained it "
-    "alone. For a server, train by a method that merges, such as --method lora"
+    "does not change weights and needs the library that trained it. For a server, train a method "
+    "that can be merged, such as --method lora"
 )
 
 
@@ -217,7 +217,7 @@ def read_file(directory: Path, config: Mapping[str, Any], base: BaseWeights) -> 
         if weight.shape != tensors[name].shape or not weight.float().equal(
             tensors.pop(name).float()
         ):
-            raise InputError(f"its file holds another {name.replace(_BASE, '.')}. Merge it")
+            raise InputError(f"its file contains another {name.replace(_BASE, '.')}. Merge it")
     return AdapterFile(config, tensors, base.checkpoint.read, base.tied)
 
 
@@ -248,7 +248,7 @@ def build_normal_form(
     unsupported = [name for name in file.tensors if not is_whole(name, file.config)]
     if unsupported:
         raise InputError(
-            f"its file holds {join_names(unsupported, 2)}, which plain LoRA has no place for"
+            f"its file contains {join_names(unsupported, 2)}, which plain LoRA does not support"
         )
     if not factors:
         raise InputError("it changes no linear and no embedding")

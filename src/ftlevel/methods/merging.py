@@ -148,7 +148,7 @@ def _load(adapted: Any, tensors: dict[str, Any], directory: Path) -> None:
         missing, unknown = set(promised) - set(tensors), set(tensors) - set(promised)
         raise InputError(
             f"{directory}: {len(missing):,} weights of the adapter are missing and "
-            f"{len(unknown):,} fit nothing in the base model, such as "
+            f"{len(unknown):,} match no module of the base model, such as "
             f"{min(missing | unknown)}. The adapter does not belong to this base model."
         )
     for name, place in promised.items():

@@ -40,7 +40,7 @@ def check_shapes(model: Any, mismatched: Iterable[Mismatch], words: str) -> list
     if wrong:
         name, stored, expected = wrong[0]
         raise InputError(
-            f"{words}: {len(wrong):,} weights do not have the shape that its config.json asks for, "
+            f"{words}: {len(wrong):,} weights do not have the shape given by its config.json, "
             f"such as {name}: {_by(stored)} in the checkpoint, {_by(expected)} in the model. Check "
             "that config.json belongs to the weights."
         )
@@ -64,9 +64,9 @@ def check_unexpected(model: nn.Module, unread: Iterable[str], words: str) -> Non
         length = _find(lengths, layer[1]) if layer else None
         if layer and length is not None and int(layer[2]) >= length:
             raise InputError(
-                f"{words} has weights of layer {layer[2]} ({name}), and its config.json asks for "
-                f"{length:,} layers, counted from 0. The model would be cut off silently. "
-                "Check that config.json belongs to the weights."
+                f"{words} has weights of layer {layer[2]} ({name}), and its config.json has "
+                f"{length:,} layers, counted from 0. The model would be truncated silently. Check "
+                f"that config.json belongs to the weights."
             )
     modules = dict(model.named_modules())
     for name in names:
@@ -74,8 +74,8 @@ def check_unexpected(model: nn.Module, unread: Iterable[str], words: str) -> Non
         module = _find(modules, owner)
         if module is not None and own_tensors(module)[0].get(part, "none") is None:
             raise InputError(
-                f"{words} has {name}, and its config.json asks for a model without it, which would "
-                "compute something else. Check that config.json belongs to the weights."
+                f"{words} has {name}, and its config.json describes a model without it. Check "
+                f"that config.json belongs to the weights."
             )
 
 

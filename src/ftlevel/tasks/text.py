@@ -148,8 +148,8 @@ class TextTask(BaseTask):
             flags = format_map_flags(chosen_roles(names, rows[0].get(chosen) if rows else None))
             raise InputError(
                 f"columns {chosen!r} and {names['rejected']!r} are for preference training, which "
-                f"--task {self.name} does not do: --task preference does. To learn from the chosen "
-                f"answers alone, as if there were no others: {flags}."
+                f"--task {self.name} does not support. Use --task preference, or train on the "
+                f"chosen answers only: {flags}."
             )
         return super().find_format(columns, config, rows)
 
@@ -309,8 +309,7 @@ def encode_query(
         return encode_chat_prompt(tokenizer, prompt_format.with_system(turns), question.tools)
     if [turn["role"] for turn in turns if turn["role"] != "system"] != ["user"]:
         raise InputError(
-            f"a conversation of {len(turns)} messages, and the model has no chat template to tell "
-            "its turns apart"
+            f"a conversation of {len(turns)} messages, and the model has no chat template"
         )
     text = "\n\n".join(turn["content"] for turn in turns)
     return encode_prompt(tokenizer, prompt_format, text, has_system=turns[0]["role"] == "system")

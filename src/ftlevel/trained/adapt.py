@@ -211,9 +211,9 @@ def _plain_loader(directory: Path) -> Callable[[Any, Path, str], Any] | None:
             return method.plain[peft_type]
     if issubclass(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type], peft.PromptLearningConfig):
         raise InputError(
-            f"{directory} is an adapter of type {peft_type}, which PEFT {peft.__version__} gives "
-            "to every step of an answer anew with transformers 5. Train one with --method prefix "
-            "or prompt."
+            f"{directory} is an adapter of type {peft_type}, which PEFT {peft.__version__} "
+            f"applies at every generation step with transformers 5. Train one with --method "
+            f"prefix or prompt."
         )
     return None
 
@@ -234,7 +234,7 @@ def add_adapter(peft_model: Any, directory: Path, name: str) -> None:
             problem = "a prompt that plain PEFT trained is read alone"
         if problem is not None:
             raise InputError(
-                f"{directory} cannot stand beside the others: {problem}. Ask it by itself."
+                f"{directory} cannot be loaded together with the others: {problem}. Use it alone."
             )
     with _unknown_patterns_ignored():
         try:
@@ -244,7 +244,9 @@ def add_adapter(peft_model: Any, directory: Path, name: str) -> None:
                 peft_model.load_adapter(str(directory), adapter_name=name, is_trainable=True)
         except FROM_READERS as error:
             reason = " ".join(str(error).split())
-            raise InputError(f"{directory} cannot stand beside the others: {reason}") from None
+            raise InputError(
+                f"{directory} cannot be loaded together with the others: {reason}"
+            ) from None
     _fill_adapter(peft_model, weights, directory, name)
     _frozen(peft_model)
 
@@ -259,14 +261,14 @@ def _read_whole(directory: Path) -> dict[str, Any]:
     if peft_type not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
         raise InputError(
             f"{directory} is an adapter of type {peft_type!r}, which PEFT {peft.__version__} does "
-            f"not know.{did_you_mean(peft_type, peft.PEFT_TYPE_TO_CONFIG_MAPPING)} Was it made by "
-            "a newer PEFT?"
+            f"not support.{did_you_mean(peft_type, peft.PEFT_TYPE_TO_CONFIG_MAPPING)} It may need "
+            f"a newer PEFT."
         )
     path = directory / "adapter_model.safetensors"
     if not path.is_file():
         raise InputError(
-            f"{directory} holds no adapter_model.safetensors. Save the adapter again with PEFT's "
-            "save_pretrained."
+            f"{directory} contains no adapter_model.safetensors. Save the adapter again with "
+            f"PEFT's save_pretrained."
         )
     try:
         weights = load_file(str(path))

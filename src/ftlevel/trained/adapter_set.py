@@ -79,8 +79,8 @@ def load_adapter_set(config: GenerateConfig) -> AdapterSet:
     base, refs = _resolve_all(config, device)
     if not refs and base is None:
         raise ConfigError(
-            "nothing is named that could answer. Name a run, an adapter or a model, or give "
-            "--adapter NAME=DIR or --adapters-dir DIR."
+            "no model given. Pass a run, an adapter or a model, or --adapter NAME=DIR or "
+            "--adapters-dir DIR."
         )
     if not refs and base is not None:
         trained = base.load(device)
@@ -146,7 +146,8 @@ def _list_adapters(directory: Path) -> dict[str, Path]:
         raise InputError(f"--adapters-dir {directory} is no directory.")
     if not (adapters := find_adapters(directory)):
         raise InputError(
-            f"--adapters-dir {directory} holds no adapter: no folder in it has {ADAPTER_CONFIG}."
+            f"--adapters-dir {directory} contains no adapter: no directory in it has "
+            f"{ADAPTER_CONFIG}."
         )
     return adapters
 

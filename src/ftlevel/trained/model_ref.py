@@ -203,8 +203,8 @@ class ModelRef:
         config, notes = copy.deepcopy(self.model_config), list(self.notes)
         if self._lost_reference:
             notes.append(
-                "what it was merged from is its reference no more: rewards are not scored, and "
-                "the loss compares with nothing"
+                "the reference model is not available: no rewards are computed, and the loss has "
+                "no reference"
             )
         if (stored := stored_quantization(config)) is not None:
             check_loadable(stored, source.words, device)

@@ -55,8 +55,8 @@ def resolve_reference(
         )
     if ref.load_tokenizer().get_vocab() != tokenizer.get_vocab():
         raise InputError(
-            f"{said}: its tokenizer differs from that of the model that is trained, so it "
-            "cannot be asked about the same tokens. Name a relative of it."
+            f"{said}: its tokenizer differs from that of the model that is trained, so it cannot "
+            f"be used on the same tokens. Choose a model with the same tokenizer."
         )
     return ReferenceModel(name, ref, compute_fingerprint(ref))
 

@@ -177,7 +177,7 @@ def _resolve_peft(
         if outputs not in (0, config.num_labels):
             config = load_config(source, num_labels=outputs)
     card = build_default_card(source, config, definition, device, directory, settings)
-    note = f"{directory} was not made by ftlevel: its base, {source.name}, is taken on trust"
+    note = f"{directory} was not created by ftlevel: its base, {source.name}, cannot be verified"
     return ModelRef(source, directory, card, None, [note], is_ours=False)
 
 
@@ -194,7 +194,9 @@ def _resolve_foreign(
     source = base or _resolve_base(adapter.base, directory)
     settings = {"peft_type": reader.peft_type, "modules_to_save": adapter.heads}
     card = build_default_card(source, load_config(source), definition, device, directory, settings)
-    note = f"{directory} was made by {reader.library}: its base, {source.name}, is taken on trust"
+    note = (
+        f"{directory} was created by {reader.library}: its base, {source.name}, cannot be verified"
+    )
     return ModelRef(source, directory, adapter.complete(card), None, [note], is_ours=False)
 
 
@@ -319,8 +321,8 @@ def read_plain_adapter(directory: Path) -> dict[str, Any]:
         raise InputError(f"{path} is no configuration of an adapter. Expected an object.")
     if not (directory / ADAPTER_WEIGHTS).is_file():
         raise InputError(
-            f"{directory} holds no {ADAPTER_WEIGHTS}. Save the adapter again with PEFT's "
-            "save_pretrained."
+            f"{directory} contains no {ADAPTER_WEIGHTS}. Save the adapter again with PEFT's "
+            f"save_pretrained."
         )
     return settings
 
@@ -371,8 +373,8 @@ def check_whole_adapter(directory: Path) -> None:
     if init in BASE_MODIFYING_INITS:
         raise InputError(
             f"{directory} is a checkpoint of a run that began with init_lora_weights={init!r}, "
-            "inside the base's weights: its adapter is made one of the untouched base at the end. "
-            f"Go on with it: ftlevel train --output-dir {quote(str(run))} --resume"
+            "which changes the base weights until the run ends. Resume it first: ftlevel train "
+            "--output-dir {quote(str(run))} --resume"
         )
 
 

@@ -57,9 +57,8 @@ def check_new_rows(model: Any, former_rows: int | None, directory: Path) -> None
             if not torch.isfinite(values).all():
                 raise InputError(
                     f"{directory} was trained with {rows - former_rows:,} more tokens than its "
-                    f"base has, and holds no rows of the {layer_name} for them. They would be "
-                    "random. Train it again with that layer in modules_to_save, by which PEFT "
-                    "saves it."
+                    f"base has, and has no rows of the {layer_name} for them. They would be "
+                    f"random. Train again with that layer in modules_to_save."
                 )
         for layer in _embeddings(model):
             weight = _plain(layer).weight

@@ -308,7 +308,7 @@ def read_trained(model: Any, directory: Path) -> None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if stored.keys() != trained.keys():
         mismatch = sorted(stored.keys() ^ trained.keys())[0]
-        raise ValueError(f"{directory} holds other tensors than are trained, such as {mismatch}")
+        raise ValueError(f"{directory} contains other tensors than are trained, such as {mismatch}")
     with torch.no_grad():
         for name, tensor in trained.items():
             tensor.copy_(stored[name].read())

@@ -237,7 +237,7 @@ def load_sharded(run: Run, listener: Listener) -> Any:
     local_run = replace(run, model=place_on_host(run.model, slices))
     model = apply_run_method(load_base(local_run, slices), run)
     if slices is not None and (computed := find_computed_tensor(model, slices)):
-        reason = f"{computed} is made of weights that the checkpoint has in another type"
+        reason = f"{computed} is computed from weights of another dtype in the checkpoint"
         del model
         slices = None
         local_run = replace(run, model=place_on_host(run.model, slices))
@@ -251,7 +251,10 @@ def load_sharded(run: Run, listener: Listener) -> Any:
             parts += [(base_name(f"{name}.weight"), scales) for scales in scales_of(linear)]
         started_processes().in_all(lambda: check_finite(parts, run.model.source.words))
         if slices.converted:
-            reason = f"but {slices.converted[0]} and its like: made of several tensors of it"
+            reason = (
+                f"except {slices.converted[0]} and similar tensors, computed from several of "
+                f"its tensors"
+            )
     read = "whole by each process" if slices is None else "its own rows by each process"
     listener.choices("train", [Choice("base read", read, reason)])
     return model

@@ -348,7 +348,7 @@ class WatchProcesses(TrainerCallback):
                 yield rank, message
             elif is_long and step < mine and now - came < 3 * _EVERY:  # with a heartbeat
                 message = (
-                    f"{who} has not begun step {mine} for {PATIENCE:.0f} s, and the others wait "
+                    f"{who} has not started step {mine} for {PATIENCE:.0f} s, and the others wait "
                     f"for it (reading, writing or evaluating)."
                 )
                 yield rank, message

@@ -256,7 +256,7 @@ def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
     was = count_steps(train.model_copy(update=old), rows)
     if was == steps and "num_train_epochs" in old:
         raise ConfigError(
-            f"--num-train-epochs {train.num_train_epochs:g} changes nothing: --max-steps "
+            f"--num-train-epochs {train.num_train_epochs:g} has no effect: --max-steps "
             f"{train.max_steps:,} sets the length of the run. Use a larger --max-steps."
         )
     if steps < trained:
@@ -382,9 +382,9 @@ def find_checkpoint(directory: RunDirectory, listener: Listener) -> Path | None:
         return newest
     if directory.read_summary() is not None:
         raise ConfigError(
-            f"--resume {directory.path}: it is done, and has no valid checkpoint. Train on from "
-            f"its adapter: --adapter {directory.path} with another --output-dir; with "
-            "--save-strategy epoch a run can be made longer."
+            f"--resume {directory.path}: it is finished and has no valid checkpoint. Continue "
+            f"from its adapter: --adapter {directory.path} with another --output-dir. Runs with "
+            f"--save-strategy epoch can be extended."
         )
     listener.warn(
         f"--resume {directory.path}: it has no valid checkpoint, so the run starts from the "

@@ -52,7 +52,7 @@ def fail(path: Path) -> None:
 def test_a_directory_that_no_run_began_in_is_not_touched(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
-    with pytest.raises(ConfigError, match="so nothing in it is deleted"):
+    with pytest.raises(ConfigError, match=r"so it is not deleted\. Choose another directory\."):
         check_output(tmp_path, overwrite=True, resume=False)
     assert tree(tmp_path) == {name: "mine"}
 

@@ -254,7 +254,7 @@ def test_an_update_below_the_rounding_changes_nothing_and_is_refused(
         (lambda t: t.pop(min(t)), "1 weights of the adapter are missing"),
         (
             lambda t: t.update(stray=torch.zeros(2)),
-            "1 fit nothing in the base model, such as stray",
+            "1 match no module of the base model, such as stray",
         ),
     ],
 )

@@ -39,8 +39,8 @@ FORM_REFUSALS = [
      "--dora cannot be used with --quant 8bit: PEFT cannot read 8-bit weights for the magnitude. "
      "Use --quant 4bit, or drop --dora."),
     ({"init_lora_weights": "olora"}, "gpt2", "none",
-     "--init olora cannot be used with gpt2: its linears are Conv1D, whose transposed weight PEFT "
-     "factors as it lies. Use --init pissa."),
+     "--init olora cannot be used with gpt2: its linear layers are Conv1D, and PEFT factorizes "
+     "their weight without transposing it. Use --init pissa."),
 ]  # fmt: skip
 
 

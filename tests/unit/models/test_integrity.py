@@ -112,7 +112,7 @@ def test_the_layers_of_a_bare_encoder(copied: Callable[..., Path]) -> None:
 def test_a_bias_that_config_json_leaves_out(copied: Callable[..., Path], kind: str) -> None:
     name = "model.layers.1.mlp.down_proj.bias"
     directory = copied(lambda weights: weights.update({name: torch.ones(64)}))
-    with pytest.raises(InputError, match=f"has {name}, and its config.json asks for a model with"):
+    with pytest.raises(InputError, match=f"has {name}, and its config.json describes a model with"):
         load(directory, kind)
 
 

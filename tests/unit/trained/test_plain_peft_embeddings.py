@@ -145,7 +145,9 @@ def test_another_vocabulary_stands_alone(written: Path, tmp_path: Path) -> None:
     adapted = load_adapter(base_of(first), first)
     with pytest.raises(InputError, match="trained with 512 tokens, and here are 503"):
         add_adapter(adapted, grown, "grown")
-    with pytest.raises(InputError, match="cannot stand beside the others: a prompt that plain"):
+    with pytest.raises(
+        InputError, match=("cannot be loaded together with the others: a prompt that plain")
+    ):
         add_adapter(adapted, written / "prompt", "prompt")
     names = [str(first), str(grown)]
     with pytest.raises(InputError, match="tied-resized cannot be mixed: it was trained with 512"):

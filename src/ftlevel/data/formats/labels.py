@@ -321,9 +321,9 @@ def choose_problem_type(
     if any(type(value) is list for value in values):
         return "multi_label_classification", f"auto: {column!r} holds lists"
     if values and all(map(_is_json_list, values)):
-        return "multi_label_classification", f"auto: {column!r} holds lists as JSON text"
+        return "multi_label_classification", f"auto: {column!r} contains lists as JSON text"
     if column not in table.label_names and _has_quantities(values):
-        return "regression", f"auto: {column!r} holds numbers with a fraction"
+        return "regression", f"auto: {column!r} contains fractional numbers"
     return "single_label_classification", "auto: one class per row"
 
 

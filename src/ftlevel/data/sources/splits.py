@@ -347,8 +347,8 @@ def _match_training_files(
     if split not in (None, "train"):
         description = "a pattern of files" if source == "pattern" else "one file"
         raise InputError(
-            f"--split {split}: {dataset} is {description}, without splits. Drop --split, or name a "
-            "directory that holds train and validation files."
+            f"--split {split}: {dataset} is {description}, without splits. Drop --split, or "
+            f"choose a directory with train and validation files."
         )
     if source == "file":
         return [dataset]
@@ -358,9 +358,9 @@ def _match_training_files(
     ]
     if others and len(others) < len(files):
         raise InputError(
-            f"{dataset}: matches {join_names(others, 4)}, named like rows that are not for "
-            f"training, beside {len(files) - len(others):,} other files. Name the directory, whose "
-            "files are used by their names, or a pattern that leaves them out."
+            f"{dataset}: matches {join_names(others, 4)}, named like evaluation data, and "
+            f"{len(files) - len(others):,} other files. Use the directory, whose files are "
+            f"assigned to splits by name, or a pattern that excludes them."
         )
     return files
 

@@ -139,7 +139,9 @@ def name_head_weights(head: HubHead, weights: Mapping[str, Any], model: Any) -> 
             name = f"{head.layers.get(layer, '?')}.{end}"
         found = [full for full in own if full == name or full.endswith(f".{name}")]
         if len(found) != 1:
-            raise InputError(f"the head's weight {key} fits nothing in {type(model).__name__}.")
+            raise InputError(
+                f"the head's weight {key} matches no module of {type(model).__name__}."
+            )
         named[found[0]] = tensor
     return named
 
@@ -279,7 +281,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}). Is the copy incomplete?") from None
     if not isinstance(settings, dict):
-        raise InputError(f"{path} holds no object. Save the adapter again with adapters.")
+        raise InputError(f"{path} contains no object. Save the adapter again with adapters.")
     return settings
 
 
@@ -310,9 +312,9 @@ def _name_weights(
     unknown += [f"{path}.{key}" for path, group in groups.items() for key in group]
     if missing or unknown:
         raise InputError(
-            f"{len(missing):,} weights of the adapter are missing and {len(unknown):,} fit nothing "
-            f"in the base model, such as {[*missing, *unknown][0]}. Name the base that it was "
-            "trained on, or save it again with adapters 1.3.0."
+            f"{len(missing):,} weights of the adapter are missing and {len(unknown):,} match no "
+            f"module of the base model, such as {[*missing, *unknown][0]}. Use the base it was "
+            f"trained on, or save it again with adapters 1.3.0."
         )
     return named
 
@@ -325,7 +327,7 @@ def _read_weights(directory: Path, names: tuple[str, str]) -> dict[str, Any]:
 
     path = next((directory / name for name in names if (directory / name).is_file()), None)
     if path is None:
-        raise InputError(f"{directory} holds neither {names[0]} nor {names[1]}. Save it again.")
+        raise InputError(f"{directory} contains neither {names[0]} nor {names[1]}. Save it again.")
     try:
         if path.suffix == ".safetensors":
             weights = load_file(str(path))
@@ -333,8 +335,8 @@ def _read_weights(directory: Path, names: tuple[str, str]) -> dict[str, Any]:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise InputError(
-            f"{path} holds something else than tensors, which could run a program. It is not read. "
-            "Save the adapter again with use_safetensors=True."
+            f"{path} contains objects other than tensors, which could run code, and is not "
+            f"loaded. Save the adapter again with use_safetensors=True."
         ) from None
     except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]

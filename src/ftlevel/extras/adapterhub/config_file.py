@@ -33,7 +33,7 @@ _REQUIRED = ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity"
 _MUST_BE = {
     "ln_before": (False, "a layer norm of its own before the adapter"),
     "ln_after": (False, "a layer norm of its own after the adapter"),
-    "use_gating": (False, "a gate beside the adapter"),
+    "use_gating": (False, "a gate on the adapter"),
     "inv_adapter": (None, "an invertible adapter after the embeddings"),
     "phm_layer": (False, "Compacter's sums of Kronecker products"),
 }

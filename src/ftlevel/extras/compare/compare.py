@@ -168,7 +168,7 @@ def _check(config: TrainConfig, wishes: ComparisonOptions) -> None:
     problems += check_search(wishes.search, wishes.study)
     if config.model.adapter is not None:
         problems.append(
-            "--adapter is of one method, and compare begins each of several anew. Drop it."
+            "--adapter continues one method, and compare trains several from scratch. Drop it."
         )
     if "-" in (config.data.dataset, *config.data.also):
         problems.append("--dataset -: every run reads the rows again. Save them to a file.")

@@ -179,8 +179,8 @@ def _notes(found: Comparison) -> list[str]:
         notes.append("one seed: the variation between seeds is not known (--seeds 3)")
     elif len({run["summary"]["data"]["validation_fingerprint"] for run in runs}) > 1:
         notes.append(
-            "each seed holds out rows of its own, the same for all methods; a --validation-file is "
-            "the same for all seeds"
+            "each seed holds out its own rows, the same for all methods; a --validation-file is "
+            "shared by all seeds"
         )
     if found.searched:
         notes.append(

@@ -44,9 +44,7 @@ _ANSWERS_ONLY = NoOpValue(
     (False,),
     otherwise="Drop --train-on-inputs, or drop it",
 )
-_NO_WORKERS = NoOpValue(
-    "rows are encoded before the run, and batches are made of them as they are needed"
-)
+_NO_WORKERS = NoOpValue("rows are encoded before the run and batched on demand")
 _NO_REWARDS = "use --task preference, reward or rl. Drop it."
 _SAMPLED = f"it {SAMPLED}. Drop it."
 _STAGES = {
@@ -221,8 +219,8 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
             "ftlevel evaluate RUN --dataset TEST scores other rows afterwards. Drop it."),
     *_flags("--num-labels", "the classes are counted in the data. Drop it."),
     *_flags("--source-prefix",
-            "a task has its own instruction, which generate gives too. Drop it; text that is to "
-            "stand before every source belongs into the data."),
+            "each task has its own instruction, also used by generate. Drop it; add text for "
+            "every source to the data."),
     *_flags("--metric-name", "a task is scored by its own metrics, which are all shown; --metrics "
             "names some, and --metric-for-best-model the one that picks the model that is kept."),
     *_flags("--stride",
@@ -396,7 +394,7 @@ PRECISIONS = {
 BF16: ValueAliases = {
     "auto": "auto",
     "false": NoOpValue(
-        "another precision is asked for",
+        "another precision was requested",
         "model.dtype",
         ("float32", "float16"),
         otherwise="Add --dtype float32: auto selects bfloat16 if the device supports it",

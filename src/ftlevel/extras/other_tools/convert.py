@@ -47,7 +47,7 @@ def convert(file: Path) -> list[str]:
     data = config.data
     if tool == LLAMA_FACTORY and "/" not in data.dataset and not Path(data.dataset).suffix:
         lost["dataset"] = (
-            "names of dataset_info.json mean nothing here. Name the files of "
+            "dataset_info.json is not read. Use the files of "
             f"{', '.join([data.dataset, *data.also])}"
         )
     typer.echo(f"# {file.name} of {tool}, converted by ftlevel {__version__}.")

@@ -76,8 +76,8 @@ def check_signs(server: Server, names: Sequence[str], out: Path) -> None:
     for option, text in (*(("the name", name) for name in names), ("--out", str(out))):
         if separators := [sign for sign in forbidden if sign in text]:
             raise ConfigError(
-                f"{option} {text} has a {separators[0]!r}, at which {server.title} takes its "
-                "command line apart. Choose another."
+                f"{option} {text} has a {separators[0]!r}, which {server.title} uses as a "
+                f"separator on its command line. Choose another."
             )
 
 
@@ -341,8 +341,8 @@ def check_for(entry: ServedModel, server: Server | None) -> list[str]:
         )
     if entry.ref.source.kind == "gguf" and "gguf" not in server.formats:
         raise InputError(
-            f"its base is the file {entry.base_name}, and {server.title} serves adapters beside a "
-            "base of transformers' files. Merge it"
+            f"its base is the file {entry.base_name}, and {server.title} serves adapters only on "
+            f"bases in transformers format. Merge it"
         )
     if added := entry.added_tokens:
         raise InputError(

@@ -133,7 +133,7 @@ RULES = (
     ),
     Rule(
         rows("olora"),
-        "its linears are Conv1D, whose transposed weight PEFT factors as it lies",
+        "its linear layers are Conv1D, and PEFT factorizes their weight without transposing it",
         "Use --init pissa.",
         families=CONV1D,
         quants=frozenset({"none"}),
@@ -409,9 +409,8 @@ def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
     start = str(config.get("init_lora_weights"))
     if start.startswith(BASE_MODIFYING_INITS):  # saved by PEFT; ftlevel saves these as plain LoRA
         return (
-            f"init_lora_weights is {start}: its initialization was taken out of the base's "
-            f"weights, and the "
-            "file holds none of it. Write it as plain LoRA first, and merge that: ftlevel export "
+            f"init_lora_weights is {start}: its initialization changed the base weights and is "
+            f"not in the file. Export it as plain LoRA first, and merge that: ftlevel export "
             "ADAPTER --format peft --out DIR."
         )
     for key, reason in _UNMERGEABLE.items():

@@ -35,8 +35,8 @@ _LOST_STARTS = {
     "lora_ga": "gradients of the base",
 }
 _LOFTQ = (
-    "it began by LoftQ, whose base is the 4-bit rounding of the original, and their difference has "
-    "full rank: serve that base, or merge into it"
+    "it was initialized with LoftQ on the 4-bit rounding of the base, and the difference has full "
+    "rank: serve that base, or merge into it"
 )
 _TOKENS = "token_adapter.trainable_tokens_delta"
 

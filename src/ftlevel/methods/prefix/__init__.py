@@ -45,8 +45,8 @@ def why_no_prefix(config: Any) -> str | None:
         return None
     if not asks_for_attention(architecture):
         return (
-            f"{name} computes its attention itself and does not ask transformers' "
-            "AttentionInterface for it, so there is no place for a prefix"
+            f"{name} computes attention without transformers' AttentionInterface, so a prefix "
+            f"cannot be added"
         )
     if not supports_sdpa(architecture):
         return (

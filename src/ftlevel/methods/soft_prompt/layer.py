@@ -407,8 +407,8 @@ class SoftPromptModel(VirtualTokenTuner):
             target = self.model
         if not hasattr(target, "get_input_embeddings"):
             raise ValueError(
-                f"{current_key} takes no tokens, and a soft prompt stands among them. Leave "
-                "target_modules out, or name the stack of layers that has the embedding."
+                f"{current_key} takes no tokens, so a soft prompt cannot be added. Drop "
+                f"target_modules, or choose the stack of layers with the embedding."
             )
         if not hasattr(target, NAME):
             target.add_module(NAME, SoftPromptLayer(target))

@@ -307,9 +307,8 @@ def find_adapter_warnings(adapter: StartingAdapter, run: Run) -> list[str]:
     if not prompt or current is None or prompt == json.loads(json.dumps(current.to_dict())):
         return []
     return [
-        f"--adapter {adapter.name} has learned prompts that are laid out otherwise than those of "
-        "these rows, and so will the new adapter have: it is asked as these rows are. ftlevel "
-        "preview shows them."
+        f"--adapter {adapter.name} was trained with another prompt layout than these rows have. "
+        f"The new adapter will expect the layout of these rows; see ftlevel preview."
     ]
 
 

@@ -224,7 +224,7 @@ def resolve_experts(
     elif quant.kind != "4bit":
         reason = "bitsandbytes supports 8 bits for linear layers only"
     elif stored:
-        reason = "they are what the checkpoint holds"
+        reason = "they are stored like this in the checkpoint"
     elif getattr(method, "target_parameters", None):
         reason = "adapters go on them, which PEFT puts onto floating point"
     elif not next(packable_experts(meta), None):

@@ -178,7 +178,7 @@ def find_rollout_warnings(records: Sequence[Mapping[str, Any]]) -> list[str]:
     if entropy[0] and entropy[1] < COLLAPSED * entropy[0]:
         found.append(
             f"the entropy of a token fell from {entropy[0]:.2f} to {entropy[1]:.2f} nats: the "
-            "completions of a prompt are almost the same, and little more can be learned. Use a "
+            "completions of a prompt are almost the same, so little can still improve. Use a "
             "lower --learning-rate, --beta, or fewer steps."
         )
     return found

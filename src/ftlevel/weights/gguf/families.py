@@ -95,7 +95,9 @@ def find_problems(config: Any) -> list[str]:
     if family.architecture == "phi3" and _head_width(config) * config.num_attention_heads != (
         config.hidden_size
     ):
-        problems.append("its heads do not divide the hidden size, as llama.cpp's phi3 takes it.")
+        problems.append(
+            "the number of heads does not divide the hidden size, which llama.cpp's phi3 requires."
+        )
     return problems
 
 
@@ -271,8 +273,8 @@ def _gemma_problems(config: Any) -> Iterator[str]:
     ]
     if list(config.layer_types) != usual:
         yield (
-            "its layers do not alternate five with a sliding window and one without, as llama.cpp "
-            "takes for granted."
+            "its layers do not alternate five sliding-window layers with one full layer, which "
+            "llama.cpp requires."
         )
     if config.rope_parameters["sliding_attention"]["rope_type"] != "default":
         yield "its layers with a sliding window have stretched rotary positions."

@@ -297,9 +297,7 @@ def _notes(added: Mapping[int, Mapping[str, Any]]) -> list[str]:
     stripping = [t["content"] for t in added.values() if t["lstrip"] or t["rstrip"]]
     if not stripping:
         return []
-    return [
-        f"llama.cpp keeps the spaces beside {join_names(stripping, 3)}; the tokenizer drops them"
-    ]
+    return [f"llama.cpp keeps spaces around {join_names(stripping, 3)}; the tokenizer drops them"]
 
 
 def _space_prefix(described: Mapping[str, Any]) -> tuple[bool, list[str]]:

@@ -395,7 +395,7 @@ def test_languages_that_are_not_told(
 def test_of_preferences_the_chosen_can_be_learned(row: dict[str, object], flags: str) -> None:
     with pytest.raises(InputError) as caught:
         TASKS["text-generation"].find_format(list(row), DataConfig(), [row])
-    assert str(caught.value).endswith(f"as if there were no others: {flags}")
+    assert str(caught.value).endswith(f"or train on the chosen answers only: {flags}")
 
 
 def test_names_of_columns_that_are_whole_rows_are_cut() -> None:

@@ -97,7 +97,11 @@ def test_spacy_pairs_are_rows(tmp_path: Path) -> None:
 
 
 HEADERLESS = [
-    ("great\tpos\nbad film\tneg\nfine\tpos\nok\tpos\n", "x.tsv", "'pos' of line 1 stands in 2"),
+    (
+        "great\tpos\nbad film\tneg\nfine\tpos\nok\tpos\n",
+        "x.tsv",
+        "'pos' of line 1 also occurs in 2",
+    ),
     ("1,great film\n0,bad film\n1,ok\n", "x.csv", "column 1 of line 1, '1', is a number"),
     ("1;great, film\n0;bad film\n1;ok\n", "x.csv", "is a number as in the rows below"),
 ]

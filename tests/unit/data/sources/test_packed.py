@@ -331,7 +331,13 @@ def test_a_pattern_that_cannot_be_used_is_an_error(
         load_splits("parts/*")
     for name in ("train", "more", "validation"):
         Path(f"parts/{name}.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(InputError, match=r"matches parts/validation\.jsonl, named like rows that"):
+    with pytest.raises(
+        InputError,
+        match=(
+            r"matches parts/validation\.jsonl, named like evaluation "
+            r"data, and"
+        ),
+    ):
         load_splits("parts/*.jsonl")
     assert len(load_splits("parts/v*.jsonl").train) == 1
     with pytest.raises(InputError, match=r"parts/v\*\.jsonl is a pattern of files, without splits"):

@@ -159,7 +159,7 @@ def find_no_header(header: list[str], rows: list[list[str]]) -> str:
         if _is_number(cell) and all(map(_is_number, below)):
             return f"column {number + 1} of line 1, {cell!r}, is a number as in the rows below"
         if cell and below.count(cell) > 1:
-            return f"{cell[:40]!r} of line 1 stands in {below.count(cell)} of the rows below too"
+            return f"{cell[:40]!r} of line 1 also occurs in {below.count(cell)} of the rows below"
     return ""
 
 
