@@ -17,7 +17,7 @@ from ftlevel.cli.startup import heavy_imports
 
 if TYPE_CHECKING:
     from ftlevel.commands.plan import RunPlan
-    from ftlevel.training.forecast.fits import Alternative
+    from ftlevel.training.forecast.alternatives import Alternative
 
 
 _BAR = 30  # characters

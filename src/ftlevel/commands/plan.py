@@ -13,17 +13,15 @@ from ftlevel.errors import ConfigError
 from ftlevel.extensions import hooks
 from ftlevel.models.loading import silence_loggers
 from ftlevel.models.sources import resolve_source
-from ftlevel.training.forecast.fits import (
+from ftlevel.training.forecast.alternatives import (
     Alternative,
     AlternativeContext,
-    Device,
-    MemoryRequirement,
-    estimate_requirement,
     find_cheapest,
+    fit_micro_batch,
     list_alternatives,
 )
+from ftlevel.training.forecast.fits import Device, MemoryRequirement, estimate_requirement
 from ftlevel.training.forecast.meta_model import OPTIMIZER, build_synthetic_batch
-from ftlevel.training.forecast.micro_batch import fit_micro_batch
 from ftlevel.training.forecast.seconds import (
     Gpu,
     TimeForecast,

@@ -17,8 +17,8 @@ from ftlevel.errors import ConfigError
 from ftlevel.events import Listener
 from ftlevel.models.in_memory import place_model
 from ftlevel.training.finish import StartTime
+from ftlevel.training.forecast.alternatives import choose_micro_batch
 from ftlevel.training.forecast.fits import MemoryEstimate, estimate_memory
-from ftlevel.training.forecast.micro_batch import choose_micro_batch
 from ftlevel.training.plan.adapter import find_adapter_warnings, resolve_adapter
 from ftlevel.training.plan.resolve import check_packages, infer_task, resolve
 from ftlevel.training.plan.run import Run, size_choices

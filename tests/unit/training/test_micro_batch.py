@@ -20,10 +20,10 @@ from ftlevel.errors import ConfigError
 from ftlevel.fast.plan import FastPlan
 from ftlevel.models.hardware import read_free
 from ftlevel.training.forecast import micro_batch
+from ftlevel.training.forecast.alternatives import choose_micro_batch, fit_micro_batch
 from ftlevel.training.forecast.fits import Device
 from ftlevel.training.forecast.memory import StepMemory
 from ftlevel.training.forecast.meta_model import ACTIVATIONS, WEIGHTS
-from ftlevel.training.forecast.micro_batch import choose_micro_batch, fit_micro_batch
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 from ftlevel.world import World

@@ -1,9 +1,8 @@
-"""Memory estimate of a run compared with its device, and the settings that would fit.
+"""Memory estimate of a run compared with its device.
 
-    most rows = (memory − fixed) / (activations and workspace per row)
-    process   = libraries + max(loading, check, training, proof)
+    process = libraries + max(loading, check, training, proof)
 
-The first formula is for rows of maximum length. The second is the resident memory of a CPU run:
+is the resident memory of a CPU run:
 
 - libraries: Python, its packages, tokenizer and rows, measured in this process, plus
   `LAZY_IMPORT_BYTES`;
@@ -22,12 +21,9 @@ three models are within 10 % (docs/plan.md). Nothing shows that these are the ca
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ftlevel.config import TrainConfig, TrainerConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, FtlevelError
 from ftlevel.methods import METHODS
@@ -40,7 +36,6 @@ from ftlevel.models.hardware import (
     resident_bytes,
 )
 from ftlevel.models.quantization import as_quant_config, quantization_name, stored_quantization
-from ftlevel.models.sources import ModelSource
 from ftlevel.training.forecast.memory import StepMemory, count_computed_layers, estimate_step_memory
 from ftlevel.training.forecast.meta_model import (
     ACTIVATIONS,
@@ -49,15 +44,12 @@ from ftlevel.training.forecast.meta_model import (
     GRADIENTS,
     LOGITS,
     OPTIMIZER,
-    QUANTIZED,
     UPDATE,
     WEIGHTS,
     WORKSPACE,
-    build_synthetic_batch,
 )
 from ftlevel.training.forecast.seconds import Gpu
 from ftlevel.training.forecast.shares import GATHERED, REDUCED, describe_shares
-from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.plan.run import Run
 from ftlevel.training.proof import PROBE_SCORES
 from ftlevel.training.verify.proof import choose_probe_rows
@@ -285,194 +277,6 @@ def _check_quantization(run: Run) -> None:
             "whose memory cannot be estimated. Only floating-point and bitsandbytes models can: "
             "plan for the original model with --quant."
         )
-
-
-_MOST_ROWS = 4096
-_METHODS: tuple[tuple[str, str], ...] = (("lora", "none"), ("qlora", "4bit"), ("full", "none"))
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """A row of the table of alternatives.
-
-    Attributes:
-        flags: command-line flags of this alternative.
-        peak: bytes at the peak with the micro-batch size in `flags`.
-        fits: whether `peak` is within the memory.
-        most_rows: largest micro-batch that fits, in rows; 0 if none does, None on a CPU, where
-            memory does not depend on it.
-        least: bytes needed regardless of the number and length of rows.
-    """
-
-    flags: str
-    peak: int
-    fits: bool
-    most_rows: int | None
-    least: int
-
-
-@dataclass(frozen=True)
-class AlternativeContext:
-    """Run, device and model of the alternatives.
-
-    `known` caches results (mutated); `check` may raise.
-    """
-
-    config: TrainConfig
-    device: Device
-    card: str | None
-    source: ModelSource
-    tokenizer: Any
-    known: dict[Any, Alternative | None] = field(default_factory=dict)
-    check: Callable[[], object] = bool
-
-
-def list_alternatives(limits: AlternativeContext) -> list[Alternative]:
-    """Return alternatives: the run's method and the usual ones, with and without checkpointing."""
-    config = limits.config
-    current = config.method.kind, config.quant.kind
-    others = (setup for setup in _METHODS if setup != _name_setup(current))
-    methods = [current, *others]
-    rows = config.train.per_device_train_batch_size
-    alternatives = [
-        _try(setup, ckpt, rows, None, limits)
-        for setup, ckpt in itertools.product(methods, (False, True))
-    ]
-    length = config.data.max_length
-    if isinstance(length, int):
-        for other in (length // 2, length * 2):
-            alternatives.append(_try(current, config.train.recomputes, rows, other, limits))
-    return [fit for fit in alternatives if fit is not None]
-
-
-def _name_setup(setup: tuple[str, str]) -> tuple[str, str]:
-    """Map LoRA on 4 bits to QLoRA, its name in the table."""
-    return ("qlora", "4bit") if setup == ("lora", "4bit") else setup
-
-
-def find_cheapest(limits: AlternativeContext) -> Alternative | None:
-    """Return the least costly change that makes the run fit; None if none does.
-
-    Changes are tried in this order: fewer rows per micro-batch, checkpointing (a third of the
-    speed), 4-bit weights (precision), shorter rows (data).
-    """
-    config = limits.config
-    train, current = config.train, (config.method.kind, config.quant.kind)
-    rows, ckpt = train.per_device_train_batch_size, train.recomputes
-    four = current if current[1] == "4bit" else _name_setup((current[0], "4bit"))
-    length = config.data.max_length
-    candidates: list[tuple[tuple[str, str], bool, int, int | None]] = []
-    for quant, checkpointing in ((current, ckpt), (current, True), (four, ckpt), (four, True)):
-        candidates += [
-            (quant, checkpointing, micro_batch, None)
-            for micro_batch in (rows, max(1, rows // 2), 1)
-        ]
-    if isinstance(length, int):
-        candidates += [
-            (four, True, 1, length // part) for part in (2, 4, 8) if length // part >= 64
-        ]
-    too_large = set()
-    for setup, checkpointing, micro_batch, max_length in dict.fromkeys(candidates):
-        if setup in too_large:
-            continue
-        fit = _try(setup, checkpointing, micro_batch, max_length, limits)
-        if fit is not None and fit.fits:
-            return fit
-        if fit is not None and fit.least > limits.device.memory:
-            too_large.add(setup)
-    return None
-
-
-def _try(
-    setup: tuple[str, str],
-    checkpointing: bool,
-    rows: int,
-    length: int | None,
-    limits: AlternativeContext,
-) -> Alternative | None:
-    """Return a cached or new alternative; None if it cannot be configured or is rejected."""
-    key = (setup, checkpointing, rows, length)
-    limits.check()
-    if key not in limits.known:
-        limits.known[key] = _compute(setup, checkpointing, rows, length, limits)
-    return limits.known[key]
-
-
-def _compute(
-    setup: tuple[str, str],
-    checkpointing: bool,
-    rows: int,
-    length: int | None,
-    limits: AlternativeContext,
-) -> Alternative | None:
-    accumulated = max(2, limits.config.train.gradient_accumulation_steps)  # gradients exist
-    config = _changed(setup, checkpointing, rows, accumulated, length, limits.config)
-    if config is None:
-        return None
-    synthetic = build_synthetic_batch(
-        config.data, limits.source, limits.card, rows * accumulated, limits.tokenizer
-    )
-    try:
-        forecast = limits.device.forecast(resolve(config, synthetic=synthetic))
-    except FtlevelError:  # method and model do not match, or the row is too long
-        return None
-    memory, max_rows = limits.device.memory, None
-    per_batch = sum(forecast.parts.get(part, 0) for part in (ACTIVATIONS, WORKSPACE))
-    if limits.device.kind != "cpu":  # a CPU computes micro-batches of fixed size in turn
-        free = memory - forecast.peak
-        max_rows = min(max(0, rows + int(free // (per_batch / rows))), _MOST_ROWS)
-    minimum = sum(forecast.parts.get(part, 0) for part in (WEIGHTS, QUANTIZED, ADAPTER, OPTIMIZER))
-    flags = " ".join(_flags(limits.config.train, setup, checkpointing, rows, length))
-    return Alternative(flags, forecast.peak, forecast.peak <= memory, max_rows, minimum)
-
-
-def _changed(
-    setup: tuple[str, str],
-    checkpointing: bool,
-    rows: int,
-    accumulated: int,
-    length: int | None,
-    config: TrainConfig,
-) -> TrainConfig | None:
-    """Return the configuration of an alternative; None if it is invalid."""
-    method, quant = setup
-    changes: dict[str, dict[str, Any]] = {
-        "train": {
-            "gradient_checkpointing": checkpointing,
-            "per_device_train_batch_size": rows,
-            "gradient_accumulation_steps": accumulated,
-        }
-    }
-    if length is not None:
-        changes["data"] = {"max_length": length}
-    values: dict[str, Any] = config.model_dump(exclude_unset=True)
-    if setup != (config.method.kind, config.quant.kind):
-        changes["quant"] = {"kind": quant}
-        if method != config.method.kind:
-            values["method"] = {"kind": method}
-    for section, fields in changes.items():
-        values[section] = {**values.get(section, {}), **fields}
-    try:
-        return TrainConfig.model_validate(values)
-    except (ConfigError, ValueError):
-        return None
-
-
-def _flags(
-    train: TrainerConfig, setup: tuple[str, str], checkpointing: bool, rows: int, length: int | None
-) -> Iterator[str]:
-    method, quant = setup
-    yield f"--method {method}"
-    if quant != "none" and method != "qlora":
-        yield f"--quant {quant}"
-    yield "--gradient-checkpointing" if checkpointing else "--no-gradient-checkpointing"
-    configured = train.per_device_train_batch_size
-    yield f"--per-device-train-batch-size {rows}"
-    if rows < configured:
-        accumulated = train.gradient_accumulation_steps * -(-configured // rows)
-        yield f"--gradient-accumulation-steps {accumulated}"
-    if length is not None:
-        yield f"--max-length {length}"
 
 
 MOST_BLOCKS = 16

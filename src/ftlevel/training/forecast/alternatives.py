@@ -1,0 +1,367 @@
+"""Settings that fit in memory: the size of micro-batches, and alternatives to the run's settings.
+
+    T' = ⌊T · (M − fixed) / moving⌋
+    most rows = (memory − fixed) / (activations and workspace per row)
+
+T tokens need `moving` bytes that grow with T and `fixed` bytes that do not; M is the memory.
+Attention grows faster, so results are estimated again until they fit. Loss and gradient of a step
+change only in summation order. The second formula is for rows of maximum length.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import psutil
+
+from ftlevel.config import SpeedConfig, TrainConfig, TrainerConfig
+from ftlevel.config.section import Choice
+from ftlevel.data.encoding.store import row_lengths
+from ftlevel.errors import ConfigError, FtlevelError
+from ftlevel.fast.plan import FEWEST_TOKENS
+from ftlevel.models.hardware import (
+    free_memory_bytes,
+)
+from ftlevel.models.sources import ModelSource
+from ftlevel.training.forecast.fits import Device
+from ftlevel.training.forecast.memory import StepMemory
+from ftlevel.training.forecast.meta_model import (
+    ACTIVATIONS,
+    ADAPTER,
+    LOGITS,
+    OPTIMIZER,
+    QUANTIZED,
+    WEIGHTS,
+    WORKSPACE,
+    build_synthetic_batch,
+)
+from ftlevel.training.plan.resolve import resolve
+from ftlevel.training.plan.run import Run
+from ftlevel.training.processes import Processes
+
+_GROWS = (ACTIVATIONS, LOGITS, WORKSPACE)
+
+CPU_OVERHEAD_BYTES = 600 * 2**20
+"""Resident bytes of a CPU run that are neither tensors nor there before the model: kernel code,
+heap fragmentation, libraries. The runs in docs/plan.md need 350 to 500 MiB."""
+
+_SLACK = 0.98
+"""Factor on the linear estimate, so that the next estimate is below the memory."""
+
+_ATTEMPTS = 6
+
+
+def choose_micro_batch(run: Run, processes: Processes, resumed_tokens: int | None) -> Run:
+    """Return the run with the largest micro-batch that fits, as the first process computes it.
+
+    `resumed_tokens` is the micro-batch size in tokens of a resumed run, which is kept.
+
+    Raises:
+        ConfigError: the run has no micro-batches to size, or a single row does not fit.
+    """
+    if resumed_tokens is not None:
+        choice = Choice("micro-batch", f"{resumed_tokens:,} tokens", "as the run was begun")
+        return _with_tokens(run, resumed_tokens, 0, choice)
+
+    def choose() -> tuple[int, int, Choice]:
+        fitted = fit_micro_batch(run, find_memory(run.config.speed, run.model.device, processes))
+        fast = fitted.fast
+        return fast.tokens, fast.memory, fast.choices[-1]
+
+    return _with_tokens(run, *processes.from_first(choose))
+
+
+def find_memory(speed: SpeedConfig, device: str, processes: Processes) -> int:
+    """Return the bytes a process may allocate for tensors in addition to its current ones."""
+    limit = speed.memory_gib
+    free = free_memory_bytes(device)
+    if device != "cpu":
+        return free if limit is None else min(free, int(limit * 2**30))
+    if limit is not None:
+        free = min(free, int(limit * 2**30) - psutil.Process().memory_info().rss)
+    else:
+        free //= processes.world.local_size
+    return free - CPU_OVERHEAD_BYTES
+
+
+def fit_micro_batch(run: Run, memory: int) -> Run:
+    """Return the run with the largest micro-batch, in tokens, that fits in `memory` bytes.
+
+    On a GPU, automatic checkpointing recomputes blocks if micro-batches would be too small
+    otherwise.
+
+    Raises:
+        ConfigError: the model is sharded, the step is plain, or a micro-batch of one row does not
+            fit.
+    """
+    if run.config.train.shard != "none":
+        raise ConfigError(
+            "--auto-micro-batch does not support --shard. Drop one of them, or set "
+            "--tokens-per-micro-batch N."
+        )
+    if not run.fast.enabled:
+        raise ConfigError(
+            "--auto-micro-batch needs the fast step. Drop it, or the flag that disables the fast "
+            "step (--no-fast, --neftune-noise-alpha)."
+        )
+    best, default_tokens = _find(run, memory), run.fast.tokens
+    is_small = best.tokens < min(FEWEST_TOKENS, default_tokens)
+    train, device = run.config.train, run.model.device
+    if is_small and not train.recomputes and train.may_recompute(device):
+        again = _find(run.with_settings("train", gradient_checkpointing=True), memory)
+        best = again if again.tokens > best.tokens else best
+    if not best.tokens:
+        raise ConfigError(_explain_too_large(run, best.peak, memory))
+    peak, available = (f"{size / 2**30:.2f} GiB" for size in (best.peak, memory))
+    reason = f"--auto-micro-batch: {peak} at the peak of a step, of {available}"
+    choice = Choice("micro-batch", f"{best.tokens:,} tokens", reason)
+    return _with_tokens(run, best.tokens, memory, choice)
+
+
+class _Found(NamedTuple):
+    """Most tokens that fit (0: none), and the peak bytes of the last estimate."""
+
+    tokens: int
+    peak: int
+
+
+def _find(run: Run, memory: int) -> _Found:
+    tokens, max_row_tokens = _max_tokens_to_try(run), int(row_lengths(run.data.train).max())
+    device = Device(run.model.device, run.model.device, memory)
+    for _ in range(_ATTEMPTS):
+        forecast = device.forecast(_with_tokens(run, tokens, memory))
+        peak = forecast.peak
+        if peak <= memory:
+            return _Found(tokens, peak)
+        if forecast.tokens <= max_row_tokens:  # a row alone
+            break
+        tokens = _reduce_tokens(
+            forecast, min(tokens, forecast.tokens * run.fast.workers), peak, memory
+        )
+        if tokens < 1:
+            break
+    return _Found(0, peak)
+
+
+def _reduce_tokens(forecast: StepMemory, tokens: int, peak: int, memory: int) -> int:
+    """Apply the formula; return 0 if the fixed bytes alone exceed the memory."""
+    growing = sum(forecast.parts.get(part, 0) for part in _GROWS)
+    free = memory - (peak - growing)
+    return min(tokens - 1, int(_SLACK * tokens * free / growing)) if free > 0 and growing else 0
+
+
+def _max_tokens_to_try(run: Run) -> int:
+    """Return the largest size to try: the default on a CPU, a whole step elsewhere."""
+    if run.model.device == "cpu":
+        return run.fast.tokens
+    return max(run.fast.tokens, run.config.train.rows_per_device_step * run.data.max_length)
+
+
+def _explain_too_large(run: Run, peak: int, memory: int) -> str:
+    options = [] if run.config.train.recomputes else ["--gradient-checkpointing"]
+    options += ["a smaller --max-length", "--set speed.parallel_workers=1"][: run.fast.workers]
+    options += [] if run.config.quant.kind != "none" else ["--quant 4bit"]
+    return (
+        f"--auto-micro-batch: micro-batches of one row need {peak / 2**30:.2f} GiB, and "
+        f"{max(0, memory) / 2**30:.2f} GiB of the device {run.model.device} are left for tensors. "
+        f"Try {', '.join(options)}; ftlevel plan says what fits."
+    )
+
+
+def _with_tokens(run: Run, tokens: int, memory: int, choice: Choice | None = None) -> Run:
+    """Return the run with `tokens` per micro-batch, also set in its configuration."""
+    sized = run.with_settings("speed", tokens_per_micro_batch=tokens, memory_gib=None)
+    choices = [] if choice is None else [choice]
+    fast = replace(run.fast, tokens=tokens, memory=memory, choices=[*run.fast.choices, *choices])
+    return replace(sized, fast=fast, choices=[*run.choices, *choices])
+
+
+_MOST_ROWS = 4096
+_METHODS: tuple[tuple[str, str], ...] = (("lora", "none"), ("qlora", "4bit"), ("full", "none"))
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A row of the table of alternatives.
+
+    Attributes:
+        flags: command-line flags of this alternative.
+        peak: bytes at the peak with the micro-batch size in `flags`.
+        fits: whether `peak` is within the memory.
+        most_rows: largest micro-batch that fits, in rows; 0 if none does, None on a CPU, where
+            memory does not depend on it.
+        least: bytes needed regardless of the number and length of rows.
+    """
+
+    flags: str
+    peak: int
+    fits: bool
+    most_rows: int | None
+    least: int
+
+
+@dataclass(frozen=True)
+class AlternativeContext:
+    """Run, device and model of the alternatives.
+
+    `known` caches results (mutated); `check` may raise.
+    """
+
+    config: TrainConfig
+    device: Device
+    card: str | None
+    source: ModelSource
+    tokenizer: Any
+    known: dict[Any, Alternative | None] = field(default_factory=dict)
+    check: Callable[[], object] = bool
+
+
+def list_alternatives(limits: AlternativeContext) -> list[Alternative]:
+    """Return alternatives: the run's method and the usual ones, with and without checkpointing."""
+    config = limits.config
+    current = config.method.kind, config.quant.kind
+    others = (setup for setup in _METHODS if setup != _name_setup(current))
+    methods = [current, *others]
+    rows = config.train.per_device_train_batch_size
+    alternatives = [
+        _try(setup, ckpt, rows, None, limits)
+        for setup, ckpt in itertools.product(methods, (False, True))
+    ]
+    length = config.data.max_length
+    if isinstance(length, int):
+        for other in (length // 2, length * 2):
+            alternatives.append(_try(current, config.train.recomputes, rows, other, limits))
+    return [fit for fit in alternatives if fit is not None]
+
+
+def _name_setup(setup: tuple[str, str]) -> tuple[str, str]:
+    """Map LoRA on 4 bits to QLoRA, its name in the table."""
+    return ("qlora", "4bit") if setup == ("lora", "4bit") else setup
+
+
+def find_cheapest(limits: AlternativeContext) -> Alternative | None:
+    """Return the least costly change that makes the run fit; None if none does.
+
+    Changes are tried in this order: fewer rows per micro-batch, checkpointing (a third of the
+    speed), 4-bit weights (precision), shorter rows (data).
+    """
+    config = limits.config
+    train, current = config.train, (config.method.kind, config.quant.kind)
+    rows, ckpt = train.per_device_train_batch_size, train.recomputes
+    four = current if current[1] == "4bit" else _name_setup((current[0], "4bit"))
+    length = config.data.max_length
+    candidates: list[tuple[tuple[str, str], bool, int, int | None]] = []
+    for quant, checkpointing in ((current, ckpt), (current, True), (four, ckpt), (four, True)):
+        candidates += [
+            (quant, checkpointing, micro_batch, None)
+            for micro_batch in (rows, max(1, rows // 2), 1)
+        ]
+    if isinstance(length, int):
+        candidates += [
+            (four, True, 1, length // part) for part in (2, 4, 8) if length // part >= 64
+        ]
+    too_large = set()
+    for setup, checkpointing, micro_batch, max_length in dict.fromkeys(candidates):
+        if setup in too_large:
+            continue
+        fit = _try(setup, checkpointing, micro_batch, max_length, limits)
+        if fit is not None and fit.fits:
+            return fit
+        if fit is not None and fit.least > limits.device.memory:
+            too_large.add(setup)
+    return None
+
+
+def _try(
+    setup: tuple[str, str],
+    checkpointing: bool,
+    rows: int,
+    length: int | None,
+    limits: AlternativeContext,
+) -> Alternative | None:
+    """Return a cached or new alternative; None if it cannot be configured or is rejected."""
+    key = (setup, checkpointing, rows, length)
+    limits.check()
+    if key not in limits.known:
+        limits.known[key] = _compute(setup, checkpointing, rows, length, limits)
+    return limits.known[key]
+
+
+def _compute(
+    setup: tuple[str, str],
+    checkpointing: bool,
+    rows: int,
+    length: int | None,
+    limits: AlternativeContext,
+) -> Alternative | None:
+    accumulated = max(2, limits.config.train.gradient_accumulation_steps)  # gradients exist
+    config = _changed(setup, checkpointing, rows, accumulated, length, limits.config)
+    if config is None:
+        return None
+    synthetic = build_synthetic_batch(
+        config.data, limits.source, limits.card, rows * accumulated, limits.tokenizer
+    )
+    try:
+        forecast = limits.device.forecast(resolve(config, synthetic=synthetic))
+    except FtlevelError:  # method and model do not match, or the row is too long
+        return None
+    memory, max_rows = limits.device.memory, None
+    per_batch = sum(forecast.parts.get(part, 0) for part in (ACTIVATIONS, WORKSPACE))
+    if limits.device.kind != "cpu":  # a CPU computes micro-batches of fixed size in turn
+        free = memory - forecast.peak
+        max_rows = min(max(0, rows + int(free // (per_batch / rows))), _MOST_ROWS)
+    minimum = sum(forecast.parts.get(part, 0) for part in (WEIGHTS, QUANTIZED, ADAPTER, OPTIMIZER))
+    flags = " ".join(_flags(limits.config.train, setup, checkpointing, rows, length))
+    return Alternative(flags, forecast.peak, forecast.peak <= memory, max_rows, minimum)
+
+
+def _changed(
+    setup: tuple[str, str],
+    checkpointing: bool,
+    rows: int,
+    accumulated: int,
+    length: int | None,
+    config: TrainConfig,
+) -> TrainConfig | None:
+    """Return the configuration of an alternative; None if it is invalid."""
+    method, quant = setup
+    changes: dict[str, dict[str, Any]] = {
+        "train": {
+            "gradient_checkpointing": checkpointing,
+            "per_device_train_batch_size": rows,
+            "gradient_accumulation_steps": accumulated,
+        }
+    }
+    if length is not None:
+        changes["data"] = {"max_length": length}
+    values: dict[str, Any] = config.model_dump(exclude_unset=True)
+    if setup != (config.method.kind, config.quant.kind):
+        changes["quant"] = {"kind": quant}
+        if method != config.method.kind:
+            values["method"] = {"kind": method}
+    for section, fields in changes.items():
+        values[section] = {**values.get(section, {}), **fields}
+    try:
+        return TrainConfig.model_validate(values)
+    except (ConfigError, ValueError):
+        return None
+
+
+def _flags(
+    train: TrainerConfig, setup: tuple[str, str], checkpointing: bool, rows: int, length: int | None
+) -> Iterator[str]:
+    method, quant = setup
+    yield f"--method {method}"
+    if quant != "none" and method != "qlora":
+        yield f"--quant {quant}"
+    yield "--gradient-checkpointing" if checkpointing else "--no-gradient-checkpointing"
+    configured = train.per_device_train_batch_size
+    yield f"--per-device-train-batch-size {rows}"
+    if rows < configured:
+        accumulated = train.gradient_accumulation_steps * -(-configured // rows)
+        yield f"--gradient-accumulation-steps {accumulated}"
+    if length is not None:
+        yield f"--max-length {length}"
