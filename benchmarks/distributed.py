@@ -120,7 +120,7 @@ def settings(folder: Path, kind: str, method: str, out: Path) -> dict[str, Any]:
 def work(folder: Path, cases: Sequence[str], out: Path, shard: str) -> None:
     """Train each of `cases` (`kind/method`) as one of the processes that were started."""
     from ftlevel import TrainConfig, train
-    from ftlevel.models.upstream.shards import own_part
+    from ftlevel.models.upstream.shards import local_shard
     from ftlevel.training.processes import started_processes
 
     processes = started_processes()
@@ -130,7 +130,7 @@ def work(folder: Path, cases: Sequence[str], out: Path, shard: str) -> None:
         if processes.count > 1:
             values["train"] |= {"gradient_accumulation_steps": 1, "shard": shard}
         model = train(TrainConfig.model_validate(values), listener=_Silence()).model
-        held = sum(own_part(p).numel() for p in model.parameters())
+        held = sum(local_shard(p).numel() for p in model.parameters())
         share = held / sum(p.numel() for p in model.parameters())
         if processes.is_first:
             (out / case / "share.json").write_text(json.dumps(share))

@@ -20,11 +20,10 @@ from cli_page import cli_page, command_pages
 from coming_from_page import coming_from_page
 from ftlevel.commands.list_methods import QUANTS, task_refusal
 from ftlevel.config import SPECS
-from ftlevel.methods import FACTS, METHODS, RULES, find_refusal, known_rows
+from ftlevel.methods import FACTS, METHODS, RULES, find_refusal
 from ftlevel.methods.facts import Cell, MethodFacts
 from ftlevel.methods.rates import LONG, NARROW, SHORT, WIDE
-from ftlevel.models.families import FAMILIES
-from ftlevel.models.families.facts import Family
+from ftlevel.models.families import FAMILIES, Family
 from ftlevel.tasks import TASKS
 from guide_pages import guide_pages
 from serving_page import serving_page
@@ -76,7 +75,7 @@ begin as the identity, and where the Hub is asked, for all.
 
 def methods_page() -> str:
     """Return docs/methods.md."""
-    rows = known_rows(SPECS)
+    rows = list(FACTS.values())
     lines = [
         "# Methods",
         "",
@@ -200,7 +199,7 @@ def _task_table() -> list[str]:
 
 
 def _rule_lines() -> list[str]:
-    known = {row.name for row in known_rows(SPECS)}
+    known = set(FACTS)
     return [
         f"| {', '.join(name for name in FACTS if name in rule.rows)} | {rule.where} | {rule.why} "
         f"| {rule.instead} |"

@@ -26,9 +26,9 @@ from ftlevel.methods.facts import Cell
 from ftlevel.models.families import FAMILIES
 from ftlevel.models.hardware import DTYPES, autocast
 from ftlevel.models.loading import build_task_model, load_model
+from ftlevel.models.module_tree import find_heads
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.sources import ModelSource
-from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS
 from ftlevel.trained.adapt import apply_method, copy_start, finish_method, save_adapter
 from ftlevel.training.model import ShuffledBatches, digest_tensors
@@ -201,7 +201,7 @@ def run_cell(cell: TinyCell) -> float:
     model = apply_method(whole, spec, base)
     batch = tiny_models.build_batch(cell.family, cell.head)
     method = METHODS[spec.kind]
-    if method.start is not None:
+    if spec.kind in ("lora", "qlora"):
         rows = [
             Encoded(ids.tolist(), ids.tolist() if cell.head == "causal" else 0, 0)
             for ids in batch["input_ids"].repeat(4, 1)
@@ -211,7 +211,7 @@ def run_cell(cell: TinyCell) -> float:
             lambda: lambda name: float_weight(cell, name),
             "cpu", cell.dtype,
         )  # fmt: skip
-        method.start.begin(model, spec, inputs)
+        method.initialization.initialize(model, spec, inputs)
     start = copy_start(model, spec)
     _train(model, batch, spec, cell.dtype)
     with tempfile.TemporaryDirectory(prefix="ftlevel-matrix-") as folder:
@@ -225,7 +225,7 @@ def run_cell(cell: TinyCell) -> float:
         _, _, effect = check_saved(
             model, directory, Origin(digests, lambda: fresh(cell)),
             Probe(_probe(batch), objective, "cpu", cell.dtype),
-            rewritten=method.rewrites_base(spec),
+            rewritten=method.initialization.rewrites_base(spec),
         )  # fmt: skip
     return effect
 
@@ -248,15 +248,15 @@ def _train(model: Any, batch: dict[str, torch.Tensor], spec: Any, dtype: str) ->
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainable.values(), lr=5e-3)
     method = METHODS[spec.kind]
-    callbacks = method.callbacks(spec, Path(), True) if method.callbacks else []
-    penalty = method.penalty
+    callbacks = method.callbacks(spec, Path(), True)
     moved: set[str] = set()
     model.train()
     for step in range(STEPS):
         with autocast("cpu", dtype):
             loss = model(**batch).loss
+        penalty = method.penalty(model)
         if penalty is not None:
-            loss = loss + penalty(model)
+            loss = loss + penalty
         loss.backward()
         assert torch.isfinite(loss), f"loss {loss.item()} at step {step}"
         missing = [name for name, p in trainable.items() if p.grad is None]

@@ -20,7 +20,7 @@ from peft import LoraConfig
 
 from ftlevel.fast.layers.fused_lora import register_fused_layers
 from ftlevel.methods.base import VIRTUAL_TOKENS
-from ftlevel.methods.bottleneck.layer import CANNOT_MERGE
+from ftlevel.methods.bottleneck import CANNOT_MERGE
 from peft_suites.models import TOKENS, Tokens, build_hub
 from peft_suites.rows import IMPOSSIBLE, compile_rows, config_rows, custom_rows, task_rows
 

@@ -122,10 +122,8 @@ METHOD = Addition(
 )
 """The method that docs/add-a-method.md shows."""
 
-_FIRST_FAMILY = "_LLAMA_LIKE = (\n    _LLAMA,"
-FAMILY = Addition(
-    {}, [("models/families/decoder.py", _FIRST_FAMILY, '    _llama_like("stablelm"),')]
-)
+_A_FAMILY = '  "granite": {"like": "llama", "heads": {"text-generation": ["lm_head"]}},'
+FAMILY = Addition({}, [("models/families.json", _A_FAMILY, '  "stablelm": {"like": "llama"},')])
 
 ADDITIONS: dict[str, tuple[str, int, Addition]] = {
     "a kind of target, with its tests": ("~22", 3, TARGET),

@@ -117,7 +117,7 @@ def test_no_flag_runs_into_its_help(
 def test_every_field_has_a_consumer() -> None:
     """A field that no code below the configuration reads would be a flag that does nothing.
 
-    `methods.updates.config_builder` passes all fields of a spec to the config of PEFT, which has
+    `methods.updates.LinearUpdate` passes all fields of a spec to the config of PEFT, which has
     them.
     """
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING

@@ -20,7 +20,7 @@ from ftlevel import TrainConfig, train
 from ftlevel.commands.quantize import quantize
 from ftlevel.config import QuantConfig, QuantizeConfig
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.models.upstream.shards import own_part, part_of
+from ftlevel.models.upstream.shards import local_shard, part_of
 from ftlevel.models.upstream.shards import whole as full_tensor
 from ftlevel.trained.resolve import resolve_model
 from tiny_models import save_tiny
@@ -197,7 +197,7 @@ def load_own_part(directory: str) -> tuple[Any, dict[str, int]]:
     model, _ = load_model(*given, **settings, slices=slices)
     shard(model, "cpu", holds=False, dtype=torch.float32, slices=slices)
     peak = resident("VmHWM") - before
-    sizes = [(p.nbytes, own_part(p).nbytes) for p in model.parameters()]
+    sizes = [(p.nbytes, local_shard(p).nbytes) for p in model.parameters()]
     whole, own = zip(*sizes, strict=True)
     return model, {"whole": sum(whole), "own": sum(own), "largest": max(whole), "peak": peak}
 
@@ -223,7 +223,7 @@ def hold(folder: Path, out: Path) -> None:
     model, facts = load_own_part(str(folder))
     stored = load_file(folder / "model.safetensors")
     same = all(
-        own_part(p).equal(part_of(stored[n], p).float()) for n, p in model.named_parameters()
+        local_shard(p).equal(part_of(stored[n], p).float()) for n, p in model.named_parameters()
     )
     (out / f"{processes.world.rank}.json").write_text(json.dumps({**facts, "same": same}))
 
@@ -503,7 +503,7 @@ def write_slowly(folder: Path) -> None:
         writer.begin()
         writer.then((folder / "written").touch)
         for tensor in tensors.values():
-            own_part(tensor).zero_()
+            local_shard(tensor).zero_()
         torch.distributed.all_reduce(torch.zeros(9))  # as the next step does
         begun = [path for path in (waited, folder / "written") if path.exists()]
         writer.end()
@@ -528,7 +528,7 @@ def read(folder: Path) -> None:
     found["tied"] = found["a"]
     read_parts(found, folder / "parts")
     for name, tensor in expected.items():
-        if not own_part(found[name]).equal(own_part(tensor)):
+        if not local_shard(found[name]).equal(local_shard(tensor)):
             raise ConfigError(name)
 
 

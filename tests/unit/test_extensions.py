@@ -128,3 +128,33 @@ def test_the_command_line_works_beside_a_broken_package(install: Install, tmp_pa
     assert "--gpus-per-node" in done.stdout
     assert done.stderr.startswith("ftlevel: warning: toyseven 1.0 cannot be used (ZeroDivision")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_method_that_cannot_be_imported_is_refused_by_name(
+    install: Install, tmp_path: Path
+) -> None:
+    (tmp_path / "toyspec.py").write_text(
+        "from typing import Literal\n"
+        "from ftlevel.config.methods.base import MethodSpec\n"
+        "class Spec(MethodSpec):\n"
+        "    kind: Literal['toyeight'] = 'toyeight'\n"
+    )
+    install(
+        "toyeight",
+        "EXTENSION = Extension(methods={'toyeight': ('toyspec:Spec', 'toygone:METHOD')})\n",
+    )
+    script = (
+        "from ftlevel.config import SPECS\n"
+        "from ftlevel.methods import FACTS, METHODS\n"
+        "assert 'toyeight' in SPECS and 'toyeight' not in METHODS and 'lora' in FACTS\n"
+        "METHODS['toyeight']\n"
+    )
+    paths = {"PYTHONPATH": f"{tmp_path}:{ROOT / 'src'}", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=paths, capture_output=True, text=True, check=False
+    )
+    warning, *_, error = done.stderr.splitlines()
+    assert warning.startswith("ftlevel: warning: toyeight 1.0 cannot be used (ModuleNotFoundError")
+    assert error.startswith(
+        "ftlevel.errors.ConfigError: --method toyeight: the method of toyeight 1.0 cannot be "
+    )

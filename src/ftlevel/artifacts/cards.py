@@ -210,7 +210,7 @@ def generate_command(run: str, task: str) -> str:
     return f"ftlevel generate {shlex.quote(run)} {asked}"
 
 
-def loss_words(summary: Mapping[str, Any]) -> str:
+def describe_losses(summary: Mapping[str, Any]) -> str:
     """Return the first and last training losses of a run, with their standard deviations."""
     first, last, window = (summary[f"loss_{key}"] for key in ("first", "last", "window"))
     if window == 1:
@@ -222,7 +222,7 @@ def loss_words(summary: Mapping[str, Any]) -> str:
     )
 
 
-def memory_words(summary: Mapping[str, Any]) -> str:
+def describe_memory(summary: Mapping[str, Any]) -> str:
     """Return the estimated and the measured memory; empty without an estimate."""
     plan = summary.get("plan", {})
     if not plan.get("peak_bytes"):
@@ -295,14 +295,14 @@ def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
         shown = ", ".join(f"`{name}`" for name in names[:_SHOWN_LABELS])
         lines += [f"{len(names):,} labels: {shown}{more}.", ""]
     if summary["loss_window"]:
-        lines += [f"Training loss {loss_words(summary)}.", ""]
+        lines += [f"Training loss {describe_losses(summary)}.", ""]
     if memory := summary.get("speed", {}).get("chosen_for_bytes"):
         tokens = summary["speed"]["tokens_per_micro_batch"]
         lines += [f"Micro-batches of up to {tokens:,} tokens, for {memory / 2**30:.2f} GiB.", ""]
     if left_out := summary.get("left_out"):
         lines += [f"Skipped steps (loss not finite, or a spike): {len(left_out):,}."]
         lines += [""]
-    if memory := memory_words(summary):
+    if memory := describe_memory(summary):
         lines += [f"Memory: {memory}.", ""]
     lines += ["## Use", "", "```sh", generate_command(summary["run"], summary["task"]), "```", ""]
     if names and summary["method"] != "full" and summary["model"].get("kind") != "builtin":

@@ -62,15 +62,15 @@ def find_damage(checkpoint: Path) -> str | None:
     files = _read_manifest(checkpoint)
     if files is None:
         return "its manifest cannot be read"
-    there = {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()}
-    unknown = sorted(there - set(files) - {MANIFEST})
+    files_on_disk = {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()}
+    unknown = sorted(files_on_disk - set(files) - {MANIFEST})
     if unknown:
         return f"{unknown[0]} is not in its manifest"
     for name, (size, digest) in files.items():
-        if name not in there:
+        if name not in files_on_disk:
             return f"{name} is missing"
-        if (found := (checkpoint / name).stat().st_size) != size:
-            return f"{name} has {found:,} bytes, not {size:,}"
+        if (size_on_disk := (checkpoint / name).stat().st_size) != size:
+            return f"{name} has {size_on_disk:,} bytes, not {size:,}"
         if file_fingerprint(checkpoint / name) != digest:
             return f"{name} has changed since it was written"
         if name.endswith(".safetensors") and (tensor := find_not_finite(checkpoint / name)):
@@ -111,8 +111,8 @@ def rotate(directory: Path, keep: int) -> None:
 
 def numbered(directory: Path) -> list[Path]:
     """Return the checkpoint-N directories of `directory`, sorted by step."""
-    found = [(p, _NAME.fullmatch(p.name)) for p in directory.glob("checkpoint-*") if p.is_dir()]
-    return [p for p, match in sorted(((p, m) for p, m in found if m), key=lambda i: int(i[1][1]))]
+    matches = [(p, _NAME.fullmatch(p.name)) for p in directory.glob("checkpoint-*") if p.is_dir()]
+    return [p for p, match in sorted(((p, m) for p, m in matches if m), key=lambda i: int(i[1][1]))]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -141,25 +141,25 @@ def best_of(directory: Path, step: int) -> Path:
 
 def write_best(directory: Path, step: int, write: Callable[[Path], None]) -> None:
     """Write the best model of `step` atomically by calling `write`, and delete those not needed."""
-    partial, whole = directory / ".best.partial", best_of(directory, step)
-    if whole.exists() and not (whole / MANIFEST).is_file():  # not written by ftlevel
-        whole.rename(whole.with_name(f"{whole.name}-kept"))
-    for left in (partial, whole):
+    partial, target = directory / ".best.partial", best_of(directory, step)
+    if target.exists() and not (target / MANIFEST).is_file():  # not written by ftlevel
+        target.rename(target.with_name(f"{target.name}-kept"))
+    for left in (partial, target):
         if left.exists():
             shutil.rmtree(left)
     partial.mkdir()
     write(partial)
     certify(partial)
-    partial.rename(whole)
+    partial.rename(target)
     rotate_best(directory)
 
 
 def rotate_best(directory: Path) -> None:
     """Delete best models that are neither the newest nor the latest up to some checkpoint."""
-    found = _numbered_best(directory)
+    best_models = _numbered_best(directory)
     steps = [step_of(checkpoint) for checkpoint in numbered(directory)]
-    needed = {_newest(found, step) for step in steps} | set(found[-1:])
-    for path in found:
+    needed = {_newest(best_models, step) for step in steps} | set(best_models[-1:])
+    for path in best_models:
         if path not in needed:
             shutil.rmtree(path)
 
@@ -177,12 +177,12 @@ def forget_unreachable(directory: Path) -> None:
         delete_best_after(directory, 0)
 
 
-def _newest(found: list[Path], step: int) -> Path | None:
-    return next((path for path in reversed(found) if step_of(path) <= step), None)
+def _newest(best_models: list[Path], step: int) -> Path | None:
+    return next((path for path in reversed(best_models) if step_of(path) <= step), None)
 
 
 def _numbered_best(directory: Path) -> list[Path]:
     """Return the certified best-N directories of `directory`, sorted by step."""
-    named = [p for p in directory.glob("best-*") if _BEST_NAME.fullmatch(p.name)]
-    found = [p for p in named if (p / MANIFEST).is_file()]
-    return sorted(found, key=step_of)
+    candidates = [p for p in directory.glob("best-*") if _BEST_NAME.fullmatch(p.name)]
+    certified = [p for p in candidates if (p / MANIFEST).is_file()]
+    return sorted(certified, key=step_of)

@@ -26,10 +26,10 @@ _in_place: list[Path] = []
 
 def describe_interrupt() -> str:
     """Return the message for an interrupted command: which outputs are complete, if any."""
-    whole = [path for path in _in_place if path.exists()]
-    if not whole:
+    complete = [path for path in _in_place if path.exists()]
+    if not complete:
         return "interrupted; nothing was saved."
-    return f"interrupted; {join_names(map(str, whole))} was written before that, and is whole."
+    return f"interrupted; {join_names(map(str, complete))} was written before that, and is whole."
 
 
 def flush(path: Path) -> None:
@@ -73,7 +73,7 @@ def read_plain(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def check_regular(paths: Iterable[Path], words: str) -> None:
+def check_regular(paths: Iterable[Path], label: str) -> None:
     """Raise InputError for pipes, sockets and devices, on which reading may block forever."""
     for path in sorted(paths):
         try:
@@ -82,7 +82,7 @@ def check_regular(paths: Iterable[Path], words: str) -> None:
             continue
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise InputError(
-                f"{words}: {path.name} is a pipe, a socket or a device. Expected a plain file."
+                f"{label}: {path.name} is a pipe, a socket or a device. Expected a plain file."
             )
 
 
@@ -95,6 +95,10 @@ def check_absent(flag: str, path: Path) -> None:
             )
     elif path.exists() or path.is_symlink():
         raise ConfigError(f"{flag} {path} already exists and is not overwritten. Choose another.")
+    _check_writable(flag, path)
+
+
+def _check_writable(flag: str, path: Path) -> None:
     existing = next(p for p in path.absolute().parents if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"{flag} {path}: {existing} cannot be written. Choose another.")
@@ -135,9 +139,7 @@ def check_file_free(flag: str, path: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"{flag} {path} is a directory. Name a file in it.")
     if (path.exists() or path.is_symlink()) and not overwrite:
         raise ConfigError(f"{flag} {path} exists. Choose another, or pass --overwrite.")
-    existing = next(p for p in path.absolute().parents if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"{flag} {path}: {existing} cannot be written. Choose another.")
+    _check_writable(flag, path)
 
 
 @contextlib.contextmanager
@@ -204,9 +206,9 @@ def _sample_safetensors(path: Path, digest: Any) -> None:
         size, header = _read_header(file, path)
         for name in sorted(key for key in header if key != "__metadata__"):
             entry = header[name]
-            begin, end = entry["data_offsets"]
+            start, end = entry["data_offsets"]
             digest.update(f"{name} {entry['dtype']} {entry['shape']}\n".encode())
-            for offset in {begin, (begin + end) // 2, max(begin, end - _SAMPLE)}:
+            for offset in {start, (start + end) // 2, max(start, end - _SAMPLE)}:
                 file.seek(8 + size + offset)
                 digest.update(file.read(min(_SAMPLE, end - offset)))
 
@@ -220,8 +222,8 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[int, dict[str, Any]]:
         header = json.loads(file.read(size))
         for name, entry in header.items():
             if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                if not 0 <= begin <= end <= path.stat().st_size:
+                start, end = entry["data_offsets"]
+                if not 0 <= start <= end <= path.stat().st_size:
                     raise ValueError(f"it has no {name[:80]!r}")
                 entry["dtype"], entry["shape"]
     except (

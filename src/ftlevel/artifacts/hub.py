@@ -96,9 +96,9 @@ def push(folder: Path, name: str, *, private: bool, files: Sequence[str] = ()) -
     api = HfApi()
     include = "".join(f" --include {file}" for file in files)
     try:
-        made = api.create_repo(name, private=private, exist_ok=True)
+        repository = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=made.repo_id,
+            repo_id=repository.repo_id,
             folder_path=folder,
             commit_message="Upload by ftlevel",
             allow_patterns=list(files) or None,
@@ -108,7 +108,7 @@ def push(folder: Path, name: str, *, private: bool, files: Sequence[str] = ()) -
             f"--push-to-hub {name}: the upload failed ({_first_line(error)}). The result is "
             f"complete on this disk. Upload it with: hf upload {name} {folder}{include}"
         ) from None
-    return str(made)
+    return str(repository)
 
 
 def _first_line(error: Exception) -> str:

@@ -114,21 +114,21 @@ def set_aside(directory: Path) -> list[str]:
     stays aside.
     """
     aside = directory / _ASIDE
-    before, now = _read_marker(aside), _read_marker(directory)
-    kept = move_foreign_files(directory)
-    is_begun = before is not None and before["run"] != (now or {}).get("run")
+    before, marker = _read_marker(aside), _read_marker(directory)
+    moved = move_foreign_files(directory)
+    is_begun = before is not None and before["run"] != (marker or {}).get("run")
     if aside.is_dir() and (before is None or (is_begun and _has_result(directory))):
         shutil.rmtree(aside)
         is_begun = False
     if is_begun:  # a new run that was killed
-        _delete_own(directory)
+        _delete_run(directory)
     else:
         aside.mkdir(exist_ok=True)
-        write_json(aside / MARKER, now)
-        for path in _own(directory):
+        write_json(aside / MARKER, marker)
+        for path in _entries_of_run(directory):
             path.rename(aside / path.name)
     stays = {p.name for p in directory.iterdir()} - {MARKER, _ASIDE, _KEPT}
-    return [f"{directory / name} stays" for name in sorted(stays)] + kept
+    return [f"{directory / name} stays" for name in sorted(stays)] + moved
 
 
 @contextlib.contextmanager
@@ -159,9 +159,9 @@ def _put_back(directory: Path) -> None:
     marker = _read_marker(aside)
     if marker is None:
         return
-    _delete_own(directory)
+    _delete_run(directory)
     write_json(directory / MARKER, marker)  # first, so that a kill leaves one run
-    for path in _own(aside):
+    for path in _entries_of_run(aside):
         path.rename(directory / path.name)
     (aside / MARKER).unlink()
     aside.rmdir()
@@ -175,7 +175,7 @@ def move_foreign_files(directory: Path, under: str = "") -> list[str]:
     """
     marker = _read_marker(directory) or {}
 
-    def is_own(name: str) -> bool:
+    def belongs_to_run(name: str) -> bool:
         if "files" in marker:
             return name in marker["files"]
         if name.startswith(f"{ADAPTER}/"):
@@ -186,9 +186,11 @@ def move_foreign_files(directory: Path, under: str = "") -> list[str]:
         one, _, file = among.partition("/")
         return file in checkpoints.listed(directory / CHECKPOINTS / one)
 
-    there = [name for name in _files(directory) if name.startswith(under) and not is_own(name)]
+    foreign = [
+        name for name in _files(directory) if name.startswith(under) and not belongs_to_run(name)
+    ]
     lines = []
-    for name in sorted(there):
+    for name in sorted(foreign):
         if len(Path(name).parts) > 1:
             to = _free(directory / _KEPT / name)
             to.parent.mkdir(parents=True, exist_ok=True)
@@ -199,23 +201,23 @@ def move_foreign_files(directory: Path, under: str = "") -> list[str]:
 
 def _files(directory: Path) -> set[str]:
     """Return the relative POSIX paths of all files and links below the run's own names."""
-    places = [directory / name for name in OWN]
+    roots = [directory / name for name in OWN]
     return {
         path.relative_to(directory).as_posix()
-        for place in places
-        for path in (place, *(() if place.is_symlink() else place.rglob("*")))
+        for root in roots
+        for path in (root, *(() if root.is_symlink() else root.rglob("*")))
         if path.is_file() or path.is_symlink()
     }
 
 
-def _own(directory: Path) -> list[Path]:
+def _entries_of_run(directory: Path) -> list[Path]:
     """Return the run's own entries in `directory`, complete or partial, without the marker."""
     names = {*OWN, *(f".{name}.partial" for name in OWN)}
     return [path for path in directory.iterdir() if path.name in names]
 
 
-def _delete_own(directory: Path) -> None:
-    for path in _own(directory):
+def _delete_run(directory: Path) -> None:
+    for path in _entries_of_run(directory):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -233,8 +235,8 @@ def _free(path: Path) -> Path:
 
 def _has_result(directory: Path) -> bool:
     """Whether the run in `directory` has an intact checkpoint or a summary."""
-    whole, _ = checkpoints.find_newest_intact(directory / CHECKPOINTS)
-    return whole is not None or (directory / SUMMARY).is_file()
+    intact, _ = checkpoints.find_newest_intact(directory / CHECKPOINTS)
+    return intact is not None or (directory / SUMMARY).is_file()
 
 
 def _read_marker(directory: Path) -> dict[str, Any] | None:

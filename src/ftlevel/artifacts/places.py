@@ -33,7 +33,7 @@ _FIELDS = {
 }
 """Dotted field that may contain a local path → the flag that sets it."""
 
-DATA_PLACES = ("data.dataset", "data.also", "data.validation_file")
+DATA_PATHS = ("data.dataset", "data.also", "data.validation_file")
 """Fields with the paths of the data."""
 
 
@@ -42,19 +42,21 @@ def make_paths_absolute(values: Mapping[str, Any]) -> dict[str, Any]:
     return _with_places(values, lambda _, place: str(Path(place).expanduser().absolute()))
 
 
-def write_places(directory: RunDirectory, values: Mapping[str, Any]) -> None:
+def write_relative_paths(directory: RunDirectory, values: Mapping[str, Any]) -> None:
     """Write places.json: absolute path in config.yaml → path relative to the run."""
-    found: dict[str, str] = {}
+    relative_paths: dict[str, str] = {}
 
-    def note(_: str, place: str) -> str:
-        found[place] = relative_place(Path(place), directory.path)
-        return place
+    def note(_: str, path: str) -> str:
+        relative_paths[path] = relative_path(Path(path), directory.path)
+        return path
 
     _with_places(make_paths_absolute(values), note)
-    write_json(directory.path / PLACES, {place: path for place, path in found.items() if path})
+    write_json(
+        directory.path / PLACES, {place: path for place, path in relative_paths.items() if path}
+    )
 
 
-def relative_place(path: Path, directory: Path) -> str:
+def relative_path(path: Path, directory: Path) -> str:
     """Return `path` relative to `directory`; empty if there is none, as between drives."""
     path = path.expanduser().absolute()
     try:
@@ -71,21 +73,21 @@ def resolve_relative(relative: str, directory: Path) -> Path:
 def read_run(directory: Path) -> Layer:
     """Read config.yaml of a run, with the current paths of its files.
 
-    Missing files keep their recorded path; see `check_places`. Raises ConfigError if unreadable.
+    Missing files keep their recorded path; see `check_paths`. Raises ConfigError if unreadable.
     """
     layer = read_recipe(directory / CONFIG)
     relative, weights = _read_json(directory / PLACES), _weights_of(directory)
 
     def now(field: str, place: str) -> str:
-        there = [path for path in _candidates(place, relative, directory) if _is_there(path)]
-        if field == "model.name_or_path" and weights is not None and len(there) > 1:
-            there = [path for path in there if base_fingerprint(path) == weights] or there
-        return str(there[0]) if there else place
+        existing = [path for path in _candidates(place, relative, directory) if _is_there(path)]
+        if field == "model.name_or_path" and weights is not None and len(existing) > 1:
+            existing = [path for path in existing if base_fingerprint(path) == weights] or existing
+        return str(existing[0]) if existing else place
 
     return Layer(_with_places(layer.values, now), layer.origins)
 
 
-def check_places(directory: Path, values: Mapping[str, Any], fields: Sequence[str] = ()) -> None:
+def check_paths(directory: Path, values: Mapping[str, Any], fields: Sequence[str] = ()) -> None:
     """Raise ConfigError, with a line per file, if files in `values` are missing.
 
     Only the given dotted `fields` are checked; all if empty.
@@ -113,9 +115,9 @@ def check_places(directory: Path, values: Mapping[str, Any], fields: Sequence[st
         raise ConfigError(list(dict.fromkeys(problems)))
 
 
-def _candidates(place: str, relative: Mapping[str, str], directory: Path) -> list[Path]:
-    moved = [resolve_relative(relative[place], directory)] if place in relative else []
-    return list(dict.fromkeys([*moved, Path(place)]))
+def _candidates(path: str, relative: Mapping[str, str], directory: Path) -> list[Path]:
+    moved = [resolve_relative(relative[path], directory)] if path in relative else []
+    return list(dict.fromkeys([*moved, Path(path)]))
 
 
 def _with_places(
@@ -130,9 +132,9 @@ def _with_places(
         return change(field, value) if every or _is_path(field, value) else value
 
     for field, section, name in _parts():
-        own = changed.get(section)
-        if isinstance(own, dict) and own.get(name):
-            own[name] = new(field, own[name])
+        fields = changed.get(section)
+        if isinstance(fields, dict) and fields.get(name):
+            fields[name] = new(field, fields[name])
     return changed
 
 
@@ -163,12 +165,12 @@ def _is_there(path: Path) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     """Return the object in the file; empty if the file does not exist."""
     try:
-        found = json.loads(read_plain(path))
+        content = json.loads(read_plain(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read ({error}). Is the copy incomplete?") from None
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _weights_of(directory: Path) -> str | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from ftlevel.artifacts.run_directory import read_objects
 
 BANDS = 5
 """Number of length bands in `RolloutFacts.lengths`."""
@@ -38,17 +39,8 @@ class RolloutFacts:
 
 
 def read_rollouts(path: Path) -> list[dict[str, Any]]:
-    """Return the complete lines of a rollouts.jsonl; empty if there is none."""
-    found = []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict) and isinstance(value.get("step"), int):
-            found.append(value)
-    return found
+    """Returns the complete lines of a rollouts.jsonl; empty if there is none."""
+    return [record for record in read_objects(path) if isinstance(record.get("step"), int)]
 
 
 def summarize_rollouts(path: Path) -> RolloutFacts | None:
@@ -62,8 +54,8 @@ def summarize_rollouts(path: Path) -> RolloutFacts | None:
         _completions(lines, step, name)
         for step, name in zip(ends, ("first step", "last step"), strict=False)
     ]
-    shown = [completion for own in of_steps for completion in _ends(own)]
-    return RolloutFacts(shown, _by_length(of_steps[-1])) if shown else None
+    completions = [completion for own in of_steps for completion in _ends(own)]
+    return RolloutFacts(completions, _by_length(of_steps[-1])) if completions else None
 
 
 def _completions(lines: Sequence[Mapping[str, Any]], step: int, name: str) -> list[ShownCompletion]:
@@ -73,15 +65,15 @@ def _completions(lines: Sequence[Mapping[str, Any]], step: int, name: str) -> li
             name,
             step,
             _text_of(line["prompt"]),
-            own["text"],
-            own["reward"],
-            own["tokens"],
-            own["ended"],
+            completion["text"],
+            completion["reward"],
+            completion["tokens"],
+            completion["ended"],
         )
         for line in lines
         if line["step"] == step
-        for own in line["completions"]
-        if own["reward"] is not None
+        for completion in line["completions"]
+        if completion["reward"] is not None
     ]
 
 
@@ -91,15 +83,10 @@ def _ends(completions: Sequence[ShownCompletion]) -> list[ShownCompletion]:
         return []
     ordered = sorted(completions, key=lambda completion: completion.reward)
     ends = (("best", ordered[-1]), ("worst", ordered[0]))
-    return [
-        ShownCompletion(f"{name}, {c.which}", c.step, c.prompt, c.text, c.reward, c.tokens, c.ended)
-        for name, c in ends
-    ]
+    return [replace(shown, which=f"{name}, {shown.which}") for name, shown in ends]
 
 
-def _by_length(
-    completions: Sequence[ShownCompletion],
-) -> list[tuple[int, int, int, float]]:
+def _by_length(completions: Sequence[ShownCompletion]) -> list[tuple[int, int, int, float]]:
     ordered = sorted(completions, key=lambda completion: completion.tokens)
     if len({completion.tokens for completion in ordered}) < BANDS:
         return []

@@ -40,14 +40,14 @@ class _TextFile(RowFile):
 
     def open(self, keep: int) -> None:  # noqa: ARG002 - `read_back` sets `_ends`
         """Open the file for appending after the first `keep` rows."""
-        there = self.existing
-        if there is None or not self._ends:
+        existing = self.existing
+        if existing is None or not self._ends:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            mode = "x" if there is None else "w"
+            mode = "x" if existing is None else "w"
             self._file = self.partial.open(mode, encoding="utf-8", newline="")
             self._begin()
             return
-        if there == self.path:
+        if existing == self.path:
             self.path.replace(self.partial)
         os.truncate(self.partial, self._ends)
         self._file = self.partial.open("a", encoding="utf-8", newline="")
@@ -75,10 +75,10 @@ class JsonLinesFile(_TextFile):
 
     def read_back(self) -> Iterator[Any]:
         """Yield the objects of complete lines, without the answer columns."""
-        there = self.existing
-        if there is None:
+        existing = self.existing
+        if existing is None:
             return
-        with there.open("rb") as file:
+        with existing.open("rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
                     return
@@ -88,7 +88,7 @@ class JsonLinesFile(_TextFile):
                     return
                 missing = [name for name in self.columns.answers if name not in row]
                 if missing:
-                    raise InputError(describe_columns(there, missing))
+                    raise InputError(describe_columns(existing, missing))
                 self._ends += len(line)
                 yield {k: v for k, v in row.items() if k not in self.columns.answers}
 
@@ -115,24 +115,24 @@ class CommaSeparatedFile(_TextFile):
 
     def read_back(self) -> Iterator[Any]:
         """Yield the cells of complete rows, without the answer columns."""
-        there = self.existing
-        if there is None:
+        existing = self.existing
+        if existing is None:
             return
         width, limit = len(self.columns.names), csv.field_size_limit(_LONGEST)
-        with there.open("rb") as file:
-            taken = _Counted(file)
-            cells = csv.reader(taken, delimiter=self.separator, strict=True)
+        with existing.open("rb") as file:
+            lines = _Counted(file)
+            cells = csv.reader(lines, delimiter=self.separator, strict=True)
             try:
                 header = next(cells, None)
-                if header is None or not taken.is_whole:
+                if header is None or not lines.is_whole:
                     return
                 if header != self._header:
-                    raise InputError(describe_columns(there, header, self._header))
-                self._ends = taken.bytes
+                    raise InputError(describe_columns(existing, header, self._header))
+                self._ends = lines.bytes
                 for row in cells:
-                    if not taken.is_whole or len(row) != len(header):
+                    if not lines.is_whole or len(row) != len(header):
                         return
-                    self._ends = taken.bytes
+                    self._ends = lines.bytes
                     yield row[:width]
             except (csv.Error, UnicodeDecodeError):
                 return  # truncated inside quotes or a character
@@ -197,19 +197,19 @@ class ParquetFile(RowFile):
 
     def _with_answers(self, schema: Any, rows: Sequence[Row]) -> Any:
         for name, kind in self.columns.answers.items():
-            known = [row[name] for row in rows if row.get(name) is not None]
-            width = len(known[0]) if kind == "embedding" and known else -1
+            values = [row[name] for row in rows if row.get(name) is not None]
+            width = len(values[0]) if kind == "embedding" and values else -1
             schema = schema.append(_arrow_field(name, kind, width))
         return schema
 
     def read_back(self) -> Iterator[Any]:
         """Yield the values of complete batches, without the answer columns."""
-        there = self.existing
+        existing = self.existing
         names = self.columns.names
-        for batch in _batches(there) if there is not None else ():
-            if there is not None and batch.schema.names != [*names, *self.columns.answers]:
+        for batch in _batches(existing) if existing is not None else ():
+            if existing is not None and batch.schema.names != [*names, *self.columns.answers]:
                 raise InputError(
-                    describe_columns(there, batch.schema.names, [*names, *self.columns.answers])
+                    describe_columns(existing, batch.schema.names, [*names, *self.columns.answers])
                 )
             self._schema = batch.schema
             for row in batch.select(names).to_pylist(maps_as_pydicts="lossy"):
@@ -221,14 +221,14 @@ class ParquetFile(RowFile):
 
     def open(self, keep: int) -> None:
         """Start a new stream that contains the first `keep` rows."""
-        there = self.existing
+        existing = self.existing
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = self.path.with_name(f".{self.partial.name}.new")
         self._sink = new.open("wb")
-        for batch in _batches(there) if there is not None and keep else ():
-            taken = batch.slice(0, keep)
-            keep -= taken.num_rows
-            self._append(taken)
+        for batch in _batches(existing) if existing is not None and keep else ():
+            part = batch.slice(0, keep)
+            keep -= part.num_rows
+            self._append(part)
         new.replace(self.partial)
 
     def write(self, rows: Sequence[Row]) -> None:
@@ -252,11 +252,11 @@ class ParquetFile(RowFile):
         import pyarrow as pa
 
         names = self.columns.names
-        own = pa.Table.from_pylist([{n: r.get(n) for n in names} for r in rows]).schema
-        for at, column in enumerate(own):
+        schema = pa.Table.from_pylist([{n: r.get(n) for n in names} for r in rows]).schema
+        for at, column in enumerate(schema):
             if pa.types.is_null(column.type):
-                own = own.set(at, pa.field(column.name, pa.string()))
-        return own
+                schema = schema.set(at, pa.field(column.name, pa.string()))
+        return schema
 
     def _append(self, batch: Any) -> None:
         import pyarrow as pa
@@ -281,8 +281,8 @@ class ParquetFile(RowFile):
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
         self.close()
-        made = self.path.with_name(f".{self.path.name}.made")
-        with pq.ParquetWriter(made, self._schema) as writer:
+        complete = self.path.with_name(f".{self.path.name}.made")
+        with pq.ParquetWriter(complete, self._schema) as writer:
             waiting: list[Any] = []
             for batch in _batches(self.partial):
                 waiting.append(batch)
@@ -291,9 +291,9 @@ class ParquetFile(RowFile):
                     waiting = []
             if waiting:
                 writer.write_table(pa.Table.from_batches(waiting))
-        with made.open("rb") as file:
+        with complete.open("rb") as file:
             os.fsync(file.fileno())
-        made.replace(self.path)
+        complete.replace(self.path)
         self.partial.unlink()
 
 
@@ -361,12 +361,12 @@ class NumpyFile(RowFile):
         """Yield None for each complete row."""
         import numpy as np
 
-        if (there := self.existing) is None or not there.stat().st_size:
+        if (existing := self.existing) is None or not existing.stat().st_size:
             return
-        with there.open("rb") as file:
+        with existing.open("rb") as file:
             np.lib.format.read_magic(file)
             shape = np.lib.format.read_array_header_1_0(file)[0]
-            self._width, size = shape[1], there.stat().st_size - file.tell()
+            self._width, size = shape[1], existing.stat().st_size - file.tell()
         for _ in range(size // (4 * self._width)):
             yield None
 
@@ -376,12 +376,12 @@ class NumpyFile(RowFile):
 
     def open(self, keep: int) -> None:
         """Open the file for appending after the first `keep` rows."""
-        there = self.existing
+        existing = self.existing
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if there is None or not keep:
+        if existing is None or not keep:
             self._file = self.partial.open("wb")
             return
-        if there == self.path:
+        if existing == self.path:
             self.path.replace(self.partial)
         self._file, self._rows = self.partial.open("r+b"), keep
         self._write_header(0)
@@ -445,13 +445,13 @@ ROW_FILES: dict[str, type[RowFile]] = {
 
 def row_file_type(flag: str, path: Path) -> type[RowFile]:
     """Return the format of `path`; raise ConfigError if its suffix is unknown."""
-    found = ROW_FILES.get(path.suffix.lower())
-    if found is None:
+    file_type = ROW_FILES.get(path.suffix.lower())
+    if file_type is None:
         raise ConfigError(
             f"{flag} {path}: cannot write {path.suffix or 'a file without extension'!r}. "
             f"Formats: {join_names(ROW_FILES)}. Name the file by one of them."
         )
-    return found
+    return file_type
 
 
 def check_row_file(flag: str, path: Path, *, resume: bool, overwrite: bool) -> None:

@@ -136,7 +136,7 @@ class RowFile(ABC):
     @property
     def existing(self) -> Path | None:
         """The partial file of an interrupted process, or the complete file, if any."""
-        return next((place for place in (self.partial, self.path) if place.is_file()), None)
+        return next((path for path in (self.partial, self.path) if path.is_file()), None)
 
     @abstractmethod
     def read_back(self) -> Iterator[Any]:
@@ -178,12 +178,12 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
 
 
-def describe_columns(path: Path, found: Sequence[str], expected: Sequence[str] = ()) -> str:
-    """Return the message for a file with other columns; without `expected`, `found` are missing."""
+def describe_columns(path: Path, columns: Sequence[str], expected: Sequence[str] = ()) -> str:
+    """Returns the message for other columns; without `expected`, `columns` are missing."""
     if not expected:
-        return f"--resume: {path} has rows without {join_names(found)}. Choose another --output."
+        return f"--resume: {path} has rows without {join_names(columns)}. Choose another --output."
     return (
-        f"--resume: {path} has the columns {join_names(found)}, and there would be "
+        f"--resume: {path} has the columns {join_names(columns)}, and there would be "
         f"{join_names(expected)}. Use the flags of the interrupted command, or choose another "
         f"--output."
     )

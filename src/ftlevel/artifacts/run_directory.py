@@ -76,9 +76,9 @@ def _holder(descriptor: int) -> str:
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
     with contextlib.suppress(OSError):
         for line in Path("/proc/locks").read_text().splitlines():
-            words = line.split()
-            if words[1] == "FLOCK" and words[5] == f"{device}:{status.st_ino}":
-                return f" (process {words[4]})"
+            fields = line.split()
+            if fields[1] == "FLOCK" and fields[5] == f"{device}:{status.st_ino}":
+                return f" (process {fields[4]})"
     return ""
 
 
@@ -136,8 +136,8 @@ class RunDirectory:
             summary = json.loads(read_plain(self.path / SUMMARY))
         except (OSError, ValueError, RecursionError):
             return None
-        is_whole = isinstance(summary, dict) and any(self.adapter.glob("*.safetensors"))
-        return summary if is_whole else None
+        has_weights = isinstance(summary, dict) and any(self.adapter.glob("*.safetensors"))
+        return summary if has_weights else None
 
     def write_card(self, text: str) -> None:
         """Write README.md."""
@@ -151,7 +151,7 @@ class RunDirectory:
 
     def read_changes(self) -> list[dict[str, Any]]:
         """Return settings that the user changed during the run."""
-        return _read_objects(self.checkpoints / _CHANGES)
+        return read_objects(self.checkpoints / _CHANGES)
 
     def note(self, note: Mapping[str, Any]) -> None:
         """Append an event with its `step`, such as out-of-memory or a skipped step."""
@@ -162,12 +162,12 @@ class RunDirectory:
         """Remove events after `step`, which will be repeated."""
         path = self.checkpoints / _NOTES
         if path.is_file():
-            kept = [json.dumps(note) + "\n" for note in self.read_notes() if note["step"] <= step]
-            write_text(path, "".join(kept))
+            lines = [json.dumps(note) + "\n" for note in self.read_notes() if note["step"] <= step]
+            write_text(path, "".join(lines))
 
     def read_notes(self) -> list[dict[str, Any]]:
         """Return the events of the run, without incomplete lines."""
-        notes = _read_objects(self.checkpoints / _NOTES)
+        notes = read_objects(self.checkpoints / _NOTES)
         return [note for note in notes if isinstance(note.get("step"), int)]
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -210,16 +210,16 @@ class RunDirectory:
         return lines, records
 
 
-def _read_objects(path: Path) -> list[dict[str, Any]]:
+def read_objects(path: Path) -> list[dict[str, Any]]:
     """Return the JSON objects of a file's lines; skip invalid lines."""
-    found = []
+    objects = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(line)
             if isinstance(value, dict):
-                found.append(value)
-    return found
+                objects.append(value)
+    return objects
 
 
 def check_output(directory: Path | None, *, overwrite: bool, resume: bool) -> None:
@@ -271,14 +271,14 @@ def open_run(
     `resume` restarts a run that was killed before its first result. Raises ConfigError if it cannot
     be created or another run has started in it.
     """
-    kept: list[str] = []
+    moved: list[str] = []
     try:
         path = directory or _next_free(Path("runs"), name)
         path.mkdir(parents=True, exist_ok=True)
         with lock_directory(path):
             if overwrite and not ownership.is_free(path):
                 ownership.check_replaceable(path)
-                kept = ownership.set_aside(path)
+                moved = ownership.set_aside(path)
             elif ownership.is_run(path) and not resume:
                 raise FileExistsError
             ownership.mark(path)
@@ -300,7 +300,7 @@ def open_run(
             f"--output-dir {directory or 'runs'} cannot be created ({error.strerror}). Choose "
             "another directory."
         ) from None
-    return run, kept
+    return run, moved
 
 
 def _next_free(parent: Path, name: str) -> Path:
@@ -324,11 +324,11 @@ def describe_recipe(path: Path) -> dict[str, Any]:
     status` must not be used: it runs programs named in its settings (core.fsmonitor, filters).
     """
     path = path.resolve()
-    kept = _git(path, "rev-parse", "--verify", "--end-of-options", f"HEAD:./{path.name}")
-    commit = _git(path, "rev-parse", "HEAD") if kept else None
-    own = _git(path, "hash-object", "--no-filters", "--", path.name) if commit else None
+    committed_hash = _git(path, "rev-parse", "--verify", "--end-of-options", f"HEAD:./{path.name}")
+    commit = _git(path, "rev-parse", "HEAD") if committed_hash else None
+    current_hash = _git(path, "hash-object", "--no-filters", "--", path.name) if commit else None
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    changed = None if commit is None else own != kept
+    changed = None if commit is None else current_hash != committed_hash
     return {"path": str(path), "sha256": digest, "commit": commit, "changed": changed}
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ftlevel.errors import InputError, did_you_mean, join_names
+from ftlevel.errors import InputError, join_names
 
 POOLING_MODES = {
     "mean": "mean_tokens",
@@ -167,16 +167,6 @@ def _read_length(directory: Path) -> int | None:
     return None
 
 
-def check_pooling(name: str) -> str:
-    """Return a pooling mode; raise `InputError` for an unknown one."""
-    if name not in POOLING_MODES:
-        raise InputError(
-            f"--pooling {name}: no such pooling.{did_you_mean(name, POOLING_MODES)} It is one of "
-            f"{join_names(POOLING_MODES)}."
-        )
-    return name
-
-
 def write_embedding_format(directory: Path, form: EmbeddingFormat, hidden_size: int) -> list[str]:
     """Write the files that make a model or an adapter a SentenceTransformer; return their names.
 
@@ -196,10 +186,10 @@ def write_embedding_format(directory: Path, form: EmbeddingFormat, hidden_size: 
     }
     if form.dims is not None:
         settings["truncate_dim"] = form.dims
-    words = (*POOLING_MODES.values(), *_OTHER_POOLING)
+    modes = (*POOLING_MODES.values(), *_OTHER_POOLING)
     pooling = {
         "word_embedding_dimension": hidden_size,
-        **{f"pooling_mode_{word}": word == POOLING_MODES[form.pooling] for word in words},
+        **{f"pooling_mode_{word}": word == POOLING_MODES[form.pooling] for word in modes},
         "include_prompt": form.include_prompt,
     }
     (directory / _POOLING_DIRECTORY).mkdir(exist_ok=True)
@@ -249,17 +239,6 @@ def write_cross_encoder_format(directory: Path, form: CrossEncoderFormat) -> lis
     return list(files)
 
 
-def read_cross_encoder_format(directory: Path) -> CrossEncoderFormat | None:
-    """Return the activation and length of a CrossEncoder; None if the directory is not one."""
-    settings = _read_json(directory / SETTINGS)
-    inner = _read_json(directory / "config.json").get("sentence_transformers") or {}
-    if settings.get("model_type") != "CrossEncoder" and "activation_fn" not in inner:
-        return None
-    activation = settings.get("activation_fn") or inner.get("activation_fn")
-    default = "torch.nn.modules.activation.Sigmoid"  # of sentence-transformers for one label
-    return CrossEncoderFormat(activation or default, _read_length(directory))
-
-
 def find_task(directory: Path) -> str | None:
     """Return the task of a directory of sentence-transformers; None for another one."""
     if not (directory / MODULES).is_file():
@@ -280,12 +259,12 @@ def _read_json(path: Path, kind: type = dict) -> Any:
     if not path.is_file():
         return kind()
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}). Copy the model again.") from None
-    if not isinstance(found, kind):
+    if not isinstance(content, kind):
         raise InputError(f"{path}: not valid, it is no {kind.__name__}. Copy the model again.")
-    return found
+    return content
 
 
 def _write_json(path: Path, content: Any) -> None:

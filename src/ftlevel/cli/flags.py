@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from ftlevel.artifacts.files import describe_interrupt
-from ftlevel.artifacts.places import PLACES, check_places, read_run
+from ftlevel.artifacts.places import PLACES, check_paths, read_run
 from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.cli.spelling import (
     FlagSpec,
@@ -363,7 +363,7 @@ def read_config(
             note(line)
     config = build_config([*layers, flags], note)
     if is_run and path is not None:
-        check_places(path.parent, config.model_dump(mode="json"))
+        check_paths(path.parent, config.model_dump(mode="json"))
     for line in check_claims(given.claims, config):
         note(line)
     return config, path

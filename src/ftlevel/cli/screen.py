@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from ftlevel._version import __version__
-from ftlevel.artifacts.cards import describe_kept_model, loss_words, memory_words
+from ftlevel.artifacts.cards import describe_kept_model, describe_losses, describe_memory
 from ftlevel.cli.startup import SafeStream
 from ftlevel.cli.topics import topic_of_module, with_topic
 from ftlevel.config.section import Choice
@@ -244,7 +244,7 @@ class Screen:
 def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     proof, timings = summary["proof"], summary["timings"]
     if summary["loss_first"] is not None:
-        yield f"  [bold]loss[/bold] {loss_words(summary)}"
+        yield f"  [bold]loss[/bold] {describe_losses(summary)}"
     if summary.get("best"):
         yield f"  [bold]kept[/bold] {describe_kept_model(summary['best'])}"
     before = summary["metrics_before"]
@@ -268,7 +268,7 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         f"{timings['total_s']:.1f} s in all, {timings['to_first_step_s']:.1f} s to the first step; "
         f"peak memory {summary['memory']['peak_bytes'] / 2**30:.2f} GiB"
     )
-    if memory := memory_words(summary):
+    if memory := describe_memory(summary):
         yield f"  [bold]plan[/bold] {memory}"
     run = Path(summary["run"])
     contents = [f"{name} ({what})" for name, what in _CONTENTS if _has_content(run / name)]

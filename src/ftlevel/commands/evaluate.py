@@ -10,9 +10,16 @@ from typing import Any
 import numpy as np
 
 from ftlevel.artifacts.files import check_absent, rows_fingerprint
-from ftlevel.artifacts.places import DATA_PLACES, check_places, read_run
+from ftlevel.artifacts.places import DATA_PATHS, check_paths, read_run
 from ftlevel.artifacts.row_files import row_file_type, write_rows
-from ftlevel.config import EvaluateConfig, InMemoryDataset, QuantConfig, TrainConfig, build_config
+from ftlevel.config import (
+    SPECS,
+    EvaluateConfig,
+    InMemoryDataset,
+    QuantConfig,
+    TrainConfig,
+    build_config,
+)
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.prepare.encoder import EncodingContext
@@ -261,7 +268,7 @@ def _requantized(ref: ModelRef, quant: str | None) -> ModelRef:
     trained_form = quantization_form(ref.quantization)
     if ref.is_stored_quantized:
         raise InputError(
-            f"--quant {quant}: {ref.source.words} is stored quantized "
+            f"--quant {quant}: {ref.source.label} is stored quantized "
             f"({trained_form}), and is scored as it is stored. Drop --quant, or name the "
             "original model."
         )
@@ -282,7 +289,7 @@ def _settings(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig, bool]
         settings = build_config([read_run(ref.run)])
         training_name: str | None = settings.data.dataset
         if config.dataset is None:
-            check_places(ref.run, settings.model_dump(mode="json"), DATA_PLACES)
+            check_paths(ref.run, settings.model_dump(mode="json"), DATA_PATHS)
     else:
         settings = TrainConfig(data={"columns": ref.card.data.get("columns", {})})
         training_name = ref.card.data.get("name")
@@ -352,8 +359,10 @@ def _context(
 ) -> EncodingContext:
     """Returns the encoding context for scoring `trained`, with the seed of training."""
     tokenizer, positions = trained.tokenizer, text_positions(settings.method, trained.model.config)
-    method = METHODS.get(leader.card.method)
-    has_virtual_tokens = leader.run is None and method is not None and method.positions is not None
+    name = leader.card.method
+    has_virtual_tokens = (
+        leader.run is None and name in METHODS and METHODS[name].positions(SPECS[name]())
+    )
     if has_virtual_tokens or is_compared:  # these or the other model limit the text
         positions = leader.card.max_length or positions
     elif positions and trained.kind == "decoder" and _generates(config, trained.task, settings):

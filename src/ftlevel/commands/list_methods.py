@@ -16,8 +16,7 @@ from ftlevel.config.tasks import TASKS as TASK_NAMES
 from ftlevel.errors import ConfigError, InputError, did_you_mean, join_names
 from ftlevel.methods import FACTS, explain, find_limits, find_refusal
 from ftlevel.methods.facts import Cell, MethodFacts
-from ftlevel.models.families import find_family
-from ftlevel.models.families.facts import Family
+from ftlevel.models.families import Family, find_family
 from ftlevel.tasks import TASKS
 
 Answer = Literal["yes", "in part", "no"]
@@ -100,7 +99,7 @@ def task_refusal(family: Family, task: str) -> str | None:
         TASKS[task].auto_class(family.kind, family.name)
     except ConfigError as error:
         return str(error)
-    heads = {head.task for head in family.heads}
+    heads = set(family.heads)
     if TASKS[task].has_new_head and (TASKS[task].head_like or task) not in heads:
         return f"transformers has no model of {family.name} for --task {task}."
     return None

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.models.families import find_family, lookup_family
-from ftlevel.models.families.facts import (
+from ftlevel.models.families import (
     FLOAT32_BYTES,
     BlockLinear,
-    ExpertTensor,
     Family,
     Stack,
     example_lora_parameters,
+    find_family,
+    lookup_family,
 )
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def describe_family(name: str, r: int = 8) -> TargetReport:
         experts=tuple(
             _family_expert(stack, expert) for stack in family.stacks for expert in stack.experts
         ),
-        heads={head.task: head.modules for head in family.heads},
+        heads=dict(family.heads),
         norms=(
             *(f"{stack.path}.{norm}" for stack in family.stacks for norm in stack.norms),
             *family.outer_norms,
@@ -237,7 +237,7 @@ def _family_row(stack: Stack, linear: BlockLinear) -> TargetRow:
     )
 
 
-def _family_expert(stack: Stack, expert: ExpertTensor) -> TargetRow:
+def _family_expert(stack: Stack, expert: BlockLinear) -> TargetRow:
     name, shape = expert.path.rpartition(".")[2], f"experts of {expert.fan_in} -> {expert.fan_out}"
     return TargetRow(name, f"{stack.path}.{expert.path}", stack.path, "experts", shape)
 
@@ -259,7 +259,7 @@ def _model_row(kind: LinearKind | ExpertKind, r: int, type_: str, count: str = "
 def _model_linear(kind: LinearKind, r: int) -> TargetRow:
     row, inside = _model_row(kind, r, kind.type), split_pattern(kind.pattern)[1]
     is_attention = bool(kind.all_linear and _ATTENTION.search(inside))
-    return replace(row, attention=is_attention, all_linear=kind.all_linear, default=kind.default)
+    return replace(row, attention=is_attention, all_linear=kind.all_linear, default=kind.all_linear)
 
 
 def _example_size(family: Family, r: int) -> LoraSize | None:

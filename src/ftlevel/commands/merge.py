@@ -34,7 +34,11 @@ from ftlevel.merging.mixture import mix
 from ftlevel.merging.verify import Candidate, check, measure
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import keep_heads, load_config, silence_loggers
-from ftlevel.models.quantization import Rounding, build_quantization_config, build_rounding
+from ftlevel.models.quantization import (
+    QuantizationRounding,
+    build_quantization_config,
+    build_rounding,
+)
 from ftlevel.tasks import TASKS
 
 
@@ -211,7 +215,7 @@ def write_onto(config: MergeConfig, inputs: MergeInput, onto: str, directory: Pa
 
 def resolve_rounding(
     config: MergeConfig, inputs: MergeInput, onto: str
-) -> tuple[str | None, Callable[[Any], Rounding] | None]:
+) -> tuple[str | None, Callable[[Any], QuantizationRounding] | None]:
     """Return the dtype and rounding of the base weights, as `write_merged` expects them."""
     dtype: str | None = None if config.dtype == "auto" else config.dtype
     if inputs.source.kind == "gguf":  # GGUF weights have no torch dtype

@@ -31,7 +31,7 @@ from ftlevel.evaluation.two_models import (
     read_eval_text,
 )
 from ftlevel.models.kinds import max_positions
-from ftlevel.models.upstream.tensors import own_tensors
+from ftlevel.models.upstream.tensors import direct_tensors
 from ftlevel.trained.model_ref import PLAIN, LoadedModel, ModelRef
 from ftlevel.trained.resolve import card_directory, resolve_model
 
@@ -170,7 +170,7 @@ def in_float32(
 
     def widen(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         for part in _read_by(module):
-            tensors, _ = own_tensors(part)
+            tensors, _ = direct_tensors(part)
             stored[part].append(dict(tensors))
             for name, weight in stored[part][-1].items():
                 if weight is not None and weight.is_floating_point():
@@ -183,11 +183,11 @@ def in_float32(
 
     def restore(module: torch.nn.Module, _: Any, __: Any) -> None:
         for part in _read_by(module):
-            own_tensors(part)[0].update(stored[part].pop())
+            direct_tensors(part)[0].update(stored[part].pop())
 
     hooks = []
     for module in model.modules():
-        if any(own_tensors(part)[0] for part in _read_by(module)):
+        if any(direct_tensors(part)[0] for part in _read_by(module)):
             hooks.append(module.register_forward_pre_hook(widen))
             hooks.append(module.register_forward_hook(restore, always_call=True))
     try:

@@ -19,7 +19,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Range = tuple[int, int]
 
@@ -61,14 +61,14 @@ class PackedLayout:
 
     batch: int
     seq: int
-    source: torch.Tensor
-    restore: torch.Tensor
+    source: Tensor
+    restore: Tensor
     segments: tuple[Segment, ...]
-    needed: torch.Tensor | None = None
+    needed: Tensor | None = None
     before: int = 0
 
     @classmethod
-    def from_mask(cls, mask: torch.Tensor) -> PackedLayout:
+    def from_mask(cls, mask: Tensor) -> PackedLayout:
         """Return the layout of a batch's rows in order; `mask` (batch, seq) is 1 for a token."""
         flat = mask.flatten() != 0
         restore = (flat.cumsum(0) - 1).clamp(min=0)
@@ -93,7 +93,7 @@ class PackedLayout:
         pinned = {name: getattr(self, name) for name in ("source", "restore", "needed")}
         return replace(self, **{n: t.pin_memory() for n, t in pinned.items() if t is not None})
 
-    def with_needed(self, at: torch.Tensor) -> PackedLayout:
+    def with_needed(self, at: Tensor) -> PackedLayout:
         """Return the layout with the indices `at` of the flattened batch as needed tokens."""
         needed = torch.unique(self.restore.index_select(0, at))
         return replace(self, needed=needed if len(needed) < self.tokens else None)
@@ -108,29 +108,29 @@ class PackedLayout:
         """Whether the batch is a single row without padding."""
         return self.batch == 1 and self.tokens == self.seq
 
-    def is_padded(self, states: torch.Tensor) -> bool:
+    def is_padded(self, states: Tensor) -> bool:
         """Return whether `states` (…, …, width) have the shape of the batch."""
         return states.shape[0] == self.batch and states.shape[1] == self.seq
 
     @cached_property
-    def column(self) -> torch.Tensor:
+    def column(self) -> Tensor:
         """(tokens,) batch column of each token."""
         return self.source % self.seq
 
-    def pack(self, states: torch.Tensor) -> torch.Tensor:
+    def pack(self, states: Tensor) -> Tensor:
         """Return `states` (batch or 1, seq, …) as (1, tokens, …)."""
         if states.shape[0] == 1:
             return states.index_select(1, self.column)
         return states.flatten(0, 1).index_select(0, self.source)[None]
 
-    def unpack(self, states: torch.Tensor) -> torch.Tensor:
+    def unpack(self, states: Tensor) -> Tensor:
         """Return `states` (1, tokens, …) as (batch, seq, …)."""
         flat = states[0].index_select(0, self.restore)
         return flat.view(self.batch, self.seq, *states.shape[2:])
 
     def pack_inputs(self, value: Any) -> Any:
         """Return a block's argument with all per-token tensors packed, e.g. rotary embeddings."""
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Tensor):
             is_per_token = value.dim() > 1 and value.shape[1] == self.seq
             return self.pack(value) if is_per_token and value.shape[0] in (1, self.batch) else value
         if isinstance(value, tuple | list):
@@ -144,8 +144,8 @@ _own = threading.local()
 
 def current_layout() -> PackedLayout | None:
     """Return the current layout, or None."""
-    own: PackedLayout | None = getattr(_own, "layout", None)
-    return own or _shared
+    layout: PackedLayout | None = getattr(_own, "layout", None)
+    return layout or _shared
 
 
 @contextlib.contextmanager
@@ -216,21 +216,21 @@ def split_shared(
     one. Where a balanced split is cheaper in its most expensive micro-batch, it is returned
     instead.
     """
-    neighbours = _split(
+    neighbors = _split(
         order, budget, lambda rows, row: lengths[row] - (shared[row] if rows else 0), multiple
     )
-    begin = min((shared[row] for row in order[1:]), default=0)  # shared in every split
-    own = [length - max(common, begin) for length, common in zip(lengths, shared, strict=True)]
+    prefix = min((shared[row] for row in order[1:]), default=0)  # shared in every split
+    costs = [length - max(common, prefix) for length, common in zip(lengths, shared, strict=True)]
     rank = {row: at for at, row in enumerate(order)}
     spread = [
         sorted(rows, key=rank.__getitem__)
-        for rows in _spread(_by_length(own, range(len(own))), own, len(neighbours))
+        for rows in _spread(_by_length(costs, range(len(costs))), costs, len(neighbors))
     ]
 
     def worst(micro_batches: MicroBatches) -> int:
         return max(count_shared(rows, lengths, order, shared) for rows in micro_batches)
 
-    return spread if worst(spread) < worst(neighbours) else neighbours
+    return spread if worst(spread) < worst(neighbors) else neighbors
 
 
 def count_shared(
@@ -251,8 +251,8 @@ def _by_length(lengths: Sequence[int], rows: Sequence[int]) -> list[int]:
     return sorted(rows, key=lambda row: -lengths[row])  # stable: ties keep order
 
 
-def _round_up(count: int, multiple: int, most: int) -> int:
-    return min(most, math.ceil(count / multiple) * multiple)
+def _round_up(count: int, multiple: int, limit: int) -> int:
+    return min(limit, math.ceil(count / multiple) * multiple)
 
 
 def _spread(order: Sequence[int], costs: Sequence[int], count: int) -> MicroBatches:
@@ -268,11 +268,11 @@ def _spread(order: Sequence[int], costs: Sequence[int], count: int) -> MicroBatc
 
 def _split(order: Sequence[int], budget: int, added: AddedCost, multiple: int) -> MicroBatches:
     """Return the fewest micro-batches that budget and multiple allow, as even as possible."""
-    most = _round_up(len(_fill(order, budget, added)), multiple, len(order))
+    count = _round_up(len(_fill(order, budget, added)), multiple, len(order))
     low, high = 1, budget
     while low < high:  # the smallest budget that needs no more micro-batches
         middle = (low + high) // 2
-        if len(_fill(order, middle, added)) > most:
+        if len(_fill(order, middle, added)) > count:
             low = middle + 1
         else:
             high = middle
@@ -284,12 +284,12 @@ def _fill(order: Sequence[int], budget: int, added: AddedCost) -> MicroBatches:
     micro_batches: MicroBatches = []
     cost = 0
     for row in order:
-        more = added(micro_batches[-1], row) if micro_batches else 0
-        if not micro_batches or cost + more > budget:
+        added_cost = added(micro_batches[-1], row) if micro_batches else 0
+        if not micro_batches or cost + added_cost > budget:
             micro_batches.append([])
-            cost, more = 0, added([], row)
+            cost, added_cost = 0, added([], row)
         micro_batches[-1].append(row)
-        cost += more
+        cost += added_cost
     return micro_batches
 
 
@@ -339,6 +339,6 @@ def _leave(
     layout = current_layout()
     if layout is None or layout.is_whole_row:
         return None
-    if isinstance(output, torch.Tensor):
+    if isinstance(output, Tensor):
         return layout.unpack(output)
     return (layout.unpack(output[0]), *output[1:])

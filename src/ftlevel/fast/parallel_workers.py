@@ -13,12 +13,13 @@ from itertools import count
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ftlevel.fast.layers.recompute import using_generator
 from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.prefixes import SharedPrefix, using_prefix
 
-Gradients = tuple[torch.Tensor | None, ...]
+Gradients = tuple[Tensor | None, ...]
 
 MAX_WORKERS = 4
 """Maximum workers; each needs memory for its activations, and the GIL serializes Python."""
@@ -48,11 +49,11 @@ class ParallelWorkers:
         torch.set_num_threads(self._threads)  # new threads inherit the last number set
 
     def forward(
-        self, compute: Callable[[int], torch.Tensor], number: int, seed: int | None = None
-    ) -> list[torch.Tensor]:
+        self, compute: Callable[[int], Tensor], number: int, seed: int | None = None
+    ) -> list[Tensor]:
         """Return `compute` of the first `number` integers, with random values as in `backward`."""
 
-        def run(at: int) -> torch.Tensor:
+        def run(at: int) -> Tensor:
             with using_generator(None if seed is None else seed + at):
                 return compute(at)
 
@@ -60,12 +61,12 @@ class ParallelWorkers:
 
     def backward(
         self,
-        compute: Callable[[Any], torch.Tensor],
+        compute: Callable[[Any], Tensor],
         micro_batches: Sequence[tuple[PackedLayout | None, Any]],
-        parameters: Sequence[torch.Tensor],
+        parameters: Sequence[Tensor],
         seed: int | None = None,
         shared_prefix: SharedPrefix | None = None,
-    ) -> list[torch.Tensor]:
+    ) -> list[Tensor]:
         """Add the gradients of all micro-batches to `parameters` (mutated), in order.
 
         Gradients through `shared_prefix` are added last; its graph is freed. `compute` maps a batch
@@ -75,27 +76,25 @@ class ParallelWorkers:
             The detached losses.
         """
         leaves = shared_prefix.leaves if shared_prefix is not None else []
-        wanted = [*parameters, *leaves]
+        inputs = [*parameters, *leaves]
 
-        def run(
-            number: int, part: tuple[PackedLayout | None, Any]
-        ) -> tuple[torch.Tensor, Gradients]:
+        def run(number: int, part: tuple[PackedLayout | None, Any]) -> tuple[Tensor, Gradients]:
             layout, batch = part
-            own_seed = None if seed is None else seed + number
+            worker_seed = None if seed is None else seed + number
             with (
                 using_layout(layout, own_thread=True),
-                using_generator(own_seed),
+                using_generator(worker_seed),
                 using_prefix(shared_prefix),
             ):
                 loss = compute(batch)
-                return loss.detach(), torch.autograd.grad(loss, wanted, allow_unused=True)
+                return loss.detach(), torch.autograd.grad(loss, inputs, allow_unused=True)
 
         losses = []
         for loss, gradients in self._pool.map(
             run, count(), micro_batches
         ):  # cancels the others when one fails
             losses.append(loss)
-            _add_all(wanted, gradients)
+            _add_all(inputs, gradients)
         if shared_prefix is not None:
             _add_all(
                 parameters, shared_prefix.gradients([leaf.grad for leaf in leaves], parameters)
@@ -103,13 +102,13 @@ class ParallelWorkers:
         return losses
 
 
-def _add_all(parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
+def _add_all(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
             _add(parameter, gradient)
 
 
-def _add(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+def _add(parameter: Tensor, gradient: Tensor) -> None:
     """Add as `backward` does, with the strides of the parameter.
 
     Fused optimizers index both alike; other strides would use another element's gradient.

@@ -43,14 +43,14 @@ class WorkerPlan:
 
 
 def plan_workers(
-    method: MethodConfig, asked: int | str, meta: Any, device: str, is_ordered: bool
+    method: MethodConfig, requested: int | str, meta: Any, device: str, is_ordered: bool
 ) -> WorkerPlan:
     """Return how many micro-batches the model `meta` (on the meta device) computes at once.
 
     With `is_ordered`, random numbers come from the process's generator, in order.
     """
     threads = torch.get_num_threads()
-    if device != "cpu" or threads == 1 or asked == 1:
+    if device != "cpu" or threads == 1 or requested == 1:
         return WorkerPlan()
     if has_peers():
         return WorkerPlan(reason="each process has its own")
@@ -59,7 +59,9 @@ def plan_workers(
         meta, random, is_ordered
     ):
         return WorkerPlan(reason=reason)
-    return WorkerPlan(min(threads, asked if isinstance(asked, int) else MAX_WORKERS), random)
+    return WorkerPlan(
+        min(threads, requested if isinstance(requested, int) else MAX_WORKERS), random
+    )
 
 
 def _uses_global_generator(meta: Any, random: str, is_ordered: bool) -> str:
@@ -197,12 +199,12 @@ def plan_fast(
     speed = config.speed
     tokens = _tokens_per_micro_batch(speed, config.train, device, max_length)
     # A loss over a whole step needs its rows together, and no other part of the fast step.
-    whole = FastPlan(True, tokens=tokens) if isinstance(objective, StepObjective) else FastPlan()
+    unpacked = FastPlan(True, tokens=tokens) if isinstance(objective, StepObjective) else FastPlan()
     if not speed.fast:
-        return replace(whole, choices=[Choice("step", "plain", "--no-fast")])
+        return replace(unpacked, choices=[Choice("step", "plain", "--no-fast")])
     if config.train.neftune_noise_alpha is not None:
         why = "NEFTune's noise is scaled by the length of a padded row"
-        return replace(whole, choices=[Choice("step", "plain", why)])
+        return replace(unpacked, choices=[Choice("step", "plain", why)])
     why_padded = (
         _why_padded(config.method, config.model.attn_implementation, meta, kind)
         if speed.pack
@@ -213,20 +215,20 @@ def plan_fast(
     parts = [layout] + (["cross-entropy on supervised tokens only"] if chunked else [])
     is_ordered = bool(why_padded) or config.train.recomputes
     workers = plan_workers(config.method, speed.parallel_workers, meta, device, is_ordered)
-    shares, more = False, list[Choice]()
+    shares, sharing_choices = False, list[Choice]()
     if not why_padded and kind == "decoder" and speed.share_prefixes != "never":
-        is_wanted = speed.share_prefixes == "always"
-        shares, more = _plan_sharing(config.method, config.train, meta, rows, is_wanted)
+        is_forced = speed.share_prefixes == "always"
+        shares, sharing_choices = _plan_sharing(config.method, config.train, meta, rows, is_forced)
     if shares and not isinstance(speed.tokens_per_micro_batch, int):
         tokens += tokens // SHARED_MORE
-    at_once = (
+    parallel = (
         f"{workers.count} parallel workers" if workers.count > 1 else "one micro-batch at a time"
     )
-    at_once += f": {workers.reason}" if workers.reason else ""
+    parallel += f": {workers.reason}" if workers.reason else ""
     bound = f"up to {tokens // workers.count:,} tokens a micro-batch"
     if speed.tokens_per_micro_batch == "memory":
         bound = "as many tokens a micro-batch as fit"
-    choices = [Choice("step", ", ".join(parts), f"{bound}, {at_once}"), *more]
+    choices = [Choice("step", ", ".join(parts), f"{bound}, {parallel}"), *sharing_choices]
     hub = speed.attention_kernel if device == "cuda" and not why_padded else None
     if speed.attention_kernel:
         why = "as asked" if hub else f"{speed.attention_kernel} attends to packed rows"
@@ -265,21 +267,21 @@ def plan_forward(model: Any, kind: str, method: str, objective: Objective, token
 def adds_virtual_tokens(model: Any, method: str) -> bool:
     """Return whether an adapter of `model` adds virtual tokens to every row."""
     adapters = getattr(model, "peft_config", {}).values()
-    known = method in METHODS and METHODS[method].step.packing(SPECS[method]())
-    return bool(known) or any(config.is_prompt_learning for config in adapters)
+    obstacle = method in METHODS and METHODS[method].step.packing(SPECS[method]())
+    return bool(obstacle) or any(config.is_prompt_learning for config in adapters)
 
 
 def _plan_sharing(
-    method: MethodConfig, train: TrainerConfig, meta: Any, rows: Sequence[Encoded], is_wanted: bool
+    method: MethodConfig, train: TrainerConfig, meta: Any, rows: Sequence[Encoded], is_forced: bool
 ) -> tuple[bool, list[Choice]]:
     """Return whether prefixes are shared, and the lines for display."""
     if any(row.extras for row in rows[:1]):
         return False, []
     saved = _estimate_shared(train, rows)
-    if saved < WORTH_SHARING and not is_wanted:
+    if saved < WORTH_SHARING and not is_forced:
         return False, []
     drops = find_randomness(method, meta)
-    if drops and not is_wanted:
+    if drops and not is_forced:
         why = (
             f"{saved:.0%} of tokens could be computed once, but their {drops} would be the same "
             "for all rows: speed.share_prefixes=always takes that"

@@ -19,11 +19,11 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ftlevel.fast.packing import PackedLayout, Range, Segment, UnsupportedModelError
 
-Gradients = Sequence[torch.Tensor | None]
+Gradients = Sequence[Tensor | None]
 
 
 class SharedPrefix:
@@ -31,8 +31,8 @@ class SharedPrefix:
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
-        self._made: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._leaves: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._made: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._leaves: dict[nn.Module, tuple[Tensor, Tensor]] | None = None
 
     def close(self) -> None:
         """Detach the collected keys and values, for use in the other micro-batches."""
@@ -45,8 +45,8 @@ class SharedPrefix:
         }
 
     def join(
-        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Collect keys and values of the prefix, or prepend them to those of another micro-batch.
 
         `query` is (1, heads, own, head_dim), `key` and `value` are (1, key heads, own, …). Results
@@ -65,31 +65,31 @@ class SharedPrefix:
         before = self._leaves[module]
         empty = query.new_zeros(*query.shape[:2], self.tokens, query.shape[3])
         pairs = ((empty, query), (before[0], key), (before[1], value))
-        joined = [torch.cat([first.to(own.dtype), own], dim=2) for first, own in pairs]
+        joined = [torch.cat([first.to(part.dtype), part], dim=2) for first, part in pairs]
         return joined[0], joined[1], joined[2]
 
     @property
-    def leaves(self) -> list[torch.Tensor]:
+    def leaves(self) -> list[Tensor]:
         """Keys and values that receive gradients, in the order of the layers."""
         return [part for _, part in self._with_graph()]
 
-    def gradients(self, of_leaves: Gradients, parameters: Sequence[torch.Tensor]) -> Gradients:
+    def gradients(self, of_leaves: Gradients, parameters: Sequence[Tensor]) -> Gradients:
         """Return the gradients of `parameters` through the prefix, and free its graph."""
-        made = [part for part, _ in self._with_graph()]
-        pairs = [(m, g) for m, g in zip(made, of_leaves, strict=True) if g is not None]
+        tensors = [part for part, _ in self._with_graph()]
+        pairs = [(m, g) for m, g in zip(tensors, of_leaves, strict=True) if g is not None]
         if not pairs:
             return [None] * len(parameters)
         outputs, incoming = zip(*pairs, strict=True)
         return torch.autograd.grad(outputs, parameters, incoming, allow_unused=True)
 
-    def _with_graph(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _with_graph(self) -> list[tuple[Tensor, Tensor]]:
         """Return pairs of a tensor and its leaf, for all that require a gradient."""
         leaves = self._leaves or {}
         return [
-            (made, leaf)
+            (tensor, leaf)
             for module, pair in self._made.items()
-            for made, leaf in zip(pair, leaves[module], strict=True)
-            if made.requires_grad
+            for tensor, leaf in zip(pair, leaves[module], strict=True)
+            if tensor.requires_grad
         ]
 
 
@@ -98,8 +98,7 @@ _own = threading.local()
 
 def current_prefix() -> SharedPrefix | None:
     """Return the shared prefix of this thread's micro-batch, or None."""
-    shared_prefix: SharedPrefix | None = getattr(_own, "shared_prefix", None)
-    return shared_prefix
+    return getattr(_own, "shared_prefix", None)
 
 
 @contextlib.contextmanager
@@ -187,12 +186,12 @@ class _Tree:
 
     def _grow(self, rows: range, depth: int, past: tuple[Range, ...]) -> None:
         """Add the tokens of `rows` beyond their common first `depth` ones."""
-        begin = rows.start
+        first = rows.start
         for row in (*rows[1:], rows.stop):
             if row < rows.stop and self._common[row] >= depth + self._least:
                 continue
-            self._add(range(begin, row), depth, past)
-            begin = row
+            self._add(range(first, row), depth, past)
+            first = row
 
     def _add(self, rows: range, depth: int, past: tuple[Range, ...]) -> None:
         """Add the common tokens of `rows` beyond `depth`, then the rest of each."""
@@ -203,8 +202,8 @@ class _Tree:
             stop = start + until - depth
             self._source += range(first * self._seq + depth, first * self._seq + until)
             self._restore[first : rows.stop, depth:until] = torch.arange(start, stop)
-            own = (self._before + start, self._before + stop)
-            self._segments.append(Segment(*own, past))
-            past = (*past, own)
+            segment = (self._before + start, self._before + stop)
+            self._segments.append(Segment(*segment, past))
+            past = (*past, segment)
         if len(rows) > 1:
             self._grow(rows, until, past)

@@ -145,7 +145,9 @@ class _Partition:
             saved = sum(self._shared) + sum(within)
             self.is_tree = saved >= WORTH_SHARING * sum(self._lengths)
             if self.is_tree:
-                self._lengths = [n - own for n, own in zip(self._lengths, within, strict=True)]
+                self._lengths = [
+                    n - saved_tokens for n, saved_tokens in zip(self._lengths, within, strict=True)
+                ]
 
     def __call__(self, budget: int, multiple: int) -> MicroBatches:
         """Return the row indices of micro-batches of at most `budget` tokens."""
@@ -174,8 +176,8 @@ class _Partition:
         """Return the number of positions that a micro-batch computes."""
         if self.is_tree:
             return count_shared(part, self._lengths, self._order, self._shared)
-        own = [self._lengths[row] for row in part]
-        return sum(own) if self._packs else max(own) * len(own)
+        lengths = [self._lengths[row] for row in part]
+        return sum(lengths) if self._packs else max(lengths) * len(lengths)
 
 
 class _Schedule:
@@ -193,8 +195,8 @@ class _Schedule:
 
 def _count_tokens(row: Encoded, *, packs: bool) -> int:
     """Return the tokens of the branches of `row`, or their positions in a padded batch."""
-    own = [len(branch.input_ids) for branch in row.branches]
-    return sum(own) if packs else max(own) * len(own)
+    lengths = [len(branch.input_ids) for branch in row.branches]
+    return sum(lengths) if packs else max(lengths) * len(lengths)
 
 
 def _count_shared(row: Encoded) -> int:
@@ -209,8 +211,8 @@ def _first_needed(row: Encoded) -> int:
     labels = row.labels
     if not isinstance(labels, list):
         return 0
-    places = range(1, len(labels))
-    return next((at - 1 for at in places if labels[at] != IGNORED), len(labels) - 1)
+    positions = range(1, len(labels))
+    return next((at - 1 for at in positions if labels[at] != IGNORED), len(labels) - 1)
 
 
 class TextCollator(StepCollator):

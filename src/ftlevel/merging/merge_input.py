@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
-from ftlevel.artifacts.places import DATA_PLACES, check_places, read_run
+from ftlevel.artifacts.places import DATA_PATHS, check_paths, read_run
 from ftlevel.config import DataConfig, MergeConfig, QuantConfig, build_config
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import set_chat_template
@@ -168,7 +168,7 @@ def choose_rows(inputs: MergeInput, count: int, calibration: int = 0) -> CheckRo
         return _made_up(inputs, count, calibration, "the adapter has no run")
     try:
         settings = build_config([read_run(inputs.ref.run)])
-        check_places(inputs.ref.run, settings.model_dump(mode="json"), DATA_PLACES)
+        check_paths(inputs.ref.run, settings.model_dump(mode="json"), DATA_PATHS)
         data = _prepare_rows(inputs, settings.data, settings.train.seed)
     except ConfigError as error:
         reason = str(error).split("\n")[0]

@@ -19,9 +19,9 @@ from ftlevel.methods.merging import Skeleton, build_skeleton
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.kinds import write_former_rope
 from ftlevel.models.loading import build_task_model, load_model, load_tokenizer, rename_prefix
-from ftlevel.models.quantization import Rounding
+from ftlevel.models.module_tree import find_heads
+from ftlevel.models.quantization import QuantizationRounding
 from ftlevel.models.sources import ModelSource
-from ftlevel.models.targets import find_heads
 from ftlevel.models.upstream.architectures import tied_names, unsaved_names
 from ftlevel.trained.vocabulary import resize_vocabulary
 from ftlevel.weights.checkpoint import (
@@ -74,7 +74,7 @@ class TensorMerger:
     shapes: Mapping[str, tuple[int, ...]]
     ties: Mapping[str, str]
     dtype: torch.dtype | None
-    rounding: Rounding | None
+    rounding: QuantizationRounding | None
     unchanged: set[str] = field(default_factory=set)
     _unit: tuple[str, dict[str, torch.Tensor]] = ("", {})
 
@@ -210,7 +210,7 @@ class TensorMerger:
 
 
 def open_merger(
-    inputs: MergeInput, dtype: str | None, rounding: Callable[[Any], Rounding] | None
+    inputs: MergeInput, dtype: str | None, rounding: Callable[[Any], QuantizationRounding] | None
 ) -> TensorMerger:
     """Return the merger of `inputs`; raise InputError if a tensor does not belong to the model."""
     ref = inputs.ref
@@ -235,7 +235,7 @@ def write_merged(
     directory: Path,
     inputs: MergeInput,
     dtype: str | None,
-    rounding: Callable[[Any], Rounding] | None,
+    rounding: Callable[[Any], QuantizationRounding] | None,
 ) -> tuple[MergedFiles, TensorMerger]:
     """Write the base of `inputs`, merged with its adapter, into the empty `directory`.
 

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 from ftlevel.artifacts.files import write_json
 from ftlevel.errors import InputError, join_names
 from ftlevel.methods import METHODS
-from ftlevel.methods.lora.plain_form import token_rows
 from ftlevel.methods.merging import WEIGHTS
 from ftlevel.methods.plain_form import (
     FULL_RANK,
@@ -24,6 +23,7 @@ from ftlevel.methods.plain_form import (
     AdapterFile,
     Factors,
     PlainForm,
+    token_rows,
 )
 from ftlevel.models.loading import build_task_model, load_model, rename_prefix
 from ftlevel.models.sources import ModelSource

@@ -7,9 +7,10 @@ import torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
+from typing import NoReturn
 
 from ftlevel.config import methods as specs
 from ftlevel.config.methods import MethodSpec
@@ -19,43 +20,47 @@ from ftlevel.methods.base import Base as Base
 from ftlevel.methods.base import Method as Method
 from ftlevel.methods.facts import Cell, MethodFacts, Rule
 
-
-def _method_of(kind: str, spec: type[specs.MethodSpec]) -> Method | None:
-    """Return the method of `spec`; None if it is of a package that cannot be imported."""
-    found: Method | None
-    if kind in _ADDED:
-        source, (_, method) = _ADDED[kind]
-        found = try_load(method, source)
-    else:
-        module = import_module(spec.__module__.replace(specs.__name__, __name__))
-        found = module.METHODS[kind]
-    return found
-
-
-_ADDED = added("methods")
-
-METHODS: dict[str, Method] = {
-    kind: method
-    for spec in specs.BY_TARGETS
-    if (method := _method_of(kind := str(spec.model_fields["kind"].default), spec)) is not None
-}
-"""All methods by name, in display order."""
-
-
 TUNERS = "ftlevel.adapters"
 """Module that registers ftlevel's tuners for programs that load adapters with PEFT alone."""
 
 
+class _Methods(dict[str, Method]):
+    """Methods by name; a `ConfigError` names the package whose method cannot be imported."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        if name not in _ADDED:
+            raise KeyError(name)
+        raise ConfigError(
+            f"--method {name}: the method of {_ADDED[name][0]} cannot be imported (see the warning "
+            "above). Update or reinstall that package, or use another --method."
+        )
+
+
+def _load_methods() -> Iterator[tuple[str, Method]]:
+    for spec in specs.BY_TARGETS:
+        name = str(spec.model_fields["kind"].default)
+        if name not in _ADDED:
+            module = import_module(spec.__module__.replace(specs.__name__, __name__))
+            yield name, module.METHODS[name]
+        elif method := try_load(_ADDED[name][1][1], _ADDED[name][0]):
+            yield name, method
+
+
+_ADDED = added("methods")
+METHODS = _Methods(_load_methods())
+"""All methods by name, in display order."""
+
+
 def needs_import(spec: specs.MethodSpec) -> str:
-    """Return the module to import before PEFT alone can load an adapter of `spec`, or ""."""
-    return TUNERS if METHODS[spec.kind].register else ""
+    """Returns the module to import before PEFT alone can load an adapter of `spec`, or ""."""
+    return TUNERS if METHODS[spec.kind].tuner else ""
 
 
 def ensure_registered() -> None:
     """Register ftlevel's tuners in PEFT; idempotent. Imports peft."""
     for method in METHODS.values():
-        if method.register is not None:
-            method.register()
+        if method.tuner:
+            import_module(method.tuner)
 
 
 FACTS: dict[str, MethodFacts] = {
@@ -66,7 +71,7 @@ FACTS: dict[str, MethodFacts] = {
 RULES: tuple[Rule, ...] = tuple(
     dict.fromkeys(
         rule
-        for method in sorted(METHODS.values(), key=lambda method: method.build is not None)
+        for method in sorted(METHODS.values(), key=lambda method: method.is_adapter)
         for rule in method.rules
     )
 )
@@ -90,7 +95,7 @@ def find_limits(cell: Cell) -> list[Rule]:
 
 def explain(rule: Rule, row: MethodFacts, cell: Cell) -> str:
     """Return the error message of `rule`: what is unsupported, why, and what to do."""
-    asked = row.flags if not row.fields else row.flags.partition(f"--method {row.kind} ")[2]
+    flags = row.flags if not row.fields else row.flags.partition(f"--method {row.kind} ")[2]
     sides = []
     if rule.kinds:
         sides.append(f"{cell.family}, an {cell.kind}")
@@ -100,8 +105,8 @@ def explain(rule: Rule, row: MethodFacts, cell: Cell) -> str:
         sides.append(f"--task {cell.task}")
     if rule.quants and cell.quant != "none":
         sides.append(f"--quant {cell.quant}")
-    with_what = f" with {' and '.join(sides)}" if sides else ""
-    return f"{asked} cannot be used{with_what}: {rule.why}. {rule.instead}"
+    conditions = f" with {' and '.join(sides)}" if sides else ""
+    return f"{flags} cannot be used{conditions}: {rule.why}. {rule.instead}"
 
 
 def find_problems(spec: MethodSpec, base: Cell) -> list[str]:
@@ -120,9 +125,3 @@ def check_supported(spec: MethodSpec, base: Cell) -> None:
     problems = find_problems(spec, base)
     if problems:
         raise ConfigError(problems)
-
-
-def known_rows(kinds: Iterable[str]) -> list[MethodFacts]:
-    """Return the rows of the methods `kinds`, in display order."""
-    wanted = set(kinds)
-    return [row for row in FACTS.values() if row.kind in wanted]

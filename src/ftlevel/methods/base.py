@@ -1,20 +1,21 @@
 """Interface of PEFT methods: how a method is built, initialized, trained, saved and merged.
 
-Each method module fills in a `Method`. Callers never check which method they have; everything that
-differs between methods is a field here.
+A method is a subclass of `Method`, whose members have defaults that fit most methods. Callers never
+check which method they have; everything that differs between methods is a member here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn, Protocol, runtime_checkable
 
 from ftlevel.config.section import Choice
 from ftlevel.methods.facts import MethodFacts, Rule
-from ftlevel.methods.plain_form import ASKED, PlainForm
+from ftlevel.methods.plain_form import PlainForm
 from ftlevel.methods.rates import Rates
 
 
@@ -72,26 +73,36 @@ class InitializationInputs:
     dtype: str
 
 
-@dataclass(frozen=True)
 class Initialization:
-    """Initialization of a method that differs from PEFT's default.
+    """Initialization of an adapter; by default PEFT's, which leaves the base unchanged."""
 
-    Attributes:
-        precision: (spec, `--dtype`) -> required dtype, or None; may raise `ConfigError`.
-        begin: initializes the adapter of the model (mutated).
-        rewrites_base: spec -> whether initialization changes the base weights.
-        copy: untrained model -> tensors by name that `convert_for_saving` needs.
-        as_saved: (trained model, copied tensors) -> context manager of the state dict to save for
-            the unchanged base; None saves the model as it is.
-        default: spec -> spec with the same shapes and PEFT's default initialization.
-    """
+    def required_dtype(self, spec: Any, dtype: str) -> Choice | None:
+        """Returns the dtype that `spec` needs, or None; may raise `ConfigError` for `dtype`."""
+        return None
 
-    precision: Callable[[Any, str], Choice | None]
-    begin: Callable[[Any, Any, InitializationInputs], None]
-    rewrites_base: Callable[[Any], bool]
-    copy: Callable[[Any], dict[str, Any]]
-    as_saved: Callable[[Any, dict[str, Any]], AbstractContextManager[dict[str, Any] | None]]
-    default: Callable[[Any], Any]
+    def rewrites_base(self, spec: Any) -> bool:
+        """Returns whether initialization changes the base weights."""
+        return False
+
+    def without_weights(self, spec: Any) -> Any:
+        """Returns `spec` with PEFT's default initialization, for models on the meta device."""
+        return spec
+
+    def initialize(self, model: Any, spec: Any, inputs: InitializationInputs) -> None:
+        """Initialize the adapter of `model` (mutated)."""
+
+    def copy(self, model: Any) -> dict[str, Any]:
+        """Returns the tensors of the untrained model, by name, that `as_saved` needs."""
+        return {}
+
+    def as_saved(
+        self, model: Any, initial: dict[str, Any]
+    ) -> AbstractContextManager[dict[str, Any] | None]:
+        """Returns a context manager of the state dict to save for the unchanged base.
+
+        `initial` comes from `copy`. None saves the trained `model` as it is.
+        """
+        return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,7 @@ class Merging:
     why_not: Callable[[Mapping[str, Any]], str | None] = lambda _: None
     prepare: Callable[[Any], None] = lambda _: None
     restore: Callable[[Any, Any], None] = lambda *_: None
-    plain_form: PlainForm = ASKED
+    plain_form: PlainForm = field(default_factory=PlainForm)
 
 
 @dataclass(frozen=True)
@@ -129,111 +140,161 @@ class StepSupport:
     pruning: Callable[[Any], str] = lambda _: ""
 
 
-def refuse_other_forms(_spec: Any, base: QuantizedCheckpoint) -> str | None:
-    """Return why only plain LoRA works on weights quantized by another library, or None."""
-    if base.kind != "none":
-        return None
-    return (
-        f"--model {base.name} is quantized by {base.form}, for which PEFT supports --method lora "
-        f"only. Use --method lora, or the original model with --quant 4bit."
-    )
-
-
 @runtime_checkable
 class HasState(Protocol):
     """Method callback with state outside the model's tensors."""
 
-    def keep(self, directory: Path) -> None:
+    def save_state(self, directory: Path) -> None:
         """Save the state in `directory`."""
 
-    def take_up(self, directory: Path, model: Any) -> None:
+    def load_state(self, directory: Path, model: Any) -> None:
         """Load the state from `directory` into the trained `model` (mutated)."""
 
 
-@dataclass(frozen=True)
 class Method:
-    """A PEFT method; all fields but `facts`, `rate` and `build` are optional.
+    """A PEFT method; a subclass sets `facts`, `rate` and `build`, and overrides what differs.
+
+    `spec` is always the method's section of the configuration.
 
     Attributes:
         facts: rows of the support table, in display order.
-        rate: default peak learning rates, or a function of the spec.
-        build: (spec, base) -> `peft.PeftConfig`; None if the model itself is trained.
+        rate: default peak learning rates.
         rules: unsupported cells of the support table.
-        unfreeze: sets `requires_grad` of a frozen model (mutated), instead of `build`.
-        trains_base: spec -> whether base weights are trained.
-        register: registers a tuner of ftlevel in PEFT; idempotent, imports peft.
-        find_targets: (spec, meta model) -> sorted full names of adapted modules; None if the user
-            selects linear layers with `target_modules`.
-        check: raises `ConfigError` if layer sizes, name -> (in, out), do not fit the spec.
-        count: (spec, layer sizes) -> trainable parameters; None if only PEFT can tell.
-        describe: spec -> its settings in one line.
-        refuse: (spec, model config, kind, task, quant) -> reason and fix if unsupported, to follow
-            `--method NAME: `; None otherwise. Called before weights load.
-        refuse_quantized: the same for a quantized checkpoint, as a complete message.
-        positions: spec -> model positions used by virtual tokens.
-        prepare: changes the model with the method applied (mutated) before training.
-        start: initialization other than PEFT's default.
-        optimizer: (spec, model, `TrainingArguments`) -> optimizer, or None for Trainer's default.
-        callbacks: (spec, checkpoint directory, whether this process writes) -> callbacks; one may
-            be a `HasState`.
-        penalty: model -> regularization term of an optimizer step.
-        continued_as: method that continues training of its adapters, if another.
-        why_not_continued: reason if neither adapters nor runs can be trained further.
-        finish: removes training-only modules of the trained `PeftModel` (mutated) before saving.
+        is_adapter: whether PEFT adds an adapter; otherwise the model's own weights are trained.
+        tuner: module that adds a tuner of ftlevel to PEFT when it is imported.
+        initialization: how the adapter is initialized.
         step: support for the fast training step.
         merging: how adapters are merged.
+        plain_loaders: PEFT type -> loader (base, directory, adapter name) of PEFT's own adapters.
+        continued_as: method that continues training of its adapters, if another.
+        why_not_continued: reason if neither adapters nor runs can be trained further.
+        changes_shape: whether tensors change their shape during training.
         page: Markdown text for docs/methods.md.
-        on_embeddings: spec -> why it cannot adapt embeddings and output layers, or "".
-        plain: PEFT type -> loader (base, directory, adapter name) that uses ftlevel's tuner.
     """
 
     facts: tuple[MethodFacts, ...]
-    rate: Rates | Callable[[Any], Rates]
-    build: Callable[[Any, Base], Any] | None
+    rate: Rates
     rules: tuple[Rule, ...] = ()
-    unfreeze: Callable[[Any, Base, Any], None] | None = None
-    trains_base: Callable[[Any], bool] = lambda _: False
-    register: Callable[[], None] | None = None
-    find_targets: Callable[[Any, Any], list[str]] | None = None
-    check: Callable[[Any, Mapping[str, tuple[int, int]]], None] | None = None
-    count: Callable[[Any, Mapping[str, tuple[int, int]]], int | None] | None = None
-    describe: Callable[[Any], str] | None = None
-    refuse: Callable[[Any, Any, str, str, str], str | None] | None = None
-    refuse_quantized: Callable[[Any, QuantizedCheckpoint], str | None] = refuse_other_forms
-    positions: Callable[[Any], int] | None = None
-    prepare: Callable[[Any], None] | None = None
-    start: Initialization | None = None
-    optimizer: Callable[[Any, Any, Any], Any] | None = None
-    callbacks: Callable[[Any, Path, bool], list[Any]] | None = None
-    penalty: Callable[[Any], Any] | None = None
-    continued_as: str = ""
-    why_not_continued: str = ""
-    finish: Callable[[Any], None] | None = None
+    is_adapter: bool = True
+    tuner: str = ""
+    initialization: Initialization = Initialization()
     step: StepSupport = StepSupport()
     merging: Merging = Merging()
+    plain_loaders: Mapping[str, Callable[[Any, Path, str], Any]] = MappingProxyType({})
+    continued_as: str = ""
+    why_not_continued: str = ""
+    changes_shape: bool = False
     page: str = ""
-    on_embeddings: Callable[[Any], str] | None = None
-    plain: Mapping[str, Callable[[Any, Path, str], Any]] = field(default_factory=dict)
+
+    # Before weights load:
 
     def rates(self, spec: Any) -> Rates:
-        """Return the default peak learning rates."""
-        return self.rate(spec) if callable(self.rate) else self.rate
+        """Returns the default peak learning rates."""
+        return self.rate
 
-    def rewrites_base(self, spec: Any) -> bool:
-        """Return whether initialization changes the base weights."""
-        return self.start is not None and self.start.rewrites_base(spec)
+    def describe(self, spec: Any) -> str:
+        """Returns the settings of `spec` in one line."""
+        fields = spec.model_dump(exclude={"kind", "target_modules"})
+        return ", ".join(f"{name} {value}" for name, value in fields.items() if value is not None)
+
+    def refuse(self, spec: Any, config: Any, kind: str, task: str, quant: str) -> str | None:
+        """Returns why a model is unsupported and what to do, to follow `--method NAME: `."""
+        return None
+
+    def refuse_quantized(self, spec: Any, base: QuantizedCheckpoint) -> str | None:
+        """Returns why a quantized checkpoint is unsupported, as a complete message, or None.
+
+        On weights quantized by another library than bitsandbytes, PEFT has plain LoRA only.
+        """
+        if base.kind != "none":
+            return None
+        return (
+            f"--model {base.name} is quantized by {base.form}, for which PEFT supports --method "
+            "lora only. Use --method lora, or the original model with --quant 4bit."
+        )
+
+    def refuse_embeddings(self, spec: Any) -> str | None:
+        """Returns why `spec` cannot adapt embeddings; "" if it can, None if no spec can."""
+        return None
+
+    def find_targets(self, spec: Any, model: Any) -> list[str]:
+        """Returns the sorted full names of adapted modules, if `target_modules` is not set."""
+        return []
+
+    def check(self, spec: Any, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise `ConfigError` if layer sizes, name -> (in, out), do not fit `spec`."""
+
+    def count(self, spec: Any, sizes: Mapping[str, tuple[int, int]]) -> int | None:
+        """Returns the number of trainable parameters; None if only PEFT can tell."""
+        return None
+
+    def positions(self, spec: Any) -> int:
+        """Returns the number of model positions that virtual tokens use."""
+        return 0
+
+    def trains_base(self, spec: Any) -> bool:
+        """Returns whether base weights are trained."""
+        return False
+
+    # With a model:
+
+    def build(self, spec: Any, base: Base) -> Any:
+        """Returns the `peft.PeftConfig` for `spec` on `base`."""
+        raise NotImplementedError
+
+    def unfreeze(self, spec: Any, base: Base, model: Any) -> None:
+        """Set `requires_grad` of a frozen model (mutated), if there is no adapter."""
+
+    def prepare(self, model: Any) -> None:
+        """Change the model with the method applied (mutated) before training."""
+
+    def optimizer(self, spec: Any, model: Any, arguments: Any) -> Any:
+        """Returns the optimizer, or None for the Trainer's; `arguments` are its settings."""
+        return None
+
+    def callbacks(self, spec: Any, checkpoints: Path, writes: bool) -> list[Any]:
+        """Returns callbacks, one of which may be a `HasState`.
+
+        `checkpoints` is their directory; `writes` is whether this process writes them.
+        """
+        return []
+
+    def penalty(self, model: Any) -> Any:
+        """Returns the regularization term of an optimizer step, or None."""
+        return None
+
+    def finish(self, model: Any) -> None:
+        """Remove training-only modules of the trained `PeftModel` (mutated) before saving."""
 
 
-def whole(number: float) -> int | float:
+def as_int(number: float) -> int | float:
     """Return an integral number as int, so that ranks are ints and saved configs compare equal."""
     return int(number) if float(number).is_integer() else number
+
+
+def shortest_names(targets: Iterable[str], names: Iterable[str]) -> set[str]:
+    """Returns the shortest suffixes that PEFT matches to exactly `targets` among `names`.
+
+    Other programs expect `q_proj` instead of full names in adapter_config.json.
+    """
+    selected, others = set(targets), set(names)
+    for depth in (1, 2, 3):
+        short = {".".join(name.split(".")[-depth:]) for name in selected}
+        if {n for n in others if any(n == s or n.endswith(f".{s}") for s in short)} == selected:
+            return short
+    return selected
 
 
 VIRTUAL_TOKENS = (
     "Virtual tokens are inputs and not weights, so no weight of the base model can hold them and "
     "they cannot be merged. Keep the adapter separate from the base, or train with a method that "
-    "merges, "
-    "such as --method lora."
+    "merges, such as --method lora."
+)
+
+
+VIRTUAL_TOKEN_STEP = StepSupport(
+    packing=lambda spec: f"{spec.kind} puts virtual tokens into every row",
+    workers=lambda spec: f"{spec.kind} keeps its place in the model",
 )
 
 

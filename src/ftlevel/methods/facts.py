@@ -45,15 +45,17 @@ class MethodFacts:
         return all(_is_of(getattr(spec, name, None), value) for name, value in values.items())
 
 
-def method_facts(kind: str, trains: str, merges: str, paper: str, llama_7b: int) -> MethodFacts:
-    """Return the row of a method that `--method kind` selects, without variants."""
-    return MethodFacts(kind, kind, f"--method {kind}", trains, merges, paper, llama_7b)
+def single_row(
+    kind: str, trains: str, merges: str, paper: str, llama_7b: int
+) -> tuple[MethodFacts]:
+    """Returns the only row of a method without variants."""
+    return (MethodFacts(kind, kind, f"--method {kind}", trains, merges, paper, llama_7b),)
 
 
-def _is_of(found: Any, wanted: Any) -> bool:
-    if wanted is ...:  # any value but None
-        return found is not None
-    return found in wanted if isinstance(wanted, tuple) else found == wanted
+def _is_of(value: Any, expected: Any) -> bool:
+    if expected is ...:  # any value but None
+        return value is not None
+    return value in expected if isinstance(expected, tuple) else value == expected
 
 
 MERGES = "yes"
@@ -86,25 +88,24 @@ class Rule:
     experts: bool | None = None
 
     def covers(self, cell: Cell) -> bool:
-        """Return whether the rule applies to all of `cell`."""
-        return (
-            cell.row in self.rows
-            and _inside(cell.family, self.families)
-            and (self.experts is None or cell.experts == self.experts)
-            and _inside(cell.kind, self.kinds)
-            and _inside(cell.task, self.tasks)
-            and _inside(cell.quant, self.quants)
-        )
+        """Returns whether the rule applies to all of `cell`."""
+        return self._applies(cell, to_part=False)
 
     def touches(self, cell: Cell) -> bool:
-        """Return whether the rule applies to part of `cell`."""
-        return (
-            cell.row in self.rows
-            and _meets(cell.family, self.families)
-            and (None in (self.experts, cell.experts) or cell.experts == self.experts)
-            and _meets(cell.kind, self.kinds)
-            and _meets(cell.task, self.tasks)
-            and _meets(cell.quant, self.quants)
+        """Returns whether the rule applies to part of `cell`."""
+        return self._applies(cell, to_part=True)
+
+    def _applies(self, cell: Cell, *, to_part: bool) -> bool:
+        conditions: tuple[tuple[Any, Collection[Any]], ...] = (
+            (cell.family, self.families),
+            (cell.kind, self.kinds),
+            (cell.task, self.tasks),
+            (cell.quant, self.quants),
+            (cell.experts, () if self.experts is None else (self.experts,)),
+        )
+        return cell.row in self.rows and all(
+            not allowed or value in allowed or (to_part and value is None)
+            for value, allowed in conditions
         )
 
     @property
@@ -131,11 +132,3 @@ class Cell:
     task: str | None = None
     quant: str | None = None
     experts: bool | None = None
-
-
-def _inside(value: str | None, allowed: Collection[str]) -> bool:
-    return not allowed or value in allowed
-
-
-def _meets(value: str | None, allowed: Collection[str]) -> bool:
-    return not allowed or value is None or value in allowed

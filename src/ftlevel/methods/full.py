@@ -6,7 +6,7 @@ from typing import Any
 
 from ftlevel.config.methods.full import FullSpec, LnTuningSpec
 from ftlevel.methods.base import Base, Merging, Method, StepSupport
-from ftlevel.methods.facts import MERGES, QUANTIZED, MethodFacts, Rule, method_facts, rows
+from ftlevel.methods.facts import MERGES, QUANTIZED, MethodFacts, Rule, rows, single_row
 from ftlevel.methods.plain_form import PlainForm
 from ftlevel.methods.rates import Rates
 
@@ -16,35 +16,12 @@ _PRETRAINED_HEAD = frozenset(
 _IS_A_MODEL = "is a model already"
 
 
-def unfreeze(spec: FullSpec, base: Base, model: Any) -> None:
-    """Unfreeze all of `model`, or only its heads (mutated)."""
-    model.requires_grad_(not spec.freeze_base)
-    for name in base.unused:
-        model.get_submodule(name).requires_grad_(False)
-    for name in base.heads if spec.freeze_base else ():
-        model.get_submodule(name).requires_grad_(True)
+class Full(Method):
+    """Full fine-tuning and linear probing, which train the model itself."""
 
-
-def describe(spec: FullSpec) -> str:
-    """Return what is trained, for the log."""
-    return "the head is trained" if spec.freeze_base else "every weight is trained"
-
-
-def find_rates(spec: FullSpec) -> Rates:
-    """Return the rates; BERT base in 3,000 steps gets its paper's 2e-5."""
-    if spec.freeze_base:
-        return Rates(narrow=1e-1, wide=1e-3, source="a hundredth for wide features", is_heads=True)
-    return Rates(
-        narrow=1e-4,
-        wide=1e-5,
-        source="by way of BERT's 2e-5, appendix A.3",
-        kinds={"encoder-decoder": 1e-3},  # T5's own rate; it scales weights differently
-    )
-
-
-_FULL = Method(
-    (
-        method_facts(
+    is_adapter = False
+    facts = (
+        *single_row(
             "full",
             "every weight",
             _IS_A_MODEL,
@@ -61,10 +38,8 @@ _FULL = Method(
             8_192,
             {"freeze_base": True},
         ),
-    ),
-    rate=find_rates,
-    build=None,
-    rules=(
+    )
+    rules = (
         Rule(
             rows("full", "linear-probe"),
             "quantized weights receive no gradients",
@@ -77,41 +52,60 @@ _FULL = Method(
             "Drop method.freeze_base, or use --method lora.",
             tasks=_PRETRAINED_HEAD,
         ),
-    ),
-    unfreeze=unfreeze,
-    trains_base=lambda spec: not spec.freeze_base,
-    describe=describe,
-    step=StepSupport(workers=lambda _: "full would hold a gradient for every weight and pass"),
-)
+    )
+    step = StepSupport(workers=lambda _: "full would hold a gradient for every weight and pass")
+
+    def rates(self, spec: FullSpec) -> Rates:
+        """Returns the rates; BERT base in 3,000 steps gets its paper's 2e-5."""
+        if spec.freeze_base:
+            source = "a hundredth for wide features"
+            return Rates(narrow=1e-1, wide=1e-3, source=source, is_heads=True)
+        return Rates(
+            narrow=1e-4,
+            wide=1e-5,
+            source="by way of BERT's 2e-5, appendix A.3",
+            kinds={"encoder-decoder": 1e-3},  # T5's own rate; it scales weights differently
+        )
+
+    def describe(self, spec: FullSpec) -> str:
+        """Returns what is trained."""
+        return "the head is trained" if spec.freeze_base else "every weight is trained"
+
+    def trains_base(self, spec: FullSpec) -> bool:
+        """Returns whether more than the head is trained."""
+        return not spec.freeze_base
+
+    def unfreeze(self, spec: FullSpec, base: Base, model: Any) -> None:
+        """Unfreeze all of `model` but unused modules, or only its heads (mutated)."""
+        model.requires_grad_(not spec.freeze_base)
+        for name in base.unused:
+            model.get_submodule(name).requires_grad_(False)
+        for name in base.heads if spec.freeze_base else ():
+            model.get_submodule(name).requires_grad_(True)
 
 
-def build_ln_tuning(spec: LnTuningSpec, base: Base) -> Any:
-    """Return PEFT's config; `base.targets` are the norm layers."""
-    from peft import LNTuningConfig
+class LnTuning(Method):
+    """LN-tuning."""
 
-    return LNTuningConfig(
-        **base.shared,
+    facts = single_row(
+        "ln-tuning", "the norm layers", MERGES, "Zhao et al., 2024, arXiv:2312.11420", 266_240
+    )
+    rate = Rates(narrow=5e-3, wide=1e-3, source="not measured", kinds={"encoder-decoder": 1e-2})
+    merging = Merging(
+        ("LN_TUNING",), plain_form=PlainForm(never="trains norms, which are no matrices. Merge it")
     )
 
+    def build(self, spec: LnTuningSpec, base: Base) -> Any:
+        """Returns `peft.LNTuningConfig`; `base.targets` are the norm layers."""
+        from peft import LNTuningConfig
 
-def find_norms(_spec: LnTuningSpec, model: Any) -> list[str]:
-    """Return the full names of all norm layers of `model` outside its heads, sorted."""
-    from ftlevel.models.module_tree import ModuleTree
+        return LNTuningConfig(**base.shared)
 
-    return sorted(ModuleTree(model).norm_names())
+    def find_targets(self, spec: LnTuningSpec, model: Any) -> list[str]:
+        """Returns the full names of all norm layers outside heads, sorted."""
+        from ftlevel.models.module_tree import ModuleTree
+
+        return sorted(ModuleTree(model).norm_names())
 
 
-_LN_TUNING = Method(
-    (
-        method_facts(
-            "ln-tuning", "the norm layers", MERGES, "Zhao et al., 2024, arXiv:2312.11420", 266_240
-        ),
-    ),
-    rate=Rates(narrow=5e-3, wide=1e-3, source="not measured", kinds={"encoder-decoder": 1e-2}),
-    build=build_ln_tuning,
-    find_targets=find_norms,
-    merging=Merging(
-        ("LN_TUNING",), plain_form=PlainForm(never="trains norms, which are no matrices. Merge it")
-    ),
-)
-METHODS = {"full": _FULL, "ln-tuning": _LN_TUNING}
+METHODS = {"full": Full(), "ln-tuning": LnTuning()}

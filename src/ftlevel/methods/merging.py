@@ -18,7 +18,7 @@ from typing import Any
 from ftlevel.errors import InputError, join_names
 from ftlevel.methods import METHODS, ensure_registered
 from ftlevel.methods.base import Merging
-from ftlevel.methods.upstream import indices_beside, merge_layer
+from ftlevel.methods.upstream import merge_layer, shira_indices
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -133,17 +133,17 @@ def _load(adapted: Any, tensors: dict[str, Any], directory: Path) -> None:
     """Load every tensor of the file in float32, each exactly once (mutated)."""
     import torch
 
-    from ftlevel.models.upstream.tensors import own_tensors
+    from ftlevel.models.upstream.tensors import direct_tensors
 
-    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    locations: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for module in adapted.modules():
-        for box in (*own_tensors(module), indices_beside(module)):
+        for box in (*direct_tensors(module), shira_indices(module)):
             for name, tensor in box.items():
-                places.setdefault(id(tensor), []).append((box, name))
+                locations.setdefault(id(tensor), []).append((box, name))
     promised = _promised(adapted, with_embeddings=False)
     if set(promised) != set(tensors):  # PEFT also saves the base of adapted embeddings
-        more = _promised(adapted, with_embeddings=True)
-        promised |= {name: more[name] for name in more if name in tensors}
+        with_embeddings = _promised(adapted, with_embeddings=True)
+        promised |= {name: with_embeddings[name] for name in with_embeddings if name in tensors}
     if set(promised) != set(tensors):
         missing, unknown = set(promised) - set(tensors), set(tensors) - set(promised)
         raise InputError(
@@ -151,24 +151,23 @@ def _load(adapted: Any, tensors: dict[str, Any], directory: Path) -> None:
             f"{len(unknown):,} match no module of the base model, such as "
             f"{min(missing | unknown)}. The adapter does not belong to this base model."
         )
-    for name, place in promised.items():
+    for name, placeholder in promised.items():
         tensor = tensors[name]
         tensor = tensor.float() if tensor.is_floating_point() else tensor
-        for box, key in places[id(place)]:
-            own = isinstance(place, torch.nn.Parameter)
-            box[key] = torch.nn.Parameter(tensor, requires_grad=False) if own else tensor
+        for box, key in locations[id(placeholder)]:
+            is_parameter = isinstance(placeholder, torch.nn.Parameter)
+            box[key] = torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
 
 
 def _promised(adapted: Any, *, with_embeddings: bool) -> dict[str, Any]:
     """Return the adapter's tensors in the modules by their names in the file."""
     from peft import get_peft_model_state_dict
 
-    found: dict[str, Any] = get_peft_model_state_dict(
+    return get_peft_model_state_dict(
         adapted,
         state_dict=adapted.state_dict(keep_vars=True),
         save_embedding_layers=with_embeddings,
     )
-    return found
 
 
 def _find_units(base: Any) -> Iterator[tuple[str, Any]]:
@@ -203,27 +202,29 @@ def _fill(base: Any, path: str, read_base: Callable[[str], Any]) -> None:
     """Load base weights into the remaining meta tensors of `base` (mutated)."""
     import torch
 
-    from ftlevel.models.upstream.tensors import own_tensors
+    from ftlevel.models.upstream.tensors import direct_tensors
 
     for inner, module in base.named_modules():
-        for box in own_tensors(module):
+        for box in direct_tensors(module):
             for key, tensor in box.items():
                 if tensor is None or not tensor.is_meta:
                     continue
                 value = read_base(".".join(part for part in (path, inner, key) if part))
-                own = isinstance(tensor, torch.nn.Parameter)
-                box[key] = torch.nn.Parameter(value, requires_grad=False) if own else value
+                is_parameter = isinstance(tensor, torch.nn.Parameter)
+                box[key] = torch.nn.Parameter(value, requires_grad=False) if is_parameter else value
 
 
 def _check_filled(units: dict[str, Any], directory: Path) -> None:
     """Raise if adapter tensors are neither in its file nor in the base."""
     empty = []
     for path, layer in units.items():
-        own = {id(tensor) for tensor in _base_of(layer).parameters()}
+        base_ids = {id(tensor) for tensor in _base_of(layer).parameters()}
         empty += [
             f"{path}.{name}"
             for name, tensor in layer.named_parameters()
-            if tensor.is_meta and id(tensor) not in own and ".original_module." not in f".{name}"
+            if tensor.is_meta
+            and id(tensor) not in base_ids
+            and ".original_module." not in f".{name}"
         ]
     if empty:
         raise InputError(

@@ -32,7 +32,7 @@ _ARTICLES = {"encoder": "an", "decoder": "a", "encoder-decoder": "an"}
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class RateFacts:
     """Properties of a run that determine its learning rate.
 
     `deep_head` means a new head with more than one layer, `token_head` one with a target per token.
@@ -83,28 +83,28 @@ class Rates:
     tokens: float | None = None
     is_heads: bool = False
 
-    def rate(self, known: RunFacts) -> float:
+    def rate(self, run: RateFacts) -> float:
         """Return the rate of a run, rounded to one digit."""
-        narrow = self.measured(known)
-        return float(f"{narrow * (self.wide / narrow) ** known.size:.0e}")
+        narrow = self.measured(run)
+        return float(f"{narrow * (self.wide / narrow) ** run.size:.0e}")
 
-    def measured(self, known: RunFacts) -> float:
+    def measured(self, run: RateFacts) -> float:
         """Return the rate for this head and kind of model at small size."""
-        rate = self.narrow if known.new_head else self.kinds.get(known.kind, self.narrow)
-        if known.token_head and not self.is_heads:
+        rate = self.narrow if run.new_head else self.kinds.get(run.kind, self.narrow)
+        if run.token_head and not self.is_heads:
             return min(rate * TOKEN_HEAD, 1.0) if self.tokens is None else self.tokens
         return rate
 
-    def choose(self, what: str, known: RunFacts, name: str = "learning rate") -> Choice:
-        """Return the rate and its reason; `what` names the trained part, such as `lora`."""
-        narrow = self.measured(known)
-        if known.size == 0:
+    def choose(self, subject: str, run: RateFacts, name: str = "learning rate") -> Choice:
+        """Return the rate and its reason; `subject` names the trained part, such as `lora`."""
+        narrow = self.measured(run)
+        if run.size == 0:
             why = "measured"
-        elif known.size == 1:
+        elif run.size == 1:
             why = self.source
         else:
             why = f"{narrow:g} on short runs, {self.wide:g} on long ones, {self.source}"
-        return Choice(name, self.rate(known), f"default for {what} on {known}; {why}")
+        return Choice(name, self.rate(run), f"default for {subject} on {run}; {why}")
 
 
 HEAD = Rates(
@@ -118,10 +118,10 @@ DEEP_HEAD = Rates(narrow=5e-3, wide=1e-4, source=HEAD.source, is_heads=True)
 """Rates of a new head with several layers, such as RoBERTa's, whose tanh saturates."""
 
 
-def choose_head_rate(known: RunFacts) -> Choice:
+def choose_head_rate(run: RateFacts) -> Choice:
     """Return the rate of a new head and its reason."""
-    rates, what = (DEEP_HEAD, "a deep head") if known.deep_head else (HEAD, "a linear head")
-    return rates.choose(what, known, "head learning rate")
+    rates, subject = (DEEP_HEAD, "a deep head") if run.deep_head else (HEAD, "a linear head")
+    return rates.choose(subject, run, "head learning rate")
 
 
 @dataclass(frozen=True)
@@ -146,16 +146,16 @@ def set_head_rate(
         if any(f".{module}." in f".{name}" for module in heads.modules)
     }
     for group in list(optimizer.param_groups):
-        own = [parameter for parameter in group["params"] if id(parameter) in inside]
-        if not own:
+        head_parameters = [parameter for parameter in group["params"] if id(parameter) in inside]
+        if not head_parameters:
             continue
         others = [parameter for parameter in group["params"] if id(parameter) not in inside]
         if others:
             group["params"] = others
             group = {name: value for name, value in group.items() if name != "params"}
-            optimizer.add_param_group({**group, "params": own, "lr": heads.rate})
+            optimizer.add_param_group({**group, "params": head_parameters, "lr": heads.rate})
         else:
             group["lr"] = heads.rate
 
 
-__all__ = ["HeadRate", "Rates", "RunFacts", "choose_head_rate", "set_head_rate"]
+__all__ = ["HeadRate", "RateFacts", "Rates", "choose_head_rate", "set_head_rate"]

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from ftlevel.methods.base import VIRTUAL_TOKENS, UnmergeableLayer, UnmergeableTuner
+from ftlevel.methods.base import VIRTUAL_TOKENS, UnmergeableLayer, UnmergeableTuner, shortest_names
+
+
+def use_sets(config: Any) -> None:
+    """Convert lists of module names in `config` (mutated) to sets, which PEFT compares."""
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(value := getattr(config, name), list):
+            setattr(config, name, set(value))
 
 
 class PrecisionLayer:
@@ -65,9 +72,6 @@ def first_float(module: nn.Module) -> nn.Parameter | None:
     return next((p for p in module.parameters() if p.is_floating_point()), None)
 
 
-_DEEPEST_SUFFIX = 3
-
-
 class VirtualTokenLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLayer):
     """Virtual tokens of one module, by adapter name."""
 
@@ -105,29 +109,19 @@ class VirtualTokenTuner(UnmergeableTuner, PrecisionTuner, BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None:
-            found = self.find_modules()
-            if not found:
+            modules = self.find_modules()
+            if not modules:
                 raise ValueError(
                     f"no module of {model_config.get('model_type')} has a place for "
                     f"{type(self).__name__}; name some in target_modules."
                 )
             names = (name for name, _ in self.model.named_modules())
-            peft_config.target_modules = shortest_names(found, names)
+            peft_config.target_modules = shortest_names(modules, names)
         return peft_config
 
     def layers(self) -> list[Any]:
         """Return the layers of the tuner, in the model's order."""
         return [m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls)]
-
-
-def shortest_names(wanted: Iterable[str], names: Iterable[str]) -> set[str]:
-    """Return the shortest suffixes that PEFT matches to exactly `wanted` among `names`."""
-    chosen, others = set(wanted), set(names)
-    for depth in range(1, _DEEPEST_SUFFIX + 1):
-        short = {".".join(name.split(".")[-depth:]) for name in chosen}
-        if {n for n in others if any(n == s or n.endswith(f".{s}") for s in short)} == chosen:
-            return short
-    return chosen
 
 
 def device_of(module: nn.Module) -> Any:

@@ -100,7 +100,7 @@ def merge_layer(layer: Any) -> Any:
     return layer.get_base_layer()
 
 
-def indices_beside(module: Any) -> dict[str, Any]:
+def shira_indices(module: Any) -> dict[str, Any]:
     """Return SHiRA's trained indices by adapter name, which are saved but are not buffers."""
     return getattr(module, "shira_indices", {})
 

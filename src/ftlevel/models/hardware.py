@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
@@ -122,7 +123,7 @@ class MemorySettings:
     checkpointing: bool = False
 
 
-def longest_in_memory(config: Any, holding: MemorySettings, memory: int) -> int | None:
+def longest_in_memory(config: Any, settings: MemorySettings, memory: int) -> int | None:
     """Return an upper bound of tokens per row for `memory` bytes, or None."""
     text = config.get_text_config()
     hidden, layers = getattr(text, "hidden_size", 0), getattr(text, "num_hidden_layers", 0)
@@ -132,10 +133,10 @@ def longest_in_memory(config: Any, holding: MemorySettings, memory: int) -> int 
     inner = next((n for name in _INNER if isinstance(n := getattr(text, name, None), int)), hidden)
     weights = text.vocab_size * hidden + layers * 2 * hidden * (hidden + inner)
     block = 4 * hidden + 2 * inner
-    kept = layers * hidden + block if holding.checkpointing else layers * block
-    held = weights * (holding.weight + _TRAINED_BYTES * holding.trained)
-    left = memory - held
-    return int(left // (kept * holding.value)) if left > 0 else None
+    activations = layers * hidden + block if settings.checkpointing else layers * block
+    weight_bytes = weights * (settings.weight + _TRAINED_BYTES * settings.trained)
+    free = memory - weight_bytes
+    return int(free // (activations * settings.value)) if free > 0 else None
 
 
 def device_memory(device: str) -> int:
@@ -175,32 +176,30 @@ def read_free(groups: Iterable[Path]) -> Iterator[int]:
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
             try:
-                most, taken = (int((group / name).read_text()) for name in (limit, used))
+                limit_bytes, used_bytes = (
+                    int((group / name).read_text()) for name in (limit, used)
+                )
                 lines = (group / "memory.stat").read_text().splitlines()
             except (OSError, ValueError):  # "max" is not a number
                 continue
             files = next((int(n) for name, n in map(str.split, lines) if name == cached), 0)
-            yield max(0, most - (taken - files))
+            yield max(0, limit_bytes - (used_bytes - files))
 
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def choose_device(wish: str) -> Choice:
+def choose_device(requested: str) -> Choice:
     """Return the device type for auto, cpu, cuda or mps; raises `ConfigError` if unavailable."""
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if wish == "cuda" and not has_cuda:
+    if requested == "cuda" and not has_cuda:
         raise ConfigError("--device cuda: torch finds no CUDA device. Use --device cpu.")
-    if wish == "mps" and not has_mps:
+    if requested == "mps" and not has_mps:
         raise ConfigError("--device mps: torch finds no MPS device. Use --device cpu.")
-    if wish != "auto":
-        return Choice("device", wish, "" if wish == "cpu" else describe_device(wish))
-    found = "cuda" if has_cuda else "mps" if has_mps else "cpu"
-    return Choice("device", found, f"auto: {describe_device(found)}")
+    if requested != "auto":
+        return Choice("device", requested, "" if requested == "cpu" else describe_device(requested))
+    device = "cuda" if has_cuda else "mps" if has_mps else "cpu"
+    return Choice("device", device, f"auto: {describe_device(device)}")
 
 
 def describe_device(device: str) -> str:
@@ -215,7 +214,7 @@ def describe_device(device: str) -> str:
     return "no GPU here"
 
 
-def choose_dtype(wish: str, device: str, method: str, model_type: str) -> Choice:
+def choose_dtype(requested: str, device: str, method: str, model_type: str) -> Choice:
     """Return the name of the compute dtype; trained weights are always in float32.
 
     Raises:
@@ -223,14 +222,14 @@ def choose_dtype(wish: str, device: str, method: str, model_type: str) -> Choice
             DeBERTa (1), whose attention mask overflows.
     """
     if model_type == "deberta":  # transformers 5.24 masks with float32's minimum
-        if wish in ("auto", "float32"):
-            why = "auto: DeBERTa's mask overflows anything shorter" if wish == "auto" else ""
+        if requested in ("auto", "float32"):
+            why = "auto: DeBERTa's mask overflows anything shorter" if requested == "auto" else ""
             return Choice("dtype", "float32", why)
         raise ConfigError(
-            f"--dtype {wish} cannot be used with deberta: its attention mask overflows it. "
+            f"--dtype {requested} cannot be used with deberta: its attention mask overflows it. "
             "Use --dtype float32."
         )
-    if wish == "float16":
+    if requested == "float16":
         if device == "cpu":
             raise ConfigError(
                 "--dtype float16 cannot be used on the CPU. Use --dtype bfloat16 or float32."
@@ -240,8 +239,8 @@ def choose_dtype(wish: str, device: str, method: str, model_type: str) -> Choice
                 f"--dtype float16 cannot be used with {model_type}: its feed-forward activations "
                 "overflow float16 and the loss becomes NaN. Use --dtype bfloat16 or float32."
             )
-    if wish != "auto":
-        return Choice("dtype", wish, _held(method, wish))
+    if requested != "auto":
+        return Choice("dtype", requested, _float32_note(method, requested))
     fast, why = _has_fast_bfloat16(device)
     name = "bfloat16" if fast else "float32"
     if device == "cuda" and not fast:
@@ -250,11 +249,11 @@ def choose_dtype(wish: str, device: str, method: str, model_type: str) -> Choice
         why += (
             f", and {model_type} overflows float16" if overflows else ": its fast type is float16"
         )
-    held = _held(method, name)
-    return Choice("dtype", name, f"auto: {why}" + (f"; {held}" if held else ""))
+    note = _float32_note(method, name)
+    return Choice("dtype", name, f"auto: {why}" + (f"; {note}" if note else ""))
 
 
-def _held(method: str, dtype: str) -> str:
+def _float32_note(method: str, dtype: str) -> str:
     return "weights in float32" if method == "full" and dtype != "float32" else ""
 
 
@@ -291,21 +290,21 @@ def evaluating(model: Any, device: str, dtype: str) -> Iterator[None]:
         model.train(training)
 
 
-def uses_tf32(wish: bool | None, device: str, dtype: str) -> bool:
+def uses_tf32(enabled: bool | None, device: str, dtype: str) -> bool:
     """Return whether float32 matrix products use TF32 (8-bit exponent, 10-bit mantissa)."""
-    if wish is False or dtype != "float32" or device != "cuda":
+    if enabled is False or dtype != "float32" or device != "cuda":
         return False
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
-def choose_tf32(wish: bool | None, device: str, dtype: str) -> list[Choice]:
+def choose_tf32(requested: bool | None, device: str, dtype: str) -> list[Choice]:
     """Return log lines about TF32; raises `ConfigError` if the device does not support it."""
-    if uses_tf32(wish, device, dtype):
-        why = "auto: an Ampere GPU or later; --no-tf32 is exact" if wish is None else ""
+    if uses_tf32(requested, device, dtype):
+        why = "auto: an Ampere GPU or later; --no-tf32 is exact" if requested is None else ""
         return [Choice("float32 products", "in TF32 while training", why)]
-    if wish and dtype != "float32":
+    if requested and dtype != "float32":
         return [Choice("float32 products", "in TF32", f"but there are none: dtype is {dtype}")]
-    if wish:
+    if requested:
         raise ConfigError(
             f"--tf32: {describe_device(device)}. TF32 needs an NVIDIA GPU, Ampere or later. Drop "
             "--tf32."
@@ -324,7 +323,7 @@ def using_tf32(enabled: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def send(tensor: Tensor, device: torch.device) -> Tensor:
     """Move a CPU tensor to `device` without synchronizing a GPU, by pinned memory."""
     if device.type != "cuda":
         return tensor.to(device)
@@ -357,7 +356,7 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def held_memory_bytes(device: str) -> int:
+def current_memory_bytes(device: str) -> int:
     """Return current memory: reserved on the GPU, or resident in this process."""
     return int(torch.cuda.memory_reserved()) if device == "cuda" else resident_bytes()
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
+from torch import Tensor
 
 from ftlevel.config import ModelConfig, QuantConfig
 from ftlevel.config.section import Choice
@@ -43,13 +44,13 @@ class PlacedModel:
     choice: Choice
 
 
-def place_model(model: Any, tokenizer: Any, wish: ModelConfig, folder: Path) -> PlacedModel:
+def place_model(model: Any, tokenizer: Any, config: ModelConfig, folder: Path) -> PlacedModel:
     """Return the files of `model`, saving it into `folder` if necessary.
 
     Args:
-        model: transformers model; None for the one that `wish` names.
+        model: transformers model; None for the one that `config` names.
         tokenizer: its tokenizer; None uses that of the model's name.
-        wish: the model section.
+        config: the model section.
         folder: an empty directory.
 
     Raises:
@@ -61,37 +62,38 @@ def place_model(model: Any, tokenizer: Any, wish: ModelConfig, folder: Path) -> 
             "transformers.AutoTokenizer loaded."
         )
     if model is None:
-        source = resolve_source(wish.name_or_path, wish.revision, wish.trust_remote_code)
+        source = resolve_source(config.name_or_path, config.revision, config.trust_remote_code)
         return _with_tokenizer(source, tokenizer, folder)
-    _check_model(model, wish)
-    known = _find_source(str(model.name_or_path or ""), wish)
+    _check_model(model, config)
+    stored = _find_source(str(model.name_or_path or ""), config)
     quant = _quantization(model)
-    if known is not None and _is_as_stored(model, known, quant):
-        return replace(_with_tokenizer(known, tokenizer, folder), quant=quant)
-    if tokenizer is None and known is None:
+    if stored is not None and _is_as_stored(model, stored, quant):
+        return replace(_with_tokenizer(stored, tokenizer, folder), quant=quant)
+    if tokenizer is None and stored is None:
         raise ConfigError(
             f"model= was not loaded from files (name {model.name_or_path!r}), so its tokenizer "
-            f"is unknown. Pass tokenizer=…"
+            "is unknown. Pass tokenizer=…"
         )
-    place = folder / _short_name(known.name if known else type(model).__name__)
-    model.save_pretrained(place)
-    own: Any = tokenizer if known is None or tokenizer is not None else load_tokenizer(known)
-    own.save_pretrained(place)
-    than = f"other weights than {known.name}" if known else "the weights of no file"
+    directory = folder / _short_name(stored.name if stored else type(model).__name__)
+    model.save_pretrained(directory)
+    if tokenizer is None and stored is not None:
+        tokenizer = load_tokenizer(stored)
+    tokenizer.save_pretrained(directory)
+    content = f"other weights than {stored.name}" if stored else "the weights of no file"
     return PlacedModel(
-        str(place),
-        place,
+        str(directory),
+        directory,
         quant,
         Choice(
             "given model",
-            f"has {than}",
+            f"has {content}",
             "kept as base/ in the run, which its adapter needs; what was given is not changed",
         ),
     )
 
 
-def _check_model(model: Any, wish: ModelConfig) -> None:
-    """Raise if `model` is not a plain transformers model, or if `wish` also names a model."""
+def _check_model(model: Any, config: ModelConfig) -> None:
+    """Raise if `model` is not a plain transformers model, or if `config` also names a model."""
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -110,9 +112,10 @@ def _check_model(model: Any, wish: ModelConfig) -> None:
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError("model= has weights on the meta device, which hold no numbers. Load it.")
-    if "name_or_path" in wish.model_fields_set:
+    if "name_or_path" in config.model_fields_set:
         raise ConfigError(
-            f"model= and {wish.name_or_path} in the configuration are both given. Use one of them."
+            f"model= and {config.name_or_path} in the configuration are both given. Use one of "
+            "them."
         )
 
 
@@ -129,10 +132,10 @@ def _quantization(model: Any) -> QuantConfig | None:
     return quant
 
 
-def _find_source(name: str, wish: ModelConfig) -> ModelSource | None:
+def _find_source(name: str, config: ModelConfig) -> ModelSource | None:
     """Return the files from which a model was loaded, or None."""
     try:
-        return resolve_source(name, wish.revision, wish.trust_remote_code) if name else None
+        return resolve_source(name, config.revision, config.trust_remote_code) if name else None
     except InputError:
         return None
 
@@ -153,14 +156,14 @@ def _with_tokenizer(source: ModelSource, tokenizer: Any, folder: Path) -> Placed
     if source.kind == "gguf":
         raise ConfigError(
             f"tokenizer= differs from that of {source.name}, and a .gguf file has its own. Drop "
-            f"it, or use a model directory."
+            "it, or use a model directory."
         )
-    place = folder / _short_name(source.name)
-    shutil.copytree(snapshot(source), place)
-    tokenizer.save_pretrained(place)
+    directory = folder / _short_name(source.name)
+    shutil.copytree(snapshot(source), directory)
+    tokenizer.save_pretrained(directory)
     return PlacedModel(
-        str(place),
-        place,
+        str(directory),
+        directory,
         None,
         Choice(
             "given tokenizer",
@@ -176,29 +179,29 @@ def _short_name(name: str) -> str:
 
 def _facts(tokenizer: Any) -> tuple[Any, ...]:
     """Return everything that affects tokenization; padding is excluded."""
-    own: Any = tokenizer.get_vocab()
+    vocabulary: Any = tokenizer.get_vocab()
     if tokenizer.is_fast:
-        own = json.loads(tokenizer.backend_tokenizer.to_str())
-        own = {key: value for key, value in own.items() if key not in ("padding", "truncation")}
+        vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
+        vocabulary = {k: v for k, v in vocabulary.items() if k not in ("padding", "truncation")}
     special = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if k != "pad_token"}
-    return own, special, getattr(tokenizer, "chat_template", None)
+    return vocabulary, special, getattr(tokenizer, "chat_template", None)
 
 
 def _is_as_stored(model: Any, source: ModelSource, quant: QuantConfig | None) -> bool:
     """Return whether config and all weights of `model` equal those of `source`."""
     if source.kind == "gguf" or _config_facts(model.config) != _config_facts(load_config(source)):
         return False
-    own = model.state_dict()
+    state = model.state_dict()
     stored = _quantized_tensors(model, source) if quant else _stored_tensors(model, source)
-    known: set[int] = set()
+    pointers: set[int] = set()
     for name, tensor in stored:
-        mine = own.pop(name, None)
-        if mine is None:  # stored twice
+        value = state.pop(name, None)
+        if value is None:  # stored twice
             return False
-        if mine.shape != tensor.shape or not torch.equal(tensor.to(mine.dtype), mine.cpu()):
+        if value.shape != tensor.shape or not torch.equal(tensor.to(value.dtype), value.cpu()):
             return False
-        known.add(mine.data_ptr())
-    return all(tensor.data_ptr() in known for tensor in own.values())  # tied weights
+        pointers.add(value.data_ptr())
+    return all(tensor.data_ptr() in pointers for tensor in state.values())  # tied weights
 
 
 def _config_facts(config: Any) -> dict[str, Any]:
@@ -206,19 +209,19 @@ def _config_facts(config: Any) -> dict[str, Any]:
     return {k: v for k, v in facts.items() if k not in _OF_NO_WEIGHT and not k.startswith("_")}
 
 
-def _stored_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
+def _stored_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of the files under the model's names for them."""
-    own, prefix = model.state_dict(), f"{model.base_model_prefix}."
+    state, prefix = model.state_dict(), f"{model.base_model_prefix}."
     for path in sorted(snapshot(source).glob("*.safetensors")):
         with safe_open(str(path), framework="pt") as file:
             for stored in file.keys():  # noqa: SIM118 - it is no dict
                 names = (stored, prefix + stored, stored.removeprefix(prefix))
-                name = next((name for name in names if name in own), None)
+                name = next((name for name in names if name in state), None)
                 if name is not None:
                     yield name, file.get_tensor(stored)
 
 
-def _quantized_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
+def _quantized_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of the files, quantized like `model`."""
     floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
     with silence_loggers():
@@ -229,5 +232,5 @@ def _quantized_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, t
             dtype=floats[0],
             device_map={"": str(model.device)},
         )
-    own = model.state_dict()
-    yield from ((name, tensor.cpu()) for name, tensor in fresh.state_dict().items() if name in own)
+    state = model.state_dict()
+    yield from ((name, t.cpu()) for name, t in fresh.state_dict().items() if name in state)

@@ -48,19 +48,16 @@ def checkpoint_class(config: Any) -> str:
     anything unknown is `AutoModel`.
     """
     if not config.architectures:
-        usual = {
-            "decoder": "AutoModelForCausalLM",
-            "encoder-decoder": "AutoModelForSeq2SeqLM",
-        }
+        usual = {"decoder": "AutoModelForCausalLM", "encoder-decoder": "AutoModelForSeq2SeqLM"}
         return usual.get(model_kind(config), "AutoModel")
 
-    def is_made_by(name: str, architecture: str) -> bool:
+    def is_class_of(name: str, architecture: str) -> bool:
         mapping = model_classes(name)
         return type(config) in mapping and mapping[type(config)].__name__ == architecture
 
     for architecture in config.architectures or ():
         for name in (*TASK_CLASSES, "AutoModelForImageTextToText"):
-            if is_made_by(name, architecture):
+            if is_class_of(name, architecture):
                 return name
         # BERT's pretraining head contains the masked-LM head; ELECTRA's does not.
         if (
@@ -130,5 +127,5 @@ def _scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
     """Return `rope_scaling` for scaled rotary embeddings."""
     if rope["rope_type"] == "default":
         return {}
-    own = ("rope_theta", "partial_rotary_factor")
-    return {"rope_scaling": {key: value for key, value in rope.items() if key not in own}}
+    excluded = ("rope_theta", "partial_rotary_factor")
+    return {"rope_scaling": {key: value for key, value in rope.items() if key not in excluded}}

@@ -47,11 +47,11 @@ _UNREADABLE = (OSError, json.JSONDecodeError, struct.error, SafetensorError)
 def _naming_damage(source: ModelSource) -> Iterator[None]:
     """Convert exceptions for damaged files in the block to `InputError` with the model's name."""
     try:
-        with reading(source.words):
+        with reading(source.label):
             yield
     except _UNREADABLE as error:
         raise InputError(
-            f"{source.words}: its weights cannot be read ({_first_line(error)}). "
+            f"{source.label}: its weights cannot be read ({_first_line(error)}). "
             "Was a download or a copy cut short?"
         ) from error
 
@@ -88,13 +88,13 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
     """Return the config of `source` with `overrides`; raises `InputError` if it is unusable."""
     try:
         if source.kind in ("gguf", "hub"):  # directories are already checked
-            raw, more = transformers.PreTrainedConfig.get_config_dict(
+            raw, kwargs = transformers.PreTrainedConfig.get_config_dict(
                 source.location, **source.arguments(), **overrides
             )
-            check_config(raw, source.words)
+            check_config(raw, source.label)
         if source.gguf_file:  # reading its header takes a second
             return transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(
-                raw, **more, name_or_path=source.location
+                raw, **kwargs, name_or_path=source.location
             )
         config = transformers.AutoConfig.from_pretrained(
             source.location, **source.arguments(), **overrides
@@ -104,11 +104,11 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
         return config
     except struct.error as error:  # truncated .gguf header
         raise InputError(
-            f"{source.words} ends before its header says ({_first_line(error)}). Is the download "
+            f"{source.label} ends before its header says ({_first_line(error)}). Is the download "
             "incomplete?"
         ) from error
     except (*FROM_READERS, StrictDataclassError) as error:
-        raise InputError(f"{source.words}: {_why_not(error)}") from error
+        raise InputError(f"{source.label}: {_why_not(error)}") from error
 
 
 def _why_not(error: Exception) -> str:
@@ -150,10 +150,10 @@ def load_tokenizer(source: ModelSource) -> Any:
             raise
         if source.kind == "directory" and not _holds_tokenizer(Path(source.location)):
             raise InputError(
-                f"{source.words} has no tokenizer. Expected tokenizer.json in {source.location}: "
+                f"{source.label} has no tokenizer. Expected tokenizer.json in {source.location}: "
                 "copy it there from the model that the weights come from."
             ) from error
-        raise InputError(f"{source.words} has no usable tokenizer: {_first_line(error)}") from error
+        raise InputError(f"{source.label} has no usable tokenizer: {_first_line(error)}") from error
 
 
 def _holds_tokenizer(directory: Path) -> bool:
@@ -221,16 +221,16 @@ def load_model(
     elif quantization is not None:
         arguments["quantization_config"] = keep_heads(quantization, config, auto_class)
     if stored is None:
-        check_stored_dtypes(_stored_dtypes(source), source.words)
+        check_stored_dtypes(_stored_dtypes(source), source.label)
     is_packed = stored is not None or quantization is not None
     if is_packed or (device == "cuda" and not source.gguf_file):
         # Loads shard by shard, so host memory does not grow with the number of GPUs.
-        place = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
-        arguments["device_map"] = {"": place}
+        target = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+        arguments["device_map"] = {"": target}
     model, info = _read(source, auto_class, slices, config=config, dtype=dtype, **arguments)
-    redrawn = check_shapes(model, info["mismatched_keys"], source.words)
-    check_unexpected(model, info["unexpected_keys"], source.words)
-    check_finite(model.named_parameters() if slices is None else slices.read(model), source.words)
+    redrawn = check_shapes(model, info["mismatched_keys"], source.label)
+    check_unexpected(model, info["unexpected_keys"], source.label)
+    check_finite(model.named_parameters() if slices is None else slices.read(model), source.label)
     if stored is not None and as_quant_config(stored) is not None:
         cast_unquantized(model, dtype)
     if mapping:
@@ -260,10 +260,9 @@ def _read(
 
                 pack_unread(model, quantization, slices.weights)
             return model, info
-        pair: tuple[Any, dict[str, Any]] = getattr(transformers, auto_class).from_pretrained(
+        return getattr(transformers, auto_class).from_pretrained(
             source.location, use_safetensors=None if source.gguf_file else True, **arguments
         )
-        return pair
 
 
 def _load_gguf_quantized(
@@ -284,11 +283,11 @@ def keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
     By default transformers excludes only a tied output; with a list it excludes only that, and
     BERT's `cls.predictions.decoder` would no longer be tied.
     """
-    kept = copy.copy(quantization)
+    copied = copy.copy(quantization)
     meta = build_task_model(config, auto_class)
     floats = [*find_heads(meta), *find_unpackable(meta)]
-    kept.llm_int8_skip_modules = sorted({*(quantization.llm_int8_skip_modules or ()), *floats})
-    return kept
+    copied.llm_int8_skip_modules = sorted({*(quantization.llm_int8_skip_modules or ()), *floats})
+    return copied
 
 
 def _keep_new_heads(
@@ -303,13 +302,13 @@ def _keep_new_heads(
         for head in find_heads(build_task_model(config, auto_class))
         if not any(f".{head}." in f".{name}" for name in packed)
     ]
-    kept = copy.deepcopy(config)
-    kept.quantization_config = {
+    copied = copy.deepcopy(config)
+    copied.quantization_config = {
         **stored,
         "llm_int8_skip_modules": sorted({*(stored.get("llm_int8_skip_modules") or ()), *heads}),
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
     }
-    return kept
+    return copied
 
 
 def rename_prefix(config: Any, auto_class: str) -> dict[str, str]:
@@ -321,8 +320,8 @@ def rename_prefix(config: Any, auto_class: str) -> dict[str, str]:
     families, classes = model_classes("AutoModel"), model_classes(auto_class)
     if type(config) not in families or type(config) not in classes:
         return {}
-    usual, here = (_prefix(mapping[type(config)]) for mapping in (families, classes))
-    return {} if here == usual else {rf"^{usual}\.": f"{here}."}
+    base_prefix, task_prefix = (_prefix(mapping[type(config)]) for mapping in (families, classes))
+    return {} if task_prefix == base_prefix else {rf"^{base_prefix}\.": f"{task_prefix}."}
 
 
 def _prefix(entry: Any) -> str:
@@ -333,39 +332,39 @@ def _prefix(entry: Any) -> str:
 
 def find_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
     """Return poolers that the checkpoint lacks, which are trained like heads; may be empty."""
-    held = _stored_dtypes(source)
-    if not held:
+    stored_names = _stored_dtypes(source)
+    if not stored_names:
         return []
     return [
         name
         for name, module in meta.named_modules()
         if name.rpartition(".")[2] == "pooler"
-        and (own := [key for key, _ in module.named_parameters()])
-        and not any(stored.endswith(f"pooler.{own[0]}") for stored in held)
+        and (parameters := [key for key, _ in module.named_parameters()])
+        and not any(stored.endswith(f"pooler.{parameters[0]}") for stored in stored_names)
     ]
 
 
 def find_new_heads(meta: torch.nn.Module, source: ModelSource, heads: list[str]) -> list[str]:
     """Return the heads missing from the checkpoint; all of them if unknown."""
-    held = _stored_dtypes(source)
+    stored_names = _stored_dtypes(source)
 
-    def is_held(head: str) -> bool:
-        own = [name for name, _ in meta.get_submodule(head).named_parameters(prefix=head)]
-        return any(stored.endswith(name) for stored in held for name in own)
+    def is_stored(head: str) -> bool:
+        parameters = [name for name, _ in meta.get_submodule(head).named_parameters(prefix=head)]
+        return any(stored.endswith(name) for stored in stored_names for name in parameters)
 
-    return [head for head in heads if not is_held(head)]
+    return [head for head in heads if not is_stored(head)]
 
 
 def _stored_dtypes(source: ModelSource) -> dict[str, str]:
     """Return tensor dtypes by name; empty for .gguf and models not on disk."""
-    held: dict[str, str] = {}
+    dtypes: dict[str, str] = {}
     if source.path is None or source.path.is_file():
-        return held
+        return dtypes
     for path in source.path.glob("*.safetensors"):
         with _naming_damage(source), safe_open(str(path), framework="pt") as file:
             names = file.keys()
-            held.update((name, file.get_slice(name).get_dtype()) for name in names)
-    return held
+            dtypes.update((name, file.get_slice(name).get_dtype()) for name in names)
+    return dtypes
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-Place = Literal["block", "router", "kernel", "aside", "head", "other"]
+Location = Literal["block", "router", "kernel", "aside", "head", "other"]
 
 # Last names of linear layers that route tokens to experts.
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
@@ -36,7 +36,9 @@ _ASIDE = {
 }
 # The forward pass casts or scales these, or reads their dtype, so they are not quantized.
 _WRITTEN_TO = {
-    "led": ("query_global",),  # its output is divided in place, which bitsandbytes does not support
+    "led": (
+        "query_global",
+    ),  # its output is divided in location, which bitsandbytes does not support
     "longformer": ("query_global",),
     "longt5": ("wo",),
     "rwkv": ("attention.output", "feed_forward.value"),
@@ -49,8 +51,8 @@ _INDEX_LETTERS = "ijklmn"
 class LinearModule:
     """A linear layer; `pattern` has letters for layer indices, `model.layers.{i}.mlp.up_proj`.
 
-    `place` is `other` outside blocks and heads (BERT's pooler), `kernel` if read past its module,
-    so it cannot be adapted, and `aside` if not used in every forward pass.
+    `location` is `other` outside blocks and heads (BERT's pooler), `kernel` if read past its
+    module, so it cannot be adapted, and `aside` if not used in every forward pass.
     """
 
     name: str
@@ -58,7 +60,7 @@ class LinearModule:
     type: str
     in_features: int
     out_features: int
-    place: Place
+    location: Location
 
 
 @dataclass(frozen=True)
@@ -157,16 +159,16 @@ class ModuleTree:
                 parts[position] = f"{{{next(letters)}}}"
         return ".".join(parts)
 
-    def _place(self, name: str) -> Place:
+    def _locate(self, name: str) -> Location:
         if self.in_heads(name):
             return "head"
         if not self.in_blocks(name):
             return "other"
         parts = name.split(".")
-        own = getattr(getattr(self.model, "config", None), "model_type", "")
-        if parts[-1] in _READ_BY_KERNELS.get(own, ()):
+        model_type = getattr(getattr(self.model, "config", None), "model_type", "")
+        if parts[-1] in _READ_BY_KERNELS.get(model_type, ()):
             return "kernel"
-        if parts[-1] in _ASIDE.get(own, ()):
+        if parts[-1] in _ASIDE.get(model_type, ()):
             return "aside"
         return "router" if parts[-1] in _ROUTERS or "router" in parts else "block"
 
@@ -175,7 +177,7 @@ class ModuleTree:
         for name, module in self.modules.items():
             size = linear_size(module)
             if size is not None:
-                yield LinearModule(name, self.pattern(name), *size, self._place(name))
+                yield LinearModule(name, self.pattern(name), *size, self._locate(name))
 
     def experts(self) -> Iterator[ExpertParameter]:
         """Yield the 3-D expert tensors in the blocks."""

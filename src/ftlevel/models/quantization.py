@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ftlevel.config.sections import QuantConfig
 from ftlevel.errors import ConfigError, InputError
@@ -47,7 +48,7 @@ def packs_experts(quantization: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Rounding:
+class QuantizationRounding:
     """Quantization followed by dequantization of the tensors `names`.
 
     `transposed` ones are stored as `(in, out)`, as in Conv1D. `dtype` is the dtype before
@@ -59,18 +60,18 @@ class Rounding:
     quantization: Any
     dtype: torch.dtype
 
-    def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+    def __call__(self, name: str, weight: Tensor) -> Tensor:
         """Return `weight` after quantization and dequantization."""
         if not weight.is_floating_point():
             return weight
         weight = weight.to(self.dtype)
         if name not in self.names:
             return weight
-        turned = name in self.transposed
-        rounded = self._round((weight.T if turned else weight).contiguous())
-        return rounded.T.contiguous() if turned else rounded
+        transposed = name in self.transposed
+        rounded = self._round((weight.T if transposed else weight).contiguous())
+        return rounded.T.contiguous() if transposed else rounded
 
-    def _round(self, weight: torch.Tensor) -> torch.Tensor:
+    def _round(self, weight: Tensor) -> Tensor:
         import bitsandbytes.functional as bnb
 
         config = self.quantization
@@ -85,15 +86,15 @@ class Rounding:
         return bnb.dequantize_4bit(packed, state).to(self.dtype)
 
 
-def build_rounding(model: Any, quantization: Any, dtype: torch.dtype) -> Rounding:
+def build_rounding(model: Any, quantization: Any, dtype: torch.dtype) -> QuantizationRounding:
     """Return the rounding that `quantization` applies to the meta model `model` (mutated)."""
-    found = replaced_linears(model, quantization, pre_quantized=False)
+    linears = replaced_linears(model, quantization, pre_quantized=False)
     experts: frozenset[str] = frozenset()
     if packs_experts(quantization):
         experts = frozenset(packable_experts(model))
-    return Rounding(
-        experts | {f"{name}.weight" for name in found},
-        frozenset(f"{name}.weight" for name, turned in found.items() if turned),
+    return QuantizationRounding(
+        experts | {f"{name}.weight" for name in linears},
+        frozenset(f"{name}.weight" for name, is_conv1d in linears.items() if is_conv1d),
         quantization,
         dtype,
     )
@@ -117,10 +118,10 @@ def build_torchao_config(kind: str) -> Any:
 
 def torchao_kind(stored: dict[str, Any]) -> str | None:
     """Return the `--quant` kind of a torchao `quantization_config`, or None."""
-    made_by = stored.get("quant_type")
-    if stored.get("quant_method") != "torchao" or not isinstance(made_by, dict):
+    quant_type = stored.get("quant_type")
+    if stored.get("quant_method") != "torchao" or not isinstance(quant_type, dict):
         return None
-    name = made_by.get("default", {}).get("_type")
+    name = quant_type.get("default", {}).get("_type")
     return next((kind for kind, config in _CONFIGS.items() if config == name), None)
 
 
@@ -172,64 +173,64 @@ def as_quant_config(stored: dict[str, Any]) -> QuantConfig | None:
 
 def quantization_facts(stored: dict[str, Any]) -> dict[str, Any]:
     """Return the model card entry of a stored quantization: `kind`, and 4-bit settings."""
-    own = as_quant_config(stored)
-    if own is None:
+    quant = as_quant_config(stored)
+    if quant is None:
         return {"kind": quantization_name(stored)}
-    return own.facts
+    return quant.facts
 
 
 def read_quantization(facts: Mapping[str, Any]) -> QuantConfig:
     """Return the quantization to apply while loading; other libraries' kinds are stored instead."""
-    return QuantConfig.model_validate(facts) if _is_own(facts) else QuantConfig()
+    return QuantConfig.model_validate(facts) if _is_applied(facts) else QuantConfig()
 
 
 def quantization_form(facts: Mapping[str, Any]) -> str:
     """Return a short description of a model card's quantization."""
-    return QuantConfig.model_validate(facts).form if _is_own(facts) else str(facts["kind"])
+    return QuantConfig.model_validate(facts).form if _is_applied(facts) else str(facts["kind"])
 
 
-def _is_own(facts: Mapping[str, Any]) -> bool:
+def _is_applied(facts: Mapping[str, Any]) -> bool:
     return facts.get("kind", "none") in ("none", "4bit", "8bit")
 
 
-def check_loadable(stored: dict[str, Any], words: str, device: str) -> None:
+def check_loadable(stored: dict[str, Any], label: str, device: str) -> None:
     """Raise `InputError` if transformers cannot load this quantized checkpoint here."""
     method = quantization_name(stored)
     try:
-        place = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
-        check_environment(stored, place)
+        target = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+        check_environment(stored, target)
     except (ImportError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         if stored.get("quant_method") == "torchao" and isinstance(error, ImportError):
             reason = f"torchao is not installed ({INSTALL})."
         raise InputError(
-            f"{words} is quantized by {method}, which cannot be loaded here: {reason} "
+            f"{label} is quantized by {method}, which cannot be loaded here: {reason} "
             "Install the package it names, or use the original model with --quant 4bit."
         ) from None
     except (TypeError, AttributeError, LookupError) as error:  # malformed config.json
         raise InputError(
-            f"{words}: quantization_config in its config.json is not one of {method} ({error}). "
+            f"{label}: quantization_config in its config.json is not one of {method} ({error}). "
             "Restore the file, or use the original model with --quant 4bit."
         ) from None
 
 
 def match_quantization(
-    stored: dict[str, Any] | None, wish: QuantConfig, words: str, device: str
+    stored: dict[str, Any] | None, requested: QuantConfig, label: str, device: str
 ) -> QuantConfig:
     """Return the quantization of the base: the requested one, or that of the checkpoint.
 
-    `stored` is None for a plain model; `words` names the model in errors.
+    `stored` is None for a plain model; `label` names the model in errors.
 
     Raises:
         InputError: the checkpoint is quantized differently, or cannot be loaded here.
     """
     if stored is None:
-        return wish
-    check_loadable(stored, words, device)
-    own, method = as_quant_config(stored), quantization_name(stored)
-    if wish.kind != "none" and (own is None or own.kind != wish.kind):
+        return requested
+    check_loadable(stored, label, device)
+    stored_quant, method = as_quant_config(stored), quantization_name(stored)
+    if requested.kind != "none" and (stored_quant is None or stored_quant.kind != requested.kind):
         raise InputError(
-            f"{words} is already quantized ({method}), and --quant {wish.kind} cannot be "
-            f"applied. Drop --quant, or use the original model."
+            f"{label} is already quantized ({method}), and --quant {requested.kind} cannot be "
+            "applied. Drop --quant, or use the original model."
         )
-    return own or wish
+    return stored_quant or requested

@@ -43,7 +43,7 @@ class ModelSource:
     said: str = ""
 
     @property
-    def words(self) -> str:
+    def label(self) -> str:
         """Name of the model in errors."""
         return self.said or f"--model {self.name}"
 
@@ -105,20 +105,20 @@ def resolve_source(
     Raises:
         InputError: no such model can be reached; the message lists alternatives.
     """
-    words = said or f"--model {name}"
+    label = said or f"--model {name}"
     if name.startswith("builtin:"):
         directory = builtin.model_path(name.removeprefix("builtin:"))
         return ModelSource(name, "builtin", str(directory), local_files_only=True, said=said)
     path = Path(name).expanduser()
-    if own := builtin.name_of(path):  # a path that PEFT wrote into adapter_config.json
-        return resolve_source(own, said=said.replace(name, own))
+    if builtin_name := builtin.name_of(path):  # a path that PEFT wrote into adapter_config.json
+        return resolve_source(builtin_name, said=said.replace(name, builtin_name))
     if path.suffix == ".gguf" and not path.is_dir():
-        _check_file(path, words)
+        _check_file(path, label)
         return ModelSource(
             name, "gguf", str(path.parent), path.name, local_files_only=True, said=said
         )
     if path.is_dir():
-        _check_directory(path, words, needs_weights)
+        _check_directory(path, label, needs_weights)
         return ModelSource(
             name,
             "directory",
@@ -128,12 +128,12 @@ def resolve_source(
             said=said,
         )
     if path.exists():
-        check_regular([path], words)
+        check_regular([path], label)
         raise InputError(
-            f"{words} is a file. Expected a model directory, a .gguf file or a Hub id."
+            f"{label} is a file. Expected a model directory, a .gguf file or a Hub id."
         )
-    _check_looks_like_hub_id(name, path, words)
-    offline = _check_reachable(name, revision, words)
+    _check_looks_like_hub_id(name, path, label)
+    offline = _check_reachable(name, revision, label)
     return ModelSource(name, "hub", name, None, revision, offline, trust_remote_code, said)
 
 
@@ -141,50 +141,50 @@ def check_revision(source: ModelSource, revision: str | None) -> None:
     """Raise `InputError` if a `revision` is requested of a source that is not on the Hub."""
     if revision and source.kind != "hub":
         raise InputError(
-            f"revision {revision} cannot be used with {source.words}, which is a local model. Drop "
-            f"the revision, or use a Hub id."
+            f"revision {revision} cannot be used with {source.label}, which is a local model. Drop "
+            "the revision, or use a Hub id."
         )
 
 
-def _check_file(path: Path, words: str) -> None:
+def _check_file(path: Path, label: str) -> None:
     if path.exists():
-        check_regular([path], words)
+        check_regular([path], label)
     if not path.is_file():
         others = sorted(str(p) for p in path.parent.glob("*.gguf")) if path.parent.is_dir() else []
-        raise InputError(f"{words} does not exist.{did_you_mean(str(path), others)}")
+        raise InputError(f"{label} does not exist.{did_you_mean(str(path), others)}")
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
         raise InputError(
-            f"{words} is not a GGUF file: it begins with {magic!r}, not b'GGUF'. "
+            f"{label} is not a GGUF file: it begins with {magic!r}, not b'GGUF'. "
             "Is the download incomplete?"
         )
 
 
-def _check_directory(path: Path, words: str, needs_weights: bool) -> None:
+def _check_directory(path: Path, label: str, needs_weights: bool) -> None:
     if not (path / "config.json").is_file():
-        held = join_names(sorted(p.name for p in path.iterdir()), 6) or "nothing"
+        content = join_names(sorted(p.name for p in path.iterdir()), 6) or "nothing"
         if any((path / part / "adapter_config.json").is_file() for part in ("", "adapter")):
             raise InputError(
-                f"{words} is an adapter, expected a model. Use the model it was trained on, or "
+                f"{label} is an adapter, expected a model. Use the model it was trained on, or "
                 f"merge both: ftlevel merge {quote(str(path))} --out NEW"
             )
         raise InputError(
-            f"{words} has no config.json (it holds {held}). "
+            f"{label} has no config.json (it holds {content}). "
             "Expected a directory that save_pretrained wrote."
         )
-    check_directory(path, words)
+    check_directory(path, label)
     if not needs_weights or any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
         return
     old = join_names(sorted(p.name for p in path.glob("*.bin")), 3)
-    found = f"only pickled weights ({old}), which can run code when read" if old else "no weights"
+    weights = f"only pickled weights ({old}), which can run code when read" if old else "no weights"
     raise InputError(
-        f"{words} holds {found}. Expected .safetensors files: save the model again with "
+        f"{label} holds {weights}. Expected .safetensors files: save the model again with "
         "save_pretrained."
     )
 
 
-def _check_looks_like_hub_id(name: str, path: Path, words: str) -> None:
+def _check_looks_like_hub_id(name: str, path: Path, label: str) -> None:
     """Raise if `name` can only be a path, which does not exist."""
     is_run = path.parts[:1] == ("runs",)  # output directory of runs, not an organization
     if _HUB_ID.fullmatch(name) and not name.startswith((".", "/", "~")) and not is_run:
@@ -192,13 +192,13 @@ def _check_looks_like_hub_id(name: str, path: Path, words: str) -> None:
     parent = path.parent if path.parent.is_dir() else Path()
     names = sorted(str(p) for p in parent.iterdir() if p.is_dir())
     raise InputError(
-        f"{words} does not exist.{did_you_mean(name, names)} Expected "
+        f"{label} does not exist.{did_you_mean(name, names)} Expected "
         f"{'the directory of a run or a model' if is_run else 'a directory'}, a .gguf file, "
         "a Hub id or builtin:tiny-llama."
     )
 
 
-def _check_reachable(name: str, revision: str | None, words: str) -> bool:
+def _check_reachable(name: str, revision: str | None, label: str) -> bool:
     """Return whether to stay offline for the Hub id `name`; raise if it is not available."""
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -214,9 +214,9 @@ def _check_reachable(name: str, revision: str | None, words: str) -> bool:
     if cached:
         return True
     raise InputError(
-        f"{words}: no such directory, not in the local cache, and {why}. Use a local directory "
+        f"{label}: no such directory, not in the local cache, and {why}. Use a local directory "
         f"or .gguf file, download it on a machine with a network (hf download {name}), or use "
-        f"{'--model ' * words.startswith('--model')}"
+        f"{'--model ' * label.startswith('--model')}"
         "builtin:tiny-llama."
     )
 
@@ -240,12 +240,12 @@ def snapshot(source: ModelSource, more: Iterable[str] = ()) -> Path:
         return Path(source.location)
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", *more]
+    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *more]
     return Path(
         snapshot_download(
             source.location,
             revision=source.revision,
-            allow_patterns=wanted,
+            allow_patterns=patterns,
             local_files_only=source.local_files_only,
         )
     )

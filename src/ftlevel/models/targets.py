@@ -16,29 +16,9 @@ import torch
 from torch import nn
 
 from ftlevel.errors import InputError, did_you_mean, join_names
-from ftlevel.models.families.facts import FLOAT32_BYTES, lora_parameters
-from ftlevel.models.module_tree import (
-    LinearModule,
-    ModuleTree,
-    find_heads,
-    find_new_language_head,
-)
+from ftlevel.models.families import lora_parameters
+from ftlevel.models.module_tree import LinearModule, ModuleTree
 from ftlevel.models.untrusted import limit_time
-
-__all__ = [
-    "ExpertKind",
-    "LinearKind",
-    "ModelTargets",
-    "ModuleKind",
-    "adapter_bytes",
-    "build_meta_model",
-    "find_heads",
-    "find_new_language_head",
-    "inspect_model",
-    "lora_parameters",
-    "parse_targets",
-    "resolve_targets",
-]
 
 ALL_LINEAR = "all-linear"
 AUTO = "auto"
@@ -56,9 +36,12 @@ class LinearKind:
     in_features: int
     out_features: int
     count: int
-    place: str
-    all_linear: bool
-    default: bool
+    location: str
+
+    @property
+    def all_linear(self) -> bool:
+        """Whether `all-linear`, the default of low-rank methods, selects it."""
+        return self.location == "block"
 
     def lora_parameters(self, r: int) -> int:
         """Return the LoRA parameters of rank `r` for all of them."""
@@ -110,11 +93,6 @@ class ModelTargets:
         return sum(kind.lora_parameters(r) for kind in self.linears if kind.all_linear)
 
 
-def adapter_bytes(parameters: int) -> int:
-    """Return the size of an adapter's weights in float32, PEFT's default."""
-    return parameters * FLOAT32_BYTES
-
-
 def build_meta_model(config: Any) -> nn.Module:
     """Build the model of a config on the meta device.
 
@@ -145,9 +123,9 @@ def inspect_model(model: nn.Module) -> ModelTargets:
     """Return the adaptable modules of `model`, usually on the meta device."""
     tree = ModuleTree(model)
     linears = Counter(
-        (part.pattern, part.type, part.in_features, part.out_features, part.place)
+        (part.pattern, part.type, part.in_features, part.out_features, part.location)
         for part in tree.linears()
-        if part.place != "head"
+        if part.location != "head"
     )
     kinds = [
         LinearKind(
@@ -157,11 +135,9 @@ def inspect_model(model: nn.Module) -> ModelTargets:
             in_features=fan_in,
             out_features=fan_out,
             count=count,
-            place=place,
-            all_linear=place == "block",
-            default=place == "block",
+            location=location,
         )
-        for (pattern, kind, fan_in, fan_out, place), count in linears.items()
+        for (pattern, kind, fan_in, fan_out, location), count in linears.items()
     ]
     experts = Counter(
         (part.pattern, part.experts, part.in_features, part.out_features) for part in tree.experts()
@@ -169,7 +145,7 @@ def inspect_model(model: nn.Module) -> ModelTargets:
     return ModelTargets(
         model_type=_model_type(model),
         class_name=type(model).__name__,
-        linears=tuple(sorted(kinds, key=lambda kind: kind.place == "other")),
+        linears=tuple(sorted(kinds, key=lambda kind: kind.location == "other")),
         experts=tuple(
             ExpertKind(pattern.rpartition(".")[2], pattern, number, fan_in, fan_out, count)
             for (pattern, number, fan_in, fan_out), count in experts.items()
@@ -197,9 +173,9 @@ def parse_targets(text: str) -> str | list[str]:
 
 
 def resolve_targets(
-    model: nn.Module, wish: str | Sequence[str], *, model_name: str | None = None
+    model: nn.Module, targets: str | Sequence[str], *, model_name: str | None = None
 ) -> list[str]:
-    """Return the sorted full names of the linear layers that `wish` selects.
+    """Return the sorted full names of the linear layers that `targets` selects.
 
     A name matches as in PEFT: a module of that name or one that ends in `.name`. Matches in blocks
     take precedence, so `dense` never selects BERT's pooler. A regex must match the full name; heads
@@ -207,22 +183,22 @@ def resolve_targets(
 
     Args:
         model: model, quantized or not, or on the meta device; not a PEFT model.
-        wish: `all-linear`, `auto`, one regex, comma-separated names, or a list of names.
+        targets: `all-linear`, `auto`, one regex, comma-separated names, or a list of names.
         model_name: name of the model in messages; its own name by default.
 
     Raises:
         InputError: a name or the regex matches no adaptable module.
     """
     picker = _Picker(model, model_name)
-    if isinstance(wish, str):
-        wish = parse_targets(wish)
-    elif len(wish) == 1 and wish[0] in (ALL_LINEAR, AUTO):
-        wish = wish[0]
-    if isinstance(wish, str):
-        if wish in (ALL_LINEAR, AUTO):
+    if isinstance(targets, str):
+        targets = parse_targets(targets)
+    elif len(targets) == 1 and targets[0] in (ALL_LINEAR, AUTO):
+        targets = targets[0]
+    if isinstance(targets, str):
+        if targets in (ALL_LINEAR, AUTO):
             return picker.all_linear()
-        return picker.by_regex(wish)
-    return picker.by_names(wish)
+        return picker.by_regex(targets)
+    return picker.by_names(targets)
 
 
 def _model_type(model: nn.Module) -> str:
@@ -235,11 +211,11 @@ class _Picker:
     def __init__(self, model: nn.Module, model_name: str | None) -> None:
         self.tree = ModuleTree(model)
         self.linears: dict[str, LinearModule] = {part.name: part for part in self.tree.linears()}
-        own_name = getattr(getattr(model, "config", None), "name_or_path", "")
-        self.model_name = model_name or own_name or _model_type(model)
+        config_name = getattr(getattr(model, "config", None), "name_or_path", "")
+        self.model_name = model_name or config_name or _model_type(model)
 
     def all_linear(self) -> list[str]:
-        picked = sorted(name for name, part in self.linears.items() if part.place == "block")
+        picked = sorted(name for name, part in self.linears.items() if part.location == "block")
         if not picked:
             raise InputError(f"--target-modules: {self.model_name} has no linear in its blocks.")
         return picked
@@ -250,11 +226,11 @@ class _Picker:
         if not names:
             problems.append(f"--target-modules: no names given. {self._available()}")
         for name in names:
-            found = [full for full in self.tree.modules if f".{full}".endswith(f".{name}")]
-            linears = self._adaptable(found)
+            matches = [full for full in self.tree.modules if f".{full}".endswith(f".{name}")]
+            linears = self._adaptable(matches)
             picked.update(linears)
             if not linears:
-                problems.append(self._problem(name, found))
+                problems.append(self._problem(name, matches))
         if problems:
             raise InputError(problems)
         return sorted(picked)
@@ -269,56 +245,55 @@ class _Picker:
             ) from error
         try:
             with limit_time(_SECONDS):
-                found = [full for full in self.tree.modules if compiled.fullmatch(full)]
+                matches = [full for full in self.tree.modules if compiled.fullmatch(full)]
         except TimeoutError as error:
             raise InputError(
                 f"--target-modules: {regex!r} takes too long to match ({error}). Avoid nested "
-                f"repetitions."
+                "repetitions."
             ) from None
         picked = [
             full
-            for full in found
-            if full in self.linears and self.linears[full].place not in ("head", "kernel")
+            for full in matches
+            if full in self.linears and self.linears[full].location not in ("head", "kernel")
         ]
         if not picked:
-            raise InputError(self._problem(regex, found, hint=False))
+            raise InputError(self._problem(regex, matches, hint=False))
         return sorted(picked)
 
-    def _adaptable(self, found: Sequence[str]) -> list[str]:
+    def _adaptable(self, matches: Sequence[str]) -> list[str]:
         """Return the linear layers in blocks among the found modules; if none, the other layers."""
-        linears = [self.linears[full] for full in found if full in self.linears]
-        inside = [part.name for part in linears if part.place == "block"]
+        linears = [self.linears[full] for full in matches if full in self.linears]
+        inside = [part.name for part in linears if part.location == "block"]
         return inside or [
-            part.name for part in linears if part.place in ("router", "aside", "other")
+            part.name for part in linears if part.location in ("router", "aside", "other")
         ]
 
-    def _problem(self, wish: str, found: Sequence[str], *, hint: bool = True) -> str:
-        what = f"--target-modules: {wish!r}"
-        heads = [full for full in found if self.tree.in_heads(full)]
+    def _problem(self, target: str, matches: Sequence[str], *, hint: bool = True) -> str:
+        heads = [full for full in matches if self.tree.in_heads(full)]
+        suggestion = ""
         if heads:
-            return f"{what} {self._head_reason(heads)} {self._available()}"
-        if any(full in self.linears and self.linears[full].place == "kernel" for full in found):
-            what += (
-                f" is used by the scan of {self.model_name} without calling the module, so an "
-                f"adapter on it would have no effect. Drop it."
+            reason = self._head_reason(heads)
+        elif any(
+            full in self.linears and self.linears[full].location == "kernel" for full in matches
+        ):
+            reason = (
+                f"is used by the scan of {self.model_name} without calling the module, so an "
+                "adapter on it would have no effect. Drop it."
             )
-            return f"{what} {self._available()}"
-        if found:
-            kinds = sorted({type(self.tree.modules[full]).__name__ for full in found})
-            what += f" matches no linear of {self.model_name}, only {join_names(kinds)}."
+        elif matches:
+            kinds = sorted({type(self.tree.modules[full]).__name__ for full in matches})
+            reason = f"matches no linear of {self.model_name}, only {join_names(kinds)}."
             if kinds == ["Embedding"]:
-                what += " --modules-to-save trains it in full."
-            return f"{what} {self._available()}"
-        experts = [part for part in self.tree.experts() if f".{part.name}".endswith(f".{wish}")]
-        if experts:
-            what += (
-                f" is a tensor of experts in {self.model_name}, not a module: PEFT reaches it by "
+                reason += " --modules-to-save trains it in full."
+        elif any(f".{part.name}".endswith(f".{target}") for part in self.tree.experts()):
+            reason = (
+                f"is a tensor of experts in {self.model_name}, not a module: PEFT reaches it by "
                 "target_parameters."
             )
-            return f"{what} {self._available()}"
-        near = did_you_mean(wish, self._names()) if hint else ""
-        what += f" matches no module of {self.model_name}."
-        return f"{what} {self._available(near)}"
+        else:
+            suggestion = did_you_mean(target, self._names()) if hint else ""
+            reason = f"matches no module of {self.model_name}."
+        return f"--target-modules: {target!r} {reason} {self._available(suggestion)}"
 
     def _head_reason(self, heads: Sequence[str]) -> str:
         get_output = getattr(self.tree.model, "get_output_embeddings", None)
@@ -327,17 +302,18 @@ class _Picker:
         if output is not None and any(part is output for part in parts):
             return (
                 f"is the output head of {self.model_name}: adapters are added to the blocks. "
-                f"Drop it; --modules-to-save trains it in full."
+                "Drop it; --modules-to-save trains it in full."
             )
         return (
             f"is a task head of {self.model_name} ({join_names(heads, maximum=3)}): heads are "
-            f"trained in full and saved with the adapter. Drop it."
+            "trained in full and saved with the adapter. Drop it."
         )
 
     def _names(self) -> list[str]:
-        parts = (part for part in self.linears.values() if part.place == "block")
+        parts = (part for part in self.linears.values() if part.location == "block")
         return sorted({part.pattern.rpartition(".")[2] for part in parts})
 
-    def _available(self, near: str = "") -> str:
+    def _available(self, suggestion: str = "") -> str:
         names = join_names(self._names())
-        return f"Linear modules here: {names}.{near} Try: ftlevel list-targets {self.model_name}"
+        hint = f"{suggestion} Try: ftlevel list-targets {self.model_name}"
+        return f"Linear modules here: {names}.{hint}"

@@ -61,75 +61,75 @@ _AT_LEAST_ONE = tuple(
 )
 
 
-def check_directory(path: Path, words: str) -> None:
+def check_directory(path: Path, label: str) -> None:
     """Raise `InputError` for irregular files, outside references or absurd sizes in a directory."""
-    check_regular(path.iterdir(), words)
+    check_regular(path.iterdir(), label)
     for index in path.glob(_INDEX):
-        _check_index(index, words)
-    check_config(_read(path / "config.json", words), words)
+        _check_index(index, label)
+    check_config(_read(path / "config.json", label), label)
     if (path / "generation_config.json").is_file():
-        _read(path / "generation_config.json", words)
+        _read(path / "generation_config.json", label)
 
 
-def check_config(config: Mapping[str, Any], words: str) -> None:
+def check_config(config: Mapping[str, Any], label: str) -> None:
     """Raise `InputError` for absurd sizes or remote kernels in a config, before it is built."""
-    check_sizes(config, words)
-    _check_kernels(config, words)
+    check_sizes(config, label)
+    _check_kernels(config, label)
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(
-            f"{words}: architectures in its config.json is {str(names)[:80]}. Expected a list of "
+            f"{label}: architectures in its config.json is {str(names)[:80]}. Expected a list of "
             "names."
         )
 
 
-def _check_kernels(config: Mapping[str, Any], words: str) -> None:
+def _check_kernels(config: Mapping[str, Any], label: str) -> None:
     """Raise if the config or a part of it names a Hub kernel."""
     for name, value in config.items():
         if name in _IMPLEMENTATIONS:
             for kernel in value.values() if isinstance(value, Mapping) else [value]:
                 if isinstance(kernel, str) and "/" in kernel:
                     raise InputError(
-                        f"{words}: {name} in its config.json is {kernel!r}, code that would be "
+                        f"{label}: {name} in its config.json is {kernel!r}, code that would be "
                         "fetched from a hub. Remove the line if you trust the rest."
                     )
         elif isinstance(value, Mapping):
-            _check_kernels(value, words)
+            _check_kernels(value, label)
 
 
-def check_sizes(config: Mapping[str, Any], words: str) -> None:
+def check_sizes(config: Mapping[str, Any], label: str) -> None:
     """Raise `InputError` for a size larger than that of any model."""
     for name, value in config.items():
         if isinstance(value, Mapping):
-            check_sizes(value, words)
+            check_sizes(value, label)
         elif isinstance(value, (int, float)) and value > _MOST.get(name, value):
             raise InputError(
-                f"{words}: {name} in its config is {value:,}; no model has more than "
+                f"{label}: {name} in its config is {value:,}; no model has more than "
                 f"{_MOST[name]:,}. The file is damaged or malicious."
             )
         elif name in _AT_LEAST_ONE and isinstance(value, (int, float)) and value < 1:
-            raise InputError(f"{words}: {name} in its config is {value:,}; the least is 1.")
+            raise InputError(f"{label}: {name} in its config is {value:,}; the least is 1.")
 
 
-def _check_index(index: Path, words: str) -> None:
-    where = _read(index, words).get("weight_map")
-    if not isinstance(where, Mapping):
-        raise InputError(f"{words}: {index.name} has no weight_map. Is the copy incomplete?")
-    for name in where.values():
-        place = PurePosixPath(str(name))
+def _check_index(index: Path, label: str) -> None:
+    weight_map = _read(index, label).get("weight_map")
+    if not isinstance(weight_map, Mapping):
+        raise InputError(f"{label}: {index.name} has no weight_map. Is the copy incomplete?")
+    for name in weight_map.values():
+        file = PurePosixPath(str(name))
         if (
             not isinstance(name, str)
-            or place.is_absolute()
-            or ".." in place.parts
+            or file.is_absolute()
+            or ".." in file.parts
             or any(sign in name for sign in "\\\0")
         ):
             raise InputError(
-                f"{words}: {index.name} names {name!r}, which is not a file in the model's "
+                f"{label}: {index.name} names {name!r}, which is not a file in the model's "
                 "directory. Files outside it are not read."
             )
 
 
-def _read(path: Path, words: str) -> Mapping[str, Any]:
+def _read(path: Path, label: str) -> Mapping[str, Any]:
     try:
         if path.stat().st_size > _LARGEST_JSON:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")
@@ -137,9 +137,9 @@ def _read(path: Path, words: str) -> Mapping[str, Any]:
         if not isinstance(content, Mapping):
             raise TypeError("it is no object")
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        what = "its weights cannot" if path.match(_INDEX) else "it cannot"
+        problem = "its weights cannot" if path.match(_INDEX) else "it cannot"
         raise InputError(
-            f"{words}: {what} be read ({path.name}: {error}). Is the copy incomplete?"
+            f"{label}: {problem} be read ({path.name}: {error}). Is the copy incomplete?"
         ) from None
     return content
 
@@ -170,10 +170,10 @@ def limit_memory(size: int) -> Iterator[None]:
         return
     before = resource.getrlimit(resource.RLIMIT_DATA)
     pages = os.pread(sizes.fileno(), 256, 0).split()[5]
-    wish = int(pages) * resource.getpagesize() + size
+    limit = int(pages) * resource.getpagesize() + size
     if before[0] != resource.RLIM_INFINITY:
-        wish = min(wish, before[0])
-    resource.setrlimit(resource.RLIMIT_DATA, (wish, before[1]))
+        limit = min(limit, before[0])
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
     try:
         yield
     finally:
@@ -232,8 +232,8 @@ def _patterns(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         if isinstance(text := settings.get(field), str):
             yield field, text, text
     for field in _ENDS:
-        if isinstance(found := settings.get(field), Mapping):
-            yield from ((field, key, rf"(.*\.)?({key})") for key in found)
+        if isinstance(patterns := settings.get(field), Mapping):
+            yield from ((field, key, rf"(.*\.)?({key})") for key in patterns)
 
 
 FROM_READERS = (

@@ -205,7 +205,7 @@ class BaseTask(ABC):
         if not self.has_new_head:
             return [], []
         from ftlevel.models.loading import find_new_poolers
-        from ftlevel.models.targets import find_heads
+        from ftlevel.models.module_tree import find_heads
 
         heads = list(dict.fromkeys([*find_new_poolers(meta, source), *find_heads(meta)]))
         return heads, heads

@@ -54,7 +54,7 @@ class MaskTask(BaseTask):
 
     def find_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
         """Return the language head if the checkpoint has none."""
-        from ftlevel.models.targets import find_new_language_head
+        from ftlevel.models.module_tree import find_new_language_head
 
         return find_new_language_head(meta)
 

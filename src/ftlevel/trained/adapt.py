@@ -14,6 +14,7 @@ import torch
 from ftlevel.config import MethodConfig
 from ftlevel.errors import ConfigError, InputError, did_you_mean, join_names
 from ftlevel.methods import METHODS, Base, ensure_registered
+from ftlevel.methods.base import shortest_names
 from ftlevel.methods.merging import read_peft_config
 from ftlevel.models.integrity import check_finite
 from ftlevel.models.untrusted import FROM_READERS, check_patterns
@@ -30,9 +31,8 @@ def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = 
     import peft
 
     definition = METHODS[method.kind]
-    if definition.build is None:
-        if definition.unfreeze is not None:
-            definition.unfreeze(method, base, model)
+    if not definition.is_adapter:
+        definition.unfreeze(method, base, model)
         return model
     is_meta = next(model.parameters()).is_meta
     targets = compact_targets(model, base.targets)
@@ -53,8 +53,7 @@ def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = 
             "another --method."
         ) from error
     check_placed(peft_model, method.kind, base)
-    if definition.prepare is not None:
-        definition.prepare(peft_model)
+    definition.prepare(peft_model)
     train_in_float32(peft_model)
     return peft_model
 
@@ -86,9 +85,7 @@ def check_placed(peft_model: Any, method: str, base: Base) -> None:
 
 def finish_method(model: Any, method: MethodConfig) -> None:
     """Remove from the trained `model` what only training needed (mutated)."""
-    finish = METHODS[method.kind].finish
-    if finish is not None:
-        finish(model)
+    METHODS[method.kind].finish(model)
 
 
 def train_in_float32(model: Any) -> None:
@@ -102,28 +99,13 @@ def train_in_float32(model: Any) -> None:
 
 
 def compact_targets(model: torch.nn.Module, targets: Sequence[str]) -> list[str]:
-    """Return the shortest names that PEFT's suffix match resolves to exactly `targets`.
-
-    Other programs expect `q_proj` instead of full names in adapter_config.json.
-    """
-    requested = set(targets)
-    if not requested:
-        return []
-    names = [name for name, _ in model.named_modules()]
-    for depth in (1, 2, 3):
-        short = {".".join(name.split(".")[-depth:]) for name in requested}
-        matched = {
-            name for name in names if any(name == s or name.endswith("." + s) for s in short)
-        }
-        if matched == requested:
-            return sorted(short)
-    return sorted(requested)
+    """Return the shortest names that PEFT's suffix match resolves to exactly `targets`."""
+    return sorted(shortest_names(targets, (name for name, _ in model.named_modules())))
 
 
 def copy_start(model: Any, method: MethodConfig) -> dict[str, Any]:
     """Return the initial state of `model` that `save_adapter` needs; may be empty."""
-    start = METHODS[method.kind].start
-    return start.copy(model) if start else {}
+    return METHODS[method.kind].initialization.copy(model)
 
 
 def save_adapter(
@@ -133,8 +115,7 @@ def save_adapter(
 
     `initial_state` is the result of `copy_start`.
     """
-    start = METHODS[method.kind].start
-    with start.as_saved(model, initial_state) if start else contextlib.nullcontext() as state:
+    with METHODS[method.kind].initialization.as_saved(model, initial_state) as state:
         # "auto" would query the Hub to find out whether the vocabulary was resized.
         more = {} if state is None else {"state_dict": state}
         model.save_pretrained(str(directory), save_embedding_layers=False, **more)
@@ -207,8 +188,8 @@ def _plain_loader(directory: Path) -> Callable[[Any, Path, str], Any] | None:
 
     peft_type = read_peft_config(directory)["peft_type"]
     for method in METHODS.values():
-        if peft_type in method.plain:
-            return method.plain[peft_type]
+        if peft_type in method.plain_loaders:
+            return method.plain_loaders[peft_type]
     if issubclass(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type], peft.PromptLearningConfig):
         raise InputError(
             f"{directory} is an adapter of type {peft_type}, which PEFT {peft.__version__} "

@@ -26,6 +26,7 @@ from ftlevel.models.hardware import DTYPES, autocast
 from ftlevel.models.integrity import check_missing
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import label_overrides, load_config, load_model, load_tokenizer
+from ftlevel.models.module_tree import find_heads
 from ftlevel.models.quantization import (
     build_quantization_config,
     check_loadable,
@@ -33,7 +34,6 @@ from ftlevel.models.quantization import (
     stored_quantization,
 )
 from ftlevel.models.sources import ModelSource
-from ftlevel.models.targets import find_heads
 from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapt import load_adapter
@@ -207,7 +207,7 @@ class ModelRef:
                 "no reference"
             )
         if (stored := stored_quantization(config)) is not None:
-            check_loadable(stored, source.words, device)
+            check_loadable(stored, source.label, device)
         tokenizer = self.load_tokenizer()
         ensure_pad_token(tokenizer)
         if task.separates_padding:
@@ -235,7 +235,7 @@ class ModelRef:
             _check_trained_head(missing, find_heads(model), source.name, task.name)
         # A new language head has an untrained bias, which stays zero.
         new = [*card.heads, *find_heads(model)] if card.heads and self.directory else []
-        check_missing(missing, [*new, *task.find_unused(model)], source.words)
+        check_missing(missing, [*new, *task.find_unused(model)], source.label)
         if dequantize:
             model = model.dequantize()
         if self.directory is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.files import base_digest, file_fingerprint, write_json
-from ftlevel.artifacts.places import relative_place, resolve_relative
+from ftlevel.artifacts.places import relative_path, resolve_relative
 from ftlevel.errors import InputError, with_article
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.trained.resolve import resolve_model
@@ -29,7 +29,7 @@ class ReferenceModel:
     def write(self, directory: Path, beside: Path) -> None:
         """Write name and fingerprint into `directory`; a local path also relative to `beside`."""
         path = Path(self.name).expanduser()
-        local = {"path": relative_place(path, beside)} if path.exists() else {}
+        local = {"path": relative_path(path, beside)} if path.exists() else {}
         name = str(path.absolute()) if local else self.name
         write_json(directory / NAMED, {"name": name, **local, "fingerprint": self.fingerprint})
 

@@ -22,6 +22,7 @@ from ftlevel.errors import InputError, join_names, reading
 from ftlevel.models.hardware import choose_dtype
 from ftlevel.models.kinds import checkpoint_class, max_positions, model_kind
 from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
+from ftlevel.models.module_tree import find_heads
 from ftlevel.models.quantization import (
     as_quant_config,
     quantization_facts,
@@ -29,7 +30,6 @@ from ftlevel.models.quantization import (
     stored_quantization,
 )
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source
-from ftlevel.models.targets import find_heads
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapter_formats import AdapterReader, find_reader
 from ftlevel.trained.model_ref import PLAIN, ModelRef, find_tokenizer
@@ -117,7 +117,7 @@ def _with_dtype(ref: ModelRef, dtype: str, device: str) -> ModelRef:
     stored = stored_quantization(config)
     if stored is not None and as_quant_config(stored) is None:
         raise InputError(
-            f"--dtype {dtype}: {ref.source.words} is stored quantized "
+            f"--dtype {dtype}: {ref.source.label} is stored quantized "
             f"({quantization_name(stored)}), and its kernels compute in the type that it was saved "
             f"with ({config.dtype}). Drop --dtype, or name the original model."
         )
@@ -428,7 +428,7 @@ def check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
     if actual != expected:
         raise InputError(
             f"{directory} was trained on {card.base['name']} with weights {expected[:12]}…, and "
-            f"{source.words} has other weights ({actual[:12]}…). On them the adapter would be "
+            f"{source.label} has other weights ({actual[:12]}…). On them the adapter would be "
             "wrong silently. Name the base that it was trained on: --model PATH, or train again."
         )
 

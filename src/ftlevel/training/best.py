@@ -122,7 +122,7 @@ def resolve_best_model(
 
 def is_trained_sharded(method: MethodConfig, train: TrainerConfig) -> bool:
     """Return whether the trained weights are sharded across processes."""
-    return train.shard != "none" and METHODS[method.kind].build is None
+    return train.shard != "none" and not METHODS[method.kind].is_adapter
 
 
 def _check_rows(train: TrainerConfig, rows: int) -> None:
@@ -400,7 +400,7 @@ class BestModelCallback(TrainerCallback):
     def _write(self, model: Any, directory: Path) -> None:
         write_trained(model, directory)
         for state in self._states:
-            state.keep(directory)
+            state.save_state(directory)
 
     def finish(self, model: Any, step: int, max_steps: int) -> SelectedModel | None:
         """Load the best weights into `model` (mutated) and return which model it is now.
@@ -418,7 +418,7 @@ class BestModelCallback(TrainerCallback):
             else:
                 read_trained(model, directory)
                 for state in self._states:
-                    state.take_up(directory, model)
+                    state.load_state(directory, model)
                 selected = evaluations.best.step
         return SelectedModel(
             metric=self.plan.metric,

@@ -25,7 +25,7 @@ from ftlevel.fast.step_collator import StepCollator, TextCollator
 from ftlevel.methods import METHODS
 from ftlevel.methods.base import HasState
 from ftlevel.methods.rates import HeadRate
-from ftlevel.models.hardware import held_memory_bytes, uses_tf32, using_tf32
+from ftlevel.models.hardware import current_memory_bytes, uses_tf32, using_tf32
 from ftlevel.models.upstream.libraries import use_one_gpu
 from ftlevel.task import PolicyObjective, StepObjective
 from ftlevel.trained.generation import GenerationOptions
@@ -262,8 +262,7 @@ def _owes_evaluation(resumed: ResumeState, run: Run, arguments: Any) -> bool:
 
 def build_optimizer(method: MethodConfig, model: Any, arguments: Any) -> Any:
     """Return the method's own optimizer; None lets Trainer create one."""
-    build = METHODS[method.kind].optimizer
-    return build(method, model, arguments) if build else None
+    return METHODS[method.kind].optimizer(method, model, arguments)
 
 
 def matmul_context(run: Run) -> AbstractContextManager[None]:
@@ -334,10 +333,10 @@ def add_callbacks(
         listener,
         directory.log if is_first else tell_nobody,
         lambda: int(trainer.tokens_seen),
-        lambda: held_memory_bytes(run.model.device),
+        lambda: current_memory_bytes(run.model.device),
     )
-    build = METHODS[run.config.method.kind].callbacks
-    method_callbacks = build(run.config.method, directory.checkpoints, is_first) if build else []
+    method = run.config.method
+    method_callbacks = METHODS[method.kind].callbacks(method, directory.checkpoints, is_first)
     states = [callback for callback in method_callbacks if isinstance(callback, HasState)]
     best = None
     if run.best is not None:

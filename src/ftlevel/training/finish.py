@@ -15,7 +15,7 @@ from ftlevel.artifacts.checkpoints import forget_unreachable
 from ftlevel.artifacts.files import flush, flush_all
 from ftlevel.artifacts.hub import push
 from ftlevel.artifacts.ownership import forget_adapter, mark_end
-from ftlevel.artifacts.places import relative_place
+from ftlevel.artifacts.places import relative_path
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import IN_MEMORY, MethodConfig, OutputConfig
 from ftlevel.data.prepare.streaming import StreamedRows
@@ -111,7 +111,7 @@ def write_tokenizer_and_card(
         shutil.copytree(start.name, directory / KEPT, dirs_exist_ok=True)
     run.model.tokenizer.save_pretrained(str(directory))
     is_local = base["kind"] in ("directory", "gguf")
-    path = relative_place(Path(base["name"]), final_directory or directory) if is_local else ""
+    path = relative_path(Path(base["name"]), final_directory or directory) if is_local else ""
     card = build_card(run, {**base, "path": path} if path else base)
     card.write(directory)
     run.task.write_files(directory, run.model.config, card.options)

@@ -35,7 +35,7 @@ from ftlevel.models.integrity import check_finite, check_missing
 from ftlevel.models.loading import load_model
 from ftlevel.models.quantization import build_quantization_config, stored_quantization
 from ftlevel.models.upstream.quantizers import scales_of
-from ftlevel.models.upstream.shards import UnreadWeights, own_part
+from ftlevel.models.upstream.shards import UnreadWeights, local_shard
 from ftlevel.models.upstream.tensors import inner_tensors
 from ftlevel.trained.adapt import apply_method, copy_start, load_initial_weights, train_in_float32
 from ftlevel.training.memory import set_checkpointing, use_expandable_segments
@@ -106,7 +106,7 @@ def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Mapping[str, Digest
 
     A sharded tensor is digested in this process's part only.
     """
-    local = [(name, own_part(tensor.detach())) for name, tensor in tensors]
+    local = [(name, local_shard(tensor.detach())) for name, tensor in tensors]
     parts = [(name, tensor, _sum(tensor)) for name, tensor in local]
     if not parts:
         return {}
@@ -192,9 +192,7 @@ def load_adapted(run: Run, listener: Listener) -> PreparedModel:
     """Load the base, apply the method and the fast step, and set up activation recomputation."""
     use_expandable_segments(run.model.device)
     shards = run.config.train.shard != "none"
-    trains_base = (
-        METHODS[run.config.method.kind].build is None
-    )  # the base's own weights are trained
+    trains_base = not METHODS[run.config.method.kind].is_adapter
     if shards:
         model = load_sharded(run, listener)
     else:
@@ -246,10 +244,10 @@ def load_sharded(run: Run, listener: Listener) -> Any:
     dtype, holds = DTYPES[run.model.dtype], run.config.train.shard == "grads"
     shard(model, run.model.device, holds=holds, dtype=dtype, slices=slices)
     if slices is not None:
-        parts = [(base_name(n), own_part(p)) for n, p in model.named_parameters()]
+        parts = [(base_name(n), local_shard(p)) for n, p in model.named_parameters()]
         for name, linear in model.named_modules():
             parts += [(base_name(f"{name}.weight"), scales) for scales in scales_of(linear)]
-        started_processes().in_all(lambda: check_finite(parts, run.model.source.words))
+        started_processes().in_all(lambda: check_finite(parts, run.model.source.label))
         if slices.converted:
             reason = (
                 f"except {slices.converted[0]} and similar tensors, computed from several of "
@@ -273,7 +271,7 @@ def find_computed_tensor(model: Any, slices: UnreadWeights) -> str:
 
 def explain_full_read(run: Run) -> str:
     """Return why a process must read the whole base; empty if it can read its own rows."""
-    planned, start = run.model, METHODS[run.config.method.kind].start
+    planned, initialization = run.model, METHODS[run.config.method.kind].initialization
     if stored_quantization(planned.config) is not None:
         return "it is stored quantized, and its scales go with whole weights"
     if planned.quant.kind != "none" and getattr(run.config.method, "use_dora", False):
@@ -284,7 +282,7 @@ def explain_full_read(run: Run) -> str:
         return "a .gguf has no rows that could be read by themselves"
     if planned.source.trust_remote_code:
         return "--trust-remote-code: its own code may read it otherwise"
-    if start is not None and start.default(run.config.method) != run.config.method:
+    if initialization.without_weights(run.config.method) != run.config.method:
         return "the method's start may compute with it"
     return ""
 
@@ -304,7 +302,7 @@ def load_base(run: Run, slices: UnreadWeights | None = None) -> Any:
     from transformers import set_seed
 
     set_seed(run.config.train.seed)
-    planned, trains_base = run.model, METHODS[run.config.method.kind].build is None
+    planned, trains_base = run.model, not METHODS[run.config.method.kind].is_adapter
     compute = DTYPES[planned.dtype]
     model, missing = load_model(
         planned.source,
@@ -316,15 +314,12 @@ def load_base(run: Run, slices: UnreadWeights | None = None) -> Any:
         attn_implementation=run.config.model.attn_implementation,
         slices=slices,
     )
-    check_missing(missing, planned.new_modules, planned.source.words)
+    check_missing(missing, planned.new_modules, planned.source.label)
     return model
 
 
 def prepare_start(model: Any, run: Run) -> None:
     """Run the method's data- or weight-dependent initialization on `model` (mutated)."""
-    start = METHODS[run.config.method.kind].start
-    if start is None:
-        return
     size, seed = run.config.train.per_device_train_batch_size, run.config.train.seed
     pad_id, device = run.model.pad_id, run.model.device
     inputs = InitializationInputs(
@@ -333,7 +328,8 @@ def prepare_start(model: Any, run: Run) -> None:
         device=device,
         dtype=run.model.dtype,
     )
-    start.begin(model, run.config.method, inputs)
+    method = run.config.method
+    METHODS[method.kind].initialization.initialize(model, method, inputs)
     train_in_float32(model)
 
 

@@ -102,7 +102,7 @@ def digests_of(run: Run) -> tuple[FileDigests, FileDigests]:
     base = [] if source.path is None else _weights(source.path)
     rows = _limit_files(_MOST, run.data.stream.files) if run.data.stream else []
     return (
-        FileDigests(BASE, source.words, "base.json", {file.name: file for file in base}),
+        FileDigests(BASE, source.label, "base.json", {file.name: file for file in base}),
         FileDigests(
             ROWS,
             "the rows",

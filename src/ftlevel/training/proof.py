@@ -23,7 +23,7 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import InputError, RunError, join_names
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import evaluating
-from ftlevel.models.upstream.shards import own_part
+from ftlevel.models.upstream.shards import local_shard
 from ftlevel.task import Objective, TokenObjective
 from ftlevel.trained.adapt import add_adapter, load_adapter
 from ftlevel.training.callbacks.gradients import GradientMonitor
@@ -85,7 +85,7 @@ def prove(
         directory.adapter,
         Origin(adapted.digests, lambda: load_base(run)),
         probe,
-        rewritten=METHODS[run.config.method.kind].rewrites_base(run.config.method),
+        rewritten=METHODS[run.config.method.kind].initialization.rewrites_base(run.config.method),
     )
     return describe_proof(comparison, probe, gradients)
 
@@ -292,7 +292,7 @@ def _is_only_cast(tensor: Tensor, expected: Digest) -> bool:
     """Whether only the dtype differs; Switch Transformers casts its router in the forward pass."""
     if tensor.dtype == expected.dtype or not tensor.is_floating_point():
         return False
-    tensor = own_part(tensor.detach())
+    tensor = local_shard(tensor.detach())
     former = tensor.to(expected.dtype)
     return digest(former) == expected and torch.equal(former.to(tensor.dtype), tensor)
 

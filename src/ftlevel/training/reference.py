@@ -254,7 +254,7 @@ def _save_initial_adapter(run: Run, adapted: PreparedModel) -> Any:
     either.
     """
     model = adapted.model
-    rewrites = METHODS[run.config.method.kind].rewrites_base(run.config.method)
+    rewrites = METHODS[run.config.method.kind].initialization.rewrites_base(run.config.method)
     if not hasattr(model, "peft_config") or (run.adapter is None and rewrites):
         return None
     on, off = (_measure_first_row(run, adapted, off=off) for off in (False, True))

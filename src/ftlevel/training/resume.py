@@ -19,7 +19,7 @@ from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.checkpoints import delete_best_after, step_of
 from ftlevel.artifacts.files import base_digest, write_json
 from ftlevel.artifacts.ownership import mark_resumed
-from ftlevel.artifacts.places import write_places
+from ftlevel.artifacts.places import write_relative_paths
 from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory, open_run
 from ftlevel.config import ModelConfig, OutputConfig
 from ftlevel.config.section import Choice
@@ -86,7 +86,7 @@ def check_same_base(model: ModelConfig, output: OutputConfig, chat_template: str
     if expected is not None and fingerprint is not None and fingerprint != expected and not is_free:
         raise ConfigError(
             f"--resume {output.dir}: it was started on {origin.get('model.name_or_path')} with "
-            f"weights {expected[:12]}…, and {source.words} has other weights "
+            f"weights {expected[:12]}…, and {source.label} has other weights "
             f"({fingerprint[:12]}…). "
             "Use the base it was started on, or start a new run in another --output-dir."
         )
@@ -302,7 +302,7 @@ def open_or_resume(run: Run, resumed: ResumeState, listener: Listener) -> RunDir
         path = str(directory.path.absolute() / WRITTEN_BASE)
         stored_run = run.with_settings("model", name_or_path=path)
     directory.write_config(dump_config(stored_run))
-    write_places(directory, resolved_config(stored_run))
+    write_relative_paths(directory, resolved_config(stored_run))
     write_json(directory.checkpoints / ORIGIN, resumed.origin)
     return directory
 

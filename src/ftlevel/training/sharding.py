@@ -28,7 +28,7 @@ from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.models.upstream.libraries import leave_sharded
 from ftlevel.models.upstream.shards import (
     PartsWriter,
-    own_part,
+    local_shard,
     part_of,
     parts_of_state,
     read_parts,
@@ -136,9 +136,9 @@ class ShardedTrainer(FtlevelTrainer):
 
     def _has_room(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether half of the free host memory fits copies of all data that its processes write."""
-        local_bytes = sum(own_part(tensor).nbytes for tensor in tensors.values())
+        local_bytes = sum(local_shard(tensor).nbytes for tensor in tensors.values())
         local_bytes += sum(
-            own_part(value).nbytes
+            local_shard(value).nbytes
             for state in self.optimizer.state.values()
             for value in state.values()
             if isinstance(value, Tensor)
@@ -294,7 +294,7 @@ def compare_weights(model: Any, directory: Path) -> float:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no dict
                 part = part_of(file.get_tensor(name), tensors[name])
-                differences = (own_part(tensors[name]).detach().cpu() - part).abs()
+                differences = (local_shard(tensors[name]).detach().cpu() - part).abs()
                 difference = max(
                     difference, float(differences.max()) if differences.numel() else 0.0
                 )
@@ -316,7 +316,7 @@ def check_can_shard(run: Run, count: int) -> None:
             f"{flag}: one process has the whole model. Start several: --num-processes N, or a "
             "launcher such as torchrun."
         )
-    if method_info.start is not None and method_info.start.rewrites_base(method):
+    if method_info.initialization.rewrites_base(method):
         problems.append(
             f"{flag} cannot be used with a start that is taken out of the base's weights, which "
             f"are sharded when the adapter is saved. Use the default initialization."
@@ -346,7 +346,7 @@ def check_can_shard(run: Run, count: int) -> None:
             f"{flag} cannot be used with --teacher yet, which every process would hold whole. Use "
             "--shard none."
         )
-    if method_info.build is None:
+    if not method_info.is_adapter:
         problems += _problems_of_full(run, flag)
     if problems:
         raise ConfigError(problems)

@@ -353,7 +353,8 @@ class FtlevelTrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         if self.penalty is not None and model.training:
             extra = self.penalty(self.accelerator.unwrap_model(model))
-            loss = loss + (extra - extra.detach()) / self.current_gradient_accumulation_steps
+            if extra is not None:
+                loss = loss + (extra - extra.detach()) / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> Any:

@@ -221,7 +221,8 @@ class _Forward:
                 share = self._share(number, gradients)
                 if is_last and trainer.penalty is not None:
                     extra = trainer.penalty(trainer.accelerator.unwrap_model(self._model))
-                    share = share + (extra - extra.detach())
+                    if extra is not None:
+                        share = share + (extra - extra.detach())
                 trainer.accelerator.backward(share)
         after.restore(trainer.args.device)
 

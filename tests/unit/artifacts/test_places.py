@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from ftlevel.artifacts.places import check_places, make_paths_absolute, read_run, write_places
+from ftlevel.artifacts.places import (
+    check_paths,
+    make_paths_absolute,
+    read_run,
+    write_relative_paths,
+)
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.errors import ConfigError
 
@@ -30,7 +35,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def write(run: Path, data: dict[str, Any], model: str = "builtin:tiny-llama") -> None:
     values = {"model": {"name_or_path": model}, "data": data}
     (run / "config.yaml").write_text(yaml.safe_dump(make_paths_absolute(values)))
-    write_places(RunDirectory(run), values)
+    write_relative_paths(RunDirectory(run), values)
 
 
 def data_of(run: Path) -> dict[str, Any]:
@@ -57,7 +62,7 @@ def test_a_folder_moves_as_one(project: Path, tmp_path: Path) -> None:
     assert found["dataset"] == str(moved / "rows.jsonl")
     assert found["also"] == [str(moved / "more.jsonl")]
     assert found["chat_template"] == str(moved / "template.jinja")
-    check_places(moved / "runs/one", {"data": found})
+    check_paths(moved / "runs/one", {"data": found})
 
 
 def test_a_run_moves_alone(project: Path, tmp_path: Path) -> None:
@@ -70,14 +75,14 @@ def test_what_is_nowhere_is_named_with_the_places_and_the_flag(project: Path) ->
     (project / "rows.jsonl").unlink()
     values = read_run(run).values
     with pytest.raises(ConfigError) as caught:
-        check_places(run, values)
+        check_paths(run, values)
     assert str(caught.value) == (
         f"{run}: data.dataset is not where it was, and was looked for at {project}/rows.jsonl. "
         "Name its place: --dataset PATH."
     )
-    check_places(run, values, ["data.also"])
+    check_paths(run, values, ["data.also"])
     values["data"]["dataset"] = "mine.jsonl"  # the user's word, of which others complain
-    check_places(run, values)
+    check_paths(run, values)
 
 
 def test_rows_in_memory_are_nowhere(project: Path) -> None:
@@ -85,7 +90,7 @@ def test_rows_in_memory_are_nowhere(project: Path) -> None:
     write(project / "runs/one", {"dataset": "in memory", "validation_file": "in memory"})
     assert data_of(project / "runs/one")["dataset"] == "in memory"
     with pytest.raises(ConfigError, match="trained on rows in memory, which are not kept"):
-        check_places(project / "runs/one", read_run(project / "runs/one").values)
+        check_paths(project / "runs/one", read_run(project / "runs/one").values)
 
 
 def test_a_template_by_its_name_is_no_path(project: Path) -> None:

@@ -7,8 +7,6 @@ import pytest
 from ftlevel.artifacts.sentence_transformers import (
     CrossEncoderFormat,
     EmbeddingFormat,
-    check_pooling,
-    read_cross_encoder_format,
     read_embedding_format,
     write_cross_encoder_format,
     write_embedding_format,
@@ -131,7 +129,9 @@ def test_a_cross_encoder_keeps_its_config(tmp_path):
     write(tmp_path, {"config.json": {"model_type": "bert"}})
     form = CrossEncoderFormat("torch.nn.modules.activation.Sigmoid", 512)
     write_cross_encoder_format(tmp_path, form)
-    assert read_cross_encoder_format(tmp_path) == form
+    settings = json.loads((tmp_path / "config_sentence_transformers.json").read_text())
+    lengths = json.loads((tmp_path / "sentence_bert_config.json").read_text())
+    assert (settings["activation_fn"], lengths["max_seq_length"]) == (form.activation, 512)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config == {
         "model_type": "bert",
@@ -160,9 +160,3 @@ def test_refuses_what_it_cannot_train(tmp_path, change, words):
     write(tmp_path, old_form() | change)
     with pytest.raises(InputError, match=words):
         read_embedding_format(tmp_path)
-
-
-def test_an_unknown_pooling_names_the_known():
-    assert check_pooling("last") == "last"
-    with pytest.raises(InputError, match="Did you mean 'mean'"):
-        check_pooling("meen")

@@ -13,7 +13,7 @@ import torch
 
 from ftlevel.fast import kernels
 from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy
-from ftlevel.fast.kernels import ACTIVATIONS, TORCH, Formulas, TorchFormulas, TritonFormulas
+from ftlevel.fast.kernels import ACTIVATIONS, TORCH, Formulas, TritonFormulas
 from ftlevel.fast.layers import rope
 from ftlevel.fast.layers.norm_glu import FusedNormGlu
 from ftlevel.fast.layers.rope import FusedRope
@@ -216,7 +216,7 @@ def test_a_cpu_and_a_machine_without_triton_compute_as_ever(
     assert kernels.NO_KERNELS.glu("silu", 64, torch.bfloat16, "cuda") is TORCH
 
 
-class Like(TorchFormulas):
+class Like(Formulas):
     """Stands for kernels that are compiled: torch's numbers times `factor`."""
 
     factor, fails = 1.0, False

@@ -23,18 +23,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from ftlevel.fast.layers.fused_lora import FusedLinear, register_fused_layers
-from ftlevel.methods import METHODS
+from ftlevel.methods.bottleneck.layer import BottleneckConfig
+from ftlevel.methods.prefix.model import PrefixKvConfig
+from ftlevel.methods.soft_prompt.layer import SoftPromptConfig
 from ftlevel.models.upstream.architectures import attention_of
 from sampling import sample
 from tiny_models import HIDDEN, build, build_batch, build_config, compute_logits
-
-for method in METHODS.values():
-    if method.register is not None:
-        method.register()
-
-from ftlevel.methods.bottleneck.layer import BottleneckConfig  # noqa: E402 - makes a PeftType
-from ftlevel.methods.prefix.model import PrefixKvConfig  # noqa: E402 - likewise
-from ftlevel.methods.soft_prompt.layer import SoftPromptConfig  # noqa: E402 - likewise
 
 CONFIGS = {
     "bottleneck": lambda: BottleneckConfig(init_weights=False),

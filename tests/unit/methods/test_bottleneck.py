@@ -21,7 +21,7 @@ from ftlevel.methods import METHODS, Base
 from ftlevel.methods.bottleneck.layer import BottleneckLayer
 from ftlevel.methods.bottleneck.sites import SITES, find_input
 from ftlevel.models.families import FAMILIES as KNOWN
-from ftlevel.models.targets import find_heads
+from ftlevel.models.module_tree import find_heads
 from ftlevel.models.upstream.quantizers import keep_trainable_layout
 from ftlevel.trained.adapt import apply_method, load_adapter
 from sampling import sample
@@ -366,7 +366,6 @@ def test_two_blocks_are_what_the_papers_say(family: str, placement: str, source:
 def test_a_family_that_does_not_add_the_residual_alone_is_refused(placement: str) -> None:
     spec = AdapterSpec(placement=placement)
     refuse = METHODS["adapter"].refuse
-    assert refuse is not None
     for family in ("gptj", "gpt_neox", "falcon", "phi", "gemma2", "olmo2", "granite"):
         config = tiny_config(family)
         said = refuse(spec, config, "decoder", "text-generation", "none")

@@ -11,7 +11,7 @@ from ftlevel.config import SPECS, build_config, read_settings
 from ftlevel.errors import ConfigError, FtlevelError
 from ftlevel.methods import METHODS, Base, lora
 from ftlevel.models import targets as model_targets
-from ftlevel.models.targets import find_heads
+from ftlevel.models.module_tree import find_heads
 from ftlevel.training.plan.method import find_method_targets
 from unit.models.meta_models import build, has_model
 from unit.models.tiny_configs import TINY
@@ -23,7 +23,7 @@ def peft_config(kind: str, base: Base = BASE, **fields: Any) -> Any:
     return METHODS[kind].build(SPECS[kind](**fields), base)
 
 
-OWN = [kind for kind, m in METHODS.items() if m.build and not (m.refuse or m.register)]
+OWN = [kind for kind, m in METHODS.items() if m.is_adapter and not m.tuner]
 
 
 @pytest.mark.parametrize("kind", OWN)

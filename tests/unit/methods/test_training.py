@@ -14,7 +14,7 @@ import tiny_models
 from ftlevel.config import SPECS, TrainConfig
 from ftlevel.methods import METHODS, Base
 from ftlevel.methods.adalora.allocation import Allocation
-from ftlevel.models.targets import find_heads
+from ftlevel.models.module_tree import find_heads
 from ftlevel.task import TrainingLoss
 from ftlevel.tasks import TASKS
 from ftlevel.trained.adapt import apply_method, copy_start, load_adapter, save_adapter

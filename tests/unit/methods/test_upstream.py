@@ -82,7 +82,7 @@ def _() -> None:
     config = peft.ShiraConfig(r=4, target_modules=["q_proj"])
     model = peft.get_peft_model(build("llama"), config)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    places = upstream.indices_beside(layer)["default"]
+    places = upstream.shira_indices(layer)["default"]
     assert places.shape == (2, layer.shira_weight["default"].numel())
     assert not any("indices" in name for name, _ in [*layer.named_buffers()])
     saved = peft.get_peft_model_state_dict(model)

@@ -6,12 +6,14 @@ import pytest
 from transformers import AutoConfig
 
 from ftlevel.errors import InputError
-from ftlevel.models.families import FAMILIES, find_family, lookup_family
-from ftlevel.models.families.facts import (
+from ftlevel.models.families import (
+    FAMILIES,
     WIDTHS,
     Dims,
     Family,
     example_lora_parameters,
+    find_family,
+    lookup_family,
 )
 from ftlevel.models.module_tree import ModuleTree, linear_size
 from ftlevel.models.targets import inspect_model, resolve_targets
@@ -26,10 +28,7 @@ LM_TASK = {
 VARIANTS = [(name, number) for name in FAMILIES for number in range(len(TINY[name]))]
 TASKS = [task for task in AUTO if task not in LM_TASK.values()]
 CLASSIFIERS = [
-    (family.name, head.task)
-    for family in FAMILIES.values()
-    for head in family.heads
-    if head.task in TASKS
+    (family.name, task) for family in FAMILIES.values() for task in family.heads if task in TASKS
 ]
 DIMS = Dims(HIDDEN, FFN, LAYERS, HEADS, kv_heads=KV_HEADS, decoder_layers=3)
 # Families that ignore `num_key_value_heads` or fix the width of the feed-forward layer.
@@ -69,7 +68,7 @@ def test_table_has_exactly_the_linears_of_the_blocks(name: str, variant: int) ->
     model = {
         kind.pattern: (kind.type, kind.in_features, kind.out_features)
         for kind in found.linears
-        if kind.place == "block"
+        if kind.location == "block"
     }
     table = table_linears(family)
     assert {pattern: table[pattern][:3] for pattern in model if pattern in table} == model
@@ -126,7 +125,7 @@ def test_experts_are_complete(name: str) -> None:
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_heads_of_every_task_that_exists(name: str, task: str) -> None:
-    heads = {head.task: head.modules for head in FAMILIES[name].heads}
+    heads = FAMILIES[name].heads
     assert has_model(name, task) == (task in heads)
     if task in heads:
         assert sorted(ModuleTree(build(name, task)).heads) == sorted(heads[task])
@@ -135,7 +134,7 @@ def test_heads_of_every_task_that_exists(name: str, task: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_head_of_the_language_model(name: str) -> None:
     family = FAMILIES[name]
-    heads = {head.task: head.modules for head in family.heads}
+    heads = family.heads
     assert sorted(ModuleTree(build(name, lm_task(family))).heads) == sorted(heads[lm_task(family)])
     if family.kind == "encoder-decoder":
         assert heads["translation"] == heads["summarization"]
@@ -145,7 +144,7 @@ def test_head_of_the_language_model(name: str) -> None:
 def test_blocks_keep_their_names_under_every_head(name: str, task: str) -> None:
     found = inspect_model(build(name, task))
     tails = {pattern.partition("{i}")[2] for pattern in table_linears(FAMILIES[name])}
-    here = {kind.pattern.partition("{i}")[2] for kind in found.linears if kind.place == "block"}
+    here = {kind.pattern.partition("{i}")[2] for kind in found.linears if kind.location == "block"}
     assert here <= tails
     assert here
 

@@ -9,8 +9,8 @@ import torch
 
 import tiny_models
 from ftlevel.models.loading import load_config, load_model, rename_prefix
+from ftlevel.models.module_tree import find_new_language_head
 from ftlevel.models.sources import resolve_source
-from ftlevel.models.targets import find_new_language_head
 
 NEW = {
     "bert": ["cls.predictions.transform"],

@@ -8,9 +8,9 @@ import torch
 import tiny_models
 from ftlevel.config import QuantConfig
 from ftlevel.models.loading import load_model
+from ftlevel.models.module_tree import find_heads
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.sources import ModelSource
-from ftlevel.models.targets import find_heads
 from sampling import sample
 
 CELLS = [(*cell, quant) for cell in tiny_models.FAMILY_HEADS for quant in ("4bit", "8bit")]

@@ -137,12 +137,12 @@ def _(_: Any) -> None:
 @CANARIES.of("Module._parameters", "Module._buffers")
 def _(_: Any) -> None:
     linear = nn.Linear(2, 2, bias=False)
-    parameters, _ = upstream.own_tensors(linear)
+    parameters, _ = upstream.direct_tensors(linear)
     assert parameters == {"weight": linear.weight, "bias": None}
     parameters["weight"] = nn.Parameter(torch.eye(2) * 3)
     assert torch.equal(linear(torch.ones(2)), torch.full((2,), 3.0))
     norm = nn.BatchNorm1d(2)
-    _, buffers = upstream.own_tensors(norm)
+    _, buffers = upstream.direct_tensors(norm)
     buffers["running_mean"] = torch.ones(2)
     assert norm.running_mean is buffers["running_mean"]
 
@@ -690,7 +690,7 @@ def _(_: Any) -> None:
             super().__init__()
             self.seen: list[torch.Tensor] = []
 
-        def made(self, tensor: torch.Tensor) -> None:
+        def on_result(self, tensor: torch.Tensor) -> None:
             self.seen.append(tensor)
 
     weight = nn.Parameter(fake.new_fake((3, 2), torch.float32))

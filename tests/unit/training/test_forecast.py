@@ -175,7 +175,7 @@ class TestFakeTensor:
 
     def test_a_mask_with_numbers_chooses(self) -> None:
         class Watch(OperationWatch):
-            def made(self, tensor: torch.Tensor) -> None:
+            def on_result(self, tensor: torch.Tensor) -> None:
                 pass
 
         with Watch():

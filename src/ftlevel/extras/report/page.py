@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel._version import __version__
-from ftlevel.artifacts.cards import loss_words, memory_words
+from ftlevel.artifacts.cards import describe_losses, describe_memory
 from ftlevel.artifacts.files import write_text
 from ftlevel.artifacts.ownership import ROLLOUTS
 from ftlevel.artifacts.rollouts import summarize_rollouts
@@ -293,15 +293,17 @@ def _results(runs: Sequence[ReportedRun]) -> Iterator[Row]:
     for name in dict.fromkeys(key for run in runs for key in run.summary.get("metrics", {})):
         yield _row(runs, f"validation {name.replace('_', ' ')}", partial(_metric, name=name))
     yield _row(
-        runs, "training loss", lambda s: loss_words(s) if s.get("loss_first") is not None else ""
+        runs,
+        "training loss",
+        lambda s: describe_losses(s) if s.get("loss_first") is not None else "",
     )
     yield _row(runs, "time", lambda s: f"{s.get('timings', {}).get('total_s', 0):,.1f} s")
     yield _row(
         runs, "speed", lambda s: f"{s.get('timings', {}).get('tokens_per_s', 0):,.0f} tokens/s"
     )
     yield _row(runs, "peak memory", lambda s: _gib(s.get("memory", {}).get("peak_bytes")))
-    if any(memory_words(run.summary) for run in runs):
-        yield _row(runs, "memory, estimated", memory_words)
+    if any(describe_memory(run.summary) for run in runs):
+        yield _row(runs, "memory, estimated", describe_memory)
 
 
 def _facts(runs: Sequence[ReportedRun]) -> Iterator[Row]:

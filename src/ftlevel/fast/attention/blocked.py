@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ftlevel.fast.layers.recompute import dropout_mask
 from ftlevel.fast.packing import Range, Segment
@@ -41,7 +42,7 @@ class QueryBlock:
     start: int
     stop: int
     keys: tuple[Range, ...]
-    mask: torch.Tensor | None
+    mask: Tensor | None
 
     @property
     def width(self) -> int:
@@ -52,7 +53,7 @@ class QueryBlock:
 @lru_cache(maxsize=512)
 def build_visibility_mask(
     position: int, queries: int, first_key: int, keys: int, causal: bool, window: int | None
-) -> torch.Tensor | None:
+) -> Tensor | None:
     """Return a boolean mask (queries, keys) of the visible keys; None if all are visible.
 
     `position` and `first_key` are positions of the first query and key in their sequence. A query
@@ -77,10 +78,10 @@ def split_queries(
 
 def _cut(segment: Segment, causal: bool, window: int | None) -> Sequence[QueryBlock]:
     blocks = []
-    own = segment.stop - segment.start
-    length = segment.position + own
-    for offset in range(0, own, QUERIES):
-        count = min(QUERIES, own - offset)
+    count_all = segment.stop - segment.start
+    length = segment.position + count_all
+    for offset in range(0, count_all, QUERIES):
+        count = min(QUERIES, count_all - offset)
         position = segment.position + offset
         first = 0 if window is None else max(0, position - window + 1)
         last = position + count
@@ -118,19 +119,19 @@ class BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         blocks: Sequence[QueryBlock],
         scale: float,
         dropout: float,
         cap: float | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Return the attention output."""
         heads, tokens, _ = query.shape
         groups = len(key)
         output = query.new_empty(tokens, heads, value.shape[-1])
-        saved: list[torch.Tensor] = []
+        saved: list[Tensor] = []
         for block in blocks:
             scores = _scores(query, key, block, scale, cap)
             seen = probabilities = _probabilities(scores, block, query.dtype)
@@ -147,7 +148,7 @@ class BlockedAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of queries, keys and values."""
         query, key, value, *rest = ctx.saved_tensors
         saved = iter(rest)
@@ -157,12 +158,12 @@ class BlockedAttention(torch.autograd.Function):
         of_key, of_value = key.new_zeros(key.shape), value.new_zeros(value.shape)
         for block in ctx.blocks:
             keep = next(saved) if ctx.dropout else None
-            kept = ctx.dropout or block.width <= KEPT_KEYS
+            is_saved = ctx.dropout or block.width <= KEPT_KEYS
             slope = None
-            if ctx.cap or not kept:
+            if ctx.cap or not is_saved:
                 scores = _scores(query, key, block, ctx.scale, ctx.cap)
                 slope = slope_of_cap(scores, ctx.cap, query.dtype) if ctx.cap else None
-            p = next(saved) if kept else _probabilities(scores, block, query.dtype)
+            p = next(saved) if is_saved else _probabilities(scores, block, query.dtype)
             of_output = _take(gradient[block.start : block.stop], groups)
             seen = p if keep is None else p * keep
             _add(of_value, block.keys, seen.transpose(1, 2), of_output)
@@ -179,8 +180,8 @@ class BlockedAttention(torch.autograd.Function):
 
 
 def _scores(
-    query: torch.Tensor, key: torch.Tensor, block: QueryBlock, scale: float, cap: float | None
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, block: QueryBlock, scale: float, cap: float | None
+) -> Tensor:
     """Return unmasked scores (key heads, heads of a group * queries, keys), at least in float32.
 
     In bfloat16 the result would have three times the error, and be no faster to compute.
@@ -191,7 +192,7 @@ def _scores(
     return cap_scores(torch.bmm(queries, keys.transpose(1, 2)).mul_(scale), cap)
 
 
-def _probabilities(scores: torch.Tensor, block: QueryBlock, dtype: torch.dtype) -> torch.Tensor:
+def _probabilities(scores: Tensor, block: QueryBlock, dtype: torch.dtype) -> Tensor:
     """Return the softmax of the masked `scores` (mutated) in `dtype`."""
     if block.mask is not None:
         count = block.stop - block.start
@@ -200,42 +201,40 @@ def _probabilities(scores: torch.Tensor, block: QueryBlock, dtype: torch.dtype) 
     return scores.softmax(-1).to(dtype)
 
 
-def cap_scores(scores: torch.Tensor, cap: float | None) -> torch.Tensor:
+def cap_scores(scores: Tensor, cap: float | None) -> Tensor:
     """Return cap · tanh(scores / cap), in place; `scores` unchanged without a cap."""
     return scores if cap is None else scores.div_(cap).tanh_().mul_(cap)
 
 
-def slope_of_cap(capped: torch.Tensor, cap: float, dtype: torch.dtype) -> torch.Tensor:
+def slope_of_cap(capped: Tensor, cap: float, dtype: torch.dtype) -> Tensor:
     """Return the derivative of the softcap at `capped`, 1 − (S/c)², in `dtype`."""
     return 1 - (capped / cap).square_().to(dtype)
 
 
-def _queries(query: torch.Tensor, block: QueryBlock, groups: int) -> torch.Tensor:
+def _queries(query: Tensor, block: QueryBlock, groups: int) -> Tensor:
     """Return the queries of a block, (key heads, heads of a group * queries, head_dim)."""
     return query[:, block.start : block.stop].reshape(groups, -1, query.shape[-1])
 
 
-def _rows(states: torch.Tensor, ranges: Sequence[Range]) -> torch.Tensor:
+def _rows(states: Tensor, ranges: Sequence[Range]) -> Tensor:
     """Return the keys or values of a block, (key heads, keys, head_dim)."""
     if len(ranges) == 1:
         return states[:, ranges[0][0] : ranges[0][1]]
     return torch.cat([states[:, start:stop] for start, stop in ranges], dim=1)
 
 
-def _add(
-    total: torch.Tensor, ranges: Sequence[Range], left: torch.Tensor, right: torch.Tensor
-) -> None:
+def _add(total: Tensor, ranges: Sequence[Range], left: Tensor, right: Tensor) -> None:
     """Add the product of `left` and `right` to the `ranges` of `total` (mutated)."""
     if len(ranges) == 1:
         total[:, ranges[0][0] : ranges[0][1]].baddbmm_(left, right)
         return
-    product, begin = torch.bmm(left, right), 0
+    product, offset = torch.bmm(left, right), 0
     for start, stop in ranges:
-        total[:, start:stop] += product[:, begin : begin + stop - start]
-        begin += stop - start
+        total[:, start:stop] += product[:, offset : offset + stop - start]
+        offset += stop - start
 
 
-def _take(states: torch.Tensor, groups: int) -> torch.Tensor:
+def _take(states: Tensor, groups: int) -> Tensor:
     """Reshape (queries, heads, head_dim) to (key heads, heads of a group * queries, head_dim)."""
     count, heads, width = states.shape
     return (
@@ -245,7 +244,7 @@ def _take(states: torch.Tensor, groups: int) -> torch.Tensor:
     )
 
 
-def _put(target: torch.Tensor, states: torch.Tensor, groups: int) -> None:
+def _put(target: Tensor, states: Tensor, groups: int) -> None:
     """Write (key heads, heads of a group * queries, head_dim) to (queries, heads, head_dim)."""
     count, heads, width = target.shape
     shaped = states.view(groups, heads // groups, count, width).permute(2, 0, 1, 3)

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any, Protocol, cast
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from ftlevel.errors import InputError
@@ -21,15 +22,15 @@ from ftlevel.models.hardware import send
 
 
 def attend_capped(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
     dropout: float,
     scale: float,
     cap: float,
     causal: bool,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """Compute attention like SDPA, with softcapped scores.
 
     `query` is (batch, heads, queries, head_dim), `key` and `value` are (batch, key heads, keys,
@@ -85,13 +86,8 @@ class FlashKernel(Protocol):
         """Return whether the kernel supports `options` for heads of `head_dim`."""
 
     def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        lengths: Lengths,
-        options: AttentionOptions,
-    ) -> torch.Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, options: AttentionOptions
+    ) -> Tensor:
         """Return (tokens, heads, head_dim) for contiguous states of that layout."""
 
 
@@ -124,21 +120,16 @@ class VarlenKernel:
         self, causal: bool, window: int | None, scale: float, *, grouped: bool
     ) -> dict[str, Any]:
         """Return the keyword arguments of a call."""
-        told: dict[str, Any] = {"scale": scale} if self.scales else {}
+        settings: dict[str, Any] = {"scale": scale} if self.scales else {}
         if self.groups:
-            told["enable_gqa"] = grouped
+            settings["enable_gqa"] = grouped
         if self.windows:
-            return {**told, "window_size": window_of(causal, window)}
-        return {**told, "is_causal": causal}
+            return {**settings, "window_size": window_of(causal, window)}
+        return {**settings, "is_causal": causal}
 
     def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        lengths: Lengths,
-        options: AttentionOptions,
-    ) -> torch.Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, options: AttentionOptions
+    ) -> Tensor:
         """Return (tokens, heads, head_dim), as `FlashKernel.attend`."""
         from torch.nn.attention.varlen import varlen_attn
 
@@ -155,7 +146,7 @@ class VarlenKernel:
             lengths.most_keys,
             **self.settings(options.causal, options.window, options.scale, grouped=groups > 1),
         )
-        return cast("torch.Tensor", attended)  # a tuple is returned only on request
+        return cast("Tensor", attended)  # a tuple is returned only on request
 
 
 @lru_cache(maxsize=1)
@@ -180,25 +171,25 @@ class Lengths:
         source: (keys,) row index of each gathered key; None without pasts.
     """
 
-    queries: torch.Tensor
-    keys: torch.Tensor
+    queries: Tensor
+    keys: Tensor
     most_queries: int
     most_keys: int
-    source: torch.Tensor | None
+    source: Tensor | None
 
 
 @lru_cache(maxsize=8)
 def measure(segments: tuple[Segment, ...], device: torch.device) -> Lengths:
     """Return the cumulative lengths of `segments` on `device`."""
-    own = [segment.stop - segment.start for segment in segments]
-    seen = [segment.position + length for segment, length in zip(segments, own, strict=True)]
-    queries = send(torch.tensor([0, *own]).cumsum(0).int(), device)
+    lengths = [segment.stop - segment.start for segment in segments]
+    seen = [segment.position + length for segment, length in zip(segments, lengths, strict=True)]
+    queries = send(torch.tensor([0, *lengths]).cumsum(0).int(), device)
     if not any(segment.past for segment in segments):
-        return Lengths(queries, queries, max(own), max(own), None)
+        return Lengths(queries, queries, max(lengths), max(lengths), None)
     ranges = [r for s in segments for r in (*s.past, (s.start, s.stop))]
     source = send(torch.cat([torch.arange(start, stop) for start, stop in ranges]), device)
     keys = send(torch.tensor([0, *seen]).cumsum(0).int(), device)
-    return Lengths(queries, keys, max(own), max(seen), source)
+    return Lengths(queries, keys, max(lengths), max(seen), source)
 
 
 def window_of(causal: bool, window: int | None) -> tuple[int, int]:
@@ -208,7 +199,7 @@ def window_of(causal: bool, window: int | None) -> tuple[int, int]:
 
 
 def supports_attention(
-    query: torch.Tensor, options: AttentionOptions, kernel: FlashKernel | None = None
+    query: Tensor, options: AttentionOptions, kernel: FlashKernel | None = None
 ) -> bool:
     """Return whether `kernel`, or torch's, supports `query` (heads, tokens, head_dim) here."""
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or options.dropout:
@@ -224,11 +215,11 @@ def supports_attention(
 
 
 def attend_varlen(
-    states: list[torch.Tensor],
+    states: list[Tensor],
     segments: tuple[Segment, ...],
     options: AttentionOptions,
     kernel: FlashKernel | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Return the attention output (tokens, heads, head_dim); `can_serve` must be true.
 
     `states` are queries (heads, tokens, head_dim), keys and values (key heads, tokens, head_dim).
@@ -260,73 +251,73 @@ class PaddedBatch:
     decides.
     """
 
-    queries: torch.Tensor
-    keys: torch.Tensor
-    mask: torch.Tensor | None
+    queries: Tensor
+    keys: Tensor
+    mask: Tensor | None
     causal: bool
 
 
 @lru_cache(maxsize=8)
 def pad_segments(
     segments: tuple[Segment, ...], causal: bool, window: int | None, device: torch.device
-) -> tuple[tuple[PaddedBatch, ...], torch.Tensor]:
+) -> tuple[tuple[PaddedBatch, ...], Tensor]:
     """Return padded batches on `device`, and (tokens,) the index of each token among them."""
     groups: dict[LengthPair, list[int]] = defaultdict(list)
     for number, segment in enumerate(segments):
-        own, seen = _lengths(segment)
-        groups[own.bit_length(), seen.bit_length()].append(number)
-    batches, begin = list[PaddedBatch](), 0
-    places = torch.empty(segments[-1].stop, dtype=torch.long)
+        length, seen = _lengths(segment)
+        groups[length.bit_length(), seen.bit_length()].append(number)
+    batches, offset = list[PaddedBatch](), 0
+    positions = torch.empty(segments[-1].stop, dtype=torch.long)
     for numbers in groups.values():
         group = [segments[number] for number in numbers]
         batch = _pad(group, causal, window)
         for row, segment in enumerate(group):
-            start, own = begin + row * batch.queries.shape[1], segment.stop - segment.start
-            places[segment.start : segment.stop] = torch.arange(start, start + own)
-        begin += batch.queries.numel()
+            start, length = offset + row * batch.queries.shape[1], segment.stop - segment.start
+            positions[segment.start : segment.stop] = torch.arange(start, start + length)
+        offset += batch.queries.numel()
         mask = None if batch.mask is None else send(batch.mask, device)
         batches.append(
             PaddedBatch(send(batch.queries, device), send(batch.keys, device), mask, batch.causal)
         )
-    return tuple(batches), send(places, device)
+    return tuple(batches), send(positions, device)
 
 
 def _lengths(segment: Segment) -> LengthPair:
-    own = segment.stop - segment.start
-    return own, segment.position + own
+    length = segment.stop - segment.start
+    return length, segment.position + length
 
 
 def _pad(group: Sequence[Segment], causal: bool, window: int | None) -> PaddedBatch:
-    own, seen = (torch.tensor(part) for part in zip(*map(_lengths, group), strict=True))
-    most, widest = int(own.max()), int(seen.max())
-    queries = torch.zeros(len(group), most, dtype=torch.long)
+    lengths, seen = (torch.tensor(part) for part in zip(*map(_lengths, group), strict=True))
+    longest, widest = int(lengths.max()), int(seen.max())
+    queries = torch.zeros(len(group), longest, dtype=torch.long)
     keys = torch.zeros(len(group), widest, dtype=torch.long)
     for row, segment in enumerate(group):
-        queries[row, : own[row]] = torch.arange(segment.start, segment.stop)
+        queries[row, : lengths[row]] = torch.arange(segment.start, segment.stop)
         ranges = (*segment.past, (segment.start, segment.stop))
         keys[row, : seen[row]] = torch.cat([torch.arange(*range_) for range_ in ranges])
-    is_plain = bool((own == seen).all()) and (window is None or window > widest)
+    is_plain = bool((lengths == seen).all()) and (window is None or window > widest)
     if is_plain and (causal or bool((seen == widest).all())):
         return PaddedBatch(queries, keys, None, causal)
     at = torch.arange(widest)
     inside = at < seen[:, None, None]  # (count, 1, keys)
-    distance = ((seen - own)[:, None] + torch.arange(most))[:, :, None] - at
-    mask = inside.expand(-1, most, -1).clone()
+    distance = ((seen - lengths)[:, None] + torch.arange(longest))[:, :, None] - at
+    mask = inside.expand(-1, longest, -1).clone()
     if causal:
         mask &= distance >= 0
     if window is not None:
         mask &= distance.abs() < window
     # A padded query must see some key, or its softmax is NaN.
-    mask |= (torch.arange(most) >= own[:, None])[:, :, None] & inside
+    mask |= (torch.arange(longest) >= lengths[:, None])[:, :, None] & inside
     return PaddedBatch(queries, keys, mask[:, None], causal)
 
 
 def attend_padded(
-    states: list[torch.Tensor], segments: tuple[Segment, ...], options: AttentionOptions
-) -> torch.Tensor:
+    states: list[Tensor], segments: tuple[Segment, ...], options: AttentionOptions
+) -> Tensor:
     """Return the attention output (tokens, heads, head_dim); `states` as in `attend_varlen`."""
     device = states[0].device
-    batches, places = pad_segments(segments, options.causal, options.window, device)
+    batches, positions = pad_segments(segments, options.causal, options.window, device)
     groups, outputs = len(states[0]) // len(states[1]), []
     for batch in batches:
         query, key, value = (
@@ -334,7 +325,7 @@ def attend_padded(
             for part, at in zip(states, (batch.queries, batch.keys, batch.keys), strict=True)
         )
         if options.cap:
-            made, _ = attend_capped(
+            attended, _ = attend_capped(
                 query,
                 key,
                 value,
@@ -344,11 +335,11 @@ def attend_padded(
                 options.cap,
                 batch.causal,
             )
-            outputs.append(made.flatten(0, 1))
+            outputs.append(attended.flatten(0, 1))
             continue
         if groups > 1:
             key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
-        made = functional.scaled_dot_product_attention(
+        attended = functional.scaled_dot_product_attention(
             query,
             key,
             value,
@@ -357,8 +348,8 @@ def attend_padded(
             is_causal=batch.causal and batch.mask is None,
             scale=options.scale,
         )
-        outputs.append(made.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, places)
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, positions)
 
 
 FUNCTION = "flash_attn_varlen_func"
@@ -383,27 +374,22 @@ class HubKernel:
 
     def computes(self, options: AttentionOptions, head_dim: int) -> bool:
         """Return whether the kernel supports `options` for heads of `head_dim`."""
-        can_be_told = (self.caps or options.cap is None) and (
+        is_supported = (self.caps or options.cap is None) and (
             self.windows or options.window is None
         )
-        return can_be_told and head_dim <= WIDEST_HEAD
+        return is_supported and head_dim <= WIDEST_HEAD
 
     def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        lengths: Lengths,
-        options: AttentionOptions,
-    ) -> torch.Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, options: AttentionOptions
+    ) -> Tensor:
         """Return (tokens, heads, head_dim), as `FlashKernel.attend`."""
-        told: dict[str, Any] = {"softmax_scale": options.scale, "causal": options.causal}
+        settings: dict[str, Any] = {"softmax_scale": options.scale, "causal": options.causal}
         if options.cap is not None:
-            told["softcap"] = options.cap
+            settings["softcap"] = options.cap
         if options.window is not None:
             left, right = window_of(options.causal, options.window)
-            told["window_size"] = (left, self.all_keys if right < 0 else right)
-        made = self.function(
+            settings["window_size"] = (left, self.all_keys if right < 0 else right)
+        output = self.function(
             query,
             key,
             value,
@@ -411,41 +397,40 @@ class HubKernel:
             cu_seqlens_k=lengths.keys,
             max_seqlen_q=lengths.most_queries,
             max_seqlen_k=lengths.most_keys,
-            **told,
+            **settings,
         )
-        attended: torch.Tensor = made[0] if isinstance(made, tuple) else made
-        return attended
+        return output[0] if isinstance(output, tuple) else output
 
 
 @lru_cache(maxsize=4)
-def fetch_kernel(named: str) -> HubKernel:
-    """Load the Hub kernel `named` OWNER/NAME@VERSION, a number or a revision.
+def fetch_kernel(name: str) -> HubKernel:
+    """Load the Hub kernel `name` OWNER/NAME@VERSION, a number or a revision.
 
     Raises:
         InputError: `kernels` is not installed, or has no such kernel for this machine.
     """
     if find_spec("kernels") is None:
         raise InputError(
-            f"speed.attention_kernel {named} is fetched by the package kernels, which is not "
+            f"speed.attention_kernel {name} is fetched by the package kernels, which is not "
             "installed. pip install kernels, or drop it."
         )
     from kernels import get_kernel
 
-    repository, _, version = named.partition("@")
-    which: dict[str, Any] = (
+    repository, _, version = name.partition("@")
+    version_argument: dict[str, Any] = (
         {"version": int(version)} if version.isdigit() else {"revision": version}
     )
     try:
-        module = get_kernel(repository, **which)
+        module = get_kernel(repository, **version_argument)
     except Exception as error:
         raise InputError(
-            f"The package kernels has no {named} for this machine: {error}. Choose another in "
+            f"The package kernels has no {name} for this machine: {error}. Choose another in "
             "speed.attention_kernel, or drop it."
         ) from error
     function = getattr(module, FUNCTION, None)
     if function is None:
         raise InputError(
-            f"{named} has no {FUNCTION}, so it does not support packed rows. Choose another in "
+            f"{name} has no {FUNCTION}, so it does not support packed rows. Choose another in "
             "speed.attention_kernel (kernels-community/flash-attn3@1), or drop it."
         )
     return HubKernel.read(function)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -45,17 +46,17 @@ def register(kernel: FlashKernel | None = None) -> None:
     AttentionMaskInterface.register(NAME, build_mask)
 
 
-def build_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+def build_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Return SDPA's mask, or None for a packed row."""
     return sdpa_mask(*args, **kwargs) if current_layout() is None else None
 
 
 def attend(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -63,7 +64,7 @@ def attend(
     softcap: float | None = None,
     kernel: FlashKernel | None = None,
     **others: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """Compute attention within the sequences of the current layout.
 
     `query` is (1, heads, tokens, head_dim), `key` and `value` are (1, key heads, tokens, head_dim).
@@ -112,16 +113,16 @@ def attend(
     states = [part.squeeze(0).to(compute) for part in (query, key, value)]
     options = AttentionOptions(causal, sliding_window, scale, dropout, softcap or None)
     attended = _by_sequence(layout, states, options, kernel)
-    own = attended[layout.before :] if layout.before else attended
-    return own[None], None
+    row_states = attended[layout.before :] if layout.before else attended
+    return row_states[None], None
 
 
 def _by_sequence(
     layout: PackedLayout,
-    states: list[torch.Tensor],
+    states: list[Tensor],
     options: AttentionOptions,
     kernel: FlashKernel | None,
-) -> torch.Tensor:
+) -> Tensor:
     """Return (tokens, heads, head_dim): by one kernel on a GPU, by blocks or SDPA on a CPU."""
     if supports_attention(states[0], options, kernel):
         return attend_varlen(states, layout.segments, options, kernel)
@@ -131,28 +132,24 @@ def _by_sequence(
     is_tree = any(segment.past for segment in layout.segments)
     # SDPA would use the generator of the process.
     draws_itself = options.dropout > 0 and worker_generator() is not None
-    how = (options.scale, options.dropout, options.cap)
+    scaling = (options.scale, options.dropout, options.cap)
     if are_short(layout.segments):
         batches = batch_sequences(layout.segments, options.causal, options.window)
         with torch.autocast("cpu", enabled=False):
-            short: torch.Tensor = ShortAttention.apply(  # type: ignore[no-untyped-call]
-                *states, batches, *how
+            return ShortAttention.apply(  # type: ignore[no-untyped-call]
+                *states, batches, *scaling
             )
-            return short
     if is_short or is_tree or draws_itself or options.cap:
         blocks = split_queries(layout.segments, options.causal, options.window)
         with torch.autocast("cpu", enabled=False):
-            attended: torch.Tensor = BlockedAttention.apply(  # type: ignore[no-untyped-call]
-                *states, blocks, *how
+            return BlockedAttention.apply(  # type: ignore[no-untyped-call]
+                *states, blocks, *scaling
             )
-            return attended
     outputs = [_by_sdpa(segment, states, options) for segment in layout.segments]
     return torch.cat(outputs, dim=1).transpose(0, 1).contiguous()
 
 
-def _by_sdpa(
-    segment: Segment, states: list[torch.Tensor], options: AttentionOptions
-) -> torch.Tensor:
+def _by_sdpa(segment: Segment, states: list[Tensor], options: AttentionOptions) -> Tensor:
     """Return (heads, tokens of the segment, head_dim) for a segment without a past."""
     query, key, value = (part[:, segment.start : segment.stop] for part in states)
     length = key.shape[1]

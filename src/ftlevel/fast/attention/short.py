@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ftlevel.fast.attention.blocked import build_visibility_mask, cap_scores, slope_of_cap
 from ftlevel.fast.layers.recompute import dropout_mask
@@ -32,17 +33,17 @@ class Batch:
     """Consecutive sequences of the row, padded to the longest.
 
     `start` and `stop` are positions in the row. `source` (count · longest,) is the token of each
-    padded position, `places` (stop - start,) the padded position of each token. `mask` (count or 1,
-    1, longest, longest) is added to the scores; None for no mask.
+    padded position, `positions` (stop - start,) the padded position of each token. `mask` (count
+    or 1, 1, longest, longest) is added to the scores; None for no mask.
     """
 
     start: int
     stop: int
     count: int
     longest: int
-    source: torch.Tensor
-    places: torch.Tensor
-    mask: torch.Tensor | None
+    source: Tensor
+    positions: Tensor
+    mask: Tensor | None
 
 
 def are_short(segments: Sequence[Segment]) -> bool:
@@ -74,17 +75,17 @@ def _pad(group: Sequence[Segment], causal: bool, window: int | None) -> Batch:
     lengths = torch.tensor([s.stop - s.start for s in group])
     count, longest = len(group), int(lengths.max())
     inside = torch.arange(longest) < lengths[:, None]
-    places = inside.flatten().nonzero()[:, 0]
+    positions = inside.flatten().nonzero()[:, 0]
     source = (inside.flatten().cumsum(0) - 1).clamp(min=0)
     seen = build_visibility_mask(0, longest, 0, longest, causal, window)
     mask = None
     if not bool(inside.all()) or seen is not None:
-        whole = torch.ones(longest, longest, dtype=torch.bool) if seen is None else seen
-        hidden = ~(whole & inside[:, None, :])[:, None]
+        visible = torch.ones(longest, longest, dtype=torch.bool) if seen is None else seen
+        hidden = ~(visible & inside[:, None, :])[:, None]
         # A padded query must see some key, or its softmax is NaN.
         hidden &= inside[:, None, :, None]
         mask = torch.zeros(hidden.shape).masked_fill_(hidden, -math.inf)
-    return Batch(group[0].start, group[-1].stop, count, longest, source, places, mask)
+    return Batch(group[0].start, group[-1].stop, count, longest, source, positions, mask)
 
 
 class ShortAttention(torch.autograd.Function):
@@ -93,17 +94,17 @@ class ShortAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         batches: Sequence[Batch],
         scale: float,
         dropout: float,
         cap: float | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Return the attention output."""
         groups, outputs = len(key), []
-        saved: list[torch.Tensor] = []
+        saved: list[Tensor] = []
         for batch in batches:
             q, k, v = (_take(part.transpose(0, 1), batch, groups) for part in (query, key, value))
             p = seen = _probabilities(_scores(q, k, scale, cap), batch, q.dtype)
@@ -118,7 +119,7 @@ class ShortAttention(torch.autograd.Function):
         return torch.cat(outputs)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of queries, keys and values."""
         batches, scale, dropout, groups, cap = ctx.arguments
         saved, parts = iter(ctx.saved_tensors), []
@@ -137,46 +138,44 @@ class ShortAttention(torch.autograd.Function):
                 torch.bmm((p if keep is None else p * keep).transpose(1, 2), of_output),
             )
             parts.append([_put(part, batch, groups) for part in of_parts])
-        whole = (torch.cat(column).transpose(0, 1) for column in zip(*parts, strict=True))
-        return (*whole, None, None, None, None)
+        gradients = (torch.cat(column).transpose(0, 1) for column in zip(*parts, strict=True))
+        return (*gradients, None, None, None, None)
 
 
-def _scores(
-    query: torch.Tensor, key: torch.Tensor, scale: float, cap: float | None
-) -> torch.Tensor:
+def _scores(query: Tensor, key: Tensor, scale: float, cap: float | None) -> Tensor:
     """Return unmasked scores (sequences · key heads, heads of a group · queries, keys)."""
     exact = torch.promote_types(query.dtype, torch.float32)
     scores = torch.bmm(query.to(exact), key.to(exact).transpose(1, 2)).mul_(scale)
     return cap_scores(scores, cap)
 
 
-def _probabilities(scores: torch.Tensor, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+def _probabilities(scores: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
     """Return the softmax of the masked `scores` (mutated) in `dtype`."""
     if batch.mask is not None:
         scores.view(batch.count, -1, batch.longest, batch.longest).add_(batch.mask)
     return scores.softmax(-1).to(dtype)
 
 
-def _take(states: torch.Tensor, batch: Batch, groups: int) -> torch.Tensor:
+def _take(states: Tensor, batch: Batch, groups: int) -> Tensor:
     """Reshape (tokens, heads, head_dim) to (sequences · groups, heads of a group · longest, …)."""
     return _split(states[batch.start : batch.stop].index_select(0, batch.source), batch, groups)
 
 
-def _take_zeros(states: torch.Tensor, batch: Batch, groups: int) -> torch.Tensor:
+def _take_zeros(states: Tensor, batch: Batch, groups: int) -> Tensor:
     """Reshape as `_take` with zeros for padding, which must not contribute to a gradient."""
     padded = states.new_zeros(batch.count * batch.longest, *states.shape[1:])
-    padded.index_copy_(0, batch.places, states[batch.start : batch.stop])
+    padded.index_copy_(0, batch.positions, states[batch.start : batch.stop])
     return _split(padded, batch, groups)
 
 
-def _split(padded: torch.Tensor, batch: Batch, groups: int) -> torch.Tensor:
+def _split(padded: Tensor, batch: Batch, groups: int) -> Tensor:
     _, heads, width = padded.shape
     shaped = padded.view(batch.count, batch.longest, groups, heads // groups, width)
     return shaped.permute(0, 2, 3, 1, 4).reshape(batch.count * groups, -1, width)
 
 
-def _put(states: torch.Tensor, batch: Batch, groups: int) -> torch.Tensor:
+def _put(states: Tensor, batch: Batch, groups: int) -> Tensor:
     """Invert `_take`: return (tokens, heads, head_dim)."""
     width = states.shape[-1]
     shaped = states.view(batch.count, groups, -1, batch.longest, width).permute(0, 3, 1, 2, 4)
-    return shaped.reshape(batch.count * batch.longest, -1, width).index_select(0, batch.places)
+    return shaped.reshape(batch.count * batch.longest, -1, width).index_select(0, batch.positions)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ftlevel.fast.kernels import NO_KERNELS, Kernels
@@ -43,14 +43,14 @@ def targets_a_chunk(free: int | None, vocabulary: int) -> int:
     return max(FEWEST, min(GPU_TARGETS, free // GPU_SHARE // (SCORE_BYTES * vocabulary)))
 
 
-Observe = Callable[[torch.Tensor, torch.Tensor], None]
-LossAndGradient = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
+Observe = Callable[[Tensor, Tensor], None]
+LossAndGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """Logits (chunk, vocabulary) and the slice of targets → summed loss, and its gradient."""
-LossesAndGradient = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+LossesAndGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Logits (chunk, vocabulary) and their targets → losses, and the gradient of their sum."""
 
 
-def build_logits_transform(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def build_logits_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """Return the function that `model` applies to its head's output.
 
     Gemma caps logits, Cohere and Granite scale them, BART adds a constant.
@@ -59,7 +59,7 @@ def build_logits_transform(model: nn.Module) -> Callable[[torch.Tensor], torch.T
     cap = getattr(config, "final_logit_softcapping", None)
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", 0) or 1)
 
-    def finish(scores: torch.Tensor) -> torch.Tensor:
+    def finish(scores: Tensor) -> Tensor:
         if scale != 1:
             scores = scores * scale
         if cap is not None:
@@ -73,8 +73,8 @@ def build_logits_transform(model: nn.Module) -> Callable[[torch.Tensor], torch.T
 class _Call(threading.local):
     """Request and result of a forward pass, per thread."""
 
-    asked: tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]] | None = None
-    found: torch.Tensor | None = None
+    request: tuple[Tensor, Callable[[Tensor], Tensor]] | None = None
+    result: Tensor | None = None
 
 
 class ChunkedCrossEntropy:
@@ -112,11 +112,11 @@ class ChunkedCrossEntropy:
     def loss_sum(
         self,
         forward: Callable[[], Any],
-        at: torch.Tensor,
-        targets: torch.Tensor,
+        at: Tensor,
+        targets: Tensor,
         observe: Observe | None = None,
         smoothing: float = 0.0,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Return the summed negative log-likelihood of `targets` in nats (a scalar, float32).
 
         Args:
@@ -131,124 +131,107 @@ class ChunkedCrossEntropy:
         """
         if torch.is_grad_enabled():
 
-            def compute(scores: torch.Tensor, own: slice) -> tuple[torch.Tensor, torch.Tensor]:
-                losses, gradient = self._losses(scores, targets[own], smoothing)
+            def compute(scores: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+                losses, gradient = self._losses(scores, targets[chunk], smoothing)
                 return losses.sum(), gradient
 
             return self._compute(forward, at, lambda states: self._summed(states, compute))
         return self._compute(forward, at, lambda states: self._observe(states, targets, observe))
 
     def sum_of_losses(
-        self,
-        forward: Callable[[], Any],
-        at: torch.Tensor,
-        loss_of: Callable[[torch.Tensor, slice], torch.Tensor],
-    ) -> torch.Tensor:
+        self, forward: Callable[[], Any], at: Tensor, loss_of: Callable[[Tensor, slice], Tensor]
+    ) -> Tensor:
         """Return the sum of `loss_of` over the chunks (a scalar, float32).
 
         `loss_of` maps logits (chunk, vocabulary) and the slice of their targets to a scalar.
         `forward`, `at` and exceptions are those of `loss_sum`.
         """
 
-        def compute(scores: torch.Tensor, own: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        def compute(scores: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
                 leaf = scores.detach().float().requires_grad_()
-                loss = loss_of(leaf, own)
+                loss = loss_of(leaf, chunk)
             return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
         return self._compute(forward, at, lambda states: self._summed(states, compute))
 
     def likelihoods(
-        self,
-        forward: Callable[[], Any],
-        at: torch.Tensor,
-        targets: torch.Tensor,
-        temperature: float = 1.0,
-    ) -> torch.Tensor:
+        self, forward: Callable[[], Any], at: Tensor, targets: Tensor, temperature: float = 1.0
+    ) -> Tensor:
         """Return the log-likelihood of each target in nats, (targets,) in float32.
 
         Logits are divided by `temperature`. Other arguments and exceptions are those of `loss_sum`.
         """
 
-        def scores_of(states: torch.Tensor) -> torch.Tensor:
+        def scores_of(states: Tensor) -> Tensor:
             return self._scores(states) / temperature
 
-        def compute(states: torch.Tensor) -> torch.Tensor:
+        def compute(states: Tensor) -> Tensor:
             scores = self._scores if temperature == 1 else scores_of
-            each: torch.Tensor = _Likelihoods.apply(  # type: ignore[no-untyped-call]
+            return _Likelihoods.apply(  # type: ignore[no-untyped-call]
                 states, targets, scores, self._losses, self._chunk, *self._trained()
             )
-            return each
 
         return self._compute(forward, at, compute)
 
     def _compute(
-        self,
-        forward: Callable[[], Any],
-        at: torch.Tensor,
-        compute: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
+        self, forward: Callable[[], Any], at: Tensor, compute: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """Return `compute` of the head's input (targets, hidden) at `at`."""
-        self._call.asked, self._call.found = (at, compute), None
+        self._call.request, self._call.result = (at, compute), None
         try:
             forward()
         finally:
-            self._call.asked = None
-        if self._call.found is None:
+            self._call.request = None
+        if self._call.result is None:
             raise UnsupportedModelError("the model does not go through its language head")
-        found, self._call.found = self._call.found, None
-        return found
+        result, self._call.result = self._call.result, None
+        return result
 
-    def _take(self, head: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:  # noqa: ARG002 - a hook
+    def _take(self, head: nn.Module, args: tuple[Tensor, ...]) -> Any:  # noqa: ARG002 - a hook
         """Run the requested computation on the head's input (batch, seq, hidden)."""
-        if self._call.asked is None:
+        if self._call.request is None:
             return None
-        at, compute = self._call.asked
-        self._call.asked = None  # the head is called again below
+        at, compute = self._call.request
+        self._call.request = None  # the head is called again below
         states = args[0]
-        self._call.found = compute(states.flatten(0, -2).index_select(0, at))
+        self._call.result = compute(states.flatten(0, -2).index_select(0, at))
         return (states[:1, :1],)
 
     def _losses(
-        self, scores: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, scores: Tensor, targets: Tensor, smoothing: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """Return the losses of logits (targets, vocabulary), and the gradient of their sum."""
         kind, vocabulary = scores.device.type, scores.shape[-1]
         formulas = self._kernels.cross_entropy(vocabulary, scores.dtype, kind)
         return formulas.cross_entropy(scores, targets, smoothing)
 
-    def _trained(self) -> list[torch.Tensor]:
+    def _trained(self) -> list[Tensor]:
         return [p for p in self._head.parameters() if p.requires_grad]
 
-    def _summed(self, states: torch.Tensor, compute: LossAndGradient) -> torch.Tensor:
+    def _summed(self, states: Tensor, compute: LossAndGradient) -> Tensor:
         """Return the loss of all chunks, differentiable."""
-        total: torch.Tensor = _SummedLoss.apply(  # type: ignore[no-untyped-call]
+        return _SummedLoss.apply(  # type: ignore[no-untyped-call]
             states, compute, self._scores, self._chunk, *self._trained()
         )
-        return total
 
-    def _scores(self, states: torch.Tensor) -> torch.Tensor:
+    def _scores(self, states: Tensor) -> Tensor:
         """Return the logits (targets, vocabulary)."""
         # No batch dimension: with one, torch's backward pass copies the head's weight.
-        scores: torch.Tensor = self._finish(self._head(states))
-        return scores
+        return self._finish(self._head(states))
 
-    def _observe(
-        self, states: torch.Tensor, targets: torch.Tensor, observe: Observe | None
-    ) -> torch.Tensor:
+    def _observe(self, states: Tensor, targets: Tensor, observe: Observe | None) -> Tensor:
         """Return the loss of all chunks and call `observe` with each."""
         total = torch.zeros((), device=states.device)
-        for chunk, wanted in _chunks(states, targets, self._chunk):
+        for chunk, labels in _chunks(states, targets, self._chunk):
             scores = self._scores(chunk)
-            total += functional.cross_entropy(scores.float(), wanted, reduction="sum")
+            total += functional.cross_entropy(scores.float(), labels, reduction="sum")
             if observe is not None:
-                observe(scores, wanted)
+                observe(scores, labels)
         return total
 
 
-def _chunks(
-    states: torch.Tensor, targets: torch.Tensor, size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _chunks(states: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(torch.split(states, size), torch.split(targets, size), strict=True)
 
 
@@ -258,37 +241,37 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        states: torch.Tensor,
+        states: Tensor,
         compute: LossAndGradient,
-        scores_of: Callable[[torch.Tensor], torch.Tensor],
+        scores_of: Callable[[Tensor], Tensor],
         size: int,
-        *parameters: torch.Tensor,
-    ) -> torch.Tensor:
+        *parameters: Tensor,
+    ) -> Tensor:
         """Return the loss; save the gradients of `states` and of the head's `parameters`."""
         total = torch.zeros((), device=states.device)
         of_states = torch.empty_like(states)
         of_parameters = [torch.zeros_like(p) for p in parameters]
-        begin = 0
+        start = 0
         for chunk in torch.split(states, size):
-            own = slice(begin, begin + len(chunk))
+            positions = slice(start, start + len(chunk))
             with torch.enable_grad():
                 leaf = chunk.detach().requires_grad_()
                 scores = scores_of(leaf)
             with torch.no_grad():
-                loss, gradient = compute(scores, own)
+                loss, gradient = compute(scores, positions)
                 total += loss
             of_chunk, *of_head = torch.autograd.grad(
                 scores, [leaf, *parameters], gradient.to(scores.dtype)
             )
-            of_states[own] = of_chunk
-            begin = own.stop
+            of_states[positions] = of_chunk
+            start = positions.stop
             for total_gradient, part in zip(of_parameters, of_head, strict=True):
                 total_gradient += part
         ctx.save_for_backward(of_states, *of_parameters)
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Return the saved gradients times `upstream`."""
         of_states, *of_parameters = ctx.saved_tensors
         return (
@@ -310,56 +293,58 @@ class _Likelihoods(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        states: torch.Tensor,
-        targets: torch.Tensor,
-        scores_of: Callable[[torch.Tensor], torch.Tensor],
+        states: Tensor,
+        targets: Tensor,
+        scores_of: Callable[[Tensor], Tensor],
         losses_of: LossesAndGradient,
         size: int,
-        *parameters: torch.Tensor,
-    ) -> torch.Tensor:
+        *parameters: Tensor,
+    ) -> Tensor:
         """Return the log-likelihoods, (targets,) in float32."""
-        each = torch.empty(len(targets), device=states.device)
-        wanted = states.requires_grad and not parameters
-        of_states = torch.empty_like(states) if wanted else states
-        begin = 0
-        for chunk, own in _chunks(states, targets, size):
-            here = slice(begin, begin + len(own))
-            with torch.set_grad_enabled(wanted):
-                leaf = chunk.detach().requires_grad_(wanted)
+        likelihoods = torch.empty(len(targets), device=states.device)
+        needs_gradient = states.requires_grad and not parameters
+        of_states = torch.empty_like(states) if needs_gradient else states
+        start = 0
+        for chunk, chunk_targets in _chunks(states, targets, size):
+            positions = slice(start, start + len(chunk_targets))
+            with torch.set_grad_enabled(needs_gradient):
+                leaf = chunk.detach().requires_grad_(needs_gradient)
                 scores = scores_of(leaf)
             with torch.no_grad():
-                loss, gradient = losses_of(scores, own)
-                each[here] = -loss
-            if wanted:
-                (of_states[here],) = torch.autograd.grad(scores, leaf, -gradient.to(scores.dtype))
-            begin += len(own)
+                loss, gradient = losses_of(scores, chunk_targets)
+                likelihoods[positions] = -loss
+            if needs_gradient:
+                (of_states[positions],) = torch.autograd.grad(
+                    scores, leaf, -gradient.to(scores.dtype)
+                )
+            start += len(chunk_targets)
         ctx.save_for_backward(of_states, targets, *parameters)
         kind = states.device.type
         ctx.scores_of, ctx.losses_of = scores_of, losses_of
-        ctx.size, ctx.has_gradient = size, wanted
+        ctx.size, ctx.has_gradient = size, needs_gradient
         ctx.precision = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        return each
+        return likelihoods
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the states and of the head's parameters."""
         states, targets, *parameters = ctx.saved_tensors
         if ctx.has_gradient:
             return states * upstream[:, None].to(states.dtype), None, None, None, None
         of_states = torch.empty_like(states)
         of_parameters = [torch.zeros_like(p) for p in parameters]
-        begin = 0
-        for chunk, own in _chunks(states, targets, ctx.size):
-            here = slice(begin, begin + len(own))
+        start = 0
+        for chunk, chunk_targets in _chunks(states, targets, ctx.size):
+            positions = slice(start, start + len(chunk_targets))
             with torch.enable_grad(), torch.autocast(*ctx.precision):
                 leaf = chunk.detach().requires_grad_()
                 scores = ctx.scores_of(leaf)
-            _, gradient = ctx.losses_of(scores.detach(), own)
-            gradient = gradient.float().mul_(-upstream[here, None])
-            of_states[here], *of_head = torch.autograd.grad(
+            _, gradient = ctx.losses_of(scores.detach(), chunk_targets)
+            gradient = gradient.float().mul_(-upstream[positions, None])
+            of_states[positions], *of_head = torch.autograd.grad(
                 scores, [leaf, *parameters], gradient.to(scores.dtype)
             )
             for total, part in zip(of_parameters, of_head, strict=True):
                 total += part
-            begin += len(own)
+            start += len(chunk_targets)
         return of_states, None, None, None, None, *of_parameters

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy, Observe
@@ -36,7 +37,7 @@ def compute_answer_likelihoods(
     model: Any,
     objective: LikelihoodObjective,
     batch: Mapping[str, Any],
-) -> torch.Tensor:
+) -> Tensor:
     """Return the log-likelihoods of a batch's answers; without a `head`, from all logits."""
     each, _ = compute_token_likelihoods(head, model, objective, batch)
     return objective.answers(each, batch["labels"])
@@ -48,7 +49,7 @@ def compute_token_likelihoods(
     objective: TokenObjective,
     batch: Mapping[str, Any],
     temperature: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Return the log-likelihoods of a batch's targets and their rows, both (targets,).
 
     Logits are divided by `temperature`. Without a `head`, all logits are computed.
@@ -69,19 +70,15 @@ def compute_policy_loss(
     model: Any,
     objective: PolicyObjective,
     batch: Mapping[str, Any],
-) -> torch.Tensor:
+) -> Tensor:
     """Return the summed policy loss of a batch with `signals`, (a scalar)."""
     each, owners = compute_token_likelihoods(head, model, objective, batch, objective.temperature)
     return objective.policy_sum(each, owners, len(batch["labels"]), batch["signals"])
 
 
 def plain_loss(
-    model: Any,
-    objective: Objective,
-    batch: dict[str, torch.Tensor],
-    mask: torch.Tensor,
-    loss: TrainingLoss,
-) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    model: Any, objective: Objective, batch: dict[str, Tensor], mask: Tensor, loss: TrainingLoss
+) -> tuple[Tensor, Tensor, Any]:
     """Return the summed training loss from all logits of a batch, its labels, and the outputs.
 
     The outputs are None for answer likelihoods and distillation.
@@ -101,7 +98,7 @@ def plain_loss(
     return objective.training_sum(objective.logits(outputs), labels, mask, loss), labels, outputs
 
 
-def with_baseline(verdicts: torch.Tensor, baseline: torch.Tensor) -> torch.Tensor:
+def with_baseline(verdicts: Tensor, baseline: Tensor) -> Tensor:
     """Return `verdicts` (answers, 3) with a scalar `baseline` to subtract from each reward."""
     return torch.cat([verdicts[:, :2], baseline.expand(len(verdicts), 1)], dim=1)
 
@@ -111,7 +108,7 @@ def sum_of_ratios(
     model: Any,
     objective: LikelihoodObjective,
     batches: Sequence[dict[str, Any]],
-) -> torch.Tensor:
+) -> Tensor:
     """Return the sum and number of log-ratios of policy and reference, as a tensor (2,).
 
     It runs in eval mode without gradients, and restores the training mode.
@@ -122,10 +119,10 @@ def sum_of_ratios(
     try:
         with torch.no_grad():
             for batch in batches:
-                own = {name: value for name, value in batch.items() if name != "layout"}
+                inputs = {name: value for name, value in batch.items() if name != "layout"}
                 with using_layout(batch.get("layout")):
-                    answers = compute_answer_likelihoods(head, model, objective, own)
-                ratios = answers[:, 0] - own["verdicts"][:, 1]
+                    answers = compute_answer_likelihoods(head, model, objective, inputs)
+                ratios = answers[:, 0] - inputs["verdicts"][:, 1]
                 total += torch.stack([ratios.sum(), torch.ones_like(ratios).sum()]).cpu()
     finally:
         model.train(training)
@@ -134,7 +131,7 @@ def sum_of_ratios(
 
 def prepare_inputs(
     model: Any, objective: TokenObjective, batch: Mapping[str, Any]
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+) -> tuple[dict[str, Tensor], Tensor]:
     """Return the inputs with which `model` computes logits, and the labels."""
     inputs: dict[str, Any] = dict(batch)
     for name in ("verdicts", "located", "known", "ids", "signals"):
@@ -153,7 +150,7 @@ def supervised_loss(
     batch: Mapping[str, Any],
     observe: Observe | None = None,
     smoothing: float = 0.0,
-) -> torch.Tensor:
+) -> Tensor:
     """Return the summed loss of a batch, with the head computed on its targets only."""
     if isinstance(objective, LikelihoodObjective):
         answers = compute_answer_likelihoods(head, model, objective, batch)
@@ -165,17 +162,17 @@ def supervised_loss(
     inputs, labels = prepare_inputs(model, objective, batch)
     at, targets = batch.get("located") or objective.locate(labels)
     if isinstance(objective, DistillationObjective) and "known" in batch:
-        known, ids, sum_of = batch["known"], batch["ids"], objective.distillation_sum
+        log_probabilities, ids, sum_of = batch["known"], batch["ids"], objective.distillation_sum
 
-        def compute(scores: torch.Tensor, own: slice) -> torch.Tensor:
-            return sum_of(scores, targets[own], known[own], ids[own])
+        def compute(scores: Tensor, chunk: slice) -> Tensor:
+            return sum_of(scores, targets[chunk], log_probabilities[chunk], ids[chunk])
 
         return head.sum_of_losses(lambda: model(**inputs), at, compute)
     return head.loss_sum(lambda: model(**inputs), at, targets, observe, smoothing)
 
 
 def compute_shared_prefix(
-    head: ChunkedCrossEntropy, model: Any, layout: PackedLayout, batch: dict[str, torch.Tensor]
+    head: ChunkedCrossEntropy, model: Any, layout: PackedLayout, batch: dict[str, Tensor]
 ) -> SharedPrefix:
     """Compute the common prefix of a step's rows, a `batch` of one row, without a loss."""
     prefix = SharedPrefix(layout.tokens)
@@ -186,7 +183,7 @@ def compute_shared_prefix(
     return prefix
 
 
-Batch = Mapping[str, torch.Tensor]
+Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -195,7 +192,7 @@ class SupervisedTokens:
 
     objective: TokenObjective
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
         """Return (needed,) indices in the flattened (batch, seq)."""
         at, _ = self.objective.locate(batch["labels"])
         return at
@@ -207,7 +204,7 @@ class PooledTokens:
 
     last: bool
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
         """Return (batch,) indices in the flattened (batch, seq), padded on the right."""
         mask = batch["attention_mask"]
         first = torch.arange(len(mask), device=mask.device) * mask.shape[1]

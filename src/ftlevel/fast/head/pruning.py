@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ftlevel.fast.packing import PackedLayout, current_layout
 
@@ -21,8 +21,10 @@ class LastLayerPruning:
     """Hooks that restrict `linears` to the tokens in `PackedLayout.needed`, until `remove`."""
 
     def __init__(self, linears: Sequence[nn.Module]) -> None:
-        self._hooks = [linear.register_forward_pre_hook(_take, prepend=True) for linear in linears]
-        self._hooks += [linear.register_forward_hook(_give_back) for linear in linears]
+        self._hooks = [
+            linear.register_forward_pre_hook(_select_positions, prepend=True) for linear in linears
+        ]
+        self._hooks += [linear.register_forward_hook(_restore_positions) for linear in linears]
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -30,7 +32,7 @@ class LastLayerPruning:
             hook.remove()
 
 
-def _take(
+def _select_positions(
     linear: nn.Module,  # noqa: ARG001 - the signature of a hook
     args: tuple[Any, ...],
 ) -> tuple[Any, ...] | None:
@@ -41,11 +43,11 @@ def _take(
     return (args[0].index_select(-2, layout.needed), *args[1:])
 
 
-def _give_back(
+def _restore_positions(
     linear: nn.Module,  # noqa: ARG001 - the signature of a hook
     args: tuple[Any, ...],  # noqa: ARG001 - the signature of a hook
-    output: torch.Tensor,
-) -> torch.Tensor | None:
+    output: Tensor,
+) -> Tensor | None:
     """Return the output (…, tokens, out), zero for unneeded tokens."""
     layout = current_layout()
     if layout is None or layout.needed is None or output.shape[-2] != len(layout.needed):
@@ -71,32 +73,32 @@ def find_prunable_linears(
     outputs: dict[nn.Module, list[Any]] = {linear: [] for linear in candidates}
 
     def keep(linear: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        is_plain = len(args) == 1 and isinstance(output, torch.Tensor) and output.requires_grad
+        is_plain = len(args) == 1 and isinstance(output, Tensor) and output.requires_grad
         outputs[linear].append(output if is_plain else None)  # experts have more arguments
 
     hooks = [linear.register_forward_hook(keep) for linear in candidates]
     try:
         with torch.enable_grad():
             args, kwargs = _with_gradient(args, kwargs)
-            made = block(*args, **kwargs)
-            states = made if isinstance(made, torch.Tensor) else made[0]
+            output = block(*args, **kwargs)
+            states = output if isinstance(output, Tensor) else output[0]
             needed = torch.isin(layout.restore, layout.needed)  # padding points at tokens too
             weights = torch.rand(states.shape, generator=torch.Generator().manual_seed(0))
             weights = weights.to(states) * needed.view(*states.shape[:2], 1)
-            once = {
-                linear: made[0]
-                for linear, made in outputs.items()
-                if len(made) == 1 and made[0] is not None
+            called_once = {
+                linear: results[0]
+                for linear, results in outputs.items()
+                if len(results) == 1 and results[0] is not None
             }
             gradients = torch.autograd.grad(
-                (states * weights).sum(), list(once.values()), allow_unused=True
+                (states * weights).sum(), list(called_once.values()), allow_unused=True
             )
     finally:
         for hook in hooks:
             hook.remove()
     return [
         linear
-        for linear, gradient in zip(once, gradients, strict=True)
+        for linear, gradient in zip(called_once, gradients, strict=True)
         if gradient is not None and _is_of_needed(gradient, layout)
     ]
 
@@ -110,7 +112,7 @@ def _with_gradient(
     return ((states, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": states})
 
 
-def _is_of_needed(gradient: torch.Tensor, layout: PackedLayout) -> bool:
+def _is_of_needed(gradient: Tensor, layout: PackedLayout) -> bool:
     """Return whether the gradient (…, tokens, width) is nonzero for needed tokens only."""
     if layout.needed is None or gradient.dim() < 2 or gradient.shape[-2] != layout.tokens:
         return False

@@ -11,17 +11,18 @@ import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from ftlevel.models.upstream.tensors import gelu_backward, silu_backward
 
-Backward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Pair = tuple[torch.Tensor, torch.Tensor]
+Backward = Callable[[Tensor, Tensor], Tensor]
+Pair = tuple[Tensor, Tensor]
 
-ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Backward]] = {
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Backward]] = {
     "silu": (functional.silu, silu_backward),
     "gelu": (functional.gelu, gelu_backward),
     "gelu_tanh": (
@@ -32,116 +33,67 @@ ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Backward]] 
 """Kind → a, and (∂L/∂a, g) → ∂L/∂g."""
 
 
-class Formulas(Protocol):
-    """An implementation of the formulas."""
+class Formulas:
+    """The formulas in torch's operations, for any device."""
 
-    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Pair:
-        """Return y and ρ."""
-
-    def renorm(self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Return y again, bit for bit, from ρ."""
-
-    def norm_backward(
-        self, gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
-    ) -> torch.Tensor:
-        """Return ∂L/∂x."""
-
-    def glu(self, kind: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Return y; `kind` is a key of `ACTIVATIONS`."""
-
-    def glu_backward(
-        self, kind: str, gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
-    ) -> Pair:
-        """Return ∂L/∂g and ∂L/∂u."""
-
-    def rope(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        *,
-        backward: bool = False,
-    ) -> Pair:
-        """Return q′ and k′, or with `backward` the gradients of q and k from those of q′ and k′."""
-
-    def cross_entropy(self, scores: torch.Tensor, targets: torch.Tensor, smoothing: float) -> Pair:
-        """Return the losses in float32, and their gradient in float32 or the dtype of `scores`."""
-
-
-class TorchFormulas:
-    """Implementation in torch's operations, for any device."""
-
-    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Pair:
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Pair:
         """Return y and ρ."""
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = exact.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         return _normalize(exact, weight, scale, x.dtype), scale
 
-    def renorm(self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def renorm(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         """Return y again, bit for bit, from ρ."""
         return _normalize(x.to(scale.dtype), weight, scale, x.dtype)
 
-    def norm_backward(
-        self, gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
-    ) -> torch.Tensor:
+    def norm_backward(self, gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         """Return ∂L/∂x."""
         normed = x.to(scale.dtype) * scale
         of_normed = gradient.to(scale.dtype) * weight.to(scale.dtype)
         along = (of_normed * normed).mean(-1, keepdim=True)
         return of_normed.sub_(normed.mul_(along)).mul_(scale).to(x.dtype)
 
-    def glu(self, kind: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Return y."""
+    def glu(self, kind: str, gate: Tensor, up: Tensor) -> Tensor:
+        """Return y; `kind` is a key of `ACTIVATIONS`."""
         return ACTIVATIONS[kind][0](gate).mul_(up)
 
-    def glu_backward(
-        self, kind: str, gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
-    ) -> Pair:
+    def glu_backward(self, kind: str, gradient: Tensor, gate: Tensor, up: Tensor) -> Pair:
         """Return ∂L/∂g and ∂L/∂u."""
         activate, of_gate = ACTIVATIONS[kind]
         return of_gate(gradient * up, gate), activate(gate).mul_(gradient)
 
     def rope(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        *,
-        backward: bool = False,
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False
     ) -> Pair:
         """Return q′ and k′, or with `backward` the gradients of q and k from those of q′ and k′."""
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
         if backward:
-            return q * cos - _turn(q * sin), k * cos - _turn(k * sin)
-        return q * cos + _turn(q) * sin, k * cos + _turn(k) * sin
+            return q * cos - _rotate_half(q * sin), k * cos - _rotate_half(k * sin)
+        return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
 
-    def cross_entropy(self, scores: torch.Tensor, targets: torch.Tensor, smoothing: float) -> Pair:
+    def cross_entropy(self, scores: Tensor, targets: Tensor, smoothing: float) -> Pair:
         """Return the losses, and their gradient, in float32.
 
         The largest probability p gives the normalizer cheaply: log Σⱼ exp sⱼ = max s − log max p.
         """
         exact = scores.float()
-        chosen = exact.gather(-1, targets[:, None])[:, 0]
+        target_logits = exact.gather(-1, targets[:, None])[:, 0]
         probabilities = torch.softmax(exact, -1)
         normalizer = exact.amax(-1) - probabilities.amax(-1).log()
         ones = probabilities.new_full((len(targets), 1), smoothing - 1.0)
         if smoothing:
-            chosen = (1 - smoothing) * chosen + smoothing * exact.mean(-1)
+            target_logits = (1 - smoothing) * target_logits + smoothing * exact.mean(-1)
             probabilities -= smoothing / exact.shape[-1]
-        return normalizer - chosen, probabilities.scatter_add_(-1, targets[:, None], ones)
+        return normalizer - target_logits, probabilities.scatter_add_(-1, targets[:, None], ones)
 
 
-def _turn(x: torch.Tensor) -> torch.Tensor:
+def _rotate_half(x: Tensor) -> Tensor:
     """Return J x."""
     one, two = x.chunk(2, -1)
     return torch.cat((-two, one), -1)
 
 
-def _normalize(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
+def _normalize(x: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return w ∘ x · ρ in `dtype` for x in float32."""
     normed = x * scale
     if weight.dtype == scale.dtype:
@@ -149,7 +101,7 @@ def _normalize(
     return normed.to(dtype).mul_(weight)
 
 
-TORCH = TorchFormulas()
+TORCH = Formulas()
 
 
 # The library unregisters its operators when it is deleted.
@@ -168,11 +120,10 @@ def _define(name: str, schema: str, shapes: Callable[..., Any]) -> Callable[...,
     for key in ("CUDA", "CPU"):
         _LIBRARY.impl(name, compute, key)
     _LIBRARY.impl(name, shapes, "Meta")
-    operator: Callable[..., Any] = getattr(torch.ops.ftlevel, name)
-    return operator
+    return getattr(torch.ops.ftlevel, name)
 
 
-def _scale_like(x: torch.Tensor) -> torch.Tensor:
+def _scale_like(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
@@ -180,11 +131,11 @@ def _like(*places: int) -> Callable[..., Any]:
     """Return a function that creates empty tensors like the arguments at `places`; -1 is like ρ."""
 
     def make(*arguments: Any) -> Any:
-        made = [
+        tensors = [
             _scale_like(arguments[0]) if at < 0 else torch.empty_like(arguments[at])
             for at in places
         ]
-        return made[0] if len(made) == 1 else tuple(made)
+        return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
     return make
 
@@ -212,56 +163,39 @@ _cross_entropy = _define(
 )
 
 
-class TritonFormulas:
-    """Implementation with one Triton kernel each; views are made contiguous."""
+class TritonFormulas(Formulas):
+    """The formulas with one Triton kernel each; views are made contiguous."""
 
-    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Pair:
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Pair:
         """Return y and ρ."""
-        made: Pair = _norm(x.contiguous(), weight, eps)
-        return made
+        return _norm(x.contiguous(), weight, eps)
 
-    def renorm(self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def renorm(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         """Return y again, bit for bit, from ρ."""
-        made: torch.Tensor = _renorm(x.contiguous(), weight, scale)
-        return made
+        return _renorm(x.contiguous(), weight, scale)
 
-    def norm_backward(
-        self, gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
-    ) -> torch.Tensor:
+    def norm_backward(self, gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         """Return ∂L/∂x."""
-        made: torch.Tensor = _norm_backward(gradient.contiguous(), x.contiguous(), weight, scale)
-        return made
+        return _norm_backward(gradient.contiguous(), x.contiguous(), weight, scale)
 
-    def glu(self, kind: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def glu(self, kind: str, gate: Tensor, up: Tensor) -> Tensor:
         """Return y."""
-        made: torch.Tensor = _glu(kind, gate.contiguous(), up.contiguous())
-        return made
+        return _glu(kind, gate.contiguous(), up.contiguous())
 
-    def glu_backward(
-        self, kind: str, gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
-    ) -> Pair:
+    def glu_backward(self, kind: str, gradient: Tensor, gate: Tensor, up: Tensor) -> Pair:
         """Return ∂L/∂g and ∂L/∂u."""
         parts = (part.contiguous() for part in (gradient, gate, up))
-        made: Pair = _glu_backward(kind, *parts)
-        return made
+        return _glu_backward(kind, *parts)
 
     def rope(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        *,
-        backward: bool = False,
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False
     ) -> Pair:
         """Return q′ and k′, or with `backward` the gradients of q and k from those of q′ and k′."""
-        made: Pair = _rope(*(part.contiguous() for part in (q, k, cos, sin)), backward)
-        return made
+        return _rope(*(part.contiguous() for part in (q, k, cos, sin)), backward)
 
-    def cross_entropy(self, scores: torch.Tensor, targets: torch.Tensor, smoothing: float) -> Pair:
+    def cross_entropy(self, scores: Tensor, targets: Tensor, smoothing: float) -> Pair:
         """Return the losses, and their gradient in the dtype of `scores`."""
-        made: Pair = _cross_entropy(scores.contiguous(), targets.contiguous(), smoothing)
-        return made
+        return _cross_entropy(scores.contiguous(), targets.contiguous(), smoothing)
 
 
 TOKENS = 2048
@@ -276,9 +210,9 @@ WIDEST = 32_768
 ROUNDINGS = 4
 """Tolerance in units in the last place, for another order of sums."""
 
-_chosen: dict[str, Formulas] = {}
+_choices: dict[str, Formulas] = {}
 
-Way = Callable[[Formulas], Sequence[torch.Tensor]]
+Computation = Callable[[Formulas], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -320,7 +254,7 @@ def choose_norm(width: int, weight: torch.dtype, dtype: torch.dtype, device: str
     x, gradient = (_draw(seed, (TOKENS, width), dtype, device) for seed in (0, 1))
     w = _draw(2, (width,), torch.float32, device).to(weight)
 
-    def compute(formulas: Formulas) -> Sequence[torch.Tensor]:
+    def compute(formulas: Formulas) -> Sequence[Tensor]:
         y, scale = formulas.norm(x, w, 1e-6)
         again = formulas.renorm(x, w, scale)
         return y, scale, again, formulas.norm_backward(gradient, x, w, scale)
@@ -333,7 +267,7 @@ def choose_glu(kind: str, width: int, dtype: torch.dtype, device: str) -> Formul
     """Return the faster implementation of GLUs, see `Kernels.glu`."""
     gate, up, gradient = (_draw(seed, (TOKENS, width), dtype, device) for seed in range(3))
 
-    def compute(formulas: Formulas) -> Sequence[torch.Tensor]:
+    def compute(formulas: Formulas) -> Sequence[Tensor]:
         return formulas.glu(kind, gate, up), *formulas.glu_backward(kind, gradient, gate, up)
 
     return _choose_faster(f"{kind} GLU {width} wide in {dtype}", compute, device)
@@ -348,9 +282,9 @@ def choose_rope(heads: tuple[int, int, int], dtype: torch.dtype, device: str) ->
     angles = _draw(2, (1, TOKENS, width), torch.float32, device)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def compute(formulas: Formulas) -> Sequence[torch.Tensor]:
-        there = formulas.rope(q, k, cos, sin)
-        return *there, *formulas.rope(q, k, cos, sin, backward=True)
+    def compute(formulas: Formulas) -> Sequence[Tensor]:
+        forward = formulas.rope(q, k, cos, sin)
+        return *forward, *formulas.rope(q, k, cos, sin, backward=True)
 
     return _choose_faster(
         f"RoPE of {q_heads} and {k_heads} heads of {width} in {dtype}", compute, device
@@ -364,16 +298,16 @@ def choose_cross_entropy(vocabulary: int, dtype: torch.dtype, device: str) -> Fo
     targets = scores.float().argmax(-1)
     targets[::2] = vocabulary - 1  # a likely token, and the last
 
-    def compute(formulas: Formulas) -> Sequence[torch.Tensor]:
-        made = [formulas.cross_entropy(scores, targets, smoothing) for smoothing in (0.0, 0.1)]
-        return [part for loss, gradient in made for part in (loss, gradient.to(dtype))]
+    def compute(formulas: Formulas) -> Sequence[Tensor]:
+        results = [formulas.cross_entropy(scores, targets, smoothing) for smoothing in (0.0, 0.1)]
+        return [part for loss, gradient in results for part in (loss, gradient.to(dtype))]
 
     return _choose_faster(f"loss over {vocabulary} scores in {dtype}", compute, device)
 
 
 def describe_choices() -> dict[str, bool]:
     """Return description → whether kernels are used, for each comparison in this process."""
-    return {words: formulas is not TORCH for words, formulas in _chosen.items()}
+    return {text: formulas is not TORCH for text, formulas in _choices.items()}
 
 
 def supports_triton(device: str, dtype: torch.dtype) -> bool:
@@ -386,7 +320,7 @@ def supports_triton(device: str, dtype: torch.dtype) -> bool:
     )
 
 
-def agree(one: torch.Tensor, other: torch.Tensor) -> bool:
+def agree(one: Tensor, other: Tensor) -> bool:
     """Return whether two results are equal up to `ROUNDINGS`."""
     bound = ROUNDINGS * torch.finfo(one.dtype).eps
     a, b = one.to(torch.float32), other.to(torch.float32)
@@ -394,35 +328,35 @@ def agree(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and torch.allclose(a, b, rtol=bound, atol=bound * size)
 
 
-def _choose_faster(words: str, compute: Way, device: str) -> Formulas:
+def _choose_faster(text: str, compute: Computation, device: str) -> Formulas:
     """Return the kernels if they match torch's operations and are faster."""
     ours = TritonFormulas()
-    _chosen[words] = TORCH
+    _choices[text] = TORCH
     try:
-        made = compute(ours)
+        results = compute(ours)
     except Exception:  # noqa: BLE001 - whatever a compiler says of a card: the other way is there
         return TORCH
-    is_same = all(agree(a, b) for a, b in zip(compute(TORCH), made, strict=True))
+    is_same = all(agree(a, b) for a, b in zip(compute(TORCH), results, strict=True))
     if is_same and time(compute, ours, device) < time(compute, TORCH, device):
-        _chosen[words] = ours
-    return _chosen[words]
+        _choices[text] = ours
+    return _choices[text]
 
 
-def time(compute: Way, formulas: Formulas, device: str) -> float:
+def time(compute: Computation, formulas: Formulas, device: str) -> float:
     """Return the milliseconds of `compute` on a GPU, the best of five runs."""
     best = float("inf")
     for _ in range(5):
-        begin: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        begin.record()
+        start.record()
         compute(formulas)
         end.record()
         torch.cuda.synchronize(device)
-        best = min(best, float(begin.elapsed_time(end)))
+        best = min(best, float(start.elapsed_time(end)))
     return best
 
 
-def _draw(seed: int, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+def _draw(seed: int, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     """Return normally distributed values, independent of the global generator."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(device, dtype)

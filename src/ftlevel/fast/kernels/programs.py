@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ftlevel.fast.kernels import Pair
 
@@ -23,35 +24,37 @@ def _cross_entropy(
     SMOOTHS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    begin = row.to(tl.int64) * vocabulary
+    offset = row.to(tl.int64) * vocabulary
     target = tl.load(target_ptr + row)
-    places = tl.arange(0, SIZE)
+    columns = tl.arange(0, SIZE)
     top, total, plain = -3.0e38, 0.0, 0.0
     for at in range(0, vocabulary, SIZE):
-        inside = at + places < vocabulary
-        s = tl.load(s_ptr + begin + at + places, mask=inside, other=float("-inf")).to(tl.float32)
+        inside = at + columns < vocabulary
+        s = tl.load(s_ptr + offset + at + columns, mask=inside, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(top, tl.max(s, axis=0))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(s - higher), axis=0)
         top = higher
         if SMOOTHS:
             plain += tl.sum(tl.where(inside, s, 0.0), axis=0)
-    is_there = (target >= 0) & (target < vocabulary)
-    wanted = tl.load(s_ptr + begin + target, mask=is_there, other=float("nan")).to(tl.float32)
-    loss = top + tl.log(total) - wanted
+    is_valid = (target >= 0) & (target < vocabulary)
+    target_logit = tl.load(s_ptr + offset + target, mask=is_valid, other=float("nan")).to(
+        tl.float32
+    )
+    loss = top + tl.log(total) - target_logit
     if SMOOTHS:
-        loss += smoothing * (wanted - plain / vocabulary)
+        loss += smoothing * (target_logit - plain / vocabulary)
     tl.store(loss_ptr + row, loss)
     for at in range(0, vocabulary, SIZE):
-        inside = at + places < vocabulary
-        s = tl.load(s_ptr + begin + at + places, mask=inside, other=0.0).to(tl.float32)
+        inside = at + columns < vocabulary
+        s = tl.load(s_ptr + offset + at + columns, mask=inside, other=0.0).to(tl.float32)
         of_s = tl.exp(s - top) / total
         if SMOOTHS:
             of_s -= smoothing / vocabulary
-        of_s = tl.where(at + places == target, of_s - (1.0 - smoothing), of_s)
-        tl.store(of_s_ptr + begin + at + places, of_s.to(of_s_ptr.dtype.element_ty), mask=inside)
+        of_s = tl.where(at + columns == target, of_s - (1.0 - smoothing), of_s)
+        tl.store(of_s_ptr + offset + at + columns, of_s.to(of_s_ptr.dtype.element_ty), mask=inside)
 
 
-def cross_entropy(scores: torch.Tensor, targets: torch.Tensor, smoothing: float) -> Pair:
+def cross_entropy(scores: Tensor, targets: Tensor, smoothing: float) -> Pair:
     """Return the losses (targets,) in float32, and the gradient, for contiguous logits."""
     losses = scores.new_empty(len(scores), dtype=torch.float32)
     gradient = torch.empty_like(scores)
@@ -88,34 +91,34 @@ def _norm(
     IN_FLOAT32: tl.constexpr, HAS_RHO: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    places = tl.arange(0, SIZE)
-    inside = places < width
-    begin = row.to(tl.int64) * width
-    x = tl.load(x_ptr + begin + places, mask=inside, other=0.0).to(tl.float32)
-    w = tl.load(w_ptr + places, mask=inside, other=0.0).to(tl.float32)
+    columns = tl.arange(0, SIZE)
+    inside = columns < width
+    offset = row.to(tl.int64) * width
+    x = tl.load(x_ptr + offset + columns, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_RHO:
         rho = tl.load(rho_ptr + row)
     else:
         rho = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / width + eps)
         tl.store(rho_ptr + row, rho)
     y = _normalized(x, rho, w, x_ptr, IN_FLOAT32)
-    tl.store(y_ptr + begin + places, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + offset + columns, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _norm_backward(g_ptr, x_ptr, w_ptr, rho_ptr, of_x_ptr, width, SIZE: tl.constexpr):
     row = tl.program_id(0)
-    places = tl.arange(0, SIZE)
-    inside = places < width
-    begin = row.to(tl.int64) * width
-    g = tl.load(g_ptr + begin + places, mask=inside, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + begin + places, mask=inside, other=0.0).to(tl.float32)
-    w = tl.load(w_ptr + places, mask=inside, other=0.0).to(tl.float32)
+    columns = tl.arange(0, SIZE)
+    inside = columns < width
+    offset = row.to(tl.int64) * width
+    g = tl.load(g_ptr + offset + columns, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + offset + columns, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     rho = tl.load(rho_ptr + row)
     normed, of_normed = x * rho, g * w
     along = tl.sum(of_normed * normed, axis=0) / width
     of_x = (of_normed - normed * along) * rho
-    tl.store(of_x_ptr + begin + places, of_x.to(of_x_ptr.dtype.element_ty), mask=inside)
+    tl.store(of_x_ptr + offset + columns, of_x.to(of_x_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -136,32 +139,32 @@ def _activated(x, KIND: tl.constexpr):
 
 @triton.jit
 def _glu(gate_ptr, up_ptr, y_ptr, count, KIND: tl.constexpr, SIZE: tl.constexpr):
-    places = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    inside = places < count
-    gate = tl.load(gate_ptr + places, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + places, mask=inside, other=0.0).to(tl.float32)
+    index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = index < count
+    gate = tl.load(gate_ptr + index, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + index, mask=inside, other=0.0).to(tl.float32)
     active, _ = _activated(gate, KIND)
     y = rounded(active, gate_ptr) * up
-    tl.store(y_ptr + places, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + index, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _glu_backward(
     g_ptr, gate_ptr, up_ptr, of_gate_ptr, of_up_ptr, count, KIND: tl.constexpr, SIZE: tl.constexpr
 ):
-    places = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    inside = places < count
-    g = tl.load(g_ptr + places, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + places, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + places, mask=inside, other=0.0).to(tl.float32)
+    index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = index < count
+    g = tl.load(g_ptr + index, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + index, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + index, mask=inside, other=0.0).to(tl.float32)
     active, slope = _activated(gate, KIND)
     of_gate = rounded(g * up, gate_ptr) * slope
     of_up = rounded(active, gate_ptr) * g
-    tl.store(of_gate_ptr + places, of_gate.to(of_gate_ptr.dtype.element_ty), mask=inside)
-    tl.store(of_up_ptr + places, of_up.to(of_up_ptr.dtype.element_ty), mask=inside)
+    tl.store(of_gate_ptr + index, of_gate.to(of_gate_ptr.dtype.element_ty), mask=inside)
+    tl.store(of_up_ptr + index, of_up.to(of_up_ptr.dtype.element_ty), mask=inside)
 
 
-def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Pair:
+def norm(x: Tensor, weight: Tensor, eps: float) -> Pair:
     """Return y and ρ for contiguous x (…, hidden)."""
     y = torch.empty_like(x)
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
@@ -169,7 +172,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Pair:
     return y, scale
 
 
-def renorm(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def renorm(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """Return y from ρ."""
     y = torch.empty_like(x)
     _launch_norm(x, weight, y, scale, 0.0, has_scale=True)
@@ -177,13 +180,7 @@ def renorm(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.
 
 
 def _launch_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    y: torch.Tensor,
-    scale: torch.Tensor,
-    eps: float,
-    *,
-    has_scale: bool,
+    x: Tensor, weight: Tensor, y: Tensor, scale: Tensor, eps: float, *, has_scale: bool
 ) -> None:
     _norm[(scale.numel(),)](
         x, weight, y, scale, x.shape[-1], eps, IN_FLOAT32=weight.dtype == torch.float32,
@@ -191,9 +188,7 @@ def _launch_norm(
     )  # fmt: skip
 
 
-def norm_backward(
-    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
-) -> torch.Tensor:
+def norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """Return ∂L/∂x for contiguous tensors."""
     of_x = torch.empty_like(x)
     _norm_backward[(scale.numel(),)](
@@ -203,12 +198,12 @@ def norm_backward(
     return of_x
 
 
-def _warps(x: torch.Tensor) -> int:
+def _warps(x: Tensor) -> int:
     """Return the warps for a row of `x`: about 16 values per thread."""
     return min(16, max(1, triton.next_power_of_2(x.shape[-1]) // 512))
 
 
-def glu(kind: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def glu(kind: str, gate: Tensor, up: Tensor) -> Tensor:
     """Return y for contiguous tensors of one shape."""
     y = torch.empty_like(gate)
     blocks = (triton.cdiv(gate.numel(), BLOCK),)
@@ -216,7 +211,7 @@ def glu(kind: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def glu_backward(kind: str, gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Pair:
+def glu_backward(kind: str, gradient: Tensor, gate: Tensor, up: Tensor) -> Pair:
     """Return ∂L/∂g and ∂L/∂u for contiguous tensors of one shape."""
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
     _glu_backward[(triton.cdiv(gate.numel(), BLOCK),)](
@@ -226,13 +221,13 @@ def glu_backward(kind: str, gradient: torch.Tensor, gate: torch.Tensor, up: torc
 
 
 @triton.jit
-def _turn(
+def _rotate(
     x_ptr, y_ptr, token, heads, half, cos_1, cos_2, sin_1, sin_2,
     BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    head, place = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
-    inside = (head < heads) & (place < half)
-    at = (token.to(tl.int64) * heads + head) * 2 * half + place
+    head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    inside = (head < heads) & (column < half)
+    at = (token.to(tl.int64) * heads + head) * 2 * half + column
     one = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     two = tl.load(x_ptr + at + half, mask=inside, other=0.0).to(tl.float32)
     if BACKWARD:
@@ -247,28 +242,26 @@ def _turn(
 
 @triton.jit
 def _rope(
-    q_ptr, k_ptr, cos_ptr, sin_ptr, of_q_ptr, of_k_ptr, places, q_heads, k_heads, half,
+    q_ptr, k_ptr, cos_ptr, sin_ptr, of_q_ptr, of_k_ptr, rows, q_heads, k_heads, half,
     BACKWARD: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
-    place = tl.arange(0, HALF)[None, :]
-    inside = place < half
-    at = (token % places).to(tl.int64) * 2 * half + place
+    column = tl.arange(0, HALF)[None, :]
+    inside = column < half
+    at = (token % rows).to(tl.int64) * 2 * half + column
     cos_1 = tl.load(cos_ptr + at, mask=inside, other=0.0).to(tl.float32)
     cos_2 = tl.load(cos_ptr + at + half, mask=inside, other=0.0).to(tl.float32)
     sin_1 = tl.load(sin_ptr + at, mask=inside, other=0.0).to(tl.float32)
     sin_2 = tl.load(sin_ptr + at + half, mask=inside, other=0.0).to(tl.float32)
-    _turn(
+    _rotate(
         q_ptr, of_q_ptr, token, q_heads, half, cos_1, cos_2, sin_1, sin_2, BACKWARD, Q_HEADS, HALF
     )
-    _turn(
+    _rotate(
         k_ptr, of_k_ptr, token, k_heads, half, cos_1, cos_2, sin_1, sin_2, BACKWARD, K_HEADS, HALF
     )
 
 
-def rope(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool
-) -> Pair:
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Pair:
     """Return q′ and k′, or with `backward` the gradients of q and k, for contiguous tensors."""
     of_q, of_k = torch.empty_like(q), torch.empty_like(k)
     batch, tokens, heads, width = q.shape

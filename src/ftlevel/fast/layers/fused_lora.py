@@ -25,7 +25,7 @@ from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
@@ -47,16 +47,16 @@ class FusedLoraFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
-        dropped: torch.Tensor | None,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        bias: torch.Tensor | None,
-        weight: Callable[[], torch.Tensor],
+        x: Tensor,
+        dropped: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None,
+        weight: Callable[[], Tensor],
         scaling: float,
-        recomputation: tuple[Recomputation, tuple[torch.Tensor, ...]] | None = None,
+        recomputation: tuple[Recomputation, tuple[Tensor, ...]] | None = None,
         layer: Any = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Return y (…, out) in the dtype of `x` (…, in), which is the compute dtype.
 
         `dropped` is dropout(x), or None without dropout. `weight` returns W (out, in); it is called
@@ -74,25 +74,24 @@ class FusedLoraFunction(torch.autograd.Function):
             parts = (inner.t(), up.t())
             y = torch.mm(*parts) if bias is None else torch.addmm(bias.to(x.dtype), *parts)
             y.addmm_(rows, weight().t())
-        kept: tuple[torch.Tensor, ...] = (source,)
+        saved: tuple[Tensor, ...] = (source,)
         ctx.recomputation = None
         if recomputation is not None and dropped is None:
-            ctx.recomputation, kept = recomputation
+            ctx.recomputation, saved = recomputation
             ctx.recomputation.enter()
-        ctx.save_for_backward(inner, down, up, *kept)
+        ctx.save_for_backward(inner, down, up, *saved)
         ctx.weight, ctx.scaling, ctx.shape = weight, scaling, x.shape
         ctx.dtypes = (a.dtype, b.dtype, None if bias is None else bias.dtype)
         ctx.has_dropout, ctx.layer = dropped is not None, layer
         # Not a view: in-place changes of a returned view are errors, and Longformer, LED and
         # DeBERTa scale their queries in place.
-        shaped: torch.Tensor = new_shape(y, [*x.shape[:-1], y.shape[-1]])
-        return shaped
+        return new_shape(y, [*x.shape[:-1], y.shape[-1]])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of forward's arguments."""
-        inner, down, up, *kept = ctx.saved_tensors
+        inner, down, up, *saved = ctx.saved_tensors
         for_x, for_dropped, for_a, for_b, for_bias = ctx.needs_input_grad[:5]
         dtype_a, dtype_b, dtype_bias = ctx.dtypes
         g = grad.reshape(-1, grad.shape[-1])
@@ -107,7 +106,7 @@ class FusedLoraFunction(torch.autograd.Function):
         if for_dropped:
             grad_dropped = (through_a.t() @ down).view(ctx.shape)
         if for_a:
-            source = kept[0] if ctx.recomputation is None else ctx.recomputation.make(*kept)
+            source = saved[0] if ctx.recomputation is None else ctx.recomputation.make(*saved)
             source = source.reshape(-1, source.shape[-1])
             grad_a = _product(through_a, source, dtype_a)
         if for_b:
@@ -117,7 +116,7 @@ class FusedLoraFunction(torch.autograd.Function):
         return grad_x, grad_dropped, grad_a, grad_b, grad_bias, None, None, None, None
 
 
-def _scaled(one: torch.Tensor, other: torch.Tensor, factor: float) -> torch.Tensor:
+def _scaled(one: Tensor, other: Tensor, factor: float) -> Tensor:
     """Return `factor` times the matrix product."""
     if factor == 1.0:
         return one @ other
@@ -125,9 +124,7 @@ def _scaled(one: torch.Tensor, other: torch.Tensor, factor: float) -> torch.Tens
     return product.addmm_(one, other, beta=0, alpha=factor)
 
 
-def _product(
-    one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype, *, transposed: bool = False
-) -> torch.Tensor:
+def _product(one: Tensor, other: Tensor, dtype: torch.dtype, *, transposed: bool = False) -> Tensor:
     """Return the matrix product, or its transpose, in `dtype`.
 
     NVIDIA GPUs return the float32 sums directly. `addmm` could also scale, but torch 2.8 and 2.13
@@ -149,7 +146,7 @@ class FusedForward:
 
     ends_a_block = False
 
-    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base output plus update: (…, in) → (…, out)."""
         name = None if args or kwargs else _lone_adapter(self)
         if name is None or not self._is_ready():
@@ -179,11 +176,11 @@ class FusedForward:
         """Return whether the base's weight can be read."""
         return True
 
-    def _dtypes(self, x: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
+    def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """Return the compute and output dtypes of the base: autocast's, or that of `x`."""
         device = x.device.type
-        own = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return own, own
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return dtype, dtype
 
 
 def _lone_adapter(layer: Any) -> str | None:
@@ -223,7 +220,7 @@ def build_fused_layer(
     if kwargs.get("parameter_name") is not None:  # LoRA of a bare parameter
         return None
     is_conv1d = type(target) is Conv1D
-    if type(getattr(target, "weight", None)) not in (nn.Parameter, torch.Tensor) and (
+    if type(getattr(target, "weight", None)) not in (nn.Parameter, Tensor) and (
         type(target) is nn.Linear
     ):
         return None  # a quantized tensor in nn.Linear, as in torchao
@@ -239,9 +236,9 @@ def build_fused_layer(
 class FusedLinear(FusedForward, lora.Linear):
     """Fused LoRA of `nn.Linear` and `Conv1D`."""
 
-    def _weight(self, dtype: torch.dtype) -> torch.Tensor:
+    def _weight(self, dtype: torch.dtype) -> Tensor:
         """Return W as (out, in)."""
-        weight: torch.Tensor = self.base_layer.weight.detach().to(dtype)
+        weight: Tensor = self.base_layer.weight.detach().to(dtype)
         return weight.t() if self.fan_in_fan_out else weight
 
 
@@ -260,11 +257,11 @@ class FusedLinear4bit(FusedForward, lora.Linear4bit):
     def _is_ready(self) -> bool:
         return can_train_4bit(self.base_layer)
 
-    def _dtypes(self, x: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
+    def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """Return the base's compute dtype, and the dtype of `x` for the output."""
         return self.base_layer.compute_dtype, x.dtype
 
-    def _weight(self, dtype: torch.dtype) -> torch.Tensor:
+    def _weight(self, dtype: torch.dtype) -> Tensor:
         """Return W as (out, in), dequantized."""
         weight = self.base_layer.weight
         return dequantize_4bit(weight.data.view(-1, 1), weight.quant_state).to(dtype)
@@ -279,18 +276,18 @@ class FusedLinear8bitLt(FusedForward, lora.Linear8bitLt):
     def _is_ready(self) -> bool:
         return can_train_8bit(self.base_layer)
 
-    def _weight(self, dtype: torch.dtype) -> torch.Tensor:
+    def _weight(self, dtype: torch.dtype) -> Tensor:
         return dequantize_8bit(self.base_layer, dtype)
 
 
 def skip_unneeded_products(blocks: Sequence[nn.Module]) -> None:
     """Skip the last linear layer of each of `blocks` (mutated) when they are recomputed."""
     for block in blocks:
-        _ask_once(block)
+        _find_last_layer(block)
 
 
-def _ask_once(block: nn.Module) -> None:
-    def ask(block: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 - a hook
+def _find_last_layer(block: nn.Module) -> None:
+    def inspect(block: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 - a hook
         states = output[0] if isinstance(output, tuple) and output else output
         if getattr(states, "grad_fn", None) is None or is_in_backward():
             return
@@ -299,7 +296,7 @@ def _ask_once(block: nn.Module) -> None:
         if layer is not None:
             layer.ends_a_block = True
 
-    hook = block.register_forward_hook(ask)
+    hook = block.register_forward_hook(inspect)
 
 
 def _last_layer(added: Any) -> Any:

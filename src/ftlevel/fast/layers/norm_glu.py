@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ftlevel.fast.kernels import ACTIVATIONS, NO_KERNELS, Formulas, Kernels
@@ -26,8 +26,8 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, formulas: Formulas
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, formulas: Formulas
+    ) -> tuple[Tensor, Tensor]:
         """Return y (…, hidden) in the dtype of `x`, and ρ (…, 1), which has no gradient.
 
         `weight` (hidden,) is in float32 if the product is computed in float32, else in the dtype of
@@ -44,9 +44,9 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any,
-        gradient: torch.Tensor | None,
+        gradient: Tensor | None,
         of_scale: None,  # noqa: ARG004 - it has none
-    ) -> tuple[torch.Tensor | None, ...]:
+    ) -> tuple[Tensor | None, ...]:
         """Return the gradient of x."""
         if gradient is None:  # y is unused
             return None, None, None, None
@@ -71,13 +71,12 @@ class FusedNorm(nn.Module):
         # In a list it is no submodule: names and state dict stay the same.
         self._plain = [norm]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Return the normalized `x` (…, hidden)."""
-        weight: torch.Tensor = self.weight
+        weight: Tensor = self.weight
         is_same = self._in_float32 or weight.dtype == x.dtype
         if not (self.training and torch.is_grad_enabled() and is_same) or weight.requires_grad:
-            plain: torch.Tensor = self._plain[0](x)
-            return plain
+            return self._plain[0](x)
         if self._in_float32:
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if self._shift:
@@ -91,9 +90,7 @@ class _Glu(torch.autograd.Function):
     """An activated gate times another projection."""
 
     @staticmethod
-    def forward(
-        ctx: Any, gate: torch.Tensor, up: torch.Tensor, kind: str, formulas: Formulas
-    ) -> torch.Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str, formulas: Formulas) -> Tensor:
         """Return a(gate) ∘ up; all are (…, intermediate)."""
         ctx.save_for_backward(gate, up)
         ctx.kind, ctx.formulas = kind, formulas
@@ -101,7 +98,7 @@ class _Glu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of gate and up."""
         parts = ctx.formulas.glu_backward(ctx.kind, gradient, *ctx.saved_tensors)
         return *parts, None, None
@@ -118,18 +115,16 @@ class FusedGlu(nn.Module):
         self._kind = kind
         self._plain = [block]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Return the feed-forward output of `x` (…, hidden)."""
         if not (self.training and torch.is_grad_enabled()):
-            plain: torch.Tensor = self._plain[0](x)
-            return plain
+            return self._plain[0](x)
         gate, up = self.get_submodule("gate_proj")(x), self.get_submodule("up_proj")(x)
         kind, width = self._kind, gate.shape[-1]
         formulas = self._kernels.glu(kind, width, gate.dtype, gate.device.type)
         gated = _Glu.apply(gate, up, kind, formulas)  # type: ignore[no-untyped-call]
         gated = with_recomputation(gated, partial(formulas.glu, kind), gate, up)
-        down: torch.Tensor = self.get_submodule("down_proj")(gated)
-        return down
+        return self.get_submodule("down_proj")(gated)
 
 
 class FusedNormGlu:
@@ -137,10 +132,10 @@ class FusedNormGlu:
 
     def __init__(self, model: nn.Module, kernels: Kernels = NO_KERNELS) -> None:
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
-        known: dict[tuple[type, int, float], tuple[float, bool] | str | None] = {}
+        cache: dict[tuple[type, int, float], tuple[float, bool] | str | None] = {}
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
-                fused = _fuse(child, known, kernels)
+                fused = _fuse(child, cache, kernels)
                 if fused is not None:
                     fused.train(child.training)
                     setattr(parent, name, fused)
@@ -154,24 +149,24 @@ class FusedNormGlu:
             setattr(parent, name, child)
 
 
-def _fuse(module: nn.Module, known: dict[Any, Any], kernels: Kernels) -> nn.Module | None:
-    """Return the replacement of `module`, or None; `known` caches results per class."""
+def _fuse(module: nn.Module, cache: dict[Any, Any], kernels: Kernels) -> nn.Module | None:
+    """Return the replacement of `module`, or None; `cache` caches results per class."""
     if is_watched(module):
         return None
     if _looks_like_norm(module):
         key: Any = (type(module), len(_weight_of(module)), _eps_of(module))
-        if key not in known:
-            known[key] = _find_norm(module)
-        if known[key] is None:
+        if key not in cache:
+            cache[key] = _find_norm(module)
+        if cache[key] is None:
             return None
-        shift, in_float32 = known[key]
+        shift, in_float32 = cache[key]
         return FusedNorm(module, shift, in_float32, kernels)
     children = dict(module.named_children())
     if set(children) == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         key = (type(module), type(children["act_fn"]))
-        if key not in known:
-            known[key] = _find_glu(module)
-        return None if known[key] is None else FusedGlu(module, known[key], kernels)
+        if key not in cache:
+            cache[key] = _find_glu(module)
+        return None if cache[key] is None else FusedGlu(module, cache[key], kernels)
     return None
 
 
@@ -207,9 +202,9 @@ def _find_norm(module: nn.Module) -> tuple[float, bool] | None:
         expected = _try(low, x)
     for shift in (0.0, 1.0):
         for in_float32 in (False, True):
-            found = FusedNorm(low, shift, in_float32)(x)
-            if expected is not None and torch.equal(found, expected.to(found)):
-                return (shift, in_float32) if found.dtype == expected.dtype else None
+            result = FusedNorm(low, shift, in_float32)(x)
+            if expected is not None and torch.equal(result, expected.to(result)):
+                return (shift, in_float32) if result.dtype == expected.dtype else None
     return None
 
 
@@ -227,16 +222,16 @@ def _find_glu(module: nn.Module) -> str | None:
     x = torch.randn(3, 8, generator=generator)
     expected = _try(low, x)
     for kind in ACTIVATIONS:
-        found = FusedGlu(low, kind)(x)
-        if expected is not None and torch.allclose(found, expected, rtol=1e-6, atol=1e-6):
+        result = FusedGlu(low, kind)(x)
+        if expected is not None and torch.allclose(result, expected, rtol=1e-6, atol=1e-6):
             return kind
     return None
 
 
-def _try(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+def _try(module: nn.Module, x: Tensor) -> Tensor | None:
     """Return `module(x)`, or None if it fails or has another shape."""
     try:
-        made = module(x)
+        output = module(x)
     except (TypeError, ValueError, RuntimeError):
         return None
-    return made if isinstance(made, torch.Tensor) and made.shape == x.shape else None
+    return output if isinstance(output, Tensor) and output.shape == x.shape else None

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ftlevel.models.upstream.tensors import version_of
 
@@ -45,7 +45,7 @@ def using_generator(seed: int | None) -> Iterator[None]:
 _CHANCES = 1 << 16
 
 
-def dropout_mask(like: torch.Tensor, p: float) -> torch.Tensor:
+def dropout_mask(like: Tensor, p: float) -> Tensor:
     """Return a mask shaped like `like`, on a CPU: 0 with probability `p`, else 1 / (1 - p).
 
     It uses the generator of the micro-batch, or else torch's. `p` is rounded to 1/65,536.
@@ -54,15 +54,15 @@ def dropout_mask(like: torch.Tensor, p: float) -> torch.Tensor:
     drawn = torch.empty(-(-count // 4), dtype=torch.int64)
     drawn.random_(-(1 << 63), None, generator=worker_generator())
     chances = drawn.view(torch.int16)[:count].view(like.shape)
-    kept = torch.empty(like.shape, dtype=like.dtype)
-    torch.ge(chances, dropped - _CHANCES // 2, out=kept)
-    return kept.div_(1 - dropped / _CHANCES)
+    mask = torch.empty(like.shape, dtype=like.dtype)
+    torch.ge(chances, dropped - _CHANCES // 2, out=mask)
+    return mask.div_(1 - dropped / _CHANCES)
 
 
 class GeneratorDropout(nn.Dropout):
     """`nn.Dropout` with `dropout_mask` on a CPU."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return `input` (any shape) with elements dropped, the others scaled by 1 / (1 - p)."""
         if not self.training or self.p == 0.0 or input.device.type != "cpu":
             return super().forward(input)
@@ -80,9 +80,9 @@ class PerWorkerDropout:
                 if is_plain and isinstance(child, nn.Dropout) and child.p > 0 and not child.inplace:
                     self._replaced.append((parent, name, child))
         for parent, name, child in self._replaced:
-            own = GeneratorDropout(child.p)
-            own.train(child.training)
-            setattr(parent, name, own)
+            dropout = GeneratorDropout(child.p)
+            dropout.train(child.training)
+            setattr(parent, name, dropout)
 
     def remove(self) -> None:
         """Restore the modules, in the mode of their replacements."""
@@ -101,35 +101,31 @@ class Recomputation:
     so that checkpointing and offloading apply to them.
     """
 
-    def __init__(self, make: Callable[..., torch.Tensor]) -> None:
+    def __init__(self, make: Callable[..., Tensor]) -> None:
         self._make = make
         self._users = 0
-        self._made: torch.Tensor | None = None
+        self._made: Tensor | None = None
 
     def enter(self) -> None:
         """Register an autograd function that uses the tensor."""
         self._users += 1
 
-    def make(self, *saved: torch.Tensor) -> torch.Tensor:
+    def make(self, *saved: Tensor) -> Tensor:
         """Return the tensor from `saved`; it is cached until its last user has called this."""
         self._users -= 1
-        made = self._make(*saved) if self._made is None else self._made
-        self._made = made if self._users > 0 else None
-        return made
+        tensor = self._make(*saved) if self._made is None else self._made
+        self._made = tensor if self._users > 0 else None
+        return tensor
 
 
-def with_recomputation(
-    tensor: torch.Tensor, make: Callable[..., torch.Tensor], *kept: torch.Tensor
-) -> torch.Tensor:
-    """Return `tensor` (mutated) with its recomputation from `kept` attached."""
-    parts = tuple(part.detach() for part in kept)
+def with_recomputation(tensor: Tensor, make: Callable[..., Tensor], *saved: Tensor) -> Tensor:
+    """Return `tensor` (mutated) with its recomputation from `saved` attached."""
+    parts = tuple(part.detach() for part in saved)
     setattr(tensor, _NAME, (Recomputation(make), parts, version_of(tensor)))
     return tensor
 
 
-def recomputation_of(
-    tensor: torch.Tensor,
-) -> tuple[Recomputation, tuple[torch.Tensor, ...]] | None:
+def recomputation_of(tensor: Tensor) -> tuple[Recomputation, tuple[Tensor, ...]] | None:
     """Return how `tensor` is recomputed and from which tensors; None if it must be saved.
 
     None is also returned for views, copies, tensors of inference mode, and after an in-place
@@ -137,6 +133,6 @@ def recomputation_of(
     """
     if tensor.is_inference():
         return None
-    held: tuple[Recomputation, tuple[torch.Tensor, ...], int] | None
-    held = getattr(tensor, _NAME, None)
-    return held[:2] if held is not None and held[2] == version_of(tensor) else None
+    attached: tuple[Recomputation, tuple[Tensor, ...], int] | None
+    attached = getattr(tensor, _NAME, None)
+    return attached[:2] if attached is not None and attached[2] == version_of(tensor) else None

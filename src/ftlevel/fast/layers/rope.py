@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ftlevel.fast.kernels import TORCH, Formulas, Kernels, Pair
@@ -26,12 +26,7 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        formulas: Formulas,
+        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, formulas: Formulas
     ) -> Pair:
         """Return q′ and k′, (batch, tokens, heads, head_dim)."""
         ctx.save_for_backward(cos, sin)
@@ -40,9 +35,7 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, of_q: torch.Tensor, of_k: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, of_q: Tensor, of_k: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of q and k."""
         parts = ctx.formulas.rope(of_q, of_k, *ctx.saved_tensors, backward=True)
         return *parts, None, None, None
@@ -54,18 +47,18 @@ class FusedRope:
     def __init__(self, model: nn.Module, kernels: Kernels) -> None:
         self._replaced: list[tuple[ModuleType, Callable[..., Any]]] = []
         classes = {kind for module in model.modules() for kind in type(module).__mro__}
-        places = {kind.__module__: sys.modules.get(kind.__module__) for kind in classes}
-        for _, place in sorted(places.items()):
-            plain = getattr(place, NAME, None)
-            if place is not None and plain is not None and computes_rope(plain):
-                setattr(place, NAME, _Replacement(plain, kernels))
-                self._replaced.append((place, plain))
+        modules = {kind.__module__: sys.modules.get(kind.__module__) for kind in classes}
+        for _, namespace in sorted(modules.items()):
+            plain = getattr(namespace, NAME, None)
+            if namespace is not None and plain is not None and computes_rope(plain):
+                setattr(namespace, NAME, _Replacement(plain, kernels))
+                self._replaced.append((namespace, plain))
         self.count = len(self._replaced)
 
     def remove(self) -> None:
         """Restore the functions."""
-        for place, plain in self._replaced:
-            setattr(place, NAME, plain)
+        for module, plain in self._replaced:
+            setattr(module, NAME, plain)
         self._replaced.clear()
 
 
@@ -76,13 +69,7 @@ class _Replacement:
         self._plain, self._kernels = plain, kernels
 
     def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        *others: Any,
-        **settings: Any,
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **settings: Any
     ) -> Any:
         """Return q′ and k′ for q and k (batch, heads, tokens, head_dim)."""
         formulas: Formulas = TORCH
@@ -91,13 +78,13 @@ class _Replacement:
             formulas = self._kernels.rope(heads, q.dtype, q.device.type)
         if formulas is TORCH:
             return self._plain(q, k, cos, sin, *others, **settings)
-        turned = _Rope.apply(  # type: ignore[no-untyped-call]  # torch's
+        rotated = _Rope.apply(  # type: ignore[no-untyped-call]  # torch's
             q.transpose(1, 2), k.transpose(1, 2), cos, sin, formulas
         )
-        return tuple(part.transpose(1, 2) for part in turned)
+        return tuple(part.transpose(1, 2) for part in rotated)
 
 
-def _is_usual(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+def _is_usual(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Return whether all dtypes are equal and every element of a head is rotated."""
     if not q.dim() == k.dim() == 4 or cos.dim() != 3 or cos.shape != sin.shape:
         return False
@@ -118,7 +105,9 @@ def computes_rope(function: Any) -> bool:
     q, k, cos, sin = (torch.randn(s, generator=generator).to(torch.bfloat16) for s in shapes)
     expected = TORCH.rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
     try:
-        found = function(q, k, cos, sin)
-        return all(torch.equal(a, b.transpose(1, 2)) for a, b in zip(found, expected, strict=True))
+        rotated = function(q, k, cos, sin)
+        return all(
+            torch.equal(a, b.transpose(1, 2)) for a, b in zip(rotated, expected, strict=True)
+        )
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return False

@@ -14,8 +14,8 @@ from typing import Any
 
 from ftlevel.config.methods.adalora import AdaloraSpec
 from ftlevel.errors import ConfigError, InputError, join_names
-from ftlevel.methods.base import Base, Merging, Method, whole
-from ftlevel.methods.facts import MERGES, method_facts
+from ftlevel.methods.base import Base, Merging, Method, as_int
+from ftlevel.methods.facts import MERGES, single_row
 from ftlevel.methods.lora import why_not_mergeable
 from ftlevel.methods.plain_form import AdapterFile, Factors, PlainForm
 from ftlevel.methods.rates import Rates
@@ -23,125 +23,121 @@ from ftlevel.methods.upstream import freeze_ranks, restore_ranks
 
 
 def as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Return the update of every module; raises `InputError` if biases were trained."""
+    """Returns the update of every module; raises `InputError` if biases were trained."""
     config = file.config
     if config.get("bias", "none") != "none":
         raise InputError("bias is set: biases of the base were trained. Merge it")
     first = config["init_r"]
     scale = (config["lora_alpha"] if config["lora_alpha"] > 0 else first) / (first + 1e-5)
-    found = {}
+    updates = {}
     for name in file.names("lora_E"):
         e, a, b = file.take(name, "lora_E", "lora_A", "lora_B")
-        found[name] = Factors(a * e, b * scale)
-    ranks = sorted({own.rank for own in found.values()})
+        updates[name] = Factors(a * e, b * scale)
+    ranks = sorted({update.rank for update in updates.values()})
     file.said.append(
         f"singular values and scale {scale:.3g} (AdaLoRA) folded in; ranks left "
         f"{join_names(map(str, ranks), 6)}"
     )
-    return found
+    return updates
 
 
 _TINIT, _TFINAL = 0.1, 0.3
 
 
-def build(spec: AdaloraSpec, base: Base) -> Any:
-    """Return PEFT's config for `spec` on `base`; the schedule depends on the number of steps.
-
-    Raises:
-        ConfigError: fewer than 2 steps remain between `tinit` and `tfinal`.
-    """
-    from peft import AdaLoraConfig
-
-    steps = base.total_steps
-    tinit = int(_TINIT * steps) if spec.tinit == "auto" else spec.tinit
-    tfinal = int(_TFINAL * steps) if spec.tfinal == "auto" else spec.tfinal
-    if steps - tinit - tfinal < 2:  # the first step only measures
-        raise ConfigError(
-            f"method.tinit {tinit} and method.tfinal {tfinal} leave fewer than 2 of the run's "
-            f"{steps:,} steps to prune ranks in. Train longer, or lower them."
-        )
-    return AdaLoraConfig(
-        **base.shared,
-        init_r=spec.init_r,
-        target_r=spec.target_r,
-        lora_alpha=whole(spec.lora_alpha),
-        lora_dropout=spec.lora_dropout,
-        tinit=tinit,
-        tfinal=tfinal,
-        deltaT=spec.delta_t,
-        beta1=spec.beta1,
-        beta2=spec.beta2,
-        orth_reg_weight=spec.orth_reg_weight,
-        total_step=steps,
-        fan_in_fan_out=base.fan_in_fan_out,
-    )
-
-
-def orthogonality(model: Any) -> Any:
-    """Return the weighted orthogonality penalty, a scalar in float32."""
-    import torch
-
-    weight = model.peft_config["default"].orth_reg_weight
-    norms = []
-    for name, matrix in model.named_parameters():
-        if ".lora_A.default" in name or ".lora_B.default" in name:
-            # A is (r, in) and B is (out, r): both products are (r, r).
-            product = matrix @ matrix.T if ".lora_A." in name else matrix.T @ matrix
-            eye = torch.eye(len(product), device=product.device, dtype=product.dtype)
-            norms.append(torch.linalg.matrix_norm(product - eye))
-    return weight * torch.stack(norms).mean()
-
-
-def finish(model: Any) -> None:
-    """Remove pruned ranks from a trained model (in place), to round as the saved adapter does."""
-    import torch
-
-    for name, alive in (model.peft_config["default"].rank_pattern or {}).items():
-        layer = model.get_base_model().get_submodule(name.partition(".lora_E")[0])
-        kept = torch.tensor(alive, dtype=torch.bool)
-        for matrices, axis in ((layer.lora_E, 0), (layer.lora_A, 0), (layer.lora_B, 1)):
-            full = matrices["default"]
-            part = full.data[kept] if axis == 0 else full.data[:, kept]
-            matrices["default"] = torch.nn.Parameter(part, full.requires_grad)
-        layer.r["default"] = sum(alive)
-
-
-def build_callbacks(_spec: AdaloraSpec, checkpoints: Path, writes: bool) -> list[Any]:
-    """Return the callback that prunes ranks and saves them in checkpoints."""
-    from ftlevel.methods.adalora.allocation import Allocation
-
-    return [Allocation(checkpoints, writes=writes)]
-
-
-def forget_ranks(config: Any) -> None:
+def _reset_ranks(config: Any) -> None:
     """Reset rank pattern and initialization in `config` (mutated); the file has the final ranks."""
     config.rank_pattern = None
     config.init_lora_weights = True
 
 
-_METHOD = Method(
-    (
-        method_facts(
-            "adalora",
-            "LoRA, its rank pruned by importance",
-            MERGES,
-            "Zhang et al., 2023, arXiv:2303.10512",
-            29_985_408,
-        ),
-    ),
-    rate=Rates(narrow=1e-2, wide=1e-3, source="within the paper's range on GLUE"),
-    build=build,
-    prepare=freeze_ranks,
-    callbacks=build_callbacks,
-    penalty=orthogonality,
-    why_not_continued="its ranks are pruned by a schedule over all steps of the run",
-    finish=finish,
-    merging=Merging(
+class AdaLora(Method):
+    """AdaLoRA."""
+
+    facts = single_row(
+        "adalora",
+        "LoRA, its rank pruned by importance",
+        MERGES,
+        "Zhang et al., 2023, arXiv:2303.10512",
+        29_985_408,
+    )
+    rate = Rates(narrow=1e-2, wide=1e-3, source="within the paper's range on GLUE")
+    why_not_continued = "its ranks are pruned by a schedule over all steps of the run"
+    changes_shape = True
+    merging = Merging(
         ("ADALORA",),
         why_not=why_not_mergeable,
-        prepare=forget_ranks,
+        prepare=_reset_ranks,
         restore=restore_ranks,
         plain_form=PlainForm(as_lora),
-    ),
-)
-METHODS = {"adalora": _METHOD}
+    )
+
+    def build(self, spec: AdaloraSpec, base: Base) -> Any:
+        """Returns `peft.AdaLoraConfig`; its schedule depends on the number of steps.
+
+        Raises:
+            ConfigError: fewer than 2 steps remain between `tinit` and `tfinal`.
+        """
+        from peft import AdaLoraConfig
+
+        steps = base.total_steps
+        tinit = int(_TINIT * steps) if spec.tinit == "auto" else spec.tinit
+        tfinal = int(_TFINAL * steps) if spec.tfinal == "auto" else spec.tfinal
+        if steps - tinit - tfinal < 2:  # the first step only measures
+            raise ConfigError(
+                f"method.tinit {tinit} and method.tfinal {tfinal} leave fewer than 2 of the run's "
+                f"{steps:,} steps to prune ranks in. Train longer, or lower them."
+            )
+        return AdaLoraConfig(
+            **base.shared,
+            init_r=spec.init_r,
+            target_r=spec.target_r,
+            lora_alpha=as_int(spec.lora_alpha),
+            lora_dropout=spec.lora_dropout,
+            tinit=tinit,
+            tfinal=tfinal,
+            deltaT=spec.delta_t,
+            beta1=spec.beta1,
+            beta2=spec.beta2,
+            orth_reg_weight=spec.orth_reg_weight,
+            total_step=steps,
+            fan_in_fan_out=base.fan_in_fan_out,
+        )
+
+    def prepare(self, model: Any) -> None:
+        """Freeze `ranknum` (mutated), which PEFT leaves trainable."""
+        freeze_ranks(model)
+
+    def callbacks(self, spec: AdaloraSpec, checkpoints: Path, writes: bool) -> list[Any]:
+        """Returns the callback that prunes ranks and saves them in checkpoints."""
+        from ftlevel.methods.adalora.allocation import Allocation
+
+        return [Allocation(checkpoints, writes=writes)]
+
+    def penalty(self, model: Any) -> Any:
+        """Returns the weighted orthogonality penalty, a scalar in float32."""
+        import torch
+
+        norms = []
+        for name, matrix in model.named_parameters():
+            if ".lora_A.default" in name or ".lora_B.default" in name:
+                # A is (r, in) and B is (out, r): both products are (r, r).
+                product = matrix @ matrix.T if ".lora_A." in name else matrix.T @ matrix
+                eye = torch.eye(len(product), device=product.device, dtype=product.dtype)
+                norms.append(torch.linalg.matrix_norm(product - eye))
+        return model.peft_config["default"].orth_reg_weight * torch.stack(norms).mean()
+
+    def finish(self, model: Any) -> None:
+        """Remove pruned ranks (mutated), to round as the saved adapter does."""
+        import torch
+
+        for name, alive in (model.peft_config["default"].rank_pattern or {}).items():
+            layer = model.get_base_model().get_submodule(name.partition(".lora_E")[0])
+            mask = torch.tensor(alive, dtype=torch.bool)
+            for matrices, axis in ((layer.lora_E, 0), (layer.lora_A, 0), (layer.lora_B, 1)):
+                full = matrices["default"]
+                part = full.data[mask] if axis == 0 else full.data[:, mask]
+                matrices["default"] = torch.nn.Parameter(part, full.requires_grad)
+            layer.r["default"] = sum(alive)
+
+
+METHODS = {"adalora": AdaLora()}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from ftlevel.methods.upstream import importance_scores
 
@@ -28,12 +28,7 @@ class Allocation(TrainerCallback):
         self.ranks: dict[str, list[bool]] | None = None
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **_: Any,
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any
     ) -> None:
         """Load scores and ranks from the checkpoint that the run resumes from."""
         if state.global_step == 0:
@@ -46,12 +41,7 @@ class Allocation(TrainerCallback):
             scores[kind][name] = value.to(device)
 
     def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **_: Any,
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any
     ) -> None:
         """Update the importance scores and prune ranks."""
         config = model.peft_config["default"]
@@ -61,12 +51,7 @@ class Allocation(TrainerCallback):
         self.ranks, config.rank_pattern = config.rank_pattern, None
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **_: Any,
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any
     ) -> None:
         """Write scores and ranks into the new checkpoint."""
         if not self.writes:
@@ -74,28 +59,23 @@ class Allocation(TrainerCallback):
         directory = self.checkpoints / f"checkpoint-{state.global_step}"
         scores = {
             f"{kind}/{name}": value.contiguous().cpu()
-            for kind, named in importance_scores(model).items()
-            for name, value in named.items()
+            for kind, by_name in importance_scores(model).items()
+            for name, value in by_name.items()
         }
         save_file(scores, directory / FILE)
-        self.keep(directory)
+        self.save_state(directory)
 
-    def keep(self, directory: Path) -> None:
+    def save_state(self, directory: Path) -> None:
         """Write the ranks, which are needed to save the model later."""
         (directory / RANKS).write_text(json.dumps(self.ranks), encoding="utf-8")
 
-    def take_up(self, directory: Path, model: Any) -> None:
+    def load_state(self, directory: Path, model: Any) -> None:
         """Load the ranks from `directory` into the config of `model` (mutated)."""
         ranks = json.loads((directory / RANKS).read_text(encoding="utf-8"))
         model.peft_config["default"].rank_pattern = ranks
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **_: Any,
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any
     ) -> None:
         """Set the final ranks in the config, so that PEFT saves only those."""
         model.peft_config["default"].rank_pattern = self.ranks

@@ -7,7 +7,6 @@ only when needed. The text constants here are part of docs/methods.md.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from ftlevel.config.methods.bottleneck import (
@@ -19,9 +18,8 @@ from ftlevel.config.methods.bottleneck import (
 from ftlevel.errors import InputError
 from ftlevel.methods.base import Base, Merging, Method, StepSupport
 from ftlevel.methods.bottleneck.sites import SITES, site_pattern, sites_of, why_no_residual
-from ftlevel.methods.facts import method_facts
+from ftlevel.methods.facts import single_row
 from ftlevel.methods.rates import Rates
-from ftlevel.methods.upstream import register_tuner
 
 _INTRODUCTION = """\
 `--set method.placement=…` says where an adapter A(·) = s · up(f(down(·))) stands. h is the output
@@ -61,110 +59,86 @@ the output there. [Export](export.md#adapterhub) says how adapters go there and 
 PAGE = "\n".join([_INTRODUCTION, *(f"| {' | '.join(row)} |" for row in _ROWS), _MORE])
 
 
-def register() -> None:
-    """Register the tuner in PEFT."""
-    from ftlevel.methods.bottleneck.layer import BOTTLENECK, BottleneckConfig, BottleneckModel
-
-    register_tuner(BOTTLENECK, BottleneckConfig, BottleneckModel)
-
-
-def build(spec: AdapterSpec, base: Base) -> Any:
-    """Return PEFT's config for `spec` on `base`."""
-    register()
-    from ftlevel.methods.bottleneck.layer import BottleneckConfig
-
-    return BottleneckConfig(
-        **base.shared,
-        placement=spec.placement,
-        bottleneck_dim=spec.bottleneck_dim,
-        reduction_factor=spec.reduction_factor or REDUCTION_FACTOR,
-        non_linearity=spec.non_linearity,
-        adapter_dropout=spec.adapter_dropout,
-        scaling=spec.scaling,
-    )
-
-
-def find_targets(spec: AdapterSpec, model: Any) -> list[str]:
-    """Return the sorted names of adapted modules; raises `InputError` for unknown families."""
-    sites = sites_of(model.config)
-    if sites is None:
-        raise InputError(
-            f"--method adapter: no positions are known for {model.config.model_type!r}. Families: "
-            f"{', '.join(SITES)}. Name the last linears of its sub-layers with "
-            "--target-modules, or use --method lora."
-        )
-    pattern = re.compile(site_pattern(sites, spec.placement))
-    return sorted(name for name, _ in model.named_modules() if pattern.fullmatch(name))
-
-
-def describe(spec: AdapterSpec) -> str:
-    """Return the settings in one line."""
-    width = f"reduction {spec.reduction_factor or REDUCTION_FACTOR:g}"
-    if spec.bottleneck_dim is not None:
-        width = f"bottleneck {spec.bottleneck_dim}"
-    scaling = spec.scaling or default_scaling(spec.placement)
-    factor = scaling if isinstance(scaling, str) else f"{scaling:g}"
-    dropout = f", dropout {spec.adapter_dropout:g}" if spec.adapter_dropout else ""
-    return f"{spec.placement}, {width}, {spec.non_linearity}, scaling {factor}{dropout}"
-
-
-def against_workers(spec: AdapterSpec) -> str:
-    """Return the model state that a forward pass changes, or ""."""
-    if spec.placement in ("parallel", *ON_RESIDUAL):
-        return f"{spec.placement} adapters keep their input in the model"
-    return ""
-
-
-def against_pruning(spec: AdapterSpec) -> str:
-    """Return why the last block must compute every token, or ""."""
-    return f"{spec.placement} adapters read the residual" if spec.placement in ON_RESIDUAL else ""
-
-
-def refuse(spec: AdapterSpec, model_config: Any, _kind: str, _task: str, _quant: str) -> str | None:
-    """Return why this placement is unsupported in a model and what works, or None."""
-    reason = why_no_residual(model_config, spec.placement)
-    return f"{reason}. Use placement houlsby, pfeiffer or parallel." if reason else None
-
-
-def why_not_mergeable(_config: Mapping[str, Any]) -> str:
-    """Return why bottleneck adapters cannot be merged."""
-    from ftlevel.methods.bottleneck.layer import CANNOT_MERGE
-
-    return CANNOT_MERGE
-
-
-def find_rates(spec: AdapterSpec) -> Rates:
-    """Return the rates: double for one adapter per block, a third for scaling above 1."""
-    scaling = default_scaling(spec.placement) if spec.scaling is None else spec.scaling
-    if isinstance(scaling, float) and scaling > 1:
-        return Rates(narrow=1e-3, wide=1e-4, source="a third of Houlsby et al., section 3.2")
-    narrow = 6e-3 if spec.placement == "pfeiffer" else 3e-3
-    return Rates(
-        narrow=narrow,
-        wide=3e-4,
-        source="Houlsby et al., section 3.2",
-        kinds={"decoder": 3e-3},
-    )
-
-
-_METHOD = Method(
-    (
-        method_facts(
-            "adapter",
-            "two small layers inside every block",
-            "",
-            "Houlsby et al., 2019, arXiv:1902.00751",
-            134_496_256,
-        ),
-    ),
-    rate=find_rates,
-    build=build,
-    register=register,
-    find_targets=find_targets,
-    describe=describe,
-    refuse=refuse,
-    step=StepSupport(workers=against_workers, pruning=against_pruning),
-    merging=Merging(("BOTTLENECK",), into_weights=False, why_not=why_not_mergeable),
-    page=PAGE,
+CANNOT_MERGE = (
+    "A bottleneck adapter is not linear in the hidden state, so no weight of the base model can "
+    "hold it and it cannot be merged. Keep it separate from the base, which costs two small matrix "
+    "products a site, or train with a method that merges, such as --method lora."
 )
-METHODS = {"adapter": _METHOD}
+
+
+class Bottleneck(Method):
+    """Bottleneck adapters."""
+
+    facts = single_row(
+        "adapter",
+        "two small layers inside every block",
+        "",
+        "Houlsby et al., 2019, arXiv:1902.00751",
+        134_496_256,
+    )
+    tuner = "ftlevel.methods.bottleneck.layer"
+    step = StepSupport(
+        workers=lambda spec: (
+            f"{spec.placement} adapters keep their input in the model"
+            if spec.placement in ("parallel", *ON_RESIDUAL)
+            else ""
+        ),
+        pruning=lambda spec: (
+            f"{spec.placement} adapters read the residual" if spec.placement in ON_RESIDUAL else ""
+        ),
+    )
+    merging = Merging(("BOTTLENECK",), into_weights=False, why_not=lambda _: CANNOT_MERGE)
+    page = PAGE
+
+    def rates(self, spec: AdapterSpec) -> Rates:
+        """Returns the rates: double for one adapter per block, a third for scaling above 1."""
+        scaling = default_scaling(spec.placement) if spec.scaling is None else spec.scaling
+        if isinstance(scaling, float) and scaling > 1:
+            return Rates(narrow=1e-3, wide=1e-4, source="a third of Houlsby et al., section 3.2")
+        narrow = 6e-3 if spec.placement == "pfeiffer" else 3e-3
+        source = "Houlsby et al., section 3.2"
+        return Rates(narrow=narrow, wide=3e-4, source=source, kinds={"decoder": 3e-3})
+
+    def describe(self, spec: AdapterSpec) -> str:
+        """Returns placement, width, activation, scaling and dropout."""
+        width = f"reduction {spec.reduction_factor or REDUCTION_FACTOR:g}"
+        if spec.bottleneck_dim is not None:
+            width = f"bottleneck {spec.bottleneck_dim}"
+        scaling = spec.scaling or default_scaling(spec.placement)
+        factor = scaling if isinstance(scaling, str) else f"{scaling:g}"
+        dropout = f", dropout {spec.adapter_dropout:g}" if spec.adapter_dropout else ""
+        return f"{spec.placement}, {width}, {spec.non_linearity}, scaling {factor}{dropout}"
+
+    def refuse(self, spec: AdapterSpec, config: Any, *_: str) -> str | None:
+        """Returns why a model does not support the placement and which it does, or None."""
+        reason = why_no_residual(config, spec.placement)
+        return f"{reason}. Use placement houlsby, pfeiffer or parallel." if reason else None
+
+    def find_targets(self, spec: AdapterSpec, model: Any) -> list[str]:
+        """Returns the sorted names of adapted modules; raises `InputError` if unknown."""
+        sites = sites_of(model.config)
+        if sites is None:
+            raise InputError(
+                f"--method adapter: no positions are known for {model.config.model_type!r}. "
+                f"Families: {', '.join(SITES)}. Name the last linears of its sub-layers with "
+                "--target-modules, or use --method lora."
+            )
+        pattern = re.compile(site_pattern(sites, spec.placement))
+        return sorted(name for name, _ in model.named_modules() if pattern.fullmatch(name))
+
+    def build(self, spec: AdapterSpec, base: Base) -> Any:
+        """Returns `BottleneckConfig`."""
+        from ftlevel.methods.bottleneck.layer import BottleneckConfig
+
+        return BottleneckConfig(
+            **base.shared,
+            placement=spec.placement,
+            bottleneck_dim=spec.bottleneck_dim,
+            reduction_factor=spec.reduction_factor or REDUCTION_FACTOR,
+            non_linearity=spec.non_linearity,
+            adapter_dropout=spec.adapter_dropout,
+            scaling=spec.scaling,
+        )
+
+
+METHODS = {"adapter": Bottleneck()}

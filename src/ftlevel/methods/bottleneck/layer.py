@@ -18,11 +18,12 @@ from typing import Any, Literal, get_args
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from ftlevel.config.methods.bottleneck import REDUCTION_FACTOR, Placement, default_scaling
 from ftlevel.methods.base import UnmergeableLayer, UnmergeableTuner
+from ftlevel.methods.bottleneck import CANNOT_MERGE
 from ftlevel.methods.bottleneck.sites import (
     SITES,
     block_of,
@@ -31,8 +32,8 @@ from ftlevel.methods.bottleneck.sites import (
     sites_of,
     why_no_residual,
 )
-from ftlevel.methods.tuners import PrecisionLayer, PrecisionTuner
-from ftlevel.methods.upstream import add_peft_type
+from ftlevel.methods.tuners import PrecisionLayer, PrecisionTuner, use_sets
+from ftlevel.methods.upstream import add_peft_type, register_tuner
 
 BOTTLENECK = add_peft_type("BOTTLENECK")
 
@@ -82,17 +83,7 @@ class BottleneckConfig(PeftConfig):
             self.scaling = default_scaling(self.placement)
         if isinstance(self.scaling, str) and self.scaling not in ("learned", "channel"):
             raise ValueError(f"scaling {self.scaling!r} is not a number, learned or channel.")
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, list):  # PEFT compares these as sets
-                setattr(self, name, set(value))
-
-
-CANNOT_MERGE = (
-    "A bottleneck adapter is not linear in the hidden state, so no weight of the base model can "
-    "hold it and it cannot be merged. Keep it separate from the base, which costs two small matrix "
-    "products a site, or train with a method that merges, such as --method lora."
-)
+        use_sets(self)
 
 
 Listens = Literal["input", "residual"]
@@ -111,7 +102,7 @@ class AdapterSettings:
     """Non-trainable settings of one adapter: input, activation, dropout and constant scaling."""
 
     reads: Reads
-    activation: Callable[[torch.Tensor], torch.Tensor]
+    activation: Callable[[Tensor], Tensor]
     dropout: float
     scaling: float
 
@@ -138,7 +129,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
     out_features: int
     # Methods of PEFT, whose types nn.Module's __getattr__ hides.
     get_base_layer: Callable[[], nn.Module]
-    _cast_input_dtype: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+    _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -151,7 +142,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         self._disable_adapters = False
         self._taps: dict[Listens, Any] = {}
         self._listens: list[Listens] = []  # readable by torch.compile, unlike hooks
-        self._tapped: dict[Listens, torch.Tensor] = {}
+        self._tapped: dict[Listens, Tensor] = {}
         # In a list, so that the norm is not registered as a submodule here.
         self._norm: list[nn.Module] = []
 
@@ -186,16 +177,16 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
             ones = torch.ones(learned, dtype=torch.float32, device=up.weight.device)
             self.bottleneck_scale[adapter_name] = nn.Parameter(ones)
 
-    def listen_to(self, source: nn.Module, what: Listens) -> None:
-        """Capture the input of `source` as `what` for the adapters.
+    def listen_to(self, source: nn.Module, kind: Listens) -> None:
+        """Capture the input of `source` as `kind` for the adapters.
 
         `source` must run before the module in every forward pass; with gradient checkpointing both
         are recomputed.
         """
-        if what not in self._taps:
-            hook = functools.partial(_remember, self, what)
-            self._taps[what] = source.register_forward_pre_hook(hook)
-            self._listens.append(what)
+        if kind not in self._taps:
+            hook = functools.partial(_remember, self, kind)
+            self._taps[kind] = source.register_forward_pre_hook(hook)
+            self._listens.append(kind)
 
     def sum_through(self, norm: nn.Module) -> None:
         """Normalize the sum of output and residual with `norm` before adapters read it."""
@@ -211,9 +202,9 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         """Delete an adapter and the hooks it alone needs."""
         super().delete_adapter(adapter_name)
         needed = {setting.listens for setting in self.settings.values()}
-        for what in [what for what in self._taps if what not in needed]:
-            self._taps.pop(what).remove()
-            self._listens.remove(what)
+        for kind in [kind for kind in self._taps if kind not in needed]:
+            self._taps.pop(kind).remove()
+            self._listens.remove(kind)
 
     def running(self) -> list[str]:
         """Return the active adapters of this layer."""
@@ -238,8 +229,8 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _source(
-        self, setting: AdapterSettings, hidden: torch.Tensor, tapped: dict[Listens, torch.Tensor]
-    ) -> torch.Tensor:
+        self, setting: AdapterSettings, hidden: Tensor, tapped: dict[Listens, Tensor]
+    ) -> Tensor:
         """Return the adapter's input, `(..., width_in)`."""
         if setting.listens is None:
             return hidden
@@ -251,10 +242,10 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         source = tapped[setting.listens]
         if setting.reads != "sum":
             return source
-        total: torch.Tensor = hidden + source
+        total: Tensor = hidden + source
         return self._norm[0](total) if self._norm else total
 
-    def _adapt(self, name: str, source: torch.Tensor) -> torch.Tensor:
+    def _adapt(self, name: str, source: Tensor) -> Tensor:
         """Return s · up(f(down(source))): `(..., width_in)` -> `(..., width_out)`."""
         down, up, setting = (
             self.bottleneck_down[name],
@@ -263,8 +254,8 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         )
         inner = setting.activation(down(self._cast_input_dtype(source, _dtype(down))))
         inner = nn.functional.dropout(inner, setting.dropout, self.training)
-        made: torch.Tensor = up(inner) * setting.scaling
-        return made * self.bottleneck_scale[name] if name in self.bottleneck_scale else made
+        output: Tensor = up(inner) * setting.scaling
+        return output * self.bottleneck_scale[name] if name in self.bottleneck_scale else output
 
     def __repr__(self) -> str:
         return f"bottleneck.{super().__repr__()}"
@@ -275,11 +266,11 @@ def _dtype(module: nn.Module) -> torch.dtype:
 
 
 def _remember(
-    layer: BottleneckLayer, what: Listens, _source: nn.Module, args: tuple[Any, ...]
+    layer: BottleneckLayer, kind: Listens, _source: nn.Module, args: tuple[Any, ...]
 ) -> None:
     """Store the input of a module until `layer` runs, if an active adapter needs it."""
-    if any(layer.settings[name].listens == what for name in layer.running()):
-        layer._tapped[what] = args[0]
+    if any(layer.settings[name].listens == kind for name in layer.running()):
+        layer._tapped[kind] = args[0]
 
 
 class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
@@ -313,7 +304,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        parameter_name: str | None = None,  # noqa: ARG002 - PEFT's signature
+        parameter_name: str | None = None,
     ) -> None:
         layer = target if isinstance(target, BottleneckLayer) else BottleneckLayer(target)
         width_in, width_out = self._widths(layer.get_base_layer())
@@ -379,3 +370,6 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
         if isinstance(child, BottleneckLayer) and new_module is not child:
             child.stop_listening()
         setattr(parent, child_name, new_module)
+
+
+register_tuner(BOTTLENECK, BottleneckConfig, BottleneckModel)

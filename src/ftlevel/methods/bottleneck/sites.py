@@ -158,5 +158,5 @@ def find_input(sites: Sites | None, site: str, names: Iterable[str]) -> str | No
     block = block_of(sites, site)
     if sites is None or block is None:
         return None
-    known = set(names)
-    return next((block + path for path in sites.inputs if block + path in known), None)
+    modules = set(names)
+    return next((block + path for path in sites.inputs if block + path in modules), None)

@@ -13,12 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ftlevel.models.hardware import autocast
 
 
 @torch.no_grad()
-def start_from_residual(model: Any, weight_of: Callable[[str], torch.Tensor]) -> None:
+def start_from_residual(model: Any, weight_of: Callable[[str], Tensor]) -> None:
     """Set A and B of every LoRA on a 4-bit linear layer of `model`, a fresh `PeftModel` (mutated).
 
     `weight_of` returns the unquantized weight `(out, in)` of a layer. Afterwards the config has the
@@ -32,16 +33,16 @@ def start_from_residual(model: Any, weight_of: Callable[[str], torch.Tensor]) ->
         if not isinstance(layer, Linear4bit):
             continue
         packed = layer.get_base_layer().weight
-        held = bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
-        weight = weight_of(name.removeprefix(name_of_base)).to(held.device, torch.float32)
-        residual = (weight - held.float()) / layer.scaling["default"]
+        dequantized = bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
+        weight = weight_of(name.removeprefix(name_of_base)).to(dequantized.device, torch.float32)
+        residual = (weight - dequantized.float()) / layer.scaling["default"]
         a, b = factor(residual, layer.r["default"])
         for factors, value in ((layer.lora_A, a), (layer.lora_B, b)):
             factors["default"].weight.data.copy_(value)
     model.peft_config["default"].init_lora_weights = True
 
 
-def factor(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def factor(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return A `(rank, in)` and B `(out, rank)`, the best low-rank fit of `matrix` `(out, in)`.
 
     Uses eigenvectors of the smaller Gram matrix in float64, about ten times faster than an SVD.
@@ -79,10 +80,10 @@ def start_from_data(model: Any, batches: Any, device: str, dtype: str) -> None:
     model.train(training)
 
 
-def _forward(model: Any, batch: dict[str, torch.Tensor]) -> Any:
+def _forward(model: Any, batch: dict[str, Tensor]) -> Any:
     return model(**{name: batch[name] for name in ("input_ids", "attention_mask")})
 
 
-def _supervised_positions(batch: dict[str, torch.Tensor], _: Any) -> torch.Tensor:
+def _supervised_positions(batch: dict[str, Tensor], _: Any) -> Tensor:
     """Return `(n, 2)` positions of supervised tokens."""
     return batch["supervised"].nonzero()

@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from ftlevel.config.methods.prefix import PrefixSpec
-from ftlevel.methods.base import VIRTUAL_TOKENS, Base, Merging, Method, StepSupport
-from ftlevel.methods.facts import Rule, method_facts, rows
+from ftlevel.methods.base import VIRTUAL_TOKEN_STEP, VIRTUAL_TOKENS, Base, Merging, Method
+from ftlevel.methods.facts import Rule, rows, single_row
 from ftlevel.methods.rates import Rates
-from ftlevel.methods.upstream import register_tuner
 
 _WRAPPED = ".base_layer"
 
@@ -31,7 +30,7 @@ def why_no_prefix(config: Any) -> str | None:
     """Return why a model with `config` does not support prefixes, or None."""
     from transformers import MODEL_MAPPING
 
-    from ftlevel.methods.prefix.attention import OWN_ATTENTION
+    from ftlevel.methods.prefix.attention import CUSTOM_ATTENTION
     from ftlevel.models.upstream.architectures import asks_for_attention, supports_sdpa
 
     name = config.model_type
@@ -41,7 +40,7 @@ def why_no_prefix(config: Any) -> str | None:
     if isinstance(architecture, (list, tuple)):
         architecture = architecture[0]
     module = architecture.__module__
-    if any(known.startswith(f"{module}.") for known in OWN_ATTENTION):
+    if any(name_of_class.startswith(f"{module}.") for name_of_class in CUSTOM_ATTENTION):
         return None
     if not asks_for_attention(architecture):
         return (
@@ -67,73 +66,17 @@ each token of the text the bias of a distance that is longer by the prefix. Pref
 are refused."""
 
 
-def register() -> None:
-    """Register the tuner in PEFT."""
-    from ftlevel.methods.prefix.model import PREFIX_KV, PrefixKvConfig, PrefixModel
+class PrefixTuning(Method):
+    """Prefix tuning."""
 
-    register_tuner(PREFIX_KV, PrefixKvConfig, PrefixModel)
-
-
-def build(spec: PrefixSpec, base: Base) -> Any:
-    """Return PEFT's config for `spec` on `base`."""
-    register()
-    from ftlevel.methods.prefix.model import PrefixKvConfig
-
-    return PrefixKvConfig(
-        **base.shared,
-        num_virtual_tokens=spec.num_virtual_tokens,
-        prefix_projection=spec.prefix_projection,
-        encoder_hidden_size=spec.encoder_hidden_size or ENCODER_WIDTH,
+    facts = single_row(
+        "prefix",
+        "keys and values in every attention",
+        "",
+        "Li and Liang, 2021, arXiv:2101.00190",
+        5_242_880,
     )
-
-
-def find_targets(_spec: PrefixSpec, model: Any) -> list[str]:
-    """Return the full names of the attention modules of `model`, sorted."""
-    return sorted(find_attentions(model))
-
-
-def describe(spec: PrefixSpec) -> str:
-    """Return the settings in one line."""
-    width = spec.encoder_hidden_size or ENCODER_WIDTH
-    projection = f", by an MLP of width {width}" if spec.prefix_projection else ""
-    return f"{spec.num_virtual_tokens} keys and values in front of every attention{projection}"
-
-
-def refuse(_spec: PrefixSpec, model_config: Any, _kind: str, _task: str, _quant: str) -> str | None:
-    """Return why the model does not support prefixes and what does, or None."""
-    reason = why_no_prefix(model_config)
-    return f"{reason}. Use --method prompt, or --method lora." if reason else None
-
-
-def finish(model: Any) -> None:
-    """Replace the MLP of a trained prefix by its output (in place)."""
-    model.base_model.fold(model.active_adapter)
-
-
-def find_rates(spec: PrefixSpec) -> Rates:
-    """Return the rates: P-tuning v2's, or lower ones for a projected prefix.
-
-    The MLP's tanh saturates at 3e-3 with one or two targets per row, at 1e-2 with one per token.
-    """
-    if spec.prefix_projection:
-        kinds = {"decoder": 1e-3, "encoder-decoder": 3e-3}
-        return Rates(narrow=5e-4, wide=1e-4, source="not measured", tokens=3e-3, kinds=kinds)
-    return Rates(narrow=5e-2, wide=1e-2, source="P-tuning v2", kinds={"encoder-decoder": 1e-1})
-
-
-_METHOD = Method(
-    (
-        method_facts(
-            "prefix",
-            "keys and values in every attention",
-            "",
-            "Li and Liang, 2021, arXiv:2101.00190",
-            5_242_880,
-        ),
-    ),
-    rate=find_rates,
-    build=build,
-    rules=(
+    rules = (
         Rule(
             rows("prefix"),
             "it computes its attention itself, so there is no place for a prefix",
@@ -146,19 +89,54 @@ _METHOD = Method(
             "Use --method prompt, or --method lora.",
             families=frozenset({"gemma2"}),
         ),
-    ),
-    register=register,
-    find_targets=find_targets,
-    describe=describe,
-    refuse=refuse,
-    finish=finish,
-    step=StepSupport(
-        packing=lambda spec: f"{spec.kind} puts virtual tokens into every row",
-        workers=lambda spec: f"{spec.kind} keeps its place in the model",
-    ),
-    merging=Merging(
+    )
+    tuner = "ftlevel.methods.prefix.model"
+    step = VIRTUAL_TOKEN_STEP
+    merging = Merging(
         ("PREFIX_KV", "PREFIX_TUNING"), into_weights=False, why_not=lambda _: VIRTUAL_TOKENS
-    ),
-    page=PAGE,
-)
-METHODS = {"prefix": _METHOD}
+    )
+    page = PAGE
+
+    def rates(self, spec: PrefixSpec) -> Rates:
+        """Returns the rates: P-tuning v2's, or lower ones for a projected prefix.
+
+        The MLP's tanh saturates at 3e-3 with one or two targets per row, at 1e-2 with one per
+        token.
+        """
+        if spec.prefix_projection:
+            kinds = {"decoder": 1e-3, "encoder-decoder": 3e-3}
+            return Rates(narrow=5e-4, wide=1e-4, source="not measured", tokens=3e-3, kinds=kinds)
+        return Rates(narrow=5e-2, wide=1e-2, source="P-tuning v2", kinds={"encoder-decoder": 1e-1})
+
+    def describe(self, spec: PrefixSpec) -> str:
+        """Returns length and projection of the prefix."""
+        width = spec.encoder_hidden_size or ENCODER_WIDTH
+        projection = f", by an MLP of width {width}" if spec.prefix_projection else ""
+        return f"{spec.num_virtual_tokens} keys and values in front of every attention{projection}"
+
+    def refuse(self, spec: PrefixSpec, config: Any, *_: str) -> str | None:
+        """Returns why the model does not support prefixes and what does, or None."""
+        reason = why_no_prefix(config)
+        return f"{reason}. Use --method prompt, or --method lora." if reason else None
+
+    def find_targets(self, spec: PrefixSpec, model: Any) -> list[str]:
+        """Returns the full names of the attention modules of `model`, sorted."""
+        return sorted(find_attentions(model))
+
+    def build(self, spec: PrefixSpec, base: Base) -> Any:
+        """Returns `PrefixKvConfig`."""
+        from ftlevel.methods.prefix.model import PrefixKvConfig
+
+        return PrefixKvConfig(
+            **base.shared,
+            num_virtual_tokens=spec.num_virtual_tokens,
+            prefix_projection=spec.prefix_projection,
+            encoder_hidden_size=spec.encoder_hidden_size or ENCODER_WIDTH,
+        )
+
+    def finish(self, model: Any) -> None:
+        """Replace the MLP of a trained prefix by its output (mutated)."""
+        model.base_model.fold(model.active_adapter)
+
+
+METHODS = {"prefix": PrefixTuning()}

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ftlevel.models.upstream.architectures import eager_attention_of
@@ -26,7 +26,7 @@ EAGER_ATTENTION = "ftlevel_prefix_eager"
 WITH_PREFIX = {"sdpa": ATTENTION, "eager": EAGER_ATTENTION}
 """Attention implementation -> ftlevel's equivalent with a prefix."""
 
-Prefix = tuple[torch.Tensor, torch.Tensor]
+Prefix = tuple[Tensor, Tensor]
 """Keys and values, each `(1, kv_heads, P, head_dim)`."""
 
 
@@ -43,15 +43,15 @@ def register_attention() -> None:
 
 def attend(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     *,
     prefix: Prefix | None = None,
-    position_bias: torch.Tensor | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """Compute scaled dot-product attention over `prefix` and the keys.
 
     Args:
@@ -97,15 +97,15 @@ def attend(
 
 def attend_eagerly(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     *,
     prefix: Prefix | None = None,
-    position_bias: torch.Tensor | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Compute attention over `prefix` and the keys with the model's own eager function.
 
     Arguments are as for `attend`, but `attention_mask` is additive. Returns
@@ -121,15 +121,10 @@ def attend_eagerly(
     if position_bias is not None:
         kwargs["position_bias"] = position_bias
     attend_plainly = eager_attention_of(module)
-    output: tuple[torch.Tensor, torch.Tensor] = attend_plainly(
-        module, query, key, value, attention_mask, **kwargs
-    )
-    return output
+    return attend_plainly(module, query, key, value, attention_mask, **kwargs)
 
 
-def _behind(
-    prefix: Prefix, key: torch.Tensor, value: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _behind(prefix: Prefix, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Return keys and values with the prefix prepended in every row."""
     key, value = (
         torch.cat([extra.to(states.dtype).expand(len(states), -1, -1, -1), states], dim=2)
@@ -141,11 +136,11 @@ def _behind(
 def attend_gpt_neo(
     module: Any,
     prefix: Prefix,
-    hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
     layer_past: Any = None,
     **_kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Reimplement `GPTNeoSelfAttention.forward` (transformers 5.24) with `prefix`.
 
     Logits are unscaled and in float32; the buffer `bias` is the causal or local mask.
@@ -174,13 +169,13 @@ def attend_gpt_neo(
 def attend_deberta_v2(
     module: Any,
     prefix: Prefix,
-    hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor,
+    hidden_states: Tensor,
+    attention_mask: Tensor,
     output_attentions: bool = False,
-    query_states: torch.Tensor | None = None,
-    relative_pos: torch.Tensor | None = None,
-    rel_embeddings: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    query_states: Tensor | None = None,
+    relative_pos: Tensor | None = None,
+    rel_embeddings: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Reimplement `DisentangledSelfAttention.forward` (transformers 5.24) with `prefix`.
 
     Prefix keys have no position, so only the content-to-content term applies (He et al., 2021,
@@ -211,13 +206,13 @@ def attend_deberta_v2(
 
 
 _MODELS = "transformers.models"
-OWN_ATTENTION: dict[str, Callable[..., Any]] = {
+CUSTOM_ATTENTION: dict[str, Callable[..., Any]] = {
     f"{_MODELS}.gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention": attend_gpt_neo,
     f"{_MODELS}.deberta_v2.modeling_deberta_v2.DisentangledSelfAttention": attend_deberta_v2,
 }
 """Attention classes that do not use `AttentionInterface`, by full class name."""
 
 
-def own_attention(module: nn.Module) -> Callable[..., Any] | None:
+def custom_attention(module: nn.Module) -> Callable[..., Any] | None:
     """Return the reimplementation for `module`, or None if it uses `AttentionInterface`."""
-    return OWN_ATTENTION.get(f"{type(module).__module__}.{type(module).__qualname__}")
+    return CUSTOM_ATTENTION.get(f"{type(module).__module__}.{type(module).__qualname__}")

@@ -13,12 +13,17 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from torch import nn
+from torch import Tensor, nn
 
 from ftlevel.methods.prefix import find_attentions, why_no_prefix
-from ftlevel.methods.prefix.attention import WITH_PREFIX, Prefix, own_attention, register_attention
-from ftlevel.methods.tuners import VirtualTokenLayer, VirtualTokenTuner, device_of
-from ftlevel.methods.upstream import add_peft_type
+from ftlevel.methods.prefix.attention import (
+    WITH_PREFIX,
+    Prefix,
+    custom_attention,
+    register_attention,
+)
+from ftlevel.methods.tuners import VirtualTokenLayer, VirtualTokenTuner, device_of, use_sets
+from ftlevel.methods.upstream import add_peft_type, register_tuner
 from ftlevel.models.upstream.architectures import attention_of
 
 PREFIX_KV = add_peft_type("PREFIX_KV")
@@ -47,10 +52,7 @@ class PrefixKvConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PREFIX_KV
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, list):  # PEFT compares these as sets
-                setattr(self, name, set(value))
+        use_sets(self)
 
 
 INIT_STD = 0.02
@@ -118,7 +120,7 @@ class PrefixLayer(VirtualTokenLayer):
             width, 2 * self.kv_heads * self.head_dim, device=device
         )
 
-    def compute(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def compute(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Return the keys and values of one adapter, each `(P, kv_heads · head_dim)`."""
         if adapter_name in self.prefix_kv_keys:
             return self.prefix_kv_keys[adapter_name], self.prefix_kv_values[adapter_name]
@@ -128,7 +130,7 @@ class PrefixLayer(VirtualTokenLayer):
         keys, values = self.prefix_kv_output[adapter_name](hidden).chunk(2, dim=-1)
         return keys, values
 
-    def fold(self, adapter_name: str, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def fold(self, adapter_name: str, keys: Tensor, values: Tensor) -> None:
         """Replace the MLP of one adapter by the given keys and values."""
         for parameters, states in ((self.prefix_kv_keys, keys), (self.prefix_kv_values, values)):
             parameters[adapter_name] = nn.Parameter(states.detach().float().clone())
@@ -151,7 +153,7 @@ class PrefixLayer(VirtualTokenLayer):
         if not names:
             return self.base_layer(*args, **kwargs)
         prefix = self.prefix_of(names)
-        attend = own_attention(self.base_layer)
+        attend = custom_attention(self.base_layer)
         if attend is not None:
             return attend(self.base_layer, prefix, *args, **kwargs)
         return self.base_layer(*args, prefix=prefix, **kwargs)
@@ -196,12 +198,7 @@ class PrefixModel(VirtualTokenTuner):
         """Return the full names of all attention modules."""
         return find_attentions(self.model)
 
-    def _pre_injection_hook(
-        self,
-        model: Any,
-        config: PrefixKvConfig,  # noqa: ARG002 - PEFT's signature
-        adapter_name: str,  # noqa: ARG002 - PEFT's signature
-    ) -> None:
+    def _pre_injection_hook(self, model: Any, config: PrefixKvConfig, adapter_name: str) -> None:
         """Store the attention implementation; raise `ValueError` if it is unsupported."""
         reason = why_no_prefix(model.config)
         if reason:
@@ -222,8 +219,8 @@ class PrefixModel(VirtualTokenTuner):
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
-        current_key: str,  # noqa: ARG002 - PEFT's signature
-        parameter_name: str | None = None,  # noqa: ARG002 - PEFT's signature
+        current_key: str,
+        parameter_name: str | None = None,
     ) -> None:
         wrapped = isinstance(target, PrefixLayer)
         layer: Any = target if wrapped else PrefixLayer(target)
@@ -234,11 +231,7 @@ class PrefixModel(VirtualTokenTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(
-        self,
-        parent: nn.Module,
-        child_name: str,
-        new_module: nn.Module,
-        child: nn.Module,  # noqa: ARG002 - PEFT's signature
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
         """Set `new_module` on `parent`; PEFT's version requires a weight."""
         setattr(parent, child_name, new_module)
@@ -255,13 +248,12 @@ class PrefixModel(VirtualTokenTuner):
 
     def _width(self) -> int:
         """Return the hidden size of the model."""
-        width: int = self.model.config.get_text_config().hidden_size
-        return width
+        return self.model.config.get_text_config().hidden_size
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Add an adapter and switch the model to ftlevel's attention functions if needed."""
         super().inject_adapter(*args, **kwargs)
-        if any(own_attention(layer.base_layer) is None for layer in self.layers()):
+        if any(custom_attention(layer.base_layer) is None for layer in self.layers()):
             register_attention()
             self.model.set_attn_implementation(WITH_PREFIX[self.attention_before])
 
@@ -295,3 +287,6 @@ class PrefixModel(VirtualTokenTuner):
         for layer, (keys, values) in zip(layers, computed, strict=True):
             layer.fold(adapter_name, keys, values)
         config.prefix_projection = False
+
+
+register_tuner(PREFIX_KV, PrefixKvConfig, PrefixModel)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ftlevel.config.methods.soft_prompt import PromptSpec, PTuningSpec
 from ftlevel.errors import InputError
-from ftlevel.methods.base import VIRTUAL_TOKENS, Base, Merging, Method, StepSupport
-from ftlevel.methods.facts import method_facts
+from ftlevel.methods.base import VIRTUAL_TOKEN_STEP, VIRTUAL_TOKENS, Base, Merging, Method
+from ftlevel.methods.facts import single_row
 from ftlevel.methods.rates import Rates
-from ftlevel.methods.upstream import register_tuner
 
 
 def find_stacks(model: Any) -> list[str]:
@@ -24,8 +24,8 @@ def find_stacks(model: Any) -> list[str]:
 
     Returns the innermost module with input embeddings, such as OPT's `model.decoder`.
     """
-    whole = getattr(model, "base_model_prefix", "")
-    root = whole if whole and hasattr(model, whole) else ""
+    prefix = getattr(model, "base_model_prefix", "")
+    root = prefix if prefix and hasattr(model, prefix) else ""
     for parent in dict.fromkeys((root, "")):
         names = [f"{parent}.{part}".lstrip(".") for part in ("encoder", "decoder")]
         takes_tokens = [name for name in names if _takes_tokens(model, name)]
@@ -77,10 +77,10 @@ def load_peft_prompt(base: Any, directory: Path, name: str) -> Any:
     prompt = load_file(str(directory / "adapter_model.safetensors")).get(_KEY)
     width = base.get_input_embeddings().weight.shape[1]
     if prompt is None or prompt.dim() != 2 or prompt.shape[1] != width:
-        found = "none" if prompt is None else f"{tuple(prompt.shape)}"
+        shape = "none" if prompt is None else f"{tuple(prompt.shape)}"
         raise InputError(
             f"{directory} does not fit its base model, {base.config.model_type}: its {_KEY} are "
-            f"{found}, expected (tokens, {width}). Name the base that it was trained on."
+            f"{shape}, expected (tokens, {width}). Name the base that it was trained on."
         )
     config = SoftPromptConfig(
         task_type=task, num_virtual_tokens=len(prompt), random_init=True, inference_mode=True
@@ -96,139 +96,112 @@ def load_peft_prompt(base: Any, directory: Path, name: str) -> Any:
 _READ_IDS_IN_LAYERS = frozenset({"gemma3n", "gemma3n_text", "gemma4", "gemma4_text"})
 
 
-def register() -> None:
-    """Register the tuner of both methods in PEFT."""
-    from ftlevel.methods.soft_prompt.layer import SOFT_PROMPT, SoftPromptConfig, SoftPromptModel
+class SoftPrompt(Method):
+    """Prompt tuning and P-tuning; subclasses differ in how the prompt is computed."""
 
-    register_tuner(SOFT_PROMPT, SoftPromptConfig, SoftPromptModel)
+    tuner = "ftlevel.methods.soft_prompt.layer"
+    step = VIRTUAL_TOKEN_STEP
 
-
-def build_prompt(spec: PromptSpec, base: Base) -> Any:
-    """Return PEFT's config for prompt tuning; raises `ValueError` for text without a tokenizer."""
-    ids = None
-    if spec.prompt_tuning_init_text is not None:
-        if base.tokenizer is None:
-            raise ValueError("prompt_tuning_init TEXT needs the model's tokenizer")
-        ids = base.tokenizer(spec.prompt_tuning_init_text, add_special_tokens=False)["input_ids"]
-    return _config(spec, base, init_token_ids=ids, random_init=spec.prompt_tuning_init == "RANDOM")
-
-
-def build_p_tuning(spec: PTuningSpec, base: Base) -> Any:
-    """Return PEFT's config for P-tuning of `base`."""
-    return _config(
-        spec,
-        base,
-        encoder=spec.encoder_reparameterization_type,
-        encoder_hidden_size=spec.encoder_hidden_size,
-        encoder_num_layers=spec.encoder_num_layers,
-        encoder_dropout=spec.encoder_dropout,
-    )
-
-
-def _config(spec: PromptSpec | PTuningSpec, base: Base, **fields: Any) -> Any:
-    register()
-    from ftlevel.methods.soft_prompt.layer import SoftPromptConfig
-
-    return SoftPromptConfig(
-        task_type=base.task_type,
-        num_virtual_tokens=spec.num_virtual_tokens,
-        tokens_before=1 if base.kind == "encoder" else 0,
-        target_modules=base.targets,
-        modules_to_save=base.heads or None,
-        **fields,
-    )
-
-
-def find_targets(_spec: Any, model: Any) -> list[str]:
-    """Return the full names of the layer stacks of `model` that get a prompt, sorted."""
-    return sorted(find_prompt_targets(model))
-
-
-def describe_prompt(spec: PromptSpec) -> str:
-    """Return the settings of prompt tuning in one line."""
-    begin = {"SAMPLE_VOCAB": "from the vocabulary", "TEXT": "from a text", "RANDOM": "random"}
-    return f"{spec.num_virtual_tokens} virtual tokens, {begin[spec.prompt_tuning_init]} at first"
-
-
-def describe_p_tuning(spec: PTuningSpec) -> str:
-    """Return the settings of P-tuning in one line."""
-    return (
-        f"{spec.num_virtual_tokens} virtual tokens, computed by an "
-        f"{spec.encoder_reparameterization_type}"
-    )
-
-
-def refuse(_spec: Any, model_config: Any, _kind: str, _task: str, _quant: str) -> str | None:
-    """Return why the model does not support soft prompts and what does, or None."""
-    if model_config.model_type in _READ_IDS_IN_LAYERS:
+    def refuse(self, spec: Any, config: Any, *_: str) -> str | None:
+        """Returns why the model does not support soft prompts and what does, or None."""
+        if config.model_type not in _READ_IDS_IN_LAYERS:
+            return None
         return (
-            f"{model_config.model_type} reads the ids of its tokens again in every layer, and "
-            "virtual tokens have none. Use --method lora."
+            f"{config.model_type} reads the ids of its tokens again in every layer, and virtual "
+            "tokens have none. Use --method lora."
         )
-    return None
+
+    def find_targets(self, spec: Any, model: Any) -> list[str]:
+        """Returns the full names of the layer stacks of `model` that get a prompt, sorted."""
+        return sorted(find_prompt_targets(model))
+
+    def positions(self, spec: PromptSpec | PTuningSpec) -> int:
+        """Returns the length of the prompt."""
+        return spec.num_virtual_tokens
+
+    def _config(self, spec: PromptSpec | PTuningSpec, base: Base, **fields: Any) -> Any:
+        from ftlevel.methods.soft_prompt.layer import SoftPromptConfig
+
+        return SoftPromptConfig(
+            task_type=base.task_type,
+            num_virtual_tokens=spec.num_virtual_tokens,
+            tokens_before=1 if base.kind == "encoder" else 0,
+            target_modules=base.targets,
+            modules_to_save=base.heads or None,
+            **fields,
+        )
 
 
-def positions(spec: PromptSpec | PTuningSpec) -> int:
-    """Return the number of model positions that the prompt uses."""
-    return spec.num_virtual_tokens
+class PromptTuning(SoftPrompt):
+    """Prompt tuning."""
 
-
-def finish(model: Any) -> None:
-    """Replace the encoder of a trained prompt by its output (in place)."""
-    model.base_model.fold(model.active_adapter)
-
-
-_STEP = StepSupport(
-    packing=lambda spec: f"{spec.kind} puts virtual tokens into every row",
-    workers=lambda spec: f"{spec.kind} keeps its place in the model",
-)
-_PROMPT = Method(
-    (
-        method_facts(
-            "prompt",
-            "embeddings before the input",
-            "",
-            "Lester et al., 2021, arXiv:2104.08691",
-            81_920,
-        ),
-    ),
-    rate=Rates(narrow=1e-1, wide=3e-2, source="not measured", tokens=3e-2),
-    build=build_prompt,
-    register=register,
-    find_targets=find_targets,
-    describe=describe_prompt,
-    refuse=refuse,
-    positions=positions,
-    step=_STEP,
-    merging=Merging(
+    facts = single_row(
+        "prompt", "embeddings before the input", "", "Lester et al., 2021, arXiv:2104.08691", 81_920
+    )
+    rate = Rates(narrow=1e-1, wide=3e-2, source="not measured", tokens=3e-2)
+    merging = Merging(
         ("SOFT_PROMPT", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"),
         into_weights=False,
         why_not=lambda _: VIRTUAL_TOKENS,
-    ),
-    plain=dict.fromkeys(TYPES, load_peft_prompt),
-)
-_P_TUNING = Method(
-    (
-        method_facts(
-            "p-tuning",
-            "embeddings before the input, from a small network",
-            "",
-            "Liu et al., 2021, arXiv:2103.10385",
-            50_425_856,
-        ),
-    ),
-    rate=Rates(narrow=1e-2, wide=5e-3, source="not measured", kinds={"encoder-decoder": 3e-2}),
-    build=build_p_tuning,
-    register=register,
-    find_targets=find_targets,
-    describe=describe_p_tuning,
-    refuse=refuse,
-    positions=positions,
-    finish=finish,
-    continued_as="prompt",  # the saved adapter has the embeddings only
-    step=_STEP,
-    merging=Merging(
+    )
+    plain_loaders = MappingProxyType(dict.fromkeys(TYPES, load_peft_prompt))
+
+    def describe(self, spec: PromptSpec) -> str:
+        """Returns length and initialization of the prompt."""
+        initializations = {
+            "SAMPLE_VOCAB": "from the vocabulary",
+            "TEXT": "from a text",
+            "RANDOM": "random",
+        }
+        initial = initializations[spec.prompt_tuning_init]
+        return f"{spec.num_virtual_tokens} virtual tokens, {initial} at first"
+
+    def build(self, spec: PromptSpec, base: Base) -> Any:
+        """Returns `SoftPromptConfig`; raises `ValueError` for a text without a tokenizer."""
+        ids, text = None, spec.prompt_tuning_init_text
+        if text is not None:
+            if base.tokenizer is None:
+                raise ValueError("prompt_tuning_init TEXT needs the model's tokenizer")
+            ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
+        is_random = spec.prompt_tuning_init == "RANDOM"
+        return self._config(spec, base, init_token_ids=ids, random_init=is_random)
+
+
+class PTuning(SoftPrompt):
+    """P-tuning."""
+
+    facts = single_row(
+        "p-tuning",
+        "embeddings before the input, from a small network",
+        "",
+        "Liu et al., 2021, arXiv:2103.10385",
+        50_425_856,
+    )
+    rate = Rates(narrow=1e-2, wide=5e-3, source="not measured", kinds={"encoder-decoder": 3e-2})
+    continued_as = "prompt"  # the saved adapter has the embeddings only
+    merging = Merging(
         ("SOFT_PROMPT", "P_TUNING"), into_weights=False, why_not=lambda _: VIRTUAL_TOKENS
-    ),
-)
-METHODS = {"prompt": _PROMPT, "p-tuning": _P_TUNING}
+    )
+
+    def describe(self, spec: PTuningSpec) -> str:
+        """Returns length and encoder of the prompt."""
+        encoder = spec.encoder_reparameterization_type
+        return f"{spec.num_virtual_tokens} virtual tokens, computed by an {encoder}"
+
+    def build(self, spec: PTuningSpec, base: Base) -> Any:
+        """Returns `SoftPromptConfig`."""
+        return self._config(
+            spec,
+            base,
+            encoder=spec.encoder_reparameterization_type,
+            encoder_hidden_size=spec.encoder_hidden_size,
+            encoder_num_layers=spec.encoder_num_layers,
+            encoder_dropout=spec.encoder_dropout,
+        )
+
+    def finish(self, model: Any) -> None:
+        """Replace the encoder of a trained prompt by its output (mutated)."""
+        model.base_model.fold(model.active_adapter)
+
+
+METHODS = {"prompt": PromptTuning(), "p-tuning": PTuning()}

@@ -10,35 +10,30 @@ those of the base model. The prompt follows left padding, so a row does not depe
 
 from __future__ import annotations
 
-import functools
 import inspect
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from peft import PeftConfig
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ftlevel.methods.soft_prompt import find_prompt_targets, find_stacks
-from ftlevel.methods.tuners import VirtualTokenLayer, VirtualTokenTuner
-from ftlevel.methods.upstream import add_peft_type
+from ftlevel.methods.tuners import VirtualTokenLayer, VirtualTokenTuner, use_sets
+from ftlevel.methods.upstream import add_peft_type, register_tuner
 
 
 @dataclass(frozen=True)
 class PromptPosition:
     """Position of a prompt of `length` in each row; `start` `(batch,)` is the insertion index."""
 
-    start: torch.Tensor
+    start: Tensor
     length: int
 
     @classmethod
     def find(
-        cls,
-        attention_mask: torch.Tensor | None,
-        rows: torch.Tensor,
-        length: int,
-        tokens_before: int,
+        cls, attention_mask: Tensor | None, rows: Tensor, length: int, tokens_before: int
     ) -> PromptPosition:
         """Return the layout of a batch, where `tokens_before` tokens precede the prompt.
 
@@ -51,7 +46,7 @@ class PromptPosition:
         first = (attention_mask != 0).long().argmax(dim=1)  # the first of equal values
         return cls((first + tokens_before).clamp(max=attention_mask.shape[1]), length)
 
-    def insert(self, states: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    def insert(self, states: Tensor, prompt: Tensor) -> Tensor:
         """Insert `prompt` `(batch, P, ...)` into `states` `(batch, seq, ...)`."""
         seq = states.shape[1]
         index = torch.arange(seq + self.length, device=states.device)
@@ -60,20 +55,20 @@ class PromptPosition:
         source = torch.where((beyond >= 0) & (beyond < self.length), seq + beyond, source)
         return _pick(torch.cat([states, prompt], dim=1), source)
 
-    def take_out(self, states: torch.Tensor) -> torch.Tensor:
+    def take_out(self, states: Tensor) -> Tensor:
         """Remove the prompt: `(batch, seq + P, ...)` -> `(batch, seq, ...)`."""
         index = torch.arange(states.shape[1] - self.length, device=states.device)
         return _pick(states, index + self.length * (index >= self.start[:, None]))
 
-    def extend_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
+    def extend_mask(self, attention_mask: Tensor) -> Tensor:
         """Return the mask `(batch, seq)` with ones for the prompt."""
         return self.insert(attention_mask, attention_mask.new_ones(len(self.start), self.length))
 
-    def extend_types(self, token_type_ids: torch.Tensor) -> torch.Tensor:
+    def extend_types(self, token_type_ids: Tensor) -> Tensor:
         """Return the token types `(batch, seq)` with type 0 for the prompt."""
         return self.insert(token_type_ids, token_type_ids.new_zeros(len(self.start), self.length))
 
-    def extend_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
+    def extend_positions(self, position_ids: Tensor) -> Tensor:
         """Return positions `(batch or 1, seq)` with the prompt's, and later ones shifted."""
         position_ids = position_ids.expand(len(self.start), -1)
         index = torch.arange(position_ids.shape[1], device=position_ids.device)
@@ -84,7 +79,7 @@ class PromptPosition:
         return self.insert(moved, prompt)
 
 
-def _pick(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def _pick(states: Tensor, index: Tensor) -> Tensor:
     """Return `states` `(batch, n, ...)` at `index` `(batch, m)` of the second dimension."""
     rows = torch.arange(len(states), device=states.device)[:, None]
     return states[rows, index]
@@ -129,10 +124,7 @@ class SoftPromptConfig(PeftConfig):
         self.peft_type = SOFT_PROMPT
         if self.encoder not in ("none", "MLP", "LSTM"):
             raise ValueError(f"encoder {self.encoder!r} is not one of none, MLP and LSTM.")
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, list):  # PEFT compares these as sets
-                setattr(self, name, set(value))
+        use_sets(self)
 
 
 INIT_STD = 0.02
@@ -175,8 +167,8 @@ class SoftPromptLayer(VirtualTokenLayer):
         self._layout: PromptPosition | None = None
         self._stack = [stack]  # in a list, so that the parent is not a submodule
         self._hooks = [
-            stack.register_forward_pre_hook(functools.partial(_before, self), with_kwargs=True),
-            stack.register_forward_hook(functools.partial(_after, self)),
+            stack.register_forward_pre_hook(self.before, with_kwargs=True),
+            stack.register_forward_hook(self.after),
         ]
 
     def get_base_layer(self) -> Any:
@@ -199,10 +191,10 @@ class SoftPromptLayer(VirtualTokenLayer):
         if role == "decoder":
             return
         embedding = stack.get_input_embeddings()
-        begin = _initial_prompt(embedding, config).to(torch.float32)
-        self.soft_prompt_embedding[adapter_name] = nn.Parameter(begin)
+        initial = _initial_prompt(embedding, config).to(torch.float32)
+        self.soft_prompt_embedding[adapter_name] = nn.Parameter(initial)
         if config.encoder != "none":
-            self._add_encoder(adapter_name, config, begin.shape[1])
+            self._add_encoder(adapter_name, config, initial.shape[1])
 
     def _add_encoder(self, name: str, config: SoftPromptConfig, width: int) -> None:
         device, hidden = (
@@ -226,9 +218,9 @@ class SoftPromptLayer(VirtualTokenLayer):
             self.soft_prompt_mid[name] = nn.Linear(hidden, hidden, device=device)
             self.soft_prompt_out[name] = nn.Linear(hidden, width, device=device)
 
-    def compute(self, name: str) -> torch.Tensor:
+    def compute(self, name: str) -> Tensor:
         """Return the prompt of one adapter, `(P, embedding)`."""
-        states: torch.Tensor = self.soft_prompt_embedding[name]
+        states: Tensor = self.soft_prompt_embedding[name]
         if name in self.soft_prompt_lstm:
             states = self.soft_prompt_lstm[name](states[None])[0][0]
         for linears in (self.soft_prompt_in, self.soft_prompt_mid):
@@ -277,14 +269,12 @@ class SoftPromptLayer(VirtualTokenLayer):
             self._layout = None if self.role == "encoder" else layout
         return (), call
 
-    def after(self, output: Any) -> Any:
+    def after(self, _stack: Any, _args: tuple[Any, ...], output: Any) -> Any:
         """Return the output of the stack without the prompt's positions."""
         layout, self._layout = self._layout, None
         return output if layout is None else _take_out(layout, output)
 
-    def _find_layout(
-        self, names: list[str], mask: torch.Tensor | None, rows: torch.Tensor
-    ) -> PromptPosition:
+    def _find_layout(self, names: list[str], mask: Tensor | None, rows: Tensor) -> PromptPosition:
         if mask is not None and mask.dim() != 2:
             raise ValueError(
                 f"a soft prompt cannot be put into an attention mask of {mask.dim()} dimensions, "
@@ -328,16 +318,6 @@ class SoftPromptLayer(VirtualTokenLayer):
             call["encoder_attention_mask"] = self._find_layout(names, mask, mask).extend_mask(mask)
 
 
-def _before(
-    layer: SoftPromptLayer, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    return layer.before(stack, args, kwargs)
-
-
-def _after(layer: SoftPromptLayer, _stack: Any, _args: tuple[Any, ...], output: Any) -> Any:
-    return layer.after(output)
-
-
 def _take_out(layout: PromptPosition, output: Any) -> Any:
     """Return the output of a stack without the prompt's positions."""
     if isinstance(output, tuple):
@@ -348,7 +328,7 @@ def _take_out(layout: PromptPosition, output: Any) -> Any:
     return output
 
 
-def _initial_prompt(embedding: Any, config: SoftPromptConfig) -> torch.Tensor:
+def _initial_prompt(embedding: Any, config: SoftPromptConfig) -> Tensor:
     """Return the initial prompt `(P, embedding)` from tokens (Lester et al., 2021) or at random."""
     count, weight = config.num_virtual_tokens, embedding.weight
     if config.encoder != "none":
@@ -361,7 +341,7 @@ def _initial_prompt(embedding: Any, config: SoftPromptConfig) -> torch.Tensor:
     else:
         ids = torch.randint(weight.shape[0], (count,))
     with torch.no_grad():  # by calling the module, which may scale embeddings
-        looked_up: torch.Tensor = embedding(ids.to(weight.device)).clone()
+        looked_up: Tensor = embedding(ids.to(weight.device)).clone()
     return looked_up
 
 
@@ -383,12 +363,7 @@ class SoftPromptModel(VirtualTokenTuner):
         """Return the full names of the layer stack, or of encoder and decoder."""
         return find_prompt_targets(self.model)
 
-    def inject_adapter(
-        self,
-        *args: Any,
-        state_dict: Any = None,  # noqa: ARG002 - PEFT would look for stacks among its keys
-        **kwargs: Any,
-    ) -> None:
+    def inject_adapter(self, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
         """Add an adapter; `state_dict` is ignored, as the config determines the targets."""
         super().inject_adapter(*args, **kwargs)
 
@@ -397,10 +372,10 @@ class SoftPromptModel(VirtualTokenTuner):
         peft_config: SoftPromptConfig,
         adapter_name: str,
         target: Any,
-        target_name: str,  # noqa: ARG002 - PEFT's signature
-        parent: nn.Module,  # noqa: ARG002 - PEFT's signature
+        target_name: str,
+        parent: nn.Module,
         current_key: str,
-        parameter_name: str | None = None,  # noqa: ARG002 - PEFT's signature
+        parameter_name: str | None = None,
     ) -> None:
         """Add a prompt to `target` (mutated); raises `ValueError` without input embeddings."""
         if isinstance(target, nn.ModuleList):
@@ -436,3 +411,6 @@ class SoftPromptModel(VirtualTokenTuner):
             layer.fold(adapter_name)
             layer.train(training)
         self.peft_config[adapter_name].encoder = "none"
+
+
+register_tuner(SOFT_PROMPT, SoftPromptConfig, SoftPromptModel)

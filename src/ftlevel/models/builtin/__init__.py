@@ -14,9 +14,9 @@ MODELS: tuple[str, ...] = ("tiny-llama",)
 
 def name_of(directory: Path) -> str:
     """Return `builtin:NAME` of the built-in model in `directory`, or ""."""
-    own = Path(__file__).resolve().parent
-    place = directory.resolve()
-    return f"builtin:{place.name}" if place.parent == own and place.name in MODELS else ""
+    root = Path(__file__).resolve().parent
+    path = directory.resolve()
+    return f"builtin:{path.name}" if path.parent == root and path.name in MODELS else ""
 
 
 def model_path(name: str) -> Path:
@@ -24,7 +24,7 @@ def model_path(name: str) -> Path:
     if name not in MODELS:
         raise InputError(
             f"builtin:{name}: no such model in ftlevel.{did_you_mean(name, MODELS)}"
-            f" Available: {join_names(f'builtin:{known}' for known in MODELS)}."
+            f" Available: {join_names(f'builtin:{model}' for model in MODELS)}."
         )
     directory = Path(__file__).resolve().parent / name
     if not (directory / "model.safetensors").is_file():

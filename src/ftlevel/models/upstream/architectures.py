@@ -11,6 +11,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+from torch import Tensor
 
 attention_of = attrgetter("config._attn_implementation")
 unsaved_names = attrgetter("_keys_to_ignore_on_save")  # or None
@@ -23,8 +24,7 @@ def model_classes(auto_class: str) -> Mapping[type, Any]:
     """Return config class -> model class of `auto_class`; Funnel has a tuple."""
     import transformers
 
-    classes: Mapping[type, Any] = getattr(transformers, auto_class)._model_mapping
-    return classes
+    return getattr(transformers, auto_class)._model_mapping
 
 
 def has_masked_lm(model_type: str) -> bool:
@@ -38,10 +38,10 @@ def modules_in_float32(model: Any, dtype: torch.dtype) -> frozenset[str]:
     """Return name parts of the modules that stay in float32 when `model` is loaded in `dtype`."""
     if dtype == torch.float32:
         return frozenset()
-    kept = set(model._keep_in_fp32_modules_strict or ())
+    names = set(model._keep_in_fp32_modules_strict or ())
     if dtype == torch.float16:
-        kept |= set(model._keep_in_fp32_modules or ())
-    return frozenset(kept)
+        names |= set(model._keep_in_fp32_modules or ())
+    return frozenset(names)
 
 
 def is_stateful(model: Any) -> bool:
@@ -79,7 +79,7 @@ def forget_gguf(model: Any) -> None:
                 delattr(holder, name)
 
 
-def llama3_frequencies(config: Any) -> torch.Tensor:
+def llama3_frequencies(config: Any) -> Tensor:
     """Return the rotary frequencies of a config with rope_type llama3, `(head_dim / 2,)`."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -97,13 +97,13 @@ _KIND = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
 def can_pack(module: Any) -> bool:
     """Return whether 4-bit packing supports the experts: gated, no biases, whole blocks."""
-    held: dict[str, Any] = getattr(module, "_parameters", {})
-    own = [held[name] for name in NAMES if held.get(name) is not None]
-    if [tensor.dim() for tensor in own] != [3, 3]:
+    parameters: dict[str, Any] = getattr(module, "_parameters", {})
+    experts = [parameters[name] for name in NAMES if parameters.get(name) is not None]
+    if [tensor.dim() for tensor in experts] != [3, 3]:
         return False
     kind = [getattr(module, name, None) for name in _KIND]  # None for a custom forward
     plain = kind == [True, False, False, False]
-    return plain and all(tensor[0].numel() % BLOCK == 0 for tensor in own)
+    return plain and all(tensor[0].numel() % BLOCK == 0 for tensor in experts)
 
 
 def packable_experts(model: Any) -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
+from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -49,8 +49,8 @@ class Naming:
 
 
 def convert(
-    converter: Any, name: str, parts: Iterable[tuple[str, str, torch.Tensor]], model: Any
-) -> torch.Tensor:
+    converter: Any, name: str, parts: Iterable[tuple[str, str, Tensor]], model: Any
+) -> Tensor:
     """Return the model tensor `name` from (name, pattern, tensor) parts in reading order."""
     converter = copy.deepcopy(converter)
     for key, pattern, tensor in parts:
@@ -64,9 +64,8 @@ def forget_conversions(model: Any) -> None:
     model._weight_conversions = []
 
 
-def revert(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def revert(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors that `save_pretrained` writes for the model's `tensors`."""
     if not model._weight_conversions:
         return tensors
-    saved: dict[str, torch.Tensor] = revert_weight_conversion(model, tensors)
-    return saved
+    return revert_weight_conversion(model, tensors)

@@ -14,6 +14,7 @@ import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes import matmul_4bit
 from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
+from torch import Tensor
 from transformers import BitsAndBytesConfig
 from transformers.core_model_loading import ConversionOps
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -27,17 +28,16 @@ IMPLEMENTATION = "ftlevel_packed"
 """Value of `config._experts_implementation`."""
 _EVEN = "ftlevel_packed_even"
 
-Count = Callable[[torch.Tensor, int], list[int]]
+Count = Callable[[Tensor, int], list[int]]
 """(expert of each row, number of experts) -> rows per expert."""
 
 
-def count_rows(experts: torch.Tensor, number: int) -> list[int]:
+def count_rows(experts: Tensor, number: int) -> list[int]:
     """Return the number of rows per expert; synchronizes with the device."""
-    found: list[int] = torch.bincount(experts, minlength=number).tolist()
-    return found
+    return torch.bincount(experts, minlength=number).tolist()
 
 
-def share_evenly(experts: torch.Tensor, number: int) -> list[int]:
+def share_evenly(experts: Tensor, number: int) -> list[int]:
     """Return equal row counts, for tensors without values."""
     return [len(experts) * (i + 1) // number - len(experts) * i // number for i in range(number)]
 
@@ -49,11 +49,11 @@ def state_of(module: Any, name: str) -> Any:
 
 def forward(
     self: Any,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
     count: Count = count_rows,
-) -> torch.Tensor:
+) -> Tensor:
     """Return the output `(tokens, hidden)` of packed experts, as in transformers' own forward.
 
     Args:
@@ -76,27 +76,27 @@ def forward(
     return summed.to(hidden_states.dtype)
 
 
-def _multiply(module: Any, name: str, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
+def _multiply(module: Any, name: str, rows: Tensor, counts: list[int]) -> Tensor:
     """Return the product of `rows`, sorted by expert, with each expert's tensor `name`."""
     if not hasattr(module, "parametrizations"):  # unpacked tensors without values
         weights = getattr(module, name)
-        made = [
-            torch.nn.functional.linear(part, own)
-            for part, own in zip(torch.split(rows, counts), weights, strict=True)
+        products = [
+            torch.nn.functional.linear(part, weight)
+            for part, weight in zip(torch.split(rows, counts), weights, strict=True)
         ]
-        return torch.cat(made)
+        return torch.cat(products)
     rows = rows.to(state_of(module, name).dtype)
-    made = [
-        matmul_4bit(part, packed.t(), quant_state=own)
-        for part, (packed, own) in zip(
+    products = [
+        matmul_4bit(part, packed.t(), quant_state=weight)
+        for part, (packed, weight) in zip(
             torch.split(rows, counts), _one_by_one(module, name), strict=True
         )
         if len(part)
     ]
-    return torch.cat(made)
+    return torch.cat(products)
 
 
-def _one_by_one(module: Any, name: str) -> Iterator[tuple[torch.Tensor, Any]]:
+def _one_by_one(module: Any, name: str) -> Iterator[tuple[Tensor, Any]]:
     """Yield the packed weight `(out · in / 2, 1)` and the state of each expert."""
     state = state_of(module, name)
     number, *shape = state.shape
@@ -104,13 +104,9 @@ def _one_by_one(module: Any, name: str) -> Iterator[tuple[torch.Tensor, Any]]:
     if state.nested:
         scales = bnb.dequantize_blockwise(scales, state.state2) + state.offset
     packed = module.parametrizations[name].original.view(number, -1, 1)
-    for index, own in enumerate(scales.float().view(number, -1)):
-        yield (
-            packed[index],
-            bnb.QuantState(
-                own, torch.Size(shape), state.code, state.blocksize, state.quant_type, state.dtype
-            ),
-        )
+    for index, absmax in enumerate(scales.float().view(number, -1)):
+        settings = (state.code, state.blocksize, state.quant_type, state.dtype)
+        yield packed[index], bnb.QuantState(absmax, torch.Size(shape), *settings)
 
 
 def use_even_shares(config: Any) -> None:
@@ -150,8 +146,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         if name in NAMES:
             module = model.get_submodule(owner)
             return param_name in self.states or can_pack(module)
-        needs: bool = super().param_needs_quantization(model, param_name, **settings)
-        return needs
+        return super().param_needs_quantization(model, param_name, **settings)
 
     def is_serializable(self) -> bool:
         """Return False: packed experts cannot be reloaded."""
@@ -183,13 +178,13 @@ class _Pack(ConversionOps):
     def __init__(self, quantizer: ExpertsQuantizer, linears: Any) -> None:
         self.quantizer, self.linears = quantizer, linears
 
-    def convert(self, input_dict: dict[str, Any], **settings: Any) -> dict[str, torch.Tensor]:
+    def convert(self, input_dict: dict[str, Any], **settings: Any) -> dict[str, Tensor]:
         """Return the packed tensors by name."""
         config = self.quantizer.quantization_config
-        made: dict[str, torch.Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             if name.rpartition(".")[2] not in NAMES:
-                made |= self.linears.convert({name: value}, **settings)
+                tensors |= self.linears.convert({name: value}, **settings)
                 continue
             weight = value[0] if isinstance(value, list) else value
             packed, self.quantizer.states[name] = bnb.quantize_4bit(
@@ -198,5 +193,5 @@ class _Pack(ConversionOps):
                 compress_statistics=config.bnb_4bit_use_double_quant,
                 quant_type=config.bnb_4bit_quant_type,
             )
-            made[name] = torch.nn.Parameter(packed, requires_grad=False)
-        return made
+            tensors[name] = torch.nn.Parameter(packed, requires_grad=False)
+        return tensors

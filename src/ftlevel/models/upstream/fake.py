@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -28,16 +29,16 @@ _AT_INDEX = (
 _IDENTITIES = (torch.ops.aten.eye.default, torch.ops.aten.eye.m)
 
 
-class FakeTensor(torch.Tensor):
-    """CPU tensor without values; `shape_only` is its meta tensor, `places` has sparse indices."""
+class FakeTensor(Tensor):
+    """CPU tensor without values; `shape_only` is its meta tensor."""
 
-    shape_only: torch.Tensor
-    places: torch.Tensor | None = None
+    shape_only: Tensor
+    sparse_indices: Tensor | None = None
 
     @staticmethod
-    def __new__(cls, shape_only: torch.Tensor) -> FakeTensor:
+    def __new__(cls, shape_only: Tensor) -> FakeTensor:
         """Return the fake of a meta tensor."""
-        fake: FakeTensor = torch.Tensor._make_wrapper_subclass(
+        fake: FakeTensor = Tensor._make_wrapper_subclass(
             cls,
             shape_only.size(),
             strides=shape_only.stride(),
@@ -57,73 +58,73 @@ class FakeTensor(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Compute the result shapes of `func`, or reuse those of an equivalent operation."""
-        if func in _OF_SPARSE and (made := _OF_SPARSE[func](*args)) is not None:
-            return made
-        named = {k: "meta" if k == "device" else v for k, v in (kwargs or {}).items()}
-        given: list[torch.Tensor] = []
+        if func in _OF_SPARSE and (result := _OF_SPARSE[func](*args)) is not None:
+            return result
+        settings = {k: "meta" if k == "device" else v for k, v in (kwargs or {}).items()}
+        tensors: list[Tensor] = []
         key: Any = None
         try:
-            key = (func, _signature(args, given), _signature(tuple(named.items()), given))
-            known = _KNOWN.get(key)
+            key = (func, _signature(args, tensors), _signature(tuple(settings.items()), tensors))
+            build = _BUILDERS.get(key)
         except TypeError:  # an unhashable argument
-            known = key = None
-        if known is not None:
-            return known(given)
-        inner = [_inner(value) for value in given]
+            build = key = None
+        if build is not None:
+            return build(tensors)
+        inner = [_inner(value) for value in tensors]
         entered = iter(inner)
 
         def enter(value: Any) -> Any:
-            return next(entered) if isinstance(value, torch.Tensor) else value
+            return next(entered) if isinstance(value, Tensor) else value
 
-        made = func(*tree_map(enter, args), **tree_map(enter, named))
-        if isinstance(made, torch.Tensor):
-            how = _how_made(made, inner)
-            if key is not None and how is not None and func not in _CHANGES_SHAPE:
-                _KNOWN[key] = how
+        result = func(*tree_map(enter, args), **tree_map(enter, settings))
+        if isinstance(result, Tensor):
+            build_result = _find_builder(result, inner)
+            if key is not None and build_result is not None and func not in _CHANGES_SHAPE:
+                _BUILDERS[key] = build_result
 
         def leave(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
+            if not isinstance(value, Tensor):
                 return value
             at = _find(value, inner)
-            return FakeTensor(value) if at is None else given[at]
+            return FakeTensor(value) if at is None else tensors[at]
 
-        return tree_map(leave, made)
+        return tree_map(leave, result)
 
 
-_How = Callable[[Sequence[torch.Tensor]], torch.Tensor]
-_KNOWN: dict[Any, _How] = {}
+_Builder = Callable[[Sequence[Tensor]], Tensor]
+_BUILDERS: dict[Any, _Builder] = {}
 """Cache: operation with shapes, dtypes and other arguments -> function that builds its result."""
 
 
-def _new_sparse(_: int, __: int, size: Any, places: Any, values: Any, *___: Any) -> FakeTensor:
+def _new_sparse(_: int, __: int, size: Any, indices: Any, values: Any, *___: Any) -> FakeTensor:
     """Return a fake sparse tensor of `values`; the meta device does not support these."""
-    return _over(_inner(values), size, places)
+    return _sparse_of(_inner(values), size, indices)
 
 
-def _over(values: torch.Tensor, size: Any, places: torch.Tensor | None) -> FakeTensor:
+def _sparse_of(values: Tensor, size: Any, indices: Tensor | None) -> FakeTensor:
     sparse = FakeTensor(values.as_strided(size, (0,) * len(size)))
-    sparse.places = places
+    sparse.sparse_indices = indices
     return sparse
 
 
 def _masked(dense: FakeTensor, mask: FakeTensor) -> FakeTensor:
-    return _over(
+    return _sparse_of(
         _inner(dense).new_empty(_inner(mask).untyped_storage().nbytes() // mask.dtype.itemsize),
         mask.size(),
-        mask.places,
+        mask.sparse_indices,
     )
 
 
 def _values_of(sparse: FakeTensor) -> FakeTensor:
-    own = sparse.shape_only
-    many = own.untyped_storage().nbytes() // own.dtype.itemsize
-    return FakeTensor(own.as_strided((many,), (1,)))
+    meta = sparse.shape_only
+    count = meta.untyped_storage().nbytes() // meta.dtype.itemsize
+    return FakeTensor(meta.as_strided((count,), (1,)))
 
 
 def _detached(tensor: FakeTensor) -> FakeTensor | None:
     """Return a detached sparse tensor with its indices; None for other tensors."""
-    places = getattr(tensor, "places", None)
-    return None if places is None else _over(tensor.shape_only, tensor.size(), places)
+    indices = getattr(tensor, "sparse_indices", None)
+    return None if indices is None else _sparse_of(tensor.shape_only, tensor.size(), indices)
 
 
 _OF_SPARSE: dict[Any, Callable[..., FakeTensor | None]] = {
@@ -137,13 +138,13 @@ _OF_SPARSE: dict[Any, Callable[..., FakeTensor | None]] = {
 _CHANGES_SHAPE = {torch.ops.aten.resize_.default, torch.ops.aten.set_.source_Tensor}
 
 
-def _signature(value: Any, given: list[torch.Tensor]) -> Any:
-    """Return the cache key of an argument, and append its tensors to `given`."""
-    if isinstance(value, torch.Tensor):
-        given.append(value)
-        same = next(at for at, one in enumerate(given) if one is value)
+def _signature(value: Any, tensors: list[Tensor]) -> Any:
+    """Return the cache key of an argument, and append its tensors to `tensors`."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        position = next(at for at, one in enumerate(tensors) if one is value)
         return (
-            same,
+            position,
             value.dtype,
             value.shape,
             value.stride(),
@@ -151,45 +152,45 @@ def _signature(value: Any, given: list[torch.Tensor]) -> Any:
             isinstance(value, FakeTensor),
         )
     if isinstance(value, list | tuple):
-        return tuple(_signature(part, given) for part in value)
+        return tuple(_signature(part, tensors) for part in value)
     return type(value), value  # 1, 1.0 and True are equal but differ in type
 
 
-def _inner(value: torch.Tensor) -> torch.Tensor:
+def _inner(value: Tensor) -> Tensor:
     return value.shape_only if isinstance(value, FakeTensor) else _shape_of(value)
 
 
-def _find(value: torch.Tensor, among: Sequence[torch.Tensor]) -> int | None:
+def _find(value: Tensor, among: Sequence[Tensor]) -> int | None:
     return next((at for at, one in enumerate(among) if one is value), None)
 
 
-def _how_made(made: torch.Tensor, inner: Sequence[torch.Tensor]) -> _How | None:
-    """Return a function that rebuilds `made` from `inner` (meta tensors), or None."""
-    at = _find(made, inner)
+def _find_builder(result: Tensor, inner: Sequence[Tensor]) -> _Builder | None:
+    """Return a function that rebuilds `result` from `inner` (meta tensors), or None."""
+    at = _find(result, inner)
     if at is not None:  # modified in place
         return lambda given: given[at]
-    size, stride, offset = made.size(), made.stride(), made.storage_offset()
+    size, stride, offset = result.size(), result.stride(), result.storage_offset()
     storages = [one.untyped_storage()._cdata for one in inner]
-    if made.untyped_storage()._cdata in storages:
-        source = storages.index(made.untyped_storage()._cdata)
-        if made.dtype != inner[source].dtype or storages.count(storages[source]) > 1:
+    if result.untyped_storage()._cdata in storages:
+        source = storages.index(result.untyped_storage()._cdata)
+        if result.dtype != inner[source].dtype or storages.count(storages[source]) > 1:
             return None
         return lambda given: FakeTensor(_inner(given[source]).as_strided(size, stride, offset))
-    dtype = made.dtype
+    dtype = result.dtype
     new = torch.empty_strided(size, stride, dtype=dtype, device="meta")
-    if offset or new.untyped_storage().nbytes() != made.untyped_storage().nbytes():
+    if offset or new.untyped_storage().nbytes() != result.untyped_storage().nbytes():
         return None
     return lambda _: FakeTensor(torch.empty_strided(size, stride, dtype=dtype, device="meta"))
 
 
-def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
+def _shape_of(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-def storage_of(tensor: torch.Tensor) -> Any:
+def storage_of(tensor: Tensor) -> Any:
     """Return the storage that `tensor` shares with its views, with its nominal size."""
-    own = tensor.shape_only if isinstance(tensor, FakeTensor) else tensor
-    return own.untyped_storage()
+    source = tensor.shape_only if isinstance(tensor, FakeTensor) else tensor
+    return source.untyped_storage()
 
 
 class Params4bit(FakeTensor):
@@ -206,31 +207,31 @@ class OperationWatch(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  
         super().__init_subclass__()  # type: ignore[no-untyped-call]
 
     @abstractmethod
-    def made(self, tensor: torch.Tensor) -> None:
+    def on_result(self, tensor: Tensor) -> None:
         """Handle a result: a new tensor, a view, or a modified tensor."""
 
-    def cast(self, tensor: torch.Tensor, result: torch.Tensor) -> None:
-        """Handle `result`, a cast of `tensor`, before `made`."""
+    def on_cast(self, tensor: Tensor, result: Tensor) -> None:
+        """Handle `result`, a cast of `tensor`, before `on_result`."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run `func` and report its results."""
         if func in _AT_INDEX:
-            args = (args[0], list(_places(args[1])), *args[2:])
+            args = (args[0], list(_as_positions(args[1])), *args[2:])
         if func in _IDENTITIES:  # DoRA's identity matrix; its values are not read
             result: Any = new_fake((args * 2)[:2], (kwargs or {}).get("dtype") or torch.float32)
         else:
             result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default:
-            self.cast(args[0], result)
+            self.on_cast(args[0], result)
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.made(leaf)
+            if isinstance(leaf, Tensor):
+                self.on_result(leaf)
         return result
 
 
-def _places(indices: Any) -> Iterator[torch.Tensor | None]:
+def _as_positions(indices: Any) -> Iterator[Tensor | None]:
     """Yield indices, with boolean masks, which have values, converted to positions."""
     for index in indices:
         if index is not None and index.dtype == torch.bool:
@@ -241,18 +242,18 @@ def _places(indices: Any) -> Iterator[torch.Tensor | None]:
 
 def fake_parameters(model: torch.nn.Module) -> None:
     """Replace parameters and buffers of `model` by fakes (mutated); tied ones stay tied."""
-    made: dict[int, tuple[Any, Any]] = {}
+    fakes: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
-        for own in (module._parameters, module._buffers):
-            for name, tensor in own.items():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
                 if tensor is None:
                     continue
-                if id(tensor) not in made:  # kept alive, so that its id is not reused
-                    made[id(tensor)] = (tensor, _fake(tensor))
-                own[name] = made[id(tensor)][1]
+                if id(tensor) not in fakes:  # kept alive, so that its id is not reused
+                    fakes[id(tensor)] = (tensor, _fake(tensor))
+                tensors[name] = fakes[id(tensor)][1]
 
 
-def _fake(tensor: torch.Tensor) -> torch.Tensor:
+def _fake(tensor: Tensor) -> Tensor:
     if isinstance(tensor, FakeTensor):
         return tensor
     fake = new_fake(tensor.shape, tensor.dtype)
@@ -261,7 +262,7 @@ def _fake(tensor: torch.Tensor) -> torch.Tensor:
     return torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
 
 
-def new_fake(shape: Any, dtype: torch.dtype) -> torch.Tensor:
+def new_fake(shape: Any, dtype: torch.dtype) -> Tensor:
     """Return a fake tensor on the CPU."""
     return FakeTensor(torch.empty(tuple(shape), dtype=dtype, device="meta"))
 
@@ -349,7 +350,7 @@ def _pack_8bit(module: Any) -> None:
     module.state.SCB = new_fake(shape[:1], torch.float32)
 
 
-def packed_tensors(module: Any) -> Iterator[torch.Tensor]:
+def packed_tensors(module: Any) -> Iterator[Tensor]:
     """Yield all tensors of a module's fake packed weights."""
     if hasattr(module, "parametrizations"):
         weights = [module.parametrizations[name].original for name in NAMES]

@@ -50,12 +50,12 @@ def shared_order() -> Any:
 
 
 @contextmanager
-def datasets_offline(wanted: bool) -> Iterator[None]:
-    """Set `datasets` offline within the block if `wanted`, to avoid long retries."""
+def datasets_offline(enabled: bool) -> Iterator[None]:
+    """Set `datasets` offline within the block if `enabled`, to avoid long retries."""
     from datasets import config
 
     before = config.HF_HUB_OFFLINE
-    config.HF_HUB_OFFLINE = before or wanted
+    config.HF_HUB_OFFLINE = before or enabled
     try:
         yield
     finally:
@@ -85,11 +85,11 @@ def find_old_libraries() -> list[str]:
     problems = []
     for name, lowest in LOWEST.items():
         try:
-            found = version(name)
+            installed = version(name)
         except PackageNotFoundError:
-            found = ""
-        if not found or Version(found) < Version(lowest):
-            has = f"{name} {found} is installed" if found else f"{name} is not installed"
+            installed = ""
+        if not installed or Version(installed) < Version(lowest):
+            has = f"{name} {installed} is installed" if installed else f"{name} is not installed"
             problems.append(
                 f"{has}, and ftlevel needs {name} {lowest} or later. "
                 f'pip install --upgrade "{name}>={lowest}".'

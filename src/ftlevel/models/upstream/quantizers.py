@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
@@ -21,12 +21,12 @@ from ftlevel.models.upstream.architectures import modules_in_float32
 from ftlevel.models.upstream.shards import StoredWeight, Unread, rows_of
 
 
-def check_environment(stored: Mapping[str, Any], place: str) -> None:
-    """Raise transformers' error if weights quantized as `stored` cannot be loaded at `place`."""
+def check_environment(stored: Mapping[str, Any], device: str) -> None:
+    """Raise transformers' error if weights quantized as `stored` cannot be loaded at `device`."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(dict(stored), pre_quantized=True)
-    quantizer.validate_environment(device_map={"": place}, weights_only=True)
+    quantizer.validate_environment(device_map={"": device}, weights_only=True)
 
 
 def prepare_quantized(model: Any, quantization: Any, *, pre_quantized: bool) -> Any:
@@ -83,8 +83,8 @@ def torchao_linears(model: Any, quantization: Any) -> list[str]:
 
 
 def pack_torchao(
-    key: str, weight: torch.Tensor, quantization: Any
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    key: str, weight: Tensor, quantization: Any
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the stored tensors of the weight `key`, and its entry in the file's metadata."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
     from torchao.quantization import quantize_
@@ -116,23 +116,23 @@ def cast_unquantized(model: Any, dtype: torch.dtype) -> None:
 
     Modules that transformers keeps in float32 are not cast.
     """
-    kept = modules_in_float32(model, dtype)
+    float32_names = modules_in_float32(model, dtype)
     packed = sys.modules["bitsandbytes"].nn.Params4bit  # its storage may have a floating dtype
     for name, parameter in model.named_parameters():
         if isinstance(parameter, packed) or not parameter.is_floating_point():
             continue
-        if not kept & set(name.split(".")):
+        if not float32_names & set(name.split(".")):
             parameter.data = parameter.data.to(dtype)
 
 
-def four_bit_values(quant_type: str) -> torch.Tensor:
+def four_bit_values(quant_type: str) -> Tensor:
     """Return the 16 values of nf4 or fp4, ordered by code."""
     from bitsandbytes.functional import get_4bit_type
 
     return get_4bit_type(quant_type, device="cpu")
 
 
-def scales_of(weight: Any) -> Iterator[torch.Tensor]:
+def scales_of(weight: Any) -> Iterator[Tensor]:
     """Yield the scales of a bitsandbytes weight; with double quantization, some are codes."""
     state = getattr(weight, "quant_state", None)  # 4 bits
     while state is not None:
@@ -159,21 +159,20 @@ def can_train_8bit(linear: Any) -> bool:
     return linear.state.CB is not None and linear.state.SCB is not None
 
 
-def dequantize_8bit(linear: Any, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_8bit(linear: Any, dtype: torch.dtype) -> Tensor:
     """Return the weight `(out, in)`, as in bitsandbytes; call only after `can_train_8bit`."""
     state = linear.state
     return state.CB.to(dtype, copy=True).mul_(state.SCB.unsqueeze(1).mul(1.0 / 127.0))
 
 
-def dequantized(linear: Any) -> torch.Tensor:
+def dequantized(linear: Any) -> Tensor:
     """Return the float32 weight `(out, in)` of a bitsandbytes layer before its first forward."""
     import bitsandbytes.functional as bnb
 
     if (state := getattr(linear.weight, "quant_state", None)) is not None:
         wide = copy.copy(state)
         wide.dtype = torch.float32
-        found: torch.Tensor = bnb.dequantize_4bit(linear.weight.data, wide)
-        return found
+        return bnb.dequantize_4bit(linear.weight.data, wide)
     return linear.weight.data.float() * linear.weight.SCB.unsqueeze(1) / 127
 
 
@@ -200,11 +199,11 @@ def carry_quant_states(module: torch.nn.Module, inside: Sequence[torch.nn.Module
             linear.weight = torch.nn.Parameter(linear.weight.data, requires_grad=False)
 
     def hang(*_: Any) -> None:
-        for linear, known in zip(linears, settings, strict=True):
+        for linear, attributes in zip(linears, settings, strict=True):
             if linear.quant_state.absmax.device != linear.weight.device:
                 linear.quant_state.to(linear.weight.device)
             linear.weight.__class__ = bnb.nn.Params4bit
-            linear.weight.__dict__ |= {**known, "quant_state": linear.quant_state}
+            linear.weight.__dict__ |= {**attributes, "quant_state": linear.quant_state}
 
     if linears:
         module.register_forward_pre_hook(hang)
@@ -217,11 +216,11 @@ _SCALES = 256  # scales per second-level scale
 class PackedWeight:
     """A stored weight that each process reads and quantizes in part.
 
-    `linear` receives the scales (mutated); `turned` files have `(in, out)`, as in Conv1D.
+    `linear` receives the scales (mutated); `transposed` files have `(in, out)`, as in Conv1D.
     """
 
-    def __init__(self, stored: StoredWeight, linear: Any, turned: bool) -> None:
-        self._stored, self._linear, self._turned = stored, linear, turned
+    def __init__(self, stored: StoredWeight, linear: Any, transposed: bool) -> None:
+        self._stored, self._linear, self._transposed = stored, linear, transposed
         self._shape = torch.Size((linear.out_features, linear.in_features))
         self._kind: str = linear.weight.quant_type
         self._scales_packed: bool = linear.weight.compress_statistics
@@ -234,33 +233,33 @@ class PackedWeight:
         count = self._shape.numel()
         first, last = 2 * start // _BLOCK * _BLOCK, min(-(-2 * end // _BLOCK) * _BLOCK, count)
         scales = torch.zeros(-(-count // _BLOCK), device=like.device_mesh.device_type)
-        own = torch.empty(0, 1, dtype=like.dtype, device=scales.device)
+        codes = torch.empty(0, 1, dtype=like.dtype, device=scales.device)
         if first < last:
             numbers = self._numbers(first, last).to(scales.device)
             packed, state = bnb.quantize_4bit(numbers, blocksize=_BLOCK, quant_type=self._kind)
-            own = packed.view(-1, 1)[start - first // 2 : end - first // 2].clone()
-            found = state.absmax
+            codes = packed.view(-1, 1)[start - first // 2 : end - first // 2].clone()
+            absmax = state.absmax
             if not numbers.isfinite().all():  # some kernels' scales do not propagate it
-                found = torch.full_like(found, torch.inf)
-            scales[first // _BLOCK : first // _BLOCK + len(found)] = found
+                absmax = torch.full_like(absmax, torch.inf)
+            scales[first // _BLOCK : first // _BLOCK + len(absmax)] = absmax
         distributed.all_reduce(scales, distributed.ReduceOp.MAX, like.device_mesh.get_group())
         self._linear.quant_state = self._state(scales)
         return DTensor.from_local(
-            own, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+            codes, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
         )
 
-    def _numbers(self, first: int, last: int) -> torch.Tensor:
+    def _numbers(self, first: int, last: int) -> Tensor:
         """Return the values `first` to `last` (exclusive) of the flattened `(out, in)` weight."""
         width = self._shape[1]
-        begin = first // width
-        rows = self._stored.rows(begin, -(-last // width), turned=self._turned)
-        return rows.flatten()[first - begin * width : last - begin * width]
+        first_row = first // width
+        rows = self._stored.rows(first_row, -(-last // width), transposed=self._transposed)
+        return rows.flatten()[first - first_row * width : last - first_row * width]
 
-    def _state(self, scales: torch.Tensor) -> Any:
+    def _state(self, scales: Tensor) -> Any:
         """Return bitsandbytes' `QuantState` for all `scales`."""
         import bitsandbytes.functional as bnb
 
-        known = {
+        settings = {
             "shape": self._shape,
             "dtype": self._stored.dtype,
             "blocksize": _BLOCK,
@@ -268,10 +267,10 @@ class PackedWeight:
             "quant_type": self._kind,
         }
         if not self._scales_packed:
-            return bnb.QuantState(absmax=scales, **known)
+            return bnb.QuantState(absmax=scales, **settings)
         offset = scales.mean()
         codes, state = bnb.quantize_blockwise(scales - offset, blocksize=_SCALES)
-        return bnb.QuantState(absmax=codes, offset=offset, state2=state, **known)
+        return bnb.QuantState(absmax=codes, offset=offset, state2=state, **settings)
 
 
 def pack_unread(
@@ -293,7 +292,7 @@ def pack_unread(
         if not isinstance(linear, bitsandbytes.nn.Linear4bit):
             continue
         weight, linear.bias = before[name]
-        turned = issubclass(linear.source_cls, Conv1D)
+        transposed = issubclass(linear.source_cls, Conv1D)
         settings = {
             "quant_type": linear.weight.quant_type,
             "module": linear,
@@ -301,13 +300,13 @@ def pack_unread(
         }
         stored = unread.get(weight)
         if not isinstance(stored, StoredWeight):
-            whole = weight.data.T.contiguous() if turned else weight.data
-            linear.weight = bitsandbytes.nn.Params4bit(whole, **settings).to(whole.device)
+            full = weight.data.T.contiguous() if transposed else weight.data
+            linear.weight = bitsandbytes.nn.Params4bit(full, **settings).to(full.device)
             continue
         size = -(-linear.in_features * linear.out_features // 2)
         codes = torch.zeros((), dtype=torch.uint8).expand(size, 1)  # takes no memory
         linear.weight = bitsandbytes.nn.Params4bit(codes, bnb_quantized=True, **settings)
-        unread[linear.weight] = PackedWeight(stored, linear, turned)
+        unread[linear.weight] = PackedWeight(stored, linear, transposed)
     for weight in {weight for weight, _ in before.values()} - set(model.parameters()):
         unread.pop(weight, None)
     quantizer.postprocess_model(model)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, zeros
 
 from ftlevel.artifacts.files import write_json
 from ftlevel.models.upstream.conversions import Naming
-from ftlevel.models.upstream.tensors import own_tensors
+from ftlevel.models.upstream.tensors import direct_tensors
 
 _OF = "{number}.{name}"
 _MOST_BYTES = 2 << 30
@@ -46,10 +46,10 @@ class PartsWriter:
     def __init__(self) -> None:
         self._group: Any = None
         self._copied: list[tuple[Any, Any]] = []
-        self._begun: list[Future[None]] = []
+        self._futures: list[Future[None]] = []
         self._thread = ThreadPoolExecutor(1)
 
-    def copy(self, tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
+    def copy(self, tensors: Mapping[str, Tensor], directory: Path) -> None:
         """Copy this process's part of `tensors`, to be written to `directory`."""
         writer: Any = HuggingFaceStorageWriter(str(directory), save_distributed=True)
         self._copied.append((writer.stage(_distinct(tensors)), writer))
@@ -59,7 +59,7 @@ class PartsWriter:
         if self._group is None:
             self._group = distributed.new_group(backend="gloo")
         copied, self._copied = self._copied, []
-        self._begun.append(self._thread.submit(self._write, copied))
+        self._futures.append(self._thread.submit(self._write, copied))
 
     def _write(self, copied: list[tuple[Any, Any]]) -> None:
         while copied:
@@ -68,23 +68,23 @@ class PartsWriter:
 
     def then(self, act: Callable[[], None]) -> None:
         """Run `act` after all processes finish the writes started before."""
-        before = self._begun[-1]
+        before = self._futures[-1]
 
         def follow() -> None:
             before.result()
             act()
 
-        self._begun.append(self._thread.submit(follow))
+        self._futures.append(self._thread.submit(follow))
 
     def end(self) -> None:
         """Wait for all pending writes; raises `OSError` as `write_parts` does."""
-        begun, self._begun = self._begun, []
+        futures, self._futures = self._futures, []
         with _naming_failures():
-            for future in begun:
+            for future in futures:
                 future.result()
 
 
-def write_parts(tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
+def write_parts(tensors: Mapping[str, Tensor], directory: Path) -> None:
     """Write this process's part of `tensors` (collective); tied tensors are written once.
 
     Raises:
@@ -106,7 +106,7 @@ def _naming_failures() -> Iterator[None]:
         raise error from None
 
 
-def read_parts(tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
+def read_parts(tensors: Mapping[str, Tensor], directory: Path) -> None:
     """Fill `tensors` (mutated) with this process's part of the checkpoint in `directory`."""
     reader = HuggingFaceStorageReader(str(directory))
     load(_distinct(tensors), storage_reader=reader)
@@ -118,19 +118,21 @@ def merge_shards(directory: Path, out: Path) -> None:
     One file of up to 2 GiB, or one larger tensor, is in memory at a time.
     """
     reader: Any = HuggingFaceStorageReader(str(directory))
-    known = reader.read_metadata().state_dict_metadata
+    metadata = reader.read_metadata().state_dict_metadata
     files: list[list[str]] = [[]]
     size = 0
-    for name, stored in known.items():
-        own = stored.size.numel() * stored.properties.dtype.itemsize
-        if files[-1] and size + own > _MOST_BYTES:
+    for name, stored in metadata.items():
+        tensor_bytes = stored.size.numel() * stored.properties.dtype.itemsize
+        if files[-1] and size + tensor_bytes > _MOST_BYTES:
             files.append([])
             size = 0
         files[-1].append(name)
-        size += own
-    places: dict[str, str] = {}
+        size += tensor_bytes
+    weight_map: dict[str, str] = {}
     for index, names in enumerate(files, 1):
-        tensors = {n: torch.empty(known[n].size, dtype=known[n].properties.dtype) for n in names}
+        tensors = {
+            n: torch.empty(metadata[n].size, dtype=metadata[n].properties.dtype) for n in names
+        }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # warns about a single process
             load(tensors, storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=True)
@@ -138,12 +140,12 @@ def merge_shards(directory: Path, out: Path) -> None:
         if len(files) == 1:
             file = "model.safetensors"
         save_file(tensors, out / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(names, file)
     if len(files) > 1:
-        write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+        write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
-def _distinct(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return each tensor once, by its first name."""
     names: dict[int, str] = {}
     for name, tensor in tensors.items():
@@ -169,18 +171,18 @@ def parts_of_state(
 
 
 def read_state(
-    rest: Mapping[int, Mapping[str, Any]], parameters: list[torch.Tensor], directory: Path
+    rest: Mapping[int, Mapping[str, Any]], parameters: list[Tensor], directory: Path
 ) -> dict[int, dict[str, Any]]:
     """Return the optimizer state from `rest`, ordered `parameters` and the checkpoint."""
     stored: Any = HuggingFaceStorageReader(str(directory)).read_metadata()
     state = {number: dict(values) for number, values in rest.items()}
     parts = {}
-    for key, known in stored.state_dict_metadata.items():
+    for key, metadata in stored.state_dict_metadata.items():
         number, _, name = key.partition(".")
         like: Any = parameters[int(number)]
         parts[key] = zeros(
-            known.size,
-            dtype=known.properties.dtype,
+            metadata.size,
+            dtype=metadata.properties.dtype,
             device_mesh=like.device_mesh,
             placements=like.placements,
         )
@@ -189,17 +191,17 @@ def read_state(
     return state
 
 
-def own_part(tensor: torch.Tensor) -> torch.Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """Return the local shard of `tensor`."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """Return the full tensor; a collective operation."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def part_of(all_of_it: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def part_of(all_of_it: Tensor, like: Tensor) -> Tensor:
     """Return the rows of `all_of_it` that this process has of `like`, of the same shape."""
     if not isinstance(like, DTensor):
         return all_of_it
@@ -224,51 +226,52 @@ class StoredWeight:
 
     def __init__(self, path: Path, key: str) -> None:
         self._path, self._key = path, key
-        self._stands: torch.Tensor | None = None
+        self._placeholder: Tensor | None = None
 
     def __getitem__(self, everything: Any) -> StoredWeight:
         """Return itself, for the loader's `[...]`."""
         return self
 
-    def to(self, *, device: Any, dtype: torch.dtype) -> torch.Tensor:
+    def to(self, *, device: Any, dtype: torch.dtype) -> Tensor:
         """Return a placeholder in `dtype`, which is the real tensor if the file has that dtype."""
         del device  # always on the CPU
-        stands = self._rows(slice(None))
-        if stands.dtype != dtype:
-            stands = torch.full((), torch.nan, dtype=dtype).expand(stands.shape)
-        self._stands = stands
-        return stands
+        placeholder = self._rows(slice(None))
+        if placeholder.dtype != dtype:
+            placeholder = torch.full((), torch.nan, dtype=dtype).expand(placeholder.shape)
+        self._placeholder = placeholder
+        return placeholder
 
-    def _rows(self, rows: Any) -> torch.Tensor:
+    def _rows(self, rows: Any) -> Tensor:
         """Return `rows`, memory-mapped from the file."""
         with safe_open(str(self._path), framework="pt") as file:
-            found: torch.Tensor = file.get_slice(self._key)[rows]
-            return found
+            return file.get_slice(self._key)[rows]
 
-    def is_in(self, parameter: torch.Tensor) -> bool:
+    def is_in(self, parameter: Tensor) -> bool:
         """Return whether `parameter` is the placeholder of this weight."""
-        return self._stands is not None and self._stands.data_ptr() == parameter.data_ptr()
+        return (
+            self._placeholder is not None and self._placeholder.data_ptr() == parameter.data_ptr()
+        )
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype to which the loader casts the weight."""
-        return (self._rows(slice(0)) if self._stands is None else self._stands).dtype
+        return (self._rows(slice(0)) if self._placeholder is None else self._placeholder).dtype
 
-    def whole(self, dtype: torch.dtype) -> torch.Tensor:
+    def whole(self, dtype: torch.dtype) -> Tensor:
         """Return the full weight, cast as by the loader and then to `dtype`."""
         return self._rows(slice(None)).to(self.dtype, copy=True).to(dtype)
 
-    def rows(self, first: int, last: int, *, turned: bool = False) -> torch.Tensor:
-        """Return the rows `first` to `last` (exclusive), of the transposed weight if `turned`."""
-        found = self._rows((slice(None), slice(first, last)) if turned else slice(first, last))
-        return (found.T if turned else found).to(self.dtype).contiguous()
+    def rows(self, first: int, last: int, *, transposed: bool = False) -> Tensor:
+        """Returns rows `first` to `last` (exclusive), of the transposed weight if `transposed`."""
+        rows = self._rows((slice(None), slice(first, last)) if transposed else slice(first, last))
+        return (rows.T if transposed else rows).to(self.dtype).contiguous()
 
     def part(self, like: DTensor) -> DTensor:
         """Return the weight sharded like `like`, reading only this process's rows."""
         rows = self._rows(slice(*rows_of(like)))
-        own = rows.to(like.device_mesh.device_type, like.dtype, copy=True)
+        shard = rows.to(like.device_mesh.device_type, like.dtype, copy=True)
         return DTensor.from_local(
-            own, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+            shard, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
         )
 
 
@@ -301,23 +304,23 @@ class UnreadWeights:
         """Return the result of `from_pretrained` with unread weights; `meta` is the meta model."""
         naming = Naming(meta, key_mapping)
         tensors = {name for name, _ in meta.named_parameters(remove_duplicate=False)}
-        held, named = dict[str, Any](), dict[str, StoredWeight]()
+        state_dict, unread = dict[str, Any](), dict[str, StoredWeight]()
         for path in _files(directory):
             file: Any = safe_open(str(path), framework="pt")
             for key in file.keys():  # noqa: SIM118 - it is no dict
                 name, pattern = naming(key)
-                stored = held[key] = file.get_slice(key)
+                stored = state_dict[key] = file.get_slice(key)
                 if name not in tensors or len(stored.get_shape()) < _MATRIX:
                     continue
                 if pattern is not None:
                     self.converted.append(name)
                 elif stored.get_dtype() in _FLOATS:
-                    named[name] = held[key] = StoredWeight(path, key)
-        config, own = arguments.pop("config"), type(meta)
-        if not isinstance(config, own.config_class):  # of a multimodal model
+                    unread[name] = state_dict[key] = StoredWeight(path, key)
+        config, model_class = arguments.pop("config"), type(meta)
+        if not isinstance(config, model_class.config_class):  # of a multimodal model
             config = config.get_text_config()
-        model, info = own.from_pretrained(
-            None, config=config, state_dict=held, key_mapping=key_mapping, **arguments
+        model, info = model_class.from_pretrained(
+            None, config=config, state_dict=state_dict, key_mapping=key_mapping, **arguments
         )
         model.name_or_path = model.config.name_or_path = location
         if model.can_generate():
@@ -336,37 +339,37 @@ class UnreadWeights:
                 local_files_only=arguments["local_files_only"],
             )
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            if name in named and named[name].is_in(parameter):
-                self.weights[parameter] = named[name]
+            if name in unread and unread[name].is_in(parameter):
+                self.weights[parameter] = unread[name]
         return model, info
 
     def read(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the names and parameters of `model` that are already read."""
         return (pair for pair in model.named_parameters() if pair[1] not in self.weights)
 
-    def fill(self, model: nn.Module, named: Callable[[str], str]) -> list[str]:
+    def fill(self, model: nn.Module, base_name: Callable[[str], str]) -> list[str]:
         """Read the weights that `model` (mutated) trains; return tensors computed without them.
 
-        `named` maps a tensor name in the model to its name in the base. Returned tensors are NaN.
+        `base_name` maps a tensor name in the model to that in the base. Returned tensors are NaN.
         """
         bases = {
-            named(name): stored
+            base_name(name): stored
             for name, weight in model.named_parameters()
             if isinstance(stored := self.weights.get(weight), StoredWeight)
         }
-        lost = [
+        unreadable = [
             name
             for name, buffer in model.named_buffers()
             if buffer.is_floating_point() and bool(buffer.isnan().any())
         ]
         for name, weight in model.named_parameters():
             if weight.requires_grad and bool(weight.detach().isnan().any()):
-                if (own := bases.get(named(name))) is None:
-                    lost.append(name)
+                if (stored_weight := bases.get(base_name(name))) is None:
+                    unreadable.append(name)
                 else:
-                    weight.data = own.whole(weight.dtype)
+                    weight.data = stored_weight.whole(weight.dtype)
                     self.weights.pop(weight, None)
-        return lost
+        return unreadable
 
     def put_aside(
         self, parts: Sequence[nn.Module], keep: Collection[nn.Parameter]
@@ -378,22 +381,22 @@ class UnreadWeights:
         waiting: list[tuple[dict[str, Any], str, Unread]] = []
         shapes: dict[nn.Parameter, nn.Parameter] = {}  # tied tensors stay tied
         for module in (inner for part in parts for inner in part.modules()):
-            own = own_tensors(module)[0]
-            for name, weight in own.items():
+            parameters = direct_tensors(module)[0]
+            for name, weight in parameters.items():
                 if weight is not None and weight in self.weights and weight not in keep:
                     if weight not in shapes:
                         empty = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
                         shapes[weight] = nn.Parameter(empty, weight.requires_grad)
-                    waiting.append((own, name, self.weights[weight]))
-                    own[name] = shapes[weight]
+                    waiting.append((parameters, name, self.weights[weight]))
+                    parameters[name] = shapes[weight]
 
         def read() -> None:
             filled: dict[nn.Parameter, nn.Parameter] = {}
-            for own, name, stored in waiting:
-                like = own[name]
+            for parameters, name, stored in waiting:
+                like = parameters[name]
                 if like not in filled:
                     filled[like] = nn.Parameter(stored.part(like), like.requires_grad)
-                own[name] = filled[like]
+                parameters[name] = filled[like]
 
         return read
 

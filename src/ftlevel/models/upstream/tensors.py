@@ -7,7 +7,7 @@ from operator import attrgetter
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 softmax_backward = torch.ops.aten._softmax_backward_data
 """(∂L/∂P, P, dim, input dtype) -> ∂L/∂x, for P = softmax(x)."""
@@ -22,13 +22,13 @@ new_shape = torch.ops.aten._unsafe_view
 version_of = attrgetter("_version")
 
 
-def cast_together(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+def cast_together(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Return `tensors` in `dtype`; on a GPU they are cast by one kernel."""
     if not tensors[0].is_cuda or any(tensor.dtype == dtype for tensor in tensors):
         return [tensor.to(dtype) for tensor in tensors]
-    made = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-    torch._foreach_copy_(made, tensors)
-    return made
+    results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(results, tensors)
+    return results
 
 
 def is_in_backward() -> bool:
@@ -41,14 +41,14 @@ def order_of(node: Any) -> int:
     return int(node._sequence_nr())
 
 
-def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+def inner_tensors(tensor: Tensor) -> list[Tensor]:
     """Return the tensors of a torchao tensor subclass; empty for a plain tensor."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return []
     return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
-def own_tensors(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+def direct_tensors(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the writable dicts of the parameters and buffers of `module` itself."""
     return module._parameters, module._buffers
 

@@ -97,7 +97,7 @@ class EmbeddingTask(BaseTask):
         form = replace(form, **given)
         if not form.include_prompt:
             raise ConfigError(
-                f"{source.words} excludes its prompts from pooling (include_prompt: false), "
+                f"{source.label} excludes its prompts from pooling (include_prompt: false), "
                 f"which is not supported. Choose another model."
             )
         end = _end_of(tokenizer, source.name) if form.pooling == "last" else None

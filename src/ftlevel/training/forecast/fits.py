@@ -128,7 +128,7 @@ def _check_bytes(run: Run) -> int:
         moment_parts.pop(OPTIMIZER, None)
     parts = max(moments, key=lambda moment_parts: sum(moment_parts.values()))
     weights, trained = parts.get(WEIGHTS, 0), parts.get(ADAPTER, 0)
-    trains_base = METHODS[run.config.method.kind].build is None  # full: weights are always float32
+    trains_base = not METHODS[run.config.method.kind].is_adapter  # full: weights are always float32
     narrow = 0 if trains_base else weights * _NARROW.get(run.model.dtype, 0) // 4
     gradients = max(parts.get(GRADIENTS, 0), weights if trains_base else trained)
     parts[GRADIENTS] = gradients  # fast and plain step, and the initial values

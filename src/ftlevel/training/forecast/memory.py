@@ -99,9 +99,7 @@ def find_pruning(run: Run) -> Pruning:
         run, model=replace(run.model, config=small, quant=QuantConfig())
     ).base  # quantization does not change which tokens reach the loss
     base = replace(base, targets=targets_in(model, base.targets, [last]))
-    model = apply_method(
-        model, method.start.default(run.config.method) if method.start else run.config.method, base
-    )
+    model = apply_method(model, method.initialization.without_weights(run.config.method), base)
     model = _with_random_weights(model)
     blocks = find_blocks(base_model(model))
     if not blocks or not set_packed_attention(base_model(model)):
@@ -184,7 +182,7 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
     pruning = find_pruning(run)
     batch = _largest_micro_batch(run, pruning)
     fakes = [build_fake_model(run, some) for some in layers.tried]
-    trains_base = METHODS[run.config.method.kind].build is None
+    trains_base = not METHODS[run.config.method.kind].is_adapter
     trackers = [
         _track_weights(LiveMemoryTracker(run.model.vocabulary), fake, trains_base=trains_base)
         for fake in fakes

@@ -37,7 +37,7 @@ from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream.architectures import can_pack
 from ftlevel.models.upstream.fake import OperationWatch, fake_parameters, pack_fake, storage_of
 from ftlevel.models.upstream.quantizers import quantize_shape
-from ftlevel.models.upstream.tensors import own_tensors
+from ftlevel.models.upstream.tensors import direct_tensors
 from ftlevel.tasks import BaseTask
 from ftlevel.trained.adapt import apply_method
 from ftlevel.training.plan.resolve import SyntheticBatch
@@ -83,14 +83,14 @@ def build_fake_model(run: Run, layers: Sequence[int] | None = None) -> FakeModel
     compute = DTYPES[planned.dtype]
     cut = with_layers(planned.config, layers)
     meta = build_task_model(cut, planned.auto_class)
-    meta.to(DTYPES["float32"] if method.build is None else compute)
+    meta.to(compute if method.is_adapter else DTYPES["float32"])
     meta.tie_weights()
     quantization = build_quantization_config(planned.quant, compute, planned.heads)
     if quantization is not None:
         quantization = keep_heads(quantization, cut, planned.auto_class)
         quantize_shape(meta, quantization)
     base = replace(run.base, targets=targets_in(meta, run.base.targets, layers))
-    spec = method.start.default(run.config.method) if method.start else run.config.method
+    spec = method.initialization.without_weights(run.config.method)
     fused = uses_fused_layers(
         run.config.method, run.config.speed, planned.quant.kind, planned.device
     )
@@ -166,7 +166,7 @@ def _fill_vectors(model: torch.nn.Module) -> None:
     """Fill vectors and scalars of `model` with ones (mutated): the fast step runs its norms."""
     filled_by_id: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
-        parameters, _ = own_tensors(module)
+        parameters, _ = direct_tensors(module)
         for name, tensor in parameters.items():
             if tensor is not None and tensor.dim() < 2:
                 if id(tensor) not in filled_by_id:
@@ -342,12 +342,12 @@ class LiveMemoryTracker(OperationWatch):
             self._highest[self.moment] = self._total
             self.peaks[self.moment] = Counter({k: v for k, v in self._alive.items() if v})
 
-    def made(self, tensor: Tensor) -> None:
+    def on_result(self, tensor: Tensor) -> None:
         """Count `tensor` if its storage is new."""
         if not self.knows(tensor):
             self.hold(tensor, self._part_of(tensor))
 
-    def cast(self, tensor: Tensor, result: Tensor) -> None:
+    def on_cast(self, tensor: Tensor, result: Tensor) -> None:
         """Count `result` as a cast if `tensor` is a weight."""
         held = self._parts.get(storage_of(tensor))
         if held == [WEIGHTS] and not self.knows(result):

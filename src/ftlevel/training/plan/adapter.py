@@ -177,15 +177,14 @@ def _read_spec(adapter: StartingAdapter, requested: MethodConfig) -> MethodConfi
         if name in requested.model_fields_set and hasattr(requested, name):
             values[name] = getattr(requested, name)  # training settings, not part of the adapter
     spec = build_config([Layer({"method": {**values, "kind": kind}})]).method
-    start = METHODS[kind].start
-    return start.default(spec) if start else spec
+    return METHODS[kind].initialization.without_weights(spec)
 
 
 def _kind_of(adapter: StartingAdapter) -> str:
     """Return the method for an adapter written by plain PEFT, or raise ConfigError."""
     peft_type = str(adapter.settings.get("peft_type"))
     for kind, method in METHODS.items():
-        if method.merging.peft_types[:1] == (peft_type,) and not method.register:
+        if method.merging.peft_types[:1] == (peft_type,) and not method.tuner:
             return kind
     raise ConfigError(
         f"--adapter {adapter.name} is of type {peft_type}, which no --method can continue. See "
@@ -263,8 +262,6 @@ def check_adapter_matches(adapter: StartingAdapter, run: Run) -> None:
     """Raise ConfigError if settings or tensors of an adapter differ from those the run builds."""
     method, spec = METHODS[run.config.method.kind], run.config.method
     meta = build_task_model(run.model.config, run.model.auto_class)
-    if method.build is None:
-        raise TypeError("a whole model has no adapter")
     problem, options = run.data.facts["problem_type"], adapter.card and adapter.card.options
     if options and options.get("problem_type", problem) != problem:
         raise ConfigError(

@@ -68,8 +68,7 @@ def find_method_targets(
     target_parameters = getattr(spec, "target_parameters", None)
     parameters = _parameters(target_parameters, tree, model_name) if target_parameters else []
     widths = {name: (fan_in, fan_out) for name, (_, fan_in, fan_out) in sizes.items()}
-    if method.check is not None:
-        method.check(spec, widths)
+    method.check(spec, widths)
     widths |= {
         name: tuple(tree.modules[name].weight.shape)
         for name in modules
@@ -85,8 +84,6 @@ def _modules(spec: MethodConfig, method: Method, tree: ModuleTree, model_name: s
         embeddings, rest = _embeddings(spec, method, tree, requested)
         names = resolve_targets(tree.model, rest, model_name=model_name) if rest else []
         return sorted({*embeddings, *names})
-    if method.find_targets is None:
-        return []
     names = method.find_targets(spec, tree.model)
     if not names and spec.targets_linears:
         raise ConfigError(
@@ -103,7 +100,8 @@ def _embeddings(
 
     Raises ConfigError if the method does not support these layers.
     """
-    if isinstance(requested, str) or method.on_embeddings is None:
+    reason = method.refuse_embeddings(spec)
+    if isinstance(requested, str) or reason is None:
         return [], requested
     model: Any = tree.model
     layers = [
@@ -118,7 +116,7 @@ def _embeddings(
         name: [f for f in embedding_names if f".{f}".endswith(f".{name}")] for name in requested
     }
     selected = [found for founds in matches.values() for found in founds]
-    if selected and (reason := method.on_embeddings(spec)):
+    if selected and reason:
         raise ConfigError(f"--target-modules: {selected[0]} is no linear of a block, and {reason}.")
     return selected, [name for name in requested if not matches[name]]
 
@@ -201,7 +199,7 @@ def resolve_quantization(
         )
     if stored is None:
         return quant
-    quant = match_quantization(stored, quant, source.words, device)
+    quant = match_quantization(stored, quant, source.label, device)
     base = QuantizedCheckpoint(source.name, form, quant.kind)
     if reason := METHODS[method.kind].refuse_quantized(method, base):
         raise ConfigError(reason)
@@ -248,11 +246,11 @@ def check_method(
     family, method = lookup_family(model_config.model_type), METHODS[spec.kind]
     experts = bool(family.target_parameters) if family else None
     check_supported(spec, Cell("", model_config.model_type, kind, task, quant.kind, experts))
-    reason = method.refuse and method.refuse(spec, model_config, kind, task, quant.kind)
+    reason = method.refuse(spec, model_config, kind, task, quant.kind)
     if reason is not None:
         raise ConfigError(f"--method {spec.kind}: {reason}")
     rolls_back = train.on_nonfinite == "rollback" or train.spike_factor is not None
-    if rolls_back and method.callbacks is not None:
+    if rolls_back and method.changes_shape:
         raise ConfigError(
             f"--method {spec.kind} changes its shape during a run and cannot roll back to a "
             f"checkpoint. Use --on-nonfinite skip, without --spike-factor."
@@ -261,6 +259,5 @@ def check_method(
 
 def choose_precision(method: MethodConfig, wish: str, device: str, model_type: str) -> Choice:
     """Return the compute precision; raise ConfigError if it is not supported."""
-    start = METHODS[method.kind].start
-    needed = start.precision(method, wish) if start else None
+    needed = METHODS[method.kind].initialization.required_dtype(method, wish)
     return needed or choose_dtype(wish, device, method.kind, model_type)

@@ -36,7 +36,7 @@ from ftlevel.evaluation.intervals import check_metrics, generates_texts
 from ftlevel.evaluation.rewards import open_rewards
 from ftlevel.fast.attention.gpu import fetch_kernel
 from ftlevel.fast.plan import fused_lora_choices, kernel_choices, plan_fast
-from ftlevel.methods.rates import RunFacts
+from ftlevel.methods.rates import RateFacts
 from ftlevel.models.hardware import choose_device, choose_tf32, choose_threads
 from ftlevel.models.kinds import model_kind, width_of
 from ftlevel.models.loading import (
@@ -304,11 +304,11 @@ def _plan_model(
     )
 
 
-def _run_facts(model: PlannedModel, meta: Any, objective: Objective, steps: int) -> RunFacts:
+def _run_facts(model: PlannedModel, meta: Any, objective: Objective, steps: int) -> RateFacts:
     """Return the facts that determine default learning rates."""
     parameters = [p for head in model.new_heads for p in meta.get_submodule(head).parameters()]
     matrices = sum(parameter.dim() > 1 for parameter in parameters)
-    return RunFacts(
+    return RateFacts(
         model.kind,
         width_of(model.config),
         new_head=matrices > 0,

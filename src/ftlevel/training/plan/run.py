@@ -197,7 +197,7 @@ def method_choices(
 ) -> list[Choice]:
     """Return the lines that show method, quantized base and batch size."""
     choices = []
-    choices.append(Choice("method", method.kind, _describe(method)))
+    choices.append(Choice("method", method.kind, METHODS[method.kind].describe(method)))
     if quant.kind != "none":
         origin = "quantized in its checkpoint; " if quantized_already else ""
         choices.append(Choice("base", quant.form, f"{origin}heads kept in float"))
@@ -210,15 +210,6 @@ def method_choices(
     reason = " × ".join([str(train.per_device_train_batch_size), *parts]) if parts else ""
     choices.append(Choice("batch", f"{batch} rows a step", reason))
     return choices
-
-
-def _describe(method: MethodConfig) -> str:
-    """Summarize the settings of a method."""
-    describe = METHODS[method.kind].describe
-    if describe is not None:
-        return describe(method)
-    fields = method.model_dump(exclude={"kind", "target_modules"})
-    return ", ".join(f"{name} {value}" for name, value in fields.items() if value is not None)
 
 
 def head_choices(task: BaseTask, heads: list[str]) -> list[Choice]:
@@ -246,14 +237,12 @@ def count_trainable(run: Run, *, try_method: bool = False) -> tuple[int, int]:
     """
     method, total = run.config.method, run.model.total_parameters
     method_info = METHODS[method.kind]
-    if method_info.count and not (try_method or run.base.heads or run.targets.parameters):
+    if not (try_method or run.base.heads or run.targets.parameters):
         added = method_info.count(method, run.targets.sizes)
         if added is not None:
             return added, total + added
     meta = build_task_model(run.model.config, run.model.auto_class)
-    adapted = apply_method(
-        meta, method_info.start.default(method) if method_info.start else method, run.base
-    )
+    adapted = apply_method(meta, method_info.initialization.without_weights(method), run.base)
     return count_parameters(adapted)
 
 

@@ -15,7 +15,7 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.methods import METHODS
-from ftlevel.methods.rates import RunFacts, choose_head_rate
+from ftlevel.methods.rates import RateFacts, choose_head_rate
 from ftlevel.models.hardware import DTYPES, MemorySettings, device_memory, longest_in_memory
 from ftlevel.models.kinds import max_positions
 from ftlevel.task import Objective, TrainingLoss
@@ -68,7 +68,7 @@ class LearningRates:
 
 
 def choose_rates(
-    spec: MethodConfig, train: TrainerConfig, facts: RunFacts, share: float = 1, papers: str = ""
+    spec: MethodConfig, train: TrainerConfig, facts: RateFacts, share: float = 1, papers: str = ""
 ) -> LearningRates:
     """Return the peak learning rates: the user's, or the method's defaults for the run.
 
@@ -284,10 +284,9 @@ def text_positions(spec: MethodConfig, model_config: Any) -> int | None:
         ConfigError: the method's virtual tokens leave no room for text.
     """
     positions = max_positions(model_config)
-    method = METHODS[spec.kind]
-    if positions is None or method.positions is None:
+    taken = METHODS[spec.kind].positions(spec)
+    if positions is None or not taken:
         return positions
-    taken = method.positions(spec)
     if taken >= positions:
         raise ConfigError(
             f"--method {spec.kind} with num_virtual_tokens {taken:,} leaves no positions for "

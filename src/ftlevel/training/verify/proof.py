@@ -27,7 +27,7 @@ from ftlevel.events import Listener
 from ftlevel.fast.plan import find_randomness
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import free_memory_bytes
-from ftlevel.models.upstream.tensors import inner_tensors, own_tensors
+from ftlevel.models.upstream.tensors import direct_tensors, inner_tensors
 from ftlevel.trained.generation import batches
 from ftlevel.training.build_trainer import build_trainer
 from ftlevel.training.model import PreparedModel
@@ -129,7 +129,7 @@ def _tensors_of(model: torch.nn.Module, dtypes: tuple[torch.dtype, ...]) -> list
     """Return the parameters and buffers of `dtypes`, without duplicates and quantized ones."""
     tensors: dict[int, Tensor] = {}
     for module in model.modules():
-        for own in own_tensors(module):
+        for own in direct_tensors(module):
             for tensor in own.values():
                 if tensor is not None and tensor.dtype in dtypes and not inner_tensors(tensor):
                     tensors[id(tensor)] = tensor
@@ -140,7 +140,7 @@ def _dtypes_of_4_bits(model: torch.nn.Module) -> list[tuple[Any, str]]:
     """Return (object, attribute) pairs of the dtypes that 4-bit modules compute in."""
     attributes: list[tuple[Any, str]] = []
     for module in model.modules():
-        for tensor in own_tensors(module)[0].values():
+        for tensor in direct_tensors(module)[0].values():
             if (state := getattr(tensor, "quant_state", None)) is not None:
                 attributes.append((state, "dtype"))
                 attributes += [(module, "compute_dtype")] * hasattr(module, "compute_dtype")
@@ -210,7 +210,7 @@ def verify_step(run: Run, adapted: PreparedModel, listener: Listener) -> StepCom
     whole_steps, rows = run.config.speed.verify, run.data.train
     if adapted.fast is None or whole_steps is False:
         return None
-    if is_sharded(adapted.model) and METHODS[run.config.method.kind].build is None:
+    if is_sharded(adapted.model) and not METHODS[run.config.method.kind].is_adapter:
         reason = "the trained weights are shared out over the processes"
         listener.choices(
             "verify-fast", [Choice("fast step", "not compared with the plain", reason)]

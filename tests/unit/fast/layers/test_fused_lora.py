@@ -16,7 +16,7 @@ from ftlevel.config import SPECS
 from ftlevel.fast.layers.fused_lora import FusedForward, FusedLinear, FusedLoraFunction
 from ftlevel.methods import Base
 from ftlevel.models.hardware import autocast
-from ftlevel.models.targets import find_heads
+from ftlevel.models.module_tree import find_heads
 from ftlevel.trained.adapt import apply_method
 from ftlevel.training.plan.method import find_method_targets
 from matrix_cells import pristine
