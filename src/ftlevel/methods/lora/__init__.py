@@ -258,7 +258,8 @@ def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
     if init.startswith(BASE_MODIFYING_INITS):  # saved by PEFT; ftlevel saves plain LoRA
         return (
             f"init_lora_weights is {init}: its initialization changed the base weights and is "
-            "not in the file. Export it as plain LoRA first, and merge that: ftlevel export ADAPTER --format peft --out DIR."
+            "not in the file. Export it as plain LoRA first, and merge that: ftlevel export "
+            "ADAPTER --format peft --out DIR."
         )
     for key, reason in _UNMERGEABLE.items():
         if config.get(key):
