@@ -265,7 +265,11 @@ def quantize_merged(
     dtype = DTYPES[merged.written.dtype]
     layout = _plan_layout(inputs, config, quant, dtype)
     origin = merged.merger
-    if merged.onto != "original" and _on_one_grid(quant, inputs.quant):
+    # On the grid of training, rounding would undo training; on another grid the trained weights lie
+    # between codes and can be rounded directly.
+    trained = inputs.quant
+    is_same_grid = (quant.kind, quant.quant_type) == (trained.kind, trained.quant_type)
+    if merged.onto != "original" and is_same_grid:
         origin = open_merger(inputs, None, None)
     moments = None
     if rows is not None:
@@ -291,14 +295,6 @@ def quantize_merged(
         written=replace(merged.written, size_bytes=written.bytes),
     )
     return rounded, QuantizedMerge(written.quantized, layout, chooser.sums)
-
-
-def _on_one_grid(one: QuantConfig, other: QuantConfig) -> bool:
-    """Whether both quantizations use one grid, on which rounding would undo training.
-
-    On different grids the trained weights lie between codes, so they can be rounded directly.
-    """
-    return (one.kind, one.quant_type) == (other.kind, other.quant_type)
 
 
 def compare_quantized(

@@ -169,31 +169,20 @@ def mix(
     if config.strategy == "cat":
         concatenate_adapters(directories, weights, mixture)
     else:
-        _mix_with_peft(inputs, directories, weights, mixture, config.strategy, config.density)
+        model = base.to_empty(device="cpu")
+        try:
+            mix_with_peft(model, directories, weights, mixture, config.strategy, config.density)
+        except ValueError as error:
+            raise ConfigError(
+                f"--strategy {config.strategy}: {str(error).splitlines()[0].rstrip('.')}. "
+                "Use --strategy cat, which takes every rank."
+            ) from None
     terms = ", ".join(f"{w:g} × {n}" for w, n in zip(weights, config.adapters, strict=True))
     exactness = "the weighted sum, exactly" if config.strategy == "cat" else "not the weighted sum"
     write_tokenizer(mixture, inputs.ref.tokenizer_source)
     return replace(inputs, ref=replace(inputs.ref, directory=mixture)), [
         Choice("mixture", terms, f"--strategy {config.strategy}: {exactness}")
     ]
-
-
-def _mix_with_peft(
-    inputs: MergeInput,
-    directories: list[Path],
-    weights: list[float],
-    mixture: Path,
-    strategy: str,
-    density: float | None,
-) -> None:
-    model = build_task_model(inputs.ref.model_config, inputs.ref.auto_class).to_empty(device="cpu")
-    try:
-        mix_with_peft(model, directories, weights, mixture, strategy, density)
-    except ValueError as error:
-        raise ConfigError(
-            f"--strategy {strategy}: {str(error).splitlines()[0].rstrip('.')}. "
-            "Use --strategy cat, which takes every rank."
-        ) from None
 
 
 def _check_same_base(inputs: MergeInput, name: str, directory: Path) -> None:

@@ -7,7 +7,6 @@ adapter. Each tensor of the reloaded files must equal the merged tensor after ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,16 +93,20 @@ def check(candidate: Candidate, inputs: MergeInput, probe: ComparisonProbe) -> M
     if candidate.scores is None or candidate.trained is None:
         raise ValueError("what is checked was measured before")
     agreement = candidate.trained
-    if (reference := _other_reference(candidate, inputs)) is not None:
-        agreement = compare_rows(probe.score(reference(), inputs.dtype), candidate.scores)
+    # Merging into the original weights differs from a quantized run, and LLM.int8 rounds
+    # activations too, which weights cannot reproduce.
+    is_original = inputs.quant.kind != "none" and candidate.onto == "original"
+    if is_original or inputs.quant.kind == "8bit":
+        reference = probe.score(_load_reference(candidate, inputs), inputs.dtype)
+        agreement = compare_rows(reference, candidate.scores)
     if inputs.dtype == candidate.written.dtype == "float32":  # nothing was rounded
         _refuse_other_than(agreement)
         return MergeCheck(agreement, agreement, None)
     few_rows = replace(probe, rows=probe.rows[:_ROWS])
     exact, unrounded = _compare_before_rounding(candidate, inputs, few_rows)
     if not _is_right(exact) and inputs.dtype != "float32":
-        in_float32 = replace(inputs, dtype="float32")  # a layer may cast its inputs down too
-        exact, unrounded = _compare_before_rounding(candidate, in_float32, few_rows)
+        wide = replace(inputs, dtype="float32")  # a layer may cast its inputs down too
+        exact, unrounded = _compare_before_rounding(candidate, wide, few_rows)
     _refuse_other_than(exact)
     rounding = compare_rows(unrounded, candidate.scores.first(len(unrounded.logits)))
     return MergeCheck(agreement, exact, rounding)
@@ -119,19 +122,6 @@ def _check_files(model: Any, merger: TensorMerger) -> None:
                     f"the files are not what was merged: {name}, reloaded, is a different "
                     f"tensor. Nothing was saved. Please report this with the command."
                 )
-
-
-def _other_reference(candidate: Candidate, inputs: MergeInput) -> Callable[[], Any] | None:
-    """Return a loader of the reference model; None if that is the model as trained.
-
-    Merging into the original weights differs from a quantized run, and LLM.int8 rounds activations
-    too, which weights cannot reproduce.
-    """
-    if inputs.quant.kind == "none":
-        return None
-    if candidate.onto == "original" or inputs.quant.kind == "8bit":
-        return lambda: _load_reference(candidate, inputs)
-    return None
 
 
 def _load_reference(candidate: Candidate, inputs: MergeInput) -> Any:
