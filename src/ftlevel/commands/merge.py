@@ -171,8 +171,7 @@ def _warn_of_low_bits(served: Agreement, effect: Agreement, listener: Listener) 
         listener.warn(
             f"training moved the model by {measure} {effect.distance:.2g}, and these bits by "
             f"{served.distance:.2g}: much of what was trained is lost in them. Serve the adapter "
-            f"on its "
-            "base, or merge without --quant."
+            f"on its base, or merge without --quant."
         )
 
 

@@ -29,8 +29,7 @@ class CheckServedConfig(Section):
     inside: Literal["vllm", "llama.cpp", "mlx", "openvino"] | None = Field(
         None,
         description="Library to load the model in, instead of a server. vllm, llama.cpp "
-        "(xllamacpp), mlx or openvino (OpenVINO GenAI), in float32 and in a "
-        "separate process.",
+        "(xllamacpp), mlx or openvino (OpenVINO GenAI), in float32 and in a separate process.",
     )
     python: Path | None = Field(
         None, description="Python interpreter with the library of --in; default: this one."

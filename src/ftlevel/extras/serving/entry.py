@@ -348,8 +348,7 @@ def check_for(entry: ServedModel, server: Server | None) -> list[str]:
         raise InputError(
             f"it was trained with {len(added):,} more tokens than its base has "
             f"({join_names(map(repr, added), 3)}), and {server.title} reads the tokenizer of "
-            "the base "
-            f"only. Merge it"
+            f"the base only. Merge it"
         )
     return notes + [server.note] * bool(server.note)
 

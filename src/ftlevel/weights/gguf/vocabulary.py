@@ -253,8 +253,7 @@ def _flags(tokenizer: Any, special: Mapping[str, int]) -> dict[str, bool]:
     if len(ids) - len(plain) != sum(added.values()):
         raise InputError(
             f"its tokenizer puts {join_names(tokenizer.convert_ids_to_tokens(ids))} for 'a'; a "
-            ".gguf "
-            "file can only say whether a BOS comes before a text and an EOS after it."
+            ".gguf file can only say whether a BOS comes before a text and an EOS after it."
         )
     return added
 
