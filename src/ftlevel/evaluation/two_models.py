@@ -257,72 +257,38 @@ def compare_text(
     KL is the mean of KL(source ‖ changed) over the positions in nats, with its standard error;
     top-1 agreement is the share of equal argmaxes. Non-finite outputs give NaN.
     """
-    scores = _Predictions() if auto_class in PREDICTS else _HiddenStates()
-    windows = 0
-    for first, second in zip(source, changed, strict=True):
-        scores.update(first.values, second.values.to(first.values.device), first.labels)
-        windows += 1
-    return {
-        "predicts": PREDICTS.get(auto_class, HIDDEN_STATES),
-        "windows": windows,
-        **scores.compute(),
-    }
-
-
-class _Predictions:
-    """Sums over the positions of two language models."""
-
-    def __init__(self) -> None:
-        self.kl: list[torch.Tensor] = []
-        self.agree = 0
-        self.nll = [0.0, 0.0]
-
-    def update(self, first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add logits (positions, vocabulary) of both models and the true tokens."""
-        before, after = first.log_softmax(-1), second.log_softmax(-1)
-        self.kl.append((before.exp() * (before - after)).sum(-1).cpu())
-        self.agree += _count_same_choice(before, after)
-        for index, scores in enumerate((before, after)):
-            true = labels.to(scores.device)
-            self.nll[index] += float(functional.nll_loss(scores, true, reduction="sum"))
-
-    def compute(self) -> dict[str, float]:
-        """Return the means over all positions."""
-        kl = torch.cat(self.kl)
-        count = len(kl)
-        return {
-            "positions": count,
-            "kl": float(kl.mean()),
-            "kl_standard_error": float(kl.std() / math.sqrt(count)) if count > 1 else math.nan,
-            "top1_agreement": self.agree / count,
-            "perplexity_source": math.exp(self.nll[0] / count),
-            "perplexity": math.exp(self.nll[1] / count),
-        }
-
-
-class _HiddenStates:
-    """Cosine similarity between the hidden states of two models."""
-
-    def __init__(self) -> None:
-        self.cosine: list[torch.Tensor] = []
-
-    def update(
-        self,
-        first: torch.Tensor,
-        second: torch.Tensor,
-        labels: torch.Tensor,  # noqa: ARG002 - as _Predictions
-    ) -> None:
-        """Add hidden states (positions, hidden)."""
-        self.cosine.append(functional.cosine_similarity(first, second, dim=-1).cpu())
-
-    def compute(self) -> dict[str, float]:
-        """Return the mean and the smallest cosine similarity over all positions."""
-        cosine = torch.cat(self.cosine)
-        return {
+    result: dict[str, Any] = {"predicts": PREDICTS.get(auto_class, HIDDEN_STATES)}
+    divergences, similarities = list[torch.Tensor](), list[torch.Tensor]()
+    agreed, losses = 0, [0.0, 0.0]
+    for one, other in zip(source, changed, strict=True):
+        pair = one.values, other.values.to(one.values.device)
+        if auto_class not in PREDICTS:
+            similarities.append(functional.cosine_similarity(*pair, dim=-1).cpu())
+            continue
+        logps, changed_logps = (values.log_softmax(-1) for values in pair)
+        divergences.append((logps.exp() * (logps - changed_logps)).sum(-1).cpu())
+        agreed += _count_same_choice(logps, changed_logps)
+        labels = one.labels.to(logps.device)
+        for index, scores in enumerate((logps, changed_logps)):
+            losses[index] += float(functional.nll_loss(scores, labels, reduction="sum"))
+    result["windows"] = len(similarities or divergences)
+    if similarities:
+        cosine = torch.cat(similarities)
+        return result | {
             "positions": len(cosine),
             "cosine": float(cosine.mean()),
             "cosine_smallest": float(cosine.min()),
         }
+    kl = torch.cat(divergences)
+    count = len(kl)
+    return result | {
+        "positions": count,
+        "kl": float(kl.mean()),
+        "kl_standard_error": float(kl.std() / math.sqrt(count)) if count > 1 else math.nan,
+        "top1_agreement": agreed / count,
+        "perplexity_source": math.exp(losses[0] / count),
+        "perplexity": math.exp(losses[1] / count),
+    }
 
 
 def _count_same_choice(first: torch.Tensor, second: torch.Tensor) -> int:
