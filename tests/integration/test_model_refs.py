@@ -22,7 +22,7 @@ from tiny_models import save_tiny
 from trained_things import LABELS, THINGS, TYPES, load_peft, make_things
 
 Things = Callable[[str], dict[str, Path]]
-COMMANDS = ("evaluate", "predict", "generate", "merge", "export", "train")
+COMMANDS = ("evaluate", "predict", "generate", "merge", "export", "train", "quantize")
 _WHOLE = ("merged", "quantized")
 _WRITES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 CELLS = [(thing, kind, command) for thing in THINGS for kind in TYPES for command in COMMANDS]
@@ -64,6 +64,10 @@ def refusal(thing: str, kind: str, command: str) -> str:
     """Return why a cell cannot work; empty where it works."""
     if command == "merge" and thing in _WHOLE:
         return "is a whole model already"
+    if command == "quantize" and thing not in _WHOLE:
+        return "is an adapter, and only whole models are quantized. Use ftlevel merge"
+    if command == "quantize" and thing == "quantized":
+        return "is already quantized (4bit nf4)"
     if command == "export" and kind not in _WRITES:
         return f"was trained for {TYPES[kind].task}, and a .gguf file is for programs that write"
     if command == "export" and thing == "quantized":
@@ -83,6 +87,7 @@ def command_line(kind: str, command: str, name: Path, folder: Path, out: Path) -
         "generate": (name, *TYPES[kind].prompt, *short, "--json"),
         "merge": (name, "--out", out / "merged", "--rows", "4", "--json"),
         "export": (name, "--out", out / "model.gguf", "--json"),
+        "quantize": (name, "--quant", "4bit", "--no-measure", "--out", out / "quantized", "--json"),
         "train": ("--adapter", name, "--dataset", rows, "--max-steps", "1", "--output-dir",
                   out / "run", "--json"),
     }  # fmt: skip
