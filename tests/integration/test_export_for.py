@@ -200,7 +200,7 @@ def test_adapters_of_two_bases_are_refused(
     make_adapter(base, tmp_path / "all" / "one", CASES["lora"].settings)
     make_adapter(other, tmp_path / "all" / "two", CASES["lora"].settings)
     assert run(["export", "all", "--for", "vllm", "--out", "out"]) == 2
-    assert "one and two have not the same base" in capsys.readouterr().err
+    assert "one and two have different bases" in capsys.readouterr().err
 
 
 def test_ollama_gets_a_merged_file_with_the_answers_it_must_give(

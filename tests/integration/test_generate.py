@@ -155,7 +155,7 @@ def test_several_adapters_say_what_each_says_alone(shelf: Path, tiny_model_dir: 
 def test_what_does_not_go_together(shelf: Path, tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--adapter shrt: .* Did you mean 'short'\?"):
         texts(None, adapters_dir=shelf, chosen=["shrt"])
-    with pytest.raises(InputError, match="holds no adapter"):
+    with pytest.raises(InputError, match="contains no adapter"):
         texts(None, adapters_dir=tmp_path)
     with pytest.raises(InputError, match="is no adapter but a model"):
         texts(shelf / "short", adapters={"x": tiny_model_dir("llama")})

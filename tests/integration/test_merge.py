@@ -255,7 +255,7 @@ def peft_config(kind: str, **settings: Any) -> str:
          "layer_replication is set"),
         ({"a/adapter_config.json": peft_config("LORA", task_type="IMAGE_CLS"), **WEIGHTS},
          ["a"], "task_type IMAGE_CLS, for which ftlevel has no task"),
-        ({"a/adapter_config.json": peft_config("LORA")}, ["a"], "holds no adapter_model"),
+        ({"a/adapter_config.json": peft_config("LORA")}, ["a"], "contains no adapter_model"),
         ({"a/adapter_config.json": peft_config("LORA"), **WEIGHTS}, ["a", "--onto", "dequantized"],
          "not quantized ones. Drop --onto"),
         ({"a/adapter_config.json": peft_config("LORA"), **WEIGHTS}, ["a", "--base", "no/where"],

@@ -41,7 +41,7 @@ def edit_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], No
 
 DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:500]), "cannot be read"),
-    (lambda d: (d / WEIGHTS).unlink(), "holds no adapter_model.safetensors"),
+    (lambda d: (d / WEIGHTS).unlink(), "contains no adapter_model.safetensors"),
     (lambda d: edit_config(d, peft_type="LORAA"), "type 'LORAA', which PEFT .* 'LORA'"),
     (lambda d: edit_weights(d, lambda w: w[A][0].__setitem__(0, float("nan"))),
      f"has NaN or infinity in 1 of its tensors: {A}"),
