@@ -158,13 +158,11 @@ class Processes:
         first_host, first = gathered[0]
         problems = []
         for rank, (host, others) in enumerate(gathered):
-            differing = [
-                key for key in sorted({**first, **others}) if first.get(key) != others.get(key)
-            ]
+            keys = [key for key in sorted({**first, **others}) if first.get(key) != others.get(key)]
             differences = join_names(
-                f"{key} is {others.get(key)!r} and {first.get(key)!r} there" for key in differing
+                f"{key} is {others.get(key)!r} and {first.get(key)!r} there" for key in keys
             )
-            if differing:
+            if keys:
                 problems.append(
                     f"rank {rank} ({host}) is not of the same run as rank 0 ({first_host}): "
                     f"{differences}. "

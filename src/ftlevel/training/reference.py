@@ -202,9 +202,7 @@ def fill_rows(
     computes with; it is not called if all values are cached.
     """
     task: Any = run.task
-    train, cached = read_or_fill(
-        run.config.data, key, run.data.train, lambda into: _fill(*ask(), into)
-    )
+    train, cached = read_or_fill(run.config.data, key, run.data.train, lambda to: _fill(*ask(), to))
     data = replace(run.data, train=task.with_reference(run.data.train, train))
     if run.data.validation:
         evaluator = build_evaluator(run)

@@ -104,11 +104,9 @@ class TrainingSession:
         interrupt = self.callbacks.interrupt
         if interrupt.has_stopped:
             raise Interrupted(describe_stop(self.directory, trainer.state), interrupt.exit_code)
-        if self.callbacks.best is not None:
-            state = trainer.state
-            self.selected = self.callbacks.best.finish(
-                trainer.model, state.global_step, state.max_steps
-            )
+        best, state = self.callbacks.best, trainer.state
+        if best is not None:
+            self.selected = best.finish(trainer.model, state.global_step, state.max_steps)
         self.trained_at = time.perf_counter()
 
     def evaluate(self) -> None:

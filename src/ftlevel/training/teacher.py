@@ -132,7 +132,7 @@ def _fill(run: Run, adapted: PreparedModel, starts: Sequence[int], array: np.nda
             if not is_missing(array[starts[part.start] : starts[part.stop]]).any():
                 continue
             batch_rows = [rows[i] for i in part]
-            for indices, log_probabilities, ids in _predict(run, adapted, batch_rows, array.dtype):
+            for indices, log_probs, ids in _predict(run, adapted, batch_rows, array.dtype):
                 counts = [starts[start + i + 1] - starts[start + i] for i in indices]
                 ends = np.cumsum(counts)
                 for i, count, end in zip(indices, counts, ends, strict=True):
@@ -141,10 +141,8 @@ def _fill(run: Run, adapted: PreparedModel, starts: Sequence[int], array: np.nda
                         slice(end - count, end),
                     )
                     array["ids"][target] = ids[source]
-                    array["known"][target, 1:] = log_probabilities[source, 1:]
-                    array["known"][target, 0] = log_probabilities[
-                        source, 0
-                    ]  # last: marks it as filled
+                    array["known"][target, 1:] = log_probs[source, 1:]
+                    array["known"][target, 0] = log_probs[source, 0]  # last: marks it as filled
             if isinstance(array, np.memmap):
                 array.flush()
 
@@ -165,8 +163,8 @@ def _predict(
     for indices, inputs in micro_batches(run, adapted.fast, rows):
         parts.clear()
         _observe_logits(adapted, objective, inputs, keep)
-        log_probabilities, ids = (torch.cat([part[i] for part in parts]).numpy() for i in (0, 1))
-        yield indices, log_probabilities, ids
+        log_probs, ids = (torch.cat([part[i] for part in parts]).numpy() for i in (0, 1))
+        yield indices, log_probs, ids
 
 
 def _observe_logits(

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ftlevel.data.prepare.loading import LoadedExamples
 
 
-_HIDDEN_OPTIONS = ("loss", "reference")
+_HIDDEN = ("loss", "reference")
 """Options that the log line of the loss omits."""
 
 
@@ -131,9 +131,7 @@ class AnswerTask(BaseTask):
 
     def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
         """Return the number of targets, and the loss."""
-        values = {
-            name: value for name, value in self.options.items() if name not in _HIDDEN_OPTIONS
-        }
+        values = {name: value for name, value in self.options.items() if name not in _HIDDEN}
         if "beta" in values:
             values["beta"] = self.settings.effective_beta
         if "simpo_gamma" in values:

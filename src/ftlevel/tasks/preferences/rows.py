@@ -305,9 +305,7 @@ class PreferenceEncoder:
                     f"on: the chat template of {self.tokenizer.name_or_path} depends on what "
                     f"follows. Choose another with --chat-template.",
                 )
-            one, two = (
-                _mask_earlier_answers(row, at) for row, at in zip((one, two), starts, strict=True)
-            )
+            one, two = (_mask_earlier(row, at) for row, at in zip((one, two), starts, strict=True))
         row = build_pair_row(one, two, prompt, example.margin, scored=self.scored)
         return replace(row, reference=self._reference)
 
@@ -315,7 +313,7 @@ class PreferenceEncoder:
         prompt = 0
         if not self.seq2seq:
             prompt = find_answer(row, example.prompt)
-            row = _mask_earlier_answers(row, prompt)
+            row = _mask_earlier(row, prompt)
         return LabeledAnswerRow(
             row.input_ids, row.labels, row.row, {}, prompt, int(desirable), self._reference
         )
@@ -365,7 +363,7 @@ def count_common(one: Encoded, two: Encoded, limit: int) -> int:
     return next((at for at, (a, b) in enumerate(pairs) if a != b), limit)
 
 
-def _mask_earlier_answers(row: Encoded, start: int) -> Encoded:
+def _mask_earlier(row: Encoded, start: int) -> Encoded:
     """Return `row` without the labels of earlier answers."""
     labels = row.labels if isinstance(row.labels, list) else []
     return replace(row, labels=[IGNORED] * start + labels[start:])

@@ -42,11 +42,9 @@ def check_disk_space(directory: Path | None, train: TrainerConfig, model: Any, s
     one, count = checkpoint_bytes(model, train.optim), _planned_checkpoints(train, steps)
     output_dir = directory or Path("runs")
     mount = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    existing = (
-        sum(p.stat().st_size for p in output_dir.rglob("*") if p.is_file()) if directory else 0
-    )
+    used = sum(p.stat().st_size for p in output_dir.rglob("*") if p.is_file()) if directory else 0
     free = shutil.disk_usage(mount).free
-    if one * count > free + existing:
+    if one * count > free + used:
         raise ConfigError(
             f"--output-dir {output_dir}: its disk has {free / 1e9:,.2f} GB free, and the run needs "
             f"about {one * count / 1e9:,.2f} GB there: {count} x {one / 1e9:,.2f} GB of "

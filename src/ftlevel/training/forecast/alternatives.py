@@ -22,9 +22,7 @@ from ftlevel.config.section import Choice
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import ConfigError, FtlevelError
 from ftlevel.fast.plan import FEWEST_TOKENS
-from ftlevel.models.hardware import (
-    free_memory_bytes,
-)
+from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.models.sources import ModelSource
 from ftlevel.training.forecast.fits import Device
 from ftlevel.training.forecast.memory import StepMemory
@@ -138,15 +136,13 @@ def _find(run: Run, memory: int) -> _Found:
             return _Found(tokens, peak)
         if forecast.tokens <= max_row_tokens:  # a row alone
             break
-        tokens = _reduce_tokens(
-            forecast, min(tokens, forecast.tokens * run.fast.workers), peak, memory
-        )
+        tokens = _shrink(forecast, min(tokens, forecast.tokens * run.fast.workers), peak, memory)
         if tokens < 1:
             break
     return _Found(0, peak)
 
 
-def _reduce_tokens(forecast: StepMemory, tokens: int, peak: int, memory: int) -> int:
+def _shrink(forecast: StepMemory, tokens: int, peak: int, memory: int) -> int:
     """Apply the formula; return 0 if the fixed bytes alone exceed the memory."""
     growing = sum(forecast.parts.get(part, 0) for part in _GROWS)
     free = memory - (peak - growing)
@@ -253,18 +249,16 @@ def find_cheapest(limits: AlternativeContext) -> Alternative | None:
     rows, ckpt = train.per_device_train_batch_size, train.recomputes
     four = current if current[1] == "4bit" else _name_setup((current[0], "4bit"))
     length = config.data.max_length
-    candidates: list[tuple[tuple[str, str], bool, int, int | None]] = []
+    setups: list[tuple[tuple[str, str], bool, int, int | None]] = []
     for quant, checkpointing in ((current, ckpt), (current, True), (four, ckpt), (four, True)):
-        candidates += [
+        setups += [
             (quant, checkpointing, micro_batch, None)
             for micro_batch in (rows, max(1, rows // 2), 1)
         ]
     if isinstance(length, int):
-        candidates += [
-            (four, True, 1, length // part) for part in (2, 4, 8) if length // part >= 64
-        ]
+        setups += [(four, True, 1, length // part) for part in (2, 4, 8) if length // part >= 64]
     too_large = set()
-    for setup, checkpointing, micro_batch, max_length in dict.fromkeys(candidates):
+    for setup, checkpointing, micro_batch, max_length in dict.fromkeys(setups):
         if setup in too_large:
             continue
         fit = _try(setup, checkpointing, micro_batch, max_length, limits)

@@ -419,10 +419,8 @@ def _largest_micro_batch(run: Run, pruning: Pruning) -> _Batch:
         several = train.gradient_accumulation_steps > 1
         return _Batch(inputs, inputs["input_ids"].numel(), several, 1)
     needed = pruning.needed if pruning.linears else None
-    collator_class = TextCollator if isinstance(run.objective, StepObjective) else StepCollator
-    collate = collator_class(
-        run.model.pad_id, replace(fast, shared_prefix=False, needed_tokens=needed)
-    )
+    collator = TextCollator if isinstance(run.objective, StepObjective) else StepCollator
+    collate = collator(run.model.pad_id, replace(fast, shared_prefix=False, needed_tokens=needed))
     candidates: list[_Batch] = []
     for step in _steps(rows, train.rows_per_device_step, train.seed):
         batch = collate(step)

@@ -14,14 +14,7 @@ from typing import Any
 from ftlevel.artifacts.cards import CARD
 from ftlevel.artifacts.files import file_fingerprint
 from ftlevel.artifacts.run_directory import CONFIG, find_run
-from ftlevel.config import (
-    SPECS,
-    Layer,
-    MethodConfig,
-    TrainConfig,
-    build_config,
-    read_recipe,
-)
+from ftlevel.config import SPECS, Layer, MethodConfig, TrainConfig, build_config, read_recipe
 from ftlevel.config.flags import FLAGS
 from ftlevel.config.rl import RL_TASK
 from ftlevel.errors import ConfigError, join_names

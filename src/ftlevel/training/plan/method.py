@@ -109,12 +109,8 @@ def _embeddings(
         for layer in (model.get_input_embeddings(), model.get_output_embeddings())
         if layer is not None
     ]
-    embedding_names = [
-        name for name, module in tree.modules.items() if any(module is x for x in layers)
-    ]
-    matches = {
-        name: [f for f in embedding_names if f".{f}".endswith(f".{name}")] for name in requested
-    }
+    embeddings = [name for name, module in tree.modules.items() if any(module is x for x in layers)]
+    matches = {name: [f for f in embeddings if f".{f}".endswith(f".{name}")] for name in requested}
     selected = [found for founds in matches.values() for found in founds]
     if selected and reason:
         raise ConfigError(f"--target-modules: {selected[0]} is no linear of a block, and {reason}.")
@@ -146,11 +142,9 @@ def _in_full(names: Sequence[str], tree: ModuleTree, model_name: str, quant: str
                 f"{did_you_mean(name, ends)}"
             )
         packed = [full for full in matches if linear_size(tree.modules[full])]
-        if quant != "none" and (
-            quantized_matches := [full for full in packed if not tree.in_heads(full)]
-        ):
+        if quant != "none" and (quantized := [full for full in packed if not tree.in_heads(full)]):
             raise ConfigError(
-                f"--modules-to-save: {quantized_matches[0]} is quantized, and its integers "
+                f"--modules-to-save: {quantized[0]} is quantized, and its integers "
                 f"cannot be "
                 "trained. Drop it, or drop --quant."
             )
