@@ -161,7 +161,7 @@ class TrainingJob:
 
 
 def resolve_job(
-    inputs: BoundInputs, command_line: CommandLine, listener: Listener, *, dry_run: bool
+    inputs: BoundInputs, command: CommandLine, listener: Listener, *, dry_run: bool
 ) -> TrainingJob:
     """Resolve and show a run in every process; a failure in one is raised in all.
 
@@ -187,10 +187,8 @@ def resolve_job(
         sized = choose_micro_batch(run, processes, tokens)
         listener.choices("train", sized.choices[len(run.choices) :])
         run = sized
-    recipe = describe_recipe(command_line.recipe) if command_line.recipe else None
-    return TrainingJob(
-        run, processes, memory, listener, inputs.callbacks, recipe, command_line.start
-    )
+    recipe = describe_recipe(command.recipe) if command.recipe else None
+    return TrainingJob(run, processes, memory, listener, inputs.callbacks, recipe, command.start)
 
 
 def _resolve(

@@ -310,18 +310,18 @@ def check_can_shard(run: Run, count: int) -> None:
     if run.config.train.shard == "none":
         return
     flag, method, problems = f"--shard {run.config.train.shard}", run.config.method, []
-    method_info = METHODS[method.kind]
+    info = METHODS[method.kind]
     if count == 1:
         problems.append(
             f"{flag}: one process has the whole model. Start several: --num-processes N, or a "
             "launcher such as torchrun."
         )
-    if method_info.initialization.rewrites_base(method):
+    if info.initialization.rewrites_base(method):
         problems.append(
             f"{flag} cannot be used with a start that is taken out of the base's weights, which "
             f"are sharded when the adapter is saved. Use the default initialization."
         )
-    if method_info.why_not_continued:
+    if info.why_not_continued:
         problems.append(
             f"{flag} cannot be used with --method {method.kind} yet: what it saves has other "
             "shapes than what it trains, and is proven on a whole base. Use --method lora."
@@ -346,7 +346,7 @@ def check_can_shard(run: Run, count: int) -> None:
             f"{flag} cannot be used with --teacher yet, which every process would hold whole. Use "
             "--shard none."
         )
-    if not method_info.is_adapter:
+    if not info.is_adapter:
         problems += _problems_of_full(run, flag)
     if problems:
         raise ConfigError(problems)

@@ -330,11 +330,9 @@ class EmbeddedRows(LazySequence[Encoded]):
 
 def _embed(model: LoadedModel, objective: Embeddings, texts: Sequence[tuple[str, bool]]) -> Tensor:
     """Return the vectors `(texts, dims)` of queries (True) and documents (False)."""
-    embedding_format, end = objective.form, model.ref.options["embedding"].get("end")
-    encode = TextEncoder(
-        model.tokenizer, embedding_format.query_prompt, embedding_format.document_prompt, end
-    )
-    max_length = embedding_format.max_length or model.ref.card.max_length
+    format_, end = objective.form, model.ref.options["embedding"].get("end")
+    encode = TextEncoder(model.tokenizer, format_.query_prompt, format_.document_prompt, end)
+    max_length = format_.max_length or model.ref.card.max_length
     rows: list[Encoded] = []
     for text, is_query in texts:
         example = EmbeddingRow(text, 0) if is_query else EmbeddingRow("", 0, (text,), (0.0,))

@@ -207,8 +207,8 @@ def verify_step(run: Run, adapted: PreparedModel, listener: Listener) -> StepCom
     `speed.verify` selects whole steps (True), nothing (False) or a few rows (None). Raises RunError
     if the difference exceeds what rounding explains.
     """
-    whole_steps, rows = run.config.speed.verify, run.data.train
-    if adapted.fast is None or whole_steps is False:
+    full, rows = run.config.speed.verify, run.data.train
+    if adapted.fast is None or full is False:
         return None
     if is_sharded(adapted.model) and not METHODS[run.config.method.kind].is_adapter:
         reason = "the trained weights are shared out over the processes"
@@ -218,31 +218,27 @@ def verify_step(run: Run, adapted: PreparedModel, listener: Listener) -> StepCom
         return None
     a_batch = run.config.train.per_device_train_batch_size
     a_step = run.config.train.rows_per_device_step
-    probe_rows = [] if whole_steps else choose_probe_rows(rows)
-    if not whole_steps and not probe_rows:
+    probe_rows = [] if full else choose_probe_rows(rows)
+    if not full and not probe_rows:
         return None
-    if whole_steps:
+    if full:
         listener.stage("running the first steps with and without the fast step")
     with tempfile.TemporaryDirectory() as nowhere:
         nobody = RunDirectory(Path(nowhere))
         trainer = build_trainer(run, adapted, nobody, ResumeState(), Processes())
         steps = Steps(trainer, run.model.pad_id)
-        dropout = bool(
-            whole_steps and find_randomness(run.config.method, adapted.model, with_head=True)
-        )
-        verifier = _Verifier(
-            steps, a_batch if whole_steps else len(probe_rows), run.model.dtype, dropout
-        )
-        step_rows = list(batches(rows[: STEPS * a_step], a_step)) if whole_steps else [probe_rows]
+        dropout = bool(full and find_randomness(run.config.method, adapted.model, with_head=True))
+        verifier = _Verifier(steps, a_batch if full else len(probe_rows), run.model.dtype, dropout)
+        step_rows = list(batches(rows[: STEPS * a_step], a_step)) if full else [probe_rows]
         # GPU kernels for half precision differ from those for float32.
-        rounded = bool(whole_steps) or run.model.device != "cpu"
+        rounded = bool(full) or run.model.device != "cpu"
         try:
             verified = verifier.compare(step_rows, rounded=rounded, rate=run.schedule.learning_rate)
         except _NotFiniteError:  # GradientProof reports it at the first step
             return None
     title = (
         f"fast step verified on {verified.steps} steps"
-        if whole_steps
+        if full
         else f"fast step verified on {verified.rows} rows"
     )
     differences = (
@@ -319,10 +315,8 @@ class _Verifier:
                 # Rounding may move an activation over a kink, such as ReLU's at 0, which changes
                 # its derivative but not its value. float64 avoids this.
                 bounds.check_loss(fast.loss, exact.loss)
-                gradient_distance = total(
-                    compare_gradients(fast.gradients, exact.gradients).values()
-                ).distance
-                if not gradient_distance <= KINK or steps.trainer.args.device.type != "cpu":
+                error = total(compare_gradients(fast.gradients, exact.gradients).values()).distance
+                if not error <= KINK or steps.trainer.args.device.type != "cpu":
                     raise  # GPU kernels may differ in float64
                 if (wide := self._in_float64(rows, dtype, steps.fast)) is None:
                     raise
