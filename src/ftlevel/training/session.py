@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,11 +34,12 @@ from ftlevel.training.finish import (
     write_tokenizer_and_card,
 )
 from ftlevel.training.job import TrainingJob
-from ftlevel.training.model import PreparedModel, describe_speed
+from ftlevel.training.model import PreparedModel, describe_speed, load_adapted
 from ftlevel.training.origin import FileDigests, digests_of
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import WatchProcesses
 from ftlevel.training.proof import Proof, prove
+from ftlevel.training.reference import compute_initial_reference, precompute_reference
 from ftlevel.training.resume import (
     ResumeState,
     check_shared,
@@ -51,7 +52,7 @@ from ftlevel.training.resume import (
 from ftlevel.training.rl.checks import check_before
 from ftlevel.training.sharding import probe_untrained, prove_sharded, save_sharded
 from ftlevel.training.summary import Outcome, resolved_config
-from ftlevel.training.teacher import AuxiliaryOutputs, precompute_and_load
+from ftlevel.training.teacher import AuxiliaryOutputs, precompute_teacher, with_text_models
 from ftlevel.training.trainer import FtlevelTrainer
 from ftlevel.training.verify.bounds import StepComparison
 from ftlevel.training.verify.proof import verify_step
@@ -173,7 +174,15 @@ def open_session(job: TrainingJob, resumed: ResumeState, stack: ExitStack) -> Tr
     """Load and adapt the model of `job`, and open its run directory until `stack` closes."""
     run, listener, processes = job.run, job.listener, job.processes
     resident = resident_bytes()
-    run, adapted, auxiliary = precompute_and_load(run, listener)
+    run, reference = precompute_reference(with_text_models(run, listener), listener)
+    teacher = precompute_teacher(run, listener)
+    listener.stage("loading the model")  # the auxiliary models are freed
+    adapted = load_adapted(run, listener)
+    if reference is None:
+        run, reference = compute_initial_reference(run, adapted, listener)
+    if teacher is not None:
+        run = replace(run, data=replace(run.data, train=teacher.rows))
+    auxiliary = AuxiliaryOutputs(reference, teacher)
     config, steps = run.config, run.schedule.steps
     processes.from_first(
         lambda: check_disk_space(config.output.dir, config.train, adapted.model, steps)

@@ -1,4 +1,4 @@
-"""Precompute teacher predictions and reference log-probabilities, then load the trained model.
+"""Precompute teacher predictions before the trained model loads.
 
 Teacher predictions are cached on disk, either of the top tokens or of all; a training step reads
 those of its rows. Embedding models, a teacher or a guide that finds false negatives, embed the
@@ -38,20 +38,18 @@ from ftlevel.tasks.embedding.rows import TextEncoder
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
 from ftlevel.trained.reference import ReferenceModel, resolve_reference
 from ftlevel.trained.resolve import resolve_model
-from ftlevel.training.model import PreparedModel, load_adapted
+from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import AuxiliaryModels, Run
 from ftlevel.training.reference import (
     AT_ONCE,
     Reference,
     cache_path,
-    compute_initial_reference,
     describe_cache_key,
     describe_first_loss,
     is_missing,
     load_auxiliary_model,
     micro_batches,
     open_or_fill,
-    precompute_reference,
 )
 
 
@@ -203,24 +201,6 @@ class AuxiliaryOutputs:
         if self.teacher_predictions is not None:
             facts["distillation"] = dict(self.teacher_predictions.facts)
         return facts, notes
-
-
-def precompute_and_load(
-    run: Run, listener: Listener
-) -> tuple[Run, PreparedModel, AuxiliaryOutputs]:
-    """Precompute auxiliary outputs, and load the model after these models are freed.
-
-    Returns the run with rows that have these outputs, the model and the outputs.
-    """
-    run, reference = precompute_reference(with_text_models(run, listener), listener)
-    expected = precompute_teacher(run, listener)
-    listener.stage("loading the model")
-    adapted = load_adapted(run, listener)
-    if reference is None:
-        run, reference = compute_initial_reference(run, adapted, listener)
-    if expected is not None:
-        run = replace(run, data=replace(run.data, train=expected.rows))
-    return run, adapted, AuxiliaryOutputs(reference, expected)
 
 
 def find_auxiliary_models(run: Run) -> AuxiliaryModels:
