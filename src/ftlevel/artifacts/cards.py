@@ -108,7 +108,7 @@ def library_versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that affect the results of a run."""
     names = ("ftlevel", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchao")
     versions = {"python": platform.python_version()}
-    return versions | {name: found for name in names if (found := _installed_version(name))}
+    return versions | {name: installed for name in names if (installed := _installed_version(name))}
 
 
 @cache
@@ -206,8 +206,8 @@ def _evaluation(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def generate_command(run: str, task: str) -> str:
     """Return the `ftlevel generate` command for `run`, with the prompt flags of its `task`."""
-    asked = _PROMPTS.get(task, '--prompt "…"')
-    return f"ftlevel generate {shlex.quote(run)} {asked}"
+    prompt_flags = _PROMPTS.get(task, '--prompt "…"')
+    return f"ftlevel generate {shlex.quote(run)} {prompt_flags}"
 
 
 def describe_losses(summary: Mapping[str, Any]) -> str:
@@ -228,9 +228,9 @@ def describe_memory(summary: Mapping[str, Any]) -> str:
     if not plan.get("peak_bytes"):
         return ""
     planned, measured = plan["peak_bytes"], plan["measured_bytes"]
-    shown = f"{planned / 2**30:,.2f} GiB planned, {measured / 2**30:,.2f} GiB measured"
+    text = f"{planned / 2**30:,.2f} GiB planned, {measured / 2**30:,.2f} GiB measured"
     off = f"{plan['off']:+.1%}; " if plan["off"] is not None else ""
-    return f"{shown} ({off}{plan['measured']})"
+    return f"{text} ({off}{plan['measured']})"
 
 
 def describe_kept_model(best: Mapping[str, Any]) -> str:
@@ -240,22 +240,22 @@ def describe_kept_model(best: Mapping[str, Any]) -> str:
     step, value = best["kept_step"], f"{name} {best['best']:.4f}"
     if best["best_step"] == ends:
         count = best["evaluations"]
-        words = f"step {ends:,}, the last: {value}" + (
+        text = f"step {ends:,}, the last: {value}" + (
             f", the {order} of {count:,} evaluations" if count > 1 else ""
         )
     elif step == best["best_step"]:
         last = f"{best['last']:.4f}" + " with a higher loss" * (best["last"] == best["best"])
-        words = f"step {step:,} of {ends:,}: {value}, the last had {last}"
+        text = f"step {step:,} of {ends:,}: {value}, the last had {last}"
     else:
-        words = (
+        text = (
             f"step {step:,}, the last: {name} {best['last']:.4f}; step {best['best_step']:,} had "
             f"{best['best']:.4f}"
         )
     if best["stopped_early"]:
         count = best.get("waited", best["patience"])  # missing in older summaries
         without = f"{count:,} evaluation{'s' * (count != 1)} without a better one"
-        words += f"; stopped early, after {without}"
-    return words
+        text += f"; stopped early, after {without}"
+    return text
 
 
 def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
@@ -291,9 +291,9 @@ def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
         lines += ["", f"Measured on {rows:,} validation rows{texts}.", ""]
     names = summary["data"]["labels"]
     if names:
-        more = f" and {len(names) - _SHOWN_LABELS:,} more" if len(names) > _SHOWN_LABELS else ""
-        shown = ", ".join(f"`{name}`" for name in names[:_SHOWN_LABELS])
-        lines += [f"{len(names):,} labels: {shown}{more}.", ""]
+        rest = f" and {len(names) - _SHOWN_LABELS:,} more" if len(names) > _SHOWN_LABELS else ""
+        listed = ", ".join(f"`{name}`" for name in names[:_SHOWN_LABELS])
+        lines += [f"{len(names):,} labels: {listed}{rest}.", ""]
     if summary["loss_window"]:
         lines += [f"Training loss {describe_losses(summary)}.", ""]
     if memory := summary.get("speed", {}).get("chosen_for_bytes"):
@@ -320,8 +320,8 @@ def _metrics_table(summary: Mapping[str, Any]) -> list[str]:
         columns[f"after step {best['last_step']:,}, the last"] = summary["metrics_last"]
     lines = [f"| metric | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name in metrics:
-        shown = (f"{c[name]:.4f}" if name in c else "–" for c in columns.values())
-        lines.append(f"| {name} | {' | '.join(shown)} |")
+        cells = (f"{c[name]:.4f}" if name in c else "–" for c in columns.values())
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return [*lines, "", f"Selected model: {describe_kept_model(best)}."] if best else lines
 
 
@@ -464,13 +464,13 @@ def write_merge_readme(summary: Mapping[str, Any], task: str) -> str:
     return "\n".join(lines)
 
 
-def describe_difference(found: Mapping[str, Any]) -> str:
+def describe_difference(agreement: Mapping[str, Any]) -> str:
     """Format an `Agreement`: mean logit difference, KL divergence and top-1 agreement."""
-    apart = f"{found['mean_difference']:.2g} on average"
+    text = f"{agreement['mean_difference']:.2g} on average"
     return (
-        apart
-        if found["kl"] is None
-        else f"{apart}, KL {found['kl']:.2g}, top-1 {found['top1']:.1%}"
+        text
+        if agreement["kl"] is None
+        else f"{text}, KL {agreement['kl']:.2g}, top-1 {agreement['top1']:.1%}"
     )
 
 

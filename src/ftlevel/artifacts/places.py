@@ -52,7 +52,8 @@ def write_relative_paths(directory: RunDirectory, values: Mapping[str, Any]) -> 
 
     _with_places(make_paths_absolute(values), note)
     write_json(
-        directory.path / PLACES, {place: path for place, path in relative_paths.items() if path}
+        directory.path / PLACES,
+        {absolute: path for absolute, path in relative_paths.items() if path},
     )
 
 
@@ -78,11 +79,11 @@ def read_run(directory: Path) -> Layer:
     layer = read_recipe(directory / CONFIG)
     relative, weights = _read_json(directory / PLACES), _weights_of(directory)
 
-    def now(field: str, place: str) -> str:
-        existing = [path for path in _candidates(place, relative, directory) if _is_there(path)]
+    def now(field: str, recorded: str) -> str:
+        existing = [path for path in _candidates(recorded, relative, directory) if _is_there(path)]
         if field == "model.name_or_path" and weights is not None and len(existing) > 1:
             existing = [path for path in existing if base_fingerprint(path) == weights] or existing
-        return str(existing[0]) if existing else place
+        return str(existing[0]) if existing else recorded
 
     return Layer(_with_places(layer.values, now), layer.origins)
 
@@ -94,21 +95,21 @@ def check_paths(directory: Path, values: Mapping[str, Any], fields: Sequence[str
     """
     relative, problems = _read_json(directory / PLACES), []
 
-    def look(field: str, place: str) -> str:
+    def look(field: str, recorded: str) -> str:
         if fields and field not in fields:
-            return place
-        if place == IN_MEMORY:
+            return recorded
+        if recorded == IN_MEMORY:
             problems.append(
                 f"{directory} was trained on rows in memory, which are not saved. Pass --dataset "
                 f"FILE, or the same rows in Python."
             )
-        elif place in relative and not _is_there(Path(place)):
-            tried = [str(path) for path in _candidates(place, relative, directory)]
+        elif recorded in relative and not _is_there(Path(recorded)):
+            tried = [str(path) for path in _candidates(recorded, relative, directory)]
             problems.append(
                 f"{directory}: {field} is not where it was, and was looked for at "
                 f"{join_names(tried)}. Name its place: {_FIELDS[field]} PATH."
             )
-        return place
+        return recorded
 
     _with_places(values, look, every=True)
     if problems:

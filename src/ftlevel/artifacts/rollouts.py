@@ -54,7 +54,7 @@ def summarize_rollouts(path: Path) -> RolloutFacts | None:
         _completions(lines, step, name)
         for step, name in zip(ends, ("first step", "last step"), strict=False)
     ]
-    completions = [completion for own in of_steps for completion in _ends(own)]
+    completions = [completion for of_step in of_steps for completion in _ends(of_step)]
     return RolloutFacts(completions, _by_length(of_steps[-1])) if completions else None
 
 

@@ -234,13 +234,13 @@ def is_reachable(endpoint: str) -> bool:
         return False
 
 
-def snapshot(source: ModelSource, more: Iterable[str] = ()) -> Path:
-    """Return the directory of `source`, downloading config, weights and `more` if needed."""
+def snapshot(source: ModelSource, extra: Iterable[str] = ()) -> Path:
+    """Return the directory of `source`, downloading config, weights and `extra` if needed."""
     if source.kind != "hub":
         return Path(source.location)
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *more]
+    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *extra]
     return Path(
         snapshot_download(
             source.location,
