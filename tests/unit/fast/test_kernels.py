@@ -247,7 +247,7 @@ def test_kernels_are_used_where_they_agree_and_are_faster(
     monkeypatch.setattr(kernels, "TritonFormulas", mine)
     monkeypatch.setattr(kernels, "supports_triton", lambda *_: True)
     monkeypatch.setattr(kernels, "TOKENS", 8)
-    monkeypatch.setattr(kernels, "_chosen", {})
+    monkeypatch.setattr(kernels, "_choices", {})
     monkeypatch.setattr(
         kernels, "time", lambda _, formulas, __: seconds[not isinstance(formulas, mine)]
     )
