@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from ftlevel.config.section import Choice
 from ftlevel.extensions import resolve_renamed
 
 
-class Listener(Protocol):
-    """Protocol of progress callbacks; all are called from the main thread."""
+class Listener:
+    """Progress callbacks, all called from the main thread; those not overridden do nothing."""
 
     def stage(self, name: str) -> None:
         """Start a stage of the work, such as `load the model`."""
@@ -40,35 +40,7 @@ class Listener(Protocol):
         """Report the summary of a completed run or dry run."""
 
 
-class NullListener:
-    """Listener that ignores all events."""
-
-    def stage(self, name: str) -> None:
-        """Do nothing."""
-
-    def choices(self, title: str, choices: Sequence[Choice]) -> None:
-        """Do nothing."""
-
-    def progress(self, done: int, total: int) -> None:
-        """Do nothing."""
-
-    def answered(self, done: int, share: float | None) -> None:
-        """Do nothing."""
-
-    def warn(self, message: str) -> None:
-        """Do nothing."""
-
-    def begin(self, total_steps: int) -> None:
-        """Do nothing."""
-
-    def step(self, step: int) -> None:
-        """Do nothing."""
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def end(self, summary: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
+NullListener = Listener
+"""Listener that ignores all events."""
 
 __getattr__ = resolve_renamed(__name__, {"Silence": "ftlevel.events:NullListener"})

@@ -22,6 +22,7 @@ from ftlevel.artifacts.cards import describe_kept_model, describe_losses, descri
 from ftlevel.cli.startup import SafeStream
 from ftlevel.cli.topics import topic_of_module, with_topic
 from ftlevel.config.section import Choice
+from ftlevel.events import Listener
 
 _FIGURES = {
     "loss": ("loss", "{:.4f}"),
@@ -60,7 +61,7 @@ _CLOSED_PIPE = 128 + 13
 _BAR, _ROOM_FOR_BAR, _ROOM_FOR_FIGURES = 20, 80, 60  # columns of the terminal
 
 
-class Screen:
+class Screen(Listener):
     """Shows a run on a console; `quiet` shows only warnings, which go to `errors`."""
 
     def __init__(self, console: Console, *, quiet: bool, errors: Console | None = None) -> None:
