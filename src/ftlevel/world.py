@@ -28,39 +28,30 @@ class Launcher:
     node: str = ""
 
 
+def _mpirun(library: str, prefix: str) -> Launcher:
+    names = (f"{prefix}_{part}" for part in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+    return Launcher(f"mpirun ({library})", *names)
+
+
 # Innermost launchers first: mpirun starts daemons with srun, and srun can start torchrun.
 LAUNCHERS = (
     Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
-    Launcher(
-        "mpirun (Open MPI)",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
-    Launcher(
-        "mpirun (MVAPICH)",
-        "MV2_COMM_WORLD_RANK",
-        "MV2_COMM_WORLD_SIZE",
-        "MV2_COMM_WORLD_LOCAL_RANK",
-        "MV2_COMM_WORLD_LOCAL_SIZE",
-    ),
+    _mpirun("Open MPI", "OMPI_COMM_WORLD"),
+    _mpirun("MVAPICH", "MV2_COMM_WORLD"),
     Launcher("mpirun (MPICH)", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "", "SLURM_NODEID"),
 )
 _POD = Launcher("RANK and WORLD_SIZE", "RANK", "WORLD_SIZE", "")
 """One process per machine, as in a Kubernetes PyTorchJob, which sets no local rank."""
 
+_ACCUMULATION = "--gradient_accumulation_steps"
 _OF_ACCELERATE = {
     "ACCELERATE_USE_FSDP": ("--use_fsdp", "--shard full"),
     "ACCELERATE_USE_DEEPSPEED": ("--use_deepspeed", "--shard full"),
     "ACCELERATE_USE_MEGATRON_LM": ("--use_megatron_lm", "--shard full"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("--use_parallelism_config", "--shard full"),
     "ACCELERATE_MIXED_PRECISION": ("--mixed_precision", "--dtype"),
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
-        "--gradient_accumulation_steps",
-        "--gradient-accumulation-steps",
-    ),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (_ACCUMULATION, _ACCUMULATION.replace("_", "-")),
     "ACCELERATE_DYNAMO_BACKEND": ("--dynamo_backend", ""),
 }
 """Variables with which `accelerate launch` overrides the configuration."""
