@@ -57,9 +57,7 @@ def render_chat(
 ) -> RenderedChat:
     """Render `turns` and locate each assistant turn, including its end-of-turn token.
 
-    Raises:
-        InputError: the template fails, omits a turn or the tools, or rewrites turns so that the
-            answers cannot be located.
+    Raises `InputError` if the template fails, omits a turn or tools, or hides where answers are.
     """
     ends = list_special_tokens(tokenizer)
     marked = bool(_GENERATION.search(tokenizer.get_chat_template(None, list(tools) or None)))
@@ -204,9 +202,8 @@ def set_chat_template(tokenizer: Any, name: str | None) -> Choice | None:
 
     The template is saved with the adapter, so training, evaluation and generation share it.
 
-    Raises:
-        InputError: no such name or file, the template does not compile, or its special tokens are
-            not in the vocabulary.
+    Raises `InputError` if it does not exist or compile, or needs tokens that are not in the
+    vocabulary.
     """
     if name is None:
         return None
@@ -272,10 +269,8 @@ class TurnLayout:
     """Prefixes and suffixes of the turns: a chat template for programs without Jinja.
 
     Attributes:
-        around: role → text before and after the content; system is absent if it has no turn of its
-            own.
-        opening: text before a first turn that is not a system turn, such as a default system
-            prompt.
+        around: role → text before and after the content; without system if it has no own turn.
+        opening: text before a first turn of another role, such as a default system prompt.
         generation: generation prompt.
     """
 

@@ -121,8 +121,7 @@ def choose_format(tokenizer: Any, kind: str, instruction: str, answer_cue: str) 
 def read_format(card: AdapterCard) -> PromptFormat | None:
     """Return the prompt format stored in `card`; None if the model has no prompts.
 
-    Raises:
-        InputError: a newer version of ftlevel wrote it.
+    Raises `InputError` if a newer version of ftlevel wrote it.
     """
     if not card.prompt:
         return None
@@ -281,9 +280,8 @@ def encode_causal(
 
     `with_inputs` adds the prompts to the labels.
 
-    Raises:
-        InputError: no EOS token, a multi-turn conversation without a chat template, or a system
-            prompt for plain texts.
+    Raises `InputError` without an EOS token, for several turns without a chat template, and for a
+    system prompt with plain texts.
     """
     if tokenizer.eos_token_id is None:
         raise InputError(

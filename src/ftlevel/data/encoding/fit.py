@@ -47,7 +47,6 @@ class FittedRows:
     """Rows within the length limit, and counts of the changes.
 
     Attributes:
-        shortened: number of truncated rows; their answers are complete.
         long_prompts: indices of examples whose prompt alone exceeds `max_length`.
         lost: indices of examples that were dropped to avoid truncating an answer.
         overlong: how long rows were handled; error can become drop under "auto".
@@ -78,11 +77,8 @@ def fit_rows(
     """Apply the length limit to `rows`.
 
     Args:
-        rows: encoded rows.
         max_length: limit in tokens; "auto" is the longest row, within `bounds`.
-        bounds: limits of the model and the machine.
-        overlong: error, drop, truncate-prompt or split. Under "auto", error drops up to 1 % of the
-            rows.
+        overlong: error, drop, truncate-prompt or split; with "auto", error drops up to 1 %.
         where: index of an example → `file:line`.
 
     Raises:
@@ -232,8 +228,7 @@ def fit_targets(
 ) -> tuple[Sequence[Encoded], int]:
     """Drop rows with a target longer than `limit` tokens, and return the number dropped.
 
-    Raises:
-        InputError: targets are too long and `overlong` is not drop.
+    Raises `InputError` if there are any and `overlong` is not drop.
     """
     sizes = np.fromiter((_target_length(row) for row in rows), dtype=np.int64, count=len(rows))
     over = np.flatnonzero(sizes > limit)

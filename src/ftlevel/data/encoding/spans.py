@@ -55,17 +55,10 @@ def encode_questions(
 ) -> tuple[list[Encoded], int]:
     """Encode each question with one or more windows of its context.
 
-    Args:
-        tokenizer: fast tokenizer.
-        examples: questions.
-        length: window length in tokens.
-        stride: overlap of consecutive windows in tokens.
-        separator: text after the question, for tokenizers without a separator token.
-        where: index of an example → `file:line`.
-        drop: whether to drop questions that leave no room for their context, instead of raising.
-
-    Returns:
-        The windows, and the number of dropped questions.
+    `length` and `stride`, the overlap of consecutive windows, are in tokens. `separator` follows
+    the question, for tokenizers without a separator token. `drop` drops questions that leave no
+    room for their context, instead of raising. Returns the windows, and the number of questions
+    dropped.
     """
     fitting = list(_with_room(tokenizer, examples, length, stride, separator, where, drop))
     windows: list[Encoded] = []
@@ -106,13 +99,13 @@ def _build_window(encoding: Any, index: int, example: Question) -> Window:
     )
 
 
-def find_span(offsets: Offsets, begin: int, end: int) -> tuple[int, int] | None:
-    """Return the first and last token that cover characters `begin` to `end`, or None."""
-    first = next((i for i, (_, b) in enumerate(offsets) if b > begin), None)
+def find_span(offsets: Offsets, start: int, end: int) -> tuple[int, int] | None:
+    """Return the first and last token that cover characters `start` to `end`, or None."""
+    first = next((i for i, (_, b) in enumerate(offsets) if b > start), None)
     last = next((i for i in range(len(offsets) - 1, -1, -1) if offsets[i][0] < end), None)
     if first is None or last is None or first > last:
         return None
-    is_complete = offsets[first][0] <= begin and offsets[last][1] >= end
+    is_complete = offsets[first][0] <= start and offsets[last][1] >= end
     return (first, last) if is_complete else None
 
 
@@ -203,11 +196,7 @@ def encode_tagged(
 def encode_words(
     tokenizer: Any, sentences: Sequence[Sequence[str]]
 ) -> tuple[list[list[int]], list[dict[str, list[int]]], list[tuple[int | None, ...]]]:
-    """Tokenize sentences of words.
-
-    Returns:
-        Per sentence: token ids, inputs such as `token_type_ids`, and the first token of each word.
-    """
+    """Return per sentence token ids, `extra_inputs`, and the first token of each word."""
     encoding = tokenizer([" ".join(words) for words in sentences], return_offsets_mapping=True)
     extras = [extra_inputs(encoding, i) for i in range(len(sentences))]
     positions = [
@@ -223,8 +212,8 @@ def first_tokens(
     """Return the index of each word's first token; `offsets` are empty for special tokens."""
     starts = list(accumulate((len(word) + 1 for word in words[:-1]), initial=0))
     first: list[int | None] = [None] * len(words)
-    for index, (begin, end) in enumerate(offsets):
-        if begin == end:
+    for index, (start, end) in enumerate(offsets):
+        if start == end:
             continue
         word = bisect_right(starts, end - 1) - 1
         is_space = end - 1 >= starts[word] + len(words[word])

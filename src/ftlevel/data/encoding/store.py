@@ -163,9 +163,9 @@ class RowStore(LazySequence[Encoded]):
             return
         batch = np.searchsorted(self._starts, self.indices, side="right") - 1
         begins = np.flatnonzero(np.diff(batch, prepend=-1))
-        for begin, end in pairwise([*begins, len(batch)]):
-            number = batch[begin]
-            rows = pa.array(self.indices[begin:end] - self._starts[number])
+        for start, end in pairwise([*begins, len(batch)]):
+            number = batch[start]
+            rows = pa.array(self.indices[start:end] - self._starts[number])
             yield self._batches[number].take(rows)
 
     @property

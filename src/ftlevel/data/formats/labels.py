@@ -50,12 +50,9 @@ def build_label_set(
 ) -> LabelSet:
     """Return the classes of the training examples: `names`, declared by the source, or as found.
 
-    Found names are sorted, as numbers if all are digits. Integer labels must be 0, 1, … without a
-    gap. `names` are classes from the configuration or an adapter. `table` and `column` are used in
-    messages.
-
-    Raises:
-        InputError: fewer than two classes, gaps between numbers, fractions, or unknown labels.
+    Found names are sorted, as numbers if all are digits. `names` are classes from the configuration
+    or an adapter. Raises `InputError` for fewer than two classes, integers other than 0, 1, …
+    without a gap, fractions, and unknown labels.
     """
     rows = _labels_of(examples)
     counts = Counter(label for label, _ in rows)
@@ -257,13 +254,13 @@ def _rows_of_labels(examples: Sequence[ClassExample]) -> dict[str, list[int]]:
 
 def _is_typo(one: str, other: str) -> bool:
     """Return whether two texts differ by one typo within a long word, or between their words."""
-    begin = _count_common(one, other)
-    rest = _count_common(one[begin:][::-1], other[begin:][::-1])
-    difference, replaced = one[begin : len(one) - rest], other[begin : len(other) - rest]
+    start = _count_common(one, other)
+    rest = _count_common(one[start:][::-1], other[start:][::-1])
+    difference, replaced = one[start : len(one) - rest], other[start : len(other) - rest]
     is_swap = len(difference) == 2 and difference == replaced[::-1]
     if not is_swap and max(len(difference), len(replaced)) != 1:
         return False
-    before = len(re.findall(r"[^\W\d_]*$", one[:begin])[0])
+    before = len(re.findall(r"[^\W\d_]*$", one[:start])[0])
     after = len(re.findall(r"^[^\W\d_]*", one[len(one) - rest :])[0])
     is_series = len(difference) == len(replaced) == 1 and not after  # such as type_a, type_b
     is_number = any(map(str.isdecimal, difference + replaced))
@@ -368,9 +365,9 @@ def build_spans(roles: RoleValues) -> TaggedTokens:
     if type(items) is not list:
         raise UnusableRowError(f"{column} is {json_type_name(items)}, not a list of spans")
     spans = sorted(_read_span(item, f"span {i} of {column}") for i, item in enumerate(items, 1))
-    for (_, end, _), (begin, *_) in pairwise(spans):
-        if begin < end:
-            raise UnusableRowError(f"two spans of {column} overlap at {begin}; a word has one tag")
+    for (_, end, _), (start, *_) in pairwise(spans):
+        if start < end:
+            raise UnusableRowError(f"two spans of {column} overlap at {start}; a word has one tag")
     words = split_words(text) or [(0, len(text))]
     tags = ["O"] * len(words)
     for span in spans:
@@ -388,12 +385,12 @@ def _read_span(item: object, name: str) -> Span:
         raise UnusableRowError(
             f"{name} is {json_type_name(item)}, not an object or a list of start, end, label"
         )
-    begin, end, label = item
-    if type(begin) is not int or type(end) is not int or type(label) is not str or not label:
+    start, end, label = item
+    if type(start) is not int or type(end) is not int or type(label) is not str or not label:
         raise UnusableRowError(f"{name} is {item!r}, not two whole numbers and a name")
-    if not 0 <= begin < end:
-        raise UnusableRowError(f"{name} goes from {begin} to {end}")
-    return begin, end, label
+    if not 0 <= start < end:
+        raise UnusableRowError(f"{name} goes from {start} to {end}")
+    return start, end, label
 
 
 def _tag(tags: list[str], words: Sequence[tuple[int, int]], text: str, span: Span) -> None:

@@ -83,13 +83,10 @@ def check_text(value: object, what: str) -> str:
 def parse_turns(
     value: object, column: str, *, answered: bool = True, names: Mapping[str, str] | None = None
 ) -> list[Message]:
-    """Return the turns of a list of objects.
+    """Return the turns of a list of objects; raise `UnusableRowError` for other values.
 
-    Args:
-        value: the list; anything else raises `UnusableRowError`.
-        column: name for messages.
-        answered: whether an assistant turn is required.
-        names: the data's names of `role`, `content`, `user` and `assistant`.
+    `answered` requires an assistant turn. `names` are the data's names of `role`, `content`, `user`
+    and `assistant`.
     """
     if type(value) is not list:
         finding = "null_content" if value is None else ""

@@ -81,11 +81,11 @@ def examples_in(rows: Sequence[Encoded], keep: Mask, total: int) -> Mask:
     if not isinstance(rows, RowStore):
         mask[examples_of(rows, np.flatnonzero(keep))] = True
         return mask
-    begin = 0
+    start = 0
     for batch in rows.batches():
         examples = batch.column("row").to_numpy()
-        mask[examples[keep[begin : begin + len(examples)]]] = True
-        begin += len(examples)
+        mask[examples[keep[start : start + len(examples)]]] = True
+        start += len(examples)
     return mask
 
 
@@ -132,13 +132,13 @@ def flat_batches(rows: Sequence[Encoded]) -> Iterator[FlatRows]:
             ids, example = _ragged(batch.column("input_ids")), batch.column("row").to_numpy()
             yield FlatRows(ids, labels, example)
         return
-    begin = 0
-    while begin < len(rows):
-        end = min(begin + _ROWS, len(rows))
+    start = 0
+    while start < len(rows):
+        end = min(start + _ROWS, len(rows))
         while end < len(rows) and rows[end].row == rows[end - 1].row:
             end += 1
-        yield FlatRows.of(rows[begin:end])
-        begin = end
+        yield FlatRows.of(rows[start:end])
+        start = end
 
 
 ONE_CLASS_SHARE = 0.95
@@ -150,8 +150,6 @@ class TokenCheckContext:
     """Model and task properties for the token checks.
 
     Attributes:
-        checks: checks that apply to the task.
-        bos: id of BOS, or None.
         ends: ids at which generation stops.
         vocabulary: number of rows of the embedding.
         empty_thinks: token ids of an empty <think></think> in several spellings.

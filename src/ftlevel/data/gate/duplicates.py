@@ -54,8 +54,8 @@ def find_repeated(keys: NDArray[Any], selected: Mask | None = None) -> tuple[Int
 def find_members(keys: NDArray[Any], others: NDArray[Any]) -> Integers:
     """Return the indices of `keys` that occur in `others`, which may be on disk."""
     mask = np.zeros(len(keys), dtype=bool)
-    for begin in range(0, len(others), _PART_KEYS):
-        mask |= np.isin(keys, others[begin : begin + _PART_KEYS])
+    for start in range(0, len(others), _PART_KEYS):
+        mask |= np.isin(keys, others[start : start + _PART_KEYS])
     return np.flatnonzero(mask)
 
 
@@ -77,12 +77,12 @@ def find_near_duplicates(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers,
     selected = ~skip
     duplicates, originals = [_NONE], [_NONE]
     with _array_on_disk(rows, (_BANDS, len(rows))) as keys:
-        begin = 0
+        start = 0
         for flat in flat_batches(rows):
-            mask = selected[begin : begin + len(flat.ids)]
+            mask = selected[start : start + len(flat.ids)]
             mask &= flat.ids.lengths - prefix >= GRAM
-            keys[:, begin + np.flatnonzero(mask)] = _band_keys(flat.ids, prefix, mask).T
-            begin += len(mask)
+            keys[:, start + np.flatnonzero(mask)] = _band_keys(flat.ids, prefix, mask).T
+            start += len(mask)
         unmatched = selected.copy()
         for band in keys:
             for again, first in _repeated(band, selected):
@@ -174,30 +174,30 @@ def find_swapped(digests: Digests) -> Integers:
     """
     index = WordIndex.of(digests)
     words = np.zeros((2, _BUCKETS))
-    for begin, end in index.spans():
-        bucket, side, _ = _sides(index, begin, end)
+    for start, end in index.spans():
+        bucket, side, _ = _sides(index, start, end)
         for k in (0, 1):
             words[k] += np.bincount(bucket[side == k], minlength=_BUCKETS)
     score = np.zeros(len(index))
-    for begin, end in index.spans():
-        bucket, side, row = _sides(index, begin, end)
+    for start, end in index.spans():
+        bucket, side, row = _sides(index, start, end)
         asked = words[0][bucket] - (side == 0)
         answered = words[1][bucket] - (side == 1)
         for_asked = np.log(asked + 0.5) - np.log(answered + 0.5)
         weight = np.where(asked + answered > 0, np.where(side == 0, for_asked, -for_asked), 0)
-        score[begin:end] = np.bincount(row, weight, minlength=end - begin)
+        score[start:end] = np.bincount(row, weight, minlength=end - start)
     if len(score) < _MIN_ROWS or (median := float(np.median(score))) < _MIN_MEDIAN:
         return _NONE
     return np.flatnonzero((score < -_SWAPPED_SHARE * median) & (digests.records["before"] != 0))
 
 
-def _sides(index: WordIndex, begin: int, end: int) -> tuple[Integers, NDArray[np.int64], Integers]:
+def _sides(index: WordIndex, start: int, end: int) -> tuple[Integers, NDArray[np.int64], Integers]:
     """Return bucket, side (0 prompt, 1 answer) and row (from 0) of distinct words."""
-    starts = index.starts[begin : end + 1]
+    starts = index.starts[start : end + 1]
     lengths = np.diff(starts)
-    row = np.repeat(np.arange(end - begin), lengths)
+    row = np.repeat(np.arange(end - start), lengths)
     at = np.arange(len(row)) - np.repeat(starts[:-1] - starts[0], lengths)
-    asked = np.repeat(index.digests.records["asked"][begin:end].astype(np.int64), lengths)
+    asked = np.repeat(index.digests.records["asked"][start:end].astype(np.int64), lengths)
     side = (at >= asked).astype(np.int64)
     examined = at - side * asked < _WORDS
     words = mix(np.asarray(index.digests.words[starts[0] : starts[-1]])[examined])

@@ -92,10 +92,7 @@ class Gate:
         """Return the remaining rows of a split, and the findings.
 
         `Encoded.row` indexes `examples`. Duplicates and answers are checked only if `name` is
-        train.
-
-        Raises:
-            InputError: no row remains.
+        train. Raises `InputError` if no row remains.
         """
         split = self.check_rows(name, fitted, len(examples), table)
         if name == "train":
@@ -156,14 +153,14 @@ class Gate:
     def _check_tokens(self, rows: Sequence[Encoded]) -> dict[str, tuple[Integers, Integers]]:
         """Run the token checks; return the flagged rows of each, and their examples."""
         flagged: dict[str, list[tuple[Integers, Integers]]] = {}
-        begin = 0
+        start = 0
         for flat in flat_batches(rows):
             for check, find in TOKEN_CHECKS.items():
                 mask = find(flat, self.context)
                 if mask is not None:
                     at = np.flatnonzero(mask)
-                    flagged.setdefault(check, []).append((begin + at, flat.example[at]))
-            begin += len(flat.example)
+                    flagged.setdefault(check, []).append((start + at, flat.example[at]))
+            start += len(flat.example)
         for check, mask in self.task.check_rows(rows).items():
             at = np.flatnonzero(mask)
             flagged[check] = [(at, examples_of(rows, at))]
@@ -258,10 +255,7 @@ def handle_unusable_rows(
 ) -> tuple[Table, list[Finding]]:
     """Return `table` without unusable rows, and the findings.
 
-    If `lenient` is true, as in a preview, drop rows that would stop the run.
-
-    Raises:
-        InputError: the configuration requires a row to stop the run.
+    Raises `InputError` if a row stops the run, unless `lenient` drops it, as in a preview.
     """
     findings: list[Finding] = []
     for name in dict.fromkeys(row.finding for row in bad if row.finding):

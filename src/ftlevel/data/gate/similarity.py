@@ -75,9 +75,7 @@ _hashes = _WordHashes()
 class Digests:
     """Digests of several examples, in memory or on disk.
 
-    Attributes:
-        records: one fixed-size record per example.
-        words: concatenated word hashes; for each example the prompt, then the answer.
+    `words` are concatenated word hashes; for each example the prompt, then the answer.
     """
 
     records: NDArray[Any]
@@ -178,11 +176,11 @@ def partition_keys(
     """
     for remainder in range(count):
         positions = []
-        for begin in range(0, len(keys), size):
-            mask = keys[begin : begin + size] % count == remainder
+        for start in range(0, len(keys), size):
+            mask = keys[start : start + size] % count == remainder
             if selected is not None:
-                mask &= selected[begin : begin + size]
-            positions.append(begin + np.flatnonzero(mask))
+                mask &= selected[start : start + size]
+            positions.append(start + np.flatnonzero(mask))
         yield np.concatenate(positions)
 
 

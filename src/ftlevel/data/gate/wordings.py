@@ -175,7 +175,6 @@ class WordIndex:
     """Word offsets of examples, and word frequencies in the training set.
 
     Attributes:
-        digests: digests of the examples.
         starts: `(examples + 1,)` offsets of the words of each example.
         counts: word frequencies, by 20 bits of the hash.
         limit: frequency from which a word occurs in nearly every row and is ignored.
@@ -196,8 +195,8 @@ class WordIndex:
             return cls(digests, starts, training.counts, training.limit)
         counts = np.zeros(_BUCKETS, dtype=np.int64)
         words = digests.words[: starts[-1]]
-        for begin in range(0, len(words), _CHUNK_WORDS):
-            buckets = _bucket(words[begin : begin + _CHUNK_WORDS])
+        for start in range(0, len(words), _CHUNK_WORDS):
+            buckets = _bucket(words[start : start + _CHUNK_WORDS])
             counts += np.bincount(buckets, minlength=_BUCKETS)
         limit = _BOILERPLATE * len(digests) if len(digests) >= _MIN_EXAMPLES else np.inf
         return cls(digests, starts, counts, limit)
@@ -212,12 +211,12 @@ class WordIndex:
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """Yield ranges of examples with about `_GROUP_WORDS` words in total."""
-        begin = 0
-        while begin < len(self):
-            end = int(np.searchsorted(self.starts, self.starts[begin] + _GROUP_WORDS, "right")) - 1
-            end = min(max(end, begin + 1), len(self))
-            yield begin, end
-            begin = end
+        start = 0
+        while start < len(self):
+            end = int(np.searchsorted(self.starts, self.starts[start] + _GROUP_WORDS, "right")) - 1
+            end = min(max(end, start + 1), len(self))
+            yield start, end
+            start = end
 
     def sides(self, at: Integers) -> Sides:
         """Return the words of prompts and answers of the examples at `at`."""
@@ -272,13 +271,13 @@ def find_near_leaks(digests: Digests, training: Digests) -> tuple[Integers, Inte
     candidates = np.full((len(keys), _RECENT + 1), -1, dtype=np.int64)
     counts = np.zeros(len(keys), dtype=np.int64)
     informative_trained = np.zeros(len(trained), dtype=np.int32)
-    for begin, end in trained.spans():
-        span_keys, informative_trained[begin:end] = _pair_keys(trained, begin, end)
+    for start, end in trained.spans():
+        span_keys, informative_trained[start:end] = _pair_keys(trained, start, end)
         flat = span_keys.reshape(-1)
         slot = np.minimum(np.searchsorted(keys, flat), len(keys) - 1)
         matches = np.flatnonzero((keys[slot] == flat) & (flat != 0))
         matches = matches[np.argsort(slot[matches], kind="stable")]
-        slot, example = slot[matches], begin + matches // len(_PAIRS)
+        slot, example = slot[matches], start + matches // len(_PAIRS)
         rank = counts[slot] + np.arange(len(slot)) - np.searchsorted(slot, slot)
         free = rank <= _RECENT
         candidates[slot[free], rank[free]] = example[free]
@@ -303,33 +302,33 @@ def _all_keys(index: WordIndex, selected: Mask) -> tuple[Keys, NDArray[np.int32]
     """Return pair keys `(examples, 6)`, 0 for none, and the informative words of each example."""
     keys = np.zeros((len(index), len(_PAIRS)), dtype=np.uint32)
     informative = np.zeros(len(index), dtype=np.int32)
-    for begin, end in index.spans():
-        span_keys, informative[begin:end] = _pair_keys(index, begin, end)
-        keys[begin:end] = span_keys * selected[begin:end, None]
+    for start, end in index.spans():
+        span_keys, informative[start:end] = _pair_keys(index, start, end)
+        keys[start:end] = span_keys * selected[start:end, None]
     return keys, informative
 
 
-def _pair_keys(index: WordIndex, begin: int, end: int) -> tuple[Keys, Integers]:
-    """Return the result of `_all_keys` for the examples from `begin` to `end`."""
-    starts, records = index.starts[begin : end + 1], index.digests.records[begin:end]
+def _pair_keys(index: WordIndex, start: int, end: int) -> tuple[Keys, Integers]:
+    """Return the result of `_all_keys` for the examples from `start` to `end`."""
+    starts, records = index.starts[start : end + 1], index.digests.records[start:end]
     words = np.asarray(index.digests.words[starts[0] : starts[-1]])
     counts = index.counts[_bucket(words)]
-    row = np.repeat(np.arange(end - begin), np.diff(starts))
-    informative = np.bincount(row[counts < index.limit], minlength=end - begin)
+    row = np.repeat(np.arange(end - start), np.diff(starts))
+    informative = np.bincount(row[counts < index.limit], minlength=end - start)
     # One sort orders the words of each row by frequency.
     packed = row.astype(np.uint64) << np.uint64(48)
     packed |= np.minimum(counts, 0xFFFF).astype(np.uint64) << np.uint64(32)
     packed |= words.astype(np.uint64)
     packed = distinct(packed)
     row = (packed >> np.uint64(48)).astype(np.int64)
-    first = np.searchsorted(row, np.arange(end - begin))
+    first = np.searchsorted(row, np.arange(end - start))
     sizes = np.diff(first, append=len(row))
     sizes[(records["asked"] == MAX_WORDS) | (records["answered"] == MAX_WORDS)] = 0  # cut
-    rarest = np.zeros((end - begin, _RAREST), dtype=np.uint32)
+    rarest = np.zeros((end - start, _RAREST), dtype=np.uint32)
     for k in range(_RAREST):
         mask = sizes > k
         rarest[mask, k] = mix(packed[first[mask] + k].astype(np.uint32))
-    keys = np.zeros((end - begin, len(_PAIRS)), dtype=np.uint32)
+    keys = np.zeros((end - start, len(_PAIRS)), dtype=np.uint32)
     for column, (i, k) in enumerate(_PAIRS):
         mask = sizes > k
         one, other = rarest[mask, i], rarest[mask, k]
@@ -351,12 +350,12 @@ def _find_first(
     The last two arguments count informative words per example.
     """
     found = [(_NO_ROWS, _NO_ROWS)]
-    begin = 0
-    while begin < len(packed):
-        last = packed[min(begin + _GROUP_WORDS, len(packed)) - 1]
+    start = 0
+    while start < len(packed):
+        last = packed[min(start + _GROUP_WORDS, len(packed)) - 1]
         end = int(np.searchsorted(packed, (last // len(earlier) + 1) * len(earlier)))  # all pairs
-        a, b = np.divmod(packed[begin:end], len(earlier))
-        begin = end
+        a, b = np.divmod(packed[start:end], len(earlier))
+        start = end
         limits = compute_max_distance(np.minimum(informative[a], informative_earlier[b]))
         while len(a):  # compare each example until the first match
             heads = np.diff(a, prepend=-1) != 0

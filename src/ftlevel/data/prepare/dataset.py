@@ -70,10 +70,8 @@ def resolve_files(name: str) -> list[Path] | None:
 class CacheFolder:
     """Cache folder of a key.
 
-    Attributes:
-        path: folder to read from or to write to.
-        publish: moves a written folder into the cache; None if the cache has the rows.
-        damage: description of damaged cached rows; empty for none.
+    `publish` moves a written folder into the cache; None if the cache has the rows. `damage`
+    describes damaged cached rows.
     """
 
     path: Path
@@ -131,8 +129,7 @@ _UNRELATED = ("num_proc", "cache")  # config fields that do not affect rows
 def prepare_data(config: DataConfig, context: EncodingContext, progress: Progress) -> PreparedData:
     """Return the rows of `config`, encoded and checked, from the cache if possible.
 
-    Raises:
-        InputError: the data cannot be read, converted or fitted to the length limit.
+    Raises `InputError` if the data cannot be read, converted or fitted to the length limit.
     """
     if config.streaming:
         return prepare_stream(config, context)
@@ -243,8 +240,8 @@ def _save_lines(lines: Sequence[int], path: Path) -> None:
     header = {"descr": "<i8", "fortran_order": False, "shape": (len(lines),)}
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for begin in range(0, len(lines), _LINES):
-            file.write(np.array(lines[begin : begin + _LINES], dtype="<i8").tobytes())
+        for start in range(0, len(lines), _LINES):
+            file.write(np.array(lines[start : start + _LINES], dtype="<i8").tobytes())
 
 
 def _save_rows(rows: Sequence[Encoded], folder: Path, name: str) -> Mapping[str, Any] | None:

@@ -84,7 +84,6 @@ class PreparedData:
         facts: data section of `summary.json`.
         choices: log lines.
         workspace: temporary directory of uncached rows, deleted with this object.
-        stream: the `RowStream` to train on, or None.
     """
 
     train: Sequence[Encoded]
@@ -124,10 +123,7 @@ def encode_to_store(
     """Encode `examples` in batches and write the rows to `path` in order.
 
     Digests of the texts are written to `digests_path(path)`. `processes` are forked; without fork
-    there is one process.
-
-    Raises:
-        ValueError: no example produced a row.
+    there is one process. Raises `ValueError` if no example produced a row.
     """
     global _job
     starts = range(0, len(examples), BATCH)
@@ -189,7 +185,7 @@ class Encoder:
         partly: whether all examples may be dropped, as for a chunk of a stream.
         lenient: whether to drop and report rows that would stop the run.
         split: name of the split and of its files.
-        whole: whether to ignore the configured length and use `bounds` only.
+        ignore_max_length: whether to ignore the configured length and use `bounds` only.
     """
 
     task: Task
@@ -204,13 +200,12 @@ class Encoder:
     partly: bool = False
     lenient: bool = False
     split: str = "train"
-    whole: bool = False
+    ignore_max_length: bool = False
 
     def __call__(self, examples: Sequence[Any], table: Table) -> FittedRows:
         """Encode `examples` of `table` and apply the length limit.
 
-        Raises:
-            InputError: examples cannot be encoded, or rows are too long and may not be dropped.
+        Raises `InputError` if this fails, or rows are too long and may not be dropped.
         """
         if not self.tokenizer.is_fast and self.task.needs_offsets:
             raise InputError(
@@ -262,7 +257,7 @@ class Encoder:
 
     def fit(self, rows: Sequence[Encoded], table: Table) -> FittedRows:
         """Apply the configured length limit to `rows`."""
-        length = "auto" if self.whole else self.config.max_length
+        length = "auto" if self.ignore_max_length else self.config.max_length
         fitted, stops = self._relax(
             lambda overlong: fit_rows(rows, length, self.bounds, overlong, table.where)
         )

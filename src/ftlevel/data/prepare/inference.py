@@ -74,8 +74,7 @@ class RowSource:
 def open_rows(name: str, options: ReadOptions) -> tuple[RowSource, Reader]:
     """Return the rows of a file or of all files matching a pattern, and the first reader.
 
-    Raises:
-        InputError: a file cannot be read, or the columns of two files differ.
+    Raises `InputError` if a file cannot be read, or the columns of two files differ.
     """
     names = match_files(name, options.format) if is_pattern(name) else [name]
     readers = [open_reader(each, options) for each in names]
@@ -130,11 +129,7 @@ def file_rows(reader: Reader, ignored: Sequence[str] = ()) -> RowSource:
 
 
 def in_memory_rows(rows: Any, ignored: Sequence[str] = ()) -> RowSource:
-    """Return rows in memory, of any type that `iterate_rows` accepts; `read` works once.
-
-    Raises:
-        InputError: there are no rows, or they are of another type.
-    """
+    """Return rows in memory, of a type that `iterate_rows` accepts; `read` works once."""
     rest = iterate_rows(rows, "predict")
     first = list(islice(rest, CHUNK_ROWS))
     if not first:
@@ -196,9 +191,7 @@ class EvaluationRows:
     Attributes:
         dropped: number of rows that were too long.
         language: ISO 639-1 code of the target; "" if unknown.
-        source: name of the dataset.
         note: columns used, if they differ from training.
-        columns: description of the column format.
     """
 
     table: Table
@@ -229,7 +222,6 @@ def load_evaluation_rows(
 
     Args:
         config: data section, with the dataset to evaluate and the length settings of training.
-        card: adapter card with the task, prompt format and labels.
         split: split to evaluate; None is validation, or all rows if there is one split.
         context: encoding context with the seed of training, which determines the validation split.
         is_own: whether the dataset is the one used in training.
@@ -250,13 +242,13 @@ def load_evaluation_rows(
         config, note = _without_absent(config, table, task)
     convert, _ = open_converter(table, config, task)
     labels = LabelSet(tuple(card.labels)) if card.labels else None
-    table, examples = convert.known(name, table, labels)
+    table, examples = convert.convert_held_out(name, table, labels)
     prompt = read_format(card)
     if prompt is not None and not card.data:  # not trained by ftlevel: infer the separator
         prompt = prompt.resolve_separator(examples, prompt.version)
     # The length limit of training applies only to its own validation rows.
-    whole = name != "validation"
-    encoder = context.encoder(config, prompt, labels=labels, whole=whole).for_held_out(name)
+    options = {"labels": labels, "ignore_max_length": name != "validation"}
+    encoder = context.encoder(config, prompt, **options).for_held_out(name)
     fitted = encoder(examples, table)
     rows: Sequence[Encoded] = fitted.rows
     if name == "validation":  # same checks as in training

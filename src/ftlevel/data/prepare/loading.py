@@ -44,12 +44,8 @@ BUILTIN_ROWS = 192
 class LoadedExamples:
     """Examples of all splits, before tokenization.
 
-    Attributes:
-        format: detected column format.
-        labels: classes or tags, or None.
-        choices: log lines about the columns.
-        findings: rows without usable content.
-        why: reason for the column format.
+    `choices` are log lines about the columns, `findings` rows without usable content, and `reason`
+    says why the columns have this format.
     """
 
     splits: DatasetSplits
@@ -59,7 +55,7 @@ class LoadedExamples:
     labels: LabelSet | None
     choices: list[Choice] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
-    why: str = ""
+    reason: str = ""
 
 
 def load_examples(
@@ -67,10 +63,8 @@ def load_examples(
 ) -> LoadedExamples:
     """Read the dataset and convert its rows to examples of `task`.
 
-    `seed` selects the validation rows. `lenient` drops and reports rows that would stop the run.
-
-    Raises:
-        InputError: with `path:line`, a row cannot be read or converted.
+    `seed` selects the validation rows. `lenient` drops and reports rows that would stop the run;
+    others raise `InputError` with `path:line`.
     """
     return convert_splits(read_splits(config, task, seed), config, task, lenient=lenient)
 
@@ -90,7 +84,7 @@ def convert_splits(
         train, examples = convert.drop_inconsistent_labels(train, examples, labels)
     validation, held_out = splits.validation, None
     if validation is not None:
-        validation, held_out = convert.known("validation", validation, labels)
+        validation, held_out = convert.convert_held_out("validation", validation, labels)
     splits = replace(splits, train=train, validation=validation)
     reason = explain_columns(convert.shape.columns, config.columns, config.format)
     return LoadedExamples(
@@ -121,11 +115,11 @@ def open_converter(
 
 @dataclass
 class Converter:
-    """Converts tables to examples; `plain` is the detected format, `shape` adds label merging."""
+    """Converts tables to examples; `shape` adds label merging to the detected format."""
 
     config: DataConfig
     task: Task
-    plain: Format
+    detected: Format
     shape: Format
     lenient: bool
     findings: list[Finding] = field(default_factory=list)
@@ -151,13 +145,13 @@ class Converter:
         self.findings += findings
         return table, to_examples(table, self.shape)
 
-    def known(
+    def convert_held_out(
         self, split: str, table: Table, labels: LabelSet | None
     ) -> tuple[Table, Sequence[Any]]:
         """Convert a split whose classes must be in `labels`; raise `InputError` on others."""
         if labels is not None:
             self.merge_label_variants(
-                split, table, convert_rows(table, self.plain)[0], labels.names
+                split, table, convert_rows(table, self.detected)[0], labels.names
             )
         table, examples = self(split, table, labels)
         if labels is None:
@@ -375,7 +369,7 @@ def _choices(
     name = "stdin" if loaded.splits.name == STDIN else loaded.splits.name
     choices = [
         Choice("data", name, f"{facts['train_rows']:,} rows; {held_out}"),
-        Choice("columns", loaded.format.description, loaded.why),
+        Choice("columns", loaded.format.description, loaded.reason),
         *loaded.choices,
         Choice("max length", f"{fitted.max_length:,} tokens", fitted.reason),
     ]

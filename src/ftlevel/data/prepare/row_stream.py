@@ -90,8 +90,7 @@ class ChunkEncoder:
     def __call__(self, chunk: Chunk, counts: Counter[str]) -> list[Encoded]:
         """Return the rows of `chunk`, with their line as `Encoded.row`; update `counts` (mutated).
 
-        Raises:
-            InputError: with `file:line`, a row stops the run.
+        Raises `InputError` with `file:line` if a row stops the run.
         """
         table = chunk.table
         counts["read"] += len(chunk.rows) + len(chunk.bad)
@@ -185,11 +184,7 @@ class StreamSharding:
     """Distribution of a stream over processes: each encodes some of the chunks.
 
     All processes receive all rows in stream order, so the result equals that of one process.
-
-    Attributes:
-        count: number of processes.
-        rank: index of this process.
-        exchange: all-gather of encoded chunks; all processes must call it together.
+    `exchange` is an all-gather of encoded chunks; all processes must call it together.
     """
 
     count: int = 1

@@ -40,8 +40,8 @@ class LengthGroupedSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self._seed + self.epoch)
         rows = torch.randperm(len(self), generator=generator).tolist()
         steps: list[list[int]] = []
-        for begin in range(0, len(rows), POOL * self._step):
-            pool = sorted(rows[begin : begin + POOL * self._step], key=self._lengths.__getitem__)
+        for start in range(0, len(rows), POOL * self._step):
+            pool = sorted(rows[start : start + POOL * self._step], key=self._lengths.__getitem__)
             steps += [pool[i : i + self._step] for i in range(0, len(pool), self._step)]
         whole = [step for step in steps if len(step) == self._step]
         rest = [step for step in steps if len(step) < self._step]
@@ -117,8 +117,8 @@ class StepShardSampler(Sampler[list[int]]):
         """Yield the batches of this process."""
         rows = list(self._order)
         for step in range(len(self)):
-            begin = (step * self._count + self._rank) * self._batch
-            yield rows[begin : begin + self._batch] or [len(rows)]
+            start = (step * self._count + self._rank) * self._batch
+            yield rows[start : start + self._batch] or [len(rows)]
 
 
 class RowsWithPadding(Dataset[Encoded]):

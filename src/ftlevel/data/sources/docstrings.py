@@ -84,10 +84,8 @@ def read_docstrings(kind: Kind, split: Split, limit: int | None = None) -> list[
     Modules are parsed only until `limit` is reached. No module and no docstring occurs in two
     splits. Columns by `kind`: `signatures` has `prompt` (header and summary line) and `completion`
     (name and parameters as JSON); `generation` has `prompt` (source) and `completion` (docstring);
-    `summarization` has `document` (docstring without its summary line) and `summary`.
-
-    Raises:
-        InputError: `kind` or `split` is unknown, or this Python has no source files.
+    `summarization` has `document` (docstring without its summary line) and `summary`. Raises
+    `InputError` for an unknown `kind` or `split`, and for a Python without source files.
     """
     for name, value, choices in (("kind", kind, get_args(Kind)), ("split", split, get_args(Split))):
         if value not in choices:

@@ -37,10 +37,8 @@ def load_hub_tables(
     """Load the splits of a Hub dataset as tables by name, and notes to print.
 
     If the Hub is unreachable, the cached copy is used. `split` is one split in the syntax of
-    `datasets` ("train[:10%]"); None loads all.
-
-    Raises:
-        InputError: unknown dataset, subset or split; no access; or offline without a cached copy.
+    `datasets` ("train[:10%]"); None loads all. Raises `InputError` for an unknown dataset, subset
+    or split, without access, and offline without a cached copy.
     """
     reason = _probe(name)
     data = _load_dataset(name, reason, options.subset, split=split)
@@ -216,9 +214,7 @@ def load_memory_tables(
     """Return rows passed from Python as tables by split; rows without splits become "train".
 
     An iterator in `data.rows` is replaced by a list of its first `options.limit` rows (mutated).
-
-    Raises:
-        InputError: the object has no rows, is of an unsupported type, or has bad rows.
+    Raises `InputError` for an unsupported type, and for no rows or bad rows.
     """
     if isinstance(data.rows, Iterator):
         data.rows = list(islice(data.rows, options.limit))

@@ -255,11 +255,11 @@ class LineNumbers(LazySequence[int]):
         return self._last - len(self._gaps)
 
     def __iter__(self) -> Iterator[int]:
-        begin = 1
+        start = 1
         for before, gap in enumerate(self._gaps):
-            yield from range(begin + before, gap + before)
-            begin = gap
-        yield from range(begin + len(self._gaps), self._last + 1)
+            yield from range(start + before, gap + before)
+            start = gap
+        yield from range(start + len(self._gaps), self._last + 1)
 
     def _item(self, at: int) -> int:
         return at + 1 + bisect_right(self._gaps, at + 1)
@@ -290,15 +290,15 @@ class LineRows(LazySequence[Row]):
         return map(self._read, self.lines)
 
     def _read(self, line: int) -> Row:
-        at, begin = self._next
+        at, start = self._next
         if not 0 <= line - at < CHUNK_ROWS:
-            at, begin = line - (line - 1) % CHUNK_ROWS, self.offsets[(line - 1) // CHUNK_ROWS]
+            at, start = line - (line - 1) % CHUNK_ROWS, self.offsets[(line - 1) // CHUNK_ROWS]
         while at < line:
-            begin = self._end(begin) + 1
+            start = self._end(start) + 1
             at += 1
-        end = self._end(begin)
+        end = self._end(start)
         self._next = (line + 1, end + 1)
-        text = self._block[begin - self._at : end - self._at].decode(errors="replace")
+        text = self._block[start - self._at : end - self._at].decode(errors="replace")
         try:
             row = as_row(_raw_decode(text.lstrip())[0])
         except ValueError:
@@ -307,12 +307,12 @@ class LineRows(LazySequence[Row]):
             raise InputError(f"{self.path}:{line}: changed while it was read. Run again.")
         return row
 
-    def _end(self, begin: int) -> int:
-        """Load the line that starts at byte `begin` into the block; return its end offset."""
-        end = self._block.find(b"\n", begin - self._at) if begin >= self._at else -1
+    def _end(self, start: int) -> int:
+        """Load the line that starts at byte `start` into the block; return its end offset."""
+        end = self._block.find(b"\n", start - self._at) if start >= self._at else -1
         size = _BLOCK
         while end < 0:
-            self._block, self._at = os.pread(self._file, size, begin), begin
+            self._block, self._at = os.pread(self._file, size, start), start
             end = self._block.find(b"\n")
             if end < 0 and len(self._block) < size:  # the last line may lack a newline
                 end = len(self._block)

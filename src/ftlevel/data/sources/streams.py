@@ -60,7 +60,6 @@ class Reader(ABC):
         in_parts: whether the file can be read in parts, as `--streaming` requires.
         uniform: whether the format guarantees the same keys and types in all rows.
         text_cells: whether lists and objects can occur only as JSON text.
-        schema: Arrow schema, or None.
         shown: file name in messages; `path` may be a decompressed copy.
         null_keys: number of null keys dropped so far, by path.
         ignored: columns of the schema that are not read.

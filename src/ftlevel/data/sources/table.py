@@ -319,11 +319,11 @@ def _most_common_types(shapes: Mapping[_Shape, Sequence[int]]) -> dict[str, tupl
     """Return the most frequent type of each column, and the first row that has it."""
     counts: dict[str, Counter[str]] = {}
     first: dict[tuple[str, str], int] = {}
-    for (keys, types), (size, begin) in shapes.items():
+    for (keys, types), (size, start) in shapes.items():
         for key, type_ in zip(keys, types, strict=True):
             if name := _JSON_TYPES.get(type_):
                 counts.setdefault(key, Counter())[name] += size
-                first[key, name] = min(first.get((key, name), begin), begin)
+                first[key, name] = min(first.get((key, name), start), start)
     common = {key: count.most_common(1)[0][0] for key, count in counts.items()}
     return {key: (name, first[key, name]) for key, name in common.items()}
 

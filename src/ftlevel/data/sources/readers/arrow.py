@@ -55,11 +55,11 @@ class _BatchReader(Reader):
             for group, batches in enumerate(self.groups(first), first):
                 row = 0
                 for batch in batches:
-                    for begin in range(max(0, skip - row), batch.num_rows, CHUNK_ROWS):
-                        rows = arrow_rows(batch.slice(begin, CHUNK_ROWS), self.null_keys)
+                    for start in range(max(0, skip - row), batch.num_rows, CHUNK_ROWS):
+                        rows = arrow_rows(batch.slice(start, CHUNK_ROWS), self.null_keys)
                         numbers = list(range(number + 1, number + 1 + len(rows)))
                         number += len(rows)
-                        position = {"row": row + begin + len(rows), "number": number}
+                        position = {"row": row + start + len(rows), "number": number}
                         yield self.chunk(rows, numbers, [], {self.group_key: group, **position})
                     row += batch.num_rows
                 skip = 0

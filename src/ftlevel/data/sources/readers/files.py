@@ -79,11 +79,8 @@ def read_table(
 ) -> Table:
     """Read the rows of a file, which may be compressed, or of stdin ("-").
 
-    If `on_bad_row` is "skip", bad rows are moved to `dropped` instead of raising. Damage that
-    affects more than one row always raises.
-
-    Raises:
-        InputError: the file is missing, unsupported, damaged or empty, or has bad rows.
+    If `on_bad_row` is "skip", bad rows are moved to `dropped` instead of raising. Raises
+    `InputError` for a missing, unsupported, damaged or empty file, and for bad rows.
     """
     reader = open_reader(name, options)
     with wrap_read_errors(reader.path, reader.shown):

@@ -187,9 +187,9 @@ class OneObject:
 
 def open_object(text: str) -> OneObject | None:
     """Return the interpretation of a text that starts with an object; None if it is JSON Lines."""
-    begin = len(text) - len(text.lstrip())
+    start = len(text) - len(text.lstrip())
     try:
-        value, end = DECODER.raw_decode(text, begin)
+        value, end = DECODER.raw_decode(text, start)
     except (ValueError, RecursionError):
         return None  # several objects or invalid JSON: the JSON Lines reader reports errors by line
     if text[end:].strip():
@@ -329,15 +329,15 @@ class Elements:
     numbered: bool = False
 
 
-def read_json_array(text: str, source: str, begin: int = 0) -> Elements:
+def read_json_array(text: str, source: str, start: int = 0) -> Elements:
     """Return the elements of an array of objects; `InputError` if the array is malformed.
 
-    If `begin` is not 0, the array starts there and other text may follow it.
+    If `start` is not 0, the array starts there and other text may follow it.
     """
     values: list[tuple[Any, str]] = []  # (value, fault or "")
     lines: list[int] = []
     line, counted = 1, 0
-    at = _past_space(text, _past_space(text, begin) + 1)
+    at = _past_space(text, _past_space(text, start) + 1)
     more = text[at : at + 1] != "]"
     while more:
         line, counted = line + text.count("\n", counted, at), at
@@ -353,7 +353,7 @@ def read_json_array(text: str, source: str, begin: int = 0) -> Elements:
         more = separator == ","
         at = _past_space(text, at + 1) if more else at
     end = _past_space(text, at + 1)
-    if end < len(text) and not begin:
+    if end < len(text) and not start:
         end_line = 1 + text.count("\n", 0, end)
         _refuse_array(
             text, source, end_line, "not valid JSON (more text after the end of the array)"

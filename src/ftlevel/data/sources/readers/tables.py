@@ -230,8 +230,8 @@ class ExcelReader(Reader):
         numbers: list[int] = []
         bad: list[BadRow] = []
         width = len(self._header)
-        number = begin = int(cursor["row"]) if cursor else self._begin
-        for number, cells in self._rows(begin):
+        number = start = int(cursor["row"]) if cursor else self._begin
+        for number, cells in self._rows(start):
             texts = [text for text, _ in cells] + [""] * (width - len(cells))
             errors = [i for i, (_, is_error) in enumerate(cells) if is_error]
             if len(cells) > width:
@@ -249,12 +249,12 @@ class ExcelReader(Reader):
         if rows or bad:
             yield self.chunk(rows, numbers, bad, {"row": number + 1})
 
-    def _rows(self, begin: int) -> Iterator[tuple[int, list[tuple[str, bool]]]]:
+    def _rows(self, start: int) -> Iterator[tuple[int, list[tuple[str, bool]]]]:
         """Yield the number of each non-empty row, with (text, is_error) of each cell."""
         with _opened(self.path) as book:
             sheet = self._select_sheet(book)
             sheet.reset_dimensions()
-            for number, cells in enumerate(sheet.iter_rows(min_row=begin), begin):
+            for number, cells in enumerate(sheet.iter_rows(min_row=start), start):
                 texts = [_format_cell(cell) for cell in cells]
                 while texts and not texts[-1][0]:
                     texts.pop()

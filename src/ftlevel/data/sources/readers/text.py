@@ -249,19 +249,19 @@ class ConllReader(_BlockReader):
 
     def parse(self, first: int, lines: list[str]) -> list[tuple[int, Row] | BadRow]:
         """Return the sentence as a row, or what is wrong with it."""
-        begin, words = first, list[list[str]]()
+        start, words = first, list[list[str]]()
         for number, line in enumerate(lines, first):
             cells = self._cells(line)
             if cells[0] == "-DOCSTART-" or self._is_comment(cells, not words):
                 continue
             if fault := self._find_fault(cells):
                 return [BadRow(number, fault)]
-            begin = begin if words else number
+            start = start if words else number
             words.append(cells)
         if not words:
             return []
         columns = (list(column) for column in zip(*words, strict=True))
-        return [(begin, dict(zip(self._names, columns, strict=True)))]
+        return [(start, dict(zip(self._names, columns, strict=True)))]
 
     def _cells(self, line: str) -> list[str]:
         return [cell.strip() for cell in line.split("\t")] if self._tabs else line.split()
