@@ -76,13 +76,10 @@ def fit_rows(
 ) -> FittedRows:
     """Apply the length limit to `rows`.
 
-    Args:
-        max_length: limit in tokens; "auto" is the longest row, within `bounds`.
-        overlong: error, drop, truncate-prompt or split; with "auto", error drops up to 1 %.
-        where: index of an example → `file:line`.
-
-    Raises:
-        InputError: `max_length` exceeds the model's positions, or rows are too long under error.
+    `max_length` is the limit in tokens; "auto" is the longest row, within `bounds`. `overlong` is
+    error, drop, truncate-prompt or split; with "auto", error drops up to 1 % of the rows. `where`
+    maps the index of an example to `file:line`. Raises `InputError` if `max_length` exceeds the
+    model's positions, or rows are too long under error.
     """
     lengths = row_lengths(rows)
     longest = int(lengths.max())

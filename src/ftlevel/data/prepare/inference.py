@@ -220,15 +220,11 @@ def load_evaluation_rows(
 ) -> EvaluationRows:
     """Read and encode the rows to evaluate.
 
-    Args:
-        config: data section, with the dataset to evaluate and the length settings of training.
-        split: split to evaluate; None is validation, or all rows if there is one split.
-        context: encoding context with the seed of training, which determines the validation split.
-        is_own: whether the dataset is the one used in training.
-        is_typed: whether the user, not the training run, chose the column mapping.
-
-    Raises:
-        InputError: there are no such rows, or they do not fit the task.
+    `config` has the dataset to evaluate and the length settings of training. A `split` of None is
+    validation, or all rows if there is one split. `context` has the seed of training, which
+    determines the validation split. `is_own` says that the dataset is the one used in training,
+    `is_typed` that the user, not the training run, chose the column mapping. Raises `InputError` if
+    there are no such rows, or they do not fit the task.
     """
     task = context.task
     options = {k: v for k, v in card.options.items() if k in DataConfig.model_fields}
