@@ -67,7 +67,7 @@ def test_torch_is_believed_to_mean_a_full_disk_where_nothing_is_free(
         by_torch()
     message = str(caught.value)
     assert "disk is full" in message
-    assert f"{whole} is whole" in message
+    assert f"{whole} is complete" in message
     assert f"--output-dir {run.path} --resume" in message
     assert "\n" not in message
 

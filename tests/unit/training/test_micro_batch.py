@@ -119,7 +119,7 @@ def test_a_plain_step_has_no_micro_batches() -> None:
 
 
 def test_a_base_that_is_shared_out_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"--shard parts it.*--tokens-per-micro-batch N"):
+    with pytest.raises(ConfigError, match=r"does not support --shard.*--tokens-per-micro-batch N"):
         fit_micro_batch(run_of(shard="full"), 10**9)
 
 

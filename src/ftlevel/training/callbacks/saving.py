@@ -123,7 +123,7 @@ def _describe_checkpoint(directory: RunDirectory) -> str:
     # On resume, newer incomplete checkpoints are renamed with a warning.
     checkpoint, _ = checkpoints.find_newest_intact(directory.checkpoints)
     if checkpoint is None:
-        return "There is no valid checkpoint: Fix that, and start again with --overwrite."
+        return "There is no valid checkpoint. Fix that, and start again with --overwrite."
     return (
         f"{checkpoint} is complete. Fix that, and resume with: ftlevel train --output-dir "
         f"{quote(str(directory.path))} --resume"
