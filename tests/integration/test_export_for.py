@@ -228,8 +228,9 @@ def test_beside_a_gguf_file_only_llama_cpp_serves_an_adapter(
         f"llama-server -m {tmp_path / 'x.gguf'} --lora out/adapter.gguf"
     ]
     assert run(["export", *wish, "--for", "mlx", "--dry-run"]) == 2
-    assert "x.gguf, and mlx-lm serves adapters only on bases in transformers format. Merge it " in (
-        capsys.readouterr().err
+    assert (
+        "x.gguf, and mlx-lm serves adapters only on bases in transformers format. Merge it: "
+        in (capsys.readouterr().err)
     )
 
 

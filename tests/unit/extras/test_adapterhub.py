@@ -126,7 +126,7 @@ def test_a_file_that_could_run_a_program_is_not_read(tmp_path: Path) -> None:
 
     directory = write_hub(GPT2, tmp_path / "hub")
     torch.save({"weight": Evil()}, directory / "pytorch_adapter.bin")
-    with pytest.raises(InputError, match="something else than tensors"):
+    with pytest.raises(InputError, match="objects other than tensors"):
         load_adapter(base_of(GPT2), directory)
     assert not (tmp_path / "touched").exists()
 
