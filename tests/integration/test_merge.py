@@ -116,7 +116,7 @@ def test_a_run_in_bfloat16_is_measured_against_its_rounding(
     card = json.loads(Path("merged/ftlevel.json").read_text())
     assert card["merge"]["verified"]
     assert card["method"] == "full"
-    assert "Loaded afresh and compared" in Path("merged/README.md").read_text()
+    assert "Loaded again and compared" in Path("merged/README.md").read_text()
     files = {path.name for path in Path("merged").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= files
 

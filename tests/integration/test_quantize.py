@@ -259,7 +259,7 @@ def test_refusals(
 
 def test_what_is_quantized_is_not_quantized_again(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     make(tiny_model_dir("llama"), tmp_path / "out")
-    with pytest.raises(ConfigError, match="is quantized already \\(4bit nf4\\)"):
+    with pytest.raises(ConfigError, match="is already quantized \\(4bit nf4\\)"):
         make(tmp_path / "out", tmp_path / "again")
 
 

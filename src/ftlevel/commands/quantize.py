@@ -82,6 +82,7 @@ class _Plan:
     model_config: Any
     auto_class: str
     layout: QuantizedLayout
+    tokenizer: Any
     text: Text | None
     device: str
     choices: list[Choice]
@@ -135,7 +136,9 @@ def quantize(
 
 def _resolve(config: QuantizeConfig) -> _Plan:
     device = choose_device(config.device)
-    ref = resolve_model(config.model, device=device.value, revision=config.revision)
+    ref = resolve_model(
+        config.model, device=device.value, revision=config.revision, needs_task=False
+    )
     if ref.directory is not None:
         raise InputError(
             f"{config.model} is an adapter, and only whole models are quantized. Use ftlevel merge "
@@ -162,6 +165,7 @@ def _resolve(config: QuantizeConfig) -> _Plan:
             f"{config.model} ({model_config.model_type}) has no linear layer that {library} can "
             f"quantize."
         )
+    tokenizer = ref.load_tokenizer() if config.measure else None
     text = read_eval_text(config.eval_text, config.eval_tokens) if config.measure else None
     choices = [
         Choice("model", ref.base, f"{model_config.model_type}, as {auto_class}"),
@@ -172,7 +176,7 @@ def _resolve(config: QuantizeConfig) -> _Plan:
     if text is not None:
         choices.append(Choice("measured on", text.name, f"{config.eval_tokens:,} tokens at most"))
         choices.append(device)
-    return _Plan(ref, model_config, auto_class, layout, text, device.value, choices)
+    return _Plan(ref, model_config, auto_class, layout, tokenizer, text, device.value, choices)
 
 
 def _unquantized_dtype(config: QuantizeConfig, model_config: Any) -> tuple[torch.dtype, str]:
@@ -271,12 +275,11 @@ def _measure(
         )
         models.append(model.eval())
     length = min(WINDOW, max_positions(plan.model_config) or WINDOW)
-    tokenizer = plan.ref.load_tokenizer()
-    windows = cut_windows(tokenizer, text.content, config.eval_tokens, length)
+    windows = cut_windows(plan.tokenizer, text.content, config.eval_tokens, length)
     if not windows:
         raise InputError(f"--eval-text {text.name} has less than two tokens. Name a longer text.")
     began = time.perf_counter()
-    first, second = (compute_window_outputs(m, windows, auto_class, tokenizer) for m in models)
+    first, second = (compute_window_outputs(m, windows, auto_class, plan.tokenizer) for m in models)
     scores = compare_text(first, second, auto_class)
     if not math.isfinite(scores.get("kl", scores.get("cosine", math.nan))):
         raise RunError(

@@ -222,7 +222,7 @@ def check_patterns(directory: Path, settings: Mapping[str, Any], base: Any) -> N
             ) from None
         except TimeoutError as error:
             raise InputError(
-                f"{path}: {field} has {written!r}, which goes back and forth without end ({error})."
+                f"{path}: {field} has {written!r}, which takes too long to match ({error})."
             ) from None
 
 

@@ -51,6 +51,7 @@ def resolve_model(
     said: str = "",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    needs_task: bool = True,
 ) -> ModelRef:
     """Resolve `name` to a `ModelRef`.
 
@@ -65,6 +66,7 @@ def resolve_model(
         said: name of the model in messages; defaults to `name`.
         revision: revision of a model on the Hub.
         trust_remote_code: whether an adapter's base may run its own code.
+        needs_task: whether a model without a card must have a task and a tokenizer.
 
     Raises:
         ConfigError: The device or model type does not support `dtype`.
@@ -85,7 +87,7 @@ def resolve_model(
             if (path / ADAPTER_CONFIG).is_file():
                 ref = _resolve_peft(path, device, task, base, trust_remote_code)
             else:
-                ref = _resolve_model(name, device, task, said or name, revision)
+                ref = _resolve_model(name, device, task, said or name, revision, needs_task)
     if base is not None and ref.directory is None:
         raise InputError(
             f"--model {base.name}: it names the base of an adapter, and {said or name} is a whole "
@@ -146,14 +148,23 @@ def _resolve_ours(
 
 
 def _resolve_model(
-    name: str, device: str, task: str | None, said: str, revision: str | None
+    name: str,
+    device: str,
+    task: str | None,
+    said: str,
+    revision: str | None,
+    needs_task: bool,
 ) -> ModelRef:
     """Returns the reference to a model without a card."""
     source = resolve_source(name, revision, said=said)
     check_revision(source, revision)
     config = load_config(source)
-    named = TASKS[task or find_task(find_directory(name)) or _task_of_model(config, said)]
-    return ModelRef(source, None, build_default_card(source, config, named, device), is_ours=False)
+    definition = None
+    if needs_task:
+        task = task or find_task(find_directory(name)) or _task_of_model(config, said)
+        definition = TASKS[task]
+    card = build_default_card(source, config, definition, device)
+    return ModelRef(source, None, card, is_ours=False)
 
 
 def _resolve_peft(
@@ -335,7 +346,7 @@ def _resolve_base(name: str, directory: Path, revision: str | None = None) -> Mo
 def build_default_card(
     source: ModelSource,
     config: Any,
-    task: BaseTask,
+    task: BaseTask | None,
     device: str,
     directory: Path | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -343,21 +354,23 @@ def build_default_card(
     """Return a card for a model, or for an adapter on it, that ftlevel did not train.
 
     Prompts are formatted as `train` would. `config` must have as many labels as the head;
-    `settings` is the adapter_config.json, None for a model.
+    `settings` is the adapter_config.json, None for a model. A `task` of None leaves the task empty.
     """
-    kind = model_kind(config)
-    task.auto_class(kind, config.model_type)  # raises if the model does not support the task
-    tokenizer = load_tokenizer(find_tokenizer(source, directory))
-    ensure_pad_token(tokenizer)
-    known = task.card_defaults(config, tokenizer, kind)
+    defaults: dict[str, Any] = {}
+    if task is not None:
+        kind = model_kind(config)
+        task.auto_class(kind, config.model_type)  # raises if the model does not support the task
+        tokenizer = load_tokenizer(find_tokenizer(source, directory))
+        ensure_pad_token(tokenizer)
+        defaults = task.card_defaults(config, tokenizer, kind)
     return AdapterCard(
         method=str(settings["peft_type"]).lower().replace("_", "-") if settings else PLAIN,
-        task=task.name,
+        task=task.name if task is not None else "",
         base={"name": source.name, "kind": source.kind, "revision": source.revision},
         quantization={"kind": "none"},
         dtype=choose_dtype("auto", device, "lora", config.model_type).value,
         max_length=max_positions(config) or 0,
-        **known,
+        **defaults,
         heads=list((settings or {}).get("modules_to_save") or ()),
     )
 
