@@ -89,7 +89,7 @@ def test_rows_in_memory_are_nowhere(project: Path) -> None:
     Path("in memory").write_text("")
     write(project / "runs/one", {"dataset": "in memory", "validation_file": "in memory"})
     assert data_of(project / "runs/one")["dataset"] == "in memory"
-    with pytest.raises(ConfigError, match="trained on rows in memory, which are not kept"):
+    with pytest.raises(ConfigError, match="trained on rows in memory, which are not saved"):
         check_paths(project / "runs/one", read_run(project / "runs/one").values)
 
 

@@ -242,5 +242,5 @@ def test_embeddings_are_resumed(tmp_path, suffix):
 
 
 def test_an_array_holds_embeddings_only(tmp_path):
-    with pytest.raises(ConfigError, match=r"\.npy holds embeddings"):
+    with pytest.raises(ConfigError, match=r"\.npy files hold embeddings only"):
         ROW_FILES[".npy"](tmp_path / "a.npy", RowColumns(["text"], {"label": "text"}))
