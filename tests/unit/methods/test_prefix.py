@@ -249,7 +249,7 @@ def test_other_attention_implementations_are_refused() -> None:
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("bloom", "computes its attention itself"),
+        ("bloom", "computes attention without"),
         ("gemma2", "more than scaled_dot_product"),
         ("deepseek_v3", "unequal width"),
         ("gpt_oss", "more than scaled_dot_product"),
