@@ -41,7 +41,7 @@ def init(given: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
             return str(proposal.value)
         typer.echo(f"{proposal.value}: {proposal.reason}")
         while True:
-            value: str = typer.prompt(question.words, default=str(proposal.value))
+            value: str = typer.prompt(question.prompt, default=str(proposal.value))
             try:
                 check_answer(layers, question, value.strip())
             except ConfigError as error:

@@ -29,7 +29,7 @@ _ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx", ".conll")
 _FOR_ENCODERS = ("text-classification", "token-classification", "question-answering", "masked-lm")
 _GUESSED = (*_FOR_ENCODERS[:3], "preference", "summarization", "text-generation")
 """Tasks inferred from columns, those with the most required columns first."""
-_WANTED = {"preference": ("chosen", "rejected"), "summarization": ("summary",)}
+_REQUIRED_COLUMNS = {"preference": ("chosen", "rejected"), "summarization": ("summary",)}
 """Columns required to infer a task whose format also matches other data."""
 _ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 _DECODER = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -47,7 +47,7 @@ class SetupQuestion:
 
     path: str
     flag: str
-    words: str
+    prompt: str
     propose: Callable[[TrainConfig], Choice]
     check: Callable[[TrainConfig], object]
 
@@ -79,7 +79,7 @@ def draft(layers: list[Layer], file: Path, answer: Callable[[SetupQuestion, Choi
     with silence_loggers():
         for question in QUESTIONS:
             config = build_config(layers)
-            if not _is_said(config, question.path):
+            if not _is_set(config, question.path):
                 proposal = question.propose(config)
                 value = answer(question, proposal)
                 layers.append(_layer(question.path, value, question.flag))
@@ -105,7 +105,7 @@ def _layer(path: str, value: Any, origin: str) -> Layer:
     return layer
 
 
-def _is_said(config: TrainConfig, path: str) -> bool:
+def _is_set(config: TrainConfig, path: str) -> bool:
     section, _, name = path.partition(".")
     if section not in config.model_fields_set:
         return False
@@ -117,7 +117,7 @@ def _resolve(layers: list[Layer], proposed: list[Choice]) -> Run:
     config = build_config(layers)
     run = resolve(config)
     few = len(run.data.train) < _ENOUGH or config.data.streaming
-    if few or run.data.validation or _is_said(config, "data.validation_split"):
+    if few or run.data.validation or _is_set(config, "data.validation_split"):
         return run
     layers.append(_layer("data.validation_split", _HELD_OUT, "--validation-split"))
     proposed.append(Choice("validation_split", _HELD_OUT, "the data has no validation rows"))
@@ -126,13 +126,13 @@ def _resolve(layers: list[Layer], proposed: list[Choice]) -> Run:
 
 def _propose_dataset(_: TrainConfig) -> Choice:
     """Return the only data file here, or the built-in examples; raise InputError for several."""
-    found = sorted(path.name for path in Path().iterdir() if path.suffix.lower() in _ENDINGS)
-    if len(found) > 1:
+    files = sorted(path.name for path in Path().iterdir() if path.suffix.lower() in _ENDINGS)
+    if len(files) > 1:
         raise InputError(
-            f"several data files found ({join_names(found, 6)}): choose one with --dataset"
+            f"several data files found ({join_names(files, 6)}): choose one with --dataset"
         )
-    if found:
-        return Choice("dataset", found[0], "the only file of rows in this directory")
+    if files:
+        return Choice("dataset", files[0], "the only file of rows in this directory")
     return Choice("dataset", DEFAULT_DATASET, "no file of rows in this directory")
 
 
@@ -144,11 +144,11 @@ def _propose_task(config: TrainConfig) -> Choice:
     columns = {column.lower() for column in table.columns}
     for name in _GUESSED:
         try:
-            found = TASKS[name].find_format(table.columns, data, table.rows[:CHUNK_ROWS])
+            format_ = TASKS[name].find_format(table.columns, data, table.rows[:CHUNK_ROWS])
         except InputError:
             continue
-        if columns.issuperset(_WANTED.get(name, ())):
-            return Choice("task", name, f"the columns are {found.name}")
+        if columns.issuperset(_REQUIRED_COLUMNS.get(name, ())):
+            return Choice("task", name, f"the columns are {format_.name}")
     names = [column_for_flag(column, table.columns) for column in table.columns]
     raise InputError(
         f"{data.dataset}: the columns {join_names(map(quote, table.columns))} do not determine a "
@@ -190,8 +190,8 @@ def _propose_epochs(_: TrainConfig) -> Choice:
 
 
 def _source(config: TrainConfig) -> Any:
-    wish = config.model
-    return resolve_source(wish.name_or_path, wish.revision, wish.trust_remote_code)
+    model = config.model
+    return resolve_source(model.name_or_path, model.revision, model.trust_remote_code)
 
 
 def _table(config: TrainConfig) -> Any:
@@ -294,7 +294,7 @@ def _chosen(run: Run) -> Mapping[str, list[tuple[str, Any, str]]]:
     if schedule.head_learning_rate is not None:
         why = "defaults to learning_rate if that is set"
         rates.append(("head_learning_rate", schedule.head_learning_rate, why))
-    found = {
+    chosen = {
         "method": [
             (name, getattr(run.config.method, name), "")
             for name in ("r", "lora_alpha", "lora_dropout", "target_modules")
@@ -312,7 +312,7 @@ def _chosen(run: Run) -> Mapping[str, list[tuple[str, Any, str]]]:
         section: [
             line for line in lines if line[0] not in getattr(run.config, section).model_fields_set
         ]
-        for section, lines in found.items()
+        for section, lines in chosen.items()
     }
 
 
@@ -321,12 +321,12 @@ def _render(run: Run, proposed: list[Choice]) -> Iterator[str]:
     notes, chosen = _notes(run, proposed), _chosen(run)
     values = run.config.model_dump(mode="json", exclude_unset=True)
     for section in sorted(values, key=lambda name: (name not in _ORDER, _ORDER.find(name))):
-        held = values[section]
-        if not isinstance(held, dict):
-            yield _line(section, held, notes.get(section, ""))
+        fields = values[section]
+        if not isinstance(fields, dict):
+            yield _line(section, fields, notes.get(section, ""))
             continue
         yield f"{section}:"
-        for name, value in held.items():
+        for name, value in fields.items():
             yield "  " + _line(name, value, notes.get(f"{section}.{name}", ""))
         for name, value, reason in chosen.get(section, []):
             yield "  # " + _line(name, value, reason)

@@ -99,7 +99,7 @@ class EvaluateConfig(DecodingAsInTraining):
     device: RunDevice = "auto"
 
     @model_validator(mode="after")
-    def _text_is_for_comparing(self) -> EvaluateConfig:
+    def _check_comparison(self) -> EvaluateConfig:
         if self.eval_text is not None and self.against is None:
             raise ValueError(
                 f"--eval-text {self.eval_text} is for comparing two models. Add --against MODEL, "
@@ -200,10 +200,10 @@ class PredictConfig(DecodingAsInTraining):
     device: RunDevice = "auto"
 
     @model_validator(mode="after")
-    def _one_way_with_what_is_there(self) -> PredictConfig:
+    def _check_output(self) -> PredictConfig:
         if self.resume and self.overwrite:
             raise ValueError("--resume continues and --overwrite starts again. Use one of them.")
-        for flag, wish in (("--resume", self.resume), ("--overwrite", self.overwrite)):
-            if wish and self.output is None:
+        for flag, is_given in (("--resume", self.resume), ("--overwrite", self.overwrite)):
+            if is_given and self.output is None:
                 raise ValueError(f"{flag} needs --output FILE. Add it.")
         return self

@@ -207,7 +207,7 @@ class ExportConfig(HubSection):
 
     @field_validator("format")
     @classmethod
-    def _is_served(cls, value: str, info: ValidationInfo) -> str:
+    def _check_server(cls, value: str, info: ValidationInfo) -> str:
         server = SERVERS.get(info.data.get("server") or "")
         if value == "auto":
             return server.formats[0] if server else "gguf"
@@ -220,7 +220,7 @@ class ExportConfig(HubSection):
 
     @field_validator("outtype")
     @classmethod
-    def _is_of_one_file(cls, value: str, info: ValidationInfo) -> str:
+    def _check_outtype(cls, value: str, info: ValidationInfo) -> str:
         format_ = info.data.get("format", "gguf")
         if value != "auto" and format_ != "gguf":
             raise ValueError(
@@ -231,7 +231,7 @@ class ExportConfig(HubSection):
 
     @field_validator("out")
     @classmethod
-    def _is_named_by_its_format(cls, value: Path, info: ValidationInfo) -> Path:
+    def _check_suffix(cls, value: Path, info: ValidationInfo) -> Path:
         if "server" not in info.data:  # invalid server; the format depends on it
             return value
         format_ = FORMATS.get(info.data.get("format", ""))

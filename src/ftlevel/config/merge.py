@@ -86,7 +86,7 @@ class MergeConfig(HubSection):
 
     @field_validator("onto", mode="before")
     @classmethod
-    def _is_not_quantized(cls, value: object) -> object:
+    def _check_onto(cls, value: object) -> object:
         if value in _QUANTIZED:
             raise ValueError(
                 "weights of 4 or 8 bits cannot hold the update: rounding it to their grid erases "
@@ -97,11 +97,11 @@ class MergeConfig(HubSection):
 
     @field_validator("weights", mode="before")
     @classmethod
-    def _commas_separate(cls, value: object) -> object:
+    def _split_weights(cls, value: object) -> object:
         return value.split(",") if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _mixture_agrees(self) -> MergeConfig:
+    def _check_mixture(self) -> MergeConfig:
         count = len(self.adapters)
         problems = []
         if self.weights is not None and len(self.weights) != count:
@@ -169,7 +169,7 @@ class QuantizeConfig(HubSection):
     )
 
     @model_validator(mode="after")
-    def _four_bit_settings_need_four_bits(self) -> QuantizeConfig:
+    def _check_four_bit_settings(self) -> QuantizeConfig:
         given = {"--double-quant": self.double_quant, "--quant-type fp4": self.quant_type != "nf4"}
         wrong = [flag for flag, is_given in given.items() if is_given and self.quant != "4bit"]
         if wrong:

@@ -85,7 +85,7 @@ class MineConfig(Section):
         return self.ranks or (1, 100)
 
     @model_validator(mode="after")
-    def _enough_ranks(self) -> MineConfig:
+    def _check_ranks(self) -> MineConfig:
         first, last = self.rank_range
         if last - first + 1 < self.negatives:
             raise ValueError(

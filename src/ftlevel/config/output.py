@@ -27,7 +27,7 @@ class Decoding(Section):
     top_p: TopP = Field(1.0, description=f"{TOP_P}.")
 
     @model_validator(mode="after")
-    def _one_way_to_write(self) -> Decoding:
+    def _check_decoding(self) -> Decoding:
         check_decoding(self.num_beams, self.temperature, self.top_p)
         return self
 
@@ -42,7 +42,7 @@ class DecodingAsInTraining(Section):
     top_p: TopP | None = Field(None, description=f"{TOP_P}; default: as in training.")
 
     @model_validator(mode="after")
-    def _one_way_to_write(self) -> DecodingAsInTraining:
+    def _check_decoding(self) -> DecodingAsInTraining:
         check_decoding(self.num_beams or 1, self.temperature or 0.0, 1.0)
         return self
 
@@ -147,7 +147,7 @@ class HubSection(Section):
     hub_private: bool = Field(False, description="Whether to create a private Hub repository.")
 
     @model_validator(mode="after")
-    def _a_private_repository_has_a_name(self) -> HubSection:
+    def _check_repository(self) -> HubSection:
         if self.hub_private and self.push_to_hub is None:
             raise ValueError(
                 "--hub-private is of --push-to-hub. Add --push-to-hub NAME, or drop it."

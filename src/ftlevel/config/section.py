@@ -79,7 +79,7 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _a_path_is_a_name(cls, raw: Any) -> Any:
+    def _convert_paths(cls, raw: Any) -> Any:
         """Convert `os.PathLike` values to text for fields that take names."""
         if not isinstance(raw, dict):
             return raw
@@ -94,7 +94,7 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _a_switch_is_no_number(cls, raw: Any) -> Any:
+    def _reject_booleans(cls, raw: Any) -> Any:
         """Make booleans text for numeric fields, to reject them (YAML `yes`)."""
         if not isinstance(raw, dict):
             return raw

@@ -274,12 +274,12 @@ class DataConfig(Section):
 
     @field_validator("mix", mode="before")
     @classmethod
-    def _mix_is_a_list(cls, value: object) -> object:
+    def _split_mix(cls, value: object) -> object:
         return value.split(",") if isinstance(value, str) else value
 
     @field_validator("columns")
     @classmethod
-    def _names_are_not_empty(cls, value: dict[str, str]) -> dict[str, str]:
+    def _check_columns(cls, value: dict[str, str]) -> dict[str, str]:
         if any(not key or not column for key, column in value.items()):
             raise ValueError("a column's name is empty")
         return value

@@ -105,7 +105,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _old_names(cls, raw: Any) -> Any:
+    def _rename_keys(cls, raw: Any) -> Any:
         """Accept renamed keys from Python with a FutureWarning."""
         if not isinstance(raw, dict):
             return raw
@@ -116,7 +116,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _quantized_as_the_method_wants(cls, raw: Any) -> Any:
+    def _default_quantization(cls, raw: Any) -> Any:
         """Set 4-bit quantization for `qlora` by default."""
         if not isinstance(raw, dict) or not isinstance(raw.get("method"), dict):
             return raw
@@ -127,7 +127,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _as_recipes_say(cls, raw: Any) -> Any:
+    def _resolve_aliases(cls, raw: Any) -> Any:
         """Resolve shorthands and aliases; a method without `kind` is LoRA."""
         if not isinstance(raw, dict):
             return raw
@@ -139,7 +139,7 @@ class TrainConfig(Section):
         return normalize_loss(values)
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> TrainConfig:
+    def _check_rules(self) -> TrainConfig:
         problems = list(_quantization_problems(self)) + list(_other_problems(self))
         if problems:
             raise ValueError("\n".join(problems))
@@ -258,12 +258,12 @@ def _timing_problems(config: TrainConfig) -> list[str]:
 def _best_problems(train: TrainerConfig) -> list[str]:
     """Return messages for best-model settings without effect."""
     problems = []
-    asked = {
+    requested = {
         "--early-stopping-patience": train.early_stopping_patience is not None,
         "--load-best-model-at-end": bool(train.load_best_model_at_end),
         "--save-strategy best": train.save_strategy == "best",
     }
-    names = [name for name, is_asked in asked.items() if is_asked]
+    names = [name for name, is_requested in requested.items() if is_requested]
     if names and train.eval_strategy == "no":
         problems.append(
             f"{names[0]} needs evaluations during training, and --eval-strategy no turns them "

@@ -39,7 +39,7 @@ _REFUSED = {
 }
 
 
-def _is_offered(value: object) -> object:
+def _check_optimizer(value: object) -> object:
     """Raise ValueError with the reason for an unsupported optimizer of transformers."""
     if isinstance(value, str):
         for start, reason in _REFUSED.items():
@@ -68,7 +68,7 @@ Optimizer = Annotated[
         "adagrad",
         "sgd",
     ],
-    BeforeValidator(_is_offered),
+    BeforeValidator(_check_optimizer),
 ]
 Schedule = Literal[
     "linear",
@@ -85,7 +85,7 @@ Schedule = Literal[
 ]
 
 PLATEAU = "reduce_lr_on_plateau"
-_NO_WARMUP = ("constant", PLATEAU)
+_WITHOUT_WARMUP = ("constant", PLATEAU)
 _FLOOR = ("min_lr", "min_lr_rate")
 
 
@@ -142,7 +142,7 @@ LEARNING_RATE_ADVICE = {
 }
 """Optimizers whose best learning rate differs from the measured defaults (AdamW)."""
 
-_WORDS: Mapping[str, tuple[Scalar, ...]] = {
+_ALLOWED_VALUES: Mapping[str, tuple[Scalar, ...]] = {
     "warmup_type": ("linear", "cosine", "1-sqrt"),
     "decay_type": ("linear", "cosine", "1-sqrt"),
     "threshold_mode": ("rel", "abs"),
@@ -169,15 +169,15 @@ def find_problems(train: Any) -> list[str]:
         train.optim_args,
         OPTIMIZERS.get(optim, AllowedArguments()),
     )
-    if train.warmup_steps and schedule in _NO_WARMUP:
+    if train.warmup_steps and schedule in _WITHOUT_WARMUP:
         problems.append(
             f"--warmup-steps {train.warmup_steps:g}: --lr-scheduler-type {schedule} has no "
             "warm-up. Use constant_with_warmup, or drop --warmup-steps."
         )
     reads = "adam" in optim or "ademamix" in optim
-    for name, usual in _ADAM.items():
+    for name, default in _ADAM.items():
         value = getattr(train, name)
-        if value != usual and not (reads or ("lion" in optim and name != "adam_epsilon")):
+        if value != default and not (reads or ("lion" in optim and name != "adam_epsilon")):
             flag = f"--{name.replace('_', '-')}"
             problems.append(f"{flag} {value:g} is not read by --optim {optim}. Drop it.")
     return problems
@@ -191,10 +191,10 @@ def _settings_problems(
         has = f"It has {join_names(settings.names)}." if settings.names else "It has none. Drop it."
         problems.append(f"{flag} {join_names(unknown)}: no setting of {owner}. {has}")
     for name, value in given.items():
-        words = _WORDS.get(name, ())
-        if words and value not in words:
-            problems.append(f"{flag} {name}={value}: expected {join_names(map(_shown, words))}.")
-        elif not words and (isinstance(value, bool | str) or value < 0):
+        allowed = _ALLOWED_VALUES.get(name, ())
+        if allowed and value not in allowed:
+            problems.append(f"{flag} {name}={value}: expected {join_names(map(_shown, allowed))}.")
+        elif not allowed and (isinstance(value, bool | str) or value < 0):
             problems.append(f"{flag} {name}={value}: expected a number, 0 or more.")
     needed = settings.needed
     if needed and sum(name in given for name in needed) != 1:
@@ -206,8 +206,8 @@ def _settings_problems(
     return problems
 
 
-def _shown(word: Scalar) -> str:
-    return str(word).lower() if isinstance(word, bool) else str(word)
+def _shown(value: Scalar) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 Steps = Positive | Annotated[float, Field(gt=0.0, lt=1.0)]

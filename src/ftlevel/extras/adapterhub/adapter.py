@@ -113,10 +113,10 @@ def _layers(family: str, kind: str, config: Mapping[str, Any]) -> dict[str, str]
         if count == 1 and family in _OF_LAST_TOKEN and config.get("bias") is False:
             return {"1": "score"}
     keys = ("layers", "activation_function", "use_pooler", "bias")
-    said = ", ".join(f"{key} {config[key]!r}" for key in keys if key in config)
+    settings = ", ".join(f"{key} {config[key]!r}" for key in keys if key in config)
     raise InputError(
-        f"a head of type {kind} with {said} is not what transformers' {family} computes. Use it "
-        "with adapters itself."
+        f"a head of type {kind} with {settings} is not what transformers' {family} computes. Use "
+        "it with adapters itself."
     )
 
 
@@ -130,19 +130,19 @@ def head_modules(head: HubHead, weights: Mapping[str, Any]) -> list[str]:
 
 def name_head_weights(head: HubHead, weights: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """Return the head's weights by their names in `model`; raise InputError for a mismatch."""
-    own = {_WRAPPED.sub("", name) for name in model.state_dict()}
+    full_names = {_WRAPPED.sub("", name) for name in model.state_dict()}
     named = {}
     for key, tensor in weights.items():
         name = key
         if head.layers:
             layer, _, end = key.removeprefix(f"heads.{head.name}.").partition(".")
             name = f"{head.layers.get(layer, '?')}.{end}"
-        found = [full for full in own if full == name or full.endswith(f".{name}")]
-        if len(found) != 1:
+        matches = [full for full in full_names if full == name or full.endswith(f".{name}")]
+        if len(matches) != 1:
             raise InputError(
                 f"the head's weight {key} matches no module of {type(model).__name__}."
             )
-        named[found[0]] = tensor
+        named[matches[0]] = tensor
     return named
 
 
@@ -151,12 +151,12 @@ def check_language_head(weights: Mapping[str, Any], model: Any) -> None:
     import torch
 
     output = model.get_output_embeddings()
-    own = {name: tensor for name, tensor in model.state_dict().items() if tensor is not None}
+    state = {name: tensor for name, tensor in model.state_dict().items() if tensor is not None}
     for key, tensor in weights.items():
-        known = own.get(key)
-        if known is None and output is not None and key.endswith(".weight"):
-            known = output.weight
-        if known is None or not torch.equal(known.cpu().float(), tensor.float()):
+        expected = state.get(key)
+        if expected is None and output is not None and key.endswith(".weight"):
+            expected = output.weight
+        if expected is None or not torch.equal(expected.cpu().float(), tensor.float()):
             raise InputError(
                 f"the language head's {key} is not the base's, and an adapter of ftlevel keeps "
                 "that one. Use it with adapters itself."
@@ -297,14 +297,14 @@ def _name_weights(
             unknown.append(key)
         else:
             groups.setdefault(match[1], {})[match[3]] = tensor
-    wanted = [
+    expected = [
         our for our in WEIGHTS if our != "bottleneck_scale" or isinstance(config.scaling, str)
     ]
     named, missing = {}, []
     for name, holder in holders.items():
         path = next((p for p in groups if p == holder or p.endswith(f".{holder}")), None)
         group = groups.pop(path) if path is not None else {}
-        for our in wanted:
+        for our in expected:
             if WEIGHTS[our] in group:
                 named[f"{name}.{our}"] = group[WEIGHTS[our]]
             else:

@@ -190,12 +190,12 @@ def _activation(name: Any, *, old: bool) -> str:
     """Return transformers' name of an activation; `old` names are adapter-transformers'."""
     from transformers.activations import ACT2FN
 
-    known = str(name).lower()
-    known = _OLD_ACTIVATIONS.get(known, known) if old else known
-    known = {"leakyrelu": "leaky_relu"}.get(known, known)
-    if known not in ACT2FN:
+    activation = str(name).lower()
+    activation = _OLD_ACTIVATIONS.get(activation, activation) if old else activation
+    activation = {"leakyrelu": "leaky_relu"}.get(activation, activation)
+    if activation not in ACT2FN:
         raise InputError(f"non_linearity {name!r} is no activation of transformers.")
-    return known
+    return activation
 
 
 def _scaling(value: Any) -> float | str:
@@ -257,7 +257,7 @@ def holders_of(names: Iterator[str], model: Any) -> dict[str, str]:
     """Return adapted module name -> path of AdapterHub's module; raises `InputError` if unknown."""
     sites, holders = _known_sites(model.config), HOLDERS[model.config.model_type]
     prefix = f"{model.base_model_prefix}."
-    found = {}
+    paths = {}
     for name in names:
         block, holder = block_of(sites, name), holders.feed_forward
         for path, attention in zip(sites.attention, holders.attention, strict=False):
@@ -268,8 +268,8 @@ def holders_of(names: Iterator[str], model: Any) -> dict[str, str]:
                 f"at {name} AdapterHub's adapters of {model.config.model_type} compute something "
                 "that ftlevel's do not. Use one of the feed-forward only."
             )
-        found[name] = f"{block}{holder}".rstrip(".").removeprefix(prefix)
-    return found
+        paths[name] = f"{block}{holder}".rstrip(".").removeprefix(prefix)
+    return paths
 
 
 WEIGHTS = {

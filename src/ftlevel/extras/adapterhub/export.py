@@ -102,8 +102,9 @@ class AdapterHubExport:
     @property
     def name(self) -> str:
         """Name of the adapter in AdapterHub, which must not contain a dot."""
-        own = self.directory.parent if self.directory.name == "adapter" else self.directory
-        return re.sub(r"\W+", "_", own.resolve().name)
+        is_run = self.directory.name == "adapter"
+        directory = self.directory.parent if is_run else self.directory
+        return re.sub(r"\W+", "_", directory.resolve().name)
 
     @property
     def notes(self) -> list[str]:
@@ -184,13 +185,13 @@ class AdapterHubExport:
         """Read `output` as an AdapterHub adapter; raise RunError if it differs from `expected`."""
         import torch
 
-        config, found = read_hub_adapter(output).convert(self.model)
+        config, weights = read_hub_adapter(output).convert(self.model)
         placement = read_peft_config(self.directory)["placement"]
         alike = {placement, {"parallel": "par_bn"}.get(placement, placement)}
-        if config.placement not in alike or set(found) != {_PREFIX + name for name in expected}:
+        if config.placement not in alike or set(weights) != {_PREFIX + name for name in expected}:
             raise RunError(f"{output} was written wrongly; this is a bug. Please report it.")
         for name, tensor in expected.items():
-            if not torch.equal(found[_PREFIX + name], tensor):
+            if not torch.equal(weights[_PREFIX + name], tensor):
                 raise RunError(f"{output}: {name} was written wrongly; this is a bug.")
 
     def _summary(self) -> dict[str, Any]:
