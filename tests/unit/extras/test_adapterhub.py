@@ -109,7 +109,7 @@ def test_safetensors_and_a_second_adapter_beside_the_first(tmp_path: Path) -> No
         ({"output_adapter": False}, "output_adapter False"),
         ({"reduction_factor": 2}, "does not fit its base model.*size mismatch"),
         ({"scaling": "learned"}, "2 weights of the adapter are missing"),
-        ({"leave_out": [0]}, "0 weights of the adapter are missing and 4 fit nothing"),
+        ({"leave_out": [0]}, "0 weights of the adapter are missing and 4 match no module"),
     ],
 )
 def test_what_is_not_known_is_refused_by_its_key(
