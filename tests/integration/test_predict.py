@@ -367,7 +367,7 @@ def test_mistakes_are_said_before_weights_load(
 
 def test_from_python(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = PredictConfig(name=str(classifier), device="cpu", batch_size=3)
-    given = [{"text": f"the file {i}", "i": i} for i in range(inference._FIRST + 3)]
+    given = [{"text": f"the file {i}", "i": i} for i in range(inference.CHUNK_ROWS + 3)]
     found = predict(config, iter(given)).rows
     assert found is not None
     assert [{k: row[k] for k in ("text", "i")} for row in found] == given

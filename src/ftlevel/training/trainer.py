@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer
 
 from ftlevel.data.prepare.row_stream import StreamSharding
@@ -23,7 +23,7 @@ from ftlevel.data.prepare.sampling import (
     RowsWithPadding,
     StepShardSampler,
 )
-from ftlevel.data.prepare.streaming import SequentialRowSampler, StreamedRows
+from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.errors import is_out_of_memory
 from ftlevel.fast.head.likelihoods import (
     compute_shared_prefix,
@@ -64,7 +64,7 @@ def rows_and_order(
         else:
             stream.divide(StreamSharding(processes.count, processes.world.rank, processes.exchange))
             rows = StreamedRows(stream, step, arguments.max_steps, together)
-        return rows, SequentialRowSampler(rows)
+        return rows, SequentialSampler(rows)
     return run.data.train, row_order(run)
 
 

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from torch.utils.data import Sampler
 
 from ftlevel.artifacts.files import rows_fingerprint, sampled_fingerprint
 from ftlevel.config import DataConfig
@@ -204,7 +201,7 @@ class StreamedRows:
         self._stream, self._step, self._steps = stream, step, steps
         self._together, self._latest = together, deque[Encoded](maxlen=together)
         self._next = 0
-        self._states: OrderedDict[int, StreamState] = OrderedDict()
+        self._states: dict[int, StreamState] = {}  # by step
 
     def __len__(self) -> int:
         return self._step * self._steps
@@ -223,7 +220,7 @@ class StreamedRows:
         if self._next % self._step == 0:
             self._states[self._next // self._step] = self._stream.state()
             if len(self._states) > _RECENT:
-                self._states.popitem(last=False)
+                del self._states[next(iter(self._states))]
         self._latest.append(next(self._stream))
         self._next += 1
 
@@ -259,16 +256,3 @@ class StreamedRows:
         self._next = content.pop("step") * self._step
         buffers = {"waiting": rows[:waiting], "buffered": rows[waiting:]}
         self._stream.set_state(StreamState(**{**content, **buffers}))
-
-
-class SequentialRowSampler(Sampler[int]):
-    """Sequential sampler."""
-
-    def __init__(self, rows: StreamedRows) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(len(self._rows)))

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.data import SequentialSampler
 
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData
 from ftlevel.data.prepare.row_stream import ChunkEncoder, RowStream, StreamSharding
-from ftlevel.data.prepare.streaming import SequentialRowSampler, StreamedRows, prepare_stream
+from ftlevel.data.prepare.streaming import StreamedRows, prepare_stream
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.tasks import TASKS
 from tiny_tokenizers import build_tokenizer
@@ -66,7 +67,7 @@ def test_every_checkpoint_gives_the_rows_to_come(step: int, tmp_path: Path) -> N
     data, options = tmp_path / "x.jsonl", {"validation_rows": 70}  # beyond the first part
     rows = list(map(pair, range(120)))
     whole = StreamedRows(prepare(data, rows, **options).stream, step, 60)
-    expected = [whole[i] for i in SequentialRowSampler(whole)]
+    expected = [whole[i] for i in SequentialSampler(whole)]
     assert len(expected) == 60 * step
     for at in (1, 2, 30, 59):
         begun = StreamedRows(prepare(data, rows, **options).stream, step, 60)
