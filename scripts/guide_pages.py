@@ -78,9 +78,10 @@ def _settings(kind: str) -> str:
 
 def _rates(kind: str) -> str:
     rates = METHODS[kind].rates(SPECS[kind]())
+    kinds = "".join(f", {name} {rate:g}" for name, rate in rates.kinds.items())
     return (
-        f"{rates.narrow:g} for small models and short runs, {rates.wide:g} for large models and "
-        "long runs ([the rule](../defaults.md))"
+        f"{rates.narrow:g}{kinds} for small models and short runs; {rates.wide:g} for large models "
+        f"and long runs ({rates.source}; [the rule](../defaults.md))"
     )
 
 

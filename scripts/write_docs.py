@@ -22,7 +22,6 @@ from ftlevel.commands.list_methods import QUANTS, task_refusal
 from ftlevel.config import SPECS
 from ftlevel.methods import FACTS, METHODS, RULES, find_refusal
 from ftlevel.methods.facts import Cell, MethodFacts
-from ftlevel.methods.rates import LONG, NARROW, SHORT, WIDE
 from ftlevel.models.families import FAMILIES, Family
 from ftlevel.tasks import TASKS
 from guide_pages import guide_pages
@@ -31,7 +30,6 @@ from which_method_page import which_method_page
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 _LETTERS = {"none": "f", "4bit": "4", "8bit": "8"}
-_HIDDEN = {"kind", "target_modules"}
 
 
 FROM_PYTHON = """\
@@ -96,16 +94,9 @@ def methods_page() -> str:
         "",
         "## Defaults",
         "",
-        f"The learning rate is between two values: one measured on models of width {NARROW} in "
-        f"{SHORT} steps, and one for",
-        f"models of width {WIDE:,} and {LONG:,} steps or more ([the rule](defaults.md)). The "
-        "schedule decays linearly to zero.",
-        "Without `--target-modules`, low-rank and orthogonal methods adapt all linear layers of "
-        "the blocks.",
-        "",
-        "| method | settings | narrow, short | wide, long | source of the wide rate |",
-        "|---|---|---:|---:|---|",
-        *(_defaults_line(kind) for kind in SPECS),
+        "The page of each [method](guide/index.md) lists its settings and default learning rate; "
+        "[defaults](defaults.md) explains the rates. The schedule decays linearly to zero. Without "
+        "`--target-modules`, low-rank and orthogonal methods adapt all linear layers of blocks.",
         "",
         *_pages(),
         "## Embeddings and heads",
@@ -147,16 +138,6 @@ def _facts_line(row: MethodFacts) -> str:
     share = f"{row.llama_7b / FACTS['full'].llama_7b:.3%}" if row.llama_7b else "–"
     merges = row.merges or "no"
     return f"| {row.name} | `{row.flags}` | {row.trains} | {share} | {merges} | {row.paper} |"
-
-
-def _defaults_line(kind: str) -> str:
-    spec = SPECS[kind]()
-    fields = spec.model_dump(exclude=_HIDDEN)
-    shown = [f"{name} {value}" for name, value in fields.items() if value not in (None, {}, [])]
-    rates = METHODS[kind].rates(spec)
-    kinds = [f"{kind} {rate:g}" for kind, rate in rates.kinds.items()]
-    narrow = ", ".join([f"{rates.narrow:g}", *kinds])
-    return f"| {kind} | {', '.join(shown) or '–'} | {narrow} | {rates.wide:g} | {rates.source} |"
 
 
 def _pages() -> list[str]:
