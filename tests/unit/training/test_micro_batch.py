@@ -19,7 +19,7 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import ConfigError
 from ftlevel.fast.plan import FastPlan
 from ftlevel.models.hardware import read_free
-from ftlevel.training.forecast import micro_batch
+from ftlevel.training.forecast import alternatives
 from ftlevel.training.forecast.alternatives import choose_micro_batch, fit_micro_batch
 from ftlevel.training.forecast.fits import Device
 from ftlevel.training.forecast.memory import StepMemory
@@ -138,16 +138,16 @@ def test_what_the_run_holds_already_is_not_free(monkeypatch: pytest.MonkeyPatch)
     wish = TrainConfig.model_validate(
         {"speed": {"tokens_per_micro_batch": "memory", "memory_gib": 64}}
     )
-    monkeypatch.setattr(micro_batch, "free_memory_bytes", lambda _: 8 * 2**30)
-    beside = micro_batch.CPU_OVERHEAD_BYTES
-    assert micro_batch.find_memory(wish.speed, "cpu", Processes()) == 8 * 2**30 - beside
+    monkeypatch.setattr(alternatives, "free_memory_bytes", lambda _: 8 * 2**30)
+    beside = alternatives.CPU_OVERHEAD_BYTES
+    assert alternatives.find_memory(wish.speed, "cpu", Processes()) == 8 * 2**30 - beside
     assert (
-        micro_batch.find_memory(config_of().speed, "cpu", Processes(World(size=4, local_size=2)))
+        alternatives.find_memory(config_of().speed, "cpu", Processes(World(size=4, local_size=2)))
         == 4 * 2**30 - beside
     )
-    monkeypatch.setattr(micro_batch, "free_memory_bytes", lambda _: 128 * 2**30)
-    assert micro_batch.find_memory(wish.speed, "cpu", Processes()) < 64 * 2**30 - beside
-    assert micro_batch.find_memory(wish.speed, "cuda", Processes()) == 64 * 2**30
+    monkeypatch.setattr(alternatives, "free_memory_bytes", lambda _: 128 * 2**30)
+    assert alternatives.find_memory(wish.speed, "cpu", Processes()) < 64 * 2**30 - beside
+    assert alternatives.find_memory(wish.speed, "cuda", Processes()) == 64 * 2**30
 
 
 def test_a_control_group_leaves_what_is_below_its_limit(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_run_in_less_memory_has_the_same_losses(
     whole = json.loads(Path("whole/summary.json").read_text())["speed"]
     config = yaml.safe_load(Path("whole/config.yaml").read_text())
     assert config["speed"]["tokens_per_micro_batch"] == "auto"
-    monkeypatch.setattr(micro_batch, "find_memory", lambda *_: 30 * 2**20)
+    monkeypatch.setattr(alternatives, "find_memory", lambda *_: 30 * 2**20)
     capsys.readouterr()
     assert run([*command, "--auto-micro-batch", "--output-dir", "parts"]) == 0
     assert "--auto-micro-batch: 0.0" in capsys.readouterr().out
@@ -197,6 +197,6 @@ def test_a_run_in_less_memory_has_the_same_losses(
     shutil.copytree("parts", "broken")
     shutil.rmtree("broken/checkpoints/checkpoint-4")
     Path("broken/summary.json").unlink()
-    monkeypatch.setattr(micro_batch, "find_memory", lambda *_: 2**33)
+    monkeypatch.setattr(alternatives, "find_memory", lambda *_: 2**33)
     assert run([*command, "--auto-micro-batch", "--output-dir", "broken", "--resume"]) == 0
     assert losses("broken") == losses("parts")
