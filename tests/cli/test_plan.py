@@ -89,6 +89,34 @@ def test_the_micro_batch_is_the_largest_that_fits(
     assert not json.loads(plan(capsys, *asked, *more))["fits_in_memory"]
 
 
+def test_rollouts_take_keys_and_values(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--model", big, "--gpu", "80GB", "--max-length", 1024, "--brief", "--json",
+             "--per-device-train-batch-size", 4, "--task", "rl", "--reward", "exact",
+             "--max-completion-length", 512, "--num-generations", 8)  # fmt: skip
+    found = json.loads(plan(capsys, *asked))
+    token, rows = 2 * 32 * 8 * 128 * 2, 8 * 8  # bytes of a token; groups of the check
+    assert found["at"] == "sampling"
+    assert found["parts"]["keys and values"] == 2 * token * rows * (1024 + 64)
+    on_server = json.loads(plan(capsys, *asked, "--rollouts", "http://127.0.0.1:9"))
+    assert "keys and values" not in on_server["parts"]
+    assert on_server["peak_bytes"] < found["peak_bytes"]
+
+
+def test_time_of_rollouts_and_memory_of_a_teacher(
+    tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, model = tmp_path / "rows.jsonl", tiny_model_dir("llama")
+    data.write_text("".join('{"prompt": "the value", "answer": "an object"}\n' for _ in range(12)))
+    asked = ("--model", model, "--dataset", data, "--task", "rl", "--gpu", "h100", "--brief",
+             "--max-completion-length", 8)  # fmt: skip
+    found = json.loads(plan(capsys, *asked, "--reward", "exact", "--json"))
+    assert 0.5 < found["time"]["sampling_share"] < 1
+    assert "% of it sampling" in plan(capsys, *asked, "--reward", "exact")
+    taught = json.loads(plan(capsys, *asked, "--teacher", model, "--json"))
+    weights = taught["parts"]["weights"]
+    assert taught["parts"]["teacher and reward models"] == pytest.approx(weights, rel=0.01)
+
+
 def test_rows_of_the_data_and_what_else_fits(
     tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,12 +14,16 @@ from transformers import TrainerCallback
 
 import ranks
 from ftlevel.commands.evaluate import evaluate
+from ftlevel.commands.export import export
 from ftlevel.commands.merge import merge
 from ftlevel.commands.train import train
-from ftlevel.config import EvaluateConfig, MergeConfig, TrainConfig
-from ftlevel.errors import ConfigError, Interrupted, RunError
+from ftlevel.config import EvaluateConfig, ExportConfig, MergeConfig, TrainConfig
+from ftlevel.errors import ConfigError, InputError, Interrupted, RunError
 from ftlevel.evaluation import sampling
 from ftlevel.evaluation.rollouts import Rollouts
+from ftlevel.extras.serving.check import check_served
+from ftlevel.extras.serving.config import CheckServedConfig
+from tiny_models import save_tiny
 
 NAMES = [
     "add(a, b)",
@@ -216,6 +220,16 @@ def test_the_result_merges(learned: tuple[Path, dict[str, Any]], tmp_path: Path)
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
+def test_the_result_is_served_as_trained(
+    learned: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    run, _ = learned
+    out = tmp_path / "out"
+    export(ExportConfig(model=str(run), out=out, server="llama.cpp"))
+    found = check_served(CheckServedConfig(out=out, inside="llama.cpp")).summary
+    assert found["verdict"] == "as trained"
+
+
 class Stop(TrainerCallback):
     """Interrupts a run before a step."""
 
@@ -337,6 +351,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora": {"method": {"kind": "lora", "use_dora": True}},
     "qlora": {"method": {"kind": "qlora"}},
     "pissa": {"method": {"kind": "lora", "init_lora_weights": "pissa"}},
+    "adalora": {"method": {"kind": "adalora"}},  # its first step is a thousandth of LoRA's
     "full": {"method": {"kind": "full"}},
     "prompt-tuning": {"method": {"kind": "prompt-tuning"}},  # sampled by `generate`
 }
@@ -352,6 +367,61 @@ def test_each_method_trains_against_the_model_as_it_began(
     assert first["kl"] == pytest.approx(0.0, abs=1e-7)
     assert second["kl"] > 0
     assert max(first["sampler_difference"], second["sampler_difference"]) < 1e-4
+
+
+def test_a_teacher_is_distilled_on_the_students_completions(
+    data: Path, tmp_path: Path, learned: tuple[Path, dict[str, Any]]
+) -> None:
+    teacher, _ = learned
+    rl = {"reward": [], "max_completion_length": 16, "check_groups": 4, "num_generations": 4}
+    tr = {
+        "per_device_train_batch_size": 8,
+        "max_steps": 12,
+        "lr_scheduler_type": "constant",
+        "eval_strategy": "no",
+        "eval_on_start": False,
+    }
+    config = settings(
+        data,
+        tmp_path / "run",
+        rl,
+        tr,
+        rows={"validation_file": str(data / "held-out.jsonl")},
+        distillation={"teacher": str(teacher)},
+    )
+    summary = train(config).summary
+    records = log(tmp_path / "run")
+    divergences = [record["kl"] for record in records]
+    assert np.mean(divergences[-3:]) < 0.5 * divergences[0]
+    assert records[0]["reward"] < -0.1
+    assert records[0]["sampler_difference"] < 1e-4
+    assert "groups_with_signal" not in records[0]
+    assert summary["distillation"]["teacher"] == str(teacher)
+    repeated = evaluate(EvaluateConfig(name=str(tmp_path / "run"))).summary
+    assert repeated["metrics"]["reward"] == pytest.approx(summary["metrics"]["reward"], abs=1e-5)
+    assert repeated["intervals"]["reward"][0] > repeated["base_intervals"]["reward"][1]
+    assert not {"pass@1", "groups_with_signal"} & repeated["metrics"].keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rl": {"reward": ["exact"]}}, "--reward: with --teacher, completions are compared"),
+        ({"rl": {"reward": [], "loss": "gspo"}}, "--loss gspo: with --teacher each token"),
+        ({"rl": {"reward": [], "beta": 0.1}}, "--beta: with --teacher"),
+        ({"divergence": "jsd"}, "--divergence: --task rl with --teacher minimizes"),
+        ({}, "its tokenizer differs from that of the model"),
+    ],
+)
+def test_a_teacher_that_cannot_be_used_is_refused(
+    data: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    other = save_tiny(tmp_path / "other", "llama", chat=True)
+    named = {name: value for name, value in change.items() if name != "rl"}
+    distillation = {"teacher": str(other), **named}
+    rl = change.get("rl", {"reward": []})
+    with pytest.raises((ConfigError, InputError, ValueError), match=message):
+        train(settings(data, tmp_path / "run", rl, distillation=distillation), dry_run=True)
 
 
 def test_a_run_continues_an_adapter(

@@ -20,8 +20,9 @@
 Left out: vision, Liger, environments, tools, rollout_func, chat_template_kwargs, workers,
 pad_to_multiple_of and iterable datasets (there are none here); delta, entropy bonus and filter,
 off-policy masks, sync_ref_model, normalize_then_sum, reward clipping, cosine and overlong rewards
-(not offered); generation kwargs and top-k (refused, tests/cli/test_rl.py); vLLM and continuous
-batching (another sampler); callbacks on logs and init arguments (TRL's own names).
+(not offered); generation kwargs and top-k (refused, tests/cli/test_rl.py); vLLM in the process and
+continuous batching (another sampler; a server is in test_rl_server.py); callbacks on logs and init
+arguments (TRL's own names).
 """
 
 from __future__ import annotations

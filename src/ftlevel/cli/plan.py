@@ -73,7 +73,10 @@ def _time(plan: RunPlan) -> str:
     seconds = plan.time.seconds_per_epoch
     shown = f"{seconds:,.0f} s" if seconds < 600 else f"{seconds / 60:,.0f} min"
     cost = f"; the run costs {plan.cost:,.2f}" if plan.cost is not None else ""
-    return f", about {shown} at {plan.time.tokens_per_s:,.0f} tokens/s ({plan.time.how}){cost}"
+    share = plan.time.sampling_share
+    split = f", {share:.0%} of it sampling" if share is not None else ""
+    speed = f"{plan.time.tokens_per_s:,.0f} {'prompt ' * bool(split)}tokens/s"
+    return f", about {shown}{split} at {speed} ({plan.time.how}){cost}"
 
 
 def _table(fits: list[Alternative]) -> Table:

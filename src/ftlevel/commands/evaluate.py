@@ -41,7 +41,7 @@ from ftlevel.evaluation.model_pair import (
     resolve_pair,
 )
 from ftlevel.evaluation.retrieval import evaluate_retrieval
-from ftlevel.evaluation.rewards import RewardEvaluator, open_rewards
+from ftlevel.evaluation.rewards import RewardEvaluator, open_rewards, open_teacher
 from ftlevel.evaluation.rollouts import Rollouts
 from ftlevel.evaluation.scoring import Evaluator, needs_reference, row_lines, with_reference
 from ftlevel.events import Listener, NullListener
@@ -414,18 +414,32 @@ def _rollouts(trained: LoadedModel, held_out: EvaluationRows, settings: TrainCon
     objective = trained.objective
     if not isinstance(objective, PolicyGradient):
         raise TypeError("only a policy has rewards")
-    rl = objective.settings
+    rl, rewards, teacher = objective.settings, None, None
+    if objective.teacher is None:
+        rewards = open_rewards(
+            rl, trained.device, trained.tokenizer, held_out.rows, held_out.table.where
+        )
+    else:
+        teacher = open_teacher(
+            objective.teacher,
+            objective,
+            trained.kind,
+            trained.tokenizer,
+            trained.device,
+            trained.dtype,
+        )
     return Rollouts(
         trained.model,
         trained.tokenizer,
         rl,
-        open_rewards(rl, trained.device, trained.tokenizer, held_out.rows, held_out.table.where),
+        rewards,
         settings.train.order_seed,
         kind=trained.kind,
         method=trained.ref.card.method,
         device=trained.device,
         dtype=trained.dtype,
         where=held_out.table.where,
+        teacher=teacher,
     )
 
 

@@ -16,7 +16,7 @@ from ftlevel.data.encoding.store import row_lengths
 from ftlevel.data.gate import Finding
 from ftlevel.data.gate.checks import flat_batches
 from ftlevel.errors import ConfigError, join_names
-from ftlevel.evaluation.rewards import open_rewards
+from ftlevel.evaluation.rewards import open_rewards, open_teacher
 from ftlevel.events import NullListener
 from ftlevel.models.loading import silence_loggers
 from ftlevel.task import PolicyObjective
@@ -142,10 +142,16 @@ def _sample(run: Run) -> list[Choice]:
     if not isinstance(run.objective, PolicyObjective) or not settings.check_groups:
         return []
     rows, where = run.data.train, run.data.table.where
-    rewards = open_rewards(settings, model.device, model.tokenizer, rows, where)
+    teacher = None
+    if name := run.config.distillation.teacher:
+        teacher = open_teacher(
+            name, run.objective, model.kind, model.tokenizer, model.device, model.dtype
+        )
+    else:
+        rewards = open_rewards(settings, model.device, model.tokenizer, rows, where)
+        run = replace(run, rewards=rewards)
     loaded = load_adapted(run, NullListener())
-    rollouts = build_rollouts(replace(run, rewards=rewards), loaded.model)
-    return preview_rollouts(rollouts, rows)
+    return preview_rollouts(build_rollouts(run, loaded.model, teacher), rows)
 
 
 def _pick(run: Run, numbers: Sequence[int]) -> list[Encoded]:

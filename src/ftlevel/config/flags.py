@@ -281,6 +281,7 @@ _RUN_FLAGS: tuple[Flag, ...] = (
     Flag("rl.use_bias_correction_kl", "--use-bias-correction-kl/--no-bias-correction-kl", HOW),
     Flag("rl.mask_truncated_completions", "--mask-truncated-completions/--no-mask-truncated", HOW),
     Flag("rl.dynamic_sampling", "", HOW, metavar="N"),
+    Flag("rl.rollouts", "", HOW, metavar="URL"),
     Flag("rl.check_groups", "", HOW, _ROWS, metavar="N"),
     Flag("rl.reward_timeout", "", HOW, _ROWS, metavar="SECONDS"),
     Flag("rl.on_reward_error", "", HOW, _ROWS),

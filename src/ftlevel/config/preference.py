@@ -341,10 +341,17 @@ def find_distillation_problems(
             f"{_flag('distillation', name)} needs --teacher MODEL. Add it, or drop the flag."
             for name in names
         ]
-    if task not in (*TAUGHT_TASKS, "embedding"):
+    if task == "rl":
+        problems += [
+            f"{_flag('distillation', name)}: --task rl with --teacher minimizes "
+            "the reverse KL divergence at --temperature and has no other loss. Drop it."
+            for name in filter(is_given, DistillationConfig.model_fields)
+            if name != "teacher"
+        ]
+    elif task not in (*TAUGHT_TASKS, "embedding"):
         problems.append(
-            f"--teacher is of tasks that write text ({', '.join(TAUGHT_TASKS)}), and --task is "
-            f"{task}. Drop it, or change the task."
+            f"--teacher is for tasks that write text ({', '.join(TAUGHT_TASKS)}, rl), and --task "
+            f"is {task}. Drop it, or change the task."
         )
     if is_given("jsd_beta") and settings.divergence != "jsd":
         problems.append(

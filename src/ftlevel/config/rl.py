@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -224,6 +225,11 @@ class RlConfig(Section):
         description="Maximum number of additional prompts per step that replace groups whose "
         "rewards are all equal (DAPO).",
     )
+    rollouts: Annotated[str, Field(pattern=r"^https?://[^/]")] | None = Field(
+        None,
+        description="Address of a vLLM server that samples, http://HOST:PORT; default: this "
+        "process samples.",
+    )
     check_groups: Annotated[int, Field(ge=0, le=10_000)] = Field(
         8, description="Number of groups sampled before training to check the reward; 0: none."
     )
@@ -278,6 +284,14 @@ class RlConfig(Section):
 
 
 _READ_BY_SOME = (*_CLIPPED, "scale_rewards")
+TOKEN_LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo")
+"""Losses with one ratio per token, which on-policy distillation can use."""
+_NOT_WITH_TEACHER = {
+    "reward": "completions are compared with the teacher and have no reward",
+    "beta": "the divergence from the teacher replaces that from the initial model",
+    "scale_rewards": "advantages are log-ratios and are not scaled",
+    "dynamic_sampling": "every prompt has a signal",
+}
 _DROPOUT = (
     "the model that samples and the model that is trained would differ, and log-probabilities and "
     "ratios would be noise"
@@ -297,19 +311,22 @@ def find_rl_problems(config: Any) -> list[str]:
             else []
         )
     problems = []
-    if not settings.reward and config.distillation.teacher is None:
+    is_distilled = config.distillation.teacher is not None
+    if is_distilled:
+        problems += _teacher_problems(settings, given)
+    elif not settings.reward:
         problems.append(
             "--task rl has no reward. Add --reward exact, or another built-in one "
             f"({join_names([n for n in REWARDS if n != 'exact'], 20)}), FILE.py:FUNCTION, or the "
-            "run of a reward model."
+            "run of a reward model; or --teacher MODEL."
         )
-    if settings.num_generations == 1 and settings.loss != "reinforce++":
+    if settings.num_generations == 1 and settings.loss != "reinforce++" and not is_distilled:
         problems.append(
             "--num-generations 1: a completion is compared with the others of its prompt. Use 2 or "
             "more."
         )
     for name in _READ_BY_SOME:
-        if name in given and name not in settings.facts.reads:
+        if name in given and name not in settings.facts.reads and not is_distilled:
             readers = [loss for loss in get_args(RlLossName) if name in RL_LOSSES[loss].reads]
             problems.append(
                 f"{_flag(name)}: --loss {settings.loss} does not use it; {join_names(readers)} do. "
@@ -317,7 +334,41 @@ def find_rl_problems(config: Any) -> list[str]:
             )
     if settings.use_bias_correction_kl and not settings.beta:
         problems.append("--use-bias-correction-kl is of --beta, which is 0. Drop it.")
+    if settings.rollouts is not None:
+        problems += _server_problems(config)
     return [*problems, *_sampling_problems(config)]
+
+
+def _server_problems(config: Any) -> list[str]:
+    """Return messages for settings that sampling with a server cannot use."""
+    method, problems = config.method, []
+    if method.kind != "lora" or getattr(method, "use_dora", False):
+        name = "lora with DoRA" if method.kind == "lora" else method.kind
+        problems.append(
+            f"--rollouts: a vLLM server loads plain LoRA adapters only, and --method is {name}. "
+            "Use --method lora, or drop --rollouts."
+        )
+    if (config.train.num_processes or 1) > 1:
+        problems.append(
+            f"--rollouts with --num-processes {config.train.num_processes}: each process would "
+            "load an adapter of its own. Drop one of them."
+        )
+    return problems
+
+
+def _teacher_problems(settings: RlConfig, given: Sequence[str]) -> list[str]:
+    """Return messages for settings that on-policy distillation cannot use."""
+    problems = [
+        f"{_flag(name)}: with --teacher, {reason}. Drop one of them."
+        for name, reason in _NOT_WITH_TEACHER.items()
+        if name in given
+    ]
+    if settings.loss not in TOKEN_LOSSES:
+        problems.append(
+            f"--loss {settings.loss}: with --teacher each token has an advantage of its own, and "
+            f"this loss has one per completion. Use {join_names(TOKEN_LOSSES)}."
+        )
+    return problems
 
 
 def _sampling_problems(config: Any) -> list[str]:

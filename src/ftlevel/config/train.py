@@ -90,6 +90,7 @@ class TrainConfig(Section):
             "preference": {**self.preference.model_dump(), "smoothing": smoothing},
             "embedding": {**self.embedding.model_dump(mode="json"), "teacher": teacher},
             "rl": self.rl.model_dump(),
+            "teacher": teacher,
             "reranking": self.reranking.model_dump(),
         }
 

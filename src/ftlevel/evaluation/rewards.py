@@ -15,16 +15,17 @@ from ftlevel.data.formats.turns import Message
 from ftlevel.errors import InputError
 from ftlevel.evaluation.answers import InferenceModel, predict_rows
 from ftlevel.evaluation.intervals import ExampleRecord, select_metrics
-from ftlevel.evaluation.rollouts import Group, Rollouts
+from ftlevel.evaluation.rollouts import Group, Rollouts, score_rows
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.task import PolicyObjective
 from ftlevel.tasks.base import OutputOptions
 from ftlevel.tasks.preferences.formats import LabeledAnswer
 from ftlevel.tasks.rl.formats import ANSWER
 from ftlevel.tasks.rl.rewards import Prompt, Rewards
+from ftlevel.tasks.rl.rows import TokenLogps
 from ftlevel.trained.generation import GenerationOptions
 from ftlevel.trained.model_ref import PLAIN, LoadedModel, ModelRef
-from ftlevel.trained.reference import compute_fingerprint
+from ftlevel.trained.reference import compute_fingerprint, resolve_reference
 from ftlevel.trained.resolve import resolve_model
 
 HELD_OUT = 1 << 40
@@ -56,6 +57,28 @@ def open_rewards(
     answers = [row.columns.get(ANSWER) for row in rows]
     rewards.check_answers(answers, lambda at: where(rows[at].row))
     return rewards
+
+
+def open_teacher(
+    name: str, objective: PolicyObjective, kind: str, tokenizer: Any, device: str, dtype: str
+) -> TokenLogps:
+    """Return a function that scores completions with the model `name`, which is loaded.
+
+    `kind` and `tokenizer` are those of the model that samples.
+
+    Raises:
+        InputError: the teacher does not exist, or has another tokenizer.
+    """
+    reference = resolve_reference("--teacher", name, kind, tokenizer, device)
+    model = reference.ref.load(device, dtype).model
+    return partial(
+        score_rows,
+        model,
+        objective,
+        pad_id=tokenizer.pad_token_id,
+        device=device,
+        dtype=dtype,
+    )
 
 
 @dataclass(frozen=True)

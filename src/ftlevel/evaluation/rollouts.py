@@ -1,10 +1,10 @@
-"""Sample groups of completions of prompts, and score them with rewards."""
+"""Sample groups of completions of prompts, and score them with rewards or a teacher."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ftlevel.config.rl import RlConfig
+from ftlevel.data.encoding.collate import Collator
 from ftlevel.evaluation.sampling import (
     Completion,
     Noise,
@@ -19,9 +20,14 @@ from ftlevel.evaluation.sampling import (
     SamplingOptions,
     choose_sampler,
 )
-from ftlevel.fast.head.likelihoods import base_model
-from ftlevel.models.hardware import evaluating
+from ftlevel.evaluation.server import ServerSampler
+from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy
+from ftlevel.fast.head.likelihoods import base_model, compute_token_likelihoods
+from ftlevel.fast.packing import using_layout
+from ftlevel.models.hardware import autocast, evaluating
+from ftlevel.task import PolicyObjective
 from ftlevel.tasks.rl.losses import combine_rewards
+from ftlevel.tasks.rl.rows import UNKNOWN, CompletionRow, TokenLogps, build_completion_row
 from ftlevel.trained.generation import stop_ids
 
 
@@ -30,7 +36,8 @@ class Group:
     """The completions of one prompt.
 
     `scores` is (completions, functions), NaN where a reward has no part; `rewards` is
-    (completions,).
+    (completions,). With a teacher there are no functions: `teacher_logps` are its log-probabilities
+    of the tokens, and the reward is its mean log-ratio per token, minus the reverse KL divergence.
     """
 
     row: Any
@@ -38,6 +45,26 @@ class Group:
     texts: list[str]
     scores: np.ndarray
     rewards: np.ndarray
+    teacher_logps: list[list[float]] | None = None
+
+    def to_rows(self) -> list[CompletionRow]:
+        """Return the completions as rows with the sampler's log-probabilities."""
+        return [
+            build_completion_row(
+                self.row.input_ids,
+                completion.ids,
+                self.row.row,
+                number,
+                [(0.0, 0.0, UNKNOWN, UNKNOWN, logp) for logp in completion.logps],
+            )
+            for number, completion in enumerate(self.completions)
+        ]
+
+    def compare(self, teacher_logps: list[list[float]]) -> None:
+        """Set the teacher's log-probabilities and the rewards from them."""
+        self.teacher_logps = teacher_logps
+        pairs = zip(teacher_logps, self.completions, strict=True)
+        self.rewards = np.array([np.mean(np.subtract(logps, own.logps)) for logps, own in pairs])
 
     def to_json(self) -> dict[str, Any]:
         """Return a description for rollouts.jsonl."""
@@ -61,14 +88,14 @@ class Group:
 
 @dataclass
 class Seconds:
-    """Time spent in sampling and in rewards."""
+    """Time spent in sampling, and in rewards or the teacher."""
 
     sampling: float = 0.0
     rewards: float = 0.0
 
 
 class Rollouts:
-    """Samples with a model (mutated while it samples) and scores with `rewards`.
+    """Samples with a model (mutated while it samples) and scores with `rewards` or a `teacher`.
 
     `why_generate` says why transformers' `generate` samples; empty if the decoder does.
     """
@@ -86,7 +113,10 @@ class Rollouts:
         device: str,
         dtype: str,
         where: Callable[[int], str] | None = None,
+        teacher: TokenLogps | None = None,
+        server: ServerSampler | None = None,
     ) -> None:
+        self._teacher, self._server = teacher, server
         self._model, self._tokenizer = model, tokenizer
         self.settings, self.rewards = settings, rewards
         self._seed, self._where = seed, where
@@ -112,13 +142,21 @@ class Rollouts:
         self.seconds.sampling += time.perf_counter() - began
         began = time.perf_counter()
         groups = self._score(step, rows, sampled)
+        if self._teacher is not None:
+            completions = [group.to_rows() for group in groups]
+            logps = iter(self._teacher([row for rows in completions for row in rows]))
+            for group in groups:
+                group.compare([next(logps) for _ in group.completions])
         self.seconds.rewards += time.perf_counter() - began
         return groups
 
     def _sample(self, step: int, rows: Sequence[Any]) -> list[list[Completion]]:
         if not rows:
             return []
-        prompts = [row.input_ids for row in rows]
+        prompts, noise = [row.input_ids for row in rows], Noise(self._seed, step)
+        numbers = [row.row for row in rows]
+        if self._server is not None:
+            return self._server.sample(prompts, numbers, self._options, noise)
         with evaluating(self._model, self._device, self._dtype):
             if self._open is None:
                 self._open, self.why_generate = choose_sampler(
@@ -130,8 +168,7 @@ class Rollouts:
                     max(prompts, key=len),
                 )
             with contextlib.closing(self._open()) as sampler:
-                noise = Noise(self._seed, step)
-                return sampler.sample(prompts, [row.row for row in rows], self._options, noise)
+                return sampler.sample(prompts, numbers, self._options, noise)
 
     def _score(
         self, step: int, rows: Sequence[Any], sampled: Sequence[Sequence[Completion]]
@@ -171,3 +208,52 @@ class Rollouts:
         text = str(self._tokenizer.decode(completion.ids, skip_special_tokens=True))
         cuts = [text.find(stop) for stop in self.settings.stop if stop in text]
         return text[: min(cuts)] if cuts else text
+
+
+def compute_token_logps(
+    model: Any,
+    objective: PolicyObjective,
+    batches: Iterable[tuple[Sequence[int], Mapping[str, Any]]],
+    head: ChunkedCrossEntropy | None = None,
+) -> dict[int, list[float]]:
+    """Return row index → log-probabilities of the completion's tokens, without gradients.
+
+    `batches` are row indices with their collated rows on the model's device.
+    """
+    logps: dict[int, list[float]] = {}
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for indices, batch in batches:
+                inputs = {name: value for name, value in batch.items() if name != "layout"}
+                is_packed_here = "layout" in batch  # else the caller may have set a layout
+                with using_layout(batch["layout"]) if is_packed_here else contextlib.nullcontext():
+                    each, owners = compute_token_likelihoods(
+                        head, model, objective, inputs, objective.temperature
+                    )
+                counts = owners.bincount(minlength=len(indices)).tolist()
+                parts = torch.split(each, counts)
+                logps |= {i: part.tolist() for i, part in zip(indices, parts, strict=True)}
+    finally:
+        model.train(training)
+    return logps
+
+
+def score_rows(
+    model: Any,
+    objective: PolicyObjective,
+    rows: Sequence[CompletionRow],
+    pad_id: int,
+    device: str,
+    dtype: str,
+) -> list[list[float]]:
+    """Return the log-probabilities of the completions' tokens, one row at a time."""
+    collate = Collator(pad_id)
+    batches = (
+        ([at], {name: value.to(device) for name, value in collate([row]).items()})
+        for at, row in enumerate(rows)
+    )
+    with autocast(device, dtype):
+        logps = compute_token_logps(model, objective, batches)
+    return [logps[at] for at in range(len(rows))]

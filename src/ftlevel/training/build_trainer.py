@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from ftlevel.data.encoding.collate import CollatorWithRows
 from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.evaluation.intervals import generates_texts, uses_text_metrics
 from ftlevel.evaluation.rewards import RewardEvaluator
-from ftlevel.evaluation.rollouts import Rollouts
+from ftlevel.evaluation.rollouts import Rollouts, score_rows
 from ftlevel.evaluation.scoring import Evaluator
+from ftlevel.evaluation.server import BOUND, ServerSampler
 from ftlevel.events import Listener
 from ftlevel.fast.plan import kernel_arguments
 from ftlevel.fast.step_collator import StepCollator, TextCollator
@@ -28,6 +30,7 @@ from ftlevel.methods.rates import HeadRate
 from ftlevel.models.hardware import current_memory_bytes, uses_tf32, using_tf32
 from ftlevel.models.upstream.libraries import use_one_gpu
 from ftlevel.task import PolicyObjective, StepObjective
+from ftlevel.tasks.rl.rows import TokenLogps
 from ftlevel.trained.generation import GenerationOptions
 from ftlevel.training.best import MOST_ROWS, BestModelCallback, PredictionRecorder
 from ftlevel.training.callbacks.gradients import GradientMonitor, Recovery
@@ -137,10 +140,17 @@ def eval_batch_size(train: TrainerConfig) -> int:
     return train.per_device_eval_batch_size or train.per_device_train_batch_size
 
 
-def build_rollouts(run: Run, model: Any, where: Callable[[int], str] | None = None) -> Rollouts:
+def build_rollouts(
+    run: Run,
+    model: Any,
+    teacher: TokenLogps | None = None,
+    server: ServerSampler | None = None,
+    where: Callable[[int], str] | None = None,
+) -> Rollouts:
     """Return the rollouts of a run of reinforcement learning, with the weights of `model`.
 
-    `where` returns the place of a row for messages; by default, of a training row.
+    `teacher` scores completions in on-policy distillation, `server` samples in place of `model`.
+    `where` returns the location of a row for messages; by default, of a training row.
     """
     planned = run.model
     return Rollouts(
@@ -154,13 +164,36 @@ def build_rollouts(run: Run, model: Any, where: Callable[[int], str] | None = No
         device=planned.device,
         dtype=planned.dtype,
         where=where or run.data.table.where,
+        teacher=teacher,
+        server=server,
     )
 
 
-def build_evaluator(run: Run, model: Any = None) -> Evaluator | None:
+def _build_server(run: Run, adapted: PreparedModel) -> ServerSampler | None:
+    """Return the sampler of `--rollouts`, if given."""
+    if run.config.rl.rollouts is None or not isinstance(run.objective, PolicyObjective):
+        return None
+    score = partial(
+        score_rows,
+        adapted.model,
+        run.objective,
+        pad_id=run.model.pad_id,
+        device=run.model.device,
+        dtype=run.model.dtype,
+    )
+    method = run.config.method
+    return ServerSampler(run.config.rl.rollouts, adapted.model, method, adapted.start, score)
+
+
+def build_evaluator(
+    run: Run,
+    model: Any = None,
+    teacher: TokenLogps | None = None,
+    server: ServerSampler | None = None,
+) -> Evaluator | None:
     """Return the evaluator of the validation rows; None if there are none.
 
-    `model` is the one to sample with in reinforcement learning.
+    In reinforcement learning, `model` is the one to sample with; see `build_rollouts`.
     """
     if not run.data.validation:
         return None
@@ -177,7 +210,9 @@ def build_evaluator(run: Run, model: Any = None) -> Evaluator | None:
         "metrics": train.metrics,
     }
     if is_rl(run):
-        rollouts = build_rollouts(run, model, lambda row: f"validation row {row + 1}")
+        rollouts = build_rollouts(
+            run, model, teacher, server, lambda row: f"validation row {row + 1}"
+        )
         return RewardEvaluator(**shared, generated_rows=generated, rollouts=rollouts)
     generates = generates_texts(train.predict_with_generate, run.task)
     return Evaluator(
@@ -198,8 +233,12 @@ def build_trainer(
     directory: RunDirectory,
     resumed: ResumeState,
     processes: Processes,
+    teacher: TokenLogps | None = None,
 ) -> FtlevelTrainer:
-    """Return the Trainer of the run, without transformers' printing callbacks."""
+    """Return the Trainer of the run, without transformers' printing callbacks.
+
+    `teacher` is that of on-policy distillation.
+    """
     from transformers import PrinterCallback, ProgressCallback
 
     arguments = build_arguments(run, directory.checkpoints)
@@ -214,13 +253,14 @@ def build_trainer(
         head_rate = HeadRate(run.model.new_heads, rate)
     collator = TextCollator if isinstance(run.objective, StepObjective) else StepCollator
     step_collator = collator(pad_id, fast.plan, run.objective) if fast else None
+    server = _build_server(run, adapted)
     trainer_class: Any = FtlevelTrainer
     options: dict[str, Any] = {}
     if is_sharded(adapted.model) and processes.count > 1:
         trainer_class = ShardedTrainer
     elif is_rl(run):
-        bound = bound_of(run.model.dtype, run.model.quant.kind)
-        rollouts = build_rollouts(run, adapted.model)
+        bound = BOUND if server else bound_of(run.model.dtype, run.model.quant.kind)
+        rollouts = build_rollouts(run, adapted.model, teacher, server)
         trainer_class, options = RlTrainer, {"rollouts": rollouts, "prompts": rows, "bound": bound}
         if order is not None and run.config.rl.num_iterations > 1:
             step = arguments.train_batch_size * arguments.gradient_accumulation_steps
@@ -229,7 +269,7 @@ def build_trainer(
     trainer: FtlevelTrainer = trainer_class(
         objective=run.objective,
         loss=run.loss,
-        evaluator=build_evaluator(run, adapted.model),
+        evaluator=build_evaluator(run, adapted.model, teacher, server),
         model=adapted.model,
         args=arguments,
         optimizers=(build_optimizer(run.config.method, adapted.model, arguments), None),

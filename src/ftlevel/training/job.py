@@ -14,6 +14,7 @@ from ftlevel.config import DataConfig, InMemoryDataset, QuantConfig, TrainConfig
 from ftlevel.config.section import Choice
 from ftlevel.config.sections import wrap_rows
 from ftlevel.errors import ConfigError
+from ftlevel.evaluation.server import check_server
 from ftlevel.events import Listener
 from ftlevel.models.in_memory import place_model
 from ftlevel.training.finish import StartTime
@@ -216,6 +217,7 @@ def _resolve(
     run = replace(run, choices=choices, written_base=inputs.written_base)
     check_base_not_overwritten(run)
     run = replace(run, auxiliary=find_auxiliary_models(run))
+    check_server(config.rl)
     sizes = size_choices(run, try_method=try_method)
     memory = estimate_memory(run, processes)
     listener.choices("train", [memory.choice(), *run.choices, *sizes])

@@ -52,7 +52,12 @@ from ftlevel.training.resume import (
 from ftlevel.training.rl.checks import check_before
 from ftlevel.training.sharding import probe_untrained, prove_sharded, save_sharded
 from ftlevel.training.summary import Outcome, resolved_config
-from ftlevel.training.teacher import AuxiliaryOutputs, precompute_teacher, with_text_models
+from ftlevel.training.teacher import (
+    AuxiliaryOutputs,
+    build_scorer,
+    precompute_teacher,
+    with_text_models,
+)
 from ftlevel.training.trainer import FtlevelTrainer
 from ftlevel.training.verify.bounds import StepComparison
 from ftlevel.training.verify.proof import verify_step
@@ -182,7 +187,7 @@ def open_session(job: TrainingJob, resumed: ResumeState, stack: ExitStack) -> Tr
         run, reference = compute_initial_reference(run, adapted, listener)
     if teacher is not None:
         run = replace(run, data=replace(run.data, train=teacher.rows))
-    auxiliary = AuxiliaryOutputs(reference, teacher)
+    auxiliary = AuxiliaryOutputs(reference, teacher, build_scorer(run, listener))
     config, steps = run.config, run.schedule.steps
     processes.from_first(
         lambda: check_disk_space(config.output.dir, config.train, adapted.model, steps)
@@ -196,7 +201,7 @@ def open_session(job: TrainingJob, resumed: ResumeState, stack: ExitStack) -> Tr
     stack.enter_context(explain_interrupt(directory))
     is_sharded = config.train.shard != "none"
     initial_logits = probe_untrained(adapted, run) if is_sharded else None
-    trainer = build_trainer(run, adapted, directory, resumed, processes)
+    trainer = build_trainer(run, adapted, directory, resumed, processes, auxiliary.scorer)
     write_files = partial(write_tokenizer_and_card, run=run, base=base, start=auxiliary.start)
     callbacks = add_callbacks(
         trainer,

@@ -336,7 +336,12 @@ def check_can_shard(run: Run, count: int) -> None:
             f"{flag} cannot be used with --task preference yet: the reference cache is per "
             f"process. Use --shard none."
         )
-    if isinstance(run.objective, PolicyObjective | StepObjective):
+    if isinstance(run.objective, PolicyObjective):
+        problems.append(
+            f"{flag} cannot be used with --task {run.task.name}: each process samples its own "
+            "completions with all weights, and would hold a part of them. Use --shard none."
+        )
+    if isinstance(run.objective, StepObjective):
         problems.append(
             f"{flag} cannot be used with --task {run.task.name} yet, which was never tried on a "
             "sharded model. Use --shard none."

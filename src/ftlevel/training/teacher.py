@@ -25,16 +25,18 @@ from ftlevel.data.encoding.texts import EncodedTexts
 from ftlevel.data.sources.lines import LazySequence
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.embeddings import embed_texts
+from ftlevel.evaluation.rollouts import compute_token_logps
 from ftlevel.events import Listener
 from ftlevel.fast.head.cross_entropy import Observe
 from ftlevel.fast.head.likelihoods import prepare_inputs
 from ftlevel.models.hardware import autocast
 from ftlevel.models.loading import load_config
-from ftlevel.task import TokenObjective
+from ftlevel.task import PolicyObjective, TokenObjective
 from ftlevel.tasks.distillation import DistillationRows, outcome_dtype, select_top_k
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.tasks.embedding.rows import TextEncoder
+from ftlevel.tasks.rl.rows import CompletionRow
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
 from ftlevel.trained.reference import ReferenceModel, resolve_reference
 from ftlevel.trained.resolve import resolve_model
@@ -67,7 +69,11 @@ def precompute_teacher(run: Run, listener: Listener) -> TeacherPredictions | Non
     Raises InputError if the disk lacks space for them.
     """
     teacher, settings = run.auxiliary.teacher, run.config.distillation
-    if teacher is None or not isinstance(run.objective, TokenObjective):
+    if (
+        teacher is None
+        or not isinstance(run.objective, TokenObjective)
+        or isinstance(run.objective, PolicyObjective)
+    ):
         return None
     listener.stage("running the teacher")
     objective, rows = run.objective, run.data.train
@@ -179,12 +185,49 @@ def _observe_logits(
     show(scores.index_select(0, at), targets)
 
 
+class TeacherScorer:
+    """Computes the teacher's log-probabilities of sampled completions, packed as in a step.
+
+    The teacher loads at the first call and stays loaded.
+    """
+
+    def __init__(self, teacher: ReferenceModel, run: Run, listener: Listener) -> None:
+        self.teacher = teacher
+        self._run = run
+        self._context = load_auxiliary_model(teacher, run, listener)
+        self._loaded: tuple[Run, PreparedModel] | None = None
+
+    def __call__(self, rows: Sequence[CompletionRow]) -> list[list[float]]:
+        """Return the log-probabilities of the completions' tokens."""
+        objective = self._run.objective
+        if not rows or not isinstance(objective, PolicyObjective):
+            return []
+        self._loaded = self._loaded or self._context.__enter__()
+        run, adapted = self._loaded
+        head = adapted.fast.cross_entropy if adapted.fast is not None else None
+        with autocast(run.model.device, run.model.dtype):
+            batches = micro_batches(run, adapted.fast, rows)
+            logps = compute_token_logps(adapted.model, objective, batches, head)
+        return [logps[index] for index in range(len(rows))]
+
+
+def build_scorer(run: Run, listener: Listener) -> TeacherScorer | None:
+    """Return the teacher of reinforcement learning; None without one."""
+    if run.auxiliary.teacher is None or not isinstance(run.objective, PolicyObjective):
+        return None
+    return TeacherScorer(run.auxiliary.teacher, run, listener)
+
+
 @dataclass(frozen=True)
 class AuxiliaryOutputs:
-    """Reference and teacher predictions, each None if not needed."""
+    """Reference and teacher predictions, each None if not needed.
+
+    `scorer` is the teacher of reinforcement learning, which reads completions as they are sampled.
+    """
 
     reference: Reference | None
     teacher_predictions: TeacherPredictions | None
+    scorer: TeacherScorer | None = None
 
     @property
     def start(self) -> Any:
@@ -200,6 +243,9 @@ class AuxiliaryOutputs:
             facts["reference"], notes = describe_first_loss(self.reference, run, records)
         if self.teacher_predictions is not None:
             facts["distillation"] = dict(self.teacher_predictions.facts)
+        if self.scorer is not None:
+            teacher = self.scorer.teacher
+            facts["distillation"] = {"teacher": teacher.name, "fingerprint": teacher.fingerprint}
         return facts, notes
 
 

@@ -153,56 +153,52 @@ def policy_loss(
     weights: torch.Tensor,
     reference: torch.Tensor | None = None,
 ) -> PolicyLoss:
-    """Return the loss summed over tokens, each multiplied by the weight of its completion.
+    """Return the loss summed over tokens, each multiplied by its weight.
 
     Args:
         parameters: loss and clipping.
         each: (tokens,) log-probabilities of the policy, with gradient.
         old: (tokens,) those of the policy that sampled; equal to `each` on the first iteration.
         owners: (tokens,) index of each token's completion; a completion is not divided.
-        advantages: (completions,).
-        weights: (completions,) of `completion_weights`.
-        reference: (tokens,) log-probabilities of the reference, for a KL penalty.
+        advantages: (tokens,); the same for all tokens of a completion, except in distillation.
+        weights: (tokens,), of `completion_weights`.
+        reference: (tokens,) log-probabilities of the reference, for a KL penalty. It is only
+            measured if `beta` is 0.
     """
-    of_tokens = advantages[owners].to(each.dtype)
-    weight = weights[owners].to(each.dtype)
+    advantages, weights = advantages.to(each.dtype), weights.to(each.dtype)
     log_ratio = each - old
     if parameters.loss in _SEQUENCE:
-        log_ratio = _over_completions(log_ratio, owners, len(advantages), parameters.loss)
+        log_ratio = _over_completions(log_ratio, owners, parameters.loss)
     ratio = log_ratio.exp()
     if parameters.loss == "cispo":
-        loss = -ratio.detach().clamp(max=parameters.epsilon_high) * of_tokens * each
-        clipped = (ratio > parameters.epsilon_high) & (of_tokens > 0)
+        loss = -ratio.detach().clamp(max=parameters.epsilon_high) * advantages * each
+        clipped = (ratio > parameters.epsilon_high) & (advantages > 0)
     else:
         low, high = 1 - parameters.epsilon, 1 + parameters.epsilon_high
-        loss = -torch.minimum(ratio * of_tokens, ratio.clamp(low, high) * of_tokens)
-        clipped = ((ratio < low) & (of_tokens < 0)) | ((ratio > high) & (of_tokens > 0))
+        loss = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+        clipped = ((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))
     kl = torch.zeros_like(each)
     if reference is not None:
-        apart = reference - each
-        kl = apart.exp() - apart - 1
+        log_ratio_ref = reference - each
+        kl = log_ratio_ref.expm1() - log_ratio_ref  # exp(x) - 1 is 0 in float32 below 6e-8
         kl = kl * ratio if parameters.corrects_kl else kl
         if parameters.loss != "rloo":  # there the reward is reduced instead
             loss = loss + parameters.beta * kl
-    return PolicyLoss((loss * weight).sum(), clipped.sum(), kl.detach().sum())
+    return PolicyLoss((loss * weights).sum(), clipped.sum(), kl.detach().sum())
 
 
-def _over_completions(
-    log_ratio: torch.Tensor, owners: torch.Tensor, count: int, loss: str
-) -> torch.Tensor:
+def _over_completions(log_ratio: torch.Tensor, owners: torch.Tensor, loss: str) -> torch.Tensor:
     """Return the mean (gspo) or sum (rloo) over each completion, repeated for its tokens."""
-    zeros = log_ratio.new_zeros(count)
+    zeros = torch.zeros_like(log_ratio)  # there are no more completions than tokens
     sums = zeros.index_add(0, owners, log_ratio)
     if loss == "gspo":
         sums = sums / zeros.index_add(0, owners, torch.ones_like(log_ratio)).clamp(min=1)
     return sums[owners]
 
 
-def penalize_rewards(
-    rewards: torch.Tensor, old: torch.Tensor, reference: torch.Tensor, beta: float
-) -> torch.Tensor:
-    """Return `rewards` less β Σ (ℓ_old − ℓ_ref), rloo's KL penalty, all `(completions,)`.
+def penalize_rewards(rewards: torch.Tensor, log_ratios: torch.Tensor, beta: float) -> torch.Tensor:
+    """Return `rewards` less β Σ (ℓ_old − ℓ_ref), rloo's KL penalty.
 
-    `old` and `reference` are sums over the tokens of a completion.
+    `log_ratios` are the sums over the tokens of each completion.
     """
-    return rewards - beta * (old - reference)
+    return rewards - beta * log_ratios

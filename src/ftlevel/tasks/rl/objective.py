@@ -46,9 +46,13 @@ def loss_parameters(settings: RlConfig) -> PolicyLossParameters:
 
 @dataclass(frozen=True)
 class PolicyGradient(PolicyObjective):
-    """Policy loss of sampled completions; `watch` receives the statistics of micro-batches."""
+    """Policy loss of sampled completions; `watch` receives the statistics of micro-batches.
+
+    `teacher` is the name of the model that is distilled; None with rewards.
+    """
 
     settings: RlConfig = field(default_factory=RlConfig)
+    teacher: str | None = None
     watch: Watch = field(default=ignore, compare=False)
 
     @property
@@ -81,23 +85,29 @@ class PolicyGradient(PolicyObjective):
     def policy_sum(
         self, each: torch.Tensor, owners: torch.Tensor, count: int, signals: torch.Tensor
     ) -> torch.Tensor:
-        """Return the loss of `signals` (targets, 5), as in `rows.Signal`."""
+        """Return the loss of `signals` (targets, 5), as in `rows.Signal`.
+
+        With a teacher, the advantage of a token is minus its log-ratio log π_old − log π_teacher,
+        an unbiased estimate of the gradient of the reverse KL divergence per token, as in GKD with
+        λ = 1 (2306.13649) and in Thinking Machines' On-Policy Distillation (2025).
+        """
         import torch
 
         from ftlevel.tasks.rl.losses import policy_loss
 
-        advantage, weight, old, reference, _ = signals.unbind(1)
-        zeros = torch.zeros(count, device=each.device)
+        advantages, weights, old, reference, _ = signals.unbind(1)
+        old = torch.where(old.isnan(), each.detach(), old)
+        if self.teacher:  # stand-ins have no log-probability of the teacher
+            advantages = torch.where(reference.isnan(), advantages, reference - old)
+        reference = torch.where(reference.isnan(), each.detach(), reference)
         loss = policy_loss(
             loss_parameters(self.settings),
             each,
-            torch.where(old.isnan(), each.detach(), old),
+            old,
             owners,
-            zeros.scatter(0, owners, advantage),
-            zeros.scatter(0, owners, weight),
-            torch.where(reference.isnan(), each.detach(), reference)
-            if self.settings.beta
-            else None,
+            advantages,
+            weights,
+            reference if self.settings.beta or self.teacher else None,
         )
         self.watch(loss, each.detach(), signals)
         return loss.total
@@ -141,7 +151,7 @@ class RewardMeter:
         """Return the names of the metrics: avg@k is `reward`, over k completions."""
         functions = [f"reward_{spec}" for spec in reward_names(settings)]
         own = functions if len(functions) > 1 else []
-        passes = [f"pass@{k}" for k in pass_counts(settings.num_generations)]
+        passes = [f"pass@{k}" for k in pass_counts(settings.num_generations) if functions]
         return ("reward", *own, *passes, "length", "truncated")
 
     def update(self, logits: Any, labels: Any, rows: Sequence[Any]) -> None:

@@ -32,13 +32,15 @@ class RlTask(TextTask):
     """Task of a decoder that learns from rewards of its own completions."""
 
     settings: RlConfig = field(default_factory=RlConfig)
+    teacher: str | None = None
 
     checks: ClassVar[Checks] = Checks(supervised=False)
     uses_dropout: ClassVar[bool] = False
 
     def configured(self, options: Mapping[str, Any]) -> RlTask:
         """Return the task with the settings of a configuration or model card."""
-        return replace(self, settings=RlConfig(**options.get("rl", {})))
+        settings = RlConfig(**options.get("rl", {}))
+        return replace(self, settings=settings, teacher=options.get("teacher"))
 
     @property
     def encoding_options(self) -> Mapping[str, Any]:
@@ -47,8 +49,12 @@ class RlTask(TextTask):
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
         """Return the policy objective of the settings."""
-        settings = self.settings
-        return PolicyGradient(self.headline, temperature=settings.temperature, settings=settings)
+        return PolicyGradient(
+            self.headline,
+            temperature=self.settings.temperature,
+            settings=self.settings,
+            teacher=self.teacher,
+        )
 
     def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
         """Return the default prompt format of `train`, and the settings without a reward."""
@@ -57,7 +63,11 @@ class RlTask(TextTask):
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings, which held-out prompts are sampled and scored with."""
         places = [_absolute(spec) for spec in self.settings.rewards]
-        return {"rl": {**self.settings.model_dump(mode="json"), "reward": places}}
+        options = {"rl": {**self.settings.model_dump(mode="json"), "reward": places}}
+        if self.teacher is None:
+            return options
+        path = Path(self.teacher).expanduser()
+        return {**options, "teacher": str(path.absolute()) if path.exists() else self.teacher}
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
         """Return a synthetic prompt that leaves room for a completion."""
@@ -90,7 +100,10 @@ class RlTask(TextTask):
         settings = self.settings
         low, high = settings.clip
         clip = f"ratio at most {high:g}" if low is None else f"clip -{low:g} +{high:g}"
-        parts = [clip, f"advantages over {settings.scale} deviation"]
+        if self.teacher:
+            parts = [f"reverse KL from {self.teacher}", clip]
+        else:
+            parts = [clip, f"advantages over {settings.scale} deviation"]
         parts += [f"beta {settings.beta:g}"] if settings.beta else []
         sampled = (
             f"{settings.num_generations} completions of at most "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ftlevel.data.encoding.encode import IGNORED, Encoded
@@ -11,7 +11,8 @@ from ftlevel.data.encoding.encode import IGNORED, Encoded
 Signal = tuple[float, float, float, float, float]
 """Advantage, weight, and three log-probabilities: old, of the reference, and of the sampler.
 
-NaN where it is not known: `old` then equals that of the policy, and there is no penalty.
+NaN where it is unknown: `old` then equals that of the policy, and there is no penalty. In
+on-policy distillation the reference is the teacher, and the advantage is not used.
 """
 
 UNKNOWN = math.nan
@@ -39,6 +40,10 @@ class CompletionRow(Encoded):
         return self.input_ids[self.prompt :]
 
 
+TokenLogps = Callable[[Sequence[CompletionRow]], list[list[float]]]
+"""Rows → log-probabilities of their completions' tokens."""
+
+
 def build_completion_row(
     prompt: list[int], completion: list[int], row: int, number: int, values: Sequence[Signal]
 ) -> CompletionRow:
@@ -51,9 +56,11 @@ STAND_INS = 2
 STAND_IN_TOKENS = 8
 
 
-def stand_in_completions(prompt: list[int], row: int) -> Iterator[CompletionRow]:
+def stand_in_completions(
+    prompt: list[int], row: int, count: int = STAND_INS, tokens: int = STAND_IN_TOKENS
+) -> Iterator[CompletionRow]:
     """Yield made-up completions of `prompt` with opposite advantages."""
-    for number in range(STAND_INS):
-        ids = [prompt[(7 * at + 3 * number) % len(prompt)] for at in range(STAND_IN_TOKENS)]
-        signal = (1.0 - 2 * number, 1 / STAND_IN_TOKENS, UNKNOWN, UNKNOWN, UNKNOWN)
+    for number in range(count):
+        ids = [prompt[(7 * at + 3 * number) % len(prompt)] for at in range(tokens)]
+        signal = (1.0 - 2 * (number % 2), 1 / tokens, UNKNOWN, UNKNOWN, UNKNOWN)
         yield build_completion_row(prompt, ids, row, number, [signal] * len(ids))

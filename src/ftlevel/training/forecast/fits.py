@@ -36,6 +36,7 @@ from ftlevel.models.hardware import (
     resident_bytes,
 )
 from ftlevel.models.quantization import as_quant_config, quantization_name, stored_quantization
+from ftlevel.tasks.rl.rows import STAND_IN_TOKENS, STAND_INS
 from ftlevel.training.forecast.memory import StepMemory, count_computed_layers, estimate_step_memory
 from ftlevel.training.forecast.meta_model import (
     ACTIVATIONS,
@@ -115,6 +116,8 @@ def _check_bytes(run: Run) -> int:
         return 0
     plain_run = run.with_settings(
         "train", per_device_train_batch_size=len(rows), gradient_accumulation_steps=1
+    ).with_settings(  # its completions are stand-ins, and it samples none
+        "rl", num_generations=STAND_INS, max_completion_length=STAND_IN_TOKENS, rollouts=""
     )
     wide: Any = replace(
         plain_run,

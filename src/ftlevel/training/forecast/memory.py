@@ -47,6 +47,7 @@ from ftlevel.training.forecast.meta_model import (
     FORWARD,
     GRADIENTS,
     LOGITS,
+    OPTIMIZER,
     QUANTIZED,
     UPDATE,
     WEIGHTS,
@@ -57,6 +58,14 @@ from ftlevel.training.forecast.meta_model import (
     describe_blocks,
     targets_in,
     with_layers,
+)
+from ftlevel.training.forecast.rollouts import (
+    SAMPLING,
+    SCORING_MODELS,
+    RolloutSize,
+    estimate_sampling_parts,
+    estimate_scoring_bytes,
+    with_completions,
 )
 from ftlevel.training.memory import set_checkpointing
 from ftlevel.training.model import PreparedModel
@@ -146,6 +155,8 @@ def _with_small_vocabulary(row: Encoded) -> Encoded:
 
 _PER_WORKER = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS)
 """Parts that each parallel worker allocates for itself."""
+_HELD = (WEIGHTS, QUANTIZED, ADAPTER, OPTIMIZER)
+"""Parts that stay between steps."""
 
 _SAMPLED_STEPS = 16
 _MOST_ROWS = 20_000  # rows whose lengths are read
@@ -198,6 +209,12 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
     for parts in peaks.values():
         for part in _PER_WORKER:
             parts[part] = parts.get(part, 0) * batch.at_once
+    if (size := RolloutSize.of(run)) is not None:
+        held = {part: bytes_ for part, bytes_ in peaks[FORWARD].items() if part in _HELD}
+        peaks[SAMPLING] = {**held, **estimate_sampling_parts(run, size)}
+    if scoring := estimate_scoring_bytes(run):
+        for parts in peaks.values():
+            parts[SCORING_MODELS] = scoring
     return highest(peaks, batch.tokens)
 
 
@@ -415,6 +432,7 @@ def _largest_micro_batch(run: Run, pruning: Pruning) -> _Batch:
     rows, size = run.data.train, train.per_device_train_batch_size
     if not fast.enabled:
         longest = sorted(_some(rows), key=lambda row: -len(row.input_ids))[:size]
+        longest = with_completions(run, longest)
         inputs = Collator(run.model.pad_id)(longest)
         several = train.gradient_accumulation_steps > 1
         return _Batch(inputs, inputs["input_ids"].numel(), several, 1)
@@ -423,6 +441,7 @@ def _largest_micro_batch(run: Run, pruning: Pruning) -> _Batch:
     collate = collator(run.model.pad_id, replace(fast, shared_prefix=False, needed_tokens=needed))
     candidates: list[_Batch] = []
     for step in _steps(rows, train.rows_per_device_step, train.seed):
+        step = with_completions(run, step)
         batch = collate(step)
         at_once = fast.workers if batch["in_parallel"] else 1
         parts = batch["micro_batches"]

@@ -12,13 +12,21 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import ConfigError, did_you_mean, join_names
+from ftlevel.evaluation.rewards import open_rewards
 from ftlevel.events import NullListener
 from ftlevel.methods import METHODS
+from ftlevel.models.hardware import DTYPES
+from ftlevel.task import PolicyObjective
+from ftlevel.training.forecast.rollouts import (
+    RolloutSize,
+    estimate_sampling_seconds,
+    prompt_lengths,
+)
 from ftlevel.training.plan.run import Run
 from ftlevel.training.plan.schedule import count_steps_per_epoch
 
@@ -81,6 +89,9 @@ PEAK_FRACTION = 0.4
 """Assumed fraction of the peak FLOP/s that a step reaches: NeMo AutoModel reaches 0.41 with LoRA on
 Llama-3-8B on an H100 (docs/plan.md). ftlevel itself was not measured on a GPU."""
 
+BANDWIDTH_FRACTION = 0.5
+"""Assumed fraction of the memory bandwidth that decoding reaches; not measured."""
+
 PROBED = 5
 """Steps of a probe; the first is a warm-up and is not counted."""
 
@@ -89,13 +100,16 @@ PROBED = 5
 class TimeForecast:
     """Time estimate, of training steps alone; `how` names its source.
 
-    `tokens_per_cpu_s` uses the CPU time of all threads, so other processes do not distort it.
+    `tokens_per_cpu_s` uses the CPU time of all threads, so other processes do not distort it. In
+    reinforcement learning tokens are those of prompts, and `sampling_share` is the part of the time
+    spent in sampling and rewards.
     """
 
     seconds_per_epoch: float
     tokens_per_s: float
     how: str
     tokens_per_cpu_s: float | None = None
+    sampling_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -151,9 +165,30 @@ def estimate_time(run: Run, card: Gpu) -> TimeForecast | None:
         return None
     tokens = run.data.facts["tokens"]
     operations = count_operations(run, recomputes=run.config.train.recomputes).total
+    if (size := RolloutSize.of(run)) is not None:
+        return _estimate_rl_time(run, card, size, operations)
     seconds = operations * tokens / (PEAK_FRACTION * card.tflops * 1e12)
     how = f"a roofline: {PEAK_FRACTION:.0%} of {card.tflops:,g} TFLOP/s, not measured"
     return TimeForecast(seconds, tokens / seconds, how)
+
+
+def _estimate_rl_time(run: Run, card: Gpu, size: RolloutSize, operations: float) -> TimeForecast:
+    """Estimate sampling and training, with completions of the maximum length."""
+    flops = PEAK_FRACTION * card.tflops * 1e12
+    prompts = sum(prompt_lengths(run))
+    completions = len(run.data.train) * run.config.rl.num_generations * size.completion
+    width = getattr(run.model.config.get_text_config(), "hidden_size", 0)
+    head = 6 * run.model.vocabulary * width * completions
+    training = (operations * (prompts + completions) + head) / flops
+    weights = run.model.total_parameters * DTYPES[run.model.dtype].itemsize
+    bandwidth = BANDWIDTH_FRACTION * card.bandwidth * 1e9
+    sampling = estimate_sampling_seconds(run, size, weights, bandwidth, flops)
+    seconds = training + sampling
+    how = (
+        f"a roofline: {PEAK_FRACTION:.0%} of {card.tflops:,g} TFLOP/s and {BANDWIDTH_FRACTION:.0%} "
+        f"of {card.bandwidth:,g} GB/s, not measured"
+    )
+    return TimeForecast(seconds, prompts / seconds, how, sampling_share=sampling / seconds)
 
 
 def measure_time(run: Run) -> TimeForecast:
@@ -169,7 +204,13 @@ def measure_time(run: Run) -> TimeForecast:
     from ftlevel.training.model import load_adapted
     from ftlevel.training.processes import Processes
     from ftlevel.training.resume import ResumeState
+    from ftlevel.training.rl.trainer import RlTrainer
 
+    if isinstance(run.objective, PolicyObjective) and run.config.rl.reward:
+        rows, where = run.data.train, run.data.table.where
+        model = run.model
+        rewards = open_rewards(run.config.rl, model.device, model.tokenizer, rows, where)
+        run = replace(run, rewards=rewards)
     adapted = load_adapted(run, NullListener())
     with tempfile.TemporaryDirectory() as nowhere:
         directory = RunDirectory(Path(nowhere))
@@ -178,12 +219,17 @@ def measure_time(run: Run) -> TimeForecast:
     optimizer: Any = trainer.create_optimizer()
     trained = [weight for group in optimizer.param_groups for weight in group["params"]]
     adapted.model.train()
-    elapsed, computed, tokens = 0.0, 0.0, 0
+    elapsed, computed, tokens, sampling = 0.0, 0.0, 0, 0.0
     with trainer.standalone_steps(run.model.dtype):
         for step in range(PROBED):
             rows = _rows_of(run, step, size)
             start, cpu_start = time.perf_counter(), time.process_time()
-            batch = trainer.data_collator(rows)
+            if isinstance(trainer, RlTrainer):
+                batch = {"prompts": rows}
+                trainer.prepare_step([batch], trainer.args.device)
+            else:
+                batch = trainer.data_collator(rows)
+            sampled = time.perf_counter() - start
             count = trainer.count_targets([batch], trainer.args.device)
             trainer.training_step(adapted.model, batch, count)
             are_finite(weight.grad for weight in trained)  # as in training
@@ -195,13 +241,16 @@ def measure_time(run: Run) -> TimeForecast:
             if step:
                 elapsed += time.perf_counter() - start
                 computed += time.process_time() - cpu_start
+                sampling += sampled
                 tokens += sum(len(row.input_ids) for row in rows)
     speed = tokens / elapsed
     if run.data.stream is None:
         seconds = run.data.facts["tokens"] / speed
     else:
         seconds = elapsed / (PROBED - 1) * run.schedule.steps
-    return TimeForecast(seconds, speed, f"{PROBED - 1} steps here", tokens / max(computed, 1e-9))
+    share = sampling / elapsed if isinstance(trainer, RlTrainer) else None
+    how = f"{PROBED - 1} steps here"
+    return TimeForecast(seconds, speed, how, tokens / max(computed, 1e-9), share)
 
 
 def _rows_of(run: Run, step: int, size: int) -> list[Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ftlevel.config import DEFAULT_MODEL, DataConfig, MethodConfig, ModelConfig
-from ftlevel.config.preference import PREFERENCE_TASKS, DistillationConfig
+from ftlevel.config.preference import PREFERENCE_TASKS, TAUGHT_TASKS, DistillationConfig
 from ftlevel.config.section import Choice
 from ftlevel.config.trainer import LEARNING_RATE_ADVICE, PLATEAU, TrainerConfig
 from ftlevel.data.encoding.encode import Encoded
@@ -198,7 +198,7 @@ def choose_loss(
         choices.append(
             Choice("class weights", _describe(dict(zip(names, weights, strict=True))), reason)
         )
-    if distillation.teacher is not None:
+    if distillation.teacher is not None and task in TAUGHT_TASKS:
         description = (
             f"{distillation.kd_ratio:g} {distillation.divergence} of {distillation.teacher}"
         )

@@ -13,7 +13,12 @@ from ftlevel.errors import RunError
 from ftlevel.evaluation.rollouts import Group, Rollouts
 from ftlevel.events import Listener
 from ftlevel.tasks.rl.objective import reward_names
-from ftlevel.training.rl.step import GroupFacts, describe_group, has_signal, measure, rows_of
+from ftlevel.training.rl.step import (
+    GroupStatistics,
+    compute_metrics,
+    compute_statistics,
+    has_signal,
+)
 from ftlevel.training.rl.trainer import RlTrainer, check_sampler
 from ftlevel.training.trainer import FtlevelTrainer
 
@@ -37,14 +42,14 @@ def check_before(trainer: FtlevelTrainer, prompts: Sequence[Any], listener: List
         return
     settings, processes = trainer.settings, trainer.processes
     listener.stage("sampling before training")
-    own = spread(prompts, settings.check_groups)[processes.world.rank :: processes.count]
-    groups = processes.in_all(lambda: trainer.rollouts(BEFORE, own))
-    parts = processes.exchange([describe_group(group, settings) for group in groups])
+    local = spread(prompts, settings.check_groups)[processes.world.rank :: processes.count]
+    groups = processes.in_all(lambda: trainer.rollouts(BEFORE, local))
+    parts = processes.exchange([compute_statistics(group, settings) for group in groups])
     facts = [group for part in parts for group in part]
     if trainer.rollouts.why_generate:
         why = f"the decoder cannot serve this model: {trainer.rollouts.why_generate}"
         listener.choices("rollouts", [Choice("sampler", "transformers' generate", why)])
-    metrics = measure(facts, reward_names(settings))
+    metrics = compute_metrics(facts, reward_names(settings))
     difference = _compare(trainer, groups)
     differences = processes.exchange(difference)
     mean = max(part[0] for part in differences)
@@ -64,8 +69,8 @@ def preview_rollouts(rollouts: Rollouts, prompts: Sequence[Any]) -> list[Choice]
     """Return lines about groups sampled for some of `prompts`, as `check_before` shows them."""
     settings = rollouts.settings
     groups = rollouts(BEFORE, spread(prompts, settings.check_groups))
-    facts = [describe_group(group, settings) for group in groups]
-    metrics = measure(facts, reward_names(settings))
+    facts = [compute_statistics(group, settings) for group in groups]
+    metrics = compute_metrics(facts, reward_names(settings))
     lines = describe(metrics, facts, groups)
     problem = find_problem(metrics, facts, settings.max_completion_length)
     return [*lines, *([Choice("would stop the run", problem)] if problem else [])]
@@ -73,11 +78,11 @@ def preview_rollouts(rollouts: Rollouts, prompts: Sequence[Any]) -> list[Choice]
 
 def _compare(trainer: RlTrainer, groups: Sequence[Group]) -> tuple[float, float]:
     """Return the mean and largest |Δℓ| of sampler and trainer, over all tokens of `groups`."""
-    rows = [row for group in groups for row in rows_of(group)]
-    known = np.array([signal[4] for row in rows for signal in row.values])
-    found = np.array([logp for row in trainer.token_logps(rows) for logp in row])
-    apart = np.abs(found - known)
-    return (float(apart.mean()), float(apart.max())) if len(apart) else (0.0, 0.0)
+    rows = [row for group in groups for row in group.to_rows()]
+    sampled = np.array([signal[4] for row in rows for signal in row.values])
+    trained = np.array([logp for row in trainer.token_logps(rows) for logp in row])
+    difference = np.abs(trained - sampled)
+    return (float(difference.mean()), float(difference.max())) if len(difference) else (0.0, 0.0)
 
 
 def _agreement(mean: float) -> Choice:
@@ -87,7 +92,7 @@ def _agreement(mean: float) -> Choice:
 
 
 def describe(
-    metrics: dict[str, float], facts: Sequence[GroupFacts], groups: Sequence[Group]
+    metrics: dict[str, float], facts: Sequence[GroupStatistics], groups: Sequence[Group]
 ) -> list[Choice]:
     """Return lines with the metrics of sampled groups, and the best and worst completion."""
     lines = [
@@ -96,10 +101,16 @@ def describe(
             f"{metrics.get('reward', float('nan')):.3f} on average",
             f"{len(facts)} prompts",
         ),
-        Choice(
-            "groups with signal",
-            f"{metrics['groups_with_signal']:.0%}",
-            "their rewards differ; other groups have no gradient",
+        *(
+            [
+                Choice(
+                    "groups with signal",
+                    f"{metrics['groups_with_signal']:.0%}",
+                    "their rewards differ; other groups have no gradient",
+                )
+            ]
+            if "groups_with_signal" in metrics
+            else []
         ),
         Choice(
             "length",
@@ -121,7 +132,7 @@ def describe(
     return lines
 
 
-def find_problem(metrics: dict[str, float], facts: Sequence[GroupFacts], length: int) -> str:
+def find_problem(metrics: dict[str, float], facts: Sequence[GroupStatistics], length: int) -> str:
     """Return why a run would learn nothing, with advice; empty if it may learn."""
     if metrics["truncated"] > MOST_TRUNCATED:
         return (
@@ -130,7 +141,7 @@ def find_problem(metrics: dict[str, float], facts: Sequence[GroupFacts], length:
             "--max-completion-length, end completions by --stop TEXT, or train on such answers "
             "first (--task text-generation). --check-groups 0 skips this check."
         )
-    if not any(map(has_signal, facts)):
+    if "groups_with_signal" in metrics and not any(map(has_signal, facts)):
         reward = metrics.get("reward", 0.0)
         same = f"all completions of a prompt have the same reward (mean {reward:.3f})"
         return (
@@ -167,18 +178,18 @@ def find_rollout_warnings(records: Sequence[Mapping[str, Any]]) -> list[str]:
     reward, length, cut, entropy = map(
         ends, ("reward", "completion_length", "truncated", "entropy")
     )
-    found = []
+    warnings = []
     if reward[1] > reward[0] and cut[1] > max(cut[0] + RAN_LONGER, 0.5):
-        found.append(
+        warnings.append(
             f"the reward rose ({reward[0]:.2f} to {reward[1]:.2f}) while completions ran to the "
             f"maximum length ({cut[0]:.0%} to {cut[1]:.0%} are cut, mean length {length[0]:.0f} to "
             f"{length[1]:.0f} tokens): the model may be paid for length. Look at rollouts.jsonl; "
             "add --reward length:MIN-MAX, or --mask-truncated-completions."
         )
     if entropy[0] and entropy[1] < COLLAPSED * entropy[0]:
-        found.append(
+        warnings.append(
             f"the entropy of a token fell from {entropy[0]:.2f} to {entropy[1]:.2f} nats: the "
             "completions of a prompt are almost the same, so little can still improve. Use a "
             "lower --learning-rate, --beta, or fewer steps."
         )
-    return found
+    return warnings

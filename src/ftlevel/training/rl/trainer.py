@@ -20,20 +20,18 @@ from torch.utils.data import Sampler
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import RunError
-from ftlevel.evaluation.rollouts import Group, Rollouts
-from ftlevel.fast.head.likelihoods import compute_token_likelihoods
-from ftlevel.fast.packing import using_layout
+from ftlevel.evaluation.rollouts import Group, Rollouts, compute_token_logps
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.tasks.rl.losses import PolicyLoss
 from ftlevel.tasks.rl.objective import PolicyGradient, reward_names
 from ftlevel.tasks.rl.rows import CompletionRow, build_completion_row, stand_in_completions
 from ftlevel.training.rl.step import (
-    GroupFacts,
+    GroupStatistics,
     Rollout,
-    describe_group,
+    build_training_rows,
+    compute_metrics,
+    compute_statistics,
     has_signal,
-    measure,
-    weigh,
 )
 from ftlevel.training.trainer import FtlevelTrainer
 
@@ -74,20 +72,20 @@ def collate_prompts(rows: Sequence[Encoded]) -> dict[str, Any]:
 
 
 class _StepStatistics:
-    """Sums over the micro-batches of a step; `apart` and `most` compare with the sampler."""
+    """Sums over the micro-batches of a step, and differences from the sampler."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[torch.Tensor, ...]] = []
 
     def watch(self, loss: PolicyLoss, each: torch.Tensor, signals: torch.Tensor) -> None:
         """Add a micro-batch; called from parallel workers."""
-        known = ~signals[:, 4].isnan()  # stand-ins were not sampled
-        apart = torch.where(known, each - signals[:, 4], 0.0).abs()
-        sums = loss.clipped.float(), loss.kl, apart.sum(), known.sum().float()
-        self._parts.append((*sums, apart.max()))
+        is_sampled = ~signals[:, 4].isnan()  # stand-ins were not
+        difference = torch.where(is_sampled, each - signals[:, 4], 0.0).abs()
+        sums = loss.clipped.float(), loss.kl, difference.sum(), is_sampled.sum().float()
+        self._parts.append((*sums, difference.max()))
 
     def take(self) -> tuple[list[float], float]:
-        """Return the sums of clipped, kl, apart and tokens, and the largest difference."""
+        """Returns the sums of clipped, kl, difference and tokens, and the largest difference."""
         parts, self._parts = self._parts, []
         if not parts:
             return [0.0] * 4, 0.0
@@ -120,7 +118,7 @@ class RlTrainer(FtlevelTrainer):
         self._block: Rollout | None = None
         self._metrics: dict[str, float] = {}
         self._batches_left = 0
-        self._began = 0.0
+        self._start_time = 0.0
         self._start: list[torch.Tensor] | None = None
         if self.settings.beta:
             self._start = [p.detach().clone() for p in self._trainable()]
@@ -142,17 +140,17 @@ class RlTrainer(FtlevelTrainer):
             return
         prompts = [row for batch in batches for row in batch["prompts"] if row.row >= 0]
         step, times = self.state.global_step, self.settings.num_iterations
-        self._began = time.perf_counter()
+        self._start_time = time.perf_counter()
         if self._block is None or step % times == 0:
             self._block = self.roll_out(step - step % times, prompts)
         self._metrics = dict(self._block.metrics)
         self._batches_left = len(batches)
         rows = self._block.rows
         for number, batch in enumerate(batches):
-            own: list[Encoded] = list(rows[number :: len(batches)])
+            part: list[Encoded] = list(rows[number :: len(batches)])
             first = batch["prompts"][0]
             batch.clear()
-            batch.update(self.on_device(self.data_collator(own or [no_loss(first)])))
+            batch.update(self.on_device(self.data_collator(part or [no_loss(first)])))
         self._in_training = False
 
     def roll_out(self, step: int, prompts: Sequence[Any]) -> Rollout:
@@ -161,11 +159,11 @@ class RlTrainer(FtlevelTrainer):
         settings, names = self.settings, reward_names(self.settings)
         groups = self._sample(step, prompts)
         sampled = self._exchange(groups)
-        used, everyone = groups, sampled
+        used, all_groups = groups, sampled
         if settings.dynamic_sampling:
-            used, everyone, more = self._refill(step, groups, sampled)
+            used, all_groups, more = self._refill(step, groups, sampled)
             groups, sampled = [*groups, *more[0]], [*sampled, *more[1]]
-        metrics = measure(sampled, names)
+        metrics = compute_metrics(sampled, names)
         metrics["sampling_s"] = time.perf_counter() - began
         old = reference = None
         if settings.num_iterations > 1 or (settings.beta and settings.loss == "rloo"):
@@ -173,22 +171,24 @@ class RlTrainer(FtlevelTrainer):
         if settings.beta:
             reference = self._reference_logps
         rows: list[CompletionRow] = []
-        if everyone:
-            rows = weigh(used, everyone, settings, old, reference, self.processes.exchange)
+        if all_groups:
+            rows = build_training_rows(
+                used, all_groups, settings, old, reference, self.processes.exchange
+            )
         self.keep(step, groups)
         return Rollout(rows, groups, metrics)
 
     def _sample(self, step: int, prompts: Sequence[Any]) -> list[Group]:
         return self.processes.in_all(lambda: self.rollouts(step, prompts))
 
-    def _exchange(self, groups: Sequence[Group]) -> list[GroupFacts]:
-        """Return the facts of the groups of all processes."""
-        own = [describe_group(group, self.settings) for group in groups]
-        return [facts for part in self.processes.exchange(own) for facts in part]
+    def _exchange(self, groups: Sequence[Group]) -> list[GroupStatistics]:
+        """Returns the statistics of the groups of all processes."""
+        statistics = [compute_statistics(group, self.settings) for group in groups]
+        return [group for part in self.processes.exchange(statistics) for group in part]
 
     def _refill(
-        self, step: int, groups: Sequence[Group], sampled: Sequence[GroupFacts]
-    ) -> tuple[list[Group], list[GroupFacts], tuple[list[Group], list[GroupFacts]]]:
+        self, step: int, groups: Sequence[Group], sampled: Sequence[GroupStatistics]
+    ) -> tuple[list[Group], list[GroupStatistics], tuple[list[Group], list[GroupStatistics]]]:
         """Return groups with a signal: those of the batch, and of further prompts.
 
         Up to `dynamic_sampling` prompts are drawn for all processes together, in an order that
@@ -199,7 +199,7 @@ class RlTrainer(FtlevelTrainer):
         order = [row for row in range(len(self._prompts)) if self._prompts[row].row not in taken]
         random.Random(f"{self.args.seed} {step}").shuffle(order)
         more: list[Group] = []
-        facts_of_more: list[GroupFacts] = []
+        facts_of_more: list[GroupStatistics] = []
         while True:
             facts = [f for f in (*sampled, *facts_of_more) if has_signal(f)]
             missing = min(size - len(facts), budget, len(order))
@@ -207,9 +207,11 @@ class RlTrainer(FtlevelTrainer):
                 break
             chosen, order, budget = order[:missing], order[missing:], budget - missing
             rank, count = self.processes.world.rank, self.processes.count
-            found = self._sample(step, [self._prompts[row] for row in chosen[rank::count]])
-            more += found
-            facts_of_more += self._exchange(found)
+            groups_of_round = self._sample(
+                step, [self._prompts[row] for row in chosen[rank::count]]
+            )
+            more += groups_of_round
+            facts_of_more += self._exchange(groups_of_round)
         rows = {facts.row for facts in facts}
         used = [group for group in (*groups, *more) if group.row.row in rows]
         return used, facts, (more, facts_of_more)
@@ -218,34 +220,19 @@ class RlTrainer(FtlevelTrainer):
 
     def token_logps(self, rows: Sequence[CompletionRow]) -> list[list[float]]:
         """Return the log-probabilities of the completions' tokens, computed as in a step."""
-        found: list[list[float]] = [[] for _ in rows]
         head = self.fast.cross_entropy if self.fast is not None else None
-        model, training = self.model, self.model.training
-        model.eval()
+        batches = ((indices, self.on_device(batch)) for indices, batch in self._split(rows))
         try:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                for chosen, batch in self._split(rows):
-                    batch = self.on_device(batch)
-                    layout = batch.pop("layout", None)
-                    with using_layout(layout):
-                        each, owners = compute_token_likelihoods(
-                            head, model, self.objective, batch, self.objective.temperature
-                        )
-                    counts = owners.bincount(minlength=len(chosen)).tolist()
-                    parts = torch.split(each, counts)
-                    for index, part in zip(chosen, parts, strict=True):
-                        found[index] = part.tolist()
+            with self.compute_loss_context_manager():
+                logps = compute_token_logps(self.model, self.objective, batches, head)
         finally:
-            model.train(training)
             self._in_training = False
-        return found
+        return [logps[index] for index in range(len(rows))]
 
     def _split(self, rows: Sequence[CompletionRow]) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """Yield row indices and their batch, split as in a training step."""
-        if not rows:
-            return
         if isinstance(self.data_collator, StepCollator):
-            yield from self.data_collator.split(rows)
+            yield from self.data_collator.split(rows) if rows else ()
         else:
             collate = Collator(self.data_collator.pad_id)
             yield from (([index], collate([row])) for index, row in enumerate(rows))
@@ -258,13 +245,13 @@ class RlTrainer(FtlevelTrainer):
     @contextlib.contextmanager
     def _initial_weights(self) -> Iterator[None]:
         """Exchange the trained tensors with those of step 0 inside the block."""
-        held = [(p, p.data) for p in self._trainable()]
+        current = [(p, p.data) for p in self._trainable()]
         try:
-            for (parameter, _), start in zip(held, self._start or (), strict=True):
+            for (parameter, _), start in zip(current, self._start or (), strict=True):
                 parameter.data = start
             yield
         finally:
-            for parameter, data in held:
+            for parameter, data in current:
                 parameter.data = data
 
     def _trainable(self) -> list[torch.Tensor]:
@@ -292,19 +279,18 @@ class RlTrainer(FtlevelTrainer):
         Raises:
             RunError: sampler and trainer have other log-probabilities.
         """
-        own, most = self.statistics.take()
-        said = self.processes.exchange((own, most))
-        clipped, kl, apart, tokens = (sum(part[0][at] for part in said) for at in range(4))
-        most = max(part[1] for part in said)
+        parts = self.processes.exchange(self.statistics.take())
+        clipped, kl, difference, tokens = (sum(part[0][at] for part in parts) for at in range(4))
+        largest = max(part[1] for part in parts)
         metrics, times = self._metrics, self.settings.num_iterations
         if tokens:
             metrics["clipped"] = clipped / tokens
-            if self.settings.beta:
+            if self.settings.beta or self.objective.teacher:
                 metrics["kl"] = kl / tokens
         if tokens and self.state.global_step % times == 0:
-            metrics["sampler_difference"] = apart / tokens
-            check_sampler(apart / tokens, most, self.bound, f"step {self.state.global_step + 1}")
-        seconds = time.perf_counter() - self._began
+            metrics["sampler_difference"] = mean = difference / tokens
+            check_sampler(mean, largest, self.bound, f"step {self.state.global_step + 1}")
+        seconds = time.perf_counter() - self._start_time
         sampling = metrics.pop("sampling_s", 0.0)
         sampled = metrics.pop("completion_tokens", 0.0)
         metrics["sampled_tokens_per_s"] = round(sampled / max(sampling, 1e-9), 1)
@@ -359,13 +345,13 @@ def no_loss(prompt: Any) -> CompletionRow:
     return replace(row, values=tuple(zero))
 
 
-def check_sampler(mean: float, most: float, bound: float, where: str) -> None:
+def check_sampler(mean: float, largest: float, bound: float, where: str) -> None:
     """Raise RunError if log-probabilities of sampler and trainer differ by more than rounding."""
     if mean <= bound:
         return
     raise RunError(
         f"{where}: log-probabilities of the sampled tokens differ by {mean:.2g} nats a token "
-        f"between sampler and trainer (largest {most:.2g}), and rounding explains {bound:.2g}. The "
-        "completions were sampled from other weights, at another temperature or from another "
+        f"between sampler and trainer (largest {largest:.2g}), and rounding explains {bound:.2g}. "
+        "The completions were sampled from other weights, at another temperature or from another "
         "prompt than is trained. Please report it with the command; --no-fast trains plainly."
     )

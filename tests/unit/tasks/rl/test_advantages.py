@@ -124,10 +124,10 @@ def test_a_split_step_has_the_sum_of_its_parts() -> None:
     owners = torch.arange(4).repeat_interleave(lengths)
     each = torch.randn(14, dtype=torch.float64)
     old = each + 0.3 * torch.randn(14, dtype=torch.float64)
-    advantages = torch.tensor([1.0, -0.5, 0.2, -0.7], dtype=torch.float64)
+    advantages = torch.tensor([1.0, -0.5, 0.2, -0.7], dtype=torch.float64)[owners]
     for loss in ("dapo", "grpo", "gspo", "rloo", "cispo", "dr_grpo"):
         parameters = PolicyLossParameters(loss, beta=0.1)
-        weights = completion_weights(lengths, parameters)
+        weights = completion_weights(lengths, parameters)[owners]
         whole = policy_loss(parameters, each, old, owners, advantages, weights, old - 0.1)
         parts = [
             policy_loss(
@@ -135,8 +135,8 @@ def test_a_split_step_has_the_sum_of_its_parts() -> None:
                 each[chosen],
                 old[chosen],
                 owners[chosen] - first,
-                advantages[first : first + 2],
-                weights[first : first + 2],
+                advantages[chosen],
+                weights[chosen],
                 old[chosen] - 0.1,
             ).total
             for first in (0, 2)

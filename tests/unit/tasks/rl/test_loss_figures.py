@@ -26,7 +26,7 @@ def found(case: given.Case, *, order: list[int], parts: int) -> tuple[float, flo
     rewards = torch.tensor(given.REWARDS, dtype=torch.float64)
     if case.loss == "rloo" and case.beta:
         sums = [torch.stack([each.sum() for each in known]) for known in (old, reference)]
-        rewards = penalize_rewards(rewards, *sums, case.beta)
+        rewards = penalize_rewards(rewards, sums[0] - sums[1], case.beta)
     lengths = torch.tensor(
         [len(each) if given.is_active(i, case) else 0 for i, each in enumerate(policy)]
     )
@@ -41,6 +41,7 @@ def found(case: given.Case, *, order: list[int], parts: int) -> tuple[float, flo
     for part in range(parts):
         chosen = active[part::parts]
         owners = [torch.full((len(policy[i]),), at) for at, i in enumerate(chosen)]
+        rows = torch.tensor(chosen)[torch.cat(owners)]
         total = (
             total
             + policy_loss(
@@ -48,8 +49,8 @@ def found(case: given.Case, *, order: list[int], parts: int) -> tuple[float, flo
                 torch.cat([policy[i] for i in chosen]),
                 torch.cat([old[i] for i in chosen]),
                 torch.cat(owners),
-                advantages[chosen],
-                weights[chosen],
+                advantages[rows],
+                weights[rows],
                 torch.cat([reference[i] for i in chosen]) if case.beta else None,
             ).total
         )

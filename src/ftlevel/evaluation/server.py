@@ -1,0 +1,237 @@
+"""Sample completions with a vLLM server that loads the current adapter before each rollout.
+
+The server reads the adapter from a directory of this machine. Each version has a new name, and is
+probed: the log-probabilities of a completion must be those of the current weights. Otherwise the
+run would train on the completions of other weights.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ftlevel.config import MethodConfig
+from ftlevel.config.rl import RlConfig
+from ftlevel.errors import ConfigError, RunError
+from ftlevel.evaluation.sampling import Completion, Noise, SamplingOptions
+from ftlevel.tasks.rl.rows import TokenLogps, build_completion_row
+from ftlevel.trained.adapt import save_adapter
+from ftlevel.workspace import Workspace
+
+BOUND = 0.15
+"""Mean |Δℓ| between server and trainer by rounding, in nats; 0.044 in bfloat16."""
+
+PROBE_TOKENS = 32
+_AT_ONCE = 64  # requests
+_SECONDS = 600.0
+_MOST = 64 * 2**20  # bytes of a response
+_SEEDS = 2**31
+
+START = (
+    "Start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora "
+    "--max-lora-rank R --logprobs-mode processed_logprobs"
+)
+
+
+class _RefusedError(Exception):
+    """The server answered with an error; `code` is its HTTP status."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def check_server(settings: RlConfig) -> None:
+    """Raise ConfigError if the server of `--rollouts` cannot be used; loads no weights."""
+    url = settings.rollouts
+    if url is None:
+        return
+    try:
+        _request(url, "/v1/models", None, 10.0)
+        _request(url, "/v1/unload_lora_adapter", {"lora_name": "ftlevel-none"}, 10.0)
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        raise ConfigError(f"--rollouts {url}: no server answers ({reason}). {START}.") from None
+    except _RefusedError as error:
+        if error.code == 404 and "ftlevel-none" in str(error):
+            return
+        raise ConfigError(
+            f"--rollouts {url}: the server cannot load adapters at run time ({error}). {START}."
+        ) from None
+
+
+class ServerSampler:
+    """Samples with the server of `--rollouts`, as `GroupSampler` does locally.
+
+    `token_logps` computes log-probabilities with the current weights of `model`. Random numbers are
+    the server's, from a seed per prompt.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: Any,
+        method: MethodConfig,
+        start: dict[str, Any],
+        token_logps: TokenLogps,
+    ) -> None:
+        self._url, self._model, self._method, self._start = url, model, method, start
+        self._token_logps = token_logps
+        self._workspace = Workspace("rollouts")
+        self._version = 0
+        self._loaded: list[torch.Tensor] = []
+
+    def close(self) -> None:
+        """Do nothing: the model is not changed."""
+
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        rows: Sequence[int],
+        options: SamplingOptions,
+        noise: Noise,
+    ) -> list[list[Completion]]:
+        """Return `options.count` completions of each prompt, sampled with the current weights.
+
+        Raises:
+            RunError: the server fails, or has other weights.
+        """
+        try:
+            self._update(prompts[0], options)
+            keys = noise(rows, [0] * len(rows), [0] * len(rows)).tolist()
+            ask = partial(self._complete, options=options)
+            with ThreadPoolExecutor(min(_AT_ONCE, len(prompts))) as pool:
+                return list(pool.map(ask, prompts, [key % _SEEDS for key in keys]))
+        except (OSError, _RefusedError) as error:
+            raise RunError(
+                f"--rollouts {self._url} failed: {getattr(error, 'reason', error)}. Correct it and "
+                "resume with --resume."
+            ) from None
+
+    @property
+    def _name(self) -> str:
+        return f"{Path(self._workspace.name).parent.name}-{self._version}"
+
+    def _update(self, prompt: list[int], options: SamplingOptions) -> None:
+        """Load the current adapter into the server unless it has it, and probe it."""
+        trained = [p.detach() for p in self._model.parameters() if p.requires_grad]
+        if self._loaded and all(map(torch.equal, trained, self._loaded)):
+            return
+        before, former = self._loaded, self._name
+        self._version += 1
+        directory = Path(self._workspace.name) / self._name
+        save_adapter(self._model, self._method, directory, self._start)
+        body = {"lora_name": self._name, "lora_path": str(directory)}
+        _request(self._url, "/v1/load_lora_adapter", body, _SECONDS)
+        if before:
+            _request(self._url, "/v1/unload_lora_adapter", {"lora_name": former}, _SECONDS)
+        self._probe(prompt, options, before)
+        self._loaded = [tensor.clone() for tensor in trained]
+
+    def _probe(
+        self, prompt: list[int], options: SamplingOptions, before: Sequence[torch.Tensor]
+    ) -> None:
+        """Raise RunError unless the server has the current weights.
+
+        If they are near the weights `before`, the answer must be nearer to the current ones.
+        """
+        answer = self._complete(prompt, self._version, options, PROBE_TOKENS)
+        row = build_completion_row(prompt, answer.ids, 0, 0, [])
+        difference = _difference(answer, self._token_logps([row])[0])
+        former = float("inf")
+        if before:
+            trained = [p for p in self._model.parameters() if p.requires_grad]
+            current = [p.data for p in trained]
+            try:
+                for parameter, value in zip(trained, before, strict=True):
+                    parameter.data = value
+                former = _difference(answer, self._token_logps([row])[0])
+            finally:
+                for parameter, value in zip(trained, current, strict=True):
+                    parameter.data = value
+        if difference <= BOUND and former >= difference / 2:
+            return
+        near = f", and by {former:.2g} from those of the former adapter" if before else ""
+        raise RunError(
+            f"--rollouts {self._url}: the server answers with other weights. Its log-probabilities "
+            f"differ by {difference:.2g} nats a token from those of the trained model{near}; "
+            f"rounding explains {BOUND:g}. The server needs the same base model in the same "
+            f"precision, and must load each adapter anew. {START}."
+        )
+
+    def _complete(
+        self, prompt: list[int], seed: int, options: SamplingOptions, probe: int = 0
+    ) -> Any:
+        """Return the completions of a prompt; of a `probe`, one completion of so many tokens."""
+        body = {
+            "model": self._name,
+            "prompt": prompt,
+            "n": 1 if probe else options.count,
+            "max_tokens": probe or options.max_new_tokens,
+            "temperature": options.temperature,
+            "top_p": 1.0,
+            "top_k": -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "seed": seed,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "ignore_eos": bool(probe),
+            "stop_token_ids": [] if probe else list(options.stops),
+            "stop": [] if probe else list(options.stop_texts),
+        }
+        reply = _request(self._url, "/v1/completions", body, _SECONDS)
+        try:
+            answers = [_read_choice(choice) for choice in reply["choices"]]
+        except (KeyError, TypeError):
+            raise _RefusedError(
+                200, "its answer has no token ids with log-probabilities; vLLM 0.10 or later does"
+            ) from None
+        if reply["model"] != self._name:
+            raise _RefusedError(200, f"{reply['model']} answered in place of {self._name}")
+        return answers[0] if probe else answers
+
+
+def _read_choice(choice: Mapping[str, Any]) -> Completion:
+    logps = [float(logp) for logp in choice["logprobs"]["token_logprobs"]]
+    return Completion(list(choice["token_ids"]), logps, [], choice["finish_reason"] == "stop")
+
+
+def _difference(answer: Completion, logps: Sequence[float]) -> float:
+    """Return the mean |Δℓ| of the server's log-probabilities and `logps`."""
+    return float(np.abs(np.subtract(answer.logps, logps)).mean())
+
+
+def _request(url: str, path: str, body: Mapping[str, Any] | None, seconds: float) -> Any:
+    """Return the answer: an object, or a text that is not JSON.
+
+    Raises:
+        OSError: no server answers.
+        _RefusedError: it answers with an error.
+    """
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(
+        url.rstrip("/") + path, data, {"Content-Type": "application/json"}
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=seconds) as reply:
+            text = reply.read(_MOST).decode()
+    except urllib.error.HTTPError as error:
+        said = " ".join(error.read(_MOST).decode(errors="replace").split())[:300]
+        raise _RefusedError(error.code, f"{path}: {error.code} {said or error.reason}") from None
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
