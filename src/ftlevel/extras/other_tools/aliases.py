@@ -286,8 +286,8 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
     *_flags("--freeze-vision-tower --freeze-vit --image-max-pixels --video-max-pixels",
             "only text models are supported. Drop it."),
     *_flags("--use-vllm --vllm-mode --vllm-gpu-memory-utilization",
-            "--task rl samples with ftlevel's own decoder; ftlevel export RUN writes what other "
-            "programs serve. Drop it.",
+            "--task rl samples with ftlevel's own decoder, or with a vLLM server: --rollouts URL. "
+            "Drop it.",
             {"false": NoOpValue("the model is sampled here")}),
     *_flags("--use-hf", "models and data come from the Hugging Face Hub. Drop it."),
     *_flags("--config", "ftlevel train FILE reads a recipe, and ftlevel recipes convert FILE one "
@@ -630,6 +630,7 @@ ALIASES: dict[str, FlagAliases] = {
     ),
     "rl.max_completion_length": _also("--response-length"),
     "rl.epsilon": _also("--epsilon-low"),
+    "rl.rollouts": _also("--vllm-server-base-url"),
     "rl.scale_rewards": _also("", values=SCALES),
     "rl.mask_truncated_completions": _also("--overlong-filter"),
     "embedding.pooling": _also("--pooling-mode"),

@@ -74,7 +74,7 @@ def prompt_lengths(run: Run) -> Sequence[int]:
     return [len(row.input_ids) for row in run.data.train]
 
 
-def with_completions(run: Run, rows: Sequence[Encoded]) -> Sequence[Encoded]:
+def with_completions(run: Run, rows: list[Encoded]) -> list[Encoded]:
     """Return the rows of a step; in reinforcement learning, completions of maximum length."""
     if run.config.task != RL_TASK:
         return rows
