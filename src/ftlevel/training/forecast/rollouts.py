@@ -19,10 +19,10 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.evaluation.decoding import ROOM
 from ftlevel.evaluation.sampling import SamplingOptions
 from ftlevel.models.hardware import DTYPES
-from ftlevel.models.loading import build_task_model, load_config
-from ftlevel.tasks import TASKS
+from ftlevel.models.loading import build_task_model
 from ftlevel.tasks.rl.rows import stand_in_completions
-from ftlevel.trained.model_ref import ModelRef, resolve_model
+from ftlevel.trained.model_ref import ModelRef
+from ftlevel.trained.resolve import resolve_model
 from ftlevel.training.forecast.meta_model import LOGITS
 from ftlevel.training.plan.run import Run
 
@@ -104,15 +104,13 @@ def scoring_models(run: Run) -> list[ModelRef]:
 
 def estimate_scoring_bytes(run: Run) -> int:
     """Return the bytes of the weights of the teacher and the reward models."""
-    return sum(_weight_bytes(found, run) for found in scoring_models(run))
+    return sum(_weight_bytes(ref, run) for ref in scoring_models(run))
 
 
-def _weight_bytes(found: ModelRef, run: Run) -> int:
-    config = load_config(found.source)
-    kind = TASKS[found.card.task].auto_class("decoder", config.model_type)
-    model: Any = build_task_model(config, kind)
+def _weight_bytes(ref: ModelRef, run: Run) -> int:
+    model: Any = build_task_model(ref.model_config, ref.auto_class)
     count = sum(parameter.numel() for parameter in model.parameters())
-    stored = _STORED.get(str(found.card.quantization.get("kind")))
+    stored = _STORED.get(str(ref.quantization.get("kind")))
     return int(count * (stored or DTYPES[run.model.dtype].itemsize))
 
 
