@@ -41,6 +41,8 @@ _SMALL = {
     "r": 4, "init_r": 4, "target_r": 2, "oft_block_size": 8, "alpha": 4.0, "lora_alpha": 8.0,
     "num_virtual_tokens": 4, "bottleneck_dim": 8, "block_size": 8,
 }  # fmt: skip
+_WITHOUT_HEAD = ("distilbert", "modernbert", "llama", "qwen3")
+"""Families of embedding models: transformers adds no pooler to them."""
 _HEAD_OF_CLASS = {name: head for head, name in tiny_models.AUTO_CLASSES.items()}
 
 
@@ -93,7 +95,7 @@ def heads_of(family: str) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for task in TASKS.values():
         head = _HEAD_OF_CLASS.get(task.auto_classes.get(kind, ""))
-        if head in tiny_models.HEADS[family]:
+        if head in tiny_models.HEADS[family] or (head == "base" and family in _WITHOUT_HEAD):
             found[head] = (*found.get(head, ()), task.name)
     return found
 
@@ -244,6 +246,13 @@ def _probe(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return probe
 
 
+def _project(states: torch.Tensor) -> torch.Tensor:
+    """Return the loss of a model without a head: a fixed random sum of its states."""
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.randn(states.shape[-1], generator=generator)
+    return (states.float() @ weights).mean()
+
+
 def _train(model: Any, batch: dict[str, torch.Tensor], spec: Any, dtype: str) -> None:
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainable.values(), lr=5e-3)
@@ -253,7 +262,8 @@ def _train(model: Any, batch: dict[str, torch.Tensor], spec: Any, dtype: str) ->
     model.train()
     for step in range(STEPS):
         with autocast("cpu", dtype):
-            loss = model(**batch).loss
+            outputs = model(**batch)
+            loss = _project(outputs[0]) if outputs.get("loss") is None else outputs.loss
         penalty = method.penalty(model)
         if penalty is not None:
             loss = loss + penalty

@@ -178,6 +178,7 @@ AUTO_CLASSES = {
     "seqcls": "AutoModelForSequenceClassification",
     "tokcls": "AutoModelForTokenClassification",
     "qa": "AutoModelForQuestionAnswering",
+    "base": "AutoModel",
 }
 
 # The heads that transformers has for a family; the first is the one its checkpoints come with.
@@ -249,6 +250,8 @@ def build_batch(
     ids[0, -3:] = config.pad_token_id or 0
     mask[0, -3:] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
+    if head == "base":
+        return inputs
     if head in ("causal", "mlm"):
         inputs["labels"] = torch.where(mask.bool(), ids, -100)
     elif head == "seq2seq":
