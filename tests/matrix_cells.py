@@ -243,6 +243,7 @@ def _probe(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if "start_positions" in probe:
         spans = (probe.pop("start_positions"), probe.pop("end_positions"))
         probe["labels"] = torch.stack(spans, dim=1)
+    probe.setdefault("labels", torch.zeros(len(probe["input_ids"])))
     return probe
 
 

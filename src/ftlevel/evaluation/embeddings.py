@@ -6,7 +6,7 @@ are one document, and the positives of all rows with one query are relevant to i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -22,8 +22,14 @@ from ftlevel.data.encoding.texts import distinct_texts
 from ftlevel.evaluation.intervals import ExampleRecord
 from ftlevel.task import StepTexts
 from ftlevel.tasks.embedding.objective import METRICS, Embeddings, LabelKind
-from ftlevel.tasks.embedding.retrieval import average_precision, score_retrieval, spearman
+from ftlevel.tasks.embedding.retrieval import (
+    average_precision,
+    iterate_scores,
+    score_retrieval,
+    spearman,
+)
 
+_LONGEST = 2_000  # characters of a recorded text
 TOKENS_AT_ONCE = 4_096
 """Positions of a forward pass, unless a text is longer."""
 
@@ -55,8 +61,9 @@ def score_embeddings(
     record: ExampleRecord | None,
     pad_id: int,
     device: str,
+    decode: Callable[[Encoded], str],
 ) -> dict[str, float]:
-    """Returns the loss and the metrics of `rows`."""
+    """Returns the loss and the metrics of `rows`; `decode` returns the words of a text."""
     texts, step = distinct_texts(rows)
     vectors = embed_texts(model, objective, texts, pad_id, device)
     losses = step_losses(objective, vectors, step)
@@ -65,6 +72,9 @@ def score_embeddings(
         meters = build_meters(objective, vectors, step, dims)
     if record is not None:
         for row, loss, meter in zip(rows, losses, meters, strict=True):
+            if "retrieved" in getattr(meter, "details", {}):
+                text = decode(texts[meter.details["retrieved"]])
+                meter.details = {**meter.details, "retrieved": text[:_LONGEST]}
             record.add_row(row.row, loss, 1, meter)
     loss = float(np.mean(losses))
     return {"loss": loss, **meters[0].pool(meters).compute(loss)}
@@ -88,9 +98,13 @@ def step_losses(objective: Embeddings, vectors: torch.Tensor, step: StepTexts) -
 
 @dataclass
 class QueryMeter:
-    """Mean of metrics over queries; `values` has one mapping per query."""
+    """Mean of metrics over queries; `values` has one mapping per query.
+
+    `details` of a single query: scores of its best positive and negative, and that negative.
+    """
 
     values: list[Mapping[str, float]] = field(default_factory=list)
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def update(self, *_: Any) -> None:
         """Raise `TypeError`: metrics need all documents."""
@@ -108,7 +122,7 @@ class QueryMeter:
 
     def describe(self, _: Sequence[str]) -> dict[str, Any]:
         """Return the metrics of the only query."""
-        return {name: round(value, 4) for name, value in self.values[0].items()}
+        return {**{name: round(v, 4) for name, v in self.values[0].items()}, **self.details}
 
 
 @dataclass
@@ -199,4 +213,28 @@ def _query_meters(
             if not suffix or name == headline:
                 for query, value in zip(queries, scores.tolist(), strict=True):
                     values[query][f"{name}{suffix}"] = value
-    return [QueryMeter([values[row_vectors[0]]]) for row_vectors in step.texts]
+    details = _compare_scores(similarity, spaces[""], good, queries, documents)
+    return [QueryMeter([values[query]], details.get(query, {})) for query, *_ in step.texts]
+
+
+def _compare_scores(
+    similarity: str,
+    vectors: torch.Tensor,
+    relevant: Mapping[int, set[int]],
+    queries: Sequence[int],
+    documents: Sequence[int],
+) -> dict[int, dict[str, Any]]:
+    """Return for each query the scores of its best positive and negative, and the negative."""
+    details: dict[int, dict[str, Any]] = {}
+    for start, scores in iterate_scores(vectors[queries], vectors[documents], similarity):
+        for query, line in zip(queries[start:], scores, strict=False):
+            positives = sorted(relevant[query])
+            best = float(line[positives].max())
+            line[positives] = -torch.inf
+            if len(positives) < len(documents):
+                details[query] = {
+                    "positive_score": round(best, 4),
+                    "negative_score": round(float(line.max()), 4),
+                    "retrieved": documents[int(line.argmax())],
+                }
+    return details

@@ -24,7 +24,14 @@ from ftlevel.fast.head.likelihoods import (
 )
 from ftlevel.fast.step import chunked_cross_entropy
 from ftlevel.models.hardware import evaluating
-from ftlevel.task import LikelihoodObjective, Meter, Objective, ScoreTexts, TokenObjective
+from ftlevel.task import (
+    LikelihoodObjective,
+    Meter,
+    Objective,
+    ScoreTexts,
+    StepObjective,
+    TokenObjective,
+)
 from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.trained.generation import GenerationOptions, batches, generate_texts
 from ftlevel.trained.model_ref import LoadedModel
@@ -77,7 +84,9 @@ class Evaluator:
             return score_answers(self, model, record)
         if isinstance(objective, Embeddings):
             pad_id = self.tokenizer.pad_token_id or 0
-            return score_embeddings(self.rows, objective, model, record, pad_id, self.device)
+            return score_embeddings(
+                self.rows, objective, model, record, pad_id, self.device, self.text
+            )
         meter, total, count = objective.meter(), 0.0, 0
         pad_id = self.tokenizer.pad_token_id or 0
         collate = Collator(pad_id)
@@ -316,6 +325,10 @@ def texts_of(evaluator: Evaluator) -> dict[int, dict[str, str]]:
         if row.row in texts_by_row:  # another window or piece of the same row
             continue
         first, *others = row.branches
+        if isinstance(evaluator.objective, StepObjective) and others:
+            pair = {"query": evaluator.text(first), "document": evaluator.text(others[0])}
+            texts_by_row[row.row] = {name: text[:_LONGEST] for name, text in pair.items()}
+            continue
         answered = evaluator.answer_text(first) if writes or others else ""
         texts = {"input": evaluator.prompt_text(first) if answered else evaluator.text(first)}
         if len(others) == 1:

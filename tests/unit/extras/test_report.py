@@ -17,6 +17,7 @@ from ftlevel.cli.app import run
 from ftlevel.errors import InputError
 from ftlevel.extras.report.facts import ReportedRun, read_run_facts, summarize_answers
 from ftlevel.extras.report.page import MOST_POINTS, draw_charts, render_page, thin
+from ftlevel.extras.report.retrieval import BANDS, summarize_retrieval
 from ftlevel.extras.report.sentences import checks, data_findings, headline
 
 EVIL = "</script><script>alert('x')</script><img src=x onerror=alert(1)>"
@@ -321,3 +322,37 @@ def test_in_a_browser(tmp_path: Path, width: int) -> None:
     assert found["hover"].startswith("step ")
     assert "one " in found["hover"]
     assert "CONSOLE" not in done.stderr
+
+
+def test_scores_of_queries_are_counted_and_the_worst_shown() -> None:
+    rows = [
+        {"row": at, "where": f"row {at}", "query": f"query {at}", "document": "right",
+         "retrieved": f"wrong {at}", "ndcg@10": float(at != 3), "positive_score": 0.1 * at,
+         "negative_score": 0.5, "base_positive_score": 0.0, "base_negative_score": 1.0}
+        for at in range(10)
+    ]  # fmt: skip
+    found = summarize_retrieval(rows)
+    assert found is not None
+    assert found.series == [
+        "positives before", "positives", "best negatives before", "best negatives"
+    ]  # fmt: skip
+    assert len(found.bands) == BANDS
+    assert [sum(counts) for counts in zip(*(c for _, _, c in found.bands), strict=True)] == [10] * 4
+    assert [row["row"] for row in found.worst[:2]] == [3, 0]
+    run_ = replace(
+        facts(),
+        retrieval=found,
+        summary={
+            **SUMMARY,
+            "metrics": {"ndcg@10_dim_32": 0.75},
+            "metrics_before": {"ndcg@10_dim_32": 0.5},
+        },
+    )
+    page = render_page([run_])
+    assert page.index("query 3") < page.index("query 0")
+    assert "wrong 3" in page
+    assert '<th scope="row" class="n">32</th><td class="n">0.5000</td><td class="n">0.7500' in page
+    lists = [{"scores": [2.0, -1.0, 0.5], "labels": [0.0, 1.0, 0.0], "ndcg@10": 0.5}]
+    (row,) = summarize_retrieval(lists).worst  # type: ignore[union-attr]
+    assert (row["positive_score"], row["negative_score"]) == (-1.0, 2.0)
+    assert summarize_retrieval([{"predicted": "a", "true": "b"}]) is None

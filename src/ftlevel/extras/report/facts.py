@@ -14,6 +14,7 @@ from ftlevel.artifacts.files import read_plain
 from ftlevel.artifacts.ownership import ANSWERS, METRICS, ROLLOUTS, SUMMARY
 from ftlevel.artifacts.rollouts import RolloutFacts, summarize_rollouts
 from ftlevel.errors import InputError
+from ftlevel.extras.report.retrieval import RetrievalFacts, summarize_retrieval
 
 MOST_CLASSES = 30  # in a confusion matrix
 SHOWN = 10  # best rows, and as many worst rows
@@ -134,7 +135,7 @@ def _scores(
 class ReportedRun:
     """Files of a run for the report; `answers` is None without scored rows.
 
-    `rollouts` is None unless the run sampled completions.
+    `rollouts` is None unless the run sampled completions, `retrieval` without scored queries.
     """
 
     name: str
@@ -143,6 +144,7 @@ class ReportedRun:
     records: Sequence[Mapping[str, Any]]
     answers: Answers | None = None
     rollouts: RolloutFacts | None = None
+    retrieval: RetrievalFacts | None = None
 
 
 def read_run_facts(path: Path, predictions: Path | None = None) -> ReportedRun:
@@ -160,9 +162,13 @@ def read_run_facts(path: Path, predictions: Path | None = None) -> ReportedRun:
     records = list(_lines(path / METRICS)) if (path / METRICS).is_file() else []
     if predictions is None and (path / ANSWERS).is_file():
         predictions = path / ANSWERS
-    answers = None if predictions is None else summarize_answers(_lines(predictions))
+    answers = retrieval = None
+    if predictions is not None:
+        retrieval = summarize_retrieval(_lines(predictions))
+        answers = None if retrieval else summarize_answers(_lines(predictions))
     rollouts = summarize_rollouts(path / ROLLOUTS)
-    return ReportedRun(path.resolve().name, path, summary, records, answers, rollouts)
+    name = path.resolve().name
+    return ReportedRun(name, path, summary, records, answers, rollouts, retrieval)
 
 
 def _read(path: Path) -> dict[str, Any]:

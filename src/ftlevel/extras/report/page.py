@@ -21,6 +21,7 @@ from ftlevel.artifacts.ownership import ROLLOUTS
 from ftlevel.artifacts.rollouts import summarize_rollouts
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.extras.report.facts import ReportedRun, summarize_answers
+from ftlevel.extras.report.retrieval import list_dimensions, summarize_retrieval
 from ftlevel.extras.report.sentences import checks, data_findings, headline
 
 MOST_POINTS = 400  # per curve
@@ -227,6 +228,7 @@ def _load_template() -> Any:
         "headline": headline,
         "findings": data_findings,
         "checks": checks,
+        "dimensions": list_dimensions,
     }
     return environment.get_template("page.html.jinja")
 
@@ -238,6 +240,10 @@ _TEXTS = {
     "true": "correct answer",
     "chosen": "chosen answer",
     "rejected": "rejected answer",
+    "query": "query",
+    "document": "relevant document",
+    "base_retrieved": "best negative before training",
+    "retrieved": "best negative",
 }
 """Field of an answered row → its heading."""
 
@@ -339,8 +345,10 @@ def write_run_page(
     run: RunDirectory, summary: Mapping[str, Any], lines: Sequence[dict[str, Any]]
 ) -> None:
     """Write the page of a run at its end; `lines` are its predictions for validation rows."""
-    answers = summarize_answers(iter(lines)) if lines else None
+    retrieval = summarize_retrieval(lines)
+    answers = summarize_answers(iter(lines)) if lines and retrieval is None else None
     records = run.read_log(summary["steps"])
     rollouts = summarize_rollouts(run.path / ROLLOUTS)
-    facts = ReportedRun(run.path.resolve().name, run.path, summary, records, answers, rollouts)
+    name = run.path.resolve().name
+    facts = ReportedRun(name, run.path, summary, records, answers, rollouts, retrieval)
     write_page([facts], run.report)
