@@ -52,6 +52,12 @@ class Full(Method):
             "Drop method.freeze_base, or use --method lora.",
             tasks=_PRETRAINED_HEAD,
         ),
+        Rule(
+            rows("linear-probe"),
+            "an embedding model has no head to train",
+            "Drop method.freeze_base, or use --method lora.",
+            tasks=frozenset({"embedding"}),
+        ),
     )
     step = StepSupport(workers=lambda _: "full would hold a gradient for every weight and pass")
 
