@@ -597,7 +597,7 @@ def come_late(folder: Path, out: Path) -> None:
     from distributed import settings
 
     from ftlevel.events import NullListener
-    from ftlevel.training.callbacks import processes as watch_processes
+    from ftlevel.training import processes as watch_processes
     from ftlevel.world import read_world
 
     class Told(NullListener):
@@ -679,7 +679,7 @@ def test_what_cannot_be_shared_is_named_before_weights_load(
 ) -> None:  # fmt: skip
     from distributed import settings
 
-    monkeypatch.setattr("ftlevel.training.teacher.load_adapted", None)
+    monkeypatch.setattr("ftlevel.training.session.load_adapted", None)
     values = settings(prepared, "decoder", "lora", tmp_path)
     values["train"]["shard"] = "full"
     for section, fields in change.items():
