@@ -58,7 +58,7 @@ def summarize_retrieval(rows: Iterable[dict[str, Any]]) -> RetrievalFacts | None
 
 def _scores(row: Mapping[str, Any]) -> dict[str, float]:
     """Return the best scores of a row's positives and negatives, with those before training."""
-    found = {}
+    found: dict[str, float] = {}
     for base in ("", "base_"):
         names = [f"{base}positive_score", f"{base}negative_score"]
         scores, labels = row.get(f"{base}scores"), row.get("labels")
