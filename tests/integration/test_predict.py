@@ -372,7 +372,7 @@ def test_from_python(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found is not None
     assert [{k: row[k] for k in ("text", "i")} for row in found] == given
     assert {row["prediction"] for row in found} <= {"a", "b"}
-    with pytest.raises(ConfigError, match="there are no rows"):
+    with pytest.raises(ConfigError, match="no rows to predict"):
         predict(config)
     with pytest.raises(InputError, match="0 rows"):
         predict(config, [])
