@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
@@ -73,11 +74,18 @@ LOSS_ALIASES = {
 """Lowercase names of other tools, without dashes and underscores."""
 
 
-def _read_loss(value: Any) -> Any:
+def read_loss(value: Any, aliases: Mapping[str, str]) -> Any:
+    """Return the name of a loss, which may be another tool's; other values are unchanged."""
     if not isinstance(value, str):
         return value
     folded = value.lower().replace("_", "").replace("-", "")
-    return LOSS_ALIASES.get(folded, value.lower().replace("_", "-"))
+    return aliases.get(folded, value.lower().replace("_", "-"))
+
+
+def list_given(settings: Section) -> list[str]:
+    """Return the names of the settings that differ from their defaults."""
+    plain = type(settings)()
+    return [n for n in type(settings).model_fields if getattr(settings, n) != getattr(plain, n)]
 
 
 def _read_dims(value: Any) -> Any:
@@ -90,7 +98,10 @@ Dims = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_read_
 class EmbeddingConfig(Section):
     """Loss and form of an embedding model."""
 
-    loss: Annotated[EmbeddingLossName, BeforeValidator(_read_loss)] | None = Field(
+    loss: (
+        Annotated[EmbeddingLossName, BeforeValidator(partial(read_loss, aliases=LOSS_ALIASES))]
+        | None
+    ) = Field(
         None,
         description="Embedding loss; default: mnrl for pairs, cosent for scores.",
     )
@@ -173,8 +184,7 @@ def find_embedding_problems(
 
     `batch` is the number of rows of an optimizer step.
     """
-    plain = EmbeddingConfig()
-    given = [n for n in EmbeddingConfig.model_fields if getattr(settings, n) != getattr(plain, n)]
+    given = list_given(settings)
     if task not in EMBEDDING_TASKS:
         if not given:
             return []

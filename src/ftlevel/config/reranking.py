@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from functools import partial
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from ftlevel.config.embedding import list_given, read_loss
 from ftlevel.config.section import Section
 from ftlevel.errors import join_names
 
@@ -53,17 +55,12 @@ _ALIASES = {
 """Lowercase names of other tools, without dashes and underscores."""
 
 
-def _read_loss(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    folded = value.lower().replace("_", "").replace("-", "")
-    return _ALIASES.get(folded, value.lower().replace("_", "-"))
-
-
 class RerankingConfig(Section):
     """Loss of a reranker."""
 
-    loss: Annotated[RerankingLossName, BeforeValidator(_read_loss)] | None = Field(
+    loss: (
+        Annotated[RerankingLossName, BeforeValidator(partial(read_loss, aliases=_ALIASES))] | None
+    ) = Field(
         None,
         description="Reranking loss; default: lce for several documents per query, bce for one.",
     )
@@ -76,14 +73,10 @@ class RerankingConfig(Section):
 
 def find_reranking_problems(task: str, settings: RerankingConfig) -> Sequence[str]:
     """Return a message for each reranking setting that has no effect."""
-    plain = RerankingConfig()
-    given = [n for n in RerankingConfig.model_fields if getattr(settings, n) != getattr(plain, n)]
+    given = list_given(settings)
     if task not in RERANKING_TASKS:
         names = join_names(f"--{name.replace('_', '-')}" for name in given)
         return [f"{names}: of --task reranking, and --task is {task}. Drop it."] if given else []
     if settings.pos_weight is not None and settings.loss not in (None, "bce"):
         return [f"--pos-weight: --loss {settings.loss} does not read it; bce does. Drop it."]
     return []
-
-
-NAMES = get_args(RerankingLossName)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ftlevel.config.reranking import NAMES
+from ftlevel.config.reranking import LOSSES
 from ftlevel.tasks.reranking.losses import Lists, count_targets, sum_loss
 
 
@@ -80,7 +80,7 @@ ROWS = ([1, 0], [0, 2, 1, 0], [1, 0, 0], [0, 1])
 SIZES = [len(row) for row in ROWS]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_gradients_do_not_depend_on_the_micro_batches(name):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(sum(SIZES), generator=generator, requires_grad=True)
@@ -101,7 +101,7 @@ def test_gradients_do_not_depend_on_the_micro_batches(name):
     assert expected.abs().max() > 0.01
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_a_list_without_contrast_has_a_finite_gradient(name):
     logits = torch.tensor([0.3, 0.2, 0.1], requires_grad=True)
     sum_loss(name, logits, lists_of([1, 1], [0]), 1.0).backward()
