@@ -13,6 +13,7 @@ from docs_commands import PAGES, Block, blocks_of, make_place, run_block
 
 SAMPLE = [block for page in PAGES for block in blocks_of(page) if block.mark == "run in CI"]
 TOLD = {
+    "rl.md": "loss: dapo",
     "start.md": "# learning_rate: ",
     "switching.md": "output:\n  dir: ",
 }
