@@ -49,6 +49,7 @@ from ftlevel.training.forecast.meta_model import (
     WEIGHTS,
     WORKSPACE,
 )
+from ftlevel.training.forecast.rollouts import KEYS_AND_VALUES
 from ftlevel.training.forecast.seconds import Gpu
 from ftlevel.training.forecast.shares import GATHERED, REDUCED, describe_shares
 from ftlevel.training.plan.run import Run
@@ -155,7 +156,16 @@ CONTEXT_BYTES, SLACK = 600 * 2**20, 0.05
 """Bytes of a CUDA context, and overhead of torch's allocator as a fraction of temporary tensors.
 Assumed allowances: neither was measured on a GPU."""
 
-TEMPORARY_PARTS = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS, GRADIENTS, GATHERED, REDUCED)
+TEMPORARY_PARTS = (
+    ACTIVATIONS,
+    LOGITS,
+    WORKSPACE,
+    CASTS,
+    GRADIENTS,
+    GATHERED,
+    REDUCED,
+    KEYS_AND_VALUES,
+)
 
 
 @dataclass(frozen=True)
