@@ -15,7 +15,7 @@ REFUSED = [
     (["--teacher", "x", "--label-smoothing", "0.1"], "Drop one of them."),
     (["--teacher", "x", "--streaming", "--max-steps", "2"], "Drop one of them."),
     (["--teacher", "x", "--set", "distillation.jsd_beta=0.3"], "does not read it; jsd does."),
-    (["--teacher", "nowhere"], "--teacher nowhere: no such directory here"),
+    (["--teacher", "nowhere"], "--teacher nowhere: no such directory"),
 ]
 
 
