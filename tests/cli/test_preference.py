@@ -75,7 +75,7 @@ def without(name: str) -> list[dict[str, Any]]:
 
 
 ROWS = [
-    (PAIRS, ["--reference", "nowhere"], "--reference nowhere: no such directory here"),
+    (PAIRS, ["--reference", "nowhere"], "--reference nowhere: no such directory"),
     (without("rejected"), [], "there is a column 'chosen', and no 'rejected'"),
     ([{"text": "a b c"}] * 4, [], "--task preference: the columns do not say what to learn"),
     ([{**row, "rejected": row["chosen"]} for row in PAIRS], [], "a pair of equal answers: 24 of"),
