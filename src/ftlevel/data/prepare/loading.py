@@ -258,8 +258,12 @@ def prepare_examples(
         findings += more
         fitted = replace(fitted, max_length=max(fitted.max_length, held_out.max_length))
     if splits.test is not None:
-        digests = encoder.digest(convert_rows(splits.test, loaded.format)[0])
-        findings += gate.find_leaks("test", digests, fitted.digests, splits.test)[1]
+        examples, bad = convert_rows(splits.test, loaded.format)
+        unusable = {row.line for row in bad}
+        lines = enumerate(splits.test.lines)
+        test = splits.test.take(i for i, line in lines if line not in unusable)
+        digests = encoder.digest(examples)
+        findings += gate.find_leaks("test", digests, fitted.digests, test)[1]
     stops = [explain_stop(finding) for finding in findings if finding.action == "stop"]
     if stops and not lenient:
         raise InputError(stops)

@@ -370,3 +370,17 @@ def test_what_holds_several_splits_is_refused_where_rows_are_expected() -> None:
         in_memory_rows(rows)
     with pytest.raises(InputError, match="there are 0 rows to predict"):
         in_memory_rows(pd.DataFrame({"text": []}))
+
+
+def test_a_leaked_test_row_is_named_by_its_own_line(tmp_path: Path) -> None:
+    rows = [{"prompt": f"question {i} of all", "completion": f"answer {i}"} for i in range(20)]
+    write = (tmp_path / "train.jsonl").write_text
+    write("".join(json.dumps(row) + "\n" for row in rows))
+    unusable = {"prompt": "another", "completion": None}
+    other = {"prompt": "something else entirely", "completion": "yes"}
+    lines = "".join(json.dumps(row) + "\n" for row in (unusable, other, rows[3]))
+    (tmp_path / "test.jsonl").write_text(lines)
+    found = [f for f in prepare(str(tmp_path), "messages").findings if f.name == "leaked"]
+    assert [(f.split, f.count, f.places) for f in found] == [
+        ("test", 1, (f"{tmp_path / 'test.jsonl'}:3",))
+    ]
