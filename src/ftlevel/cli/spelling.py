@@ -41,16 +41,13 @@ class FlagSpec:
 
     Attributes:
         flag: canonical flag; empty if unsupported and only `values` are accepted.
-        path: field that it sets.
         off: flag that disables a switch.
         is_switch: whether the canonical flag takes no value.
         value: value that this name stands for.
         is_value_optional: whether the value may be omitted.
         values: aliases of values, in lower case.
         convert: conversion of other values; for a switch, raises why there is none.
-        several: whether several values may follow.
         is_list: whether the canonical flag is repeated for several values.
-        message: error for an unsupported flag.
     """
 
     flag: str

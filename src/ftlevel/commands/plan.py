@@ -76,7 +76,6 @@ class RunPlan:
     """Requirements of a run.
 
     Attributes:
-        need: memory estimate.
         steps: optimizer steps per epoch; of the whole run for streamed rows.
         tokens: tokens per epoch; 0 with synthetic rows.
         imagined: whether rows are synthetic.
@@ -84,10 +83,8 @@ class RunPlan:
         checkpoint_bytes: size of one checkpoint, and of all kept at once.
         time: time per epoch; None if unknown.
         cost: cost of the run, in the currency of the price.
-        fits: alternative settings.
         cheapest: least costly change that makes the run fit; None if it fits or nothing helps.
         cluster: estimate for several GPUs; None for one.
-        choices: lines to show.
     """
 
     need: MemoryRequirement

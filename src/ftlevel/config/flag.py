@@ -186,7 +186,6 @@ class Alias:
 
     Attributes:
         value: value set by this switch.
-        values: aliases of values; other values are passed unchanged.
         convert: conversion of other values; raises ValueError if there is no counterpart.
         several: whether it takes several values although the flag takes one.
     """

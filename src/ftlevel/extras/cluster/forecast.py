@@ -70,7 +70,6 @@ class Work:
     """Work of one GPU in an optimizer step: `micro_batches` passes over `blocks` blocks.
 
     Attributes:
-        forward: seconds per block.
         backward: seconds per block, including recomputation.
         outside: seconds per micro-batch outside the blocks, forward and backward.
         block: bytes gathered per block; 0 where each GPU has the whole model.
