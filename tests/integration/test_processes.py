@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 from ftlevel import TrainConfig, train
-from ftlevel.cli import processes
+from ftlevel.cli import train as processes
 from ftlevel.errors import ConfigError
 
 pytestmark = pytest.mark.slow
