@@ -43,11 +43,11 @@ def vowels(completions, **kwargs):
 
 
 def cases(models: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield pairs of model and method: every family with LoRA, and every method with one model."""
-    for name in (*FAMILIES, *models):
-        yield name, "lora"
+    """Yield pairs of model and method: every method with one model, and every family with LoRA."""
     for method in METHODS:
         yield BUILT_IN, method
+    for name in (*FAMILIES, *models):
+        yield name, "lora"
 
 
 def measure(model: str, method: str, dtype: str, steps: int, folder: Path) -> dict[str, float]:
@@ -96,7 +96,7 @@ def main() -> None:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "rows.jsonl").write_text(text, encoding="utf-8")
         for model, method in cases(arguments.models):
-            path = str(save_tiny(folder / model, model, chat=True)) if model in FAMILIES else model
+            path = str(save_tiny(folder / model, model)) if model in FAMILIES else model
             for dtype in ("float32", "bfloat16"):
                 try:
                     found = measure(path, method, dtype, arguments.steps, folder)
