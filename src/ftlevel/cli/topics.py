@@ -22,9 +22,9 @@ TOPICS = {
     "methods": "methods training.plan.adapter training.plan.method",
     "adapters": "artifacts extras.adapterhub evaluation.model_pair evaluation.two_models trained",
     "output": "artifacts.files artifacts.hub artifacts.ownership "
-    "artifacts.run_directory config.output training.finish",
+    "artifacts.run_directory config.output",
     "memory": "commands.plan training.forecast training.memory",
-    "training": "fast training.callbacks training.proof training.session",
+    "training": "fast training.callbacks training.finish training.proof training.session",
     "resume": "training.origin training.resume",
     "processes": "extras.launch training.processes training.sharding world",
     "evaluation": "cli.evaluate cli.generate commands.evaluate commands.generate commands.predict "
