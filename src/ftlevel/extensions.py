@@ -121,7 +121,7 @@ _NOUNS = {
 
 @functools.cache
 def find_extensions() -> tuple[tuple[str, Extension], ...]:
-    """Return the extensions, ftlevel's own first, each with the package that it comes from."""
+    """Find the extensions, ftlevel's own first, each with the package that it comes from."""
     extensions = []
     for source, reference in (*_own(), *_installed()):
         if (extension := try_load(reference, source)) is None:
@@ -160,7 +160,7 @@ def _installed() -> Iterator[tuple[str, str]]:
 
 
 def load(reference: str) -> Any:
-    """Return the object that "module:name" refers to, or the module without a name."""
+    """Load the object that "module:name" refers to, or the module without a name."""
     module, _, name = reference.partition(":")
     loaded_module = importlib.import_module(module)
     return getattr(loaded_module, name) if name else loaded_module

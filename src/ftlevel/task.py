@@ -62,7 +62,7 @@ class Meter(Protocol):
         """Add a batch of encoded `rows`; logits and labels come from `Objective.targets`."""
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Return the metrics other than the loss; `loss` is the mean over all targets."""
+        """Compute the metrics other than the loss; `loss` is the mean over all targets."""
 
     def pool(self, meters: Sequence[Any]) -> Meter:
         """Return a new meter that combines all `meters`."""
@@ -122,7 +122,7 @@ class Objective(ABC):
         return self.targets(logits, labels)[0]
 
     def count(self, labels: Tensor) -> Tensor:
-        """Return the number of targets (a scalar tensor)."""
+        """Count the targets (a scalar tensor)."""
         return labels.ne(IGNORED).sum()
 
     @abstractmethod
@@ -160,7 +160,7 @@ class Objective(ABC):
     def find_warnings(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
     ) -> list[str]:
-        """Return warnings about misleading metrics; `before` has those before step 1."""
+        """Find warnings about misleading metrics; `before` has those before step 1."""
         return []
 
     def guess_loss(self, rows: Sequence[Any]) -> float | None:

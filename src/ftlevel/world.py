@@ -93,7 +93,7 @@ class World:
 
 
 def find_launcher(environment: Mapping[str, str] = os.environ) -> Launcher | None:
-    """Return the launcher of this process, or None for a single process."""
+    """Find the launcher of this process, or None for a single process."""
     for launcher in LAUNCHERS:
         if all(name in environment for name in (launcher.rank, launcher.size, launcher.local_rank)):
             return launcher
@@ -129,7 +129,7 @@ def has_peers() -> bool:
 
 
 def read_world(environment: Mapping[str, str] = os.environ) -> World:
-    """Return the rank, world size and rendezvous address of this process.
+    """Read the rank, world size and rendezvous address of this process.
 
     Raises:
         ConfigError: the variables are inconsistent, or `accelerate launch` would override the

@@ -39,7 +39,7 @@ def listed(checkpoint: Path) -> set[str]:
 
 
 def _read_manifest(checkpoint: Path) -> dict[str, tuple[int, str]] | None:
-    """Return file → size and digest; None if the manifest is missing or invalid."""
+    """Read file → size and digest; None if the manifest is missing or invalid."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
         return {name: (int(entry["size"]), entry["sha256"]) for name, entry in files.items()}
@@ -56,7 +56,7 @@ def _read_manifest(checkpoint: Path) -> dict[str, tuple[int, str]] | None:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Return the first mismatch with the manifest or non-finite tensor; None if there is none."""
+    """Find the first mismatch with the manifest or non-finite tensor; None if there is none."""
     if not (checkpoint / MANIFEST).is_file():
         return "it was not finished (no manifest)"
     files = _read_manifest(checkpoint)
@@ -79,7 +79,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def find_not_finite(path: Path) -> str | None:
-    """Return the name of a tensor with NaN or infinity in a .safetensors file, if any."""
+    """Find the name of a tensor with NaN or infinity in a .safetensors file, if any."""
     import torch
     from safetensors import safe_open
 
@@ -92,7 +92,7 @@ def find_not_finite(path: Path) -> str | None:
 
 
 def find_newest_intact(directory: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest intact checkpoint, and a line for each newer one that is damaged."""
+    """Find the newest intact checkpoint, and a line for each newer one that is damaged."""
     rejected: list[str] = []
     for checkpoint in reversed(numbered(directory)):
         damage = find_damage(checkpoint)

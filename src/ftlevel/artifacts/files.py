@@ -67,7 +67,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_plain(path: Path) -> str:
-    """Return the text of a regular file; raise OSError for a pipe, on which reading may block."""
+    """Read the text of a regular file; raise OSError for a pipe, on which reading may block."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no plain file", str(path))
     return path.read_text(encoding="utf-8")
@@ -214,7 +214,7 @@ def _sample_safetensors(path: Path, digest: Any) -> None:
 
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[int, dict[str, Any]]:
-    """Return length and content of a safetensors header; raise InputError if it is invalid."""
+    """Read length and content of a safetensors header; raise InputError if it is invalid."""
     try:
         (size,) = struct.unpack("<Q", file.read(8))
         if size > path.stat().st_size:

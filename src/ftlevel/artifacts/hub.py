@@ -15,7 +15,7 @@ from ftlevel.errors import ConfigError, RunError
 
 
 def find_repository(name: str) -> str:
-    """Return the full name of the repository `name`, after checking that the user may write to it.
+    """Find the full name of the repository `name`, after checking that the user may write to it.
 
     Raises:
         ConfigError: The name is invalid, nobody is logged in, or the Hub does not respond.

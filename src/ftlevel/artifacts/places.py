@@ -164,7 +164,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Return the object in the file; empty if the file does not exist."""
+    """Read the object in the file; empty if the file does not exist."""
     try:
         content = json.loads(read_plain(path))
     except FileNotFoundError:

@@ -95,7 +95,7 @@ _CHANGES, _NOTES = "changes.jsonl", "notes.jsonl"
 
 
 def find_run(directory: Path) -> Path | None:
-    """Return the run directory of an adapter or checkpoint; None if it is not in one."""
+    """Find the run directory of an adapter or checkpoint; None if it is not in one."""
     if directory.name in ("", ".."):
         directory = directory.resolve()
     run = directory.parent
@@ -131,7 +131,7 @@ class RunDirectory:
         write_text(self.path / ANSWERS, text)
 
     def read_summary(self) -> dict[str, Any] | None:
-        """Return summary.json of a finished run with saved weights, or None."""
+        """Read summary.json of a finished run with saved weights, or None."""
         try:
             summary = json.loads(read_plain(self.path / SUMMARY))
         except (OSError, ValueError, RecursionError):
@@ -150,7 +150,7 @@ class RunDirectory:
                 file.write(json.dumps({"step": step, **change}, default=str) + "\n")
 
     def read_changes(self) -> list[dict[str, Any]]:
-        """Return settings that the user changed during the run."""
+        """Read settings that the user changed during the run."""
         return read_objects(self.checkpoints / _CHANGES)
 
     def note(self, note: Mapping[str, Any]) -> None:
@@ -166,7 +166,7 @@ class RunDirectory:
             write_text(path, "".join(lines))
 
     def read_notes(self) -> list[dict[str, Any]]:
-        """Return the events of the run, without incomplete lines."""
+        """Read the events of the run, without incomplete lines."""
         notes = read_objects(self.checkpoints / _NOTES)
         return [note for note in notes if isinstance(note.get("step"), int)]
 
@@ -176,7 +176,7 @@ class RunDirectory:
             file.write(json.dumps(record, default=str) + "\n")
 
     def read_log(self, step: int) -> list[dict[str, Any]]:
-        """Return the records of metrics.jsonl up to `step`."""
+        """Read the records of metrics.jsonl up to `step`."""
         return self._log_until(step)[1]
 
     def rewind_log(self, step: int) -> list[dict[str, Any]]:
@@ -211,7 +211,7 @@ class RunDirectory:
 
 
 def read_objects(path: Path) -> list[dict[str, Any]]:
-    """Return the JSON objects of a file's lines; skip invalid lines."""
+    """Read the JSON objects of a file's lines; skip invalid lines."""
     objects = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines():

@@ -89,7 +89,7 @@ class CrossEncoderFormat:
 
 
 def read_embedding_format(directory: Path) -> EmbeddingFormat | None:
-    """Return the embedding format of a directory; None if it is not a SentenceTransformer.
+    """Read the embedding format of a directory; None if it is not a SentenceTransformer.
 
     Raises:
         InputError: the directory has a module, pooling or similarity that is not supported.
@@ -141,7 +141,7 @@ def read_embedding_format(directory: Path) -> EmbeddingFormat | None:
 
 
 def _read_pooling(path: Path) -> tuple[str, bool]:
-    """Return the pooling mode, and whether prompt tokens are pooled."""
+    """Read the pooling mode, and whether prompt tokens are pooled."""
     config = _read_json(path)
     modes = config.get("pooling_mode")
     if modes is None:
@@ -159,7 +159,7 @@ def _read_pooling(path: Path) -> tuple[str, bool]:
 
 
 def _read_length(directory: Path) -> int | None:
-    """Return the maximum length; version 6 leaves it to the tokenizer."""
+    """Read the maximum length; version 6 leaves it to the tokenizer."""
     for name in (LENGTHS, *_OTHER_LENGTHS):
         length = _read_json(directory / name).get("max_seq_length")
         if length is not None:
@@ -240,7 +240,7 @@ def write_cross_encoder_format(directory: Path, form: CrossEncoderFormat) -> lis
 
 
 def find_task(directory: Path) -> str | None:
-    """Return the task of a directory of sentence-transformers; None for another one."""
+    """Find the task of a directory of sentence-transformers; None for another one."""
     if not (directory / MODULES).is_file():
         return None
     is_reranker = _read_json(directory / SETTINGS).get("model_type") == "CrossEncoder"
@@ -255,7 +255,7 @@ def _modules(entries: list[tuple[str, str]]) -> list[dict[str, Any]]:
 
 
 def _read_json(path: Path, kind: type = dict) -> Any:
-    """Return the content of a JSON file; empty if there is none."""
+    """Read the content of a JSON file; empty if there is none."""
     if not path.is_file():
         return kind()
     try:

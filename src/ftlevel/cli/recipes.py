@@ -89,7 +89,7 @@ def _is_recipe(path: Path) -> bool:
 
 
 def _find(file: Path) -> Path:
-    """Return the path of a recipe given by path or name; raise ConfigError if there is none."""
+    """Find the path of a recipe given by path or name; raise ConfigError if there is none."""
     recipes = [*_local_recipes(), *shipped()]
     matches = [path for path in recipes if file in (path, Path(path.name), Path(path.stem))]
     if not file.is_file() and not matches:

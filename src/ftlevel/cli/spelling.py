@@ -85,7 +85,7 @@ class RewrittenArguments:
 
 
 def build_flag_specs(command: str, flags: Sequence[Flag]) -> dict[str, FlagSpec]:
-    """Return every flag name that `command` accepts, with its interpretation."""
+    """Build every flag name that `command` accepts, with its interpretation."""
     specs: dict[str, FlagSpec] = {}
     for row in flags_of(command, flags):
         if row.is_argument:
@@ -207,7 +207,7 @@ def check_claims(claims: Sequence[NoOpClaim], config: Any) -> list[str]:
 
 
 def _find(typed: str, specs: Mapping[str, FlagSpec]) -> tuple[str, FlagSpec | None]:
-    """Return the name with dashes and its interpretation; `--no_x` is `--x false`."""
+    """Find the name with dashes and its interpretation; `--no_x` is `--x false`."""
     name = typed.replace("_", "-")
     spec = specs.get(name)
     if spec is None and name.startswith("--no-"):

@@ -115,7 +115,7 @@ def _check_outputs(config: ExportConfig) -> None:
 
 
 def _find_several(config: ExportConfig, device: str) -> dict[str, ModelRef]:
-    """Return the adapters in a directory of adapters, by name; empty for a single model."""
+    """Find the adapters in a directory of adapters, by name; empty for a single model."""
     path = Path(config.model).expanduser()
     if not path.is_dir() or any(
         (path / name).exists() for name in ("config.json", "adapter_config.json", "adapter", CONFIG)

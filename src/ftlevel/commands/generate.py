@@ -117,7 +117,7 @@ def _has_rows(path: Path) -> bool:
 
 
 def _read_lines(path: Path) -> list[str]:
-    """Return the nonblank lines of a text file; raise InputError if it cannot be read."""
+    """Read the nonblank lines of a text file; raise InputError if it cannot be read."""
     try:
         file = decompress(path) if is_compressed(path) else path
         file = cache_pipe(path) if is_pipe(path) else file
@@ -159,7 +159,7 @@ _SHOWN = ("question", "prompt", "instruction", "messages", "conversations")
 
 
 def build_generation_settings(config: GenerateConfig) -> GenerationOptions:
-    """Return the generation settings."""
+    """Build the generation settings."""
     return GenerationOptions(
         config.max_new_tokens, config.num_beams, config.temperature, config.top_p, config.seed
     )

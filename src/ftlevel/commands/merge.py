@@ -228,7 +228,7 @@ def resolve_rounding(
 
 
 def _choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
-    """Return the candidate closest to the trained model, and the reason."""
+    """Choose the candidate closest to the trained model, and the reason."""
     if len(candidates) == 1:
         return candidates[0], ""
     ranked = sorted(candidates, key=lambda c: c.trained.distance if c.trained else 0.0)

@@ -189,7 +189,7 @@ def _open(
     task: BaseTask,
     settings: TrainConfig,
 ) -> tuple[RowSource, Reader | None]:
-    """Return the rows, with the first ones already read, and their file."""
+    """Open the rows, with the first ones already read, and their file."""
     ignored = config.ignore_columns or settings.data.ignore_columns
     if config.dataset is None:
         return in_memory_rows(rows, ignored), None

@@ -230,7 +230,7 @@ class PieceDecoder:
 
 
 def build_histogram(lengths: Sequence[int]) -> list[Bar]:
-    """Return at most ten bars of equal width over `lengths`."""
+    """Build at most ten bars of equal width over `lengths`."""
     if not lengths:
         return []
     shortest, longest = min(lengths), max(lengths)

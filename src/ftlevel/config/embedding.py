@@ -75,7 +75,7 @@ LOSS_ALIASES = {
 
 
 def read_loss(value: Any, aliases: Mapping[str, str]) -> Any:
-    """Return the name of a loss, which may be another tool's; other values are unchanged."""
+    """Read the name of a loss, which may be another tool's; other values are unchanged."""
     if not isinstance(value, str):
         return value
     folded = value.lower().replace("_", "").replace("-", "")
@@ -180,7 +180,7 @@ _FLAGS = {
 def find_embedding_problems(
     task: str, settings: EmbeddingConfig, batch: int, teacher: str | None
 ) -> list[str]:
-    """Return a message for each setting without effect, and for a batch that is too small.
+    """Find a message for each setting without effect, and for a batch that is too small.
 
     `batch` is the number of rows of an optimizer step.
     """

@@ -49,7 +49,7 @@ def read_recipe(path: Path) -> Layer:
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
-    """Return the mapping in a YAML file and the origin (file:line) of every key.
+    """Read the mapping in a YAML file and the origin (file:line) of every key.
 
     Raises:
         ConfigError: the file is missing, not YAML, not a mapping, or has a duplicate key.
@@ -301,7 +301,7 @@ _SYNONYMS = {
 
 
 def find_setting(name: str) -> str:
-    """Return the dotted field called `name` in any section or method, or ""."""
+    """Find the dotted field called `name` in any section or method, or ""."""
     for section in TrainConfig.model_fields:
         for inner in ((section,), (section, "gate")):
             if name in _fields_of(inner):

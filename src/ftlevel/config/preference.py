@@ -147,7 +147,7 @@ class PreferenceConfig(Section):
 def find_preference_problems(
     task: str, settings: PreferenceConfig, smoothing: float, *, streaming: bool
 ) -> list[str]:
-    """Return a message for each preference setting that has no effect."""
+    """Find a message for each preference setting that has no effect."""
     defaults = PreferenceConfig()
     fields = PreferenceConfig.model_fields
     given = [name for name in fields if getattr(settings, name) != getattr(defaults, name)]
@@ -328,7 +328,7 @@ class DistillationConfig(Section):
 def find_distillation_problems(
     task: str, settings: DistillationConfig, smoothing: float, *, streaming: bool
 ) -> Sequence[str]:
-    """Return a message for each distillation setting that has no effect."""
+    """Find a message for each distillation setting that has no effect."""
     plain, problems = DistillationConfig(), list[str]()
 
     def is_given(name: str) -> bool:

@@ -105,7 +105,7 @@ class YamlError(ValueError):
 
 
 def load_yaml(text: str) -> tuple[Any, Any]:
-    """Return the value of `text` and its YAML node, or (None, None); may raise YamlError."""
+    """Load the value of `text` and its YAML node, or (None, None); may raise YamlError."""
     import yaml  # lazy: --help needs no YAML
 
     class Loader(yaml.SafeLoader):
@@ -139,7 +139,7 @@ def load_yaml(text: str) -> tuple[Any, Any]:
 
 
 def _count(node: Any, counted: dict[int, int], inside: set[int]) -> int:
-    """Return the number of values below `node`, aliases expanded; YamlError above the maximum."""
+    """Count the values below `node`, aliases expanded; YamlError above the maximum."""
     if id(node) in counted:
         return counted[id(node)]
     line = node.start_mark.line + 1

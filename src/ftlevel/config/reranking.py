@@ -72,7 +72,7 @@ class RerankingConfig(Section):
 
 
 def find_reranking_problems(task: str, settings: RerankingConfig) -> Sequence[str]:
-    """Return a message for each reranking setting that has no effect."""
+    """Find a message for each reranking setting that has no effect."""
     given = list_given(settings)
     if task not in RERANKING_TASKS:
         names = join_names(f"--{name.replace('_', '-')}" for name in given)

@@ -140,7 +140,7 @@ def _check_argument(name: str, argument: str, *, given: bool) -> None:
 
 
 def parse_range(text: str) -> tuple[int, int] | None:
-    """Return the bounds of `MIN-MAX`, or None if `text` is no range."""
+    """Parse the bounds of `MIN-MAX`, or None if `text` is no range."""
     found = re.fullmatch(r"(\d{1,9})-(\d{1,9})", text)
     if found is None or int(found[1]) > int(found[2]):
         return None
@@ -300,7 +300,7 @@ SAMPLED = "would sample from another distribution than the one that is trained"
 
 
 def find_rl_problems(config: Any) -> list[str]:
-    """Return a message for each setting of a `TrainConfig` that `rl` or its loss cannot use."""
+    """Find a message for each setting of a `TrainConfig` that `rl` or its loss cannot use."""
     settings, plain = config.rl, RlConfig()
     given = [n for n in RlConfig.model_fields if getattr(settings, n) != getattr(plain, n)]
     if config.task != RL_TASK:

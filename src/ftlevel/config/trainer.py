@@ -155,7 +155,7 @@ _ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
 
 
 def find_problems(train: Any) -> list[str]:
-    """Return messages for optimizer and schedule settings that would be ignored."""
+    """Find messages for optimizer and schedule settings that would be ignored."""
     schedule, optim = train.lr_scheduler_type, train.optim
     problems = _settings_problems(
         "--lr-scheduler-kwargs",

@@ -350,7 +350,7 @@ def join(parts: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
 
 
 def open_decoder(trained: LoadedModel, prompts: Sequence[list[int]]) -> RowDecoder | Literal[False]:
-    """Return a decoder that is checked on `prompts`, or False if `generate` must be used."""
+    """Open a decoder that is checked on `prompts`, or False if `generate` must be used."""
     model, tokenizer = trained.model, trained.tokenizer
     if find_decoder_obstacle(model, trained.kind, trained.ref.card.method):
         return False

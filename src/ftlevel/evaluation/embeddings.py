@@ -115,7 +115,7 @@ class QueryMeter:
         return QueryMeter([value for meter in meters for value in meter.values])
 
     def compute(self, _: float) -> dict[str, float]:
-        """Return the means."""
+        """Compute the means."""
         scored = [value for value in self.values if value]
         names = scored[0] if scored else ()
         return {name: float(np.mean([value[name] for value in scored])) for name in names}
@@ -141,7 +141,7 @@ class PairMeter:
         return PairMeter(self.kind, [pair for meter in meters for pair in meter.pairs])
 
     def compute(self, _: float) -> dict[str, float]:
-        """Return the metric by number of dimensions; one of equal values is left out."""
+        """Compute the metric by number of dimensions; one of equal values is left out."""
         labels = [label for label, _ in self.pairs]
         compute = spearman if self.kind == "score" else average_precision
         metrics = {}
@@ -160,7 +160,7 @@ class PairMeter:
 def build_meters(
     objective: Embeddings, vectors: torch.Tensor, step: StepTexts, dims: Sequence[int | None]
 ) -> list[Any]:
-    """Return one meter per row; the headline is also computed with the first `dims` dimensions."""
+    """Build one meter per row; the headline is also computed with the first `dims` dimensions."""
     spaces = {"" if count is None else f"_dim_{count}": vectors[:, :count] for count in dims}
     is_cosine = objective.form.similarity == "cosine"
     if objective.kind == "ranking":

@@ -226,7 +226,7 @@ class Difference:
 
 
 def compute_difference(runs: MetricRuns, best: MetricRuns, comparisons: int) -> Difference:
-    """Return the difference of `runs` from `best`; `comparisons` is the total (Bonferroni)."""
+    """Compute the difference of `runs` from `best`; `comparisons` is the total (Bonferroni)."""
     value = runs.mean - best.mean
     if runs.draws.shape != best.draws.shape or not runs.draws.size:
         return Difference(value, None, None, None)

@@ -135,7 +135,7 @@ class ComparisonInputs:
 def build_comparison_inputs(
     eval_text: Path | None, eval_tokens: int, trained: LoadedModel, rows: Sequence[Encoded]
 ) -> ComparisonInputs:
-    """Return the inputs for comparing `trained` with its reference.
+    """Build the inputs for comparing `trained` with its reference.
 
     Raises:
         InputError: the text cannot be read, or has fewer than two tokens.
@@ -198,7 +198,7 @@ def in_float32(
 
 
 def _read_by(module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
-    """Return the modules whose weights `module` reads; PEFT's token layer reads its base layer."""
+    """Read the modules whose weights `module` reads; PEFT's token layer reads its base layer."""
     if isinstance(module, BaseTunerLayer) and _TOKENS in module.adapter_layer_names:
         return module, module.get_base_layer()
     return (module,)

@@ -42,7 +42,7 @@ def open_rewards(
     rows: Sequence[Any],
     where: Callable[[int], str],
 ) -> Rewards:
-    """Return the rewards of `settings` for the prompts `rows`; loads no weights.
+    """Open the rewards of `settings` for the prompts `rows`; loads no weights.
 
     `where` returns the place of a row of the table.
 
@@ -62,7 +62,7 @@ def open_rewards(
 def open_teacher(
     name: str, objective: PolicyObjective, kind: str, tokenizer: Any, device: str, dtype: str
 ) -> TokenLogps:
-    """Return a function that scores completions with the model `name`, which is loaded.
+    """Open a function that scores completions with the model `name`, which is loaded.
 
     `kind` and `tokenizer` are those of the model that samples.
 

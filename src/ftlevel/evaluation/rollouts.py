@@ -216,7 +216,7 @@ def compute_token_logps(
     batches: Iterable[tuple[Sequence[int], Mapping[str, Any]]],
     head: ChunkedCrossEntropy | None = None,
 ) -> dict[int, list[float]]:
-    """Return row index → log-probabilities of the completion's tokens, without gradients.
+    """Compute row index → log-probabilities of the completion's tokens, without gradients.
 
     `batches` are row indices with their collated rows on the model's device.
     """

@@ -211,7 +211,7 @@ def score_answers(
 
 
 def compute_likelihoods(evaluator: Evaluator, model: Any) -> np.ndarray:
-    """Return the log-likelihoods of the two sequences of each row, (rows, 2) in float32.
+    """Compute the log-likelihoods of the two sequences of each row, (rows, 2) in float32.
 
     Batches are those of `score_answers`, so an unchanged model gives the same values, bit for bit.
     """
@@ -251,7 +251,7 @@ def _contrasts(rows: Sequence[Encoded]) -> list[Encoded]:
 def _measure_baseline(
     evaluator: Evaluator, model: Any, head: ChunkedCrossEntropy | None
 ) -> torch.Tensor | None:
-    """Return the mean reward of all contrasts (a scalar, at least 0); None if not needed."""
+    """Measure the mean reward of all contrasts (a scalar, at least 0); None if not needed."""
     objective = _objective_of(evaluator)
     if not objective.needs_baseline:
         return None

@@ -47,7 +47,7 @@ class Text:
 
 
 def read_eval_text(path: Path | None, tokens: int) -> Text:
-    """Return the text to compare on: a file, or docstrings of Python's standard library.
+    """Read the text to compare on: a file, or docstrings of Python's standard library.
 
     Without a `path`, modules that no built-in training row comes from give enough text for
     `tokens`.
@@ -292,5 +292,5 @@ def compare_text(
 
 
 def _count_same_choice(first: torch.Tensor, second: torch.Tensor) -> int:
-    """Return the number of targets with the same argmax in both (targets, choices)."""
+    """Count the targets with the same argmax in both (targets, choices)."""
     return int((first.argmax(-1) == second.argmax(-1)).sum())

@@ -91,7 +91,7 @@ def _changes_rope(config: Any) -> bool:
 
 
 def find_randomness(method: MethodConfig, meta: Any, with_head: bool = False) -> str:
-    """Return the config name and value of dropout or jitter in the model; empty if none.
+    """Find the config name and value of dropout or jitter in the model; empty if none.
 
     Dropout before a classifier counts only with `with_head`.
     """
@@ -292,7 +292,7 @@ def _plan_sharing(
 
 
 def _estimate_shared(train: TrainerConfig, rows: Sequence[Encoded]) -> float:
-    """Return the share of a step's tokens that need not be computed, from sampled steps."""
+    """Estimate the share of a step's tokens that need not be computed, from sampled steps."""
     size = min(train.rows_per_device_step, len(rows))
     draw = random.Random(train.seed)
     steps = [draw.sample(range(len(rows)), size) for _ in range(SAMPLED_STEPS)]

@@ -151,7 +151,7 @@ def shared_fraction(rows: Sequence[Tokens]) -> float:
 def build_prefix_tree(
     rows: Sequence[Tokens], least: int = MIN_PREFIX, before: int = 0
 ) -> PackedLayout:
-    """Return the layout of `rows`, padded on the right, with shared prefixes once.
+    """Build the layout of `rows`, padded on the right, with shared prefixes once.
 
     `rows` are in the order of `sort_by_prefix`. A shared prefix computes the first `before` tokens
     of all rows; each row has more.

@@ -90,7 +90,7 @@ class StepCollator:
         self._plan = replace(self._plan, shared_prefix=False)
 
     def _choose_schedule(self, rows: Sequence[Encoded]) -> _Schedule:
-        """Return the fastest schedule of the step, the first of equals."""
+        """Choose the fastest schedule of the step, the first of equals."""
         plan, partition = self._plan, _Partition(rows, self._plan)
         schedules = [_Schedule(partition, plan.tokens, 1)]
         if plan.workers > 1:
@@ -157,7 +157,7 @@ class _Partition:
         return split(self._lengths, budget, multiple)
 
     def find_shared_prefix(self, rows: Sequence[Encoded]) -> int:
-        """Return the length of the common prefix of all `rows` that predicts no target."""
+        """Find the length of the common prefix of all `rows` that predicts no target."""
         if not self.is_tree or len(rows) < 2:
             return 0
         common = min(self._shared[row] for row in self._order[1:])
@@ -173,7 +173,7 @@ class _Partition:
         return partition
 
     def count_tokens(self, part: Sequence[int]) -> int:
-        """Return the number of positions that a micro-batch computes."""
+        """Count positions that a micro-batch computes."""
         if self.is_tree:
             return count_shared(part, self._lengths, self._order, self._shared)
         lengths = [self._lengths[row] for row in part]

@@ -191,7 +191,7 @@ class CodeChooser:
         return self.choose(linear) if self.grid.fits(written.shape) else None
 
     def choose(self, linear: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return codes and scales of a linear layer whose size is a multiple of the block."""
+        """Choose codes and scales of a linear layer whose size is a multiple of the block."""
         origin = self._turn(self.origin.unrounded(f"{linear}.weight"), linear)
         if not self.target.adapts(f"{linear}.weight"):
             origin = origin.to(self.dtype).float()  # precision before quantization in training
@@ -367,7 +367,7 @@ class WeightsAsLoaded:
 def choose_gguf_codes(
     model: Any, weights: Weights, rows: ComparisonProbe, dtype: str, outtype: str
 ) -> Callable[[str], QuantizedMatrix]:
-    """Return a function that chooses the codes of the linear layers of `model` for a .gguf type.
+    """Choose a function that chooses the codes of the linear layers of `model` for a .gguf type.
 
     `weights` are those as trained; `outtype` is a key of `GRIDS`. Rounding starts from the trained
     weights, because the grid of a quantized run is not that of the file.

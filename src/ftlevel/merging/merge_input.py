@@ -94,7 +94,7 @@ class MergeInput:
 
 
 def find_adapter(name: str) -> Path:
-    """Return the directory of the adapter `name`; raise InputError if it cannot be merged."""
+    """Find the directory of the adapter `name`; raise InputError if it cannot be merged."""
     path = Path(name).expanduser()
     directory = find_directory(name)
     is_full = (directory / CARD).is_file() and read_card(directory).method == "full"
@@ -120,7 +120,7 @@ def find_adapter(name: str) -> Path:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    """Return the adapter's PEFT config, or a stand-in for one in another format."""
+    """Read the adapter's PEFT config, or a stand-in for one in another format."""
     if (reader := find_reader(directory)) is not None:
         return {"peft_type": reader.peft_type}
     return read_peft_config(directory)
@@ -163,7 +163,7 @@ class CheckRows:
 
 
 def choose_rows(inputs: MergeInput, count: int, calibration: int = 0) -> CheckRows:
-    """Return at most `count` rows to compare models on, and `calibration` to choose codes on."""
+    """Choose at most `count` rows to compare models on, and `calibration` to choose codes on."""
     if inputs.ref.run is None:
         return _made_up(inputs, count, calibration, "the adapter has no run")
     try:

@@ -128,7 +128,7 @@ class TensorMerger:
         return self._unit[1][name]
 
     def _read(self, name: str) -> torch.Tensor:
-        """Return the base's tensor `name` as stored, or dequantized as in training."""
+        """Read the base's tensor `name` as stored, or dequantized as in training."""
         if not self.checkpoint.holds(name):  # bias of a new head, see check_whole
             return torch.zeros(self.shapes[name], dtype=self._dtype_of(name))
         value = self.checkpoint.read(name)
@@ -212,7 +212,7 @@ class TensorMerger:
 def open_merger(
     inputs: MergeInput, dtype: str | None, rounding: Callable[[Any], QuantizationRounding] | None
 ) -> TensorMerger:
-    """Return the merger of `inputs`; raise InputError if a tensor does not belong to the model."""
+    """Open the merger of `inputs`; raise InputError if a tensor does not belong to the model."""
     ref = inputs.ref
     model = build_task_model(ref.model_config, ref.auto_class)
     resize_vocabulary(model, ref.adapter_directory)

@@ -181,7 +181,7 @@ def plain_form_of(config: Mapping[str, Any]) -> PlainForm:
 def compute_normal_form(
     directory: Path, config: Mapping[str, Any], base: BaseWeights, limit: int
 ) -> NormalForm | None:
-    """Return the normal form by the method's algebra; None if the loaded layers must be probed.
+    """Compute the normal form by the method's algebra; None if the loaded layers must be probed.
 
     Raises InputError if there is no normal form, or its rank is above `limit`.
     """
@@ -194,7 +194,7 @@ def compute_normal_form(
 
 
 def read_file(directory: Path, config: Mapping[str, Any], base: BaseWeights) -> AdapterFile:
-    """Return the adapter's tensors by their names in the base, without copies of base tensors.
+    """Read the adapter's tensors by their names in the base, without copies of base tensors.
 
     Raises InputError if the vocabulary size or a base tensor differs from the base.
     """
@@ -239,7 +239,7 @@ def is_whole(name: str, config: Mapping[str, Any]) -> bool:
 def build_normal_form(
     factors: dict[str, Factors], file: AdapterFile, limit: int, way: str
 ) -> NormalForm:
-    """Return the normal form of `factors` and of the remaining tensors of `file`.
+    """Build the normal form of `factors` and of the remaining tensors of `file`.
 
     Raises:
         InputError: A remaining tensor has no place in plain LoRA, there is no update, or a rank

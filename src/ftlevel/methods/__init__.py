@@ -84,12 +84,12 @@ def rows_of(spec: MethodSpec) -> list[MethodFacts]:
 
 
 def find_refusal(cell: Cell) -> Rule | None:
-    """Return the first rule that covers all of `cell`, or None."""
+    """Find the first rule that covers all of `cell`, or None."""
     return next((rule for rule in RULES if rule.covers(cell)), None)
 
 
 def find_limits(cell: Cell) -> list[Rule]:
-    """Return the rules that apply to part of `cell`."""
+    """Find the rules that apply to part of `cell`."""
     return [rule for rule in RULES if rule.touches(cell)]
 
 
@@ -110,7 +110,7 @@ def explain(rule: Rule, row: MethodFacts, cell: Cell) -> str:
 
 
 def find_problems(spec: MethodSpec, base: Cell) -> list[str]:
-    """Return one error message per unsupported row of `spec`; the row of `base` is ignored."""
+    """Find one error message per unsupported row of `spec`; the row of `base` is ignored."""
     problems = []
     for row in rows_of(spec):
         cell = replace(base, row=row.name)

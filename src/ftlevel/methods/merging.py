@@ -34,7 +34,7 @@ MERGED = tuple(name for name, merging in BY_PEFT_TYPE.items() if merging.into_we
 
 
 def read_peft_config(directory: Path) -> dict[str, Any]:
-    """Return the adapter_config.json of `directory`; raises `InputError` if it is invalid."""
+    """Read the adapter_config.json of `directory`; raises `InputError` if it is invalid."""
     path = directory / "adapter_config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -96,7 +96,7 @@ class Rates:
         return rate
 
     def choose(self, subject: str, run: RateFacts, name: str = "learning rate") -> Choice:
-        """Return the rate and its reason; `subject` names the trained part, such as `lora`."""
+        """Choose the rate and its reason; `subject` names the trained part, such as `lora`."""
         narrow = self.measured(run)
         if run.size == 0:
             why = "measured"
@@ -119,7 +119,7 @@ DEEP_HEAD = Rates(narrow=5e-3, wide=1e-4, source=HEAD.source, is_heads=True)
 
 
 def choose_head_rate(run: RateFacts) -> Choice:
-    """Return the rate of a new head and its reason."""
+    """Choose the rate of a new head and its reason."""
     rates, subject = (DEEP_HEAD, "a deep head") if run.deep_head else (HEAD, "a linear head")
     return rates.choose(subject, run, "head learning rate")
 

@@ -105,7 +105,7 @@ class VirtualTokenTuner(UnmergeableTuner, PrecisionTuner, BaseTuner):
 
     @abstractmethod
     def find_modules(self) -> list[str]:
-        """Return the full names of the modules to wrap."""
+        """Find the full names of the modules to wrap."""
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None:

@@ -106,7 +106,7 @@ def shira_indices(module: Any) -> dict[str, Any]:
 
 
 def draw_shira_mask(base_layer: Any, r: int, **settings: Any) -> Any:
-    """Return PEFT's mask of the weights that SHiRA trains, `(out, in)`.
+    """Draw PEFT's mask of the weights that SHiRA trains, `(out, in)`.
 
     For meta weights, return a mask with the same number of ones; the indices come from the file.
     """

@@ -58,7 +58,7 @@ def allowed_cpus() -> list[int]:
 
 
 def count_cores(cpus: list[int], topology: Path = _TOPOLOGY) -> int:
-    """Return the number of physical cores of the logical `cpus`; all of them if unknown."""
+    """Count the physical cores of the logical `cpus`; all of them if unknown."""
     siblings = set()
     for cpu in cpus:
         try:
@@ -69,7 +69,7 @@ def count_cores(cpus: list[int], topology: Path = _TOPOLOGY) -> int:
 
 
 def read_quota(membership: Path = _MEMBERSHIP, root: Path = _CGROUPS) -> float | None:
-    """Return the CPU quota of this process's control groups, in CPUs, or None."""
+    """Read the CPU quota of this process's control groups, in CPUs, or None."""
     quotas = [quota for group in control_groups(membership, root) if (quota := _quota(group))]
     return min(quotas, default=None)
 
@@ -190,7 +190,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(requested: str) -> Choice:
-    """Return the device type for auto, cpu, cuda or mps; raises `ConfigError` if unavailable."""
+    """Choose the device type for auto, cpu, cuda or mps; raises `ConfigError` if unavailable."""
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if requested == "cuda" and not has_cuda:
         raise ConfigError("--device cuda: torch finds no CUDA device. Use --device cpu.")
@@ -215,7 +215,7 @@ def describe_device(device: str) -> str:
 
 
 def choose_dtype(requested: str, device: str, method: str, model_type: str) -> Choice:
-    """Return the name of the compute dtype; trained weights are always in float32.
+    """Choose the name of the compute dtype; trained weights are always in float32.
 
     Raises:
         ConfigError: float16 on a CPU or for T5, whose activations overflow; half precision for
@@ -298,7 +298,7 @@ def uses_tf32(enabled: bool | None, device: str, dtype: str) -> bool:
 
 
 def choose_tf32(requested: bool | None, device: str, dtype: str) -> list[Choice]:
-    """Return log lines about TF32; raises `ConfigError` if the device does not support it."""
+    """Choose log lines about TF32; raises `ConfigError` if the device does not support it."""
     if uses_tf32(requested, device, dtype):
         why = "auto: an Ampere GPU or later; --no-tf32 is exact" if requested is None else ""
         return [Choice("float32 products", "in TF32 while training", why)]

@@ -133,7 +133,7 @@ def _quantization(model: Any) -> QuantConfig | None:
 
 
 def _find_source(name: str, config: ModelConfig) -> ModelSource | None:
-    """Return the files from which a model was loaded, or None."""
+    """Find the files from which a model was loaded, or None."""
     try:
         return resolve_source(name, config.revision, config.trust_remote_code) if name else None
     except InputError:

@@ -80,7 +80,7 @@ def check_unexpected(model: nn.Module, unread: Iterable[str], label: str) -> Non
 
 
 def _find(values: Mapping[str, Any], name: str) -> Any:
-    """Return the value for `name`, with or without a model prefix."""
+    """Find the value for `name`, with or without a model prefix."""
     if name in values:
         return values[name]
     if not name:

@@ -85,7 +85,7 @@ def silence_loggers() -> Iterator[None]:
 
 @quick_headers()
 def load_config(source: ModelSource, **overrides: Any) -> Any:
-    """Return the config of `source` with `overrides`; raises `InputError` if it is unusable."""
+    """Load the config of `source` with `overrides`; raises `InputError` if it is unusable."""
     try:
         if source.kind in ("gguf", "hub"):  # directories are already checked
             raw, kwargs = transformers.PreTrainedConfig.get_config_dict(
@@ -137,7 +137,7 @@ def label_overrides(names: Sequence[str]) -> dict[str, Any]:
 
 @quick_headers()
 def load_tokenizer(source: ModelSource) -> Any:
-    """Return the tokenizer of `source`; raises `InputError` if it is missing or unreadable."""
+    """Load the tokenizer of `source`; raises `InputError` if it is missing or unreadable."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source.location, **source.arguments()
@@ -246,7 +246,7 @@ def load_model(
 def _read(
     source: ModelSource, auto_class: str, slices: UnreadWeights | None, **arguments: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Return the result of `from_pretrained` with `output_loading_info`."""
+    """Read the result of `from_pretrained` with `output_loading_info`."""
     arguments["output_loading_info"] = True
     arguments["ignore_mismatched_sizes"] = True  # checked by check_shapes
     with _naming_damage(source), silence_loggers(), quick_headers():
@@ -331,7 +331,7 @@ def _prefix(entry: Any) -> str:
 
 
 def find_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
-    """Return poolers that the checkpoint lacks, which are trained like heads; may be empty."""
+    """Find poolers that the checkpoint lacks, which are trained like heads; may be empty."""
     stored_names = _stored_dtypes(source)
     if not stored_names:
         return []
@@ -345,7 +345,7 @@ def find_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
 
 
 def find_new_heads(meta: torch.nn.Module, source: ModelSource, heads: list[str]) -> list[str]:
-    """Return the heads missing from the checkpoint; all of them if unknown."""
+    """Find the heads missing from the checkpoint; all of them if unknown."""
     stored_names = _stored_dtypes(source)
 
     def is_stored(head: str) -> bool:

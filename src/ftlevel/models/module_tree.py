@@ -226,19 +226,19 @@ class ModuleTree:
 
 
 def find_stacks(model: nn.Module) -> list[list[nn.Module]]:
-    """Return the blocks of each stack of a model, encoder before decoder."""
+    """Find the blocks of each stack of a model, encoder before decoder."""
     tree = ModuleTree(model)
     return [list(tree.modules[name].children()) for name in tree.blocks]
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a model with a single stack, else an empty list."""
+    """Find the blocks of a model with a single stack, else an empty list."""
     stacks = find_stacks(model)
     return stacks[0] if len(stacks) == 1 else []
 
 
 def find_unpackable(model: nn.Module) -> list[str]:
-    """Return linear layers not to quantize: their weights are accessed past the module."""
+    """Find linear layers not to quantize: their weights are accessed past the module."""
     kind = str(getattr(model.config, "model_type", ""))
     ends = (*_READ_BY_KERNELS.get(kind, ()), *_WRITTEN_TO.get(kind, ()))
     return (
@@ -253,7 +253,7 @@ def find_unpackable(model: nn.Module) -> list[str]:
 
 
 def find_heads(model: nn.Module) -> list[str]:
-    """Return the modules on top of the base model, as in PEFT's `modules_to_save`.
+    """Find the modules on top of the base model, as in PEFT's `modules_to_save`.
 
     For example `["pre_classifier", "classifier"]` or `["lm_head"]`; empty for a bare model.
     """
@@ -261,7 +261,7 @@ def find_heads(model: nn.Module) -> list[str]:
 
 
 def find_new_language_head(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Return the modules to train of a masked-LM head that the checkpoint lacks, and the heads.
+    """Find the modules to train of a masked-LM head that the checkpoint lacks, and the heads.
 
     If `architectures` names no masked LM, all but the tied output embedding is new, such as BERT's
     transform. Both lists are empty for a pretrained head.

@@ -22,7 +22,7 @@ from ftlevel.models.upstream.quantizers import check_environment, replaced_linea
 
 
 def build_quantization_config(quant: QuantConfig, dtype: torch.dtype, heads: list[str]) -> Any:
-    """Return the `BitsAndBytesConfig` for `quant`, excluding the trained `heads`, or None."""
+    """Build the `BitsAndBytesConfig` for `quant`, excluding the trained `heads`, or None."""
     if quant.kind == "none":
         return None
     from transformers import BitsAndBytesConfig
@@ -87,7 +87,7 @@ class QuantizationRounding:
 
 
 def build_rounding(model: Any, quantization: Any, dtype: torch.dtype) -> QuantizationRounding:
-    """Return the rounding that `quantization` applies to the meta model `model` (mutated)."""
+    """Build the rounding that `quantization` applies to the meta model `model` (mutated)."""
     linears = replaced_linears(model, quantization, pre_quantized=False)
     experts: frozenset[str] = frozenset()
     if packs_experts(quantization):
@@ -105,7 +105,7 @@ _CONFIGS = {"int8-torchao": "Int8WeightOnlyConfig", "float8-torchao": "Float8Wei
 
 
 def build_torchao_config(kind: str) -> Any:
-    """Return the `TorchAoConfig` for `kind`; raises `ConfigError` without torchao."""
+    """Build the `TorchAoConfig` for `kind`; raises `ConfigError` without torchao."""
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError(
             f"--quant {kind} is torchao's, which is not installed. Install it: {INSTALL}"
@@ -180,7 +180,7 @@ def quantization_facts(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_quantization(facts: Mapping[str, Any]) -> QuantConfig:
-    """Return the quantization to apply while loading; other libraries' kinds are stored instead."""
+    """Read the quantization to apply while loading; other libraries' kinds are stored instead."""
     return QuantConfig.model_validate(facts) if _is_applied(facts) else QuantConfig()
 
 

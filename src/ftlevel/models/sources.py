@@ -68,7 +68,7 @@ class ModelSource:
 
 
 def find_files(source: ModelSource, patterns: Sequence[str]) -> Path | None:
-    """Return a directory with the small files of `source` that match `patterns`.
+    """Find a directory with the small files of `source` that match `patterns`.
 
     Those of a Hub model are downloaded, or taken from the cache offline; None if there are none.
     """

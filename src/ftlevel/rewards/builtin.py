@@ -33,7 +33,7 @@ MAX_CHARACTERS = 200_000
 
 
 def build_reward(spec: Spec, *, opens_think: bool = False) -> Reward:
-    """Return the built-in reward of `spec`.
+    """Build the built-in reward of `spec`.
 
     `opens_think`: whether prompts end with `<think>`, so that completions do not begin with it.
 
@@ -206,7 +206,7 @@ _FENCE = re.compile(r"```(?:json|JSON)?\s*\n(.*?)```", re.DOTALL)
 
 
 def parse_strict_json(text: str) -> Any:
-    """Return the value of JSON text, alone or in one fenced block.
+    """Parse the value of JSON text, alone or in one fenced block.
 
     Raises:
         ValueError: invalid, NaN or infinite numbers, duplicate keys, or nested too deeply.
@@ -331,5 +331,5 @@ def _repetition_reward(size: int) -> Reward:
 
 
 def read_answer(columns: Mapping[str, Sequence[Any]], index: int) -> Any:
-    """Return the answer of row `index`, or None."""
+    """Read the answer of row `index`, or None."""
     return columns["answer"][index] if "answer" in columns else None

@@ -201,7 +201,7 @@ class BaseTask(ABC):
         return None
 
     def find_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
-        """Return the fully trained modules of `meta`, and those that a checkpoint may lack."""
+        """Find the fully trained modules of `meta`, and those that a checkpoint may lack."""
         if not self.has_new_head:
             return [], []
         from ftlevel.models.loading import find_new_poolers
@@ -211,7 +211,7 @@ class BaseTask(ABC):
         return heads, heads
 
     def find_unused(self, meta: Any) -> list[str]:
-        """Return the modules of `meta` that do not affect the loss, and are never trained."""
+        """Find the modules of `meta` that do not affect the loss, and are never trained."""
         return []
 
     @property
@@ -221,7 +221,7 @@ class BaseTask(ABC):
 
     @abstractmethod
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Return the objective for a `kind` of model, from data facts or a model card."""
+        """Build the objective for a `kind` of model, from data facts or a model card."""
 
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Return task options that inference needs."""
@@ -267,7 +267,7 @@ class BaseTask(ABC):
     def find_format(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Return the format of `columns`; if none matches, suggest a task that they fit."""
+        """Find the format of `columns`; if none matches, suggest a task that they fit."""
         mapping = {**self.column_mapping(columns, config, rows), **config.columns}
         try:
             return detect_format(
@@ -289,7 +289,7 @@ class BaseTask(ABC):
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Return the format completed from the column values, and log lines about it."""
+        """Read the format completed from the column values, and log lines about it."""
         return format_, []
 
     def label_role(self, format_: Format) -> str | None:
@@ -299,7 +299,7 @@ class BaseTask(ABC):
     def find_inconsistent_labels(
         self, examples: Sequence[Any], labels: LabelSet, table: Table
     ) -> list[BadRow]:
-        """Return the rows with inconsistent class labels."""
+        """Find the rows with inconsistent class labels."""
         return []
 
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
@@ -308,7 +308,7 @@ class BaseTask(ABC):
 
     @abstractmethod
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Return encoded rows of `examples`; raises `InputError` if one does not fit."""
+        """Encode encoded rows of `examples`; raises `InputError` if one does not fit."""
 
     def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
         """Return task-specific data checks: check name -> mask of the failing rows."""
@@ -349,7 +349,7 @@ class BaseTask(ABC):
         name: str | None = None,
         rows: Sequence[Row] = (),
     ) -> Format:
-        """Return the format of `columns` without an answer.
+        """Find the format of `columns` without an answer.
 
         `mapping` (role -> column) is from `--map`, `name` from `--format`.
 
@@ -381,7 +381,7 @@ class BaseTask(ABC):
 
     @abstractmethod
     def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Return an example built from `prompt` (and `context`, if `needs_context`)."""
+        """Build an example built from `prompt` (and `context`, if `needs_context`)."""
 
     @abstractmethod
     def answer_rows(
@@ -441,7 +441,7 @@ def rank(scores: Mapping[str, float], count: int) -> list[dict[str, Any]]:
 
 @functools.cache
 def find_tasks() -> dict[str, BaseTask]:
-    """Return all tasks by name, without those of packages that cannot be imported."""
+    """Find all tasks by name, without those of packages that cannot be imported."""
     tasks: dict[str, BaseTask] = {}
     packages = added("tasks")
     for name in NAMES:

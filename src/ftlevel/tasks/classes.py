@@ -59,7 +59,7 @@ class ClassMeter(PredictionMeter):
         self.true += labels.tolist()
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Return accuracy, F1 (its mean over the classes that occur) and MCC (-1 to 1)."""
+        """Compute accuracy, F1 (its mean over the classes that occur) and MCC (-1 to 1)."""
         true, predicted = (np.asarray(side, np.int64) for side in (self.true, self.predicted))
         count, size = len(true), int(max(true.max(), predicted.max())) + 1
         of_true, of_predicted = (np.bincount(side, minlength=size) for side in (true, predicted))
@@ -84,7 +84,7 @@ class MultiLabelMeter(PredictionMeter):
         self.true += labels.int().tolist()
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Return micro and macro F1, and the share of rows with all labels correct."""
+        """Compute micro and macro F1, and the share of rows with all labels correct."""
         from sklearn.metrics import f1_score
 
         pairs = list(zip(self.true, self.predicted, strict=True))
@@ -106,7 +106,7 @@ class RegressionMeter(PredictionMeter):
         self.true += labels.tolist()
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Return the three metrics; correlations are omitted if one side is constant."""
+        """Compute the three metrics; correlations are omitted if one side is constant."""
         from scipy.stats import pearsonr, spearmanr
 
         scores = {"rmse": math.sqrt(loss)}
@@ -152,7 +152,7 @@ class ClassTask(BaseTask):
         return Encoded(ids, row % len(self.synthetic_labels), row)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Return the objective of the problem type."""
+        """Build the objective of the problem type."""
         problem = facts.get("problem_type")
         if problem == _SEVERAL:
             return MultiLabel("micro_f1")
@@ -171,7 +171,7 @@ class ClassTask(BaseTask):
     def find_format(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Return the format of `columns`; raise for labels that are character spans."""
+        """Find the format of `columns`; raise for labels that are character spans."""
         format_ = super().find_format(columns, config, rows)
         column = format_.columns["label"]
         values = [row.get(column) for row in rows]
@@ -187,7 +187,7 @@ class ClassTask(BaseTask):
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Return the format with the problem type, which determines the example builder."""
+        """Read the format with the problem type, which determines the example builder."""
         problem, reason = choose_problem_type(table, format_.columns["label"], config.problem_type)
         completed = replace(format_, build=_BUILDERS[problem], options={"problem_type": problem})
         return completed, [Choice("problem", problem, reason)]
@@ -197,7 +197,7 @@ class ClassTask(BaseTask):
         return None if format_.options["problem_type"] == _QUANTITY else "label"
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Return the encoded texts with class ids or numbers as labels."""
+        """Encode the encoded texts with class ids or numbers as labels."""
         targets = _Targets(encoder.labels)
 
         def encode(some: Sequence[Any]) -> list[Encoded]:
@@ -242,7 +242,7 @@ class ClassTask(BaseTask):
         return columns
 
     def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Return a text without a label."""
+        """Build a text without a label."""
         return LabeledText(prompt, None, 0, number)
 
     def answer_rows(
@@ -270,7 +270,7 @@ class ClassTask(BaseTask):
 
 
 def read_labels(model_config: Any) -> list[str]:
-    """Return the class names of a model config, ordered by id."""
+    """Read the class names of a model config, ordered by id."""
     return [str(model_config.id2label[index]) for index in sorted(model_config.id2label)]
 
 
@@ -293,7 +293,7 @@ class _Targets:
 
 
 def build_text(roles: RoleValues) -> LabeledText:
-    """Return a text or text pair without a label."""
+    """Build a text or text pair without a label."""
     pair = roles.text("text_pair") if "text_pair" in roles else None
     return LabeledText(roles.text("text"), pair, 0, roles.index)
 
@@ -398,7 +398,7 @@ class Regression(Objective):
     metric_names: ClassVar[tuple[str, ...]] = ("rmse", "pearson", "spearman")
 
     def count(self, labels: Tensor) -> Tensor:
-        """Return the number of rows; a label of -100.0 is not ignored."""
+        """Count rows; a label of -100.0 is not ignored."""
         import torch
 
         return torch.tensor(labels.numel())

@@ -86,7 +86,7 @@ def divergence(teacher: Tensor, student: Tensor, settings: DistillationConfig) -
 
 
 def build_distillation(objective: Tokens, settings: DistillationConfig) -> DistillationTokens:
-    """Return `objective` with a distillation loss."""
+    """Build `objective` with a distillation loss."""
     values = {f.name: getattr(objective, f.name) for f in fields(objective)}
     return DistillationTokens(**values, settings=settings)
 

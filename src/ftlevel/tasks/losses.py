@@ -180,7 +180,7 @@ class Tokens(TokenObjective):
         return at, flat[at]
 
     def count(self, labels: Tensor) -> Tensor:
-        """Return the number of supervised tokens."""
+        """Count the supervised tokens."""
         return super().count(labels[:, 1:] if self.shifted else labels)
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ class TokenMeter:
         self.tokens += labels.numel()
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Return perplexity and accuracy."""
+        """Compute perplexity and accuracy."""
         return {
             self.perplexity: math.exp(loss) if loss < 700 else math.inf,
             self.accuracy: self.right / self.tokens if self.tokens else math.nan,

@@ -49,11 +49,11 @@ class MaskTask(BaseTask):
         return Encoded(ids, labels, row)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Return the cross entropy of the masked tokens."""
+        """Build the cross entropy of the masked tokens."""
         return Tokens(self.headline, perplexity="pseudo_perplexity", accuracy="masked_accuracy")
 
     def find_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
-        """Return the language head if the checkpoint has none."""
+        """Find the language head if the checkpoint has none."""
         from ftlevel.models.module_tree import find_new_language_head
 
         return find_new_language_head(meta)
@@ -64,7 +64,7 @@ class MaskTask(BaseTask):
         return f"the checkpoint has no masked language head: new, {super().heads_reason}"
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Return the texts in blocks, without masked tokens yet."""
+        """Encode the texts in blocks, without masked tokens yet."""
         from ftlevel.data.encoding.collate import encode_masked
         from ftlevel.data.encoding.fit import FittedRows
 
@@ -120,7 +120,7 @@ class MaskTask(BaseTask):
         return columns | ({"top": "rankings"} if requested.top_k else {})
 
     def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Return a text that should contain a mask."""
+        """Build a text that should contain a mask."""
         return PlainText(prompt, number)
 
     def answer_rows(

@@ -141,7 +141,7 @@ class SpanTask(BaseTask):
         return Encoded(ids, (0, min(1, len(ids) - 1)), row)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Return the cross entropy of the start and end tokens."""
+        """Build the cross entropy of the start and end tokens."""
         return Spans(self.headline, unanswerable=facts.get("unanswerable", False))
 
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class SpanTask(BaseTask):
         return {"options": {"doc_stride": 128, "unanswerable": False}}
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Return each question with one or more windows of its context."""
+        """Encode each question with one or more windows of its context."""
         from ftlevel.data.encoding.fit import FittedRows
 
         config = encoder.config
@@ -211,7 +211,7 @@ class SpanTask(BaseTask):
         return {"": "text", "start": "whole", "end": "whole", "score": "number"}
 
     def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Return a question about `context`."""
+        """Build a question about `context`."""
         return Question(context or "", prompt, (), number)
 
     def answer_rows(
@@ -247,7 +247,7 @@ class SpanTask(BaseTask):
 
 
 def _encode_windows(model: PromptedModel, questions: Sequence[Question]) -> list[Encoded]:
-    """Return the windows of all questions; raises `UnansweredError` if some have no room."""
+    """Encode the windows of all questions; raises `UnansweredError` if some have no room."""
     arguments: dict[str, Any] = {
         "length": model.max_length or DEFAULT_WINDOW_LENGTH,
         "stride": model.options["doc_stride"],
@@ -276,7 +276,7 @@ def _read_span(best: BestSpan, *, unanswerable: bool) -> Prediction:
 
 
 def build_unanswered(roles: RoleValues) -> Question:
-    """Return a question with its context and no answer."""
+    """Build a question with its context and no answer."""
     return Question(roles.text("context"), roles.text("question"), (), roles.index)
 
 
@@ -338,7 +338,7 @@ class SpanMeter:
             self.answers[window.row] = [text for text, _ in window.answers]
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Return exact match and F1, averaged over questions."""
+        """Compute exact match and F1, averaged over questions."""
         predictions = {
             row: span.answer(unanswerable=self.unanswerable) for row, span in self.spans.items()
         }

@@ -77,7 +77,7 @@ def name_scheme(sentences: Iterable[Sequence[str]]) -> str:
 
 
 def find_entities(tags: Sequence[str]) -> list[Entity]:
-    """Return the entities of a sentence; I- without an open entity starts one, as in conlleval."""
+    """Find the entities of a sentence; I- without an open entity starts one, as in conlleval."""
     entities: list[Entity] = []
     start, previous, previous_type = 0, "O", ""
     for index, name in enumerate([*tags, "O"]):
@@ -123,7 +123,7 @@ class TagTask(BaseTask):
         return Encoded(ids, [0] * len(ids), row)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Return the cross entropy of the words' tags."""
+        """Build the cross entropy of the words' tags."""
         return Tags(self.headline, names=tuple(facts.get("labels", ())))
 
     def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
@@ -150,11 +150,11 @@ class TagTask(BaseTask):
     def find_inconsistent_labels(
         self, examples: Sequence[Any], labels: LabelSet, table: Table
     ) -> list[BadRow]:
-        """Return the rows with invalid BIO tags."""
+        """Find the rows with invalid BIO tags."""
         return find_invalid_bio_tags(examples, labels.names, table)
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Return sentences with the tag of each word at its first token."""
+        """Encode sentences with the tag of each word at its first token."""
         labels = encoder.labels
         if labels is None:
             raise TypeError("tags have a label set")
@@ -171,7 +171,7 @@ class TagTask(BaseTask):
         name: str | None = None,
         rows: Sequence[Row] = (),
     ) -> Format:
-        """Return the format of `columns`, ignoring `tokens` objects that Prodigy adds."""
+        """Find the format of `columns`, ignoring `tokens` objects that Prodigy adds."""
         words = next((row["tokens"] for row in rows if row.get("tokens")), None)
         if isinstance(words, list) and isinstance(words[0], dict) and "tokens" not in mapping:
             columns = [column for column in columns if column != "tokens"]
@@ -199,7 +199,7 @@ class TagTask(BaseTask):
         return columns
 
     def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Return the words of a text."""
+        """Build the words of a text."""
         return _split(prompt, number)
 
     def answer_rows(
@@ -244,7 +244,7 @@ class TagTask(BaseTask):
 
 
 def build_words(roles: RoleValues) -> TaggedTokens:
-    """Return the words of a row without tags, from a list, its JSON, or a text."""
+    """Build the words of a row without tags, from a list, its JSON, or a text."""
     if "text" in roles:
         return _split(roles.text("text"), roles.index)
     words, column = roles.get("tokens"), repr(roles.columns["tokens"])
@@ -313,7 +313,7 @@ class TagMeter(PredictionMeter):
             )
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Return the F1 scores and the accuracy over words."""
+        """Compute the F1 scores and the accuracy over words."""
         from sklearn.metrics import f1_score
 
         true = [tag for tags in self.true for tag in tags]

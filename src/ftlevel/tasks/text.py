@@ -140,7 +140,7 @@ class TextTask(BaseTask):
     def find_format(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Return the format of `columns`; raise for preference data."""
+        """Find the format of `columns`; raise for preference data."""
         names = {column.lower(): column for column in columns}
         is_mapped = config.columns or config.format
         if not is_mapped and {"chosen", "rejected"} <= names.keys():
@@ -156,7 +156,7 @@ class TextTask(BaseTask):
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Return the format; raise for rows labeled as bad answers."""
+        """Read the format; raise for rows labeled as bad answers."""
         column = next((name for name in format_.unused if name.lower() == "label"), None)
         if column is None or config.format or not format_.columns.keys() & _ANSWERS:
             return super().read_columns(format_, table, config)
@@ -173,7 +173,7 @@ class TextTask(BaseTask):
         return super().read_columns(format_, table, config)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Return the cross entropy of the target's tokens."""
+        """Build the cross entropy of the target's tokens."""
         return Tokens(self.headline, kind == "encoder-decoder", kind == "decoder")
 
     def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
@@ -190,7 +190,7 @@ class TextTask(BaseTask):
         return choose_format(tokenizer, kind, self.instruction, self.answer_cue)
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Return plain texts, or prompts with answers; by default only answers have a loss."""
+        """Encode plain texts, or prompts with answers; by default only answers have a loss."""
         if encoder.prompt_format is None:
             raise TypeError("a task that writes text has a prompt format")
         seq2seq = encoder.kind == "encoder-decoder"
@@ -207,7 +207,7 @@ class TextTask(BaseTask):
         return encoder.fit_targets(fitted, table) if seq2seq else fitted
 
     def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Return a source without a target."""
+        """Build a source without a target."""
         return SourceTarget(prompt, "", number)
 
     def answer_rows(
@@ -265,7 +265,7 @@ class TranslationTask(TextTask):
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Return the format with the languages, if known from columns or options."""
+        """Read the format with the languages, if known from columns or options."""
         format_, choices = super().read_columns(format_, table, config)
         source = find_language("source", format_.columns, config.source_language)
         target = find_language("target", format_.columns, config.target_language)
@@ -301,7 +301,7 @@ class TranslationTask(TextTask):
 def encode_query(
     tokenizer: Any, prompt_format: PromptFormat, question: SourceTarget | Conversation
 ) -> list[int]:
-    """Return the prompt token ids; raises `InputError` if the chat template fails or is missing."""
+    """Encode the prompt token ids; raises `InputError` if the chat template fails or is missing."""
     if isinstance(question, SourceTarget):
         return encode_prompt(tokenizer, prompt_format, question.source)
     turns = [message.to_dict() for message in question.messages]

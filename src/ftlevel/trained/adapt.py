@@ -233,7 +233,7 @@ def add_adapter(peft_model: Any, directory: Path, name: str) -> None:
 
 
 def _read_whole(directory: Path) -> dict[str, Any]:
-    """Return the weights of PEFT's file; refuse missing, damaged, non-finite or unknown ones."""
+    """Read the weights of PEFT's file; refuse missing, damaged, non-finite or unknown ones."""
     import peft
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -63,5 +63,5 @@ def _readers() -> list[AdapterReader]:
 
 
 def find_reader(directory: Path) -> AdapterReader | None:
-    """Return the reader of the adapter in `directory`; None for PEFT's format."""
+    """Find the reader of the adapter in `directory`; None for PEFT's format."""
     return next((reader for reader in _readers() if reader.recognizes(directory)), None)

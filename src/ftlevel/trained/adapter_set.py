@@ -153,7 +153,7 @@ def _list_adapters(directory: Path) -> dict[str, Path]:
 
 
 def find_adapters(directory: Path) -> dict[str, Path]:
-    """Return the adapters and runs in `directory` by folder name; empty if there are none."""
+    """Find the adapters and runs in `directory` by folder name; empty if there are none."""
     return {
         path.name: path
         for path in sorted(directory.iterdir())

@@ -212,7 +212,7 @@ def _resolve_foreign(
 
 
 def find_directory(name: str) -> Path:
-    """Return the directory with the files of `name`, which may not exist; for a run, `adapter`.
+    """Find the directory with the files of `name`, which may not exist; for a run, `adapter`.
 
     Raises InputError if the run has not finished.
     """
@@ -305,7 +305,7 @@ def _peft_types() -> list[str]:
 
 
 def _count_outputs(directory: Path, meta: Any) -> int:
-    """Return the number of outputs of the head saved with an adapter; 0 if it has none."""
+    """Count the outputs of the head saved with an adapter; 0 if it has none."""
     tensors, _ = read_header(directory / ADAPTER_WEIGHTS)
     shapes = {f".{name}": tensor.spec.shape for name, tensor in tensors.items()}
     outputs = 0
@@ -351,7 +351,7 @@ def build_default_card(
     directory: Path | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> AdapterCard:
-    """Return a card for a model, or for an adapter on it, that ftlevel did not train.
+    """Build a card for a model, or for an adapter on it, that ftlevel did not train.
 
     Prompts are formatted as `train` would. `config` must have as many labels as the head;
     `settings` is the adapter_config.json, None for a model. A `task` of None leaves the task empty.

@@ -76,7 +76,7 @@ def find_vocabulary_mismatch(model: Any, directory: Path) -> str | None:
 
 
 def read_vocabulary_size(model: Any, directory: Path) -> int | None:
-    """Return the vocabulary size in training; None if the adapter's files do not contain it."""
+    """Read the vocabulary size in training; None if the adapter's files do not contain it."""
     names = {id(module): name for name, module in model.named_modules()}
     prefixes = tuple(f"{names[id(layer)]}." for layer in _embeddings(model) if id(layer) in names)
     sizes = [

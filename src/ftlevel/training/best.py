@@ -142,7 +142,7 @@ def _check_rows(train: TrainerConfig, rows: int) -> None:
 
 
 def _choose_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -> tuple[str, str]:
-    """Return the metric as `eval_NAME`, and the reason; raise ConfigError if it does not exist.
+    """Choose the metric as `eval_NAME`, and the reason; raise ConfigError if it does not exist.
 
     The default is the loss, but tasks that score every row or token use their own first metric: it
     can improve while the loss rises. ROUGE covers few rows, and perplexity follows the loss.

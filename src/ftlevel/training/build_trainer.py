@@ -59,7 +59,7 @@ _LOGS_A_RUN = 20
 
 
 def build_arguments(run: Run, checkpoints: Path) -> Any:
-    """Return the `TrainingArguments` of a run, with checkpoints written to `checkpoints`."""
+    """Build the `TrainingArguments` of a run, with checkpoints written to `checkpoints`."""
     from transformers import TrainingArguments
 
     train = run.config.train
@@ -147,7 +147,7 @@ def build_rollouts(
     server: ServerSampler | None = None,
     where: Callable[[int], str] | None = None,
 ) -> Rollouts:
-    """Return the rollouts of a run of reinforcement learning, with the weights of `model`.
+    """Build the rollouts of a run of reinforcement learning, with the weights of `model`.
 
     `teacher` scores completions in on-policy distillation, `server` samples in place of `model`.
     `where` returns the location of a row for messages; by default, of a training row.
@@ -170,7 +170,7 @@ def build_rollouts(
 
 
 def _build_server(run: Run, adapted: PreparedModel) -> ServerSampler | None:
-    """Return the sampler of `--rollouts`, if given."""
+    """Build the sampler of `--rollouts`, if given."""
     if run.config.rl.rollouts is None or not isinstance(run.objective, PolicyObjective):
         return None
     score = partial(
@@ -191,7 +191,7 @@ def build_evaluator(
     teacher: TokenLogps | None = None,
     server: ServerSampler | None = None,
 ) -> Evaluator | None:
-    """Return the evaluator of the validation rows; None if there are none.
+    """Build the evaluator of the validation rows; None if there are none.
 
     In reinforcement learning, `model` is the one to sample with; see `build_rollouts`.
     """
@@ -235,7 +235,7 @@ def build_trainer(
     processes: Processes,
     teacher: TokenLogps | None = None,
 ) -> FtlevelTrainer:
-    """Return the Trainer of the run, without transformers' printing callbacks.
+    """Build the Trainer of the run, without transformers' printing callbacks.
 
     `teacher` is that of on-policy distillation.
     """
@@ -301,7 +301,7 @@ def _owes_evaluation(resumed: ResumeState, run: Run, arguments: Any) -> bool:
 
 
 def build_optimizer(method: MethodConfig, model: Any, arguments: Any) -> Any:
-    """Return the method's own optimizer; None lets Trainer create one."""
+    """Build the method's own optimizer; None lets Trainer create one."""
     return METHODS[method.kind].optimizer(method, model, arguments)
 
 

@@ -254,7 +254,7 @@ class StartTime:
 def measure_times(
     report: Report, start: StartTime, trained_at: float, tokens: int
 ) -> dict[str, float]:
-    """Return seconds to the first step, of training and in total, and tokens per second."""
+    """Measure seconds to the first step, of training and in total, and tokens per second."""
     first = report.first_step_at or trained_at
     return {
         "to_first_step_s": round(first - start.at, 3),

@@ -226,7 +226,7 @@ def initialize_adapter(model: Any, run: Run) -> None:
 
 
 def load_sharded(run: Run, listener: Listener) -> Any:
-    """Return the sharded model with its method; each process reads only its own part if possible.
+    """Load the sharded model with its method; each process reads only its own part if possible.
 
     A damaged part raises InputError in all processes.
     """
@@ -259,7 +259,7 @@ def load_sharded(run: Run, listener: Listener) -> Any:
 
 
 def find_computed_tensor(model: Any, slices: UnreadWeights) -> str:
-    """Return the name of a tensor computed from weights that are not read yet; empty for none.
+    """Find the name of a tensor computed from weights that are not read yet; empty for none.
 
     Reads the weights of which the method trains copies (`model` is mutated).
     """

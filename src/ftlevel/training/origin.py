@@ -247,7 +247,7 @@ def describe_all_settings(run: Run, origin: Mapping[str, Any]) -> dict[str, Any]
 
 
 def read_origin(directory: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the stored origin under current names; missing fields come from `origin`."""
+    """Read the stored origin under current names; missing fields come from `origin`."""
     before = read_origin_file(directory)
     if "threads" in origin:  # absent in runs of older versions
         before.setdefault("threads", origin["threads"])
@@ -288,7 +288,7 @@ def check_same_run(
 
 
 def read_origin_file(directory: RunDirectory) -> dict[str, Any]:
-    """Return the origin stored in `directory`, under current field names.
+    """Read the origin stored in `directory`, under current field names.
 
     Raises:
         ConfigError: the file cannot be read.

@@ -102,7 +102,7 @@ def describe_proof(comparison: Found, probe: Probe, gradients: GradientMonitor) 
 
 
 def build_probe(run: Run) -> Probe:
-    """Return the batch and settings on which the trained and the reloaded model are compared."""
+    """Build the batch and settings on which the trained and the reloaded model are compared."""
     planned, rows = run.model, run.data.validation or run.data.train
     batch = probe_batch(rows, planned.pad_id, planned.device, run.objective, planned.vocabulary)
     return Probe(batch, run.objective, planned.device, planned.dtype)

@@ -51,7 +51,7 @@ from ftlevel.workspace import Workspace
 def read_or_fill(
     data: DataConfig, start: str, rows: Sequence[Encoded], fill: Callable[[np.ndarray], None]
 ) -> tuple[np.ndarray, bool]:
-    """Return the (rows, 2) float32 array written by `fill`, and whether it was fully cached.
+    """Read the (rows, 2) float32 array written by `fill`, and whether it was fully cached.
 
     A partly filled file is completed. A file lock ensures that one process computes at a time.
     """
@@ -63,7 +63,7 @@ def read_or_fill(
 def open_or_fill(
     path: Path | None, shape: tuple[int, ...], dtype: Any, fill: Callable[[np.ndarray], None]
 ) -> tuple[np.ndarray, bool]:
-    """Return the array at `path`, completed by `fill`, and whether it was complete before.
+    """Open the array at `path`, completed by `fill`, and whether it was complete before.
 
     Missing values are NaN. In a structured dtype the first value of the first field marks an item
     as filled, so `fill` must write it last. Without `path`, the array is in memory.
@@ -175,7 +175,7 @@ class Reference:
 def compute_initial_reference(
     run: Run, adapted: PreparedModel, listener: Listener
 ) -> tuple[Run, Reference | None]:
-    """Return the run with log-probabilities of the initial model, and the reference.
+    """Compute the run with log-probabilities of the initial model, and the reference.
 
     The reference is None if the objective needs none.
     """
@@ -264,7 +264,7 @@ def _save_initial_adapter(run: Run, adapted: PreparedModel) -> Any:
 
 
 def _measure_first_row(run: Run, adapted: PreparedModel, *, off: bool) -> np.ndarray:
-    """Return the first row's log-probabilities (1, 2), with the adapter enabled or `off`."""
+    """Measure the first row's log-probabilities (1, 2), with the adapter enabled or `off`."""
     row, model = run.data.train[0], adapted.model
     with (
         evaluating(model, run.model.device, run.model.dtype),

@@ -273,7 +273,7 @@ def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
 
 
 def open_or_resume(run: Run, resumed: ResumeState, listener: Listener) -> RunDirectory:
-    """Return the run directory, new or resumed, with configuration and origin rewritten."""
+    """Open the run directory, new or resumed, with configuration and origin rewritten."""
     output = run.config.output
     if resumed.checkpoint is not None and output.dir is not None:
         directory = RunDirectory(output.dir)
@@ -370,7 +370,7 @@ def _has_same_content(key: str, before: Mapping[str, Any], now: Mapping[str, Any
 
 
 def find_checkpoint(directory: RunDirectory, listener: Listener) -> Path | None:
-    """Return the newest complete checkpoint in `directory`, or None; warn of damaged newer ones.
+    """Find the newest complete checkpoint in `directory`, or None; warn of damaged newer ones.
 
     Raises:
         ConfigError: there is none, and the run is finished.

@@ -103,7 +103,7 @@ def with_stream_counts(run: Run, rows: StreamedRows) -> Run:
 
 
 def build_card(run: Run, base: Mapping[str, Any]) -> AdapterCard:
-    """Return the card that is stored with the adapter."""
+    """Build the card that is stored with the adapter."""
     stored = stored_quantization(run.model.config)
     return AdapterCard(
         method=run.config.method.kind,
@@ -157,7 +157,7 @@ class Outcome:
 
 
 def build_summary(run: Run, outcome: Outcome) -> dict[str, Any]:
-    """Return the contents of summary.json. Times are in seconds, memory in bytes, loss in nats."""
+    """Build the contents of summary.json. Times are in seconds, memory in bytes, loss in nats."""
     model, records = outcome.model, outcome.records
     trainable, total = count_parameters(model)
     scores = [record for record in records if any(k.startswith("eval_") for k in record)]
@@ -228,7 +228,7 @@ def describe_losses(losses: Sequence[float]) -> dict[str, Any]:
 
 
 def find_worse_than_before(summary: Mapping[str, Any]) -> list[str]:
-    """Return a warning if no evaluation improved on the untrained model's, where that is known."""
+    """Find a warning if no evaluation improved on the untrained model's, where that is known."""
     best, initial = summary["best"], summary["metrics_before"]
     name = best["metric"].removeprefix("eval_") if best else ""
     if not best or name not in initial:
@@ -244,7 +244,7 @@ def find_worse_than_before(summary: Mapping[str, Any]) -> list[str]:
 
 
 def find_nothing_learned(summary: Mapping[str, Any], run: Run) -> list[str]:
-    """Return a warning if the loss did not fall; empty for runs too short to judge.
+    """Find a warning if the loss did not fall; empty for runs too short to judge.
 
     Losses of classes, tags and spans must be 2 % below that of guessing by label frequency. Other
     losses, and weighted ones, must be below the first logged losses.

@@ -109,7 +109,7 @@ def precompute_teacher(run: Run, listener: Listener) -> TeacherPredictions | Non
 
 
 def _count(objective: TokenObjective, row: Encoded) -> int:
-    """Return the number of predicted targets in `row`."""
+    """Count predicted targets in `row`."""
     return int(objective.count(torch.tensor([row.labels])))
 
 
@@ -212,7 +212,7 @@ class TeacherScorer:
 
 
 def build_scorer(run: Run, listener: Listener) -> TeacherScorer | None:
-    """Return the teacher of reinforcement learning; None without one."""
+    """Build the teacher of reinforcement learning; None without one."""
     if run.auxiliary.teacher is None or not isinstance(run.objective, PolicyObjective):
         return None
     return TeacherScorer(run.auxiliary.teacher, run, listener)
@@ -250,7 +250,7 @@ class AuxiliaryOutputs:
 
 
 def find_auxiliary_models(run: Run) -> AuxiliaryModels:
-    """Return the reference and teacher models named in the configuration.
+    """Find the reference and teacher models named in the configuration.
 
     Raises ConfigError if the run would overwrite one, InputError if one is missing or unsuitable.
     """
@@ -291,7 +291,7 @@ class GuidedTexts(EncodedTexts):
 
 
 def find_text_models(run: Run) -> dict[str, ModelRef]:
-    """Return flag → embedding model of `--guide` and `--teacher`, before weights load.
+    """Find flag → embedding model of `--guide` and `--teacher`, before weights load.
 
     Raises:
         InputError: a model does not exist, or is no embedding model.

@@ -166,7 +166,7 @@ class FtlevelTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
 
     def create_optimizer(self, *arguments: Any, **settings: Any) -> torch.optim.Optimizer:
-        """Return Trainer's or the method's optimizer, with the head learning rate applied."""
+        """Create Trainer's or the method's optimizer, with the head learning rate applied."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(*arguments, **settings)
         if self.head_rate is not None:
             set_head_rate(optimizer, self.model, self.head_rate)
@@ -330,7 +330,7 @@ class FtlevelTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the micro-batch's share of the optimizer step's mean loss (a scalar)."""
+        """Compute the micro-batch's share of the optimizer step's mean loss (a scalar)."""
         mask, labels = inputs["attention_mask"], inputs["labels"]
         if self._baseline is not None:
             inputs = {**inputs, "verdicts": with_baseline(inputs["verdicts"], self._baseline)}
@@ -358,7 +358,7 @@ class FtlevelTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> Any:
-        """Return the autocast context of a forward pass."""
+        """Compute the autocast context of a forward pass."""
         if self._compute_dtype:
             return autocast(self.args.device.type, self._compute_dtype)
         return super().compute_loss_context_manager()
@@ -433,7 +433,7 @@ class FtlevelTrainer(Trainer):
         self._in_training = False
 
     def count_targets(self, batches: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """Return the number of targets of `batches` in this process, or their weight (a scalar)."""
+        """Count the targets of `batches` in this process, or their weight (a scalar)."""
         parts = [part for batch in batches for part in batch.get("micro_batches", [batch])]
         counts = [self.objective.training_count(part["labels"], self.loss) for part in parts]
         if not counts:  # same dtype as in other processes

@@ -75,7 +75,7 @@ class Checkpoint:
         return self.ties.get(name, name) in self.groups
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a copy of the model's tensor `name` in its stored precision."""
+        """Read a copy of the model's tensor `name` in its stored precision."""
         group = self._group(name)
         return self._convert(name, group, {key: self._tensor(key) for key in group.keys})
 

@@ -91,7 +91,7 @@ class QuantizationGrid:
         return (self.values[1:] + self.values[:-1]) / 2
 
     def choose(self, column: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Return the nearest codes of a `column` of weights with one scale each."""
+        """Choose the nearest codes of a `column` of weights with one scale each."""
         return torch.bucketize(column / scales, self._midpoints())
 
 
@@ -103,7 +103,7 @@ def choose_codes(
     moment: torch.Tensor,
     grid: QuantizationGrid,
 ) -> torch.Tensor:
-    """Return codes that approximate the output of `weight`, above all the part due to `change`.
+    """Choose codes that approximate the output of `weight`, above all the part due to `change`.
 
     `weight` (float32), its trained part `change` and the initial `codes` are (out, in); `moment` is
     H (in, in). `scales` are those that are read back.
@@ -117,7 +117,7 @@ def choose_codes(
 
 
 def find_directions(change: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """Return the output directions (out, k) that `change` affects most, by subspace iteration."""
+    """Find the output directions (out, k) that `change` affects most, by subspace iteration."""
     count = min(DIRECTIONS, *change.shape)
     directions = torch.randn(len(change), count, generator=torch.Generator().manual_seed(0))
     if not change.any():

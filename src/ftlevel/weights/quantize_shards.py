@@ -88,7 +88,7 @@ class QuantizedLayout:
 def build_layout(
     config: Any, auto_class: str, quantization: Any, dtype: torch.dtype
 ) -> QuantizedLayout:
-    """Return the layout for a model of `config` and transformers class `auto_class`.
+    """Build the layout for a model of `config` and transformers class `auto_class`.
 
     `quantization` is a `BitsAndBytesConfig` or `TorchAoConfig`, of which the layout has a copy with
     the modules to skip. `dtype` is for unquantized tensors.
@@ -142,7 +142,7 @@ def _keeping(quantization: Any, names: list[str]) -> Any:
 
 
 def find_skipped_modules(config: Any, auto_class: str) -> list[str]:
-    """Return the modules to skip: the heads of every task of the architecture, and BERT's pooler.
+    """Find the modules to skip: the heads of every task of the architecture, and BERT's pooler.
 
     Most checkpoints lack a task's head, and transformers would create a quantized layer without
     weights.
@@ -162,7 +162,7 @@ def find_skipped_modules(config: Any, auto_class: str) -> list[str]:
 
 
 def _find_quantized(meta: Any, quantization: Any) -> dict[str, bool]:
-    """Return the linear layers that transformers would replace (`meta` is mutated)."""
+    """Find the linear layers that transformers would replace (`meta` is mutated)."""
     if is_torchao(quantization):
         return dict.fromkeys(torchao_linears(meta, quantization), False)  # none is a Conv1D
     return replaced_linears(meta, quantization, pre_quantized=True)

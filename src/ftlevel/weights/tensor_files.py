@@ -70,7 +70,7 @@ class StoredTensor:
     offset: int
 
     def read(self) -> torch.Tensor:
-        """Return the tensor in newly allocated memory."""
+        """Read the tensor in newly allocated memory."""
         if self.spec.nbytes == 0:
             return torch.empty(self.spec.shape, dtype=self.spec.dtype)
         tensor = torch.empty(self.spec.nbytes, dtype=torch.uint8)
@@ -98,7 +98,7 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Return the tensors of a safetensors file by name, and its metadata.
+    """Read the tensors of a safetensors file by name, and its metadata.
 
     Raises:
         InputError: the file is truncated, or has an unsupported dtype.

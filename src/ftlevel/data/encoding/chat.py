@@ -78,7 +78,7 @@ def list_special_tokens(tokenizer: Any) -> tuple[str, ...]:
 
 
 def find_end_of_turn_id(tokenizer: Any) -> int | None:
-    """Return the id of the token that ends an assistant turn, or None."""
+    """Find the id of the token that ends an assistant turn, or None."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rendered = render_chat(tokenizer, turns)
     answer = rendered.text[slice(*rendered.spans[-1])] if rendered.spans else ""
@@ -147,7 +147,7 @@ class _Chat:
         )
 
     def _find_marker(self, index: int, content: str, text: str) -> int:
-        """Return the position of the marker in `text`; -1 if the marker changes other text."""
+        """Find the position of the marker in `text`; -1 if the marker changes other text."""
         turn = {**self.turns[index], "content": content}
         turns = [*self.turns[:index], turn, *self.turns[index + 1 :]]
         before, mark, after = render(self.tokenizer, turns, self.tools).partition(_MARK)

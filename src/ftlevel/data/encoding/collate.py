@@ -137,7 +137,7 @@ class MaskedRows(LazySequence[Encoded]):
         return [self._draw(index, _FIXED) for index in range(len(self))]
 
     def count_hidden(self) -> int:
-        """Return the number of predicted tokens per epoch."""
+        """Count predicted tokens per epoch."""
         return sum(
             self._count(int((~np.isin(row.input_ids, self._special)).sum())) for row in self.rows
         )

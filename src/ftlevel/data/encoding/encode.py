@@ -110,7 +110,7 @@ def _joins(example: Any, version: int) -> bool:
 
 
 def choose_format(tokenizer: Any, kind: str, instruction: str, answer_cue: str) -> PromptFormat:
-    """Return the prompt format for a model of `kind` with `tokenizer`."""
+    """Choose the prompt format for a model of `kind` with `tokenizer`."""
     if kind == "encoder-decoder":
         return PromptFormat("seq2seq", instruction)
     if getattr(tokenizer, "chat_template", None):
@@ -119,7 +119,7 @@ def choose_format(tokenizer: Any, kind: str, instruction: str, answer_cue: str) 
 
 
 def read_format(card: AdapterCard) -> PromptFormat | None:
-    """Return the prompt format stored in `card`; None if the model has no prompts.
+    """Read the prompt format stored in `card`; None if the model has no prompts.
 
     Raises `InputError` if a newer version of ftlevel wrote it.
     """

@@ -100,7 +100,7 @@ def _build_window(encoding: Any, index: int, example: Question) -> Window:
 
 
 def find_span(offsets: Offsets, start: int, end: int) -> tuple[int, int] | None:
-    """Return the first and last token that cover characters `start` to `end`, or None."""
+    """Find the first and last token that cover characters `start` to `end`, or None."""
     first = next((i for i, (_, b) in enumerate(offsets) if b > start), None)
     last = next((i for i in range(len(offsets) - 1, -1, -1) if offsets[i][0] < end), None)
     if first is None or last is None or first > last:
@@ -153,7 +153,7 @@ class TaggedRow(Encoded):
 def find_invalid_bio_tags(
     examples: Sequence[TaggedTokens], names: Sequence[str], table: Table
 ) -> list[BadRow]:
-    """Return rows with an I- tag that continues no entity; IOB1 and non-BIO schemes pass."""
+    """Find rows with an I- tag that continues no entity; IOB1 and non-BIO schemes pass."""
     if not all(_BIO.fullmatch(name) for name in names):
         return []
     invalid: list[BadRow] = []
@@ -196,7 +196,7 @@ def encode_tagged(
 def encode_words(
     tokenizer: Any, sentences: Sequence[Sequence[str]]
 ) -> tuple[list[list[int]], list[dict[str, list[int]]], list[tuple[int | None, ...]]]:
-    """Return per sentence token ids, `extra_inputs`, and the first token of each word."""
+    """Encode per sentence token ids, `extra_inputs`, and the first token of each word."""
     encoding = tokenizer([" ".join(words) for words in sentences], return_offsets_mapping=True)
     extras = [extra_inputs(encoding, i) for i in range(len(sentences))]
     positions = [

@@ -151,7 +151,7 @@ class Language:
 
 
 def find_language(role: str, columns: Mapping[str, str], name: str | None) -> Language | None:
-    """Return the language of a role, from its code or `name`, or from the name of its column."""
+    """Find the language of a role, from its code or `name`, or from the name of its column."""
     if name is not None:
         return parse_language(name)
     key = columns.get(role, "").rpartition(".")[2]
@@ -217,7 +217,7 @@ def select_language_columns(
 
 
 def parse_language(text: str) -> Language:
-    """Return the language of a code such as `de` or `pt_BR`, or of an English name."""
+    """Parse the language of a code such as `de` or `pt_BR`, or of an English name."""
     return _by_code(text) or _by_name(text) or Language(text, "")
 
 

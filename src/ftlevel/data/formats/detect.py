@@ -230,7 +230,7 @@ def detect_format(
     options: FormatOptions | None = None,
     rows: Sequence[Row] = (),
 ) -> Format:
-    """Return the format of `columns` for a task: the first of `shapes` that fits.
+    """Detect the format of `columns` for a task: the first of `shapes` that fits.
 
     `options` restrict the shapes. `rows` are a sample, used to suggest flags in errors.
 

@@ -213,7 +213,7 @@ class ClassExample(Example, Protocol):
 
 
 def build_conversation(roles: RoleValues) -> Conversation:
-    """Return the conversation of a row."""
+    """Build the conversation of a row."""
     tools = parse_tools(roles.get("tools"), roles.columns["tools"]) if "tools" in roles else ()
     return Conversation(tuple(_with_system(_turns(roles), roles)), roles.index, tools)
 
@@ -245,7 +245,7 @@ def _prompt_text(roles: RoleValues) -> str:
 
 
 def build_pair(roles: RoleValues) -> SourceTarget:
-    """Return a source and a target; a conversation must have one question and one answer."""
+    """Build a source and a target; a conversation must have one question and one answer."""
     for source, target in (("document", "summary"), ("source", "target")):
         if source in roles:
             return SourceTarget(roles.text(source), roles.text(target), roles.index)
@@ -258,22 +258,22 @@ def build_pair(roles: RoleValues) -> SourceTarget:
 
 
 def build_plain(roles: RoleValues) -> PlainText:
-    """Return the text of a row."""
+    """Build the text of a row."""
     return PlainText(roles.text("text"), roles.index)
 
 
 def build_labeled_text(roles: RoleValues) -> LabeledText:
-    """Return a text with one class."""
+    """Build a text with one class."""
     return _labeled(roles, _class(roles))
 
 
 def build_multi_label_text(roles: RoleValues) -> LabeledText:
-    """Return a text with its classes."""
+    """Build a text with its classes."""
     return _labeled(roles, _classes(roles))
 
 
 def build_regression_text(roles: RoleValues) -> LabeledText:
-    """Return a text with a quantity."""
+    """Build a text with a quantity."""
     return _labeled(roles, _quantity(roles))
 
 
@@ -334,7 +334,7 @@ def _name(label: object, what: str) -> str | int:
 
 
 def build_tagged(roles: RoleValues) -> TaggedTokens:
-    """Return words with their tags."""
+    """Build words with their tags."""
     tokens, tags = roles.get("tokens"), roles.get("tags")
     for role, value in (("tokens", tokens), ("tags", tags)):
         if type(value) is not list:
@@ -352,7 +352,7 @@ def build_tagged(roles: RoleValues) -> TaggedTokens:
 
 
 def build_question(roles: RoleValues) -> Question:
-    """Return a question with its context and answers."""
+    """Build a question with its context and answers."""
     context, question, answers = (
         roles.text("context"),
         roles.text("question"),
@@ -376,7 +376,7 @@ PLAIN_TEXT = FormatSpec("text", build_plain, {"text": ("text", "content")})
 
 
 def build_query_turns(roles: RoleValues) -> Conversation:
-    """Return the conversation to answer, without assistant turns at its end."""
+    """Build the conversation to answer, without assistant turns at its end."""
     for role in ("messages", "conversations", "prompt"):
         if role in roles and (role != "prompt" or isinstance(roles.get(role), list)):
             column = roles.columns[role]
@@ -393,7 +393,7 @@ def build_query_turns(roles: RoleValues) -> Conversation:
 
 
 def build_source(roles: RoleValues) -> SourceTarget:
-    """Return a source with an empty target, for generation."""
+    """Build a source with an empty target, for generation."""
     for role in ("document", "source"):
         if role in roles:
             return SourceTarget(roles.text(role), "", roles.index)

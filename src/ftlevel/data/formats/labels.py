@@ -48,7 +48,7 @@ _Label: TypeAlias = tuple[str | int, int]
 def build_label_set(
     examples: Sequence[ClassExample], table: Table, column: str, names: Sequence[str] = ()
 ) -> LabelSet:
-    """Return the classes of the training examples: `names`, declared by the source, or as found.
+    """Build the classes of the training examples: `names`, declared by the source, or as found.
 
     Found names are sorted, as numbers if all are digits. `names` are classes from the configuration
     or an adapter. Raises `InputError` for fewer than two classes, integers other than 0, 1, …
@@ -95,7 +95,7 @@ def check_labels(labels: LabelSet, examples: Sequence[ClassExample], table: Tabl
 def find_invalid_labels(
     labels: LabelSet | None, examples: Sequence[Any], table: Table, column: str
 ) -> list[BadRow]:
-    """Return the rows whose label is negative, undeclared or missing from `labels`.
+    """Find the rows whose label is negative, undeclared or missing from `labels`.
 
     `labels` are the classes of the training rows; None if `examples` are the training rows.
     """
@@ -189,7 +189,7 @@ class LabelVariant:
 def find_variants(
     examples: Sequence[ClassExample], check: str, names: Iterable[str] = ()
 ) -> list[LabelVariant]:
-    """Return labels that are variants of another label under `check`, a key of `LABEL_NORMALIZERS`.
+    """Find labels that are variants of another label under `check`, a key of `LABEL_NORMALIZERS`.
 
     `names` are the known classes. Without any, the most frequent spelling is the name.
     """
@@ -217,7 +217,7 @@ _MIN_LETTERS = 5  # minimum word length; in shorter words, one letter makes anot
 
 
 def find_typos(examples: Sequence[ClassExample], names: Iterable[str] = ()) -> list[LabelVariant]:
-    """Return rare labels that differ by one letter of a long word from a frequent label.
+    """Find rare labels that differ by one letter of a long word from a frequent label.
 
     The letter is missing, added, replaced or swapped with its neighbor, but not the first of a
     word. Different characters between words also count; digits do not. `postive` is a typo of
@@ -307,7 +307,7 @@ ProblemType: TypeAlias = Literal[
 def choose_problem_type(
     table: Table, column: str, requested: ProblemType | Literal["auto"] = "auto"
 ) -> tuple[ProblemType, str]:
-    """Return the problem type of a label column, and the reason.
+    """Choose the problem type of a label column, and the reason.
 
     Lists, also as JSON text in all rows, are multi-label; numbers with a fraction are regression.
     All others are single-label, including integers, which may be meant as quantities.
@@ -360,7 +360,7 @@ def split_words(text: str) -> list[tuple[int, int]]:
 
 
 def build_spans(roles: RoleValues) -> TaggedTokens:
-    """Return the words of a text with the tags of its spans."""
+    """Build the words of a text with the tags of its spans."""
     text, column, items = roles.text("text"), repr(roles.columns["spans"]), roles.get("spans")
     if type(items) is not list:
         raise UnusableRowError(f"{column} is {json_type_name(items)}, not a list of spans")
@@ -376,7 +376,7 @@ def build_spans(roles: RoleValues) -> TaggedTokens:
 
 
 def _read_span(item: object, name: str) -> Span:
-    """Return a span from `{"start", "end", "label"}` or a list of the three."""
+    """Read a span from `{"start", "end", "label"}` or a list of the three."""
     if isinstance(item, dict):
         if not {"start", "end", "label"} <= item.keys():
             raise UnusableRowError(f"{name} needs start, end and label (keys: {', '.join(item)})")

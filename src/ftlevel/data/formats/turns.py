@@ -83,7 +83,7 @@ def check_text(value: object, what: str) -> str:
 def parse_turns(
     value: object, column: str, *, answered: bool = True, names: Mapping[str, str] | None = None
 ) -> list[Message]:
-    """Return the turns of a list of objects; raise `UnusableRowError` for other values.
+    """Parse the turns of a list of objects; raise `UnusableRowError` for other values.
 
     `answered` requires an assistant turn. `names` are the data's names of `role`, `content`, `user`
     and `assistant`.
@@ -104,7 +104,7 @@ def parse_turns(
 
 
 def parse_tools(value: object, column: str) -> tuple[dict[str, Any], ...]:
-    """Return the tools of a row from a list of objects or its JSON text."""
+    """Parse the tools of a row from a list of objects or its JSON text."""
     if isinstance(value, str):
         value = parse_json(value, repr(column)) if value.strip() else []
     if value is None:
@@ -117,14 +117,14 @@ def parse_tools(value: object, column: str) -> tuple[dict[str, Any], ...]:
 
 
 def _find_keys(item: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, str]:
-    """Return the keys of a turn's role and text, from `names` or the usual ones."""
+    """Find the keys of a turn's role and text, from `names` or the usual ones."""
     role = next((key for key in _ROLE_KEYS if key in item), "role")
     text = next((key for key in _TEXT_KEYS if key in item), _TEXT_KEYS[role == "from"])
     return names.get("role", role), names.get("content", text)
 
 
 def _find_role(name: object, names: Mapping[str, str]) -> str | None:
-    """Return the normalized role called `name`; None if unknown."""
+    """Find the normalized role called `name`; None if unknown."""
     if not isinstance(name, str):
         return None
     renamed = next((role for role in ("user", "assistant") if names.get(role) == name), None)
@@ -132,7 +132,7 @@ def _find_role(name: object, names: Mapping[str, str]) -> str | None:
 
 
 def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | None:
-    """Return one turn; None for an empty system turn."""
+    """Parse one turn; None for an empty system turn."""
     if type(item) is not dict:
         raise UnusableRowError(
             f"{what} is {json_type_name(item)}, not an object with role and content"
@@ -189,7 +189,7 @@ def _refuse_parts(parts: Sequence[Any], what: str) -> NoReturn:
 
 
 def _parse_call(call: object, what: str) -> dict[str, Any]:
-    """Return a tool call in OpenAI's format, with its arguments as an object."""
+    """Parse a tool call in OpenAI's format, with its arguments as an object."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or "name" not in function:
         raise UnusableRowError(f"{what} has a tool call without a function and its name")
@@ -201,7 +201,7 @@ def _parse_call(call: object, what: str) -> dict[str, Any]:
 
 
 def parse_json(text: str, what: str) -> Any:
-    """Return the value of a JSON text; raise `UnusableRowError` if it is invalid."""
+    """Parse the value of a JSON text; raise `UnusableRowError` if it is invalid."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -209,7 +209,7 @@ def parse_json(text: str, what: str) -> Any:
 
 
 def parse_turn_list(text: str) -> Any:
-    """Return the turns if `text` is JSON of a list of turns; else return `text`."""
+    """Parse the turns if `text` is JSON of a list of turns; else return `text`."""
     try:
         turns = json.loads(text)
     except ValueError:

@@ -38,7 +38,7 @@ class Ragged:
         return np.diff(self.starts)
 
     def count(self, mask: Mask) -> Integers:
-        """Return the number of true values of `mask` in each row."""
+        """Count true values of `mask` in each row."""
         total = np.concatenate(([0], np.cumsum(mask)))
         return total[self.starts[1:]] - total[self.starts[:-1]]
 
@@ -201,7 +201,7 @@ def find_out_of_range(flat: FlatRows, vocabulary: int, *, token_labels: bool) ->
 
 
 def find_empty_thinks(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
-    """Return the token ids of an empty <think></think> in common spellings."""
+    """Find the token ids of an empty <think></think> in common spellings."""
     spellings = set()
     for space in ("", " ", "\n", "\n\n"):
         text = f"<think>{space}</think>"
@@ -224,7 +224,7 @@ def find_empty_think(flat: FlatRows, spellings: Iterable[tuple[int, ...]]) -> Ma
 
 
 def find_majority_class(labels: Iterable[object]) -> tuple[object, int] | None:
-    """Return the class with at least `ONE_CLASS_SHARE` of `labels` and its count, or None."""
+    """Find the class with at least `ONE_CLASS_SHARE` of `labels` and its count, or None."""
     counts = Counter(labels)
     for label, count in counts.most_common(1):
         if count >= ONE_CLASS_SHARE * counts.total():

@@ -41,7 +41,7 @@ _NONE = np.zeros(0, dtype=np.int64)
 
 
 def find_repeated(keys: NDArray[Any], selected: Mask | None = None) -> tuple[Integers, Integers]:
-    """Return the indices of repeated keys, and the index of the first occurrence of each.
+    """Find the indices of repeated keys, and the index of the first occurrence of each.
 
     `selected` masks the keys to compare; None compares all.
     """
@@ -52,7 +52,7 @@ def find_repeated(keys: NDArray[Any], selected: Mask | None = None) -> tuple[Int
 
 
 def find_members(keys: NDArray[Any], others: NDArray[Any]) -> Integers:
-    """Return the indices of `keys` that occur in `others`, which may be on disk."""
+    """Find the indices of `keys` that occur in `others`, which may be on disk."""
     mask = np.zeros(len(keys), dtype=bool)
     for start in range(0, len(others), _PART_KEYS):
         mask |= np.isin(keys, others[start : start + _PART_KEYS])
@@ -69,7 +69,7 @@ def _repeated(keys: NDArray[Any], selected: Mask | None) -> Iterator[tuple[Integ
 
 
 def find_near_duplicates(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers, Integers]:
-    """Return near duplicates of earlier rows, and the earlier row of each.
+    """Find near duplicates of earlier rows, and the earlier row of each.
 
     A prefix common to all rows, such as a system prompt, is ignored. `skip` marks known duplicates.
     """
@@ -148,7 +148,7 @@ _SWAPPED_SHARE = 0.2
 
 
 def find_conflicts(digests: Digests) -> tuple[Integers, Integers]:
-    """Return examples that repeat a prompt with another answer, and the earlier examples."""
+    """Find examples that repeat a prompt with another answer, and the earlier examples."""
     prompts, answers = digests.records["before"], digests.records["last"]
     again, first = find_repeated(prompts, prompts != 0)
     conflict = answers[again] != answers[first]
@@ -156,7 +156,7 @@ def find_conflicts(digests: Digests) -> tuple[Integers, Integers]:
 
 
 def find_one_answer(digests: Digests) -> Integers:
-    """Return examples with the most frequent answer, if at least 95 % share it."""
+    """Find examples with the most frequent answer, if at least 95 % share it."""
     records = digests.records
     answers = records["last"]
     if len(answers) < _MIN_ROWS or not records["before"].all():
@@ -167,7 +167,7 @@ def find_one_answer(digests: Digests) -> Integers:
 
 
 def find_swapped(digests: Digests) -> Integers:
-    """Return examples whose prompt and answer appear to be swapped.
+    """Find examples whose prompt and answer appear to be swapped.
 
     A naive Bayes model compares the words of each row with those of all other prompts and answers.
     It is used only if it separates both sides by a median of 10 nats.

@@ -198,7 +198,7 @@ class Gate:
     def find_leaks(
         self, name: str, digests: Digests, training: Digests, table: Table
     ) -> tuple[Integers, list[Finding]]:
-        """Return examples of another split to drop because training has them, and the findings.
+        """Find examples of another split to drop because training has them, and the findings.
 
         Findings of the test split only warn, as training does not read it.
         """
@@ -226,7 +226,7 @@ class Gate:
 def _find_near(
     rows: Sequence[Encoded], digests: Digests, repeated: Integers
 ) -> tuple[Integers, Integers]:
-    """Return near duplicates by tokens or words, except `repeated`, and the earlier examples."""
+    """Find near duplicates by tokens or words, except `repeated`, and the earlier examples."""
     near, first = duplicates.find_near_duplicates(rows, rows_of_examples(rows, repeated))
     compared = digests.first(MAX_COMPARED)
     skip = np.zeros(len(digests), dtype=bool)

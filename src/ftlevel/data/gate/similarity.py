@@ -213,7 +213,7 @@ def mix(values: Hashes) -> Hashes:
 def find_similar(
     rows: Sequence[Encoded], lengths: Integers, first: Integers, second: Integers, prefix: int
 ) -> Mask:
-    """Return for each pair of `first` and `second` rows whether it is a near duplicate.
+    """Find for each pair of `first` and `second` rows whether it is a near duplicate.
 
     Hashes exclude most pairs; the remaining pairs are compared exactly. The first `prefix` tokens
     are ignored, and each row of `first` needs a 5-gram after them.

@@ -65,13 +65,13 @@ Sides = tuple[TextBatch, TextBatch]
 
 
 def compute_max_distance(words: Any) -> Any:
-    """Return the maximum distance in half words for texts of `words` words (an array)."""
+    """Compute the maximum distance in half words for texts of `words` words (an array)."""
     share = np.minimum(words * _WORD // _WORDS_PER_CHANGE, _MAX_DISTANCE)
     return np.where(words >= _MIN_WORDS_TO_DIFFER, share, np.where(words >= MIN_WORDS, _TYPO, 0))
 
 
 def compute_distances(one: Sides, other: Sides) -> NDArray[np.int64]:
-    """Return the distance of each pair in half words, or a very large value.
+    """Compute the distance of each pair in half words, or a very large value.
 
     Pairs that differ substantially in both prompt and answer are not duplicates; neither are those
     whose answer of fewer than four words differs by more than a typo.
@@ -90,7 +90,7 @@ def compute_distances(one: Sides, other: Sides) -> NDArray[np.int64]:
 
 
 def compute_edit_distances(one: TextBatch, other: TextBatch) -> NDArray[np.int64]:
-    """Return the edit distance of each pair in half words, or `_TOO_FAR` above `_MAX_DISTANCE`.
+    """Compute the edit distance of each pair in half words, or `_TOO_FAR` above `_MAX_DISTANCE`.
 
     It is the Damerau-Levenshtein distance (optimal string alignment) over words, in a band.
     """
@@ -239,7 +239,7 @@ class WordIndex:
 
 
 def find_near_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
-    """Return near duplicates of earlier examples, and the earlier example of each.
+    """Find near duplicates of earlier examples, and the earlier example of each.
 
     `skip` marks known duplicates.
     """
@@ -261,7 +261,7 @@ def find_near_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
 
 
 def find_near_leaks(digests: Digests, training: Digests) -> tuple[Integers, Integers]:
-    """Return examples of `digests` that nearly repeat one of `training`, and which one."""
+    """Find examples of `digests` that nearly repeat one of `training`, and which one."""
     if not (len(digests) and len(training)):
         return _NO_ROWS, _NO_ROWS
     trained = WordIndex.of(training)
@@ -344,7 +344,7 @@ def _find_first(
     informative: NDArray[np.int32],
     informative_earlier: NDArray[np.int32],
 ) -> tuple[Integers, Integers]:
-    """Return examples of `index` that nearly repeat one of `earlier`, and the first match of each.
+    """Find examples of `index` that nearly repeat one of `earlier`, and the first match of each.
 
     `packed` has sorted candidates: example of `index` × size of `earlier` + example of `earlier`.
     The last two arguments count informative words per example.
@@ -406,7 +406,7 @@ def _may_be_near(
 def _count_common(
     index: WordIndex, a: Integers, earlier: WordIndex, b: Integers, *, bigrams: bool
 ) -> Integers:
-    """Return the number of common words, or of common bigrams, of each pair."""
+    """Count the common words, or of common bigrams, of each pair."""
     parts = []
     for side, (source, examples) in enumerate(((index, a), (earlier, b))):
         words, lengths = source.gather(examples)

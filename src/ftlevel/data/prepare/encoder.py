@@ -164,7 +164,7 @@ def _disable_tokenizer_threads() -> None:
 
 
 def _encode_batch(start: int) -> tuple[pa.RecordBatch | None, tuple[bytes, bytes]]:
-    """Return the rows of the batch at `start`, None without any, and its digests."""
+    """Encode the rows of the batch at `start`, None without any, and its digests."""
     if _job is None:
         raise RuntimeError("there is no job")
     encode, examples, context = _job

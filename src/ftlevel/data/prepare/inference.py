@@ -72,7 +72,7 @@ class RowSource:
 
 
 def open_rows(name: str, options: ReadOptions) -> tuple[RowSource, Reader]:
-    """Return the rows of a file or of all files matching a pattern, and the first reader.
+    """Open the rows of a file or of all files matching a pattern, and the first reader.
 
     Raises `InputError` if a file cannot be read, or the columns of two files differ.
     """

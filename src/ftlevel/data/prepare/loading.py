@@ -106,7 +106,7 @@ def _check_ignored(splits: DatasetSplits, config: DataConfig) -> None:
 def open_converter(
     table: Table, config: DataConfig, task: Task, *, lenient: bool = False
 ) -> tuple[Converter, list[Choice]]:
-    """Return a converter for rows like those of `table`, and log lines."""
+    """Open a converter for rows like those of `table`, and log lines."""
     shape = task.find_format(table.columns, config, table.rows[:CHUNK_ROWS])
     refuse_media_columns(shape.unused, table.rows, table.source)
     shape, choices = task.read_columns(shape, table, config)
@@ -193,7 +193,7 @@ class Converter:
 
 
 def read_splits(config: DataConfig, task: Task, seed: int) -> DatasetSplits:
-    """Return the splits after joining, holding out and sampling as configured."""
+    """Read the splits after joining, holding out and sampling as configured."""
     parts = [_read_one(name, config, task, config.split) for name in (config.dataset, *config.also)]
     splits = parts[0] if len(parts) == 1 else join_splits(parts, config.mix, seed)
     if config.validation_file is not None:

@@ -102,7 +102,7 @@ def _with_room(longest: int, bound: int | None) -> int:
 
 
 def _read_head(source: StreamSource, config: DataConfig) -> tuple[DatasetSplits, RowSchema]:
-    """Return the held-out rows, the first training rows, and their keys and types."""
+    """Read the held-out rows, the first training rows, and their keys and types."""
     count = config.validation_rows or 0
     if count and source.validation is not None:
         raise InputError(

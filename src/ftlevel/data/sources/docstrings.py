@@ -79,7 +79,7 @@ class Documented:
 
 
 def read_docstrings(kind: Kind, split: Split, limit: int | None = None) -> list[Row]:
-    """Return up to `limit` rows of one split, in a fixed pseudo-random order.
+    """Read up to `limit` rows of one split, in a fixed pseudo-random order.
 
     Modules are parsed only until `limit` is reached. No module and no docstring occurs in two
     splits. Columns by `kind`: `signatures` has `prompt` (header and summary line) and `completion`
@@ -140,7 +140,7 @@ def stdlib_root() -> Path:
 
 
 def read_module(file: Path) -> list[Documented]:
-    """Return the documented objects of a module in source order; empty if it cannot be parsed."""
+    """Read the documented objects of a module in source order; empty if it cannot be parsed."""
     try:
         text = file.read_text(encoding="utf-8")
         with warnings.catch_warnings():

@@ -48,7 +48,7 @@ def load_hub_tables(
 
 
 def open_hub_streams(name: str, subset: str | None) -> dict[str, Any]:
-    """Return the splits of a Hub dataset as `datasets.IterableDataset`; requires a connection."""
+    """Open the splits of a Hub dataset as `datasets.IterableDataset`; requires a connection."""
     if reason := _probe(name):
         raise InputError(_describe_offline(name, reason))
     return dict(_load_dataset(name, "", subset, streaming=True))
@@ -68,7 +68,7 @@ def _load_dataset(name: str, offline_reason: str, subset: str | None, **options:
 
 
 def open_saved_streams(directory: Path) -> dict[str, Any]:
-    """Return the splits of a `save_to_disk` directory as `datasets.IterableDataset` by name."""
+    """Open the splits of a `save_to_disk` directory as `datasets.IterableDataset` by name."""
     return {key: data.to_iterable_dataset() for key, data in _load_saved(directory).items()}
 
 
@@ -211,7 +211,7 @@ _TYPES = "a DataFrame, a datasets.Dataset or DatasetDict, or a list of dicts"
 def load_memory_tables(
     data: InMemoryDataset, on_bad_row: OnBadRow, options: ReadOptions
 ) -> dict[str, Table]:
-    """Return rows passed from Python as tables by split; rows without splits become "train".
+    """Load rows passed from Python as tables by split; rows without splits become "train".
 
     An iterator in `data.rows` is replaced by a list of its first `options.limit` rows (mutated).
     Raises `InputError` for an unsupported type, and for no rows or bad rows.

@@ -139,7 +139,7 @@ class _PipeBytes:
         os.set_blocking(self._file, True)
 
     def read(self, size: int) -> bytes:
-        """Return the next bytes; empty at the end."""
+        """Read the next bytes; empty at the end."""
         content, self._first = self._first or os.read(self._file, size), b""
         if not content:
             os.close(self._file)

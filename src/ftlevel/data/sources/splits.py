@@ -201,7 +201,7 @@ def _open_remote(
     name: str,
     options: ReadOptions,
 ) -> StreamSource:
-    """Return the training stream and validation table of the splits that `open_splits` returns."""
+    """Open the training stream and validation table of the splits that `open_splits` returns."""
     splits, ignored = open_splits(), options.ignored
     train = pick_split(splits, split, name)
     rows, left_out = remove_columns(splits[train], ignored)
@@ -383,7 +383,7 @@ def _read_files(
 def _choose_files(
     path: Path, dataset: str, split: str | None
 ) -> tuple[dict[str, list[Path]], str, list[str]]:
-    """Return the files of a directory by split, the name of the training split, and notes.
+    """Choose the files of a directory by split, the name of the training split, and notes.
 
     Raises `InputError` if there is no training file, or two files belong to the same split.
     """

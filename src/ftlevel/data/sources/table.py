@@ -277,7 +277,7 @@ class RowShapeCounter:
         self._count += 1
 
     def find_inconsistent(self, rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
-        """Return the counted rows whose keys or types differ from most, in order of line."""
+        """Find the counted rows whose keys or types differ from most, in order of line."""
         if len(self._groups) <= 1:
             return []
         sizes: Counter[frozenset[str]] = Counter()
@@ -304,7 +304,7 @@ class RowShapeCounter:
 
 
 def find_inconsistent_rows(rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
-    """Return the rows whose keys or types differ from those of most rows, in order of line."""
+    """Find the rows whose keys or types differ from those of most rows, in order of line."""
     shapes = RowShapeCounter()
     for row in rows:
         shapes.add(row)
@@ -360,7 +360,7 @@ class RowSchema:
         return cls(columns, types, len(rows) - len(bad))
 
     def find_inconsistent(self, rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
-        """Return the rows whose keys or types differ from the schema."""
+        """Find the rows whose keys or types differ from the schema."""
         bad = []
         for row, line in zip(rows, lines, strict=True):
             if row.keys() != set(self.columns):

@@ -67,7 +67,7 @@ _OF_LAST_TOKEN = ("gpt2", "gptj", "llama", "mistral")
 
 
 def read_head(settings: Mapping[str, Any]) -> HubHead:
-    """Return the head in head_config.json; raise InputError if transformers has no such head."""
+    """Read the head in head_config.json; raise InputError if transformers has no such head."""
     config = settings.get("config")
     if not isinstance(config, Mapping):
         name = str(settings.get("model_class"))

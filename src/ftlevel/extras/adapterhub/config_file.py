@@ -68,7 +68,7 @@ HOLDERS: dict[str, Holders] = {
 
 
 def read_config(settings: Mapping[str, Any], model_config: Any) -> dict[str, Any]:
-    """Return the fields of `BottleneckConfig` equivalent to an AdapterHub adapter.
+    """Read the fields of `BottleneckConfig` equivalent to an AdapterHub adapter.
 
     `settings` is AdapterHub's adapter_config.json.
 

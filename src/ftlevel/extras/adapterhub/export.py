@@ -73,7 +73,7 @@ def _whole_holders(directory: Path, placement: str, model: Any) -> dict[str, str
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the weights of the adapter and of its head, by their names in the base."""
+    """Read the weights of the adapter and of its head, by their names in the base."""
     from safetensors.torch import load_file
 
     weights = load_file(str(directory / "adapter_model.safetensors"))

@@ -108,7 +108,7 @@ class Cluster:
 
 
 def build_job(config: TrainConfig, arguments: Sequence[str], cluster: Cluster) -> Job:
-    """Return the job that runs `config`; `arguments` is the command line of `ftlevel launch`.
+    """Build the job that runs `config`; `arguments` is the command line of `ftlevel launch`.
 
     Raises:
         ConfigError: with every missing or conflicting option.

@@ -313,14 +313,14 @@ def read_percent(text: str) -> str:
 
 
 def read_share(text: str) -> str:
-    """Return a fraction unchanged; raise ValueError from 1 on."""
+    """Read a fraction unchanged; raise ValueError from 1 on."""
     if _number(text) >= 1:
         raise ValueError("a share is below 1, as in 0.1; a number of rows cannot be given")
     return text
 
 
 def read_ratio(text: str) -> str:
-    """Return a fraction of the steps unchanged; raise ValueError from 1 on."""
+    """Read a fraction of the steps unchanged; raise ValueError from 1 on."""
     if _number(text) >= 1:
         raise ValueError("a ratio is below 1; --warmup-steps N takes a number of steps")
     return text
@@ -691,7 +691,7 @@ _KEYS = {
 
 
 def detect_tool(values: Mapping[str, Any]) -> str:
-    """Return the tool that has these top-level keys, or "" for an ftlevel recipe."""
+    """Detect the tool that has these top-level keys, or "" for an ftlevel recipe."""
     if "actor_rollout_ref" in values:
         return VERL
     if any(isinstance(values.get(key), Mapping) for key in ("model", "data", "train", "method")):

@@ -109,4 +109,4 @@ def checks(summary: Summary) -> Iterator[str]:
             f"{verified['gradient']:.1e} (relative)."
         )
     if left_out := len(summary.get("left_out") or ()):
-        yield f"{left_out:,} steps were left out, because the loss was not finite or leapt."
+        yield f"{left_out:,} steps were left out, because the loss was not finite or spiked."

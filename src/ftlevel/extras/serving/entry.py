@@ -37,7 +37,7 @@ def rank_limit(server: Server, rank: int) -> int:
 
 
 def build_adapter_commands(server: Server, base: str, parts: Sequence[ServedAdapter]) -> list[str]:
-    """Return the commands, in order, that serve `parts` on `base`."""
+    """Build the commands, in order, that serve `parts` on `base`."""
     rank = rank_limit(server, max(part.rank for part in parts))
     pairs = [_pair(server, part) for part in parts]
     template = next((part.template for part in parts if part.template is not None), None)
@@ -135,7 +135,7 @@ def _openvino(model: str, directory: str, parts: Sequence[ServedAdapter] = ()) -
 def build_embedding_commands(
     server: Server, place: Path, name: str, form: EmbeddingFormat
 ) -> list[str]:
-    """Return the commands that serve the embedding model at `place`."""
+    """Build the commands that serve the embedding model at `place`."""
     path = str(place)
     if server.name == "vllm":
         return [join(["vllm", "serve", path, "--runner", "pooling"])]
@@ -166,7 +166,7 @@ _UBATCH = 512
 
 
 def build_model_commands(server: Server, directory: Path, name: str) -> list[str]:
-    """Return the commands that serve the whole model at `directory`."""
+    """Build the commands that serve the whole model at `directory`."""
     path = str(directory)
     if server.name == "openvino":
         return _openvino(path, f"{name}-openvino")
@@ -293,7 +293,7 @@ def _named(entry: ServedModel) -> str:
 
 
 def open_entry(name: str, ref: ModelRef, server: Server | None) -> ServedModel:
-    """Return the entry of `ref`; raise InputError if it is not an adapter that PEFT can load."""
+    """Open the entry of `ref`; raise InputError if it is not an adapter that PEFT can load."""
     if ref.directory is None:
         fact = f"{name} is a full model without an adapter"
         if server is not None and "merged" in server.formats and ref.source.kind != "gguf":

@@ -19,7 +19,7 @@ _COARSE = {"q8_0": 1e-2, "q5_0": 5e-2, "q4_0": 1e-1}
 
 
 def read_vectors(out: Path) -> dict[str, Any] | None:
-    """Return the recorded embeddings of the export at `out`; None if it is no embedding model."""
+    """Read the recorded embeddings of the export at `out`; None if it is no embedding model."""
     path = served_path(out)
     if not path.is_file():
         return None

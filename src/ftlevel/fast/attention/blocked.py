@@ -54,7 +54,7 @@ class QueryBlock:
 def build_visibility_mask(
     position: int, queries: int, first_key: int, keys: int, causal: bool, window: int | None
 ) -> Tensor | None:
-    """Return a boolean mask (queries, keys) of the visible keys; None if all are visible.
+    """Build a boolean mask (queries, keys) of the visible keys; None if all are visible.
 
     `position` and `first_key` are positions of the first query and key in their sequence. A query
     sees fewer than `window` tokens to each side, itself included.

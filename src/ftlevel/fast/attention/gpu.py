@@ -106,7 +106,7 @@ class VarlenKernel:
 
     @classmethod
     def read(cls, function: Callable[..., Any]) -> VarlenKernel:
-        """Return the options that `function` supports."""
+        """Read the options that `function` supports."""
         names = inspect.signature(function).parameters
         return cls("window_size" in names, "scale" in names, "enable_gqa" in names)
 
@@ -180,7 +180,7 @@ class Lengths:
 
 @lru_cache(maxsize=8)
 def measure(segments: tuple[Segment, ...], device: torch.device) -> Lengths:
-    """Return the cumulative lengths of `segments` on `device`."""
+    """Measure the cumulative lengths of `segments` on `device`."""
     lengths = [segment.stop - segment.start for segment in segments]
     seen = [segment.position + length for segment, length in zip(segments, lengths, strict=True)]
     queries = send(torch.tensor([0, *lengths]).cumsum(0).int(), device)
@@ -366,7 +366,7 @@ class HubKernel:
 
     @classmethod
     def read(cls, function: Callable[..., Any]) -> HubKernel:
-        """Return the options that `function` supports, by its signature."""
+        """Read the options that `function` supports, by its signature."""
         names = inspect.signature(function).parameters
         windows = "window_size" in names
         all_keys = names["window_size"].default[0] if windows else None

@@ -47,7 +47,7 @@ def register(kernel: FlashKernel | None = None) -> None:
 
 
 def build_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Return SDPA's mask, or None for a packed row."""
+    """Build SDPA's mask, or None for a packed row."""
     return sdpa_mask(*args, **kwargs) if current_layout() is None else None
 
 

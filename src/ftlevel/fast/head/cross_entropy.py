@@ -51,7 +51,7 @@ LossesAndGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def build_logits_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return the function that `model` applies to its head's output.
+    """Build the function that `model` applies to its head's output.
 
     Gemma caps logits, Cohere and Granite scale them, BART adds a constant.
     """
@@ -177,7 +177,7 @@ class ChunkedCrossEntropy:
     def _compute(
         self, forward: Callable[[], Any], at: Tensor, compute: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Return `compute` of the head's input (targets, hidden) at `at`."""
+        """Compute `compute` of the head's input (targets, hidden) at `at`."""
         self._call.request, self._call.result = (at, compute), None
         try:
             forward()

@@ -38,7 +38,7 @@ def compute_answer_likelihoods(
     objective: LikelihoodObjective,
     batch: Mapping[str, Any],
 ) -> Tensor:
-    """Return the log-likelihoods of a batch's answers; without a `head`, from all logits."""
+    """Compute the log-likelihoods of a batch's answers; without a `head`, from all logits."""
     each, _ = compute_token_likelihoods(head, model, objective, batch)
     return objective.answers(each, batch["labels"])
 
@@ -50,7 +50,7 @@ def compute_token_likelihoods(
     batch: Mapping[str, Any],
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Return the log-likelihoods of a batch's targets and their rows, both (targets,).
+    """Compute the log-likelihoods of a batch's targets and their rows, both (targets,).
 
     Logits are divided by `temperature`. Without a `head`, all logits are computed.
     """
@@ -71,7 +71,7 @@ def compute_policy_loss(
     objective: PolicyObjective,
     batch: Mapping[str, Any],
 ) -> Tensor:
-    """Return the summed policy loss of a batch with `signals`, (a scalar)."""
+    """Compute the summed policy loss of a batch with `signals`, (a scalar)."""
     each, owners = compute_token_likelihoods(head, model, objective, batch, objective.temperature)
     return objective.policy_sum(each, owners, len(batch["labels"]), batch["signals"])
 

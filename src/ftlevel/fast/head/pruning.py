@@ -63,7 +63,7 @@ def find_prunable_linears(
     layout: PackedLayout,
     candidates: Sequence[nn.Module],
 ) -> list[nn.Module]:
-    """Return the candidates whose output at unneeded tokens does not affect needed ones.
+    """Find the candidates whose output at unneeded tokens does not affect needed ones.
 
     `block`, in eval mode, is called with `args` and `kwargs` on `layout`, which must be the current
     one. It returns states (batch, seq, hidden), alone or first in a tuple.

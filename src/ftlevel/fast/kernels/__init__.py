@@ -250,7 +250,7 @@ NO_KERNELS = Kernels(allowed=False)
 
 @functools.cache
 def choose_norm(width: int, weight: torch.dtype, dtype: torch.dtype, device: str) -> Formulas:
-    """Return the faster implementation of norms, see `Kernels.norm`."""
+    """Choose the faster implementation of norms, see `Kernels.norm`."""
     x, gradient = (_draw(seed, (TOKENS, width), dtype, device) for seed in (0, 1))
     w = _draw(2, (width,), torch.float32, device).to(weight)
 
@@ -264,7 +264,7 @@ def choose_norm(width: int, weight: torch.dtype, dtype: torch.dtype, device: str
 
 @functools.cache
 def choose_glu(kind: str, width: int, dtype: torch.dtype, device: str) -> Formulas:
-    """Return the faster implementation of GLUs, see `Kernels.glu`."""
+    """Choose the faster implementation of GLUs, see `Kernels.glu`."""
     gate, up, gradient = (_draw(seed, (TOKENS, width), dtype, device) for seed in range(3))
 
     def compute(formulas: Formulas) -> Sequence[Tensor]:
@@ -275,7 +275,7 @@ def choose_glu(kind: str, width: int, dtype: torch.dtype, device: str) -> Formul
 
 @functools.cache
 def choose_rope(heads: tuple[int, int, int], dtype: torch.dtype, device: str) -> Formulas:
-    """Return the faster implementation of rotary embeddings, see `Kernels.rope`."""
+    """Choose the faster implementation of rotary embeddings, see `Kernels.rope`."""
     q_heads, k_heads, width = heads
     q = _draw(0, (1, TOKENS, q_heads, width), dtype, device)
     k = _draw(1, (1, TOKENS, k_heads, width), dtype, device)
@@ -293,7 +293,7 @@ def choose_rope(heads: tuple[int, int, int], dtype: torch.dtype, device: str) ->
 
 @functools.cache
 def choose_cross_entropy(vocabulary: int, dtype: torch.dtype, device: str) -> Formulas:
-    """Return the faster implementation of cross-entropy, see `Kernels.cross_entropy`."""
+    """Choose the faster implementation of cross-entropy, see `Kernels.cross_entropy`."""
     scores = 4 * _draw(0, (TARGETS, vocabulary), dtype, device)
     targets = scores.float().argmax(-1)
     targets[::2] = vocabulary - 1  # a likely token, and the last
@@ -329,7 +329,7 @@ def agree(one: Tensor, other: Tensor) -> bool:
 
 
 def _choose_faster(text: str, compute: Computation, device: str) -> Formulas:
-    """Return the kernels if they match torch's operations and are faster."""
+    """Choose the kernels if they match torch's operations and are faster."""
     ours = TritonFormulas()
     _choices[text] = TORCH
     try:
@@ -357,6 +357,6 @@ def time(compute: Computation, formulas: Formulas, device: str) -> float:
 
 
 def _draw(seed: int, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-    """Return normally distributed values, independent of the global generator."""
+    """Draw normally distributed values, independent of the global generator."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(device, dtype)

@@ -213,7 +213,7 @@ def register_fused_layers(config: LoraConfig) -> None:
 def build_fused_layer(
     target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any
 ) -> nn.Module | None:
-    """Return a fused layer around `target`, or None if PEFT should build its own."""
+    """Build a fused layer around `target`, or None if PEFT should build its own."""
     layer: Any = None
     if isinstance(target, BaseTunerLayer) or is_cut_over_devices(target):
         return None
@@ -243,7 +243,7 @@ class FusedLinear(FusedForward, lora.Linear):
 
 
 def find_fused_class(target: nn.Module, kwargs: Mapping[str, Any]) -> type | None:
-    """Return the fused class for a bitsandbytes layer `target`, or None."""
+    """Find the fused class for a bitsandbytes layer `target`, or None."""
     if kwargs.get("loaded_in_4bit") and isinstance(target, bnb.nn.Linear4bit):
         return FusedLinear4bit
     if kwargs.get("loaded_in_8bit") and isinstance(target, bnb.nn.Linear8bitLt):

@@ -193,7 +193,7 @@ def _looks_like_norm(module: nn.Module) -> bool:
 
 
 def _find_norm(module: nn.Module) -> tuple[float, bool] | None:
-    """Return the shift and whether it multiplies in float32; None for another formula."""
+    """Find the shift and whether it multiplies in float32; None for another formula."""
     low = copy.deepcopy(module).to("cpu", torch.bfloat16)
     weight, generator = _weight_of(low), torch.Generator().manual_seed(0)
     x = torch.randn(3, len(weight), generator=generator).to(torch.bfloat16)
@@ -209,7 +209,7 @@ def _find_norm(module: nn.Module) -> tuple[float, bool] | None:
 
 
 def _find_glu(module: nn.Module) -> str | None:
-    """Return the key of `ACTIVATIONS`; None for another formula."""
+    """Find the key of `ACTIVATIONS`; None for another formula."""
     low, generator = copy_module(module), torch.Generator().manual_seed(0)
     for name, (width, inner) in (
         ("gate_proj", (8, 16)),

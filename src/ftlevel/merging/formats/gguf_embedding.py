@@ -147,7 +147,7 @@ class GgufEmbeddingExport:
         }
 
     def _open(self, source: ModelSource, model_config: Any) -> tuple[Any, list[str]]:
-        """Return the checkpoint, and the modules that embeddings do not depend on."""
+        """Open the checkpoint, and the modules that embeddings do not depend on."""
         model = build_task_model(model_config, _CLASS)
         unused = TASKS[self.ref.task].find_unused(model)
         return open_checkpoint(source, model, rename_prefix(model_config, _CLASS)), unused
@@ -222,6 +222,5 @@ def _check_tensors(path: Path, tensors: Sequence[GGUFTensor], model: Any) -> Non
             expected = tensor.arrange(weight.T if tensor.transposed else weight)
         if not np.array_equal(values, expected.float().cpu().numpy()):
             raise RunError(
-                f"the file is not the model: its tensor {tensor.name} differs. Nothing is saved. "
-                "Please report this with the command."
+                f"the file is not the model: its tensor {tensor.name} differs. Nothing was saved. Please report this with the command."
             )

@@ -105,7 +105,7 @@ class Prompting:
 
 
 def find_prompting(tokenizer: Any, card: AdapterCard, vocabulary: Vocabulary) -> Prompting:
-    """Return the prompt template and stops for a model with this tokenizer and card."""
+    """Find the prompt template and stops for a model with this tokenizer and card."""
     stops = list(dict.fromkeys(_stops(tokenizer)))
     prompt = read_format(card) or PromptFormat("plain")
     if prompt.kind == "chat-template":

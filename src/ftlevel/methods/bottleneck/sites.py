@@ -154,7 +154,7 @@ def block_of(sites: Sites | None, site: str) -> str | None:
 
 
 def find_input(sites: Sites | None, site: str, names: Iterable[str]) -> str | None:
-    """Return the module that receives the input of the feed-forward ending at `site`, or None."""
+    """Find the module that receives the input of the feed-forward ending at `site`, or None."""
     block = block_of(sites, site)
     if sites is None or block is None:
         return None

@@ -17,7 +17,7 @@ _WRAPPED = ".base_layer"
 
 
 def find_attentions(model: Any) -> list[str]:
-    """Return the full names of all self- and cross-attention modules of `model`.
+    """Find the full names of all self- and cross-attention modules of `model`.
 
     These are the innermost modules with an attention class name, such as BERT's `attention.self`.
     """

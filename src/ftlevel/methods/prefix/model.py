@@ -121,7 +121,7 @@ class PrefixLayer(VirtualTokenLayer):
         )
 
     def compute(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of one adapter, each `(P, kv_heads · head_dim)`."""
+        """Compute the keys and values of one adapter, each `(P, kv_heads · head_dim)`."""
         if adapter_name in self.prefix_kv_keys:
             return self.prefix_kv_keys[adapter_name], self.prefix_kv_values[adapter_name]
         encoder = self.encoders[adapter_name]
@@ -195,7 +195,7 @@ class PrefixModel(VirtualTokenTuner):
     tuner_layer_cls = PrefixLayer
 
     def find_modules(self) -> list[str]:
-        """Return the full names of all attention modules."""
+        """Find the full names of all attention modules."""
         return find_attentions(self.model)
 
     def _pre_injection_hook(self, model: Any, config: PrefixKvConfig, adapter_name: str) -> None:

@@ -20,7 +20,7 @@ from ftlevel.methods.rates import Rates
 
 
 def find_stacks(model: Any) -> list[str]:
-    """Return the name of the stack below the head, or those of encoder and decoder.
+    """Find the name of the stack below the head, or those of encoder and decoder.
 
     Returns the innermost module with input embeddings, such as OPT's `model.decoder`.
     """
@@ -35,7 +35,7 @@ def find_stacks(model: Any) -> list[str]:
 
 
 def find_prompt_targets(model: Any) -> list[str]:
-    """Return the full names of the stacks of `model` that get a prompt.
+    """Find the full names of the stacks of `model` that get a prompt.
 
     A model without a head is named by its `ModuleList`, as PEFT cannot target the whole model.
     """
@@ -56,7 +56,7 @@ _KEY = "prompt_embeddings"
 
 
 def load_peft_prompt(base: Any, directory: Path, name: str) -> Any:
-    """Return `base` with PEFT's prompt in `directory` as the adapter `name`.
+    """Load `base` with PEFT's prompt in `directory` as the adapter `name`.
 
     Raises:
         InputError: its task is not CAUSAL_LM, or it does not fit this base.

@@ -35,7 +35,7 @@ class PromptPosition:
     def find(
         cls, attention_mask: Tensor | None, rows: Tensor, length: int, tokens_before: int
     ) -> PromptPosition:
-        """Return the layout of a batch, where `tokens_before` tokens precede the prompt.
+        """Find the layout of a batch, where `tokens_before` tokens precede the prompt.
 
         `attention_mask` is `(batch, seq)`, or None without padding; `rows` gives batch size and
         device.
@@ -219,7 +219,7 @@ class SoftPromptLayer(VirtualTokenLayer):
             self.soft_prompt_out[name] = nn.Linear(hidden, width, device=device)
 
     def compute(self, name: str) -> Tensor:
-        """Return the prompt of one adapter, `(P, embedding)`."""
+        """Compute the prompt of one adapter, `(P, embedding)`."""
         states: Tensor = self.soft_prompt_embedding[name]
         if name in self.soft_prompt_lstm:
             states = self.soft_prompt_lstm[name](states[None])[0][0]
@@ -360,7 +360,7 @@ class SoftPromptModel(VirtualTokenTuner):
     tuner_layer_cls = SoftPromptLayer
 
     def find_modules(self) -> list[str]:
-        """Return the full names of the layer stack, or of encoder and decoder."""
+        """Find the full names of the layer stack, or of encoder and decoder."""
         return find_prompt_targets(self.model)
 
     def inject_adapter(self, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:

@@ -33,7 +33,7 @@ Count = Callable[[Tensor, int], list[int]]
 
 
 def count_rows(experts: Tensor, number: int) -> list[int]:
-    """Return the number of rows per expert; synchronizes with the device."""
+    """Count rows per expert; synchronizes with the device."""
     return torch.bincount(experts, minlength=number).tolist()
 
 

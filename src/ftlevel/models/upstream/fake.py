@@ -165,7 +165,7 @@ def _find(value: Tensor, among: Sequence[Tensor]) -> int | None:
 
 
 def _find_builder(result: Tensor, inner: Sequence[Tensor]) -> _Builder | None:
-    """Return a function that rebuilds `result` from `inner` (meta tensors), or None."""
+    """Find a function that rebuilds `result` from `inner` (meta tensors), or None."""
     at = _find(result, inner)
     if at is not None:  # modified in place
         return lambda given: given[at]

@@ -56,7 +56,7 @@ _load_checkpoint = upstream.load_gguf_checkpoint
 
 @functools.lru_cache(maxsize=4)
 def _load_gguf_config(path: str, modified_ns: int, size: int) -> dict[str, Any]:  # noqa: ARG001
-    """Return the config of a .gguf header; the cache key has modification time and size."""
+    """Load the config of a .gguf header; the cache key has modification time and size."""
     return _load_checkpoint(path, return_tensors=False)["config"]
 
 

@@ -81,7 +81,7 @@ LOWEST = {"torch": "2.8", "transformers": "5.24", "peft": "0.21", "accelerate": 
 
 
 def find_old_libraries() -> list[str]:
-    """Return an error message for each missing or outdated library."""
+    """Find an error message for each missing or outdated library."""
     problems = []
     for name, lowest in LOWEST.items():
         try:

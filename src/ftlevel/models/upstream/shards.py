@@ -173,7 +173,7 @@ def parts_of_state(
 def read_state(
     rest: Mapping[int, Mapping[str, Any]], parameters: list[Tensor], directory: Path
 ) -> dict[int, dict[str, Any]]:
-    """Return the optimizer state from `rest`, ordered `parameters` and the checkpoint."""
+    """Read the optimizer state from `rest`, ordered `parameters` and the checkpoint."""
     stored: Any = HuggingFaceStorageReader(str(directory)).read_metadata()
     state = {number: dict(values) for number, values in rest.items()}
     parts = {}
@@ -301,7 +301,7 @@ class UnreadWeights:
         key_mapping: Mapping[str, str] | None = None,
         **arguments: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        """Return the result of `from_pretrained` with unread weights; `meta` is the meta model."""
+        """Load the result of `from_pretrained` with unread weights; `meta` is the meta model."""
         naming = Naming(meta, key_mapping)
         tensors = {name for name, _ in meta.named_parameters(remove_duplicate=False)}
         state_dict, unread = dict[str, Any](), dict[str, StoredWeight]()

@@ -35,7 +35,7 @@ class RetrievalSet:
 
 
 def read_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
-    """Return the retrieval set of a file of relevance judgments.
+    """Read the retrieval set of a file of relevance judgments.
 
     Queries are in queries.jsonl of its directory, or of the directory above `qrels/`; so is the
     corpus, unless `corpus` names another file.
@@ -80,7 +80,7 @@ def read_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
 
 
 def _read_texts(path: Path) -> dict[str, str]:
-    """Return the text of each id; a title precedes its text."""
+    """Read the text of each id; a title precedes its text."""
     table = read_table(path)
     name = _column(table.columns, _IDS, path)
     if "text" not in table.columns:

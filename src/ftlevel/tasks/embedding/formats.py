@@ -72,7 +72,7 @@ class EmbeddingRow:
 
 
 def build_pairs(roles: RoleValues) -> EmbeddingRow:
-    """Return an anchor with its positives and negatives.
+    """Build an anchor with its positives and negatives.
 
     A label is a teacher's: a list of scores, or the margin of a triplet. Without negatives, it is
     the score of the pair.
@@ -100,7 +100,7 @@ def build_pairs(roles: RoleValues) -> EmbeddingRow:
 
 
 def build_scored(roles: RoleValues) -> EmbeddingRow:
-    """Return two texts with a score, or a query with a document and its label."""
+    """Build two texts with a score, or a query with a document and its label."""
     second = "sentence2" if "sentence2" in roles else "document"
     first = "sentence1" if "sentence1" in roles else "query"
     score = _number(roles.get("score"), roles.columns["score"])
@@ -109,7 +109,7 @@ def build_scored(roles: RoleValues) -> EmbeddingRow:
 
 
 def build_listed(roles: RoleValues) -> EmbeddingRow:
-    """Return a query with a list of documents, the best first, and their labels."""
+    """Build a query with a list of documents, the best first, and their labels."""
     texts = _texts(roles, "documents")
     labels = _numbers(roles, "labels", len(texts))
     teacher = _numbers(roles, "teacher", len(texts)) if "teacher" in roles else ()
@@ -125,7 +125,7 @@ def build_listed(roles: RoleValues) -> EmbeddingRow:
 
 
 def build_flag(roles: RoleValues) -> EmbeddingRow:
-    """Return a row of FlagEmbedding: query, pos, neg, and scores of a teacher."""
+    """Build a row of FlagEmbedding: query, pos, neg, and scores of a teacher."""
     good, bad = _texts(roles, "pos"), _texts(roles, "neg")
     if not good:
         raise UnusableRowError(f"{roles.columns['pos']!r} holds no text", "empty_text")
@@ -136,7 +136,7 @@ def build_flag(roles: RoleValues) -> EmbeddingRow:
 
 
 def build_tevatron(roles: RoleValues) -> EmbeddingRow:
-    """Return a row of tevatron, whose passages have a title and a text."""
+    """Build a row of tevatron, whose passages have a title and a text."""
     good, bad = _texts(roles, "positive_passages"), _texts(roles, "negative_passages")
     if not good:
         raise UnusableRowError("has no positive passage", "empty_text")
@@ -144,7 +144,7 @@ def build_tevatron(roles: RoleValues) -> EmbeddingRow:
 
 
 def build_messages(roles: RoleValues) -> EmbeddingRow:
-    """Return a row of ms-swift: a conversation as query, and conversations as documents."""
+    """Build a row of ms-swift: a conversation as query, and conversations as documents."""
     query = _conversation(_parsed(roles, "messages"), roles.columns["messages"])
     good, bad = (
         _conversations(roles, "positive_messages"),
@@ -159,7 +159,7 @@ def build_messages(roles: RoleValues) -> EmbeddingRow:
 
 
 def build_grouped(roles: RoleValues) -> EmbeddingRow:
-    """Return a text with its class."""
+    """Build a text with its class."""
     value = roles.get("label")
     if value is None or isinstance(value, list | dict | float):
         raise UnusableRowError(
@@ -169,18 +169,18 @@ def build_grouped(roles: RoleValues) -> EmbeddingRow:
 
 
 def build_query(roles: RoleValues) -> EmbeddingRow:
-    """Return a query to be embedded."""
+    """Build a query to be embedded."""
     return EmbeddingRow(roles.text("query"), roles.index)
 
 
 def build_document(roles: RoleValues) -> EmbeddingRow:
-    """Return a document to be embedded, with its title if it has one."""
+    """Build a document to be embedded, with its title if it has one."""
     title, text = roles.text_or_empty("title"), roles.text("text")
     return EmbeddingRow("", roles.index, (f"{title} {text}" if title else text,), (0.0,))
 
 
 def build_candidates(roles: RoleValues) -> EmbeddingRow:
-    """Return a query with documents to be scored, of kind score for a single one."""
+    """Build a query with documents to be scored, of kind score for a single one."""
     role = "documents" if "documents" in roles else "document"
     kind: Kind = "ranking" if role == "documents" else "score"
     texts = _texts(roles, role)

@@ -157,13 +157,13 @@ class EmbeddingTask(BaseTask):
         write_embedding_format(directory, replace(form, max_length=longest), width_of(model_config))
 
     def find_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
-        """Return no heads, and the poolers that the checkpoint may lack."""
+        """Find no heads, and the poolers that the checkpoint may lack."""
         from ftlevel.models.loading import find_new_poolers
 
         return [], find_new_poolers(meta, source)
 
     def find_unused(self, meta: Any) -> list[str]:
-        """Return the poolers, which follow the states that are pooled here."""
+        """Find the poolers, which follow the states that are pooled here."""
         return [
             name
             for name, module in meta.named_modules()
@@ -171,7 +171,7 @@ class EmbeddingTask(BaseTask):
         ]
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Return the objective of the loss in `facts`."""
+        """Build the objective of the loss in `facts`."""
         task = self.configured(facts) if "embedding" in facts else self
         labels: LabelKind = facts.get("embedding", {}).get("kind", "ranking")
         settings = task.settings
@@ -196,7 +196,7 @@ class EmbeddingTask(BaseTask):
         return self.settings.guide is not None or self.teacher is not None
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Return the encoded texts of each row; raises `InputError` for unusable rows."""
+        """Encode the encoded texts of each row; raises `InputError` for unusable rows."""
         if encoder.split == "train":
             kind = _check_examples(examples)
             loss = self.settings.loss or _default_loss(kind)
@@ -251,7 +251,7 @@ class EmbeddingTask(BaseTask):
     # ---- inference and display
 
     def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Return a text to embed."""
+        """Build a text to embed."""
         return EmbeddingRow(prompt, number)
 
     def answer_columns(
@@ -337,7 +337,7 @@ _WORDS = {"ranking": "pairs", "score": "scores", "label": "labels", "class": "cl
 
 
 def _read_format(source: ModelSource) -> EmbeddingFormat | None:
-    """Return the embedding format of a model; None if it is not a SentenceTransformer."""
+    """Read the embedding format of a model; None if it is not a SentenceTransformer."""
     place = find_files(source, FILES)
     return None if place is None else read_embedding_format(place)
 

@@ -94,7 +94,7 @@ def join_turns(turns: Sequence[Message]) -> str:
 
 
 def build_pair(roles: RoleValues) -> PairExample:
-    """Return two answers to a prompt, from any of the layouts."""
+    """Build two answers to a prompt, from any of the layouts."""
     if "ranked" in roles:
         better, worse, scores = _best_and_worst(roles)
     elif "output" in roles:
@@ -138,12 +138,12 @@ def _pair(
 
 
 def build_judged(roles: RoleValues) -> LabeledAnswer:
-    """Return an answer with its label."""
+    """Build an answer with its label."""
     return _judged(roles, _verdict(roles.get("label"), roles.columns["label"]))
 
 
 def build_scored(roles: RoleValues) -> LabeledAnswer:
-    """Return an answer without a label, marked as desirable."""
+    """Build an answer without a label, marked as desirable."""
     return _judged(roles, True)
 
 

@@ -213,7 +213,7 @@ class PreferenceMeter:
         return pooled
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Return the metrics, averaged over answers or pairs."""
+        """Compute the metrics, averaged over answers or pairs."""
         seen = np.concatenate(self._seen) if self._seen else np.zeros((0, _COLUMNS))
         good = seen[:, 0] > 0
         names = _PAIR if self._objective.is_paired else _JUDGED
@@ -324,7 +324,7 @@ class Preferences(LikelihoodObjective):
         return of_pairs - weight * preferred.means.sum()
 
     def count(self, labels: Tensor) -> Tensor:
-        """Return the number of pairs or single answers (a scalar)."""
+        """Count the pairs or single answers (a scalar)."""
         import torch
 
         rows = labels.shape[0] // 2 if self.is_paired else labels.shape[0]
@@ -368,7 +368,7 @@ class Preferences(LikelihoodObjective):
     def find_warnings(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
     ) -> list[str]:
-        """Return warnings about length bias, and about answers that became less likely."""
+        """Find warnings about length bias, and about answers that became less likely."""
         warnings = []
         names = _PAIR if self.is_paired else _JUDGED
         start, prefix = (metrics, "ref_logp") if self.needs_reference else (before or {}, "logp")
@@ -413,7 +413,7 @@ class Preferences(LikelihoodObjective):
 
 
 def build_preferences(settings: PreferenceConfig, smoothing: float, kind: str) -> Preferences:
-    """Return the preference objective of a model of `kind`."""
+    """Build the preference objective of a model of `kind`."""
     headline = "reward_accuracy" if settings.is_referenced else "logp_mean_accuracy"
     if not settings.facts.paired:
         headline = "reward_margin" if settings.is_referenced else "logp_desirable"

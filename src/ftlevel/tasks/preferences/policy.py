@@ -67,7 +67,7 @@ class AnswerTask(BaseTask):
     def find_format(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Return the format of `columns`; suggest `--loss kto` for single labeled answers."""
+        """Find the format of `columns`; suggest `--loss kto` for single labeled answers."""
         loss, is_mapped = self.settings.loss, config.columns or config.format
         if self.settings.facts.paired and not is_mapped and not fits(columns, PAIR_SHAPES):
             if fits(columns, JUDGED_SHAPES):
@@ -92,7 +92,7 @@ class AnswerTask(BaseTask):
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Return the format unchanged."""
+        """Read the format unchanged."""
         return format_, []
 
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
@@ -102,7 +102,7 @@ class AnswerTask(BaseTask):
     def encode_as(
         self, encoder: Encoder, examples: Sequence[Any], table: Table, *, scored: bool
     ) -> FittedRows:
-        """Return encoded pairs or labeled answers."""
+        """Encode encoded pairs or labeled answers."""
         if encoder.prompt_format is None:
             raise TypeError("judged answers have a prompt format")
         settings, seq2seq = self.settings, encoder.kind == "encoder-decoder"
@@ -191,12 +191,12 @@ class PreferenceTask(AnswerTask, TextTask):
         return {**super().card_defaults(model_config, tokenizer, kind), "options": alone}
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Return the objective of the loss in `facts`."""
+        """Build the objective of the loss in `facts`."""
         task = self.configured(facts) if "preference" in facts else self
         return build_preferences(task.settings, task.smoothing, kind)
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Return prompts with two answers, or with one labeled answer."""
+        """Encode prompts with two answers, or with one labeled answer."""
         return self.encode_as(encoder, examples, table, scored=False)
 
     def finish_data(

@@ -45,14 +45,14 @@ class RewardTask(AnswerTask):
     checks: ClassVar[Checks] = Checks(ends=True)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Return the logistic loss of the score difference of a pair."""
+        """Build the logistic loss of the score difference of a pair."""
         return RewardObjective("accuracy", settings=self._settings(facts))
 
     def _settings(self, facts: Mapping[str, Any]) -> PreferenceConfig:
         return self.configured(facts).settings if "preference" in facts else self.settings
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Return prompts with two answers."""
+        """Encode prompts with two answers."""
         return self.encode_as(encoder, examples, table, scored=True)
 
     def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
@@ -158,7 +158,7 @@ class RewardObjective(Objective):
         return inputs, batch.get("verdicts", labels)
 
     def count(self, labels: Tensor) -> Tensor:
-        """Return the number of pairs (a scalar)."""
+        """Count the pairs (a scalar)."""
         import torch
 
         return torch.tensor(labels.shape[0] // 2, device=labels.device)
@@ -193,7 +193,7 @@ class ScoreMeter:
         return pooled
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Return the metrics; a tie counts as wrong."""
+        """Compute the metrics; a tie counts as wrong."""
         good, bad, good_length, bad_length = np.concatenate(self._seen).T
         margins, longer = good - bad, good_length - bad_length
         metrics = {

@@ -218,7 +218,7 @@ def _labels(row: Encoded) -> list[int]:
 def build_pair_row(
     first: Encoded, second: Encoded, prompt: int, margin: float, *, scored: bool
 ) -> PairRow:
-    """Return the row of two encoded answers with a common prompt of `prompt` tokens."""
+    """Build the row of two encoded answers with a common prompt of `prompt` tokens."""
     row_class = ScoredPairRow if scored else PairRow
     one, two = _labels(first), _labels(second)
     if not prompt:
@@ -320,7 +320,7 @@ class PreferenceEncoder:
 
 
 def _encode_sentence_pair(tokenizer: Any, talk: Conversation) -> Encoded:
-    """Return the earlier turns and the last turn, each ended by SEP."""
+    """Encode the earlier turns and the last turn, each ended by SEP."""
     *earlier, last = talk.messages
     start = list(tokenizer("\n\n".join(turn.content for turn in earlier))["input_ids"])
     end = list(tokenizer(last.content, add_special_tokens=False)["input_ids"])
@@ -338,7 +338,7 @@ def _rejected_conversation(example: PairExample) -> Conversation:
 
 
 def find_answer(row: Encoded, prompt: Sequence[Message], *, encoder: bool = False) -> int:
-    """Return the position of the first answer token, after the assistant turns of `prompt`.
+    """Find the position of the first answer token, after the assistant turns of `prompt`.
 
     Raises:
         RowError: the answer has no token of its own.
@@ -429,7 +429,7 @@ def check_answers(examples: Sequence[Any], loss: str) -> Sequence[tuple[str, int
 
 
 def _find_length_bias(pairs: Sequence[PairExample]) -> list[tuple[str, int, str]]:
-    """Return a finding if answer length alone predicts the preference."""
+    """Find a finding if answer length alone predicts the preference."""
     sizes = [(len(join_turns(pair.chosen)), len(join_turns(pair.rejected))) for pair in pairs]
     longer = sum(a > b for a, b in sizes)
     share = (longer + sum(a == b for a, b in sizes) / 2) / len(pairs)

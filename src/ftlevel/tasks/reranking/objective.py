@@ -39,7 +39,7 @@ class Ranking(Objective):
     has_choice: ClassVar[bool] = False
 
     def count(self, labels: torch.Tensor) -> torch.Tensor:
-        """Return the number of documents, relevant documents, lists or pairs (a scalar)."""
+        """Count the documents, relevant documents, lists or pairs (a scalar)."""
         return count_targets(self.loss, Lists.from_labels(labels))
 
     def loss_sum(
@@ -99,7 +99,7 @@ class RankingMeter:
         return pooled
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Return the means over queries, and the metrics of all pairs."""
+        """Compute the means over queries, and the metrics of all pairs."""
         each = [_score(group) for group in self._groups.values()]
         ranked = [one for one in each if one]
         found = (

@@ -72,7 +72,7 @@ class RerankingTask(BaseTask):
         return prepare_tokenizer(tokenizer, kind)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Return the loss over lists of documents."""
+        """Build the loss over lists of documents."""
         known = options_of(facts)
         return Ranking(known["headline"], loss=known["loss"], pos_weight=known["pos_weight"])
 
@@ -141,7 +141,7 @@ class RerankingTask(BaseTask):
     # ---- rows
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Return queries with their documents."""
+        """Encode queries with their documents."""
         return encoder.fit(encoder.collect(PairEncoder(encoder.tokenizer), examples), table)
 
     def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:

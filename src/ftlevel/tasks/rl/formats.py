@@ -123,7 +123,7 @@ _NAMED = ("prompt", "completion", "completion_ids", "messages")
 
 
 def build_prompt(roles: RoleValues) -> PromptExample:
-    """Return the prompt of a row, and its columns."""
+    """Build the prompt of a row, and its columns."""
     columns = {name: value for name, value in roles.row.items() if name not in _NAMED}
     if (answer := _answer(roles)) is not None:
         columns[ANSWER] = answer

@@ -81,7 +81,7 @@ def combine_rewards(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor
 def compute_advantages(
     rewards: torch.Tensor, lengths: torch.Tensor, loss: str, scale: Scale = "group"
 ) -> torch.Tensor:
-    """Return the advantages of `rewards`, both `(groups, completions)` in float64.
+    """Compute the advantages of `rewards`, both `(groups, completions)` in float64.
 
     Completions with NaN rewards get 0 and do not count in means. A group of equal rewards gets
     exactly 0, except for losses in `GLOBAL`. `lengths` are the active tokens of the completions;

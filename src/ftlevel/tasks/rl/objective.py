@@ -124,7 +124,7 @@ class PolicyGradient(PolicyObjective):
     def find_warnings(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
     ) -> list[str]:
-        """Return a warning if completions are mostly truncated."""
+        """Find a warning if completions are mostly truncated."""
         share = metrics.get("truncated", 0.0)
         if share <= TRUNCATED_SHARE:
             return []
@@ -169,7 +169,7 @@ class RewardMeter:
         return pooled
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Return the metrics: means over prompts of means over completions."""
+        """Compute the metrics: means over prompts of means over completions."""
         if not self._seen:
             return {}
         known = [part[~np.isnan(part[:, 0])] for part in self._seen]

@@ -48,7 +48,7 @@ class RlTask(TextTask):
         return {"most": self.settings.max_completion_length}
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Return the policy objective of the settings."""
+        """Build the policy objective of the settings."""
         return PolicyGradient(
             self.headline,
             temperature=self.settings.temperature,
@@ -78,17 +78,17 @@ class RlTask(TextTask):
     def find_format(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Return the format of `columns`; all others are for the reward functions."""
+        """Find the format of `columns`; all others are for the reward functions."""
         return replace(BaseTask.find_format(self, columns, config, rows), unused=())
 
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Return the format unchanged."""
+        """Read the format unchanged."""
         return format_, []
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Return encoded prompts."""
+        """Encode encoded prompts."""
         if encoder.prompt_format is None:
             raise TypeError("prompts have a format")
         most = self.settings.max_completion_length

@@ -47,7 +47,7 @@ TokenLogps = Callable[[Sequence[CompletionRow]], list[list[float]]]
 def build_completion_row(
     prompt: list[int], completion: list[int], row: int, number: int, values: Sequence[Signal]
 ) -> CompletionRow:
-    """Return the row of a prompt and a completion, with a signal for each of its tokens."""
+    """Build the row of a prompt and a completion, with a signal for each of its tokens."""
     labels = [IGNORED] * len(prompt) + completion
     return CompletionRow(prompt + completion, labels, row, {}, len(prompt), number, tuple(values))
 

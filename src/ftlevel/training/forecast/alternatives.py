@@ -53,7 +53,7 @@ _ATTEMPTS = 6
 
 
 def choose_micro_batch(run: Run, processes: Processes, resumed_tokens: int | None) -> Run:
-    """Return the run with the largest micro-batch that fits, as the first process computes it.
+    """Choose the run with the largest micro-batch that fits, as the first process computes it.
 
     `resumed_tokens` is the micro-batch size in tokens of a resumed run, which is kept.
 
@@ -73,7 +73,7 @@ def choose_micro_batch(run: Run, processes: Processes, resumed_tokens: int | Non
 
 
 def find_memory(speed: SpeedConfig, device: str, processes: Processes) -> int:
-    """Return the bytes a process may allocate for tensors in addition to its current ones."""
+    """Find the bytes a process may allocate for tensors in addition to its current ones."""
     limit = speed.memory_gib
     free = free_memory_bytes(device)
     if device != "cpu":
@@ -239,7 +239,7 @@ def _name_setup(setup: tuple[str, str]) -> tuple[str, str]:
 
 
 def find_cheapest(limits: AlternativeContext) -> Alternative | None:
-    """Return the least costly change that makes the run fit; None if none does.
+    """Find the least costly change that makes the run fit; None if none does.
 
     Changes are tried in this order: fewer rows per micro-batch, checkpointing (a third of the
     speed), 4-bit weights (precision), shorter rows (data).

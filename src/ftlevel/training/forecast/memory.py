@@ -95,7 +95,7 @@ class Pruning:
 
 
 def find_pruning(run: Run) -> Pruning:
-    """Return the pruning of the last block of the planned model."""
+    """Find the pruning of the last block of the planned model."""
     if not (run.fast.enabled and run.fast.packs and run.fast.prunes_last_layer):
         return Pruning()
     last = getattr(run.model.config.get_text_config(), "num_hidden_layers", 1) - 1
@@ -227,7 +227,7 @@ def highest(peaks: Peaks, tokens: int) -> StepMemory:
 
 
 def count_computed_layers(run: Run) -> int:
-    """Return the number of layers computed to estimate the memory of `run`."""
+    """Count the layers computed to estimate the memory of `run`."""
     layers = LayerSample.of(run)
     return sum(layers.count if sample is None else len(sample) for sample in layers.tried)
 

@@ -78,7 +78,7 @@ class FakeModel:
 
 
 def build_fake_model(run: Run, layers: Sequence[int] | None = None) -> FakeModel:
-    """Return the planned model on fake CPU tensors, with the given `layers` per stack or all."""
+    """Build the planned model on fake CPU tensors, with the given `layers` per stack or all."""
     planned, method = run.model, METHODS[run.config.method.kind]
     compute = DTYPES[planned.dtype]
     cut = with_layers(planned.config, layers)
@@ -266,7 +266,7 @@ def load_or_stub_tokenizer(source: ModelSource) -> Any:
 def build_synthetic_batch(
     data: DataConfig, source: ModelSource, card: str | None, rows: int, tokenizer: Any = None
 ) -> SyntheticBatch:
-    """Return substitutes for what is not available on this machine.
+    """Build substitutes for what is not available on this machine.
 
     `card` is a GPU name, None for this machine's device; with `rows` = 0 the real data is used.
     """

@@ -87,7 +87,7 @@ def with_completions(run: Run, rows: list[Encoded]) -> list[Encoded]:
 
 
 def estimate_sampling_parts(run: Run, size: RolloutSize) -> dict[str, int]:
-    """Return part → bytes that sampling takes beside the weights."""
+    """Estimate part → bytes that sampling takes beside the weights."""
     logits = 4 * _LOGITS_COPIES * size.rows * run.model.vocabulary
     return {KEYS_AND_VALUES: 2 * size.cache_bytes(run), LOGITS: logits}
 
@@ -103,7 +103,7 @@ def scoring_models(run: Run) -> list[ModelRef]:
 
 
 def estimate_scoring_bytes(run: Run) -> int:
-    """Return the bytes of the weights of the teacher and the reward models."""
+    """Estimate the bytes of the weights of the teacher and the reward models."""
     return sum(_weight_bytes(ref, run) for ref in scoring_models(run))
 
 
@@ -117,7 +117,7 @@ def _weight_bytes(ref: ModelRef, run: Run) -> int:
 def estimate_sampling_seconds(
     run: Run, size: RolloutSize, weights: int, bandwidth: float, flops: float
 ) -> float:
-    """Return the seconds to sample for all prompts once, from a roofline.
+    """Estimate the seconds to sample for all prompts once, from a roofline.
 
     `weights` are bytes; `bandwidth` bytes/s and `flops` operations/s, as reached.
     """

@@ -143,7 +143,7 @@ def _check_kind(name: str, directory: Path, output_dir: Path | None) -> None:
 
 
 def _read_spec(adapter: StartingAdapter, requested: MethodConfig) -> MethodConfig:
-    """Return the method section that rebuilds the adapter, from its recipe and PEFT config."""
+    """Read the method section that rebuilds the adapter, from its recipe and PEFT config."""
     settings, card = adapter.settings, adapter.card
     kind = card.method if card else _kind_of(adapter)
     run = find_run(adapter.directory)
@@ -286,7 +286,7 @@ def check_adapter_matches(adapter: StartingAdapter, run: Run) -> None:
 
 
 def find_adapter_warnings(adapter: StartingAdapter, run: Run) -> list[str]:
-    """Return warnings about unnamed classes and prompts that differ from the adapter's."""
+    """Find warnings about unnamed classes and prompts that differ from the adapter's."""
     labels = run.data.facts["labels"]
     if adapter.card is None and labels and not run.config.data.labels:
         return [

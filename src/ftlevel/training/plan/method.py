@@ -252,6 +252,6 @@ def check_method(
 
 
 def choose_precision(method: MethodConfig, wish: str, device: str, model_type: str) -> Choice:
-    """Return the compute precision; raise ConfigError if it is not supported."""
+    """Choose the compute precision; raise ConfigError if it is not supported."""
     needed = METHODS[method.kind].initialization.required_dtype(method, wish)
     return needed or choose_dtype(wish, device, method.kind, model_type)

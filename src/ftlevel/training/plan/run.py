@@ -229,7 +229,7 @@ def size_choices(run: Run, *, try_method: bool) -> list[Choice]:
 
 
 def count_trainable(run: Run, *, try_method: bool = False) -> tuple[int, int]:
-    """Return the number of trainable and of all parameters, without weights.
+    """Count trainable and of all parameters, without weights.
 
     The method's own formula is used where it exists, since building every adapter module on the
     meta model takes as long as on the real one. `try_method` builds the modules in any case, for a
@@ -247,7 +247,7 @@ def count_trainable(run: Run, *, try_method: bool = False) -> tuple[int, int]:
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """Return the number of trainable and of all parameters of `model`, each counted once.
+    """Count trainable and of all parameters of `model`, each counted once.
 
     The frozen original that PEFT's `ModulesToSaveWrapper` keeps next to its copy is not counted.
     """
@@ -264,6 +264,6 @@ def count_parameters(model: Any) -> tuple[int, int]:
 
 
 def _count(parameter: Any) -> int:
-    """Return the number of values in `parameter`; 4-bit weights store two per byte."""
+    """Count the values in `parameter`; 4-bit weights store two per byte."""
     packed = type(parameter).__name__ == "Params4bit" or hasattr(parameter, "quant_state")
     return parameter.numel() * (2 if packed else 1)

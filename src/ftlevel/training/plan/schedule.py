@@ -23,7 +23,7 @@ from ftlevel.training.plan.run import Schedule
 
 
 def count_steps_per_epoch(config: TrainerConfig, rows: int) -> int:
-    """Return the number of optimizer steps per epoch of `rows` rows."""
+    """Count optimizer steps per epoch of `rows` rows."""
     micro_steps = math.ceil(rows / config.per_device_train_batch_size / (config.num_processes or 1))
     return max(math.ceil(micro_steps / config.gradient_accumulation_steps), 1)
 
@@ -37,7 +37,7 @@ def rows_per_epoch(config: TrainerConfig, steps_per_rollout: int, rows: int) -> 
 
 
 def count_steps(config: TrainerConfig, rows: int) -> int:
-    """Return the number of optimizer steps of a run on `rows` rows."""
+    """Count optimizer steps of a run on `rows` rows."""
     return config.max_steps or math.ceil(
         config.num_train_epochs * count_steps_per_epoch(config, rows)
     )
@@ -70,7 +70,7 @@ class LearningRates:
 def choose_rates(
     spec: MethodConfig, train: TrainerConfig, facts: RateFacts, share: float = 1, papers: str = ""
 ) -> LearningRates:
-    """Return the peak learning rates: the user's, or the method's defaults for the run.
+    """Choose the peak learning rates: the user's, or the method's defaults for the run.
 
     A `--learning-rate` also applies to new heads, unless `--head-learning-rate` is set. `share` is
     the rate of the task as a multiple of the supervised rate, after `papers`.
@@ -93,7 +93,7 @@ def choose_rates(
 
 
 def find_default_model_warnings(model: ModelConfig, data: DataConfig) -> list[str]:
-    """Return a warning if the user's own data trains the default built-in model."""
+    """Find a warning if the user's own data trains the default built-in model."""
     is_user_data = not data.dataset.startswith("builtin:")
     if not is_user_data or "name_or_path" in model.model_fields_set:
         return []
@@ -133,7 +133,7 @@ def check_schedule(config: TrainerConfig, rate: float, steps: int, validation_ro
 def find_warnings(
     config: TrainerConfig, rows: int, validation_rows: int, *, new_head: bool = True
 ) -> list[str]:
-    """Return warnings about settings that have no effect in a run of this length and head."""
+    """Find warnings about settings that have no effect in a run of this length and head."""
     steps, warnings = count_steps(config, rows), []
     if config.warmup_steps > max(steps, 1):
         reached = (steps - 1) / int(config.warmup_steps)
@@ -174,7 +174,7 @@ def choose_loss(
     names: Sequence[str],
     rows: Sequence[Encoded],
 ) -> tuple[TrainingLoss, list[Choice]]:
-    """Return the training loss for the classes or tags `names`, and the lines that show it.
+    """Choose the training loss for the classes or tags `names`, and the lines that show it.
 
     `rows` are training rows, used to balance classes.
 
@@ -229,7 +229,7 @@ def _check(train: TrainerConfig, task: str, objective: Objective) -> None:
 
 
 def _read_weights(requested: Mapping[str, float], names: Sequence[str]) -> tuple[float, ...]:
-    """Return the weights of `names`, 1 by default; raise ConfigError for unknown names."""
+    """Read the weights of `names`, 1 by default; raise ConfigError for unknown names."""
     unknown = [name for name in requested if name not in names]
     if unknown:
         raise ConfigError(
@@ -260,7 +260,7 @@ def find_bounds(
     device: str,
     dtype: str,
 ) -> LengthBounds:
-    """Return the bounds of a row's length in tokens, by positions and by memory.
+    """Find the bounds of a row's length in tokens, by positions and by memory.
 
     Raises:
         ConfigError: the method's virtual tokens leave no room for text.

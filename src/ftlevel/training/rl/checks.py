@@ -161,7 +161,7 @@ RAN_LONGER, COLLAPSED = 0.2, 0.1
 
 
 def find_rollout_warnings(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return warnings about a reward that rises with length, and about lost entropy.
+    """Find warnings about a reward that rises with length, and about lost entropy.
 
     `records` are those of the log; other tasks have no rollouts in them.
     """

@@ -69,7 +69,7 @@ def build_training_rows(
     reference: TokenLogps | None,
     exchange: Callable[[Any], list[Any]],
 ) -> list[CompletionRow]:
-    """Return the completions of `groups` to train on, with advantages and weights.
+    """Build the completions of `groups` to train on, with advantages and weights.
 
     Completions without an advantage are left out if there is neither a KL penalty nor a teacher.
     `all_groups` has the groups of all processes that count. `old` and `reference` compute
@@ -117,7 +117,7 @@ def has_signal(facts: GroupStatistics) -> bool:
 def compute_metrics(
     all_groups: Sequence[GroupStatistics], names: Sequence[str]
 ) -> dict[str, float]:
-    """Return the metrics of all sampled groups, for the log."""
+    """Compute the metrics of all sampled groups, for the log."""
     ordered = sorted(all_groups, key=lambda facts: facts.row)
     rewards = np.stack([facts.rewards for facts in ordered])
     scores = np.concatenate([facts.scores for facts in ordered])

@@ -303,7 +303,7 @@ def norms_of(differences: Mapping[str, GradientDifference]) -> dict[str, float]:
 
 
 def build_mismatch_error(problem: str, dtype: str) -> RunError:
-    """Return the error that stops a run whose fast step differs from the plain step."""
+    """Build the error that stops a run whose fast step differs from the plain step."""
     return RunError(
         f"--verify-fast: the fast step is not the plain one: in {dtype} {problem}. "
         "Train with --no-fast, and please report it with the command."

@@ -156,7 +156,7 @@ LONGEST = 1_024
 
 
 def choose_probe_rows(rows: Sequence[Encoded]) -> list[Encoded]:
-    """Return the shortest of the first rows, truncated if possible; empty if all are long."""
+    """Choose the shortest of the first rows, truncated if possible; empty if all are long."""
     first = [short for row in rows[:LOOKED_AT] if (short := shorten(row, FEW_TOKENS // 2))]
     selected: list[Encoded] = []
     tokens = 0

@@ -102,7 +102,7 @@ def find_problems(config: Any) -> list[str]:
 
 
 def build_metadata(config: Any) -> Metadata:
-    """Return the metadata keys of the architecture."""
+    """Build the metadata keys of the architecture."""
     family = FAMILIES[config.model_type]
     if family.architecture == "gpt2":
         keys = _describe_gpt2(config)

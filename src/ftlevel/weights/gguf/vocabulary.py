@@ -98,7 +98,7 @@ class Vocabulary:
 
 
 def read_vocabulary(tokenizer: Any, size: int, end: int | None = None) -> Vocabulary:
-    """Return the metadata of `tokenizer` for a model with `size` embeddings.
+    """Read the metadata of `tokenizer` for a model with `size` embeddings.
 
     `end` is the token that it adds to each text; None for EOS.
 
@@ -142,7 +142,7 @@ def read_vocabulary(tokenizer: Any, size: int, end: int | None = None) -> Vocabu
 
 
 def _read_wordpiece(tokenizer: Any, described: Mapping[str, Any], size: int) -> Vocabulary:
-    """Return the metadata of a WordPiece tokenizer; raises InputError for one that is not BERT's.
+    """Read the metadata of a WordPiece tokenizer; raises InputError for one that is not BERT's.
 
     llama.cpp marks the begin of a word where WordPiece marks its continuation.
     """
@@ -259,7 +259,7 @@ def _flags(tokenizer: Any, special: Mapping[str, int]) -> dict[str, bool]:
 
 
 def _find_splitting(described: Mapping[str, Any]) -> str:
-    """Return llama.cpp's name of the pre-tokenizer, or raise InputError if there is none."""
+    """Find llama.cpp's name of the pre-tokenizer, or raise InputError if there is none."""
     model, steps = described["model"], _steps(described["pre_tokenizer"])
     normalizer = described["normalizer"] and described["normalizer"]["type"]
     for name, splittings in PRE_TOKENIZERS.items():

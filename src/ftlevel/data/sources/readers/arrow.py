@@ -41,7 +41,7 @@ class _BatchReader(Reader):
 
     @abstractmethod
     def read_schema(self) -> Any:
-        """Return the Arrow schema of the file."""
+        """Read the Arrow schema of the file."""
 
     @abstractmethod
     def groups(self, first: int) -> Iterator[Iterable[Any]]:
@@ -71,7 +71,7 @@ class ParquetReader(_BatchReader):
     format_name, group_key = "Parquet", "group"
 
     def read_schema(self) -> Any:
-        """Return the Arrow schema of the file."""
+        """Read the Arrow schema of the file."""
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
         # pq.read_table fails on duplicate column names, before they can be checked.
@@ -97,7 +97,7 @@ class ArrowReader(_BatchReader):
     format_name, group_key = "Arrow", "batch"
 
     def read_schema(self) -> Any:
-        """Return the Arrow schema of the file."""
+        """Read the Arrow schema of the file."""
         return self._open().schema
 
     def groups(self, first: int) -> Iterator[Iterable[Any]]:
@@ -137,7 +137,7 @@ def refuse_damaged(path: Path, format_name: str) -> Iterator[None]:
 
 
 def build_arrow_table(table: Any, source: str) -> Table:
-    """Return the rows of a `pyarrow.Table` as a table, numbered from 1.
+    """Build the rows of a `pyarrow.Table` as a table, numbered from 1.
 
     Raises `InputError` for a table without rows, duplicate column names, or media columns.
     """

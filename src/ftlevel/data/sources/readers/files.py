@@ -91,7 +91,7 @@ def read_table(
 
 
 def open_reader(name: str | Path, options: ReadOptions = DEFAULT_READ_OPTIONS) -> Reader:
-    """Return the reader of a file; raise `InputError` if it is missing, unsupported or empty."""
+    """Open the reader of a file; raise `InputError` if it is missing, unsupported or empty."""
     if options.format is not None and f".{options.format}" not in READERS:
         names = [suffix[1:] for suffix in READERS]
         raise InputError(
@@ -130,7 +130,7 @@ def open_reader(name: str | Path, options: ReadOptions = DEFAULT_READ_OPTIONS) -
 
 
 def open_stream(name: str | Path, options: ReadOptions = DEFAULT_READ_OPTIONS) -> Reader:
-    """Return the reader of a file; raise `InputError` if the format cannot be streamed."""
+    """Open the reader of a file; raise `InputError` if the format cannot be streamed."""
     reader = open_reader(name, options)
     if not reader.in_parts:
         streamed = [suffix for suffix, each in READERS.items() if each.in_parts]
@@ -181,7 +181,7 @@ def stem_of(name: str) -> str:
 
 
 def _detect_format(path: Path, shown: str, options: ReadOptions) -> tuple[type[Reader], str]:
-    """Return the reader class of a decompressed file, and a note if its content determined it."""
+    """Detect the reader class of a decompressed file, and a note if its content determined it."""
     if options.format is not None:
         return READERS[f".{options.format}"], ""
     suffix = path.suffix.lower()

@@ -132,7 +132,7 @@ def _find_fault(text: str, value: object) -> str:
 def read_json_lines(
     text: Iterable[str], before: int = 0
 ) -> tuple[list[Row], list[int], list[BadRow]]:
-    """Return the rows, their lines and the bad rows of JSON Lines; blank lines are skipped.
+    """Read the rows, their lines and the bad rows of JSON Lines; blank lines are skipped.
 
     `text` must be split at line feeds only, since strings may contain other line separators.
     `before` is the number of lines that precede it.
@@ -186,7 +186,7 @@ class OneObject:
 
 
 def open_object(text: str) -> OneObject | None:
-    """Return the interpretation of a text that starts with an object; None if it is JSON Lines."""
+    """Open the interpretation of a text that starts with an object; None if it is JSON Lines."""
     start = len(text) - len(text.lstrip())
     try:
         value, end = DECODER.raw_decode(text, start)
@@ -215,7 +215,7 @@ def _is_rows(value: object) -> bool:
 
 
 def _read_columns(value: Mapping[str, Any], *, one_line: bool) -> OneObject | None:
-    """Return the rows of a columnar object: lists, objects by index, or columns and data."""
+    """Read the rows of a columnar object: lists, objects by index, or columns and data."""
     note = "a column a key, as pandas writes them; a row is what has one place in all"
     columns = list(value.values())
     if {"columns", "data"} <= value.keys() and isinstance(value["data"], list):
@@ -330,7 +330,7 @@ class Elements:
 
 
 def read_json_array(text: str, source: str, start: int = 0) -> Elements:
-    """Return the elements of an array of objects; `InputError` if the array is malformed.
+    """Read the elements of an array of objects; `InputError` if the array is malformed.
 
     If `start` is not 0, the array starts there and other text may follow it.
     """

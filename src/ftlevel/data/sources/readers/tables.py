@@ -56,7 +56,7 @@ class CsvReader(Reader):
         check_header(self._header, f"{path}:{line}")
 
     def _read_header(self) -> tuple[list[str], int, Cursor]:
-        """Return the cells of the header, its line number, and the cursor of the first row."""
+        """Read the cells of the header, its line number, and the cursor of the first row."""
         text = TextLines(self.path, universal=True)
         cells = csv.reader(text, delimiter=self.separator, strict=True)
         with _long_cells():

@@ -65,7 +65,7 @@ class TextLines:
 
 
 def read_text(path: Path) -> str:
-    """Return a file's text without a byte order mark; raise `InputError` if it is not UTF-8."""
+    """Read a file's text without a byte order mark; raise `InputError` if it is not UTF-8."""
     return _decode(path, path.read_bytes(), 0, 0).removeprefix("\ufeff")
 
 
@@ -126,7 +126,7 @@ def head_lines(path: Path) -> list[str]:
 
 
 def detect_file_format(path: Path, columns: Collection[str]) -> tuple[str, str] | None:
-    """Return the suffix of the format detected from the content, and the reason; None if unclear.
+    """Detect the suffix of the format detected from the content, and the reason; None if unclear.
 
     `columns` are names that identify the header of a table. The file must not be empty.
     """
@@ -161,7 +161,7 @@ def _is_complete(line: str) -> bool:
 
 
 def _find_table_evidence(lines: list[str], separator: str, columns: Collection[str]) -> str:
-    """Return the evidence for a table with this separator, or ""."""
+    """Find the evidence for a table with this separator, or ""."""
     rows = [row for row in csv.reader(lines, delimiter=separator) if row]
     header = rows[0] if rows else []
     if any(cell in columns or cell.lower() in columns for cell in header):
@@ -198,7 +198,7 @@ class _BlockReader(Reader):
 
     @abstractmethod
     def parse(self, first: int, lines: list[str]) -> list[tuple[int, Row] | BadRow]:
-        """Return the rows of a block, each with its line; the block begins at line `first`."""
+        """Parse the rows of a block, each with its line; the block begins at line `first`."""
 
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
         """Yield the chunks after `cursor`."""
@@ -248,7 +248,7 @@ class ConllReader(_BlockReader):
         self._names = ["tokens", *map(str, range(2, self._width)), "tags"][: self._width]
 
     def parse(self, first: int, lines: list[str]) -> list[tuple[int, Row] | BadRow]:
-        """Return the sentence as a row, or what is wrong with it."""
+        """Parse the sentence as a row, or what is wrong with it."""
         start, words = first, list[list[str]]()
         for number, line in enumerate(lines, first):
             cells = self._cells(line)
@@ -284,5 +284,5 @@ class ParagraphReader(_BlockReader):
     """Reader of plain text; line breaks within a paragraph are kept."""
 
     def parse(self, first: int, lines: list[str]) -> list[tuple[int, Row] | BadRow]:
-        """Return the paragraph as a row."""
+        """Parse the paragraph as a row."""
         return [(first, {"text": "\n".join(line.rstrip("\r\n") for line in lines)})]
