@@ -186,11 +186,11 @@ def move_foreign_files(directory: Path, under: str = "") -> list[str]:
         one, _, file = among.partition("/")
         return file in checkpoints.listed(directory / CHECKPOINTS / one)
 
-    foreign = [
+    unknown = [
         name for name in _files(directory) if name.startswith(under) and not belongs_to_run(name)
     ]
     lines = []
-    for name in sorted(foreign):
+    for name in sorted(unknown):
         if len(Path(name).parts) > 1:
             to = _free(directory / _KEPT / name)
             to.parent.mkdir(parents=True, exist_ok=True)

@@ -95,8 +95,8 @@ class Rates:
             return min(rate * TOKEN_HEAD, 1.0) if self.tokens is None else self.tokens
         return rate
 
-    def choose(self, subject: str, run: RateFacts, name: str = "learning rate") -> Choice:
-        """Choose the rate and its reason; `subject` names the trained part, such as `lora`."""
+    def choose(self, label: str, run: RateFacts, name: str = "learning rate") -> Choice:
+        """Choose the rate and its reason; `label` names the trained part, such as `lora`."""
         narrow = self.measured(run)
         if run.size == 0:
             why = "measured"
@@ -104,7 +104,7 @@ class Rates:
             why = self.source
         else:
             why = f"{narrow:g} on short runs, {self.wide:g} on long ones, {self.source}"
-        return Choice(name, self.rate(run), f"default for {subject} on {run}; {why}")
+        return Choice(name, self.rate(run), f"default for {label} on {run}; {why}")
 
 
 HEAD = Rates(
@@ -120,8 +120,8 @@ DEEP_HEAD = Rates(narrow=5e-3, wide=1e-4, source=HEAD.source, is_heads=True)
 
 def choose_head_rate(run: RateFacts) -> Choice:
     """Choose the rate of a new head and its reason."""
-    rates, subject = (DEEP_HEAD, "a deep head") if run.deep_head else (HEAD, "a linear head")
-    return rates.choose(subject, run, "head learning rate")
+    rates, label = (DEEP_HEAD, "a deep head") if run.deep_head else (HEAD, "a linear head")
+    return rates.choose(label, run, "head learning rate")
 
 
 @dataclass(frozen=True)

@@ -222,5 +222,6 @@ def _check_tensors(path: Path, tensors: Sequence[GGUFTensor], model: Any) -> Non
             expected = tensor.arrange(weight.T if tensor.transposed else weight)
         if not np.array_equal(values, expected.float().cpu().numpy()):
             raise RunError(
-                f"the file is not the model: its tensor {tensor.name} differs. Nothing was saved. Please report this with the command."
+                f"the file is not the model: its tensor {tensor.name} differs. Nothing was saved. "
+                "Please report this with the command."
             )
