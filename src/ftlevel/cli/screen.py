@@ -6,6 +6,7 @@ A closed or full output stream must not end the run.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -151,7 +152,9 @@ class Screen(Listener):
 
     def warn(self, message: str) -> None:
         """Show a warning, even if quiet."""
-        topic = topic_of_module(sys._getframe(1).f_globals["__name__"])
+        frame = inspect.currentframe()
+        caller = frame.f_back if frame else None
+        topic = topic_of_module(caller.f_globals["__name__"]) if caller else None
         text = _plain(with_topic(message, topic))
         self.errors.print(f"[yellow]warning:[/yellow] {text}", highlight=False)
 

@@ -245,7 +245,9 @@ class BaseTask(ABC):
     ) -> None:
         """Write files of other libraries beside an adapter or model; `options` are its card's."""
 
-    def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+    def card_defaults(
+        self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
+    ) -> dict[str, Any]:
         """Return `prompt`, `labels` and `options` for a model without a model card."""
         return {}
 

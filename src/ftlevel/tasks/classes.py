@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.prepare.encoder import Encoder
     from ftlevel.data.prepare.loading import LoadedExamples
+    from ftlevel.models.sources import ModelSource
 
 
 class ClassMeter(PredictionMeter):
@@ -162,7 +163,9 @@ class ClassTask(BaseTask):
         """Return the problem type, as named in transformers."""
         return {"problem_type": facts["problem_type"]}
 
-    def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+    def card_defaults(
+        self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
+    ) -> dict[str, Any]:
         """Return the class names and problem type of the model config."""
         labels = read_labels(model_config)
         usual = _QUANTITY if len(labels) == 1 else _SINGLE

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ftlevel.data.gate.checks import Mask
     from ftlevel.data.prepare.encoder import Encoder
     from ftlevel.data.prepare.loading import LoadedExamples
+    from ftlevel.models.sources import ModelSource
 
 
 MAX_ANSWER_TOKENS = 30
@@ -148,7 +149,9 @@ class SpanTask(BaseTask):
         """Return the stride of the windows, and whether questions may have no answer."""
         return {"doc_stride": config.doc_stride, "unanswerable": facts["unanswerable"]}
 
-    def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+    def card_defaults(
+        self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
+    ) -> dict[str, Any]:
         """Return default window options."""
         return {"options": {"doc_stride": 128, "unanswerable": False}}
 

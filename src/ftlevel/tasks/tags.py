@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.prepare.encoder import Encoder
     from ftlevel.data.prepare.loading import LoadedExamples
+    from ftlevel.models.sources import ModelSource
 
 
 _TAG = re.compile(r"O|[BIESLU]-.+")
@@ -126,7 +127,9 @@ class TagTask(BaseTask):
         """Build the cross entropy of the words' tags."""
         return Tags(self.headline, names=tuple(facts.get("labels", ())))
 
-    def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+    def card_defaults(
+        self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
+    ) -> dict[str, Any]:
         """Return the tag names of the model config."""
         return {"labels": read_labels(model_config)}
 

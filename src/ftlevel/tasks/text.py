@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.prepare.encoder import Encoder
     from ftlevel.data.prepare.loading import LoadedExamples
+    from ftlevel.models.sources import ModelSource
 
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
@@ -176,7 +177,9 @@ class TextTask(BaseTask):
         """Build the cross entropy of the target's tokens."""
         return Tokens(self.headline, kind == "encoder-decoder", kind == "decoder")
 
-    def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+    def card_defaults(
+        self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
+    ) -> dict[str, Any]:
         """Return the default prompt format of `train`."""
         prompt = choose_format(tokenizer, kind, self.instruction, self.answer_cue)
         return {"prompt": prompt.to_dict()}

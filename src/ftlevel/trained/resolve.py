@@ -362,7 +362,7 @@ def build_default_card(
         task.auto_class(kind, config.model_type)  # raises if the model does not support the task
         tokenizer = load_tokenizer(find_tokenizer(source, directory))
         ensure_pad_token(tokenizer)
-        defaults = task.card_defaults(config, tokenizer, kind)
+        defaults = task.card_defaults(source, config, tokenizer, kind)
     return AdapterCard(
         method=str(settings["peft_type"]).lower().replace("_", "-") if settings else PLAIN,
         task=task.name if task is not None else "",

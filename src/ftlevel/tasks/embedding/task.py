@@ -123,16 +123,13 @@ class EmbeddingTask(BaseTask):
         """Maximum length of the model's embedding format."""
         return self.form.max_length
 
-    def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+    def card_defaults(
+        self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
+    ) -> dict[str, Any]:
         """Return the embedding format of a model that ftlevel did not train."""
-        name = str(getattr(model_config, "name_or_path", ""))
-        revision = getattr(model_config, "_commit_hash", None)  # of a model on the Hub
-        is_local = Path(name).is_dir() or revision is None
-        form = _read_format(
-            ModelSource(name, "directory" if is_local else "hub", name, revision=revision)
-        )
+        form = _read_format(source)
         form = form or EmbeddingFormat("last" if kind == "decoder" else "mean", normalize=True)
-        end = _end_of(tokenizer, name) if form.pooling == "last" else None
+        end = _end_of(tokenizer, source.name) if form.pooling == "last" else None
         known = {"form": asdict(form), "end": end, "loss": DEFAULT_LOSSES["pairs"]}
         return {"options": {"embedding": known}}
 

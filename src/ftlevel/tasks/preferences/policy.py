@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ftlevel.data.gate.checks import Mask
     from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData
     from ftlevel.data.prepare.loading import LoadedExamples
+    from ftlevel.models.sources import ModelSource
 
 
 _HIDDEN = ("loss", "reference")
@@ -185,10 +186,12 @@ class AnswerTask(BaseTask):
 class PreferenceTask(AnswerTask, TextTask):
     """Task of a policy model, which generates text."""
 
-    def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+    def card_defaults(
+        self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
+    ) -> dict[str, Any]:
         """Return the default prompt format of `train`, and a loss without reference."""
         alone = {"preference": {"loss": "dpo", "reference": "none"}}
-        return {**super().card_defaults(model_config, tokenizer, kind), "options": alone}
+        return {**super().card_defaults(source, model_config, tokenizer, kind), "options": alone}
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
         """Build the objective of the loss in `facts`."""

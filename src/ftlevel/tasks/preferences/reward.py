@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.prepare.encoder import Encoder
     from ftlevel.data.prepare.loading import LoadedExamples
+    from ftlevel.models.sources import ModelSource
 
 BINS = 10
 """Number of bins of the calibration error."""
@@ -63,7 +64,9 @@ class RewardTask(AnswerTask):
         """Return the loss, and `regression` as problem type."""
         return {**super().card_options(config, facts), "problem_type": "regression"}
 
-    def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+    def card_defaults(
+        self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
+    ) -> dict[str, Any]:
         """Return regression options; raises `InputError` if the model has more than one label."""
         if model_config.num_labels != 1:
             raise InputError(

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.prepare.encoder import Encoder
     from ftlevel.data.prepare.loading import LoadedExamples
+    from ftlevel.models.sources import ModelSource
 
 SIGMOID = "torch.nn.modules.activation.Sigmoid"
 IDENTITY = "torch.nn.modules.linear.Identity"
@@ -108,7 +109,9 @@ class RerankingTask(BaseTask):
         """Return the loss and its settings, and `regression` as problem type."""
         return {"problem_type": "regression", "reranking": dict(facts["reranking"])}
 
-    def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+    def card_defaults(
+        self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
+    ) -> dict[str, Any]:
         """Return options for a CrossEncoder; raises `InputError` for more than one label."""
         if model_config.num_labels != 1:
             raise InputError(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.prepare.encoder import Encoder
     from ftlevel.data.prepare.loading import LoadedExamples
+    from ftlevel.models.sources import ModelSource
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,14 @@ class RlTask(TextTask):
             teacher=self.teacher,
         )
 
-    def card_defaults(self, model_config: Any, tokenizer: Any, kind: str) -> dict[str, Any]:
+    def card_defaults(
+        self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
+    ) -> dict[str, Any]:
         """Return the default prompt format of `train`, and the settings without a reward."""
-        return {**super().card_defaults(model_config, tokenizer, kind), "options": {"rl": {}}}
+        return {
+            **super().card_defaults(source, model_config, tokenizer, kind),
+            "options": {"rl": {}},
+        }
 
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings, which held-out prompts are sampled and scored with."""
