@@ -28,7 +28,7 @@ published. The short answer: **LoRA**, at ftlevel's default learning rate. The o
 | several tasks on one base in one batch, never merged | [adapter](guide/adapter.md), [prefix](guide/prefix.md) |
 | a baseline that costs nothing | [ln-tuning](guide/ln-tuning.md), or the head alone: `--method full --set method.freeze_base=true` |
 
-Then ask your own rows: no table of others' tells what yours will say.
+Then compare the methods on your own rows: results on other data do not predict yours.
 
 <!-- not run: names stand for files of yours; docs/transcript.md runs the like -->
 ```sh

@@ -346,8 +346,8 @@ def _arrow_field(name: str, kind: str, width: int) -> Any:
 class NumpyFile(RowFile):
     """A NumPy array of the embeddings, `(rows, dims)` in float32; NaN for rows without one.
 
-    Until it is complete, its header has 0 rows. It has no other columns, so a resumed file is
-    compared with the rows by their number only.
+    Until it is complete, its header declares 0 rows. The array has no columns that identify rows,
+    so when a file is resumed, only its number of rows is checked.
     """
 
     def __init__(self, path: Path, columns: RowColumns) -> None:

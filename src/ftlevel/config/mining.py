@@ -48,11 +48,14 @@ class MineConfig(Section):
     negatives: Positive = Field(5, description="Number of negatives per query.")
     relative_margin: Annotated[float, Field(ge=0, le=1)] = Field(
         0.05,
-        description="Distance of a negative from the lowest positive, as a share of its score. "
-        "Documents that score higher are likely to be relevant and are skipped.",
+        description="Minimum distance of negatives below the lowest-scored positive, as a share "
+        "of that score. Documents closer to it, or above it, are probably relevant and are "
+        "skipped.",
     )
     ranks: Ranks | None = Field(
-        None, description="Range of ranks among the documents that are not skipped; default: 1-100."
+        None,
+        description="Ranks that negatives are taken from, counted without skipped documents; "
+        "default: 1-100.",
     )
     sampling: Literal["top", "random"] = Field(
         "top", description="Selection of negatives in the range: the first ones, or at random."

@@ -256,13 +256,13 @@ class TrainerConfig(Decoding):
     on_nonfinite: Literal["stop", "skip", "rollback"] = Field(
         "stop",
         description="Action when loss or gradient is NaN: stop, skip or rollback. Also for "
-        "infinite values. skip leaves the step out; rollback restores the newest "
-        "checkpoint's weights and leaves out the steps since.",
+        "infinite values. skip ignores the step; rollback also restores the newest "
+        "checkpoint's weights and skips the steps since.",
     )
     spike_factor: Annotated[float, Field(gt=1)] | None = Field(
         None,
-        description="Loss spike threshold; restores the newest checkpoint's weights. A spike is"
-        " a loss above this multiple of the median of the last 20 steps; the step is skipped. "
+        description="Loss spike threshold: multiple of the median loss of the last 20 steps. A "
+        "step above it is skipped, and the newest checkpoint's weights, if any, are restored. "
         "Default: off.",
     )
     label_smoothing_factor: Share = Field(

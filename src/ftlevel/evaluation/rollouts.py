@@ -95,9 +95,10 @@ class Seconds:
 
 
 class Rollouts:
-    """Samples with a model (mutated while it samples) and scores with `rewards` or a `teacher`.
+    """Samples completions from a model (mutated meanwhile) and scores them.
 
-    `why_generate` says why transformers' `generate` samples; empty if the decoder does.
+    Scores come from `rewards`, token log-probabilities from a `teacher`. `why_generate` is the
+    reason why transformers' `generate` samples; empty if ftlevel's own decoder does.
     """
 
     def __init__(

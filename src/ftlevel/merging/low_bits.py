@@ -139,8 +139,8 @@ _TOLERANCE = 1e-4
 class QuantizedMerge:
     """A merged model that was written in 4 or 8 bits.
 
-    `linears` is the number of quantized weights. `sums` maps each layer to the expected row sums of
-    its weight times fixed signs, (out,), which are compared after reloading.
+    `linears` is the number of quantized weights. `sums` maps each layer to a checksum that is
+    compared after reloading: W @ s of its weight W and a fixed sign vector s, shape (out,).
     """
 
     linears: int

@@ -365,7 +365,7 @@ class FtlevelTrainer(Trainer):
 
     @contextlib.contextmanager
     def standalone_steps(self, dtype: str) -> Iterator[None]:
-        """Compute steps in dtype `dtype` before training, and restore the token counts."""
+        """Let the block compute steps in `dtype` outside of training; then restore token counts."""
         seen, computed = self.tokens_seen.clone(), self.tokens_computed
         self._compute_dtype = dtype
         try:

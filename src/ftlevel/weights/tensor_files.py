@@ -70,7 +70,7 @@ class StoredTensor:
     offset: int
 
     def read(self) -> torch.Tensor:
-        """Read the tensor in newly allocated memory."""
+        """Read the tensor into newly allocated memory."""
         if self.spec.nbytes == 0:
             return torch.empty(self.spec.shape, dtype=self.spec.dtype)
         tensor = torch.empty(self.spec.nbytes, dtype=torch.uint8)

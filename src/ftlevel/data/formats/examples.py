@@ -193,7 +193,7 @@ class Question:
 
 
 class Example(Protocol):
-    """Protocol of all examples; tasks may define their own."""
+    """Protocol of all examples; a task may define its own example class."""
 
     @property
     def row(self) -> int:

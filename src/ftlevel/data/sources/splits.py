@@ -341,8 +341,8 @@ def _match_training_files(
 ) -> Sequence[str | Path]:
     """Return a file, or the files that match a pattern, all of them training files.
 
-    Raises `InputError` if `split` is given, no file matches, or some but not all are named like
-    validation or test data.
+    Raises `InputError` if `split` is neither None nor "train", no file matches, or some but not
+    all are named like validation or test data.
     """
     if split not in (None, "train"):
         description = "a pattern of files" if source == "pattern" else "one file"

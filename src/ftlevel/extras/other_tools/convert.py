@@ -60,7 +60,7 @@ def convert(file: Path) -> list[str]:
 
 
 def _sort_keys(values: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Return the arguments of each key with a counterpart, and the reason for each other key."""
+    """Return the flags of each key with an equivalent here, and why other keys have none."""
     specs = build_flag_specs("train", FLAGS)
     typed: dict[str, list[str]] = {}
     lost: dict[str, str] = {}

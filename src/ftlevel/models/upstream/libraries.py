@@ -43,7 +43,7 @@ def check_template(template: str) -> None:
 
 
 def shared_order() -> Any:
-    """Return Trainer's sampler class for a single process."""
+    """Return accelerate's seeded sampler class, whose row order is the same in all processes."""
     from accelerate.data_loader import SeedableRandomSampler
 
     return SeedableRandomSampler

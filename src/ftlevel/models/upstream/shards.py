@@ -374,9 +374,10 @@ class UnreadWeights:
     def put_aside(
         self, parts: Sequence[nn.Module], keep: Collection[nn.Parameter]
     ) -> Callable[[], None]:
-        """Replace unread weights of `parts` by meta tensors (mutated), before sharding.
+        """Replace weights of `parts` (mutated) that are not read yet by meta tensors.
 
-        Weights in `keep` stay. Returns a function that reads this process's rows after sharding.
+        Call it before sharding. Weights in `keep` stay. Returns a function that, after
+        sharding, reads only the rows of each weight that belong to this process.
         """
         waiting: list[tuple[dict[str, Any], str, Unread]] = []
         shapes: dict[nn.Parameter, nn.Parameter] = {}  # tied tensors stay tied

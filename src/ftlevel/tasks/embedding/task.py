@@ -292,7 +292,7 @@ class EmbeddingTask(BaseTask):
         return 0
 
     def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Return findings about the documents of the whole set."""
+        """Return findings about the documents of the whole training set."""
         return check_documents(examples)
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:

@@ -189,7 +189,7 @@ class PreferenceTask(AnswerTask, TextTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Return the default prompt format of `train`, and a loss without reference."""
+        """Return the defaults without a model card: the prompt format, DPO without a reference."""
         alone = {"preference": {"loss": "dpo", "reference": "none"}}
         return {**super().card_defaults(source, model_config, tokenizer, kind), "options": alone}
 
