@@ -25,7 +25,8 @@ underscores are equal; a switch takes `true`, `false`, `yes`, `no`, `1` or `0`.
 
 A spelling sets a field, asks for what is done anyway (`as it is`), or is refused with a reason.
 [ftlevel train](commands/train.md) lists other tools' names of each flag. Configuration files of
-Axolotl, LLaMA-Factory, ms-swift, TRL and verl are converted, with a note on each key without a counterpart:
+Axolotl, LLaMA-Factory, ms-swift, TRL and verl are converted, with a note on each key without a
+counterpart:
 
 <!-- not run: tests/cli/test_recipes.py converts files of each tool -->
 

@@ -41,7 +41,8 @@ reason; `--format merged` merges them.
 
 `served.json` contains six prompts as text, token ids and messages, with the greedy answers and
 log-probabilities of run and base. README.md in the same directory has the command that
-starts the server. A chat template that differs from the base's is written as `chat_template.jinja`. Added tokens are refused, because
+starts the server. A chat template that differs from the base's is written as
+`chat_template.jinja`. Added tokens are refused, because
 servers use the base's tokenizer. A run on a quantized base is written for the full-precision base,
 and the KL between the two is reported.
 
