@@ -221,7 +221,7 @@ SPELLINGS: list[Spelled] = [
         ("--deepspeed ds.json", "--num-processes N"),
         ("--fsdp full_shard", "--num-processes N"),
         ("--torch_compile", "compiled steps are not offered"),
-        ("--auto_find_batch_size", "--auto-micro-batch keeps them"),
+        ("--auto_find_batch_size", "--auto-micro-batch keeps it"),
     ),
     *_sets(
         PEFT, "sft/run_peft.sh",
@@ -406,8 +406,7 @@ SPELLINGS: list[Spelled] = [
         LLAMA_FACTORY, "train_lora/qwen3_lora_sft.sh",
         ("--stage sft", "that is what ftlevel train does"),
         ("--do_train", "ftlevel train trains"),
-        ("--save_only_model false", "checkpoints are complete; use --save-strategy no to write "
-                                    "none."),
+        ("--save_only_model false", "checkpoints contain everything needed to resume"),
         ("--plot_loss", "metrics.jsonl"),
     ),
     *_sets(
@@ -500,7 +499,7 @@ SPELLINGS: list[Spelled] = [
         ("--dataloader_num_workers 4", "rows are encoded before the run"),
         ("--dataloader_pin_memory false", "rows are encoded before the run"),
         ("--dataloader_drop_last false", "the last incomplete batch is used too"),
-        ("--disable_tqdm true", "in a terminal alone"),
+        ("--disable_tqdm true", "in terminals only"),
         ("--log_level info", "progress and warnings are shown"),
         ("--include_num_input_tokens_seen", "summary.json counts"),
         ("""--gradient_checkpointing_kwargs '{"use_reentrant": false}'""", "without reentrant"),

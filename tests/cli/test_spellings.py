@@ -175,12 +175,12 @@ def test_switches_of_what_is_not_here_may_be_off(capsys: pytest.CaptureFixture[s
         ("--task CAUSAL_LM", {"task": "text-generation"}, "'CAUSAL_LM' is an alias"),
         ("--task classification", {"task": "text-classification"}, "an alias"),
         ("--method LoRA", {"method.kind": "lora"}, ""),
-        ("--method dora", {"method.kind": "lora", "method.use_dora": True}, "'dora' is another"),
+        ("--method dora", {"method.kind": "lora", "method.use_dora": True}, "'dora' is an alias"),
         ("--method prefix_tuning", {"method.kind": "prefix"}, "an alias"),
         ("--quant 4", {"quant.kind": "4bit"}, "'4' is an alias"),
         ("--quant int8", {"quant.kind": "8bit"}, "'int8' is an alias"),
         ("--quant FP4", {"quant.kind": "4bit", "quant.quant_type": "fp4"}, "quant_type=fp4"),
-        ("--set quant=nf4", {"quant.kind": "4bit", "quant.quant_type": "nf4"}, "another word"),
+        ("--set quant=nf4", {"quant.kind": "4bit", "quant.quant_type": "nf4"}, "is an alias"),
     ],
 )
 def test_words_of_the_field(

@@ -13,8 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ftlevel.artifacts.files import check_regular, write_json
 from ftlevel.artifacts.run_directory import RunDirectory, find_run
 from ftlevel.config import QuantConfig
@@ -152,6 +150,8 @@ def _front_matter(
     A base model that is not on the Hub is left out, since the Hub refuses other names. The license
     is that of the base model.
     """
+    import yaml  # lazy: list-methods needs none
+
     metadata = {
         **({"base_model": base["name"]} if base.get("kind") == "hub" else {}),
         **({"base_model_relation": relation} if base.get("kind") == "hub" else {}),
@@ -167,6 +167,7 @@ def _front_matter(
 
 def base_license(base: Mapping[str, Any]) -> dict[str, str]:
     """Return the license fields in the model card of `base`, if the card is on this disk."""
+    import yaml
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.repocard import metadata_load
 

@@ -107,9 +107,9 @@ def test_the_reason_says_what_the_rate_is_for() -> None:
     [
         ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": "lr_end=0.1"}, 0,
          "lr_end=0.1: it must be below the learning rate 0.01. Use less than 0.01"),
-        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, 0, "nothing is evaluated"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, 0, "needs validation rows"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "no"}, 5,
-         "nothing is evaluated"),
+         "needs validation rows"),
         ({"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 0.5,
           "lr_scheduler_kwargs": "num_decay_steps=51"}, 0, "are warm-up. Use at most 50."),
     ],
