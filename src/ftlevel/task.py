@@ -51,10 +51,6 @@ class TrainingLoss:
         return not (self.smoothing or self.is_weighted)
 
 
-Task = Any
-"""A `tasks.base.BaseTask`. Its methods take and return types of `data`, which cannot import it."""
-
-
 class Meter(Protocol):
     """Metrics accumulated batch by batch, without storing logits and without the loss."""
 

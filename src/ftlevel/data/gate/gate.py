@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,12 +28,26 @@ from ftlevel.data.gate.checks import (
 from ftlevel.data.gate.similarity import Digests
 from ftlevel.data.sources.table import BadRow, Table, handle_bad_rows
 from ftlevel.errors import InputError
-from ftlevel.task import Task
+from ftlevel.task import Checks
 
 MAX_COMPARED = 250_000
 """Maximum number of examples whose words are compared, at up to 150 bytes each."""
 
 _NO_ROWS = np.zeros(0, dtype=np.int64)
+
+
+class CheckedTask(Protocol):
+    """What the data checks use of a task; `tasks.base.BaseTask` documents the members."""
+
+    # ruff: disable[D102]
+    @property
+    def checks(self) -> Checks: ...
+
+    def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]: ...
+
+    def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]: ...
+
+    # ruff: enable[D102]
 
 
 @dataclass
@@ -83,7 +97,7 @@ class Gate:
     """The data checks: `policy` has the action of each, `task` and `context` select them."""
 
     policy: GateConfig
-    task: Task
+    task: CheckedTask
     context: TokenCheckContext
 
     def check_split(

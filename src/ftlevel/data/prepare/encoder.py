@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa  # type: ignore[import-untyped]
 
@@ -24,14 +24,66 @@ from ftlevel.data.encoding.fit import (
     fit_targets,
 )
 from ftlevel.data.encoding.store import RowStore, to_batch, write_store
+from ftlevel.data.formats.detect import Format
 from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.gate import Finding
 from ftlevel.data.gate.checks import TextCheckContext, TokenCheckContext, find_empty_thinks
-from ftlevel.data.gate.gate import Gate, special_token_ids
+from ftlevel.data.gate.gate import CheckedTask, Gate, special_token_ids
 from ftlevel.data.gate.similarity import Digests, words_path
-from ftlevel.data.sources.table import Table
+from ftlevel.data.sources.table import BadRow, Row, Table
 from ftlevel.errors import InputError
-from ftlevel.task import Task
+
+
+class DataTask(CheckedTask, Protocol):
+    """What preparing data uses of a task; `tasks.base.BaseTask` documents the members."""
+
+    # ruff: disable[D102]
+    @property
+    def name(self) -> str: ...
+    @property
+    def instruction(self) -> str: ...
+    @property
+    def answer_cue(self) -> str: ...
+    @property
+    def builtin_subset(self) -> str: ...
+    @property
+    def needs_offsets(self) -> bool: ...
+    @property
+    def split_text(self) -> str: ...
+    @property
+    def encoding_options(self) -> Mapping[str, Any]: ...
+
+    def find_format(
+        self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
+    ) -> Format: ...
+
+    def read_columns(
+        self, format_: Format, table: Table, config: DataConfig
+    ) -> tuple[Format, list[Choice]]: ...
+
+    def label_role(self, format_: Format) -> str | None: ...
+
+    def find_inconsistent_labels(
+        self, examples: Sequence[Any], labels: LabelSet, table: Table
+    ) -> list[BadRow]: ...
+
+    def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None: ...
+
+    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows: ...
+
+    def facts(self, loaded: Any) -> Mapping[str, Any]: ...
+
+    def describe_rows(self, loaded: Any, facts: Mapping[str, Any]) -> list[Choice]: ...
+
+    def finish_data(
+        self, prepared: PreparedData, config: DataConfig, context: EncodingContext
+    ) -> PreparedData: ...
+
+    def evaluation_rows(
+        self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
+    ) -> Sequence[Encoded]: ...
+
+    # ruff: enable[D102]
 
 
 @dataclass(frozen=True)
@@ -44,7 +96,7 @@ class EncodingContext:
         lenient: drop and report rows that would stop the run, as in a preview.
     """
 
-    task: Task
+    task: DataTask
     kind: str
     tokenizer: Any
     vocabulary: int
@@ -188,7 +240,7 @@ class Encoder:
         ignore_max_length: whether to ignore the configured length and use `bounds` only.
     """
 
-    task: Task
+    task: DataTask
     kind: str
     tokenizer: Any
     config: DataConfig

@@ -18,7 +18,7 @@ from ftlevel.data.formats.columns import columns_exist
 from ftlevel.data.formats.detect import Format, RoleValues
 from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.formats.turns import UnusableRowError
-from ftlevel.data.prepare.encoder import EncodingContext
+from ftlevel.data.prepare.encoder import DataTask, EncodingContext
 from ftlevel.data.prepare.loading import open_converter, read_splits
 from ftlevel.data.sources.hub import iterate_rows
 from ftlevel.data.sources.lines import CHUNK_ROWS
@@ -27,7 +27,6 @@ from ftlevel.data.sources.splits import DatasetSplits
 from ftlevel.data.sources.streams import Chunk, Reader
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError, join_names, quote
-from ftlevel.task import Task
 
 
 @dataclass(frozen=True)
@@ -264,7 +263,7 @@ def load_evaluation_rows(
     return EvaluationRows(table, rows, name, fitted.dropped, language, splits.name, note, used)
 
 
-def _without_absent(config: DataConfig, table: Table, task: Task) -> tuple[DataConfig, str]:
+def _without_absent(config: DataConfig, table: Table, task: DataTask) -> tuple[DataConfig, str]:
     """Drop the column mapping and format of training if they do not fit `table`; return a note."""
     present = {
         role: column

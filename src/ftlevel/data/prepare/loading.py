@@ -28,13 +28,12 @@ from ftlevel.data.formats.labels import (
 from ftlevel.data.gate import Finding, build_finding, explain_stop
 from ftlevel.data.gate.checks import flat_batches
 from ftlevel.data.gate.gate import handle_unusable_rows
-from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, Progress
+from ftlevel.data.prepare.encoder import DataTask, EncodingContext, PreparedData, Progress
 from ftlevel.data.sources.lines import CHUNK_ROWS, STDIN
 from ftlevel.data.sources.readers.refused import refuse_media_columns
 from ftlevel.data.sources.splits import DatasetSplits, hold_out, join_splits, load_splits
 from ftlevel.data.sources.table import Table, handle_bad_rows
 from ftlevel.errors import ConfigError, InputError, did_you_mean, join_names, quote, reading
-from ftlevel.task import Task
 
 BUILTIN_ROWS = 192
 """Default number of training rows of a built-in dataset, for a quick first run."""
@@ -59,7 +58,7 @@ class LoadedExamples:
 
 
 def load_examples(
-    config: DataConfig, task: Task, seed: int, *, lenient: bool = False
+    config: DataConfig, task: DataTask, seed: int, *, lenient: bool = False
 ) -> LoadedExamples:
     """Read the dataset and convert its rows to examples of `task`.
 
@@ -70,7 +69,7 @@ def load_examples(
 
 
 def convert_splits(
-    splits: DatasetSplits, config: DataConfig, task: Task, *, lenient: bool
+    splits: DatasetSplits, config: DataConfig, task: DataTask, *, lenient: bool
 ) -> LoadedExamples:
     """Convert the rows of `splits` to examples; arguments as in `load_examples`."""
     _check_ignored(splits, config)
@@ -104,7 +103,7 @@ def _check_ignored(splits: DatasetSplits, config: DataConfig) -> None:
 
 
 def open_converter(
-    table: Table, config: DataConfig, task: Task, *, lenient: bool = False
+    table: Table, config: DataConfig, task: DataTask, *, lenient: bool = False
 ) -> tuple[Converter, list[Choice]]:
     """Open a converter for rows like those of `table`, and log lines."""
     shape = task.find_format(table.columns, config, table.rows[:CHUNK_ROWS])
@@ -118,7 +117,7 @@ class Converter:
     """Converts tables to examples; `shape` adds label merging to the detected format."""
 
     config: DataConfig
-    task: Task
+    task: DataTask
     detected: Format
     shape: Format
     lenient: bool
@@ -192,7 +191,7 @@ class Converter:
         return table, to_examples(table, self.shape)
 
 
-def read_splits(config: DataConfig, task: Task, seed: int) -> DatasetSplits:
+def read_splits(config: DataConfig, task: DataTask, seed: int) -> DatasetSplits:
     """Read the splits after joining, holding out and sampling as configured."""
     parts = [_read_one(name, config, task, config.split) for name in (config.dataset, *config.also)]
     splits = parts[0] if len(parts) == 1 else join_splits(parts, config.mix, seed)
@@ -210,7 +209,7 @@ def read_splits(config: DataConfig, task: Task, seed: int) -> DatasetSplits:
     return replace(splits, train=train, validation=validation)
 
 
-def _read_one(name: str, config: DataConfig, task: Task, split: str | None) -> DatasetSplits:
+def _read_one(name: str, config: DataConfig, task: DataTask, split: str | None) -> DatasetSplits:
     builtin = name.startswith("builtin:")
     with reading(name):
         return load_splits(
@@ -323,7 +322,7 @@ _TASK_FACTS = {"problem_type": None, "unanswerable": False, "target_language": "
 
 def _facts(
     loaded: LoadedExamples,
-    task: Task,
+    task: DataTask,
     fitted: FittedRows,
     train: Sequence[Encoded],
     validation: Sequence[Encoded],
@@ -360,7 +359,7 @@ def _facts(
 
 def _choices(
     loaded: LoadedExamples,
-    task: Task,
+    task: DataTask,
     fitted: FittedRows,
     validation: Sequence[Encoded],
     facts: Mapping[str, Any],
