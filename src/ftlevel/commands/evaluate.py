@@ -35,11 +35,7 @@ from ftlevel.evaluation.intervals import (
     select_metrics,
     uses_text_metrics,
 )
-from ftlevel.evaluation.model_pair import (
-    build_comparison_inputs,
-    choose_leader,
-    resolve_pair,
-)
+from ftlevel.evaluation.model_pair import build_comparison_inputs, choose_leader, resolve_pair
 from ftlevel.evaluation.retrieval import evaluate_retrieval
 from ftlevel.evaluation.rewards import RewardEvaluator, open_rewards, open_teacher
 from ftlevel.evaluation.rollouts import Rollouts

@@ -20,12 +20,7 @@ from ftlevel.evaluation.two_models import Agreement, ComparisonProbe, compare_ro
 from ftlevel.events import Listener, NullListener
 from ftlevel.merging.formats.base import MergeOutput, plan_export
 from ftlevel.merging.low_bits import WeightsAsLoaded, choose_gguf_codes
-from ftlevel.merging.merge_input import (
-    MergeInput,
-    choose_rows,
-    find_adapter,
-    resolve_merge_input,
-)
+from ftlevel.merging.merge_input import MergeInput, choose_rows, find_adapter, resolve_merge_input
 from ftlevel.merging.merged_model import open_merger
 from ftlevel.merging.verify import load_merged
 from ftlevel.models.hardware import choose_device
@@ -70,10 +65,7 @@ def export(
             ref = next(iter(refs.values()))
         else:
             ref = resolve_model(
-                config.model,
-                base=config.base_model,
-                device=device.value,
-                revision=config.revision,
+                config.model, base=config.base_model, device=device.value, revision=config.revision
             )
             if ref.configured_task.served_as != "classifiers":
                 config = config.for_embeddings()

@@ -24,11 +24,7 @@ from ftlevel.errors import ConfigError
 from ftlevel.evaluation.two_models import Agreement, ComparisonProbe, RowLogits, compare_rows
 from ftlevel.events import Listener, NullListener
 from ftlevel.merging.low_bits import compare_quantized, quantize_merged, resolve_quantization
-from ftlevel.merging.merge_input import (
-    MergeInput,
-    choose_rows,
-    resolve_merge_input,
-)
+from ftlevel.merging.merge_input import MergeInput, choose_rows, resolve_merge_input
 from ftlevel.merging.merged_model import write_merged
 from ftlevel.merging.mixture import mix
 from ftlevel.merging.verify import Candidate, check, measure

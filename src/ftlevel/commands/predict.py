@@ -28,12 +28,7 @@ from ftlevel.data.sources.readers.files import ReadOptions, is_pattern
 from ftlevel.data.sources.readers.refused import refuse_media_columns
 from ftlevel.data.sources.streams import Reader
 from ftlevel.errors import ConfigError, InputError, Interrupted, join_names
-from ftlevel.evaluation.answers import (
-    PROMPTS,
-    InferenceModel,
-    RowCounts,
-    predict_rows,
-)
+from ftlevel.evaluation.answers import PROMPTS, InferenceModel, RowCounts, predict_rows
 from ftlevel.events import Listener, NullListener
 from ftlevel.models.hardware import choose_device, choose_threads
 from ftlevel.models.kinds import width_of
@@ -129,10 +124,7 @@ def _check(config: PredictConfig, rows: Any) -> None:
 
 
 def _prepare(
-    config: PredictConfig,
-    rows: Any,
-    stream: IO[str] | None,
-    stack: contextlib.ExitStack,
+    config: PredictConfig, rows: Any, stream: IO[str] | None, stack: contextlib.ExitStack
 ) -> _PredictJob:
     """Resolve the model, open and check the rows, and skip rows already written."""
     device = choose_device(config.device)
@@ -184,10 +176,7 @@ def _settings(ref: ModelRef) -> TrainConfig:
 
 
 def _open(
-    config: PredictConfig,
-    rows: Any,
-    task: BaseTask,
-    settings: TrainConfig,
+    config: PredictConfig, rows: Any, task: BaseTask, settings: TrainConfig
 ) -> tuple[RowSource, Reader | None]:
     """Open the rows, with the first ones already read, and their file."""
     ignored = config.ignore_columns or settings.data.ignore_columns

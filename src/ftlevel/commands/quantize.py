@@ -14,10 +14,7 @@ from typing import Any
 
 import torch
 
-from ftlevel.artifacts.cards import (
-    library_versions,
-    write_quantized_readme,
-)
+from ftlevel.artifacts.cards import library_versions, write_quantized_readme
 from ftlevel.artifacts.files import atomic_directory, base_fingerprint, check_absent, write_json
 from ftlevel.artifacts.hub import plan_upload
 from ftlevel.config import QuantizeConfig
@@ -35,12 +32,7 @@ from ftlevel.evaluation.two_models import (
 from ftlevel.events import Listener, NullListener
 from ftlevel.models.hardware import DTYPES, choose_device
 from ftlevel.models.kinds import checkpoint_class, max_positions
-from ftlevel.models.loading import (
-    build_task_model,
-    load_config,
-    load_model,
-    silence_loggers,
-)
+from ftlevel.models.loading import build_task_model, load_config, load_model, silence_loggers
 from ftlevel.models.quantization import (
     build_quantization_config,
     build_torchao_config,

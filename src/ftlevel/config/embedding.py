@@ -101,10 +101,7 @@ class EmbeddingConfig(Section):
     loss: (
         Annotated[EmbeddingLossName, BeforeValidator(partial(read_loss, aliases=LOSS_ALIASES))]
         | None
-    ) = Field(
-        None,
-        description="Embedding loss; default: mnrl for pairs, cosent for scores.",
-    )
+    ) = Field(None, description="Embedding loss; default: mnrl for pairs, cosent for scores.")
     scale: Annotated[float, Field(gt=0, le=10_000)] | None = Field(
         None,
         description="Factor of similarities in the loss, 1 / temperature; default: 20 (1 for dot "
@@ -130,8 +127,7 @@ class EmbeddingConfig(Section):
         "last (decoder).",
     )
     normalize: bool | None = Field(
-        None,
-        description="Whether embeddings have length 1; default: as in the model, else yes.",
+        None, description="Whether embeddings have length 1; default: as in the model, else yes."
     )
     similarity: Similarity | None = Field(
         None, description="Similarity of two embeddings; default: that of the model, else cosine."

@@ -72,12 +72,7 @@ def open_teacher(
     reference = resolve_reference("--teacher", name, kind, tokenizer, device)
     model = reference.ref.load(device, dtype).model
     return partial(
-        score_rows,
-        model,
-        objective,
-        pad_id=tokenizer.pad_token_id,
-        device=device,
-        dtype=dtype,
+        score_rows, model, objective, pad_id=tokenizer.pad_token_id, device=device, dtype=dtype
     )
 
 

@@ -217,10 +217,7 @@ def compute_likelihoods(evaluator: Evaluator, model: Any) -> np.ndarray:
     """
     rows = evaluator.rows
     likelihoods = np.zeros((len(rows), 2), dtype=np.float32)
-    with (
-        evaluating(model, evaluator.device, evaluator.dtype),
-        _head(evaluator, model) as head,
-    ):
+    with evaluating(model, evaluator.device, evaluator.dtype), _head(evaluator, model) as head:
         for indices, _, answers in _measure(evaluator, model, rows, head):
             sums = answers[:, 0].float().cpu().numpy().reshape(len(indices), -1)
             likelihoods[indices, : sums.shape[1]] = sums

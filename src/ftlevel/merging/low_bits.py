@@ -290,9 +290,7 @@ def quantize_merged(
             shutil.move(path, directory / path.name)
     shutil.rmtree(merged.directory)
     rounded = replace(
-        merged,
-        directory=directory,
-        written=replace(merged.written, size_bytes=written.bytes),
+        merged, directory=directory, written=replace(merged.written, size_bytes=written.bytes)
     )
     return rounded, QuantizedMerge(written.quantized, layout, chooser.sums)
 

@@ -24,11 +24,7 @@ from ftlevel.evaluation.two_models import ComparisonProbe, cut_windows, read_eva
 from ftlevel.methods.merging import read_peft_config, why_not_mergeable
 from ftlevel.models.hardware import DTYPES, choose_device
 from ftlevel.models.kinds import max_positions
-from ftlevel.models.quantization import (
-    quantization_name,
-    read_quantization,
-    stored_quantization,
-)
+from ftlevel.models.quantization import quantization_name, read_quantization, stored_quantization
 from ftlevel.models.sources import ModelSource
 from ftlevel.trained.adapter_formats import find_reader
 from ftlevel.trained.model_ref import ModelRef

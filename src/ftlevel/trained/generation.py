@@ -70,11 +70,7 @@ def generate_texts(
     for indices in batches(order, batch_size):
         ids = pad([prompts[i] for i in indices], pad_id, left=left).to(device)
         mask = pad([[1] * len(prompts[i]) for i in indices], 0, left=left).to(device)
-        written = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            **writing.arguments(tokenizer),
-        )
+        written = model.generate(input_ids=ids, attention_mask=mask, **writing.arguments(tokenizer))
         answers = written if encoder_decoder else written[:, ids.shape[1] :]
         for i, answer in zip(indices, answers, strict=True):
             texts[i] = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()

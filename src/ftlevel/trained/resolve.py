@@ -148,12 +148,7 @@ def _resolve_ours(
 
 
 def _resolve_model(
-    name: str,
-    device: str,
-    task: str | None,
-    said: str,
-    revision: str | None,
-    needs_task: bool,
+    name: str, device: str, task: str | None, said: str, revision: str | None, needs_task: bool
 ) -> ModelRef:
     """Returns the reference to a model without a card."""
     source = resolve_source(name, revision, said=said)
@@ -193,11 +188,7 @@ def _resolve_peft(
 
 
 def _resolve_foreign(
-    directory: Path,
-    reader: AdapterReader,
-    device: str,
-    task: str | None,
-    base: ModelSource | None,
+    directory: Path, reader: AdapterReader, device: str, task: str | None, base: ModelSource | None
 ) -> ModelRef:
     """Returns the reference to an adapter in another library's format."""
     adapter = reader.read(directory)

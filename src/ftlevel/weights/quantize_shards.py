@@ -30,13 +30,7 @@ from ftlevel.models.upstream.architectures import model_classes, modules_in_floa
 from ftlevel.models.upstream.conversions import Naming
 from ftlevel.models.upstream.quantizers import pack_torchao, replaced_linears, torchao_linears
 from ftlevel.weights.codes import QuantizationGrid, four_bit_grid, pack_4bit, quantize_4bit
-from ftlevel.weights.tensor_files import (
-    NAMES,
-    StoredTensor,
-    read_header,
-    weight_files,
-    write_index,
-)
+from ftlevel.weights.tensor_files import NAMES, StoredTensor, read_header, weight_files, write_index
 
 BLOCK = 64  # weights per 4-bit scale, as in bitsandbytes
 NESTED_BLOCK = 256  # scales per second-level scale, with double quantization

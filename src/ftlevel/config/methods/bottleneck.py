@@ -44,9 +44,7 @@ class AdapterSpec(MethodSpec):
         " per channel.",
     )
     reduction_factor: float | None = Field(
-        None,
-        ge=1,
-        description="Hidden size divided by the bottleneck width; default: 16.",
+        None, ge=1, description="Hidden size divided by the bottleneck width; default: 16."
     )
     bottleneck_dim: Positive | None = Field(
         None, description="Width of the bottleneck, instead of reduction_factor."

@@ -86,8 +86,7 @@ class LoraSpec(MethodSpec):
         "is always among them.",
     )
     trainable_token_indices: Tokens = Field(
-        default_factory=list,
-        description="Tokens whose embeddings are trained, by id or text.",
+        default_factory=list, description="Tokens whose embeddings are trained, by id or text."
     )
     ensure_weight_tying: bool = Field(
         False,

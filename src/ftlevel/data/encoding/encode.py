@@ -260,9 +260,7 @@ class Encoded:
         if not isinstance(labels, list):
             raise TypeError("a row without a label for each token has no prompt")
         return replace(
-            self,
-            input_ids=ids[:1] + ids[1 + count :],
-            labels=labels[:1] + labels[1 + count :],
+            self, input_ids=ids[:1] + ids[1 + count :], labels=labels[:1] + labels[1 + count :]
         )
 
 

@@ -196,10 +196,7 @@ def open_source(
 
 
 def _open_remote(
-    open_splits: Callable[[], Mapping[str, Any]],
-    split: str | None,
-    name: str,
-    options: ReadOptions,
+    open_splits: Callable[[], Mapping[str, Any]], split: str | None, name: str, options: ReadOptions
 ) -> StreamSource:
     """Open the training stream and validation table of the splits that `open_splits` returns."""
     splits, ignored = open_splits(), options.ignored

@@ -18,11 +18,7 @@ def _flags() -> list[Flag]:
     own = partial(option, on=("report",))
     return [
         own(
-            "RUN...",
-            "Directories of completed runs.",
-            dest="runs",
-            required=True,
-            type=list[Path],
+            "RUN...", "Directories of completed runs.", dest="runs", required=True, type=list[Path]
         ),
         own(
             "--out -o",

@@ -241,12 +241,7 @@ def start_of(server: str, out: Path, form: EmbeddingFormat | None = None) -> lis
 
 
 def record_whole(
-    path: Path,
-    out: Path,
-    facts: Mapping[str, Any],
-    ref: ModelRef,
-    source: ModelSource,
-    device: str,
+    path: Path, out: Path, facts: Mapping[str, Any], ref: ModelRef, source: ModelSource, device: str
 ) -> None:
     """Write served.json at `path` with the answers of the exported model at `source`, in float32.
 
@@ -263,11 +258,7 @@ def record_whole(
         base = run_prompts(entry.in_float32(with_adapter=False).load(device).model, entry, prompts)
     gc.collect()
     record_ = record(
-        name,
-        out.name if out.suffix else ".",
-        None,
-        prompts,
-        {"trained": trained, "base": base},
+        name, out.name if out.suffix else ".", None, prompts, {"trained": trained, "base": base}
     )
     start = start_of(facts["server"], out)
     head = {"model": facts["model"], "server": facts["server"], "base": None, "start": start}

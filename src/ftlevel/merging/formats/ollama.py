@@ -68,11 +68,7 @@ def literal(text: str) -> str:
 
 
 def write_modelfile(
-    gguf: str,
-    template: str | None,
-    stops: Sequence[str],
-    comments: Sequence[str],
-    system: str = "",
+    gguf: str, template: str | None, stops: Sequence[str], comments: Sequence[str], system: str = ""
 ) -> str:
     """Return the Modelfile of a .gguf file in the same directory.
 
