@@ -173,7 +173,7 @@ def sizes() -> list[Figure]:
     )
     return [
         Figure("Python files", "607", 375, len(texts)),
-        Figure("code lines", "44,650", 53_200, sum(code for code, _ in counted)),
+        Figure("code lines", "44,650", 53_300, sum(code for code, _ in counted)),
         Figure("docstring lines", "13,954", 10_060, sum(lines for _, lines in counted)),
         Figure("`# fmt: skip`", "344", 20, sum(t.count("# fmt: skip") for t in texts.values())),
         Figure("lines of benchmarks and scripts", "17,516", 13_850, laboratory),
