@@ -79,7 +79,7 @@ def test_what_the_run_says_and_how_it_is_evaluated() -> None:
         (["--class-weights", "rare=,often=2"], "'rare=' is not NAME=VALUE"),
         (["--focal-gamma", "2", "--label-smoothing", "0.1"], "Use one of them"),
         (["--focal-gamma", "-1"], "--focal-gamma"),
-        (["--map", "label=number", "--focal-gamma", "2"], "learns none here"),
+        (["--map", "label=number", "--focal-gamma", "2"], "has none"),
     ],
 )
 def test_what_is_refused(

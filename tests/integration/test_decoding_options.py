@@ -92,7 +92,7 @@ def test_one_way_at_a_time() -> None:
     }  # fmt: skip
     greedy = {"num_beams": 1, "temperature": 0.0, "top_p": 1.0}
     assert DecodingAsInTraining(temperature=0.0).decoding(trained) == greedy
-    with pytest.raises(ConfigError, match="nothing is drawn"):
+    with pytest.raises(ConfigError, match="needs sampling"):
         DecodingAsInTraining(top_p=0.5).decoding(Decoding())
 
 

@@ -169,7 +169,7 @@ def test_what_does_not_go_together(shelf: Path, tiny_model_dir: ModelDir, tmp_pa
         texts(None)
     data = task_data.write(tmp_path / "data", "pair")
     other = fit(tiny_model_dir("llama", seed=1), data, tmp_path / "other", "translation")
-    with pytest.raises(InputError, match="'short' and 'o' have not the same base"):
+    with pytest.raises(InputError, match="'short' and 'o' differ in base"):
         texts(shelf / "short", adapters={"o": other})
     with pytest.raises(InputError, match="has other weights"):
         texts(tiny_model_dir("llama", seed=1), adapters_dir=shelf)

@@ -85,7 +85,7 @@ def test_the_place_of_the_base(
     assert run(command) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert f"looked for at {project}/base" in line
-    assert line.endswith("Name its place: --model PATH.")
+    assert line.endswith("Name its place: --model PATH.  [adapters]")
     other = str(tiny_model_dir("llama", chat=True, seed=1))
     assert run([*command, "--model", other]) == 2
     line = capsys.readouterr().err.splitlines()[-1]

@@ -311,7 +311,7 @@ def test_no_process_outlives_its_launcher(
 
 @pytest.mark.parametrize(
     ("parts", "said"),
-    [("agent", "interrupted"), ("node", "another process of the run has ended")],
+    [("agent", "interrupted"), ("node", "another process of the run has exited")],
 )
 def test_a_lost_node_ends_the_others_in_a_line(
     tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path, parts: str, said: str

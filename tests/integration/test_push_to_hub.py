@@ -74,7 +74,7 @@ def test_an_upload_that_fails_leaves_the_run_whole(
         "the upload failed (no route to host). The result is complete on this disk. Upload it with:"
         in said
     )
-    assert "Upload it: hf upload us/mine run/adapter" in said
+    assert "Upload it with: hf upload us/mine run/adapter" in said
     summary = json.loads(Path("run/summary.json").read_text())
     assert summary["proof"]["reload_difference"] == 0.0
     assert "hub" not in summary

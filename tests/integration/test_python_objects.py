@@ -146,7 +146,7 @@ def test_a_model_of_no_files_needs_a_tokenizer(base: Path) -> None:
     from tiny_models import build
 
     model = build("llama")
-    with pytest.raises(ConfigError, match="so its tokenizer is not known"):
+    with pytest.raises(ConfigError, match="so its tokenizer is unknown"):
         train(config(None), ROWS, model=model)
 
 
@@ -193,8 +193,8 @@ def wrapped(base: Path) -> Any:
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
-        (lambda base: {"model": wrapped(base)}, "model= has an adapter already"),
-        (lambda base: {"model": wrapped(base).base_model.model}, "model= has an adapter already"),
+        (lambda base: {"model": wrapped(base)}, "model= already has an adapter"),
+        (lambda base: {"model": wrapped(base).base_model.model}, "model= already has an adapter"),
         (lambda base: {"model": torch.nn.Linear(2, 2)}, "model= is of type Linear"),
         (lambda base: {"model": str(base)}, "model= is of type str"),
         (lambda base: {"tokenizer": "gpt2"}, "tokenizer= is of type str"),

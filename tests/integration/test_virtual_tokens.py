@@ -130,4 +130,4 @@ def test_a_prompt_leaves_room_for_text(
     model = str(tiny_model_dir("gpt2"))
     command = ["train", "--method", "prompt", "--model", model, "--output-dir", "run"]
     assert run([*command, "--set", "method.num_virtual_tokens=5000"]) == 2
-    assert "leaves no room for text" in " ".join(capsys.readouterr().err.split())
+    assert "leaves no positions for text" in " ".join(capsys.readouterr().err.split())

@@ -172,8 +172,8 @@ def _check_compatible(refs: dict[str, ModelRef]) -> None:
         ):
             if one != two:
                 raise InputError(
-                    f"the adapters {first_name!r} and {name!r} have not the same {attribute} ({one}"
-                    f" and {two}), so one model cannot hold both. Ask them one by one."
+                    f"the adapters {first_name!r} and {name!r} differ in {attribute} ({one} and "
+                    f"{two}), so one model cannot have both. Use them separately."
                 )
 
 
