@@ -222,7 +222,7 @@ BAD: dict[str, tuple[list[dict[str, Any]], list[str], str]] = {
         ["--per-device-train-batch-size", "1"],
         "--per-device-train-batch-size 1: --loss mnrl",
     ),
-    "another loss": ([], ["--loss", "cosent"], "--loss cosent learns from scores"),
+    "another loss": ([], ["--loss", "cosent"], "--loss cosent needs scores"),
     "no negatives": ([], ["--loss", "triplet"], "needs a negative in every row"),
     "no guide": ([], ["--loss", "gist"], "Add --guide MODEL"),
     "another task's loss": ([], ["--loss", "dpo"], "dpo"),

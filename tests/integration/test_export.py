@@ -163,7 +163,6 @@ REFUSED = [
     ("qwen2", {}, ["--out", "x.bin"], "x.bin does not end in .gguf"),
     ("qwen2", {}, ["--outtype", "q4_k"], "--outtype"),
     ("qwen2", {}, ["--format", "onnx"], "--format"),
-    ("qwen2", {}, ["--for", "llama.cpp", "--outtype", "q4_0"], "Add --format gguf"),
 ]
 
 

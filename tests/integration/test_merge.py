@@ -270,7 +270,7 @@ def peft_config(kind: str, **settings: Any) -> str:
         ({}, ["a", "b", "--density", "0.3"], "--density belongs to --strategy ties"),
         ({"a/adapter_config.json": peft_config("LORA"), **WEIGHTS,
           "b/adapter_config.json": peft_config("LORA", use_dora=True)}, ["a", "b"],
-         "b cannot be mixed: it is DoRA"),
+         "b cannot be mixed: DoRA"),
         ({"a/adapter_config.json": peft_config("LORA"), **WEIGHTS,
           "b/adapter_config.json": peft_config("IA3")}, ["a", "b"], "only LoRA adapters"),
         ({"a/adapter_config.json": peft_config("LORA", modules_to_save=["norm"]), **WEIGHTS,

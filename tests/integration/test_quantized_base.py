@@ -170,7 +170,7 @@ def test_a_quantization_that_is_not_there_is_named_before_weights_load(
         assert complaint in said
         assert len(said.splitlines()) == 1
     assert run(["quantize", str(base), "--quant", "4bit", "--out", str(tmp_path / "x")]) == 2
-    assert "is quantized already" in capsys.readouterr().err
+    assert "is already quantized" in capsys.readouterr().err
 
 
 CELLS = [

@@ -208,7 +208,7 @@ BAD = {
         "have no documents of different relevance. Use --loss bce, or add a relevant and an "
         "irrelevant document to each query.",
     ),
-    "untaught": (_rows(4), ["--loss", "margin-mse"], "learns a teacher's scores"),
+    "untaught": (_rows(4), ["--loss", "margin-mse"], "needs teacher scores"),
     "column": ([{"text": "a b"}], [], "do not say what to learn"),
     "weight": (_rows(4), ["--loss", "lce", "--pos-weight", "2"], "--pos-weight"),
 }

@@ -184,7 +184,7 @@ BAD = {
         ["predict", "{run}", "--dataset", "{folder}/corpus.jsonl", "--output", "{out}.npz"],
         "cannot write '.npz'",
     ),
-    "corpus": (["evaluate", "{run}", "--corpus", "{folder}/corpus.jsonl"], "of --qrels"),
+    "corpus": (["evaluate", "{run}", "--corpus", "{folder}/corpus.jsonl"], "needs --qrels"),
     "positives": (
         ["mine", "{run}", "--dataset", "{folder}/corpus.jsonl", "--out", "{out}.jsonl"],
         "do not say what to mine",

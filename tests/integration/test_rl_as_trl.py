@@ -141,7 +141,7 @@ def test_each_setting_trains(data: Path, tmp_path: Path, name: str) -> None:
 
 def test_masked_truncated_completions(data: Path, tmp_path: Path) -> None:
     masked: dict[str, Any] = {"mask_truncated_completions": True}
-    with pytest.raises(RunError, match="training changed nothing"):
+    with pytest.raises(RunError, match="training had no effect"):
         run(data, tmp_path / "all", max_completion_length=2, **masked)
     log = read_log(tmp_path / "all")
     assert log[0]["truncated"] == 1

@@ -132,8 +132,8 @@ def test_rows_of_ones_own_need_a_model(
     Path("rows.jsonl").write_text('{"prompt": "the file", "completion": "the default"}\n')
     assert run(["train", *arguments, "--dry-run"]) == 0
     out, err = capsys.readouterr()
-    assert ("warning: no model is named" in err) is warned
-    assert "no model is named" not in out
+    assert ("warning: no --model given" in err) is warned
+    assert "no --model given" not in out
 
 
 def test_a_preview_shows_labels_that_are_made_one(

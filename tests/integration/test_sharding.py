@@ -643,7 +643,7 @@ def fail_in_the_first() -> None:
 def test_what_the_first_process_finds_wrong_it_says_once(tmp_path: Path) -> None:
     says = tmp_path / "errors"
     assert ranks.end(ranks.start(fail_in_the_first, [(), ()], says)) == [2, 2]
-    assert says.read_text() == "ftlevel: it cannot be.  [processes]\n"
+    assert says.read_text() == "ftlevel: it cannot be.\n"
 
 
 def differ(folder: Path, out: Path, other: dict[str, Any]) -> None:

@@ -140,7 +140,7 @@ def test_lora_trains_on_it_and_merging_is_refused(
     for more, complaint in (
         ({"method": {"kind": "full"}}, f"is quantized by {kind}, for which PEFT supports"),
         ({"method": {"kind": "vera"}}, "Use --method lora"),
-        ({"quant": {"kind": "4bit"}}, f"is quantized already \\({kind}\\)"),
+        ({"quant": {"kind": "4bit"}}, f"is already quantized \\({kind}\\)"),
     ):
         wrong = {**fields, **more, "output": {"dir": str(tmp_path / "wrong")}}
         with pytest.raises((ConfigError, InputError), match=complaint):

@@ -158,7 +158,7 @@ def _merge(config: ExportConfig, ref: ModelRef, directory: Path) -> MergeOutput:
     if config.verify:
         trained, _ = score_trained(inputs, compared)
 
-        def beside(model: Any) -> Agreement:
+        def compare_with_run(model: Any) -> Agreement:
             return compare_rows(trained, compared.score(model, inputs.dtype))
 
     if calibration is None:

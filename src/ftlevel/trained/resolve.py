@@ -378,7 +378,7 @@ def check_whole_adapter(directory: Path) -> None:
         raise InputError(
             f"{directory} is a checkpoint of a run that began with init_lora_weights={init!r}, "
             "which changes the base weights until the run ends. Resume it first: ftlevel train "
-            "--output-dir {quote(str(run))} --resume"
+            f"--output-dir {quote(str(run))} --resume"
         )
 
 

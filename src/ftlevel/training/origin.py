@@ -217,7 +217,8 @@ def origin_of(run: Run, base: Mapping[str, Any]) -> dict[str, Any]:
         values["model"]["adapter_fingerprint"] = run.adapter.fingerprint
     for (section, name), fingerprint in run.auxiliary.fingerprints().items():
         values[section][name] = fingerprint  # independent of its path
-    values["rl"]["rollouts"] = run.config.rl.rollouts is not None  # the address may change
+    if values["rl"]["rollouts"] is not None:
+        values["rl"]["rollouts"] = True  # the address may change
     if run.rewards is not None:
         values["rl"]["fingerprint"] = run.rewards.fingerprint
     values["model"]["digest"] = base.get("digest")

@@ -367,7 +367,7 @@ def _choices(
     held_out = (
         f"{len(validation):,} for validation"
         if validation
-        else "no validation rows: --validation-split 0.05 would hold some out"
+        else "no validation rows: --validation-split 0.05 holds some out"
     )
     name = "stdin" if loaded.splits.name == STDIN else loaded.splits.name
     choices = [

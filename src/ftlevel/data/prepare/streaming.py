@@ -160,7 +160,7 @@ def _choices(prepared: PreparedData, config: DataConfig, length: int) -> list[Ch
     validation = (
         f"{len(prepared.validation):,} for validation"
         if prepared.validation
-        else "no validation rows: --set data.validation_rows=N would hold some out"
+        else "no validation rows: --set data.validation_rows=N holds some out"
     )
     shuffle = (
         f"shuffled within {config.shuffle_buffer:,} rows"
