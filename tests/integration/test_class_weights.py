@@ -79,7 +79,7 @@ def test_what_the_run_says_and_how_it_is_evaluated() -> None:
         (["--class-weights", "rare=,often=2"], "'rare=' is not NAME=VALUE"),
         (["--focal-gamma", "2", "--label-smoothing", "0.1"], "Use one of them"),
         (["--focal-gamma", "-1"], "--focal-gamma"),
-        (["--map", "label=number", "--focal-gamma", "2"], "has none"),
+        (["--map", "label=number", "--focal-gamma", "2"], "these rows have none"),
     ],
 )
 def test_what_is_refused(
@@ -95,4 +95,4 @@ def test_what_is_refused(
 
 def test_text_has_no_classes(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "--class-weights", "balanced", "--dry-run", "--max-samples", "4"]) == 2
-    assert "--task text-generation has none. Drop it." in capsys.readouterr().err
+    assert "and these rows have none. Drop it." in capsys.readouterr().err

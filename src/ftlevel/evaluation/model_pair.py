@@ -70,8 +70,8 @@ def resolve_pair(
     )
     if ref.task != other.task:
         raise InputError(
-            f"--against {against} is for {other.task}, and {name} for "
-            f"{ref.task}: there is no prompt both. Name one for the same task."
+            f"--against {against} is for {other.task}, and {name} for {ref.task}. Choose a model "
+            "for the same task."
         )
     if ref.load_tokenizer().get_vocab() != other.load_tokenizer().get_vocab():
         raise InputError(

@@ -152,7 +152,9 @@ class HasState(Protocol):
 
 
 class Method:
-    """A PEFT method; a subclass sets `facts`, `rate` and `build`, and overrides what differs.
+    """A PEFT method; a subclass sets `facts` and `rate`, and overrides what differs.
+
+    It overrides `build`, or, if the model's own weights are trained, `unfreeze`.
 
     `spec` is always the method's section of the configuration.
 
@@ -160,7 +162,6 @@ class Method:
         facts: rows of the support table, in display order.
         rate: default peak learning rates.
         rules: unsupported cells of the support table.
-        is_adapter: whether PEFT adds an adapter; otherwise the model's own weights are trained.
         tuner: module that adds a tuner of ftlevel to PEFT when it is imported.
         initialization: how the adapter is initialized.
         step: support for the fast training step.
@@ -175,7 +176,6 @@ class Method:
     facts: tuple[MethodFacts, ...]
     rate: Rates
     rules: tuple[Rule, ...] = ()
-    is_adapter: bool = True
     tuner: str = ""
     initialization: Initialization = Initialization()
     step: StepSupport = StepSupport()
@@ -185,6 +185,16 @@ class Method:
     why_not_continued: str = ""
     changes_shape: bool = False
     page: str = ""
+
+    def __init__(self) -> None:
+        """Raise TypeError for a method that trains nothing."""
+        if not self.is_adapter and type(self).unfreeze is Method.unfreeze:
+            raise TypeError(f"{type(self).__name__} defines neither build nor unfreeze")
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether PEFT adds an adapter; otherwise the model's own weights are trained."""
+        return type(self).build is not Method.build
 
     # Before weights load:
 
@@ -239,8 +249,8 @@ class Method:
     # With a model:
 
     def build(self, spec: Any, base: Base) -> Any:
-        """Returns the `peft.PeftConfig` for `spec` on `base`."""
-        raise NotImplementedError
+        """Returns the `peft.PeftConfig` for `spec` on `base`; None without an adapter."""
+        return None
 
     def unfreeze(self, spec: Any, base: Base, model: Any) -> None:
         """Set `requires_grad` of a frozen model (mutated), if there is no adapter."""

@@ -19,7 +19,6 @@ _IS_A_MODEL = "is a model already"
 class Full(Method):
     """Full fine-tuning and linear probing, which train the model itself."""
 
-    is_adapter = False
     facts = (
         *single_row(
             "full",

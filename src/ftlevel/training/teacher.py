@@ -89,7 +89,7 @@ def precompute_teacher(run: Run, listener: Listener) -> TeacherPredictions | Non
             _fill(asking, adapted, starts, into)
 
     predictions, was_cached = open_or_fill(path, (starts[-1],), dtype, fill)
-    status = "asked before and kept" if was_cached else "asked before step 1"
+    status = "cached" if was_cached else "computed before step 1"
     count = dtype["ids"].shape[0]
     share = float(1 - np.exp(predictions["known"][:, -1]).mean()) if count else 1.0
     tokens = f"the top {count} tokens" if count else "all tokens"

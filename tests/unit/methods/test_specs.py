@@ -9,7 +9,7 @@ import pytest
 
 from ftlevel.config import SPECS, build_config, read_settings
 from ftlevel.errors import ConfigError, FtlevelError
-from ftlevel.methods import METHODS, Base, lora
+from ftlevel.methods import METHODS, Base, Method, lora
 from ftlevel.models import targets as model_targets
 from ftlevel.models.module_tree import find_heads
 from ftlevel.training.plan.method import find_method_targets
@@ -210,3 +210,8 @@ def test_quantized_conv1d_is_a_linear():
     spec, model = SPECS["lora"](), build("gpt2", "text-generation")
     assert find_method_targets(spec, model, "gpt2").fan_in_fan_out
     assert not find_method_targets(spec, model, "gpt2", "4bit").fan_in_fan_out
+
+
+def test_a_method_that_trains_nothing_is_refused() -> None:
+    with pytest.raises(TypeError, match="Idle defines neither build nor unfreeze"):
+        type("Idle", (Method,), {})()

@@ -95,7 +95,7 @@ def check_served(
 def _check_embeddings(
     config: CheckServedConfig, record: dict[str, Any], listener: Listener, began: float
 ) -> CheckServedResult:
-    listener.stage(f"ask {config.url}")
+    listener.stage(f"querying {config.url}")
     found = check_vectors(config, record)
     summary = {"out": str(config.out), "asked": config.url, "verdict": TRAINED, **found}
     summary["seconds"] = round(time.perf_counter() - began, 2)

@@ -35,6 +35,12 @@ class MergeOutput:
     choose: ChooseCodes | None = None
     beside_run: Callable[[Any], Agreement] | None = None
 
+    @property
+    def facts(self) -> dict[str, Any] | None:
+        """Facts of the merge for the summary; None if nothing was merged."""
+        keys = ("onto", "verified", "agreement")
+        return {key: self.summary[key] for key in keys} if self.summary else None
+
 
 class ServerSupport(Protocol):
     """What the serving extra adds to the export of a whole model with `--for`."""
@@ -84,6 +90,18 @@ MergeAdapter = Callable[[Path], MergeOutput]
 
 A model without an adapter stays where it is.
 """
+
+
+def merge_first(
+    ref: ModelRef, output: Path, listener: Listener, merge: MergeAdapter
+) -> tuple[MergeOutput, ModelSource]:
+    """Merge the adapter of `ref`, if any, below `output`, and return the model to export."""
+    directory = output / "merged"
+    if ref.directory is None:
+        return merge(directory), ref.source
+    listener.stage("merging the adapter")
+    merged = merge(directory)
+    return merged, ModelSource(str(directory), "directory", str(directory), local_files_only=True)
 
 
 class Export(Protocol):

@@ -29,7 +29,13 @@ from ftlevel.evaluation.two_models import (
 )
 from ftlevel.events import Listener
 from ftlevel.merging.formats import gguf_embedding
-from ftlevel.merging.formats.base import Export, MergeAdapter, server_support, start_commands
+from ftlevel.merging.formats.base import (
+    Export,
+    MergeAdapter,
+    merge_first,
+    server_support,
+    start_commands,
+)
 from ftlevel.merging.formats.ollama import Prompting, find_prompting, modelfile
 from ftlevel.models.kinds import checkpoint_class, max_positions
 from ftlevel.models.loading import (
@@ -322,13 +328,9 @@ class GgufExport:
         self, output: Path, device: str, listener: Listener, merge: MergeAdapter
     ) -> dict[str, Any]:
         """Write both files into `output` and compare; return the summary."""
-        config, source, model_config = self.config, self.ref.source, self.model_config
-        vocabulary, directory = self.vocabulary, output / "merged"
+        config, model_config, vocabulary = self.config, self.model_config, self.vocabulary
+        merged, source = merge_first(self.ref, output, listener, merge)
         if self.ref.directory is not None:
-            listener.stage("merging the adapter")
-        merged = merge(directory)
-        if self.ref.directory is not None:
-            source = ModelSource(str(directory), "directory", str(directory), local_files_only=True)
             model_config = load_config(source)
             vocabulary = read_vocabulary(self.tokenizer, model_config.vocab_size)
         checkpoint = _open(source, model_config)
@@ -367,9 +369,7 @@ class GgufExport:
             )
         return self._summary(outtype, tensors) | {
             "size_bytes": path.stat().st_size,
-            "merged": {key: merged.summary[key] for key in ("onto", "verified", "agreement")}
-            if merged.summary
-            else None,
+            "merged": merged.facts,
             "verified": check is not None,
             "check": check and _facts(check),
         }

@@ -24,7 +24,7 @@ from ftlevel.config.export import SERVERS
 from ftlevel.config.section import Choice
 from ftlevel.errors import InputError, RunError
 from ftlevel.events import Listener
-from ftlevel.merging.formats.base import MergeAdapter, start_commands
+from ftlevel.merging.formats.base import MergeAdapter, merge_first, start_commands
 from ftlevel.merging.formats.embedding import check_server, embed, write_vectors
 from ftlevel.models.loading import build_task_model, load_config, load_model, rename_prefix
 from ftlevel.models.sources import ModelSource
@@ -101,30 +101,26 @@ class GgufEmbeddingExport:
         return self._summary(outtype, tensors)
 
     def write(
-        self, place: Path, device: str, listener: Listener, merge: MergeAdapter
+        self, output: Path, device: str, listener: Listener, merge: MergeAdapter
     ) -> dict[str, Any]:
-        """Write the file and its Modelfile into `place`, and compare; return the summary."""
-        config, source, model_config = self.config, self.ref.source, self.model_config
-        vocabulary, directory = self.vocabulary, place / "merged"
+        """Write the file and its Modelfile into `output`, and compare; return the summary."""
+        config, model_config, vocabulary = self.config, self.model_config, self.vocabulary
+        merged, source = merge_first(self.ref, output, listener, merge)
         if self.ref.directory is not None:
-            listener.stage("merge the adapter")
-        merged = merge(directory)
-        if self.ref.directory is not None:
-            source = ModelSource(str(directory), "directory", str(directory), local_files_only=True)
             model_config = load_config(source)
             vocabulary = read_vocabulary(self.tokenizer, model_config.vocab_size, self.end)
         checkpoint, unused = self._open(source, model_config)
         outtype = own_outtype(checkpoint) if config.outtype == "auto" else config.outtype
         tensors = plan_tensors(checkpoint, model_config, outtype, merged.choose, unused)
-        listener.stage(f"write {len(tensors):,} tensors")
+        listener.stage(f"writing {len(tensors):,} tensors")
         listener.begin(len(tensors))
-        path = place / config.out.name
+        path = output / config.out.name
         write_gguf(path, self._metadata(model_config, vocabulary, outtype), tensors, listener.step)
         modelfile = f"FROM ./{config.out.name}\n"
-        (place / config.outputs[1].name).write_text(modelfile, encoding="utf-8")
+        (output / config.outputs[1].name).write_text(modelfile, encoding="utf-8")
         check = None
         if config.verify:
-            listener.stage("read the file back and compare")
+            listener.stage("reloading the file and comparing")
             model, _ = load_model(source, model_config, _CLASS, dtype=torch.float32, device=device)
             ask = (self.form, self.tokenizer, self.end, device)
             expected = embed(model.eval(), *ask)
@@ -136,12 +132,10 @@ class GgufEmbeddingExport:
             similarities = torch.nn.functional.cosine_similarity(vectors, expected)
             check = {"texts": len(vectors), "min_cosine": float(similarities.min())}
             if config.recorded:
-                write_vectors(place / config.outputs[2].name, config, vectors, outtype)
+                write_vectors(output / config.outputs[2].name, config, vectors, outtype)
         return self._summary(outtype, tensors) | {
             "size_bytes": path.stat().st_size,
-            "merged": {key: merged.summary[key] for key in ("onto", "verified", "agreement")}
-            if merged.summary
-            else None,
+            "merged": merged.facts,
             "verified": check is not None,
             "check": check,
         }

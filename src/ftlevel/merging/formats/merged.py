@@ -108,7 +108,7 @@ class MergedExport:
             )
             summary["recorded"] = True
         if self.config.server and self.config.verify and self._form is not None:
-            listener.stage("record its embeddings")
+            listener.stage("recording reference embeddings")
             self._record(output, device)
             summary["recorded"] = True
         if self.config.server:

@@ -287,8 +287,7 @@ def _check_quantization(run: Run) -> None:
     if stored is not None and as_quant_config(stored) is None:
         raise ConfigError(
             f"--model {run.model.source.name} is quantized by {quantization_name(stored)}, "
-            "whose memory cannot be estimated. Only floating-point and bitsandbytes models can: "
-            "plan for the original model with --quant."
+            "whose memory cannot be estimated. Plan for the original model with --quant."
         )
 
 

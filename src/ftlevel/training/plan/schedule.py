@@ -223,7 +223,7 @@ def _check(train: TrainerConfig, task: str, objective: Objective) -> None:
         (f"--focal-gamma {train.focal_gamma:g}", train.focal_gamma > 0),
     ):
         if is_set and not objective.has_classes:
-            problems.append(f"{flag} needs classes or tags, and --task {task} has none. Drop it.")
+            problems.append(f"{flag} needs classes or tags, and these rows have none. Drop it.")
     if problems:
         raise ConfigError(problems)
 
