@@ -232,8 +232,11 @@ class StepObjective(Objective):
         return states
 
     @abstractmethod
-    def embed(self, outputs: Any, mask: Tensor) -> Tensor:
-        """Return float32 vectors `(texts, dims)`; `mask` `(texts, seq)` is 1 for a token."""
+    def embed(self, outputs: Any, mask: Tensor, unpooled: Sequence[int] = ()) -> Tensor:
+        """Return float32 vectors `(texts, dims)`; `mask` `(texts, seq)` is 1 for a token.
+
+        `unpooled` has the number of first tokens of each text that are left out; empty for none.
+        """
 
     @abstractmethod
     def step_loss(self, vectors: Tensor, step: StepTexts) -> Tensor:

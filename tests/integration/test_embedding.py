@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
 
 import ranks
+from ftlevel.artifacts.sentence_transformers import EmbeddingFormat, write_embedding_format
 from ftlevel.cli.app import run
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.commands.merge import merge
+from ftlevel.commands.predict import predict
 from ftlevel.commands.preview import preview
 from ftlevel.commands.train import train
-from ftlevel.config import EvaluateConfig, MergeConfig, ModelConfig, TrainConfig
+from ftlevel.config import EvaluateConfig, MergeConfig, ModelConfig, PredictConfig, TrainConfig
 from ftlevel.errors import ConfigError, FtlevelError
 
 ModelDir = Callable[..., Path]
@@ -255,8 +260,6 @@ def test_bad_input_is_one_line_before_weights_load(
 def test_a_decoder_without_eos_cannot_pool_its_last_token(
     pairs: Path, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
-    from transformers import AutoTokenizer
-
     model = tiny_model_dir("llama", None, seed=5)
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.eos_token = None
@@ -340,3 +343,71 @@ def test_training_continues_an_adapter_with_its_pooling_and_prompts(
     ]
     assert forms[0]["embedding"]["form"] == forms[1]["embedding"]["form"]
     assert forms[1]["embedding"]["form"]["query_prompt"] == "find: "
+
+
+def _by_hand(model: Path, texts: list[str], prompt: str) -> torch.Tensor:
+    """Return the normalized means of the states after the prompt, one text at a time."""
+    tokenizer, network = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model)
+    skipped = len(tokenizer(prompt)["input_ids"]) - 1 if prompt else 0
+    found = []
+    with torch.no_grad():
+        for text in texts:
+            states = network(**tokenizer(prompt + text, return_tensors="pt")).last_hidden_state[0]
+            found.append(torch.nn.functional.normalize(states[skipped:].mean(0), dim=0))
+    return torch.stack(found)
+
+
+def test_prompts_that_are_not_pooled(pairs: Path, tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+    """`include_prompt: false` counts in training, evaluation, prediction and saved files alike."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir("bert", "mlm", **_NO_DROPOUT), model)
+    form = EmbeddingFormat("mean", True, query_prompt="the old house: ", include_prompt=False)
+    write_embedding_format(model, form, 64)
+    rows = [json.loads(line) for line in (pairs / "train.jsonl").open(encoding="utf-8")][:8]
+    data = _write(tmp_path / "rows.jsonl", rows)
+    first = train(_config(model, data, tmp_path / "run", train={"max_steps": 1})).summary
+    queries, documents = [r["anchor"] for r in rows], [r["positive"] for r in rows]
+    scores = 20 * _by_hand(model, queries, form.query_prompt) @ _by_hand(model, documents, "").T
+    expected = torch.nn.functional.cross_entropy(scores, torch.arange(8))
+    assert first["loss_first"] == pytest.approx(float(expected), abs=1e-5)
+    merged = tmp_path / "merged"
+    merge(MergeConfig(adapters=[str(tmp_path / "run")], output_dir=merged, device="cpu"))
+    for name in (tmp_path / "run/adapter", merged):
+        assert json.loads((name / "1_Pooling/config.json").read_text())["include_prompt"] is False
+    settings = {"device": "cpu", "columns": {"query": "anchor"}, "ignore_columns": ("positive",)}
+    found = predict(PredictConfig(name=str(merged), **settings), rows).rows or []
+    vectors = torch.stack([torch.as_tensor(row["prediction"]) for row in found])
+    assert torch.allclose(vectors, _by_hand(merged, queries, form.query_prompt), atol=1e-6)
+    adapter = _config(model, data, tmp_path / "more", train={"max_steps": 1}).with_sections(
+        model=ModelConfig(adapter=str(tmp_path / "run"), device="cpu")
+    )
+    train(adapter)
+    card = json.loads((tmp_path / "more/adapter/ftlevel.json").read_text())
+    assert card["options"]["embedding"]["form"]["include_prompt"] is False
+
+
+@pytest.mark.parametrize("flag", ["guide", "teacher"])
+def test_a_run_does_not_resume_with_another_guide_or_teacher(
+    flag: str, triplets: Path, tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    """The model may move, but its weights and its pooling may not change."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model_dir("roberta", "mlm"), other)
+    more: dict[str, Any] = {"embedding": {"loss": "gist", "guide": str(other)}}
+    if flag == "teacher":
+        more = {"embedding": {"loss": "kl"}, "distillation": {"teacher": str(other)}}
+    saving = {"max_steps": 2, "save_steps": 1, "save_strategy": "steps"}
+    model, out = tiny_model_dir("bert", "mlm"), tmp_path / "run"
+    train(_config(model, triplets, out, train=saving, **more))
+    (out / "summary.json").unlink()
+    shutil.rmtree(out / "adapter")
+    again = {"dir": out, "resume": True}
+    write_embedding_format(other, EmbeddingFormat("cls", normalize=True), 64)
+    with pytest.raises(ConfigError, match=f"{flag} was"):
+        train(_config(model, triplets, out, train=saving, output=again, **more))
+    for path in (other / "modules.json", other / "config_sentence_transformers.json"):
+        path.unlink()
+    moved = other.rename(tmp_path / "moved")
+    section = "distillation" if flag == "teacher" else "embedding"
+    more = {**more, section: {**more[section], flag: str(moved)}}
+    train(_config(model, triplets, out, train=saving, output=again, **more))

@@ -138,6 +138,10 @@ class EmbeddingConfig(Section):
     document_prompt: str | None = Field(
         None, description="Text before each document; default: that of the model."
     )
+    include_prompt: bool | None = Field(
+        None,
+        description="Whether prompts are pooled; default: that of the model, else yes.",
+    )
     matryoshka_dims: Dims = Field(
         (),
         description="Numbers of leading dimensions to train as embeddings of their own, e.g. "

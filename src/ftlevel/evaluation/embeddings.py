@@ -47,7 +47,8 @@ def embed_texts(
         part = order[start : start + max(1, TOKENS_AT_ONCE // longest)]
         batch = {n: v.to(device) for n, v in collate([texts[at] for at in part]).items()}
         del batch["labels"]
-        vectors = objective.embed(model(**batch), batch["attention_mask"]).float().cpu()
+        unpooled = [getattr(texts[at], "unpooled", 0) for at in part]
+        vectors = objective.embed(model(**batch), batch["attention_mask"], unpooled).float().cpu()
         for at, vector in zip(part, vectors, strict=True):
             found[at] = vector
         start += len(part)

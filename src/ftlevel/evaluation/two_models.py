@@ -183,7 +183,8 @@ class ComparisonProbe:
                 (inputs, labels), mask = objective.split(batch), batch["attention_mask"]
                 outputs = model(**inputs)
                 if isinstance(objective, StepObjective) and step is not None:
-                    scores = objective.embed(outputs, mask)
+                    unpooled = [getattr(text, "unpooled", 0) for text in texts]
+                    scores = objective.embed(outputs, mask, unpooled)
                     loss += objective.step_loss(scores, step).item() * len(step)
                     total += len(step)
                 else:

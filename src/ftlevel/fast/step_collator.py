@@ -12,7 +12,7 @@ import torch
 
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
-from ftlevel.data.encoding.texts import distinct_texts
+from ftlevel.data.encoding.texts import EncodedText, distinct_texts
 from ftlevel.fast.packing import (
     MicroBatches,
     PackedLayout,
@@ -225,3 +225,10 @@ class TextCollator(StepCollator):
         """
         texts, step = distinct_texts(rows)
         return {**super().__call__(texts), "rows": rows, "texts": step}
+
+    def _micro_batch(
+        self, rows: Sequence[Encoded], part: Sequence[int], partition: _Partition
+    ) -> dict[str, Any]:
+        """Return the micro-batch with `unpooled`, the numbers of first tokens to leave out."""
+        unpooled = [row.unpooled for i in part if isinstance(row := rows[i], EncodedText)]
+        return {**super()._micro_batch(rows, part, partition), "unpooled": unpooled}

@@ -61,6 +61,17 @@ def resolve_reference(
     return ReferenceModel(name, ref, compute_fingerprint(ref))
 
 
+def resolve_text_model(flag: str, name: str, device: str, dtype: str) -> ReferenceModel:
+    """Resolve the embedding model `name`, whose tokenizer may be any.
+
+    Its fingerprint covers pooling, normalization and prompts too. Raises InputError if it does not
+    exist, or is no embedding model.
+    """
+    ref = resolve_model(name, "embedding", device=device, dtype=dtype, said=f"{flag} {name}")
+    form = json.dumps([compute_fingerprint(ref), ref.card.options], sort_keys=True, default=str)
+    return ReferenceModel(name, ref, hashlib.sha256(form.encode()).hexdigest())
+
+
 def resolve_recorded_reference(directory: Path, beside: Path, device: str) -> ReferenceModel:
     """Resolve the model recorded in `directory`; raise InputError if its weights have changed."""
     recorded = json.loads((directory / NAMED).read_text(encoding="utf-8"))

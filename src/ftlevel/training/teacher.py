@@ -37,9 +37,8 @@ from ftlevel.tasks.embedding.formats import EmbeddingRow
 from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.tasks.embedding.rows import TextEncoder
 from ftlevel.tasks.rl.rows import CompletionRow
-from ftlevel.trained.model_ref import LoadedModel, ModelRef
-from ftlevel.trained.reference import ReferenceModel, resolve_reference
-from ftlevel.trained.resolve import resolve_model
+from ftlevel.trained.model_ref import LoadedModel
+from ftlevel.trained.reference import ReferenceModel, resolve_reference, resolve_text_model
 from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import AuxiliaryModels, Run
 from ftlevel.training.reference import (
@@ -250,14 +249,14 @@ class AuxiliaryOutputs:
 
 
 def find_auxiliary_models(run: Run) -> AuxiliaryModels:
-    """Find the reference and teacher models named in the configuration.
+    """Find the reference, teacher and guide models named in the configuration.
 
     Raises ConfigError if the run would overwrite one, InputError if one is missing or unsuitable.
     """
-    texts = find_text_models(run)  # of other tokenizers, too
     return AuxiliaryModels(
         reference=_find(run, "--reference", run.config.preference.other_reference),
-        teacher=None if texts else _find(run, "--teacher", run.config.distillation.teacher),
+        teacher=_find(run, "--teacher", run.config.distillation.teacher),
+        guide=_find(run, "--guide", run.config.embedding.guide),
     )
 
 
@@ -275,6 +274,8 @@ def _find(run: Run, flag: str, name: str | None) -> ReferenceModel | None:
             f"directory."
         )
     model = run.model
+    if isinstance(run.objective, Embeddings):
+        return resolve_text_model(flag, name, model.device, model.dtype)
     return resolve_reference(flag, name, model.kind, model.tokenizer, model.device)
 
 
@@ -290,32 +291,17 @@ class GuidedTexts(EncodedTexts):
         return self.vectors
 
 
-def find_text_models(run: Run) -> dict[str, ModelRef]:
-    """Find flag → embedding model of `--guide` and `--teacher`, before weights load.
-
-    Raises:
-        InputError: a model does not exist, or is no embedding model.
-    """
-    if not isinstance(run.objective, Embeddings):
-        return {}
-    names = {"--guide": run.config.embedding.guide, "--teacher": run.config.distillation.teacher}
-    return {
-        flag: resolve_model(
-            name, "embedding", device=run.model.device, dtype=run.model.dtype, said=f"{flag} {name}"
-        )
-        for flag, name in names.items()
-        if name is not None
-    }
-
-
 def with_text_models(run: Run, listener: Listener) -> Run:
     """Return the run with training rows that have the guide's vectors or the teacher's scores."""
-    for flag, model_ref in find_text_models(run).items():
-        listener.stage(f"embedding the texts with the {flag.removeprefix('--')}")
-        rows = EmbeddedRows(run.data.train, model_ref.load(run.model.device), flag == "--guide")
-        listener.choices(
-            "train", [Choice(flag[2:], model_ref.base, f"{rows.texts:,} texts embedded")]
-        )
+    if not isinstance(run.objective, Embeddings):
+        return run
+    for name in ("guide", "teacher"):
+        model = getattr(run.auxiliary, name)
+        if model is None:
+            continue
+        listener.stage(f"embedding the texts with the {name}")
+        rows = EmbeddedRows(run.data.train, model.ref.load(run.model.device), name == "guide")
+        listener.choices("train", [Choice(name, model.name, f"{rows.texts:,} texts embedded")])
         run = replace(run, data=replace(run.data, train=rows))
     return run
 
@@ -357,7 +343,8 @@ class EmbeddedRows(LazySequence[Encoded]):
 def _embed(model: LoadedModel, objective: Embeddings, texts: Sequence[tuple[str, bool]]) -> Tensor:
     """Return the vectors `(texts, dims)` of queries (True) and documents (False)."""
     format_, end = objective.form, model.ref.options["embedding"].get("end")
-    encode = TextEncoder(model.tokenizer, format_.query_prompt, format_.document_prompt, end)
+    prompts = format_.query_prompt, format_.document_prompt
+    encode = TextEncoder(model.tokenizer, *prompts, end, include_prompt=format_.include_prompt)
     max_length = format_.max_length or model.ref.card.max_length
     rows: list[Encoded] = []
     for text, is_query in texts:

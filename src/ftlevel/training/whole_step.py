@@ -27,7 +27,8 @@ from ftlevel.task import StepTexts
 GRAPHS_SHARE = 0.5
 """Share of the free memory that the activations of a step may take."""
 
-MicroBatch = tuple[PackedLayout | None, dict[str, Tensor]]
+MicroBatch = tuple[PackedLayout | None, Sequence[int], dict[str, Tensor]]
+"""Layout, the number of first tokens of each text that are not pooled, and the model's inputs."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,10 @@ class WholeStep:
         trainer = self._trainer
         model.train()
         parts: list[MicroBatch] = [
-            (part.pop("layout", None), dict(trainer.on_device(part)))
+            (part.pop("layout", None), part.pop("unpooled", ()), dict(trainer.on_device(part)))
             for part in inputs.get("micro_batches", [inputs])
         ]
-        for layout, part in parts:
+        for layout, _, part in parts:
             part.pop("labels")
             tokens = layout.tokens if layout else part["input_ids"].numel()
             trainer.tokens_computed += tokens
@@ -163,7 +164,7 @@ class _Forward:
         fast = self._trainer.fast
         self._workers = fast.workers if in_parallel and fast is not None else None
         self._tokens = [
-            layout.tokens if layout else part["input_ids"].numel() for layout, part in parts
+            layout.tokens if layout else part["input_ids"].numel() for layout, _, part in parts
         ]
         self._calls = self._trainer.calls_of(len(parts))
         self._kept: list[Tensor] = []
@@ -208,7 +209,7 @@ class _Forward:
             def compute(number: int) -> Tensor:
                 return self._share(number, gradients)
 
-            parts = [(layout, number) for number, (layout, _) in enumerate(self._parts)]
+            parts = [(layout, number) for number, (layout, *_) in enumerate(self._parts)]
             self._workers.backward(compute, parts, trained, self._seed)
             return
         after = RandomState.now(trainer.args.device)
@@ -234,7 +235,7 @@ class _Forward:
         return (vectors * gradients[number]).sum()
 
     def _embed(self, number: int, *, keeps: bool) -> Tensor:
-        layout, part = self._parts[number % len(self._parts)]
+        layout, unpooled, part = self._parts[number % len(self._parts)]
         trainer = self._trainer
         is_own = self._workers is not None
         with (
@@ -243,4 +244,4 @@ class _Forward:
             trainer.compute_loss_context_manager(),
         ):
             outputs = self._model(**part)
-            return trainer.step_objective.embed(outputs, part["attention_mask"])
+            return trainer.step_objective.embed(outputs, part["attention_mask"], unpooled)

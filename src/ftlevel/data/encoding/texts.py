@@ -12,6 +12,13 @@ from ftlevel.task import StepTexts
 
 
 @dataclass(frozen=True)
+class EncodedText(Encoded):
+    """One text; its first `unpooled` tokens, those of its prompt, are left out of pooling."""
+
+    unpooled: int = field(default=0, metadata={"column": "int"})
+
+
+@dataclass(frozen=True)
 class EncodedTexts(Encoded):
     """A query with its documents, two texts with a score, or a text with a class.
 
@@ -22,12 +29,14 @@ class EncodedTexts(Encoded):
         teacher_scores: a teacher's score of each document; empty without a teacher.
         prompts: number of tokens of the prompt of each text.
         words: the texts themselves, for another model; empty if there is none.
+        unpooled: number of first tokens of each text that are not pooled; empty if all are.
     """
 
     sizes: tuple[int, ...] = field(default=(), metadata={"column": "ints"})
     teacher_scores: tuple[float, ...] = field(default=(), metadata={"column": "json"})
     prompts: tuple[int, ...] = field(default=(), metadata={"column": "ints"})
     words: tuple[str, ...] = field(default=(), metadata={"column": "json"})
+    unpooled: tuple[int, ...] = field(default=(), metadata={"column": "ints"})
 
     @property
     def guide(self) -> Any:
@@ -35,10 +44,14 @@ class EncodedTexts(Encoded):
         return None
 
     @property
-    def branches(self) -> Sequence[Encoded]:
+    def branches(self) -> Sequence[EncodedText]:
         """One sequence per text, with a dummy label."""
-        ends = accumulate(self.sizes, initial=0)
-        return [Encoded(self.input_ids[a:b], 0, self.row) for a, b in pairwise(ends)]
+        spans = pairwise(accumulate(self.sizes, initial=0))
+        unpooled = self.unpooled or (0,) * len(self.sizes)
+        return [
+            EncodedText(self.input_ids[a:b], 0, self.row, unpooled=min(skipped, b - a - 1))
+            for (a, b), skipped in zip(spans, unpooled, strict=True)
+        ]
 
     @property
     def length(self) -> int:
@@ -54,19 +67,19 @@ class EncodedTexts(Encoded):
         return replace(self, input_ids=ids, sizes=tuple(min(size, limit) for size in self.sizes))
 
 
-def distinct_texts(rows: Sequence[Any]) -> tuple[list[Encoded], StepTexts]:
+def distinct_texts(rows: Sequence[Any]) -> tuple[list[EncodedText], StepTexts]:
     """Return the distinct texts of `rows`, in order of appearance, and the rows as their indices.
 
     Rows with a negative `row` only fill up a batch and are left out.
     """
-    texts: list[Encoded] = []
+    texts: list[EncodedText] = []
     index_of: dict[tuple[int, ...], int] = {}
     indices: list[tuple[int, ...]] = []
     guide: list[Any] = []
     real = [row for row in rows if row.row >= 0]
     for row in real:
         branches = row.branches
-        keys = [tuple(branch.input_ids) for branch in branches]
+        keys = [(branch.unpooled, *branch.input_ids) for branch in branches]
         for at, (key, branch) in enumerate(zip(keys, branches, strict=True)):
             if key not in index_of:
                 index_of[key] = len(texts)

@@ -56,6 +56,11 @@ def check_server(config: ExportConfig, form: EmbeddingFormat, server: Server) ->
             "normalizes them. Load it with sentence-transformers."
         )
     prompts = {name: text for name, text in form.all_prompts.items() if text}
+    if prompts and not form.include_prompt:
+        problems.append(
+            f"{name} does not pool its prompts (include_prompt: false), and {server.title} pools "
+            "all tokens. Load it with sentence-transformers."
+        )
     if prompts and not support.prompts and not config.client_prompts:
         problems.append(
             f"{name} was trained with prompts ({_describe(prompts)}), and {server.title} applies "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +29,15 @@ METRICS: dict[LabelKind, tuple[str, ...]] = {
 
 EVALUATED_ROWS = 64
 """Rows of a step whose size is unknown, for the loss of validation rows."""
+
+
+def without_first(mask: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """Return `mask` `(texts, seq)` without the first `counts` tokens of each text."""
+    if not any(counts):
+        return mask
+    import torch
+
+    return mask * (mask.cumsum(1) > torch.tensor(counts, device=mask.device)[:, None])
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
@@ -73,9 +83,9 @@ class Embeddings(StepObjective):
         dims = self.settings.matryoshka_dims
         return (*METRICS[self.kind], *(f"{self.headline}_dim_{count}" for count in dims))
 
-    def embed(self, outputs: Any, mask: torch.Tensor) -> torch.Tensor:
+    def embed(self, outputs: Any, mask: torch.Tensor, unpooled: Sequence[int] = ()) -> torch.Tensor:
         """Return the pooled states, with length 1 if the model normalizes."""
-        return self.embed_states(self.logits(outputs), mask)
+        return self.embed_states(self.logits(outputs), without_first(mask, unpooled))
 
     def embed_states(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return the vectors of token states `(texts, seq, width)`, as `embed` does."""

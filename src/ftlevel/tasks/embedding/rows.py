@@ -21,6 +21,7 @@ class TextEncoder:
     Attributes:
         end: id to append to each text that does not end with a special token; None for none.
         with_words: whether the rows keep their texts.
+        include_prompt: whether the tokens of prompts are pooled.
     """
 
     tokenizer: Any
@@ -28,6 +29,7 @@ class TextEncoder:
     document_prompt: str
     end: int | None = None
     with_words: bool = False
+    include_prompt: bool = True
 
     def __call__(self, examples: Sequence[EmbeddingRow]) -> list[Encoded]:
         """Return one row per example; raises `RowError` for a text without tokens."""
@@ -46,13 +48,14 @@ class TextEncoder:
             for own, e in zip(prompts, examples, strict=True)
         ]
         encoded = iter(self.ids([text for own in texts for text in own]))
-        sizes = {prompt: self._size(prompt) for own in prompts for prompt in own}
+        sizes = {prompt: self.prompt_size(prompt) for own in prompts for prompt in own}
         rows: list[Encoded] = []
         for example, own, heads in zip(examples, texts, prompts, strict=True):
             ids = [next(encoded) for _ in own]
             if not all(ids):
                 raise RowError(example.row, "has a text without a token.")
             labels = example.labels or (float(hash_group(example.group)),)
+            prompt_sizes = tuple(sizes[prompt] for prompt in heads)
             rows.append(
                 EncodedTexts(
                     [token for part in ids for token in part],
@@ -61,8 +64,9 @@ class TextEncoder:
                     {},
                     tuple(map(len, ids)),
                     example.teacher,
-                    tuple(sizes[prompt] for prompt in heads),
+                    prompt_sizes,
                     (example.query, *example.documents) if self.with_words else (),
+                    prompt_sizes if not self.include_prompt and any(prompt_sizes) else (),
                 )
             )
         return rows
@@ -75,7 +79,7 @@ class TextEncoder:
         special = set(self.tokenizer.all_special_ids)
         return [ids if ids and ids[-1] in special else [*ids, self.end] for ids in found]
 
-    def _size(self, prompt: str) -> int:
+    def prompt_size(self, prompt: str) -> int:
         """Return the number of tokens of `prompt`, with those before it."""
         if not prompt:
             return 0

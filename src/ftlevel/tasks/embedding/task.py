@@ -44,7 +44,14 @@ if TYPE_CHECKING:
     from ftlevel.data.prepare.encoder import Encoder
     from ftlevel.data.prepare.loading import LoadedExamples
 
-_FORM = ("pooling", "normalize", "similarity", "query_prompt", "document_prompt")
+_FORM = (
+    "pooling",
+    "normalize",
+    "similarity",
+    "query_prompt",
+    "document_prompt",
+    "include_prompt",
+)
 """Settings that replace those of the model's format."""
 
 
@@ -95,11 +102,6 @@ class EmbeddingTask(BaseTask):
             reason = f"default for {'a decoder' if kind == 'decoder' else 'an encoder'}"
         given = {n: v for n in _FORM if (v := getattr(self.settings, n)) is not None}
         form = replace(form, **given)
-        if not form.include_prompt:
-            raise ConfigError(
-                f"{source.label} excludes its prompts from pooling (include_prompt: false), "
-                f"which is not supported. Choose another model."
-            )
         end = _end_of(tokenizer, source.name) if form.pooling == "last" else None
         if end is not None:
             append_end(tokenizer, end)
@@ -205,6 +207,7 @@ class EmbeddingTask(BaseTask):
             self.form.document_prompt,
             self.end,
             self._with_words,
+            self.form.include_prompt,
         )
         longest = self.form.max_length
         if longest is not None and encoder.config.max_length == "auto":
@@ -271,17 +274,22 @@ class EmbeddingTask(BaseTask):
         if wanted.normalize is not None:
             form = replace(form, normalize=wanted.normalize)
         encode = TextEncoder(model.tokenizer, "", "", known.end)
-        texts = [
-            form.document_prompt + q.documents[0]
-            if q.documents
-            else (q.prompt or form.query_prompt) + q.query
+        prompts = [
+            form.document_prompt if q.documents else q.prompt or form.query_prompt
             for q in questions
         ]
+        texts = [
+            prompt + (q.documents[0] if q.documents else q.query)
+            for prompt, q in zip(prompts, questions, strict=True)
+        ]
         rows = [Encoded(ids, 0, at) for at, ids in enumerate(encode.ids(texts))]
+        sizes = {prompt: encode.prompt_size(prompt) for prompt in set(prompts)}
         objective = Embeddings(METRICS["ranking"][0], form=form)
 
-        def read(_: Encoded, states: torch.Tensor) -> Prediction:
+        def read(row: Encoded, states: torch.Tensor) -> Prediction:
             mask = states.new_ones(1, len(states))
+            if not form.include_prompt:
+                mask[:, : min(sizes[prompts[row.row]], len(states) - 1)] = 0
             vector = objective.embed_states(states[None], mask)[0].cpu().numpy()
             return Prediction("", columns={"": vector})
 
@@ -303,15 +311,17 @@ class EmbeddingTask(BaseTask):
     def show_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
-        """Return "" for tokens that are pooled; the first token of each text names it."""
+        """Return "" for tokens that are pooled; the first of each text names it."""
         if not isinstance(row, EncodedTexts):
             return [None] * len(row.input_ids)
         shown: list[str | None] = []
         for number, (size, prompt) in enumerate(zip(row.sizes, row.prompts, strict=True)):
-            pooled = {"cls": (0,), "last": (size - 1,)}.get(self.form.pooling, range(size))
+            first = 0 if self.form.include_prompt else min(prompt, size - 1)
+            places = {"cls": (first,), "last": (size - 1,)}
+            pooled = places.get(self.form.pooling, range(first, size))
             own: list[str | None] = ["" if at in pooled else None for at in range(size)]
             name = "query" if not number else f"document {number}"
-            own[0] = f"{name}, prompt" if prompt else name
+            own[pooled[0]] = f"{name}, prompt" if prompt and self.form.include_prompt else name
             shown += own
         return shown
 
@@ -363,7 +373,8 @@ def _describe_form(form: EmbeddingFormat, reason: str, given: Mapping[str, Any])
     ]
     for name, text in (("query", form.query_prompt), ("document", form.document_prompt)):
         if text:
-            choices.append(Choice(f"{name} prompt", repr(text), why(f"{name}_prompt")))
+            told = why(f"{name}_prompt") + ("" if form.include_prompt else "; not pooled")
+            choices.append(Choice(f"{name} prompt", repr(text), told))
     return choices
 
 

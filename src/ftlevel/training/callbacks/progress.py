@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ftlevel.data.encoding.collate import MaskedRows
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.prepare.sampling import LengthGroupedSampler
+from ftlevel.data.prepare.sampling import DistinctTextSampler, LengthGroupedSampler
 from ftlevel.events import Listener
 from ftlevel.models.upstream.libraries import shared_order
 from ftlevel.training.processes import Processes
@@ -223,7 +223,7 @@ class SetEpoch(TrainerCallback):
         """Set the epoch before Trainer reads its first row."""
         if isinstance(self.rows, MaskedRows):
             self.rows.epoch = int(state.epoch or 0)
-        if isinstance(self.order, LengthGroupedSampler):
+        if isinstance(self.order, LengthGroupedSampler | DistinctTextSampler):
             self.order.epoch = int(state.epoch or 0)
         elif isinstance(self.order, shared_order()):
             self.order.set_epoch(int(state.epoch or 0))

@@ -85,16 +85,18 @@ class Schedule:
 
 @dataclass(frozen=True)
 class AuxiliaryModels:
-    """Auxiliary models that are not trained: the preference reference and the teacher."""
+    """Auxiliary models that are not trained: the preference reference, the teacher, the guide."""
 
     reference: ReferenceModel | None = None
     teacher: ReferenceModel | None = None
+    guide: ReferenceModel | None = None
 
     def fingerprints(self) -> Mapping[tuple[str, str], str]:
         """Return (section, field) → fingerprint of each model."""
         models = {
             ("preference", "reference"): self.reference,
             ("distillation", "teacher"): self.teacher,
+            ("embedding", "guide"): self.guide,
         }
         return {field: model.fingerprint for field, model in models.items() if model is not None}
 

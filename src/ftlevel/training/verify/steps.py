@@ -93,12 +93,12 @@ class Steps:
         _evaluate(self.model)
         self.model.zero_grad()
         texts, step = distinct_texts(rows)
-        vectors = []
-        for batch in self._batches(texts, batch_size):
+        vectors, parts = [], batches(texts, batch_size)
+        for part, batch in zip(parts, self._batches(texts, batch_size), strict=True):
             del batch["labels"]
             with autocast(device.type, dtype):
-                outputs = self.model(**batch)
-                vectors.append(objective.embed(outputs, batch["attention_mask"]))
+                outputs, unpooled = self.model(**batch), [text.unpooled for text in part]
+                vectors.append(objective.embed(outputs, batch["attention_mask"], unpooled))
         loss = objective.step_loss(torch.cat(vectors), step)
         torch.autograd.backward(loss)
         return StepResult(loss.item(), self._pop_gradients())

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.texts import EncodedTexts, distinct_texts
 from ftlevel.data.prepare.sampling import DistinctTextSampler
 from ftlevel.tasks.embedding.formats import EmbeddingRow
-from ftlevel.tasks.embedding.objective import pool
+from ftlevel.tasks.embedding.objective import Embeddings, pool
 from ftlevel.tasks.embedding.rows import TextEncoder, append_end
 from tiny_tokenizers import bert_tokenizer, build_tokenizer, llama_tokenizer
 
@@ -48,6 +50,34 @@ def test_prompts_precede_queries_and_documents() -> None:
     assert (row.labels, row.row) == ((1.0, 0.0), 7)
     begin = row.branches[0].input_ids[: row.prompts[0]]
     assert begin == tokenizer("the query: ")["input_ids"][:-1]
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_tokens_of_prompts_are_left_out_of_pooling(left: bool) -> None:
+    states, counts, lengths = torch.randn(3, 5, 4), (3, 0, 2), (5, 3, 4)
+    mask = torch.zeros(3, 5, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, slice(5 - length, 5) if left else slice(0, length)] = 1
+    form = EmbeddingFormat("mean", include_prompt=False)
+    found = Embeddings("ndcg@10", form=form).embed(
+        SimpleNamespace(last_hidden_state=states), mask, counts
+    )
+    for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+        begin = 5 - length if left else 0
+        expected = states[row, begin + count : begin + length].mean(0)
+        assert torch.allclose(found[row], expected, atol=1e-6)
+
+
+def test_a_text_without_its_prompt_is_another_one_than_the_same_tokens() -> None:
+    """A document that begins with the words of the prompt has all its tokens pooled."""
+    encode = TextEncoder(bert_tokenizer(), "the query: ", "", include_prompt=False)
+    (row,) = encode([EmbeddingRow("the cat", 0, ("the query: the cat",), (1.0,))])
+    query, document = row.branches
+    assert query.input_ids == document.input_ids
+    assert (query.unpooled, document.unpooled) == (row.prompts[0], 0)
+    assert len(distinct_texts([row])[0]) == 2
+    cut = row.truncated(3)  # the prompt alone is longer
+    assert [text.unpooled for text in cut.branches] == [2, 0]
 
 
 def test_a_decoder_ends_every_text_once() -> None:
