@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetDict
 from huggingface_hub import constants
 from peft import LoraConfig
 
-from ftlevel.fast.layers.fused_lora import register_fused_layers
+from ftlevel.fast.fused_lora import register_fused_layers
 from ftlevel.methods.base import VIRTUAL_TOKENS
 from ftlevel.methods.bottleneck import CANNOT_MERGE
 from peft_suites.models import TOKENS, Tokens, build_hub

@@ -203,7 +203,7 @@ def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_ctrl_c_is_said_wherever_it_comes(
     as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import ftlevel.training.job as engine
+    import ftlevel.training.session as engine
 
     def press(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

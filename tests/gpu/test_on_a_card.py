@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from ftlevel.fast import kernels
+from ftlevel.fast.fused_lora import FusedLoraFunction
 from ftlevel.fast.kernels import ACTIVATIONS, TORCH, TritonFormulas
-from ftlevel.fast.layers.fused_lora import FusedLoraFunction
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 

@@ -13,10 +13,10 @@ import matrix_cells
 from ftlevel.config import QuantConfig, SpeedConfig, TrainConfig, TrainerConfig
 from ftlevel.config.methods import LoraSpec
 from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.fast import fused_layers as norm_glu
 from ftlevel.fast import kernels
+from ftlevel.fast.fused_lora import register_fused_layers
 from ftlevel.fast.kernels import TORCH, TritonFormulas
-from ftlevel.fast.layers import norm_glu
-from ftlevel.fast.layers.fused_lora import register_fused_layers
 from ftlevel.fast.plan import plan_fast, uses_fused_layers
 from ftlevel.fast.step import FastStep
 from ftlevel.models.families import FAMILIES

@@ -20,14 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.events import NullListener
-from ftlevel.fast.attention import gpu
+from ftlevel.fast import gpu_attention as gpu
 from ftlevel.fast.packing import PackedLayout
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.hardware import send
 from ftlevel.task import Objective
 from ftlevel.training.build_trainer import build_arguments
-from ftlevel.training.callbacks.gradients import GradientMonitor, Recovery
+from ftlevel.training.gradients import GradientMonitor, Recovery
 from ftlevel.training.processes import Processes
 from ftlevel.training.trainer import FtlevelTrainer
 from gpu_sim.recorder import Recorder

@@ -59,7 +59,7 @@ def cut(monkeypatch: pytest.MonkeyPatch, after: int, *arguments: str) -> None:
             raise RuntimeError("the power failed")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ftlevel.training.callbacks.progress.Report.on_step_end", fail)
+        patch.setattr("ftlevel.training.callbacks.Report.on_step_end", fail)
         with pytest.raises(RuntimeError, match="power"):
             run(["train", "--quiet", *arguments, "--traceback"])
 

@@ -76,7 +76,7 @@ def test_the_schedule_is_that_of_the_new_length(
             raise RuntimeError("the power failed")
 
     with monkeypatch.context() as patch:  # it is broken off before a checkpoint knows its length
-        patch.setattr("ftlevel.training.callbacks.progress.Report.on_step_end", fail)
+        patch.setattr("ftlevel.training.callbacks.Report.on_step_end", fail)
         with pytest.raises(RuntimeError, match="power"):
             run(["train", "--output-dir", "run", "--resume", "--max-steps", "6", "--traceback"])
     summary = train("--resume")
@@ -138,9 +138,9 @@ def test_a_run_is_saved_by_the_clock(own: list[str], monkeypatch: pytest.MonkeyP
 
     plain = own[: own.index("--save-strategy")]
     with monkeypatch.context() as patch:
-        patch.setattr("ftlevel.training.callbacks.saving.time", Clock())
+        patch.setattr("ftlevel.training.saving.time", Clock())
         train(*plain, "--max-steps", "8", "--save-total-limit", "9")
-        patch.setattr("ftlevel.training.callbacks.saving.time", Clock())
+        patch.setattr("ftlevel.training.saving.time", Clock())
         train(*plain, "--max-steps", "8", "--save-strategy", "no", out="none")
         patch.setattr("ftlevel.training.build_trainer.SMALL_CHECKPOINT", 1000)
         train(*plain, "--max-steps", "2", out="large")

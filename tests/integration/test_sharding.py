@@ -142,8 +142,8 @@ def infer(folder: Path, holds: bool) -> None:
     """Call a sharded model in every way that leaves no gradients, and look at its parameters."""
     from torch.distributed.tensor import DTensor
 
+    from ftlevel.training.model import shard
     from ftlevel.training.processes import started_processes
-    from ftlevel.training.shards import shard
 
     started_processes().join()
     model = AutoModelForCausalLM.from_pretrained(folder / "decoder", dtype=torch.float32)
@@ -181,7 +181,7 @@ def load_own_part(directory: str) -> tuple[Any, dict[str, int]]:
     from ftlevel.models.loading import load_config, load_model
     from ftlevel.models.sources import resolve_source
     from ftlevel.models.upstream.shards import UnreadWeights
-    from ftlevel.training.shards import shard
+    from ftlevel.training.model import shard
 
     def resident(of: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -273,8 +273,8 @@ def hold_four_bits(folder: Path, kind: str, double: bool) -> None:
     from ftlevel.models.quantization import build_quantization_config
     from ftlevel.models.sources import resolve_source
     from ftlevel.models.upstream.shards import UnreadWeights
+    from ftlevel.training.model import shard
     from ftlevel.training.processes import started_processes
-    from ftlevel.training.shards import shard
 
     started_processes().join()
     source = resolve_source(str(folder))
@@ -345,8 +345,8 @@ def test_a_method_that_computes_with_the_weights_finds_their_parts_in_four_bits(
 def step_in_half_precision(folder: Path, out: Path) -> None:
     """Write what one forward pass leaves of the weights for the backward pass, and gradients."""
     from ftlevel.models.hardware import autocast
+    from ftlevel.training.model import shard
     from ftlevel.training.processes import started_processes
-    from ftlevel.training.shards import shard
 
     processes = started_processes()
     processes.join()
@@ -466,7 +466,7 @@ def write(folder: Path, room: int | None, aside: bool = False) -> None:
 
     from ftlevel.artifacts.run_directory import RunDirectory
     from ftlevel.models.upstream.shards import PartsWriter, write_parts
-    from ftlevel.training.callbacks.saving import explain_disk_errors
+    from ftlevel.training.saving import explain_disk_errors
 
     tensors = part_of_each()
     if room is not None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from ftlevel.cli.app import run
-from ftlevel.training.callbacks import trackers
-from ftlevel.training.callbacks.trackers import TrackedRun, Tracker, name_metrics, tracking
+from ftlevel.training import callbacks as trackers
+from ftlevel.training.callbacks import TrackedRun, Tracker, name_metrics, tracking
 
 LOSS, EVALUATION = {"step": 3, "loss": 0.5, "epoch": 1.0}, {"step": 3, "eval_loss": 0.7}
 

@@ -257,7 +257,7 @@ def test_a_head_goes_on_at_its_own_rate(
     assert run(["train", *chosen, "--output-dir", "whole"]) == 0
     with monkeypatch.context() as patch:  # as if the power had failed in the third step
         patch.setattr(
-            "ftlevel.training.callbacks.progress.Report.on_step_end",
+            "ftlevel.training.callbacks.Report.on_step_end",
             lambda _, args, state, control, **more: _fail_after(2, state.global_step),
         )
         with pytest.raises(RuntimeError, match="power"):

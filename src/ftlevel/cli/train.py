@@ -162,7 +162,7 @@ def train(given: CommandInput, *, dry_run: bool, as_json: bool, quiet: bool, sch
         with heavy_imports():
             from ftlevel.commands.train import train as run
             from ftlevel.training.finish import StartTime
-            from ftlevel.training.job import CommandLine
+            from ftlevel.training.session import CommandLine
 
         asked = CommandLine(origin, StartTime.of_process())
         result = run(config, listener=screen, dry_run=dry_run, command_line=asked)

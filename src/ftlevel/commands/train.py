@@ -15,10 +15,17 @@ from ftlevel.events import Listener
 from ftlevel.models.loading import silence_loggers
 from ftlevel.notebook import default_listener
 from ftlevel.training.finish import StartTime
-from ftlevel.training.job import CommandLine, TrainingJob, TrainInputs, bind_inputs, resolve_job
 from ftlevel.training.memory import explain_out_of_memory
 from ftlevel.training.resume import resolve_resume
-from ftlevel.training.session import end_finished, open_session
+from ftlevel.training.session import (
+    CommandLine,
+    TrainingJob,
+    TrainInputs,
+    bind_inputs,
+    end_finished,
+    open_session,
+    resolve_job,
+)
 from ftlevel.training.summary import resolved_config
 
 if TYPE_CHECKING:  # importing it would print messages before loggers are silenced

@@ -21,7 +21,7 @@ from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.prepare.inference import QueryRow
 from ftlevel.errors import ConfigError, InputError, UnansweredError
 from ftlevel.evaluation.decoding import RowDecoder, open_decoder
-from ftlevel.fast.head.likelihoods import supervised_loss
+from ftlevel.fast.likelihoods import supervised_loss
 from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.plan import plan_forward
 from ftlevel.fast.step import FastStep

@@ -28,8 +28,8 @@ from transformers.masking_utils import sdpa_mask
 
 from ftlevel.data.encoding.collate import pad
 from ftlevel.errors import join_names
-from ftlevel.fast.attention import packed
-from ftlevel.fast.head.likelihoods import base_model
+from ftlevel.fast import packed_attention as packed
+from ftlevel.fast.likelihoods import base_model
 from ftlevel.fast.plan import adds_virtual_tokens, find_packing_obstacle
 from ftlevel.models.upstream.architectures import attention_of
 from ftlevel.trained.generation import stop_ids

@@ -15,8 +15,8 @@ from ftlevel.config.rl import RlConfig
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.evaluation.sampling import Completion, Noise, Sampler, SamplingOptions, choose_sampler
 from ftlevel.evaluation.server import ServerSampler
-from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy
-from ftlevel.fast.head.likelihoods import base_model, compute_token_likelihoods
+from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
+from ftlevel.fast.likelihoods import base_model, compute_token_likelihoods
 from ftlevel.fast.packing import using_layout
 from ftlevel.models.hardware import autocast, evaluating
 from ftlevel.task import PolicyObjective

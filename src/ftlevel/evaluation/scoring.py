@@ -15,8 +15,8 @@ from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.evaluation.embeddings import score_embeddings
 from ftlevel.evaluation.intervals import ExampleRecord, select_metrics
-from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy, Observe
-from ftlevel.fast.head.likelihoods import (
+from ftlevel.fast.cross_entropy import ChunkedCrossEntropy, Observe
+from ftlevel.fast.likelihoods import (
     compute_answer_likelihoods,
     sum_of_ratios,
     supervised_loss,

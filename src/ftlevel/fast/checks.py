@@ -20,17 +20,17 @@ from transformers.cache_utils import Cache
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import is_out_of_memory
-from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy
-from ftlevel.fast.head.likelihoods import (
+from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
+from ftlevel.fast.likelihoods import (
     NeededTokens,
     PooledTokens,
     SupervisedTokens,
     supervised_loss,
 )
-from ftlevel.fast.head.pruning import find_prunable_linears
-from ftlevel.fast.layers.recompute import using_generator
 from ftlevel.fast.packing import PackedLayout, UnsupportedModelError, using_layout
 from ftlevel.fast.prefixes import SharedPrefix, build_prefix_tree, using_prefix
+from ftlevel.fast.pruning import find_prunable_linears
+from ftlevel.fast.recompute import using_generator
 from ftlevel.models.hardware import autocast, evaluating
 from ftlevel.models.module_tree import linear_size
 from ftlevel.task import Objective, TokenObjective

@@ -2,7 +2,7 @@
 
 A micro-batch has thousands of small operations, at which all threads would wait for each other.
 Gradients are added in the order of the micro-batches, so results are deterministic. The computation
-must not write to the model, and must draw from the worker's generator (`layers.recompute`).
+must not write to the model, and must draw from the worker's generator (`fast.recompute`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftlevel.fast.layers.recompute import using_generator
 from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.prefixes import SharedPrefix, using_prefix
+from ftlevel.fast.recompute import using_generator
 
 Gradients = tuple[Tensor | None, ...]
 

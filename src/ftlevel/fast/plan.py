@@ -17,9 +17,9 @@ import torch
 from ftlevel.config import SPECS, MethodConfig, SpeedConfig, TrainConfig, TrainerConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.fast.attention import packed as attention
-from ftlevel.fast.attention.gpu import FlashKernel
-from ftlevel.fast.head.likelihoods import NeededTokens, base_model
+from ftlevel.fast import packed_attention as attention
+from ftlevel.fast.gpu_attention import FlashKernel
+from ftlevel.fast.likelihoods import NeededTokens, base_model
 from ftlevel.fast.parallel_workers import MAX_WORKERS
 from ftlevel.fast.prefixes import shared_fraction
 from ftlevel.methods import METHODS

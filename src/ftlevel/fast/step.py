@@ -14,19 +14,18 @@ import torch
 from torch import nn
 
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.fast.attention import packed as attention
-from ftlevel.fast.attention.gpu import fetch_kernel
+from ftlevel.fast import packed_attention as attention
 from ftlevel.fast.checks import PackingCheck, PruningCheck, find_cross_entropy_error
-from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy
-from ftlevel.fast.head.likelihoods import NeededTokens, base_model
-from ftlevel.fast.head.pruning import LastLayerPruning
+from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
+from ftlevel.fast.fused_layers import FusedNormGlu, FusedRope
+from ftlevel.fast.gpu_attention import fetch_kernel
 from ftlevel.fast.kernels import Kernels
-from ftlevel.fast.layers.norm_glu import FusedNormGlu
-from ftlevel.fast.layers.recompute import PerWorkerDropout
-from ftlevel.fast.layers.rope import FusedRope
+from ftlevel.fast.likelihoods import NeededTokens, base_model
 from ftlevel.fast.packing import PackedBlocks
 from ftlevel.fast.parallel_workers import ParallelWorkers
 from ftlevel.fast.plan import FastPlan, has_language_head, set_packed_attention
+from ftlevel.fast.pruning import LastLayerPruning
+from ftlevel.fast.recompute import PerWorkerDropout
 from ftlevel.models.module_tree import find_blocks
 from ftlevel.models.upstream.architectures import attention_of
 from ftlevel.task import Objective, TokenObjective

@@ -38,7 +38,7 @@ def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = 
     targets = compact_targets(model, base.targets)
     config = definition.build(method, replace(base, targets=targets))
     if fused:
-        from ftlevel.fast.layers.fused_lora import register_fused_layers  # imports bitsandbytes
+        from ftlevel.fast.fused_lora import register_fused_layers  # imports bitsandbytes
 
         register_fused_layers(config)
     try:

@@ -33,17 +33,9 @@ from ftlevel.task import PolicyObjective, StepObjective
 from ftlevel.tasks.rl.rows import TokenLogps
 from ftlevel.trained.generation import GenerationOptions
 from ftlevel.training.best import MOST_ROWS, BestModelCallback, PredictionRecorder
-from ftlevel.training.callbacks.gradients import GradientMonitor, Recovery
-from ftlevel.training.callbacks.progress import FollowSettings, Interrupt, Report, SetEpoch
-from ftlevel.training.callbacks.saving import (
-    SMALL_CHECKPOINT,
-    SaveByClock,
-    SaveRollout,
-    SaveStreamState,
-    WriteManifest,
-    checkpoint_bytes,
-)
-from ftlevel.training.model import PreparedModel
+from ftlevel.training.callbacks import FollowSettings, Interrupt, Report, SetEpoch
+from ftlevel.training.gradients import GradientMonitor, Recovery
+from ftlevel.training.model import PreparedModel, is_sharded
 from ftlevel.training.plan.run import Run
 from ftlevel.training.plan.schedule import count_steps_per_epoch, rows_per_epoch
 from ftlevel.training.processes import Processes
@@ -51,8 +43,15 @@ from ftlevel.training.resume import ResumeState
 from ftlevel.training.rl.records import RolloutFile
 from ftlevel.training.rl.step import bound_of
 from ftlevel.training.rl.trainer import RepeatedSteps, RlTrainer
+from ftlevel.training.saving import (
+    SMALL_CHECKPOINT,
+    SaveByClock,
+    SaveRollout,
+    SaveStreamState,
+    WriteManifest,
+    checkpoint_bytes,
+)
 from ftlevel.training.sharding import ShardedTrainer
-from ftlevel.training.shards import is_sharded
 from ftlevel.training.trainer import FtlevelTrainer, rows_and_order
 
 _LOGS_A_RUN = 20
@@ -102,7 +101,7 @@ def build_arguments(run: Run, checkpoints: Path) -> Any:
         # GradientProof checks that every trainable tensor gets a gradient. Chunked cross-entropy
         # bypasses the model's outputs, from which DDP would search for unused parameters.
         ddp_find_unused_parameters=False,
-        report_to="none",  # trackers are called from `training/callbacks/trackers.py`
+        report_to="none",  # trackers are called from `training/callbacks.py`
         disable_tqdm=True,
         # Overlap host-to-device copies with computation.
         dataloader_pin_memory=run.model.device == "cuda",

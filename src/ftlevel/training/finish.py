@@ -29,12 +29,12 @@ from ftlevel.models.kinds import write_former_rope
 from ftlevel.models.quantization import stored_quantization
 from ftlevel.trained.adapt import finish_method, save_adapter
 from ftlevel.training.best import PredictionRecorder
-from ftlevel.training.callbacks.progress import Report
-from ftlevel.training.callbacks.saving import explain_disk_errors
+from ftlevel.training.callbacks import Report
 from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import Run
 from ftlevel.training.resume import has_evaluation
 from ftlevel.training.rl.checks import find_rollout_warnings
+from ftlevel.training.saving import explain_disk_errors
 from ftlevel.training.summary import (
     Outcome,
     build_card,

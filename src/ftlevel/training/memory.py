@@ -32,8 +32,8 @@ from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import RunError, is_out_of_memory
-from ftlevel.fast.head.likelihoods import base_model
-from ftlevel.fast.layers.fused_lora import skip_unneeded_products
+from ftlevel.fast.fused_lora import skip_unneeded_products
+from ftlevel.fast.likelihoods import base_model
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.hardware import autocast, free_memory_bytes
 from ftlevel.models.module_tree import find_stacks

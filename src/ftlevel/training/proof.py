@@ -26,7 +26,7 @@ from ftlevel.models.hardware import evaluating
 from ftlevel.models.upstream.shards import local_shard
 from ftlevel.task import Objective, TokenObjective
 from ftlevel.trained.adapt import add_adapter, load_adapter
-from ftlevel.training.callbacks.gradients import GradientMonitor
+from ftlevel.training.gradients import GradientMonitor
 from ftlevel.training.model import (
     Digest,
     PreparedModel,

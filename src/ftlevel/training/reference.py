@@ -31,7 +31,7 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.prepare.dataset import cache_root, is_writable
 from ftlevel.evaluation.scoring import compute_likelihoods
 from ftlevel.events import Listener
-from ftlevel.fast.head.likelihoods import compute_answer_likelihoods
+from ftlevel.fast.likelihoods import compute_answer_likelihoods
 from ftlevel.fast.packing import using_layout
 from ftlevel.fast.plan import plan_forward
 from ftlevel.fast.step import FastStep

@@ -38,8 +38,8 @@ from ftlevel.models.upstream.shards import (
 )
 from ftlevel.task import LikelihoodObjective, PolicyObjective, StepObjective
 from ftlevel.trained.adapt import finish_method, load_initial_weights
-from ftlevel.training.callbacks.gradients import GradientMonitor
-from ftlevel.training.model import PreparedModel
+from ftlevel.training.gradients import GradientMonitor
+from ftlevel.training.model import PreparedModel, gather, trainable_parameters
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 from ftlevel.training.proof import (
@@ -51,7 +51,6 @@ from ftlevel.training.proof import (
     compare_frozen,
     describe_proof,
 )
-from ftlevel.training.shards import gather, trainable_parameters
 from ftlevel.training.trainer import FtlevelTrainer
 
 _OPTIMIZER, _SCHEDULER = "optimizer", "scheduler.pt"

@@ -27,8 +27,8 @@ from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.embeddings import embed_texts
 from ftlevel.evaluation.rollouts import compute_token_logps
 from ftlevel.events import Listener
-from ftlevel.fast.head.cross_entropy import Observe
-from ftlevel.fast.head.likelihoods import prepare_inputs
+from ftlevel.fast.cross_entropy import Observe
+from ftlevel.fast.likelihoods import prepare_inputs
 from ftlevel.models.hardware import autocast
 from ftlevel.models.loading import load_config
 from ftlevel.task import PolicyObjective, TokenObjective

@@ -25,7 +25,7 @@ from ftlevel.data.prepare.sampling import (
 )
 from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.errors import is_out_of_memory
-from ftlevel.fast.head.likelihoods import (
+from ftlevel.fast.likelihoods import (
     compute_shared_prefix,
     plain_loss,
     sum_of_ratios,

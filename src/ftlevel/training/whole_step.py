@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftlevel.fast.layers.recompute import using_generator
 from ftlevel.fast.packing import PackedLayout, using_layout
+from ftlevel.fast.recompute import using_generator
 from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.models.upstream.fake import storage_of
 from ftlevel.task import StepTexts

@@ -30,8 +30,8 @@ from ftlevel.training.forecast.shares import (
     ShardGroup,
     describe_shares,
 )
+from ftlevel.training.model import blocks_of, replicated_parameters, shard
 from ftlevel.training.plan.resolve import resolve
-from ftlevel.training.shards import blocks_of, replicated_parameters, shard
 
 ModelDir = Callable[..., Path]
 BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "plan_cluster.py"

@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from ftlevel.fast import fused_layers as rope
 from ftlevel.fast import kernels
-from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy
+from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
+from ftlevel.fast.fused_layers import FusedNormGlu, FusedRope
 from ftlevel.fast.kernels import ACTIVATIONS, TORCH, Formulas, TritonFormulas
-from ftlevel.fast.layers import rope
-from ftlevel.fast.layers.norm_glu import FusedNormGlu
-from ftlevel.fast.layers.rope import FusedRope
 from tiny_models import build
 
 ROWS = (2, 5)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 import tiny_models
 from ftlevel.config import SPECS, QuantConfig, TrainConfig
 from ftlevel.errors import ConfigError
-from ftlevel.fast.layers.fused_lora import FusedLoraFunction
+from ftlevel.fast.fused_lora import FusedLoraFunction
 from ftlevel.fast.plan import FastPlan, plan_fast
 from ftlevel.fast.step import FastStep
 from ftlevel.methods import Base

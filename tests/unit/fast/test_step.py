@@ -18,11 +18,11 @@ from ftlevel.config import SPECS, TrainConfig
 from ftlevel.config.methods.bottleneck import AdapterSpec, Placement
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.fast import packed_attention as attention
 from ftlevel.fast import step_collator
-from ftlevel.fast.attention import packed as attention
-from ftlevel.fast.layers.fused_lora import register_fused_layers
-from ftlevel.fast.layers.recompute import GeneratorDropout, using_generator
+from ftlevel.fast.fused_lora import register_fused_layers
 from ftlevel.fast.plan import FUNCTIONAL_DROPOUT, FastPlan, plan_fast
+from ftlevel.fast.recompute import GeneratorDropout, using_generator
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods import METHODS, Base

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from ftlevel.fast.layers.fused_lora import FusedLinear, register_fused_layers
+from ftlevel.fast.fused_lora import FusedLinear, register_fused_layers
 from ftlevel.methods.bottleneck.layer import BottleneckConfig
 from ftlevel.methods.prefix.model import PrefixKvConfig
 from ftlevel.methods.soft_prompt.layer import SoftPromptConfig

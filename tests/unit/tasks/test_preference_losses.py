@@ -12,8 +12,8 @@ from torch.nn.functional import log_softmax
 
 from ftlevel.config.preference import LOSSES, SMOOTHING, PreferenceConfig
 from ftlevel.data.encoding.collate import Collator
-from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy
-from ftlevel.fast.head.likelihoods import compute_answer_likelihoods, sum_of_ratios, with_baseline
+from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
+from ftlevel.fast.likelihoods import compute_answer_likelihoods, sum_of_ratios, with_baseline
 from ftlevel.fast.packing import using_layout
 from ftlevel.fast.plan import FastPlan
 from ftlevel.fast.step import FastStep

@@ -13,8 +13,8 @@ import tiny_models
 from ftlevel.config import TrainConfig, TrainerConfig
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.fast.layers.fused_lora import register_fused_layers
-from ftlevel.fast.layers.norm_glu import FusedNormGlu
+from ftlevel.fast.fused_layers import FusedNormGlu
+from ftlevel.fast.fused_lora import register_fused_layers
 from ftlevel.models.module_tree import find_blocks, find_stacks
 from ftlevel.training import memory as checkpointing
 from ftlevel.training.memory import Activations, StepReducer, count_activations, set_checkpointing

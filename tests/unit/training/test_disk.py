@@ -15,7 +15,7 @@ from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import TrainerConfig
 from ftlevel.errors import ConfigError, RunError
-from ftlevel.training.callbacks.saving import (
+from ftlevel.training.saving import (
     check_disk_space,
     check_room_to_save,
     checkpoint_bytes,

@@ -8,7 +8,7 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ftlevel.training.callbacks.progress import FollowSettings
+from ftlevel.training.callbacks import FollowSettings
 
 
 def test_a_schedule_that_follows_the_losses_keeps_its_rate(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ftlevel.commands.plan import PlanOptions, plan
 from ftlevel.config import TrainConfig
-from ftlevel.fast.head.cross_entropy import FEWEST, targets_a_chunk
+from ftlevel.fast.cross_entropy import FEWEST, targets_a_chunk
 from ftlevel.models.upstream.fake import FakeTensor, OperationWatch, new_fake, storage_of
 from ftlevel.training.forecast import memory
 from ftlevel.training.forecast.fits import MOST_BLOCKS

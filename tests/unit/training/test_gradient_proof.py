@@ -15,7 +15,7 @@ from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.errors import RunError
 from ftlevel.events import NullListener
-from ftlevel.training.callbacks.gradients import MOST_SKIPPED, GradientMonitor, Recovery
+from ftlevel.training.gradients import MOST_SKIPPED, GradientMonitor, Recovery
 from ftlevel.training.processes import Processes
 
 NONE: Any = None

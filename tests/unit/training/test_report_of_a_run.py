@@ -8,8 +8,8 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ftlevel.events import NullListener
-from ftlevel.training.callbacks import progress as module
-from ftlevel.training.callbacks.progress import Report
+from ftlevel.training import callbacks as module
+from ftlevel.training.callbacks import Report
 
 
 class Clock:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ftlevel.training.callbacks.saving import SaveStreamState
+from ftlevel.training.saving import SaveStreamState
 
 
 @pytest.mark.parametrize("is_first", [True, False])

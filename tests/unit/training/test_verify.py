@@ -15,20 +15,23 @@ from ftlevel.config import TrainConfig
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.errors import RunError
 from ftlevel.events import NullListener
-from ftlevel.fast.layers.fused_lora import FusedLoraFunction
+from ftlevel.fast.fused_lora import FusedLoraFunction
 from ftlevel.models.loading import silence_loggers
+from ftlevel.training import verify as proof
 from ftlevel.training.model import load_adapted
 from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.plan.run import Run
-from ftlevel.training.trainer import FtlevelTrainer
-from ftlevel.training.verify import proof
-from ftlevel.training.verify.bounds import (
+from ftlevel.training.step_comparison import (
     GradientDifference,
     RoundingErrors,
+    StepResult,
+    Steps,
     compare_gradients,
     kind_of,
+    perturb_weights,
 )
-from ftlevel.training.verify.proof import (
+from ftlevel.training.trainer import FtlevelTrainer
+from ftlevel.training.verify import (
     FEW_TOKENS,
     cast_to_float32,
     cast_to_float64,
@@ -37,7 +40,6 @@ from ftlevel.training.verify.proof import (
     shorten,
     verify_step,
 )
-from ftlevel.training.verify.steps import StepResult, Steps, perturb_weights
 
 
 def build(dtype: str, *, data: Path | None = None, task: str | None = None, **method: Any) -> Any:
@@ -195,7 +197,7 @@ def test_a_gradient_of_few_errors_is_measured_by_several_draws() -> None:
 
 @pytest.mark.parametrize("at_once", [1, 3, 100])
 def test_gradients_are_compared_in_parts(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ftlevel.training.verify.bounds._COMPARED_AT_ONCE", at_once)
+    monkeypatch.setattr("ftlevel.training.step_comparison._COMPARED_AT_ONCE", at_once)
     found, like = torch.arange(10.0).reshape(2, 5), torch.full((2, 5), 2.0)
     apart = compare_gradients({"w": found, "missing": torch.ones(4)}, {"w": like})
     assert apart["w"] == GradientDifference(145.0, 40.0, 90.0)  # Σ (n − 2)², Σ 4, Σ 2n

@@ -11,8 +11,8 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from ftlevel.training import origin
-from ftlevel.training.callbacks.saving import WaitForBytes
 from ftlevel.training.origin import BASE, FileDigests
+from ftlevel.training.saving import WaitForBytes
 
 
 @pytest.mark.parametrize("event", ["on_step_end", "on_epoch_end", "on_evaluate"])

@@ -40,7 +40,7 @@ from ftlevel.extras.compare.search import (
     with_values,
 )
 from ftlevel.training.finish import StartTime
-from ftlevel.training.job import CommandLine
+from ftlevel.training.session import CommandLine
 
 RESAMPLES = 1000
 """Bootstrap resamples of the rows; equal for all runs scored on equally many rows."""

@@ -49,12 +49,11 @@ from ftlevel.training.forecast.meta_model import (
     WEIGHTS,
     WORKSPACE,
 )
-from ftlevel.training.forecast.rollouts import KEYS_AND_VALUES
-from ftlevel.training.forecast.seconds import Gpu
+from ftlevel.training.forecast.seconds import KEYS_AND_VALUES, Gpu
 from ftlevel.training.forecast.shares import GATHERED, REDUCED, describe_shares
 from ftlevel.training.plan.run import Run
 from ftlevel.training.proof import PROBE_SCORES
-from ftlevel.training.verify.proof import choose_probe_rows
+from ftlevel.training.verify import choose_probe_rows
 
 LAZY_IMPORT_BYTES = 40 * 2**20
 """Bytes of library code and modules that are first used in a training step; measured."""

@@ -23,10 +23,10 @@ from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import QuantConfig
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.fast.attention.blocked import split_queries
-from ftlevel.fast.attention.short import batch_sequences
+from ftlevel.fast.blocked_attention import split_queries
 from ftlevel.fast.checks import PruningCheck
-from ftlevel.fast.head.likelihoods import NeededTokens, base_model
+from ftlevel.fast.likelihoods import NeededTokens, base_model
+from ftlevel.fast.packed_attention import batch_sequences
 from ftlevel.fast.packing import PackedBlocks
 from ftlevel.fast.plan import set_packed_attention
 from ftlevel.fast.step import FastStep
@@ -59,7 +59,7 @@ from ftlevel.training.forecast.meta_model import (
     targets_in,
     with_layers,
 )
-from ftlevel.training.forecast.rollouts import (
+from ftlevel.training.forecast.seconds import (
     SAMPLING,
     SCORING_MODELS,
     RolloutSize,

@@ -34,8 +34,8 @@ from ftlevel.training.forecast.meta_model import (
     WEIGHTS,
     build_fake_model,
 )
+from ftlevel.training.model import blocks_of, cast_linears, replicated_parameters
 from ftlevel.training.plan.run import Run
-from ftlevel.training.shards import blocks_of, cast_linears, replicated_parameters
 
 GATHERED, REDUCED = "gathered", "reduction"
 

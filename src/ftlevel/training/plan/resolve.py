@@ -34,7 +34,7 @@ from ftlevel.data.sources.splits import load_splits
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import check_metrics, generates_texts
 from ftlevel.evaluation.rewards import open_rewards
-from ftlevel.fast.attention.gpu import fetch_kernel
+from ftlevel.fast.gpu_attention import fetch_kernel
 from ftlevel.fast.plan import fused_lora_choices, kernel_choices, plan_fast
 from ftlevel.methods.rates import RateFacts
 from ftlevel.models.hardware import choose_device, choose_tf32, choose_threads

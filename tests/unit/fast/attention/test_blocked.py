@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ftlevel.fast.attention.blocked import (
+from ftlevel.fast.blocked_attention import (
     KEPT_KEYS,
     QUERIES,
     BlockedAttention,

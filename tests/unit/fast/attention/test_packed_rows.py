@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import tiny_models
-from ftlevel.fast.attention import packed as attention
+from ftlevel.fast import packed_attention as attention
 from ftlevel.fast.packing import PackedBlocks, PackedLayout, using_layout
 from ftlevel.models.module_tree import find_blocks
 

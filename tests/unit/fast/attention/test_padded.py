@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ftlevel.fast.attention.blocked import BlockedAttention, split_queries
-from ftlevel.fast.attention.gpu import AttentionOptions, attend_capped, attend_padded, pad_segments
+from ftlevel.fast.blocked_attention import BlockedAttention, split_queries
+from ftlevel.fast.gpu_attention import AttentionOptions, attend_capped, attend_padded, pad_segments
 from ftlevel.fast.packing import Segment
 
 ROWS = tuple(

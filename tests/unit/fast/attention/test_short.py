@@ -7,8 +7,14 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ftlevel.fast.attention.blocked import BlockedAttention, split_queries
-from ftlevel.fast.attention.short import LONGEST, PADDED, ShortAttention, are_short, batch_sequences
+from ftlevel.fast.blocked_attention import BlockedAttention, split_queries
+from ftlevel.fast.packed_attention import (
+    LONGEST,
+    PADDED,
+    ShortAttention,
+    are_short,
+    batch_sequences,
+)
 from ftlevel.fast.packing import Segment
 
 HEADS, GROUPS, WIDTH = 4, 2, 8

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from ftlevel.errors import InputError
-from ftlevel.fast.attention import gpu
-from ftlevel.fast.attention.blocked import BlockedAttention, split_queries
-from ftlevel.fast.attention.gpu import (
+from ftlevel.fast import gpu_attention as gpu
+from ftlevel.fast.blocked_attention import BlockedAttention, split_queries
+from ftlevel.fast.gpu_attention import (
     AttentionOptions,
     Lengths,
     VarlenKernel,

@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 
 import tiny_models
-from ftlevel.fast.head import cross_entropy as head_module
-from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy
+from ftlevel.fast import cross_entropy as head_module
+from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
 
 SMALL = {"vocab_size": 704, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip

@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 
 import tiny_models
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.fast.head.likelihoods import PooledTokens, SupervisedTokens
-from ftlevel.fast.head.pruning import LastLayerPruning, find_prunable_linears
+from ftlevel.fast.likelihoods import PooledTokens, SupervisedTokens
 from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.plan import FastPlan
+from ftlevel.fast.pruning import LastLayerPruning, find_prunable_linears
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.module_tree import find_blocks

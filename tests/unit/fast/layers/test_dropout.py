@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ftlevel.fast.layers.recompute import GeneratorDropout, dropout_mask, using_generator
+from ftlevel.fast.recompute import GeneratorDropout, dropout_mask, using_generator
 
 SIZE = 1_000_000
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import tiny_models
 from ftlevel.config import SPECS
-from ftlevel.fast.layers.fused_lora import FusedForward, FusedLinear, FusedLoraFunction
+from ftlevel.fast.fused_lora import FusedForward, FusedLinear, FusedLoraFunction
 from ftlevel.methods import Base
 from ftlevel.models.hardware import autocast
 from ftlevel.models.module_tree import find_heads
@@ -236,7 +236,7 @@ class OwnLinear(nn.Linear):
 )
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_other_linears_get_pefts_layer(linear, fan_in_fan_out, fused):
-    from ftlevel.fast.layers.fused_lora import register_fused_layers
+    from ftlevel.fast.fused_lora import register_fused_layers
 
     config = peft.LoraConfig(target_modules=["0"], fan_in_fan_out=fan_in_fan_out)
     register_fused_layers(config)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tiny_models
-from ftlevel.fast.layers.norm_glu import FusedGlu, FusedNorm, FusedNormGlu
+from ftlevel.fast.fused_layers import FusedGlu, FusedNorm, FusedNormGlu
 
 COUNTS = {"llama": (5, 2), "qwen3": (9, 2), "gemma3_text": (13, 2), "phi3": (5, 0),
           "qwen3_moe": (9, 0), "t5": (12, 0), "gpt2": (0, 0), "bert": (0, 0),

@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import tiny_models
-from ftlevel.fast.layers.fused_lora import register_fused_layers
-from ftlevel.fast.layers.norm_glu import FusedNormGlu
-from ftlevel.fast.layers.recompute import Recomputation, recomputation_of, with_recomputation
+from ftlevel.fast.fused_layers import FusedNormGlu
+from ftlevel.fast.fused_lora import register_fused_layers
+from ftlevel.fast.recompute import Recomputation, recomputation_of, with_recomputation
 from live_tensors import LiveTensors
 
 
@@ -78,7 +78,7 @@ def test_less_is_kept_and_the_same_is_learned(family: str, monkeypatch: pytest.M
     fused = FusedNormGlu(model)
     batch = tiny_models.build_batch(family, None)
     gradient, size = step(model, batch)
-    monkeypatch.setattr("ftlevel.fast.layers.fused_lora.recomputation_of", lambda tensor: None)
+    monkeypatch.setattr("ftlevel.fast.fused_lora.recomputation_of", lambda tensor: None)
     expected, kept = step(model, batch)
     assert torch.equal(gradient, expected)
     widths = 2 * model.config.hidden_size + model.config.intermediate_size

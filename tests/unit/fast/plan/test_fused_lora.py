@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ftlevel import TrainConfig, train
-from ftlevel.fast.layers.fused_lora import FusedForward
+from ftlevel.fast.fused_lora import FusedForward
 from ftlevel.fast.plan import fused_lora_choices, uses_fused_layers
 
 FUSED = "fused with the base (same gradients as PEFT's layers)"

@@ -30,22 +30,23 @@ from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.models.upstream.tensors import direct_tensors, inner_tensors
 from ftlevel.trained.generation import batches
 from ftlevel.training.build_trainer import build_trainer
-from ftlevel.training.model import PreparedModel
+from ftlevel.training.model import PreparedModel, is_sharded
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 from ftlevel.training.resume import ResumeState
-from ftlevel.training.shards import is_sharded
-from ftlevel.training.verify.bounds import (
+from ftlevel.training.step_comparison import (
     KINK,
     Bounds,
     GradientDifference,
     RoundingErrors,
     StepComparison,
+    StepResult,
+    Steps,
     added,
     compare_gradients,
+    perturb_weights,
     total,
 )
-from ftlevel.training.verify.steps import StepResult, Steps, perturb_weights
 
 NARROW = (torch.bfloat16, torch.float16)
 COPIES = 4

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ftlevel.fast.head.cross_entropy import ChunkedCrossEntropy, Observe
+from ftlevel.fast.cross_entropy import ChunkedCrossEntropy, Observe
 from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.prefixes import SharedPrefix, using_prefix
 from ftlevel.task import (

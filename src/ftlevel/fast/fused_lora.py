@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from ftlevel.fast.layers.recompute import Recomputation, recomputation_of
+from ftlevel.fast.recompute import Recomputation, recomputation_of
 from ftlevel.methods.upstream import is_cut_over_devices, register_lora_layers
 from ftlevel.models.upstream.quantizers import can_train_4bit, can_train_8bit, dequantize_8bit
 from ftlevel.models.upstream.tensors import (

@@ -1,8 +1,9 @@
-"""Attention of sequences of up to 64 tokens in one batched product per group, padded.
+"""Attention in which each packed sequence sees only itself, for `AttentionInterface`.
 
-The formulas are those of `attention.blocked`, where 20 tokens cost as many operations as 128. In
-bfloat16 this takes half the time of blocks at 20 to 32 tokens, four fifths at 64, and is no faster
-from 100 on.
+Without a current layout it computes SDPA with SDPA's masks, e.g. in generation. Sequences of up to
+64 tokens are padded and computed in one batched product per group. The formulas are those of
+`blocked_attention`, where 20 tokens cost as many operations as 128. In bfloat16 this takes half the
+time of blocks at 20 to 32 tokens, four fifths at 64, and is no faster from 100 on.
 """
 
 from __future__ import annotations
@@ -10,15 +11,34 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from ftlevel.fast.attention.blocked import build_visibility_mask, cap_scores, slope_of_cap
-from ftlevel.fast.layers.recompute import dropout_mask
-from ftlevel.fast.packing import Segment
+from ftlevel.fast.blocked_attention import (
+    BlockedAttention,
+    build_visibility_mask,
+    cap_scores,
+    slope_of_cap,
+    split_queries,
+)
+from ftlevel.fast.gpu_attention import (
+    AttentionOptions,
+    FlashKernel,
+    attend_capped,
+    attend_padded,
+    attend_varlen,
+    supports_attention,
+)
+from ftlevel.fast.packing import PackedLayout, Segment, UnsupportedModelError, current_layout
+from ftlevel.fast.prefixes import current_prefix
+from ftlevel.fast.recompute import dropout_mask, worker_generator
 from ftlevel.models.upstream.tensors import softmax_backward
 
 LONGEST = 64
@@ -179,3 +199,146 @@ def _put(states: Tensor, batch: Batch, groups: int) -> Tensor:
     width = states.shape[-1]
     shaped = states.view(batch.count, groups, -1, batch.longest, width).permute(0, 3, 1, 2, 4)
     return shaped.reshape(batch.count * batch.longest, -1, width).index_select(0, batch.positions)
+
+
+NAME = "ftlevel_packed"
+"""Name of the attention for `set_attn_implementation`."""
+
+MAX_BLOCKED = 1024
+"""Maximum sequence length for blocks; longer sequences use SDPA. On Zen 4, blocks take a third
+of its time at 512 tokens and the same time at 2,048.
+"""
+
+_UNSUPPORTED = ("s_aux", "position_bias")
+
+
+def register(kernel: FlashKernel | None = None) -> None:
+    """Register the attention with transformers; `kernel` replaces torch's on a GPU."""
+    AttentionInterface.register(NAME, partial(attend, kernel=kernel))
+    AttentionMaskInterface.register(NAME, build_mask)
+
+
+def build_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Build SDPA's mask, or None for a packed row."""
+    return sdpa_mask(*args, **kwargs) if current_layout() is None else None
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    kernel: FlashKernel | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Compute attention within the sequences of the current layout.
+
+    `query` is (1, heads, tokens, head_dim), `key` and `value` are (1, key heads, tokens, head_dim).
+    `scaling` defaults to 1 / sqrt(head_dim), `is_causal` to the module's. `sliding_window` includes
+    the token itself.
+
+    Returns:
+        (1, tokens, heads, head_dim), and None for the attention weights.
+
+    Raises:
+        NotServedError: the model uses an unsupported option.
+    """
+    layout = current_layout()
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if layout is None and softcap:
+        return attend_capped(query, key, value, attention_mask, dropout, scale, softcap, causal)
+    if layout is None:
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout,
+            scaling,
+            is_causal=is_causal,
+            sliding_window=sliding_window,
+            **others,
+        )
+    for name in _UNSUPPORTED:
+        if others.get(name) is not None:
+            raise UnsupportedModelError(f"its attention has {name}")
+    if not causal and any(segment.past for segment in layout.segments):
+        raise UnsupportedModelError("its attention is not causal")
+    if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == layout.tokens:
+        raise UnsupportedModelError("its attention is over something else than the row's tokens")
+    prefix = current_prefix()
+    if prefix is not None:
+        query, key, value = prefix.join(module, query, key, value)
+    compute = (
+        torch.get_autocast_dtype(query.device.type)
+        if torch.is_autocast_enabled(query.device.type)
+        else value.dtype
+    )
+    states = [part.squeeze(0).to(compute) for part in (query, key, value)]
+    options = AttentionOptions(causal, sliding_window, scale, dropout, softcap or None)
+    attended = _by_sequence(layout, states, options, kernel)
+    row_states = attended[layout.before :] if layout.before else attended
+    return row_states[None], None
+
+
+def _by_sequence(
+    layout: PackedLayout,
+    states: list[Tensor],
+    options: AttentionOptions,
+    kernel: FlashKernel | None,
+) -> Tensor:
+    """Return (tokens, heads, head_dim): by one kernel on a GPU, by blocks or SDPA on a CPU."""
+    if supports_attention(states[0], options, kernel):
+        return attend_varlen(states, layout.segments, options, kernel)
+    if states[0].device.type != "cpu":
+        return attend_padded(states, layout.segments, options)
+    is_short = all(s.stop - s.start <= MAX_BLOCKED for s in layout.segments)
+    is_tree = any(segment.past for segment in layout.segments)
+    # SDPA would use the generator of the process.
+    draws_itself = options.dropout > 0 and worker_generator() is not None
+    scaling = (options.scale, options.dropout, options.cap)
+    if are_short(layout.segments):
+        batches = batch_sequences(layout.segments, options.causal, options.window)
+        with torch.autocast("cpu", enabled=False):
+            return ShortAttention.apply(  # type: ignore[no-untyped-call]
+                *states, batches, *scaling
+            )
+    if is_short or is_tree or draws_itself or options.cap:
+        blocks = split_queries(layout.segments, options.causal, options.window)
+        with torch.autocast("cpu", enabled=False):
+            return BlockedAttention.apply(  # type: ignore[no-untyped-call]
+                *states, blocks, *scaling
+            )
+    outputs = [_by_sdpa(segment, states, options) for segment in layout.segments]
+    return torch.cat(outputs, dim=1).transpose(0, 1).contiguous()
+
+
+def _by_sdpa(segment: Segment, states: list[Tensor], options: AttentionOptions) -> Tensor:
+    """Return (heads, tokens of the segment, head_dim) for a segment without a past."""
+    query, key, value = (part[:, segment.start : segment.stop] for part in states)
+    length = key.shape[1]
+    plain = options.window is None or options.window > length
+    mask = (
+        None
+        if plain
+        else build_visibility_mask(0, length, 0, length, options.causal, options.window)
+    )
+    output = functional.scaled_dot_product_attention(
+        query[None],
+        key[None],
+        value[None],
+        attn_mask=mask,
+        dropout_p=options.dropout,
+        is_causal=options.causal and plain,
+        scale=options.scale,
+        enable_gqa=query.shape[0] != key.shape[0],
+    )
+    return output[0]

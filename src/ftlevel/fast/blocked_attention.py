@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftlevel.fast.layers.recompute import dropout_mask
 from ftlevel.fast.packing import Range, Segment
+from ftlevel.fast.recompute import dropout_mask
 from ftlevel.models.upstream.tensors import softmax_backward
 
 QUERIES = 128
