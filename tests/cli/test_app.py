@@ -136,7 +136,7 @@ def test_every_field_has_a_consumer() -> None:
     passed = {
         (spec, name)
         for spec in SPECS.values()
-        if spec.__module__ == "ftlevel.config.methods.updates"
+        if spec.__module__ == "ftlevel.config.methods.lora"
         for name in PEFT_TYPE_TO_CONFIG_MAPPING[
             spec.model_fields["kind"].default.upper()
         ]().to_dict()

@@ -1,7 +1,7 @@
 """Frozen pydantic configuration sections, built from recipe and flags; never imports torch."""
 
 from ftlevel.config.evaluation import EvaluateConfig, GenerateConfig, PredictConfig
-from ftlevel.config.export import ExportConfig
+from ftlevel.config.export import ExportConfig, MergeConfig, QuantizeConfig
 from ftlevel.config.gate import GateConfig
 from ftlevel.config.layers import (
     Layer,
@@ -11,7 +11,6 @@ from ftlevel.config.layers import (
     read_recipe,
     read_settings,
 )
-from ftlevel.config.merge import MergeConfig, QuantizeConfig
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig, MethodSpec
 from ftlevel.config.output import OutputConfig
 from ftlevel.config.reading import normalize_task

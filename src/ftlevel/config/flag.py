@@ -11,8 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ftlevel.config.evaluation import EvaluateConfig, GenerateConfig, PredictConfig
-from ftlevel.config.export import ExportConfig
-from ftlevel.config.merge import MergeConfig, QuantizeConfig
+from ftlevel.config.export import ExportConfig, MergeConfig, QuantizeConfig
 from ftlevel.config.mining import MineConfig
 from ftlevel.config.section import Section
 from ftlevel.config.train import TrainConfig

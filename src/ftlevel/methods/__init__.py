@@ -1,4 +1,4 @@
-"""PEFT methods, one module per spec in `ftlevel.config.methods`.
+"""PEFT methods; `ftlevel.config.methods` has the module of each spec.
 
 Each module defines `METHODS`: name -> `Method`. This module collects the support table, `merging`
 the PEFT types. May import models, but no data or training code; importing this package does not
@@ -40,7 +40,7 @@ def _load_methods() -> Iterator[tuple[str, Method]]:
     for spec in specs.BY_TARGETS:
         name = str(spec.model_fields["kind"].default)
         if name not in _ADDED:
-            module = import_module(spec.__module__.replace(specs.__name__, __name__))
+            module = import_module(f"{__name__}.{specs.MODULES[name]}")
             yield name, module.METHODS[name]
         elif method := try_load(_ADDED[name][1][1], _ADDED[name][0]):
             yield name, method

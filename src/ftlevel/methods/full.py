@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ftlevel.config.methods.full import FullSpec, LnTuningSpec
+from ftlevel.config.methods.other import FullSpec, LnTuningSpec
 from ftlevel.methods.base import Base, Merging, Method, StepSupport
 from ftlevel.methods.facts import MERGES, QUANTIZED, MethodFacts, Rule, rows, single_row
 from ftlevel.methods.plain_form import PlainForm

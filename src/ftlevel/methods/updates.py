@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ftlevel.config.methods.base import MethodSpec
-from ftlevel.config.methods.updates import Ia3Spec, MissSpec, ShiraSpec
+from ftlevel.config.methods.lora import Ia3Spec, MissSpec, ShiraSpec
 from ftlevel.errors import ConfigError, InputError, join_names
 from ftlevel.methods.base import Base, Merging, Method, as_int
 from ftlevel.methods.facts import CONV1D, MERGES, Rule, rows, single_row

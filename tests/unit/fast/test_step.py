@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 import tiny_models
 from ftlevel.config import SPECS, TrainConfig
-from ftlevel.config.methods.bottleneck import AdapterSpec, Placement
+from ftlevel.config.methods.other import AdapterSpec, Placement
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.fast import packed_attention as attention

@@ -15,11 +15,11 @@ import transformers
 from peft import PeftConfig, PeftModel
 from peft.utils.peft_types import PeftType
 
-from ftlevel.config.methods.bottleneck import ON_RESIDUAL, AdapterSpec
+from ftlevel.config.methods.other import ON_RESIDUAL, AdapterSpec
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.methods import METHODS, Base
+from ftlevel.methods.bottleneck import SITES, find_input
 from ftlevel.methods.bottleneck.layer import BottleneckLayer
-from ftlevel.methods.bottleneck.sites import SITES, find_input
 from ftlevel.models.families import FAMILIES as KNOWN
 from ftlevel.models.module_tree import find_heads
 from ftlevel.models.upstream.quantizers import keep_trainable_layout

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from ftlevel.config.methods.prefix import PrefixSpec
+from ftlevel.config.methods.other import PrefixSpec
 from ftlevel.methods import METHODS
-from ftlevel.methods.prefix import attention, find_attentions
+from ftlevel.methods.prefix import find_attentions
+from ftlevel.methods.prefix import model as attention
 from sampling import sample
 from tiny_models import (
     FAMILIES,

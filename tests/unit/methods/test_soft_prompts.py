@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ftlevel.config.methods.soft_prompt import PromptSpec, PTuningSpec
+from ftlevel.config.methods.other import PromptSpec, PTuningSpec
 from ftlevel.errors import ConfigError
 from ftlevel.methods import METHODS
 from ftlevel.methods.soft_prompt import find_stacks

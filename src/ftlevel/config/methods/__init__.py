@@ -9,14 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Union
 
 from pydantic import Field
 
-from ftlevel.config.methods.adalora import AdaloraSpec
 from ftlevel.config.methods.base import MethodSpec
-from ftlevel.config.methods.bottleneck import AdapterSpec
-from ftlevel.config.methods.full import FullSpec, LnTuningSpec
-from ftlevel.config.methods.lora import LoraSpec, QloraSpec
-from ftlevel.config.methods.prefix import PrefixSpec
-from ftlevel.config.methods.soft_prompt import PromptSpec, PTuningSpec
-from ftlevel.config.methods.updates import (
+from ftlevel.config.methods.lora import (
+    AdaloraSpec,
     BoftSpec,
     C3aSpec,
     GraloraSpec,
@@ -24,38 +19,53 @@ from ftlevel.config.methods.updates import (
     Ia3Spec,
     LohaSpec,
     LokrSpec,
+    LoraSpec,
     MissSpec,
     OftSpec,
+    QloraSpec,
     ShiraSpec,
     VeraSpec,
 )
-from ftlevel.extensions import added, try_load
-
-_CORE: tuple[type[MethodSpec], ...] = (
-    LoraSpec,
-    QloraSpec,
+from ftlevel.config.methods.other import (
     AdapterSpec,
+    FullSpec,
+    LnTuningSpec,
     PrefixSpec,
     PromptSpec,
     PTuningSpec,
-    AdaloraSpec,
-    Ia3Spec,
-    VeraSpec,
-    OftSpec,
-    BoftSpec,
-    LohaSpec,
-    LokrSpec,
-    MissSpec,
-    ShiraSpec,
-    HiraSpec,
-    GraloraSpec,
-    C3aSpec,
-    LnTuningSpec,
-    FullSpec,
 )
+from ftlevel.extensions import added, try_load
 
-SPECS: dict[str, type[MethodSpec]] = {s.model_fields["kind"].default: s for s in _CORE}
+_CORE: dict[str, tuple[type[MethodSpec], ...]] = {
+    "lora": (LoraSpec, QloraSpec),
+    "bottleneck": (AdapterSpec,),
+    "prefix": (PrefixSpec,),
+    "soft_prompt": (PromptSpec, PTuningSpec),
+    "adalora": (AdaloraSpec,),
+    "updates": (
+        Ia3Spec,
+        VeraSpec,
+        OftSpec,
+        BoftSpec,
+        LohaSpec,
+        LokrSpec,
+        MissSpec,
+        ShiraSpec,
+        HiraSpec,
+        GraloraSpec,
+        C3aSpec,
+    ),
+    "full": (LnTuningSpec, FullSpec),
+}
+"""Module of `ftlevel.methods` → specs of its methods, in display order."""
+
+SPECS: dict[str, type[MethodSpec]] = {
+    spec.model_fields["kind"].default: spec for specs in _CORE.values() for spec in specs
+}
 """Specs by method name, in display order."""
+
+MODULES = {s.model_fields["kind"].default: name for name, specs in _CORE.items() for s in specs}
+"""Method name → module of `ftlevel.methods`."""
 
 for _name, (_source, (_spec, _)) in added("methods", SPECS).items():
     if (_found := try_load(_spec, _source)) is not None:
@@ -71,4 +81,4 @@ if TYPE_CHECKING:
 else:
     MethodConfig = Annotated[Union[tuple(BY_TARGETS)], Field(discriminator="kind")]  # noqa: UP007
 
-__all__ = ["BY_TARGETS", "SPECS", "LoraSpec", "MethodConfig", "MethodSpec"]
+__all__ = ["BY_TARGETS", "MODULES", "SPECS", "LoraSpec", "MethodConfig", "MethodSpec"]

@@ -210,8 +210,8 @@ class HubAdapter:
 
         Raises InputError if it is damaged, of another base, or of an unsupported kind.
         """
+        from ftlevel.methods.bottleneck import site_pattern, sites_of
         from ftlevel.methods.bottleneck.layer import BottleneckConfig
-        from ftlevel.methods.bottleneck.sites import site_pattern, sites_of
 
         try:
             fields = read_config(self.settings, model.config)

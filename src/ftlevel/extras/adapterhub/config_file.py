@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ftlevel.config.methods.bottleneck import REDUCTION_FACTOR
+from ftlevel.config.methods.other import REDUCTION_FACTOR
 from ftlevel.errors import InputError, join_names
-from ftlevel.methods.bottleneck.sites import Sites, block_of, sites_of
+from ftlevel.methods.bottleneck import Sites, block_of, sites_of
 
 VERSION = "adapters.1.3.0"
 

@@ -24,7 +24,7 @@ from ftlevel.extras.adapterhub.adapter import (
 )
 from ftlevel.extras.adapterhub.config_file import VERSION, WEIGHTS, holders_of, write_config
 from ftlevel.merging.formats.base import MergeAdapter
-from ftlevel.methods.bottleneck.sites import site_pattern, sites_of
+from ftlevel.methods.bottleneck import site_pattern, sites_of
 from ftlevel.methods.merging import read_peft_config
 from ftlevel.models.loading import build_task_model
 from ftlevel.trained.model_ref import ModelRef

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ftlevel.config.methods.adalora import AdaloraSpec
+from ftlevel.config.methods.lora import AdaloraSpec
 from ftlevel.errors import ConfigError, InputError, join_names
 from ftlevel.methods.base import Base, Merging, Method, as_int
 from ftlevel.methods.facts import MERGES, single_row

@@ -1,15 +1,39 @@
-"""Bottleneck adapters: builds `BottleneckConfig` for a tuner of ftlevel.
+"""Bottleneck adapters: builds `BottleneckConfig`, at positions in a block by model family.
 
-`sites` has the adapter positions of each model family. The submodules import peft and are imported
-only when needed. The text constants here are part of docs/methods.md.
+With h the output of a sub-layer's last linear layer, r its residual, LN the norm after the sum in
+post-norm models, x the input of the feed-forward, and A(x) = s · up(f(down(x))):
+
+    houlsby, pfeiffer     h ← h + A(h)             Houlsby et al., 2019, section 2.1
+    seq_bn                h ← h + A(LN(h + r))     Pfeiffer et al., 2021, appendix A.1: post-norm
+                          h ← h + A(h + r)         the same: pre-norm
+    parallel              h ← h + A(x)             He et al., 2022, section 3.3
+    par_bn                h ← h + A(r)             the same, as in AdapterHub
+    adapter_plus          y ← y + A(y)             Steitz & Roth, 2024: y = LN(h + r), or h + r
+
+Only houlsby also adapts attention outputs, including cross-attention. Notes:
+
+- AdapterHub names houlsby double_seq_bn; its older name of seq_bn is pfeiffer.
+- Dropout of the sub-layer comes after the adapter here, and before it in Houlsby et al. (2019,
+  figure 2) and AdapterHub. Only training differs.
+- Gemma 2 and 3 and OLMo 2 normalize sub-layer outputs; the adapter is before that norm. seq_bn,
+  par_bn and adapter_plus are unsupported there, and in Granite, which scales the output.
+- GPT-NeoX, GPT-J, Falcon and Phi add attention and feed-forward to the same residual. Each adapter
+  stays on its branch, and the same three placements are unsupported.
+- In a mixture of experts the whole feed-forward is one position: one adapter for all experts.
+- ALBERT's layers share one block and hence its adapters.
+
+The module `layer` imports peft and is imported only when needed. The text constants here are part
+of docs/methods.md.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ftlevel.config.methods.bottleneck import (
+from ftlevel.config.methods.other import (
     ON_RESIDUAL,
     REDUCTION_FACTOR,
     AdapterSpec,
@@ -17,9 +41,139 @@ from ftlevel.config.methods.bottleneck import (
 )
 from ftlevel.errors import InputError
 from ftlevel.methods.base import Base, Merging, Method, StepSupport
-from ftlevel.methods.bottleneck.sites import SITES, site_pattern, sites_of, why_no_residual
 from ftlevel.methods.facts import single_row
 from ftlevel.methods.rates import Rates
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Adapter positions in one block, as paths relative to the block.
+
+    Attributes:
+        attention: last linear layers of the attention modules.
+        feed_forward: last linear layer of the feed-forward, or the whole feed-forward.
+        inputs: candidates for the linear layer that receives the feed-forward's input; empty if
+            `feed_forward` is the whole.
+        residual: module whose input is the residual; empty if output and residual are not simply
+            added.
+        norm: layer norm of their sum; empty in pre-norm models.
+    """
+
+    attention: tuple[str, ...]
+    feed_forward: str
+    inputs: tuple[str, ...] = ()
+    residual: str = ""
+    norm: str = ""
+
+
+_BERT = Sites(
+    ("attention.output.dense",),
+    "output.dense",
+    ("intermediate.dense",),
+    "intermediate",
+    "output.LayerNorm",
+)
+_LLAMA = Sites(("self_attn.o_proj",), "mlp.down_proj", ("mlp.up_proj",), "post_attention_layernorm")
+_EXPERTS = Sites(("self_attn.o_proj",), "mlp", residual="post_attention_layernorm")
+_GPT2 = Sites(("attn.c_proj",), "mlp.c_proj", ("mlp.c_fc",), "ln_2")
+_FALCON = Sites(("self_attention.dense",), "mlp.dense_4h_to_h", ("mlp.dense_h_to_4h",))
+_T5 = Sites(
+    ("SelfAttention.o", "EncDecAttention.o"),
+    "DenseReluDense.wo",
+    ("DenseReluDense.wi", "DenseReluDense.wi_0"),
+    "layer_norm",
+)
+_CROSS = ("self_attn.out_proj", "encoder_attn.out_proj")
+_BART = Sites(_CROSS, "fc2", ("fc1",), "fc1", "final_layer_norm")
+_MBART = Sites(_CROSS, "fc2", ("fc1",), "final_layer_norm")
+
+SITES: dict[str, Sites] = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
+    "deberta-v2": _BERT,
+    "mpnet": replace(_BERT, attention=("attention.attn.o",)),
+    "distilbert": Sites(
+        ("attention.out_lin",), "ffn.lin2", ("ffn.lin1",), "ffn", "output_layer_norm"
+    ),
+    "albert": Sites(("attention.dense",), "ffn_output", ("ffn",), "ffn", "full_layer_layer_norm"),
+    "modernbert": Sites(("attn.Wo",), "mlp.Wo", ("mlp.Wi",), "mlp_norm"),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma"), _LLAMA),
+    **dict.fromkeys(("granite", "olmo2", "gemma2", "gemma3_text"), replace(_LLAMA, residual="")),
+    **dict.fromkeys(("mixtral", "qwen3_moe"), _EXPERTS),
+    "phi3": replace(_LLAMA, inputs=("mlp.gate_up_proj",)),
+    "phi": Sites(("self_attn.dense",), "mlp.fc2", ("mlp.fc1",)),
+    "starcoder2": replace(_LLAMA, feed_forward="mlp.c_proj", inputs=("mlp.c_fc",)),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), _GPT2),
+    "gpt_neo": replace(_GPT2, attention=("attn.attention.out_proj",)),
+    "gptj": Sites(("attn.out_proj",), "mlp.fc_out", ("mlp.fc_in",)),
+    "gpt_neox": Sites(("attention.dense",), "mlp.dense_4h_to_h", ("mlp.dense_h_to_4h",)),
+    "bloom": replace(_FALCON, residual="post_attention_layernorm"),
+    "falcon": _FALCON,
+    "opt": Sites(("self_attn.out_proj",), "fc2", ("fc1",), "final_layer_norm"),
+    **dict.fromkeys(("t5", "mt5", "umt5"), _T5),
+    **dict.fromkeys(("bart", "marian"), _BART),
+    **dict.fromkeys(("mbart", "pegasus", "m2m_100", "blenderbot"), _MBART),
+}
+
+
+def sites_of(config: Any) -> Sites | None:
+    """Return the positions for a transformers config, or None if unknown."""
+    model_type = getattr(config, "model_type", None)
+    if model_type not in SITES and hasattr(config, "get_text_config"):
+        model_type = config.get_text_config().model_type
+    return SITES.get(str(model_type))
+
+
+def why_no_residual(config: Any, placement: str) -> str | None:
+    """Return why a model with `config` does not support `placement`, or None."""
+    sites = sites_of(config)
+    if placement not in ON_RESIDUAL or sites is None:
+        return None
+    if not sites.residual:
+        return (
+            f"placement {placement} reads the sum of the feed-forward's output and its residual, "
+            f"and {config.model_type} does not simply add the two"
+        )
+    plain = {"do_layer_norm_before": True, "apply_residual_connection_post_layernorm": False}
+    for name, value in plain.items():  # OPT-350m, BLOOM
+        if getattr(config, name, value) != value:
+            model = f"a {config.model_type} with {name} {not value}"
+            return f"placement {placement} is not known of {model}"
+    return None
+
+
+def site_pattern(sites: Sites, placement: str) -> str:
+    """Return a regular expression for the full names of the positions.
+
+    A list of names would not do: PEFT matches suffixes, and `output.dense` would also match BERT's
+    `attention.output.dense`.
+    """
+    attention = sites.attention if placement == "houlsby" else ()
+    end = (placement == "adapter_plus" and sites.norm) or sites.feed_forward
+    paths = "|".join(path.replace(".", r"\.") for path in (*attention, end))
+    return rf"(?:.*\.)?\d+\.(?:{paths})"
+
+
+def block_of(sites: Sites | None, site: str) -> str | None:
+    """Return the prefix of the block whose feed-forward ends at `site`, with a dot, or None."""
+    for end in (sites.feed_forward, sites.norm) if sites else ():
+        block = site.removesuffix(end)
+        if (
+            end
+            and site.endswith(f".{end}")
+            and block.removesuffix(".").rpartition(".")[2].isdigit()
+        ):
+            return block
+    return None
+
+
+def find_input(sites: Sites | None, site: str, names: Iterable[str]) -> str | None:
+    """Find the module that receives the input of the feed-forward ending at `site`, or None."""
+    block = block_of(sites, site)
+    if sites is None or block is None:
+        return None
+    modules = set(names)
+    return next((block + path for path in sites.inputs if block + path in modules), None)
+
 
 _INTRODUCTION = """\
 `--set method.placement=…` says where an adapter A(·) = s · up(f(down(·))) stands. h is the output

@@ -2,7 +2,7 @@
 
     h ← h + s · up(f(down(x))),  h the module's output
 
-x is h, the feed-forward's input, its residual r, or h + r, optionally normalized (see `sites`).
+x is h, the feed-forward's input, its residual r, or h + r, optionally normalized (see the package).
 down is (hidden → bottleneck), up is (bottleneck → hidden), both with bias (Houlsby et al., 2019,
 section 2.1; He et al., 2022, section 3.3). s is constant, or learned as a scalar or per channel
 (Steitz & Roth, 2024, section 3.3).
@@ -21,10 +21,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ftlevel.config.methods.bottleneck import REDUCTION_FACTOR, Placement, default_scaling
+from ftlevel.config.methods.other import REDUCTION_FACTOR, Placement, default_scaling
 from ftlevel.methods.base import UnmergeableLayer, UnmergeableTuner
-from ftlevel.methods.bottleneck import CANNOT_MERGE
-from ftlevel.methods.bottleneck.sites import (
+from ftlevel.methods.bottleneck import (
+    CANNOT_MERGE,
     SITES,
     block_of,
     find_input,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ftlevel.config.methods.prefix import PrefixSpec
+from ftlevel.config.methods.other import PrefixSpec
 from ftlevel.methods.base import VIRTUAL_TOKEN_STEP, VIRTUAL_TOKENS, Base, Merging, Method
 from ftlevel.methods.facts import Rule, rows, single_row
 from ftlevel.methods.rates import Rates
@@ -30,7 +30,7 @@ def why_no_prefix(config: Any) -> str | None:
     """Return why a model with `config` does not support prefixes, or None."""
     from transformers import MODEL_MAPPING
 
-    from ftlevel.methods.prefix.attention import CUSTOM_ATTENTION
+    from ftlevel.methods.prefix.model import CUSTOM_ATTENTION
     from ftlevel.models.upstream.architectures import asks_for_attention, supports_sdpa
 
     name = config.model_type

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ftlevel.config.methods.soft_prompt import PromptSpec, PTuningSpec
+from ftlevel.config.methods.other import PromptSpec, PTuningSpec
 from ftlevel.errors import InputError
 from ftlevel.methods.base import VIRTUAL_TOKEN_STEP, VIRTUAL_TOKENS, Base, Merging, Method
 from ftlevel.methods.facts import single_row
