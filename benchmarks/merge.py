@@ -113,7 +113,7 @@ def make_large(folder: Path) -> Path:
     import transformers
 
     from ftlevel.models.builtin import model_path
-    from ftlevel.weights.tensor_files import TensorPart, TensorSpec, write_files
+    from ftlevel.weights.checkpoint import TensorPart, TensorSpec, write_files
 
     config = transformers.LlamaConfig(**LARGE)
     config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
@@ -174,7 +174,7 @@ def same_tensors(first: Path, second: Path) -> tuple[int, int]:
     """Return how many tensors of two checkpoints are the same bytes, and how many there are."""
     import torch
 
-    from ftlevel.weights.tensor_files import read_header, weight_files
+    from ftlevel.weights.checkpoint import read_header, weight_files
 
     found, expected = (
         {n: t for file in weight_files(folder) for n, t in read_header(file)[0].items()}

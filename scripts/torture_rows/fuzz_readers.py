@@ -22,7 +22,7 @@ from ftlevel.models.sources import resolve_source
 from ftlevel.tasks import TASKS
 from ftlevel.trained.resolve import read_plain_adapter
 from ftlevel.training.origin import read_origin
-from ftlevel.weights.tensor_files import read_header
+from ftlevel.weights.checkpoint import read_header
 from torture_rows.lab import Lab
 
 Read = Callable[[Any], object]

@@ -104,9 +104,9 @@ _LAST_READER = '    ".parquet": ParquetReader,'
 DATA_FORMAT = Addition(
     {"data/sources/readers/key_value.py": _read("key_value.py")},
     [
-        ("data/sources/readers/files.py", _LAST_READER, '    ".kv": KeyValue,'),
+        ("data/sources/readers/__init__.py", _LAST_READER, '    ".kv": KeyValue,'),
         (
-            "data/sources/readers/files.py",
+            "data/sources/readers/__init__.py",
             "from ftlevel.data.sources.readers.json import JsonLinesReader, JsonReader",
             "from ftlevel.data.sources.readers.key_value import KeyValue",
         ),

@@ -23,7 +23,7 @@ from export_cases import CASES, NAMES, ModelDir, export_to, exportable, load, lo
 from ftlevel.cli.app import run
 from ftlevel.errors import FtlevelError, InputError, RunError
 from ftlevel.merging.formats import gguf
-from ftlevel.weights.gguf import families as gguf_families
+from ftlevel.weights import gguf_families
 from tiny_tokenizers import build_tokenizer
 
 

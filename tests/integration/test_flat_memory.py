@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import LengthBounds
-from ftlevel.data.gate import duplicates, gate, similarity, wordings
+from ftlevel.data.gate import gate, similarity, wordings
+from ftlevel.data.gate import gate as duplicates
 from ftlevel.data.prepare import encoder
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext

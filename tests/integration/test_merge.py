@@ -21,7 +21,7 @@ from ftlevel.cli.app import run
 from ftlevel.commands.generate import generate
 from ftlevel.merging import merged_model
 from ftlevel.methods.merging import Skeleton
-from ftlevel.weights import tensor_files
+from ftlevel.weights import checkpoint
 
 TinyModelDir = Callable[..., Path]
 RUN = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--max-steps", "3",
@@ -175,7 +175,7 @@ def test_files_that_are_not_what_was_merged_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = trained("llama", "text-generation", "mask", None, "--dtype", "bfloat16")
-    right = tensor_files.write_files
+    right = checkpoint.write_files
 
     def forget_a_row(directory: Path, shards: Any) -> int:
         size = right(directory, shards)

@@ -151,7 +151,7 @@ def check_recipe(path: Path, command: str) -> Path:
     own = path / "config.yaml"
     if own.is_file():
         return own
-    from ftlevel.data.sources.readers.files import is_data_file_name  # imports numpy
+    from ftlevel.data.sources.readers import is_data_file_name  # imports numpy
 
     if path.is_dir():
         hint = ""

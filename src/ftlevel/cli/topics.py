@@ -17,14 +17,14 @@ TOPICS = {
     "rows": "data.formats data.gate data.prepare data.sources.table tasks",
     "columns": "data.formats.columns data.formats.detect",
     "encoding": "data.encoding",
-    "models": "models training.model weights.checkpoint weights.tensor_files",
+    "models": "models training.model weights.checkpoint",
     "targets": "commands.list_targets models.targets",
     "methods": "methods training.plan.adapter training.plan.method",
     "adapters": "artifacts extras.adapterhub evaluation.model_pair evaluation.two_models trained",
     "output": "artifacts.files artifacts.hub artifacts.ownership "
     "artifacts.run_directory config.output",
     "memory": "commands.plan training.forecast training.memory",
-    "training": "fast training.callbacks training.finish training.proof training.session",
+    "training": "fast training.callbacks training.finish training.gradients training.proof training.saving",
     "resume": "training.origin training.resume",
     "processes": "extras.launch training.processes training.sharding world",
     "evaluation": "cli.evaluate cli.generate commands.evaluate commands.generate commands.predict "

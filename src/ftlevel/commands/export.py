@@ -28,7 +28,7 @@ from ftlevel.models.loading import silence_loggers
 from ftlevel.trained.adapter_set import find_adapters
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.trained.resolve import resolve_model
-from ftlevel.weights.gguf.file import CHOSEN, GRIDS
+from ftlevel.weights.gguf_file import CHOSEN, GRIDS
 
 _ROWS: int = MergeConfig.model_fields["rows"].default
 """Rows on which the exported file is compared, as for a merge."""

@@ -17,9 +17,9 @@ from ftlevel.data.encoding.encode import encode_chat_prompt, encode_prompt
 from ftlevel.data.formats.detect import Format, NoFormatError
 from ftlevel.data.prepare.inference import Prompts, open_rows
 from ftlevel.data.sources.lines import cache_pipe, decompress, is_compressed, is_pipe, plain_name
-from ftlevel.data.sources.readers.files import READERS, ReadOptions, is_pattern, match_files
-from ftlevel.data.sources.readers.refused import refuse_media_columns
+from ftlevel.data.sources.readers import READERS, ReadOptions, is_pattern, match_files
 from ftlevel.data.sources.readers.text import detect_file_format
+from ftlevel.data.sources.streams import refuse_media_columns
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.answers import MOST_SHOWN, AnswerRequest, predict_replies
 from ftlevel.models.kinds import max_positions

@@ -13,7 +13,7 @@ from ftlevel.config.mining import MineConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.formats.detect import FormatOptions, detect_format
 from ftlevel.data.formats.examples import to_examples
-from ftlevel.data.sources.readers.files import ReadOptions, read_table
+from ftlevel.data.sources.readers import ReadOptions, read_table
 from ftlevel.errors import InputError
 from ftlevel.evaluation.answers import InferenceModel
 from ftlevel.evaluation.retrieval import as_document, embed_rows

@@ -24,9 +24,8 @@ from ftlevel.data.prepare.inference import (
     open_rows,
     windows,
 )
-from ftlevel.data.sources.readers.files import ReadOptions, is_pattern
-from ftlevel.data.sources.readers.refused import refuse_media_columns
-from ftlevel.data.sources.streams import Reader
+from ftlevel.data.sources.readers import ReadOptions, is_pattern
+from ftlevel.data.sources.streams import Reader, refuse_media_columns
 from ftlevel.errors import ConfigError, InputError, Interrupted, join_names
 from ftlevel.evaluation.answers import PROMPTS, InferenceModel, RowCounts, predict_rows
 from ftlevel.events import Listener, NullListener

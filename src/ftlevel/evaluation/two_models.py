@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ftlevel.data.encoding.collate import Collator
+from ftlevel.data.encoding.collate import Collator, distinct_texts
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.encoding.texts import distinct_texts
 from ftlevel.data.sources.docstrings import read_module, stdlib_modules
 from ftlevel.errors import InputError
 from ftlevel.models.hardware import autocast

@@ -30,7 +30,7 @@ from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream.quantizers import dequantized
 from ftlevel.trained.generation import batches
 from ftlevel.weights.codes import QuantizationGrid, choose_codes
-from ftlevel.weights.gguf.file import GRIDS, QuantizedMatrix
+from ftlevel.weights.gguf_file import GRIDS, QuantizedMatrix
 from ftlevel.weights.quantize_shards import (
     QuantizedLayout,
     bitsandbytes_grid,

@@ -27,12 +27,15 @@ from ftlevel.trained.vocabulary import resize_vocabulary
 from ftlevel.weights.checkpoint import (
     TOKENIZER_FILES,
     Checkpoint,
+    TensorPart,
+    TensorSpec,
     checkpoint_in_memory,
     convert_for_saving,
     local_directory,
     open_checkpoint,
+    spec_of,
+    write_files,
 )
-from ftlevel.weights.tensor_files import TensorPart, TensorSpec, spec_of, write_files
 
 _SINGLE = "model.safetensors"
 

@@ -33,8 +33,7 @@ from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapter_formats import AdapterReader, find_reader
 from ftlevel.trained.model_ref import PLAIN, ModelRef, find_tokenizer
-from ftlevel.weights.checkpoint import local_directory, merge_sharded_checkpoint
-from ftlevel.weights.tensor_files import read_header
+from ftlevel.weights.checkpoint import local_directory, merge_sharded_checkpoint, read_header
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -32,7 +32,7 @@ from ftlevel.methods.base import HasState
 from ftlevel.task import Objective
 from ftlevel.tasks import BaseTask
 from ftlevel.training.processes import Processes
-from ftlevel.weights.tensor_files import TensorPart, read_header, spec_of, write_file
+from ftlevel.weights.checkpoint import TensorPart, read_header, spec_of, write_file
 
 LOWER_IS_BETTER = ("loss", "perplexity", "rmse", "mse", "mae", "error")
 """Suffixes of metric names for which lower is better."""

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ftlevel.config.section import Choice
+from ftlevel.data.encoding.collate import EncodedTexts
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.encoding.texts import EncodedTexts
 from ftlevel.data.sources.lines import LazySequence
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.embeddings import embed_texts

@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer
 
 from ftlevel.data.prepare.row_stream import StreamSharding
-from ftlevel.data.prepare.sampling import (
+from ftlevel.data.prepare.streaming import (
     DistinctTextSampler,
     LengthGroupedSampler,
     RowsWithPadding,
     StepShardSampler,
+    StreamedRows,
 )
-from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.errors import is_out_of_memory
 from ftlevel.fast.likelihoods import (
     compute_shared_prefix,

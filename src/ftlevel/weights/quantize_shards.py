@@ -1,7 +1,7 @@
 """Quantize a checkpoint with bitsandbytes or torchao, one tensor in memory at a time.
 
 The tensors equal those that `save_pretrained` writes for a model quantized by transformers that
-never ran. `ShardWriter` is for tensors that become known one at a time; `tensor_files` writes those
+never ran. `ShardWriter` is for tensors that become known one at a time; `checkpoint` writes those
 with dtypes and shapes known beforehand.
 """
 
@@ -29,8 +29,8 @@ from ftlevel.models.quantization import PLAIN_NOTE, is_torchao, torchao_bytes
 from ftlevel.models.upstream.architectures import model_classes, modules_in_float32
 from ftlevel.models.upstream.conversions import Naming
 from ftlevel.models.upstream.quantizers import pack_torchao, replaced_linears, torchao_linears
+from ftlevel.weights.checkpoint import NAMES, StoredTensor, read_header, weight_files, write_index
 from ftlevel.weights.codes import QuantizationGrid, four_bit_grid, pack_4bit, quantize_4bit
-from ftlevel.weights.tensor_files import NAMES, StoredTensor, read_header, weight_files, write_index
 
 BLOCK = 64  # weights per 4-bit scale, as in bitsandbytes
 NESTED_BLOCK = 256  # scales per second-level scale, with double quantization

@@ -24,7 +24,7 @@ from ftlevel.models.quantization import match_quantization
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.untrusted import limit_memory, limit_time
 from ftlevel.models.upstream import libraries
-from ftlevel.weights.gguf.file import write_gguf
+from ftlevel.weights.gguf_file import write_gguf
 from tiny_models import build
 
 ModelDir = Callable[..., Path]

@@ -10,8 +10,13 @@ import torch
 
 from ftlevel.models.loading import build_task_model, load_config, load_model, rename_prefix
 from ftlevel.models.sources import resolve_source
-from ftlevel.weights.checkpoint import convert_for_saving, open_checkpoint
-from ftlevel.weights.tensor_files import read_header, spec_of, weight_files
+from ftlevel.weights.checkpoint import (
+    convert_for_saving,
+    open_checkpoint,
+    read_header,
+    spec_of,
+    weight_files,
+)
 from tiny_models import AUTO_CLASSES, FAMILY_HEADS, HEADS
 
 

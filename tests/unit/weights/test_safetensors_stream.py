@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ftlevel.errors import InputError
+from ftlevel.weights.checkpoint import read_header
 from ftlevel.weights.quantize_shards import ShardWriter, header_bound
-from ftlevel.weights.tensor_files import read_header
 
 TENSORS = {
     "odd bytes": torch.arange(7, dtype=torch.uint8),

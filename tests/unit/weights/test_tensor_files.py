@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ftlevel.artifacts.files import base_fingerprint
 from ftlevel.errors import InputError
-from ftlevel.weights.tensor_files import (
+from ftlevel.weights.checkpoint import (
     DTYPES,
     TensorPart,
     read_header,

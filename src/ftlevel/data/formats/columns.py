@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ftlevel.data.sources.readers.refused import media_of_name
+from ftlevel.data.sources.streams import media_of_name
 from ftlevel.data.sources.table import Row
 from ftlevel.errors import InputError, is_long, join_names
 

@@ -30,7 +30,7 @@ from ftlevel.data.gate import Finding
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, Progress
 from ftlevel.data.prepare.loading import load_examples, prepare_examples
 from ftlevel.data.prepare.streaming import prepare_stream
-from ftlevel.data.sources.readers.files import is_pattern, match_files
+from ftlevel.data.sources.readers import is_pattern, match_files
 from ftlevel.data.sources.table import Part, Table
 from ftlevel.errors import InputError
 from ftlevel.workspace import Workspace

@@ -22,7 +22,7 @@ from ftlevel.data.prepare.encoder import DataTask, EncodingContext
 from ftlevel.data.prepare.loading import open_converter, read_splits
 from ftlevel.data.sources.hub import iterate_rows
 from ftlevel.data.sources.lines import CHUNK_ROWS
-from ftlevel.data.sources.readers.files import ReadOptions, is_pattern, match_files, open_reader
+from ftlevel.data.sources.readers import ReadOptions, is_pattern, match_files, open_reader
 from ftlevel.data.sources.splits import DatasetSplits
 from ftlevel.data.sources.streams import Chunk, Reader
 from ftlevel.data.sources.table import Row, Table

@@ -30,8 +30,8 @@ from ftlevel.data.gate.checks import flat_batches
 from ftlevel.data.gate.gate import handle_unusable_rows
 from ftlevel.data.prepare.encoder import DataTask, EncodingContext, PreparedData, Progress
 from ftlevel.data.sources.lines import CHUNK_ROWS, STDIN
-from ftlevel.data.sources.readers.refused import refuse_media_columns
 from ftlevel.data.sources.splits import DatasetSplits, hold_out, join_splits, load_splits
+from ftlevel.data.sources.streams import refuse_media_columns
 from ftlevel.data.sources.table import Table, handle_bad_rows
 from ftlevel.errors import ConfigError, InputError, did_you_mean, join_names, quote, reading
 

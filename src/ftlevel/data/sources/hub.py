@@ -15,6 +15,7 @@ from typing import Any
 
 from ftlevel.config import InMemoryDataset
 from ftlevel.data.sources.lines import CHUNK_ROWS
+from ftlevel.data.sources.readers import ReadOptions
 from ftlevel.data.sources.readers.arrow import (
     arrow_rows,
     build_arrow_table,
@@ -22,7 +23,6 @@ from ftlevel.data.sources.readers.arrow import (
     clean_value,
     drop_null_keys,
 )
-from ftlevel.data.sources.readers.files import ReadOptions
 from ftlevel.data.sources.streams import Chunk, Cursor, describe_null_keys
 from ftlevel.data.sources.table import OnBadRow, Row, Table, find_inconsistent_rows, handle_bad_rows
 from ftlevel.errors import InputError, did_you_mean, join_names

@@ -30,8 +30,7 @@ from ftlevel.data.sources.hub import (
     remove_columns,
 )
 from ftlevel.data.sources.lines import STDIN
-from ftlevel.data.sources.readers.arrow import refuse_media
-from ftlevel.data.sources.readers.files import (
+from ftlevel.data.sources.readers import (
     DEFAULT_READ_OPTIONS,
     ReadOptions,
     data_files,
@@ -42,8 +41,8 @@ from ftlevel.data.sources.readers.files import (
     read_table,
     stem_of,
 )
-from ftlevel.data.sources.readers.refused import describe_missing
-from ftlevel.data.sources.streams import ChainedStream, Stream
+from ftlevel.data.sources.readers.arrow import refuse_media
+from ftlevel.data.sources.streams import ChainedStream, Stream, describe_missing
 from ftlevel.data.sources.table import OnBadRow, Table, describe_dropped, join_tables, mix_tables
 from ftlevel.errors import InputError, closest_matches, did_you_mean, join_names
 

@@ -1,22 +1,183 @@
-"""Streams of chunks of rows, each with a cursor to resume from, and the base class of file readers.
+"""Streams of chunks of rows, the base class of file readers, and errors for unsupported input.
 
-A cursor is a dict of plain values: byte and line of a text file, row of a Parquet row group, or the
-state of a `datasets.IterableDataset`. Resuming re-reads nothing except the current Parquet row
-group.
+A stream has a cursor to resume from, a dict of plain values: byte and line of a text file, row of a
+Parquet row group, or the state of a `datasets.IterableDataset`. Resuming re-reads nothing except
+the current Parquet row group. Unsupported are images, audio, video and documents.
 """
 
 from __future__ import annotations
 
+import re
+import shlex
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
+from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.table import BadRow, Row, Table, find_inconsistent_rows
-from ftlevel.errors import InputError, join_names
+from ftlevel.errors import InputError, did_you_mean, join_names
+
+_SUFFIXES = {
+    "an image": (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".svg"),
+    "audio": (".wav", ".mp3", ".flac", ".ogg", ".m4a", ".opus"),
+    "a video": (".mp4", ".avi", ".mov", ".mkv", ".webm"),
+    "a document": (".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".pptx"),
+}
+_MEDIA = {"images": "an image", "audio": "audio", "videos": "a video"}
+_MEDIA_NAMES = {
+    media_type: re.compile(rf"({names})s?(_?(bytes|data|file|file_?name|path|uri|url)s?)?", re.I)
+    for media_type, names in {
+        "images": "image|img|picture|photo|pixel_value",
+        "audio": "audio|speech|waveform|input_feature|input_value",
+        "videos": "video",
+    }.items()
+}
+"""Patterns of media column names in published datasets, such as image, image_path or videos."""
+_MAGIC = {
+    "images": (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*"),
+    "audio": (b"ID3", b"fLaC", b"OggS", b"RIFF", b"\xff\xfb"),
+    "videos": (b"\x1aE\xdf\xa3",),
+}
+_LONGEST_PATH = 2048
+_ARCHIVES = {".zip": "unzip", ".tar": "tar xf", ".tgz": "tar xzf", ".7z": "7z x"}
+
+
+def refuse_unknown(path: Path, suffix: str, readable: list[str]) -> InputError:
+    """Return the error for a file whose suffix is not in `readable`."""
+    for name, suffixes in _SUFFIXES.items():
+        if suffix in suffixes:
+            remedy = "Use its text, such as captions or transcripts, as .jsonl or .csv."
+            if name == "a document":
+                remedy = "Extract its text first, as .txt or .jsonl."
+            return InputError(f"{path}: is {name}, and ftlevel trains on text. {remedy}")
+    if suffix in _ARCHIVES:
+        return InputError(
+            f"{path}: is an archive of files. Unpack it and name the directory: "
+            f"{_ARCHIVES[suffix]} {shlex.quote(path.name)}"
+        )
+    remedy = "Convert it, or add --input-format."
+    if suffix == ".xls":
+        remedy = "Save the sheet as .xlsx or .csv."
+    return InputError(
+        f"{path}: cannot read {suffix or 'a file without extension'!r}. "
+        f"Formats: {join_names(readable, 20)}. {remedy}"
+    )
+
+
+def media_of_name(column: str) -> str | None:
+    """Return "images", "audio" or "videos" if the column name says so; else None."""
+    return next((k for k, names in _MEDIA_NAMES.items() if names.fullmatch(column)), None)
+
+
+def refuse_media_columns(columns: Sequence[str], rows: Sequence[Row], source: str) -> None:
+    """Raise `InputError` for unused columns that hold images, audio or video.
+
+    Either all of the first values are media (file names, URLs or content), or the column is named
+    like media and one of its values may be media.
+    """
+    media = []
+    for column in columns:
+        named = media_of_name(column)
+        values = (row.get(column) for row in (rows if named else rows[:CHUNK_ROWS]))
+        first = list(islice((v for v in values if v not in (None, "", [], {})), CHUNK_ROWS))
+        types = [_media_of_value(value) for value in first]
+        if first and all(types):
+            media.append((column, named or str(types[0])))
+        elif named and any(map(_may_be_media, first)):
+            media.append((column, named))
+    if media:
+        raise InputError(describe_media(source, media))
+
+
+def describe_media(source: str, columns: Sequence[tuple[str, str]]) -> str:
+    """Return the error message for media columns, as (column, media type)."""
+    held = " and ".join(f"column {column!r} holds {type_}" for column, type_ in columns)
+    names = " ".join(shlex.quote(column) for column, _ in columns)
+    return (
+        f"{source}: {held}, and ftlevel trains on text only. To leave "
+        f"{'them' if len(columns) > 1 else 'it'} out and use the other columns: "
+        f"--ignore-columns {names}."
+    )
+
+
+def _media_of_value(value: Any) -> str | None:
+    """Return the media type of a value: file name, bytes, dict, list or image; else None."""
+    if isinstance(value, str):
+        return _media_of_text(value)
+    if isinstance(value, bytes):
+        return next((k for k, magic in _MAGIC.items() if value.startswith(magic)), None)
+    if isinstance(value, dict):
+        items = [item for item in value.values() if isinstance(item, str | bytes)]
+        types = filter(None, map(_media_of_value, items))
+        return next(types, "files" if any(isinstance(v, bytes) for v in items) else None)
+    if isinstance(value, list | tuple):
+        item_types = [_media_of_value(item) for item in value if item is not None]
+        return item_types[0] if item_types and all(item_types) else None
+    return {"PIL": "images", "torchcodec": "videos"}.get(type(value).__module__.partition(".")[0])
+
+
+def _media_of_text(text: str) -> str | None:
+    """Return the media type of a path, URL or data URI; None for other text."""
+    if text.startswith("data:"):
+        return next((k for k in _MEDIA if text[5:].startswith(k.removesuffix("s") + "/")), None)
+    if len(text) > _LONGEST_PATH or "\n" in text:
+        return None
+    suffix = Path(re.split(r"[?#]", text, maxsplit=1)[0]).suffix.lower()
+    return next((k for k, noun in _MEDIA.items() if suffix in _SUFFIXES[noun]), None)
+
+
+def _may_be_media(value: Any) -> bool:
+    """Return whether a value of a column named like media may be a file or its content."""
+    if isinstance(value, str):  # a file name, an id or base64
+        return _media_of_text(value) is not None or not any(map(str.isspace, value))
+    return not isinstance(value, bool | int | float)
+
+
+def check_is_file(path: Path, data_files: Callable[[Path], list[str]]) -> None:
+    """Raise `InputError` unless `path` is a regular file that is not empty."""
+    if path.is_dir():
+        names = data_files(path)
+        listing = f"Files in it: {join_names(names)}." if names else "It holds no data file."
+        raise InputError(f"{path}: is a directory, not a file. {listing} Name one file.")
+    if not path.exists():
+        raise InputError(describe_missing(path))
+    if not path.is_file():
+        raise InputError(f"{path}: is a device or a socket, not a file of rows. Name a file.")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: has 0 rows (0 bytes). Use a file with rows.")
+
+
+def _describe_link(path: Path) -> str:
+    try:
+        path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) or error.errno != 2:
+            return "is a symbolic link that leads back to itself. Name the file."
+    return f"is a symbolic link to {path.readlink()}, which is not there. Name the file."
+
+
+def describe_missing(path: Path) -> str:
+    """Return the error message for a missing path, with similar names in its directory."""
+    folder = path.parent
+    if path.is_symlink():
+        return f"{path}: {_describe_link(path)}"
+    if str(folder) in ("/dev/fd", "/proc/self/fd"):
+        return (
+            f"{path}: was a shell pipe such as <(…), whose rows are no longer available. Pass it "
+            "again with --dataset <(…), or use a file with the same rows."
+        )
+    if not folder.is_dir():
+        return f"{path}: no such file, and no directory {folder}. Check the path."
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    directory = "the current directory" if str(folder) == "." else str(folder)
+    listing = f"In {directory}: {join_names(names, 8)}." if names else f"{directory} is empty."
+    return f"{path}: no such file.{did_you_mean(path.name, names)} {listing}"
+
 
 Cursor = Mapping[str, Any]
 

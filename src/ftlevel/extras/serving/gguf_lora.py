@@ -21,8 +21,8 @@ from ftlevel.extras.serving.adapters import plan_adapters
 from ftlevel.extras.serving.entry import ServedModel
 from ftlevel.merging.normal_form import NormalForm
 from ftlevel.methods.plain_form import Factors
-from ftlevel.weights.gguf.families import FAMILIES, convert, find_problems
-from ftlevel.weights.gguf.file import name_map
+from ftlevel.weights.gguf_families import FAMILIES, convert, find_problems
+from ftlevel.weights.gguf_file import name_map
 
 _FILE = "adapter.gguf"
 

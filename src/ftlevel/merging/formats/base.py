@@ -18,7 +18,7 @@ from ftlevel.events import Listener
 from ftlevel.extensions import hooks
 from ftlevel.models.sources import ModelSource
 from ftlevel.trained.model_ref import ModelRef
-from ftlevel.weights.gguf.file import QuantizedMatrix
+from ftlevel.weights.gguf_file import QuantizedMatrix
 
 ChooseCodes = Callable[[str], QuantizedMatrix]
 """Name of a weight of the model → its codes, (out, in)."""

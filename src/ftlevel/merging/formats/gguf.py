@@ -28,7 +28,7 @@ from ftlevel.evaluation.two_models import (
     read_eval_text,
 )
 from ftlevel.events import Listener
-from ftlevel.merging.formats import gguf_embedding
+from ftlevel.merging.formats import embedding
 from ftlevel.merging.formats.base import (
     Export,
     MergeAdapter,
@@ -50,8 +50,8 @@ from ftlevel.models.sources import ModelSource
 from ftlevel.tasks import TASKS
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.weights.checkpoint import open_checkpoint
-from ftlevel.weights.gguf.families import FAMILIES, build_metadata, context_limit, find_problems
-from ftlevel.weights.gguf.file import (
+from ftlevel.weights.gguf_families import FAMILIES, build_metadata, context_limit, find_problems
+from ftlevel.weights.gguf_file import (
     CHOSEN,
     GRIDS,
     GGUFTensor,
@@ -61,7 +61,7 @@ from ftlevel.weights.gguf.file import (
     weights_as_written,
     write_gguf,
 )
-from ftlevel.weights.gguf.vocabulary import READ_BY_TRANSFORMERS, Vocabulary, read_vocabulary
+from ftlevel.weights.gguf_vocabulary import READ_BY_TRANSFORMERS, Vocabulary, read_vocabulary
 
 BOUND = 1e-4
 """Allowed difference of logits, as a share of the largest one: float32 sums depend on order."""
@@ -257,7 +257,7 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> Export:
             f"{config.model} is a .gguf file already. llama.cpp's llama-quantize changes its type."
         )
     if (form := TASKS[ref.task].embedding_format(ref.card.options)) is not None:
-        return gguf_embedding.plan_export(config, ref, form)
+        return embedding.plan_export(config, ref, form)
     if not TASKS[ref.task].generates_text:
         raise InputError(
             f"{config.model} was trained for {ref.task}, and a .gguf file is for programs "

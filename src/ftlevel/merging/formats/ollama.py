@@ -14,7 +14,7 @@ from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.data.encoding.chat import USER, TurnLayout, find_end_of_turn_id, find_turn_layout
 from ftlevel.data.encoding.encode import PromptFormat, read_format
 from ftlevel.errors import InputError
-from ftlevel.weights.gguf.vocabulary import Vocabulary
+from ftlevel.weights.gguf_vocabulary import Vocabulary
 
 _ROLES = ("system", "user", "assistant")
 

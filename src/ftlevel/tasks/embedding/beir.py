@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftlevel.data.sources.readers.files import read_table
+from ftlevel.data.sources.readers import read_table
 from ftlevel.errors import InputError, join_names
 
 _IDS = ("_id", "id", "docid", "query-id", "query_id")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ftlevel.data.encoding.collate import EncodedTexts
 from ftlevel.data.encoding.encode import Encoded, RowError
-from ftlevel.data.encoding.texts import EncodedTexts
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 
 _BATCH = 1_000  # rows tokenized at once

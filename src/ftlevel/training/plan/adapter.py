@@ -34,7 +34,7 @@ from ftlevel.trained.resolve import (
     resolve_model,
 )
 from ftlevel.training.plan.run import Run, StartingAdapter
-from ftlevel.weights.tensor_files import read_header
+from ftlevel.weights.checkpoint import read_header
 
 _NAMED = ("target_modules", "target_parameters", "layers_to_transform", "modules_to_save")
 """Settings taken from the run's recipe: adapter_config.json has expanded module names."""

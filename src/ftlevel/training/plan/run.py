@@ -20,7 +20,7 @@ from ftlevel.config import (
 from ftlevel.config.section import Choice
 from ftlevel.data.prepare.encoder import PreparedData
 from ftlevel.data.sources.lines import STDIN, is_pipe
-from ftlevel.data.sources.readers.files import is_pattern
+from ftlevel.data.sources.readers import is_pattern
 from ftlevel.fast.plan import FastPlan
 from ftlevel.methods import METHODS, Base
 from ftlevel.models.loading import build_task_model

@@ -19,9 +19,10 @@ from ftlevel.data.encoding.store import (
     write_store,
 )
 from ftlevel.data.formats.examples import LabeledText, PlainText, SourceTarget
-from ftlevel.data.gate import duplicates, similarity
+from ftlevel.data.gate import gate as duplicates
+from ftlevel.data.gate import similarity
 from ftlevel.data.gate.checks import TextCheckContext
-from ftlevel.data.gate.duplicates import find_members, find_near_duplicates, find_repeated
+from ftlevel.data.gate.gate import find_members, find_near_duplicates, find_repeated
 from ftlevel.data.gate.similarity import SIMILARITY, Digests, find_similar
 
 

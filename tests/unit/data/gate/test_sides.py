@@ -6,7 +6,7 @@ import random
 
 from ftlevel.data.formats.examples import LabeledText, SourceTarget
 from ftlevel.data.gate.checks import TextCheckContext
-from ftlevel.data.gate.duplicates import find_conflicts, find_one_answer, find_swapped
+from ftlevel.data.gate.gate import find_conflicts, find_one_answer, find_swapped
 from ftlevel.data.gate.similarity import Digests
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.prepare.sampling import LengthGroupedSampler, RowsWithPadding, StepShardSampler
+from ftlevel.data.prepare.streaming import LengthGroupedSampler, RowsWithPadding, StepShardSampler
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 17])

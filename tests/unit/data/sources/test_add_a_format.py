@@ -12,7 +12,7 @@ from additions.key_value import KeyValue
 from additions.tree import DATA_FORMAT
 from additions.tree import run as run_in
 from ftlevel.cli.app import run
-from ftlevel.data.sources.readers.files import READERS
+from ftlevel.data.sources.readers import READERS
 from ftlevel.data.sources.splits import load_splits, open_source
 from ftlevel.errors import InputError
 

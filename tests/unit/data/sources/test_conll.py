@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ftlevel.data.sources.readers.files import read_table
+from ftlevel.data.sources.readers import read_table
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ftlevel.data.sources.lines import PACKED
-from ftlevel.data.sources.readers.files import READERS, ReadOptions, read_table
+from ftlevel.data.sources.readers import READERS, ReadOptions, read_table
 from ftlevel.errors import InputError
 
 PAGE = (Path(__file__).parents[4] / "docs/data.md").read_text(encoding="utf-8")

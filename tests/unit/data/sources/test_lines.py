@@ -14,7 +14,7 @@ from ftlevel.config import DataConfig
 from ftlevel.data.formats.examples import LazyExamples, convert_rows
 from ftlevel.data.sources import lines
 from ftlevel.data.sources.lines import LineNumbers, LineRows
-from ftlevel.data.sources.readers.files import read_table
+from ftlevel.data.sources.readers import read_table
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
 

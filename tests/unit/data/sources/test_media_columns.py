@@ -12,9 +12,9 @@ import pytest
 
 from ftlevel.config import DataConfig, InMemoryDataset
 from ftlevel.data.prepare.loading import load_examples
-from ftlevel.data.sources.readers.files import ReadOptions
-from ftlevel.data.sources.readers.refused import refuse_media_columns
+from ftlevel.data.sources.readers import ReadOptions
 from ftlevel.data.sources.splits import load_splits, open_source
+from ftlevel.data.sources.streams import refuse_media_columns
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
 

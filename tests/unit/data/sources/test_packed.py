@@ -21,7 +21,7 @@ import pytest
 
 from ftlevel.data.prepare.dataset import resolve_files
 from ftlevel.data.prepare.inference import file_rows
-from ftlevel.data.sources.readers.files import ReadOptions, open_reader, open_stream, read_table
+from ftlevel.data.sources.readers import ReadOptions, open_reader, open_stream, read_table
 from ftlevel.data.sources.readers.text import detect_file_format
 from ftlevel.data.sources.splits import load_splits, open_source
 from ftlevel.errors import InputError

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ftlevel.data.sources.readers.files import read_table
+from ftlevel.data.sources.readers import read_table
 from ftlevel.data.sources.table import BadRow, describe_dropped
 from ftlevel.errors import InputError
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ftlevel.data.sources.readers.files import ReadOptions, open_reader, read_table
+from ftlevel.data.sources.readers import ReadOptions, open_reader, read_table
 from ftlevel.errors import InputError
 
 SQUAD = b"""{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "answers":

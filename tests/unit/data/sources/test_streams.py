@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from ftlevel.data.sources.hub import IterableStream
+from ftlevel.data.sources.readers import ReadOptions, open_stream, read_table
 from ftlevel.data.sources.readers.arrow import ParquetReader
-from ftlevel.data.sources.readers.files import ReadOptions, open_stream, read_table
 from ftlevel.data.sources.readers.json import JsonLinesReader
 from ftlevel.data.sources.splits import open_source
 from ftlevel.data.sources.streams import Chunk, Stream

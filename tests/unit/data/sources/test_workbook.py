@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ftlevel.data.sources.readers.files import ReadOptions, open_reader, read_table
+from ftlevel.data.sources.readers import ReadOptions, open_reader, read_table
 from ftlevel.data.sources.readers.tables import format_value
 from ftlevel.errors import InputError
 

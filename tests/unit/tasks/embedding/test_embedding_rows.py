@@ -10,9 +10,9 @@ import torch
 from transformers import AutoTokenizer
 
 from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
+from ftlevel.data.encoding.collate import EncodedTexts, distinct_texts
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.encoding.texts import EncodedTexts, distinct_texts
-from ftlevel.data.prepare.sampling import DistinctTextSampler
+from ftlevel.data.prepare.streaming import DistinctTextSampler
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 from ftlevel.tasks.embedding.objective import Embeddings, pool
 from ftlevel.tasks.embedding.rows import TextEncoder, append_end

@@ -12,7 +12,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize, quantize
 
 from ftlevel.errors import RunError
-from ftlevel.weights.gguf.file import (
+from ftlevel.weights.gguf_file import (
     CHOSEN,
     GRIDS,
     OUTTYPES,

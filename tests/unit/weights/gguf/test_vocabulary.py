@@ -8,8 +8,8 @@ import pytest
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 from ftlevel.errors import InputError
-from ftlevel.weights.gguf import vocabulary as gguf
-from ftlevel.weights.gguf.vocabulary import read_vocabulary
+from ftlevel.weights import gguf_vocabulary as gguf
+from ftlevel.weights.gguf_vocabulary import read_vocabulary
 from tiny_tokenizers import as_sentencepiece, build_tokenizer
 
 SIZE = 704

@@ -13,8 +13,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ftlevel.data.sources.lines import CHUNK_ROWS
-from ftlevel.data.sources.readers.refused import describe_media, media_of_name
-from ftlevel.data.sources.streams import Chunk, Cursor, Reader, describe_null_keys
+from ftlevel.data.sources.streams import (
+    Chunk,
+    Cursor,
+    Reader,
+    describe_media,
+    describe_null_keys,
+    media_of_name,
+)
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError, join_names
 

@@ -33,7 +33,7 @@ from gguf.quants import quantize
 from ftlevel.errors import InputError, RunError, join_names
 from ftlevel.weights.checkpoint import Checkpoint
 from ftlevel.weights.codes import QuantizationGrid
-from ftlevel.weights.gguf.families import FAMILIES, convert, extra_tensors
+from ftlevel.weights.gguf_families import FAMILIES, convert, extra_tensors
 
 BLOCK = 32
 

@@ -1,1 +1,0 @@
-"""GGUF export: llama.cpp's architectures, tokenizer metadata, and the file writer."""
