@@ -24,7 +24,8 @@ TOPICS = {
     "output": "artifacts.files artifacts.hub artifacts.ownership "
     "artifacts.run_directory config.output",
     "memory": "commands.plan training.forecast training.memory",
-    "training": "fast training.callbacks training.finish training.gradients training.proof training.saving",
+    "training": "fast training.callbacks training.finish training.gradients training.proof "
+    "training.saving",
     "resume": "training.origin training.resume",
     "processes": "extras.launch training.processes training.sharding world",
     "evaluation": "cli.evaluate cli.generate commands.evaluate commands.generate commands.predict "
