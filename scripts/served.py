@@ -43,6 +43,7 @@ from ftlevel.commands.export import export  # noqa: E402
 from ftlevel.config import ExportConfig  # noqa: E402
 from ftlevel.config.export import SERVERS  # noqa: E402
 from ftlevel.errors import FtlevelError  # noqa: E402
+from ftlevel.extras.serving.check import run_library  # noqa: E402
 from ftlevel.extras.serving.client import (  # noqa: E402
     BASE,
     EITHER,
@@ -55,7 +56,6 @@ from ftlevel.extras.serving.entry import (  # noqa: E402
     ServedModel,
     rank_limit,
 )
-from ftlevel.extras.serving.inside.process import run_library  # noqa: E402
 from ftlevel.extras.serving.recorded import Answer, run_prompts  # noqa: E402
 from ftlevel.models.kinds import write_former_rope  # noqa: E402
 from ftlevel.trained.resolve import resolve_model  # noqa: E402

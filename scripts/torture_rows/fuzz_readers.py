@@ -10,8 +10,7 @@ from typing import Any
 
 from ftlevel.artifacts.cards import read_card
 from ftlevel.artifacts.checkpoints import find_damage
-from ftlevel.artifacts.ownership import is_run
-from ftlevel.artifacts.run_directory import RunDirectory
+from ftlevel.artifacts.run_directory import RunDirectory, is_run
 from ftlevel.config import DataConfig
 from ftlevel.config.layers import build_config, read_recipe, read_settings
 from ftlevel.data.encoding.chat import render_chat

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ftlevel.artifacts.ownership import mark
+from ftlevel.artifacts.run_directory import mark
 from ftlevel.cli.app import commands, run
 from ftlevel.config import SPECS, TrainConfig
 from ftlevel.config.flag import config_of

@@ -27,10 +27,9 @@ from ftlevel.commands.export import export
 from ftlevel.config import ExportConfig
 from ftlevel.errors import InputError, RunError
 from ftlevel.extras.serving import check as commands
-from ftlevel.extras.serving.check import check_served
+from ftlevel.extras.serving.check import check_served, run_library
 from ftlevel.extras.serving.client import ServerAnswer, judge_answer, widen_tolerance
 from ftlevel.extras.serving.config import CheckServedConfig
-from ftlevel.extras.serving.inside.process import run_library
 from ftlevel.extras.serving.recorded import Answer
 from served_cases import CASES, make_adapter
 from tiny_models import save_tiny

@@ -8,7 +8,7 @@ import types
 import pytest
 
 from ftlevel.config.section import Choice
-from ftlevel.notebook import Notebook, default_listener
+from ftlevel.events import Notebook, default_listener
 
 
 class Cell:

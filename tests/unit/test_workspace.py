@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ftlevel.workspace import Workspace, sweep
+from ftlevel.artifacts.files import Workspace, sweep
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is locked there")
 
@@ -30,7 +30,7 @@ def make_old(workspace: Path) -> None:
 
 def test_what_a_killed_process_left_goes_with_the_next(folder: Path) -> None:
     script = (
-        "import os, tempfile, time\nfrom ftlevel.workspace import Workspace\n"
+        "import os, tempfile, time\nfrom ftlevel.artifacts.files import Workspace\n"
         f"tempfile.tempdir = {str(folder)!r}\nkept = Workspace('rows')\n"
         "open(kept.name + '/x', 'w').close()\nprint(kept.name, flush=True)\ntime.sleep(60)"
     )

@@ -20,9 +20,8 @@ TOPICS = {
     "models": "models training.model weights.checkpoint",
     "targets": "commands.list_targets models.targets",
     "methods": "methods training.plan.adapter training.plan.method",
-    "adapters": "artifacts extras.adapterhub evaluation.model_pair evaluation.two_models trained",
-    "output": "artifacts.files artifacts.hub artifacts.ownership "
-    "artifacts.run_directory config.output",
+    "adapters": "artifacts extras.adapterhub evaluation.two_models trained",
+    "output": "artifacts.files artifacts.hub artifacts.run_directory config.output",
     "memory": "commands.plan training.forecast training.memory",
     "training": "fast training.callbacks training.finish training.gradients training.proof "
     "training.saving",

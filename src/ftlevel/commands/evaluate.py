@@ -35,11 +35,10 @@ from ftlevel.evaluation.intervals import (
     select_metrics,
     uses_text_metrics,
 )
-from ftlevel.evaluation.model_pair import build_comparison_inputs, choose_leader, resolve_pair
 from ftlevel.evaluation.retrieval import evaluate_retrieval
-from ftlevel.evaluation.rewards import RewardEvaluator, open_rewards, open_teacher
-from ftlevel.evaluation.rollouts import Rollouts
+from ftlevel.evaluation.rollouts import RewardEvaluator, Rollouts, open_rewards, open_teacher
 from ftlevel.evaluation.scoring import Evaluator, needs_reference, row_lines, with_reference
+from ftlevel.evaluation.two_models import build_comparison_inputs, choose_leader, resolve_pair
 from ftlevel.events import Listener, NullListener
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import choose_device

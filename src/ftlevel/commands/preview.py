@@ -16,7 +16,7 @@ from ftlevel.data.encoding.store import row_lengths
 from ftlevel.data.gate import Finding
 from ftlevel.data.gate.checks import flat_batches
 from ftlevel.errors import ConfigError, join_names
-from ftlevel.evaluation.rewards import open_rewards, open_teacher
+from ftlevel.evaluation.rollouts import open_rewards, open_teacher
 from ftlevel.events import NullListener
 from ftlevel.models.loading import silence_loggers
 from ftlevel.task import PolicyObjective

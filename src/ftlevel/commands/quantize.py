@@ -15,7 +15,13 @@ from typing import Any
 import torch
 
 from ftlevel.artifacts.cards import library_versions, write_quantized_readme
-from ftlevel.artifacts.files import atomic_directory, base_fingerprint, check_absent, write_json
+from ftlevel.artifacts.files import (
+    Workspace,
+    atomic_directory,
+    base_fingerprint,
+    check_absent,
+    write_json,
+)
 from ftlevel.artifacts.hub import plan_upload
 from ftlevel.config import QuantizeConfig
 from ftlevel.config.section import Choice
@@ -55,7 +61,6 @@ from ftlevel.weights.quantize_shards import (
     predict_bytes,
     write_quantized,
 )
-from ftlevel.workspace import Workspace
 
 SUMMARY = "quantization.json"
 

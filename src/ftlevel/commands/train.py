@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import PredictConfig, TrainConfig, build_section
 from ftlevel.errors import ConfigError
-from ftlevel.events import Listener
+from ftlevel.events import Listener, default_listener
 from ftlevel.models.loading import silence_loggers
-from ftlevel.notebook import default_listener
 from ftlevel.training.finish import StartTime
 from ftlevel.training.memory import explain_out_of_memory
 from ftlevel.training.resume import resolve_resume

@@ -35,8 +35,7 @@ from ftlevel.task import (
 from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.trained.generation import GenerationOptions, batches, generate_texts
 from ftlevel.trained.model_ref import LoadedModel
-from ftlevel.trained.reference import NAMED, resolve_recorded_reference
-from ftlevel.trained.resolve import card_directory, find_base
+from ftlevel.trained.resolve import NAMED, card_directory, find_base, resolve_recorded_reference
 
 
 @dataclass(frozen=True)

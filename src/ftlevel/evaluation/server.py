@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ftlevel.artifacts.files import Workspace
 from ftlevel.config import MethodConfig
 from ftlevel.config.rl import RlConfig
 from ftlevel.errors import ConfigError, RunError
 from ftlevel.evaluation.sampling import Completion, Noise, SamplingOptions
 from ftlevel.tasks.rl.rows import TokenLogps, build_completion_row
 from ftlevel.trained.adapt import save_adapter
-from ftlevel.workspace import Workspace
 
 BOUND = 0.15
 """Mean |Δℓ| between server and trainer by rounding, in nats; 0.044 in bfloat16."""

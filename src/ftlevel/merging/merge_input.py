@@ -26,7 +26,7 @@ from ftlevel.models.hardware import DTYPES, choose_device
 from ftlevel.models.kinds import max_positions
 from ftlevel.models.quantization import quantization_name, read_quantization, stored_quantization
 from ftlevel.models.sources import ModelSource
-from ftlevel.trained.adapter_formats import find_reader
+from ftlevel.trained.adapt import find_reader
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.trained.resolve import (
     ADAPTER_CONFIG,

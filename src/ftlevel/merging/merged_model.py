@@ -23,7 +23,7 @@ from ftlevel.models.module_tree import find_heads
 from ftlevel.models.quantization import QuantizationRounding
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream.architectures import tied_names, unsaved_names
-from ftlevel.trained.vocabulary import resize_vocabulary
+from ftlevel.trained.adapt import resize_vocabulary
 from ftlevel.weights.checkpoint import (
     TOKENIZER_FILES,
     Checkpoint,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.cards import CARD, read_card
+from ftlevel.artifacts.files import Workspace
 from ftlevel.config import MergeConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, InputError
@@ -25,8 +26,7 @@ from ftlevel.merging.merged_model import write_tokenizer
 from ftlevel.methods.merging import WEIGHTS, read_peft_config
 from ftlevel.methods.upstream import pattern_of
 from ftlevel.models.loading import build_task_model
-from ftlevel.trained.vocabulary import find_vocabulary_mismatch
-from ftlevel.workspace import Workspace
+from ftlevel.trained.adapt import find_vocabulary_mismatch
 
 _MIXTURE = "mixture"
 

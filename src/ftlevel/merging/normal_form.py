@@ -28,7 +28,7 @@ from ftlevel.methods.plain_form import (
 from ftlevel.models.loading import build_task_model, load_model, rename_prefix
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream.architectures import tied_names
-from ftlevel.trained.vocabulary import read_vocabulary_size
+from ftlevel.trained.adapt import read_vocabulary_size
 from ftlevel.weights.checkpoint import Checkpoint, checkpoint_in_memory, open_checkpoint
 
 NO_WEIGHTS = (

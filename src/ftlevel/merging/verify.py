@@ -15,8 +15,13 @@ import torch
 
 from ftlevel.artifacts.cards import describe_difference
 from ftlevel.errors import RunError
-from ftlevel.evaluation.model_pair import in_float32
-from ftlevel.evaluation.two_models import Agreement, ComparisonProbe, RowLogits, compare_rows
+from ftlevel.evaluation.two_models import (
+    Agreement,
+    ComparisonProbe,
+    RowLogits,
+    compare_rows,
+    in_float32,
+)
 from ftlevel.merging.merge_input import MergeInput
 from ftlevel.merging.merged_model import MergedFiles, TensorMerger
 from ftlevel.models.hardware import DTYPES

@@ -17,15 +17,20 @@ from typing import Any
 import torch
 
 from ftlevel.artifacts.cards import AdapterCard
-from ftlevel.artifacts.ownership import CHECKPOINTS
+from ftlevel.artifacts.run_directory import CHECKPOINTS
 from ftlevel.config.preference import NO_REFERENCE
 from ftlevel.data.encoding.collate import ensure_pad_token, separate_pad_from_eos
 from ftlevel.data.encoding.encode import PromptFormat, read_format
 from ftlevel.errors import InputError
 from ftlevel.models.hardware import DTYPES, autocast
-from ftlevel.models.integrity import check_missing
 from ftlevel.models.kinds import model_kind
-from ftlevel.models.loading import label_overrides, load_config, load_model, load_tokenizer
+from ftlevel.models.loading import (
+    check_missing,
+    label_overrides,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from ftlevel.models.module_tree import find_heads
 from ftlevel.models.quantization import (
     build_quantization_config,
@@ -36,8 +41,7 @@ from ftlevel.models.quantization import (
 from ftlevel.models.sources import ModelSource
 from ftlevel.task import Objective
 from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.trained.adapt import load_adapter
-from ftlevel.trained.adapter_formats import find_reader
+from ftlevel.trained.adapt import find_reader, load_adapter
 from ftlevel.trained.generation import GenerationOptions, generate_texts
 
 PLAIN = "none"

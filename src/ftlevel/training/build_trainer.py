@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.checkpoints import step_of
-from ftlevel.artifacts.ownership import ROLLOUTS
-from ftlevel.artifacts.run_directory import RunDirectory
+from ftlevel.artifacts.run_directory import ROLLOUTS, RunDirectory
 from ftlevel.config import MethodConfig
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.data.encoding.collate import CollatorWithRows
 from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.evaluation.intervals import generates_texts, uses_text_metrics
-from ftlevel.evaluation.rewards import RewardEvaluator
-from ftlevel.evaluation.rollouts import Rollouts, score_rows
+from ftlevel.evaluation.rollouts import RewardEvaluator, Rollouts, score_rows
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.evaluation.server import BOUND, ServerSampler
 from ftlevel.events import Listener

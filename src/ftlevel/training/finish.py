@@ -14,9 +14,8 @@ from ftlevel.artifacts.cards import generate_command, write_readme
 from ftlevel.artifacts.checkpoints import forget_unreachable
 from ftlevel.artifacts.files import flush, flush_all
 from ftlevel.artifacts.hub import push
-from ftlevel.artifacts.ownership import forget_adapter, mark_end
 from ftlevel.artifacts.places import relative_path
-from ftlevel.artifacts.run_directory import RunDirectory
+from ftlevel.artifacts.run_directory import RunDirectory, forget_adapter, mark_end
 from ftlevel.config import IN_MEMORY, MethodConfig, OutputConfig
 from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.errors import RunError

@@ -42,8 +42,7 @@ from ftlevel.fast.step import FastStep
 from ftlevel.methods import METHODS
 from ftlevel.methods.base import InitializationInputs
 from ftlevel.models.hardware import DTYPES
-from ftlevel.models.integrity import check_finite, check_missing
-from ftlevel.models.loading import load_model
+from ftlevel.models.loading import check_finite, check_missing, load_model
 from ftlevel.models.module_tree import ModuleTree
 from ftlevel.models.quantization import build_quantization_config, stored_quantization
 from ftlevel.models.upstream.quantizers import carry_quant_states, scales_of

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftlevel.artifacts.files import base_digest, file_fingerprint
+from ftlevel.artifacts.files import Workspace, base_digest, file_fingerprint
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import Collator
@@ -41,11 +41,10 @@ from ftlevel.models.hardware import evaluating
 from ftlevel.models.upstream.tensors import inner_tensors
 from ftlevel.task import LikelihoodObjective
 from ftlevel.trained.adapt import save_adapter
-from ftlevel.trained.reference import ReferenceModel
+from ftlevel.trained.resolve import ReferenceModel
 from ftlevel.training.build_trainer import build_evaluator
 from ftlevel.training.model import PreparedModel, apply_fast_step
 from ftlevel.training.plan.run import Run
-from ftlevel.workspace import Workspace
 
 
 def read_or_fill(

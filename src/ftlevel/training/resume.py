@@ -18,9 +18,8 @@ from typing import Any
 from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.checkpoints import delete_best_after, step_of
 from ftlevel.artifacts.files import base_digest, write_json
-from ftlevel.artifacts.ownership import mark_resumed
 from ftlevel.artifacts.places import write_relative_paths
-from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory, open_run
+from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory, mark_resumed, open_run
 from ftlevel.config import ModelConfig, OutputConfig
 from ftlevel.config.section import Choice
 from ftlevel.config.trainer import TrainerConfig

@@ -18,8 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.checkpoints import rotate_best
-from ftlevel.artifacts.ownership import delete_replaced
-from ftlevel.artifacts.run_directory import RunDirectory
+from ftlevel.artifacts.run_directory import RunDirectory, delete_replaced
 from ftlevel.config import TrainerConfig
 from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.errors import ConfigError, RunError

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ftlevel.artifacts.files import Workspace
 from ftlevel.artifacts.hub import find_repository
-from ftlevel.artifacts.ownership import mark_end_once, replace_run
 from ftlevel.artifacts.run_directory import (
     RunDirectory,
     check_output,
     describe_recipe,
     lock_directory,
+    mark_end_once,
+    replace_run,
 )
 from ftlevel.config import DataConfig, InMemoryDataset, QuantConfig, TrainConfig
 from ftlevel.config.section import Choice
@@ -89,7 +91,6 @@ from ftlevel.training.teacher import (
 )
 from ftlevel.training.trainer import FtlevelTrainer
 from ftlevel.training.verify import verify_step
-from ftlevel.workspace import Workspace
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

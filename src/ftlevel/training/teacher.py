@@ -32,13 +32,17 @@ from ftlevel.fast.likelihoods import prepare_inputs
 from ftlevel.models.hardware import autocast
 from ftlevel.models.loading import load_config
 from ftlevel.task import PolicyObjective, TokenObjective
-from ftlevel.tasks.distillation import DistillationRows, outcome_dtype, select_top_k
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.tasks.embedding.rows import TextEncoder
+from ftlevel.tasks.losses import DistillationRows, outcome_dtype, select_top_k
 from ftlevel.tasks.rl.rows import CompletionRow
 from ftlevel.trained.model_ref import LoadedModel
-from ftlevel.trained.reference import ReferenceModel, resolve_reference, resolve_text_model
+from ftlevel.trained.resolve import (
+    ReferenceModel,
+    resolve_reference,
+    resolve_text_model,
+)
 from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import AuxiliaryModels, Run
 from ftlevel.training.reference import (

@@ -23,11 +23,11 @@ from typing import Any, BinaryIO
 import torch
 
 from ftlevel.artifacts.checkpoints import find_damage
+from ftlevel.artifacts.files import Workspace
 from ftlevel.errors import InputError
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream import conversions
 from ftlevel.models.upstream.architectures import tied_names
-from ftlevel.workspace import Workspace
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,

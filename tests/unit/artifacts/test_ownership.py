@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ftlevel.artifacts import checkpoints, ownership
+from ftlevel.artifacts import checkpoints
+from ftlevel.artifacts import run_directory as ownership
 from ftlevel.artifacts.files import read_plain
 from ftlevel.artifacts.run_directory import RunDirectory, check_output, open_run
 from ftlevel.data.encoding.chat import set_chat_template

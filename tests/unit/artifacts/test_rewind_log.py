@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ftlevel.artifacts.ownership import is_run
-from ftlevel.artifacts.run_directory import RunDirectory
+from ftlevel.artifacts.run_directory import RunDirectory, is_run
 
 BEFORE = '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 2, "eval_loss": 1.0}\n'
 

@@ -11,8 +11,13 @@ from peft import LoraConfig, get_peft_model
 
 from ftlevel.artifacts.cards import describe_difference
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.evaluation.model_pair import in_float32
-from ftlevel.evaluation.two_models import MOST_TARGETS, ComparisonProbe, RowLogits, compare_rows
+from ftlevel.evaluation.two_models import (
+    MOST_TARGETS,
+    ComparisonProbe,
+    RowLogits,
+    compare_rows,
+    in_float32,
+)
 from ftlevel.tasks.classes import Classes, MultiLabel
 from ftlevel.tasks.losses import Tokens
 from ftlevel.tasks.span import Spans

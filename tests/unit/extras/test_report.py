@@ -15,10 +15,22 @@ import pytest
 
 from ftlevel.cli.app import run
 from ftlevel.errors import InputError
-from ftlevel.extras.report.facts import ReportedRun, read_run_facts, summarize_answers
-from ftlevel.extras.report.page import MOST_POINTS, draw_charts, render_page, thin
-from ftlevel.extras.report.retrieval import BANDS, summarize_retrieval
-from ftlevel.extras.report.sentences import checks, data_findings, headline
+from ftlevel.extras.report.facts import (
+    BANDS,
+    ReportedRun,
+    read_run_facts,
+    summarize_answers,
+    summarize_retrieval,
+)
+from ftlevel.extras.report.page import (
+    MOST_POINTS,
+    checks,
+    data_findings,
+    draw_charts,
+    headline,
+    render_page,
+    thin,
+)
 
 EVIL = "</script><script>alert('x')</script><img src=x onerror=alert(1)>"
 SUMMARY: dict[str, Any] = {

@@ -27,15 +27,8 @@ from ftlevel.config import QuantConfig
 from ftlevel.models.loading import build_task_model, load_config, load_model, load_tokenizer
 from ftlevel.models.quantization import build_torchao_config
 from ftlevel.models.sources import ModelSource, resolve_source
-from ftlevel.models.upstream import (
-    FACTS,
-    architectures,
-    conversions,
-    fake,
-    headers,
-    libraries,
-    quantizers,
-)
+from ftlevel.models.upstream import FACTS, architectures, conversions, fake, libraries, quantizers
+from ftlevel.models.upstream import conversions as headers
 from ftlevel.models.upstream import tensors as upstream
 from ftlevel.models.upstream.libraries import leave_sharded
 from ftlevel.models.upstream.shards import UnreadWeights

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ftlevel.config.preference import DistillationConfig
-from ftlevel.tasks.distillation import divergence, log_outcomes, outcome_dtype, select_top_k
+from ftlevel.tasks.losses import divergence, log_outcomes, outcome_dtype, select_top_k
 
 NAMES = ("forward-kl", "reverse-kl", "jsd")
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.checkpoints import certify, find_damage
-from ftlevel.artifacts.files import file_fingerprint
+from ftlevel.artifacts.files import Workspace, file_fingerprint
 from ftlevel.config import IN_MEMORY, DataConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import render
@@ -33,7 +33,6 @@ from ftlevel.data.prepare.streaming import prepare_stream
 from ftlevel.data.sources.readers import is_pattern, match_files
 from ftlevel.data.sources.table import Part, Table
 from ftlevel.errors import InputError
-from ftlevel.workspace import Workspace
 
 KEEP_DAYS = 30
 

@@ -27,8 +27,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+from ftlevel.artifacts.files import Workspace
 from ftlevel.errors import InputError
-from ftlevel.workspace import Workspace
 
 STDIN = "-"
 WRITER_SECONDS = 30.0

@@ -17,7 +17,7 @@ from typing import Any
 from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.errors import InputError, join_names
 from ftlevel.extras.adapterhub.config_file import WEIGHTS, holders_of, read_config
-from ftlevel.models.integrity import check_finite
+from ftlevel.models.loading import check_finite
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.files import check_absent, write_json, write_text
-from ftlevel.artifacts.ownership import CONFIG, SUMMARY
 from ftlevel.artifacts.places import make_paths_absolute
-from ftlevel.artifacts.run_directory import check_unclaimed
+from ftlevel.artifacts.run_directory import CONFIG, SUMMARY, check_unclaimed
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.commands.plan import PlanOptions, plan
 from ftlevel.commands.train import train

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ftlevel.artifacts.cards import library_versions
-from ftlevel.artifacts.ownership import ADAPTER, CONFIG, METRICS, REPORT
+from ftlevel.artifacts.run_directory import ADAPTER, CONFIG, METRICS, REPORT
 from ftlevel.config import TrainConfig, TrainerConfig
 from ftlevel.evaluation.intervals import (
     MetricRuns,
@@ -22,7 +22,7 @@ from ftlevel.evaluation.intervals import (
     generates_texts,
     select_metrics,
 )
-from ftlevel.extras.report.report import report
+from ftlevel.extras.report.page import report
 from ftlevel.tasks import TASKS
 from ftlevel.training.best import LOWER_IS_BETTER
 

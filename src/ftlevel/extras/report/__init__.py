@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,27 @@ from ftlevel.extensions import Command, Extension
 
 if TYPE_CHECKING:
     from ftlevel.config.flag import Flag
+
+
+def report(
+    runs: Sequence[Path], *, out: Path | None, predictions: Sequence[Path] | None, as_json: bool
+) -> None:
+    """Write one HTML page about one or several runs.
+
+    The page is self-contained: results, interactive curves, data checks, verification, settings and
+    versions. --predictions adds the confusion matrix and the best and worst rows.
+    """
+    import json
+
+    import typer
+
+    from ftlevel.extras.report.page import report as write
+
+    place = write(runs, out=out, predictions=predictions or ())
+    if as_json:
+        typer.echo(json.dumps({"page": str(place), "bytes": place.stat().st_size}))
+    else:
+        typer.echo(f"page: {place}")
 
 
 def _flags() -> list[Flag]:
@@ -40,7 +62,7 @@ def _flags() -> list[Flag]:
 EXTENSION = Extension(
     commands={
         "report": Command(
-            "ftlevel.extras.report.cli:report", "Write one HTML page about one or several runs."
+            "ftlevel.extras.report:report", "Write one HTML page about one or several runs."
         )
     },
     flags=_flags,

@@ -8,7 +8,34 @@ from typing import TYPE_CHECKING
 from ftlevel.extensions import Command, ExportFormat, Extension
 
 if TYPE_CHECKING:
+    from ftlevel.cli.flags import CommandInput
     from ftlevel.config.flag import Flag
+
+
+def check_served(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
+    """Check that a server returns the trained adapter's outputs.
+
+    Each answer is the trained model's, the base model's, or neither. Sends about a dozen requests,
+    to --url only; --in uses no network.
+    """
+    import json
+
+    import typer
+
+    from ftlevel.extras.serving.config import CheckServedConfig
+
+    config = given.section(CheckServedConfig)
+    from ftlevel.cli.screen import open_screen
+
+    with open_screen(as_json=as_json, quiet=quiet) as screen:
+        from ftlevel.extras.serving.check import check_served as run
+
+        result = run(config, listener=screen)
+    if as_json:
+        typer.echo(json.dumps(result.summary, default=str))
+    elif not quiet:
+        for line in result.lines:
+            typer.echo(f"  {line}")
 
 
 def _flags() -> list[Flag]:
@@ -29,7 +56,7 @@ def _flags() -> list[Flag]:
 EXTENSION = Extension(
     commands={
         "check-served": Command(
-            "ftlevel.extras.serving.cli:check_served",
+            "ftlevel.extras.serving:check_served",
             "Check that a server returns the trained adapter's outputs.",
             config="ftlevel.extras.serving.config:CheckServedConfig",
             is_quiet=True,

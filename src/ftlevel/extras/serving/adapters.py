@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from ftlevel.artifacts.cards import library_versions
+from ftlevel.artifacts.files import Workspace
 from ftlevel.config import ExportConfig
 from ftlevel.config.export import SERVERS, Server
 from ftlevel.config.section import Choice
@@ -60,7 +61,6 @@ from ftlevel.methods.merging import BY_PEFT_TYPE, why_not_mergeable
 from ftlevel.methods.plain_form import Factors
 from ftlevel.models.loading import load_model
 from ftlevel.trained.model_ref import ModelRef
-from ftlevel.workspace import Workspace
 
 _ROWS = 8
 _NOT_ALONE = (RuntimeError, AttributeError, TypeError, ValueError, LookupError)

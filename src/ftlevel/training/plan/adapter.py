@@ -23,8 +23,7 @@ from ftlevel.models.hardware import choose_device
 from ftlevel.models.loading import build_task_model
 from ftlevel.models.sources import resolve_source
 from ftlevel.tasks import TASKS
-from ftlevel.trained.adapt import apply_method, compact_targets, describe_state
-from ftlevel.trained.adapter_formats import find_reader
+from ftlevel.trained.adapt import apply_method, compact_targets, describe_state, find_reader
 from ftlevel.trained.resolve import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,

@@ -33,7 +33,7 @@ from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.splits import load_splits
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import check_metrics, generates_texts
-from ftlevel.evaluation.rewards import open_rewards
+from ftlevel.evaluation.rollouts import open_rewards
 from ftlevel.fast.gpu_attention import fetch_kernel
 from ftlevel.fast.plan import fused_lora_choices, kernel_choices, plan_fast
 from ftlevel.methods.rates import RateFacts
@@ -52,8 +52,7 @@ from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.models.upstream.libraries import find_old_libraries
 from ftlevel.task import Objective, PolicyObjective
 from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.tasks.distillation import build_distillation
-from ftlevel.tasks.losses import Tokens
+from ftlevel.tasks.losses import Tokens, build_distillation
 from ftlevel.training.best import Length, resolve_best_model
 from ftlevel.training.plan.adapter import check_adapter_matches
 from ftlevel.training.plan.method import (

@@ -28,7 +28,7 @@ from ftlevel.models.sources import ModelSource
 from ftlevel.task import Objective, TrainingLoss
 from ftlevel.tasks import BaseTask
 from ftlevel.trained.adapt import apply_method
-from ftlevel.trained.reference import ReferenceModel
+from ftlevel.trained.resolve import ReferenceModel
 from ftlevel.training.best import BestModel
 from ftlevel.training.plan.method import MethodTargets
 
