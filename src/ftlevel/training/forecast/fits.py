@@ -41,7 +41,9 @@ from ftlevel.training.forecast.memory import StepMemory, count_computed_layers, 
 from ftlevel.training.forecast.meta_model import (
     ACTIVATIONS,
     ADAPTER,
+    BACKWARD,
     CASTS,
+    FORWARD,
     GRADIENTS,
     LOGITS,
     OPTIMIZER,
@@ -252,13 +254,16 @@ class MemoryRequirement:
 
     def verdict(self) -> str:
         """Return a one-line summary."""
-        peak, memory = (f"{size / 2**30:,.2f} GiB" for size in (self.peak, self.device.memory))
         word = "fits" if self.does_fit else "does not fit"
         if self.recomputed_peak is not None:
             recomputed = f"{self.recomputed_peak / 2**30:,.2f} GiB"
-            word += f" with blocks recomputed, as auto does ({recomputed} with all of them)"
-        process = "" if self.process is None else f", {self.process / 2**30:,.2f} GiB the process"
-        return f"peak {peak}{process} of {memory} ({self.device.name}), at the {self.at}: {word}"
+            word += f" with gradient checkpointing, as auto does ({recomputed} with all blocks)"
+        whole = "" if self.process is None else f" ({self.process / 2**30:,.2f} GiB whole process)"
+        at = f"{self.at} pass" if self.at in (FORWARD, BACKWARD) else self.at
+        return (
+            f"{word}: peak {self.peak / 2**30:,.2f} GiB{whole}, in the {at}; "
+            f"{self.device.memory / 2**30:,.2f} GiB available ({self.device.name})"
+        )
 
 
 def estimate_requirement(run: Run, device: Device) -> MemoryRequirement:
@@ -316,7 +321,7 @@ class MemoryEstimate:
         if self.need is None:
             value = f"not estimated{'' if self.reason else '; run `ftlevel plan`'}"
             return Choice("memory", value, self.reason)
-        return Choice("memory", self.need.verdict(), "the plan; its parts: ftlevel plan")
+        return Choice("memory", self.need.verdict(), "estimated; details: ftlevel plan")
 
     def compare(self, before: int) -> dict[str, Any]:
         """Return estimated and measured bytes; `before` is resident memory before loading."""
