@@ -1,12 +1,15 @@
-"""Compare `--task embedding` with sentence-transformers: loss, gradients and speed.
+"""Compare `--task embedding` with sentence-transformers, and learning rates with the default.
 
     python benchmarks/embedding.py equal --model all-MiniLM-L6-v2
     python benchmarks/embedding.py speed --model all-MiniLM-L6-v2 --pairs pairs.jsonl --batch 64
+    python benchmarks/embedding.py rates --model all-MiniLM-L6-v2 --data data --runs runs/rates
 
-Needs sentence-transformers 6. `equal` compares one step of every loss in float32. `speed` runs both
-in turns, in processes of their own, on the same pairs, and counts real tokens by seconds of CPU
-time, which other jobs disturb less than the clock. `st-best` is CachedMultipleNegativesRankingLoss
-with mini-batches of 16 in bfloat16.
+The first two need sentence-transformers 6. `equal` compares one step of every loss in float32.
+`speed` runs both in turns, in processes of their own, on the same pairs, and counts real tokens by
+seconds of CPU time, which other jobs disturb less than the clock. `st-best` is
+CachedMultipleNegativesRankingLoss in bfloat16. `rates` trains on the sets wordnet-search,
+docstring-search and debian-search (scripts/build_data.py), and scores their test queries. Runs that
+are complete are kept.
 """
 
 from __future__ import annotations
@@ -17,16 +20,16 @@ import random
 import resource
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-ROWS = 12
-SCORES = [0.0, 0.25, 0.5, 0.75, 1.0]
+import numpy as np
+from measuring import alternate, describe_machine, markdown, run_side, step_clock
+
+ROWS, LENGTH = 12, 256
 SETTINGS: dict[str, dict[str, Any]] = {
     "mnrl": {},
     "mnrl, symmetric": {"symmetric": True},
@@ -40,6 +43,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "margin-mse": {},
     "kl": {"temperature": 0.5},
 }
+EPOCHS = {"wordnet-search": 3, "docstring-search": 2, "debian-search": 2}
+RATES = {"lora": (3e-4, 1e-3, 3e-3), "full": (3e-5, 1e-4, 3e-4)}
+"""A third of the default learning rate, the default, and three times it."""
 
 
 def _texts(seed: int) -> list[str]:
@@ -52,7 +58,7 @@ def _rows(loss: str) -> tuple[list[dict[str, Any]], list[str], Any]:
     """Return rows for ftlevel, the columns of texts, and the labels for sentence-transformers."""
     one, two, three = map(_texts, (0, 1, 2))
     if loss in ("cosent", "angle", "cosine", "contrastive"):
-        scores = [SCORES[i % 5] if loss != "contrastive" else float(i % 2) for i in range(ROWS)]
+        scores = [i % 5 / 4 if loss != "contrastive" else float(i % 2) for i in range(ROWS)]
         rows = [
             {"sentence1": a, "sentence2": b, "score": s}
             for a, b, s in zip(one, two, scores, strict=True)
@@ -78,11 +84,8 @@ def _without_dropout(model: str, folder: Path) -> str:
 
 def _sentence_transformer(model: str) -> Any:
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer import modules
 
-    transformer = modules.Transformer(model)
-    pooling = modules.Pooling(transformer.get_embedding_dimension(), "mean")
-    return SentenceTransformer(modules=[transformer, pooling, modules.Normalize()], device="cpu")
+    return SentenceTransformer(model, device="cpu")
 
 
 def _st_step(model: str, name: str) -> tuple[float, dict[str, Any]]:
@@ -116,12 +119,25 @@ def _st_step(model: str, name: str) -> tuple[float, dict[str, Any]]:
     }
 
 
+def _train(model: str, method: str, data: Path, out: Path, **more: Any) -> Any:
+    """Return the summary of a run on a CPU; `more` are sections, and `dtype` and `callbacks`."""
+    from ftlevel import TrainConfig, train
+
+    dtype, callbacks = more.pop("dtype", "auto"), more.pop("callbacks", ())
+    config = TrainConfig(
+        task="embedding",
+        model={"name_or_path": model, "dtype": dtype, "device": "cpu"},
+        method={"kind": method},
+        data={"dataset": str(data), "max_length": LENGTH, "overlong": "truncate"},
+        output={"dir": out, "overwrite": True},
+        **more,
+    )
+    return train(config, callbacks=callbacks).summary
+
+
 def _own_step(model: str, name: str, folder: Path) -> tuple[float, dict[str, Any]]:
     """Return loss and gradients of one step of ftlevel, in micro-batches of 128 tokens."""
     from transformers import TrainerCallback
-
-    from ftlevel.commands.train import train
-    from ftlevel.config import TrainConfig
 
     loss = name.partition(",")[0]
     data = folder / f"{loss}.jsonl"
@@ -135,30 +151,28 @@ def _own_step(model: str, name: str, folder: Path) -> tuple[float, dict[str, Any
             )
 
     more = {"guide": model} if loss == "gist" else {}
-    summary = train(
-        TrainConfig(
-            task="embedding",
-            model={"name_or_path": model, "dtype": "float32", "device": "cpu"},
-            method={"kind": "full"},
-            data={"dataset": str(data)},
-            train={"max_steps": 1, "per_device_train_batch_size": ROWS, "max_grad_norm": 0},
-            embedding={"loss": loss, **SETTINGS[name], **more},
-            speed={"tokens_per_micro_batch": 128, "verify": False},
-            output={"dir": folder / name.replace(" ", "")},
-        ),
+    summary = _train(
+        model,
+        "full",
+        data,
+        folder / name.replace(" ", ""),
+        dtype="float32",
+        train={"max_steps": 1, "per_device_train_batch_size": ROWS, "max_grad_norm": 0},
+        embedding={"loss": loss, **SETTINGS[name], **more},
+        speed={"tokens_per_micro_batch": 128, "verify": False},
         callbacks=[Look()],
-    ).summary
+    )
     return summary["loss_first"], found
 
 
-def equal(model: str, names: list[str]) -> None:
-    """Print the relative differences of loss and gradients for the losses `names`."""
+def equal(a: argparse.Namespace) -> None:
+    """Print the relative differences of loss and gradients of each loss."""
     import torch
 
     print(f"{'loss':20} {'value':>10} {'difference':>10} {'gradients':>10}")
     with tempfile.TemporaryDirectory() as folder:
-        model = _without_dropout(model, Path(folder))
-        for name in names:
+        model = _without_dropout(a.model, Path(folder))
+        for name in SETTINGS:
             theirs, expected = _st_step(model, name)
             own, found = _own_step(model, name, Path(folder))
             apart = torch.stack([(found[n] - g).norm() for n, g in expected.items()]).norm()
@@ -169,47 +183,21 @@ def equal(model: str, names: list[str]) -> None:
             )
 
 
-class _Clock:
-    """CPU seconds at the ends of steps."""
-
-    def __init__(self) -> None:
-        self.marks: list[float] = []
-
-    def callback(self) -> Any:
-        from transformers import TrainerCallback
-
-        marks = self.marks
-
-        class Mark(TrainerCallback):
-            def on_train_begin(self, *_: Any, **__: Any) -> None:
-                marks.append(time.process_time())
-
-            def on_step_end(self, *_: Any, **__: Any) -> None:
-                marks.append(time.process_time())
-
-        return Mark()
-
-
-def _child_own(a: argparse.Namespace, folder: Path) -> list[float]:
-    from ftlevel.commands.train import train
-    from ftlevel.config import TrainConfig
-
-    clock = _Clock()
-    config = TrainConfig(
-        task="embedding",
-        model={"name_or_path": a.model, "dtype": a.dtype, "device": "cpu"},
-        method={"kind": a.method},
-        data={"dataset": str(a.pairs), "max_length": a.length, "overlong": "truncate"},
+def _child_own(a: argparse.Namespace, folder: Path, marks: list[float]) -> None:
+    _train(
+        a.model,
+        a.method,
+        a.pairs,
+        folder / "run",
+        dtype=a.dtype,
         train={"max_steps": a.steps, "per_device_train_batch_size": a.batch},
         embedding={"grad_cache": a.grad_cache},
         speed={"verify": False},
-        output={"dir": folder / "run"},
+        callbacks=[step_clock(marks)],
     )
-    train(config, callbacks=[clock.callback()])
-    return clock.marks
 
 
-def _child_st(a: argparse.Namespace, folder: Path) -> list[float]:
+def _child_st(a: argparse.Namespace, folder: Path, marks: list[float]) -> None:
     from datasets import Dataset
     from sentence_transformers import (
         SentenceTransformerTrainer,
@@ -218,7 +206,7 @@ def _child_st(a: argparse.Namespace, folder: Path) -> list[float]:
     from sentence_transformers.sentence_transformer import losses
 
     st, best = _sentence_transformer(a.model), a.child == "st-best"
-    st.max_seq_length = a.length
+    st.max_seq_length = LENGTH
     if a.method == "lora":
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -229,9 +217,8 @@ def _child_st(a: argparse.Namespace, folder: Path) -> list[float]:
         inject_adapter_in_model(config, st[0].model)
     loss: Any = losses.MultipleNegativesRankingLoss(st)
     if best:
-        loss = losses.CachedMultipleNegativesRankingLoss(st, mini_batch_size=16)
+        loss = losses.CachedMultipleNegativesRankingLoss(st, mini_batch_size=a.mini_batch)
     rows = [json.loads(line) for line in a.pairs.open(encoding="utf-8")]
-    clock = _Clock()
     SentenceTransformerTrainer(
         model=st,
         args=SentenceTransformerTrainingArguments(
@@ -244,68 +231,93 @@ def _child_st(a: argparse.Namespace, folder: Path) -> list[float]:
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
-            seed=42,
         ),
         loss=loss,
-        callbacks=[clock.callback()],
+        callbacks=[step_clock(marks)],
         train_dataset=Dataset.from_list([{k: r[k] for k in ("anchor", "positive")} for r in rows]),
     ).train()
-    return clock.marks
 
 
 def speed(a: argparse.Namespace) -> None:
-    """Print real tokens by CPU second and peak memory of both, run in turns."""
+    """Print CPU seconds per step, real tokens by CPU second and peak memory of each engine."""
     from transformers import AutoTokenizer
 
     rows = [json.loads(line) for line in a.pairs.open(encoding="utf-8")]
     tokenizer = AutoTokenizer.from_pretrained(a.model)
     sizes = [
-        min(len(ids), a.length)
+        min(len(ids), LENGTH)
         for key in ("anchor", "positive")
         for ids in tokenizer([row[key] for row in rows], verbose=False)["input_ids"]
     ]
     a_step = 2 * a.batch * statistics.fmean(sizes)
-    found: dict[str, list[tuple[float, int]]] = {}
-    for turn in range(a.turns):
-        for child in a.engines.split(",") if turn % 2 == 0 else reversed(a.engines.split(",")):
-            command = [sys.executable, *sys.argv, "--child", child]
-            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            seconds, peak = json.loads(said.strip().splitlines()[-1])
-            found.setdefault(child, []).append((seconds, peak))
-            print(f"{child}: {seconds:.2f} s of CPU a step, peak {peak:,} MiB", flush=True)
-    for child, results in found.items():
-        seconds = statistics.median(s for s, _ in results)
-        peak = statistics.median(p for _, p in results)
-        print(f"{child:8} {a_step / seconds:8.0f} real tokens by CPU second, {peak:,.0f} MiB")
+    cases = {engine: partial(run_side, "--child", engine) for engine in a.engines.split(",")}
+    table = []
+    for engine, results in alternate(cases, a.turns, warm_ups=0).items():
+        each = "; ".join(f"{seconds:.2f}" for seconds, _ in results)
+        seconds, peak = (statistics.median(column) for column in zip(*results, strict=True))
+        table.append([engine, each, f"{a_step / seconds:,.0f}", f"{peak:,.0f} MiB"])
+    head = ("engine", "seconds of CPU a step", "real tokens by second of CPU", "peak memory")
+    print(markdown(head, table))
+
+
+def _interval(scores: Any) -> str:
+    """Return `scores`, a value and its bootstrap draws, as the value with its 95 % interval."""
+    value, *draws = scores
+    low, high = (sorted(draws)[round(share * (len(draws) - 1))] for share in (0.025, 0.975))
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def rates(a: argparse.Namespace) -> None:
+    """Print nDCG@10 of the test queries by set, method and rate, and its gain over the base."""
+    from ftlevel import EvaluateConfig, evaluate
+
+    def score(name: str, **more: Any) -> Any:
+        found = evaluate(EvaluateConfig(name=name, split="test", base=False, **more))
+        return np.array([found.metrics["ndcg@10"], *found.draws["ndcg@10"]])
+
+    rows = []
+    for name, epochs in EPOCHS.items():
+        data = a.data / name
+        base = score(a.model, task="embedding", dataset=str(data))
+        rows.append([name, "before", _interval(base), ""])
+        for method, rate in ((m, rate) for m, tried in RATES.items() for rate in tried):
+            run = a.runs / f"{name}-{method}-{rate:g}"
+            train = {"num_train_epochs": epochs, "per_device_train_batch_size": 64}
+            if not (run / "summary.json").exists():
+                _train(a.model, method, data, run, train=train | {"learning_rate": rate})
+            tuned = score(str(run))
+            rows.append([name, f"{method}, {rate:g}", _interval(tuned), _interval(tuned - base)])
+    print(markdown(("set", "run", "ndcg@10", "difference"), rows))
 
 
 def main() -> None:
     """Run the benchmark that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("equal", "speed"))
+    parser.add_argument("what", choices=("equal", "speed", "rates"))
     parser.add_argument("--model", required=True)
-    parser.add_argument("--losses", help="of `equal`, with semicolons between; default: all")
     parser.add_argument("--pairs", type=Path)
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/rates"))
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--grad-cache", default="auto")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--mini-batch", type=int, default=16, help="of st-best")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--engines", default="ftlevel,st,st-best")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.child:
+        marks: list[float] = []
         with tempfile.TemporaryDirectory() as folder:
-            marks = (_child_own if a.child == "ftlevel" else _child_st)(a, Path(folder))
-        each = [after - before for before, after in pairwise(marks[1:])]
+            (_child_own if a.child == "ftlevel" else _child_st)(a, Path(folder), marks)
+        each = [after - before for before, after in pairwise(marks)]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         print(json.dumps([statistics.fmean(each), peak]))
-    elif a.what == "equal":
-        equal(a.model, a.losses.split(";") if a.losses else list(SETTINGS))
-    else:
-        speed(a)
+        return
+    print(describe_machine())
+    {"equal": equal, "speed": speed, "rates": rates}[a.what](a)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import resource
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / ".models" / "SmolLM2-135M-Instruct"
@@ -34,10 +35,11 @@ class Usage:
     peak: int
 
 
-def run(command: Sequence[str], limit: int | None = None) -> tuple[int, Usage, str]:
+def run(command: Sequence[str], limit: int | None = None, path: str = "") -> tuple[int, Usage, str]:
     """Run `command` offline, and return its exit code, its usage and its output.
 
-    `limit` is RLIMIT_DATA in bytes, which includes imports and needs no privileges.
+    `limit` is RLIMIT_DATA in bytes, which includes imports and needs no privileges. `path` is put
+    before PYTHONPATH.
     """
 
     def lower_limit() -> None:
@@ -46,6 +48,8 @@ def run(command: Sequence[str], limit: int | None = None) -> tuple[int, Usage, s
 
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package has its bytecode
+    if path:
+        environment["PYTHONPATH"] = f"{path}{os.pathsep}{environment.get('PYTHONPATH', '')}"
     before, began, peak = cpu_seconds(), time.perf_counter(), 0
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
@@ -59,12 +63,18 @@ def run(command: Sequence[str], limit: int | None = None) -> tuple[int, Usage, s
         return process.returncode, usage, output.read().decode(errors="replace").strip()
 
 
-def run_checked(command: Sequence[str]) -> tuple[Usage, str]:
+def run_checked(command: Sequence[str], path: str = "") -> tuple[Usage, str]:
     """Run `command` as `run` does, and exit with its last line if it fails."""
-    code, usage, output = run(command)
+    code, usage, output = run(command, path=path)
     if code:
         sys.exit(f"error: {' '.join(command)} exited with {code}: {output.splitlines()[-1:]}")
     return usage, output
+
+
+def run_side(option: str, side: str, path: str = "") -> Any:
+    """Run this command with `option side` in a process of its own, and parse its last line."""
+    output = run_checked([sys.executable, *sys.argv, option, side], path)[1]
+    return json.loads(output.splitlines()[-1])
 
 
 def cpu_seconds() -> float:
@@ -81,6 +91,17 @@ def private_bytes(pid: int | str = "self") -> int:
         return 0
     sizes = [line.split()[1] for line in lines.splitlines() if line.startswith("RssAnon:")]
     return int(sizes[0]) << 10 if sizes else 0
+
+
+def step_clock(ends: list[float]) -> Any:
+    """Return a callback of a Trainer that appends the CPU seconds at the end of each step."""
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(time.process_time())
+
+    return Watch()
 
 
 def alternate(

@@ -8,23 +8,23 @@
 Each side runs in a process of its own: ftlevel; TRL with the reference in the step, as it is
 shipped; and TRL with the reference computed before (`precompute_ref_log_probs`). TRL is taken from
 `--peer`, a folder that `pip install --no-deps --target FOLDER trl==1.16.0` made. LoRA r 8 on all
-linears, no dropout, no checkpointing (TRL's default has it, and would be slower). What is compared
-are seconds of the processor a pair, of all threads, so that what else runs on the machine counts
-little; the first step is left out. Peak memory is the process's, with its libraries.
+linear layers, no dropout, no checkpointing (TRL's default has it, and would be slower). Processor
+seconds of all threads, without the first step; peak memory with the libraries.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
-import subprocess
-import sys
 import time
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from measuring import alternate, run_side, step_clock
 
 SIDES = ("ftlevel", "trl", "trl-precomputed")
 
@@ -50,23 +50,10 @@ def main() -> None:
         measure = _ftlevel if told.side == "ftlevel" else _trl
         print(json.dumps(measure(told)))
         return
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in told.sides.split(",")}
-    for _ in range(told.rounds):
-        for side, runs in found.items():
-            runs.append(_run(side, told.peer))
+    paths = {side: "" if side == "ftlevel" else told.peer for side in told.sides.split(",")}
+    cases = {side: partial(run_side, "--side", side, path) for side, path in paths.items()}
+    found = alternate(cases, told.rounds, warm_ups=0)
     _print(found, told)
-
-
-def _run(side: str, peer: str) -> dict[str, float]:
-    environment = dict(os.environ)
-    if side != "ftlevel":
-        environment["PYTHONPATH"] = os.pathsep.join((peer, environment.get("PYTHONPATH", "")))
-    done = subprocess.run(
-        [sys.executable, __file__, *sys.argv[1:], "--side", side],
-        env=environment, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
 
 
 def _print(found: dict[str, list[dict[str, float]]], told: argparse.Namespace) -> None:
@@ -86,31 +73,10 @@ def _print(found: dict[str, list[dict[str, float]]], told: argparse.Namespace) -
         )
 
 
-class _Clock:
-    """Seconds of the processor of each step."""
-
-    def __init__(self) -> None:
-        self.steps: list[float] = []
-        self.began = 0.0
-
-    def callback(self) -> Any:
-        from transformers import TrainerCallback
-
-        clock = self
-
-        class Watch(TrainerCallback):
-            def on_step_begin(self, *_: Any, **__: Any) -> None:
-                clock.began = time.process_time()
-
-            def on_step_end(self, *_: Any, **__: Any) -> None:
-                clock.steps.append(time.process_time() - clock.began)
-
-        return Watch()
-
-    def figures(self, pairs: int, reference: float, loss: float) -> dict[str, float]:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        return {"cpu_s": statistics.median(self.steps[1:]) / pairs, "reference_cpu_s": reference,
-                "peak_mib": peak, "loss": loss}  # fmt: skip
+def _figures(ends: list[float], pairs: int, reference: float, loss: float) -> dict[str, float]:
+    seconds = statistics.median(after - before for before, after in pairwise(ends)) / pairs
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"cpu_s": seconds, "reference_cpu_s": reference, "peak_mib": peak, "loss": loss}
 
 
 def _rows(told: argparse.Namespace) -> list[dict[str, Any]]:
@@ -147,7 +113,7 @@ def _ftlevel(told: argparse.Namespace) -> dict[str, float]:
     from ftlevel.config import TrainConfig
     from ftlevel.events import NullListener
 
-    clock, rows, marks = _Clock(), _rows(told), dict[str, float]()
+    ends, rows, marks = list[float](), _rows(told), dict[str, float]()
 
     class Stages(NullListener):
         def stage(self, name: str) -> None:
@@ -168,9 +134,9 @@ def _ftlevel(told: argparse.Namespace) -> dict[str, float]:
                       "learning_rate": 1e-4, "logging_steps": 1},
             "output": {"dir": f"{folder}/run"},
         })  # fmt: skip
-        result = train(config, rows, callbacks=[clock.callback()], listener=Stages())
+        result = train(config, rows, callbacks=[step_clock(ends)], listener=Stages())
     reference = (marks["end"] - marks["reference"]) / len(rows)
-    return clock.figures(told.batch, reference, result.summary["reference"]["first_loss"])
+    return _figures(ends, told.batch, reference, result.summary["reference"]["first_loss"])
 
 
 def _trl(told: argparse.Namespace) -> dict[str, float]:
@@ -182,7 +148,7 @@ def _trl(told: argparse.Namespace) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    clock, rows = _Clock(), _rows(told)
+    ends, rows = list[float](), _rows(told)
     model = AutoModelForCausalLM.from_pretrained(told.model, dtype=getattr(torch, told.dtype))
     with tempfile.TemporaryDirectory() as folder:
         before = time.process_time()
@@ -198,13 +164,13 @@ def _trl(told: argparse.Namespace) -> dict[str, float]:
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(told.model),
             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
-            callbacks=[clock.callback()],
+            callbacks=[step_clock(ends)],
         )  # fmt: skip
         built = time.process_time() - before
         trainer.train()
     loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     precomputed = built / len(rows) if told.side == "trl-precomputed" else 0.0
-    return clock.figures(told.batch, precomputed, loss)
+    return _figures(ends, told.batch, precomputed, loss)
 
 
 if __name__ == "__main__":

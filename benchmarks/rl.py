@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from measuring import alternate, run_side
 
 SIDES = ("ftlevel", "trl", "trl-shipped")
 GROUP = 8
@@ -47,27 +47,10 @@ def main() -> None:
     if told.side:
         print(json.dumps((_ftlevel if told.side == "ftlevel" else _trl)(told)))
         return
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in told.sides.split(",")}
-    for _ in range(told.rounds):
-        for side, runs in found.items():
-            runs.append(_run(side, told.peer))
-            print(f"{side} {runs[-1]}", flush=True)
+    paths = {side: "" if side == "ftlevel" else told.peer for side in told.sides.split(",")}
+    cases = {side: partial(run_side, "--side", side, path) for side, path in paths.items()}
+    found = alternate(cases, told.rounds, warm_ups=0)
     _print(found, told)
-
-
-def _run(side: str, peer: str) -> dict[str, float]:
-    environment = dict(os.environ)
-    if side != "ftlevel":
-        environment["PYTHONPATH"] = os.pathsep.join((peer, environment.get("PYTHONPATH", "")))
-    done = subprocess.run(
-        [sys.executable, __file__, *sys.argv[1:], "--side", side],
-        env=environment,
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
 
 
 def _print(found: dict[str, list[dict[str, float]]], told: argparse.Namespace) -> None:

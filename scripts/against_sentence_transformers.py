@@ -2,13 +2,14 @@
 
     python -m venv VENV --system-site-packages
     VENV/bin/pip install sentence-transformers==6.2.0 ranx==0.3.21 mteb==2.26.24
-    PYTHONPATH=src VENV/bin/python scripts/against_sentence_transformers.py metrics
+    PYTHONPATH=src VENV/bin/python scripts/against_sentence_transformers.py metrics [RUN PAIRS]
     PYTHONPATH=src VENV/bin/python scripts/against_sentence_transformers.py losses
     PYTHONPATH=src VENV/bin/python scripts/against_sentence_transformers.py files RUN ROWS
     PYTHONPATH=src VENV/bin/python scripts/against_sentence_transformers.py mining MODEL PAIRS
 
 `metrics`: random vectors of 60 queries and 400 documents, by our `score_retrieval` and by the
-others. `losses`: one batch of a tiny BERT, loss and gradient of each loss. `files`: a run, adapter
+others; with RUN, vectors of PAIRS by sentence-transformers, and the metrics of `ftlevel evaluate`.
+`losses`: one batch of a tiny BERT, loss and gradient of each loss. `files`: a run, adapter
 or merged model is loaded by its library, and its scores or vectors of the file ROWS are compared
 with those of `ftlevel predict`. `mining`: the negatives that `ftlevel mine` finds for pairs of
 anchor and positive, 5 of ranks 1-100 with a relative margin of 0.05. Prints one line per
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from ftlevel import EvaluateConfig, evaluate
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 from ftlevel.tasks.embedding.retrieval import METRICS, score_retrieval
@@ -55,10 +57,26 @@ def _vectors() -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
     return queries, corpus, relevant
 
 
-def compare_metrics() -> Iterator[Line]:
+def _vectors_of(run: Path, rows: Path) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(run / "adapter"), device="cpu")
+    pairs = [json.loads(line) for line in rows.read_text().splitlines()]
+    documents = list(dict.fromkeys(pair["positive"] for pair in pairs))
+    queries = model.encode_query([pair["anchor"] for pair in pairs], convert_to_tensor=True)
+    corpus = model.encode_document(documents, convert_to_tensor=True)
+    return queries, corpus, [[documents.index(pair["positive"])] for pair in pairs]
+
+
+def compare_metrics(run: Path | None, rows: Path | None) -> Iterator[Line]:
     """Yield the difference of each metric's mean from that of each library."""
-    queries, corpus, relevant = _vectors()
-    ours = score_retrieval(queries, corpus, relevant).means
+    if run and rows:
+        queries, corpus, relevant = _vectors_of(run, rows)
+        config = EvaluateConfig(name=str(run), dataset=str(rows), dtype="float32", base=False)
+        ours, exact = evaluate(config).metrics, 5e-5
+    else:
+        queries, corpus, relevant = _vectors()
+        ours, exact = score_retrieval(queries, corpus, relevant).means, 1e-9
     scores = (functional.normalize(queries) @ functional.normalize(corpus).T).numpy()
     for name, theirs in (
         ("sentence-transformers", _by_evaluator(scores, relevant)),
@@ -67,7 +85,7 @@ def compare_metrics() -> Iterator[Line]:
         ("mteb", _by_mteb(queries, corpus, relevant)),
     ):
         for metric, value in theirs.items():
-            bound = 6e-6 if name == "mteb" else 1e-9  # MTEB rounds to five digits
+            bound = max(exact, 6e-6) if name == "mteb" else exact  # MTEB rounds to five digits
             yield f"{metric} of {name}", abs(value - ours[metric]), bound
 
 
@@ -310,11 +328,11 @@ def main() -> int:
     parser.add_argument("run", type=Path, nargs="?")
     parser.add_argument("rows", type=Path, nargs="?")
     asked = parser.parse_args()
-    if asked.what in ("files", "mining"):
-        compare = compare_files if asked.what == "files" else compare_mining
-        lines = compare(asked.run, asked.rows)
+    if asked.what == "losses":
+        lines = compare_losses()
     else:
-        lines = compare_metrics() if asked.what == "metrics" else compare_losses()
+        compare = {"metrics": compare_metrics, "files": compare_files, "mining": compare_mining}
+        lines = compare[asked.what](asked.run, asked.rows)
     over = 0
     for what, difference, bound in lines:
         over += not difference <= bound
