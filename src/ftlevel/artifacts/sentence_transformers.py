@@ -7,7 +7,7 @@ text-embeddings-inference, vLLM, llama.cpp and all versions of sentence-transfor
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,8 +88,12 @@ class CrossEncoderFormat:
     pad_token_id: int | None = None
 
 
-def read_embedding_format(directory: Path) -> EmbeddingFormat | None:
+def read_embedding_format(
+    directory: Path, replaced: Collection[str] = ()
+) -> EmbeddingFormat | None:
     """Read the embedding format of a directory; None if it is not a SentenceTransformer.
+
+    A pooling or similarity that is not supported is read as the default if it is in `replaced`.
 
     Raises:
         InputError: the directory has a module, pooling or similarity that is not supported.
@@ -110,7 +114,8 @@ def read_embedding_format(directory: Path) -> EmbeddingFormat | None:
                     f"sentence-transformers 6 and save it again."
                 )
         elif name == "Pooling":
-            pooling, include_prompt = _read_pooling(directory / path / "config.json")
+            file = directory / path / "config.json"
+            pooling, include_prompt = _read_pooling(file, is_replaced="pooling" in replaced)
         elif name == "Normalize":
             normalize = True
         else:
@@ -122,6 +127,8 @@ def read_embedding_format(directory: Path) -> EmbeddingFormat | None:
     query = next((prompts.pop(name) for name in QUERY_PROMPTS if name in prompts), "")
     document = next((prompts.pop(name) for name in DOCUMENT_PROMPTS if name in prompts), "")
     similarity = settings.get("similarity_fn_name") or "cosine"
+    if "similarity" in replaced:
+        similarity = "cosine"
     if similarity not in SIMILARITIES:
         raise InputError(
             f"{directory / SETTINGS}: similarity_fn_name is {similarity!r}; supported are "
@@ -140,7 +147,7 @@ def read_embedding_format(directory: Path) -> EmbeddingFormat | None:
     )
 
 
-def _read_pooling(path: Path) -> tuple[str, bool]:
+def _read_pooling(path: Path, *, is_replaced: bool) -> tuple[str, bool]:
     """Read the pooling mode, and whether prompt tokens are pooled."""
     config = _read_json(path)
     modes = config.get("pooling_mode")
@@ -149,7 +156,7 @@ def _read_pooling(path: Path) -> tuple[str, bool]:
         names |= {word: word for word in _OTHER_POOLING}
         modes = [names[word] for word in names if config.get(f"pooling_mode_{word}")] or ["mean"]
     modes = [modes] if isinstance(modes, str) else list(modes)
-    modes = [_NEW_POOLING.get(mode, mode) for mode in modes]
+    modes = ["mean"] if is_replaced else [_NEW_POOLING.get(mode, mode) for mode in modes]
     if len(modes) != 1 or modes[0] not in POOLING_MODES:
         raise InputError(
             f"{path}: pooling is {' and '.join(map(str, modes))}; supported is one of "

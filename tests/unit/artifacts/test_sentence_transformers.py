@@ -160,3 +160,21 @@ def test_refuses_what_it_cannot_train(tmp_path, change, words):
     write(tmp_path, old_form() | change)
     with pytest.raises(InputError, match=words):
         read_embedding_format(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "flag", "default"),
+    [
+        ({"1_Pooling/config.json": {"pooling_mode": "weightedmean"}}, "pooling", "mean"),
+        (
+            {"config_sentence_transformers.json": {"similarity_fn_name": "euclidean"}},
+            "similarity",
+            "cosine",
+        ),
+    ],
+)
+def test_a_flag_replaces_what_is_not_supported(tmp_path, change, flag, default):
+    write(tmp_path, old_form() | change)
+    with pytest.raises(InputError, match=f"Pass --{flag}"):
+        read_embedding_format(tmp_path)
+    assert getattr(read_embedding_format(tmp_path, replaced=[flag]), flag) == default

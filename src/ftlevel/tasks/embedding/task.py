@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -96,11 +96,11 @@ class EmbeddingTask(BaseTask):
         Raises:
             ConfigError: the model has no EOS, or fewer dimensions than requested.
         """
-        form, reason = _read_format(source), "as in the model's modules.json"
+        given = {n: v for n in _FORM if (v := getattr(self.settings, n)) is not None}
+        form, reason = _read_format(source, given), "as in the model's modules.json"
         if form is None:
             form = EmbeddingFormat("last" if kind == "decoder" else "mean", normalize=True)
             reason = f"default for {'a decoder' if kind == 'decoder' else 'an encoder'}"
-        given = {n: v for n in _FORM if (v := getattr(self.settings, n)) is not None}
         form = replace(form, **given)
         end = _end_of(tokenizer, source.name) if form.pooling == "last" else None
         if end is not None:
@@ -343,10 +343,10 @@ class EmbeddingTask(BaseTask):
 _WORDS = {"ranking": "pairs", "score": "scores", "label": "labels", "class": "classes"}
 
 
-def _read_format(source: ModelSource) -> EmbeddingFormat | None:
+def _read_format(source: ModelSource, replaced: Collection[str] = ()) -> EmbeddingFormat | None:
     """Read the embedding format of a model; None if it is not a SentenceTransformer."""
     place = find_files(source, FILES)
-    return None if place is None else read_embedding_format(place)
+    return None if place is None else read_embedding_format(place, replaced)
 
 
 def _end_of(tokenizer: Any, name: str) -> int:
