@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ftlevel.commands.merge import merge
 from ftlevel.commands.predict import predict
 from ftlevel.commands.train import train
 from ftlevel.config import EvaluateConfig, MergeConfig, PredictConfig, TrainConfig
+from ftlevel.errors import ConfigError
 
 ModelDir = Callable[..., Path]
 WORDS = "cat dog sun moon river stone bread wine horse bird tree leaf cloud rain snow fire".split()
@@ -191,6 +193,83 @@ def test_lists_and_pairs_give_the_same_metrics(
         assert found[0][name] == pytest.approx(found[1][name], abs=1e-6)
 
 
+@pytest.fixture(scope="module")
+def teacher(tiny_model_dir: ModelDir) -> Path:
+    """A cross-encoder with another tokenizer than the student's."""
+    return tiny_model_dir("roberta", "seqcls", num_labels=1)
+
+
+def _distill(model: Path, teacher: Path, folder: Path, out: Path, **sections: Any) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {
+            "task": "reranking",
+            "model": {"name_or_path": str(model), "dtype": "float32", "device": "cpu"},
+            "data": {
+                "dataset": str(folder / "lists.jsonl"),
+                "validation_file": str(folder / "held_out.jsonl"),
+            },
+            "distillation": {"teacher": str(teacher)},
+            "train": {"max_steps": 2, "learning_rate": 0.01, "logging_steps": 1, "save_steps": 1},
+            "output": {"dir": str(out)},
+            **sections,
+        }
+    )
+
+
+@pytest.mark.parametrize("loss", [None, "mse"])
+def test_a_teachers_logits_are_learned(
+    loss: str | None, tiny_model_dir: ModelDir, teacher: Path, folder: Path, tmp_path: Path
+) -> None:
+    """The validation loss is that of the two models' logits, by transformers and the formula."""
+    model = tiny_model_dir("bert", "mlm")
+    config = _distill(model, teacher, folder, tmp_path / "run", reranking={"loss": loss})
+    found = train(config).summary
+    assert found["data"]["reranking"]["loss"] == (loss or "margin-mse")
+    merged = tmp_path / "merged"
+    merge(MergeConfig(adapters=[str(tmp_path / "run")], output_dir=merged, device="cpu"))
+    student, taught = (
+        np.array(
+            _scores(AutoModelForSequenceClassification.from_pretrained(place), place, bce=False)
+        ).reshape(8, 3)
+        for place in (merged, teacher)
+    )
+    if loss == "mse":
+        expected = np.mean((student - taught) ** 2)
+    else:
+        margins = [
+            (own[good] - own[bad]) - (wanted[good] - wanted[bad])
+            for row, own, wanted in zip(_rows(8, 1), student, taught, strict=True)
+            for good in range(3)
+            for bad in range(3)
+            if row["labels"][good] > row["labels"][bad]
+        ]
+        expected = np.mean(np.square(margins))
+    assert found["metrics"]["loss"] == pytest.approx(expected, rel=1e-4)
+    again = evaluate(EvaluateConfig(name=str(tmp_path / "run"), device="cpu", resamples=0)).metrics
+    assert again["ndcg@10"] == pytest.approx(found["metrics"]["ndcg@10"])
+    assert np.isnan(again["loss"])  # evaluate runs no teacher
+
+
+def test_a_run_does_not_resume_with_another_teacher(
+    tiny_model_dir: ModelDir, teacher: Path, folder: Path, tmp_path: Path
+) -> None:
+    own, model = tmp_path / "teacher", tiny_model_dir("bert", "mlm")
+    shutil.copytree(teacher, own)
+    train(_distill(model, own, folder, tmp_path / "run"))
+    shutil.rmtree(tmp_path / "run/checkpoints/checkpoint-2")
+    shutil.rmtree(tmp_path / "run/adapter")
+    (tmp_path / "run/summary.json").unlink()
+    other = AutoModelForSequenceClassification.from_pretrained(own)
+    with torch.no_grad():
+        other.classifier.out_proj.bias += 1
+    other.save_pretrained(own)
+    resumed = _distill(
+        model, own, folder, tmp_path / "run", output={"dir": str(tmp_path / "run"), "resume": True}
+    )
+    with pytest.raises(ConfigError, match=r"distillation\.teacher"):
+        train(resumed)
+
+
 def _same_labels(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**row, "label": 1} for row in _pairs(rows)]
 
@@ -209,6 +288,11 @@ BAD = {
         "irrelevant document to each query.",
     ),
     "untaught": (_rows(4), ["--loss", "margin-mse"], "needs teacher scores"),
+    "teacher": (
+        _rows(4),
+        ["--loss", "lce", "--teacher", "x"],
+        "--teacher: --loss lce does not read it; margin-mse, mse do",
+    ),
     "column": ([{"text": "a b"}], [], "do not say what to learn"),
     "weight": (_rows(4), ["--loss", "lce", "--pos-weight", "2"], "--pos-weight"),
 }

@@ -294,13 +294,17 @@ TAUGHT_TASKS = ("text-generation", "summarization", "translation")
 Divergence = Literal["forward-kl", "reverse-kl", "jsd"]
 
 
+_SCORED_TASKS = ("embedding", "reranking")
+"""Tasks whose teacher scores documents."""
+
+
 class DistillationConfig(Section):
     """Token-level distillation from a teacher model."""
 
     teacher: Annotated[str, Field(min_length=1)] | None = Field(
         None,
-        description="Teacher model for distillation: a run, adapter or model. It must have the "
-        "same tokenizer.",
+        description="Teacher model for distillation: a run, adapter or model with the same "
+        "tokenizer; for embedding and reranking, any embedding model or reranker.",
     )
     divergence: Divergence = Field(
         "forward-kl",
@@ -348,10 +352,17 @@ def find_distillation_problems(
             for name in filter(is_given, DistillationConfig.model_fields)
             if name != "teacher"
         ]
-    elif task not in (*TAUGHT_TASKS, "embedding"):
+    elif task in _SCORED_TASKS:
+        problems += [
+            f"{_flag('distillation', name)}: --task {task} learns the scores of --teacher and "
+            "does not read it. Drop it."
+            for name in filter(is_given, DistillationConfig.model_fields)
+            if name != "teacher"
+        ]
+    elif task not in TAUGHT_TASKS:
         problems.append(
-            f"--teacher is for tasks that write text ({', '.join(TAUGHT_TASKS)}, rl), and --task "
-            f"is {task}. Drop it, or change the task."
+            f"--teacher is for tasks that write text ({', '.join(TAUGHT_TASKS)}, rl), embedding "
+            f"and reranking, and --task is {task}. Drop it, or change the task."
         )
     if is_given("jsd_beta") and settings.divergence != "jsd":
         problems.append(

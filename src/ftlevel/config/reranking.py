@@ -23,12 +23,14 @@ class RerankingLoss:
 
     Attributes:
         listed: whether it needs several documents per query, one of them better than another.
-        taught: whether it learns a teacher's scores.
+        taught: whether it needs a teacher's scores.
+        reads_teacher: whether it can learn a teacher's scores.
         bounded: whether labels have to be from 0 to 1.
     """
 
     listed: bool = True
     taught: bool = False
+    reads_teacher: bool = False
     bounded: bool = False
 
 
@@ -38,8 +40,8 @@ LOSSES: dict[str, RerankingLoss] = {
     "listnet": RerankingLoss(),
     "ranknet": RerankingLoss(),
     "lambda": RerankingLoss(),
-    "margin-mse": RerankingLoss(taught=True),
-    "mse": RerankingLoss(listed=False),
+    "margin-mse": RerankingLoss(taught=True, reads_teacher=True),
+    "mse": RerankingLoss(listed=False, reads_teacher=True),
 }
 _ALIASES = {
     "binarycrossentropyloss": "bce",
@@ -62,7 +64,8 @@ class RerankingConfig(Section):
         Annotated[RerankingLossName, BeforeValidator(partial(read_loss, aliases=_ALIASES))] | None
     ) = Field(
         None,
-        description="Reranking loss; default: lce for several documents per query, bce for one.",
+        description="Reranking loss; default: lce for several documents per query, bce for one; "
+        "margin-mse and mse with a teacher.",
     )
     pos_weight: Annotated[float, Field(gt=0, le=10_000)] | None = Field(
         None,
@@ -71,12 +74,23 @@ class RerankingConfig(Section):
     )
 
 
-def find_reranking_problems(task: str, settings: RerankingConfig) -> Sequence[str]:
-    """Find a message for each reranking setting that has no effect."""
+def find_reranking_problems(
+    task: str, settings: RerankingConfig, teacher: str | None
+) -> Sequence[str]:
+    """Find a message for each reranking setting, or `--teacher`, that has no effect."""
     given = list_given(settings)
     if task not in RERANKING_TASKS:
         names = join_names(f"--{name.replace('_', '-')}" for name in given)
         return [f"{names}: of --task reranking, and --task is {task}. Drop it."] if given else []
+    if teacher is not None and settings.loss and not LOSSES[settings.loss].reads_teacher:
+        readers = join_names(name for name, facts in LOSSES.items() if facts.reads_teacher)
+        return [
+            f"--teacher: --loss {settings.loss} does not read it; {readers} do. Drop one of them."
+        ]
+    if settings.pos_weight is not None and teacher is not None:
+        return [
+            "--pos-weight: --teacher trains by margin-mse or mse, which do not read it. Drop it."
+        ]
     if settings.pos_weight is not None and settings.loss not in (None, "bce"):
         return [f"--pos-weight: --loss {settings.loss} does not read it; bce does. Drop it."]
     return []

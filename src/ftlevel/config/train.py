@@ -91,7 +91,7 @@ class TrainConfig(Section):
             "embedding": {**self.embedding.model_dump(mode="json"), "teacher": teacher},
             "rl": self.rl.model_dump(),
             "teacher": teacher,
-            "reranking": self.reranking.model_dump(),
+            "reranking": {**self.reranking.model_dump(), "teacher": teacher},
         }
 
     @property
@@ -207,7 +207,7 @@ def _other_problems(config: TrainConfig) -> list[str]:
     problems += find_embedding_problems(
         config.task, config.embedding, config.train.rows_per_step, config.distillation.teacher
     )
-    problems += find_reranking_problems(config.task, config.reranking)
+    problems += find_reranking_problems(config.task, config.reranking, config.distillation.teacher)
     problems += find_distillation_problems(
         config.task,
         config.distillation,

@@ -501,14 +501,28 @@ def resolve_reference(
 
 
 def resolve_text_model(flag: str, name: str, device: str, dtype: str) -> ReferenceModel:
-    """Resolve the embedding model `name`, whose tokenizer may be any.
+    """Resolve the guide or teacher `name` of texts, whose tokenizer may be any.
 
     Its fingerprint covers pooling, normalization and prompts too. Raises InputError if it does not
-    exist, or is no embedding model.
+    exist, or is neither an embedding model nor, as a teacher, a reranker.
     """
-    ref = resolve_model(name, "embedding", device=device, dtype=dtype, said=f"{flag} {name}")
+    said = f"{flag} {name}"
+    ref = resolve_model(name, device=device, dtype=dtype, said=said, needs_task=False)
+    task = ref.task or find_task(find_directory(name)) or _task_of_texts(ref)
+    allowed = ("embedding",) if flag == "--guide" else ("embedding", "reranking")
+    if task not in allowed:
+        raise InputError(f"{said} was trained for {task}. Name a model for {' or '.join(allowed)}.")
+    if not ref.task:
+        ref = resolve_model(name, task, device=device, dtype=dtype, said=said)
     form = json.dumps([compute_fingerprint(ref), ref.card.options], sort_keys=True, default=str)
     return ReferenceModel(name, ref, hashlib.sha256(form.encode()).hexdigest())
+
+
+def _task_of_texts(ref: ModelRef) -> str:
+    """Return the task of a plain model: a classifier with one label is a reranker."""
+    config = load_config(ref.source)
+    is_classifier = checkpoint_class(config) == "AutoModelForSequenceClassification"
+    return "reranking" if is_classifier and config.num_labels == 1 else "embedding"
 
 
 def resolve_recorded_reference(directory: Path, beside: Path, device: str) -> ReferenceModel:

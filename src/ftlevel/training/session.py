@@ -87,8 +87,8 @@ from ftlevel.training.teacher import (
     build_scorer,
     find_auxiliary_models,
     precompute_teacher,
-    with_text_models,
 )
+from ftlevel.training.text_models import with_text_models
 from ftlevel.training.trainer import FtlevelTrainer
 from ftlevel.training.verify import verify_step
 

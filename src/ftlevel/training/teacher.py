@@ -1,8 +1,8 @@
 """Precompute teacher predictions before the trained model loads.
 
 Teacher predictions are cached on disk, either of the top tokens or of all; a training step reads
-those of its rows. Embedding models, a teacher or a guide that finds false negatives, embed the
-distinct texts of the training rows once. Auxiliary models are located before any weights load.
+those of its rows. Auxiliary models are located before any weights load; `text_models` runs those
+that read texts.
 """
 
 from __future__ import annotations
@@ -10,21 +10,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.collate import EncodedTexts
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.sources.lines import LazySequence
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.evaluation.embeddings import embed_texts
 from ftlevel.evaluation.rollouts import compute_token_logps
 from ftlevel.events import Listener
 from ftlevel.fast.cross_entropy import Observe
@@ -32,12 +28,10 @@ from ftlevel.fast.likelihoods import prepare_inputs
 from ftlevel.models.hardware import autocast
 from ftlevel.models.loading import load_config
 from ftlevel.task import PolicyObjective, TokenObjective
-from ftlevel.tasks.embedding.formats import EmbeddingRow
 from ftlevel.tasks.embedding.objective import Embeddings
-from ftlevel.tasks.embedding.rows import TextEncoder
 from ftlevel.tasks.losses import DistillationRows, outcome_dtype, select_top_k
+from ftlevel.tasks.reranking.objective import Ranking
 from ftlevel.tasks.rl.rows import CompletionRow
-from ftlevel.trained.model_ref import LoadedModel
 from ftlevel.trained.resolve import (
     ReferenceModel,
     resolve_reference,
@@ -278,85 +272,6 @@ def _find(run: Run, flag: str, name: str | None) -> ReferenceModel | None:
             f"directory."
         )
     model = run.model
-    if isinstance(run.objective, Embeddings):
+    if isinstance(run.objective, Embeddings | Ranking):
         return resolve_text_model(flag, name, model.device, model.dtype)
     return resolve_reference(flag, name, model.kind, model.tokenizer, model.device)
-
-
-@dataclass(frozen=True)
-class GuidedTexts(EncodedTexts):
-    """Texts with the vector of each by a guide model."""
-
-    vectors: Any = field(default=None, metadata={"column": "json"})
-
-    @property
-    def guide(self) -> Any:
-        """Vector of each text by the guide model, or None."""
-        return self.vectors
-
-
-def with_text_models(run: Run, listener: Listener) -> Run:
-    """Return the run with training rows that have the guide's vectors or the teacher's scores."""
-    if not isinstance(run.objective, Embeddings):
-        return run
-    for name in ("guide", "teacher"):
-        model = getattr(run.auxiliary, name)
-        if model is None:
-            continue
-        listener.stage(f"embedding the texts with the {name}")
-        rows = EmbeddedRows(run.data.train, model.ref.load(run.model.device), name == "guide")
-        listener.choices("train", [Choice(name, model.name, f"{rows.texts:,} texts embedded")])
-        run = replace(run, data=replace(run.data, train=rows))
-    return run
-
-
-class EmbeddedRows(LazySequence[Encoded]):
-    """Rows with the vectors of `model`, or with scores of their documents from these."""
-
-    def __init__(self, rows: Sequence[Encoded], model: LoadedModel, guides: bool) -> None:
-        self.rows, self._guides = rows, guides
-        objective = model.objective
-        if not isinstance(objective, Embeddings):
-            raise InputError(f"{model.task.name} is not the task of an embedding model.")
-        self._is_cosine = objective.form.similarity == "cosine"
-        indices: dict[tuple[str, bool], int] = {}
-        self._indices: list[list[int]] = []
-        for row in rows:
-            texts = row.words if isinstance(row, EncodedTexts) else ()
-            self._indices.append(
-                [indices.setdefault((text, not at), len(indices)) for at, text in enumerate(texts)]
-            )
-        self.texts = len(indices)
-        self._vectors = _embed(model, objective, list(indices))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def _item(self, at: int) -> Encoded:
-        row, vectors = self.rows[at], self._vectors[self._indices[at]]
-        if not isinstance(row, EncodedTexts):
-            raise TypeError("a guide embeds texts")
-        if self._guides:
-            fields = {name: getattr(row, name) for name in row.__dataclass_fields__}
-            return GuidedTexts(**{**fields, "vectors": vectors})
-        if self._is_cosine:
-            vectors = functional.normalize(vectors, dim=-1)
-        return replace(row, teacher_scores=tuple((vectors[1:] @ vectors[0]).tolist()))
-
-
-def _embed(model: LoadedModel, objective: Embeddings, texts: Sequence[tuple[str, bool]]) -> Tensor:
-    """Return the vectors `(texts, dims)` of queries (True) and documents (False)."""
-    format_, end = objective.form, model.ref.options["embedding"].get("end")
-    prompts = format_.query_prompt, format_.document_prompt
-    encode = TextEncoder(model.tokenizer, *prompts, end, include_prompt=format_.include_prompt)
-    max_length = format_.max_length or model.ref.card.max_length
-    rows: list[Encoded] = []
-    for text, is_query in texts:
-        example = EmbeddingRow(text, 0) if is_query else EmbeddingRow("", 0, (text,), (0.0,))
-        (row,) = encode([example])
-        short = row.truncated(max_length) if max_length else row
-        rows.append((short or row).branches[-1])
-    with model.inference():
-        return embed_texts(
-            model.model, objective, rows, model.tokenizer.pad_token_id or 0, model.device
-        )

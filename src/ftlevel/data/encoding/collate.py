@@ -53,6 +53,10 @@ class EncodedTexts(Encoded):
         """Vector of each text by a guide model, or None."""
         return None
 
+    def with_teacher(self, scores: tuple[float, ...]) -> EncodedTexts:
+        """Return the row with a teacher's `scores` of its documents."""
+        return replace(self, teacher_scores=scores)
+
     @property
     def branches(self) -> Sequence[EncodedText]:
         """One sequence per text, with a dummy label."""

@@ -11,7 +11,8 @@ z are logits, y labels and t a teacher's scores of the documents of a query:
     margin-mse  Σ over yᵢ > 0, yⱼ = 0 of ((zᵢ - zⱼ) - (tᵢ - tⱼ))²    (2010.02666)
 
 The mean of a step divides by all its documents (bce, mse), relevant documents (lce), lists
-(listnet) or pairs, so that no loss depends on the cut into micro-batches.
+(listnet) or pairs, so that no loss depends on the cut into micro-batches. Documents without a
+teacher's score, which is NaN, are not targets of mse and margin-mse.
 """
 
 from __future__ import annotations
@@ -78,17 +79,30 @@ class Lists:
         """Where a label is 0 or less, (lists, most)."""
         return self.mask & (self.labels <= 0)
 
+    @property
+    def taught(self) -> torch.Tensor:
+        """Where a teacher's score is known, (lists, most)."""
+        return self.mask & ~self.teacher.isnan()
+
+    @property
+    def margins(self) -> torch.Tensor:
+        """Where document i is relevant and j is not, with teacher's scores, (lists, most, most)."""
+        good, bad = self.relevant & self.taught, self.irrelevant & self.taught
+        return good[:, :, None] & bad[:, None, :]
+
 
 def count_targets(loss: str, lists: Lists) -> torch.Tensor:
     """Return the divisor of the summed loss (a scalar)."""
-    if loss in ("bce", "mse"):
+    if loss == "bce":
         return lists.mask.sum()
+    if loss == "mse":
+        return lists.taught.sum()
     if loss == "lce":
         return lists.relevant.sum()
     if loss == "listnet":
         return lists.mask.any(1).sum()
     if loss == "margin-mse":
-        return (lists.relevant.sum(1) * lists.irrelevant.sum(1)).sum()
+        return lists.margins.sum()
     return lists.pairs.sum()
 
 
@@ -103,7 +117,7 @@ def sum_loss(loss: str, logits: torch.Tensor, lists: Lists, pos_weight: float) -
             z[mask], lists.labels[mask], pos_weight=weight, reduction="sum"
         )
     if loss == "mse":
-        return functional.mse_loss(z[mask], lists.teacher[mask], reduction="sum")
+        return functional.mse_loss(z[lists.taught], lists.teacher[lists.taught], reduction="sum")
     if loss == "lce":
         others = z.masked_fill(~lists.irrelevant, -math.inf).logsumexp(1, keepdim=True)
         good = lists.relevant
@@ -113,9 +127,8 @@ def sum_loss(loss: str, logits: torch.Tensor, lists: Lists, pos_weight: float) -
         said = z.masked_fill(~mask, -math.inf).log_softmax(1)
         return -(wanted * said.masked_fill(~mask, 0)).sum()
     if loss == "margin-mse":
-        pairs = lists.relevant[:, :, None] & lists.irrelevant[:, None, :]
-        apart, wanted = _differences(z), _differences(lists.teacher)
-        return (apart - wanted)[pairs].square().sum()
+        margins = _differences(z)[lists.margins] - _differences(lists.teacher)[lists.margins]
+        return margins.square().sum()
     lost = functional.softplus(-_differences(z)) / math.log(2)
     if loss == "lambda":
         lost = lost * _ndcg_weights(z.detach(), lists)

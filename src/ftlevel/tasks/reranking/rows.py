@@ -7,6 +7,7 @@ extended by a newline after the query and EOS after the document, and saved with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,13 +29,19 @@ class RankedRow(Encoded):
         query: number of tokens before each document.
         sizes: number of tokens of each document, with the special tokens after it.
         relevance: label of each document.
-        taught: a teacher's score of each document, or its label.
+        taught: a teacher's score of each document, or its label; NaN until the teacher has run.
+        words: the query and the documents, for a teacher model; empty if there is none.
     """
 
     query: int = field(default=0, metadata={"column": "int"})
     sizes: tuple[int, ...] = field(default=(), metadata={"column": "ints"})
     relevance: tuple[float, ...] = field(default=(), metadata={"column": "json"})
     taught: tuple[float, ...] = field(default=(), metadata={"column": "json"})
+    words: tuple[str, ...] = field(default=(), metadata={"column": "json"})
+
+    def with_teacher(self, scores: tuple[float, ...]) -> RankedRow:
+        """Return the row with a teacher's `scores` of its documents."""
+        return replace(self, taught=scores)
 
     @property
     def branches(self) -> Sequence[Encoded]:
@@ -140,9 +147,14 @@ def prepare_tokenizer(tokenizer: Any, kind: str) -> Choice | None:
 
 @dataclass(frozen=True)
 class PairEncoder:
-    """Encoder of queries with their documents; it is picklable for worker processes."""
+    """Encoder of queries with their documents; it is picklable for worker processes.
+
+    Attributes:
+        has_teacher: whether a model scores the documents later; the rows keep their texts for it.
+    """
 
     tokenizer: Any
+    has_teacher: bool = False
 
     def __call__(self, examples: Sequence[EmbeddingRow]) -> list[Encoded]:
         """Return one row per query."""
@@ -178,11 +190,15 @@ class PairEncoder:
                     query,
                     tuple(len(encoding["input_ids"][i]) - query for i in own),
                     example.labels,
-                    example.teacher or example.labels,
+                    example.teacher or self._untaught(example),
+                    (example.query, *example.documents) if self.has_teacher else (),
                 )
             )
             at += count
         return rows
+
+    def _untaught(self, example: EmbeddingRow) -> tuple[float, ...]:
+        return (math.nan,) * len(example.labels) if self.has_teacher else example.labels
 
 
 def _join(sequences: Sequence[list[int]], query: int) -> list[int]:

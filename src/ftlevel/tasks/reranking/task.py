@@ -43,9 +43,13 @@ IDENTITY = "torch.nn.modules.linear.Identity"
 
 @dataclass(frozen=True)
 class RerankingTask(BaseTask):
-    """Task of a model with one score per pair of query and document."""
+    """Task of a model with one score per pair of query and document.
+
+    `settings` and `teacher` are those of the run.
+    """
 
     settings: RerankingConfig = field(default_factory=RerankingConfig)
+    teacher: str | None = None
 
     has_new_head: ClassVar[bool] = True
     served_as: ClassVar[str] = "rerankers"
@@ -61,12 +65,12 @@ class RerankingTask(BaseTask):
         """Return the task with the loss of a configuration or model card."""
         known = options_of(options)
         fields = {name: known[name] for name in RerankingConfig.model_fields if name in known}
-        return replace(self, settings=RerankingConfig(**fields))
+        return replace(self, settings=RerankingConfig(**fields), teacher=known.get("teacher"))
 
     @property
     def encoding_options(self) -> Mapping[str, Any]:
         """Options outside the data section that change the facts of the rows."""
-        return {"reranking": self.settings.model_dump()}
+        return {"reranking": {**self.settings.model_dump(), "teacher": self.teacher}}
 
     def prepare_tokenizer(self, tokenizer: Any, kind: str) -> Choice | None:
         """Extend the pair template of a decoder's tokenizer (mutated)."""
@@ -85,17 +89,14 @@ class RerankingTask(BaseTask):
         """
         return {
             "problem_type": "regression",
-            "reranking": resolve_loss(self.settings, loaded.train),
+            "reranking": resolve_loss(self.settings, loaded.train, self.teacher),
         }
 
     def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
         """Return the loss with its reason, and the number of documents."""
         known = options_of(facts)
-        reason = (
-            ""
-            if self.settings.loss
-            else ("several documents per query" if known["listed"] else "one document per query")
-        )
+        reason = "several documents per query" if known["listed"] else "one document per query"
+        reason = "" if self.settings.loss else f"{'--teacher; ' if self.teacher else ''}{reason}"
         lines = [Choice("loss", known["loss"], reason)]
         if known["loss"] == "bce":
             why = "" if self.settings.pos_weight else "irrelevant documents per relevant one"
@@ -145,7 +146,8 @@ class RerankingTask(BaseTask):
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
         """Encode queries with their documents."""
-        return encoder.fit(encoder.collect(PairEncoder(encoder.tokenizer), examples), table)
+        encode = PairEncoder(encoder.tokenizer, has_teacher=self.teacher is not None)
+        return encoder.fit(encoder.collect(encode, examples), table)
 
     def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
         """Return findings about the documents of the whole set."""
@@ -200,43 +202,51 @@ class RerankingTask(BaseTask):
     ) -> list[Prediction]:
         """Return the scores of each query's documents: probabilities if trained by bce."""
         is_bce = options_of(model.options)["loss"] == "bce"
-        encoded = PairEncoder(model.tokenizer)(questions)
+        scores = self.score_documents(model, questions, as_probabilities=is_bce)
+        found = []
+        for question, own in zip(questions, scores, strict=True):
+            value = own[0] if question.kind == "score" else own
+            text = ", ".join(f"{score:.4g}" for score in own)
+            found.append(Prediction(text, columns={"": value}))
+        return found
+
+    def score_documents(
+        self, model: PromptedModel, queries: Sequence[Any], *, as_probabilities: bool = False
+    ) -> list[list[float]]:
+        """Return the logits, or their sigmoids, of the documents of each query."""
         rows = [
             Encoded(branch.input_ids, 0, index, branch.extras)
-            for index, row in enumerate(encoded)
+            for index, row in enumerate(PairEncoder(model.tokenizer)(queries))
             for branch in row.branches
         ]
 
         def read(_: Encoded, logits: torch.Tensor) -> float:
             score = logits.float().reshape(-1)[0]
-            return float(score.sigmoid() if is_bce else score)
+            return float(score.sigmoid() if as_probabilities else score)
 
-        scores = model.score(rows, read)
-        found, at = [], 0
-        for question, row in zip(questions, encoded, strict=True):
-            own = scores[at : at + len(row.branches)]
-            at += len(own)
-            text = ", ".join(f"{score:.4g}" for score in own)
-            found.append(
-                Prediction(text, columns={"": own[0] if question.kind == "score" else own})
-            )
-        return found
+        scores = iter(model.score(rows, read))
+        return [[next(scores) for _ in query.documents] for query in queries]
 
 
-def resolve_loss(settings: RerankingConfig, examples: Sequence[EmbeddingRow]) -> dict[str, Any]:
+def resolve_loss(
+    settings: RerankingConfig, examples: Sequence[EmbeddingRow], teacher: str | None
+) -> dict[str, Any]:
     """Return loss, weight of relevant documents and main metric for `examples`.
+
+    `teacher` is the name of a model that will score the documents.
 
     Raises:
         InputError: the labels do not fit the loss, or are all alike.
     """
     labels = Counter(label for example in examples for label in example.labels)
-    if len(labels) == 1:
+    contrasts = sum(len(set(example.labels)) > 1 for example in examples)
+    usual = ("margin-mse", "mse") if teacher else ("lce", "bce")
+    loss = settings.loss or usual[0 if contrasts else 1]
+    if len(labels) == 1 and not (teacher and loss == "mse"):
         raise InputError(
             f"all documents have label {next(iter(labels)):g}, and a reranker needs relevant and "
             f"irrelevant documents. Add negatives with ftlevel mine."
         )
-    contrasts = sum(len(set(example.labels)) > 1 for example in examples)
-    loss = settings.loss or ("lce" if contrasts else "bce")
     facts = LOSSES[loss]
     if facts.listed and contrasts < len(examples):
         raise InputError(
@@ -250,10 +260,10 @@ def resolve_loss(settings: RerankingConfig, examples: Sequence[EmbeddingRow]) ->
         raise InputError(
             f"--loss {loss} needs labels from 0 to 1, found {worst:g}. Use --loss lambda or mse."
         )
-    if facts.taught and not all(example.teacher for example in examples):
+    if facts.taught and not (teacher or all(example.teacher for example in examples)):
         raise InputError(
-            f"--loss {loss} needs teacher scores, and the rows have none. Add a column label "
-            f"with a score for each document, or use --loss lce."
+            f"--loss {loss} needs teacher scores, and the rows have none. Add --teacher MODEL, or "
+            f"a column label with a score for each document, or use --loss lce."
         )
     good = sum(count * label for label, count in labels.items() if 0 <= label <= 1)
     balance = (labels.total() - good) / good if good else 1.0
@@ -265,6 +275,7 @@ def resolve_loss(settings: RerankingConfig, examples: Sequence[EmbeddingRow]) ->
         "pos_weight": settings.pos_weight or (balance if loss == "bce" else 1.0),
         "headline": "ndcg@10" if ranked else "spearman" if graded else "average_precision",
         "listed": bool(contrasts),
+        "teacher": teacher,
     }
 
 

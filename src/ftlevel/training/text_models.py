@@ -1,0 +1,166 @@
+"""Guide and teacher of embedding models and rerankers, run before the trained model loads.
+
+They read the texts of a row and may have another tokenizer. A guide embeds every text, so that gist
+can find false negatives. A teacher, which is an embedding model or a reranker, scores the documents
+of every query: by similarity, or by its logit without an activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from ftlevel.config.section import Choice
+from ftlevel.data.encoding.collate import EncodedTexts
+from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.sources.lines import LazySequence
+from ftlevel.errors import InputError
+from ftlevel.evaluation.answers import InferenceModel
+from ftlevel.evaluation.embeddings import embed_texts
+from ftlevel.events import Listener
+from ftlevel.tasks.embedding.formats import EmbeddingRow
+from ftlevel.tasks.embedding.objective import Embeddings
+from ftlevel.tasks.embedding.rows import TextEncoder
+from ftlevel.tasks.reranking.objective import Ranking
+from ftlevel.tasks.reranking.rows import RankedRow
+from ftlevel.tasks.reranking.task import RerankingTask
+from ftlevel.trained.generation import GenerationOptions
+from ftlevel.trained.model_ref import LoadedModel
+from ftlevel.training.plan.run import Run
+
+_WINDOW = 1_000
+"""Rows whose documents a reranker encodes together."""
+
+
+def with_text_models(run: Run, listener: Listener) -> Run:
+    """Return the run with rows that have the guide's vectors or the teacher's scores."""
+    if not isinstance(run.objective, Embeddings | Ranking):
+        return run
+    for flag, model in (("guide", run.auxiliary.guide), ("teacher", run.auxiliary.teacher)):
+        if model is None:
+            continue
+        listener.stage(f"running the {flag}")
+        loaded, data = model.ref.load(run.model.device), run.data
+        if flag == "guide":
+            data = replace(data, train=embed_rows(data.train, loaded))
+        else:
+            train, validation = (score_rows(r, loaded) for r in (data.train, data.validation))
+            data = replace(data, train=train, validation=validation)
+        texts = len({text for row in data.train for text in _words(row)})
+        listener.choices("train", [Choice(flag, model.name, f"{texts:,} texts, {model.ref.task}")])
+        run = replace(run, data=data)
+    return run
+
+
+@dataclass(frozen=True)
+class GuidedTexts(EncodedTexts):
+    """Texts with the vector of each by a guide model."""
+
+    vectors: Any = field(default=None, metadata={"column": "json"})
+
+    @property
+    def guide(self) -> Any:
+        """Vector of each text by the guide model, or None."""
+        return self.vectors
+
+
+class RowsWithOutputs(LazySequence[Encoded]):
+    """`rows`, each combined with its entry of `outputs` when it is read."""
+
+    def __init__(
+        self,
+        rows: Sequence[Encoded],
+        outputs: Sequence[Any],
+        combine: Callable[[Any, Any], Encoded],
+    ) -> None:
+        self._rows, self._outputs, self._combine = rows, outputs, combine
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _item(self, at: int) -> Encoded:
+        return self._combine(self._rows[at], self._outputs[at])
+
+
+def embed_rows(rows: Sequence[Encoded], model: LoadedModel) -> RowsWithOutputs:
+    """Return `rows` with the vectors of their texts by `model`."""
+
+    def combine(row: EncodedTexts, vectors: Tensor) -> Encoded:
+        fields = {name: getattr(row, name) for name in row.__dataclass_fields__}
+        return GuidedTexts(**{**fields, "vectors": vectors})
+
+    return RowsWithOutputs(rows, _embed_words(rows, model), combine)
+
+
+def score_rows(rows: Sequence[Encoded], model: LoadedModel) -> RowsWithOutputs:
+    """Return `rows` with the scores of their documents by `model`."""
+    if isinstance(model.task, RerankingTask):
+        scores = _rerank(rows, model, model.task)
+    else:
+        objective = model.objective
+        is_cosine = isinstance(objective, Embeddings) and objective.form.similarity == "cosine"
+        scores = [_similarities(own, is_cosine) for own in _embed_words(rows, model)]
+    return RowsWithOutputs(rows, scores, lambda row, own: row.with_teacher(own))
+
+
+def _similarities(vectors: Tensor, is_cosine: bool) -> tuple[float, ...]:
+    """Return the similarities of the first of `vectors` with the others."""
+    vectors = functional.normalize(vectors, dim=-1) if is_cosine else vectors
+    return tuple((vectors[1:] @ vectors[0]).tolist())
+
+
+def _words(row: Encoded) -> tuple[str, ...]:
+    return row.words if isinstance(row, EncodedTexts | RankedRow) else ()
+
+
+def _rerank(
+    rows: Sequence[Encoded], loaded: LoadedModel, task: RerankingTask
+) -> list[tuple[float, ...]]:
+    """Return the logits of the documents of each row."""
+    model = InferenceModel(loaded, GenerationOptions(1), None, cuts=True)
+    scores: list[tuple[float, ...]] = []
+    with model.inference():
+        for start in range(0, len(rows), _WINDOW):
+            words = [_words(row) for row in rows[start : start + _WINDOW]]
+            queries = [
+                EmbeddingRow(query, at, tuple(documents), (0.0,) * len(documents))
+                for at, (query, *documents) in enumerate(words)
+            ]
+            scores += map(tuple, task.score_documents(model, queries))
+    return scores
+
+
+def _embed_words(rows: Sequence[Encoded], model: LoadedModel) -> list[Tensor]:
+    """Return the vectors `(texts, dims)` of each row; equal texts are embedded once."""
+    objective = model.objective
+    if not isinstance(objective, Embeddings):
+        raise InputError(f"{model.task.name} is not the task of an embedding model.")
+    known: dict[tuple[str, bool], int] = {}
+    indices = [
+        [known.setdefault((text, not at), len(known)) for at, text in enumerate(_words(row))]
+        for row in rows
+    ]
+    vectors = _embed(model, objective, list(known)) if known else Tensor()
+    return [vectors[own] for own in indices]
+
+
+def _embed(model: LoadedModel, objective: Embeddings, texts: Sequence[tuple[str, bool]]) -> Tensor:
+    """Return the vectors `(texts, dims)` of queries (True) and documents (False)."""
+    format_, end = objective.form, model.ref.options["embedding"].get("end")
+    prompts = format_.query_prompt, format_.document_prompt
+    encode = TextEncoder(model.tokenizer, *prompts, end, include_prompt=format_.include_prompt)
+    max_length = format_.max_length or model.ref.card.max_length
+    rows: list[Encoded] = []
+    for text, is_query in texts:
+        example = EmbeddingRow(text, 0) if is_query else EmbeddingRow("", 0, (text,), (0.0,))
+        (row,) = encode([example])
+        short = row.truncated(max_length) if max_length else row
+        rows.append((short or row).branches[-1])
+    with model.inference():
+        return embed_texts(
+            model.model, objective, rows, model.tokenizer.pad_token_id or 0, model.device
+        )
