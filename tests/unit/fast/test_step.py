@@ -734,3 +734,45 @@ def test_a_model_whose_rows_see_each_other_is_not_packed() -> None:
     assert not fast.plan.packs
     assert model.config._attn_implementation == "sdpa"
     fast.remove()
+
+
+class Imprecise(torch.nn.Module):
+    """A block's part whose values in bfloat16 are wrong at `tokens` of packed rows."""
+
+    def __init__(self, inner: torch.nn.Module, tokens: slice, *, everywhere: bool = False) -> None:
+        super().__init__()
+        self.inner, self.tokens, self.everywhere = inner, tokens, everywhere
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        output = self.inner(states)
+        if len(output) == 1 and (self.everywhere or output.dtype == torch.bfloat16):
+            output = output.clone()
+            output[:, self.tokens] += 3 * states[:, self.tokens]
+        return output
+
+
+@pytest.mark.parametrize(
+    ("tokens", "everywhere", "packs"),
+    [
+        (slice(0, 1), False, True),  # the rounding of one large state
+        (slice(0, 1), True, False),  # in float32, too: it is a fault
+        (slice(16, None), False, False),  # most states of a row: a fault of a kernel
+    ],
+)
+def test_rounding_of_large_states_is_no_reason_to_pad(
+    tokens: slice, everywhere: bool, packs: bool
+) -> None:
+    """SmolLM2's first state is 24,000 long and ends at 5,000, so bfloat16 rounds it by a tenth."""
+    model = tiny_models.build("llama").to(torch.bfloat16)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    fast = FastStep(model, FastPlan(True, True, True, 100, True))
+    mlp = model.model.layers[-1].mlp
+    model.model.layers[-1].mlp = Imprecise(mlp, tokens, everywhere=everywhere)
+    rows = rows_of("causal", (16, 16))
+    assert (fast.check(rows, 0, "cpu", "bfloat16") == []) is packs
+    assert fast.plan.packs is packs
+    model.model.layers[-1].mlp = mlp
+    fast.remove()
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value, weights[name])
