@@ -32,13 +32,15 @@ counterpart:
 
     ftlevel recipes convert FILE > recipe.yaml
 
-Of {count} spellings, {accepted} are accepted."""
+Of {count} spellings, {accepted} are accepted. Tables leave out the {same} that have ftlevel's own
+name, such as `--learning_rate`."""
 
 
 def coming_from_page() -> str:
     """Return docs/coming-from.md."""
     accepted = sum(row.is_accepted for row in SPELLINGS)
-    head = _HEAD.format(count=len(SPELLINGS), accepted=accepted)
+    same = sum(map(_has_own_name, SPELLINGS))
+    head = _HEAD.format(count=len(SPELLINGS), accepted=accepted, same=same)
     return "\n".join([head, *_tables()]) + "\n"
 
 
@@ -46,9 +48,20 @@ def _tables() -> Iterator[str]:
     for tool in dict.fromkeys(row.tool for row in SPELLINGS):
         yield from ("", f"## {tool}", "", "| typed | here |", "|---|---|")
         for row in SPELLINGS:
-            if row.tool == tool:
+            if row.tool == tool and not _has_own_name(row):
                 cells = (f"`{row.typed}`", _here(row))
                 yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _has_own_name(row: Spelled) -> bool:
+    """Return whether a spelling is the name of the one field it sets, with the same value."""
+    if not row.sets or len(row.sets) > 1:
+        return False
+    ((path, value),) = row.sets.items()
+    flag, *given = shlex.split(row.typed)
+    name = path.rpartition(".")[2]
+    same = not given or "".join(given) == str(value) or isinstance(value, (int, float))
+    return flag.lstrip("-").replace("-", "_") == name and len(given) < 2 and same
 
 
 def _here(row: Spelled) -> str:

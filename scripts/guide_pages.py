@@ -24,9 +24,9 @@ def _index() -> str:
     lines = [
         "# Every method",
         "",
-        "One page per method: what it trains, when to use it, and its main settings. Comparisons:",
-        "[which method](../which-method.md) and [results](../results.md); [methods](../methods.md) "
-        "lists what works with what.",
+        "One page per method: what it trains, when to use it, and its main settings. "
+        "[Which method](../which-method.md) compares them; [methods](../methods.md) lists what "
+        "works with what.",
         "",
         "| method | trains | 7B Llama | merges |",
         "|---|---|--:|---|",

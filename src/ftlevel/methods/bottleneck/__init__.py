@@ -202,13 +202,11 @@ _ROWS = (
 )  # fmt: skip
 
 _MORE = """
-An adapter called `pfeiffer` or `parallel` computes what it computed in 0.1.0. `seq_bn`, `par_bn`
-and `adapter_plus` need a residual that the feed-forward alone is added to: GPT-J, GPT-NeoX, Phi,
-Falcon (attention and feed-forward together), Gemma 2 and 3, OLMo 2 and Granite (another norm or a
-factor before the sum) have the other three. All begin as the identity, with up at zero, as
-`par_bn` there; AdapterHub draws the others at random. In training a model's own dropout comes
-after the adapter here and before it there, and `adapter_dropout` is on the bottleneck here and on
-the output there. [Export](export.md#adapterhub) says how adapters go there and come back."""
+`seq_bn`, `par_bn` and `adapter_plus` need a residual to which only the feed-forward is added. GPT-J,
+GPT-NeoX, Phi, Falcon, Gemma 2 and 3, OLMo 2 and Granite therefore support only the other three. All
+begin as the identity. In training, the model's own dropout comes after the adapter, and
+`adapter_dropout` is on the bottleneck; in AdapterHub, dropout comes before it, and on the output.
+[Export](export.md#adapterhub) converts adapters to AdapterHub's format and back."""
 
 PAGE = "\n".join([_INTRODUCTION, *(f"| {' | '.join(row)} |" for row in _ROWS), _MORE])
 

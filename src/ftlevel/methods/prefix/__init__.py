@@ -60,10 +60,9 @@ def why_no_prefix(config: Any) -> str | None:
 ENCODER_WIDTH = 512  # Li & Liang, 2021, section 4.3
 
 PAGE = """\
-A prefix has no position here. AdapterHub's flat prefixes of the same numbers give the same logits
-but in T5 and mT5, where the prefix is counted as the first keys: it gets their relative bias, and
-each token of the text the bias of a distance that is longer by the prefix. Prefixes of AdapterHub's
-are refused."""
+A prefix has no position. AdapterHub's flat prefixes with the same values give the same logits, except
+in T5 and mT5, where AdapterHub counts the prefix as the first keys. AdapterHub's prefix files are
+refused."""
 
 
 class PrefixTuning(Method):
