@@ -2,7 +2,8 @@
 
 python scripts/draw_report.py RUN         writes docs/report.png
 
-RUN is what docs/start.md trains: `ftlevel train --method lora --output-dir runs/first`.
+RUN is the first run of docs/start.md:
+`ftlevel train --method lora --eval-on-start --output-dir runs/first`.
 """
 
 from __future__ import annotations
