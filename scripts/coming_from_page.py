@@ -23,7 +23,7 @@ This page is for users of other tools: it lists the flags of their examples, and
 Dashes and underscores are equal. The page is generated from `tests/cli/test_spellings.py` by
 `python scripts/write_docs.py coming-from`.
 
-A spelling sets fields, asks for what is done anyway (`as it is`), or is refused with a reason. Of
+A spelling sets fields, asks for what is done anyway, or is refused with a reason. Of
 {count} spellings, {accepted} are accepted. The tables leave out {same} that only rename a flag,
 such as `--lora_rank 16`: [ftlevel train](commands/train.md) lists them as second names.
 
@@ -48,12 +48,15 @@ def _tables() -> Iterator[str]:
     for tool in dict.fromkeys(row.tool for row in SPELLINGS):
         yield from ("", f"## {tool}", "", "| typed | here |", "|---|---|")
         for row in SPELLINGS:
-            if row.tool != tool or _is_rename(row):
+            if row.tool != tool or _is_rename(row) or row.agrees:
                 continue
             cells = (f"`{row.typed}`", _here(row))
             if cells not in shown:  # the same of an earlier tool
                 shown.add(cells)
                 yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        agreeing = dict.fromkeys(row.typed for row in SPELLINGS if row.tool == tool and row.agrees)
+        if agreeing:
+            yield from ("", f"Done anyway: {', '.join(f'`{typed}`' for typed in agreeing)}.")
 
 
 def _is_rename(row: Spelled) -> bool:
@@ -70,8 +73,6 @@ def _here(row: Spelled) -> str:
     if row.sets:
         fields = ", ".join(f"`{path}: {_shown(value)}`" for path, value in row.sets.items())
         return fields + (f" (beside `{row.beside}`)" if row.beside else "")
-    if row.agrees:
-        return f"as it is: {row.agrees}"
     try:
         _program()(args=["train", *shlex.split(row.typed), "--dry-run"], standalone_mode=False)
     except ConfigError as error:
