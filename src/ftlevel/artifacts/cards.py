@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ftlevel._version import __version__
 from ftlevel.artifacts.files import check_regular, write_json
 from ftlevel.artifacts.run_directory import RunDirectory, find_run
 from ftlevel.config import QuantConfig
@@ -104,8 +105,8 @@ def _with_prompt_version(card: AdapterCard, directory: Path) -> AdapterCard:
 
 def library_versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that affect the results of a run."""
-    names = ("ftlevel", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchao")
-    versions = {"python": platform.python_version()}
+    names = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchao")
+    versions = {"python": platform.python_version(), "ftlevel": __version__}
     return versions | {name: installed for name in names if (installed := _installed_version(name))}
 
 

@@ -151,7 +151,7 @@ def explain_columns(
     if mapping or name:
         flags = (("--map", mapping), ("--format", name))
         return "by " + " and ".join(flag for flag, value in flags if value)
-    return "" if all(role == column for role, column in columns.items()) else "by their names"
+    return "" if all(role == column for role, column in columns.items()) else "found by name"
 
 
 @dataclass(frozen=True)
