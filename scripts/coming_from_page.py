@@ -56,7 +56,8 @@ def _tables() -> Iterator[str]:
                 yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
         agreeing = dict.fromkeys(row.typed for row in SPELLINGS if row.tool == tool and row.agrees)
         if agreeing:
-            yield from ("", f"Done anyway: {', '.join(f'`{typed}`' for typed in agreeing)}.")
+            names = ", ".join(f"`{typed}`" for typed in agreeing)
+            yield from ("", f"Accepted, as ftlevel does so anyway: {names}.")
 
 
 def _is_rename(row: Spelled) -> bool:

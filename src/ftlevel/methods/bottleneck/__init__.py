@@ -176,10 +176,10 @@ def find_input(sites: Sites | None, site: str, names: Iterable[str]) -> str | No
 
 
 _INTRODUCTION = """\
-`--set method.placement=…` says where an adapter A(·) = s · up(f(down(·))) stands. h is the output
-of the feed-forward, r the residual that it is added to, x what its first linear is given, and LN
-the layer norm that follows the sum in post-norm models (BERT, BART). In those x is r; in pre-norm
-ones (GPT-2, Llama, T5) x is r after its norm.
+`--set method.placement=…` selects the position of an adapter A(·) = s · up(f(down(·))) in a block.
+h is the output of the feed-forward, x its input, and r the residual that h is added to. LN is the
+layer norm after that sum in post-norm models (BERT, BART), where x is r. In pre-norm models (GPT-2,
+Llama, T5), x is r after its norm.
 """
 
 _ROWS = (
