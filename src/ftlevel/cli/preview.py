@@ -232,9 +232,10 @@ def _bracketed(tokens: Sequence[Token], *, whole: bool) -> Text:
             parts.append(f" … {token:,} tokens … ")
             continue
         if plain:  # brackets would mark nothing; texts of a row stand on lines of their own
+            shown = _visible(token)
             if token.label:
-                parts.append("\n" * bool(parts) + f"{token.label}: ")
-            parts.append(_visible(token))
+                shown = "\n" * bool(parts) + f"{token.label}: {shown.lstrip()}"
+            parts.append(shown)
             continue
         shown = _visible(token).replace("[", "\\[").replace("]", "\\]")
         label = f"={token.label.strip()}" if token.label else ""
