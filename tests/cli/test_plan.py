@@ -134,7 +134,7 @@ def test_rows_of_the_data_and_what_else_fits(
         for checkpointing in ("--gradient-checkpointing", "--no-gradient-checkpointing"):
             assert any(f"--method {method} {checkpointing}" in line for line in flags)
     out = plan(capsys, *asked, "--brief", "--nodes", 2, "--gpus-per-node", 2)
-    assert out.splitlines()[0].startswith("peak ")
+    assert out.splitlines()[0].startswith("fits: peak ")
     assert "H100" in out
     assert "2 × 2 cards, of which this is one: a step takes " in out
     assert "an epoch: 1 steps" in out
@@ -159,7 +159,7 @@ def test_a_run_begins_with_the_verdict_and_ends_beside_it(
     first, *_, last = [line for line in capsys.readouterr().out.splitlines() if " planned" in line
                        or "memory: " in line]  # fmt: skip
     verdict, expected = first.split("memory: ")[1], json.loads(plan(capsys, *asked, "--json"))
-    assert re.match(r"peak 0\.[3-9]\d GiB of .+ GiB \(.+\), tensors 0\.00 GiB .+: fits", verdict)
+    assert re.match(r"fits: peak 0\.00 GiB \(\d\.\d\d GiB whole process\), in the ", verdict)
     found = json.loads((planned / "summary.json").read_text())["plan"]
     for name in ("peak_bytes", "parts", "at", "memory_bytes", "fits_in_memory"):
         assert found[name] == expected[name]
