@@ -83,9 +83,13 @@ def _without_dropout(model: str, folder: Path) -> str:
 
 
 def _sentence_transformer(model: str) -> Any:
+    """Return the model with mean pooling and normalization, which a bare model gets here."""
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
 
-    return SentenceTransformer(model, device="cpu")
+    transformer = modules.Transformer(model)
+    pooling = modules.Pooling(transformer.get_embedding_dimension(), "mean")
+    return SentenceTransformer(modules=[transformer, pooling, modules.Normalize()], device="cpu")
 
 
 def _st_step(model: str, name: str) -> tuple[float, dict[str, Any]]:
@@ -198,11 +202,8 @@ def _child_own(a: argparse.Namespace, folder: Path, marks: list[float]) -> None:
 
 
 def _child_st(a: argparse.Namespace, folder: Path, marks: list[float]) -> None:
+    import sentence_transformers as library
     from datasets import Dataset
-    from sentence_transformers import (
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
     from sentence_transformers.sentence_transformer import losses
 
     st, best = _sentence_transformer(a.model), a.child == "st-best"
@@ -211,17 +212,15 @@ def _child_st(a: argparse.Namespace, folder: Path, marks: list[float]) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
         targets = r".*encoder\.layer.*\.(query|key|value|dense)"
-        config = LoraConfig(
-            task_type="FEATURE_EXTRACTION", r=8, lora_alpha=16, target_modules=targets
-        )
+        config = LoraConfig(r=8, lora_alpha=16, target_modules=targets)
         inject_adapter_in_model(config, st[0].model)
     loss: Any = losses.MultipleNegativesRankingLoss(st)
     if best:
         loss = losses.CachedMultipleNegativesRankingLoss(st, mini_batch_size=a.mini_batch)
     rows = [json.loads(line) for line in a.pairs.open(encoding="utf-8")]
-    SentenceTransformerTrainer(
+    library.SentenceTransformerTrainer(
         model=st,
-        args=SentenceTransformerTrainingArguments(
+        args=library.SentenceTransformerTrainingArguments(
             output_dir=str(folder),
             max_steps=a.steps,
             per_device_train_batch_size=a.batch,
