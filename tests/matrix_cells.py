@@ -44,6 +44,8 @@ _SMALL = {
 _WITHOUT_HEAD = ("distilbert", "modernbert", "llama", "qwen3")
 """Families of embedding models: transformers adds no pooler to them."""
 _HEAD_OF_CLASS = {name: head for head, name in tiny_models.AUTO_CLASSES.items()}
+RERANK = "rerank"
+"""Head of rerankers: that of classes, with one output and a loss over lists of documents."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ class TinyCell:
 
     def __str__(self) -> str:
         return f"{self.row}-{self.family}-{self.head}-{self.quant}"
+
+    @property
+    def kind(self) -> str:
+        """`encoder`, `decoder` or `encoder-decoder`."""
+        return FAMILIES[self.family].kind
 
     @property
     def asked(self) -> Cell:
@@ -96,8 +103,33 @@ def heads_of(family: str) -> dict[str, tuple[str, ...]]:
     for task in TASKS.values():
         head = _HEAD_OF_CLASS.get(task.auto_classes.get(kind, ""))
         if head in tiny_models.HEADS[family] or (head == "base" and family in _WITHOUT_HEAD):
+            head = RERANK if task.name == "reranking" else head
             found[head] = (*found.get(head, ()), task.name)
     return found
+
+
+def _shape(head: str) -> tuple[str, dict[str, Any]]:
+    """Return the head of tiny_models for `head`, and its config values."""
+    return ("seqcls", {"num_labels": 1}) if head == RERANK else (head, {})
+
+
+def _config(cell: TinyCell) -> Any:
+    head, values = _shape(cell.head)
+    return tiny_models.build_config(cell.family, head, **values)
+
+
+def build_batch(cell: TinyCell) -> dict[str, torch.Tensor]:
+    """Return the batch of `cell`; of a reranker, a relevant and an irrelevant document."""
+    batch = tiny_models.build_batch(cell.family, _shape(cell.head)[0])
+    if cell.head == RERANK:
+        batch["labels"] = torch.tensor([[1.0, 1.0, 2.0], [0.0, 0.0, 0.0]])
+    return batch
+
+
+def build_objective(cell: TinyCell) -> Any:
+    task = TASKS[cell.tasks[0]]
+    facts = task.synthetic_facts if cell.head == RERANK else {}
+    return task.build_objective(FAMILIES[cell.family].kind, facts)
 
 
 def build_spec(row: str) -> Any:
@@ -123,16 +155,17 @@ def expected_refusal(cell: TinyCell) -> str | None:
 @cache
 def pristine(family: str, head: str, quant: str, packs: bool = False) -> Any:
     """Return the base of a cell, its experts packed or not; never changed, only copied."""
+    shape, values = _shape(head)
     if quant == "none":
-        return tiny_models.build(family, head)
+        return tiny_models.build(family, shape, **values)
     directory = Path(tempfile.mkdtemp(prefix="ftlevel-matrix-"))
     try:
-        built = tiny_models.build(family, head)
+        built = tiny_models.build(family, shape, **values)
         built.save_pretrained(directory)
         return load_model(
             ModelSource(family, "directory", str(directory)),
-            tiny_models.build_config(family, head),
-            tiny_models.AUTO_CLASSES[head],
+            tiny_models.build_config(family, shape, **values),
+            tiny_models.AUTO_CLASSES[shape],
             dtype=torch.float32,
             device="cpu",
             quantization=build_quantization_config(
@@ -146,7 +179,7 @@ def pristine(family: str, head: str, quant: str, packs: bool = False) -> Any:
 
 
 def _headed(head: str) -> bool:
-    return head in ("seqcls", "tokcls", "qa")
+    return head in ("seqcls", "tokcls", "qa", RERANK)
 
 
 def copy_base(cell: TinyCell) -> Any:
@@ -173,8 +206,8 @@ def fresh(cell: TinyCell) -> Any:
 
 def describe_base(cell: TinyCell, spec: Any) -> Base:
     """Return what the engine would find out of the cell's base without its weights."""
-    config = tiny_models.build_config(cell.family, cell.head)
-    meta = build_task_model(config, tiny_models.AUTO_CLASSES[cell.head])
+    config = _config(cell)
+    meta = build_task_model(config, tiny_models.AUTO_CLASSES[_shape(cell.head)[0]])
     kind = FAMILIES[cell.family].kind
     adapted = find_method_targets(spec, meta, cell.family, cell.quant)
     return Base(
@@ -201,7 +234,7 @@ def run_cell(cell: TinyCell) -> float:
     whole = copy_base(cell)
     digests = digest_tensors(whole.named_parameters())
     model = apply_method(whole, spec, base)
-    batch = tiny_models.build_batch(cell.family, cell.head)
+    batch, objective = build_batch(cell), build_objective(cell)
     method = METHODS[spec.kind]
     if spec.kind in ("lora", "qlora"):
         rows = [
@@ -215,7 +248,7 @@ def run_cell(cell: TinyCell) -> float:
         )  # fmt: skip
         method.initialization.initialize(model, spec, inputs)
     start = copy_start(model, spec)
-    _train(model, batch, spec, cell.dtype)
+    _train(model, batch, spec, cell.dtype, objective if cell.head == RERANK else None)
     with tempfile.TemporaryDirectory(prefix="ftlevel-matrix-") as folder:
         directory = Path(folder)
         finish_method(model, spec)
@@ -223,7 +256,6 @@ def run_cell(cell: TinyCell) -> float:
             save_adapter(model, spec, directory, start)
         else:
             model.save_pretrained(directory)
-        objective = TASKS[cell.tasks[0]].build_objective(FAMILIES[cell.family].kind, {})
         _, _, effect = check_saved(
             model, directory, Origin(digests, lambda: fresh(cell)),
             Probe(_probe(batch), objective, "cpu", cell.dtype),
@@ -254,7 +286,20 @@ def _project(states: torch.Tensor) -> torch.Tensor:
     return (states.float() @ weights).mean()
 
 
-def _train(model: Any, batch: dict[str, torch.Tensor], spec: Any, dtype: str) -> None:
+def _loss(model: Any, batch: dict[str, torch.Tensor], objective: Any) -> torch.Tensor:
+    """Return the loss of the model's own head, or of `objective` if it is given."""
+    if objective is None:
+        outputs = model(**batch)
+        return _project(outputs[0]) if outputs.get("loss") is None else outputs.loss
+    inputs, labels = objective.split(batch)
+    logits = objective.logits(model(**inputs))
+    total = objective.loss_sum(logits, labels, batch["attention_mask"])
+    return total / objective.count(labels)
+
+
+def _train(
+    model: Any, batch: dict[str, torch.Tensor], spec: Any, dtype: str, objective: Any = None
+) -> None:
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainable.values(), lr=5e-3)
     method = METHODS[spec.kind]
@@ -263,8 +308,7 @@ def _train(model: Any, batch: dict[str, torch.Tensor], spec: Any, dtype: str) ->
     model.train()
     for step in range(STEPS):
         with autocast("cpu", dtype):
-            outputs = model(**batch)
-            loss = _project(outputs[0]) if outputs.get("loss") is None else outputs.loss
+            loss = _loss(model, batch, objective)
         penalty = method.penalty(model)
         if penalty is not None:
             loss = loss + penalty

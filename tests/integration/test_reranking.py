@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -17,11 +19,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ftlevel.cli.app import run
 from ftlevel.commands.evaluate import evaluate
+from ftlevel.commands.export import export
 from ftlevel.commands.merge import merge
 from ftlevel.commands.predict import predict
 from ftlevel.commands.train import train
-from ftlevel.config import EvaluateConfig, MergeConfig, PredictConfig, TrainConfig
-from ftlevel.errors import ConfigError
+from ftlevel.config import EvaluateConfig, ExportConfig, MergeConfig, PredictConfig, TrainConfig
+from ftlevel.errors import ConfigError, FtlevelError, InputError, RunError
+from ftlevel.extras.serving.check import check_served
+from ftlevel.extras.serving.config import CheckServedConfig
 
 ModelDir = Callable[..., Path]
 WORDS = "cat dog sun moon river stone bread wine horse bird tree leaf cloud rain snow fire".split()
@@ -191,6 +196,64 @@ def test_lists_and_pairs_give_the_same_metrics(
     ]
     for name in ("ndcg@10", "mrr@10", "map", "average_precision"):
         assert found[0][name] == pytest.approx(found[1][name], abs=1e-6)
+
+
+def _serve(model: Any, tokenizer: Any, form: str) -> Iterator[str]:
+    """Answer /rerank as vLLM ("results") or text-embeddings-inference ("texts") does."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            rows = []
+            for at, text in enumerate(asked["documents" if form == "results" else "texts"]):
+                inputs = tokenizer(asked["query"], text, return_tensors="pt")
+                with torch.no_grad():
+                    logit = model(**inputs).logits[0, 0]
+                raw = form == "texts" and asked["raw_scores"]
+                name = "relevance_score" if form == "results" else "score"
+                rows.append({"index": at, name: float(logit if raw else logit.sigmoid())})
+            rows = sorted(rows, key=lambda row: -list(row.values())[1])
+            body = json.dumps({"results": rows} if form == "results" else rows).encode()
+            self.send_response(200 if self.path == "/rerank" else 404)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.parametrize(("server", "form"), [("vllm", "results"), ("tei", "texts")])
+def test_an_export_is_checked_on_a_server_of_scores(
+    server: str, form: str, trained: Callable[[str, str], Trained], tmp_path: Path
+) -> None:
+    out = tmp_path / "served"
+    export(ExportConfig(model=str(trained("bert", "bce")[0]), out=out, server=server))
+    model = AutoModelForSequenceClassification.from_pretrained(out).eval()
+    for url in _serve(model, AutoTokenizer.from_pretrained(out), form):
+        found = check_served(CheckServedConfig(out=out, url=url)).summary
+        assert found["max_difference"] < 1e-5
+        with torch.no_grad():
+            model.classifier.bias += 1
+        with pytest.raises(RunError, match="not those of training"):
+            check_served(CheckServedConfig(out=out, url=url))
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"), [("bert", "the segment of the query"), ("llama", "has no tensor for")]
+)
+def test_a_reranker_is_no_gguf_file(
+    family: str, reason: str, trained: Callable[[str, str], Trained], tmp_path: Path
+) -> None:
+    out = tmp_path / "x.gguf"
+    with pytest.raises(InputError, match=reason):
+        export(ExportConfig(model=str(trained(family, "bce")[0]), out=out, format="gguf"))
+    with pytest.raises(FtlevelError, match=r"llama\.cpp"):
+        export(ExportConfig(model=str(trained(family, "bce")[0]), out=out, server="llama.cpp"))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from ftlevel.methods import FACTS, METHODS, RULES, check_supported, find_limits,
 from ftlevel.methods.base import Method
 from ftlevel.methods.facts import Cell
 from ftlevel.models.families import FAMILIES
-from matrix_cells import QUANTS, TinyCell, build_cells, expected_refusal, run_cell
+from matrix_cells import QUANTS, RERANK, TinyCell, build_cells, expected_refusal, run_cell
 from unit.models.meta_models import tiny_config
 from unit.models.tiny_configs import TINY
 
@@ -96,12 +96,15 @@ def test_lora_is_never_refused():
 
 
 def choose_sample() -> list[TinyCell]:
-    """Choose cells that claim yes, so that each row, family, head and quantization comes up."""
+    """Choose cells that claim yes.
+
+    Each row, family and quantization comes up, and each head on every kind of model.
+    """
     claims = [cell for cell in build_cells() if expected_refusal(cell) is None]
     left = dict.fromkeys(
         [("row", cell.row) for cell in claims]
         + [("family", cell.family) for cell in claims]
-        + [("head", cell.head) for cell in claims]
+        + [("head", cell.head, cell.kind) for cell in claims]
         + [("quant", cell.quant) for cell in claims],
         1,
     )
@@ -109,7 +112,7 @@ def choose_sample() -> list[TinyCell]:
         left[("row", row, quant)] = 1
     sample = []
     for cell in claims:
-        sides = [("row", cell.row), ("family", cell.family), ("head", cell.head),
+        sides = [("row", cell.row), ("family", cell.family), ("head", cell.head, cell.kind),
                  ("quant", cell.quant), ("row", cell.row, cell.quant)]  # fmt: skip
         missing = sum(left[side] > 0 for side in sides)
         if missing >= 2 or left[("row", cell.row)] > 0 or left[("family", cell.family)] > 0:
@@ -130,6 +133,7 @@ def test_the_sample_has_everything():
     ):
         assert set(values) >= set(wanted)
     assert len(SAMPLE) <= 80
+    assert {cell.kind for cell in SAMPLE if cell.head == RERANK} == {"encoder", "decoder"}
 
 
 @pytest.mark.parametrize("cell", SAMPLE, ids=str)

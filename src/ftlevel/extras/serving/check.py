@@ -1,7 +1,7 @@
 """`check-served`: query a server with recorded prompts and verify that it applies the adapter.
 
 A library instead of a server runs in a script, with the Python of an environment that has it, with
-a timeout. Embeddings are compared with those recorded when the files were exported.
+a timeout. Embeddings and scores are compared with those recorded when the files were exported.
 """
 
 from __future__ import annotations
@@ -53,8 +53,13 @@ _COARSE = {"q8_0": 1e-2, "q5_0": 5e-2, "q4_0": 1e-1}
 """Largest 1 - cosine by the type of a .gguf file, whose activations llama.cpp rounds as well."""
 
 
+_SCORES = {"float32": 1e-3}
+_COARSE_SCORE = 5e-2
+"""Largest difference of scores by the type of the weights, relative to scores above 1."""
+
+
 def read_vectors(out: Path) -> dict[str, Any] | None:
-    """Read the recorded embeddings of the export at `out`; None if it is no embedding model."""
+    """Read the recorded embeddings or scores of the export at `out`; None for other models."""
     path = served_path(out)
     if not path.is_file():
         return None
@@ -62,25 +67,27 @@ def read_vectors(out: Path) -> dict[str, Any] | None:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return None
-    return record if record.get("type") == "embeddings" else None
+    return record if record.get("type") in ("embeddings", "scores") else None
 
 
 def check_vectors(config: CheckServedConfig, record: dict[str, Any]) -> dict[str, Any]:
-    """Return the cosine of each of the server's embeddings with the recorded one.
+    """Return the lowest cosine of the server's embeddings, or the largest difference of scores.
 
     Raises:
-        InputError: `--in` is given, or the server returns no embeddings.
-        RunError: an embedding differs from the trained model's.
+        InputError: `--in` is given, or the server returns no embeddings or scores.
+        RunError: an embedding or score differs from the trained model's.
     """
     if config.url is None:
         raise InputError(
-            f"--in {config.inside}: {config.out} is an embedding model, which is checked on a "
-            "server. Start it, and pass its address with --url."
+            f"--in {config.inside}: {config.out} is an embedding model or a reranker, which is "
+            "checked on a server. Start it, and pass its address with --url."
         )
     client = Client(config.url, float(config.timeout))
     listed = client.models()
     name = config.model or (listed[0] if listed else config.out.stem)
     texts = [row["text"] for row in record["texts"]]
+    if record["type"] == "scores":
+        return _check_scores(client, name, texts, config, record)
     try:
         heard = np.array(client.embed(name, texts), dtype=np.float64)
     except RequestRefusedError as refused:
@@ -101,6 +108,32 @@ def check_vectors(config: CheckServedConfig, record: dict[str, Any]) -> dict[str
             "pooling, and that it applies no prompt by default."
         )
     return {"texts": len(texts), "min_cosine": float(cosines.min()), "bound": 1 - bound}
+
+
+def _check_scores(
+    client: Client,
+    name: str,
+    texts: Sequence[str],
+    config: CheckServedConfig,
+    record: Mapping[str, Any],
+) -> dict[str, Any]:
+    try:
+        heard = np.array(client.rerank(name, record["query"], list(texts)))
+    except RequestRefusedError as refused:
+        raise InputError(f"--url {config.url}: {refused}.") from None
+    expected = np.array([row["score"] for row in record["texts"]])
+    if record["activation"] == "sigmoid" and record["server"] != "tei":  # it is asked for logits
+        expected = 1 / (1 + np.exp(-expected))
+    bound = config.tolerance or _SCORES.get(str(record["dtype"]), _COARSE_SCORE)
+    differences = np.abs(heard - expected) / np.maximum(1, np.abs(expected))
+    worst = int(differences.argmax())
+    if not differences.max() <= bound:
+        raise RunError(
+            f"the server's scores are not those of training: {heard[worst]:.4f} for "
+            f"{texts[worst]!r}, expected {expected[worst]:.4f}. Check that it applies the model's "
+            "activation, and no prompt."
+        )
+    return {"texts": len(texts), "max_difference": float(differences.max()), "bound": bound}
 
 
 _SCRIPTS = {
@@ -266,7 +299,11 @@ def _check_embeddings(
     found = check_vectors(config, record)
     summary = {"out": str(config.out), "asked": config.url, "verdict": TRAINED, **found}
     summary["seconds"] = round(time.perf_counter() - began, 2)
-    line = f"{TRAINED}: {found['texts']} embeddings, cosine {found['min_cosine']:.6f} or more"
+    line = (
+        f"{TRAINED}: {found['texts']} scores differ by at most {found['max_difference']:.2g}"
+        if record["type"] == "scores"
+        else f"{TRAINED}: {found['texts']} embeddings, cosine {found['min_cosine']:.6f} or more"
+    )
     return CheckServedResult(summary, (line,))
 
 

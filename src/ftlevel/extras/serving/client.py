@@ -114,9 +114,25 @@ class Client:
         except (KeyError, TypeError, ValueError) as error:
             raise RequestRefusedError(f"embeddings in another form ({error!r})") from None
 
-    def _ask(self, path: str, body: Mapping[str, Any] | None) -> Any:
-        base = self.url.rstrip("/")
-        base = base if base.endswith("/v1") else base + "/v1"
+    def rerank(self, model: str, query: str, texts: list[str]) -> list[float]:
+        """Return the score of each text; raise Refused if the server returns none.
+
+        vLLM and llama.cpp read `documents`, text-embeddings-inference `texts` and `raw_scores`.
+        """
+        body = {"model": model, "query": query, "documents": texts}
+        found = self._ask("/rerank", {**body, "texts": texts, "raw_scores": True}, version="")
+        try:
+            rows = found if isinstance(found, list) else found["results"]
+            scores = {
+                int(row["index"]): float(row.get("score", row.get("relevance_score")))
+                for row in rows
+            }
+            return [scores[at] for at in range(len(texts))]
+        except (KeyError, TypeError, ValueError) as error:
+            raise RequestRefusedError(f"scores in another form ({error!r})") from None
+
+    def _ask(self, path: str, body: Mapping[str, Any] | None, version: str = "/v1") -> Any:
+        base = self.url.rstrip("/").removesuffix("/v1") + version
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(  # the config validates http(s)
             base + path, data, {"Content-Type": "application/json"}

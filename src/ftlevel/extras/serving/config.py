@@ -41,7 +41,8 @@ class CheckServedConfig(Section):
         None,
         gt=0,
         description="Maximum logprob difference; default: 0.02 in float32, 0.1 in 16 bits. Of an "
-        "embedding model, maximum 1 - cosine; default: 0.001.",
+        "embedding model, maximum 1 - cosine; default: 0.001. Of a reranker, maximum difference of "
+        "scores.",
     )
 
     @field_validator("url")

@@ -1,4 +1,4 @@
-"""Embedding models for servers: what a server computes otherwise, references, and one .gguf file.
+"""Embedding models and rerankers for servers: what they compute otherwise, references, GGUF.
 
 The file names the pooling. llama.cpp normalizes every embedding and applies no prompts. The file is
 read back with the gguf package: its tensors must equal those of the model rounded by torch, and the
@@ -24,15 +24,19 @@ from ftlevel.config.export import SERVERS, ExportConfig, Server
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import InputError, RunError, join_names
+from ftlevel.evaluation.answers import InferenceModel
 from ftlevel.evaluation.embeddings import embed_texts
 from ftlevel.events import Listener
 from ftlevel.merging.formats.base import MergeAdapter, merge_first, start_commands
 from ftlevel.models.loading import build_task_model, load_config, load_model, rename_prefix
 from ftlevel.models.sources import ModelSource
 from ftlevel.tasks import TASKS
+from ftlevel.tasks.embedding.formats import EmbeddingRow
 from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.tasks.embedding.rows import TextEncoder
-from ftlevel.trained.model_ref import ModelRef
+from ftlevel.tasks.reranking.task import RerankingTask
+from ftlevel.trained.generation import GenerationOptions
+from ftlevel.trained.model_ref import LoadedModel, ModelRef
 from ftlevel.weights.checkpoint import open_checkpoint
 from ftlevel.weights.gguf_families import FAMILIES, build_metadata, find_problems
 from ftlevel.weights.gguf_file import (
@@ -126,6 +130,39 @@ def write_vectors(path: Path, config: ExportConfig, vectors: torch.Tensor, dtype
     facts = {"format": 1, "type": "embeddings", "model": config.model, "server": config.server}
     rows = [{"text": t, "vector": v.tolist()} for t, v in zip(TEXTS, vectors, strict=True)]
     write_json(path, {**facts, "dtype": dtype, "texts": rows})
+
+
+QUERY = TEXTS[4]
+"""Query of the documents `TEXTS` whose scores are compared."""
+
+
+def write_scores(path: Path, config: ExportConfig, model: LoadedModel, dtype: str) -> None:
+    """Write the logits of `TEXTS` as documents of `QUERY` by a reranker, and its activation."""
+    task = model.task
+    if not isinstance(task, RerankingTask):
+        raise TypeError(f"{task.name} gives no scores")
+    inference = InferenceModel(model, GenerationOptions(1), None, cuts=True)
+    query = EmbeddingRow(QUERY, 0, TEXTS, (0.0,) * len(TEXTS))
+    with inference.inference():
+        (scores,) = task.score_documents(inference, [query])
+    rows = [{"text": text, "score": score} for text, score in zip(TEXTS, scores, strict=True)]
+    facts = {"format": 1, "type": "scores", "model": config.model, "server": config.server}
+    activation = "sigmoid" if task.settings.loss == "bce" else "identity"
+    write_json(
+        path, {**facts, "dtype": dtype, "activation": activation, "query": QUERY, "texts": rows}
+    )
+
+
+def describe_gguf_reranker(config: Any) -> str:
+    """Return why llama.cpp gives other scores than a reranker of `config`."""
+    if config.model_type == "bert":
+        return (
+            "llama.cpp gives every token of BERT the segment of the query, so a document would "
+            "have other states"
+        )
+    if config.model_type == "qwen3":
+        return "llama.cpp takes the softmax over the scores of Qwen3, which is 1 for a single one"
+    return f"llama.cpp has no tensor for the head of a {config.model_type} reranker"
 
 
 POOLING_TYPES = {"mean": 1, "cls": 2, "last": 3}

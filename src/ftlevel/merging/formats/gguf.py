@@ -258,6 +258,12 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> Export:
         )
     if (form := TASKS[ref.task].embedding_format(ref.card.options)) is not None:
         return embedding.plan_export(config, ref, form)
+    if TASKS[ref.task].served_as == "rerankers":
+        reason = embedding.describe_gguf_reranker(ref.model_config)
+        raise InputError(
+            f"{config.model} is a reranker, and {reason}. Use --for vllm or --for tei, which serve "
+            "it merged."
+        )
     if not TASKS[ref.task].generates_text:
         raise InputError(
             f"{config.model} was trained for {ref.task}, and a .gguf file is for programs "

@@ -16,7 +16,7 @@ from ftlevel.config.section import Choice
 from ftlevel.errors import InputError, join_names, with_article
 from ftlevel.events import Listener
 from ftlevel.merging.formats.base import MergeAdapter, server_support, start_commands
-from ftlevel.merging.formats.embedding import check_server, embed, write_vectors
+from ftlevel.merging.formats.embedding import check_server, embed, write_scores, write_vectors
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import load_config
 from ftlevel.models.sources import ModelSource
@@ -46,6 +46,8 @@ def _check(config: ExportConfig, ref: ModelRef, server: Server) -> list[str]:
             f"{server.title} serves {_served(server)}. Keep it with transformers: "
             f"ftlevel merge {quote(config.model)} --out DIR."
         )
+    if task.served_as == "rerankers" and server.name == "tei":
+        return [f"{server.title} returns sigmoids of the logits, or the logits with raw_scores"]
     return []
 
 
@@ -71,6 +73,10 @@ class MergedExport:
     @property
     def _form(self) -> EmbeddingFormat | None:
         return TASKS[self.ref.task].embedding_format(self.ref.card.options)
+
+    @property
+    def _is_of_texts(self) -> bool:
+        return self._form is not None or TASKS[self.ref.task].served_as == "rerankers"
 
     def choices(self, device: Choice) -> Iterator[Choice]:
         """Yield the lines for the console."""
@@ -107,8 +113,8 @@ class MergedExport:
                 output / "served.json", self.config.out, facts, self.ref, source, device
             )
             summary["recorded"] = True
-        if self.config.server and self.config.verify and self._form is not None:
-            listener.stage("recording reference embeddings")
+        if self.config.server and self.config.verify and self._is_of_texts:
+            listener.stage("recording reference embeddings or scores")
             self._record(output, device)
             summary["recorded"] = True
         if self.config.server:
@@ -122,14 +128,17 @@ class MergedExport:
         return summary
 
     def _record(self, output: Path, device: str) -> None:
-        """Write the embeddings of the merged model at `output`, computed in float32."""
+        """Write embeddings or scores of the merged model at `output`, computed in float32."""
         source = ModelSource(str(output), "directory", str(output), local_files_only=True)
         ref = self.ref.with_card(method="full", quantization={"kind": "none"}, dtype="float32")
         merged = replace(ref, source=source, directory=None).load(device)
-        form = self._form or EmbeddingFormat()
+        path, dtype = output / "served.json", self.ref.card.dtype
+        if self._form is None:
+            write_scores(path, self.config, merged, dtype)
+            return
         end = ref.card.options["embedding"]["end"]
-        vectors = embed(merged.model, form, merged.tokenizer, end, device)
-        write_vectors(output / "served.json", self.config, vectors, self.ref.card.dtype)
+        vectors = embed(merged.model, self._form, merged.tokenizer, end, device)
+        write_vectors(path, self.config, vectors, dtype)
 
     def _summary(self, merged: Mapping[str, Any] | None) -> dict[str, Any]:
         return {
