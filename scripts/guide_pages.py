@@ -28,13 +28,10 @@ def _index() -> str:
         "[Which method](../which-method.md) compares them; [methods](../methods.md) lists what "
         "works with what.",
         "",
-        "| method | trains | 7B Llama | merges |",
-        "|---|---|--:|---|",
+        "| method | trains |",
+        "|---|---|",
+        *(f"| [{kind}]({kind}.md) | {FACTS[kind].trains} |" for kind in SPECS),
     ]
-    for kind in SPECS:
-        row = FACTS[kind]
-        share = _share(row.llama_7b)
-        lines.append(f"| [{kind}]({kind}.md) | {row.trains} | {share} | {row.merges or 'no'} |")
     return "\n".join(lines) + "\n"
 
 

@@ -95,8 +95,7 @@ def _table(found: dict[str, Any]) -> str:
     ]  # fmt: skip
     for left in found["left_out"]:
         lines.append(f"| {left['method']} | – | {left['reason']} | | | | | | |")
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return "\n".join([*lines, "", f"Versions: {versions}.", ""])
+    return "\n".join([*lines, ""])
 
 
 def _line(row: dict[str, Any]) -> str:

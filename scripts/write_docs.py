@@ -20,7 +20,7 @@ from cli_page import cli_page, command_pages
 from coming_from_page import coming_from_page
 from ftlevel.commands.list_methods import QUANTS, task_refusal
 from ftlevel.config import SPECS
-from ftlevel.methods import FACTS, METHODS, RULES, find_refusal
+from ftlevel.methods import FACTS, METHODS, find_refusal
 from ftlevel.methods.facts import Cell, MethodFacts
 from ftlevel.models.families import FAMILIES, Family
 from ftlevel.tasks import TASKS
@@ -111,11 +111,7 @@ def methods_page() -> str:
         "",
         *_task_table(),
         "",
-        "## Reasons",
-        "",
-        "| method | not with | reason | alternative |",
-        "|---|---|---|---|",
-        *_rule_lines(),
+        "The page of each [method](guide/index.md) has the reasons, and what to use instead.",
         "",
         *FROM_PYTHON.splitlines(),
     ]
@@ -165,16 +161,6 @@ def _task_table() -> list[str]:
         groups.setdefault(answers, []).append(family.name)
     lines = ["| families | " + " | ".join(TASKS) + " |", "|---|" + "---|" * len(TASKS)]
     return lines + [f"| {', '.join(f)} | {' | '.join(answers)} |" for answers, f in groups.items()]
-
-
-def _rule_lines() -> list[str]:
-    known = set(FACTS)
-    return [
-        f"| {', '.join(name for name in FACTS if name in rule.rows)} | {rule.where} | {rule.why} "
-        f"| {rule.instead} |"
-        for rule in RULES
-        if rule.rows & known
-    ]
 
 
 PAGES: dict[str, Callable[[], str]] = {

@@ -51,8 +51,8 @@ def test_a_directory_is_of_its_model_type(capsys, tiny_model_dir):
     assert ask(capsys, "--model", str(tiny_model_dir("gpt2")), "--quant", "none")["lokr"][
         "reasons"
     ] == [
-        "--method lokr cannot be used with gpt2: its linears are Conv1D, which PEFT does not take "
-        "here. Use --method lora."
+        "--method lokr cannot be used with gpt2: PEFT does not support its Conv1D layers. "
+        "Use --method lora."
     ]
 
 

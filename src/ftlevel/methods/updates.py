@@ -86,8 +86,8 @@ class LinearUpdate(Method):
 
 LINEARS_ONLY = Rule(
     rows("miss", "shira", "c3a"),
-    "its linears are Conv1D, which PEFT does not take here",
-    "Use --method lora, or --quant 4bit, which makes them linears.",
+    "PEFT does not support its Conv1D layers",
+    "Use --method lora, or --quant 4bit, which replaces Conv1D by linear layers.",
     families=CONV1D,
     quants=frozenset({"none"}),
 )
@@ -189,8 +189,8 @@ def vera_as_lora(file: AdapterFile) -> dict[str, Factors]:
 _ORTHOGONAL_RULES = (
     Rule(
         rows("oft", "boft"),
-        "its linears are Conv1D, which PEFT has no rotation for",
-        "Use --method lora, or --quant 4bit, which makes them linears.",
+        "PEFT cannot rotate its Conv1D layers",
+        "Use --method lora, or --quant 4bit, which replaces Conv1D by linear layers.",
         families=CONV1D,
         quants=frozenset({"none"}),
     ),
@@ -247,7 +247,7 @@ def _scale(file: AdapterFile, name: str, rank: int) -> float:
 _LYCORIS_RULES = (
     Rule(
         rows("loha", "lokr"),
-        "its linears are Conv1D, which PEFT does not take here",
+        "PEFT does not support its Conv1D layers",
         "Use --method lora.",
         families=CONV1D,
         quants=frozenset({"none"}),

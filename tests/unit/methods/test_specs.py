@@ -143,7 +143,7 @@ def targets(family: str, kind: str, task: str = "", variant: int = 0, **fields: 
          "to 1."),
         ("lora", {"target_parameters": "experts"},
          "method.target_parameters: llama has no experts in one tensor. Drop it; --target-modules "
-         "all-linear reaches every linear."),
+         "all-linear covers all linear layers."),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_the_model(kind, fields, text):

@@ -113,7 +113,7 @@ RULES = (
     ),
     Rule(
         rows("loftq"),
-        "it starts from the error of 4-bit quantization, and the base is not quantized",
+        "it is initialized from the 4-bit quantization error, and the base is not quantized",
         "Use --quant 4bit, or --init pissa.",
         quants=frozenset({"none"}),
     ),
@@ -125,7 +125,7 @@ RULES = (
     ),
     Rule(
         rows("orthogonal"),
-        "PEFT draws its start in the type of the weights, which is an integer",
+        "PEFT initializes it in the dtype of the weights, which is an integer",
         "Use --init default, or drop --quant.",
         quants=QUANTIZED,
     ),
@@ -138,20 +138,20 @@ RULES = (
     ),
     Rule(
         rows("eva"),
-        "encoder and decoder see other inputs, and EVA takes one mask for both",
+        "EVA uses one mask, but encoder and decoder have different inputs",
         "Use --init pissa or default.",
         kinds=frozenset({"encoder-decoder"}),
     ),
     Rule(
         rows("eva"),
-        "some of its linears see other rows than those of the input, where EVA looks",
+        "EVA expects every linear layer to get the rows of the input",
         "Use --init pissa or default.",
         families=frozenset({"deberta-v2", "opt"}),
     ),
     Rule(
         rows("experts"),
         "it has no experts in one tensor",
-        "Drop method.target_parameters; --target-modules all-linear reaches every linear.",
+        "Drop method.target_parameters; --target-modules all-linear covers all linear layers.",
         experts=False,
     ),
 )

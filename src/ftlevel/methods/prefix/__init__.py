@@ -49,8 +49,8 @@ def why_no_prefix(config: Any) -> str | None:
         )
     if not supports_sdpa(architecture):
         return (
-            f"the attention of {name} is more than scaled_dot_product_attention computes, which "
-            "is what a prefix goes through"
+            f"the attention of {name} is more than scaled_dot_product_attention, which a prefix "
+            f"needs"
         )
     if getattr(config.get_text_config(), "kv_lora_rank", None):
         return f"{name} has keys and values of unequal width (latent attention)"
@@ -78,13 +78,13 @@ class PrefixTuning(Method):
     rules = (
         Rule(
             rows("prefix"),
-            "it computes its attention itself, so there is no place for a prefix",
+            "it computes attention without transformers' AttentionInterface",
             "Use --method prompt, or --method lora.",
             families=frozenset({"bloom", "falcon", "mpnet"}),
         ),
         Rule(
             rows("prefix"),
-            "its attention is more than what a prefix goes through",
+            "its attention is more than scaled_dot_product_attention, which a prefix needs",
             "Use --method prompt, or --method lora.",
             families=frozenset({"gemma2"}),
         ),

@@ -160,7 +160,7 @@ def _parameters(requested: str | Sequence[str], tree: ModuleTree, model_name: st
         if not experts:
             raise ConfigError(
                 f"method.target_parameters: {model_name} has no experts in one tensor. "
-                "Drop it; --target-modules all-linear reaches every linear."
+                "Drop it; --target-modules all-linear covers all linear layers."
             )
         return experts
     tensors = [name for name, _ in tree.model.named_parameters()]
